@@ -1,0 +1,93 @@
+"""The int32 tables that every kernel reads, and their packing; the planner (`rust/core/src/batch/plan.rs`) fills them.
+
+Shape letters: S segments, U uses of prefix blocks, C distinct blocks, E (query row, block) pairs, B length buckets, N packed tokens, R decode rows.
+A segment is a run of query rows that see the same prefix blocks; positions are relative to the segment's key 0, so prefix rows sit at negative ones.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BlockTables(NamedTuple):
+    """Which prefix blocks exist and who sees them; the first fields of both tables below.
+
+    Attributes:
+        use_indptr: ``[S + 1]``; uses of segment s are ``use[use_indptr[s]:use_indptr[s + 1]]``.
+        use: ``[U, 3]``: block, position of its first row relative to key 0 (-P for one plain prefix), 1 if a sliding window slides over it.
+        block: ``[C, 2]``: first row in the prefix tensor, rows. Distinct and never empty.
+        user_indptr: ``[C + 1]``; the fields below of block c are at ``[user_indptr[c]:user_indptr[c + 1]]``.
+        user: ``[E]``: query rows that see the block, ascending.
+        user_pos: ``[E]``: position of the block's first row relative to that query.
+        user_slides: ``[E]``: the use's window flag.
+        span: ``[C, 3]``: first user, number of users, 1 if they are consecutive rows.
+    """
+
+    use_indptr: Tensor
+    use: Tensor
+    block: Tensor
+    user_indptr: Tensor
+    user: Tensor
+    user_pos: Tensor
+    user_slides: Tensor
+    span: Tensor
+
+
+class PackedTables(NamedTuple):
+    """Tables of one packed forward (training, prefill).
+
+    Attributes:
+        seg: ``[S, 4]``: first query row, query rows, first key row (or first entry of ``slots``), keys.
+        seg_pos: ``[S]``: position of the first query row.
+        bucket: ``[B, 2]``: sequences, padded length; the padded layouts of all buckets follow each other.
+        gather: ``[sum of n * length]``: token at each place of the padded layout (padding repeats the sequence's last token).
+        scatter: ``[N]``: place of each token in the padded layout.
+        tiles: ``[n, 2]``: segment, first query row, for kernels that work in tiles.
+    """
+
+    use_indptr: Tensor
+    use: Tensor
+    block: Tensor
+    user_indptr: Tensor
+    user: Tensor
+    user_pos: Tensor
+    user_slides: Tensor
+    span: Tensor
+    seg: Tensor
+    seg_pos: Tensor
+    bucket: Tensor
+    gather: Tensor
+    scatter: Tensor
+    tiles: Tensor
+
+    @property
+    def blocks(self) -> BlockTables:
+        """The part that says who sees which prefix block."""
+        return BlockTables(*self[: len(BlockTables._fields)])
+
+
+class DecodeTables(NamedTuple):
+    """Tables of one decode step; its segments are rows of one query each.
+
+    Attributes:
+        row: ``[R]``: row of the slot table that each query reads.
+        lens: ``[R]``: keys of the row, the new one included.
+    """
+
+    use_indptr: Tensor
+    use: Tensor
+    block: Tensor
+    user_indptr: Tensor
+    user: Tensor
+    user_pos: Tensor
+    user_slides: Tensor
+    span: Tensor
+    row: Tensor
+    lens: Tensor
+
+    @property
+    def blocks(self) -> BlockTables:
+        """The part that says who sees which prefix block."""
+        return BlockTables(*self[: len(BlockTables._fields)])

@@ -1,0 +1,80 @@
+"""prefixfast: prefix-tuning that is fast to train and to serve.
+
+A frozen language model and, for each task or user, a short learned block of keys and values that every layer attends to (Li & Liang 2021). Many prefixes
+are trained in the same batches and generate in the same batch; none is ever copied per request.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefixfast.config import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
+    from prefixfast.engine.engine import Engine, generate
+    from prefixfast.engine.request import Generation
+    from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
+    from prefixfast.model import Model, load, unload
+    from prefixfast.prefix import Prefix
+    from prefixfast.training.trainer import TrainRun, train
+
+__version__ = "0.1.0"
+
+# Where each public name lives; loaded on first use, so that importing the package takes no torch.
+_HOME = {
+    "BaseMismatchError": "errors",
+    "CapacityError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "Engine": "engine.engine",
+    "EngineConfig": "config",
+    "Generation": "engine.request",
+    "GenerationParams": "config",
+    "Model": "model",
+    "Prefix": "prefix",
+    "PrefixConfig": "config",
+    "PrefixFastError": "errors",
+    "RequestError": "errors",
+    "TrainConfig": "config",
+    "TrainRun": "training.trainer",
+    "UnknownPrefixError": "errors",
+    "generate": "engine.engine",
+    "load": "model",
+    "train": "training.trainer",
+    "unload": "model",
+}
+__all__ = [
+    "BaseMismatchError",
+    "CapacityError",
+    "ConfigError",
+    "DataError",
+    "Engine",
+    "EngineConfig",
+    "Generation",
+    "GenerationParams",
+    "Model",
+    "Prefix",
+    "PrefixConfig",
+    "PrefixFastError",
+    "RequestError",
+    "TrainConfig",
+    "TrainRun",
+    "UnknownPrefixError",
+    "generate",
+    "load",
+    "train",
+    "unload",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        msg = f"module 'prefixfast' has no attribute {name!r}"
+        raise AttributeError(msg)
+    value = getattr(importlib.import_module(f"prefixfast.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

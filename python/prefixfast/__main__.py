@@ -1,0 +1,5 @@
+"""`python -m prefixfast`."""
+
+from prefixfast.cli import main
+
+main()

@@ -1,0 +1,399 @@
+"""The Rust core: tokens, strings, batch plans and the scheduler.
+
+Nothing here imports torch. Arrays are numpy, int32 unless said otherwise and read only through contiguous memory: another dtype is a `TypeError`, a
+strided view a `ConfigError`. Whatever takes long releases the GIL. Errors are those of `prefixfast.errors`.
+
+Tables lie in ONE int32 buffer. `sections` names them: `name -> (offset, rows, cols)` in int32 counted from the buffer's start; `cols == 0` is a 1-D table of
+`rows` entries. Every offset is a multiple of 16 int32 (64 bytes), the gaps hold zeros.
+
+Letters: S sequences (one segment each), N packed tokens, U block uses, C distinct blocks in use, P prefixes, F beam rows x prompt tokens, n decode rows.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Self, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DetokenizeStream", "Linearizer", "Packing", "PlanBuffer", "Scheduler", "StepHeader", "Tokenizer", "pack", "plan_packed"]
+
+@final
+class Tokenizer:
+    """A `tokenizer.json`, run on the core's own threads.
+
+    The threads are those of this process (`PREFIXFAST_NUM_THREADS`, by default one a core): after a fork the child makes its own. Fewer than 8 texts run on
+    the caller's thread.
+
+    Args:
+        json: The text of a `tokenizer.json`. Truncation and padding settings inside are switched off.
+
+    Raises:
+        ConfigError: The text is no tokenizer.
+    """
+
+    def __new__(cls, json: str) -> Self: ...
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Texts to ragged ids.
+
+        Args:
+            texts: Any number of texts, empty ones too.
+            add_special_tokens: Let the tokenizer's own template add its tokens.
+
+        Returns:
+            `ids` int32[N] and `indptr` int32[n+1]: text `i` is `ids[indptr[i]:indptr[i+1]]`.
+
+        Raises:
+            ConfigError: `PREFIXFAST_NUM_THREADS` is no positive number.
+            DataError: The tokenizer refuses a text.
+            CapacityError: More ids than int32 counts.
+        """
+
+    def decode_batch(self, ids: NDArray[np.int32], indptr: NDArray[np.int32], *, skip_special_tokens: bool) -> list[str]:
+        """Ragged ids to texts, the inverse of `encode_batch`.
+
+        Args:
+            ids: int32[N]. Ids beyond the vocabulary give no text.
+            indptr: int32[n+1], from 0 to N, non-decreasing.
+            skip_special_tokens: Leave special tokens out.
+
+        Returns:
+            n texts.
+
+        Raises:
+            ConfigError: `indptr` does not fit `ids`, or `PREFIXFAST_NUM_THREADS` is no positive number.
+            DataError: An id is negative.
+        """
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token, `None` if there is none."""
+
+    def id_to_token(self, id: int) -> str | None:
+        """The token of an id, `None` if there is none."""
+
+    def stream(self, *, skip_special_tokens: bool) -> DetokenizeStream:
+        """A new stream that turns one sequence's ids into text as they come."""
+
+@final
+class DetokenizeStream:
+    """Text of one growing sequence of ids; made by `Tokenizer.stream`.
+
+    All results of `push` and that of `finish`, joined, are the text of all ids: a character whose bytes are spread over ids comes when it is whole.
+    """
+
+    def push(self, ids: Sequence[int]) -> str:
+        """Adds ids.
+
+        Args:
+            ids: The next ids, any number.
+
+        Returns:
+            The text that is certain now, often empty.
+
+        Raises:
+            DataError: An id is negative or beyond int32.
+        """
+
+    def finish(self) -> str:
+        """The rest of the text: what `push` held back. The stream then starts over."""
+
+@final
+class Linearizer:
+    """Tables to text, to the bit; made by `e2e`, `template` or `from_spec`."""
+
+    @staticmethod
+    def e2e() -> Linearizer:
+        """The prefix-tuning authors' form of E2E: `name : Blue Spice | Type : coffee shop | price : less than £ 20`."""
+
+    @staticmethod
+    def template(*, item: str = "{key} : {value}", separator: str = " | ", start: str = "", end: str = "") -> Linearizer:
+        """One's own tables: `start`, the items joined by `separator`, `end`.
+
+        Args:
+            item: Text of one slot; `{key}` and `{value}` are required, `{{` and `}}` are braces.
+            separator: Between two items, taken as it is.
+            start: Before the first item, taken as it is.
+            end: After the last item, taken as it is.
+
+        Raises:
+            ConfigError: `item` has no `{key}` or no `{value}`, another name, or a lone brace.
+        """
+
+    @staticmethod
+    def from_spec(spec: str) -> Linearizer:
+        """The linearizer that a `spec` describes; fields other than `style` may be left out.
+
+        Raises:
+            ConfigError: No JSON object, an unknown style, an unknown key, or a value of the wrong type.
+        """
+
+    @property
+    def spec(self) -> str:
+        """JSON text that `from_spec` reads back, keys sorted."""
+
+    def linearize(self, tables: Sequence[str | Mapping[str, str] | Sequence[tuple[str, str]]]) -> list[str]:
+        """One text a table.
+
+        Args:
+            tables: For `e2e` the official string (`name[Blue Spice], food[French]`), a mapping or pairs of the official slots, in any order; for `template`
+                a mapping, or pairs in which a key may come again. Order is kept by `template` and is the official one in `e2e`.
+
+        Raises:
+            DataError: A table is empty or malformed, a slot unknown or given twice, a value empty (`e2e`) or not a string; names the row, counted from 0.
+        """
+
+@final
+class Packing:
+    """What `pack` returns. The arrays are made once and the same each time."""
+
+    @property
+    def order(self) -> NDArray[np.int32]:
+        """int32[n]: numbers of the input examples, micro-batch after micro-batch."""
+
+    @property
+    def micro_indptr(self) -> NDArray[np.int32]:
+        """int32[m+1]: micro-batch `j` is `order[micro_indptr[j]:micro_indptr[j+1]]`."""
+
+    @property
+    def weight(self) -> NDArray[np.float64]:
+        """float64[n], by INPUT example: the weight of each of its target tokens in the summed loss."""
+
+def pack(lengths: NDArray[np.int32], targets: NDArray[np.int32], batch: NDArray[np.int32], *, token_budget: int, sequence_sum: bool) -> Packing:
+    """Puts whole per-prefix batches into micro-batches of a token budget.
+
+    First-fit decreasing over batches; micro-batches in the order in which they were opened. A batch over the budget is split, alone, over several
+    micro-batches in its own order; an example over the budget goes alone. Within a micro-batch batches ascend and examples keep their order.
+
+    Args:
+        lengths: int32[n], tokens of each example, at least 1.
+        targets: int32[n], target tokens of each example, from 0 to its length.
+        batch: int32[n], non-decreasing: equal numbers form one optimizer step of one prefix.
+        token_budget: Most tokens in a micro-batch, at least 1.
+        sequence_sum: A target token weighs 1/(examples of the batch) instead of 1/(targets of the batch).
+
+    Raises:
+        ConfigError: Arrays of different lengths, a length below 1, targets outside 0..length, descending `batch`, a budget below 1.
+        DataError: A batch without targets.
+    """
+
+@final
+class PlanBuffer:
+    """What `plan_packed` returns."""
+
+    @property
+    def buffer(self) -> NDArray[np.int32]:
+        """int32[*], contiguous, the same object each time."""
+
+    @property
+    def sections(self) -> dict[str, tuple[int, int, int]]:
+        """Table name to (offset, rows, cols), see the module; a fresh dictionary each time."""
+
+    @property
+    def reach(self) -> int:
+        """The most keys one query can see: largest length plus rows of its prefixes."""
+
+def plan_packed(
+    lengths: NDArray[np.int32],
+    prefix_indptr: NDArray[np.int32],
+    prefix: NDArray[np.int32],
+    prefix_rows: NDArray[np.int32],
+    *,
+    tile_rows: int,
+    buckets: int = 4,
+) -> PlanBuffer:
+    """Tables of one packed forward of S sequences, N tokens in all.
+
+    Sections: `seg[S,4]` first query row, rows, first key row, keys; `seg_pos[S]` position of the first query relative to the segment's key 0, here 0;
+    `use_indptr[S+1]`, `use[U,3]` block, position of the block's first row relative to key 0, slides: the blocks of a sequence lie left to right and end
+    right before key 0; `block[C,2]` first prefix row, rows, ascending by prefix number, only blocks that are used and have rows; `user_indptr[C+1]`,
+    `user[*]` the query rows that use a block, ascending, `user_pos[*]` the block's first row relative to that query's own position, `user_slides[*]`;
+    `span[C,3]` first user row, count, 1 if the users are consecutive rows else 0; `bucket[B,2]` sequences, padded length, ascending by length; `gather[*]`
+    the token index at each place of the padded layouts of all buckets (padding repeats the sequence's last token); `scatter[N]` the place of each token
+    there; `position_ids[N]` token position plus the largest `pos_start` of the sequence's prefixes; `tiles[n,2]` segment, first query row.
+
+    Args:
+        lengths: int32[S], at least 1 each.
+        prefix_indptr: int32[S+1], sequence `s` uses `prefix[prefix_indptr[s]:prefix_indptr[s+1]]`, left to right: none, one or several.
+        prefix: int32[U], prefix numbers, rows of `prefix_rows`.
+        prefix_rows: int32[P,4]: first row in the prefix tensor, number of rows, pos_start, slides 0|1.
+        tile_rows: Height of a tile; 0 makes none.
+        buckets: Most groups of similar length for the padded layout, cut so that padding is least; at least 1.
+
+    Raises:
+        ConfigError: An array that does not fit its description, or more entries than int32 counts.
+        UnknownPrefixError: A prefix number that `prefix_rows` does not have.
+    """
+
+@final
+class StepHeader:
+    """One step of `Scheduler.plan_step`."""
+
+    @property
+    def loads(self) -> list[tuple[int, int]]:
+        """(prefix, first arena row): copy these prefixes in after the evictions, then call `prefix_ready`."""
+
+    @property
+    def evictions(self) -> list[int]:
+        """Prefixes whose arena rows were given up."""
+
+    @property
+    def prefill_ids(self) -> list[int]:
+        """Requests of the prefill tables, in segment order."""
+
+    @property
+    def decode_ids(self) -> list[int]:
+        """Requests of the decode tables, in row order; each has as many rows as beams."""
+
+    @property
+    def cancelled(self) -> list[int]:
+        """Requests that this step dropped because they were cancelled, ascending."""
+
+    @property
+    def prefill_sections(self) -> dict[str, tuple[int, int, int]] | None:
+        """Tables of the prefill in `out`, `None` without one; a fresh dictionary each time."""
+
+    @property
+    def decode_sections(self) -> dict[str, tuple[int, int, int]] | None:
+        """Tables of the decode in `out`, `None` without one; a fresh dictionary each time."""
+
+    @property
+    def prefill_reach(self) -> int:
+        """The most keys a prefill query can see, 0 without a prefill."""
+
+    @property
+    def decode_reach(self) -> int:
+        """The most keys a decode row can see, 0 without a decode."""
+
+@final
+class Scheduler:
+    """Owns queue, decode rows, arena rows and prefix pins of one engine.
+
+    A step is `plan_step`, the forward, `commit`. A request is admitted with everything it will ever need, so nothing is preempted; it is prefilled once its
+    prefixes are ready and decoded in every later step until `commit` says that it has ended. The last 64 arena rows are never handed out (kernels read past
+    a block's tail); row `arena_rows - 1` is the scratch slot for padding rows.
+
+    Args:
+        arena_rows: Rows of the arena, at least 80.
+        max_rows: Decode rows.
+        max_batched_tokens: Most prompt tokens in one prefill; a longer prompt goes alone.
+        tile_rows: Height of the prefill's tiles; 0 makes none.
+        buckets: As in `plan_packed`.
+
+    Raises:
+        ConfigError: A number out of range.
+    """
+
+    def __new__(cls, arena_rows: int, max_rows: int, max_batched_tokens: int, *, tile_rows: int = 0, buckets: int = 4) -> Self: ...
+    def register_prefix(self, prefix: int, rows: int, pos_start: int, slides: bool) -> None:
+        """Makes a prefix known. Its rows are loaded when a request needs them.
+
+        Args:
+            prefix: Any number of the caller's.
+            rows: Its rows, 0 is allowed (then it is never loaded).
+            pos_start: Position of the first token after it.
+            slides: The attention window slides over it.
+
+        Raises:
+            ConfigError: The number is taken, or a value is out of range.
+        """
+
+    def forget_prefix(self, prefix: int) -> None:
+        """Forgets a prefix and frees its rows.
+
+        Raises:
+            UnknownPrefixError: It is not registered.
+            PrefixFastError: A queued or running request uses it, or it is being loaded.
+        """
+
+    def add(
+        self,
+        id: int,
+        prefixes: Sequence[int],
+        prompt_len: int,
+        beams: int,
+        max_new: int,
+        *,
+        encoder_len: int = 0,
+        tenant: int = 0,
+        priority: int = 0,
+        deadline: float | None = None,
+        text_hashes: Sequence[int] | None = None,
+    ) -> None:
+        """Queues a request.
+
+        Args:
+            id: Any number that no queued or running request has.
+            prefixes: Its prefixes from left to right: none, one or several.
+            prompt_len: Prompt tokens, at least 1.
+            beams: Decode rows, at least 1.
+            max_new: Most decode steps, at least 1.
+            encoder_len: Not supported yet, must be 0.
+            tenant: Recorded.
+            priority: Higher goes first; equals go by arrival.
+            deadline: Not supported yet, must be `None`.
+            text_hashes: Not supported yet, must be `None`.
+
+        Raises:
+            RequestError: A number out of range, a known id, something not supported, or more rows than there will ever be.
+            UnknownPrefixError: A prefix that is not registered.
+        """
+
+    def cancel(self, id: int) -> bool:
+        """Drops a request at the next `plan_step`. False if it is not known or already cancelled."""
+
+    def prefix_ready(self, prefix: int) -> None:
+        """A load of `StepHeader.loads` is complete (or has failed and its requests are cancelled).
+
+        Raises:
+            UnknownPrefixError: It is not registered.
+            PrefixFastError: It is not being loaded.
+        """
+
+    def plan_step(self, out: NDArray[np.int32]) -> StepHeader:
+        """Plans the next step and writes its tables.
+
+        Prefill sections: all of `plan_packed` (`block` rows are arena rows, keys are the packed keys of this call) and `chunk[S,4]` first decode row,
+        beams, first prompt position (0), tokens; `slots[N]` the arena row of each token; `fill[F,3]` decode row, position, slot for every beam row and
+        prompt token; `logits_idx[S]` the last token of each sequence.
+
+        Decode sections, n rows: `row[n]`; `slot[n]` where the new token's key and value go; `lens[n]` keys with the new one; `position_ids[n]`
+        `lens - 1 + pos_start`; `use_indptr[n+1]`, `use[U,3]`, `block[C,2]`, `user_indptr[C+1]`, `user[*]` (0 to n-1), `user_pos[*]` (use position minus
+        `lens - 1`), `user_slides[*]`, `span[C,3]`. The first decode step of a request has `lens == prompt_len + 1`.
+
+        Args:
+            out: int32[*], writable and contiguous, at least `buffer_len` long. Only the sections of the header are written.
+
+        Raises:
+            CapacityError: `out` is too short; nothing has changed.
+            ConfigError: `out` is not contiguous or not writable.
+            PrefixFastError: The last step was not committed, or a request has used its `max_new` steps and was not finished; nothing has changed.
+        """
+
+    def commit(self, finished: Sequence[int]) -> None:
+        """Ends the step: the decoded requests advance, the finished ones free everything.
+
+        Args:
+            finished: Admitted requests that have ended, in any order.
+
+        Raises:
+            RequestError: An id that is not admitted, or one given twice; nothing has changed.
+        """
+
+    @property
+    def buffer_len(self) -> int:
+        """int32 entries that suffice for `plan_step` now. Grows with the longest prompt, most beams and most prefixes of a request so far, never shrinks."""
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+
+    @property
+    def num_running(self) -> int:
+        """Admitted requests."""
+
+    @property
+    def free_rows(self) -> int:
+        """Arena rows that nothing holds, resident prefixes count as held."""

@@ -1,0 +1,1 @@
+"""What `prefixfast bench` runs."""

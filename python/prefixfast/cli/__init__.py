@@ -1,0 +1,35 @@
+"""The command line: `prefixfast train`, `generate`, `bench`. Exit status 0 done, 1 a problem that the message explains, 130 interrupted."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from prefixfast.cli import bench, generate, train
+from prefixfast.errors import PrefixFastError
+
+app = typer.Typer(
+    name="prefixfast", help="Prefix-tuning: train, generate, measure.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+app.command("train")(train.command)
+app.command("generate")(generate.command)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Run the command line; errors that users can mend are one message, not a traceback."""
+    try:
+        app(standalone_mode=False)
+    except PrefixFastError as e:
+        where = ":".join(str(x) for x in (getattr(e, "path", None), getattr(e, "line", None)) if x is not None)
+        sys.exit(f"prefixfast: {where + ': ' if where and where not in str(e) else ''}{e}")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except typer.Exit as e:
+        sys.exit(e.exit_code)
+    except Exception as e:
+        if hasattr(e, "show"):  # a usage error of the command line itself
+            e.show()
+            sys.exit(2)
+        raise

@@ -1,0 +1,32 @@
+"""`prefixfast bench SUITE`: measurements on the machine at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Measure on this machine."""
+
+
+@app.command("generate")
+def generate(
+    out: Annotated[Path, typer.Option("-o", "--output", help="folder for results.jsonl and the plot")] = Path("bench-out"),
+    model: Annotated[str | None, typer.Option(help="base; by default GPT-2 124M with random weights")] = None,
+    dtype: Annotated[str, typer.Option(help="compute dtype")] = "float32",
+    lengths: Annotated[str, typer.Option(help="prefix lengths")] = "0,10,100,200,512",
+    distinct: Annotated[str, typer.Option(help="numbers of distinct prefixes in the batch")] = "1,4,32",
+    requests: Annotated[int, typer.Option(help="requests in the batch")] = 32,
+    rounds: Annotated[int, typer.Option(help="repetitions, contenders alternating")] = 3,
+) -> None:
+    """Throughput of generation versus prefix length, against PEFT when it is installed."""
+    from prefixfast.bench.generate import Workload, run
+
+    numbers = [[int(x) for x in text.split(",")] for text in (lengths, distinct)]
+    run(out, model=model, dtype=dtype, lengths=numbers[0], distinct=numbers[1], work=Workload(requests=requests), rounds=rounds)

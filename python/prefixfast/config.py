@@ -1,0 +1,196 @@
+"""Every option of prefixfast: four frozen dataclasses. Command-line flags, documentation and error messages come from their fields.
+
+A field's meaning stands once, in its metadata; unknown names are errors with a hint for the names other libraries use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+
+from prefixfast.errors import ConfigError
+
+HINTS = {
+    "num_virtual_tokens": "prefix_length",
+    "prefix_projection": "reparameterization='mlp'",
+    "per_device_train_batch_size": "batch_size (examples of each prefix in one optimizer step)",
+    "gradient_accumulation_steps": "token_budget (a batch that exceeds it is accumulated)",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "beam_size": "num_beams",
+    "attn_implementation": "backend",
+}
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with its one description."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class Options:
+    """What the four dataclasses share: checked construction and updates."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            _check_type(type(self).__name__, field.name, getattr(self, field.name), hints[field.name])
+        self.validate()
+
+    def validate(self) -> None:
+        """Raise `ConfigError` for values that cannot work."""
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The field names."""
+        return tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    @classmethod
+    def make(cls, config: Self | Mapping[str, Any] | None = None, **fields: Any) -> Self:
+        """A config from another one (or a mapping) with some fields replaced.
+
+        Raises:
+            ConfigError: For an unknown name or a wrong value.
+        """
+        if isinstance(config, cls):
+            base: dict[str, Any] = {n: getattr(config, n) for n in cls.names()}
+        elif config is None or isinstance(config, Mapping):
+            base = dict(config or {})
+        else:
+            msg = f"config: expected a {cls.__name__} or a mapping, got {type(config).__name__}"
+            raise ConfigError(msg)
+        merged = base | fields
+        for name in merged:
+            if name not in cls.names():
+                raise ConfigError(unknown_option(name, cls.names(), cls.__name__))
+        return cls(**merged)
+
+
+def unknown_option(name: str, known: tuple[str, ...], what: str) -> str:
+    """The message for an option that does not exist, with the likeliest one that does."""
+    hint = HINTS.get(name)
+    if hint is None or hint.split("=")[0].split(" ")[0] not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = close[0] if close else None
+    return f"{what}: unknown option {name!r}; " + (f"did you mean {hint}?" if hint else f"known are {', '.join(known)}")
+
+
+def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
+    options = get_args(hint) if get_origin(hint) is not Literal else (hint,)
+    for kind in options or (hint,):
+        if get_origin(kind) is Literal:
+            if value in get_args(kind) and not (isinstance(value, bool) ^ any(isinstance(a, bool) for a in get_args(kind) if a == value)):
+                return
+        elif kind is type(None):
+            if value is None:
+                return
+        elif kind is float:
+            if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+                return
+        elif get_origin(kind) is tuple:
+            if isinstance(value, tuple):
+                return
+        elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return
+    shown = " | ".join(repr(a) if get_origin(k) is Literal else getattr(k, "__name__", str(k)) for k in options or (hint,) for a in (get_args(k) or (k,)))
+    msg = f"{owner}.{name}: expected {shown}, got {value!r}"
+    raise ConfigError(msg)
+
+
+def at_least(owner: Options, **limits: float) -> None:
+    """Raise `ConfigError` for a number under its limit; None passes."""
+    for name, limit in limits.items():
+        value = getattr(owner, name)
+        if value is not None and value < limit:
+            msg = f"{type(owner).__name__}.{name}: expected at least {limit:g}, got {value!r}"
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixConfig(Options):
+    """What is learned."""
+
+    prefix_length: int = option(10, "rows of keys and values learned for every layer (P)")
+    reparameterization: Literal["auto", "none", "mlp"] = option(
+        "auto", "'none' trains the keys and values themselves, 'mlp' trains the network that makes them"
+    )
+    encoder_hidden_size: int = option(512, "width of the reparameterization MLP")
+    prefix_dropout: float = option(0.0, "share of the prefix's keys and values dropped in training")
+    pos_start: Literal["after", "zero"] = option("after", "position of the first token: after the prefix (P, as PEFT) or zero")
+
+    def validate(self) -> None:
+        """See `Options.validate`."""
+        at_least(self, prefix_length=1, encoder_hidden_size=1, prefix_dropout=0)
+        if self.prefix_dropout >= 1:
+            msg = f"PrefixConfig.prefix_dropout: expected less than 1, got {self.prefix_dropout!r}"
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Options):
+    """How a prefix is trained. Everything but ``token_budget`` is per prefix: a prefix comes out the same alone or among thousands."""
+
+    loss: Literal["token_mean", "sequence_sum"] = option("token_mean", "mean over the batch's target tokens, or the paper's sum over tokens and mean over rows")
+    num_train_epochs: float = option(3.0, "passes over the rows; ignored when max_steps is given")
+    max_steps: int | None = option(None, "optimizer steps of each prefix")
+    batch_size: int = option(10, "examples of EACH prefix in one optimizer step (changes results)")
+    token_budget: int = option(4096, "tokens in one forward pass (memory only, does not change results)")
+    learning_rate: float | None = option(None, "peak rate; by default 5e-2 for reparameterization 'none', 1e-3 for 'mlp'")
+    lr_scheduler_type: Literal["linear", "constant"] = option("linear", "after warm-up, decay linearly to zero at the last step, or stay")
+    warmup_steps: int = option(0, "steps in which the rate rises linearly from zero")
+    weight_decay: float = option(0.0, "AdamW's decoupled decay")
+    max_grad_norm: float = option(1.0, "clip each prefix's gradient to this norm; 0 turns it off")
+    max_length: int | None = option(None, "longest row in tokens; by default what the model allows")
+    overflow: Literal["error", "truncate", "skip"] = option("error", "a row over max_length: raise, cut the start of its prompt, or leave it out (counted)")
+    shuffle: bool = option(True, "draw a new order of the rows in every epoch; false keeps theirs")
+    seed: int = option(0, "initialization, order of rows, dropout")
+    eval_steps: int | None = option(None, "evaluate every so many steps; by default at the end, when eval_data is given")
+    logging_steps: int = option(10, "a line of log.jsonl every so many steps")
+
+    def validate(self) -> None:
+        """See `Options.validate`."""
+        at_least(self, max_steps=1, batch_size=1, token_budget=1, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_length=2, eval_steps=1, logging_steps=1)
+        if not self.num_train_epochs > 0:
+            msg = f"TrainConfig.num_train_epochs: expected more than 0, got {self.num_train_epochs!r}"
+            raise ConfigError(msg)
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            msg = f"TrainConfig.learning_rate: expected more than 0, got {self.learning_rate!r}"
+            raise ConfigError(msg)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationParams(Options):
+    """How text is chosen; None inherits: call > request > prefix > the base's generation_config > greedy, 256 new tokens."""
+
+    max_new_tokens: int | None = option(None, "most tokens to generate")
+    min_new_tokens: int | None = option(None, "no end token before this many")
+    num_beams: int | None = option(None, "beams; 1 is greedy")
+    length_penalty: float | None = option(None, "exponent of the length that divides a beam's score")
+    early_stopping: Literal[True, False, "never"] | None = option(None, "when a beam search may stop, as transformers defines it")
+
+    def validate(self) -> None:
+        """See `Options.validate`."""
+        at_least(self, max_new_tokens=1, min_new_tokens=0, num_beams=1)
+
+    def over(self, fallback: GenerationParams) -> GenerationParams:
+        """These values where given, the fallback's elsewhere."""
+        return GenerationParams(**{n: getattr(self, n) if getattr(self, n) is not None else getattr(fallback, n) for n in self.names()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(Options):
+    """Memory and batching of an engine."""
+
+    max_model_len: int | None = option(None, "longest prompt and generation in tokens, prefix not counted; by default what the model allows, at most 4096")
+    max_num_seqs: int = option(64, "rows decoded together (a request takes one a beam)")
+    max_num_batched_tokens: int = option(4096, "prompt tokens in one prefill pass")
+    kv_cache_memory: int | None = option(None, "bytes of keys and values, prefixes included; by default a quarter of free memory, at most 8 GiB")
+    num_threads: int | None = option(None, "CPU threads; by default torch's setting")
+
+    def validate(self) -> None:
+        """See `Options.validate`."""
+        at_least(self, max_model_len=2, max_num_seqs=1, max_num_batched_tokens=1, kv_cache_memory=1, num_threads=1)

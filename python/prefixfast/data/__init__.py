@@ -1,0 +1,1 @@
+"""Rows and tasks: from files and tables to the strings that a model sees."""

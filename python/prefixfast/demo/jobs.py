@@ -1,0 +1,110 @@
+"""The demo's three jobs: a restaurant's description, an invitation to a friend, an announcement of an event.
+
+Each has its own table, its own kind of sentence and a check of the sentence's form that does not look at any value.
+Held-out rows are drawn from held-out values only, which neither the base's text nor any training row holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import TypedDict
+
+from prefixfast.demo.corpus import draw_scene, expand
+from prefixfast.demo.values import Split
+from prefixfast.errors import ConfigError
+
+
+class Row(TypedDict):
+    """A table and one sentence that says it."""
+
+    table: dict[str, str]
+    ref: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to teach a prefix.
+
+    Attributes:
+        name: The job's name.
+        about: What it does, in a few words.
+        scene: Which of the corpus' scenes gives the table.
+        form: What a sentence of this job looks like, whatever its values are.
+        init_words: Words whose keys and values the prefix starts from.
+        patterns: The reference sentences, in the grammar of `prefixfast.demo.corpus`.
+    """
+
+    name: str
+    about: str
+    scene: str
+    form: str
+    init_words: str
+    patterns: tuple[str, ...]
+
+    def rows(self, split: Split, n: int, seed: int) -> list[Row]:
+        """``n`` different rows of one side of the split, the same ones for the same seed.
+
+        Raises:
+            ConfigError: ``n`` is negative.
+        """
+        if n < 0:
+            msg = f"expected a number of rows of at least 0, got {n}"
+            raise ConfigError(msg)
+        rng = Random(f"{self.name} {split} {seed}")
+        seen: dict[tuple[str, ...], Row] = {}
+        while len(seen) < n:
+            table = draw_scene(rng, self.scene, split)
+            row = Row(table=table, ref=expand(rng, rng.choice(self.patterns), table))
+            if len(set(table.values())) == len(table):  # one name for two keys would count twice in `coverage`
+                seen.setdefault(tuple(table.values()), row)
+        return list(seen.values())
+
+    def check(self, text: str) -> bool:
+        """Whether ``text`` has this job's form."""
+        return re.fullmatch(self.form, text.strip()) is not None
+
+
+JOBS: tuple[Job, ...] = (
+    Job(
+        name="describe",
+        about="a restaurant's table becomes a sentence of a travel guide",
+        scene="eatery",
+        form=r"[A-Z][^.?!\"]*\.",
+        init_words="These two notes belong together. First come the facts, then a description.",
+        patterns=(
+            "{name} is a (cosy/quiet/lively/friendly) (restaurant/inn) in {town} that serves {food} for {price}.",
+            "In {town} there is {name}, a (cosy/quiet/lively/friendly) (restaurant/inn) known for its {food} for {price}.",
+        ),
+    ),
+    Job(
+        name="invite",
+        about="a plan for a trip becomes a question to the friend",
+        scene="trip",
+        form=r"\"[A-Z][^.?!\"]*\?\"",
+        init_words="These two notes belong together. First come the facts, then a question to a friend.",
+        patterns=(
+            '"{friend}, (would you like to come/will you come) to {place} with me on {day} and bring your {item}?"',
+            '"Are you free on {day}, {friend}, to travel to {place} with your {item}?"',
+        ),
+    ),
+    Job(
+        name="announce",
+        about="an event's table becomes a call to everyone",
+        scene="event",
+        form=r"(Attention|Good news|Last call|Listen), (everyone|neighbours|friends|all), [^.?!\"]*!",
+        init_words="These two notes belong together. First come the facts, then an announcement to everyone.",
+        patterns=(
+            "(Attention/Good news), (everyone/neighbours), {host} opens the {event} at {hall} Hall on {day}!",
+            "(Attention/Good news), (everyone/neighbours), come to {hall} Hall on {day} for the {event} with {host}!",
+        ),
+    ),
+)
+
+
+def coverage(text: str, table: Mapping[str, str]) -> float:
+    """The share of the table's values that ``text`` holds verbatim, in any letter case."""
+    found = [value.lower() in text.lower() for value in table.values()]
+    return sum(found) / len(found) if found else 1.0

@@ -1,0 +1,1 @@
+"""Generation: requests with any prefixes, packed together, over one frozen base."""

@@ -1,0 +1,219 @@
+"""What goes into the engine and what comes out, and the checks between a user's batch and both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefixfast.config import GenerationParams
+from prefixfast.data.tasks import INPUT_KEYS, TARGET_KEYS, Task, find_task
+from prefixfast.errors import ConfigError, RequestError
+from prefixfast.model import Model
+from prefixfast.prefix import Prefix
+
+Input = str | list[int] | Mapping[str, Any]
+BUILT_IN = GenerationParams(max_new_tokens=256, min_new_tokens=0, num_beams=1, length_penalty=1.0, early_stopping=False)
+MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
+EXTRA_KEYS = frozenset({"prefix", "id", "params", *TARGET_KEYS})
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One request's result; ``str(generation)`` is its text.
+
+    Attributes:
+        index: Place in the batch.
+        id: The request's ``id``, if it had one.
+        text: Without special tokens.
+        token_ids: Generated tokens, the end token included.
+        finish_reason: ``"stop"`` (end token) or ``"length"``.
+        score: Beam search's length-normalized log-probability (natural log); None for greedy.
+        prefix_digest: Digests of the request's prefixes, joined by "+"; None without one.
+        usage: ``prompt_tokens``, ``completion_tokens``, ``prefix_rows``.
+    """
+
+    index: int
+    id: Any
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+    score: float | None
+    prefix_digest: str | None
+    usage: dict[str, int]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked request.
+
+    Attributes:
+        index: Place in the batch.
+        id: As the user gave it.
+        ids: Prompt tokens, int32.
+        prefixes: Left to right.
+        params: Resolved, nothing is None.
+        task: How the text is cleaned.
+    """
+
+    index: int
+    id: Any
+    ids: NDArray[np.int32]
+    prefixes: tuple[Prefix, ...]
+    params: GenerationParams
+    task: Task
+
+
+def make_requests(model: Model, batch: Sequence[Input], prefixes: Any, call: GenerationParams, max_model_len: int) -> list[Request]:
+    """Check a whole batch before any work.
+
+    Args:
+        model: The base.
+        batch: Prompts: strings, lists of token ids, or rows without their target.
+        prefixes: None, one prefix for all, one entry a request (each None, a prefix, or a sequence that composes), or a mapping for rows with a ``prefix`` key.
+        call: Parameters of this call.
+        max_model_len: Longest prompt plus generation in tokens.
+
+    Raises:
+        RequestError: For one bad request, with its index.
+        ConfigError: For arguments that do not fit each other.
+        BaseMismatchError: For a prefix of another base.
+    """
+    if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence) or (batch and isinstance(batch[0], int)):
+        got = "a flat list of ints" if isinstance(batch, list) else type(batch).__name__
+        msg = f"batch: expected a sequence of requests, got {got}; wrap one request in a list"
+        raise ConfigError(msg)
+    chosen = _assign(batch, prefixes)
+    for prefix in {id(p): p for ps in chosen for p in ps}.values():
+        model.check_prefix(prefix)
+    tasks = [_task(item, i, ps) for i, (item, ps) in enumerate(zip(batch, chosen, strict=True))]
+    ids = _encode(model, batch, tasks)
+    inherited = _base_defaults(model)
+    requests = []
+    for i, (item, own, ps, task) in enumerate(zip(batch, ids, chosen, tasks, strict=True)):
+        limit = min(max_model_len, model.max_positions - max((p.pos_start for p in ps), default=0))
+        params = _params(item, i, ps, call, inherited, len(own), limit)
+        requests.append(Request(i, item.get("id") if isinstance(item, Mapping) else None, own, ps, params, task))
+    return requests
+
+
+def _assign(batch: Sequence[Input], prefixes: Any) -> list[tuple[Prefix, ...]]:
+    """The prefixes of every request."""
+    if prefixes is None or isinstance(prefixes, Prefix):
+        return [_composition(prefixes, i) for i in range(len(batch))]
+    if isinstance(prefixes, Mapping):
+        out = []
+        for i, item in enumerate(batch):
+            name = item.get("prefix") if isinstance(item, Mapping) else None
+            if name not in prefixes:
+                msg = f"request {i}: expected a 'prefix' key with one of {sorted(map(str, prefixes))[:10]}, got {name!r}"
+                raise RequestError(msg, index=i)
+            out.append(_composition(prefixes[name], i))
+        return out
+    if isinstance(prefixes, str) or not isinstance(prefixes, Sequence):
+        got = type(prefixes).__name__
+        msg = f"prefixes: expected a Prefix, a sequence with one entry a request, or a mapping, got {got}; read a folder with Prefix.from_pretrained"
+        raise ConfigError(msg)
+    if len(prefixes) != len(batch):
+        msg = f"prefixes: expected one entry for each of the {len(batch)} requests, got {len(prefixes)}; one prefix for all is given without a list"
+        raise ConfigError(msg)
+    return [_composition(entry, i) for i, entry in enumerate(prefixes)]
+
+
+def _composition(entry: Any, index: int) -> tuple[Prefix, ...]:
+    composed = isinstance(entry, Sequence) and not isinstance(entry, str)
+    parts = () if entry is None else tuple(entry) if composed else (entry,)
+    for part in parts:
+        if not isinstance(part, Prefix):
+            msg = f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {part!r:.80}; read a folder with Prefix.from_pretrained"
+            raise RequestError(msg, index=index)
+    if len({p.digest for p in parts}) != len(parts):
+        msg = f"request {index}: the same prefix twice in one composition"
+        raise RequestError(msg, index=index)
+    return parts
+
+
+def _task(item: Input, index: int, prefixes: tuple[Prefix, ...]) -> Task:
+    """The task of a request: its last prefix's, else told by the row."""
+    spec = next((p.linearizer for p in reversed(prefixes) if p.linearizer is not None), None)
+    task = Task.from_spec(spec) if spec is not None else None
+    if not isinstance(item, Mapping):
+        return task or Task("prompt")
+    if unknown := set(item) - EXTRA_KEYS - set(INPUT_KEYS):
+        msg = f"request {index}: unknown keys {sorted(map(str, unknown))}; known are {sorted({*EXTRA_KEYS, *INPUT_KEYS})}"
+        raise RequestError(msg, index=index)
+    if "prompt" in item:
+        return Task("prompt") if task is None else Task("prompt", strip=task.strip)
+    return task if task is not None and task.linearizer is not None else find_task(None, item)
+
+
+def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDArray[np.int32]]:
+    """Token ids of every prompt; rows of one task are linearized together."""
+    texts: dict[int, str] = {}
+    for task in {id(t): t for t in tasks}.values():
+        rows = [i for i, (item, t) in enumerate(zip(batch, tasks, strict=True)) if t is task and isinstance(item, Mapping)]
+        if rows:
+            texts |= zip(rows, task.prompts([batch[i] for i in rows], model.need_tokenizer().eos), strict=True)  # type: ignore[misc]
+    texts |= {i: item for i, item in enumerate(batch) if isinstance(item, str)}
+    out: dict[int, NDArray[np.int32]] = {}
+    if texts:
+        out = dict(zip(texts, model.need_tokenizer().encode(list(texts.values())), strict=True))
+    for i, item in enumerate(batch):
+        if i not in out:
+            out[i] = _given_ids(item, i, model.vocab_size)
+        if not len(out[i]):
+            msg = f"request {i}: the prompt has no tokens"
+            raise RequestError(msg, index=i)
+    return [out[i] for i in range(len(batch))]
+
+
+def _given_ids(item: Any, index: int, vocab_size: int) -> NDArray[np.int32]:
+    ids = np.asarray(item) if isinstance(item, list | np.ndarray) else np.zeros(0)
+    if ids.ndim != 1 or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= vocab_size)) or not isinstance(item, list | np.ndarray):
+        msg = f"request {index}: expected a string, a list of token ids from 0 to {vocab_size - 1}, or a row, got {item!r:.80}"
+        raise RequestError(msg, index=index)
+    return ids.astype(np.int32)
+
+
+def _base_defaults(model: Model) -> GenerationParams:
+    """What the base's generation_config says, within caps."""
+    config = getattr(model.hf, "generation_config", None)
+    found = {n: getattr(config, n, None) for n in GenerationParams.names()}
+    return _capped(GenerationParams(**{k: v for k, v in found.items() if v is not None}))
+
+
+def _capped(p: GenerationParams) -> GenerationParams:
+    return GenerationParams.make(
+        p,
+        max_new_tokens=None if p.max_new_tokens is None else min(p.max_new_tokens, MOST_NEW_TOKENS),
+        num_beams=None if p.num_beams is None else min(p.num_beams, MOST_BEAMS),
+    )
+
+
+def _params(
+    item: Input, index: int, prefixes: tuple[Prefix, ...], call: GenerationParams, inherited: GenerationParams, prompt: int, limit: int
+) -> GenerationParams:
+    """Call > request > prefix > base > built-in; a length that nobody asked for here is cut to what fits."""
+    try:
+        asked = call.over(GenerationParams.make(item.get("params") if isinstance(item, Mapping) else None))
+        loaded = inherited
+        for prefix in prefixes:
+            loaded = _capped(GenerationParams.make(dict(prefix.decoding))).over(loaded)
+    except ConfigError as e:
+        msg = f"request {index}: {e}"
+        raise RequestError(msg, index=index) from e
+    params = asked.over(loaded).over(BUILT_IN)
+    room = limit - prompt
+    if room < 1 or (asked.max_new_tokens or 0) > room:
+        new = asked.max_new_tokens or "at least 1"
+        msg = f"request {index}: {prompt} prompt tokens and {new} new ones exceed the limit of {limit}; shorten the prompt or lower max_new_tokens"
+        raise RequestError(msg, index=index)
+    assert params.max_new_tokens is not None
+    most = min(params.max_new_tokens, room)
+    return GenerationParams.make(params, max_new_tokens=most, min_new_tokens=min(params.min_new_tokens or 0, most))

@@ -1,0 +1,234 @@
+"""`load`: a Hugging Face model, its tokenizer and the attachment, as one object that training and generation share."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from prefixfast import ops
+from prefixfast.attach import Handle, LayerShape, attach, packed_forward
+from prefixfast.errors import BaseMismatchError, ConfigError
+from prefixfast.fingerprint import check_base, fingerprint
+from prefixfast.plan import Plan
+from prefixfast.prefix import Prefix
+from prefixfast.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(eq=False)
+class Model:
+    """An attached base.
+
+    Attributes:
+        hf: The Hugging Face model, frozen.
+        backend: Which kernels attention runs on.
+        handle: The attachment.
+        tokenizer: None if the base came as an object without one.
+    """
+
+    hf: PreTrainedModel
+    backend: str
+    handle: Handle
+    tokenizer: Tokenizer | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base lies."""
+        return self.hf.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.hf.dtype
+
+    @property
+    def layers(self) -> tuple[LayerShape, ...]:
+        """Heads of every attention layer."""
+        return self.handle.layers
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the base was built for."""
+        return int(self.hf.config.get_text_config().max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the input embedding."""
+        return int(self.hf.get_input_embeddings().weight.shape[0])
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """See `prefixfast.fingerprint`."""
+        return fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
+
+    def forward(self, plan: Plan, ids: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of one packed forward of tokens ``[N]``."""
+        return packed_forward(self.hf, plan, ids)
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        if self.tokenizer is None:
+            msg = "this base has no tokenizer: give token ids, or load(model, tokenizer=...)"
+            raise ConfigError(msg)
+        return self.tokenizer
+
+    def check_prefix(self, prefix: Prefix, what: str = "the prefix") -> None:
+        """Raise `BaseMismatchError` unless ``prefix`` has a block of this base's shape for every layer and was made for it."""
+        check_base(dict(prefix.base) if prefix.base else None, self.fingerprint, what)
+        expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(self.layers) for x in "kv"}
+        got = {name: tuple(t.shape[1:]) for name, t in prefix.kv.items()}
+        if got != expected or len({len(t) for t in prefix.kv.values()}) != 1:
+            name = min(set(expected.items()) ^ set(got.items()), default=("", ""))[0]
+            msg = (
+                f"{what}: expected one length and {len(self.layers)} layers of [P, H, D] as in this base "
+                f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers"
+                + (f", {name}: {got.get(name)} where {expected.get(name)} is expected" if name else " of different lengths")
+                + "; was it trained on another model?"
+            )
+            raise BaseMismatchError(msg)
+
+    def close(self) -> None:
+        """Give the Hugging Face model back as it was."""
+        self.handle.detach()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(
+    model: str | Path | PreTrainedModel | Model,
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    revision: str | None = None,
+    backend: str = "auto",
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
+) -> Model:
+    """Load a base model and attach it.
+
+    Args:
+        model: Hub id, local folder, a loaded Hugging Face model (attached in place until `Model.close`), or a `Model` (returned as it is).
+        tokenizer: Hugging Face tokenizer; by default the one beside the model.
+        dtype: Compute dtype; ``"auto"``: bfloat16 on a GPU and on CPUs with AVX512-BF16 or AMX, else float32. A loaded model keeps its own.
+        device: ``"auto"``: a GPU if there is one.
+        revision: Of a hub id.
+        backend: ``"auto"`` or one of `prefixfast.ops.BACKENDS`.
+        trust_remote_code: Run code from the model's repository.
+        local_files_only: Do not ask the hub.
+
+    Raises:
+        ConfigError: For a model that cannot work, or options that do not fit.
+    """
+    if isinstance(model, Model):
+        return model
+    chosen = ops.choose_backend(backend)
+    if not isinstance(model, str | Path):
+        return _wrap(model, tokenizer, chosen)
+    where = _device(device)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=_dtype(dtype, where), **common).to(where)
+    return _wrap(hf, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common), chosen)
+
+
+def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
+    if not isinstance(hf, PreTrainedModel):
+        msg = f"model: expected a hub id, a folder, a transformers model or a prefixfast Model, got {type(hf).__name__}"
+        raise ConfigError(msg)
+    if tokenizer is None and (name := str(getattr(hf, "name_or_path", "") or "")):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
+        except (OSError, ValueError) as e:
+            logger.warning("no tokenizer found beside %s (%s): token ids only", name, e)
+    return Model(hf, backend, attach(hf), None if tokenizer is None else Tokenizer.from_hf(tokenizer))
+
+
+@dataclass
+class _Cached:
+    key: tuple[Any, ...]
+    model: Model
+
+
+_CACHE: list[_Cached] = []
+_CACHE_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def borrowed(model: str | Path | PreTrainedModel | Model) -> Iterator[Model]:
+    """A base for the time of one call: a name is loaded once per process and kept, an object is attached and given back, a `Model` is used as it is."""
+    if isinstance(model, Model):
+        yield model
+    elif isinstance(model, str | Path):
+        with _CACHE_LOCK:
+            key = (str(model),)
+            if not _CACHE or _CACHE[0].key != key:
+                _drop()
+                _CACHE.append(_Cached(key, load(model)))
+            kept = _CACHE[0].model
+        yield kept
+    else:
+        loaded = load(model)
+        try:
+            yield loaded
+        finally:
+            loaded.close()
+
+
+def unload() -> None:
+    """Free the base that this process keeps for calls by name."""
+    with _CACHE_LOCK:
+        _drop()
+
+
+def _drop() -> None:
+    while _CACHE:
+        _CACHE.pop().model.close()
+
+
+def _device(name: str | torch.device) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    slow = device.type == "cpu" and not has_fast_bf16()
+    if dtype == "auto":
+        if slow:
+            logger.info("dtype auto: float32, since this CPU has neither AVX512-BF16 nor AMX")
+        return torch.float32 if slow else torch.bfloat16
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen is None:
+        msg = f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}"
+        raise ConfigError(msg)
+    if device.type == "cpu" and chosen == torch.float16:
+        msg = "dtype float16 is for GPUs; use float32 or bfloat16 on a CPU"
+        raise ConfigError(msg)
+    if slow and chosen == torch.bfloat16:
+        logger.warning("bfloat16 without AVX512-BF16 or AMX: matrix products are about 4 times slower than in float32")
+    return chosen

@@ -1,0 +1,117 @@
+"""The Plan: what one packed forward needs besides the tokens. The only place that turns the Rust planner's buffers into tensors.
+
+Shape letters: S sequences, N packed tokens, R decode rows, L layers, P prefix rows, H kv heads, D head dim.
+A plan is immutable and travels as a keyword of the model's forward, so that recomputation in backward sees the plan of its own forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from prefixfast_kernels.tables import DecodeTables, PackedTables
+from torch import Tensor
+
+from prefixfast import _rust
+
+LayerKV = tuple[Tensor, Tensor]
+Sections = Mapping[str, tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Where inference keeps keys and values.
+
+    Attributes:
+        layers: Per layer keys and values ``[arena rows, H, D]``; prefix blocks, prompts and generated tokens are rows of them.
+        table: ``[decode rows, Tmax]`` int32: arena row of each token of each decode row.
+    """
+
+    layers: Sequence[LayerKV]
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One packed forward.
+
+    Attributes:
+        position_ids: ``[1, N]`` or, in decode, ``[1, R]``.
+        backend: See `prefixfast.ops.BACKENDS`.
+        reach: Most keys that one query can see; a window of at least this many tokens cuts nothing.
+        packed: Tables of training and prefill.
+        decode: Tables of a decode step.
+        prefix: Per layer the trained keys and values ``[sum P, H, D]`` of the batch's prefixes; None: prefix rows lie in the arena.
+        arena: Inference only.
+        slots: ``[N]`` arena row of each new token.
+        max_len: Longest row of a decode step.
+        logits_at: ``[n]`` tokens whose logits are wanted; None: all.
+        log: Only in the dry run of `attach`: every attention call adds its layer, query heads, kv heads and head dim.
+    """
+
+    position_ids: Tensor
+    backend: str
+    reach: int
+    packed: PackedTables | None = None
+    decode: DecodeTables | None = None
+    prefix: Sequence[LayerKV] | None = None
+    arena: Arena | None = None
+    slots: Tensor | None = None
+    max_len: int = 0
+    logits_at: Tensor | None = None
+    log: list[tuple[int, int, int, int]] | None = None
+
+    def window(self, sliding_window: int | None) -> int:
+        """The layer's sliding window in tokens if it can hide something in this forward, else 0."""
+        return sliding_window if sliding_window and sliding_window < self.reach else 0
+
+    def with_logits_at(self, index: Tensor) -> Plan:
+        """The same plan with logits at ``index`` ``[n]`` only."""
+        return replace(self, logits_at=index)
+
+
+def section(buffer: Tensor, place: tuple[int, int, int]) -> Tensor:
+    """The view of one table."""
+    offset, rows, cols = place
+    return buffer.narrow(0, offset, rows * cols).view(rows, cols) if cols else buffer.narrow(0, offset, rows)
+
+
+def packed_tables(buffer: Tensor, sections: Sections) -> PackedTables:
+    """The packed tables of a planner's buffer."""
+    return PackedTables(*(section(buffer, sections[name]) for name in PackedTables._fields))
+
+
+def training_plan(
+    lengths: NDArray[np.int32],
+    prefix_indptr: NDArray[np.int32],
+    prefix_of: NDArray[np.int32],
+    prefix_rows: NDArray[np.int32],
+    prefix: Sequence[LayerKV] | None,
+    *,
+    backend: str,
+    device: torch.device | str = "cpu",
+) -> Plan:
+    """Plan of one micro-batch on separate keys.
+
+    Args:
+        lengths: Tokens of each sequence, int32 ``[S]``.
+        prefix_indptr: int32 ``[S + 1]``: sequence s sees prefixes ``prefix_of[prefix_indptr[s]:prefix_indptr[s + 1]]``, composed left to right.
+        prefix_of: int32, numbers of prefixes.
+        prefix_rows: int32 ``[prefixes, 4]``: first row, rows, pos_start, slides.
+        prefix: Per layer keys and values ``[sum P, H, D]``; gradients flow to them. None without prefixes.
+        backend: See `prefixfast.ops.BACKENDS`.
+        device: Where the model runs.
+    """
+    planned = _rust.plan_packed(lengths, prefix_indptr, prefix_of, prefix_rows, tile_rows=0)
+    buffer = torch.from_numpy(planned.buffer).to(device)
+    positions = section(buffer, planned.sections["position_ids"])[None]
+    return Plan(positions, backend, planned.reach, packed=packed_tables(buffer, planned.sections), prefix=prefix)
+
+
+def plain_plan(lengths: Sequence[int], *, backend: str, device: torch.device | str = "cpu") -> Plan:
+    """Plan of sequences of these lengths without prefixes."""
+    none = np.zeros(0, np.int32)
+    return training_plan(np.array(lengths, np.int32), np.zeros(len(lengths) + 1, np.int32), none, none.reshape(0, 4), None, backend=backend, device=device)

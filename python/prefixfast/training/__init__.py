@@ -1,0 +1,1 @@
+"""Training: rows in packed batches, all prefixes of a run at once."""

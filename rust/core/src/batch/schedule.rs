@@ -1,0 +1,248 @@
+//! The scheduler: it alone owns queue, decode rows, arena rows and prefix pins of one engine.
+
+mod admit;
+mod request;
+mod residency;
+mod size;
+mod step;
+mod trial;
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::Arc;
+
+use super::slots::Slots;
+use super::tables::Tables;
+use crate::error::{Error, Result};
+pub use request::Request;
+use request::{Entry, Phase};
+use residency::Residency;
+use size::Most;
+pub use step::{StepHeader, StepTables};
+
+/// Arena rows are handed out by this many.
+pub const UNIT: usize = 16;
+/// Rows at the arena's end that are never handed out: kernels read past a block's tail. The last one is the scratch slot.
+pub const TAIL: usize = 64;
+/// Largest arena, prefix and position.
+const MAX_ROWS: usize = 1 << 30;
+
+/// What a scheduler works with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows of the arena, at least 80.
+    pub arena_rows: usize,
+    /// Decode rows.
+    pub max_rows: usize,
+    /// Most prompt tokens in one prefill; a longer prompt goes alone.
+    pub max_batched_tokens: usize,
+    /// Height of the prefill's tiles; 0 makes none.
+    pub tile_rows: usize,
+    /// Most groups of the prefill's padded layout.
+    pub buckets: usize,
+}
+
+/// Requests from their arrival to their end.
+///
+/// A step is [`Scheduler::plan_step`], the forward, [`Scheduler::commit`]. A request is admitted with everything it will ever need, so
+/// nothing is preempted. When no request is running, everything but the loads under way can be evicted for the head of the queue, and `add`
+/// refuses what an empty arena cannot hold: so every request is served in the end.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    most: Most,
+    arrivals: u64,
+    admissions: u64,
+    requests: HashMap<i64, Entry>,
+    /// Waiting requests, first come first served within a priority.
+    queue: BTreeMap<(Reverse<i64>, u64), i64>,
+    /// Admitted requests without prefill, in order of admission.
+    admitted: BTreeMap<u64, i64>,
+    /// Prefilled requests by their prefixes, so that rows with the same prefixes are neighbours.
+    decoding: BTreeMap<(Arc<[i64]>, u64), i64>,
+    cancelled: BTreeSet<i64>,
+    residency: Residency,
+    arena: Slots,
+    rows: Slots,
+    /// Requests of the step that waits for its commit: prefilled, decoded.
+    in_flight: Option<(Vec<i64>, Vec<i64>)>,
+    scratch: Tables,
+}
+
+impl Scheduler {
+    /// An empty scheduler.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a limit out of range.
+    pub fn new(limits: Limits) -> Result<Self> {
+        let ranges = [
+            ("arena_rows", limits.arena_rows, TAIL + UNIT),
+            ("max_rows", limits.max_rows, 1),
+            ("max_batched_tokens", limits.max_batched_tokens, 1),
+            ("tile_rows", limits.tile_rows, 0),
+            ("buckets", limits.buckets, 1),
+        ];
+        for (name, value, least) in ranges {
+            if !(least..=MAX_ROWS).contains(&value) {
+                return Err(Error::Config(format!(
+                    "{name} is {value}: expected {least} to {MAX_ROWS}"
+                )));
+            }
+        }
+        Ok(Self {
+            limits,
+            most: Most::default(),
+            arrivals: 0,
+            admissions: 0,
+            requests: HashMap::new(),
+            queue: BTreeMap::new(),
+            admitted: BTreeMap::new(),
+            decoding: BTreeMap::new(),
+            cancelled: BTreeSet::new(),
+            residency: Residency::default(),
+            arena: Slots::new((limits.arena_rows - TAIL) / UNIT),
+            rows: Slots::new(limits.max_rows),
+            in_flight: None,
+            scratch: Tables::default(),
+        })
+    }
+
+    /// Makes a prefix known; its rows are loaded when a request needs them. A prefix of 0 rows is never loaded.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the number is taken or a value is beyond 2**30.
+    pub fn register_prefix(
+        &mut self,
+        prefix: i64,
+        rows: usize,
+        pos_start: usize,
+        slides: bool,
+    ) -> Result<()> {
+        for (name, value) in [("rows", rows), ("pos_start", pos_start)] {
+            if value > MAX_ROWS {
+                return Err(Error::Config(format!(
+                    "{name} of prefix {prefix} is {value}: expected at most {MAX_ROWS}"
+                )));
+            }
+        }
+        self.residency.register(prefix, rows, pos_start, slides)
+    }
+
+    /// Forgets a prefix and frees its rows.
+    ///
+    /// # Errors
+    /// [`Error::UnknownPrefix`]; [`Error::State`] while a request uses it or it is being loaded.
+    pub fn forget_prefix(&mut self, prefix: i64) -> Result<()> {
+        self.residency.forget(prefix, &mut self.arena)
+    }
+
+    /// The load of a prefix is complete.
+    ///
+    /// # Errors
+    /// [`Error::UnknownPrefix`]; [`Error::State`] if it is not being loaded.
+    pub fn prefix_ready(&mut self, prefix: i64) -> Result<()> {
+        self.residency.ready(prefix)
+    }
+
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for a number out of range, an id that is queued or running, or more rows than there will ever be;
+    /// [`Error::UnknownPrefix`].
+    pub fn add(&mut self, request: Request) -> Result<()> {
+        if self.requests.contains_key(&request.id) {
+            return Err(Error::Request(format!(
+                "request {} is already queued or running: expected a new id",
+                request.id
+            )));
+        }
+        request.check_numbers()?;
+        let prefix_units = self.residency.units_of(&request.prefixes)?;
+        self.check_room(&request, prefix_units)?;
+        self.most.see(&request);
+        self.residency.hold(&request.prefixes);
+        self.queue
+            .insert((Reverse(request.priority), self.arrivals), request.id);
+        self.requests.insert(
+            request.id,
+            Entry {
+                arrival: self.arrivals,
+                phase: Phase::Waiting,
+                request,
+            },
+        );
+        self.arrivals += 1;
+        Ok(())
+    }
+
+    /// Drops a request at the next step. False if it is not known or already cancelled.
+    pub fn cancel(&mut self, id: i64) -> bool {
+        self.requests.contains_key(&id) && self.cancelled.insert(id)
+    }
+
+    /// Ends the step: its requests advance, the finished ones free everything.
+    ///
+    /// # Errors
+    /// [`Error::Request`] for an id that is not admitted or given twice; nothing has changed then.
+    pub fn commit(&mut self, finished: &[i64]) -> Result<()> {
+        let mut seen = BTreeSet::new();
+        for id in finished {
+            let admitted = self
+                .requests
+                .get(id)
+                .is_some_and(|entry| entry.phase.is_admitted());
+            if !admitted || !seen.insert(id) {
+                let what = if admitted {
+                    "given twice"
+                } else {
+                    "not running"
+                };
+                return Err(Error::Request(format!(
+                    "finished request {id} is {what}: expected each running request at most once"
+                )));
+            }
+        }
+        let (prefilled, decoded) = self.in_flight.take().unwrap_or_default();
+        for id in &decoded {
+            if let Some(Phase::Admitted(held)) =
+                self.requests.get_mut(id).map(|entry| &mut entry.phase)
+            {
+                held.steps += 1;
+            }
+        }
+        for id in prefilled {
+            if let Some(entry) = self.requests.get(&id) {
+                self.decoding
+                    .insert((Arc::clone(&entry.request.prefixes), entry.arrival), id);
+            }
+        }
+        for id in finished {
+            self.release(*id);
+        }
+        Ok(())
+    }
+
+    /// int32 entries that suffice for a step now. It grows with the largest requests seen and never shrinks.
+    #[must_use]
+    pub fn buffer_len(&self) -> usize {
+        self.most.buffer_len(&self.limits)
+    }
+
+    /// Requests in the queue.
+    #[must_use]
+    pub fn num_waiting(&self) -> usize {
+        self.queue.len()
+    }
+
+    /// Admitted requests.
+    #[must_use]
+    pub fn num_running(&self) -> usize {
+        self.requests.len() - self.queue.len()
+    }
+
+    /// Arena rows that nothing holds.
+    #[must_use]
+    pub fn free_rows(&self) -> usize {
+        self.arena.free() * UNIT
+    }
+}

@@ -1,0 +1,230 @@
+//! One step: its membership and its tables.
+
+use super::super::number::int;
+use super::super::plan::{Sequence, firsts, push_packed, rows};
+use super::super::tables::{Section, Tables};
+use super::super::uses::{Queries, push_uses};
+use super::Scheduler;
+use super::request::{Held, Phase, Request};
+use crate::error::{Error, Result};
+
+/// Tables of one forward.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StepTables {
+    /// Where they lie in the step's buffer.
+    pub sections: Vec<Section>,
+    /// The most keys a query can see.
+    pub reach: i32,
+}
+
+/// One step.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepHeader {
+    /// Prefixes to copy in and their first arena rows; to be done after the evictions.
+    pub loads: Vec<(i64, usize)>,
+    /// Prefixes whose arena rows were given up.
+    pub evictions: Vec<i64>,
+    /// Requests of the prefill, in segment order.
+    pub prefill_ids: Vec<i64>,
+    /// Requests of the decode, in row order.
+    pub decode_ids: Vec<i64>,
+    /// Requests dropped because they were cancelled, ascending.
+    pub cancelled: Vec<i64>,
+    /// Tables of the prefill.
+    pub prefill: Option<StepTables>,
+    /// Tables of the decode.
+    pub decode: Option<StepTables>,
+}
+
+type Member<'a> = (&'a Request, &'a Held);
+
+impl Scheduler {
+    /// Plans the next step and writes its tables into `out`.
+    ///
+    /// # Errors
+    /// [`Error::Capacity`] if `out` is shorter than [`Scheduler::buffer_len`]; [`Error::State`] if the last step was not committed, or a
+    /// request has used its `max_new` steps. Nothing has changed then.
+    pub fn plan_step(&mut self, out: &mut [i32]) -> Result<StepHeader> {
+        self.check_step(out.len())?;
+        let mut header = StepHeader::default();
+        self.drop_cancelled(&mut header);
+        self.admit(&mut header);
+        header.decode_ids = self.decoding.values().copied().collect();
+        header.prefill_ids = self.choose_prefill();
+        let mut tables = std::mem::take(&mut self.scratch);
+        tables.clear();
+        header.prefill = self.tables(&header.prefill_ids, &mut tables, push_prefill);
+        header.decode = self.tables(&header.decode_ids, &mut tables, push_decode);
+        debug_assert!(tables.data.len() <= out.len(), "buffer_len is too small");
+        if let Some(out) = out.get_mut(..tables.data.len()) {
+            out.copy_from_slice(&tables.data);
+        }
+        self.scratch = tables;
+        if header.prefill.is_some() || header.decode.is_some() {
+            self.in_flight = Some((header.prefill_ids.clone(), header.decode_ids.clone()));
+        }
+        Ok(header)
+    }
+
+    fn check_step(&self, len: usize) -> Result<()> {
+        let needed = self.buffer_len();
+        if len < needed {
+            return Err(Error::Capacity(format!(
+                "out holds {len} int32: expected at least {needed}; make it buffer_len long"
+            )));
+        }
+        if self.in_flight.is_some() {
+            return Err(Error::State("the last step is not committed: expected commit after each plan_step; call it first".to_owned()));
+        }
+        for id in self
+            .decoding
+            .values()
+            .filter(|id| !self.cancelled.contains(id))
+        {
+            if let Some((request, held)) = self.member(*id)
+                && held.steps >= request.max_new
+            {
+                return Err(Error::State(format!(
+                    "request {id} has used its {} steps: expected the engine to finish it; pass it to commit",
+                    request.max_new
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn member(&self, id: i64) -> Option<Member<'_>> {
+        let entry = self.requests.get(&id)?;
+        match &entry.phase {
+            Phase::Admitted(held) => Some((&entry.request, held)),
+            Phase::Waiting => None,
+        }
+    }
+
+    /// Ready requests in order of admission within the token budget, then ordered by prefixes.
+    fn choose_prefill(&mut self) -> Vec<i64> {
+        let mut chosen = Vec::new();
+        let mut tokens = 0;
+        for (&admission, &id) in &self.admitted {
+            let Some((request, _)) = self.member(id) else {
+                continue;
+            };
+            if !self.residency.are_ready(&request.prefixes) {
+                continue;
+            }
+            if tokens > 0 && tokens + request.prompt_len > self.limits.max_batched_tokens {
+                break;
+            }
+            tokens += request.prompt_len;
+            chosen.push((request.prefixes.clone(), admission, id));
+        }
+        chosen.sort_unstable();
+        for (_, admission, _) in &chosen {
+            self.admitted.remove(admission);
+        }
+        chosen.into_iter().map(|(_, _, id)| id).collect()
+    }
+
+    fn tables(
+        &self,
+        ids: &[i64],
+        tables: &mut Tables,
+        push: impl Fn(&Self, &mut Tables, &[Member<'_>]) -> i32,
+    ) -> Option<StepTables> {
+        if ids.is_empty() {
+            return None;
+        }
+        let members: Vec<Member<'_>> = ids.iter().filter_map(|id| self.member(*id)).collect();
+        let reach = push(self, tables, &members);
+        Some(StepTables {
+            sections: std::mem::take(&mut tables.sections),
+            reach,
+        })
+    }
+}
+
+fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
+    let sequences: Vec<Sequence<'_>> = members
+        .iter()
+        .map(|(request, held)| Sequence {
+            len: int(request.prompt_len),
+            pos_start: held.pos_start,
+            blocks: &held.blocks,
+        })
+        .collect();
+    let reach = push_packed(
+        tables,
+        &sequences,
+        scheduler.limits.tile_rows,
+        scheduler.limits.buckets,
+    );
+    let chunk = |(request, held): &Member<'_>| {
+        [
+            int(held.rows.start),
+            int(request.beams),
+            0,
+            int(request.prompt_len),
+        ]
+    };
+    tables.push_rows("chunk", members.iter().map(chunk));
+    tables.push(
+        "slots",
+        members
+            .iter()
+            .flat_map(|(request, held)| held.slots(0, request.prompt_len)),
+    );
+    let fill = members.iter().flat_map(|(request, held)| {
+        let rows = held.rows.start..held.rows.start + held.rows.len;
+        rows.flat_map(move |row| {
+            let slots = held.slots(0, request.prompt_len);
+            (0..)
+                .zip(slots)
+                .map(move |(position, slot)| [int(row), position, slot])
+        })
+    });
+    tables.push_rows("fill", fill);
+    let last = firsts(&sequences)
+        .into_iter()
+        .zip(&sequences)
+        .map(|(first, sequence)| first + sequence.len - 1);
+    tables.push("logits_idx", last.collect::<Vec<_>>());
+    reach
+}
+
+fn push_decode(_: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
+    let beams = || {
+        members
+            .iter()
+            .flat_map(|&(request, held)| (0..request.beams).map(move |beam| (request, held, beam)))
+    };
+    let len = |request: &Request, held: &Held| int(request.prompt_len + held.steps + 1);
+    tables.push(
+        "row",
+        beams().map(|(_, held, beam)| int(held.rows.start + beam)),
+    );
+    let slot = |(request, held, beam): (&Request, &Held, usize)| {
+        let token = request.prompt_len + beam * request.max_new + held.steps;
+        held.slots(token, 1).next().unwrap_or(0)
+    };
+    tables.push("slot", beams().map(slot));
+    tables.push("lens", beams().map(|(request, held, _)| len(request, held)));
+    tables.push(
+        "position_ids",
+        beams().map(|(request, held, _)| len(request, held) - 1 + held.pos_start),
+    );
+    let queries: Vec<Queries<'_>> = beams()
+        .enumerate()
+        .map(|(row, (request, held, _))| Queries {
+            first: int(row),
+            rows: 1,
+            position: len(request, held) - 1,
+            blocks: &held.blocks,
+        })
+        .collect();
+    push_uses(tables, &queries);
+    members
+        .iter()
+        .map(|(request, held)| len(request, held) + rows(&held.blocks))
+        .max()
+        .unwrap_or(0)
+}

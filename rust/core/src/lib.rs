@@ -1,0 +1,16 @@
+//! The part of prefixfast that needs neither Python nor tensors.
+//!
+//! * [`tokenize`], [`detokenize`]: text to ids and back, over the `tokenizers` crate, on this crate's own threads ([`pool`]).
+//! * [`linearize`]: tables to text.
+//! * [`batch`]: micro-batches, the tables of a packed forward, and the scheduler of a generation engine.
+//!
+//! Nothing here panics on any input: every failure is an [`Error`].
+
+pub mod batch;
+pub mod detokenize;
+pub mod error;
+pub mod linearize;
+pub mod pool;
+pub mod tokenize;
+
+pub use error::{Error, Result};

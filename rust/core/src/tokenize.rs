@@ -1,0 +1,198 @@
+//! Text to ids and back, many at a time.
+
+use std::str::FromStr;
+use std::sync::Arc;
+
+use rayon::prelude::*;
+
+use crate::detokenize::Stream;
+use crate::error::{Error, Result};
+use crate::pool::pool;
+
+/// Fewer texts than this are not worth waking threads for.
+const SMALL_BATCH: usize = 8;
+
+/// Lists of ids laid end to end: list `i` is `ids[indptr[i]..indptr[i + 1]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ragged {
+    /// All ids.
+    pub ids: Vec<i32>,
+    /// Borders, one more than there are lists.
+    pub indptr: Vec<i32>,
+}
+
+/// A `tokenizer.json` without its truncation and padding.
+#[derive(Debug, Clone)]
+pub struct Tokenizer {
+    inner: Arc<tokenizers::Tokenizer>,
+    byte_fallback: bool,
+}
+
+impl Tokenizer {
+    /// Reads the text of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the text is no tokenizer.
+    pub fn new(json: &str) -> Result<Self> {
+        let refuse = |error: tokenizers::Error| {
+            Error::Config(format!(
+                "this is no tokenizer ({error}): expected the text of a tokenizer.json; read the file, do not pass its path"
+            ))
+        };
+        let mut inner = tokenizers::Tokenizer::from_str(json).map_err(refuse)?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(refuse)?;
+        let decoder = inner
+            .get_decoder()
+            .and_then(|decoder| serde_json::to_string(decoder).ok());
+        let byte_fallback = decoder.is_some_and(|text| text.contains("\"ByteFallback\""));
+        Ok(Self {
+            inner: Arc::new(inner),
+            byte_fallback,
+        })
+    }
+
+    /// Number of tokens, added ones included.
+    #[must_use]
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The id of a token.
+    #[must_use]
+    pub fn token_to_id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// The token of an id.
+    #[must_use]
+    pub fn id_to_token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// A stream that decodes one growing sequence.
+    #[must_use]
+    pub fn stream(&self, skip_special_tokens: bool) -> Stream {
+        Stream::new(self.clone(), skip_special_tokens)
+    }
+
+    /// Texts to ids; `add_special_tokens` lets the tokenizer's template add its own.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the tokenizer refuses a text, [`Error::Capacity`] beyond `i32::MAX` ids, [`Error::Config`] from [`pool`].
+    pub fn encode_batch<T: AsRef<str> + Sync>(
+        &self,
+        texts: &[T],
+        add_special_tokens: bool,
+    ) -> Result<Ragged> {
+        let one = |(row, text): (usize, &T)| {
+            let encoding = self.inner.encode_fast(text.as_ref(), add_special_tokens);
+            encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|error| {
+                Error::Data(format!("the tokenizer refused text {row} ({error}): expected text in its vocabulary; change the text"))
+            })
+        };
+        let lists: Vec<Vec<u32>> = if texts.len() < SMALL_BATCH {
+            texts.iter().enumerate().map(one).collect::<Result<_>>()?
+        } else {
+            pool()?.install(|| texts.par_iter().enumerate().map(one).collect::<Result<_>>())?
+        };
+        ragged(&lists)
+    }
+
+    /// Ids to texts.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if `indptr` does not run from 0 to the number of ids without descending, or from [`pool`]; [`Error::Data`] for a
+    /// negative id.
+    pub fn decode_batch(
+        &self,
+        ids: &[i32],
+        indptr: &[i32],
+        skip_special_tokens: bool,
+    ) -> Result<Vec<String>> {
+        let borders = borders(ids.len(), indptr)?;
+        let ids = unsigned(ids)?;
+        let one = |pair: &[usize]| self.decode(&ids[pair[0]..pair[1]], skip_special_tokens);
+        if borders.len() <= SMALL_BATCH {
+            borders.windows(2).map(one).collect()
+        } else {
+            pool()?.install(|| borders.par_windows(2).map(one).collect())
+        }
+    }
+
+    /// One list of ids to text.
+    ///
+    /// # Errors
+    /// [`Error::Data`] if the tokenizer's decoder refuses them.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        self.inner.decode(ids, skip_special_tokens).map_err(|error| {
+            Error::Data(format!("the tokenizer cannot decode these ids ({error}): expected ids of its own vocabulary; check the tokenizer"))
+        })
+    }
+
+    /// Whether the decoder fuses a run of byte tokens, so that a later byte can still change the text of an earlier one.
+    pub(crate) fn is_open_byte(&self, ids: &[u32], skip_special_tokens: bool) -> bool {
+        if !self.byte_fallback {
+            return false;
+        }
+        let special = |token: &str| {
+            skip_special_tokens && self.inner.get_added_vocabulary().is_special_token(token)
+        };
+        let seen = ids
+            .iter()
+            .rev()
+            .filter_map(|id| self.id_to_token(*id))
+            .find(|token| !special(token));
+        seen.is_some_and(|token| {
+            token.len() == 6 && token.starts_with("<0x") && token.ends_with('>')
+        })
+    }
+}
+
+/// Ids as the tokenizer wants them.
+pub(crate) fn unsigned(ids: &[i32]) -> Result<Vec<u32>> {
+    let convert = |(place, id): (usize, &i32)| {
+        u32::try_from(*id).map_err(|_| {
+            Error::Data(format!(
+                "id {id} at place {place}: expected 0 or more; remove padding before decoding"
+            ))
+        })
+    };
+    ids.iter().enumerate().map(convert).collect()
+}
+
+fn ragged(lists: &[Vec<u32>]) -> Result<Ragged> {
+    let total = lists.iter().map(Vec::len).sum();
+    let full = || {
+        Error::Capacity(format!(
+            "{total} ids in one call: expected at most {}; pass fewer texts at a time",
+            i32::MAX
+        ))
+    };
+    let mut ids = Vec::with_capacity(total);
+    let mut indptr = Vec::with_capacity(lists.len() + 1);
+    indptr.push(0);
+    for list in lists {
+        for id in list {
+            ids.push(i32::try_from(*id).map_err(|_| full())?);
+        }
+        indptr.push(i32::try_from(ids.len()).map_err(|_| full())?);
+    }
+    Ok(Ragged { ids, indptr })
+}
+
+fn borders(count: usize, indptr: &[i32]) -> Result<Vec<usize>> {
+    let borders: Vec<usize> = indptr
+        .iter()
+        .filter_map(|border| usize::try_from(*border).ok())
+        .collect();
+    let fits = borders.len() == indptr.len()
+        && borders.first() == Some(&0)
+        && borders.last() == Some(&count);
+    if fits && borders.is_sorted() {
+        return Ok(borders);
+    }
+    Err(Error::Config(format!(
+        "indptr does not fit the ids: expected borders that start at 0, never descend and end at {count}; pass the indptr of these ids"
+    )))
+}

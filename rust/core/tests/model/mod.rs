@@ -1,0 +1,312 @@
+//! Bookkeeping of what a scheduler has handed out, from its tables alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use prefixfast_core::batch::schedule::{Limits, Request, Scheduler, StepHeader, StepTables};
+
+#[derive(Debug)]
+struct Live {
+    request: Request,
+    rows: Vec<i32>,
+    slots: BTreeSet<usize>,
+    steps: usize,
+}
+
+pub(crate) struct Model {
+    scheduler: Scheduler,
+    limits: Limits,
+    rows: Vec<usize>,
+    waiting: BTreeMap<i64, Request>,
+    live: BTreeMap<i64, Live>,
+    loading: Vec<i64>,
+    /// First arena row of each prefix in the arena.
+    resident: BTreeMap<i64, usize>,
+    cancelled: BTreeSet<i64>,
+}
+
+fn at(value: i32) -> usize {
+    usize::try_from(value).expect("an index")
+}
+
+fn index(prefix: i64) -> usize {
+    usize::try_from(prefix).expect("an index")
+}
+
+fn table<'a>(out: &'a [i32], tables: &StepTables, name: &str) -> &'a [i32] {
+    let section = tables
+        .sections
+        .iter()
+        .find(|section| section.name == name)
+        .expect("a section");
+    &out[section.offset..section.offset + section.len()]
+}
+
+impl Model {
+    pub(crate) fn new(limits: Limits, rows: &[usize]) -> Self {
+        let mut scheduler = Scheduler::new(limits).expect("a scheduler");
+        for (prefix, rows) in (0..).zip(rows) {
+            scheduler
+                .register_prefix(prefix, *rows, *rows, true)
+                .expect("a new number");
+        }
+        Self {
+            scheduler,
+            limits,
+            rows: rows.to_vec(),
+            waiting: BTreeMap::new(),
+            live: BTreeMap::new(),
+            loading: Vec::new(),
+            resident: BTreeMap::new(),
+            cancelled: BTreeSet::new(),
+        }
+    }
+
+    pub(crate) fn add(&mut self, request: Request) {
+        if self.scheduler.add(request.clone()).is_ok() {
+            self.waiting.insert(request.id, request);
+        }
+    }
+
+    pub(crate) fn cancel(&mut self, id: i64) {
+        let known = self.waiting.contains_key(&id) || self.live.contains_key(&id);
+        assert_eq!(
+            self.scheduler.cancel(id),
+            known && !self.cancelled.contains(&id)
+        );
+        if known {
+            self.cancelled.insert(id);
+        }
+    }
+
+    pub(crate) fn load(&mut self, pick: usize) {
+        if !self.loading.is_empty() {
+            let prefix = self.loading.swap_remove(pick % self.loading.len());
+            self.scheduler.prefix_ready(prefix).expect("it was loading");
+        }
+    }
+
+    /// One step; requests end after `pick` steps or at their limit.
+    pub(crate) fn step(&mut self, pick: usize) {
+        let mut out = vec![-7; self.scheduler.buffer_len()];
+        let header = self.scheduler.plan_step(&mut out).expect("a step");
+        assert_eq!(
+            header.cancelled,
+            self.cancelled.iter().copied().collect::<Vec<_>>()
+        );
+        for id in std::mem::take(&mut self.cancelled) {
+            self.waiting.remove(&id);
+            self.live.remove(&id);
+        }
+        self.check_residency(&header);
+        let decoded: BTreeSet<i64> = self.live.keys().copied().collect();
+        assert_eq!(decoded, header.decode_ids.iter().copied().collect());
+        if let Some(tables) = &header.decode {
+            self.check_decode(&header.decode_ids, &out, tables);
+        }
+        if let Some(tables) = &header.prefill {
+            self.check_prefill(&header.prefill_ids, &out, tables);
+        }
+        self.check_overlaps();
+        let over = |id: &&i64| self.live[*id].steps >= self.live[*id].request.max_new.min(pick);
+        let finished: Vec<i64> = header.decode_ids.iter().filter(over).copied().collect();
+        self.scheduler.commit(&finished).expect("a commit");
+        for id in finished {
+            self.live.remove(&id);
+            self.cancelled.remove(&id);
+        }
+    }
+
+    /// Steps until nothing is left, then checks that nothing leaked.
+    pub(crate) fn drain(&mut self) {
+        let most = 30 * (self.waiting.len() + self.live.len()) + 10;
+        for _ in 0..most {
+            (0..self.loading.len()).for_each(|_| self.load(0));
+            self.step(usize::MAX);
+        }
+        assert_eq!(
+            (self.scheduler.num_waiting(), self.scheduler.num_running()),
+            (0, 0),
+            "a request did not end"
+        );
+        for prefix in 0..self.rows.len() {
+            self.scheduler
+                .forget_prefix(i64::try_from(prefix).expect("small"))
+                .expect("idle");
+        }
+        assert_eq!(
+            self.scheduler.free_rows(),
+            (self.limits.arena_rows - 64) / 16 * 16
+        );
+    }
+
+    fn check_residency(&mut self, header: &StepHeader) {
+        for prefix in &header.evictions {
+            assert!(
+                self.resident.remove(prefix).is_some() && !self.loading.contains(prefix),
+                "evicted {prefix}"
+            );
+            assert!(
+                self.live
+                    .values()
+                    .all(|live| !live.request.prefixes.contains(prefix)),
+                "evicted under a request"
+            );
+        }
+        for (prefix, row) in &header.loads {
+            assert!(row % 16 == 0 && self.resident.insert(*prefix, *row).is_none());
+            self.loading.push(*prefix);
+        }
+    }
+
+    fn blocks_of(&self, request: &Request) -> Vec<(usize, usize)> {
+        let real = request
+            .prefixes
+            .iter()
+            .filter(|prefix| self.rows[index(**prefix)] > 0);
+        real.map(|prefix| (self.resident[prefix], self.rows[index(*prefix)]))
+            .collect()
+    }
+
+    fn check_prefill(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
+        let (chunks, seg) = (
+            table(out, tables, "chunk").as_chunks::<4>().0,
+            table(out, tables, "seg").as_chunks::<4>().0,
+        );
+        let (slots, fill) = (
+            table(out, tables, "slots"),
+            table(out, tables, "fill").as_chunks::<3>().0,
+        );
+        let mut fill = fill.iter();
+        let mut tokens = 0;
+        for (number, id) in ids.iter().enumerate() {
+            let request = self.waiting.remove(id).expect("a waiting request");
+            assert!(
+                request
+                    .prefixes
+                    .iter()
+                    .all(|prefix| !self.loading.contains(prefix))
+            );
+            let [row, beams, start, len] = chunks[number];
+            assert_eq!(
+                (at(beams), start, at(len)),
+                (request.beams, 0, request.prompt_len)
+            );
+            let first = at(seg[number][0]);
+            let mine = &slots[first..first + at(len)];
+            let rows: Vec<i32> = (row..row + beams).collect();
+            for beam in &rows {
+                for (position, slot) in (0..).zip(mine) {
+                    assert_eq!(fill.next(), Some(&[*beam, position, *slot]));
+                }
+            }
+            assert_eq!(
+                at(table(out, tables, "logits_idx")[number]),
+                first + at(len) - 1
+            );
+            assert_uses(out, tables, number, &self.blocks_of(&request));
+            tokens += request.prompt_len;
+            let slots: BTreeSet<usize> = mine.iter().map(|slot| at(*slot)).collect();
+            assert_eq!(slots.len(), request.prompt_len);
+            self.live.insert(
+                *id,
+                Live {
+                    request,
+                    rows,
+                    slots,
+                    steps: 0,
+                },
+            );
+        }
+        assert!(
+            fill.next().is_none() && (ids.len() == 1 || tokens <= self.limits.max_batched_tokens)
+        );
+    }
+
+    fn check_decode(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
+        let get = |name: &str| table(out, tables, name);
+        let (row, slot, lens, position) =
+            (get("row"), get("slot"), get("lens"), get("position_ids"));
+        let mut at_row = 0;
+        for id in ids {
+            let blocks = self.blocks_of(&self.live[id].request);
+            let live = self.live.get_mut(id).expect("a live request");
+            live.steps += 1;
+            let pos_start = live
+                .request
+                .prefixes
+                .iter()
+                .map(|prefix| self.rows[index(*prefix)])
+                .max()
+                .unwrap_or(0);
+            for beam in &live.rows {
+                assert_eq!(row[at_row], *beam);
+                assert_eq!(at(lens[at_row]), live.request.prompt_len + live.steps);
+                assert_eq!(
+                    at(position[at_row]),
+                    live.request.prompt_len + live.steps - 1 + pos_start
+                );
+                assert!(live.slots.insert(at(slot[at_row])), "a slot came twice");
+                assert_uses(out, tables, at_row, &blocks);
+                at_row += 1;
+            }
+        }
+        assert_eq!(at_row, row.len());
+        let keys: Vec<&[i64]> = ids
+            .iter()
+            .map(|id| &*self.live[id].request.prefixes)
+            .collect();
+        assert!(
+            keys.is_sorted(),
+            "rows with the same prefixes are not side by side"
+        );
+    }
+
+    fn check_overlaps(&self) {
+        let mut used = vec![false; self.limits.arena_rows - 64];
+        let blocks = self
+            .resident
+            .iter()
+            .flat_map(|(prefix, row)| *row..*row + self.rows[index(*prefix)]);
+        for row in blocks.chain(
+            self.live
+                .values()
+                .flat_map(|live| live.slots.iter().copied()),
+        ) {
+            assert!(
+                !std::mem::replace(&mut used[row], true),
+                "arena row {row} is used twice"
+            );
+        }
+        let mut rows: Vec<i32> = self
+            .live
+            .values()
+            .flat_map(|live| live.rows.iter().copied())
+            .collect();
+        let count = rows.len();
+        rows.sort_unstable();
+        rows.dedup();
+        assert!(rows.len() == count && rows.iter().all(|row| at(*row) < self.limits.max_rows));
+    }
+}
+
+/// The blocks of segment or row `number` are these (first row, rows), laid left to right and ending right before key 0.
+fn assert_uses(out: &[i32], tables: &StepTables, number: usize, expected: &[(usize, usize)]) {
+    let indptr = table(out, tables, "use_indptr");
+    let (uses, blocks) = (
+        table(out, tables, "use").as_chunks::<3>().0,
+        table(out, tables, "block").as_chunks::<2>().0,
+    );
+    let mine = &uses[at(indptr[number])..at(indptr[number + 1])];
+    assert_eq!(mine.len(), expected.len());
+    let mut position = -expected
+        .iter()
+        .map(|(_, rows)| i32::try_from(*rows).expect("small"))
+        .sum::<i32>();
+    for ([block, found, _], (first, rows)) in mine.iter().zip(expected) {
+        assert_eq!(
+            (at(blocks[at(*block)][0]), at(blocks[at(*block)][1]), *found),
+            (*first, *rows, position)
+        );
+        position += blocks[at(*block)][1];
+    }
+}

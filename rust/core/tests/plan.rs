@@ -1,0 +1,191 @@
+//! The tables of a packed forward against a naive twin.
+#![expect(clippy::expect_used, reason = "a test may fail")]
+
+use std::collections::BTreeSet;
+
+use prefixfast_core::Error;
+use prefixfast_core::batch::plan::{Packed, plan_packed};
+use prefixfast_core::batch::tables::{ALIGN, Tables};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+const PREFIX_ROWS: [[i32; 4]; 4] = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]];
+
+fn config() -> ProptestConfig {
+    ProptestConfig {
+        cases: 256,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(3),
+        ..ProptestConfig::default()
+    }
+}
+
+fn at(value: i32) -> usize {
+    usize::try_from(value).expect("an index")
+}
+
+fn table<'a>(tables: &'a Tables, name: &str) -> &'a [i32] {
+    tables.get(name).expect("a section")
+}
+
+fn rows<const C: usize>(tables: &Tables, name: &str) -> Vec<[i32; C]> {
+    table(tables, name).as_chunks::<C>().0.to_vec()
+}
+
+/// (query row, prefix row of the block, position of the block relative to the query, slides) in the order of users.
+fn naive(lengths: &[i32], prefixes: &[Vec<i32>]) -> BTreeSet<[i32; 4]> {
+    let mut found = BTreeSet::new();
+    let mut row = 0;
+    for (len, prefixes) in lengths.iter().zip(prefixes) {
+        for query in 0..*len {
+            let mut end = 0;
+            for number in prefixes.iter().rev() {
+                let [first, rows, _, slides] = PREFIX_ROWS[at(*number)];
+                end -= rows;
+                if rows > 0 {
+                    found.insert([row + query, first, end - query, slides]);
+                }
+            }
+        }
+        row += len;
+    }
+    found
+}
+
+fn check_users(tables: &Tables, expected: &BTreeSet<[i32; 4]>) {
+    let (blocks, indptr): (Vec<[i32; 2]>, _) =
+        (rows(tables, "block"), table(tables, "user_indptr"));
+    let (user, pos, slides) = (
+        table(tables, "user"),
+        table(tables, "user_pos"),
+        table(tables, "user_slides"),
+    );
+    let mut found = BTreeSet::new();
+    for ((block, border), span) in blocks
+        .iter()
+        .zip(indptr.windows(2))
+        .zip(rows::<3>(tables, "span"))
+    {
+        let mine = at(border[0])..at(border[1]);
+        assert!(user[mine.clone()].is_sorted() && !mine.is_empty());
+        let consecutive = user[mine.clone()]
+            .windows(2)
+            .all(|pair| pair[1] == pair[0] + 1);
+        assert_eq!(
+            span,
+            [
+                user[mine.start],
+                border[1] - border[0],
+                i32::from(consecutive)
+            ]
+        );
+        found.extend(mine.map(|place| [user[place], block[0], pos[place], slides[place]]));
+    }
+    assert_eq!(&found, expected);
+    assert_eq!(found.len(), user.len());
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn equals_the_twin(
+        sequences in prop::collection::vec((1..30_i32, prop::sample::subsequence(vec![0, 1, 2, 3], 0..4)), 0..20),
+        tile_rows in 0..9_usize, buckets in 1..6_usize,
+    ) {
+        let lengths: Vec<i32> = sequences.iter().map(|(len, _)| *len).collect();
+        let prefixes: Vec<Vec<i32>> = sequences.into_iter().map(|(_, prefixes)| prefixes).collect();
+        let mut indptr = vec![0];
+        indptr.extend(prefixes.iter().scan(0, |sum, list| { *sum += i32::try_from(list.len()).expect("few"); Some(*sum) }));
+        let prefix = prefixes.concat();
+        let input = Packed { lengths: &lengths, prefix_indptr: &indptr, prefix: &prefix, prefix_rows: &PREFIX_ROWS, tile_rows, buckets };
+        let (tables, reach) = plan_packed(&input).expect("a plan");
+        prop_assert!(tables.sections.iter().all(|section| section.offset % ALIGN == 0));
+        check_users(&tables, &naive(&lengths, &prefixes));
+
+        let total = |list: &Vec<i32>| list.iter().map(|number| PREFIX_ROWS[at(*number)][1]).sum::<i32>();
+        prop_assert_eq!(reach, lengths.iter().zip(&prefixes).map(|(len, list)| len + total(list)).max().unwrap_or(0));
+        let blocks: BTreeSet<i32> = prefix.iter().copied().filter(|number| *number != 1).collect();
+        let expected: Vec<[i32; 2]> = blocks.iter().map(|number| [PREFIX_ROWS[at(*number)][0], PREFIX_ROWS[at(*number)][1]]).collect();
+        prop_assert_eq!(rows::<2>(&tables, "block"), expected);
+
+        let (gather, scatter) = (table(&tables, "gather"), table(&tables, "scatter"));
+        prop_assert!(scatter.iter().zip(0..).all(|(place, token)| gather[at(*place)] == token));
+        let layout = rows::<2>(&tables, "bucket");
+        prop_assert!(layout.len() <= buckets && layout.is_sorted_by_key(|bucket| bucket[1]));
+        prop_assert_eq!(layout.iter().map(|[count, len]| count * len).sum::<i32>(), i32::try_from(gather.len()).expect("few"));
+        prop_assert_eq!(layout.iter().map(|[count, _]| *count).sum::<i32>(), i32::try_from(lengths.len()).expect("few"));
+        prop_assert_eq!(scatter.len(), at(lengths.iter().sum()));
+        let mut tiled = vec![0; scatter.len()];
+        for [segment, first] in rows::<2>(&tables, "tiles") {
+            let [start, len, ..] = rows::<4>(&tables, "seg")[at(segment)];
+            let end = (first + i32::try_from(tile_rows).expect("few")).min(start + len);
+            tiled[at(first)..at(end)].iter_mut().for_each(|count| *count += 1);
+        }
+        prop_assert!(tiled.iter().all(|count| *count == i32::from(tile_rows > 0)));
+        let positions = lengths.iter().zip(&prefixes).flat_map(|(len, list)| {
+            let start = list.iter().map(|number| PREFIX_ROWS[at(*number)][2]).max().unwrap_or(0);
+            start..start + len
+        });
+        prop_assert_eq!(table(&tables, "position_ids"), positions.collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn refuses_bad_input() {
+    let good = Packed {
+        lengths: &[3],
+        prefix_indptr: &[0, 1],
+        prefix: &[0],
+        prefix_rows: &PREFIX_ROWS,
+        tile_rows: 0,
+        buckets: 4,
+    };
+    assert!(plan_packed(&good).is_ok());
+    for wrong in [
+        Packed {
+            lengths: &[0],
+            ..good
+        },
+        Packed {
+            lengths: &[i32::MAX],
+            ..good
+        },
+        Packed {
+            prefix_indptr: &[0],
+            ..good
+        },
+        Packed {
+            prefix_indptr: &[0, 2],
+            ..good
+        },
+        Packed {
+            prefix_indptr: &[-1, 1],
+            ..good
+        },
+        Packed {
+            prefix_rows: &[[0, -1, 0, 0]],
+            ..good
+        },
+        Packed {
+            prefix_rows: &[[0, 1, 0, 2]],
+            ..good
+        },
+        Packed { buckets: 0, ..good },
+    ] {
+        assert!(
+            matches!(plan_packed(&wrong), Err(Error::Config(_))),
+            "{wrong:?}"
+        );
+    }
+    for prefix in [-1, 4] {
+        assert_eq!(
+            plan_packed(&Packed {
+                prefix: &[prefix],
+                ..good
+            })
+            .err(),
+            Some(Error::UnknownPrefix(i64::from(prefix)))
+        );
+    }
+}

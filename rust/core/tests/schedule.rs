@@ -1,0 +1,179 @@
+//! The scheduler under random adds, steps, loads, commits and cancels: nothing overlaps, nothing leaks, every request ends.
+#![expect(clippy::expect_used, reason = "a test may fail")]
+
+mod model;
+
+use model::Model;
+use prefixfast_core::Error;
+use prefixfast_core::batch::schedule::{Limits, Request, Scheduler};
+use proptest::prelude::*;
+use proptest::test_runner::RngSeed;
+
+fn config() -> ProptestConfig {
+    ProptestConfig {
+        cases: 192,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(4),
+        ..ProptestConfig::default()
+    }
+}
+
+fn limits() -> Limits {
+    Limits {
+        arena_rows: 64 + 16 * 20 + 5,
+        max_rows: 7,
+        max_batched_tokens: 50,
+        tile_rows: 4,
+        buckets: 3,
+    }
+}
+
+fn request(id: i64, prefixes: &[i64], prompt_len: usize, beams: usize, max_new: usize) -> Request {
+    Request {
+        id,
+        prefixes: prefixes.into(),
+        prompt_len,
+        beams,
+        max_new,
+        tenant: 0,
+        priority: 0,
+    }
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn serves_all_and_keeps_the_books(
+        work in prop::collection::vec((0..12_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..70_usize, 1..4_usize, 1..20_usize), 1..60),
+    ) {
+        let mut model = Model::new(limits(), &[30, 16, 1, 0, 100, 47]);
+        let mut id = 0;
+        for (kind, prefixes, prompt_len, beams, max_new) in work {
+            match kind {
+                0..=4 => {
+                    id += 1;
+                    let priority = i64::from(kind) / 4;
+                    model.add(Request { priority, ..request(id, &prefixes, prompt_len, beams, max_new) });
+                }
+                5 => model.cancel(i64::try_from(prompt_len).expect("small") % (id + 1)),
+                6..=7 => model.load(prompt_len),
+                _ => model.step(max_new),
+            }
+        }
+        model.drain();
+    }
+}
+
+#[test]
+fn orders_by_priority_then_arrival() {
+    let mut scheduler = Scheduler::new(Limits {
+        max_rows: 1,
+        ..limits()
+    })
+    .expect("a scheduler");
+    for (id, priority) in [(1, 0), (2, 5), (3, 5)] {
+        scheduler
+            .add(Request {
+                priority,
+                ..request(id, &[], 3, 1, 2)
+            })
+            .expect("room");
+    }
+    let mut out = vec![0; scheduler.buffer_len()];
+    let mut order: Vec<i64> = Vec::new();
+    while scheduler.num_running() + scheduler.num_waiting() > 0 {
+        let header = scheduler.plan_step(&mut out).expect("a step");
+        order.extend(&header.prefill_ids);
+        scheduler.commit(&header.decode_ids).expect("a commit");
+    }
+    assert_eq!(order, [2, 3, 1]);
+}
+
+#[test]
+fn keeps_the_order_of_calls() {
+    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+    scheduler
+        .register_prefix(9, 20, 20, true)
+        .expect("a new number");
+    assert!(matches!(
+        scheduler.register_prefix(9, 20, 20, true),
+        Err(Error::Config(_))
+    ));
+    assert_eq!(scheduler.forget_prefix(8), Err(Error::UnknownPrefix(8)));
+    assert_eq!(
+        scheduler.add(request(1, &[8], 3, 1, 1)),
+        Err(Error::UnknownPrefix(8))
+    );
+    scheduler.add(request(1, &[9], 3, 1, 1)).expect("room");
+    assert!(matches!(
+        scheduler.add(request(1, &[9], 3, 1, 1)),
+        Err(Error::Request(_))
+    ));
+    assert!(matches!(scheduler.forget_prefix(9), Err(Error::State(_))));
+    assert!(matches!(scheduler.prefix_ready(9), Err(Error::State(_))));
+    assert!(matches!(scheduler.commit(&[1]), Err(Error::Request(_))));
+
+    let mut out = vec![0; scheduler.buffer_len()];
+    assert!(matches!(
+        scheduler.plan_step(&mut out[1..]),
+        Err(Error::Capacity(_))
+    ));
+    assert_eq!((scheduler.num_waiting(), scheduler.num_running()), (1, 0));
+    assert_eq!(
+        scheduler.plan_step(&mut out).expect("a step").loads,
+        [(9, 0)]
+    );
+    scheduler.prefix_ready(9).expect("it was loading");
+    assert_eq!(
+        scheduler.plan_step(&mut out).expect("a step").prefill_ids,
+        [1]
+    );
+    assert!(matches!(
+        scheduler.plan_step(&mut out),
+        Err(Error::State(_))
+    ));
+    assert!(matches!(scheduler.commit(&[1, 1]), Err(Error::Request(_))));
+    scheduler.commit(&[]).expect("a commit");
+    assert_eq!(
+        scheduler.plan_step(&mut out).expect("a step").decode_ids,
+        [1]
+    );
+    scheduler.commit(&[]).expect("a commit");
+    assert!(
+        matches!(scheduler.plan_step(&mut out), Err(Error::State(text)) if text.contains("its 1 steps"))
+    );
+    scheduler.commit(&[1]).expect("a commit");
+    scheduler.forget_prefix(9).expect("idle");
+    assert_eq!(scheduler.free_rows(), 320);
+}
+
+#[test]
+fn refuses_what_never_fits() {
+    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+    scheduler
+        .register_prefix(0, 300, 300, true)
+        .expect("a new number");
+    for wrong in [
+        request(1, &[0], 17, 1, 16),
+        request(1, &[], 320, 1, 1),
+        request(1, &[], 1, 8, 1),
+        request(1, &[], 0, 1, 1),
+        request(1, &[], 1, 0, 1),
+        request(1, &[], 1, 1, 0),
+        request(1, &[], 1, 2, usize::MAX),
+    ] {
+        assert!(
+            matches!(scheduler.add(wrong.clone()), Err(Error::Request(_))),
+            "{wrong:?}"
+        );
+    }
+    scheduler
+        .add(request(1, &[0], 15, 1, 1))
+        .expect("exactly full");
+    let short = Limits {
+        arena_rows: 79,
+        ..limits()
+    };
+    assert!(matches!(Scheduler::new(short), Err(Error::Config(_))));
+}

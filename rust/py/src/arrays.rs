@@ -1,0 +1,60 @@
+//! numpy arrays in and out.
+
+use numpy::{Element, PyArray1, PyReadonlyArray, PyReadwriteArray1, ndarray::Dimension};
+use prefixfast_core::Error;
+use prefixfast_core::batch::tables::Section;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::error::raise;
+
+/// The memory of an array.
+pub(crate) fn slice<'a, T: Element, D: Dimension>(
+    py: Python<'_>,
+    name: &str,
+    array: &'a PyReadonlyArray<'_, T, D>,
+) -> PyResult<&'a [T]> {
+    array.as_slice().map_err(|_| strided(py, name))
+}
+
+/// The writable memory of an array.
+pub(crate) fn slice_mut<'a>(
+    py: Python<'_>,
+    name: &str,
+    array: &'a mut PyReadwriteArray1<'_, i32>,
+) -> PyResult<&'a mut [i32]> {
+    array.as_slice_mut().map_err(|_| strided(py, name))
+}
+
+fn strided(py: Python<'_>, name: &str) -> PyErr {
+    raise(
+        py,
+        &Error::Config(format!(
+            "{name} is not contiguous: expected an array without strides; pass numpy.ascontiguousarray({name})"
+        )),
+    )
+}
+
+/// A number of 0 or more.
+pub(crate) fn count(py: Python<'_>, name: &str, value: i64) -> PyResult<usize> {
+    usize::try_from(value).map_err(|_| {
+        raise(
+            py,
+            &Error::Config(format!("{name} is {value}: expected 0 or more")),
+        )
+    })
+}
+
+/// An array that takes over the memory of a list.
+pub(crate) fn array<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyArray1<T>> {
+    PyArray1::from_vec(py, values).unbind()
+}
+
+/// Section names to (offset, rows, cols).
+pub(crate) fn sections<'py>(py: Python<'py>, sections: &[Section]) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for section in sections {
+        dict.set_item(section.name, (section.offset, section.rows, section.cols))?;
+    }
+    Ok(dict)
+}

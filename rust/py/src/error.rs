@@ -1,0 +1,53 @@
+//! Core errors as exceptions of `prefixfast.errors`.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use prefixfast_core::Error;
+use pyo3::prelude::*;
+
+/// Runs core code without the GIL. A panic in it, ours or a dependency's, becomes a `PrefixFastError`.
+pub(crate) fn detached<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> prefixfast_core::Result<T> + Send,
+) -> PyResult<T> {
+    py.detach(|| attached(work))
+        .map_err(|error| raise(py, &error))
+}
+
+/// Runs short core code with the GIL, with the same guard.
+pub(crate) fn guarded<T>(
+    py: Python<'_>,
+    work: impl FnOnce() -> prefixfast_core::Result<T>,
+) -> PyResult<T> {
+    attached(work).map_err(|error| raise(py, &error))
+}
+
+fn attached<T>(work: impl FnOnce() -> prefixfast_core::Result<T>) -> prefixfast_core::Result<T> {
+    let internal = || {
+        Error::State(
+            "internal error: the core panicked, see stderr: expected no panic; please report it"
+                .to_owned(),
+        )
+    };
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(internal()))
+}
+
+/// The exception of an error.
+pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
+    let name = match error {
+        Error::Config(_) => "ConfigError",
+        Error::Data(_) => "DataError",
+        Error::UnknownPrefix(_) => "UnknownPrefixError",
+        Error::Request(_) => "RequestError",
+        Error::Capacity(_) => "CapacityError",
+        Error::State(_) => "PrefixFastError",
+    };
+    let made = py
+        .import("prefixfast.errors")
+        .and_then(|module| module.getattr(name))
+        .and_then(|class| class.call1((error.to_string(),)));
+    match made {
+        Ok(exception) => PyErr::from_value(exception),
+        Err(other) => other,
+    }
+}

@@ -1,0 +1,31 @@
+//! The Python face of `prefixfast-core`: it converts, releases the GIL and maps errors, nothing else. The stub `_rust.pyi` documents it.
+
+#![expect(
+    clippy::needless_pass_by_value,
+    reason = "pyo3 hands arguments over by value"
+)]
+
+mod arrays;
+mod detokenize;
+mod error;
+mod linearize;
+mod pack;
+mod plan;
+mod schedule;
+mod tokenize;
+
+use pyo3::prelude::*;
+
+/// The Rust core: tokens, strings, batch plans and the scheduler.
+#[pymodule(gil_used = false)]
+fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<tokenize::Tokenizer>()?;
+    module.add_class::<detokenize::DetokenizeStream>()?;
+    module.add_class::<linearize::Linearizer>()?;
+    module.add_class::<pack::Packing>()?;
+    module.add_class::<plan::PlanBuffer>()?;
+    module.add_class::<schedule::Scheduler>()?;
+    module.add_class::<schedule::StepHeader>()?;
+    module.add_function(wrap_pyfunction!(pack::pack, module)?)?;
+    module.add_function(wrap_pyfunction!(plan::plan_packed, module)?)
+}

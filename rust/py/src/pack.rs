@@ -1,0 +1,46 @@
+//! `pack`.
+
+use numpy::{PyArray1, PyReadonlyArray1};
+use prefixfast_core::batch::pack as core;
+use pyo3::prelude::*;
+
+use crate::arrays::{array, count, slice};
+use crate::error::detached;
+
+/// What `pack` returns.
+#[pyclass(frozen, module = "prefixfast._rust")]
+pub(crate) struct Packing {
+    #[pyo3(get)]
+    order: Py<PyArray1<i32>>,
+    #[pyo3(get)]
+    micro_indptr: Py<PyArray1<i32>>,
+    #[pyo3(get)]
+    weight: Py<PyArray1<f64>>,
+}
+
+/// Puts whole per-prefix batches into micro-batches of a token budget.
+#[pyfunction]
+#[pyo3(signature = (lengths, targets, batch, *, token_budget, sequence_sum))]
+pub(crate) fn pack(
+    py: Python<'_>,
+    lengths: PyReadonlyArray1<'_, i32>,
+    targets: PyReadonlyArray1<'_, i32>,
+    batch: PyReadonlyArray1<'_, i32>,
+    token_budget: i64,
+    sequence_sum: bool,
+) -> PyResult<Packing> {
+    let (lengths, targets) = (
+        slice(py, "lengths", &lengths)?,
+        slice(py, "targets", &targets)?,
+    );
+    let batch = slice(py, "batch", &batch)?;
+    let budget = count(py, "token_budget", token_budget)? as u64;
+    let packing = detached(py, || {
+        core::pack(lengths, targets, batch, budget, sequence_sum)
+    })?;
+    Ok(Packing {
+        order: array(py, packing.order),
+        micro_indptr: array(py, packing.micro_indptr),
+        weight: array(py, packing.weight),
+    })
+}

@@ -1,0 +1,67 @@
+//! `plan_packed`.
+
+use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
+use prefixfast_core::Error;
+use prefixfast_core::batch::plan as core;
+use prefixfast_core::batch::tables::Section;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::arrays::{array, count, sections, slice};
+use crate::error::{detached, raise};
+
+/// What `plan_packed` returns.
+#[pyclass(frozen, module = "prefixfast._rust")]
+pub(crate) struct PlanBuffer {
+    #[pyo3(get)]
+    buffer: Py<PyArray1<i32>>,
+    #[pyo3(get)]
+    reach: i32,
+    sections: Vec<Section>,
+}
+
+#[pymethods]
+impl PlanBuffer {
+    #[getter]
+    fn sections<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        sections(py, &self.sections)
+    }
+}
+
+/// Tables of one packed forward.
+#[pyfunction]
+#[pyo3(signature = (lengths, prefix_indptr, prefix, prefix_rows, *, tile_rows, buckets = 4))]
+pub(crate) fn plan_packed(
+    py: Python<'_>,
+    lengths: PyReadonlyArray1<'_, i32>,
+    prefix_indptr: PyReadonlyArray1<'_, i32>,
+    prefix: PyReadonlyArray1<'_, i32>,
+    prefix_rows: PyReadonlyArray2<'_, i32>,
+    tile_rows: i64,
+    buckets: i64,
+) -> PyResult<PlanBuffer> {
+    let (rows, rest) = slice(py, "prefix_rows", &prefix_rows)?.as_chunks::<4>();
+    let shape = prefix_rows.as_array().dim();
+    if shape.1 != 4 || !rest.is_empty() {
+        return Err(raise(
+            py,
+            &Error::Config(format!(
+                "prefix_rows has shape {shape:?}: expected four columns"
+            )),
+        ));
+    }
+    let input = core::Packed {
+        lengths: slice(py, "lengths", &lengths)?,
+        prefix_indptr: slice(py, "prefix_indptr", &prefix_indptr)?,
+        prefix: slice(py, "prefix", &prefix)?,
+        prefix_rows: rows,
+        tile_rows: count(py, "tile_rows", tile_rows)?,
+        buckets: count(py, "buckets", buckets)?,
+    };
+    let (tables, reach) = detached(py, || core::plan_packed(&input))?;
+    Ok(PlanBuffer {
+        buffer: array(py, tables.data),
+        reach,
+        sections: tables.sections,
+    })
+}

@@ -1,0 +1,233 @@
+//! `Scheduler` and `StepHeader`.
+
+use numpy::{PyArray1, PyArrayMethods};
+use prefixfast_core::Error;
+use prefixfast_core::batch::schedule::{
+    Limits, Request, Scheduler as Core, StepHeader as CoreHeader, StepTables,
+};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::arrays::{count, sections, slice_mut};
+use crate::error::{detached, guarded, raise};
+
+/// One step of `Scheduler.plan_step`.
+#[pyclass(frozen, module = "prefixfast._rust")]
+pub(crate) struct StepHeader(CoreHeader);
+
+#[pymethods]
+impl StepHeader {
+    #[getter]
+    fn loads(&self) -> Vec<(i64, usize)> {
+        self.0.loads.clone()
+    }
+
+    #[getter]
+    fn evictions(&self) -> Vec<i64> {
+        self.0.evictions.clone()
+    }
+
+    #[getter]
+    fn prefill_ids(&self) -> Vec<i64> {
+        self.0.prefill_ids.clone()
+    }
+
+    #[getter]
+    fn decode_ids(&self) -> Vec<i64> {
+        self.0.decode_ids.clone()
+    }
+
+    #[getter]
+    fn cancelled(&self) -> Vec<i64> {
+        self.0.cancelled.clone()
+    }
+
+    #[getter]
+    fn prefill_sections<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        self.0
+            .prefill
+            .as_ref()
+            .map(|tables| sections(py, &tables.sections))
+            .transpose()
+    }
+
+    #[getter]
+    fn decode_sections<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        self.0
+            .decode
+            .as_ref()
+            .map(|tables| sections(py, &tables.sections))
+            .transpose()
+    }
+
+    #[getter]
+    fn prefill_reach(&self) -> i32 {
+        reach(self.0.prefill.as_ref())
+    }
+
+    #[getter]
+    fn decode_reach(&self) -> i32 {
+        reach(self.0.decode.as_ref())
+    }
+}
+
+fn reach(tables: Option<&StepTables>) -> i32 {
+    tables.map_or(0, |tables| tables.reach)
+}
+
+/// Owns queue, decode rows, arena rows and prefix pins of one engine.
+#[pyclass(module = "prefixfast._rust")]
+pub(crate) struct Scheduler(Core);
+
+#[pymethods]
+impl Scheduler {
+    #[new]
+    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4))]
+    fn new(
+        py: Python<'_>,
+        arena_rows: i64,
+        max_rows: i64,
+        max_batched_tokens: i64,
+        tile_rows: i64,
+        buckets: i64,
+    ) -> PyResult<Self> {
+        let limits = Limits {
+            arena_rows: count(py, "arena_rows", arena_rows)?,
+            max_rows: count(py, "max_rows", max_rows)?,
+            max_batched_tokens: count(py, "max_batched_tokens", max_batched_tokens)?,
+            tile_rows: count(py, "tile_rows", tile_rows)?,
+            buckets: count(py, "buckets", buckets)?,
+        };
+        guarded(py, || Core::new(limits)).map(Self)
+    }
+
+    /// Makes a prefix known.
+    fn register_prefix(
+        &mut self,
+        py: Python<'_>,
+        prefix: i64,
+        rows: i64,
+        pos_start: i64,
+        slides: bool,
+    ) -> PyResult<()> {
+        let (rows, pos_start) = (count(py, "rows", rows)?, count(py, "pos_start", pos_start)?);
+        guarded(py, || {
+            self.0.register_prefix(prefix, rows, pos_start, slides)
+        })
+    }
+
+    /// Forgets a prefix and frees its rows.
+    fn forget_prefix(&mut self, py: Python<'_>, prefix: i64) -> PyResult<()> {
+        guarded(py, || self.0.forget_prefix(prefix))
+    }
+
+    /// Queues a request.
+    #[pyo3(signature = (id, prefixes, prompt_len, beams, max_new, *, encoder_len = 0, tenant = 0, priority = 0, deadline = None, text_hashes = None))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the arguments of the Python method"
+    )]
+    fn add(
+        &mut self,
+        py: Python<'_>,
+        id: i64,
+        prefixes: Vec<i64>,
+        prompt_len: i64,
+        beams: i64,
+        max_new: i64,
+        encoder_len: i64,
+        tenant: i64,
+        priority: i64,
+        deadline: Option<f64>,
+        text_hashes: Option<Vec<i128>>,
+    ) -> PyResult<()> {
+        let unsupported = [
+            (
+                encoder_len != 0,
+                "encoder-decoder requests are not supported yet: expected encoder_len 0",
+            ),
+            (
+                deadline.is_some(),
+                "deadlines are not supported yet: expected deadline None",
+            ),
+            (
+                text_hashes.is_some(),
+                "shared leading text is not supported yet: expected text_hashes None",
+            ),
+        ];
+        if let Some((_, text)) = unsupported.iter().find(|(found, _)| *found) {
+            return Err(raise(
+                py,
+                &Error::Request(format!("request {id}: {text}; leave it out")),
+            ));
+        }
+        let number = |name: &str, value: i64| {
+            usize::try_from(value).map_err(|_| {
+                raise(
+                    py,
+                    &Error::Request(format!(
+                        "{name} of request {id} is {value}: expected 1 or more"
+                    )),
+                )
+            })
+        };
+        let request = Request {
+            id,
+            prefixes: prefixes.into(),
+            prompt_len: number("prompt_len", prompt_len)?,
+            beams: number("beams", beams)?,
+            max_new: number("max_new", max_new)?,
+            tenant,
+            priority,
+        };
+        guarded(py, || self.0.add(request))
+    }
+
+    /// Drops a request at the next step.
+    fn cancel(&mut self, id: i64) -> bool {
+        self.0.cancel(id)
+    }
+
+    /// A load is complete.
+    fn prefix_ready(&mut self, py: Python<'_>, prefix: i64) -> PyResult<()> {
+        guarded(py, || self.0.prefix_ready(prefix))
+    }
+
+    /// Plans the next step and writes its tables.
+    fn plan_step(
+        &mut self,
+        py: Python<'_>,
+        out: &Bound<'_, PyArray1<i32>>,
+    ) -> PyResult<StepHeader> {
+        let mut out = out.try_readwrite().map_err(|_| {
+            raise(py, &Error::Config("out is not writable: expected an array that nobody else is using; pass a fresh one".to_owned()))
+        })?;
+        let out = slice_mut(py, "out", &mut out)?;
+        detached(py, || self.0.plan_step(out)).map(StepHeader)
+    }
+
+    /// Ends the step.
+    fn commit(&mut self, py: Python<'_>, finished: Vec<i64>) -> PyResult<()> {
+        guarded(py, || self.0.commit(&finished))
+    }
+
+    #[getter]
+    fn buffer_len(&self) -> usize {
+        self.0.buffer_len()
+    }
+
+    #[getter]
+    fn num_waiting(&self) -> usize {
+        self.0.num_waiting()
+    }
+
+    #[getter]
+    fn num_running(&self) -> usize {
+        self.0.num_running()
+    }
+
+    #[getter]
+    fn free_rows(&self) -> usize {
+        self.0.free_rows()
+    }
+}

@@ -1,0 +1,161 @@
+"""Slow twins of the Rust core in plain Python, written from the definitions and not from the Rust code, and what tests share."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("PREFIXFAST_SHARED", ROOT.parent / "shared"))
+
+E2E_KEYS = {
+    "name": "name",
+    "eatType": "Type",
+    "food": "food",
+    "priceRange": "price",
+    "customer rating": "customer rating",
+    "area": "area",
+    "familyFriendly": "family friendly",
+    "near": "near",
+}
+
+
+def int32(values: Sequence[int] | Sequence[Sequence[int]], cols: int = 0) -> np.ndarray:
+    """An int32 array, two-dimensional if `cols` is given."""
+    return np.array(values, dtype=np.int32).reshape((-1, cols) if cols else -1)
+
+
+def e2e_rows() -> Iterator[str]:
+    """All real meaning representations at hand."""
+    for path in sorted((SHARED / "data" / "e2e").glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                yield json.loads(line)["mr"]
+
+
+def e2e(table: str | Mapping[str, str]) -> str:
+    """The authors' form of one meaning representation."""
+    slots = dict(re.findall(r"(?:^|, )([A-Za-z ]+)\[([^\]]*)\]", table)) if isinstance(table, str) else dict(table)
+    if "priceRange" in slots:
+        slots["priceRange"] = re.sub(r"£ *(\d+) *- *(\d+)", r"£\1 - \2", slots["priceRange"])
+        slots["priceRange"] = re.sub(r"£ *", "£ ", slots["priceRange"])
+    return " | ".join(f"{new} : {slots[old]}" for old, new in E2E_KEYS.items() if old in slots)
+
+
+def template(table: Sequence[tuple[str, str]], item: str, separator: str, start: str, end: str) -> str:
+    """A table by a template, whose rules are those of `str.format`."""
+    return start + separator.join(item.format(key=key, value=value) for key, value in table) + end
+
+
+def pack(lengths: Sequence[int], targets: Sequence[int], batch: Sequence[int], budget: int, sequence_sum: bool) -> tuple[list[list[int]], list[float]]:
+    """Micro-batches of example numbers, and weights by example."""
+    members: dict[int, list[int]] = {}
+    for example, number in enumerate(batch):
+        members.setdefault(number, []).append(example)
+    weight = [1 / (len(members[b]) if sequence_sum else sum(targets[e] for e in members[b])) for b in batch]
+    total = {number: sum(lengths[e] for e in examples) for number, examples in members.items()}
+    split: list[list[int]] = []
+    bins: list[list[int]] = []
+    for number in sorted(members, key=lambda number: (-total[number], number)):
+        if total[number] > budget:
+            part: list[int] = []
+            for example in members[number]:
+                if part and sum(lengths[e] for e in part) + lengths[example] > budget:
+                    split.append(part)
+                    part = []
+                part.append(example)
+            split.append(part)
+            continue
+        for found in bins:
+            if sum(total[b] for b in found) + total[number] <= budget:
+                found.append(number)
+                break
+        else:
+            bins.append([number])
+    return split + [[e for b in sorted(found) for e in members[b]] for found in bins], weight
+
+
+def least_padding(lengths: Sequence[int], buckets: int) -> int:
+    """Places of the best cut of the sorted lengths into at most `buckets` groups."""
+    ordered = sorted(lengths)
+
+    @functools.cache
+    def best(end: int, groups: int) -> int:
+        if end == 0:
+            return 0
+        if groups == 0:
+            return 1 << 60
+        return min(best(start, groups - 1) + (end - start) * ordered[end - 1] for start in range(end))
+
+    return best(len(ordered), buckets)
+
+
+def uses(rows: Sequence[tuple[int, int, Sequence[int]]], blocks: Mapping[int, tuple[int, int, int]]) -> dict[str, list]:
+    """The tables about prefixes.
+
+    Args:
+        rows: Query row, its position relative to key 0 and its prefixes, from left to right; one entry a query row.
+        blocks: By prefix number: first row, rows, slides.
+    """
+    shown = sorted({p for _, _, prefixes in rows for p in prefixes if blocks[p][1]})
+    user: dict[int, list[tuple[int, int, int]]] = {p: [] for p in shown}
+    for row, position, prefixes in rows:
+        for place, p in enumerate(prefixes):
+            if p in user:
+                user[p].append((row, -sum(blocks[q][1] for q in prefixes[place:]) - position, blocks[p][2]))
+    flat = [entry for p in shown for entry in user[p]]
+    lists = [[row for row, _, _ in user[p]] for p in shown]
+    return {
+        "block": [list(blocks[p][:2]) for p in shown],
+        "user_indptr": [sum(map(len, lists[:c])) for c in range(len(lists) + 1)],
+        "user": [row for row, _, _ in flat],
+        "user_pos": [position for _, position, _ in flat],
+        "user_slides": [slides for _, _, slides in flat],
+        "span": [[rows[0], len(rows), int(rows == list(range(rows[0], rows[0] + len(rows))))] for rows in lists],
+    }
+
+
+def segment_uses(segments: Sequence[Sequence[int]], blocks: Mapping[int, tuple[int, int, int]]) -> dict[str, list]:
+    """`use_indptr` and `use` of segments, each given by its prefixes."""
+    shown = sorted({p for prefixes in segments for p in prefixes if blocks[p][1]})
+    use = [
+        [[shown.index(p), -sum(blocks[q][1] for q in prefixes[place:]), blocks[p][2]] for place, p in enumerate(prefixes) if blocks[p][1]]
+        for prefixes in segments
+    ]
+    return {"use_indptr": [sum(map(len, use[:s])) for s in range(len(use) + 1)], "use": [entry for one in use for entry in one]}
+
+
+def plan_packed(lengths: Sequence[int], prefixes: Sequence[Sequence[int]], prefix_rows: Sequence[Sequence[int]], tile_rows: int) -> dict[str, list]:
+    """All tables of a packed forward but those of the padded layout."""
+    firsts = [sum(lengths[:s]) for s in range(len(lengths))]
+    blocks = {number: (first, rows, slides) for number, (first, rows, _, slides) in enumerate(prefix_rows)}
+    queries = [(first + t, t, used) for first, n, used in zip(firsts, lengths, prefixes, strict=True) for t in range(n)]
+    starts = [max((prefix_rows[p][2] for p in used), default=0) for used in prefixes]
+    return {
+        "seg": [[first, n, first, n] for first, n in zip(firsts, lengths, strict=True)],
+        "seg_pos": [0] * len(lengths),
+        **segment_uses(prefixes, blocks),
+        **uses(queries, blocks),
+        "position_ids": [start + t for start, n in zip(starts, lengths, strict=True) for t in range(n)],
+        "tiles": [[s, first + t] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for t in range(0, n if tile_rows else 0, tile_rows or 1)],
+    }
+
+
+def tables(buffer: np.ndarray, sections: Mapping[str, tuple[int, int, int]]) -> dict[str, list]:
+    """The named tables of a buffer as lists; checks that they are aligned and disjoint."""
+    end = 0
+    found = {}
+    for name, (offset, rows, cols) in sections.items():
+        assert offset % 16 == 0
+        assert offset >= end
+        end = offset + rows * max(cols, 1)
+        assert end <= len(buffer)
+        found[name] = buffer[offset:end].reshape((rows, cols) if cols else (rows,)).tolist()
+    return found

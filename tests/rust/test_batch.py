@@ -1,0 +1,270 @@
+"""pack, plan_packed and the Scheduler against slow twins, and hostile input."""
+
+import itertools
+
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import int32
+from prefixfast._rust import Scheduler, StepHeader, pack, plan_packed
+from prefixfast.errors import CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
+
+PREFIX_ROWS = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]]
+seeded = settings(derandomize=True, deadline=None, max_examples=100)
+
+
+@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2)), max_size=40), st.integers(1, 100), st.booleans())
+@seeded
+def test_pack(examples: list[tuple[int, int, int]], budget: int, sequence_sum: bool) -> None:
+    lengths = [n for n, _, _ in examples]
+    targets = [min(n, t) for n, t, _ in examples]
+    batch = np.cumsum([jump // 2 for *_, jump in examples]).tolist()
+    found = pack(int32(lengths), int32(targets), int32(batch), token_budget=budget, sequence_sum=sequence_sum)
+    micros, weight = oracles.pack(lengths, targets, batch, budget, sequence_sum)
+    assert [found.order[a:b].tolist() for a, b in itertools.pairwise(found.micro_indptr)] == micros
+    assert found.weight.tolist() == weight
+    assert (found.order.dtype, found.micro_indptr.dtype, found.weight.dtype) == (np.int32, np.int32, np.float64)
+    assert found.order is found.order
+
+
+def test_pack_refuses() -> None:
+    one = int32([1])
+    for lengths, targets, batch in [([1, 2], [1], [0]), ([0], [0], [0]), ([-5], [0], [0]), ([2], [3], [0]), ([2], [-1], [0]), ([1, 1], [1, 1], [1, 0])]:
+        with pytest.raises(ConfigError):
+            pack(int32(lengths), int32(targets), int32(batch), token_budget=4, sequence_sum=False)
+    for budget in (0, -1):
+        with pytest.raises(ConfigError, match="token_budget"):
+            pack(one, one, one, token_budget=budget, sequence_sum=False)
+    with pytest.raises(OverflowError):
+        pack(one, one, one, token_budget=2**70, sequence_sum=False)
+    with pytest.raises(DataError, match=r"batch 7 \(examples 1 to 2\) has no target"):
+        pack(int32([1, 1, 1]), int32([1, 0, 0]), int32([3, 7, 7]), token_budget=4, sequence_sum=True)
+    with pytest.raises(ConfigError, match="contiguous"):
+        pack(int32([1, 1])[::-1], int32([1, 1]), int32([0, 0]), token_budget=4, sequence_sum=True)
+    for wrong in (one.astype(np.int64), one.astype(np.float32), one.reshape(1, 1), [1], None):
+        with pytest.raises(TypeError):
+            pack(one, wrong, one, token_budget=4, sequence_sum=True)
+    huge = int32([2**31 - 1] * 3)
+    assert pack(huge, huge, int32([0, 0, 1]), token_budget=2**62, sequence_sum=False).order.tolist() == [0, 1, 2]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 3), max_size=4)), max_size=12),
+    st.integers(0, 9),
+    st.integers(1, 5),
+)
+@seeded
+def test_plan_packed(sequences: list[tuple[int, list[int]]], tile_rows: int, buckets: int) -> None:
+    lengths, prefixes = [n for n, _ in sequences], [used for _, used in sequences]
+    indptr = np.cumsum([0, *map(len, prefixes)])
+    flat = int32([p for used in prefixes for p in used])
+    plan = plan_packed(int32(lengths), int32(indptr), flat, int32(PREFIX_ROWS, 4), tile_rows=tile_rows, buckets=buckets)
+    assert plan.buffer is plan.buffer
+    assert plan.buffer.dtype == np.int32
+    assert plan.buffer.flags.c_contiguous
+    found = oracles.tables(plan.buffer, plan.sections)
+    for name, expected in oracles.plan_packed(lengths, prefixes, PREFIX_ROWS, tile_rows).items():
+        assert found.pop(name) == expected, name
+    check_padded(lengths, buckets, found)
+    assert not found
+    assert plan.reach == max((n + sum(PREFIX_ROWS[p][1] for p in used) for n, used in sequences), default=0)
+
+
+def check_padded(lengths: list[int], buckets: int, found: dict[str, list]) -> None:
+    layout, gather, scatter = found.pop("bucket"), found.pop("gather"), found.pop("scatter")
+    assert len(gather) == sum(n * size for n, size in layout) == oracles.least_padding(lengths, buckets)
+    assert [gather[place] for place in scatter] == list(range(sum(lengths)))
+    firsts = np.cumsum([0, *lengths])
+    order = sorted(range(len(lengths)), key=lambda s: (lengths[s], s))
+    padded = [size for n, size in layout for _ in range(n)]
+    assert gather == [firsts[s] + min(t, lengths[s] - 1) for s, size in zip(order, padded, strict=True) for t in range(size)]
+
+
+def test_plan_packed_refuses() -> None:
+    good = {"lengths": int32([3]), "prefix_indptr": int32([0, 1]), "prefix": int32([0]), "prefix_rows": int32(PREFIX_ROWS, 4), "tile_rows": 4}
+    wrong: list[tuple[type[Exception], dict[str, object]]] = [
+        (ConfigError, {"lengths": int32([0])}),
+        (ConfigError, {"lengths": int32([-3])}),
+        (ConfigError, {"lengths": int32([2**31 - 1])}),
+        (ConfigError, {"lengths": int32([])}),
+        (ConfigError, {"prefix_indptr": int32([])}),
+        (ConfigError, {"prefix_indptr": int32([0, 2])}),
+        (ConfigError, {"prefix_indptr": int32([1, 1])}),
+        (ConfigError, {"prefix_rows": int32([[0, -1, 0, 0]], 4)}),
+        (ConfigError, {"prefix_rows": int32([[0, 1, 2**31 - 1, 0]], 4)}),
+        (ConfigError, {"prefix_rows": int32([[0, 1, 0, 2]], 4)}),
+        (ConfigError, {"prefix_rows": int32([0, 1, 2], 3)}),
+        (ConfigError, {"prefix_rows": int32(PREFIX_ROWS, 4)[:, ::-1]}),
+        (ConfigError, {"tile_rows": -1}),
+        (ConfigError, {"buckets": 0}),
+        (ConfigError, {"buckets": -1}),
+        (UnknownPrefixError, {"prefix": int32([4])}),
+        (UnknownPrefixError, {"prefix": int32([-1])}),
+        (UnknownPrefixError, {"prefix_rows": np.zeros((0, 4), np.int32)}),
+        (TypeError, {"prefix_rows": int32(PREFIX_ROWS)}),
+        (TypeError, {"lengths": np.array([3])}),
+        (TypeError, {"tile_rows": 1.5}),
+    ]
+    assert plan_packed(**good).reach == 6
+    for error, change in wrong:
+        with pytest.raises(error):
+            plan_packed(**{**good, **change})
+    with pytest.raises(UnknownPrefixError) as caught:
+        plan_packed(**{**good, "prefix": int32([9])})
+    assert str(caught.value).startswith("prefix 9 is not known")
+    many = {**good, "lengths": int32([2**26, 1, 1]), "prefix_indptr": int32([0, 1, 1, 1]), "buckets": 1}
+    with pytest.raises(ConfigError, match="padded tokens"):
+        plan_packed(**many)
+
+
+def drive(work: list[tuple[int, list[int], int, int, int]]) -> None:
+    """Serves requests and compares each step's prefix tables with the twin."""
+    scheduler = Scheduler(64 + 16 * 30, 8, 60, tile_rows=4)
+    rows = [20, 0, 5, 33]
+    for prefix, n in enumerate(rows):
+        scheduler.register_prefix(prefix, n, 2 * n, prefix % 2 == 0)
+    known: dict[int, tuple[list[int], int, int, int]] = {}
+    for id, (priority, prefixes, prompt_len, beams, max_new) in enumerate(work):
+        scheduler.add(id, prefixes, prompt_len, beams, max_new, priority=priority, tenant=id)
+        known[id] = (prefixes, prompt_len, beams, max_new)
+    steps: dict[int, int] = {}
+    first: dict[int, int] = {}
+    while scheduler.num_waiting + scheduler.num_running:
+        out = np.full(scheduler.buffer_len, -1, np.int32)
+        header = scheduler.plan_step(out)
+        for prefix, row in header.loads:
+            first[prefix] = row
+            scheduler.prefix_ready(prefix)
+        blocks = {p: (first.get(p, 0), n, int(p % 2 == 0)) for p, n in enumerate(rows)}
+        check_prefill(header, out, known, blocks)
+        check_decode(header, out, known, blocks, steps)
+        steps |= dict.fromkeys(header.prefill_ids, 0)
+        scheduler.commit([id for id in header.decode_ids if steps[id] == known[id][3]])
+    assert set(steps) == set(known)
+    for prefix in range(4):
+        scheduler.forget_prefix(prefix)
+    assert scheduler.free_rows == 16 * 30
+
+
+def check_prefill(header: StepHeader, out: np.ndarray, known: dict, blocks: dict) -> None:
+    if header.prefill_sections is None:
+        assert (header.prefill_ids, header.prefill_reach) == ([], 0)
+        return
+    found = oracles.tables(out, header.prefill_sections)
+    used, lengths = [known[id][0] for id in header.prefill_ids], [known[id][1] for id in header.prefill_ids]
+    assert used == sorted(used)
+    table = [[*blocks[p][:2], 2 * blocks[p][1], blocks[p][2]] for p in blocks]
+    for name, expected in oracles.plan_packed(lengths, used, table, 4).items():
+        assert found.pop(name) == expected, name
+    check_padded(lengths, 4, found)
+    assert found["logits_idx"] == (np.cumsum(lengths) - 1).tolist()
+    assert set(found) == {"chunk", "slots", "fill", "logits_idx"}
+    assert header.prefill_reach == max(n + sum(blocks[p][1] for p in one) for n, one in zip(lengths, used, strict=True))
+
+
+def check_decode(header: StepHeader, out: np.ndarray, known: dict, blocks: dict, steps: dict[int, int]) -> None:
+    if header.decode_sections is None:
+        assert (header.decode_ids, header.decode_reach) == ([], 0)
+        return
+    found = oracles.tables(out, header.decode_sections)
+    rows: list[tuple[int, int, list[int]]] = []
+    positions = []
+    for id in header.decode_ids:
+        steps[id] += 1
+        prefixes, prompt_len, beams, _ = known[id]
+        for _ in range(beams):
+            rows.append((len(rows), prompt_len + steps[id] - 1, prefixes))
+            positions.append(rows[-1][1] + max((2 * blocks[p][1] for p in prefixes), default=0))
+    expected = {
+        **oracles.segment_uses([prefixes for _, _, prefixes in rows], blocks),
+        **oracles.uses(rows, blocks),
+        "lens": [position + 1 for _, position, _ in rows],
+        "position_ids": positions,
+    }
+    for name, values in expected.items():
+        assert found.pop(name) == values, name
+    assert set(found) == {"row", "slot"}
+    assert len(set(found["slot"])) == len(set(found["row"])) == len(rows)
+    assert header.decode_reach == max(position + 1 + sum(blocks[p][1] for p in used) for _, position, used in rows)
+
+
+WORK = st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 70), st.integers(1, 3), st.integers(1, 6))
+
+
+@given(st.lists(WORK, max_size=12))
+@seeded
+def test_scheduler(work: list[tuple[int, list[int], int, int, int]]) -> None:
+    drive(work)
+
+
+def test_scheduler_refuses() -> None:
+    for wrong in [(79, 1, 1), (2**31, 1, 1), (100, 0, 1), (100, 1, 0), (-1, 1, 1)]:
+        with pytest.raises(ConfigError):
+            Scheduler(*wrong)
+    with pytest.raises(ConfigError):
+        Scheduler(100, 1, 1, buckets=0)
+    scheduler = Scheduler(1000, 4, 100)
+    scheduler.register_prefix(5, 10, 10, True)
+    for rows, pos_start in [(-1, 0), (0, -1), (2**31, 0), (0, 2**31)]:
+        with pytest.raises(ConfigError):
+            scheduler.register_prefix(6, rows, pos_start, True)
+    for change in [
+        {"prompt_len": 0},
+        {"prompt_len": -2},
+        {"prompt_len": 10_000},
+        {"beams": 0},
+        {"beams": 5},
+        {"max_new": -1},
+        {"max_new": 2**62},
+        {"encoder_len": 3},
+        {"deadline": 1.0},
+        {"text_hashes": [1]},
+        {"text_hashes": []},
+    ]:
+        with pytest.raises(RequestError, match="1"):
+            scheduler.add(**{"id": 1, "prefixes": [5], "prompt_len": 3, "beams": 1, "max_new": 2, **change})
+    with pytest.raises(UnknownPrefixError, match="prefix 6 is not known"):
+        scheduler.add(1, [5, 6], 3, 1, 2)
+    with pytest.raises(OverflowError):
+        scheduler.add(2**70, [], 3, 1, 2)
+    assert scheduler.num_waiting == 0
+    scheduler.forget_prefix(5)
+
+
+def test_scheduler_checks_the_buffer() -> None:
+    scheduler = Scheduler(1000, 4, 100)
+    scheduler.add(1, [], 3, 1, 2)
+    good = np.zeros(scheduler.buffer_len, np.int32)
+    with pytest.raises(CapacityError, match=str(scheduler.buffer_len)):
+        scheduler.plan_step(good[1:])
+    locked = good.copy()
+    locked.flags.writeable = False
+    for wrong in (locked, np.zeros(2 * len(good), np.int32)[::2]):
+        with pytest.raises(ConfigError, match="out is not"):
+            scheduler.plan_step(wrong)
+    for wrong in (good.astype(np.int64), good.reshape(1, -1), None):
+        with pytest.raises(TypeError):
+            scheduler.plan_step(wrong)
+    assert scheduler.num_waiting == 1
+    assert scheduler.plan_step(good).prefill_ids == [1]
+    with pytest.raises(PrefixFastError, match="commit"):
+        scheduler.plan_step(good)
+
+
+def test_scheduler_cancels() -> None:
+    scheduler = Scheduler(1000, 1, 100)
+    scheduler.register_prefix(0, 16, 16, True)
+    scheduler.add(1, [0], 3, 1, 2)
+    scheduler.add(2, [0], 3, 1, 2)
+    out = np.zeros(scheduler.buffer_len, np.int32)
+    assert scheduler.plan_step(out).loads == [(0, 0)]
+    assert [scheduler.cancel(id) for id in (2, 2, 3, 1)] == [True, False, False, True]
+    assert scheduler.plan_step(out).cancelled == [1, 2]
+    with pytest.raises(PrefixFastError, match="being loaded"):
+        scheduler.forget_prefix(0)
+    scheduler.prefix_ready(0)
+    scheduler.forget_prefix(0)
+    with pytest.raises(RequestError, match="not running"):
+        scheduler.commit([1])

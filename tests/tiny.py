@@ -1,0 +1,86 @@
+"""Tiny random models of the ten decoder-only families, and PEFT models that hold a given prefix."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCAB, EOS, WINDOW = 101, 2, 12
+TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 160}
+GROUPED = {**TOKENS, **SIZES, "num_key_value_heads": 2}
+GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 160, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+OPT = {**TOKENS, **SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0, "attention_dropout": 0}
+OPT.pop("intermediate_size")
+GEMMA = {**GROUPED, "head_dim": 16}
+FAMILIES = {
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**GROUPED)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**GROUPED)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**GROUPED, head_dim=16)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**GROUPED, head_dim=8, sliding_window=WINDOW)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TOKENS, **SIZES)),
+    "gemma": lambda: GemmaForCausalLM(GemmaConfig(**GEMMA)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA, sliding_window=WINDOW, query_pre_attn_scalar=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA, sliding_window=WINDOW, query_pre_attn_scalar=8, sliding_window_pattern=2)),
+}
+
+
+def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A model with logits far from uniform, so that the best token is clear."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family]().eval().to(dtype)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_((torch.randn(p.shape, generator=g) * (0.12 if p.dim() > 1 else 0.02)).to(dtype))
+    if family == "gemma2":  # its soft cap exists in eager attention only
+        model.set_attn_implementation("eager")
+    return model
+
+
+def peft_table(model, length: int, seed: int, scale: float = 0.7) -> torch.Tensor:
+    """A strong random prefix in PEFT's layout."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    config = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)).peft_config["default"]
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(length, config.num_layers * 2 * config.token_dim, generator=g) * scale
+
+
+def with_prefix(model, table: torch.Tensor):
+    """PEFT's model with this prefix."""
+    from peft import PrefixTuningConfig, get_peft_model
+
+    peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(table)))
+    with torch.no_grad():
+        peft.prompt_encoder["default"].embedding.weight.data = table.to(model.dtype).clone()
+    return peft.eval()
+
+
+def shapes(model) -> tuple[int, int]:
+    """Layers and kv heads."""
+    config = model.config
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
