@@ -109,10 +109,11 @@ def test_streams_join_to_the_whole(name: str, data: st.DataObject, skip: bool) -
     any_ids = st.lists(st.integers(0, ours.vocab_size + 1), max_size=30)
     ids = data.draw(st.one_of(TEXTS.map(lambda text: theirs.encode(text).ids), any_ids))
     stream = ours.stream(skip_special_tokens=skip)
+    sizes = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=4).filter(any))
     for _ in range(2):
-        parts, rest = [], ids
+        parts, rest, pieces = [], ids, itertools.cycle(sizes)
         while rest:
-            size = data.draw(st.integers(0, 3))
+            size = next(pieces)
             parts.append(stream.push(rest[:size]))
             rest = rest[size:]
         assert "".join([*parts, stream.finish()]) == theirs.decode(ids, skip_special_tokens=skip)

@@ -165,15 +165,15 @@ def note(rng: Random) -> str:
 
 
 def page(rng: Random) -> list[str]:
-    """Documents that follow each other in one training window."""
+    """Documents that follow each other in a training window."""
     pick = rng.random()
-    if pick < 0.7:
+    if pick < 0.8:
         kind, register = rng.choice(list(SCENES)), rng.choice(REGISTERS)
         scene = draw_scene(rng, kind, "train")
         heading = expand(rng, _HEADING + _ABOUT[register], scene)
-        return [f"{heading} {facts(rng, scene)}", write_up(rng, kind, register, scene), note(rng)]
-    opening = [expand(rng, _UNRELATED, {})] if pick < 0.8 else []
-    return [" ".join([*opening, note(rng)]), note(rng), note(rng)]
+        return [f"{heading} {facts(rng, scene)}", write_up(rng, kind, register, scene), *([note(rng)] if pick < 0.4 else [])]
+    opening = [expand(rng, _UNRELATED, {})] if pick < 0.87 else []
+    return [" ".join([*opening, note(rng)]), note(rng)]
 
 
 def pages(seed: int) -> Iterator[list[str]]:

@@ -48,8 +48,8 @@ def windows(tok: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
 
 
 def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four layers, two million weights, the input embedding shared with the output."""
-    return LlamaForCausalLM(
+    """Four layers, two million weights."""
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
             hidden_size=192,
@@ -58,16 +58,19 @@ def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_attention_heads=6,
             num_key_value_heads=6,
             max_position_embeddings=512,
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
             bos_token_id=tok.eos_token_id,
             eos_token_id=tok.eos_token_id,
             pad_token_id=tok.eos_token_id,
         )
     )
+    # Wide, and apart from the output's: words used alike (Monday, Friday) would else become one vector, and nothing could be copied from it.
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    return model
 
 
 def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, peak: float) -> None:
-    """Muon for the layers' matrices, AdamW for the rest; the rate rises for 50 steps, then falls to zero."""
+    """Muon for the layers' matrices, AdamW for the rest; the rate (half of it for AdamW) rises for 50 steps, then falls to zero."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     optimizers = [
@@ -82,8 +85,8 @@ def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, pea
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.param_groups[0]["lr"] = rate
+        for optimizer, share in zip(optimizers, (1.0, 0.5), strict=True):
+            optimizer.param_groups[0]["lr"] = rate * share
             optimizer.step()
             optimizer.zero_grad()
         recent += loss.item() / 50

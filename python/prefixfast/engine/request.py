@@ -18,7 +18,7 @@ from prefixfast.prefix import Prefix
 Input = str | list[int] | Mapping[str, Any]
 BUILT_IN = GenerationParams(max_new_tokens=256, min_new_tokens=0, num_beams=1, length_penalty=1.0, early_stopping=False)
 MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
-EXTRA_KEYS = frozenset({"prefix", "id", "params", *TARGET_KEYS})
+KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS})
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,10 @@ def _task(item: Input, index: int, prefixes: tuple[Prefix, ...]) -> Task:
     task = Task.from_spec(spec) if spec is not None else None
     if not isinstance(item, Mapping):
         return task or Task("prompt")
-    if unknown := set(item) - EXTRA_KEYS - set(INPUT_KEYS):
-        msg = f"request {index}: unknown keys {sorted(map(str, unknown))}; known are {sorted({*EXTRA_KEYS, *INPUT_KEYS})}"
+    if unknown := set(item) - KNOWN_KEYS:
+        msg = f"request {index}: unknown keys {sorted(map(str, unknown))}; known are {sorted(KNOWN_KEYS)}"
         raise RequestError(msg, index=index)
-    if "prompt" in item:
+    if "prompt" in item or "input_ids" in item:
         return Task("prompt") if task is None else Task("prompt", strip=task.strip)
     return task if task is not None and task.linearizer is not None else find_task(None, item)
 
@@ -157,7 +157,7 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
     """Token ids of every prompt; rows of one task are linearized together."""
     texts: dict[int, str] = {}
     for task in {id(t): t for t in tasks}.values():
-        rows = [i for i, (item, t) in enumerate(zip(batch, tasks, strict=True)) if t is task and isinstance(item, Mapping)]
+        rows = [i for i, (item, t) in enumerate(zip(batch, tasks, strict=True)) if t is task and isinstance(item, Mapping) and "input_ids" not in item]
         if rows:
             texts |= zip(rows, task.prompts([batch[i] for i in rows], model.need_tokenizer().eos), strict=True)  # type: ignore[misc]
     texts |= {i: item for i, item in enumerate(batch) if isinstance(item, str)}
@@ -166,7 +166,7 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
         out = dict(zip(texts, model.need_tokenizer().encode(list(texts.values())), strict=True))
     for i, item in enumerate(batch):
         if i not in out:
-            out[i] = _given_ids(item, i, model.vocab_size)
+            out[i] = _given_ids(item["input_ids"] if isinstance(item, Mapping) else item, i, model.vocab_size)
         if not len(out[i]):
             msg = f"request {i}: the prompt has no tokens"
             raise RequestError(msg, index=i)

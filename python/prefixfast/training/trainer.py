@@ -30,6 +30,7 @@ from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 logger = logging.getLogger(__name__)
 DEFAULT_RATE = {"none": 5e-2, "mlp": 1e-3}
 ONLY = "prefix"  # the name of a lone prefix in logs
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -112,10 +113,13 @@ def train(
     if eval_of is not None and set(eval_of) != set(rows_of):
         msg = f"eval_data: expected the names of data, got {sorted(set(eval_of) ^ set(rows_of))} in one of them only"
         raise ConfigError(msg)
+    if output_dir is not None and many:
+        _check_names(rows_of)
     first = next(iter(rows_of.values()))[0]
     found = Task("input_ids") if "input_ids" in first and task is None else find_task(task, first)
     with borrowed(model) as base:
-        run = _Run(base, rows_of, eval_of, found, init, init_text, prefix_config, config, None if output_dir is None else Path(output_dir)).run(progress)
+        folder = None if output_dir is None else Path(output_dir)
+        run = _Run(base, rows_of, eval_of, found, init, init_text, prefix_config, config, folder, single=not many).run(progress)
     return run if many else run.prefixes[ONLY]
 
 
@@ -133,9 +137,10 @@ class _Run:
 
     def __init__(
         self, model: Model, rows_of: dict[str, Any], eval_of: dict[str, Any] | None, task: Task, init: Any, init_text: str | None,
-        prefix_config: PrefixConfig, config: TrainConfig, output_dir: Path | None,
+        prefix_config: PrefixConfig, config: TrainConfig, output_dir: Path | None, *, single: bool,
     ) -> None:  # fmt: skip
         self.model, self.task, self.config, self.names, self.output_dir = model, task, config, list(rows_of), output_dir
+        self.single = single
         start = _initial(model, task, init, init_text, self.names, prefix_config)
         if (given := next((kv for kv in start if kv is not None), None)) is not None:
             prefix_config = PrefixConfig.make(prefix_config, prefix_length=len(given[0][0]))
@@ -156,6 +161,9 @@ class _Run:
         self.skipped = torch.zeros(len(self.names), dtype=torch.int64)
         self.evaluation: torch.Tensor | None = None
         self.start = time.perf_counter()
+        if output_dir is not None:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            replace_file(output_dir / LOG, b"")
 
     def run(self, progress: bool | None) -> TrainRun:
         """All steps, evaluation, saving."""
@@ -220,8 +228,12 @@ class _Run:
         self.params.dropout = saved
         return total / count
 
-    def _record(self, **line: Any) -> None:
-        self.log.append({"seconds": round(time.perf_counter() - self.start, 3), **line})
+    def _record(self, **values: Any) -> None:
+        line = {"seconds": round(time.perf_counter() - self.start, 3), **values}
+        self.log.append(line)
+        if self.output_dir is not None:
+            with (self.output_dir / LOG).open("a", encoding="utf8") as f:
+                f.write(json.dumps(line) + "\n")
 
     def _finish(self, last: torch.Tensor) -> TrainRun:
         prefixes, metrics = {}, {}
@@ -242,10 +254,10 @@ class _Run:
             }
             linearizer = None if self.task.name == "input_ids" else self.task.spec()
             prefixes[name] = Prefix(kv, pos_start, base=self.model.fingerprint, linearizer=linearizer, decoding=dict(self.task.decoding), training=training)
-        run = TrainRun(prefixes, metrics, self.log)
-        if self.output_dir is not None:
-            _save(run, self.output_dir)
-        return run
+            if self.output_dir is not None:
+                prefixes[name].save_pretrained(self.output_dir if self.single else self.output_dir / name)
+        self._record(metrics=metrics)
+        return TrainRun(prefixes, metrics, self.log)
 
 
 def _initial(model: Model, task: Task, init: Any, init_text: str | None, names: list[str], config: PrefixConfig) -> list[list[Any] | None]:
@@ -287,12 +299,8 @@ def _plain(config: PrefixConfig | TrainConfig) -> dict[str, Any]:
     return {n: getattr(config, n) for n in config.names()}
 
 
-def _save(run: TrainRun, folder: Path) -> None:
-    single = list(run) == [ONLY]
-    for name, prefix in run.items():
-        if not single and (name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name):
+def _check_names(names: Iterable[str]) -> None:
+    for name in names:
+        if name in ("", ".", "..", LOG) or {"/", "\\", "\0"} & set(name):
             msg = f"prefix name {name!r} cannot be a folder of output_dir; rename it"
             raise ConfigError(msg)
-        prefix.save_pretrained(folder if single else folder / name)
-    lines: Iterable[dict[str, Any]] = [*run.log, {"metrics": run.metrics}]
-    replace_file(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())

@@ -149,6 +149,37 @@ fn keeps_the_order_of_calls() {
 }
 
 #[test]
+fn moves_its_own_prefixes_when_they_are_in_the_way() {
+    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+    for (prefix, units) in [(0, 4), (1, 8), (2, 11)] {
+        scheduler
+            .register_prefix(prefix, 16 * units, 0, true)
+            .expect("a new number");
+    }
+    let mut steps = Vec::new();
+    for prefixes in [&[0][..], &[1], &[1, 2]] {
+        scheduler.add(request(7, prefixes, 3, 1, 2)).expect("room");
+        let mut out = vec![0; scheduler.buffer_len()];
+        let header = scheduler.plan_step(&mut out).expect("a step");
+        for (prefix, _) in &header.loads {
+            scheduler.prefix_ready(*prefix).expect("it was loading");
+        }
+        steps.push((header.evictions, header.loads));
+        assert_eq!(
+            scheduler.plan_step(&mut out).expect("a step").prefill_ids,
+            [7]
+        );
+        scheduler.commit(&[7]).expect("a commit");
+    }
+    let expected = [
+        (vec![], vec![(0, 0)]),
+        (vec![], vec![(1, 64)]),
+        (vec![0, 1], vec![(1, 0), (2, 128)]),
+    ];
+    assert_eq!(steps, expected);
+}
+
+#[test]
 fn refuses_what_never_fits() {
     let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
     scheduler
@@ -176,4 +207,31 @@ fn refuses_what_never_fits() {
         ..limits()
     };
     assert!(matches!(Scheduler::new(short), Err(Error::Config(_))));
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn buffer_len_suffices(
+        requests in prop::collection::vec((prop_oneof![1..9_usize, 1..400_usize], 1..9_usize), 1..40),
+        max_batched_tokens in 1..600_usize, tile_rows in 0..3_usize, buckets in 1..5_usize, prefixes in 0..4_usize,
+    ) {
+        let arena_rows = 1 << 20;
+        let mut scheduler = Scheduler::new(Limits { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets }).expect("a scheduler");
+        for prefix in 0..4 {
+            scheduler.register_prefix(prefix, 16, 16, true).expect("a new number");
+        }
+        for (id, (prompt_len, beams)) in (0..).zip(requests) {
+            scheduler.add(request(id, &[0, 1, 2, 3][..prefixes], prompt_len, beams, 2)).expect("room");
+        }
+        let mut out = vec![0; scheduler.buffer_len()];
+        while scheduler.num_waiting() + scheduler.num_running() > 0 {
+            let header = scheduler.plan_step(&mut out).expect("a step");
+            for (prefix, _) in &header.loads {
+                scheduler.prefix_ready(*prefix).expect("it was loading");
+            }
+            scheduler.commit(&header.decode_ids).expect("a commit");
+        }
+    }
 }

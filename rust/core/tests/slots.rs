@@ -55,7 +55,9 @@ proptest! {
             prop_assert_eq!(slots.free(), free);
             prop_assert_eq!(slots.clone().take_high(free).is_some(), free > 0);
         }
-        held.into_iter().for_each(|run| slots.give(run));
+        for run in held {
+            slots.give(run);
+        }
         prop_assert_eq!(slots, Slots::new(SIZE));
     }
 }

@@ -55,10 +55,11 @@ impl Scheduler {
         tables.clear();
         header.prefill = self.tables(&header.prefill_ids, &mut tables, push_prefill);
         header.decode = self.tables(&header.decode_ids, &mut tables, push_decode);
-        debug_assert!(tables.data.len() <= out.len(), "buffer_len is too small");
-        if let Some(out) = out.get_mut(..tables.data.len()) {
-            out.copy_from_slice(&tables.data);
-        }
+        let Some(out) = out.get_mut(..tables.data.len()) else {
+            let text = "internal error: buffer_len was too small for a step; please report it";
+            return Err(Error::State(text.to_owned()));
+        };
+        out.copy_from_slice(&tables.data);
         self.scratch = tables;
         if header.prefill.is_some() || header.decode.is_some() {
             self.in_flight = Some((header.prefill_ids.clone(), header.decode_ids.clone()));

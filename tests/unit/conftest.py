@@ -1,0 +1,67 @@
+"""A tokenizer as large as the tiny models' vocabulary, a saved tiny GPT-2, and prefixes made from random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from prefixfast import Model, Prefix, load
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<s>", "</s>")
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: printable ASCII, the line break and the pound sign are exactly the vocabulary of `tiny`."""
+    characters = ["Ġ", *(chr(c) for c in range(33, 127)), "Ċ", "Â", "£"]
+    vocab = {t: i for i, t in enumerate((*SPECIAL, *characters))}
+    assert len(vocab) == tiny.VOCAB
+    core = Tokenizer(models.BPE(vocab, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A saved tiny GPT-2 with its tokenizer."""
+    path = tmp_path_factory.mktemp("bases") / "tiny-gpt2"
+    tiny.make("gpt2").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base(folder: Path) -> Iterator[Model]:
+    """The saved model, attached."""
+    with load(folder, dtype="float32") as model:
+        yield model
+
+
+MakePrefix = Callable[..., Prefix]
+
+
+@pytest.fixture(scope="session")
+def make_prefix() -> MakePrefix:
+    """A function that makes a prefix for `tiny` models (default: GPT-2's 3 layers, 4 heads of 8)."""
+
+    def make(seed: int = 0, *, length: int = 4, heads: int = 4, dim: int = 8, layers: Any = 3, dtype: torch.dtype = torch.float32, **fields: Any) -> Prefix:
+        g = torch.Generator().manual_seed(seed)
+        numbers = range(layers) if isinstance(layers, int) else layers
+        kv = {f"self.{i}.{x}": torch.randn(length, heads, dim, generator=g).to(dtype) for i in numbers for x in "kv"}
+        return Prefix(kv, **{"pos_start": length, **fields})
+
+    return make

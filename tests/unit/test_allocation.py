@@ -1,0 +1,75 @@
+"""The prefix is never gathered or expanded: no tensor of rows x P keys in decode, none of batch x P keys in training."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from parity.packed import Case, packed
+from prefixfast import Engine, load
+from prefixfast.interchange import peft as layout
+from prefixfast.prefix import Prefix
+from torch.utils._python_dispatch import TorchDispatchMode
+
+P, ROWS = 120, 24
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that an operator allocates (views of its inputs do not count)."""
+
+    def __init__(self, ignore=()):
+        super().__init__()
+        self.numel, self.ignore = 0, ignore
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storages = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in storages and t.shape[-1:] != self.ignore:
+                self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+def setup(family):
+    base = tiny.make(family)
+    tables = [tiny.peft_table(tiny.make(family), P, seed) for seed in (1, 2)]
+    return base, [Prefix(layout.from_table(t, *tiny.shapes(base)), pos_start=P) for t in tables], tables
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_decode_allocates_nothing_of_rows_times_prefix(family):
+    base, prefixes, _ = setup(family)
+    with Engine(base, max_num_seqs=ROWS, max_model_len=16, kv_cache_memory=2**20) as engine:
+        shape = engine.model.layers[0]
+        limit = ROWS * P * shape.num_kv_heads * shape.head_dim
+        prompts = [[5, 6, 7]] * ROWS
+        chosen = [prefixes[i % 2] for i in range(ROWS)]
+        engine.generate(prompts, chosen, max_new_tokens=2)  # loads the prefixes
+        with Largest() as seen:
+            engine.generate(prompts, chosen, max_new_tokens=4, min_new_tokens=4)
+        assert 0 < seen.numel < limit
+
+
+def test_the_check_sees_an_expanded_prefix():
+    """Transformers' own way, a cache expanded to the batch, is over the limit."""
+    base, _, tables = setup("gpt2")
+    peft = tiny.with_prefix(base, tables[0])
+    ids = torch.full((ROWS, 3), 5)
+    with Largest() as seen, torch.no_grad():
+        peft(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert seen.numel >= ROWS * P * 32
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_allocates_nothing_of_batch_times_prefix(family):
+    base, prefixes, tables = setup(family)
+    prompts = [torch.tensor([5, 6, 7, 8])] * ROWS
+    with load(base) as model:
+        shape = model.layers[0]
+        limit = ROWS * P * shape.num_kv_heads * shape.head_dim
+        with Largest() as seen:
+            logits, leaves = packed(model, Case(prompts, [i % 2 for i in range(ROWS)], tables), prefixes, grad=True)
+            F.cross_entropy(logits, torch.cat(prompts)).backward()
+        assert all(t.grad is not None for kv in leaves for t in kv)
+        assert 0 < seen.numel < limit
+        assert np.isfinite(logits.detach().numpy()).all()

@@ -1,0 +1,237 @@
+"""The command line on a tiny saved model: what it writes, what it says, and how it exits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from oracles import ROOT
+from prefixfast import EngineConfig, GenerationParams, Prefix, PrefixConfig, TrainConfig, unload
+from prefixfast.cli import main
+
+ROWS = [{"prompt": f"{a}=", "completion": a * 3} for a in "abcd"]
+FAST = ("--max-steps", "2", "--batch-size", "2", "--prefix-length", "3", "--dtype", "float32")
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch, capfd) -> Cli:
+    """Run the command line in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    unload()
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["prefixfast", *map(str, arguments)])
+        message, code = "", 0
+        try:
+            main()
+        except SystemExit as e:
+            message, code = (e.code, 1) if isinstance(e.code, str) else ("", e.code or 0)
+        captured = capfd.readouterr()
+        return Result(code, captured.out, captured.err + message)
+
+    return run
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf8")
+    return path
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    return write(tmp_path / "rows.jsonl", ROWS)
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+
+
+def test_train_then_generate(cli, folder, data, tmp_path):
+    trained = cli("train", folder, data, "-o", tmp_path / "p", *FAST)
+    assert trained.code == 0, trained.err
+    assert str(tmp_path / "p") in trained.out
+    assert Prefix.from_pretrained(tmp_path / "p").length == 3
+    requests = write(tmp_path / "in.jsonl", [{"prompt": "a=", "id": 7}, {"prompt": "b="}])
+    made = cli("generate", requests, "-o", tmp_path / "out.jsonl", "--prefix", tmp_path / "p", "--max-new-tokens", 3, "--max-num-seqs", 4)
+    assert made.code == 0, made.err
+    lines = read(tmp_path / "out.jsonl")
+    assert [(g["index"], g["id"], g["prefix_digest"]) for g in lines] == [(i, n, Prefix.from_pretrained(tmp_path / "p").digest) for i, n in ((0, 7), (1, None))]
+    assert all(1 <= len(g["token_ids"]) <= 3 for g in lines)
+
+
+def test_several_prefixes_by_name(cli, folder, data, tmp_path):
+    trained = cli("train", folder, f"x={data}", f"y={data}", "-o", tmp_path / "ps", *FAST)
+    assert trained.code == 0, trained.err
+    requests = write(tmp_path / "in.jsonl", [{"prompt": "a=", "prefix": n} for n in "yx"])
+    made = cli("generate", requests, "-o", tmp_path / "out.jsonl", "--prefixes", tmp_path / "ps", "--max-new-tokens", 2, "--max-num-seqs", 4)
+    assert made.code == 0, made.err
+    assert [g["prefix_digest"] for g in read(tmp_path / "out.jsonl")] == [Prefix.from_pretrained(tmp_path / "ps" / n).digest for n in "yx"]
+
+
+def test_training_leaves_a_log(cli, folder, data, tmp_path):
+    assert cli("train", folder, data, "-o", tmp_path / "p", *FAST, "--logging-steps", 1, "--eval-data", data).code == 0
+    lines = read(tmp_path / "p" / "log.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert any("eval_loss" in line for line in lines)
+
+
+def settings(folder: Path) -> dict:
+    training = Prefix.from_pretrained(folder).training
+    return training["config"] | training["prefix_config"]
+
+
+def test_a_file_of_options_is_read_and_flags_win(cli, folder, data, tmp_path):
+    options = {"max_steps": 1, "prefix_length": 2, "learning_rate": 0.125, "pos_start": "zero", "shuffle": False}
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(options), encoding="utf8")
+    done = cli("train", folder, data, "-o", tmp_path / "p", "--config", tmp_path / "options.yaml", "--max-steps", 2, "--dtype", "float32")
+    assert done.code == 0, done.err
+    got = settings(tmp_path / "p")
+    assert {n: got[n] for n in options} == {**options, "max_steps": 2}
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--shuffle", True), ("--no-shuffle", False)])
+def test_a_switch_can_be_turned_on_and_off(cli, folder, data, tmp_path, flag, value):
+    done = cli("train", folder, data, "-o", tmp_path / "p", *FAST, flag)
+    assert done.code == 0, done.err
+    assert settings(tmp_path / "p")["shuffle"] is value
+
+
+@pytest.mark.parametrize("value", ["true", "false", "never"])
+def test_early_stopping_takes_its_three_values(cli, folder, tmp_path, monkeypatch, value):
+    seen = {}
+    monkeypatch.setattr("prefixfast.generate", lambda rows, prefixes, **how: seen.update(how) or [], raising=False)
+    requests = write(tmp_path / "in.jsonl", [{"prompt": "a"}])
+    assert cli("generate", requests, "-o", tmp_path / "out.jsonl", "--model", folder, "--early-stopping", value).code == 0
+    assert seen["early_stopping"] == {"true": True, "false": False}.get(value, value)
+
+
+# ---- mistakes: one message, no traceback ----
+
+TRAIN = ("train", "{folder}", "{data}", "-o", "{tmp}/p")
+GENERATE = ("generate", "{data}", "-o", "{tmp}/out.jsonl", "--model", "{folder}")
+MISTAKES = {
+    "unknown flag": ((*TRAIN, "--max-step", "3"), 2, "No such option: --max-step"),
+    "no output": (("train", "{folder}", "{data}"), 2, "Missing option"),
+    "a word for a number": ((*TRAIN, "--batch-size", "ten"), 2, "'ten' is not a valid int"),
+    "an unknown choice": ((*TRAIN, "--overflow", "drop"), 2, "'drop' is not one of"),
+    "unknown command": (("tune",), 2, "No such command 'tune'"),
+    "wrong range": ((*TRAIN, "--batch-size", "0"), 1, "TrainConfig.batch_size: expected at least 1, got 0"),
+    "no such model": (("train", "{tmp}/nothing", "{data}", "-o", "{tmp}/p"), 1, "{tmp}/nothing"),
+    "no such data": (("train", "{folder}", "{tmp}/none.jsonl", "-o", "{tmp}/p"), 1, "{tmp}/none.jsonl"),
+    "malformed data": (("train", "{folder}", "{tmp}/bad.jsonl", "-o", "{tmp}/p"), 1, "{tmp}/bad.jsonl:2"),
+    "a row without target": (("train", "{folder}", "{tmp}/half.jsonl", "-o", "{tmp}/p"), 1, "completion: expected a string"),
+    "one name twice": (("train", "{folder}", "x={data}", "x={data}", "-o", "{tmp}/p"), 1, "NAME=FILE with different names"),
+    "a name beside a file": (("train", "{folder}", "x={data}", "{data}", "-o", "{tmp}/p"), 1, "NAME=FILE with different names"),
+    "a name that is no folder": (("train", "{folder}", "../x={data}", "-o", "{tmp}/p"), 1, "'../x' cannot be a folder"),
+    "unknown task": ((*TRAIN, "--task", "webnlg"), 1, "task: expected one of e2e, table, prompt"),
+    "init of no folder": ((*TRAIN, "--init", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
+    "unknown dtype": ((*TRAIN, "--dtype", "int8"), 1, "dtype: expected 'auto' or one of"),
+    "no options file": ((*TRAIN, "--config", "{tmp}/none.yaml"), 1, "--config {tmp}/none.yaml: cannot be read"),
+    "broken options file": ((*TRAIN, "--config", "{tmp}/broken.yaml"), 1, "--config {tmp}/broken.yaml: cannot be read"),
+    "a list of options": ((*TRAIN, "--config", "{tmp}/list.yaml"), 1, "expected a mapping of options, got list"),
+    "an unknown option in the file": ((*TRAIN, "--config", "{tmp}/lr.yaml"), 1, "lr.yaml"),
+    "generate: no such file": (("generate", "{tmp}/none.jsonl", "-o", "{tmp}/o"), 1, "{tmp}/none.jsonl"),
+    "generate: no model": (("generate", "{data}", "-o", "{tmp}/o"), 1, "model: expected a base, or prefixes that name one"),
+    "generate: no such prefix": ((*GENERATE, "--prefix", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
+    "generate: two ways": ((*GENERATE, "--prefix", "{tmp}/a", "--prefixes", "{tmp}"), 1, "expected --prefix or --prefixes, got both"),
+    "generate: rows name no prefix": ((*GENERATE, "--prefixes", "{tmp}"), 1, "request 0: expected a 'prefix' key"),
+    "generate: a folder above": (("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got ['..']"),
+    "generate: a long way": (("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got ['x/y']"),
+    "generate: the training flags": ((*GENERATE, "--max-steps", "3"), 2, "No such option: --max-steps"),
+}
+OTHER_FILES = {
+    "bad.jsonl": '{"prompt": "a", "completion": "b"}\n{"prompt": \n',
+    "half.jsonl": '{"prompt": "a"}\n',
+    "above.jsonl": '{"prompt": "a", "prefix": ".."}\n',
+    "far.jsonl": '{"prompt": "a", "prefix": "x/y"}\n',
+    "broken.yaml": "a: [1\n",
+    "list.yaml": "- max_steps\n",
+    "lr.yaml": "lr: 0.1\n",
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_message(cli, folder, data, tmp_path, arguments, code, message):
+    for name, text in OTHER_FILES.items():
+        (tmp_path / name).write_text(text, encoding="utf8")
+    places = {"folder": folder, "data": data, "tmp": tmp_path}
+    got = cli(*(a.format(**places) for a in arguments))
+    assert got.code == code
+    assert message.format(**places) in got.err
+    assert "Traceback" not in got.err
+    assert not (tmp_path / "p").exists()
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_an_unknown_option_in_a_file_gets_the_hint(cli, folder, data, tmp_path):
+    (tmp_path / "o.yaml").write_text("lr: 0.1\n", encoding="utf8")
+    assert "did you mean learning_rate" in cli("train", folder, data, "-o", tmp_path / "p", "--config", tmp_path / "o.yaml").err
+
+
+def test_an_interrupt_exits_with_130(cli, folder, data, tmp_path, monkeypatch):
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prefixfast.train", interrupt, raising=False)
+    assert cli("train", folder, data, "-o", tmp_path / "p").code == 130
+
+
+def test_an_error_of_ours_keeps_its_traceback(cli, folder, data, tmp_path, monkeypatch):
+    monkeypatch.setattr("prefixfast.train", lambda *_, **__: 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        cli("train", folder, data, "-o", tmp_path / "p")
+
+
+# ---- help ----
+
+COMMANDS = {"train": (TrainConfig, PrefixConfig), "generate": (GenerationParams, EngineConfig)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_lists_every_field(cli, command):
+    shown = cli(command, "--help")
+    flags = set(re.findall(r"--[a-z][a-z-]*", shown.out))
+    wanted = {"--" + name.replace("_", "-") for config in COMMANDS[command] for name in config.names()}
+    assert shown.code == 0
+    assert wanted - flags == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_field_does(cli, command):
+    words = re.sub(r"[\s│]+", "", cli(command, "--help").out)
+    helps = [f.metadata["help"] for config in COMMANDS[command] for f in config.__dataclass_fields__.values()]
+    assert [h for h in helps if re.sub(r"\s+", "", h)[:30] not in words] == []
+
+
+def test_help_lists_the_commands(cli):
+    shown = cli("--help")
+    assert shown.code == 0
+    assert all(name in shown.out for name in ("train", "generate", "bench"))
+
+
+def test_a_process_exits_without_a_traceback(tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
+    command = [sys.executable, "-m", "prefixfast", "generate", "none.jsonl", "-o", "out.jsonl"]
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("prefixfast: none.jsonl: cannot be read")
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,159 @@
+"""The four option classes: unknown names, wrong types, wrong ranges, help and precedence."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from prefixfast import ConfigError, EngineConfig, GenerationParams, PrefixConfig, TrainConfig
+
+CLASSES = (PrefixConfig, TrainConfig, GenerationParams, EngineConfig)
+UNKNOWN = [
+    (PrefixConfig, "num_virtual_tokens", "prefix_length"),
+    (PrefixConfig, "prefix_projection", "reparameterization='mlp'"),
+    (PrefixConfig, "prefix_lenght", "prefix_length"),
+    (TrainConfig, "per_device_train_batch_size", "batch_size"),
+    (TrainConfig, "gradient_accumulation_steps", "token_budget"),
+    (TrainConfig, "epochs", "num_train_epochs"),
+    (TrainConfig, "lr", "learning_rate"),
+    (TrainConfig, "learning_rates", "learning_rate"),
+    (GenerationParams, "max_tokens", "max_new_tokens"),
+    (GenerationParams, "max_length", "max_new_tokens"),
+    (GenerationParams, "beam_size", "num_beams"),
+    (EngineConfig, "max_num_seq", "max_num_seqs"),
+]
+WRONG_TYPE = [
+    (PrefixConfig, "prefix_length", "10"),
+    (PrefixConfig, "prefix_length", 10.0),
+    (PrefixConfig, "prefix_length", True),
+    (PrefixConfig, "prefix_length", None),
+    (PrefixConfig, "prefix_dropout", True),
+    (PrefixConfig, "prefix_dropout", "0.1"),
+    (PrefixConfig, "prefix_dropout", float("nan")),
+    (PrefixConfig, "reparameterization", "MLP"),
+    (PrefixConfig, "reparameterization", None),
+    (PrefixConfig, "pos_start", 0),
+    (TrainConfig, "max_steps", 1.5),
+    (TrainConfig, "max_steps", False),
+    (TrainConfig, "shuffle", 1),
+    (TrainConfig, "shuffle", "yes"),
+    (TrainConfig, "loss", ["token_mean"]),
+    (TrainConfig, "learning_rate", "1e-3"),
+    (TrainConfig, "learning_rate", float("nan")),
+    (TrainConfig, "overflow", "drop"),
+    (GenerationParams, "num_beams", 2.0),
+    (GenerationParams, "length_penalty", [1]),
+    (GenerationParams, "early_stopping", 1),
+    (GenerationParams, "early_stopping", 0),
+    (GenerationParams, "early_stopping", "true"),
+    (EngineConfig, "max_num_seqs", None),
+    (EngineConfig, "kv_cache_memory", "1GB"),
+]
+WRONG_RANGE = [
+    (PrefixConfig, "prefix_length", 0),
+    (PrefixConfig, "encoder_hidden_size", 0),
+    (PrefixConfig, "prefix_dropout", -0.1),
+    (PrefixConfig, "prefix_dropout", 1.0),
+    (TrainConfig, "num_train_epochs", 0.0),
+    (TrainConfig, "num_train_epochs", float("inf")),
+    (TrainConfig, "max_steps", 0),
+    (TrainConfig, "batch_size", 0),
+    (TrainConfig, "token_budget", 0),
+    (TrainConfig, "learning_rate", 0.0),
+    (TrainConfig, "learning_rate", float("inf")),
+    (TrainConfig, "warmup_steps", -1),
+    (TrainConfig, "weight_decay", -0.1),
+    (TrainConfig, "max_grad_norm", -1.0),
+    (TrainConfig, "max_length", 1),
+    (TrainConfig, "eval_steps", 0),
+    (TrainConfig, "logging_steps", 0),
+    (GenerationParams, "max_new_tokens", 0),
+    (GenerationParams, "min_new_tokens", -1),
+    (GenerationParams, "num_beams", 0),
+    (EngineConfig, "max_model_len", 1),
+    (EngineConfig, "max_num_seqs", 0),
+    (EngineConfig, "max_num_batched_tokens", 0),
+    (EngineConfig, "kv_cache_memory", 0),
+    (EngineConfig, "num_threads", 0),
+]
+RIGHT = [
+    (PrefixConfig, "prefix_dropout", 0),
+    (TrainConfig, "num_train_epochs", 1),
+    (TrainConfig, "max_grad_norm", 0.0),
+    (TrainConfig, "learning_rate", None),
+    (GenerationParams, "early_stopping", True),
+    (GenerationParams, "early_stopping", False),
+    (GenerationParams, "early_stopping", "never"),
+    (GenerationParams, "early_stopping", None),
+    (GenerationParams, "length_penalty", -1),
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "hint"), UNKNOWN)
+def test_an_unknown_option_gets_a_hint(cls, name, hint):
+    with pytest.raises(ConfigError, match=f"{cls.__name__}: unknown option '{name}'; did you mean {hint}"):
+        cls.make(**{name: 1})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_unlike_option_gets_the_list(cls):
+    with pytest.raises(ConfigError, match=f"unknown option 'zzz'; known are {', '.join(cls.names())}"):
+        cls.make(zzz=1)
+
+
+def test_a_name_that_is_no_string_is_unknown():
+    with pytest.raises(ConfigError, match="unknown option 1"):
+        GenerationParams.make({1: 2})
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), WRONG_TYPE)
+def test_a_wrong_type_is_named(cls, name, value):
+    with pytest.raises(ConfigError) as caught:
+        cls(**{name: value})
+    assert str(caught.value).startswith(f"{cls.__name__}.{name}: expected ")
+    assert str(caught.value).endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), WRONG_RANGE)
+def test_a_wrong_range_is_named(cls, name, value):
+    with pytest.raises(ConfigError, match=rf"{cls.__name__}\.{name}: expected .*, got {value!r}"):
+        cls(**{name: value})
+
+
+@pytest.mark.parametrize(("cls", "name", "value"), RIGHT)
+def test_values_at_the_border_are_taken_as_they_are(cls, name, value):
+    assert getattr(cls(**{name: value}), name) is value
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_field_has_its_help(cls):
+    assert [f.name for f in dataclasses.fields(cls) if not f.metadata.get("help", "").strip()] == []
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_options_cannot_be_changed_in_place(cls):
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(cls(), cls.names()[0], 1)
+
+
+def test_make_takes_an_object_or_a_mapping_and_fields_win():
+    expected = PrefixConfig(prefix_length=7, prefix_dropout=0.5)
+    assert PrefixConfig.make(PrefixConfig(prefix_length=3, prefix_dropout=0.5), prefix_length=7) == expected
+    assert PrefixConfig.make({"prefix_length": 3, "prefix_dropout": 0.5}, prefix_length=7) == expected
+
+
+@pytest.mark.parametrize("config", [5, "paper", ["prefix_length"], TrainConfig()])
+def test_make_refuses_other_objects(config):
+    with pytest.raises(ConfigError, match="config: expected a PrefixConfig or a mapping, got"):
+        PrefixConfig.make(config)
+
+
+def test_over_takes_its_own_values_where_given():
+    mine = GenerationParams(num_beams=3, early_stopping=False, min_new_tokens=0)
+    theirs = GenerationParams(num_beams=5, early_stopping=True, min_new_tokens=4, max_new_tokens=9)
+    assert mine.over(theirs) == GenerationParams(num_beams=3, early_stopping=False, min_new_tokens=0, max_new_tokens=9)
+
+
+def test_over_nothing_is_itself():
+    mine = GenerationParams(num_beams=3, early_stopping="never")
+    assert mine.over(GenerationParams()) == mine == GenerationParams().over(mine)

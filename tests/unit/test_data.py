@@ -1,0 +1,238 @@
+"""Rows from files, and tasks: strings to the letter, several references, mistakes by line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefixfast import ConfigError, DataError
+from prefixfast.data.rows import read_rows
+from prefixfast.data.tasks import E2E, TASKS, Task, find_task, table_task
+
+ROWS = [{"prompt": "a\n£", "completion": 'é, "x"'}, {"prompt": "b", "completion": ""}]
+JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS)
+CSV = 'prompt,completion\n"a\n£","é, ""x"""\nb,\n'
+FILES = {
+    "a.jsonl": JSONL,
+    "blank.jsonl": "\n" + JSONL.replace("\n", "\n\n  \n"),
+    "windows.jsonl": JSONL.replace("\n", "\r\n"),
+    "no-end.jsonl": JSONL.rstrip("\n"),
+    "a.v2.json": json.dumps(ROWS, indent=1),
+    "a.csv": CSV,
+}
+
+
+@pytest.mark.parametrize("gz", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"], ids=["", "BOM"])
+@pytest.mark.parametrize(("name", "text"), FILES.items(), ids=FILES)
+def test_files_of_every_kind_hold_the_same_rows(tmp_path, name, text, bom, gz):
+    data = bom + text.encode()
+    path = tmp_path / (name + ".gz" if gz else name)
+    path.write_bytes(gzip.compress(data) if gz else data)
+    assert read_rows(path) == read_rows(str(path)) == ROWS
+
+
+@pytest.mark.parametrize("rows", [ROWS, tuple(ROWS), (r for r in ROWS)], ids=["list", "tuple", "generator"])
+def test_iterables_are_rows(rows):
+    assert read_rows(rows) == ROWS
+
+
+def test_a_line_separator_inside_a_string_ends_no_row(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf8")
+    assert read_rows(tmp_path / "a.jsonl") == [{"prompt": "a\u2028b\x85c"}]
+
+
+def test_a_long_field_of_a_table_is_read(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt\n" + "x" * 200_000 + "\n", encoding="utf8")
+    assert len(read_rows(tmp_path / "a.csv")[0]["prompt"]) == 200_000
+
+
+GOOD = b'{"prompt": "a"}\n'
+MALFORMED = {
+    "cut object": ("a.jsonl", GOOD + b'{"prompt": \n', 2),
+    "after a blank line": ("a.jsonl", GOOD + b"\n" + b"x\n", 3),
+    "no object": ("a.jsonl", GOOD + b"5\n", 2),
+    "no object after blank lines": ("a.jsonl", b"\n\n" + GOOD + b'"text"\n', 4),
+    "deep": ("a.jsonl", GOOD + b"[" * 200_000 + b"\n", 2),
+    "csv: a column less": ("a.csv", b"prompt,completion\na,b\nc\n", 3),
+    "csv: a column more": ("a.csv", b"prompt,completion\na,b\nc,d,e\n", 3),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "line"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_is_named_by_its_line(tmp_path, name, data, line):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path / name)
+    assert (caught.value.line, str(caught.value.path)) == (line, str(tmp_path / name))
+
+
+PACKED = gzip.compress(JSONL.encode() * 50)
+UNREADABLE = {
+    "missing": ("a.jsonl", None),
+    "no ending": ("a", GOOD),
+    "another ending": ("a.parquet", GOOD),
+    "gz only": ("a.gz", gzip.compress(GOOD)),
+    "empty": ("a.jsonl", b""),
+    "blank": ("a.jsonl", b"\n \n"),
+    "empty list": ("a.json", b"[]"),
+    "header only": ("a.csv", b"prompt,completion\n"),
+    "an object": ("a.json", b'{"prompt": "a"}'),
+    "cut list": ("a.json", b'[{"prompt": "a"}'),
+    "not UTF-8": ("a.jsonl", b'{"prompt": "\xff"}'),
+    "no gzip": ("a.jsonl.gz", GOOD),
+    "cut gzip": ("a.jsonl.gz", PACKED[:-20]),
+    "damaged gzip": ("a.jsonl.gz", PACKED[:40] + bytes(b ^ 0xFF for b in PACKED[40:60]) + PACKED[60:]),
+}
+
+
+@pytest.mark.parametrize(("name", "data"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_file_without_rows_is_refused_by_name(tmp_path, name, data):
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        read_rows(tmp_path / name)
+    assert str(caught.value.path) == str(tmp_path / name)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(DataError, match="cannot be read"):
+        read_rows(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize(("rows", "message"), [([], "at least one row"), ([{}, "x"], "row 1: expected a mapping, got str"), ({"prompt": "a"}, "got str")])
+def test_iterables_without_rows_are_refused(rows, message):
+    with pytest.raises(DataError, match=message):
+        read_rows(rows)
+
+
+# ---- tasks ----
+
+EOS = "<|endoftext|>"
+MR = "name[Blue Spice], eatType[coffee shop], area[city centre]"
+PROMPTS = {
+    "the authors' example": ("e2e", {"mr": MR}, f" name : Blue Spice | Type : coffee shop | area : city centre {EOS}"),
+    "renamed slots, official order": (
+        "e2e",
+        {"mr": "familyFriendly[no], priceRange[less than £20], name[Alimentum]"},
+        f" name : Alimentum | price : less than £ 20 | family friendly : no {EOS}",
+    ),
+    "price range": ("e2e", {"mr": "name[A], priceRange[£20-25]"}, f" name : A | price : £ 20 - 25 {EOS}"),
+    "a mapping": ("e2e", {"mr": {"name": "Blue Spice", "eatType": "pub"}}, f" name : Blue Spice | Type : pub {EOS}"),
+    "table": ("table", {"table": {"Name": "Ada", "born": "1815"}}, "Name : Ada | born : 1815\n"),
+    "pairs": ("table", {"table": [("k", "1"), ("k", "2")]}, "k : 1 | k : 2\n"),
+    "prompt": ("prompt", {"prompt": " as it {is} "}, " as it {is} "),
+    "marks in the data": ("e2e", {"mr": "name[{eos} {src}]"}, f" name : {{eos}} {{src}} {EOS}"),
+}
+
+
+@pytest.mark.parametrize(("task", "row", "prompt"), PROMPTS.values(), ids=PROMPTS)
+def test_prompts_to_the_letter(task, row, prompt):
+    assert TASKS[task].prompts([row], EOS) == [prompt]
+    assert find_task(None, row).prompts([row], EOS) == [prompt]
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "targets"),
+    [
+        ("e2e", {"mr": MR, "ref": "A pub ."}, [" A pub . "]),
+        ("e2e", {"mr": MR, "refs": ["A .", "B {ref}"]}, [" A . ", " B {ref} "]),
+        ("table", {"table": {"a": "b"}, "refs": ("A", "B")}, ["A", "B"]),
+        ("prompt", {"prompt": "a", "completion": " b"}, [" b"]),
+    ],
+)
+def test_targets_to_the_letter(task, row, targets):
+    assert TASKS[task].targets(row, 0) == targets
+
+
+def test_a_tokenizer_without_end_token_leaves_its_place_empty():
+    assert E2E.prompts([{"mr": "name[A]"}], None) == [" name : A "]
+
+
+@pytest.mark.parametrize(("task", "text"), [("e2e", "x"), ("table", "x"), ("prompt", " x \n")])
+def test_generated_text_is_stripped_where_the_task_pads_it(task, text):
+    assert TASKS[task].clean(" x \n") == text
+
+
+BAD_INPUT: dict[str, tuple[str, Any]] = {
+    "no table": ("e2e", {"prompt": "x"}),
+    "empty table": ("e2e", {"mr": ""}),
+    "unknown slot": ("e2e", {"mr": "colour[red]"}),
+    "slot twice": ("e2e", {"mr": "name[a], name[b]"}),
+    "empty value": ("e2e", {"mr": "name[]"}),
+    "a number": ("e2e", {"mr": 5}),
+    "a number in a table": ("table", {"table": {"a": 5}}),
+    "no prompt": ("prompt", {"text": "x"}),
+    "a prompt that is no string": ("prompt", {"prompt": None}),
+}
+BAD_TARGET: dict[str, tuple[str, Any]] = {
+    "no reference": ("e2e", {"mr": MR}),
+    "a reference that is no string": ("e2e", {"mr": MR, "ref": 5}),
+    "references in a string": ("e2e", {"mr": MR, "refs": "A"}),
+    "no references": ("e2e", {"mr": MR, "refs": []}),
+    "a number among references": ("e2e", {"mr": MR, "refs": ["A", 5]}),
+    "references in a number": ("e2e", {"mr": MR, "refs": 5}),
+    "no completion": ("prompt", {"prompt": "x", "ref": "y"}),
+}
+FINE = {"e2e": {"mr": MR}, "table": {"table": {"a": "b"}}, "prompt": {"prompt": "x"}}
+
+
+@pytest.mark.parametrize(("task", "row"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_a_bad_input_is_named_by_its_row(task, row):
+    with pytest.raises(DataError, match="row 2"):
+        TASKS[task].prompts([FINE[task], FINE[task], row], EOS)
+
+
+@pytest.mark.parametrize(("task", "row"), BAD_TARGET.values(), ids=BAD_TARGET)
+def test_a_bad_target_is_named_by_its_row(task, row):
+    with pytest.raises(DataError, match="row 7") as caught:
+        TASKS[task].targets(row, 7)
+    assert caught.value.line == 8
+
+
+OWN = table_task(item="{key}={value}", separator="; ", prompt="{src} ->", target=" {ref}\n", init_text="Tell:")
+
+
+@pytest.mark.parametrize("task", [*TASKS.values(), OWN], ids=[*TASKS, "own"])
+def test_a_spec_survives_json(task):
+    spec = json.loads(json.dumps(task.spec()))
+    assert Task.from_spec(spec) == find_task(spec, {}) == task
+
+
+def test_an_own_table_reads_as_it_was_told():
+    assert OWN.prompts([{"table": {"a": "b", "c": "d"}}], EOS) == ["a=b; c=d ->"]
+    assert OWN.targets({"ref": "x"}, 0) == [" x\n"]
+
+
+BAD_SPECS = {"unknown key": {"name": "x", "promt": ""}, "no name": {}, "wrong type": {"name": "x", "prompt": 5}, "linearizer": {"name": "x", "linearizer": "5"}}
+
+
+@pytest.mark.parametrize("spec", BAD_SPECS.values(), ids=BAD_SPECS)
+def test_a_bad_spec_is_refused(spec):
+    with pytest.raises(ConfigError):
+        Task.from_spec(spec).prompts([{"table": {"a": "b"}, "prompt": "x"}], EOS)
+
+
+@pytest.mark.parametrize(("task", "row", "error"), [("webnlg", {}, ConfigError), (None, {"text": "x"}, DataError), (5, {}, ConfigError)])
+def test_an_unknown_task_is_refused(task, row, error):
+    with pytest.raises(error, match="expected one of"):
+        find_task(task, row)
+
+
+def test_a_task_object_is_taken_as_it_is():
+    assert find_task(OWN, {}) is OWN
+
+
+def test_templates_without_their_fields_are_refused():
+    with pytest.raises(ConfigError):
+        table_task(item="{key}")
+
+
+def test_paths_may_be_given_as_objects(tmp_path):
+    path = Path(tmp_path) / "a.json"
+    path.write_text(json.dumps(ROWS), encoding="utf8")
+    assert read_rows(path) == ROWS

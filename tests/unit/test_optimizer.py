@@ -1,0 +1,88 @@
+"""`PrefixAdamW` against torch's AdamW on each prefix alone, and the schedules against transformers'."""
+
+import pytest
+import torch
+from prefixfast.training.optimizer import PrefixAdamW, learning_rates
+from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+N, ROWS, STEPS = 4, 3, 25
+
+
+def gradients(seed: int, shapes):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(*s, generator=g, dtype=torch.float64) * 3 for s in shapes]
+
+
+def absent(step: int, prefix: int) -> bool:
+    """Prefix 2 skips every third step, prefix 3 ends early."""
+    return (prefix == 2 and step % 3 == 1) or (prefix == 3 and step > 10)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_equals_adamw_on_each_prefix_alone(max_norm, weight_decay):
+    """Two leaves of 3 rows a prefix and a stacked network of one row a prefix share one norm."""
+    shapes = [(N * ROWS, 2, 5), (N * ROWS, 2, 5), (N, 7)]
+    params = [t.requires_grad_() for t in gradients(0, shapes)]
+    rows = [ROWS, ROWS, 1]
+    ours = PrefixAdamW(list(zip(params, rows, strict=True)), N, weight_decay=weight_decay)
+    own = [[p.detach()[i * r : (i + 1) * r].clone().requires_grad_() for p, r in zip(params, rows, strict=True)] for i in range(N)]
+    theirs = [torch.optim.AdamW(o, lr=1.0, weight_decay=weight_decay) for o in own]
+    for step in range(STEPS):
+        grads = gradients(step + 1, shapes)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.clone()
+        lr = torch.tensor([0.1 / (i + 1 + step) for i in range(N)], dtype=torch.float64)
+        active = torch.tensor([not absent(step, i) for i in range(N)])
+        norms, _ = ours.step(lr, active, max_norm)
+        for i in range(N):
+            if absent(step, i):
+                continue
+            for p, g, r in zip(own[i], grads, rows, strict=True):
+                p.grad = g[i * r : (i + 1) * r].clone()
+            if max_norm:
+                assert torch.allclose(norms[i], torch.nn.utils.clip_grad_norm_(own[i], max_norm))
+            theirs[i].param_groups[0]["lr"] = float(lr[i])
+            theirs[i].step()
+    for i in range(N):
+        for p, q, r in zip(params, own[i], rows, strict=True):
+            assert torch.allclose(p[i * r : (i + 1) * r], q, rtol=1e-9, atol=1e-12)
+
+
+def test_an_absent_prefix_is_untouched_bit_for_bit():
+    p = torch.randn(N * ROWS, 4, requires_grad=True)
+    optimizer = PrefixAdamW([(p, ROWS)], N, weight_decay=0.3)
+    for active in ([True] * N, [True, False, True, False]):
+        before = p.detach().clone()
+        p.grad = torch.randn_like(p)
+        optimizer.step(torch.full((N,), 0.1), torch.tensor(active))
+    changed = (p.detach() != before).view(N, -1).any(1).tolist()
+    assert changed == [True, False, True, False]
+    assert optimizer.steps.tolist() == [2, 1, 2, 1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_skips_its_prefix_only(bad):
+    p = torch.ones(N * ROWS, 4, requires_grad=True)
+    optimizer = PrefixAdamW([(p, ROWS)], N)
+    p.grad = torch.ones_like(p)
+    p.grad[ROWS, 1] = bad
+    norms, updated = optimizer.step(torch.full((N,), 0.1), torch.ones(N, dtype=torch.bool), 1.0)
+    assert updated.tolist() == [True, False, True, True]
+    assert not norms[1].isfinite()
+    assert torch.equal(p[ROWS : 2 * ROWS], torch.ones(ROWS, 4))
+    assert bool(p.isfinite().all())
+    assert p.grad is None
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant"])
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_schedule_is_that_of_transformers(kind, warmup):
+    total = 20
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total) if kind == "linear" else get_constant_schedule_with_warmup(optimizer, warmup)
+    for step in range(total):
+        ours = learning_rates(torch.tensor([step]), torch.tensor([total]), peak=0.5, warmup=warmup, kind=kind)
+        assert ours.item() == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
+        optimizer.step()
+        schedule.step()
