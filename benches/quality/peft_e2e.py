@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from peft import PrefixTuningConfig, get_peft_model
-from rows import Setting, bleu, chunks, settings, write_result
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+
+from rows import Setting, bleu, chunks, settings, write_result
 
 
 def collate(setting: Setting, tok: Any, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:

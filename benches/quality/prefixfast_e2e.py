@@ -7,8 +7,9 @@ import json
 import time
 from pathlib import Path
 
-import prefixfast
 import torch
+
+import prefixfast
 from rows import bleu, settings, write_result
 
 

@@ -12,14 +12,14 @@ import logging
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from prefixfast.errors import ConfigError
 from prefixfast_kernels import reference
 from prefixfast_kernels.tables import DecodeTables, PackedTables
 from prefixfast_kernels.torch_attn import attn_bwd, attn_fwd
 from prefixfast_kernels.torch_decode import decode_fwd
 from prefixfast_kernels.torch_piece import Options
-from torch import Tensor
-
-from prefixfast.errors import ConfigError
 
 BACKENDS = ("torch", "reference")
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from prefixfast_kernels.tables import DecodeTables, PackedTables
 from torch import Tensor
 
 from prefixfast import _rust
+from prefixfast_kernels.tables import DecodeTables, PackedTables
 
 LayerKV = tuple[Tensor, Tensor]
 Sections = Mapping[str, tuple[int, int, int]]

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+
 from prefixfast_kernels import reference
 from prefixfast_kernels.checks import Request, problem
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from prefixfast import ops
 from prefixfast_kernels import reference
 from prefixfast_kernels.checks import Problem, Request, decode_tables, problem, relative_error

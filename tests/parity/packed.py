@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tiny
 import torch
 import torch.nn.functional as F
+
+import tiny
 from prefixfast.encoder import kv_of
 from prefixfast.interchange import peft as layout
 from prefixfast.model import load

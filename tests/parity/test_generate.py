@@ -3,8 +3,9 @@
 import functools
 
 import pytest
-import tiny
 import torch
+
+import tiny
 from prefixfast import Engine
 from prefixfast.interchange import peft as layout
 from prefixfast.prefix import Prefix
@@ -25,10 +26,10 @@ def setup(family: str):
     return base, prompts, prefixes, theirs
 
 
-def alone(model, prompt: torch.Tensor, **how) -> list[int]:
+def alone(model, prompt: torch.Tensor, end: int = tiny.EOS, **how) -> list[int]:
     """Their tokens for one request, padding cut."""
     out = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False, **how)[0, len(prompt) :].tolist()
-    return out[: out.index(tiny.EOS) + 1] if tiny.EOS in out else out
+    return out[: out.index(end) + 1] if end in out else out
 
 
 def sequence_score(model, prompt, tokens, penalty: float) -> float:

@@ -1,8 +1,8 @@
 """Ten families: a packed mixed-prefix forward equals PEFT one by one, in logits and in prefix gradients."""
 
 import pytest
-import tiny
 
+import tiny
 from parity.packed import case, compare_gradients, compare_logits
 
 TOLERANCE = 1e-5

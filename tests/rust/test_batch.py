@@ -3,10 +3,11 @@
 import itertools
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import oracles
 from oracles import int32
 from prefixfast._rust import Scheduler, StepHeader, pack, plan_packed
 from prefixfast.errors import CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError

@@ -6,6 +6,7 @@ from collections import UserDict
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from oracles import E2E_KEYS, SHARED, e2e, e2e_rows, template
 from prefixfast._rust import Linearizer
 from prefixfast.errors import ConfigError, DataError

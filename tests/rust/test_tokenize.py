@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Theirs
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
 from oracles import ROOT, SHARED, int32
 from prefixfast._rust import Tokenizer
 from prefixfast.errors import ConfigError, DataError
-from tokenizers import Tokenizer as Theirs
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 CORPUS = ["the cat sat on the mat, £20-25 a head", "naïve café 😀 👨‍👩‍👧 日本語のテキスト", "  two  spaces\nand lines\t\n"] * 3
 TEXTS = st.text(st.one_of(st.sampled_from("the cat é😀日本 <s>\n£"), st.characters(blacklist_categories=("Cs",))), max_size=30)

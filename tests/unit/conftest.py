@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from prefixfast import Model, Prefix, load
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+import tiny
+from prefixfast import Model, Prefix, load
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 

@@ -2,14 +2,15 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tiny
 from parity.packed import Case, packed
 from prefixfast import Engine, load
 from prefixfast.interchange import peft as layout
 from prefixfast.prefix import Prefix
-from torch.utils._python_dispatch import TorchDispatchMode
 
 P, ROWS = 120, 24
 

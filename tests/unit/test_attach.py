@@ -7,14 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import transformers
+from torch import nn
+
+import tiny
 from prefixfast import ConfigError
 from prefixfast.attach import attach, packed_forward
 from prefixfast.attention import HARMLESS, prefixfast_attention
 from prefixfast.plan import plain_plan
-from torch import nn
 
 IDS = torch.arange(3, 20)[None]
 

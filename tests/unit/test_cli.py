@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from oracles import ROOT
 from prefixfast import EngineConfig, GenerationParams, Prefix, PrefixConfig, TrainConfig, unload
 from prefixfast.cli import main
@@ -131,7 +132,7 @@ GENERATE = ("generate", "{data}", "-o", "{tmp}/out.jsonl", "--model", "{folder}"
 MISTAKES = {
     "unknown flag": ((*TRAIN, "--max-step", "3"), 2, "No such option: --max-step"),
     "no output": (("train", "{folder}", "{data}"), 2, "Missing option"),
-    "a word for a number": ((*TRAIN, "--batch-size", "ten"), 2, "'ten' is not a valid int"),
+    "a word for a number": ((*TRAIN, "--batch-size", "ten"), 2, "Invalid value for '--batch-size'"),
     "an unknown choice": ((*TRAIN, "--overflow", "drop"), 2, "'drop' is not one of"),
     "unknown command": (("tune",), 2, "No such command 'tune'"),
     "wrong range": ((*TRAIN, "--batch-size", "0"), 1, "TrainConfig.batch_size: expected at least 1, got 0"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from prefixfast import ConfigError, EngineConfig, GenerationParams, PrefixConfig, TrainConfig
 
 CLASSES = (PrefixConfig, TrainConfig, GenerationParams, EngineConfig)

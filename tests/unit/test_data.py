@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from prefixfast import ConfigError, DataError
 from prefixfast.data.rows import read_rows
 from prefixfast.data.tasks import E2E, TASKS, Task, find_task, table_task

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from oracles import ROOT
 from prefixfast import Prefix
 from prefixfast.files import recover_folder, replace_file, replace_folder, write_file

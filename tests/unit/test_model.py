@@ -12,12 +12,13 @@ import time
 import weakref
 from typing import Any
 
-import prefixfast
 import pytest
-import tiny
 import torch
-from oracles import ROOT
 from peft import PrefixTuningConfig, get_peft_model
+
+import prefixfast
+import tiny
+from oracles import ROOT
 from prefixfast import CapacityError, ConfigError, Engine, RequestError, generate, load, unload
 from prefixfast import model as module
 from prefixfast.model import borrowed

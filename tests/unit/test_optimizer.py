@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 
 N, ROWS, STEPS = 4, 3, 25
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import tiny
 from prefixfast import DataError, Prefix
 from prefixfast.interchange import peft as layout
-from safetensors.torch import load_file, save_file
 
 META, OWN, CONFIG, WEIGHTS = "prefixfast.json", "prefix.safetensors", "adapter_config.json", "adapter_model.safetensors"
 NOT_PEFT = {

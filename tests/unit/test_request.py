@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+
+import tiny
 from prefixfast import BaseMismatchError, ConfigError, Engine, GenerationParams, Prefix, RequestError, load
 from prefixfast.data.tasks import E2E
 from prefixfast.engine.request import MOST_BEAMS, MOST_NEW_TOKENS, make_requests

@@ -3,10 +3,11 @@
 import json
 
 import numpy as np
-import prefixfast
 import pytest
-import tiny
 import torch
+
+import prefixfast
+import tiny
 from prefixfast.config import TrainConfig
 from prefixfast.data.tasks import Task
 from prefixfast.encoder import PrefixParameters

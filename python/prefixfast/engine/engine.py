@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from prefixfast_kernels.tables import DecodeTables
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,6 +25,7 @@ from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model import Model, borrowed, load
 from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
 from prefixfast.prefix import Prefix
+from prefixfast_kernels.tables import DecodeTables
 
 logger = logging.getLogger(__name__)
 LONGEST_BY_DEFAULT = 4096
@@ -125,9 +125,9 @@ class Engine:
         self.close()
 
     def _arena_rows(self) -> int:
-        """Rows that the memory allows, at most what all decode rows at full length and as much again for prefixes can use."""
+        """Rows that the memory allows, at most what all decode rows can use at full length and with a long prefix of their own."""
         row = sum(2 * s.num_kv_heads * s.head_dim for s in self.model.layers) * self.model.dtype.itemsize
-        useful = RESERVED_ROWS + 2 * self.config.max_num_seqs * self.max_model_len
+        useful = RESERVED_ROWS + self.config.max_num_seqs * (self.max_model_len + LONGEST_BY_DEFAULT)
         budget = self.config.kv_cache_memory or min(_free_memory(self.model.device) // 4, 8 * 2**30)
         if budget // row < RESERVED_ROWS + 16:
             msg = f"kv_cache_memory: {budget} bytes hold {budget // row} rows of {row} bytes, at least {RESERVED_ROWS + 16} are needed"

@@ -1,0 +1,21 @@
+"""Run by test_contract.py under another transformers: attach every family, and compare a packed forward of two texts with the model's own logits."""
+
+import sys
+
+import tiny
+import torch
+import transformers
+from prefixfast.model import load
+from prefixfast.plan import plain_plan
+
+assert transformers.__version__ == sys.argv[1], transformers.__version__
+texts = [torch.arange(3, 3 + n) for n in (9, 20)]
+for family in tiny.FAMILIES:
+    model = tiny.make(family)
+    with torch.no_grad():
+        expected = torch.cat([model(input_ids=t[None]).logits[0] for t in texts])
+        with load(model) as base:
+            got = base.forward(plain_plan([len(t) for t in texts], backend="torch"), torch.cat(texts))
+    error = ((got - expected).abs().max() / expected.abs().max()).item()
+    assert error < 1e-5, (family, error)
+    print(family, f"{error:.1e}")

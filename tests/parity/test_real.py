@@ -1,0 +1,47 @@
+"""Real weights: packed logits and gradients equal PEFT's, tokens equal PEFT's and transformers' own."""
+
+import functools
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shared
+import tiny
+from parity.packed import case, compare_gradients, compare_logits
+from parity.test_generate import alone
+from prefixfast import Engine
+
+TOLERANCE = 1e-5
+
+
+def small(name: str):
+    return shared.folder("lm", *name.split("/"))
+
+
+@pytest.fixture(params=["stories260K/hf", "nlg-10m", pytest.param("smollm2", marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
+def make(request, tmp_path_factory):
+    folder = shared.smollm2(tmp_path_factory.getbasetemp()) if request.param == "smollm2" else small(request.param)
+    return functools.partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
+
+
+def test_packed_logits_and_gradients_equal_peft(make):
+    c = case(make, vocab=500, longest=60, lengths=(10, 6), scale=1.0)
+    error, effect = compare_logits(make, c)
+    assert error < TOLERANCE
+    assert effect > 1000 * TOLERANCE
+    assert compare_gradients(make, c) < TOLERANCE
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 5}], ids=["greedy", "beam5"])
+def test_tokens_equal_peft_one_by_one(make, how):
+    c = case(make, vocab=500, longest=40, lengths=(10, 6), scale=0.5)
+    theirs = {i: tiny.with_prefix(make(), t) for i, t in enumerate(c.tables)} | {-1: make()}
+    end = theirs[-1].generation_config.eos_token_id
+    with Engine(make(), max_num_seqs=32, max_model_len=96) as engine:
+        prefixes = c.prefixes(engine.model.hf)
+        chosen = [None if i < 0 else prefixes[i] for i in c.choice]
+        got = engine.generate([p.tolist() for p in c.prompts], chosen, max_new_tokens=24, **how)
+    for g, prompt, i in zip(got, c.prompts, c.choice, strict=True):
+        expected = alone(theirs[i], prompt, end=end, max_new_tokens=24, **how)
+        assert g.token_ids == expected
