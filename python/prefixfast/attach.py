@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,7 +43,10 @@ class LayerShape:
 
 @dataclass
 class Handle:
-    """An attached model. Every `attach` needs its `detach`; the last one restores the model."""
+    """An attached model. Every `attach` needs its `detach`; the last one restores the model.
+
+    It lives on the model itself, so that a model that nobody holds any more is freed with it.
+    """
 
     model: PreTrainedModel
     layers: tuple[LayerShape, ...]
@@ -57,10 +59,10 @@ class Handle:
             self.users -= 1
             if self.users == 0:
                 _run(self.undo)
-                _HANDLES.pop(self.model, None)
+                self.model.__dict__.pop(KEY, None)
 
 
-_HANDLES: weakref.WeakKeyDictionary[Any, Handle] = weakref.WeakKeyDictionary()
+KEY = "_prefixfast_handle"
 _LOCK = threading.RLock()
 
 
@@ -77,9 +79,10 @@ def attach(model: PreTrainedModel) -> Handle:
         ConfigError: For a model that cannot work, with the reason; the model is then as it was before.
     """
     with _LOCK:
-        if (handle := _HANDLES.get(model)) is not None:
-            handle.users += 1
-            return handle
+        found = model.__dict__.get(KEY)
+        if isinstance(found, Handle) and found.model is model:
+            found.users += 1
+            return found
         check(model)
         verified = model.config.model_type in VERIFIED
         undo = _freeze(model)
@@ -92,7 +95,7 @@ def attach(model: PreTrainedModel) -> Handle:
         except BaseException:
             _run(undo)
             raise
-        _HANDLES[model] = handle = Handle(model, layers, undo)
+        model.__dict__[KEY] = handle = Handle(model, layers, undo)
         return handle
 
 
@@ -107,6 +110,8 @@ def check(model: PreTrainedModel) -> None:
         reason = REFUSED[kind]
     elif getattr(config, "reorder_and_upcast_attn", False):
         reason = "config.reorder_and_upcast_attn is honoured by eager attention only; set it to False if the model was not trained with it in half precision"
+    elif getattr(config.get_text_config(), "attention_chunk_size", None):
+        reason = "config.attention_chunk_size: chunked attention is not computed by prefixfast"
     elif getattr(config, "add_cross_attention", False):
         reason = "config.add_cross_attention needs an encoder's states, which a prefix-tuned decoder does not have"
     elif dynamic := {t for t in _rope_types(config) if t in ("dynamic", "longrope")}:
@@ -208,7 +213,11 @@ def _dry_run(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], Tensor]:
     ids = _probe_ids(model)
     log: list[tuple[int, int, int, int]] = []
     plan = replace(plain_plan([len(ids)], backend="reference", device=model.device), log=log)
-    logits = packed_forward(model, plan, ids)
+    try:
+        logits = packed_forward(model, plan, ids)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
+        msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): a packed forward fails: {e}"
+        raise ConfigError(msg) from e
     expected = model.config.get_text_config().num_hidden_layers
     reached = sorted(layer for layer, *_ in log)
     if reached != list(range(expected)):

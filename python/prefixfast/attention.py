@@ -59,7 +59,7 @@ def prefixfast_attention(
     if prefixfast is None:
         msg = "this model is attached to prefixfast: call it through prefixfast (train, generate, Model.forward), or detach it first"
         raise RuntimeError(msg)
-    if surprising := {k for k, v in other.items() if v is not None and k not in HARMLESS}:
+    if surprising := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
         msg = f"{type(module).__name__} passes {', '.join(sorted(surprising))} to attention, which prefixfast does not compute"
         raise RuntimeError(msg)
     if dropout:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -27,6 +29,11 @@ HINTS = {
 }
 
 
+@functools.cache
+def _hints(owner: Any) -> dict[str, Any]:
+    return get_type_hints(owner)
+
+
 def option(default: Any, help: str) -> Any:
     """A dataclass field with its one description."""
     return dataclasses.field(default=default, metadata={"help": help})
@@ -36,7 +43,7 @@ class Options:
     """What the four dataclasses share: checked construction and updates."""
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             _check_type(type(self).__name__, field.name, getattr(self, field.name), hints[field.name])
         self.validate()
@@ -66,7 +73,7 @@ class Options:
         merged = base | fields
         for name in merged:
             if name not in cls.names():
-                raise ConfigError(unknown_option(name, cls.names(), cls.__name__))
+                raise ConfigError(unknown_option(str(name), cls.names(), cls.__name__))
         return cls(**merged)
 
 
@@ -89,7 +96,7 @@ def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
             if value is None:
                 return
         elif kind is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 return
         elif get_origin(kind) is tuple:
             if isinstance(value, tuple):

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-BACKUP = ".{name}.previous"
+from prefixfast.errors import PrefixFastError
+
+T = TypeVar("T")
+PATIENCE = 20
+STALE_SECONDS = 600
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -47,11 +54,14 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, owned: frozen
     Raises:
         OSError: When the disk is full, for example; the old version is untouched.
     """
-    target = target.absolute()
+    target = target.resolve()  # through a link: the folder behind it is replaced
+    if target.exists() and not target.is_dir():
+        msg = f"{target} is a file; expected a folder or nothing"
+        raise NotADirectoryError(msg)
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(target)
+    _sweep(target)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
-    backup = target.parent / BACKUP.format(name=target.name)
     try:
         write(temporary)
         if target.is_dir():
@@ -60,25 +70,69 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, owned: frozen
                     (shutil.copytree if other.is_dir() else shutil.copy2)(other, temporary / other.name)
         temporary.chmod(0o755)
         sync_folder(temporary)
-        if target.exists():
-            target.rename(backup)
-        temporary.rename(target)
+        _swap(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         recover_folder(target)
         raise
     sync_folder(target.parent)
-    shutil.rmtree(backup, ignore_errors=True)
+    shutil.rmtree(_backup(target), ignore_errors=True)
 
 
 def recover_folder(target: Path) -> None:
-    """Put a folder back whose replacement was cut between the two renames; drop a backup whose replacement is complete."""
-    backup = target.parent / BACKUP.format(name=target.name)
-    if backup.is_dir():
-        if target.exists():
-            shutil.rmtree(backup, ignore_errors=True)
+    """Put a folder back whose replacement was cut between the two renames."""
+    if not target.exists() and _backup(target).is_dir():
+        with contextlib.suppress(OSError):  # somebody else was faster
+            _backup(target).rename(target)
+
+
+def read_settled(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a folder that another process may be replacing: a failure is final only if the folder is the same before and after it."""
+    path = path.resolve()
+    for _ in range(PATIENCE):
+        before = _identity(path)
+        try:
+            return read(path)
+        except (OSError, PrefixFastError):
+            time.sleep(0.01)
+            if _identity(path) == before is not None:
+                raise
+    recover_folder(path)  # no writer finishes this replacement: it was cut
+    return read(path)
+
+
+def _identity(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None if _backup(path).is_dir() else -1
+
+
+def _backup(target: Path) -> Path:
+    return target.parent / f".{target.name}.previous"
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """The two renames; again when a reader's recovery or another writer came between."""
+    for attempt in range(PATIENCE):
+        try:
+            if target.exists():
+                shutil.rmtree(_backup(target), ignore_errors=True)
+                target.rename(_backup(target))
+            temporary.rename(target)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or attempt + 1 == PATIENCE or not temporary.exists():
+                raise
         else:
-            backup.rename(target)
+            return
+
+
+def _sweep(target: Path) -> None:
+    """Remove what killed writers left beside the target."""
+    for left in target.parent.glob(f".{target.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -42,6 +42,7 @@ class Model:
     backend: str
     handle: Handle
     tokenizer: Tokenizer | None
+    closed: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -104,8 +105,10 @@ class Model:
             raise BaseMismatchError(msg)
 
     def close(self) -> None:
-        """Give the Hugging Face model back as it was."""
-        self.handle.detach()
+        """Give the Hugging Face model back as it was; a second call does nothing."""
+        if not self.closed:
+            self.closed = True
+            self.handle.detach()
 
     def __enter__(self) -> Model:
         return self
@@ -147,7 +150,12 @@ def load(
         return _wrap(model, tokenizer, chosen)
     where = _device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
-    hf = AutoModelForCausalLM.from_pretrained(model, dtype=_dtype(dtype, where), **common).to(where)
+    compute = _dtype(dtype, where)
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
+    except (OSError, ValueError) as e:
+        msg = f"model: {str(model)!r} cannot be loaded: {e}"
+        raise ConfigError(msg) from e
     return _wrap(hf, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common), chosen)
 
 
@@ -160,7 +168,8 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         except (OSError, ValueError) as e:
             logger.warning("no tokenizer found beside %s (%s): token ids only", name, e)
-    return Model(hf, backend, attach(hf), None if tokenizer is None else Tokenizer.from_hf(tokenizer))
+    ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # before attaching: it may raise
+    return Model(hf, backend, attach(hf), ours)
 
 
 @dataclass
@@ -208,7 +217,13 @@ def _drop() -> None:
 def _device(name: str | torch.device) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as e:
+        msg = f"device: expected 'auto' or a device of this machine, got {name!r}: {str(e).splitlines()[0]}"
+        raise ConfigError(msg) from e
+    return device
 
 
 def has_fast_bf16() -> bool:
@@ -223,7 +238,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
             logger.info("dtype auto: float32, since this CPU has neither AVX512-BF16 nor AMX")
         return torch.float32 if slow else torch.bfloat16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None:
+    if chosen is None or chosen not in DTYPES.values():
         msg = f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}"
         raise ConfigError(msg)
     if device.type == "cpu" and chosen == torch.float16:

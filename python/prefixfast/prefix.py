@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prefixfast.errors import DataError
-from prefixfast.files import recover_folder, replace_folder, write_file
+from prefixfast.files import read_settled, replace_folder, write_file
 from prefixfast.interchange import peft
 
 META, TENSORS = "prefixfast.json", "prefix.safetensors"
@@ -82,7 +82,7 @@ class Prefix:
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of tensors and conventions: two prefixes with the same digest give the same text."""
+        """Hex SHA-256 of tensors and conventions: with equal digests, equal prompts and equal parameters give equal text."""
         sha = hashlib.sha256(json.dumps([self.pos_start, self.window]).encode())
         for name, t in sorted(self.kv.items()):
             sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())
@@ -96,7 +96,11 @@ class Prefix:
             OSError: If the disk refuses; what was there before is intact.
         """
         why_not = peft.reason_against(self.kv, self.pos_start, self.window)
-        files = {TENSORS: save(dict(self.kv))} if why_not else peft.files(self.kv, (self.base or {}).get("name"))
+        files = (
+            {TENSORS: save({n: t.detach().cpu().contiguous().clone() for n, t in self.kv.items()})}
+            if why_not
+            else peft.files(self.kv, (self.base or {}).get("name"))
+        )
         fields = {n: getattr(self, n) for n in ("pos_start", "window", "base", "linearizer", "decoding", "training")}
         meta = {"version": VERSION, "digest": self.digest, "not_peft_because": why_not, **fields}
         files[META] = json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False).encode()
@@ -114,24 +118,34 @@ class Prefix:
         Raises:
             DataError: If the folder is missing, damaged, or something else; says which file.
         """
-        path = Path(folder)
-        recover_folder(path.absolute())
+        return read_settled(Path(folder), cls._read)
+
+    @classmethod
+    def _read(cls, path: Path) -> Prefix:
         if not path.is_dir():
             msg = f"{path}: no such folder; expected a prefix or PEFT adapter folder"
             raise DataError(msg, path=str(path))
         if not (path / META).exists():
             kv, config = peft.read(path)
-            length = len(kv["self.0.k"])
             name = config.get("base_model_name_or_path")
-            return cls(kv, pos_start=length, base={"name": name} if name else None, training={"imported_from": "peft"})
-        meta = _read_meta(path / META)
-        kv = peft.read_tensors(path / TENSORS) if (path / TENSORS).exists() else peft.read(path)[0]
-        digest = meta.pop("digest")
-        prefix = cls(kv, **meta)
+            told = {"pos_start": len(kv["self.0.k"]), "base": {"name": name} if name else None, "training": {"imported_from": "peft"}}
+            return cls._from_file(path / peft.WEIGHTS, kv, told)
+        fields = _read_meta(path / META)
+        digest = fields.pop("digest")
+        own = path / TENSORS
+        prefix = cls._from_file(own, peft.read_tensors(own), fields) if own.exists() else cls._from_file(path / peft.WEIGHTS, peft.read(path)[0], fields)
         if prefix.digest != digest:
             msg = f"the tensors are not those that {META} describes: another program changed the folder; delete {META} to read it as a PEFT adapter"
-            raise DataError(msg, path=str(path))
+            raise DataError(msg, path=str(path / META))
         return prefix
+
+    @classmethod
+    def _from_file(cls, file: Path, kv: dict[str, Tensor], fields: dict[str, Any]) -> Prefix:
+        try:
+            return cls(kv, **fields)
+        except DataError as e:
+            msg = f"{file.name}: {e}"
+            raise DataError(msg, path=str(file)) from e
 
 
 def _read_meta(path: Path) -> dict[str, Any]:
@@ -150,6 +164,9 @@ def _read_meta(path: Path) -> dict[str, Any]:
         if type(meta[key]) is not kind:
             msg = f"{path.name}: {key}: expected {kind.__name__}, got {meta[key]!r}"
             raise DataError(msg, path=str(path))
+    if meta["pos_start"] < 0 or meta["window"] not in ("slide", "always"):
+        msg = f"{path.name}: expected pos_start >= 0 and window 'slide' or 'always', got {meta['pos_start']!r} and {meta['window']!r}"
+        raise DataError(msg, path=str(path))
     for key in ("base", "linearizer"):
         if meta[key] is not None and not isinstance(meta[key], dict):
             msg = f"{path.name}: {key}: expected an object or null, got {meta[key]!r}"

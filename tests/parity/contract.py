@@ -2,9 +2,10 @@
 
 import sys
 
-import tiny
 import torch
 import transformers
+
+import tiny
 from prefixfast.model import load
 from prefixfast.plan import plain_plan
 

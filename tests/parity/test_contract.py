@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import shared
 import transformers
+
+import shared
 
 OLDEST = re.search(r"transformers>=([\d.]+)", (shared.ROOT / "pyproject.toml").read_text())[1]
 

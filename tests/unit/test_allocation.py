@@ -26,7 +26,7 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         storages = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in storages and t.shape[-1:] != self.ignore:
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.untyped_storage().data_ptr() not in storages and t.shape[-1:] != self.ignore:
                 self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
         return out
 

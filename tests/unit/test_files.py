@@ -122,10 +122,12 @@ def test_a_crash_between_the_renames_is_mended_by_the_next_save(tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
-def test_a_backup_left_by_a_crash_after_the_renames_is_dropped(tmp_path):
+def test_a_backup_left_by_a_crash_after_the_renames_is_dropped_by_the_next_save(tmp_path):
     put(tmp_path / "t", "new")
     (tmp_path / ".t.previous").mkdir()
     recover_folder(tmp_path / "t")
+    assert (tmp_path / "t" / "a").exists(), "a complete version is not replaced by a backup"
+    put(tmp_path / "t", "newer")
     assert entries(tmp_path) == ["t", "t/a"]
 
 

@@ -20,7 +20,7 @@ app.add_typer(bench.app, name="bench")
 def main() -> None:
     """Run the command line; errors that users can mend are one message, not a traceback."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False) or 0)
     except PrefixFastError as e:
         where = ":".join(str(x) for x in (getattr(e, "path", None), getattr(e, "line", None)) if x is not None)
         sys.exit(f"prefixfast: {where + ': ' if where and where not in str(e) else ''}{e}")

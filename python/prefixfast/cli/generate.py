@@ -40,11 +40,11 @@ def command(
     if prefix:
         chosen = [[Prefix.from_pretrained(p) for p in prefix]] * len(rows)
     elif prefixes:
-        names = {str(row.get("prefix")) for row in rows}
-        if strange := [n for n in names if Path(n).name != n]:
-            msg = f"a row's 'prefix' names a folder in {prefixes}, got {strange[:3]}"
+        names = {row.get("prefix") for row in rows}
+        if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."]:
+            msg = f"with --prefixes every row's 'prefix' names a folder in {prefixes}, got {strange[0]!r}"
             raise ConfigError(msg)
-        chosen = {n: Prefix.from_pretrained(prefixes / n) for n in sorted(names)}
+        chosen = {n: Prefix.from_pretrained(prefixes / n) for n in sorted(map(str, names))}
     results = run(rows, chosen, model=model, **fields)
     lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results)
     replace_file(output, "".join(line + "\n" for line in lines).encode())

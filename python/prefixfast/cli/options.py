@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 import yaml
 
-from prefixfast.config import Options
+from prefixfast.config import Options, unknown_option
 from prefixfast.errors import ConfigError
 
 
@@ -49,7 +49,9 @@ def _parameter(name: str, field: dataclasses.Field[Any], hint: Any, group: str) 
     default = "" if field.default is None else f" [default: {field.default}]"
     choices = _choices(hint)
     kind = Literal[choices] if choices else next((k for k in get_args(hint) or (hint,) if k is not type(None)), str)
-    option = typer.Option(f"--{name.replace('_', '-')}", help=field.metadata["help"] + default, rich_help_panel=group, show_default=False)
+    flag = f"--{name.replace('_', '-')}"
+    spelt = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    option = typer.Option(spelt, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
@@ -71,7 +73,10 @@ def _read(path: Path | None, known: set[str]) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as e:
         msg = f"--config {path}: cannot be read: {e}"
         raise ConfigError(msg) from e
-    if not isinstance(values, dict) or (unknown := set(values) - known):
-        msg = f"--config {path}: expected a mapping of options, got {sorted(map(str, unknown)) if isinstance(values, dict) else type(values).__name__}"
+    if not isinstance(values, dict):
+        msg = f"--config {path}: expected a mapping of options, got {type(values).__name__}"
         raise ConfigError(msg)
+    for name in values:
+        if name not in known:
+            raise ConfigError(unknown_option(str(name), tuple(known), f"--config {path}"))
     return values

@@ -6,7 +6,8 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _read_file(path: Path) -> list[Any]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         text = raw.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as e:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
         msg = f"{path}: cannot be read: {e}"
         raise DataError(msg, path=str(path)) from e
     return _READERS[kind](text, path)
@@ -60,8 +61,10 @@ def _jsonl(text: str, path: Path) -> list[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
-            except ValueError as e:
+                rows.append(_object(json.loads(line), path, number))
+            except (ValueError, RecursionError) as e:
+                if isinstance(e, DataError):
+                    raise
                 msg = f"{path}:{number}: expected one JSON object a line, got {line[:80]!r}: {e}"
                 raise DataError(msg, path=str(path), line=number) from e
     return rows
@@ -70,7 +73,7 @@ def _jsonl(text: str, path: Path) -> list[Row]:
 def _json(text: str, path: Path) -> list[Row]:
     try:
         value = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         msg = f"{path}: expected JSON: {e}"
         raise DataError(msg, path=str(path)) from e
     if not isinstance(value, list):
@@ -80,14 +83,30 @@ def _json(text: str, path: Path) -> list[Row]:
 
 
 def _csv(text: str, path: Path) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows: list[Row] = []
-    for row in reader:
+    for row in _until_error(reader, path):
         if None in row or None in row.values():
             msg = f"{path}:{reader.line_num}: expected {len(reader.fieldnames or ())} columns as in the header"
             raise DataError(msg, path=str(path), line=reader.line_num)
         rows.append(row)
     return rows
+
+
+def _until_error(reader: Any, path: Path) -> Iterator[Any]:
+    try:
+        yield from reader
+    except csv.Error as e:
+        msg = f"{path}:{reader.line_num}: malformed CSV: {e}"
+        raise DataError(msg, path=str(path), line=reader.line_num) from e
+
+
+def _object(value: Any, path: Path, number: int) -> Row:
+    if not isinstance(value, dict):
+        msg = f"{path}:{number}: expected a mapping, got {type(value).__name__}"
+        raise DataError(msg, path=str(path), line=number)
+    return value
 
 
 _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}

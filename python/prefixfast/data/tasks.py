@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,17 +49,17 @@ class Task:
             return [_text(row, i, "prompt") for i, row in enumerate(rows)]
         tables = [_table(row, i) for i, row in enumerate(rows)]
         sources = _rust.Linearizer.from_spec(self.linearizer).linearize(tables)
-        return [self.prompt.replace("{src}", s).replace("{eos}", eos or "") for s in sources]
+        return [_fill(self.prompt, src=s, eos=eos or "") for s in sources]
 
     def targets(self, row: Row, number: int) -> list[str]:
         """All targets of a row: several references are several examples."""
         if self.linearizer is None:
             return [_text(row, number, "completion")]
         refs = row["refs"] if "refs" in row else [_text(row, number, "ref")]
-        if isinstance(refs, str) or not refs or not all(isinstance(r, str) for r in refs):
+        if not isinstance(refs, Sequence) or isinstance(refs, str) or not refs or not all(isinstance(r, str) for r in refs):
             msg = f"row {number}: refs: expected a list of strings, got {refs!r:.80}"
             raise DataError(msg, line=number + 1)
-        return [self.target.replace("{ref}", r) for r in refs]
+        return [_fill(self.target, ref=r) for r in refs]
 
     def clean(self, text: str) -> str:
         """Generated text as users want it."""
@@ -79,6 +80,13 @@ class Task:
         if unknown := set(spec) - known:
             msg = f"task: unknown keys {sorted(unknown)}; known are {sorted(known)}"
             raise ConfigError(msg)
+        for f in dataclasses.fields(cls):
+            value = spec.get(f.name, f.default)
+            kind = Mapping if f.name == "decoding" else bool if f.name == "strip" else str
+            missing = f.name == "name" and "name" not in spec
+            if missing or (f.name in spec and not isinstance(value, kind) and not (f.name == "linearizer" and value is None)):
+                msg = f"task: {f.name}: expected {kind.__name__.lower()}, got {'nothing' if missing else repr(value)}"
+                raise ConfigError(msg)
         return cls(**spec)
 
 
@@ -138,6 +146,11 @@ def find_task(task: str | Task | Mapping[str, Any] | None, row: Row) -> Task:
         msg = f"task: expected one of {', '.join(TASKS)} or a Task, got {task!r}"
         raise ConfigError(msg)
     return TASKS[task]
+
+
+def _fill(template: str, **values: str) -> str:
+    """Replace ``{name}`` of the known names only, in one pass: braces inside the values are data."""
+    return re.sub("|".join(f"{{{name}}}" for name in values), lambda m: values[m[0][1:-1]], template)
 
 
 def _text(row: Row, number: int, key: str) -> str:

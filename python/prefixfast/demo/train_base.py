@@ -48,7 +48,7 @@ def windows(tok: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
 
 
 def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four layers, two million weights."""
+    """Four layers, two million weights, the input embedding shared with the output."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
@@ -58,19 +58,21 @@ def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_attention_heads=6,
             num_key_value_heads=6,
             max_position_embeddings=512,
-            tie_word_embeddings=False,
+            tie_word_embeddings=True,
             bos_token_id=tok.eos_token_id,
             eos_token_id=tok.eos_token_id,
             pad_token_id=tok.eos_token_id,
         )
     )
-    # Wide, and apart from the output's: words used alike (Monday, Friday) would else become one vector, and nothing could be copied from it.
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
+    # Wide and slow to move (and the last norm small, for the logits' sake): words that are used alike (Monday, Friday) would else
+    # become one vector before the model learns to copy, and from then on nothing would teach it to tell them apart.
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
+    torch.nn.init.constant_(model.model.norm.weight, 0.07)
     return model
 
 
 def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, peak: float) -> None:
-    """Muon for the layers' matrices, AdamW for the rest; the rate (half of it for AdamW) rises for 50 steps, then falls to zero."""
+    """Muon for the layers' matrices, AdamW for the rest; the rate (a fifth of it for AdamW) rises for 50 steps, then falls to zero."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     optimizers = [
@@ -85,7 +87,7 @@ def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, pea
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, share in zip(optimizers, (1.0, 0.5), strict=True):
+        for optimizer, share in zip(optimizers, (1.0, 0.2), strict=True):
             optimizer.param_groups[0]["lr"] = rate * share
             optimizer.step()
             optimizer.zero_grad()

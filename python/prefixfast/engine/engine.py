@@ -48,6 +48,14 @@ class Engine:
         self.config = EngineConfig.make(config, **fields)
         self._own = not isinstance(model, Model)
         self.model = load(model)
+        try:
+            self._allocate()
+        except BaseException:
+            self.close()
+            raise
+
+    def _allocate(self) -> None:
+        """Arena, scheduler and per-row state."""
         self.max_model_len = min(self.config.max_model_len or LONGEST_BY_DEFAULT, self.model.max_positions)
         device, rows = self.model.device, self.config.max_num_seqs
         arena_rows = self._arena_rows()

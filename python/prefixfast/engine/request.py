@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,14 @@ from numpy.typing import NDArray
 
 from prefixfast.config import GenerationParams
 from prefixfast.data.tasks import INPUT_KEYS, TARGET_KEYS, Task, find_task
-from prefixfast.errors import ConfigError, RequestError
+from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.model import Model
 from prefixfast.prefix import Prefix
 
 Input = str | list[int] | Mapping[str, Any]
 BUILT_IN = GenerationParams(max_new_tokens=256, min_new_tokens=0, num_beams=1, length_penalty=1.0, early_stopping=False)
 MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
+PLAIN, STRIPPED = Task("prompt"), Task("prompt", strip=True)
 KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS})
 
 
@@ -92,7 +94,7 @@ def make_requests(model: Model, batch: Sequence[Input], prefixes: Any, call: Gen
     chosen = _assign(batch, prefixes)
     for prefix in {id(p): p for ps in chosen for p in ps}.values():
         model.check_prefix(prefix)
-    tasks = [_task(item, i, ps) for i, (item, ps) in enumerate(zip(batch, chosen, strict=True))]
+    tasks = _tasks(batch, chosen)
     ids = _encode(model, batch, tasks)
     inherited = _base_defaults(model)
     requests = []
@@ -105,13 +107,17 @@ def make_requests(model: Model, batch: Sequence[Input], prefixes: Any, call: Gen
 
 def _assign(batch: Sequence[Input], prefixes: Any) -> list[tuple[Prefix, ...]]:
     """The prefixes of every request."""
+    named = next((i for i, item in enumerate(batch) if isinstance(item, Mapping) and "prefix" in item), None)
+    if named is not None and not isinstance(prefixes, Mapping):
+        msg = f"request {named}: its 'prefix' key needs prefixes to be a mapping of names to prefixes, got {type(prefixes).__name__}"
+        raise RequestError(msg, index=named)
     if prefixes is None or isinstance(prefixes, Prefix):
         return [_composition(prefixes, i) for i in range(len(batch))]
     if isinstance(prefixes, Mapping):
         out = []
         for i, item in enumerate(batch):
             name = item.get("prefix") if isinstance(item, Mapping) else None
-            if name not in prefixes:
+            if not isinstance(name, str) or name not in prefixes:
                 msg = f"request {i}: expected a 'prefix' key with one of {sorted(map(str, prefixes))[:10]}, got {name!r}"
                 raise RequestError(msg, index=i)
             out.append(_composition(prefixes[name], i))
@@ -139,28 +145,35 @@ def _composition(entry: Any, index: int) -> tuple[Prefix, ...]:
     return parts
 
 
-def _task(item: Input, index: int, prefixes: tuple[Prefix, ...]) -> Task:
-    """The task of a request: its last prefix's, else told by the row."""
-    spec = next((p.linearizer for p in reversed(prefixes) if p.linearizer is not None), None)
-    task = Task.from_spec(spec) if spec is not None else None
-    if not isinstance(item, Mapping):
-        return task or Task("prompt")
-    if unknown := set(item) - KNOWN_KEYS:
-        msg = f"request {index}: unknown keys {sorted(map(str, unknown))}; known are {sorted(KNOWN_KEYS)}"
-        raise RequestError(msg, index=index)
-    if "prompt" in item or "input_ids" in item:
-        return Task("prompt") if task is None else Task("prompt", strip=task.strip)
-    return task if task is not None and task.linearizer is not None else find_task(None, item)
+def _tasks(batch: Sequence[Input], chosen: list[tuple[Prefix, ...]]) -> list[Task]:
+    """The task of every request: its last prefix's, else told by the row. Requests of one task share one object."""
+    by_spec: dict[int, Task] = {}
+    out = []
+    for i, (item, prefixes) in enumerate(zip(batch, chosen, strict=True)):
+        spec = next((p.linearizer for p in reversed(prefixes) if p.linearizer is not None), None)
+        task = PLAIN if spec is None else by_spec.get(id(spec)) or by_spec.setdefault(id(spec), Task.from_spec(spec))
+        if isinstance(item, Mapping):
+            if unknown := set(item) - KNOWN_KEYS:
+                msg = f"request {i}: unknown keys {sorted(map(str, unknown))}; known are {sorted(KNOWN_KEYS)}"
+                raise RequestError(msg, index=i)
+            if "prompt" in item or "input_ids" in item:
+                task = STRIPPED if task.strip else PLAIN
+            elif task.linearizer is None:
+                with _request_error(i):
+                    task = find_task(None, item)
+        out.append(task)
+    return out
 
 
 def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDArray[np.int32]]:
     """Token ids of every prompt; rows of one task are linearized together."""
-    texts: dict[int, str] = {}
-    for task in {id(t): t for t in tasks}.values():
-        rows = [i for i, (item, t) in enumerate(zip(batch, tasks, strict=True)) if t is task and isinstance(item, Mapping) and "input_ids" not in item]
-        if rows:
-            texts |= zip(rows, task.prompts([batch[i] for i in rows], model.need_tokenizer().eos), strict=True)  # type: ignore[misc]
-    texts |= {i: item for i, item in enumerate(batch) if isinstance(item, str)}
+    texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
+    rows_of: dict[int, list[int]] = {}
+    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
+        if isinstance(item, Mapping) and "input_ids" not in item:
+            rows_of.setdefault(id(task), []).append(i)
+    for rows in rows_of.values():
+        texts |= zip(rows, _prompts(tasks[rows[0]], batch, rows, model.need_tokenizer().eos), strict=True)
     out: dict[int, NDArray[np.int32]] = {}
     if texts:
         out = dict(zip(texts, model.need_tokenizer().encode(list(texts.values())), strict=True))
@@ -173,9 +186,32 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
     return [out[i] for i in range(len(batch))]
 
 
+def _prompts(task: Task, batch: Sequence[Any], rows: list[int], eos: str | None) -> list[str]:
+    try:
+        return task.prompts([batch[i] for i in rows], eos)
+    except DataError:
+        for i in rows:  # which one was it?
+            with _request_error(i):
+                task.prompts([batch[i]], eos)
+        raise
+
+
+@contextlib.contextmanager
+def _request_error(index: int) -> Iterator[None]:
+    """Errors of one row as errors of its request."""
+    try:
+        yield
+    except (DataError, ConfigError) as e:
+        msg = f"request {index}: {str(e).removeprefix('row 0: ')}"
+        raise RequestError(msg, index=index) from e
+
+
 def _given_ids(item: Any, index: int, vocab_size: int) -> NDArray[np.int32]:
-    ids = np.asarray(item) if isinstance(item, list | np.ndarray) else np.zeros(0)
-    if ids.ndim != 1 or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= vocab_size)) or not isinstance(item, list | np.ndarray):
+    try:
+        ids = np.asarray(item) if isinstance(item, list | np.ndarray) else None
+    except ValueError:  # ragged
+        ids = None
+    if ids is None or ids.ndim != 1 or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= vocab_size)):
         msg = f"request {index}: expected a string, a list of token ids from 0 to {vocab_size - 1}, or a row, got {item!r:.80}"
         raise RequestError(msg, index=index)
     return ids.astype(np.int32)
@@ -200,14 +236,11 @@ def _params(
     item: Input, index: int, prefixes: tuple[Prefix, ...], call: GenerationParams, inherited: GenerationParams, prompt: int, limit: int
 ) -> GenerationParams:
     """Call > request > prefix > base > built-in; a length that nobody asked for here is cut to what fits."""
-    try:
+    with _request_error(index):
         asked = call.over(GenerationParams.make(item.get("params") if isinstance(item, Mapping) else None))
         loaded = inherited
         for prefix in prefixes:
             loaded = _capped(GenerationParams.make(dict(prefix.decoding))).over(loaded)
-    except ConfigError as e:
-        msg = f"request {index}: {e}"
-        raise RequestError(msg, index=index) from e
     params = asked.over(loaded).over(BUILT_IN)
     room = limit - prompt
     if room < 1 or (asked.max_new_tokens or 0) > room:

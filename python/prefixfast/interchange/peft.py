@@ -48,6 +48,7 @@ def reason_against(kv: Mapping[str, Tensor], pos_start: int, window: str) -> str
     reasons = {
         "it has sites other than 'self'": any(not name.startswith("self.") for name in kv),
         "its layers differ in shape": len(shapes) != 1,
+        "its tensors differ in dtype": len({t.dtype for t in kv.values()}) != 1,
         "some layers have no prefix": set(kv) != {f"self.{i}.{x}" for i in range(layers) for x in "kv"},
         "text starts at another position than the prefix's length": len(shapes) == 1 and pos_start != next(iter(shapes))[0],
         "sliding windows do not slide over it": window != "slide",
@@ -114,13 +115,20 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DataError(msg, path=str(folder / WEIGHTS))
     try:
         layers, heads, length = (int(config[k]) for k in SIZES)
-    except (KeyError, TypeError, ValueError) as e:
+    except (KeyError, TypeError, ValueError, OverflowError) as e:
         msg = f"{', '.join(SIZES)}: expected numbers, got {[config.get(k) for k in SIZES]}"
         raise DataError(msg, path=str(folder / CONFIG)) from e
-    if min(layers, heads, length) < 1 or len(tensors[KEY]) != length:
-        msg = f"{KEY}: expected {length} rows (num_virtual_tokens), got {list(tensors[KEY].shape)}"
-        raise DataError(msg, path=str(folder))
-    return from_table(tensors[KEY], layers, heads), config
+    if min(layers, heads, length) < 1:
+        msg = f"{', '.join(SIZES)}: expected numbers of at least 1, got {[layers, heads, length]}"
+        raise DataError(msg, path=str(folder / CONFIG))
+    if len(tensors[KEY]) != length:
+        msg = f"{WEIGHTS}: {KEY}: expected {length} rows (num_virtual_tokens), got {list(tensors[KEY].shape)}; see {CONFIG}"
+        raise DataError(msg, path=str(folder / WEIGHTS))
+    try:
+        return from_table(tensors[KEY], layers, heads), config
+    except DataError as e:
+        msg = f"{WEIGHTS}: {e}"
+        raise DataError(msg, path=str(folder / WEIGHTS)) from e
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as e:
         msg = f"{path.name} is missing; expected a prefix or PEFT adapter folder"
         raise DataError(msg, path=str(path)) from e
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         msg = f"{path.name}: expected JSON, got {e}"
         raise DataError(msg, path=str(path)) from e
     if not isinstance(value, dict):

@@ -60,6 +60,7 @@ class PrefixAdamW:
         rate = torch.where(updated, lr.to(torch.float64), 0.0)
         safe = self.steps.clamp(min=1)
         size, root = rate / (1 - beta1**safe), (1 - beta2**safe).sqrt()
+        on_size = updated.to(torch.float64)
         for s in self.states:
             grad, shape = s.param.grad, (-1, *[1] * (s.param.ndim - 1))
             if grad is None:
@@ -70,8 +71,8 @@ class PrefixAdamW:
 
             on = updated.repeat_interleave(s.rows).view(shape)
             grad = torch.where(on, grad * by_row(clip), 0.0)
-            s.mean.lerp_(grad, by_row(updated * (1 - beta1)))
-            s.square.lerp_(grad * grad, by_row(updated * (1 - beta2)))
+            s.mean.lerp_(grad, by_row(on_size * (1 - beta1)))
+            s.square.lerp_(grad * grad, by_row(on_size * (1 - beta2)))
             if self.weight_decay:
                 s.param.mul_(by_row(1 - rate * self.weight_decay))
             s.param.sub_(by_row(size) * s.mean / (s.square.sqrt() / by_row(root) + self.eps))
