@@ -16,31 +16,33 @@ help: ## this list
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: install Python 3.11 or newer, or say make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: install a newer Python, or say make PYTHON=/path/to/python"; exit 1; }
-	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (1.85 or newer), from your system's packages or with rustup"; exit 1; }
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (1.88 or newer), from your system's packages or with rustup"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -c constraints.txt $$($(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*[repr(d) for d in p["dependencies"] + p["optional-dependencies"]["dev"]])' | tr -d "'" | sed 's/ *; */;/g')
+	@echo "installing the dependencies into $(VENV) (PyPI's torch for Linux brings 5.6 GB; a few minutes)"
+	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
+	$(PY) -m pip install -q -c constraints.txt -r $(VENV)/requirements.txt
 	touch $@
 
-python/prefixfast/.built: $(VENV)/.ready $(RUST)
+$(VENV)/.built: $(VENV)/.ready $(RUST)
 	source $(VENV)/bin/activate && maturin develop --release -q
 	touch $@
 
-demo: python/prefixfast/.built ## train three prefixes at once, generate one mixed batch (MODEL=folder or hub id for a real base)
+demo: $(VENV)/.built ## train three prefixes at once, generate one mixed batch (MODEL=folder or hub id for a real base)
 	$(PY) -m prefixfast.demo $(if $(MODEL),--model $(MODEL))
 
 test: lint ## lint, then the fast tests
 	cargo test -q --workspace
 	$(PY) -m pytest
 
-test-long: python/prefixfast/.built ## the tests that take minutes each (real weights)
+test-long: $(VENV)/.built ## the tests that take minutes each (real weights)
 	$(PY) -m pytest -m long
 
-lint: python/prefixfast/.built ## ruff, mypy, stubtest, import-linter, rustfmt, clippy
+lint: $(VENV)/.built ## ruff, mypy, stubtest, import-linter, rustfmt, clippy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	cd python && ../$(VENV)/bin/lint-imports --config ../pyproject.toml --no-cache
-	cd python && MYPYPATH=. ../$(PY) -m mypy.stubtest prefixfast._rust --mypy-config-file ../pyproject.toml
+	$(PY) -m pytest -q tests/rust/test_stubs.py
 	cargo fmt --all --check
 	cargo clippy -q --workspace --all-targets -- -D warnings
 
@@ -49,15 +51,15 @@ format: $(VENV)/.ready ## rewrite the sources in the house style
 	$(PY) -m ruff format .
 	cargo fmt --all
 
-bench: python/prefixfast/.built ## throughput versus prefix length, against PEFT
+bench: $(VENV)/.built ## throughput versus prefix length, against PEFT
 	$(PY) -m prefixfast bench generate
 
 gpu: ## on a machine with a CUDA GPU, with its own python3: correctness on the device (installs nothing)
 	$(PYTHON) -c 'import torch, transformers; assert torch.cuda.is_available(), "no CUDA device"'
-	PYTHONPATH=python $(PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=python:tests $(PYTHON) -m pytest -m gpu tests/gpu
 
 wheel: $(VENV)/.ready ## build dist/*.whl (abi3, Python 3.11+)
 	source $(VENV)/bin/activate && maturin build --release -q -o dist
 
 clean: ## remove what was built (not .venv)
-	rm -rf target dist python/prefixfast/.built python/prefixfast/*.so
+	rm -rf target dist $(VENV)/.built python/prefixfast/*.so

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,9 +28,7 @@ HINTS = {
 }
 
 
-@functools.cache
-def _hints(owner: Any) -> dict[str, Any]:
-    return get_type_hints(owner)
+_HINTS: dict[str, dict[str, Any]] = {}  # by class: resolving them costs more than all the checks
 
 
 def option(default: Any, help: str) -> Any:
@@ -43,9 +40,10 @@ class Options:
     """What the four dataclasses share: checked construction and updates."""
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))
+        owner = type(self).__name__
+        hints = _HINTS.get(owner) or _HINTS.setdefault(owner, get_type_hints(type(self)))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            _check_type(type(self).__name__, field.name, getattr(self, field.name), hints[field.name])
+            _check_type(owner, field.name, getattr(self, field.name), hints[field.name])
         self.validate()
 
     def validate(self) -> None:

@@ -1,0 +1,47 @@
+"""On a CUDA device: the packed forward, the engine and a training step give what the CPU gives (`make gpu`)."""
+
+import numpy as np
+import pytest
+import torch
+
+import prefixfast
+import tiny
+from parity.packed import case, packed
+from prefixfast.training.trainer import train
+
+pytestmark = pytest.mark.gpu
+CUDA = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    if not CUDA:
+        pytest.fail("make gpu needs a CUDA device; none was found")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_packed_logits_equal_the_cpu(family):
+    c = case(lambda: tiny.make(family), vocab=tiny.VOCAB, longest=3 * tiny.WINDOW)
+    out = []
+    for device in ("cpu", "cuda"):
+        with prefixfast.load(tiny.make(family).to(device)) as base, torch.no_grad():
+            moved = type(c)([p.to(device) for p in c.prompts], c.choice, [t.to(device) for t in c.tables])
+            out.append(packed(base, moved, moved.prefixes(base.hf))[0].cpu())
+    assert (out[0] - out[1]).abs().max() < 1e-4 * out[0].abs().max()
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_tokens_equal_the_cpu(beams):
+    prefixes = [prefixfast.Prefix({f"self.{i}.{x}": torch.full((4, 2, 8), 0.1 * j) for i in range(3) for x in "kv"}, 4) for j in (1, 2)]
+    prompts = [np.random.default_rng(i).integers(3, tiny.VOCAB, 5 + i).tolist() for i in range(6)]
+    out = []
+    for device in ("cpu", "cuda"):
+        with prefixfast.Engine(tiny.make("llama").to(device), max_num_seqs=32, max_model_len=48) as engine:
+            out.append([g.token_ids for g in engine.generate(prompts, [prefixes[i % 2] for i in range(6)], num_beams=beams, max_new_tokens=16)])
+    assert out[0] == out[1]
+
+
+def test_training_equals_the_cpu():
+    rows = [{"input_ids": [5 + i, 6, 7, 8], "labels": [-100, -100, 7, 8]} for i in range(8)]
+    losses = [train(tiny.make("llama").to(d), rows, init="random", prefix_length=4, max_steps=5).training["metrics"]["loss"] for d in ("cpu", "cuda")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
