@@ -102,7 +102,8 @@ class PrefixParameters:
             ConfigError: If the MLP meets layers of different shapes.
         """
         n, p = len(init), config.prefix_length
-        start = [_stack([_random(shapes, p, seed) if kv is None else kv for kv in init], layer, dtype, device) for layer in range(len(shapes))]
+        filled = [kv or drawn for drawn in [_random(shapes, p, seed)] for kv in init]
+        start = [_stack(filled, layer, dtype, device) for layer in range(len(shapes))]
         common = (shapes, n, p)
         if not mlp:
             leaves = [(k.requires_grad_(), v.requires_grad_()) for k, v in start]

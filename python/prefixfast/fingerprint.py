@@ -36,8 +36,8 @@ def fingerprint(model: PreTrainedModel, tokenizer_json: str | None) -> dict[str,
         tokenizer_json: Text of its `tokenizer.json`, None if it has no tokenizer.
 
     Returns:
-        ``name`` (for messages), ``config`` (the fields above), ``tokenizer`` and ``weights`` (hex digests; weights are compared in bf16, so a base
-        loaded in another precision is the same base).
+        ``name`` (for messages), ``config`` (the fields above), ``tokenizer`` and ``weights`` (hex digests; weights are compared in bf16, so that a base
+        loaded in fp32 and in bf16 is the same; None in fp16, which rounds differently).
     """
     config = model.config.get_text_config()
     fields = {f: getattr(config, f) for f in FIELDS if getattr(config, f, None) is not None}
@@ -45,7 +45,7 @@ def fingerprint(model: PreTrainedModel, tokenizer_json: str | None) -> dict[str,
         "name": str(getattr(model, "name_or_path", "") or ""),
         "config": json.loads(json.dumps(fields, default=str)),
         "tokenizer": None if tokenizer_json is None else _digest(tokenizer_json.encode()),
-        "weights": _weights(model),
+        "weights": None if model.dtype == torch.float16 else _weights(model),
     }
 
 
@@ -57,7 +57,7 @@ def check_base(ours: dict[str, Any] | None, base: dict[str, Any], what: str) -> 
     if ours is None:
         return
     for key in ("config", "weights"):
-        if ours.get(key) is None or ours[key] == base[key]:
+        if ours.get(key) is None or base[key] is None or ours[key] == base[key]:
             continue
         detail = f"{key} differ"
         if key == "config":

@@ -144,7 +144,7 @@ def load(
         ConfigError: For a model that cannot work, or options that do not fit.
     """
     if isinstance(model, Model):
-        return model
+        return _opened(model)
     chosen = ops.choose_backend(backend)
     if not isinstance(model, str | Path):
         return _wrap(model, tokenizer, chosen)
@@ -172,6 +172,13 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
     return Model(hf, backend, attach(hf), ours)
 
 
+def _opened(model: Model) -> Model:
+    if model.closed:
+        msg = "this base was closed: load it again"
+        raise ConfigError(msg)
+    return model
+
+
 @dataclass
 class _Cached:
     key: tuple[Any, ...]
@@ -186,7 +193,7 @@ _CACHE_LOCK = threading.Lock()
 def borrowed(model: str | Path | PreTrainedModel | Model) -> Iterator[Model]:
     """A base for the time of one call: a name is loaded once per process and kept, an object is attached and given back, a `Model` is used as it is."""
     if isinstance(model, Model):
-        yield model
+        yield _opened(model)
     elif isinstance(model, str | Path):
         with _CACHE_LOCK:
             key = (str(model),)

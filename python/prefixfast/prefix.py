@@ -30,9 +30,9 @@ VERSION = 1
 SITES = ("self", "enc", "cross")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prefix:
-    """A learned prefix. Immutable; equal content has an equal `digest`.
+    """A learned prefix. Immutable; compare prefixes by their `digest`.
 
     Attributes:
         kv: ``{site}.{layer}.k`` and ``.v`` of ``[P, H, D]`` each; keys are stored after RoPE. Layers may differ in P, H and D or be absent.

@@ -50,6 +50,24 @@ def test_alone_and_among_fifty_others_is_the_same_in_fp64(reparameterization, lo
         assert distance(alone, together["user 3"]) > 1e-3, "different data must give different prefixes"
 
 
+def test_users_of_different_size_end_at_different_steps_and_are_the_same_alone():
+    model = tiny.make("gemma2", dtype=torch.float64)
+    data = {"short": rows(0, 2), "middle": rows(1, 8), "long": rows(2, 17)}
+    how = {
+        "num_train_epochs": 2,
+        "batch_size": 3,
+        "prefix_length": 3,
+        "prefix_dropout": 0.1,
+        "learning_rate": 1e-2,
+        "init": "random",
+        "reparameterization": "none",
+    }
+    together = train(model, data, eval_data=rows(3, 2), **how)
+    assert [m["steps"] for m in together.metrics.values()] == [2, 6, 12]
+    for name, own in data.items():
+        assert distance(train(model, own, **how), together[name]) < 1e-9
+
+
 def test_token_budget_changes_memory_only():
     model = tiny.make("llama", dtype=torch.float64)
     how = {**COMMON, "max_steps": 6}
@@ -125,6 +143,11 @@ def test_a_prefix_starts_from_another_and_through_the_network():
         same = train(model, rows(1, 4), init=start, reparameterization=reparameterization, max_steps=1, learning_rate=1e-12)
         assert same.length == 3
         assert distance(start, same) < 1e-6
+    with pytest.raises(ConfigError, match="leave it out"):
+        train(model, rows(1, 4), init=start, prefix_length=20)
+    fixed = prefixfast.Prefix(start.kv, pos_start=0, window="always")
+    kept = train(model, rows(1, 4), init=fixed, max_steps=1, learning_rate=1e-12)
+    assert (kept.pos_start, kept.window) == (0, "always")
     with pytest.raises(ConfigError, match="none for"):
         train(model, {"a": rows(0, 2), "b": rows(1, 2)}, init={"a": start})
 

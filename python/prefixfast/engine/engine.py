@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,17 +18,17 @@ from tqdm.auto import tqdm
 
 from prefixfast import _rust
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
-from prefixfast.engine.request import Generation, Input, Request, make_requests
+from prefixfast.engine.arena import LONGEST_BY_DEFAULT, bytes_of_row, choose_rows, make_arena
+from prefixfast.engine.request import Generation, Input, Request, make_requests, warn_about_defaults
 from prefixfast.engine.select import Beam, Choice, Greedy
-from prefixfast.errors import CapacityError, ConfigError
+from prefixfast.errors import CapacityError, ConfigError, PrefixFastError, RequestError
 from prefixfast.model import Model, borrowed, load
 from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
 from prefixfast.prefix import Prefix
 from prefixfast_kernels.tables import DecodeTables
 
 logger = logging.getLogger(__name__)
-LONGEST_BY_DEFAULT = 4096
-RESERVED_ROWS = 80  # the scheduler keeps a tail and a scratch row
+KEPT_PREFIXES = 256  # on the host, beyond those that a call brings
 
 
 class Engine:
@@ -58,9 +57,8 @@ class Engine:
         """Arena, scheduler and per-row state."""
         self.max_model_len = min(self.config.max_model_len or LONGEST_BY_DEFAULT, self.model.max_positions)
         device, rows = self.model.device, self.config.max_num_seqs
-        arena_rows = self._arena_rows()
-        layers = [tuple(torch.empty(arena_rows, s.num_kv_heads, s.head_dim, dtype=self.model.dtype, device=device) for _ in "kv") for s in self.model.layers]
-        self.arena = Arena(layers, torch.zeros(rows, self.max_model_len, dtype=torch.int32, device=device))  # type: ignore[arg-type]
+        arena_rows = choose_rows(self.model, self.config, self.max_model_len)
+        self.arena = make_arena(self.model, arena_rows, rows, self.max_model_len)
         self.scheduler = _rust.Scheduler(arena_rows, rows, self.config.max_num_batched_tokens)
         self.numbers: dict[str, int] = {}  # digest -> prefix number
         self.prefixes: dict[int, Prefix] = {}
@@ -69,8 +67,12 @@ class Engine:
         self.token = torch.zeros(rows, dtype=torch.int64, device=device)
         self.beams_of_row, self.id_of_row = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         self.buffer = torch.zeros(0, dtype=torch.int32)
+        self.longest = 0  # longest row so far
         self.ids = itertools.count()
-        row_bytes = sum(2 * s.num_kv_heads * s.head_dim for s in self.model.layers) * self.model.dtype.itemsize
+        self.pending: list[tuple[int, int]] = []  # prefixes that the scheduler waits for
+        self.closed = False
+        warn_about_defaults(self.model)
+        row_bytes = bytes_of_row(self.model)
         logger.info(
             "engine: %d rows of keys and values (%.0f MiB), %d decode rows, %d tokens each",
             arena_rows,
@@ -103,9 +105,15 @@ class Engine:
         for name in fields:
             if name not in GenerationParams.names():
                 raise ConfigError(unknown_option(name, GenerationParams.names(), "generate"))
+        if self.closed:
+            msg = "this engine is closed: make a new one"
+            raise ConfigError(msg)
         call = GenerationParams.make(params, **fields)
         requests = {next(self.ids): r for r in make_requests(self.model, batch, prefixes, call, self.max_model_len)}
+        for resolved in list({r.params: None for r in requests.values()})[:3]:
+            logger.info("generating with %s", resolved)
         results: dict[int, tuple[list[int], float | None]] = {}
+        self.longest = 0
         with torch.inference_mode(), _threads(self.config.num_threads):
             try:
                 self._add(requests)
@@ -117,13 +125,14 @@ class Engine:
             except BaseException:
                 self._abandon(requests)
                 raise
+        self._forget()
         return self._generations(requests, results)
 
     def close(self) -> None:
         """Free the arena; a model that was given as an object is as it was."""
         if self._own:
             self.model.close()
-        self._own = False
+        self._own, self.closed = False, True
         self.arena, self.prefixes, self.choosers = Arena([], torch.empty(0, dtype=torch.int32)), {}, {}
 
     def __enter__(self) -> Engine:
@@ -132,41 +141,51 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _arena_rows(self) -> int:
-        """Rows that the memory allows, at most what all decode rows can use at full length and with a long prefix of their own."""
-        row = sum(2 * s.num_kv_heads * s.head_dim for s in self.model.layers) * self.model.dtype.itemsize
-        useful = RESERVED_ROWS + self.config.max_num_seqs * (self.max_model_len + LONGEST_BY_DEFAULT)
-        budget = self.config.kv_cache_memory or min(_free_memory(self.model.device) // 4, 8 * 2**30)
-        if budget // row < RESERVED_ROWS + 16:
-            msg = f"kv_cache_memory: {budget} bytes hold {budget // row} rows of {row} bytes, at least {RESERVED_ROWS + 16} are needed"
-            raise CapacityError(msg)
-        return min(budget // row, useful)
-
     def _add(self, requests: dict[int, Request]) -> None:
         for number, r in requests.items():
             own = [self._number(p) for p in r.prefixes]
             assert r.params.max_new_tokens is not None
-            self.scheduler.add(number, own, len(r.ids), r.params.num_beams or 1, r.params.max_new_tokens)
+            try:
+                self.scheduler.add(number, own, len(r.ids), r.params.num_beams or 1, r.params.max_new_tokens)
+            except RequestError as e:
+                msg = f"request {r.index} can never run: {e}; raise max_num_seqs or kv_cache_memory, or lower max_new_tokens or num_beams"
+                raise CapacityError(msg) from e
 
     def _number(self, prefix: Prefix) -> int:
         """The scheduler's number of a prefix; equal content has one number."""
-        if prefix.digest not in self.numbers:
-            number = len(self.numbers)
+        number = self.numbers.get(prefix.digest)
+        if number is None:
+            number = self.numbers[prefix.digest] = next(self.ids)
             self.scheduler.register_prefix(number, prefix.length, prefix.pos_start, prefix.window == "slide")
-            self.numbers[prefix.digest], self.prefixes[number] = number, prefix
-        return self.numbers[prefix.digest]
+        self.prefixes[number] = self.prefixes.pop(number, prefix)  # the last one in the dictionary was used last
+        return number
 
     def _abandon(self, requests: dict[int, Request]) -> None:
         """Drop what is left of a failed call, so that the engine stays usable."""
-        with contextlib.suppress(Exception):
+        self._finish_loads()
+        with contextlib.suppress(PrefixFastError):  # there may be no step to end
             self.scheduler.commit([])
         for number in requests:
             self.scheduler.cancel(number)
-        with contextlib.suppress(Exception):
-            header = self.scheduler.plan_step(self._out())
-            for number, _ in header.loads:
-                self.scheduler.prefix_ready(number)
+        self.pending += self.scheduler.plan_step(self._out()).loads
+        self._finish_loads()
+        with contextlib.suppress(PrefixFastError):
             self.scheduler.commit([])
+
+    def _finish_loads(self) -> None:
+        """Copy the prefixes that the scheduler asked for; what an interrupt leaves is done at the next call."""
+        while self.pending:
+            number, row = self.pending[-1]
+            self._load(self.prefixes[number], row)
+            self.scheduler.prefix_ready(number)
+            self.pending.pop()
+
+    def _forget(self) -> None:
+        """Let go of the prefixes that were not used for longest."""
+        while len(self.prefixes) > KEPT_PREFIXES:
+            number, prefix = next(iter(self.prefixes.items()))
+            self.scheduler.forget_prefix(number)
+            del self.prefixes[number], self.numbers[prefix.digest]
 
     def _out(self) -> np.ndarray:
         """The host buffer that the planner fills; a fresh one each step, since plans of earlier steps may still be read."""
@@ -177,9 +196,8 @@ class Engine:
         """One step of the scheduler: loads, prefills, decodes."""
         out = self._out()
         header = self.scheduler.plan_step(out)
-        for number, row in header.loads:
-            self._load(self.prefixes[number], row)
-            self.scheduler.prefix_ready(number)
+        self.pending += header.loads
+        self._finish_loads()
         tables = self.buffer.to(self.model.device, non_blocking=True)
         finished: dict[int, tuple[list[int], float | None]] = {}
         if header.prefill_sections is not None:
@@ -209,6 +227,7 @@ class Engine:
             slots=section(tables, places["slots"]),
             logits_at=section(tables, places["logits_idx"]).long(),
         )
+        self.longest = max(self.longest, *(len(requests[i].ids) for i in ids))
         tokens = torch.from_numpy(np.concatenate([requests[i].ids for i in ids])).long().to(self.model.device)
         logits = self.model.forward(plan, tokens)
         rows = []
@@ -225,6 +244,8 @@ class Engine:
         step = DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields))
         slots, rows = section(tables, places["slot"]), step.row.long()
         self.arena.table[rows, step.lens.long() - 1] = slots
+        max_len = int(_numpy(out, places["lens"]).max())
+        self.longest = max(self.longest, max_len)
         plan = Plan(
             section(tables, places["position_ids"])[None],
             self.model.backend,
@@ -232,7 +253,7 @@ class Engine:
             decode=step,
             arena=self.arena,
             slots=slots,
-            max_len=int(_numpy(out, places["lens"]).max()),
+            max_len=max_len,
         )
         logits = self.model.forward(plan, self.token[rows])
         return self._choose(logits, _numpy(out, places["row"]).astype(np.int64))
@@ -254,7 +275,8 @@ class Engine:
     def _advance(self, rows: Tensor, choice: Choice) -> None:
         """Write the next tokens; a beam reorder is a permutation of slot-table rows, no key or value moves."""
         if choice.source is not None:
-            self.arena.table[rows] = self.arena.table[choice.source]
+            used = self.longest  # entries beyond no row has yet
+            self.arena.table[rows, :used] = self.arena.table[choice.source, :used]
         self.token[rows] = choice.tokens
 
     def _chooser(self, beams: int) -> Greedy | Beam:
@@ -315,14 +337,6 @@ def _end_tokens(model: Model) -> list[int]:
     if found is None and model.tokenizer is not None:
         found = model.tokenizer.eos_id
     return [] if found is None else [found] if isinstance(found, int) else list(found)
-
-
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return 4 * 2**30
 
 
 def _numpy(buffer: np.ndarray, place: tuple[int, int, int]) -> np.ndarray:

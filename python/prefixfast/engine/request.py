@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.model import Model
 from prefixfast.prefix import Prefix
 
+logger = logging.getLogger(__name__)
 Input = str | list[int] | Mapping[str, Any]
 BUILT_IN = GenerationParams(max_new_tokens=256, min_new_tokens=0, num_beams=1, length_penalty=1.0, early_stopping=False)
 MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
@@ -147,11 +150,15 @@ def _composition(entry: Any, index: int) -> tuple[Prefix, ...]:
 
 def _tasks(batch: Sequence[Input], chosen: list[tuple[Prefix, ...]]) -> list[Task]:
     """The task of every request: its last prefix's, else told by the row. Requests of one task share one object."""
-    by_spec: dict[int, Task] = {}
+    by_spec: dict[str, Task] = {}
+    keys: dict[int, str] = {}
     out = []
     for i, (item, prefixes) in enumerate(zip(batch, chosen, strict=True)):
         spec = next((p.linearizer for p in reversed(prefixes) if p.linearizer is not None), None)
-        task = PLAIN if spec is None else by_spec.get(id(spec)) or by_spec.setdefault(id(spec), Task.from_spec(spec))
+        task = PLAIN
+        if spec is not None:
+            key = keys.get(id(spec)) or keys.setdefault(id(spec), json.dumps(dict(spec), sort_keys=True))
+            task = by_spec.get(key) or by_spec.setdefault(key, Task.from_spec(spec))
         if isinstance(item, Mapping):
             if unknown := set(item) - KNOWN_KEYS:
                 msg = f"request {i}: unknown keys {sorted(map(str, unknown))}; known are {sorted(KNOWN_KEYS)}"
@@ -215,6 +222,30 @@ def _given_ids(item: Any, index: int, vocab_size: int) -> NDArray[np.int32]:
         msg = f"request {index}: expected a string, a list of token ids from 0 to {vocab_size - 1}, or a row, got {item!r:.80}"
         raise RequestError(msg, index=index)
     return ids.astype(np.int32)
+
+
+# Fields of a generation_config that change greedy or beam results and are not honoured yet, with their neutral values.
+NEUTRAL = {
+    "repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "bad_words_ids": (None, []),
+    "suppress_tokens": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "min_length": (None, 0),
+    "do_sample": (None, False),
+    "num_beam_groups": (None, 1),
+    "sequence_bias": (None,),
+}
+
+
+def warn_about_defaults(model: Model) -> None:
+    """Name what the base's generation_config asks for and this engine does not do."""
+    config = getattr(model.hf, "generation_config", None)
+    unheeded = {n: v for n, neutral in NEUTRAL.items() if (v := getattr(config, n, None)) not in neutral}
+    if unheeded:
+        logger.warning("not honoured from the base's generation_config: %s", ", ".join(f"{n}={v!r:.40}" for n, v in unheeded.items()))
 
 
 def _base_defaults(model: Model) -> GenerationParams:

@@ -128,13 +128,14 @@ class Beam:
         value, index = total.topk(self.keep)
         parent, token = index // logp.shape[-1], index % logp.shape[-1]
         count = self.limits.count[at]
-        candidates = _pick(self.running[at], parent).scatter_(2, count[:, None, None].expand(-1, self.keep, 1), token[..., None])
+        used = int(count.max()) + 1
+        candidates = _pick(self.running[at, :, :used], parent).scatter_(2, count[:, None, None].expand(-1, self.keep, 1), token[..., None])
         ends = self.limits.ends(token, at)
 
         still = value + ends * NEVER
         chosen = still.topk(k)[1]
         running_score = _pick(still, chosen)
-        self.running[at], self.running_score[at] = _pick(candidates, chosen), running_score
+        self.running[at, :, :used], self.running_score[at] = _pick(candidates, chosen), running_score
         self._finish(at, candidates, value, ends)
         self.limits.count[at] += 1
         open_ = self._open(at, running_score) & ~ends.all(1)
@@ -152,7 +153,8 @@ class Beam:
         score = torch.cat([self.score[at], value], 1)
         order = score.topk(self.k)[1]
         self.score[at] = _pick(score, order)
-        self.done_tokens[at] = _pick(torch.cat([self.done_tokens[at], candidates], 1), order)
+        used = candidates.shape[2]
+        self.done_tokens[at, :, :used] = _pick(torch.cat([self.done_tokens[at, :, :used], candidates], 1), order)
         self.done[at] = _pick(torch.cat([done, ended], 1), order)
         self.length[at] = _pick(torch.cat([self.length[at], length[:, None].expand(-1, self.keep)], 1), order)
 

@@ -1,7 +1,7 @@
 """PEFT's PREFIX_TUNING adapter for decoder-only models: one table ``prompt_embeddings [P, L * 2 * H * D]``, keys and values interleaved by layer.
 
 ``table[p].view(L, 2, H, D)`` holds (key, value) of every layer; text starts at position P and keys are stored after RoPE.
-Source: PEFT 0.21.2, ``peft_model.py`` get_prompt and get_prompt_embedding_to_save; verified bit-exact in tests/parity/test_peft.py.
+Source: PEFT 0.21.2, ``peft_model.py`` get_prompt and get_prompt_embedding_to_save; verified bit-exact in tests/unit/test_prefix.py.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def reason_against(kv: Mapping[str, Tensor], pos_start: int, window: str) -> str
         "it has sites other than 'self'": any(not name.startswith("self.") for name in kv),
         "its layers differ in shape": len(shapes) != 1,
         "its tensors differ in dtype": len({t.dtype for t in kv.values()}) != 1,
+        "its numbers are fp64": any(t.dtype == torch.float64 for t in kv.values()),
         "some layers have no prefix": set(kv) != {f"self.{i}.{x}" for i in range(layers) for x in "kv"},
         "text starts at another position than the prefix's length": len(shapes) == 1 and pos_start != next(iter(shapes))[0],
         "sliding windows do not slide over it": window != "slide",

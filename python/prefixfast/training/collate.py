@@ -65,7 +65,7 @@ def tokenize(model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, con
     pieces: list[tuple[Ints, int]] = []
     first, skipped, truncated = [0], 0, 0
     for name, rows in rows_of.items():
-        for number, (ids, targets) in enumerate(_examples(model, rows, task, name)):
+        for number, (ids, targets) in enumerate(_named(_examples(model, rows, task, name), name)):
             cut = ids
             if len(ids) > limit:
                 if config.overflow == "error":
@@ -86,6 +86,15 @@ def tokenize(model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, con
     indptr = np.concatenate([[0], np.cumsum(lengths)])
     counts = np.array([t for _, t in pieces], np.int32)
     return Examples(np.concatenate([ids for ids, _ in pieces]), indptr, counts, np.array(first, np.int64), skipped, truncated)
+
+
+def _named(examples: Iterator[tuple[Ints, int]], name: str) -> Iterator[tuple[Ints, int]]:
+    """Errors of rows say whose rows they are."""
+    try:
+        yield from examples
+    except DataError as e:
+        msg = str(e) if str(e).startswith("prefix ") else f"prefix {name!r}, {e}"
+        raise DataError(msg, path=e.path, line=e.line) from e
 
 
 def _examples(model: Model, rows: Sequence[Row], task: Task, name: str) -> Iterator[tuple[Ints, int]]:

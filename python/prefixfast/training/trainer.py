@@ -97,6 +97,9 @@ def train(
     Source:
         Li & Liang 2021 (arXiv:2101.00190).
     """
+    explicit = frozenset(fields) | (
+        frozenset(prefix_config) if isinstance(prefix_config, Mapping) else frozenset(PrefixConfig.names() if prefix_config else ())
+    )
     prefix_config, config = _configs(prefix_config, config, fields)
     many = isinstance(data, Mapping)
     rows_of = {str(k): read_rows(v) for k, v in data.items()} if isinstance(data, Mapping) else {ONLY: read_rows(data)}
@@ -119,7 +122,7 @@ def train(
     found = Task("input_ids") if "input_ids" in first and task is None else find_task(task, first)
     with borrowed(model) as base:
         folder = None if output_dir is None else Path(output_dir)
-        run = _Run(base, rows_of, eval_of, found, init, init_text, prefix_config, config, folder, single=not many).run(progress)
+        run = _Run(base, rows_of, eval_of, found, init, init_text, prefix_config, config, folder, single=not many, explicit=explicit).run(progress)
     return run if many else run.prefixes[ONLY]
 
 
@@ -138,16 +141,20 @@ class _Run:
     def __init__(
         self, model: Model, rows_of: dict[str, Any], eval_of: dict[str, Any] | None, task: Task, init: Any, init_text: str | None,
         prefix_config: PrefixConfig, config: TrainConfig, output_dir: Path | None, *, single: bool,
+        explicit: frozenset[str],
     ) -> None:  # fmt: skip
         self.model, self.task, self.config, self.names, self.output_dir = model, task, config, list(rows_of), output_dir
         self.single = single
-        start = _initial(model, task, init, init_text, self.names, prefix_config)
-        if (given := next((kv for kv in start if kv is not None), None)) is not None:
-            prefix_config = PrefixConfig.make(prefix_config, prefix_length=len(given[0][0]))
+        given = _given_prefixes(model, init, self.names)
+        self.window = next(iter(given.values())).window if given else "slide"
+        if given:
+            prefix_config = _conventions(prefix_config, given, explicit)
+        start = [kv_of(p, len(model.layers)) for p in given.values()] if given else _initial(model, task, init, init_text, len(self.names), prefix_config)
         self.prefix_config = prefix_config
         self.mlp = prefix_config.reparameterization == "mlp" or (prefix_config.reparameterization == "auto" and init in ("random", "zero"))
         self.peak = config.learning_rate or DEFAULT_RATE["mlp" if self.mlp else "none"]
-        limit = model.max_positions - (prefix_config.prefix_length if prefix_config.pos_start == "after" else 0)
+        self.pos_start = prefix_config.prefix_length if prefix_config.pos_start == "after" else 0
+        limit = model.max_positions - self.pos_start
         limit = min(limit, config.max_length or limit)
         self.examples = tokenize(model, rows_of, task, config, limit)
         self.eval_examples = None if eval_of is None else tokenize(model, {n: eval_of[n] for n in self.names}, task, config, limit)
@@ -155,8 +162,8 @@ class _Run:
         dtype = parameter_dtype(model.dtype)
         self.params = PrefixParameters.make(model.layers, start, prefix_config, mlp=self.mlp, seed=config.seed, dtype=dtype, device=model.device)
         self.optimizer = PrefixAdamW(self.params.params, len(self.names), weight_decay=config.weight_decay)
-        pos = prefix_config.prefix_length if prefix_config.pos_start == "after" else 0
-        self.prefix_rows = np.concatenate([self.params.rows, np.array([[pos, 1]] * len(self.names), np.int32)], 1)
+        flags = np.array([[self.pos_start, int(self.window == "slide")]] * len(self.names), np.int32)
+        self.prefix_rows = np.concatenate([self.params.rows, flags], 1)
         self.log: list[dict[str, Any]] = []
         self.skipped = torch.zeros(len(self.names), dtype=torch.int64)
         self.evaluation: torch.Tensor | None = None
@@ -237,7 +244,6 @@ class _Run:
 
     def _finish(self, last: torch.Tensor) -> TrainRun:
         prefixes, metrics = {}, {}
-        pos_start = self.prefix_config.prefix_length if self.prefix_config.pos_start == "after" else 0
         for i, (name, kv) in enumerate(zip(self.names, self.params.extract(), strict=True)):
             metrics[name] = {"loss": float(last[i]), "steps": float(self.order.total[i]), "skipped_steps": float(self.skipped[i])}
             if self.evaluation is not None:
@@ -253,29 +259,50 @@ class _Run:
                 "prefix_config": _plain(self.prefix_config),
             }
             linearizer = None if self.task.name == "input_ids" else self.task.spec()
-            prefixes[name] = Prefix(kv, pos_start, base=self.model.fingerprint, linearizer=linearizer, decoding=dict(self.task.decoding), training=training)
+            prefixes[name] = Prefix(
+                kv, self.pos_start, self.window, base=self.model.fingerprint, linearizer=linearizer, decoding=dict(self.task.decoding), training=training
+            )
             if self.output_dir is not None:
                 prefixes[name].save_pretrained(self.output_dir if self.single else self.output_dir / name)
         self._record(metrics=metrics)
         return TrainRun(prefixes, metrics, self.log)
 
 
-def _initial(model: Model, task: Task, init: Any, init_text: str | None, names: list[str], config: PrefixConfig) -> list[list[Any] | None]:
-    """Keys and values that each prefix starts from; None: random."""
+def _given_prefixes(model: Model, init: Any, names: list[str]) -> dict[str, Prefix]:
+    """The prefix that each name starts from; empty if ``init`` is a word."""
+    if not isinstance(init, Prefix | Mapping):
+        return {}
+    given = dict.fromkeys(names, init) if isinstance(init, Prefix) else init
+    if missing := [n for n in names if not isinstance(given.get(n), Prefix)]:
+        msg = f"init: expected a prefix for every name of data, got none for {missing[:5]}"
+        raise ConfigError(msg)
+    for n in names:
+        model.check_prefix(given[n], f"init of {n!r}")
+    if len({(given[n].length, given[n].pos_start, given[n].window) for n in names}) != 1:
+        msg = "init: expected prefixes of one length, pos_start and window; train the others in a run of their own"
+        raise ConfigError(msg)
+    return {n: given[n] for n in names}
+
+
+def _conventions(config: PrefixConfig, given: Mapping[str, Prefix], explicit: frozenset[str]) -> PrefixConfig:
+    """Length and positions are those of the given prefixes; options that say otherwise are errors."""
+    first = next(iter(given.values()))
+    if first.pos_start not in (0, first.length):
+        msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got pos_start {first.pos_start} of {first.length} rows"
+        raise ConfigError(msg)
+    kept = {"prefix_length": first.length, "pos_start": "after" if first.pos_start else "zero"}
+    for name in explicit & set(kept):
+        if getattr(config, name) != kept[name]:
+            msg = f"{name}: the given init has {kept[name]!r}, got {getattr(config, name)!r}; leave it out"
+            raise ConfigError(msg)
+    return PrefixConfig.make(config, **kept)
+
+
+def _initial(model: Model, task: Task, init: Any, init_text: str | None, count: int, config: PrefixConfig) -> list[list[Any] | None]:
+    """Keys and values that each of ``count`` prefixes starts from; None: random."""
     if init_text is not None and init != "text":
         msg = f"init_text: expected only with init='text', got init={init!r:.40}"
         raise ConfigError(msg)
-    if isinstance(init, Prefix | Mapping):
-        given = dict.fromkeys(names, init) if isinstance(init, Prefix) else init
-        if missing := [n for n in names if n not in given]:
-            msg = f"init: expected a prefix for every name of data, got none for {missing[:5]}"
-            raise ConfigError(msg)
-        for n in names:
-            model.check_prefix(given[n], f"init of {n!r}")
-        if len({given[n].length for n in names}) != 1:
-            msg = f"init: expected prefixes of one length, got {sorted({given[n].length for n in names})}; train them in separate runs"
-            raise ConfigError(msg)
-        return [kv_of(given[n], len(model.layers)) for n in names]
     if init == "text":
         words = init_text or task.init_text
         (ids,) = model.need_tokenizer().encode([words])
@@ -286,11 +313,11 @@ def _initial(model: Model, task: Task, init: Any, init_text: str | None, names: 
             logger.info(
                 "init text has %d tokens: %s to the prefix's %d rows", len(ids), "cut" if len(ids) > config.prefix_length else "repeated", config.prefix_length
             )
-        return [text_kv(model, ids.tolist(), config.prefix_length)] * len(names)
+        return [text_kv(model, ids.tolist(), config.prefix_length)] * count
     if init == "zero":
-        return [[(torch.zeros(config.prefix_length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]] * len(names)
+        return [[(torch.zeros(config.prefix_length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]] * count
     if init == "random":
-        return [None] * len(names)
+        return [None] * count
     msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {init!r:.80}"
     raise ConfigError(msg)
 

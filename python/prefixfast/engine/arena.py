@@ -1,0 +1,72 @@
+"""The engine's memory: how many rows of keys and values there are, and the tensors that hold them."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from prefixfast.config import EngineConfig
+from prefixfast.errors import CapacityError
+from prefixfast.model import Model
+from prefixfast.plan import Arena
+
+LONGEST_BY_DEFAULT = 4096
+RESERVED_ROWS = 80  # the scheduler keeps a tail and a scratch row
+MOST_BY_DEFAULT = 8 * 2**30
+
+
+def bytes_of_row(model: Model) -> int:
+    """Bytes that one token takes in all layers."""
+    return sum(2 * s.num_kv_heads * s.head_dim for s in model.layers) * model.dtype.itemsize
+
+
+def choose_rows(model: Model, config: EngineConfig, max_model_len: int) -> int:
+    """Rows that the memory allows, at most what all decode rows can use at full length and with a long prefix of their own.
+
+    Raises:
+        CapacityError: If the memory is too small for anything.
+    """
+    row = bytes_of_row(model)
+    budget = config.kv_cache_memory or min(free_memory(model.device) // 4, MOST_BY_DEFAULT)
+    if budget // row < RESERVED_ROWS + 16:
+        msg = f"kv_cache_memory: {budget} bytes hold {budget // row} rows of {row} bytes, at least {RESERVED_ROWS + 16} are needed"
+        raise CapacityError(msg)
+    return min(budget // row, RESERVED_ROWS + config.max_num_seqs * (max_model_len + LONGEST_BY_DEFAULT))
+
+
+def make_arena(model: Model, arena_rows: int, decode_rows: int, longest: int) -> Arena:
+    """Uninitialized keys and values of every layer, and an empty slot table."""
+
+    def empty(heads: int, dim: int) -> torch.Tensor:
+        return torch.empty(arena_rows, heads, dim, dtype=model.dtype, device=model.device)
+
+    layers = [(empty(s.num_kv_heads, s.head_dim), empty(s.num_kv_heads, s.head_dim)) for s in model.layers]
+    return Arena(layers, torch.zeros(decode_rows, longest, dtype=torch.int32, device=model.device))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a new allocation may take: the device's, or the host's within its container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_available(), _container()]
+    return min((x for x in limits if x is not None), default=4 * 2**30)
+
+
+def _available() -> int | None:
+    info = Path("/proc/meminfo")
+    if info.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", info.read_text(encoding="utf8"))):
+        return int(found[1]) * 1024
+    names = getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else None
+
+
+def _container() -> int | None:
+    """What is left under the container's limit (cgroup v2)."""
+    try:
+        most, now = (Path("/sys/fs/cgroup", name).read_text(encoding="utf8").strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    return None if most == "max" else max(0, int(most) - int(now))
