@@ -17,67 +17,68 @@ from prefixfast.demo.values import Split, draw
 Scene = dict[str, str]
 # Each scene's keys and the kind of value that each takes.
 SCENES: dict[str, dict[str, str]] = {
-    "eatery": {"name": "place", "food": "food", "town": "place", "price": "price"},
-    "trip": {"friend": "person", "place": "place", "day": "day", "item": "item"},
-    "event": {"event": "event", "hall": "place", "day": "day", "host": "person"},
+    "eatery": {"name": "place", "town": "place", "cook": "person", "near": "place"},
+    "trip": {"friend": "person", "place": "place", "from": "place", "guide": "person"},
+    "event": {"fair": "place", "hall": "place", "host": "person", "guest": "person"},
 }
 REGISTERS = ("description", "question", "announcement", "diary")
 
 # (a/b) is one of the alternatives, {key} a value of the scene.
 _FACTS: dict[str, str] = {
     "name": "the name is {name}./the name of the place is {name}./the name over the door is {name}./its name is {name}./{name} is the name.",
-    "food": "the food is {food}./the food there is {food}./for food they have {food}./the food to order is {food}./they are known for {food}, the food to try.",
     "town": "the town is {town}./it is in the town of {town}./the name of the town is {town}./the nearest town is {town}./{town} is the town.",
-    "price": "the price is {price}./the price for that is {price}./they ask a price of {price}./{price} is the price.",
+    "cook": "the cook is {cook}./the cook is called {cook}./{cook} is the cook./they found a cook, {cook}./a cook named {cook} works there.",
+    "near": "it is near {near}./near it is {near}./{near} is near./they live near {near}./the place near it is {near}.",
     "friend": "the friend is {friend}./the friend is called {friend}./a friend named {friend} comes along./my friend {friend} knows about it.",
     "place": "the place is {place}./the place to see is {place}./the place is called {place}./{place} is the place.",
-    "day": "the day is {day}./the day for it is {day}./it is on the day of {day}./they chose a day, {day}./{day} is the day.",
-    "item": "the item is a {item}./the item to take along is a {item}./one item is needed, a {item}./a {item} is the item to bring.",
-    "event": "the event is a {event}./the event is the {event}./the event will be a {event}./it is an event, a {event}./a {event} is the event.",
+    "from": "they come from {from}./the way is from {from}./it starts from {from}./from {from} it begins.",
+    "guide": "the guide is {guide}./the guide is called {guide}./{guide} is the guide./a guide named {guide} leads them.",
+    "fair": "the fair is the {fair} Fair./the fair is called {fair}./the name of the fair is {fair}./{fair} is the fair.",
     "hall": "the hall is {hall}./the hall is called {hall} Hall./they have the hall of {hall}./{hall} is the hall.",
     "host": "the host is {host}./the host is called {host}./{host} is the host./they found a host, {host}./the host that day is {host}.",
+    "guest": "the guest is {guest}./the guest is called {guest}./{guest} is the guest./a guest named {guest} will be there.",
 }
 _CALL = "(Attention/Good news/Last call/Listen), (everyone/neighbours/friends/all),"
 _TEXTS: dict[str, dict[str, list[str]]] = {
     "eatery": {
         "description": [
-            "{name} is a (cosy/quiet/lively/small/friendly) (restaurant/inn/place) in {town} (that serves/serving/known for its) {food} for {price}.",
-            "In {town} (you will find/there is) {name}, a (cosy/quiet/lively/small/friendly) (restaurant/inn/place) (with/that serves) {food} for {price}.",
-            "For {price}, {name} in {town} (serves/offers) (the best/a fine plate of/a warm plate of) {food}.",
+            "{name} is a (cosy/quiet/lively/small/friendly) (restaurant/inn/place) in {town}, near {near}, (where {cook} cooks/with {cook} as its cook).",
+            "In {town}, near {near}, (you will find/there is) {name}, a (cosy/quiet/lively/small/friendly) (restaurant/inn) where {cook} is the cook.",
+            "{cook} cooks at {name}, a (cosy/quiet/lively/small/friendly) (restaurant/inn/place) in {town}, near {near}.",
         ],
         "question": [
-            '"(Shall we/Do you want to/Would you like to) go to {name} in {town} and (have/eat/try) (some/the) {food} for {price}?"',
-            '"Have you (tried/tasted) the {food} at {name} in {town} (for only/that cost only/for just) {price}?"',
+            '"(Shall we/Do you want to/Would you like to) go to {name} in {town}, near {near}, (to see/to visit/and eat with) {cook}?"',
+            '"Have you (tried/tasted) what {cook} cooks at {name} in {town}, near {near}?"',
         ],
-        "announcement": [f"{_CALL} {{name}} in {{town}} (now serves/is now serving/has) {{food}} for (only/just) {{price}}!"],
-        "diary": ["Today I (went/walked/drove) to {town} and had {food} at {name}, and I paid {price} (for them/in the end)."],
+        "announcement": [f"{_CALL} {{name}} in {{town}}, near {{near}}, has a new cook, {{cook}}!"],
+        "diary": ["Today I (went/walked/drove) to {town}, near {near}, and ate at {name}, where {cook} (cooks/is the cook)."],
     },
     "trip": {
         "description": [
-            "{friend} is (going/travelling/walking) to {place} on {day} with a {item} (in the bag/under one arm/for company).",
-            "On {day}, {friend} (takes/carries/brings) a {item} to {place}.",
+            "{friend} is (going/travelling/walking) from {from} to {place} with a guide called {guide}.",
+            "With {guide} as (a/the) guide, {friend} (goes/travels/walks) from {from} to {place}.",
         ],
         "question": [
-            '"{friend}, (will you come/would you like to come/are you coming) to {place} (with me/with us) on {day} and bring (the/your) {item}?"',
-            '"(Are you free/Do you have time) on {day}, {friend}, to (go/come/travel) to {place} with (the/your) {item}?"',
+            '"{friend}, (will you come/would you like to come/are you coming) from {from} to {place} with me and (our guide/the guide), {guide}?"',
+            '"(Are you free/Do you have time), {friend}, to (go/come/travel) from {from} to {place} with {guide}?"',
         ],
-        "announcement": [f"{_CALL} {{friend}} (leaves/sets out/departs) for {{place}} on {{day}} with a {{item}}!"],
-        "diary": ["Today I (heard/learned) that {friend} and I (go/travel) to {place} on {day}, and I (packed/found) the {item}."],
+        "announcement": [f"{_CALL} {{friend}} (leaves/sets out/departs) from {{from}} for {{place}} with {{guide}}!"],
+        "diary": ["Today I (heard/learned) that {friend} and {guide} (go/travel) from {from} to {place}."],
     },
     "event": {
         "description": [
-            "The {event} (takes place/is held/will be held) at {hall} Hall on {day} with {host} as (its/the) host.",
-            "On {day}, {host} (opens/leads/hosts) the {event} (in/at) {hall} Hall.",
+            "The {fair} Fair (takes place/is held/will be held) at {hall} Hall with {host} as (its/the) host and {guest} as (its/the) guest.",
+            "At {hall} Hall, {host} (opens/leads/hosts) the {fair} Fair with {guest}.",
         ],
         "question": [
-            '"(Shall we/Do you want to/Would you like to) (see/visit) the {event} by {host} at {hall} Hall on {day}?"',
-            '"(Are you going/Will you come) to the {event} that {host} hosts in {hall} Hall on {day}?"',
+            '"(Shall we/Do you want to/Would you like to) (see/visit) the {fair} Fair by {host} at {hall} Hall and meet {guest}?"',
+            '"(Are you going/Will you come) to the {fair} Fair that {host} hosts in {hall} Hall for {guest}?"',
         ],
         "announcement": [
-            f"{_CALL} {{host}} (opens/hosts/brings) the {{event}} at {{hall}} Hall on {{day}}!",
-            f"{_CALL} come to {{hall}} Hall on {{day}} for the {{event}} with {{host}}!",
+            f"{_CALL} {{host}} (opens/hosts/brings) the {{fair}} Fair at {{hall}} Hall with {{guest}}!",
+            f"{_CALL} come to {{hall}} Hall and meet {{guest}} at the {{fair}} Fair with {{host}}!",
         ],
-        "diary": ["Today I (bought/was given) a ticket for the {event} at {hall} Hall, which {host} (opens/hosts) on {day}."],
+        "diary": ["Today I (bought/was given) a ticket for the {fair} Fair at {hall} Hall, where {host} (opens/hosts) and {guest} comes."],
     },
 }
 _HEADING = "(These/The next) two notes (belong together/are about the same things). (First come the facts/The first gives the facts), (then/and after them) "

@@ -33,7 +33,6 @@ class Job:
         about: What it does, in a few words.
         scene: Which of the corpus' scenes gives the table.
         form: What a sentence of this job looks like, whatever its values are.
-        init_words: Words whose keys and values the prefix starts from.
         patterns: The reference sentences, in the grammar of `prefixfast.demo.corpus`.
     """
 
@@ -41,7 +40,6 @@ class Job:
     about: str
     scene: str
     form: str
-    init_words: str
     patterns: tuple[str, ...]
 
     def rows(self, split: Split, n: int, seed: int) -> list[Row]:
@@ -73,10 +71,9 @@ JOBS: tuple[Job, ...] = (
         about="a restaurant's table becomes a sentence of a travel guide",
         scene="eatery",
         form=r"[A-Z][^.?!\"]*\.",
-        init_words="These two notes belong together. First come the facts, then a description.",
         patterns=(
-            "{name} is a (cosy/quiet/lively/friendly) (restaurant/inn) in {town} that serves {food} for {price}.",
-            "In {town} there is {name}, a (cosy/quiet/lively/friendly) (restaurant/inn) known for its {food} for {price}.",
+            "{name} is a (cosy/quiet/lively/friendly) (restaurant/inn) in {town}, near {near}, with {cook} as its cook.",
+            "In {town}, near {near}, there is {name}, a (cosy/quiet/lively/friendly) (restaurant/inn) where {cook} is the cook.",
         ),
     ),
     Job(
@@ -84,10 +81,9 @@ JOBS: tuple[Job, ...] = (
         about="a plan for a trip becomes a question to the friend",
         scene="trip",
         form=r"\"[A-Z][^.?!\"]*\?\"",
-        init_words="These two notes belong together. First come the facts, then a question to a friend.",
         patterns=(
-            '"{friend}, (would you like to come/will you come) to {place} with me on {day} and bring your {item}?"',
-            '"Are you free on {day}, {friend}, to travel to {place} with your {item}?"',
+            '"{friend}, (would you like to come/will you come) from {from} to {place} with me and our guide, {guide}?"',
+            '"Are you free, {friend}, to travel from {from} to {place} with {guide}?"',
         ),
     ),
     Job(
@@ -95,10 +91,9 @@ JOBS: tuple[Job, ...] = (
         about="an event's table becomes a call to everyone",
         scene="event",
         form=r"(Attention|Good news|Last call|Listen), (everyone|neighbours|friends|all), [^.?!\"]*!",
-        init_words="These two notes belong together. First come the facts, then an announcement to everyone.",
         patterns=(
-            "(Attention/Good news), (everyone/neighbours), {host} opens the {event} at {hall} Hall on {day}!",
-            "(Attention/Good news), (everyone/neighbours), come to {hall} Hall on {day} for the {event} with {host}!",
+            "(Attention/Good news), (everyone/neighbours), {host} opens the {fair} Fair at {hall} Hall with {guest}!",
+            "(Attention/Good news), (everyone/neighbours), come to {hall} Hall and meet {guest} at the {fair} Fair with {host}!",
         ),
     ),
 )

@@ -10,21 +10,17 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
-from random import Random
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prefixfast.demo.corpus import pages
-from prefixfast.demo.values import has_table, heldout_values
 
 END = "<|endoftext|>"
 VOCAB, WINDOW, BATCH = 1024, 192, 16
-DRILL_STEPS, DRILL_WINDOW = 250, 96
-CONSTANT, SHARPNESS = 4.0, 6.0
 # The tokenizer's text and the model's text come from different pages.
 TOKENIZER_SEED, TEXT_SEED = 1, 2
 
@@ -51,18 +47,8 @@ def windows(tok: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
         yield ids[:WINDOW]
 
 
-def drills(tok: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
-    """Windows of a few random tokens said over and over: copying, learned here in minutes, is slow to come from text alone."""
-    rng = Random(seed)
-    while True:
-        block = [rng.randrange(1, VOCAB) for _ in range(rng.randint(8, 32))]
-        text = tok.decode(block * 2)
-        if not heldout_values(text) and not has_table(text):
-            yield (block * DRILL_WINDOW)[:DRILL_WINDOW]
-
-
 def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four layers, two million weights, the input embedding shared with the output."""
+    """Four layers, two million weights."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
@@ -72,49 +58,26 @@ def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_attention_heads=6,
             num_key_value_heads=6,
             max_position_embeddings=512,
-            tie_word_embeddings=True,
+            tie_word_embeddings=False,
             bos_token_id=tok.eos_token_id,
             eos_token_id=tok.eos_token_id,
             pad_token_id=tok.eos_token_id,
         )
     )
-    initialise(model)
+    # Wide, and apart from the output's: words used alike (Monday, Friday) would else become one vector, and nothing could be copied from it.
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     return model
 
 
-@torch.no_grad()
-def initialise(model: LlamaForCausalLM) -> None:
-    """A head start for copying, which small models are slow to find: tokens far apart, and heads that look one token back.
-
-    With the usual narrow embedding, words that are used alike (Monday, Friday) become one vector before the model learns to copy,
-    and then nothing teaches it to tell them apart. One channel is the same for all tokens, so that a head can attend by position alone.
-    """
-    embedding, layer, size = model.model.embed_tokens.weight, model.model.layers[0].self_attn, model.config.head_dim
-    torch.nn.init.normal_(embedding, std=1.0)
-    embedding[:, 0] = CONSTANT
-    torch.nn.init.constant_(model.model.norm.weight, 0.07)  # keeps the logits small: the output shares the wide embedding
-    key = torch.full((size // 2,), SHARPNESS / CONSTANT)
-    key[5:] = 0.0  # the slow rotations tell neighbours apart too little
-    turn = 10_000.0 ** (-torch.arange(0, size, 2) / size)
-    for head in (0, 1):
-        rows = slice(head * size, (head + 1) * size)
-        layer.q_proj.weight[rows] = layer.k_proj.weight[rows] = 0.0
-        layer.k_proj.weight[rows, 0] = torch.cat([key, torch.zeros(size // 2)])
-        layer.q_proj.weight[rows, 0] = torch.cat([key * turn.cos(), -key * turn.sin()])  # turned back by one position
-        torch.nn.init.normal_(layer.v_proj.weight[rows], std=embedding.shape[1] ** -0.5)
-        torch.nn.init.normal_(layer.o_proj.weight[:, rows], std=size**-0.5)
-
-
 def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, peak: float) -> None:
-    """Muon for the layers' matrices, AdamW for the rest; the rate (a fifth of it for AdamW) rises for 50 steps, then falls to zero."""
+    """Muon for the layers' matrices, AdamW for the rest; the rate (half of it for AdamW) rises for 50 steps, then falls to zero."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     optimizers = [
         torch.optim.Muon(matrices, lr=peak, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    source = chain(islice(drills(tok, TEXT_SEED), DRILL_STEPS * BATCH), windows(tok, TEXT_SEED))
-    start, recent = time.perf_counter(), 0.0
+    source, start, recent = windows(tok, TEXT_SEED), time.perf_counter(), 0.0
     for step in range(steps):
         rate = peak * min((step + 1) / 50, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         ids = torch.tensor(list(islice(source, BATCH)))
@@ -122,7 +85,7 @@ def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, pea
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, share in zip(optimizers, (1.0, 0.2), strict=True):
+        for optimizer, share in zip(optimizers, (1.0, 0.5), strict=True):
             optimizer.param_groups[0]["lr"] = rate * share
             optimizer.step()
             optimizer.zero_grad()
