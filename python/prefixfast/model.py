@@ -36,6 +36,7 @@ class Model:
         backend: Which kernels attention runs on.
         handle: The attachment.
         tokenizer: None if the base came as an object without one.
+        closed: Whether it was given back.
     """
 
     hf: PreTrainedModel

@@ -40,9 +40,7 @@ class Timing:
 
 
 def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
-    """Time all contenders in turn, ``rounds`` times, after one call each that is not counted."""
-    for call in contenders.values():
-        call()
+    """Time all contenders in turn, ``rounds`` times; the caller has warmed them up."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
