@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PrefixTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-from rows import Setting, bleu, chunks, settings, write_result
+from rows import Setting, bleu, chunks, exact_norms, settings, write_result
 
 
 def collate(setting: Setting, tok: Any, rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
@@ -40,6 +41,14 @@ def text_init(base: Any, tok: Any, text: str, length: int) -> torch.Tensor:
     return torch.cat([t[0].transpose(0, 1).reshape(length, -1) for layer in cache.layers for t in (layer.keys, layer.values)], 1).clone()
 
 
+def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Mean loss of a target token; in fp64 without the rounding to fp32 that transformers' own loss begins with."""
+    if model.dtype != torch.float64:
+        return model(**batch).loss
+    labels = batch.pop("labels")
+    return F.cross_entropy(model(**batch).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
 def train(model: Any, tok: Any, setting: Setting, steps: int) -> tuple[list[float], float]:
     """The plain loop of PEFT's documentation: AdamW, linear decay after warm-up, clip 1.0."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -48,7 +57,7 @@ def train(model: Any, tok: Any, setting: Setting, steps: int) -> tuple[list[floa
     model.train()
     start, losses = time.perf_counter(), []
     for batch in setting.batches()[:steps]:
-        loss = model(**collate(setting, tok, batch)).loss
+        loss = loss_of(model, collate(setting, tok, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
@@ -89,20 +98,24 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--none", action="store_true", help="evaluate the base without a prefix")
     parser.add_argument("--steps", type=int, help="stop after this many steps (the schedule stays), without evaluation")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="float64: the loss too, which transformers rounds to fp32")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     setting = settings()[args.setting]
     tok = AutoTokenizer.from_pretrained(args.model)
-    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     base.config.use_cache = False
-    model, result = base, {"impl": "none" if args.none else "peft", "setting": args.setting, "threads": args.threads}
+    model, result = base, {"impl": "none" if args.none else "peft", "setting": args.setting, "dtype": args.dtype, "threads": args.threads}
+    if args.dtype == "float64":
+        exact_norms()
     if not args.none:
         torch.manual_seed(0)
         mlp = setting.reparameterization == "mlp"
         model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10, prefix_projection=mlp, encoder_hidden_size=512))
         if not mlp:
             model.prompt_encoder["default"].embedding.weight.data = text_init(base, tok, setting.init_text, 10)
+        model.prompt_encoder.to(base.dtype)
         result["losses"], result["train_seconds"] = train(model, tok, setting, args.steps or setting.steps)
     if args.steps is None:
         result |= evaluate(model, tok, setting)

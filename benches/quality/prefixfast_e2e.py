@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import prefixfast
-from rows import bleu, settings, write_result
+from rows import bleu, exact_norms, settings, write_result
 
 
 def main() -> None:
@@ -21,11 +21,14 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, help="only so many steps, for timing; without evaluation")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--texts", type=Path, help="JSON lines with `mr`: also generate these")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     setting = settings()[args.setting]
-    base = prefixfast.load(args.model, dtype="float32")
+    if args.dtype == "float64":
+        exact_norms()
+    base = prefixfast.load(args.model, dtype=args.dtype)
     row = setting.row(base.need_tokenizer().hf)
     rows = [row(r) for batch in setting.batches()[: args.steps] for r in batch]
     dev = None if args.steps else [row(r) for r in setting.dev_rows()]
@@ -51,7 +54,14 @@ def main() -> None:
     log = [json.loads(line) for line in (args.out.with_suffix("") / "log.jsonl").read_text().splitlines()]
     steps = [line for line in log if "loss" in line]
     losses = [line["loss"] for line in steps]
-    result = {"impl": "prefixfast", "setting": args.setting, "threads": args.threads, "losses": losses, "train_seconds": steps[-1]["seconds"]}
+    result = {
+        "impl": "prefixfast",
+        "setting": args.setting,
+        "dtype": args.dtype,
+        "threads": args.threads,
+        "losses": losses,
+        "train_seconds": steps[-1]["seconds"],
+    }
     if not args.steps:
         tables, references = setting.dev_tables()
         how = {"model": base, "num_beams": setting.num_beams, "max_new_tokens": 60}

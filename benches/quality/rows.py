@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import sacrebleu
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 DATA = Path(os.environ.get("PREFIXFAST_SHARED", Path(__file__).resolve().parents[3] / "shared")) / "data" / "e2e"
 Row = dict[str, str]
@@ -97,6 +99,15 @@ def settings() -> dict[str, Setting]:
         "smollm2-mlp": Setting("mlp", 5e-4, 300, 10, plain_row),
         "nlg-10m": Setting("mlp", 2e-3, 400, 64, authors_row, num_beams=5, num_tables=547),
     }
+
+
+def exact_norms() -> None:
+    """For runs in fp64: Llama's RMSNorm without its rounding to fp32, so that the whole model computes in fp64."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    LlamaRMSNorm.forward = forward
 
 
 def chunks(rows: list[Any], n: int) -> Iterable[list[Any]]:
