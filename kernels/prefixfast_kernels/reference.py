@@ -106,9 +106,29 @@ def attn_decode(
     rows = torch.arange(len(lens), device=q.device)
     seg = torch.stack([rows, torch.ones_like(rows), lens.cumsum(0) - lens, lens], 1)
     empty = slots[:0]
-    packed = PackedTables(*tables.blocks, seg=seg, seg_pos=lens - 1, bucket=empty, gather=empty, scatter=empty, tiles=empty)
+    packed = PackedTables(*tables.blocks, seg=seg, seg_pos=lens - 1, bucket=empty, gather=empty, scatter=empty, tiles=empty, key_tiles=empty, block_tiles=empty)
     pk, pv = (k_arena, v_arena) if prefix_k is None else (prefix_k, prefix_v)
     return attn(q, k_arena, v_arena, pk, pv, packed, scale=scale, window=window, softcap=softcap, slots=slots, bias=bias)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float = 0.0) -> Tensor:
+    """Negative log-likelihood of each row's target under ``softmax(hidden @ weight.T + bias)``.
+
+    Args:
+        hidden: ``[n, d]``.
+        weight: ``[V, d]``.
+        bias: ``[V]`` or None.
+        targets: ``[n]`` int64.
+        softcap: ``softcap * tanh(logit / softcap)``; 0 leaves logits alone.
+
+    Returns:
+        Losses ``[n]`` (fp32, fp64 for fp64).
+    """
+    dtype = accumulator(hidden.dtype)
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(dtype)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

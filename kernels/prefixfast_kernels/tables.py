@@ -44,7 +44,10 @@ class PackedTables(NamedTuple):
         bucket: ``[B, 2]``: sequences, padded length; the padded layouts of all buckets follow each other.
         gather: ``[sum of n * length]``: token at each place of the padded layout (padding repeats the sequence's last token).
         scatter: ``[N]``: place of each token in the padded layout.
-        tiles: ``[n, 2]``: segment, first query row, for kernels that work in tiles.
+        tiles: ``[n, 2]``: segment, first query row: the work of kernels that go over query tiles.
+        key_tiles: ``[n, 3]``: first segment, one past the last, first key relative to theirs: the work of kernels that go over key tiles. The segments
+            of an entry follow each other, start at the same key, and the last one has all the keys.
+        block_tiles: ``[n, 2]``: block, first of its rows: the work of kernels that go over tiles of prefix rows.
     """
 
     use_indptr: Tensor
@@ -61,6 +64,8 @@ class PackedTables(NamedTuple):
     gather: Tensor
     scatter: Tensor
     tiles: Tensor
+    key_tiles: Tensor
+    block_tiles: Tensor
 
     @property
     def blocks(self) -> BlockTables:

@@ -201,7 +201,7 @@ def plan_packed(
     prefix: NDArray[np.int32],
     prefix_rows: NDArray[np.int32],
     *,
-    tile_rows: int,
+    tiles: tuple[int, int, int],
     buckets: int = 4,
 ) -> PlanBuffer:
     """Tables of one packed forward of S sequences, N tokens in all.
@@ -212,14 +212,15 @@ def plan_packed(
     `user[*]` the query rows that use a block, ascending, `user_pos[*]` the block's first row relative to that query's own position, `user_slides[*]`;
     `span[C,3]` first user row, count, 1 if the users are consecutive rows else 0; `bucket[B,2]` sequences, padded length, ascending by length; `gather[*]`
     the token index at each place of the padded layouts of all buckets (padding repeats the sequence's last token); `scatter[N]` the place of each token
-    there; `position_ids[N]` token position plus the largest `pos_start` of the sequence's prefixes; `tiles[n,2]` segment, first query row.
+    there; `position_ids[N]` token position plus the largest `pos_start` of the sequence's prefixes; `tiles[n,2]` segment, first query row;
+    `key_tiles[n,3]` segment, the next segment, first key relative to its first; `block_tiles[n,2]` block, first of its rows.
 
     Args:
         lengths: int32[S], at least 1 each.
         prefix_indptr: int32[S+1], sequence `s` uses `prefix[prefix_indptr[s]:prefix_indptr[s+1]]`, left to right: none, one or several.
         prefix: int32[U], prefix numbers, rows of `prefix_rows`.
         prefix_rows: int32[P,4]: first row in the prefix tensor, number of rows, pos_start, slides 0|1.
-        tile_rows: Height of a tile; 0 makes none.
+        tiles: Query rows, keys and prefix rows of a tile; 0 makes none of the kind.
         buckets: Most groups of similar length for the padded layout, cut so that padding is least; at least 1.
 
     Raises:

@@ -78,11 +78,12 @@ def prefixfast_attention(
     if plan.decode is not None:
         assert plan.arena is not None
         assert arena is not None
-        o, _ = ops.attn_decode(q, *arena, None, None, plan.arena.table, list(plan.decode), None, plan.max_len, scale, window, cap, plan.backend)
+        o, _ = ops.attn_decode(q, *arena, None, None, plan.arena.table, list(plan.decode), None, plan.max_len, scale, window, cap, plan.backend.name)
     else:
         assert plan.packed is not None
         prefix_k, prefix_v = (None, None) if plan.prefix is None and arena is None else plan.prefix[layer] if plan.prefix is not None else arena  # type: ignore[misc]
-        o, _ = ops.attn(q, k, v, prefix_k, prefix_v, list(plan.packed), None, None, scale, window, cap, True, True, plan.backend)
+        use = plan.backend
+        o, _ = ops.attn(q, k, v, prefix_k, prefix_v, list(plan.packed), None, None, scale, window, cap, True, True, use.name, list(use.sizes))
     return o[None], None
 
 

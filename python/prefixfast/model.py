@@ -40,7 +40,7 @@ class Model:
     """
 
     hf: PreTrainedModel
-    backend: str
+    backend: ops.Backend
     handle: Handle
     tokenizer: Tokenizer | None
     closed: bool = False
@@ -146,9 +146,10 @@ def load(
     """
     if isinstance(model, Model):
         return _opened(model)
-    chosen = ops.choose_backend(backend)
+    if backend not in ("auto", *ops.BACKENDS):
+        ops.choose_backend(backend, torch.device("cpu"), torch.float32, ())  # refuse before loading
     if not isinstance(model, str | Path):
-        return _wrap(model, tokenizer, chosen)
+        return _wrap(model, tokenizer, backend)
     where = _device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     compute = _dtype(dtype, where)
@@ -157,7 +158,7 @@ def load(
     except (OSError, ValueError) as e:
         msg = f"model: {str(model)!r} cannot be loaded: {e}"
         raise ConfigError(msg) from e
-    return _wrap(hf, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common), chosen)
+    return _wrap(hf, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common), backend)
 
 
 def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
@@ -170,7 +171,13 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
         except (OSError, ValueError) as e:
             logger.warning("no tokenizer found beside %s (%s): token ids only", name, e)
     ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # before attaching: it may raise
-    return Model(hf, backend, attach(hf), ours)
+    handle = attach(hf)
+    try:
+        chosen = ops.choose_backend(backend, hf.device, hf.dtype, tuple((s.num_heads // s.num_kv_heads, s.head_dim) for s in handle.layers))
+    except ConfigError:
+        handle.detach()
+        raise
+    return Model(hf, chosen, handle, ours)
 
 
 def _opened(model: Model) -> Model:

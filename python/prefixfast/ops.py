@@ -1,58 +1,112 @@
 """The custom operators, their gradients and the choice of backend: the only caller of the kernels.
 
-Shape letters: N packed queries, HQ query heads, H kv heads, D head dim, P prefix rows, R decode rows.
-Tables cross an operator as a list of int32 tensors in the order of `PackedTables` or `DecodeTables`. Backends: ``torch`` (any device; grouped and merged)
-and ``reference`` (the specification, slow). A request that a backend cannot serve goes to ``reference`` and is logged once with the reason.
+Shape letters: N packed queries, M keys, HQ query heads, H kv heads, D head dim, P prefix rows, R decode rows.
+Tables cross an operator as a list of int32 tensors in the order of `PackedTables` or `DecodeTables`. Backends: ``triton`` (GPUs; one fused kernel), ``torch``
+(any device; grouped and merged) and ``reference`` (the specification, slow). Whatever a backend cannot serve goes to the next one and is logged once with
+the reason; a backend that was asked for by the name ``triton`` raises instead.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixfast.errors import ConfigError
-from prefixfast_kernels import reference
+from prefixfast_kernels import reference, tiles, torch_attn
 from prefixfast_kernels.tables import DecodeTables, PackedTables
-from prefixfast_kernels.torch_attn import attn_bwd, attn_fwd
+from prefixfast_kernels.tiles import Sizes
 from prefixfast_kernels.torch_decode import decode_fwd
 from prefixfast_kernels.torch_piece import Options
 
-BACKENDS = ("torch", "reference")
+BACKENDS = ("triton", "torch", "reference")
+NO_TILES = Sizes(0, 0, 0)
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(name: str) -> str:
-    """``"auto"`` or one of `BACKENDS` -> the backend to use.
+@dataclass(frozen=True)
+class Backend:
+    """Which kernels a model runs on.
+
+    Attributes:
+        name: ``"auto"`` (the fastest that serves a call) or one of `BACKENDS`.
+        sizes: What plans cut the work into for the triton kernels.
+    """
+
+    name: str
+    sizes: Sizes = NO_TILES
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Backend:
+    """The backend of a model.
+
+    Args:
+        name: ``"auto"`` or one of `BACKENDS`.
+        device: Where the model runs.
+        dtype: Its compute dtype.
+        shapes: (queries per kv head, head dim) of every layer.
 
     Raises:
-        ConfigError: For an unknown name.
+        ConfigError: For an unknown name, or ``"triton"`` where its kernels cannot run.
     """
-    if name == "auto":
-        return "torch"
-    if name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         msg = f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}"
         raise ConfigError(msg)
-    return name
+    if name in ("torch", "reference") or (name == "auto" and device.type == "cpu"):
+        return Backend("torch" if name == "auto" else name)
+    try:
+        if not _has_triton():
+            msg = "triton is not installed; use backend='torch'"
+            raise ValueError(msg)
+        return Backend(name, tiles.sizes(device, dtype, shapes))
+    except (ValueError, KeyError) as e:
+        if name == "triton":
+            msg = f"backend 'triton': {e}"
+            raise ConfigError(msg) from e
+        logger.warning("the triton kernels do not run here, using torch: %s", e)
+        return Backend("torch")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.lru_cache(maxsize=64)
-def _log_fallback(op: str, reason: str) -> None:
-    logger.warning("%s: falling back to the slow reference backend: %s", op, reason)
+def _log_fallback(op: str, backend: str, reason: str) -> None:
+    logger.warning("%s: the %s backend does not serve %s; falling back to a slower one", op, backend, reason)
 
 
-def _unsupported(*, causal: bool, slots: Tensor | None, bias: Tensor | None, square: bool) -> str | None:
-    """Why the torch backend cannot serve a packed call, or None."""
-    reasons = {
+def _pick(op: str, name: str, device: torch.device, reasons: dict[str, dict[str, bool]]) -> str:
+    """The first backend that serves a call. ``reasons``: of each backend what it does not serve, and whether the call has it."""
+    order = {"auto": BACKENDS if device.type == "cuda" else BACKENDS[1:], "torch": BACKENDS[1:]}.get(name, (name,))
+    for backend in order:
+        reason = next((reason for reason, holds in reasons.get(backend, {}).items() if holds), None)
+        if reason is None:
+            return backend
+        _log_fallback(op, backend, reason)
+    msg = f"backend {name!r}: {op} does not serve {reason}; use backend='auto' to let another one do it"
+    raise ConfigError(msg)
+
+
+def _pick_packed(q: Tensor, slots: Tensor | None, bias: Tensor | None, *, causal: bool, square: bool, backend: str, sizes: Sizes) -> str:
+    torch_cannot = {
         "non-causal attention": not causal,
         "keys in the slot table": slots is not None,
         "a position bias": bias is not None,
         "segments whose queries are not their keys": not square,
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    triton_cannot = {
+        "a position bias": bias is not None,
+        f"{q.dtype}": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
+        "tables without tiles": not sizes.tokens,
+    }
+    return _pick("attn", backend, q.device, {"triton": triton_cannot, "torch": torch_cannot})
 
 
 @torch.library.custom_op("prefixfast::attn", mutates_args=())
@@ -71,6 +125,7 @@ def attn(
     causal: bool,
     square: bool,
     backend: str,
+    sizes: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Packed attention over [prefix blocks; keys]; differentiable in q, k, v, prefix_k and prefix_v.
 
@@ -88,23 +143,94 @@ def attn(
         softcap: Score cap, 0 for none.
         causal: Hide keys after the query.
         square: Every segment's queries are its keys, from position 0.
-        backend: One of `BACKENDS`.
+        backend: ``"auto"`` or one of `BACKENDS`.
+        sizes: `Sizes`, in order: what the tables' tiles were cut into.
 
     Returns:
         ``o [N, HQ, D]`` and ``lse [N, HQ]`` (natural log; fp32, fp64 for fp64).
     """
-    if backend == "torch":
-        if (reason := _unsupported(causal=causal, slots=slots, bias=bias, square=square)) is None:
-            return attn_fwd(q, k, v, prefix_k, prefix_v, PackedTables(*tables), Options(scale, window, softcap))
-        _log_fallback("attn", reason)
-    return reference.attn(
-        q, k, v, prefix_k, prefix_v, PackedTables(*tables), scale=scale, window=window, softcap=softcap, causal=causal, slots=slots, bias=bias
-    )
+    cut = Sizes(*sizes)
+    chosen = _pick_packed(q, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
+    packed, options = PackedTables(*tables), Options(scale, window, softcap)
+    if chosen == "triton":
+        from prefixfast_kernels import prefix_fwd  # triton is there on GPUs only
+
+        return prefix_fwd.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options, cut, causal=causal, slots=slots)
+    if chosen == "torch":
+        return torch_attn.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options)
+    return reference.attn(q, k, v, prefix_k, prefix_v, packed, scale=scale, window=window, softcap=softcap, causal=causal, slots=slots, bias=bias)
 
 
 @attn.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))
+
+
+@torch.library.custom_op("prefixfast::attn_bwd", mutates_args=())
+def attn_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    tables: list[Tensor],
+    slots: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    causal: bool,
+    square: bool,
+    backend: str,
+    sizes: list[int],
+    needs: list[bool],
+) -> list[Tensor]:
+    """Gradients of `attn` from its outputs on a backend that has kernels for it.
+
+    Args:
+        do: Gradient of ``o`` ``[N, HQ, D]``.
+        q: As in `attn`; so are all but the following.
+        k: See ``q``.
+        v: See ``q``.
+        prefix_k: See ``q``.
+        prefix_v: See ``q``.
+        o: Output of `attn`.
+        lse: Log-sum-exp of `attn`.
+        tables: See ``q``.
+        slots: See ``q``.
+        bias: See ``q``.
+        scale: See ``q``.
+        window: See ``q``.
+        softcap: See ``q``.
+        causal: See ``q``.
+        square: See ``q``.
+        backend: See ``q``.
+        sizes: See ``q``.
+        needs: Which of q, k, v, prefix_k, prefix_v need a gradient.
+
+    Returns:
+        dq, dk, dv, dprefix_k, dprefix_v in the dtypes of their tensors; empty where not needed.
+    """
+    cut, packed, options = Sizes(*sizes), PackedTables(*tables), Options(scale, window, softcap)
+    chosen = _pick_packed(q, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
+    wants = {"needs_own": any(needs[:3]), "needs_prefix": any(needs[3:])}
+    grads: tuple[Tensor | None, ...]
+    if chosen == "triton":
+        from prefixfast_kernels import prefix_bwd  # triton is there on GPUs only
+
+        grads = prefix_bwd.attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, cut, causal=causal, slots=slots, **wants)
+    else:
+        grads = torch_attn.attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, **wants)
+    return [q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)]
+
+
+@attn_bwd.register_fake
+def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Any) -> list[Tensor]:
+    tensors = zip((q, k, v, prefix_k, prefix_v), rest[-1], strict=True)
+    return [q.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in tensors]
 
 
 def _attn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -116,52 +242,22 @@ def _attn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _attn_backward(ctx: Any, do: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
     q, k, v, prefix_k, prefix_v, slots, bias, o, lse, *tables = ctx.saved_tensors
-    grads = attn_grad(do, q, k, v, prefix_k, prefix_v, o, lse, PackedTables(*tables), slots, bias, ctx.options, ctx.needs_input_grad[:5])
-    return (*grads, [None] * len(tables), *[None] * 8)
-
-
-def attn_grad(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    o: Tensor,
-    lse: Tensor,
-    tables: PackedTables,
-    slots: Tensor | None,
-    bias: Tensor | None,
-    options: list[Any],
-    needs: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients (dq, dk, dv, dprefix_k, dprefix_v) of `attn` from its outputs; None where ``needs`` says so."""
-    scale, window, softcap, causal, square, backend = options
-    if backend == "torch" and _unsupported(causal=causal, slots=slots, bias=bias, square=square) is None:
-        return attn_bwd(
-            do,
-            q,
-            k,
-            v,
-            prefix_k,
-            prefix_v,
-            o,
-            lse,
-            tables,
-            Options(scale, window, softcap),
-            needs_own=any(needs[:3]),
-            needs_prefix=any(needs[3:]),
-        )
-    leaves = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((q, k, v, prefix_k, prefix_v), needs, strict=True)]
-    own_q, own_k, own_v, own_pk, own_pv = leaves
-    assert own_q is not None
-    assert own_k is not None
-    assert own_v is not None
-    with torch.enable_grad():
-        out, _ = reference.attn(own_q, own_k, own_v, own_pk, own_pv, tables, scale=scale, window=window, softcap=softcap, causal=causal, slots=slots, bias=bias)
-    wanted = [t for t in leaves if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad(out, wanted, do, allow_unused=True))
-    return tuple(next(grads) if t is not None and t.requires_grad else None for t in leaves)
+    needs = [bool(n) for n in ctx.needs_input_grad[:5]]
+    scale, window, softcap, causal, square, backend, sizes = ctx.options
+    chosen = _pick_packed(q, slots, bias, causal=causal, square=square, backend=backend, sizes=Sizes(*sizes))
+    if chosen == "reference":  # by autograd, which does not reach into operators
+        same: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "causal": causal, "slots": slots, "bias": bias}
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((q, k, v, prefix_k, prefix_v), needs, strict=True)]
+        with torch.enable_grad():
+            own_q, own_k, own_v, own_pk, own_pv = leaves
+            out, _ = reference.attn(own_q, own_k, own_v, own_pk, own_pv, PackedTables(*tables), **same)
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if need]
+        made = iter(torch.autograd.grad(out, wanted, do, allow_unused=True))
+        grads = [next(made) if need else None for need in needs]
+    else:
+        grads = attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, tables, slots, bias, *ctx.options, needs)
+    given = [g if need else None for g, need in zip(grads, needs, strict=True)]
+    return (*given, [None] * len(tables), *[None] * 9)
 
 
 attn.register_autograd(_attn_backward, setup_context=_attn_setup)
@@ -211,17 +307,16 @@ def attn_decode(
         scale: Multiplies scores.
         window: Sliding window in tokens, 0 for none.
         softcap: Score cap, 0 for none.
-        backend: One of `BACKENDS`.
+        backend: ``"auto"`` or one of `BACKENDS`.
 
     Returns:
         ``o [R, HQ, D]`` and ``lse [R, HQ]``.
     """
     step = DecodeTables(*tables)
-    if backend == "torch":
-        if bias is None:
-            pk, pv = (k_arena, v_arena) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
-            return decode_fwd(q, k_arena, v_arena, pk, pv, table, step, max_len, Options(scale, window, softcap))
-        _log_fallback("attn_decode", "a position bias")
+    reasons = {"triton": {"decode steps": True}, "torch": {"a position bias": bias is not None}}
+    if _pick("attn_decode", backend, q.device, reasons) == "torch":
+        pk, pv = (k_arena, v_arena) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
+        return decode_fwd(q, k_arena, v_arena, pk, pv, table, step, max_len, Options(scale, window, softcap))
     return reference.attn_decode(q, k_arena, v_arena, prefix_k, prefix_v, table, step, scale=scale, window=window, softcap=softcap, bias=bias)
 
 

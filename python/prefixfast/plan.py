@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefixfast import _rust
+from prefixfast.ops import Backend
 from prefixfast_kernels.tables import DecodeTables, PackedTables
 
 LayerKV = tuple[Tensor, Tensor]
@@ -40,7 +41,7 @@ class Plan:
 
     Attributes:
         position_ids: ``[1, N]`` or, in decode, ``[1, R]``.
-        backend: See `prefixfast.ops.BACKENDS`.
+        backend: Which kernels attention runs on.
         reach: Most keys that one query can see; a window of at least this many tokens cuts nothing.
         packed: Tables of training and prefill.
         decode: Tables of a decode step.
@@ -53,7 +54,7 @@ class Plan:
     """
 
     position_ids: Tensor
-    backend: str
+    backend: Backend
     reach: int
     packed: PackedTables | None = None
     decode: DecodeTables | None = None
@@ -91,7 +92,7 @@ def training_plan(
     prefix_rows: NDArray[np.int32],
     prefix: Sequence[LayerKV] | None,
     *,
-    backend: str,
+    backend: Backend,
     device: torch.device | str = "cpu",
 ) -> Plan:
     """Plan of one micro-batch on separate keys.
@@ -102,16 +103,18 @@ def training_plan(
         prefix_of: int32, numbers of prefixes.
         prefix_rows: int32 ``[prefixes, 4]``: first row, rows, pos_start, slides.
         prefix: Per layer keys and values ``[sum P, H, D]``; gradients flow to them. None without prefixes.
-        backend: See `prefixfast.ops.BACKENDS`.
+        backend: Which kernels attention runs on.
         device: Where the model runs.
     """
-    planned = _rust.plan_packed(lengths, prefix_indptr, prefix_of, prefix_rows, tile_rows=0)
+    planned = _rust.plan_packed(lengths, prefix_indptr, prefix_of, prefix_rows, tiles=backend.sizes[:3])
     buffer = torch.from_numpy(planned.buffer).to(device)
     positions = section(buffer, planned.sections["position_ids"])[None]
+    depth = int(np.diff(prefix_indptr).max(initial=0))
+    backend = replace(backend, sizes=backend.sizes._replace(depth=depth))
     return Plan(positions, backend, planned.reach, packed=packed_tables(buffer, planned.sections), prefix=prefix)
 
 
-def plain_plan(lengths: Sequence[int], *, backend: str, device: torch.device | str = "cpu") -> Plan:
+def plain_plan(lengths: Sequence[int], *, backend: Backend, device: torch.device | str = "cpu") -> Plan:
     """Plan of sequences of these lengths without prefixes."""
     none = np.zeros(0, np.int32)
     return training_plan(np.array(lengths, np.int32), np.zeros(len(lengths) + 1, np.int32), none, none.reshape(0, 4), None, backend=backend, device=device)

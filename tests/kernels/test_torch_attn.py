@@ -25,7 +25,7 @@ HEADS = [(4, 4, 64), (6, 2, 80), (3, 1, 96), (9, 3, 128), (2, 2, 256)]
 
 def forward(p: Problem, tensors, backend: str, window: int, softcap: float):
     q, k, v, pk, pv = tensors
-    return ops.attn(q, k, v, pk, pv, list(p.tables), None, None, p.scale, window, softcap, True, True, backend)
+    return ops.attn(q, k, v, pk, pv, list(p.tables), None, None, p.scale, window, softcap, True, True, backend, [0] * 4)
 
 
 def errors(p: Problem, dtype, window, softcap, *, change=lambda got: got):
@@ -81,7 +81,7 @@ def test_planted_mistakes_are_caught(mistake):
     q, k, v, pk, pv = tensors
     exact = forward(p, tensors, "reference", 4, 0.0)[0]
     right = forward(p, tensors, "torch", 4, 0.0)[0]
-    bad, _ = ops.attn(q, k, v, pk, pv, list(wrong), None, None, p.scale, 4, 0.0, True, True, "torch")
+    bad, _ = ops.attn(q, k, v, pk, pv, list(wrong), None, None, p.scale, 4, 0.0, True, True, "torch", [0] * 4)
     assert relative_error(right, exact) < 1e-12
     assert not relative_error(bad, exact) < 1e-6  # NaN counts as caught
 
@@ -141,7 +141,7 @@ def test_decode_equals_reference(heads, window, softcap, dtype):
 
 def test_operators_are_registered_properly():
     p = problem(FEW, [6, 3], num_heads=4, num_kv_heads=2, head_dim=16)
-    args = (*p.inputs(), list(p.tables), None, None, p.scale, 0, 0.0, True, True, "torch")
+    args = (*p.inputs(), list(p.tables), None, None, p.scale, 0, 0.0, True, True, "torch", [0] * 4)
     torch.library.opcheck(ops.attn, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
     arena = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4)
     torch.library.opcheck(
@@ -153,7 +153,7 @@ def test_what_a_backend_cannot_do_falls_back_and_is_logged(caplog):
     p = problem([Request(5)], [], num_heads=2, num_kv_heads=2, head_dim=16)
     ops._log_fallback.cache_clear()
     bias = torch.zeros(2, 5, dtype=torch.float64)
-    o, _ = ops.attn(p.q, p.k, p.v, None, None, list(p.tables), None, bias, p.scale, 0, 0.0, True, True, "torch")
+    o, _ = ops.attn(p.q, p.k, p.v, None, None, list(p.tables), None, bias, p.scale, 0, 0.0, True, True, "torch", [0] * 4)
     expected, _ = reference.attn(p.q, p.k, p.v, None, None, p.tables, scale=p.scale)
     assert torch.allclose(o, expected)
     assert "position bias" in caplog.text

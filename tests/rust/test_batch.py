@@ -53,20 +53,20 @@ def test_pack_refuses() -> None:
 
 @given(
     st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 3), max_size=4)), max_size=12),
-    st.integers(0, 9),
+    st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
     st.integers(1, 5),
 )
 @seeded
-def test_plan_packed(sequences: list[tuple[int, list[int]]], tile_rows: int, buckets: int) -> None:
+def test_plan_packed(sequences: list[tuple[int, list[int]]], tiles: tuple[int, int, int], buckets: int) -> None:
     lengths, prefixes = [n for n, _ in sequences], [used for _, used in sequences]
     indptr = np.cumsum([0, *map(len, prefixes)])
     flat = int32([p for used in prefixes for p in used])
-    plan = plan_packed(int32(lengths), int32(indptr), flat, int32(PREFIX_ROWS, 4), tile_rows=tile_rows, buckets=buckets)
+    plan = plan_packed(int32(lengths), int32(indptr), flat, int32(PREFIX_ROWS, 4), tiles=tiles, buckets=buckets)
     assert plan.buffer is plan.buffer
     assert plan.buffer.dtype == np.int32
     assert plan.buffer.flags.c_contiguous
     found = oracles.tables(plan.buffer, plan.sections)
-    for name, expected in oracles.plan_packed(lengths, prefixes, PREFIX_ROWS, tile_rows).items():
+    for name, expected in oracles.plan_packed(lengths, prefixes, PREFIX_ROWS, tiles).items():
         assert found.pop(name) == expected, name
     check_padded(lengths, buckets, found)
     assert not found
@@ -84,7 +84,7 @@ def check_padded(lengths: list[int], buckets: int, found: dict[str, list]) -> No
 
 
 def test_plan_packed_refuses() -> None:
-    good = {"lengths": int32([3]), "prefix_indptr": int32([0, 1]), "prefix": int32([0]), "prefix_rows": int32(PREFIX_ROWS, 4), "tile_rows": 4}
+    good = {"lengths": int32([3]), "prefix_indptr": int32([0, 1]), "prefix": int32([0]), "prefix_rows": int32(PREFIX_ROWS, 4), "tiles": (4, 4, 4)}
     wrong: list[tuple[type[Exception], dict[str, object]]] = [
         (ConfigError, {"lengths": int32([0])}),
         (ConfigError, {"lengths": int32([-3])}),
@@ -98,7 +98,7 @@ def test_plan_packed_refuses() -> None:
         (ConfigError, {"prefix_rows": int32([[0, 1, 0, 2]], 4)}),
         (ConfigError, {"prefix_rows": int32([0, 1, 2], 3)}),
         (ConfigError, {"prefix_rows": int32(PREFIX_ROWS, 4)[:, ::-1]}),
-        (ConfigError, {"tile_rows": -1}),
+        (ConfigError, {"tiles": (1, -1, 1)}),
         (ConfigError, {"buckets": 0}),
         (ConfigError, {"buckets": -1}),
         (UnknownPrefixError, {"prefix": int32([4])}),
@@ -106,7 +106,7 @@ def test_plan_packed_refuses() -> None:
         (UnknownPrefixError, {"prefix_rows": np.zeros((0, 4), np.int32)}),
         (TypeError, {"prefix_rows": int32(PREFIX_ROWS)}),
         (TypeError, {"lengths": np.array([3])}),
-        (TypeError, {"tile_rows": 1.5}),
+        (TypeError, {"tiles": (1.5, 1, 1)}),
     ]
     assert plan_packed(**good).reach == 6
     for error, change in wrong:
@@ -157,7 +157,7 @@ def check_prefill(header: StepHeader, out: np.ndarray, known: dict, blocks: dict
     used, lengths = [known[id][0] for id in header.prefill_ids], [known[id][1] for id in header.prefill_ids]
     assert used == sorted(used)
     table = [[*blocks[p][:2], 2 * blocks[p][1], blocks[p][2]] for p in blocks]
-    for name, expected in oracles.plan_packed(lengths, used, table, 4).items():
+    for name, expected in oracles.plan_packed(lengths, used, table, (4, 0, 0)).items():
         assert found.pop(name) == expected, name
     check_padded(lengths, 4, found)
     assert found["logits_idx"] == (np.cumsum(lengths) - 1).tolist()

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use prefixfast_core::Error;
-use prefixfast_core::batch::plan::{Packed, plan_packed};
+use prefixfast_core::batch::plan::{Packed, Tiles, plan_packed};
 use prefixfast_core::batch::tables::{ALIGN, Tables};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -91,14 +91,14 @@ proptest! {
     #[test]
     fn equals_the_twin(
         sequences in prop::collection::vec((1..30_i32, prop::sample::subsequence(vec![0, 1, 2, 3], 0..4)), 0..20),
-        tile_rows in 0..9_usize, buckets in 1..6_usize,
+        tokens in 0..9_usize, keys in 0..9_usize, block_rows in 0..9_usize, buckets in 1..6_usize,
     ) {
         let lengths: Vec<i32> = sequences.iter().map(|(len, _)| *len).collect();
         let prefixes: Vec<Vec<i32>> = sequences.into_iter().map(|(_, prefixes)| prefixes).collect();
         let mut indptr = vec![0];
         indptr.extend(prefixes.iter().scan(0, |sum, list| { *sum += i32::try_from(list.len()).expect("few"); Some(*sum) }));
         let prefix = prefixes.concat();
-        let input = Packed { lengths: &lengths, prefix_indptr: &indptr, prefix: &prefix, prefix_rows: &PREFIX_ROWS, tile_rows, buckets };
+        let input = Packed { lengths: &lengths, prefix_indptr: &indptr, prefix: &prefix, prefix_rows: &PREFIX_ROWS, tiles: Tiles { tokens, keys, rows: block_rows }, buckets };
         let (tables, reach) = plan_packed(&input).expect("a plan");
         prop_assert!(tables.sections.iter().all(|section| section.offset % ALIGN == 0));
         check_users(&tables, &naive(&lengths, &prefixes));
@@ -119,10 +119,23 @@ proptest! {
         let mut tiled = vec![0; scatter.len()];
         for [segment, first] in rows::<2>(&tables, "tiles") {
             let [start, len, ..] = rows::<4>(&tables, "seg")[at(segment)];
-            let end = (first + i32::try_from(tile_rows).expect("few")).min(start + len);
+            let end = (first + i32::try_from(tokens).expect("few")).min(start + len);
             tiled[at(first)..at(end)].iter_mut().for_each(|count| *count += 1);
         }
-        prop_assert!(tiled.iter().all(|count| *count == i32::from(tile_rows > 0)));
+        prop_assert!(tiled.iter().all(|count| *count == i32::from(tokens > 0)));
+        let mut tiled = vec![0; scatter.len()];
+        for [segment, past, key] in rows::<3>(&tables, "key_tiles") {
+            let [_, _, start, count] = rows::<4>(&tables, "seg")[at(segment)];
+            prop_assert_eq!(past, segment + 1);
+            let end = (key + i32::try_from(keys).expect("few")).min(count);
+            tiled[at(start + key)..at(start + end)].iter_mut().for_each(|count| *count += 1);
+        }
+        prop_assert!(tiled.iter().all(|count| *count == i32::from(keys > 0)));
+        let blocks = rows::<2>(&tables, "block");
+        let expected: Vec<[i32; 2]> = blocks.iter().zip(0..).flat_map(|([_, count], block)| {
+            (0..if block_rows == 0 { 0 } else { *count }).filter(|row| at(*row).is_multiple_of(block_rows.max(1))).map(move |row| [block, row]).collect::<Vec<_>>()
+        }).collect();
+        prop_assert_eq!(rows::<2>(&tables, "block_tiles"), expected);
         let positions = lengths.iter().zip(&prefixes).flat_map(|(len, list)| {
             let start = list.iter().map(|number| PREFIX_ROWS[at(*number)][2]).max().unwrap_or(0);
             start..start + len
@@ -138,7 +151,7 @@ fn refuses_bad_input() {
         prefix_indptr: &[0, 1],
         prefix: &[0],
         prefix_rows: &PREFIX_ROWS,
-        tile_rows: 0,
+        tiles: Tiles::default(),
         buckets: 4,
     };
     assert!(plan_packed(&good).is_ok());

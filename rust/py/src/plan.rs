@@ -30,14 +30,14 @@ impl PlanBuffer {
 
 /// Tables of one packed forward.
 #[pyfunction]
-#[pyo3(signature = (lengths, prefix_indptr, prefix, prefix_rows, *, tile_rows, buckets = 4))]
+#[pyo3(signature = (lengths, prefix_indptr, prefix, prefix_rows, *, tiles, buckets = 4))]
 pub(crate) fn plan_packed(
     py: Python<'_>,
     lengths: PyReadonlyArray1<'_, i32>,
     prefix_indptr: PyReadonlyArray1<'_, i32>,
     prefix: PyReadonlyArray1<'_, i32>,
     prefix_rows: PyReadonlyArray2<'_, i32>,
-    tile_rows: i64,
+    tiles: (i64, i64, i64),
     buckets: i64,
 ) -> PyResult<PlanBuffer> {
     let (rows, rest) = slice(py, "prefix_rows", &prefix_rows)?.as_chunks::<4>();
@@ -55,7 +55,11 @@ pub(crate) fn plan_packed(
         prefix_indptr: slice(py, "prefix_indptr", &prefix_indptr)?,
         prefix: slice(py, "prefix", &prefix)?,
         prefix_rows: rows,
-        tile_rows: count(py, "tile_rows", tile_rows)?,
+        tiles: core::Tiles {
+            tokens: count(py, "tiles", tiles.0)?,
+            keys: count(py, "tiles", tiles.1)?,
+            rows: count(py, "tiles", tiles.2)?,
+        },
         buckets: count(py, "buckets", buckets)?,
     };
     let (tables, reach) = detached(py, || core::plan_packed(&input))?;

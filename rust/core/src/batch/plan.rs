@@ -20,10 +20,21 @@ pub struct Packed<'a> {
     pub prefix: &'a [i32],
     /// By prefix number: first row in the prefix tensor, rows, `pos_start`, slides (0 or 1).
     pub prefix_rows: &'a [[i32; 4]],
-    /// Height of a tile in query rows; 0 makes no tiles.
-    pub tile_rows: usize,
+    /// What the kernels' tables cut the work into.
+    pub tiles: Tiles,
     /// Most groups of the padded layout, at least 1.
     pub buckets: usize,
+}
+
+/// Heights of the kernels' tiles; 0 makes none of a kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Tiles {
+    /// Query rows.
+    pub tokens: usize,
+    /// Keys.
+    pub keys: usize,
+    /// Rows of a prefix block.
+    pub rows: usize,
 }
 
 /// One sequence of a packed forward.
@@ -51,7 +62,7 @@ pub fn plan_packed(input: &Packed<'_>) -> Result<(Tables, i32)> {
         .collect();
     check_sizes(&sequences, input.buckets)?;
     let mut tables = Tables::default();
-    let reach = push_packed(&mut tables, &sequences, input.tile_rows, input.buckets);
+    let reach = push_packed(&mut tables, &sequences, input.tiles, input.buckets);
     Ok((tables, reach))
 }
 
@@ -59,7 +70,7 @@ pub fn plan_packed(input: &Packed<'_>) -> Result<(Tables, i32)> {
 pub(crate) fn push_packed(
     tables: &mut Tables,
     sequences: &[Sequence<'_>],
-    tile_rows: usize,
+    tiles: Tiles,
     most: usize,
 ) -> i32 {
     let firsts = firsts(sequences);
@@ -85,18 +96,41 @@ pub(crate) fn push_packed(
             .iter()
             .flat_map(|s| s.pos_start..s.pos_start + s.len),
     );
-    let tiles = segments().enumerate().flat_map(|(number, (s, &first))| {
-        let starts = (0..s.len)
-            .step_by(tile_rows.max(1))
-            .take(if tile_rows == 0 { 0 } else { usize::MAX });
-        starts.map(move |row| [int(number), first + row])
-    });
-    tables.push_rows("tiles", tiles);
+    push_tiles(tables, sequences, &firsts, tiles);
     sequences
         .iter()
         .map(|s| s.len + rows(s.blocks))
         .max()
         .unwrap_or(0)
+}
+
+/// Adds `tiles`, `key_tiles` and `block_tiles`. The keys of a sequence are its own tokens.
+fn push_tiles(tables: &mut Tables, sequences: &[Sequence<'_>], firsts: &[i32], tiles: Tiles) {
+    let numbered = || sequences.iter().zip(firsts).zip(0..);
+    tables.push_rows(
+        "tiles",
+        numbered().flat_map(|((s, &first), number)| {
+            starts(s.len, tiles.tokens).map(move |row| [number, first + row])
+        }),
+    );
+    tables.push_rows(
+        "key_tiles",
+        numbered().flat_map(|((s, _), number)| {
+            starts(s.len, tiles.keys).map(move |key| [number, number + 1, key])
+        }),
+    );
+    let blocks = tables.rows::<2>("block");
+    tables.push_rows(
+        "block_tiles",
+        blocks.iter().zip(0..).flat_map(|([_, rows], number)| {
+            starts(*rows, tiles.rows).map(move |row| [number, row])
+        }),
+    );
+}
+
+/// First rows of the tiles of `rows` rows.
+fn starts(rows: i32, height: usize) -> impl Iterator<Item = i32> {
+    (0..if height == 0 { 0 } else { rows }).step_by(height.max(1))
 }
 
 /// Rows of blocks together.
@@ -212,7 +246,7 @@ fn check_sizes(sequences: &[Sequence<'_>], most: usize) -> Result<()> {
         )))
     };
     let limit = i64::try_from(MAX_ENTRIES).unwrap_or(i64::MAX);
-    let (mut tokens, mut users) = (0_i64, 0_i64);
+    let (mut tokens, mut users, mut seen) = (0_i64, 0_i64, 0_i64);
     for sequence in sequences {
         let reach = sequence
             .blocks
@@ -224,9 +258,13 @@ fn check_sizes(sequences: &[Sequence<'_>], most: usize) -> Result<()> {
             return large("keys of one sequence", reach);
         }
         tokens += i64::from(sequence.len);
+        seen += reach - i64::from(sequence.len);
         users += i64::from(sequence.len) * i64::try_from(sequence.blocks.len()).unwrap_or(i64::MAX);
         if tokens > limit || users > limit {
             return large("tokens times prefixes", tokens.max(users));
+        }
+        if seen > limit {
+            return large("prefix rows", seen);
         }
     }
     let lengths: Vec<i32> = sequences.iter().map(|s| s.len).collect();

@@ -60,6 +60,17 @@ impl Tables {
         });
     }
 
+    /// The rows of a 2-D table that has been added.
+    pub(crate) fn rows<const C: usize>(&self, name: &str) -> Vec<[i32; C]> {
+        let found = self.sections.iter().find(|section| section.name == name);
+        found.map_or_else(Vec::new, |section| {
+            self.data[section.offset..][..section.len()]
+                .as_chunks::<C>()
+                .0
+                .to_vec()
+        })
+    }
+
     /// Adds a 1-D table.
     pub(crate) fn push(&mut self, name: &'static str, values: impl IntoIterator<Item = i32>) {
         let offset = self.open();

@@ -1,7 +1,7 @@
 //! One step: its membership and its tables.
 
 use super::super::number::int;
-use super::super::plan::{Sequence, firsts, push_packed, rows};
+use super::super::plan::{Sequence, Tiles, firsts, push_packed, rows};
 use super::super::tables::{Section, Tables};
 use super::super::uses::{Queries, push_uses};
 use super::Scheduler;
@@ -156,7 +156,10 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
     let reach = push_packed(
         tables,
         &sequences,
-        scheduler.limits.tile_rows,
+        Tiles {
+            tokens: scheduler.limits.tile_rows,
+            ..Tiles::default()
+        },
         scheduler.limits.buckets,
     );
     let chunk = |(request, held): &Member<'_>| {

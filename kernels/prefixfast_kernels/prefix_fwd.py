@@ -1,0 +1,190 @@
+"""Forward of packed attention over [prefix blocks; keys] in one Triton kernel: no expansion of the prefix, no second pass, no merge.
+
+Specification: `reference.attn`; the maths and the tile sizes: kernels/README.md. Shape letters: N packed queries, M keys,
+HQ query heads, H kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixfast_kernels import launch
+from prefixfast_kernels.scores import LN2, load_rows, scaled, store_rows
+from prefixfast_kernels.tables import PackedTables
+from prefixfast_kernels.tiles import Sizes
+from prefixfast_kernels.torch_piece import Options
+
+
+# fmt: off
+@triton.jit
+def fold(
+    acc, m, l, q, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
+    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+):
+    """One key tile into the running softmax: ``acc [BM, DP]``, maximum ``m`` and sum ``l`` ``[BM]``; MASK: ``seen [BM, BN]`` decides."""
+    k = load_rows(K, rows, live, stride_k, D, DP, MASK, UP)
+    s = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    if MASK:
+        s = tl.where(seen, s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    if MASK:  # a row that has seen nothing yet stays at -inf: shift by 0 instead
+        shift = tl.where(new == -float("inf"), 0.0, new)
+    else:
+        shift = new
+    p = tl.exp2(s - shift[:, None])
+    decay = tl.exp2(m - shift)
+    l = l * decay + tl.sum(p, 1)
+    v = load_rows(V, rows, live, stride_v, D, DP, MASK, UP)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, new, l
+
+
+@triton.jit
+def prefix_fwd(
+    Q, K, V, PK, PV, O, LSE, TILES, SEG, SEG_POS, USE_INDPTR, USE, BLOCK, SLOTS,
+    scale, softcap, window,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh, stride_ot, stride_oh,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, ARENA: tl.constexpr,
+    PRECISION: tl.constexpr, UP: tl.constexpr,
+):
+    """One tile of at most TOKENS query tokens, one kv head."""
+    t = tl.program_id(0)
+    hk = tl.program_id(1)
+    s = tl.load(TILES + 2 * t)
+    row = tl.load(TILES + 2 * t + 1)
+    first = tl.load(SEG + 4 * s)
+    key0 = tl.load(SEG + 4 * s + 2)
+    keys = tl.load(SEG + 4 * s + 3)
+    tokens = tl.minimum(first + tl.load(SEG + 4 * s + 1) - row, TOKENS)
+    pos = tl.load(SEG_POS + s) + row - first  # position of the tile's first query
+
+    r = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    live = r // G < tokens
+    qrow = row + r // G
+    head = hk * G + r % G
+    qpos = pos + r // G
+    q = load_rows(Q + head[:, None].to(tl.int64) * stride_qh, qrow, live, stride_qt, D, DP, True, UP)
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+
+    if PREFIX:
+        PKh = PK + hk.to(tl.int64) * stride_pkh
+        PVh = PV + hk.to(tl.int64) * stride_pvh
+        for u in range(tl.load(USE_INDPTR + s), tl.load(USE_INDPTR + s + 1)):
+            block = tl.load(USE + 3 * u)
+            start = tl.load(BLOCK + 2 * block)
+            length = tl.load(BLOCK + 2 * block + 1)
+            lo = 0
+            full = length // BN * BN
+            if WINDOW:  # all masked, from the first row that the first query may see
+                at = tl.load(USE + 3 * u + 1)
+                slides = tl.load(USE + 3 * u + 2)
+                full = tl.where(slides != 0, tl.maximum(pos - window + 1 - at, 0) // BN * BN, 0)
+                for j in range(full, length, BN):
+                    seen = ((j + n) < length)[None, :] & ((slides == 0) | ((at + j + n)[None, :] > (qpos - window)[:, None]))
+                    acc, m, l = fold(acc, m, l, q, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt, scale, softcap, D, DP,
+                        True, SOFTCAP, PRECISION, UP)
+            else:
+                for j in range(lo, full, BN):
+                    acc, m, l = fold(acc, m, l, q, PKh, PVh, start + j + n, live, live, stride_pkt, stride_pvt, scale, softcap, D, DP, False,
+                        SOFTCAP, PRECISION, UP)
+                for j in range(full, length, BN):
+                    seen = tl.broadcast_to(((j + n) < length)[None, :], (BM, BN))
+                    acc, m, l = fold(acc, m, l, q, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt, scale, softcap, D, DP,
+                        True, SOFTCAP, PRECISION, UP)
+
+    Kh = K + hk.to(tl.int64) * stride_kh
+    Vh = V + hk.to(tl.int64) * stride_vh
+    hi = keys
+    full = keys // BN * BN
+    if CAUSAL:
+        hi = tl.minimum(pos + tokens, keys)
+        full = tl.minimum(pos + 1, keys) // BN * BN
+    lo = 0
+    if WINDOW:  # all masked
+        lo = tl.maximum(pos - window + 1, 0) // BN * BN
+        full = lo
+    for j in range(lo, full, BN):
+        at = key0 + j + n
+        if ARENA:
+            at = tl.load(SLOTS + at)
+        acc, m, l = fold(acc, m, l, q, Kh, Vh, at, live, live, stride_kt, stride_vt, scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
+    for j in range(full, hi, BN):
+        at = key0 + j + n
+        if ARENA:
+            at = tl.load(SLOTS + at, mask=j + n < hi, other=0)
+        seen = ((j + n) < hi)[None, :]
+        if CAUSAL:
+            seen = seen & ((j + n)[None, :] <= qpos[:, None])
+        if WINDOW:
+            seen = seen & ((j + n)[None, :] > (qpos - window)[:, None])
+        acc, m, l = fold(acc, m, l, q, Kh, Vh, at, j + n < hi, tl.broadcast_to(seen, (BM, BN)), stride_kt, stride_vt, scale, softcap, D, DP, True,
+            SOFTCAP, PRECISION, UP)
+
+    nothing = l == 0
+    out = acc / tl.where(nothing, 1.0, l)[:, None]
+    store_rows(O + head[:, None].to(tl.int64) * stride_oh, out, qrow, live, stride_ot, D, DP)
+    lse = tl.where(nothing, -float("inf"), m * LN2 + tl.log(tl.where(nothing, 1.0, l)))
+    tl.store(LSE + qrow.to(tl.int64) * HQ + head, lse, mask=live)
+# fmt: on
+
+
+def attn_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    tables: PackedTables,
+    options: Options,
+    sizes: Sizes,
+    *,
+    causal: bool = True,
+    slots: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward of `reference.attn` in one launch.
+
+    Args:
+        q: ``[N, HQ, D]``, fp32, bf16 or fp16.
+        k: ``[M, H, D]``.
+        v: As ``k``.
+        prefix_k: ``[sum P, H, D]`` in any float dtype (cast to that of ``q``), or None.
+        prefix_v: As ``prefix_k``.
+        tables: See `PackedTables`; ``tiles`` made for ``sizes``.
+        options: Scale, window, soft cap.
+        sizes: What the tables were cut into.
+        causal: Hide keys after the query.
+        slots: If given, key j of a segment is row ``slots[first key + j]`` of ``k``.
+
+    Returns:
+        ``[N, HQ, D]`` and the natural log-sum-exp ``[N, HQ]`` (fp32). Rows of no tile are not written.
+    """
+    q, k, v = map(launch.dense, (q, k, v))
+    pk, pv = (launch.dense(own if t is None else t.to(q.dtype)) for t, own in ((prefix_k, k), (prefix_v, v)))
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    prefix_fwd[len(tables.tiles), k.shape[1]](
+        Q=q,
+        K=k,
+        V=v,
+        PK=pk,
+        PV=pv,
+        O=o,
+        LSE=lse,
+        TILES=tables.tiles,
+        SLOTS=tables.seg if slots is None else slots,
+        **launch.tables(tables),
+        **launch.strides(q=q, k=k, v=v, pk=pk, pv=pv, o=o),
+        **launch.heads(q, k),
+        **launch.numbers(options, causal=causal, dtype=q.dtype),
+        **launch.tile("prefix_fwd", q, k, sizes),
+        PREFIX=len(tables.use) > 0,
+        ARENA=slots is not None,
+    )
+    return o, lse

@@ -1,0 +1,135 @@
+"""Tile sizes of the Triton kernels, and how each is compiled: one table by chip, kernel and head dim.
+
+Every entry compiles without spills for its chip (tests/kernels/test_resources.py). Which of several good entries is fastest only a device can say.
+Shape letters: BM rows of a query tile (tokens x query heads of a kv head), BN keys of a key tile, G queries per kv head, D head dim, H kv heads.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+CHIPS = ("sm80", "sm90", "sm100", "gfx942")
+KERNELS = ("prefix_fwd", "prefix_bwd_dq", "prefix_bwd_kv", "prefix_bwd_block")
+
+
+class Sizes(NamedTuple):
+    """What the planner cuts work into; every kernel's tile follows from it.
+
+    Attributes:
+        tokens: Query tokens of a tile.
+        keys: Keys of a tile in the backward.
+        rows: Prefix rows of a tile in the backward.
+        depth: Most blocks that one query sees; at 1 the backward can save a pass over the prefix.
+    """
+
+    tokens: int
+    keys: int
+    rows: int
+    depth: int = 2
+
+
+@dataclass(frozen=True)
+class Compile:
+    """How one kernel is compiled.
+
+    Attributes:
+        inner: The tile size that the planner does not decide: BN of the query-tile kernels, BM of the key-tile kernels.
+        warps: Warps of a program.
+        stages: Depth of the software pipeline.
+        registers: Most registers of a thread, None: the compiler decides.
+    """
+
+    inner: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch or of ``triton.compile``; fusion is spelt out because its default changes with Triton 3.10."""
+        out: dict[str, int | bool] = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return out if self.registers is None else {**out, "maxnreg": self.registers}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Tiles for one chip, head dim and element size."""
+
+    bm: int
+    keys: int
+    rows: int
+    kernels: dict[str, Compile]
+
+
+def _entry(bm: int, keys: int, rows: int, *how: tuple[int, int, int]) -> Entry:
+    return Entry(bm, keys, rows, {name: Compile(*c) for name, c in zip(KERNELS, how, strict=True)})
+
+
+# (chip, padded head dim, bytes of an element) -> query tile, key tile, prefix tile, then (inner, warps, stages) of KERNELS in order.
+TABLE: dict[tuple[str, int, int], Entry] = {}
+for _chip in ("sm80", "sm90", "sm100"):
+    TABLE |= {
+        (_chip, 64, 2): _entry(128, 64, 64, (64, 8, 3), (64, 8, 2), (64, 4, 2), (64, 4, 2)),
+        (_chip, 128, 2): _entry(128, 64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
+        (_chip, 256, 2): _entry(64, 32, 32, (32, 8, 2), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        (_chip, 64, 4): _entry(64, 32, 32, (32, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
+        (_chip, 128, 4): _entry(64, 32, 32, (32, 8, 2), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
+        (_chip, 256, 4): _entry(32, 16, 16, (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
+    }
+TABLE |= {("gfx942", *key[1:]): entry for key, entry in TABLE.items() if key[0] == "sm80"}
+
+
+def padded(head_dim: int) -> int:
+    """The head dim as the kernels hold it: a power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def rows_of(tokens: int, group: int) -> int:
+    """BM: rows of a tile of ``tokens`` tokens with ``group`` query heads each, a power of two, at least 16."""
+    return padded(tokens * group)
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter (``TRITON_INTERPRET=1`` when it was imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.lru_cache(maxsize=16)
+def chip(device: torch.device) -> str:
+    """The chip whose entries a device uses.
+
+    Raises:
+        ValueError: For a device that the table does not have.
+    """
+    if device.type == "cpu" and interpreted():
+        return "sm90"
+    if device.type == "cuda" and torch.version.hip:
+        return "gfx942"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        found = {8: "sm80", 9: "sm90", 10: "sm100"}.get(major)
+        if found and (major, minor) not in ((8, 6), (8, 9)):
+            return found
+    msg = f"the triton backend has tiles for {', '.join(CHIPS)}, not for {device}; use backend='torch'"
+    raise ValueError(msg)
+
+
+def entry(device: torch.device, head_dim: int, dtype: torch.dtype) -> Entry:
+    """The table's entry; small head dims use that of 64."""
+    return TABLE[chip(device), max(64, padded(head_dim)), dtype.itemsize]
+
+
+def sizes(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Sizes:
+    """What the planner cuts work into for a model.
+
+    Args:
+        device: Where the kernels run.
+        dtype: Compute dtype.
+        shapes: (queries per kv head, head dim) of every layer; the smallest tile fits all of them.
+    """
+    found = [(entry(device, head_dim, dtype), group) for group, head_dim in shapes]
+    return Sizes(min(max(1, e.bm // g) for e, g in found), min(e.keys for e, _ in found), min(e.rows for e, _ in found))
