@@ -84,7 +84,7 @@ def evaluate(model: Any, tok: Any, setting: Setting) -> dict[str, Any]:
     for part in chunks(tables, 20):
         enc = tok([setting.row(tok)({"mr": mr, "ref": ""})["prompt"] for mr in part], return_tensors="pt", padding=True)
         ids = model.generate(
-            **enc, max_new_tokens=60, do_sample=False, num_beams=setting.num_beams, pad_token_id=tok.eos_token_id, eos_token_id=tok.eos_token_id
+            **enc, max_new_tokens=60, do_sample=False, use_cache=True, num_beams=setting.num_beams, pad_token_id=tok.eos_token_id, eos_token_id=tok.eos_token_id
         )
         texts += [tok.decode(x[enc.input_ids.shape[1] :], skip_special_tokens=True).strip() for x in ids]
     return {"dev_loss": total / count, "bleu": bleu(texts, references), "texts": dict(zip(tables, texts, strict=True))}

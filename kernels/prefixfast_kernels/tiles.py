@@ -33,6 +33,22 @@ class Sizes(NamedTuple):
     depth: int = 2
 
 
+NO_TILES = Sizes(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Which kernels a model runs on.
+
+    Attributes:
+        name: ``"auto"`` (the fastest that serves a call) or ``"triton"``, ``"torch"``, ``"reference"``.
+        sizes: What plans cut the work into for the triton kernels.
+    """
+
+    name: str
+    sizes: Sizes = NO_TILES
+
+
 @dataclass(frozen=True)
 class Compile:
     """How one kernel is compiled.

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+from prefixfast import ops
 from prefixfast.attention import NAME
 from prefixfast.errors import ConfigError
-from prefixfast.ops import Backend
 from prefixfast.plan import Plan, plain_plan
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def _dry_run(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], Tensor]:
     """Shapes of all layers as our function sees them, and the logits of a short text."""
     ids = _probe_ids(model)
     log: list[tuple[int, int, int, int]] = []
-    plan = replace(plain_plan([len(ids)], backend=Backend("reference"), device=model.device), log=log)
+    plan = replace(plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device), log=log)
     try:
         logits = packed_forward(model, plan, ids)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:

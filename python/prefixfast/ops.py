@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,26 +19,13 @@ from torch import Tensor
 from prefixfast.errors import ConfigError
 from prefixfast_kernels import reference, tiles, torch_attn
 from prefixfast_kernels.tables import DecodeTables, PackedTables
+from prefixfast_kernels.tiles import Backend as Backend
 from prefixfast_kernels.tiles import Sizes
 from prefixfast_kernels.torch_decode import decode_fwd
 from prefixfast_kernels.torch_piece import Options
 
 BACKENDS = ("triton", "torch", "reference")
-NO_TILES = Sizes(0, 0, 0)
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """Which kernels a model runs on.
-
-    Attributes:
-        name: ``"auto"`` (the fastest that serves a call) or one of `BACKENDS`.
-        sizes: What plans cut the work into for the triton kernels.
-    """
-
-    name: str
-    sizes: Sizes = NO_TILES
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Backend:

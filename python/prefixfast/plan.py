@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefixfast import _rust
-from prefixfast.ops import Backend
 from prefixfast_kernels.tables import DecodeTables, PackedTables
+from prefixfast_kernels.tiles import Backend
 
 LayerKV = tuple[Tensor, Tensor]
 Sections = Mapping[str, tuple[int, int, int]]

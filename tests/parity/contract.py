@@ -8,6 +8,7 @@ import transformers
 import tiny
 from prefixfast.model import load
 from prefixfast.plan import plain_plan
+from prefixfast_kernels.tiles import Backend
 
 assert transformers.__version__ == sys.argv[1], transformers.__version__
 texts = [torch.arange(3, 3 + n) for n in (9, 20)]
@@ -16,7 +17,7 @@ for family in tiny.FAMILIES:
     with torch.no_grad():
         expected = torch.cat([model(input_ids=t[None]).logits[0] for t in texts])
         with load(model) as base:
-            got = base.forward(plain_plan([len(t) for t in texts], backend="torch"), torch.cat(texts))
+            got = base.forward(plain_plan([len(t) for t in texts], backend=Backend("torch")), torch.cat(texts))
     error = ((got - expected).abs().max() / expected.abs().max()).item()
     assert error < 1e-5, (family, error)
     print(family, f"{error:.1e}")

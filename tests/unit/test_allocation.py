@@ -11,6 +11,7 @@ from parity.packed import Case, packed
 from prefixfast import Engine, load, ops
 from prefixfast.interchange import peft as layout
 from prefixfast.prefix import Prefix
+from prefixfast_kernels import torch_attn
 
 P, ROWS = 120, 24
 
@@ -31,7 +32,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-KERNELS = ("attn_fwd", "attn_bwd", "decode_fwd")
+KERNELS = ((torch_attn, "attn_fwd"), (torch_attn, "attn_bwd"), (ops, "decode_fwd"))
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def seen(monkeypatch):
 
         return call
 
-    for name in KERNELS:
-        monkeypatch.setattr(ops, name, watched(getattr(ops, name)))
+    for module, name in KERNELS:
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
     return largest
 
 

@@ -16,6 +16,7 @@ from prefixfast import ConfigError
 from prefixfast.attach import attach, packed_forward
 from prefixfast.attention import HARMLESS, prefixfast_attention
 from prefixfast.plan import plain_plan
+from prefixfast_kernels.tiles import Backend
 
 IDS = torch.arange(3, 20)[None]
 
@@ -27,7 +28,7 @@ def logits(model) -> torch.Tensor:
 
 @torch.no_grad()
 def packed(model, *texts: torch.Tensor) -> torch.Tensor:
-    return packed_forward(model, plain_plan([len(t) for t in texts], backend="reference"), torch.cat(texts))
+    return packed_forward(model, plain_plan([len(t) for t in texts], backend=Backend("reference")), torch.cat(texts))
 
 
 def state(model) -> dict[str, Any]:
@@ -309,7 +310,7 @@ class Module(nn.Module):
 
 def call(**how: Any) -> torch.Tensor:
     q, k, v = torch.randn(3, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).unbind(0)
-    given = {"prefixfast": plain_plan([5], backend="reference"), **how}
+    given = {"prefixfast": plain_plan([5], backend=Backend("reference")), **how}
     return prefixfast_attention(Module(), q, k, v, None, **given)[0]
 
 
@@ -341,5 +342,5 @@ def test_the_attention_function_honours_its_options(option, value):
 
 def test_a_dry_run_notes_every_call():
     log: list[Any] = []
-    call(prefixfast=replace(plain_plan([5], backend="reference"), log=log))
+    call(prefixfast=replace(plain_plan([5], backend=Backend("reference")), log=log))
     assert log == [(0, 2, 2, 8)]

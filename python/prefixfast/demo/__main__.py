@@ -15,13 +15,10 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as hf_logging
 
 import prefixfast
-from prefixfast.bench.generate import Workload, measure, plot, table
+from prefixfast.bench.generate import measure, plot, table
 from prefixfast.bench.harness import cpu_name
 from prefixfast.demo.jobs import JOBS
-from prefixfast.demo.run import EMBEDDED, LIMITS, SETTINGS, Report, generate_all, train_jobs
-
-WORK = Workload(requests=24, prompt=24, new=24, one_by_one=3)
-LENGTHS = (0, 16, 64, 128, 256)
+from prefixfast.demo.run import EMBEDDED, LIMITS, SETTINGS, Report, Setting, generate_all, train_jobs
 
 
 def main(
@@ -46,7 +43,7 @@ def main(
         )
         report = generate_all(base, run, setting, seconds)
         show(console, report, samples)
-    _throughput(console, model or str(EMBEDDED), output)
+    _throughput(console, model or str(EMBEDDED), setting, output)
     console.print(f"Prefixes (PEFT adapter folders): {output / 'prefixes'}")
     if model is None and not report.passed:
         console.print("[bold red]A figure is outside its limit.[/]")
@@ -86,16 +83,16 @@ NAMES = {
 }
 
 
-def _throughput(console: Console, model: str, output: Path) -> None:
+def _throughput(console: Console, model: str, setting: Setting, output: Path) -> None:
     """Throughput versus prefix length on this base; PEFT beside it when it is installed."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval() if find_spec("peft") else None
     with prefixfast.load(hf) as base:
-        points = measure(base, LENGTHS, (1, WORK.requests), WORK, rounds=2, plain=plain)
+        points = measure(base, setting.lengths, (1, setting.work.requests), setting.work, rounds=setting.rounds, plain=plain)
     console.print(table(points), markup=False, highlight=False)
     if find_spec("matplotlib"):
         path = output / "throughput.png"
-        plot(points, path, f"{WORK.requests} requests, {WORK.new} new tokens each, demo base, float32\n{cpu_name()}")
+        plot(points, path, f"{setting.work.requests} requests, {setting.work.new} new tokens each, float32\n{cpu_name()}")
         console.print(f"Plot: {path}")
     else:
         console.print("matplotlib is not installed: no plot (pip install 'prefixfast[train]')")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import prefixfast
+from prefixfast.bench.generate import Workload
 from prefixfast.data.tasks import table_task
 from prefixfast.demo.jobs import JOBS, Job, Row, coverage
 
@@ -23,16 +24,32 @@ REAL_TASK = table_task(init_text="Write one sentence with all of the following f
 
 @dataclass(frozen=True)
 class Setting:
-    """How the prefixes are trained on a base."""
+    """How much the demo does on a base, so that it takes minutes.
+
+    Attributes:
+        task: How rows become strings.
+        train_rows: Of each job.
+        fields: Of `prefixfast.train`.
+        heldout_rows: Of each job.
+        work: The batch whose throughput is measured.
+        lengths: Prefix lengths that it is measured at.
+        rounds: How often.
+    """
 
     task: Any
     train_rows: int
     fields: Mapping[str, Any]
+    heldout_rows: int
+    work: Workload
+    lengths: tuple[int, ...]
+    rounds: int
 
 
+SMALL = {"prefix_length": 16, "max_steps": 220, "batch_size": 12, "learning_rate": 5e-2, "warmup_steps": 10}
+REAL = {"prefix_length": 10, "max_steps": 60, "batch_size": 8, "learning_rate": 5e-2, "warmup_steps": 5}
 SETTINGS = {
-    "embedded": Setting(TASK, 4000, {"prefix_length": 16, "max_steps": 220, "batch_size": 12, "learning_rate": 5e-2, "warmup_steps": 10}),
-    "real": Setting(REAL_TASK, 1000, {"prefix_length": 10, "max_steps": 60, "batch_size": 8, "learning_rate": 5e-2, "warmup_steps": 5}),
+    "embedded": Setting(TASK, 4000, SMALL, 40, Workload(requests=24, prompt=24, new=24, one_by_one=3), (0, 16, 64, 128, 256), 2),
+    "real": Setting(REAL_TASK, 1000, REAL, 12, Workload(requests=16, prompt=24, new=12, one_by_one=1), (0, 64, 256), 1),
 }
 
 
@@ -88,9 +105,9 @@ def train_jobs(base: Any, setting: Setting, folder: Path | None, *, progress: bo
     return run, time.perf_counter() - start
 
 
-def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train_seconds: float, *, rows_each: int = 40) -> Report:
+def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train_seconds: float) -> Report:
     """One mixed batch: every held-out row with its job's prefix, with another job's, and without any."""
-    held = [(job, row) for job in JOBS for row in job.rows("heldout", rows_each, seed=1)]
+    held = [(job, row) for job in JOBS for row in job.rows("heldout", setting.heldout_rows, seed=1)]
     others = {job.name: JOBS[(i + 1) % len(JOBS)] for i, job in enumerate(JOBS)}
     tokenizer = base.need_tokenizer()
     prompts = setting.task.prompts([row for _, row in held], tokenizer.eos)
