@@ -1,15 +1,17 @@
 """Compile the shipped kernels for chips that are not here, and read what they cost: registers, spills, shared memory, tensor-core and copy instructions.
 
-No GPU is needed: Triton's wheel brings the assemblers. ``python -m prefixfast_kernels.offline sm90`` prints the table of kernels/README.md.
+No GPU is needed: Triton's wheel brings the assemblers. ``python -m prefixfast_kernels.offline`` prints the table of kernels/resources.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,7 @@ def build(name: str, chip: str, head_dim: int, width: int, *, group: int = 4, **
         flags: Constants that differ from `PLAIN`.
     """
     function, entry = FUNCTIONS[name], TABLE[chip, max(64, padded(head_dim)), width]
-    how = entry.kernels[name]
+    how = entry.how(name, masked=bool(flags.get("WINDOW") or flags.get("SOFTCAP")), fused=bool(flags.get("FUSED")))
     over_queries = name in ("prefix_fwd", "prefix_bwd_dq")
     tokens = (entry.bm if over_queries else how.inner) // group
     keys = how.inner if over_queries else entry.keys if name == "prefix_bwd_kv" else entry.rows
@@ -126,26 +128,47 @@ def _output(*command: object) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False).stdout
 
 
-def cases(chips: tuple[str, ...] = CHIPS, widths: tuple[int, ...] = (2, 4)) -> Iterator[tuple[str, str, int, int, str]]:
-    """(kernel, chip, head dim, bytes, variant) of all that ships."""
-    for chip in chips:
-        for width in widths:
-            for head_dim in HEAD_DIMS:
-                for name in KERNELS:
-                    for variant, flags in VARIANTS.items():
-                        if not flags or set(flags) & set(FUNCTIONS[name].arg_names):
-                            yield name, chip, head_dim, width, variant
+def cases(chips: Sequence[str] = CHIPS, *, quick: bool = False) -> Iterator[tuple[str, str, int, int, str]]:
+    """(kernel, chip, head dim, bytes, variant) of all that ships; ``quick``: bf16 with head dims 64 and 128, the plain and the fused variant."""
+    for chip, width, head_dim, name in itertools.product(chips, (2,) if quick else (2, 4), (64, 128) if quick else HEAD_DIMS, KERNELS):
+        for variant, flags in VARIANTS.items():
+            if not flags or (set(flags) & set(FUNCTIONS[name].arg_names) and (variant == "fused" or not quick)):
+                yield name, chip, head_dim, width, variant
 
 
-def main(chips: tuple[str, ...]) -> None:
-    """Print the table, in Markdown."""
+def faults(found: Report, name: str, chip: str, head_dim: int, width: int, variant: str) -> list[str]:
+    """What is wrong with a compiled kernel: spills, too much shared memory, products that miss the tensor cores, loads that are not asynchronous."""
+    entry, flags = TABLE[chip, max(64, padded(head_dim)), width], VARIANTS[variant]
+    how = entry.how(name, masked=bool(flags.get("WINDOW")), fused=bool(flags.get("FUSED")))
+    tall = {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows}.get(name, entry.bm) >= 64
+    checks = {
+        f"{found.spilled} spilled": found.spilled > 0,
+        f"{found.shared} bytes of shared memory, the chip has {SHARED_LIMIT[chip]}": found.shared > SHARED_LIMIT[chip],
+        "no tensor-core instruction": width == 2 and not found.mma,
+        "no warp-group product": chip == "sm90" and width == 2 and tall and not found.wgmma,
+        "no asynchronous copy": not chip.startswith("gfx") and how.stages > 1 and not found.copies,
+    }
+    return [text for text, holds in checks.items() if holds]
+
+
+def main() -> int:
+    """Print the table in Markdown; the exit code is 1 if anything is wrong with a kernel."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("chips", nargs="*", default=CHIPS, help=f"by default {', '.join(CHIPS)}")
+    parser.add_argument("--quick", action="store_true", help="bf16, head dims 64 and 128, the plain and the fused variant")
+    args = parser.parse_args()
     print(f"Triton {triton.__version__}\n\n| chip | kernel | D | dtype | variant | registers | spilled | shared KiB | mma (wgmma) | async copies |")
     print("| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, chip, head_dim, width, variant in cases(chips):
+    wrong = 0
+    for name, chip, head_dim, width, variant in cases(args.chips, quick=args.quick):
         r = report(build(name, chip, head_dim, width, **VARIANTS[variant]), chip)
         cells = (chip, name, head_dim, NAMES[width], variant, r.registers, r.spilled, f"{r.shared / 1024:.0f}", f"{r.mma} ({r.wgmma})", r.copies)
         print("|", " | ".join(map(str, cells)), "|", flush=True)
+        for fault in faults(r, name, chip, head_dim, width, variant):
+            wrong += 1
+            print(f"FAULT {name} {chip} D={head_dim} {NAMES[width]} {variant}: {fault}", file=sys.stderr)
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
-    main(tuple(sys.argv[1:]) or CHIPS)
+    sys.exit(main())

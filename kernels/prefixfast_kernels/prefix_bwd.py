@@ -68,52 +68,42 @@ def attn_bwd(
     prefix_bwd_delta[(triton.cdiv(lse.numel(), 32),)](o, do, delta, lse.numel(), **launch.strides(o=o, do=do), **wide, BM=32)
     common = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, **launch.numbers(options, causal=causal, dtype=q.dtype), **heads}
     has_prefix = prefix_k is not None and len(tables.use) > 0
-    fused = has_prefix and needs_own and needs_prefix and sizes.depth <= 1 and len(tables.block_tiles) == len(tables.block)
+    short = sizes.depth <= 1 and len(tables.block_tiles) == len(tables.block)  # every query sees at most one tile of prefix rows
+    fused = short and has_prefix and needs_own and needs_prefix and not options.window and not options.softcap
     part = torch.empty(q.shape if fused else 1, dtype=torch.float32, device=q.device)
     dpk = dpv = dq = dk = dv = None
     if needs_prefix and prefix_k is not None and prefix_v is not None:
         dpk, dpv = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
         if has_prefix:
-            _block_gradients(dpk, dpv, part, q, k, pk, pv, do, tables, sizes, common, fused=fused)
+            _block_gradients(dpk, dpv, part, q, k, pk, pv, do, tables, options, sizes, common, fused=fused)
     if needs_own:
-        dq, dk, dv = _own_gradients(q, k, v, pk, pv, do, part, tables, sizes, slots, common, has_prefix=has_prefix, fused=fused)
+        dq, dk, dv = _own_gradients(q, k, v, pk, pv, do, part, tables, options, sizes, slots, common, has_prefix=has_prefix, fused=fused)
     return dq, dk, dv, dpk, dpv
 
 
 def _own_gradients(
-    q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, do: Tensor, part: Tensor, tables: PackedTables, sizes: Sizes, slots: Tensor | None,
-    common: dict[str, object], *, has_prefix: bool, fused: bool,
+    q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, do: Tensor, part: Tensor, tables: PackedTables, options: Options, sizes: Sizes,
+    slots: Tensor | None, common: dict[str, object], *, has_prefix: bool, fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))  # rows that no segment names keep their zeros
     arena = {"SLOTS": tables.seg if slots is None else slots, "ARENA": slots is not None}
     prefix_bwd_dq[len(tables.tiles), k.shape[1]](
         K=k, V=v, PK=pk, PV=pv, DQ=dq, PART=part, TILES=tables.tiles, PREFIX=has_prefix, FUSED=fused, **arena, **common,
-        **launch.tables(tables), **launch.strides(q=q, k=k, v=v, pk=pk, pv=pv, do=do, dq=dq), **launch.tile("prefix_bwd_dq", q, k, sizes),
+        **launch.tables(tables), **launch.strides(q=q, k=k, v=v, pk=pk, pv=pv, do=do, dq=dq), **launch.tile("prefix_bwd_dq", q, k, sizes, options, fused=fused),
     )  # fmt: skip
     prefix_bwd_kv[len(tables.key_tiles), k.shape[1]](
         K=k, V=v, DK=dk, DV=dv, KEY_TILES=tables.key_tiles, SEG=tables.seg, SEG_POS=tables.seg_pos, **arena, **common,
-        **launch.strides(q=q, k=k, v=v, do=do, dk=dk), **launch.tile("prefix_bwd_kv", q, k, sizes),
+        **launch.strides(q=q, k=k, v=v, do=do, dk=dk), **launch.tile("prefix_bwd_kv", q, k, sizes, options),
     )  # fmt: skip
     return dq, dk, dv
 
 
 def _block_gradients(
-    dpk: Tensor,
-    dpv: Tensor,
-    part: Tensor,
-    q: Tensor,
-    k: Tensor,
-    pk: Tensor,
-    pv: Tensor,
-    do: Tensor,
-    tables: PackedTables,
-    sizes: Sizes,
-    common: dict[str, object],
-    *,
-    fused: bool,
-) -> None:
-    tiles, h, how = len(tables.block_tiles), k.shape[1], launch.tile("prefix_bwd_block", q, k, sizes)
+    dpk: Tensor, dpv: Tensor, part: Tensor, q: Tensor, k: Tensor, pk: Tensor, pv: Tensor, do: Tensor, tables: PackedTables, options: Options,
+    sizes: Sizes, common: dict[str, object], *, fused: bool,
+) -> None:  # fmt: skip
+    tiles, h, how = len(tables.block_tiles), k.shape[1], launch.tile("prefix_bwd_block", q, k, sizes, options, fused=fused)
     slices = launch.slices(tiles * h, len(tables.user), int(how["TOKENS"]), q.device)
     shape = (slices, tiles, how["BN"], h, q.shape[2])
     parts_k, parts_v = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in "kv")

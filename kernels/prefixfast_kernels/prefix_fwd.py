@@ -183,7 +183,7 @@ def attn_fwd(
         **launch.strides(q=q, k=k, v=v, pk=pk, pv=pv, o=o),
         **launch.heads(q, k),
         **launch.numbers(options, causal=causal, dtype=q.dtype),
-        **launch.tile("prefix_fwd", q, k, sizes),
+        **launch.tile("prefix_fwd", q, k, sizes, options),
         PREFIX=len(tables.use) > 0,
         ARENA=slots is not None,
     )

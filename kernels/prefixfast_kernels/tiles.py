@@ -73,30 +73,63 @@ class Compile:
 
 @dataclass(frozen=True)
 class Entry:
-    """Tiles for one chip, head dim and element size."""
+    """Tiles for one chip, head dim and element size.
+
+    Attributes:
+        bm: Rows of a query tile.
+        keys: Keys of a tile in the backward.
+        rows: Prefix rows of a tile in the backward.
+        kernels: By (kernel, case): ``""``, or ``"masked"`` (window or soft cap) or ``"fused"`` where that case must be compiled differently.
+    """
 
     bm: int
     keys: int
     rows: int
-    kernels: dict[str, Compile]
+    kernels: dict[tuple[str, str], Compile]
+
+    def how(self, kernel: str, *, masked: bool = False, fused: bool = False) -> Compile:
+        """How a kernel is compiled for a case."""
+        case = "fused" if fused else "masked" if masked else ""
+        return self.kernels.get((kernel, case), self.kernels[kernel, ""])
 
 
-def _entry(bm: int, keys: int, rows: int, *how: tuple[int, int, int]) -> Entry:
-    return Entry(bm, keys, rows, {name: Compile(*c) for name, c in zip(KERNELS, how, strict=True)})
+Ways = tuple[tuple[int, int, int], ...]
 
 
-# (chip, padded head dim, bytes of an element) -> query tile, key tile, prefix tile, then (inner, warps, stages) of KERNELS in order.
-TABLE: dict[tuple[str, int, int], Entry] = {}
-for _chip in ("sm80", "sm90", "sm100"):
-    TABLE |= {
-        (_chip, 64, 2): _entry(128, 64, 64, (64, 8, 3), (64, 8, 2), (64, 4, 2), (64, 4, 2)),
-        (_chip, 128, 2): _entry(128, 64, 64, (64, 8, 2), (64, 8, 2), (64, 8, 2), (64, 8, 2)),
-        (_chip, 256, 2): _entry(64, 32, 32, (32, 8, 2), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
-        (_chip, 64, 4): _entry(64, 32, 32, (32, 4, 2), (32, 4, 1), (32, 4, 1), (32, 4, 1)),
-        (_chip, 128, 4): _entry(64, 32, 32, (32, 8, 2), (32, 8, 1), (32, 8, 1), (32, 8, 1)),
-        (_chip, 256, 4): _entry(32, 16, 16, (16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1)),
-    }
-TABLE |= {("gfx942", *key[1:]): entry for key, entry in TABLE.items() if key[0] == "sm80"}
+def _entry(bm: int, keys: int, rows: int, fwd: Ways, dq: Ways, kv: Ways, block: Ways) -> Entry:
+    """Each kernel: (inner, warps, stages), then that of the masked and of the fused case where they differ."""
+    cases = ("", "masked", "fused")
+    named = zip(KERNELS, (fwd, dq, kv, block), strict=True)
+    return Entry(bm, keys, rows, {(name, case): Compile(*way) for name, ways in named for case, way in zip(cases, ways, strict=False)})
+
+
+# (chip, padded head dim, bytes of an element); see `_entry`. Found by compiling candidates from large to small until nothing spills.
+TABLE: dict[tuple[str, int, int], Entry] = {
+    ("sm80", 64, 2): _entry(128, 64, 64, ((64, 8, 3),), ((64, 8, 3),), ((32, 8, 2),), ((64, 8, 3),)),
+    ("sm80", 128, 2): _entry(128, 64, 64, ((32, 8, 1),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (64, 8, 3), (32, 8, 2))),
+    ("sm80", 256, 2): _entry(64, 32, 64, ((64, 8, 2), (32, 8, 2)), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (64, 8, 3), (32, 8, 1))),
+    ("sm90", 64, 2): _entry(128, 64, 64, ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 3),)),
+    ("sm90", 128, 2): _entry(128, 64, 64, ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 2), (32, 8, 2)), ((64, 8, 3), (64, 8, 3), (32, 8, 2))),
+    ("sm90", 256, 2): _entry(128, 32, 32, ((32, 8, 2),), ((32, 8, 2), (32, 8, 2), (32, 8, 1)), ((32, 8, 2),), ((64, 8, 3), (64, 8, 2), (32, 8, 2))),
+    ("sm100", 64, 2): _entry(128, 64, 64, ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 3),)),
+    ("sm100", 128, 2): _entry(128, 64, 64, ((64, 8, 2),), ((32, 8, 2),), ((64, 8, 3),), ((64, 8, 3),)),
+    ("sm100", 256, 2): _entry(64, 32, 32, ((32, 8, 1),), ((32, 8, 1),), ((32, 8, 1),), ((32, 8, 1),)),  # provisional
+    ("gfx942", 64, 2): _entry(128, 64, 64, ((64, 8, 3),), ((64, 8, 2), (64, 4, 3)), ((64, 4, 2),), ((64, 4, 3), (64, 4, 3), (64, 4, 2))),
+    ("gfx942", 128, 2): _entry(128, 64, 64, ((32, 8, 2),), ((32, 4, 3),), ((32, 4, 3),), ((32, 4, 3), (32, 4, 3), (32, 4, 2))),
+    ("gfx942", 256, 2): _entry(64, 32, 32, ((32, 8, 1),), ((32, 8, 1),), ((32, 8, 1),), ((32, 8, 1),)),  # provisional
+    ("sm80", 64, 4): _entry(32, 32, 32, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm80", 128, 4): _entry(32, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm80", 256, 4): _entry(16, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm90", 64, 4): _entry(32, 32, 32, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm90", 128, 4): _entry(32, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm90", 256, 4): _entry(16, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm100", 64, 4): _entry(32, 32, 32, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm100", 128, 4): _entry(32, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("sm100", 256, 4): _entry(16, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("gfx942", 64, 4): _entry(32, 32, 32, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("gfx942", 128, 4): _entry(32, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+    ("gfx942", 256, 4): _entry(16, 16, 16, ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),), ((16, 4, 1),)),  # provisional
+}
 
 
 def padded(head_dim: int) -> int:

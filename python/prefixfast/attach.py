@@ -136,15 +136,20 @@ def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     Raises:
         ConfigError: If the model is detached or in training mode: its own attention would drop the plan in silence.
     """
-    if model.config._attn_implementation != NAME or model.training:
-        state = "in training mode, call eval()" if model.training else "detached, or its attention was switched; load it again"
-        msg = f"this {type(model).__name__} cannot run a packed forward: it is {state}"
-        raise ConfigError(msg)
+    check_packed(model)
     tokens = ids[None]
     keep = {} if plan.logits_at is None else {"logits_to_keep": plan.logits_at}
     # The mask of ones keeps GPT-2 from searching the batch for padding (a host synchronization); it is dropped on the way.
     out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=plan.position_ids, use_cache=False, prefixfast=plan, **keep)
     return out.logits[0]
+
+
+def check_packed(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` if the model is detached or in training mode: its own attention would drop the plan in silence."""
+    if model.config._attn_implementation != NAME or model.training:
+        state = "in training mode, call eval()" if model.training else "detached, or its attention was switched; load it again"
+        msg = f"this {type(model).__name__} cannot run a packed forward: it is {state}"
+        raise ConfigError(msg)
 
 
 def _run(undo: list[Callable[[], None]]) -> None:

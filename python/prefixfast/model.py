@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -19,6 +20,7 @@ from prefixfast import ops
 from prefixfast.attach import Handle, LayerShape, attach, packed_forward
 from prefixfast.errors import BaseMismatchError, ConfigError
 from prefixfast.fingerprint import check_base, fingerprint
+from prefixfast.head import Head, find_head, packed_hidden
 from prefixfast.plan import Plan
 from prefixfast.prefix import Prefix
 from prefixfast.tokenizer import Tokenizer
@@ -36,6 +38,7 @@ class Model:
         backend: Which kernels attention runs on.
         handle: The attachment.
         tokenizer: None if the base came as an object without one.
+        head: Its output layer, None if it is no plain one.
         closed: Whether it was given back.
     """
 
@@ -43,6 +46,7 @@ class Model:
     backend: ops.Backend
     handle: Handle
     tokenizer: Tokenizer | None
+    head: Head | None
     closed: bool = False
 
     @property
@@ -78,6 +82,13 @@ class Model:
     def forward(self, plan: Plan, ids: Tensor) -> Tensor:
         """Logits ``[n, V]`` of one packed forward of tokens ``[N]``."""
         return packed_forward(self.hf, plan, ids)
+
+    def losses(self, plan: Plan, ids: Tensor, targets: Tensor) -> Tensor:
+        """Losses ``[n]`` (fp32, fp64 for fp64) of ``targets`` int64 ``[n]`` at ``plan.logits_at``, from one packed forward of tokens ``[N]``."""
+        if self.head is not None:
+            return self.head.losses(packed_hidden(self.hf, plan, ids), targets, self.backend.name)
+        logits = self.forward(plan, ids)
+        return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.
@@ -177,7 +188,7 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
     except ConfigError:
         handle.detach()
         raise
-    return Model(hf, chosen, handle, ours)
+    return Model(hf, chosen, handle, ours, find_head(hf))
 
 
 def _opened(model: Model) -> Model:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prefixfast.errors import ConfigError
+from prefixfast_kernels import cross_entropy as ce
 from prefixfast_kernels import reference, tiles, torch_attn
 from prefixfast_kernels.tables import DecodeTables, PackedTables
 from prefixfast_kernels.tiles import Backend as Backend
@@ -309,3 +310,53 @@ def attn_decode(
 @attn_decode.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))
+
+
+@torch.library.custom_op("prefixfast::linear_cross_entropy", mutates_args=())
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, needs_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Losses ``[n]`` of ``targets`` int64 ``[n]`` under ``hidden [n, d] @ weight [V, d].T + bias`` and their gradients ``[n, d]``; see `cross_entropy`."""
+    how = {"softcap": softcap, "needs_grad": needs_grad, "backend": backend}
+    return ce.linear_cross_entropy(hidden, weight, bias, targets, **how)  # type: ignore[arg-type]
+
+
+@linear_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, needs_grad: bool, backend: str) -> tuple[Tensor, Tensor]:
+    losses = hidden.new_empty(hidden.shape[0], dtype=reference.accumulator(hidden.dtype))
+    return losses, torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad else hidden.new_empty(0)
+
+
+def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _cross_entropy_backward(ctx: Any, dlosses: Tensor, _dgrad: Tensor) -> tuple[Any, ...]:
+    (grad,) = ctx.saved_tensors
+    return (grad * dlosses[:, None].to(grad.dtype), *[None] * 6)
+
+
+linear_cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_cross_entropy_setup)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, backend: str) -> Tensor:
+    """Loss of every target under a frozen output layer, differentiable in ``hidden``; never holds all logits but on the reference backend.
+
+    Args:
+        hidden: ``[n, d]``.
+        weight: ``[V, d]`` in the dtype of ``hidden``.
+        bias: ``[V]`` or None.
+        targets: ``[n]`` int64.
+        softcap: Cap of the logits, 0 for none.
+        backend: ``"auto"`` or one of `BACKENDS`.
+
+    Returns:
+        ``[n]``, fp32 (fp64 for fp64).
+    """
+    reasons = {"triton": {f"{hidden.dtype}": hidden.dtype == torch.float64}}
+    chosen = _pick("cross_entropy", backend, hidden.device, reasons)
+    if chosen == "reference":
+        return reference.linear_cross_entropy(hidden, weight, bias, targets, softcap=softcap)
+    losses, _ = linear_cross_entropy(hidden, weight, bias, targets, softcap, hidden.requires_grad and torch.is_grad_enabled(), chosen)
+    return losses

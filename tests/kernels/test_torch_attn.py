@@ -139,16 +139,6 @@ def test_decode_equals_reference(heads, window, softcap, dtype):
     assert all(a <= 2 * b + FLOOR[dtype] for a, b in zip(got, rounded, strict=True)), (got, rounded)
 
 
-def test_operators_are_registered_properly():
-    p = problem(FEW, [6, 3], num_heads=4, num_kv_heads=2, head_dim=16)
-    args = (*p.inputs(), list(p.tables), None, None, p.scale, 0, 0.0, True, True, "torch", [0] * 4)
-    torch.library.opcheck(ops.attn, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
-    arena = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4)
-    torch.library.opcheck(
-        ops.kv_write, (*arena, torch.ones(3, 2, 4), torch.ones(3, 2, 4), torch.tensor([1, 5, 2], dtype=torch.int32)), test_utils="test_schema"
-    )
-
-
 def test_what_a_backend_cannot_do_falls_back_and_is_logged(caplog):
     p = problem([Request(5)], [], num_heads=2, num_kv_heads=2, head_dim=16)
     ops._log_fallback.cache_clear()

@@ -8,6 +8,7 @@ import torch
 from prefixfast_kernels import launch, tiles
 from prefixfast_kernels.cases import CASES, FLOOR, NAMES, Case, errors, triton, within
 from prefixfast_kernels.checks import Problem, Request, relative_error
+from prefixfast_kernels.torch_piece import Options
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def test_loops_and_sums_are_long_enough_to_fail():
     case = CASES["one for all"]
     sizes = sizes_of(case, torch.float16)
     q, k = torch.empty(1, case.heads[0], case.heads[2], dtype=torch.float16), torch.empty(1, case.heads[1], case.heads[2], dtype=torch.float16)
-    how = {name: launch.tile(name, q, k, sizes) for name in tiles.KERNELS}
+    how = {name: launch.tile(name, q, k, sizes, Options(1.0, 0, 0.0)) for name in tiles.KERNELS}
     longest, users, tables = max(r.length for r in case.requests), sum(r.length for r in case.requests), case.problem(sizes).tables
     for name in ("prefix_fwd", "prefix_bwd_dq"):
         assert min(case.blocks[0], longest) // how[name]["BN"] >= 3, "whole tiles of the block and of the keys"
@@ -124,7 +125,7 @@ def test_equal_inputs_give_equal_bits():
 
 def test_a_saved_pass_over_the_prefix_changes_nothing():
     """With at most one short block a query, dQ of the prefix part comes from the kernel of the blocks."""
-    case, sizes = SMALL, tiles.Sizes(8, 16, 16)
+    case, sizes = dataclasses.replace(SMALL, window=0), tiles.Sizes(8, 16, 16)
     p = case.problem(sizes).cast(torch.float32)
     fused, plain = (triton(p, case, sizes._replace(depth=d)) for d in (1, 2))
     assert all(relative_error(a, b) < 2e-6 for a, b in zip(fused, plain, strict=True))

@@ -1,5 +1,6 @@
 """Real weights: packed logits and gradients equal PEFT's, tokens equal PEFT's and transformers' own."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -8,9 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import shared
 import tiny
-from parity.packed import case, compare_gradients, compare_logits
+from parity.packed import Case, case, compare_gradients, compare_logits
 from parity.test_generate import alone
-from prefixfast import Engine
+from prefixfast import Engine, load
+from prefixfast.encoder import text_kv
+from prefixfast.interchange import peft as layout
 
 TOLERANCE = 1e-5
 
@@ -25,12 +28,29 @@ def make(request, tmp_path_factory):
     return functools.partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
 
 
+def natural(make, c: Case) -> Case:
+    """The case with prefixes made of the base's own keys and values of some tokens, plus noise.
+
+    Random numbers in their place break SmolLM2's attention to its first token: there PEFT in fp32 is 1e-4 from PEFT in fp64, so nothing can be compared.
+    """
+    g = torch.Generator().manual_seed(0)
+    tables = []
+    with load(make()) as base:
+        for n in map(len, c.tables):
+            kv = text_kv(base, torch.randint(3, 500, (n,), generator=g).tolist(), n)
+            table = layout.to_table({f"self.{i}.{x}": t for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)})
+            tables.append(table * (1 + 0.3 * torch.randn(table.shape, generator=g)))
+    return dataclasses.replace(c, tables=tables)
+
+
 def test_packed_logits_and_gradients_equal_peft(make):
-    c = case(make, vocab=500, longest=60, lengths=(10, 6), scale=1.0)
+    c = natural(make, case(make, vocab=500, longest=60, lengths=(10, 6)))
     error, effect = compare_logits(make, c)
     assert error < TOLERANCE
     assert effect > 1000 * TOLERANCE
-    assert compare_gradients(make, c) < TOLERANCE
+    # Through 30 layers fp32 alone makes 1.4e-5 of gradients that agree to 1e-6 in fp64 (where RMSNorm still rounds to fp32): the deep model is held to that.
+    deep = make().config.num_hidden_layers > 20
+    assert compare_gradients(functools.partial(make, dtype=torch.float64) if deep else make, c) < (TOLERANCE / 10 if deep else TOLERANCE)
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 5}], ids=["greedy", "beam5"])

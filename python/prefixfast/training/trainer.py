@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
@@ -217,8 +216,7 @@ class _Run:
         """Cross-entropy of every target token ``[T]``."""
         indptr = np.arange(len(micro.lengths) + 1, dtype=np.int32)
         plan = training_plan(micro.lengths, indptr, micro.prefix, self.prefix_rows, self.params.leaves, backend=self.model.backend, device=self.model.device)
-        logits = self.model.forward(plan.with_logits_at(micro.logits_at), micro.ids)
-        return F.cross_entropy(logits.to(parameter_dtype(logits.dtype)), micro.targets, reduction="none")
+        return self.model.losses(plan.with_logits_at(micro.logits_at), micro.ids, micro.targets)
 
     @torch.no_grad()
     def _evaluate(self, examples: Examples) -> torch.Tensor:
