@@ -122,7 +122,9 @@ def packed_tables(requests: list[Request], blocks: list[tuple[int, int]], sizes:
 
 
 def _tiles(segments: list[Segment], blocks: list[tuple[int, int]], sizes: Sizes) -> list[Tensor]:
-    """``tiles``, ``key_tiles`` and ``block_tiles``."""
+    """``tiles``, ``key_tiles`` and ``block_tiles``; empty without sizes."""
+    if not sizes.tokens:
+        return [_ints([], 2), _ints([], 3), _ints([], 2)]
     tiles = [(i, s.row + t) for i, s in enumerate(segments) for t in range(0, s.rows, sizes.tokens)]
     keys = []
     for i, s in enumerate(segments):

@@ -30,3 +30,15 @@ def generate(
 
     numbers = [[int(x) for x in text.split(",")] for text in (lengths, distinct)]
     run(out, model=model, dtype=dtype, lengths=numbers[0], distinct=numbers[1], work=Workload(requests=requests), rounds=rounds)
+
+
+@app.command("kernels")
+def kernels(
+    out: Annotated[Path, typer.Option("-o", "--output", help="folder for results.jsonl and the plot")] = Path("bench-kernels"),
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    rounds: Annotated[int, typer.Option(help="repetitions, contenders alternating")] = 7,
+) -> None:
+    """Packed attention with shared prefixes, forward and backward, against torch's attention on copied prefixes."""
+    from prefixfast.bench.kernels import run
+
+    run(out, dtype=dtype, rounds=rounds)
