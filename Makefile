@@ -54,9 +54,14 @@ format: $(VENV)/.ready ## rewrite the sources in the house style
 bench: $(VENV)/.built ## throughput versus prefix length, against PEFT
 	$(PY) -m prefixfast bench generate
 
-gpu: ## on a machine with a CUDA GPU, with its own python3: correctness on the device (installs nothing)
-	$(PYTHON) -c 'import torch, transformers; assert torch.cuda.is_available(), "no CUDA device"'
-	PYTHONPATH=python:tests $(PYTHON) -m pytest -m gpu tests/gpu
+OUT ?= bench-gpu
+gpu: ## on a machine with a CUDA GPU, with its own python3: correctness on the device, then kernel timings into OUT (installs nothing)
+	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [m for m in ("torch", "triton", "transformers", "pytest", "tqdm") if not u.find_spec(m)]; sys.exit(f"missing: {missing}" if missing else 0)'
+	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
+	PYTHONPATH=python:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/gpu/test_kernels.py
+	PYTHONPATH=python $(PYTHON) -c 'from pathlib import Path; from prefixfast.bench.kernels import run; run(Path("$(OUT)"), dtype="auto", rounds=7)'
+	PYTHONPATH=python $(PYTHON) -c 'from prefixfast import _rust' || { echo "the Rust extension is missing (python/prefixfast/_rust.abi3.so): the rest is not run"; exit 1; }
+	PYTHONPATH=python:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/gpu/test_device.py
 
 wheel: $(VENV)/.ready ## build dist/*.whl (abi3, Python 3.11+)
 	source $(VENV)/bin/activate && maturin build --release -q -o dist

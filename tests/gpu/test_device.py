@@ -1,4 +1,4 @@
-"""On a CUDA device: the packed forward, the engine and a training step give what the CPU gives (`make gpu`)."""
+"""On a CUDA device: the packed forward, the engine and a training step give what the CPU gives; forwards are captured in a CUDA graph (`make gpu`)."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,7 @@ import torch
 import prefixfast
 import tiny
 from parity.packed import case, packed
+from prefixfast.plan import plain_plan
 from prefixfast.training.trainer import train
 
 pytestmark = pytest.mark.gpu
@@ -45,3 +46,24 @@ def test_training_equals_the_cpu():
     rows = [{"input_ids": [5 + i, 6, 7, 8], "labels": [-100, -100, 7, 8]} for i in range(8)]
     losses = [train(tiny.make("llama").to(d), rows, init="random", prefix_length=4, max_steps=5).training["metrics"]["loss"] for d in ("cpu", "cuda")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_an_attached_forward_is_captured(family):
+    """No host synchronization in a packed forward: captured once, replayed on other tokens."""
+    with prefixfast.load(tiny.make(family).cuda(), backend="triton") as base, torch.no_grad():
+        plan = plain_plan([9, 20], backend=base.backend, device="cuda")
+        ids = torch.arange(3, 32, device="cuda")
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                base.forward(plan, ids)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = base.forward(plan, ids)
+        other = torch.arange(40, 69, device="cuda")
+        ids.copy_(other)
+        graph.replay()
+        assert torch.equal(out, base.forward(plan, other))

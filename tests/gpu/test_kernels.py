@@ -1,11 +1,8 @@
-"""On a CUDA device: every case of the kernels in every dtype, the same bits in every run, and forwards captured in a CUDA graph (`make gpu`)."""
+"""On a CUDA device: every case of the kernels in every dtype, the same bits in every run (`make gpu`; needs no Rust extension)."""
 
 import pytest
 import torch
 
-import prefixfast
-import tiny
-from prefixfast.plan import plain_plan
 from prefixfast_kernels import cross_entropy, tiles
 from prefixfast_kernels.cases import CASES, FLOOR, NAMES, errors, triton, within
 from prefixfast_kernels.checks import relative_error
@@ -49,24 +46,3 @@ def test_cross_entropy_equals_torch(dtype, softcap):
     )
     limit = 1e-5 if dtype == torch.float32 else 2e-2
     assert all(relative_error(a, b) < limit for a, b in zip(found, expected, strict=True))
-
-
-@pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_an_attached_forward_is_captured(family):
-    """No host synchronization in a packed forward: captured once, replayed on other tokens."""
-    with prefixfast.load(tiny.make(family).cuda(), backend="triton") as base, torch.no_grad():
-        plan = plain_plan([9, 20], backend=base.backend, device="cuda")
-        ids = torch.arange(3, 32, device="cuda")
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                base.forward(plan, ids)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = base.forward(plan, ids)
-        other = torch.arange(40, 69, device="cuda")
-        ids.copy_(other)
-        graph.replay()
-        assert torch.equal(out, base.forward(plan, other))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -203,6 +204,8 @@ def run(out: Path, *, dtype: str, rounds: int, device: str = "auto") -> list[Poi
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name()
     write_rows(out / "results.jsonl", [{"suite": "kernels", "dtype": str(chosen), "device": str(where)}, *(p.row() for p in points)])
     print(table(points))
-    plot(points, out / "kernels.png", f"{chosen}, {name}")
-    print(f"{out / 'results.jsonl'}, {out / 'kernels.png'}")
+    drawn = importlib.util.find_spec("matplotlib") is not None
+    if drawn:
+        plot(points, out / "kernels.png", f"{chosen}, {name}")
+    print(out / "results.jsonl", out / "kernels.png" if drawn else "(no plot without matplotlib)")
     return points
