@@ -35,7 +35,8 @@ def linear_cross_entropy(
     """
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
-    grad = torch.empty_like(hidden) if needs_grad else hidden.new_empty(0)
+    targets = targets.contiguous()
+    grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_grad else hidden.new_empty(0)
     step = max(1, CHUNK_BYTES.get(hidden.device.type, 1 << 24) // (4 * len(weight)))
     for start in range(0, len(hidden), step):
         part = slice(start, start + step)

@@ -73,7 +73,7 @@ def attn_bwd(
     part = torch.empty(q.shape if fused else 1, dtype=torch.float32, device=q.device)
     dpk = dpv = dq = dk = dv = None
     if needs_prefix and prefix_k is not None and prefix_v is not None:
-        dpk, dpv = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
+        dpk, dpv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (prefix_k, prefix_v))
         if has_prefix:
             _block_gradients(dpk, dpv, part, q, k, pk, pv, do, tables, options, sizes, common, fused=fused)
     if needs_own:
@@ -127,5 +127,17 @@ def _block_gradients(
         **launch.strides(q=q, pk=pk, pv=pv, do=do),
     )
     prefix_bwd_sum[tiles, h](
-        parts_k, parts_v, dpk, dpv, tables.block_tiles, tables.block, slices, **launch.strides(dp=dpk), H=h, D=q.shape[2], DP=common["DP"], BN=how["BN"]
+        parts_k,
+        parts_v,
+        dpk,
+        dpv,
+        tables.block_tiles,
+        tables.block,
+        slices,
+        **launch.strides(dp=dpk),
+        H=h,
+        D=q.shape[2],
+        DP=common["DP"],
+        BN=how["BN"],
+        num_warps=8,
     )

@@ -26,6 +26,7 @@ def softmax_grad(LOGITS, TARGETS, LOSSES, vocab, softcap, stride, BLOCK: tl.cons
     row = tl.program_id(0).to(tl.int64)
     base = LOGITS + row * stride
     target = tl.load(TARGETS + row)
+    picked, _ = capped(tl.load(base + target), softcap, SOFTCAP)  # before the row is overwritten; the reductions below are barriers
     n = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
@@ -38,7 +39,6 @@ def softmax_grad(LOGITS, TARGETS, LOSSES, vocab, softcap, stride, BLOCK: tl.cons
         m = new
     most = tl.max(m, 0)
     lse2 = most + tl.log2(tl.sum(l * tl.exp2(m - most), 0))
-    picked, _ = capped(tl.load(base + target), softcap, SOFTCAP)
     tl.store(LOSSES + row, lse2 * LN2 - picked)
     if GRAD:
         for j in range(0, vocab, BLOCK):

@@ -181,4 +181,8 @@ def sizes(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int
         shapes: (queries per kv head, head dim) of every layer; the smallest tile fits all of them.
     """
     found = [(entry(device, head_dim, dtype), group) for group, head_dim in shapes]
+    for e, group in found:
+        if group > (least := min(e.bm, *(how.inner for (name, _), how in e.kernels.items() if name in KERNELS[2:]))):
+            msg = f"{group} query heads of one kv head do not fit a tile of {least} rows; use backend='torch'"
+            raise ValueError(msg)
     return Sizes(min(max(1, e.bm // g) for e, g in found), min(e.keys for e, _ in found), min(e.rows for e, _ in found))

@@ -81,7 +81,7 @@ def _pick(op: str, name: str, device: torch.device, reasons: dict[str, dict[str,
     raise ConfigError(msg)
 
 
-def _pick_packed(q: Tensor, slots: Tensor | None, bias: Tensor | None, *, causal: bool, square: bool, backend: str, sizes: Sizes) -> str:
+def _pick_packed(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, bias: Tensor | None, *, causal: bool, square: bool, backend: str, sizes: Sizes) -> str:
     torch_cannot = {
         "non-causal attention": not causal,
         "keys in the slot table": slots is not None,
@@ -91,6 +91,7 @@ def _pick_packed(q: Tensor, slots: Tensor | None, bias: Tensor | None, *, causal
     triton_cannot = {
         "a position bias": bias is not None,
         f"{q.dtype}": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
+        "keys of another dtype than the queries": not q.dtype == k.dtype == v.dtype,
         "tables without tiles": not sizes.tokens,
     }
     return _pick("attn", backend, q.device, {"triton": triton_cannot, "torch": torch_cannot})
@@ -137,12 +138,13 @@ def attn(
         ``o [N, HQ, D]`` and ``lse [N, HQ]`` (natural log; fp32, fp64 for fp64).
     """
     cut = Sizes(*sizes)
-    chosen = _pick_packed(q, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
+    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
     packed, options = PackedTables(*tables), Options(scale, window, softcap)
     if chosen == "triton":
         from prefixfast_kernels import prefix_fwd  # triton is there on GPUs only
 
-        return prefix_fwd.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options, cut, causal=causal, slots=slots)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return prefix_fwd.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options, cut, causal=causal, slots=slots)
     if chosen == "torch":
         return torch_attn.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options)
     return reference.attn(q, k, v, prefix_k, prefix_v, packed, scale=scale, window=window, softcap=softcap, causal=causal, slots=slots, bias=bias)
@@ -202,13 +204,14 @@ def attn_bwd(
         dq, dk, dv, dprefix_k, dprefix_v in the dtypes of their tensors; empty where not needed.
     """
     cut, packed, options = Sizes(*sizes), PackedTables(*tables), Options(scale, window, softcap)
-    chosen = _pick_packed(q, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
+    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
     wants = {"needs_own": any(needs[:3]), "needs_prefix": any(needs[3:])}
     grads: tuple[Tensor | None, ...]
     if chosen == "triton":
         from prefixfast_kernels import prefix_bwd  # triton is there on GPUs only
 
-        grads = prefix_bwd.attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, cut, causal=causal, slots=slots, **wants)
+        with torch.cuda.device_of(q):
+            grads = prefix_bwd.attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, cut, causal=causal, slots=slots, **wants)
     else:
         grads = torch_attn.attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, **wants)
     return [q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)]
@@ -231,7 +234,7 @@ def _attn_backward(ctx: Any, do: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
     q, k, v, prefix_k, prefix_v, slots, bias, o, lse, *tables = ctx.saved_tensors
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
     scale, window, softcap, causal, square, backend, sizes = ctx.options
-    chosen = _pick_packed(q, slots, bias, causal=causal, square=square, backend=backend, sizes=Sizes(*sizes))
+    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=Sizes(*sizes))
     if chosen == "reference":  # by autograd, which does not reach into operators
         same: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "causal": causal, "slots": slots, "bias": bias}
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((q, k, v, prefix_k, prefix_v), needs, strict=True)]
@@ -318,7 +321,8 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Losses ``[n]`` of ``targets`` int64 ``[n]`` under ``hidden [n, d] @ weight [V, d].T + bias`` and their gradients ``[n, d]``; see `cross_entropy`."""
     how = {"softcap": softcap, "needs_grad": needs_grad, "backend": backend}
-    return ce.linear_cross_entropy(hidden, weight, bias, targets, **how)  # type: ignore[arg-type]
+    with torch.cuda.device_of(hidden):
+        return ce.linear_cross_entropy(hidden, weight, bias, targets, **how)  # type: ignore[arg-type]
 
 
 @linear_cross_entropy.register_fake

@@ -104,11 +104,13 @@ def masked(x: Inputs) -> Tensor:
 
 
 def sdpa(x: Inputs, kernel: str) -> Tensor:
-    """Copied prefixes, no mask tensor, one of torch's fused kernels forced."""
+    """Copied prefixes, one of torch's fused kernels forced (cuDNN's gets its mask as a tensor from torch)."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.bias import causal_lower_right
 
     q, k, v = x.batched()
+    if kernel == "EFFICIENT_ATTENTION":  # it knows no grouped heads
+        k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
     with sdpa_kernel(getattr(SDPBackend, kernel)):
         return x.packed(F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=q.shape[1] != k.shape[1]))
 
@@ -133,9 +135,10 @@ class _Cascade(torch.autograd.Function):
         """Own keys causal, prefixes not; queries sorted by prefix."""
         order = _order(shape, q.device)
         own_o, own_lse, own_state = _flash(q, k, v, shape, own=True)
-        prefix_o, prefix_lse, prefix_state = _flash(q[order], pk, pv, shape, own=False)
-        back = order.argsort()
-        po, pl, ol = prefix_o[back], prefix_lse.T[back], own_lse.T
+        one = shape.distinct == 1  # then the order is that of the sequences
+        prefix_o, prefix_lse, prefix_state = _flash(q if one else q[order], pk, pv, shape, own=False)
+        po, pl = (prefix_o, prefix_lse.T) if one else (prefix_o[_back(shape, q.device)], prefix_lse.T[_back(shape, q.device)])
+        ol = own_lse.T
         lse = torch.logaddexp(pl, ol)
         o = (po * (pl - lse).exp()[..., None] + own_o * (ol - lse).exp()[..., None]).to(q.dtype)
         ctx.save_for_backward(q, k, v, pk, pv, o, lse, order, *own_state, *prefix_state)
@@ -147,15 +150,24 @@ class _Cascade(torch.autograd.Function):
         """Two flash backward calls with the merged output and statistics."""
         q, k, v, pk, pv, o, lse, order, rng0, unused0, rng1, unused1 = ctx.saved_tensors
         dq, dk, dv = _flash_backward(do, q, k, v, o, lse, ctx.shape, (rng0, unused0), own=True)
-        pq, dpk, dpv = _flash_backward(do[order], q[order], pk, pv, o[order], lse[order], ctx.shape, (rng1, unused1), own=False)
-        return dq.index_add(0, order, pq), dk, dv, dpk, dpv, None
+        one = ctx.shape.distinct == 1
+        gdo, gq, go, gl = (do, q, o, lse) if one else (do[order], q[order], o[order], lse[order])
+        pq, dpk, dpv = _flash_backward(gdo, gq, pk, pv, go, gl, ctx.shape, (rng1, unused1), own=False)
+        return dq + (pq if one else pq[_back(ctx.shape, q.device)]), dk, dv, dpk, dpv, None
 
 
+@functools.lru_cache(maxsize=32)
 def _order(shape: Shape, device: torch.device) -> Tensor:
     which = torch.arange(shape.sequences, device=device) % shape.distinct
     return torch.argsort(which.repeat_interleave(shape.tokens), stable=True)
 
 
+@functools.lru_cache(maxsize=32)
+def _back(shape: Shape, device: torch.device) -> Tensor:
+    return _order(shape, device).argsort()
+
+
+@functools.lru_cache(maxsize=64)
 def _lengths(shape: Shape, device: torch.device, *, own: bool) -> tuple[Tensor, Tensor, int, int]:
     if own:
         cu = torch.arange(shape.sequences + 1, device=device, dtype=torch.int32) * shape.tokens
@@ -193,14 +205,18 @@ def _flex_mask(shape: Shape, device: torch.device) -> Any:
     return create_block_mask(seen, None, None, n, p + n, device=device)
 
 
-def flex(x: Inputs) -> Tensor:
-    """FlexAttention, compiled: one axis of keys [all prefixes; all tokens] and a block mask, which is made once and not timed."""
+@functools.cache
+def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(x: Inputs) -> Tensor:
+    """FlexAttention, compiled: one axis of keys [all prefixes; all tokens] and a block mask, which is made once and not timed."""
     q, k, v, pk, pv = x.leaves
     keys, values = (torch.cat([a, b]).transpose(0, 1)[None] for a, b in ((pk, k), (pv, v)))
-    run = torch.compile(flex_attention, dynamic=False)
-    out = run(q.transpose(0, 1)[None], keys, values, block_mask=_flex_mask(x.shape, q.device), enable_gqa=q.shape[1] != k.shape[1])
+    out = _compiled_flex()(q.transpose(0, 1)[None], keys, values, block_mask=_flex_mask(x.shape, q.device), enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 
 

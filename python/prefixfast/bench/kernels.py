@@ -108,6 +108,7 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, rounds: i
     Raises:
         RuntimeError: If it is prefixfast that differs.
     """
+    torch._dynamo.reset()  # one specialization of FlexAttention a shape would run into the recompile limit
     x = Inputs.make(shape, dtype, device)
     rate, bandwidth = roofline(device, dtype)
     names = CONTENDERS if device.type == "cuda" else {n: CONTENDERS[n] for n in ON_CPU}
@@ -117,7 +118,9 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, rounds: i
     for name, contender in names.items():
         try:
             error = max(relative_error(a, b) for a, b in zip(_outputs(contender, x), expected, strict=True))
-        except (RuntimeError, AttributeError, TypeError, ValueError, ImportError) as e:
+        except Exception as e:  # whatever a contender of torch raises (Triton's OutOfResources is a plain Exception), it is not run
+            if name == "prefixfast":
+                raise
             points.append(Point(shape, name, "forward", None, 0.0, str(e).splitlines()[0][:200]))
             continue
         if error < LIMIT[dtype]:
