@@ -1,5 +1,6 @@
 """`prefixfast bench kernels`: its gate runs in the interpreter as on a device, its contenders agree, its report says what did not run."""
 
+import dataclasses
 import json
 
 import pytest
@@ -39,7 +40,8 @@ def test_a_wrong_prefixfast_is_not_timed(monkeypatch):
         kernels.measure(SMALL, torch.float32, CPU, rounds=1)
 
 
-def test_the_merge_of_two_calls_is_right(monkeypatch):
+@pytest.mark.parametrize("distinct", [1, 2])
+def test_the_merge_of_two_calls_is_right(distinct, monkeypatch):
     """The device's flash operators are replaced by plain ones; the merge and the gradient through the merged statistics are ours."""
 
     def flash(q, k, v, shape, *, own):
@@ -56,7 +58,7 @@ def test_the_merge_of_two_calls_is_right(monkeypatch):
 
     monkeypatch.setattr(baselines, "_flash", flash)
     monkeypatch.setattr(baselines, "_flash_backward", backward)
-    x = baselines.Inputs.make(SMALL, torch.float64, CPU)
+    x = baselines.Inputs.make(dataclasses.replace(SMALL, distinct=distinct), torch.float64, CPU)
     got, expected = (kernels._outputs(f, x) for f in (baselines.cascade, baselines.masked))
     assert all(relative_error(a, b) < 1e-10 for a, b in zip(got, expected, strict=True))
 
