@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prefixfast_kernels.tiles import EVERYWHERE
+
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # fp32 logits of a chunk: about the last-level cache of a CPU; enough rows to fill a GPU
 
 
@@ -77,9 +79,10 @@ def _torch_chunk(logits: Tensor, targets: Tensor, softcap: float, needs_grad: bo
 def _triton_chunk(logits: Tensor, targets: Tensor, softcap: float, needs_grad: bool) -> Tensor:
     from prefixfast_kernels.softmax_grad import softmax_grad  # triton is not everywhere
 
+    how = EVERYWHERE["softmax_grad"]
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     softmax_grad[(len(logits),)](
         logits, targets, losses, logits.shape[1], softcap, logits.stride(0),
-        BLOCK=4096, SOFTCAP=softcap > 0, GRAD=needs_grad, num_warps=8, num_stages=2, enable_fp_fusion=True,
+        BLOCK=how.inner, SOFTCAP=softcap > 0, GRAD=needs_grad, **how.options(),
     )  # fmt: skip
     return losses

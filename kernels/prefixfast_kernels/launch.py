@@ -46,7 +46,7 @@ def numbers(options: Options, *, causal: bool, dtype: torch.dtype) -> dict[str, 
 def tile(kernel: str, q: Tensor, k: Tensor, sizes: Sizes, options: Options, *, fused: bool = False) -> dict[str, Any]:
     """Tile sizes and compile options of one kernel."""
     group = q.shape[1] // k.shape[1]
-    how = entry(q.device, q.shape[2], q.dtype).how(kernel, masked=options.window > 0 or options.softcap > 0, fused=fused)
+    how = entry(q.device, q.shape[2], q.dtype).how(kernel, group, masked=options.window > 0 or options.softcap > 0, fused=fused)
     over_queries = kernel in ("prefix_fwd", "prefix_bwd_dq")
     keys = {"prefix_bwd_kv": sizes.keys, "prefix_bwd_block": sizes.rows}.get(kernel, how.inner)
     tokens = sizes.tokens if over_queries else max(1, how.inner // group)

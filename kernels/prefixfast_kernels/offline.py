@@ -20,27 +20,34 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prefixfast_kernels.prefix_bwd_dq import prefix_bwd_dq
-from prefixfast_kernels.prefix_bwd_kv import prefix_bwd_block, prefix_bwd_kv
+from prefixfast_kernels.prefix_bwd_dq import prefix_bwd_delta, prefix_bwd_dq
+from prefixfast_kernels.prefix_bwd_kv import prefix_bwd_block, prefix_bwd_kv, prefix_bwd_sum
 from prefixfast_kernels.prefix_fwd import prefix_fwd
-from prefixfast_kernels.tiles import CHIPS, KERNELS, TABLE, padded, rows_of
+from prefixfast_kernels.softmax_grad import softmax_grad
+from prefixfast_kernels.tiles import CHIPS, EVERYWHERE, KERNELS, TABLE, Compile, padded, rows_of
 
 TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
-FUNCTIONS = {f.__name__: f for f in (prefix_fwd, prefix_bwd_dq, prefix_bwd_kv, prefix_bwd_block)}
+FUNCTIONS = {f.__name__: f for f in (prefix_fwd, prefix_bwd_dq, prefix_bwd_kv, prefix_bwd_block, prefix_bwd_delta, prefix_bwd_sum, softmax_grad)}
 HEAD_DIMS = (64, 80, 96, 128, 256)
-PLAIN: dict[str, Any] = {"CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PREFIX": True, "ARENA": False, "FUSED": False}
+USUAL = (64, 128)
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+GROUP = 4
+PLAIN: dict[str, Any] = {"CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PREFIX": True, "ARENA": False, "FUSED": False, "GRAD": True}
 # What a kernel is compiled for beside the plain case; each flag that it knows of is set.
-VARIANTS: dict[str, dict[str, bool]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "fused": {"FUSED": True},
     "window and cap": {"WINDOW": True, "SOFTCAP": True},
     "arena": {"ARENA": True},
     "not causal": {"CAUSAL": False},
+    "G = 1": {"G": 1},
+    "G = 3": {"G": 3},
+    "G = 8": {"G": 8},
+    "no gradient": {"GRAD": False, "SOFTCAP": True},
 }
-FP32 = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV")
+FP32 = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV", "LOGITS", "LOSSES")
 TABLES = ("TILES", "SEG", "SEG_POS", "USE_INDPTR", "USE", "BLOCK", "SLOTS", "KEY_TILES", "BLOCK_TILES", "USER_INDPTR", "USER", "USER_POS", "USER_SLIDES")
-NAMES = {2: "bf16", 4: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -64,36 +71,40 @@ class Report:
     copies: int
 
 
-def build(name: str, chip: str, head_dim: int, width: int, *, group: int = 4, **flags: bool) -> Any:
-    """Compile one kernel from the tile table.
+def how(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Compile:
+    """How the launcher compiles a kernel."""
+    if name in EVERYWHERE:
+        return EVERYWHERE[name]
+    flags = VARIANTS[variant]
+    masked = bool(flags.get("WINDOW") or flags.get("SOFTCAP"))
+    return TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]].how(name, flags.get("G", GROUP), masked=masked, fused=bool(flags.get("FUSED")))
+
+
+def build(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Any:
+    """Compile one kernel as the launcher does.
 
     Args:
-        name: One of `KERNELS`.
+        name: One of `FUNCTIONS`.
         chip: One of `CHIPS`.
         head_dim: D.
-        width: Bytes of an element.
-        group: Queries per kv head.
-        flags: Constants that differ from `PLAIN`.
+        dtype: One of `BYTES`.
+        variant: One of `VARIANTS`.
     """
-    function, entry = FUNCTIONS[name], TABLE[chip, max(64, padded(head_dim)), width]
-    how = entry.how(name, masked=bool(flags.get("WINDOW") or flags.get("SOFTCAP")), fused=bool(flags.get("FUSED")))
+    function, entry, compiled = FUNCTIONS[name], TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]], how(name, chip, head_dim, dtype, variant)
+    flags = VARIANTS[variant]
+    group = flags.get("G", GROUP)
     over_queries = name in ("prefix_fwd", "prefix_bwd_dq")
-    tokens = (entry.bm if over_queries else how.inner) // group
-    keys = how.inner if over_queries else entry.keys if name == "prefix_bwd_kv" else entry.rows
-    constants: dict[str, Any] = PLAIN | {
-        "HQ": 8 * group,
-        "H": 8,
-        "G": group,
-        "D": head_dim,
-        "DP": padded(head_dim),
-        "TOKENS": tokens,
-        "BM": rows_of(tokens, group),
-    }
-    constants |= {"BN": keys, "PRECISION": "ieee" if width == 4 else "tf32", "UP": False, **flags}
-    signature = {n: "constexpr" if n in constants else _type(n, NAMES[width]) for n in function.arg_names}
+    tokens = (entry.bm if over_queries else compiled.inner) // group
+    constants: dict[str, Any] = PLAIN | {"HQ": 8 * group, "H": 8, "G": group, "D": head_dim, "DP": padded(head_dim), "TOKENS": tokens}
+    constants |= {"BM": compiled.inner if name == "prefix_bwd_delta" else rows_of(tokens, group)}
+    constants |= {"BN": {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_bwd_sum": entry.rows}.get(name, compiled.inner)}
+    constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "UP": False, **flags}
+    if name == "softmax_grad":  # elsewhere BLOCK is a table
+        constants["BLOCK"] = compiled.inner
+    signature = {n: "constexpr" if n in constants else _type(n, dtype) for n in function.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items()) if kind.startswith("*") or n.startswith("stride")}
     source = ASTSource(fn=function, signature=signature, constexprs={n: v for n, v in constants.items() if n in signature}, attrs=aligned)
-    return triton.compile(source, target=GPUTarget(*TARGETS[chip]), options=how.options())
+    return triton.compile(source, target=GPUTarget(*TARGETS[chip]), options=compiled.options())
 
 
 def _type(name: str, element: str) -> str:
@@ -101,6 +112,8 @@ def _type(name: str, element: str) -> str:
         return "*i32"
     if name in FP32:
         return "*fp32"
+    if name == "TARGETS":
+        return "*i64"
     return {"scale": "fp32", "softcap": "fp32"}.get(name, f"*{element}" if name.isupper() else "i32")
 
 
@@ -128,25 +141,37 @@ def _output(*command: object) -> str:
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False).stdout
 
 
-def cases(chips: Sequence[str] = CHIPS, *, quick: bool = False) -> Iterator[tuple[str, str, int, int, str]]:
-    """(kernel, chip, head dim, bytes, variant) of all that ships; ``quick``: bf16 with head dims 64 and 128, the plain and the fused variant."""
-    for chip, width, head_dim, name in itertools.product(chips, (2,) if quick else (2, 4), (64, 128) if quick else HEAD_DIMS, KERNELS):
-        for variant, flags in VARIANTS.items():
-            if not flags or (set(flags) & set(FUNCTIONS[name].arg_names) and (variant == "fused" or not quick)):
-                yield name, chip, head_dim, width, variant
+def cases(chips: Sequence[str] = CHIPS, *, quick: bool = False) -> Iterator[tuple[str, str, int, str, str]]:
+    """(kernel, chip, head dim, dtype, variant) of all that ships; ``quick``: bf16 with head dims 64 and 128, the plain and the fused variant.
+
+    Group sizes other than 4, and fp16 (the tiles of bf16), are compiled for head dims 64 and 128.
+    """
+    for chip, dtype, head_dim, name, variant in itertools.product(chips, BYTES, HEAD_DIMS, FUNCTIONS, VARIANTS):
+        common = name == "softmax_grad" or (dtype == "bf16" and head_dim in USUAL and variant in ("plain", "fused"))
+        if _ships(name, head_dim, dtype, variant) and (common or not quick):
+            yield name, chip, head_dim, dtype, variant
 
 
-def faults(found: Report, name: str, chip: str, head_dim: int, width: int, variant: str) -> list[str]:
+def _ships(name: str, head_dim: int, dtype: str, variant: str) -> bool:
+    names, flags = set(FUNCTIONS[name].arg_names), VARIANTS[variant]
+    if name == "softmax_grad":  # logits are fp32 and have no head dim
+        return dtype == "fp32" and head_dim == 64 and variant in ("plain", "no gradient")
+    if variant != "plain" and (variant == "no gradient" or not names & set(flags)):
+        return False
+    return (variant == "plain" or dtype != "fp16") and (head_dim in USUAL or (dtype != "fp16" and "G" not in flags)) and not (dtype == "fp32" and "G" in flags)
+
+
+def faults(found: Report, name: str, chip: str, head_dim: int, dtype: str, variant: str) -> list[str]:
     """What is wrong with a compiled kernel: spills, too much shared memory, products that miss the tensor cores, loads that are not asynchronous."""
-    entry, flags = TABLE[chip, max(64, padded(head_dim)), width], VARIANTS[variant]
-    how = entry.how(name, masked=bool(flags.get("WINDOW")), fused=bool(flags.get("FUSED")))
+    entry = TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]]
     tall = {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows}.get(name, entry.bm) >= 64
+    half = dtype != "fp32" and name in KERNELS
     checks = {
         f"{found.spilled} spilled": found.spilled > 0,
         f"{found.shared} bytes of shared memory, the chip has {SHARED_LIMIT[chip]}": found.shared > SHARED_LIMIT[chip],
-        "no tensor-core instruction": width == 2 and not found.mma,
-        "no warp-group product": chip == "sm90" and width == 2 and tall and not found.wgmma,
-        "no asynchronous copy": not chip.startswith("gfx") and how.stages > 1 and not found.copies,
+        "no tensor-core instruction": half and not found.mma,
+        "no warp-group product": chip == "sm90" and half and tall and not found.wgmma,
+        "no asynchronous copy": not chip.startswith("gfx") and name in KERNELS and how(name, chip, head_dim, dtype, variant).stages > 1 and not found.copies,
     }
     return [text for text, holds in checks.items() if holds]
 
@@ -160,13 +185,13 @@ def main() -> int:
     print(f"Triton {triton.__version__}\n\n| chip | kernel | D | dtype | variant | registers | spilled | shared KiB | mma (wgmma) | async copies |")
     print("| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     wrong = 0
-    for name, chip, head_dim, width, variant in cases(args.chips, quick=args.quick):
-        r = report(build(name, chip, head_dim, width, **VARIANTS[variant]), chip)
-        cells = (chip, name, head_dim, NAMES[width], variant, r.registers, r.spilled, f"{r.shared / 1024:.0f}", f"{r.mma} ({r.wgmma})", r.copies)
+    for name, chip, head_dim, dtype, variant in cases(args.chips, quick=args.quick):
+        r = report(build(name, chip, head_dim, dtype, variant), chip)
+        cells = (chip, name, head_dim, dtype, variant, r.registers, r.spilled, f"{r.shared / 1024:.0f}", f"{r.mma} ({r.wgmma})", r.copies)
         print("|", " | ".join(map(str, cells)), "|", flush=True)
-        for fault in faults(r, name, chip, head_dim, width, variant):
+        for fault in faults(r, name, chip, head_dim, dtype, variant):
             wrong += 1
-            print(f"FAULT {name} {chip} D={head_dim} {NAMES[width]} {variant}: {fault}", file=sys.stderr)
+            print(f"FAULT {name} {chip} D={head_dim} {dtype} {variant}: {fault}", file=sys.stderr)
     return int(wrong > 0)
 
 

@@ -16,7 +16,7 @@ from prefixfast_kernels import launch
 from prefixfast_kernels.prefix_bwd_dq import prefix_bwd_delta, prefix_bwd_dq
 from prefixfast_kernels.prefix_bwd_kv import prefix_bwd_block, prefix_bwd_kv, prefix_bwd_sum
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tiles import Sizes
+from prefixfast_kernels.tiles import EVERYWHERE, Sizes
 from prefixfast_kernels.torch_piece import Options
 
 
@@ -65,7 +65,8 @@ def attn_bwd(
     delta = torch.empty_like(lse)
     heads = launch.heads(q, k)
     wide = {key: heads[key] for key in ("HQ", "D", "DP")}
-    prefix_bwd_delta[(triton.cdiv(lse.numel(), 32),)](o, do, delta, lse.numel(), **launch.strides(o=o, do=do), **wide, BM=32)
+    how = EVERYWHERE["prefix_bwd_delta"]
+    prefix_bwd_delta[(triton.cdiv(lse.numel(), how.inner),)](o, do, delta, lse.numel(), **launch.strides(o=o, do=do), **wide, BM=how.inner, **how.options())
     common = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, **launch.numbers(options, causal=causal, dtype=q.dtype), **heads}
     has_prefix = prefix_k is not None and len(tables.use) > 0
     short = sizes.depth <= 1 and len(tables.block_tiles) == len(tables.block)  # every query sees at most one tile of prefix rows
@@ -139,5 +140,5 @@ def _block_gradients(
         D=q.shape[2],
         DP=common["DP"],
         BN=how["BN"],
-        num_warps=8,
+        **EVERYWHERE["prefix_bwd_sum"].options(),
     )

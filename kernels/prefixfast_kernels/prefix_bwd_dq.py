@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefixfast_kernels.scores import LOG2E, load_rows, scaled, store_rows, uncapped
+from prefixfast_kernels.scores import LOG2E, key_range, key_rows, keys_seen, load_rows, query_tile, scaled, store_rows, uncapped
 
 
 # fmt: off
@@ -55,20 +55,8 @@ def prefix_bwd_dq(
     """DQ of one tile of at most TOKENS query tokens, one kv head. FUSED: the prefix part lies in ``PART [N, HQ, D]`` already."""
     t = tl.program_id(0)
     hk = tl.program_id(1)
-    s = tl.load(TILES + 2 * t)
-    row = tl.load(TILES + 2 * t + 1)
-    first = tl.load(SEG + 4 * s)
-    key0 = tl.load(SEG + 4 * s + 2)
-    keys = tl.load(SEG + 4 * s + 3)
-    tokens = tl.minimum(first + tl.load(SEG + 4 * s + 1) - row, TOKENS)
-    pos = tl.load(SEG_POS + s) + row - first
-
-    r = tl.arange(0, BM)
+    s, key0, keys, tokens, pos, live, qrow, head, qpos = query_tile(TILES, SEG, SEG_POS, t, hk, G, BM, TOKENS)
     n = tl.arange(0, BN)
-    live = r // G < tokens
-    qrow = row + r // G
-    head = hk * G + r % G
-    qpos = pos + r // G
     far = head[:, None].to(tl.int64)
     q = load_rows(Q + far * stride_qh, qrow, live, stride_qt, D, DP, True, UP)
     do = load_rows(DO + far * stride_doh, qrow, live, stride_dot, D, DP, True, UP)
@@ -103,30 +91,14 @@ def prefix_bwd_dq(
 
     Kh = K + hk.to(tl.int64) * stride_kh
     Vh = V + hk.to(tl.int64) * stride_vh
-    hi = keys
-    full = keys // BN * BN
-    if CAUSAL:
-        hi = tl.minimum(pos + tokens, keys)
-        full = tl.minimum(pos + 1, keys) // BN * BN
-    lo = 0
-    if WINDOW:
-        lo = tl.maximum(pos - window + 1, 0) // BN * BN
-        full = lo
+    lo, full, hi = key_range(pos, tokens, keys, window, BN, CAUSAL, WINDOW)
     for j in range(lo, full, BN):
-        at = key0 + j + n
-        if ARENA:
-            at = tl.load(SLOTS + at)
+        at = key_rows(SLOTS, key0, j + n, hi, ARENA, False)
         dq = fold_dq(dq, q, do, lse2, delta, Kh, Vh, at, live, live, stride_kt, stride_vt, scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
     for j in range(full, hi, BN):
-        at = key0 + j + n
-        if ARENA:
-            at = tl.load(SLOTS + at, mask=j + n < hi, other=0)
-        seen = ((j + n) < hi)[None, :]
-        if CAUSAL:
-            seen = seen & ((j + n)[None, :] <= qpos[:, None])
-        if WINDOW:
-            seen = seen & ((j + n)[None, :] > (qpos - window)[:, None])
-        dq = fold_dq(dq, q, do, lse2, delta, Kh, Vh, at, j + n < hi, tl.broadcast_to(seen, (BM, BN)), stride_kt, stride_vt, scale, softcap, D, DP,
+        at = key_rows(SLOTS, key0, j + n, hi, ARENA, True)
+        seen = keys_seen(j + n, hi, qpos, window, BM, BN, CAUSAL, WINDOW)
+        dq = fold_dq(dq, q, do, lse2, delta, Kh, Vh, at, j + n < hi, seen, stride_kt, stride_vt, scale, softcap, D, DP,
             True, SOFTCAP, PRECISION, UP)
     store_rows(DQ + far * stride_dqh, dq * scale, qrow, live, stride_dqt, D, DP)
 # fmt: on

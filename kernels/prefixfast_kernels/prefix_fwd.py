@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixfast_kernels import launch
-from prefixfast_kernels.scores import LN2, load_rows, scaled, store_rows
+from prefixfast_kernels.scores import LN2, key_range, key_rows, keys_seen, load_rows, query_tile, scaled, store_rows
 from prefixfast_kernels.tables import PackedTables
 from prefixfast_kernels.tiles import Sizes
 from prefixfast_kernels.torch_piece import Options
@@ -54,20 +54,8 @@ def prefix_fwd(
     """One tile of at most TOKENS query tokens, one kv head."""
     t = tl.program_id(0)
     hk = tl.program_id(1)
-    s = tl.load(TILES + 2 * t)
-    row = tl.load(TILES + 2 * t + 1)
-    first = tl.load(SEG + 4 * s)
-    key0 = tl.load(SEG + 4 * s + 2)
-    keys = tl.load(SEG + 4 * s + 3)
-    tokens = tl.minimum(first + tl.load(SEG + 4 * s + 1) - row, TOKENS)
-    pos = tl.load(SEG_POS + s) + row - first  # position of the tile's first query
-
-    r = tl.arange(0, BM)
+    s, key0, keys, tokens, pos, live, qrow, head, qpos = query_tile(TILES, SEG, SEG_POS, t, hk, G, BM, TOKENS)
     n = tl.arange(0, BN)
-    live = r // G < tokens
-    qrow = row + r // G
-    head = hk * G + r % G
-    qpos = pos + r // G
     q = load_rows(Q + head[:, None].to(tl.int64) * stride_qh, qrow, live, stride_qt, D, DP, True, UP)
     m = tl.full([BM], -float("inf"), tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -101,30 +89,14 @@ def prefix_fwd(
 
     Kh = K + hk.to(tl.int64) * stride_kh
     Vh = V + hk.to(tl.int64) * stride_vh
-    hi = keys
-    full = keys // BN * BN
-    if CAUSAL:
-        hi = tl.minimum(pos + tokens, keys)
-        full = tl.minimum(pos + 1, keys) // BN * BN
-    lo = 0
-    if WINDOW:  # all masked
-        lo = tl.maximum(pos - window + 1, 0) // BN * BN
-        full = lo
+    lo, full, hi = key_range(pos, tokens, keys, window, BN, CAUSAL, WINDOW)
     for j in range(lo, full, BN):
-        at = key0 + j + n
-        if ARENA:
-            at = tl.load(SLOTS + at)
+        at = key_rows(SLOTS, key0, j + n, hi, ARENA, False)
         acc, m, l = fold(acc, m, l, q, Kh, Vh, at, live, live, stride_kt, stride_vt, scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
     for j in range(full, hi, BN):
-        at = key0 + j + n
-        if ARENA:
-            at = tl.load(SLOTS + at, mask=j + n < hi, other=0)
-        seen = ((j + n) < hi)[None, :]
-        if CAUSAL:
-            seen = seen & ((j + n)[None, :] <= qpos[:, None])
-        if WINDOW:
-            seen = seen & ((j + n)[None, :] > (qpos - window)[:, None])
-        acc, m, l = fold(acc, m, l, q, Kh, Vh, at, j + n < hi, tl.broadcast_to(seen, (BM, BN)), stride_kt, stride_vt, scale, softcap, D, DP, True,
+        at = key_rows(SLOTS, key0, j + n, hi, ARENA, True)
+        seen = keys_seen(j + n, hi, qpos, window, BM, BN, CAUSAL, WINDOW)
+        acc, m, l = fold(acc, m, l, q, Kh, Vh, at, j + n < hi, seen, stride_kt, stride_vt, scale, softcap, D, DP, True,
             SOFTCAP, PRECISION, UP)
 
     nothing = l == 0

@@ -58,3 +58,56 @@ def uncapped(ds, s, softcap, SOFTCAP: tl.constexpr):
         t = s / (softcap * LOG2E)
         ds = ds * (1 - t * t)
     return ds
+
+
+# fmt: off
+@triton.jit
+def query_tile(TILES, SEG, SEG_POS, t, hk, G: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr):
+    """Tile ``t`` of the planner: its segment, first key, keys, tokens, position of the first query; of each row whether it is one, query row, head, position."""
+    s = tl.load(TILES + 2 * t)
+    row = tl.load(TILES + 2 * t + 1)
+    first = tl.load(SEG + 4 * s)
+    key0 = tl.load(SEG + 4 * s + 2)
+    keys = tl.load(SEG + 4 * s + 3)
+    tokens = tl.minimum(first + tl.load(SEG + 4 * s + 1) - row, TOKENS)
+    pos = tl.load(SEG_POS + s) + row - first
+    r = tl.arange(0, BM)
+    return s, key0, keys, tokens, pos, r // G < tokens, row + r // G, hk * G + r % G, pos + r // G
+
+
+@triton.jit
+def key_range(pos, tokens, keys, window, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Keys that a tile's queries see: the first, the end of those that need no mask (whole tiles), the end."""
+    lo = 0
+    hi = keys
+    full = keys // BN * BN
+    if CAUSAL:
+        hi = tl.minimum(pos + tokens, keys)
+        full = tl.minimum(pos + 1, keys) // BN * BN
+    if WINDOW:  # all masked
+        lo = tl.maximum(pos - window + 1, 0) // BN * BN
+        full = lo
+    return lo, full, hi
+
+
+@triton.jit
+def key_rows(SLOTS, key0, key, hi, ARENA: tl.constexpr, MASK: tl.constexpr):
+    """Rows of the keys ``key``: their places, or what the slot table says."""
+    at = key0 + key
+    if ARENA and MASK:
+        at = tl.load(SLOTS + at, mask=key < hi, other=0)
+    elif ARENA:
+        at = tl.load(SLOTS + at)
+    return at
+
+
+@triton.jit
+def keys_seen(key, hi, qpos, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """``[BM, BN]``: which keys each query sees."""
+    seen = (key < hi)[None, :]
+    if CAUSAL:
+        seen = seen & (key[None, :] <= qpos[:, None])
+    if WINDOW:
+        seen = seen & (key[None, :] > (qpos - window)[:, None])
+    return tl.broadcast_to(seen, (BM, BN))
+# fmt: on

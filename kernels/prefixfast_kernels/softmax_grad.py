@@ -26,12 +26,12 @@ def softmax_grad(LOGITS, TARGETS, LOSSES, vocab, softcap, stride, BLOCK: tl.cons
     row = tl.program_id(0).to(tl.int64)
     base = LOGITS + row * stride
     target = tl.load(TARGETS + row)
-    picked, _ = capped(tl.load(base + target), softcap, SOFTCAP)  # before the row is overwritten; the reductions below are barriers
+    picked, picked_slope = capped(tl.load(base + target), softcap, SOFTCAP)  # before the row is overwritten; the reductions below are barriers
     n = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
     for j in range(0, vocab, BLOCK):  # a running maximum and sum in each lane; lanes are merged once at the end
-        x, _ = capped(tl.load(base + j + n, mask=j + n < vocab, other=-float("inf")), softcap, SOFTCAP)
+        x, slope = capped(tl.load(base + j + n, mask=j + n < vocab, other=-float("inf")), softcap, SOFTCAP)
         x = tl.where(j + n < vocab, x * LOG2E, -float("inf"))
         new = tl.maximum(m, x)
         shift = tl.where(new == -float("inf"), 0.0, new)

@@ -71,6 +71,10 @@ class Compile:
         return out if self.registers is None else {**out, "maxnreg": self.registers}
 
 
+# Kernels that move memory: the same on every chip.
+EVERYWHERE = {"prefix_bwd_delta": Compile(32, 4, 1), "prefix_bwd_sum": Compile(0, 8, 1), "softmax_grad": Compile(4096, 8, 2)}
+
+
 @dataclass(frozen=True)
 class Entry:
     """Tiles for one chip, head dim and element size.
@@ -87,9 +91,9 @@ class Entry:
     rows: int
     kernels: dict[tuple[str, str], Compile]
 
-    def how(self, kernel: str, *, masked: bool = False, fused: bool = False) -> Compile:
-        """How a kernel is compiled for a case."""
-        case = "fused" if fused else "masked" if masked else ""
+    def how(self, kernel: str, group: int, *, masked: bool = False, fused: bool = False) -> Compile:
+        """How a kernel is compiled for a case; dividing rows by a group that is no power of two takes registers, as masks do."""
+        case = "fused" if fused else "masked" if masked or group & (group - 1) else ""
         return self.kernels.get((kernel, case), self.kernels[kernel, ""])
 
 

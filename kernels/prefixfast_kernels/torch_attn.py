@@ -6,6 +6,7 @@ Shape letters: N packed tokens, HQ query heads, H kv heads, D head dim, P prefix
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from prefixfast_kernels.reference import accumulator
 from prefixfast_kernels.tables import BlockTables, PackedTables
 from prefixfast_kernels.torch_piece import Options, piece_bwd, piece_fwd
 
-# Under this many sequences one call each (views, no padding) beats padded buckets: prototypes/cpu/ragged.py.
+# Under this many sequences one call for each run of equal lengths (views, no padding) beats padded buckets: prototypes/cpu/ragged.py.
 LOOP_BELOW = 16
 
 
@@ -49,17 +50,19 @@ def attn_fwd(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     if tables.seg.shape[0] < LOOP_BELOW:
-        for start, rows in _sequences(tables):
-            part = slice(start, start + rows)
-            _put(o, lse, part, *piece_fwd(_heads(q[part]), _heads(k[part]), _heads(v[part]), _band(rows, options, q), options, causal=True))
+        for part, n, length in _runs(tables):
+            own = [_batch(t[part], n) for t in (q, k, v)]
+            po, pl = piece_fwd(own[0], own[1], own[2], _band(length, options, q), options, causal=True)
+            _batch(o[part], n).copy_(po)
+            _batch(lse[part], n).copy_(pl)
     else:
         padded = [t.index_select(0, tables.gather) for t in (q, k, v)]
         out, stat = torch.empty_like(padded[0]), padded[0].new_empty(padded[0].shape[:2], dtype=lse.dtype)
         for part, n, length in _buckets(tables):
-            own = [t[part].unflatten(0, (n, length)).transpose(1, 2) for t in padded]
+            own = [_batch(t[part], n) for t in padded]
             po, pl = piece_fwd(own[0], own[1], own[2], _band(length, options, q), options, causal=True)
-            out[part].unflatten(0, (n, length)).copy_(po.transpose(1, 2))
-            stat[part].unflatten(0, (n, length)).copy_(pl.transpose(1, 2))
+            _batch(out[part], n).copy_(po)
+            _batch(stat[part], n).copy_(pl)
         torch.index_select(out, 0, tables.scatter, out=o)
         torch.index_select(stat, 0, tables.scatter, out=lse)
     merge_blocks(o, lse, q, prefix_k, prefix_v, tables.blocks, options)
@@ -146,22 +149,21 @@ def attn_bwd(
 def _own_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: PackedTables, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     if tables.seg.shape[0] < LOOP_BELOW:
-        for start, rows in _sequences(tables):
-            part = slice(start, start + rows)
-            g, own_q, own_k, own_v, out = (_heads(t[part]) for t in (do, q, k, v, o))
-            pieces = piece_bwd(g, own_q, own_k, own_v, out, lse[part].T[None], _band(rows, options, q), options, causal=True)
+        for part, n, length in _runs(tables):
+            g, own_q, own_k, own_v, own_o, own_l = (_batch(t[part], n) for t in (do, q, k, v, o, lse))
+            pieces = piece_bwd(g, own_q, own_k, own_v, own_o, own_l, _band(length, options, q), options, causal=True)
             for grad, piece in zip(grads, pieces, strict=True):
-                grad[part] = piece[0].transpose(0, 1)
+                _batch(grad[part], n).copy_(piece)
         return dq, dk, dv
     # the padding's gradient must be zero: its rows repeat a real token
     grad_out = do.new_zeros(len(tables.gather), *do.shape[1:]).index_copy_(0, tables.scatter.long(), do)
     padded = [grad_out, *(t.index_select(0, tables.gather) for t in (q, k, v, o, lse))]
     results = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in padded[1:4]]
     for part, n, length in _buckets(tables):
-        g, own_q, own_k, own_v, own_o, own_l = (t[part].unflatten(0, (n, length)).transpose(1, 2) for t in padded)
+        g, own_q, own_k, own_v, own_o, own_l = (_batch(t[part], n) for t in padded)
         result = piece_bwd(g, own_q, own_k, own_v, own_o, own_l, _band(length, options, q), options, causal=True)
         for grad, piece in zip(results, result, strict=True):
-            grad[part].unflatten(0, (n, length)).copy_(piece.transpose(1, 2))
+            _batch(grad[part], n).copy_(piece)
     for grad, source in zip(grads, results, strict=True):
         torch.index_select(source, 0, tables.scatter, out=grad)
     return dq, dk, dv
@@ -172,14 +174,16 @@ def _heads(t: Tensor) -> Tensor:
     return t.transpose(0, 1)[None]
 
 
-def _put(o: Tensor, lse: Tensor, part: slice, po: Tensor, pl: Tensor) -> None:
-    o[part] = po[0].transpose(0, 1)
-    lse[part] = pl[0].T
+def _batch(t: Tensor, n: int) -> Tensor:
+    """``[n * T, H, ...]`` -> view ``[n, H, T, ...]``."""
+    return t.unflatten(0, (n, -1)).transpose(1, 2)
 
 
-def _sequences(tables: PackedTables) -> Iterator[tuple[int, int]]:
-    """First row and rows of each sequence."""
-    return ((row, rows) for row, rows, _, _ in tables.seg.tolist())
+def _runs(tables: PackedTables) -> Iterator[tuple[slice, int, int]]:
+    """Rows, sequences and length of each run of neighbours of one length."""
+    for length, run in itertools.groupby(tables.seg.tolist(), key=lambda seg: seg[1]):
+        segs = list(run)
+        yield slice(segs[0][0], segs[0][0] + len(segs) * length), len(segs), length
 
 
 def _buckets(tables: PackedTables) -> Iterator[tuple[slice, int, int]]:
