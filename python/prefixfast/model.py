@@ -23,6 +23,7 @@ from prefixfast.fingerprint import check_base, fingerprint
 from prefixfast.head import Head, find_head, packed_hidden
 from prefixfast.plan import Plan
 from prefixfast.prefix import Prefix
+from prefixfast.store import StoredPrefix
 from prefixfast.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -101,12 +102,12 @@ class Model:
             raise ConfigError(msg)
         return self.tokenizer
 
-    def check_prefix(self, prefix: Prefix, what: str = "the prefix") -> None:
+    def check_prefix(self, prefix: Prefix | StoredPrefix, what: str = "the prefix") -> None:
         """Raise `BaseMismatchError` unless ``prefix`` has a block of this base's shape for every layer and was made for it."""
         check_base(dict(prefix.base) if prefix.base else None, self.fingerprint, what)
         expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(self.layers) for x in "kv"}
-        got = {name: tuple(t.shape[1:]) for name, t in prefix.kv.items()}
-        if got != expected or len({len(t) for t in prefix.kv.values()}) != 1:
+        got = {name: shape[1:] for name, shape in prefix.shapes.items()}
+        if got != expected or len({shape[0] for shape in prefix.shapes.values()}) != 1:
             name = min(set(expected.items()) ^ set(got.items()), default=("", ""))[0]
             msg = (
                 f"{what}: expected one length and {len(self.layers)} layers of [P, H, D] as in this base "
