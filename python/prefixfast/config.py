@@ -197,6 +197,7 @@ class EngineConfig(Options):
     host_prefix_memory: int = option(2**31, "bytes of prefixes from a store that are kept beside the arena once read")
     max_waiting: int = option(10_000, "requests that may wait; one more is refused with a CapacityError")
     num_threads: int | None = option(None, "CPU threads; by default torch's setting")
+    prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
 
     def validate(self) -> None:
         """See `Options.validate`."""

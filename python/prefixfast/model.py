@@ -23,6 +23,7 @@ from prefixfast.fingerprint import check_base, fingerprint
 from prefixfast.head import Head, find_head, packed_hidden
 from prefixfast.plan import Plan
 from prefixfast.prefix import Prefix
+from prefixfast.prepack import Packed, prepack
 from prefixfast.store import StoredPrefix
 from prefixfast.tokenizer import Tokenizer
 
@@ -41,6 +42,7 @@ class Model:
         tokenizer: None if the base came as an object without one.
         head: Its output layer, None if it is no plain one.
         closed: Whether it was given back.
+        packed: Weights laid out for this CPU; see `prepack`.
     """
 
     hf: PreTrainedModel
@@ -49,6 +51,7 @@ class Model:
     tokenizer: Tokenizer | None
     head: Head | None
     closed: bool = False
+    packed: Packed | None = None
 
     @property
     def device(self) -> torch.device:
@@ -91,6 +94,12 @@ class Model:
         logits = self.forward(plan, ids)
         return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
+    def prepack(self) -> Packed:
+        """Lay the weights out for this CPU, once; they stay so until `close`. See `prefixfast.prepack`."""
+        if self.packed is None:
+            self.packed = prepack(self.hf)
+        return self.packed
+
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
@@ -121,6 +130,9 @@ class Model:
         """Give the Hugging Face model back as it was; a second call does nothing."""
         if not self.closed:
             self.closed = True
+            if self.packed is not None:
+                self.packed.undo()
+                self.packed = None
             self.handle.detach()
 
     def __enter__(self) -> Model:

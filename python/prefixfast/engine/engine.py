@@ -63,12 +63,15 @@ class Engine:
     def _allocate(self) -> None:
         self.max_model_len = min(self.config.max_model_len or LONGEST_BY_DEFAULT, self.model.max_positions)
         self.ends = _end_tokens(self.model)
+        packed = self.model.prepack() if self.config.prepack and self.model.device.type == "cpu" else None
         self.loop = Loop(self.model, self.config, self.max_model_len, self.ends)
         warn_about_defaults(self.model)
         rows = len(self.loop.arena.layers[0][0])
         logger.info(
-            "engine: weights %.0f MiB; %d rows of keys and values %.0f MiB; prefixes from a store at most %.0f MiB on the host; %d decode rows of %d tokens",
+            "engine: weights %.0f MiB, packed copies %.0f MiB; %d rows of keys and values %.0f MiB; stored prefixes on the host at most %.0f MiB; "
+            "%d decode rows of %d tokens",
             sum(p.numel() * p.element_size() for p in self.model.hf.parameters()) / 2**20,
+            (packed.nbytes if packed is not None else 0) / 2**20,
             rows,
             rows * bytes_of_row(self.model) / 2**20,
             self.config.host_prefix_memory / 2**20,
