@@ -109,7 +109,7 @@ class PrefixStore(Mapping[str, Prefix]):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new.") as temporary:
             new = Path(temporary, "new")
             prefix.save_pretrained(new)
-            write_file(new / ENTRY, json.dumps(entry, ensure_ascii=False, sort_keys=True).encode())
+            write_file(new / ENTRY, json.dumps(entry, sort_keys=True).encode())
             sync_folder(new)
             target = _settle(new, folder)
         sync_folder(folder)
