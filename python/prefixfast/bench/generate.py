@@ -1,25 +1,38 @@
-"""Throughput of generation versus prefix length: prefixfast with d distinct prefixes in one batch, PEFT one request at a time, PEFT with one prefix for all.
+"""Throughput of generation versus prefix length, distinct prefixes and batch, against PEFT and a batch mixed by hand on transformers' cache.
 
-Every run generates exactly ``new`` tokens for each request, prompt processing included. Before anything is timed the first request's tokens are compared.
+Every run generates exactly ``new`` tokens for each request, prompt processing included. Before anything is timed the tokens are compared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from prefixfast.bench.harness import Timing, alternate, cpu_name, version, write_rows
+from prefixfast.bench import contenders
+from prefixfast.bench.harness import Timing, alternate, cpu_name, environment, version, write_rows
+from prefixfast.bench.report import write_report
 from prefixfast.engine.engine import Engine
-from prefixfast.interchange import peft as layout
 from prefixfast.model import DTYPES, Model, load
 from prefixfast.prefix import Prefix
+
+OURS, ONE_BY_ONE, ONE_FOR_ALL, BY_HAND = "prefixfast", "PEFT, one request at a time", "PEFT, one prefix for all", "transformers, mixed batch by hand"
+SHAPES = {
+    "gpt2": (GPT2LMHeadModel, GPT2Config, {}, "GPT-2 124M"),
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32000},
+        "a Llama of 12 layers, width 768, 4 kv heads",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -32,13 +45,21 @@ class Workload:
     one_by_one: int = 4  # requests that the one-at-a-time contender is timed on; its rate does not depend on their number
 
 
-@dataclass(frozen=True)
-class Point:
-    """One measured contender at one prefix length."""
+class Key(NamedTuple):
+    """Who generates, with how many distinct prefixes, for how many requests."""
 
     contender: str
-    prefix_length: int
     distinct: int
+    requests: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured contender at one prefix length; ``batch`` is the workload's requests."""
+
+    key: Key
+    prefix_length: int
+    batch: int
     tokens: int
     timing: Timing
 
@@ -47,9 +68,20 @@ class Point:
         """Tokens a second, best round."""
         return self.tokens / self.timing.best
 
+    @property
+    def label(self) -> str:
+        """Its line in tables and pictures."""
+        return self.key.contender if self.key.contender != OURS else f"{OURS}, {self.key.distinct} distinct"
+
     def row(self) -> dict[str, Any]:
         """For the results file."""
-        fields = {k: getattr(self, k) for k in ("contender", "prefix_length", "distinct", "tokens")}
+        fields = {
+            "contender": self.key.contender,
+            "prefix_length": self.prefix_length,
+            "distinct": self.key.distinct,
+            "requests": self.batch,
+            "tokens": self.tokens,
+        }
         return {**fields, "seconds": [round(s, 4) for s in self.timing.seconds], "tokens_per_second": round(self.rate, 2)}
 
 
@@ -66,130 +98,162 @@ def random_prefixes(model: Model, length: int, count: int) -> list[Prefix]:
 def measure(
     model: Model, lengths: Sequence[int], distinct: Sequence[int], work: Workload, *, rounds: int, plain: PreTrainedModel | None, progress: bool = True
 ) -> list[Point]:
-    """All points; contenders of one prefix length alternate. ``plain``: the same base, not attached, for PEFT; None leaves PEFT out."""
-    g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, model.vocab_size, (work.requests, work.prompt), generator=g).tolist()
+    """All points; contenders of one prefix length alternate. ``plain``: the same base, not attached, for the others; None leaves them out."""
     points: list[Point] = []
-    for length in tqdm(lengths, desc="bench", unit="length", disable=not progress):
-        counts = [1] if length == 0 else [d for d in distinct if d <= work.requests]
-        prefixes = random_prefixes(model, length, max(counts)) if length else []
-        calls: dict[tuple[str, int, int], Callable[[], Any]] = {}
-        with Engine(model, max_num_seqs=work.requests, max_model_len=work.prompt + work.new) as engine:
-            for d in counts:
-                chosen = [prefixes[i % d] for i in range(work.requests)] if length else None
-                calls["prefixfast", d if length else 0, work.requests] = lambda chosen=chosen: engine.generate(  # type: ignore[misc]
-                    prompts, chosen, max_new_tokens=work.new, min_new_tokens=work.new, num_beams=1, progress=False
-                )
-            if plain is not None:
-                calls |= _peft(plain, prefixes[0] if length else None, prompts, work)
-            _check(calls, length)
-            names = {f"{n} {d} {r}": (n, d, r) for n, d, r in calls}
-            timings = alternate({name: calls[key] for name, key in names.items()}, rounds)
-        points += [Point(n, length, d, r * work.new, timings[name]) for name, (n, d, r) in names.items()]
+    for length in tqdm(lengths, desc=f"bench, {work.requests} requests", unit="length", disable=not progress):
+        if model.dtype != torch.float32:
+            _check_in_fp32(model, length, distinct, work, plain)
+        with _contenders(model, length, distinct, work, plain) as calls:
+            if model.dtype == torch.float32:
+                check(calls, length)
+            else:
+                for call in calls.values():
+                    call()
+            timings = alternate(calls, rounds)
+        points += [Point(key, length, work.requests, key.requests * work.new, timing) for key, timing in timings.items()]
     return points
 
 
-def _peft(plain: PreTrainedModel, prefix: Prefix | None, prompts: list[list[int]], work: Workload) -> dict[tuple[str, int, int], Callable[[], Any]]:
-    from peft import PrefixTuningConfig, get_peft_model
+@contextlib.contextmanager
+def _contenders(model: Model, length: int, distinct: Sequence[int], work: Workload, plain: PreTrainedModel | None) -> Iterator[dict[Key, Callable[[], Any]]]:
+    """Who is timed at one prefix length."""
+    g = torch.Generator().manual_seed(0)
+    prompts = torch.randint(3, model.vocab_size, (work.requests, work.prompt), generator=g).tolist()
+    counts = [d for d in distinct if d <= work.requests] if length else [0]
+    prefixes = random_prefixes(model, length, work.requests) if length else []
+    calls: dict[Key, Callable[[], Any]] = {}
+    with Engine(model, max_num_seqs=work.requests, max_model_len=work.prompt + work.new, kv_cache_memory=_memory(model, length, work)) as engine:
+        for d in counts:
+            chosen = [prefixes[i % d] for i in range(work.requests)] if length else None
+            calls[Key(OURS, d, work.requests)] = lambda chosen=chosen: engine.generate(  # type: ignore[misc]
+                prompts, chosen, max_new_tokens=work.new, min_new_tokens=work.new, num_beams=1, progress=False
+            )
+        if plain is not None:
+            if length:
+                calls[Key(BY_HAND, work.requests, work.requests)] = contenders.mixed_by_hand(plain, prefixes, prompts, work.new)
+            if version("peft"):
+                theirs = contenders.peft(plain, prefixes[0] if length else None, work.new)
+                few = min(work.one_by_one, work.requests)
+                calls[Key(ONE_BY_ONE, 1, few)] = lambda: torch.cat([theirs([p]) for p in prompts[:few]])
+                calls[Key(ONE_FOR_ALL, 1, work.requests)] = lambda: theirs(prompts)
+        yield calls
 
-    own: Any = copy.deepcopy(plain)
-    own.generation_config.pad_token_id = 0
-    if prefix is not None:
-        own = get_peft_model(own, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length))
-        own.prompt_encoder["default"].embedding.weight.data = layout.to_table(prefix.kv)
-    own.eval()
 
-    def call(batch: list[list[int]]) -> torch.Tensor:
-        ids = torch.tensor(batch)
-        with torch.inference_mode():
-            out = own.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=work.new, min_new_tokens=work.new, do_sample=False)
-        return out[:, ids.shape[1] :]
-
-    return {
-        ("PEFT, one request at a time", 1, work.one_by_one): lambda: torch.cat([call([p]) for p in prompts[: work.one_by_one]]),
-        ("PEFT, one prefix for all", 1, work.requests): lambda: call(prompts),
-    }
+def _memory(model: Model, length: int, work: Workload) -> int:
+    """Bytes for every request's own prefix and tokens."""
+    rows = 256 + work.requests * (length + work.prompt + work.new + 64)
+    return rows * sum(2 * s.num_kv_heads * s.head_dim for s in model.layers) * model.dtype.itemsize
 
 
-def _check(calls: dict[tuple[str, int, int], Callable[[], Any]], length: int) -> None:
-    """No speed on wrong tokens: the first request of every contender that uses the first prefix gives the same tokens."""
-    found = {}
+def _check_in_fp32(model: Model, length: int, distinct: Sequence[int], work: Workload, plain: PreTrainedModel | None) -> None:
+    """Rounding changes tokens: other dtypes are checked by the same contenders in fp32, on a short run."""
+    if plain is None:
+        return
+    exact, other = (copy.deepcopy(plain).float() for _ in "ab")
+    with load(exact) as base, _contenders(base, length, distinct, Workload(min(4, work.requests), work.prompt, 6, 2), other) as calls:
+        check(calls, length)
+
+
+def check(calls: dict[Key, Callable[[], Any]], length: int) -> None:
+    """No speed on wrong tokens: the first request of every contender, which uses the first prefix, gives the same tokens; so do all of a mixed batch.
+
+    Raises:
+        RuntimeError: If they differ.
+    """
+    found: dict[Key, list[list[int]]] = {}
     for key, call in calls.items():
         out = call()
-        found[key] = out[0].token_ids if isinstance(out, list) else out[0].tolist()
-    first = next(iter(found.values()))
+        found[key] = [g.token_ids for g in out] if isinstance(out, list) else out.tolist()
+    reference = found[next(iter(found))][0]
+    mixed = [tokens for key, tokens in found.items() if key.distinct == key.requests > 1 and key.contender in (OURS, BY_HAND)]
     for key, tokens in found.items():
-        if tokens != first:
-            agree = next((i for i, (a, b) in enumerate(zip(tokens, first, strict=True)) if a != b), len(first))
-            msg = f"P={length}: {key[0]} gives other tokens than prefixfast from token {agree} on; no speed is reported on wrong results"
+        if tokens[0] != reference:
+            agree = next((i for i, (a, b) in enumerate(zip(tokens[0], reference, strict=True)) if a != b), len(reference))
+            msg = f"P={length}: {key.contender} gives other tokens than prefixfast from token {agree} on; no speed is reported on wrong results"
             raise RuntimeError(msg)
+    if len(mixed) == 2 and mixed[0] != mixed[1]:
+        msg = f"P={length}: the batch mixed by hand gives other tokens than prefixfast; no speed is reported on wrong results"
+        raise RuntimeError(msg)
 
 
-def table(points: Sequence[Point]) -> str:
-    """A Markdown table: one row a contender, one column a prefix length, tokens a second (best round)."""
+def table(points: Sequence[Point], show: Callable[[Point], str] = lambda p: f"{p.rate:.1f}", corner: str = "tokens/s") -> str:
+    """A Markdown table: one row a contender, one column a prefix length; by default tokens a second of the best round."""
     lengths = sorted({p.prefix_length for p in points})
-    names: dict[str, dict[int, Point]] = {}
-    for p in points:
-        label = p.contender if p.contender != "prefixfast" else f"prefixfast, {p.distinct or 'any number of'} distinct"
-        names.setdefault(label, {})[p.prefix_length] = p
-    if (plain := names.pop("prefixfast, any number of distinct", None)) is not None:
-        for label, row in names.items():
-            if label.startswith("prefixfast"):
-                row |= plain
-        if not any(label.startswith("prefixfast") for label in names):
-            names["prefixfast"] = plain
-    lines = ["| tokens/s | " + " | ".join(f"P={n}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
-    for label, row in names.items():
-        lines.append(f"| {label} | " + " | ".join(f"{row[n].rate:.1f}" if n in row else "" for n in lengths) + " |")
-    return "\n".join(lines)
+    lines: dict[str, dict[int, str]] = {}
+    plain = next((show(p) for p in points if p.key == (OURS, 0, p.batch)), None)
+    for p in sorted((p for p in points if p.key.contender != OURS or p.key.distinct), key=lambda p: (p.key.contender == OURS, p.key.distinct)):
+        lines.setdefault(p.label, {0: plain} if p.key.contender == OURS and plain is not None else {})[p.prefix_length] = show(p)
+    if plain is not None and not any(label.startswith(OURS) for label in lines):
+        lines[OURS] = {0: plain}
+    head = [f"| {corner} | " + " | ".join(f"P={n}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
+    return "\n".join([*head, *(f"| {label} | " + " | ".join(row.get(n, "") for n in lengths) + " |" for label, row in lines.items())])
 
 
 def plot(points: Sequence[Point], path: Path, title: str) -> None:
-    """Throughput versus prefix length as a picture."""
+    """Throughput versus prefix length as a picture; a panel for each number of requests."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    base = [p for p in points if p.prefix_length == 0]
-    for name, d in dict.fromkeys((p.contender, p.distinct) for p in points if p.prefix_length):
-        own = sorted([p for p in points if (p.contender, p.distinct) == (name, d)] + [p for p in base if p.contender == name and not p.distinct], key=_length)
-        label = f"prefixfast, {d} distinct prefix{'es' if d > 1 else ''}" if name == "prefixfast" else name
-        style = "o-" if name == "prefixfast" else "s--"
-        axes.plot([p.prefix_length for p in own], [p.rate for p in own], style, label=label)
-    axes.set(xlabel="prefix length (rows of keys and values)", ylabel="generated tokens per second", title=title, yscale="log")
-    axes.grid(visible=True, which="both", alpha=0.3)
-    axes.legend(fontsize="small")
+    batches = sorted({p.batch for p in points})
+    figure = Figure(figsize=(8 if len(batches) == 1 else 6 * len(batches), 4.8), layout="constrained")
+    for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
+        here = [p for p in points if p.batch == batch]
+        base = [p for p in here if p.prefix_length == 0]
+        for label in dict.fromkeys(p.label for p in here if p.prefix_length):
+            own = [p for p in here if p.prefix_length and p.label == label]
+            own += [p for p in base if p.key.contender == own[0].key.contender]
+            own.sort(key=lambda p: p.prefix_length)
+            axes.plot([p.prefix_length for p in own], [p.rate for p in own], "o-" if label.startswith(OURS) else "s--", label=label)
+        axes.set(xlabel="prefix length (rows of keys and values)", ylabel="generated tokens per second", title=f"{batch} requests", yscale="log")
+        axes.grid(visible=True, which="both", alpha=0.3)
+        axes.legend(fontsize="x-small")
+    figure.suptitle(title, fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def _length(p: Point) -> int:
-    return p.prefix_length
-
-
-def run(out: Path, *, model: str | None, dtype: str, lengths: Sequence[int], distinct: Sequence[int], work: Workload, rounds: int) -> list[Point]:
-    """Measure, print the table, write ``results.jsonl`` and ``throughput.png``."""
-    hf = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype]) if model else _gpt2(dtype)
-    plain = copy.deepcopy(hf).eval() if version("peft") else None
+def run(
+    out: Path,
+    *,
+    model: str | None,
+    shape: str,
+    dtype: str,
+    lengths: Sequence[int],
+    distinct: Sequence[int],
+    requests: Sequence[int],
+    rounds: int,
+    command: str,
+) -> list[Point]:
+    """Measure, print the tables, write ``results.jsonl``, ``throughput.png`` and ``report.html``."""
+    hf = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype]) if model else make(shape, dtype)
+    plain = copy.deepcopy(hf).eval()
+    points: list[Point] = []
     with load(hf) as base:
-        points = measure(base, lengths, distinct, work, rounds=rounds, plain=plain)
-    command = {
-        "suite": "generate",
-        "model": model or "gpt2 124M, random weights",
-        "dtype": dtype,
-        "requests": work.requests,
-        "prompt": work.prompt,
-        "new": work.new,
-    }
-    write_rows(out / "results.jsonl", [command, *(p.row() for p in points)])
-    plot(points, out / "throughput.png", f"{work.requests} requests of {work.prompt} tokens, {work.new} new, {command['model']}, {dtype}\n{cpu_name()}")
-    print(table(points))
-    print(f"{out / 'results.jsonl'}, {out / 'throughput.png'}" + ("" if plain is not None else " (PEFT is not installed: pip install peft to compare)"))
+        for count in requests:
+            points += measure(base, lengths, distinct, Workload(count), rounds=rounds, plain=plain)
+    work = Workload()
+    name = model or f"{SHAPES[shape][3]}, random weights"
+    head = {"suite": "generate", "model": name, "dtype": dtype, "prompt": work.prompt, "new": work.new, "command": command}
+    write_rows(out / "results.jsonl", [head, *(p.row() for p in points)])
+    title = f"{work.prompt} prompt tokens, {work.new} new, {name}, {dtype}, {cpu_name()}"
+    plot(points, out / "throughput.png", title)
+    tables = []
+    for count in requests:
+        here = [p for p in points if p.batch == count]
+        tables.append((f"{count} requests: tokens a second, best of {rounds} rounds", table(here)))
+        tables.append((f"{count} requests: milliseconds a token of one request", table(here, lambda p: f"{1e3 * p.key.requests / p.rate:.1f}", "ms")))
+        tables.append((f"{count} requests: median over best round", table(here, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")))
+    for caption, text in tables:
+        print(f"\n{caption}\n\n{text}")
+    write_report(out / "report.html", f"Throughput versus prefix length: {title}", tables, out / "throughput.png", environment(), command)
+    print(f"\n{out / 'results.jsonl'}, {out / 'throughput.png'}, {out / 'report.html'}" + ("" if version("peft") else " (pip install peft to compare with it)"))
     return points
 
 
-def _gpt2(dtype: str) -> PreTrainedModel:
+def make(shape: str, dtype: str) -> PreTrainedModel:
+    """A base with random weights."""
     torch.manual_seed(0)
-    hf = GPT2LMHeadModel(GPT2Config()).to(DTYPES[dtype]).eval()
+    kind, config, fields, _ = SHAPES[shape]
+    hf: PreTrainedModel = kind(config(**fields)).to(DTYPES[dtype]).eval()
     hf.generation_config.pad_token_id = 0
+    hf.generation_config.eos_token_id = None
     return hf

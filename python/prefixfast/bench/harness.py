@@ -10,15 +10,16 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from prefixfast.files import replace_file
 
+K = TypeVar("K", bound=Hashable)
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
@@ -39,9 +40,9 @@ class Timing:
         return statistics.median(self.seconds)
 
 
-def alternate(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Timing]:
+def alternate(contenders: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, Timing]:
     """Time all contenders in turn, ``rounds`` times; the caller has warmed them up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[K, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
             start = time.perf_counter()

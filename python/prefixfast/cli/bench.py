@@ -19,17 +19,39 @@ def _group() -> None:
 def generate(
     out: Annotated[Path, typer.Option("-o", "--output", help="folder for results.jsonl and the plot")] = Path("bench-out"),
     model: Annotated[str | None, typer.Option(help="base; by default GPT-2 124M with random weights")] = None,
+    shape: Annotated[str, typer.Option(help="without a model: gpt2 (124M) or llama (12 layers, grouped heads), random weights")] = "gpt2",
     dtype: Annotated[str, typer.Option(help="compute dtype")] = "float32",
-    lengths: Annotated[str, typer.Option(help="prefix lengths")] = "0,10,100,200,512",
+    lengths: Annotated[str, typer.Option(help="prefix lengths; llama takes up to 4096")] = "0,10,100,200,512",
     distinct: Annotated[str, typer.Option(help="numbers of distinct prefixes in the batch")] = "1,4,32",
-    requests: Annotated[int, typer.Option(help="requests in the batch")] = 32,
+    requests: Annotated[str, typer.Option(help="requests in the batch; several numbers: one table and panel each")] = "32",
     rounds: Annotated[int, typer.Option(help="repetitions, contenders alternating")] = 3,
 ) -> None:
-    """Throughput of generation versus prefix length, against PEFT when it is installed."""
-    from prefixfast.bench.generate import Workload, run
+    """Throughput of generation versus prefix length, distinct prefixes and batch, against PEFT (when installed) and a batch mixed by hand."""
+    from prefixfast.bench.generate import SHAPES, run
+    from prefixfast.model import DTYPES
 
-    numbers = [[int(x) for x in text.split(",")] for text in (lengths, distinct)]
-    run(out, model=model, dtype=dtype, lengths=numbers[0], distinct=numbers[1], work=Workload(requests=requests), rounds=rounds)
+    for option, value, known in (("--shape", shape, SHAPES), ("--dtype", dtype, DTYPES)):
+        if value not in known:
+            msg = f"expected one of {', '.join(known)}, got {value!r}"
+            raise typer.BadParameter(msg, param_hint=option)
+    try:
+        numbers = [[int(x) for x in text.split(",")] for text in (lengths, distinct, requests)]
+    except ValueError as e:
+        raise typer.BadParameter(str(e), param_hint="--lengths, --distinct, --requests") from e
+    command = f"prefixfast bench generate --lengths {lengths} --distinct {distinct} --requests {requests} --rounds {rounds} --dtype {dtype} " + (
+        f"--model {model}" if model else f"--shape {shape}"
+    )
+    run(
+        out,
+        model=model,
+        shape=shape,
+        dtype=dtype,
+        lengths=numbers[0],
+        distinct=numbers[1],
+        requests=numbers[2],
+        rounds=rounds,
+        command=command,
+    )
 
 
 @app.command("kernels")
