@@ -196,9 +196,20 @@ class EngineConfig(Options):
     kv_cache_memory: int | None = option(None, "bytes of keys and values, prefixes included; by default a quarter of free memory, at most 8 GiB")
     host_prefix_memory: int = option(2**31, "bytes of prefixes from a store that are kept beside the arena once read")
     max_waiting: int = option(10_000, "requests that may wait; one more is refused with a CapacityError")
+    share_prompts: int = option(0, "leading tokens that requests of a batch must have in common to be computed once and kept as a prefix; 0: never")
     num_threads: int | None = option(None, "CPU threads; by default torch's setting")
     prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
 
     def validate(self) -> None:
         """See `Options.validate`."""
-        at_least(self, max_model_len=2, max_num_seqs=1, max_num_batched_tokens=1, kv_cache_memory=1, num_threads=1, host_prefix_memory=0, max_waiting=1)
+        at_least(
+            self,
+            max_model_len=2,
+            max_num_seqs=1,
+            max_num_batched_tokens=1,
+            kv_cache_memory=1,
+            num_threads=1,
+            host_prefix_memory=0,
+            max_waiting=1,
+            share_prompts=0,
+        )

@@ -8,7 +8,7 @@ themselves, else they are made from the parameters once a step and `PrefixParame
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -18,27 +18,35 @@ from prefixfast.attach import LayerShape
 from prefixfast.config import PrefixConfig
 from prefixfast.errors import ConfigError
 from prefixfast.model import Model
-from prefixfast.plan import Arena, LayerKV, Plan, plain_plan
+from prefixfast.plan import Arena, LayerKV, training_plan
 from prefixfast.prefix import Prefix
 
 
 @torch.no_grad()
-def text_kv(model: Model, ids: Sequence[int], length: int) -> list[LayerKV]:
+def text_kv(model: Model, ids: Sequence[int], length: int, *, after: Sequence[Prefix] = ()) -> list[LayerKV]:
     """Keys and values of a text in the base itself, fp32 ``[P, H, D]`` a layer; a short text is repeated, a long one cut to its first P tokens.
 
     Args:
         model: The base.
         ids: The text's tokens, at least one.
         length: P.
+        after: Prefixes before the text, left to right.
     """
     tokens = torch.tensor((list(ids) * length)[:length], device=model.device)
-    empty = [torch.empty(length, s.num_kv_heads, s.head_dim, dtype=model.dtype, device=model.device) for s in model.layers for _ in "kv"]
-    arena = Arena(_pairs(empty), torch.empty(0, dtype=torch.int32))
-    plain = plain_plan([length], backend=model.backend, device=model.device)
-    slots = torch.arange(length, dtype=torch.int32, device=model.device)
-    last = slots[-1:].long()
-    model.forward(Plan(plain.position_ids, plain.backend, plain.reach, packed=plain.packed, arena=arena, slots=slots, logits_at=last), tokens)
-    return [(k.to(parameter_dtype(model.dtype)), v.to(parameter_dtype(model.dtype))) for k, v in arena.layers]
+    starts = np.cumsum([0, *(p.length for p in after)])
+    before, number = int(starts[-1]), np.arange(len(after), dtype=np.int32)
+    rows = np.array([[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(starts, after, strict=False)], np.int32).reshape(-1, 4)
+    indptr = np.array([0, len(after)], np.int32)
+    plan = training_plan(np.array([length], np.int32), indptr, number, rows, None, backend=model.backend, device=model.device)
+    kinds = [(f"self.{i}.{x}", s) for i, s in enumerate(model.layers) for x in "kv"]
+    empty = [torch.empty(before + length, s.num_kv_heads, s.head_dim, dtype=model.dtype, device=model.device) for _, s in kinds]
+    for (name, _), t in zip(kinds, empty, strict=True):
+        for prefix, start in zip(after, starts.tolist(), strict=False):
+            t[start : start + prefix.length] = prefix.kv[name].to(t)
+    slots = torch.arange(before, before + length, dtype=torch.int32, device=model.device)
+    last = torch.tensor([length - 1], device=model.device)
+    model.forward(replace(plan, arena=Arena(_pairs(empty), torch.empty(0, dtype=torch.int32)), slots=slots, logits_at=last), tokens)
+    return _pairs([t[before:].to(parameter_dtype(model.dtype)) for t in empty])
 
 
 def parameter_dtype(compute: torch.dtype) -> torch.dtype:

@@ -19,6 +19,7 @@ from prefixfast.config import EngineConfig, GenerationParams, unknown_option
 from prefixfast.engine.arena import LONGEST_BY_DEFAULT, bytes_of_row
 from prefixfast.engine.loop import Loop, Outcome
 from prefixfast.engine.request import Generation, Input, Request, make_requests, warn_about_defaults
+from prefixfast.engine.shared import SharedPrompts
 from prefixfast.engine.worker import Ticket, Worker
 from prefixfast.errors import ConfigError
 from prefixfast.model import Model, borrowed, load
@@ -65,6 +66,7 @@ class Engine:
         self.ends = _end_tokens(self.model)
         packed = self.model.prepack() if self.config.prepack and self.model.device.type == "cpu" else None
         self.loop = Loop(self.model, self.config, self.max_model_len, self.ends)
+        self.shared = SharedPrompts(self.model, self.config.share_prompts)
         warn_about_defaults(self.model)
         rows = len(self.loop.arena.layers[0][0])
         logger.info(
@@ -180,7 +182,11 @@ class Engine:
         if self.closed:
             msg = "this engine is closed: make a new one"
             raise ConfigError(msg)
-        return make_requests(self.model, batch, prefixes, GenerationParams.make(params, **fields), self.max_model_len, self.store)
+        requests = make_requests(self.model, batch, prefixes, GenerationParams.make(params, **fields), self.max_model_len, self.store)
+        if not self.config.share_prompts:
+            return requests
+        with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
+            return self.shared.split(requests)
 
     def _started(self) -> Worker:
         with self.lock:
@@ -228,8 +234,9 @@ class Engine:
             raise outcome.error
         r, ids = outcome.request, outcome.token_ids
         text = self._texts([ids])[0] if text is None else text
-        usage = {"prompt_tokens": len(r.ids), "completion_tokens": len(ids), "prefix_rows": sum(p.length for p in r.prefixes)}
-        digest = "+".join(p.digest for p in r.prefixes) or None
+        own = r.prefixes[: -1 if r.shared else None]  # a shared leading text is part of the prompt
+        usage = {"prompt_tokens": len(r.ids) + r.shared, "completion_tokens": len(ids), "prefix_rows": sum(p.length for p in own)}
+        digest = "+".join(p.digest for p in own) or None
         return Generation(r.index, r.id, r.task.clean(text), ids, outcome.reason, outcome.score, digest, usage)
 
 

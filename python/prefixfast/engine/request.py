@@ -70,6 +70,7 @@ class Request:
         tenant: Who asks; None: whoever uses the first prefix.
         priority: Higher goes first.
         deadline: When it is dropped, in seconds of `time.monotonic`; None for never.
+        shared: Leading prompt tokens that the last prefix stands for.
     """
 
     index: int
@@ -81,6 +82,7 @@ class Request:
     tenant: str | None = None
     priority: int = 0
     deadline: float | None = None
+    shared: int = 0
 
 
 def make_requests(
