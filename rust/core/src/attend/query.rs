@@ -1,4 +1,5 @@
-//! One query over a chunk of keys: scores, online softmax, weighted values.
+//! One query over a chunk of keys: scores, online softmax, weighted values. The order of the sums is the same however the calls are cut, and for keys
+//! in place as for copies; only where chunks are cut changes a result.
 
 use super::lanes::{Element, Lanes, Line, WIDTH};
 use super::math::{exp, tanh};
@@ -35,58 +36,89 @@ impl Running {
     pub(super) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
 }
 
-/// Takes the keys of a chunk into one query's output.
-///
-/// The result is the same to the bit whichever the memory of keys and values; it depends on where the chunks are cut.
+/// Scores of up to four keys from `j` on; a last group of fewer repeats the last key.
 ///
 /// * `q`: the query times scale.
-/// * `o`: sum of `exp(score - max) * value` so far.
-/// * `softcap`: `softcap * tanh(score / softcap)`, 0 for none.
 #[inline(always)]
-pub(super) fn absorb<L: Lanes, K: Element>(lanes: L, q: &[Line], keys: Chunk<'_, K>, values: Chunk<'_, K>, softcap: f32, running: &mut Running, o: &mut [Line]) {
-    let count = keys.at.len().min(CHUNK);
-    let mut scores = [[f32::NEG_INFINITY; WIDTH]; CHUNK / WIDTH];
-    let used = &mut scores[..count.div_ceil(WIDTH)];
-    score(lanes, q, keys, used.as_flattened_mut());
-    if softcap > 0.0 {
-        cap(lanes, softcap, used);
+pub(super) fn score<L: Lanes, K: Element>(lanes: L, q: &[Line], keys: Chunk<'_, K>, j: usize) -> [f32; 4] {
+    let (last, n) = (keys.at.len() - 1, q.len());
+    let (a, b) = (keys.key(j, n), keys.key((j + 1).min(last), n));
+    let (c, d) = (keys.key((j + 2).min(last), n), keys.key((j + 3).min(last), n));
+    let mut sums = [lanes.splat(0.0); 4];
+    for i in 0..n {
+        let x = lanes.load(&q[i]);
+        sums[0] = lanes.fma(x, K::load(lanes, &a[i]), sums[0]);
+        sums[1] = lanes.fma(x, K::load(lanes, &b[i]), sums[1]);
+        sums[2] = lanes.fma(x, K::load(lanes, &c[i]), sums[2]);
+        sums[3] = lanes.fma(x, K::load(lanes, &d[i]), sums[3]);
     }
-    used.as_flattened_mut()[count..].fill(f32::NEG_INFINITY);
-    let Some(share) = weigh(lanes, used, running) else {
-        return; // every score is -inf: no weight
-    };
-    let weights = &scores.as_flattened()[..count];
+    lanes.sums(sums)
+}
+
+/// Turns the first `count` scores of a chunk into `exp(score - max)` under the new maximum, and what the query has gathered to that maximum.
+///
+/// * `softcap`: `softcap * tanh(score / softcap)`, 0 for none.
+/// * `o`: sum of `exp(score - max) * value` so far.
+#[inline(always)]
+pub(super) fn weigh<L: Lanes>(lanes: L, scores: &mut [f32; CHUNK], count: usize, softcap: f32, running: &mut Running, o: &mut [Line]) {
+    let scores = &mut scores.as_chunks_mut::<WIDTH>().0[..count.div_ceil(WIDTH)];
+    if softcap > 0.0 {
+        cap(lanes, softcap, scores);
+    }
+    scores.as_flattened_mut()[count..].fill(f32::NEG_INFINITY);
+    let mut largest = lanes.splat(f32::NEG_INFINITY);
+    for line in &*scores {
+        largest = lanes.max(largest, lanes.load(line));
+    }
+    let max = running.max.max(lanes.largest(largest));
+    if max == f32::NEG_INFINITY && !scores.as_flattened().iter().any(|s| s.is_nan()) {
+        scores.as_flattened_mut().fill(0.0); // every score so far is -inf
+        return;
+    }
+    if max > running.max {
+        let share = lanes.largest(exp(lanes, lanes.splat(running.max - max)));
+        for line in o {
+            lanes.store(lanes.mul(lanes.splat(share), lanes.load(line)), line);
+        }
+        *running = Running { max, sum: running.sum * share };
+    }
+    let (shift, mut sum) = (lanes.splat(-max), lanes.splat(0.0));
+    for line in scores {
+        let weight = exp(lanes, lanes.add(lanes.load(line), shift));
+        sum = lanes.add(sum, weight);
+        lanes.store(weight, line);
+    }
+    running.sum += lanes.sum(sum);
+}
+
+/// Adds `weights[i] * values[j + i]` for all weights, one after another.
+#[inline(always)]
+pub(super) fn gather<L: Lanes, K: Element>(lanes: L, weights: &[f32], values: Chunk<'_, K>, j: usize, o: &mut [Line]) {
     let lines = o.len();
     let (tiles, rest) = o.as_chunks_mut::<4>();
     for (t, tile) in tiles.iter_mut().enumerate() {
-        add_values(lanes, weights, values, (4 * t, lines), share, tile);
+        gather_part(lanes, weights, values, j, (4 * t, lines), tile);
     }
     for (t, line) in rest.iter_mut().enumerate() {
-        add_values(lanes, weights, values, (lines / 4 * 4 + t, lines), share, std::array::from_mut(line));
+        gather_part(lanes, weights, values, j, (lines / 4 * 4 + t, lines), std::array::from_mut(line));
     }
 }
 
-/// Scores of the keys of a chunk; whatever lies behind them is overwritten.
+/// `N` vectors of the head dim from `first` on, out of `lines`: as many as stay in registers.
 #[inline(always)]
-fn score<L: Lanes, K: Element>(lanes: L, q: &[Line], keys: Chunk<'_, K>, scores: &mut [f32]) {
-    let last = keys.at.len() - 1;
-    for (i, four) in scores.as_chunks_mut::<4>().0.iter_mut().enumerate() {
-        if 4 * i > last {
-            return;
+fn gather_part<L: Lanes, K: Element, const N: usize>(lanes: L, weights: &[f32], values: Chunk<'_, K>, j: usize, (first, lines): (usize, usize), o: &mut [Line; N]) {
+    let mut sums = [lanes.splat(0.0); N];
+    for i in 0..N {
+        sums[i] = lanes.load(&o[i]);
+    }
+    for (i, weight) in weights.iter().enumerate() {
+        let (weight, value) = (lanes.splat(*weight), &values.key(j + i, lines)[first..first + N]);
+        for i in 0..N {
+            sums[i] = lanes.fma(weight, K::load(lanes, &value[i]), sums[i]);
         }
-        let n = q.len();
-        // A last group of fewer than four repeats the last key.
-        let (a, b) = (keys.key(4 * i, n), keys.key((4 * i + 1).min(last), n));
-        let (c, d) = (keys.key((4 * i + 2).min(last), n), keys.key((4 * i + 3).min(last), n));
-        let mut sums = [lanes.splat(0.0); 4];
-        for j in 0..n {
-            let x = lanes.load(&q[j]);
-            sums[0] = lanes.fma(x, K::load(lanes, &a[j]), sums[0]);
-            sums[1] = lanes.fma(x, K::load(lanes, &b[j]), sums[1]);
-            sums[2] = lanes.fma(x, K::load(lanes, &c[j]), sums[2]);
-            sums[3] = lanes.fma(x, K::load(lanes, &d[j]), sums[3]);
-        }
-        *four = lanes.sums(sums);
+    }
+    for i in 0..N {
+        lanes.store(sums[i], &mut o[i]);
     }
 }
 
@@ -100,42 +132,3 @@ fn cap<L: Lanes>(lanes: L, softcap: f32, scores: &mut [Line]) {
     }
 }
 
-/// Turns scores into `exp(score - max)` under the new maximum. Returns what the output so far is to be multiplied with, None if all scores are -inf.
-#[inline(always)]
-fn weigh<L: Lanes>(lanes: L, scores: &mut [Line], running: &mut Running) -> Option<f32> {
-    let mut largest = lanes.splat(f32::NEG_INFINITY);
-    for line in &*scores {
-        largest = lanes.max(largest, lanes.load(line));
-    }
-    let max = running.max.max(lanes.largest(largest));
-    if max == f32::NEG_INFINITY && !scores.as_flattened().iter().any(|s| s.is_nan()) {
-        return None;
-    }
-    let share = if max > running.max { lanes.largest(exp(lanes, lanes.splat(running.max - max))) } else { 1.0 };
-    let (shift, mut sum) = (lanes.splat(-max), lanes.splat(0.0));
-    for line in scores {
-        let weight = exp(lanes, lanes.add(lanes.load(line), shift));
-        sum = lanes.add(sum, weight);
-        lanes.store(weight, line);
-    }
-    *running = Running { max, sum: running.sum * share + lanes.sum(sum) };
-    Some(share)
-}
-
-/// `o * share + sum of weight * value`, for `N` vectors of the head dim from `first` on, out of `lines`.
-#[inline(always)]
-fn add_values<L: Lanes, K: Element, const N: usize>(lanes: L, weights: &[f32], values: Chunk<'_, K>, (first, lines): (usize, usize), share: f32, o: &mut [Line; N]) {
-    let mut sums = [lanes.splat(share); N];
-    for i in 0..N {
-        sums[i] = lanes.mul(sums[i], lanes.load(&o[i]));
-    }
-    for (j, weight) in weights.iter().enumerate() {
-        let (weight, value) = (lanes.splat(*weight), &values.key(j, lines)[first..first + N]);
-        for i in 0..N {
-            sums[i] = lanes.fma(weight, K::load(lanes, &value[i]), sums[i]);
-        }
-    }
-    for i in 0..N {
-        lanes.store(sums[i], &mut o[i]);
-    }
-}

@@ -5,12 +5,12 @@ use std::marker::PhantomData;
 
 use super::lanes::{Element, Lanes, Line, Scalar, WIDTH};
 use super::plan::{Plan, Task};
-use super::query::{CHUNK, Chunk, Running, absorb};
+use super::query::{CHUNK, Chunk, Running, gather, score, weigh};
 use super::simd::{Kind, Simd};
 use super::{Floats, FloatsMut, Output, Problem, Shape, Source};
 
-/// From this many queries on a bf16 chunk is first copied to fp32.
-const WIDEN_FROM: usize = 2;
+/// From this many rows on a chunk is first copied, as fp32 and head by head.
+const PACK_FROM: usize = 2;
 const CACHE_LINE: usize = 64;
 
 thread_local! {
@@ -68,7 +68,9 @@ struct Queries<'a> {
     q: &'a [Line],
     o: &'a mut [Line],
     running: &'a mut [Running],
-    /// A chunk of keys and one of values in fp32.
+    /// `[kv heads, G, CHUNK]` of one row.
+    scores: &'a mut [f32],
+    /// A chunk of keys and one of values in fp32, `[kv heads, CHUNK, lines]`.
     packed: [&'a mut [f32]; 2],
 }
 
@@ -77,15 +79,16 @@ fn walk<L: Lanes>(lanes: L, problem: &Problem<'_>, plan: &Plan, task: &Task, out
     let Shape { heads, kv_heads, head_dim, .. } = problem.shape;
     let (group, lines, rows) = (heads / kv_heads, head_dim.div_ceil(WIDTH), &plan.rows[task.rows.clone()]);
     let queries = rows.len() * task.heads.len() * group;
-    let (size, packed) = (queries * lines * WIDTH, CHUNK * lines * WIDTH);
+    let (size, packed, scores) = (queries * lines * WIDTH, task.heads.len() * CHUNK * lines * WIDTH, task.heads.len() * group * CHUNK);
     let Scratch { floats, running, users } = scratch;
-    floats.resize((2 * (size + packed) + CACHE_LINE).max(floats.len()), 0.0);
+    floats.resize((2 * (size + packed) + scores + CACHE_LINE).max(floats.len()), 0.0);
     running.clear();
     running.resize(queries, Running::EMPTY);
     let skip = floats.as_ptr().align_offset(CACHE_LINE).min(CACHE_LINE);
     let (q, rest) = floats[skip..].split_at_mut(size);
     let (o, rest) = rest.split_at_mut(size);
     let (packed_k, rest) = rest.split_at_mut(packed);
+    let (packed_v, rest) = rest.split_at_mut(packed);
     o.fill(0.0);
     let q = q.as_chunks_mut().0;
     for ((i, q), at) in q.chunks_exact_mut(lines * group * task.heads.len()).enumerate().zip(rows) {
@@ -101,7 +104,8 @@ fn walk<L: Lanes>(lanes: L, problem: &Problem<'_>, plan: &Plan, task: &Task, out
         q,
         o: o.as_chunks_mut().0,
         running,
-        packed: [packed_k, &mut rest[..packed]],
+        scores: &mut rest[..scores],
+        packed: [packed_k, packed_v],
     };
     users.clear();
     users.extend(rows.iter().enumerate().flat_map(|(row, r)| plan.uses[r.uses.clone()].iter().map(move |u| User { block: u.block, row, first: u.first })));
@@ -153,7 +157,6 @@ fn blocks<L: Lanes, K: Element>(lanes: L, state: &mut Queries<'_>, memory: [&[K]
         let seen = users.iter().map(|u| u.first).min().unwrap_or(0);
         let mut start = seen / CHUNK * CHUNK; // chunks are cut at the same rows whoever sees them
         let mut at = starts(block.start + start, stride);
-        prefetch(lanes, memory, state, &at[..CHUNK.min(block.rows - start)], (0, 1));
         while start < block.rows {
             let count = CHUNK.min(block.rows - start);
             let next = starts(block.start + start + count, stride);
@@ -179,7 +182,6 @@ fn own_keys<L: Lanes, K: Element>(lanes: L, state: &mut Queries<'_>, memory: [&[
         let mut at = [0; CHUNK];
         let mut next = [0; CHUNK];
         let mut count = slots_of(slots, 0, stride, &mut next);
-        prefetch(lanes, memory, state, &next[..count], (0, 1));
         let mut start = 0;
         while count > 0 {
             at[..count].copy_from_slice(&next[..count]);
@@ -202,7 +204,7 @@ fn slots_of(slots: &[usize], start: usize, stride: usize, at: &mut [usize; CHUNK
     count
 }
 
-/// One chunk of rows by its users, (row of the task, first key seen): head after head, while the next chunk is on its way.
+/// One chunk of rows by its users, (row of the task, first key seen); `next` is the chunk that follows.
 #[inline(always)]
 fn chunk<L: Lanes, K: Element>(
     lanes: L,
@@ -213,64 +215,101 @@ fn chunk<L: Lanes, K: Element>(
     users: impl Iterator<Item = (usize, usize)> + Clone,
     num_users: usize,
 ) {
-    let (head_dim, lines, heads) = (state.head_dim, state.lines, state.heads.len());
-    let narrow = size_of::<K>() < size_of::<f32>();
-    let pack = !head_dim.is_multiple_of(WIDTH) || (narrow && num_users * state.group >= WIDEN_FROM);
-    for h in 0..heads {
-        let skip = (state.heads.start + h) * head_dim;
-        prefetch(lanes, memory, state, next, (h, heads));
-        if pack {
-            for (to, from) in state.packed.iter_mut().zip(memory) {
-                widen(lanes, from, at, skip, head_dim, to, lines * WIDTH);
+    if num_users < PACK_FROM && state.head_dim.is_multiple_of(WIDTH) {
+        for (row, first) in users {
+            if first < at.len() {
+                in_place(lanes, state, memory, &at[first..], next, row);
             }
         }
+        return;
+    }
+    let width = state.lines * WIDTH;
+    for (to, from) in state.packed.iter_mut().zip(memory) {
+        copy(lanes, from, at, next, (&state.heads, state.head_dim), to, width);
+    }
+    let here = starts(0, width);
+    let mut scores = [0.0; CHUNK];
+    for h in 0..state.heads.len() {
+        let [keys, values] = [0, 1].map(|i| &state.packed[i][h * CHUNK * width..]);
         for (row, first) in users.clone() {
-            if first >= at.len() {
-                continue;
-            }
+            let Some(count) = at.len().checked_sub(first).filter(|n| *n > 0) else { continue };
+            let at = &here[first..first + count];
             for g in 0..state.group {
-                let i = (row * heads + h) * state.group + g;
-                let (q, o) = (&state.q[i * lines..][..lines], &mut state.o[i * lines..][..lines]);
-                let running = &mut state.running[i];
-                if pack {
-                    let here = starts(0, lines * WIDTH);
-                    let of = |data| Chunk { data, at: &here[first..at.len()], skip: 0 };
-                    absorb(lanes, q, of(&*state.packed[0]), of(&*state.packed[1]), state.softcap, running, o);
-                } else {
-                    let of = |data| Chunk { data, at: &at[first..], skip };
-                    absorb(lanes, q, of(memory[0]), of(memory[1]), state.softcap, running, o);
+                let i = (row * state.heads.len() + h) * state.group + g;
+                let (q, o) = (&state.q[i * state.lines..][..state.lines], &mut state.o[i * state.lines..][..state.lines]);
+                let mut j = 0;
+                while j < count {
+                    scores[j..j + 4].copy_from_slice(&score(lanes, q, Chunk { data: keys, at, skip: 0 }, j));
+                    j += 4;
                 }
+                weigh(lanes, &mut scores, count, state.softcap, &mut state.running[i], o);
+                gather(lanes, &scores[..count], Chunk { data: values, at, skip: 0 }, 0, o);
             }
         }
     }
 }
 
-/// Copies one head of a chunk to fp32, each key filled up with zeros to `width` floats.
+/// One row's queries over a chunk where it lies, four keys at a time for all heads: memory is read as it lies, the next four keys are on their way.
 #[inline(always)]
-fn widen<L: Lanes, K: Element>(lanes: L, from: &[K], at: &[usize], skip: usize, head_dim: usize, to: &mut [f32], width: usize) {
-    for (start, to) in at.iter().zip(to.chunks_exact_mut(width)) {
-        let (from, rest) = from[start + skip..][..head_dim].as_chunks::<WIDTH>();
-        let (to, tail) = to.split_at_mut(head_dim - rest.len());
-        for (from, to) in from.iter().zip(to.as_chunks_mut().0) {
-            lanes.store(K::load(lanes, from), to);
+fn in_place<L: Lanes, K: Element>(lanes: L, state: &mut Queries<'_>, memory: [&[K]; 2], at: &[usize], next: &[usize], row: usize) {
+    let (heads, group, lines, head_dim) = (state.heads.len(), state.group, state.lines, state.head_dim);
+    let queries = row * heads * group..(row + 1) * heads * group;
+    let (q, o) = (&state.q[queries.start * lines..queries.end * lines], &mut state.o[queries.start * lines..queries.end * lines]);
+    let running = &mut state.running[queries];
+    let scores = state.scores.as_chunks_mut::<CHUNK>().0;
+    let count = at.len();
+    for j in (0..count).step_by(4) {
+        let (soon, from) = if j + 4 < count { (&at[j + 4..], memory[0]) } else { (at, memory[1]) };
+        for h in 0..heads {
+            let skip = (state.heads.start + h) * head_dim;
+            prefetch(lanes, from, soon, skip, head_dim);
+            for i in h * group..(h + 1) * group {
+                let found = score(lanes, &q[i * lines..][..lines], Chunk { data: memory[0], at, skip }, j);
+                scores[i][j..j + 4].copy_from_slice(&found);
+            }
         }
-        tail.fill(0.0);
-        for (from, to) in rest.iter().zip(tail) {
-            *to = from.float();
+    }
+    for (i, o) in o.chunks_exact_mut(lines).enumerate() {
+        weigh(lanes, &mut scores[i], count, state.softcap, &mut running[i], o);
+    }
+    for j in (0..count).step_by(4) {
+        let (soon, from) = if j + 4 < count { (&at[j + 4..], memory[1]) } else { (next, memory[0]) };
+        for h in 0..heads {
+            let skip = (state.heads.start + h) * head_dim;
+            prefetch(lanes, from, soon, skip, head_dim);
+            for i in h * group..(h + 1) * group {
+                gather(lanes, &scores[i][j..count.min(j + 4)], Chunk { data: memory[1], at, skip }, j, &mut o[i * lines..][..lines]);
+            }
         }
     }
 }
 
-/// Asks for part `i` of `n` of the rows of a chunk.
+/// Copies the heads of a chunk to fp32, `[heads, CHUNK, width]`, each key filled up with zeros.
 #[inline(always)]
-fn prefetch<L: Lanes, K>(lanes: L, memory: [&[K]; 2], state: &Queries<'_>, at: &[usize], (i, n): (usize, usize)) {
-    let step = CACHE_LINE / size_of::<K>();
-    let (from, to) = (state.heads.start * state.head_dim, state.heads.end * state.head_dim);
-    for start in &at[i * at.len() / n..(i + 1) * at.len() / n] {
-        for memory in memory {
-            for x in memory[start + from..start + to].iter().step_by(step) {
-                lanes.prefetch(x);
+fn copy<L: Lanes, K: Element>(lanes: L, from: &[K], at: &[usize], next: &[usize], (heads, head_dim): (&std::ops::Range<usize>, usize), to: &mut [f32], width: usize) {
+    for (j, start) in at.iter().enumerate() {
+        let soon = if j + 4 < at.len() { &at[j + 4..j + 5] } else { next.get(j % 4..j % 4 + 1).unwrap_or(&[]) };
+        for (h, head) in heads.clone().enumerate() {
+            prefetch(lanes, from, soon, head * head_dim, head_dim);
+            let (from, rest) = from[start + head * head_dim..][..head_dim].as_chunks::<WIDTH>();
+            let (to, tail) = to[(h * CHUNK + j) * width..][..width].split_at_mut(head_dim - rest.len());
+            for (from, to) in from.iter().zip(to.as_chunks_mut().0) {
+                lanes.store(K::load(lanes, from), to);
             }
+            tail.fill(0.0);
+            for (from, to) in rest.iter().zip(tail) {
+                *to = from.float();
+            }
+        }
+    }
+}
+
+/// Asks for one head of up to four rows.
+#[inline(always)]
+fn prefetch<L: Lanes, K>(lanes: L, memory: &[K], at: &[usize], skip: usize, head_dim: usize) {
+    for start in &at[..at.len().min(4)] {
+        for x in memory[start + skip..][..head_dim].iter().step_by(CACHE_LINE / size_of::<K>()) {
+            lanes.prefetch(x);
         }
     }
 }
