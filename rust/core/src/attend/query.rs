@@ -5,7 +5,7 @@ use super::lanes::{Element, Lanes, Line, WIDTH};
 use super::math::{exp, tanh};
 
 /// Most keys of a chunk.
-pub(super) const CHUNK: usize = 32;
+pub(super) const CHUNK: usize = 64;
 
 /// Keys or values of one head: those of key j start at `data[at[j] + skip]`.
 #[derive(Clone, Copy)]
@@ -96,11 +96,12 @@ pub(super) fn weigh<L: Lanes>(lanes: L, scores: &mut [f32; CHUNK], count: usize,
 pub(super) fn gather<L: Lanes, K: Element>(lanes: L, weights: &[f32], values: Chunk<'_, K>, j: usize, o: &mut [Line]) {
     let lines = o.len();
     let (tiles, rest) = o.as_chunks_mut::<4>();
+    let tiled = 4 * tiles.len();
     for (t, tile) in tiles.iter_mut().enumerate() {
         gather_part(lanes, weights, values, j, (4 * t, lines), tile);
     }
     for (t, line) in rest.iter_mut().enumerate() {
-        gather_part(lanes, weights, values, j, (lines / 4 * 4 + t, lines), std::array::from_mut(line));
+        gather_part(lanes, weights, values, j, (tiled + t, lines), std::array::from_mut(line));
     }
 }
 
@@ -113,8 +114,8 @@ fn gather_part<L: Lanes, K: Element, const N: usize>(lanes: L, weights: &[f32], 
     }
     for (i, weight) in weights.iter().enumerate() {
         let (weight, value) = (lanes.splat(*weight), &values.key(j + i, lines)[first..first + N]);
-        for i in 0..N {
-            sums[i] = lanes.fma(weight, K::load(lanes, &value[i]), sums[i]);
+        for n in 0..N {
+            sums[n] = lanes.fma(weight, K::load(lanes, &value[n]), sums[n]);
         }
     }
     for i in 0..N {

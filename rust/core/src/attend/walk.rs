@@ -230,20 +230,17 @@ fn chunk<L: Lanes, K: Element>(
     let here = starts(0, width);
     let mut scores = [0.0; CHUNK];
     for h in 0..state.heads.len() {
-        let [keys, values] = [0, 1].map(|i| &state.packed[i][h * CHUNK * width..]);
-        for (row, first) in users.clone() {
-            let Some(count) = at.len().checked_sub(first).filter(|n| *n > 0) else { continue };
-            let at = &here[first..first + count];
-            for g in 0..state.group {
-                let i = (row * state.heads.len() + h) * state.group + g;
+        let skip = h * CHUNK * width;
+        for (row, first) in users.clone().filter(|(_, first)| *first < at.len()) {
+            let at = &here[first..at.len()];
+            for i in (row * state.heads.len() + h) * state.group..(row * state.heads.len() + h + 1) * state.group {
                 let (q, o) = (&state.q[i * state.lines..][..state.lines], &mut state.o[i * state.lines..][..state.lines]);
-                let mut j = 0;
-                while j < count {
-                    scores[j..j + 4].copy_from_slice(&score(lanes, q, Chunk { data: keys, at, skip: 0 }, j));
-                    j += 4;
+                for j in (0..at.len()).step_by(4) {
+                    let found = score(lanes, q, Chunk { data: &*state.packed[0], at, skip }, j);
+                    scores[j..j + 4].copy_from_slice(&found);
                 }
-                weigh(lanes, &mut scores, count, state.softcap, &mut state.running[i], o);
-                gather(lanes, &scores[..count], Chunk { data: values, at, skip: 0 }, 0, o);
+                weigh(lanes, &mut scores, at.len(), state.softcap, &mut state.running[i], o);
+                gather(lanes, &scores[..at.len()], Chunk { data: &*state.packed[1], at, skip }, 0, o);
             }
         }
     }
