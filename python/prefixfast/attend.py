@@ -44,20 +44,24 @@ def _runs_on_torchs_threads() -> bool:
     return reason is None
 
 
-def cannot(q: Tensor, k_arena: Tensor, v_arena: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None) -> str | None:
-    """What of this call `decode` does not serve; None if it serves all."""
+def cannot(q: Tensor, k_arena: Tensor, v_arena: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None) -> dict[str, bool]:
+    """What of this call `decode` does not serve, as `ops` picks a backend; empty if it serves all."""
+    pairs = ((k_arena, v_arena), (prefix_k, prefix_v))
     if _rust() is None:
-        return "calls without the Rust extension (build it with `make`)"
-    if bias is not None:
-        return "a position bias"
-    if q.dtype not in NARROW:
-        return f"{q.dtype}"
-    for k, v in ((k_arena, v_arena), (prefix_k, prefix_v)):
-        if k.dtype not in NARROW or k.dtype != v.dtype:
-            return f"keys of {k.dtype} with values of {v.dtype}"
-        if not (k.is_contiguous() and v.is_contiguous()):
-            return "keys and values with gaps"
-    return f"head dims over {MAX_HEAD_DIM}" if q.shape[2] > MAX_HEAD_DIM else None
+        reason = "calls without the Rust extension (`make` builds it)"
+    elif bias is not None:
+        reason = "a position bias"
+    elif q.dtype not in NARROW:
+        reason = f"{q.dtype}"
+    elif any(k.dtype not in NARROW or k.dtype != v.dtype for k, v in pairs):
+        reason = "keys and values in " + ", ".join(f"{t.dtype}" for t in (k_arena, v_arena, prefix_k, prefix_v))
+    elif not all(k.is_contiguous() and v.is_contiguous() for k, v in pairs):
+        reason = "keys and values with gaps"
+    elif q.shape[2] > MAX_HEAD_DIM:
+        reason = f"head dims over {MAX_HEAD_DIM}"
+    else:
+        return {}
+    return {reason: True}
 
 
 def decode(
@@ -92,20 +96,8 @@ def decode(
         ConfigError: Shapes that do not fit, tables of another dtype, an entry that names no row, a row without keys; an unknown ``path``.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_kv_heads = k_arena.shape[1] if k_arena.dim() == 3 else 0
-    like = (num_kv_heads, head_dim)
-    for k, v in ((k_arena, v_arena), (prefix_k, prefix_v)):
-        if k.dim() != 3 or k.shape != v.shape or k.shape[1:] != like:
-            msg = f"keys {list(k.shape)} and values {list(v.shape)}: expected both [rows, {num_kv_heads}, {head_dim}], as the arena's keys and the queries"
-            raise ConfigError(msg)
-    if table.dtype != torch.int32 or table.dim() != 2 or table.stride(1) != 1:
-        msg = f"slot table {list(table.shape)} of {table.dtype}: expected [rows, tokens] of int32, entries of a row next to each other"
-        raise ConfigError(msg)
     read = [getattr(tables, name) for name in TABLES]
-    for name, t in zip(TABLES, read, strict=True):
-        if t.dtype != torch.int32 or t.device.type != "cpu" or not t.is_contiguous():
-            msg = f"table {name} of {t.dtype} on {t.device}: expected contiguous int32 on the CPU, as the planner makes it"
-            raise ConfigError(msg)
+    _check(q, (k_arena, v_arena, prefix_k, prefix_v), table, read)
     if q.stride(2) != 1:
         q = q.contiguous()
     row_stride, head_stride, _ = q.stride()
@@ -114,7 +106,7 @@ def decode(
     rust = _rust()
     assert rust is not None
     rust.attend_decode(
-        (num_rows, num_heads, num_kv_heads, head_dim),
+        (num_rows, num_heads, k_arena.shape[1], head_dim),
         (q.data_ptr(), span, row_stride, head_stride, NARROW[q.dtype]),
         (o.data_ptr(), lse.data_ptr()),
         (k_arena.data_ptr(), v_arena.data_ptr(), k_arena.numel(), NARROW[k_arena.dtype]),
@@ -128,3 +120,23 @@ def decode(
         path,
     )
     return o, lse
+
+
+def _check(q: Tensor, kv: tuple[Tensor, ...], table: Tensor, read: list[Tensor]) -> None:
+    """What the addresses below stand for; entries of the tables are checked where they are read."""
+    like = (*kv[0].shape[1:2], q.shape[2])
+    for k, v in (kv[:2], kv[2:]):
+        if k.dim() != 3 or k.shape != v.shape or k.shape[1:] != like:
+            msg = f"keys {list(k.shape)} and values {list(v.shape)}: expected both [rows, kv heads, {q.shape[2]}], the arena's and the prefix's alike"
+            raise ConfigError(msg)
+    if table.dtype != torch.int32 or table.dim() != 2 or table.stride(1) != 1:
+        msg = f"slot table {list(table.shape)} of {table.dtype}: expected [rows, tokens] of int32, entries of a row next to each other"
+        raise ConfigError(msg)
+    for name, t in zip(TABLES, read, strict=True):
+        if t.dtype != torch.int32 or not t.is_contiguous():
+            msg = f"table {name} of {t.dtype}: expected contiguous int32, as the planner makes it"
+            raise ConfigError(msg)
+    for t in (q, *kv, table, *read):
+        if not t.is_cpu:
+            msg = f"a tensor on {t.device} among tensors on the CPU: expected all on the CPU; move it there"
+            raise ConfigError(msg)

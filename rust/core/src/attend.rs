@@ -8,15 +8,28 @@
 //! Shape letters: R rows, HQ query heads, H kv heads, G queries per kv head, D head dim, C blocks, E (row, block) pairs.
 //! Specification: `reference.attn_decode` of the kernels.
 
-mod math;
-mod lanes;
+#![expect(
+    clippy::inline_always,
+    reason = "vector instructions are compiled into the function that enables them, or not at all"
+)]
+#![expect(
+    clippy::many_single_char_names,
+    clippy::similar_names,
+    reason = "letters are the field's: q, k, v, o"
+)]
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod chunk;
+mod lanes;
+mod math;
+mod out;
 mod plan;
 mod query;
 mod simd;
+mod tables;
 mod team;
 mod walk;
 
@@ -26,8 +39,8 @@ pub use simd::{SIMD, Simd};
 pub use team::join;
 
 use crate::error::{Error, Result};
+use out::Out;
 use plan::Plan;
-use walk::Out;
 
 /// Largest head dim.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -79,6 +92,14 @@ pub enum Source<'a> {
 }
 
 impl Source<'_> {
+    /// Bytes of a number.
+    fn width(&self) -> usize {
+        match self {
+            Self::F32 { .. } => size_of::<f32>(),
+            Self::Bf16 { .. } => size_of::<u16>(),
+        }
+    }
+
     fn lens(&self) -> [usize; 2] {
         match self {
             Self::F32 { k, v } => [k.len(), v.len()],
@@ -173,10 +194,17 @@ pub fn decode(problem: &Problem<'_>, output: Output<'_>, threads: usize, simd: S
 }
 
 fn check(problem: &Problem<'_>, output: &Output<'_>) -> Result<()> {
-    let Shape { rows, heads, kv_heads, head_dim } = problem.shape;
+    let Shape {
+        rows,
+        heads,
+        kv_heads,
+        head_dim,
+    } = problem.shape;
     let wrong = |text: String| Err(Error::Config(format!("attention: {text}")));
     if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
-        return wrong(format!("{heads} query heads and {kv_heads} kv heads: expected a multiple"));
+        return wrong(format!(
+            "{heads} query heads and {kv_heads} kv heads: expected a multiple"
+        ));
     }
     if head_dim == 0 || head_dim > MAX_HEAD_DIM {
         return wrong(format!("head dim {head_dim}: expected 1 to {MAX_HEAD_DIM}"));
@@ -187,16 +215,28 @@ fn check(problem: &Problem<'_>, output: &Output<'_>) -> Result<()> {
     };
     let all = rows.checked_mul(heads);
     if all != Some(output.lse.len()) || all.and_then(|n| n.checked_mul(head_dim)) != Some(out) {
-        return wrong(format!("outputs of {out} and {} numbers: expected {rows} rows of {heads} heads of {head_dim}", output.lse.len()));
+        return wrong(format!(
+            "outputs of {out} and {} numbers: expected {rows} rows of {heads} heads of {head_dim}",
+            output.lse.len()
+        ));
     }
     let [row, head] = problem.q_strides;
-    let reach = || row.checked_mul(rows - 1)?.checked_add(head.checked_mul(heads - 1)?)?.checked_add(head_dim);
+    let reach = || {
+        row.checked_mul(rows - 1)?
+            .checked_add(head.checked_mul(heads - 1)?)?
+            .checked_add(head_dim)
+    };
     if rows > 0 && reach().is_none_or(|n| n > problem.q.len()) {
-        return wrong(format!("{} numbers of queries with strides {row} and {head}: too few for {rows} rows of {heads} heads", problem.q.len()));
+        return wrong(format!(
+            "{} numbers of queries with strides {row} and {head}: too few for {rows} rows of {heads} heads",
+            problem.q.len()
+        ));
     }
     for [k, v] in [problem.own.lens(), problem.prefix.lens()] {
         if k != v || !k.is_multiple_of(kv_heads * head_dim) {
-            return wrong(format!("{k} numbers of keys and {v} of values: expected as many, in rows of {kv_heads} heads of {head_dim}"));
+            return wrong(format!(
+                "{k} numbers of keys and {v} of values: expected as many, in rows of {kv_heads} heads of {head_dim}"
+            ));
         }
     }
     Ok(())

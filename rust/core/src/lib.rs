@@ -5,8 +5,14 @@
 //! * [`linearize`]: tables to text.
 //! * [`batch`]: micro-batches, the tables of a packed forward, and the scheduler of a generation engine.
 //!
-//! Nothing here panics on any input: every failure is an [`Error`].
+//! Nothing here panics on any input: every failure is an [`Error`]. Only [`attend`] has unsafe code.
 
+#![deny(unsafe_code)]
+
+#[expect(
+    unsafe_code,
+    reason = "vector instructions, torch's OpenMP team, outputs that threads share"
+)]
 pub mod attend;
 pub mod batch;
 pub mod detokenize;

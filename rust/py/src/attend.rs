@@ -3,7 +3,9 @@
 use std::ffi::CString;
 
 use prefixfast_core::Error;
-use prefixfast_core::attend::{self as core, Floats, FloatsMut, Output, Problem, Shape, Simd, Source, Tables};
+use prefixfast_core::attend::{
+    self as core, Floats, FloatsMut, Output, Problem, Shape, Simd, Source, Tables,
+};
 use pyo3::prelude::*;
 
 use crate::error::{detached, guarded, raise};
@@ -54,9 +56,15 @@ unsafe fn source<'a>((k, v, count, narrow): (usize, usize, usize, bool)) -> Sour
     // SAFETY: what the caller promises.
     unsafe {
         if narrow {
-            Source::Bf16 { k: slice((k, count)), v: slice((v, count)) }
+            Source::Bf16 {
+                k: slice((k, count)),
+                v: slice((v, count)),
+            }
         } else {
-            Source::F32 { k: slice((k, count)), v: slice((v, count)) }
+            Source::F32 {
+                k: slice((k, count)),
+                v: slice((v, count)),
+            }
         }
     }
 }
@@ -64,7 +72,10 @@ unsafe fn source<'a>((k, v, count, narrow): (usize, usize, usize, bool)) -> Sour
 /// Attention of one decode step.
 #[pyfunction]
 #[pyo3(signature = (shape, q, out, own, prefix, table, tables, scale, window, softcap, threads, path))]
-#[expect(clippy::too_many_arguments, reason = "one call a layer and step: a structure would cost more than the call's other arguments together")]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "one call a layer and step: a structure would cost more than the call's other arguments together"
+)]
 pub(crate) fn attend_decode(
     py: Python<'_>,
     shape: (usize, usize, usize, usize),
@@ -84,16 +95,32 @@ pub(crate) fn attend_decode(
     let (rows, heads, kv_heads, head_dim) = shape;
     let (address, count, row, head, narrow) = q;
     let Some(lse) = rows.checked_mul(heads) else {
-        return Err(raise(py, &Error::Config(format!("{rows} rows of {heads} heads: more than memory holds"))));
+        return Err(raise(
+            py,
+            &Error::Config(format!(
+                "{rows} rows of {heads} heads: more than memory holds"
+            )),
+        ));
     };
     let sizes = (lse, lse.saturating_mul(head_dim));
     let (slots, table_rows, columns, stride) = table;
-    let entries = table_rows.saturating_sub(1).saturating_mul(stride).saturating_add(columns);
+    let entries = table_rows
+        .saturating_sub(1)
+        .saturating_mul(stride)
+        .saturating_add(columns);
     // SAFETY: `prefixfast/attend.py` makes these numbers from tensors on the CPU whose dtypes, shapes and strides it has checked, and which it holds until
     // this call returns: addresses are aligned and counts are within their tensors. It has just made the outputs, so nothing else refers to them; that
     // no other thread writes to the inputs meanwhile is the contract of every operator of torch.
     let (problem, output) = unsafe {
-        let [block, user_indptr, user, user_pos, user_slides, row_of, lens] = tables.map(|memory| slice(memory));
+        let [
+            block,
+            user_indptr,
+            user,
+            user_pos,
+            user_slides,
+            row_of,
+            lens,
+        ] = tables.map(|memory| slice(memory));
         let tables = Tables {
             table: slice((slots, if table_rows == 0 { 0 } else { entries })),
             table_shape: [table_rows, columns, stride],
@@ -106,8 +133,17 @@ pub(crate) fn attend_decode(
             user_slides,
         };
         let problem = Problem {
-            shape: Shape { rows, heads, kv_heads, head_dim },
-            q: if narrow { Floats::Bf16(slice((address, count))) } else { Floats::F32(slice((address, count))) },
+            shape: Shape {
+                rows,
+                heads,
+                kv_heads,
+                head_dim,
+            },
+            q: if narrow {
+                Floats::Bf16(slice((address, count)))
+            } else {
+                Floats::F32(slice((address, count)))
+            },
             q_strides: [row, head],
             own: source(own),
             prefix: source(prefix),
@@ -116,8 +152,18 @@ pub(crate) fn attend_decode(
             window,
             softcap,
         };
-        let o = if narrow { FloatsMut::Bf16(slice_mut((out.0, sizes.1))) } else { FloatsMut::F32(slice_mut((out.0, sizes.1))) };
-        (problem, Output { o, lse: slice_mut((out.1, sizes.0)) })
+        let o = if narrow {
+            FloatsMut::Bf16(slice_mut((out.0, sizes.1)))
+        } else {
+            FloatsMut::F32(slice_mut((out.0, sizes.1)))
+        };
+        (
+            problem,
+            Output {
+                o,
+                lse: slice_mut((out.1, sizes.0)),
+            },
+        )
     };
     detached(py, || core::decode(&problem, output, threads, simd))
 }

@@ -1,10 +1,17 @@
 //! Sixteen floats in two AVX2 registers.
 
+#![expect(
+    clippy::cast_ptr_alignment,
+    reason = "the loads behind these casts take any alignment"
+)]
+
 use std::arch::x86_64::{
-    __m128i, __m256, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32,
-    _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_ps, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_div_ps,
-    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_hadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_round_ps,
+    __m128i, __m256, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
+    _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps,
+    _mm_prefetch, _mm_shuffle_ps, _mm_storeu_ps, _mm256_add_epi32, _mm256_add_ps, _mm256_andnot_ps,
+    _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cvtepu16_epi32,
+    _mm256_cvtps_epi32, _mm256_div_ps, _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_hadd_ps,
+    _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps, _mm256_round_ps,
     _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
@@ -48,8 +55,12 @@ impl Lanes for Avx2 {
         // SAFETY: `self` exists, so the CPU has AVX2. The loads take any alignment and read the 2 x 16 bytes of an array of 32 bytes.
         unsafe {
             [
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)))),
-                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(1))))),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                    _mm_loadu_si128(from),
+                ))),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+                    _mm_loadu_si128(from.add(1)),
+                ))),
             ]
         }
     }
@@ -98,8 +109,14 @@ impl Lanes for Avx2 {
         unsafe {
             let bias = _mm256_set1_epi32(127);
             [
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(x[0]), bias))),
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(x[1]), bias))),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(
+                    _mm256_cvtps_epi32(x[0]),
+                    bias,
+                ))),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(
+                    _mm256_cvtps_epi32(x[1]),
+                    bias,
+                ))),
             ]
         }
     }
@@ -118,10 +135,19 @@ impl Lanes for Avx2 {
         let mut out = [0.0; 4];
         // SAFETY: `self` exists, so the CPU has AVX2. The store takes any alignment and writes the four floats of `out`.
         unsafe {
-            let ab = _mm256_hadd_ps(_mm256_add_ps(x[0][0], x[0][1]), _mm256_add_ps(x[1][0], x[1][1]));
-            let cd = _mm256_hadd_ps(_mm256_add_ps(x[2][0], x[2][1]), _mm256_add_ps(x[3][0], x[3][1]));
+            let ab = _mm256_hadd_ps(
+                _mm256_add_ps(x[0][0], x[0][1]),
+                _mm256_add_ps(x[1][0], x[1][1]),
+            );
+            let cd = _mm256_hadd_ps(
+                _mm256_add_ps(x[2][0], x[2][1]),
+                _mm256_add_ps(x[3][0], x[3][1]),
+            );
             let all = _mm256_hadd_ps(ab, cd);
-            _mm_storeu_ps(out.as_mut_ptr(), _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all)));
+            _mm_storeu_ps(
+                out.as_mut_ptr(),
+                _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all)),
+            );
         }
         out
     }
@@ -130,7 +156,10 @@ impl Lanes for Avx2 {
         // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
         unsafe {
             let eight = _mm256_add_ps(x[0], x[1]);
-            let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let four = _mm_add_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }
@@ -140,7 +169,10 @@ impl Lanes for Avx2 {
         // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
         unsafe {
             let eight = _mm256_max_ps(x[0], x[1]);
-            let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+            let four = _mm_max_ps(
+                _mm256_castps256_ps128(eight),
+                _mm256_extractf128_ps::<1>(eight),
+            );
             let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
         }

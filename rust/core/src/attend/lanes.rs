@@ -129,7 +129,10 @@ impl Lanes for Scalar {
     }
     #[inline(always)]
     fn exp2_whole(self, x: Line) -> Line {
-        #[expect(clippy::cast_possible_truncation, reason = "a whole number from -126 to 127; what is no number may become any power")]
+        #[expect(
+            clippy::cast_possible_truncation,
+            reason = "a whole number from -126 to 127; what is no number may become any power"
+        )]
         std::array::from_fn(|i| f32::from_bits(((x[i] as i32 + 127) << 23).cast_unsigned()))
     }
     #[inline(always)]

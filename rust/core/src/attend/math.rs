@@ -11,9 +11,16 @@ pub(super) fn exp<L: Lanes>(lanes: L, x: L::V) -> L::V {
     let low = lanes.splat(LOWEST);
     let y = lanes.max(low, x);
     let n = lanes.round(lanes.mul(y, lanes.splat(std::f32::consts::LOG2_E)));
-    let r = lanes.fma(n, lanes.splat(-0.693_359_375), y); // ln 2 in two parts: this one has few enough bits for an exact product
+    // ln 2 in two parts, the first with so few bits that its product is exact.
+    let r = lanes.fma(n, lanes.splat(-0.693_359_4), y);
     let r = lanes.fma(n, lanes.splat(2.121_944_4e-4), r);
-    let p = [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5];
+    let p = [
+        1.398_199_9e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        0.166_666_65,
+        0.5,
+    ];
     let mut sum = lanes.splat(1.987_569_1e-4);
     for c in p {
         sum = lanes.fma(sum, r, lanes.splat(c));
@@ -30,8 +37,15 @@ pub(super) fn tanh<L: Lanes>(lanes: L, x: L::V) -> L::V {
     const MOST: f32 = 7.905_311;
     let x = lanes.min(lanes.splat(MOST), lanes.max(lanes.splat(-MOST), x));
     let square = lanes.mul(x, x);
-    let over = [2.000_187_9e-13, -8.604_672e-11, 5.122_297e-8, 1.485_722_4e-5, 6.372_619e-4, 4.893_524_6e-3];
-    let under = [1.185_347_1e-4, 2.268_434_6e-3, 4.893_525_2e-3];
+    let over = [
+        2.000_188e-13,
+        -8.604_672e-11,
+        5.122_297e-8,
+        1.485_722_4e-5,
+        6.372_619e-4,
+        4.893_524_6e-3,
+    ];
+    let under = [1.185_347_1e-4, 2.268_434_6e-3, 4.893_525e-3];
     let (mut p, mut q) = (lanes.splat(-2.760_768_5e-16), lanes.splat(1.198_258_4e-6));
     for c in over {
         p = lanes.fma(p, square, lanes.splat(c));

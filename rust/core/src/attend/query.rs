@@ -19,7 +19,9 @@ impl<'a, K: Element> Chunk<'a, K> {
     /// `lines` vectors of key `j`.
     #[inline(always)]
     fn key(&self, j: usize, lines: usize) -> &'a [[K; WIDTH]] {
-        self.data[self.at[j] + self.skip..][..lines * WIDTH].as_chunks().0
+        self.data[self.at[j] + self.skip..][..lines * WIDTH]
+            .as_chunks()
+            .0
     }
 }
 
@@ -33,17 +35,28 @@ pub(super) struct Running {
 }
 
 impl Running {
-    pub(super) const EMPTY: Self = Self { max: f32::NEG_INFINITY, sum: 0.0 };
+    pub(super) const EMPTY: Self = Self {
+        max: f32::NEG_INFINITY,
+        sum: 0.0,
+    };
 }
 
 /// Scores of up to four keys from `j` on; a last group of fewer repeats the last key.
 ///
 /// * `q`: the query times scale.
 #[inline(always)]
-pub(super) fn score<L: Lanes, K: Element>(lanes: L, q: &[Line], keys: Chunk<'_, K>, j: usize) -> [f32; 4] {
+pub(super) fn score<L: Lanes, K: Element>(
+    lanes: L,
+    q: &[Line],
+    keys: Chunk<'_, K>,
+    j: usize,
+) -> [f32; 4] {
     let (last, n) = (keys.at.len() - 1, q.len());
     let (a, b) = (keys.key(j, n), keys.key((j + 1).min(last), n));
-    let (c, d) = (keys.key((j + 2).min(last), n), keys.key((j + 3).min(last), n));
+    let (c, d) = (
+        keys.key((j + 2).min(last), n),
+        keys.key((j + 3).min(last), n),
+    );
     let mut sums = [lanes.splat(0.0); 4];
     for i in 0..n {
         let x = lanes.load(&q[i]);
@@ -60,7 +73,14 @@ pub(super) fn score<L: Lanes, K: Element>(lanes: L, q: &[Line], keys: Chunk<'_, 
 /// * `softcap`: `softcap * tanh(score / softcap)`, 0 for none.
 /// * `o`: sum of `exp(score - max) * value` so far.
 #[inline(always)]
-pub(super) fn weigh<L: Lanes>(lanes: L, scores: &mut [f32; CHUNK], count: usize, softcap: f32, running: &mut Running, o: &mut [Line]) {
+pub(super) fn weigh<L: Lanes>(
+    lanes: L,
+    scores: &mut [f32; CHUNK],
+    count: usize,
+    softcap: f32,
+    running: &mut Running,
+    o: &mut [Line],
+) {
     let scores = &mut scores.as_chunks_mut::<WIDTH>().0[..count.div_ceil(WIDTH)];
     if softcap > 0.0 {
         cap(lanes, softcap, scores);
@@ -80,7 +100,10 @@ pub(super) fn weigh<L: Lanes>(lanes: L, scores: &mut [f32; CHUNK], count: usize,
         for line in o {
             lanes.store(lanes.mul(lanes.splat(share), lanes.load(line)), line);
         }
-        *running = Running { max, sum: running.sum * share };
+        *running = Running {
+            max,
+            sum: running.sum * share,
+        };
     }
     let (shift, mut sum) = (lanes.splat(-max), lanes.splat(0.0));
     for line in scores {
@@ -93,7 +116,13 @@ pub(super) fn weigh<L: Lanes>(lanes: L, scores: &mut [f32; CHUNK], count: usize,
 
 /// Adds `weights[i] * values[j + i]` for all weights, one after another.
 #[inline(always)]
-pub(super) fn gather<L: Lanes, K: Element>(lanes: L, weights: &[f32], values: Chunk<'_, K>, j: usize, o: &mut [Line]) {
+pub(super) fn gather<L: Lanes, K: Element>(
+    lanes: L,
+    weights: &[f32],
+    values: Chunk<'_, K>,
+    j: usize,
+    o: &mut [Line],
+) {
     let lines = o.len();
     let (tiles, rest) = o.as_chunks_mut::<4>();
     let tiled = 4 * tiles.len();
@@ -101,19 +130,36 @@ pub(super) fn gather<L: Lanes, K: Element>(lanes: L, weights: &[f32], values: Ch
         gather_part(lanes, weights, values, j, (4 * t, lines), tile);
     }
     for (t, line) in rest.iter_mut().enumerate() {
-        gather_part(lanes, weights, values, j, (tiled + t, lines), std::array::from_mut(line));
+        gather_part(
+            lanes,
+            weights,
+            values,
+            j,
+            (tiled + t, lines),
+            std::array::from_mut(line),
+        );
     }
 }
 
 /// `N` vectors of the head dim from `first` on, out of `lines`: as many as stay in registers.
 #[inline(always)]
-fn gather_part<L: Lanes, K: Element, const N: usize>(lanes: L, weights: &[f32], values: Chunk<'_, K>, j: usize, (first, lines): (usize, usize), o: &mut [Line; N]) {
+fn gather_part<L: Lanes, K: Element, const N: usize>(
+    lanes: L,
+    weights: &[f32],
+    values: Chunk<'_, K>,
+    j: usize,
+    (first, lines): (usize, usize),
+    o: &mut [Line; N],
+) {
     let mut sums = [lanes.splat(0.0); N];
     for i in 0..N {
         sums[i] = lanes.load(&o[i]);
     }
     for (i, weight) in weights.iter().enumerate() {
-        let (weight, value) = (lanes.splat(*weight), &values.key(j + i, lines)[first..first + N]);
+        let (weight, value) = (
+            lanes.splat(*weight),
+            &values.key(j + i, lines)[first..first + N],
+        );
         for n in 0..N {
             sums[n] = lanes.fma(weight, K::load(lanes, &value[n]), sums[n]);
         }
@@ -132,4 +178,3 @@ fn cap<L: Lanes>(lanes: L, softcap: f32, scores: &mut [Line]) {
         lanes.store(lanes.mul(most, tanh(lanes, x)), line);
     }
 }
-

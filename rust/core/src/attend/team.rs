@@ -44,7 +44,10 @@ fn find(library: &CStr) -> std::result::Result<Parallel, String> {
         dlsym(handle, c"GOMP_parallel".as_ptr()) // in the library and all that it depends on
     };
     if symbol.is_null() {
-        return Err(format!("{} uses no OpenMP runtime with GOMP_parallel", library.to_string_lossy()));
+        return Err(format!(
+            "{} uses no OpenMP runtime with GOMP_parallel",
+            library.to_string_lossy()
+        ));
     }
     // SAFETY: a symbol of this name is the entry of GCC's OpenMP runtime, or of one with its interface, and has had this signature since GCC 4.9. The
     // handle is never closed, so the code stays.
@@ -67,19 +70,32 @@ struct Shared<'a> {
 /// # Errors
 /// [`Error::State`] if `work` panicked.
 pub(super) fn run(threads: usize, work: &(dyn Fn() + Sync)) -> Result<()> {
-    let shared = Shared { work, panicked: AtomicBool::new(false) };
+    let shared = Shared {
+        work,
+        panicked: AtomicBool::new(false),
+    };
     let argument = std::ptr::from_ref(&shared).cast_mut().cast::<c_void>();
     match PARALLEL.get() {
         Some(Ok(parallel)) if threads > 1 => {
             // SAFETY: `parallel` is GOMP_parallel (`find`). It calls `enter` with `argument` on its threads and returns only when all calls have
             // returned, so `shared` outlives them; they only read it, and it is Sync. `enter` never unwinds.
-            unsafe { parallel(enter, argument, u32::try_from(threads).unwrap_or(u32::MAX), 0) }
+            unsafe {
+                parallel(
+                    enter,
+                    argument,
+                    u32::try_from(threads).unwrap_or(u32::MAX),
+                    0,
+                );
+            }
         }
         // SAFETY: `argument` is `shared`, as `enter` wants it.
         _ => unsafe { enter(argument) },
     }
     if shared.panicked.into_inner() {
-        return Err(Error::State("internal error: attention panicked, see stderr: expected no panic; please report it".to_owned()));
+        return Err(Error::State(
+            "internal error: attention panicked, see stderr: expected no panic; please report it"
+                .to_owned(),
+        ));
     }
     Ok(())
 }

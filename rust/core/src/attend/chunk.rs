@@ -1,0 +1,282 @@
+//! One chunk of a task's keys by the queries that see them: in place for one row, from a copy in fp32 for several.
+
+use std::ops::Range;
+
+use super::lanes::{Element, Lanes, Line, WIDTH};
+use super::query::{CHUNK, Chunk, Running, gather, score, weigh};
+
+/// From this many rows on a chunk is first copied, as fp32 and head by head.
+const PACK_FROM: usize = 2;
+/// Bytes that come from memory together.
+pub(super) const CACHE_LINE: usize = 64;
+
+/// The queries of a task, `[rows, its kv heads, G]`, and what they have gathered.
+pub(super) struct Queries<'a> {
+    /// The task's kv heads.
+    pub(super) heads: Range<usize>,
+    pub(super) group: usize,
+    pub(super) head_dim: usize,
+    /// Vectors of a head dim, the last one filled up with zeros.
+    pub(super) lines: usize,
+    pub(super) softcap: f32,
+    /// Times scale.
+    pub(super) q: &'a mut [Line],
+    pub(super) o: &'a mut [Line],
+    pub(super) running: &'a mut [Running],
+    /// `[kv heads, G, CHUNK]` of one row.
+    scores: &'a mut [f32],
+    /// A chunk of keys and one of values in fp32, `[kv heads, CHUNK, lines]`.
+    packed: [&'a mut [f32]; 2],
+}
+
+impl<'a> Queries<'a> {
+    /// Empty queries of some rows in memory that is kept from call to call.
+    pub(super) fn new(
+        (rows, heads, group): (usize, &Range<usize>, usize),
+        head_dim: usize,
+        softcap: f32,
+        floats: &'a mut Vec<f32>,
+        running: &'a mut Vec<Running>,
+    ) -> Self {
+        let (lines, queries) = (head_dim.div_ceil(WIDTH), rows * heads.len() * group);
+        let size = queries * lines * WIDTH;
+        let packed = heads.len() * CHUNK * lines * WIDTH;
+        let scores = heads.len() * group * CHUNK;
+        let all = 2 * (size + packed) + scores + CACHE_LINE;
+        floats.resize(all.max(floats.len()), 0.0);
+        running.clear();
+        running.resize(queries, Running::EMPTY);
+        // Whole vectors in one cache line each: one that lies in two costs two loads.
+        let skip = floats.as_ptr().align_offset(CACHE_LINE).min(CACHE_LINE);
+        let (q, rest) = floats[skip..].split_at_mut(size);
+        let (o, rest) = rest.split_at_mut(size);
+        let (keys, rest) = rest.split_at_mut(packed);
+        let (values, rest) = rest.split_at_mut(packed);
+        o.fill(0.0);
+        Self {
+            heads: heads.clone(),
+            group,
+            head_dim,
+            lines,
+            softcap,
+            q: q.as_chunks_mut().0,
+            o: o.as_chunks_mut().0,
+            running,
+            scores: &mut rest[..scores],
+            packed: [keys, values],
+        }
+    }
+}
+
+/// Where the rows of a chunk start.
+#[inline(always)]
+pub(super) fn starts(first: usize, stride: usize) -> [usize; CHUNK] {
+    std::array::from_fn(|j| (first + j) * stride)
+}
+
+/// One chunk of rows by its users, (row of the task, first key seen); `next` is the chunk that follows.
+#[inline(always)]
+pub(super) fn chunk<L: Lanes, K: Element>(
+    lanes: L,
+    state: &mut Queries<'_>,
+    memory: [&[K]; 2],
+    at: &[usize],
+    next: &[usize],
+    users: impl Iterator<Item = (usize, usize)> + Clone,
+    num_users: usize,
+) {
+    if num_users < PACK_FROM && state.head_dim.is_multiple_of(WIDTH) {
+        for (row, first) in users {
+            if first < at.len() {
+                in_place(lanes, state, memory, &at[first..], next, row);
+            }
+        }
+        return;
+    }
+    let width = state.lines * WIDTH;
+    for (to, from) in state.packed.iter_mut().zip(memory) {
+        copy(
+            lanes,
+            from,
+            at,
+            next,
+            (&state.heads, state.head_dim),
+            to,
+            width,
+        );
+    }
+    let here = starts(0, width);
+    let mut scores = [0.0; CHUNK];
+    for h in 0..state.heads.len() {
+        let skip = h * CHUNK * width;
+        for (row, first) in users.clone().filter(|(_, first)| *first < at.len()) {
+            let at = &here[first..at.len()];
+            for i in (row * state.heads.len() + h) * state.group
+                ..(row * state.heads.len() + h + 1) * state.group
+            {
+                let (q, o) = (
+                    &state.q[i * state.lines..][..state.lines],
+                    &mut state.o[i * state.lines..][..state.lines],
+                );
+                for j in (0..at.len()).step_by(4) {
+                    let found = score(
+                        lanes,
+                        q,
+                        Chunk {
+                            data: &*state.packed[0],
+                            at,
+                            skip,
+                        },
+                        j,
+                    );
+                    scores[j..j + 4].copy_from_slice(&found);
+                }
+                weigh(
+                    lanes,
+                    &mut scores,
+                    at.len(),
+                    state.softcap,
+                    &mut state.running[i],
+                    o,
+                );
+                gather(
+                    lanes,
+                    &scores[..at.len()],
+                    Chunk {
+                        data: &*state.packed[1],
+                        at,
+                        skip,
+                    },
+                    0,
+                    o,
+                );
+            }
+        }
+    }
+}
+
+/// One row's queries over a chunk where it lies, four keys at a time for all heads: memory is read as it lies, the next four keys are on their way.
+#[inline(always)]
+fn in_place<L: Lanes, K: Element>(
+    lanes: L,
+    state: &mut Queries<'_>,
+    memory: [&[K]; 2],
+    at: &[usize],
+    next: &[usize],
+    row: usize,
+) {
+    let (heads, group, lines, head_dim) =
+        (state.heads.len(), state.group, state.lines, state.head_dim);
+    let queries = row * heads * group..(row + 1) * heads * group;
+    let (q, o) = (
+        &state.q[queries.start * lines..queries.end * lines],
+        &mut state.o[queries.start * lines..queries.end * lines],
+    );
+    let running = &mut state.running[queries];
+    let scores = state.scores.as_chunks_mut::<CHUNK>().0;
+    let count = at.len();
+    for j in (0..count).step_by(4) {
+        let (soon, from) = if j + 4 < count {
+            (&at[j + 4..], memory[0])
+        } else {
+            (at, memory[1])
+        };
+        for h in 0..heads {
+            let skip = (state.heads.start + h) * head_dim;
+            prefetch(lanes, from, soon, skip, head_dim);
+            for i in h * group..(h + 1) * group {
+                let found = score(
+                    lanes,
+                    &q[i * lines..][..lines],
+                    Chunk {
+                        data: memory[0],
+                        at,
+                        skip,
+                    },
+                    j,
+                );
+                scores[i][j..j + 4].copy_from_slice(&found);
+            }
+        }
+    }
+    for (i, o) in o.chunks_exact_mut(lines).enumerate() {
+        weigh(
+            lanes,
+            &mut scores[i],
+            count,
+            state.softcap,
+            &mut running[i],
+            o,
+        );
+    }
+    for j in (0..count).step_by(4) {
+        let (soon, from) = if j + 4 < count {
+            (&at[j + 4..], memory[1])
+        } else {
+            (next, memory[0])
+        };
+        for h in 0..heads {
+            let skip = (state.heads.start + h) * head_dim;
+            prefetch(lanes, from, soon, skip, head_dim);
+            for i in h * group..(h + 1) * group {
+                gather(
+                    lanes,
+                    &scores[i][j..count.min(j + 4)],
+                    Chunk {
+                        data: memory[1],
+                        at,
+                        skip,
+                    },
+                    j,
+                    &mut o[i * lines..][..lines],
+                );
+            }
+        }
+    }
+}
+
+/// Copies the heads of a chunk to fp32, `[heads, CHUNK, width]`, each key filled up with zeros.
+#[inline(always)]
+fn copy<L: Lanes, K: Element>(
+    lanes: L,
+    from: &[K],
+    at: &[usize],
+    next: &[usize],
+    (heads, head_dim): (&Range<usize>, usize),
+    to: &mut [f32],
+    width: usize,
+) {
+    for (j, start) in at.iter().enumerate() {
+        let soon = if j + 4 < at.len() {
+            &at[j + 4..j + 5]
+        } else {
+            next.get(j % 4..j % 4 + 1).unwrap_or(&[])
+        };
+        for (h, head) in heads.clone().enumerate() {
+            prefetch(lanes, from, soon, head * head_dim, head_dim);
+            let (from, rest) = from[start + head * head_dim..][..head_dim].as_chunks::<WIDTH>();
+            let (to, tail) =
+                to[(h * CHUNK + j) * width..][..width].split_at_mut(head_dim - rest.len());
+            for (from, to) in from.iter().zip(to.as_chunks_mut().0) {
+                lanes.store(K::load(lanes, from), to);
+            }
+            tail.fill(0.0);
+            for (from, to) in rest.iter().zip(tail) {
+                *to = from.float();
+            }
+        }
+    }
+}
+
+/// Asks for one head of up to four rows.
+#[inline(always)]
+fn prefetch<L: Lanes, K>(lanes: L, memory: &[K], at: &[usize], skip: usize, head_dim: usize) {
+    for start in &at[..at.len().min(4)] {
+        for x in memory[start + skip..][..head_dim]
+            .iter()
+            .step_by(CACHE_LINE / size_of::<K>())
+        {
+            lanes.prefetch(x);
+        }
+    }
+}
