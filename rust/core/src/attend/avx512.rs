@@ -7,7 +7,7 @@
 
 use std::arch::x86_64::{
     __m256i, __m512, _CMP_NLT_UQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
-    _mm_prefetch, _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
+    _MM_HINT_T1, _mm_prefetch, _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
     _mm512_castps512_ps128, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
     _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps,
     _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_permute_ps, _mm512_permutexvar_ps,
@@ -149,5 +149,10 @@ impl Lanes for Avx512 {
     fn prefetch<T>(self, x: &T) {
         // SAFETY: a hint; every CPU with AVX-512F has it, and it changes nothing whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_later<T>(self, x: &T) {
+        // SAFETY: a hint; every CPU with AVX-512F has it, and it changes nothing whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
     }
 }

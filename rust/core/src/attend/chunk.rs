@@ -7,6 +7,8 @@ use super::query::{CHUNK, Chunk, Running, gather, score, weigh};
 
 /// From this many rows on a chunk is first copied, as fp32 and head by head.
 const PACK_FROM: usize = 2;
+/// Keys that are on their way while one is copied.
+const COPIED_AHEAD: usize = 12;
 /// Bytes that come from memory together.
 pub(super) const CACHE_LINE: usize = 64;
 
@@ -93,65 +95,60 @@ pub(super) fn chunk<L: Lanes, K: Element>(
         }
         return;
     }
-    let width = state.lines * WIDTH;
     for (to, from) in state.packed.iter_mut().zip(memory) {
-        copy(
-            lanes,
-            from,
-            at,
-            next,
-            (&state.heads, state.head_dim),
-            to,
-            width,
-        );
+        copy(lanes, from, at, (&state.heads, state.head_dim), to);
     }
-    let here = starts(0, width);
-    let mut scores = [0.0; CHUNK];
+    let (all, parts) = (
+        state.heads.start * state.head_dim..state.heads.end * state.head_dim,
+        state.heads.len() * num_users,
+    );
+    let mut part = 0;
     for h in 0..state.heads.len() {
-        let skip = h * CHUNK * width;
-        for (row, first) in users.clone().filter(|(_, first)| *first < at.len()) {
-            let at = &here[first..at.len()];
-            for i in (row * state.heads.len() + h) * state.group
-                ..(row * state.heads.len() + h + 1) * state.group
-            {
-                let (q, o) = (
-                    &state.q[i * state.lines..][..state.lines],
-                    &mut state.o[i * state.lines..][..state.lines],
-                );
-                for j in (0..at.len()).step_by(4) {
-                    let found = score(
-                        lanes,
-                        q,
-                        Chunk {
-                            data: &*state.packed[0],
-                            at,
-                            skip,
-                        },
-                        j,
-                    );
-                    scores[j..j + 4].copy_from_slice(&found);
+        for (row, first) in users.clone() {
+            for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
+                for memory in memory {
+                    each_line(&memory[start + all.start..start + all.end], |x| {
+                        lanes.prefetch_later(x)
+                    });
                 }
-                weigh(
-                    lanes,
-                    &mut scores,
-                    at.len(),
-                    state.softcap,
-                    &mut state.running[i],
-                    o,
-                );
-                gather(
-                    lanes,
-                    &scores[..at.len()],
-                    Chunk {
-                        data: &*state.packed[1],
-                        at,
-                        skip,
-                    },
-                    0,
-                    o,
-                );
+            }
+            part += 1;
+            if first < at.len() {
+                copied(lanes, state, h, row, first..at.len());
             }
         }
+    }
+}
+
+/// One row's queries of one head over keys of the copied chunk.
+#[inline(always)]
+fn copied<L: Lanes>(lanes: L, state: &mut Queries<'_>, h: usize, row: usize, keys: Range<usize>) {
+    let (lines, count) = (state.lines, keys.len());
+    let here = starts(0, lines * WIDTH);
+    let [k, v] = [0, 1].map(|i| Chunk {
+        data: &*state.packed[i],
+        at: &here[keys.clone()],
+        skip: h * CHUNK * lines * WIDTH,
+    });
+    let mut scores = [0.0; CHUNK];
+    let first = (row * state.heads.len() + h) * state.group;
+    for i in first..first + state.group {
+        let (q, o) = (
+            &state.q[i * lines..][..lines],
+            &mut state.o[i * lines..][..lines],
+        );
+        for j in (0..count).step_by(4) {
+            scores[j..j + 4].copy_from_slice(&score(lanes, q, k, j));
+        }
+        weigh(
+            lanes,
+            &mut scores,
+            count,
+            state.softcap,
+            &mut state.running[i],
+            o,
+        );
+        gather(lanes, &scores[..count], v, 0, o);
     }
 }
 
@@ -235,28 +232,28 @@ fn in_place<L: Lanes, K: Element>(
     }
 }
 
-/// Copies the heads of a chunk to fp32, `[heads, CHUNK, width]`, each key filled up with zeros.
+/// Copies the heads of a chunk to fp32, `[heads, CHUNK, head dim]`, each key filled up with zeros.
 #[inline(always)]
 fn copy<L: Lanes, K: Element>(
     lanes: L,
     from: &[K],
     at: &[usize],
-    next: &[usize],
     (heads, head_dim): (&Range<usize>, usize),
     to: &mut [f32],
-    width: usize,
 ) {
+    let width = head_dim.next_multiple_of(WIDTH);
     for (j, start) in at.iter().enumerate() {
-        let soon = if j + 4 < at.len() {
-            &at[j + 4..j + 5]
-        } else {
-            next.get(j % 4..j % 4 + 1).unwrap_or(&[])
-        };
         for (h, head) in heads.clone().enumerate() {
-            prefetch(lanes, from, soon, head * head_dim, head_dim);
+            prefetch(
+                lanes,
+                from,
+                at.get(j + COPIED_AHEAD).map_or(&[], std::slice::from_ref),
+                head * head_dim,
+                head_dim,
+            );
             let (from, rest) = from[start + head * head_dim..][..head_dim].as_chunks::<WIDTH>();
-            let (to, tail) =
-                to[(h * CHUNK + j) * width..][..width].split_at_mut(head_dim - rest.len());
+            let to = &mut to[(h * CHUNK + j) * width..][..width];
+            let (to, tail) = to.split_at_mut(head_dim - rest.len());
             for (from, to) in from.iter().zip(to.as_chunks_mut().0) {
                 lanes.store(K::load(lanes, from), to);
             }
@@ -272,11 +269,15 @@ fn copy<L: Lanes, K: Element>(
 #[inline(always)]
 fn prefetch<L: Lanes, K>(lanes: L, memory: &[K], at: &[usize], skip: usize, head_dim: usize) {
     for start in &at[..at.len().min(4)] {
-        for x in memory[start + skip..][..head_dim]
-            .iter()
-            .step_by(CACHE_LINE / size_of::<K>())
-        {
-            lanes.prefetch(x);
-        }
+        each_line(&memory[start + skip..][..head_dim], |x| lanes.prefetch(x));
     }
+}
+
+/// Calls something for every cache line.
+#[inline(always)]
+fn each_line<K>(memory: &[K], call: impl Fn(&K)) {
+    memory
+        .iter()
+        .step_by(CACHE_LINE / size_of::<K>())
+        .for_each(call);
 }

@@ -37,8 +37,10 @@ pub(super) trait Lanes: Copy {
     fn sums(self, x: [Self::V; 4]) -> [f32; 4];
     fn sum(self, x: Self::V) -> f32;
     fn largest(self, x: Self::V) -> f32;
-    /// Asks for the cache line of `x`.
+    /// Asks for the cache line of `x`, needed soon.
     fn prefetch<T>(self, _x: &T) {}
+    /// Asks for the cache line of `x`, needed later: the second-level cache is near enough.
+    fn prefetch_later<T>(self, _x: &T) {}
 }
 
 /// An element of keys and values in memory.
