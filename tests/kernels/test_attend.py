@@ -83,7 +83,7 @@ CASES = {
     "one for all": (RAGGED, [Request(0, A)] * 7, [200]),
     "long": ([5, 40], [Request(0, A), Request(0, B)], [512, 511]),
     "distinct": ([4, 2, 9], [Request(0, ((i, True),)) for i in range(3)], [64, 1, 65]),
-    "composed": (RAGGED, [Request(0, b) for b in (A + B, B, (), B + A, ((0, False),), A + ((2, False),), A)], [33, 70, 5]),
+    "composed": (RAGGED, [Request(0, b) for b in (A + B, B, (), B + A, ((0, False),), (*A, (2, False)), A)], [33, 70, 5]),
     "twice the same": ([4, 6], [Request(0, A + A), Request(0, A)], [40]),
     "one row": ([17], [Request(0, A)], [100]),
 }

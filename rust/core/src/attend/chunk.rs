@@ -76,73 +76,99 @@ pub(super) fn starts(first: usize, stride: usize) -> [usize; CHUNK] {
     std::array::from_fn(|j| (first + j) * stride)
 }
 
-/// One chunk of rows by its users, (row of the task, first key seen); `next` is the chunk that follows.
+/// A row of the task that sees a block from its row `first` on.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct User {
+    pub(super) block: usize,
+    pub(super) row: usize,
+    pub(super) first: usize,
+}
+
+impl User {
+    /// The first key that it sees of a chunk whose first key is number `start`.
+    fn first_of(&self, start: usize) -> usize {
+        self.first.max(start) - start
+    }
+}
+
+/// One chunk by its users; its first key is number `start` of the block, and `next` is the chunk that follows.
 #[inline(always)]
 pub(super) fn chunk<L: Lanes, K: Element>(
     lanes: L,
     state: &mut Queries<'_>,
     memory: [&[K]; 2],
-    at: &[usize],
-    next: &[usize],
-    users: impl Iterator<Item = (usize, usize)> + Clone,
-    num_users: usize,
+    (at, next): (&[usize], &[usize]),
+    start: usize,
+    users: &[User],
 ) {
-    if num_users < PACK_FROM && state.head_dim.is_multiple_of(WIDTH) {
-        for (row, first) in users {
-            if first < at.len() {
-                in_place(lanes, state, memory, &at[first..], next, row);
-            }
+    if users.len() < PACK_FROM && state.head_dim.is_multiple_of(WIDTH) {
+        for user in users.iter().filter(|u| u.first_of(start) < at.len()) {
+            in_place(
+                lanes,
+                state,
+                memory,
+                &at[user.first_of(start)..],
+                next,
+                user.row,
+            );
         }
         return;
     }
     for (to, from) in state.packed.iter_mut().zip(memory) {
         copy(lanes, from, at, (&state.heads, state.head_dim), to);
     }
-    let (all, parts) = (
-        state.heads.start * state.head_dim..state.heads.end * state.head_dim,
-        state.heads.len() * num_users,
+    let all = state.heads.start * state.head_dim..state.heads.end * state.head_dim;
+    let (parts, here) = (
+        state.heads.len() * users.len(),
+        starts(0, state.lines * WIDTH),
     );
-    let mut part = 0;
-    for h in 0..state.heads.len() {
-        for (row, first) in users.clone() {
-            for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
-                for memory in memory {
-                    each_line(&memory[start + all.start..start + all.end], |x| {
-                        lanes.prefetch_later(x)
-                    });
-                }
+    let mut scores = [0.0; CHUNK];
+    for part in 0..parts {
+        for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
+            for memory in memory {
+                each_line(&memory[start + all.start..start + all.end], |x| {
+                    lanes.prefetch_later(x);
+                });
             }
-            part += 1;
-            if first < at.len() {
-                copied(lanes, state, h, row, first..at.len());
-            }
+        }
+        let user = users[part % users.len()];
+        if user.first_of(start) < at.len() {
+            let here = &here[user.first_of(start)..at.len()];
+            copied(
+                lanes,
+                state,
+                here,
+                (user.row, part / users.len()),
+                &mut scores,
+            );
         }
     }
 }
 
 /// One row's queries of one head over keys of the copied chunk.
 #[inline(always)]
-fn copied<L: Lanes>(lanes: L, state: &mut Queries<'_>, h: usize, row: usize, keys: Range<usize>) {
-    let (lines, count) = (state.lines, keys.len());
-    let here = starts(0, lines * WIDTH);
-    let [k, v] = [0, 1].map(|i| Chunk {
-        data: &*state.packed[i],
-        at: &here[keys.clone()],
-        skip: h * CHUNK * lines * WIDTH,
-    });
-    let mut scores = [0.0; CHUNK];
+fn copied<L: Lanes>(
+    lanes: L,
+    state: &mut Queries<'_>,
+    at: &[usize],
+    (row, h): (usize, usize),
+    scores: &mut [f32; CHUNK],
+) {
+    let (lines, count) = (state.lines, at.len());
+    let skip = h * CHUNK * lines * WIDTH;
     let first = (row * state.heads.len() + h) * state.group;
     for i in first..first + state.group {
         let (q, o) = (
             &state.q[i * lines..][..lines],
             &mut state.o[i * lines..][..lines],
         );
+        let [k, v] = state.packed.each_ref().map(|data| Chunk { data, at, skip });
         for j in (0..count).step_by(4) {
             scores[j..j + 4].copy_from_slice(&score(lanes, q, k, j));
         }
         weigh(
             lanes,
-            &mut scores,
+            scores,
             count,
             state.softcap,
             &mut state.running[i],

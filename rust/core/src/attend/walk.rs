@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use super::chunk::{Queries, chunk, starts};
+use super::chunk::{Queries, User, chunk, starts};
 use super::lanes::{Element, Lanes, Line, Scalar};
 use super::out::Out;
 use super::plan::{Plan, Task};
@@ -19,14 +19,6 @@ struct Scratch {
     floats: Vec<f32>,
     running: Vec<Running>,
     users: Vec<User>,
-}
-
-/// A row of the task that sees a block from its row `first` on.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct User {
-    block: usize,
-    row: usize,
-    first: usize,
 }
 
 /// Runs a task with the given instructions.
@@ -163,10 +155,9 @@ fn blocks<L: Lanes, K: Element>(
                 lanes,
                 state,
                 memory,
-                &at[..count],
-                &next[..ahead],
-                users.iter().map(|u| (u.row, u.first.max(start) - start)),
-                users.len(),
+                (&at[..count], &next[..ahead]),
+                start,
+                users,
             );
             start += count;
             at = next;
@@ -185,7 +176,14 @@ fn own_keys<L: Lanes, K: Element>(
     task: &Task,
 ) {
     for (i, row) in plan.rows[task.rows.clone()].iter().enumerate() {
-        let slots = &plan.slots[row.slots.clone()];
+        let (slots, user) = (
+            &plan.slots[row.slots.clone()],
+            User {
+                block: 0,
+                row: i,
+                first: 0,
+            },
+        );
         let mut at = [0; CHUNK];
         let mut next = [0; CHUNK];
         let mut count = slots_of(slots, 0, stride, &mut next);
@@ -197,10 +195,9 @@ fn own_keys<L: Lanes, K: Element>(
                 lanes,
                 state,
                 memory,
-                &at[..count],
-                &next[..ahead],
-                std::iter::once((i, 0)),
-                1,
+                (&at[..count], &next[..ahead]),
+                0,
+                &[user],
             );
             start += count;
             count = ahead;
