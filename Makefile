@@ -16,7 +16,7 @@ help: ## this list
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "python3 is missing: install Python 3.11 or newer, or say make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: install a newer Python, or say make PYTHON=/path/to/python"; exit 1; }
-	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (1.88 or newer), from your system's packages or with rustup"; exit 1; }
+	@command -v cargo >/dev/null || { echo "cargo is missing: install Rust (1.89 or newer), from your system's packages or with rustup"; exit 1; }
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing the dependencies into $(VENV) (PyPI's torch for Linux brings 5.6 GB; a few minutes)"
 	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt

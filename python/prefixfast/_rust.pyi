@@ -1,4 +1,4 @@
-"""The Rust core: tokens, strings, batch plans and the scheduler.
+"""The Rust core: tokens, strings, batch plans, the scheduler, and decode attention on CPUs.
 
 Nothing here imports torch. Arrays are numpy, int32 unless said otherwise and read only through contiguous memory: another dtype is a `TypeError`, a
 strided view a `ConfigError`. Whatever takes long releases the GIL. Errors are those of `prefixfast.errors`.
@@ -15,7 +15,20 @@ from typing import Self, final
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DetokenizeStream", "Linearizer", "Packing", "PlanBuffer", "Scheduler", "StepHeader", "Tokenizer", "pack", "plan_packed"]
+__all__ = [
+    "DetokenizeStream",
+    "Linearizer",
+    "Packing",
+    "PlanBuffer",
+    "Scheduler",
+    "StepHeader",
+    "Tokenizer",
+    "attend_decode",
+    "attend_join",
+    "attend_paths",
+    "pack",
+    "plan_packed",
+]
 
 @final
 class Tokenizer:
@@ -403,3 +416,51 @@ class Scheduler:
     @property
     def free_rows(self) -> int:
         """Arena rows that nothing holds, resident prefixes count as held."""
+
+def attend_paths() -> list[str]:
+    """Names of the instruction sets of this CPU that `attend_decode` can use, the best first; `scalar` is always the last."""
+
+def attend_join(library: str) -> str | None:
+    """Lets `attend_decode` run on the threads of the OpenMP runtime that a loaded library uses. The first call decides.
+
+    Args:
+        library: Path of a library that this process has loaded.
+
+    Returns:
+        None, or why there are no such threads (then all calls run on their own thread).
+    """
+
+def attend_decode(
+    shape: tuple[int, int, int, int],
+    q: tuple[int, int, int, int, bool],
+    out: tuple[int, int],
+    own: tuple[int, int, int, bool],
+    prefix: tuple[int, int, int, bool],
+    table: tuple[int, int, int, int],
+    tables: Sequence[tuple[int, int]],
+    scale: float,
+    window: int,
+    softcap: float,
+    threads: int,
+    path: str | None,
+) -> None:
+    """Attention of one decode step of R rows, HQ query heads, H kv heads, D head dim. For `attend.py` only: nothing checks the addresses.
+
+    Args:
+        shape: R, HQ, H, D; D at most 256.
+        q: Address of `[R, HQ, D]`, elements from there on, elements from one row and from one head to the next, bf16 (else fp32).
+        out: Addresses of `o` `[R, HQ, D]` in the dtype of `q`, and of fp32 `lse` `[R, HQ]`; both contiguous.
+        own: Addresses of the arena's keys and values `[*, H, D]`, elements of each, bf16 (else fp32).
+        prefix: The same for prefix rows; may be the arena.
+        table: Address of the int32 slot table, rows, columns, entries from one row to the next.
+        tables: Address and number of entries of the int32 tables `block`, `user_indptr`, `user`, `user_pos`, `user_slides`, `row`, `lens`.
+        scale: Multiplies scores.
+        window: Sliding window in tokens, 0 for none.
+        softcap: Score cap, 0 for none.
+        threads: Most threads.
+        path: One of `attend_paths`, None: what `PREFIXFAST_SIMD` names, else the best.
+
+    Raises:
+        ConfigError: Sizes that do not fit, a table that names a row that does not exist, a row without keys, instructions that the CPU does not have;
+            nothing is written.
+    """

@@ -2,8 +2,8 @@
 
 Shape letters: N packed queries, M keys, HQ query heads, H kv heads, D head dim, P prefix rows, R decode rows.
 Tables cross an operator as a list of int32 tensors in the order of `PackedTables` or `DecodeTables`. Backends: ``triton`` (GPUs; one fused kernel), ``torch``
-(any device; grouped and merged) and ``reference`` (the specification, slow). Whatever a backend cannot serve goes to the next one and is logged once with
-the reason; a backend that was asked for by the name ``triton`` raises instead.
+(any device; grouped and merged, but decode steps on CPUs run in Rust, `attend.py`) and ``reference`` (the specification, slow). Whatever a backend cannot
+serve goes to the next one and is logged once with the reason; a backend that was asked for by the name ``triton`` raises instead.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefixfast import attend
 from prefixfast.errors import ConfigError
 from prefixfast_kernels import cross_entropy as ce
 from prefixfast_kernels import reference, tiles, torch_attn
@@ -72,6 +73,8 @@ def _log_fallback(op: str, backend: str, reason: str) -> None:
 def _pick(op: str, name: str, device: torch.device, reasons: dict[str, dict[str, bool]]) -> str:
     """The first backend that serves a call. ``reasons``: of each backend what it does not serve, and whether the call has it."""
     order = {"auto": BACKENDS if device.type == "cuda" else BACKENDS[1:], "torch": BACKENDS[1:]}.get(name, (name,))
+    if "attend" in reasons and "torch" in order:
+        order = ("attend", *order)
     for backend in order:
         reason = next((reason for reason, holds in reasons.get(backend, {}).items() if holds), None)
         if reason is None:
@@ -314,11 +317,16 @@ def attn_decode(
     Returns:
         ``o [R, HQ, D]`` and ``lse [R, HQ]``.
     """
-    step = DecodeTables(*tables)
+    step, options = DecodeTables(*tables), Options(scale, window, softcap)
+    pk, pv = (k_arena, v_arena) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
     reasons = {"triton": {"decode steps": True}, "torch": {"a position bias": bias is not None}}
-    if _pick("attn_decode", backend, q.device, reasons) == "torch":
-        pk, pv = (k_arena, v_arena) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
-        return decode_fwd(q, k_arena, v_arena, pk, pv, table, step, max_len, Options(scale, window, softcap))
+    if q.device.type == "cpu":
+        reasons["attend"] = attend.cannot(q, k_arena, v_arena, pk, pv, bias)
+    chosen = _pick("attn_decode", backend, q.device, reasons)
+    if chosen == "attend":
+        return attend.decode(q, k_arena, v_arena, pk, pv, table, step, options)
+    if chosen == "torch":
+        return decode_fwd(q, k_arena, v_arena, pk, pv, table, step, max_len, options)
     return reference.attn_decode(q, k_arena, v_arena, prefix_k, prefix_v, table, step, scale=scale, window=window, softcap=softcap, bias=bias)
 
 

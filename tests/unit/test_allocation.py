@@ -8,10 +8,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from parity.packed import Case, packed
-from prefixfast import Engine, load, ops
+from prefixfast import Engine, attend, load, ops
 from prefixfast.interchange import peft as layout
 from prefixfast.prefix import Prefix
 from prefixfast_kernels import torch_attn
+from prefixfast_kernels.checks import Request, decode_tables
+from prefixfast_kernels.torch_piece import Options
 
 P, ROWS = 120, 24
 
@@ -32,7 +34,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-KERNELS = ((torch_attn, "attn_fwd"), (torch_attn, "attn_bwd"), (ops, "decode_fwd"))
+KERNELS = ((torch_attn, "attn_fwd"), (torch_attn, "attn_bwd"), (ops, "decode_fwd"), (attend, "decode"))
 
 
 @pytest.fixture
@@ -58,8 +60,15 @@ def setup(family):
     return base, [Prefix(layout.from_table(t, *tiny.shapes(base)), pos_start=P) for t in tables], tables
 
 
+def decode_in_torch(monkeypatch):
+    monkeypatch.setattr(attend, "cannot", lambda *_: {"anything (a test)": True})
+
+
+@pytest.mark.parametrize("backend", ["attend", "torch"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_decode_allocates_nothing_of_rows_times_prefix(family, seen):
+def test_decode_allocates_nothing_of_rows_times_prefix(family, backend, seen, monkeypatch):
+    if backend == "torch":
+        decode_in_torch(monkeypatch)
     base, prefixes, _ = setup(family)
     with Engine(base, max_num_seqs=ROWS, max_model_len=16, kv_cache_memory=2**20) as engine:
         shape = engine.model.layers[0]
@@ -73,7 +82,19 @@ def test_decode_allocates_nothing_of_rows_times_prefix(family, seen):
         assert 0 < seen.numel < limit
 
 
+def test_decode_in_rust_allocates_its_output_alone():
+    """Nothing of rows x tokens either: keys are read where they lie."""
+    rows, tokens = 9, 50
+    k, v = torch.randn(2, 600, 2, 16).unbind()
+    q, table = torch.randn(rows, 4, 16), torch.randperm(600)[: rows * tokens].view(rows, tokens).int()
+    tables = decode_tables([tokens] * rows, [Request(0, ((0, True),))] * rows, [(3, P)])
+    with Largest() as seen:
+        attend.decode(q, k, v, k, v, table, tables, Options(0.25, 0, 0.0))
+    assert seen.numel == q.numel()
+
+
 def test_the_check_sees_an_expansion_inside_a_kernel(seen, monkeypatch):
+    decode_in_torch(monkeypatch)
     base, prefixes, _ = setup("gpt2")
     honest = ops.decode_fwd.__closure__  # the watched kernel
     assert honest is not None

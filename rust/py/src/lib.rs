@@ -6,6 +6,7 @@
 )]
 
 mod arrays;
+mod attend;
 mod detokenize;
 mod error;
 mod linearize;
@@ -16,7 +17,7 @@ mod tokenize;
 
 use pyo3::prelude::*;
 
-/// The Rust core: tokens, strings, batch plans and the scheduler.
+/// The Rust core: tokens, strings, batch plans, the scheduler, and decode attention on CPUs.
 #[pymodule(gil_used = false)]
 fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tokenize::Tokenizer>()?;
@@ -26,6 +27,9 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<plan::PlanBuffer>()?;
     module.add_class::<schedule::Scheduler>()?;
     module.add_class::<schedule::StepHeader>()?;
+    module.add_function(wrap_pyfunction!(attend::attend_decode, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::attend_join, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::attend_paths, module)?)?;
     module.add_function(wrap_pyfunction!(pack::pack, module)?)?;
     module.add_function(wrap_pyfunction!(plan::plan_packed, module)?)
 }

@@ -1,0 +1,143 @@
+"""Decode attention on a CPU, all layers of a step: Rust against torch and against gathered keys, alone and between the step's matrix products.
+
+Run ``chrt -r 1 python benches/kernels/attn_decode.py OUT.jsonl`` (GPT-2 124M's heads, 32 rows of 40 to 71 own keys). Correctness comes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prefixfast import attend
+from prefixfast.bench.harness import alternate, write_rows
+from prefixfast_kernels import reference
+from prefixfast_kernels.checks import Request, decode_tables, relative_error
+from prefixfast_kernels.torch_decode import decode_fwd
+from prefixfast_kernels.torch_piece import Options
+
+ROWS, HEADS, DIM, LAYERS, OWN_ROWS = 32, 12, 64, 12, 4096
+LENS = [40 + i for i in range(ROWS)]
+SIZES = [(0, 1), (200, 1), (200, 4), (200, 32), (512, 1), (512, 4), (512, 32)]
+OPTIONS = Options(DIM**-0.5, 0, 0.0)
+LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step's inputs, every layer with keys and values of its own."""
+
+    q: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    table: Tensor
+    tables: object
+    index: Tensor
+    mask: Tensor
+
+    @classmethod
+    def make(cls, length: int, distinct: int, dtype: torch.dtype) -> Step:
+        """Random keys; the prefixes lie before the slots."""
+        torch.manual_seed(0)
+        first = distinct * length
+        layers = [tuple(torch.randn(first + OWN_ROWS, HEADS, DIM).to(dtype) for _ in "kv") for _ in range(LAYERS)]
+        table = (torch.randperm(OWN_ROWS)[: ROWS * max(LENS)] + first).view(ROWS, -1).int()
+        requests = [Request(0, ((i % distinct, True),) if length else ()) for i in range(ROWS)]
+        tables = decode_tables(LENS, requests, [(i * length, length) for i in range(distinct)] if length else [])
+        prefix = torch.arange(length) + torch.arange(ROWS)[:, None] % distinct * length
+        seen = torch.arange(length + max(LENS)) < length + torch.tensor(LENS)[:, None]
+        mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None, None]
+        return cls(torch.randn(ROWS, HEADS, DIM).to(dtype), layers, table, tables, torch.cat([prefix, table], 1).long(), mask)
+
+
+def rust(s: Step, k: Tensor, v: Tensor) -> Tensor:
+    """Keys in place."""
+    return attend.decode(s.q, k, v, k, v, s.table, s.tables, OPTIONS)[0]
+
+
+def torch_decode(s: Step, k: Tensor, v: Tensor) -> Tensor:
+    """Own keys gathered, prefixes in place, merged."""
+    return decode_fwd(s.q, k, v, k, v, s.table, s.tables, max(LENS), OPTIONS)[0]
+
+
+def gathered(s: Step, k: Tensor, v: Tensor) -> Tensor:
+    """All keys gathered, then torch's attention."""
+    keys, values = (x.index_select(0, s.index.flatten()).view(ROWS, -1, HEADS, DIM).transpose(1, 2) for x in (k, v))
+    return F.scaled_dot_product_attention(s.q[:, :, None], keys, values, s.mask)[:, :, 0]
+
+
+CONTENDERS: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {"rust": rust, "torch": torch_decode, "gather and SDPA": gathered}
+
+
+def products(dtype: torch.dtype) -> Callable[[], None]:
+    """The products of one layer, their weights packed as the engine packs them."""
+    x, width = {n: torch.randn(ROWS, n).to(dtype) for n in (768, 3072)}, [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
+    weights = [(x[n], torch.ops.mkldnn._reorder_linear_weight((torch.randn(m, n) * 0.02).to(dtype), ROWS)) for n, m in width]
+
+    def run() -> None:
+        for given, weight in weights:
+            torch.ops.mkldnn._linear_pointwise(given, weight, None, "none", [], "")
+
+    return run
+
+
+def measure(length: int, distinct: int, dtype: torch.dtype, rounds: int) -> list[dict[str, object]]:
+    """Seconds of a step, each contender alone and between products.
+
+    Raises:
+        RuntimeError: If a contender is wrong.
+    """
+    s = Step.make(length, distinct, dtype)
+    k, v = s.layers[0]
+    exact, _ = reference.attn_decode(s.q.double(), k.double(), v.double(), None, None, s.table, s.tables, scale=OPTIONS.scale)
+    for name, call in CONTENDERS.items():
+        if (error := relative_error(call(s, k, v), exact)) > LIMIT[dtype]:
+            msg = f"{name}: wrong by {error:.1e}; nothing is timed"
+            raise RuntimeError(msg)
+    gemm = [products(dtype) for _ in range(LAYERS)]
+
+    def step(call: Callable[[Step, Tensor, Tensor], object] | None, between: bool) -> Callable[[], None]:
+        def run() -> None:
+            for (k, v), multiply in zip(s.layers, gemm, strict=True):
+                if between:
+                    multiply()
+                if call is not None:
+                    call(s, k, v)
+
+        return run
+
+    runs = {(name, between): step(call, between) for name, call in CONTENDERS.items() for between in (False, True)}
+    runs["products alone", True] = step(None, True)
+    for run in runs.values():
+        run()
+    found = alternate(runs, rounds)  # type: ignore[arg-type, type-var]
+    case = {"prefix_length": length, "distinct": distinct, "dtype": str(dtype)[6:]}
+    return [{**case, "contender": n, "with_products": b, "seconds": [round(x, 6) for x in t.seconds]} for (n, b), t in found.items()]
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = [{"suite": "attn_decode", "command": " ".join(sys.argv), "layers": LAYERS, "rows": ROWS, "own_keys": LENS}]
+    with torch.inference_mode():
+        for length, distinct in SIZES:
+            made = measure(length, distinct, getattr(torch, args.dtype), args.rounds)
+            rows += made
+            for r in made:
+                where = "with products" if r["with_products"] else "alone"
+                best, median = (f(r["seconds"]) * 1e3 for f in (min, lambda s: sorted(s)[len(s) // 2]))
+                print(f"P={length} x {distinct}, {r['dtype']}, {r['contender']}, {where}: {best:.1f} ms (median {median:.1f})", flush=True)
+    write_rows(args.out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+//! Sixteen floats in one AVX-512 register.
+
+#![expect(
+    clippy::cast_ptr_alignment,
+    reason = "the loads behind these casts take any alignment"
+)]
+
+use std::arch::x86_64::{
+    __m256i, __m512, _CMP_NLT_UQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
+    _MM_HINT_T1, _mm_prefetch, _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
+    _mm512_castps512_ps128, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
+    _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps,
+    _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_permute_ps, _mm512_permutexvar_ps,
+    _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_set1_epi32,
+    _mm512_set1_ps, _mm512_setr_epi32, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps,
+};
+
+use super::lanes::{Lanes, Line, WIDTH};
+
+/// Exists only where the CPU has AVX-512F and what it builds on (AVX2, FMA).
+///
+/// The bf16 products of AVX512-BF16 are not used: they would round queries and softmax weights to 8 bits.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512(());
+
+impl Avx512 {
+    pub(super) fn new() -> Option<Self> {
+        let all = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma");
+        all.then_some(Self(()))
+    }
+}
+
+/// One instruction on registers.
+macro_rules! one {
+    ($op:ident, $($x:expr),+) => {
+        // SAFETY: `self` exists, so the CPU has AVX-512F, all that this instruction needs; it touches no memory.
+        unsafe { $op($($x),+) }
+    };
+}
+
+impl Lanes for Avx512 {
+    type V = __m512;
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        one!(_mm512_set1_ps, x)
+    }
+    #[inline(always)]
+    fn load(self, x: &Line) -> __m512 {
+        // SAFETY: `self` exists, so the CPU has AVX-512F. The load takes any alignment and reads the 16 floats of `x`.
+        unsafe { _mm512_loadu_ps(x.as_ptr()) }
+    }
+    #[inline(always)]
+    fn widen(self, x: &[u16; WIDTH]) -> __m512 {
+        // SAFETY: `self` exists, so the CPU has AVX-512F. The load takes any alignment and reads the 32 bytes of `x`.
+        unsafe {
+            let half = _mm256_loadu_si256(x.as_ptr().cast::<__m256i>());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
+        }
+    }
+    #[inline(always)]
+    fn store(self, x: __m512, to: &mut Line) {
+        // SAFETY: `self` exists, so the CPU has AVX-512F. The store takes any alignment and writes the 16 floats of `to`.
+        unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
+    }
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        one!(_mm512_add_ps, a, b)
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        one!(_mm512_mul_ps, a, b)
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        one!(_mm512_div_ps, a, b)
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        one!(_mm512_fmadd_ps, a, b, c)
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        one!(_mm512_max_ps, a, b)
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        one!(_mm512_min_ps, a, b)
+    }
+    #[inline(always)]
+    fn round(self, x: __m512) -> __m512 {
+        const HOW: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: `self` exists, so the CPU has AVX-512F; no memory is touched.
+        unsafe { _mm512_roundscale_ps::<HOW>(x) }
+    }
+    #[inline(always)]
+    fn exp2_whole(self, x: __m512) -> __m512 {
+        // SAFETY: `self` exists, so the CPU has AVX-512F; no memory is touched.
+        unsafe {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
+                _mm512_cvtps_epi32(x),
+                _mm512_set1_epi32(127),
+            )))
+        }
+    }
+    #[inline(always)]
+    fn zero_where_less(self, a: __m512, b: __m512, x: __m512) -> __m512 {
+        // SAFETY: `self` exists, so the CPU has AVX-512F; no memory is touched.
+        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), x) }
+    }
+    #[inline(always)]
+    fn sums(self, x: [__m512; 4]) -> [f32; 4] {
+        let mut out = [0.0; 4];
+        // SAFETY: `self` exists, so the CPU has AVX-512F. The store takes any alignment and writes the four floats of `out`.
+        unsafe {
+            let ab = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x44>(x[0], x[1]),
+                _mm512_shuffle_f32x4::<0xEE>(x[0], x[1]),
+            ); // a half each
+            let cd = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x44>(x[2], x[3]),
+                _mm512_shuffle_f32x4::<0xEE>(x[2], x[3]),
+            );
+            let four = _mm512_add_ps(
+                _mm512_shuffle_f32x4::<0x88>(ab, cd),
+                _mm512_shuffle_f32x4::<0xDD>(ab, cd),
+            ); // a quarter each
+            let two = _mm512_add_ps(four, _mm512_permute_ps::<0x4E>(four));
+            let one = _mm512_add_ps(two, _mm512_permute_ps::<0xB1>(two));
+            let first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+            _mm_storeu_ps(
+                out.as_mut_ptr(),
+                _mm512_castps512_ps128(_mm512_permutexvar_ps(first, one)),
+            );
+        }
+        out
+    }
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        one!(_mm512_reduce_add_ps, x)
+    }
+    #[inline(always)]
+    fn largest(self, x: __m512) -> f32 {
+        one!(_mm512_reduce_max_ps, x)
+    }
+    #[inline(always)]
+    fn prefetch<T>(self, x: &T) {
+        // SAFETY: a hint; every CPU with AVX-512F has it, and it changes nothing whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
+    }
+    #[inline(always)]
+    fn prefetch_later<T>(self, x: &T) {
+        // SAFETY: a hint; every CPU with AVX-512F has it, and it changes nothing whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
+    }
+}
