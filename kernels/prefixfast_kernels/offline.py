@@ -96,7 +96,7 @@ def build(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Any:
     over_queries = name in ("prefix_fwd", "prefix_bwd_dq")
     tokens = (entry.bm if over_queries else compiled.inner) // group
     constants: dict[str, Any] = PLAIN | {"HQ": 8 * group, "H": 8, "G": group, "D": head_dim, "DP": padded(head_dim), "TOKENS": tokens}
-    constants |= {"BM": compiled.inner if name == "prefix_bwd_delta" else rows_of(tokens, group)}
+    constants |= {"BM": compiled.inner // padded(head_dim) if name == "prefix_bwd_delta" else rows_of(tokens, group)}
     constants |= {"BN": {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_bwd_sum": entry.rows}.get(name, compiled.inner)}
     constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "UP": False, **flags}
     if name == "softmax_grad":  # elsewhere BLOCK is a table
@@ -157,6 +157,8 @@ def _ships(name: str, head_dim: int, dtype: str, variant: str) -> bool:
     if name == "softmax_grad":  # logits are fp32 and have no head dim
         return dtype == "fp32" and head_dim == 64 and variant in ("plain", "no gradient")
     if variant != "plain" and (variant == "no gradient" or not names & set(flags)):
+        return False
+    if variant == "fused" and head_dim > 128:
         return False
     return (variant == "plain" or dtype != "fp16") and (head_dim in USUAL or (dtype != "fp16" and "G" not in flags)) and not (dtype == "fp32" and "G" in flags)
 

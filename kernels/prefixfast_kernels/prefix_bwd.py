@@ -66,11 +66,13 @@ def attn_bwd(
     heads = launch.heads(q, k)
     wide = {key: heads[key] for key in ("HQ", "D", "DP")}
     how = EVERYWHERE["prefix_bwd_delta"]
-    prefix_bwd_delta[(triton.cdiv(lse.numel(), how.inner),)](o, do, delta, lse.numel(), **launch.strides(o=o, do=do), **wide, BM=how.inner, **how.options())
+    rows = max(1, how.inner // heads["DP"])
+    prefix_bwd_delta[(triton.cdiv(lse.numel(), rows),)](o, do, delta, lse.numel(), **launch.strides(o=o, do=do), **wide, BM=rows, **how.options())
     common = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, **launch.numbers(options, causal=causal, dtype=q.dtype), **heads}
     has_prefix = prefix_k is not None and len(tables.use) > 0
     short = sizes.depth <= 1 and len(tables.block_tiles) == len(tables.block)  # every query sees at most one tile of prefix rows
-    fused = short and has_prefix and needs_own and needs_prefix and not options.window and not options.softcap
+    fits = q.shape[2] <= 128 and not options.window and not options.softcap  # else the fused kernels spill
+    fused = short and fits and has_prefix and needs_own and needs_prefix
     part = torch.empty(q.shape if fused else 1, dtype=torch.float32, device=q.device)
     dpk = dpv = dq = dk = dv = None
     if needs_prefix and prefix_k is not None and prefix_v is not None:

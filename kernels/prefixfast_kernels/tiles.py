@@ -71,8 +71,8 @@ class Compile:
         return out if self.registers is None else {**out, "maxnreg": self.registers}
 
 
-# Kernels that move memory: the same on every chip.
-EVERYWHERE = {"prefix_bwd_delta": Compile(32, 4, 1), "prefix_bwd_sum": Compile(0, 8, 1), "softmax_grad": Compile(4096, 8, 2)}
+# Kernels that move memory, the same on every chip; `inner` is numbers of a tile (delta), nothing (sum), entries of the vocabulary (softmax_grad).
+EVERYWHERE = {"prefix_bwd_delta": Compile(2048, 8, 1), "prefix_bwd_sum": Compile(0, 8, 1), "softmax_grad": Compile(4096, 8, 2)}
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        storages = {t.untyped_storage().data_ptr() for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and not t.is_mkldnn]  # those are packed weights
+        storages = {t.untyped_storage().data_ptr() for t in given}
         for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.is_floating_point() and t.untyped_storage().data_ptr() not in storages:
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.is_mkldnn and t.untyped_storage().data_ptr() not in storages:
                 self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
         return out
 
