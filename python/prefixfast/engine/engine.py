@@ -59,7 +59,8 @@ class Engine:
         device, rows = self.model.device, self.config.max_num_seqs
         arena_rows = choose_rows(self.model, self.config, self.max_model_len)
         self.arena = make_arena(self.model, arena_rows, rows, self.max_model_len)
-        self.scheduler = _rust.Scheduler(arena_rows, rows, self.config.max_num_batched_tokens, tile_rows=self.model.backend.sizes.tokens)
+        use = self.model.backend
+        self.scheduler = _rust.Scheduler(arena_rows, rows, self.config.max_num_batched_tokens, tile_rows=use.sizes.tokens, decode=use.decode)
         self.numbers: dict[str, int] = {}  # digest -> prefix number
         self.prefixes: dict[int, Prefix] = {}
         self.choosers: dict[int, Greedy | Beam] = {}

@@ -11,6 +11,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 
+use super::decode::Decode;
 use super::slots::Slots;
 use super::tables::Tables;
 use crate::error::{Error, Result};
@@ -40,6 +41,8 @@ pub struct Limits {
     pub tile_rows: usize,
     /// Most groups of the prefill's padded layout.
     pub buckets: usize,
+    /// How decode steps are cut; the default makes no tables for it.
+    pub decode: Decode,
 }
 
 /// Requests from their arrival to their end.
@@ -81,6 +84,12 @@ impl Scheduler {
             ("max_batched_tokens", limits.max_batched_tokens, 1),
             ("tile_rows", limits.tile_rows, 0),
             ("buckets", limits.buckets, 1),
+            ("decode: users", limits.decode.users, 0),
+            (
+                "decode: fill",
+                limits.decode.fill,
+                limits.decode.users.min(1),
+            ),
         ];
         for (name, value, least) in ranges {
             if !(least..=MAX_ROWS).contains(&value) {
