@@ -6,6 +6,8 @@ Shape letters: R rows, HQ query heads, H kv heads, D head dim.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +23,7 @@ from prefixfast_kernels.tiles import DecodeSizes
 from prefixfast_kernels.torch_piece import Options
 
 GRAIN = 64
+STATIC = ("q", "k_arena", "v_arena", "table")  # what a captured graph reads beside the tables
 NAMES = ("o", "lse")
 # How a step is read: as the cost model says, always by groups, never by groups; and the last two with splits as short as they get.
 MODES: dict[str, dict[str, int]] = {
@@ -32,20 +35,24 @@ MODES: dict[str, dict[str, int]] = {
 }
 
 
+def _up(keys: int) -> int:
+    return max(1, math.ceil(keys / GRAIN)) * GRAIN
+
+
 def _pieces(keys: int, share: int) -> list[tuple[int, int]]:
-    length = -(-(-(-keys // max(1, keys // share))) // GRAIN) * GRAIN
-    return [(a, min(a + length, keys)) for a in range(0, keys, length)] if keys else [(0, 0)]
+    length = _up(math.ceil(keys / max(1, keys // share)))
+    return [(a, min(a + length, keys)) for a in range(0, keys, length)] or [(0, 0)]
 
 
 def _share(keys: int, fill: int) -> int:
-    return max(2 * GRAIN, -(-(-(-keys // fill)) // GRAIN) * GRAIN)
+    return max(2 * GRAIN, _up(math.ceil(keys / fill)))
 
 
 def _grouped(lens: list[int], uses: list[list[int]], rows: list[int], users: list[list[int]], sizes: DecodeSizes) -> list[bool]:
     """The planner's cost model: which blocks groups read."""
     saved = []
     for block, members in enumerate(users):
-        count = -(-len(members) // sizes.users)
+        count = math.ceil(len(members) / sizes.users)
         saved.append((len(members) - count) * rows[block] * sizes.key_bytes - 2 * len(members) * sizes.part_bytes - count * sizes.item_bytes)
     keys = [n + sum(rows[b] for b in mine) for n, mine in zip(lens, uses, strict=True)]
     split = any(len(_pieces(n, _share(sum(keys), sizes.fill))) > 1 for n in keys)
@@ -57,11 +64,11 @@ def with_work(t: DecodeTables, sizes: DecodeSizes) -> DecodeTables:
     """The tables with the work that the planner makes from them."""
     lens, rows = t.lens.tolist(), t.block[:, 1].tolist()
     indptr, user_indptr, user, use = t.use_indptr.tolist(), t.user_indptr.tolist(), t.user.tolist(), t.use.tolist()
-    uses = [[u[0] for u in use[a:b]] for a, b in zip(indptr, indptr[1:], strict=False)]
-    users = [user[a:b] for a, b in zip(user_indptr, user_indptr[1:], strict=False)]
+    uses = [[u[0] for u in use[a:b]] for a, b in itertools.pairwise(indptr)]
+    users = [user[a:b] for a, b in itertools.pairwise(user_indptr)]
     grouped = _grouped(lens, uses, rows, users, sizes)
     keys = [n + sum(rows[b] for b in mine if not grouped[b]) for n, mine in zip(lens, uses, strict=True)]
-    share = _share(sum(keys) + sum(-(-len(users[b]) // sizes.users) * rows[b] for b in range(len(rows)) if grouped[b]), sizes.fill)
+    share = _share(sum(keys) + sum(math.ceil(len(users[b]) / sizes.users) * rows[b] for b in range(len(rows)) if grouped[b]), sizes.fill)
     work: list[tuple[int, ...]] = []
     parts: list[list[int]] = [[] for _ in lens]
     count = 0
@@ -272,7 +279,8 @@ def replayed(dtype: torch.dtype, *, device: str = "cpu", capture: bool = False) 
     """Errors of o and lse of each of `steps` (dead rows: how far from 0 and -inf), all run on the same memory; ``capture``: as one CUDA graph."""
     given = [p.cast(dtype) for p in steps()]
     static = given[0].to(device)
-    static = replace(static, **{n: t.clone() for n, t in vars(static).items() if isinstance(t, Tensor)}, tables=DecodeTables(*(t.clone() for t in static.tables)))
+    own: dict[str, Any] = {name: getattr(static, name).clone() for name in STATIC}
+    static = replace(static, **own, tables=DecodeTables(*(t.clone() for t in static.tables)))
     graph = None
     if capture:
         triton(static)  # compiles
@@ -281,9 +289,8 @@ def replayed(dtype: torch.dtype, *, device: str = "cpu", capture: bool = False) 
             out = triton(static)
     found = []
     for p in given:
-        for name, t in vars(p).items():
-            if isinstance(t, Tensor):
-                getattr(static, name).copy_(t)
+        for name in STATIC:
+            getattr(static, name).copy_(getattr(p, name))
         for mine, t in zip(static.tables, p.tables, strict=True):
             mine.copy_(t)
         if graph is None:

@@ -54,8 +54,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32 prefix": {"PREFIX_FP32": True},
 }
 FP32 = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV", "LOGITS", "LOSSES", "STAT")
-TABLES = ("TILES", "SEG", "SEG_POS", "USE_INDPTR", "USE", "BLOCK", "SLOTS", "KEY_TILES", "BLOCK_TILES", "USER_INDPTR", "USER", "USER_POS", "USER_SLIDES")
-TABLES += ("TABLE", "ROW", "LENS", "WORK", "GROUPED", "PART_INDPTR", "PARTS")
+PACKED_TABLES = ("TILES", "SEG", "SEG_POS", "USE_INDPTR", "USE", "BLOCK", "SLOTS", "KEY_TILES", "BLOCK_TILES", "USER_INDPTR", "USER", "USER_POS", "USER_SLIDES")
+DECODE_TABLES = ("TABLE", "ROW", "LENS", "WORK", "GROUPED", "PART_INDPTR", "PARTS")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def build(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Any:
 
 
 def _type(name: str, element: str) -> str:
-    if name in TABLES:
+    if name in (*PACKED_TABLES, *DECODE_TABLES):
         return "*i32"
     if name in FP32:
         return "*fp32"

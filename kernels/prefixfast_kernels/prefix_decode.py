@@ -1,7 +1,7 @@
 """Decode attention in Triton: one query a row over its prefix blocks and its slots, a shared block read once for a group of rows.
 
-Specification: `reference.attn_decode`; the split softmax and the cost model of the grouping: kernels/README.md. Shape letters: R rows, HQ query heads, H kv heads,
-G queries per kv head, D head dim, DP D padded to a power of two, W work items, n partial sums.
+Specification: `reference.attn_decode`; the split softmax and the cost model of the grouping: kernels/README.md. Shape letters: R rows, HQ query heads,
+H kv heads, G queries per kv head, D head dim, DP D padded to a power of two, W work items, n partial sums.
 """
 
 from __future__ import annotations
@@ -205,8 +205,9 @@ def attn_decode(
     users: int,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    """Forward of `reference.attn_decode` in one launch, or two where the tables name partial sums. It reads no table on the host: a captured graph serves
-    other tables of the same shapes.
+    """Forward of `reference.attn_decode` in one launch, or two where the tables name partial sums.
+
+    No table is read on the host: a captured graph serves other tables of the same shapes.
 
     Args:
         q: ``[R, HQ, D]``, fp32, bf16 or fp16.
@@ -248,6 +249,12 @@ def attn_decode(
         how = launch.combine_tile(q)
         grid = (q.shape[0], -(-q.shape[1] // how["BH"]))
         decode_combine[grid](
-            **out, PART_INDPTR=tables.part_indptr, PARTS=tables.part, stride_ot=o.stride(0), stride_oh=o.stride(1), **{n: heads[n] for n in ("HQ", "D", "DP")}, **how
+            **out,
+            PART_INDPTR=tables.part_indptr,
+            PARTS=tables.part,
+            stride_ot=o.stride(0),
+            stride_oh=o.stride(1),
+            **{n: heads[n] for n in ("HQ", "D", "DP")},
+            **how,
         )
     return o, lse

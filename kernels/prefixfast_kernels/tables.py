@@ -1,7 +1,7 @@
 """The int32 tables that every kernel reads, and their packing; the planner (`rust/core/src/batch/plan.rs`) fills them.
 
-Shape letters: S segments, U uses of prefix blocks, C distinct blocks, E (query row, block) pairs, B length buckets, N packed tokens, R decode rows, W work items,
-n partial sums.
+Shape letters: S segments, U uses of prefix blocks, C distinct blocks, E (query row, block) pairs, B length buckets, N packed tokens, R decode rows, W work
+items, n partial sums.
 A segment is a run of query rows that see the same prefix blocks; positions are relative to the segment's key 0, so prefix rows sit at negative ones.
 """
 

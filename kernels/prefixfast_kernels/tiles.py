@@ -97,7 +97,12 @@ class Compile:
 
 
 # Kernels that move memory: the same on every chip.
-EVERYWHERE = {"prefix_bwd_delta": Compile(32, 4, 1), "prefix_bwd_sum": Compile(0, 8, 1), "softmax_grad": Compile(4096, 8, 2), "decode_combine": Compile(2048, 4, 2)}
+EVERYWHERE = {
+    "prefix_bwd_delta": Compile(32, 4, 1),
+    "prefix_bwd_sum": Compile(0, 8, 1),
+    "softmax_grad": Compile(4096, 8, 2),
+    "decode_combine": Compile(2048, 4, 2),
+}
 
 
 @dataclass(frozen=True)

@@ -380,7 +380,8 @@ class Scheduler:
         `lens - 1 + pos_start`; `use_indptr[n+1]`, `use[U,3]`, `block[C,2]`, `user_indptr[C+1]`, `user[*]` (0 to n-1), `user_pos[*]` (use position minus
         `lens - 1`), `user_slides[*]`, `span[C,3]`; `work[W,6]`, `grouped[C]`, `part_indptr[n+1]`, `part[*]`, see `prefixfast_kernels.tables.DecodeTables`,
         empty unless the scheduler was made with `decode`. Padded tables end in dead rows, blocks without rows or users, and work without rows; their part
-        of `out`, from the first section to the end of the last, has a layout that only its bucket decides. The first decode step of a request has `lens == prompt_len + 1`.
+        of `out`, from the first section to the end of the last, has a layout that only its bucket decides. The first decode step of a request has
+        `lens == prompt_len + 1`.
 
         Args:
             out: int32[*], writable and contiguous, at least `buffer_len` long. Only the sections of the header are written.

@@ -100,7 +100,9 @@ MISTAKES = {
     "a user too few": lambda p: item(p, 2, -1, group=True),
     "another user": lambda p: changed(p, user=exchanged(p.tables.user)),
     "another user's window": lambda p: changed(p, user_pos=p.tables.user_pos + 30),
-    "a window that slides over all": lambda p: changed(p, user_slides=p.tables.user_slides * 0 + 1, use=p.tables.use.clone().index_fill_(1, torch.tensor([2]), 1)),
+    "a window that slides over all": lambda p: changed(
+        p, user_slides=p.tables.user_slides * 0 + 1, use=p.tables.use.clone().index_fill_(1, torch.tensor([2]), 1)
+    ),
     "read twice": lambda p: changed(p, grouped=p.tables.grouped * 0),
     "another row's partial sum": lambda p: changed(p, part=p.tables.part.roll(1)),
     "a partial sum forgotten": lambda p: changed(p, part_indptr=p.tables.part_indptr - (torch.arange(len(p.tables.part_indptr)) == 4).int()),

@@ -115,7 +115,7 @@ impl Decode {
         let worth = saved.iter().filter(|saved| **saved > 0).sum::<i64>();
         let keys: Vec<usize> = step.keys(&vec![false; saved.len()]).collect();
         let share = self.share(keys.iter().sum());
-        let split = keys.iter().any(|keys| pieces(*keys, share).0 > 1);
+        let split = keys.iter().any(|keys| *keys >= 2 * share);
         let enough = worth > if split { 0 } else { int64(self.launch_bytes) };
         saved.into_iter().map(|saved| enough && saved > 0).collect()
     }
@@ -128,10 +128,11 @@ impl Decode {
         let share = self.share(keys.iter().sum::<usize>() + shared.sum::<usize>());
         let mut work = Work {
             grouped: grouped.iter().map(|grouped| i32::from(*grouped)).collect(),
+            items: Vec::with_capacity(2 * keys.len() + self.fill),
             ..Work::default()
         };
         // (row, partial sum), in the order in which a row merges them.
-        let mut merged: Vec<[i32; 2]> = Vec::new();
+        let mut merged: Vec<[i32; 2]> = Vec::with_capacity(2 * keys.len() + step.user.len());
         let mut next = 0;
         for block in (0..grouped.len()).filter(|block| grouped[*block]) {
             let (users, rows) = (step.users(block), step.rows(block));
@@ -221,8 +222,11 @@ fn int64(value: usize) -> i64 {
 
 /// How many pieces `keys` keys are cut into, and their length: at most twice the share.
 fn pieces(keys: usize, share: usize) -> (usize, usize) {
-    let len = keys.div_ceil((keys / share).max(1)).next_multiple_of(GRAIN);
-    (keys.div_ceil(len.max(1)).max(1), len)
+    if keys < 2 * share {
+        return (1, keys); // almost every row: no divisions
+    }
+    let len = keys.div_ceil(keys / share).next_multiple_of(GRAIN);
+    (keys.div_ceil(len), len)
 }
 
 /// First key and one past the last of each piece; one empty piece for no keys.
@@ -376,7 +380,7 @@ mod tests {
             for share in [128, 192, 1024] {
                 let (count, len) = pieces(keys, share);
                 let found: Vec<[usize; 2]> = splits(keys, share).collect();
-                assert!(found.len() == count && len <= 2 * share && len.is_multiple_of(64));
+                assert!(found.len() == count && len <= 2 * share);
                 assert!(count <= (keys / share).max(1));
                 assert!(found[0][0] == 0 && found[count - 1][1] == keys);
                 assert!(found.windows(2).all(|pair| pair[0][1] == pair[1][0]));

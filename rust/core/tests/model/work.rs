@@ -10,7 +10,7 @@ type Range = (i32, i32, i32);
 
 pub(crate) fn check_work(out: &[i32], tables: &StepTables) {
     let get = |name: &str| table(out, tables, name);
-    let (lens, indptr, user) = (get("lens"), get("use_indptr"), get("user"));
+    let (lens, indptr, members) = (get("lens"), get("use_indptr"), get("user"));
     let (uses, blocks) = (
         get("use").as_chunks::<3>().0,
         get("block").as_chunks::<2>().0,
@@ -31,7 +31,7 @@ pub(crate) fn check_work(out: &[i32], tables: &StepTables) {
     for [block, first, count, low, high, part] in get("work").as_chunks::<6>().0 {
         if *block >= 0 {
             assert!(at(*count) >= 1 && get("grouped")[at(*block)] == 1);
-            for (row, part) in user[at(*first)..at(*first + *count)].iter().zip(*part..) {
+            for (row, part) in members[at(*first)..at(*first + *count)].iter().zip(*part..) {
                 assert!(
                     parts
                         .insert(part, (at(*row), vec![(*block, *low, *high)]))
