@@ -137,19 +137,23 @@ def cut(rows: int, height: int) -> range:
     return range(0, rows if height else 0, height or 1)
 
 
-def plan_packed(lengths: Sequence[int], prefixes: Sequence[Sequence[int]], prefix_rows: Sequence[Sequence[int]], tiles: Sequence[int]) -> dict[str, list]:
-    """All tables of a packed forward but those of the padded layout."""
+def plan_packed(
+    lengths: Sequence[int], prefixes: Sequence[Sequence[int]], prefix_rows: Sequence[Sequence[int]], tiles: Sequence[int], contexts: Sequence[int] | None = None
+) -> dict[str, list]:
+    """All tables of a packed forward but those of the padded layout; ``contexts``: tokens before these of each sequence."""
+    before = contexts or [0] * len(lengths)
+    totals = [n + c for n, c in zip(lengths, before, strict=True)]
     firsts = [sum(lengths[:s]) for s in range(len(lengths))]
     blocks = {number: (first, rows, slides) for number, (first, rows, _, slides) in enumerate(prefix_rows)}
-    queries = [(first + t, t, used) for first, n, used in zip(firsts, lengths, prefixes, strict=True) for t in range(n)]
+    queries = [(first + t, c + t, used) for first, n, c, used in zip(firsts, lengths, before, prefixes, strict=True) for t in range(n)]
     starts = [max((prefix_rows[p][2] for p in used), default=0) for used in prefixes]
     shown = sorted({p for used in prefixes for p in used if prefix_rows[p][1]})
     return {
-        "seg": [[first, n, first, n] for first, n in zip(firsts, lengths, strict=True)],
-        "seg_pos": [0] * len(lengths),
+        "seg": [[first, n, sum(totals[:s]), totals[s]] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True))],
+        "seg_pos": list(before),
         **segment_uses(prefixes, blocks),
         **uses(queries, blocks),
-        "position_ids": [start + t for start, n in zip(starts, lengths, strict=True) for t in range(n)],
+        "position_ids": [start + c + t for start, n, c in zip(starts, lengths, before, strict=True) for t in range(n)],
         "tiles": [[s, first + t] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for t in cut(n, tiles[0])],
         "key_tiles": [[s, s + 1, key] for s, n in enumerate(lengths) for key in cut(n, tiles[1])],
         "block_tiles": [[c, row] for c, p in enumerate(shown) for row in cut(prefix_rows[p][1], tiles[2])],

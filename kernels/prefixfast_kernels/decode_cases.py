@@ -187,8 +187,8 @@ def problem(case: Case, sizes: DecodeSizes, *, seed: int = 0) -> Problem:
     for t, used in ((k, named), (v, named), (pk, inside), (pv, inside)):
         t[~used] = torch.nan
     plain = decode_tables(list(case.lens), [Request(0, sees) for sees in case.sees], blocks)._replace(row=order.int())
-    own = (pk, pv) if case.separate else (None, None)
-    return Problem(q, k, v, *own, table, with_work(plain, sizes), Options(d**-0.5, case.window, case.softcap), sizes.users)
+    own_k, own_v = (pk, pv) if case.separate else (None, None)
+    return Problem(q, k, v, own_k, own_v, table, with_work(plain, sizes), Options(d**-0.5, case.window, case.softcap), sizes.users)
 
 
 def sizes_of(case: Case, dtype: torch.dtype, device: torch.device | str, mode: str) -> DecodeSizes:

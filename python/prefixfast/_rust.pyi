@@ -254,6 +254,10 @@ class StepHeader:
         """Requests that this step dropped because they were cancelled, ascending."""
 
     @property
+    def expired(self) -> list[int]:
+        """Requests that this step dropped because their deadline has passed, earliest first."""
+
+    @property
     def prefill_sections(self) -> dict[str, tuple[int, int, int]] | None:
         """Tables of the prefill in `out`, `None` without one; a fresh dictionary each time."""
 
@@ -280,7 +284,7 @@ class Scheduler:
     Args:
         arena_rows: Rows of the arena, at least 80.
         max_rows: Decode rows.
-        max_batched_tokens: Most prompt tokens in one prefill; a longer prompt goes alone.
+        max_batched_tokens: Most tokens of a step, decode rows included, but at least 64 prompt tokens; a prompt that does not fit is filled over several steps.
         tile_rows: Height of the prefill's tiles; 0 makes none.
         buckets: As in `plan_packed`.
         decode: How decode steps are cut: `users`, `fill`, `key_bytes`, `part_bytes`, `item_bytes`, `launch_bytes` of `prefixfast_kernels.tiles.DecodeSizes`;
@@ -337,7 +341,6 @@ class Scheduler:
         tenant: int = 0,
         priority: int = 0,
         deadline: float | None = None,
-        text_hashes: Sequence[int] | None = None,
     ) -> None:
         """Queues a request.
 
@@ -348,10 +351,10 @@ class Scheduler:
             beams: Decode rows, at least 1.
             max_new: Most decode steps, at least 1.
             encoder_len: Not supported yet, must be 0.
-            tenant: Recorded.
-            priority: Higher goes first; equals go by arrival.
-            deadline: Not supported yet, must be `None`.
-            text_hashes: Not supported yet, must be `None`.
+            tenant: Who asks. Within a priority the tenant that was served least goes first (a prompt token counts 1, a generated token of a row 2); within
+                a tenant the first to arrive.
+            priority: Higher goes first.
+            deadline: Dropped once `plan_step` is told this time or a later one, in seconds of the caller's clock.
 
         Raises:
             RequestError: A number out of range, a known id, something not supported, or more rows than there will ever be.
@@ -369,12 +372,13 @@ class Scheduler:
             PrefixFastError: It is not being loaded.
         """
 
-    def plan_step(self, out: NDArray[np.int32]) -> StepHeader:
+    def plan_step(self, out: NDArray[np.int32], now: float = 0.0) -> StepHeader:
         """Plans the next step and writes its tables.
 
-        Prefill sections: all of `plan_packed` (`block` rows are arena rows, keys are the packed keys of this call) and `chunk[S,4]` first decode row,
-        beams, first prompt position (0), tokens; `slots[N]` the arena row of each token; `fill[F,3]` decode row, position, slot for every beam row and
-        prompt token; `logits_idx[S]` the last token of each sequence.
+        Prefill sections: all of `plan_packed` (`block` rows are arena rows) and `chunk[S,4]` first decode row, beams, first prompt position, tokens;
+        `slots[N]` the arena row of each token; `fill[F,3]` decode row, position, slot for every beam row and prompt token of the step; `logits_idx[*]`
+        the last token of each sequence whose prompt ends in this step. `key_slots` is empty where every prompt starts in this step: then keys are the
+        packed keys of this call; else `seg` counts keys in it and it holds the arena rows of each prompt so far.
 
         Decode sections, n rows: `row[n]`; `slot[n]` where the new token's key and value go; `lens[n]` keys with the new one; `position_ids[n]`
         `lens - 1 + pos_start`; `use_indptr[n+1]`, `use[U,3]`, `block[C,2]`, `user_indptr[C+1]`, `user[*]` (0 to n-1), `user_pos[*]` (use position minus
@@ -385,6 +389,7 @@ class Scheduler:
 
         Args:
             out: int32[*], writable and contiguous, at least `buffer_len` long. Only the sections of the header are written.
+            now: For deadlines, in seconds of the caller's clock.
 
         Raises:
             CapacityError: `out` is too short; nothing has changed.

@@ -39,6 +39,7 @@ fn request(id: i64, prefixes: &[i64], prompt_len: usize, beams: usize, max_new: 
         max_new,
         tenant: 0,
         priority: 0,
+        deadline: i64::MAX,
     }
 }
 
@@ -48,7 +49,7 @@ proptest! {
     #[test]
     fn serves_all_and_keeps_the_books(
         users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]), padded in any::<bool>(),
-        work in prop::collection::vec((0..12_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..70_usize, 1..4_usize, 1..20_usize), 1..60),
+        work in prop::collection::vec((0..12_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize, 1..20_usize), 1..60),
     ) {
         let decode = Decode { users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded };
         let mut model = Model::new(Limits { decode, ..limits() }, &[30, 16, 1, 0, 100, 47]);
@@ -58,7 +59,9 @@ proptest! {
                 0..=4 => {
                     id += 1;
                     let priority = i64::from(kind) / 4;
-                    model.add(Request { priority, ..request(id, &prefixes, prompt_len, beams, max_new) });
+                    let deadline = if prompt_len % 7 == 0 { i64::from(kind) * 9 } else { i64::MAX };
+                    let tenant = i64::from(kind) % 3;
+                    model.add(Request { priority, deadline, tenant, ..request(id, &prefixes, prompt_len, beams, max_new) });
                 }
                 5 => model.cancel(i64::try_from(prompt_len).expect("small") % (id + 1)),
                 6..=7 => model.load(prompt_len),
@@ -87,11 +90,87 @@ fn orders_by_priority_then_arrival() {
     let mut out = vec![0; scheduler.buffer_len()];
     let mut order: Vec<i64> = Vec::new();
     while scheduler.num_running() + scheduler.num_waiting() > 0 {
-        let header = scheduler.plan_step(&mut out).expect("a step");
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
         order.extend(&header.prefill_ids);
         scheduler.commit(&header.decode_ids).expect("a commit");
     }
     assert_eq!(order, [2, 3, 1]);
+}
+
+#[test]
+fn shares_rows_between_tenants() {
+    let mut scheduler = Scheduler::new(Limits {
+        max_rows: 1,
+        ..limits()
+    })
+    .expect("a scheduler");
+    for id in 0..12 {
+        let tenant = i64::from(id >= 10);
+        scheduler
+            .add(Request {
+                tenant,
+                ..request(id, &[], 3, 1, 2)
+            })
+            .expect("room");
+    }
+    let mut out = vec![0; scheduler.buffer_len()];
+    let mut order: Vec<i64> = Vec::new();
+    while scheduler.num_running() + scheduler.num_waiting() > 0 {
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
+        order.extend(&header.prefill_ids);
+        scheduler.commit(&header.decode_ids).expect("a commit");
+    }
+    assert_eq!(order, [0, 10, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9]);
+}
+
+#[test]
+fn fills_a_long_prompt_beside_decoding_rows() {
+    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+    scheduler.add(request(1, &[], 3, 2, 9)).expect("room");
+    scheduler.add(request(2, &[], 120, 1, 2)).expect("room");
+    let mut out = vec![0; scheduler.buffer_len()];
+    let mut seen = Vec::new();
+    for _ in 0..5 {
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
+        seen.push((header.prefill_ids.clone(), header.decode_ids.clone()));
+        scheduler.commit(&[]).expect("a commit");
+    }
+    let both = (vec![2], vec![1]);
+    let expected = [
+        (vec![1], vec![]),
+        both.clone(),
+        both.clone(),
+        both,
+        (vec![], vec![1, 2]),
+    ];
+    assert_eq!(seen, expected);
+}
+
+#[test]
+fn drops_what_is_late() {
+    let mut scheduler = Scheduler::new(Limits {
+        max_rows: 1,
+        ..limits()
+    })
+    .expect("a scheduler");
+    for (id, deadline) in [(1, 50), (2, 40), (3, i64::MAX)] {
+        scheduler
+            .add(Request {
+                deadline,
+                ..request(id, &[], 3, 1, 9)
+            })
+            .expect("room");
+    }
+    let mut out = vec![0; scheduler.buffer_len()];
+    for (now, expired, prefilled) in [
+        (0, vec![], vec![1]),
+        (39, vec![], vec![]),
+        (60, vec![2, 1], vec![3]),
+    ] {
+        let header = scheduler.plan_step(now, &mut out).expect("a step");
+        assert_eq!((header.expired, header.prefill_ids), (expired, prefilled));
+        scheduler.commit(&[]).expect("a commit");
+    }
 }
 
 #[test]
@@ -120,32 +199,35 @@ fn keeps_the_order_of_calls() {
 
     let mut out = vec![0; scheduler.buffer_len()];
     assert!(matches!(
-        scheduler.plan_step(&mut out[1..]),
+        scheduler.plan_step(0, &mut out[1..]),
         Err(Error::Capacity(_))
     ));
     assert_eq!((scheduler.num_waiting(), scheduler.num_running()), (1, 0));
     assert_eq!(
-        scheduler.plan_step(&mut out).expect("a step").loads,
+        scheduler.plan_step(0, &mut out).expect("a step").loads,
         [(9, 0)]
     );
     scheduler.prefix_ready(9).expect("it was loading");
     assert_eq!(
-        scheduler.plan_step(&mut out).expect("a step").prefill_ids,
+        scheduler
+            .plan_step(0, &mut out)
+            .expect("a step")
+            .prefill_ids,
         [1]
     );
     assert!(matches!(
-        scheduler.plan_step(&mut out),
+        scheduler.plan_step(0, &mut out),
         Err(Error::State(_))
     ));
     assert!(matches!(scheduler.commit(&[1, 1]), Err(Error::Request(_))));
     scheduler.commit(&[]).expect("a commit");
     assert_eq!(
-        scheduler.plan_step(&mut out).expect("a step").decode_ids,
+        scheduler.plan_step(0, &mut out).expect("a step").decode_ids,
         [1]
     );
     scheduler.commit(&[]).expect("a commit");
     assert!(
-        matches!(scheduler.plan_step(&mut out), Err(Error::State(text)) if text.contains("its 1 steps"))
+        matches!(scheduler.plan_step(0, &mut out), Err(Error::State(text)) if text.contains("its 1 steps"))
     );
     scheduler.commit(&[1]).expect("a commit");
     scheduler.forget_prefix(9).expect("idle");
@@ -164,13 +246,16 @@ fn moves_its_own_prefixes_when_they_are_in_the_way() {
     for prefixes in [&[0][..], &[1], &[1, 2]] {
         scheduler.add(request(7, prefixes, 3, 1, 2)).expect("room");
         let mut out = vec![0; scheduler.buffer_len()];
-        let header = scheduler.plan_step(&mut out).expect("a step");
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
         for (prefix, _) in &header.loads {
             scheduler.prefix_ready(*prefix).expect("it was loading");
         }
         steps.push((header.evictions, header.loads));
         assert_eq!(
-            scheduler.plan_step(&mut out).expect("a step").prefill_ids,
+            scheduler
+                .plan_step(0, &mut out)
+                .expect("a step")
+                .prefill_ids,
             [7]
         );
         scheduler.commit(&[7]).expect("a commit");
@@ -233,7 +318,7 @@ proptest! {
         }
         let mut out = vec![0; scheduler.buffer_len()];
         while scheduler.num_waiting() + scheduler.num_running() > 0 {
-            let header = scheduler.plan_step(&mut out).expect("a step");
+            let header = scheduler.plan_step(0, &mut out).expect("a step");
             for (prefix, _) in &header.loads {
                 scheduler.prefix_ready(*prefix).expect("it was loading");
             }
@@ -265,7 +350,7 @@ fn decoding(decode: Decode, rows: usize, distinct: i64) -> Scheduler {
     }
     let mut out = vec![0; scheduler.buffer_len()];
     for _ in 0..2 {
-        let header = scheduler.plan_step(&mut out).expect("a step");
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
         for (prefix, _) in &header.loads {
             scheduler.prefix_ready(*prefix).expect("it was loading");
         }
@@ -284,46 +369,13 @@ const EIGHT_BILLION: Decode = Decode {
     padded: true,
 };
 
-/// `cargo test --release -p prefixfast-core --test schedule -- --ignored --nocapture` shows what a step of 1,024 rows costs.
-#[test]
-#[ignore = "a timing: shows, does not judge"]
-fn planning_time() {
-    for decode in [
-        Decode::default(),
-        Decode {
-            padded: false,
-            ..EIGHT_BILLION
-        },
-        EIGHT_BILLION,
-    ] {
-        let mut scheduler = decoding(decode, 1024, 256);
-        let mut out = vec![0; scheduler.buffer_len()];
-        let mut times: Vec<_> = (0..150)
-            .map(|_| {
-                let start = std::time::Instant::now();
-                let header = scheduler.plan_step(&mut out).expect("a step");
-                let time = start.elapsed();
-                assert_eq!(header.decode_ids.len(), 1024);
-                scheduler.commit(&[]).expect("a commit");
-                time
-            })
-            .collect();
-        times.sort();
-        println!(
-            "{decode:?}: least {:?}, median {:?}",
-            times[0],
-            times[times.len() / 2]
-        );
-    }
-}
-
 #[test]
 fn padded_tables_keep_their_layout_while_requests_end() {
     let mut scheduler = decoding(EIGHT_BILLION, 64, 5);
     let mut layouts = Vec::new();
     for ended in 0..40 {
         let mut out = vec![0; scheduler.buffer_len()];
-        let header = scheduler.plan_step(&mut out).expect("a step");
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
         let tables = header.decode.expect("rows");
         let start = tables.sections[0].offset;
         layouts.push((
@@ -338,8 +390,7 @@ fn padded_tables_keep_their_layout_while_requests_end() {
     }
     let bucket = |rows: i64| rows.cast_unsigned().next_power_of_two();
     for pair in layouts.windows(2) {
-        let same_bucket =
-            bucket(pair[0].0) == bucket(pair[1].0);
+        let same_bucket = bucket(pair[0].0) == bucket(pair[1].0);
         assert_eq!(
             pair[0].1 == pair[1].1,
             same_bucket,

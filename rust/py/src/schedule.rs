@@ -44,6 +44,11 @@ impl StepHeader {
     }
 
     #[getter]
+    fn expired(&self) -> Vec<i64> {
+        self.0.expired.clone()
+    }
+
+    #[getter]
     fn prefill_sections<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
         self.0
             .prefill
@@ -139,7 +144,7 @@ impl Scheduler {
     }
 
     /// Queues a request.
-    #[pyo3(signature = (id, prefixes, prompt_len, beams, max_new, *, encoder_len = 0, tenant = 0, priority = 0, deadline = None, text_hashes = None))]
+    #[pyo3(signature = (id, prefixes, prompt_len, beams, max_new, *, encoder_len = 0, tenant = 0, priority = 0, deadline = None))]
     #[expect(
         clippy::too_many_arguments,
         reason = "the arguments of the Python method"
@@ -156,22 +161,11 @@ impl Scheduler {
         tenant: i64,
         priority: i64,
         deadline: Option<f64>,
-        text_hashes: Option<Vec<i128>>,
     ) -> PyResult<()> {
-        let unsupported = [
-            (
-                encoder_len != 0,
-                "encoder-decoder requests are not supported yet: expected encoder_len 0",
-            ),
-            (
-                deadline.is_some(),
-                "deadlines are not supported yet: expected deadline None",
-            ),
-            (
-                text_hashes.is_some(),
-                "shared leading text is not supported yet: expected text_hashes None",
-            ),
-        ];
+        let unsupported = [(
+            encoder_len != 0,
+            "encoder-decoder requests are not supported yet: expected encoder_len 0",
+        )];
         if let Some((_, text)) = unsupported.iter().find(|(found, _)| *found) {
             return Err(raise(
                 py,
@@ -196,6 +190,7 @@ impl Scheduler {
             max_new: number("max_new", max_new)?,
             tenant,
             priority,
+            deadline: deadline.map_or(i64::MAX, microseconds),
         };
         guarded(py, || self.0.add(request))
     }
@@ -211,16 +206,18 @@ impl Scheduler {
     }
 
     /// Plans the next step and writes its tables.
+    #[pyo3(signature = (out, now = 0.0))]
     fn plan_step(
         &mut self,
         py: Python<'_>,
         out: &Bound<'_, PyArray1<i32>>,
+        now: f64,
     ) -> PyResult<StepHeader> {
         let mut out = out.try_readwrite().map_err(|_| {
             raise(py, &Error::Config("out is not writable: expected an array that nobody else is using; pass a fresh one".to_owned()))
         })?;
         let out = slice_mut(py, "out", &mut out)?;
-        detached(py, || self.0.plan_step(out)).map(StepHeader)
+        detached(py, || self.0.plan_step(microseconds(now), out)).map(StepHeader)
     }
 
     /// Ends the step.
@@ -247,4 +244,13 @@ impl Scheduler {
     fn free_rows(&self) -> usize {
         self.0.free_rows()
     }
+}
+
+/// Seconds as whole microseconds, saturating; what is no number is 0.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "a float that is too large becomes the largest integer"
+)]
+fn microseconds(seconds: f64) -> i64 {
+    (seconds * 1e6) as i64
 }

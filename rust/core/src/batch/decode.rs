@@ -315,17 +315,17 @@ mod tests {
     };
 
     /// Rows with one own key that all see one block of `rows` rows.
-    fn grouped(decode: &Decode, users: i32, rows: i32) -> bool {
-        let lens = vec![1; users.unsigned_abs() as usize];
+    fn grouped(decode: &Decode, members: i32, rows: i32) -> bool {
+        let lens = vec![1; members.unsigned_abs() as usize];
         let (use_indptr, user): (Vec<i32>, Vec<i32>) =
-            ((0..=users).collect(), (0..users).collect());
+            ((0..=members).collect(), (0..members).collect());
         let uses = vec![[0, -rows, 1]; lens.len()];
         let step = Step {
             lens: &lens,
             use_indptr: &use_indptr,
             uses: &uses,
             blocks: &[[0, rows]],
-            user_indptr: &[0, users],
+            user_indptr: &[0, members],
             user: &user,
         };
         decode.group(&step)[0]

@@ -40,6 +40,8 @@ pub struct Tiles {
 /// One sequence of a packed forward.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sequence<'a> {
+    /// Tokens before these whose keys are in the arena.
+    pub(crate) context: i32,
     pub(crate) len: i32,
     pub(crate) pos_start: i32,
     pub(crate) blocks: &'a [Block],
@@ -55,6 +57,7 @@ pub fn plan_packed(input: &Packed<'_>) -> Result<(Tables, i32)> {
     let (blocks, borders, starts) = gather_blocks(input)?;
     let sequences: Vec<Sequence<'_>> = (0..input.lengths.len())
         .map(|s| Sequence {
+            context: 0,
             len: input.lengths[s],
             pos_start: starts[s],
             blocks: &blocks[borders[s]..borders[s + 1]],
@@ -75,16 +78,21 @@ pub(crate) fn push_packed(
 ) -> i32 {
     let firsts = firsts(sequences);
     let segments = || sequences.iter().zip(&firsts);
+    let mut key = 0;
     tables.push_rows(
         "seg",
-        segments().map(|(s, &first)| [first, s.len, first, s.len]),
+        segments().map(|(s, &first)| {
+            let keys = s.context + s.len;
+            key += keys;
+            [first, s.len, key - keys, keys]
+        }),
     );
-    tables.push("seg_pos", sequences.iter().map(|_| 0));
+    tables.push("seg_pos", sequences.iter().map(|s| s.context));
     let queries: Vec<Queries<'_>> = segments()
         .map(|(s, &first)| Queries {
             first,
             rows: s.len,
-            position: 0,
+            position: s.context,
             blocks: s.blocks,
         })
         .collect();
@@ -94,12 +102,12 @@ pub(crate) fn push_packed(
         "position_ids",
         sequences
             .iter()
-            .flat_map(|s| s.pos_start..s.pos_start + s.len),
+            .flat_map(|s| s.pos_start + s.context..s.pos_start + s.context + s.len),
     );
     push_tiles(tables, sequences, &firsts, tiles);
     sequences
         .iter()
-        .map(|s| s.len + rows(s.blocks))
+        .map(|s| s.context + s.len + rows(s.blocks))
         .max()
         .unwrap_or(0)
 }

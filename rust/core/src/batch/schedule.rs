@@ -1,20 +1,23 @@
 //! The scheduler: it alone owns queue, decode rows, arena rows and prefix pins of one engine.
 
 mod admit;
+mod queue;
 mod request;
 mod residency;
 mod size;
 mod step;
 mod trial;
 
-use std::cmp::Reverse;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+use rustc_hash::FxHashMap;
 
 use super::decode::Decode;
 use super::slots::Slots;
 use super::tables::Tables;
 use crate::error::{Error, Result};
+use queue::{Queue, TOKEN_COST};
 pub use request::Request;
 use request::{Entry, Phase};
 use residency::Residency;
@@ -35,7 +38,7 @@ pub struct Limits {
     pub arena_rows: usize,
     /// Decode rows.
     pub max_rows: usize,
-    /// Most prompt tokens in one prefill; a longer prompt goes alone.
+    /// Most tokens of a step, decode rows included; a prompt that is longer than what is left is filled over several steps.
     pub max_batched_tokens: usize,
     /// Height of the prefill's tiles; 0 makes none.
     pub tile_rows: usize,
@@ -44,6 +47,9 @@ pub struct Limits {
     /// How decode steps are cut; the default makes no tables for it.
     pub decode: Decode,
 }
+
+/// Requests prefilled with how many tokens, and requests decoded.
+type InFlight = (Vec<(i64, usize)>, Vec<i64>);
 
 /// Requests from their arrival to their end.
 ///
@@ -56,10 +62,11 @@ pub struct Scheduler {
     most: Most,
     arrivals: u64,
     admissions: u64,
-    requests: HashMap<i64, Entry>,
-    /// Waiting requests, first come first served within a priority.
-    queue: BTreeMap<(Reverse<i64>, u64), i64>,
-    /// Admitted requests without prefill, in order of admission.
+    requests: FxHashMap<i64, Entry>,
+    queue: Queue,
+    /// Deadlines of all requests that have one.
+    deadlines: BTreeSet<(i64, i64)>,
+    /// Admitted requests whose prompt is not filled yet, in order of admission.
     admitted: BTreeMap<u64, i64>,
     /// Prefilled requests by their prefixes, so that rows with the same prefixes are neighbours.
     decoding: BTreeMap<(Arc<[i64]>, u64), i64>,
@@ -67,8 +74,8 @@ pub struct Scheduler {
     residency: Residency,
     arena: Slots,
     rows: Slots,
-    /// Requests of the step that waits for its commit: prefilled, decoded.
-    in_flight: Option<(Vec<i64>, Vec<i64>)>,
+    /// Requests of the step that waits for its commit: prefilled with how many tokens, decoded.
+    in_flight: Option<InFlight>,
     scratch: Tables,
 }
 
@@ -103,8 +110,9 @@ impl Scheduler {
             most: Most::default(),
             arrivals: 0,
             admissions: 0,
-            requests: HashMap::new(),
-            queue: BTreeMap::new(),
+            requests: FxHashMap::default(),
+            queue: Queue::default(),
+            deadlines: BTreeSet::new(),
             admitted: BTreeMap::new(),
             decoding: BTreeMap::new(),
             cancelled: BTreeSet::new(),
@@ -170,12 +178,16 @@ impl Scheduler {
         self.check_room(&request, prefix_units)?;
         self.most.see(&request);
         self.residency.hold(&request.prefixes);
-        self.queue
-            .insert((Reverse(request.priority), self.arrivals), request.id);
+        let place = self
+            .queue
+            .push(request.id, request.tenant, request.priority, self.arrivals);
+        if request.deadline < i64::MAX {
+            self.deadlines.insert((request.deadline, request.id));
+        }
         self.requests.insert(
             request.id,
             Entry {
-                arrival: self.arrivals,
+                place,
                 phase: Phase::Waiting,
                 request,
             },
@@ -213,16 +225,27 @@ impl Scheduler {
         }
         let (prefilled, decoded) = self.in_flight.take().unwrap_or_default();
         for id in &decoded {
-            if let Some(Phase::Admitted(held)) =
-                self.requests.get_mut(id).map(|entry| &mut entry.phase)
+            if let Some(entry) = self.requests.get_mut(id)
+                && let Phase::Admitted(held) = &mut entry.phase
             {
                 held.steps += 1;
+                let rows = u64::try_from(entry.request.beams).unwrap_or(u64::MAX);
+                self.queue
+                    .charge(entry.place.account, rows.saturating_mul(TOKEN_COST));
             }
         }
-        for id in prefilled {
-            if let Some(entry) = self.requests.get(&id) {
-                self.decoding
-                    .insert((Arc::clone(&entry.request.prefixes), entry.arrival), id);
+        for (id, tokens) in prefilled {
+            if let Some(entry) = self.requests.get_mut(&id)
+                && let Phase::Admitted(held) = &mut entry.phase
+            {
+                held.filled += tokens;
+                if held.filled == entry.request.prompt_len {
+                    self.admitted.remove(&held.admission);
+                    self.decoding.insert(
+                        (Arc::clone(&entry.request.prefixes), entry.place.arrival),
+                        id,
+                    );
+                }
             }
         }
         for id in finished {

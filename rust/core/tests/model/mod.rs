@@ -10,7 +10,8 @@ use prefixfast_core::batch::schedule::{Limits, Request, Scheduler, StepHeader, S
 struct Live {
     request: Request,
     rows: Vec<i32>,
-    slots: BTreeSet<usize>,
+    slots: Vec<usize>,
+    filled: usize,
     steps: usize,
 }
 
@@ -24,6 +25,7 @@ pub(crate) struct Model {
     /// First arena row of each prefix in the arena.
     resident: BTreeMap<i64, usize>,
     cancelled: BTreeSet<i64>,
+    now: i64,
 }
 
 fn at(value: i32) -> usize {
@@ -60,6 +62,7 @@ impl Model {
             loading: Vec::new(),
             resident: BTreeMap::new(),
             cancelled: BTreeSet::new(),
+            now: 0,
         }
     }
 
@@ -90,7 +93,11 @@ impl Model {
     /// One step; requests end after `pick` steps or at their limit.
     pub(crate) fn step(&mut self, pick: usize) {
         let mut out = vec![-7; self.scheduler.buffer_len()];
-        let header = self.scheduler.plan_step(&mut out).expect("a step");
+        self.now += 1;
+        let header = self
+            .scheduler
+            .plan_step(self.now, &mut out)
+            .expect("a step");
         assert_eq!(
             header.cancelled,
             self.cancelled.iter().copied().collect::<Vec<_>>()
@@ -99,8 +106,15 @@ impl Model {
             self.waiting.remove(&id);
             self.live.remove(&id);
         }
+        self.check_expired(&header.expired);
         self.check_residency(&header);
-        let decoded: BTreeSet<i64> = self.live.keys().copied().collect();
+        let full = |live: &Live| live.filled == live.request.prompt_len;
+        let decoded: BTreeSet<i64> = self
+            .live
+            .iter()
+            .filter(|(_, live)| full(live))
+            .map(|(id, _)| *id)
+            .collect();
         assert_eq!(decoded, header.decode_ids.iter().copied().collect());
         if let Some(tables) = &header.decode {
             self.check_decode(&header.decode_ids, &out, tables);
@@ -120,7 +134,7 @@ impl Model {
 
     /// Steps until nothing is left, then checks that nothing leaked.
     pub(crate) fn drain(&mut self) {
-        let most = 30 * (self.waiting.len() + self.live.len()) + 10;
+        let most = 40 * (self.waiting.len() + self.live.len()) + 10;
         for _ in 0..most {
             (0..self.loading.len()).for_each(|_| self.load(0));
             self.step(usize::MAX);
@@ -139,6 +153,24 @@ impl Model {
             self.scheduler.free_rows(),
             (self.limits.arena_rows - 64) / 16 * 16
         );
+    }
+
+    fn check_expired(&mut self, expired: &[i64]) {
+        let late = |request: &Request| request.deadline <= self.now;
+        let mut expected: Vec<(i64, i64)> = self
+            .waiting
+            .values()
+            .chain(self.live.values().map(|live| &live.request))
+            .filter(|request| late(request))
+            .map(|request| (request.deadline, request.id))
+            .collect();
+        expected.sort_unstable();
+        let ids: Vec<i64> = expected.iter().map(|(_, id)| *id).collect();
+        assert_eq!(expired, ids);
+        for id in ids {
+            self.waiting.remove(&id);
+            self.live.remove(&id);
+        }
     }
 
     fn check_residency(&mut self, header: &StepHeader) {
@@ -179,49 +211,56 @@ impl Model {
             table(out, tables, "fill").as_chunks::<3>().0,
         );
         let mut fill = fill.iter();
-        let mut tokens = 0;
+        let (mut tokens, mut ends) = (0, table(out, tables, "logits_idx").iter());
+        let continued = chunks.iter().any(|[_, _, start, _]| *start > 0);
         for (number, id) in ids.iter().enumerate() {
-            let request = self.waiting.remove(id).expect("a waiting request");
+            let [row, beams, start, len] = chunks[number];
+            let mut live = self.live.remove(id).unwrap_or_else(|| Live {
+                request: self.waiting.remove(id).expect("a waiting request"),
+                rows: (row..row + beams).collect(),
+                slots: Vec::new(),
+                filled: 0,
+                steps: 0,
+            });
+            let request = &live.request;
             assert!(
                 request
                     .prefixes
                     .iter()
                     .all(|prefix| !self.loading.contains(prefix))
             );
-            let [row, beams, start, len] = chunks[number];
-            assert_eq!(
-                (at(beams), start, at(len)),
-                (request.beams, 0, request.prompt_len)
-            );
+            assert_eq!((at(beams), at(start)), (request.beams, live.filled));
             let first = at(seg[number][0]);
             let mine = &slots[first..first + at(len)];
-            let rows: Vec<i32> = (row..row + beams).collect();
-            for beam in &rows {
-                for (position, slot) in (0..).zip(mine) {
+            for beam in &live.rows {
+                for (position, slot) in (start..).zip(mine) {
                     assert_eq!(fill.next(), Some(&[*beam, position, *slot]));
                 }
             }
-            assert_eq!(
-                at(table(out, tables, "logits_idx")[number]),
-                first + at(len) - 1
-            );
-            assert_uses(out, tables, number, &self.blocks_of(&request));
-            tokens += request.prompt_len;
-            let slots: BTreeSet<usize> = mine.iter().map(|slot| at(*slot)).collect();
-            assert_eq!(slots.len(), request.prompt_len);
-            self.live.insert(
-                *id,
-                Live {
-                    request,
-                    rows,
-                    slots,
-                    steps: 0,
-                },
-            );
+            live.slots.extend(mine.iter().map(|slot| at(*slot)));
+            live.filled += at(len);
+            assert_eq!(at(seg[number][3]), live.filled);
+            assert_eq!(table(out, tables, "seg_pos")[number], start);
+            if continued {
+                let keys = &table(out, tables, "key_slots")[at(seg[number][2])..][..live.filled];
+                assert_eq!(
+                    keys.iter().map(|slot| at(*slot)).collect::<Vec<_>>(),
+                    live.slots
+                );
+            }
+            if live.filled == request.prompt_len {
+                assert_eq!(ends.next().map(|end| at(*end)), Some(first + at(len) - 1));
+            }
+            assert_uses(out, tables, number, &self.blocks_of(request));
+            tokens += at(len);
+            self.live.insert(*id, live);
         }
-        assert!(
-            fill.next().is_none() && (ids.len() == 1 || tokens <= self.limits.max_batched_tokens)
-        );
+        let partial = self
+            .live
+            .values()
+            .filter(|live| live.filled < live.request.prompt_len);
+        assert!(partial.count() <= 1 && ends.next().is_none());
+        assert!(fill.next().is_none() && tokens <= self.limits.max_batched_tokens);
     }
 
     fn check_decode(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
@@ -250,7 +289,8 @@ impl Model {
                     at(position[at_row]),
                     live.request.prompt_len + live.steps - 1 + pos_start
                 );
-                assert!(live.slots.insert(at(slot[at_row])), "a slot came twice");
+                assert!(!live.slots.contains(&at(slot[at_row])), "a slot came twice");
+                live.slots.push(at(slot[at_row]));
                 assert_uses(out, tables, at_row, &blocks);
                 at_row += 1;
             }

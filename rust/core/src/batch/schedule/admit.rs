@@ -1,6 +1,7 @@
 //! Who enters and who leaves.
 
 use super::super::slots::Run;
+use super::queue::PROMPT_COST;
 use super::request::{Entry, Held, Phase, Request};
 use super::step::StepHeader;
 use super::{MAX_ROWS, Scheduler, TAIL, UNIT};
@@ -49,23 +50,32 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Drops the cancelled requests.
-    pub(super) fn drop_cancelled(&mut self, header: &mut StepHeader) {
+    /// Drops the cancelled requests, and those whose deadline has passed.
+    pub(super) fn drop_ended(&mut self, now: i64, header: &mut StepHeader) {
         for id in std::mem::take(&mut self.cancelled) {
             self.release(id);
             header.cancelled.push(id);
+        }
+        while let Some(&(deadline, id)) = self.deadlines.first()
+            && deadline <= now
+        {
+            self.release(id);
+            header.expired.push(id);
         }
     }
 
     /// Admits from the head of the queue while it fits.
     pub(super) fn admit(&mut self, header: &mut StepHeader) {
-        while let Some((_, &id)) = self.queue.first_key_value() {
+        while let Some((id, place)) = self.queue.head() {
             let Some(held) = self.place(id, header) else {
                 break;
             };
-            self.queue.pop_first();
+            self.queue.admit(place);
             self.admitted.insert(held.admission, id);
             if let Some(entry) = self.requests.get_mut(&id) {
+                let prompt = u64::try_from(entry.request.prompt_len).unwrap_or(u64::MAX);
+                self.queue
+                    .charge(place.account, prompt.saturating_mul(PROMPT_COST));
                 entry.phase = Phase::Admitted(held);
             }
         }
@@ -104,6 +114,7 @@ impl Scheduler {
             slots: placement.slots,
             blocks,
             pos_start,
+            filled: 0,
             steps: 0,
         })
     }
@@ -113,20 +124,20 @@ impl Scheduler {
         self.cancelled.remove(&id);
         let Some(Entry {
             request,
-            arrival,
+            place,
             phase,
         }) = self.requests.remove(&id)
         else {
             return;
         };
+        self.deadlines.remove(&(request.deadline, id));
+        self.queue.close(place.account);
         match phase {
-            Phase::Waiting => {
-                self.queue
-                    .remove(&(std::cmp::Reverse(request.priority), arrival));
-            }
+            Phase::Waiting => self.queue.remove(place),
             Phase::Admitted(held) => {
                 self.admitted.remove(&held.admission);
-                self.decoding.remove(&(request.prefixes.clone(), arrival));
+                self.decoding
+                    .remove(&(request.prefixes.clone(), place.arrival));
                 self.rows.give(held.rows);
                 held.slots
                     .into_iter()

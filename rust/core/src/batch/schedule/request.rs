@@ -6,6 +6,7 @@ use super::super::number::int;
 use super::super::slots::Run;
 use super::super::uses::Block;
 use super::UNIT;
+use super::queue::Place;
 use crate::error::{Error, Result};
 
 /// A request as the caller states it.
@@ -21,10 +22,12 @@ pub struct Request {
     pub beams: usize,
     /// Most decode steps, at least 1.
     pub max_new: usize,
-    /// Who asks; recorded.
+    /// Who asks: tenants of one priority get equal service.
     pub tenant: i64,
     /// Higher goes first.
     pub priority: i64,
+    /// When it is dropped, in microseconds of the caller's clock; [`i64::MAX`] for never.
+    pub deadline: i64,
 }
 
 impl Request {
@@ -56,7 +59,7 @@ impl Request {
 #[derive(Debug)]
 pub(super) struct Entry {
     pub(super) request: Request,
-    pub(super) arrival: u64,
+    pub(super) place: Place,
     pub(super) phase: Phase,
 }
 
@@ -86,6 +89,8 @@ pub(super) struct Held {
     pub(super) blocks: Vec<Block>,
     /// Position of its first token.
     pub(super) pos_start: i32,
+    /// Prompt tokens whose keys and values are in the arena.
+    pub(super) filled: usize,
     /// Decode steps done.
     pub(super) steps: usize,
 }

@@ -1,6 +1,8 @@
 //! Prefixes and which of them lie in the arena.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
+
+use rustc_hash::FxHashMap;
 
 use super::super::number::int;
 use super::super::slots::{Run, Slots};
@@ -38,7 +40,7 @@ impl Prefix {
 /// All registered prefixes.
 #[derive(Debug, Default)]
 pub(super) struct Residency {
-    prefixes: HashMap<i64, Prefix>,
+    prefixes: FxHashMap<i64, Prefix>,
     /// Ready and not pinned, least recently used first.
     idle: BTreeSet<(u64, i64)>,
     idle_units: usize,

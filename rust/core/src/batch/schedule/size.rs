@@ -33,12 +33,12 @@ impl Most {
             .checked_div(limits.tile_rows)
             .map_or(0, |tiles| 2 * (tiles + sequences));
         // By sequence: seg 4, seg_pos, use_indptr, chunk 4, logits_idx; by use: use 3, block 2, user_indptr, span 3, then 3 by token; by
-        // token: scatter, position_ids, slots, and fill 3 by beam.
+        // token: scatter, position_ids, slots, and fill 3 by beam; key_slots: the one prompt that is cut, and the other tokens.
         let by_use = |queries: usize, tokens: usize| uses.saturating_mul(9 * queries + 3 * tokens);
         let prefill = [
             11 * sequences,
             by_use(sequences, tokens),
-            3 * tokens,
+            4 * tokens + self.prompt_len,
             tokens.saturating_mul(3 * self.beams),
             places,
             tiles,

@@ -25,37 +25,44 @@ pub struct StepHeader {
     pub loads: Vec<(i64, usize)>,
     /// Prefixes whose arena rows were given up.
     pub evictions: Vec<i64>,
-    /// Requests of the prefill, in segment order.
+    /// Requests of the prefill, in segment order; those whose prompt ends in this step come as often in `logits_idx`.
     pub prefill_ids: Vec<i64>,
     /// Requests of the decode, in row order.
     pub decode_ids: Vec<i64>,
     /// Requests dropped because they were cancelled, ascending.
     pub cancelled: Vec<i64>,
+    /// Requests dropped because their deadline has passed, earliest first.
+    pub expired: Vec<i64>,
     /// Tables of the prefill.
     pub prefill: Option<StepTables>,
     /// Tables of the decode.
     pub decode: Option<StepTables>,
 }
 
-type Member<'a> = (&'a Request, &'a Held);
+/// A request, what it holds, and the prompt tokens that a prefill takes.
+type Member<'a> = (&'a Request, &'a Held, usize);
+/// Prompt tokens that a step takes at least, however many rows decode.
+const LEAST_PREFILL: usize = 64;
 
 impl Scheduler {
-    /// Plans the next step and writes its tables into `out`.
+    /// Plans the next step, at `now` microseconds of the caller's clock, and writes its tables into `out`.
     ///
     /// # Errors
     /// [`Error::Capacity`] if `out` is shorter than [`Scheduler::buffer_len`]; [`Error::State`] if the last step was not committed, or a
     /// request has used its `max_new` steps. Nothing has changed then.
-    pub fn plan_step(&mut self, out: &mut [i32]) -> Result<StepHeader> {
-        self.check_step(out.len())?;
+    pub fn plan_step(&mut self, now: i64, out: &mut [i32]) -> Result<StepHeader> {
+        self.check_step(out.len(), now)?;
         let mut header = StepHeader::default();
-        self.drop_cancelled(&mut header);
+        self.drop_ended(now, &mut header);
         self.admit(&mut header);
-        header.decode_ids = self.decoding.values().copied().collect();
-        header.prefill_ids = self.choose_prefill();
+        let decoding: Vec<(i64, usize)> = self.decoding.values().map(|id| (*id, 0)).collect();
+        let prefill = self.choose_prefill(decoding.len());
+        header.decode_ids = decoding.iter().map(|(id, _)| *id).collect();
+        header.prefill_ids = prefill.iter().map(|(id, _)| *id).collect();
         let mut tables = std::mem::take(&mut self.scratch);
         tables.clear();
-        header.prefill = self.tables(&header.prefill_ids, &mut tables, push_prefill);
-        header.decode = self.tables(&header.decode_ids, &mut tables, push_decode);
+        header.prefill = self.tables(&prefill, &mut tables, push_prefill);
+        header.decode = self.tables(&decoding, &mut tables, push_decode);
         let Some(out) = out.get_mut(..tables.data.len()) else {
             let text = "internal error: buffer_len was too small for a step; please report it";
             return Err(Error::State(text.to_owned()));
@@ -63,12 +70,12 @@ impl Scheduler {
         out.copy_from_slice(&tables.data);
         self.scratch = tables;
         if header.prefill.is_some() || header.decode.is_some() {
-            self.in_flight = Some((header.prefill_ids.clone(), header.decode_ids.clone()));
+            self.in_flight = Some((prefill, header.decode_ids.clone()));
         }
         Ok(header)
     }
 
-    fn check_step(&self, len: usize) -> Result<()> {
+    fn check_step(&self, len: usize, now: i64) -> Result<()> {
         let needed = self.buffer_len();
         if len < needed {
             return Err(Error::Capacity(format!(
@@ -85,6 +92,7 @@ impl Scheduler {
         {
             if let Some((request, held)) = self.member(*id)
                 && held.steps >= request.max_new
+                && request.deadline > now
             {
                 return Err(Error::State(format!(
                     "request {id} has used its {} steps: expected the engine to finish it; pass it to commit",
@@ -95,7 +103,7 @@ impl Scheduler {
         Ok(())
     }
 
-    fn member(&self, id: i64) -> Option<Member<'_>> {
+    fn member(&self, id: i64) -> Option<(&Request, &Held)> {
         let entry = self.requests.get(&id)?;
         match &entry.phase {
             Phase::Admitted(held) => Some((&entry.request, held)),
@@ -103,40 +111,50 @@ impl Scheduler {
         }
     }
 
-    /// Ready requests in order of admission within the token budget, then ordered by prefixes.
-    fn choose_prefill(&mut self) -> Vec<i64> {
+    /// Ready requests in order of admission with the prompt tokens that they take, within what `rows` decode rows leave of the step's
+    /// tokens, then ordered by prefixes. A prompt is cut only if it comes first, and a cut one comes first: there is at most one.
+    fn choose_prefill(&self, rows: usize) -> Vec<(i64, usize)> {
+        let most = self.limits.max_batched_tokens;
+        let mut left = most.saturating_sub(rows).max(LEAST_PREFILL.min(most));
         let mut chosen = Vec::new();
-        let mut tokens = 0;
-        for (&admission, &id) in &self.admitted {
-            let Some((request, _)) = self.member(id) else {
-                continue;
-            };
-            if !self.residency.are_ready(&request.prefixes) {
-                continue;
-            }
-            if tokens > 0 && tokens + request.prompt_len > self.limits.max_batched_tokens {
+        let begun = |wanted: bool| {
+            self.admitted.iter().filter_map(move |(admission, id)| {
+                let (request, held) = self.member(*id)?;
+                let ready =
+                    (held.filled > 0) == wanted && self.residency.are_ready(&request.prefixes);
+                ready.then_some((admission, *id, request, held))
+            })
+        };
+        for (admission, id, request, held) in begun(true).chain(begun(false)) {
+            let missing = request.prompt_len - held.filled;
+            if left == 0 || missing > left && !chosen.is_empty() {
                 break;
             }
-            tokens += request.prompt_len;
-            chosen.push((request.prefixes.clone(), admission, id));
+            let tokens = missing.min(left);
+            left -= tokens;
+            chosen.push((&request.prefixes, admission, id, tokens));
         }
         chosen.sort_unstable();
-        for (_, admission, _) in &chosen {
-            self.admitted.remove(admission);
-        }
-        chosen.into_iter().map(|(_, _, id)| id).collect()
+        chosen
+            .into_iter()
+            .map(|(_, _, id, tokens)| (id, tokens))
+            .collect()
     }
 
     fn tables(
         &self,
-        ids: &[i64],
+        ids: &[(i64, usize)],
         tables: &mut Tables,
         push: impl Fn(&Self, &mut Tables, &[Member<'_>]) -> i32,
     ) -> Option<StepTables> {
         if ids.is_empty() {
             return None;
         }
-        let members: Vec<Member<'_>> = ids.iter().filter_map(|id| self.member(*id)).collect();
+        let found = ids.iter().filter_map(|&(id, tokens)| {
+            let (request, held) = self.member(id)?;
+            Some((request, held, tokens))
+        });
+        let members: Vec<Member<'_>> = found.collect();
         let reach = push(self, tables, &members);
         Some(StepTables {
             sections: std::mem::take(&mut tables.sections),
@@ -148,8 +166,9 @@ impl Scheduler {
 fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
     let sequences: Vec<Sequence<'_>> = members
         .iter()
-        .map(|(request, held)| Sequence {
-            len: int(request.prompt_len),
+        .map(|(_, held, tokens)| Sequence {
+            context: int(held.filled),
+            len: int(*tokens),
             pos_start: held.pos_start,
             blocks: &held.blocks,
         })
@@ -163,12 +182,12 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
         },
         scheduler.limits.buckets,
     );
-    let chunk = |(request, held): &Member<'_>| {
+    let chunk = |(request, held, tokens): &Member<'_>| {
         [
             int(held.rows.start),
             int(request.beams),
-            0,
-            int(request.prompt_len),
+            int(held.filled),
+            int(*tokens),
         ]
     };
     tables.push_rows("chunk", members.iter().map(chunk));
@@ -176,31 +195,39 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
         "slots",
         members
             .iter()
-            .flat_map(|(request, held)| held.slots(0, request.prompt_len)),
+            .flat_map(|(_, held, tokens)| held.slots(held.filled, *tokens)),
     );
-    let fill = members.iter().flat_map(|(request, held)| {
+    let fill = members.iter().flat_map(|(_, held, tokens)| {
         let rows = held.rows.start..held.rows.start + held.rows.len;
         rows.flat_map(move |row| {
-            let slots = held.slots(0, request.prompt_len);
-            (0..)
+            let slots = held.slots(held.filled, *tokens);
+            (int(held.filled)..)
                 .zip(slots)
                 .map(move |(position, slot)| [int(row), position, slot])
         })
     });
     tables.push_rows("fill", fill);
+    let continued = members.iter().any(|(_, held, _)| held.filled > 0);
+    let cached = members.iter().filter(|_| continued);
+    tables.push(
+        "key_slots",
+        cached.flat_map(|(_, held, tokens)| held.slots(0, held.filled + tokens)),
+    );
+    let ended = |(request, held, tokens): &Member<'_>| held.filled + tokens == request.prompt_len;
     let last = firsts(&sequences)
         .into_iter()
-        .zip(&sequences)
-        .map(|(first, sequence)| first + sequence.len - 1);
+        .zip(members)
+        .filter(|(_, member)| ended(member))
+        .map(|(first, (_, _, tokens))| first + int(*tokens) - 1);
     tables.push("logits_idx", last.collect::<Vec<_>>());
     reach
 }
 
 fn push_decode(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
     let beams = || {
-        members
-            .iter()
-            .flat_map(|&(request, held)| (0..request.beams).map(move |beam| (request, held, beam)))
+        members.iter().flat_map(|&(request, held, _)| {
+            (0..request.beams).map(move |beam| (request, held, beam))
+        })
     };
     let len = |request: &Request, held: &Held| int(request.prompt_len + held.steps + 1);
     tables.push(
@@ -236,7 +263,7 @@ fn push_decode(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>
     push_decode_work(tables, &limits.decode, most, dead);
     members
         .iter()
-        .map(|(request, held)| len(request, held) + rows(&held.blocks))
+        .map(|(request, held, _)| len(request, held) + rows(&held.blocks))
         .max()
         .unwrap_or(0)
 }
