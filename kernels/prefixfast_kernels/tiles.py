@@ -189,12 +189,12 @@ def _decode(bm: int, *ways: tuple[int, int, int]) -> DecodeEntry:
 
 # (chip, padded head dim, bytes of an element): rows of a group's tile, then (keys of a tile, warps, stages). Found as those above.
 DECODE: dict[tuple[str, int, int], DecodeEntry] = {
-    ("sm80", 64, 2): _decode(64, (64, 4, 3)),
-    ("sm80", 128, 2): _decode(64, (64, 4, 2)),
+    ("sm80", 64, 2): _decode(64, (32, 4, 3)),
+    ("sm80", 128, 2): _decode(64, (32, 4, 3)),
     ("sm80", 256, 2): _decode(64, (32, 8, 2)),
     ("sm90", 64, 2): _decode(64, (64, 4, 3)),
     ("sm90", 128, 2): _decode(64, (64, 4, 3)),
-    ("sm90", 256, 2): _decode(64, (64, 8, 2)),
+    ("sm90", 256, 2): _decode(64, (32, 8, 2)),
     ("sm100", 64, 2): _decode(64, (64, 4, 3)),
     ("sm100", 128, 2): _decode(64, (64, 4, 3)),
     ("sm100", 256, 2): _decode(64, (32, 8, 2)),
@@ -202,11 +202,11 @@ DECODE: dict[tuple[str, int, int], DecodeEntry] = {
     ("gfx942", 128, 2): _decode(64, (32, 4, 2)),
     ("gfx942", 256, 2): _decode(32, (32, 4, 1)),
     ("sm80", 64, 4): _decode(32, (32, 4, 2)),
-    ("sm80", 128, 4): _decode(16, (16, 8, 2)),
+    ("sm80", 128, 4): _decode(16, (32, 8, 2)),
     ("sm80", 256, 4): _decode(16, (16, 8, 2)),
     ("sm90", 64, 4): _decode(32, (32, 4, 2)),
-    ("sm90", 128, 4): _decode(16, (16, 8, 2)),
-    ("sm90", 256, 4): _decode(16, (16, 8, 2)),
+    ("sm90", 128, 4): _decode(16, (32, 8, 2)),
+    ("sm90", 256, 4): _decode(16, (32, 8, 2)),
     ("sm100", 64, 4): _decode(32, (32, 4, 2)),
     ("sm100", 128, 4): _decode(16, (16, 8, 2)),
     ("sm100", 256, 4): _decode(16, (16, 8, 2)),
@@ -214,7 +214,7 @@ DECODE: dict[tuple[str, int, int], DecodeEntry] = {
     ("gfx942", 128, 4): _decode(16, (16, 4, 2)),
     ("gfx942", 256, 4): _decode(16, (16, 4, 2)),
 }
-RESIDENT = 2  # programs of `prefix_decode` on a processor: what its registers and shared memory allow (kernels/resources.md)
+RESIDENT = 2  # programs of `prefix_decode` on a processor: what its registers and shared memory allow up to head dim 128
 L2_BYTES = 5.5e12  # a second; prefixes that several rows read come from there
 LAUNCH = 2.5e-6  # seconds of one more launch in a captured graph
 START = 1e-6  # seconds until a work item's first keys arrive

@@ -288,7 +288,7 @@ class Scheduler:
         tile_rows: Height of the prefill's tiles; 0 makes none.
         buckets: As in `plan_packed`.
         decode: How decode steps are cut: `users`, `fill`, `key_bytes`, `part_bytes`, `item_bytes`, `launch_bytes` of `prefixfast_kernels.tiles.DecodeSizes`;
-            with 0 users no work tables.
+            with 0 users, or None, no work tables.
         pad_decode: Fill the decode tables up to sizes that depend only on the next power of two of its rows (at most `max_rows`) and on the most prefixes of
             a request so far, so that a captured graph serves every step of its bucket. Needs `decode`. Dead rows have one key, in the scratch slot; their
             `row` is `max_rows`: the slot table needs that row too.
@@ -305,7 +305,7 @@ class Scheduler:
         *,
         tile_rows: int = 0,
         buckets: int = 4,
-        decode: Sequence[int] = (0, 0, 0, 0, 0, 0),
+        decode: Sequence[int] | None = None,
         pad_decode: bool = False,
     ) -> Self: ...
     def register_prefix(self, prefix: int, rows: int, pos_start: int, slides: bool) -> None:

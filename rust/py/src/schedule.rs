@@ -88,7 +88,7 @@ pub(crate) struct Scheduler(Core);
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, decode = [0; 6], pad_decode = false))]
+    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, decode = None, pad_decode = false))]
     #[expect(
         clippy::too_many_arguments,
         reason = "the arguments of the Python method"
@@ -100,10 +100,11 @@ impl Scheduler {
         max_batched_tokens: i64,
         tile_rows: i64,
         buckets: i64,
-        decode: [i64; 6],
+        decode: Option<[i64; 6]>,
         pad_decode: bool,
     ) -> PyResult<Self> {
-        let [users, fill, key_bytes, part_bytes, item_bytes, launch_bytes] = decode;
+        let [users, fill, key_bytes, part_bytes, item_bytes, launch_bytes] =
+            decode.unwrap_or_default();
         let limits = Limits {
             arena_rows: count(py, "arena_rows", arena_rows)?,
             max_rows: count(py, "max_rows", max_rows)?,

@@ -317,7 +317,7 @@ mod tests {
     /// Rows with one own key that all see one block of `rows` rows.
     fn grouped(decode: &Decode, members: i32, rows: i32) -> bool {
         let lens = vec![1; members.unsigned_abs() as usize];
-        let (use_indptr, user): (Vec<i32>, Vec<i32>) =
+        let (use_indptr, all): (Vec<i32>, Vec<i32>) =
             ((0..=members).collect(), (0..members).collect());
         let uses = vec![[0, -rows, 1]; lens.len()];
         let step = Step {
@@ -326,7 +326,7 @@ mod tests {
             uses: &uses,
             blocks: &[[0, rows]],
             user_indptr: &[0, members],
-            user: &user,
+            user: &all,
         };
         decode.group(&step)[0]
     }
