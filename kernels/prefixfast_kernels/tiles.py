@@ -200,7 +200,7 @@ DECODE: dict[tuple[str, int, int], DecodeEntry] = {
     ("sm100", 256, 2): _decode(64, (32, 8, 2)),
     ("gfx942", 64, 2): _decode(64, (64, 4, 2)),
     ("gfx942", 128, 2): _decode(64, (32, 4, 2)),
-    ("gfx942", 256, 2): _decode(32, (32, 4, 1)),
+    ("gfx942", 256, 2): _decode(32, (32, 4, 2)),
     ("sm80", 64, 4): _decode(32, (32, 4, 2)),
     ("sm80", 128, 4): _decode(16, (32, 8, 2)),
     ("sm80", 256, 4): _decode(16, (16, 8, 2)),
@@ -210,9 +210,9 @@ DECODE: dict[tuple[str, int, int], DecodeEntry] = {
     ("sm100", 64, 4): _decode(32, (32, 4, 2)),
     ("sm100", 128, 4): _decode(16, (16, 8, 2)),
     ("sm100", 256, 4): _decode(16, (16, 8, 2)),
-    ("gfx942", 64, 4): _decode(32, (16, 4, 2)),
-    ("gfx942", 128, 4): _decode(16, (16, 4, 2)),
-    ("gfx942", 256, 4): _decode(16, (16, 4, 2)),
+    ("gfx942", 64, 4): _decode(32, (32, 4, 2)),
+    ("gfx942", 128, 4): _decode(16, (16, 8, 2)),
+    ("gfx942", 256, 4): _decode(16, (16, 8, 1)),
 }
 RESIDENT = 2  # programs of `prefix_decode` on a processor: what its registers and shared memory allow up to head dim 128
 L2_BYTES = 5.5e12  # a second; prefixes that several rows read come from there

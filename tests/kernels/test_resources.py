@@ -48,6 +48,6 @@ GOOD = Report(registers=200, spilled=0, shared=98304, mma=48, wgmma=48, copies=6
 
 @pytest.mark.parametrize("change", [{"spilled": 4}, {"shared": 300000}, {"mma": 0}, {"wgmma": 0}, {"copies": 0}])
 def test_the_gate_can_fail(change):
-    case = ("prefix_fwd", "sm90", 128, 2, "plain")
+    case = ("prefix_fwd", "sm90", 128, "bf16", "plain")
     assert not faults(GOOD, *case)
     assert len(faults(Report(**{**vars(GOOD), **change}), *case)) == 1
