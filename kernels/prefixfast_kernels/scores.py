@@ -63,7 +63,7 @@ def uncapped(ds, s, softcap, SOFTCAP: tl.constexpr):
 # fmt: off
 @triton.jit
 def query_tile(TILES, SEG, SEG_POS, t, hk, G: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr):
-    """Tile ``t`` of the planner: its segment, first key, keys, tokens, position of the first query; of each row whether it is one, query row, head, position."""
+    """Tile ``t``: segment, first key, keys, tokens, position of the first query; of each row whether it is one, query row, head, position."""
     s = tl.load(TILES + 2 * t)
     row = tl.load(TILES + 2 * t + 1)
     first = tl.load(SEG + 4 * s)

@@ -26,7 +26,7 @@ def softmax_grad(LOGITS, TARGETS, LOSSES, vocab, softcap, stride, BLOCK: tl.cons
     row = tl.program_id(0).to(tl.int64)
     base = LOGITS + row * stride
     target = tl.load(TARGETS + row)
-    picked, picked_slope = capped(tl.load(base + target), softcap, SOFTCAP)  # before the row is overwritten; the reductions below are barriers
+    picked, _slope = capped(tl.load(base + target), softcap, SOFTCAP)  # before the row is overwritten; the reductions below are barriers
     n = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK], tl.float32)

@@ -7,7 +7,7 @@ Shape letters: N packed tokens, HQ query heads, H kv heads, D head dim, P prefix
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,28 +25,41 @@ LOOP_BELOW = 16
 class _Block:
     """One prefix block and the query rows that see it."""
 
-    rows: slice  # of the prefix tensor
+    rows: slice | Tensor  # of the prefix tensor
     users: slice | Tensor  # query rows
     mask: Tensor | None  # [1, 1, E, P]
 
 
 def attn_fwd(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, tables: PackedTables, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    tables: PackedTables,
+    options: Options,
+    *,
+    slots: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Forward of `reference.attn` for causal self-attention on separate keys.
+    """Forward of `reference.attn` for causal self-attention, on separate keys or, with ``slots``, on keys in an arena.
 
     Args:
         q: ``[N, HQ, D]``, any strides with D contiguous.
-        k: ``[N, H, D]``.
+        k: ``[N, H, D]``; with ``slots`` ``[arena rows, H, D]`` in any float dtype.
         v: As ``k``.
         prefix_k: ``[sum P, H, D]`` in any float dtype, cast block by block, or None.
         prefix_v: As ``prefix_k``.
-        tables: See `PackedTables`.
+        tables: See `PackedTables`; the queries of a segment are its last keys.
         options: Scale, window, soft cap.
+        slots: If given, key j of a segment is row ``slots[first key + j]`` of ``k``.
 
     Returns:
         ``[N, HQ, D]`` and the natural log-sum-exp ``[N, HQ]``.
     """
+    arena = (k, v)
+    if slots is not None:
+        last = torch.cat([slots[key + keys - rows : key + keys] for _, rows, key, keys in tables.seg.tolist()])
+        k, v = (t.index_select(0, last).to(q.dtype) for t in arena)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     if tables.seg.shape[0] < LOOP_BELOW:
@@ -66,15 +79,20 @@ def attn_fwd(
         torch.index_select(out, 0, tables.scatter, out=o)
         torch.index_select(stat, 0, tables.scatter, out=lse)
     merge_blocks(o, lse, q, prefix_k, prefix_v, tables.blocks, options)
+    if slots is not None:
+        _merge(o, lse, q, *arena, _contexts(tables, slots, options.window, q), options)
     return o, lse
 
 
 def merge_blocks(o: Tensor, lse: Tensor, q: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, tables: BlockTables, options: Options) -> None:
     """Merge attention over the prefix blocks into ``o`` ``[N, HQ, D]`` and ``lse`` ``[N, HQ]``, in place."""
-    for block in _blocks(tables, options.window, q):
-        assert prefix_k is not None
-        assert prefix_v is not None
-        keys, values = (_heads(t[block.rows].to(q.dtype)) for t in (prefix_k, prefix_v))
+    if prefix_k is not None and prefix_v is not None:
+        _merge(o, lse, q, prefix_k, prefix_v, _blocks(tables, options.window, q), options)
+
+
+def _merge(o: Tensor, lse: Tensor, q: Tensor, source_k: Tensor, source_v: Tensor, blocks: Iterable[_Block], options: Options) -> None:
+    for block in blocks:
+        keys, values = (_heads(t[block.rows].to(q.dtype)) for t in (source_k, source_v))
         po, pl = piece_fwd(_heads(q[block.users]), keys, values, block.mask, options, causal=False)
         po, pl = po[0].transpose(0, 1), pl[0].T  # [E, HQ, D], [E, HQ]
         own_o, own_l = o[block.users], lse[block.users]
@@ -210,6 +228,17 @@ def _blocks(tables: BlockTables, window: int, like: Tensor) -> Iterator[_Block]:
             pos = tables.user_pos[own, None] + torch.arange(length, device=like.device)
             mask = _additive(((pos > -window) | (tables.user_slides[own, None] == 0))[None, None], like)
         yield _Block(slice(start, start + length), slice(first, first + count) if consecutive else tables.user[a : a + count], mask)
+
+
+def _contexts(tables: PackedTables, slots: Tensor, window: int, like: Tensor) -> Iterator[_Block]:
+    """The keys of each segment before its queries, as blocks of the arena."""
+    for row, rows, key, keys in tables.seg.tolist():
+        if context := keys - rows:
+            mask = None
+            if window:
+                pos = torch.arange(context, device=like.device) - torch.arange(context, keys, device=like.device)[:, None]
+                mask = _additive((pos > -window)[None, None], like)
+            yield _Block(slots[key : key + context], slice(row, row + rows), mask)
 
 
 def _additive(seen: Tensor, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
     from prefixfast.model import Model, load, unload
     from prefixfast.prefix import Prefix
+    from prefixfast.store import PrefixStore
     from prefixfast.training.trainer import TrainRun, train
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOME = {
     "Prefix": "prefix",
     "PrefixConfig": "config",
     "PrefixFastError": "errors",
+    "PrefixStore": "store",
     "RequestError": "errors",
     "TrainConfig": "config",
     "TrainRun": "training.trainer",
@@ -56,6 +58,7 @@ __all__ = [
     "Prefix",
     "PrefixConfig",
     "PrefixFastError",
+    "PrefixStore",
     "RequestError",
     "TrainConfig",
     "TrainRun",

@@ -84,7 +84,9 @@ def prefixfast_attention(
         assert plan.packed is not None
         prefix_k, prefix_v = (None, None) if plan.prefix is None and arena is None else plan.prefix[layer] if plan.prefix is not None else arena  # type: ignore[misc]
         use = plan.backend
-        o, _ = ops.attn(q, k, v, prefix_k, prefix_v, list(plan.packed), None, None, scale, window, cap, True, True, use.name, list(use.sizes))
+        if plan.key_slots is not None and arena is not None:
+            k, v = arena
+        o, _ = ops.attn(q, k, v, prefix_k, prefix_v, list(plan.packed), plan.key_slots, None, scale, window, cap, True, True, use.name, list(use.sizes))
     return o[None], None
 
 

@@ -192,10 +192,13 @@ class EngineConfig(Options):
 
     max_model_len: int | None = option(None, "longest prompt and generation in tokens, prefix not counted; by default what the model allows, at most 4096")
     max_num_seqs: int = option(64, "rows decoded together (a request takes one a beam)")
-    max_num_batched_tokens: int = option(4096, "prompt tokens in one prefill pass")
+    max_num_batched_tokens: int = option(4096, "tokens of one step, decoded rows included; longer prompts are filled over several steps")
     kv_cache_memory: int | None = option(None, "bytes of keys and values, prefixes included; by default a quarter of free memory, at most 8 GiB")
+    host_prefix_memory: int = option(2**31, "bytes of prefixes from a store that are kept beside the arena once read")
+    max_waiting: int = option(10_000, "requests that may wait; one more is refused with a CapacityError")
     num_threads: int | None = option(None, "CPU threads; by default torch's setting")
+    prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
 
     def validate(self) -> None:
         """See `Options.validate`."""
-        at_least(self, max_model_len=2, max_num_seqs=1, max_num_batched_tokens=1, kv_cache_memory=1, num_threads=1)
+        at_least(self, max_model_len=2, max_num_seqs=1, max_num_batched_tokens=1, kv_cache_memory=1, num_threads=1, host_prefix_memory=0, max_waiting=1)

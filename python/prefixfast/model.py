@@ -23,6 +23,8 @@ from prefixfast.fingerprint import check_base, fingerprint
 from prefixfast.head import Head, find_head, packed_hidden
 from prefixfast.plan import Plan
 from prefixfast.prefix import Prefix
+from prefixfast.prepack import Packed, prepack
+from prefixfast.store import StoredPrefix
 from prefixfast.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Model:
         tokenizer: None if the base came as an object without one.
         head: Its output layer, None if it is no plain one.
         closed: Whether it was given back.
+        packed: Weights laid out for this CPU; see `prepack`.
     """
 
     hf: PreTrainedModel
@@ -48,6 +51,7 @@ class Model:
     tokenizer: Tokenizer | None
     head: Head | None
     closed: bool = False
+    packed: Packed | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +94,12 @@ class Model:
         logits = self.forward(plan, ids)
         return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
+    def prepack(self) -> Packed:
+        """Lay the weights out for this CPU, once; they stay so until `close`. See `prefixfast.prepack`."""
+        if self.packed is None:
+            self.packed = prepack(self.hf)
+        return self.packed
+
     def need_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
@@ -101,12 +111,12 @@ class Model:
             raise ConfigError(msg)
         return self.tokenizer
 
-    def check_prefix(self, prefix: Prefix, what: str = "the prefix") -> None:
+    def check_prefix(self, prefix: Prefix | StoredPrefix, what: str = "the prefix") -> None:
         """Raise `BaseMismatchError` unless ``prefix`` has a block of this base's shape for every layer and was made for it."""
         check_base(dict(prefix.base) if prefix.base else None, self.fingerprint, what)
         expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(self.layers) for x in "kv"}
-        got = {name: tuple(t.shape[1:]) for name, t in prefix.kv.items()}
-        if got != expected or len({len(t) for t in prefix.kv.values()}) != 1:
+        got = {name: shape[1:] for name, shape in prefix.shapes.items()}
+        if got != expected or len({shape[0] for shape in prefix.shapes.values()}) != 1:
             name = min(set(expected.items()) ^ set(got.items()), default=("", ""))[0]
             msg = (
                 f"{what}: expected one length and {len(self.layers)} layers of [P, H, D] as in this base "
@@ -120,6 +130,9 @@ class Model:
         """Give the Hugging Face model back as it was; a second call does nothing."""
         if not self.closed:
             self.closed = True
+            if self.packed is not None:
+                self.packed.undo()
+                self.packed = None
             self.handle.detach()
 
     def __enter__(self) -> Model:

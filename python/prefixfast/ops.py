@@ -82,12 +82,24 @@ def _pick(op: str, name: str, device: torch.device, reasons: dict[str, dict[str,
     raise ConfigError(msg)
 
 
-def _pick_packed(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, bias: Tensor | None, *, causal: bool, square: bool, backend: str, sizes: Sizes) -> str:
+def _pick_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slots: Tensor | None,
+    bias: Tensor | None,
+    *,
+    causal: bool,
+    square: bool,
+    backend: str,
+    sizes: Sizes,
+    backward: bool = False,
+) -> str:
     torch_cannot = {
         "non-causal attention": not causal,
-        "keys in the slot table": slots is not None,
+        "gradients of keys in the slot table": backward and slots is not None,
         "a position bias": bias is not None,
-        "segments whose queries are not their keys": not square,
+        "segments whose queries are not their last keys": not square,
     }
     triton_cannot = {
         "a position bias": bias is not None,
@@ -131,7 +143,7 @@ def attn(
         window: Sliding window in tokens, 0 for none.
         softcap: Score cap, 0 for none.
         causal: Hide keys after the query.
-        square: Every segment's queries are its keys, from position 0.
+        square: Every segment's queries are its last keys (without ``slots`` its keys).
         backend: ``"auto"`` or one of `BACKENDS`.
         sizes: `Sizes`, in order: what the tables' tiles were cut into.
 
@@ -147,7 +159,7 @@ def attn(
         with torch.cuda.device_of(q):  # Triton launches on the current device
             return prefix_fwd.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options, cut, causal=causal, slots=slots)
     if chosen == "torch":
-        return torch_attn.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options)
+        return torch_attn.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options, slots=slots)
     return reference.attn(q, k, v, prefix_k, prefix_v, packed, scale=scale, window=window, softcap=softcap, causal=causal, slots=slots, bias=bias)
 
 
@@ -205,7 +217,7 @@ def attn_bwd(
         dq, dk, dv, dprefix_k, dprefix_v in the dtypes of their tensors; empty where not needed.
     """
     cut, packed, options = Sizes(*sizes), PackedTables(*tables), Options(scale, window, softcap)
-    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
+    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=cut, backward=True)
     wants = {"needs_own": any(needs[:3]), "needs_prefix": any(needs[3:])}
     grads: tuple[Tensor | None, ...]
     if chosen == "triton":
@@ -235,7 +247,7 @@ def _attn_backward(ctx: Any, do: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
     q, k, v, prefix_k, prefix_v, slots, bias, o, lse, *tables = ctx.saved_tensors
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
     scale, window, softcap, causal, square, backend, sizes = ctx.options
-    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=Sizes(*sizes))
+    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=Sizes(*sizes), backward=True)
     if chosen == "reference":  # by autograd, which does not reach into operators
         same: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "causal": causal, "slots": slots, "bias": bias}
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((q, k, v, prefix_k, prefix_v), needs, strict=True)]

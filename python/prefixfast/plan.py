@@ -48,6 +48,7 @@ class Plan:
         prefix: Per layer the trained keys and values ``[sum P, H, D]`` of the batch's prefixes; None: prefix rows lie in the arena.
         arena: Inference only.
         slots: ``[N]`` arena row of each new token.
+        key_slots: Arena rows of all keys of a prefill that continues prompts; None: its keys are its tokens.
         max_len: Longest row of a decode step.
         logits_at: ``[n]`` tokens whose logits are wanted; None: all.
         log: Only in the dry run of `attach`: every attention call adds its layer, query heads, kv heads and head dim.
@@ -61,6 +62,7 @@ class Plan:
     prefix: Sequence[LayerKV] | None = None
     arena: Arena | None = None
     slots: Tensor | None = None
+    key_slots: Tensor | None = None
     max_len: int = 0
     logits_at: Tensor | None = None
     log: list[tuple[int, int, int, int]] | None = None

@@ -61,6 +61,11 @@ class Prefix:
         return max(len(t) for t in self.kv.values())
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int, int]]:
+        """Of each tensor: P, H, D."""
+        return {name: (len(t), t.shape[1], t.shape[2]) for name, t in self.kv.items()}
+
+    @property
     def num_stored(self) -> int:
         """Numbers stored (the paper's 0.1 %; training with an MLP has many more, see ``training["num_trained"]``)."""
         return sum(t.numel() for t in self.kv.values())

@@ -57,6 +57,28 @@ def test_equals_reference(case, dtype):
         assert within(got, same, dtype), (heads, window, softcap, got, same)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [0, 30])
+def test_continues_prompts_from_the_arena(window, dtype):
+    """Later chunks of prompts: earlier keys lie in the arena, scattered."""
+    chunks = [
+        Request(5, ((0, True),), cached=100),
+        Request(1, ((0, True),), cached=64),
+        Request(7, ((1, False),)),
+        *[Request(20 + i, cached=7) for i in range(16)],
+    ]
+    for requests in (chunks, chunks[:3]):
+        p = problem(requests, [48, 129], num_heads=4, num_kv_heads=2, head_dim=64, arena=True)
+        runs = []
+        for cast, backend in ((dtype, "torch"), (dtype, "reference"), (torch.float64, "reference")):
+            x = p.cast(dtype).cast(cast)
+            runs.append(ops.attn(x.q, x.k, x.v, x.prefix_k, x.prefix_v, list(x.tables), x.slots, None, x.scale, window, 0.0, True, True, backend, [0] * 4))
+        got, same = ([relative_error(a, b) for a, b in zip(run, runs[2], strict=True)] for run in runs[:2])
+        assert within(got, same, dtype), (got, same)
+        wrong = ops.attn(p.q, p.k, p.v, p.prefix_k, p.prefix_v, list(p.tables), p.slots.roll(1), None, p.scale, window, 0.0, True, True, "torch", [0] * 4)
+        assert relative_error(wrong[0], runs[2][0]) > 0.01
+
+
 MISTAKES = {
     "prefix dropped": lambda t: t._replace(
         use=t.use[:0], use_indptr=torch.zeros_like(t.use_indptr), block=t.block[:0], span=t.span[:0], user_indptr=t.user_indptr[:1]

@@ -76,7 +76,7 @@ def test_waiting_requests_are_admitted_and_equal():
         got = engine.generate(batch, chosen)
         for g, prompt, choice, h in zip(got, prompts * 3, CHOICE * 3, how, strict=True):
             assert g.token_ids == alone(theirs[choice], prompt, **h)
-        assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
+        assert engine.loop.scheduler.num_running == engine.loop.scheduler.num_waiting == 0
 
 
 def test_composed_prefixes_equal_one_longer_prefix():

@@ -1,43 +1,14 @@
 """The engine's state: waves, eviction and reload, composition, windows, errors and interrupts in the middle."""
 
-import numpy as np
+import functools
+
 import pytest
-import torch
 
 import prefixfast
 import tiny
-from prefixfast import Engine, Prefix
+from mixes import prefixes_of, requests
+from prefixfast import Engine
 from prefixfast.errors import CapacityError, ConfigError
-
-REQUESTS = 24
-
-
-def prefixes_of(base, seed: int) -> list[Prefix]:
-    """Twelve prefixes of different lengths and conventions."""
-    layers, heads = tiny.shapes(base)
-    dim = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
-    g = torch.Generator().manual_seed(seed)
-    out = []
-    for i in range(12):
-        length = 1 + (5 * i) % 17
-        kv = {f"self.{n}.{x}": torch.randn(length, heads, dim, generator=g) * 0.7 for n in range(layers) for x in "kv"}
-        out.append(Prefix(kv, pos_start=length if i % 3 else 0, window="slide" if i % 2 else "always"))
-    return out
-
-
-def requests(base, seed: int):
-    """Random prompts, compositions of up to three prefixes, one to three beams."""
-    g = np.random.default_rng(seed)
-    own = prefixes_of(base, seed)
-    chosen = [[own[j] for j in g.choice(12, int(g.integers(0, 4)), replace=False)] for _ in range(REQUESTS)]
-    batch = [
-        {
-            "input_ids": g.integers(3, tiny.VOCAB, int(g.integers(1, 20))).tolist(),
-            "params": {"num_beams": int(g.integers(1, 4)), "max_new_tokens": int(g.integers(1, 9))},
-        }
-        for _ in range(REQUESTS)
-    ]
-    return batch, chosen
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma3"])
@@ -47,30 +18,14 @@ def test_a_crowded_arena_gives_the_same_as_each_request_alone(family):
     with prefixfast.load(tiny.make(family), backend="reference") as plain, Engine(plain, max_num_seqs=8, max_model_len=48) as alone:
         expected = [alone.generate([b], [c])[0].token_ids for b, c in zip(batch, chosen, strict=True)]
     with Engine(base, max_num_seqs=7, max_model_len=48, max_num_batched_tokens=40) as probe:
-        row = sum(t[0].numel() * t.element_size() for kv in probe.arena.layers for t in kv)
-    evicted = 0
+        row = sum(t[0].numel() * t.element_size() for kv in probe.loop.arena.layers for t in kv)
     with Engine(base, max_num_seqs=7, max_model_len=48, max_num_batched_tokens=40, kv_cache_memory=row * 290) as engine:
-        plan = engine.scheduler.plan_step
-
-        class Watched:
-            """The scheduler, counting evictions."""
-
-            def __getattr__(self, name):
-                return getattr(scheduler, name)
-
-            def plan_step(self, out):
-                nonlocal evicted
-                header = plan(out)
-                evicted += len(header.evictions)
-                return header
-
-        scheduler, engine.scheduler = engine.scheduler, Watched()
         for _ in range(2):
             assert [g.token_ids for g in engine.generate(batch, chosen)] == expected
-    assert evicted > 0, "the arena was to be too small for all prefixes"
+        assert engine.stats()["evictions"] > 0, "the arena was to be too small for all prefixes"
 
 
-@pytest.mark.parametrize("where", ["_load", "_prefill", "_decode", "_choose"])
+@pytest.mark.parametrize("where", ["residency.begin", "residency.loader.load", "_prefill", "_decode", "_choose"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_engine_survives_an_error_in_the_middle(where, error, monkeypatch):
     base = tiny.make("llama")
@@ -78,7 +33,9 @@ def test_an_engine_survives_an_error_in_the_middle(where, error, monkeypatch):
     with Engine(base, max_num_seqs=7, max_model_len=48) as engine:
         expected = [g.token_ids for g in engine.generate(batch, chosen)]
     with Engine(base, max_num_seqs=7, max_model_len=48) as engine:
-        original, calls = getattr(engine, where), []
+        *path, name = where.split(".")
+        owner = functools.reduce(getattr, path, engine.loop)
+        original, calls = getattr(owner, name), []
 
         def failing(*args, **kwargs):
             calls.append(1)
@@ -86,10 +43,10 @@ def test_an_engine_survives_an_error_in_the_middle(where, error, monkeypatch):
                 raise error
             return original(*args, **kwargs)
 
-        monkeypatch.setattr(engine, where, failing)
+        monkeypatch.setattr(owner, name, failing)
         with pytest.raises(error):
             engine.generate(batch, chosen)
-        assert engine.scheduler.num_running == engine.scheduler.num_waiting == 0
+        assert engine.loop.scheduler.num_running == engine.loop.scheduler.num_waiting == 0
         assert [g.token_ids for g in engine.generate(batch, chosen)] == expected
 
 
@@ -123,12 +80,12 @@ def test_what_can_never_fit_is_a_capacity_error_that_names_the_request():
 
 
 def test_an_engine_does_not_keep_every_prefix_it_has_seen(monkeypatch):
-    monkeypatch.setattr("prefixfast.engine.engine.KEPT_PREFIXES", 5)
+    monkeypatch.setattr("prefixfast.engine.residency.KEPT_PREFIXES", 5)
     base = tiny.make("gpt2")
     with Engine(base, max_num_seqs=4, max_model_len=16) as engine:
         for seed in range(3):
             engine.generate([[5, 6]] * 12, prefixes_of(base, seed), max_new_tokens=2)
-        assert len(engine.prefixes) == len(engine.numbers) == 5
+        assert len(engine.loop.residency.prefixes) == len(engine.loop.residency.numbers) == 5
 
 
 def test_unheeded_defaults_of_the_base_are_named(caplog):

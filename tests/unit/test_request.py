@@ -33,7 +33,7 @@ def idle(engine, monkeypatch):
 
     monkeypatch.setattr(engine.model, "forward", run)
     yield engine
-    assert engine.scheduler.num_waiting == engine.scheduler.num_running == 0
+    assert engine.loop.scheduler.num_waiting == engine.loop.scheduler.num_running == 0
 
 
 PREFIX = object()  # stands for a good prefix in the tables below
@@ -56,7 +56,6 @@ ARGUMENTS = {
     "an iterator": (iter([OK]), None, "batch: expected a sequence of requests, got list_iterator"),
     "too few prefixes": ([OK, OK], [PREFIX], "prefixes: expected one entry for each of the 2 requests, got 1; one prefix for all is given without a list"),
     "too many prefixes": ([OK], [PREFIX, PREFIX], "prefixes: expected one entry for each of the 1 requests, got 2"),
-    "a folder's name": ([OK], "some/folder", "prefixes: expected a Prefix, a sequence with one entry a request, or a mapping, got str; read a folder with"),
     "a number": ([OK], 3, "prefixes: expected a Prefix, .*, got int"),
     "an unknown parameter": ([OK], None, "unknown option 'max_tokens'; did you mean max_new_tokens"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from prefixfast.data.tasks import INPUT_KEYS, TARGET_KEYS, Task, find_task
 from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.model import Model
 from prefixfast.prefix import Prefix
+from prefixfast.store import PrefixStore, StoredPrefix
 
 logger = logging.getLogger(__name__)
 Input = str | list[int] | Mapping[str, Any]
@@ -35,7 +37,7 @@ class Generation:
         id: The request's ``id``, if it had one.
         text: Without special tokens.
         token_ids: Generated tokens, the end token included.
-        finish_reason: ``"stop"`` (end token) or ``"length"``.
+        finish_reason: ``"stop"`` (end token), ``"length"``, ``"cancelled"`` or ``"deadline"``.
         score: Beam search's length-normalized log-probability (natural log); None for greedy.
         prefix_digest: Digests of the request's prefixes, joined by "+"; None without one.
         usage: ``prompt_tokens``, ``completion_tokens``, ``prefix_rows``.
@@ -65,17 +67,25 @@ class Request:
         prefixes: Left to right.
         params: Resolved, nothing is None.
         task: How the text is cleaned.
+        tenant: Who asks; None: whoever uses the first prefix.
+        priority: Higher goes first.
+        deadline: When it is dropped, in seconds of `time.monotonic`; None for never.
     """
 
     index: int
     id: Any
     ids: NDArray[np.int32]
-    prefixes: tuple[Prefix, ...]
+    prefixes: tuple[Prefix | StoredPrefix, ...]
     params: GenerationParams
     task: Task
+    tenant: str | None = None
+    priority: int = 0
+    deadline: float | None = None
 
 
-def make_requests(model: Model, batch: Sequence[Input], prefixes: Any, call: GenerationParams, max_model_len: int) -> list[Request]:
+def make_requests(
+    model: Model, batch: Sequence[Input], prefixes: Any, call: GenerationParams, max_model_len: int, store: PrefixStore | None = None
+) -> list[Request]:
     """Check a whole batch before any work.
 
     Args:
@@ -84,17 +94,19 @@ def make_requests(model: Model, batch: Sequence[Input], prefixes: Any, call: Gen
         prefixes: None, one prefix for all, one entry a request (each None, a prefix, or a sequence that composes), or a mapping for rows with a ``prefix`` key.
         call: Parameters of this call.
         max_model_len: Longest prompt plus generation in tokens.
+        store: Where a prefix that is given by name lies.
 
     Raises:
         RequestError: For one bad request, with its index.
         ConfigError: For arguments that do not fit each other.
+        UnknownPrefixError: For a name that the store does not have.
         BaseMismatchError: For a prefix of another base.
     """
     if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence) or (batch and isinstance(batch[0], int)):
         got = "a flat list of ints" if isinstance(batch, list) else type(batch).__name__
         msg = f"batch: expected a sequence of requests, got {got}; wrap one request in a list"
         raise ConfigError(msg)
-    chosen = _assign(batch, prefixes)
+    chosen = _assign(batch, prefixes, store)
     for prefix in {id(p): p for ps in chosen for p in ps}.values():
         model.check_prefix(prefix)
     tasks = _tasks(batch, chosen)
@@ -108,39 +120,50 @@ def make_requests(model: Model, batch: Sequence[Input], prefixes: Any, call: Gen
     return requests
 
 
-def _assign(batch: Sequence[Input], prefixes: Any) -> list[tuple[Prefix, ...]]:
+Chosen = tuple[Prefix | StoredPrefix, ...]
+
+
+def _assign(batch: Sequence[Input], prefixes: Any, store: PrefixStore | None) -> list[Chosen]:
     """The prefixes of every request."""
     named = next((i for i, item in enumerate(batch) if isinstance(item, Mapping) and "prefix" in item), None)
+    if named is not None and prefixes is None and store is not None:
+        prefixes = store
     if named is not None and not isinstance(prefixes, Mapping):
-        msg = f"request {named}: its 'prefix' key needs prefixes to be a mapping of names to prefixes, got {type(prefixes).__name__}"
+        msg = f"request {named}: its 'prefix' key needs prefixes to be a mapping of names to prefixes, or a store, got {type(prefixes).__name__}"
         raise RequestError(msg, index=named)
-    if prefixes is None or isinstance(prefixes, Prefix):
-        return [_composition(prefixes, i) for i in range(len(batch))]
+    if prefixes is None or isinstance(prefixes, Prefix | StoredPrefix | str):
+        return [_composition(prefixes, i, store) for i in range(len(batch))]
     if isinstance(prefixes, Mapping):
         out = []
         for i, item in enumerate(batch):
             name = item.get("prefix") if isinstance(item, Mapping) else None
             if not isinstance(name, str) or name not in prefixes:
-                msg = f"request {i}: expected a 'prefix' key with one of {sorted(map(str, prefixes))[:10]}, got {name!r}"
+                msg = f"request {i}: expected a 'prefix' key with one of {[str(n) for n in itertools.islice(prefixes, 10)]}, got {name!r}"
                 raise RequestError(msg, index=i)
-            out.append(_composition(prefixes[name], i))
+            found = prefixes.info(name) if isinstance(prefixes, PrefixStore) else prefixes[name]
+            out.append(_composition(found, i, store))
         return out
-    if isinstance(prefixes, str) or not isinstance(prefixes, Sequence):
+    if not isinstance(prefixes, Sequence):
         got = type(prefixes).__name__
         msg = f"prefixes: expected a Prefix, a sequence with one entry a request, or a mapping, got {got}; read a folder with Prefix.from_pretrained"
         raise ConfigError(msg)
     if len(prefixes) != len(batch):
         msg = f"prefixes: expected one entry for each of the {len(batch)} requests, got {len(prefixes)}; one prefix for all is given without a list"
         raise ConfigError(msg)
-    return [_composition(entry, i) for i, entry in enumerate(prefixes)]
+    return [_composition(entry, i, store) for i, entry in enumerate(prefixes)]
 
 
-def _composition(entry: Any, index: int) -> tuple[Prefix, ...]:
+def _composition(entry: Any, index: int, store: PrefixStore | None) -> Chosen:
     composed = isinstance(entry, Sequence) and not isinstance(entry, str)
     parts = () if entry is None else tuple(entry) if composed else (entry,)
+    if store is not None:
+        parts = tuple(store.info(part) if isinstance(part, str) else part for part in parts)
     for part in parts:
-        if not isinstance(part, Prefix):
-            msg = f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {part!r:.80}; read a folder with Prefix.from_pretrained"
+        if not isinstance(part, Prefix | StoredPrefix):
+            msg = (
+                f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {part!r:.80}; read a folder with Prefix.from_pretrained, "
+                "or give Engine(store=...) for names"
+            )
             raise RequestError(msg, index=index)
     if len({p.digest for p in parts}) != len(parts):
         msg = f"request {index}: the same prefix twice in one composition"
@@ -148,7 +171,7 @@ def _composition(entry: Any, index: int) -> tuple[Prefix, ...]:
     return parts
 
 
-def _tasks(batch: Sequence[Input], chosen: list[tuple[Prefix, ...]]) -> list[Task]:
+def _tasks(batch: Sequence[Input], chosen: list[Chosen]) -> list[Task]:
     """The task of every request: its last prefix's, else told by the row. Requests of one task share one object."""
     by_spec: dict[str, Task] = {}
     keys: dict[int, str] = {}
@@ -263,9 +286,7 @@ def _capped(p: GenerationParams) -> GenerationParams:
     )
 
 
-def _params(
-    item: Input, index: int, prefixes: tuple[Prefix, ...], call: GenerationParams, inherited: GenerationParams, prompt: int, limit: int
-) -> GenerationParams:
+def _params(item: Input, index: int, prefixes: Chosen, call: GenerationParams, inherited: GenerationParams, prompt: int, limit: int) -> GenerationParams:
     """Call > request > prefix > base > built-in; a length that nobody asked for here is cut to what fits."""
     with _request_error(index):
         asked = call.over(GenerationParams.make(item.get("params") if isinstance(item, Mapping) else None))

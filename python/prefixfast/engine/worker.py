@@ -1,0 +1,159 @@
+"""A thread that owns a loop: requests go in by a locked queue, results come out as futures, so that callers and event loops never run the model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError, Future
+
+import torch
+
+from prefixfast.engine.loop import Loop, Outcome
+from prefixfast.engine.request import Generation, Request
+from prefixfast.errors import CapacityError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+class Ticket:
+    """A submitted request; awaitable.
+
+    Args:
+        number: Of the request in its engine.
+        worker: Who serves it.
+    """
+
+    def __init__(self, number: int, worker: Worker) -> None:
+        self.number, self._worker = number, worker
+        self.future: Future[Generation] = Future()
+        self.future.set_running_or_notify_cancel()  # only `cancel` below ends a request, not a cancelled coroutine that waits for it
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the result, at most ``timeout`` seconds.
+
+        Raises:
+            TimeoutError: If it is not there in time; the request goes on.
+            PrefixFastError: If the request failed.
+        """
+        return self.future.result(timeout)
+
+    def done(self) -> bool:
+        """Whether the result is there."""
+        return self.future.done()
+
+    def cancel(self) -> None:
+        """End the request at the next step; its result is then what it has, with ``finish_reason="cancelled"``."""
+        self._worker.cancel(self)
+
+    def __await__(self) -> Generator[object, None, Generation]:
+        return asyncio.wrap_future(self.future).__await__()
+
+
+class Worker:
+    """Runs a loop's steps while there are requests.
+
+    Args:
+        loop: Belongs to this thread from now on.
+        finish: Makes the result of an outcome.
+        num_threads: Of torch in this thread; None leaves them.
+    """
+
+    def __init__(self, loop: Loop, finish: Callable[[Outcome], Generation], num_threads: int | None) -> None:
+        self.loop, self.finish, self.num_threads = loop, finish, num_threads or torch.get_num_threads()
+        self.change = threading.Condition()
+        self.inbox: deque[tuple[Ticket, Request | None]] = deque()  # None: cancel
+        self.tickets: dict[int, Ticket] = {}
+        self.waiting = 0  # in the inbox, not cancels
+        self.queued = 0  # in the scheduler, which only the loop's thread may ask
+        self.closing = False
+        self.thread = threading.Thread(target=self._run, name="prefixfast-engine", daemon=True)
+        self.thread.start()
+
+    def submit(self, number: int, request: Request, *, wait: bool = False) -> Ticket:
+        """Queue a request; with ``wait`` block while too many wait.
+
+        Raises:
+            CapacityError: If too many wait.
+            ConfigError: If the engine is closed.
+        """
+        ticket = Ticket(number, self)
+        with self.change:
+            while wait and self.queued + self.waiting >= self.loop.max_waiting and not self.closing:
+                self.change.wait()
+            if self.closing:
+                msg = "this engine is closed: make a new one"
+                raise ConfigError(msg)
+            if self.queued + self.waiting >= self.loop.max_waiting:
+                msg = f"{self.loop.max_waiting} requests are waiting already; try again later or raise max_waiting"
+                raise CapacityError(msg)
+            self.inbox.append((ticket, request))
+            self.waiting += 1
+            self.change.notify_all()
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """See `Ticket.cancel`."""
+        with self.change:
+            self.inbox.append((ticket, None))
+            self.change.notify()
+
+    def close(self) -> None:
+        """End the thread; requests that have not ended are cancelled."""
+        with self.change:
+            self.closing = True
+            self.change.notify()
+        self.thread.join()
+
+    def _run(self) -> None:
+        torch.set_num_threads(self.num_threads)  # a new thread starts with torch's default
+        with torch.inference_mode():
+            while self._take():
+                try:
+                    ended = self.loop.step()
+                    self.queued = self.loop.scheduler.num_waiting
+                    for number, outcome in ended.items():
+                        self._deliver(number, outcome)
+                except BaseException as e:
+                    logger.exception("a step failed; all requests of this engine fail with it")
+                    self._fail_all(e)
+            self._fail_all(CancelledError())
+
+    def _take(self) -> bool:
+        """Wait for work and take in what came; False: it is over."""
+        with self.change:
+            while not (self.inbox or self.loop.busy or self.closing):
+                self.change.wait()
+            taken, self.inbox, self.waiting = self.inbox, deque(), 0
+            for ticket, request in taken:
+                if request is None:
+                    self.loop.cancel(ticket.number)
+                else:
+                    self._add(ticket, request)
+            self.queued = self.loop.scheduler.num_waiting
+            self.change.notify_all()
+            return not self.closing
+
+    def _add(self, ticket: Ticket, request: Request) -> None:
+        self.tickets[ticket.number] = ticket
+        try:
+            self.loop.add(ticket.number, request)
+        except BaseException as e:
+            self.tickets.pop(ticket.number).future.set_exception(e)
+
+    def _deliver(self, number: int, outcome: Outcome) -> None:
+        ticket = self.tickets.pop(number)
+        try:
+            ticket.future.set_result(self.finish(outcome))
+        except BaseException as e:
+            ticket.future.set_exception(e)
+
+    def _fail_all(self, error: BaseException) -> None:
+        with contextlib.suppress(Exception):
+            self.loop.abandon()
+        for ticket in self.tickets.values():
+            ticket.future.set_exception(error)
+        self.tickets.clear()

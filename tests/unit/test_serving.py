@@ -1,0 +1,206 @@
+"""Requests that come and go: the worker thread, futures and coroutines, cancellation, deadlines, priorities, back-pressure, stored prefixes."""
+
+import asyncio
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+
+import tiny
+from mixes import prefixes_of, requests
+from prefixfast import Engine, PrefixStore
+from prefixfast.errors import CapacityError, ConfigError, DataError, UnknownPrefixError
+
+SMALL = {"max_num_seqs": 4, "max_model_len": 64}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return tiny.make("gpt2")
+
+
+@pytest.fixture
+def engine(base):
+    with Engine(base, **SMALL) as engine:
+        yield engine
+
+
+@pytest.fixture
+def store(base, tmp_path):
+    """Twelve prefixes by name."""
+    store = PrefixStore(tmp_path / "store")
+    for i, prefix in enumerate(prefixes_of(base, 3)):
+        store.put(f"user {i}", prefix)
+    return store
+
+
+def test_submitted_requests_give_the_same_as_a_batch(base):
+    batch, chosen = requests(base, 5)
+    with Engine(base, **SMALL) as engine:
+        expected = [g.token_ids for g in engine.generate(batch, chosen)]
+        tickets = [engine.submit(b, c) for b, c in zip(batch, chosen, strict=True)]
+        assert [t.result(60).token_ids for t in tickets] == expected
+        assert [g.token_ids for g in engine.generate(batch, chosen)] == expected  # now through the thread
+
+        async def all_at_once():
+            return await asyncio.gather(*(engine.agenerate(b, c) for b, c in zip(batch, chosen, strict=True)))
+
+        assert [g.token_ids for g in asyncio.run(all_at_once())] == expected
+
+
+def test_a_cancelled_request_ends_with_what_it_has(engine):
+    other = engine.submit([5, 6], max_new_tokens=40, min_new_tokens=40)
+    ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60)
+    while not engine.stats()["decode_steps"]:
+        time.sleep(0.001)
+    ticket.cancel()
+    got = ticket.result(60)
+    assert got.finish_reason == "cancelled"
+    assert len(got.token_ids) < 60
+    assert other.result(60).token_ids[: len(got.token_ids)] == got.token_ids
+    ticket.cancel()  # again: nothing happens
+
+
+def test_a_cancelled_task_cancels_its_request(engine):
+    async def impatient():
+        await asyncio.wait_for(engine.agenerate([5, 6], max_new_tokens=62, min_new_tokens=62), 0.02)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(impatient())
+    engine.generate([[7]], max_new_tokens=2)
+    assert engine.stats()["cancelled"] == 1
+    assert not engine.loop.busy
+
+
+def test_a_deadline_ends_waiting_and_running_requests(base):
+    with Engine(base, max_num_seqs=1, max_model_len=64) as engine:
+        running = engine.submit([5, 6], max_new_tokens=62, min_new_tokens=62, timeout=0.05)
+        waiting = engine.submit([5, 6], max_new_tokens=4, timeout=0.0)
+        later = engine.submit([5, 6], max_new_tokens=4, min_new_tokens=4)
+        assert waiting.result(60).finish_reason == "deadline"
+        assert waiting.result().token_ids == []
+        assert running.result(60).finish_reason == "deadline"
+        assert 0 < len(running.result().token_ids) < 62
+        assert later.result(60).finish_reason == "length"
+
+
+def ends(engine, submits) -> list[int]:
+    """In which order these requests end."""
+    done: list[int] = []
+    gate = threading.Event()
+    forward = engine.model.forward
+    engine.model.forward = lambda *args: (gate.wait(60), forward(*args))[1]
+    try:
+        first = engine.submit([3], max_new_tokens=2)
+        while not engine.loop.busy:
+            time.sleep(0.001)
+        tickets = [engine.submit([5, 6], max_new_tokens=3, **how) for how in submits]
+        for i, ticket in enumerate(tickets):
+            ticket.future.add_done_callback(lambda _, i=i: done.append(i))
+        gate.set()
+        first.result(60)
+        for ticket in tickets:
+            ticket.result(60)
+    finally:
+        engine.model.forward = forward
+    return done
+
+
+def test_the_higher_priority_goes_first(base):
+    with Engine(base, max_num_seqs=1, max_model_len=64) as engine:
+        assert ends(engine, [{"priority": 0}, {"priority": 2}, {"priority": 1}]) == [1, 2, 0]
+
+
+def test_tenants_get_equal_service(base):
+    with Engine(base, max_num_seqs=1, max_model_len=64) as engine:
+        assert ends(engine, [*[{"tenant": "loud"}] * 4, *[{"tenant": "quiet"}] * 2]) == [0, 4, 1, 5, 2, 3]
+
+
+def test_too_many_waiting_requests_are_refused(base):
+    with Engine(base, max_num_seqs=1, max_model_len=64, max_waiting=3) as engine:
+        gate = threading.Event()
+        forward = engine.model.forward
+        engine.model.forward = lambda *args: (gate.wait(60), forward(*args))[1]
+        try:
+            tickets = [engine.submit([5, 6], max_new_tokens=2)]
+            while not engine.loop.busy:
+                time.sleep(0.001)
+            tickets += (engine.submit([5, 6], max_new_tokens=2) for _ in range(2))
+            with pytest.raises(CapacityError, match="3 requests are waiting already"):
+                tickets += (engine.submit([5, 6], max_new_tokens=2) for _ in range(2))
+        finally:
+            gate.set()
+            engine.model.forward = forward
+        assert all(t.result(60).token_ids for t in tickets)
+        assert len(engine.generate([[5, 6]] * 12, max_new_tokens=2)) == 12, "a batch waits for room"
+    with Engine(base, max_num_seqs=1, max_model_len=64, max_waiting=3) as engine:
+        assert len(engine.generate([[5, 6]] * 12, max_new_tokens=2)) == 12
+
+
+def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(engine, monkeypatch):
+    expected = engine.submit([5, 6], max_new_tokens=5).result(60).token_ids
+    original = engine.model.forward
+    monkeypatch.setattr(engine.model, "forward", lambda *_: 1 / 0)
+    tickets = [engine.submit([5, 6], max_new_tokens=5) for _ in range(3)]
+    for ticket in tickets:
+        with pytest.raises(ZeroDivisionError):
+            ticket.result(60)
+    monkeypatch.setattr(engine.model, "forward", original)
+    assert engine.submit([5, 6], max_new_tokens=5).result(60).token_ids == expected
+
+
+def test_closing_cancels_what_has_not_ended(base):
+    engine = Engine(base, **SMALL)
+    tickets = [engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60) for _ in range(9)]
+    engine.close()
+    assert all(t.done() for t in tickets)
+    with pytest.raises(ConfigError, match="closed"):
+        engine.submit([5, 6])
+
+
+def test_prefixes_by_name_are_those_of_the_store(base, store):
+    batch, _ = requests(base, 5)
+    own = prefixes_of(base, 3)
+    names = {p.digest: f"user {i}" for i, p in enumerate(own)}
+    with Engine(base, **SMALL) as engine:
+        expected = [g.token_ids for g in engine.generate(batch, [own[i % 12] for i in range(len(batch))])]
+    with Engine(base, store=store, **SMALL, host_prefix_memory=1) as engine:
+        rows = [{**b, "prefix": f"user {i % 12}"} for i, b in enumerate(batch)]
+        got = engine.generate(rows)
+        assert [g.token_ids for g in got] == expected
+        assert [names[g.prefix_digest] for g in got] == [r["prefix"] for r in rows]
+        assert [g.token_ids for g in engine.generate(batch, [f"user {i % 12}" for i in range(len(batch))])] == expected
+        assert engine.generate([batch[0]], "user 0")[0].token_ids == expected[0]
+        assert engine.stats()["reads"] >= 12
+        with pytest.raises(UnknownPrefixError, match="nobody"):
+            engine.generate([[5]], ["nobody"])
+
+
+def test_a_prefix_that_cannot_be_read_fails_its_requests_alone(base, store):
+    with Engine(base, store=store, **SMALL) as engine:
+        good = engine.generate([[5, 6]], "user 1", max_new_tokens=4)[0].token_ids
+        (file,) = store.info("user 0").folder.glob("*.safetensors")
+        shutil.move(file, file.with_suffix(".gone"))
+        tickets = [engine.submit([5, 6], "user 0", max_new_tokens=4), engine.submit([5, 6], "user 1", max_new_tokens=4)]
+        with pytest.raises(DataError, match="expected a prefix or PEFT"):
+            tickets[0].result(60)
+        assert tickets[1].result(60).token_ids == good
+        with pytest.raises(DataError, match="expected a prefix or PEFT"):
+            engine.generate([[5, 6]], "user 0", max_new_tokens=4)
+        shutil.move(file.with_suffix(".gone"), file)
+        assert len(engine.generate([[5, 6]], "user 0", max_new_tokens=4, min_new_tokens=4)[0].token_ids) == 4
+
+
+def test_long_prompts_are_filled_beside_running_requests(base):
+    g = torch.Generator().manual_seed(1)
+    batch = [torch.randint(3, tiny.VOCAB, (n,), generator=g).tolist() for n in (3, 110, 40, 99, 70, 5)]
+    prefixes = [prefixes_of(base, 3)[i] for i in (0, 1, 0, 2, 5, 1)]
+    how = {"max_new_tokens": 12, "num_beams": 2}
+    with Engine(base, max_num_seqs=12, max_model_len=130) as engine:
+        expected = [x.token_ids for x in engine.generate(batch, prefixes, **how)]
+        assert engine.stats()["continued_prefills"] == 0
+    with Engine(base, max_num_seqs=12, max_model_len=130, max_num_batched_tokens=64) as engine:
+        assert [x.token_ids for x in engine.generate(batch, prefixes, **how)] == expected
+        assert engine.stats()["continued_prefills"] >= 3
