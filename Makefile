@@ -60,6 +60,7 @@ gpu: ## on a machine with a CUDA GPU, with its own python3: correctness on the d
 	$(PYTHON) -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"'
 	PYTHONPATH=python:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/gpu/test_kernels.py
 	PYTHONPATH=python $(PYTHON) -c 'from pathlib import Path; from prefixfast.bench.kernels import run; run(Path("$(OUT)"), dtype="auto", rounds=7)'
+	PYTHONPATH=python $(PYTHON) -c 'from pathlib import Path; from prefixfast.bench.decode import run; run(Path("$(OUT)"), dtype="auto", rounds=7)'
 	PYTHONPATH=python $(PYTHON) -c 'from prefixfast import _rust' || { echo "the Rust extension is missing (python/prefixfast/_rust.abi3.so): the rest is not run"; exit 1; }
 	PYTHONPATH=python:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q tests/gpu/test_device.py
 

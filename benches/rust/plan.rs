@@ -1,12 +1,24 @@
-//! What the planner costs: one decode step of 1,024 requests over 256 prefixes, and the same with a tenth of them replaced each step.
+//! What the planner costs: one decode step of 1,024 requests over 256 prefixes, with the kernel's work and padded too, and with a tenth of them
+//! replaced each step.
 #![expect(clippy::expect_used, reason = "a benchmark may fail")]
 #![expect(missing_docs, reason = "criterion's macros make undocumented items")]
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use prefixfast_core::batch::decode::Decode;
 use prefixfast_core::batch::schedule::{Limits, Request, Scheduler};
 
 const REQUESTS: i64 = 1024;
 const PREFIXES: i64 = 256;
+/// A model of 32 query and 8 kv heads of 128 numbers in bf16, on 132 processors.
+const WORK: Decode = Decode {
+    users: 16,
+    fill: 33,
+    key_bytes: 512,
+    part_bytes: 4160,
+    item_bytes: 20_833,
+    launch_bytes: 1_718_750,
+    padded: false,
+};
 
 fn request(id: i64) -> Request {
     Request {
@@ -22,13 +34,14 @@ fn request(id: i64) -> Request {
 }
 
 /// A scheduler with all requests in their decode phase.
-fn running(buffer: &mut Vec<i32>) -> Scheduler {
+fn running(buffer: &mut Vec<i32>, decode: Decode) -> Scheduler {
     let limits = Limits {
         arena_rows: 1 << 30,
         max_rows: 1024,
         max_batched_tokens: 1 << 16,
         tile_rows: 128,
         buckets: 4,
+        decode,
     };
     let mut scheduler = Scheduler::new(limits).expect("a scheduler");
     for prefix in 0..PREFIXES {
@@ -61,7 +74,18 @@ fn step(scheduler: &mut Scheduler, buffer: &mut [i32]) -> (usize, usize) {
 
 fn steps(c: &mut Criterion) {
     let mut buffer = Vec::new();
-    let mut scheduler = running(&mut buffer);
+    let padded = Decode {
+        padded: true,
+        ..WORK
+    };
+    for (name, decode) in [("work", WORK), ("padded work", padded)] {
+        let mut scheduler = running(&mut buffer, decode);
+        c.bench_function(
+            &format!("plan a decode step with {name}, 1024 requests, 256 prefixes"),
+            |b| b.iter(|| step(&mut scheduler, &mut buffer)),
+        );
+    }
+    let mut scheduler = running(&mut buffer, Decode::default());
     c.bench_function("plan a decode step, 1024 requests, 256 prefixes", |b| {
         b.iter(|| step(&mut scheduler, &mut buffer));
     });

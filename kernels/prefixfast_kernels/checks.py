@@ -136,10 +136,10 @@ def _tiles(segments: list[Segment], blocks: list[tuple[int, int]], sizes: Sizes)
 
 
 def decode_tables(lens: list[int], sequences: list[Request], blocks: list[tuple[int, int]]) -> DecodeTables:
-    """Tables of a decode step in which row i has ``lens[i]`` keys and the blocks of ``sequences[i]``."""
+    """Tables of a decode step in which row i has ``lens[i]`` keys and the blocks of ``sequences[i]``; without the work of a kernel (`decode_cases`)."""
     queries = [[(i, n - 1)] for i, n in enumerate(lens)]
     tables = block_tables(queries, [uses_of(s, blocks) for s in sequences], blocks)
-    return DecodeTables._make([*tables, _ints(list(range(len(lens)))), _ints(lens)])
+    return DecodeTables._make([*tables, _ints(list(range(len(lens)))), _ints(lens), _ints([], 6), *[_ints([])] * 3])
 
 
 @dataclass(frozen=True)

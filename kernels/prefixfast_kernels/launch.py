@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tiles import Sizes, entry, interpreted, padded, rows_of
+from prefixfast_kernels.tiles import EVERYWHERE, Sizes, decode_entry, entry, interpreted, padded, rows_of
 from prefixfast_kernels.torch_piece import Options
 
 
@@ -51,6 +51,30 @@ def tile(kernel: str, q: Tensor, k: Tensor, sizes: Sizes, options: Options, *, f
     keys = {"prefix_bwd_kv": sizes.keys, "prefix_bwd_block": sizes.rows}.get(kernel, how.inner)
     tokens = sizes.tokens if over_queries else max(1, how.inner // group)
     return {"BM": rows_of(tokens, group), "BN": padded(keys), "TOKENS": tokens, **how.options()}
+
+
+def decode_numbers(options: Options, dtype: torch.dtype) -> dict[str, Any]:
+    """As `numbers`, without causality: a row's keys all come before its query."""
+    return {name: value for name, value in numbers(options, causal=True, dtype=dtype).items() if name != "CAUSAL"}
+
+
+def decode_tile(q: Tensor, k: Tensor, users: int, options: Options) -> dict[str, Any]:
+    """Tile sizes and compile options of `prefix_decode`: BM rows of a group's tile, BH of a row's (its query heads of one kv head), BN keys."""
+    group = q.shape[1] // k.shape[1]
+    found = decode_entry(q.device, q.shape[2], q.dtype)
+    how = found.how(group, masked=options.window > 0 or options.softcap > 0)
+    return {"BM": rows_of(users, group), "BH": padded(group), "BN": how.inner, **how.options()}
+
+
+def combine_tile(q: Tensor) -> dict[str, Any]:
+    """Heads of a program of `decode_combine` and its compile options."""
+    how = EVERYWHERE["decode_combine"]
+    return {"BH": combine_heads(q.shape[1], q.shape[2]), **how.options()}
+
+
+def combine_heads(num_heads: int, head_dim: int) -> int:
+    """Heads of one program of `decode_combine`: as many as give it about 2,048 numbers."""
+    return min(max(1, EVERYWHERE["decode_combine"].inner // padded(head_dim)), 1 << (num_heads - 1).bit_length())
 
 
 def slices(programs: int, users: int, tokens: int, device: torch.device) -> int:

@@ -20,15 +20,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from prefixfast_kernels.launch import combine_heads
 from prefixfast_kernels.prefix_bwd_dq import prefix_bwd_delta, prefix_bwd_dq
 from prefixfast_kernels.prefix_bwd_kv import prefix_bwd_block, prefix_bwd_kv, prefix_bwd_sum
+from prefixfast_kernels.prefix_decode import decode_combine, prefix_decode
 from prefixfast_kernels.prefix_fwd import prefix_fwd
 from prefixfast_kernels.softmax_grad import softmax_grad
-from prefixfast_kernels.tiles import CHIPS, EVERYWHERE, KERNELS, TABLE, Compile, padded, rows_of
+from prefixfast_kernels.tiles import CHIPS, DECODE, EVERYWHERE, KERNELS, TABLE, Compile, padded, rows_of
 
 TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
 SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
-FUNCTIONS = {f.__name__: f for f in (prefix_fwd, prefix_bwd_dq, prefix_bwd_kv, prefix_bwd_block, prefix_bwd_delta, prefix_bwd_sum, softmax_grad)}
+FUNCTIONS = {
+    f.__name__: f
+    for f in (prefix_fwd, prefix_bwd_dq, prefix_bwd_kv, prefix_bwd_block, prefix_bwd_delta, prefix_bwd_sum, softmax_grad, prefix_decode, decode_combine)
+}
+DOTS = (*KERNELS, "prefix_decode")  # those that multiply tiles
 HEAD_DIMS = (64, 80, 96, 128, 256)
 USUAL = (64, 128)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -45,9 +51,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "G = 3": {"G": 3},
     "G = 8": {"G": 8},
     "no gradient": {"GRAD": False, "SOFTCAP": True},
+    "fp32 prefix": {"PREFIX_FP32": True},
 }
-FP32 = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV", "LOGITS", "LOSSES")
-TABLES = ("TILES", "SEG", "SEG_POS", "USE_INDPTR", "USE", "BLOCK", "SLOTS", "KEY_TILES", "BLOCK_TILES", "USER_INDPTR", "USER", "USER_POS", "USER_SLIDES")
+FP32 = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV", "LOGITS", "LOSSES", "STAT")
+PACKED_TABLES = ("TILES", "SEG", "SEG_POS", "USE_INDPTR", "USE", "BLOCK", "SLOTS", "KEY_TILES", "BLOCK_TILES", "USER_INDPTR", "USER", "USER_POS", "USER_SLIDES")
+DECODE_TABLES = ("TABLE", "ROW", "LENS", "WORK", "GROUPED", "PART_INDPTR", "PARTS")
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,9 @@ def how(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Compil
     if name in EVERYWHERE:
         return EVERYWHERE[name]
     flags = VARIANTS[variant]
+    if name == "prefix_decode":
+        found = DECODE[chip, max(64, padded(head_dim)), BYTES[dtype]]
+        return found.how(flags.get("G", GROUP), masked=bool(flags.get("WINDOW")))
     masked = bool(flags.get("WINDOW") or flags.get("SOFTCAP"))
     return TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]].how(name, flags.get("G", GROUP), masked=masked, fused=bool(flags.get("FUSED")))
 
@@ -99,16 +110,22 @@ def build(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Any:
     constants |= {"BM": compiled.inner // padded(head_dim) if name == "prefix_bwd_delta" else rows_of(tokens, group)}
     constants |= {"BN": {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_bwd_sum": entry.rows}.get(name, compiled.inner)}
     constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "UP": False, **flags}
+    if name == "prefix_decode":
+        constants |= {"BM": DECODE[chip, max(64, padded(head_dim)), BYTES[dtype]].bm, "BH": padded(group)}
+    if name == "decode_combine":
+        constants["BH"] = combine_heads(8 * group, head_dim)
     if name == "softmax_grad":  # elsewhere BLOCK is a table
         constants["BLOCK"] = compiled.inner
     signature = {n: "constexpr" if n in constants else _type(n, dtype) for n in function.arg_names}
+    if flags.get("PREFIX_FP32"):
+        signature |= {"PK": "*fp32", "PV": "*fp32"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items()) if kind.startswith("*") or n.startswith("stride")}
     source = ASTSource(fn=function, signature=signature, constexprs={n: v for n, v in constants.items() if n in signature}, attrs=aligned)
     return triton.compile(source, target=GPUTarget(*TARGETS[chip]), options=compiled.options())
 
 
 def _type(name: str, element: str) -> str:
-    if name in TABLES:
+    if name in (*PACKED_TABLES, *DECODE_TABLES):
         return "*i32"
     if name in FP32:
         return "*fp32"
@@ -154,6 +171,10 @@ def cases(chips: Sequence[str] = CHIPS, *, quick: bool = False) -> Iterator[tupl
 
 def _ships(name: str, head_dim: int, dtype: str, variant: str) -> bool:
     names, flags = set(FUNCTIONS[name].arg_names), VARIANTS[variant]
+    if variant == "fp32 prefix":  # elsewhere it is cast before the kernel
+        return name == "prefix_decode" and dtype == "bf16"
+    if name == "decode_combine":
+        return variant == "plain" and dtype != "fp16"
     if name == "softmax_grad":  # logits are fp32 and have no head dim
         return dtype == "fp32" and head_dim == 64 and variant in ("plain", "no gradient")
     if variant != "plain" and (variant == "no gradient" or not names & set(flags)):
@@ -166,14 +187,15 @@ def _ships(name: str, head_dim: int, dtype: str, variant: str) -> bool:
 def faults(found: Report, name: str, chip: str, head_dim: int, dtype: str, variant: str) -> list[str]:
     """What is wrong with a compiled kernel: spills, too much shared memory, products that miss the tensor cores, loads that are not asynchronous."""
     entry = TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]]
-    tall = {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows}.get(name, entry.bm) >= 64
-    half = dtype != "fp32" and name in KERNELS
+    decode = DECODE[chip, max(64, padded(head_dim)), BYTES[dtype]]
+    tall = {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_decode": decode.bm}.get(name, entry.bm) >= 64
+    half = dtype != "fp32" and name in DOTS
     checks = {
         f"{found.spilled} spilled": found.spilled > 0,
         f"{found.shared} bytes of shared memory, the chip has {SHARED_LIMIT[chip]}": found.shared > SHARED_LIMIT[chip],
         "no tensor-core instruction": half and not found.mma,
         "no warp-group product": chip == "sm90" and half and tall and not found.wgmma,
-        "no asynchronous copy": not chip.startswith("gfx") and name in KERNELS and how(name, chip, head_dim, dtype, variant).stages > 1 and not found.copies,
+        "no asynchronous copy": not chip.startswith("gfx") and name in DOTS and how(name, chip, head_dim, dtype, variant).stages > 1 and not found.copies,
     }
     return [text for text, holds in checks.items() if holds]
 

@@ -1,6 +1,7 @@
 """The int32 tables that every kernel reads, and their packing; the planner (`rust/core/src/batch/plan.rs`) fills them.
 
-Shape letters: S segments, U uses of prefix blocks, C distinct blocks, E (query row, block) pairs, B length buckets, N packed tokens, R decode rows.
+Shape letters: S segments, U uses of prefix blocks, C distinct blocks, E (query row, block) pairs, B length buckets, N packed tokens, R decode rows, W work
+items, n partial sums.
 A segment is a run of query rows that see the same prefix blocks; positions are relative to the segment's key 0, so prefix rows sit at negative ones.
 """
 
@@ -79,6 +80,12 @@ class DecodeTables(NamedTuple):
     Attributes:
         row: ``[R]``: row of the slot table that each query reads.
         lens: ``[R]``: keys of the row, the new one included.
+        work: ``[W, 6]``, the work of the kernel; items without rows do nothing. Rows of a block for some of its users: block, first of them in ``user``,
+            how many, first and one past the last row of the block, first partial sum (one each). Keys that a row reads by itself: -1, row, 1, first and
+            one past the last key of (its blocks that no group reads, then its own), partial sum or -1: it is the whole result. Empty without a kernel.
+        grouped: ``[C]``: 1 if groups read the block. Empty without ``work``, as are the next two.
+        part_indptr: ``[R + 1]``; the partial sums of row r are ``part[part_indptr[r]:part_indptr[r + 1]]``, none where ``work`` gives its result.
+        part: ``[n]``: numbers of partial sums, in the order in which they are merged.
     """
 
     use_indptr: Tensor
@@ -91,6 +98,10 @@ class DecodeTables(NamedTuple):
     span: Tensor
     row: Tensor
     lens: Tensor
+    work: Tensor
+    grouped: Tensor
+    part_indptr: Tensor
+    part: Tensor
 
     @property
     def blocks(self) -> BlockTables:

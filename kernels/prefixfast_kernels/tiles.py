@@ -36,6 +36,29 @@ class Sizes(NamedTuple):
 NO_TILES = Sizes(0, 0, 0)
 
 
+class DecodeSizes(NamedTuple):
+    """What the planner cuts decode steps into, and its cost model of reading a block for a group of rows instead of for each (kernels/README.md).
+
+    Attributes:
+        users: Most rows of a group's tile; 0 makes no work tables.
+        fill: Work items that fill the device.
+        key_bytes: Key and value of one row, one kv head.
+        part_bytes: A partial sum of one row, one kv head, written and read.
+        item_bytes: What could have been read while a work item starts.
+        launch_bytes: What one kv head could have read during the launch that merges partial sums.
+    """
+
+    users: int
+    fill: int
+    key_bytes: int
+    part_bytes: int
+    item_bytes: int
+    launch_bytes: int
+
+
+NO_WORK = DecodeSizes(0, 0, 0, 0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Backend:
     """Which kernels a model runs on.
@@ -43,10 +66,12 @@ class Backend:
     Attributes:
         name: ``"auto"`` (the fastest that serves a call) or ``"triton"``, ``"torch"``, ``"reference"``.
         sizes: What plans cut the work into for the triton kernels.
+        decode: The same of decode steps.
     """
 
     name: str
     sizes: Sizes = NO_TILES
+    decode: DecodeSizes = NO_WORK
 
 
 @dataclass(frozen=True)
@@ -71,8 +96,13 @@ class Compile:
         return out if self.registers is None else {**out, "maxnreg": self.registers}
 
 
-# Kernels that move memory, the same on every chip; `inner` is numbers of a tile (delta), nothing (sum), entries of the vocabulary (softmax_grad).
-EVERYWHERE = {"prefix_bwd_delta": Compile(2048, 8, 1), "prefix_bwd_sum": Compile(0, 8, 1), "softmax_grad": Compile(4096, 8, 2)}
+# Kernels that move memory, the same on every chip; `inner` is numbers of a tile, nothing (sum), or entries of the vocabulary (softmax_grad).
+EVERYWHERE = {
+    "prefix_bwd_delta": Compile(2048, 8, 1),
+    "prefix_bwd_sum": Compile(0, 8, 1),
+    "softmax_grad": Compile(4096, 8, 2),
+    "decode_combine": Compile(2048, 4, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -136,6 +166,60 @@ TABLE: dict[tuple[str, int, int], Entry] = {
 }
 
 
+@dataclass(frozen=True)
+class DecodeEntry:
+    """How `prefix_decode` is compiled for one chip, head dim and element size.
+
+    Attributes:
+        bm: Rows of a group's tile (rows of the step x query heads of a kv head).
+        ways: The plain case, and the masked one (window or soft cap, or a group that is no power of two) where it differs.
+    """
+
+    bm: int
+    ways: tuple[Compile, ...]
+
+    def how(self, group: int, *, masked: bool = False) -> Compile:
+        """How the kernel is compiled for a case."""
+        return self.ways[-1 if masked or group & (group - 1) else 0]
+
+
+def _decode(bm: int, *ways: tuple[int, int, int]) -> DecodeEntry:
+    return DecodeEntry(bm, tuple(Compile(*way) for way in ways))
+
+
+# (chip, padded head dim, bytes of an element): rows of a group's tile, then (keys of a tile, warps, stages). Found as those above.
+DECODE: dict[tuple[str, int, int], DecodeEntry] = {
+    ("sm80", 64, 2): _decode(64, (32, 4, 3)),
+    ("sm80", 128, 2): _decode(64, (32, 4, 3)),
+    ("sm80", 256, 2): _decode(64, (32, 8, 2)),
+    ("sm90", 64, 2): _decode(64, (64, 4, 3)),
+    ("sm90", 128, 2): _decode(64, (64, 4, 3)),
+    ("sm90", 256, 2): _decode(64, (32, 8, 2)),
+    ("sm100", 64, 2): _decode(64, (64, 4, 3)),
+    ("sm100", 128, 2): _decode(64, (64, 4, 3)),
+    ("sm100", 256, 2): _decode(32, (32, 4, 2)),
+    ("gfx942", 64, 2): _decode(64, (64, 4, 2)),
+    ("gfx942", 128, 2): _decode(64, (32, 4, 2)),
+    ("gfx942", 256, 2): _decode(32, (32, 4, 2)),
+    ("sm80", 64, 4): _decode(32, (32, 4, 2)),
+    ("sm80", 128, 4): _decode(16, (32, 8, 2)),
+    ("sm80", 256, 4): _decode(16, (16, 8, 2)),
+    ("sm90", 64, 4): _decode(32, (32, 4, 2)),
+    ("sm90", 128, 4): _decode(16, (32, 8, 2)),
+    ("sm90", 256, 4): _decode(16, (32, 8, 2)),
+    ("sm100", 64, 4): _decode(32, (16, 4, 2)),
+    ("sm100", 128, 4): _decode(16, (32, 8, 2)),
+    ("sm100", 256, 4): _decode(16, (32, 8, 2)),
+    ("gfx942", 64, 4): _decode(32, (32, 4, 2)),
+    ("gfx942", 128, 4): _decode(16, (16, 8, 2)),
+    ("gfx942", 256, 4): _decode(16, (16, 8, 1)),
+}
+RESIDENT = 2  # programs of `prefix_decode` on a processor: what its registers and shared memory allow up to head dim 128
+L2_BYTES = 5.5e12  # a second; prefixes that several rows read come from there
+LAUNCH = 2.5e-6  # seconds of one more launch in a captured graph
+START = 1e-6  # seconds until a work item's first keys arrive
+
+
 def padded(head_dim: int) -> int:
     """The head dim as the kernels hold it: a power of two, at least 16."""
     return max(16, 1 << (head_dim - 1).bit_length())
@@ -190,3 +274,39 @@ def sizes(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int
             msg = f"{group} query heads of one kv head do not fit a tile of {least} rows; use backend='torch'"
             raise ValueError(msg)
     return Sizes(min(max(1, e.bm // g) for e, g in found), min(e.keys for e, _ in found), min(e.rows for e, _ in found))
+
+
+def decode_entry(device: torch.device, head_dim: int, dtype: torch.dtype) -> DecodeEntry:
+    """The entry of `prefix_decode`; small head dims use that of 64."""
+    return DECODE[chip(device), max(64, padded(head_dim)), dtype.itemsize]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; 16 stand for it in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+
+
+def decode_sizes(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], num_kv_heads: int) -> DecodeSizes:
+    """What the planner cuts a model's decode steps into.
+
+    Args:
+        device: Where the kernels run.
+        dtype: Compute dtype.
+        shapes: (queries per kv head, head dim) of every layer; the smallest tile fits all of them, the last shape sets the costs.
+        num_kv_heads: Of a layer.
+    """
+    found = [(decode_entry(device, head_dim, dtype).bm, group) for group, head_dim in shapes]
+    for bm, group in found:
+        if group > bm:
+            msg = f"{group} query heads of one kv head do not fit a decode tile of {bm} rows; use backend='torch'"
+            raise ValueError(msg)
+    group, head_dim = shapes[-1]
+    slots = RESIDENT * processors(device)
+    return DecodeSizes(
+        users=min(bm // group for bm, group in found),
+        fill=max(1, slots // num_kv_heads),
+        key_bytes=2 * head_dim * dtype.itemsize,
+        part_bytes=2 * 4 * group * (head_dim + 2),
+        item_bytes=int(START * L2_BYTES / slots),
+        launch_bytes=int(LAUNCH * L2_BYTES / num_kv_heads),
+    )

@@ -6,7 +6,8 @@ strided view a `ConfigError`. Whatever takes long releases the GIL. Errors are t
 Tables lie in ONE int32 buffer. `sections` names them: `name -> (offset, rows, cols)` in int32 counted from the buffer's start; `cols == 0` is a 1-D table of
 `rows` entries. Every offset is a multiple of 16 int32 (64 bytes), the gaps hold zeros.
 
-Letters: S sequences (one segment each), N packed tokens, U block uses, C distinct blocks in use, P prefixes, F beam rows x prompt tokens, n decode rows.
+Letters: S sequences (one segment each), N packed tokens, U block uses, C distinct blocks in use, P prefixes, F beam rows x prompt tokens, n decode rows,
+W work items.
 """
 
 from collections.abc import Mapping, Sequence
@@ -299,12 +300,27 @@ class Scheduler:
         max_batched_tokens: Most tokens of a step, decode rows included, but at least 64 prompt tokens; a prompt that does not fit is filled over several steps.
         tile_rows: Height of the prefill's tiles; 0 makes none.
         buckets: As in `plan_packed`.
+        decode: How decode steps are cut: `users`, `fill`, `key_bytes`, `part_bytes`, `item_bytes`, `launch_bytes` of `prefixfast_kernels.tiles.DecodeSizes`;
+            with 0 users, or None, no work tables.
+        pad_decode: Fill the decode tables up to sizes that depend only on the next power of two of its rows (at most `max_rows`) and on the most prefixes of
+            a request so far, so that a captured graph serves every step of its bucket. Needs `decode`. Dead rows have one key, in the scratch slot; their
+            `row` is `max_rows`: the slot table needs that row too.
 
     Raises:
         ConfigError: A number out of range.
     """
 
-    def __new__(cls, arena_rows: int, max_rows: int, max_batched_tokens: int, *, tile_rows: int = 0, buckets: int = 4) -> Self: ...
+    def __new__(
+        cls,
+        arena_rows: int,
+        max_rows: int,
+        max_batched_tokens: int,
+        *,
+        tile_rows: int = 0,
+        buckets: int = 4,
+        decode: Sequence[int] | None = None,
+        pad_decode: bool = False,
+    ) -> Self: ...
     def register_prefix(self, prefix: int, rows: int, pos_start: int, slides: bool) -> None:
         """Makes a prefix known. Its rows are loaded when a request needs them.
 
@@ -379,7 +395,10 @@ class Scheduler:
 
         Decode sections, n rows: `row[n]`; `slot[n]` where the new token's key and value go; `lens[n]` keys with the new one; `position_ids[n]`
         `lens - 1 + pos_start`; `use_indptr[n+1]`, `use[U,3]`, `block[C,2]`, `user_indptr[C+1]`, `user[*]` (0 to n-1), `user_pos[*]` (use position minus
-        `lens - 1`), `user_slides[*]`, `span[C,3]`. The first decode step of a request has `lens == prompt_len + 1`.
+        `lens - 1`), `user_slides[*]`, `span[C,3]`; `work[W,6]`, `grouped[C]`, `part_indptr[n+1]`, `part[*]`, see `prefixfast_kernels.tables.DecodeTables`,
+        empty unless the scheduler was made with `decode`. Padded tables end in dead rows, blocks without rows or users, and work without rows; their part
+        of `out`, from the first section to the end of the last, has a layout that only its bucket decides. The first decode step of a request has
+        `lens == prompt_len + 1`.
 
         Args:
             out: int32[*], writable and contiguous, at least `buffer_len` long. Only the sections of the header are written.

@@ -78,7 +78,8 @@ def prefixfast_attention(
     if plan.decode is not None:
         assert plan.arena is not None
         assert arena is not None
-        o, _ = ops.attn_decode(q, *arena, None, None, plan.arena.table, list(plan.decode), None, plan.max_len, scale, window, cap, plan.backend.name)
+        use, step = plan.backend, list(plan.decode)
+        o, _ = ops.attn_decode(q, *arena, None, None, plan.arena.table, step, None, plan.max_len, scale, window, cap, use.name, use.decode.users)
     else:
         assert plan.packed is not None
         prefix_k, prefix_v = (None, None) if plan.prefix is None and arena is None else plan.prefix[layer] if plan.prefix is not None else arena  # type: ignore[misc]

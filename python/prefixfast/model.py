@@ -197,7 +197,8 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
     ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # before attaching: it may raise
     handle = attach(hf)
     try:
-        chosen = ops.choose_backend(backend, hf.device, hf.dtype, tuple((s.num_heads // s.num_kv_heads, s.head_dim) for s in handle.layers))
+        shapes = tuple((s.num_heads // s.num_kv_heads, s.head_dim) for s in handle.layers)
+        chosen = ops.choose_backend(backend, hf.device, hf.dtype, shapes, max(s.num_kv_heads for s in handle.layers))
     except ConfigError:
         handle.detach()
         raise

@@ -30,7 +30,7 @@ BACKENDS = ("triton", "torch", "reference")
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> Backend:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], num_kv_heads: int = 1) -> Backend:
     """The backend of a model.
 
     Args:
@@ -38,6 +38,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: 
         device: Where the model runs.
         dtype: Its compute dtype.
         shapes: (queries per kv head, head dim) of every layer.
+        num_kv_heads: Of a layer; the most where layers differ.
 
     Raises:
         ConfigError: For an unknown name, or ``"triton"`` where its kernels cannot run.
@@ -51,7 +52,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: 
         if not _has_triton():
             msg = "triton is not installed; use backend='torch'"
             raise ValueError(msg)
-        return Backend(name, tiles.sizes(device, dtype, shapes))
+        return Backend(name, tiles.sizes(device, dtype, shapes), tiles.decode_sizes(device, dtype, shapes, num_kv_heads))
     except (ValueError, KeyError) as e:
         if name == "triton":
             msg = f"backend 'triton': {e}"
@@ -296,6 +297,7 @@ def attn_decode(
     window: int,
     softcap: float,
     backend: str,
+    users: int,
 ) -> tuple[Tensor, Tensor]:
     """One query a row over its prefix blocks and its slots; no gradient.
 
@@ -313,16 +315,27 @@ def attn_decode(
         window: Sliding window in tokens, 0 for none.
         softcap: Score cap, 0 for none.
         backend: ``"auto"`` or one of `BACKENDS`.
+        users: `DecodeSizes.users` that the tables' work was cut into, 0 for tables without.
 
     Returns:
         ``o [R, HQ, D]`` and ``lse [R, HQ]``.
     """
     step, options = DecodeTables(*tables), Options(scale, window, softcap)
     pk, pv = (k_arena, v_arena) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
-    reasons = {"triton": {"decode steps": True}, "torch": {"a position bias": bias is not None}}
+    triton_cannot = {
+        "a position bias": bias is not None,
+        f"{q.dtype}": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
+        "tables without work": not users or not len(step.work),
+    }
+    reasons = {"triton": triton_cannot, "torch": {"a position bias": bias is not None}}
     if q.device.type == "cpu":
         reasons["attend"] = attend.cannot(q, k_arena, v_arena, pk, pv, bias)
     chosen = _pick("attn_decode", backend, q.device, reasons)
+    if chosen == "triton":
+        from prefixfast_kernels import prefix_decode  # triton is there on GPUs only
+
+        with torch.cuda.device_of(q):
+            return prefix_decode.attn_decode(q, k_arena, v_arena, prefix_k, prefix_v, table, step, users, options)
     if chosen == "attend":
         return attend.decode(q, k_arena, v_arena, pk, pv, table, step, options)
     if chosen == "torch":

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefixfast_kernels import cross_entropy, tiles
+from prefixfast_kernels import cross_entropy, decode_cases, tiles
 from prefixfast_kernels.cases import CASES, FLOOR, NAMES, errors, triton, within
 from prefixfast_kernels.checks import relative_error
 
@@ -32,6 +32,31 @@ def test_twenty_runs_give_the_same_bits(name):
     first = triton(p, case, sizes)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, triton(p, case, sizes), strict=True))
+
+
+@pytest.mark.parametrize("mode", decode_cases.MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", decode_cases.CASES)
+def test_decode_equals_the_specification(name, dtype, mode):
+    got, same = decode_cases.errors(decode_cases.CASES[name], dtype, mode, decode_cases.triton, device="cuda")
+    assert within(got, same, FLOOR[dtype]), dict(zip(decode_cases.NAMES, got, strict=True))
+
+
+@pytest.mark.parametrize("name", ["one for all", "composed", "forty rows of eight heads"])
+def test_twenty_decode_steps_give_the_same_bits(name):
+    case = decode_cases.CASES[name]
+    p = decode_cases.problem(case, decode_cases.sizes_of(case, torch.bfloat16, "cuda", "grouped, split")).cast(torch.bfloat16).to("cuda")
+    first = decode_cases.triton(p)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(first, decode_cases.triton(p), strict=True))
+
+
+@pytest.mark.parametrize("capture", [False, True], ids=["called", "captured"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_captured_decode_serves_other_tables(dtype, capture):
+    for o, lse, dead in decode_cases.replayed(dtype, device="cuda", capture=capture):
+        assert max(o, lse) < (4e-6 if dtype == torch.float32 else 2e-2)
+        assert dead == 0
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])

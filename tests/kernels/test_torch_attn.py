@@ -154,7 +154,7 @@ def test_decode_equals_reference(heads, window, softcap, dtype, monkeypatch):
 
     def run(backend, dtype):
         args = [t.to(dtype) for t in (q, k, v)]
-        return ops.attn_decode(*args, None, None, table, list(tables), None, max(lens), d**-0.5, window, softcap, backend)
+        return ops.attn_decode(*args, None, None, table, list(tables), None, max(lens), d**-0.5, window, softcap, backend, 0)
 
     exact = run("reference", torch.float64)
     rounded = [relative_error(a, b) for a, b in zip(run("reference", dtype), exact, strict=True)]

@@ -1,11 +1,15 @@
 """Every backend gives the same logits, gradients and tokens through whole models; the triton kernels run in their interpreter here."""
 
 import pytest
+import torch
 
 import prefixfast
 import tiny
 from parity.packed import case, packed
+from prefixfast import Engine, Prefix
+from prefixfast.interchange import peft as layout
 from prefixfast.training.trainer import train
+from prefixfast_kernels import tiles
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3"])
@@ -31,3 +35,23 @@ def test_training_on_triton_equals_torch():
     for name in ("a", "b"):
         for key, t in ends[0][name].kv.items():
             assert (t - ends[1][name].kv[key]).abs().max() < 1e-5 * t.abs().max()
+
+
+FREE = {"part_bytes": 0, "item_bytes": 0, "launch_bytes": 0}
+
+
+@pytest.mark.parametrize(("family", "costs"), [("gpt2", {}), ("gemma2", FREE)], ids=["gpt2, nothing worth a group", "gemma2, groups"])
+def test_generation_on_triton_equals_torch(family, costs, monkeypatch):
+    """Beams on a shared and on composed prefixes."""
+    pytest.importorskip("triton")
+    g = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(3, tiny.VOCAB, (n,), generator=g).tolist() for n in (7, 1, 4)]
+    cut = tiles.decode_sizes
+    monkeypatch.setattr(tiles, "decode_sizes", lambda *shapes: cut(*shapes)._replace(**costs))
+    runs = []
+    for backend in ("torch", "triton"):
+        base = tiny.make(family)
+        a, b = (Prefix(layout.from_table(tiny.peft_table(base, n, n), *tiny.shapes(base)), pos_start=n) for n in (5, 9))
+        with prefixfast.load(base, backend=backend) as model, Engine(model, max_num_seqs=6, max_model_len=32) as engine:
+            runs.append([r.token_ids for r in engine.generate(prompts, [a, [a, b], None], num_beams=2, max_new_tokens=3)])
+    assert runs[0] == runs[1]

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +12,10 @@ import oracles
 from oracles import int32
 from prefixfast._rust import Scheduler, StepHeader, pack, plan_packed
 from prefixfast.errors import CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
+from prefixfast.plan import section
+from prefixfast_kernels.decode_cases import with_work
+from prefixfast_kernels.tables import DecodeTables
+from prefixfast_kernels.tiles import NO_WORK, DecodeSizes
 
 PREFIX_ROWS = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]]
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
@@ -120,9 +125,9 @@ def test_plan_packed_refuses() -> None:
         plan_packed(**many)
 
 
-def drive(work: list[tuple[int, list[int], int, int, int]]) -> None:
-    """Serves requests and compares each step's prefix tables with the twin."""
-    scheduler = Scheduler(64 + 16 * 30, 8, 60, tile_rows=4)
+def drive(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes = NO_WORK) -> None:
+    """Serves requests and compares each step's prefix tables, and the work of its decode, with the twins."""
+    scheduler = Scheduler(64 + 16 * 30, 8, 60, tile_rows=4, decode=decode)
     rows = [20, 0, 5, 33]
     for prefix, n in enumerate(rows):
         scheduler.register_prefix(prefix, n, 2 * n, prefix % 2 == 0)
@@ -142,6 +147,7 @@ def drive(work: list[tuple[int, list[int], int, int, int]]) -> None:
         blocks = {p: (first.get(p, 0), n, int(p % 2 == 0)) for p, n in enumerate(rows)}
         check_prefill(header, out, known, blocks, filled)
         check_decode(header, out, known, blocks, steps)
+        check_work(header, out, decode)
         steps |= {id: 0 for id in header.prefill_ids if len(filled[id]) == known[id][1]}
         scheduler.commit([id for id in header.decode_ids if steps[id] == known[id][3]])
     assert set(steps) == set(known)
@@ -194,9 +200,22 @@ def check_decode(header: StepHeader, out: np.ndarray, known: dict, blocks: dict,
     }
     for name, values in expected.items():
         assert found.pop(name) == values, name
-    assert set(found) == {"row", "slot"}
+    assert set(found) == {"row", "slot", "work", "grouped", "part_indptr", "part"}
     assert len(set(found["slot"])) == len(set(found["row"])) == len(rows)
     assert header.decode_reach == max(position + 1 + sum(blocks[p][1] for p in used) for _, position, used in rows)
+
+
+def check_work(header: StepHeader, out: np.ndarray, decode: DecodeSizes) -> None:
+    if header.decode_sections is None:
+        return
+    found = DecodeTables(*(section(torch.from_numpy(out), header.decode_sections[name]) for name in DecodeTables._fields))
+    made = ("work", "grouped", "part_indptr", "part")
+    if not decode.users:
+        assert sum(getattr(found, name).numel() for name in made) == 0
+        return
+    expected = with_work(found, decode)
+    for name in made:
+        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
 
 
 WORK = st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 150), st.integers(1, 3), st.integers(1, 6))
@@ -206,6 +225,46 @@ WORK = st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3), st.
 @seeded
 def test_scheduler(work: list[tuple[int, list[int], int, int, int]]) -> None:
     drive(work)
+
+
+COST = st.sampled_from([0, 100, 4000, 10**6])
+DECODE = st.builds(DecodeSizes, st.integers(1, 4), st.integers(1, 40), st.sampled_from([0, 512]), COST, COST, COST)
+
+
+@given(st.lists(st.tuples(st.just(0), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 200), st.integers(1, 3), st.integers(1, 3)), max_size=12), DECODE)
+@seeded
+def test_the_work_of_a_decode_step_is_that_of_the_twin(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes) -> None:
+    drive(work, decode)
+
+
+def test_decode_limits_are_checked() -> None:
+    for wrong in ((4, 0, 1, 1, 1, 1), (-1, 1, 1, 1, 1, 1), (4, 1, 1, 1, 1, -1)):
+        with pytest.raises(ConfigError, match="decode"):
+            Scheduler(1000, 4, 100, decode=wrong)
+    with pytest.raises((TypeError, ValueError)):
+        Scheduler(1000, 4, 100, decode=(1, 2))
+
+
+def test_padded_steps_end_in_dead_rows() -> None:
+    scheduler = Scheduler(1000, 6, 100, decode=(4, 3, 512, 0, 0, 0), pad_decode=True)
+    scheduler.register_prefix(0, 20, 20, True)
+    for id in range(3):
+        scheduler.add(id, [0] if id else [], 5, 1, 4)
+    out = np.zeros(scheduler.buffer_len, np.int32)
+    for prefix, _ in scheduler.plan_step(out).loads:
+        scheduler.prefix_ready(prefix)
+    scheduler.commit([])
+    scheduler.plan_step(out)
+    scheduler.commit([])
+    sections = scheduler.plan_step(out).decode_sections
+    assert sections is not None
+    found = oracles.tables(out, sections)
+    assert found["row"][3:] == [6]
+    assert found["slot"][3:] == [999]
+    assert found["lens"][3:] == [1]
+    assert found["use_indptr"][2:] == [1, 2, 2]
+    assert [item for item in found["work"] if item[2]][-1] == [-1, 3, 1, 0, 1, -1]
+    assert len(found["work"]) == 4 + 3 + 3
 
 
 def test_scheduler_refuses() -> None:

@@ -64,3 +64,15 @@ def kernels(
     from prefixfast.bench.kernels import run
 
     run(out, dtype=dtype, rounds=rounds)
+
+
+@app.command("decode")
+def decode(
+    out: Annotated[Path, typer.Option("-o", "--output", help="folder for decode.jsonl")] = Path("bench-decode"),
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    rounds: Annotated[int, typer.Option(help="repetitions, contenders alternating")] = 7,
+) -> None:
+    """Decode attention of one layer with shared prefixes, against torch's attention on gathered or copied prefixes."""
+    from prefixfast.bench.decode import run
+
+    run(out, dtype=dtype, rounds=rounds)

@@ -62,7 +62,8 @@ class Loop:
         rows, device = config.max_num_seqs, model.device
         arena_rows = choose_rows(model, config, max_model_len)
         self.arena = make_arena(model, arena_rows, rows, max_model_len)
-        self.scheduler = _rust.Scheduler(arena_rows, rows, config.max_num_batched_tokens, tile_rows=model.backend.sizes.tokens)
+        use = model.backend
+        self.scheduler = _rust.Scheduler(arena_rows, rows, config.max_num_batched_tokens, tile_rows=use.sizes.tokens, decode=use.decode)
         self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory))
         self.max_waiting = config.max_waiting
         self.choosers: dict[int, Greedy | Beam] = {}

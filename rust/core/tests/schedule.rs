@@ -5,6 +5,7 @@ mod model;
 
 use model::Model;
 use prefixfast_core::Error;
+use prefixfast_core::batch::decode::Decode;
 use prefixfast_core::batch::schedule::{Limits, Request, Scheduler};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -25,6 +26,7 @@ fn limits() -> Limits {
         max_batched_tokens: 50,
         tile_rows: 4,
         buckets: 3,
+        decode: Decode::default(),
     }
 }
 
@@ -46,9 +48,11 @@ proptest! {
 
     #[test]
     fn serves_all_and_keeps_the_books(
+        users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]), padded in any::<bool>(),
         work in prop::collection::vec((0..12_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize, 1..20_usize), 1..60),
     ) {
-        let mut model = Model::new(limits(), &[30, 16, 1, 0, 100, 47]);
+        let decode = Decode { users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded };
+        let mut model = Model::new(Limits { decode, ..limits() }, &[30, 16, 1, 0, 100, 47]);
         let mut id = 0;
         for (kind, prefixes, prompt_len, beams, max_new) in work {
             match kind {
@@ -301,9 +305,11 @@ proptest! {
     fn buffer_len_suffices(
         requests in prop::collection::vec((prop_oneof![1..9_usize, 1..400_usize], 1..9_usize), 1..40),
         max_batched_tokens in 1..600_usize, tile_rows in 0..3_usize, buckets in 1..5_usize, prefixes in 0..4_usize,
+        users in 0..20_usize, fill in prop_oneof![1..9_usize, 1..900_usize], padded in any::<bool>(),
     ) {
+        let decode = Decode { users, fill, key_bytes: 1, padded, ..Decode::default() };
         let arena_rows = 1 << 20;
-        let mut scheduler = Scheduler::new(Limits { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets }).expect("a scheduler");
+        let mut scheduler = Scheduler::new(Limits { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, decode }).expect("a scheduler");
         for prefix in 0..4 {
             scheduler.register_prefix(prefix, 16, 16, true).expect("a new number");
         }
@@ -318,5 +324,79 @@ proptest! {
             }
             scheduler.commit(&header.decode_ids).expect("a commit");
         }
+    }
+}
+
+/// Rows, and prefixes among them, of a step; all have been prefilled.
+fn decoding(decode: Decode, rows: usize, distinct: i64) -> Scheduler {
+    let limits = Limits {
+        arena_rows: 1 << 20,
+        max_rows: rows,
+        max_batched_tokens: 1 << 20,
+        decode,
+        ..limits()
+    };
+    let mut scheduler = Scheduler::new(limits).expect("a scheduler");
+    for prefix in 0..distinct {
+        scheduler
+            .register_prefix(prefix, 128, 128, true)
+            .expect("a new number");
+    }
+    for id in 0..i64::try_from(rows).expect("small") {
+        let prompt_len = 40 + usize::try_from(id % 7).expect("small") * 30;
+        scheduler
+            .add(request(id, &[id % distinct], prompt_len, 1, 200))
+            .expect("room");
+    }
+    let mut out = vec![0; scheduler.buffer_len()];
+    for _ in 0..2 {
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
+        for (prefix, _) in &header.loads {
+            scheduler.prefix_ready(*prefix).expect("it was loading");
+        }
+        scheduler.commit(&[]).expect("a commit");
+    }
+    scheduler
+}
+
+const EIGHT_BILLION: Decode = Decode {
+    users: 16,
+    fill: 33,
+    key_bytes: 512,
+    part_bytes: 4160,
+    item_bytes: 20_833,
+    launch_bytes: 1_718_750,
+    padded: true,
+};
+
+#[test]
+fn padded_tables_keep_their_layout_while_requests_end() {
+    let mut scheduler = decoding(EIGHT_BILLION, 64, 5);
+    let mut layouts = Vec::new();
+    for ended in 0..40 {
+        let mut out = vec![0; scheduler.buffer_len()];
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
+        let tables = header.decode.expect("rows");
+        let start = tables.sections[0].offset;
+        layouts.push((
+            64 - ended,
+            tables
+                .sections
+                .iter()
+                .map(|s| (s.name, s.offset - start, s.rows, s.cols))
+                .collect::<Vec<_>>(),
+        ));
+        scheduler.commit(&[ended]).expect("a commit");
+    }
+    let bucket = |rows: i64| rows.cast_unsigned().next_power_of_two();
+    for pair in layouts.windows(2) {
+        let same_bucket = bucket(pair[0].0) == bucket(pair[1].0);
+        assert_eq!(
+            pair[0].1 == pair[1].1,
+            same_bucket,
+            "{} and {} rows",
+            pair[0].0,
+            pair[1].0
+        );
     }
 }

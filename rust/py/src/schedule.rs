@@ -2,6 +2,7 @@
 
 use numpy::{PyArray1, PyArrayMethods};
 use prefixfast_core::Error;
+use prefixfast_core::batch::decode::Decode;
 use prefixfast_core::batch::schedule::{
     Limits, Request, Scheduler as Core, StepHeader as CoreHeader, StepTables,
 };
@@ -87,7 +88,11 @@ pub(crate) struct Scheduler(Core);
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4))]
+    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, decode = None, pad_decode = false))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the arguments of the Python method"
+    )]
     fn new(
         py: Python<'_>,
         arena_rows: i64,
@@ -95,13 +100,26 @@ impl Scheduler {
         max_batched_tokens: i64,
         tile_rows: i64,
         buckets: i64,
+        decode: Option<[i64; 6]>,
+        pad_decode: bool,
     ) -> PyResult<Self> {
+        let [users, fill, key_bytes, part_bytes, item_bytes, launch_bytes] =
+            decode.unwrap_or_default();
         let limits = Limits {
             arena_rows: count(py, "arena_rows", arena_rows)?,
             max_rows: count(py, "max_rows", max_rows)?,
             max_batched_tokens: count(py, "max_batched_tokens", max_batched_tokens)?,
             tile_rows: count(py, "tile_rows", tile_rows)?,
             buckets: count(py, "buckets", buckets)?,
+            decode: Decode {
+                users: count(py, "decode: users", users)?,
+                fill: count(py, "decode: fill", fill)?,
+                key_bytes: count(py, "decode: key_bytes", key_bytes)?,
+                part_bytes: count(py, "decode: part_bytes", part_bytes)?,
+                item_bytes: count(py, "decode: item_bytes", item_bytes)?,
+                launch_bytes: count(py, "decode: launch_bytes", launch_bytes)?,
+                padded: pad_decode,
+            },
         };
         guarded(py, || Core::new(limits)).map(Self)
     }

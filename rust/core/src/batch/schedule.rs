@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
+use super::decode::Decode;
 use super::slots::Slots;
 use super::tables::Tables;
 use crate::error::{Error, Result};
@@ -43,6 +44,8 @@ pub struct Limits {
     pub tile_rows: usize,
     /// Most groups of the prefill's padded layout.
     pub buckets: usize,
+    /// How decode steps are cut; the default makes no tables for it.
+    pub decode: Decode,
 }
 
 /// Requests prefilled with how many tokens, and requests decoded.
@@ -88,6 +91,12 @@ impl Scheduler {
             ("max_batched_tokens", limits.max_batched_tokens, 1),
             ("tile_rows", limits.tile_rows, 0),
             ("buckets", limits.buckets, 1),
+            ("decode: users", limits.decode.users, 0),
+            (
+                "decode: fill",
+                limits.decode.fill,
+                limits.decode.users.min(1),
+            ),
         ];
         for (name, value, least) in ranges {
             if !(least..=MAX_ROWS).contains(&value) {

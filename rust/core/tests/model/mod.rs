@@ -1,5 +1,7 @@
 //! Bookkeeping of what a scheduler has handed out, from its tables alone.
 
+mod work;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use prefixfast_core::batch::schedule::{Limits, Request, Scheduler, StepHeader, StepTables};
@@ -266,6 +268,9 @@ impl Model {
         let (row, slot, lens, position) =
             (get("row"), get("slot"), get("lens"), get("position_ids"));
         let mut at_row = 0;
+        if self.limits.decode.users > 0 {
+            work::check_work(out, tables);
+        }
         for id in ids {
             let blocks = self.blocks_of(&self.live[id].request);
             let live = self.live.get_mut(id).expect("a live request");
@@ -290,7 +295,18 @@ impl Model {
                 at_row += 1;
             }
         }
-        assert_eq!(at_row, row.len());
+        let dead = at_row..row.len();
+        assert!(
+            dead.is_empty()
+                || self.limits.decode.padded && row.len().is_power_of_two()
+                || row.len() == self.limits.max_rows
+        );
+        assert!(
+            dead.clone()
+                .all(|dead| at(row[dead]) == self.limits.max_rows
+                    && lens[dead] == 1
+                    && at(slot[dead]) == self.limits.arena_rows - 1)
+        );
         let keys: Vec<&[i64]> = ids
             .iter()
             .map(|id| &*self.live[id].request.prefixes)

@@ -11,7 +11,7 @@ const SECTIONS: usize = 40;
 pub(super) struct Most {
     prompt_len: usize,
     beams: usize,
-    prefixes: usize,
+    pub(super) prefixes: usize,
 }
 
 impl Most {
@@ -47,6 +47,7 @@ impl Most {
         let decode = [
             5 * limits.max_rows,
             by_use(limits.max_rows, limits.max_rows),
+            limits.decode.len(limits.max_rows, uses),
         ];
         let fixed = SECTIONS * ALIGN + 2 * limits.buckets + 4;
         prefill

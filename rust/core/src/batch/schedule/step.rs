@@ -1,5 +1,6 @@
 //! One step: its membership and its tables.
 
+use super::super::decode::{Dead, push_decode_work};
 use super::super::number::int;
 use super::super::plan::{Sequence, Tiles, firsts, push_packed, rows};
 use super::super::tables::{Section, Tables};
@@ -222,7 +223,7 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
     reach
 }
 
-fn push_decode(_: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
+fn push_decode(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
     let beams = || {
         members.iter().flat_map(|&(request, held, _)| {
             (0..request.beams).map(move |beam| (request, held, beam))
@@ -253,6 +254,13 @@ fn push_decode(_: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i3
         })
         .collect();
     push_uses(tables, &queries);
+    let limits = &scheduler.limits;
+    let dead = Dead {
+        row: limits.max_rows,
+        slot: limits.arena_rows - 1,
+    };
+    let most = (limits.max_rows, scheduler.most.prefixes);
+    push_decode_work(tables, &limits.decode, most, dead);
     members
         .iter()
         .map(|(request, held, _)| len(request, held) + rows(&held.blocks))

@@ -1,0 +1,260 @@
+"""Decode attention in Triton: one query a row over its prefix blocks and its slots, a shared block read once for a group of rows.
+
+Specification: `reference.attn_decode`; the split softmax and the cost model of the grouping: kernels/README.md. Shape letters: R rows, HQ query heads,
+H kv heads, G queries per kv head, D head dim, DP D padded to a power of two, W work items, n partial sums.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prefixfast_kernels import launch
+from prefixfast_kernels.scores import LN2, load_rows, scaled, store_rows
+from prefixfast_kernels.tables import DecodeTables
+from prefixfast_kernels.torch_piece import Options
+
+
+# fmt: off
+@triton.jit
+def fold(
+    acc, m, l, q, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
+    D: tl.constexpr, DP: tl.constexpr, BLIND: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+):
+    """One key tile into the running softmax of a query tile; ``live [BN]`` rows are read, ``seen`` decides. BLIND: a query may see none of the tile."""
+    k = load_rows(K, rows, live, stride_k, D, DP, True, UP).to(q.dtype)
+    s = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    s = tl.where(seen, s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    if BLIND:  # a query that has seen nothing yet stays at -inf: shift by 0 instead
+        shift = tl.where(new == -float("inf"), 0.0, new)
+    else:
+        shift = new
+    p = tl.exp2(s - shift[:, None])
+    decay = tl.exp2(m - shift)
+    l = l * decay + tl.sum(p, 1)
+    v = load_rows(V, rows, live, stride_v, D, DP, True, UP).to(q.dtype)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, new, l
+
+
+@triton.jit
+def store_part(PART, STAT, acc, m, l, at, live, D: tl.constexpr, DP: tl.constexpr):
+    """A partial sum, maximum and accumulator to rows ``at`` of ``[n * HQ, ...]``."""
+    store_rows(PART, acc, at, live, D, D, DP)
+    tl.store(STAT + 2 * at, m, mask=live)
+    tl.store(STAT + 2 * at + 1, l, mask=live)
+
+
+@triton.jit
+def store_out(O, LSE, acc, m, l, row, head, live, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The finished softmax of query rows ``row`` and heads ``head``; 0 and -inf where nothing was seen."""
+    nothing = l == 0
+    out = acc / tl.where(nothing, 1.0, l)[:, None]
+    store_rows(O + head[:, None].to(tl.int64) * stride_oh, out, row, live, stride_ot, D, DP)
+    lse = tl.where(nothing, -float("inf"), m * LN2 + tl.log(tl.where(nothing, 1.0, l)))
+    tl.store(LSE + row.to(tl.int64) * HQ + head, lse, mask=live)
+
+
+@triton.jit
+def of_group(
+    Q, K, V, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count, lo, hi, part, scale, softcap, window,
+    stride_qt, stride_qh, stride_kt, stride_vt,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+):
+    """Rows ``lo`` to ``hi`` of a block for ``count`` of its users: row r of the tile is user ``r // G``, head ``r % G``."""
+    i = tl.arange(0, BM)
+    n = tl.arange(0, BN)
+    live = i // G < count
+    row = tl.load(USER + first + i // G, mask=live, other=0)
+    head = hk * G + i % G
+    q = load_rows(Q + head[:, None].to(tl.int64) * stride_qh, row, live, stride_qt, D, DP, True, UP)
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    start = tl.load(BLOCK + 2 * block)
+    begin = lo
+    if WINDOW:  # each user sees the block from a row of its own on
+        slides = tl.load(USER_SLIDES + first + i // G, mask=live, other=0)
+        from_row = tl.where(slides != 0, 1 - window - tl.load(USER_POS + first + i // G, mask=live, other=0), 0)
+        begin = tl.maximum(lo, tl.min(tl.where(live, from_row, hi), 0))
+    for j in range(begin, hi, BN):
+        here = j + n < hi
+        seen = here[None, :]
+        if WINDOW:
+            seen = seen & ((j + n)[None, :] >= from_row[:, None])
+        acc, m, l = fold(acc, m, l, q, K, V, start + j + n, here, seen, stride_kt, stride_vt, scale, softcap, D, DP, WINDOW, SOFTCAP, PRECISION, UP)
+    store_part(PART, STAT, acc, m, l, (part + i // G) * HQ + head, live, D, DP)
+
+
+@triton.jit
+def of_row(
+    Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, GROUPED, hk, r, lo, hi, part, scale, softcap, window, stride_table,
+    stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+):
+    """Keys ``lo`` to ``hi`` of what a row reads by itself: its blocks that no group reads, from left to right, then its slots."""
+    i = tl.arange(0, BH)
+    n = tl.arange(0, BN)
+    live = i < G
+    head = hk * G + i
+    q = load_rows(Q + r.to(tl.int64) * stride_qt, head, live, stride_qh, D, DP, True, UP)
+    m = tl.full([BH], -float("inf"), tl.float32)
+    l = tl.zeros([BH], tl.float32)
+    acc = tl.zeros([BH, DP], tl.float32)
+    own = tl.load(LENS + r)
+    base = lo * 0  # keys of the blocks gone by
+    for u in range(tl.load(USE_INDPTR + r), tl.load(USE_INDPTR + r + 1)):
+        block = tl.load(USE + 3 * u)
+        start = tl.load(BLOCK + 2 * block)
+        length = tl.where(tl.load(GROUPED + block) != 0, 0, tl.load(BLOCK + 2 * block + 1))
+        begin = tl.maximum(lo - base, 0)
+        if WINDOW:
+            slides = tl.load(USE + 3 * u + 2) != 0
+            begin = tl.where(slides, tl.maximum(begin, own - window - tl.load(USE + 3 * u + 1)), begin)
+        end = tl.minimum(hi - base, length)
+        for j in range(begin, end, BN):
+            here = j + n < end
+            acc, m, l = fold(acc, m, l, q, PK, PV, start + j + n, here, here[None, :], stride_pkt, stride_pvt, scale, softcap, D, DP, False,
+                SOFTCAP, PRECISION, UP)
+        base += length
+    begin = tl.maximum(lo - base, 0)
+    if WINDOW:
+        begin = tl.maximum(begin, own - window)
+    end = tl.minimum(hi - base, own)
+    slots = TABLE + tl.load(ROW + r).to(tl.int64) * stride_table
+    for j in range(begin, end, BN):
+        here = j + n < end
+        at = tl.load(slots + j + n, mask=here, other=0)
+        acc, m, l = fold(acc, m, l, q, K, V, at, here, here[None, :], stride_kt, stride_vt, scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
+    if part >= 0:
+        store_part(PART, STAT, acc, m, l, part * HQ + head, live, D, DP)
+    else:
+        store_out(O, LSE, acc, m, l, r + i * 0, head, live, stride_ot, stride_oh, HQ, D, DP)
+
+
+@triton.jit
+def prefix_decode(
+    Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, USER, USER_POS, USER_SLIDES, WORK, GROUPED,
+    scale, softcap, window, stride_table,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh, stride_ot, stride_oh,
+    HQ: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+):
+    """One work item, one kv head; the kv heads of an item follow each other, as their keys do in memory."""
+    w = WORK + 6 * (tl.program_id(0) // H)
+    hk = tl.program_id(0) % H
+    block = tl.load(w)
+    first = tl.load(w + 1)
+    count = tl.load(w + 2)
+    lo = tl.load(w + 3)
+    hi = tl.load(w + 4)
+    part = tl.load(w + 5)
+    k_head = hk.to(tl.int64) * stride_kh
+    v_head = hk.to(tl.int64) * stride_vh
+    pk_head = hk.to(tl.int64) * stride_pkh
+    pv_head = hk.to(tl.int64) * stride_pvh
+    if block >= 0:
+        of_group(Q, PK + pk_head, PV + pv_head, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count, lo, hi, part, scale, softcap,
+            window, stride_qt, stride_qh, stride_pkt, stride_pvt, HQ, G, D, DP, BM, BN, WINDOW, SOFTCAP, PRECISION, UP)
+    elif count > 0:
+        of_row(Q, K + k_head, V + v_head, PK + pk_head, PV + pv_head, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, GROUPED, hk, first,
+            lo, hi, part, scale, softcap, window, stride_table, stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
+            HQ, G, D, DP, BH, BN, WINDOW, SOFTCAP, PRECISION, UP)
+
+
+@triton.jit
+def decode_combine(
+    PART, STAT, O, LSE, PART_INDPTR, PARTS, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr,
+):
+    """Merge a row's partial sums, BH heads of it, in the order of the table; a row without any has been written already."""
+    r = tl.program_id(0)
+    head = tl.program_id(1) * BH + tl.arange(0, BH)
+    first = tl.load(PART_INDPTR + r)
+    last = tl.load(PART_INDPTR + r + 1)
+    live = head < tl.where(last > first, HQ, 0)
+    m = tl.full([BH], -float("inf"), tl.float32)
+    l = tl.zeros([BH], tl.float32)
+    acc = tl.zeros([BH, DP], tl.float32)
+    for i in range(first, last):
+        at = tl.load(PARTS + i) * HQ + head
+        other = tl.load(STAT + 2 * at, mask=live, other=-float("inf"))
+        new = tl.maximum(m, other)
+        shift = tl.where(new == -float("inf"), 0.0, new)  # a part outside of the window has seen nothing
+        decay = tl.exp2(m - shift)
+        weight = tl.exp2(other - shift)
+        l = l * decay + tl.load(STAT + 2 * at + 1, mask=live, other=0.0) * weight
+        acc = acc * decay[:, None] + load_rows(PART, at, live, D, D, DP, True, False) * weight[:, None]
+        m = new
+    store_out(O, LSE, acc, m, l, r + head * 0, head, live, stride_ot, stride_oh, HQ, D, DP)
+# fmt: on
+
+
+def attn_decode(
+    q: Tensor,
+    k_arena: Tensor,
+    v_arena: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    table: Tensor,
+    tables: DecodeTables,
+    users: int,
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """Forward of `reference.attn_decode` in one launch, or two where the tables name partial sums.
+
+    No table is read on the host: a captured graph serves other tables of the same shapes.
+
+    Args:
+        q: ``[R, HQ, D]``, fp32, bf16 or fp16.
+        k_arena: ``[arena rows, H, D]`` in any float dtype (cast to that of ``q`` tile by tile).
+        v_arena: As ``k_arena``.
+        prefix_k: A second place of prefix rows ``[rows, H, D]`` in a dtype of its own, or None: they are rows of ``k_arena``.
+        prefix_v: As ``prefix_k``.
+        table: ``[rows, Tmax]`` int32.
+        tables: See `DecodeTables`; ``work`` made for tiles of at most ``users`` rows.
+        users: See ``tables``.
+        options: Scale, window, soft cap.
+
+    Returns:
+        ``[R, HQ, D]`` and the natural log-sum-exp ``[R, HQ]`` (fp32); a row that sees nothing gives 0 and -inf.
+    """
+    q, k, v = map(launch.dense, (q, k_arena, v_arena))
+    pk, pv = (launch.dense(own if t is None else t) for t, own in ((prefix_k, k), (prefix_v, v)))
+    parts, heads = len(tables.part), launch.heads(q, k)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse, stat, part = (torch.empty(s, dtype=torch.float32, device=q.device) for s in (q.shape[:2], (parts, q.shape[1], 2), (parts, *q.shape[1:])))
+    out = {"O": o, "LSE": lse, "PART": part, "STAT": stat}
+    prefix_decode[len(tables.work) * k.shape[1],](
+        Q=q,
+        K=k,
+        V=v,
+        PK=pk,
+        PV=pv,
+        **out,
+        TABLE=table,
+        stride_table=table.stride(0),
+        **{name.upper(): getattr(tables, name) for name in ("row", "lens", "use_indptr", "use", "block", "user", "user_pos", "user_slides", "work", "grouped")},
+        **launch.strides(q=q, k=k, v=v, pk=pk, pv=pv, o=o),
+        **heads,
+        H=k.shape[1],
+        **launch.decode_numbers(options, q.dtype),
+        **launch.decode_tile(q, k, users, options),
+    )
+    if parts:
+        how = launch.combine_tile(q)
+        grid = (q.shape[0], -(-q.shape[1] // how["BH"]))
+        decode_combine[grid](
+            **out,
+            PART_INDPTR=tables.part_indptr,
+            PARTS=tables.part,
+            stride_ot=o.stride(0),
+            stride_oh=o.stride(1),
+            **{n: heads[n] for n in ("HQ", "D", "DP")},
+            **how,
+        )
+    return o, lse

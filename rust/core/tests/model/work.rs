@@ -1,0 +1,115 @@
+//! The work of a decode step covers every key of every row once, and every partial sum is written once and merged once.
+
+use std::collections::BTreeMap;
+
+use super::{at, table};
+use prefixfast_core::batch::schedule::StepTables;
+
+/// Keys of the block `block` (-1: the row's own) that a partial sum holds.
+type Range = (i32, i32, i32);
+
+pub(crate) fn check_work(out: &[i32], tables: &StepTables) {
+    let get = |name: &str| table(out, tables, name);
+    let (lens, indptr, members) = (get("lens"), get("use_indptr"), get("user"));
+    let (uses, blocks) = (
+        get("use").as_chunks::<3>().0,
+        get("block").as_chunks::<2>().0,
+    );
+    let mut wanted: Vec<Vec<Range>> = Vec::new();
+    for (row, len) in lens.iter().enumerate() {
+        let mine = &uses[at(indptr[row])..at(indptr[row + 1])];
+        let mut keys: Vec<Range> = mine
+            .iter()
+            .map(|[block, ..]| (*block, 0, blocks[at(*block)][1]))
+            .collect();
+        keys.push((-1, 0, *len));
+        keys.sort_unstable();
+        wanted.push(keys);
+    }
+    let mut found: Vec<Vec<Range>> = vec![Vec::new(); lens.len()];
+    let mut parts: BTreeMap<i32, (usize, Vec<Range>)> = BTreeMap::new();
+    for [block, first, count, low, high, part] in get("work").as_chunks::<6>().0 {
+        if *block >= 0 {
+            assert!(at(*count) >= 1 && get("grouped")[at(*block)] == 1);
+            for (row, part) in members[at(*first)..at(*first + *count)].iter().zip(*part..) {
+                assert!(
+                    parts
+                        .insert(part, (at(*row), vec![(*block, *low, *high)]))
+                        .is_none()
+                );
+            }
+        } else if *count > 0 {
+            let keys = alone(
+                &uses[at(indptr[at(*first)])..at(indptr[at(*first) + 1])],
+                blocks,
+                get("grouped"),
+                lens[at(*first)],
+                (*low, *high),
+            );
+            if *part < 0 {
+                assert!(found[at(*first)].is_empty(), "a result is written twice");
+                found[at(*first)] = keys;
+            } else {
+                assert!(parts.insert(*part, (at(*first), keys)).is_none());
+            }
+        }
+    }
+    let (part_indptr, order) = (get("part_indptr"), get("part"));
+    for (row, found) in found.iter_mut().enumerate() {
+        let mine = &order[at(part_indptr[row])..at(part_indptr[row + 1])];
+        assert!(
+            found.is_empty() || mine.is_empty(),
+            "a result is written and merged"
+        );
+        for part in mine {
+            assert!(at(*part) < order.len(), "a partial sum out of range");
+            let (owner, keys) = parts.remove(part).expect("a partial sum");
+            assert_eq!(owner, row);
+            found.extend(keys);
+        }
+    }
+    assert!(parts.is_empty(), "a partial sum is not merged");
+    assert_eq!(
+        found.into_iter().map(joined).collect::<Vec<_>>(),
+        wanted.into_iter().map(joined).collect::<Vec<_>>()
+    );
+}
+
+/// What a row's own item reads: a range of (its blocks that no group reads, then its own keys).
+fn alone(
+    uses: &[[i32; 3]],
+    blocks: &[[i32; 2]],
+    grouped: &[i32],
+    len: i32,
+    (low, high): (i32, i32),
+) -> Vec<Range> {
+    let read = uses
+        .iter()
+        .filter(|[block, ..]| grouped[at(*block)] == 0)
+        .map(|[block, ..]| (*block, blocks[at(*block)][1]));
+    let mut base = 0;
+    let mut keys = Vec::new();
+    for (block, rows) in read.chain([(-1, len)]) {
+        let (first, last) = ((low - base).max(0), (high - base).min(rows));
+        if first < last {
+            keys.push((block, first, last));
+        }
+        base += rows;
+    }
+    assert!(high <= base, "keys past the end");
+    keys
+}
+
+/// Ranges of one block that follow each other as one; those that overlap stay apart.
+fn joined(mut ranges: Vec<Range>) -> Vec<Range> {
+    ranges.retain(|(_, first, last)| first < last);
+    ranges.sort_unstable();
+    let mut out: Vec<Range> = Vec::new();
+    for range in ranges {
+        match out.last_mut() {
+            Some(last) if last.0 == range.0 && last.2 == range.1 => last.2 = range.2,
+            _ => out.push(range),
+        }
+    }
+    out
+}
