@@ -1,4 +1,4 @@
-"""The custom operators, their gradients and the choice of backend: the only caller of the kernels.
+"""The custom operators and their gradients: the only caller of the kernels.
 
 Shape letters: N packed queries, M keys, HQ query heads, H kv heads, D head dim, P prefix rows, R decode rows.
 Tables cross an operator as a list of int32 tensors in the order of `PackedTables` or `DecodeTables`. Backends: ``triton`` (GPUs; one fused kernel), ``torch``
@@ -8,84 +8,25 @@ serve goes to the next one and is logged once with the reason; a backend that wa
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixfast import attend
-from prefixfast.errors import ConfigError
+from prefixfast.backends import BACKENDS as BACKENDS
+from prefixfast.backends import Reasons, pick, say
+from prefixfast.backends import choose_backend as choose_backend
 from prefixfast_kernels import cross_entropy as ce
-from prefixfast_kernels import reference, tiles, torch_attn
+from prefixfast_kernels import reference, torch_attn
 from prefixfast_kernels.tables import DecodeTables, PackedTables
 from prefixfast_kernels.tiles import Backend as Backend
 from prefixfast_kernels.tiles import Sizes
 from prefixfast_kernels.torch_decode import decode_fwd
 from prefixfast_kernels.torch_piece import Options
 
-BACKENDS = ("triton", "torch", "reference")
-logger = logging.getLogger(__name__)
 
-
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], num_kv_heads: int = 1) -> Backend:
-    """The backend of a model.
-
-    Args:
-        name: ``"auto"`` or one of `BACKENDS`.
-        device: Where the model runs.
-        dtype: Its compute dtype.
-        shapes: (queries per kv head, head dim) of every layer.
-        num_kv_heads: Of a layer; the most where layers differ.
-
-    Raises:
-        ConfigError: For an unknown name, or ``"triton"`` where its kernels cannot run.
-    """
-    if name not in ("auto", *BACKENDS):
-        msg = f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}"
-        raise ConfigError(msg)
-    if name in ("torch", "reference") or (name == "auto" and device.type == "cpu"):
-        return Backend("torch" if name == "auto" else name)
-    try:
-        if not _has_triton():
-            msg = "triton is not installed; use backend='torch'"
-            raise ValueError(msg)
-        return Backend(name, tiles.sizes(device, dtype, shapes), tiles.decode_sizes(device, dtype, shapes, num_kv_heads))
-    except (ValueError, KeyError) as e:
-        if name == "triton":
-            msg = f"backend 'triton': {e}"
-            raise ConfigError(msg) from e
-        logger.warning("the triton kernels do not run here, using torch: %s", e)
-        return Backend("torch")
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.lru_cache(maxsize=64)
-def _log_fallback(op: str, backend: str, reason: str) -> None:
-    logger.warning("%s: the %s backend does not serve %s; falling back to a slower one", op, backend, reason)
-
-
-def _pick(op: str, name: str, device: torch.device, reasons: dict[str, dict[str, bool]]) -> str:
-    """The first backend that serves a call. ``reasons``: of each backend what it does not serve, and whether the call has it."""
-    order = {"auto": BACKENDS if device.type == "cuda" else BACKENDS[1:], "torch": BACKENDS[1:]}.get(name, (name,))
-    if "attend" in reasons and "torch" in order:
-        order = ("attend", *order)
-    for backend in order:
-        reason = next((reason for reason, holds in reasons.get(backend, {}).items() if holds), None)
-        if reason is None:
-            return backend
-        _log_fallback(op, backend, reason)
-    msg = f"backend {name!r}: {op} does not serve {reason}; use backend='auto' to let another one do it"
-    raise ConfigError(msg)
-
-
-def _pick_packed(
+def _packed_reasons(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -94,10 +35,9 @@ def _pick_packed(
     *,
     causal: bool,
     square: bool,
-    backend: str,
     sizes: Sizes,
     backward: bool = False,
-) -> str:
+) -> Reasons:
     torch_cannot = {
         "non-causal attention": not causal,
         "gradients of keys in the slot table": backward and slots is not None,
@@ -110,7 +50,34 @@ def _pick_packed(
         "keys of another dtype than the queries": not q.dtype == k.dtype == v.dtype,
         "tables without tiles": not sizes.tokens,
     }
-    return _pick("attn", backend, q.device, {"triton": triton_cannot, "torch": torch_cannot})
+    return {"triton": triton_cannot, "torch": torch_cannot}
+
+
+def _decode_reasons(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, bias: Tensor | None, *, work: bool) -> Reasons:
+    triton_cannot = {
+        "a position bias": bias is not None,
+        f"{q.dtype}": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
+        "tables without work": not work,
+    }
+    reasons = {"triton": triton_cannot, "torch": {"a position bias": bias is not None}}
+    if q.device.type == "cpu":
+        reasons["attend"] = attend.cannot(q, k, v, pk, pv, bias)
+    return reasons
+
+
+def _cross_entropy_reasons(dtype: torch.dtype) -> Reasons:
+    return {"triton": {f"{dtype}": dtype == torch.float64}}
+
+
+def explain(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+    """Which way each operator of a model goes, and why no faster one."""
+    x = torch.empty(1, 1, head_dim, dtype=dtype, device=device)
+    found = {
+        "attn": _packed_reasons(x, x, x, None, None, causal=True, square=True, sizes=backend.sizes),
+        "attn_decode": _decode_reasons(x, x, x, x, x, None, work=backend.decode.users > 0),
+        "cross_entropy": _cross_entropy_reasons(dtype),
+    }
+    return {op: say(backend.name, device, reasons) for op, reasons in found.items()}
 
 
 @torch.library.custom_op("prefixfast::attn", mutates_args=())
@@ -154,7 +121,7 @@ def attn(
         ``o [N, HQ, D]`` and ``lse [N, HQ]`` (natural log; fp32, fp64 for fp64).
     """
     cut = Sizes(*sizes)
-    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=cut)
+    chosen = pick("attn", backend, q.device, _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=cut))
     packed, options = PackedTables(*tables), Options(scale, window, softcap)
     if chosen == "triton":
         from prefixfast_kernels import prefix_fwd  # triton is there on GPUs only
@@ -220,7 +187,7 @@ def attn_bwd(
         dq, dk, dv, dprefix_k, dprefix_v in the dtypes of their tensors; empty where not needed.
     """
     cut, packed, options = Sizes(*sizes), PackedTables(*tables), Options(scale, window, softcap)
-    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=cut, backward=True)
+    chosen = pick("attn", backend, q.device, _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=cut, backward=True))
     wants = {"needs_own": any(needs[:3]), "needs_prefix": any(needs[3:])}
     grads: tuple[Tensor | None, ...]
     if chosen == "triton":
@@ -250,7 +217,7 @@ def _attn_backward(ctx: Any, do: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
     q, k, v, prefix_k, prefix_v, slots, bias, o, lse, *tables = ctx.saved_tensors
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
     scale, window, softcap, causal, square, backend, sizes = ctx.options
-    chosen = _pick_packed(q, k, v, slots, bias, causal=causal, square=square, backend=backend, sizes=Sizes(*sizes), backward=True)
+    chosen = pick("attn", backend, q.device, _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=Sizes(*sizes), backward=True))
     if chosen == "reference":  # by autograd, which does not reach into operators
         same: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "causal": causal, "slots": slots, "bias": bias}
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((q, k, v, prefix_k, prefix_v), needs, strict=True)]
@@ -322,15 +289,8 @@ def attn_decode(
     """
     step, options = DecodeTables(*tables), Options(scale, window, softcap)
     pk, pv = (k_arena, v_arena) if prefix_k is None or prefix_v is None else (prefix_k, prefix_v)
-    triton_cannot = {
-        "a position bias": bias is not None,
-        f"{q.dtype}": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
-        "tables without work": not users or not len(step.work),
-    }
-    reasons = {"triton": triton_cannot, "torch": {"a position bias": bias is not None}}
-    if q.device.type == "cpu":
-        reasons["attend"] = attend.cannot(q, k_arena, v_arena, pk, pv, bias)
-    chosen = _pick("attn_decode", backend, q.device, reasons)
+    reasons = _decode_reasons(q, k_arena, v_arena, pk, pv, bias, work=bool(users) and len(step.work) > 0)
+    chosen = pick("attn_decode", backend, q.device, reasons)
     if chosen == "triton":
         from prefixfast_kernels import prefix_decode  # triton is there on GPUs only
 
@@ -391,8 +351,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     Returns:
         ``[n]``, fp32 (fp64 for fp64).
     """
-    reasons = {"triton": {f"{hidden.dtype}": hidden.dtype == torch.float64}}
-    chosen = _pick("cross_entropy", backend, hidden.device, reasons)
+    chosen = pick("cross_entropy", backend, hidden.device, _cross_entropy_reasons(hidden.dtype))
     if chosen == "reference":
         return reference.linear_cross_entropy(hidden, weight, bias, targets, softcap=softcap)
     losses, _ = linear_cross_entropy(hidden, weight, bias, targets, softcap, hidden.requires_grad and torch.is_grad_enabled(), chosen)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixfast import _rust, attend, ops
+from prefixfast import _rust, attend, backends, ops
 from prefixfast.errors import ConfigError
 from prefixfast_kernels import reference
 from prefixfast_kernels.checks import Request, decode_tables, relative_error
@@ -261,7 +261,7 @@ def call(step, *, dtype=torch.float32, bias=None, backend="auto", prefix=True):
     o = step.options
     most = int(step.tables.lens.max())
     pair = (pk, pv) if prefix else (None, None)
-    return ops.attn_decode(q, k, v, *pair, step.table, list(step.tables), bias, most, o.scale, o.window, o.softcap, backend)
+    return ops.attn_decode(q, k, v, *pair, step.table, list(step.tables), bias, most, o.scale, o.window, o.softcap, backend, 0)
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -291,7 +291,7 @@ def test_the_reference_does_not(monkeypatch):
 def test_what_it_does_not_serve_falls_back_and_is_logged(reason, how, change, caplog, monkeypatch):
     step = change(make(*CASES["composed"], heads=(4, 2, 16)))
     monkeypatch.setattr(attend, "decode", None)
-    ops._log_fallback.cache_clear()
+    backends.log_fallback.cache_clear()
     got = call(step, **how)
     exact = spec(step, *step.cast(*[torch.float64] * 3))
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, exact, strict=True))
@@ -300,7 +300,7 @@ def test_what_it_does_not_serve_falls_back_and_is_logged(reason, how, change, ca
 
 def test_without_the_extension_torch_does_it(caplog, monkeypatch):
     monkeypatch.setattr(attend, "_rust", lambda: None)
-    ops._log_fallback.cache_clear()
+    backends.log_fallback.cache_clear()
     step = make(*CASES["composed"], heads=(4, 2, 16))
     exact = spec(step, *step.cast(*[torch.float64] * 3))
     assert relative_error(call(step)[0], exact[0]) < 1e-5
@@ -310,7 +310,7 @@ def test_without_the_extension_torch_does_it(caplog, monkeypatch):
 def test_it_is_registered_properly():
     step = make(*CASES["composed"], heads=(4, 2, 16))
     o = step.options
-    given = (*step.cast(*[torch.float32] * 3), step.table, list(step.tables), None, 130, o.scale, o.window, o.softcap, "auto")
+    given = (*step.cast(*[torch.float32] * 3), step.table, list(step.tables), None, 130, o.scale, o.window, o.softcap, "auto", 0)
     torch.library.opcheck(ops.attn_decode, given, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefixfast import ops
+from prefixfast import backends, ops
 from prefixfast.errors import ConfigError
 from prefixfast_kernels.cases import CASES
 from prefixfast_kernels.checks import Request, problem, relative_error
@@ -82,7 +82,7 @@ def test_a_backend_asked_for_by_name_does_not_fall_back(change):
 def test_what_the_torch_backend_cannot_do_goes_to_the_reference_and_is_logged(caplog):
     case = CASES["infix"]
     p = case.problem(SIZES).cast(torch.float32)
-    ops._log_fallback.cache_clear()
+    backends.log_fallback.cache_clear()
     given = (p.q, p.k, p.v, p.prefix_k, p.prefix_v, list(p.tables), None, None, p.scale, 0, 0.0, True, False)
     outs = [ops.attn(*given, backend, [0] * 4)[0] for backend in ("torch", "reference")]
     assert torch.equal(*outs)
@@ -97,9 +97,9 @@ def test_backends_are_chosen_by_name_and_device(monkeypatch):
     assert chosen.name == "triton"
     assert chosen.sizes.tokens * 8 <= 128
     monkeypatch.delenv("TRITON_INTERPRET")
-    ops.tiles.chip.cache_clear()
+    backends.tiles.chip.cache_clear()
     with pytest.raises(ConfigError, match="not for cpu"):
         ops.choose_backend("triton", cpu, torch.bfloat16, shapes)
     with pytest.raises(ConfigError, match="expected 'auto' or one of"):
         ops.choose_backend("cuda", cpu, torch.bfloat16, shapes)
-    ops.tiles.chip.cache_clear()
+    backends.tiles.chip.cache_clear()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prefixfast import attend, ops
+from prefixfast import attend, backends, ops
 from prefixfast_kernels import reference
 from prefixfast_kernels.checks import Problem, Request, decode_tables, problem, relative_error
 from prefixfast_kernels.tables import PackedTables
@@ -164,7 +164,7 @@ def test_decode_equals_reference(heads, window, softcap, dtype, monkeypatch):
 
 def test_what_a_backend_cannot_do_falls_back_and_is_logged(caplog):
     p = problem([Request(5)], [], num_heads=2, num_kv_heads=2, head_dim=16)
-    ops._log_fallback.cache_clear()
+    backends.log_fallback.cache_clear()
     bias = torch.zeros(2, 5, dtype=torch.float64)
     o, _ = ops.attn(p.q, p.k, p.v, None, None, list(p.tables), None, bias, p.scale, 0, 0.0, True, True, "torch", [0] * 4)
     expected, _ = reference.attn(p.q, p.k, p.v, None, None, p.tables, scale=p.scale)

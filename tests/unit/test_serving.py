@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+import prefixfast
 import tiny
 from mixes import prefixes_of, requests
 from prefixfast import Engine, PrefixStore
@@ -149,6 +150,25 @@ def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(engine, 
             ticket.result(60)
     monkeypatch.setattr(engine.model, "forward", original)
     assert engine.submit([5, 6], max_new_tokens=5).result(60).token_ids == expected
+
+
+def test_an_engine_explains_its_ways(base):
+    with Engine(base, **SMALL) as engine:
+        assert engine.explain() == {
+            "attn": "torch (grouped by prefix and merged)",
+            "attn_decode": "attend (Rust, each row's keys read once where they lie)",
+            "linear": "packed for this CPU (oneDNN)",
+        }
+    with Engine(prefixfast.load(tiny.make("gpt2"), backend="reference"), **SMALL, prepack=False) as engine:
+        assert engine.explain() == {
+            "attn": "reference (the specification, slow)",
+            "attn_decode": "reference (the specification, slow)",
+            "linear": "torch; prepack=False",
+        }
+    with Engine(tiny.make("gpt2").double(), **SMALL) as engine:
+        said = engine.explain()
+        assert said["attn_decode"] == "torch (grouped by prefix and merged); attend does not serve torch.float64"
+        assert said["linear"] == "torch; dtype torch.float64"
 
 
 def test_closing_cancels_what_has_not_ended(base):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from prefixfast import ops
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
 from prefixfast.engine.arena import LONGEST_BY_DEFAULT, bytes_of_row
 from prefixfast.engine.loop import Loop, Outcome
@@ -157,6 +158,14 @@ class Engine:
         counts = self.loop.counts
         names = ("steps", "prefill_tokens", "continued_prefills", "decode_steps", "decoded_rows", "loads", "evictions", "cancelled", "expired")
         return {name: counts[name] for name in names} | {"reads": self.loop.residency.loader.read}
+
+    def explain(self) -> dict[str, str]:
+        """Which way each operator of this engine goes and why no faster one, and whether weights are packed."""
+        model = self.model
+        found = {op: way for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items() if op != "cross_entropy"}
+        packed = model.packed
+        why = "prepack=False" if packed is None and model.device.type == "cpu" else "packing is for CPUs" if packed is None else packed.why_not
+        return found | {"linear": "packed for this CPU (oneDNN)" if why is None else f"torch; {why}"}
 
     def close(self) -> None:
         """Free the arena and end the thread (what has not ended is cancelled); a model that was given as an object is as it was."""
