@@ -36,14 +36,15 @@ def quality_rows() -> list[str]:
 
 
 def generation_rows() -> list[str]:
-    found: dict[str, list[str]] = {}
-    for r in sorted(lines("generate-gpt2-fp32.jsonl"), key=lambda r: r["prefix_length"]):
+    found: dict[str, dict[int, str]] = {}
+    for r in lines("generate-gpt2-fp32.jsonl"):
         names = [r["contender"]]
         if r["contender"] == "prefixfast":
             names = [f"prefixfast, {d} distinct" for d in ([r["distinct"]] if r["prefix_length"] else [1, 4, 32])]
         for n in names:
-            found.setdefault(n, []).append(f"{r['tokens_per_second']:.1f}")
-    return [f"| {n} | {' | '.join(cells)} |" for n, cells in found.items()]
+            found.setdefault(n, {})[r["prefix_length"]] = f"{r['tokens_per_second']:.1f}"
+    lengths = sorted({length for cells in found.values() for length in cells})
+    return [f"| {n} | {' | '.join(cells.get(length, '') for length in lengths)} |" for n, cells in found.items()]
 
 
 def kernel_rows() -> list[str]:
