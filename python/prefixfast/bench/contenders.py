@@ -52,6 +52,8 @@ def mixed_by_hand(plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: l
     ids = torch.tensor(prompts)
     count, length = len(prompts), prefixes[0].length
     layers = plain.config.get_text_config().num_hidden_layers
+    found = plain.generation_config.eos_token_id
+    ends = [] if found is None else [found] if isinstance(found, int) else list(found)
     stacked = [[torch.stack([p.kv[f"self.{i}.{x}"].transpose(0, 1) for p in prefixes]).to(plain.dtype) for x in "kv"] for i in range(layers)]
 
     @torch.inference_mode()
@@ -64,7 +66,9 @@ def mixed_by_hand(plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: l
             positions = torch.arange(seen, seen + token.shape[1])[None].expand(count, -1)
             logits = plain(input_ids=token, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=1).logits
             seen += token.shape[1]
-            token = logits[:, -1].argmax(-1, keepdim=True)
+            last = logits[:, -1]
+            last[:, ends] = -torch.inf  # every request gets all its tokens, as with the others' min_new_tokens
+            token = last.argmax(-1, keepdim=True)
             out.append(token)
         return torch.cat(out, 1)
 
