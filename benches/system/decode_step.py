@@ -1,0 +1,88 @@
+"""Where a decode step's time goes on this machine: GPT-2 124M with random weights, 32 rows, by operator, with weights packed and as they are.
+
+``python benches/system/decode_step.py OUT.jsonl [--dtype float32] [--steps 12] [--rounds 4]``: the settings take turns in rounds; a step is the best of all
+rounds without the profiler, the shares come from one more pass of each under ``torch.profiler``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from prefixfast import Engine, load
+from prefixfast.bench.generate import make, random_prefixes
+from prefixfast.bench.harness import write_rows
+from prefixfast.config import GenerationParams
+from prefixfast.engine.loop import Loop
+from prefixfast.engine.request import make_requests
+
+ROWS, PROMPT, NEW = 32, 40, 400
+SETTINGS = [(0, 0, True), (0, 0, False), (200, 1, True), (200, 32, True), (512, 1, True), (512, 32, True)]  # prefix length, distinct, packed
+PARTS = {
+    "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
+    "attention": ("prefixfast::attn_decode",),
+    "arena writes": ("prefixfast::kv_write",),
+    "choosing": ("aten::argmax",),
+    "GELU": ("aten::gelu",),
+    "norms": ("aten::native_layer_norm",),
+}
+
+
+def decoding(engine: Engine, length: int, distinct: int) -> Loop:
+    """A loop whose rows all decode."""
+    prompts = torch.randint(3, engine.model.vocab_size, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    prefixes = random_prefixes(engine.model, length, distinct)
+    chosen = [prefixes[i % distinct] for i in range(ROWS)] if length else None
+    for request in make_requests(engine.model, prompts, chosen, GenerationParams(max_new_tokens=NEW, min_new_tokens=NEW), engine.max_model_len):
+        engine.loop.add(next(engine.ids), request)
+    while engine.loop.counts["decoded_rows"] < 2 * ROWS:
+        engine.loop.step()
+    return engine.loop
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=4)
+    args = parser.parse_args()
+    rows = []
+    with contextlib.ExitStack() as stack:
+        models = {packed: stack.enter_context(load(make("gpt2", args.dtype))) for packed in (True, False)}
+        row_bytes = sum(2 * s.num_kv_heads * s.head_dim for s in models[True].layers) * models[True].dtype.itemsize
+        engines, seconds = {}, {setting: [] for setting in SETTINGS}
+        for length, distinct, packed in SETTINGS:
+            memory = row_bytes * (256 + distinct * (length + 16) + ROWS * (PROMPT + NEW + 16))
+            how = {"max_num_seqs": ROWS, "max_model_len": PROMPT + NEW, "kv_cache_memory": memory, "prepack": packed}
+            engines[length, distinct, packed] = stack.enter_context(Engine(models[packed], **how))
+        stack.enter_context(torch.inference_mode())
+        loops = {setting: decoding(engine, *setting[:2]) for setting, engine in engines.items()}
+        for _ in range(args.rounds):
+            for setting, loop in loops.items():
+                for _ in range(args.steps):
+                    start = time.perf_counter()
+                    loop.step()
+                    seconds[setting].append(time.perf_counter() - start)
+        for setting, loop in loops.items():
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                for _ in range(args.steps):
+                    loop.step()
+            found = {e.key: e.cpu_time_total / args.steps / 1e3 for e in seen.key_averages()}
+            parts = {name: round(sum(found.get(key, 0.0) for key in keys), 2) for name, keys in PARTS.items()}
+            ordered = sorted(seconds[setting])
+            best, median = (round(1e3 * s, 2) for s in (ordered[0], ordered[len(ordered) // 2]))
+            rows.append({**dict(zip(("prefix_length", "distinct", "packed"), setting, strict=True)), "best_ms": best, "median_ms": median, "parts_ms": parts})
+            print(rows[-1], flush=True)
+    command = f"python benches/system/decode_step.py OUT.jsonl --dtype {args.dtype} --steps {args.steps} --rounds {args.rounds}"
+    write_rows(args.out, [{"suite": "decode_step", "command": command, "rows": ROWS, "prompt": PROMPT}, *rows])
+
+
+if __name__ == "__main__":
+    main()
