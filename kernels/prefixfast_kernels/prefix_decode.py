@@ -12,50 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixfast_kernels import launch
-from prefixfast_kernels.scores import LN2, load_rows, scaled, store_rows
+from prefixfast_kernels.scores import fold, load_rows, store_out, store_rows
 from prefixfast_kernels.tables import DecodeTables
 from prefixfast_kernels.torch_piece import Options
 
 
 # fmt: off
 @triton.jit
-def fold(
-    acc, m, l, q, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
-    D: tl.constexpr, DP: tl.constexpr, BLIND: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
-):
-    """One key tile into the running softmax of a query tile; ``live [BN]`` rows are read, ``seen`` decides. BLIND: a query may see none of the tile."""
-    k = load_rows(K, rows, live, stride_k, D, DP, True, UP).to(q.dtype)
-    s = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    s = tl.where(seen, s, -float("inf"))
-    new = tl.maximum(m, tl.max(s, 1))
-    if BLIND:  # a query that has seen nothing yet stays at -inf: shift by 0 instead
-        shift = tl.where(new == -float("inf"), 0.0, new)
-    else:
-        shift = new
-    p = tl.exp2(s - shift[:, None])
-    decay = tl.exp2(m - shift)
-    l = l * decay + tl.sum(p, 1)
-    v = load_rows(V, rows, live, stride_v, D, DP, True, UP).to(q.dtype)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc, new, l
-
-
-@triton.jit
 def store_part(PART, STAT, acc, m, l, at, live, D: tl.constexpr, DP: tl.constexpr):
     """A partial sum, maximum and accumulator to rows ``at`` of ``[n * HQ, ...]``."""
     store_rows(PART, acc, at, live, D, D, DP)
     tl.store(STAT + 2 * at, m, mask=live)
     tl.store(STAT + 2 * at + 1, l, mask=live)
-
-
-@triton.jit
-def store_out(O, LSE, acc, m, l, row, head, live, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """The finished softmax of query rows ``row`` and heads ``head``; 0 and -inf where nothing was seen."""
-    nothing = l == 0
-    out = acc / tl.where(nothing, 1.0, l)[:, None]
-    store_rows(O + head[:, None].to(tl.int64) * stride_oh, out, row, live, stride_ot, D, DP)
-    lse = tl.where(nothing, -float("inf"), m * LN2 + tl.log(tl.where(nothing, 1.0, l)))
-    tl.store(LSE + row.to(tl.int64) * HQ + head, lse, mask=live)
 
 
 @triton.jit
@@ -86,7 +54,7 @@ def of_group(
         seen = here[None, :]
         if WINDOW:
             seen = seen & ((j + n)[None, :] >= from_row[:, None])
-        acc, m, l = fold(acc, m, l, q, K, V, start + j + n, here, seen, stride_kt, stride_vt, scale, softcap, D, DP, WINDOW, SOFTCAP, PRECISION, UP)
+        acc, m, l = fold(acc, m, l, q, K, V, start + j + n, here, seen, stride_kt, stride_vt, scale, softcap, D, DP, True, WINDOW, SOFTCAP, PRECISION, UP)
     store_part(PART, STAT, acc, m, l, (part + i // G) * HQ + head, live, D, DP)
 
 
@@ -119,8 +87,8 @@ def of_row(
         end = tl.minimum(hi - base, length)
         for j in range(begin, end, BN):
             here = j + n < end
-            acc, m, l = fold(acc, m, l, q, PK, PV, start + j + n, here, here[None, :], stride_pkt, stride_pvt, scale, softcap, D, DP, False,
-                SOFTCAP, PRECISION, UP)
+            acc, m, l = fold(acc, m, l, q, PK, PV, start + j + n, here, here[None, :], stride_pkt, stride_pvt, scale, softcap, D, DP, True,
+                False, SOFTCAP, PRECISION, UP)
         base += length
     begin = tl.maximum(lo - base, 0)
     if WINDOW:
@@ -130,7 +98,7 @@ def of_row(
     for j in range(begin, end, BN):
         here = j + n < end
         at = tl.load(slots + j + n, mask=here, other=0)
-        acc, m, l = fold(acc, m, l, q, K, V, at, here, here[None, :], stride_kt, stride_vt, scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
+        acc, m, l = fold(acc, m, l, q, K, V, at, here, here[None, :], stride_kt, stride_vt, scale, softcap, D, DP, True, False, SOFTCAP, PRECISION, UP)
     if part >= 0:
         store_part(PART, STAT, acc, m, l, part * HQ + head, live, D, DP)
     else:

@@ -12,36 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixfast_kernels import launch
-from prefixfast_kernels.scores import LN2, key_range, key_rows, keys_seen, load_rows, query_tile, scaled, store_rows
+from prefixfast_kernels.scores import fold, key_range, key_rows, keys_seen, load_rows, query_tile, store_out
 from prefixfast_kernels.tables import PackedTables
 from prefixfast_kernels.tiles import Sizes
 from prefixfast_kernels.torch_piece import Options
 
 
 # fmt: off
-@triton.jit
-def fold(
-    acc, m, l, q, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
-    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
-):
-    """One key tile into the running softmax: ``acc [BM, DP]``, maximum ``m`` and sum ``l`` ``[BM]``; MASK: ``seen [BM, BN]`` decides."""
-    k = load_rows(K, rows, live, stride_k, D, DP, MASK, UP)
-    s = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
-    if MASK:
-        s = tl.where(seen, s, -float("inf"))
-    new = tl.maximum(m, tl.max(s, 1))
-    if MASK:  # a row that has seen nothing yet stays at -inf: shift by 0 instead
-        shift = tl.where(new == -float("inf"), 0.0, new)
-    else:
-        shift = new
-    p = tl.exp2(s - shift[:, None])
-    decay = tl.exp2(m - shift)
-    l = l * decay + tl.sum(p, 1)
-    v = load_rows(V, rows, live, stride_v, D, DP, MASK, UP)
-    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
-    return acc, new, l
-
-
 @triton.jit
 def prefix_fwd(
     Q, K, V, PK, PV, O, LSE, TILES, SEG, SEG_POS, USE_INDPTR, USE, BLOCK, SLOTS,
@@ -77,33 +54,29 @@ def prefix_fwd(
                 for j in range(full, length, BN):
                     seen = ((j + n) < length)[None, :] & ((slides == 0) | ((at + j + n)[None, :] > (qpos - window)[:, None]))
                     acc, m, l = fold(acc, m, l, q, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt, scale, softcap, D, DP,
-                        True, SOFTCAP, PRECISION, UP)
+                        True, True, SOFTCAP, PRECISION, UP)
             else:
                 for j in range(lo, full, BN):
                     acc, m, l = fold(acc, m, l, q, PKh, PVh, start + j + n, live, live, stride_pkt, stride_pvt, scale, softcap, D, DP, False,
-                        SOFTCAP, PRECISION, UP)
+                        False, SOFTCAP, PRECISION, UP)
                 for j in range(full, length, BN):
                     seen = tl.broadcast_to(((j + n) < length)[None, :], (BM, BN))
                     acc, m, l = fold(acc, m, l, q, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt, scale, softcap, D, DP,
-                        True, SOFTCAP, PRECISION, UP)
+                        True, True, SOFTCAP, PRECISION, UP)
 
     Kh = K + hk.to(tl.int64) * stride_kh
     Vh = V + hk.to(tl.int64) * stride_vh
     lo, full, hi = key_range(pos, tokens, keys, window, BN, CAUSAL, WINDOW)
     for j in range(lo, full, BN):
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, False)
-        acc, m, l = fold(acc, m, l, q, Kh, Vh, at, live, live, stride_kt, stride_vt, scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
+        acc, m, l = fold(acc, m, l, q, Kh, Vh, at, live, live, stride_kt, stride_vt, scale, softcap, D, DP, False, False, SOFTCAP, PRECISION, UP)
     for j in range(full, hi, BN):
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, True)
         seen = keys_seen(j + n, hi, qpos, window, BM, BN, CAUSAL, WINDOW)
         acc, m, l = fold(acc, m, l, q, Kh, Vh, at, j + n < hi, seen, stride_kt, stride_vt, scale, softcap, D, DP, True,
-            SOFTCAP, PRECISION, UP)
+            True, SOFTCAP, PRECISION, UP)
 
-    nothing = l == 0
-    out = acc / tl.where(nothing, 1.0, l)[:, None]
-    store_rows(O + head[:, None].to(tl.int64) * stride_oh, out, qrow, live, stride_ot, D, DP)
-    lse = tl.where(nothing, -float("inf"), m * LN2 + tl.log(tl.where(nothing, 1.0, l)))
-    tl.store(LSE + qrow.to(tl.int64) * HQ + head, lse, mask=live)
+    store_out(O, LSE, acc, m, l, qrow, head, live, stride_ot, stride_oh, HQ, D, DP)
 # fmt: on
 
 

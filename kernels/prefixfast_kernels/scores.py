@@ -1,4 +1,4 @@
-"""Pieces that the Triton kernels share: loads of packed rows, and scores in base 2.
+"""Pieces that the Triton kernels share: loads of packed rows, scores in base 2, and the running softmax.
 
 Shape letters: BM rows of a query tile, BN keys of a key tile, D head dim, DP D padded to a power of two, G queries per kv head.
 A query tile packs the G query heads of one kv head: row r is token ``r // G``, head ``r % G``. Scores inside a kernel are in units of log 2 (``exp2`` is one
@@ -110,4 +110,40 @@ def keys_seen(key, hi, qpos, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL:
     if WINDOW:
         seen = seen & (key[None, :] > (qpos - window)[:, None])
     return tl.broadcast_to(seen, (BM, BN))
+
+
+@triton.jit
+def fold(
+    acc, m, l, q, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
+    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, BLIND: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+):
+    """One key tile into the running softmax of a query tile: ``acc [BM, DP]``, maximum ``m`` and sum ``l`` ``[BM]``.
+
+    MASK: only the ``live`` rows are read, and ``seen [BM, BN]`` decides. BLIND: a query may see none of the tile.
+    """
+    k = load_rows(K, rows, live, stride_k, D, DP, MASK, UP).to(q.dtype)
+    s = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    if MASK:
+        s = tl.where(seen, s, -float("inf"))
+    new = tl.maximum(m, tl.max(s, 1))
+    if BLIND:  # a query that has seen nothing yet stays at -inf: shift by 0 instead
+        shift = tl.where(new == -float("inf"), 0.0, new)
+    else:
+        shift = new
+    p = tl.exp2(s - shift[:, None])
+    decay = tl.exp2(m - shift)
+    l = l * decay + tl.sum(p, 1)
+    v = load_rows(V, rows, live, stride_v, D, DP, MASK, UP).to(q.dtype)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, new, l
+
+
+@triton.jit
+def store_out(O, LSE, acc, m, l, row, head, live, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
+    """The finished softmax of query rows ``row`` and heads ``head``; 0 and -inf where nothing was seen."""
+    nothing = l == 0
+    out = acc / tl.where(nothing, 1.0, l)[:, None]
+    store_rows(O + head[:, None].to(tl.int64) * stride_oh, out, row, live, stride_ot, D, DP)
+    lse = tl.where(nothing, -float("inf"), m * LN2 + tl.log(tl.where(nothing, 1.0, l)))
+    tl.store(LSE + row.to(tl.int64) * HQ + head, lse, mask=live)
 # fmt: on
