@@ -198,6 +198,7 @@ class EngineConfig(Options):
     max_waiting: int = option(10_000, "requests that may wait; one more is refused with a CapacityError")
     share_prompts: int = option(0, "leading tokens that requests of a batch must have in common to be computed once and kept as a prefix; 0: never")
     num_threads: int | None = option(None, "CPU threads; by default torch's setting")
+    decode_graphs: bool = option(True, "on a GPU run decode steps as captured CUDA graphs, started before the tokens of the step before are read")
     prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
 
     def validate(self) -> None:

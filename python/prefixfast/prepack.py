@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prefixfast.memory import free_memory
+
 logger = logging.getLogger(__name__)
+SHARE = 0.5  # of free memory that copies may take
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Packed:
 
 
 def prepack(model: nn.Module) -> Packed:
-    """Pack the weights of every plain linear layer of a model on a CPU; fp32 and bf16."""
+    """Pack the weights of every plain linear layer of a model on a CPU; fp32 and bf16, and where half of the free memory holds the copies."""
     modules: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
-    why_not = _why_not(modules)
+    nbytes = sum(m.weight.numel() * m.weight.element_size() for m in {id(m.weight): m for m in modules}.values())
+    why_not = _why_not(modules) or _no_room(nbytes)
     if why_not is not None:
         logger.info("weights are not packed: %s", why_not)
         return Packed(0, why_not, lambda: None)
@@ -53,7 +57,6 @@ def prepack(model: nn.Module) -> Packed:
         for module in modules:
             module.__dict__.pop("forward", None)
 
-    nbytes = sum(m.weight.numel() * m.weight.element_size() for m in {id(m.weight): m for m in modules}.values())
     return Packed(nbytes, None, undo)
 
 
@@ -75,6 +78,11 @@ def _why_not(modules: list[Any]) -> str | None:
     except (RuntimeError, AttributeError, AssertionError) as e:
         return f"this build of torch cannot: {str(e).splitlines()[0]}"
     return None
+
+
+def _no_room(nbytes: int) -> str | None:
+    free = free_memory(torch.device("cpu"))
+    return f"the copies take {nbytes / 2**20:.0f} MiB, more than half of the free {free / 2**20:.0f} MiB" if nbytes > SHARE * free else None
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,8 @@ import torch
 import prefixfast
 import tiny
 from parity.packed import case, packed
+from prefixfast.config import GenerationParams
+from prefixfast.engine.request import make_requests
 from prefixfast.plan import plain_plan
 from prefixfast.training.trainer import train
 
@@ -31,15 +33,43 @@ def test_packed_logits_equal_the_cpu(family):
     assert (out[0] - out[1]).abs().max() < 1e-4 * out[0].abs().max()
 
 
-@pytest.mark.parametrize("beams", [1, 4])
-def test_tokens_equal_the_cpu(beams):
+def prefixes_and_prompts():
     prefixes = [prefixfast.Prefix({f"self.{i}.{x}": torch.full((4, 2, 8), 0.1 * j) for i in range(3) for x in "kv"}, 4) for j in (1, 2)]
     prompts = [np.random.default_rng(i).integers(3, tiny.VOCAB, 5 + i).tolist() for i in range(6)]
+    return prompts, [prefixes[i % 2] for i in range(6)]
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_tokens_equal_the_cpu(beams):
     out = []
     for device in ("cpu", "cuda"):
         with prefixfast.Engine(tiny.make("llama").to(device), max_num_seqs=32, max_model_len=48) as engine:
-            out.append([g.token_ids for g in engine.generate(prompts, [prefixes[i % 2] for i in range(6)], num_beams=beams, max_new_tokens=16)])
+            rows = [{"input_ids": p, "params": {"max_new_tokens": 4 + 3 * i}} for i, p in enumerate(prefixes_and_prompts()[0])]
+            out.append([g.token_ids for g in engine.generate(rows, prefixes_and_prompts()[1], num_beams=beams)])
+            if device == "cuda":
+                made = engine.loop.graphs.made
+                assert len(made) > 1, "several numbers of rows"
+                assert all(static.graph is not None for static in made.values()), "captured"
     assert out[0] == out[1]
+
+
+def test_a_decode_step_does_not_wait_for_the_device():
+    """The only thing that is read are tokens, by an event (which torch's check does not count)."""
+    prompts, prefixes = prefixes_and_prompts()
+    with prefixfast.Engine(tiny.make("llama").cuda(), max_num_seqs=8, max_model_len=64) as engine, torch.inference_mode():
+        call = GenerationParams(max_new_tokens=40, min_new_tokens=40)
+        for request in make_requests(engine.model, prompts, prefixes, call, engine.max_model_len):
+            engine.loop.add(next(engine.ids), request)
+        while engine.loop.counts["decode_steps"] < 3:
+            engine.loop.step()
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            for _ in range(20):
+                engine.loop.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        while engine.loop.busy:
+            engine.loop.step()
 
 
 def test_training_equals_the_cpu():

@@ -52,19 +52,21 @@ def world(request, tmp_path_factory):
     return World(functools.partial(AutoModelForCausalLM.from_pretrained, weights, dtype=torch.float32), 500, folder)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["read at once", "one step ahead"])
 @pytest.mark.parametrize("seed", range(3))
-def test_tokens_equal_peft_while_requests_come_and_go(world, seed):
+def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
     g = random.Random(seed)
     row = 4 * sum(heads * dim for _, heads, dim in world.prefixes[0].shapes.values())
     with Engine(world.base, store=world.store, max_num_seqs=8, max_model_len=110, max_num_batched_tokens=70, kv_cache_memory=row * (64 + 16 * 30)) as engine:
-        loop, made, ended, cancelled = engine.loop, {}, {}, set()
+        loop, made, ended, cancelled, unread = engine.loop, {}, {}, set(), 0
+        loop.ahead = ahead  # as on a GPU
         arrivals = sorted(g.randrange(60) for _ in range(40))
         step = 0
         with torch.inference_mode():
             while arrivals or loop.busy:
                 while arrivals and arrivals[0] <= step:
                     arrivals.pop(0)
-                    prompt, prefix, beams = g.randrange(len(PROMPTS)), g.choice([None, *range(len(LENGTHS))]), g.choice([1, 1, 3])
+                    prompt, prefix, beams = g.randrange(len(PROMPTS)), g.choice([None, *range(len(LENGTHS))]), g.choice([1] * 15 + [3] if ahead else [1, 1, 3])
                     call = GenerationParams(max_new_tokens=NEW, num_beams=beams)
                     given = None if prefix is None else str(prefix) if g.random() < 0.5 else world.prefixes[prefix]
                     (request,) = make_requests(engine.model, [world.prompts[prompt].tolist()], [given], call, engine.max_model_len, world.store)
@@ -77,6 +79,7 @@ def test_tokens_equal_peft_while_requests_come_and_go(world, seed):
                     loop.cancel(number)
                 if loop.busy:
                     ended |= loop.step()
+                    unread += len(loop.started) > 0
                 step += 1
         stats = engine.stats()
     assert set(ended) == set(made)
@@ -89,3 +92,4 @@ def test_tokens_equal_peft_while_requests_come_and_go(world, seed):
             assert outcome.token_ids == expected, (made[number], outcome)
     for counter in ("evictions", "loads", "continued_prefills", "cancelled", "reads", "decode_steps"):
         assert stats[counter] > 0, (counter, stats)
+    assert (unread > 20) == ahead

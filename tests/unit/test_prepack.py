@@ -76,3 +76,12 @@ def test_what_cannot_be_packed_says_why(change):
     packed = prepack(model)
     assert packed.why_not is not None
     assert packed.nbytes == 0
+
+
+def test_copies_that_do_not_fit_are_not_made(monkeypatch):
+    monkeypatch.setattr(prefixfast.prepack, "free_memory", lambda _: 1000)
+    base = tiny.make("gpt2")
+    with Engine(base, max_num_seqs=2, max_model_len=32) as engine:
+        assert "more than half of the free 0 MiB" in engine.explain()["linear"]
+        assert not any("forward" in m.__dict__ for m in base.modules())
+        assert len(engine.generate([[5, 6, 7]], max_new_tokens=4, min_new_tokens=4)[0].token_ids) == 4

@@ -64,6 +64,20 @@ def test_a_cancelled_request_ends_with_what_it_has(engine):
     ticket.cancel()  # again: nothing happens
 
 
+def test_cancelled_beams_end_with_the_best_that_runs(base):
+    with Engine(base, **SMALL) as engine:
+        ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60, num_beams=3)
+        while engine.stats()["decode_steps"] < 5:
+            time.sleep(0.001)
+        ticket.cancel()
+        got = ticket.result(60)
+        assert got.finish_reason == "cancelled"
+        assert 5 <= len(got.token_ids) < 60
+        assert got.score < 0
+        other = engine.generate([[5, 6]], max_new_tokens=len(got.token_ids), min_new_tokens=len(got.token_ids), num_beams=3)[0]
+        assert (other.token_ids, other.score) == (got.token_ids, pytest.approx(got.score))
+
+
 def test_a_cancelled_task_cancels_its_request(engine):
     async def impatient():
         await asyncio.wait_for(engine.agenerate([5, 6], max_new_tokens=62, min_new_tokens=62), 0.02)
@@ -157,12 +171,14 @@ def test_an_engine_explains_its_ways(base):
         assert engine.explain() == {
             "attn": "torch (grouped by prefix and merged)",
             "attn_decode": "attend (Rust, each row's keys read once where they lie)",
+            "decode step": "called; graphs are for GPUs",
             "linear": "packed for this CPU (oneDNN)",
         }
     with Engine(prefixfast.load(tiny.make("gpt2"), backend="reference"), **SMALL, prepack=False) as engine:
         assert engine.explain() == {
             "attn": "reference (the specification, slow)",
             "attn_decode": "reference (the specification, slow)",
+            "decode step": "called; graphs are for GPUs",
             "linear": "torch; prepack=False",
         }
     with Engine(tiny.make("gpt2").double(), **SMALL) as engine:

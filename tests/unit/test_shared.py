@@ -1,11 +1,14 @@
 """Shared leading text is computed once and changes nothing."""
 
+import threading
+
 import numpy as np
 import pytest
 
 import tiny
 from mixes import prefixes_of
 from prefixfast import Engine
+from prefixfast.engine import shared
 
 G = np.random.default_rng(4)
 LEAD, OTHER = G.integers(3, tiny.VOCAB, 40).tolist(), G.integers(3, tiny.VOCAB, 30).tolist()
@@ -44,3 +47,17 @@ def test_nothing_is_shared_by_accident():
         engine.generate([LEAD, LEAD], max_new_tokens=2)
         ((_, text),) = engine.shared.known
         assert len(text) == 4 * (len(LEAD) - 1), "each request keeps a token of its own"
+
+
+def test_text_is_learned_in_the_thread_that_owns_the_model(monkeypatch):
+    threads = []
+    original = shared.text_kv
+    monkeypatch.setattr(shared, "text_kv", lambda *args, **how: (threads.append(threading.current_thread().name), original(*args, **how))[1])
+    with Engine(tiny.make("gpt2"), max_num_seqs=16, max_model_len=64, share_prompts=16) as engine:
+        engine.submit([3, 4], max_new_tokens=2).result(60)
+        engine.generate([LEAD, LEAD], max_new_tokens=2)
+        monkeypatch.setattr(shared, "text_kv", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.generate([OTHER, OTHER], max_new_tokens=2)
+        assert engine.generate([[3, 4]], max_new_tokens=2), "the thread goes on"
+    assert threads == ["prefixfast-engine"]

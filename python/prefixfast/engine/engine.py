@@ -163,6 +163,8 @@ class Engine:
         """Which way each operator of this engine goes and why no faster one, and whether weights are packed."""
         model = self.model
         found = {op: way for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items() if op != "cross_entropy"}
+        called = self.loop.why_called
+        found["decode step"] = f"called; {called}" if called else "captured CUDA graphs by rows, planned one step ahead"
         packed = model.packed
         why = "prepack=False" if packed is None and model.device.type == "cpu" else "packing is for CPUs" if packed is None else packed.why_not
         return found | {"linear": "packed for this CPU (oneDNN)" if why is None else f"torch; {why}"}
@@ -194,6 +196,8 @@ class Engine:
         requests = make_requests(self.model, batch, prefixes, GenerationParams.make(params, **fields), self.max_model_len, self.store)
         if not self.config.share_prompts:
             return requests
+        if self.worker is not None:
+            return self.worker.call(lambda: self.shared.split(requests))
         with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
             return self.shared.split(requests)
 

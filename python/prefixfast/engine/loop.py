@@ -1,5 +1,8 @@
 """One engine's steps: what the scheduler plans is loaded, prefilled, decoded and chosen from. One thread at a time.
 
+With captured decode steps the loop runs one step ahead: a step is planned and started before the tokens of the one before are read, so that the device does
+not wait for the host; a request that ended by an end token is decoded once more, for nothing. Beams are always read at once.
+
 Shape letters: R decode rows, N packed tokens, S requests of a step, H kv heads, D head dim.
 """
 
@@ -9,6 +12,7 @@ import contextlib
 import hashlib
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +22,12 @@ from torch import Tensor
 from prefixfast import _rust
 from prefixfast.config import EngineConfig
 from prefixfast.engine.arena import choose_rows, make_arena
+from prefixfast.engine.graphs import DecodeGraphs, Result, why_not
 from prefixfast.engine.loader import Loaded, Loader
 from prefixfast.engine.request import Request
 from prefixfast.engine.residency import Residency
-from prefixfast.engine.select import Beam, Choice, Greedy
+from prefixfast.engine.select import Beam, Greedy
+from prefixfast.engine.transfer import Arriving, to_device
 from prefixfast.errors import CapacityError, PrefixFastError, RequestError
 from prefixfast.model import Model
 from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
@@ -47,6 +53,26 @@ class Outcome:
     error: BaseException | None = None
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a step chose for the requests of one number of beams.
+
+    Attributes:
+        numbers: The requests.
+        rows: Their first rows.
+        beams: Of each.
+        values: ``[S]``: tokens, or with beams whether a request has ended.
+    """
+
+    numbers: list[int]
+    rows: list[int]
+    beams: int
+    values: Arriving
+
+
+UNBOUNDED = 2**30  # of a captured step: any sliding window may cut something
+
+
 class Loop:
     """Arena, scheduler and per-row state.
 
@@ -61,18 +87,25 @@ class Loop:
         self.model, self.max_model_len = model, max_model_len
         rows, device = config.max_num_seqs, model.device
         arena_rows = choose_rows(model, config, max_model_len)
-        self.arena = make_arena(model, arena_rows, rows, max_model_len)
+        self.arena = make_arena(model, arena_rows, rows + 1, max_model_len)  # the last row stands for nothing
         use = model.backend
-        self.scheduler = _rust.Scheduler(arena_rows, rows, config.max_num_batched_tokens, tile_rows=use.sizes.tokens, decode=use.decode)
+        self.why_called = why_not(model, config)
+        self.ahead = self.why_called is None
+        self.scheduler = _rust.Scheduler(arena_rows, rows, config.max_num_batched_tokens, tile_rows=use.sizes.tokens, decode=use.decode, pad_decode=self.ahead)
+        dead = {"row": rows, "slot": arena_rows - 1, "lens": 1}
+        self.graphs = DecodeGraphs(self._run_static, dead, device) if self.ahead else None
         self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory))
         self.max_waiting = config.max_waiting
-        self.choosers: dict[int, Greedy | Beam] = {}
         self.eos, self.ends = torch.tensor(eos, dtype=torch.int64, device=device), set(eos)
-        self.token = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.beams_of_row, self.id_of_row = np.zeros(rows, np.int64), np.zeros(rows, np.int64)
+        self.greedy, self.beam = Greedy(rows + 1, self.eos), dict[int, Beam]()
+        self.token = torch.zeros(rows + 1, dtype=torch.int64, device=device)
+        self.beams_of_row, self.id_of_row, self.left_of_row = (np.zeros(rows, np.int64) for _ in range(3))  # left: tokens that may still be chosen
         self.buffer = torch.zeros(0, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
         self.first_row: dict[int, int] = {}  # of requests that have tokens
+        self.tokens: dict[int, list[int]] = {}  # of requests without beams, as far as they were read
+        self.started: list[Chosen] = []  # not read yet
+        self.retired: set[int] = set()  # the scheduler knows that they have ended, their last token was not read yet
         self.failed: dict[int, BaseException] = {}  # cancelled because a prefix could not be read
         self.counts: Counter[str] = Counter()
 
@@ -113,21 +146,30 @@ class Loop:
         self.buffer = torch.empty(self.scheduler.buffer_len, dtype=torch.int32, pin_memory=self.model.device.type == "cuda")
         out = self.buffer.numpy()  # a fresh one each step, since plans of earlier steps may still be read
         header = self.scheduler.plan_step(out, time.monotonic())
-        ended = {number: self._cut(number, why) for why, ids in (("cancelled", header.cancelled), ("deadline", header.expired)) for number in ids}
+        ended = self._drop(header.cancelled, header.expired)
+        dropped = {*header.cancelled, *header.expired}
         self.residency.begin(header.loads)
         self.counts.update(steps=1, loads=len(header.loads), evictions=len(header.evictions), cancelled=len(header.cancelled), expired=len(header.expired))
-        tables = self.buffer.to(self.model.device, non_blocking=True)
+        chosen = []
         if header.prefill_sections is not None:
-            ended |= self._prefill(out, tables, header.prefill_sections, header.prefill_reach, header.prefill_ids)
+            chosen += self._prefill(out, header.prefill_sections, header.prefill_reach, header.prefill_ids)
         if header.decode_sections is not None:
-            ended |= self._decode(out, tables, header.decode_sections, header.decode_reach)
-        elif header.prefill_sections is None:
+            chosen += self._decode(out, header.decode_sections, header.decode_reach)
+        elif header.prefill_sections is None and not self.started:
             self._fail(self.residency.arrived(wait=True))
-        self.scheduler.commit([number for number, outcome in ended.items() if outcome.reason in ("stop", "length")])
+        over = {n for c in chosen if c.beams == 1 for n, row in zip(c.numbers, c.rows, strict=True) if self.left_of_row[row] == 0}
+        ahead = self.ahead and all(c.beams == 1 for c in chosen)
+        read, self.started = (self.started, chosen) if ahead else (self.started + chosen, [])
+        ended |= self._read(read, ended)
+        over |= {number for number, outcome in ended.items() if outcome.reason in ("stop", "length")}
+        self.scheduler.commit(sorted(over - self.retired - dropped))
+        self.retired = (self.retired | over) - ended.keys()
         for number in ended:
             del self.requests[number]
             self.first_row.pop(number, None)
+            self.tokens.pop(number, None)
         if not self.requests:
+            self.started = []
             self.residency.trim()
         return ended
 
@@ -143,11 +185,12 @@ class Loop:
             self.residency.arrived(wait=True)
         with contextlib.suppress(PrefixFastError):
             self.scheduler.commit([])
-        self.requests, self.first_row, self.failed = {}, {}, {}
+        self.requests, self.first_row, self.tokens, self.started, self.retired, self.failed = {}, {}, {}, [], set(), {}
 
     def close(self) -> None:
-        """Free the arena."""
+        """Free the arena and the graphs."""
         self.residency.loader.close()
+        self.graphs = None
         self.arena = Arena([], torch.empty(0, dtype=torch.int32))
 
     def _fail(self, loads: list[Loaded]) -> None:
@@ -159,19 +202,29 @@ class Loop:
                     self.failed[number] = load.error
                     self.scheduler.cancel(number)
 
+    def _drop(self, cancelled: list[int], expired: list[int]) -> dict[int, Outcome]:
+        """Outcomes of the requests that the scheduler dropped, and of those that turn out to have ended before."""
+        if not cancelled and not expired:
+            return {}
+        started, self.started = self.started, []
+        ended = self._read(started, {})
+        for why, numbers in (("cancelled", cancelled), ("deadline", expired)):
+            ended |= {number: self._cut(number, why) for number in numbers if number not in ended}
+        return ended
+
     def _cut(self, number: int, why: str) -> Outcome:
         """The outcome of a request that the scheduler dropped."""
         error = self.failed.pop(number, None)
         for broken in list(self.residency.broken) if error is not None else []:
             self.residency.drop(broken)
-        row = self.first_row.get(number)
-        if row is None:
-            return Outcome(self.requests[number], [], None, why, error)
-        tokens, score = self._chooser(int(self.beams_of_row[row])).result(row)
-        return Outcome(self.requests[number], tokens, score, why, error)
+        row, request = self.first_row.get(number), self.requests[number]
+        if row is None or self.beams_of_row[row] == 1:
+            return Outcome(request, self.tokens.get(number, []), None, why, error)
+        return Outcome(request, *self._beam(int(self.beams_of_row[row])).result(row), why, error)
 
-    def _prefill(self, out: np.ndarray, tables: Tensor, places: Sections, reach: int, ids: list[int]) -> dict[int, Outcome]:
+    def _prefill(self, out: np.ndarray, places: Sections, reach: int, ids: list[int]) -> list[Chosen]:
         """The prompt tokens of the step in one packed forward, then the first tokens of the prompts that end in it."""
+        tables = self.buffer.to(self.model.device, non_blocking=True)
         fill = section(tables, places["fill"]).long()
         self.arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
         continued = places["key_slots"][1] > 0
@@ -187,67 +240,94 @@ class Loop:
         )
         chunks = list(zip(ids, host_view(out, places["chunk"]).tolist(), strict=True))
         prompts = np.concatenate([self.requests[number].ids[start : start + n] for number, (_, _, start, n) in chunks])
-        logits = self.model.forward(plan, torch.from_numpy(prompts).long().to(self.model.device))
+        logits = self.model.forward(plan, to_device(prompts, self.model.device))
         self.counts.update(prefill_tokens=len(prompts), continued_prefills=int(continued))
         rows = []
         for number, (row, beams, start, n) in chunks:
-            if start + n == len(self.requests[number].ids):
+            request = self.requests[number]
+            if start + n == len(request.ids):
                 self.beams_of_row[row : row + beams], self.id_of_row[row : row + beams] = beams, number
+                self.left_of_row[row] = request.params.max_new_tokens or 1
                 self.first_row[number] = row
-                self._chooser(beams).start(row, self.requests[number].params)
+                (self.greedy if beams == 1 else self._beam(beams)).start(row, request.params)
                 rows.append(np.arange(row, row + beams))
         if not rows:
-            return {}
+            return []
         each = [len(r) for r in rows]
-        repeated = logits.repeat_interleave(torch.tensor(each, device=logits.device), 0) if max(each) > 1 else logits
+        repeated = logits[to_device(np.repeat(np.arange(len(rows)), each), logits.device)] if max(each) > 1 else logits
         return self._choose(repeated, np.concatenate(rows), max(len(self.requests[number].ids) for number in ids))
 
-    def _decode(self, out: np.ndarray, tables: Tensor, places: Sections, reach: int) -> dict[int, Outcome]:
+    def _decode(self, out: np.ndarray, places: Sections, reach: int) -> list[Chosen]:
         """One token for every running row."""
+        lens, rows = host_view(out, places["lens"]), host_view(out, places["row"]).astype(np.int64)
+        rows = rows[rows < len(self.beams_of_row)]  # without those that stand for nothing
+        alone = bool((self.beams_of_row[rows] == 1).all())
+        self.counts.update(decode_steps=1, decoded_rows=len(rows))
+        if self.graphs is not None:
+            logits, tokens = self.graphs.step(self.buffer, places, choose=alone)
+        else:
+            tables = self.buffer.to(self.model.device, non_blocking=True)
+            logits, tokens = self._run(tables, places, choose=alone, reach=reach, max_len=int(lens.max()))
+        if tokens is not None:
+            return [self._chosen(tokens[: len(rows)], rows, 1)]
+        return self._choose(logits[: len(rows)], rows, int(lens.max()))
+
+    def _run_static(self, tables: Tensor, places: Sections, choose: bool) -> Result:
+        return self._run(tables, places, choose=choose, reach=UNBOUNDED, max_len=self.max_model_len)
+
+    def _run(self, tables: Tensor, places: Sections, *, choose: bool, reach: int, max_len: int) -> Result:
+        """The device's part of a decode step: logits, and with ``choose`` tokens of rows without beams."""
         step = DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields))
         slots, rows = section(tables, places["slot"]), step.row.long()
         self.arena.table[rows, step.lens.long() - 1] = slots
-        max_len = int(host_view(out, places["lens"]).max())
-        plan = Plan(
-            section(tables, places["position_ids"])[None],
-            self.model.backend,
-            reach,
-            decode=step,
-            arena=self.arena,
-            slots=slots,
-            max_len=max_len,
-        )
+        positions = section(tables, places["position_ids"])[None]
+        plan = Plan(positions, self.model.backend, reach, decode=step, arena=self.arena, slots=slots, max_len=max_len)
         logits = self.model.forward(plan, self.token[rows])
-        self.counts.update(decode_steps=1, decoded_rows=len(rows))
-        return self._choose(logits, host_view(out, places["row"]).astype(np.int64), max_len)
+        if not choose:
+            return logits, None
+        tokens = self.token[rows] = self.greedy.step(logits, rows).tokens
+        return logits, tokens
 
-    def _choose(self, logits: Tensor, rows: np.ndarray, longest: int) -> dict[int, Outcome]:
+    def _choose(self, logits: Tensor, rows: np.ndarray, longest: int) -> list[Chosen]:
         """Select tokens of ``rows`` ``[R]`` of at most ``longest`` keys from ``logits`` ``[R, V]``; one pass for each number of beams in use."""
-        ended: dict[int, Outcome] = {}
-        beams = self.beams_of_row[rows]
+        found, beams = [], self.beams_of_row[rows]
         for k in np.unique(beams).tolist():
             mine = np.flatnonzero(beams == k)
-            at = torch.from_numpy(rows[mine]).to(logits.device)
-            chooser = self._chooser(k)
-            choice = chooser.step(logits if len(mine) == len(rows) else logits[torch.from_numpy(mine).to(logits.device)], at[::k])
-            self._advance(at, choice, longest)
-            for row in rows[mine][::k][choice.finished.cpu().numpy()].tolist():
-                tokens, score = chooser.result(row)
-                number, why = int(self.id_of_row[row]), "stop" if tokens and tokens[-1] in self.ends else "length"
-                ended[number] = Outcome(self.requests[number], tokens, score, why)
+            at = to_device(rows[mine], logits.device)
+            own = logits if len(mine) == len(rows) else logits[to_device(mine, logits.device)]
+            choice = (self.greedy if k == 1 else self._beam(k)).step(own, at[::k])
+            if choice.source is not None:  # a beam reorder is a permutation of slot-table rows, no key or value moves
+                self.arena.table[at, :longest] = self.arena.table[choice.source, :longest]
+            self.token[at] = choice.tokens
+            found.append(self._chosen(choice.tokens if choice.finished is None else choice.finished, rows[mine][::k], k))
+        return found
+
+    def _chosen(self, values: Tensor, rows: np.ndarray, beams: int) -> Chosen:
+        self.left_of_row[rows] -= 1
+        return Chosen(self.id_of_row[rows].tolist(), rows.tolist(), beams, Arriving(values))
+
+    def _read(self, started: list[Chosen], known: Mapping[int, Outcome]) -> dict[int, Outcome]:
+        """Wait for what steps have chosen: the requests that have ended with it, beside those that are ``known`` to have."""
+        ended: dict[int, Outcome] = {}
+        for chosen in started:
+            for number, row, value in zip(chosen.numbers, chosen.rows, chosen.values.values(), strict=True):
+                request = self.requests.get(number)
+                if request is None or number in ended or number in known:  # it ended in an earlier step; this one was started before that was read
+                    continue
+                if chosen.beams == 1:
+                    tokens = self.tokens.setdefault(number, [])
+                    tokens.append(value)
+                    if value in self.ends or len(tokens) == request.params.max_new_tokens:
+                        ended[number] = Outcome(request, tokens, None, "stop" if value in self.ends else "length")
+                elif value:
+                    tokens, score = self._beam(chosen.beams).result(row)
+                    ended[number] = Outcome(request, tokens, score, "stop" if tokens and tokens[-1] in self.ends else "length")
         return ended
 
-    def _advance(self, rows: Tensor, choice: Choice, longest: int) -> None:
-        """Write the next tokens; a beam reorder is a permutation of slot-table rows, no key or value moves."""
-        if choice.source is not None:
-            self.arena.table[rows, :longest] = self.arena.table[choice.source, :longest]
-        self.token[rows] = choice.tokens
-
-    def _chooser(self, beams: int) -> Greedy | Beam:
-        if beams not in self.choosers:
-            size = (len(self.token), self.max_model_len, self.eos)
-            self.choosers[beams] = Greedy(*size) if beams == 1 else Beam(beams, *size)
-        return self.choosers[beams]
+    def _beam(self, beams: int) -> Beam:
+        if beams not in self.beam:
+            self.beam[beams] = Beam(beams, len(self.token), self.max_model_len, self.eos)
+        return self.beam[beams]
 
 
 def _tenant(name: str) -> int:

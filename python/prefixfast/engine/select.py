@@ -24,12 +24,12 @@ class Choice:
     Attributes:
         tokens: ``[S * K]`` next token of each row.
         source: ``[S * K]`` row of the slot table that each row continues; None: its own.
-        finished: Bool ``[S]``.
+        finished: Bool ``[S]``; None: a token says it (an end token, or the last one allowed).
     """
 
     tokens: Tensor
     source: Tensor | None
-    finished: Tensor
+    finished: Tensor | None
 
 
 class _Limits:
@@ -44,10 +44,9 @@ class _Limits:
 
     def hide_end(self, scores: Tensor, at: Tensor) -> None:
         """Set end tokens to -inf in ``[S, K or 1, V]`` where a request is shorter than its minimum."""
-        early = self.count[at] < self.min_new[at]
-        if len(self.eos) and bool(early.any()):
-            hidden = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device).index_fill_(0, self.eos, value=True)
-            scores.masked_fill_(early[:, None, None] & hidden, -torch.inf)
+        if len(self.eos):
+            early = self.count[at] < self.min_new[at]
+            scores.index_copy_(-1, self.eos, scores.index_select(-1, self.eos).masked_fill(early[:, None, None], -torch.inf))
 
     def ends(self, tokens: Tensor, at: Tensor) -> Tensor:
         """Which ``[S, n]`` candidate tokens end their sequence, by end token or length."""
@@ -56,17 +55,15 @@ class _Limits:
 
 
 class Greedy:
-    """The likeliest token at each step.
+    """The likeliest token at each step. Nothing here reads a tensor on the host, so a step can be captured.
 
     Args:
         rows: R.
-        longest: L.
         eos: End tokens ``[E]``, may be empty.
     """
 
-    def __init__(self, rows: int, longest: int, eos: Tensor) -> None:
+    def __init__(self, rows: int, eos: Tensor) -> None:
         self.limits = _Limits(rows, eos)
-        self.out = torch.zeros(rows, longest, dtype=torch.int64, device=eos.device)
 
     def start(self, row: int, params: GenerationParams) -> None:
         """A request takes its row."""
@@ -76,15 +73,8 @@ class Greedy:
         """Choose for requests at rows ``at`` ``[S]`` from logits ``[S, V]``."""
         scores = logits[:, None].float()
         self.limits.hide_end(scores, at)
-        tokens = scores[:, 0].argmax(-1)
-        self.out[at, self.limits.count[at]] = tokens
-        finished = self.limits.ends(tokens[:, None], at)[:, 0]
         self.limits.count[at] += 1
-        return Choice(tokens, None, finished)
-
-    def result(self, row: int) -> tuple[list[int], float | None]:
-        """Tokens of a finished request."""
-        return self.out[row, : int(self.limits.count[row])].tolist(), None
+        return Choice(scores[:, 0].argmax(-1), None, None)
 
 
 class Beam:
@@ -167,9 +157,12 @@ class Beam:
         self.hope[at] = hope = self.hope[at] & (reachable[:, None] > worst).any(1)
         return hope & ~(done.all(1) & (early == EARLY[True]))
 
-    def result(self, row: int) -> tuple[list[int], float | None]:
-        """Tokens and score of a finished request's best beam."""
-        return self.done_tokens[row, 0, : int(self.length[row, 0])].tolist(), float(self.score[row, 0])
+    def result(self, row: int) -> tuple[list[int], float]:
+        """Tokens and score of a request's best finished beam; of its best running one while none has finished."""
+        if bool(self.done[row].any()):
+            return self.done_tokens[row, 0, : int(self.length[row, 0])].tolist(), float(self.score[row, 0])
+        count = int(self.limits.count[row])
+        return self.running[row, 0, :count].tolist(), float(self.running_score[row, 0] / max(count, 1) ** self.penalty[row])
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,6 +18,7 @@ from prefixfast.engine.request import Generation, Request
 from prefixfast.errors import CapacityError, ConfigError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Ticket:
@@ -66,6 +68,7 @@ class Worker:
         self.loop, self.finish, self.num_threads = loop, finish, num_threads or torch.get_num_threads()
         self.change = threading.Condition()
         self.inbox: deque[tuple[Ticket, Request | None]] = deque()  # None: cancel
+        self.jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self.tickets: dict[int, Ticket] = {}
         self.waiting = 0  # in the inbox, not cancels
         self.queued = 0  # in the scheduler, which only the loop's thread may ask
@@ -95,6 +98,21 @@ class Worker:
             self.change.notify_all()
         return ticket
 
+    def call(self, job: Callable[[], T]) -> T:
+        """Run something between two steps, in the thread that owns the model, and wait for it.
+
+        Raises:
+            ConfigError: If the engine is closed.
+        """
+        future: Future[T] = Future()
+        with self.change:
+            if self.closing:
+                msg = "this engine is closed: make a new one"
+                raise ConfigError(msg)
+            self.jobs.append((job, future))
+            self.change.notify_all()
+        return future.result()
+
     def cancel(self, ticket: Ticket) -> None:
         """See `Ticket.cancel`."""
         with self.change:
@@ -113,7 +131,7 @@ class Worker:
         with torch.inference_mode():
             while self._take():
                 try:
-                    ended = self.loop.step()
+                    ended = self.loop.step() if self.loop.busy else {}
                     self.queued = self.loop.scheduler.num_waiting
                     for number, outcome in ended.items():
                         self._deliver(number, outcome)
@@ -125,8 +143,9 @@ class Worker:
     def _take(self) -> bool:
         """Wait for work and take in what came; False: it is over."""
         with self.change:
-            while not (self.inbox or self.loop.busy or self.closing):
+            while not (self.inbox or self.jobs or self.loop.busy or self.closing):
                 self.change.wait()
+            jobs, self.jobs = self.jobs, deque()
             taken, self.inbox, self.waiting = self.inbox, deque(), 0
             for ticket, request in taken:
                 if request is None:
@@ -135,7 +154,13 @@ class Worker:
                     self._add(ticket, request)
             self.queued = self.loop.scheduler.num_waiting
             self.change.notify_all()
-            return not self.closing
+            going = not self.closing
+        for job, future in jobs:
+            try:
+                future.set_result(job())
+            except BaseException as e:
+                future.set_exception(e)
+        return going
 
     def _add(self, ticket: Ticket, request: Request) -> None:
         self.tickets[ticket.number] = ticket
