@@ -199,6 +199,7 @@ class EngineConfig(Options):
     share_prompts: int = option(0, "leading tokens that requests of a batch must have in common to be computed once and kept as a prefix; 0: never")
     num_threads: int | None = option(None, "CPU threads; by default torch's setting")
     decode_graphs: bool = option(True, "on a GPU run decode steps as captured CUDA graphs, started before the tokens of the step before are read")
+    compile_decode: bool = option(False, "compile what the graphs hold with torch.compile: minutes at the start, fewer launches (not measured yet)")
     prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
 
     def validate(self) -> None:

@@ -10,6 +10,7 @@ import tiny
 from mixes import prefixes_of
 from prefixfast import Engine
 from prefixfast.config import EngineConfig
+from prefixfast.engine import graphs
 from prefixfast.engine import loop as loops
 from prefixfast.engine.graphs import why_not
 from prefixfast_kernels.tiles import DecodeSizes
@@ -39,7 +40,7 @@ def mix(base):
 def expected():
     """Tokens of each family's mix by steps as they are on a CPU."""
     out = {}
-    for family in ("gpt2", "gemma2"):
+    for family in ("gpt2", "gemma2", "llama"):
         base = make(family)
         with Engine(base, max_num_seqs=5, max_model_len=64) as engine:
             out[family] = [g.token_ids for g in engine.generate(*mix(base))]
@@ -97,6 +98,22 @@ def test_memory_that_a_later_step_overwrites_is_noticed(static, monkeypatch):
     base = make("gpt2")
     with attached(base, "torch") as model, Engine(model, max_num_seqs=5, max_model_len=64) as engine:
         assert [r.token_ids for r in engine.generate(*mix(base))] != static["gpt2"]
+
+
+def broken(_graph, _inputs):
+    msg = "no compiler here"
+    raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", broken], ids=["works", "fails"])
+def test_compiled_steps_give_the_same_tokens(compiler, static, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "COMPILER", compiler)
+    base = make("llama")
+    how = {"max_num_seqs": 5, "max_model_len": 64, "prepack": False, "compile_decode": True}
+    with attached(base, "torch") as model, Engine(model, **how) as engine:
+        assert [r.token_ids for r in engine.generate(*mix(base))] == static["llama"]
+        assert (engine.loop.graphs.compiled is not None) == (compiler == "aot_eager")
+    assert ("not compiled" in caplog.text) == (compiler != "aot_eager")
 
 
 def test_a_step_is_started_before_the_tokens_of_the_one_before_are_read(monkeypatch):

@@ -164,7 +164,8 @@ class Engine:
         model = self.model
         found = {op: way for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items() if op != "cross_entropy"}
         called = self.loop.why_called
-        found["decode step"] = f"called; {called}" if called else "captured CUDA graphs by rows, planned one step ahead"
+        compiled = ", compiled" if self.config.compile_decode else ""
+        found["decode step"] = f"called; {called}" if called else f"captured CUDA graphs by rows, planned one step ahead{compiled}"
         packed = model.packed
         why = "prepack=False" if packed is None and model.device.type == "cpu" else "packing is for CPUs" if packed is None else packed.why_not
         return found | {"linear": "packed for this CPU (oneDNN)" if why is None else f"torch; {why}"}

@@ -20,6 +20,7 @@ from prefixfast.plan import Sections, section
 logger = logging.getLogger(__name__)
 Result = tuple[Tensor, Tensor | None]  # logits, and tokens where they are chosen inside
 Run = Callable[[Tensor, Sections, bool], Result]  # tables on the device, where they lie, whether to choose
+COMPILER = "inductor"
 
 
 def why_not(model: Model, config: EngineConfig) -> str | None:
@@ -48,10 +49,12 @@ class DecodeGraphs:
         run: The step; must not read a tensor on the host.
         dead: Entries of rows that stand for nothing, by table; 0 in all others.
         device: Where the model runs; without CUDA the step is called, on the same static memory.
+        compiled: Compile what is captured with ``torch.compile``.
     """
 
-    def __init__(self, run: Run, dead: Mapping[str, int], device: torch.device) -> None:
-        self.run, self.dead, self.device = run, dead, device
+    def __init__(self, run: Run, dead: Mapping[str, int], device: torch.device, *, compiled: bool = False) -> None:
+        self.own, self.dead, self.device = run, dead, device
+        self.compiled = torch.compile(run, backend=COMPILER, dynamic=False, fullgraph=True) if compiled else None
         self.capture = device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
         self.made: dict[tuple[int, bool], _Static] = {}
@@ -102,19 +105,29 @@ class DecodeGraphs:
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles, and lets libraries allocate what they keep
-                self.run(static.tables, static.layout, choose)
+                self._run(static, choose=choose)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # the loader's thread goes on meanwhile
-            out = self.run(static.tables, static.layout, choose)
+            out = self._run(static, choose=choose)
         logger.info("captured a decode step of %d rows%s", static.layout["row"][1], "" if choose else ", tokens chosen outside")
         return graph, out
 
     def _call(self, static: _Static, *, choose: bool) -> None:
-        made = self.run(static.tables, static.layout, choose)
+        made = self._run(static, choose=choose)
         if static.out is None:
             static.out = made
             return
         for kept, new in zip(static.out, made, strict=True):
             if kept is not None and new is not None:
                 kept.copy_(new)
+
+    def _run(self, static: _Static, *, choose: bool) -> Result:
+        if self.compiled is not None:
+            try:
+                with torch._dynamo.config.patch(recompile_limit=64):  # one for each bucket
+                    return self.compiled(static.tables, static.layout, choose)
+            except torch._dynamo.exc.TorchDynamoException as e:
+                logger.warning("decode steps are not compiled: %s", str(e).splitlines()[0])
+                self.compiled = None
+        return self.own(static.tables, static.layout, choose)

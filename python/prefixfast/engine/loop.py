@@ -93,7 +93,7 @@ class Loop:
         self.ahead = self.why_called is None
         self.scheduler = _rust.Scheduler(arena_rows, rows, config.max_num_batched_tokens, tile_rows=use.sizes.tokens, decode=use.decode, pad_decode=self.ahead)
         dead = {"row": rows, "slot": arena_rows - 1, "lens": 1}
-        self.graphs = DecodeGraphs(self._run_static, dead, device) if self.ahead else None
+        self.graphs = DecodeGraphs(self._run_static, dead, device, compiled=config.compile_decode) if self.ahead else None
         self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory))
         self.max_waiting = config.max_waiting
         self.eos, self.ends = torch.tensor(eos, dtype=torch.int64, device=device), set(eos)
