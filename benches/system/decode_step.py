@@ -26,7 +26,7 @@ SETTINGS = [(0, 0, True), (0, 0, False), (200, 1, True), (200, 32, True), (512, 
 PARTS = {
     "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
     "attention": ("prefixfast::attn_decode",),
-    "arena writes": ("prefixfast::kv_write",),
+    "arena writes": ("aten::index_copy_",),
     "choosing": ("aten::argmax",),
     "GELU": ("aten::gelu",),
     "norms": ("aten::native_layer_norm",),

@@ -16,13 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prefixfast import ops
-from prefixfast.bench.harness import Timing, alternate, write_rows
+from prefixfast.bench.harness import DTYPES, LIMIT, Timing, alternate, write_rows
 from prefixfast_kernels.checks import Request, decode_tables, relative_error
 from prefixfast_kernels.decode_cases import MODES, with_work
 from prefixfast_kernels.tables import DecodeTables
-
-LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ import torch
 from prefixfast.files import replace_file
 
 K = TypeVar("K", bound=Hashable)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}  # relative error of attention above which nothing is timed
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 

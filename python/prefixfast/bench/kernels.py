@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prefixfast.bench.baselines import CONTENDERS, ON_CPU, TRANSFORMERS, Contender, Inputs, Shape
-from prefixfast.bench.harness import Timing, alternate, cpu_name, write_rows
+from prefixfast.bench.harness import DTYPES, LIMIT, Timing, alternate, cpu_name, write_rows
 from prefixfast_kernels import tiles
 from prefixfast_kernels.cases import CASES, FLOOR, NAMES, errors, triton, within
 from prefixfast_kernels.checks import relative_error
@@ -34,8 +34,6 @@ CPU_SHAPES = (
     Shape("SmolLM2, 32 x 64, P=200", 32, 64, 200, 1, (9, 3, 64)),
     Shape("SmolLM2, 32 x 64, P=200, 8 distinct", 32, 64, 200, 8, (9, 3, 64)),
 )
-LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)

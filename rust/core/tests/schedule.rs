@@ -72,6 +72,18 @@ proptest! {
     }
 }
 
+/// Requests in the order in which they are prefilled, each decoded once.
+fn order_of(scheduler: &mut Scheduler) -> Vec<i64> {
+    let mut out = vec![0; scheduler.buffer_len()];
+    let mut order = Vec::new();
+    while scheduler.num_running() + scheduler.num_waiting() > 0 {
+        let header = scheduler.plan_step(0, &mut out).expect("a step");
+        order.extend(&header.prefill_ids);
+        scheduler.commit(&header.decode_ids).expect("a commit");
+    }
+    order
+}
+
 #[test]
 fn orders_by_priority_then_arrival() {
     let mut scheduler = Scheduler::new(Limits {
@@ -87,14 +99,7 @@ fn orders_by_priority_then_arrival() {
             })
             .expect("room");
     }
-    let mut out = vec![0; scheduler.buffer_len()];
-    let mut order: Vec<i64> = Vec::new();
-    while scheduler.num_running() + scheduler.num_waiting() > 0 {
-        let header = scheduler.plan_step(0, &mut out).expect("a step");
-        order.extend(&header.prefill_ids);
-        scheduler.commit(&header.decode_ids).expect("a commit");
-    }
-    assert_eq!(order, [2, 3, 1]);
+    assert_eq!(order_of(&mut scheduler), [2, 3, 1]);
 }
 
 #[test]
@@ -113,14 +118,10 @@ fn shares_rows_between_tenants() {
             })
             .expect("room");
     }
-    let mut out = vec![0; scheduler.buffer_len()];
-    let mut order: Vec<i64> = Vec::new();
-    while scheduler.num_running() + scheduler.num_waiting() > 0 {
-        let header = scheduler.plan_step(0, &mut out).expect("a step");
-        order.extend(&header.prefill_ids);
-        scheduler.commit(&header.decode_ids).expect("a commit");
-    }
-    assert_eq!(order, [0, 10, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9]);
+    assert_eq!(
+        order_of(&mut scheduler),
+        [0, 10, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    );
 }
 
 #[test]
