@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
 
+LARGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
+CGROUP = Path("/sys/fs/cgroup")
 UNKNOWN = 4 * 2**30  # where the system does not say
 
 
@@ -19,6 +23,16 @@ def free_memory(device: torch.device) -> int:
     return min((x for x in limits if x is not None), default=UNKNOWN)
 
 
+def in_large_pages(t: torch.Tensor) -> torch.Tensor:
+    """Ask Linux to back a tensor on a CPU that was not written yet with large pages: fewer faults, and rows all over it are found faster."""
+    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" and t.device.type == "cpu" else None
+    first = -(-t.data_ptr() // LARGE_PAGE) * LARGE_PAGE
+    length = (t.data_ptr() + t.numel() * t.element_size() - first) // LARGE_PAGE * LARGE_PAGE
+    if madvise is not None and length > 0:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)  # a hint: it may be refused
+    return t
+
+
 def _available() -> int | None:
     info = Path("/proc/meminfo")
     if info.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", info.read_text(encoding="utf8"))):
@@ -28,9 +42,10 @@ def _available() -> int | None:
 
 
 def _container() -> int | None:
-    """What is left under the container's limit (cgroup v2)."""
+    """What is left under the container's limit (cgroup v2); files that were only read count as free."""
     try:
-        most, now = (Path("/sys/fs/cgroup", name).read_text(encoding="utf8").strip() for name in ("memory.max", "memory.current"))
+        most, now, stat = ((CGROUP / f"memory.{name}").read_text(encoding="utf8").strip() for name in ("max", "current", "stat"))
     except OSError:
         return None
-    return None if most == "max" else max(0, int(most) - int(now))
+    cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
+    return None if most == "max" else max(0, int(most) - int(now) + (int(cached[1]) if cached else 0))

@@ -7,7 +7,7 @@ import pytest
 
 from oracles import ROOT
 
-README = (ROOT / "README.md").read_text(encoding="utf8")
+README, PERFORMANCE, ARCHITECTURE = ((ROOT / name).read_text(encoding="utf8") for name in ("README.md", "docs/performance.md", "docs/architecture.md"))
 RESULTS = ROOT / "benches" / "results"
 
 
@@ -35,12 +35,13 @@ def quality_rows() -> list[str]:
     return out
 
 
-def generation_rows() -> list[str]:
+def generation_rows(name: str) -> list[str]:
     found: dict[str, dict[int, str]] = {}
-    for r in lines("generate-gpt2-fp32.jsonl"):
+    distinct = sorted({r["distinct"] for r in lines(name) if r["contender"] == "prefixfast" and r["prefix_length"]})
+    for r in lines(name):
         names = [r["contender"]]
         if r["contender"] == "prefixfast":
-            names = [f"prefixfast, {d} distinct" for d in ([r["distinct"]] if r["prefix_length"] else [1, 4, 32])]
+            names = [f"prefixfast, {d} distinct" for d in ([r["distinct"]] if r["prefix_length"] else distinct)]
         for n in names:
             found.setdefault(n, {})[r["prefix_length"]] = f"{r['tokens_per_second']:.1f}"
     lengths = sorted({length for cells in found.values() for length in cells})
@@ -54,9 +55,39 @@ def kernel_rows() -> list[str]:
     return [f"| {s.replace(' x 64', ' x 64 tokens', 1)} | {' | '.join(best[s, c, w] for c, w in keys)} |" for s in shapes]
 
 
-@pytest.mark.parametrize("row", [*quality_rows(), *generation_rows(), *kernel_rows()])
-def test_the_readme_shows_what_was_measured(row):
-    assert f"\n{row}\n" in README
+def step_rows() -> list[str]:
+    out = []
+    for dtype in ("fp32", "bf16"):
+        for r in lines(f"decode-step-gpt2-{dtype}.jsonl"):
+            prefix = f"P={r['prefix_length']}" + (f", {r['distinct']} distinct" if r["prefix_length"] else "")
+            parts = " | ".join(f"{ms:.1f}" for ms in r["parts_ms"].values())
+            out.append(f"| {dtype}, {prefix}{'' if r['packed'] else ', weights as they are'} | {r['best_ms']:.1f} | {r['median_ms']:.1f} | {parts} |")
+    return out
+
+
+def backward_rows() -> list[str]:
+    found: dict[str, list[str]] = {}
+    for r in lines("attn-backward-cpu-bf16.jsonl"):
+        found.setdefault(r["piece"], []).append(f"{min(r['seconds']) * 1e3:.1f} ({r['error']:.1e})")
+    return [f"  | {piece} | {' | '.join(cells)} |" for piece, cells in found.items()]
+
+
+SHOWN = [
+    *((row, README) for row in (*quality_rows(), *generation_rows("generate-gpt2-fp32.jsonl"), *generation_rows("generate-gpt2-bf16.jsonl"), *kernel_rows())),
+    *((row, PERFORMANCE) for row in (*step_rows(), *generation_rows("generate-llama-fp32.jsonl"))),
+    *((row, ARCHITECTURE) for row in backward_rows()),
+]
+
+
+@pytest.mark.parametrize(("row", "text"), SHOWN, ids=[row.strip("| ").split(" |")[0] for row, _ in SHOWN])
+def test_tables_show_what_was_measured(row, text):
+    assert f"\n{row}\n" in text
+
+
+def test_what_is_said_of_tiering_is_in_the_file():
+    *_, every, few, ratio = (json.loads(line) for line in (RESULTS / "tiering.jsonl").read_text(encoding="utf8").splitlines())
+    assert (every["contender"], few["contender"]) == ("all resident", "tiered")
+    assert f"{few['p99_ms']:.1f} ms against {every['p99_ms']:.1f} ms with all resident ({ratio['p99_ratio']:.2f} times)" in PERFORMANCE
 
 
 def test_times_beside_peft_are_those_of_the_files():

@@ -50,6 +50,16 @@ def test_an_engine_survives_an_error_in_the_middle(where, error, monkeypatch):
         assert [g.token_ids for g in engine.generate(batch, chosen)] == expected
 
 
+def test_an_end_token_that_the_base_does_not_have_is_let_be():
+    base = tiny.make("gpt2")
+    expected = []
+    for end in (None, [50256, -1]):
+        base.generation_config.eos_token_id = end
+        with Engine(base, max_num_seqs=6, max_model_len=32) as engine:
+            expected.append([engine.generate([[5, 6]], max_new_tokens=6, num_beams=beams)[0].token_ids for beams in (1, 3)])
+    assert expected[0] == expected[1]
+
+
 def test_a_closed_base_or_engine_is_refused():
     base = tiny.make("gpt2")
     model = prefixfast.load(base)

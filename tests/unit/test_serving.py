@@ -12,6 +12,7 @@ import prefixfast
 import tiny
 from mixes import prefixes_of, requests
 from prefixfast import Engine, PrefixStore
+from prefixfast.engine.worker import Worker
 from prefixfast.errors import CapacityError, ConfigError, DataError, UnknownPrefixError
 
 SMALL = {"max_num_seqs": 4, "max_model_len": 64}
@@ -152,6 +153,27 @@ def test_too_many_waiting_requests_are_refused(base):
         assert len(engine.generate([[5, 6]] * 12, max_new_tokens=2)) == 12, "a batch waits for room"
     with Engine(base, max_num_seqs=1, max_model_len=64, max_waiting=3) as engine:
         assert len(engine.generate([[5, 6]] * 12, max_new_tokens=2)) == 12
+
+
+def test_a_queue_that_empties_in_one_step_lets_the_next_ones_in(base):
+    with Engine(base, max_num_seqs=4, max_model_len=64, max_waiting=1) as engine:
+        engine.submit([5, 6], max_new_tokens=1).result(60)
+        for _ in range(5):
+            assert len(engine.generate([[5, 6]] * 5, max_new_tokens=1)) == 5
+
+
+def test_generate_that_waited_for_another_goes_through_a_thread_that_began_meanwhile(base):
+    with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
+        results = []
+        with engine.lock:  # someone drives the loop
+            waiting = threading.Thread(target=lambda: results.append(engine.generate([[5, 6]] * 3, max_new_tokens=4)))
+            waiting.start()
+            time.sleep(0.1)
+            engine.worker = Worker(engine.loop, engine._generation, None)
+        tickets = [engine.submit([5, 6], max_new_tokens=4) for _ in range(20)]
+        waiting.join(60)
+        assert [r.token_ids for r in results[0]] == [tickets[0].result(60).token_ids] * 3
+        assert all(t.result(60).token_ids == tickets[0].result().token_ids for t in tickets)
 
 
 def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(engine, monkeypatch):

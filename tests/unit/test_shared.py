@@ -1,6 +1,8 @@
 """Shared leading text is computed once and changes nothing."""
 
+import asyncio
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -60,4 +62,16 @@ def test_text_is_learned_in_the_thread_that_owns_the_model(monkeypatch):
         with pytest.raises(ZeroDivisionError):
             engine.generate([OTHER, OTHER], max_new_tokens=2)
         assert engine.generate([[3, 4]], max_new_tokens=2), "the thread goes on"
+        ticket = engine.submit([3, 4], max_new_tokens=2)
+        then = []
+        ticket.future.add_done_callback(lambda _: then.append(engine.submit([3, 5], max_new_tokens=2)))  # maybe in the engine's own thread
+        ticket.result(60)
+        while not then:
+            time.sleep(0.001)
+        assert then[0].result(60).token_ids
+
+        async def some():
+            return await asyncio.gather(*(engine.agenerate([*LEAD, 5 + i], max_new_tokens=2) for i in range(3)))
+
+        assert [r.usage["prompt_tokens"] for r in asyncio.run(some())] == [len(LEAD) + 1] * 3
     assert threads == ["prefixfast-engine"]

@@ -6,7 +6,7 @@ import torch
 
 from prefixfast.config import EngineConfig
 from prefixfast.errors import CapacityError
-from prefixfast.memory import free_memory
+from prefixfast.memory import free_memory, in_large_pages
 from prefixfast.model import Model
 from prefixfast.plan import Arena
 
@@ -38,7 +38,7 @@ def make_arena(model: Model, arena_rows: int, decode_rows: int, longest: int) ->
     """Uninitialized keys and values of every layer, and an empty slot table."""
 
     def empty(heads: int, dim: int) -> torch.Tensor:
-        return torch.empty(arena_rows, heads, dim, dtype=model.dtype, device=model.device)
+        return in_large_pages(torch.empty(arena_rows, heads, dim, dtype=model.dtype, device=model.device))
 
     layers = [(empty(s.num_kv_heads, s.head_dim), empty(s.num_kv_heads, s.head_dim)) for s in model.layers]
     return Arena(layers, torch.zeros(decode_rows, longest, dtype=torch.int32, device=model.device))

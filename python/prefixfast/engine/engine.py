@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -108,10 +109,10 @@ class Engine:
         for resolved in list({r.params: None for r in requests})[:3]:
             logger.info("generating with %s", resolved)
         with tqdm(total=len(requests), desc="generate", unit="request", disable=None if progress is None else not progress) as bar:
-            if self.worker is not None:
-                return self._through_worker(requests, bar)
             with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
-                return self._inline(requests, bar)
+                if self.worker is None:
+                    return self._inline(requests, bar)
+            return self._through_worker(requests, bar)
 
     def submit(
         self,
@@ -146,7 +147,15 @@ class Engine:
 
     async def agenerate(self, item: Input, prefix: Any = None, **options: Any) -> Generation:
         """`submit` and wait without blocking the event loop; a cancelled task cancels its request."""
-        ticket = self.submit(item, prefix, **options)
+        if self.config.share_prompts:  # may wait for the engine's thread
+            submitted = asyncio.get_running_loop().run_in_executor(None, lambda: self.submit(item, prefix, **options))
+            try:
+                ticket = await asyncio.shield(submitted)
+            except asyncio.CancelledError:
+                submitted.add_done_callback(lambda done: None if done.exception() else done.result().cancel())
+                raise
+        else:
+            ticket = self.submit(item, prefix, **options)
         try:
             return await ticket
         except BaseException:
@@ -163,7 +172,7 @@ class Engine:
         """Which way each operator of this engine goes and why no faster one, and whether weights are packed."""
         model = self.model
         found = {op: way for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items() if op != "cross_entropy"}
-        called = self.loop.why_called
+        called = self.loop.why_called or (None if self.loop.graphs is None or self.loop.graphs.capture else "capture failed, see the log")
         compiled = ", compiled" if self.config.compile_decode else ""
         found["decode step"] = f"called; {called}" if called else f"captured CUDA graphs by rows, planned one step ahead{compiled}"
         packed = model.packed
@@ -197,10 +206,10 @@ class Engine:
         requests = make_requests(self.model, batch, prefixes, GenerationParams.make(params, **fields), self.max_model_len, self.store)
         if not self.config.share_prompts:
             return requests
-        if self.worker is not None:
-            return self.worker.call(lambda: self.shared.split(requests))
         with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
-            return self.shared.split(requests)
+            if self.worker is None:
+                return self.shared.split(requests)
+        return self.worker.call(lambda: self.shared.split(requests))
 
     def _started(self) -> Worker:
         with self.lock:

@@ -7,6 +7,7 @@ the slot table and of all per-row state that no request gets.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 Result = tuple[Tensor, Tensor | None]  # logits, and tokens where they are chosen inside
 Run = Callable[[Tensor, Sections, bool], Result]  # tables on the device, where they lie, whether to choose
 COMPILER = "inductor"
+_CAPTURE = threading.Lock()  # a process can capture one graph at a time
 
 
 def why_not(model: Model, config: EngineConfig) -> str | None:
@@ -57,6 +59,7 @@ class DecodeGraphs:
         self.compiled = torch.compile(run, backend=COMPILER, dynamic=False, fullgraph=True) if compiled else None
         self.capture = device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.capture else None
+        self.stream = torch.cuda.Stream(device) if self.capture else None
         self.made: dict[tuple[int, bool], _Static] = {}
 
     def step(self, planned: Tensor, places: Sections, *, choose: bool) -> Result:
@@ -94,21 +97,24 @@ class DecodeGraphs:
         if not self.capture:
             return static
         try:
-            static.graph, static.out = self._captured(static, choose=choose)
+            with _CAPTURE, torch.cuda.device(self.device):
+                static.graph, static.out = self._captured(static, choose=choose)
         except RuntimeError as e:
             logger.warning("decode steps are called, not captured: %s", e)
             self.capture = False
         return static
 
     def _captured(self, static: _Static, *, choose: bool) -> tuple[torch.cuda.CUDAGraph, Result]:
-        side, current = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side, current = self.stream, torch.cuda.current_stream()
+        assert side is not None
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(2):  # compiles, and lets libraries allocate what they keep
                 self._run(static, choose=choose)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):  # the loader's thread goes on meanwhile
+        # one stream for all captures, so that they share memory; the loader's thread goes on meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             out = self._run(static, choose=choose)
         logger.info("captured a decode step of %d rows%s", static.layout["row"][1], "" if choose else ", tokens chosen outside")
         return graph, out
@@ -127,7 +133,7 @@ class DecodeGraphs:
             try:
                 with torch._dynamo.config.patch(recompile_limit=64):  # one for each bucket
                     return self.compiled(static.tables, static.layout, choose)
-            except torch._dynamo.exc.TorchDynamoException as e:
+            except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
                 logger.warning("decode steps are not compiled: %s", str(e).splitlines()[0])
                 self.compiled = None
         return self.own(static.tables, static.layout, choose)

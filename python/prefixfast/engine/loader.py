@@ -55,7 +55,7 @@ class Loader:
         self.order = itertools.count()
         self.thread: threading.Thread | None = None
         device = layers[0][0].device
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def load(self, number: int, prefix: Prefix | StoredPrefix, row: int) -> None:
         """Copy a prefix to the arena rows from ``row`` on; `finished` will name it."""

@@ -96,6 +96,7 @@ class Loop:
         self.graphs = DecodeGraphs(self._run_static, dead, device, compiled=config.compile_decode) if self.ahead else None
         self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory))
         self.max_waiting = config.max_waiting
+        eos = [e for e in eos if 0 <= e < model.vocab_size]  # what the base cannot say is looked up nowhere
         self.eos, self.ends = torch.tensor(eos, dtype=torch.int64, device=device), set(eos)
         self.greedy, self.beam = Greedy(rows + 1, self.eos), dict[int, Beam]()
         self.token = torch.zeros(rows + 1, dtype=torch.int64, device=device)

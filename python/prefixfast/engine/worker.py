@@ -104,6 +104,8 @@ class Worker:
         Raises:
             ConfigError: If the engine is closed.
         """
+        if threading.current_thread() is self.thread:  # a callback of a ticket
+            return job()
         future: Future[T] = Future()
         with self.change:
             if self.closing:
@@ -117,13 +119,13 @@ class Worker:
         """See `Ticket.cancel`."""
         with self.change:
             self.inbox.append((ticket, None))
-            self.change.notify()
+            self.change.notify_all()
 
     def close(self) -> None:
         """End the thread; requests that have not ended are cancelled."""
         with self.change:
             self.closing = True
-            self.change.notify()
+            self.change.notify_all()
         self.thread.join()
 
     def _run(self) -> None:
@@ -143,6 +145,7 @@ class Worker:
     def _take(self) -> bool:
         """Wait for work and take in what came; False: it is over."""
         with self.change:
+            self.change.notify_all()  # whoever waits for room: the last step may have made some
             while not (self.inbox or self.jobs or self.loop.busy or self.closing):
                 self.change.wait()
             jobs, self.jobs = self.jobs, deque()
