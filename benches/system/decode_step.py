@@ -27,7 +27,7 @@ PARTS = {
     "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
     "attention": ("prefixfast::attn_decode",),
     "arena writes": ("aten::index_copy_",),
-    "choosing": ("aten::argmax",),
+    "choosing": ("aten::argmax", "aten::amax", "aten::gather"),
     "GELU": ("aten::gelu",),
     "norms": ("aten::native_layer_norm",),
 }

@@ -103,3 +103,11 @@ def test_what_is_said_of_rounding_is_in_the_files():
     found = [f"{abs(losses[i] - exact[i]):.{digits}}" for losses, digits in ((peft, 2), (own, 1)) for i in (7, 12)]
     assert all(f in README for f in ("1.4e-8", "1.3e-3", "0.18", "3e-5", "0.04"))
     assert found == ["0.0013", "0.18", "3e-05", "0.04"]
+
+
+def test_what_is_said_of_steps_and_tenants_is_in_the_files():
+    found = json.loads((RESULTS / "parts.json").read_text(encoding="utf8"))["microseconds"]
+    names = ("test_a_decode_step_of_32_rows[20]", "test_a_step_with_a_tenth_replaced[20]", "test_a_step_with_a_tenth_replaced[2000]")
+    fair, unfair = lines("fairness.jsonl")
+    said = [f"{found[name]['median'] / 1e3:.2f} ms" for name in names] + [f"at most {fair['growth']:.1f} times; {unfair['growth']:.0f} times where"]
+    assert all(text in PERFORMANCE for text in said), said

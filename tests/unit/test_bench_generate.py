@@ -10,6 +10,7 @@ from prefixfast import load
 from prefixfast.bench import generate
 from prefixfast.bench.generate import BY_HAND, ONE_BY_ONE, ONE_FOR_ALL, OURS, Key, Workload, check, measure, plot, table
 from prefixfast.bench.report import write_report
+from prefixfast.errors import ConfigError
 
 WORK = Workload(requests=3, prompt=6, new=5, one_by_one=2)
 
@@ -60,3 +61,12 @@ def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "throughput.png").stat().st_size > 1000
     assert "again" in (tmp_path / "report.html").read_text()
     assert "2 requests: milliseconds a token of one request" in capsys.readouterr().out
+
+
+def test_a_length_that_the_base_has_no_positions_for_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "make", lambda *_: tiny.make("gpt2"))
+    how = {"model": None, "shape": "gpt2", "dtype": "float32", "distinct": [1], "requests": [2], "rounds": 1, "command": ""}
+    with pytest.raises(ConfigError, match="100, 40 prompt tokens and 32 new ones are 172 positions, this base has 160"):
+        generate.run(tmp_path, lengths=[0, 100], **how)
+    longest = max(generate.SHAPES["llama"][2]["max_position_embeddings"] - 72, 0)
+    assert longest >= 4096, "what the option's help promises"

@@ -20,6 +20,7 @@ from prefixfast.bench import contenders
 from prefixfast.bench.harness import Timing, alternate, cpu_name, environment, version, write_rows
 from prefixfast.bench.report import write_report
 from prefixfast.engine.engine import Engine
+from prefixfast.errors import ConfigError
 from prefixfast.model import DTYPES, Model, load
 from prefixfast.prefix import Prefix
 
@@ -29,7 +30,8 @@ SHAPES = {
     "llama": (
         LlamaForCausalLM,
         LlamaConfig,
-        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32000},
+        {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32000}
+        | {"max_position_embeddings": 8192},
         "a Llama of 12 layers, width 768, 4 kv heads",
     ),
 }
@@ -231,12 +233,15 @@ def run(
 ) -> list[Point]:
     """Measure, print the tables, write ``results.jsonl``, ``throughput.png`` and ``report.html``."""
     hf = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype]) if model else make(shape, dtype)
+    work, most = Workload(), hf.config.get_text_config().max_position_embeddings
+    if (longest := max(lengths) + work.prompt + work.new) > most:
+        msg = f"lengths: a prefix of {max(lengths)}, {work.prompt} prompt tokens and {work.new} new ones are {longest} positions, this base has {most}"
+        raise ConfigError(msg)
     plain = copy.deepcopy(hf).eval()
     points: list[Point] = []
     with load(hf) as base:
         for count in requests:
             points += measure(base, lengths, distinct, Workload(count), rounds=rounds, plain=plain)
-    work = Workload()
     name = model or f"{SHAPES[shape][3]}, random weights"
     head = {"suite": "generate", "model": name, "dtype": dtype, "prompt": work.prompt, "new": work.new, "command": command}
     write_rows(out / "results.jsonl", [head, *(p.row() for p in points)])
