@@ -44,7 +44,7 @@ def running(request, monkeypatch):
         with torch.inference_mode():
             # each prefix is used once, so that all are resident
             engine.generate([[3]] * resident, prefixes, max_new_tokens=1, progress=False)
-            engine.loop.greedy = Constant(ROWS + 1, engine.loop.eos)
+            engine.loop.rows.greedy = Constant(ROWS + 1, engine.loop.rows.eos)
             logits = torch.zeros(ROWS, 128)
             engine.model.forward = lambda plan, ids: logits[: len(ids if plan.logits_at is None else plan.logits_at)]
             yield engine.loop, add, resident

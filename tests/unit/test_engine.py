@@ -25,7 +25,7 @@ def test_a_crowded_arena_gives_the_same_as_each_request_alone(family):
         assert engine.stats()["evictions"] > 0, "the arena was to be too small for all prefixes"
 
 
-@pytest.mark.parametrize("where", ["residency.begin", "residency.loader.load", "_prefill", "_decode", "_choose"])
+@pytest.mark.parametrize("where", ["residency.begin", "residency.loader.load", "_prefill", "_decode", "rows.choose"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_engine_survives_an_error_in_the_middle(where, error, monkeypatch):
     base = tiny.make("llama")

@@ -10,7 +10,7 @@ import tiny
 from mixes import prefixes_of
 from prefixfast import Engine
 from prefixfast.config import EngineConfig
-from prefixfast.engine import graphs
+from prefixfast.engine import graphs, rows
 from prefixfast.engine import loop as loops
 from prefixfast.engine.graphs import why_not
 from prefixfast_kernels.tiles import DecodeSizes
@@ -94,7 +94,7 @@ def test_memory_that_a_later_step_overwrites_is_noticed(static, monkeypatch):
         def values(self) -> list[int]:
             return self.source.tolist()
 
-    monkeypatch.setattr(loops, "Arriving", Late)
+    monkeypatch.setattr(rows, "Arriving", Late)
     base = make("gpt2")
     with attached(base, "torch") as model, Engine(model, max_num_seqs=5, max_model_len=64) as engine:
         assert [r.token_ids for r in engine.generate(*mix(base))] != static["gpt2"]
@@ -121,9 +121,9 @@ def test_a_step_is_started_before_the_tokens_of_the_one_before_are_read(monkeypa
     base = make("gpt2")
     with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
         engine.loop.ahead = True
-        forward, read = engine.model.forward, loops.Arriving.values
+        forward, read = engine.model.forward, rows.Arriving.values
         monkeypatch.setattr(engine.model, "forward", lambda *args: (events.append("start"), forward(*args))[1])
-        monkeypatch.setattr(loops.Arriving, "values", lambda self: (events.append("read"), read(self))[1])
+        monkeypatch.setattr(rows.Arriving, "values", lambda self: (events.append("read"), read(self))[1])
         (result,) = engine.generate([[50, 51]], max_new_tokens=8, min_new_tokens=8)
         assert len(result.token_ids) == 8
     assert events == ["start", *["start", "read"] * 7, "read"]

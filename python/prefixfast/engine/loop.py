@@ -26,8 +26,8 @@ from prefixfast.engine.graphs import DecodeGraphs, Result, why_not
 from prefixfast.engine.loader import Loaded, Loader
 from prefixfast.engine.request import Request
 from prefixfast.engine.residency import Residency
-from prefixfast.engine.select import Beam, Greedy
-from prefixfast.engine.transfer import Arriving, to_device
+from prefixfast.engine.rows import Chosen, Rows
+from prefixfast.engine.transfer import to_device
 from prefixfast.errors import CapacityError, PrefixFastError, RequestError
 from prefixfast.model import Model
 from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
@@ -51,23 +51,6 @@ class Outcome:
     score: float | None
     reason: str
     error: BaseException | None = None
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What a step chose for the requests of one number of beams.
-
-    Attributes:
-        numbers: The requests.
-        rows: Their first rows.
-        beams: Of each.
-        values: ``[S]``: tokens, or with beams whether a request has ended.
-    """
-
-    numbers: list[int]
-    rows: list[int]
-    beams: int
-    values: Arriving
 
 
 UNBOUNDED = 2**30  # of a captured step: any sliding window may cut something
@@ -96,11 +79,7 @@ class Loop:
         self.graphs = DecodeGraphs(self._run_static, dead, device, compiled=config.compile_decode) if self.ahead else None
         self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory))
         self.max_waiting = config.max_waiting
-        eos = [e for e in eos if 0 <= e < model.vocab_size]  # what the base cannot say is looked up nowhere
-        self.eos, self.ends = torch.tensor(eos, dtype=torch.int64, device=device), set(eos)
-        self.greedy, self.beam = Greedy(rows + 1, self.eos), dict[int, Beam]()
-        self.token = torch.zeros(rows + 1, dtype=torch.int64, device=device)
-        self.beams_of_row, self.id_of_row, self.left_of_row = (np.zeros(rows, np.int64) for _ in range(3))  # left: tokens that may still be chosen
+        self.rows = Rows(self.arena.table, [e for e in eos if 0 <= e < model.vocab_size])  # what the base cannot say is looked up nowhere
         self.buffer = torch.zeros(0, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
         self.first_row: dict[int, int] = {}  # of requests that have tokens
@@ -158,7 +137,7 @@ class Loop:
             chosen += self._decode(out, header.decode_sections, header.decode_reach)
         elif header.prefill_sections is None and not self.started:
             self._fail(self.residency.arrived(wait=True))
-        over = {n for c in chosen if c.beams == 1 for n, row in zip(c.numbers, c.rows, strict=True) if self.left_of_row[row] == 0}
+        over = {number for c in chosen for number in c.full}
         ahead = self.ahead and all(c.beams == 1 for c in chosen)
         read, self.started = (self.started, chosen) if ahead else (self.started + chosen, [])
         ended |= self._read(read, ended)
@@ -219,9 +198,10 @@ class Loop:
         for broken in list(self.residency.broken) if error is not None else []:
             self.residency.drop(broken)
         row, request = self.first_row.get(number), self.requests[number]
-        if row is None or self.beams_of_row[row] == 1:
+        beams = 1 if row is None else int(self.rows.beams[row])
+        if row is None or beams == 1:
             return Outcome(request, self.tokens.get(number, []), None, why, error)
-        return Outcome(request, *self._beam(int(self.beams_of_row[row])).result(row), why, error)
+        return Outcome(request, *self.rows.beam(beams).result(row), why, error)
 
     def _prefill(self, out: np.ndarray, places: Sections, reach: int, ids: list[int]) -> list[Chosen]:
         """The prompt tokens of the step in one packed forward, then the first tokens of the prompts that end in it."""
@@ -247,22 +227,19 @@ class Loop:
         for number, (row, beams, start, n) in chunks:
             request = self.requests[number]
             if start + n == len(request.ids):
-                self.beams_of_row[row : row + beams], self.id_of_row[row : row + beams] = beams, number
-                self.left_of_row[row] = request.params.max_new_tokens or 1
                 self.first_row[number] = row
-                (self.greedy if beams == 1 else self._beam(beams)).start(row, request.params)
-                rows.append(np.arange(row, row + beams))
+                rows.append(self.rows.start(number, request, row, beams))
         if not rows:
             return []
         each = [len(r) for r in rows]
         repeated = logits[to_device(np.repeat(np.arange(len(rows)), each), logits.device)] if max(each) > 1 else logits
-        return self._choose(repeated, np.concatenate(rows), max(len(self.requests[number].ids) for number in ids))
+        return self.rows.choose(repeated, np.concatenate(rows), max(len(self.requests[number].ids) for number in ids))
 
     def _decode(self, out: np.ndarray, places: Sections, reach: int) -> list[Chosen]:
         """One token for every running row."""
         lens, rows = host_view(out, places["lens"]), host_view(out, places["row"]).astype(np.int64)
-        rows = rows[rows < len(self.beams_of_row)]  # without those that stand for nothing
-        alone = bool((self.beams_of_row[rows] == 1).all())
+        rows = rows[rows < len(self.rows.token) - 1]  # without those that stand for nothing
+        alone = bool((self.rows.beams[rows] == 1).all())
         self.counts.update(decode_steps=1, decoded_rows=len(rows))
         if self.graphs is not None:
             logits, tokens = self.graphs.step(self.buffer, places, choose=alone)
@@ -270,8 +247,8 @@ class Loop:
             tables = self.buffer.to(self.model.device, non_blocking=True)
             logits, tokens = self._run(tables, places, choose=alone, reach=reach, max_len=int(lens.max()))
         if tokens is not None:
-            return [self._chosen(tokens[: len(rows)], rows, 1)]
-        return self._choose(logits[: len(rows)], rows, int(lens.max()))
+            return [self.rows.chosen(tokens[: len(rows)], rows, 1)]
+        return self.rows.choose(logits[: len(rows)], rows, int(lens.max()))
 
     def _run_static(self, tables: Tensor, places: Sections, choose: bool) -> Result:
         return self._run(tables, places, choose=choose, reach=UNBOUNDED, max_len=self.max_model_len)
@@ -283,29 +260,11 @@ class Loop:
         self.arena.table[rows, step.lens.long() - 1] = slots
         positions = section(tables, places["position_ids"])[None]
         plan = Plan(positions, self.model.backend, reach, decode=step, arena=self.arena, slots=slots, max_len=max_len)
-        logits = self.model.forward(plan, self.token[rows])
+        logits = self.model.forward(plan, self.rows.token[rows])
         if not choose:
             return logits, None
-        tokens = self.token[rows] = self.greedy.step(logits, rows).tokens
+        tokens = self.rows.token[rows] = self.rows.greedy.step(logits, rows).tokens
         return logits, tokens
-
-    def _choose(self, logits: Tensor, rows: np.ndarray, longest: int) -> list[Chosen]:
-        """Select tokens of ``rows`` ``[R]`` of at most ``longest`` keys from ``logits`` ``[R, V]``; one pass for each number of beams in use."""
-        found, beams = [], self.beams_of_row[rows]
-        for k in np.unique(beams).tolist():
-            mine = np.flatnonzero(beams == k)
-            at = to_device(rows[mine], logits.device)
-            own = logits if len(mine) == len(rows) else logits[to_device(mine, logits.device)]
-            choice = (self.greedy if k == 1 else self._beam(k)).step(own, at[::k])
-            if choice.source is not None:  # a beam reorder is a permutation of slot-table rows, no key or value moves
-                self.arena.table[at, :longest] = self.arena.table[choice.source, :longest]
-            self.token[at] = choice.tokens
-            found.append(self._chosen(choice.tokens if choice.finished is None else choice.finished, rows[mine][::k], k))
-        return found
-
-    def _chosen(self, values: Tensor, rows: np.ndarray, beams: int) -> Chosen:
-        self.left_of_row[rows] -= 1
-        return Chosen(self.id_of_row[rows].tolist(), rows.tolist(), beams, Arriving(values))
 
     def _read(self, started: list[Chosen], known: Mapping[int, Outcome]) -> dict[int, Outcome]:
         """Wait for what steps have chosen: the requests that have ended with it, beside those that are ``known`` to have."""
@@ -318,17 +277,12 @@ class Loop:
                 if chosen.beams == 1:
                     tokens = self.tokens.setdefault(number, [])
                     tokens.append(value)
-                    if value in self.ends or len(tokens) == request.params.max_new_tokens:
-                        ended[number] = Outcome(request, tokens, None, "stop" if value in self.ends else "length")
+                    if value in self.rows.ends or len(tokens) == request.params.max_new_tokens:
+                        ended[number] = Outcome(request, tokens, None, "stop" if value in self.rows.ends else "length")
                 elif value:
-                    tokens, score = self._beam(chosen.beams).result(row)
-                    ended[number] = Outcome(request, tokens, score, "stop" if tokens and tokens[-1] in self.ends else "length")
+                    tokens, score = self.rows.beam(chosen.beams).result(row)
+                    ended[number] = Outcome(request, tokens, score, "stop" if tokens and tokens[-1] in self.rows.ends else "length")
         return ended
-
-    def _beam(self, beams: int) -> Beam:
-        if beams not in self.beam:
-            self.beam[beams] = Beam(beams, len(self.token), self.max_model_len, self.eos)
-        return self.beam[beams]
 
 
 def _tenant(name: str) -> int:
