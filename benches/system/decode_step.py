@@ -1,7 +1,8 @@
 """Where a decode step's time goes on this machine: GPT-2 124M with random weights, 32 rows, by operator, with weights packed and as they are.
 
 ``python benches/system/decode_step.py OUT.jsonl [--dtype float32] [--steps 12] [--rounds 4]``: the settings take turns in rounds; a step is the best of all
-rounds without the profiler, the shares come from one more pass of each under ``torch.profiler``.
+rounds without the profiler, the shares come from one more pass of each under ``torch.profiler``. ``limit_ms`` is DESIGN's bound of a step with prefixes: the
+step without any and 1.3 times what a copy of the distinct prefixes' bytes takes at this run's bandwidth.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from prefixfast import Engine, load
 from prefixfast.bench.generate import make, random_prefixes
 from prefixfast.bench.harness import write_rows
+from prefixfast.bench.kernels import roofline
 from prefixfast.config import GenerationParams
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.request import make_requests
@@ -64,7 +66,9 @@ def main() -> None:
             engines[length, distinct, packed] = stack.enter_context(Engine(models[packed], **how))
         stack.enter_context(torch.inference_mode())
         loops = {setting: decoding(engine, *setting[:2]) for setting, engine in engines.items()}
+        bandwidths = []
         for _ in range(args.rounds):
+            bandwidths.append(roofline(models[True].device, models[True].dtype)[1])
             for setting, loop in loops.items():
                 for _ in range(args.steps):
                     start = time.perf_counter()
@@ -78,10 +82,13 @@ def main() -> None:
             parts = {name: round(sum(found.get(key, 0.0) for key in keys), 2) for name, keys in PARTS.items()}
             ordered = sorted(seconds[setting])
             best, median = (round(1e3 * s, 2) for s in (ordered[0], ordered[len(ordered) // 2]))
-            rows.append({**dict(zip(("prefix_length", "distinct", "packed"), setting, strict=True)), "best_ms": best, "median_ms": median, "parts_ms": parts})
+            prefix_seconds = row_bytes * setting[0] * setting[1] / max(bandwidths)
+            limit = round(1e3 * (min(seconds[0, 0, setting[2]]) + 1.3 * prefix_seconds), 2)
+            measured = {"best_ms": best, "median_ms": median, "limit_ms": limit, "parts_ms": parts}
+            rows.append(dict(zip(("prefix_length", "distinct", "packed"), setting, strict=True)) | measured)
             print(rows[-1], flush=True)
     command = f"python benches/system/decode_step.py OUT.jsonl --dtype {args.dtype} --steps {args.steps} --rounds {args.rounds}"
-    write_rows(args.out, [{"suite": "decode_step", "command": command, "rows": ROWS, "prompt": PROMPT}, *rows])
+    write_rows(args.out, [{"suite": "decode_step", "command": command, "rows": ROWS, "prompt": PROMPT, "copy_gb_s": round(max(bandwidths) / 1e9, 1)}, *rows])
 
 
 if __name__ == "__main__":

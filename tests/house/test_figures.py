@@ -61,7 +61,8 @@ def step_rows() -> list[str]:
         for r in lines(f"decode-step-gpt2-{dtype}.jsonl"):
             prefix = f"P={r['prefix_length']}" + (f", {r['distinct']} distinct" if r["prefix_length"] else "")
             parts = " | ".join(f"{ms:.1f}" for ms in r["parts_ms"].values())
-            out.append(f"| {dtype}, {prefix}{'' if r['packed'] else ', weights as they are'} | {r['best_ms']:.1f} | {r['median_ms']:.1f} | {parts} |")
+            times = " | ".join(f"{r[name]:.1f}" for name in ("best_ms", "limit_ms", "median_ms"))
+            out.append(f"| {dtype}, {prefix}{'' if r['packed'] else ', weights as they are'} | {times} | {parts} |")
     return out
 
 
@@ -111,3 +112,21 @@ def test_what_is_said_of_steps_and_tenants_is_in_the_files():
     fair, unfair = lines("fairness.jsonl")
     said = [f"{found[name]['median'] / 1e3:.2f} ms" for name in names] + [f"at most {fair['growth']:.1f} times; {unfair['growth']:.0f} times where"]
     assert all(text in PERFORMANCE for text in said), said
+
+
+def test_what_is_said_of_bandwidth_is_in_the_files():
+    fp32, bf16 = (json.loads((RESULTS / f"decode-step-gpt2-{d}.jsonl").read_text(encoding="utf8").splitlines()[1])["copy_gb_s"] for d in ("fp32", "bf16"))
+    assert f"({fp32} GB/s read and written in fp32's,\n{bf16} in bf16's)" in PERFORMANCE
+
+
+def test_what_is_said_of_planning_is_in_the_file():
+    found = json.loads((RESULTS / "plan.json").read_text(encoding="utf8"))["microseconds"]
+    padded, work, plain, replaced = (f"{median:.0f} us" for median, _, _ in found.values())
+    assert f"{plain}, {work} with the GPU's work tables, {padded} padded for graphs; with 102 requests replaced in each\n  step {replaced}" in PERFORMANCE
+
+
+def test_what_is_said_of_twenty_users_is_in_the_file():
+    (r,) = lines("e2e-users-smollm2.jsonl")
+    assert (r["users"], r["requests"], r["different"], r["compared"]) == (20, 200, [], {"requests": 20, "tokens": 640})
+    together, alone = r["tokens_per_second_together"], r["tokens_per_second_one_by_one"]
+    assert f"{together} tokens a second against {alone} one request at a time, and the same tokens" in README

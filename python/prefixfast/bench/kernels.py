@@ -78,7 +78,7 @@ def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """What this machine does now: FLOP/s of a large matrix product, bytes/s of a copy."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    big = torch.empty((1 << 30 if device.type == "cuda" else 1 << 26) // dtype.itemsize, dtype=dtype, device=device)
+    big = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // dtype.itemsize, dtype=dtype, device=device)  # pages never written are one page
     other = torch.empty_like(big)
     product, copy = (_seconds(call, device, 5) for call in (lambda: torch.mm(a, b), lambda: other.copy_(big)))
     return 2 * n**3 / min(product), 2 * big.numel() * dtype.itemsize / min(copy)

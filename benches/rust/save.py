@@ -1,0 +1,26 @@
+"""Keep what `cargo bench` measured last: ``python benches/rust/save.py OUT.json`` (microseconds, median and its 95 % interval)."""
+
+import argparse
+import json
+from pathlib import Path
+
+from prefixfast.bench.harness import environment
+from prefixfast.files import replace_file
+
+
+def main() -> None:
+    """Read criterion's estimates, write them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    found = {}
+    for file in sorted((Path(__file__).parents[2] / "target" / "criterion").glob("*/new/estimates.json")):
+        median = json.loads(file.read_text(encoding="utf8"))["median"]
+        interval = median["confidence_interval"]
+        found[file.parents[1].name] = [round(ns / 1e3, 1) for ns in (median["point_estimate"], interval["lower_bound"], interval["upper_bound"])]
+    result = {"command": "cargo bench", "environment": environment(), "microseconds": found}
+    replace_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
