@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefixfast.config import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
-    from prefixfast.engine.engine import Engine, generate
-    from prefixfast.engine.request import Generation
+    from prefixfast.engine.call import generate, score
+    from prefixfast.engine.engine import Engine
+    from prefixfast.engine.request import Generation, TokenLogprob
+    from prefixfast.engine.score import Score
+    from prefixfast.engine.stream import Stream
     from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
     from prefixfast.model import Model, load, unload
     from prefixfast.prefix import Prefix
@@ -37,11 +40,15 @@ _HOME = {
     "PrefixFastError": "errors",
     "PrefixStore": "store",
     "RequestError": "errors",
+    "Score": "engine.score",
+    "Stream": "engine.stream",
+    "TokenLogprob": "engine.request",
     "TrainConfig": "config",
     "TrainRun": "training.trainer",
     "UnknownPrefixError": "errors",
-    "generate": "engine.engine",
+    "generate": "engine.call",
     "load": "model",
+    "score": "engine.call",
     "train": "training.trainer",
     "unload": "model",
 }
@@ -60,11 +67,15 @@ __all__ = [
     "PrefixFastError",
     "PrefixStore",
     "RequestError",
+    "Score",
+    "Stream",
+    "TokenLogprob",
     "TrainConfig",
     "TrainRun",
     "UnknownPrefixError",
     "generate",
     "load",
+    "score",
     "train",
     "unload",
 ]

@@ -173,34 +173,80 @@ class GenerationParams(Options):
 
     max_new_tokens: int | None = option(None, "most tokens to generate")
     min_new_tokens: int | None = option(None, "no end token before this many")
-    num_beams: int | None = option(None, "beams; 1 is greedy")
+    num_beams: int | None = option(None, "beams; 1 is greedy or sampling")
+    do_sample: bool | None = option(None, "draw tokens instead of taking the likeliest")
+    temperature: float | None = option(None, "divides the logits before a token is drawn")
+    top_k: int | None = option(None, "draw among the k likeliest tokens; 0: among all. transformers' default, 50, is ours")
+    top_p: float | None = option(None, "draw among the likeliest tokens that together have this probability")
+    min_p: float | None = option(None, "draw among tokens at least this share as likely as the likeliest")
+    repetition_penalty: float | None = option(None, "divides positive and multiplies negative logits of tokens that the prompt or the text has")
+    no_repeat_ngram_size: int | None = option(None, "no n tokens in a row may come twice, the prompt included; 0: they may")
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(None, "sequences of token ids that may not come")
+    stop_strings: tuple[str, ...] | None = option(None, "the text ends with the first of these that comes, which stays in it")
     length_penalty: float | None = option(None, "exponent of the length that divides a beam's score")
     early_stopping: Literal[True, False, "never"] | None = option(None, "when a beam search may stop, as transformers defines it")
+    num_return_sequences: int | None = option(None, "texts of a request: the best beams, or several samples")
+    seed: int | None = option(None, "of the drawn tokens: with it a request's text is the same alone and in any batch")
+    logprobs: int | None = option(None, "report the log-probability of each token and of this many likeliest ones (before any rule)")
+
+    def __post_init__(self) -> None:
+        for name, inner in (("bad_words_ids", True), ("stop_strings", False)):  # lists come from JSON and from users
+            value: Any = getattr(self, name)
+            if isinstance(value, str) and not inner:
+                value = (value,)
+            if isinstance(value, list | tuple):
+                object.__setattr__(self, name, tuple(tuple(v) if inner and isinstance(v, list) else v for v in value))
+        super().__post_init__()
 
     def validate(self) -> None:
         """See `Options.validate`."""
-        at_least(self, max_new_tokens=1, min_new_tokens=0, num_beams=1)
+        at_least(self, max_new_tokens=1, min_new_tokens=0, num_beams=1, top_k=0, no_repeat_ngram_size=0, num_return_sequences=1, seed=0, logprobs=0)
+        for name, fits, expected in (
+            ("temperature", lambda x: x > 0, "more than 0 (for the likeliest token say do_sample=False)"),
+            ("repetition_penalty", lambda x: x > 0, "more than 0"),
+            ("top_p", lambda x: 0 < x <= 1, "more than 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x <= 1, "0 to 1"),
+            ("bad_words_ids", lambda x: all(isinstance(w, tuple) and w and all(type(i) is int and i >= 0 for i in w) for w in x), "lists of token ids"),
+            ("stop_strings", lambda x: all(isinstance(s, str) and s for s in x), "strings that are not empty"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                msg = f"GenerationParams.{name}: expected {expected}, got {value!r}"
+                raise ConfigError(msg)
 
     def over(self, fallback: GenerationParams) -> GenerationParams:
-        """These values where given, the fallback's elsewhere."""
-        return GenerationParams(**{n: getattr(self, n) if getattr(self, n) is not None else getattr(fallback, n) for n in self.names()})
+        """These values where given, the fallback's elsewhere; beams and sampling exclude each other, so what is given here ends the other one there."""
+        values = {n: getattr(self, n) if getattr(self, n) is not None else getattr(fallback, n) for n in self.names()}
+        if self.do_sample and (values["num_beams"] or 1) > 1 and self.num_beams is None:
+            values["num_beams"] = 1
+        elif (self.num_beams or 1) > 1 and values["do_sample"] and self.do_sample is None:
+            values["do_sample"] = False
+        return GenerationParams(**values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Options):
     """Memory and batching of an engine."""
 
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option("auto", "compute dtype of a base that is loaded here; see load")
+    device: str = option("auto", "where a base that is loaded here runs; see load")
+    revision: str | None = option(None, "of a hub id")
+    backend: str = option("auto", "kernels of a base that is loaded here; see load")
     max_model_len: int | None = option(None, "longest prompt and generation in tokens, prefix not counted; by default what the model allows, at most 4096")
     max_num_seqs: int = option(64, "rows decoded together (a request takes one a beam)")
     max_num_batched_tokens: int = option(4096, "tokens of one step, decoded rows included; longer prompts are filled over several steps")
-    kv_cache_memory: int | None = option(None, "bytes of keys and values, prefixes included; by default a quarter of free memory, at most 8 GiB")
+    kv_cache_memory: int | None = option(None, "bytes of keys and values, prefixes included; by default a share of free memory, on a CPU at most 8 GiB")
+    gpu_memory_utilization: float = option(0.25, "the share of free memory that keys and values take where kv_cache_memory does not say")
+    prefix_memory: int | None = option(None, "bytes of keys and values that prefixes may hold; by default all that running requests leave")
     host_prefix_memory: int = option(2**31, "bytes of prefixes from a store that are kept beside the arena once read")
+    prefix_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "in which stored prefixes are kept on the host; auto: the compute dtype")
     max_waiting: int = option(10_000, "requests that may wait; one more is refused with a CapacityError")
     share_prompts: int = option(0, "leading tokens that requests of a batch must have in common to be computed once and kept as a prefix; 0: never")
     num_threads: int | None = option(None, "CPU threads; by default torch's setting")
-    decode_graphs: bool = option(True, "on a GPU run decode steps as captured CUDA graphs, started before the tokens of the step before are read")
+    enforce_eager: bool = option(False, "on a GPU call decode steps instead of replaying captured CUDA graphs started one step ahead")
     compile_decode: bool = option(False, "compile what the graphs hold with torch.compile: minutes at the start, fewer launches (not measured yet)")
     prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
+    seed: int | None = option(None, "of requests without a seed of their own; by default drawn when the engine is made")
 
     def validate(self) -> None:
         """See `Options.validate`."""
@@ -214,4 +260,9 @@ class EngineConfig(Options):
             host_prefix_memory=0,
             max_waiting=1,
             share_prompts=0,
+            prefix_memory=1,
+            seed=0,
         )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            msg = f"EngineConfig.gpu_memory_utilization: expected more than 0 and at most 1, got {self.gpu_memory_utilization!r}"
+            raise ConfigError(msg)

@@ -18,6 +18,7 @@ from prefixfast.attach import LayerShape
 from prefixfast.config import PrefixConfig
 from prefixfast.errors import ConfigError
 from prefixfast.model import Model
+from prefixfast.noise import GOLDEN, mix
 from prefixfast.plan import Arena, LayerKV, training_plan
 from prefixfast.prefix import Prefix
 
@@ -171,7 +172,7 @@ class PrefixParameters:
         keep = []
         for i, t in enumerate(flat):
             element = torch.arange(t[0].numel(), device=t.device)[None, None]
-            bits = _mix(_mix(_mix(_mix(step + self.seed * 0x9E3779B1) + i) + row) + element)
+            bits = mix(mix(mix(mix(step + self.seed * GOLDEN) + i) + row) + element)
             uniform = (bits >> 9).to(t.dtype) / 2**23
             keep.append(((uniform >= self.dropout).to(t.dtype) / (1 - self.dropout)).view(t.shape))
         return keep
@@ -237,12 +238,3 @@ def _random(shapes: tuple[LayerShape, ...], length: int, seed: int) -> list[Laye
         return torch.randn(length, s.num_kv_heads, s.head_dim, generator=generator)
 
     return [(draw(s), draw(s)) for s in shapes]
-
-
-def _mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash in int64 arithmetic (Wellons' lowbias32): adjacent counters give independent-looking bits."""
-    mask = 0xFFFFFFFF
-    x = x & mask
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & mask
-    return x ^ (x >> 16)

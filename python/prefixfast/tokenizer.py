@@ -72,3 +72,7 @@ class Tokenizer:
         indptr = np.cumsum([0, *(len(s) for s in sequences)], dtype=np.int32)
         flat = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(indptr[-1]))
         return self.core.decode_batch(flat, indptr, skip_special_tokens=skip_special_tokens)
+
+    def stream(self) -> _rust.DetokenizeStream:
+        """Makes text of one growing sequence of ids, without special tokens."""
+        return self.core.stream(skip_special_tokens=True)

@@ -85,11 +85,11 @@ def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
     assert set(ended) == set(made)
     for number, outcome in ended.items():
         expected = world.expected(*made[number])
-        if outcome.reason == "cancelled":
+        if outcome.texts[0].reason == "cancelled":
             assert number in cancelled
-            assert made[number][2] > 1 or outcome.token_ids == expected[: len(outcome.token_ids)]
+            assert made[number][2] > 1 or outcome.texts[0].ids == expected[: len(outcome.texts[0].ids)]
         else:
-            assert outcome.token_ids == expected, (made[number], outcome)
+            assert outcome.texts[0].ids == expected, (made[number], outcome)
     for counter in ("evictions", "loads", "continued_prefills", "cancelled", "reads", "decode_steps"):
         assert stats[counter] > 0, (counter, stats)
     assert (unread > 20) == ahead

@@ -100,6 +100,6 @@ def test_an_engine_does_not_keep_every_prefix_it_has_seen(monkeypatch):
 
 def test_unheeded_defaults_of_the_base_are_named(caplog):
     base = tiny.make("gpt2")
-    base.generation_config.repetition_penalty = 1.8
+    base.generation_config.typical_p = 0.8
     with Engine(base, max_num_seqs=2, max_model_len=16):
-        assert "repetition_penalty=1.8" in caplog.text
+        assert "typical_p=0.8" in caplog.text

@@ -83,7 +83,7 @@ def test_static_steps_give_the_same_tokens(family, backend, static):
             assert {key: id(s) for key, s in made.items()} == before, "nothing is captured twice"
         assert not engine.loop.started
         assert not engine.loop.retired
-        assert not engine.loop.tokens
+        assert not engine.loop.texts
 
 
 def test_memory_that_a_later_step_overwrites_is_noticed(static, monkeypatch):
@@ -159,5 +159,5 @@ def test_a_dropped_request_has_all_tokens_that_were_chosen(how):
 def test_why_a_step_is_called():
     with prefixfast.load(tiny.make("gpt2")) as model, Engine(model, max_num_seqs=2, max_model_len=16) as engine:
         assert why_not(model, engine.config) == "graphs are for GPUs"
-        assert why_not(model, EngineConfig(decode_graphs=False)) == "decode_graphs=False"
+        assert why_not(model, EngineConfig(enforce_eager=True)) == "enforce_eager=True"
         assert engine.loop.graphs is None

@@ -11,7 +11,8 @@ import torch
 import tiny
 from prefixfast import BaseMismatchError, ConfigError, Engine, GenerationParams, Prefix, RequestError, load
 from prefixfast.data.tasks import E2E
-from prefixfast.engine.request import MOST_BEAMS, MOST_NEW_TOKENS, make_requests
+from prefixfast.engine.params import MOST_BEAMS, MOST_NEW_TOKENS
+from prefixfast.engine.request import make_requests
 from prefixfast.interchange import peft as layout
 
 OK = [3, 4, 5]

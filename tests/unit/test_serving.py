@@ -169,7 +169,7 @@ def test_generate_that_waited_for_another_goes_through_a_thread_that_began_meanw
             waiting = threading.Thread(target=lambda: results.append(engine.generate([[5, 6]] * 3, max_new_tokens=4)))
             waiting.start()
             time.sleep(0.1)
-            engine.worker = Worker(engine.loop, engine._generation, None)
+            engine.worker = Worker(engine.loop, engine._delivered, None)
         tickets = [engine.submit([5, 6], max_new_tokens=4) for _ in range(20)]
         waiting.join(60)
         assert [r.token_ids for r in results[0]] == [tickets[0].result(60).token_ids] * 3

@@ -23,13 +23,13 @@ def flags(*configs: type[Options]) -> Callable[[Callable[..., None]], Callable[.
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(function).parameters.values() if p.name != "fields"]
-        fields = {f.name: (config, f) for config in configs for f in dataclasses.fields(config)}  # type: ignore[arg-type]
+        fields = {f.name: (config, f) for config in reversed(configs) for f in dataclasses.fields(config)}  # type: ignore[arg-type] # the first one's name wins
         extra = [_parameter(name, f, get_type_hints(config)[name], config.__name__) for name, (config, f) in fields.items()]
         extra.append(inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CONFIG))
 
         def command(**given: Any) -> None:
             path = given.pop("config_file")
-            flagged = {n: _value(v) for n in fields if (v := given.pop(n)) is not None}
+            flagged = {n: _value(v, n) for n in fields if (v := given.pop(n)) not in (None, [])}
             function(**given, fields=_read(path, set(fields)) | flagged)
 
         hints = get_type_hints(function, include_extras=True)
@@ -49,6 +49,8 @@ def _parameter(name: str, field: dataclasses.Field[Any], hint: Any, group: str) 
     default = "" if field.default is None else f" [default: {field.default}]"
     choices = _choices(hint)
     kind = Literal[choices] if choices else next((k for k in get_args(hint) or (hint,) if k is not type(None)), str)
+    if get_origin(kind) is tuple:  # given several times
+        kind = list[str]
     flag = f"--{name.replace('_', '-')}"
     spelt = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     option = typer.Option(spelt, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False)
@@ -61,8 +63,18 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return tuple(str(a).lower() if isinstance(a, bool) else a for a in get_args(literal)) if literal else ()
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any, name: str) -> Any:
+    if isinstance(value, list):
+        return tuple(_ids(v, name) if name.endswith("_ids") else v for v in value)
     return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+
+
+def _ids(text: str, name: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as e:
+        msg = f"--{name.replace('_', '-')}: expected token ids with commas between them, got {text!r}"
+        raise ConfigError(msg) from e
 
 
 def _read(path: Path | None, known: set[str]) -> dict[str, Any]:

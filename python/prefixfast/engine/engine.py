@@ -1,4 +1,4 @@
-"""`Engine`: many requests with any mix of prefixes over one frozen model, read in place. `generate` is an engine for one call."""
+"""`Engine`: many requests with any mix of prefixes over one frozen model, read in place."""
 
 from __future__ import annotations
 
@@ -8,27 +8,36 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import LogitsProcessorList
 
 from prefixfast import ops
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
+from prefixfast.engine.all import run_all, wait_all
 from prefixfast.engine.arena import LONGEST_BY_DEFAULT, bytes_of_row
-from prefixfast.engine.loop import Loop, Outcome
-from prefixfast.engine.request import Generation, Input, Request, make_requests, warn_about_defaults
+from prefixfast.engine.loop import Loop
+from prefixfast.engine.outcome import Outcome
+from prefixfast.engine.params import warn_about_defaults
+from prefixfast.engine.request import Generation, Input, Request, failed, make_requests, one_by_one
+from prefixfast.engine.score import Score, score, target_ids
 from prefixfast.engine.shared import SharedPrompts
+from prefixfast.engine.stream import Deltas, Stream
 from prefixfast.engine.worker import Ticket, Worker
-from prefixfast.errors import ConfigError
-from prefixfast.model import Model, borrowed, load
-from prefixfast.prefix import Prefix
+from prefixfast.errors import ConfigError, PrefixFastError, RequestError
+from prefixfast.model import Model, check_base_fields, load
 from prefixfast.store import PrefixStore
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+BASE_FIELDS = ("dtype", "device", "revision", "backend")  # of EngineConfig: how a base is loaded
 
 
 class Engine:
@@ -38,7 +47,7 @@ class Engine:
 
     Args:
         model: Hub id, folder, Hugging Face model (attached until `close`) or `Model`.
-        store: Where prefixes that are given by name lie.
+        store: Where prefixes that are given by name lie; a path is opened read-only.
         config: Memory and batching.
         fields: Fields of `EngineConfig`, over ``config``.
 
@@ -46,16 +55,21 @@ class Engine:
         ConfigError: For options that do not fit.
     """
 
-    def __init__(self, model: Any, *, store: PrefixStore | None = None, config: EngineConfig | Mapping[str, Any] | None = None, **fields: Any) -> None:
+    def __init__(
+        self, model: Any, *, store: PrefixStore | str | Path | None = None, config: EngineConfig | Mapping[str, Any] | None = None, **fields: Any
+    ) -> None:
         self.config = EngineConfig.make(config, **fields)
-        self.store = store
+        self.store = PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store
         self._own = not isinstance(model, Model)
-        self.model = load(model)
+        how = {name: getattr(self.config, name) for name in BASE_FIELDS}
+        self.model = load(model, **how) if isinstance(model, str | Path) else load(model)
+        self.seeds = np.random.default_rng(self.config.seed)
         self.worker: Worker | None = None
         self.lock = threading.Lock()  # held by whoever drives the loop, or starts the worker
         self.ids = itertools.count()
         self.closed = False
         try:
+            check_base_fields(self.model, **how)
             self._allocate()
         except BaseException:
             self.closed = True
@@ -84,7 +98,15 @@ class Engine:
         )
 
     def generate(
-        self, batch: Sequence[Input], prefixes: Any = None, *, params: GenerationParams | None = None, progress: bool | None = None, **fields: Any
+        self,
+        batch: Sequence[Input],
+        prefixes: Any = None,
+        *,
+        params: GenerationParams | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        on_error: Literal["raise", "return"] = "raise",
+        progress: bool | None = None,
+        **fields: Any,
     ) -> list[Generation]:
         """Generate for a batch.
 
@@ -93,6 +115,9 @@ class Engine:
             prefixes: One `Prefix` for all, one entry a request (None, a prefix, or a sequence that composes left to right), or a mapping for rows with a
                 ``prefix`` key. With a store a prefix may be its name, and rows may name theirs.
             params: How text is chosen.
+            logits_processor: transformers' or own processors for every request, after those that the parameters ask for. Each is called for every step and
+                request by itself: a slow path.
+            on_error: ``"return"``: a bad or failed request gives a `Generation` with its ``error``, the others run.
             progress: Show a bar; None: when standard error is a terminal.
             fields: Fields of `GenerationParams`, over ``params``.
 
@@ -105,14 +130,20 @@ class Engine:
             ConfigError: For arguments that do not fit.
             CapacityError: If a request can never fit the arena or the decode rows.
         """
-        requests = self._requests(batch, prefixes, params, fields)
-        for resolved in list({r.params: None for r in requests})[:3]:
+        if on_error not in ("raise", "return"):
+            msg = f"on_error: expected 'raise' or 'return', got {on_error!r}"
+            raise ConfigError(msg)
+        requests, bad = self._requests(batch, prefixes, params, fields, logits_processor, lenient=on_error == "return")
+        for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:
             logger.info("generating with %s", resolved)
         with tqdm(total=len(requests), desc="generate", unit="request", disable=None if progress is None else not progress) as bar:
-            with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
-                if self.worker is None:
-                    return self._inline(requests, bar)
-            return self._through_worker(requests, bar)
+            results = self._results(requests, bar)
+        if on_error == "raise":
+            for result in results:
+                if isinstance(result, BaseException):
+                    raise result
+        ended = {r.index: result for r, result in zip(requests, results, strict=True)} | bad
+        return [failed(i, found) if isinstance(found := ended[i], BaseException) else found for i in range(len(batch))]
 
     def submit(
         self,
@@ -120,6 +151,7 @@ class Engine:
         prefix: Any = None,
         *,
         params: GenerationParams | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         tenant: str | None = None,
         priority: int = 0,
         timeout: float | None = None,
@@ -131,6 +163,7 @@ class Engine:
             item: A string, a list of token ids, or a row without its target.
             prefix: None, a `Prefix`, a name in the store, or a sequence of them that composes left to right.
             params: How text is chosen.
+            logits_processor: See `generate`.
             tenant: Who asks; tenants of one priority get equal service. None: whoever uses the same (first) prefix.
             priority: Higher goes first.
             timeout: Seconds after which the request ends with what it has, ``finish_reason="deadline"``.
@@ -141,9 +174,65 @@ class Engine:
             CapacityError: If ``max_waiting`` requests wait already.
             ConfigError: For arguments that do not fit.
         """
-        (request,) = self._requests([item], None if prefix is None else [prefix], params, fields)
+        return self._submit(self._request(item, prefix, params, logits_processor, fields), tenant=tenant, priority=priority, timeout=timeout)
+
+    def _request(self, item: Input, prefix: Any, params: GenerationParams | None, processors: LogitsProcessorList | None, fields: Mapping[str, Any]) -> Request:
+        (request,), _ = self._requests([item], None if prefix is None else [prefix], params, fields, processors)
+        return request
+
+    def _submit(self, request: Request, *, tenant: str | None = None, priority: int = 0, timeout: float | None = None) -> Ticket:
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._started().submit(next(self.ids), replace(request, tenant=tenant, priority=priority, deadline=deadline))
+
+    def stream(
+        self,
+        item: Input,
+        prefix: Any = None,
+        *,
+        params: GenerationParams | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        tenant: str | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        **fields: Any,
+    ) -> Stream:
+        """`submit`, and its text as it grows: iterate over the result (or ``async for``); joined, the pieces are the text of its ``generation``.
+
+        Raises:
+            RequestError: For a bad request, beams or several texts.
+            ConfigError: If the base has no tokenizer.
+        """
+        request = self._request(item, prefix, params, logits_processor, fields)
+        if request.rows > 1:
+            msg = f"request 0: stream: expected one text without beams, got {request.rows} rows; use submit"
+            raise RequestError(msg, index=0)
+        deltas = Deltas(self.model.need_tokenizer().stream(), strip=request.task.strip)
+        return Stream(lambda watch: self._submit(replace(request, watch=watch), tenant=tenant, priority=priority, timeout=timeout), deltas)
+
+    def astream(self, item: Input, prefix: Any = None, **options: Any) -> Stream:
+        """The same as `stream`, for ``async for``."""
+        return self.stream(item, prefix, **options)
+
+    def cancel(self, request: Ticket | Stream) -> None:
+        """End a submitted request at the next step; its result is what it has."""
+        request.cancel()
+
+    def score(self, batch: Sequence[Input], prefixes: Any = None, *, targets: Sequence[str | list[int]] | None = None, end_token: bool = False) -> list[Score]:
+        """Log-probabilities of targets.
+
+        Args:
+            batch: As in `generate`; rows may have their target.
+            prefixes: As in `generate`.
+            targets: One a request, text or token ids; None: the rows' own.
+            end_token: Score the end token after each target too, as training does.
+
+        Raises:
+            RequestError: For a bad request or target.
+            ConfigError: For arguments that do not fit.
+        """
+        requests = self._checked(batch, prefixes, GenerationParams(max_new_tokens=1), longest=self.model.max_positions)
+        wanted = target_ids(self.model, batch, requests, targets, end_token=end_token)
+        return self._between_steps(lambda: score(self.model, requests, wanted, self.config.max_num_batched_tokens))
 
     async def agenerate(self, item: Input, prefix: Any = None, **options: Any) -> Generation:
         """`submit` and wait without blocking the event loop; a cancelled task cancels its request."""
@@ -196,104 +285,65 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _requests(self, batch: Sequence[Input], prefixes: Any, params: GenerationParams | None, fields: Mapping[str, Any]) -> list[Request]:
+    def _requests(
+        self,
+        batch: Sequence[Input],
+        prefixes: Any,
+        params: GenerationParams | None,
+        fields: Mapping[str, Any],
+        processors: LogitsProcessorList | None = None,
+        *,
+        lenient: bool = False,
+    ) -> tuple[list[Request], dict[int, BaseException]]:
+        """Checked requests with their seeds, and what is wrong with the others; without ``lenient`` that is raised."""
         for name in fields:
             if name not in GenerationParams.names():
                 raise ConfigError(unknown_option(name, GenerationParams.names(), "generate"))
+        call, bad = GenerationParams.make(params, **fields), dict[int, BaseException]()
+        try:
+            requests = self._checked(batch, prefixes, call, processors)
+        except PrefixFastError as e:
+            if not lenient or isinstance(e, ConfigError):
+                raise
+            requests, bad = one_by_one(batch, prefixes, lambda one, own: self._checked(one, own, call, processors))
+        drawn = [r.params.do_sample and r.params.seed is None for r in requests]
+        requests = [replace(r, params=replace(r.params, seed=int(self.seeds.integers(2**62)))) if draw else r for r, draw in zip(requests, drawn, strict=True)]
+        return self._between_steps(lambda: self.shared.split(requests)) if self.config.share_prompts else requests, bad
+
+    def _checked(
+        self, batch: Sequence[Input], prefixes: Any, call: GenerationParams, processors: LogitsProcessorList | None = None, longest: int | None = None
+    ) -> list[Request]:
         if self.closed:
             msg = "this engine is closed: make a new one"
             raise ConfigError(msg)
-        requests = make_requests(self.model, batch, prefixes, GenerationParams.make(params, **fields), self.max_model_len, self.store)
-        if not self.config.share_prompts:
-            return requests
+        return make_requests(self.model, batch, prefixes, call, longest or self.max_model_len, self.store, processors)
+
+    def _between_steps(self, job: Callable[[], T]) -> T:
+        """Run something that uses the model or the loop, between two steps, in the thread that owns them."""
         with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
             if self.worker is None:
-                return self.shared.split(requests)
-        return self.worker.call(lambda: self.shared.split(requests))
+                return job()
+        return self.worker.call(job)
 
     def _started(self) -> Worker:
         with self.lock:
             if self.worker is None:
-                self.worker = Worker(self.loop, self._generation, self.config.num_threads)
+                self.worker = Worker(self.loop, self._delivered, self.config.num_threads)
         return self.worker
 
-    def _inline(self, requests: list[Request], bar: Any) -> list[Generation]:
-        """Drive the loop in this thread."""
-        waiting = deque((next(self.ids), r) for r in requests)
-        order = [number for number, _ in waiting]
-        ended: dict[int, Outcome] = {}
-        try:
-            while waiting or self.loop.busy:
-                while waiting and not self.loop.full:
-                    self.loop.add(*waiting.popleft())
-                done = self.loop.step()
-                ended |= done
-                bar.update(len(done))
-        except BaseException:
-            self.loop.abandon()
-            raise
-        texts = self._texts([ended[number].token_ids for number in order])
-        return [self._generation(ended[number], text) for number, text in zip(order, texts, strict=True)]
+    def _results(self, requests: list[Request], bar: Any) -> list[Generation | BaseException]:
+        with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
+            if self.worker is None:
+                ended = run_all(self.loop, [(next(self.ids), r) for r in requests], bar)
+                texts = iter(self._texts([text.ids for outcome in ended for text in outcome.texts]))
+                return [outcome.finish([next(texts) for _ in outcome.texts]) for outcome in ended]
+        return wait_all((partial(self._started().submit, next(self.ids), r, wait=True) for r in requests), bar)
 
-    def _through_worker(self, requests: list[Request], bar: Any) -> list[Generation]:
-        tickets: list[Ticket] = []
-        try:
-            tickets += (self._started().submit(next(self.ids), request, wait=True) for request in requests)
-            out = []
-            for ticket in tickets:
-                out.append(ticket.result())
-                bar.update()
-        except BaseException:
-            for ticket in tickets:
-                ticket.cancel()
-            raise
-        return out
+    def _delivered(self, outcome: Outcome) -> Generation | BaseException:
+        return outcome.finish(self._texts([text.ids for text in outcome.texts]))
 
     def _texts(self, tokens: list[list[int]]) -> list[str]:
         return self.model.tokenizer.decode(tokens) if self.model.tokenizer is not None else [""] * len(tokens)
-
-    def _generation(self, outcome: Outcome, text: str | None = None) -> Generation:
-        if outcome.error is not None:
-            raise outcome.error
-        r, ids = outcome.request, outcome.token_ids
-        text = self._texts([ids])[0] if text is None else text
-        own = r.prefixes[: -1 if r.shared else None]  # a shared leading text is part of the prompt
-        usage = {"prompt_tokens": len(r.ids) + r.shared, "completion_tokens": len(ids), "prefix_rows": sum(p.length for p in own)}
-        digest = "+".join(p.digest for p in own) or None
-        return Generation(r.index, r.id, r.task.clean(text), ids, outcome.reason, outcome.score, digest, usage)
-
-
-def generate(
-    batch: Sequence[Input], prefixes: Any = None, *, model: Any = None, params: GenerationParams | None = None, progress: bool | None = None, **fields: Any
-) -> list[Generation]:
-    """Generate for one batch of requests, each with its own prefixes; see `Engine.generate`.
-
-    Args:
-        batch: See `Engine.generate`.
-        prefixes: See `Engine.generate`.
-        model: The base; None: the one that the prefixes name.
-        params: See `Engine.generate`.
-        progress: See `Engine.generate`.
-        fields: Fields of `GenerationParams` and `EngineConfig`.
-    """
-    known = (*GenerationParams.names(), *EngineConfig.names())
-    for name in fields:
-        if name not in known:
-            raise ConfigError(unknown_option(name, known, "generate"))
-    engine_fields = {k: v for k, v in fields.items() if k in EngineConfig.names()}
-    with borrowed(model if model is not None else _base_of(prefixes)) as base, Engine(base, **engine_fields) as engine:
-        return engine.generate(batch, prefixes, params=params, progress=progress, **{k: v for k, v in fields.items() if k not in engine_fields})
-
-
-def _base_of(prefixes: Any) -> str:
-    """The one base that these prefixes were made for."""
-    entries = list(prefixes.values()) if isinstance(prefixes, Mapping) else list(prefixes) if isinstance(prefixes, Sequence) else [prefixes]
-    flat = [p for e in entries for p in (e if isinstance(e, Sequence) else [e]) if isinstance(p, Prefix)]
-    names = {str(p.base["name"]) for p in flat if p.base and p.base.get("name")}
-    if len(names) != 1:
-        msg = f"model: expected a base, or prefixes that name one, got {sorted(names) or 'none'}"
-        raise ConfigError(msg)
-    return names.pop()
 
 
 def _end_tokens(model: Model) -> list[int]:

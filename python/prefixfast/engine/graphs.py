@@ -27,8 +27,8 @@ _CAPTURE = threading.Lock()  # a process can capture one graph at a time
 
 def why_not(model: Model, config: EngineConfig) -> str | None:
     """Why decode steps of this engine are not captured; None: they are."""
-    if not config.decode_graphs:
-        return "decode_graphs=False"
+    if config.enforce_eager:
+        return "enforce_eager=True"
     if model.device.type != "cuda":
         return "graphs are for GPUs"
     return None if model.backend.decode.users else "only the triton kernels read their tables on the device"

@@ -13,7 +13,6 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +23,8 @@ from prefixfast.config import EngineConfig
 from prefixfast.engine.arena import choose_rows, make_arena
 from prefixfast.engine.graphs import DecodeGraphs, Result, why_not
 from prefixfast.engine.loader import Loaded, Loader
-from prefixfast.engine.request import Request
+from prefixfast.engine.outcome import Outcome, StopStrings, Text
+from prefixfast.engine.request import Request, TokenLogprob
 from prefixfast.engine.residency import Residency
 from prefixfast.engine.rows import Chosen, Rows
 from prefixfast.engine.transfer import to_device
@@ -32,26 +32,6 @@ from prefixfast.errors import CapacityError, PrefixFastError, RequestError
 from prefixfast.model import Model
 from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
 from prefixfast_kernels.tables import DecodeTables
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The end of a request.
-
-    Attributes:
-        request: Which one.
-        token_ids: What was generated, the end token included.
-        score: Of beam search.
-        reason: ``"stop"`` (end token), ``"length"``, ``"cancelled"`` or ``"deadline"``.
-        error: Why it failed, None if it did not.
-    """
-
-    request: Request
-    token_ids: list[int]
-    score: float | None
-    reason: str
-    error: BaseException | None = None
-
 
 UNBOUNDED = 2**30  # of a captured step: any sliding window may cut something
 
@@ -83,7 +63,8 @@ class Loop:
         self.buffer = torch.zeros(0, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
         self.first_row: dict[int, int] = {}  # of requests that have tokens
-        self.tokens: dict[int, list[int]] = {}  # of requests without beams, as far as they were read
+        self.texts: dict[int, list[Text]] = {}  # of requests without beams, as far as they were read
+        self.stops: dict[int, list[StopStrings]] = {}
         self.started: list[Chosen] = []  # not read yet
         self.retired: set[int] = set()  # the scheduler knows that they have ended, their last token was not read yet
         self.failed: dict[int, BaseException] = {}  # cancelled because a prefix could not be read
@@ -108,9 +89,9 @@ class Loop:
         own = [self.residency.number(p) for p in request.prefixes]
         assert request.params.max_new_tokens is not None
         tenant = _tenant(request.tenant) if request.tenant is not None else own[0] if own else -1
-        beams, most = request.params.num_beams or 1, request.params.max_new_tokens
+        rows, most = request.rows, request.params.max_new_tokens
         try:
-            self.scheduler.add(number, own, len(request.ids), beams, most, tenant=tenant, priority=request.priority, deadline=request.deadline)
+            self.scheduler.add(number, own, len(request.ids), rows, most, tenant=tenant, priority=request.priority, deadline=request.deadline)
         except RequestError as e:
             msg = f"request {request.index} can never run: {e}; raise max_num_seqs or kv_cache_memory, or lower max_new_tokens or num_beams"
             raise CapacityError(msg) from e
@@ -141,13 +122,12 @@ class Loop:
         ahead = self.ahead and all(c.beams == 1 for c in chosen)
         read, self.started = (self.started, chosen) if ahead else (self.started + chosen, [])
         ended |= self._read(read, ended)
-        over |= {number for number, outcome in ended.items() if outcome.reason in ("stop", "length")}
+        over |= {number for number, outcome in ended.items() if outcome.texts[0].reason in ("stop", "length")}
         self.scheduler.commit(sorted(over - self.retired - dropped))
         self.retired = (self.retired | over) - ended.keys()
         for number in ended:
-            del self.requests[number]
-            self.first_row.pop(number, None)
-            self.tokens.pop(number, None)
+            for kept in (self.requests, self.first_row, self.texts, self.stops):
+                kept.pop(number, None)
         if not self.requests:
             self.started = []
             self.residency.trim()
@@ -165,7 +145,8 @@ class Loop:
             self.residency.arrived(wait=True)
         with contextlib.suppress(PrefixFastError):
             self.scheduler.commit([])
-        self.requests, self.first_row, self.tokens, self.started, self.retired, self.failed = {}, {}, {}, [], set(), {}
+        for kept in (self.requests, self.first_row, self.texts, self.stops, self.started, self.retired, self.failed):
+            kept.clear()
 
     def close(self) -> None:
         """Free the arena and the graphs."""
@@ -198,10 +179,16 @@ class Loop:
         for broken in list(self.residency.broken) if error is not None else []:
             self.residency.drop(broken)
         row, request = self.first_row.get(number), self.requests[number]
-        beams = 1 if row is None else int(self.rows.beams[row])
-        if row is None or beams == 1:
-            return Outcome(request, self.tokens.get(number, []), None, why, error)
-        return Outcome(request, *self.rows.beam(beams).result(row), why, error)
+        if row is not None and request.search:
+            return Outcome(request, [Text(ids, why, score) for ids, score in self._best(row, request)], error)
+        texts = self.texts.get(number) or [Text()]
+        for text in texts:
+            text.reason = text.reason or why
+        return Outcome(request, texts, error)
+
+    def _best(self, row: int, request: Request) -> list[tuple[list[int], float]]:
+        """Tokens and scores of a beam search's best texts."""
+        return self.rows.beam(request.rows).result(row, request.params.num_return_sequences or 1)
 
     def _prefill(self, out: np.ndarray, places: Sections, reach: int, ids: list[int]) -> list[Chosen]:
         """The prompt tokens of the step in one packed forward, then the first tokens of the prompts that end in it."""
@@ -224,22 +211,30 @@ class Loop:
         logits = self.model.forward(plan, to_device(prompts, self.model.device))
         self.counts.update(prefill_tokens=len(prompts), continued_prefills=int(continued))
         rows = []
-        for number, (row, beams, start, n) in chunks:
+        for number, (row, _, start, n) in chunks:
             request = self.requests[number]
             if start + n == len(request.ids):
                 self.first_row[number] = row
-                rows.append(self.rows.start(number, request, row, beams))
+                rows.append(self.rows.start(number, request, row))
+                if not request.search:
+                    self._begin(number, request)
         if not rows:
             return []
         each = [len(r) for r in rows]
         repeated = logits[to_device(np.repeat(np.arange(len(rows)), each), logits.device)] if max(each) > 1 else logits
         return self.rows.choose(repeated, np.concatenate(rows), max(len(self.requests[number].ids) for number in ids))
 
+    def _begin(self, number: int, request: Request) -> None:
+        """A request without beams gets its first tokens in this step."""
+        self.texts[number] = [Text() for _ in range(request.rows)]
+        if strings := request.params.stop_strings:
+            self.stops[number] = [StopStrings(self.model.need_tokenizer().stream(), strings) for _ in range(request.rows)]
+
     def _decode(self, out: np.ndarray, places: Sections, reach: int) -> list[Chosen]:
         """One token for every running row."""
         lens, rows = host_view(out, places["lens"]), host_view(out, places["row"]).astype(np.int64)
         rows = rows[rows < len(self.rows.token) - 1]  # without those that stand for nothing
-        alone = bool((self.rows.beams[rows] == 1).all())
+        alone = bool(self.rows.plain[rows].all())
         self.counts.update(decode_steps=1, decoded_rows=len(rows))
         if self.graphs is not None:
             logits, tokens = self.graphs.step(self.buffer, places, choose=alone)
@@ -270,19 +265,33 @@ class Loop:
         """Wait for what steps have chosen: the requests that have ended with it, beside those that are ``known`` to have."""
         ended: dict[int, Outcome] = {}
         for chosen in started:
-            for number, row, value in zip(chosen.numbers, chosen.rows, chosen.values.values(), strict=True):
+            values = chosen.values.values()
+            told = chosen.told.read(values) if chosen.told is not None else {}
+            for place, (number, row, value) in enumerate(zip(chosen.numbers, chosen.rows, values, strict=True)):
                 request = self.requests.get(number)
                 if request is None or number in ended or number in known:  # it ended in an earlier step; this one was started before that was read
                     continue
                 if chosen.beams == 1:
-                    tokens = self.tokens.setdefault(number, [])
-                    tokens.append(value)
-                    if value in self.rows.ends or len(tokens) == request.params.max_new_tokens:
-                        ended[number] = Outcome(request, tokens, None, "stop" if value in self.rows.ends else "length")
+                    self._token(number, request, row - self.first_row[number], value, told.get(place))
+                    if all(text.reason for text in self.texts[number]):
+                        ended[number] = Outcome(request, self.texts[number])
                 elif value:
-                    tokens, score = self.rows.beam(chosen.beams).result(row)
-                    ended[number] = Outcome(request, tokens, score, "stop" if tokens and tokens[-1] in self.rows.ends else "length")
+                    best = self._best(row, request)
+                    ended[number] = Outcome(request, [Text(t, "stop" if t and t[-1] in self.rows.ends else "length", score) for t, score in best])
         return ended
+
+    def _token(self, number: int, request: Request, part: int, token: int, told: TokenLogprob | None) -> None:
+        """A token of one text of a request; a text that has ended waits for the others of its request."""
+        text = self.texts[number][part]
+        if text.reason is not None:
+            return
+        text.add(token, self.rows.ends, request.params.max_new_tokens or 1)
+        if told is not None:
+            text.logprobs.append(told)
+        if number in self.stops and token not in self.rows.ends and self.stops[number][part].found(token):
+            text.reason = "stop"
+        if request.watch is not None and part == 0:
+            request.watch(token)
 
 
 def _tenant(name: str) -> int:

@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import LogitsProcessorList
 
 from prefixfast.config import GenerationParams
 from prefixfast.data.tasks import INPUT_KEYS, TARGET_KEYS, Task, find_task
-from prefixfast.errors import ConfigError, DataError, RequestError
+from prefixfast.engine.params import base_defaults, check_params, request_error, resolve
+from prefixfast.errors import ConfigError, DataError, PrefixFastError, RequestError
 from prefixfast.model import Model
 from prefixfast.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
 logger = logging.getLogger(__name__)
 Input = str | list[int] | Mapping[str, Any]
-BUILT_IN = GenerationParams(max_new_tokens=256, min_new_tokens=0, num_beams=1, length_penalty=1.0, early_stopping=False)
-MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
 PLAIN, STRIPPED = Task("prompt"), Task("prompt", strip=True)
 KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS})
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probabilities (natural log) at one generated token, as the model gives them before any rule.
+
+    Attributes:
+        token_id: The token that was chosen.
+        logprob: Its log-probability.
+        top: The likeliest tokens and their log-probabilities, the best first.
+    """
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -35,22 +49,28 @@ class Generation:
     Attributes:
         index: Place in the batch.
         id: The request's ``id``, if it had one.
-        text: Without special tokens.
-        token_ids: Generated tokens, the end token included.
-        finish_reason: ``"stop"`` (end token), ``"length"``, ``"cancelled"`` or ``"deadline"``.
-        score: Beam search's length-normalized log-probability (natural log); None for greedy.
+        text: Without special tokens; a stop string stays in it.
+        texts: All texts of the request, ``text`` first: as many as ``num_return_sequences``.
+        token_ids: Generated tokens of ``text``, the end token included.
+        finish_reason: ``"stop"`` (end token or stop string), ``"length"``, ``"cancelled"``, ``"deadline"`` or ``"error"``.
+        score: Beam search's length-normalized log-probability (natural log); None without beams.
+        logprobs: One entry for each of ``token_ids``; None unless asked for.
         prefix_digest: Digests of the request's prefixes, joined by "+"; None without one.
-        usage: ``prompt_tokens``, ``completion_tokens``, ``prefix_rows``.
+        usage: ``prompt_tokens``, ``completion_tokens`` (of all texts), ``prefix_rows``.
+        error: With ``on_error="return"`` what went wrong, as ``"class: message"``; else None.
     """
 
     index: int
     id: Any
     text: str
+    texts: list[str]
     token_ids: list[int]
     finish_reason: str
     score: float | None
+    logprobs: list[TokenLogprob] | None
     prefix_digest: str | None
     usage: dict[str, int]
+    error: str | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -63,30 +83,52 @@ class Request:
     Attributes:
         index: Place in the batch.
         id: As the user gave it.
-        ids: Prompt tokens, int32.
+        ids: Prompt tokens that are computed for this request, int32.
+        prompt: All prompt tokens, int32: with shared leading text more than ``ids``.
         prefixes: Left to right.
-        params: Resolved, nothing is None.
+        params: Resolved; only ``seed`` and ``logprobs`` may be None.
         task: How the text is cleaned.
+        processors: The caller's own logits processors.
         tenant: Who asks; None: whoever uses the first prefix.
         priority: Higher goes first.
         deadline: When it is dropped, in seconds of `time.monotonic`; None for never.
         shared: Leading prompt tokens that the last prefix stands for.
+        watch: Called in the engine's thread with each token of the first text.
     """
 
     index: int
     id: Any
     ids: NDArray[np.int32]
+    prompt: NDArray[np.int32]
     prefixes: tuple[Prefix | StoredPrefix, ...]
     params: GenerationParams
     task: Task
+    processors: LogitsProcessorList | None = None
     tenant: str | None = None
     priority: int = 0
     deadline: float | None = None
     shared: int = 0
+    watch: Callable[[int], None] | None = None
+
+    @property
+    def search(self) -> bool:
+        """Whether beams are searched."""
+        return (self.params.num_beams or 1) > 1
+
+    @property
+    def rows(self) -> int:
+        """Decode rows: one a beam, or one a sample."""
+        return (self.params.num_beams or 1) if self.search else (self.params.num_return_sequences or 1)
 
 
 def make_requests(
-    model: Model, batch: Sequence[Input], prefixes: Any, call: GenerationParams, max_model_len: int, store: PrefixStore | None = None
+    model: Model,
+    batch: Sequence[Input],
+    prefixes: Any,
+    call: GenerationParams,
+    max_model_len: int,
+    store: PrefixStore | None = None,
+    processors: LogitsProcessorList | None = None,
 ) -> list[Request]:
     """Check a whole batch before any work.
 
@@ -97,6 +139,7 @@ def make_requests(
         call: Parameters of this call.
         max_model_len: Longest prompt plus generation in tokens.
         store: Where a prefix that is given by name lies.
+        processors: The caller's own logits processors.
 
     Raises:
         RequestError: For one bad request, with its index.
@@ -113,13 +156,33 @@ def make_requests(
         model.check_prefix(prefix)
     tasks = _tasks(batch, chosen)
     ids = _encode(model, batch, tasks)
-    inherited = _base_defaults(model)
+    inherited = base_defaults(model)
     requests = []
     for i, (item, own, ps, task) in enumerate(zip(batch, ids, chosen, tasks, strict=True)):
         limit = min(max_model_len, model.max_positions - max((p.pos_start for p in ps), default=0))
-        params = _params(item, i, ps, call, inherited, len(own), limit)
-        requests.append(Request(i, item.get("id") if isinstance(item, Mapping) else None, own, ps, params, task))
+        params = resolve(item, i, [p.decoding for p in ps], call, inherited, len(own), limit)
+        check_params(params, i, model.vocab_size)
+        requests.append(Request(i, item.get("id") if isinstance(item, Mapping) else None, own, own, ps, params, task, processors))
     return requests
+
+
+def one_by_one(batch: Sequence[Input], prefixes: Any, check: Callable[[Sequence[Input], Any], list[Request]]) -> tuple[list[Request], dict[int, BaseException]]:
+    """Check a batch in which something is wrong request by request: the good ones, and by index what is wrong with the others."""
+    good: list[Request] = []
+    bad: dict[int, BaseException] = {}
+    each = isinstance(prefixes, Sequence) and not isinstance(prefixes, str)
+    for i, item in enumerate(batch):
+        try:
+            good += (replace(r, index=i) for r in check([item], [prefixes[i]] if each else prefixes))
+        except PrefixFastError as e:
+            text = str(e).replace("request 0", f"request {i}")
+            bad[i] = RequestError(text, index=i) if isinstance(e, RequestError) else type(e)(text)
+    return good, bad
+
+
+def failed(index: int, error: BaseException) -> Generation:
+    """The result of a request that could not be served."""
+    return Generation(index, None, "", [], [], "error", None, None, None, {}, f"{type(error).__name__}: {error}")
 
 
 Chosen = tuple[Prefix | StoredPrefix, ...]
@@ -191,7 +254,7 @@ def _tasks(batch: Sequence[Input], chosen: list[Chosen]) -> list[Task]:
             if "prompt" in item or "input_ids" in item:
                 task = STRIPPED if task.strip else PLAIN
             elif task.linearizer is None:
-                with _request_error(i):
+                with request_error(i):
                     task = find_task(None, item)
         out.append(task)
     return out
@@ -223,19 +286,9 @@ def _prompts(task: Task, batch: Sequence[Any], rows: list[int], eos: str | None)
         return task.prompts([batch[i] for i in rows], eos)
     except DataError:
         for i in rows:  # which one was it?
-            with _request_error(i):
+            with request_error(i):
                 task.prompts([batch[i]], eos)
         raise
-
-
-@contextlib.contextmanager
-def _request_error(index: int) -> Iterator[None]:
-    """Errors of one row as errors of its request."""
-    try:
-        yield
-    except (DataError, ConfigError) as e:
-        msg = f"request {index}: {str(e).removeprefix('row 0: ')}"
-        raise RequestError(msg, index=index) from e
 
 
 def _given_ids(item: Any, index: int, vocab_size: int) -> NDArray[np.int32]:
@@ -247,60 +300,3 @@ def _given_ids(item: Any, index: int, vocab_size: int) -> NDArray[np.int32]:
         msg = f"request {index}: expected a string, a list of token ids from 0 to {vocab_size - 1}, or a row, got {item!r:.80}"
         raise RequestError(msg, index=index)
     return ids.astype(np.int32)
-
-
-# Fields of a generation_config that change greedy or beam results and are not honoured yet, with their neutral values.
-NEUTRAL = {
-    "repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "bad_words_ids": (None, []),
-    "suppress_tokens": (None, []),
-    "begin_suppress_tokens": (None, []),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "min_length": (None, 0),
-    "do_sample": (None, False),
-    "num_beam_groups": (None, 1),
-    "sequence_bias": (None,),
-}
-
-
-def warn_about_defaults(model: Model) -> None:
-    """Name what the base's generation_config asks for and this engine does not do."""
-    config = getattr(model.hf, "generation_config", None)
-    unheeded = {n: v for n, neutral in NEUTRAL.items() if (v := getattr(config, n, None)) not in neutral}
-    if unheeded:
-        logger.warning("not honoured from the base's generation_config: %s", ", ".join(f"{n}={v!r:.40}" for n, v in unheeded.items()))
-
-
-def _base_defaults(model: Model) -> GenerationParams:
-    """What the base's generation_config says, within caps."""
-    config = getattr(model.hf, "generation_config", None)
-    found = {n: getattr(config, n, None) for n in GenerationParams.names()}
-    return _capped(GenerationParams(**{k: v for k, v in found.items() if v is not None}))
-
-
-def _capped(p: GenerationParams) -> GenerationParams:
-    return GenerationParams.make(
-        p,
-        max_new_tokens=None if p.max_new_tokens is None else min(p.max_new_tokens, MOST_NEW_TOKENS),
-        num_beams=None if p.num_beams is None else min(p.num_beams, MOST_BEAMS),
-    )
-
-
-def _params(item: Input, index: int, prefixes: Chosen, call: GenerationParams, inherited: GenerationParams, prompt: int, limit: int) -> GenerationParams:
-    """Call > request > prefix > base > built-in; a length that nobody asked for here is cut to what fits."""
-    with _request_error(index):
-        asked = call.over(GenerationParams.make(item.get("params") if isinstance(item, Mapping) else None))
-        loaded = inherited
-        for prefix in prefixes:
-            loaded = _capped(GenerationParams.make(dict(prefix.decoding))).over(loaded)
-    params = asked.over(loaded).over(BUILT_IN)
-    room = limit - prompt
-    if room < 1 or (asked.max_new_tokens or 0) > room:
-        new = asked.max_new_tokens or "at least 1"
-        msg = f"request {index}: {prompt} prompt tokens and {new} new ones exceed the limit of {limit}; shorten the prompt or lower max_new_tokens"
-        raise RequestError(msg, index=index)
-    assert params.max_new_tokens is not None
-    most = min(params.max_new_tokens, room)
-    return GenerationParams.make(params, max_new_tokens=most, min_new_tokens=min(params.min_new_tokens or 0, most))

@@ -6,6 +6,7 @@ State lies in tensors over all R rows and is addressed by a request's first row,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -110,10 +111,12 @@ class Beam:
         self.penalty[row] = 1.0 if params.length_penalty is None else params.length_penalty
         self.early[row] = EARLY[params.early_stopping or False]
 
-    def step(self, logits: Tensor, at: Tensor) -> Choice:
-        """Choose for requests whose first rows are ``at`` ``[S]`` from logits ``[S * K, V]``."""
+    def step(self, logits: Tensor, at: Tensor, ruled: Callable[[Tensor], None] | None = None) -> Choice:
+        """Choose for requests whose first rows are ``at`` ``[S]`` from logits ``[S * K, V]``; ``ruled`` changes log-probabilities ``[S * K, V]`` in place."""
         num, k = len(at), self.k
         logp = logits.view(num, k, -1).float().log_softmax(-1)
+        if ruled is not None:
+            ruled(logp.view(num * k, -1))
         self.limits.hide_end(logp, at)
         total = (logp + self.running_score[at][:, :, None]).view(num, -1)
         value, index = total.topk(self.keep)
@@ -158,12 +161,13 @@ class Beam:
         self.hope[at] = hope = self.hope[at] & (reachable[:, None] > worst).any(1)
         return hope & ~(done.all(1) & (early == EARLY[True]))
 
-    def result(self, row: int) -> tuple[list[int], float]:
-        """Tokens and score of a request's best finished beam; of its best running one while none has finished."""
+    def result(self, row: int, most: int = 1) -> list[tuple[list[int], float]]:
+        """Tokens and scores of a request's ``most`` best finished beams; of its best running one while none has finished."""
         if bool(self.done[row].any()):
-            return self.done_tokens[row, 0, : int(self.length[row, 0])].tolist(), float(self.score[row, 0])
+            done = range(min(most, int(self.done[row].sum())))
+            return [(self.done_tokens[row, i, : int(self.length[row, i])].tolist(), float(self.score[row, i])) for i in done]
         count = int(self.limits.count[row])
-        return self.running[row, 0, :count].tolist(), float(self.running_score[row, 0] / max(count, 1) ** self.penalty[row])
+        return [(self.running[row, 0, :count].tolist(), float(self.running_score[row, 0] / max(count, 1) ** self.penalty[row]))]
 
 
 def likeliest(scores: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,9 +28,9 @@ class Arriving:
         self.host = torch.empty(source.shape, dtype=source.dtype, pin_memory=cuda).copy_(source, non_blocking=True)
         self.event = torch.cuda.current_stream(source.device).record_event() if cuda else None
 
-    def values(self) -> list[int]:
-        """Wait for it, and for nothing that was started later."""
+    def values(self) -> list[Any]:
+        """Wait for it, and for nothing that was started later; a list of numbers, or of rows of them."""
         if self.event is not None:
             self.event.synchronize()
-        out: list[int] = self.host.tolist()
+        out: list[Any] = self.host.tolist()
         return out

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from prefixfast.engine.loop import Loop, Outcome
+from prefixfast.engine.loop import Loop
+from prefixfast.engine.outcome import Outcome
 from prefixfast.engine.request import Generation, Request
 from prefixfast.errors import CapacityError, ConfigError
 
@@ -64,7 +65,7 @@ class Worker:
         num_threads: Of torch in this thread; None leaves them.
     """
 
-    def __init__(self, loop: Loop, finish: Callable[[Outcome], Generation], num_threads: int | None) -> None:
+    def __init__(self, loop: Loop, finish: Callable[[Outcome], Generation | BaseException], num_threads: int | None) -> None:
         self.loop, self.finish, self.num_threads = loop, finish, num_threads or torch.get_num_threads()
         self.change = threading.Condition()
         self.inbox: deque[tuple[Ticket, Request | None]] = deque()  # None: cancel
@@ -175,9 +176,13 @@ class Worker:
     def _deliver(self, number: int, outcome: Outcome) -> None:
         ticket = self.tickets.pop(number)
         try:
-            ticket.future.set_result(self.finish(outcome))
+            made = self.finish(outcome)
         except BaseException as e:
-            ticket.future.set_exception(e)
+            made = e
+        if isinstance(made, BaseException):
+            ticket.future.set_exception(made)
+        else:
+            ticket.future.set_result(made)
 
     def _fail_all(self, error: BaseException) -> None:
         with contextlib.suppress(Exception):

@@ -1,0 +1,195 @@
+"""Text as it grows: pieces joined are the whole, at UTF-8 borders too, for plain and asynchronous callers; stop strings as transformers has them."""
+
+import asyncio
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefixfast import Engine, Prefix
+from prefixfast.data.tasks import E2E, Task
+from prefixfast.engine.stream import Deltas
+from prefixfast.errors import BaseMismatchError, ConfigError, RequestError
+
+NEW = {"max_new_tokens": 24, "do_sample": True, "temperature": 3.0, "top_k": 0}
+TEXT = st.lists(st.integers(3, 100), max_size=40)
+
+
+@settings(max_examples=150, deadline=None)
+@given(ids=TEXT, strip=st.booleans())
+def test_pieces_joined_are_the_text(base, ids, strip):
+    deltas = Deltas(base.need_tokenizer().stream(), strip=strip)
+    text = "".join([*map(deltas.push, ids), deltas.finish()])
+    (whole,) = base.need_tokenizer().decode([ids])
+    assert text == Task("x", strip=strip).clean(whole)
+
+
+def test_a_character_comes_when_it_is_whole(base):
+    pound = base.need_tokenizer().encode(["£"])[0].tolist()
+    assert len(pound) == 2
+    deltas = Deltas(base.need_tokenizer().stream(), strip=False)
+    assert [deltas.push(pound[0]), deltas.push(pound[1])] == ["", "£"]
+    assert [deltas.push(pound[0]), deltas.finish()] == ["", "\ufffd"]
+
+
+@pytest.mark.parametrize("spec", [None, E2E.spec()])
+def test_a_stream_gives_what_generate_gives(base, make_prefix, spec):
+    prefix = make_prefix(linearizer=spec)
+    item = "ab" if spec is None else {"mr": "name[ab]"}
+    with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
+        for seed in range(20):
+            how = {**NEW, "seed": seed, "num_beams": 1}
+            (expected,) = engine.generate([item], prefix, **how)
+            stream = engine.stream(item, prefix, **how)
+            pieces = list(stream)
+            assert "".join(pieces) == expected.text == stream.generation.text
+            assert stream.generation.token_ids == expected.token_ids
+            assert len(pieces) > 1
+
+
+def test_streams_grow_beside_each_other_in_an_event_loop(base, make_prefix):
+    prefixes = [make_prefix(i) for i in range(5)]
+    how = {**NEW, "min_new_tokens": 24}
+
+    async def one(engine: Engine, i: int, order: list[int]) -> str:
+        pieces = []
+        async for piece in engine.astream("ab", prefixes[i], seed=i, **how):
+            pieces.append(piece)
+            order.append(i)
+        return "".join(pieces)
+
+    async def run(engine: Engine) -> tuple[list[str], list[int]]:
+        order: list[int] = []
+        return await asyncio.gather(*(one(engine, i, order) for i in range(5))), order
+
+    with Engine(base, max_num_seqs=8, max_model_len=64) as engine:
+        texts, order = asyncio.run(run(engine))
+        expected = [engine.generate(["ab"], prefixes[i], seed=i, **how)[0].text for i in range(5)]
+    assert texts == expected
+    assert len(list(itertools.groupby(order))) > 5, "they were to take turns"
+
+
+def test_leaving_a_stream_cancels_its_request(base):
+    with Engine(base, max_num_seqs=2, max_model_len=160) as engine:
+        stream = engine.stream("ab", max_new_tokens=150, min_new_tokens=150)
+        for _ in stream:
+            break
+        assert stream.generation.finish_reason == "cancelled"
+
+        async def some() -> None:
+            inner = engine.astream("ab", max_new_tokens=150, min_new_tokens=150)
+            pieces = aiter(inner)
+            await anext(pieces)
+            await pieces.aclose()
+            assert inner.generation.finish_reason == "cancelled"
+
+        asyncio.run(some())
+        third = engine.stream("ab", max_new_tokens=150, min_new_tokens=150)
+        engine.cancel(third)
+        text = "".join(third)
+        assert third.generation.finish_reason == "cancelled"
+        assert third.generation.text == text
+
+
+def test_what_went_wrong_comes_out_of_the_stream(base, make_prefix, monkeypatch):
+    with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
+        monkeypatch.setattr(engine.loop.residency.loader, "_on_host", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(OSError, match="gone"):
+            list(engine.stream("ab", make_prefix()))
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_a_stream_has_one_text(base, how):
+    with Engine(base, max_num_seqs=2, max_model_len=64) as engine, pytest.raises(RequestError, match="stream"):
+        engine.stream("ab", **how)
+
+
+def test_stop_strings_end_the_text_as_in_transformers(base, folder, tokenizer):
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    tried = 0
+    with Engine(base, max_num_seqs=8, max_model_len=64) as engine:
+        plain = [g.text for g in engine.generate(["ab", "x y", "Q!"], max_new_tokens=20)]
+        for prompt, text in zip(["ab", "x y", "Q!"], plain, strict=True):
+            for stop in {text[3:5], text[6:7], text[2:9], "never to come"} - {""}:
+                (got,) = engine.generate([prompt], max_new_tokens=20, stop_strings=[stop, "nor this"])
+                ids = tokenizer(prompt, return_tensors="pt").input_ids
+                out = theirs.generate(
+                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
+                )[0, ids.shape[1] :].tolist()
+                assert got.token_ids == out
+                assert got.finish_reason == ("stop" if stop in got.text or out[-1] == tokenizer.eos_token_id else "length")
+                tried += stop in got.text
+    assert tried > 5
+
+
+def test_stop_strings_of_samples_end_each_text_by_itself(base):
+    how = {**NEW, "max_new_tokens": 30, "num_return_sequences": 4, "seed": 3}
+    with Engine(base, max_num_seqs=8, max_model_len=64) as engine:
+        (free,) = engine.generate(["ab"], **how)
+        stop = free.texts[1][4:6]
+        (got,) = engine.generate(["ab"], stop_strings=stop, **how)
+    for before, after in zip(free.texts, got.texts, strict=True):
+        assert after == (before[: before.index(stop) + len(stop)] if stop in before else before)
+    assert got.texts != free.texts
+
+
+def test_stop_strings_need_a_tokenizer():
+    import tiny
+
+    with Engine(tiny.make("gpt2"), max_num_seqs=2, max_model_len=32) as engine, pytest.raises(ConfigError, match="tokenizer"):
+        engine.generate([[5, 6]], stop_strings=["a"], max_new_tokens=4)
+
+
+# ---- errors of single requests ----
+
+
+def test_bad_requests_come_back_beside_good_ones(base, make_prefix, tmp_path):
+    good = make_prefix()
+    strange = Prefix(dict(good.kv), 4, base={"name": "other", "config": {"model_type": "llama"}, "weights": "x"})
+    batch = ["ab", {"promt": "x"}, "cd", [5] * 500, "ef", {"prompt": "gh", "params": {"temperature": 0.5}}, {"prompt": "ij", "id": "last"}]
+    prefixes = [good, good, strange, None, None, good, good]
+    with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
+        got = engine.generate(batch, prefixes, on_error="return", max_new_tokens=4)
+        fine = engine.generate(["ab", "ef", "ij"], [good, None, good], max_new_tokens=4)
+        assert [g.index for g in got] == list(range(7))
+        assert [got[i].token_ids for i in (0, 4, 6)] == [g.token_ids for g in fine]
+        assert got[6].id == "last"
+        for i, (kind, words) in {
+            1: ("RequestError", "request 1: unknown keys"),
+            2: ("BaseMismatchError", "other"),
+            3: ("RequestError", "request 3"),
+            5: ("RequestError", "do_sample"),
+        }.items():
+            assert got[i].finish_reason == "error"
+            assert got[i].error.startswith(kind)
+            assert words in got[i].error
+        with pytest.raises(BaseMismatchError, match="other"):
+            engine.generate(batch, prefixes, max_new_tokens=4)
+        with pytest.raises(ConfigError, match="on_error"):
+            engine.generate(["ab"], on_error="ignore")
+        with pytest.raises(ConfigError, match="one entry for each"):
+            engine.generate(["ab"], [None, None], on_error="return")
+
+
+def test_a_prefix_that_cannot_be_read_is_one_requests_error(base, make_prefix, monkeypatch):
+    broken, fine = make_prefix(1), make_prefix(2)
+    with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
+        real = engine.loop.residency.loader._on_host
+
+        def reading(number, prefix):
+            if prefix is broken:
+                raise OSError("gone")
+            return real(number, prefix)
+
+        monkeypatch.setattr(engine.loop.residency.loader, "_on_host", reading)
+        for _ in range(2):
+            got = engine.generate(["ab"] * 3, [fine, broken, fine], on_error="return", max_new_tokens=4)
+            assert [g.error for g in got] == [None, "OSError: gone", None]
+        with pytest.raises(OSError, match="gone"):
+            engine.generate(["ab"] * 2, [fine, broken], max_new_tokens=4)
+        engine.submit("ab").result(60)
+        assert [g.error for g in engine.generate(["ab"] * 3, [fine, broken, fine], on_error="return", max_new_tokens=4)] == [None, "OSError: gone", None]
