@@ -41,6 +41,7 @@ fn running(buffer: &mut Vec<i32>, decode: Decode) -> Scheduler {
         max_batched_tokens: 1 << 16,
         tile_rows: 128,
         buckets: 4,
+        prefix_rows: usize::MAX,
         decode,
     };
     let mut scheduler = Scheduler::new(limits).expect("a scheduler");

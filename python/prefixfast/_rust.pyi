@@ -300,6 +300,7 @@ class Scheduler:
         max_batched_tokens: Most tokens of a step, decode rows included, but at least 64 prompt tokens; a prompt that does not fit is filled over several steps.
         tile_rows: Height of the prefill's tiles; 0 makes none.
         buckets: As in `plan_packed`.
+        prefix_rows: Rows that prefixes may hold together; None: all.
         decode: How decode steps are cut: `users`, `fill`, `key_bytes`, `part_bytes`, `item_bytes`, `launch_bytes` of `prefixfast_kernels.tiles.DecodeSizes`;
             with 0 users, or None, no work tables.
         pad_decode: Fill the decode tables up to sizes that depend only on the next power of two of its rows (at most `max_rows`) and on the most prefixes of
@@ -318,6 +319,7 @@ class Scheduler:
         *,
         tile_rows: int = 0,
         buckets: int = 4,
+        prefix_rows: int | None = None,
         decode: Sequence[int] | None = None,
         pad_decode: bool = False,
     ) -> Self: ...
@@ -340,6 +342,41 @@ class Scheduler:
         Raises:
             UnknownPrefixError: It is not registered.
             PrefixFastError: A queued or running request uses it, or it is being loaded.
+        """
+
+    def keep_prefix(self, prefix: int, kept: bool) -> None:
+        """Evicts a prefix only when nothing else is left to evict, or as any other again.
+
+        Raises:
+            UnknownPrefixError: It is not registered.
+        """
+
+    def load_prefix(self, prefix: int) -> tuple[int, list[int]] | None:
+        """Gives a prefix room before a request needs it.
+
+        Returns:
+            Its first arena row (copy it in, then call `prefix_ready`) and the prefixes that had to go; None if it has room already, needs none, or there is
+            none now.
+
+        Raises:
+            UnknownPrefixError: It is not registered.
+        """
+
+    def evict_prefix(self, prefix: int) -> int | None:
+        """Gives up the arena rows of a prefix that no running request reads.
+
+        Returns:
+            Its first arena row; None if it is not there or not free to go.
+
+        Raises:
+            UnknownPrefixError: It is not registered.
+        """
+
+    def prefix_state(self, prefix: int) -> tuple[int | None, int]:
+        """The first arena row of a prefix that is there or on its way, and how many queued and running requests use it.
+
+        Raises:
+            UnknownPrefixError: It is not registered.
         """
 
     def add(

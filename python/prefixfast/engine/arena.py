@@ -27,7 +27,8 @@ def choose_rows(model: Model, config: EngineConfig, max_model_len: int) -> int:
         CapacityError: If the memory is too small for anything.
     """
     row = bytes_of_row(model)
-    budget = config.kv_cache_memory or min(free_memory(model.device) // 4, MOST_BY_DEFAULT)
+    share = int(free_memory(model.device) * config.gpu_memory_utilization)
+    budget = config.kv_cache_memory or (share if model.device.type == "cuda" else min(share, MOST_BY_DEFAULT))
     if budget // row < RESERVED_ROWS + 16:
         msg = f"kv_cache_memory: {budget} bytes hold {budget // row} rows of {row} bytes, at least {RESERVED_ROWS + 16} are needed"
         raise CapacityError(msg)

@@ -19,21 +19,23 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
-from prefixfast import ops
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
 from prefixfast.engine.all import run_all, wait_all
 from prefixfast.engine.arena import LONGEST_BY_DEFAULT, bytes_of_row
+from prefixfast.engine.explain import explain, memory_of
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.outcome import Outcome
 from prefixfast.engine.params import warn_about_defaults
-from prefixfast.engine.request import Generation, Input, Request, failed, make_requests, one_by_one
+from prefixfast.engine.request import Generation, Input, Request, assign, failed, make_requests, one_by_one
+from prefixfast.engine.residency import Resident
 from prefixfast.engine.score import Score, score, target_ids
 from prefixfast.engine.shared import SharedPrompts
 from prefixfast.engine.stream import Deltas, Stream
 from prefixfast.engine.worker import Ticket, Worker
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError
 from prefixfast.model import Model, check_base_fields, load
-from prefixfast.store import PrefixStore
+from prefixfast.prefix import Prefix
+from prefixfast.store import PrefixStore, StoredPrefix
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -80,22 +82,12 @@ class Engine:
     def _allocate(self) -> None:
         self.max_model_len = min(self.config.max_model_len or LONGEST_BY_DEFAULT, self.model.max_positions)
         self.ends = _end_tokens(self.model)
-        packed = self.model.prepack() if self.config.prepack and self.model.device.type == "cpu" else None
+        if self.config.prepack and self.model.device.type == "cpu":
+            self.model.prepack()
         self.loop = Loop(self.model, self.config, self.max_model_len, self.ends)
         self.shared = SharedPrompts(self.model, self.config.share_prompts)
         warn_about_defaults(self.model)
-        rows = len(self.loop.arena.layers[0][0])
-        logger.info(
-            "engine: weights %.0f MiB, packed copies %.0f MiB; %d rows of keys and values %.0f MiB; stored prefixes on the host at most %.0f MiB; "
-            "%d decode rows of %d tokens",
-            sum(p.numel() * p.element_size() for p in self.model.hf.parameters()) / 2**20,
-            (packed.nbytes if packed is not None else 0) / 2**20,
-            rows,
-            rows * bytes_of_row(self.model) / 2**20,
-            self.config.host_prefix_memory / 2**20,
-            self.config.max_num_seqs,
-            self.max_model_len,
-        )
+        logger.info(memory_of(self.model, self.loop, self.config))
 
     def generate(
         self,
@@ -251,6 +243,50 @@ class Engine:
             ticket.cancel()
             raise
 
+    def pin(self, prefix: Prefix | str) -> None:
+        """Load a prefix now if there is room, and evict it only when nothing else is left to evict.
+
+        Args:
+            prefix: A prefix or its name in the store: then the version that is the newest now.
+
+        Raises:
+            UnknownPrefixError: For a name that the store does not have.
+            BaseMismatchError: For a prefix of another base.
+        """
+        found = self._found(prefix)
+        self._between_steps(lambda: self.loop.residency.keep(found, True))
+
+    def unpin(self, prefix: Prefix | str) -> None:
+        """Take `pin` back.
+
+        Raises:
+            UnknownPrefixError: For a name that the store does not have.
+        """
+        found = self._found(prefix)
+        self._between_steps(lambda: self.loop.residency.keep(found, False))
+
+    def evict(self, prefix: Prefix | StoredPrefix | str) -> bool:
+        """Forget a prefix: its arena rows are overwritten with zeros and its copy on the host is let go.
+
+        Args:
+            prefix: A prefix, an entry of the store, its name there, or a digest (of one that is deleted already).
+
+        Returns:
+            True: done. False: requests use it; it goes when the last of them has ended.
+        """
+        known = isinstance(prefix, str) and self.store is not None and prefix in self.store
+        digest = self._found(prefix).digest if known or not isinstance(prefix, str) else prefix
+        return self._between_steps(lambda: self.loop.residency.evict(digest))
+
+    def resident(self) -> list[Resident]:
+        """The prefixes that lie in the arena or are on their way there."""
+        return self._between_steps(lambda: self.loop.residency.resident(bytes_of_row(self.model)))
+
+    def _found(self, prefix: Any) -> Prefix | StoredPrefix:
+        ((found,),) = assign([[]], [prefix], self.store)
+        self.model.check_prefix(found)
+        return found
+
     def stats(self) -> dict[str, int]:
         """Counts since the engine was made: steps, prefill_tokens, decoded_rows, loads, evictions, reads (of files), cancelled, expired, ..."""
         counts = self.loop.counts
@@ -259,14 +295,7 @@ class Engine:
 
     def explain(self) -> dict[str, str]:
         """Which way each operator of this engine goes and why no faster one, and whether weights are packed."""
-        model = self.model
-        found = {op: way for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items() if op != "cross_entropy"}
-        called = self.loop.why_called or (None if self.loop.graphs is None or self.loop.graphs.capture else "capture failed, see the log")
-        compiled = ", compiled" if self.config.compile_decode else ""
-        found["decode step"] = f"called; {called}" if called else f"captured CUDA graphs by rows, planned one step ahead{compiled}"
-        packed = model.packed
-        why = "prepack=False" if packed is None and model.device.type == "cpu" else "packing is for CPUs" if packed is None else packed.why_not
-        return found | {"linear": "packed for this CPU (oneDNN)" if why is None else f"torch; {why}"}
+        return explain(self.model, self.loop, self.config)
 
     def close(self) -> None:
         """Free the arena and end the thread (what has not ended is cancelled); a model that was given as an object is as it was."""

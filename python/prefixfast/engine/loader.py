@@ -44,10 +44,11 @@ class Loader:
     Args:
         layers: The arena: per layer keys and values ``[rows, H, D]``.
         host_bytes: How much of what was read from files is kept.
+        dtype: In which it is kept.
     """
 
-    def __init__(self, layers: Sequence[LayerKV], host_bytes: int) -> None:
-        self.layers, self.host_bytes = layers, host_bytes
+    def __init__(self, layers: Sequence[LayerKV], host_bytes: int, dtype: torch.dtype) -> None:
+        self.layers, self.host_bytes, self.dtype = layers, host_bytes, dtype
         self.host: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, the least recently used first
         self.kept = self.read = self.under_way = 0
         self.jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
@@ -123,14 +124,14 @@ class Loader:
             self._on_host(number, prefix)
 
     def _on_host(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
-        """Keys and values of every layer, those from files in the arena's dtype."""
+        """Keys and values of every layer, those from files in the dtype in which they are kept."""
         if isinstance(prefix, Prefix):
             return _layers(prefix, len(self.layers))
         if (kept := self.host.get(number)) is not None:
             self.host.move_to_end(number)
             return kept
-        arena = self.layers[0][0]
-        made = [(_settled(k, arena), _settled(v, arena)) for k, v in _layers(prefix.read(), len(self.layers))]
+        pinned = self.layers[0][0].device.type == "cuda"
+        made = [(_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned)) for k, v in _layers(prefix.read(), len(self.layers))]
         self.read += 1
         self.host[number] = made
         self.kept += _bytes(made)
@@ -150,10 +151,9 @@ def _bytes(layers: list[LayerKV]) -> int:
     return sum(t.numel() * t.element_size() for kv in layers for t in kv)
 
 
-def _settled(t: Tensor, arena: Tensor) -> Tensor:
-    """In the arena's dtype, where a GPU can copy it without help; never a view of a file that may go."""
-    out = torch.empty(t.shape, dtype=arena.dtype, pin_memory=arena.device.type == "cuda")
-    return out.copy_(t)
+def _settled(t: Tensor, dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """Where a GPU can copy it without help; never a view of a file that may go."""
+    return torch.empty(t.shape, dtype=dtype, pin_memory=pinned).copy_(t)
 
 
 def _copy(target: Tensor, source: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prefixfast import _rust
 from prefixfast.config import EngineConfig
-from prefixfast.engine.arena import choose_rows, make_arena
+from prefixfast.engine.arena import bytes_of_row, choose_rows, make_arena
 from prefixfast.engine.graphs import DecodeGraphs, Result, why_not
 from prefixfast.engine.loader import Loaded, Loader
 from prefixfast.engine.outcome import Outcome, StopStrings, Text
@@ -29,7 +29,7 @@ from prefixfast.engine.residency import Residency
 from prefixfast.engine.rows import Chosen, Rows
 from prefixfast.engine.transfer import to_device
 from prefixfast.errors import CapacityError, PrefixFastError, RequestError
-from prefixfast.model import Model
+from prefixfast.model import DTYPES, Model
 from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
 from prefixfast_kernels.tables import DecodeTables
 
@@ -54,10 +54,14 @@ class Loop:
         use = model.backend
         self.why_called = why_not(model, config)
         self.ahead = self.why_called is None
-        self.scheduler = _rust.Scheduler(arena_rows, rows, config.max_num_batched_tokens, tile_rows=use.sizes.tokens, decode=use.decode, pad_decode=self.ahead)
+        prefix_rows = None if config.prefix_memory is None else config.prefix_memory // bytes_of_row(model)
+        self.scheduler = _rust.Scheduler(
+            arena_rows, rows, config.max_num_batched_tokens, tile_rows=use.sizes.tokens, prefix_rows=prefix_rows, decode=use.decode, pad_decode=self.ahead
+        )
         dead = {"row": rows, "slot": arena_rows - 1, "lens": 1}
         self.graphs = DecodeGraphs(self._run_static, dead, device, compiled=config.compile_decode) if self.ahead else None
-        self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory))
+        kept_as = DTYPES.get(config.prefix_dtype, model.dtype)
+        self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory, kept_as))
         self.max_waiting = config.max_waiting
         self.rows = Rows(self.arena.table, [e for e in eos if 0 <= e < model.vocab_size])  # what the base cannot say is looked up nowhere
         self.buffer = torch.zeros(0, dtype=torch.int32)
@@ -128,6 +132,7 @@ class Loop:
         for number in ended:
             for kept in (self.requests, self.first_row, self.texts, self.stops):
                 kept.pop(number, None)
+        self.residency.sweep()
         if not self.requests:
             self.started = []
             self.residency.trim()

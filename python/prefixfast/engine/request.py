@@ -151,7 +151,7 @@ def make_requests(
         got = "a flat list of ints" if isinstance(batch, list) else type(batch).__name__
         msg = f"batch: expected a sequence of requests, got {got}; wrap one request in a list"
         raise ConfigError(msg)
-    chosen = _assign(batch, prefixes, store)
+    chosen = assign(batch, prefixes, store)
     for prefix in {id(p): p for ps in chosen for p in ps}.values():
         model.check_prefix(prefix)
     tasks = _tasks(batch, chosen)
@@ -188,7 +188,7 @@ def failed(index: int, error: BaseException) -> Generation:
 Chosen = tuple[Prefix | StoredPrefix, ...]
 
 
-def _assign(batch: Sequence[Input], prefixes: Any, store: PrefixStore | None) -> list[Chosen]:
+def assign(batch: Sequence[Input], prefixes: Any, store: PrefixStore | None) -> list[Chosen]:
     """The prefixes of every request."""
     named = next((i for i, item in enumerate(batch) if isinstance(item, Mapping) and "prefix" in item), None)
     if named is not None and prefixes is None and store is not None:

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from dataclasses import dataclass
 
 from prefixfast import _rust
 from prefixfast.engine.loader import Loaded, Loader
 from prefixfast.errors import PrefixFastError
 from prefixfast.prefix import Prefix
 from prefixfast.store import StoredPrefix
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A prefix in an engine's arena.
+
+    Attributes:
+        name: In the store; None if it was given as an object.
+        digest: See `Prefix.digest`.
+        rows: Arena rows, P of its longest layer.
+        nbytes: Bytes of these rows in all layers.
+        pinned: Whether it is evicted only when nothing else is left to evict.
+        requests: Queued and running requests that use it.
+    """
+
+    name: str | None
+    digest: str
+    rows: int
+    nbytes: int
+    pinned: bool
+    requests: int
+
 
 KEPT_PREFIXES = 256  # given as objects, beyond those that requests are using
 KEPT_STORED = 1 << 16  # known by their entry only
@@ -30,6 +53,8 @@ class Residency:
         self.ids = itertools.count()
         self.pending: list[tuple[int, int]] = []  # loads that the scheduler asked for and that have not begun
         self.broken: dict[int, BaseException] = {}  # could not be read: their rows hold nothing
+        self.kept: set[int] = set()
+        self.doomed: set[int] = set()  # evicted as soon as nobody reads them
 
     def number(self, prefix: Prefix | StoredPrefix) -> int:
         """The scheduler's number of a prefix; equal content has one number.
@@ -50,7 +75,50 @@ class Residency:
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
         self.prefixes[number] = self.prefixes.pop(number, prefix)
+        self.doomed.discard(number)
         return number
+
+    def keep(self, prefix: Prefix | StoredPrefix, kept: bool) -> None:
+        """Evict a prefix last and load it now if there is room, or treat it as any other again."""
+        number = self.number(prefix)
+        self.scheduler.keep_prefix(number, kept)
+        (self.kept.add if kept else self.kept.discard)(number)
+        if kept and (found := self.scheduler.load_prefix(number)) is not None:
+            self.begin([(number, found[0])])
+
+    def evict(self, digest: str) -> bool:
+        """Forget a prefix and clear its rows, once nobody reads them; whether that is done."""
+        number = self.numbers.get(digest)
+        if number is None:
+            return True
+        self.scheduler.keep_prefix(number, False)
+        self.kept.discard(number)
+        self.doomed.add(number)
+        self.sweep()
+        return number not in self.prefixes
+
+    def sweep(self) -> None:
+        """Clear what is to go and nobody reads any more."""
+        for number in list(self.doomed):
+            start, users = self.scheduler.prefix_state(number)
+            row = None if users else self.scheduler.evict_prefix(number)
+            if row is not None:
+                for t in (t for kv in self.loader.layers for t in kv):
+                    t[row : row + self.prefixes[number].length].zero_()
+            elif users or start is not None:
+                continue
+            self.doomed.discard(number)
+            self.drop(number)
+
+    def resident(self, bytes_of_row: int) -> list[Resident]:
+        """What lies in the arena, the least recently registered first."""
+        found = []
+        for number, prefix in sorted(self.prefixes.items()):
+            start, users = self.scheduler.prefix_state(number)
+            if start is not None:
+                name = prefix.name if isinstance(prefix, StoredPrefix) else None
+                found.append(Resident(name, prefix.digest, prefix.length, prefix.length * bytes_of_row, number in self.kept, users))
+        return found
 
     def begin(self, loads: list[tuple[int, int]]) -> None:
         """Begin what a step's header asks for; what an interrupt leaves is begun at the next call."""
@@ -75,11 +143,13 @@ class Residency:
             self.scheduler.forget_prefix(number)
             self.numbers.pop(self.prefixes.pop(number).digest)
             self.broken.pop(number, None)
+            self.kept.discard(number)
+            self.doomed.discard(number)
             self.loader.forget(number)
 
     def trim(self) -> None:
         """Let go of the prefixes that were not used for longest."""
         for kind, most in ((Prefix, KEPT_PREFIXES), (StoredPrefix, KEPT_STORED)):
-            known = [number for number, prefix in self.prefixes.items() if isinstance(prefix, kind)]
+            known = [number for number, prefix in self.prefixes.items() if isinstance(prefix, kind) and number not in self.kept]
             for number in known[: max(0, len(known) - most)]:
                 self.drop(number)

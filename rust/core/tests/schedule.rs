@@ -26,6 +26,7 @@ fn limits() -> Limits {
         max_batched_tokens: 50,
         tile_rows: 4,
         buckets: 3,
+        prefix_rows: usize::MAX,
         decode: Decode::default(),
     }
 }
@@ -49,10 +50,11 @@ proptest! {
     #[test]
     fn serves_all_and_keeps_the_books(
         users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]), padded in any::<bool>(),
-        work in prop::collection::vec((0..12_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize, 1..20_usize), 1..60),
+        prefix_rows in prop::sample::select(vec![usize::MAX, 160, 112]),
+        work in prop::collection::vec((0..14_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize, 1..20_usize), 1..60),
     ) {
         let decode = Decode { users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded };
-        let mut model = Model::new(Limits { decode, ..limits() }, &[30, 16, 1, 0, 100, 47]);
+        let mut model = Model::new(Limits { decode, prefix_rows, ..limits() }, &[30, 16, 1, 0, 100, 47]);
         let mut id = 0;
         for (kind, prefixes, prompt_len, beams, max_new) in work {
             match kind {
@@ -65,6 +67,7 @@ proptest! {
                 }
                 5 => model.cancel(i64::try_from(prompt_len).expect("small") % (id + 1)),
                 6..=7 => model.load(prompt_len),
+                12..=13 => model.by_hand(i64::try_from(prompt_len % 6).expect("small"), max_new),
                 _ => model.step(max_new),
             }
         }
@@ -310,7 +313,7 @@ proptest! {
     ) {
         let decode = Decode { users, fill, key_bytes: 1, padded, ..Decode::default() };
         let arena_rows = 1 << 20;
-        let mut scheduler = Scheduler::new(Limits { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, decode }).expect("a scheduler");
+        let mut scheduler = Scheduler::new(Limits { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, prefix_rows: arena_rows, decode }).expect("a scheduler");
         for prefix in 0..4 {
             scheduler.register_prefix(prefix, 16, 16, true).expect("a new number");
         }
@@ -400,4 +403,45 @@ fn padded_tables_keep_their_layout_while_requests_end() {
             pair[1].0
         );
     }
+}
+
+#[test]
+fn a_kept_prefix_goes_last_and_only_when_it_must() {
+    let mut scheduler = Scheduler::new(Limits {
+        prefix_rows: 64,
+        ..limits()
+    })
+    .expect("a scheduler");
+    for prefix in 0..6 {
+        scheduler
+            .register_prefix(prefix, 16, 16, true)
+            .expect("a new number");
+    }
+    let load = |scheduler: &mut Scheduler, prefix| {
+        let load = scheduler
+            .load_prefix(prefix)
+            .expect("registered")
+            .expect("room");
+        scheduler.prefix_ready(prefix).expect("it was loading");
+        load.evictions
+    };
+    for prefix in 0..4 {
+        assert!(load(&mut scheduler, prefix).is_empty());
+    }
+    scheduler.keep_prefix(0, true).expect("registered");
+    assert_eq!(load(&mut scheduler, 4), [1], "the oldest that is not kept");
+    assert_eq!(load(&mut scheduler, 1), [2]);
+    scheduler.keep_prefix(0, false).expect("registered");
+    assert_eq!(load(&mut scheduler, 2), [0]);
+    for prefix in [1, 2, 3, 4] {
+        scheduler.keep_prefix(prefix, true).expect("registered");
+    }
+    assert_eq!(load(&mut scheduler, 0).len(), 1, "nothing else is left");
+    assert_eq!(scheduler.load_prefix(0).expect("registered"), None);
+    assert!(scheduler.evict_prefix(0).expect("registered").is_some());
+    assert_eq!(scheduler.evict_prefix(0).expect("registered"), None);
+    assert!(matches!(
+        scheduler.load_prefix(9),
+        Err(Error::UnknownPrefix(9))
+    ));
 }

@@ -88,7 +88,7 @@ pub(crate) struct Scheduler(Core);
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, decode = None, pad_decode = false))]
+    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, prefix_rows = None, decode = None, pad_decode = false))]
     #[expect(
         clippy::too_many_arguments,
         reason = "the arguments of the Python method"
@@ -100,6 +100,7 @@ impl Scheduler {
         max_batched_tokens: i64,
         tile_rows: i64,
         buckets: i64,
+        prefix_rows: Option<i64>,
         decode: Option<[i64; 6]>,
         pad_decode: bool,
     ) -> PyResult<Self> {
@@ -111,6 +112,7 @@ impl Scheduler {
             max_batched_tokens: count(py, "max_batched_tokens", max_batched_tokens)?,
             tile_rows: count(py, "tile_rows", tile_rows)?,
             buckets: count(py, "buckets", buckets)?,
+            prefix_rows: count(py, "prefix_rows", prefix_rows.unwrap_or(arena_rows))?,
             decode: Decode {
                 users: count(py, "decode: users", users)?,
                 fill: count(py, "decode: fill", fill)?,
@@ -142,6 +144,27 @@ impl Scheduler {
     /// Forgets a prefix and frees its rows.
     fn forget_prefix(&mut self, py: Python<'_>, prefix: i64) -> PyResult<()> {
         guarded(py, || self.0.forget_prefix(prefix))
+    }
+
+    /// Evicts a prefix last, or as any other again.
+    fn keep_prefix(&mut self, py: Python<'_>, prefix: i64, kept: bool) -> PyResult<()> {
+        guarded(py, || self.0.keep_prefix(prefix, kept))
+    }
+
+    /// Gives a prefix room before a request needs it.
+    fn load_prefix(&mut self, py: Python<'_>, prefix: i64) -> PyResult<Option<(usize, Vec<i64>)>> {
+        let found = guarded(py, || self.0.load_prefix(prefix))?;
+        Ok(found.map(|load| (load.row, load.evictions)))
+    }
+
+    /// Gives up the arena rows of a prefix.
+    fn evict_prefix(&mut self, py: Python<'_>, prefix: i64) -> PyResult<Option<usize>> {
+        guarded(py, || self.0.evict_prefix(prefix))
+    }
+
+    /// Where a prefix lies and who uses it.
+    fn prefix_state(&self, py: Python<'_>, prefix: i64) -> PyResult<(Option<usize>, usize)> {
+        guarded(py, || self.0.prefix_state(prefix))
     }
 
     /// Queues a request.

@@ -1,6 +1,7 @@
 //! The scheduler: it alone owns queue, decode rows, arena rows and prefix pins of one engine.
 
 mod admit;
+mod keep;
 mod queue;
 mod request;
 mod residency;
@@ -44,6 +45,8 @@ pub struct Limits {
     pub tile_rows: usize,
     /// Most groups of the prefill's padded layout.
     pub buckets: usize,
+    /// Rows that prefixes may hold together.
+    pub prefix_rows: usize,
     /// How decode steps are cut; the default makes no tables for it.
     pub decode: Decode,
 }

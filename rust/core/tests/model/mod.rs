@@ -90,6 +90,31 @@ impl Model {
         }
     }
 
+    /// A prefix is kept or not, loaded or evicted by hand.
+    pub(crate) fn by_hand(&mut self, prefix: i64, pick: usize) {
+        match pick % 4 {
+            0 | 1 => self
+                .scheduler
+                .keep_prefix(prefix, pick.is_multiple_of(4))
+                .expect("registered"),
+            2 => {
+                let found = self.scheduler.load_prefix(prefix).expect("registered");
+                if let Some(load) = found {
+                    self.check_moves(&load.evictions, &[(prefix, load.row)]);
+                }
+            }
+            _ => {
+                let row = self.scheduler.evict_prefix(prefix).expect("registered");
+                if let Some(row) = row {
+                    assert_eq!(self.resident[&prefix], row);
+                    self.check_moves(&[prefix], &[]);
+                }
+            }
+        }
+        let (start, _) = self.scheduler.prefix_state(prefix).expect("registered");
+        assert_eq!(start, self.resident.get(&prefix).copied());
+    }
+
     /// One step; requests end after `pick` steps or at their limit.
     pub(crate) fn step(&mut self, pick: usize) {
         let mut out = vec![-7; self.scheduler.buffer_len()];
@@ -174,7 +199,11 @@ impl Model {
     }
 
     fn check_residency(&mut self, header: &StepHeader) {
-        for prefix in &header.evictions {
+        self.check_moves(&header.evictions, &header.loads);
+    }
+
+    fn check_moves(&mut self, evictions: &[i64], loads: &[(i64, usize)]) {
+        for prefix in evictions {
             assert!(
                 self.resident.remove(prefix).is_some() && !self.loading.contains(prefix),
                 "evicted {prefix}"
@@ -186,10 +215,13 @@ impl Model {
                 "evicted under a request"
             );
         }
-        for (prefix, row) in &header.loads {
+        for (prefix, row) in loads {
             assert!(row % 16 == 0 && self.resident.insert(*prefix, *row).is_none());
             self.loading.push(*prefix);
         }
+        let held = |prefix: &i64| self.rows[index(*prefix)].next_multiple_of(16);
+        let held: usize = self.resident.keys().map(held).sum();
+        assert!(held <= self.limits.prefix_rows, "{held} rows of prefixes");
     }
 
     fn blocks_of(&self, request: &Request) -> Vec<(usize, usize)> {

@@ -37,6 +37,14 @@ impl Scheduler {
                 prefix_units * UNIT
             ));
         }
+        let budget = self.limits.prefix_rows / UNIT;
+        if prefix_units > budget {
+            return wrong(format!(
+                "its prefixes, each rounded up to {UNIT}, need {} arena rows and prefixes may hold {}; raise prefix_memory",
+                prefix_units * UNIT,
+                budget * UNIT
+            ));
+        }
         let reach =
             self.residency.rows_of(&request.prefixes) + request.prompt_len + request.max_new;
         let mut most = self.most.clone();
@@ -87,11 +95,13 @@ impl Scheduler {
         let units = request.slots()?.div_ceil(UNIT);
         let rows = self.rows.take_low(request.beams)?;
         let prefixes = &request.prefixes;
+        let budget = self.limits.prefix_rows / UNIT;
+        let arena = &mut self.arena;
         let found = self
             .residency
-            .place(prefixes, units, false, &mut self.arena);
+            .place(prefixes, units, false, (arena, budget));
         let found = match found {
-            None if alone => self.residency.place(prefixes, units, true, &mut self.arena),
+            None if alone => self.residency.place(prefixes, units, true, (arena, budget)),
             found => found,
         };
         let Some(placement) = found else {

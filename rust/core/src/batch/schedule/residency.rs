@@ -27,11 +27,18 @@ struct Prefix {
     holders: usize,
     /// Running requests that use it: it cannot be evicted.
     pins: usize,
+    /// Evicted only when nothing else is left to evict.
+    kept: bool,
     place: Place,
     used: u64,
 }
 
 impl Prefix {
+    /// Its place among those that can be evicted, the first one first.
+    fn turn(&self) -> (bool, u64) {
+        (self.kept, self.used)
+    }
+
     fn units(&self) -> usize {
         self.rows.div_ceil(UNIT)
     }
@@ -42,8 +49,10 @@ impl Prefix {
 pub(super) struct Residency {
     prefixes: FxHashMap<i64, Prefix>,
     /// Ready and not pinned, least recently used first.
-    idle: BTreeSet<(u64, i64)>,
+    idle: BTreeSet<((bool, u64), i64)>,
     idle_units: usize,
+    /// Units of all that lie in the arena or are on their way.
+    held: usize,
     clock: u64,
 }
 
@@ -66,6 +75,7 @@ impl Residency {
             slides,
             holders: 0,
             pins: 0,
+            kept: false,
             place: Place::Absent,
             used: 0,
         };
@@ -106,7 +116,7 @@ impl Residency {
         };
         entry.place = Place::Ready(run);
         if entry.pins == 0 {
-            self.idle.insert((entry.used, prefix));
+            self.idle.insert((entry.turn(), prefix));
             self.idle_units += run.len;
         }
         Ok(())
@@ -162,7 +172,7 @@ impl Residency {
             };
             entry.pins += 1;
             if let Place::Ready(run) = entry.place
-                && self.idle.remove(&(entry.used, *prefix))
+                && self.idle.remove(&(entry.turn(), *prefix))
             {
                 self.idle_units -= run.len;
             }
@@ -182,7 +192,7 @@ impl Residency {
             }
             entry.used = self.clock;
             if let Place::Ready(run) = entry.place {
-                self.idle.insert((entry.used, *prefix));
+                self.idle.insert((entry.turn(), *prefix));
                 self.idle_units += run.len;
             }
         }
@@ -218,17 +228,18 @@ impl Residency {
     }
 
     /// Makes room for what is missing of `prefixes` and for `slots` units, evicting idle prefixes where it must. With `own` every idle
-    /// prefix goes, also those of the request itself: then nothing but loads under way is in the way. Changes nothing if room is short.
+    /// prefix goes, also those of the request itself: then nothing but loads under way is in the way. Prefixes together hold at most
+    /// `budget` units. Changes nothing if room is short.
     pub(super) fn place(
         &mut self,
         prefixes: &[i64],
         slots: usize,
         own: bool,
-        arena: &mut Slots,
+        (arena, budget): (&mut Slots, usize),
     ) -> Option<Placement> {
         let missing = self.missing(prefixes, own);
-        let needed = slots + missing.iter().map(|(_, units)| units).sum::<usize>();
-        if needed > arena.free() + self.idle_units {
+        let added: usize = missing.iter().map(|(_, units)| units).sum();
+        if slots + added > arena.free() + self.idle_units {
             return None;
         }
         let victims = self.idle.iter().filter_map(|(_, prefix)| {
@@ -238,22 +249,25 @@ impl Residency {
                 .map(|run| (*prefix, run))
         });
         let mut trial = Trial::new(arena, victims);
-        while own && trial.evict_next() {}
-        let Some(placement) = trial.place(&missing, slots) else {
+        while (own || self.held + added > budget + trial.evicted_units()) && trial.evict_next() {}
+        let fits = self.held + added <= budget + trial.evicted_units();
+        let Some(placement) = fits.then(|| trial.place(&missing, slots)).flatten() else {
             trial.undo();
             return None;
         };
         for prefix in &placement.evictions {
             if let Some(entry) = self.prefixes.get_mut(prefix)
                 && let Place::Ready(run) = std::mem::replace(&mut entry.place, Place::Absent)
-                && self.idle.remove(&(entry.used, *prefix))
+                && self.idle.remove(&(entry.turn(), *prefix))
             {
                 self.idle_units -= run.len;
+                self.held -= run.len;
             }
         }
         for (prefix, run) in &placement.loads {
             if let Some(entry) = self.prefixes.get_mut(prefix) {
                 entry.place = Place::Loading(*run);
+                self.held += run.len;
             }
         }
         Some(placement)
@@ -282,14 +296,49 @@ impl Residency {
         }
     }
 
-    fn evict(&mut self, prefix: i64, arena: &mut Slots) {
+    /// Evicts a prefix last, or as any other again.
+    pub(super) fn keep(&mut self, prefix: i64, kept: bool) -> Result<()> {
+        let entry = self
+            .prefixes
+            .get_mut(&prefix)
+            .ok_or(Error::UnknownPrefix(prefix))?;
+        let idle = self.idle.remove(&(entry.turn(), prefix));
+        entry.kept = kept;
+        if idle {
+            self.idle.insert((entry.turn(), prefix));
+        }
+        Ok(())
+    }
+
+    /// The first unit of a prefix in the arena or on its way there, and how many requests use it.
+    pub(super) fn state(&self, prefix: i64) -> Result<(Option<usize>, usize)> {
+        let entry = self
+            .prefixes
+            .get(&prefix)
+            .ok_or(Error::UnknownPrefix(prefix))?;
+        let start = match entry.place {
+            Place::Absent => None,
+            Place::Loading(run) | Place::Ready(run) => Some(run.start),
+        };
+        Ok((start, entry.holders))
+    }
+
+    /// Whether a prefix lies in the arena and no running request reads it.
+    pub(super) fn is_idle(&self, prefix: i64) -> bool {
+        self.prefixes
+            .get(&prefix)
+            .is_some_and(|entry| self.idle.contains(&(entry.turn(), prefix)))
+    }
+
+    pub(super) fn evict(&mut self, prefix: i64, arena: &mut Slots) {
         let Some(entry) = self.prefixes.get_mut(&prefix) else {
             return;
         };
         if let Place::Ready(run) = entry.place {
             entry.place = Place::Absent;
+            self.held -= run.len;
             arena.give(run);
-            if self.idle.remove(&(entry.used, prefix)) {
+            if self.idle.remove(&(entry.turn(), prefix)) {
                 self.idle_units -= run.len;
             }
         }

@@ -35,7 +35,10 @@ impl<'a, V: Iterator<Item = (i64, Run)>> Trial<'a, V> {
             let runs = self.take(|arena| arena.take_low(*units).map(|run| vec![run]))?;
             loads.extend(runs.first().map(|run| (*prefix, *run)));
         }
-        let slots = self.take(|arena| arena.take_high(slots))?;
+        let slots = match slots {
+            0 => Vec::new(),
+            _ => self.take(|arena| arena.take_high(slots))?,
+        };
         let evictions = self.evicted.iter().map(|(prefix, _)| *prefix).collect();
         Some(Placement {
             loads,
@@ -63,6 +66,10 @@ impl<'a, V: Iterator<Item = (i64, Run)>> Trial<'a, V> {
         self.arena.give(victim.1);
         self.evicted.push(victim);
         true
+    }
+
+    pub(super) fn evicted_units(&self) -> usize {
+        self.evicted.iter().map(|(_, run)| run.len).sum()
     }
 
     pub(super) fn undo(self) {
