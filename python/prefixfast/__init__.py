@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from prefixfast.config import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
     from prefixfast.engine.call import generate, score
     from prefixfast.engine.engine import Engine
+    from prefixfast.engine.hf_cache import HFCache
     from prefixfast.engine.request import Generation, TokenLogprob
+    from prefixfast.engine.residency import Resident
     from prefixfast.engine.score import Score
     from prefixfast.engine.stream import Stream
     from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
@@ -34,12 +36,14 @@ _HOME = {
     "EngineConfig": "config",
     "Generation": "engine.request",
     "GenerationParams": "config",
+    "HFCache": "engine.hf_cache",
     "Model": "model",
     "Prefix": "prefix",
     "PrefixConfig": "config",
     "PrefixFastError": "errors",
     "PrefixStore": "store",
     "RequestError": "errors",
+    "Resident": "engine.residency",
     "Score": "engine.score",
     "Stream": "engine.stream",
     "TokenLogprob": "engine.request",
@@ -61,12 +65,14 @@ __all__ = [
     "EngineConfig",
     "Generation",
     "GenerationParams",
+    "HFCache",
     "Model",
     "Prefix",
     "PrefixConfig",
     "PrefixFastError",
     "PrefixStore",
     "RequestError",
+    "Resident",
     "Score",
     "Stream",
     "TokenLogprob",

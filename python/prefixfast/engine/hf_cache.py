@@ -1,0 +1,223 @@
+"""`HFCache`: transformers' own, unmodified ``generate`` on the packed forward, each row with prefixes of its own that lie in memory once.
+
+Hooks on the attached model turn every forward that carries this cache into a packed prefill or a decode step of the arena, and its logits back.
+
+Shape letters: B rows of the batch (with beams one a beam), T tokens of the padded prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from prefixfast.config import EngineConfig
+from prefixfast.engine.arena import RESERVED_ROWS, bytes_of_row
+from prefixfast.engine.loop import Loop, host_view
+from prefixfast.engine.request import assign
+from prefixfast.errors import CapacityError, ConfigError
+from prefixfast.model import Model
+from prefixfast.plan import Plan, packed_tables, section
+from prefixfast.prefix import Prefix
+from prefixfast_kernels.tables import DecodeTables
+
+UNIT = 16  # arena rows are handed out by so many
+Prefixes = Prefix | Sequence[Prefix | Sequence[Prefix] | None] | None
+
+
+class HFCache(Cache):
+    """Give it to ``model.hf.generate(..., past_key_values=cache)``: all of transformers' ways to generate then see the prefixes.
+
+    Sampling, beams, processors and stopping criteria are transformers'; a batch is padded on the left and has its ``attention_mask``. For one call of
+    ``generate``; close it (it is a context manager) to free its memory.
+
+    Args:
+        model: The base, loaded with `load`.
+        prefixes: One for all rows, or one entry for each row of ``input_ids`` (None, a prefix, or several that compose from left to right).
+        max_len: Longest prompt and generation, prefixes not counted.
+
+    Raises:
+        ConfigError: For prefixes that do not fit the batch, or a batch padded on the right.
+        BaseMismatchError: For a prefix of another base.
+
+    Example:
+        ``with HFCache(model, [a, b]) as cache: model.hf.generate(**tokens, past_key_values=cache, max_new_tokens=20)``
+    """
+
+    is_compileable = False
+
+    def __init__(self, model: Model, prefixes: Prefixes = None, *, max_len: int = 1024) -> None:
+        super().__init__(layers=[])
+        self.model, self.prefixes, self.max_len = model, prefixes, min(max_len, model.max_positions)
+        self.loop: Loop | None = None
+        self.length, self.rows = 0, np.zeros(0, np.int64)  # tokens so far, and the decode row of each row of the batch
+        self.order = torch.zeros(0, dtype=torch.int64)  # rows of the batch in the order of the last forward
+        me = weakref.ref(self)
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            own: Any = me()
+            mine = own is not None and own is kwargs.get("past_key_values")
+            return ((), own._packed(args, kwargs)) if mine else None
+
+        def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+            own: Any = me()
+            return own._unpacked(out) if own is not None and own._plan is not None and kwargs.get("prefixfast") is own._plan else None
+
+        self._plan: Plan | None = None
+        hooks = (model.hf.register_forward_pre_hook(before, with_kwargs=True), model.hf.register_forward_hook(after, with_kwargs=True))
+        self._detach = weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens so far, prefixes not counted."""
+        return self.length
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """As transformers says it for a cache that grows."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows continue others: rows of the slot table are permuted, no key or value moves."""
+        assert self.loop is not None
+        rows = torch.from_numpy(self.rows).to(beam_idx.device)
+        table = self.loop.arena.table
+        table[rows, : self.length] = table[rows[beam_idx], : self.length]
+
+    def crop(self, max_length: int) -> None:
+        """Not possible here.
+
+        Raises:
+            NotImplementedError: Always; what assisted generation needs.
+        """
+        msg = "HFCache cannot take tokens back: assisted generation is not supported"
+        raise NotImplementedError(msg)
+
+    def close(self) -> None:
+        """Free the memory and take the hooks off."""
+        self._detach()
+        if self.loop is not None:
+            self.loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _packed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the packed forward in place of those of ``generate``."""
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            msg = "HFCache needs input_ids, got inputs_embeds"
+            raise ConfigError(msg)
+        tokens, self._plan = self._decode(ids) if self.length else self._prefill(ids, kwargs.get("attention_mask"))
+        keep = {} if self._plan.logits_at is None else {"logits_to_keep": self._plan.logits_at}
+        packed = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None], "position_ids": self._plan.position_ids}
+        return {**packed, **keep, "use_cache": False, "return_dict": True, "prefixfast": self._plan}
+
+    def _unpacked(self, out: Any) -> Any:
+        logits = out.logits[0]
+        out.logits = torch.empty_like(logits).index_copy_(0, self.order.to(logits.device), logits)[:, None]
+        out.past_key_values, self._plan = self, None
+        return out
+
+    def _prefill(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Plan]:
+        count, padded = ids.shape
+        seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if seen.shape != ids.shape or not bool(seen[:, -1].all()) or bool((seen[:, 1:] < seen[:, :-1]).any()):
+            msg = f"attention_mask: expected one of {list(ids.shape)}, padded on the left, got {list(seen.shape)}; tokenizer.padding_side = 'left'"
+            raise ConfigError(msg)
+        lengths = seen.sum(1).tolist()
+        if padded > self.max_len:
+            msg = f"the prompt has {padded} tokens and max_len is {self.max_len}"
+            raise CapacityError(msg)
+        self.loop = loop = self._make(lengths)
+        buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
+        header = loop.scheduler.plan_step(buffer.numpy())
+        places = header.prefill_sections
+        assert places is not None
+        assert len(header.prefill_ids) == count
+        chunk = host_view(buffer.numpy(), places["chunk"])
+        self.order = torch.tensor(header.prefill_ids)
+        self.rows = np.zeros(count, np.int64)
+        self.rows[header.prefill_ids] = chunk[:, 0]
+        tables = buffer.to(self.model.device)
+        fill = section(tables, places["fill"]).long()
+        loop.arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
+        slots, last = section(tables, places["slots"]), section(tables, places["logits_idx"]).long()
+        plan = Plan(
+            section(tables, places["position_ids"])[None],
+            self.model.backend,
+            header.prefill_reach,
+            packed=packed_tables(tables, places),
+            arena=loop.arena,
+            slots=slots,
+            logits_at=last,
+        )
+        loop.scheduler.commit([])
+        self.length = padded
+        self.own = np.array(lengths)
+        return torch.cat([ids[row][seen[row]] for row in header.prefill_ids]), plan
+
+    def _decode(self, ids: Tensor) -> tuple[Tensor, Plan]:
+        loop = self.loop
+        assert loop is not None
+        if self.length + 1 > self.max_len or ids.shape[0] != len(self.rows):
+            msg = f"HFCache: {self.length} of {self.max_len} tokens are there for {len(self.rows)} rows, got one more for {ids.shape[0]}; raise max_len"
+            raise CapacityError(msg)
+        buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
+        header = loop.scheduler.plan_step(buffer.numpy())
+        places = header.decode_sections
+        assert places is not None
+        tables = buffer.to(self.model.device)
+        step = DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields))
+        slots, rows = section(tables, places["slot"]), step.row.long()
+        loop.arena.table[rows, step.lens.long() - 1] = slots
+        self.order = torch.tensor(header.decode_ids)
+        plan = Plan(
+            section(tables, places["position_ids"])[None],
+            self.model.backend,
+            header.decode_reach,
+            decode=step,
+            arena=loop.arena,
+            slots=slots,
+            max_len=int(host_view(buffer.numpy(), places["lens"]).max()),
+        )
+        loop.scheduler.commit([])
+        self.length += 1
+        return ids[self.order.to(ids.device), -1], plan
+
+    def _make(self, lengths: list[int]) -> Loop:
+        """An arena with the prefixes in it and one request for each row of the batch."""
+        count = len(lengths)
+        chosen = self._chosen(count)
+        distinct = {p.digest: p for ps in chosen for p in ps}.values()
+        need = [sum(-(-p.length // UNIT) for p in distinct), *(-(-(self.max_len + UNIT) // UNIT) for _ in lengths)]
+        memory = bytes_of_row(self.model) * (RESERVED_ROWS + UNIT * sum(need))
+        config = EngineConfig(max_num_seqs=count, max_num_batched_tokens=sum(lengths) + count, kv_cache_memory=memory, enforce_eager=True)
+        loop = Loop(self.model, config, self.max_len, [])
+        for prefix in distinct:
+            loop.residency.keep(prefix, True)
+        while loop.residency.loader.under_way:
+            for failed in loop.residency.arrived(wait=True):
+                assert failed.error is not None
+                raise failed.error
+        for row, (length, ps) in enumerate(zip(lengths, chosen, strict=True)):
+            loop.scheduler.add(row, [loop.residency.number(p) for p in ps], length, 1, self.max_len - length + 1)
+        return loop
+
+    def _chosen(self, count: int) -> list[tuple[Prefix, ...]]:
+        """Prefixes of every row; with beams each request's are those of its beams."""
+        given = list(self.prefixes) if isinstance(self.prefixes, Sequence) else self.prefixes
+        requests = len(given) if isinstance(given, list) else count
+        if not requests or count % requests:
+            msg = f"prefixes: expected one for all rows, or one entry for each of the batch's rows (or for each {count} divided by the beams), got {requests}"
+            raise ConfigError(msg)
+        chosen = assign([[]] * requests, given, None)
+        for prefix in {id(p): p for ps in chosen for p in ps}.values():
+            self.model.check_prefix(prefix)
+        return [ps for ps in chosen for _ in range(count // requests)]  # type: ignore[misc]
