@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -216,12 +217,17 @@ class GenerationParams(Options):
 
     def over(self, fallback: GenerationParams) -> GenerationParams:
         """These values where given, the fallback's elsewhere; beams and sampling exclude each other, so what is given here ends the other one there."""
-        values = {n: getattr(self, n) if getattr(self, n) is not None else getattr(fallback, n) for n in self.names()}
-        if self.do_sample and (values["num_beams"] or 1) > 1 and self.num_beams is None:
-            values["num_beams"] = 1
-        elif (self.num_beams or 1) > 1 and values["do_sample"] and self.do_sample is None:
-            values["do_sample"] = False
-        return GenerationParams(**values)
+        return _over(self, fallback)
+
+
+@functools.lru_cache(4096)
+def _over(mine: GenerationParams, fallback: GenerationParams) -> GenerationParams:
+    values = {n: getattr(mine, n) if getattr(mine, n) is not None else getattr(fallback, n) for n in mine.names()}
+    if mine.do_sample and (values["num_beams"] or 1) > 1 and mine.num_beams is None:
+        values["num_beams"] = 1
+    elif (mine.num_beams or 1) > 1 and values["do_sample"] and mine.do_sample is None:
+        values["do_sample"] = False
+    return GenerationParams(**values)
 
 
 @dataclass(frozen=True, kw_only=True)

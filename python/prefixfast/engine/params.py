@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from prefixfast.config import GenerationParams
@@ -17,6 +19,7 @@ BUILT_IN = GenerationParams(
     no_repeat_ngram_size=0, bad_words_ids=(), stop_strings=(), length_penalty=1.0, early_stopping=False, num_return_sequences=1,
 )  # fmt: skip
 MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
+NOTHING = GenerationParams()
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
@@ -60,8 +63,8 @@ def warn_about_defaults(model: Model) -> None:
 def base_defaults(model: Model) -> GenerationParams:
     """What the base's generation_config says, within caps."""
     config = getattr(model.hf, "generation_config", None)
-    found = {n: getattr(config, n, None) for n in GenerationParams.names()}
-    return _capped(GenerationParams(**{k: v for k, v in found.items() if v is not None}))
+    found = {n: v for n in GenerationParams.names() if (v := getattr(config, n, None)) is not None}
+    return _capped(GenerationParams(**found)) if found else NOTHING
 
 
 def _capped(p: GenerationParams) -> GenerationParams:
@@ -78,12 +81,13 @@ def resolve(
 ) -> GenerationParams:
     """Call > request > prefix > base > built-in; a length that nobody asked for here is cut to what fits."""
     with request_error(index):
-        asked = call.over(GenerationParams.make(item.get("params") if isinstance(item, Mapping) else None))
+        own = item.get("params") if isinstance(item, Mapping) else None
+        asked = call if own is None else call.over(GenerationParams.make(own))
         if (asked.num_beams or 1) > 1 and asked.do_sample:
             msg = f"do_sample with num_beams={asked.num_beams}: beams are searched, not drawn; leave one of them out"
             raise ConfigError(msg)
         loaded = inherited
-        for decoding in decodings:
+        for decoding in filter(None, decodings):
             loaded = _capped(GenerationParams.make(dict(decoding))).over(loaded)
     params = asked.over(loaded).over(BUILT_IN)
     if not params.do_sample and (idle := [n for n in SAMPLING if getattr(asked, n) is not None]):
@@ -96,14 +100,26 @@ def resolve(
         raise RequestError(msg, index=index)
     assert params.max_new_tokens is not None
     most = min(params.max_new_tokens, room)
-    return GenerationParams.make(params, max_new_tokens=most, min_new_tokens=min(params.min_new_tokens or 0, most))
+    return _limited(params, most, min(params.min_new_tokens or 0, most))
 
 
-def check_params(p: GenerationParams, index: int, vocab_size: int) -> None:
+@functools.lru_cache(4096)
+def _limited(params: GenerationParams, most: int, least: int) -> GenerationParams:
+    return replace(params, max_new_tokens=most, min_new_tokens=least)
+
+
+def check_params(params: GenerationParams, index: int, vocab_size: int) -> None:
     """Refuse combinations that would be dropped in silence."""
+    if (wrong := _wrong(replace(params, seed=None) if params.seed is not None else params, vocab_size)) is not None:
+        msg = f"request {index}: {wrong}"
+        raise RequestError(msg, index=index)
+
+
+@functools.lru_cache(4096)
+def _wrong(p: GenerationParams, vocab_size: int) -> str | None:
     beams, texts = p.num_beams or 1, p.num_return_sequences or 1
     top = max((i for word in p.bad_words_ids or () for i in word), default=0)
-    wrong = {
+    found = {
         f"num_return_sequences={texts}: the likeliest text is one; say do_sample=True or num_beams={texts}": texts > 1 and beams == 1 and not p.do_sample,
         f"num_return_sequences={texts} of {beams} beams: expected at most as many": beams > 1 and texts > beams,
         "stop_strings with beams: beams are cut by tokens; use num_beams=1": beams > 1 and p.stop_strings,
@@ -111,7 +127,4 @@ def check_params(p: GenerationParams, index: int, vocab_size: int) -> None:
         f"logprobs={p.logprobs}: expected at most the vocabulary's {vocab_size}": (p.logprobs or 0) > vocab_size,
         f"bad_words_ids: expected token ids below {vocab_size}, got {top}": top >= vocab_size,
     }
-    for msg, holds in wrong.items():
-        if holds:
-            text = f"request {index}: {msg}"
-            raise RequestError(text, index=index)
+    return next((text for text, holds in found.items() if holds), None)
