@@ -12,7 +12,8 @@ from prefixfast.config import TrainConfig
 from prefixfast.data.tasks import Task
 from prefixfast.encoder import PrefixParameters
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.training.collate import Order, micro_batches, tokenize
+from prefixfast.training.collate import Order, micro_batches
+from prefixfast.training.examples import tokenize
 from prefixfast.training.trainer import train
 
 STEPS, USERS = 20, 50
