@@ -218,7 +218,7 @@ def test_a_bad_spec_is_refused(spec):
         Task.from_spec(spec).prompts([{"table": {"a": "b"}, "prompt": "x"}], EOS)
 
 
-@pytest.mark.parametrize(("task", "row", "error"), [("webnlg", {}, ConfigError), (None, {"text": "x"}, DataError), (5, {}, ConfigError)])
+@pytest.mark.parametrize(("task", "row", "error"), [("webnlq", {}, ConfigError), (None, {"txt": "x"}, DataError), (5, {}, ConfigError)])
 def test_an_unknown_task_is_refused(task, row, error):
     with pytest.raises(error, match="expected one of"):
         find_task(task, row)

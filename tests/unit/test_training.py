@@ -181,7 +181,7 @@ def test_log_and_prefix_are_written(tmp_path):
     [
         ({"data": [{"input_ids": [5, 6, 7], "labels": [-100, 6, 8]}]}, "labels"),
         ({"data": [{"input_ids": [5, 6, 700], "labels": [-100, 6, 700]}]}, "below 101"),
-        ({"data": [{"input_ids": [5, 6], "labels": [5, 6]}]}, "labels"),
+        ({"data": [{"input_ids": [5, 6], "labels": [5, -100]}]}, "labels"),
         ({"data": [{"input_ids": [3] * 170, "labels": [-100] + [3] * 169}]}, "tokens, at most 150 fit"),
         ({"data": []}, "at least one row"),
         ({"data": {}}, "empty mapping"),

@@ -66,7 +66,7 @@ class MicroBatch:
     """One forward pass.
 
     Attributes:
-        lengths: int32 ``[S]``: input tokens of each sequence (its last target is no input).
+        lengths: int32 ``[S]``: input tokens of each sequence (its last token, which is its last target, is no input).
         prefix: int32 ``[S]``: prefix of each sequence.
         ids: int64 ``[N]``.
         logits_at: int64 ``[T]``: input tokens whose next token is a target.
@@ -96,12 +96,13 @@ def micro_batches(
         begin, end, count = examples.indptr[chosen[part]], examples.indptr[chosen[part] + 1], targets[part]
         inputs = (end - begin - 1).astype(np.int32)
         offset = np.cumsum(inputs, dtype=np.int64) - inputs
+        at = examples.target_at[ragged(examples.target_indptr[chosen[part]], examples.target_indptr[chosen[part] + 1])]
         yield MicroBatch(
             inputs,
             prefix[part],
             torch.from_numpy(examples.ids[ragged(begin, end - 1)].astype(np.int64)).to(device),
-            torch.from_numpy(ragged(offset + inputs - count, offset + inputs)).to(device),
-            torch.from_numpy(examples.ids[ragged(end - count, end)].astype(np.int64)).to(device),
+            torch.from_numpy(at - 1 + np.repeat(offset - begin, count)).to(device),
+            torch.from_numpy(examples.ids[at].astype(np.int64)).to(device),
             torch.from_numpy(np.repeat(packing.weight[part], count)).to(device),
             torch.from_numpy(np.repeat(prefix[part], count).astype(np.int64)).to(device),
         )
