@@ -63,17 +63,19 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(msg, path=str(path)) from e
 
 
-def json_items(raw: bytes, path: str) -> Iterator[Item]:
-    """The objects of a JSON list, each with its line."""
-    text, decoder = decode(raw, path), json.JSONDecoder(object_pairs_hook=_unique)
-    at = _skip(text, 0)
-    if text[at : at + 1] != "[":
-        yield _no_list(text, path)
-        return
-    line, counted, more = 1, 0, True
+def objects(text: str, path: str, at: int, closing: str = "") -> Iterator[Item]:
+    """The objects of the JSON list that begins at ``text[at]``, each with its line.
+
+    Args:
+        text: A whole file.
+        path: For messages.
+        at: Where the list begins.
+        closing: What follows the list, white space apart.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    line, counted = 1, 0
     at = _skip(text, at + 1)
-    if text[at : at + 1] == "]":
-        at, more = at + 1, False
+    more = text[at : at + 1] != "]"
     while more:
         try:
             value, end = decoder.raw_decode(text, at)
@@ -84,12 +86,20 @@ def json_items(raw: bytes, path: str) -> Iterator[Item]:
         yield _row(value, path, line)
         at = _skip(text, end)
         more = text[at : at + 1] == ","
-        if not more and text[at : at + 1] != "]":
-            yield _malformed(path, text.count("\n", 0, at) + 1, "expected ',' or the list's ']' after an object; is the file cut?")
-            return
-        at = _skip(text, at + 1)
-    if text[_skip(text, at) :]:
-        yield _malformed(path, text.count("\n", 0, at) + 1, "expected nothing after the list's ']'")
+        if more:
+            at = _skip(text, at + 1)
+    if text[at : at + 1] != "]" or text[at + 1 :].strip(" \t\r\n") != closing:
+        expected = f"']{closing}' at its end, or ',' between two objects"
+        yield _malformed(path, text.count("\n", 0, at) + 1, f"expected {expected}, got {text[at : at + 20]!r}; is the file cut?")
+
+
+def _json(raw: bytes, path: str) -> Iterator[Item]:
+    text = decode(raw, path)
+    at = _skip(text, 0)
+    if text[at : at + 1] == "[":
+        yield from objects(text, path, at)
+    else:
+        yield _no_list(text, path)
 
 
 def decode(raw: bytes, path: str) -> str:
@@ -149,7 +159,7 @@ def _parquet(raw: bytes, path: str) -> Iterator[Item]:
         yield _malformed(path, number + 1, f"cannot be read: {e}")
 
 
-READERS = {".jsonl": _jsonl, ".json": json_items, ".csv": _csv, ".parquet": _parquet}
+READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
 
 
 def _row(value: Any, path: str, line: int) -> Item:

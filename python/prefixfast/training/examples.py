@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,10 @@ from prefixfast.data.formats import chat_options, chat_text, conversation, text
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.tasks import Task
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.model import Model
 from prefixfast.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from prefixfast.model import Model
 
 Ints = NDArray[np.int32]
 
