@@ -129,8 +129,8 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_a_dataset_is_an_iterable_of_rows():
-    datasets = pytest.importorskip("datasets")
-    assert read_rows(datasets.Dataset.from_list(ROWS)) == ROWS
+    arrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    assert read_rows(datasets.Dataset(arrow.Table.from_pylist(ROWS), fingerprint="rows")) == ROWS
 
 
 PACKED = gzip.compress(JSONL.encode() * 50)
