@@ -16,7 +16,7 @@ from tokenizers import processors
 import prefixfast.data.rows
 import prefixfast.data.tasks
 import tiny
-from oracles import gpt2
+from oracles import ROOT, gpt2
 from prefixfast import ConfigError, DataError, GenerationParams, Prefix, RequestError, TrainConfig, load, train
 from prefixfast.data.readers import FileRow
 from prefixfast.data.rows import read_rows
@@ -447,6 +447,12 @@ def test_specs_of_before_are_read():
 def test_the_examples_in_the_documentation_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_examples_of_the_page_on_rows_run():
+    result = doctest.testfile(str(ROOT / "docs" / "rows.md"), module_relative=False)
+    assert result.attempted >= 6
     assert result.failed == 0
 
 
