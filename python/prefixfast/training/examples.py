@@ -150,8 +150,9 @@ def row_examples(tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Ro
     assert tokenizer is not None
     if task.format == "text":
         ids = tokenizer.encode([text(row, i, "text") for i, row in enumerate(rows)])
+        eos = tokenizer.eos_id
         for i, (row, own) in enumerate(zip(rows, ids, strict=True)):
-            yield _example(row, i, np.concatenate([own, _end(tokenizer, own)]), slice(0, None), whole=True)
+            yield _after(row, i, _ended(own, eos), 1, whole=True)
     elif task.format == "messages" and (task.loss_on in ("assistant", "all") or (task.loss_on == "auto" and tokenizer.marks_answers)):
         yield from (_turns(tokenizer, row, i, everything=task.loss_on == "all") for i, row in enumerate(rows))
     else:
@@ -165,6 +166,7 @@ def _pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task) -> Iterator[Ex
     for chat in {*chats}:  # the chat template has written the special tokens already
         mine = [i for i, c in enumerate(chats) if c == chat]
         prompts |= zip(mine, tokenizer.encode([pairs[i][0] for i in mine], add_special_tokens=not chat), strict=True)
+    eos = tokenizer.eos_id
     targets = iter(tokenizer.encode([t for _, ts in pairs for t in ts], add_special_tokens=False))
     for i, (row, (_, ts)) in enumerate(zip(rows, pairs, strict=True)):
         prompt = prompts[i]
@@ -173,8 +175,7 @@ def _pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task) -> Iterator[Ex
         for _ in ts:
             target = next(targets)
             closed = chats[i] and not tokenizer.special_ids.isdisjoint(target.tolist())
-            ids = np.concatenate([prompt, target] if closed else [prompt, target, _end(tokenizer, target)])
-            yield _example(row, i, ids, slice(len(prompt), None))
+            yield _after(row, i, np.concatenate([prompt, target if closed else _ended(target, eos)]), len(prompt))
 
 
 def _turns(tokenizer: Tokenizer, row: Row, number: int, *, everything: bool) -> Example:
@@ -184,7 +185,7 @@ def _turns(tokenizer: Tokenizer, row: Row, number: int, *, everything: bool) -> 
     if everything:
         whole = chat_text(row, number, tokenizer.chat, history, generation_prompt=False)
         (ids,) = tokenizer.encode([whole], add_special_tokens=False)
-        return _example(row, number, ids, slice(0, None), whole=True)
+        return _after(row, number, ids, 1, whole=True)
     if not tokenizer.marks_answers:
         msg = "loss_on='assistant': the chat template does not mark the assistant's turns with {% generation %}; use 'last', or a template that does"
         raise ConfigError(msg)
@@ -194,26 +195,31 @@ def _turns(tokenizer: Tokenizer, row: Row, number: int, *, everything: bool) -> 
     except DataError as e:
         raise row_error(row, number, str(e)) from e
     if mask.any() and mask[-1] and tokenizer.special_ids.isdisjoint(ids[mask].tolist()):
-        end = _end(tokenizer, ids)
-        ids, mask = np.concatenate([ids, end]), np.concatenate([mask, np.ones(len(end), bool)])
-    return _example(row, number, ids, mask)
+        ids = _ended(ids, tokenizer.eos_id)
+        mask = np.concatenate([mask, np.ones(len(ids) - len(mask), bool)])
+    return _marked(row, number, ids, mask)
 
 
-def _end(tokenizer: Tokenizer, target: Ints) -> Ints:
-    """The end token, unless the target ends with it or the tokenizer has none."""
-    end = tokenizer.eos_id
-    return np.array([] if end is None or (len(target) and target[-1] == end) else [end], np.int32)
+def _ended(target: Ints, eos: int | None) -> Ints:
+    """The target with the end token, unless it ends with it or there is none."""
+    return target if eos is None or (len(target) and target[-1] == eos) else np.append(target, np.int32(eos))
 
 
-def _example(row: Row, number: int, ids: Ints, is_target: slice | NDArray[np.bool_], *, whole: bool = False) -> Example:
-    """An example without what follows its last target; the first token can be none."""
-    mask = np.zeros(len(ids), bool)
-    mask[is_target] = True
-    mask[:1] = False
-    targets = np.flatnonzero(mask)
+def _after(row: Row, number: int, ids: Ints, start: int, *, whole: bool = False) -> Example:
+    """An example whose targets are all tokens from ``start`` on."""
+    return _example(row, number, ids, np.arange(start, len(ids)), whole)
+
+
+def _marked(row: Row, number: int, ids: Ints, mask: NDArray[np.bool_], *, whole: bool = False) -> Example:
+    """An example whose targets are marked, without what follows the last one; the first token can be none."""
+    targets = 1 + np.flatnonzero(mask[1:])
+    return _example(row, number, ids[: targets[-1] + 1] if len(targets) else ids, targets, whole)
+
+
+def _example(row: Row, number: int, ids: Ints, targets: NDArray[np.int64], whole: bool) -> Example:
     if not len(targets):
         raise row_error(row, number, "expected at least one target token after the first token, got none")
-    return Example(ids[: targets[-1] + 1], targets, number, whole)
+    return Example(ids, targets, number, whole)
 
 
 def _given(row: Row, number: int, vocab_size: int) -> Example:
@@ -227,7 +233,7 @@ def _given(row: Row, number: int, vocab_size: int) -> Example:
         raise row_error(row, number, msg)
     if not mask[1:].any():
         raise row_error(row, number, "labels: expected at least one target after the first token, got -100 everywhere")
-    return _example(row, number, ids.astype(np.int32), mask, whole=bool(mask[0]))
+    return _marked(row, number, ids.astype(np.int32), mask, whole=bool(mask[0]))
 
 
 def _array(values: object) -> NDArray[np.int64] | None:
