@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 import pickle
 import sys
@@ -10,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prefixfast import ConfigError, DataError
 from prefixfast.data.rows import read_rows
@@ -46,6 +50,44 @@ def test_iterables_are_rows(rows):
 def test_a_line_separator_inside_a_string_ends_no_row(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf8")
     assert read_rows(tmp_path / "a.jsonl") == [{"prompt": "a\u2028b\x85c"}]
+
+
+VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=6)), lambda inner: st.lists(inner, max_size=2), max_leaves=3)
+OBJECTS = st.lists(st.dictionaries(st.text('ab[]{},"\n\\é', max_size=3), VALUES, max_size=3), min_size=1, max_size=5)
+
+
+@given(OBJECTS, st.lists(st.sampled_from(["", " ", "\n", "\r\n\t", "\n\n  "]), min_size=1), st.sampled_from([None, 0, 1]))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_objects_of_a_list_and_their_lines(tmp_path_factory, objects, spaces, indent):
+    text, lines = "[", []
+    for i, value in enumerate(objects):
+        text += spaces[i % len(spaces)]
+        lines.append(text.count("\n") + 1)
+        text += json.dumps(value, indent=indent, ensure_ascii=i % 2 == 0) + spaces[-1] + ("," if i + 1 < len(objects) else "]")
+    path = tmp_path_factory.getbasetemp() / "objects.json"
+    path.write_bytes((text + spaces[0]).encode())
+    rows = read_rows(path)
+    assert rows == objects == json.loads(text)
+    assert [r.line for r in rows] == lines
+    path.with_suffix(".jsonl").write_text("".join(f"{json.dumps(value, ensure_ascii=False)}\n\n" for value in objects), encoding="utf8", newline="")
+    rows = read_rows(path.with_suffix(".jsonl"))
+    assert (rows, [r.line for r in rows]) == (objects, [2 * i + 1 for i in range(len(objects))])
+
+
+@given(st.lists(st.lists(st.text('ab,"\n é', max_size=5), min_size=2, max_size=2), min_size=1, max_size=6))
+@settings(derandomize=True, deadline=None)
+def test_records_of_a_table_and_their_lines(tmp_path_factory, records):
+    out = io.StringIO(newline="")
+    writer, lines = csv.writer(out, lineterminator="\n"), []
+    writer.writerow(["a", "b"])
+    for record in records:
+        lines.append(out.getvalue().count("\n") + 1)
+        writer.writerow(record)
+    path = tmp_path_factory.getbasetemp() / "records.csv"
+    path.write_text(out.getvalue(), encoding="utf8", newline="")
+    rows = read_rows(path)
+    assert [[r["a"], r["b"]] for r in rows] == records
+    assert [r.line for r in rows] == lines
 
 
 def test_a_long_field_of_a_table_is_read(tmp_path):

@@ -422,6 +422,15 @@ def test_other_columns_are_no_mistake(tok):
     assert ours(tok(), row, task="prompt") == ours(tok(), {"prompt": "a", "completion": "b"})
 
 
+def test_columns_that_are_none_are_absent(base, tok):
+    """Tables of mixed rows, and of formats side by side, hold None where a row has nothing."""
+    empty = dict.fromkeys(("prompt", "completion", "messages", "text", "mr", "table", "triples", "document", "summary", "ref", "refs", "tools"))
+    rows = [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"messages": CHAT}, {"mr": MR, "ref": "x"}]
+    for row in rows:
+        assert ours(tok(LAST), {**empty, **row}) == ours(tok(LAST), row)
+    assert request_ids(base, tok(LAST), {**empty, "text": "a"}) == request_ids(base, tok(LAST), {"text": "a"})
+
+
 def test_a_template_that_writes_the_beginning_otherwise_is_refused(tok):
     tokenizer = tok(LAST.replace("<a>{% endif %}", "<a>think{% endif %}"))
     with pytest.raises(DataError, match="row 0: the chat template writes the conversation up to the answer as"):
