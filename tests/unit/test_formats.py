@@ -417,6 +417,14 @@ def test_the_wrong_one_among_many_is_named(tok):
         list(row_examples(tok(), tiny.VOCAB, tables, TASKS["table"]))
 
 
+@pytest.mark.parametrize("bad", [{"prompt": 5, "completion": "x"}, {"prompt": "a"}, {"prompt": CHAT[:2], "completion": []}], ids=["prompt", "target", "chat"])
+def test_the_wrong_one_among_kinds_of_prompts_is_named(tok, bad):
+    rows = [{"prompt": CHAT[:2], "completion": CHAT[2:3]}, {"prompt": "a", "completion": "b"}, bad]
+    with pytest.raises(DataError, match=r"^row 2: ") as caught:
+        ours(tok(LAST), *rows)
+    assert caught.value.line == 3
+
+
 def test_other_columns_are_no_mistake(tok):
     row = {"prompt": "a", "completion": "b", "text": "c", "source": 5, "id": 7, "prefix": "ann", "params": {}, "messages": None}
     assert ours(tok(), row, task="prompt") == ours(tok(), {"prompt": "a", "completion": "b"})

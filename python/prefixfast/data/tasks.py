@@ -100,15 +100,15 @@ class Task:
         Raises:
             DataError: For a malformed row, with its number or line.
         """
-        plain = [i for i, row in enumerate(rows) if not self.is_chat(row)]
-        prompts = dict(zip(plain, self.prompts([rows[i] for i in plain], eos), strict=True))
+        if self.format == "table":
+            return [(prompt, self.targets(row, i)) for i, (prompt, row) in enumerate(zip(self.prompts(rows, eos), rows, strict=True))]
         out = []
         for i, row in enumerate(rows):
-            if i in prompts:
-                out.append((prompts[i], self.targets(row, i)))
-            else:
+            if self.is_chat(row):
                 prompt, target = chat_pair(row, i, chat)
                 out.append((prompt, [target]))
+            else:
+                out.append((self._prompt(row, i, eos, chat), self.targets(row, i)))
         return out
 
     def is_chat(self, row: Row) -> bool:
