@@ -9,8 +9,10 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("PREFIXFAST_SHARED", ROOT.parent / "shared"))
@@ -38,6 +40,21 @@ def e2e_rows() -> Iterator[str]:
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)["mr"]
+
+
+@functools.cache
+def gpt2() -> Any:
+    """GPT-2's tokenizer (of the library `tokenizers`), from the files at hand; or a skip."""
+    folder = SHARED / "data" / "vocab" / "gpt2"
+    if not folder.is_dir():
+        pytest.skip(f"GPT-2's vocabulary is not at {SHARED}")
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    made = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken("<|endoftext|>", special=True, normalized=False)])
+    return made
 
 
 def e2e(table: str | Mapping[str, str]) -> str:

@@ -116,11 +116,28 @@ class DetokenizeStream:
 
 @final
 class Linearizer:
-    """Tables to text, to the bit; made by `e2e`, `template` or `from_spec`."""
+    """Tables to text, to the bit; made by `e2e`, `webnlg`, `dart`, `template` or `from_spec`."""
 
     @staticmethod
     def e2e() -> Linearizer:
         """The prefix-tuning authors' form of E2E: `name : Blue Spice | Type : coffee shop | price : less than £ 20`."""
+
+    @staticmethod
+    def webnlg(*, leading_bar: bool = True, bare_first: bool = False) -> Linearizer:
+        """The prefix-tuning authors' form of WebNLG: ` | s : p : o | s : p : o`.
+
+        Args:
+            leading_bar: A bar before the first triple as well, as the authors have it in training and in decoding.
+            bare_first: Table 0 of a call has no bar at all, not even between its triples: so the authors' decoding script writes entry 0 of a file.
+        """
+
+    @staticmethod
+    def dart(*, lower: bool = True) -> Linearizer:
+        """The prefix-tuning authors' form of DART: `s : p : o | s : p : o`.
+
+        Args:
+            lower: Write the relation in lower case (Unicode's), as the authors do.
+        """
 
     @staticmethod
     def template(*, item: str = "{key} : {value}", separator: str = " | ", start: str = "", end: str = "") -> Linearizer:
@@ -148,15 +165,20 @@ class Linearizer:
     def spec(self) -> str:
         """JSON text that `from_spec` reads back, keys sorted."""
 
-    def linearize(self, tables: Sequence[str | Mapping[str, str] | Sequence[tuple[str, str]]]) -> list[str]:
+    def linearize(
+        self, tables: Sequence[str | Mapping[str, str] | Sequence[tuple[str, str]] | Sequence[tuple[str, str, str]] | Sequence[Mapping[str, str]]]
+    ) -> list[str]:
         """One text a table.
 
         Args:
             tables: For `e2e` the official string (`name[Blue Spice], food[French]`), a mapping or pairs of the official slots, in any order; for `template`
-                a mapping, or pairs in which a key may come again. Order is kept by `template` and is the official one in `e2e`.
+                a mapping, or pairs in which a key may come again; for `webnlg` and `dart` triples (subject, property, object), or mappings with exactly these
+                keys. Order is kept, but in `e2e` it is the official one.
 
         Raises:
-            DataError: A table is empty or malformed, a slot unknown or given twice, a value empty (`e2e`) or not a string; names the row, counted from 0.
+            DataError: A table is empty or malformed or of another kind, a slot unknown or given twice, a value empty (`e2e`) or not a string; names the row,
+                counted from 0.
+            UnicodeEncodeError: A text holds half a surrogate pair.
         """
 
 @final

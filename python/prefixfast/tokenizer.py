@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefixfast import _rust
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, DataError
 
 Ids = NDArray[np.int32]
 
@@ -56,6 +57,58 @@ class Tokenizer:
     def digest_text(self) -> str:
         """The `tokenizer.json` that this tokenizer is made from."""
         return str(self.hf.backend_tokenizer.to_str())
+
+    @cached_property
+    def marks_answers(self) -> bool:
+        """Whether the chat template marks what the assistant says, with ``{% generation %}``."""
+        template = getattr(self.hf, "chat_template", None)
+        return isinstance(template, str) and re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of all special tokens."""
+        return frozenset(self.hf.all_special_ids)
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None
+    ) -> str:
+        """A conversation as the tokenizer's chat template writes it, special tokens included (encode it without adding any).
+
+        Args:
+            messages: Each with ``role`` and ``content``.
+            generation_prompt: End with what opens the assistant's turn.
+            tools: For the template.
+            options: More variables for the template.
+
+        Raises:
+            ConfigError: If the tokenizer has no chat template.
+            DataError: If the template refuses the conversation.
+        """
+        return str(self._template(messages, tools, options, tokenize=False, add_generation_prompt=generation_prompt))
+
+    def chat_answers(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[Ids, NDArray[np.bool_]]:
+        """Ids of a whole conversation, and which of them the chat template marks as the assistant's.
+
+        Raises:
+            ConfigError: If the tokenizer has no chat template.
+            DataError: If the template refuses the conversation.
+        """
+        found = self._template(messages, tools, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return np.array(found["input_ids"], np.int32), np.array(found["assistant_masks"], bool)
+
+    def _template(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, options: Mapping[str, Any] | None, **how: Any) -> Any:
+        if not getattr(self.hf, "chat_template", None):
+            msg = "this tokenizer has no chat template: give prompt and completion as strings, or set tokenizer.chat_template"
+            raise ConfigError(msg)
+        from jinja2 import TemplateError
+
+        try:
+            return self.hf.apply_chat_template([dict(m) for m in messages], tools=tools, **dict(options or {}), **how)
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
+            msg = f"the chat template refuses the conversation: {e}"
+            raise DataError(msg) from e
 
     def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[Ids]:
         """Ids of each text, int32, views of one ragged array; special tokens written in a text count as such.

@@ -143,7 +143,7 @@ MISTAKES = {
     "one name twice": (("train", "{folder}", "x={data}", "x={data}", "-o", "{tmp}/p"), 1, "NAME=FILE with different names"),
     "a name beside a file": (("train", "{folder}", "x={data}", "{data}", "-o", "{tmp}/p"), 1, "NAME=FILE with different names"),
     "a name that is no folder": (("train", "{folder}", "../x={data}", "-o", "{tmp}/p"), 1, "'../x' cannot be a folder"),
-    "unknown task": ((*TRAIN, "--task", "webnlg"), 1, "task: expected one of e2e, table, prompt"),
+    "unknown task": ((*TRAIN, "--task", "nlg"), 1, "task: expected one of e2e, webnlg, dart"),
     "init of no folder": ((*TRAIN, "--init", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
     "unknown dtype": ((*TRAIN, "--dtype", "int8"), 1, "dtype: expected 'auto' or one of"),
     "no options file": ((*TRAIN, "--config", "{tmp}/none.yaml"), 1, "--config {tmp}/none.yaml: cannot be read"),

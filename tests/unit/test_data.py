@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import pickle
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from prefixfast import ConfigError, DataError
 from prefixfast.data.rows import read_rows
@@ -46,6 +52,44 @@ def test_a_line_separator_inside_a_string_ends_no_row(tmp_path):
     assert read_rows(tmp_path / "a.jsonl") == [{"prompt": "a\u2028b\x85c"}]
 
 
+VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=6)), lambda inner: st.lists(inner, max_size=2), max_leaves=3)
+OBJECTS = st.lists(st.dictionaries(st.text('ab[]{},"\n\\é', max_size=3), VALUES, max_size=3), min_size=1, max_size=5)
+
+
+@given(OBJECTS, st.lists(st.sampled_from(["", " ", "\n", "\r\n\t", "\n\n  "]), min_size=1), st.sampled_from([None, 0, 1]))
+@settings(derandomize=True, deadline=None, max_examples=40)
+def test_objects_of_a_list_and_their_lines(tmp_path_factory, objects, spaces, indent):
+    text, lines = "[", []
+    for i, value in enumerate(objects):
+        text += spaces[i % len(spaces)]
+        lines.append(text.count("\n") + 1)
+        text += json.dumps(value, indent=indent, ensure_ascii=i % 2 == 0) + spaces[-1] + ("," if i + 1 < len(objects) else "]")
+    path = tmp_path_factory.getbasetemp() / "objects.json"
+    path.write_bytes((text + spaces[0]).encode())
+    rows = read_rows(path)
+    assert rows == objects == json.loads(text)
+    assert [r.line for r in rows] == lines
+    path.with_suffix(".jsonl").write_text("".join(f"{json.dumps(value, ensure_ascii=False)}\n\n" for value in objects), encoding="utf8", newline="")
+    rows = read_rows(path.with_suffix(".jsonl"))
+    assert (rows, [r.line for r in rows]) == (objects, [2 * i + 1 for i in range(len(objects))])
+
+
+@given(st.lists(st.lists(st.text('ab,"\n é', max_size=5), min_size=2, max_size=2), min_size=1, max_size=6))
+@settings(derandomize=True, deadline=None)
+def test_records_of_a_table_and_their_lines(tmp_path_factory, records):
+    out = io.StringIO(newline="")
+    writer, lines = csv.writer(out, lineterminator="\n"), []
+    writer.writerow(["a", "b"])
+    for record in records:
+        lines.append(out.getvalue().count("\n") + 1)
+        writer.writerow(record)
+    path = tmp_path_factory.getbasetemp() / "records.csv"
+    path.write_text(out.getvalue(), encoding="utf8", newline="")
+    rows = read_rows(path)
+    assert [[r["a"], r["b"]] for r in rows] == records
+    assert [r.line for r in rows] == lines
+
+
 def test_a_long_field_of_a_table_is_read(tmp_path):
     (tmp_path / "a.csv").write_text("prompt\n" + "x" * 200_000 + "\n", encoding="utf8")
     assert len(read_rows(tmp_path / "a.csv")[0]["prompt"]) == 200_000
@@ -60,6 +104,23 @@ MALFORMED = {
     "deep": ("a.jsonl", GOOD + b"[" * 200_000 + b"\n", 2),
     "csv: a column less": ("a.csv", b"prompt,completion\na,b\nc\n", 3),
     "csv: a column more": ("a.csv", b"prompt,completion\na,b\nc,d,e\n", 3),
+    "csv: after a record of three lines": ("a.csv", b'prompt,completion\n"a\n\nb",c\nd\n', 5),
+    "csv: after blank lines": ("a.csv", b"prompt,completion\n\n\na,b\n\nc\n", 6),
+    "csv: an open quote": ("a.csv", b'prompt,completion\na,b\nc,"d\n', 3),
+    "csv: a column twice": ("a.csv", b"prompt,prompt\na,b\n", 1),
+    "csv: not UTF-8": ("a.csv", b"prompt\na\n\xff\n", 3),
+    "a key twice": ("a.jsonl", GOOD + b'{"prompt": "a", "prompt": "b"}\n', 2),
+    "a key twice inside": ("a.jsonl", GOOD + GOOD + b'{"table": {"k": "a", "k": "b"}}\n', 3),
+    "not UTF-8": ("a.jsonl", GOOD + b'{"prompt": "\xff"}\n', 2),
+    "a huge number": ("a.jsonl", GOOD + b'{"id": ' + b"9" * 5000 + b"}\n", 2),
+    "json: no object": ("a.json", b'[{"prompt": "a"},\n {"prompt":\n "b"},\n 5]', 4),
+    "json: a cut list": ("a.json", b'[{"prompt": "a"},\n {"prompt": "b"}\n', 3),
+    "json: a cut object": ("a.json", b'[{"prompt": "a"},\n {"prompt": "b', 2),
+    "json: a comma at the end": ("a.json", b'[{"prompt": "a"},\n]', 2),
+    "json: something after the list": ("a.json", b'[{"prompt": "a"}\n]\n{}', 2),
+    "json: a key twice": ("a.json", b'[{"prompt": "a"},\n\n {"prompt": "b", "prompt": "c"}]', 3),
+    "json: not UTF-8": ("a.json", b'[{"prompt": "a"},\n {"prompt": "\xff"}]', 2),
+    "json: no list": ("a.json", b'{"prompt": "a"}', 1),
 }
 
 
@@ -69,6 +130,49 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, name, data, line):
     with pytest.raises(DataError) as caught:
         read_rows(tmp_path / name)
     assert (caught.value.line, str(caught.value.path)) == (line, str(tmp_path / name))
+    assert str(caught.value).startswith(f"{tmp_path / name}:{line}: ")
+
+
+def test_rows_of_a_file_know_their_line(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + GOOD + b"\n\n" + GOOD)
+    (tmp_path / "a.json").write_bytes(b'\n[ {"prompt": "a"}, {"prompt":\n"b"},\n\n{"prompt": "c"}]')
+    (tmp_path / "a.csv").write_bytes(b'prompt,completion\n"a\nb",c\r\n\nd,e\n')
+    for name, lines in {"a.jsonl": [2, 5], "a.json": [2, 2, 5], "a.csv": [2, 5]}.items():
+        rows = read_rows(tmp_path / name)
+        assert [(r.path, r.line) for r in rows] == [(str(tmp_path / name), n) for n in lines]
+        again = pickle.loads(pickle.dumps(rows))
+        assert (again, [r.line for r in again]) == (rows, lines)
+
+
+@pytest.mark.parametrize("gz", [False, True], ids=["plain", "gz"])
+def test_parquet_holds_the_same_rows(tmp_path, gz):
+    arrow = pytest.importorskip("pyarrow", reason="reading .parquet needs pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    buffer = arrow.BufferOutputStream()
+    parquet.write_table(
+        arrow.Table.from_pylist([{**r, "messages": None} for r in ROWS] + [{"messages": [{"role": "user", "content": "x"}]}]), buffer, row_group_size=2
+    )
+    raw = buffer.getvalue().to_pybytes()
+    path = tmp_path / ("a.parquet.gz" if gz else "a.parquet")
+    path.write_bytes(gzip.compress(raw) if gz else raw)
+    rows = read_rows(path)
+    assert [{k: v for k, v in r.items() if v is not None} for r in rows] == [*ROWS, {"messages": [{"role": "user", "content": "x"}]}]
+    assert [r.line for r in rows] == [1, 2, 3]
+    path.with_name("b.parquet").write_bytes(raw[:-9])
+    with pytest.raises(DataError, match=r"b\.parquet:1: cannot be read"):
+        read_rows(path.with_name("b.parquet"))
+
+
+def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"needs pyarrow: pip install 'prefixfast\[data\]'"):
+        read_rows(tmp_path / "a.parquet")
+
+
+def test_a_dataset_is_an_iterable_of_rows():
+    arrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    assert read_rows(datasets.Dataset(arrow.Table.from_pylist(ROWS), fingerprint="rows")) == ROWS
 
 
 PACKED = gzip.compress(JSONL.encode() * 50)
@@ -218,7 +322,7 @@ def test_a_bad_spec_is_refused(spec):
         Task.from_spec(spec).prompts([{"table": {"a": "b"}, "prompt": "x"}], EOS)
 
 
-@pytest.mark.parametrize(("task", "row", "error"), [("webnlg", {}, ConfigError), (None, {"text": "x"}, DataError), (5, {}, ConfigError)])
+@pytest.mark.parametrize(("task", "row", "error"), [("webnlq", {}, ConfigError), (None, {"txt": "x"}, DataError), (5, {}, ConfigError)])
 def test_an_unknown_task_is_refused(task, row, error):
     with pytest.raises(error, match="expected one of"):
         find_task(task, row)

@@ -12,7 +12,8 @@ from prefixfast.config import TrainConfig
 from prefixfast.data.tasks import Task
 from prefixfast.encoder import PrefixParameters
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.training.collate import Order, micro_batches, tokenize
+from prefixfast.training.collate import Order, micro_batches
+from prefixfast.training.examples import tokenize
 from prefixfast.training.trainer import train
 
 STEPS, USERS = 20, 50
@@ -180,7 +181,7 @@ def test_log_and_prefix_are_written(tmp_path):
     [
         ({"data": [{"input_ids": [5, 6, 7], "labels": [-100, 6, 8]}]}, "labels"),
         ({"data": [{"input_ids": [5, 6, 700], "labels": [-100, 6, 700]}]}, "below 101"),
-        ({"data": [{"input_ids": [5, 6], "labels": [5, 6]}]}, "labels"),
+        ({"data": [{"input_ids": [5, 6], "labels": [5, -100]}]}, "labels"),
         ({"data": [{"input_ids": [3] * 170, "labels": [-100] + [3] * 169}]}, "tokens, at most 150 fit"),
         ({"data": []}, "at least one row"),
         ({"data": {}}, "empty mapping"),

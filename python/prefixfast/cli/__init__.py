@@ -1,4 +1,4 @@
-"""The command line: `prefixfast train`, `generate`, `bench`. Exit status 0 done, 1 a problem that the message explains, 130 interrupted."""
+"""The command line: `prefixfast train`, `generate`, `data`, `bench`. Exit status 0 done, 1 a problem that the message explains, 130 interrupted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from prefixfast.cli import bench, generate, train
+from prefixfast.cli import bench, data, generate, train
 from prefixfast.errors import PrefixFastError
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
 app.command("train")(train.command)
 app.command("generate")(generate.command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(data.app, name="data")
 
 
 def main() -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
-import json
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefixfast.data.readers import FileRow, items
 from prefixfast.errors import DataError
 
 Row = Mapping[str, Any]
@@ -21,92 +17,38 @@ def read_rows(rows: Rows) -> list[Row]:
     """All rows.
 
     Args:
-        rows: A ``.jsonl``, ``.json`` or ``.csv`` file, also with ``.gz``, or an iterable of mappings (a datasets.Dataset is one).
+        rows: A ``.jsonl``, ``.json`` (a list of objects), ``.csv`` (with a header) or ``.parquet`` (needs pyarrow) file, also with ``.gz``, or an iterable of
+            mappings (a datasets.Dataset is one). Rows of a file know their line, so that whatever is found wrong with them later is named by it.
 
     Raises:
         DataError: For an unreadable file or a malformed row, with path and line.
+
+    Example:
+        >>> read_rows([{"prompt": "2+2=", "completion": "4"}])
+        [{'prompt': '2+2=', 'completion': '4'}]
     """
+    where = None
+    found: list[Any] = []
     if isinstance(rows, str | Path):
-        found: list[Any] = _read_file(Path(rows))
-        where: str | None = str(rows)
+        where = str(rows)
+        for item in items(Path(rows)):
+            if isinstance(item, DataError):
+                raise item
+            found.append(item)
     else:
-        found, where = list(rows), None
-    for i, row in enumerate(found):
-        if not isinstance(row, Mapping):
-            msg = f"row {i}: expected a mapping, got {type(row).__name__}"
-            raise DataError(msg, path=where, line=i + 1)
+        found = list(rows)
+        for i, row in enumerate(found):
+            if not isinstance(row, Mapping):
+                msg = f"row {i}: expected a mapping, got {type(row).__name__}"
+                raise DataError(msg, line=i + 1)
     if not found:
         msg = "expected at least one row, got none"
         raise DataError(msg, path=where)
     return found
 
 
-def _read_file(path: Path) -> list[Any]:
-    suffixes = [s for s in path.suffixes if s != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in _READERS:
-        msg = f"{path}: expected a file ending in {', '.join(_READERS)} (also with .gz)"
-        raise DataError(msg, path=str(path))
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as e:
-        msg = f"{path}: cannot be read: {e}"
-        raise DataError(msg, path=str(path)) from e
-    return _READERS[kind](text, path)
-
-
-def _jsonl(text: str, path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(_object(json.loads(line), path, number))
-            except (ValueError, RecursionError) as e:
-                if isinstance(e, DataError):
-                    raise
-                msg = f"{path}:{number}: expected one JSON object a line, got {line[:80]!r}: {e}"
-                raise DataError(msg, path=str(path), line=number) from e
-    return rows
-
-
-def _json(text: str, path: Path) -> list[Row]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        msg = f"{path}: expected JSON: {e}"
-        raise DataError(msg, path=str(path)) from e
-    if not isinstance(value, list):
-        msg = f"{path}: expected a JSON list of objects, got {type(value).__name__}"
-        raise DataError(msg, path=str(path))
-    return value
-
-
-def _csv(text: str, path: Path) -> list[Row]:
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    rows: list[Row] = []
-    for row in _until_error(reader, path):
-        if None in row or None in row.values():
-            msg = f"{path}:{reader.line_num}: expected {len(reader.fieldnames or ())} columns as in the header"
-            raise DataError(msg, path=str(path), line=reader.line_num)
-        rows.append(row)
-    return rows
-
-
-def _until_error(reader: Any, path: Path) -> Iterator[Any]:
-    try:
-        yield from reader
-    except csv.Error as e:
-        msg = f"{path}:{reader.line_num}: malformed CSV: {e}"
-        raise DataError(msg, path=str(path), line=reader.line_num) from e
-
-
-def _object(value: Any, path: Path, number: int) -> Row:
-    if not isinstance(value, dict):
-        msg = f"{path}:{number}: expected a mapping, got {type(value).__name__}"
-        raise DataError(msg, path=str(path), line=number)
-    return value
-
-
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv}
+def row_error(row: Row, number: int, what: str) -> DataError:
+    """The error of a row: named by file and line if it is of a file, else by its number, counted from 0."""
+    if isinstance(row, FileRow):
+        return DataError(f"{row.path}:{row.line}: {what}", path=row.path, line=row.line)
+    return DataError(f"row {number}: {what}", line=number + 1)

@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from transformers import LogitsProcessorList
 
 from prefixfast.config import GenerationParams
-from prefixfast.data.tasks import INPUT_KEYS, TARGET_KEYS, Task, find_task
+from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS
+from prefixfast.data.tasks import PLAIN, Task, request_task
 from prefixfast.engine.params import base_defaults, check_params, request_error, resolve
 from prefixfast.errors import ConfigError, DataError, PrefixFastError, RequestError
 from prefixfast.model import Model
 from prefixfast.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
+from prefixfast.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 Input = str | list[int] | Mapping[str, Any]
-PLAIN, STRIPPED = Task("prompt"), Task("prompt", strip=True)
-KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS})
+KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
 
 
 @dataclass(frozen=True)
@@ -251,11 +252,8 @@ def _tasks(batch: Sequence[Input], chosen: list[Chosen]) -> list[Task]:
             if unknown := set(item) - KNOWN_KEYS:
                 msg = f"request {i}: unknown keys {sorted(map(str, unknown))}; known are {sorted(KNOWN_KEYS)}"
                 raise RequestError(msg, index=i)
-            if "prompt" in item or "input_ids" in item:
-                task = STRIPPED if task.strip else PLAIN
-            elif task.linearizer is None:
-                with request_error(i):
-                    task = find_task(None, item)
+            with request_error(i):
+                task = request_task(task, item)
         out.append(task)
     return out
 
@@ -263,15 +261,20 @@ def _tasks(batch: Sequence[Input], chosen: list[Chosen]) -> list[Task]:
 def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDArray[np.int32]]:
     """Token ids of every prompt; rows of one task are linearized together."""
     texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
+    chats: dict[int, str] = {}  # the chat template has written their special tokens
     rows_of: dict[int, list[int]] = {}
     for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
         if isinstance(item, Mapping) and "input_ids" not in item:
             rows_of.setdefault(id(task), []).append(i)
     for rows in rows_of.values():
-        texts |= zip(rows, _prompts(tasks[rows[0]], batch, rows, model.need_tokenizer().eos), strict=True)
+        task = tasks[rows[0]]
+        for i, text in zip(rows, _prompts(task, batch, rows, model.need_tokenizer()), strict=True):
+            item = batch[i]
+            (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = text
     out: dict[int, NDArray[np.int32]] = {}
-    if texts:
-        out = dict(zip(texts, model.need_tokenizer().encode(list(texts.values())), strict=True))
+    for group in (texts, chats):
+        if group:
+            out |= zip(group, model.need_tokenizer().encode(list(group.values()), add_special_tokens=group is texts), strict=True)
     for i, item in enumerate(batch):
         if i not in out:
             out[i] = _given_ids(item["input_ids"] if isinstance(item, Mapping) else item, i, model.vocab_size)
@@ -281,13 +284,13 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
     return [out[i] for i in range(len(batch))]
 
 
-def _prompts(task: Task, batch: Sequence[Any], rows: list[int], eos: str | None) -> list[str]:
+def _prompts(task: Task, batch: Sequence[Any], rows: list[int], tokenizer: Tokenizer) -> list[str]:
     try:
-        return task.prompts([batch[i] for i in rows], eos)
-    except DataError:
+        return task.prompts([batch[i] for i in rows], tokenizer.eos, tokenizer.chat)
+    except (DataError, ConfigError):
         for i in rows:  # which one was it?
             with request_error(i):
-                task.prompts([batch[i]], eos)
+                task.prompts([batch[i]], tokenizer.eos, tokenizer.chat)
         raise
 
 

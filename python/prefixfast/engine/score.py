@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefixfast.engine.params import request_error
 from prefixfast.engine.request import Input, Request
 from prefixfast.engine.select import likeliest
 from prefixfast.errors import ConfigError, RequestError
@@ -78,7 +79,8 @@ def target_ids(model: Model, batch: Sequence[Input], requests: list[Request], ta
 
 
 def _own_target(item: Input, request: Request) -> str:
-    found = request.task.targets(item, request.index) if isinstance(item, Mapping) else []
+    with request_error(request.index):
+        found = request.task.targets(item, 0) if isinstance(item, Mapping) and "input_ids" not in item else []
     if len(found) != 1:
         msg = f"request {request.index}: expected one target in the row or targets=[...], got {len(found)}"
         raise RequestError(msg, index=request.index)

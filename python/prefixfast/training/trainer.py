@@ -23,7 +23,8 @@ from prefixfast.files import replace_file
 from prefixfast.model import Model, borrowed
 from prefixfast.plan import training_plan
 from prefixfast.prefix import Prefix
-from prefixfast.training.collate import Examples, MicroBatch, Order, micro_batches, tokenize
+from prefixfast.training.collate import MicroBatch, Order, micro_batches
+from prefixfast.training.examples import Examples, tokenize
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,7 @@
 //! `Linearizer`.
 
 use prefixfast_core::Error;
-use prefixfast_core::linearize::{Linearizer as Core, Table, Template};
+use prefixfast_core::linearize::{Dart, Linearizer as Core, Table, Template, Webnlg};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyMapping, PySequence, PyString};
 
@@ -17,6 +17,23 @@ impl Linearizer {
     #[staticmethod]
     fn e2e() -> Self {
         Self(Core::E2e)
+    }
+
+    /// The prefix-tuning authors' form of `WebNLG`.
+    #[staticmethod]
+    #[pyo3(signature = (*, leading_bar = true, bare_first = false))]
+    fn webnlg(leading_bar: bool, bare_first: bool) -> Self {
+        Self(Core::Webnlg(Webnlg {
+            leading_bar,
+            bare_first,
+        }))
+    }
+
+    /// The prefix-tuning authors' form of DART.
+    #[staticmethod]
+    #[pyo3(signature = (*, lower = true))]
+    fn dart(lower: bool) -> Self {
+        Self(Core::Dart(Dart { lower }))
     }
 
     /// One's own tables.
@@ -72,24 +89,80 @@ fn table(row: usize, item: &Bound<'_, PyAny>) -> PyResult<Table> {
             pairs.push(pair(row, &key, &value)?);
         }
     } else if let Ok(sequence) = item.cast::<PySequence>() {
-        for entry in sequence.try_iter()? {
-            let entry = entry?;
-            let both = entry.cast::<PySequence>().ok().filter(|both| {
-                !both.is_instance_of::<PyString>() && both.len().is_ok_and(|len| len == 2)
-            });
-            let both =
-                both.ok_or_else(|| wrong(item.py(), row, &entry, "a pair of key and value"))?;
-            pairs.push(pair(row, &both.get_item(0)?, &both.get_item(1)?)?);
-        }
+        return entries(row, sequence);
     } else {
         return Err(wrong(
             item.py(),
             row,
             item,
-            "text, a mapping or a list of pairs",
+            "text, a mapping, a list of pairs or a list of triples",
         ));
     }
     Ok(Table::Pairs(pairs))
+}
+
+/// A list of pairs, or of triples; the first entry decides which.
+fn entries(row: usize, sequence: &Bound<'_, PySequence>) -> PyResult<Table> {
+    let py = sequence.py();
+    let (mut pairs, mut triples) = (Vec::new(), Vec::new());
+    for entry in sequence.try_iter()? {
+        let entry = entry?;
+        match parts(&entry)?.as_slice() {
+            [key, value] if triples.is_empty() => pairs.push(pair(row, key, value)?),
+            [subject, property, object] if pairs.is_empty() => {
+                let part = |value: &Bound<'_, PyAny>| match value.cast::<PyString>() {
+                    Ok(text) => Ok(text.to_str()?.to_owned()),
+                    Err(_) => Err(wrong(py, row, value, "text in every place of a triple")),
+                };
+                triples.push([part(subject)?, part(property)?, part(object)?]);
+            }
+            _ if !triples.is_empty() => {
+                return Err(wrong(
+                    py,
+                    row,
+                    &entry,
+                    "a triple of subject, property and object, like those before it",
+                ));
+            }
+            _ => {
+                let expected = "a pair of key and value, or a triple of subject, property and object (not both in one table)";
+                return Err(wrong(py, row, &entry, expected));
+            }
+        }
+    }
+    Ok(if triples.is_empty() {
+        Table::Pairs(pairs)
+    } else {
+        Table::Triples(triples)
+    })
+}
+
+/// What an entry consists of: a list's items, or the three values of a mapping as in `WebNLG`; nothing for anything else.
+fn parts<'py>(entry: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    if entry.is_instance_of::<PyString>() {
+        return Ok(Vec::new());
+    }
+    if let Ok(mapping) = entry.cast::<PyMapping>() {
+        let names = ["subject", "property", "object"];
+        if mapping.len()? != names.len() {
+            return Ok(Vec::new());
+        }
+        let mut values = Vec::new();
+        for name in names {
+            if mapping.contains(name)? {
+                values.push(mapping.get_item(name)?);
+            }
+        }
+        return Ok(if values.len() == names.len() {
+            values
+        } else {
+            Vec::new()
+        });
+    }
+    match entry.cast::<PySequence>() {
+        Ok(sequence) if matches!(sequence.len(), Ok(2 | 3)) => sequence.try_iter()?.collect(),
+        _ => Ok(Vec::new()),
+    }
 }
 
 fn pair(
@@ -120,7 +193,7 @@ fn wrong(py: Python<'_>, row: usize, found: &Bound<'_, PyAny>, expected: &str) -
     raise(
         py,
         &Error::Data(format!(
-            "row {row} has {kind}: expected {expected}; convert it"
+            "row {row}: expected {expected}, got {kind}; convert it"
         )),
     )
 }

@@ -25,6 +25,11 @@ pub(super) fn linearize(row: usize, table: &Table) -> Result<String> {
         Table::Pairs(pairs) => pairs
             .iter()
             .try_for_each(|(key, value)| put(row, key, value, &mut values))?,
+        Table::Triples(_) => {
+            return Err(Error::Data(format!(
+                "row {row}: expected slots like name[Blue Spice] or their keys and values, got triples; use linearizer webnlg or dart"
+            )));
+        }
     }
     let mut out = String::new();
     for (slot, value) in values.iter().enumerate() {

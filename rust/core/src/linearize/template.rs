@@ -57,6 +57,11 @@ impl Template {
                     "row {row}: the table is empty: expected at least one key and value; drop the row"
                 )));
             }
+            Table::Triples(_) => {
+                return Err(Error::Data(format!(
+                    "row {row}: the table is triples: expected a mapping or pairs; convert it or use linearizer webnlg or dart"
+                )));
+            }
             Table::Text(_) => {
                 return Err(Error::Data(format!(
                     "row {row}: the table is text: expected a mapping or pairs; parse it first or use linearizer e2e"
