@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,7 +20,9 @@ from prefixfast.config import PrefixConfig
 from prefixfast.errors import ConfigError
 from prefixfast.model import Model
 from prefixfast.plan import Arena, LayerKV, training_plan
-from prefixfast.prefix import Prefix
+
+if TYPE_CHECKING:
+    from prefixfast.prefix import Prefix
 
 
 @torch.no_grad()
