@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -21,6 +22,8 @@ from prefixfast.interchange.files import read_json, read_tensors
 
 META, TENSORS = "prefixfast.json", "prefix.safetensors"
 OWNED = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
+SITES = ("self", "enc", "cross")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VERSION, MOST_POSITIONS = 1, 2**31 - 1
 FIELDS = ("pos_start", "window", "base", "linearizer", "decoding", "training")
 LOOKED_FOR = f"{META} (a prefix of ours) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type {' or '.join(peft.TYPES)})"
@@ -126,7 +129,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     """
     meta = read_json(path)
     expected = {"version", "digest", "not_peft_because", *FIELDS}
-    if meta.get("version") != VERSION:
+    if type(meta.get("version")) is not int or meta["version"] != VERSION:
         msg = f"{path.name}: expected version {VERSION}, got {meta.get('version')!r}; update prefixfast to read newer folders"
         raise DataError(msg, path=str(path))
     if set(meta) != expected:
@@ -151,3 +154,30 @@ def read_meta(path: Path) -> dict[str, Any]:
         msg = f"{path.name}: training.num_trained: expected a number of at least 0, got {trained!r:.80}"
         raise DataError(msg, path=str(path))
     return {k: meta[k] for k in ("digest", *FIELDS)}
+
+
+def check(kv: Mapping[str, Tensor], pos_start: int, window: str) -> None:
+    """Raise `DataError` for tensors or conventions that no prefix has."""
+    if not kv:
+        msg = "a prefix needs at least one layer's keys and values"
+        raise DataError(msg)
+    for name, t in kv.items():
+        parts = name.split(".")
+        if len(parts) != 3 or parts[0] not in SITES or not _is_number(parts[1]) or parts[2] not in ("k", "v"):
+            msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {name!r:.200}"
+            raise DataError(msg)
+        other = kv.get(f"{parts[0]}.{parts[1]}.{'v' if parts[2] == 'k' else 'k'}")
+        if t.ndim != 3 or t.dtype not in DTYPES or other is None or other.shape != t.shape or 0 in t.shape:
+            partner = None if other is None else list(other.shape)
+            msg = f"{name}: expected a float [P, H, D] with a partner of the same shape, got {t.dtype} {list(t.shape)} and {partner}"
+            raise DataError(msg)
+        if not bool(t.isfinite().all()):
+            msg = f"{name}: expected finite numbers, got NaN or infinity"
+            raise DataError(msg)
+    if wrong := wrong_conventions(pos_start, window):
+        raise DataError(wrong)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a layer's number as we write it: no sign, no leading zero, no digits of other scripts."""
+    return text.isascii() and text.isdecimal() and len(text) <= 6 and str(int(text)) == text

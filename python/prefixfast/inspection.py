@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 ROWS = 16  # rows whose words are looked up if nobody says
 CHUNK = 256  # positions whose distributions are compared at once
 WIDTH = 100
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # a token that is a part of a character is shown by its name in the vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +56,7 @@ class Inspection:
     def __str__(self) -> str:
         """Tables for people."""
         out = io.StringIO()
-        console = Console(file=out, width=WIDTH, color_system=None, highlight=False)
+        console = Console(file=out, width=WIDTH, color_system=None, highlight=False, emoji=False)
         all_kl = torch.cat(self.divergence)
         table = Table("layer", "mean", "least", "head", "most", "head", title="attention mass on the prefix, %")
         for layer, row in enumerate(self.mass):
@@ -215,4 +216,5 @@ def _row_tokens(model: Model, prefix: Prefix, row: Mapping[str, Any]) -> tuple[l
 def _text(model: Model, token: int) -> str:
     if model.tokenizer is None:
         return f"#{token}"
-    return model.tokenizer.decode([[token]], skip_special_tokens=False)[0]
+    text = model.tokenizer.decode([[token]], skip_special_tokens=False)[0]
+    return str(model.tokenizer.hf.convert_ids_to_tokens(token)) if BROKEN in text else text

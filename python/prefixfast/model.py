@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -181,30 +182,35 @@ def load(
     where = _device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     compute = _dtype(dtype, where)
-    place, gguf = _gguf(model)
+    if Path(model).suffix.lower() == ".gguf":
+        hf, own = _from_gguf(Path(model), compute, tokenizer)
+        return _wrap(hf.to(where), own, backend)
     try:
-        hf = AutoModelForCausalLM.from_pretrained(place, dtype=compute, **gguf, **common).to(where)
-        own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(place, **gguf, **common)
+        hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
+        own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common)
     except (OSError, ValueError) as e:
         msg = f"model: {str(model)!r} cannot be loaded: {e}"
         raise ConfigError(msg) from e
-    if gguf:  # by its own name a prefix finds its base again
-        hf.name_or_path = hf.config._name_or_path = str(model)
     return _wrap(hf, own, backend)
 
 
-def _gguf(model: str | Path) -> tuple[str | Path, dict[str, str]]:
-    """Where transformers finds a base, and what it must be told of a ``.gguf`` file."""
-    path = Path(model)
-    if path.suffix.lower() != ".gguf":
-        return model, {}
+def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a ``.gguf`` file; its numbers become ordinary ones, since packed weights serve neither training nor our products."""
     if not path.is_file():
-        msg = f"model: {str(model)!r}: there is no such file"
+        msg = f"model: {str(path)!r}: there is no such file"
         raise ConfigError(msg)
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
-        msg = f"model: {str(model)!r}: reading a .gguf file needs {' and '.join(missing)}: pip install 'prefixfast[gguf]'"
+        msg = f"model: {str(path)!r}: reading a .gguf file needs {' and '.join(missing)}: pip install 'prefixfast[gguf]'"
         raise ConfigError(msg)
-    return path.parent, {"gguf_file": path.name}
+    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=compute, **unpacked)
+        own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as e:  # the reader of these files lets through whatever a damaged one makes it stumble over
+        msg = f"model: {str(path)!r} cannot be loaded: {type(e).__name__}: {e}"
+        raise ConfigError(msg) from e
+    hf.name_or_path = hf.config._name_or_path = str(path)  # by which a prefix finds its base again
+    return hf, own
 
 
 def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from prefixfast.inspection import Inspection
     from prefixfast.model import Model
 
-SITES = ("self", "enc", "cross")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SINCE = ">=0.1.0"  # the first release that reads what this one writes
 
 
@@ -48,6 +46,13 @@ class Prefix:
         linearizer: How rows become prompts: ``{"task": name}`` and its settings; None for plain prompts.
         decoding: Default `GenerationParams` of this prefix.
         training: How it came about: settings, steps, final losses.
+
+    Example:
+        >>> prefix = Prefix.from_text(base, "table-to-text:")
+        >>> (prefix.length, prefix.pos_start, prefix.kv["self.0.k"].shape)
+        (14, 14, torch.Size([14, 4, 8]))
+        >>> (prefix.num_stored, prefix.num_trained, prefix.nbytes, prefix.requires["dtype"])
+        (2688, 0, 10752, 'float32')
     """
 
     kv: Mapping[str, Tensor]
@@ -59,7 +64,7 @@ class Prefix:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self.kv, self.pos_start, self.window)
+        folders.check(self.kv, self.pos_start, self.window)
         frozen = self.training.get("num_frozen_tokens", 0)
         if type(frozen) is not int or not 0 <= frozen <= self.length:
             msg = f"training: num_frozen_tokens: expected a number from 0 to the {self.length} rows, got {frozen!r:.80}"
@@ -136,7 +141,9 @@ class Prefix:
             OSError: If the disk refuses; what was there before is intact.
 
         Example:
-            >>> prefix.save_pretrained("mill")  # doctest: +SKIP
+            >>> prefix.save_pretrained("mill")
+            >>> sorted(os.listdir("mill"))
+            ['adapter_config.json', 'adapter_model.safetensors', 'prefixfast.json']
         """
         folders.write_folder(Path(folder), folders.own_files(self.kv, self.digest, self._fields))
 
@@ -152,8 +159,9 @@ class Prefix:
             OSError: If the disk refuses; what was there before is intact.
 
         Example:
-            >>> prefix.to_peft("adapter")  # doctest: +SKIP
-            >>> PeftModel.from_pretrained(base, "adapter")  # doctest: +SKIP
+            >>> prefix.to_peft("adapter", peft_type="CARTRIDGE")  # then: PeftModel.from_pretrained(model, "adapter")
+            >>> sorted(os.listdir("adapter"))
+            ['adapter_config.json', 'adapter_model.safetensors']
         """
         if peft_type not in (None, *peft.TYPES):
             msg = f"peft_type: expected {' or '.join(map(repr, peft.TYPES))}, got {peft_type!r}"
@@ -177,7 +185,9 @@ class Prefix:
             ConfigError: For a revision of a local folder, or a hub that cannot be reached.
 
         Example:
-            >>> prefix = Prefix.from_pretrained("mill")  # doctest: +SKIP
+            >>> prefix.save_pretrained("mill")
+            >>> Prefix.from_pretrained("mill").digest == prefix.digest
+            True
         """
         return read_settled(find_folder(path, revision, local_files_only=local_files_only, names=folders.OWNED), cls._read)
 
@@ -222,8 +232,11 @@ class Prefix:
             BaseMismatchError: If ``after`` was made for another base.
 
         Example:
-            >>> rules = Prefix.from_text(base, "Answer in one sentence.")  # doctest: +SKIP
-            >>> generate(["Why is the sky blue?"], rules, model=base)  # doctest: +SKIP
+            >>> rules = Prefix.from_text(base, "Answer in one sentence. ")
+            >>> chat = Prefix.from_text(base, "Be polite. ", after=rules)
+            >>> answer = generate(["Why is the sky blue?"], [[rules, chat]], model=base, max_new_tokens=8)[0]
+            >>> (chat.pos_start, answer.usage["prefix_rows"])
+            (35, 35)
         """
         from prefixfast.text import text_prefix
 
@@ -243,7 +256,9 @@ class Prefix:
             ConfigError: If no single prefix does the same, with the reason.
 
         Example:
-            >>> both = a.concat(b)  # doctest: +SKIP
+            >>> both = Prefix.from_text(base, "Be brief. ").concat(Prefix.from_text(base, "Be polite. "))
+            >>> (both.length, both.pos_start)
+            (21, 11)
         """
         kv, fields = concatenated((self, *others))
         return Prefix(kv, **fields)
@@ -273,7 +288,9 @@ class Prefix:
             ConfigError: For other arguments that do not fit.
 
         Example:
-            >>> print(prefix.inspect(base, ["name : The Mill | food : Italian"]))  # doctest: +SKIP
+            >>> found = prefix.inspect(base, ["name : The Mill | food : Italian"], words=1)  # print(found) shows tables
+            >>> (found.mass.shape, len(found.divergence[0]), found.words[0][0][0])
+            (torch.Size([3, 4]), 32, 't')
         """
         from prefixfast.inspection import inspect
 
@@ -282,7 +299,7 @@ class Prefix:
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None) -> str:
         """Save the prefix, with a model card, to a repository on the Hugging Face hub; the repository is made if it is not there.
 
-        The card says base, sizes, training settings and metrics; rows and texts of the training data are in no file.
+        The files are those of `save_pretrained`. The card says base, sizes, and of ``training`` settings and metrics, never a text.
 
         Args:
             repo_id: ``"name/repository"``.
@@ -297,33 +314,8 @@ class Prefix:
             ConfigError: If the hub refuses or cannot be reached, with what to do.
 
         Example:
-            >>> prefix.push_to_hub("ann/mill", private=True)  # doctest: +SKIP
+            >>> prefix.push_to_hub("ann/mill", private=True)
+            'https://huggingface.co/ann/mill/commit/...'
         """
         files = folders.own_files(self.kv, self.digest, self._fields)
         return push_folder(self, files, repo_id, private=private, token=token, commit_message=commit_message, owned=folders.OWNED)
-
-
-def _check(kv: Mapping[str, Tensor], pos_start: int, window: str) -> None:
-    if not kv:
-        msg = "a prefix needs at least one layer's keys and values"
-        raise DataError(msg)
-    for name, t in kv.items():
-        parts = name.split(".")
-        if len(parts) != 3 or parts[0] not in SITES or not _is_number(parts[1]) or parts[2] not in ("k", "v"):
-            msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {name!r:.200}"
-            raise DataError(msg)
-        other = kv.get(f"{parts[0]}.{parts[1]}.{'v' if parts[2] == 'k' else 'k'}")
-        if t.ndim != 3 or t.dtype not in DTYPES or other is None or other.shape != t.shape or 0 in t.shape:
-            partner = None if other is None else list(other.shape)
-            msg = f"{name}: expected a float [P, H, D] with a partner of the same shape, got {t.dtype} {list(t.shape)} and {partner}"
-            raise DataError(msg)
-        if not bool(t.isfinite().all()):
-            msg = f"{name}: expected finite numbers, got NaN or infinity"
-            raise DataError(msg)
-    if wrong := folders.wrong_conventions(pos_start, window):
-        raise DataError(wrong)
-
-
-def _is_number(text: str) -> bool:
-    """Whether a text is a layer's number as we write it: no sign, no leading zero, no digits of other scripts."""
-    return text.isascii() and text.isdecimal() and len(text) <= 6 and str(int(text)) == text

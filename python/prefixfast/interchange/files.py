@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: If the file is missing, unreadable, too large or no JSON object.
     """
     try:
-        if (size := path.stat().st_size) > MOST_JSON:
+        if (size := _size(path)) > MOST_JSON:
             msg = f"{path.name}: expected at most {MOST_JSON} bytes of JSON, got {size}"
             raise DataError(msg, path=str(path))
         value = json.loads(path.read_text(encoding="utf8"))
@@ -32,9 +33,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as e:
         msg = f"{path.name}: cannot be read: {e}"
         raise DataError(msg, path=str(path)) from e
+    except DataError:
+        raise
     except (ValueError, RecursionError) as e:
-        if isinstance(e, DataError):
-            raise
         msg = f"{path.name}: expected JSON, got {e}"
         raise DataError(msg, path=str(path)) from e
     if not isinstance(value, dict):
@@ -50,10 +51,22 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         DataError: If the file is missing, unreadable or damaged.
     """
     try:
+        _size(path)
         return load_file(path)
     except FileNotFoundError as e:
         msg = f"{path.name} is missing"
         raise DataError(msg, path=str(path)) from e
+    except DataError:
+        raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as e:
         msg = f"{path.name}: damaged or no safetensors file: {e}"
         raise DataError(msg, path=str(path)) from e
+
+
+def _size(path: Path) -> int:
+    """Bytes of an ordinary file: opening a pipe would wait for ever."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        msg = f"{path.name}: expected an ordinary file"
+        raise DataError(msg, path=str(path))
+    return found.st_size
