@@ -84,8 +84,8 @@ def read_folder(path: Path) -> tuple[Path, dict[str, Tensor], dict[str, Any], st
         DataError: If it is no such folder, or damaged.
     """
     if not path.is_dir():
-        got = "it is a file; give the folder that holds it" if path.is_file() else "there is no such folder"
-        msg = f"{path}: expected a folder with {LOOKED_FOR}; {got}"
+        got = "this is a file, give the folder that holds it" if path.is_file() else "no such folder"
+        msg = f"{path}: {got}; expected one with {LOOKED_FOR}"
         raise DataError(msg, path=str(path))
     if (path / META).exists():
         fields = read_meta(path / META)

@@ -184,7 +184,7 @@ def test_what_was_looked_for_is_said(tmp_path):
 
 def test_a_tensor_file_is_no_folder(tmp_path, make_prefix):
     make_prefix().to_peft(tmp_path / "p")
-    assert "it is a file; give the folder that holds it" in refused(tmp_path / "p" / WEIGHTS)
+    assert "this is a file, give the folder that holds it" in refused(tmp_path / "p" / WEIGHTS)
 
 
 def test_a_pickle_is_never_opened(tmp_path, make_prefix):
