@@ -202,7 +202,7 @@ def test_prefixes_that_no_single_one_equals_are_refused(base, make_prefix):
 def test_prefixes_of_different_bases_are_refused(base, make_prefix):
     a = other(base, 1)
     with load(tiny.make("gpt2", seed=1)) as second, pytest.raises(BaseMismatchError, match="weights differ"):
-        a.concat(make_prefix(3), other(second, 2))
+        make_prefix(3).concat(a, other(second, 2))
     with pytest.raises(BaseMismatchError, match="other layers or heads"):
         a.concat(make_prefix(heads=2))
     with pytest.raises(BaseMismatchError, match="other layers or heads"):

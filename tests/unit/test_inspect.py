@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 import tiny
 from prefixfast import BaseMismatchError, ConfigError, Prefix, RequestError, load
+from prefixfast.inspection import Inspection
 from prefixfast.interchange import peft as layout
 
 FAMILIES = ("gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3")
@@ -111,6 +112,12 @@ def test_it_prints_what_was_measured(base):
     assert all(f"{word!r} 1.00" in shown for word in ("[", "b", "]", "Â", "£", ":", "a"))  # a part of a character by its name in the vocabulary
     assert max(map(len, shown.splitlines())) <= 100
     assert "words of" not in str(prefix.inspect(base, ["Hello"], words=0))
+
+
+def test_words_are_shown_as_they_are():
+    words = [("[red]", 1.0), ("[/]", 0.5), (":smile:", 0.25)]
+    shown = str(Inspection(torch.ones(1, 1), [torch.zeros(1)], {0: words}, 1))
+    assert all(f"{word!r} {cosine:.2f}" in shown for word, cosine in words)
 
 
 def test_it_plots(base, make_prefix, tmp_path, monkeypatch):
