@@ -180,4 +180,4 @@ def check(kv: Mapping[str, Tensor], pos_start: int, window: str) -> None:
 
 def _is_number(text: str) -> bool:
     """Whether a text is a layer's number as we write it: no sign, no leading zero, no digits of other scripts."""
-    return text.isascii() and text.isdecimal() and len(text) <= 6 and str(int(text)) == text
+    return text.isdecimal() and len(text) <= 6 and str(int(text)) == text

@@ -60,8 +60,7 @@ class Inspection:
         all_kl = torch.cat(self.divergence)
         table = Table("layer", "mean", "least", "head", "most", "head", title="attention mass on the prefix, %")
         for layer, row in enumerate(self.mass):
-            numbers = (f"{100 * x:.1f}" for x in (row.mean(), row.min(), row.max()))
-            mean, least, most = numbers
+            mean, least, most = (f"{100 * x:.1f}" for x in (row.mean(), row.min(), row.max()))
             table.add_row(str(layer), mean, least, str(int(row.argmin())), most, str(int(row.argmax())))
         console.print(table)
         console.print(

@@ -161,6 +161,28 @@ def test_a_hostile_folder_of_ours_is_refused(tmp_path, make_prefix, harm):
     refused(tmp_path / "p")
 
 
+BAD_NAMES = ("self.../../../../etc/passwd", "/etc/passwd", "self.٣", "self.00", "self.-1", "self.+1", "self. 1", "self.1_0", "self.1234567", "..", "")
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_a_hostile_name_is_refused_by_itself(name):
+    """With a digest that fits, nothing else would stop it."""
+    with pytest.raises(DataError, match="tensor name: expected"):
+        Prefix(pair(name, torch.ones(4, 4, 8)), 4)
+
+
+@pytest.mark.parametrize("position", [2**31, 10**400, -1, 4.0, True, "4", None])
+def test_a_hostile_position_is_refused_by_itself(position):
+    with pytest.raises(DataError, match="expected pos_start >= 0"):
+        Prefix(pair("self.0", torch.ones(4, 4, 8)), position)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.complex64, torch.int32, torch.bool])
+def test_numbers_of_another_kind_are_refused_by_themselves(dtype):
+    with pytest.raises(DataError, match=r"expected a float \[P, H, D\]"):
+        Prefix(pair("self.0", torch.ones(4, 4, 8).to(dtype)), 4)
+
+
 def test_a_huge_configuration_is_not_read(tmp_path, make_prefix, monkeypatch):
     make_prefix().to_peft(tmp_path / "p")
     monkeypatch.setattr(files, "MOST_JSON", 100)
