@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write(path: Path, model, tokenizer) -> None:
+def write(path: Path, model, tokenizer, *, quantized: bool = False) -> None:
     c = model.config
     w = gguf.GGUFWriter(str(path), "llama")
     w.add_context_length(c.max_position_embeddings)
@@ -48,7 +49,11 @@ def write(path: Path, model, tokenizer) -> None:
     for name, weight in model.state_dict().items():
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             weight = paired(weight, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
-        w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), weight.numpy().astype(np.float32))
+        data, kind = weight.numpy().astype(np.float32), gguf.GGMLQuantizationType.Q8_0
+        if quantized and data.ndim == 2 and data.shape[1] % 32 == 0:
+            w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(data, kind), raw_dtype=kind)
+        else:
+            w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -102,6 +107,20 @@ def test_it_is_one_base_with_the_folder_of_the_same_weights(gguf_base, tmp_path)
 def test_it_is_dequantized_to_the_compute_dtype(file, dtype):
     with load(file, dtype=dtype) as base:
         assert {p.dtype for p in base.hf.parameters()} == {getattr(torch, dtype)} == {base.dtype}
+
+
+def test_a_quantized_file_becomes_an_ordinary_model(tmp_path, tokenizer, caplog):
+    write(tmp_path / "x.gguf", tiny.make("llama"), tokenizer, quantized=True)
+    with torch.no_grad():
+        exact = tiny.make("llama")(input_ids=torch.tensor([PROMPT])).logits[0]
+    with caplog.at_level(logging.WARNING), load(tmp_path / "x.gguf", dtype="float32") as base:
+        got = logits(base, PROMPT)
+        assert "Dequantizing" not in caplog.text  # transformers was asked to, and does not fall back to it
+        assert getattr(base.hf.config, "quantization_config", None) is None
+        assert {p.dtype for p in base.hf.parameters()} == {torch.float32}
+        prefix = Prefix.from_text(base, PROMPT)
+        assert error(logits(base, [7, 8], [prefix]), logits(base, [*PROMPT, 7, 8])[len(PROMPT) :]) < 1e-5
+    assert 1e-4 < error(got, exact) < 0.05  # of 8 bits
 
 
 @pytest.mark.parametrize("missing", ["gguf", "accelerate"])
