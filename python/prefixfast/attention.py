@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from prefixfast import ops
-from prefixfast.plan import Plan
+from prefixfast.plan import AttentionCall, Plan
 
 NAME = "prefixfast"
 # Keywords that models pass and that do not change the result here. Anything else that is set is refused: it might.
@@ -86,7 +86,9 @@ def prefixfast_attention(
         use = plan.backend
         if plan.key_slots is not None and arena is not None:
             k, v = arena
-        o, _ = ops.attn(q, k, v, prefix_k, prefix_v, list(plan.packed), plan.key_slots, None, scale, window, cap, True, True, use.name, list(use.sizes))
+        o, lse = ops.attn(q, k, v, prefix_k, prefix_v, list(plan.packed), plan.key_slots, None, scale, window, cap, True, True, use.name, list(use.sizes))
+        if plan.probe is not None:
+            plan.probe(AttentionCall(layer, q, k, lse, scale, window, cap))
     return o[None], None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,9 @@ from prefixfast.errors import ConfigError
 from prefixfast.model import Model
 from prefixfast.noise import GOLDEN, mix
 from prefixfast.plan import Arena, LayerKV, training_plan
-from prefixfast.prefix import Prefix
+
+if TYPE_CHECKING:
+    from prefixfast.prefix import Prefix
 
 
 @torch.no_grad()

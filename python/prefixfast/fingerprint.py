@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from prefixfast.errors import BaseMismatchError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
 # Configuration that changes what keys and values mean.
 FIELDS = (
     "model_type",
@@ -26,14 +30,15 @@ FIELDS = (
     "sliding_window",
 )
 SAMPLED_ROWS = 8
+_WARNED: set[tuple[str | None, str | None]] = set()  # tokenizers that were found to differ
 
 
-def fingerprint(model: PreTrainedModel, tokenizer_json: str | None) -> dict[str, Any]:
+def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> dict[str, Any]:
     """The fingerprint of a base.
 
     Args:
         model: The base.
-        tokenizer_json: Text of its `tokenizer.json`, None if it has no tokenizer.
+        tokenizer: `Tokenizer.digest_text` of its tokenizer, None if it has none.
 
     Returns:
         ``name`` (for messages), ``config`` (the fields above), ``tokenizer`` and ``weights`` (hex digests; weights are compared in bf16, so that a base
@@ -44,7 +49,7 @@ def fingerprint(model: PreTrainedModel, tokenizer_json: str | None) -> dict[str,
     return {
         "name": str(getattr(model, "name_or_path", "") or ""),
         "config": json.loads(json.dumps(fields, default=str)),
-        "tokenizer": None if tokenizer_json is None else _digest(tokenizer_json.encode()),
+        "tokenizer": None if tokenizer is None else _digest(tokenizer.encode()),
         "weights": None if model.dtype == torch.float16 else _weights(model),
     }
 
@@ -52,12 +57,13 @@ def fingerprint(model: PreTrainedModel, tokenizer_json: str | None) -> dict[str,
 def check_base(ours: dict[str, Any] | None, base: dict[str, Any], what: str) -> None:
     """Raise `BaseMismatchError` if a prefix with fingerprint ``ours`` was not made for ``base``; a prefix without one passes.
 
-    The tokenizer's digest is for information: the same vocabulary is written differently by different versions of the tokenizers library.
+    Another tokenizer is a warning, once: a prefix is keys and values, and token ids mean the same to the base whoever makes them.
     """
     if ours is None:
         return
+    tokenizers = ours.get("tokenizer"), base.get("tokenizer")
     for key in ("config", "weights"):
-        if ours.get(key) is None or base[key] is None or ours[key] == base[key]:
+        if ours.get(key) is None or base.get(key) is None or ours[key] == base[key]:
             continue
         detail = f"{key} differ"
         if key == "config":
@@ -65,8 +71,12 @@ def check_base(ours: dict[str, Any] | None, base: dict[str, Any], what: str) -> 
             if not names:
                 continue
             detail = ", ".join(f"{n} is {ours[key].get(n)!r} there and {base[key].get(n)!r} here" for n in names)
-        msg = f"{what} was made for base {ours.get('name') or 'unknown'!r}, not for {base['name'] or 'this model'!r}: {detail}; load the base it was trained on"
+        there, here = ours.get("name") or "unknown", base.get("name") or "this model"
+        msg = f"{what} was made for base {there!r}, not for {here!r}: {detail}; load the base it was trained on"
         raise BaseMismatchError(msg)
+    if None not in tokenizers and tokenizers[0] != tokenizers[1] and tokenizers not in _WARNED:
+        _WARNED.add(tokenizers)
+        logger.warning("%s was made with another tokenizer than this base has: texts may become other tokens than in training", what)
 
 
 @torch.no_grad()
@@ -81,8 +91,8 @@ def _weights(model: PreTrainedModel) -> str:
         if not layers or layers[0] in ("0", last):
             flat = parameter.detach().reshape(-1)
             parts.append(flat[:: max(1, len(flat) // 256)])
-    data = b"".join(p.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes() for p in parts)
-    return _digest(data)
+    sampled = torch.cat([p.to(embedding.device, torch.bfloat16).reshape(-1) for p in parts])  # one copy to the host
+    return _digest(sampled.cpu().view(torch.int16).numpy().tobytes())
 
 
 def _digest(data: bytes) -> str:

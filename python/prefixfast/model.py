@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -22,10 +24,12 @@ from prefixfast.errors import BaseMismatchError, ConfigError
 from prefixfast.fingerprint import check_base, fingerprint
 from prefixfast.head import Head, find_head, packed_hidden
 from prefixfast.plan import Plan
-from prefixfast.prefix import Prefix
 from prefixfast.prepack import Packed, prepack
-from prefixfast.store import StoredPrefix
 from prefixfast.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from prefixfast.prefix import Prefix
+    from prefixfast.store import StoredPrefix
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -156,7 +160,8 @@ def load(
     """Load a base model and attach it.
 
     Args:
-        model: Hub id, local folder, a loaded Hugging Face model (attached in place until `Model.close`), or a `Model` (returned as it is).
+        model: Hub id, local folder, ``.gguf`` file (its numbers are dequantized to ``dtype``), a loaded Hugging Face model (attached in place until
+            `Model.close`), or a `Model` (returned as it is).
         tokenizer: Hugging Face tokenizer; by default the one beside the model.
         dtype: Compute dtype; ``"auto"``: bfloat16 on a GPU and on CPUs with AVX512-BF16 or AMX, else float32. A loaded model keeps its own.
         device: ``"auto"``: a GPU if there is one.
@@ -177,12 +182,35 @@ def load(
     where = _device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     compute = _dtype(dtype, where)
+    if Path(model).suffix.lower() == ".gguf":
+        hf, own = _from_gguf(Path(model), compute, tokenizer)
+        return _wrap(hf.to(where), own, backend)
     try:
         hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
+        own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common)
     except (OSError, ValueError) as e:
         msg = f"model: {str(model)!r} cannot be loaded: {e}"
         raise ConfigError(msg) from e
-    return _wrap(hf, tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common), backend)
+    return _wrap(hf, own, backend)
+
+
+def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a ``.gguf`` file; its numbers become ordinary ones, since packed weights serve neither training nor our products."""
+    if not path.is_file():
+        msg = f"model: {str(path)!r}: there is no such file"
+        raise ConfigError(msg)
+    if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
+        msg = f"model: {str(path)!r}: reading a .gguf file needs {' and '.join(missing)}: pip install 'prefixfast[gguf]'"
+        raise ConfigError(msg)
+    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)} if hasattr(transformers, "GgufConfig") else {}
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=compute, **unpacked)
+        own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except Exception as e:  # the reader of these files lets through whatever a damaged one makes it stumble over
+        msg = f"model: {str(path)!r} cannot be loaded: {type(e).__name__}: {e}"
+        raise ConfigError(msg) from e
+    hf.name_or_path = hf.config._name_or_path = str(path)  # by which a prefix finds its base again
+    return hf, own
 
 
 def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:

@@ -6,8 +6,9 @@ A plan is immutable and travels as a keyword of the model's forward, so that rec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +36,28 @@ class Arena:
     table: Tensor
 
 
+class AttentionCall(NamedTuple):
+    """What one attention call of a packed forward saw.
+
+    Attributes:
+        layer: Which layer.
+        q: Queries ``[N, HQ, D]``, after RoPE.
+        k: Keys ``[N, H, D]``, after RoPE.
+        lse: Natural log-sum-exp of all scores ``[N, HQ]``.
+        scale: Multiplied the scores.
+        window: Sliding window in tokens, 0 for none.
+        softcap: Score cap, 0 for none.
+    """
+
+    layer: int
+    q: Tensor
+    k: Tensor
+    lse: Tensor
+    scale: float
+    window: int
+    softcap: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """One packed forward.
@@ -52,6 +75,7 @@ class Plan:
         max_len: Longest row of a decode step.
         logits_at: ``[n]`` tokens whose logits are wanted; None: all.
         log: Only in the dry run of `attach`: every attention call adds its layer, query heads, kv heads and head dim.
+        probe: Only for looking into a base: called after every attention of a packed forward; what it raises ends the forward.
     """
 
     position_ids: Tensor
@@ -66,6 +90,7 @@ class Plan:
     max_len: int = 0
     logits_at: Tensor | None = None
     log: list[tuple[int, int, int, int]] | None = None
+    probe: Callable[[AttentionCall], None] | None = None
 
     def window(self, sliding_window: int | None) -> int:
         """The layer's sliding window in tokens if it can hide something in this forward, else 0."""

@@ -1,8 +1,7 @@
-"""`Prefix`: a learned block of keys and values with everything that says how to use it, in memory and on disk.
+"""`Prefix`: a learned block of keys and values with everything that says how to use it.
 
 Shape letters: P prefix rows, H kv heads, D head dim.
-On disk a prefix is a PEFT adapter folder whenever PEFT can hold it exactly, with our data beside it in ``prefixfast.json``; else ``prefix.safetensors``
-takes the adapter's place.
+What lies on disk is `prefixfast.folders`; what needs a base (`from_text`, `inspect`) lies in modules of its own, which are imported when they are used.
 """
 
 from __future__ import annotations
@@ -10,24 +9,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from prefixfast.errors import DataError
-from prefixfast.files import read_settled, replace_folder, write_file
+from prefixfast import folders
+from prefixfast.compose import concatenated
+from prefixfast.errors import ConfigError, DataError
+from prefixfast.files import read_settled
+from prefixfast.hub import find_folder, push_folder
 from prefixfast.interchange import peft
 
-META, TENSORS = "prefixfast.json", "prefix.safetensors"
-OWNED = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
-VERSION = 1
-SITES = ("self", "enc", "cross")
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prefixfast.inspection import Inspection
+    from prefixfast.model import Model
+
+SINCE = ">=0.1.0"  # the first release that reads what this one writes
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,13 @@ class Prefix:
         linearizer: How rows become prompts: ``{"task": name}`` and its settings; None for plain prompts.
         decoding: Default `GenerationParams` of this prefix.
         training: How it came about: settings, steps, final losses.
+
+    Example:
+        >>> prefix = Prefix.from_text(base, "table-to-text:")
+        >>> (prefix.length, prefix.pos_start, prefix.kv["self.0.k"].shape)
+        (14, 14, torch.Size([14, 4, 8]))
+        >>> (prefix.num_stored, prefix.num_trained, prefix.nbytes, prefix.requires["dtype"])
+        (2688, 0, 10752, 'float32')
     """
 
     kv: Mapping[str, Tensor]
@@ -53,7 +64,11 @@ class Prefix:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check(self.kv, self.pos_start, self.window)
+        folders.check(self.kv, self.pos_start, self.window)
+        frozen = self.training.get("num_frozen_tokens", 0)
+        if type(frozen) is not int or not 0 <= frozen <= self.length:
+            msg = f"training: num_frozen_tokens: expected a number from 0 to the {self.length} rows, got {frozen!r:.80}"
+            raise DataError(msg)
 
     @property
     def length(self) -> int:
@@ -85,6 +100,22 @@ class Prefix:
         """Layers of site ``self``."""
         return 1 + max((int(n.split(".")[1]) for n in self.kv if n.startswith("self.")), default=-1)
 
+    @property
+    def not_peft_because(self) -> str | None:
+        """Why PEFT cannot hold the prefix exactly, None if it can."""
+        return peft.reason_against(self.kv, self.pos_start, self.window)
+
+    @property
+    def requires(self) -> dict[str, Any]:
+        """What using the prefix takes.
+
+        ``base``: name of the base model, None if unknown; ``dtype``: of the stored numbers (a base of any dtype reads them); ``positions``: least number
+        of positions that the base must have for one prompt token; ``prefixfast``: releases that read it.
+        """
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.kv.values()})
+        name = (self.base or {}).get("name") or None
+        return {"base": name, "dtype": ", ".join(dtypes), "positions": self.pos_start + 1, "prefixfast": SINCE}
+
     @cached_property
     def digest(self) -> str:
         """Hex SHA-256 of tensors and conventions: with equal digests, equal prompts and equal parameters give equal text."""
@@ -94,108 +125,197 @@ class Prefix:
             sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()
 
+    @property
+    def _fields(self) -> dict[str, Any]:
+        return {n: getattr(self, n) for n in folders.FIELDS}
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the prefix as a folder; an existing prefix there is replaced atomically, other files in it stay.
 
+        The folder is a PEFT adapter folder whenever PEFT can hold the prefix exactly; ``not_peft_because`` in its ``prefixfast.json`` says why if not.
+
+        Args:
+            folder: Made with its parents if it is not there.
+
         Raises:
             OSError: If the disk refuses; what was there before is intact.
+
+        Example:
+            >>> prefix.save_pretrained("mill")
+            >>> sorted(os.listdir("mill"))
+            ['adapter_config.json', 'adapter_model.safetensors', 'prefixfast.json']
         """
-        why_not = peft.reason_against(self.kv, self.pos_start, self.window)
-        files = (
-            {TENSORS: save({n: t.detach().cpu().contiguous().clone() for n, t in self.kv.items()})}
-            if why_not
-            else peft.files(self.kv, (self.base or {}).get("name"))
-        )
-        fields = {n: getattr(self, n) for n in ("pos_start", "window", "base", "linearizer", "decoding", "training")}
-        meta = {"version": VERSION, "digest": self.digest, "not_peft_because": why_not, **fields}
-        files[META] = json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False).encode()
+        folders.write_folder(Path(folder), folders.own_files(self.kv, self.digest, self._fields))
 
-        def write(target: Path) -> None:
-            for name, data in files.items():
-                write_file(target / name, data)
+    def to_peft(self, folder: str | os.PathLike[str], *, peft_type: peft.PeftType | None = None) -> None:
+        """Write a PEFT adapter folder with what PEFT knows and nothing else; the numbers are those of the prefix to the bit.
 
-        replace_folder(Path(folder), write, owned=OWNED)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Prefix:
-        """Read a folder written by `save_pretrained` or by PEFT (decoder-only PREFIX_TUNING).
+        Args:
+            folder: Made with its parents if it is not there; a prefix in it is replaced atomically, other files stay.
+            peft_type: ``"PREFIX_TUNING"`` or ``"CARTRIDGE"``; None: what it was imported as, else PREFIX_TUNING.
 
         Raises:
-            DataError: If the folder is missing, damaged, or something else; says which file.
+            ConfigError: If PEFT cannot hold the prefix exactly, with the reason.
+            OSError: If the disk refuses; what was there before is intact.
+
+        Example:
+            >>> prefix.to_peft("adapter", peft_type="CARTRIDGE")  # then: PeftModel.from_pretrained(model, "adapter")
+            >>> sorted(os.listdir("adapter"))
+            ['adapter_config.json', 'adapter_model.safetensors']
         """
-        return read_settled(Path(folder), cls._read)
+        if peft_type not in (None, *peft.TYPES):
+            msg = f"peft_type: expected {' or '.join(map(repr, peft.TYPES))}, got {peft_type!r}"
+            raise ConfigError(msg)
+        if self.not_peft_because:
+            msg = f"PEFT cannot hold this prefix exactly: {self.not_peft_because}; save_pretrained keeps all of it"
+            raise ConfigError(msg)
+        folders.write_folder(Path(folder), folders.adapter_files(self.kv, self._fields, peft_type or folders.kind_of(self._fields)))
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Prefix:
+        """Read a folder written by `save_pretrained` or by PEFT (decoder-only PREFIX_TUNING and CARTRIDGE), here or on the Hugging Face hub.
+
+        Args:
+            path: A folder; a text ``"name/repository"`` that is no folder is a hub id, of which only JSON and safetensors files are fetched.
+            revision: Branch, tag or commit of a hub id.
+            local_files_only: Take a hub id from the local cache and do not ask the hub.
+
+        Raises:
+            DataError: If the folder is missing, damaged, or something else; says which file, or what was looked for.
+            ConfigError: For a revision of a local folder, or a hub that cannot be reached.
+
+        Example:
+            >>> prefix.save_pretrained("mill")
+            >>> Prefix.from_pretrained("mill").digest == prefix.digest
+            True
+        """
+        return read_settled(find_folder(path, revision, local_files_only=local_files_only, names=folders.OWNED), cls._read)
 
     @classmethod
     def _read(cls, path: Path) -> Prefix:
-        if not path.is_dir():
-            msg = f"{path}: no such folder; expected a prefix or PEFT adapter folder"
-            raise DataError(msg, path=str(path))
-        if not (path / META).exists():
-            kv, config = peft.read(path)
-            name = config.get("base_model_name_or_path")
-            told = {"pos_start": len(kv["self.0.k"]), "base": {"name": name} if name else None, "training": {"imported_from": "peft"}}
-            return cls._from_file(path / peft.WEIGHTS, kv, told)
-        fields = _read_meta(path / META)
-        digest = fields.pop("digest")
-        own = path / TENSORS
-        prefix = cls._from_file(own, peft.read_tensors(own), fields) if own.exists() else cls._from_file(path / peft.WEIGHTS, peft.read(path)[0], fields)
-        if prefix.digest != digest:
-            msg = f"the tensors are not those that {META} describes: another program changed the folder; delete {META} to read it as a PEFT adapter"
-            raise DataError(msg, path=str(path / META))
-        return prefix
-
-    @classmethod
-    def _from_file(cls, file: Path, kv: dict[str, Tensor], fields: dict[str, Any]) -> Prefix:
+        file, kv, fields, digest = folders.read_folder(path)
         try:
-            return cls(kv, **fields)
+            prefix = cls(kv, **fields)
         except DataError as e:
             msg = f"{file.name}: {e}"
             raise DataError(msg, path=str(file)) from e
+        if digest is not None and prefix.digest != digest:
+            meta = folders.META
+            msg = f"the tensors are not those that {meta} describes: another program changed the folder; delete {meta} to read it as a PEFT adapter"
+            raise DataError(msg, path=str(path / meta))
+        return prefix
 
+    @classmethod
+    def from_text(
+        cls,
+        model: str | Path | PreTrainedModel | Model,
+        text: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        *,
+        prefix_length: int | None = None,
+        after: Prefix | Sequence[Prefix] = (),
+    ) -> Prefix:
+        """The keys and values of a text in the base itself: generating on a prompt with it is generating on text and prompt.
 
-def _read_meta(path: Path) -> dict[str, Any]:
-    meta = peft.read_json(path)
-    expected = {"version", "digest", "not_peft_because", "pos_start", "window", "base", "linearizer", "decoding", "training"}
-    if meta.get("version") != VERSION:
-        msg = f"{path.name}: expected version {VERSION}, got {meta.get('version')!r}; update prefixfast to read newer folders"
-        raise DataError(msg, path=str(path))
-    if set(meta) != expected:
-        msg = f"{path.name}: expected the keys {sorted(expected)}, got {sorted(meta)}"
-        raise DataError(msg, path=str(path))
-    for key in ("version", "not_peft_because"):
-        del meta[key]
-    kinds = {"pos_start": int, "window": str, "digest": str, "decoding": dict, "training": dict}
-    for key, kind in kinds.items():
-        if type(meta[key]) is not kind:
-            msg = f"{path.name}: {key}: expected {kind.__name__}, got {meta[key]!r}"
-            raise DataError(msg, path=str(path))
-    if meta["pos_start"] < 0 or meta["window"] not in ("slide", "always"):
-        msg = f"{path.name}: expected pos_start >= 0 and window 'slide' or 'always', got {meta['pos_start']!r} and {meta['window']!r}"
-        raise DataError(msg, path=str(path))
-    for key in ("base", "linearizer"):
-        if meta[key] is not None and not isinstance(meta[key], dict):
-            msg = f"{path.name}: {key}: expected an object or null, got {meta[key]!r}"
-            raise DataError(msg, path=str(path))
-    return meta
+        Args:
+            model: The base, as `load` takes it.
+            text: A text, tokenized as a prompt is (with the begin token, for tokenizers that add one); token ids, taken as they are; or chat messages
+                ``{"role", "content"}``, through the tokenizer's chat template without its generation prompt.
+            prefix_length: P; a shorter text is repeated, a longer one is cut to its first tokens. None: all tokens of the text.
+            after: A prefix, or several from left to right, that the text follows and that it sees; positions go on. Use the result together with them, as
+                ``[after, result]``.
 
+        Returns:
+            A prefix of fp32 numbers (fp64 for a base in fp64); the text itself is not kept.
 
-def _check(kv: Mapping[str, Tensor], pos_start: int, window: str) -> None:
-    if not kv:
-        msg = "a prefix needs at least one layer's keys and values"
-        raise DataError(msg)
-    for name, t in kv.items():
-        parts = name.split(".")
-        if len(parts) != 3 or parts[0] not in SITES or not parts[1].isdecimal() or parts[2] not in ("k", "v"):
-            msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {name!r}"
-            raise DataError(msg)
-        other = kv.get(f"{parts[0]}.{parts[1]}.{'v' if parts[2] == 'k' else 'k'}")
-        if t.ndim != 3 or not t.is_floating_point() or other is None or other.shape != t.shape or 0 in t.shape:
-            partner = None if other is None else list(other.shape)
-            msg = f"{name}: expected a float [P, H, D] with a partner of the same shape, got {t.dtype} {list(t.shape)} and {partner}"
-            raise DataError(msg)
-        if not bool(t.isfinite().all()):
-            msg = f"{name}: expected finite numbers, got NaN or infinity"
-            raise DataError(msg)
-    if pos_start < 0 or window not in ("slide", "always"):
-        msg = f"expected pos_start >= 0 and window 'slide' or 'always', got {pos_start!r} and {window!r}"
-        raise DataError(msg)
+        Raises:
+            ConfigError: For an empty or wrong text, a length without room in the base's positions, or messages without a chat template.
+            BaseMismatchError: If ``after`` was made for another base.
+
+        Example:
+            >>> rules = Prefix.from_text(base, "Answer in one sentence. ")
+            >>> chat = Prefix.from_text(base, "Be polite. ", after=rules)
+            >>> answer = generate(["Why is the sky blue?"], [[rules, chat]], model=base, max_new_tokens=8)[0]
+            >>> (chat.pos_start, answer.usage["prefix_rows"])
+            (35, 35)
+        """
+        from prefixfast.text import text_prefix
+
+        kv, fields = text_prefix(model, text, prefix_length, (after,) if isinstance(after, Prefix) else tuple(after))
+        return cls(kv, **fields)
+
+    def concat(self, *others: Prefix) -> Prefix:
+        """One prefix that does what this one and the others do together, composed from left to right (``[a, b]`` in a request).
+
+        Its text starts at the largest ``pos_start``, tasks and decoding defaults are the last one's, as in a composition.
+
+        Args:
+            others: Prefixes of the same base, ``window`` and dtype.
+
+        Raises:
+            BaseMismatchError: If they were made for different bases, or have different layers or heads.
+            ConfigError: If no single prefix does the same, with the reason.
+
+        Example:
+            >>> both = Prefix.from_text(base, "Be brief. ").concat(Prefix.from_text(base, "Be polite. "))
+            >>> (both.length, both.pos_start)
+            (21, 11)
+        """
+        kv, fields = concatenated((self, *others))
+        return Prefix(kv, **fields)
+
+    def inspect(
+        self,
+        model: str | Path | PreTrainedModel | Model,
+        prompts: Sequence[str | Sequence[int] | Mapping[str, Any]],
+        *,
+        words: int = 3,
+        rows: Sequence[int] | None = None,
+    ) -> Inspection:
+        """What the prefix does to the base: where attention goes, how far predictions move, which words its rows resemble.
+
+        Args:
+            model: The base, as `load` takes it.
+            prompts: Texts, token ids or rows as in training; of a row with a target only the target's tokens count, else every token.
+            words: Nearest vocabulary tokens of each row; 0 leaves this part out, which reads the whole vocabulary once a row.
+            rows: Prefix rows to find words for; None: the first 16.
+
+        Returns:
+            See `Inspection`; it prints as a table and plots to a file.
+
+        Raises:
+            BaseMismatchError: If the prefix was made for another base.
+            RequestError: For a bad or too long prompt, with its number.
+            ConfigError: For other arguments that do not fit.
+
+        Example:
+            >>> found = prefix.inspect(base, ["name : The Mill | food : Italian"], words=1)  # print(found) shows tables
+            >>> (found.mass.shape, len(found.divergence[0]), found.words[0][0][0])
+            (torch.Size([3, 4]), 32, 't')
+        """
+        from prefixfast.inspection import inspect
+
+        return inspect(model, self, prompts, words=words, rows=rows)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None) -> str:
+        """Save the prefix, with a model card, to a repository on the Hugging Face hub; the repository is made if it is not there.
+
+        The files are those of `save_pretrained`. The card says base, sizes, and of ``training`` settings and metrics, never a text.
+
+        Args:
+            repo_id: ``"name/repository"``.
+            private: Whether a new repository is private; None: the account's default.
+            token: Access token; None: the one that is logged in.
+            commit_message: None: a default one.
+
+        Returns:
+            Address of the commit.
+
+        Raises:
+            ConfigError: If the hub refuses or cannot be reached, with what to do.
+
+        Example:
+            >>> prefix.push_to_hub("ann/mill", private=True)
+            'https://huggingface.co/ann/mill/commit/...'
+        """
+        files = folders.own_files(self.kv, self.digest, self._fields)
+        return push_folder(self, files, repo_id, private=private, token=token, commit_message=commit_message, owned=folders.OWNED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from prefixfast import _rust
 from prefixfast.errors import ConfigError, DataError
 
 Ids = NDArray[np.int32]
+SAMPLED_TOKENS = 512
+SAMPLE = " The Mill isn't 12,345.67 £ cheap;\n\tnaïve café — Ünïcode: Привет, 世界! 한국어 مرحبا 🙂 def f(x): return x**2  # ok\r\n"
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ class Tokenizer:
 
     @cached_property
     def digest_text(self) -> str:
-        """The `tokenizer.json` that this tokenizer is made from."""
-        return str(self.hf.backend_tokenizer.to_str())
+        """What tells this tokenizer from others, whatever version wrote its file: size, end token, some of its tokens, and how it cuts a text of many kinds."""
+        size = len(self.hf)
+        sampled = self.hf.convert_ids_to_tokens(list(range(0, size, max(1, size // SAMPLED_TOKENS))))
+        return json.dumps([size, self.eos_id, sampled, self.encode([SAMPLE])[0].tolist()])
 
     @cached_property
     def marks_answers(self) -> bool:

@@ -1,7 +1,8 @@
-"""PEFT's PREFIX_TUNING adapter for decoder-only models: one table ``prompt_embeddings [P, L * 2 * H * D]``, keys and values interleaved by layer.
+"""PEFT's adapters for decoder-only models that hold keys and values: PREFIX_TUNING and CARTRIDGE.
 
-``table[p].view(L, 2, H, D)`` holds (key, value) of every layer; text starts at position P and keys are stored after RoPE.
-Source: PEFT 0.21.2, ``peft_model.py`` get_prompt and get_prompt_embedding_to_save; verified bit-exact in tests/unit/test_prefix.py.
+Both store one table ``prompt_embeddings [P, L * 2 * H * D]``, keys and values interleaved by layer: ``table[p].view(L, 2, H, D)`` holds (key, value) of
+every layer; text starts at position P and keys are stored after RoPE. CARTRIDGE adds ``num_frozen_tokens``, the leading rows that training leaves alone.
+Source: PEFT 0.21.2, ``peft_model.py`` get_prompt and get_prompt_embedding_to_save, ``tuners/cartridge``; verified bit-exact in tests/unit/test_peft.py.
 """
 
 from __future__ import annotations
@@ -9,27 +10,27 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from prefixfast.errors import DataError
+from prefixfast.interchange.files import read_json as read_json
+from prefixfast.interchange.files import read_tensors as read_tensors
 
+PeftType = Literal["PREFIX_TUNING", "CARTRIDGE"]
+TYPES: tuple[PeftType, ...] = get_args(PeftType)
 CONFIG, WEIGHTS, KEY = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
+PICKLE = "adapter_model.bin"
 SIZES = ("num_layers", "num_attention_heads", "num_virtual_tokens")
-FIELDS = {
+COMMON = {
     "auto_mapping": None,
-    "encoder_hidden_size": None,
     "inference_mode": True,
-    "init_weights": None,
     "modules_to_save": None,
     "num_transformer_submodules": 1,
-    "peft_type": "PREFIX_TUNING",
     "peft_version": "0.21.2",
-    "prefix_projection": False,
     "revision": None,
     "task_type": "CAUSAL_LM",
 }
@@ -70,58 +71,54 @@ def from_table(table: Tensor, num_layers: int, num_kv_heads: int) -> dict[str, T
     Raises:
         DataError: If the table's width does not fit.
     """
-    if table.ndim != 2 or table.shape[1] % (num_layers * 2 * num_kv_heads):
+    if table.ndim != 2 or not table.shape[1] or table.shape[1] % (num_layers * 2 * num_kv_heads):
         msg = f"{KEY}: expected [P, {num_layers} layers * 2 * {num_kv_heads} heads * head_dim], got {list(table.shape)}"
         raise DataError(msg)
     parts = table.unflatten(1, (num_layers, 2, num_kv_heads, -1))
     return {f"self.{i}.{x}": parts[:, i, j].contiguous() for i in range(num_layers) for j, x in enumerate("kv")}
 
 
-def files(kv: Mapping[str, Tensor], base_name: str | None) -> dict[str, bytes]:
-    """The adapter folder's files by name."""
-    table = to_table(kv)
+def files(kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType = "PREFIX_TUNING", frozen: int = 0) -> dict[str, bytes]:
+    """The adapter folder's files by name.
+
+    Args:
+        kv: ``self.{layer}.k|v`` of ``[P, H, D]``, for which `reason_against` has no reason.
+        base_name: Of the base model, for its users.
+        peft_type: Which adapter.
+        frozen: ``num_frozen_tokens`` of a CARTRIDGE.
+    """
     length, heads, dim = kv["self.0.k"].shape
+    own: dict[str, Any] = (
+        {"num_frozen_tokens": frozen} if peft_type == "CARTRIDGE" else {"encoder_hidden_size": heads * dim, "init_weights": None, "prefix_projection": False}
+    )
     config = {
-        **FIELDS,
+        **COMMON,
+        **own,
         "base_model_name_or_path": base_name or None,
-        "encoder_hidden_size": heads * dim,
         "num_attention_heads": heads,
         "num_layers": len(kv) // 2,
         "num_virtual_tokens": length,
+        "peft_type": peft_type,
         "token_dim": heads * dim,
     }
-    return {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: save({KEY: table}, metadata={"format": "pt"})}
+    return {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: save({KEY: to_table(kv)}, metadata={"format": "pt"})}
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the configuration of an adapter folder.
 
     Raises:
-        DataError: If it is no decoder-only PREFIX_TUNING adapter, or its files are damaged.
+        DataError: If it is no decoder-only PREFIX_TUNING or CARTRIDGE adapter, or its files are damaged.
     """
     config = read_json(folder / CONFIG)
-    kind, submodules, task = (config.get(k) for k in ("peft_type", "num_transformer_submodules", "task_type"))
-    if kind != "PREFIX_TUNING":
-        msg = f"peft_type: expected PREFIX_TUNING, got {kind!r}"
-        raise DataError(msg, path=str(folder / CONFIG))
-    if submodules not in (1, None) or task not in ("CAUSAL_LM", None):
-        msg = f"expected a decoder-only adapter (task_type CAUSAL_LM, num_transformer_submodules 1), got {task!r} and {submodules!r}"
-        raise DataError(msg, path=str(folder / CONFIG))
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
-        msg = "adapter_model.bin is a pickle, which can run code when it is read; save the adapter again with PEFT's safe_serialization=True"
+    layers, heads, length = _checked(config, folder / CONFIG)
+    if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
+        msg = f"{PICKLE} is a pickle, which can run code when it is read; save the adapter again with PEFT's safe_serialization=True"
         raise DataError(msg, path=str(folder))
     tensors = read_tensors(folder / WEIGHTS)
     if set(tensors) != {KEY}:
         msg = f"expected the one tensor {KEY!r}, got {sorted(tensors)}"
         raise DataError(msg, path=str(folder / WEIGHTS))
-    try:
-        layers, heads, length = (int(config[k]) for k in SIZES)
-    except (KeyError, TypeError, ValueError, OverflowError) as e:
-        msg = f"{', '.join(SIZES)}: expected numbers, got {[config.get(k) for k in SIZES]}"
-        raise DataError(msg, path=str(folder / CONFIG)) from e
-    if min(layers, heads, length) < 1:
-        msg = f"{', '.join(SIZES)}: expected numbers of at least 1, got {[layers, heads, length]}"
-        raise DataError(msg, path=str(folder / CONFIG))
     if len(tensors[KEY]) != length:
         msg = f"{WEIGHTS}: {KEY}: expected {length} rows (num_virtual_tokens), got {list(tensors[KEY].shape)}; see {CONFIG}"
         raise DataError(msg, path=str(folder / WEIGHTS))
@@ -132,29 +129,22 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DataError(msg, path=str(folder / WEIGHTS)) from e
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or `DataError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf8"))
-    except FileNotFoundError as e:
-        msg = f"{path.name} is missing; expected a prefix or PEFT adapter folder"
-        raise DataError(msg, path=str(path)) from e
-    except (ValueError, RecursionError) as e:
-        msg = f"{path.name}: expected JSON, got {e}"
-        raise DataError(msg, path=str(path)) from e
-    if not isinstance(value, dict):
-        msg = f"{path.name}: expected a JSON object, got {type(value).__name__}"
+def _checked(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
+    """Layers, kv heads and rows of a configuration that we can read."""
+    kind, submodules, task = (config.get(k) for k in ("peft_type", "num_transformer_submodules", "task_type"))
+    if kind not in TYPES:
+        msg = f"peft_type: expected {' or '.join(TYPES)}, got {kind!r}"
         raise DataError(msg, path=str(path))
-    return value
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or `DataError`."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as e:
-        msg = f"{path.name} is missing"
-        raise DataError(msg, path=str(path)) from e
-    except (SafetensorError, ValueError, RuntimeError) as e:
-        msg = f"{path.name}: damaged or no safetensors file: {e}"
-        raise DataError(msg, path=str(path)) from e
+    if submodules not in (1, None) or task not in ("CAUSAL_LM", None):
+        msg = f"expected a decoder-only adapter (task_type CAUSAL_LM, num_transformer_submodules 1), got {task!r} and {submodules!r}"
+        raise DataError(msg, path=str(path))
+    sizes = [config.get(k) for k in SIZES]
+    if not all(type(n) is int and n >= 1 for n in sizes):
+        msg = f"{', '.join(SIZES)}: expected numbers of at least 1, got {sizes}"
+        raise DataError(msg, path=str(path))
+    layers, heads, length = (int(n) for n in sizes if n is not None)
+    frozen = config.get("num_frozen_tokens", 0)
+    if type(frozen) is not int or not 0 <= frozen <= length:
+        msg = f"num_frozen_tokens: expected a number from 0 to {length} (num_virtual_tokens), got {frozen!r}"
+        raise DataError(msg, path=str(path))
+    return layers, heads, length
