@@ -1,0 +1,327 @@
+"""`PrefixStore`: a directory of prefixes by name, each version a folder that is either wholly there or not at all.
+
+Layout: ``{2 hex}/{SHA-256 of the name}/{version}/`` holds what `Prefix.save_pretrained` writes and ``entry.json`` (see `entry`), so that ten thousand
+prefixes can be known without reading one. A version is written in ``.prefixfast-work`` and renamed into place; what is removed is renamed out of place first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
+from prefixfast.files import sync_folder, write_file
+from prefixfast.prefix import Prefix
+from prefixfast.store import check, exchange
+from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_newest, version_folders
+from prefixfast.store.reports import Check, Outcome, Receipt
+from prefixfast.store.workspace import sweep, workspace
+
+WORK = ".prefixfast-work"
+ATTEMPTS = 1000
+FASTER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # what another writer of the same name makes of a rename
+BUCKETS = tuple(f"{i:02x}" for i in range(256))
+
+
+class PrefixStore(Mapping[str, Prefix]):
+    """Prefixes by name in a directory that several processes may use at once; a name is any text.
+
+    Readers see one whole version or another, whatever writers do or whenever they are killed. A name that is put, rolled back or deleted keeps its older
+    versions readable as long as ``keep_versions`` says: who may still read a version after so many more should keep more of them.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from prefixfast import Prefix
+        >>> store = PrefixStore(tempfile.mkdtemp())
+        >>> prefix = Prefix({"self.0.k": torch.ones(3, 2, 4), "self.0.v": torch.ones(3, 2, 4)}, pos_start=3)
+        >>> store.put("ann", prefix).version
+        1
+        >>> store["ann"].digest == store.info("ann").digest == prefix.digest
+        True
+        >>> list(store), store.delete("ann").files, list(store)
+        (['ann'], 4, [])
+
+    Args:
+        path: The directory; made if it is not there, unless ``read_only``.
+        read_only: Refuse to write.
+        keep_versions: How many versions of a name are kept.
+
+    Raises:
+        ConfigError: For a path that is a file, cannot be made or, read-only, is not there.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, keep_versions: int = 2) -> None:
+        self.path, self.read_only, self.keep_versions = Path(path), read_only, keep_versions
+        if keep_versions < 1:
+            msg = f"keep_versions: expected at least 1, got {keep_versions}"
+            raise ConfigError(msg)
+        try:
+            if not read_only:
+                self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as e:
+            msg = f"store: expected a directory, got {str(self.path)!r}: {e}"
+            raise ConfigError(msg) from e
+        if not self.path.is_dir():
+            msg = f"store: expected a directory, got {str(self.path)!r}"
+            raise ConfigError(msg)
+        if not read_only:
+            sweep(self.path / WORK)
+
+    # ---- reading ----
+
+    def info(self, name: str) -> StoredPrefix:
+        """The newest version of ``name``, its tensors unread.
+
+        Args:
+            name: Any text.
+
+        Raises:
+            UnknownPrefixError: If there is none.
+            DataError: If its entry is damaged; `rollback` brings the version before it back.
+        """
+        found = read_newest(self._folder(name), read_entry)
+        return found if found is not None else self._unknown(name)
+
+    def versions(self, name: str) -> list[StoredPrefix]:
+        """All versions of ``name``, oldest first, their tensors unread.
+
+        Args:
+            name: Any text.
+
+        Raises:
+            UnknownPrefixError: If there is none.
+            DataError: If an entry is damaged.
+        """
+        found = read_newest(self._folder(name), lambda newest: [read_entry(folder) for folder in version_folders(newest.parent)])
+        return found or self._unknown(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The newest version of ``name``, read; ``default`` if there is none.
+
+        Raises:
+            DataError: If it is damaged.
+        """
+        try:
+            return self[name]
+        except UnknownPrefixError:
+            return default
+
+    def __getitem__(self, name: str) -> Prefix:
+        found = read_newest(self._folder(name), lambda folder: read_entry(folder).read_here())
+        return found if found is not None else self._unknown(name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and bool(name) and bool(version_folders(self._folder(name)))
+
+    def __iter__(self) -> Iterator[str]:
+        for folder in self.folders():
+            if (found := read_newest(folder, read_entry)) is not None:
+                yield found.name
+
+    def __len__(self) -> int:
+        return sum(bool(version_folders(folder)) for folder in self.folders())
+
+    def folders(self) -> Iterator[Path]:
+        """The folders of all names, in the order of their hashes."""
+        for bucket in BUCKETS:
+            try:
+                yield from sorted(p for p in (self.path / bucket).iterdir() if len(p.name) == 64)
+            except OSError:
+                continue
+
+    def scan(self) -> Iterator[StoredPrefix | Outcome]:
+        """The newest version of every name, and an `Outcome` that says why for each that is damaged."""
+        for folder in self.folders():
+            try:
+                if (found := read_newest(folder, read_entry)) is not None:
+                    yield found
+            except DataError as e:
+                yield Outcome(None, str(folder.relative_to(self.path)), False, str(e))
+
+    # ---- writing ----
+
+    def put(self, name: str, prefix: Prefix) -> StoredPrefix:
+        """Save a new version of ``name``; older ones beyond ``keep_versions`` go.
+
+        Args:
+            name: Any text.
+            prefix: What to save.
+
+        Raises:
+            ConfigError: If the store is read-only or the name is empty.
+            OSError: If the disk refuses; what was there before is intact.
+        """
+        folder = self._writable(name)
+        entry = entry_bytes(name, prefix)
+        with workspace(self.path / WORK) as work:
+            new = work / "new"
+            prefix.save_pretrained(new)
+            write_file(new / ENTRY, entry)
+            sync_folder(new)
+            target = self._settle(new, folder)
+            for i, old in enumerate(version_folders(folder)[: -self.keep_versions]):
+                try:
+                    old.rename(work / f"old{i}")
+                except OSError:  # another writer was faster, or the next one will do it
+                    continue
+        return parse_entry(json.loads(entry), target)
+
+    def rollback(self, name: str, version: int | None = None) -> StoredPrefix:
+        """Make an earlier version the newest again, as a new version; the version that was the newest stays as the one before it.
+
+        Args:
+            name: Any text.
+            version: Its number; by default the one before the newest.
+
+        Raises:
+            ConfigError: If the store is read-only, or there is no earlier version.
+            UnknownPrefixError: If there is no such name or version.
+            DataError: If the earlier version is damaged; nothing is changed.
+        """
+        numbers = {int(v.name): v for v in version_folders(self._writable(name))} or self._unknown(name)
+        if version is None and len(numbers) == 1:
+            msg = f"{name!r} has no version before {max(numbers)}; put another, or keep more (keep_versions)"
+            raise ConfigError(msg)
+        chosen = sorted(numbers)[-2] if version is None else version
+        if chosen not in numbers:
+            msg = f"{name!r} has no version {chosen!r} in {self.path}; it has {', '.join(map(str, sorted(numbers)))}"
+            raise UnknownPrefixError(msg)
+        return self.put(name, read_entry(numbers[chosen]).read_here())
+
+    def delete(self, name: str) -> Receipt:
+        """Remove all versions of ``name``; readers see all of them or none.
+
+        Args:
+            name: Any text.
+
+        Returns:
+            What was removed; `verify` with ``absent`` shows that it is gone.
+
+        Raises:
+            ConfigError: If the store is read-only.
+            UnknownPrefixError: If there is none.
+            OSError: If a file cannot be removed; the name is gone all the same, and the next writer tries again.
+        """
+        folder = self._writable(name)
+        if name not in self:
+            self._unknown(name)
+        with workspace(self.path / WORK) as work:
+            gone = work / "gone"
+            try:
+                folder.rename(gone)
+            except FileNotFoundError:
+                self._unknown(name)
+            sync_folder(folder.parent)
+            sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
+            digests = tuple(_digest(version) for version in version_folders(gone))
+            shutil.rmtree(gone)
+        return Receipt(folder.name, digests, len(sizes), sum(sizes), datetime.now(UTC).isoformat(timespec="seconds"))
+
+    # ---- many at a time ----
+
+    def verify(self, *, absent: str | None = None) -> Check:
+        """Read every version again and compare it with its entry.
+
+        Args:
+            absent: Digest of a prefix of which nothing may be left: every file of the store is searched for it, every folder with tensors for the prefix.
+
+        Raises:
+            ConfigError: If ``absent`` is no digest.
+        """
+        return check.verify(self, absent)
+
+    def import_dir(self, folder: str | os.PathLike[str]) -> list[Outcome]:
+        """Put every adapter folder in ``folder`` (ours or PEFT's), under its own name if it was exported from a store, else the folder's.
+
+        A name that is there already gets a new version, unless its newest one is the same.
+
+        Args:
+            folder: A folder of adapter folders. Links that lead out of it are refused.
+
+        Returns:
+            For each folder in it whether it was taken, and why not.
+
+        Raises:
+            ConfigError: If ``folder`` is no folder, or an adapter itself, or the store is read-only.
+            OSError: If the disk refuses.
+        """
+        self._check_writable()
+        return exchange.import_dir(self, Path(folder))
+
+    def export_dir(self, folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> list[Outcome]:
+        """Write the newest versions as adapter folders that PEFT can read where it can hold them.
+
+        A folder is called by its prefix's name where every file system takes that (lower case), else by a like name and a hash; ``entry.json`` in it keeps the
+        real name for `import_dir`.
+
+        Args:
+            folder: Where to; made if it is not there. What it holds of the same names is replaced, anything else in the way refused.
+            names: Which; by default all.
+
+        Returns:
+            For each name where it lies, or why not.
+
+        Raises:
+            ConfigError: If ``folder`` is a file or in the store, or ``names`` a single text.
+            OSError: If the disk refuses.
+        """
+        return exchange.export_dir(self, Path(folder), names)
+
+    # ---- parts ----
+
+    def _folder(self, name: str) -> Path:
+        digest = name_hash(name)
+        return self.path / digest[:2] / digest
+
+    def _check_writable(self) -> None:
+        if self.read_only:
+            msg = f"store {str(self.path)!r} was opened read-only"
+            raise ConfigError(msg)
+
+    def _writable(self, name: str) -> Path:
+        """The folder of a name that is going to be written, with nothing of killed writers beside it."""
+        self._check_writable()
+        folder = self._folder(name)
+        sweep(self.path / WORK)
+        return folder
+
+    def _unknown(self, name: str) -> Any:
+        msg = f"no prefix is named {name!r:.200} in {self.path}"
+        raise UnknownPrefixError(msg)
+
+    def _settle(self, new: Path, folder: Path) -> Path:
+        """Give a finished version the next free number; other processes may be putting or deleting the same name."""
+        folder.parent.mkdir(exist_ok=True)
+        for attempt in range(ATTEMPTS):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+            versions = version_folders(folder)
+            target = folder / f"{int(versions[-1].name) + 1 if versions else 1:06d}"
+            try:
+                new.rename(target)
+            except OSError as e:
+                if e.errno not in FASTER or not new.exists() or attempt + 1 == ATTEMPTS:
+                    with contextlib.suppress(OSError):
+                        folder.rmdir()  # only an empty one goes
+                    raise
+            else:
+                break
+        for changed in (folder, folder.parent, self.path):
+            sync_folder(changed)
+        return target
+
+
+def _digest(version: Path) -> str | None:
+    """What an entry says of a version that has been moved away from its name."""
+    try:
+        found = json.loads((version / ENTRY).read_bytes())["digest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None

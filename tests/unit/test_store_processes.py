@@ -1,0 +1,258 @@
+"""`PrefixStore` in several processes at once: nobody waits, nobody sees a gap, nobody gets another's prefix."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from forked import end, start
+from prefixfast import Prefix, PrefixStore
+from prefixfast.errors import DataError, UnknownPrefixError
+from prefixfast.store import store as module
+from prefixfast.store.workspace import sweep, workspace
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+
+
+def make(seed: int, length: int = 3) -> Prefix:
+    g = torch.Generator().manual_seed(seed)
+    return Prefix({f"self.0.{x}": torch.randn(length, 2, 4, generator=g) for x in "kv"}, pos_start=length)
+
+
+def clean(root: Path) -> bool:
+    return PrefixStore(root, read_only=True).verify().ok and list((root / module.WORK).iterdir()) == []
+
+
+def until(condition, seconds: float = 20) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+def test_processes_that_put_one_name_lose_no_version(tmp_path):
+    def writer(i: int) -> None:
+        store = PrefixStore(tmp_path, keep_versions=100)
+        for k in range(6):
+            store.put("a", make(10 * i + k))
+
+    children = [start(lambda i=i: writer(i)) for i in range(3)]
+    assert [end(pid) for pid in children] == [0, 0, 0]
+    versions = PrefixStore(tmp_path).versions("a")
+    assert [v.version for v in versions] == list(range(1, 19))
+    assert {v.read().digest for v in versions} == {make(10 * i + k).digest for i in range(3) for k in range(6)}
+    assert clean(tmp_path)
+
+
+def test_putting_and_deleting_one_name(tmp_path):
+    def writer(i: int) -> None:
+        store = PrefixStore(tmp_path)
+        for k in range(25):
+            assert store.put("a", make(100 * i + k)).name == "a"
+
+    def remover() -> None:
+        store, removed = PrefixStore(tmp_path), 0
+        while removed < 15:
+            with contextlib.suppress(UnknownPrefixError):
+                receipt = store.delete("a")
+                assert receipt.files
+                removed += 1
+        store.put("done", make(0))
+
+    children = [start(remover), start(lambda: writer(1)), start(lambda: writer(2))]
+    for pid in children[1:]:
+        assert end(pid) == 0
+    store = PrefixStore(tmp_path)
+    while "done" not in store:  # the remover may want more than the writers made
+        store.put("a", make(5))
+    assert end(children[0]) == 0
+    assert clean(tmp_path)
+
+
+def test_readers_never_see_a_gap_nor_a_mixture(tmp_path):
+    """Readers beside a writer that keeps one version only, puts, and rolls nothing back: the hardest case."""
+    first = make(0)
+    PrefixStore(tmp_path).put("a", first)
+    digests = {make(i).digest for i in range(40)}
+
+    def writer() -> None:
+        store = PrefixStore(tmp_path, keep_versions=1)
+        for i in range(1, 40):
+            store.put("a", make(i))
+        store.put("done", first)
+
+    def reader() -> None:
+        store, seen = PrefixStore(tmp_path, read_only=True), set()
+        while "done" not in store:
+            seen.add(store["a"].digest)
+            assert store.info("a").name == "a"
+            assert set(store) <= {"a", "done"}
+        assert seen <= digests
+        assert len(seen) > 3, "the reader ran beside the writer"
+
+    children = [start(reader), start(writer), start(reader)]
+    assert [end(pid) for pid in children] == [0, 0, 0]
+    assert clean(tmp_path)
+
+
+def test_readers_beside_roll_backs_find_one_of_two(tmp_path):
+    store = PrefixStore(tmp_path)
+    store.put("a", make(1))
+    store.put("a", make(2))
+
+    def switch() -> None:
+        writer = PrefixStore(tmp_path)
+        for _ in range(20):
+            writer.rollback("a")
+        writer.put("done", make(1))
+
+    child = start(switch)
+    seen = []
+    while "done" not in store:
+        seen.append(store["a"].digest)
+    assert end(child) == 0
+    assert set(seen) == {make(1).digest, make(2).digest}
+    assert store["a"].digest == make(2).digest, "an even number of them"
+    assert clean(tmp_path)
+
+
+def test_a_name_that_is_deleted_and_put_again_never_serves_the_old_prefix(tmp_path):
+    """The version numbers begin again at 1, so a folder's path may lead to another prefix than a moment before."""
+    store = PrefixStore(tmp_path)
+    long, short = make(1, 5), make(2, 3)
+    before = store.put("a", long)
+
+    def switch() -> None:
+        writer = PrefixStore(tmp_path)
+        for i in range(30):
+            writer.delete("a")
+            writer.put("a", long if i % 2 else short)
+        writer.put("done", short)
+
+    child, met = start(switch), {"read": 0, "absent": 0}
+    while "done" not in store:
+        try:
+            info = store.info("a")
+            assert (info.digest, info.length) in {(long.digest, 5), (short.digest, 3)}
+            assert store["a"].digest in {long.digest, short.digest}
+            with contextlib.suppress(DataError):  # what was known of it is out of date, and that is said
+                assert info.read().digest == info.digest
+            met["read"] += 1
+        except UnknownPrefixError:
+            met["absent"] += 1
+    assert end(child) == 0
+    assert met["read"] > 3
+    store.delete("a")
+    store.put("a", short)
+    with pytest.raises(DataError, match="differ in"):
+        before.read()
+
+
+def test_who_started_with_a_version_can_finish_on_it_after_a_roll_back(tmp_path):
+    store = PrefixStore(tmp_path)
+    started = store.put("a", make(1))
+    store.put("a", make(2))
+    store.rollback("a")
+    assert not started.folder.exists()
+    assert started.read().digest == make(1).digest, "found by its digest"
+    store.put("a", make(3))
+    store.put("a", make(4))
+    with pytest.raises(DataError, match="no such folder"):
+        started.read()
+
+
+# ---- work in progress ----
+
+
+def test_the_work_of_a_running_writer_is_left_alone_and_that_of_a_killed_one_swept(tmp_path):
+    root = tmp_path / "work"
+
+    def hold(name: str) -> None:
+        with workspace(root) as folder:
+            (folder / name).write_text("half")
+            (tmp_path / f"{name}.ready").touch()
+            time.sleep(60)
+
+    pids = {name: start(lambda name=name: hold(name)) for name in ("runs", "killed")}
+    until(lambda: all((tmp_path / f"{name}.ready").exists() for name in pids))
+    assert sweep(root) == 0
+    os.kill(pids["killed"], signal.SIGKILL)
+    end(pids["killed"])
+    assert sweep(root) == 1
+    assert [p.name for p in root.glob("*/*")] == ["runs"]
+    os.kill(pids["runs"], signal.SIGKILL)
+    end(pids["runs"])
+    assert sweep(root) == 1
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["put", "delete", "open"])
+def test_every_change_sweeps(tmp_path, change):
+    store = PrefixStore(tmp_path)
+    store.put("a", make(1))
+
+    def die() -> None:
+        with workspace(tmp_path / module.WORK) as folder:
+            (folder / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    end(start(die))
+    assert len(list((tmp_path / module.WORK).iterdir())) == 2
+    PrefixStore(tmp_path, read_only=True)
+    assert len(list((tmp_path / module.WORK).iterdir())) == 2, "who only reads removes nothing"
+    {"put": lambda: store.put("b", make(2)), "delete": lambda: store.delete("a"), "open": lambda: PrefixStore(tmp_path)}[change]()
+    assert list((tmp_path / module.WORK).iterdir()) == []
+
+
+def test_an_open_beside_a_slow_put_takes_nothing_from_it(tmp_path):
+    """The writer stops in the middle; others open, put and delete; then it goes on."""
+
+    def slow() -> None:
+        store, real = PrefixStore(tmp_path), module.write_file
+
+        def wait(path: Path, data: bytes) -> None:
+            (tmp_path / "stopped").touch()
+            until(lambda: (tmp_path / "go").exists())
+            real(path, data)
+
+        module.write_file = wait
+        store.put("a", make(1))
+
+    child = start(slow)
+    until(lambda: (tmp_path / "stopped").exists())
+    other = PrefixStore(tmp_path)
+    other.put("a", make(2))
+    other.put("b", make(3))
+    other.delete("a")
+    assert "a" not in other
+    (tmp_path / "go").touch()
+    assert end(child) == 0
+    assert other["a"].digest == make(1).digest, "it ended after the deletion"
+    assert clean(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "0" * 16, "0123456789abcdef.lock.txt"])
+def test_what_is_not_ours_is_never_swept(tmp_path, name):
+    root = tmp_path / module.WORK
+    root.mkdir()
+    (root / name).write_text("a user's")
+    PrefixStore(tmp_path).put("a", make(1))
+    assert (root / name).read_text() == "a user's"
+
+
+def test_without_locks_age_decides(tmp_path, monkeypatch):
+    """Some network file systems have none."""
+    monkeypatch.setattr("prefixfast.store.workspace._try_lock", lambda fd: None)
+    with workspace(tmp_path) as folder:
+        assert sweep(tmp_path) == 0
+        assert folder.exists()
+        lock = folder.with_suffix(".lock")
+        os.utime(lock, (time.time() - 3600,) * 2)
+        assert sweep(tmp_path) == 1
+        assert not folder.exists()
