@@ -175,7 +175,9 @@ def full_at(step: int, event_names: tuple[str, ...]) -> Callable[[str, tuple], N
 
 @pytest.mark.parametrize("events", [(), ("os.mkdir", "os.rename")], ids=["files", "folders"])
 def test_a_full_disk_keeps_the_last_good_version(case, tmp_path, events):
-    before, operation, allowed, what = case
+    before, operation, _, what = case
+    if what == "delete" and events:
+        pytest.skip("it makes no folder either, but asks for one that is there")
     last = PrefixStore(before, read_only=True).get("a")
     for step in range(100):
         root = tmp_path / f"store{step}"
@@ -197,8 +199,8 @@ def test_a_full_disk_keeps_the_last_good_version(case, tmp_path, events):
         got = found(root)
         if status == 0:
             break
-        assert got in ({None if last is None else last.digest} if what != "delete" else allowed), step
-    assert 2 <= step < 60 or what == "delete"
+        assert got == (None if last is None else last.digest), step
+    assert step == 0 if what == "delete" else 2 <= step < 60, "a deletion makes no file: it is how a full disk gets room"
 
 
 def test_a_limit_on_file_sizes_is_an_error_that_changes_nothing(tmp_path):

@@ -15,7 +15,7 @@ from forked import end, start
 from prefixfast import Prefix, PrefixStore
 from prefixfast.errors import DataError, UnknownPrefixError
 from prefixfast.store import store as module
-from prefixfast.store.workspace import sweep, workspace
+from prefixfast.store.workspace import sweep, taken_away, workspace
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -203,9 +203,9 @@ def test_every_change_sweeps(tmp_path, change):
             os.kill(os.getpid(), signal.SIGKILL)
 
     end(start(die))
-    assert len(list((tmp_path / module.WORK).iterdir())) == 2
+    assert len(list((tmp_path / module.WORK).iterdir())) == 1
     PrefixStore(tmp_path, read_only=True)
-    assert len(list((tmp_path / module.WORK).iterdir())) == 2, "who only reads removes nothing"
+    assert len(list((tmp_path / module.WORK).iterdir())) == 1, "who only reads removes nothing"
     {"put": lambda: store.put("b", make(2)), "delete": lambda: store.delete("a"), "open": lambda: PrefixStore(tmp_path)}[change]()
     assert list((tmp_path / module.WORK).iterdir()) == []
 
@@ -237,7 +237,7 @@ def test_an_open_beside_a_slow_put_takes_nothing_from_it(tmp_path):
     assert clean(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "0" * 16, "0123456789abcdef.lock.txt"])
+@pytest.mark.parametrize("name", ["notes.txt", "0" * 16, "0123456789abcdef.txt", "0123456789ABCDEF"])
 def test_what_is_not_ours_is_never_swept(tmp_path, name):
     root = tmp_path / module.WORK
     root.mkdir()
@@ -248,11 +248,17 @@ def test_what_is_not_ours_is_never_swept(tmp_path, name):
 
 def test_without_locks_age_decides(tmp_path, monkeypatch):
     """Some network file systems have none."""
-    monkeypatch.setattr("prefixfast.store.workspace._try_lock", lambda fd: None)
+    monkeypatch.setattr("prefixfast.store.workspace._hold", lambda folder: None)
+    long_ago = (time.time() - 3600,) * 2
     with workspace(tmp_path) as folder:
         assert sweep(tmp_path) == 0
         assert folder.exists()
-        lock = folder.with_suffix(".lock")
-        os.utime(lock, (time.time() - 3600,) * 2)
+        os.utime(folder, long_ago)
         assert sweep(tmp_path) == 1
         assert not folder.exists()
+    (tmp_path / "old").mkdir()
+    os.utime(tmp_path / "old", long_ago)
+    with taken_away(tmp_path / "old", tmp_path) as folder:
+        assert sweep(tmp_path) == 0
+        assert folder.exists()
+    assert list(tmp_path.iterdir()) == []

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +21,7 @@ from prefixfast.prefix import Prefix
 from prefixfast.store import check, exchange
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_newest, version_folders
 from prefixfast.store.reports import Check, Outcome, Receipt
-from prefixfast.store.workspace import sweep, workspace
+from prefixfast.store.workspace import sweep, taken_away, workspace
 
 WORK = ".prefixfast-work"
 ATTEMPTS = 1000
@@ -212,16 +211,13 @@ class PrefixStore(Mapping[str, Prefix]):
         folder = self._writable(name)
         if name not in self:
             self._unknown(name)
-        with workspace(self.path / WORK) as work:
-            gone = work / "gone"
-            try:
-                folder.rename(gone)
-            except FileNotFoundError:
-                self._unknown(name)
-            sync_folder(folder.parent)
-            sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
-            digests = tuple(_digest(version) for version in version_folders(gone))
-            shutil.rmtree(gone)
+        try:
+            with taken_away(folder, self.path / WORK) as gone:
+                sync_folder(folder.parent)
+                sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
+                digests = tuple(_digest(version) for version in version_folders(gone))
+        except FileNotFoundError:
+            self._unknown(name)
         return Receipt(folder.name, digests, len(sizes), sum(sizes), datetime.now(UTC).isoformat(timespec="seconds"))
 
     # ---- many at a time ----

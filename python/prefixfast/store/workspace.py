@@ -1,4 +1,4 @@
-"""Folders for work in progress that survive nobody: each belongs to one writer, and what a killed writer leaves is removed by the next one."""
+"""Folders for work in progress that survive nobody: each is locked by one process, and what a killed one leaves is removed by the next."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from pathlib import Path
 
 from prefixfast.files import STALE_SECONDS
 
-if sys.platform == "win32":
-    import msvcrt
-else:
+if sys.platform != "win32":
     import fcntl
 
-LOCK = re.compile(r"[0-9a-f]{16}\.lock")
-BUSY = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
+OURS = re.compile(r"[0-9a-f]{16}")
+BUSY = (errno.EACCES, errno.EAGAIN)
 
 
 @contextlib.contextmanager
@@ -41,62 +39,93 @@ def workspace(root: Path) -> Iterator[Path]:
         OSError: If the disk refuses.
     """
     root.mkdir(exist_ok=True)
-    lock, fd = _locked(root)
-    folder = lock.with_suffix("")
+    folder, fd = _locked(root)
     try:
-        folder.mkdir()
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(fd)
-        if not folder.exists():  # else the lock says that there is something to sweep
-            lock.unlink(missing_ok=True)
+        _close(fd)
+
+
+@contextlib.contextmanager
+def taken_away(folder: Path, root: Path) -> Iterator[Path]:
+    """A folder under another path, in ``root``, and removed at the end: all of it is gone at once. It takes no room on a full disk.
+
+    Raises:
+        FileNotFoundError: If it is not there, or somebody else is taking it away.
+        OSError: If something of it cannot be removed; `sweep` will try again.
+    """
+    root.mkdir(exist_ok=True)
+    try:
+        fd = _hold(folder)
+    except BlockingIOError as e:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from e
+    gone = root / secrets.token_hex(8)
+    try:
+        if fd is None:
+            os.utime(folder)  # where nothing can be locked, age protects it
+        folder.rename(gone)
+        yield gone
+        shutil.rmtree(gone)
+    finally:
+        _close(fd)
 
 
 def sweep(root: Path) -> int:
-    """Remove the folders in ``root`` whose writers are gone, however they went; returns how many."""
+    """Remove the folders in ``root`` whose processes are gone, however they went; returns how many."""
     swept = 0
     with contextlib.suppress(FileNotFoundError):
-        for path in root.iterdir():
-            if LOCK.fullmatch(path.name):
-                with contextlib.suppress(OSError):  # its writer, or another sweeper, was faster
-                    swept += _sweep(path)
+        for folder in root.iterdir():
+            if OURS.fullmatch(folder.name):
+                with contextlib.suppress(OSError):  # in use, or another sweeper was faster
+                    swept += _sweep(folder)
     return swept
 
 
-def _sweep(lock: Path) -> bool:
-    fd = os.open(lock, os.O_RDWR)
+def _sweep(folder: Path) -> bool:
+    fd = _hold(folder)
     try:
-        free = _try_lock(fd)
-        if free is None:  # a file system without locks: by age
-            free = time.time() - os.fstat(fd).st_mtime > STALE_SECONDS
-        if free:
-            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+        if fd is None and time.time() - folder.stat().st_mtime < STALE_SECONDS:
+            return False
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
-        os.close(fd)
-    if free and not lock.with_suffix("").exists():
-        lock.unlink()
-        return True
-    return False
+        _close(fd)
+    return not folder.exists()
 
 
-def _locked(root: Path) -> tuple[Path, int]:
-    """A new lock file, locked before its folder exists, so that no folder is ever without its lock."""
+def _locked(root: Path) -> tuple[Path, int | None]:
     while True:
-        path = root / f"{secrets.token_hex(8)}.lock"
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        if _try_lock(fd) is not False and path.exists():
-            return path, fd
-        os.close(fd)  # swept between the two calls
+        folder = root / secrets.token_hex(8)
+        folder.mkdir()
+        try:
+            fd = _hold(folder)
+        except (FileNotFoundError, BlockingIOError):  # swept before it was locked
+            continue
+        if folder.exists():
+            return folder, fd
+        _close(fd)
 
 
-def _try_lock(fd: int) -> bool | None:
-    """Lock a file for as long as this process holds it open; None where the file system cannot."""
+def _hold(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends; None where folders cannot be locked (Windows, some network file systems).
+
+    Raises:
+        BlockingIOError: If another process holds it.
+        OSError: If it is not there.
+    """
+    if sys.platform == "win32":
+        return None
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if sys.platform == "win32":
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
-        return False if e.errno in BUSY else None
-    return True
+        os.close(fd)
+        if e.errno in BUSY:
+            raise BlockingIOError(e.errno, e.strerror) from e
+        return None
+    return fd
+
+
+def _close(fd: int | None) -> None:
+    if fd is not None:
+        os.close(fd)
