@@ -15,6 +15,7 @@ from forked import end, start
 from prefixfast import Prefix, PrefixStore
 from prefixfast.cli import main
 from prefixfast.cli.output import printable
+from prefixfast.store.store import WORK
 
 
 @pytest.fixture
@@ -167,6 +168,10 @@ def test_verify(cli, filled, make_prefix):
     held = cli("prefixes", "verify", filled, "--absent", make_prefix(1).digest)
     assert held.code == 3
     assert f"holds {make_prefix(1).digest}" in held.out
+    left = filled / WORK / ("0" * 16)
+    left.mkdir()
+    make_prefix(9).save_pretrained(left / "new")
+    assert cli("prefixes", "verify", filled, "--absent", make_prefix(9).digest).code == 0, "what a killed writer left is gone"
     damage(PrefixStore(filled).info("ann").folder)
     found = cli("prefixes", "verify", filled)
     assert (found.code, len(lines(found.out))) == (3, 2)

@@ -354,6 +354,9 @@ def test_what_is_wrong_is_said(tmp_path):
         for call in (store.info, store.versions, store.rollback, store.delete, lambda name: store.put(name, prefix())):
             with pytest.raises(ConfigError, match="not empty"):
                 call(name)
+    for other in (None, "folder", store.info("a"), {}):
+        with pytest.raises(ConfigError, match="prefix: expected a Prefix"):
+            store.put("a", other)
     with pytest.raises(ConfigError, match="no version before 1"):
         store.rollback("a")
     with pytest.raises(UnknownPrefixError, match="no version 7"):
@@ -380,8 +383,9 @@ def test_a_read_only_store_writes_nothing(tmp_path):
 
 
 def test_a_path_that_is_no_directory_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="keep_versions"):
-        PrefixStore(tmp_path / "s", keep_versions=0)
+    for keep in (0, -1, "2", None, True):
+        with pytest.raises(ConfigError, match="keep_versions"):
+            PrefixStore(tmp_path / "s", keep_versions=keep)
     with pytest.raises(ConfigError, match="expected a directory"):
         PrefixStore(tmp_path / "absent", read_only=True)
     assert not (tmp_path / "absent").exists()
@@ -401,6 +405,15 @@ def test_other_folders_in_the_directory_are_left_alone(tmp_path):
     assert list(store) == ["a"]
     assert len(store) == 1
     assert store.verify().ok
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = PrefixStore("s")
+    put = store.put("a", prefix())
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert store["a"].digest == put.read().digest == prefix().digest
 
 
 def test_many_writers_lose_nothing(tmp_path):

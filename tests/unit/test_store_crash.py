@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -20,6 +19,7 @@ from forked import end, killed_at, start
 from prefixfast import Prefix, PrefixStore
 from prefixfast.store.store import WORK
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
 
 

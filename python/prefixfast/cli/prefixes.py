@@ -106,7 +106,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Read every version again and compare it with what was put."""
-    check = _open(store).verify(absent=absent)
+    check = _open(store, make=False).verify(absent=absent)  # what killed writers left is removed first
     problems = [asdict(d) for d in check.damaged] + [{"name": None, "path": p, "why": f"holds {absent}"} for p in check.holding]
     if as_json:
         show_one({"ok": check.ok, **asdict(check)}, as_json=True)

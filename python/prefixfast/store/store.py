@@ -57,9 +57,9 @@ class PrefixStore(Mapping[str, Prefix]):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, keep_versions: int = 2) -> None:
-        self.path, self.read_only, self.keep_versions = Path(path), read_only, keep_versions
-        if keep_versions < 1:
-            msg = f"keep_versions: expected at least 1, got {keep_versions}"
+        self.path, self.read_only, self.keep_versions = Path(path).absolute(), read_only, keep_versions
+        if type(keep_versions) is not int or keep_versions < 1:
+            msg = f"keep_versions: expected at least 1, got {keep_versions!r}"
             raise ConfigError(msg)
         try:
             if not read_only:
@@ -154,10 +154,14 @@ class PrefixStore(Mapping[str, Prefix]):
             prefix: What to save.
 
         Raises:
-            ConfigError: If the store is read-only or the name is empty.
+            ConfigError: If the store is read-only, the name empty or ``prefix`` something else.
             OSError: If the disk refuses; what was there before is intact.
         """
         folder = self._writable(name)
+        kind: type = type(prefix)
+        if not issubclass(kind, Prefix):
+            msg = f"prefix: expected a Prefix, got {kind.__name__}; Prefix.from_pretrained reads a folder"
+            raise ConfigError(msg)
         entry = entry_bytes(name, prefix)
         with workspace(self.path / WORK) as work:
             new = work / "new"
