@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.files import identity
 from prefixfast.prefix import Prefix
-from prefixfast.store.entry import read_entry, version_folders
+from prefixfast.store.entry import read_entry
 from prefixfast.store.reports import Check, Outcome
+from prefixfast.store.versions import version_folders
 
 if TYPE_CHECKING:
     from prefixfast.store.store import PrefixStore

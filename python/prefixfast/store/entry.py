@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.files import PATIENCE, identity
 from prefixfast.interchange.peft import read_json
 from prefixfast.prefix import Prefix
+from prefixfast.store.versions import version_folders
 
-T = TypeVar("T")
 Shape = tuple[int, int, int]
 ENTRY = "entry.json"
 FIELDS = ("digest", "pos_start", "window", "base", "linearizer", "decoding")
-VERSION = re.compile(r"[0-9]+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,34 +104,6 @@ def name_hash(name: str) -> str:
         msg = f"name: expected a text that is not empty, got {name!r}"
         raise ConfigError(msg)
     return hashlib.sha256(name.encode("utf8", "surrogatepass")).hexdigest()
-
-
-def version_folders(folder: Path) -> list[Path]:
-    """Complete versions of a name, oldest first; none if there is no such name."""
-    try:
-        found = [p for p in folder.iterdir() if VERSION.fullmatch(p.name)]
-    except OSError:
-        return []
-    return sorted(found, key=lambda p: int(p.name))
-
-
-def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
-    """``read`` of the newest version, again when it was replaced meanwhile; None if there is no version.
-
-    Raises:
-        DataError: If the version is damaged.
-    """
-    for attempt in range(PATIENCE):
-        versions = version_folders(folder)
-        if not versions:
-            return None
-        before = identity(versions[-1])
-        try:
-            return read(versions[-1])
-        except (DataError, OSError):
-            if attempt + 1 == PATIENCE or identity(versions[-1]) == before is not None:
-                raise
-    raise AssertionError
 
 
 def entry_bytes(name: str, prefix: Prefix) -> bytes:

@@ -6,8 +6,6 @@ prefixes can be known without reading one. A version is written in ``.prefixfast
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,13 +17,12 @@ from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
 from prefixfast.files import sync_folder, write_file
 from prefixfast.prefix import Prefix
 from prefixfast.store import check, exchange
-from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_newest, version_folders
+from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry
 from prefixfast.store.reports import Check, Outcome, Receipt
+from prefixfast.store.versions import read_newest, settle, version_folders
 from prefixfast.store.workspace import sweep, taken_away, workspace
 
 WORK = ".prefixfast-work"
-ATTEMPTS = 1000
-FASTER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # what another writer of the same name makes of a rename
 BUCKETS = tuple(f"{i:02x}" for i in range(256))
 
 
@@ -168,7 +165,7 @@ class PrefixStore(Mapping[str, Prefix]):
             prefix.save_pretrained(new)
             write_file(new / ENTRY, entry)
             sync_folder(new)
-            target = self._settle(new, folder)
+            target = settle(new, folder)
             for i, old in enumerate(version_folders(folder)[: -self.keep_versions]):
                 try:
                     old.rename(work / f"old{i}")
@@ -295,27 +292,6 @@ class PrefixStore(Mapping[str, Prefix]):
     def _unknown(self, name: str) -> Any:
         msg = f"no prefix is named {name!r:.200} in {self.path}"
         raise UnknownPrefixError(msg)
-
-    def _settle(self, new: Path, folder: Path) -> Path:
-        """Give a finished version the next free number; other processes may be putting or deleting the same name."""
-        folder.parent.mkdir(exist_ok=True)
-        for attempt in range(ATTEMPTS):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-            versions = version_folders(folder)
-            target = folder / f"{int(versions[-1].name) + 1 if versions else 1:06d}"
-            try:
-                new.rename(target)
-            except OSError as e:
-                if e.errno not in FASTER or not new.exists() or attempt + 1 == ATTEMPTS:
-                    with contextlib.suppress(OSError):
-                        folder.rmdir()  # only an empty one goes
-                    raise
-            else:
-                break
-        for changed in (folder, folder.parent, self.path):
-            sync_folder(changed)
-        return target
 
 
 def _digest(version: Path) -> str | None:

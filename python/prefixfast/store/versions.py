@@ -1,0 +1,68 @@
+"""The version folders of one name: listed, read and added to while other processes do the same."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from prefixfast.errors import DataError
+from prefixfast.files import PATIENCE, identity, sync_folder
+
+T = TypeVar("T")
+NUMBER = re.compile(r"[0-9]+")
+ATTEMPTS = 1000
+FASTER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # what another writer of the same name makes of a rename
+
+
+def version_folders(folder: Path) -> list[Path]:
+    """Complete versions of a name, oldest first; none if there is no such name."""
+    try:
+        found = [p for p in folder.iterdir() if NUMBER.fullmatch(p.name)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda p: int(p.name))
+
+
+def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
+    """``read`` of the newest version, again when it was replaced meanwhile; None if there is no version.
+
+    Raises:
+        DataError: If the version is damaged.
+    """
+    for attempt in range(PATIENCE):
+        versions = version_folders(folder)
+        if not versions:
+            return None
+        before = identity(versions[-1])
+        try:
+            return read(versions[-1])
+        except (DataError, OSError):
+            if attempt + 1 == PATIENCE or identity(versions[-1]) == before is not None:
+                raise
+    raise AssertionError
+
+
+def settle(new: Path, folder: Path) -> Path:
+    """Give a finished version the next free number; other processes may be putting or deleting the same name."""
+    folder.parent.mkdir(exist_ok=True)
+    for attempt in range(ATTEMPTS):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+        versions = version_folders(folder)
+        target = folder / f"{int(versions[-1].name) + 1 if versions else 1:06d}"
+        try:
+            new.rename(target)
+        except OSError as e:
+            if e.errno not in FASTER or not new.exists() or attempt + 1 == ATTEMPTS:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()  # only an empty one goes
+                raise
+        else:
+            break
+    for changed in (folder, folder.parent, folder.parent.parent):
+        sync_folder(changed)
+    return target
