@@ -401,7 +401,9 @@ def test_other_folders_in_the_directory_are_left_alone(tmp_path):
     (tmp_path / "ab" / "file").write_text("")
     (tmp_path / "ab" / ("0" * 64)).write_text("a file of that name")
     store = PrefixStore(tmp_path)
-    store.put("a", prefix())
+    put = store.put("a", prefix())
+    for strange in ("notes", "9" * 200, "٣", "-1", "000001.bak"):
+        (put.folder.parent / strange).mkdir()
     assert list(store) == ["a"]
     assert len(store) == 1
     assert store.verify().ok

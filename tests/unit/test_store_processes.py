@@ -204,6 +204,23 @@ def test_another_writer_between_the_choice_of_a_number_and_the_rename(tmp_path, 
     assert clean(tmp_path)
 
 
+def test_a_version_that_goes_while_all_are_listed_is_left_out(tmp_path, monkeypatch):
+    store = PrefixStore(tmp_path)
+    for i in range(2):
+        store.put("a", make(i))
+    real, turns = module.read_entry, []
+
+    def read(folder: Path):
+        if not turns:
+            turns.append(store.put("a", make(2)))
+        return real(folder)
+
+    monkeypatch.setattr(module, "read_entry", read)
+    assert [v.version for v in store.versions("a")] == [2]
+    assert turns[0].version == 3
+    assert [v.version for v in store.versions("a")] == [2, 3]
+
+
 # ---- work in progress ----
 
 

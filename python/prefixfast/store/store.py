@@ -95,7 +95,13 @@ class PrefixStore(Mapping[str, Prefix]):
             UnknownPrefixError: If there is none.
             DataError: If an entry is damaged.
         """
-        found = read_newest(self._folder(name), lambda newest: [read_entry(folder) for folder in version_folders(newest.parent)])
+        found = []
+        for folder in version_folders(self._folder(name)):
+            try:
+                found.append(read_entry(folder))
+            except DataError:
+                if os.path.lexists(folder):  # else another writer has dropped it
+                    raise
         return found or self._unknown(name)
 
     def get(self, name: str, default: Any = None) -> Any:

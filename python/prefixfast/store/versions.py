@@ -13,7 +13,7 @@ from prefixfast.errors import DataError
 from prefixfast.files import PATIENCE, identity, sync_folder
 
 T = TypeVar("T")
-NUMBER = re.compile(r"[0-9]+")
+NUMBER = re.compile(r"[0-9]{1,18}")
 ATTEMPTS = 1000
 FASTER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # what another writer of the same name makes of a rename
 
