@@ -302,7 +302,7 @@ MISTAKES = {
     "roll back to nothing": (("prefixes", "rollback", "{s}", "ann", "--to", "9"), 1, "has no version 9"),
     "roll back in no store": (("prefixes", "rollback", "{tmp}/none", "ann"), 1, "expected a directory"),
     "delete in no store": (("prefixes", "rm", "{tmp}/none", "ann", "--yes"), 1, "expected a directory"),
-    "add what is no prefix": (("prefixes", "add", "{tmp}/new", "a", "{tmp}"), 1, "missing"),
+    "add what is no prefix": (("prefixes", "add", "{tmp}/new", "a", "{tmp}"), 1, "adapter_config.json"),
     "keep nothing": (("prefixes", "add", "{s}", "a", "{tree}/a", "--keep-versions", "0"), 1, "keep_versions"),
     "a digest that is none": (("prefixes", "verify", "{s}", "--absent", "x"), 1, "absent: expected the digest"),
     "export into itself": (("prefixes", "export", "{s}", "{s}/out"), 1, "lies in the store itself"),

@@ -196,6 +196,7 @@ def test_a_full_disk_keeps_the_last_good_version(case, tmp_path, events):
         assert status in (0, 7 << 8)
         assert stray(root) == [], "nothing half-written stays, even before the next open"
         assert list((root / WORK).iterdir()) == []
+        assert all(list(p.iterdir()) for p in root.glob("??/*")), "nor an empty folder"
         got = found(root)
         if status == 0:
             break

@@ -171,8 +171,8 @@ def fifo(p: Path) -> None:
 
 
 REFUSED = {
-    "an empty folder": (replaced_by(lambda p: p.mkdir()), "missing"),
-    "a folder of something else": (replaced_by(lambda p: (p.mkdir(), (p / "model.safetensors").touch())), "missing"),
+    "an empty folder": (replaced_by(lambda p: p.mkdir()), "adapter_config.json"),
+    "a folder of something else": (replaced_by(lambda p: (p.mkdir(), (p / "model.safetensors").touch())), "adapter_config.json"),
     "weights cut": (break_weights, "damaged"),
     "another kind of adapter": (config(peft_type="LORA"), "LORA"),
     "an encoder's": (config(task_type="SEQ_2_SEQ_LM"), "decoder-only"),
