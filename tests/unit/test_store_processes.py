@@ -14,6 +14,7 @@ import torch
 from forked import end, start
 from prefixfast import Prefix, PrefixStore
 from prefixfast.errors import DataError, UnknownPrefixError
+from prefixfast.files import identity
 from prefixfast.store import store as module
 from prefixfast.store.workspace import sweep, taken_away, workspace
 
@@ -244,6 +245,43 @@ def test_the_work_of_a_running_writer_is_left_alone_and_that_of_a_killed_one_swe
     end(pids["runs"])
     assert sweep(root) == 1
     assert list(root.iterdir()) == []
+
+
+def test_what_a_running_process_takes_away_is_left_to_it(tmp_path):
+    root, name = tmp_path / "work", tmp_path / "name"
+    name.mkdir()
+    (name / "file").write_text("x")
+
+    def remove() -> None:
+        with taken_away(name, root):
+            (tmp_path / "ready").touch()
+            until(lambda: (tmp_path / "go").exists())
+
+    pid = start(remove)
+    until(lambda: (tmp_path / "ready").exists())
+    assert not name.exists()
+    assert sweep(root) == 0
+    assert [p.name for p in root.glob("*/*")] == ["file"]
+    (tmp_path / "go").touch()
+    assert end(pid) == 0
+    assert list(root.iterdir()) == []
+
+
+def test_a_folder_that_was_made_again_is_another(tmp_path):
+    """File systems give a new folder the number of one that is gone."""
+    folder, numbers = tmp_path / "000001", set()
+    for _ in range(5):
+        folder.mkdir()
+        before = identity(folder)
+        numbers.add(folder.stat().st_ino)
+        time.sleep(0.02)
+        folder.rmdir()
+        assert identity(folder) is None
+        folder.mkdir()
+        assert identity(folder) not in (before, None)
+        folder.rmdir()
+    if len(numbers) == 5:
+        pytest.skip("not here")
 
 
 @pytest.mark.parametrize("change", ["put", "delete", "open"])

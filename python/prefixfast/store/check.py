@@ -65,7 +65,7 @@ def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
                 continue
         if any(n.endswith(".safetensors") for n in names):
             try:
-                if Prefix.from_pretrained(folder).digest == digest:
+                if Prefix.from_pretrained(Path(folder)).digest == digest:
                     yield Path(folder), None
             except DataError as e:
                 if identity(Path(folder)) is not None:
