@@ -240,6 +240,9 @@ DAMAGE = {
 }
 
 
+NAMELESS = ("no entry", "half an entry", "a list", "deep", "bytes", "another's name")
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_found_and_named(tmp_path, damage):
     name, harm, message, at_once = DAMAGE[damage]
@@ -257,8 +260,11 @@ def test_damage_is_found_and_named(tmp_path, damage):
             store.info("a")
         with pytest.raises(DataError, match=message):
             store.versions("a")
-        with pytest.raises(DataError, match=message):
-            list(store)
+        if damage in NAMELESS:
+            with pytest.raises(DataError, match=r"entry\.json"):
+                list(PrefixStore(tmp_path))
+        else:
+            assert sorted(PrefixStore(tmp_path)) == ["a", "b"]
     else:
         with pytest.raises(DataError, match=message):
             store.info("a").read()

@@ -118,12 +118,29 @@ def read_entry(folder: Path) -> StoredPrefix:
     Raises:
         DataError: If it is missing, damaged, or that of another name.
     """
+    return parse_entry(_read(folder), folder)
+
+
+def read_name(folder: Path) -> str:
+    """Only the name of one version; see `read_entry`."""
+    name = _read(folder).get("name")
+    if not _is_name_of(name, folder):
+        msg = f"{ENTRY}: name: got {name!r:.200}; put the prefix again"
+        raise DataError(msg, path=str(folder / ENTRY))
+    return str(name)
+
+
+def _read(folder: Path) -> dict[str, Any]:
     try:
-        found = read_json(folder / ENTRY)
+        return read_json(folder / ENTRY)
     except OSError as e:
         msg = f"{ENTRY}: cannot be read: {e}"
         raise DataError(msg, path=str(folder / ENTRY)) from e
-    return parse_entry(found, folder)
+
+
+def _is_name_of(name: Any, folder: Path) -> bool:
+    """Whether a version folder lies where those of a name do."""
+    return isinstance(name, str) and bool(name) and name_hash(name) == folder.parent.name
 
 
 def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
@@ -145,7 +162,7 @@ def _checks(stored: StoredPrefix) -> dict[str, bool]:
     """By field whether it can be right: an engine lays out its memory by them before it reads the tensors."""
     sizes = [size for shape in stored.shapes.values() for size in shape]
     return {
-        "name": isinstance(stored.name, str) and bool(stored.name) and name_hash(stored.name) == stored.folder.parent.name,
+        "name": _is_name_of(stored.name, stored.folder),
         "shapes": bool(sizes) and all(type(size) is int and size > 0 for size in sizes),
         "digest": isinstance(stored.digest, str) and re.fullmatch("[0-9a-f]{64}", stored.digest) is not None,
         "pos_start": type(stored.pos_start) is int and stored.pos_start >= 0,

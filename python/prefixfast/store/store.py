@@ -17,7 +17,7 @@ from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
 from prefixfast.files import sync_folder, write_file
 from prefixfast.prefix import Prefix
 from prefixfast.store import check, exchange
-from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry
+from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.reports import Check, Outcome, Receipt
 from prefixfast.store.versions import read_newest, settle, version_folders
 from prefixfast.store.workspace import sweep, taken_away, workspace
@@ -55,6 +55,7 @@ class PrefixStore(Mapping[str, Prefix]):
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, keep_versions: int = 2) -> None:
         self.path, self.read_only, self.keep_versions = Path(path).absolute(), read_only, keep_versions
+        self._names: dict[str, str] = {}  # by their hashes, those that were met
         if type(keep_versions) is not int or keep_versions < 1:
             msg = f"keep_versions: expected at least 1, got {keep_versions!r}"
             raise ConfigError(msg)
@@ -124,19 +125,24 @@ class PrefixStore(Mapping[str, Prefix]):
 
     def __iter__(self) -> Iterator[str]:
         for folder in self.folders():
-            if (found := read_newest(folder, read_entry)) is not None:
-                yield found.name
+            if folder.name not in self._names:
+                if (found := read_newest(folder, read_name)) is None:
+                    continue
+                self._names[folder.name] = found
+            yield self._names[folder.name]
 
     def __len__(self) -> int:
-        return sum(bool(version_folders(folder)) for folder in self.folders())
+        return sum(1 for _ in self.folders())
 
     def folders(self) -> Iterator[Path]:
-        """The folders of all names, in the order of their hashes."""
+        """The folders of all names, in the order of their hashes; each holds at least one version."""
         for bucket in BUCKETS:
             try:
-                yield from sorted(p for p in (self.path / bucket).iterdir() if len(p.name) == 64)
+                with os.scandir(self.path / bucket) as entries:
+                    names = sorted(e.name for e in entries if len(e.name) == 64 and e.is_dir())
             except OSError:
                 continue
+            yield from (self.path / bucket / name for name in names)
 
     def scan(self) -> Iterator[StoredPrefix | Outcome]:
         """The newest version of every name, and an `Outcome` that says why for each that is damaged."""
@@ -167,7 +173,8 @@ class PrefixStore(Mapping[str, Prefix]):
             raise ConfigError(msg)
         entry = entry_bytes(name, prefix)
         with workspace(self.path / WORK) as work:
-            new = work / "new"
+            new = work / "name" / "new"
+            new.parent.mkdir()
             prefix.save_pretrained(new)
             write_file(new / ENTRY, entry)
             sync_folder(new)
@@ -177,6 +184,7 @@ class PrefixStore(Mapping[str, Prefix]):
                     old.rename(work / f"old{i}")
                 except OSError:  # another writer was faster, or the next one will do it
                     continue
+        self._names[folder.name] = name
         return parse_entry(json.loads(entry), target)
 
     def rollback(self, name: str, version: int | None = None) -> StoredPrefix:
@@ -225,6 +233,8 @@ class PrefixStore(Mapping[str, Prefix]):
                 digests = tuple(_digest(version) for version in version_folders(gone))
         except FileNotFoundError:
             self._unknown(name)
+        finally:
+            self._names.pop(folder.name, None)
         return Receipt(folder.name, digests, len(sizes), sum(sizes), datetime.now(UTC).isoformat(timespec="seconds"))
 
     # ---- many at a time ----

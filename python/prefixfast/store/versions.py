@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import re
 from collections.abc import Callable
@@ -47,22 +46,37 @@ def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
 
 
 def settle(new: Path, folder: Path) -> Path:
-    """Give a finished version the next free number; other processes may be putting or deleting the same name."""
+    """Give a finished version the next free number; other processes may be putting or deleting the same name.
+
+    Args:
+        new: The version, alone in a folder that becomes that of the name if there is none yet: so a name's folder is never empty.
+        folder: Where the versions of the name lie.
+    """
     folder.parent.mkdir(exist_ok=True)
     for attempt in range(ATTEMPTS):
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
         versions = version_folders(folder)
-        target = folder / f"{int(versions[-1].name) + 1 if versions else 1:06d}"
+        number = f"{int(versions[-1].name) + 1 if versions else 1:06d}"
         try:
-            new.rename(target)
+            if folder.exists():
+                new.rename(folder / number)
+            else:
+                _begin(new, folder, number)
         except OSError as e:
             if e.errno not in FASTER or not new.exists() or attempt + 1 == ATTEMPTS:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # only an empty one goes
                 raise
         else:
             break
     for changed in (folder, folder.parent, folder.parent.parent):
         sync_folder(changed)
-    return target
+    return folder / number
+
+
+def _begin(new: Path, folder: Path, number: str) -> None:
+    first = new.parent / number
+    new.rename(first)
+    sync_folder(new.parent)
+    try:
+        new.parent.rename(folder)
+    except OSError:
+        first.rename(new)
+        raise
