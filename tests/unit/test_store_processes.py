@@ -180,20 +180,21 @@ def test_who_started_with_a_version_can_finish_on_it_after_a_roll_back(tmp_path)
         started.read()
 
 
-@pytest.mark.parametrize(("between", "versions"), [("put", [2, 3, 4]), ("delete", [1]), ("delete and put", [1, 3])])
-def test_another_writer_between_the_choice_of_a_number_and_the_rename(tmp_path, monkeypatch, between, versions):
+@pytest.mark.parametrize(
+    ("before", "between", "versions"),
+    [(2, "put", [2, 3, 4]), (2, "delete", [1]), (2, "delete and put", [1, 3]), (0, "put", [1, 2]), (0, "put and delete", [1])],
+)
+def test_another_writer_between_the_choice_of_a_number_and_the_rename(tmp_path, monkeypatch, before, between, versions):
     store, other = (PrefixStore(tmp_path, keep_versions=3) for _ in range(2))
-    for i in range(2):
+    for i in range(before):
         store.put("a", make(i))
     real, turns = Path.rename, []
 
     def rename(source: Path, target: Path) -> Path:
         if Path(target).name.isdecimal() and len(Path(target).name) == 6 and not turns:
             turns.append(target)
-            if "delete" in between:
-                other.delete("a")
-            if "put" in between:
-                other.put("a", make(8))
+            for step in between.split(" and "):
+                {"delete": lambda: other.delete("a"), "put": lambda: other.put("a", make(8))}[step]()
         return real(source, target)
 
     monkeypatch.setattr(Path, "rename", rename)
