@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -90,22 +91,24 @@ def read_settled(path: Path, read: Callable[[Path], T]) -> T:
     """Read a folder that another process may be replacing: a failure is final only if the folder is the same before and after it."""
     path = path.resolve()
     for _ in range(PATIENCE):
-        before = _identity(path)
+        before = identity(path)
         try:
             return read(path)
         except (OSError, PrefixFastError):
             time.sleep(0.01)
-            if _identity(path) == before is not None:
+            if identity(path) == before and (before is not None or not _backup(path).is_dir()):
                 raise
     recover_folder(path)  # no writer finishes this replacement: it was cut
     return read(path)
 
 
-def _identity(path: Path) -> int | None:
+def identity(folder: Path) -> tuple[int, int] | None:
+    """Which folder lies at a path: it changes when the folder is replaced or its files come and go; None if there is none."""
     try:
-        return path.stat().st_ino
+        found = folder.stat()
     except OSError:
-        return None if _backup(path).is_dir() else -1
+        return None
+    return found.st_ino, found.st_ctime_ns  # a new folder may get the number of one that is gone
 
 
 def _backup(target: Path) -> Path:
@@ -129,7 +132,7 @@ def _swap(temporary: Path, target: Path) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove what killed writers left beside the target."""
-    for left in target.parent.glob(f".{target.name}.*.tmp"):
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)

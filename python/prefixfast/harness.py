@@ -100,9 +100,9 @@ class PrefixLM(TemplateLM):
         opened = add_generation_prompt
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=opened, continue_final_message=not opened))
 
-    def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False, **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False, **other: Any) -> list[tuple[float, bool]]:
         cut = [(context[-(self.max_length + 1 - len(target)) :], target) for _, context, target in requests]
-        scores = self.engine.score([c for c, _ in cut], self.prefix, targets=[t for _, t in cut])
+        scores = self.engine.score([c for c, _ in cut], self.prefix, targets=[target for _, target in cut])
         found = [(s.logprob, s.is_greedy) for s in scores]
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from prefixfast import Model, Prefix, load
+from prefixfast import Model, Prefix, load, unload
+from prefixfast.cli import main
 
 SPECIAL = ("<pad>", "<s>", "</s>")
 
@@ -21,6 +24,38 @@ SPECIAL = ("<pad>", "<s>", "</s>")
 def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@dataclass
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
+    """Run the command line in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    unload()
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["prefixfast", *map(str, arguments)])
+        message, code = "", 0
+        try:
+            main()
+        except SystemExit as e:
+            message, code = (e.code, 1) if isinstance(e.code, str) else ("", e.code or 0)
+        captured = capfd.readouterr()
+        return Result(code, captured.out, captured.err + message)
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,49 +7,16 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from oracles import ROOT
-from prefixfast import EngineConfig, GenerationParams, Prefix, PrefixConfig, TrainConfig, unload
-from prefixfast.cli import main
+from prefixfast import EngineConfig, GenerationParams, Prefix, PrefixConfig, TrainConfig
 
 ROWS = [{"prompt": f"{a}=", "completion": a * 3} for a in "abcd"]
 FAST = ("--max-steps", "2", "--batch-size", "2", "--prefix-length", "3", "--dtype", "float32")
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
-
-
-@pytest.fixture
-def cli(monkeypatch, capfd) -> Cli:
-    """Run the command line in this process."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    unload()
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["prefixfast", *map(str, arguments)])
-        message, code = "", 0
-        try:
-            main()
-        except SystemExit as e:
-            message, code = (e.code, 1) if isinstance(e.code, str) else ("", e.code or 0)
-        captured = capfd.readouterr()
-        return Result(code, captured.out, captured.err + message)
-
-    return run
 
 
 def write(path: Path, rows: list[dict]) -> Path:

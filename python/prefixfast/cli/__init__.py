@@ -1,4 +1,7 @@
-"""The command line: `prefixfast train`, `generate`, `data`, `bench`. Exit status 0 done, 1 a problem that the message explains, 130 interrupted."""
+"""The command line: `prefixfast train`, `generate`, `score`, `prefixes`, `convert`, `data`, `doctor`, `bench`.
+
+Exit status 0 done, 1 a problem that the message explains, 2 a command line that cannot be understood, 3 some of several failed, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import sys
 
 import typer
 
-from prefixfast.cli import bench, data, generate, train
+from prefixfast.cli import bench, convert, data, doctor, generate, prefixes, train
 from prefixfast.errors import PrefixFastError
 
 app = typer.Typer(
@@ -14,6 +17,9 @@ app = typer.Typer(
 )
 app.command("train")(train.command)
 app.command("generate")(generate.command)
+app.command("convert")(convert.command)
+app.command("doctor")(doctor.command)
+app.add_typer(prefixes.app, name="prefixes")
 app.add_typer(bench.app, name="bench")
 app.add_typer(data.app, name="data")
 
@@ -25,6 +31,8 @@ def main() -> None:
     except PrefixFastError as e:
         where = ":".join(str(x) for x in (getattr(e, "path", None), getattr(e, "line", None)) if x is not None)
         sys.exit(f"prefixfast: {where + ': ' if where and where not in str(e) else ''}{e}")
+    except OSError as e:  # a full disk, a missing permission
+        sys.exit(f"prefixfast: {e}")
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except typer.Exit as e:

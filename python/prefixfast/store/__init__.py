@@ -1,0 +1,7 @@
+"""Prefixes by name in a directory that several processes use."""
+
+from prefixfast.store.entry import StoredPrefix
+from prefixfast.store.reports import Check, Outcome, Receipt
+from prefixfast.store.store import PrefixStore
+
+__all__ = ["Check", "Outcome", "PrefixStore", "Receipt", "StoredPrefix"]

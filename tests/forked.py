@@ -1,0 +1,51 @@
+"""Work in forked processes, which start warm: torch is imported already."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+# Every step of a save that touches the disk raises one of these audit events just before it.
+STEPS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.utime", "shutil.rmtree", "fcntl.flock", "os.link", "os.listdir"}
+FAILED = 1 << 8  # status of a child whose work raised
+
+
+def start(work: Callable[[], object]) -> int:
+    """Run ``work`` in a child; returns its process number."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc(file=sys.__stderr__)
+            os._exit(1)
+        os._exit(0)
+    return pid
+
+
+def end(pid: int) -> int:
+    """Wait for a child; returns its status."""
+    return os.waitpid(pid, 0)[1]
+
+
+def killed_at(step: int, work: Callable[[], object]) -> bool:
+    """Kill a child at one step of its work, counted from 0; False if it had ended before."""
+
+    def doomed() -> None:
+        seen = 0
+
+        def kill(event: str, _: object) -> None:
+            nonlocal seen
+            seen += event in STEPS
+            if event in STEPS and seen > step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(kill)
+        work()
+
+    status = end(start(doomed))
+    assert status in (0, signal.SIGKILL), status
+    return status != 0
