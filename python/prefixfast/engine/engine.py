@@ -276,7 +276,7 @@ class Engine:
         """
         known = isinstance(prefix, str) and self.store is not None and prefix in self.store
         digest = self._found(prefix).digest if known or not isinstance(prefix, str) else prefix
-        return self._between_steps(lambda: self.loop.residency.evict(digest))
+        return self._between_steps(lambda: self.loop.evict(digest))
 
     def resident(self) -> list[Resident]:
         """The prefixes that lie in the arena or are on their way there."""

@@ -105,6 +105,14 @@ class Loop:
         """End a request at the next step with what it has; one that has ended is let be."""
         self.scheduler.cancel(number)
 
+    def evict(self, digest: str) -> bool:
+        """See `Residency.evict`; a prefix on its way that nobody waits for is waited for."""
+        done = self.residency.evict(digest)
+        while not done and self.residency.loader.under_way and not self.residency.users(digest):
+            self._fail(self.residency.arrived(wait=True))
+            done = self.residency.evict(digest)
+        return done
+
     def step(self) -> dict[int, Outcome]:
         """One step of the scheduler: what has ended, by number."""
         self._fail(self.residency.arrived(wait=False))

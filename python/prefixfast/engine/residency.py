@@ -97,6 +97,11 @@ class Residency:
         self.sweep()
         return number not in self.prefixes
 
+    def users(self, digest: str) -> int:
+        """Queued and running requests that use a prefix."""
+        number = self.numbers.get(digest)
+        return 0 if number is None else self.scheduler.prefix_state(number)[1]
+
     def sweep(self) -> None:
         """Clear what is to go and nobody reads any more."""
         for number in list(self.doomed):
