@@ -120,7 +120,7 @@ MISTAKES = {
     "generate: no such file": (("generate", "{tmp}/none.jsonl", "-o", "{tmp}/o"), 1, "{tmp}/none.jsonl"),
     "generate: no model": (("generate", "{data}", "-o", "{tmp}/o"), 1, "model: expected a base, or prefixes that name one"),
     "generate: no such prefix": ((*GENERATE, "--prefix", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
-    "generate: two ways": ((*GENERATE, "--prefix", "{tmp}/a", "--prefixes", "{tmp}"), 1, "expected --prefix or --prefixes, got both"),
+    "generate: two ways": ((*GENERATE, "--prefix", "{tmp}/a", "--prefixes", "{tmp}"), 1, "expected one of --prefix, --prefixes and --store, got several"),
     "generate: rows name no prefix": ((*GENERATE, "--prefixes", "{tmp}"), 1, "every row's 'prefix' names a folder"),
     "generate: a folder above": (("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got '..'"),
     "generate: a long way": (("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got 'x/y'"),
@@ -204,3 +204,60 @@ def test_a_process_exits_without_a_traceback(tmp_path):
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].startswith("prefixfast: none.jsonl: cannot be read")
     assert "Traceback" not in run.stderr
+
+
+# ---- score, stores, single failures ----
+
+
+def test_score_inspect_and_a_store_by_the_command_line(cli, folder, tmp_path, make_prefix):
+    import json
+
+    from prefixfast import PrefixStore, load, score
+
+    store = PrefixStore(tmp_path / "store")
+    with load(folder, dtype="float32") as base:
+        fingerprint = base.fingerprint
+    prefixes = {name: make_prefix(i, base=fingerprint) for i, name in enumerate(("a", "b"))}
+    for name, prefix in prefixes.items():
+        store.put(name, prefix)
+    rows = [{"prompt": "ab", "completion": "cd", "prefix": "a", "id": 1}, {"prompt": "ef", "completion": "gh", "prefix": "b", "id": 2}]
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    done = cli("score", str(file), "-o", str(out), "--store", str(store.path), "--dtype", "float32")
+    assert done.code == 0, done
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    expected = score(["ab", "ef"], list(prefixes.values()), targets=["cd", "gh"], model=str(folder), dtype="float32")
+    assert [r["logprob"] for r in lines] == [pytest.approx(s.logprob) for s in expected]
+    assert [r["id"] for r in lines] == [1, 2]
+    how = ("--store", str(store.path), "--max-new-tokens", "3", "--max-num-seqs", "4", "--max-model-len", "64")
+    assert cli("generate", str(file), "-o", str(out), *how).code == 0
+    assert [json.loads(line)["prefix_digest"] for line in out.read_text().splitlines()] == [p.digest for p in prefixes.values()]
+    file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "x", "prefix": "nobody"}]))
+    some = cli("generate", str(file), "-o", str(out), *how, "--on-error", "return")
+    assert some.code == 3
+    assert "1 requests failed" in some.out
+    assert [json.loads(line)["error"] is None for line in out.read_text().splitlines()] == [True, True, False]
+    assert cli("generate", str(file), "-o", str(out), *how).code == 1
+    both = cli("generate", str(file), "-o", str(out), *how, "--prefix", "x")
+    assert both.code == 1
+    assert "got several" in both.err
+    seen = cli("prefixes", "inspect", str(store.path), "a", str(file), "--words", "0", "--plot", str(tmp_path / "p.png"))
+    assert seen.code == 0, seen
+    assert (tmp_path / "p.png").stat().st_size > 1000
+
+
+def test_words_and_strings_are_flags_that_come_several_times(cli, folder, tmp_path, make_prefix):
+    import json
+
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    file.write_text(json.dumps({"prompt": "ab"}) + "\n")
+    common = ("generate", str(file), "-o", str(out), "--model", str(folder), "--max-new-tokens", "8", "--min-new-tokens", "8")
+    assert cli(*common).code == 0
+    free = json.loads(out.read_text())["token_ids"]
+    assert cli(*common, "--bad-words-ids", str(free[0]), "--bad-words-ids", f"{free[1]},{free[2]}").code == 0
+    assert free[0] not in json.loads(out.read_text())["token_ids"]
+    wrong = cli(*common, "--bad-words-ids", "x")
+    assert wrong.code == 1
+    assert "token ids" in wrong.err
+    assert cli(*common, "--stop-strings", "zz", "--do-sample", "--seed", "5", "--logprobs", "2").code == 0
+    assert len(json.loads(out.read_text())["logprobs"][0]["top"]) == 2

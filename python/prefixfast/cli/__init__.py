@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from prefixfast.cli import bench, convert, data, doctor, generate, prefixes, train
+from prefixfast.cli import bench, convert, data, doctor, generate, prefixes, score, train
 from prefixfast.errors import PrefixFastError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command("train")(train.command)
 app.command("generate")(generate.command)
+app.command("score")(score.command)
 app.command("convert")(convert.command)
 app.command("doctor")(doctor.command)
 app.add_typer(prefixes.app, name="prefixes")

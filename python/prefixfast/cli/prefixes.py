@@ -14,7 +14,7 @@ from prefixfast.cli.output import in_bytes, printable, show, show_one
 if TYPE_CHECKING:
     from prefixfast.store import Outcome, PrefixStore, StoredPrefix
 
-app = typer.Typer(help="Prefixes in a store: list, show, add, rm, rollback, verify, export, import.", no_args_is_help=True)
+app = typer.Typer(help="Prefixes in a store: list, show, inspect, add, rm, rollback, verify, export, import.", no_args_is_help=True)
 SOME_FAILED = 3
 
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")]
@@ -48,6 +48,30 @@ def show_(store: Store, name: Name, version: Annotated[int | None, typer.Option(
         raise UnknownPrefixError(msg)
     values = _everything(versions[number])
     show_one({**values, "versions": [{"version": v.version, "created": v.created, "digest": v.digest} for v in versions.values()]}, as_json=as_json)
+
+
+@app.command("inspect")
+def inspect(
+    store: Store,
+    name: Name,
+    rows: Annotated[Path, typer.Argument(metavar="ROWS", help="rows to look at it with (.jsonl .json .csv .parquet, also .gz)")],
+    model: Annotated[str | None, typer.Option(help="hub id or folder of the base; by default the one that the prefix names")] = None,
+    words: Annotated[int, typer.Option(help="nearest words of each row; 0: none")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="draw it into this file (.png, .svg, .pdf)")] = None,
+) -> None:
+    """What a prefix does to its base: attention mass, divergence, nearest words."""
+    from prefixfast.data.rows import read_rows
+    from prefixfast.errors import ConfigError
+
+    prefix = _open(store)[name]
+    base = model or (prefix.base or {}).get("name")
+    if not base:
+        msg = f"{name!r} does not name its base: say --model"
+        raise ConfigError(msg)
+    found = prefix.inspect(str(base), read_rows(rows), words=words)
+    typer.echo(str(found))
+    if plot is not None:
+        found.plot(plot)
 
 
 @app.command("add")
