@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -82,6 +83,24 @@ def unknown_option(name: str, known: tuple[str, ...], what: str) -> str:
         close = difflib.get_close_matches(name, known, n=1)
         hint = close[0] if close else None
     return f"{what}: unknown option {name!r}; " + (f"did you mean {hint}?" if hint else f"known are {', '.join(known)}")
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text, with ``1e-3`` a number as in YAML 1.2 (PyYAML's 1.1 takes it for a word).
+
+    Raises:
+        ConfigError: If it is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as e:
+        raise ConfigError(str(e)) from e
 
 
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
+from prefixfast.config import PrefixConfig, TrainConfig, read_yaml, unknown_option
 from prefixfast.errors import ConfigError
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -35,8 +33,8 @@ def read_recipe(recipe: str, task: str) -> dict[str, Any]:
         msg = f"recipe: expected {', '.join(names())} or a .yaml file, got {recipe!r}"
         raise ConfigError(msg)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        found = read_yaml(path.read_text(encoding="utf8"))
+    except (OSError, UnicodeDecodeError, ConfigError) as e:
         msg = f"recipe {recipe}: cannot be read: {e}"
         raise ConfigError(msg) from e
     fields = _fields(found, recipe, "")
