@@ -127,7 +127,7 @@ class PrefixParameters:
         filled = [kv or drawn[s] for s, kv in zip(seeds, init, strict=True)]
         start = [_stack(filled, layer, dtype, device) for layer in range(len(shapes))]
         base = [t.detach().to(device, dtype) for kv in on_top_of for t in kv]
-        common: dict[str, Any] = {"seeds": torch.tensor(seeds, device=device), "dropout": config.prefix_dropout, "frozen": config.frozen_rows, "base": base}
+        common: dict[str, Any] = {"seeds": torch.tensor(seeds, device=device), "dropout": config.prefix_dropout, "base": base}
         if not mlp:
             params = [(t.requires_grad_(), p) for kv in start for t in kv]
             made = cls(shapes, n, p, [], params, **common)
@@ -138,7 +138,7 @@ class PrefixParameters:
             network = _StackedMLP(shapes, config, init, start if any(kv is not None for kv in init) else None, seeds, dtype, device)
             made = cls(shapes, n, p, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
         if config.frozen_rows:
-            made.frozen, made.frozen_values = 0, [t.clone() for t in made.current()]
+            made.frozen_values = [t.clone() for t in made.current()]
             made.frozen = config.frozen_rows
         made.refresh(np.zeros(n, np.int64))
         return made

@@ -123,7 +123,7 @@ def test_numbers_that_are_not_finite_fail_their_prefix_only(model, tmp_path):
     assert [line["prefixes"] for line in run.log if "loss" in line] == [2] * 10 + [1] * 20, "it left the batches"
     assert not (tmp_path / "bad").exists()
     assert distance(run["good"], train(model, rows(0, 4), init=good, **how)) < 1e-9
-    with pytest.raises(ConfigError, match="prefix 'bad'.*lower learning_rate"):
+    with pytest.raises(ConfigError, match=r"prefix 'bad'.*lower learning_rate"):
         train(model, {"good": rows(0, 4), "bad": rows(0, 4)}, init={"good": good, "bad": bad}, on_error="raise", **how)
 
 

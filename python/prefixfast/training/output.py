@@ -36,8 +36,10 @@ class Output:
             return
         if resume:
             recover_folder(self.folder)
+            resume = (self.folder / CHECKPOINT).exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for left in (*self.folder.glob(".*.tmp"), *self.folder.parent.glob(f".{self.folder.name}.*.tmp")):  # of a killed run
+        places = ((self.folder, ".*.tmp"), (self.folder / CHECKPOINT, ".*.tmp"), (self.folder.parent, f".{self.folder.name}.*.tmp"))
+        for left in (p for folder, pattern in places for p in folder.glob(pattern)):  # of a killed run
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         if not resume:
             shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
@@ -46,9 +48,9 @@ class Output:
             replace_file(self.folder / LOG, b"")
         self.log = [json.loads(line) for line in (self.folder / LOG).read_text(encoding="utf8").splitlines() if line.endswith("}")]
 
-    def cut_log(self, lines: int) -> None:
-        """Keep the first lines only: those that a checkpoint knows."""
-        self.log = self.log[:lines]
+    def cut_log(self, lines: int | None, group: int) -> None:
+        """Keep the first lines only, those that a checkpoint knows; None: those of earlier groups."""
+        self.log = self.log[:lines] if lines is not None else [line for line in self.log if line.get("group", group) < group]
         if self.folder is not None:
             replace_file(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log).encode())
 

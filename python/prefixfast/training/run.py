@@ -287,6 +287,7 @@ class Run:
         found = None if folder is None else Checkpoint.read(folder)
         if folder is None or found is None:
             logger.info("resume: there is no checkpoint in %s, starting at the first step", folder)
+            self.output.cut_log(None, self.number)
             return False
         found.check(self.identity, folder)
         state, tensors = found.state, found.tensors
@@ -295,7 +296,7 @@ class Run:
         for name, own in self._vectors().items():
             own.copy_(tensors[name])
         if bool(self.active.any()):
-            self.output.cut_log(state["log_lines"])
+            self.output.cut_log(state["log_lines"], self.number)
             for part, target in (("steps.", self.steps), ("best.", self.best)):
                 target.load({n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)})
         for name, error in state["failed"].items():
