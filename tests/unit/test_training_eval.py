@@ -8,6 +8,7 @@ import torch
 import prefixfast
 import tiny
 from prefixfast.errors import ConfigError
+from prefixfast.training.collate import Order
 from prefixfast.training.selection import Best
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
@@ -51,7 +52,9 @@ def test_each_prefix_keeps_its_own_best_step(model, mlp):
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["flat", "mlp"])
-def test_a_prefix_that_gets_no_better_ends_and_the_others_go_on(model, mlp):
+def test_a_prefix_that_gets_no_better_ends_and_the_others_go_on(model, mlp, monkeypatch):
+    original, packed = Order.at, []
+    monkeypatch.setattr(Order, "at", lambda *args: (found := original(*args), packed.append(len(set(found[1]))))[0])
     how = HOW | ({"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 3e-2} if mlp else {"learning_rate": 2e-2}) | {"max_steps": 40}
     how |= {"eval_steps": 2, "early_stopping_patience": 3, "logging_steps": 1}
     run = train(model, DATA, eval_data=HELD_OUT, **how)
@@ -59,6 +62,7 @@ def test_a_prefix_that_gets_no_better_ends_and_the_others_go_on(model, mlp):
     assert len(set(steps.values())) > 1
     assert min(steps.values()) < 40
     active = [line["prefixes"] for line in run.log if "loss" in line]
+    assert active == packed
     assert active == [sum(s > i for s in steps.values()) for i in range(max(steps.values()))], "an ended prefix leaves the batches"
     for name in DATA:
         alone = train(model, DATA[name], eval_data=HELD_OUT[name], **how)
@@ -104,6 +108,7 @@ def test_a_loss_that_is_no_number_is_never_the_best():
         ({"early_stopping_patience": 2}, "expected eval_steps beside it"),
         ({"early_stopping_patience": 2, "eval_steps": 1}, "expected eval_data beside them"),
         ({"metric_for_best_model": "eval_loss"}, "expected eval_data beside them"),
+        ({"eval_steps": 1, "sweep": {"early_stopping_patience": [1, 2]}}, "expected eval_data beside them"),
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model: expected 'auto'"),
     ],
 )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class Output:
             (self.folder / FAILED).unlink(missing_ok=True)
         if not resume or not (self.folder / LOG).exists():
             replace_file(self.folder / LOG, b"")
-        self.log = [json.loads(line) for line in (self.folder / LOG).read_text(encoding="utf8").splitlines() if line.endswith("}")]
+        self.log = list(_lines(self.folder / LOG))
 
     def cut_log(self, lines: int | None, group: int) -> None:
         """Keep the first lines only, those that a checkpoint knows; None: those of earlier groups."""
@@ -83,3 +84,10 @@ class Output:
         if self.folder is not None and failed:
             lines = (json.dumps({"prefix": n, "error": text}, ensure_ascii=False) + "\n" for n, text in failed.items())
             replace_file(self.folder / FAILED, "".join(lines).encode())
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a log; the last one may have been cut while it was written."""
+    with contextlib.suppress(json.JSONDecodeError):
+        for line in path.read_text(encoding="utf8", errors="replace").splitlines():
+            yield json.loads(line)

@@ -136,13 +136,11 @@ def prepare(
     given = gather(data, eval_data, prefix_column, isolate=on_error == "isolate")
     found = _task(given, task)
     chosen = settings(config, prefix_config, fields, init=init, init_text=init_text, task=found.name)
-    swept = sweep.keys() if isinstance(sweep, Mapping) else ()
-    if eval_data is None and (
-        chosen.config.metric_for_best_model == "eval_loss" or chosen.config.early_stopping_patience or "early_stopping_patience" in swept
-    ):
+    groups = make_groups(given.rows, chosen, overrides=overrides, sweep=sweep, single=given.single, known=given.failed)
+    members = [m.config for g in groups for m in g.members]
+    if eval_data is None and any(c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in members):
         msg = "early_stopping_patience and metric_for_best_model='eval_loss': expected eval_data beside them"
         raise ConfigError(msg)
-    groups = make_groups(given.rows, chosen, overrides=overrides, sweep=sweep, single=given.single, known=given.failed)
     if isinstance(on_top_of, str):
         if store is None:
             msg = f"on_top_of: expected a Prefix, or a store beside the name {on_top_of!r}"
@@ -152,7 +150,7 @@ def prepare(
         msg = f"on_top_of: expected a Prefix or a name in the store, got {type(on_top_of).__name__}"
         raise ConfigError(msg)
     isolate = on_error == "isolate" and not given.single
-    return Job(given, found, groups, chosen.init_text, chosen.explicit | {*swept}, on_top_of, isolate, hooks, resume), chosen.config
+    return Job(given, found, groups, chosen.init_text, chosen.explicit | {*(sweep or ())}, on_top_of, isolate, hooks, resume), chosen.config
 
 
 def check_groups(model: Model, job: Job) -> None:
