@@ -133,7 +133,9 @@ def test_an_interrupted_run_exits_with_130_after_a_checkpoint(folder, tmp_path):
     data = write(tmp_path / "rows.jsonl", [{"prompt": f"{a}{b}=", "completion": a * 3} for a in "abcdefgh" for b in "abcdefgh"])
     common = ["train", str(folder), str(data), "--batch-size", "4", "--prefix-length", "3", "--dtype", "float32", "--max-steps", "3000", "--logging-steps", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background hands an ignored signal on
     running = subprocess.Popen([sys.executable, "-m", "prefixfast", *common, "-o", str(tmp_path / "p")], env=env, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, old)
     log = tmp_path / "p" / "log.jsonl"
     while running.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.02)

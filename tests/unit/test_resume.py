@@ -198,7 +198,31 @@ def test_a_new_run_forgets_the_old_checkpoint(model, tmp_path):
     assert digests(run) == digests(train(model, DATA, eval_data=HELD_OUT, **{**HOW, "seed": 3}, **FLAT))
 
 
+def test_what_finished_after_the_checkpoint_is_not_stored_twice(model, tmp_path):
+    class CutAfter:
+        def on_log(self, line):
+            if line["step"] == 3:
+                raise Cut
+
+    store = prefixfast.PrefixStore(tmp_path / "store")
+    how = {**HOW, **FLAT, "eval_data": HELD_OUT, "overrides": {"a": {"max_steps": 3}}, "save_steps": 2, "store": store, "output_dir": tmp_path / "out"}
+    with pytest.raises(Cut):
+        train(model, DATA, callbacks=[CutAfter()], **how)
+    folder = store.info("a").folder
+    run = train(model, DATA, resume=True, **how)
+    assert (store.info("a").folder, store.info("a").digest) == (folder, run["a"].digest)
+    assert set(store) == set(DATA)
+
+
 # ---- interrupts ----
+
+
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler, which a process started in the background lacks."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
 
 
 class InterruptAt:
@@ -214,7 +238,7 @@ class InterruptAt:
                 os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupt_leaves_a_checkpoint_after_the_step_and_a_clean_model(tmp_path):
+def test_an_interrupt_leaves_a_checkpoint_after_the_step_and_a_clean_model(ctrl_c, tmp_path):
     model = tiny.make("llama").train()
     before = {n: p.clone() for n, p in model.named_parameters()}
     how = {**HOW, **MLP, "eval_data": HELD_OUT, "save_steps": None}
@@ -230,13 +254,13 @@ def test_an_interrupt_leaves_a_checkpoint_after_the_step_and_a_clean_model(tmp_p
     assert digests(train(model, DATA, output_dir=tmp_path, resume=True, **how)) == digests(whole)
 
 
-def test_a_second_interrupt_comes_through_at_once(model, tmp_path):
+def test_a_second_interrupt_comes_through_at_once(ctrl_c, model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(model, DATA, output_dir=tmp_path, eval_data=HELD_OUT, callbacks=[InterruptAt(4, 4)], **HOW, **FLAT)
     assert json.loads((tmp_path / "checkpoint" / "0" / "state.json").read_text())["state"]["step"] == 3
 
 
-def test_without_a_folder_an_interrupt_comes_at_once(model):
+def test_without_a_folder_an_interrupt_comes_at_once(ctrl_c, model):
     watch = InterruptAt(4)
     with pytest.raises(KeyboardInterrupt):
         train(model, DATA, callbacks=[watch], eval_data=HELD_OUT, **HOW, **FLAT)

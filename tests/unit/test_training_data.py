@@ -47,8 +47,10 @@ def test_held_out_rows_without_the_column_are_for_all(model):
     data = {"ann": rows(0, 3), "bob": rows(1, 3)}
     shared = rows(5, 4)
     run = train(model, tagged(data), prefix_column="user", eval_data=shared, **HOW)
+    by_name = train(model, data, eval_data=dict.fromkeys(data, shared), **HOW)
     alone = train(model, data["bob"], eval_data=shared, **HOW)
-    assert run.metrics["bob"]["eval_loss"] == pytest.approx(alone.training["metrics"]["eval_loss"], abs=1e-9)
+    assert run.metrics["bob"]["eval_loss"] == pytest.approx(by_name.metrics["bob"]["eval_loss"], abs=1e-12)
+    assert alone.training["metrics"]["eval_loss"] == pytest.approx(by_name.metrics["bob"]["eval_loss"], abs=1e-9)
 
 
 def test_names_may_be_numbers(model):
