@@ -21,6 +21,8 @@ HINTS = {
     "per_device_train_batch_size": "batch_size (examples of each prefix in one optimizer step)",
     "gradient_accumulation_steps": "token_budget (a batch that exceeds it is accumulated)",
     "epochs": "num_train_epochs",
+    "eval_strategy": "eval_steps",
+    "load_best_model_at_end": "metric_for_best_model",
     "lr": "learning_rate",
     "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -128,26 +129,48 @@ def test_a_number_or_a_word(cli, folder, data, tmp_path):
     assert "TrainConfig.token_budget: expected int | 'auto', got 'some'" in err
 
 
-def test_an_interrupted_run_exits_with_130_after_a_checkpoint(folder, tmp_path):
+def interrupt_when(log: Path, pid: int) -> None:
+    """Ctrl-C once the log has a line."""
+    while not (log.exists() and log.read_text()):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGINT)
+
+
+def test_an_interrupted_run_exits_with_130_after_a_checkpoint_and_goes_on(cli, folder, data, tmp_path):
+    log, state = tmp_path / "p" / "log.jsonl", tmp_path / "p" / "checkpoint" / "0" / "state.json"
+    run = ("train", folder, data, "-o", tmp_path / "p", *FAST, "--max-steps", 200, "--logging-steps", 1, "--init", "random")
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
+    thread = threading.Thread(target=interrupt_when, args=(log, os.getpid()))
+    thread.start()
+    try:
+        code, _, err = cli(*run)
+    finally:
+        thread.join()
+        signal.signal(signal.SIGINT, old)
+    assert code == 130
+    assert "--resume goes on from the checkpoint" in err
+    step = json.loads(state.read_text())["state"]["step"]
+    assert 0 < step < 200
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, step + 1))
+    code, _, err = cli(*run, "--resume")
+    assert code == 0, err
+    assert cli(*run[:4], tmp_path / "whole", *run[5:])[0] == 0
+    assert Prefix.from_pretrained(tmp_path / "p").digest == Prefix.from_pretrained(tmp_path / "whole").digest
+
+
+@pytest.mark.long
+def test_an_interrupted_process_exits_with_130(folder, data, tmp_path):
     """A real process, a real Ctrl-C."""
-    data = write(tmp_path / "rows.jsonl", [{"prompt": f"{a}{b}=", "completion": a * 3} for a in "abcdefgh" for b in "abcdefgh"])
-    common = ["train", str(folder), str(data), "--batch-size", "4", "--prefix-length", "3", "--dtype", "float32", "--max-steps", "3000", "--logging-steps", "1"]
+    command = ["train", folder, data, "-o", tmp_path / "p", *FAST, "--max-steps", 3000, "--logging-steps", 1]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background hands an ignored signal on
-    running = subprocess.Popen([sys.executable, "-m", "prefixfast", *common, "-o", str(tmp_path / "p")], env=env, stderr=subprocess.PIPE, text=True)
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    running = subprocess.Popen([sys.executable, "-m", "prefixfast", *map(str, command)], env=env, stderr=subprocess.PIPE, text=True)
     signal.signal(signal.SIGINT, old)
-    log = tmp_path / "p" / "log.jsonl"
-    while running.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.02)
-    running.send_signal(signal.SIGINT)
+    interrupt_when(tmp_path / "p" / "log.jsonl", running.pid)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130, err
     assert "--resume goes on from the checkpoint" in err
     assert "Traceback" not in err
-    state = json.loads((tmp_path / "p" / "checkpoint" / "0" / "state.json").read_text())["state"]
-    assert 0 < state["step"] < 3000
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    assert lines[-1]["step"] == state["step"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ UNKNOWN = [
     (TrainConfig, "per_device_train_batch_size", "batch_size"),
     (TrainConfig, "gradient_accumulation_steps", "token_budget"),
     (TrainConfig, "epochs", "num_train_epochs"),
+    (TrainConfig, "eval_strategy", "eval_steps"),
+    (TrainConfig, "load_best_model_at_end", "metric_for_best_model"),
     (TrainConfig, "lr", "learning_rate"),
     (TrainConfig, "learning_rates", "learning_rate"),
     (GenerationParams, "max_tokens", "max_new_tokens"),

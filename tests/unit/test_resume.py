@@ -163,7 +163,7 @@ def test_a_halved_budget_stays_halved(model, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return original(self, plan, ids, targets)
 
-    how = {**HOW, **FLAT, "eval_data": HELD_OUT, "batch_size": 4}
+    how = {**HOW, **FLAT, "eval_data": HELD_OUT, "batch_size": 4, "max_steps": 8}
     with monkeypatch.context() as patch:
         patch.setattr(type(model), "losses", limited)
         whole = train(model, DATA, **how)

@@ -189,11 +189,19 @@ def test_log_and_prefix_are_written(tmp_path):
         ({"learning_rat": 0.1}, "learning_rate"),
         ({"num_virtual_tokens": 3}, "prefix_length"),
         ({"data": {"../x": rows(0, 2)}, "output_dir": "never-made"}, "folder of output_dir"),
+        ({"data": {"checkpoint": rows(0, 2)}, "output_dir": "never-made"}, "'checkpoint' cannot be a folder of output_dir"),
+        ({"dtype": "float64"}, "the given model computes in torch.float32, got 'float64'"),
+        ({"on_error": "ignore"}, "'isolate' or 'raise', got 'ignore'"),
     ],
 )
 def test_bad_input_is_a_clear_error(change, message):
     with pytest.raises((ConfigError, DataError), match=message):
         train(tiny.make("gpt2"), **{"data": rows(0, 3), "init": "random", "max_steps": 1, **change})
+
+
+def test_a_base_by_name_is_loaded_in_the_dtype_that_is_asked_for(folder):
+    made = {dtype: train(folder, rows(0, 2), init="random", max_steps=1, dtype=dtype) for dtype in ("float32", "float64")}
+    assert {dtype: next(iter(p.kv.values())).dtype for dtype, p in made.items()} == {"float32": torch.float32, "float64": torch.float64}
 
 
 def test_overflow_policies():

@@ -153,6 +153,14 @@ def test_activations_are_really_recomputed_and_restored_after_an_error():
     assert not [m for m in model.modules() if "forward" in vars(m)]
 
 
+def test_a_forward_that_another_library_put_there_stays():
+    model = tiny.make("gpt2")
+    layer, original = model.transformer.h[0], model.transformer.h[0].forward
+    layer.forward = hooked = lambda *args, **how: original(*args, **how)
+    train(model, rows(0, 3), gradient_checkpointing=True, **{**HOW, "reparameterization": "none"})
+    assert vars(layer)["forward"] is hooked
+
+
 # ---- memory ----
 
 

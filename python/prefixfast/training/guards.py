@@ -124,13 +124,17 @@ def recomputed(model: Model, enabled: bool) -> Iterator[None]:
     if enabled and not layers:
         msg = f"gradient_checkpointing: {type(model.hf).__name__} has no layers that transformers can checkpoint; leave it out"
         raise ConfigError(msg)
+    own = [vars(layer).get("forward") for layer in layers]  # accelerate's hooks put one there
     for layer in layers:
         layer.forward = functools.partial(_twice, layer.forward)
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, before in zip(layers, own, strict=True):
+            if before is None:
+                del layer.forward
+            else:
+                layer.forward = before
 
 
 def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
