@@ -138,7 +138,12 @@ def at_least(owner: Options, **limits: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(Options):
-    """What is learned."""
+    """What is learned.
+
+    Example:
+        >>> PrefixConfig(prefix_length=5, reparameterization="mlp").encoder_hidden_size
+        512
+    """
 
     prefix_length: int | Literal["text"] = option(10, "rows of keys and values learned for every layer (P); 'text': as many as the init text has tokens")
     reparameterization: Literal["auto", "none", "mlp"] = option(
@@ -173,7 +178,15 @@ class PrefixConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
-    """How a prefix is trained. Everything but ``token_budget`` is per prefix: a prefix comes out the same alone or among thousands."""
+    """How a prefix is trained. Everything but ``token_budget`` is per prefix: a prefix comes out the same alone or among thousands.
+
+    Example:
+        >>> TrainConfig.make({"batch_size": 4}, max_steps=10).batch_size
+        4
+        >>> TrainConfig.make(lr=1e-3)
+        Traceback (most recent call last):
+        prefixfast.errors.ConfigError: TrainConfig: unknown option 'lr'; did you mean learning_rate?
+    """
 
     recipe: str = option("default", "preset of fields, of which given ones win: default, paper, low-data, or a YAML file")
     loss: Literal["token_mean", "sequence_sum"] = option("token_mean", "mean over the batch's target tokens, or the paper's sum over tokens and mean over rows")

@@ -23,8 +23,9 @@ class Callback:
     Example:
         >>> class Printer:
         ...     def on_prefix_end(self, name, prefix, metrics):
-        ...         print(name, metrics["loss"])
-        >>> train(model, data, callbacks=[Printer()])  # doctest: +SKIP
+        ...         print(name, metrics["steps"])
+        >>> prefix = train(base, rows, max_steps=2, callbacks=[Printer()])
+        prefix 2.0
     """
 
     def on_train_begin(self, names: Sequence[str], steps: int) -> None:

@@ -25,10 +25,10 @@ class TrainRun(Mapping[str, Prefix]):
         variants: Of a sweep: by name the fields that tell it from the others, and under ``"of"`` the name of its rows.
 
     Example:
-        >>> run = train(model, {"ann": rows, "bob": rows}, eval_data=held_out)  # doctest: +SKIP
-        >>> run["ann"].save_pretrained("ann")  # doctest: +SKIP
-        >>> run.failed  # doctest: +SKIP
-        {}
+        >>> run = train(base, rows, eval_data=rows, max_steps=2, sweep={"learning_rate": [1e-9, 1e-2]})
+        >>> list(run), run.failed
+        (['learning_rate=1e-09', 'learning_rate=0.01'], {})
+        >>> run["learning_rate=0.01"].save_pretrained("mine")
     """
 
     prefixes: dict[str, Prefix]
@@ -54,6 +54,10 @@ class TrainRun(Mapping[str, Prefix]):
 
         Raises:
             ConfigError: If there is no such prefix, or a sweep over several names is asked without one.
+
+        Example:
+            >>> run.best() is run["learning_rate=0.01"]
+            True
         """
         return self.prefixes[self.best_name(name)]
 
@@ -78,6 +82,9 @@ class TrainRun(Mapping[str, Prefix]):
 
         Raises:
             ConfigError: Without matplotlib (``pip install 'prefixfast[train]'``), or for another kind of file.
+
+        Example:
+            >>> run.plot("losses.png")
         """
         try:
             from matplotlib.figure import Figure
@@ -104,6 +111,9 @@ class TrainRun(Mapping[str, Prefix]):
 
         Args:
             path: The file.
+
+        Example:
+            >>> run.report("report.md")
         """
         columns = list(dict.fromkeys(k for m in self.metrics.values() for k in m))
         key = "eval_loss" if self.metrics and all("eval_loss" in m for m in self.metrics.values()) else "loss"

@@ -85,10 +85,13 @@ def train(
         KeyboardInterrupt: When interrupted; with ``output_dir`` after a checkpoint.
 
     Example:
-        >>> rows = [{"prompt": "2+2=", "completion": "4"}]
-        >>> prefix = train(model, rows, max_steps=100)  # doctest: +SKIP
-        >>> users = train(model, {"ann": rows, "bob": rows}, output_dir="users", resume=True)  # doctest: +SKIP
-        >>> users.metrics["ann"]["loss"]  # doctest: +SKIP
+        >>> rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+4=", "completion": "7"}]
+        >>> prefix = train(base, rows, prefix_length=4, max_steps=2)
+        >>> prefix.length, prefix.training["metrics"]["steps"]
+        (4, 2.0)
+        >>> users = train(base, {"ann": rows, "bob": rows[:1], "eve": [{}]}, task="prompt", max_steps=2, output_dir="users", resume=True)
+        >>> list(users), list(users.failed), users.metrics["bob"]["examples"]
+        (['ann', 'bob'], ['eve'], 1.0)
 
     Source:
         Li & Liang 2021 (arXiv:2101.00190).
