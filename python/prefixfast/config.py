@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -21,6 +22,8 @@ HINTS = {
     "per_device_train_batch_size": "batch_size (examples of each prefix in one optimizer step)",
     "gradient_accumulation_steps": "token_budget (a batch that exceeds it is accumulated)",
     "epochs": "num_train_epochs",
+    "eval_strategy": "eval_steps",
+    "load_best_model_at_end": "metric_for_best_model",
     "lr": "learning_rate",
     "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
@@ -85,6 +88,24 @@ def unknown_option(name: str, known: tuple[str, ...], what: str) -> str:
     return f"{what}: unknown option {name!r}; " + (f"did you mean {hint}?" if hint else f"known are {', '.join(known)}")
 
 
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text, with ``1e-3`` a number as in YAML 1.2 (PyYAML's 1.1 takes it for a word).
+
+    Raises:
+        ConfigError: If it is no YAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader
+    except yaml.YAMLError as e:
+        raise ConfigError(str(e)) from e
+
+
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     for kind in options or (hint,):
@@ -111,60 +132,109 @@ def at_least(owner: Options, **limits: float) -> None:
     """Raise `ConfigError` for a number under its limit; None passes."""
     for name, limit in limits.items():
         value = getattr(owner, name)
-        if value is not None and value < limit:
+        if not isinstance(value, str | None) and value < limit:
             msg = f"{type(owner).__name__}.{name}: expected at least {limit:g}, got {value!r}"
             raise ConfigError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(Options):
-    """What is learned."""
+    """What is learned.
 
-    prefix_length: int = option(10, "rows of keys and values learned for every layer (P)")
+    Example:
+        >>> PrefixConfig(prefix_length=5, reparameterization="mlp").encoder_hidden_size
+        512
+    """
+
+    prefix_length: int | Literal["text"] = option(10, "rows of keys and values learned for every layer (P); 'text': as many as the init text has tokens")
     reparameterization: Literal["auto", "none", "mlp"] = option(
-        "auto", "'none' trains the keys and values themselves, 'mlp' trains the network that makes them"
+        "auto", "'none' trains the keys and values themselves, 'mlp' the network that makes them; 'auto': mlp for init random or zero, else none"
     )
     encoder_hidden_size: int = option(512, "width of the reparameterization MLP")
+    embedding_dim: int | None = option(None, "width of the MLP's input; by default that of a layer's keys")
     prefix_dropout: float = option(0.0, "share of the prefix's keys and values dropped in training")
+    frozen_rows: int = option(0, "first rows of the prefix that keep the values they start with")
+    fit_steps: int = option(0, "steps of Adam that fit the MLP to the init's keys and values, as the paper does; 0: it starts as exactly these")
     pos_start: Literal["after", "zero"] = option("after", "position of the first token: after the prefix (P, as PEFT) or zero")
+
+    @property
+    def length(self) -> int:
+        """``prefix_length`` once it is a number."""
+        assert isinstance(self.prefix_length, int)
+        return self.prefix_length
 
     def validate(self) -> None:
         """See `Options.validate`."""
-        at_least(self, prefix_length=1, encoder_hidden_size=1, prefix_dropout=0)
+        at_least(self, prefix_length=1, encoder_hidden_size=1, embedding_dim=1, prefix_dropout=0, frozen_rows=0, fit_steps=0)
         if self.prefix_dropout >= 1:
             msg = f"PrefixConfig.prefix_dropout: expected less than 1, got {self.prefix_dropout!r}"
+            raise ConfigError(msg)
+        if isinstance(self.prefix_length, int) and self.frozen_rows >= self.prefix_length:
+            msg = f"PrefixConfig.frozen_rows: expected fewer than prefix_length {self.prefix_length}, got {self.frozen_rows!r}"
+            raise ConfigError(msg)
+        if self.fit_steps and self.reparameterization != "mlp":
+            msg = f"PrefixConfig.fit_steps: expected reparameterization='mlp' beside it, got {self.reparameterization!r}"
             raise ConfigError(msg)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
-    """How a prefix is trained. Everything but ``token_budget`` is per prefix: a prefix comes out the same alone or among thousands."""
+    """How a prefix is trained. Everything but ``token_budget`` is per prefix: a prefix comes out the same alone or among thousands.
 
+    Example:
+        >>> TrainConfig.make({"batch_size": 4}, max_steps=10).batch_size
+        4
+        >>> TrainConfig.make(lr=1e-3)
+        Traceback (most recent call last):
+        prefixfast.errors.ConfigError: TrainConfig: unknown option 'lr'; did you mean learning_rate?
+    """
+
+    recipe: str = option("default", "preset of fields, of which given ones win: default, paper, low-data, or a YAML file")
     loss: Literal["token_mean", "sequence_sum"] = option("token_mean", "mean over the batch's target tokens, or the paper's sum over tokens and mean over rows")
     num_train_epochs: float = option(3.0, "passes over the rows; ignored when max_steps is given")
     max_steps: int | None = option(None, "optimizer steps of each prefix")
     batch_size: int = option(10, "examples of EACH prefix in one optimizer step (changes results)")
-    token_budget: int = option(4096, "tokens in one forward pass (memory only, does not change results)")
+    token_budget: int | Literal["auto"] = option(
+        "auto", "tokens in one forward pass (memory only, does not change results); 'auto': 4096, halved when memory runs out, and the step is made again"
+    )
     learning_rate: float | None = option(None, "peak rate; by default 5e-2 for reparameterization 'none', 1e-3 for 'mlp'")
-    lr_scheduler_type: Literal["linear", "constant"] = option("linear", "after warm-up, decay linearly to zero at the last step, or stay")
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
+        "linear", "after warm-up, decay to zero at the last step, linearly or as a cosine, or stay"
+    )
     warmup_steps: int = option(0, "steps in which the rate rises linearly from zero")
     weight_decay: float = option(0.0, "AdamW's decoupled decay")
     max_grad_norm: float = option(1.0, "clip each prefix's gradient to this norm; 0 turns it off")
     max_length: int | None = option(None, "longest row in tokens; by default what the model allows")
     overflow: Literal["error", "truncate", "skip"] = option("error", "a row over max_length: raise, cut the start of its prompt, or leave it out (counted)")
+    gradient_checkpointing: bool = option(
+        False, "keep only each layer's input for the backward pass and compute the rest again: less memory, about a third slower"
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
+        "auto", "compute dtype of a base given by name; 'auto': as load chooses. What is trained is fp32 (fp64 with fp64)"
+    )
     shuffle: bool = option(True, "draw a new order of the rows in every epoch; false keeps theirs")
     seed: int = option(0, "initialization, order of rows, dropout")
-    eval_steps: int | None = option(None, "evaluate every so many steps; by default at the end, when eval_data is given")
+    eval_steps: int | None = option(None, "evaluate every so many steps; by default at each prefix's last step, when eval_data is given")
+    metric_for_best_model: Literal["auto", "eval_loss", "last"] = option(
+        "auto", "which state of a prefix is kept: that of its lowest eval_loss, or the last one; 'auto': eval_loss when eval_data is given"
+    )
+    early_stopping_patience: int | None = option(None, "a prefix ends after so many evaluations in a row that were no better than its best one")
+    save_steps: int | None = option(500, "with output_dir a checkpoint every so many steps, to resume from; none: only when interrupted")
     logging_steps: int = option(10, "a line of log.jsonl every so many steps")
+    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "also send the lines of the log there")
 
     def validate(self) -> None:
         """See `Options.validate`."""
-        at_least(self, max_steps=1, batch_size=1, token_budget=1, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_length=2, eval_steps=1, logging_steps=1)
+        at_least(self, max_steps=1, batch_size=1, token_budget=1, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_length=2, eval_steps=1)
+        at_least(self, logging_steps=1, save_steps=1, early_stopping_patience=1)
         if not self.num_train_epochs > 0:
             msg = f"TrainConfig.num_train_epochs: expected more than 0, got {self.num_train_epochs!r}"
             raise ConfigError(msg)
         if self.learning_rate is not None and not self.learning_rate > 0:
             msg = f"TrainConfig.learning_rate: expected more than 0, got {self.learning_rate!r}"
+            raise ConfigError(msg)
+        if self.early_stopping_patience and (self.eval_steps is None or self.metric_for_best_model == "last"):
+            msg = "TrainConfig.early_stopping_patience: expected eval_steps beside it, and a metric_for_best_model other than 'last'"
             raise ConfigError(msg)
 
 

@@ -1,15 +1,16 @@
 """From parameters to keys and values: what training adjusts, for all prefixes of a run at once.
 
 Shape letters: n prefixes of the run, P rows of each, L layers, H kv heads, D head dim, E = H * D.
-The forward always sees 2L leaf tensors ``[n * P, H, D]`` (rows of prefix i: i * P to (i + 1) * P): with reparameterization "none" they are the parameters
-themselves, else they are made from the parameters once a step and `PrefixParameters.backward` carries their gradients on.
+The forward always sees 2L leaf tensors ``[n * P, H, D]`` (rows of prefix i: i * P to (i + 1) * P; then the rows of a frozen prefix before all of them, if
+there is one): with reparameterization "none" they are the parameters themselves, else, or where rows are dropped, frozen or added, they are made from the
+parameters once a step and `PrefixParameters.backward` carries their gradients on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -73,8 +74,12 @@ class PrefixParameters:
         length: P.
         leaves: What the forward sees: per layer keys and values ``[n * P, H, D]``, all with ``requires_grad``.
         params: What the optimizer adjusts, each with its rows per prefix: the leaves (P rows), or the stacked networks (1 row).
+        seeds: int64 ``[n]``: of each prefix's dropout.
         dropout: Share of keys and values dropped while training.
-        seed: Of the dropout.
+        mlp: The networks, None: flat.
+        frozen: First rows that keep their values; of each prefix ``frozen_values`` holds P rows a tensor, of which these are used.
+        frozen_values: See ``frozen``.
+        base: Keys and values of a frozen prefix before all others, behind the leaves' own rows.
     """
 
     shapes: tuple[LayerShape, ...]
@@ -82,9 +87,12 @@ class PrefixParameters:
     length: int
     leaves: list[LayerKV]
     params: list[tuple[Tensor, int]]
+    seeds: Tensor
     dropout: float = 0.0
-    seed: int = 0
     mlp: _StackedMLP | None = None
+    frozen: int = 0
+    frozen_values: list[Tensor] = field(default_factory=list)
+    base: list[Tensor] = field(default_factory=list)
     _made: list[Tensor] = field(default_factory=list)
 
     @classmethod
@@ -95,62 +103,80 @@ class PrefixParameters:
         config: PrefixConfig,
         *,
         mlp: bool,
-        seed: int,
+        seed: int | Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
+        on_top_of: Sequence[LayerKV] = (),
     ) -> PrefixParameters:
         """Parameters of ``len(init)`` prefixes.
 
         Args:
             shapes: Heads of every layer.
             init: Of each prefix keys and values ``[P, H, D]`` by layer, or None: random.
-            config: Length, width of the MLP, dropout.
-            mlp: Train the network that makes the prefix; with an init it starts as exactly that (the last layer is zero and the init is added).
-            seed: Random numbers are drawn as by a lone prefix with this seed, so every prefix starts as it would alone.
+            config: Length, MLP, dropout, frozen rows.
+            mlp: Train the network that makes the prefix; with an init it starts as exactly that (the last layer is zero and the init is added), or,
+                with ``config.fit_steps``, close to it.
+            seed: Of each prefix, or one for all. Random numbers are drawn as by a lone prefix with this seed, so every prefix starts as it would alone.
             dtype: Of the parameters.
             device: Of the parameters.
+            on_top_of: Keys and values ``[B, H, D]`` by layer of a frozen prefix, whose rows follow those of the n prefixes in the leaves.
 
         Raises:
             ConfigError: If the MLP meets layers of different shapes.
         """
-        n, p = len(init), config.prefix_length
-        filled = [kv or drawn for drawn in [_random(shapes, p, seed)] for kv in init]
+        n, p = len(init), config.length
+        seeds = [seed] * n if isinstance(seed, int) else list(seed)
+        drawn = {s: _random(shapes, p, s) for s in {s for s, kv in zip(seeds, init, strict=True) if kv is None}}
+        filled = [kv or drawn[s] for s, kv in zip(seeds, init, strict=True)]
         start = [_stack(filled, layer, dtype, device) for layer in range(len(shapes))]
-        common = (shapes, n, p)
+        base = [t.detach().to(device, dtype) for kv in on_top_of for t in kv]
+        common: dict[str, Any] = {"seeds": torch.tensor(seeds, device=device), "dropout": config.prefix_dropout, "base": base}
         if not mlp:
-            leaves = [(k.requires_grad_(), v.requires_grad_()) for k, v in start]
-            return cls(*common, leaves, [(t, p) for kv in leaves for t in kv], config.prefix_dropout, seed)
-        if len(set(shapes)) != 1:
-            msg = "reparameterization 'mlp': expected layers of one shape, got several; use 'none'"
-            raise ConfigError(msg)
-        network = _StackedMLP(shapes, config, init, start if any(kv is not None for kv in init) else None, seed, dtype, device)
-        made = cls(*common, [], [(t, 1) for t in network.parameters()], config.prefix_dropout, seed, network)
+            params = [(t.requires_grad_(), p) for kv in start for t in kv]
+            made = cls(shapes, n, p, [], params, **common)
+        else:
+            if len(set(shapes)) != 1:
+                msg = "reparameterization 'mlp': expected layers of one shape, got several; use 'none'"
+                raise ConfigError(msg)
+            network = _StackedMLP(shapes, config, init, start if any(kv is not None for kv in init) else None, seeds, dtype, device)
+            made = cls(shapes, n, p, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
+        if config.frozen_rows:
+            made.frozen_values = [t.clone() for t in made.current()]
+            made.frozen = config.frozen_rows
         made.refresh(np.zeros(n, np.int64))
         return made
 
     @property
     def rows(self) -> np.ndarray:
-        """int32 ``[n, 2]``: first row and rows of each prefix in the leaves."""
+        """int32 ``[n, 2]``: first row and rows of each prefix in the leaves; with a frozen prefix ``[n + 1, 2]``, its rows last."""
         starts = np.arange(self.num_prefixes, dtype=np.int32) * self.length
-        return np.stack([starts, np.full_like(starts, self.length)], 1)
+        own = np.stack([starts, np.full_like(starts, self.length)], 1)
+        after = np.array([[self.num_prefixes * self.length, len(self.base[0])]] if self.base else [], np.int32).reshape(-1, 2)
+        return np.concatenate([own, after])
 
     @property
     def num_trained(self) -> int:
         """Numbers adjusted for one prefix."""
-        return sum(t.numel() for t, _ in self.params) // self.num_prefixes
+        every = sum(t.numel() for t, _ in self.params) // self.num_prefixes
+        return every if self.mlp is not None else every * (self.length - self.frozen) // self.length
 
-    def refresh(self, steps: np.ndarray) -> None:
-        """Make the leaves of the coming step.
+    def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
+        """Make the leaves of the coming step; gradients of an unfinished one are forgotten.
 
         Args:
             steps: int64 ``[n]``: each prefix's own step, which decides its dropout.
+            dropout: False: the whole prefix, to evaluate it.
         """
-        if self.mlp is None and not self.dropout:
-            self.leaves, self._made = _pairs([t for t, _ in self.params]), []
-            return
-        flat = [t for t, _ in self.params] if self.mlp is None else self.mlp()
-        if self.dropout:
+        for t, _ in self.params:
+            t.grad = None
+        flat = self._flat()
+        if self.dropout and dropout:
             flat = [t * keep for t, keep in zip(flat, self._keep(flat, steps), strict=True)]
+        if self.base:
+            flat = [torch.cat([t, b]) for t, b in zip(flat, self.base, strict=True)]
+        if all(t is own for t, (own, _) in zip(flat, self.params, strict=False)):
+            self.leaves, self._made = _pairs(flat), []
+            return
         self._made = flat
         self.leaves = _pairs([t.detach().requires_grad_() for t in flat])
 
@@ -162,22 +188,33 @@ class PrefixParameters:
             self._made = []
 
     @torch.no_grad()
-    def extract(self) -> list[dict[str, Tensor]]:
-        """The prefixes as they are now, without dropout, by tensor name."""
+    def current(self) -> list[Tensor]:
+        """All prefixes as they are now, without dropout: ``[n * P, H, D]`` a tensor, k0, v0, k1, ... (views of flat parameters)."""
+        return [t.detach() for t in self._flat()]
+
+    def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
+        """One prefix of what `current` gave, by tensor name, on the CPU."""
+        rows = slice(number * self.length, (number + 1) * self.length)
+        return {f"self.{i // 2}.{'kv'[i % 2]}": t[rows].clone().cpu() for i, t in enumerate(flat)}
+
+    def _flat(self) -> list[Tensor]:
         flat = [t for t, _ in self.params] if self.mlp is None else self.mlp()
-        split = [t.detach().view(self.num_prefixes, self.length, *t.shape[1:]).cpu() for t in flat]
-        return [{f"self.{i // 2}.{'kv'[i % 2]}": t[p].clone() for i, t in enumerate(split)} for p in range(self.num_prefixes)]
+        if not self.frozen:
+            return flat
+        kept = (torch.arange(self.length, device=flat[0].device) < self.frozen).repeat(self.num_prefixes)[:, None, None]
+        return [torch.where(kept, first, t) for first, t in zip(self.frozen_values, flat, strict=True)]
 
     def _keep(self, flat: list[Tensor], steps: np.ndarray) -> list[Tensor]:
         """Dropout factors, 0 or 1 / (1 - dropout), a hash of (seed, the prefix's step, tensor, row, element): the same whoever else is trained."""
-        step = torch.from_numpy(steps).to(flat[0].device)[:, None, None]
+        step = (torch.from_numpy(steps).to(flat[0].device) + self.seeds * GOLDEN)[:, None, None]
         row = torch.arange(self.length, device=flat[0].device)[None, :, None]
         keep = []
         for i, t in enumerate(flat):
             element = torch.arange(t[0].numel(), device=t.device)[None, None]
-            bits = mix(mix(mix(mix(step + self.seed * GOLDEN) + i) + row) + element)
+            bits = mix(mix(mix(mix(step) + i) + row) + element)
             uniform = (bits >> 9).to(t.dtype) / 2**23
-            keep.append(((uniform >= self.dropout).to(t.dtype) / (1 - self.dropout)).view(t.shape))
+            factor = (uniform >= self.dropout).to(t.dtype) / (1 - self.dropout)
+            keep.append(torch.where(row < self.frozen, 1.0, factor).view(t.shape))
         return keep
 
 
@@ -190,38 +227,71 @@ class _StackedMLP(nn.Module):
         config: PrefixConfig,
         init: Sequence[list[LayerKV] | None],
         start: list[LayerKV] | None,
-        seed: int,
+        seeds: Sequence[int],
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.shape, n, p = shapes[0], len(init), config.prefix_length
-        width, hidden = self.shape.num_kv_heads * self.shape.head_dim, config.encoder_hidden_size
-        with torch.random.fork_rng(devices=[]):  # in the order in which PEFT draws them: a run with its seed starts at its weights
-            torch.manual_seed(seed)
-            embedding, first, second = nn.Embedding(p, width), nn.Linear(width, hidden), nn.Linear(hidden, 2 * len(shapes) * width)
-
-        def stacked(t: Tensor) -> nn.Parameter:
-            return nn.Parameter(t.detach().to(device, dtype).expand(n, *t.shape).clone())
-
-        self.embedding, self.w1, self.b1 = stacked(embedding.weight), stacked(first.weight.T), stacked(first.bias)
-        self.w2, self.b2 = stacked(second.weight.T), stacked(second.bias)
+        self.shape = shapes[0]
+        drawn = {s: _draw_mlp(len(shapes), self.shape.num_kv_heads * self.shape.head_dim, config, s) for s in set(seeds)}
+        self.embedding, self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(torch.stack([drawn[s][i] for s in seeds]).to(device, dtype)) for i in range(5))
         self.start = start
-        self.from_text = torch.tensor([kv is not None for kv in init], device=device)
-        if start is not None:
+        self.given = torch.tensor([kv is not None for kv in init], device=device)
+        if start is not None and config.fit_steps:
+            self._fit(start, [(s, id(kv)) for s, kv in zip(seeds, init, strict=True)], config.fit_steps)
+            self.start = None
+        elif start is not None:
             with torch.no_grad():
-                self.w2[self.from_text] = 0
-                self.b2[self.from_text] = 0
+                self.w2[self.given] = 0
+                self.b2[self.given] = 0
 
     def forward(self) -> list[Tensor]:
         """Per layer keys and values ``[n * P, H, D]``, flattened to one list k0, v0, k1, ..."""
-        hidden = torch.tanh(torch.baddbmm(self.b1[:, None], self.embedding, self.w1))
-        flat = torch.baddbmm(self.b2[:, None], hidden, self.w2)  # [n, P, 2 * L * E]
-        layers = flat.flatten(0, 1).unflatten(1, (-1, self.shape.num_kv_heads, self.shape.head_dim)).unbind(1)
+        layers = self._unbind(_run_mlp(self.embedding, self.w1, self.b1, self.w2, self.b2))
         if self.start is None:
             return list(layers)
-        given = self.from_text.repeat_interleave(self.embedding.shape[1])[:, None, None]
+        given = self.given.repeat_interleave(self.embedding.shape[1])[:, None, None]
         return [made + torch.where(given, base, 0) for made, base in zip(layers, (t for kv in self.start for t in kv), strict=True)]
+
+    def _unbind(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return flat.flatten(0, 1).unflatten(1, (-1, self.shape.num_kv_heads, self.shape.head_dim)).unbind(1)
+
+    def _fit(self, start: list[LayerKV], kinds: list[tuple[int, int]], steps: int) -> None:
+        """Adam on the squared distance to the given keys and values (Li & Liang's low-data start); equal starts are fitted once.
+
+        Source:
+            Their ``lowdata_init_train3``: 500 steps at 1e-4 on the linear layers, not on the embedding.
+        """
+        first = {kind: i for i, kind in reversed(list(enumerate(kinds))) if bool(self.given[i])}
+        numbers = torch.tensor(list(first.values()), device=self.given.device)
+        p = self.embedding.shape[1]
+        goal = torch.stack([t.unflatten(0, (-1, p))[numbers] for kv in start for t in kv], 2).flatten(2)  # [unique, P, 2 * L * E]
+        with torch.enable_grad():
+            linear = [t.detach()[numbers].requires_grad_() for t in (self.w1, self.b1, self.w2, self.b2)]
+            optimizer = torch.optim.Adam(linear, lr=1e-4)
+            for _ in range(steps):
+                optimizer.zero_grad()
+                (_run_mlp(self.embedding.detach()[numbers], *linear) - goal).square().mean((1, 2)).sum().backward()
+                optimizer.step()
+        place = {kind: i for i, kind in enumerate(first)}
+        with torch.no_grad():
+            where = torch.tensor([place[k] for k in kinds if k in place], device=self.given.device)
+            for own, fitted in zip((self.w1, self.b1, self.w2, self.b2), linear, strict=True):
+                own[self.given] = fitted.detach()[where]
+
+
+def _draw_mlp(layers: int, width: int, config: PrefixConfig, seed: int) -> tuple[Tensor, ...]:
+    """Weights of one network, in the order in which PEFT draws them: a run with its seed starts at its weights."""
+    dim, hidden = config.embedding_dim or width, config.encoder_hidden_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        embedding, first, second = nn.Embedding(config.length, dim), nn.Linear(dim, hidden), nn.Linear(hidden, 2 * layers * width)
+    return tuple(t.detach() for t in (embedding.weight, first.weight.T, first.bias, second.weight.T, second.bias))
+
+
+def _run_mlp(embedding: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """``[n, P, 2 * L * E]``."""
+    return torch.baddbmm(b2[:, None], torch.tanh(torch.baddbmm(b1[:, None], embedding, w1)), w2)
 
 
 def _pairs(flat: list[Tensor]) -> list[LayerKV]:

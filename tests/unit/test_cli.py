@@ -112,7 +112,7 @@ MISTAKES = {
     "a name that is no folder": (("train", "{folder}", "../x={data}", "-o", "{tmp}/p"), 1, "'../x' cannot be a folder"),
     "unknown task": ((*TRAIN, "--task", "nlg"), 1, "task: expected one of e2e, webnlg, dart"),
     "init of no folder": ((*TRAIN, "--init", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
-    "unknown dtype": ((*TRAIN, "--dtype", "int8"), 1, "dtype: expected 'auto' or one of"),
+    "unknown dtype": ((*TRAIN, "--dtype", "int8"), 2, "'int8' is not one of 'auto', 'float32'"),
     "no options file": ((*TRAIN, "--config", "{tmp}/none.yaml"), 1, "--config {tmp}/none.yaml: cannot be read"),
     "broken options file": ((*TRAIN, "--config", "{tmp}/broken.yaml"), 1, "--config {tmp}/broken.yaml: cannot be read"),
     "a list of options": ((*TRAIN, "--config", "{tmp}/list.yaml"), 1, "expected a mapping of options, got list"),

@@ -16,6 +16,8 @@ UNKNOWN = [
     (TrainConfig, "per_device_train_batch_size", "batch_size"),
     (TrainConfig, "gradient_accumulation_steps", "token_budget"),
     (TrainConfig, "epochs", "num_train_epochs"),
+    (TrainConfig, "eval_strategy", "eval_steps"),
+    (TrainConfig, "load_best_model_at_end", "metric_for_best_model"),
     (TrainConfig, "lr", "learning_rate"),
     (TrainConfig, "learning_rates", "learning_rate"),
     (GenerationParams, "max_tokens", "max_new_tokens"),
@@ -34,6 +36,13 @@ WRONG_TYPE = [
     (PrefixConfig, "reparameterization", "MLP"),
     (PrefixConfig, "reparameterization", None),
     (PrefixConfig, "pos_start", 0),
+    (PrefixConfig, "prefix_length", "words"),
+    (PrefixConfig, "frozen_rows", 1.0),
+    (TrainConfig, "token_budget", "all"),
+    (TrainConfig, "token_budget", True),
+    (TrainConfig, "dtype", "int8"),
+    (TrainConfig, "recipe", None),
+    (TrainConfig, "report_to", "all"),
     (TrainConfig, "max_steps", 1.5),
     (TrainConfig, "max_steps", False),
     (TrainConfig, "shuffle", 1),
@@ -55,6 +64,12 @@ WRONG_RANGE = [
     (PrefixConfig, "encoder_hidden_size", 0),
     (PrefixConfig, "prefix_dropout", -0.1),
     (PrefixConfig, "prefix_dropout", 1.0),
+    (PrefixConfig, "frozen_rows", -1),
+    (PrefixConfig, "frozen_rows", 10),
+    (PrefixConfig, "fit_steps", -1),
+    (PrefixConfig, "embedding_dim", 0),
+    (TrainConfig, "save_steps", 0),
+    (TrainConfig, "early_stopping_patience", 0),
     (TrainConfig, "num_train_epochs", 0.0),
     (TrainConfig, "num_train_epochs", float("inf")),
     (TrainConfig, "max_steps", 0),
@@ -79,6 +94,11 @@ WRONG_RANGE = [
 ]
 RIGHT = [
     (PrefixConfig, "prefix_dropout", 0),
+    (PrefixConfig, "prefix_length", "text"),
+    (PrefixConfig, "frozen_rows", 9),
+    (TrainConfig, "token_budget", "auto"),
+    (TrainConfig, "token_budget", 1),
+    (TrainConfig, "save_steps", None),
     (TrainConfig, "num_train_epochs", 1),
     (TrainConfig, "max_grad_norm", 0.0),
     (TrainConfig, "learning_rate", None),
@@ -119,6 +139,19 @@ def test_a_wrong_type_is_named(cls, name, value):
 def test_a_wrong_range_is_named(cls, name, value):
     with pytest.raises(ConfigError, match=rf"{cls.__name__}\.{name}: expected .*, got {value!r}"):
         cls(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (PrefixConfig, {"fit_steps": 5}, "fit_steps: expected reparameterization='mlp' beside it, got 'auto'"),
+        (TrainConfig, {"early_stopping_patience": 2}, "early_stopping_patience: expected eval_steps beside it"),
+        (TrainConfig, {"early_stopping_patience": 2, "eval_steps": 1, "metric_for_best_model": "last"}, "a metric_for_best_model other than 'last'"),
+    ],
+)
+def test_options_that_need_each_other(cls, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        cls(**fields)
 
 
 @pytest.mark.parametrize(("cls", "name", "value"), RIGHT)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 
@@ -76,14 +76,65 @@ def test_a_gradient_that_is_not_finite_skips_its_prefix_only(bad):
     assert p.grad is None
 
 
-@pytest.mark.parametrize("kind", ["linear", "constant"])
+SCHEDULES = {
+    "linear": get_linear_schedule_with_warmup,
+    "cosine": get_cosine_schedule_with_warmup,
+    "constant": lambda optimizer, warmup, _: get_constant_schedule_with_warmup(optimizer, warmup),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_schedule_is_that_of_transformers(kind, warmup):
     total = 20
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
-    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total) if kind == "linear" else get_constant_schedule_with_warmup(optimizer, warmup)
+    schedule = SCHEDULES[kind](optimizer, warmup, total)
     for step in range(total):
         ours = learning_rates(torch.tensor([step]), torch.tensor([total]), peak=0.5, warmup=warmup, kind=kind)
         assert ours.item() == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-12)
         optimizer.step()
         schedule.step()
+
+
+def test_schedules_of_each_prefix_are_its_own():
+    step, total = torch.tensor([3, 3, 12]), torch.tensor([20, 10, 20])
+    peak, warmup = torch.tensor([0.5, 0.1, 0.2]), torch.tensor([0, 5, 5])
+    ours = learning_rates(step, total, peak=peak, warmup=warmup, kind="linear")
+    each = [learning_rates(step[i], total[i], peak=float(peak[i]), warmup=int(warmup[i]), kind="linear") for i in range(3)]
+    assert ours.tolist() == pytest.approx([float(x) for x in each], abs=1e-9)
+
+
+def test_decay_and_clipping_of_each_prefix_are_its_own():
+    decay, limit = torch.tensor([0.0, 0.3, 0.3], dtype=torch.float64), torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+
+    def run(decay, limit, only=None):
+        p = gradients(0, [(3 * ROWS, 4)])[0].requires_grad_()
+        optimizer = PrefixAdamW([(p, ROWS)], 3, weight_decay=decay)
+        for step in range(4):
+            p.grad = gradients(step + 1, [(3 * ROWS, 4)])[0]
+            optimizer.step(torch.full((3,), 0.1), torch.ones(3, dtype=torch.bool), limit)
+        return p.detach().view(3, ROWS, 4)
+
+    together = run(decay, limit)
+    for i in range(3):
+        assert torch.equal(run(float(decay[i]), float(limit[i]))[i], together[i])
+    assert not torch.equal(run(0.0, 0.0)[1], together[1])
+
+
+def test_a_saved_state_goes_on_to_the_bit():
+    def step(p, optimizer, seed):
+        p.grad = gradients(seed, [(N * ROWS, 4)])[0].float()
+        optimizer.step(torch.full((N,), 0.1), torch.tensor([True, True, seed % 2 == 0, True]), 1.0)
+
+    whole = gradients(0, [(N * ROWS, 4)])[0].float().requires_grad_()
+    optimizer = PrefixAdamW([(whole, ROWS)], N, weight_decay=0.1)
+    for seed in range(3):
+        step(whole, optimizer, seed)
+    saved = {n: t.clone() for n, t in optimizer.state().items()}
+    again = whole.detach().clone().requires_grad_()
+    other = PrefixAdamW([(again, ROWS)], N, weight_decay=0.1)
+    other.load(saved)
+    for seed in range(3, 6):
+        step(whole, optimizer, seed)
+        step(again, other, seed)
+    assert torch.equal(whole, again)

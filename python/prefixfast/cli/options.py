@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 import yaml
 
-from prefixfast.config import Options, unknown_option
+from prefixfast.config import Options, read_yaml, unknown_option
 from prefixfast.errors import ConfigError
 
 
-def flags(*configs: type[Options]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a flag for every field of ``configs`` and ``--config FILE`` to a command.
+def flags(*configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a flag for every field of ``configs``, ``--config FILE`` and ``--print-config`` to a command.
 
     The command receives ``fields: dict``: values of the file, overridden by the flags that were given.
+
+    Args:
+        configs: Their fields are the flags.
+        resolve: Called like the command: the options that it would work with, for ``--print-config``; by default the defaults under the given ones.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -26,11 +30,16 @@ def flags(*configs: type[Options]) -> Callable[[Callable[..., None]], Callable[.
         fields = {f.name: (config, f) for config in reversed(configs) for f in dataclasses.fields(config)}  # type: ignore[arg-type] # the first one's name wins
         extra = [_parameter(name, f, get_type_hints(config)[name], config.__name__) for name, (config, f) in fields.items()]
         extra.append(inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CONFIG))
+        extra.append(inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=PRINT))
 
         def command(**given: Any) -> None:
-            path = given.pop("config_file")
+            path, shown = given.pop("config_file"), given.pop("print_config")
             flagged = {n: _value(v, n) for n in fields if (v := given.pop(n)) not in (None, [])}
-            function(**given, fields=_read(path, set(fields)) | flagged)
+            options = _read(path, set(fields)) | flagged
+            if shown:
+                typer.echo(_shown(configs, options if resolve is None else resolve(**given, fields=options)), nl=False)
+            else:
+                function(**given, fields=options)
 
         hints = get_type_hints(function, include_extras=True)
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[p.name]) for p in own] + extra
@@ -43,17 +52,26 @@ def flags(*configs: type[Options]) -> Callable[[Callable[..., None]], Callable[.
 
 
 CONFIG = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the fields below; flags win")]
+PRINT = Annotated[bool, typer.Option("--print-config", help="print all fields below as they would be used, as such a file, and do nothing else")]
+
+
+def _shown(configs: tuple[type[Options], ...], options: Mapping[str, Any]) -> str:
+    """All fields as YAML that ``--config`` reads."""
+    made = [c.make({n: v for n, v in options.items() if n in c.names()}) for c in configs]
+    return str(yaml.safe_dump({n: getattr(c, n) for c in made for n in c.names()}, sort_keys=False, allow_unicode=True))
 
 
 def _parameter(name: str, field: dataclasses.Field[Any], hint: Any, group: str) -> inspect.Parameter:
     default = "" if field.default is None else f" [default: {field.default}]"
     choices = _choices(hint)
-    kind = Literal[choices] if choices else next((k for k in get_args(hint) or (hint,) if k is not type(None)), str)
+    kinds = [k for k in get_args(hint) or (hint,) if k is not type(None) and get_origin(k) is not Literal]
+    kind = Literal[choices] if choices and (not kinds or get_origin(hint) is Literal) else str if choices else next(iter(kinds), str)
     if get_origin(kind) is tuple:  # given several times
         kind = list[str]
     flag = f"--{name.replace('_', '-')}"
     spelt = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    option = typer.Option(spelt, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False)
+    metavar = "|".join((kinds[0].__name__, *choices)) if choices and kind is str else None
+    option = typer.Option(spelt, metavar=metavar, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
 
@@ -64,9 +82,12 @@ def _choices(hint: Any) -> tuple[str, ...]:
 
 
 def _value(value: Any, name: str) -> Any:
+    """A flag's word as a value: booleans of a choice, numbers where a number or a word may stand, several words as a tuple."""
     if isinstance(value, list):
         return tuple(_ids(v, name) if name.endswith("_ids") else v for v in value)
-    return {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return int(value) if value.isdecimal() else {"true": True, "false": False}.get(value, value)
 
 
 def _ids(text: str, name: str) -> tuple[int, ...]:
@@ -81,8 +102,8 @@ def _read(path: Path | None, known: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf8")) or {}
-    except (OSError, yaml.YAMLError) as e:
+        values = read_yaml(path.read_text(encoding="utf8")) or {}
+    except (OSError, UnicodeDecodeError, ConfigError) as e:
         msg = f"--config {path}: cannot be read: {e}"
         raise ConfigError(msg) from e
     if not isinstance(values, dict):

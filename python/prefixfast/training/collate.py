@@ -5,7 +5,7 @@ Shape letters: X examples of the run, n prefixes, N packed tokens, T target toke
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +33,15 @@ class Order:
     first_step: NDArray[np.int64]
 
     @classmethod
-    def draw(cls, examples: Examples, config: TrainConfig) -> Order:
-        """The whole run's order: epochs of ``batch_size`` examples, the last batch of an epoch may be smaller."""
+    def draw(cls, spans: NDArray[np.int64], configs: Sequence[TrainConfig]) -> Order:
+        """The whole run's order: epochs of ``batch_size`` examples, the last batch of an epoch may be smaller.
+
+        Args:
+            spans: int64 ``[n, 2]``: prefix i learns from the examples from ``spans[i, 0]`` to before ``spans[i, 1]``; prefixes may share them.
+            configs: Of each prefix.
+        """
         chosen, sizes, steps = [], [], []
-        for start, end in zip(examples.first[:-1], examples.first[1:], strict=True):
+        for (start, end), config in zip(spans, configs, strict=True):
             count = int(end - start)
             per_epoch = -(-count // config.batch_size)
             total = config.max_steps or max(1, round(per_epoch * config.num_train_epochs))
@@ -53,9 +58,10 @@ class Order:
         """int64 ``[n]``: optimizer steps of each prefix."""
         return np.diff(self.first_step)
 
-    def at(self, step: int) -> tuple[NDArray[np.int64], Ints]:
-        """Examples of the given step of every prefix that has one, and the prefix of each."""
-        prefixes = np.flatnonzero(step < self.total)
+    def at(self, step: int, active: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int64], Ints]:
+        """Examples of the given step of every prefix that has one (and is active), and the prefix of each."""
+        has = step < self.total
+        prefixes = np.flatnonzero(has if active is None else has & active)
         j = self.first_step[prefixes] + step
         index = ragged(self.step_indptr[j], self.step_indptr[j + 1])
         return self.examples[index], np.repeat(prefixes, self.step_indptr[j + 1] - self.step_indptr[j]).astype(np.int32)

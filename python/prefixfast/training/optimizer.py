@@ -5,6 +5,8 @@ Shape letters: n prefixes, r rows of one prefix in a tensor (P in a leaf, 1 in a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,27 +29,35 @@ class PrefixAdamW:
         num_prefixes: n.
         betas: Decay of the two moments.
         eps: Added to the denominator.
-        weight_decay: Decoupled decay.
+        weight_decay: Decoupled decay, one for all or fp64 ``[n]``.
 
     Source:
         Loshchilov & Hutter 2019 (arXiv:1711.05101), as torch.optim.AdamW computes it.
     """
 
     def __init__(
-        self, params: list[tuple[Tensor, int]], num_prefixes: int, *, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+        self,
+        params: list[tuple[Tensor, int]],
+        num_prefixes: int,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float | Tensor = 0.0,
     ) -> None:
         self.states = [_State(p, r, torch.zeros_like(p), torch.zeros_like(p)) for p, r in params]
-        self.num_prefixes, self.betas, self.eps, self.weight_decay = num_prefixes, betas, eps, weight_decay
+        self.num_prefixes, self.betas, self.eps = num_prefixes, betas, eps
         self.steps = torch.zeros(num_prefixes, dtype=torch.float64, device=params[0][0].device)
+        self.weight_decay = torch.as_tensor(weight_decay, dtype=torch.float64, device=self.steps.device)
+        self._decays = bool((self.weight_decay != 0).any())
 
     @torch.no_grad()
-    def step(self, lr: Tensor, active: Tensor, max_norm: float = 0.0) -> tuple[Tensor, Tensor]:
+    def step(self, lr: Tensor, active: Tensor, max_norm: float | Tensor = 0.0) -> tuple[Tensor, Tensor]:
         """One update of the active prefixes from the tensors' ``grad``, which is cleared.
 
         Args:
             lr: Rate of each prefix ``[n]``.
             active: Bool ``[n]``; the others keep parameters, moments and step count.
-            max_norm: Clip each prefix's gradient to this norm, as torch's clip_grad_norm_; 0 for none.
+            max_norm: Clip each prefix's gradient to this norm, as torch's clip_grad_norm_; one for all or fp64 ``[n]``; 0 for none.
 
         Returns:
             Gradient norms ``[n]`` fp64 and, bool ``[n]``, which prefixes were updated: active ones whose norm is finite.
@@ -55,7 +65,8 @@ class PrefixAdamW:
         norm = self._norms()
         updated = active & norm.isfinite()
         self.steps += updated
-        clip = (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else torch.ones_like(norm)
+        limit = torch.as_tensor(max_norm, dtype=torch.float64, device=norm.device)
+        clip = torch.where(limit > 0, (limit / (norm + 1e-6)).clamp(max=1.0), 1.0)
         beta1, beta2 = self.betas
         rate = torch.where(updated, lr.to(torch.float64), 0.0)
         safe = self.steps.clamp(min=1)
@@ -73,11 +84,21 @@ class PrefixAdamW:
             grad = torch.where(on, grad * by_row(clip), 0.0)
             s.mean.lerp_(grad, by_row(on_size * (1 - beta1)))
             s.square.lerp_(grad * grad, by_row(on_size * (1 - beta2)))
-            if self.weight_decay:
+            if self._decays:
                 s.param.mul_(by_row(1 - rate * self.weight_decay))
             s.param.sub_(by_row(size) * s.mean / (s.square.sqrt() / by_row(root) + self.eps))
             s.param.grad = None
         return norm, updated
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by name, to be saved; what `load` takes."""
+        moments = {f"{kind}.{i}": getattr(s, kind) for i, s in enumerate(self.states) for kind in ("mean", "square")}
+        return {"steps": self.steps, **moments}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        for name, own in self.state().items():
+            own.copy_(state[name])
 
     def _norms(self) -> Tensor:
         """Gradient norm of each prefix: row sums, then rows in order; nothing of another prefix takes part."""
@@ -88,17 +109,18 @@ class PrefixAdamW:
         return total.sqrt()
 
 
-def learning_rates(step: Tensor, total: Tensor, *, peak: float, warmup: int, kind: str) -> Tensor:
-    """Rate of each prefix at its own step, as transformers' get_linear_schedule_with_warmup and get_constant_schedule_with_warmup give it.
+def learning_rates(step: Tensor, total: Tensor, *, peak: float | Tensor, warmup: int | Tensor, kind: str) -> Tensor:
+    """Rate of each prefix at its own step, as transformers' schedules with warm-up give it.
 
     Args:
         step: Steps done so far ``[n]``.
         total: Steps in all ``[n]``.
-        peak: Highest rate.
-        warmup: Steps of the linear rise from zero.
-        kind: ``"linear"`` or ``"constant"``.
+        peak: Highest rate, one or ``[n]``.
+        warmup: Steps of the linear rise from zero, one or ``[n]``.
+        kind: ``"linear"``, ``"cosine"`` or ``"constant"``.
     """
-    step, total = step.to(torch.float64), total.to(torch.float64)
-    rising = step / max(1, warmup)
-    falling = ((total - step) / (total - warmup).clamp(min=1)).clamp(min=0) if kind == "linear" else torch.ones_like(step)
+    step, total, warmup = step.to(torch.float64), total.to(torch.float64), torch.as_tensor(warmup, dtype=torch.float64)
+    rising = step / warmup.clamp(min=1)
+    left = ((total - step) / (total - warmup).clamp(min=1)).clamp(min=0)
+    falling = {"linear": left, "cosine": (1 - torch.cos(math.pi * left)) / 2, "constant": torch.ones_like(step)}[kind]
     return peak * torch.where(step < warmup, rising, falling)

@@ -2,59 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import logging
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from tqdm.auto import tqdm
-
-from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
-from prefixfast.data.rows import Rows, read_rows
+from prefixfast.config import PrefixConfig, TrainConfig
+from prefixfast.data.rows import Rows
 from prefixfast.data.tasks import Task, find_task
-from prefixfast.encoder import PrefixParameters, kv_of, parameter_dtype, text_kv
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.files import replace_file
-from prefixfast.model import Model, borrowed
-from prefixfast.plan import training_plan
+from prefixfast.model import DTYPES, Model, borrowed
 from prefixfast.prefix import Prefix
-from prefixfast.training.collate import MicroBatch, Order, micro_batches
-from prefixfast.training.examples import Examples, tokenize
-from prefixfast.training.optimizer import PrefixAdamW, learning_rates
+from prefixfast.store import PrefixStore
+from prefixfast.training.arguments import ONLY, Given, check_names, gather, settings
+from prefixfast.training.callbacks import Hooks, reporter
+from prefixfast.training.guards import recomputed
+from prefixfast.training.members import make_groups
+from prefixfast.training.output import Output
+from prefixfast.training.results import TrainRun
+from prefixfast.training.run import Job, Run
+from prefixfast.training.start import settle
 
-logger = logging.getLogger(__name__)
-DEFAULT_RATE = {"none": 5e-2, "mlp": 1e-3}
-ONLY = "prefix"  # the name of a lone prefix in logs
-LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class TrainRun(Mapping[str, Prefix]):
-    """The prefixes of a run by name.
-
-    Attributes:
-        prefixes: By name, in the order of the data.
-        metrics: By name: final training loss, evaluation loss if there was one, steps, skipped steps, gradient norm.
-        log: The lines of log.jsonl.
-    """
-
-    prefixes: dict[str, Prefix]
-    metrics: dict[str, dict[str, float]]
-    log: list[dict[str, Any]] = field(repr=False)
-
-    def __getitem__(self, name: str) -> Prefix:
-        return self.prefixes[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.prefixes)
-
-    def __len__(self) -> int:
-        return len(self.prefixes)
+__all__ = ["TrainRun", "base_for", "check_groups", "prepare", "train"]
 
 
 def train(
@@ -62,10 +31,18 @@ def train(
     data: Rows | Mapping[str, Rows],
     *,
     task: str | Task | Mapping[str, Any] | None = None,
+    prefix_column: str | None = None,
     eval_data: Rows | Mapping[str, Rows] | None = None,
-    init: str | Prefix | Mapping[str, Prefix] = "text",
+    init: str | Prefix | Mapping[str, Prefix] | None = None,
     init_text: str | None = None,
+    on_top_of: Prefix | str | None = None,
+    sweep: Mapping[str, Sequence[Any]] | None = None,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    store: PrefixStore | str | Path | None = None,
     output_dir: str | Path | None = None,
+    resume: bool = False,
+    on_error: Literal["isolate", "raise"] = "isolate",
+    callbacks: Sequence[Any] = (),
     prefix_config: PrefixConfig | Mapping[str, Any] | None = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
     progress: bool | None = None,
@@ -78,255 +55,152 @@ def train(
         data: Rows (a file, or an iterable of mappings) for one prefix; a mapping of names to rows for one prefix each, trained in the same batches with
             the result that each would have alone.
         task: ``"e2e"``, ``"table"``, ``"prompt"``, a `Task`, or None: told by the rows' keys.
-        eval_data: Held-out rows, like ``data``.
-        init: ``"text"`` (the keys and values of words), ``"random"``, ``"zero"``, a prefix, or a prefix for each name.
+        prefix_column: The key of plain rows that names each row's prefix: one prefix for each of its values.
+        eval_data: Held-out rows: for all prefixes, or by name (or with ``prefix_column``) like ``data``.
+        init: ``"text"`` (the keys and values of words), ``"random"``, ``"zero"``, a prefix, or a prefix for each name; by default the recipe's, ``"text"``.
         init_text: The words of ``init="text"``; by default the task's.
-        output_dir: Prefixes and ``log.jsonl`` go there: the prefix itself, or one folder a name.
+        on_top_of: A prefix (or its name in ``store``) that stays as it is and comes before each new one, in training as in ``generate(..., [[it, new]])``.
+        sweep: By field (or ``init``) a list of values: every combination is trained, in the same batches where the field may differ by prefix
+            (`prefixfast.training.members.PER_PREFIX`); see `TrainRun.best`.
+        overrides: By name, fields of that prefix alone: ``{"ann": {"learning_rate": 1e-3}}``.
+        store: A `PrefixStore` or its path: each prefix is put there at once when it finishes (plain rows as ``"prefix"``).
+        output_dir: Prefixes, ``log.jsonl``, ``failed.jsonl`` and checkpoints go there: the prefix itself, or one folder a name.
+        resume: Go on from the checkpoint in ``output_dir``, if there is one; on a CPU the result is that of the uncut run, to the bit.
+        on_error: With several prefixes: what happens when one fails by its rows or its numbers. ``"isolate"``: it is reported in `TrainRun.failed` and
+            the others go on; ``"raise"``.
+        callbacks: Objects with some of the hooks of `prefixfast.training.callbacks.Callback`.
         prefix_config: What is learned.
         config: How it is learned.
         progress: Show a bar; None: when standard error is a terminal.
         fields: Fields of `TrainConfig` or `PrefixConfig`, over ``config`` and ``prefix_config``.
 
     Returns:
-        A `Prefix` for plain rows, a `TrainRun` for a mapping.
+        A `Prefix` for plain rows, a `TrainRun` for a mapping, a ``prefix_column`` or a sweep.
 
     Raises:
-        ConfigError: For options that do not fit.
+        ConfigError: For options that do not fit, and for a checkpoint of another run.
         DataError: For malformed rows.
+        BaseMismatchError: For a given prefix of another base.
+        CapacityError: If memory runs out on a single example.
+        KeyboardInterrupt: When interrupted; with ``output_dir`` after a checkpoint.
+
+    Example:
+        >>> rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+4=", "completion": "7"}]
+        >>> prefix = train(base, rows, prefix_length=4, max_steps=2)
+        >>> prefix.length, prefix.training["metrics"]["steps"]
+        (4, 2.0)
+        >>> users = train(base, {"ann": rows, "bob": rows[:1], "eve": [{}]}, task="prompt", max_steps=2, output_dir="users", resume=True)
+        >>> list(users), list(users.failed), users.metrics["bob"]["examples"]
+        (['ann', 'bob'], ['eve'], 1.0)
 
     Source:
         Li & Liang 2021 (arXiv:2101.00190).
     """
-    explicit = frozenset(fields) | (
-        frozenset(prefix_config) if isinstance(prefix_config, Mapping) else frozenset(PrefixConfig.names() if prefix_config else ())
-    )
-    prefix_config, config = _configs(prefix_config, config, fields)
-    many = isinstance(data, Mapping)
-    rows_of = {str(k): read_rows(v) for k, v in data.items()} if isinstance(data, Mapping) else {ONLY: read_rows(data)}
-    if not rows_of:
-        msg = "data: expected at least one name with rows, got an empty mapping"
-        raise DataError(msg)
-    eval_of = (
-        None
-        if eval_data is None
-        else {str(k): read_rows(v) for k, v in eval_data.items()}
-        if isinstance(eval_data, Mapping)
-        else dict.fromkeys(rows_of, read_rows(eval_data))
-    )
-    if eval_of is not None and set(eval_of) != set(rows_of):
-        msg = f"eval_data: expected the names of data, got {sorted(set(eval_of) ^ set(rows_of))} in one of them only"
+    kept = PrefixStore(store) if isinstance(store, str | Path) else store
+    job, chosen = prepare(
+        data, task=task, prefix_column=prefix_column, eval_data=eval_data, init=init, init_text=init_text, on_top_of=on_top_of, sweep=sweep,
+        overrides=overrides, store=kept, resume=resume, on_error=on_error, callbacks=callbacks, prefix_config=prefix_config, config=config, fields=fields,
+    )  # fmt: skip
+    single = job.given.single and sweep is None
+    folder = None if output_dir is None else Path(output_dir)
+    if resume and folder is None:
+        msg = "resume: expected output_dir beside it, where the checkpoint lies"
         raise ConfigError(msg)
-    if output_dir is not None and many:
-        _check_names(rows_of)
-    first = next(iter(rows_of.values()))[0]
-    found = Task("input_ids") if "input_ids" in first and task is None else find_task(task, first)
-    with borrowed(model) as base:
-        folder = None if output_dir is None else Path(output_dir)
-        run = _Run(base, rows_of, eval_of, found, init, init_text, prefix_config, config, folder, single=not many, explicit=explicit).run(progress)
-    return run if many else run.prefixes[ONLY]
+    if folder is not None and not single:
+        check_names([*(m.name for g in job.groups for m in g.members), *job.given.failed])
+    if chosen.report_to != "none":
+        job.hooks.callbacks.append(reporter(chosen.report_to, None if folder is None else str(folder)))
+    output = Output(folder, kept, single=single)
+    runs: list[Run] = []
+    with base_for(model, chosen) as base, recomputed(base, chosen.gradient_checkpointing):
+        check_groups(base, job)
+        for number in range(len(job.groups)):
+            run = Run(base, job, number, output)
+            if not runs:  # everything of the first group is checked: what an earlier run left may go
+                output.open(resume=resume)
+                output.write_failed(job.given.failed)
+            run.run(progress)
+            runs.append(run)
+    result = _result(runs, job, output)
+    job.hooks.call("on_train_end", result)
+    return result.prefixes[ONLY] if single else result
 
 
-def _configs(prefix_config: Any, config: Any, fields: dict[str, Any]) -> tuple[PrefixConfig, TrainConfig]:
-    known = (*TrainConfig.names(), *PrefixConfig.names())
-    for name in fields:
-        if name not in known:
-            raise ConfigError(unknown_option(name, known, "train"))
-    own = {k: v for k, v in fields.items() if k in PrefixConfig.names()}
-    return PrefixConfig.make(prefix_config, **own), TrainConfig.make(config, **{k: v for k, v in fields.items() if k not in own})
-
-
-class _Run:
-    """The state of one run."""
-
-    def __init__(
-        self, model: Model, rows_of: dict[str, Any], eval_of: dict[str, Any] | None, task: Task, init: Any, init_text: str | None,
-        prefix_config: PrefixConfig, config: TrainConfig, output_dir: Path | None, *, single: bool,
-        explicit: frozenset[str],
-    ) -> None:  # fmt: skip
-        self.model, self.task, self.config, self.names, self.output_dir = model, task, config, list(rows_of), output_dir
-        self.single = single
-        given = _given_prefixes(model, init, self.names)
-        self.window = next(iter(given.values())).window if given else "slide"
-        if given:
-            prefix_config = _conventions(prefix_config, given, explicit)
-        start = [kv_of(p, len(model.layers)) for p in given.values()] if given else _initial(model, task, init, init_text, len(self.names), prefix_config)
-        self.prefix_config = prefix_config
-        self.mlp = prefix_config.reparameterization == "mlp" or (prefix_config.reparameterization == "auto" and init in ("random", "zero"))
-        self.peak = config.learning_rate or DEFAULT_RATE["mlp" if self.mlp else "none"]
-        self.pos_start = prefix_config.prefix_length if prefix_config.pos_start == "after" else 0
-        limit = model.max_positions - self.pos_start
-        limit = min(limit, config.max_length or limit)
-        self.examples = tokenize(model, rows_of, task, config, limit)
-        self.eval_examples = None if eval_of is None else tokenize(model, {n: eval_of[n] for n in self.names}, task, config, limit)
-        self.order = Order.draw(self.examples, config)
-        dtype = parameter_dtype(model.dtype)
-        self.params = PrefixParameters.make(model.layers, start, prefix_config, mlp=self.mlp, seed=config.seed, dtype=dtype, device=model.device)
-        self.optimizer = PrefixAdamW(self.params.params, len(self.names), weight_decay=config.weight_decay)
-        flags = np.array([[self.pos_start, int(self.window == "slide")]] * len(self.names), np.int32)
-        self.prefix_rows = np.concatenate([self.params.rows, flags], 1)
-        self.log: list[dict[str, Any]] = []
-        self.skipped = torch.zeros(len(self.names), dtype=torch.int64)
-        self.evaluation: torch.Tensor | None = None
-        self.start = time.perf_counter()
-        if output_dir is not None:
-            output_dir.mkdir(parents=True, exist_ok=True)
-            replace_file(output_dir / LOG, b"")
-
-    def run(self, progress: bool | None) -> TrainRun:
-        """All steps, evaluation, saving."""
-        steps, total = int(self.order.total.max()), torch.from_numpy(self.order.total)
-        logger.info(
-            "training %d prefixes of %d rows (%s, %d numbers each) for up to %d steps at rate %g: %d examples, longest %d tokens, %d skipped, %d truncated",
-            len(self.names), self.params.length, "mlp" if self.mlp else "flat", self.params.num_trained, steps, self.peak, len(self.examples.targets),
-            self.examples.lengths.max(), self.examples.skipped, self.examples.truncated,
-        )  # fmt: skip
-        last = torch.zeros(len(self.names), dtype=torch.float64)
-        with tqdm(total=steps, desc="train", unit="step", disable=None if progress is None else not progress) as bar:
-            for step in range(steps):
-                now, losses, norms, updated = self._step(step, total)
-                last = torch.where(now, losses, last)
-                bar.update()
-                if (step + 1) % self.config.logging_steps == 0 or step + 1 == steps:
-                    mean = float(losses[now].mean())
-                    bar.set_postfix(loss=f"{mean:.3f}")
-                    self._record(step=step + 1, loss=mean, grad_norm=float(norms[now].mean()), prefixes=int(now.sum()), updated=int(updated.sum()))
-                if self.eval_examples is not None and (step + 1 == steps or (self.config.eval_steps and (step + 1) % self.config.eval_steps == 0)):
-                    self.evaluation = self._evaluate(self.eval_examples)
-                    self._record(step=step + 1, eval_loss=float(self.evaluation.mean()))
-        return self._finish(last)
-
-    def _step(self, step: int, total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One optimizer step of every prefix that has one left."""
-        chosen, prefix = self.order.at(step)
-        self.params.refresh(np.full(len(self.names), step, np.int64))
-        losses = torch.zeros(len(self.names), dtype=torch.float64)
-        sums = self.config.loss == "sequence_sum"
-        for micro in micro_batches(self.examples, chosen, prefix, token_budget=self.config.token_budget, sequence_sum=sums, device=self.model.device):
-            weighted = self._losses(micro) * micro.weights.to(self.params.params[0][0].dtype)
-            weighted.sum().backward()
-            losses.index_add_(0, micro.target_prefix.cpu(), weighted.detach().double().cpu())
-        self.params.backward()
-        now = step < total
-        lr = learning_rates(torch.full_like(total, step), total, peak=self.peak, warmup=self.config.warmup_steps, kind=self.config.lr_scheduler_type)
-        device = self.model.device
-        norms, updated = self.optimizer.step(lr.to(device), now.to(device), self.config.max_grad_norm)
-        self.skipped += now & ~updated.cpu()
-        return now, losses, norms.cpu(), updated.cpu()
-
-    def _losses(self, micro: MicroBatch) -> torch.Tensor:
-        """Cross-entropy of every target token ``[T]``."""
-        indptr = np.arange(len(micro.lengths) + 1, dtype=np.int32)
-        plan = training_plan(micro.lengths, indptr, micro.prefix, self.prefix_rows, self.params.leaves, backend=self.model.backend, device=self.model.device)
-        return self.model.losses(plan.with_logits_at(micro.logits_at), micro.ids, micro.targets)
-
-    @torch.no_grad()
-    def _evaluate(self, examples: Examples) -> torch.Tensor:
-        """Mean loss of a target token, by prefix."""
-        saved, self.params.dropout = self.params.dropout, 0.0
-        self.params.refresh(np.zeros(len(self.names), np.int64))
-        total, count = (torch.zeros(len(self.names), dtype=torch.float64) for _ in range(2))
-        prefix = np.repeat(np.arange(len(self.names), dtype=np.int32), np.diff(examples.first))
-        everything = np.arange(len(prefix), dtype=np.int64)
-        for micro in micro_batches(examples, everything, prefix, token_budget=self.config.token_budget, sequence_sum=False, device=self.model.device):
-            where = micro.target_prefix.cpu()
-            total.index_add_(0, where, self._losses(micro).double().cpu())
-            count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
-        self.params.dropout = saved
-        return total / count
-
-    def _record(self, **values: Any) -> None:
-        line = {"seconds": round(time.perf_counter() - self.start, 3), **values}
-        self.log.append(line)
-        if self.output_dir is not None:
-            with (self.output_dir / LOG).open("a", encoding="utf8") as f:
-                f.write(json.dumps(line) + "\n")
-
-    def _finish(self, last: torch.Tensor) -> TrainRun:
-        prefixes, metrics = {}, {}
-        for i, (name, kv) in enumerate(zip(self.names, self.params.extract(), strict=True)):
-            metrics[name] = {"loss": float(last[i]), "steps": float(self.order.total[i]), "skipped_steps": float(self.skipped[i])}
-            if self.evaluation is not None:
-                metrics[name]["eval_loss"] = float(self.evaluation[i])
-            if self.skipped[i]:
-                logger.warning(
-                    "prefix %r: %d of %d steps were skipped because the gradient was not finite", name, int(self.skipped[i]), int(self.order.total[i])
-                )
-            training = {
-                "num_trained": self.params.num_trained,
-                "metrics": metrics[name],
-                "config": _plain(self.config),
-                "prefix_config": _plain(self.prefix_config),
-            }
-            linearizer = None if self.task.name == "input_ids" else self.task.spec()
-            prefixes[name] = Prefix(
-                kv, self.pos_start, self.window, base=self.model.fingerprint, linearizer=linearizer, decoding=dict(self.task.decoding), training=training
-            )
-            if self.output_dir is not None:
-                prefixes[name].save_pretrained(self.output_dir if self.single else self.output_dir / name)
-        self._record(metrics=metrics)
-        return TrainRun(prefixes, metrics, self.log)
-
-
-def _given_prefixes(model: Model, init: Any, names: list[str]) -> dict[str, Prefix]:
-    """The prefix that each name starts from; empty if ``init`` is a word."""
-    if not isinstance(init, Prefix | Mapping):
-        return {}
-    given = dict.fromkeys(names, init) if isinstance(init, Prefix) else init
-    if missing := [n for n in names if not isinstance(given.get(n), Prefix)]:
-        msg = f"init: expected a prefix for every name of data, got none for {missing[:5]}"
+def prepare(
+    data: Any, *, task: Any, prefix_column: str | None, eval_data: Any, init: Any, init_text: str | None, on_top_of: Any, sweep: Any, overrides: Any,
+    store: PrefixStore | None, resume: bool, on_error: str, callbacks: Sequence[Any], prefix_config: Any, config: Any, fields: Mapping[str, Any],
+) -> tuple[Job, TrainConfig]:  # fmt: skip
+    """Check everything that needs no model; see `train`. Returns the job and the options that all groups share."""
+    if on_error not in ("isolate", "raise"):
+        msg = f"on_error: expected 'isolate' or 'raise', got {on_error!r}"
         raise ConfigError(msg)
-    for n in names:
-        model.check_prefix(given[n], f"init of {n!r}")
-    if len({(given[n].length, given[n].pos_start, given[n].window) for n in names}) != 1:
-        msg = "init: expected prefixes of one length, pos_start and window; train the others in a run of their own"
+    hooks = Hooks(callbacks)
+    settings(config, prefix_config, fields, init=init, init_text=init_text, task="")  # refuse wrong options before reading rows
+    given = gather(data, eval_data, prefix_column, isolate=on_error == "isolate")
+    found = _task(given, task)
+    chosen = settings(config, prefix_config, fields, init=init, init_text=init_text, task=found.name)
+    groups = make_groups(given.rows, chosen, overrides=overrides, sweep=sweep, single=given.single, known=given.failed)
+    members = [m.config for g in groups for m in g.members]
+    if eval_data is None and any(c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in members):
+        msg = "early_stopping_patience and metric_for_best_model='eval_loss': expected eval_data beside them"
         raise ConfigError(msg)
-    return {n: given[n] for n in names}
-
-
-def _conventions(config: PrefixConfig, given: Mapping[str, Prefix], explicit: frozenset[str]) -> PrefixConfig:
-    """Length and positions are those of the given prefixes; options that say otherwise are errors."""
-    first = next(iter(given.values()))
-    if first.pos_start not in (0, first.length):
-        msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got pos_start {first.pos_start} of {first.length} rows"
-        raise ConfigError(msg)
-    kept = {"prefix_length": first.length, "pos_start": "after" if first.pos_start else "zero"}
-    for name in explicit & set(kept):
-        if getattr(config, name) != kept[name]:
-            msg = f"{name}: the given init has {kept[name]!r}, got {getattr(config, name)!r}; leave it out"
+    if isinstance(on_top_of, str):
+        if store is None:
+            msg = f"on_top_of: expected a Prefix, or a store beside the name {on_top_of!r}"
             raise ConfigError(msg)
-    return PrefixConfig.make(config, **kept)
-
-
-def _initial(model: Model, task: Task, init: Any, init_text: str | None, count: int, config: PrefixConfig) -> list[list[Any] | None]:
-    """Keys and values that each of ``count`` prefixes starts from; None: random."""
-    if init_text is not None and init != "text":
-        msg = f"init_text: expected only with init='text', got init={init!r:.40}"
+        on_top_of = store[on_top_of]
+    if on_top_of is not None and not isinstance(on_top_of, Prefix):
+        msg = f"on_top_of: expected a Prefix or a name in the store, got {type(on_top_of).__name__}"
         raise ConfigError(msg)
-    if init == "text":
-        words = init_text or task.init_text
-        (ids,) = model.need_tokenizer().encode([words])
-        if not len(ids):
-            msg = f"init_text: expected at least one token, got {words!r}"
+    isolate = on_error == "isolate" and not given.single
+    return Job(given, found, groups, chosen.init_text, chosen.explicit | {*(sweep or ())}, on_top_of, isolate, hooks, resume), chosen.config
+
+
+def check_groups(model: Model, job: Job) -> None:
+    """Refuse what does not fit the model, for all groups before the first is trained."""
+    for group in job.groups:
+        settle(model, group.members, group.prefix_config, job.explicit, job.task, job.init_text)
+    if job.on_top_of is not None:
+        model.check_prefix(job.on_top_of, "on_top_of")
+
+
+def _task(given: Given, task: Any) -> Task:
+    """The task that was given, or that of the first prefix whose rows tell one."""
+    rows = list(given.rows.values())
+    for i, own in enumerate(rows):
+        if task is None and "input_ids" in own[0]:
+            return Task("input_ids")
+        try:
+            return find_task(task, own[0])
+        except DataError:
+            if i + 1 == len(rows):
+                raise
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def base_for(model: Any, config: TrainConfig) -> Iterator[Model]:
+    """The base for the time of a run, in the dtype that was asked for.
+
+    Raises:
+        ConfigError: For a model that cannot work, or one that has another dtype already.
+    """
+    how = {"dtype": config.dtype} if isinstance(model, str | Path) else {}
+    with borrowed(model, **how) as base:
+        if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:
+            msg = f"dtype: the given model computes in {base.dtype}, got {config.dtype!r}; load it so, or leave dtype out"
             raise ConfigError(msg)
-        if len(ids) != config.prefix_length:
-            logger.info(
-                "init text has %d tokens: %s to the prefix's %d rows", len(ids), "cut" if len(ids) > config.prefix_length else "repeated", config.prefix_length
-            )
-        return [text_kv(model, ids.tolist(), config.prefix_length)] * count
-    if init == "zero":
-        return [[(torch.zeros(config.prefix_length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]] * count
-    if init == "random":
-        return [None] * count
-    msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {init!r:.80}"
-    raise ConfigError(msg)
+        yield base
 
 
-def _plain(config: PrefixConfig | TrainConfig) -> dict[str, Any]:
-    return {n: getattr(config, n) for n in config.names()}
-
-
-def _check_names(names: Iterable[str]) -> None:
-    for name in names:
-        if name in ("", ".", "..", LOG) or {"/", "\\", "\0"} & set(name):
-            msg = f"prefix name {name!r} cannot be a folder of output_dir; rename it"
-            raise ConfigError(msg)
+def _result(runs: Sequence[Run], job: Job, output: Output) -> TrainRun:
+    """The prefixes of all groups in the order of the data."""
+    prefixes = {n: p for run in runs for n, p in run.prefixes.items()}
+    metrics = {n: told["metrics"] for run in runs for n, told in run.finished.items()}
+    place = {name: i for i, name in enumerate(job.given.rows)}
+    members = sorted((m for g in job.groups for m in g.members), key=lambda m: place[m.source])
+    order = [m.name for m in members if m.name in prefixes]
+    if not (output.log and "metrics" in output.log[-1]):
+        output.record(metrics={n: metrics[n] for n in order})
+    variants = {m.name: {"of": m.source, **m.variant} for m in members if m.variant}
+    return TrainRun({n: prefixes[n] for n in order}, {n: metrics[n] for n in order}, output.log, dict(job.given.failed), variants)
