@@ -30,6 +30,7 @@ class Task:
         strip: Whether generated text loses leading and trailing space.
         init_text: The task in words, to start a prefix from.
         decoding: Default generation parameters.
+        bad_words: Texts that generation never chooses; training writes their tokens into the prefix's own parameters (``bad_words_ids``).
         input: Format of the rows, a key of `FORMATS`; None: ``"table"`` with a linearizer, else ``"prompt"``.
         loss_on: Of ``messages``: ``"last"`` the last answer, ``"assistant"`` every turn that the chat template marks with ``{% generation %}``, ``"all"`` every
             token but the first; ``"auto"``: ``"assistant"`` if the template has such marks, else ``"last"``.
@@ -51,10 +52,15 @@ class Task:
     strip: bool = False
     init_text: str = "Answer the request:"
     decoding: Mapping[str, Any] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
     input: str | None = None
     loss_on: str = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.bad_words, str) or not all(isinstance(w, str) and w for w in self.bad_words):
+            msg = f"task {self.name!r}: bad_words: expected texts that are not empty, got {self.bad_words!r:.80}"
+            raise ConfigError(msg)
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
         for name, known in (("input", (None, *FORMATS)), ("loss_on", LOSS_ON)):
             if getattr(self, name) not in known:
                 msg = f"task {self.name!r}: {name}: expected one of {known}, got {getattr(self, name)!r}"
@@ -136,7 +142,7 @@ class Task:
             raise ConfigError(msg)
         for f in dataclasses.fields(cls):
             value = spec.get(f.name, f.default)
-            kind = Mapping if f.name == "decoding" else bool if f.name == "strip" else str
+            kind = {"decoding": Mapping, "strip": bool, "bad_words": Sequence}.get(f.name, str)
             missing = f.name == "name" and "name" not in spec
             if missing or (f.name in spec and not isinstance(value, kind) and not (f.name in ("linearizer", "input") and value is None)):
                 msg = f"task: {f.name}: expected {kind.__name__.lower()}, got {'nothing' if missing else repr(value)}"
@@ -215,6 +221,7 @@ AUTHORS: dict[str, Any] = {
     "strip": True,
     "init_text": "table-to-text:",
     "decoding": {"num_beams": 5, "max_new_tokens": 100},
+    "bad_words": ("\n\n", "\n"),  # their bad_words_ids, [[628], [198]]
 }
 E2E = Task("e2e", _rust.Linearizer.e2e().spec, **AUTHORS)
 WEBNLG = Task("webnlg", _rust.Linearizer.webnlg().spec, **AUTHORS)
