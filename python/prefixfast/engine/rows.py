@@ -80,7 +80,7 @@ class Rows:
         self.greedy, self._beams = Greedy(count, self.eos), dict[int, Beam]()
         self.sampler, self.rules = Sampler(count, table.device), Rules(count, table.shape[1], self.eos)
         self.beams, self.number, self.left = (np.zeros(count, np.int64) for _ in range(3))  # left: tokens that may still be chosen
-        self.plain, self.drawn = np.ones(count, bool), np.zeros(count, bool)  # plain: the likeliest token and nothing else
+        self.plain, self.drawn, self.ruled = np.ones(count, bool), np.zeros(count, bool), np.zeros(count, bool)  # plain: the likeliest token, no more
         self.told = np.full(count, -1)  # log-probabilities that are asked for, -1: none
 
     def beam(self, beams: int) -> Beam:
@@ -95,7 +95,7 @@ class Rows:
         rows, p = np.arange(row, row + request.rows), request.params
         self.beams[rows], self.number[rows], self.left[rows] = len(rows) if request.search else 1, number, p.max_new_tokens or 1
         self.drawn[rows], self.told[rows] = bool(p.do_sample), -1 if p.logprobs is None else p.logprobs
-        ruled = self.rules.start(rows, request)
+        self.ruled[rows] = ruled = self.rules.start(rows, request)
         self.plain[rows] = not (p.do_sample or ruled or p.logprobs is not None or request.search)
         if request.search:
             self.beam(len(rows)).start(row, p)
@@ -139,7 +139,7 @@ class Rows:
     def _searched(self, logits: Tensor, rows: Numbers, k: int, longest: int) -> Chosen:
         """Rows of requests with k beams."""
         at = to_device(rows, logits.device)
-        ruled = None if all(self.rules.lists[row] is None for row in rows) else (lambda scores: self.rules.apply(scores, rows))
+        ruled = (lambda scores: self.rules.apply(scores, rows)) if self.ruled[rows].any() else None
         choice = self.beam(k).step(logits, at[::k], ruled)
         assert choice.source is not None
         assert choice.finished is not None

@@ -22,12 +22,15 @@ from transformers import (
 )
 
 from prefixfast.engine.request import Request
+from prefixfast.engine.transfer import to_device
 
 Numbers = NDArray[np.int64]
 
 
 def processors_of(request: Request, ends: Tensor) -> LogitsProcessorList:
     """What transformers' ``generate`` would apply for these parameters, in its order, then the request's own; empty without rules.
+
+    Single tokens that may not come are not among them: see `Rules.banned`.
 
     Args:
         request: Resolved.
@@ -38,8 +41,8 @@ def processors_of(request: Request, ends: Tensor) -> LogitsProcessorList:
         made.append(RepetitionPenaltyLogitsProcessor(float(p.repetition_penalty or 1.0)))
     if p.no_repeat_ngram_size:
         made.append(NoRepeatNGramLogitsProcessor(p.no_repeat_ngram_size))
-    if words := [list(word) for word in p.bad_words_ids or () if list(word) not in ends[:, None].tolist()]:
-        made.append(NoBadWordsLogitsProcessor(words, eos_token_id=ends if len(ends) else None))
+    if words := [list(word) for word in p.bad_words_ids or () if len(word) > 1]:
+        made.append(NoBadWordsLogitsProcessor(words))
     if request.processors:
         if p.min_new_tokens and len(ends):
             made.append(MinNewTokensLengthLogitsProcessor(len(request.prompt), p.min_new_tokens, ends))
@@ -60,15 +63,18 @@ class Rules:
         self.ends, self.shape = ends, (rows, longest)
         self.said = torch.zeros(0, 0, dtype=torch.int64)  # [R, longest] once a request needs it
         self.lists: list[LogitsProcessorList | None] = [None] * rows
+        self.banned: list[Numbers | None] = [None] * rows  # tokens that may not come, for all rows of a step at once
         self.length = np.zeros(rows, np.int64)
 
     def start(self, rows: Numbers, request: Request) -> bool:
         """A request takes rows; returns whether it has rules."""
-        made = processors_of(request, self.ends)
+        made, ends = processors_of(request, self.ends), self.ends.tolist()
+        single = [word[0] for word in request.params.bad_words_ids or () if len(word) == 1 and word[0] not in ends]
+        banned = np.array(single, np.int64) if single else None
         for row in rows:
-            self.lists[row] = made or None
+            self.lists[row], self.banned[row] = made or None, banned
         if not made:
-            return False
+            return banned is not None
         if not len(self.said):
             self.said = torch.zeros(self.shape, dtype=torch.int64, device=self.ends.device)
         self.length[rows] = len(request.prompt)
@@ -77,6 +83,10 @@ class Rules:
 
     def apply(self, scores: Tensor, rows: Numbers) -> None:
         """Change scores ``[n, V]`` of rows; rows of one request are neighbours."""
+        tokens = [(i, own) for i, row in enumerate(rows) if (own := self.banned[row]) is not None]
+        if tokens:
+            place = np.repeat([i for i, _ in tokens], [len(own) for _, own in tokens])
+            scores[to_device(place, scores.device), to_device(np.concatenate([own for _, own in tokens]), scores.device)] = -torch.inf
         at = 0
         for _, group in itertools.groupby(rows, key=lambda row: id(self.lists[row])):  # lists of the same processors are equal
             count, first = len(list(group)), int(rows[at])
