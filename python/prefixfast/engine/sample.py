@@ -87,6 +87,8 @@ def _least(probability: Tensor, share: Tensor, first: int) -> tuple[Tensor, Tens
 
 def keep_min_p(scores: Tensor, p: Tensor) -> Tensor:
     """Scores ``[S, V]``, -inf where less than ``p`` ``[S]`` times as likely as the row's likeliest."""
+    if not bool(p.any()):
+        return scores
     return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + p.log()[:, None], -torch.inf)
 
 
@@ -95,9 +97,13 @@ def inverse(probability: Tensor, u: Tensor) -> Tensor:
 
     Never one of probability 0.
     """
-    padded = torch.nn.functional.pad(probability, (0, -probability.shape[1] % PIECE)).unflatten(1, (-1, PIECE))
-    piece, rest = _first_over(padded.sum(-1, dtype=torch.float64), u.double(), share=True)
-    token, _ = _first_over(padded.gather(1, piece[:, None, None].expand(-1, 1, PIECE))[:, 0].double(), rest, share=False)
+    whole = probability.shape[1] // PIECE * PIECE
+    sums = probability[:, :whole].unflatten(1, (-1, PIECE)).sum(-1, dtype=torch.float64)
+    sums = torch.cat([sums, probability[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], 1)
+    piece, rest = _first_over(sums, u.double(), share=True)
+    at = piece[:, None] * PIECE + torch.arange(PIECE, device=piece.device)
+    own = probability.gather(1, at.clamp(max=probability.shape[1] - 1)).double()
+    token, _ = _first_over(own.masked_fill(at >= probability.shape[1], 0.0), rest, share=False)
     return piece * PIECE + token
 
 
