@@ -15,7 +15,7 @@ from prefixfast.cli.options import flags
 from prefixfast.config import PrefixConfig, TrainConfig, read_yaml
 from prefixfast.errors import ConfigError
 
-DATA = typer.Argument(help="rows (.jsonl .json .csv, also .gz) for one prefix, or NAME=FILE for each of several prefixes")
+DATA = typer.Argument(help="rows (.jsonl .json .csv .parquet, also .gz) for one prefix, or NAME=FILE for each of several prefixes")
 DRY_RUN = typer.Option("--dry-run", help="say what the run would take (parameters, memory, time from two measured steps) and write nothing")
 WORDS = ("text", "random", "zero")
 
@@ -37,7 +37,9 @@ def command(
     model: Annotated[str, typer.Argument(help="hub id or folder of the base model")],
     data: Annotated[list[str], DATA],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the prefix, or for one folder a name")],
-    task: Annotated[str | None, typer.Option(help="e2e, table or prompt; by default told by the rows' keys")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; by default told by the rows' keys")
+    ] = None,
     prefix_column: Annotated[str | None, typer.Option(help="the rows' key that names their prefix: one prefix for each of its values")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="held-out rows, like DATA")] = None,
     init: Annotated[str | None, typer.Option(help="text, random, zero, or the folder of a prefix; by default the recipe's, text")] = None,
