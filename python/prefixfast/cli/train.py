@@ -37,9 +37,7 @@ def command(
     model: Annotated[str, typer.Argument(help="hub id or folder of the base model")],
     data: Annotated[list[str], DATA],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the prefix, or for one folder a name")],
-    task: Annotated[
-        str | None, typer.Option(help="e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; by default told by the rows' keys")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; default: by the rows' keys")] = None,
     prefix_column: Annotated[str | None, typer.Option(help="the rows' key that names their prefix: one prefix for each of its values")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="held-out rows, like DATA")] = None,
     init: Annotated[str | None, typer.Option(help="text, random, zero, or the folder of a prefix; by default the recipe's, text")] = None,

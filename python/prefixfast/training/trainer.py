@@ -54,7 +54,7 @@ def train(
         model: Hub id, folder, Hugging Face model (given back as it was) or `Model`.
         data: Rows (a file, or an iterable of mappings) for one prefix; a mapping of names to rows for one prefix each, trained in the same batches with
             the result that each would have alone.
-        task: ``"e2e"``, ``"table"``, ``"prompt"``, a `Task`, or None: told by the rows' keys.
+        task: A name (``"e2e"``, ``"webnlg"``, ``"table"``, ..., see docs/rows.md), a `Task`, or None: told by the rows' keys.
         prefix_column: The key of plain rows that names each row's prefix: one prefix for each of its values.
         eval_data: Held-out rows: for all prefixes, or by name (or with ``prefix_column``) like ``data``.
         init: ``"text"`` (the keys and values of words), ``"random"``, ``"zero"``, a prefix, or a prefix for each name; by default the recipe's, ``"text"``.
