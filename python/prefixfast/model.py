@@ -161,7 +161,7 @@ def load(
 
     Args:
         model: Hub id, local folder, ``.gguf`` file (its numbers are dequantized to ``dtype``), a loaded Hugging Face model (attached in place until
-            `Model.close`), or a `Model` (returned as it is).
+            `Model.close`; also inside a PeftModel, whose LoRA layers are then part of the base), or a `Model` (returned as it is).
         tokenizer: Hugging Face tokenizer; by default the one beside the model.
         dtype: Compute dtype; ``"auto"``: bfloat16 on a GPU and on CPUs with AVX512-BF16 or AMX, else float32. A loaded model keeps its own.
         device: ``"auto"``: a GPU if there is one.
@@ -213,7 +213,23 @@ def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTra
     return hf, own
 
 
+def _inside_peft(model: Any) -> Any:
+    """The transformers model inside a PeftModel, with whatever adapters PEFT has put into its layers; any other object as it is.
+
+    Raises:
+        ConfigError: For an adapter of virtual tokens, which lies beside the model and would be left out.
+    """
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    beside = [name for name, config in model.peft_config.items() if getattr(config, "is_prompt_learning", False)]
+    if beside:
+        msg = f"model: the adapters {beside} of this PeftModel are virtual tokens: give its base model, and read their folders with Prefix.from_pretrained"
+        raise ConfigError(msg)
+    return model.get_base_model()
+
+
 def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
+    hf = _inside_peft(hf)
     if not isinstance(hf, PreTrainedModel):
         msg = f"model: expected a hub id, a folder, a transformers model or a prefixfast Model, got {type(hf).__name__}"
         raise ConfigError(msg)
