@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prefixfast.engine.engine import Engine
 from prefixfast.errors import ConfigError
 from prefixfast.model import load
@@ -65,7 +67,8 @@ class PrefixLM(TemplateLM):
         if unknown := set(other) - set(HARMLESS):
             msg = f"PrefixLM: unknown options {sorted(unknown)}"
             raise ConfigError(msg)
-        model = load(pretrained, dtype=dtype, device=device or "auto") if isinstance(pretrained, str | Path) else load(pretrained)
+        where = "auto" if device is None or (device.startswith("cuda") and not torch.cuda.is_available()) else device  # lm-eval's default is cuda:0
+        model = load(pretrained, dtype=dtype, device=where) if isinstance(pretrained, str | Path) else load(pretrained)
         self.prefix = Prefix.from_pretrained(prefix) if isinstance(prefix, str | Path) else prefix
         rows = 0 if self.prefix is None else self.prefix.pos_start
         self.max_length, self.max_gen_toks = min(max_length or model.max_positions, model.max_positions - rows), max_gen_toks

@@ -89,6 +89,13 @@ def test_a_whole_evaluation_runs(models, tmp_path):
     assert not math.isnan(accuracy[0])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_lm_evals_default_device_is_taken_for_auto(folder):
+    model = PrefixLM(folder, device="cuda:0", batch_size=1)
+    assert model.engine.model.device.type == "cpu"
+    model.close()
+
+
 def test_what_is_wrong_is_said(folder):
     with pytest.raises(ConfigError, match="unknown options"):
         PrefixLM(folder, flavour="sweet")
