@@ -60,7 +60,9 @@ def test_the_wheel_holds_the_extension_and_its_types(names, name):
 
 def test_the_wheel_holds_nothing_else(names):
     ends = (".py", ".pyi", ".so", "py.typed")
-    assert [n for n in names if not n.endswith(ends) and ".dist-info/" not in n and "/demo/base/" not in n] == []
+    assert [n for n in names if not n.endswith(ends) and ".dist-info/" not in n and "/demo/base/" not in n and "/training/recipes/" not in n] == []
+    recipes = {p.name for p in (ROOT / "python" / "prefixfast" / "training" / "recipes").iterdir()}
+    assert {n.rsplit("/", 1)[1] for n in names if "/training/recipes/" in n} == recipes
     assert "prefixfast/demo/base/model.safetensors" in names
 
 

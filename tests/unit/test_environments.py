@@ -1,7 +1,10 @@
 """Where prefixfast runs: without Triton, in a notebook's running event loop, interrupted, imported without torch."""
 
+import _thread
 import asyncio
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -91,10 +94,10 @@ def test_blocking_calls_work_inside_a_running_event_loop(base, make_prefix):
 @pytest.mark.parametrize("threaded", [False, True])
 def test_an_interrupted_call_leaves_a_usable_engine(base, make_prefix, threaded):
     """As a notebook's stop button: KeyboardInterrupt in the main thread."""
-    import _thread
-
-    prefix = make_prefix()
-    with Engine(base, max_num_seqs=2, max_model_len=160) as engine:
+    prefix, before = make_prefix(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may ignore it
+    with contextlib.ExitStack() as stack:
+        stack.callback(signal.signal, signal.SIGINT, before)
+        engine = stack.enter_context(Engine(base, max_num_seqs=2, max_model_len=160))
         expected = engine.generate(["ab"], prefix, max_new_tokens=5)[0].token_ids
         if threaded:
             engine.submit("x", max_new_tokens=1).result(60)
