@@ -273,7 +273,9 @@ class GenerationParams(Options):
         """See `Options.validate`."""
         at_least(self, max_new_tokens=1, min_new_tokens=0, num_beams=1, top_k=0, no_repeat_ngram_size=0, num_return_sequences=1, seed=0, logprobs=0)
         for name, fits, expected in (
-            ("temperature", lambda x: x > 0, "more than 0 (for the likeliest token say do_sample=False)"),
+            ("temperature", lambda x: x >= 1e-6, "at least 1e-6 (for the likeliest token say do_sample=False)"),
+            ("seed", lambda x: x < 2**62, "less than 2**62"),
+            ("top_k", lambda x: x < 2**31, "less than 2**31"),
             ("repetition_penalty", lambda x: x > 0, "more than 0"),
             ("top_p", lambda x: 0 < x <= 1, "more than 0 and at most 1"),
             ("min_p", lambda x: 0 <= x <= 1, "0 to 1"),
@@ -287,10 +289,14 @@ class GenerationParams(Options):
 
     def over(self, fallback: GenerationParams) -> GenerationParams:
         """These values where given, the fallback's elsewhere; beams and sampling exclude each other, so what is given here ends the other one there."""
-        return _over(self, fallback)
+        few = all(len(p.bad_words_ids or ()) + len(p.stop_strings or ()) < FEW for p in (self, fallback))  # big ones are not kept
+        return _over(self, fallback) if few else _over.__wrapped__(self, fallback)
 
 
-@functools.lru_cache(4096)
+FEW = 64
+
+
+@functools.lru_cache(512)
 def _over(mine: GenerationParams, fallback: GenerationParams) -> GenerationParams:
     values = {n: getattr(mine, n) if getattr(mine, n) is not None else getattr(fallback, n) for n in mine.names()}
     if mine.do_sample and (values["num_beams"] or 1) > 1 and mine.num_beams is None:

@@ -137,8 +137,12 @@ class PrefixLM(TemplateLM):
             until = how.pop("until", None) or []
             stops = tuple(s for s in ([until] if isinstance(until, str) else until) if s)
             new = how.pop("max_gen_toks", how.pop("max_new_tokens", self.max_gen_toks))
-            if not how.get("do_sample"):
+            if not how.get("do_sample") or how.get("temperature") == 0:
+                how["do_sample"] = False
                 how = {k: v for k, v in how.items() if k not in ("temperature", "top_p", "top_k", "min_p")}
+            if not new < self.max_length:
+                msg = f"max_gen_toks: expected less than max_length ({self.max_length}), got {new}; say max_gen_toks in model_args or in the task"
+                raise ConfigError(msg)
             ids = self.tok_encode(context)[-(self.max_length - new) :]
             batch.append({"input_ids": ids, "params": {**how, "max_new_tokens": new, "stop_strings": stops}})
         results = self.engine.generate(batch, self.prefix, progress=not disable_tqdm)

@@ -29,6 +29,8 @@ def uniform(seed: Tensor, counter: Tensor) -> Tensor:
         >>> bool(0 <= a < 1 and a != b and a == uniform(torch.tensor([7]), torch.tensor([0])))
         True
     """
-    key = mix(mix(seed) + GOLDEN + (seed >> 32))
-    high, low = (mix(mix(key + 2 * counter + i) + GOLDEN * i) for i in (0, 1))
+    first = mix(seed + GOLDEN)
+    second = mix((seed >> 32) ^ mix(first))
+    high = mix(second + mix(counter + first))
+    low = mix(high + GOLDEN + mix(counter ^ second))
     return ((high << 21) + (low >> 11)).double() / 2**53

@@ -74,6 +74,11 @@ class Tokenizer:
         """Ids of all special tokens."""
         return frozenset(self.hf.all_special_ids)
 
+    @cached_property
+    def special_texts(self) -> dict[int, str]:
+        """All special tokens, by id."""
+        return dict(zip(self.special_ids, self.decode([[i] for i in self.special_ids], skip_special_tokens=False), strict=True))
+
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None
     ) -> str:

@@ -54,7 +54,7 @@ def test_unmodified_generate_gives_peft_tokens(family, way):
     for m, p in zip(theirs, prompts, strict=True):
         out = m.generate(input_ids=p[None], attention_mask=torch.ones_like(p)[None], **how)
         expected += [cut(row[len(p) :]) for row in out]
-    with load(base) as model, HFCache(model, chosen, max_len=64) as cache:
+    with load(base) as model, HFCache(model, chosen, num_beams=how.get("num_beams", 1), max_len=64) as cache:
         out = model.hf.generate(**padded(prompts), past_key_values=cache, **how)
     assert [cut(row[max(LENGTHS) :]) for row in out] == expected
 

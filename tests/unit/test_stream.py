@@ -40,7 +40,7 @@ def test_a_stream_gives_what_generate_gives(base, make_prefix, spec):
     item = "ab" if spec is None else {"mr": "name[ab]"}
     with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
         for seed in range(20):
-            how = {**NEW, "seed": seed, "num_beams": 1}
+            how = {**NEW, "seed": seed, "num_beams": 1, "min_new_tokens": 12}
             (expected,) = engine.generate([item], prefix, **how)
             stream = engine.stream(item, prefix, **how)
             pieces = list(stream)
@@ -127,7 +127,7 @@ def test_stop_strings_end_the_text_as_in_transformers(base, folder, tokenizer):
 
 
 def test_stop_strings_of_samples_end_each_text_by_itself(base):
-    how = {**NEW, "max_new_tokens": 30, "num_return_sequences": 4, "seed": 3}
+    how = {**NEW, "max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 4, "seed": 3}
     with Engine(base, max_num_seqs=8, max_model_len=64) as engine:
         (free,) = engine.generate(["ab"], **how)
         stop = free.texts[1][4:6]

@@ -21,28 +21,27 @@ from transformers import LogitsProcessorList
 
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
 from prefixfast.engine.all import run_all, wait_all
-from prefixfast.engine.arena import LONGEST_BY_DEFAULT, bytes_of_row
+from prefixfast.engine.arena import LONGEST_BY_DEFAULT
 from prefixfast.engine.explain import explain, memory_of
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.outcome import Outcome
 from prefixfast.engine.params import warn_about_defaults
-from prefixfast.engine.request import Generation, Input, Request, assign, failed, make_requests, one_by_one
-from prefixfast.engine.residency import Resident
+from prefixfast.engine.request import Generation, Input, Request, failed, make_requests, one_by_one
+from prefixfast.engine.residents import Residents
 from prefixfast.engine.score import Score, score, target_ids
 from prefixfast.engine.shared import SharedPrompts
 from prefixfast.engine.stream import Deltas, Stream
 from prefixfast.engine.worker import Ticket, Worker
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError
 from prefixfast.model import Model, check_base_fields, load
-from prefixfast.prefix import Prefix
-from prefixfast.store import PrefixStore, StoredPrefix
+from prefixfast.store import PrefixStore
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 BASE_FIELDS = ("dtype", "device", "revision", "backend")  # of EngineConfig: how a base is loaded
 
 
-class Engine:
+class Engine(Residents):
     """Generates for requests with any mix of prefixes, which come and go while others run.
 
     `generate` runs a batch in the caller's thread. `submit` and `agenerate` start a thread that owns the model from then on; `generate` goes through it too.
@@ -128,6 +127,7 @@ class Engine:
         requests, bad = self._requests(batch, prefixes, params, fields, logits_processor, lenient=on_error == "return")
         for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:
             logger.info("generating with %s", resolved)
+        self._not_in_callback("generate")
         with tqdm(total=len(requests), desc="generate", unit="request", disable=None if progress is None else not progress) as bar:
             results = self._results(requests, bar)
         if on_error == "raise":
@@ -135,7 +135,7 @@ class Engine:
                 if isinstance(result, BaseException):
                     raise result
         ended = {r.index: result for r, result in zip(requests, results, strict=True)} | bad
-        return [failed(i, found) if isinstance(found := ended[i], BaseException) else found for i in range(len(batch))]
+        return [failed(i, item, found) if isinstance(found := ended[i], BaseException) else found for i, item in enumerate(batch)]
 
     def submit(
         self,
@@ -150,6 +150,8 @@ class Engine:
         **fields: Any,
     ) -> Ticket:
         """Queue one request and return at once; the engine's thread serves it beside all others.
+
+        Only while another thread is inside `generate` on an engine that has no thread yet does it wait for that batch.
 
         Args:
             item: A string, a list of token ids, or a row without its target.
@@ -173,6 +175,9 @@ class Engine:
         return request
 
     def _submit(self, request: Request, *, tenant: str | None = None, priority: int = 0, timeout: float | None = None) -> Ticket:
+        if timeout is not None and not timeout >= 0:
+            msg = f"timeout: expected seconds from 0 on, got {timeout!r}"
+            raise ConfigError(msg)
         deadline = None if timeout is None else time.monotonic() + timeout
         return self._started().submit(next(self.ids), replace(request, tenant=tenant, priority=priority, deadline=deadline))
 
@@ -222,13 +227,13 @@ class Engine:
             RequestError: For a bad request or target.
             ConfigError: For arguments that do not fit.
         """
-        requests = self._checked(batch, prefixes, GenerationParams(max_new_tokens=1), longest=self.model.max_positions)
+        requests = self._checked(batch, prefixes, None)
         wanted = target_ids(self.model, batch, requests, targets, end_token=end_token)
         return self._between_steps(lambda: score(self.model, requests, wanted, self.config.max_num_batched_tokens))
 
     async def agenerate(self, item: Input, prefix: Any = None, **options: Any) -> Generation:
         """`submit` and wait without blocking the event loop; a cancelled task cancels its request."""
-        if self.config.share_prompts:  # may wait for the engine's thread
+        if self.config.share_prompts or self.lock.locked():  # may wait for the engine's thread, or for a generate in another one
             submitted = asyncio.get_running_loop().run_in_executor(None, lambda: self.submit(item, prefix, **options))
             try:
                 ticket = await asyncio.shield(submitted)
@@ -243,50 +248,6 @@ class Engine:
             ticket.cancel()
             raise
 
-    def pin(self, prefix: Prefix | str) -> None:
-        """Load a prefix now if there is room, and evict it only when nothing else is left to evict.
-
-        Args:
-            prefix: A prefix or its name in the store: then the version that is the newest now.
-
-        Raises:
-            UnknownPrefixError: For a name that the store does not have.
-            BaseMismatchError: For a prefix of another base.
-        """
-        found = self._found(prefix)
-        self._between_steps(lambda: self.loop.residency.keep(found, True))
-
-    def unpin(self, prefix: Prefix | str) -> None:
-        """Take `pin` back.
-
-        Raises:
-            UnknownPrefixError: For a name that the store does not have.
-        """
-        found = self._found(prefix)
-        self._between_steps(lambda: self.loop.residency.keep(found, False))
-
-    def evict(self, prefix: Prefix | StoredPrefix | str) -> bool:
-        """Forget a prefix: its arena rows are overwritten with zeros and its copy on the host is let go.
-
-        Args:
-            prefix: A prefix, an entry of the store, its name there, or a digest (of one that is deleted already).
-
-        Returns:
-            True: done. False: requests use it; it goes when the last of them has ended.
-        """
-        known = isinstance(prefix, str) and self.store is not None and prefix in self.store
-        digest = self._found(prefix).digest if known or not isinstance(prefix, str) else prefix
-        return self._between_steps(lambda: self.loop.evict(digest))
-
-    def resident(self) -> list[Resident]:
-        """The prefixes that lie in the arena or are on their way there."""
-        return self._between_steps(lambda: self.loop.residency.resident(bytes_of_row(self.model)))
-
-    def _found(self, prefix: Any) -> Prefix | StoredPrefix:
-        ((found,),) = assign([[]], [prefix], self.store)
-        self.model.check_prefix(found)
-        return found
-
     def stats(self) -> dict[str, int]:
         """Counts since the engine was made: steps, prefill_tokens, decoded_rows, loads, evictions, reads (of files), cancelled, expired, ..."""
         counts = self.loop.counts
@@ -298,13 +259,21 @@ class Engine:
         return explain(self.model, self.loop, self.config)
 
     def close(self) -> None:
-        """Free the arena and end the thread (what has not ended is cancelled); a model that was given as an object is as it was."""
+        """Free the arena and end the thread (what has not ended is cancelled); a model that was given as an object is as it was.
+
+        Waits for a `generate` that another thread drives.
+
+        Raises:
+            ConfigError: In a callback of a ticket, which the engine's thread runs.
+        """
         if self.closed:
             return
+        self._not_in_callback("close")
         self.closed = True
-        if self.worker is not None:
-            self.worker.close()
-        self.loop.close()
+        with self.lock:
+            if self.worker is not None:
+                self.worker.close()
+            self.loop.close()
         if self._own:
             self.model.close()
 
@@ -339,23 +308,36 @@ class Engine:
         requests = [replace(r, params=replace(r.params, seed=int(self.seeds.integers(2**62)))) if draw else r for r, draw in zip(requests, drawn, strict=True)]
         return self._between_steps(lambda: self.shared.split(requests)) if self.config.share_prompts else requests, bad
 
-    def _checked(
-        self, batch: Sequence[Input], prefixes: Any, call: GenerationParams, processors: LogitsProcessorList | None = None, longest: int | None = None
-    ) -> list[Request]:
-        if self.closed:
-            msg = "this engine is closed: make a new one"
+    def _checked(self, batch: Sequence[Input], prefixes: Any, call: GenerationParams | None, processors: LogitsProcessorList | None = None) -> list[Request]:
+        self._open()
+        if processors is not None and not (isinstance(processors, list) and all(map(callable, processors))):
+            msg = f"logits_processor: expected a LogitsProcessorList or a list of processors, got {type(processors).__name__}"
             raise ConfigError(msg)
-        return make_requests(self.model, batch, prefixes, call, longest or self.max_model_len, self.store, processors)
+        return make_requests(self.model, batch, prefixes, call, self.max_model_len, self.store, processors)
+
+    def _not_in_callback(self, what: str) -> None:
+        if self.worker is not None and threading.current_thread() is self.worker.thread:
+            msg = f"{what} cannot run in a callback of a ticket, which the engine's own thread runs: use submit there, or another thread"
+            raise ConfigError(msg)
 
     def _between_steps(self, job: Callable[[], T]) -> T:
         """Run something that uses the model or the loop, between two steps, in the thread that owns them."""
         with self.lock, torch.inference_mode(), _threads(self.config.num_threads):
+            self._open()
             if self.worker is None:
                 return job()
         return self.worker.call(job)
 
+    def _open(self) -> None:
+        if self.closed:
+            msg = "this engine is closed: make a new one"
+            raise ConfigError(msg)
+
     def _started(self) -> Worker:
+        if self.worker is not None:  # without the lock: a callback of a ticket may submit while another thread closes
+            return self.worker
         with self.lock:
+            self._open()
             if self.worker is None:
                 self.worker = Worker(self.loop, self._delivered, self.config.num_threads)
         return self.worker

@@ -39,10 +39,12 @@ class HFCache(Cache):
     Args:
         model: The base, loaded with `load`.
         prefixes: One for all rows, or one entry for each row of ``input_ids`` (None, a prefix, or several that compose from left to right).
+        num_beams: Rows that ``generate`` makes of each one: its beams, or its ``num_return_sequences`` without beams.
         max_len: Longest prompt and generation, prefixes not counted.
 
     Raises:
-        ConfigError: For prefixes that do not fit the batch, or a batch padded on the right.
+        ConfigError: For prefixes that do not fit the batch, a batch padded on the right, or a forward that is neither a whole prompt nor one more token
+            (a used cache, ``prefill_chunk_size``).
         BaseMismatchError: For a prefix of another base.
 
     Example:
@@ -51,9 +53,9 @@ class HFCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, model: Model, prefixes: Prefixes = None, *, max_len: int = 1024) -> None:
+    def __init__(self, model: Model, prefixes: Prefixes = None, *, num_beams: int = 1, max_len: int = 1024) -> None:
         super().__init__(layers=[])
-        self.model, self.prefixes, self.max_len = model, prefixes, min(max_len, model.max_positions)
+        self.model, self.prefixes, self.num_beams, self.max_len = model, prefixes, num_beams, min(max_len, model.max_positions)
         self.loop: Loop | None = None
         self.length, self.rows = 0, np.zeros(0, np.int64)  # tokens so far, and the decode row of each row of the batch
         self.order = torch.zeros(0, dtype=torch.int64)  # rows of the batch in the order of the last forward
@@ -70,7 +72,8 @@ class HFCache(Cache):
 
         self._plan: Plan | None = None
         hooks = (model.hf.register_forward_pre_hook(before, with_kwargs=True), model.hf.register_forward_hook(after, with_kwargs=True))
-        self._detach = weakref.finalize(self, lambda: [hook.remove() for hook in hooks])
+        self._loops: list[Loop] = []
+        self._detach = weakref.finalize(self, _free, hooks, self._loops)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens so far, prefixes not counted."""
@@ -99,8 +102,7 @@ class HFCache(Cache):
     def close(self) -> None:
         """Free the memory and take the hooks off."""
         self._detach()
-        if self.loop is not None:
-            self.loop.close()
+        self.loop = None
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +116,8 @@ class HFCache(Cache):
         if ids is None:
             msg = "HFCache needs input_ids, got inputs_embeds"
             raise ConfigError(msg)
-        tokens, self._plan = self._decode(ids) if self.length else self._prefill(ids, kwargs.get("attention_mask"))
+        mask = kwargs.get("attention_mask")
+        tokens, self._plan = self._decode(ids, mask) if self.length else self._prefill(ids, mask)
         keep = {} if self._plan.logits_at is None else {"logits_to_keep": self._plan.logits_at}
         packed = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None], "position_ids": self._plan.position_ids}
         return {**packed, **keep, "use_cache": False, "return_dict": True, "prefixfast": self._plan}
@@ -163,9 +166,15 @@ class HFCache(Cache):
         self.own = np.array(lengths)
         return torch.cat([ids[row][seen[row]] for row in header.prefill_ids]), plan
 
-    def _decode(self, ids: Tensor) -> tuple[Tensor, Plan]:
+    def _decode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Plan]:
         loop = self.loop
         assert loop is not None
+        if ids.shape[1] != 1 or (mask is not None and mask.shape[1] != self.length + 1):
+            msg = (
+                f"HFCache holds {self.length} tokens and takes one more at a time, got {ids.shape[1]} (mask of {None if mask is None else mask.shape[1]}): "
+                "use a new cache for each generate, without prefill_chunk_size"
+            )
+            raise ConfigError(msg)
         if self.length + 1 > self.max_len or ids.shape[0] != len(self.rows):
             msg = f"HFCache: {self.length} of {self.max_len} tokens are there for {len(self.rows)} rows, got one more for {ids.shape[0]}; raise max_len"
             raise CapacityError(msg)
@@ -200,6 +209,7 @@ class HFCache(Cache):
         memory = bytes_of_row(self.model) * (RESERVED_ROWS + UNIT * sum(need))
         config = EngineConfig(max_num_seqs=count, max_num_batched_tokens=sum(lengths) + count, kv_cache_memory=memory, enforce_eager=True)
         loop = Loop(self.model, config, self.max_len, [])
+        self._loops.append(loop)
         for prefix in distinct:
             loop.residency.keep(prefix, True)
         while loop.residency.loader.under_way:
@@ -214,10 +224,18 @@ class HFCache(Cache):
         """Prefixes of every row; with beams each request's are those of its beams."""
         given = list(self.prefixes) if isinstance(self.prefixes, Sequence) else self.prefixes
         requests = len(given) if isinstance(given, list) else count
-        if not requests or count % requests:
-            msg = f"prefixes: expected one for all rows, or one entry for each of the batch's rows (or for each {count} divided by the beams), got {requests}"
+        if isinstance(given, list) and requests * self.num_beams != count:
+            msg = f"prefixes: expected one for all, or {count} rows / num_beams {self.num_beams} entries, got {requests}; num_beams is that of generate"
             raise ConfigError(msg)
         chosen = assign([[]] * requests, given, None)
         for prefix in {id(p): p for ps in chosen for p in ps}.values():
             self.model.check_prefix(prefix)
         return [ps for ps in chosen for _ in range(count // requests)]  # type: ignore[misc]
+
+
+def _free(hooks: Sequence[Any], loops: list[Loop]) -> None:
+    """Also when the cache is dropped without being closed."""
+    for hook in hooks:
+        hook.remove()
+    while loops:
+        loops.pop().close()

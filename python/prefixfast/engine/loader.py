@@ -51,6 +51,7 @@ class Loader:
         self.layers, self.host_bytes, self.dtype = layers, host_bytes, dtype
         self.host: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, the least recently used first
         self.kept = self.read = self.under_way = 0
+        self.known: set[int] = set()  # prefixes of which copies may be kept: a prefetch can come after all was forgotten
         self.jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
         self.done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self.order = itertools.count()
@@ -63,11 +64,13 @@ class Loader:
         before = None
         if self.stream is not None:  # steps that read the rows' old content come first
             before = torch.cuda.current_stream(self.stream.device).record_event()
+        self.known.add(number)
         self._submit(LOAD, lambda: self._load(number, prefix, row, before))
         self.under_way += 1
 
     def prefetch(self, number: int, prefix: StoredPrefix) -> None:
         """Read a stored prefix that a waiting request will need, unless it is on the host."""
+        self.known.add(number)
         if number not in self.host:
             self._submit(PREFETCH, lambda: self._prefetch(number, prefix))
 
@@ -84,14 +87,17 @@ class Loader:
 
     def forget(self, number: int) -> None:
         """Let go of what is kept of a prefix."""
+        self.known.discard(number)
         self._submit(LOAD, lambda: self._drop(number))
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread and let go of the arena and of all copies."""
         if self.thread is not None:
             self.jobs.put((PREFETCH + 1, next(self.order), None))
             self.thread.join()
             self.thread = None
+        self.layers = []
+        self.host.clear()
 
     def _submit(self, rank: int, job: Callable[[], None]) -> None:
         if self.thread is None:
@@ -120,8 +126,9 @@ class Loader:
             self.done.put(Loaded(number, e))
 
     def _prefetch(self, number: int, prefix: StoredPrefix) -> None:
-        with contextlib.suppress(Exception):  # the load itself will meet the error and tell
-            self._on_host(number, prefix)
+        if number in self.known:
+            with contextlib.suppress(Exception):  # the load itself will meet the error and tell
+                self._on_host(number, prefix)
 
     def _on_host(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
         """Keys and values of every layer, those from files in the dtype in which they are kept."""
@@ -133,6 +140,8 @@ class Loader:
         pinned = self.layers[0][0].device.type == "cuda"
         made = [(_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned)) for k, v in _layers(prefix.read(), len(self.layers))]
         self.read += 1
+        if number not in self.known:
+            return made
         self.host[number] = made
         self.kept += _bytes(made)
         while self.kept > self.host_bytes and len(self.host) > 1:

@@ -31,6 +31,8 @@ from prefixfast.engine.transfer import to_device
 from prefixfast.errors import CapacityError, PrefixFastError, RequestError
 from prefixfast.model import DTYPES, Model
 from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
+from prefixfast.prefix import Prefix
+from prefixfast.store import StoredPrefix
 from prefixfast_kernels.tables import DecodeTables
 
 UNBOUNDED = 2**30  # of a captured step: any sliding window may cut something
@@ -97,13 +99,19 @@ class Loop:
         try:
             self.scheduler.add(number, own, len(request.ids), rows, most, tenant=tenant, priority=request.priority, deadline=request.deadline)
         except RequestError as e:
-            msg = f"request {request.index} can never run: {e}; raise max_num_seqs or kv_cache_memory, or lower max_new_tokens or num_beams"
+            why = str(e).split(" can never run: ")[-1]
+            msg = f"request {request.index} can never run: {why}; raise max_num_seqs or kv_cache_memory, or lower max_new_tokens or num_beams"
             raise CapacityError(msg) from e
         self.requests[number] = request
 
     def cancel(self, number: int) -> None:
         """End a request at the next step with what it has; one that has ended is let be."""
         self.scheduler.cancel(number)
+
+    def keep(self, prefix: Prefix | StoredPrefix, kept: bool) -> None:
+        """See `Residency.keep`."""
+        loads, evictions = self.residency.keep(prefix, kept)
+        self.counts.update(loads=loads, evictions=evictions)
 
     def evict(self, digest: str) -> bool:
         """See `Residency.evict`; a prefix on its way that nobody waits for is waited for."""
@@ -130,6 +138,7 @@ class Loop:
             chosen += self._decode(out, header.decode_sections, header.decode_reach)
         elif header.prefill_sections is None and not self.started:
             self._fail(self.residency.arrived(wait=True))
+        self._fail_rows()
         over = {number for c in chosen for number in c.full}
         ahead = self.ahead and all(c.beams == 1 for c in chosen)
         read, self.started = (self.started, chosen) if ahead else (self.started + chosen, [])
@@ -138,12 +147,14 @@ class Loop:
         self.scheduler.commit(sorted(over - self.retired - dropped))
         self.retired = (self.retired | over) - ended.keys()
         for number in ended:
+            if (row := self.first_row.get(number)) is not None:
+                self.rows.rules.end(np.arange(row, row + self.requests[number].rows))
             for kept in (self.requests, self.first_row, self.texts, self.stops):
                 kept.pop(number, None)
         self.residency.sweep()
+        self.residency.trim()
         if not self.requests:
             self.started = []
-            self.residency.trim()
         return ended
 
     def abandon(self) -> None:
@@ -175,6 +186,15 @@ class Loop:
                 if any(p.digest == digest for p in request.prefixes) and load.error is not None:
                     self.failed[number] = load.error
                     self.scheduler.cancel(number)
+
+    def _fail_rows(self) -> None:
+        """Cancel the requests whose own processors raised something."""
+        for row, error in self.rows.rules.failed.items():
+            number = int(self.rows.number[row])
+            if number in self.requests:
+                self.failed[number] = error
+                self.scheduler.cancel(number)
+        self.rows.rules.failed.clear()
 
     def _drop(self, cancelled: list[int], expired: list[int]) -> dict[int, Outcome]:
         """Outcomes of the requests that the scheduler dropped, and of those that turn out to have ended before."""
@@ -241,7 +261,9 @@ class Loop:
         """A request without beams gets its first tokens in this step."""
         self.texts[number] = [Text() for _ in range(request.rows)]
         if strings := request.params.stop_strings:
-            self.stops[number] = [StopStrings(self.model.need_tokenizer().stream(), strings) for _ in range(request.rows)]
+            tokenizer = self.model.need_tokenizer()
+            special = frozenset(i for i, text in tokenizer.special_texts.items() if any(s in text for s in strings))
+            self.stops[number] = [StopStrings(tokenizer.stream(), strings, special) for _ in range(request.rows)]
 
     def _decode(self, out: np.ndarray, places: Sections, reach: int) -> list[Chosen]:
         """One token for every running row."""

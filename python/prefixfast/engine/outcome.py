@@ -40,17 +40,18 @@ class StopStrings:
     Args:
         stream: Makes text of tokens.
         strings: What to look for.
+        special: Special tokens, which have no text in the stream, in whose own text one of the strings is.
     """
 
-    def __init__(self, stream: _rust.DetokenizeStream, strings: Sequence[str]) -> None:
-        self.stream, self.strings, self.longest, self.tail = stream, strings, max(map(len, strings)), ""
+    def __init__(self, stream: _rust.DetokenizeStream, strings: Sequence[str], special: Collection[int] = ()) -> None:
+        self.stream, self.strings, self.special, self.longest, self.tail = stream, strings, special, max(map(len, strings)), ""
 
     def found(self, token: int) -> bool:
         """Whether one of the strings is whole with this token."""
         self.tail += self.stream.push([token])
         met = any(s in self.tail for s in self.strings)
         self.tail = self.tail[max(0, len(self.tail) - self.longest + 1) :]
-        return met
+        return met or token in self.special
 
 
 @dataclass(frozen=True)

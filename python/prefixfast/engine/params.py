@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from prefixfast.config import GenerationParams
+from prefixfast.config import FEW, GenerationParams
 from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.model import Model
 
@@ -64,6 +64,12 @@ def base_defaults(model: Model) -> GenerationParams:
     """What the base's generation_config says, within caps."""
     config = getattr(model.hf, "generation_config", None)
     found = {n: v for n in GenerationParams.names() if (v := getattr(config, n, None)) is not None}
+    for name, value in list(found.items()):
+        try:
+            GenerationParams(**{name: value})
+        except ConfigError as e:
+            logger.warning("not taken from the base's generation_config: %s", e)
+            del found[name]
     return _capped(GenerationParams(**found)) if found else NOTHING
 
 
@@ -90,6 +96,9 @@ def resolve(
         for decoding in filter(None, decodings):
             loaded = _capped(GenerationParams.make(dict(decoding))).over(loaded)
     params = asked.over(loaded).over(BUILT_IN)
+    if (params.num_beams or 1) > 1 and params.do_sample:
+        msg = f"request {index}: prefix or base ask for {params.num_beams} beams that sample, which is not done here: say num_beams=1 or do_sample=False"
+        raise RequestError(msg, index=index)
     if not params.do_sample and (idle := [n for n in SAMPLING if getattr(asked, n) is not None]):
         msg = f"request {index}: {idle[0]}={getattr(asked, idle[0])!r} has no effect without do_sample=True"
         raise RequestError(msg, index=index)
@@ -100,22 +109,24 @@ def resolve(
         raise RequestError(msg, index=index)
     assert params.max_new_tokens is not None
     most = min(params.max_new_tokens, room)
-    return _limited(params, most, min(params.min_new_tokens or 0, most))
+    least = min(params.min_new_tokens or 0, most)
+    return _limited(params, most, least) if len(params.bad_words_ids or ()) < FEW else _limited.__wrapped__(params, most, least)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(512)
 def _limited(params: GenerationParams, most: int, least: int) -> GenerationParams:
     return replace(params, max_new_tokens=most, min_new_tokens=least)
 
 
 def check_params(params: GenerationParams, index: int, vocab_size: int) -> None:
     """Refuse combinations that would be dropped in silence."""
-    if (wrong := _wrong(replace(params, seed=None) if params.seed is not None else params, vocab_size)) is not None:
+    check = _wrong if len(params.bad_words_ids or ()) < FEW else _wrong.__wrapped__
+    if (wrong := check(replace(params, seed=None) if params.seed is not None else params, vocab_size)) is not None:
         msg = f"request {index}: {wrong}"
         raise RequestError(msg, index=index)
 
 
-@functools.lru_cache(4096)
+@functools.lru_cache(512)
 def _wrong(p: GenerationParams, vocab_size: int) -> str | None:
     beams, texts = p.num_beams or 1, p.num_return_sequences or 1
     top = max((i for word in p.bad_words_ids or () for i in word), default=0)

@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList
 from prefixfast.config import GenerationParams
 from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS
 from prefixfast.data.tasks import PLAIN, Task, request_task
-from prefixfast.engine.params import base_defaults, check_params, request_error, resolve
+from prefixfast.engine.params import NOTHING, base_defaults, check_params, request_error, resolve
 from prefixfast.errors import ConfigError, DataError, PrefixFastError, RequestError
 from prefixfast.model import Model
 from prefixfast.prefix import Prefix
@@ -126,7 +126,7 @@ def make_requests(
     model: Model,
     batch: Sequence[Input],
     prefixes: Any,
-    call: GenerationParams,
+    call: GenerationParams | None,
     max_model_len: int,
     store: PrefixStore | None = None,
     processors: LogitsProcessorList | None = None,
@@ -137,7 +137,7 @@ def make_requests(
         model: The base.
         batch: Prompts: strings, lists of token ids, or rows without their target.
         prefixes: None, one prefix for all, one entry a request (each None, a prefix, or a sequence that composes), or a mapping for rows with a ``prefix`` key.
-        call: Parameters of this call.
+        call: Parameters of this call; None: nothing is generated, so that none are looked for and the prompt may fill all positions.
         max_model_len: Longest prompt plus generation in tokens.
         store: Where a prefix that is given by name lies.
         processors: The caller's own logits processors.
@@ -157,10 +157,18 @@ def make_requests(
         model.check_prefix(prefix)
     tasks = _tasks(batch, chosen)
     ids = _encode(model, batch, tasks)
-    inherited = base_defaults(model)
+    inherited = base_defaults(model) if call is not None else NOTHING
     requests = []
     for i, (item, own, ps, task) in enumerate(zip(batch, ids, chosen, tasks, strict=True)):
-        limit = min(max_model_len, model.max_positions - max((p.pos_start for p in ps), default=0))
+        room = model.max_positions - max((p.pos_start for p in ps), default=0)
+        if call is None:
+            params = NOTHING
+            if len(own) > room:
+                msg = f"request {i}: {len(own)} prompt tokens exceed the base's {room} positions"
+                raise RequestError(msg, index=i)
+            requests.append(Request(i, item.get("id") if isinstance(item, Mapping) else None, own, own, ps, params, task))
+            continue
+        limit = min(max_model_len, room)
         params = resolve(item, i, [p.decoding for p in ps], call, inherited, len(own), limit)
         check_params(params, i, model.vocab_size)
         requests.append(Request(i, item.get("id") if isinstance(item, Mapping) else None, own, own, ps, params, task, processors))
@@ -181,9 +189,10 @@ def one_by_one(batch: Sequence[Input], prefixes: Any, check: Callable[[Sequence[
     return good, bad
 
 
-def failed(index: int, error: BaseException) -> Generation:
+def failed(index: int, item: Input, error: BaseException) -> Generation:
     """The result of a request that could not be served."""
-    return Generation(index, None, "", [], [], "error", None, None, None, {}, f"{type(error).__name__}: {error}")
+    name = item.get("id") if isinstance(item, Mapping) else None
+    return Generation(index, name, "", [], [], "error", None, None, None, {}, f"{type(error).__name__}: {error}")
 
 
 Chosen = tuple[Prefix | StoredPrefix, ...]
@@ -273,6 +282,12 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
             (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = text
     out: dict[int, NDArray[np.int32]] = {}
     for group in (texts, chats):
+        for i, text in group.items():
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                msg = f"request {i}: the prompt is no text: {e}"
+                raise RequestError(msg, index=i) from e
         if group:
             out |= zip(group, model.need_tokenizer().encode(list(group.values()), add_special_tokens=group is texts), strict=True)
     for i, item in enumerate(batch):

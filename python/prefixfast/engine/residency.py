@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from dataclasses import dataclass
 
 from prefixfast import _rust
@@ -11,6 +12,8 @@ from prefixfast.engine.loader import Loaded, Loader
 from prefixfast.errors import PrefixFastError
 from prefixfast.prefix import Prefix
 from prefixfast.store import StoredPrefix
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Residency:
         self.ids = itertools.count()
         self.pending: list[tuple[int, int]] = []  # loads that the scheduler asked for and that have not begun
         self.broken: dict[int, BaseException] = {}  # could not be read: their rows hold nothing
+        self.next_trim = KEPT_PREFIXES + 1
         self.kept: set[int] = set()
         self.doomed: set[int] = set()  # evicted as soon as nobody reads them
 
@@ -75,16 +79,23 @@ class Residency:
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
         self.prefixes[number] = self.prefixes.pop(number, prefix)
-        self.doomed.discard(number)
         return number
 
-    def keep(self, prefix: Prefix | StoredPrefix, kept: bool) -> None:
-        """Evict a prefix last and load it now if there is room, or treat it as any other again."""
+    def keep(self, prefix: Prefix | StoredPrefix, kept: bool) -> tuple[int, int]:
+        """Evict a prefix last and load it now if there is room, or treat it as any other again; counts of loads and evictions."""
+        if not kept and prefix.digest not in self.numbers:
+            return 0, 0
         number = self.number(prefix)
         self.scheduler.keep_prefix(number, kept)
         (self.kept.add if kept else self.kept.discard)(number)
-        if kept and (found := self.scheduler.load_prefix(number)) is not None:
-            self.begin([(number, found[0])])
+        if not kept:
+            return 0, 0
+        self.doomed.discard(number)
+        found = self.scheduler.load_prefix(number)
+        if found is None:
+            return 0, 0
+        self.begin([(number, found[0])])
+        return 1, len(found[1])
 
     def evict(self, digest: str) -> bool:
         """Forget a prefix and clear its rows, once nobody reads them; whether that is done."""
@@ -139,6 +150,10 @@ class Residency:
         for load in loads:
             if load.error is not None:
                 self.broken[load.number] = load.error
+                if load.number in self.kept:
+                    logger.warning("a pinned prefix could not be loaded and is pinned no more: %s", load.error)
+                    self.scheduler.keep_prefix(load.number, False)
+                    self.kept.discard(load.number)
             self.scheduler.prefix_ready(load.number)
         return [load for load in loads if load.error is not None]
 
@@ -153,8 +168,11 @@ class Residency:
             self.loader.forget(number)
 
     def trim(self) -> None:
-        """Let go of the prefixes that were not used for longest."""
+        """Let go of the prefixes that were not used for longest; looked at again only after as many more have come."""
+        if len(self.prefixes) < self.next_trim:
+            return
         for kind, most in ((Prefix, KEPT_PREFIXES), (StoredPrefix, KEPT_STORED)):
             known = [number for number, prefix in self.prefixes.items() if isinstance(prefix, kind) and number not in self.kept]
             for number in known[: max(0, len(known) - most)]:
                 self.drop(number)
+        self.next_trim = len(self.prefixes) + max(1, KEPT_PREFIXES // 4)

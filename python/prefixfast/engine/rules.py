@@ -65,6 +65,7 @@ class Rules:
         self.lists: list[LogitsProcessorList | None] = [None] * rows
         self.banned: list[Numbers | None] = [None] * rows  # tokens that may not come, for all rows of a step at once
         self.length = np.zeros(rows, np.int64)
+        self.failed: dict[int, Exception] = {}  # by row: what a request's own processor raised
 
     def start(self, rows: Numbers, request: Request) -> bool:
         """A request takes rows; returns whether it has rules."""
@@ -81,6 +82,11 @@ class Rules:
         self.said[rows[0] : rows[-1] + 1, : len(request.prompt)] = torch.from_numpy(request.prompt).long().to(self.said.device)
         return True
 
+    def end(self, rows: Numbers) -> None:
+        """A request leaves its rows."""
+        for row in rows:
+            self.lists[row] = self.banned[row] = None
+
     def apply(self, scores: Tensor, rows: Numbers) -> None:
         """Change scores ``[n, V]`` of rows; rows of one request are neighbours."""
         tokens = [(i, own) for i, row in enumerate(rows) if (own := self.banned[row]) is not None]
@@ -92,7 +98,10 @@ class Rules:
             count, first = len(list(group)), int(rows[at])
             if (made := self.lists[first]) is not None:
                 here = slice(at, at + count)
-                scores[here] = made(self.said[first : first + count, : int(self.length[first])], scores[here])
+                try:
+                    scores[here] = made(self.said[first : first + count, : int(self.length[first])], scores[here])
+                except Exception as e:  # the caller's code: one request's matter
+                    self.failed[first] = e
             at += count
 
     def extend(self, rows: Numbers, tokens: Tensor, source: Tensor | None = None) -> None:

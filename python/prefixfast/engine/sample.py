@@ -8,11 +8,13 @@ Shape letters: R decode rows of the engine, S rows of a step, V vocabulary.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 from prefixfast.config import GenerationParams
-from prefixfast.noise import GOLDEN, mix, uniform
+from prefixfast.noise import uniform
 
 FIRST = 1024  # tokens that a top-p looks at before it sorts the whole vocabulary
 PIECE = 256  # tokens summed before one of them is looked for
@@ -40,7 +42,7 @@ class Sampler:
             number: Of the sample in its request.
         """
         seed = params.seed or 0
-        self.seed[row] = seed if number == 0 else (int(mix(torch.tensor(seed + GOLDEN * number))) << 31) + seed % 2**31
+        self.seed[row] = seed if number == 0 else int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=7).digest())
         self.temperature[row], self.top_k[row] = params.temperature or 1.0, params.top_k or 0
         self.top_p[row], self.min_p[row] = params.top_p or 1.0, params.min_p or 0.0
 
@@ -112,5 +114,5 @@ def _first_over(weights: Tensor, target: Tensor, *, share: bool) -> tuple[Tensor
     sums = weights.cumsum(-1)
     target = (target * sums[:, -1] if share else target)[:, None]
     last = (weights > 0).long().cumsum(-1).argmax(-1)  # rounding may leave the target at the very end
-    place = torch.minimum((sums <= target).sum(-1), last)
+    place = torch.minimum((sums <= target.clamp(min=0)).sum(-1), last)
     return place, target[:, 0] - (sums.gather(1, place[:, None]) - weights.gather(1, place[:, None]))[:, 0]

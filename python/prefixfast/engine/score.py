@@ -64,13 +64,20 @@ def target_ids(model: Model, batch: Sequence[Input], requests: list[Request], ta
         got = repr(targets[:40]) if isinstance(targets, str) else str(len(targets))
         msg = f"targets: expected one entry for each of the {len(batch)} requests, got {got}"
         raise ConfigError(msg)
-    given = [_own_target(item, r) for item, r in zip(batch, requests, strict=True)] if targets is None else list(targets)
+    given: list[Any] = [_own_target(item, r) for item, r in zip(batch, requests, strict=True)] if targets is None else list(targets)
     end = [model.need_tokenizer().eos_id] if end_token else []
     out = []
     for r, target in zip(requests, given, strict=True):
-        ids = model.need_tokenizer().encode([target], add_special_tokens=False)[0].tolist() if isinstance(target, str) else list(target)
+        if not isinstance(target, str | list):
+            msg = f"request {r.index}: target: expected a string or a list of token ids, got {target!r:.80}"
+            raise RequestError(msg, index=r.index)
+        try:
+            ids = model.need_tokenizer().encode([target], add_special_tokens=False)[0].tolist() if isinstance(target, str) else list(target)
+        except UnicodeEncodeError as e:
+            msg = f"request {r.index}: target: it is no text: {e}"
+            raise RequestError(msg, index=r.index) from e
         ids = ids + [e for e in end if e is not None]
-        room = model.max_positions - max((p.pos_start for p in r.prefixes), default=0) - len(r.ids)
+        room = model.max_positions - max((p.pos_start for p in r.prefixes), default=0) - len(r.ids) + 1  # the last token is only predicted
         if not ids or any(type(i) is not int or not 0 <= i < model.vocab_size for i in ids) or len(ids) > room:
             msg = f"request {r.index}: target: expected 1 to {room} tokens below {model.vocab_size}, got {len(ids)} of {target!r:.80}"
             raise RequestError(msg, index=r.index)

@@ -93,7 +93,7 @@ class Stream:
                 with self._change:
                     while not self._buffer:
                         self._change.wait()
-                    token = self._buffer.popleft()
+                    token = self._buffer[0] if self._buffer[0] is None else self._buffer.popleft()  # the end stays for whoever comes again
                 if token is None:
                     break
                 if piece := self._deltas.push(token):
@@ -112,6 +112,8 @@ class Stream:
                 with self._change:
                     tokens = list(self._buffer)
                     self._buffer.clear()
+                    if tokens and tokens[-1] is None:
+                        self._buffer.append(None)
                 for token in tokens:
                     if piece := "" if token is None else self._deltas.push(token):
                         yield piece
