@@ -62,6 +62,13 @@ class Options:
     def make(cls, config: Self | Mapping[str, Any] | None = None, **fields: Any) -> Self:
         """A config from another one (or a mapping) with some fields replaced.
 
+        Args:
+            config: Where to start; None: the defaults.
+            fields: What to replace.
+
+        Returns:
+            A new, checked one.
+
         Raises:
             ConfigError: For an unknown name or a wrong value.
         """
@@ -164,7 +171,7 @@ class PrefixConfig(Options):
         return self.prefix_length
 
     def validate(self) -> None:
-        """See `Options.validate`."""
+        """Raise `ConfigError` for values that cannot work."""
         at_least(self, prefix_length=1, encoder_hidden_size=1, embedding_dim=1, prefix_dropout=0, frozen_rows=0, fit_steps=0)
         if self.prefix_dropout >= 1:
             msg = f"PrefixConfig.prefix_dropout: expected less than 1, got {self.prefix_dropout!r}"
@@ -224,7 +231,7 @@ class TrainConfig(Options):
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "also send the lines of the log there")
 
     def validate(self) -> None:
-        """See `Options.validate`."""
+        """Raise `ConfigError` for values that cannot work."""
         at_least(self, max_steps=1, batch_size=1, token_budget=1, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_length=2, eval_steps=1)
         at_least(self, logging_steps=1, save_steps=1, early_stopping_patience=1)
         if not self.num_train_epochs > 0:
@@ -240,7 +247,15 @@ class TrainConfig(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParams(Options):
-    """How text is chosen; None inherits: call > request > prefix > the base's generation_config > greedy, 256 new tokens."""
+    """How text is chosen; None inherits: call > request > prefix > the base's generation_config > greedy, 256 new tokens.
+
+    Example:
+        >>> GenerationParams(num_beams=3).over(GenerationParams(max_new_tokens=9, num_beams=2)).num_beams
+        3
+        >>> GenerationParams.make(max_tokens=9)
+        Traceback (most recent call last):
+        prefixfast.errors.ConfigError: GenerationParams: unknown option 'max_tokens'; did you mean max_new_tokens?
+    """
 
     max_new_tokens: int | None = option(None, "most tokens to generate")
     min_new_tokens: int | None = option(None, "no end token before this many")
@@ -270,7 +285,7 @@ class GenerationParams(Options):
         super().__post_init__()
 
     def validate(self) -> None:
-        """See `Options.validate`."""
+        """Raise `ConfigError` for values that cannot work."""
         at_least(self, max_new_tokens=1, min_new_tokens=0, num_beams=1, top_k=0, no_repeat_ngram_size=0, num_return_sequences=1, seed=0, logprobs=0)
         for name, fits, expected in (
             ("temperature", lambda x: x >= 1e-6, "at least 1e-6 (for the likeliest token say do_sample=False)"),
@@ -288,7 +303,10 @@ class GenerationParams(Options):
                 raise ConfigError(msg)
 
     def over(self, fallback: GenerationParams) -> GenerationParams:
-        """These values where given, the fallback's elsewhere; beams and sampling exclude each other, so what is given here ends the other one there."""
+        """`GenerationParams` with these values where given, those of ``fallback`` elsewhere.
+
+        Beams and sampling exclude each other, so what is given here ends the other one there.
+        """
         few = all(len(p.bad_words_ids or ()) + len(p.stop_strings or ()) < FEW for p in (self, fallback))  # big ones are not kept
         return _over(self, fallback) if few else _over.__wrapped__(self, fallback)
 
@@ -308,7 +326,12 @@ def _over(mine: GenerationParams, fallback: GenerationParams) -> GenerationParam
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Options):
-    """Memory and batching of an engine."""
+    """Memory and batching of an engine.
+
+    Example:
+        >>> EngineConfig.make({"max_num_seqs": 8}, kv_cache_memory=2**20).max_num_seqs
+        8
+    """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option("auto", "compute dtype of a base that is loaded here; see load")
     device: str = option("auto", "where a base that is loaded here runs; see load")
@@ -331,7 +354,7 @@ class EngineConfig(Options):
     seed: int | None = option(None, "of requests without a seed of their own; by default drawn when the engine is made")
 
     def validate(self) -> None:
-        """See `Options.validate`."""
+        """Raise `ConfigError` for values that cannot work."""
         at_least(
             self,
             max_model_len=2,

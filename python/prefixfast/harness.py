@@ -49,7 +49,9 @@ class PrefixLM(TemplateLM):
         ConfigError: For an unknown option, or a base that cannot be loaded.
 
     Example:
-        ``lm_eval.simple_evaluate(model=PrefixLM("gpt2", prefix="my-prefix"), tasks=["lambada_openai"])``
+        >>> model = PrefixLM(base, prefix)  # then: lm_eval.simple_evaluate(model=model, tasks=["lambada_openai"])
+        >>> model.max_length, model.tok_encode("tea")
+        (146, [87, 72, 68])
     """
 
     def __init__(

@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(eq=False)
 class Model:
-    """An attached base.
+    """An attached base, made by `load`.
 
     Attributes:
         hf: The Hugging Face model, frozen.
@@ -88,18 +88,35 @@ class Model:
         return fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
 
     def forward(self, plan: Plan, ids: Tensor) -> Tensor:
-        """Logits ``[n, V]`` of one packed forward of tokens ``[N]``."""
+        """One packed forward.
+
+        Args:
+            plan: Which tokens belong together, and what they see.
+            ids: Tokens int64 ``[N]``.
+
+        Returns:
+            Logits ``[n, V]`` in the compute dtype, at ``plan.logits_at``, or of all ``N``.
+        """
         return packed_forward(self.hf, plan, ids)
 
     def losses(self, plan: Plan, ids: Tensor, targets: Tensor) -> Tensor:
-        """Losses ``[n]`` (fp32, fp64 for fp64) of ``targets`` int64 ``[n]`` at ``plan.logits_at``, from one packed forward of tokens ``[N]``."""
+        """Cross-entropy of targets, in nats, from one packed forward.
+
+        Args:
+            plan: As in `forward`, with ``logits_at`` ``[n]``.
+            ids: Tokens int64 ``[N]``.
+            targets: Int64 ``[n]``.
+
+        Returns:
+            Losses ``[n]`` in fp32 (fp64 for a base in fp64).
+        """
         if self.head is not None:
             return self.head.losses(packed_hidden(self.hf, plan, ids), targets, self.backend.name)
         logits = self.forward(plan, ids)
         return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
     def prepack(self) -> Packed:
-        """Lay the weights out for this CPU, once; they stay so until `close`. See `prefixfast.prepack`."""
+        """Lay the weights out for this CPU, once; they stay so until `close`. Returns what was done, or why not (`Packed`)."""
         if self.packed is None:
             self.packed = prepack(self.hf)
         return self.packed
@@ -116,7 +133,15 @@ class Model:
         return self.tokenizer
 
     def check_prefix(self, prefix: Prefix | StoredPrefix, what: str = "the prefix") -> None:
-        """Raise `BaseMismatchError` unless ``prefix`` has a block of this base's shape for every layer and was made for it."""
+        """Nothing if ``prefix`` has a block of this base's shape for every layer and was made for it.
+
+        Args:
+            prefix: The prefix, or its entry in a store.
+            what: How the message calls it.
+
+        Raises:
+            BaseMismatchError: If not.
+        """
         check_base(dict(prefix.base) if prefix.base else None, self.fingerprint, what)
         expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(self.layers) for x in "kv"}
         got = {name: shape[1:] for name, shape in prefix.shapes.items()}
@@ -170,8 +195,16 @@ def load(
         trust_remote_code: Run code from the model's repository.
         local_files_only: Do not ask the hub.
 
+    Returns:
+        The attached, frozen base: a `Model`, which is also a context manager.
+
     Raises:
         ConfigError: For a model that cannot work, or options that do not fit.
+
+    Example:
+        >>> with load("tiny-gpt2", dtype="float32") as model:
+        ...     model.dtype, model.vocab_size, len(model.layers)
+        (torch.float32, 101, 3)
     """
     if isinstance(model, Model):
         return _opened(model)
@@ -303,7 +336,11 @@ def borrowed(model: str | Path | PreTrainedModel | Model, **how: Any) -> Iterato
 
 
 def unload() -> None:
-    """Free the base that this process keeps for calls by name."""
+    """Free the base that this process keeps for calls by name; the next such call loads it again.
+
+    Example:
+        >>> unload()
+    """
     with _CACHE_LOCK:
         _drop()
 

@@ -43,7 +43,7 @@ class Prefix:
         pos_start: Position of the first token after the prefix: P as PEFT has it, or 0.
         window: ``"slide"``: sliding windows hide old prefix rows, as in PEFT; ``"always"``: they never do.
         base: Fingerprint of the base model, None if unknown (an imported PEFT adapter).
-        linearizer: How rows become prompts: ``{"task": name}`` and its settings; None for plain prompts.
+        linearizer: How rows become prompts: the task's ``name`` and its settings; None for plain prompts.
         decoding: Default `GenerationParams` of this prefix.
         training: How it came about: settings, steps, final losses.
 
@@ -173,7 +173,7 @@ class Prefix:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Prefix:
-        """Read a folder written by `save_pretrained` or by PEFT (decoder-only PREFIX_TUNING and CARTRIDGE), here or on the Hugging Face hub.
+        """Read a `Prefix` from a folder written by `save_pretrained` or by PEFT (decoder-only PREFIX_TUNING and CARTRIDGE), here or on the Hugging Face hub.
 
         Args:
             path: A folder; a text ``"name/repository"`` that is no folder is a hub id, of which only JSON and safetensors files are fetched.
@@ -244,7 +244,7 @@ class Prefix:
         return cls(kv, **fields)
 
     def concat(self, *others: Prefix) -> Prefix:
-        """One prefix that does what this one and the others do together, composed from left to right (``[a, b]`` in a request).
+        """One `Prefix` that does what this one and the others do together, composed from left to right (``[a, b]`` in a request).
 
         Its text starts at the largest ``pos_start``, tasks and decoding defaults are the last one's, as in a composition.
 

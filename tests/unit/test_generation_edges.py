@@ -64,7 +64,7 @@ def test_text_that_is_none_is_one_requests_error(base):
     got = prefixfast.generate(["\ud83d", "ab", {"prompt": "\ud800"}], model=base, on_error="return", max_new_tokens=2, progress=False)
     assert [g.error is None for g in got] == [False, True, False]
     for target in (None, 5, "\ud83d"):
-        with pytest.raises(RequestError, match="target|request 0"):
+        with pytest.raises(RequestError, match=r"target|request 0"):
             score(["ab"], targets=[target], model=base)
 
 

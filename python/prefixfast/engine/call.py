@@ -44,13 +44,20 @@ def generate(
         progress: See `Engine.generate`.
         fields: Fields of `GenerationParams` and `EngineConfig` (``seed`` is that of the requests).
 
+    Returns:
+        One `Generation` a request, in order.
+
     Raises:
         RequestError: For a bad request, before any work.
         ConfigError: For arguments that do not fit.
         BaseMismatchError: For a prefix of another base.
+        UnknownPrefixError: For a name that the store does not have.
+        CapacityError: If a request can never fit.
 
     Example:
-        ``generate(["Write about tea.", "Write about rain."], [formal, poem], max_new_tokens=40)``
+        >>> tea, rain = generate(["Write about tea.", "Write about rain."], [prefix, None], model=base, max_new_tokens=4)
+        >>> tea.usage["prefix_rows"], rain.usage["prefix_rows"], len(rain.token_ids) <= 4
+        (14, 0, True)
     """
     own, engine_fields = _split(fields, GenerationParams.names(), "generate")
     with _engine(model, prefixes, batch, store, engine_fields) as engine:
@@ -78,12 +85,19 @@ def score(
         end_token: See `Engine.score`.
         fields: Fields of `EngineConfig`.
 
+    Returns:
+        One `Score` a request, in order.
+
     Raises:
         RequestError: For a bad request or target.
         ConfigError: For arguments that do not fit.
+        BaseMismatchError: For a prefix of another base.
+        UnknownPrefixError: For a name that the store does not have.
 
     Example:
-        ``score(["The capital of France is"], prefix, targets=[" Paris"])[0].logprob``
+        >>> found = score(["The capital of France is"], prefix, targets=[" Paris"], model=base)[0]
+        >>> len(found.token_logprobs), found.logprob < 0
+        (6, True)
     """
     _, engine_fields = _split(fields, (), "score")
     with _engine(model, prefixes, batch, store, engine_fields | {"kv_cache_memory": None, "max_num_seqs": 1, "max_model_len": 2}) as engine:

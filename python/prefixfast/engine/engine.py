@@ -46,6 +46,13 @@ class Engine(Residents):
 
     `generate` runs a batch in the caller's thread. `submit` and `agenerate` start a thread that owns the model from then on; `generate` goes through it too.
 
+    Example:
+        >>> with Engine(base, max_num_seqs=8) as engine:
+        ...     now, scored = engine.generate(["2+2="], prefix, max_new_tokens=3)[0], engine.score(["2+2="], prefix, targets=["4"])[0]
+        ...     ticket, stream = engine.submit("2+2=", prefix, max_new_tokens=3), engine.stream("2+2=", prefix, max_new_tokens=3)
+        ...     "".join(stream) == ticket.result().text == now.text, scored.logprob < 0
+        (True, True)
+
     Args:
         model: Hub id, folder, Hugging Face model (attached until `close`) or `Model`.
         store: Where prefixes that are given by name lie; a path is opened read-only.
@@ -149,7 +156,7 @@ class Engine(Residents):
         timeout: float | None = None,
         **fields: Any,
     ) -> Ticket:
-        """Queue one request and return at once; the engine's thread serves it beside all others.
+        """Queue one request and return its `Ticket` at once; the engine's thread serves it beside all others.
 
         Only while another thread is inside `generate` on an engine that has no thread yet does it wait for that batch.
 
@@ -193,7 +200,7 @@ class Engine(Residents):
         timeout: float | None = None,
         **fields: Any,
     ) -> Stream:
-        """`submit`, and its text as it grows: iterate over the result (or ``async for``); joined, the pieces are the text of its ``generation``.
+        """`submit` as a `Stream`: iterate over it (or ``async for``); joined, the pieces are the text of its ``generation``. Arguments are those of `submit`.
 
         Raises:
             RequestError: For a bad request, beams or several texts.
@@ -207,15 +214,15 @@ class Engine(Residents):
         return Stream(lambda watch: self._submit(replace(request, watch=watch), tenant=tenant, priority=priority, timeout=timeout), deltas)
 
     def astream(self, item: Input, prefix: Any = None, **options: Any) -> Stream:
-        """The same as `stream`, for ``async for``."""
+        """The same `Stream` as of `stream`, for ``async for``. Arguments are those of `stream`."""
         return self.stream(item, prefix, **options)
 
     def cancel(self, request: Ticket | Stream) -> None:
-        """End a submitted request at the next step; its result is what it has."""
+        """End a submitted ``request`` at the next step; its result is what it has."""
         request.cancel()
 
     def score(self, batch: Sequence[Input], prefixes: Any = None, *, targets: Sequence[str | list[int]] | None = None, end_token: bool = False) -> list[Score]:
-        """Log-probabilities of targets.
+        """Log-probabilities of targets (natural log), one `Score` a request.
 
         Args:
             batch: As in `generate`; rows may have their target.
@@ -232,7 +239,7 @@ class Engine(Residents):
         return self._between_steps(lambda: score(self.model, requests, wanted, self.config.max_num_batched_tokens))
 
     async def agenerate(self, item: Input, prefix: Any = None, **options: Any) -> Generation:
-        """`submit` and wait without blocking the event loop; a cancelled task cancels its request."""
+        """`submit` and wait for the `Generation` without blocking the event loop; a cancelled task cancels its request. Arguments are those of `submit`."""
         if self.config.share_prompts or self.lock.locked():  # may wait for the engine's thread, or for a generate in another one
             submitted = asyncio.get_running_loop().run_in_executor(None, lambda: self.submit(item, prefix, **options))
             try:

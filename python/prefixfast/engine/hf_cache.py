@@ -48,7 +48,10 @@ class HFCache(Cache):
         BaseMismatchError: For a prefix of another base.
 
     Example:
-        ``with HFCache(model, [a, b]) as cache: model.hf.generate(**tokens, past_key_values=cache, max_new_tokens=20)``
+        >>> tokens = {"input_ids": torch.tensor([[87, 72, 68]] * 2), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+        >>> with HFCache(base, [prefix, None], max_len=32) as cache:
+        ...     base.hf.generate(**tokens, past_key_values=cache, max_new_tokens=5, do_sample=False).shape
+        torch.Size([2, 8])
     """
 
     is_compileable = False
@@ -80,7 +83,11 @@ class HFCache(Cache):
         return self.length
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """As transformers says it for a cache that grows."""
+        """No limit (-1) for any ``layer_idx``, as transformers says it for a cache that grows.
+
+        Returns:
+            -1.
+        """
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

@@ -152,7 +152,7 @@ class Loop:
             for kept in (self.requests, self.first_row, self.texts, self.stops):
                 kept.pop(number, None)
         self.residency.sweep()
-        self.residency.trim()
+        self.residency.trim(busy=bool(self.requests))
         if not self.requests:
             self.started = []
         return ended

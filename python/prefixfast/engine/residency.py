@@ -56,7 +56,7 @@ class Residency:
         self.ids = itertools.count()
         self.pending: list[tuple[int, int]] = []  # loads that the scheduler asked for and that have not begun
         self.broken: dict[int, BaseException] = {}  # could not be read: their rows hold nothing
-        self.next_trim = KEPT_PREFIXES + 1
+        self.grown, self.next_trim = False, KEPT_PREFIXES + 1
         self.kept: set[int] = set()
         self.doomed: set[int] = set()  # evicted as soon as nobody reads them
 
@@ -75,6 +75,7 @@ class Residency:
             number = None
         if number is None:
             number = self.numbers[prefix.digest] = next(self.ids)
+            self.grown = True
             self.scheduler.register_prefix(number, prefix.length, prefix.pos_start, prefix.window == "slide")
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
@@ -167,10 +168,11 @@ class Residency:
             self.doomed.discard(number)
             self.loader.forget(number)
 
-    def trim(self) -> None:
-        """Let go of the prefixes that were not used for longest; looked at again only after as many more have come."""
-        if len(self.prefixes) < self.next_trim:
+    def trim(self, *, busy: bool) -> None:
+        """Let go of the prefixes that were not used for longest, if new ones have come; while the engine is busy only now and then."""
+        if not self.grown or (busy and len(self.prefixes) < self.next_trim):
             return
+        self.grown = busy  # what is in use now can go later
         for kind, most in ((Prefix, KEPT_PREFIXES), (StoredPrefix, KEPT_STORED)):
             known = [number for number, prefix in self.prefixes.items() if isinstance(prefix, kind) and number not in self.kept]
             for number in known[: max(0, len(known) - most)]:

@@ -44,7 +44,7 @@ class Residents(ABC):
         self._between_steps(lambda: self.loop.keep(found, True))
 
     def unpin(self, prefix: Prefix | str) -> None:
-        """Take `pin` back.
+        """Take `pin` of ``prefix`` back.
 
         Raises:
             UnknownPrefixError: For a name that the store does not have.
@@ -60,6 +60,9 @@ class Residents(ABC):
 
         Returns:
             True: done. False: requests use it; it goes when the last of them has ended.
+
+        Raises:
+            UnknownPrefixError: For a text that is neither a name in the store nor a digest.
         """
         known = isinstance(prefix, str) and self.store is not None and prefix in self.store
         if isinstance(prefix, str) and not known and not re.fullmatch(r"[0-9a-f]{64}", prefix):

@@ -56,7 +56,10 @@ class Stream:
         generation: The result, once the iteration has ended.
 
     Example:
-        ``for piece in engine.stream("Once upon", prefix): print(piece, end="")``
+        >>> with Engine(base, max_num_seqs=8) as engine:
+        ...     stream = engine.stream("Once upon", prefix, max_new_tokens=8)
+        ...     "".join(piece for piece in stream) == stream.generation.text
+        True
     """
 
     def __init__(self, submit: Callable[[Callable[[int], None]], Ticket], deltas: Deltas) -> None:

@@ -36,7 +36,7 @@ class Ticket:
         self.future.set_running_or_notify_cancel()  # only `cancel` below ends a request, not a cancelled coroutine that waits for it
 
     def result(self, timeout: float | None = None) -> Generation:
-        """Wait for the result, at most ``timeout`` seconds.
+        """Wait for the `Generation`, at most ``timeout`` seconds; None: as long as it takes.
 
         Raises:
             TimeoutError: If it is not there in time; the request goes on.

@@ -80,7 +80,11 @@ class StoredPrefix:
             raise
 
     def read_here(self) -> Prefix:
-        """The prefix itself, from this very version; see `read`."""
+        """The prefix itself, from this very version.
+
+        Raises:
+            DataError: See `read`.
+        """
         prefix = Prefix.from_pretrained(self.folder)
         if wrong := self.differences(prefix):
             msg = f"{self.folder}: the prefix and {ENTRY} differ in {', '.join(wrong)}; put the prefix again"
@@ -88,7 +92,14 @@ class StoredPrefix:
         return prefix
 
     def differences(self, prefix: Prefix) -> list[str]:
-        """Names of the fields in which ``prefix`` is another."""
+        """Compare what the entry says with a prefix.
+
+        Args:
+            prefix: What may be the same.
+
+        Returns:
+            Names of the fields in which it is another.
+        """
         theirs = json.loads(json.dumps(_fields(prefix)))
         ours = json.loads(json.dumps({field: _plain(getattr(self, field)) for field in theirs}))
         return [field for field in theirs if ours[field] != theirs[field]]

@@ -74,7 +74,7 @@ class PrefixStore(Mapping[str, Prefix]):
     # ---- reading ----
 
     def info(self, name: str) -> StoredPrefix:
-        """The newest version of ``name``, its tensors unread.
+        """The newest version of ``name``, its tensors unread: a `StoredPrefix`.
 
         Args:
             name: Any text.
@@ -87,7 +87,7 @@ class PrefixStore(Mapping[str, Prefix]):
         return found if found is not None else self._unknown(name)
 
     def versions(self, name: str) -> list[StoredPrefix]:
-        """All versions of ``name``, oldest first, their tensors unread.
+        """All versions of ``name``, oldest first, their tensors unread: each a `StoredPrefix`.
 
         Args:
             name: Any text.
@@ -107,6 +107,9 @@ class PrefixStore(Mapping[str, Prefix]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """The newest version of ``name``, read; ``default`` if there is none.
+
+        Returns:
+            A `Prefix`, or ``default``.
 
         Raises:
             DataError: If it is damaged.
@@ -156,7 +159,7 @@ class PrefixStore(Mapping[str, Prefix]):
     # ---- writing ----
 
     def put(self, name: str, prefix: Prefix) -> StoredPrefix:
-        """Save a new version of ``name``; older ones beyond ``keep_versions`` go.
+        """Save a new version of ``name``, and return its `StoredPrefix`; older ones beyond ``keep_versions`` go.
 
         Args:
             name: Any text.
@@ -188,7 +191,7 @@ class PrefixStore(Mapping[str, Prefix]):
         return parse_entry(json.loads(entry), target)
 
     def rollback(self, name: str, version: int | None = None) -> StoredPrefix:
-        """Make an earlier version the newest again, as a new version; the version that was the newest stays as the one before it.
+        """Make an earlier version the newest again, as a new version, a `StoredPrefix`; the version that was the newest stays as the one before it.
 
         Args:
             name: Any text.
@@ -240,7 +243,7 @@ class PrefixStore(Mapping[str, Prefix]):
     # ---- many at a time ----
 
     def verify(self, *, absent: str | None = None) -> Check:
-        """Read every version again and compare it with its entry.
+        """Read every version again and compare it with its entry; a `Check` says what was found.
 
         Args:
             absent: Digest of a prefix of which nothing may be left: every file of the store is searched for it, every folder with tensors for the prefix.

@@ -47,7 +47,7 @@ class TrainRun(Mapping[str, Prefix]):
         return len(self.prefixes)
 
     def best(self, name: str | None = None) -> Prefix:
-        """The prefix with the lowest evaluation loss, or, without evaluation, the lowest last training loss.
+        """The `Prefix` with the lowest evaluation loss, or, without evaluation, the lowest last training loss.
 
         Args:
             name: Of a sweep over several names: whose variants.
@@ -62,7 +62,17 @@ class TrainRun(Mapping[str, Prefix]):
         return self.prefixes[self.best_name(name)]
 
     def best_name(self, name: str | None = None) -> str:
-        """The name of what `best` gives; see there."""
+        """The name of what `best` gives.
+
+        Args:
+            name: As in `best`.
+
+        Returns:
+            A key of this mapping.
+
+        Raises:
+            ConfigError: As in `best`.
+        """
         sources = {v["of"] for v in self.variants.values()}
         if name is None and len(sources) > 1:
             msg = f"best: expected one of the names {sorted(sources)[:10]}, since each was swept on data of its own"

@@ -1,0 +1,236 @@
+"""docs/api.md and the examples in docstrings: they run as they stand there, and no public name is missing from them."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import doctest
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable
+from functools import cached_property
+from types import CodeType, FrameType, SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+import typer
+
+import prefixfast
+from oracles import ROOT
+from prefixfast import Model, Prefix, load, unload
+from prefixfast.cli import app
+from prefixfast.config import Options
+from prefixfast.engine.worker import Ticket
+from prefixfast.inspection import Inspection
+from prefixfast.store import Check, Outcome, Receipt, StoredPrefix
+
+PAGE = ROOT / "docs" / "api.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+REACHED = (Ticket, StoredPrefix, Receipt, Outcome, Check, Inspection)  # what public methods return
+CLASSES = [c for c in (*(getattr(prefixfast, n) for n in prefixfast.__all__), *REACHED) if isinstance(c, type)]
+FLAGS = doctest.ELLIPSIS | doctest.REPORT_NDIFF
+
+
+class Hub:
+    """In place of the hub: the commit of an upload."""
+
+    def __init__(self, token: str | None) -> None: ...
+    def create_repo(self, *_, **__) -> None: ...
+    def upload_folder(self, *, repo_id: str, **_):
+        return SimpleNamespace(commit_url=f"https://huggingface.co/{repo_id}/commit/0123")
+
+
+@pytest.fixture
+def here(folder, tmp_path, monkeypatch):
+    """A folder with a base in it is the current one."""
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny-gpt2").symlink_to(folder)
+    yield tmp_path
+    unload()
+
+
+def function_of(member: Any) -> Callable[..., Any] | None:
+    """What runs when a member is used; None for what is no code."""
+    found = member.fget if isinstance(member, property) else member.func if isinstance(member, cached_property) else getattr(member, "__func__", member)
+    return found if inspect.isfunction(found) else None
+
+
+def public_members(owner: type) -> dict[str, Callable[..., Any]]:
+    """Methods and properties of a class that are ours to document: what transformers calls on a cache is transformers'."""
+    theirs = dir(transformers.Cache) if issubclass(owner, transformers.Cache) else ()
+    classes = [c for c in owner.__mro__ if c.__module__.startswith("prefixfast")]
+    return {n: f for c in reversed(classes) for n, m in vars(c).items() if n[0] != "_" and n not in theirs and (f := function_of(m)) is not None}
+
+
+METHODS = {f"{c.__name__}.{n}": f for c in CLASSES for n, f in public_members(c).items()}
+CACHED = {f"{c.__name__}.{n}" for c in CLASSES for n, m in vars(c).items() if isinstance(m, cached_property)}
+PROPERTIES = CACHED | {f"{c.__name__}.{n}" for c in CLASSES for n in public_members(c) if isinstance(inspect.getattr_static(c, n), property)}
+CALLED = {n: f for n, f in METHODS.items() if n not in PROPERTIES}
+INDIRECT = CACHED | {n for n, f in METHODS.items() if inspect.iscoroutinefunction(f)}  # run before, or by an event loop
+FUNCTIONS = {n: getattr(prefixfast, n) for n in prefixfast.__all__ if inspect.isfunction(getattr(prefixfast, n))}
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """Command lines of a console block, each with the output that the page shows."""
+    return re.findall(r"^\$ (prefixfast .*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
+
+
+def test_the_page_runs_and_calls_everything_public(here, cli):
+    """One block after the other, in one namespace; which code the examples themselves call is watched."""
+    text = PAGE.read_text(encoding="utf8")
+    names, wrong, called, examples, lines = {}, list[str](), set[CodeType](), 0, 0
+
+    def watch(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_back is not None and frame.f_back.f_code.co_filename.startswith("<doctest"):
+            called.add(frame.f_code)
+
+    for block in BLOCK.finditer(text):
+        if block[1] == "pycon":
+            case = doctest.DocTestParser().get_doctest(block[2], names, PAGE.name, str(PAGE), text.count("\n", 0, block.start(2)))
+            sys.setprofile(watch)
+            try:
+                examples += doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(case, out=wrong.append, clear_globs=False).attempted
+            finally:
+                sys.setprofile(None)
+            names = case.globs
+        for command, expected in commands(block[2]) if block[1] == "console" else ():
+            done = cli(*command.removeprefix("prefixfast ").split())
+            if done.code != 0 or not doctest.OutputChecker().check_output(expected, done.out, FLAGS):
+                wrong.append(f"$ {command}\nexit status {done.code}\n{done.err}expected\n{expected}got\n{done.out}")
+            lines += 1
+    assert not wrong, "".join(wrong)
+    assert examples > 80
+    assert lines > 15
+    assert [n for n, f in (METHODS | FUNCTIONS).items() if n not in INDIRECT and f.__code__ not in called] == []
+
+
+def source_of_the_page() -> str:
+    """The examples without their output."""
+    blocks = BLOCK.findall(PAGE.read_text(encoding="utf8"))
+    return "\n".join(e.source for kind, block in blocks if kind == "pycon" for e in doctest.DocTestParser().get_examples(block))
+
+
+def test_every_public_name_is_in_an_example():
+    source = source_of_the_page()
+    assert [n for n in prefixfast.__all__ if not re.search(rf"\bprefixfast\.{n}\b", source)] == []
+    fields = [f"{c.__name__}.{f.name}" for c in CLASSES if dataclasses.is_dataclass(c) and not issubclass(c, Options) for f in dataclasses.fields(c)]
+    used = {*re.findall(r"\.(\w+)\b(?!\()", source)} | {n.split(".")[1] for n in INDIRECT if f".{n.split('.')[1]}(" in source}
+    assert [n for n in (*fields, *INDIRECT) if n.split(".")[1] not in used] == []
+
+
+@pytest.mark.parametrize("options", [c for c in CLASSES if issubclass(c, Options)], ids=lambda c: c.__name__)
+def test_the_tables_of_options_are_those_of_the_fields(options):
+    section = PAGE.read_text(encoding="utf8").partition(f"### {options.__name__}\n")[2].partition("\n#")[0]
+    lines = [f"| `{f.name}` | `{f.default!r}` | {f.metadata['help'].replace('|', chr(92) + '|')} |" for f in dataclasses.fields(options)]
+    assert [line for line in section.splitlines() if line.startswith("| `")] == lines
+
+
+def leaves(command: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    if not hasattr(command, "commands"):
+        return {" ".join(path): command}
+    return {name: found for word, own in command.commands.items() for name, found in leaves(own, (*path, word)).items()}
+
+
+def test_the_table_of_commands_is_whole():
+    section = PAGE.read_text(encoding="utf8").partition("## Command line\n")[2]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    fields = {f.name for c in CLASSES if issubclass(c, Options) for f in dataclasses.fields(c)} | {"config_file", "print_config"}
+    for (name, command), row in zip(leaves(typer.main.get_command(app)).items(), rows, strict=True):
+        shared = fields if any(p.name == "config_file" for p in command.params) else set()
+        flags = [max(p.opts, key=len) for p in command.params if p.param_type_name == "option" and p.name not in {*shared, "help"}]
+        assert re.match(rf"\| `{name}[ `]", row)
+        assert row.endswith(f" | {' '.join(f'`{flag}`' for flag in flags)} |")
+        assert name.startswith("bench ") or re.search(rf"^\$ prefixfast {name} ", section, re.MULTILINE)
+
+
+# ---- docstrings ----
+
+
+def local_docs(name: str) -> str:
+    """The docstring of a method, and of the one whose arguments it says to have."""
+    doc = inspect.getdoc(METHODS[name]) or ""
+    same = re.search(r"Arguments are those of `(\w+)`", doc)
+    return doc + (local_docs(f"{name.split('.')[0]}.{same[1]}") if same else "")
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_every_argument_of_a_method_is_described(name):
+    doc = local_docs(name)
+    wanted = [p for p in inspect.signature(METHODS[name]).parameters if p not in ("self", "cls", "options")]
+    assert [p for p in wanted if not re.search(rf"^    {p}: |``{p}``", doc, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("name", [*CALLED, *FUNCTIONS])
+def test_what_comes_back_is_described(name):
+    """In a section of its own, or by its class in the text; where nothing goes in, the first line says it."""
+    function = (CALLED | FUNCTIONS)[name]
+    doc, signature = inspect.getdoc(function) or "", inspect.signature(function)
+    back = str(signature.return_annotation)
+    if back == "None" or not set(signature.parameters) - {"self", "cls"}:
+        return
+    assert "Returns:" in doc or [w for w in re.findall(r"[A-Z]\w+", back) if f"`{w}`" in doc]
+    if "Tensor" in back:
+        assert re.search(r"Returns:\n.*``\[.*\]``.* (fp32|dtype)", doc)
+
+
+@pytest.mark.parametrize("owner", [c for c in CLASSES if dataclasses.is_dataclass(c)], ids=lambda c: c.__name__)
+def test_fields_with_tensors_say_their_shapes(owner):
+    tensors = [f.name for f in dataclasses.fields(owner) if "Tensor" in str(f.type)]
+    assert [n for n in tensors if not re.search(rf"^ +{n}: .*``\[.*\]``", owner.__doc__, re.MULTILINE)] == []
+
+
+@pytest.mark.parametrize("name", [*METHODS, *FUNCTIONS])
+def test_what_a_function_raises_itself_is_described(name):
+    function = (METHODS | FUNCTIONS)[name]
+    body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    raised = {ast.unparse(n.exc.func) for n in ast.walk(body) if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call)}
+    described = (inspect.getdoc(function) or "").partition("Raises:")[2]
+    assert {r for r in raised if not re.search(rf"^ +{r}: ", described, re.MULTILINE) and f"Raise `{r}`" not in (inspect.getdoc(function) or "")} == set()
+
+
+# ---- examples in docstrings; those of `Prefix` and of training run in tests/unit ----
+
+ELSEWHERE = {"Prefix", "PrefixConfig", "TrainConfig", "TrainRun", "train"}
+SHOWN = {"Engine", "EngineConfig", "GenerationParams", "HFCache", "PrefixStore", "Stream", "generate", "load", "score", "unload"}
+
+
+def examples_of(value: Any, name: str) -> list[doctest.DocTest]:
+    return [t for t in doctest.DocTestFinder().find(value, name) if t.examples]
+
+
+EXAMPLES = [t for n in prefixfast.__all__ if n not in ELSEWHERE for t in examples_of(getattr(prefixfast, n), n)]
+
+
+def test_what_users_call_has_an_example():
+    assert {t.name for t in EXAMPLES} >= SHOWN
+    results = {c.__name__ for c in CLASSES if dataclasses.is_dataclass(c) or issubclass(c, Exception)}
+    assert set(prefixfast.__all__) - SHOWN - ELSEWHERE == results & set(prefixfast.__all__) - SHOWN - ELSEWHERE
+
+
+def run_example(case: doctest.DocTest, model: Model, **names: Any) -> None:
+    case.globs = (
+        names | {n: getattr(prefixfast, n) for n in prefixfast.__all__} | {"base": model, "prefix": Prefix.from_text(model, "table-to-text:"), "torch": torch}
+    )
+    out: list[str] = []
+    assert doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(case, out=out.append).failed == 0, "".join(out)
+
+
+@pytest.mark.parametrize("case", EXAMPLES, ids=lambda t: t.name)
+def test_the_example_holds(case, here):
+    with load("tiny-gpt2", dtype="float32") as model:
+        run_example(case, model)
+
+
+def test_the_example_of_the_lm_eval_model_holds(here):
+    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
+    from prefixfast.harness import PrefixLM
+
+    (case,) = examples_of(PrefixLM, "PrefixLM")
+    with load("tiny-gpt2", dtype="float32") as model:
+        run_example(case, model, PrefixLM=PrefixLM)
