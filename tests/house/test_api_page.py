@@ -228,7 +228,6 @@ def test_the_example_holds(case, here):
 
 
 def test_the_example_of_the_lm_eval_model_holds(here):
-    pytest.importorskip("lm_eval", reason="the extra eval is not installed")
     from prefixfast.harness import PrefixLM
 
     (case,) = examples_of(PrefixLM, "PrefixLM")

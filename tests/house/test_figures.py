@@ -130,3 +130,19 @@ def test_what_is_said_of_twenty_users_is_in_the_file():
     assert (r["users"], r["requests"], r["different"], r["compared"]) == (20, 200, [], {"requests": 20, "tokens": 640})
     together, alone = r["tokens_per_second_together"], r["tokens_per_second_one_by_one"]
     assert f"{together} tokens a second against {alone} one request at a time, and the same tokens" in README
+
+
+def test_what_is_said_of_stores_is_in_the_file():
+    ms = {r["what"]: r["ms"] for r in map(json.loads, (RESULTS / "store.jsonl").read_text(encoding="utf8").splitlines()[1:])}
+    said = (
+        f"opening it takes {ms['open']:.1f} ms, looking one up {ms['info']:.2f} ms, counting them {ms['len']:.0f} ms, listing all names "
+        f"{ms['list'] / 1e3:.2f} s the first time and {ms['list again'] / 1e3:.2f} s afterwards, everything but the tensors of all {ms['scan'] / 1e3:.2f} s, "
+        f"putting one {ms['put']:.1f} ms"
+    )
+    assert said in " ".join(PERFORMANCE.split())
+
+
+def test_what_is_said_of_reads_is_in_the_file():
+    tiered = json.loads((RESULTS / "tiering.jsonl").read_text(encoding="utf8").splitlines()[-2])
+    reads, evictions = tiered["stats"]["reads"], tiered["stats"]["evictions"]
+    assert f"{reads:,} files read and {evictions:,} evictions in {tiered['steps']:,} steps" in PERFORMANCE

@@ -15,31 +15,10 @@ import pytest
 import yaml
 
 from oracles import ROOT
-from prefixfast import Prefix, PrefixConfig, PrefixStore, TrainConfig, unload
-from prefixfast.cli import main
+from prefixfast import Prefix, PrefixConfig, PrefixStore, TrainConfig
 
 FAST = ("--max-steps", 2, "--batch-size", 2, "--prefix-length", 3, "--dtype", "float32")
 LETTERS = [{"prompt": f"{a}=", "completion": a * 3, "user": "xy"[i % 2]} for i, a in enumerate("abcd")]
-
-
-@pytest.fixture
-def cli(monkeypatch, capfd):
-    """Run the command line in this process: exit code, output, errors."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERM", "dumb")
-    unload()
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["prefixfast", *map(str, arguments)])
-        message, code = "", 0
-        try:
-            main()
-        except SystemExit as e:
-            message, code = (e.code, 1) if isinstance(e.code, str) else ("", e.code or 0)
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err + message
-
-    return run
 
 
 def write(path: Path, rows: list) -> Path:

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -146,8 +149,6 @@ def test_rows_of_a_file_know_their_line(tmp_path):
 
 @pytest.mark.parametrize("gz", [False, True], ids=["plain", "gz"])
 def test_parquet_holds_the_same_rows(tmp_path, gz):
-    arrow = pytest.importorskip("pyarrow", reason="reading .parquet needs pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     buffer = arrow.BufferOutputStream()
     parquet.write_table(
         arrow.Table.from_pylist([{**r, "messages": None} for r in ROWS] + [{"messages": [{"role": "user", "content": "x"}]}]), buffer, row_group_size=2
@@ -171,7 +172,6 @@ def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
 
 
 def test_a_dataset_is_an_iterable_of_rows():
-    arrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
     assert read_rows(datasets.Dataset(arrow.Table.from_pylist(ROWS), fingerprint="rows")) == ROWS
 
 

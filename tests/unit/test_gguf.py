@@ -6,6 +6,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,8 +15,6 @@ import tiny
 from composed import error, logits
 from prefixfast import ConfigError, Prefix, generate, load
 
-gguf = pytest.importorskip("gguf")
-pytest.importorskip("accelerate")
 PROMPT = list(range(3, 20))
 
 

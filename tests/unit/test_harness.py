@@ -5,17 +5,13 @@ import math
 
 import pytest
 import torch
-
-import tiny
-from prefixfast import Prefix, load
-from prefixfast.errors import ConfigError
-
-pytest.importorskip("lm_eval", reason="the extra eval is not installed")
-
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+import tiny
+from prefixfast import Prefix, load
+from prefixfast.errors import ConfigError
 from prefixfast.harness import PrefixLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -15,23 +15,9 @@ from prefixfast.errors import ConfigError, DataError
 from prefixfast.training.collate import Order, micro_batches
 from prefixfast.training.examples import tokenize
 from prefixfast.training.trainer import train
+from token_rows import distance, rows
 
 STEPS, USERS = 20, 50
-
-
-def rows(seed: int, count: int):
-    """Random rows of token ids; the target is the second half."""
-    g = np.random.default_rng(seed)
-    out = []
-    for _ in range(count):
-        ids = g.integers(3, tiny.VOCAB, int(g.integers(4, 12))).tolist()
-        half = len(ids) // 2
-        out.append({"input_ids": ids, "labels": [-100] * half + ids[half:]})
-    return out
-
-
-def distance(a, b) -> float:
-    return max((a.kv[n] - b.kv[n]).abs().max().item() for n in a.kv)
 
 
 DATA = {f"user {i}": rows(i, 5 + i % 7) for i in range(USERS)}
