@@ -22,9 +22,8 @@ from prefixfast.engine.loop import Loop, host_view
 from prefixfast.engine.request import assign
 from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model import Model
-from prefixfast.plan import Plan, packed_tables, section
+from prefixfast.plan import Plan
 from prefixfast.prefix import Prefix
-from prefixfast_kernels.tables import DecodeTables
 
 UNIT = 16  # arena rows are handed out by so many
 Prefixes = Prefix | Sequence[Prefix | Sequence[Prefix] | None] | None
@@ -155,19 +154,7 @@ class HFCache(Cache):
         self.order = torch.tensor(header.prefill_ids)
         self.rows = np.zeros(count, np.int64)
         self.rows[header.prefill_ids] = chunk[:, 0]
-        tables = buffer.to(self.model.device)
-        fill = section(tables, places["fill"]).long()
-        loop.arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
-        slots, last = section(tables, places["slots"]), section(tables, places["logits_idx"]).long()
-        plan = Plan(
-            section(tables, places["position_ids"])[None],
-            self.model.backend,
-            header.prefill_reach,
-            packed=packed_tables(tables, places),
-            arena=loop.arena,
-            slots=slots,
-            logits_at=last,
-        )
+        plan = loop.prefill_plan(buffer.to(self.model.device), places, header.prefill_reach)
         loop.scheduler.commit([])
         self.length = padded
         self.own = np.array(lengths)
@@ -189,20 +176,9 @@ class HFCache(Cache):
         header = loop.scheduler.plan_step(buffer.numpy())
         places = header.decode_sections
         assert places is not None
-        tables = buffer.to(self.model.device)
-        step = DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields))
-        slots, rows = section(tables, places["slot"]), step.row.long()
-        loop.arena.table[rows, step.lens.long() - 1] = slots
         self.order = torch.tensor(header.decode_ids)
-        plan = Plan(
-            section(tables, places["position_ids"])[None],
-            self.model.backend,
-            header.decode_reach,
-            decode=step,
-            arena=loop.arena,
-            slots=slots,
-            max_len=int(host_view(buffer.numpy(), places["lens"]).max()),
-        )
+        longest = int(host_view(buffer.numpy(), places["lens"]).max())
+        plan = loop.decode_plan(buffer.to(self.model.device), places, header.decode_reach, longest)
         loop.scheduler.commit([])
         self.length += 1
         return ids[self.order.to(ids.device), -1], plan

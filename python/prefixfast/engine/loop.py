@@ -225,24 +225,11 @@ class Loop:
 
     def _prefill(self, out: np.ndarray, places: Sections, reach: int, ids: list[int]) -> list[Chosen]:
         """The prompt tokens of the step in one packed forward, then the first tokens of the prompts that end in it."""
-        tables = self.buffer.to(self.model.device, non_blocking=True)
-        fill = section(tables, places["fill"]).long()
-        self.arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
-        continued = places["key_slots"][1] > 0
-        plan = Plan(
-            section(tables, places["position_ids"])[None],
-            self.model.backend,
-            reach,
-            packed=packed_tables(tables, places),
-            arena=self.arena,
-            slots=section(tables, places["slots"]),
-            key_slots=section(tables, places["key_slots"]) if continued else None,
-            logits_at=section(tables, places["logits_idx"]).long(),
-        )
+        plan = self.prefill_plan(self.buffer.to(self.model.device, non_blocking=True), places, reach)
         chunks = list(zip(ids, host_view(out, places["chunk"]).tolist(), strict=True))
         prompts = np.concatenate([self.requests[number].ids[start : start + n] for number, (_, _, start, n) in chunks])
         logits = self.model.forward(plan, to_device(prompts, self.model.device))
-        self.counts.update(prefill_tokens=len(prompts), continued_prefills=int(continued))
+        self.counts.update(prefill_tokens=len(prompts), continued_prefills=int(plan.key_slots is not None))
         rows = []
         for number, (row, _, start, n) in chunks:
             request = self.requests[number]
@@ -285,16 +272,37 @@ class Loop:
 
     def _run(self, tables: Tensor, places: Sections, *, choose: bool, reach: int, max_len: int) -> Result:
         """The device's part of a decode step: logits, and with ``choose`` tokens of rows without beams."""
-        step = DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields))
-        slots, rows = section(tables, places["slot"]), step.row.long()
-        self.arena.table[rows, step.lens.long() - 1] = slots
-        positions = section(tables, places["position_ids"])[None]
-        plan = Plan(positions, self.model.backend, reach, decode=step, arena=self.arena, slots=slots, max_len=max_len)
+        plan = self.decode_plan(tables, places, reach, max_len)
+        assert plan.decode is not None
+        rows = plan.decode.row.long()
         logits = self.model.forward(plan, self.rows.token[rows])
         if not choose:
             return logits, None
         tokens = self.rows.token[rows] = self.rows.greedy.step(logits, rows).tokens
         return logits, tokens
+
+    def prefill_plan(self, tables: Tensor, places: Sections, reach: int) -> Plan:
+        """The plan of a step's prompt tokens, whose places are written into the slot table."""
+        fill = section(tables, places["fill"]).long()
+        self.arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
+        return Plan(
+            section(tables, places["position_ids"])[None],
+            self.model.backend,
+            reach,
+            packed=packed_tables(tables, places),
+            arena=self.arena,
+            slots=section(tables, places["slots"]),
+            key_slots=section(tables, places["key_slots"]) if places["key_slots"][1] > 0 else None,
+            logits_at=section(tables, places["logits_idx"]).long(),
+        )
+
+    def decode_plan(self, tables: Tensor, places: Sections, reach: int, max_len: int) -> Plan:
+        """The plan of a step's new tokens, whose places are written into the slot table."""
+        step = DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields))
+        slots = section(tables, places["slot"])
+        self.arena.table[step.row.long(), step.lens.long() - 1] = slots
+        positions = section(tables, places["position_ids"])[None]
+        return Plan(positions, self.model.backend, reach, decode=step, arena=self.arena, slots=slots, max_len=max_len)
 
     def _read(self, started: list[Chosen], known: Mapping[int, Outcome]) -> dict[int, Outcome]:
         """Wait for what steps have chosen: the requests that have ended with it, beside those that are ``known`` to have."""
