@@ -1,6 +1,7 @@
 """Train in children that are killed (SIGKILL) at random moments and go on from what they left: ``kill_training.py FOLDER KILLS SEED``.
 
-The parent has everything loaded and never runs a backward pass itself, so that a forked child starts in milliseconds.
+The parent has everything loaded and never runs a backward pass itself, so that a forked child starts in milliseconds. A moment is a number of steps that the
+child has saved, and some time more, so that kills hit all of a run however fast the machine is at the hour.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tiny
 from prefixfast.training.trainer import train
 from token_rows import rows
 
-STEPS = 30
+STEPS, MOST = 30, 6
 DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4), "d": rows(3, 6)}
 HOW = {"batch_size": 2, "prefix_length": 3, "learning_rate": 5e-3, "init": "random", "max_steps": STEPS, "prefix_dropout": 0.2, "reparameterization": "mlp",
        "encoder_hidden_size": 16, "eval_steps": 3, "early_stopping_patience": 4, "save_steps": 2, "logging_steps": 1, "progress": False}  # fmt: skip
@@ -50,6 +51,27 @@ def child(model: prefixfast.Model, folder: Path, lone: bool) -> int:
     return pid
 
 
+def saved(out: Path) -> int:
+    """The step of the checkpoint that lies there, 0 for none."""
+    state = out / "out" / "checkpoint" / "0" / "state.json"
+    try:
+        return json.loads(state.read_text())["state"]["step"]
+    except FileNotFoundError:
+        return 0
+
+
+def kill(pid: int, out: Path, steps: int, seconds: float) -> bool:
+    """Kill a child some seconds after it has saved ``steps`` more steps; whether it was killed before its end."""
+    wanted = saved(out) + steps
+    while saved(out) < wanted:
+        if done := os.waitpid(pid, os.WNOHANG)[0]:
+            return not done
+        time.sleep(0.002)
+    time.sleep(seconds)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
 def digests(folder: Path, lone: bool) -> dict[str, list[str]]:
     """Of what lies on disk, folder and store."""
     store = prefixfast.PrefixStore(folder / "store")
@@ -71,13 +93,11 @@ def main(folder: Path, kills: int, seed: int) -> None:
     steps, equal, left = [], True, []
     while len(steps) < kills:
         out = folder / f"run-{len(steps)}"
-        for _ in range(min(4, kills - len(steps))):
-            pid = child(model, out, lone)
-            time.sleep(chance.uniform(0, span[lone] / 2))
-            os.kill(pid, signal.SIGKILL)
-            if os.waitpid(pid, 0)[1] == signal.SIGKILL:
-                state = out / "out" / "checkpoint" / "0" / "state.json"
-                steps.append(json.loads(state.read_text())["state"]["step"] if state.exists() else 0)
+        steps += [
+            saved(out)
+            for _ in range(min(4, kills - len(steps)))
+            if kill(child(model, out, lone), out, chance.randrange(MOST), chance.uniform(0, span[lone] * MOST / STEPS))
+        ]
         status = os.waitpid(child(model, out, lone), 0)[1]
         equal &= status == 0 and digests(out, lone) == expected[lone]
         left += [str(p) for p in (*(out / "out").rglob(".*"), *out.glob(".*"))]
