@@ -17,12 +17,13 @@ from torch import Tensor
 
 from prefixfast import attend
 from prefixfast.bench.harness import alternate, write_rows
+from prefixfast.memory import in_large_pages
 from prefixfast_kernels import reference
 from prefixfast_kernels.checks import Request, decode_tables, relative_error
 from prefixfast_kernels.torch_decode import decode_fwd
 from prefixfast_kernels.torch_piece import Options
 
-ROWS, HEADS, DIM, LAYERS, OWN_ROWS = 32, 12, 64, 12, 4096
+ROWS, HEADS, DIM, LAYERS, OWN_ROWS, RUN = 32, 12, 64, 12, 4096, 16
 LENS = [40 + i for i in range(ROWS)]
 SIZES = [(0, 1), (200, 1), (200, 4), (200, 32), (512, 1), (512, 4), (512, 32)]
 OPTIONS = Options(DIM**-0.5, 0, 0.0)
@@ -42,11 +43,16 @@ class Step:
 
     @classmethod
     def make(cls, length: int, distinct: int, dtype: torch.dtype) -> Step:
-        """Random keys; the prefixes lie before the slots."""
+        """Random keys in memory such as the engine's; the prefixes lie before the slots, which come in shuffled runs."""
         torch.manual_seed(0)
         first = distinct * length
-        layers = [tuple(torch.randn(first + OWN_ROWS, HEADS, DIM).to(dtype) for _ in "kv") for _ in range(LAYERS)]
-        table = (torch.randperm(OWN_ROWS)[: ROWS * max(LENS)] + first).view(ROWS, -1).int()
+
+        def memory() -> Tensor:
+            return in_large_pages(torch.empty(first + OWN_ROWS, HEADS, DIM, dtype=dtype)).normal_()
+
+        layers = [(memory(), memory()) for _ in range(LAYERS)]
+        runs = torch.randperm(OWN_ROWS // RUN).view(ROWS, -1)
+        table = (first + runs[:, :, None] * RUN + torch.arange(RUN)).view(ROWS, -1)[:, : max(LENS)].int().contiguous()
         requests = [Request(0, ((i % distinct, True),) if length else ()) for i in range(ROWS)]
         tables = decode_tables(LENS, requests, [(i * length, length) for i in range(distinct)] if length else [])
         prefix = torch.arange(length) + torch.arange(ROWS)[:, None] % distinct * length

@@ -18,6 +18,7 @@
     reason = "letters are the field's: q, k, v, o"
 )]
 
+mod across;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]

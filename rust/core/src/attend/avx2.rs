@@ -6,13 +6,14 @@
 )]
 
 use std::arch::x86_64::{
-    __m128i, __m256, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
-    _MM_HINT_T1, _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss,
-    _mm_movehl_ps, _mm_prefetch, _mm_shuffle_ps, _mm_storeu_ps, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
+    __m128i, __m256, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T1,
+    _mm_add_ps, _mm_add_ss, _mm_cvtss_f32, _mm_loadu_si128, _mm_max_ps, _mm_max_ss, _mm_movehl_ps,
+    _mm_prefetch, _mm_shuffle_ps, _mm_storeu_ps, _mm_unpacklo_ps, _mm256_add_epi32, _mm256_add_ps,
+    _mm256_blendv_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
     _mm256_cvtepu16_epi32, _mm256_cvtps_epi32, _mm256_div_ps, _mm256_extractf128_ps,
     _mm256_fmadd_ps, _mm256_hadd_ps, _mm256_loadu_ps, _mm256_max_ps, _mm256_min_ps, _mm256_mul_ps,
-    _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_slli_epi32, _mm256_storeu_ps,
+    _mm256_permute2f128_ps, _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps,
+    _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
 use super::lanes::{Lanes, Line, WIDTH};
@@ -37,6 +38,7 @@ macro_rules! both {
 
 impl Lanes for Avx2 {
     type V = [__m256; 2];
+    const REGISTERS: usize = 8;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Self::V {
@@ -121,12 +123,12 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn zero_where_less(self, a: Self::V, b: Self::V, x: Self::V) -> Self::V {
+    fn where_less(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
         // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
         unsafe {
             [
-                _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]), x[0]),
-                _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1]), x[1]),
+                _mm256_blendv_ps(y[0], x[0], _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0])),
+                _mm256_blendv_ps(y[1], x[1], _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])),
             ]
         }
     }
@@ -135,18 +137,28 @@ impl Lanes for Avx2 {
         let mut out = [0.0; 4];
         // SAFETY: `self` exists, so the CPU has AVX2. The store takes any alignment and writes the four floats of `out`.
         unsafe {
-            let ab = _mm256_hadd_ps(
+            let [a, b, c, d] = [
                 _mm256_add_ps(x[0][0], x[0][1]),
                 _mm256_add_ps(x[1][0], x[1][1]),
-            );
-            let cd = _mm256_hadd_ps(
                 _mm256_add_ps(x[2][0], x[2][1]),
                 _mm256_add_ps(x[3][0], x[3][1]),
+            ];
+            let ab = _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(a, b),
+                _mm256_permute2f128_ps::<0x31>(a, b),
+            ); // four numbers each
+            let cd = _mm256_add_ps(
+                _mm256_permute2f128_ps::<0x20>(c, d),
+                _mm256_permute2f128_ps::<0x31>(c, d),
             );
-            let all = _mm256_hadd_ps(ab, cd);
+            let acbd = _mm256_add_ps(
+                _mm256_shuffle_ps::<0x44>(ab, cd),
+                _mm256_shuffle_ps::<0xEE>(ab, cd),
+            ); // two numbers each
+            let one = _mm256_hadd_ps(acbd, acbd); // a c a c | b d b d
             _mm_storeu_ps(
                 out.as_mut_ptr(),
-                _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps::<1>(all)),
+                _mm_unpacklo_ps(_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one)),
             );
         }
         out
@@ -179,11 +191,6 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn prefetch<T>(self, x: &T) {
-        // SAFETY: a hint; every CPU with AVX2 has it, and it changes nothing whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
-    }
-    #[inline(always)]
-    fn prefetch_later<T>(self, x: &T) {
         // SAFETY: a hint; every CPU with AVX2 has it, and it changes nothing whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
     }

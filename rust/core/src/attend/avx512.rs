@@ -6,10 +6,10 @@
 )]
 
 use std::arch::x86_64::{
-    __m256i, __m512, _CMP_NLT_UQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
-    _MM_HINT_T1, _mm_prefetch, _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
+    __m256i, __m512, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T1,
+    _mm_prefetch, _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps,
     _mm512_castps512_ps128, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
-    _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_maskz_mov_ps,
+    _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mask_mov_ps,
     _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_permute_ps, _mm512_permutexvar_ps,
     _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_set1_epi32,
     _mm512_set1_ps, _mm512_setr_epi32, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps,
@@ -42,6 +42,7 @@ macro_rules! one {
 
 impl Lanes for Avx512 {
     type V = __m512;
+    const REGISTERS: usize = 32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -106,9 +107,9 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
-    fn zero_where_less(self, a: __m512, b: __m512, x: __m512) -> __m512 {
+    fn where_less(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
         // SAFETY: `self` exists, so the CPU has AVX-512F; no memory is touched.
-        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(a, b), x) }
+        unsafe { _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), x) }
     }
     #[inline(always)]
     fn sums(self, x: [__m512; 4]) -> [f32; 4] {
@@ -147,11 +148,6 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn prefetch<T>(self, x: &T) {
-        // SAFETY: a hint; every CPU with AVX-512F has it, and it changes nothing whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(x).cast()) }
-    }
-    #[inline(always)]
-    fn prefetch_later<T>(self, x: &T) {
         // SAFETY: a hint; every CPU with AVX-512F has it, and it changes nothing whatever the address.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
     }

@@ -1,7 +1,8 @@
-//! One chunk of a task's keys by the queries that see them: in place for one row, from a copy in fp32 for several.
+//! One chunk of a task's keys by the queries that see them: in place for one row, from a copy in fp32 for several, many of them across (`across`).
 
 use std::ops::Range;
 
+use super::across::{self, Across};
 use super::lanes::{Element, Lanes, Line, WIDTH};
 use super::query::{CHUNK, Chunk, Running, gather, score, weigh};
 
@@ -29,6 +30,7 @@ pub(super) struct Queries<'a> {
     scores: &'a mut [f32],
     /// A chunk of keys and one of values in fp32, `[kv heads, CHUNK, lines]`.
     packed: [&'a mut [f32]; 2],
+    pub(super) across: Across<'a>,
 }
 
 impl<'a> Queries<'a> {
@@ -44,7 +46,8 @@ impl<'a> Queries<'a> {
         let size = queries * lines * WIDTH;
         let packed = heads.len() * CHUNK * lines * WIDTH;
         let scores = heads.len() * group * CHUNK;
-        let all = 2 * (size + packed) + scores + CACHE_LINE;
+        let across = Across::floats(rows, heads.len(), group, lines);
+        let all = 2 * (size + packed) + scores + across + CACHE_LINE;
         floats.resize(all.max(floats.len()), 0.0);
         running.clear();
         running.resize(queries, Running::EMPTY);
@@ -54,6 +57,7 @@ impl<'a> Queries<'a> {
         let (o, rest) = rest.split_at_mut(size);
         let (keys, rest) = rest.split_at_mut(packed);
         let (values, rest) = rest.split_at_mut(packed);
+        let (scores, rest) = rest.split_at_mut(scores);
         o.fill(0.0);
         Self {
             heads: heads.clone(),
@@ -64,8 +68,13 @@ impl<'a> Queries<'a> {
             q: q.as_chunks_mut().0,
             o: o.as_chunks_mut().0,
             running,
-            scores: &mut rest[..scores],
+            scores,
             packed: [keys, values],
+            across: Across::new(
+                &mut rest[..across],
+                heads.len() * (rows * group).div_ceil(WIDTH),
+                lines,
+            ),
         }
     }
 }
@@ -114,23 +123,12 @@ pub(super) fn chunk<L: Lanes, K: Element>(
         }
         return;
     }
-    for (to, from) in state.packed.iter_mut().zip(memory) {
-        copy(lanes, from, at, (&state.heads, state.head_dim), to);
-    }
-    let all = state.heads.start * state.head_dim..state.heads.end * state.head_dim;
-    let (parts, here) = (
-        state.heads.len() * users.len(),
-        starts(0, state.lines * WIDTH),
-    );
+    let parts = state.heads.len() * users.len();
+    let here = starts(0, state.lines * WIDTH);
     let mut scores = [0.0; CHUNK];
+    copy_both(lanes, state, memory, at);
     for part in 0..parts {
-        for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
-            for memory in memory {
-                each_line(&memory[start + all.start..start + all.end], |x| {
-                    lanes.prefetch_later(x);
-                });
-            }
-        }
+        call_next(lanes, state, memory, next, part, parts);
         let user = users[part % users.len()];
         if user.first_of(start) < at.len() {
             let here = &here[user.first_of(start)..at.len()];
@@ -141,6 +139,75 @@ pub(super) fn chunk<L: Lanes, K: Element>(
                 (user.row, part / users.len()),
                 &mut scores,
             );
+        }
+    }
+}
+
+/// One chunk by users who all see it whole and whose queries lie across; `next` is the chunk that follows.
+#[inline(always)]
+pub(super) fn chunk_across<L: Lanes, K: Element>(
+    lanes: L,
+    state: &mut Queries<'_>,
+    memory: [&[K]; 2],
+    (at, next): (&[usize], &[usize]),
+    vectors: usize,
+) {
+    let here = starts(0, state.lines * WIDTH);
+    let parts = state.heads.len() * vectors;
+    copy_both(lanes, state, memory, at);
+    for part in 0..parts {
+        call_next(lanes, state, memory, next, part, parts);
+        let [keys, values] = [&*state.packed[0], &*state.packed[1]];
+        let (at, skip) = (
+            &here[..at.len()],
+            part / vectors * CHUNK * state.lines * WIDTH,
+        );
+        let [keys, values] = [
+            Chunk {
+                data: keys,
+                at,
+                skip,
+            },
+            Chunk {
+                data: values,
+                at,
+                skip,
+            },
+        ];
+        let softcap = state.softcap;
+        across::vector(lanes, &mut state.across, part, softcap, keys, values);
+    }
+}
+
+/// Copies the keys and the values of a chunk.
+#[inline(always)]
+fn copy_both<L: Lanes, K: Element>(
+    lanes: L,
+    state: &mut Queries<'_>,
+    memory: [&[K]; 2],
+    at: &[usize],
+) {
+    for (to, from) in state.packed.iter_mut().zip(memory) {
+        copy(lanes, from, at, (&state.heads, state.head_dim), to);
+    }
+}
+
+/// Asks for one of some parts of the next chunk, so that it is on its way while this one is used.
+#[inline(always)]
+fn call_next<L: Lanes, K: Element>(
+    lanes: L,
+    state: &Queries<'_>,
+    memory: [&[K]; 2],
+    next: &[usize],
+    part: usize,
+    parts: usize,
+) {
+    let all = state.heads.start * state.head_dim..state.heads.end * state.head_dim;
+    for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
+        for memory in memory {
+            each_line(&memory[start + all.start..start + all.end], |x| {
+                lanes.prefetch(x);
+            });
         }
     }
 }

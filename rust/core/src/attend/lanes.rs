@@ -8,10 +8,16 @@ pub(super) const WIDTH: usize = 16;
 /// A vector in memory.
 pub(super) type Line = [f32; WIDTH];
 
+/// The order in which the lanes of a vector are added on every path: `(a + b) + (c + d)` of each four, and so of the four sums.
+pub(super) const TREE: [[usize; 4]; 4] =
+    [[0, 8, 4, 12], [2, 10, 6, 14], [1, 9, 5, 13], [3, 11, 7, 15]];
+
 /// Vectors of 16 floats.
 pub(super) trait Lanes: Copy {
     /// A vector in registers.
     type V: Copy;
+    /// How many of them the CPU has.
+    const REGISTERS: usize;
 
     fn splat(self, x: f32) -> Self::V;
     fn load(self, x: &Line) -> Self::V;
@@ -31,16 +37,15 @@ pub(super) trait Lanes: Copy {
     fn round(self, x: Self::V) -> Self::V;
     /// Two to the power of whole numbers from -126 to 127.
     fn exp2_whole(self, x: Self::V) -> Self::V;
-    /// `x`, 0 where `a < b`.
-    fn zero_where_less(self, a: Self::V, b: Self::V, x: Self::V) -> Self::V;
-    /// The sum of each of four vectors, each in the same order.
+    /// `x` where `a < b`, else `y`.
+    fn where_less(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
+    /// The sum of each of four vectors, in the order of [`TREE`].
     fn sums(self, x: [Self::V; 4]) -> [f32; 4];
+    /// The sum of a vector, in the order of [`TREE`].
     fn sum(self, x: Self::V) -> f32;
     fn largest(self, x: Self::V) -> f32;
-    /// Asks for the cache line of `x`, needed soon.
+    /// Asks for the cache line of `x`, into the second-level cache: more lines can be on their way there than to the first.
     fn prefetch<T>(self, _x: &T) {}
-    /// Asks for the cache line of `x`, needed later: the second-level cache is near enough.
-    fn prefetch_later<T>(self, _x: &T) {}
 }
 
 /// An element of keys and values in memory.
@@ -83,6 +88,7 @@ fn each(a: Line, b: Line, op: impl Fn(f32, f32) -> f32) -> Line {
 
 impl Lanes for Scalar {
     type V = Line;
+    const REGISTERS: usize = 8;
 
     #[inline(always)]
     fn splat(self, x: f32) -> Line {
@@ -138,8 +144,8 @@ impl Lanes for Scalar {
         std::array::from_fn(|i| f32::from_bits(((x[i] as i32 + 127) << 23).cast_unsigned()))
     }
     #[inline(always)]
-    fn zero_where_less(self, a: Line, b: Line, x: Line) -> Line {
-        std::array::from_fn(|i| if a[i] < b[i] { 0.0 } else { x[i] })
+    fn where_less(self, a: Line, b: Line, x: Line, y: Line) -> Line {
+        std::array::from_fn(|i| if a[i] < b[i] { x[i] } else { y[i] })
     }
     #[inline(always)]
     fn sums(self, x: [Line; 4]) -> [f32; 4] {
@@ -147,9 +153,8 @@ impl Lanes for Scalar {
     }
     #[inline(always)]
     fn sum(self, x: Line) -> f32 {
-        let eight: [f32; 8] = std::array::from_fn(|i| x[i] + x[i + 8]);
-        let four: [f32; 4] = std::array::from_fn(|i| eight[i] + eight[i + 4]);
-        (four[0] + four[2]) + (four[1] + four[3])
+        let [a, b, c, d] = TREE.map(|[a, b, c, d]| (x[a] + x[b]) + (x[c] + x[d]));
+        (a + b) + (c + d)
     }
     #[inline(always)]
     fn largest(self, x: Line) -> f32 {

@@ -26,7 +26,12 @@ pub(super) fn exp<L: Lanes>(lanes: L, x: L::V) -> L::V {
         sum = lanes.fma(sum, r, lanes.splat(c));
     }
     let sum = lanes.fma(sum, lanes.mul(r, r), lanes.add(r, lanes.splat(1.0)));
-    lanes.zero_where_less(x, low, lanes.mul(sum, lanes.exp2_whole(n)))
+    lanes.where_less(
+        x,
+        low,
+        lanes.splat(0.0),
+        lanes.mul(sum, lanes.exp2_whole(n)),
+    )
 }
 
 /// `tanh(x)` to 4 units in the last place.

@@ -6,8 +6,6 @@ use super::Problem;
 use super::tables::{blocks, slots, uses};
 use crate::error::Result;
 
-/// Tasks for each thread at least: the more, the more often a prefix is copied, the fewer, the less even.
-const TASKS: usize = 2;
 /// Bytes of a key that a task reads at least, if there are other ways to cut: a page that many tasks touch is looked up by each of them.
 const BYTES: usize = 1024;
 /// Most floats of the queries of one task: queries and outputs together take half of a small second-level cache.
@@ -88,7 +86,8 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Makes the tasks. A run of rows with the same first block is cut by kv heads, which copies nothing twice, and by rows, which copies the block again.
+    /// Makes the tasks, no more than even the threads out: a run of rows with the same first block is cut by kv heads, which copies nothing twice, and by
+    /// rows, which copies the block again.
     fn cut(&mut self, problem: &Problem<'_>, threads: usize) {
         let kv_heads = problem.shape.kv_heads;
         let floats = problem.shape.heads * problem.shape.head_dim;
@@ -97,7 +96,7 @@ impl Plan {
         let runs = self.runs();
         let total: usize = runs.iter().map(|(_, cost)| cost).sum();
         let most = if threads > 1 {
-            total.div_ceil(TASKS * threads).max(1)
+            total.div_ceil(threads).max(1)
         } else {
             total.max(1)
         };

@@ -18,7 +18,7 @@ pub(super) struct Chunk<'a, K> {
 impl<'a, K: Element> Chunk<'a, K> {
     /// `lines` vectors of key `j`.
     #[inline(always)]
-    fn key(&self, j: usize, lines: usize) -> &'a [[K; WIDTH]] {
+    pub(super) fn key(&self, j: usize, lines: usize) -> &'a [[K; WIDTH]] {
         self.data[self.at[j] + self.skip..][..lines * WIDTH]
             .as_chunks()
             .0
@@ -171,7 +171,7 @@ fn gather_part<L: Lanes, K: Element, const N: usize>(
 
 /// `softcap * tanh(score / softcap)`.
 #[inline(always)]
-fn cap<L: Lanes>(lanes: L, softcap: f32, scores: &mut [Line]) {
+pub(super) fn cap<L: Lanes>(lanes: L, softcap: f32, scores: &mut [Line]) {
     let (most, inverse) = (lanes.splat(softcap), lanes.splat(1.0 / softcap));
     for line in scores {
         let x = lanes.mul(lanes.load(line), inverse);

@@ -64,6 +64,52 @@ impl Case {
         }
     }
 
+    /// So many rows, of the keys of the three in turn, that all see the first block.
+    fn crowd(rows: usize, (heads, kv_heads, head_dim): (usize, usize, usize)) -> Self {
+        let three = Self::new(heads, kv_heads, head_dim);
+        let number = |x: usize| i32::try_from(x).unwrap_or(i32::MAX);
+        let each = |of: [i32; 3]| (0..rows).map(|i| of[i % 3]).collect::<Vec<_>>();
+        let lens = each([70, 3, 20]);
+        Self {
+            shape: Shape {
+                rows,
+                ..three.shape
+            },
+            q: random(rows * heads * head_dim, 4),
+            row: each([2, 0, 1]),
+            user_indptr: vec![0, number(rows), number(rows) + 1],
+            user: (0..number(rows)).chain([0]).collect(),
+            user_pos: lens.iter().map(|n| -94 - n).chain([-74]).collect(),
+            user_slides: vec![1; rows + 1],
+            lens,
+            ..three
+        }
+    }
+
+    /// Row `i` as a batch of its own.
+    fn alone(&self, i: usize) -> Self {
+        let numbers = self.shape.heads * self.shape.head_dim;
+        let second = usize::from(i == 0);
+        Self {
+            shape: Shape {
+                rows: 1,
+                ..self.shape
+            },
+            q: self.q[i * numbers..][..numbers].to_vec(),
+            k: self.k.clone(),
+            v: self.v.clone(),
+            table: self.table.clone(),
+            row: vec![self.row[i]],
+            lens: vec![self.lens[i]],
+            block: self.block.clone(),
+            user_indptr: if i == 0 { vec![0, 1, 2] } else { vec![0, 1, 1] },
+            user: vec![0; 1 + second],
+            user_pos: [self.user_pos[i], -74][..=second].to_vec(),
+            user_slides: vec![1; 1 + second],
+            ..*self
+        }
+    }
+
     fn problem(&self) -> Problem<'_> {
         let source = Source::F32 {
             k: &self.k,
@@ -407,27 +453,50 @@ fn tasks_are_every_row_and_head_once() -> Result<(), Error> {
 
 #[test]
 fn a_row_alone_gives_the_same_bits() -> Result<(), Error> {
+    for (heads, rows) in HEADS.into_iter().zip([3, 40, 11, 18, 3, 33, 8]) {
+        for (window, softcap) in [(0, 0.0), (100, 0.0), (120, 2.0)] {
+            let case = Case {
+                window,
+                softcap,
+                ..Case::crowd(rows, heads)
+            };
+            for simd in Simd::all() {
+                let (o, lse) = case.run(2, simd)?;
+                assert!(case.error(&o, &lse) < 2e-5, "{} {heads:?}", simd.name());
+                let numbers = heads.0 * heads.2;
+                for i in 0..rows {
+                    let expected = (
+                        o[i * numbers..][..numbers].to_vec(),
+                        lse[i * heads.0..][..heads.0].to_vec(),
+                    );
+                    assert_eq!(
+                        case.alone(i).run(1, simd)?,
+                        expected,
+                        "{} {heads:?}, window {window}, row {i}",
+                        simd.name()
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn one_query_of_many_may_have_no_number_or_nothing_but_infinities() -> Result<(), Error> {
     for simd in Simd::all() {
-        let case = Case {
-            window: 100,
-            ..Case::new(4, 2, 64)
-        };
-        let (o, lse) = case.run(2, simd)?;
-        let alone = Case {
-            shape: Shape {
-                rows: 1,
-                ..case.shape
-            },
-            q: case.q[..256].to_vec(),
-            row: vec![2],
-            lens: vec![70],
-            user_indptr: vec![0, 1, 2],
-            user: vec![0, 0],
-            user_pos: vec![-164, -74],
-            user_slides: vec![1, 1],
-            ..case
-        };
-        assert_eq!(alone.run(1, simd)?, (o[..256].to_vec(), lse[..4].to_vec()));
+        let mut case = Case::crowd(20, (2, 2, 16));
+        case.q[5] = f32::NAN;
+        case.q[64..80].fill(f32::INFINITY); // row 2
+        case.k.iter_mut().for_each(|k| *k = -k.abs() - 0.1);
+        let (o, lse) = case.run(1, simd)?;
+        assert!(lse[0].is_nan() && o[..16].iter().all(|x| x.is_nan()));
+        assert!(lse[4].to_bits() == f32::NEG_INFINITY.to_bits());
+        assert!(o[64..80].iter().all(|x| x.to_bits() == 0.0_f32.to_bits()));
+        let alone = case.alone(2).run(1, simd)?;
+        assert_eq!(alone.1, lse[4..6]);
+        assert!(lse[1..4].iter().chain(&lse[5..]).all(|x| x.is_finite()));
+        assert!(o[16..64].iter().chain(&o[80..]).all(|x| x.is_finite()));
     }
     Ok(())
 }

@@ -2,7 +2,8 @@
 
 use std::cell::RefCell;
 
-use super::chunk::{Queries, User, chunk, starts};
+use super::across;
+use super::chunk::{Queries, User, chunk, chunk_across, starts};
 use super::lanes::{Element, Lanes, Line, Scalar};
 use super::out::Out;
 use super::plan::{Plan, Task};
@@ -144,23 +145,32 @@ fn blocks<L: Lanes, K: Element>(
 ) {
     for users in users.chunk_by(|a, b| a.block == b.block) {
         let block = plan.blocks[users[0].block];
-        let seen = users.iter().map(|u| u.first).min().unwrap_or(0);
+        let first = |u: &User| u.first;
+        let seen = users.iter().map(first).min().unwrap_or(0);
+        let whole = users.iter().map(first).max().unwrap_or(0);
+        let vectors = across::vectors(users, state.group);
+        let mut across = false;
         let mut start = seen / CHUNK * CHUNK; // chunks are cut at the same rows whoever sees them
         let mut at = starts(block.start + start, stride);
         while start < block.rows {
             let count = CHUNK.min(block.rows - start);
             let next = starts(block.start + start + count, stride);
             let ahead = CHUNK.min(block.rows - start - count);
-            chunk(
-                lanes,
-                state,
-                memory,
-                (&at[..count], &next[..ahead]),
-                start,
-                users,
-            );
+            let places = (&at[..count], &next[..ahead]);
+            if !across && start >= whole && across::pays(users, state.group) {
+                across = true;
+                across::enter(state, users);
+            }
+            if across {
+                chunk_across(lanes, state, memory, places, vectors);
+            } else {
+                chunk(lanes, state, memory, places, start, users);
+            }
             start += count;
             at = next;
+        }
+        if across {
+            across::leave(state, users);
         }
     }
 }
