@@ -1,14 +1,15 @@
 """Where a decode step's time goes on this machine: GPT-2 124M with random weights, 32 rows, by operator, with weights packed and as they are.
 
 ``python benches/system/decode_step.py OUT.jsonl [--dtype float32] [--steps 12] [--rounds 4]``: the settings take turns in rounds; a step is the best of all
-rounds without the profiler, the shares come from one more pass of each under ``torch.profiler``. ``limit_ms`` is DESIGN's bound of a step with prefixes: the
-step without any and 1.3 times what a copy of the distinct prefixes' bytes takes at this run's bandwidth.
+rounds without the profiler, the shares come from one more pass of each under ``torch.profiler``. ``limit_ms`` is DESIGN's bound of the median step with prefixes:
+the median step without any and 1.3 times what a copy of the distinct prefixes' bytes takes, at the median of the bandwidths of the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import statistics
 import time
 from pathlib import Path
 
@@ -80,15 +81,16 @@ def main() -> None:
                     loop.step()
             found = {e.key: e.cpu_time_total / args.steps / 1e3 for e in seen.key_averages()}
             parts = {name: round(sum(found.get(key, 0.0) for key in keys), 2) for name, keys in PARTS.items()}
-            ordered = sorted(seconds[setting])
-            best, median = (round(1e3 * s, 2) for s in (ordered[0], ordered[len(ordered) // 2]))
-            prefix_seconds = row_bytes * setting[0] * setting[1] / max(bandwidths)
-            limit = round(1e3 * (min(seconds[0, 0, setting[2]]) + 1.3 * prefix_seconds), 2)
+            best, median = (round(1e3 * f(seconds[setting]), 2) for f in (min, statistics.median))
+            prefix_seconds = row_bytes * setting[0] * setting[1] / statistics.median(bandwidths)
+            limit = round(1e3 * (statistics.median(seconds[0, 0, setting[2]]) + 1.3 * prefix_seconds), 2)
             measured = {"best_ms": best, "median_ms": median, "limit_ms": limit, "parts_ms": parts}
             rows.append(dict(zip(("prefix_length", "distinct", "packed"), setting, strict=True)) | measured)
             print(rows[-1], flush=True)
     command = f"python benches/system/decode_step.py OUT.jsonl --dtype {args.dtype} --steps {args.steps} --rounds {args.rounds}"
-    write_rows(args.out, [{"suite": "decode_step", "command": command, "rows": ROWS, "prompt": PROMPT, "copy_gb_s": round(max(bandwidths) / 1e9, 1)}, *rows])
+    write_rows(
+        args.out, [{"suite": "decode_step", "command": command, "rows": ROWS, "prompt": PROMPT, "copy_gb_s": [round(b / 1e9, 1) for b in bandwidths]}, *rows]
+    )
 
 
 if __name__ == "__main__":
