@@ -1,8 +1,8 @@
 """Where a decode step's time goes on this machine: GPT-2 124M with random weights, 32 rows, by operator, with weights packed and as they are.
 
 ``python benches/system/decode_step.py OUT.jsonl [--dtype float32] [--steps 12] [--rounds 4]``: the settings take turns in rounds; a step is the best of all
-rounds without the profiler, the shares come from one more pass of each under ``torch.profiler``. ``limit_ms`` is DESIGN's bound of the median step with prefixes:
-the median step without any and 1.3 times what a copy of the distinct prefixes' bytes takes, at the median of the bandwidths of the rounds.
+rounds without the profiler, the shares come from one more pass of each under ``torch.profiler``. ``limit_ms`` is DESIGN's bound of the median step: the median
+step without a prefix and 1.3 times what a copy of the distinct prefixes' bytes takes, at the median of the bandwidths of the rounds.
 """
 
 from __future__ import annotations
