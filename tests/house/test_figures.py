@@ -1,7 +1,7 @@
 """Every figure of the README's tables is the one in its results file."""
 
 import json
-from statistics import mean
+from statistics import mean, median
 
 import pytest
 
@@ -73,10 +73,21 @@ def backward_rows() -> list[str]:
     return [f"  | {piece} | {' | '.join(cells)} |" for piece, cells in found.items()]
 
 
+def attention_rows() -> list[str]:
+    out = []
+    for dtype, name in (("float32", "fp32"), ("bfloat16", "bf16")):
+        found: dict[str, dict[bool, list[str]]] = {}
+        for r in lines(f"attn-decode-cpu-{dtype}.jsonl"):
+            case = f"P={r['prefix_length']}" + (f", {r['distinct']} distinct" if r["prefix_length"] else "")
+            found.setdefault(case, {False: [], True: []})[r["with_products"]].append(f"{min(r['seconds']) * 1e3:.1f}")
+        out += [f"  | {name}, {case} | {' | '.join(cells[False] + cells[True])} |" for case, cells in found.items()]
+    return out
+
+
 SHOWN = [
     *((row, README) for row in (*quality_rows(), *generation_rows("generate-gpt2-fp32.jsonl"), *generation_rows("generate-gpt2-bf16.jsonl"), *kernel_rows())),
     *((row, PERFORMANCE) for row in (*step_rows(), *generation_rows("generate-llama-fp32.jsonl"))),
-    *((row, ARCHITECTURE) for row in backward_rows()),
+    *((row, ARCHITECTURE) for row in (*backward_rows(), *attention_rows())),
 ]
 
 
@@ -109,19 +120,21 @@ def test_what_is_said_of_rounding_is_in_the_files():
 def test_what_is_said_of_steps_and_tenants_is_in_the_files():
     found = json.loads((RESULTS / "parts.json").read_text(encoding="utf8"))["microseconds"]
     names = ("test_a_decode_step_of_32_rows[20]", "test_a_step_with_a_tenth_replaced[20]", "test_a_step_with_a_tenth_replaced[2000]")
-    fair, unfair = lines("fairness.jsonl")
-    said = [f"{found[name]['median'] / 1e3:.2f} ms" for name in names] + [f"at most {fair['growth']:.1f} times; {unfair['growth']:.0f} times where"]
+    growths = {tenants: [r["growth"] for r in lines("fairness.jsonl") if r["tenants"] is tenants] for tenants in (True, False)}
+    fair, unfair = (f"{median(g):.{digits}f} times ({min(g):.{digits}f} to {max(g):.{digits}f})" for g, digits in ((growths[True], 1), (growths[False], 0)))
+    said = [f"{found[name]['median'] / 1e3:.2f} ms" for name in names] + [f"grows {fair}; {unfair} where"]
     assert all(text in PERFORMANCE for text in said), said
 
 
 def test_what_is_said_of_bandwidth_is_in_the_files():
-    fp32, bf16 = (json.loads((RESULTS / f"decode-step-gpt2-{d}.jsonl").read_text(encoding="utf8").splitlines()[1])["copy_gb_s"] for d in ("fp32", "bf16"))
+    settings = (json.loads((RESULTS / f"decode-step-gpt2-{d}.jsonl").read_text(encoding="utf8").splitlines()[1]) for d in ("fp32", "bf16"))
+    fp32, bf16 = (median(setting["copy_gb_s"]) for setting in settings)
     assert f"({fp32} GB/s read and written in fp32's,\n{bf16} in bf16's)" in PERFORMANCE
 
 
 def test_what_is_said_of_planning_is_in_the_file():
     found = json.loads((RESULTS / "plan.json").read_text(encoding="utf8"))["microseconds"]
-    padded, work, plain, replaced = (f"{median:.0f} us" for median, _, _ in found.values())
+    padded, work, plain, replaced = (f"{middle:.0f} us" for middle, _, _ in found.values())
     assert f"{plain}, {work} with the GPU's work tables, {padded} padded for graphs; with 102 requests replaced in each\n  step {replaced}" in PERFORMANCE
 
 
