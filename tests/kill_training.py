@@ -21,7 +21,7 @@ import tiny
 from prefixfast.training.trainer import train
 from token_rows import rows
 
-STEPS, MOST = 30, 6
+STEPS, MOST, DEADLINE = 30, 6, 300
 DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4), "d": rows(3, 6)}
 HOW = {"batch_size": 2, "prefix_length": 3, "learning_rate": 5e-3, "init": "random", "max_steps": STEPS, "prefix_dropout": 0.2, "reparameterization": "mlp",
        "encoder_hidden_size": 16, "eval_steps": 3, "early_stopping_patience": 4, "save_steps": 2, "logging_steps": 1, "progress": False}  # fmt: skip
@@ -62,8 +62,9 @@ def saved(out: Path) -> int:
 
 def kill(pid: int, out: Path, steps: int, seconds: float) -> bool:
     """Kill a child some seconds after it has saved ``steps`` more steps; whether it was killed before its end."""
-    wanted = saved(out) + steps
+    wanted, until = saved(out) + steps, time.perf_counter() + DEADLINE
     while saved(out) < wanted:
+        assert time.perf_counter() < until, f"no step in {DEADLINE} s"
         if done := os.waitpid(pid, os.WNOHANG)[0]:
             return not done
         time.sleep(0.002)

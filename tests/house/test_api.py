@@ -113,8 +113,6 @@ DEPARTURES = {
     "train(objective)",  # there is one; the parameter comes with distillation
     "PrefixConfig.sites",  # of encoder-decoder models
     "PrefixConfig.layers",  # the forward gives every layer a prefix
-    "bench train",  # benches/quality holds training against PEFT
-    "bench tokenize",
 }
 
 

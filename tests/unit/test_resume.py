@@ -291,7 +291,9 @@ def test_training_in_another_thread_works(model, tmp_path):
 def killed(tmp_path: Path, kills: int, seed: int) -> dict:
     script = ROOT / "tests" / "kill_training.py"
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), str(tmp_path), str(kills), str(seed)], env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(kills), str(seed)], env=env, capture_output=True, text=True, check=False, timeout=900
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -19,16 +19,20 @@ from prefixfast.prefix import Prefix
 Call = Callable[[], Tensor]
 
 
-def peft(plain: PreTrainedModel, prefix: Prefix | None, new: int) -> Callable[[list[list[int]]], Tensor]:
-    """PEFT's (without a prefix transformers') greedy `generate` of prompts ``[B, T]`` in one batch, tokens ``[B, new]``."""
+def peft_model(plain: PreTrainedModel, prefix: Prefix) -> tuple[Any, Tensor]:
+    """A copy of a base inside PEFT's prefix-tuning, and its trained table ``[P, 2 * L * H * D]``, which holds ``prefix``."""
     from peft import PrefixTuningConfig, get_peft_model
 
-    own: Any = copy.deepcopy(plain)
+    own: Any = get_peft_model(copy.deepcopy(plain), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length))
+    weight = own.prompt_encoder["default"].embedding.weight
+    weight.data = layout.to_table(prefix.kv).to(weight.dtype)
+    return own, weight
+
+
+def peft(plain: PreTrainedModel, prefix: Prefix | None, new: int) -> Callable[[list[list[int]]], Tensor]:
+    """PEFT's (without a prefix transformers') greedy `generate` of prompts ``[B, T]`` in one batch, tokens ``[B, new]``."""
+    own: Any = copy.deepcopy(plain) if prefix is None else peft_model(plain, prefix)[0]
     own.generation_config.pad_token_id = 0
-    if prefix is not None:
-        own = get_peft_model(own, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length))
-        weight = own.prompt_encoder["default"].embedding.weight
-        weight.data = layout.to_table(prefix.kv).to(weight.dtype)
     own.eval()
 
     def call(batch: list[list[int]]) -> Tensor:

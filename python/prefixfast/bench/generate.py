@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from prefixfast.bench import contenders
 from prefixfast.bench.harness import Timing, alternate, cpu_name, environment, version, write_rows
-from prefixfast.bench.report import write_report
+from prefixfast.bench.report import markdown, write_report
 from prefixfast.engine.engine import Engine
 from prefixfast.errors import ConfigError
 from prefixfast.model import DTYPES, Model, load
@@ -193,8 +193,7 @@ def table(points: Sequence[Point], show: Callable[[Point], str] = lambda p: f"{p
         lines.setdefault(p.label, {0: plain} if p.key.contender == OURS and plain is not None else {})[p.prefix_length] = show(p)
     if plain is not None and not any(label.startswith(OURS) for label in lines):
         lines[OURS] = {0: plain}
-    head = [f"| {corner} | " + " | ".join(f"P={n}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
-    return "\n".join([*head, *(f"| {label} | " + " | ".join(row.get(n, "") for n in lengths) + " |" for label, row in lines.items())])
+    return markdown(lines, lengths, corner)
 
 
 def plot(points: Sequence[Point], path: Path, title: str) -> None:

@@ -141,7 +141,9 @@ impl Lanes for Scalar {
             clippy::cast_possible_truncation,
             reason = "a whole number from -126 to 127; what is no number may become any power"
         )]
-        std::array::from_fn(|i| f32::from_bits(((x[i] as i32 + 127) << 23).cast_unsigned()))
+        std::array::from_fn(|i| {
+            f32::from_bits(((x[i] as i32).wrapping_add(127) << 23).cast_unsigned())
+        })
     }
     #[inline(always)]
     fn where_less(self, a: Line, b: Line, x: Line, y: Line) -> Line {

@@ -86,7 +86,7 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Makes the tasks, no more than even the threads out: a run of rows with the same first block is cut by kv heads, which copies nothing twice, and by
+    /// Makes the tasks, no more than even the threads out, with room for runs that do not divide evenly: a run of rows with the same first block is cut by kv heads, which copies nothing twice, and by
     /// rows, which copies the block again.
     fn cut(&mut self, problem: &Problem<'_>, threads: usize) {
         let kv_heads = problem.shape.kv_heads;
@@ -95,11 +95,12 @@ impl Plan {
             (kv_heads * problem.shape.head_dim * problem.own.width() / BYTES).clamp(1, kv_heads);
         let runs = self.runs();
         let total: usize = runs.iter().map(|(_, cost)| cost).sum();
-        let most = if threads > 1 {
-            total.div_ceil(threads).max(1)
-        } else {
-            total.max(1)
+        let parts = match (threads, runs.len()) {
+            (1, _) => 1,
+            (_, 1) => threads,
+            _ => 2 * threads,
         };
+        let most = total.div_ceil(parts).max(1);
         for (run, cost) in runs {
             let pieces = cost
                 .div_ceil(most)

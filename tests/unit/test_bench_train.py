@@ -1,0 +1,150 @@
+"""`prefixfast bench train` and `bench tokenize` on tiny bases: contenders agree, the files are there, and what differs stops it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from prefixfast import load
+from prefixfast.bench import tokenize, train
+from prefixfast.bench.generate import SHAPES
+from prefixfast.bench.train import OURS, PEFT, Run, Workload, check, measure, table
+from prefixfast.demo.run import EMBEDDED
+from prefixfast.errors import ConfigError, DataError
+
+WORK = Workload(examples=3, shortest=4, longest=9, steps=2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_training_is_measured_on_equal_losses(family):
+    with load(tiny.make(family)) as model:
+        points = measure(model, [2, 5], [1, 3], WORK, rounds=2, limit=1e-4, plain=tiny.make(family), progress=False)
+    assert [(p.contender, p.prefixes, p.prefix_length) for p in points] == [(OURS, 1, 2), (OURS, 3, 2), (PEFT, 1, 2), (OURS, 1, 5), (OURS, 3, 5), (PEFT, 1, 5)]
+    tokens = [WORK.steps * sum(len(r["input_ids"]) for i in range(n) for r in WORK.rows(i, tiny.VOCAB)) for n in (1, 3)]
+    assert [p.tokens for p in points[:3]] == [*tokens, tokens[0]]
+    assert all(len(p.timing.seconds) == 2 and p.rate > 0 for p in points)
+    assert table(points).splitlines()[0] == "| tokens/s | P=2 | P=5 |"
+    assert [line.split(" | ")[0] for line in table(points).splitlines()[2:]] == [f"| {OURS}, 1 at once", f"| {OURS}, 3 at once", f"| {PEFT}"]
+
+
+def test_other_losses_stop_the_benchmark():
+    runs = {(OURS, 1): Run(1.0, [2.0, 1.5]), (PEFT, 1): Run(1.0, [2.0, 1.5001])}
+    check(runs, 5, 1e-4)
+    for losses in ([2.0, 1.6], [2.0, float("nan")]):
+        with pytest.raises(RuntimeError, match=f"P=5: {PEFT} has loss .* at step 2, {OURS} 1.5"):
+            check(runs | {(PEFT, 1): Run(1.0, losses)}, 5, 1e-4)
+
+
+def test_a_prefix_that_differs_is_seen(monkeypatch):
+    real = train.random_prefixes
+    seeds = iter([0, 1])
+    monkeypatch.setattr(train, "random_prefixes", lambda model, length, count: real(model, length, count + (n := next(seeds)))[n:])
+    with load(tiny.make("gpt2")) as model:
+        first = train.ours(model, {"a": WORK.rows(0, tiny.VOCAB)}, {"a": train.random_prefixes(model, 4, 1)[0]}, 2)
+        other = train.theirs(tiny.make("gpt2"), WORK.rows(0, tiny.VOCAB), train.random_prefixes(model, 4, 1)[0], 2)
+    with pytest.raises(RuntimeError, match="no speed is reported"):
+        check({(OURS, 1): first, (PEFT, 1): other}, 4, 1e-4)
+
+
+def test_a_trainer_that_does_nothing_is_seen(monkeypatch):
+    rows, start = WORK.rows(0, tiny.VOCAB), None
+    with load(tiny.make("gpt2")) as model:
+        (start,) = train.random_prefixes(model, 4, 1)
+        good = train.ours(model, {"a": rows}, {"a": start}, 2)
+    check({(OURS, 1): good, (PEFT, 1): train.theirs(tiny.make("gpt2"), rows, start, 2)}, 4, 1e-4)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    with pytest.raises(RuntimeError, match="at step 2"):
+        check({(OURS, 1): good, (PEFT, 1): train.theirs(tiny.make("gpt2"), rows, start, 2)}, 4, 1e-4)
+
+
+def test_peft_trains_in_fp32_over_a_bf16_base():
+    base = tiny.make("gpt2").bfloat16()
+    with load(tiny.make("gpt2")) as model:
+        (start,) = train.random_prefixes(model, 4, 1)
+    assert train.peft_model(base, start)[1].dtype == torch.float32
+
+
+def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "Workload", lambda: WORK)
+    monkeypatch.setitem(SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny"))
+    done = cli("bench", "train", "-o", tmp_path, "--lengths", "2,4", "--prefixes", "1,2", "--rounds", "1")
+    assert done.code == 0, done.err
+    head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
+    assert head["command"] == "prefixfast bench train --lengths 2,4 --prefixes 1,2 --rounds 1 --dtype float32 --shape gpt2"
+    assert [(r["contender"], r["prefixes"]) for r in rows[:3]] == [(OURS, 1), (OURS, 2), (PEFT, 1)]
+    assert (tmp_path / "throughput.png").read_bytes()[:4] == b"\x89PNG"
+    assert "<h2>Again</h2>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "counts", "message"),
+    [
+        ([0, 4], [1], "lengths: expected prefixes of 1 to 944 rows"),
+        ([2000], [1], "lengths: expected"),
+        ([4], [0, 1], "prefixes: expected numbers of at least 1"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, monkeypatch, lengths, counts, message):
+    monkeypatch.setitem(SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny"))
+    with pytest.raises(ConfigError, match=message):
+        train.run(tmp_path, model=None, shape="gpt2", dtype="float32", lengths=lengths, counts=counts, rounds=1, command="")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- tokens ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(EMBEDDED)
+
+
+def test_tokenization_is_measured_on_equal_tokens(tokenizer):
+    points = tokenize.measure(tokenizer, ["a short text", "", "name : The Mill | £"], rounds=3)
+    assert [p.contender for p in points] == [tokenize.OURS, tokenize.ARRAYS, tokenize.LISTS, tokenize.FAST]
+    assert all(p.texts == 3 and p.bytes == 12 + 20 and len(p.timing.seconds) == 3 for p in points)
+    lines = tokenize.table(points).splitlines()
+    assert len(lines) == 6
+    assert lines[2].startswith("| prefixfast | ")
+    assert lines[2].endswith("| 1.0 |")
+    with pytest.raises(DataError, match="at least one text"):
+        tokenize.measure(tokenizer, [], rounds=1)
+
+
+def test_other_tokens_stop_the_benchmark(tokenizer):
+    calls = tokenize.contenders(tokenizer, ["one text", "another"])
+    tokenize.check(calls)
+    ids, indptr = calls[tokenize.OURS]()
+    for wrong in ((np.where(np.arange(len(ids)) == len(ids) - 1, 7, ids), indptr), (ids, indptr[:-1])):
+        with pytest.raises(RuntimeError, match="prefixfast: other tokens than transformers' for text 1"):
+            tokenize.check(calls | {tokenize.OURS: lambda wrong=wrong: wrong})
+
+
+def test_the_tokenize_command_writes_its_file(cli, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"mr": "name[Mill], food[Thai]", "refs": ["The Mill is Thai.", "Thai food at the Mill."]}\n')
+    done = cli("bench", "tokenize", EMBEDDED, data, "-o", tmp_path, "--rounds", "2")
+    assert done.code == 0, done.err
+    assert "3 texts" in done.out
+    head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
+    assert (head["texts"], len(rows)) == (3, 4)
+    assert {r["contender"] for r in rows} == {tokenize.OURS, tokenize.ARRAYS, tokenize.LISTS, tokenize.FAST}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["train", "--lengths", "a"], ["train", "--dtype", "int8"], ["train", "--shape", "bert"], ["train", "--rounds", "0"], ["tokenize", "x", "/no/file"]],
+)
+def test_wrong_options_are_refused(cli, words):
+    assert cli("bench", *words).code == 2
+
+
+def test_rows_are_ragged_and_lose_on_their_second_half():
+    rows = WORK.rows(0, 50)
+    assert rows == WORK.rows(0, 50) != WORK.rows(1, 50)
+    assert all(4 <= len(r["input_ids"]) <= 9 and r["labels"].count(-100) == len(r["input_ids"]) // 2 for r in rows)
+    assert torch.tensor([x for r in rows for x in r["input_ids"]]).min() >= 3
