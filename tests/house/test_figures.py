@@ -133,6 +133,18 @@ def test_what_is_said_of_bandwidth_is_in_the_files():
     assert f"({copies[0]} GB/s copied in fp32's, {copies[1]} in bf16's; {reads[0]} and {reads[1]} GB/s read; medians" in text
 
 
+def test_what_is_said_of_limits_is_in_the_files():
+    steps = {d: [r for r in lines(f"decode-step-gpt2-{d}.jsonl") if r["packed"]] for d in ("fp32", "bf16")}
+    above = {name: [100 * (r["median_ms"] / r[name] - 1) for d in steps for r in steps[d] if r["distinct"] == 32] for name in ("limit_ms", "floor_ms")}
+    over, least = (f"{min(x):.0f} to {max(x):.0f} %" for x in above.values())
+    none, shared = ({d: next(r for r in steps[d] if (r["prefix_length"], r["distinct"]) == k) for d in steps} for k in ((0, 0), (512, 1)))
+    best, middle = ([f"{none[d][name] / shared[d][name]:.2f}" for d in steps] for name in ("best_ms", "median_ms"))
+    text = " ".join(PERFORMANCE.split())
+    assert f"The median steps are {over} above the limit and {least} above the least" in text
+    assert f"The best steps run at {best[0]} of it in fp32 and {best[1]} in bf16, the medians at {middle[0]} and {middle[1]}" in text
+    assert f"is missed by {over} on the CPU" in ARCHITECTURE
+
+
 def test_what_is_said_of_planning_is_in_the_file():
     found = json.loads((RESULTS / "plan.json").read_text(encoding="utf8"))["microseconds"]
     padded, work, plain, replaced = (f"{middle:.0f} us" for middle, _, _ in found.values())

@@ -32,6 +32,11 @@ def _numbers(**lists: str) -> list[list[int]]:
         raise typer.BadParameter(str(e), param_hint=", ".join(f"--{name}" for name in lists)) from e
 
 
+def _command(suite: str, model: str | None, shape: str, **options: object) -> str:
+    """How to measure again."""
+    return " ".join([f"prefixfast bench {suite}", *(f"--{k} {v}" for k, v in options.items()), f"--model {model}" if model else f"--shape {shape}"])
+
+
 @app.command("generate")
 def generate(
     out: Annotated[Path, typer.Option("-o", "--output", help="folder for results.jsonl and the plot")] = Path("bench-out"),
@@ -49,9 +54,7 @@ def generate(
 
     _known(("--shape", shape, SHAPES), ("--dtype", dtype, DTYPES))
     numbers = _numbers(lengths=lengths, distinct=distinct, requests=requests)
-    command = f"prefixfast bench generate --lengths {lengths} --distinct {distinct} --requests {requests} --rounds {rounds} --dtype {dtype} " + (
-        f"--model {model}" if model else f"--shape {shape}"
-    )
+    command = _command("generate", model, shape, lengths=lengths, distinct=distinct, requests=requests, rounds=rounds, dtype=dtype)
     run(
         out,
         model=model,
@@ -81,9 +84,7 @@ def train(
 
     _known(("--shape", shape, SHAPES), ("--dtype", dtype, LIMIT))
     numbers = _numbers(lengths=lengths, prefixes=prefixes)
-    command = f"prefixfast bench train --lengths {lengths} --prefixes {prefixes} --rounds {rounds} --dtype {dtype} " + (
-        f"--model {model}" if model else f"--shape {shape}"
-    )
+    command = _command("train", model, shape, lengths=lengths, prefixes=prefixes, rounds=rounds, dtype=dtype)
     run(out, model=model, shape=shape, dtype=dtype, lengths=numbers[0], counts=numbers[1], rounds=rounds, command=command)
 
 
