@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from prefixfast.encoder import kv_of
+from prefixfast.blocks import rows_of, stacked
 from prefixfast.model import Model
 from prefixfast.plan import training_plan
 from prefixfast.prefix import Prefix
@@ -16,10 +16,7 @@ from prefixfast.prefix import Prefix
 @torch.no_grad()
 def logits(base: Model, ids: Sequence[int], prefixes: Sequence[Prefix] = ()) -> torch.Tensor:
     """``[N, V]`` of tokens ``ids`` after ``prefixes``, left to right."""
-    kvs = [kv_of(p, len(base.layers)) for p in prefixes]
-    leaves = [tuple(torch.cat([kv[i][j] for kv in kvs]).to(base.dtype) for j in (0, 1)) for i in range(len(base.layers))] if kvs else None
-    starts = np.cumsum([0, *(p.length for p in prefixes)])
-    rows = np.array([[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(starts, prefixes, strict=False)], np.int32).reshape(-1, 4)
+    leaves, rows = stacked(prefixes, base.layers, base.dtype, base.device), rows_of(prefixes, len(base.layers))
     used = np.arange(len(prefixes), dtype=np.int32)
     plan = training_plan(np.array([len(ids)], np.int32), np.array([0, len(prefixes)], np.int32), used, rows, leaves, backend=base.backend)
     return base.forward(plan, torch.tensor(list(ids)))

@@ -10,14 +10,15 @@ REQUESTS = 24
 
 
 def prefixes_of(base, seed: int) -> list[Prefix]:
-    """Twelve prefixes of different lengths and conventions."""
+    """Twelve prefixes of different lengths, layers and conventions."""
     layers, heads = tiny.shapes(base)
     dim = getattr(base.config, "head_dim", None) or base.config.hidden_size // base.config.num_attention_heads
     g = torch.Generator().manual_seed(seed)
     out = []
     for i in range(12):
         length = 1 + (5 * i) % 17
-        kv = {f"self.{n}.{x}": torch.randn(length, heads, dim, generator=g) * 0.7 for n in range(layers) for x in "kv"}
+        own = (0, layers - 1) if i % 5 == 3 else range(layers)  # some lie in some layers only
+        kv = {f"self.{n}.{x}": torch.randn(length, heads, dim, generator=g) * 0.7 for n in own for x in "kv"}
         out.append(Prefix(kv, pos_start=length if i % 3 else 0, window="slide" if i % 2 else "always"))
     return out
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -25,6 +27,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.masking_utils import eager_mask
 
 VOCAB, EOS, WINDOW = 101, 2, 12
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
@@ -70,14 +73,37 @@ def peft_table(model, length: int, seed: int, scale: float = 0.7) -> torch.Tenso
     return torch.randn(length, config.num_layers * 2 * config.token_dim, generator=g) * scale
 
 
-def with_prefix(model, table: torch.Tensor):
-    """PEFT's model with this prefix."""
+def with_prefix(model, table: torch.Tensor, layers=None):
+    """PEFT's model with this prefix; with ``layers`` all others do not see it: their attention leaves out its rows."""
     from peft import PrefixTuningConfig, get_peft_model
 
+    if layers is not None:
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.hidden_rows = 0 if module.layer_idx in layers else len(table)
+        model.set_attn_implementation(HIDING)
     peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(table)))
     with torch.no_grad():
         peft.prompt_encoder["default"].embedding.weight.data = table.to(model.dtype).clone()
     return peft.eval()
+
+
+HIDING = "hiding"
+
+
+def _hiding(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
+    """Plain attention without the first ``module.hidden_rows`` keys."""
+    group, rows = module.num_key_value_groups if hasattr(module, "num_key_value_groups") else 1, module.hidden_rows
+    key, value = (x[:, :, rows:].repeat_interleave(group, 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
+    weights = (scores + attention_mask[..., rows:]).softmax(-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+AttentionInterface.register(HIDING, _hiding)
+AttentionMaskInterface.register(HIDING, eager_mask)
 
 
 def shapes(model) -> tuple[int, int]:

@@ -47,7 +47,7 @@ fn running(buffer: &mut Vec<i32>, decode: Decode) -> Scheduler {
     let mut scheduler = Scheduler::new(limits).expect("a scheduler");
     for prefix in 0..PREFIXES {
         scheduler
-            .register_prefix(prefix, 200, 200, true)
+            .register_prefix(prefix, 200, 200, true, &[])
             .expect("a new number");
     }
     for id in 0..REQUESTS {

@@ -293,12 +293,15 @@ class StepHeader:
         """Requests that this step dropped because their deadline has passed, earliest first."""
 
     @property
-    def prefill_sections(self) -> dict[str, tuple[int, int, int]] | None:
-        """Tables of the prefill in `out`, `None` without one; a fresh dictionary each time."""
+    def prefill(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
+        """Where the tables of the prefill lie in `out`, by view, and each layer's view; `None` without one. Made anew each time.
+
+        Layers in which the same prefixes lie are one view; without `layers` of a prefix there is one, and the second list is empty.
+        """
 
     @property
-    def decode_sections(self) -> dict[str, tuple[int, int, int]] | None:
-        """Tables of the decode in `out`, `None` without one; a fresh dictionary each time."""
+    def decode(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
+        """Tables of the decode, as `prefill`."""
 
     @property
     def prefill_reach(self) -> int:
@@ -345,7 +348,7 @@ class Scheduler:
         decode: Sequence[int] | None = None,
         pad_decode: bool = False,
     ) -> Self: ...
-    def register_prefix(self, prefix: int, rows: int, pos_start: int, slides: bool) -> None:
+    def register_prefix(self, prefix: int, rows: int, pos_start: int, slides: bool, *, layers: list[bool] | None = None) -> None:
         """Makes a prefix known. Its rows are loaded when a request needs them.
 
         Args:
@@ -353,9 +356,10 @@ class Scheduler:
             rows: Its rows, 0 is allowed (then it is never loaded).
             pos_start: Position of the first token after it.
             slides: The attention window slides over it.
+            layers: By layer, whether it lies there; None: in all.
 
         Raises:
-            ConfigError: The number is taken, or a value is out of range.
+            ConfigError: The number is taken, a value is out of range, or `layers` has another length than before.
         """
 
     def forget_prefix(self, prefix: int) -> None:

@@ -78,15 +78,17 @@ def prefixfast_attention(
     if plan.decode is not None:
         assert plan.arena is not None
         assert arena is not None
-        use, step = plan.backend, list(plan.decode)
+        use, step = plan.backend, list(plan.decode[plan.view(layer)])
         o, _ = ops.attn_decode(q, *arena, None, None, plan.arena.table, step, None, plan.max_len, scale, window, cap, use.name, use.decode.users)
     else:
         assert plan.packed is not None
-        prefix_k, prefix_v = (None, None) if plan.prefix is None and arena is None else plan.prefix[layer] if plan.prefix is not None else arena  # type: ignore[misc]
-        use = plan.backend
+        prefix_k, prefix_v = arena or (None, None)
+        if plan.prefix is not None and len(plan.prefix[layer][0]):
+            prefix_k, prefix_v = plan.prefix[layer]
+        use, tables = plan.backend, list(plan.packed[plan.view(layer)])
         if plan.key_slots is not None and arena is not None:
             k, v = arena
-        o, lse = ops.attn(q, k, v, prefix_k, prefix_v, list(plan.packed), plan.key_slots, None, scale, window, cap, True, True, use.name, list(use.sizes))
+        o, lse = ops.attn(q, k, v, prefix_k, prefix_v, tables, plan.key_slots, None, scale, window, cap, True, True, use.name, list(use.sizes))
         if plan.probe is not None:
             plan.probe(AttentionCall(layer, q, k, lse, scale, window, cap))
     return o[None], None

@@ -71,7 +71,7 @@ def model_card(prefix: Prefix, repo_id: str) -> str:
         front=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
         title=repo_id.split("/")[-1],
         length=prefix.length,
-        layers=prefix.num_layers,
+        layers=len(prefix.layers),
         stored=prefix.num_stored,
         base=f"`{name}`" if name else "that it was trained on (its name is not known)",
         repo_id=repo_id,

@@ -51,13 +51,14 @@ def _check(parts: Sequence[Prefix]) -> None:
         for before, earlier in enumerate(parts[:number]):
             if earlier.base is not None and other.base is not None:
                 check_base(dict(earlier.base), dict(other.base), f"concat: prefix {before}")
-        if {n: s[1:] for n, s in first.shapes.items()} != {n: s[1:] for n, s in other.shapes.items()}:
-            msg = f"concat: prefix {number} has other layers or heads than prefix 0; prefixes of one base have the same"
+        if any(first.shapes[n][1:] != shape[1:] for n, shape in other.shapes.items() if n in first.shapes):
+            msg = f"concat: prefix {number} has other heads than prefix 0; prefixes of one base have the same"
             raise BaseMismatchError(msg)
         reasons = {
+            f"prefix {number} lies in other layers than prefix 0": first.shapes.keys() != other.shapes.keys(),
             f"window is {other.window!r} in prefix {number} and {first.window!r} in prefix 0, and a prefix has one": other.window != first.window,
             f"prefix {number} has numbers of another dtype than prefix 0, and converting them would change them": any(
-                other.kv[n].dtype != t.dtype for n, t in first.kv.items()
+                n in other.kv and other.kv[n].dtype != t.dtype for n, t in first.kv.items()
             ),
             f"prefix {number} was there before, and a request cannot compose a prefix with itself": any(p.digest == other.digest for p in parts[:number]),
         }

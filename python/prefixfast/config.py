@@ -151,18 +151,42 @@ class PrefixConfig(Options):
     Example:
         >>> PrefixConfig(prefix_length=5, reparameterization="mlp").encoder_hidden_size
         512
+        >>> PrefixConfig(layers=[2, 1]).layers
+        (1, 2)
     """
 
-    prefix_length: int | Literal["text"] = option(10, "rows of keys and values learned for every layer (P); 'text': as many as the init text has tokens")
+    prefix_length: int | Literal["text"] = option(
+        10, "rows of keys and values learned for every layer (P), or a mapping of the site to them; 'text': as many as the init text has tokens"
+    )
     reparameterization: Literal["auto", "none", "mlp"] = option(
         "auto", "'none' trains the keys and values themselves, 'mlp' the network that makes them; 'auto': mlp for init random or zero, else none"
     )
+    sites: tuple[str, ...] | None = option(None, "kinds of attention that get a prefix; a decoder-only base has one, 'self'. By default all of the base's")
+    layers: tuple[int, ...] | None = option(None, "layers that get a prefix, numbered from 0; the others see their own tokens only. By default all of them")
     encoder_hidden_size: int = option(512, "width of the reparameterization MLP")
     embedding_dim: int | None = option(None, "width of the MLP's input; by default that of a layer's keys")
     prefix_dropout: float = option(0.0, "share of the prefix's keys and values dropped in training")
     frozen_rows: int = option(0, "first rows of the prefix that keep the values they start with")
     fit_steps: int = option(0, "steps of Adam that fit the MLP to the init's keys and values, as the paper does; 0: it starts as exactly these")
     pos_start: Literal["after", "zero"] = option("after", "position of the first token: after the prefix (P, as PEFT) or zero")
+
+    def __post_init__(self) -> None:
+        sites: Any = self.sites
+        length: Any = self.prefix_length
+        for name, given in (("sites", sites), ("prefix_length", length)):
+            if isinstance(given, list | tuple | Mapping) and list(given) != ["self"]:
+                msg = f"PrefixConfig.{name}: expected the site 'self' alone (there are decoder-only bases only), got {given!r:.80}"
+                raise ConfigError(msg)
+        if isinstance(length, Mapping):
+            object.__setattr__(self, "prefix_length", length["self"])
+        if isinstance(sites, list):
+            object.__setattr__(self, "sites", tuple(sites))
+        if isinstance(self.layers, list | tuple):  # lists come from files and from users
+            if not self.layers or not all(type(i) is int and i >= 0 for i in self.layers) or len(set(self.layers)) != len(self.layers):
+                msg = f"PrefixConfig.layers: expected numbers of layers from 0, each once, at least one, got {self.layers!r:.80}"
+                raise ConfigError(msg)
+            object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+        super().__post_init__()
 
     @property
     def length(self) -> int:

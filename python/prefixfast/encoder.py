@@ -1,16 +1,16 @@
 """From parameters to keys and values: what training adjusts, for all prefixes of a run at once.
 
-Shape letters: n prefixes of the run, P rows of each, L layers, H kv heads, D head dim, E = H * D.
+Shape letters: n prefixes of the run, P rows of each, L layers (of the base, or those that a prefix lies in), H kv heads, D head dim, E = H * D.
 The forward always sees 2L leaf tensors ``[n * P, H, D]`` (rows of prefix i: i * P to (i + 1) * P; then the rows of a frozen prefix before all of them, if
-there is one): with reparameterization "none" they are the parameters themselves, else, or where rows are dropped, frozen or added, they are made from the
-parameters once a step and `PrefixParameters.backward` carries their gradients on.
+there is one; a layer that a prefix leaves out has none of its rows): with reparameterization "none" they are the parameters themselves, else, or where rows
+are dropped, frozen or added, they are made from the parameters once a step and `PrefixParameters.backward` carries their gradients on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,49 +19,8 @@ from torch import Tensor, nn
 from prefixfast.attach import LayerShape
 from prefixfast.config import PrefixConfig
 from prefixfast.errors import ConfigError
-from prefixfast.model import Model
 from prefixfast.noise import GOLDEN, mix
-from prefixfast.plan import Arena, LayerKV, training_plan
-
-if TYPE_CHECKING:
-    from prefixfast.prefix import Prefix
-
-
-@torch.no_grad()
-def text_kv(model: Model, ids: Sequence[int], length: int, *, after: Sequence[Prefix] = ()) -> list[LayerKV]:
-    """Keys and values of a text in the base itself, fp32 ``[P, H, D]`` a layer; a short text is repeated, a long one cut to its first P tokens.
-
-    Args:
-        model: The base.
-        ids: The text's tokens, at least one.
-        length: P.
-        after: Prefixes before the text, left to right.
-    """
-    tokens = torch.tensor((list(ids) * length)[:length], device=model.device)
-    starts = np.cumsum([0, *(p.length for p in after)])
-    before, number = int(starts[-1]), np.arange(len(after), dtype=np.int32)
-    rows = np.array([[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(starts, after, strict=False)], np.int32).reshape(-1, 4)
-    indptr = np.array([0, len(after)], np.int32)
-    plan = training_plan(np.array([length], np.int32), indptr, number, rows, None, backend=model.backend, device=model.device)
-    kinds = [(f"self.{i}.{x}", s) for i, s in enumerate(model.layers) for x in "kv"]
-    empty = [torch.empty(before + length, s.num_kv_heads, s.head_dim, dtype=model.dtype, device=model.device) for _, s in kinds]
-    for (name, _), t in zip(kinds, empty, strict=True):
-        for prefix, start in zip(after, starts.tolist(), strict=False):
-            t[start : start + prefix.length] = prefix.kv[name].to(t)
-    slots = torch.arange(before, before + length, dtype=torch.int32, device=model.device)
-    last = torch.tensor([length - 1], device=model.device)
-    model.forward(replace(plan, arena=Arena(_pairs(empty), torch.empty(0, dtype=torch.int32)), slots=slots, logits_at=last), tokens)
-    return _pairs([t[before:].to(parameter_dtype(model.dtype)) for t in empty])
-
-
-def parameter_dtype(compute: torch.dtype) -> torch.dtype:
-    """The dtype of trained tensors: fp32, fp64 where the base computes in fp64."""
-    return torch.float64 if compute == torch.float64 else torch.float32
-
-
-def kv_of(prefix: Prefix, num_layers: int) -> list[LayerKV]:
-    """A prefix's tensors as a list by layer."""
-    return [(prefix.kv[f"self.{i}.k"], prefix.kv[f"self.{i}.v"]) for i in range(num_layers)]
+from prefixfast.plan import LayerKV
 
 
 @dataclass
@@ -69,20 +28,20 @@ class PrefixParameters:
     """The trained parameters of n prefixes of equal length.
 
     Attributes:
-        shapes: Heads of every layer.
+        layers: Those that the prefixes lie in, ascending.
         num_prefixes: n.
         length: P.
-        leaves: What the forward sees: per layer keys and values ``[n * P, H, D]``, all with ``requires_grad``.
+        leaves: What the forward sees: per layer of the base keys and values ``[n * P, H, D]``, those of ``layers`` with ``requires_grad``.
         params: What the optimizer adjusts, each with its rows per prefix: the leaves (P rows), or the stacked networks (1 row).
         seeds: int64 ``[n]``: of each prefix's dropout.
         dropout: Share of keys and values dropped while training.
         mlp: The networks, None: flat.
         frozen: First rows that keep their values; of each prefix ``frozen_values`` holds P rows a tensor, of which these are used.
         frozen_values: See ``frozen``.
-        base: Keys and values of a frozen prefix before all others, behind the leaves' own rows.
+        base: Per layer of the base keys and values of a frozen prefix before all others, which follow the leaves' own rows; without one of 0 rows.
     """
 
-    shapes: tuple[LayerShape, ...]
+    layers: tuple[int, ...]
     num_prefixes: int
     length: int
     leaves: list[LayerKV]
@@ -92,7 +51,7 @@ class PrefixParameters:
     mlp: _StackedMLP | None = None
     frozen: int = 0
     frozen_values: list[Tensor] = field(default_factory=list)
-    base: list[Tensor] = field(default_factory=list)
+    base: list[LayerKV] = field(default_factory=list)
     _made: list[Tensor] = field(default_factory=list)
 
     @classmethod
@@ -111,48 +70,43 @@ class PrefixParameters:
         """Parameters of ``len(init)`` prefixes.
 
         Args:
-            shapes: Heads of every layer.
-            init: Of each prefix keys and values ``[P, H, D]`` by layer, or None: random.
-            config: Length, MLP, dropout, frozen rows.
+            shapes: Heads of every layer of the base.
+            init: Of each prefix keys and values ``[P, H, D]`` by layer of the base, or None: random.
+            config: Length, layers, MLP, dropout, frozen rows.
             mlp: Train the network that makes the prefix; with an init it starts as exactly that (the last layer is zero and the init is added), or,
                 with ``config.fit_steps``, close to it.
             seed: Of each prefix, or one for all. Random numbers are drawn as by a lone prefix with this seed, so every prefix starts as it would alone.
             dtype: Of the parameters.
             device: Of the parameters.
-            on_top_of: Keys and values ``[B, H, D]`` by layer of a frozen prefix, whose rows follow those of the n prefixes in the leaves.
+            on_top_of: Keys and values ``[B, H, D]`` by layer of the base of a frozen prefix, whose rows follow those of the n prefixes in the leaves.
 
         Raises:
             ConfigError: If the MLP meets layers of different shapes.
         """
         n, p = len(init), config.length
         seeds = [seed] * n if isinstance(seed, int) else list(seed)
+        layers = config.layers or tuple(range(len(shapes)))
+        empty = [(torch.empty(0, s.num_kv_heads, s.head_dim),) * 2 for s in shapes]
+        base = [(k.detach().to(device, dtype), v.detach().to(device, dtype)) for k, v in on_top_of or empty]
+        shapes, init = tuple(shapes[i] for i in layers), [kv and [kv[i] for i in layers] for kv in init]
         drawn = {s: _random(shapes, p, s) for s in {s for s, kv in zip(seeds, init, strict=True) if kv is None}}
         filled = [kv or drawn[s] for s, kv in zip(seeds, init, strict=True)]
         start = [_stack(filled, layer, dtype, device) for layer in range(len(shapes))]
-        base = [t.detach().to(device, dtype) for kv in on_top_of for t in kv]
         common: dict[str, Any] = {"seeds": torch.tensor(seeds, device=device), "dropout": config.prefix_dropout, "base": base}
         if not mlp:
             params = [(t.requires_grad_(), p) for kv in start for t in kv]
-            made = cls(shapes, n, p, [], params, **common)
+            made = cls(layers, n, p, [], params, **common)
         else:
             if len(set(shapes)) != 1:
                 msg = "reparameterization 'mlp': expected layers of one shape, got several; use 'none'"
                 raise ConfigError(msg)
             network = _StackedMLP(shapes, config, init, start if any(kv is not None for kv in init) else None, seeds, dtype, device)
-            made = cls(shapes, n, p, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
+            made = cls(layers, n, p, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
         if config.frozen_rows:
             made.frozen_values = [t.clone() for t in made.current()]
             made.frozen = config.frozen_rows
         made.refresh(np.zeros(n, np.int64))
         return made
-
-    @property
-    def rows(self) -> np.ndarray:
-        """int32 ``[n, 2]``: first row and rows of each prefix in the leaves; with a frozen prefix ``[n + 1, 2]``, its rows last."""
-        starts = np.arange(self.num_prefixes, dtype=np.int32) * self.length
-        own = np.stack([starts, np.full_like(starts, self.length)], 1)
-        after = np.array([[self.num_prefixes * self.length, len(self.base[0])]] if self.base else [], np.int32).reshape(-1, 2)
-        return np.concatenate([own, after])
 
     @property
     def num_trained(self) -> int:
@@ -172,30 +126,32 @@ class PrefixParameters:
         flat = self._flat()
         if self.dropout and dropout:
             flat = [t * keep for t, keep in zip(flat, self._keep(flat, steps), strict=True)]
-        if self.base:
-            flat = [torch.cat([t, b]) for t, b in zip(flat, self.base, strict=True)]
-        if all(t is own for t, (own, _) in zip(flat, self.params, strict=False)):
-            self.leaves, self._made = _pairs(flat), []
-            return
-        self._made = flat
-        self.leaves = _pairs([t.detach().requires_grad_() for t in flat])
+        before = (t for i in self.layers for t in self.base[i])
+        flat = [torch.cat([t, b]) if len(b) else t for t, b in zip(flat, before, strict=True)]
+        self._made = [] if all(t is own for t, (own, _) in zip(flat, self.params, strict=False)) else flat
+        own = _pairs([t.detach().requires_grad_() for t in flat] if self._made else flat)
+        self.leaves = list(self.base)
+        for layer, kv in zip(self.layers, own, strict=True):
+            self.leaves[layer] = kv
 
     def backward(self) -> None:
         """Carry the leaves' gradients to the parameters; once a step, after the last micro-batch."""
         if self._made:
-            pairs = [(made, leaf.grad) for made, leaf in zip(self._made, (t for kv in self.leaves for t in kv), strict=True) if leaf.grad is not None]
+            own = (t for i in self.layers for t in self.leaves[i])
+            pairs = [(made, leaf.grad) for made, leaf in zip(self._made, own, strict=True) if leaf.grad is not None]
             torch.autograd.backward([m for m, _ in pairs], [g for _, g in pairs])
             self._made = []
 
     @torch.no_grad()
     def current(self) -> list[Tensor]:
-        """All prefixes as they are now, without dropout: ``[n * P, H, D]`` a tensor, k0, v0, k1, ... (views of flat parameters)."""
+        """All prefixes as they are now, without dropout: ``[n * P, H, D]`` a tensor, k0, v0, k1, ... of ``layers`` (views of flat parameters)."""
         return [t.detach() for t in self._flat()]
 
     def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
         """One prefix of what `current` gave, by tensor name, on the CPU."""
         rows = slice(number * self.length, (number + 1) * self.length)
-        return {f"self.{i // 2}.{'kv'[i % 2]}": t[rows].clone().cpu() for i, t in enumerate(flat)}
+        names = (f"self.{i}.{x}" for i in self.layers for x in "kv")
+        return {name: t[rows].clone().cpu() for name, t in zip(names, flat, strict=True)}
 
     def _flat(self) -> list[Tensor]:
         flat = [t for t, _ in self.params] if self.mlp is None else self.mlp()

@@ -7,7 +7,7 @@ takes the adapter's place. This module knows tensors and fields; `prefixfast.pre
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +40,21 @@ def own_files(kv: Mapping[str, Tensor], digest: str, fields: Mapping[str, Any]) 
         digest: Its digest, by which a reader knows that another program changed the tensors.
         fields: `FIELDS` by name.
     """
-    why_not = peft.reason_against(kv, fields["pos_start"], fields["window"])
+    why_not = peft.reason_against(kv, fields["pos_start"], fields["window"], num_layers(fields["base"]))
     out = _own_tensors(kv) if why_not else adapter_files(kv, fields, kind_of(fields))
     meta = {"version": VERSION, "digest": digest, "not_peft_because": why_not, **fields}
     return {**out, META: json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False).encode()}
+
+
+def layers_of(names: Iterable[str]) -> tuple[int, ...]:
+    """The layers of site ``self`` among names of tensors, ascending."""
+    return tuple(sorted({int(name.split(".")[1]) for name in names if name.startswith("self.")}))
+
+
+def num_layers(base: Mapping[str, Any] | None) -> int | None:
+    """Layers of the base with this fingerprint, None if it does not say."""
+    count = ((base or {}).get("config") or {}).get("num_hidden_layers")
+    return count if type(count) is int else None
 
 
 def _own_tensors(kv: Mapping[str, Tensor]) -> dict[str, bytes]:

@@ -6,6 +6,7 @@ Shape letters: L layers, HQ query heads, H kv heads, D head dim, P prefix rows, 
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,9 +20,9 @@ from rich.table import Table
 from torch import Tensor
 
 from prefixfast import ops
+from prefixfast.blocks import kv_of, rows_of
 from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.data.tasks import PLAIN, Task, request_task
-from prefixfast.encoder import kv_of
 from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.files import replace_file
 from prefixfast.model import Model, borrowed
@@ -31,6 +32,7 @@ from prefixfast.words import nearest_tokens
 if TYPE_CHECKING:
     from prefixfast.prefix import Prefix
 
+logger = logging.getLogger(__name__)
 ROWS = 16  # rows whose words are looked up if nobody says
 CHUNK = 256  # positions whose distributions are compared at once
 WIDTH = 100
@@ -45,7 +47,8 @@ class Inspection:
         mass: ``[L, HQ]`` fp32: share of attention that goes to the prefix (0 to 1), mean over all positions that count.
         divergence: For each prompt ``[n]`` fp32: Kullback-Leibler divergence, in nats, of the distribution of the next token with the prefix from the one of
             the base alone, at each position that counts: sum over tokens of p ln(p / q), p with and q without the prefix.
-        words: By prefix row: the nearest vocabulary tokens as text (their cosine), nearest first; see `prefixfast.words` for the measure.
+        words: By prefix row: the nearest vocabulary tokens as text (their cosine), nearest first; see `prefixfast.words` for the measure. Empty for a
+            prefix that leaves layer 0 out.
         length: P.
     """
 
@@ -114,9 +117,12 @@ def inspect(model: Any, prefix: Prefix, prompts: Sequence[Any], *, words: int, r
     with borrowed(model) as base:
         base.check_prefix(prefix)
         examples = [_example(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
-        kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_of(prefix, len(base.layers))]
+        kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_of(prefix, base.layers)]
         seen = [_look(base, prefix, kv, *example) for example in examples]
         count = sum(len(kl) for _, kl in seen)
+        if words and 0 not in prefix.layers:
+            logger.warning("inspect: no words, since they are found by the keys of layer 0, which the prefix leaves out")
+            words = 0
         near = nearest_tokens(base, prefix, chosen, words) if words else {}
         texts = {row: [(_text(base, token), cosine) for token, cosine in found] for row, found in near.items()}
         return Inspection(torch.stack([mass for mass, _ in seen]).sum(0) / count, [kl for _, kl in seen], texts, prefix.length)
@@ -127,7 +133,7 @@ def _look(model: Model, prefix: Prefix, kv: list[LayerKV], ids: list[int], first
     """Sum of the masses ``[L, HQ]`` over positions ``first`` to the end of one prompt, and divergences ``[n]`` there."""
     tokens = torch.tensor(ids, device=model.device)
     at = torch.arange(first, len(ids), device=model.device)
-    rows = np.array([[0, prefix.length, prefix.pos_start, prefix.window == "slide"]], np.int32)
+    rows = rows_of([prefix], len(model.layers))
     one, zero = np.array([0, 1], np.int32), np.zeros(1, np.int32)
     plan = training_plan(np.array([len(ids)], np.int32), one, zero, rows, kv, backend=model.backend, device=model.device).with_logits_at(at)
     masses: dict[int, Tensor] = {}
@@ -145,9 +151,12 @@ def prefix_mass(plan: Plan, call: AttentionCall) -> Tensor:
     """Share of each query's attention that goes to its prefix blocks ``[N, HQ]``, from log-sum-exps: exp(lse of the prefix - lse of all)."""
     assert plan.packed is not None
     assert plan.prefix is not None
-    seg = plan.packed.seg.clone()
+    if not len(plan.prefix[call.layer][0]):  # the prefix leaves this layer out
+        return torch.zeros_like(call.lse)
+    packed = plan.packed[plan.view(call.layer)]
+    seg = packed.seg.clone()
     seg[:, 3] = 0  # no keys of their own: what is left are the prefix rows
-    tables = list(plan.packed._replace(seg=seg))
+    tables = list(packed._replace(seg=seg))
     options = (call.scale, call.window, call.softcap, True, False, "reference", list(plan.backend.sizes))
     _, lse = ops.attn(call.q, call.k, call.k, *plan.prefix[call.layer], tables, None, None, *options)
     return (lse - call.lse).exp()

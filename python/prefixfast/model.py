@@ -22,6 +22,7 @@ from prefixfast import ops
 from prefixfast.attach import Handle, LayerShape, attach, packed_forward
 from prefixfast.errors import BaseMismatchError, ConfigError
 from prefixfast.fingerprint import check_base, fingerprint
+from prefixfast.folders import num_layers
 from prefixfast.head import Head, find_head, packed_hidden
 from prefixfast.plan import Plan
 from prefixfast.prepack import Packed, prepack
@@ -133,7 +134,7 @@ class Model:
         return self.tokenizer
 
     def check_prefix(self, prefix: Prefix | StoredPrefix, what: str = "the prefix") -> None:
-        """Nothing if ``prefix`` has a block of this base's shape for every layer and was made for it.
+        """Nothing if ``prefix`` has blocks of one length and this base's shapes, in layers that it has, and was made for it.
 
         Args:
             prefix: The prefix, or its entry in a store.
@@ -145,12 +146,14 @@ class Model:
         check_base(dict(prefix.base) if prefix.base else None, self.fingerprint, what)
         expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(self.layers) for x in "kv"}
         got = {name: shape[1:] for name, shape in prefix.shapes.items()}
-        if got != expected or len({shape[0] for shape in prefix.shapes.values()}) != 1:
-            name = min(set(expected.items()) ^ set(got.items()), default=("", ""))[0]
+        wrong = min((name for name, shape in got.items() if expected.get(name) != shape), default=None)
+        # A PEFT adapter of a smaller model has the first layers, and nobody says that it was made for more.
+        unknown = num_layers(prefix.base) is None and prefix.layers == tuple(range(len(prefix.layers))) and len(got) < len(expected)
+        if wrong is not None or unknown or len({shape[0] for shape in prefix.shapes.values()}) != 1:
             msg = (
                 f"{what}: expected one length and {len(self.layers)} layers of [P, H, D] as in this base "
                 f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers"
-                + (f", {name}: {got.get(name)} where {expected.get(name)} is expected" if name else " of different lengths")
+                + (f", {wrong}: {got[wrong]} where {expected.get(wrong)} is expected" if wrong else "" if unknown else " of different lengths")
                 + "; was it trained on another model?"
             )
             raise BaseMismatchError(msg)

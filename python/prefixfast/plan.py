@@ -23,6 +23,33 @@ LayerKV = tuple[Tensor, Tensor]
 Sections = Mapping[str, tuple[int, int, int]]
 
 
+class Layout(NamedTuple):
+    """Where the tables of one forward lie in the planner's buffer.
+
+    Attributes:
+        views: By view, by name: offset, rows, columns. Layers in which the same prefixes lie are one view.
+        view_of: By layer: its view; empty for a single view.
+    """
+
+    views: Sequence[Sections]
+    view_of: Sequence[int] = ()
+
+
+class PrefixRows(NamedTuple):
+    """Where prefixes lie in each layer's tensor of all of them.
+
+    Attributes:
+        table: int32 ``[views, prefixes, 4]``: first row, rows (0 where a prefix leaves the layer out), pos_start, slides.
+        view_of: By layer: its view; empty for a single view.
+    """
+
+    table: NDArray[np.int32]
+    view_of: Sequence[int] = ()
+
+
+NO_PREFIXES = PrefixRows(np.zeros((1, 0, 4), np.int32))
+
+
 @dataclass(frozen=True)
 class Arena:
     """Where inference keeps keys and values.
@@ -66,8 +93,9 @@ class Plan:
         position_ids: ``[1, N]`` or, in decode, ``[1, R]``.
         backend: Which kernels attention runs on.
         reach: Most keys that one query can see; a window of at least this many tokens cuts nothing.
-        packed: Tables of training and prefill.
-        decode: Tables of a decode step.
+        packed: Tables of training and prefill, by view: layers in which the same prefixes lie.
+        decode: Tables of a decode step, by view.
+        view_of: By layer: its view; empty for a single view.
         prefix: Per layer the trained keys and values ``[sum P, H, D]`` of the batch's prefixes; None: prefix rows lie in the arena.
         arena: Inference only.
         slots: ``[N]`` arena row of each new token.
@@ -81,8 +109,9 @@ class Plan:
     position_ids: Tensor
     backend: Backend
     reach: int
-    packed: PackedTables | None = None
-    decode: DecodeTables | None = None
+    packed: Sequence[PackedTables] | None = None
+    decode: Sequence[DecodeTables] | None = None
+    view_of: Sequence[int] = ()
     prefix: Sequence[LayerKV] | None = None
     arena: Arena | None = None
     slots: Tensor | None = None
@@ -95,6 +124,10 @@ class Plan:
     def window(self, sliding_window: int | None) -> int:
         """The layer's sliding window in tokens if it can hide something in this forward, else 0."""
         return sliding_window if sliding_window and sliding_window < self.reach else 0
+
+    def view(self, layer: int) -> int:
+        """Which of the tables a layer reads."""
+        return self.view_of[layer] if self.view_of else 0
 
     def with_logits_at(self, index: Tensor) -> Plan:
         """The same plan with logits at ``index`` ``[n]`` only."""
@@ -112,11 +145,28 @@ def packed_tables(buffer: Tensor, sections: Sections) -> PackedTables:
     return PackedTables(*(section(buffer, sections[name]) for name in PackedTables._fields))
 
 
+def prefix_rows(prefixes: Sequence[tuple[Sequence[int], int, int, bool]], num_layers: int) -> PrefixRows:
+    """Places of prefixes whose rows follow each other in every layer's tensor.
+
+    Args:
+        prefixes: Of each the layers it lies in, rows, pos_start, and whether sliding windows slide over it.
+        num_layers: Of the base.
+    """
+    if not prefixes:
+        return NO_PREFIXES
+    has = np.array([np.isin(np.arange(num_layers), layers) for layers, *_ in prefixes])
+    kinds, view_of = np.unique(has, axis=1, return_inverse=True)
+    rows = kinds.T * np.array([rows for _, rows, *_ in prefixes], np.int64)  # [views, prefixes]
+    same = [np.broadcast_to(np.array(column, np.int64), rows.shape) for column in ([p[2] for p in prefixes], [p[3] for p in prefixes])]
+    table = np.stack([rows.cumsum(1) - rows, rows, *same], 2).astype(np.int32)
+    return PrefixRows(table, () if len(table) == 1 else view_of.reshape(-1).tolist())
+
+
 def training_plan(
     lengths: NDArray[np.int32],
     prefix_indptr: NDArray[np.int32],
     prefix_of: NDArray[np.int32],
-    prefix_rows: NDArray[np.int32],
+    rows: PrefixRows,
     prefix: Sequence[LayerKV] | None,
     *,
     backend: Backend,
@@ -128,20 +178,21 @@ def training_plan(
         lengths: Tokens of each sequence, int32 ``[S]``.
         prefix_indptr: int32 ``[S + 1]``: sequence s sees prefixes ``prefix_of[prefix_indptr[s]:prefix_indptr[s + 1]]``, composed left to right.
         prefix_of: int32, numbers of prefixes.
-        prefix_rows: int32 ``[prefixes, 4]``: first row, rows, pos_start, slides.
+        rows: See `prefix_rows`.
         prefix: Per layer keys and values ``[sum P, H, D]``; gradients flow to them. None without prefixes.
         backend: Which kernels attention runs on.
         device: Where the model runs.
     """
-    planned = _rust.plan_packed(lengths, prefix_indptr, prefix_of, prefix_rows, tiles=backend.sizes[:3])
-    buffer = torch.from_numpy(planned.buffer).to(device)
-    positions = section(buffer, planned.sections["position_ids"])[None]
+    planned = [_rust.plan_packed(lengths, prefix_indptr, prefix_of, table, tiles=backend.sizes[:3]) for table in rows.table]
+    buffers = [torch.from_numpy(view.buffer).to(device) for view in planned]
+    positions = section(buffers[0], planned[0].sections["position_ids"])[None]
     depth = int(np.diff(prefix_indptr).max(initial=0))
     backend = replace(backend, sizes=backend.sizes._replace(depth=depth))
-    return Plan(positions, backend, planned.reach, packed=packed_tables(buffer, planned.sections), prefix=prefix)
+    packed = [packed_tables(buffer, view.sections) for buffer, view in zip(buffers, planned, strict=True)]
+    return Plan(positions, backend, max(view.reach for view in planned), packed=packed, view_of=rows.view_of, prefix=prefix)
 
 
 def plain_plan(lengths: Sequence[int], *, backend: Backend, device: torch.device | str = "cpu") -> Plan:
     """Plan of sequences of these lengths without prefixes."""
     none = np.zeros(0, np.int32)
-    return training_plan(np.array(lengths, np.int32), np.zeros(len(lengths) + 1, np.int32), none, none.reshape(0, 4), None, backend=backend, device=device)
+    return training_plan(np.array(lengths, np.int32), np.zeros(len(lengths) + 1, np.int32), none, NO_PREFIXES, None, backend=backend, device=device)

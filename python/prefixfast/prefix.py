@@ -96,14 +96,14 @@ class Prefix:
         return sum(t.numel() * t.element_size() for t in self.kv.values())
 
     @property
-    def num_layers(self) -> int:
-        """Layers of site ``self``."""
-        return 1 + max((int(n.split(".")[1]) for n in self.kv if n.startswith("self.")), default=-1)
+    def layers(self) -> tuple[int, ...]:
+        """The layers of site ``self`` that have rows, ascending; in the others text sees its own tokens only."""
+        return folders.layers_of(self.kv)
 
     @property
     def not_peft_because(self) -> str | None:
         """Why PEFT cannot hold the prefix exactly, None if it can."""
-        return peft.reason_against(self.kv, self.pos_start, self.window)
+        return peft.reason_against(self.kv, self.pos_start, self.window, folders.num_layers(self.base))
 
     @property
     def requires(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from prefixfast.encoder import text_kv
+from prefixfast.blocks import text_kv
 from prefixfast.errors import ConfigError
 from prefixfast.model import Model, borrowed
 

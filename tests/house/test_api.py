@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import prefixfast
 import tiny
-from oracles import ROOT
 from prefixfast import load
 from prefixfast.cli import app
 from prefixfast.training.recipes import read_recipe
@@ -108,13 +107,6 @@ COMMANDS = {
     **{f"bench {name}": "" for name in ("generate", "train", "kernels", "tokenize")},
 }
 
-# Promised, and not there. docs/architecture.md says why, under "Known departures from the design".
-DEPARTURES = {
-    "train(objective)",  # there is one; the parameter comes with distillation
-    "PrefixConfig.sites",  # of encoder-decoder models
-    "PrefixConfig.layers",  # the forward gives every layer a prefix
-}
-
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
     if not hasattr(command, "commands"):
@@ -157,14 +149,8 @@ def absent() -> set[str]:
     return found | (set() if takes_a_peft_model() else {"load(PeftModel)"})
 
 
-def test_everything_promised_is_there_but_the_departures():
-    assert absent() == DEPARTURES
-
-
-def test_the_architecture_page_names_the_departures():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf8")
-    section = text.partition("## Known departures from the design")[2].partition("\n## ")[0]
-    assert [d for d in sorted(DEPARTURES) if f"`{d}`" not in section] == []
+def test_everything_promised_is_there():
+    assert absent() == set()
 
 
 @pytest.mark.parametrize(("owner", "name"), WORDS)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from prefixfast.encoder import kv_of
+from prefixfast.blocks import rows_of, stacked
 from prefixfast.interchange import peft as layout
 from prefixfast.model import load
 from prefixfast.plan import training_plan
@@ -39,10 +39,8 @@ def case(make, *, vocab: int, longest: int, lengths=(5, 3), scale: float = 0.7, 
 
 def packed(base, c: Case, prefixes: list[Prefix], *, grad: bool = False, drop: int | None = None):
     """Logits ``[N, V]`` of all prompts in one forward, and the prefix leaves; ``drop`` leaves one prefix out."""
-    layers = range(len(base.layers))
-    leaves = [tuple(torch.cat([kv_of(p, len(base.layers))[i][j].to(base.dtype) for p in prefixes]).requires_grad_(grad) for j in (0, 1)) for i in layers]
-    starts = np.cumsum([0, *[p.length for p in prefixes]])
-    rows = np.array([[s, p.length, p.pos_start, 1] for s, p in zip(starts, prefixes, strict=False)], np.int32)
+    leaves = [tuple(t.requires_grad_(grad) for t in kv) for kv in stacked(prefixes, base.layers, base.dtype, base.device)]
+    rows = rows_of(prefixes, len(base.layers))
     used = [[i] if i >= 0 and i != drop else [] for i in c.choice]
     indptr = np.cumsum([0, *map(len, used)], dtype=np.int32)
     lens = np.array([len(p) for p in c.prompts], np.int32)

@@ -27,7 +27,13 @@ class World:
         self.make, self.base = make, make()
         self.prompts = [torch.randint(3, vocab, (n,), generator=g) for n in PROMPTS]
         self.tables = [tiny.peft_table(make(), n, seed, 0.5) for seed, n in enumerate(LENGTHS)]
-        self.prefixes = [Prefix(layout.from_table(t, *tiny.shapes(self.base)), pos_start=len(t)) for t in self.tables]
+        kinds = range(tiny.shapes(self.base)[0]), (0, 2)  # every third lies in some layers only
+        self.layers = [kinds[i % 3 == 2] for i in range(len(LENGTHS))]
+        kvs = [layout.from_table(t, *tiny.shapes(self.base)) for t in self.tables]
+        self.prefixes = [
+            Prefix({f"self.{i}.{x}": kv[f"self.{i}.{x}"] for i in layers for x in "kv"}, pos_start=len(t))
+            for t, kv, layers in zip(self.tables, kvs, self.layers, strict=True)
+        ]
         self.store = PrefixStore(folder)
         for i, prefix in enumerate(self.prefixes):
             self.store.put(str(i), prefix)
@@ -40,7 +46,7 @@ class World:
 
     @functools.cache  # noqa: B019 - lives as long as the module's fixture
     def theirs(self, prefix: int):
-        return tiny.with_prefix(self.make(), self.tables[prefix])
+        return tiny.with_prefix(self.make(), self.tables[prefix], self.layers[prefix] if len(self.layers[prefix]) == 2 else None)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gemma2", "stories260K"])

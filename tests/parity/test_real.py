@@ -12,7 +12,7 @@ import tiny
 from parity.packed import Case, case, compare_gradients, compare_logits
 from parity.test_generate import alone
 from prefixfast import Engine, load
-from prefixfast.encoder import text_kv
+from prefixfast.blocks import text_kv
 from prefixfast.interchange import peft as layout
 
 TOLERANCE = 1e-5

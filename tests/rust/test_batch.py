@@ -1,6 +1,7 @@
 """pack, plan_packed and the Scheduler against slow twins, and hostile input."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -125,12 +126,16 @@ def test_plan_packed_refuses() -> None:
         plan_packed(**many)
 
 
-def drive(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes = NO_WORK) -> None:
-    """Serves requests and compares each step's prefix tables, and the work of its decode, with the twins."""
+ROWS = [20, 0, 5, 33]  # of each prefix
+LAYERS = 3
+SETS = st.lists(st.none() | st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS), min_size=4, max_size=4)  # by prefix: whether it lies in each layer
+
+
+def drive(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes = NO_WORK, layers: Sequence[list[bool] | None] = (None,) * 4) -> None:
+    """Serves requests and compares each step's prefix tables, and the work of its decode, with the twins, in every layer."""
     scheduler = Scheduler(64 + 16 * 30, 8, 60, tile_rows=4, decode=decode)
-    rows = [20, 0, 5, 33]
-    for prefix, n in enumerate(rows):
-        scheduler.register_prefix(prefix, n, 2 * n, prefix % 2 == 0)
+    for prefix, n in enumerate(ROWS):
+        scheduler.register_prefix(prefix, n, 2 * n, prefix % 2 == 0, layers=layers[prefix])
     known: dict[int, tuple[list[int], int, int, int]] = {}
     for id, (priority, prefixes, prompt_len, beams, max_new) in enumerate(work):
         scheduler.add(id, prefixes, prompt_len, beams, max_new, priority=priority, tenant=id)
@@ -144,9 +149,12 @@ def drive(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes 
         for prefix, row in header.loads:
             first[prefix] = row
             scheduler.prefix_ready(prefix)
-        blocks = {p: (first.get(p, 0), n, int(p % 2 == 0)) for p, n in enumerate(rows)}
-        check_prefill(header, out, known, blocks, filled)
-        check_decode(header, out, known, blocks, steps)
+        blocks = {p: (first.get(p, 0), n, int(p % 2 == 0)) for p, n in enumerate(ROWS)}
+        has = [layers[p] or [True] * LAYERS for p in blocks]
+        here = [{p: (row, n * has[p][layer], slides) for p, (row, n, slides) in blocks.items()} for layer in range(LAYERS)]
+        check_views(header, blocks, here, {id: known[id][0] for id in known})
+        check_prefill(header, out, known, here, filled)
+        check_decode(header, out, known, here, steps)
         check_work(header, out, decode)
         steps |= {id: 0 for id in header.prefill_ids if len(filled[id]) == known[id][1]}
         scheduler.commit([id for id in header.decode_ids if steps[id] == known[id][3]])
@@ -156,34 +164,50 @@ def drive(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes 
     assert scheduler.free_rows == 16 * 30
 
 
-def check_prefill(header: StepHeader, out: np.ndarray, known: dict, blocks: dict, filled: dict[int, list[int]]) -> None:
-    if header.prefill_sections is None:
+def view_of(layout: tuple[list[dict], list[int]], layer: int) -> dict[str, tuple[int, int, int]]:
+    views, of_layer = layout
+    return views[of_layer[layer] if of_layer else 0]
+
+
+def check_views(header: StepHeader, blocks: dict, here: list[dict], used: dict[int, list[int]]) -> None:
+    """Several views only where a prefix of the step leaves a layer out; no layers without need have two."""
+    for layout, ids in ((header.prefill, header.prefill_ids), (header.decode, header.decode_ids)):
+        if layout is not None:
+            partial = {p for id in ids for p in used[id] if any(layer[p] != blocks[p] for layer in here)}
+            assert bool(layout[1]) == bool(partial)
+            assert sorted(set(layout[1]) or {0}) == list(range(len(layout[0])))
+
+
+def check_prefill(header: StepHeader, out: np.ndarray, known: dict, here: list[dict], filled: dict[int, list[int]]) -> None:
+    if header.prefill is None:
         assert (header.prefill_ids, header.prefill_reach) == ([], 0)
         return
-    found = oracles.tables(out, header.prefill_sections)
-    used, lengths = [known[id][0] for id in header.prefill_ids], [tokens for _, _, _, tokens in found["chunk"]]
-    contexts = [len(filled.get(id, [])) for id in header.prefill_ids]
-    assert [start for _, _, start, _ in found["chunk"]] == contexts
-    assert used == sorted(used)
-    slots = iter(found["slots"])
-    for id, n in zip(header.prefill_ids, lengths, strict=True):
-        filled[id] = filled.get(id, []) + list(itertools.islice(slots, n))
-    assert found.pop("key_slots") == [slot for id in header.prefill_ids for slot in filled[id] if any(contexts)]
-    table = [[*blocks[p][:2], 2 * blocks[p][1], blocks[p][2]] for p in blocks]
-    for name, expected in oracles.plan_packed(lengths, used, table, (4, 0, 0), contexts).items():
-        assert found.pop(name) == expected, name
-    check_padded(lengths, 4, found)
-    ended = [len(filled[id]) == known[id][1] for id in header.prefill_ids]
-    assert found["logits_idx"] == (np.cumsum(lengths) - 1)[ended].tolist()
-    assert set(found) == {"chunk", "slots", "fill", "logits_idx"}
-    assert header.prefill_reach == max(len(filled[id]) + sum(blocks[p][1] for p in known[id][0]) for id in header.prefill_ids)
+    before = {id: len(filled.get(id, [])) for id in header.prefill_ids}
+    for layer, blocks in enumerate(here):
+        found = oracles.tables(out, view_of(header.prefill, layer))
+        used, lengths = [known[id][0] for id in header.prefill_ids], [tokens for _, _, _, tokens in found["chunk"]]
+        contexts = list(before.values())
+        assert [start for _, _, start, _ in found["chunk"]] == contexts
+        assert used == sorted(used)
+        slots = iter(found["slots"])
+        for id, n in zip(header.prefill_ids, lengths, strict=True):
+            filled[id] = filled.get(id, [])[: before[id]] + list(itertools.islice(slots, n))
+        assert found.pop("key_slots") == [slot for id in header.prefill_ids for slot in filled[id] if any(contexts)]
+        table = [[*blocks[p][:2], 2 * ROWS[p], blocks[p][2]] for p in blocks]
+        for name, expected in oracles.plan_packed(lengths, used, table, (4, 0, 0), contexts).items():
+            assert found.pop(name) == expected, name
+        check_padded(lengths, 4, found)
+        ended = [len(filled[id]) == known[id][1] for id in header.prefill_ids]
+        assert found["logits_idx"] == (np.cumsum(lengths) - 1)[ended].tolist()
+        assert set(found) == {"chunk", "slots", "fill", "logits_idx"}
+    reach = [len(filled[id]) + sum(blocks[p][1] for p in known[id][0]) for id in header.prefill_ids for blocks in here]
+    assert header.prefill_reach == max(reach)
 
 
-def check_decode(header: StepHeader, out: np.ndarray, known: dict, blocks: dict, steps: dict[int, int]) -> None:
-    if header.decode_sections is None:
+def check_decode(header: StepHeader, out: np.ndarray, known: dict, here: list[dict], steps: dict[int, int]) -> None:
+    if header.decode is None:
         assert (header.decode_ids, header.decode_reach) == ([], 0)
         return
-    found = oracles.tables(out, header.decode_sections)
     rows: list[tuple[int, int, list[int]]] = []
     positions = []
     for id in header.decode_ids:
@@ -191,50 +215,55 @@ def check_decode(header: StepHeader, out: np.ndarray, known: dict, blocks: dict,
         prefixes, prompt_len, beams, _ = known[id]
         for _ in range(beams):
             rows.append((len(rows), prompt_len + steps[id] - 1, prefixes))
-            positions.append(rows[-1][1] + max((2 * blocks[p][1] for p in prefixes), default=0))
-    expected = {
-        **oracles.segment_uses([prefixes for _, _, prefixes in rows], blocks),
-        **oracles.uses(rows, blocks),
-        "lens": [position + 1 for _, position, _ in rows],
-        "position_ids": positions,
-    }
-    for name, values in expected.items():
-        assert found.pop(name) == values, name
-    assert set(found) == {"row", "slot", "work", "grouped", "part_indptr", "part"}
-    assert len(set(found["slot"])) == len(set(found["row"])) == len(rows)
-    assert header.decode_reach == max(position + 1 + sum(blocks[p][1] for p in used) for _, position, used in rows)
+            positions.append(rows[-1][1] + max((2 * ROWS[p] for p in prefixes), default=0))
+    for layer, blocks in enumerate(here):
+        found = oracles.tables(out, view_of(header.decode, layer))
+        expected = {
+            **oracles.segment_uses([prefixes for _, _, prefixes in rows], blocks),
+            **oracles.uses(rows, blocks),
+            "lens": [position + 1 for _, position, _ in rows],
+            "position_ids": positions,
+        }
+        for name, values in expected.items():
+            assert found.pop(name) == values, name
+        assert set(found) == {"row", "slot", "work", "grouped", "part_indptr", "part"}
+        assert len(set(found["slot"])) == len(set(found["row"])) == len(rows)
+    assert header.decode_reach == max(position + 1 + sum(blocks[p][1] for p in used) for _, position, used in rows for blocks in here)
 
 
 def check_work(header: StepHeader, out: np.ndarray, decode: DecodeSizes) -> None:
-    if header.decode_sections is None:
-        return
-    found = DecodeTables(*(section(torch.from_numpy(out), header.decode_sections[name]) for name in DecodeTables._fields))
     made = ("work", "grouped", "part_indptr", "part")
-    if not decode.users:
-        assert sum(getattr(found, name).numel() for name in made) == 0
-        return
-    expected = with_work(found, decode)
-    for name in made:
-        assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
+    for view in () if header.decode is None else header.decode[0]:
+        found = DecodeTables(*(section(torch.from_numpy(out), view[name]) for name in DecodeTables._fields))
+        if not decode.users:
+            assert sum(getattr(found, name).numel() for name in made) == 0
+            continue
+        expected = with_work(found, decode)
+        for name in made:
+            assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
 
 
 WORK = st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 150), st.integers(1, 3), st.integers(1, 6))
 
 
-@given(st.lists(WORK, max_size=12))
+@given(st.lists(WORK, max_size=12), SETS)
 @seeded
-def test_scheduler(work: list[tuple[int, list[int], int, int, int]]) -> None:
-    drive(work)
+def test_scheduler(work: list[tuple[int, list[int], int, int, int]], layers: list[list[bool] | None]) -> None:
+    drive(work, layers=layers)
 
 
 COST = st.sampled_from([0, 100, 4000, 10**6])
 DECODE = st.builds(DecodeSizes, st.integers(1, 4), st.integers(1, 40), st.sampled_from([0, 512]), COST, COST, COST)
 
 
-@given(st.lists(st.tuples(st.just(0), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 200), st.integers(1, 3), st.integers(1, 3)), max_size=12), DECODE)
+@given(
+    st.lists(st.tuples(st.just(0), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 200), st.integers(1, 3), st.integers(1, 3)), max_size=12),
+    DECODE,
+    SETS,
+)
 @seeded
-def test_the_work_of_a_decode_step_is_that_of_the_twin(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes) -> None:
-    drive(work, decode)
+def test_the_work_of_a_decode_step_is_that_of_the_twin(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes, layers: list) -> None:
+    drive(work, decode, layers)
 
 
 def test_decode_limits_are_checked() -> None:
@@ -256,9 +285,9 @@ def test_padded_steps_end_in_dead_rows() -> None:
     scheduler.commit([])
     scheduler.plan_step(out)
     scheduler.commit([])
-    sections = scheduler.plan_step(out).decode_sections
-    assert sections is not None
-    found = oracles.tables(out, sections)
+    layout = scheduler.plan_step(out).decode
+    assert layout is not None
+    found = oracles.tables(out, layout[0][0])
     assert found["row"][3:] == [6]
     assert found["slot"][3:] == [999]
     assert found["lens"][3:] == [1]
@@ -278,6 +307,9 @@ def test_scheduler_refuses() -> None:
     for rows, pos_start in [(-1, 0), (0, -1), (2**31, 0), (0, 2**31)]:
         with pytest.raises(ConfigError):
             scheduler.register_prefix(6, rows, pos_start, True)
+    scheduler.register_prefix(7, 4, 4, True, layers=[True, False])
+    with pytest.raises(ConfigError, match="layers has 3 entries: expected 2"):
+        scheduler.register_prefix(6, 4, 4, True, layers=[True] * 3)
     for change in [
         {"prompt_len": 0},
         {"prompt_len": -2},

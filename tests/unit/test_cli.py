@@ -258,6 +258,6 @@ def test_words_and_strings_are_flags_that_come_several_times(cli, folder, tmp_pa
     assert free[0] not in json.loads(out.read_text())["token_ids"]
     wrong = cli(*common, "--bad-words-ids", "x")
     assert wrong.code == 1
-    assert "token ids" in wrong.err
+    assert "--bad-words-ids: expected numbers with commas between them" in wrong.err
     assert cli(*common, "--stop-strings", "zz", "--do-sample", "--seed", "5", "--logprobs", "2").code == 0
     assert len(json.loads(out.read_text())["logprobs"][0]["top"]) == 2

@@ -102,7 +102,7 @@ def test_show(cli, filled, make_prefix):
     assert shown["digest"] == make_prefix(2, length=5).digest
     assert {k: shown[k] for k in ("length", "layers", "shape", "dtype", "pos_start", "window", "numbers", "training")} == {
         "length": 5,
-        "layers": 3,
+        "layers": [0, 1, 2],
         "shape": [[5, 4, 8]],
         "dtype": ["float32"],
         "pos_start": 5,

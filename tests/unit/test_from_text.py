@@ -10,7 +10,7 @@ import torch
 import tiny
 from composed import error, logits
 from prefixfast import BaseMismatchError, ConfigError, Prefix, generate, load
-from prefixfast.encoder import text_kv
+from prefixfast.blocks import text_kv
 
 TEXT, PROMPT = list(range(20, 37)), list(range(50, 59))  # longer than the tiny models' sliding window
 FAMILIES = ("gpt2", "llama", "qwen3", "mistral", "gemma3", "opt", "gpt_neox")
@@ -203,7 +203,5 @@ def test_prefixes_of_different_bases_are_refused(base, make_prefix):
     a = other(base, 1)
     with load(tiny.make("gpt2", seed=1)) as second, pytest.raises(BaseMismatchError, match="weights differ"):
         make_prefix(3).concat(a, other(second, 2))
-    with pytest.raises(BaseMismatchError, match="other layers or heads"):
+    with pytest.raises(BaseMismatchError, match="other heads"):
         a.concat(make_prefix(heads=2))
-    with pytest.raises(BaseMismatchError, match="other layers or heads"):
-        a.concat(make_prefix(layers=2))

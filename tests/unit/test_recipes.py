@@ -8,8 +8,9 @@ import torch
 import prefixfast
 import tiny
 from prefixfast import PrefixConfig, TrainConfig
+from prefixfast.blocks import text_kv
 from prefixfast.config import read_yaml
-from prefixfast.encoder import PrefixParameters, text_kv
+from prefixfast.encoder import PrefixParameters
 from prefixfast.errors import ConfigError
 from prefixfast.training.arguments import settings
 from prefixfast.training.recipes import names, read_recipe

@@ -142,7 +142,7 @@ def test_a_prefix_of_other_weights_is_refused(idle, base):
         idle.generate([OK], [None, strange(base, "gpt2", 1)][1:])
 
 
-SHAPES = {"heads": {"heads": 2}, "head dim": {"dim": 16}, "a layer less": {"layers": 2}, "a layer more": {"layers": 4}, "no first layer": {"layers": (1, 2)}}
+SHAPES = {"heads": {"heads": 2}, "head dim": {"dim": 16}, "a layer less": {"layers": 2}, "a layer more": {"layers": 4}, "a layer beyond": {"layers": (1, 3)}}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -74,7 +74,7 @@ def test_gradients_of_one_step_in_fp32():
                 model.layers, [None] * USERS, prefixfast.PrefixConfig(prefix_length=4), mlp=False, seed=0, dtype=torch.float32, device=model.device
             )
             keep = np.ones(len(prefix), bool) if only is None else prefix == only
-            table = np.concatenate([params.rows, np.array([[4, 1]] * USERS, np.int32)], 1)
+            table = prefixfast.plan.prefix_rows([(params.layers, 4, 4, True)] * USERS, len(model.layers))
             for m in micro_batches(examples, chosen[keep], prefix[keep], token_budget=200, sequence_sum=False, device=model.device):
                 plan = prefixfast.plan.training_plan(
                     m.lengths, np.arange(len(m.lengths) + 1, dtype=np.int32), m.prefix, table, params.leaves, backend=model.backend

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 
 import prefixfast
 import tiny
+from prefixfast.blocks import kv_of
 from prefixfast.config import PrefixConfig
-from prefixfast.encoder import PrefixParameters, kv_of
+from prefixfast.encoder import PrefixParameters
 from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError
-from prefixfast.plan import training_plan
+from prefixfast.plan import PrefixRows, training_plan
 from prefixfast.training import steps as steps_module
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
@@ -29,12 +30,14 @@ def loss_of(model, prefixes, data) -> float:
     """Mean loss of a target token with prefixes composed left to right, by a plan made here."""
     before = np.cumsum([0, *(p.length for p in prefixes)])
     table = np.array([[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(before, prefixes, strict=False)], np.int32)
-    arena = [tuple(torch.cat([kv_of(p, len(model.layers))[i][j] for p in prefixes]) for j in (0, 1)) for i in range(len(model.layers))]
+    arena = [tuple(torch.cat([kv_of(p, model.layers)[i][j] for p in prefixes]) for j in (0, 1)) for i in range(len(model.layers))]
     lost = []
     for row in data:
         ids, target = torch.tensor(row["input_ids"]), np.array(row["labels"]) != -100
         indptr = np.array([0, len(prefixes)], np.int32)
-        plan = training_plan(np.array([len(ids)], np.int32), indptr, np.arange(len(prefixes), dtype=np.int32), table, arena, backend=model.backend)
+        plan = training_plan(
+            np.array([len(ids)], np.int32), indptr, np.arange(len(prefixes), dtype=np.int32), PrefixRows(table[None]), arena, backend=model.backend
+        )
         logits = model.forward(plan, ids)
         at = torch.tensor(np.flatnonzero(target))
         lost.append(F.cross_entropy(logits[at - 1], ids[at], reduction="none"))

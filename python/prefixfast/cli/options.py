@@ -28,13 +28,14 @@ def flags(*configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | N
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(function).parameters.values() if p.name != "fields"]
         fields = {f.name: (config, f) for config in reversed(configs) for f in dataclasses.fields(config)}  # type: ignore[arg-type] # the first one's name wins
-        extra = [_parameter(name, f, get_type_hints(config)[name], config.__name__) for name, (config, f) in fields.items()]
+        types = {name: get_type_hints(config)[name] for name, (config, _) in fields.items()}
+        extra = [_parameter(name, f, types[name], config.__name__) for name, (config, f) in fields.items()]
         extra.append(inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CONFIG))
         extra.append(inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=PRINT))
 
         def command(**given: Any) -> None:
             path, shown = given.pop("config_file"), given.pop("print_config")
-            flagged = {n: _value(v, n) for n in fields if (v := given.pop(n)) not in (None, [])}
+            flagged = {n: _value(v, n, types[n]) for n in fields if (v := given.pop(n)) not in (None, [])}
             options = _read(path, set(fields)) | flagged
             if shown:
                 typer.echo(_shown(configs, options if resolve is None else resolve(**given, fields=options)), nl=False)
@@ -66,11 +67,13 @@ def _parameter(name: str, field: dataclasses.Field[Any], hint: Any, group: str) 
     choices = _choices(hint)
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None) and get_origin(k) is not Literal]
     kind = Literal[choices] if choices and (not kinds or get_origin(hint) is Literal) else str if choices else next(iter(kinds), str)
-    if get_origin(kind) is tuple:  # given several times
+    if numbers := _is_numbers(kind):
+        kind = str
+    elif get_origin(kind) is tuple:  # given several times
         kind = list[str]
     flag = f"--{name.replace('_', '-')}"
     spelt = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    metavar = "|".join((kinds[0].__name__, *choices)) if choices and kind is str else None
+    metavar = "INT,INT,..." if numbers else "|".join((kinds[0].__name__, *choices)) if choices and kind is str else None
     option = typer.Option(spelt, metavar=metavar, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
 
@@ -81,20 +84,26 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return tuple(str(a).lower() if isinstance(a, bool) else a for a in get_args(literal)) if literal else ()
 
 
-def _value(value: Any, name: str) -> Any:
+def _is_numbers(kind: Any) -> bool:
+    return get_origin(kind) is tuple and get_args(kind)[0] is int
+
+
+def _value(value: Any, name: str, hint: Any) -> Any:
     """A flag's word as a value: booleans of a choice, numbers where a number or a word may stand, several words as a tuple."""
     if isinstance(value, list):
-        return tuple(_ids(v, name) if name.endswith("_ids") else v for v in value)
+        return tuple(_numbers(v, name) if name.endswith("_ids") else v for v in value)
+    if any(_is_numbers(kind) for kind in get_args(hint)):
+        return _numbers(value, name)
     if not isinstance(value, str):
         return value
     return int(value) if value.isdecimal() else {"true": True, "false": False}.get(value, value)
 
 
-def _ids(text: str, name: str) -> tuple[int, ...]:
+def _numbers(text: str, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as e:
-        msg = f"--{name.replace('_', '-')}: expected token ids with commas between them, got {text!r}"
+        msg = f"--{name.replace('_', '-')}: expected numbers with commas between them, got {text!r}"
         raise ConfigError(msg) from e
 
 

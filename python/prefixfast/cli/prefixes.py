@@ -201,7 +201,7 @@ def _everything(stored: StoredPrefix) -> dict[str, Any]:
         **_row(stored),
         "folder": str(stored.folder),
         "numbers": prefix.num_stored,
-        "layers": prefix.num_layers,
+        "layers": list(prefix.layers),
         "shape": [list(shape) for shape in sorted(layers)],
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in prefix.kv.values()}),
         "pos_start": stored.pos_start,

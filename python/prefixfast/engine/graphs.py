@@ -16,11 +16,11 @@ from torch import Tensor
 
 from prefixfast.config import EngineConfig
 from prefixfast.model import Model
-from prefixfast.plan import Sections, section
+from prefixfast.plan import Layout, section
 
 logger = logging.getLogger(__name__)
 Result = tuple[Tensor, Tensor | None]  # logits, and tokens where they are chosen inside
-Run = Callable[[Tensor, Sections, bool], Result]  # tables on the device, where they lie, whether to choose
+Run = Callable[[Tensor, Layout, bool], Result]  # tables on the device, where they lie, whether to choose
 COMPILER = "inductor"
 _CAPTURE = threading.Lock()  # a process can capture one graph at a time
 
@@ -38,7 +38,7 @@ def why_not(model: Model, config: EngineConfig) -> str | None:
 class _Static:
     """One graph and its memory."""
 
-    layout: Sections
+    layout: Layout
     tables: Tensor
     graph: torch.cuda.CUDAGraph | None = None
     out: Result | None = None
@@ -62,7 +62,7 @@ class DecodeGraphs:
         self.stream = torch.cuda.Stream(device) if self.capture else None
         self.made: dict[tuple[int, bool], _Static] = {}
 
-    def step(self, planned: Tensor, places: Sections, *, choose: bool) -> Result:
+    def step(self, planned: Tensor, places: Layout, *, choose: bool) -> Result:
         """Run one step.
 
         Args:
@@ -73,11 +73,11 @@ class DecodeGraphs:
         Returns:
             What ``run`` returns for the padded rows; overwritten by the next step of the bucket.
         """
-        first = min(offset for offset, _, _ in places.values())
-        layout = {name: (offset - first, rows, cols) for name, (offset, rows, cols) in places.items()}
-        key = layout["row"][1], choose
+        first = min(offset for view in places.views for offset, _, _ in view.values())
+        layout = Layout([{name: (offset - first, rows, cols) for name, (offset, rows, cols) in view.items()} for view in places.views], places.view_of)
+        key = layout.views[0]["row"][1], choose
         static = self.made.get(key)
-        if static is None or static.layout != layout:  # a request with more prefixes than any before moves the tables
+        if static is None or static.layout != layout:  # a request with more prefixes, or in other layers, than any before moves the tables
             static = self.made[key] = self._make(layout, choose=choose)
         static.tables.copy_(planned[first : first + len(static.tables)], non_blocking=True)
         if static.graph is not None:
@@ -87,12 +87,13 @@ class DecodeGraphs:
         assert static.out is not None
         return static.out
 
-    def _make(self, layout: Sections, *, choose: bool) -> _Static:
+    def _make(self, layout: Layout, *, choose: bool) -> _Static:
         """Static memory for a layout, and the graph, captured on rows that all stand for nothing."""
-        tables = torch.zeros(max(offset + rows * max(cols, 1) for offset, rows, cols in layout.values()), dtype=torch.int32)
-        for name, value in self.dead.items():
-            section(tables, layout[name]).fill_(value)
-        section(tables, layout["work"])[:, 0] = -1  # no block and no row: nothing to do
+        tables = torch.zeros(max(offset + rows * max(cols, 1) for view in layout.views for offset, rows, cols in view.values()), dtype=torch.int32)
+        for view in layout.views:
+            for name, value in self.dead.items():
+                section(tables, view[name]).fill_(value)
+            section(tables, view["work"])[:, 0] = -1  # no block and no row: nothing to do
         static = _Static(layout, tables.to(self.device))
         if not self.capture:
             return static
@@ -116,7 +117,7 @@ class DecodeGraphs:
         # one stream for all captures, so that they share memory; the loader's thread goes on meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             out = self._run(static, choose=choose)
-        logger.info("captured a decode step of %d rows%s", static.layout["row"][1], "" if choose else ", tokens chosen outside")
+        logger.info("captured a decode step of %d rows%s", static.layout.views[0]["row"][1], "" if choose else ", tokens chosen outside")
         return graph, out
 
     def _call(self, static: _Static, *, choose: bool) -> None:

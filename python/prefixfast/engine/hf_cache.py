@@ -22,7 +22,7 @@ from prefixfast.engine.loop import Loop, host_view
 from prefixfast.engine.request import assign
 from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model import Model
-from prefixfast.plan import Plan
+from prefixfast.plan import Layout, Plan
 from prefixfast.prefix import Prefix
 
 UNIT = 16  # arena rows are handed out by so many
@@ -147,14 +147,14 @@ class HFCache(Cache):
         self.loop = loop = self._make(lengths)
         buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
         header = loop.scheduler.plan_step(buffer.numpy())
-        places = header.prefill_sections
-        assert places is not None
+        assert header.prefill is not None
+        layout = Layout(*header.prefill)
         assert len(header.prefill_ids) == count
-        chunk = host_view(buffer.numpy(), places["chunk"])
+        chunk = host_view(buffer.numpy(), layout.views[0]["chunk"])
         self.order = torch.tensor(header.prefill_ids)
         self.rows = np.zeros(count, np.int64)
         self.rows[header.prefill_ids] = chunk[:, 0]
-        plan = loop.prefill_plan(buffer.to(self.model.device), places, header.prefill_reach)
+        plan = loop.prefill_plan(buffer.to(self.model.device), layout, header.prefill_reach)
         loop.scheduler.commit([])
         self.length = padded
         self.own = np.array(lengths)
@@ -174,11 +174,11 @@ class HFCache(Cache):
             raise CapacityError(msg)
         buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
         header = loop.scheduler.plan_step(buffer.numpy())
-        places = header.decode_sections
-        assert places is not None
+        assert header.decode is not None
+        layout = Layout(*header.decode)
         self.order = torch.tensor(header.decode_ids)
-        longest = int(host_view(buffer.numpy(), places["lens"]).max())
-        plan = loop.decode_plan(buffer.to(self.model.device), places, header.decode_reach, longest)
+        longest = int(host_view(buffer.numpy(), layout.views[0]["lens"]).max())
+        plan = loop.decode_plan(buffer.to(self.model.device), layout, header.decode_reach, longest)
         loop.scheduler.commit([])
         self.length += 1
         return ids[self.order.to(ids.device), -1], plan

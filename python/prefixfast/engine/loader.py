@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prefixfast.attach import LayerShape
+from prefixfast.blocks import kv_of
 from prefixfast.plan import LayerKV
 from prefixfast.prefix import Prefix
 from prefixfast.store import StoredPrefix
@@ -43,12 +45,14 @@ class Loader:
 
     Args:
         layers: The arena: per layer keys and values ``[rows, H, D]``.
+        shapes: Heads of every layer.
         host_bytes: How much of what was read from files is kept.
         dtype: In which it is kept.
     """
 
-    def __init__(self, layers: Sequence[LayerKV], host_bytes: int, dtype: torch.dtype) -> None:
+    def __init__(self, layers: Sequence[LayerKV], shapes: Sequence[LayerShape], host_bytes: int, dtype: torch.dtype) -> None:
         self.layers, self.host_bytes, self.dtype = layers, host_bytes, dtype
+        self.shapes = shapes
         self.host: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, the least recently used first
         self.kept = self.read = self.under_way = 0
         self.known: set[int] = set()  # prefixes of which copies may be kept: a prefetch can come after all was forgotten
@@ -133,12 +137,12 @@ class Loader:
     def _on_host(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
         """Keys and values of every layer, those from files in the dtype in which they are kept."""
         if isinstance(prefix, Prefix):
-            return _layers(prefix, len(self.layers))
+            return kv_of(prefix, self.shapes)
         if (kept := self.host.get(number)) is not None:
             self.host.move_to_end(number)
             return kept
         pinned = self.layers[0][0].device.type == "cuda"
-        made = [(_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned)) for k, v in _layers(prefix.read(), len(self.layers))]
+        made = [(_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned)) for k, v in kv_of(prefix.read(), self.shapes)]
         self.read += 1
         if number not in self.known:
             return made
@@ -150,10 +154,6 @@ class Loader:
 
     def _drop(self, number: int) -> None:
         self.kept -= _bytes(self.host.pop(number, []))
-
-
-def _layers(prefix: Prefix, count: int) -> list[LayerKV]:
-    return [(prefix.kv[f"self.{i}.k"], prefix.kv[f"self.{i}.v"]) for i in range(count)]
 
 
 def _bytes(layers: list[LayerKV]) -> int:

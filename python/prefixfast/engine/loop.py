@@ -30,7 +30,7 @@ from prefixfast.engine.rows import Chosen, Rows
 from prefixfast.engine.transfer import to_device
 from prefixfast.errors import CapacityError, PrefixFastError, RequestError
 from prefixfast.model import DTYPES, Model
-from prefixfast.plan import Arena, Plan, Sections, packed_tables, section
+from prefixfast.plan import Arena, Layout, Plan, packed_tables, section
 from prefixfast.prefix import Prefix
 from prefixfast.store import StoredPrefix
 from prefixfast_kernels.tables import DecodeTables
@@ -63,7 +63,7 @@ class Loop:
         dead = {"row": rows, "slot": arena_rows - 1, "lens": 1}
         self.graphs = DecodeGraphs(self._run_static, dead, device, compiled=config.compile_decode) if self.ahead else None
         kept_as = DTYPES.get(config.prefix_dtype, model.dtype)
-        self.residency = Residency(self.scheduler, Loader(self.arena.layers, config.host_prefix_memory, kept_as))
+        self.residency = Residency(self.scheduler, Loader(self.arena.layers, model.layers, config.host_prefix_memory, kept_as))
         self.max_waiting = config.max_waiting
         self.rows = Rows(self.arena.table, [e for e in eos if 0 <= e < model.vocab_size])  # what the base cannot say is looked up nowhere
         self.buffer = torch.zeros(0, dtype=torch.int32)
@@ -132,11 +132,12 @@ class Loop:
         self.residency.begin(header.loads)
         self.counts.update(steps=1, loads=len(header.loads), evictions=len(header.evictions), cancelled=len(header.cancelled), expired=len(header.expired))
         chosen = []
-        if header.prefill_sections is not None:
-            chosen += self._prefill(out, header.prefill_sections, header.prefill_reach, header.prefill_ids)
-        if header.decode_sections is not None:
-            chosen += self._decode(out, header.decode_sections, header.decode_reach)
-        elif header.prefill_sections is None and not self.started:
+        prefill, decode = header.prefill, header.decode
+        if prefill is not None:
+            chosen += self._prefill(out, Layout(*prefill), header.prefill_reach, header.prefill_ids)
+        if decode is not None:
+            chosen += self._decode(out, Layout(*decode), header.decode_reach)
+        elif prefill is None and not self.started:
             self._fail(self.residency.arrived(wait=True))
         self._fail_rows()
         over = {number for c in chosen for number in c.full}
@@ -223,10 +224,10 @@ class Loop:
         """Tokens and scores of a beam search's best texts."""
         return self.rows.beam(request.rows).result(row, request.params.num_return_sequences or 1)
 
-    def _prefill(self, out: np.ndarray, places: Sections, reach: int, ids: list[int]) -> list[Chosen]:
+    def _prefill(self, out: np.ndarray, layout: Layout, reach: int, ids: list[int]) -> list[Chosen]:
         """The prompt tokens of the step in one packed forward, then the first tokens of the prompts that end in it."""
-        plan = self.prefill_plan(self.buffer.to(self.model.device, non_blocking=True), places, reach)
-        chunks = list(zip(ids, host_view(out, places["chunk"]).tolist(), strict=True))
+        plan = self.prefill_plan(self.buffer.to(self.model.device, non_blocking=True), layout, reach)
+        chunks = list(zip(ids, host_view(out, layout.views[0]["chunk"]).tolist(), strict=True))
         prompts = np.concatenate([self.requests[number].ids[start : start + n] for number, (_, _, start, n) in chunks])
         logits = self.model.forward(plan, to_device(prompts, self.model.device))
         self.counts.update(prefill_tokens=len(prompts), continued_prefills=int(plan.key_slots is not None))
@@ -252,57 +253,61 @@ class Loop:
             special = frozenset(i for i, text in tokenizer.special_texts.items() if any(s in text for s in strings))
             self.stops[number] = [StopStrings(tokenizer.stream(), strings, special) for _ in range(request.rows)]
 
-    def _decode(self, out: np.ndarray, places: Sections, reach: int) -> list[Chosen]:
+    def _decode(self, out: np.ndarray, layout: Layout, reach: int) -> list[Chosen]:
         """One token for every running row."""
-        lens, rows = host_view(out, places["lens"]), host_view(out, places["row"]).astype(np.int64)
+        first = layout.views[0]
+        lens, rows = host_view(out, first["lens"]), host_view(out, first["row"]).astype(np.int64)
         rows = rows[rows < len(self.rows.token) - 1]  # without those that stand for nothing
         alone = bool(self.rows.plain[rows].all())
         self.counts.update(decode_steps=1, decoded_rows=len(rows))
         if self.graphs is not None:
-            logits, tokens = self.graphs.step(self.buffer, places, choose=alone)
+            logits, tokens = self.graphs.step(self.buffer, layout, choose=alone)
         else:
             tables = self.buffer.to(self.model.device, non_blocking=True)
-            logits, tokens = self._run(tables, places, choose=alone, reach=reach, max_len=int(lens.max()))
+            logits, tokens = self._run(tables, layout, choose=alone, reach=reach, max_len=int(lens.max()))
         if tokens is not None:
             return [self.rows.chosen(tokens[: len(rows)], rows, 1)]
         return self.rows.choose(logits[: len(rows)], rows, int(lens.max()))
 
-    def _run_static(self, tables: Tensor, places: Sections, choose: bool) -> Result:
-        return self._run(tables, places, choose=choose, reach=UNBOUNDED, max_len=self.max_model_len)
+    def _run_static(self, tables: Tensor, layout: Layout, choose: bool) -> Result:
+        return self._run(tables, layout, choose=choose, reach=UNBOUNDED, max_len=self.max_model_len)
 
-    def _run(self, tables: Tensor, places: Sections, *, choose: bool, reach: int, max_len: int) -> Result:
+    def _run(self, tables: Tensor, layout: Layout, *, choose: bool, reach: int, max_len: int) -> Result:
         """The device's part of a decode step: logits, and with ``choose`` tokens of rows without beams."""
-        plan = self.decode_plan(tables, places, reach, max_len)
+        plan = self.decode_plan(tables, layout, reach, max_len)
         assert plan.decode is not None
-        rows = plan.decode.row.long()
+        rows = plan.decode[0].row.long()
         logits = self.model.forward(plan, self.rows.token[rows])
         if not choose:
             return logits, None
         tokens = self.rows.token[rows] = self.rows.greedy.step(logits, rows).tokens
         return logits, tokens
 
-    def prefill_plan(self, tables: Tensor, places: Sections, reach: int) -> Plan:
+    def prefill_plan(self, tables: Tensor, layout: Layout, reach: int) -> Plan:
         """The plan of a step's prompt tokens, whose places are written into the slot table."""
+        places = layout.views[0]
         fill = section(tables, places["fill"]).long()
         self.arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
         return Plan(
             section(tables, places["position_ids"])[None],
             self.model.backend,
             reach,
-            packed=packed_tables(tables, places),
+            packed=[packed_tables(tables, view) for view in layout.views],
+            view_of=layout.view_of,
             arena=self.arena,
             slots=section(tables, places["slots"]),
             key_slots=section(tables, places["key_slots"]) if places["key_slots"][1] > 0 else None,
             logits_at=section(tables, places["logits_idx"]).long(),
         )
 
-    def decode_plan(self, tables: Tensor, places: Sections, reach: int, max_len: int) -> Plan:
+    def decode_plan(self, tables: Tensor, layout: Layout, reach: int, max_len: int) -> Plan:
         """The plan of a step's new tokens, whose places are written into the slot table."""
-        step = DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields))
+        views = [DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields)) for places in layout.views]
+        places = layout.views[0]
         slots = section(tables, places["slot"])
-        self.arena.table[step.row.long(), step.lens.long() - 1] = slots
+        self.arena.table[views[0].row.long(), views[0].lens.long() - 1] = slots
         positions = section(tables, places["position_ids"])[None]
-        return Plan(positions, self.model.backend, reach, decode=step, arena=self.arena, slots=slots, max_len=max_len)
+        return Plan(positions, self.model.backend, reach, decode=views, view_of=layout.view_of, arena=self.arena, slots=slots, max_len=max_len)
 
     def _read(self, started: list[Chosen], known: Mapping[int, Outcome]) -> dict[int, Outcome]:
         """Wait for what steps have chosen: the requests that have ended with it, beside those that are ``known`` to have."""

@@ -24,7 +24,7 @@ class Resident:
         name: In the store; None if it was given as an object.
         digest: See `Prefix.digest`.
         rows: Arena rows, P of its longest layer.
-        nbytes: Bytes of these rows in all layers.
+        nbytes: Bytes of these rows in all layers, also in those that the prefix leaves out: the arena has all layers of a row.
         pinned: Whether it is evicted only when nothing else is left to evict.
         requests: Queued and running requests that use it.
     """
@@ -76,7 +76,9 @@ class Residency:
         if number is None:
             number = self.numbers[prefix.digest] = next(self.ids)
             self.grown = True
-            self.scheduler.register_prefix(number, prefix.length, prefix.pos_start, prefix.window == "slide")
+            count, own = len(self.loader.layers), prefix.layers
+            layers = None if len(own) == count else [i in own for i in range(count)]
+            self.scheduler.register_prefix(number, prefix.length, prefix.pos_start, prefix.window == "slide", layers=layers)
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
         self.prefixes[number] = self.prefixes.pop(number, prefix)

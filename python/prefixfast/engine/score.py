@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefixfast.blocks import rows_of, stacked
 from prefixfast.engine.params import request_error
 from prefixfast.engine.request import Input, Request
 from prefixfast.engine.select import likeliest
 from prefixfast.errors import ConfigError, RequestError
 from prefixfast.head import packed_hidden
 from prefixfast.model import Model
-from prefixfast.plan import LayerKV, Plan, training_plan
-from prefixfast.prefix import Prefix
+from prefixfast.plan import Plan, training_plan
 from prefixfast.store import StoredPrefix
 
 PIECE = 256  # rows of logits at a time
@@ -132,8 +132,7 @@ def _forward(model: Model, requests: list[Request], targets: list[Ints]) -> tupl
     distinct = {p.digest: p for r in requests for p in r.prefixes}
     number = {digest: i for i, digest in enumerate(distinct)}
     prefixes = [p.read() if isinstance(p, StoredPrefix) else p for p in distinct.values()]
-    first = np.cumsum([0, *(p.length for p in prefixes)])
-    rows = np.array([[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(first, prefixes, strict=False)], np.int32).reshape(-1, 4)
+    kv = stacked(prefixes, model.layers, model.dtype, model.device) if prefixes else None
     used = [[number[p.digest] for p in r.prefixes] for r in requests]
     indptr = np.cumsum([0, *map(len, used)]).astype(np.int32)
     lengths = np.array([len(r.ids) + len(t) - 1 for r, t in zip(requests, targets, strict=True)], np.int32)
@@ -141,7 +140,7 @@ def _forward(model: Model, requests: list[Request], targets: list[Ints]) -> tupl
     ends = np.cumsum(lengths)
     at = np.concatenate([np.arange(end - len(t), end) for end, t in zip(ends, targets, strict=True)])
     flat = np.array([n for numbers in used for n in numbers], np.int32)
-    plan = training_plan(lengths, indptr, flat, rows, _stacked(model, prefixes), backend=model.backend, device=model.device)
+    plan = training_plan(lengths, indptr, flat, rows_of(prefixes, len(model.layers)), kv, backend=model.backend, device=model.device)
     plan = plan.with_logits_at(torch.from_numpy(at).to(model.device))
     wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(model.device)
     logprobs, best = [], []
@@ -157,10 +156,3 @@ def _logits(model: Model, plan: Plan, ids: Tensor) -> Iterator[Tensor]:
     if model.head is None:
         return iter(model.forward(plan, ids).split(PIECE))
     return map(model.head.logits, packed_hidden(model.hf, plan, ids).split(PIECE))
-
-
-def _stacked(model: Model, prefixes: list[Prefix]) -> list[LayerKV] | None:
-    if not prefixes:
-        return None
-    kinds = [[torch.cat([p.kv[f"self.{i}.{x}"].to(model.device, model.dtype) for p in prefixes]) for x in "kv"] for i in range(len(model.layers))]
-    return [(k, v) for k, v in kinds]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from prefixfast.encoder import text_kv
+from prefixfast.blocks import text_kv
 from prefixfast.engine.request import Request
 from prefixfast.model import Model
 from prefixfast.prefix import Prefix

@@ -36,16 +36,17 @@ COMMON = {
 }
 
 
-def reason_against(kv: Mapping[str, Tensor], pos_start: int, window: str) -> str | None:
+def reason_against(kv: Mapping[str, Tensor], pos_start: int, window: str, num_layers: int | None = None) -> str | None:
     """Why PEFT cannot hold a prefix exactly, or None if it can.
 
     Args:
         kv: ``self.{layer}.k|v`` of ``[P, H, D]``.
         pos_start: Position of the first token.
         window: ``"slide"`` or ``"always"``.
+        num_layers: Of the base, None if nobody knows.
     """
     shapes = {tuple(t.shape) for t in kv.values()}
-    layers = len(kv) // 2
+    layers = num_layers or len(kv) // 2
     reasons = {
         "it has sites other than 'self'": any(not name.startswith("self.") for name in kv),
         "its layers differ in shape": len(shapes) != 1,

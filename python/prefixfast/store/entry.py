@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.errors import ConfigError, DataError
+from prefixfast.folders import layers_of
 from prefixfast.interchange.peft import read_json
 from prefixfast.prefix import Prefix
 from prefixfast.store.versions import version_folders
@@ -60,6 +61,11 @@ class StoredPrefix:
     def length(self) -> int:
         """P, of the longest layer."""
         return max(p for p, _, _ in self.shapes.values())
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """See `Prefix.layers`."""
+        return layers_of(self.shapes)
 
     def read(self) -> Prefix:
         """The prefix itself; from another version with the same digest if this one has been replaced.

@@ -60,10 +60,10 @@ def estimate(model: Any, data: Rows | Mapping[str, Rows], **arguments: Any) -> E
     """
     named = ("task", "prefix_column", "eval_data", "init", "init_text", "on_top_of", "sweep", "overrides", "store", "callbacks", "prefix_config", "config")
     known: dict[str, Any] = {n: arguments.pop(n, () if n == "callbacks" else None) for n in named}
-    on_error = arguments.pop("on_error", "isolate")
+    on_error, objective = arguments.pop("on_error", "isolate"), arguments.pop("objective", "sft")
     for name in ("output_dir", "resume", "progress"):
         arguments.pop(name, None)
-    job, chosen = prepare(data, **known, resume=False, on_error=on_error, fields=arguments)
+    job, chosen = prepare(data, **known, resume=False, objective=objective, on_error=on_error, fields=arguments)
     parts: list[tuple[Run, float]] = []
     with base_for(model, chosen) as base, recomputed(base, chosen.gradient_checkpointing):
         check_groups(base, job)

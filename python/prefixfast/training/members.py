@@ -129,6 +129,8 @@ def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
 
 
 def _label(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "+".join(map(str, value))
     return value.digest[:8] if isinstance(value, Prefix) else f"{value:g}" if isinstance(value, float) else str(value)
 
 

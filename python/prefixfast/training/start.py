@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from prefixfast.blocks import kv_of, text_kv
 from prefixfast.config import PrefixConfig
 from prefixfast.data.tasks import Task
-from prefixfast.encoder import kv_of, text_kv
 from prefixfast.errors import ConfigError
 from prefixfast.model import Model
 from prefixfast.plan import LayerKV
@@ -22,7 +22,7 @@ WORDS = ("text", "random", "zero")
 
 
 def settle(model: Model, members: Sequence[Member], config: PrefixConfig, explicit: frozenset[str], task: Task, init_text: str | None) -> PrefixConfig:
-    """The config with its length and positions as numbers: those of given prefixes, or of the words.
+    """The config with its length, layers and positions settled: those of given prefixes, or of the words.
 
     Raises:
         ConfigError: For options that do not fit.
@@ -35,6 +35,7 @@ def settle(model: Model, members: Sequence[Member], config: PrefixConfig, explic
     if init_text is not None and not any(m.init == "text" for m in members):
         msg = f"init_text: expected only with init='text', got init={members[0].init!r:.40}"
         raise ConfigError(msg)
+    config = _in_layers(config, len(model.layers))
     given = {m.name: m.init for m in members if isinstance(m.init, Prefix)}
     if not given:
         if config.prefix_length == "text":
@@ -42,10 +43,10 @@ def settle(model: Model, members: Sequence[Member], config: PrefixConfig, explic
         return config
     for name, prefix in given.items():
         model.check_prefix(prefix, f"init of {name!r}")
-    if len({(p.length, p.pos_start, p.window) for p in given.values()}) != 1:
-        msg = "init: expected prefixes of one length, pos_start and window; train the others in a run of their own"
+    if len({(p.length, p.layers, p.pos_start, p.window) for p in given.values()}) != 1:
+        msg = "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a run of their own"
         raise ConfigError(msg)
-    return _conventions(config, next(iter(given.values())), explicit)
+    return _conventions(model, config, next(iter(given.values())), explicit)
 
 
 def starting_points(model: Model, members: Sequence[Member], config: PrefixConfig, task: Task, init_text: str | None, after: Sequence[Prefix]) -> list[Any]:
@@ -59,8 +60,16 @@ def starting_points(model: Model, members: Sequence[Member], config: PrefixConfi
     if any(m.init == "zero" for m in members):
         kinds["zero"] = [(torch.zeros(config.length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]
     prefixes = {id(m.init): m.init for m in members if isinstance(m.init, Prefix)}
-    given = {i: kv_of(p, len(model.layers)) for i, p in prefixes.items()}
+    given = {i: kv_of(p, model.layers) for i, p in prefixes.items()}
     return [given[id(m.init)] if isinstance(m.init, Prefix) else kinds[m.init] for m in members]
+
+
+def _in_layers(config: PrefixConfig, count: int) -> PrefixConfig:
+    """The config with its layers checked; all of the base's are said as None."""
+    if config.layers is None or config.layers[-1] < count:
+        return PrefixConfig.make(config, layers=None) if config.layers == tuple(range(count)) else config
+    msg = f"PrefixConfig.layers: expected numbers from 0 to {count - 1} (this base has {count} layers), got {config.layers[-1]}"
+    raise ConfigError(msg)
 
 
 def _words(model: Model, task: Task, init_text: str | None) -> list[int]:
@@ -72,12 +81,13 @@ def _words(model: Model, task: Task, init_text: str | None) -> list[int]:
     return [int(i) for i in ids]
 
 
-def _conventions(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
-    """Length and positions are those of the given prefixes; options that say otherwise are errors."""
+def _conventions(model: Model, config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
+    """Length, layers and positions are those of the given prefixes; options that say otherwise are errors."""
     if first.pos_start not in (0, first.length):
         msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got pos_start {first.pos_start} of {first.length} rows"
         raise ConfigError(msg)
-    kept = {"prefix_length": first.length, "pos_start": "after" if first.pos_start else "zero"}
+    layers = None if len(first.layers) == len(model.layers) else first.layers
+    kept: dict[str, Any] = {"prefix_length": first.length, "layers": layers, "pos_start": "after" if first.pos_start else "zero"}
     for name in explicit & set(kept):
         if getattr(config, name) != kept[name]:
             msg = f"{name}: the given init has {kept[name]!r}, got {getattr(config, name)!r}; leave it out"

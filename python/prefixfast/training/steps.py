@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prefixfast.blocks import kv_of, parameter_dtype
 from prefixfast.config import PrefixConfig
-from prefixfast.encoder import PrefixParameters, kv_of, parameter_dtype
+from prefixfast.encoder import PrefixParameters
 from prefixfast.model import Model
-from prefixfast.plan import training_plan
+from prefixfast.plan import prefix_rows, training_plan
 from prefixfast.prefix import Prefix
 from prefixfast.training.collate import MicroBatch, Order, micro_batches
 from prefixfast.training.examples import Examples
@@ -59,7 +60,7 @@ class Steps:
         self.order = Order.draw(spans, configs)
         self.total = torch.from_numpy(self.order.total)
         dtype = parameter_dtype(model.dtype)
-        base = () if on_top_of is None else kv_of(on_top_of, len(model.layers))
+        base = () if on_top_of is None else kv_of(on_top_of, model.layers)
         seeds = [c.seed for c in configs]
         self.params = PrefixParameters.make(model.layers, start, config, mlp=group.mlp, seed=seeds, dtype=dtype, device=model.device, on_top_of=base)
         self.optimizer = PrefixAdamW(self.params.params, len(start), weight_decay=_vector([c.weight_decay for c in configs]))
@@ -69,10 +70,10 @@ class Steps:
         self.max_norm = _vector([c.max_grad_norm for c in configs])
         self.schedules = {kind: torch.tensor([c.lr_scheduler_type == kind for c in configs]) for kind in {c.lr_scheduler_type for c in configs}}
         self.budget = TokenBudget(group.config.token_budget)
-        flags = [[config.length if config.pos_start == "after" else 0, int(w == "slide")] for w in windows]
+        rows = [(self.params.layers, config.length, config.length if config.pos_start == "after" else 0, w == "slide") for w in windows]
         if on_top_of is not None:
-            flags.append([on_top_of.pos_start, int(on_top_of.window == "slide")])
-        self.prefix_rows = np.concatenate([self.params.rows, np.array(flags, np.int32)], 1)
+            rows.append((on_top_of.layers, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
+        self.prefix_rows = prefix_rows(rows, len(model.layers))
         self.composed = on_top_of is not None
 
     def take(self, step: int, active: Tensor) -> Taken:

@@ -36,6 +36,7 @@ def train(
     init: str | Prefix | Mapping[str, Prefix] | None = None,
     init_text: str | None = None,
     on_top_of: Prefix | str | None = None,
+    objective: Literal["sft"] = "sft",
     sweep: Mapping[str, Sequence[Any]] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     store: PrefixStore | str | Path | None = None,
@@ -60,6 +61,7 @@ def train(
         init: ``"text"`` (the keys and values of words), ``"random"``, ``"zero"``, a prefix, or a prefix for each name; by default the recipe's, ``"text"``.
         init_text: The words of ``init="text"``; by default the task's.
         on_top_of: A prefix (or its name in ``store``) that stays as it is and comes before each new one, in training as in ``generate(..., [[it, new]])``.
+        objective: ``"sft"``: the likelihood of each row's target, as in Li & Liang; there is no other yet.
         sweep: By field (or ``init``) a list of values: every combination is trained, in the same batches where the field may differ by prefix
             (`prefixfast.training.members.PER_PREFIX`); see `TrainRun.best`.
         overrides: By name, fields of that prefix alone: ``{"ann": {"learning_rate": 1e-3}}``.
@@ -98,8 +100,9 @@ def train(
     """
     kept = PrefixStore(store) if isinstance(store, str | Path) else store
     job, chosen = prepare(
-        data, task=task, prefix_column=prefix_column, eval_data=eval_data, init=init, init_text=init_text, on_top_of=on_top_of, sweep=sweep,
-        overrides=overrides, store=kept, resume=resume, on_error=on_error, callbacks=callbacks, prefix_config=prefix_config, config=config, fields=fields,
+        data, task=task, prefix_column=prefix_column, eval_data=eval_data, init=init, init_text=init_text, on_top_of=on_top_of,
+        objective=objective, sweep=sweep, overrides=overrides, store=kept, resume=resume, on_error=on_error, callbacks=callbacks,
+        prefix_config=prefix_config, config=config, fields=fields,
     )  # fmt: skip
     single = job.given.single and sweep is None
     folder = None if output_dir is None else Path(output_dir)
@@ -127,10 +130,14 @@ def train(
 
 
 def prepare(
-    data: Any, *, task: Any, prefix_column: str | None, eval_data: Any, init: Any, init_text: str | None, on_top_of: Any, sweep: Any, overrides: Any,
-    store: PrefixStore | None, resume: bool, on_error: str, callbacks: Sequence[Any], prefix_config: Any, config: Any, fields: Mapping[str, Any],
+    data: Any, *, task: Any, prefix_column: str | None, eval_data: Any, init: Any, init_text: str | None, on_top_of: Any,
+    objective: Any = "sft", sweep: Any, overrides: Any, store: PrefixStore | None, resume: bool, on_error: str,
+    callbacks: Sequence[Any], prefix_config: Any, config: Any, fields: Mapping[str, Any],
 ) -> tuple[Job, TrainConfig]:  # fmt: skip
     """Check everything that needs no model; see `train`. Returns the job and the options that all groups share."""
+    if objective != "sft":
+        msg = f"objective: expected 'sft' (the likelihood of the targets; there is no other yet), got {objective!r:.80}"
+        raise ConfigError(msg)
     if on_error not in ("isolate", "raise"):
         msg = f"on_error: expected 'isolate' or 'raise', got {on_error!r}"
         raise ConfigError(msg)

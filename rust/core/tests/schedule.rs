@@ -51,10 +51,11 @@ proptest! {
     fn serves_all_and_keeps_the_books(
         users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]), padded in any::<bool>(),
         prefix_rows in prop::sample::select(vec![usize::MAX, 160, 112]),
+        layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 3)], 6),
         work in prop::collection::vec((0..14_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize, 1..20_usize), 1..60),
     ) {
         let decode = Decode { users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded };
-        let mut model = Model::new(Limits { decode, prefix_rows, ..limits() }, &[30, 16, 1, 0, 100, 47]);
+        let mut model = Model::new(Limits { decode, prefix_rows, ..limits() }, &[30, 16, 1, 0, 100, 47], layers);
         let mut id = 0;
         for (kind, prefixes, prompt_len, beams, max_new) in work {
             match kind {
@@ -181,10 +182,10 @@ fn drops_what_is_late() {
 fn keeps_the_order_of_calls() {
     let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
     scheduler
-        .register_prefix(9, 20, 20, true)
+        .register_prefix(9, 20, 20, true, &[])
         .expect("a new number");
     assert!(matches!(
-        scheduler.register_prefix(9, 20, 20, true),
+        scheduler.register_prefix(9, 20, 20, true, &[]),
         Err(Error::Config(_))
     ));
     assert_eq!(scheduler.forget_prefix(8), Err(Error::UnknownPrefix(8)));
@@ -243,7 +244,7 @@ fn moves_its_own_prefixes_when_they_are_in_the_way() {
     let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
     for (prefix, units) in [(0, 4), (1, 8), (2, 11)] {
         scheduler
-            .register_prefix(prefix, 16 * units, 0, true)
+            .register_prefix(prefix, 16 * units, 0, true, &[])
             .expect("a new number");
     }
     let mut steps = Vec::new();
@@ -276,7 +277,7 @@ fn moves_its_own_prefixes_when_they_are_in_the_way() {
 fn refuses_what_never_fits() {
     let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
     scheduler
-        .register_prefix(0, 300, 300, true)
+        .register_prefix(0, 300, 300, true, &[])
         .expect("a new number");
     for wrong in [
         request(1, &[0], 17, 1, 16),
@@ -310,12 +311,13 @@ proptest! {
         requests in prop::collection::vec((prop_oneof![1..9_usize, 1..400_usize], 1..9_usize), 1..40),
         max_batched_tokens in 1..600_usize, tile_rows in 0..3_usize, buckets in 1..5_usize, prefixes in 0..4_usize,
         users in 0..20_usize, fill in prop_oneof![1..9_usize, 1..900_usize], padded in any::<bool>(),
+        layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 5)], 4),
     ) {
         let decode = Decode { users, fill, key_bytes: 1, padded, ..Decode::default() };
         let arena_rows = 1 << 20;
         let mut scheduler = Scheduler::new(Limits { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, prefix_rows: arena_rows, decode }).expect("a scheduler");
-        for prefix in 0..4 {
-            scheduler.register_prefix(prefix, 16, 16, true).expect("a new number");
+        for (prefix, layers) in (0..).zip(&layers) {
+            scheduler.register_prefix(prefix, 16, 16, true, layers).expect("a new number");
         }
         for (id, (prompt_len, beams)) in (0..).zip(requests) {
             scheduler.add(request(id, &[0, 1, 2, 3][..prefixes], prompt_len, beams, 2)).expect("room");
@@ -343,7 +345,7 @@ fn decoding(decode: Decode, rows: usize, distinct: i64) -> Scheduler {
     let mut scheduler = Scheduler::new(limits).expect("a scheduler");
     for prefix in 0..distinct {
         scheduler
-            .register_prefix(prefix, 128, 128, true)
+            .register_prefix(prefix, 128, 128, true, &[])
             .expect("a new number");
     }
     for id in 0..i64::try_from(rows).expect("small") {
@@ -376,17 +378,21 @@ const EIGHT_BILLION: Decode = Decode {
 #[test]
 fn padded_tables_keep_their_layout_while_requests_end() {
     let mut scheduler = decoding(EIGHT_BILLION, 64, 5);
+    scheduler
+        .register_prefix(99, 8, 8, true, &[true, false, false])
+        .expect("a new number");
     let mut layouts = Vec::new();
     for ended in 0..40 {
         let mut out = vec![0; scheduler.buffer_len()];
         let header = scheduler.plan_step(0, &mut out).expect("a step");
         let tables = header.decode.expect("rows");
-        let start = tables.sections[0].offset;
+        let start = tables.views[0][0].offset;
         layouts.push((
             64 - ended,
             tables
-                .sections
+                .views
                 .iter()
+                .flatten()
                 .map(|s| (s.name, s.offset - start, s.rows, s.cols))
                 .collect::<Vec<_>>(),
         ));
@@ -414,7 +420,7 @@ fn a_kept_prefix_goes_last_and_only_when_it_must() {
     .expect("a scheduler");
     for prefix in 0..6 {
         scheduler
-            .register_prefix(prefix, 16, 16, true)
+            .register_prefix(prefix, 16, 16, true, &[])
             .expect("a new number");
     }
     let load = |scheduler: &mut Scheduler, prefix| {

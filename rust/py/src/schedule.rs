@@ -49,21 +49,13 @@ impl StepHeader {
     }
 
     #[getter]
-    fn prefill_sections<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
-        self.0
-            .prefill
-            .as_ref()
-            .map(|tables| sections(py, &tables.sections))
-            .transpose()
+    fn prefill<'py>(&self, py: Python<'py>) -> PyResult<Option<Layout<'py>>> {
+        layout(py, self.0.prefill.as_ref())
     }
 
     #[getter]
-    fn decode_sections<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
-        self.0
-            .decode
-            .as_ref()
-            .map(|tables| sections(py, &tables.sections))
-            .transpose()
+    fn decode<'py>(&self, py: Python<'py>) -> PyResult<Option<Layout<'py>>> {
+        layout(py, self.0.decode.as_ref())
     }
 
     #[getter]
@@ -75,6 +67,17 @@ impl StepHeader {
     fn decode_reach(&self) -> i32 {
         reach(self.0.decode.as_ref())
     }
+}
+
+/// Where the tables of each view lie, and each layer's view.
+type Layout<'py> = (Vec<Bound<'py, PyDict>>, Vec<usize>);
+
+fn layout<'py>(py: Python<'py>, tables: Option<&StepTables>) -> PyResult<Option<Layout<'py>>> {
+    let Some(tables) = tables else {
+        return Ok(None);
+    };
+    let views: PyResult<_> = tables.views.iter().map(|view| sections(py, view)).collect();
+    Ok(Some((views?, tables.view_of.clone())))
 }
 
 fn reach(tables: Option<&StepTables>) -> i32 {
@@ -127,6 +130,7 @@ impl Scheduler {
     }
 
     /// Makes a prefix known.
+    #[pyo3(signature = (prefix, rows, pos_start, slides, *, layers = None))]
     fn register_prefix(
         &mut self,
         py: Python<'_>,
@@ -134,10 +138,17 @@ impl Scheduler {
         rows: i64,
         pos_start: i64,
         slides: bool,
+        layers: Option<Vec<bool>>,
     ) -> PyResult<()> {
         let (rows, pos_start) = (count(py, "rows", rows)?, count(py, "pos_start", pos_start)?);
         guarded(py, || {
-            self.0.register_prefix(prefix, rows, pos_start, slides)
+            self.0.register_prefix(
+                prefix,
+                rows,
+                pos_start,
+                slides,
+                layers.as_deref().unwrap_or_default(),
+            )
         })
     }
 

@@ -238,6 +238,7 @@ fn gather_blocks(input: &Packed<'_>) -> Result<(Vec<Block>, Vec<usize>, Vec<i32>
                     first,
                     rows,
                     slides,
+                    set: 0,
                 });
             }
         }

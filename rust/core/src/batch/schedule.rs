@@ -8,6 +8,7 @@ mod residency;
 mod size;
 mod step;
 mod trial;
+mod views;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use request::{Entry, Phase};
 use residency::Residency;
 use size::Most;
 pub use step::{StepHeader, StepTables};
+use views::Views;
 
 /// Arena rows are handed out by this many.
 pub const UNIT: usize = 16;
@@ -75,6 +77,7 @@ pub struct Scheduler {
     decoding: BTreeMap<(Arc<[i64]>, u64), i64>,
     cancelled: BTreeSet<i64>,
     residency: Residency,
+    views: Views,
     arena: Slots,
     rows: Slots,
     /// Requests of the step that waits for its commit: prefilled with how many tokens, decoded.
@@ -120,6 +123,7 @@ impl Scheduler {
             decoding: BTreeMap::new(),
             cancelled: BTreeSet::new(),
             residency: Residency::default(),
+            views: Views::default(),
             arena: Slots::new((limits.arena_rows - TAIL) / UNIT),
             rows: Slots::new(limits.max_rows),
             in_flight: None,
@@ -127,16 +131,18 @@ impl Scheduler {
         })
     }
 
-    /// Makes a prefix known; its rows are loaded when a request needs them. A prefix of 0 rows is never loaded.
+    /// Makes a prefix known; its rows are loaded when a request needs them. A prefix of 0 rows is never loaded. `layers`: whether it lies in each
+    /// layer; empty: it lies in all.
     ///
     /// # Errors
-    /// [`Error::Config`] if the number is taken or a value is beyond 2**30.
+    /// [`Error::Config`] if the number is taken, a value is beyond 2**30, or `layers` has another length than before.
     pub fn register_prefix(
         &mut self,
         prefix: i64,
         rows: usize,
         pos_start: usize,
         slides: bool,
+        layers: &[bool],
     ) -> Result<()> {
         for (name, value) in [("rows", rows), ("pos_start", pos_start)] {
             if value > MAX_ROWS {
@@ -145,7 +151,9 @@ impl Scheduler {
                 )));
             }
         }
-        self.residency.register(prefix, rows, pos_start, slides)
+        let set = self.views.set(layers)?;
+        self.residency
+            .register(prefix, rows, pos_start, (slides, set))
     }
 
     /// Forgets a prefix and frees its rows.
@@ -257,10 +265,12 @@ impl Scheduler {
         Ok(())
     }
 
-    /// int32 entries that suffice for a step now. It grows with the largest requests seen and never shrinks.
+    /// int32 entries that suffice for a step now. It grows with the largest requests and the sets of layers seen and never shrinks.
     #[must_use]
     pub fn buffer_len(&self) -> usize {
-        self.most.buffer_len(&self.limits)
+        self.most
+            .buffer_len(&self.limits)
+            .saturating_mul(self.views.count())
     }
 
     /// Requests in the queue.

@@ -14,6 +14,8 @@ pub(crate) struct Block {
     pub(crate) rows: i32,
     /// 1 if the attention window slides over it, else 0.
     pub(crate) slides: i32,
+    /// Which set of layers it lies in; the scheduler knows them.
+    pub(crate) set: usize,
 }
 
 /// A run of query rows that see the same blocks.

@@ -5,6 +5,7 @@ mod work;
 use std::collections::{BTreeMap, BTreeSet};
 
 use prefixfast_core::batch::schedule::{Limits, Request, Scheduler, StepHeader, StepTables};
+use prefixfast_core::batch::tables::Section;
 
 #[derive(Debug)]
 struct Live {
@@ -19,6 +20,8 @@ pub(crate) struct Model {
     scheduler: Scheduler,
     limits: Limits,
     rows: Vec<usize>,
+    /// By prefix: whether it lies in each layer; empty for all.
+    layers: Vec<Vec<bool>>,
     waiting: BTreeMap<i64, Request>,
     live: BTreeMap<i64, Live>,
     loading: Vec<i64>,
@@ -36,27 +39,38 @@ fn index(prefix: i64) -> usize {
     usize::try_from(prefix).expect("an index")
 }
 
-fn table<'a>(out: &'a [i32], tables: &StepTables, name: &str) -> &'a [i32] {
-    let section = tables
-        .sections
+fn table<'a>(out: &'a [i32], view: &[Section], name: &str) -> &'a [i32] {
+    let section = view
         .iter()
         .find(|section| section.name == name)
         .expect("a section");
     &out[section.offset..section.offset + section.len()]
 }
 
+/// A table that every view has alike.
+fn same<'a>(out: &'a [i32], tables: &StepTables, name: &str) -> &'a [i32] {
+    let first = table(out, &tables.views[0], name);
+    let others = tables.views.iter().map(|view| table(out, view, name));
+    assert!(
+        others.into_iter().all(|other| other == first),
+        "{name} differs"
+    );
+    first
+}
+
 impl Model {
-    pub(crate) fn new(limits: Limits, rows: &[usize]) -> Self {
+    pub(crate) fn new(limits: Limits, rows: &[usize], layers: Vec<Vec<bool>>) -> Self {
         let mut scheduler = Scheduler::new(limits).expect("a scheduler");
-        for (prefix, rows) in (0..).zip(rows) {
+        for ((prefix, rows), layers) in (0..).zip(rows).zip(&layers) {
             scheduler
-                .register_prefix(prefix, *rows, *rows, true)
+                .register_prefix(prefix, *rows, *rows, true, layers)
                 .expect("a new number");
         }
         Self {
             scheduler,
             limits,
             rows: rows.to_vec(),
+            layers,
             waiting: BTreeMap::new(),
             live: BTreeMap::new(),
             loading: Vec::new(),
@@ -224,26 +238,39 @@ impl Model {
         assert!(held <= self.limits.prefix_rows, "{held} rows of prefixes");
     }
 
-    fn blocks_of(&self, request: &Request) -> Vec<(usize, usize)> {
-        let real = request
-            .prefixes
-            .iter()
-            .filter(|prefix| self.rows[index(**prefix)] > 0);
+    fn blocks_of(&self, request: &Request, layer: usize) -> Vec<(usize, usize)> {
+        let real = request.prefixes.iter().filter(|prefix| {
+            let layers = &self.layers[index(**prefix)];
+            self.rows[index(**prefix)] > 0 && layers.get(layer).is_none_or(|has| *has)
+        });
         real.map(|prefix| (self.resident[prefix], self.rows[index(*prefix)]))
             .collect()
     }
 
+    /// Every layer reads its own prefixes, and all views say the same of all else.
+    fn check_views(&self, request: &Request, out: &[i32], tables: &StepTables, number: usize) {
+        for layer in 0..tables.view_of.len().max(1) {
+            let view = &tables.views[tables.view_of.get(layer).copied().unwrap_or(0)];
+            assert_uses(out, view, number, &self.blocks_of(request, layer));
+        }
+        if tables.view_of.is_empty() {
+            let whole = |prefix: &i64| {
+                let number = index(*prefix);
+                self.rows[number] == 0 || self.layers[number].iter().all(|has| *has)
+            };
+            assert!(tables.views.len() == 1 && request.prefixes.iter().all(whole));
+        }
+    }
+
     fn check_prefill(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
+        let get = |name: &str| same(out, tables, name);
         let (chunks, seg) = (
-            table(out, tables, "chunk").as_chunks::<4>().0,
-            table(out, tables, "seg").as_chunks::<4>().0,
+            get("chunk").as_chunks::<4>().0,
+            get("seg").as_chunks::<4>().0,
         );
-        let (slots, fill) = (
-            table(out, tables, "slots"),
-            table(out, tables, "fill").as_chunks::<3>().0,
-        );
+        let (slots, fill) = (get("slots"), get("fill").as_chunks::<3>().0);
         let mut fill = fill.iter();
-        let (mut tokens, mut ends) = (0, table(out, tables, "logits_idx").iter());
+        let (mut tokens, mut ends) = (0, get("logits_idx").iter());
         let continued = chunks.iter().any(|[_, _, start, _]| *start > 0);
         for (number, id) in ids.iter().enumerate() {
             let [row, beams, start, len] = chunks[number];
@@ -272,9 +299,9 @@ impl Model {
             live.slots.extend(mine.iter().map(|slot| at(*slot)));
             live.filled += at(len);
             assert_eq!(at(seg[number][3]), live.filled);
-            assert_eq!(table(out, tables, "seg_pos")[number], start);
+            assert_eq!(get("seg_pos")[number], start);
             if continued {
-                let keys = &table(out, tables, "key_slots")[at(seg[number][2])..][..live.filled];
+                let keys = &get("key_slots")[at(seg[number][2])..][..live.filled];
                 assert_eq!(
                     keys.iter().map(|slot| at(*slot)).collect::<Vec<_>>(),
                     live.slots
@@ -283,7 +310,7 @@ impl Model {
             if live.filled == request.prompt_len {
                 assert_eq!(ends.next().map(|end| at(*end)), Some(first + at(len) - 1));
             }
-            assert_uses(out, tables, number, &self.blocks_of(request));
+            self.check_views(request, out, tables, number);
             tokens += at(len);
             self.live.insert(*id, live);
         }
@@ -296,15 +323,16 @@ impl Model {
     }
 
     fn check_decode(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
-        let get = |name: &str| table(out, tables, name);
+        let get = |name: &str| same(out, tables, name);
         let (row, slot, lens, position) =
             (get("row"), get("slot"), get("lens"), get("position_ids"));
         let mut at_row = 0;
         if self.limits.decode.users > 0 {
-            work::check_work(out, tables);
+            for view in &tables.views {
+                work::check_work(out, view);
+            }
         }
         for id in ids {
-            let blocks = self.blocks_of(&self.live[id].request);
             let live = self.live.get_mut(id).expect("a live request");
             live.steps += 1;
             let pos_start = live
@@ -323,8 +351,11 @@ impl Model {
                 );
                 assert!(!live.slots.contains(&at(slot[at_row])), "a slot came twice");
                 live.slots.push(at(slot[at_row]));
-                assert_uses(out, tables, at_row, &blocks);
                 at_row += 1;
+            }
+            let (request, beams) = (&self.live[id].request, self.live[id].rows.len());
+            for row in at_row - beams..at_row {
+                self.check_views(request, out, tables, row);
             }
         }
         let dead = at_row..row.len();
@@ -378,11 +409,11 @@ impl Model {
 }
 
 /// The blocks of segment or row `number` are these (first row, rows), laid left to right and ending right before key 0.
-fn assert_uses(out: &[i32], tables: &StepTables, number: usize, expected: &[(usize, usize)]) {
-    let indptr = table(out, tables, "use_indptr");
+fn assert_uses(out: &[i32], view: &[Section], number: usize, expected: &[(usize, usize)]) {
+    let indptr = table(out, view, "use_indptr");
     let (uses, blocks) = (
-        table(out, tables, "use").as_chunks::<3>().0,
-        table(out, tables, "block").as_chunks::<2>().0,
+        table(out, view, "use").as_chunks::<3>().0,
+        table(out, view, "block").as_chunks::<2>().0,
     );
     let mine = &uses[at(indptr[number])..at(indptr[number + 1])];
     assert_eq!(mine.len(), expected.len());

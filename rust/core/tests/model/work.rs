@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 
 use super::{at, table};
-use prefixfast_core::batch::schedule::StepTables;
+use prefixfast_core::batch::tables::Section;
 
 /// Keys of the block `block` (-1: the row's own) that a partial sum holds.
 type Range = (i32, i32, i32);
 
-pub(crate) fn check_work(out: &[i32], tables: &StepTables) {
-    let get = |name: &str| table(out, tables, name);
+pub(crate) fn check_work(out: &[i32], view: &[Section]) {
+    let get = |name: &str| table(out, view, name);
     let (lens, indptr, members) = (get("lens"), get("use_indptr"), get("user"));
     let (uses, blocks) = (
         get("use").as_chunks::<3>().0,

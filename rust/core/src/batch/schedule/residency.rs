@@ -23,6 +23,8 @@ struct Prefix {
     rows: usize,
     pos_start: usize,
     slides: bool,
+    /// Which set of layers it lies in.
+    set: usize,
     /// Requests that use it, queued or running.
     holders: usize,
     /// Running requests that use it: it cannot be evicted.
@@ -62,7 +64,7 @@ impl Residency {
         prefix: i64,
         rows: usize,
         pos_start: usize,
-        slides: bool,
+        (slides, set): (bool, usize),
     ) -> Result<()> {
         if self.prefixes.contains_key(&prefix) {
             return Err(Error::Config(format!(
@@ -73,6 +75,7 @@ impl Residency {
             rows,
             pos_start,
             slides,
+            set,
             holders: 0,
             pins: 0,
             kept: false,
@@ -221,6 +224,7 @@ impl Residency {
                     first,
                     rows,
                     slides: i32::from(entry.slides),
+                    set: entry.set,
                 });
             }
         }

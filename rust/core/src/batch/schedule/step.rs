@@ -1,19 +1,24 @@
 //! One step: its membership and its tables.
 
+use std::borrow::Cow;
+
 use super::super::decode::{Dead, push_decode_work};
 use super::super::number::int;
 use super::super::plan::{Sequence, Tiles, firsts, push_packed, rows};
 use super::super::tables::{Section, Tables};
-use super::super::uses::{Queries, push_uses};
+use super::super::uses::{Block, Queries, push_uses};
 use super::Scheduler;
 use super::request::{Held, Phase, Request};
+use super::views::ALL;
 use crate::error::{Error, Result};
 
 /// Tables of one forward.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepTables {
-    /// Where they lie in the step's buffer.
-    pub sections: Vec<Section>,
+    /// Where they lie in the step's buffer, by view: layers with the same prefixes. All but the blocks and who uses them is the same in each.
+    pub views: Vec<Vec<Section>>,
+    /// By layer: its view; empty for a single view.
+    pub view_of: Vec<usize>,
     /// The most keys a query can see.
     pub reach: i32,
 }
@@ -39,8 +44,17 @@ pub struct StepHeader {
     pub decode: Option<StepTables>,
 }
 
-/// A request, what it holds, and the prompt tokens that a prefill takes.
-type Member<'a> = (&'a Request, &'a Held, usize);
+/// A request in a step.
+#[derive(Debug)]
+struct Member<'a> {
+    request: &'a Request,
+    held: &'a Held,
+    /// Prompt tokens that a prefill takes.
+    tokens: usize,
+    /// What its queries see.
+    blocks: Cow<'a, [Block]>,
+}
+
 /// Prompt tokens that a step takes at least, however many rows decode.
 const LEAST_PREFILL: usize = 64;
 
@@ -152,25 +166,46 @@ impl Scheduler {
         }
         let found = ids.iter().filter_map(|&(id, tokens)| {
             let (request, held) = self.member(id)?;
-            Some((request, held, tokens))
+            Some(Member {
+                request,
+                held,
+                tokens,
+                blocks: Cow::Borrowed(&held.blocks),
+            })
         });
-        let members: Vec<Member<'_>> = found.collect();
-        let reach = push(self, tables, &members);
-        Some(StepTables {
-            sections: std::mem::take(&mut tables.sections),
-            reach,
-        })
+        let mut members: Vec<Member<'_>> = found.collect();
+        let partial = |member: &Member<'_>| member.held.blocks.iter().any(|block| block.set != ALL);
+        let mut made = StepTables {
+            views: Vec::new(),
+            view_of: Vec::new(),
+            reach: 0,
+        };
+        // Padded steps always have all views, so that their layout seldom changes.
+        if self.limits.decode.padded || members.iter().any(partial) {
+            made.view_of = self.views.of_layer().to_vec();
+        }
+        let views = made.view_of.iter().max().map_or(1, |view| view + 1);
+        for view in 0..views {
+            if !made.view_of.is_empty() {
+                for member in &mut members {
+                    member.blocks = self.views.visible(view, &member.held.blocks);
+                }
+            }
+            made.reach = push(self, tables, &members).max(made.reach);
+            made.views.push(std::mem::take(&mut tables.sections));
+        }
+        Some(made)
     }
 }
 
 fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
     let sequences: Vec<Sequence<'_>> = members
         .iter()
-        .map(|(_, held, tokens)| Sequence {
-            context: int(held.filled),
-            len: int(*tokens),
-            pos_start: held.pos_start,
-            blocks: &held.blocks,
+        .map(|member| Sequence {
+            context: int(member.held.filled),
+            len: int(member.tokens),
+            pos_start: member.held.pos_start,
+            blocks: &member.blocks,
         })
         .collect();
     let reach = push_packed(
@@ -182,12 +217,12 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
         },
         scheduler.limits.buckets,
     );
-    let chunk = |(request, held, tokens): &Member<'_>| {
+    let chunk = |member: &Member<'_>| {
         [
-            int(held.rows.start),
-            int(request.beams),
-            int(held.filled),
-            int(*tokens),
+            int(member.held.rows.start),
+            int(member.request.beams),
+            int(member.held.filled),
+            int(member.tokens),
         ]
     };
     tables.push_rows("chunk", members.iter().map(chunk));
@@ -195,9 +230,9 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
         "slots",
         members
             .iter()
-            .flat_map(|(_, held, tokens)| held.slots(held.filled, *tokens)),
+            .flat_map(|member| member.held.slots(member.held.filled, member.tokens)),
     );
-    let fill = members.iter().flat_map(|(_, held, tokens)| {
+    let fill = members.iter().flat_map(|Member { held, tokens, .. }| {
         let rows = held.rows.start..held.rows.start + held.rows.len;
         rows.flat_map(move |row| {
             let slots = held.slots(held.filled, *tokens);
@@ -207,50 +242,51 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
         })
     });
     tables.push_rows("fill", fill);
-    let continued = members.iter().any(|(_, held, _)| held.filled > 0);
+    let continued = members.iter().any(|member| member.held.filled > 0);
     let cached = members.iter().filter(|_| continued);
     tables.push(
         "key_slots",
-        cached.flat_map(|(_, held, tokens)| held.slots(0, held.filled + tokens)),
+        cached.flat_map(|Member { held, tokens, .. }| held.slots(0, held.filled + tokens)),
     );
-    let ended = |(request, held, tokens): &Member<'_>| held.filled + tokens == request.prompt_len;
+    let ended =
+        |member: &Member<'_>| member.held.filled + member.tokens == member.request.prompt_len;
     let last = firsts(&sequences)
         .into_iter()
         .zip(members)
         .filter(|(_, member)| ended(member))
-        .map(|(first, (_, _, tokens))| first + int(*tokens) - 1);
+        .map(|(first, member)| first + int(member.tokens) - 1);
     tables.push("logits_idx", last.collect::<Vec<_>>());
     reach
 }
 
 fn push_decode(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>]) -> i32 {
     let beams = || {
-        members.iter().flat_map(|&(request, held, _)| {
-            (0..request.beams).map(move |beam| (request, held, beam))
-        })
+        members
+            .iter()
+            .flat_map(|member| (0..member.request.beams).map(move |beam| (member, beam)))
     };
-    let len = |request: &Request, held: &Held| int(request.prompt_len + held.steps + 1);
+    let len = |member: &Member<'_>| int(member.request.prompt_len + member.held.steps + 1);
     tables.push(
         "row",
-        beams().map(|(_, held, beam)| int(held.rows.start + beam)),
+        beams().map(|(member, beam)| int(member.held.rows.start + beam)),
     );
-    let slot = |(request, held, beam): (&Request, &Held, usize)| {
+    let slot = |(Member { request, held, .. }, beam): (&Member<'_>, usize)| {
         let token = request.prompt_len + beam * request.max_new + held.steps;
         held.slots(token, 1).next().unwrap_or(0)
     };
     tables.push("slot", beams().map(slot));
-    tables.push("lens", beams().map(|(request, held, _)| len(request, held)));
+    tables.push("lens", beams().map(|(member, _)| len(member)));
     tables.push(
         "position_ids",
-        beams().map(|(request, held, _)| len(request, held) - 1 + held.pos_start),
+        beams().map(|(member, _)| len(member) - 1 + member.held.pos_start),
     );
     let queries: Vec<Queries<'_>> = beams()
         .enumerate()
-        .map(|(row, (request, held, _))| Queries {
+        .map(|(row, (member, _))| Queries {
             first: int(row),
             rows: 1,
-            position: len(request, held) - 1,
-            blocks: &held.blocks,
+            position: len(member) - 1,
+            blocks: &member.blocks,
         })
         .collect();
     push_uses(tables, &queries);
@@ -263,7 +299,7 @@ fn push_decode(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>
     push_decode_work(tables, &limits.decode, most, dead);
     members
         .iter()
-        .map(|(request, held, _)| len(request, held) + rows(&held.blocks))
+        .map(|member| len(member) + rows(&member.blocks))
         .max()
         .unwrap_or(0)
 }

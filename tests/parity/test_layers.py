@@ -1,0 +1,76 @@
+"""Prefixes that lie in some layers only: the others see nothing of them, as in a PEFT model whose other layers leave out the prefix's keys."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tiny
+from parity.packed import case, packed
+from parity.test_generate import alone
+from prefixfast import HFCache, Prefix, load
+from prefixfast.interchange import peft as layout
+
+SETS = ((1,), (0, 2))  # of the two prefixes of a case
+
+
+def in_layers(prefix: Prefix, layers) -> Prefix:
+    return dataclasses.replace(prefix, kv={name: t for name, t in prefix.kv.items() if int(name.split(".")[1]) in layers})
+
+
+def logits_and_gradients(make, c, weights):
+    """Of PEFT's models, one prompt at a time."""
+    out, grads = [], [torch.zeros_like(t) for t in c.tables]
+    models, plain = [tiny.with_prefix(make(), t, layers) for t, layers in zip(c.tables, SETS, strict=True)], make()
+    for prompt, choice, weight in zip(c.prompts, c.choice, weights, strict=True):
+        model = plain if choice < 0 else models[choice]
+        logits = model(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None]).logits[0]
+        out.append(logits.detach())
+        if choice >= 0:
+            loss = (F.cross_entropy(logits, prompt.roll(-1), reduction="none") * weight).sum()
+            grads[choice] += torch.autograd.grad(loss, model.prompt_encoder["default"].embedding.weight)[0]
+    return torch.cat(out), grads
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "gemma2"])
+def test_logits_and_gradients_equal_peft(family, backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    c = case(lambda: tiny.make(family), vocab=tiny.VOCAB, longest=20 if backend == "triton" else 40)
+    g = torch.Generator().manual_seed(9)
+    weights = [torch.rand(len(p), generator=g) for p in c.prompts]
+    expected, gradients = logits_and_gradients(lambda: tiny.make(family), c, weights)
+    with load(tiny.make(family), backend=backend) as base:
+        own = [in_layers(p, layers) for p, layers in zip(c.prefixes(base.hf), SETS, strict=True)]
+        got, leaves = packed(base, c, own, grad=True)
+        assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
+        without, _ = packed(base, c, c.prefixes(base.hf))
+        assert ((without - expected).abs().max() / expected.abs().max()).item() > 1e-2, "in all layers it is another model"
+        if backend == "reference":
+            return
+        (F.cross_entropy(got, torch.cat([p.roll(-1) for p in c.prompts]), reduction="none") * torch.cat(weights)).sum().backward()
+    assert [len(k) for k, _ in leaves] == [len(c.tables[1]), len(c.tables[0]), len(c.tables[1])]
+    for number, (table, gradient, layers) in enumerate(zip(c.tables, gradients, SETS, strict=True)):
+        wanted = layout.from_table(gradient, *tiny.shapes(tiny.make(family)))
+        top = max(t.abs().max() for t in wanted.values())
+        for i, kv in enumerate(leaves):
+            for x, t in zip("kv", kv, strict=True):
+                if i in layers:
+                    assert (t.grad - wanted[f"self.{i}.{x}"]).abs().max() < 2e-5 * top, (number, i, x)
+                else:
+                    assert wanted[f"self.{i}.{x}"].abs().max() == 0, "PEFT's model does not see it"
+        assert len(table) == own[number].length
+
+
+def test_generate_of_transformers_on_the_packed_forward():
+    c = case(lambda: tiny.make("llama"), vocab=tiny.VOCAB, longest=20)
+    theirs = [tiny.with_prefix(tiny.make("llama"), t, layers) for t, layers in zip(c.tables, SETS, strict=True)]
+    prompt = c.prompts[0]
+    with load(tiny.make("llama")) as base, HFCache(base, own := [in_layers(p, s) for p, s in zip(c.prefixes(base.hf), SETS, strict=True)], max_len=40) as cache:
+        ids = prompt.repeat(len(own), 1)
+        got = base.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, do_sample=False)
+    for model, tokens in zip(theirs, got[:, len(prompt) :].tolist(), strict=True):
+        expected = alone(model, prompt, max_new_tokens=12)
+        assert tokens[: len(expected)] == expected
