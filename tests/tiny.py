@@ -74,13 +74,13 @@ def peft_table(model, length: int, seed: int, scale: float = 0.7) -> torch.Tenso
 
 
 def with_prefix(model, table: torch.Tensor, layers=None):
-    """PEFT's model with this prefix; with ``layers`` all others do not see it: their attention leaves out its rows."""
+    """PEFT's model with this prefix; with ``layers``, of each row the layers that see it: the others' attention leaves the row out."""
     from peft import PrefixTuningConfig, get_peft_model
 
     if layers is not None:
         for module in model.modules():
             if hasattr(module, "layer_idx"):
-                module.hidden_rows = 0 if module.layer_idx in layers else len(table)
+                module.seen_rows = torch.tensor([module.layer_idx in seen for seen in layers])
         model.set_attn_implementation(HIDING)
     peft = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=len(table)))
     with torch.no_grad():
@@ -92,13 +92,14 @@ HIDING = "hiding"
 
 
 def _hiding(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
-    """Plain attention without the first ``module.hidden_rows`` keys."""
-    group, rows = module.num_key_value_groups if hasattr(module, "num_key_value_groups") else 1, module.hidden_rows
-    key, value = (x[:, :, rows:].repeat_interleave(group, 1) for x in (key, value))
+    """Plain attention without those of the first keys that ``module.seen_rows`` leaves out."""
+    group, rows = module.num_key_value_groups if hasattr(module, "num_key_value_groups") else 1, module.seen_rows
+    seen = torch.cat([rows, rows.new_ones(key.shape[2] - len(rows))])
+    key, value = (x[:, :, seen].repeat_interleave(group, 1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
     if softcap:
         scores = softcap * (scores / softcap).tanh()
-    weights = (scores + attention_mask[..., rows:]).softmax(-1)
+    weights = (scores + attention_mask[..., seen]).softmax(-1)
     return (weights @ value).transpose(1, 2), weights
 
 

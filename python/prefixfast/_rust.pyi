@@ -296,7 +296,7 @@ class StepHeader:
     def prefill(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
         """Where the tables of the prefill lie in `out`, by view, and each layer's view; `None` without one. Made anew each time.
 
-        Layers in which the same prefixes lie are one view; without `layers` of a prefix there is one, and the second list is empty.
+        Layers in which the same prefixes of the step lie (padded: of all that are registered) are one view; if each lies in all, the second list is empty.
         """
 
     @property
@@ -460,8 +460,8 @@ class Scheduler:
         `lens - 1 + pos_start`; `use_indptr[n+1]`, `use[U,3]`, `block[C,2]`, `user_indptr[C+1]`, `user[*]` (0 to n-1), `user_pos[*]` (use position minus
         `lens - 1`), `user_slides[*]`, `span[C,3]`; `work[W,6]`, `grouped[C]`, `part_indptr[n+1]`, `part[*]`, see `prefixfast_kernels.tables.DecodeTables`,
         empty unless the scheduler was made with `decode`. Padded tables end in dead rows, blocks without rows or users, and work without rows; their part
-        of `out`, from the first section to the end of the last, has a layout that only its bucket decides. The first decode step of a request has
-        `lens == prompt_len + 1`.
+        of `out`, from the first section to the end of the last, has a layout that only its bucket and the `layers` of registered prefixes decide.
+        The first decode step of a request has `lens == prompt_len + 1`.
 
         Args:
             out: int32[*], writable and contiguous, at least `buffer_len` long. Only the sections of the header are written.
@@ -485,7 +485,10 @@ class Scheduler:
 
     @property
     def buffer_len(self) -> int:
-        """int32 entries that suffice for `plan_step` now. Grows with the longest prompt, most beams and most prefixes of a request so far, never shrinks."""
+        """int32 entries that suffice for `plan_step` now.
+
+        It grows with the longest prompt, most beams and most prefixes of a request so far, times the kinds of layers that registered prefixes tell apart.
+        """
 
     @property
     def num_waiting(self) -> int:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from prefixfast.folders import num_layers
+
 if TYPE_CHECKING:
     from prefixfast.prefix import Prefix
 
@@ -23,7 +25,7 @@ TEMPLATE = """---
 
 # {title}
 
-A learned prefix (prefix-tuning, [Li & Liang 2021](https://arxiv.org/abs/2101.00190)): {length} rows of keys and values for each of {layers} layers,
+A learned prefix (prefix-tuning, [Li & Liang 2021](https://arxiv.org/abs/2101.00190)): {length} rows of keys and values for each of {layers},
 {stored:,} numbers, for the frozen base {base}.
 
 ## Use
@@ -71,7 +73,7 @@ def model_card(prefix: Prefix, repo_id: str) -> str:
         front=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
         title=repo_id.split("/")[-1],
         length=prefix.length,
-        layers=len(prefix.layers),
+        layers=_layers(prefix),
         stored=prefix.num_stored,
         base=f"`{name}`" if name else "that it was trained on (its name is not known)",
         repo_id=repo_id,
@@ -79,6 +81,11 @@ def model_card(prefix: Prefix, repo_id: str) -> str:
         peft=PEFT_USE.format(model=model, repo_id=repo_id) if peft else f"\nPEFT cannot hold it: {prefix.not_peft_because}.\n",
         facts="\n".join(f"| {k} | {v} |" for k, v in _facts(prefix, metrics if isinstance(metrics, Mapping) else {}).items()),
     )
+
+
+def _layers(prefix: Prefix) -> str:
+    listed = ", ".join(map(str, prefix.layers))
+    return f"{len(prefix.layers)} layers" if num_layers(prefix.base) in (None, len(prefix.layers)) else f"the layers {listed} (from 0)"
 
 
 def _base_name(prefix: Prefix) -> str | None:

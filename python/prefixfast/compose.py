@@ -23,7 +23,7 @@ def concatenated(parts: Sequence[Prefix]) -> tuple[dict[str, Tensor], dict[str, 
     """Tensors and fields of the prefix that equals ``parts`` composed from left to right.
 
     Raises:
-        BaseMismatchError: For prefixes of different bases, or of different layers, heads or head dims.
+        BaseMismatchError: For prefixes of different bases, or of different heads or head dims.
         ConfigError: If no single prefix does the same.
     """
     _check(parts)

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
-import re
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -95,24 +95,6 @@ def unknown_option(name: str, known: tuple[str, ...], what: str) -> str:
     return f"{what}: unknown option {name!r}; " + (f"did you mean {hint}?" if hint else f"known are {', '.join(known)}")
 
 
-def read_yaml(text: str) -> Any:
-    """The value of a YAML text, with ``1e-3`` a number as in YAML 1.2 (PyYAML's 1.1 takes it for a word).
-
-    Raises:
-        ConfigError: If it is no YAML.
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        pass
-
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
-    try:
-        return yaml.load(text, Loader)  # a SafeLoader
-    except yaml.YAMLError as e:
-        raise ConfigError(str(e)) from e
-
-
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     for kind in options or (hint,):
@@ -144,9 +126,23 @@ def at_least(owner: Options, **limits: float) -> None:
             raise ConfigError(msg)
 
 
+def _layers(given: Any) -> tuple[int, ...]:
+    """Numbers of layers in order, from any sequence of them (a list, a tuple, a range, an array)."""
+    try:
+        if isinstance(given, str) or any(isinstance(i, bool) for i in given):
+            raise TypeError
+        numbers = sorted(operator.index(i) for i in given)
+    except TypeError:
+        numbers = []
+    if not numbers or numbers[0] < 0 or len(set(numbers)) != len(numbers):
+        msg = f"PrefixConfig.layers: expected numbers of layers from 0, each once, at least one, got {given!r:.80}"
+        raise ConfigError(msg)
+    return tuple(numbers)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(Options):
-    """What is learned.
+    """What is learned. ``prefix_length`` may also be a mapping of the site to it, ``{"self": 10}``.
 
     Example:
         >>> PrefixConfig(prefix_length=5, reparameterization="mlp").encoder_hidden_size
@@ -155,9 +151,7 @@ class PrefixConfig(Options):
         (1, 2)
     """
 
-    prefix_length: int | Literal["text"] = option(
-        10, "rows of keys and values learned for every layer (P), or a mapping of the site to them; 'text': as many as the init text has tokens"
-    )
+    prefix_length: int | Literal["text"] = option(10, "rows of keys and values learned for each of the layers (P); 'text': as many as the init text has tokens")
     reparameterization: Literal["auto", "none", "mlp"] = option(
         "auto", "'none' trains the keys and values themselves, 'mlp' the network that makes them; 'auto': mlp for init random or zero, else none"
     )
@@ -174,18 +168,16 @@ class PrefixConfig(Options):
         sites: Any = self.sites
         length: Any = self.prefix_length
         for name, given in (("sites", sites), ("prefix_length", length)):
-            if isinstance(given, list | tuple | Mapping) and list(given) != ["self"]:
+            listed = isinstance(given, list | tuple | Mapping)
+            if (name == "sites" and given is not None and not listed) or (listed and list(given) != ["self"]):
                 msg = f"PrefixConfig.{name}: expected the site 'self' alone (there are decoder-only bases only), got {given!r:.80}"
                 raise ConfigError(msg)
         if isinstance(length, Mapping):
             object.__setattr__(self, "prefix_length", length["self"])
         if isinstance(sites, list):
             object.__setattr__(self, "sites", tuple(sites))
-        if isinstance(self.layers, list | tuple):  # lists come from files and from users
-            if not self.layers or not all(type(i) is int and i >= 0 for i in self.layers) or len(set(self.layers)) != len(self.layers):
-                msg = f"PrefixConfig.layers: expected numbers of layers from 0, each once, at least one, got {self.layers!r:.80}"
-                raise ConfigError(msg)
-            object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _layers(self.layers))
         super().__post_init__()
 
     @property

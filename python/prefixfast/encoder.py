@@ -88,7 +88,9 @@ class PrefixParameters:
         layers = config.layers or tuple(range(len(shapes)))
         empty = [(torch.empty(0, s.num_kv_heads, s.head_dim),) * 2 for s in shapes]
         base = [(k.detach().to(device, dtype), v.detach().to(device, dtype)) for k, v in on_top_of or empty]
-        shapes, init = tuple(shapes[i] for i in layers), [kv and [kv[i] for i in layers] for kv in init]
+        shapes = tuple(shapes[i] for i in layers)
+        own = {id(kv): kv and [kv[i] for i in layers] for kv in init}  # equal starts stay one object
+        init = [own[id(kv)] for kv in init]
         drawn = {s: _random(shapes, p, s) for s in {s for s, kv in zip(seeds, init, strict=True) if kv is None}}
         filled = [kv or drawn[s] for s, kv in zip(seeds, init, strict=True)]
         start = [_stack(filled, layer, dtype, device) for layer in range(len(shapes))]

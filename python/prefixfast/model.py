@@ -151,9 +151,10 @@ class Model:
         unknown = num_layers(prefix.base) is None and prefix.layers == tuple(range(len(prefix.layers))) and len(got) < len(expected)
         if wrong is not None or unknown or len({shape[0] for shape in prefix.shapes.values()}) != 1:
             msg = (
-                f"{what}: expected one length and {len(self.layers)} layers of [P, H, D] as in this base "
+                f"{what}: expected one length and layers of [P, H, D] as this base has {len(self.layers)} of "
                 f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers"
-                + (f", {wrong}: {got[wrong]} where {expected.get(wrong)} is expected" if wrong else "" if unknown else " of different lengths")
+                + (f", {wrong}: {got[wrong]} where {expected.get(wrong)} is expected" if wrong else "")
+                + (", the first ones, and it does not say for how many it was made" if unknown and not wrong else "" if wrong else " of different lengths")
                 + "; was it trained on another model?"
             )
             raise BaseMismatchError(msg)

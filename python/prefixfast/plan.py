@@ -34,6 +34,11 @@ class Layout(NamedTuple):
     views: Sequence[Sections]
     view_of: Sequence[int] = ()
 
+    @property
+    def end(self) -> int:
+        """Entries of the buffer up to the last table's end."""
+        return max(offset + rows * max(cols, 1) for view in self.views for offset, rows, cols in view.values())
+
 
 class PrefixRows(NamedTuple):
     """Where prefixes lie in each layer's tensor of all of them.

@@ -252,8 +252,8 @@ class Prefix:
             others: Prefixes of the same base, ``window`` and dtype.
 
         Raises:
-            BaseMismatchError: If they were made for different bases, or have different layers or heads.
-            ConfigError: If no single prefix does the same, with the reason.
+            BaseMismatchError: If they were made for different bases, or have different heads.
+            ConfigError: If no single prefix does the same (they lie in different layers, ...), with the reason.
 
         Example:
             >>> both = Prefix.from_text(base, "Be brief. ").concat(Prefix.from_text(base, "Be polite. "))

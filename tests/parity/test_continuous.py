@@ -46,7 +46,7 @@ class World:
 
     @functools.cache  # noqa: B019 - lives as long as the module's fixture
     def theirs(self, prefix: int):
-        return tiny.with_prefix(self.make(), self.tables[prefix], self.layers[prefix] if len(self.layers[prefix]) == 2 else None)
+        return tiny.with_prefix(self.make(), self.tables[prefix], [self.layers[prefix]] * LENGTHS[prefix] if len(self.layers[prefix]) == 2 else None)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gemma2", "stories260K"])

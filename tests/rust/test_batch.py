@@ -170,12 +170,14 @@ def view_of(layout: tuple[list[dict], list[int]], layer: int) -> dict[str, tuple
 
 
 def check_views(header: StepHeader, blocks: dict, here: list[dict], used: dict[int, list[int]]) -> None:
-    """Several views only where a prefix of the step leaves a layer out; no layers without need have two."""
+    """Layers have one view if the same prefixes of the step lie in them, and several views there are only where one leaves a layer out."""
     for layout, ids in ((header.prefill, header.prefill_ids), (header.decode, header.decode_ids)):
         if layout is not None:
-            partial = {p for id in ids for p in used[id] if any(layer[p] != blocks[p] for layer in here)}
-            assert bool(layout[1]) == bool(partial)
-            assert sorted(set(layout[1]) or {0}) == list(range(len(layout[0])))
+            seen = {p for id in ids for p in used[id] if blocks[p][1]}
+            kinds = [[p for p in seen if layer[p][1]] for layer in here]
+            partial = any(len(kind) < len(seen) for kind in kinds)
+            assert layout[1] == ([[k for i, k in enumerate(kinds) if k not in kinds[:i]].index(kind) for kind in kinds] if partial else [])
+            assert len(layout[0]) == max(layout[1], default=0) + 1
 
 
 def check_prefill(header: StepHeader, out: np.ndarray, known: dict, here: list[dict], filled: dict[int, list[int]]) -> None:

@@ -13,6 +13,7 @@ from prefixfast.config import EngineConfig
 from prefixfast.engine import graphs, rows
 from prefixfast.engine import loop as loops
 from prefixfast.engine.graphs import why_not
+from prefixfast.plan import section
 from prefixfast_kernels.tiles import DecodeSizes
 
 ENDS = list(range(2, 12))  # so many that requests end early, at different times
@@ -84,6 +85,21 @@ def test_static_steps_give_the_same_tokens(family, backend, static):
         assert not engine.loop.started
         assert not engine.loop.retired
         assert not engine.loop.texts
+
+
+def test_what_is_captured_stands_for_nothing_in_every_view(static):
+    base = make("gpt2")
+    with attached(base, "torch") as model, Engine(model, max_num_seqs=5, max_model_len=64) as engine:
+        engine.generate(*mix(base))
+        found = engine.loop.graphs
+        layouts = [s.layout for s in found.made.values()]
+        assert {len(layout.views) for layout in layouts} == {2}, "a prefix of the mix leaves a layer out"
+        for layout in layouts:
+            fresh = found._make(layout, choose=True)
+            for view in layout.views:
+                assert (section(fresh.tables, view["work"])[:, 0] == -1).all()
+                assert (section(fresh.tables, view["row"]) == 5).all()
+                assert (section(fresh.tables, view["lens"]) == 1).all()
 
 
 def test_memory_that_a_later_step_overwrites_is_noticed(static, monkeypatch):

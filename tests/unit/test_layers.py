@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -13,6 +14,10 @@ from peft import PeftModel
 import composed
 import tiny
 from prefixfast import BaseMismatchError, ConfigError, Engine, Prefix, PrefixConfig, PrefixStore, generate, score, train
+from prefixfast.blocks import kv_of, rows_of
+from prefixfast.card import model_card
+from prefixfast.encoder import PrefixParameters
+from prefixfast.plan import training_plan
 from prefixfast.training.estimate import estimate
 from token_rows import distance, rows
 
@@ -59,20 +64,36 @@ def test_only_these_layers_are_learned_and_each_prefix_as_if_alone(model, kind):
     assert json.loads(json.dumps(run["a"].training["prefix_config"]))["layers"] == [0, 2]
 
 
-def test_training_stops_short_of_the_layers_left_out(model):
-    """A step's gradient is that of the plain forward, by finite differences of its loss."""
-    prefix = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(1,))
-    again = train(model, DATA["a"], **{**HOW, "max_steps": 1, "batch_size": 6, "init": prefix, "frozen_rows": 0}, reparameterization="none", learning_rate=1e-6)
-    moved = {n: again.kv[n] - prefix.kv[n] for n in prefix.kv}
-    step, ahead = 1e-4, loss(model, [prefix], DATA["a"])
-    shifted = dataclasses.replace(prefix, kv={n: t + step * moved[n].sign() for n, t in prefix.kv.items()})
-    assert loss(model, [shifted], DATA["a"]) < ahead, "Adam's first step goes against the gradient's signs"
+def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out(model):
+    """Of one direction by central differences; what the leaves hold is what the prefix stores."""
+    start = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(1,))
+    direction = {n: torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=t.dtype) for i, (n, t) in enumerate(start.kv.items())}
+    away = [dataclasses.replace(start, kv={n: t + e * direction[n] for n, t in start.kv.items()}) for e in (1e-3, -1e-3)]  # norms compute in fp32
+    wanted = (loss(model, [away[0]], DATA["a"]) - loss(model, [away[1]], DATA["a"])) / 2e-3
+    config = PrefixConfig(prefix_length=4, layers=(1,))
+    params = PrefixParameters.make(
+        model.layers, [kv_of(start, model.layers)], config, mlp=False, seed=0, dtype=torch.float64, device=model.device, on_top_of=()
+    )
+    assert [len(k) for k, _ in params.leaves] == [0, 4, 0]
+    total = 0.0
+    for row in DATA["a"]:
+        ids = torch.tensor(row["input_ids"])
+        at = torch.tensor([i for i, t in enumerate(row["labels"]) if t != -100])
+        one = np.array([0, 1], np.int32), np.zeros(1, np.int32)
+        plan = training_plan(np.array([len(ids)], np.int32), *one, rows_of([start], 3), params.leaves, backend=model.backend)
+        total = total + torch.nn.functional.cross_entropy(model.forward(plan, ids)[at - 1], ids[at], reduction="sum")
+    (total / sum(t != -100 for row in DATA["a"] for t in row["labels"])).backward()
+    assert all(t.grad is None for i in (0, 2) for t in params.leaves[i])
+    got = sum((t.grad * direction[f"self.1.{x}"]).sum() for x, t in zip("kv", params.leaves[1], strict=True))
+    assert float(got) == pytest.approx(wanted, rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", ["flat", "mlp"])
 def test_all_layers_by_number_are_all_layers(model, kind):
     how = {**HOW, **KINDS[kind]}
-    assert train(model, DATA["a"], **how, layers=(0, 1, 2)).digest == train(model, DATA["a"], **how).digest
+    by_number, plain = train(model, DATA["a"], **how, layers=(0, 1, 2)), train(model, DATA["a"], **how)
+    assert by_number.digest == plain.digest
+    assert by_number.training["prefix_config"] == plain.training["prefix_config"]
 
 
 @pytest.mark.parametrize(("under", "own"), [((0, 1), (1, 2)), (None, (2,)), ((1,), None), ((0,), (2,))])
@@ -114,9 +135,10 @@ def test_starts(model, tokenizer, folder):
 
 
 def test_wrong_layers(model):
-    for wrong in ([], [-1], [0, 0], [1, "2"], ["0"], [None]):
+    for wrong in ([], [-1], [0, 0], [1, "2"], ["0"], [None], [True], "01", 3, [1.0]):
         with pytest.raises(ConfigError, match=r"PrefixConfig\.layers: expected numbers of layers from 0, each once"):
             PrefixConfig(layers=wrong)
+    assert PrefixConfig(layers=range(2, 4)).layers == PrefixConfig(layers=np.array([3, 2])).layers == (2, 3)
     with pytest.raises(ConfigError, match=r"expected numbers from 0 to 2 \(this base has 3 layers\), got 3"):
         train(model, DATA["a"], **HOW, layers=[0, 3])
 
@@ -124,9 +146,11 @@ def test_wrong_layers(model):
 def test_the_one_site_and_the_one_objective(model):
     how = {**HOW, **KINDS["flat"], "max_steps": 1}
     plain = train(model, DATA["a"], **how)
-    assert train(model, DATA["a"], **{**how, "prefix_length": {"self": 4}}, sites=["self"], objective="sft").digest == plain.digest
+    named = train(model, DATA["a"], **{**how, "prefix_length": {"self": 4}}, sites=["self"], objective="sft")
+    assert named.digest == plain.digest
+    assert named.training["prefix_config"] == plain.training["prefix_config"]
     assert PrefixConfig(prefix_length={"self": 7}, sites=["self"]) == PrefixConfig(prefix_length=7, sites=("self",))
-    for wrong in ({"sites": ["self", "cross"]}, {"sites": []}, {"prefix_length": {"enc": 3}}, {"prefix_length": {}}):
+    for wrong in ({"sites": ["self", "cross"]}, {"sites": []}, {"sites": "self"}, {"prefix_length": {"enc": 3}}, {"prefix_length": {}}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected the site 'self' alone"):
             PrefixConfig(**wrong)
     with pytest.raises(ConfigError, match="prefix_length: expected int"):
@@ -178,9 +202,11 @@ def test_folders_the_store_and_peft(tmp_path):
         with pytest.raises(ConfigError, match="PEFT cannot hold this prefix exactly: some layers have no prefix"):
             prefix.to_peft(tmp_path / "peft")
         assert store.put(str(layers), prefix).layers == layers
+        assert f"for each of the layers {', '.join(map(str, layers))} (from 0)," in model_card(prefix, "ann/mill")
     batch = [[5, 6, 7], [8, 9], [3], [4, 4, 4, 4]]
     whole = train(base, DATA["a"], **HOW, **KINDS["flat"])
     whole.to_peft(tmp_path / "whole")
+    assert "for each of 3 layers," in model_card(whole, "ann/mill")
     theirs = PeftModel.from_pretrained(tiny.make("gpt2"), tmp_path / "whole")
     stored = generate(batch, [*map(str, run), whole], model=base, store=store, max_new_tokens=8, progress=False)
     given = generate(batch, [*run.values(), whole], model=base, max_new_tokens=8, progress=False)
@@ -207,7 +233,7 @@ def test_composition_and_concat(tmp_path):
 def test_a_prefix_of_fewer_layers_is_told_from_one_of_a_smaller_base(model):
     prefix = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(0, 1))
     model.check_prefix(prefix)
-    with pytest.raises(BaseMismatchError, match="got 2 layers; was it trained on another model"):
+    with pytest.raises(BaseMismatchError, match="got 2 layers, the first ones, and it does not say for how many it was made; was it trained on another model"):
         model.check_prefix(dataclasses.replace(prefix, base=None))
     model.check_prefix(dataclasses.replace(prefix, base=None, kv={n.replace(".0.", ".2."): t for n, t in prefix.kv.items()}))
     with pytest.raises(BaseMismatchError, match=r"self\.3\.k: \(2, 8\) where None is expected"):
@@ -247,6 +273,11 @@ def test_the_command_line(cli, folder, tmp_path):
     assert code == 0, err
     assert Prefix.from_pretrained(tmp_path / "p").layers == (1, 2)
     assert cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "q", *fast, "--layers", "1")[0] == 0
+    code, _, err = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "t", *fast, "--sweep", "layers=[0,1],[2]")
+    assert code == 0, err
+    assert Prefix.from_pretrained(tmp_path / "t" / "layers=0+1").layers == (0, 1)
+    code, _, err = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "t", *fast, "--sweep", "layers=[0,1")
+    assert "--sweep: expected FIELD=VALUE,VALUE,... with values as in YAML" in err
     code, out, err = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "q", *fast, "--layers", "2", "--print-config")
     assert code == 0, err
     (tmp_path / "run.yaml").write_text(out)

@@ -7,14 +7,14 @@ import torch
 
 import prefixfast
 import tiny
-from prefixfast import PrefixConfig, TrainConfig
+from prefixfast import PrefixConfig, TrainConfig, encoder
 from prefixfast.blocks import text_kv
-from prefixfast.config import read_yaml
 from prefixfast.encoder import PrefixParameters
 from prefixfast.errors import ConfigError
 from prefixfast.training.arguments import settings
 from prefixfast.training.recipes import names, read_recipe
 from prefixfast.training.trainer import train
+from prefixfast.yaml12 import read_yaml
 from token_rows import distance, rows
 
 TEXT_ROWS = [{"prompt": f"{a}=", "completion": a * 3} for a in "abcd"]
@@ -143,6 +143,19 @@ def test_the_fit_is_that_of_one_network_alone():
             assert (got[i] - reference_fit(goal, 40, seeds[i], 16)).abs().max() < 1e-5
         assert torch.equal(got[0], got[4])
         assert (got[2] - reference_fit(torch.zeros(3, got.shape[2]), 0, 0, 16)).abs().max() < 1e-6, "a random one stays as drawn"
+
+
+def test_equal_starts_are_fitted_once(monkeypatch):
+    fitted = []
+    run = encoder._run_mlp
+    monkeypatch.setattr(encoder, "_run_mlp", lambda embedding, *rest: (fitted.append(len(embedding)), run(embedding, *rest))[1])
+    with prefixfast.load(tiny.make("gpt2")) as model:
+        text = text_kv(model, [5, 6, 7], 3)
+        for layers in (None, (0, 2)):
+            config = PrefixConfig(prefix_length=3, reparameterization="mlp", encoder_hidden_size=16, fit_steps=4, layers=layers)
+            fitted.clear()
+            PrefixParameters.make(model.layers, [text, None, text, text], config, mlp=True, seed=0, dtype=torch.float32, device=model.device)
+            assert fitted == [1, 1, 1, 1, 4], "four steps for all, then the four prefixes"
 
 
 def test_embedding_dim_is_the_networks_input():

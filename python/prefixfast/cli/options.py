@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 import yaml
 
-from prefixfast.config import Options, read_yaml, unknown_option
+from prefixfast.config import Options, unknown_option
 from prefixfast.errors import ConfigError
+from prefixfast.yaml12 import read_yaml
 
 
 def flags(*configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prefixfast.cli.options import flags
-from prefixfast.config import PrefixConfig, TrainConfig, read_yaml
+from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
+from prefixfast.yaml12 import read_yaml
 
 DATA = typer.Argument(help="rows (.jsonl .json .csv .parquet, also .gz) for one prefix, or NAME=FILE for each of several prefixes")
 DRY_RUN = typer.Option("--dry-run", help="say what the run would take (parameters, memory, time from two measured steps) and write nothing")
@@ -119,7 +120,11 @@ def _sweep(words: list[str]) -> dict[str, list[Any]]:
         if not sep or not values or name in found:
             msg = f"--sweep: expected FIELD=VALUE,VALUE,... with different fields, got {word!r}"
             raise ConfigError(msg)
-        found[name.replace("-", "_")] = [read_yaml(v) for v in values.split(",")]
+        try:
+            found[name.replace("-", "_")] = read_yaml(f"[{values}]")
+        except ConfigError as e:
+            msg = f"--sweep: expected FIELD=VALUE,VALUE,... with values as in YAML, got {word!r}"
+            raise ConfigError(msg) from e
     return found
 
 

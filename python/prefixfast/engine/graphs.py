@@ -1,7 +1,7 @@
 """Decode steps on static memory: one captured CUDA graph for each power-of-two number of rows, replayed on whatever tables a step has.
 
-The scheduler pads the tables (`pad_decode`), so that their layout says only how many rows a step has at most; rows that stand for nothing point at a row of
-the slot table and of all per-row state that no request gets.
+The scheduler pads the tables (`pad_decode`), so that their layout says only how many rows a step has at most (and which layers the
+known prefixes leave out); rows that stand for nothing point at a row of the slot table and of all per-row state that no request gets.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class DecodeGraphs:
 
     def _make(self, layout: Layout, *, choose: bool) -> _Static:
         """Static memory for a layout, and the graph, captured on rows that all stand for nothing."""
-        tables = torch.zeros(max(offset + rows * max(cols, 1) for view in layout.views for offset, rows, cols in view.values()), dtype=torch.int32)
+        tables = torch.zeros(layout.end, dtype=torch.int32)
         for view in layout.views:
             for name, value in self.dead.items():
                 section(tables, view[name]).fill_(value)
@@ -132,7 +132,7 @@ class DecodeGraphs:
     def _run(self, static: _Static, *, choose: bool) -> Result:
         if self.compiled is not None:
             try:
-                with torch._dynamo.config.patch(recompile_limit=64):  # one for each bucket
+                with torch._dynamo.config.patch(recompile_limit=512):  # one for each bucket, and again when a new set of layers is met
                     return self.compiled(static.tables, static.layout, choose)
             except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
                 logger.warning("decode steps are not compiled: %s", str(e).splitlines()[0])

@@ -226,7 +226,7 @@ class Loop:
 
     def _prefill(self, out: np.ndarray, layout: Layout, reach: int, ids: list[int]) -> list[Chosen]:
         """The prompt tokens of the step in one packed forward, then the first tokens of the prompts that end in it."""
-        plan = self.prefill_plan(self.buffer.to(self.model.device, non_blocking=True), layout, reach)
+        plan = self.prefill_plan(self.buffer[: layout.end].to(self.model.device, non_blocking=True), layout, reach)
         chunks = list(zip(ids, host_view(out, layout.views[0]["chunk"]).tolist(), strict=True))
         prompts = np.concatenate([self.requests[number].ids[start : start + n] for number, (_, _, start, n) in chunks])
         logits = self.model.forward(plan, to_device(prompts, self.model.device))
@@ -263,7 +263,7 @@ class Loop:
         if self.graphs is not None:
             logits, tokens = self.graphs.step(self.buffer, layout, choose=alone)
         else:
-            tables = self.buffer.to(self.model.device, non_blocking=True)
+            tables = self.buffer[: layout.end].to(self.model.device, non_blocking=True)
             logits, tokens = self._run(tables, layout, choose=alone, reach=reach, max_len=int(lens.max()))
         if tokens is not None:
             return [self.rows.chosen(tokens[: len(rows)], rows, 1)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prefixfast.config import PrefixConfig, TrainConfig, read_yaml, unknown_option
+from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
 from prefixfast.errors import ConfigError
+from prefixfast.yaml12 import read_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
 FIELDS = tuple(n for n in (*TrainConfig.names(), *PrefixConfig.names(), "init", "init_text") if n != "recipe")

@@ -65,9 +65,9 @@ def starting_points(model: Model, members: Sequence[Member], config: PrefixConfi
 
 
 def _in_layers(config: PrefixConfig, count: int) -> PrefixConfig:
-    """The config with its layers checked; all of the base's are said as None."""
+    """The config with its layers checked; all of the base's layers, and its only site, are said as None."""
     if config.layers is None or config.layers[-1] < count:
-        return PrefixConfig.make(config, layers=None) if config.layers == tuple(range(count)) else config
+        return PrefixConfig.make(config, sites=None, layers=None if config.layers == tuple(range(count)) else config.layers)
     msg = f"PrefixConfig.layers: expected numbers from 0 to {count - 1} (this base has {count} layers), got {config.layers[-1]}"
     raise ConfigError(msg)
 

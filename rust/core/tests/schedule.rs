@@ -184,10 +184,22 @@ fn keeps_the_order_of_calls() {
     scheduler
         .register_prefix(9, 20, 20, true, &[])
         .expect("a new number");
+    let needed = scheduler.buffer_len();
     assert!(matches!(
-        scheduler.register_prefix(9, 20, 20, true, &[]),
+        scheduler.register_prefix(9, 20, 20, true, &[true, false]),
         Err(Error::Config(_))
     ));
+    assert_eq!(
+        scheduler.buffer_len(),
+        needed,
+        "what was refused left nothing"
+    );
+    scheduler
+        .register_prefix(7, 20, 20, true, &[true, false])
+        .expect("a new number");
+    assert_eq!(scheduler.buffer_len(), 2 * needed);
+    scheduler.forget_prefix(7).expect("idle");
+    assert_eq!(scheduler.buffer_len(), needed);
     assert_eq!(scheduler.forget_prefix(8), Err(Error::UnknownPrefix(8)));
     assert_eq!(
         scheduler.add(request(1, &[8], 3, 1, 1)),

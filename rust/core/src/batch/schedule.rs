@@ -25,7 +25,7 @@ use request::{Entry, Phase};
 use residency::Residency;
 use size::Most;
 pub use step::{StepHeader, StepTables};
-use views::Views;
+use views::Sets;
 
 /// Arena rows are handed out by this many.
 pub const UNIT: usize = 16;
@@ -77,7 +77,7 @@ pub struct Scheduler {
     decoding: BTreeMap<(Arc<[i64]>, u64), i64>,
     cancelled: BTreeSet<i64>,
     residency: Residency,
-    views: Views,
+    sets: Sets,
     arena: Slots,
     rows: Slots,
     /// Requests of the step that waits for its commit: prefilled with how many tokens, decoded.
@@ -123,7 +123,7 @@ impl Scheduler {
             decoding: BTreeMap::new(),
             cancelled: BTreeSet::new(),
             residency: Residency::default(),
-            views: Views::default(),
+            sets: Sets::default(),
             arena: Slots::new((limits.arena_rows - TAIL) / UNIT),
             rows: Slots::new(limits.max_rows),
             in_flight: None,
@@ -151,9 +151,11 @@ impl Scheduler {
                 )));
             }
         }
-        let set = self.views.set(layers)?;
+        self.residency.check_new(prefix)?;
+        let set = self.sets.add(layers)?;
         self.residency
-            .register(prefix, rows, pos_start, (slides, set))
+            .register(prefix, rows, pos_start, (slides, set));
+        Ok(())
     }
 
     /// Forgets a prefix and frees its rows.
@@ -161,7 +163,9 @@ impl Scheduler {
     /// # Errors
     /// [`Error::UnknownPrefix`]; [`Error::State`] while a request uses it or it is being loaded.
     pub fn forget_prefix(&mut self, prefix: i64) -> Result<()> {
-        self.residency.forget(prefix, &mut self.arena)
+        let set = self.residency.forget(prefix, &mut self.arena)?;
+        self.sets.drop(set);
+        Ok(())
     }
 
     /// The load of a prefix is complete.
@@ -265,12 +269,13 @@ impl Scheduler {
         Ok(())
     }
 
-    /// int32 entries that suffice for a step now. It grows with the largest requests and the sets of layers seen and never shrinks.
+    /// int32 entries that suffice for a step now. It grows with the largest requests seen, and with the sets of layers that registered prefixes
+    /// lie in.
     #[must_use]
     pub fn buffer_len(&self) -> usize {
         self.most
             .buffer_len(&self.limits)
-            .saturating_mul(self.views.count())
+            .saturating_mul(self.sets.views().count())
     }
 
     /// Requests in the queue.

@@ -59,18 +59,23 @@ pub(super) struct Residency {
 }
 
 impl Residency {
+    /// Refuses a number that is taken.
+    pub(super) fn check_new(&self, prefix: i64) -> Result<()> {
+        if self.prefixes.contains_key(&prefix) {
+            return Err(Error::Config(format!(
+                "prefix {prefix} is already registered: expected a new number; forget the old one first"
+            )));
+        }
+        Ok(())
+    }
+
     pub(super) fn register(
         &mut self,
         prefix: i64,
         rows: usize,
         pos_start: usize,
         (slides, set): (bool, usize),
-    ) -> Result<()> {
-        if self.prefixes.contains_key(&prefix) {
-            return Err(Error::Config(format!(
-                "prefix {prefix} is already registered: expected a new number; forget the old one first"
-            )));
-        }
+    ) {
         let entry = Prefix {
             rows,
             pos_start,
@@ -83,10 +88,10 @@ impl Residency {
             used: 0,
         };
         self.prefixes.insert(prefix, entry);
-        Ok(())
     }
 
-    pub(super) fn forget(&mut self, prefix: i64, arena: &mut Slots) -> Result<()> {
+    /// Returns its set of layers.
+    pub(super) fn forget(&mut self, prefix: i64, arena: &mut Slots) -> Result<usize> {
         let entry = self
             .prefixes
             .get(&prefix)
@@ -102,9 +107,10 @@ impl Residency {
                 "prefix {prefix} is being loaded: expected it at rest; call prefix_ready first"
             )));
         }
+        let set = entry.set;
         self.evict(prefix, arena);
         self.prefixes.remove(&prefix);
-        Ok(())
+        Ok(set)
     }
 
     pub(super) fn ready(&mut self, prefix: i64) -> Result<()> {

@@ -21,7 +21,7 @@ impl Most {
         self.prefixes = self.prefixes.max(request.prefixes.len());
     }
 
-    /// int32 entries that no step exceeds; saturates.
+    /// int32 entries that no view of a step exceeds; saturates.
     pub(super) fn buffer_len(&self, limits: &Limits) -> usize {
         let tokens = self.prompt_len.max(limits.max_batched_tokens);
         let sequences = tokens.min(limits.max_rows);

@@ -9,13 +9,13 @@ use super::super::tables::{Section, Tables};
 use super::super::uses::{Block, Queries, push_uses};
 use super::Scheduler;
 use super::request::{Held, Phase, Request};
-use super::views::ALL;
 use crate::error::{Error, Result};
 
 /// Tables of one forward.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StepTables {
-    /// Where they lie in the step's buffer, by view: layers with the same prefixes. All but the blocks and who uses them is the same in each.
+    /// Where they lie in the step's buffer, by view: layers with the same prefixes (in padded steps: whatever prefixes of those registered are used). All
+    /// but the blocks and who uses them is the same in each.
     pub views: Vec<Vec<Section>>,
     /// By layer: its view; empty for a single view.
     pub view_of: Vec<usize>,
@@ -75,8 +75,9 @@ impl Scheduler {
         header.prefill_ids = prefill.iter().map(|(id, _)| *id).collect();
         let mut tables = std::mem::take(&mut self.scratch);
         tables.clear();
-        header.prefill = self.tables(&prefill, &mut tables, push_prefill);
-        header.decode = self.tables(&decoding, &mut tables, push_decode);
+        header.prefill = self.tables(&prefill, &mut tables, false, push_prefill);
+        let padded = self.limits.decode.padded;
+        header.decode = self.tables(&decoding, &mut tables, padded, push_decode);
         let Some(out) = out.get_mut(..tables.data.len()) else {
             let text = "internal error: buffer_len was too small for a step; please report it";
             return Err(Error::State(text.to_owned()));
@@ -155,10 +156,12 @@ impl Scheduler {
             .collect()
     }
 
+    /// `padded`: with the views of all prefixes and not of the step's own, so that the layout seldom changes.
     fn tables(
         &self,
         ids: &[(i64, usize)],
         tables: &mut Tables,
+        padded: bool,
         push: impl Fn(&Self, &mut Tables, &[Member<'_>]) -> i32,
     ) -> Option<StepTables> {
         if ids.is_empty() {
@@ -174,21 +177,24 @@ impl Scheduler {
             })
         });
         let mut members: Vec<Member<'_>> = found.collect();
-        let partial = |member: &Member<'_>| member.held.blocks.iter().any(|block| block.set != ALL);
+        let views = if padded {
+            Cow::Borrowed(self.sets.views())
+        } else {
+            let blocks = members.iter().flat_map(|member| &member.held.blocks);
+            let mut sets: Vec<usize> = blocks.map(|block| block.set).collect();
+            sets.sort_unstable();
+            sets.dedup();
+            Cow::Owned(self.sets.views_of(&sets))
+        };
         let mut made = StepTables {
-            views: Vec::new(),
-            view_of: Vec::new(),
+            views: Vec::with_capacity(views.count()),
+            view_of: views.of_layer().to_vec(),
             reach: 0,
         };
-        // Padded steps always have all views, so that their layout seldom changes.
-        if self.limits.decode.padded || members.iter().any(partial) {
-            made.view_of = self.views.of_layer().to_vec();
-        }
-        let views = made.view_of.iter().max().map_or(1, |view| view + 1);
-        for view in 0..views {
+        for view in 0..views.count() {
             if !made.view_of.is_empty() {
                 for member in &mut members {
-                    member.blocks = self.views.visible(view, &member.held.blocks);
+                    member.blocks = self.sets.visible(&views, view, &member.held.blocks);
                 }
             }
             made.reach = push(self, tables, &members).max(made.reach);
