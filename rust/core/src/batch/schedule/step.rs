@@ -177,8 +177,9 @@ impl Scheduler {
             })
         });
         let mut members: Vec<Member<'_>> = found.collect();
-        let views = if padded {
-            Cow::Borrowed(self.sets.views())
+        let all = self.sets.views();
+        let views = if padded || all.of_layer().is_empty() {
+            Cow::Borrowed(all)
         } else {
             let blocks = members.iter().flat_map(|member| &member.held.blocks);
             let mut sets: Vec<usize> = blocks.map(|block| block.set).collect();
