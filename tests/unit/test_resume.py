@@ -295,7 +295,7 @@ def killed(tmp_path: Path, kills: int, seed: int) -> dict:
         [sys.executable, str(script), str(tmp_path), str(kills), str(seed)], env=env, capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return {**json.loads(done.stdout.splitlines()[-1]), "said": done.stderr}
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
@@ -304,4 +304,4 @@ def test_random_kills_change_nothing(tmp_path, kills):
     assert told["kills"] == kills
     assert told["equal"], told
     assert told["left"] == []
-    assert len(set(told["steps"])) > kills // 4, "the kills hit different moments"
+    assert len(set(told["steps"])) > kills // 4, (told, "the kills hit different moments")
