@@ -6,6 +6,7 @@ child has saved, and some time more, so that kills hit all of a run however fast
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -92,8 +93,10 @@ def main(folder: Path, kills: int, seed: int) -> None:
         span[lone], expected[lone] = time.perf_counter() - begin, digests(whole, lone)
     chance, lone = random.Random(seed), False
     steps, equal, left = [], True, []
-    while len(steps) < kills:
-        out = folder / f"run-{len(steps)}"
+    for number in itertools.count():
+        if len(steps) == kills:
+            break
+        out = folder / f"run-{number}"  # one in which nobody was killed in time counts as none
         steps += [
             saved(out)
             for _ in range(min(4, kills - len(steps)))
