@@ -126,6 +126,14 @@ def at_least(owner: Options, **limits: float) -> None:
             raise ConfigError(msg)
 
 
+def _site(name: str, given: Any) -> str:
+    """The one site of the bases that there are, from a sequence of it or a mapping by it."""
+    if not isinstance(given, list | tuple | Mapping) or list(given) != ["self"]:
+        msg = f"PrefixConfig.{name}: expected the site 'self' alone (there are decoder-only bases only), got {given!r:.80}"
+        raise ConfigError(msg)
+    return "self"
+
+
 def _layers(given: Any) -> tuple[int, ...]:
     """Numbers of layers in order, from any sequence of them (a list, a tuple, a range, an array)."""
     try:
@@ -165,17 +173,11 @@ class PrefixConfig(Options):
     pos_start: Literal["after", "zero"] = option("after", "position of the first token: after the prefix (P, as PEFT) or zero")
 
     def __post_init__(self) -> None:
-        sites: Any = self.sites
         length: Any = self.prefix_length
-        for name, given in (("sites", sites), ("prefix_length", length)):
-            listed = isinstance(given, list | tuple | Mapping)
-            if (name == "sites" and given is not None and not listed) or (listed and list(given) != ["self"]):
-                msg = f"PrefixConfig.{name}: expected the site 'self' alone (there are decoder-only bases only), got {given!r:.80}"
-                raise ConfigError(msg)
         if isinstance(length, Mapping):
-            object.__setattr__(self, "prefix_length", length["self"])
-        if isinstance(sites, list):
-            object.__setattr__(self, "sites", tuple(sites))
+            object.__setattr__(self, "prefix_length", length[_site("prefix_length", length)])
+        if self.sites is not None:
+            object.__setattr__(self, "sites", (_site("sites", self.sites),))
         if self.layers is not None:
             object.__setattr__(self, "layers", _layers(self.layers))
         super().__post_init__()

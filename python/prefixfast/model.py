@@ -149,13 +149,15 @@ class Model:
         wrong = min((name for name, shape in got.items() if expected.get(name) != shape), default=None)
         # A PEFT adapter of a smaller model has the first layers, and nobody says that it was made for more.
         unknown = num_layers(prefix.base) is None and prefix.layers == tuple(range(len(prefix.layers))) and len(got) < len(expected)
-        if wrong is not None or unknown or len({shape[0] for shape in prefix.shapes.values()}) != 1:
+        reasons = {
+            f"{wrong}: {got.get(wrong or '')} where {expected.get(wrong or '')} is expected": wrong is not None,
+            "the first ones, and it does not say for how many it was made": unknown,
+            "of different lengths": len({shape[0] for shape in prefix.shapes.values()}) != 1,
+        }
+        if reason := next((text for text, holds in reasons.items() if holds), None):
             msg = (
                 f"{what}: expected one length and layers of [P, H, D] as this base has {len(self.layers)} of "
-                f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers"
-                + (f", {wrong}: {got[wrong]} where {expected.get(wrong)} is expected" if wrong else "")
-                + (", the first ones, and it does not say for how many it was made" if unknown and not wrong else "" if wrong else " of different lengths")
-                + "; was it trained on another model?"
+                f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers, {reason}; was it trained on another model?"
             )
             raise BaseMismatchError(msg)
 

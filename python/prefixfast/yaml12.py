@@ -1,4 +1,4 @@
-"""YAML as people write it by hand."""
+"""YAML with numbers as its version 1.2 has them."""
 
 from __future__ import annotations
 

@@ -204,10 +204,9 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
     figure = Figure(figsize=(8 if len(batches) == 1 else 6 * len(batches), 4.8), layout="constrained")
     for axes, batch in zip(figure.subplots(1, len(batches), squeeze=False)[0], batches, strict=True):
         here = [p for p in points if p.batch == batch]
-        base, longer = ([p for p in here if bool(p.prefix_length) == more] for more in (False, True))
-        for label in dict.fromkeys(p.label for p in longer or base):
-            own = [p for p in longer or base if p.label == label]
-            own += [p for p in base if longer and p.key.contender == own[0].key.contender]
+        named = [p for p in here if p.prefix_length] or here  # a line begins at its contender's point without a prefix
+        for label, contender in {p.label: p.key.contender for p in named}.items():
+            own = [p for p in here if p.label == label or (not p.prefix_length and p.key.contender == contender)]
             own.sort(key=lambda p: p.prefix_length)
             axes.plot([p.prefix_length for p in own], [p.rate for p in own], "o-" if label.startswith(OURS) else "s--", label=label)
         axes.set(xlabel="prefix length (rows of keys and values)", ylabel="generated tokens per second", title=f"{batch} requests", yscale="log")

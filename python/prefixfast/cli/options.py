@@ -92,7 +92,8 @@ def _is_numbers(kind: Any) -> bool:
 def _value(value: Any, name: str, hint: Any) -> Any:
     """A flag's word as a value: booleans of a choice, numbers where a number or a word may stand, several words as a tuple."""
     if isinstance(value, list):
-        return tuple(_numbers(v, name) if name.endswith("_ids") else v for v in value)
+        nested = any(get_origin(kind) is tuple and _is_numbers(get_args(kind)[0]) for kind in get_args(hint))
+        return tuple(_numbers(v, name) if nested else v for v in value)
     if any(_is_numbers(kind) for kind in get_args(hint)):
         return _numbers(value, name)
     if not isinstance(value, str):

@@ -27,7 +27,7 @@ def resolved(data: list[str], eval_data: list[str] | None, *, fields: dict[str, 
 
     arguments = _arguments(eval_data=eval_data, **given)
     left_out = ("output_dir", "resume")
-    rest = {"callbacks": (), "prefix_config": None, "config": None, "store": None, "resume": False, "fields": fields}
+    rest = {"callbacks": (), "objective": "sft", "prefix_config": None, "config": None, "store": None, "resume": False, "fields": fields}
     job, config = prepare(named(data), **{k: v for k, v in arguments.items() if k not in left_out} | rest)
     own = job.groups[0].prefix_config
     return {n: getattr(c, n) for c in (config, own) for n in c.names()}

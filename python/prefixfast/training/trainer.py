@@ -131,7 +131,7 @@ def train(
 
 def prepare(
     data: Any, *, task: Any, prefix_column: str | None, eval_data: Any, init: Any, init_text: str | None, on_top_of: Any,
-    objective: Any = "sft", sweep: Any, overrides: Any, store: PrefixStore | None, resume: bool, on_error: str,
+    objective: Any, sweep: Any, overrides: Any, store: PrefixStore | None, resume: bool, on_error: str,
     callbacks: Sequence[Any], prefix_config: Any, config: Any, fields: Mapping[str, Any],
 ) -> tuple[Job, TrainConfig]:  # fmt: skip
     """Check everything that needs no model; see `train`. Returns the job and the options that all groups share."""

@@ -164,7 +164,7 @@ impl Scheduler {
     /// [`Error::UnknownPrefix`]; [`Error::State`] while a request uses it or it is being loaded.
     pub fn forget_prefix(&mut self, prefix: i64) -> Result<()> {
         let set = self.residency.forget(prefix, &mut self.arena)?;
-        self.sets.drop(set);
+        self.sets.release(set);
         Ok(())
     }
 

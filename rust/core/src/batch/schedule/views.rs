@@ -87,7 +87,7 @@ impl Sets {
     }
 
     /// A prefix of this set is forgotten.
-    pub(super) fn drop(&mut self, set: usize) {
+    pub(super) fn release(&mut self, set: usize) {
         if set != ALL {
             self.sets[set - 1].users -= 1;
             if self.sets[set - 1].users == 0 {
@@ -200,22 +200,22 @@ mod tests {
         ] {
             assert!(sets.add(&layers).is_ok());
         }
-        sets.drop(1);
+        sets.release(1);
         assert_eq!(
             sets.views().of_layer(),
             [0, 1, 2],
             "one prefix is left in it"
         );
-        sets.drop(1);
+        sets.release(1);
         assert_eq!(sets.views().of_layer(), [0, 0, 1]);
         assert_eq!(sets.add(&[false, true, true]), Ok(1), "its place is free");
         assert_eq!(
             seen(&sets, &[block(1), block(2)]),
             [vec![2], vec![1, 2], vec![1]]
         );
-        sets.drop(1);
-        sets.drop(2);
-        sets.drop(ALL);
+        sets.release(1);
+        sets.release(2);
+        sets.release(ALL);
         assert_eq!(
             (sets.views().count(), sets.views().of_layer().len()),
             (1, 0)
