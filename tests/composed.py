@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from prefixfast.blocks import rows_of, stacked
-from prefixfast.model import Model
-from prefixfast.plan import training_plan
-from prefixfast.prefix import Prefix
+from prefixfast.attention.plan import training_plan
+from prefixfast.model.base import Model
+from prefixfast.prefix.kv import rows_of, stacked
+from prefixfast.prefix.prefix import Prefix
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from prefixfast.bench.harness import alternate, write_rows
-from prefixfast_kernels.checks import relative_error
-from prefixfast_kernels.torch_piece import Options, piece_bwd, piece_fwd
+from prefixfast_kernels.testing.tables import relative_error
+from prefixfast_kernels.torch_sdpa_lse import Options, piece_bwd, piece_fwd
 
 HEADS, DIM = 12, 64
 OPTIONS = Options(DIM**-0.5, 0, 0.0)

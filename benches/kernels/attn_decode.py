@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixfast import attend
+from prefixfast.attention import cpu_decode as attend
 from prefixfast.bench.harness import alternate, write_rows
-from prefixfast.memory import in_large_pages
+from prefixfast.model.memory import in_large_pages
 from prefixfast_kernels import reference
-from prefixfast_kernels.checks import Request, decode_tables, relative_error
+from prefixfast_kernels.testing.tables import Request, decode_tables, relative_error
 from prefixfast_kernels.torch_decode import decode_fwd
-from prefixfast_kernels.torch_piece import Options
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 ROWS, HEADS, DIM, LAYERS, OWN_ROWS, RUN = 32, 12, 64, 12, 4096, 16
 LENS = [40 + i for i in range(ROWS)]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from prefixfast.bench.harness import environment
-from prefixfast.files import replace_file
+from prefixfast.io.atomic import replace_file
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from prefixfast.bench.kernels import roofline
 from prefixfast.config import GenerationParams
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.request import make_requests
-from prefixfast.memory import in_large_pages
+from prefixfast.model.memory import in_large_pages
 
 ROWS, PROMPT, NEW = 32, 40, 400
 SETTINGS = [(0, 0, True), (0, 0, False), (200, 1, True), (200, 32, True), (512, 1, True), (512, 32, True)]  # prefix length, distinct, packed

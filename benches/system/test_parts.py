@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from prefixfast import _rust, attend, ops
+from prefixfast import _rust
+from prefixfast.attention import cpu_decode as attend
+from prefixfast.attention import ops
 from prefixfast.config import GenerationParams
-from prefixfast.engine.select import Beam, Greedy
-from prefixfast_kernels.checks import Request, decode_tables
-from prefixfast_kernels.torch_piece import Options
+from prefixfast.engine.search import Beam, Greedy
+from prefixfast_kernels.testing.tables import Request, decode_tables
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 ROWS, HEADS, DIM, VOCAB, KEYS = 32, 12, 64, 50257, 55
 

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from prefixfast import Engine, Prefix
 from prefixfast.config import GenerationParams
 from prefixfast.engine.request import make_requests
-from prefixfast.engine.select import Choice, Greedy
+from prefixfast.engine.search import Choice, Greedy
 
 ROWS, LENGTH, LAYERS = 32, 16, 2
 
@@ -27,7 +27,7 @@ class Constant(Greedy):
 def running(request, monkeypatch):
     """An engine with all rows decoding and this many resident prefixes; returns what makes and ends requests."""
     resident = request.param
-    monkeypatch.setattr("prefixfast.engine.residency.KEPT_PREFIXES", 10_000)
+    monkeypatch.setattr("prefixfast.engine.prefix_cache.KEPT_PREFIXES", 10_000)
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_layer=LAYERS, n_embd=64, n_head=1, vocab_size=128, n_positions=1024)).eval()
     base.generation_config.eos_token_id = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefixfast_kernels.tiles import EVERYWHERE
+from prefixfast_kernels.tile_configs import EVERYWHERE
 
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # fp32 logits of a chunk: about the last-level cache of a CPU; enough rows to fill a GPU
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tiles import EVERYWHERE, Sizes, decode_entry, entry, interpreted, padded, rows_of
-from prefixfast_kernels.torch_piece import Options
+from prefixfast_kernels.tile_configs import EVERYWHERE, Sizes, decode_entry, entry, interpreted, padded, rows_of
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 
 def dense(t: Tensor) -> Tensor:

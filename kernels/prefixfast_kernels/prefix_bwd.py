@@ -16,8 +16,8 @@ from prefixfast_kernels import launch
 from prefixfast_kernels.prefix_bwd_dq import prefix_bwd_delta, prefix_bwd_dq
 from prefixfast_kernels.prefix_bwd_kv import prefix_bwd_block, prefix_bwd_kv, prefix_bwd_sum
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tiles import EVERYWHERE, Sizes
-from prefixfast_kernels.torch_piece import Options
+from prefixfast_kernels.tile_configs import EVERYWHERE, Sizes
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 
 def attn_bwd(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefixfast_kernels.scores import LOG2E, load_rows, scaled, store_rows, uncapped
+from prefixfast_kernels.tile_ops import LOG2E, load_rows, scaled, store_rows, uncapped
 
 
 # fmt: off

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixfast_kernels import launch
-from prefixfast_kernels.scores import fold, load_rows, store_out, store_rows
 from prefixfast_kernels.tables import DecodeTables
-from prefixfast_kernels.torch_piece import Options
+from prefixfast_kernels.tile_ops import fold, load_rows, store_out, store_rows
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 
 # fmt: off

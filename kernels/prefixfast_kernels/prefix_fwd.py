@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixfast_kernels import launch
-from prefixfast_kernels.scores import fold, key_range, key_rows, keys_seen, load_rows, query_tile, store_out
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tiles import Sizes
-from prefixfast_kernels.torch_piece import Options
+from prefixfast_kernels.tile_configs import Sizes
+from prefixfast_kernels.tile_ops import fold, key_range, key_rows, keys_seen, load_rows, query_tile, store_out
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 
 # fmt: off

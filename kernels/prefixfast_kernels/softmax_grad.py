@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefixfast_kernels.scores import LN2, LOG2E
+from prefixfast_kernels.tile_ops import LN2, LOG2E
 
 
 # fmt: off

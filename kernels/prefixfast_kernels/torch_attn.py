@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefixfast_kernels.reference import accumulator
 from prefixfast_kernels.tables import BlockTables, PackedTables
-from prefixfast_kernels.torch_piece import Options, piece_bwd, piece_fwd
+from prefixfast_kernels.torch_sdpa_lse import Options, piece_bwd, piece_fwd
 
 # Under this many sequences one call for each run of equal lengths (views, no padding) beats padded buckets: prototypes/cpu/ragged.py.
 LOOP_BELOW = 16

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefixfast_kernels.tables import DecodeTables
 from prefixfast_kernels.torch_attn import merge_blocks
-from prefixfast_kernels.torch_piece import Options, piece_fwd
+from prefixfast_kernels.torch_sdpa_lse import Options, piece_fwd
 
 
 def decode_fwd(

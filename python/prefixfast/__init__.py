@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefixfast.config import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
-    from prefixfast.engine.call import generate, score
     from prefixfast.engine.engine import Engine
-    from prefixfast.engine.hf_cache import HFCache
+    from prefixfast.engine.generate import generate, score
+    from prefixfast.engine.prefix_cache import Resident
     from prefixfast.engine.request import Generation, TokenLogprob
-    from prefixfast.engine.residency import Resident
     from prefixfast.engine.score import Score
     from prefixfast.engine.stream import Stream
     from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
-    from prefixfast.model import Model, load, unload
-    from prefixfast.prefix import Prefix
+    from prefixfast.integrations.hf_generate import HFCache
+    from prefixfast.model.base import Model, load, unload
+    from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import PrefixStore
     from prefixfast.training.trainer import TrainRun, train
 
@@ -36,25 +36,25 @@ _HOME = {
     "EngineConfig": "config",
     "Generation": "engine.request",
     "GenerationParams": "config",
-    "HFCache": "engine.hf_cache",
-    "Model": "model",
-    "Prefix": "prefix",
+    "HFCache": "integrations.hf_generate",
+    "Model": "model.base",
+    "Prefix": "prefix.prefix",
     "PrefixConfig": "config",
     "PrefixFastError": "errors",
     "PrefixStore": "store",
     "RequestError": "errors",
-    "Resident": "engine.residency",
+    "Resident": "engine.prefix_cache",
     "Score": "engine.score",
     "Stream": "engine.stream",
     "TokenLogprob": "engine.request",
     "TrainConfig": "config",
     "TrainRun": "training.trainer",
     "UnknownPrefixError": "errors",
-    "generate": "engine.call",
-    "load": "model",
-    "score": "engine.call",
+    "generate": "engine.generate",
+    "load": "model.base",
+    "score": "engine.generate",
     "train": "training.trainer",
-    "unload": "model",
+    "unload": "model.base",
 }
 __all__ = [
     "BaseMismatchError",

@@ -326,8 +326,8 @@ class Scheduler:
         tile_rows: Height of the prefill's tiles; 0 makes none.
         buckets: As in `plan_packed`.
         prefix_rows: Rows that prefixes may hold together; None: all.
-        decode: How decode steps are cut: `users`, `fill`, `key_bytes`, `part_bytes`, `item_bytes`, `launch_bytes` of `prefixfast_kernels.tiles.DecodeSizes`;
-            with 0 users, or None, no work tables.
+        decode: How decode steps are cut: `users`, `fill`, `key_bytes`, `part_bytes`, `item_bytes`, `launch_bytes` of
+            `prefixfast_kernels.tile_configs.DecodeSizes`; with 0 users, or None, no work tables.
         pad_decode: Fill the decode tables up to sizes that depend only on the next power of two of its rows (at most `max_rows`) and on the most prefixes of
             a request so far, so that a captured graph serves every step of its bucket. Needs `decode`. Dead rows have one key, in the scratch slot; their
             `row` is `max_rows`: the slot table needs that row too.

@@ -7,9 +7,9 @@ import torch
 import prefixfast
 import tiny
 from parity.packed import case, packed
+from prefixfast.attention.plan import plain_plan
 from prefixfast.config import GenerationParams
 from prefixfast.engine.request import make_requests
-from prefixfast.plan import plain_plan
 from prefixfast.training.trainer import train
 
 pytestmark = pytest.mark.gpu

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from prefixfast_kernels import cross_entropy, decode_cases, tiles
-from prefixfast_kernels.cases import CASES, FLOOR, NAMES, errors, triton, within
-from prefixfast_kernels.checks import relative_error
+from prefixfast_kernels import cross_entropy
+from prefixfast_kernels import tile_configs as tiles
+from prefixfast_kernels.testing import decode_cases
+from prefixfast_kernels.testing.packed_cases import CASES, FLOOR, NAMES, errors, triton, within
+from prefixfast_kernels.testing.tables import relative_error
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

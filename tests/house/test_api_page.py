@@ -19,6 +19,7 @@ import pytest
 import torch
 import transformers
 import typer
+from prefixfast.prefix.inspect import Inspection
 
 import prefixfast
 from oracles import ROOT
@@ -26,7 +27,6 @@ from prefixfast import Model, Prefix, load, unload
 from prefixfast.cli import app
 from prefixfast.config import Options
 from prefixfast.engine.worker import Ticket
-from prefixfast.inspection import Inspection
 from prefixfast.store import Check, Outcome, Receipt, StoredPrefix
 
 PAGE = ROOT / "docs" / "api.md"
@@ -228,7 +228,7 @@ def test_the_example_holds(case, here):
 
 
 def test_the_example_of_the_lm_eval_model_holds(here):
-    from prefixfast.harness import PrefixLM
+    from prefixfast.integrations.lm_eval import PrefixLM
 
     (case,) = examples_of(PrefixLM, "PrefixLM")
     with load("tiny-gpt2", dtype="float32") as model:

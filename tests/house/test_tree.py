@@ -121,18 +121,6 @@ def test_every_public_method_has_a_docstring(public):
     assert [n for n, m in members(public) if not inspect.getdoc(m)] == []
 
 
-# ---- the README's tree ----
-
-README = ROOT / "README.md"
-
-
-def test_the_tree_in_the_readme_names_every_source_file():
-    blocks = re.findall(r"^```.*?\n(.*?)^```", README.read_text(encoding="utf8"), re.MULTILINE | re.DOTALL)
-    words = {w for b in blocks for w in re.findall(r"[\w./-]+", b)}
-    sources = [p for p in (*SOURCES, *RUST) if p.name not in ("__init__.py", "mod.rs", "lib.rs")]
-    assert [name(p) for p in sources if not {p.name, p.stem, f"{p.parent.name}/{p.name}"} & words] == []
-
-
 # ---- what must not be in any tracked file ----
 
 REGISTRIES = tuple(".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("crates", "io")))  # not spelt out: this file is searched too

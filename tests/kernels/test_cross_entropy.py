@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from prefixfast_kernels import cross_entropy, reference
-from prefixfast_kernels.checks import relative_error
+from prefixfast_kernels.testing.tables import relative_error
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 RUNS = [("torch", torch.float64), *((b, d) for b in ("torch", "triton") for d in (torch.float32, torch.bfloat16))]

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from prefixfast_kernels import reference
-from prefixfast_kernels.checks import Request, problem
+from prefixfast_kernels.testing.tables import Request, problem
 
 SEQUENCES = [Request(7, ((0, True),)), Request(1, ((1, True),)), Request(12, ((0, True), (1, True))), Request(5)]
 BLOCKS = [6, 3]

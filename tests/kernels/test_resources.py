@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from oracles import ROOT
-from prefixfast_kernels.offline import CHIPS, Report, cases, faults
+from prefixfast_kernels.testing.compile_report import CHIPS, Report, cases, faults
 
 pytest.importorskip("triton")
 
@@ -16,7 +16,7 @@ def compiled(*args: str, first: str = "") -> subprocess.CompletedProcess[str]:
     """Runs in a process of its own: here the kernels belong to the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (first, str(ROOT / "kernels"))))
-    return subprocess.run([sys.executable, "-m", "prefixfast_kernels.offline", *args], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "prefixfast_kernels.testing.compile_report", *args], env=env, capture_output=True, text=True, check=False)
 
 
 def test_the_kernels_of_a_hopper_chip_are_sound():

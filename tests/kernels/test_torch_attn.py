@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from prefixfast import attend, backends, ops
+from prefixfast.attention import backends, ops
+from prefixfast.attention import cpu_decode as attend
 from prefixfast_kernels import reference
-from prefixfast_kernels.checks import Problem, Request, decode_tables, problem, relative_error
 from prefixfast_kernels.tables import PackedTables
+from prefixfast_kernels.testing.tables import Problem, Request, decode_tables, problem, relative_error
 
 FEW = [Request(7, ((0, True),)), Request(1, ((1, True),)), Request(12, ((0, True), (1, False))), Request(5), Request(3, ((1, True),))]
 MANY = [Request(1 + (5 * i) % 13, (((i // 6) % 2, i % 2 == 0),) if i % 5 else ()) for i in range(23)]  # enough for buckets

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from prefixfast_kernels import launch, tiles
-from prefixfast_kernels.cases import CASES, FLOOR, NAMES, Case, errors, triton, within
-from prefixfast_kernels.checks import Problem, Request, relative_error
-from prefixfast_kernels.torch_piece import Options
+from prefixfast_kernels import launch
+from prefixfast_kernels import tile_configs as tiles
+from prefixfast_kernels.testing.packed_cases import CASES, FLOOR, NAMES, Case, errors, triton, within
+from prefixfast_kernels.testing.tables import Problem, Request, relative_error
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 import torch
 
-from prefixfast import ops
+from prefixfast.attention import ops
 from prefixfast.errors import ConfigError
-from prefixfast_kernels import decode_cases, launch, tiles
-from prefixfast_kernels.cases import FLOOR, within
-from prefixfast_kernels.checks import relative_error
-from prefixfast_kernels.decode_cases import CASES, MODES, NAMES, Case, errors, problem, replayed, sizes_of, specification, triton
-from prefixfast_kernels.torch_piece import Options
+from prefixfast_kernels import launch
+from prefixfast_kernels import tile_configs as tiles
+from prefixfast_kernels.testing import decode_cases
+from prefixfast_kernels.testing.decode_cases import CASES, MODES, NAMES, Case, errors, problem, replayed, sizes_of, specification, triton
+from prefixfast_kernels.testing.packed_cases import FLOOR, within
+from prefixfast_kernels.testing.tables import relative_error
+from prefixfast_kernels.torch_sdpa_lse import Options
 
 pytest.importorskip("triton")
 # The interpreter cuts bf16 off where a device rounds to nearest: one unit in the last place instead of a half.

@@ -6,9 +6,9 @@ import torch
 import transformers
 
 import tiny
-from prefixfast.model import load
-from prefixfast.plan import plain_plan
-from prefixfast_kernels.tiles import Backend
+from prefixfast.attention.plan import plain_plan
+from prefixfast.model.base import load
+from prefixfast_kernels.tile_configs import Backend
 
 assert transformers.__version__ == sys.argv[1], transformers.__version__
 texts = [torch.arange(3, 3 + n) for n in (9, 20)]

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from prefixfast.blocks import rows_of, stacked
-from prefixfast.interchange import peft as layout
-from prefixfast.model import load
-from prefixfast.plan import training_plan
-from prefixfast.prefix import Prefix
+from prefixfast.attention.plan import training_plan
+from prefixfast.model.base import load
+from prefixfast.prefix import peft_format as layout
+from prefixfast.prefix.kv import rows_of, stacked
+from prefixfast.prefix.prefix import Prefix
 
 
 @dataclass

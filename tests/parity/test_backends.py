@@ -7,9 +7,9 @@ import prefixfast
 import tiny
 from parity.packed import case, packed
 from prefixfast import Engine, Prefix
-from prefixfast.interchange import peft as layout
+from prefixfast.prefix import peft_format as layout
 from prefixfast.training.trainer import train
-from prefixfast_kernels import tiles
+from prefixfast_kernels import tile_configs as tiles
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3"])

@@ -13,7 +13,7 @@ from parity.test_generate import alone
 from prefixfast import Engine, Prefix, PrefixStore
 from prefixfast.config import GenerationParams
 from prefixfast.engine.request import make_requests
-from prefixfast.interchange import peft as layout
+from prefixfast.prefix import peft_format as layout
 
 PROMPTS, LENGTHS = (3, 90, 17, 40, 1, 75), (20, 33, 5, 48, 16, 9)
 NEW = 10

@@ -7,8 +7,8 @@ import torch
 
 import tiny
 from prefixfast import Engine
-from prefixfast.interchange import peft as layout
-from prefixfast.prefix import Prefix
+from prefixfast.prefix import peft_format as layout
+from prefixfast.prefix.prefix import Prefix
 
 LENGTHS, CHOICE = (7, 4, 1, 20, 6, 11), (0, 1, 0, 0, None, 1)
 GAP = 1e-4  # a differing token is excused only if an fp64 rerun shows scores this close

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, SuppressTokensLogitsProcessor
 import tiny
 from prefixfast import HFCache, Prefix, load
 from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError
-from prefixfast.interchange import peft as layout
+from prefixfast.prefix import peft_format as layout
 
 LENGTHS, CHOICE = (7, 4, 1, 13), (0, 1, None, 1)
 

@@ -10,7 +10,7 @@ import tiny
 from parity.packed import case, packed
 from parity.test_generate import alone
 from prefixfast import Engine, HFCache, Prefix, load
-from prefixfast.interchange import peft as layout
+from prefixfast.prefix import peft_format as layout
 
 SETS = ((1,), (0, 2))  # of the two prefixes of a case
 LOW = ((0,), (0,))  # the last layers see nothing

@@ -10,8 +10,8 @@ from transformers.generation.logits_process import TopKLogitsWarper
 import tiny
 from prefixfast import Engine, score
 from prefixfast.errors import ConfigError, RequestError
-from prefixfast.interchange import peft as layout
-from prefixfast.prefix import Prefix
+from prefixfast.prefix import peft_format as layout
+from prefixfast.prefix.prefix import Prefix
 
 LENGTHS, CHOICE, NEW = (7, 4, 1, 20), (0, 1, None, 1), 14
 

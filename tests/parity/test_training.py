@@ -7,8 +7,8 @@ from peft import PrefixTuningConfig, get_peft_model
 from transformers import get_linear_schedule_with_warmup
 
 import tiny
-from prefixfast.interchange import peft as layout
-from prefixfast.prefix import Prefix
+from prefixfast.prefix import peft_format as layout
+from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.trainer import train
 
 STEPS, BATCH, P, RATE, WARMUP = 20, 4, 5, 2e-2, 4

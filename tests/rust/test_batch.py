@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import oracles
 from oracles import int32
 from prefixfast._rust import Scheduler, StepHeader, pack, plan_packed
+from prefixfast.attention.plan import section
 from prefixfast.errors import CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
-from prefixfast.plan import section
-from prefixfast_kernels.decode_cases import with_work
 from prefixfast_kernels.tables import DecodeTables
-from prefixfast_kernels.tiles import NO_WORK, DecodeSizes
+from prefixfast_kernels.testing.decode_cases import with_work
+from prefixfast_kernels.tile_configs import NO_WORK, DecodeSizes
 
 PREFIX_ROWS = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]]
 seeded = settings(derandomize=True, deadline=None, max_examples=100)

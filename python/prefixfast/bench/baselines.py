@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixfast import ops
-from prefixfast_kernels.checks import Request, packed_tables
+from prefixfast.attention import ops
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tiles import Backend
+from prefixfast_kernels.testing.tables import Request, packed_tables
+from prefixfast_kernels.tile_configs import Backend
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from prefixfast.interchange import peft as layout
-from prefixfast.prefix import Prefix
+from prefixfast.prefix import peft_format as layout
+from prefixfast.prefix.prefix import Prefix
 
 Call = Callable[[], Tensor]
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from prefixfast import ops
+from prefixfast.attention import ops
 from prefixfast.bench.harness import DTYPES, LIMIT, Timing, alternate, write_rows
-from prefixfast_kernels.checks import Request, decode_tables, relative_error
-from prefixfast_kernels.decode_cases import MODES, with_work
 from prefixfast_kernels.tables import DecodeTables
+from prefixfast_kernels.testing.decode_cases import MODES, with_work
+from prefixfast_kernels.testing.tables import Request, decode_tables, relative_error
 
 
 @dataclass(frozen=True)

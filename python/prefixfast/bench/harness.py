@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from prefixfast.files import replace_file
+from prefixfast.io.atomic import replace_file
 
 K = TypeVar("K", bound=Hashable)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

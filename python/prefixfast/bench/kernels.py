@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from prefixfast.bench.baselines import CONTENDERS, ON_CPU, TRANSFORMERS, Contender, Inputs, Shape
 from prefixfast.bench.harness import DTYPES, LIMIT, Timing, alternate, cpu_name, write_rows
-from prefixfast_kernels import tiles
-from prefixfast_kernels.cases import CASES, FLOOR, NAMES, errors, triton, within
-from prefixfast_kernels.checks import relative_error
+from prefixfast_kernels import tile_configs as tiles
+from prefixfast_kernels.testing.packed_cases import CASES, FLOOR, NAMES, errors, triton, within
+from prefixfast_kernels.testing.tables import relative_error
 
 GPU_SHAPES = (
     Shape("8B heads, 64 x 256, P=128", 64, 256, 128, 1, (32, 8, 128)),

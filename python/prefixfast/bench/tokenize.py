@@ -17,7 +17,7 @@ from prefixfast.bench.harness import Timing, alternate, cpu_name, write_rows
 from prefixfast.data.rows import read_rows
 from prefixfast.data.tasks import find_task
 from prefixfast.errors import DataError
-from prefixfast.tokenizer import Tokenizer
+from prefixfast.model.tokenizer import Tokenizer
 
 OURS, LISTS, ARRAYS, FAST = "prefixfast", "transformers, lists", "transformers, one int32 array", "tokenizers, encode_batch_fast"
 Ragged = tuple[NDArray[np.int32], NDArray[np.int32]]

@@ -50,7 +50,7 @@ def generate(
 ) -> None:
     """Throughput of generation versus prefix length, distinct prefixes and batch, against PEFT (when installed) and a batch mixed by hand."""
     from prefixfast.bench.generate import SHAPES, run
-    from prefixfast.model import DTYPES
+    from prefixfast.model.base import DTYPES
 
     _known(("--shape", shape, SHAPES), ("--dtype", dtype, DTYPES))
     numbers = _numbers(lengths=lengths, distinct=distinct, requests=requests)

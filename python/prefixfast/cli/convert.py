@@ -50,7 +50,7 @@ def convert(source: Path, target: Path, *, verify: bool) -> Outcome:
         OSError: If the disk refuses; what was at ``target`` is intact.
     """
     from prefixfast.errors import DataError
-    from prefixfast.prefix import Prefix
+    from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import Outcome
 
     name = str(source)
@@ -71,6 +71,6 @@ def convert(source: Path, target: Path, *, verify: bool) -> Outcome:
 
 def adapters(root: Path) -> list[Path]:
     """All adapter folders below ``root``, and ``root`` itself if it is one."""
-    from prefixfast.store.exchange import is_adapter
+    from prefixfast.store.import_export import is_adapter
 
     return [Path(folder) for folder, folders, _ in os.walk(root) if folders.sort() is None and is_adapter(Path(folder))]

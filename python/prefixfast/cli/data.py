@@ -12,7 +12,7 @@ import typer
 from prefixfast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from prefixfast.training.check import Report
+    from prefixfast.training.check_data import Report
 
 app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
 
@@ -37,7 +37,7 @@ def check(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> None:
     """Every problem with its line, lengths, and one example as the model would see it. Exit status 1 if there are problems."""
-    from prefixfast.training.check import check as run
+    from prefixfast.training.check_data import check as run
 
     if max_length is not None and model is None:
         msg = "--max-length: expected together with --model, whose tokens it counts"
@@ -55,7 +55,7 @@ def _base(model: str) -> dict[str, Any]:
     """Tokenizer and sizes of a base, without its weights."""
     from transformers import AutoConfig, AutoTokenizer
 
-    from prefixfast.tokenizer import Tokenizer
+    from prefixfast.model.tokenizer import Tokenizer
 
     try:
         config, tokenizer = AutoConfig.from_pretrained(model).get_text_config(), AutoTokenizer.from_pretrained(model)

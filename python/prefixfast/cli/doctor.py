@@ -12,7 +12,7 @@ import typer
 from prefixfast.cli.output import in_bytes, show_one
 
 if TYPE_CHECKING:
-    from prefixfast.model import Model
+    from prefixfast.model.base import Model
 
 PACKAGES = ("prefixfast", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "peft")
 LENGTH, HEAD_DIM = 10, 64  # a usual prefix; the usual head of a base that is not given
@@ -27,7 +27,7 @@ def command(
     problem = rust_problem()
     values = machine(problem)
     if model is not None and problem is None:
-        from prefixfast.model import load
+        from prefixfast.model.base import load
 
         try:
             with load(model, dtype=dtype) as base:
@@ -54,7 +54,7 @@ def machine(problem: str | None) -> dict[str, Any]:
     import torch
 
     from prefixfast.bench.harness import environment, version
-    from prefixfast.memory import free_memory
+    from prefixfast.model.memory import free_memory
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     told = environment()
@@ -78,9 +78,9 @@ def backends(base: Model | None = None) -> dict[str, Any]:
     import torch
     from torch import nn
 
-    from prefixfast import ops
-    from prefixfast.model import has_fast_bf16
-    from prefixfast.prepack import prepack
+    from prefixfast.attention import ops
+    from prefixfast.model.base import has_fast_bf16
+    from prefixfast.model.prepack import prepack
 
     if base is not None:
         device, dtype, dim, chosen = base.device, base.dtype, base.layers[0].head_dim, base.backend
@@ -101,7 +101,7 @@ def backends(base: Model | None = None) -> dict[str, Any]:
 
 def of_model(base: Model) -> dict[str, Any]:
     """The base, and what a prefix for it costs."""
-    from prefixfast.attach import VERIFIED
+    from prefixfast.model.attach import VERIFIED
 
     kind = base.hf.config.model_type
     start = time.perf_counter()

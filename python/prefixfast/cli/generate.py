@@ -36,7 +36,7 @@ def command(
     """Generate for every row, each with its own prefix, in one batch."""
     from prefixfast import generate as run
     from prefixfast.data.rows import read_rows
-    from prefixfast.files import replace_file
+    from prefixfast.io.atomic import replace_file
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(requests)

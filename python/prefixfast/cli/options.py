@@ -13,7 +13,7 @@ import yaml
 
 from prefixfast.config import Options, unknown_option
 from prefixfast.errors import ConfigError
-from prefixfast.yaml12 import read_yaml
+from prefixfast.io.yaml import read_yaml
 
 
 def flags(*configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:

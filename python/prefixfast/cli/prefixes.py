@@ -83,7 +83,7 @@ def add(
     as_json: Json = False,
 ) -> None:
     """Put a prefix under a name; what has the name becomes its version before."""
-    from prefixfast.prefix import Prefix
+    from prefixfast.prefix.prefix import Prefix
 
     prefix = Prefix.from_pretrained(folder)
     _changed(_open(store, make=True, keep_versions=keep_versions).put(name, prefix), as_json=as_json)

@@ -30,7 +30,7 @@ def command(
     """Log-probabilities of every row's target, each with its own prefix."""
     from prefixfast import score as run
     from prefixfast.data.rows import read_rows
-    from prefixfast.files import replace_file
+    from prefixfast.io.atomic import replace_file
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(rows_file)

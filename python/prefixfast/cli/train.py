@@ -14,7 +14,7 @@ import typer
 from prefixfast.cli.options import flags
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
-from prefixfast.yaml12 import read_yaml
+from prefixfast.io.yaml import read_yaml
 
 DATA = typer.Argument(help="rows (.jsonl .json .csv .parquet, also .gz) for one prefix, or NAME=FILE for each of several prefixes")
 DRY_RUN = typer.Option("--dry-run", help="say what the run would take (parameters, memory, time from two measured steps) and write nothing")

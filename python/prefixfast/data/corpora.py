@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefixfast.data.files import FileRow, Item, decode, items, objects, read_bytes
 from prefixfast.data.formats import checked
-from prefixfast.data.readers import FileRow, Item, decode, items, objects, read_bytes
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import ConfigError, DataError
 

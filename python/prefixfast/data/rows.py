@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from prefixfast.data.readers import FileRow, items
+from prefixfast.data.files import FileRow, items
 from prefixfast.errors import DataError
 
 Row = Mapping[str, Any]

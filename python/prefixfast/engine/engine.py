@@ -20,20 +20,20 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
-from prefixfast.engine.all import run_all, wait_all
-from prefixfast.engine.arena import LONGEST_BY_DEFAULT
 from prefixfast.engine.explain import explain, memory_of
+from prefixfast.engine.kv_arena import LONGEST_BY_DEFAULT
 from prefixfast.engine.loop import Loop
-from prefixfast.engine.outcome import Outcome
-from prefixfast.engine.params import warn_about_defaults
+from prefixfast.engine.output import Outcome
+from prefixfast.engine.pinning import Residents
 from prefixfast.engine.request import Generation, Input, Request, failed, make_requests, one_by_one
-from prefixfast.engine.residents import Residents
+from prefixfast.engine.run_batch import run_all, wait_all
+from prefixfast.engine.sampling_params import warn_about_defaults
 from prefixfast.engine.score import Score, score, target_ids
-from prefixfast.engine.shared import SharedPrompts
+from prefixfast.engine.shared_prompts import SharedPrompts
 from prefixfast.engine.stream import Deltas, Stream
 from prefixfast.engine.worker import Ticket, Worker
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError
-from prefixfast.model import Model, check_base_fields, load
+from prefixfast.model.base import Model, check_base_fields, load
 from prefixfast.store import PrefixStore
 
 logger = logging.getLogger(__name__)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from prefixfast import ops
+from prefixfast.attention import ops
 from prefixfast.config import EngineConfig
-from prefixfast.engine.arena import bytes_of_row
+from prefixfast.engine.kv_arena import bytes_of_row
 from prefixfast.engine.loop import Loop
-from prefixfast.model import Model
+from prefixfast.model.base import Model
 
 
 def memory_of(model: Model, loop: Loop, config: EngineConfig) -> str:

@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from prefixfast import _rust
+from prefixfast.attention.plan import Arena, Layout, Plan, packed_tables, section
 from prefixfast.config import EngineConfig
-from prefixfast.engine.arena import bytes_of_row, choose_rows, make_arena
-from prefixfast.engine.graphs import DecodeGraphs, Result, why_not
-from prefixfast.engine.loader import Loaded, Loader
-from prefixfast.engine.outcome import Outcome, StopStrings, Text
+from prefixfast.engine.cuda_graphs import DecodeGraphs, Result, why_not
+from prefixfast.engine.decode_batch import Chosen, Rows
+from prefixfast.engine.kv_arena import bytes_of_row, choose_rows, make_arena
+from prefixfast.engine.output import Outcome, StopStrings, Text
+from prefixfast.engine.prefix_cache import Residency
+from prefixfast.engine.prefix_loader import Loaded, Loader
 from prefixfast.engine.request import Request, TokenLogprob
-from prefixfast.engine.residency import Residency
-from prefixfast.engine.rows import Chosen, Rows
 from prefixfast.engine.transfer import to_device
 from prefixfast.errors import CapacityError, PrefixFastError, RequestError
-from prefixfast.model import DTYPES, Model
-from prefixfast.plan import Arena, Layout, Plan, packed_tables, section
-from prefixfast.prefix import Prefix
+from prefixfast.model.base import DTYPES, Model
+from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 from prefixfast_kernels.tables import DecodeTables
 

@@ -16,12 +16,12 @@ from transformers import LogitsProcessorList
 from prefixfast.config import GenerationParams
 from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS
 from prefixfast.data.tasks import PLAIN, Task, request_task
-from prefixfast.engine.params import NOTHING, base_defaults, check_params, request_error, resolve
+from prefixfast.engine.sampling_params import NOTHING, base_defaults, check_params, request_error, resolve
 from prefixfast.errors import ConfigError, DataError, PrefixFastError, RequestError
-from prefixfast.model import Model
-from prefixfast.prefix import Prefix
+from prefixfast.model.base import Model
+from prefixfast.model.tokenizer import Tokenizer
+from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
-from prefixfast.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 Input = str | list[int] | Mapping[str, Any]

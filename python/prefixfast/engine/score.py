@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefixfast.blocks import rows_of, stacked
-from prefixfast.engine.params import request_error
+from prefixfast.attention.plan import Plan, training_plan
 from prefixfast.engine.request import Input, Request
-from prefixfast.engine.select import likeliest
+from prefixfast.engine.sampling_params import request_error
+from prefixfast.engine.search import likeliest
 from prefixfast.errors import ConfigError, RequestError
-from prefixfast.head import packed_hidden
-from prefixfast.model import Model
-from prefixfast.plan import Plan, training_plan
+from prefixfast.model.base import Model
+from prefixfast.model.lm_head import packed_hidden
+from prefixfast.prefix.kv import rows_of, stacked
 from prefixfast.store import StoredPrefix
 
 PIECE = 256  # rows of logits at a time

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from prefixfast.engine.loop import Loop
-from prefixfast.engine.outcome import Outcome
+from prefixfast.engine.output import Outcome
 from prefixfast.engine.request import Generation, Request
 from prefixfast.errors import CapacityError, ConfigError
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.folders import layers_of
-from prefixfast.interchange.peft import read_json
-from prefixfast.prefix import Prefix
+from prefixfast.prefix.folder import layers_of
+from prefixfast.prefix.peft_format import read_json
+from prefixfast.prefix.prefix import Prefix
 from prefixfast.store.versions import version_folders
 
 Shape = tuple[int, int, int]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
-from prefixfast.files import sync_folder, write_file
-from prefixfast.prefix import Prefix
-from prefixfast.store import check, exchange
+from prefixfast.io.atomic import sync_folder, write_file
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.store import import_export as exchange
+from prefixfast.store import verify as check
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.reports import Check, Outcome, Receipt
 from prefixfast.store.versions import read_newest, settle, version_folders

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from prefixfast.errors import DataError
-from prefixfast.files import PATIENCE, identity, sync_folder
+from prefixfast.io.atomic import PATIENCE, identity, sync_folder
 
 T = TypeVar("T")
 NUMBER = re.compile(r"[0-9]{1,18}")

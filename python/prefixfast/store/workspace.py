@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefixfast.files import STALE_SECONDS
+from prefixfast.io.atomic import STALE_SECONDS
 
 if sys.platform != "win32":
     import fcntl

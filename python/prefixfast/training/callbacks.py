@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from prefixfast.errors import ConfigError
-from prefixfast.prefix import Prefix
+from prefixfast.prefix.prefix import Prefix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prefixfast.training.results import TrainRun
+    from prefixfast.training.train_run import TrainRun
 
 
 class Callback:

@@ -13,8 +13,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.files import read_settled, recover_folder, replace_folder, write_file
-from prefixfast.interchange.peft import read_json
+from prefixfast.io.atomic import read_settled, recover_folder, replace_folder, write_file
+from prefixfast.prefix.peft_format import read_json
 
 STATE, TENSORS = "state.json", "state.safetensors"
 VERSION = 1

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from prefixfast.data.rows import Rows
-from prefixfast.training.guards import recomputed
-from prefixfast.training.output import Output
-from prefixfast.training.run import Run
+from prefixfast.training.loop import Run
+from prefixfast.training.output_dir import Output
+from prefixfast.training.resilience import recomputed
 from prefixfast.training.trainer import base_for, check_groups, prepare
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
 from prefixfast.errors import ConfigError
-from prefixfast.yaml12 import read_yaml
+from prefixfast.io.yaml import read_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
 FIELDS = tuple(n for n in (*TrainConfig.names(), *PrefixConfig.names(), "init", "init_text") if n != "recipe")

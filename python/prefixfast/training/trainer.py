@@ -11,17 +11,17 @@ from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.data.rows import Rows
 from prefixfast.data.tasks import Task, find_task
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.model import DTYPES, Model, borrowed
-from prefixfast.prefix import Prefix
+from prefixfast.model.base import DTYPES, Model, borrowed
+from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
-from prefixfast.training.arguments import ONLY, Given, check_names, gather, settings
 from prefixfast.training.callbacks import Hooks, reporter
-from prefixfast.training.guards import recomputed
-from prefixfast.training.members import make_groups
-from prefixfast.training.output import Output
-from prefixfast.training.results import TrainRun
-from prefixfast.training.run import Job, Run
-from prefixfast.training.start import settle
+from prefixfast.training.groups import make_groups
+from prefixfast.training.init import settle
+from prefixfast.training.inputs import ONLY, Given, check_names, gather, settings
+from prefixfast.training.loop import Job, Run
+from prefixfast.training.output_dir import Output
+from prefixfast.training.resilience import recomputed
+from prefixfast.training.train_run import TrainRun
 
 __all__ = ["TrainRun", "base_for", "check_groups", "prepare", "train"]
 
@@ -63,7 +63,7 @@ def train(
         on_top_of: A prefix (or its name in ``store``) that stays as it is and comes before each new one, in training as in ``generate(..., [[it, new]])``.
         objective: ``"sft"``: the likelihood of each row's target, as in Li & Liang; there is no other yet.
         sweep: By field (or ``init``) a list of values: every combination is trained, in the same batches where the field may differ by prefix
-            (`prefixfast.training.members.PER_PREFIX`); see `TrainRun.best`.
+            (`prefixfast.training.groups.PER_PREFIX`); see `TrainRun.best`.
         overrides: By name, fields of that prefix alone: ``{"ann": {"learning_rate": 1e-3}}``.
         store: A `PrefixStore` or its path: each prefix is put there at once when it finishes (plain rows as ``"prefix"``).
         output_dir: Prefixes, ``log.jsonl``, ``failed.jsonl`` and checkpoints go there: the prefix itself, or one folder a name.

@@ -1,0 +1,1 @@
+"""Atomic writes, untrusted files and YAML."""

@@ -1,0 +1,1 @@
+"""The frozen base model: loading, attaching, output head, packed weights, fingerprint and tokenizer."""

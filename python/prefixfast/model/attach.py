@@ -1,0 +1,249 @@
+"""Attach an unmodified transformers model to the packed attention, and give it back exactly as it was.
+
+Attaching freezes the model, switches every sub-model to the attention implementation "prefixfast", replaces the eight-operation NewGELU by one operator,
+and proves by a dry run that every layer reaches our attention function. There is no code for single architectures here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.activations import NewGELUActivation
+
+from prefixfast.attention import ops
+from prefixfast.attention.hf_interface import NAME
+from prefixfast.attention.plan import Plan, plain_plan
+from prefixfast.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Architectures whose parity with PEFT the test suite holds (tests/parity); others are attached when their logits come out unchanged.
+VERIFIED = frozenset({"gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"})
+OWN_ATTENTION = "it computes attention in its own code, outside transformers' attention interface"
+REFUSED = {
+    **dict.fromkeys(("gptj", "gpt_neo", "codegen", "falcon", "xglm"), OWN_ATTENTION),
+    **dict.fromkeys(("bloom", "mpt"), OWN_ATTENTION + " and needs ALiBi biases"),
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads of one attention layer: query heads HQ, key-value heads H, head dim D."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+@dataclass
+class Handle:
+    """An attached model. Every `attach` needs its `detach`; the last one restores the model.
+
+    It lives on the model itself, so that a model that nobody holds any more is freed with it.
+    """
+
+    model: PreTrainedModel
+    layers: tuple[LayerShape, ...]
+    undo: list[Callable[[], None]]
+    users: int = 1
+
+    def detach(self) -> None:
+        """Give the model back; the last user restores attention, activations, training flags and requires_grad."""
+        with _LOCK:
+            self.users -= 1
+            if self.users == 0:
+                _run(self.undo)
+                self.model.__dict__.pop(KEY, None)
+
+
+KEY = "_prefixfast_handle"
+_LOCK = threading.RLock()
+
+
+def attach(model: PreTrainedModel) -> Handle:
+    """Attach a decoder-only model.
+
+    Args:
+        model: Any causal language model of transformers that runs its attention through the attention interface.
+
+    Returns:
+        The handle; attaching an attached model returns the same one.
+
+    Raises:
+        ConfigError: For a model that cannot work, with the reason; the model is then as it was before.
+    """
+    with _LOCK:
+        found = model.__dict__.get(KEY)
+        if isinstance(found, Handle) and found.model is model:
+            found.users += 1
+            return found
+        check(model)
+        verified = model.config.model_type in VERIFIED
+        undo = _freeze(model)
+        try:
+            before = None if verified else _logits(model)
+            undo += _switch(model) + _replace_gelu(model)
+            layers, after = _dry_run(model)
+            if before is not None:
+                _compare(model, before, after)
+        except BaseException:
+            _run(undo)
+            raise
+        model.__dict__[KEY] = handle = Handle(model, layers, undo)
+        return handle
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` for a model that is known not to work."""
+    config = model.config
+    kind = config.model_type
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "encoder-decoder models are not supported yet"
+    elif kind in REFUSED:
+        reason = REFUSED[kind]
+    elif getattr(config, "reorder_and_upcast_attn", False):
+        reason = "config.reorder_and_upcast_attn is honoured by eager attention only; set it to False if the model was not trained with it in half precision"
+    elif getattr(config.get_text_config(), "attention_chunk_size", None):
+        reason = "config.attention_chunk_size: chunked attention is not computed by prefixfast"
+    elif getattr(config, "add_cross_attention", False):
+        reason = "config.add_cross_attention needs an encoder's states, which a prefix-tuned decoder does not have"
+    elif dynamic := {t for t in _rope_types(config) if t in ("dynamic", "longrope")}:
+        reason = f"RoPE type {dynamic.pop()!r} changes with the batch's length, so packed requests would change each other; use 'default', 'linear' or 'yarn'"
+    if reason:
+        msg = f"cannot attach {type(model).__name__} ({kind}): {reason}"
+        raise ConfigError(msg)
+
+
+def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
+    """Logits of one packed forward of an attached model.
+
+    Args:
+        model: An attached model.
+        plan: The plan of these tokens.
+        ids: ``[N]``.
+
+    Returns:
+        ``[n, V]`` at ``plan.logits_at``, ``[N, V]`` without it.
+
+    Raises:
+        ConfigError: If the model is detached or in training mode: its own attention would drop the plan in silence.
+    """
+    check_packed(model)
+    tokens = ids[None]
+    keep = {} if plan.logits_at is None else {"logits_to_keep": plan.logits_at}
+    # The mask of ones keeps GPT-2 from searching the batch for padding (a host synchronization); it is dropped on the way.
+    out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=plan.position_ids, use_cache=False, prefixfast=plan, **keep)
+    return out.logits[0]
+
+
+def check_packed(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` if the model is detached or in training mode: its own attention would drop the plan in silence."""
+    if model.config._attn_implementation != NAME or model.training:
+        state = "in training mode, call eval()" if model.training else "detached, or its attention was switched; load it again"
+        msg = f"this {type(model).__name__} cannot run a packed forward: it is {state}"
+        raise ConfigError(msg)
+
+
+def _run(undo: list[Callable[[], None]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _rope_types(config: Any) -> set[str]:
+    """RoPE types of a config; Gemma3 nests one dictionary for each kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [v for v in rope.values() if isinstance(v, dict)] or [rope]
+    return {str(r.get("rope_type", r.get("type", "default"))) for r in nested}
+
+
+def _freeze(model: PreTrainedModel) -> list[Callable[[], None]]:
+    training = [m for m in model.modules() if m.training]
+    grads = [p for p in model.parameters() if p.requires_grad]
+
+    def restore() -> None:
+        for module in training:
+            module.training = True
+        for parameter in grads:
+            parameter.requires_grad_(True)
+
+    model.eval()
+    model.requires_grad_(False)
+    return [restore]
+
+
+def _switch(model: PreTrainedModel) -> list[Callable[[], None]]:
+    """Set the implementation on every sub-model: a call on the top one does not reach stacks with a config of their own in all versions."""
+    undo: list[Callable[[], None]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if isinstance(module, PreTrainedModel) and id(config) not in seen:
+            seen.add(id(config))
+            old = config._attn_implementation
+
+            def restore(config: Any = config, old: Any = old) -> None:
+                config._attn_implementation_internal = old
+
+            undo.append(restore)
+            config._attn_implementation_internal = NAME
+    return undo
+
+
+def _replace_gelu(model: PreTrainedModel) -> list[Callable[[], None]]:
+    undo: list[Callable[[], None]] = []
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is NewGELUActivation:
+                setattr(parent, name, torch.nn.GELU(approximate="tanh"))
+
+                def restore(parent: Any = parent, name: str = name, child: Any = child) -> None:
+                    setattr(parent, name, child)
+
+                undo.append(restore)
+    return undo
+
+
+def _probe_ids(model: PreTrainedModel) -> Tensor:
+    return torch.arange(1, 9, device=model.device) % model.config.get_text_config().vocab_size
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel) -> Tensor:
+    return model(input_ids=_probe_ids(model)[None], use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def _dry_run(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], Tensor]:
+    """Shapes of all layers as our function sees them, and the logits of a short text."""
+    ids = _probe_ids(model)
+    log: list[tuple[int, int, int, int]] = []
+    plan = replace(plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device), log=log)
+    try:
+        logits = packed_forward(model, plan, ids)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
+        msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): a packed forward fails: {e}"
+        raise ConfigError(msg) from e
+    expected = model.config.get_text_config().num_hidden_layers
+    reached = sorted(layer for layer, *_ in log)
+    if reached != list(range(expected)):
+        msg = f"cannot attach {type(model).__name__}: its {expected} layers should each reach prefixfast's attention once, reached were {reached}"
+        raise ConfigError(msg)
+    return tuple(LayerShape(*shape) for _, *shape in sorted(log)), logits
+
+
+def _compare(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
+    error = (before.float() - after.float()).abs().max().item() / before.float().abs().max().item()
+    limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
+    if not error < limit:
+        name = f"{type(model).__name__} ({model.config.model_type})"
+        msg = f"cannot attach {name}: its logits change by {error:.1e} (limit {limit:.0e}) under prefixfast's attention"
+        raise ConfigError(msg)
+    logger.info("%s is not in the tested set; its logits are unchanged under prefixfast's attention (%.1e)", model.config.model_type, error)

@@ -1,0 +1,73 @@
+"""The base's output layer, where it is a plain one: losses of target tokens from hidden states, without holding all logits.
+
+Shape letters: N packed tokens, n target tokens, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prefixfast.attention import ops
+from prefixfast.attention.plan import Plan, plain_plan
+from prefixfast.model.attach import check_packed, packed_forward
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear output layer.
+
+    Attributes:
+        layer: Its module.
+        softcap: Cap of its logits, 0 for none.
+    """
+
+    layer: nn.Linear
+    softcap: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, d]`` -> ``[n, V]``."""
+        out = self.layer(hidden)
+        return self.softcap * torch.tanh(out / self.softcap) if self.softcap else out
+
+    def losses(self, hidden: Tensor, targets: Tensor, backend: str) -> Tensor:
+        """Negative log-likelihood of ``targets`` int64 ``[n]`` given ``hidden [n, d]``: ``[n]`` in fp32 (fp64 for fp64); differentiable in ``hidden``."""
+        return ops.cross_entropy(hidden, self.layer.weight, self.layer.bias, targets, self.softcap, backend)
+
+
+def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
+    """Last hidden states ``[n, d]`` of one packed forward at ``plan.logits_at`` (all ``[N, d]`` without it); see `attach.packed_forward`."""
+    check_packed(model)
+    tokens = ids[None]
+    out = model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=plan.position_ids, use_cache=False, prefixfast=plan)
+    hidden: Tensor = out.last_hidden_state[0]
+    return hidden if plan.logits_at is None else hidden[plan.logits_at]
+
+
+@torch.no_grad()
+def find_head(model: PreTrainedModel) -> Head | None:
+    """The output layer of an attached model, if it explains the model's own logits; else None, and the reason is logged."""
+    layer = model.get_output_embeddings()
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
+    ids = torch.arange(1, 9, device=model.device) % model.config.get_text_config().vocab_size
+    plan = plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device)
+    reason = f"its output layer is {type(layer).__name__}"
+    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
+        try:
+            head = Head(layer, float(cap))
+            expected, got = packed_forward(model, plan, ids), head.logits(packed_hidden(model, plan, ids))
+            error = ((got - expected).abs().max() / expected.abs().max()).item()
+        except (RuntimeError, TypeError, ValueError, AttributeError) as e:
+            reason = f"its hidden states cannot be had: {e}"
+        else:
+            if error < (1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2):
+                return head
+            reason = f"its logits are not those of its output layer (relative difference {error:.0e})"
+    logger.info("%s: losses are computed from all logits at once, since %s", type(model).__name__, reason)
+    return None

@@ -1,0 +1,80 @@
+"""Reading a whole store again: whether every version is what its entry says, and whether nothing is left of a prefix that was deleted."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prefixfast.errors import ConfigError, DataError
+from prefixfast.io.atomic import identity
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.store.entry import read_entry
+from prefixfast.store.reports import Check, Outcome
+from prefixfast.store.versions import version_folders
+
+if TYPE_CHECKING:
+    from prefixfast.store.store import PrefixStore
+
+
+def verify(store: PrefixStore, absent: str | None) -> Check:
+    """See `PrefixStore.verify`."""
+    if absent is not None and not re.fullmatch("[0-9a-f]{64}", absent):
+        msg = f"absent: expected the digest of a prefix (64 hexadecimal digits), got {absent!r:.200}"
+        raise ConfigError(msg)
+    folders = [version for folder in store.folders() for version in version_folders(folder)]
+    damaged = [found for folder in folders if (found := _damage(store.path, folder)) is not None]
+    if absent is None:
+        return Check(len(folders), tuple(damaged))
+    holding: list[str] = []
+    for path, why in _search(store.path, absent):
+        name = path.relative_to(store.path).as_posix()
+        if why is None:
+            holding.append(name)
+        elif name not in {d.path for d in damaged}:
+            damaged.append(Outcome(None, name, False, why))
+    return Check(len(folders), tuple(damaged), tuple(sorted(set(holding))))
+
+
+def _damage(root: Path, version: Path) -> Outcome | None:
+    name, before = None, identity(version)
+    try:
+        stored = read_entry(version)
+        name = stored.name
+        stored.read_here()
+    except (DataError, OSError) as e:
+        if identity(version) != before or not os.path.lexists(version):  # replaced meanwhile, which is no damage
+            return None
+        return Outcome(name, version.relative_to(root).as_posix(), False, str(e))
+    return None
+
+
+def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
+    """Files that name a digest and folders that hold its tensors, with None; what cannot be searched, with the reason."""
+    for folder, _, names in os.walk(root):
+        for path in (Path(folder, n) for n in names):
+            try:
+                if path.is_symlink() or not path.is_file():
+                    yield path, "neither a file nor a folder: it cannot be searched"
+                elif _contains(path, digest.encode()):
+                    yield path, None
+            except FileNotFoundError:  # removed meanwhile
+                continue
+        if any(n.endswith(".safetensors") for n in names):
+            try:
+                if Prefix.from_pretrained(Path(folder)).digest == digest:
+                    yield Path(folder), None
+            except DataError as e:
+                if identity(Path(folder)) is not None:
+                    yield Path(folder), f"its tensors cannot be searched: {e}"
+
+
+def _contains(path: Path, words: bytes) -> bool:
+    with path.open("rb") as f:
+        if os.fstat(f.fileno()).st_size == 0:
+            return False
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(words) >= 0

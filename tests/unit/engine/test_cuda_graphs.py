@@ -1,0 +1,180 @@
+"""Decode steps on static memory, and tokens that are read one step late: here the steps are called instead of captured, all else is as on a GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import prefixfast
+import tiny
+from mixes import prefixes_of
+from prefixfast import Engine
+from prefixfast.attention.plan import section
+from prefixfast.config import EngineConfig
+from prefixfast.engine import cuda_graphs as graphs
+from prefixfast.engine import decode_batch as rows
+from prefixfast.engine import loop as loops
+from prefixfast.engine.cuda_graphs import why_not
+from prefixfast_kernels.tile_configs import DecodeSizes
+
+ENDS = list(range(2, 12))  # so many that requests end early, at different times
+
+
+def make(family: str):
+    base = tiny.make(family)
+    base.generation_config.eos_token_id = ENDS
+    return base
+
+
+def mix(base):
+    """Requests of different lengths and compositions, one with beams."""
+    g = torch.Generator().manual_seed(1)
+    own = prefixes_of(base, 3)
+    chosen = [None, own[1], [own[0], own[2]], own[1], own[4], [own[5], own[0], own[3]], own[1], None]
+    batch = [{"input_ids": torch.randint(12, tiny.VOCAB, (n,), generator=g).tolist()} for n in (3, 20, 1, 7, 15, 2, 30, 4)]
+    for i, item in enumerate(batch):
+        item["params"] = {"max_new_tokens": 2 + 2 * i, "num_beams": 3 if i == 2 else 1}
+    batch[3]["params"]["min_new_tokens"] = 7
+    return batch, chosen
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Tokens of each family's mix by steps as they are on a CPU."""
+    out = {}
+    for family in ("gpt2", "gemma2", "llama"):
+        base = make(family)
+        with Engine(base, max_num_seqs=5, max_model_len=64) as engine:
+            out[family] = [g.token_ids for g in engine.generate(*mix(base))]
+    return out
+
+
+@pytest.fixture
+def static(expected, monkeypatch):
+    """Engines whose decode steps run on static memory, one step ahead."""
+    monkeypatch.setattr(loops, "why_not", lambda *_: None)
+    return expected
+
+
+def attached(base, backend: str):
+    """A base whose decode tables are those of the triton kernels, whatever runs them."""
+    model = prefixfast.load(base, backend=backend)
+    if backend != "triton":
+        model.backend = replace(model.backend, decode=DecodeSizes(16, 4, 256, 0, 0, 0))
+    return model
+
+
+@pytest.mark.parametrize(("family", "backend"), [("gpt2", "torch"), ("gemma2", "torch"), ("gemma2", "triton")])
+def test_static_steps_give_the_same_tokens(family, backend, static):
+    count = 8
+    if backend == "triton":
+        pytest.importorskip("triton")
+        count = 4  # its interpreter is slow
+    base = make(family)
+    batch, chosen = (x[:count] for x in mix(base))
+    with attached(base, backend) as model, Engine(model, max_num_seqs=5, max_model_len=64) as engine:
+        results = engine.generate(batch, chosen)
+        assert [r.token_ids for r in results] == static[family][:count]
+        made = engine.loop.graphs.made
+        assert {choose for _, choose in made} == {True, False}, "with and without beams"
+        if backend == "torch":
+            assert {r.finish_reason for r in results} == {"stop", "length"}
+            assert {rows for rows, _ in made} >= {4, 5}, "several buckets"
+            before = {key: id(s) for key, s in made.items()}
+            assert [r.token_ids for r in engine.generate(batch, chosen)] == static[family]
+            assert {key: id(s) for key, s in made.items()} == before, "nothing is captured twice"
+        assert not engine.loop.started
+        assert not engine.loop.retired
+        assert not engine.loop.texts
+
+
+def test_what_is_captured_stands_for_nothing_in_every_view(static):
+    base = make("gpt2")
+    with attached(base, "torch") as model, Engine(model, max_num_seqs=5, max_model_len=64) as engine:
+        engine.generate(*mix(base))
+        found = engine.loop.graphs
+        layouts = [s.layout for s in found.made.values()]
+        assert {len(layout.views) for layout in layouts} == {2}, "a prefix of the mix leaves a layer out"
+        for layout in layouts:
+            fresh = found._make(layout, choose=True)
+            for view in layout.views:
+                assert (section(fresh.tables, view["work"])[:, 0] == -1).all()
+                assert (section(fresh.tables, view["row"]) == 5).all()
+                assert (section(fresh.tables, view["lens"]) == 1).all()
+
+
+def test_memory_that_a_later_step_overwrites_is_noticed(static, monkeypatch):
+    class Late:
+        def __init__(self, source) -> None:
+            self.source = source
+
+        def values(self) -> list[int]:
+            return self.source.tolist()
+
+    monkeypatch.setattr(rows, "Arriving", Late)
+    base = make("gpt2")
+    with attached(base, "torch") as model, Engine(model, max_num_seqs=5, max_model_len=64) as engine:
+        assert [r.token_ids for r in engine.generate(*mix(base))] != static["gpt2"]
+
+
+def broken(_graph, _inputs):
+    msg = "no compiler here"
+    raise RuntimeError(msg)
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", broken], ids=["works", "fails"])
+def test_compiled_steps_give_the_same_tokens(compiler, static, monkeypatch, caplog):
+    monkeypatch.setattr(graphs, "COMPILER", compiler)
+    base = make("llama")
+    how = {"max_num_seqs": 5, "max_model_len": 64, "prepack": False, "compile_decode": True}
+    with attached(base, "torch") as model, Engine(model, **how) as engine:
+        assert [r.token_ids for r in engine.generate(*mix(base))] == static["llama"]
+        assert (engine.loop.graphs.compiled is not None) == (compiler == "aot_eager")
+    assert ("not compiled" in caplog.text) == (compiler != "aot_eager")
+
+
+def test_a_step_is_started_before_the_tokens_of_the_one_before_are_read(monkeypatch):
+    events = []
+    base = make("gpt2")
+    with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
+        engine.loop.ahead = True
+        forward, read = engine.model.forward, rows.Arriving.values
+        monkeypatch.setattr(engine.model, "forward", lambda *args: (events.append("start"), forward(*args))[1])
+        monkeypatch.setattr(rows.Arriving, "values", lambda self: (events.append("read"), read(self))[1])
+        (result,) = engine.generate([[50, 51]], max_new_tokens=8, min_new_tokens=8)
+        assert len(result.token_ids) == 8
+    assert events == ["start", *["start", "read"] * 7, "read"]
+
+
+def test_a_request_that_ends_early_is_decoded_once_more_and_no_further():
+    base = make("gpt2")
+    with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
+        (plain,) = engine.generate([[50, 51]], max_new_tokens=40)
+        assert plain.finish_reason == "stop"
+        once = engine.stats()["decoded_rows"]
+        engine.loop.ahead = True
+        assert engine.generate([[50, 51]], max_new_tokens=40)[0].token_ids == plain.token_ids
+        assert engine.stats()["decoded_rows"] == 2 * once + 1
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+def test_a_dropped_request_has_all_tokens_that_were_chosen(how):
+    base = make("gpt2")
+    with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
+        full = engine.generate([[50, 51]], max_new_tokens=40, min_new_tokens=40)[0].token_ids
+        engine.loop.ahead = True
+        ticket = engine.submit([50, 51], max_new_tokens=40, min_new_tokens=40, timeout=0.02 if how == "deadline" else None)
+        if how == "cancelled":
+            ticket.cancel()
+        got = ticket.result(60)
+        assert got.finish_reason in (how, "length")
+        assert got.token_ids == full[: len(got.token_ids)]
+        assert not engine.loop.retired
+        assert engine.generate([[50, 51]], max_new_tokens=40, min_new_tokens=40)[0].token_ids == full
+
+
+def test_why_a_step_is_called():
+    with prefixfast.load(tiny.make("gpt2")) as model, Engine(model, max_num_seqs=2, max_model_len=16) as engine:
+        assert why_not(model, engine.config) == "graphs are for GPUs"
+        assert why_not(model, EngineConfig(enforce_eager=True)) == "enforce_eager=True"
+        assert engine.loop.graphs is None
