@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
     from prefixfast.integrations.hf_generate import HFCache
     from prefixfast.model.base import Model, load, unload
+    from prefixfast.prefix.compatibility import check_fits
     from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import PrefixStore
     from prefixfast.training.trainer import TrainRun, train
@@ -50,6 +51,7 @@ _HOME = {
     "TrainConfig": "config",
     "TrainRun": "training.trainer",
     "UnknownPrefixError": "errors",
+    "check_fits": "prefix.compatibility",
     "generate": "engine.generate",
     "load": "model.base",
     "score": "engine.generate",
@@ -79,6 +81,7 @@ __all__ = [
     "TrainConfig",
     "TrainRun",
     "UnknownPrefixError",
+    "check_fits",
     "generate",
     "load",
     "score",

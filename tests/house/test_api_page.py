@@ -19,7 +19,6 @@ import pytest
 import torch
 import transformers
 import typer
-from prefixfast.prefix.inspect import Inspection
 
 import prefixfast
 from oracles import ROOT
@@ -27,6 +26,7 @@ from prefixfast import Model, Prefix, load, unload
 from prefixfast.cli import app
 from prefixfast.config import Options
 from prefixfast.engine.worker import Ticket
+from prefixfast.prefix.inspect import Inspection
 from prefixfast.store import Check, Outcome, Receipt, StoredPrefix
 
 PAGE = ROOT / "docs" / "api.md"

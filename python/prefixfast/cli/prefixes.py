@@ -207,7 +207,7 @@ def _everything(stored: StoredPrefix) -> dict[str, Any]:
         "pos_start": stored.pos_start,
         "window": stored.window,
         "base": stored.base,
-        "linearizer": stored.linearizer,
+        "task": stored.task,
         "decoding": dict(stored.decoding),
         "training": dict(prefix.training),
     }

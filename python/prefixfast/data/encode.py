@@ -93,7 +93,7 @@ def tokenize(model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, con
     first, skipped, truncated = [0], 0, 0
     for name, rows in rows_of.items():
         with _named(name):
-            tokenizer = None if "input_ids" in rows[0] else model.need_tokenizer()
+            tokenizer = None if "input_ids" in rows[0] else model.require_tokenizer()
             for example in row_examples(tokenizer, model.vocab_size, rows, task):
                 kept = fit(example, limit, config.overflow)
                 if kept is None and config.overflow == "error":

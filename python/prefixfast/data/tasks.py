@@ -126,7 +126,7 @@ class Task:
         return text.strip() if self.strip else text
 
     def spec(self) -> dict[str, Any]:
-        """JSON-ready form for `Prefix.linearizer`."""
+        """JSON-ready form for `Prefix.task`."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     @classmethod

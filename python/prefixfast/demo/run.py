@@ -109,7 +109,7 @@ def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train
     """One mixed batch: every held-out row with its job's prefix, with another job's, and without any."""
     held = [(job, row) for job in JOBS for row in job.rows("heldout", setting.heldout_rows, seed=1)]
     others = {job.name: JOBS[(i + 1) % len(JOBS)] for i, job in enumerate(JOBS)}
-    tokenizer = base.need_tokenizer()
+    tokenizer = base.require_tokenizer()
     prompts = setting.task.prompts([row for _, row in held], tokenizer.eos)
     right = [prefixes[job.name] for job, _ in held]
     wrong = [prefixes[others[job.name].name] for job, _ in held]

@@ -210,7 +210,7 @@ class Engine(Residents):
         if request.rows > 1:
             msg = f"request 0: stream: expected one text without beams, got {request.rows} rows; use submit"
             raise RequestError(msg, index=0)
-        deltas = Deltas(self.model.need_tokenizer().stream(), strip=request.task.strip)
+        deltas = Deltas(self.model.require_tokenizer().stream(), strip=request.task.strip)
         return Stream(lambda watch: self._submit(replace(request, watch=watch), tenant=tenant, priority=priority, timeout=timeout), deltas)
 
     def astream(self, item: Input, prefix: Any = None, **options: Any) -> Stream:

@@ -249,7 +249,7 @@ class Loop:
         """A request without beams gets its first tokens in this step."""
         self.texts[number] = [Text() for _ in range(request.rows)]
         if strings := request.params.stop_strings:
-            tokenizer = self.model.need_tokenizer()
+            tokenizer = self.model.require_tokenizer()
             special = frozenset(i for i, text in tokenizer.special_texts.items() if any(s in text for s in strings))
             self.stops[number] = [StopStrings(tokenizer.stream(), strings, special) for _ in range(request.rows)]
 

@@ -13,6 +13,7 @@ from prefixfast.engine.prefix_cache import Resident
 from prefixfast.engine.request import assign
 from prefixfast.errors import UnknownPrefixError
 from prefixfast.model.base import Model
+from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
@@ -77,5 +78,5 @@ class Residents(ABC):
 
     def _found(self, prefix: Any) -> Prefix | StoredPrefix:
         ((found,),) = assign([[]], [prefix], self.store)
-        self.model.check_prefix(found)
+        check_fits(self.model, found)
         return found

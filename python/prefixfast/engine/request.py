@@ -20,6 +20,7 @@ from prefixfast.engine.sampling_params import NOTHING, base_defaults, check_para
 from prefixfast.errors import ConfigError, DataError, PrefixFastError, RequestError
 from prefixfast.model.base import Model
 from prefixfast.model.tokenizer import Tokenizer
+from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
@@ -154,7 +155,7 @@ def make_requests(
         raise ConfigError(msg)
     chosen = assign(batch, prefixes, store)
     for prefix in {id(p): p for ps in chosen for p in ps}.values():
-        model.check_prefix(prefix)
+        check_fits(model, prefix)
     tasks = _tasks(batch, chosen)
     ids = _encode(model, batch, tasks)
     inherited = base_defaults(model) if call is not None else NOTHING
@@ -252,7 +253,7 @@ def _tasks(batch: Sequence[Input], chosen: list[Chosen]) -> list[Task]:
     keys: dict[int, str] = {}
     out = []
     for i, (item, prefixes) in enumerate(zip(batch, chosen, strict=True)):
-        spec = next((p.linearizer for p in reversed(prefixes) if p.linearizer is not None), None)
+        spec = next((p.task for p in reversed(prefixes) if p.task is not None), None)
         task = PLAIN
         if spec is not None:
             key = keys.get(id(spec)) or keys.setdefault(id(spec), json.dumps(dict(spec), sort_keys=True))
@@ -277,7 +278,7 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
             rows_of.setdefault(id(task), []).append(i)
     for rows in rows_of.values():
         task = tasks[rows[0]]
-        for i, text in zip(rows, _prompts(task, batch, rows, model.need_tokenizer()), strict=True):
+        for i, text in zip(rows, _prompts(task, batch, rows, model.require_tokenizer()), strict=True):
             item = batch[i]
             (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = text
     out: dict[int, NDArray[np.int32]] = {}
@@ -289,7 +290,7 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
                 msg = f"request {i}: the prompt is no text: {e}"
                 raise RequestError(msg, index=i) from e
         if group:
-            out |= zip(group, model.need_tokenizer().encode(list(group.values()), add_special_tokens=group is texts), strict=True)
+            out |= zip(group, model.require_tokenizer().encode(list(group.values()), add_special_tokens=group is texts), strict=True)
     for i, item in enumerate(batch):
         if i not in out:
             out[i] = _given_ids(item["input_ids"] if isinstance(item, Mapping) else item, i, model.vocab_size)

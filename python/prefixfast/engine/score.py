@@ -65,14 +65,14 @@ def target_ids(model: Model, batch: Sequence[Input], requests: list[Request], ta
         msg = f"targets: expected one entry for each of the {len(batch)} requests, got {got}"
         raise ConfigError(msg)
     given: list[Any] = [_own_target(item, r) for item, r in zip(batch, requests, strict=True)] if targets is None else list(targets)
-    end = [model.need_tokenizer().eos_id] if end_token else []
+    end = [model.require_tokenizer().eos_id] if end_token else []
     out = []
     for r, target in zip(requests, given, strict=True):
         if not isinstance(target, str | list):
             msg = f"request {r.index}: target: expected a string or a list of token ids, got {target!r:.80}"
             raise RequestError(msg, index=r.index)
         try:
-            ids = model.need_tokenizer().encode([target], add_special_tokens=False)[0].tolist() if isinstance(target, str) else list(target)
+            ids = model.require_tokenizer().encode([target], add_special_tokens=False)[0].tolist() if isinstance(target, str) else list(target)
         except UnicodeEncodeError as e:
             msg = f"request {r.index}: target: it is no text: {e}"
             raise RequestError(msg, index=r.index) from e

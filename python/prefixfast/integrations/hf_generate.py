@@ -23,6 +23,7 @@ from prefixfast.engine.loop import Loop, host_view
 from prefixfast.engine.request import assign
 from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model.base import Model
+from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
 
 UNIT = 16  # arena rows are handed out by so many
@@ -212,7 +213,7 @@ class HFCache(Cache):
             raise ConfigError(msg)
         chosen = assign([[]] * requests, given, None)
         for prefix in {id(p): p for ps in chosen for p in ps}.values():
-            self.model.check_prefix(prefix)
+            check_fits(self.model, prefix)
         return [ps for ps in chosen for _ in range(count // requests)]  # type: ignore[misc]
 
 

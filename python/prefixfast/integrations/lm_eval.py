@@ -75,7 +75,7 @@ class PrefixLM(TemplateLM):
         rows = 0 if self.prefix is None else self.prefix.pos_start
         self.max_length, self.max_gen_toks = min(max_length or model.max_positions, model.max_positions - rows), max_gen_toks
         self.engine = Engine(model, max_model_len=self.max_length)
-        self.tokens, self.tokenizer = model.need_tokenizer(), model.need_tokenizer().hf
+        self.tokens, self.tokenizer = model.require_tokenizer(), model.require_tokenizer().hf
 
     @property
     def eot_token_id(self) -> int:

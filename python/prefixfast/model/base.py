@@ -6,11 +6,12 @@ import contextlib
 import importlib.util
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,16 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan
-from prefixfast.errors import BaseMismatchError, ConfigError
+from prefixfast.errors import ConfigError
 from prefixfast.model.attach import Handle, LayerShape, attach, packed_forward
-from prefixfast.model.fingerprint import check_base, fingerprint, num_layers
+from prefixfast.model.fingerprint import fingerprint
 from prefixfast.model.lm_head import Head, find_head, packed_hidden
 from prefixfast.model.prepack import Packed, prepack
 from prefixfast.model.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
-    from prefixfast.store import StoredPrefix
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -121,7 +118,7 @@ class Model:
             self.packed = prepack(self.hf)
         return self.packed
 
-    def need_tokenizer(self) -> Tokenizer:
+    def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 
         Raises:
@@ -132,33 +129,20 @@ class Model:
             raise ConfigError(msg)
         return self.tokenizer
 
-    def check_prefix(self, prefix: Prefix | StoredPrefix, what: str = "the prefix") -> None:
-        """Nothing if ``prefix`` has blocks of one length and this base's shapes, in layers that it has, and was made for it.
+    def check_prefix(self, prefix: Any, what: str = "the prefix") -> None:
+        """Call `prefixfast.check_fits`, which has replaced this method of version 0.1.0.
 
         Args:
-            prefix: The prefix, or its entry in a store.
-            what: How the message calls it.
+            prefix: Prefix, or its entry in a store.
+            what: Name of the prefix in the error's message.
 
         Raises:
-            BaseMismatchError: If not.
+            BaseMismatchError: If the prefix does not fit this base.
         """
-        check_base(dict(prefix.base) if prefix.base else None, self.fingerprint, what)
-        expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(self.layers) for x in "kv"}
-        got = {name: shape[1:] for name, shape in prefix.shapes.items()}
-        wrong = min((name for name, shape in got.items() if expected.get(name) != shape), default=None)
-        # A PEFT adapter of a smaller model has the first layers, and nobody says that it was made for more.
-        unknown = num_layers(prefix.base) is None and prefix.layers == tuple(range(len(prefix.layers))) and len(got) < len(expected)
-        reasons = {
-            f"{wrong}: {got.get(wrong or '')} where {expected.get(wrong or '')} is expected": wrong is not None,
-            "the first ones, and it does not say for how many it was made": unknown,
-            "of different lengths": len({shape[0] for shape in prefix.shapes.values()}) != 1,
-        }
-        if reason := next((text for text, holds in reasons.items() if holds), None):
-            msg = (
-                f"{what}: expected one length and layers of [P, H, D] as this base has {len(self.layers)} of "
-                f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers, {reason}; was it trained on another model?"
-            )
-            raise BaseMismatchError(msg)
+        from prefixfast import check_fits
+
+        warnings.warn("Model.check_prefix was renamed: use prefixfast.check_fits(model, prefix)", FutureWarning, stacklevel=2)
+        check_fits(self, prefix, what)
 
     def close(self) -> None:
         """Give the Hugging Face model back as it was; a second call does nothing."""

@@ -7,19 +7,17 @@ in them, so rows side by side under that ``pos_start`` are the same attention; s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prefixfast.errors import BaseMismatchError, ConfigError
 from prefixfast.model.fingerprint import check_base
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.record import PrefixData
 
 
-def concatenated(parts: Sequence[Prefix]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def concatenated(parts: Sequence[PrefixData]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and fields of the prefix that equals ``parts`` composed from left to right.
 
     Raises:
@@ -38,14 +36,14 @@ def concatenated(parts: Sequence[Prefix]) -> tuple[dict[str, Tensor], dict[str, 
         "pos_start": max(p.pos_start for p in parts),
         "window": first.window,
         "base": base,
-        "linearizer": next((p.linearizer for p in reversed(parts) if p.linearizer is not None), None),
+        "task": next((p.task for p in reversed(parts) if p.task is not None), None),
         "decoding": decoding,
         "training": {"concatenated_from": [p.digest for p in parts], "num_trained": sum(p.num_trained for p in parts)},
     }
     return kv, fields
 
 
-def _check(parts: Sequence[Prefix]) -> None:
+def _check(parts: Sequence[PrefixData]) -> None:
     first = parts[0]
     for number, other in enumerate(parts[1:], 1):
         for before, earlier in enumerate(parts[:number]):

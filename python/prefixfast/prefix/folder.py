@@ -26,7 +26,9 @@ OWNED = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
 SITES = ("self", "enc", "cross")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 VERSION, MOST_POSITIONS = 1, 2**31 - 1
-FIELDS = ("pos_start", "window", "base", "linearizer", "decoding", "training")
+FIELDS = ("pos_start", "window", "base", "task", "decoding", "training")
+OLD_KEYS = {"task": "linearizer"}  # version 0.1.0 reads and writes the task under this key
+KEYS = tuple(OLD_KEYS.get(name, name) for name in FIELDS)
 LOOKED_FOR = f"{META} (a prefix of ours) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type {' or '.join(peft.TYPES)})"
 KINDS = {"pos_start": int, "window": str, "digest": str, "decoding": dict, "training": dict}
 OPTIONAL_KINDS = {"base": dict, "linearizer": dict, "not_peft_because": str}
@@ -43,7 +45,7 @@ def own_files(kv: Mapping[str, Tensor], digest: str, fields: Mapping[str, Any]) 
     """
     why_not = peft.reason_against(kv, fields["pos_start"], fields["window"], num_layers(fields["base"]))
     out = _own_tensors(kv) if why_not else adapter_files(kv, fields, kind_of(fields))
-    meta = {"version": VERSION, "digest": digest, "not_peft_because": why_not, **fields}
+    meta = {"version": VERSION, "digest": digest, "not_peft_because": why_not, **{OLD_KEYS.get(name, name): value for name, value in fields.items()}}
     return {**out, META: json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False).encode()}
 
 
@@ -134,7 +136,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         DataError: For anything that we would not have written.
     """
     meta = read_json(path)
-    expected = {"version", "digest", "not_peft_because", *FIELDS}
+    expected = {"version", "digest", "not_peft_because", *KEYS}
     if type(meta.get("version")) is not int or meta["version"] != VERSION:
         msg = f"{path.name}: expected version {VERSION}, got {meta.get('version')!r}; update prefixfast to read newer folders"
         raise DataError(msg, path=str(path))
@@ -159,7 +161,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     if type(trained) is not int or trained < 0:
         msg = f"{path.name}: training.num_trained: expected a number of at least 0, got {trained!r:.80}"
         raise DataError(msg, path=str(path))
-    return {k: meta[k] for k in ("digest", *FIELDS)}
+    return {"digest": meta["digest"], **{name: meta[key] for name, key in zip(FIELDS, KEYS, strict=True)}}
 
 
 def check(kv: Mapping[str, Tensor], pos_start: int, window: str) -> None:

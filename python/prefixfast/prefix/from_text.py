@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model, borrowed
+from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import text_kv
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.record import PrefixData
 
 
-def text_prefix(model: Any, text: Any, length: int | None, after: Sequence[Prefix]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def text_prefix(model: Any, text: Any, length: int | None, after: Sequence[PrefixData]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and fields of `Prefix.from_text`; its arguments and errors.
 
     Args:
@@ -32,7 +31,7 @@ def text_prefix(model: Any, text: Any, length: int | None, after: Sequence[Prefi
             if not hasattr(prefix, "kv"):
                 msg = f"after: expected a Prefix or a sequence of them, got {prefix!r:.80} at {i}"
                 raise ConfigError(msg)
-            base.check_prefix(prefix, f"after: prefix {i}")
+            check_fits(base, prefix, f"after: prefix {i}")
         ids = token_ids(base, text)
         rows = length or len(ids)
         start = max((p.pos_start for p in after), default=0)
@@ -54,7 +53,7 @@ def token_ids(model: Model, text: Any) -> list[int]:
         ConfigError: For anything else, or no tokens.
     """
     if isinstance(text, str):
-        ids = model.need_tokenizer().encode([text])[0].tolist()
+        ids = model.require_tokenizer().encode([text])[0].tolist()
     elif isinstance(text, Sequence) and text and all(isinstance(m, Mapping) for m in text):
         ids = _chat_ids(model, text)
     elif isinstance(text, Sequence) and all(type(t) is int and 0 <= t < model.vocab_size for t in text):
@@ -73,7 +72,7 @@ def _chat_ids(model: Model, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         if not isinstance(message.get("role"), str) or "content" not in message:
             msg = f"text: message {i}: expected 'role' and 'content', got the keys {sorted(map(str, message))}"
             raise ConfigError(msg)
-    tokenizer = model.need_tokenizer()
+    tokenizer = model.require_tokenizer()
     if not getattr(tokenizer.hf, "chat_template", None):
         msg = "text: this tokenizer has no chat template; give a string, or load(model, tokenizer=...) one that has"
         raise ConfigError(msg)

@@ -7,14 +7,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.io.atomic import write_file
 from prefixfast.prefix.model_card import CARD, model_card
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.record import PrefixData
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -48,7 +46,7 @@ def find_folder(path: str | os.PathLike[str], revision: str | None, *, local_fil
 
 
 def push_folder(
-    prefix: Prefix,
+    prefix: PrefixData,
     files: Mapping[str, bytes],
     repo_id: str,
     *,

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +26,10 @@ from prefixfast.data.tasks import PLAIN, Task, request_task
 from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.io.atomic import replace_file
 from prefixfast.model.base import Model, borrowed
+from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import kv_of, rows_of
 from prefixfast.prefix.nearest_tokens import nearest_tokens
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.record import PrefixData
 
 logger = logging.getLogger(__name__)
 ROWS = 16  # rows whose words are looked up if nobody says
@@ -108,14 +107,14 @@ class Inspection:
         replace_file(target, drawn.getvalue())
 
 
-def inspect(model: Any, prefix: Prefix, prompts: Sequence[Any], *, words: int, rows: Sequence[int] | None) -> Inspection:
+def inspect(model: Any, prefix: PrefixData, prompts: Sequence[Any], *, words: int, rows: Sequence[int] | None) -> Inspection:
     """See `Prefix.inspect`, which has the arguments and errors."""
     chosen = _rows(prefix, words, rows)
     if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) or not prompts or type(prompts[0]) is int:
         msg = f"prompts: expected a sequence of at least one prompt, got {prompts!r:.80}; wrap one prompt in a list"
         raise ConfigError(msg)
     with borrowed(model) as base:
-        base.check_prefix(prefix)
+        check_fits(base, prefix)
         examples = [_example(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
         kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_of(prefix, base.layers)]
         seen = [_look(base, prefix, kv, *example) for example in examples]
@@ -129,7 +128,7 @@ def inspect(model: Any, prefix: Prefix, prompts: Sequence[Any], *, words: int, r
 
 
 @torch.no_grad()
-def _look(model: Model, prefix: Prefix, kv: list[LayerKV], ids: list[int], first: int) -> tuple[Tensor, Tensor]:
+def _look(model: Model, prefix: PrefixData, kv: list[LayerKV], ids: list[int], first: int) -> tuple[Tensor, Tensor]:
     """Sum of the masses ``[L, HQ]`` over positions ``first`` to the end of one prompt, and divergences ``[n]`` there."""
     tokens = torch.tensor(ids, device=model.device)
     at = torch.arange(first, len(ids), device=model.device)
@@ -169,7 +168,7 @@ def _divergence(p: Tensor, q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding can put equal ones below zero
 
 
-def _rows(prefix: Prefix, words: int, rows: Sequence[int] | None) -> list[int]:
+def _rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> list[int]:
     if type(words) is not int or words < 0:
         msg = f"words: expected a number of at least 0, got {words!r}"
         raise ConfigError(msg)
@@ -180,7 +179,7 @@ def _rows(prefix: Prefix, words: int, rows: Sequence[int] | None) -> list[int]:
     return chosen
 
 
-def _example(model: Model, prefix: Prefix, prompt: Any, index: int) -> tuple[list[int], int]:
+def _example(model: Model, prefix: PrefixData, prompt: Any, index: int) -> tuple[list[int], int]:
     """Tokens of a prompt and the first position that counts: the one before the target, 0 without one."""
     try:
         ids, first = _tokens(model, prefix, prompt)
@@ -194,9 +193,9 @@ def _example(model: Model, prefix: Prefix, prompt: Any, index: int) -> tuple[lis
     return ids, first
 
 
-def _tokens(model: Model, prefix: Prefix, prompt: Any) -> tuple[list[int], int]:
+def _tokens(model: Model, prefix: PrefixData, prompt: Any) -> tuple[list[int], int]:
     if isinstance(prompt, str):
-        return model.need_tokenizer().encode([prompt])[0].tolist(), 0
+        return model.require_tokenizer().encode([prompt])[0].tolist(), 0
     if isinstance(prompt, Mapping):
         return _row_tokens(model, prefix, prompt)
     if isinstance(prompt, Sequence) and all(type(t) is int and 0 <= t < model.vocab_size for t in prompt):
@@ -205,12 +204,12 @@ def _tokens(model: Model, prefix: Prefix, prompt: Any) -> tuple[list[int], int]:
     raise DataError(msg)
 
 
-def _row_tokens(model: Model, prefix: Prefix, row: Mapping[str, Any]) -> tuple[list[int], int]:
+def _row_tokens(model: Model, prefix: PrefixData, row: Mapping[str, Any]) -> tuple[list[int], int]:
     """As in training: the prompt by the prefix's task, then the (first) target and the end token, if the row has a target."""
     if "input_ids" in row:
         return _tokens(model, prefix, list(row["input_ids"]))
-    task = request_task(PLAIN if prefix.linearizer is None else Task.from_spec(prefix.linearizer), row)
-    tokenizer = model.need_tokenizer()
+    task = request_task(PLAIN if prefix.task is None else Task.from_spec(prefix.task), row)
+    tokenizer = model.require_tokenizer()
     special = not task.is_chat(row)  # a chat template writes its own
     if task.format == "text" or not set(row) & set(TARGET_KEYS):
         ids: list[int] = tokenizer.encode(task.prompts([row], tokenizer.eos, tokenizer.chat), add_special_tokens=special)[0].tolist()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,24 +15,22 @@ from torch import Tensor
 from prefixfast.attention.plan import Arena, LayerKV, PrefixRows, prefix_rows, training_plan
 from prefixfast.model.attach import LayerShape
 from prefixfast.model.base import Model
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.record import PrefixData
 
 
-def kv_of(prefix: Prefix, shapes: Sequence[LayerShape]) -> list[LayerKV]:
+def kv_of(prefix: PrefixData, shapes: Sequence[LayerShape]) -> list[LayerKV]:
     """A prefix's tensors as a list by layer, without rows in layers that it leaves out."""
     like = next(iter(prefix.kv.values()))
     empty = [like.new_empty(0, s.num_kv_heads, s.head_dim) for s in shapes]
     return [(prefix.kv.get(f"self.{i}.k", none), prefix.kv.get(f"self.{i}.v", none)) for i, none in enumerate(empty)]
 
 
-def rows_of(prefixes: Sequence[Prefix], num_layers: int) -> PrefixRows:
+def rows_of(prefixes: Sequence[PrefixData], num_layers: int) -> PrefixRows:
     """Where the rows of `stacked` prefixes lie."""
     return prefix_rows([(p.layers, p.length, p.pos_start, p.window == "slide") for p in prefixes], num_layers)
 
 
-def stacked(prefixes: Sequence[Prefix], shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
+def stacked(prefixes: Sequence[PrefixData], shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
     """By layer the keys and values of prefixes one after the other, each layer's without those that leave it out."""
     none = [torch.empty(0, s.num_kv_heads, s.head_dim, dtype=dtype, device=device) for s in shapes]
     kvs = [kv_of(p, shapes) for p in prefixes]
@@ -45,7 +42,7 @@ def stacked(prefixes: Sequence[Prefix], shapes: Sequence[LayerShape], dtype: tor
 
 
 @torch.no_grad()
-def text_kv(model: Model, ids: Sequence[int], length: int, *, after: Sequence[Prefix] = ()) -> list[LayerKV]:
+def text_kv(model: Model, ids: Sequence[int], length: int, *, after: Sequence[PrefixData] = ()) -> list[LayerKV]:
     """Keys and values of a text in the base itself, fp32 ``[P, H, D]`` a layer; a short text is repeated, a long one cut to its first P tokens.
 
     Args:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from prefixfast.model.fingerprint import num_layers
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.record import PrefixData
 
 CARD = "README.md"
 BASE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -55,7 +53,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"
 """
 
 
-def model_card(prefix: Prefix, repo_id: str) -> str:
+def model_card(prefix: PrefixData, repo_id: str) -> str:
     """The text of ``README.md``: YAML front matter, how to use the prefix, settings and metrics of its training.
 
     Args:
@@ -63,7 +61,7 @@ def model_card(prefix: Prefix, repo_id: str) -> str:
         repo_id: Where it will lie.
     """
     name = _base_name(prefix)
-    peft = not prefix.not_peft_because
+    peft = not prefix.peft_incompatibility
     front: dict[str, Any] = {"library_name": "prefixfast", "tags": [*(["peft"] if peft else []), "prefix-tuning"], "pipeline_tag": "text-generation"}
     if name is not None:
         front["base_model"] = name
@@ -78,23 +76,23 @@ def model_card(prefix: Prefix, repo_id: str) -> str:
         base=f"`{name}`" if name else "that it was trained on (its name is not known)",
         repo_id=repo_id,
         model=model,
-        peft=PEFT_USE.format(model=model, repo_id=repo_id) if peft else f"\nPEFT cannot hold it: {prefix.not_peft_because}.\n",
+        peft=PEFT_USE.format(model=model, repo_id=repo_id) if peft else f"\nPEFT cannot hold it: {prefix.peft_incompatibility}.\n",
         facts="\n".join(f"| {k} | {v} |" for k, v in _facts(prefix, metrics if isinstance(metrics, Mapping) else {}).items()),
     )
 
 
-def _layers(prefix: Prefix) -> str:
+def _layers(prefix: PrefixData) -> str:
     listed = ", ".join(map(str, prefix.layers))
     return f"{len(prefix.layers)} layers" if num_layers(prefix.base) in (None, len(prefix.layers)) else f"the layers {listed} (from 0)"
 
 
-def _base_name(prefix: Prefix) -> str | None:
+def _base_name(prefix: PrefixData) -> str | None:
     """The base's name if it can be one on the hub: a path of somebody's machine helps nobody."""
     name = (prefix.base or {}).get("name")
     return name if isinstance(name, str) and BASE_NAME.fullmatch(name) and not Path(name).exists() else None
 
 
-def _facts(prefix: Prefix, metrics: Mapping[str, Any]) -> dict[str, str]:
+def _facts(prefix: PrefixData, metrics: Mapping[str, Any]) -> dict[str, str]:
     found = {"text starts at position": str(prefix.pos_start), "sliding windows": prefix.window, "numbers trained": f"{prefix.num_trained:,}"}
     found |= {f"needs {k}": str(v) for k, v in prefix.requires.items() if k != "base" and v is not None}
     found["digest"] = f"`{prefix.digest}`"

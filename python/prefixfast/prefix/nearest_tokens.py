@@ -10,22 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prefixfast.attention.plan import AttentionCall, plain_plan
 from prefixfast.model.base import Model
-
-if TYPE_CHECKING:
-    from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.record import PrefixData
 
 CHUNK = 4096
 
 
 @torch.no_grad()
-def nearest_tokens(model: Model, prefix: Prefix, rows: Sequence[int], count: int) -> dict[int, list[tuple[int, float]]]:
+def nearest_tokens(model: Model, prefix: PrefixData, rows: Sequence[int], count: int) -> dict[int, list[tuple[int, float]]]:
     """The ``count`` tokens of the vocabulary that are nearest to each of these rows, by the measure above, nearest first.
 
     Returns:

@@ -1,30 +1,19 @@
-"""`Prefix`: a learned block of keys and values with everything that says how to use it.
-
-Shape letters: P prefix rows, H kv heads, D head dim.
-What lies on disk is `prefixfast.prefix.folder`; what needs a base (`from_text`, `inspect`) lies in modules of its own, which are imported when they are used.
-"""
+"""`Prefix`: a learned block of keys and values, with what is done with it: save, load, join, inspect, share."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.io.atomic import read_settled
-from prefixfast.model.fingerprint import num_layers
-from prefixfast.prefix import folder as folders
-from prefixfast.prefix import peft_format as peft
+from prefixfast.prefix import folder as files
 from prefixfast.prefix.concat import concatenated
 from prefixfast.prefix.hub import find_folder, push_folder
+from prefixfast.prefix.peft_format import TYPES, PeftType
+from prefixfast.prefix.record import PrefixData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,11 +21,8 @@ if TYPE_CHECKING:
     from prefixfast.model.base import Model
     from prefixfast.prefix.inspect import Inspection
 
-SINCE = ">=0.1.0"  # the first release that reads what this one writes
 
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
+class Prefix(PrefixData):
     """A learned prefix. Immutable; compare prefixes by their `digest`.
 
     Attributes:
@@ -44,7 +30,7 @@ class Prefix:
         pos_start: Position of the first token after the prefix: P as PEFT has it, or 0.
         window: ``"slide"``: sliding windows hide old prefix rows, as in PEFT; ``"always"``: they never do.
         base: Fingerprint of the base model, None if unknown (an imported PEFT adapter).
-        linearizer: How rows become prompts: the task's ``name`` and its settings; None for plain prompts.
+        task: How rows become prompts: the task's ``name`` and its settings; None for plain prompts.
         decoding: Default `GenerationParams` of this prefix.
         training: How it came about: settings, steps, final losses.
 
@@ -55,80 +41,6 @@ class Prefix:
         >>> (prefix.num_stored, prefix.num_trained, prefix.nbytes, prefix.requires["dtype"])
         (2688, 0, 10752, 'float32')
     """
-
-    kv: Mapping[str, Tensor]
-    pos_start: int
-    window: Literal["slide", "always"] = "slide"
-    base: Mapping[str, Any] | None = None
-    linearizer: Mapping[str, Any] | None = None
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        folders.check(self.kv, self.pos_start, self.window)
-        frozen = self.training.get("num_frozen_tokens", 0)
-        if type(frozen) is not int or not 0 <= frozen <= self.length:
-            msg = f"training: num_frozen_tokens: expected a number from 0 to the {self.length} rows, got {frozen!r:.80}"
-            raise DataError(msg)
-
-    @property
-    def length(self) -> int:
-        """P, of the longest layer."""
-        return max(len(t) for t in self.kv.values())
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Of each tensor: P, H, D."""
-        return {name: (len(t), t.shape[1], t.shape[2]) for name, t in self.kv.items()}
-
-    @property
-    def num_stored(self) -> int:
-        """Numbers stored (the paper's 0.1 %; training with an MLP has many more, see ``training["num_trained"]``)."""
-        return sum(t.numel() for t in self.kv.values())
-
-    @property
-    def num_trained(self) -> int:
-        """Numbers that training adjusted."""
-        return int(self.training.get("num_trained", self.num_stored))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensors."""
-        return sum(t.numel() * t.element_size() for t in self.kv.values())
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """The layers of site ``self`` that have rows, ascending; in the others text sees its own tokens only."""
-        return folders.layers_of(self.kv)
-
-    @property
-    def not_peft_because(self) -> str | None:
-        """Why PEFT cannot hold the prefix exactly, None if it can."""
-        return peft.reason_against(self.kv, self.pos_start, self.window, num_layers(self.base))
-
-    @property
-    def requires(self) -> dict[str, Any]:
-        """What using the prefix takes.
-
-        ``base``: name of the base model, None if unknown; ``dtype``: of the stored numbers (a base of any dtype reads them); ``positions``: least number
-        of positions that the base must have for one prompt token; ``prefixfast``: releases that read it.
-        """
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.kv.values()})
-        name = (self.base or {}).get("name") or None
-        return {"base": name, "dtype": ", ".join(dtypes), "positions": self.pos_start + 1, "prefixfast": SINCE}
-
-    @cached_property
-    def digest(self) -> str:
-        """Hex SHA-256 of tensors and conventions: with equal digests, equal prompts and equal parameters give equal text."""
-        sha = hashlib.sha256(json.dumps([self.pos_start, self.window]).encode())
-        for name, t in sorted(self.kv.items()):
-            sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())
-            sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return sha.hexdigest()
-
-    @property
-    def _fields(self) -> dict[str, Any]:
-        return {n: getattr(self, n) for n in folders.FIELDS}
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the prefix as a folder; an existing prefix there is replaced atomically, other files in it stay.
@@ -146,9 +58,9 @@ class Prefix:
             >>> sorted(os.listdir("mill"))
             ['adapter_config.json', 'adapter_model.safetensors', 'prefixfast.json']
         """
-        folders.write_folder(Path(folder), folders.own_files(self.kv, self.digest, self._fields))
+        files.write_folder(Path(folder), files.own_files(self.kv, self.digest, self.fields))
 
-    def to_peft(self, folder: str | os.PathLike[str], *, peft_type: peft.PeftType | None = None) -> None:
+    def to_peft(self, folder: str | os.PathLike[str], *, peft_type: PeftType | None = None) -> None:
         """Write a PEFT adapter folder with what PEFT knows and nothing else; the numbers are those of the prefix to the bit.
 
         Args:
@@ -164,13 +76,13 @@ class Prefix:
             >>> sorted(os.listdir("adapter"))
             ['adapter_config.json', 'adapter_model.safetensors']
         """
-        if peft_type not in (None, *peft.TYPES):
-            msg = f"peft_type: expected {' or '.join(map(repr, peft.TYPES))}, got {peft_type!r}"
+        if peft_type not in (None, *TYPES):
+            msg = f"peft_type: expected {' or '.join(map(repr, TYPES))}, got {peft_type!r}"
             raise ConfigError(msg)
-        if self.not_peft_because:
-            msg = f"PEFT cannot hold this prefix exactly: {self.not_peft_because}; save_pretrained keeps all of it"
+        if self.peft_incompatibility:
+            msg = f"PEFT cannot hold this prefix exactly: {self.peft_incompatibility}; save_pretrained keeps all of it"
             raise ConfigError(msg)
-        folders.write_folder(Path(folder), folders.adapter_files(self.kv, self._fields, peft_type or folders.kind_of(self._fields)))
+        files.write_folder(Path(folder), files.adapter_files(self.kv, self.fields, peft_type or files.kind_of(self.fields)))
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Prefix:
@@ -190,18 +102,18 @@ class Prefix:
             >>> Prefix.from_pretrained("mill").digest == prefix.digest
             True
         """
-        return read_settled(find_folder(path, revision, local_files_only=local_files_only, names=folders.OWNED), cls._read)
+        return read_settled(find_folder(path, revision, local_files_only=local_files_only, names=files.OWNED), cls._read)
 
     @classmethod
     def _read(cls, path: Path) -> Prefix:
-        file, kv, fields, digest = folders.read_folder(path)
+        file, kv, fields, digest = files.read_folder(path)
         try:
             prefix = cls(kv, **fields)
         except DataError as e:
             msg = f"{file.name}: {e}"
             raise DataError(msg, path=str(file)) from e
         if digest is not None and prefix.digest != digest:
-            meta = folders.META
+            meta = files.META
             msg = f"the tensors are not those that {meta} describes: another program changed the folder; delete {meta} to read it as a PEFT adapter"
             raise DataError(msg, path=str(path / meta))
         return prefix
@@ -318,5 +230,5 @@ class Prefix:
             >>> prefix.push_to_hub("ann/mill", private=True)
             'https://huggingface.co/ann/mill/commit/...'
         """
-        files = folders.own_files(self.kv, self.digest, self._fields)
-        return push_folder(self, files, repo_id, private=private, token=token, commit_message=commit_message, owned=folders.OWNED)
+        written = files.own_files(self.kv, self.digest, self.fields)
+        return push_folder(self, written, repo_id, private=private, token=token, commit_message=commit_message, owned=files.OWNED)

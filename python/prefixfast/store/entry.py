@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.prefix.folder import layers_of
+from prefixfast.prefix.folder import OLD_KEYS, layers_of
 from prefixfast.prefix.peft_format import read_json
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store.versions import version_folders
 
 Shape = tuple[int, int, int]
 ENTRY = "entry.json"
-FIELDS = ("digest", "pos_start", "window", "base", "linearizer", "decoding")
+FIELDS = ("digest", "pos_start", "window", "base", "task", "decoding")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class StoredPrefix:
         pos_start: See ``digest``.
         window: See ``digest``.
         base: See ``digest``.
-        linearizer: See ``digest``.
+        task: See ``digest``.
         decoding: See ``digest``.
         nbytes: Bytes of the tensors.
         created: When it was put, UTC, ISO 8601.
@@ -47,7 +47,7 @@ class StoredPrefix:
     pos_start: int
     window: str
     base: Mapping[str, Any] | None
-    linearizer: Mapping[str, Any] | None
+    task: Mapping[str, Any] | None
     decoding: Mapping[str, Any]
     nbytes: int
     created: str
@@ -126,7 +126,8 @@ def name_hash(name: str) -> str:
 def entry_bytes(name: str, prefix: Prefix) -> bytes:
     """The content of ``entry.json``."""
     told = {"name": name, "nbytes": prefix.nbytes, "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    return json.dumps(told | _fields(prefix), sort_keys=True).encode()
+    fields = {OLD_KEYS.get(name, name): value for name, value in _fields(prefix).items()}
+    return json.dumps(told | fields, sort_keys=True).encode()
 
 
 def read_entry(folder: Path) -> StoredPrefix:
@@ -164,7 +165,7 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
     """What ``entry.json`` in ``folder`` says, checked; see `read_entry`."""
     try:
         shapes = {str(n): (p, h, d) for n, (p, h, d) in found["shapes"].items()}
-        stored = StoredPrefix(folder=folder, shapes=shapes, **{f: found[f] for f in ("name", "nbytes", "created", *FIELDS)})
+        stored = StoredPrefix(folder=folder, shapes=shapes, **{f: found[OLD_KEYS.get(f, f)] for f in ("name", "nbytes", "created", *FIELDS)})
         wrong = next((field for field, right in _checks(stored).items() if not right), None)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         msg = f"{ENTRY}: expected name, shapes, nbytes, created and {', '.join(FIELDS)}, got {e!r}; put the prefix again"
@@ -185,7 +186,7 @@ def _checks(stored: StoredPrefix) -> dict[str, bool]:
         "pos_start": type(stored.pos_start) is int and stored.pos_start >= 0,
         "window": stored.window in ("slide", "always"),
         "base": stored.base is None or isinstance(stored.base, dict),
-        "linearizer": stored.linearizer is None or isinstance(stored.linearizer, dict),
+        "task": stored.task is None or isinstance(stored.task, dict),
         "decoding": isinstance(stored.decoding, dict),
         "nbytes": type(stored.nbytes) is int and stored.nbytes > 0,
         "created": isinstance(stored.created, str),

@@ -13,6 +13,7 @@ from prefixfast.config import PrefixConfig
 from prefixfast.data.tasks import Task
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
+from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import kv_of, text_kv
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import Member
@@ -42,7 +43,7 @@ def settle(model: Model, members: Sequence[Member], config: PrefixConfig, explic
             config = PrefixConfig.make(config, prefix_length=len(_words(model, task, init_text)))
         return config
     for name, prefix in given.items():
-        model.check_prefix(prefix, f"init of {name!r}")
+        check_fits(model, prefix, f"init of {name!r}")
     if len({(p.length, p.layers, p.pos_start, p.window) for p in given.values()}) != 1:
         msg = "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a run of their own"
         raise ConfigError(msg)
@@ -74,7 +75,7 @@ def _in_layers(config: PrefixConfig, count: int) -> PrefixConfig:
 
 def _words(model: Model, task: Task, init_text: str | None) -> list[int]:
     words = init_text or task.init_text
-    (ids,) = model.need_tokenizer().encode([words])
+    (ids,) = model.require_tokenizer().encode([words])
     if not len(ids):
         msg = f"init_text: expected at least one token, got {words!r}"
         raise ConfigError(msg)

@@ -231,11 +231,11 @@ class Run:
         training |= {"config": plain(member.config), "prefix_config": plain(self.prefix_config)}
         if before is not None:
             training["on_top_of"] = before.digest
-        linearizer, decoding = None if task.name == "input_ids" else task.spec(), dict(task.decoding)
+        spec, decoding = None if task.name == "input_ids" else task.spec(), dict(task.decoding)
         if task.bad_words and self.model.tokenizer is not None:
             found = self.model.tokenizer.encode(list(task.bad_words), add_special_tokens=False)
             decoding["bad_words_ids"] = [ids.tolist() for ids in found if len(ids)]
-        conventions: dict[str, Any] = {"base": self.model.fingerprint, "linearizer": linearizer, "decoding": decoding}
+        conventions: dict[str, Any] = {"base": self.model.fingerprint, "task": spec, "decoding": decoding}
         return Prefix(kv, self.pos_start, self.windows[i], training=training, **conventions)
 
     def _fail(self, i: int, error: str) -> None:

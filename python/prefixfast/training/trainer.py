@@ -12,6 +12,7 @@ from prefixfast.data.rows import Rows
 from prefixfast.data.tasks import Task, find_task
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.base import DTYPES, Model, borrowed
+from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
 from prefixfast.training.callbacks import Hooks, reporter
@@ -168,7 +169,7 @@ def check_groups(model: Model, job: Job) -> None:
     for group in job.groups:
         settle(model, group.members, group.prefix_config, job.explicit, job.task, job.init_text)
     if job.on_top_of is not None:
-        model.check_prefix(job.on_top_of, "on_top_of")
+        check_fits(model, job.on_top_of, "on_top_of")
 
 
 def _task(given: Given, task: Any) -> Task:

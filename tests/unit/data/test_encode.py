@@ -323,7 +323,7 @@ def test_requests_are_the_prompts_of_training(base, tok):
 
 def test_a_prefix_reads_its_own_format_and_leaves_others(base, tok, make_prefix):
     own = Task("question", prompt="Q: {src}\nA:", target=" {ref}")
-    prefix = make_prefix(linearizer=own.spec())
+    prefix = make_prefix(task=own.spec())
     tokenizer = tok(LAST)
     ids = request_ids(base, tokenizer, {"prompt": "x"}, {"document": "x"}, "x", prefixes=prefix)
     assert ids == [tokenizer.hf(t)["input_ids"] for t in ("Q: x\nA:", "x\n", "x")]

@@ -207,7 +207,7 @@ def test_a_wrong_default_in_a_prefix_is_the_request_s_error(idle, make_prefix):
 )
 def test_a_wrong_linearizer_in_a_prefix_is_refused(idle, make_prefix, spec):
     with pytest.raises((ConfigError, RequestError)):
-        idle.generate([{"mr": "name[x]"}], make_prefix(linearizer=spec))
+        idle.generate([{"mr": "name[x]"}], make_prefix(task=spec))
 
 
 # ---- what a good batch becomes ----
@@ -220,7 +220,7 @@ def test_every_kind_of_input_becomes_tokens(base, tokenizer):
 
 
 def test_a_table_is_written_as_the_prefix_was_trained(base, make_prefix, tokenizer):
-    (request,) = make_requests(base, [{"mr": "name[a], food[b]"}], make_prefix(linearizer=E2E.spec()), NONE, 100)
+    (request,) = make_requests(base, [{"mr": "name[a], food[b]"}], make_prefix(task=E2E.spec()), NONE, 100)
     assert request.ids.tolist() == tokenizer.encode(" name : a | food : b </s>")
 
 

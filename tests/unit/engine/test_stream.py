@@ -20,23 +20,23 @@ TEXT = st.lists(st.integers(3, 100), max_size=40)
 @settings(max_examples=150, deadline=None)
 @given(ids=TEXT, strip=st.booleans())
 def test_pieces_joined_are_the_text(base, ids, strip):
-    deltas = Deltas(base.need_tokenizer().stream(), strip=strip)
+    deltas = Deltas(base.require_tokenizer().stream(), strip=strip)
     text = "".join([*map(deltas.push, ids), deltas.finish()])
-    (whole,) = base.need_tokenizer().decode([ids])
+    (whole,) = base.require_tokenizer().decode([ids])
     assert text == Task("x", strip=strip).clean(whole)
 
 
 def test_a_character_comes_when_it_is_whole(base):
-    pound = base.need_tokenizer().encode(["£"])[0].tolist()
+    pound = base.require_tokenizer().encode(["£"])[0].tolist()
     assert len(pound) == 2
-    deltas = Deltas(base.need_tokenizer().stream(), strip=False)
+    deltas = Deltas(base.require_tokenizer().stream(), strip=False)
     assert [deltas.push(pound[0]), deltas.push(pound[1])] == ["", "£"]
     assert [deltas.push(pound[0]), deltas.finish()] == ["", "\ufffd"]
 
 
 @pytest.mark.parametrize("spec", [None, E2E.spec()])
 def test_a_stream_gives_what_generate_gives(base, make_prefix, spec):
-    prefix = make_prefix(linearizer=spec)
+    prefix = make_prefix(task=spec)
     item = "ab" if spec is None else {"mr": "name[ab]"}
     with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
         for seed in range(20):

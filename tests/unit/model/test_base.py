@@ -89,7 +89,7 @@ def test_load_takes_what_it_returned(base):
 
 def test_load_gives_what_is_in_the_folder(base, tokenizer):
     assert (base.vocab_size, base.max_positions, base.dtype, len(base.layers)) == (tiny.VOCAB, 160, torch.float32, 3)
-    assert base.need_tokenizer().eos == tokenizer.eos_token
+    assert base.require_tokenizer().eos == tokenizer.eos_token
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
@@ -228,7 +228,7 @@ def test_a_fingerprint_is_quick(base):
     times = []
     for _ in range(7):
         start = time.perf_counter()
-        module.fingerprint(base.hf, base.need_tokenizer().digest_text)
+        module.fingerprint(base.hf, base.require_tokenizer().digest_text)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05
 

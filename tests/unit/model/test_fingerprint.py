@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from prefixfast import BaseMismatchError, load
+from prefixfast import BaseMismatchError, check_fits, load
 from prefixfast.model import fingerprint
 from prefixfast.model.fingerprint import check_base
 from prefixfast.model.fingerprint import fingerprint as make
@@ -84,18 +84,18 @@ def test_another_tokenizer_is_a_warning_once(base, caplog, make_prefix):
     other = {**base.fingerprint, "tokenizer": "0" * 64}
     with caplog.at_level(logging.WARNING, "prefixfast"):
         for _ in range(3):
-            base.check_prefix(make_prefix(base=other))
+            check_fits(base, make_prefix(base=other))
         assert [r.message for r in caplog.records] == [
             "the prefix was made with another tokenizer than this base has: texts may become other tokens than in training"
         ]
-        base.check_prefix(make_prefix(base={**other, "tokenizer": "1" * 64}))
+        check_fits(base, make_prefix(base={**other, "tokenizer": "1" * 64}))
         assert len(caplog.records) == 2
 
 
 @pytest.mark.parametrize("there", [None, {}, {"name": "x"}, {"tokenizer": None}], ids=str)
 def test_what_is_not_known_is_no_difference(base, caplog, make_prefix, there):
     with caplog.at_level(logging.WARNING, "prefixfast"):
-        base.check_prefix(make_prefix(base=there))
+        check_fits(base, make_prefix(base=there))
     assert caplog.records == []
 
 

@@ -80,8 +80,8 @@ def test_logits_are_those_of_the_model_itself(gguf_base):
 
 def test_its_tokenizer_comes_with_it(gguf_base, tokenizer):
     text = "The Mill: £5!"
-    assert gguf_base.need_tokenizer().encode([text], add_special_tokens=False)[0].tolist() == tokenizer.encode(text, add_special_tokens=False)
-    assert gguf_base.need_tokenizer().eos_id == 2
+    assert gguf_base.require_tokenizer().encode([text], add_special_tokens=False)[0].tolist() == tokenizer.encode(text, add_special_tokens=False)
+    assert gguf_base.require_tokenizer().eos_id == 2
 
 
 def test_a_prefix_made_on_it_finds_it_again(gguf_base, file, tmp_path):
@@ -97,7 +97,7 @@ def test_a_prefix_made_on_it_finds_it_again(gguf_base, file, tmp_path):
 
 def test_it_is_one_base_with_the_folder_of_the_same_weights(gguf_base, tmp_path):
     tiny.make("llama").save_pretrained(tmp_path)
-    with load(tmp_path, dtype="float32", tokenizer=gguf_base.need_tokenizer().hf) as other:
+    with load(tmp_path, dtype="float32", tokenizer=gguf_base.require_tokenizer().hf) as other:
         assert other.fingerprint["weights"] == gguf_base.fingerprint["weights"]
         assert other.fingerprint["config"] == gguf_base.fingerprint["config"]
 

@@ -27,7 +27,7 @@ NOT_PEFT = {
 
 def same(a: Prefix, b: Prefix) -> bool:
     """Equal in everything, bit by bit."""
-    fields = ("pos_start", "window", "base", "linearizer", "decoding", "training")
+    fields = ("pos_start", "window", "base", "task", "decoding", "training")
     tensors = a.kv.keys() == b.kv.keys() and all(t.dtype == b.kv[n].dtype and torch.equal(t, b.kv[n]) for n, t in a.kv.items())
     return tensors and all(getattr(a, f) == getattr(b, f) for f in fields) and a.digest == b.digest
 
@@ -39,7 +39,7 @@ def reread(prefix: Prefix, folder: Path) -> Prefix:
 
 DETAILS: dict[str, Any] = {
     "base": {"name": "x/y", "config": {"vocab_size": 101}, "tokenizer": None, "weights": "00"},
-    "linearizer": {"name": "prompt", "prompt": "£ {src}é\n"},
+    "task": {"name": "prompt", "prompt": "£ {src}é\n"},
     "decoding": {"num_beams": 5},
     "training": {"num_trained": 7, "metrics": {"loss": 0.1}},
 }

@@ -83,13 +83,13 @@ def test_a_length_repeats_or_cuts_the_text(base):
 
 def test_words_are_tokenized_as_a_prompt_is(base):
     text = "Café £5"
-    ids = base.need_tokenizer().encode([text])[0].tolist()
+    ids = base.require_tokenizer().encode([text])[0].tolist()
     assert Prefix.from_text(base, text).digest == Prefix.from_text(base, ids).digest
 
 
 def test_a_text_is_not_kept(base):
     prefix = Prefix.from_text(base, "a secret of 27 letters")
-    assert "secret" not in repr([prefix.base, prefix.training, prefix.linearizer, prefix.decoding])
+    assert "secret" not in repr([prefix.base, prefix.training, prefix.task, prefix.decoding])
 
 
 def test_a_name_is_loaded_as_elsewhere(folder, base):
@@ -117,7 +117,7 @@ def test_messages_go_through_the_chat_template(chat_base):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     text = "<s>system: Be brief.</s><s>user: Hi</s>"
     assert Prefix.from_text(chat_base, messages).digest == Prefix.from_text(chat_base, text).digest
-    ids = chat_base.need_tokenizer().encode([text])[0].tolist()
+    ids = chat_base.require_tokenizer().encode([text])[0].tolist()
     assert ids[0] == 1  # the template's begin token, once
     assert error(logits(chat_base, PROMPT, [Prefix.from_text(chat_base, messages)]), logits(chat_base, ids + PROMPT)[len(ids) :]) < 1e-5
 
@@ -173,15 +173,15 @@ def test_a_text_after_a_prefix_of_another_base_is_refused(base):
 
 
 def test_joined_prefixes_take_what_a_request_would_take(base):
-    a = other(base, 1, decoding={"num_beams": 2, "max_new_tokens": 5}, linearizer={"name": "prompt"}, training={"num_trained": 3})
+    a = other(base, 1, decoding={"num_beams": 2, "max_new_tokens": 5}, task={"name": "prompt"}, training={"num_trained": 3})
     b = other(base, 2, decoding={"num_beams": 4}, base={"name": "x/y"}, training={"num_trained": 4})
     joined = a.concat(b)
     assert joined.decoding == {"num_beams": 4, "max_new_tokens": 5}
-    assert joined.linearizer == {"name": "prompt"}
+    assert joined.task == {"name": "prompt"}
     assert joined.base == a.base
     assert (joined.num_trained, joined.training["concatenated_from"]) == (7, [a.digest, b.digest])
     assert a.concat().kv.keys() == a.kv.keys()
-    assert joined.not_peft_because == "text starts at another position than the prefix's length"
+    assert joined.peft_incompatibility == "text starts at another position than the prefix's length"
 
 
 def test_prefixes_that_no_single_one_equals_are_refused(base, make_prefix):

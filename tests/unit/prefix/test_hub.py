@@ -19,7 +19,7 @@ META, OWN, CONFIG, WEIGHTS = "prefixfast.json", "prefix.safetensors", "adapter_c
 SECRET = "the patient's name is Alice"
 TRAINED: dict[str, Any] = {
     "base": {"name": "HuggingFaceTB/SmolLM2-135M", "config": {}, "tokenizer": None, "weights": None},
-    "linearizer": {"name": "prompt", "init_text": "Answer:"},
+    "task": {"name": "prompt", "init_text": "Answer:"},
     "training": {
         "num_trained": 7,
         "config": {"max_steps": 300, "learning_rate": 0.05, "shuffle": True, "loss": "token_mean", "max_length": None},

@@ -59,7 +59,7 @@ def test_divergence_is_that_of_the_next_token(family):
 
 
 def test_only_the_target_of_a_row_counts(base, make_prefix):
-    prefix, tokens = make_prefix(), base.need_tokenizer()
+    prefix, tokens = make_prefix(), base.require_tokenizer()
     prompt, target = tokens.encode(["The table: "])[0].tolist(), tokens.encode(["set"])[0].tolist()
     row = prefix.inspect(base, [{"prompt": "The table: ", "completion": "set"}], words=0)
     text = prefix.inspect(base, [prompt + target], words=0)
@@ -75,10 +75,10 @@ def test_a_row_is_read_by_the_task_of_the_prefix(base, make_prefix):
     plain = make_prefix().inspect(base, [{"table": {"name": "Zizzi"}, "ref": "Zizzi."}], words=0)
     assert len(plain.divergence[0]) == 7
     for linearizer, text in ((own, "<name=Zizzi>!"), (None, "name : Zizzi\n")):
-        read = make_prefix(linearizer=linearizer).inspect(base, [{"table": {"name": "Zizzi"}}], words=0)
+        read = make_prefix(task=linearizer).inspect(base, [{"table": {"name": "Zizzi"}}], words=0)
         assert len(read.divergence[0]) == len(text)
     with pytest.raises(RequestError, match="prompt 0: "):
-        make_prefix(linearizer=own).inspect(base, [{"tabel": {"name": "Zizzi"}}], words=0)
+        make_prefix(task=own).inspect(base, [{"tabel": {"name": "Zizzi"}}], words=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gemma3"])

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 import composed
 import tiny
-from prefixfast import BaseMismatchError, ConfigError, Engine, Prefix, PrefixConfig, PrefixStore, generate, score, train
+from prefixfast import BaseMismatchError, ConfigError, Engine, Prefix, PrefixConfig, PrefixStore, check_fits, generate, score, train
 from prefixfast.attention.plan import training_plan
 from prefixfast.prefix.kv import kv_of, rows_of
 from prefixfast.prefix.model_card import model_card
@@ -197,7 +197,7 @@ def test_folders_the_store_and_peft(tmp_path):
         prefix.save_pretrained(tmp_path / str(layers))
         again = Prefix.from_pretrained(tmp_path / str(layers))
         assert (again.digest, again.layers) == (prefix.digest, layers)
-        assert again.not_peft_because == "some layers have no prefix"
+        assert again.peft_incompatibility == "some layers have no prefix"
         assert not (tmp_path / str(layers) / "adapter_config.json").exists()
         with pytest.raises(ConfigError, match="PEFT cannot hold this prefix exactly: some layers have no prefix"):
             prefix.to_peft(tmp_path / "peft")
@@ -232,14 +232,14 @@ def test_composition_and_concat(tmp_path):
 
 def test_a_prefix_of_fewer_layers_is_told_from_one_of_a_smaller_base(model):
     prefix = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(0, 1))
-    model.check_prefix(prefix)
+    check_fits(model, prefix)
     with pytest.raises(BaseMismatchError, match="got 2 layers, the first ones, and it does not say for how many it was made; was it trained on another model"):
-        model.check_prefix(dataclasses.replace(prefix, base=None))
-    model.check_prefix(dataclasses.replace(prefix, base=None, kv={n.replace(".0.", ".2."): t for n, t in prefix.kv.items()}))
+        check_fits(model, dataclasses.replace(prefix, base=None))
+    check_fits(model, dataclasses.replace(prefix, base=None, kv={n.replace(".0.", ".2."): t for n, t in prefix.kv.items()}))
     with pytest.raises(BaseMismatchError, match=r"self\.3\.k: \(2, 8\) where None is expected"):
-        model.check_prefix(dataclasses.replace(prefix, kv={n.replace(".1.", ".3."): t for n, t in prefix.kv.items()}))
+        check_fits(model, dataclasses.replace(prefix, kv={n.replace(".1.", ".3."): t for n, t in prefix.kv.items()}))
     with pytest.raises(BaseMismatchError, match="different lengths"):
-        model.check_prefix(dataclasses.replace(prefix, kv={n: t[: 4 - int(n.split(".")[1])] for n, t in prefix.kv.items()}))
+        check_fits(model, dataclasses.replace(prefix, kv={n: t[: 4 - int(n.split(".")[1])] for n, t in prefix.kv.items()}))
 
 
 def test_scores_and_a_look_inside(model, tokenizer, folder, caplog):

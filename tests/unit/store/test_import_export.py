@@ -56,7 +56,7 @@ def contents(root: Path) -> dict[str, bytes]:
 def test_out_and_in_again(tmp_path):
     store = PrefixStore(tmp_path / "s")
     for i, name in enumerate(NAMES):
-        store.put(name, prefix(i, pos_start=3 * (i % 2), linearizer={"task": "e2e"}, training={"steps": i}))
+        store.put(name, prefix(i, pos_start=3 * (i % 2), task={"task": "e2e"}, training={"steps": i}))
     out = store.export_dir(tmp_path / "out")
     assert sorted(o.name for o in out) == sorted(NAMES)
     assert all(o.ok and Path(o.path).parent == tmp_path / "out" for o in out)
@@ -66,7 +66,7 @@ def test_out_and_in_again(tmp_path):
     for i, name in enumerate(NAMES):
         assert other[name].digest == prefix(i, pos_start=3 * (i % 2)).digest
         assert other[name].training == {"steps": i}
-        assert other.info(name).linearizer == {"task": "e2e"}
+        assert other.info(name).task == {"task": "e2e"}
 
 
 def test_folder_names_work_on_every_file_system():

@@ -46,7 +46,7 @@ def files(root) -> dict[str, bytes]:
 def test_any_name_comes_back(tmp_path):
     store = PrefixStore(tmp_path / "s")
     for i, name in enumerate(NAMES):
-        put = store.put(name, prefix(i, linearizer={"task": "e2e"}))
+        put = store.put(name, prefix(i, task={"task": "e2e"}))
         assert put.digest == prefix(i).digest == store.get(name).digest == store[name].digest
         assert put.name == store.info(name).name == name
     again = PrefixStore(tmp_path / "s", read_only=True)
@@ -55,7 +55,7 @@ def test_any_name_comes_back(tmp_path):
     assert {n: p.digest for n, p in again.items()} == {n: prefix(i).digest for i, n in enumerate(NAMES)}
     assert all(p.is_relative_to(tmp_path / "s") for p in tmp_path.rglob("*.safetensors"))
     info = again.info("a")
-    assert (info.length, info.pos_start, info.window, info.linearizer, info.shapes["self.1.v"]) == (3, 3, "slide", {"task": "e2e"}, (3, 2, 4))
+    assert (info.length, info.pos_start, info.window, info.task, info.shapes["self.1.v"]) == (3, 3, "slide", {"task": "e2e"}, (3, 2, 4))
     assert (info.version, info.nbytes) == (1, prefix().nbytes)
     for name in NAMES[1:]:
         store.delete(name)

@@ -194,8 +194,8 @@ def test_each_finished_prefix_is_in_the_store_at_once(model, tmp_path):
 def test_words_that_a_task_forbids_are_tokens_of_the_base(base):
     rows_ = [{"mr": "name[ab]", "ref": "ab is."}] * 3
     prefix = train(base, rows_, task="e2e", max_steps=1, prefix_length=2, progress=False)
-    (line,) = base.need_tokenizer().encode(["\n"], add_special_tokens=False)
+    (line,) = base.require_tokenizer().encode(["\n"], add_special_tokens=False)
     assert prefix.decoding["bad_words_ids"] == [[int(line[0])] * 2, [int(line[0])]]
     (got,) = prefixfast.generate([{"mr": "name[ab]"}], prefix, model=base, max_new_tokens=8, min_new_tokens=8, progress=False)
     assert int(line[0]) not in got.token_ids
-    assert Task.from_spec(prefix.linearizer).bad_words == ("\n\n", "\n")
+    assert Task.from_spec(prefix.task).bad_words == ("\n\n", "\n")
