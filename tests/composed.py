@@ -9,14 +9,14 @@ import torch
 
 from prefixfast.attention.plan import training_plan
 from prefixfast.model.base import Model
-from prefixfast.prefix.kv import rows_of, stacked
+from prefixfast.prefix.kv import concat_kv, row_table
 from prefixfast.prefix.prefix import Prefix
 
 
 @torch.no_grad()
 def logits(base: Model, ids: Sequence[int], prefixes: Sequence[Prefix] = ()) -> torch.Tensor:
     """``[N, V]`` of tokens ``ids`` after ``prefixes``, left to right."""
-    leaves, rows = stacked(prefixes, base.layers, base.dtype, base.device), rows_of(prefixes, len(base.layers))
+    leaves, rows = concat_kv(prefixes, base.layers, base.dtype, base.device), row_table(prefixes, len(base.layers))
     used = np.arange(len(prefixes), dtype=np.int32)
     plan = training_plan(np.array([len(ids)], np.int32), np.array([0, len(prefixes)], np.int32), used, rows, leaves, backend=base.backend)
     return base.forward(plan, torch.tensor(list(ids)))

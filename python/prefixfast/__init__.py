@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from prefixfast.engine.stream import Stream
     from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
     from prefixfast.integrations.hf_generate import HFCache
-    from prefixfast.model.base import Model, load, unload
+    from prefixfast.model.base import Model
+    from prefixfast.model.load import load
+    from prefixfast.model.shared_base import unload
     from prefixfast.prefix.compatibility import check_fits
     from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import PrefixStore
@@ -53,10 +55,10 @@ _HOME = {
     "UnknownPrefixError": "errors",
     "check_fits": "prefix.compatibility",
     "generate": "engine.generate",
-    "load": "model.base",
+    "load": "model.load",
     "score": "engine.generate",
     "train": "training.trainer",
-    "unload": "model.base",
+    "unload": "model.shared_base",
 }
 __all__ = [
     "BaseMismatchError",

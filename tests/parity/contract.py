@@ -7,7 +7,7 @@ import transformers
 
 import tiny
 from prefixfast.attention.plan import plain_plan
-from prefixfast.model.base import load
+from prefixfast.model.load import load
 from prefixfast_kernels.tile_configs import Backend
 
 assert transformers.__version__ == sys.argv[1], transformers.__version__

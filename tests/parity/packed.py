@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import tiny
 from prefixfast.attention.plan import training_plan
-from prefixfast.model.base import load
+from prefixfast.model.load import load
 from prefixfast.prefix import peft_format as layout
-from prefixfast.prefix.kv import rows_of, stacked
+from prefixfast.prefix.kv import concat_kv, row_table
 from prefixfast.prefix.prefix import Prefix
 
 
@@ -39,8 +39,8 @@ def case(make, *, vocab: int, longest: int, lengths=(5, 3), scale: float = 0.7, 
 
 def packed(base, c: Case, prefixes: list[Prefix], *, grad: bool = False, drop: int | None = None):
     """Logits ``[N, V]`` of all prompts in one forward, and the prefix leaves; ``drop`` leaves one prefix out."""
-    leaves = [tuple(t.requires_grad_(grad) for t in kv) for kv in stacked(prefixes, base.layers, base.dtype, base.device)]
-    rows = rows_of(prefixes, len(base.layers))
+    leaves = [tuple(t.requires_grad_(grad) for t in kv) for kv in concat_kv(prefixes, base.layers, base.dtype, base.device)]
+    rows = row_table(prefixes, len(base.layers))
     used = [[i] if i >= 0 and i != drop else [] for i in c.choice]
     indptr = np.cumsum([0, *map(len, used)], dtype=np.int32)
     lens = np.array([len(p) for p in c.prompts], np.int32)

@@ -12,8 +12,8 @@ import tiny
 from parity.packed import Case, case, compare_gradients, compare_logits
 from parity.test_generate import alone
 from prefixfast import Engine, load
+from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix import peft_format as layout
-from prefixfast.prefix.kv import text_kv
 
 TOLERANCE = 1e-5
 

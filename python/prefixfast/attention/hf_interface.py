@@ -67,8 +67,6 @@ def prefixfast_attention(
         raise RuntimeError(msg)
     plan, layer = prefixfast, int(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, D], views
-    if plan.log is not None:
-        plan.log.append((layer, q.shape[1], k.shape[1], q.shape[2]))
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     window, cap = plan.window(sliding_window), softcap or 0.0
     arena = None if plan.arena is None else plan.arena.layers[layer]

@@ -107,8 +107,7 @@ class Plan:
         key_slots: Arena rows of all keys of a prefill that continues prompts; None: its keys are its tokens.
         max_len: Longest row of a decode step.
         logits_at: ``[n]`` tokens whose logits are wanted; None: all.
-        log: Only in the dry run of `attach`: every attention call adds its layer, query heads, kv heads and head dim.
-        probe: Only for looking into a base: called after every attention of a packed forward; what it raises ends the forward.
+        probe: Function that is called after every attention of a packed forward. An exception that it raises ends the forward.
     """
 
     position_ids: Tensor
@@ -123,7 +122,6 @@ class Plan:
     key_slots: Tensor | None = None
     max_len: int = 0
     logits_at: Tensor | None = None
-    log: list[tuple[int, int, int, int]] | None = None
     probe: Callable[[AttentionCall], None] | None = None
 
     def window(self, sliding_window: int | None) -> int:
@@ -143,6 +141,12 @@ def section(buffer: Tensor, place: tuple[int, int, int]) -> Tensor:
     """The view of one table."""
     offset, rows, cols = place
     return buffer.narrow(0, offset, rows * cols).view(rows, cols) if cols else buffer.narrow(0, offset, rows)
+
+
+def host_table(buffer: NDArray[np.int32], place: tuple[int, int, int]) -> NDArray[np.int32]:
+    """One table of a planner's buffer in host memory, as a view."""
+    offset, rows, cols = place
+    return buffer[offset : offset + rows * cols].reshape(rows, cols) if cols else buffer[offset : offset + rows]
 
 
 def packed_tables(buffer: Tensor, sections: Sections) -> PackedTables:
@@ -201,3 +205,48 @@ def plain_plan(lengths: Sequence[int], *, backend: Backend, device: torch.device
     """Plan of sequences of these lengths without prefixes."""
     none = np.zeros(0, np.int32)
     return training_plan(np.array(lengths, np.int32), np.zeros(len(lengths) + 1, np.int32), none, NO_PREFIXES, None, backend=backend, device=device)
+
+
+def prefill_plan(tables: Tensor, layout: Layout, reach: int, arena: Arena, backend: Backend) -> Plan:
+    """Plan of the prompt tokens of an engine step; the arena row of each token is written into the slot table.
+
+    Args:
+        tables: Planner's buffer on the model's device, int32.
+        layout: Place of each table in the buffer.
+        reach: Most keys that one query can see.
+        arena: Keys, values and slot table of the engine.
+        backend: Kernels that attention runs on.
+    """
+    places = layout.views[0]
+    fill = section(tables, places["fill"]).long()
+    arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
+    return Plan(
+        section(tables, places["position_ids"])[None],
+        backend,
+        reach,
+        packed=[packed_tables(tables, view) for view in layout.views],
+        view_of=layout.view_of,
+        arena=arena,
+        slots=section(tables, places["slots"]),
+        key_slots=section(tables, places["key_slots"]) if places["key_slots"][1] > 0 else None,
+        logits_at=section(tables, places["logits_idx"]).long(),
+    )
+
+
+def decode_plan(tables: Tensor, layout: Layout, reach: int, max_len: int, arena: Arena, backend: Backend) -> Plan:
+    """Plan of the next token of every running row; the arena row of each token is written into the slot table.
+
+    Args:
+        tables: Planner's buffer on the model's device, int32.
+        layout: Place of each table in the buffer.
+        reach: Most keys that one query can see.
+        max_len: Longest row of the step in tokens.
+        arena: Keys, values and slot table of the engine.
+        backend: Kernels that attention runs on.
+    """
+    views = [DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields)) for places in layout.views]
+    places = layout.views[0]
+    slots = section(tables, places["slot"])
+    arena.table[views[0].row.long(), views[0].lens.long() - 1] = slots
+    positions = section(tables, places["position_ids"])[None]
+    return Plan(positions, backend, reach, decode=views, view_of=layout.view_of, arena=arena, slots=slots, max_len=max_len)

@@ -21,7 +21,8 @@ from prefixfast.bench.harness import Timing, alternate, cpu_name, environment, v
 from prefixfast.bench.report import markdown, write_report
 from prefixfast.engine.engine import Engine
 from prefixfast.errors import ConfigError
-from prefixfast.model.base import DTYPES, Model, load
+from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.load import load
 from prefixfast.prefix.prefix import Prefix
 
 OURS, ONE_BY_ONE, ONE_FOR_ALL, BY_HAND = "prefixfast", "PEFT, one request at a time", "PEFT, one prefix for all", "transformers, mixed batch by hand"

@@ -25,7 +25,8 @@ from prefixfast.bench.generate import SHAPES, make, random_prefixes
 from prefixfast.bench.harness import Timing, cpu_name, environment, version, write_rows
 from prefixfast.bench.report import markdown, picture, write_report
 from prefixfast.errors import ConfigError
-from prefixfast.model.base import DTYPES, Model, load
+from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.load import load
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.trainer import train
 

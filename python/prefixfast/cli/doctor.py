@@ -27,7 +27,7 @@ def command(
     problem = rust_problem()
     values = machine(problem)
     if model is not None and problem is None:
-        from prefixfast.model.base import load
+        from prefixfast.model.load import load
 
         try:
             with load(model, dtype=dtype) as base:
@@ -79,7 +79,7 @@ def backends(base: Model | None = None) -> dict[str, Any]:
     from torch import nn
 
     from prefixfast.attention import ops
-    from prefixfast.model.base import has_fast_bf16
+    from prefixfast.model.load import has_fast_bf16
     from prefixfast.model.prepack import prepack
 
     if base is not None:

@@ -31,9 +31,12 @@ from prefixfast.engine.sampling_params import warn_about_defaults
 from prefixfast.engine.score import Score, score, target_ids
 from prefixfast.engine.shared_prompts import SharedPrompts
 from prefixfast.engine.stream import Deltas, Stream
-from prefixfast.engine.worker import Ticket, Worker
+from prefixfast.engine.ticket import Ticket
+from prefixfast.engine.worker import Worker
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError
-from prefixfast.model.base import Model, check_base_fields, load
+from prefixfast.model.base import Model
+from prefixfast.model.load import load
+from prefixfast.model.shared_base import check_base_fields
 from prefixfast.store import PrefixStore
 
 logger = logging.getLogger(__name__)

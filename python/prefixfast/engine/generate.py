@@ -14,7 +14,7 @@ from prefixfast.engine.engine import BASE_FIELDS, Engine
 from prefixfast.engine.request import Generation, Input
 from prefixfast.engine.score import Score
 from prefixfast.errors import ConfigError
-from prefixfast.model.base import borrowed
+from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prefixfast import _rust
-from prefixfast.attention.plan import Arena, Layout, Plan, packed_tables, section
+from prefixfast.attention.plan import Arena, Layout, decode_plan, host_table, prefill_plan
 from prefixfast.config import EngineConfig
 from prefixfast.engine.cuda_graphs import DecodeGraphs, Result, why_not
 from prefixfast.engine.decode_batch import Chosen, Rows
@@ -33,7 +33,6 @@ from prefixfast.errors import CapacityError, PrefixFastError, RequestError
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
-from prefixfast_kernels.tables import DecodeTables
 
 UNBOUNDED = 2**30  # of a captured step: any sliding window may cut something
 
@@ -226,8 +225,9 @@ class Loop:
 
     def _prefill(self, out: np.ndarray, layout: Layout, reach: int, ids: list[int]) -> list[Chosen]:
         """The prompt tokens of the step in one packed forward, then the first tokens of the prompts that end in it."""
-        plan = self.prefill_plan(self.buffer[: layout.end].to(self.model.device, non_blocking=True), layout, reach)
-        chunks = list(zip(ids, host_view(out, layout.views[0]["chunk"]).tolist(), strict=True))
+        tables = self.buffer[: layout.end].to(self.model.device, non_blocking=True)
+        plan = prefill_plan(tables, layout, reach, self.arena, self.model.backend)
+        chunks = list(zip(ids, host_table(out, layout.views[0]["chunk"]).tolist(), strict=True))
         prompts = np.concatenate([self.requests[number].ids[start : start + n] for number, (_, _, start, n) in chunks])
         logits = self.model.forward(plan, to_device(prompts, self.model.device))
         self.counts.update(prefill_tokens=len(prompts), continued_prefills=int(plan.key_slots is not None))
@@ -256,7 +256,7 @@ class Loop:
     def _decode(self, out: np.ndarray, layout: Layout, reach: int) -> list[Chosen]:
         """One token for every running row."""
         first = layout.views[0]
-        lens, rows = host_view(out, first["lens"]), host_view(out, first["row"]).astype(np.int64)
+        lens, rows = host_table(out, first["lens"]), host_table(out, first["row"]).astype(np.int64)
         rows = rows[rows < len(self.rows.token) - 1]  # without those that stand for nothing
         alone = bool(self.rows.plain[rows].all())
         self.counts.update(decode_steps=1, decoded_rows=len(rows))
@@ -274,7 +274,7 @@ class Loop:
 
     def _run(self, tables: Tensor, layout: Layout, *, choose: bool, reach: int, max_len: int) -> Result:
         """The device's part of a decode step: logits, and with ``choose`` tokens of rows without beams."""
-        plan = self.decode_plan(tables, layout, reach, max_len)
+        plan = decode_plan(tables, layout, reach, max_len, self.arena, self.model.backend)
         assert plan.decode is not None
         rows = plan.decode[0].row.long()
         logits = self.model.forward(plan, self.rows.token[rows])
@@ -282,32 +282,6 @@ class Loop:
             return logits, None
         tokens = self.rows.token[rows] = self.rows.greedy.step(logits, rows).tokens
         return logits, tokens
-
-    def prefill_plan(self, tables: Tensor, layout: Layout, reach: int) -> Plan:
-        """The plan of a step's prompt tokens, whose places are written into the slot table."""
-        places = layout.views[0]
-        fill = section(tables, places["fill"]).long()
-        self.arena.table[fill[:, 0], fill[:, 1]] = fill[:, 2].int()
-        return Plan(
-            section(tables, places["position_ids"])[None],
-            self.model.backend,
-            reach,
-            packed=[packed_tables(tables, view) for view in layout.views],
-            view_of=layout.view_of,
-            arena=self.arena,
-            slots=section(tables, places["slots"]),
-            key_slots=section(tables, places["key_slots"]) if places["key_slots"][1] > 0 else None,
-            logits_at=section(tables, places["logits_idx"]).long(),
-        )
-
-    def decode_plan(self, tables: Tensor, layout: Layout, reach: int, max_len: int) -> Plan:
-        """The plan of a step's new tokens, whose places are written into the slot table."""
-        views = [DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields)) for places in layout.views]
-        places = layout.views[0]
-        slots = section(tables, places["slot"])
-        self.arena.table[views[0].row.long(), views[0].lens.long() - 1] = slots
-        positions = section(tables, places["position_ids"])[None]
-        return Plan(positions, self.model.backend, reach, decode=views, view_of=layout.view_of, arena=self.arena, slots=slots, max_len=max_len)
 
     def _read(self, started: list[Chosen], known: Mapping[int, Outcome]) -> dict[int, Outcome]:
         """Wait for what steps have chosen: the requests that have ended with it, beside those that are ``known`` to have."""
@@ -345,9 +319,3 @@ class Loop:
 def _tenant(name: str) -> int:
     """A number for a named tenant, below those of prefixes."""
     return -2 - int.from_bytes(hashlib.blake2b(name.encode("utf8", "surrogatepass"), digest_size=7).digest())
-
-
-def host_view(buffer: np.ndarray, place: tuple[int, int, int]) -> np.ndarray:
-    """One table of the planner's buffer on the host."""
-    offset, rows, cols = place
-    return buffer[offset : offset + rows * cols].reshape(rows, cols) if cols else buffer[offset : offset + rows]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.model.attach import LayerShape
-from prefixfast.prefix.kv import kv_of
+from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
@@ -137,12 +137,12 @@ class Loader:
     def _on_host(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
         """Keys and values of every layer, those from files in the dtype in which they are kept."""
         if isinstance(prefix, Prefix):
-            return kv_of(prefix, self.shapes)
+            return kv_by_layer(prefix, self.shapes)
         if (kept := self.host.get(number)) is not None:
             self.host.move_to_end(number)
             return kept
         pinned = self.layers[0][0].device.type == "cuda"
-        made = [(_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned)) for k, v in kv_of(prefix.read(), self.shapes)]
+        made = [(_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned)) for k, v in kv_by_layer(prefix.read(), self.shapes)]
         self.read += 1
         if number not in self.known:
             return made

@@ -9,7 +9,7 @@ from typing import Any
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.output import Outcome
 from prefixfast.engine.request import Generation, Request
-from prefixfast.engine.worker import Ticket
+from prefixfast.engine.ticket import Ticket
 from prefixfast.errors import PrefixFastError
 
 

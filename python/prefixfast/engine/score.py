@@ -21,7 +21,7 @@ from prefixfast.engine.search import likeliest
 from prefixfast.errors import ConfigError, RequestError
 from prefixfast.model.base import Model
 from prefixfast.model.lm_head import packed_hidden
-from prefixfast.prefix.kv import rows_of, stacked
+from prefixfast.prefix.kv import concat_kv, row_table
 from prefixfast.store import StoredPrefix
 
 PIECE = 256  # rows of logits at a time
@@ -132,7 +132,7 @@ def _forward(model: Model, requests: list[Request], targets: list[Ints]) -> tupl
     distinct = {p.digest: p for r in requests for p in r.prefixes}
     number = {digest: i for i, digest in enumerate(distinct)}
     prefixes = [p.read() if isinstance(p, StoredPrefix) else p for p in distinct.values()]
-    kv = stacked(prefixes, model.layers, model.dtype, model.device) if prefixes else None
+    kv = concat_kv(prefixes, model.layers, model.dtype, model.device) if prefixes else None
     used = [[number[p.digest] for p in r.prefixes] for r in requests]
     indptr = np.cumsum([0, *map(len, used)]).astype(np.int32)
     lengths = np.array([len(r.ids) + len(t) - 1 for r, t in zip(requests, targets, strict=True)], np.int32)
@@ -140,7 +140,7 @@ def _forward(model: Model, requests: list[Request], targets: list[Ints]) -> tupl
     ends = np.cumsum(lengths)
     at = np.concatenate([np.arange(end - len(t), end) for end, t in zip(ends, targets, strict=True)])
     flat = np.array([n for numbers in used for n in numbers], np.int32)
-    plan = training_plan(lengths, indptr, flat, rows_of(prefixes, len(model.layers)), kv, backend=model.backend, device=model.device)
+    plan = training_plan(lengths, indptr, flat, row_table(prefixes, len(model.layers)), kv, backend=model.backend, device=model.device)
     plan = plan.with_logits_at(torch.from_numpy(at).to(model.device))
     wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(model.device)
     logprobs, best = [], []

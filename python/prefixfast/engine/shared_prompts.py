@@ -9,7 +9,8 @@ import numpy as np
 
 from prefixfast.engine.request import Request
 from prefixfast.model.base import Model
-from prefixfast.prefix.kv import text_kv
+from prefixfast.model.text_kv import text_kv
+from prefixfast.prefix.kv import context
 from prefixfast.prefix.prefix import Prefix
 
 KEPT = 32
@@ -46,7 +47,7 @@ class SharedPrompts:
 
     def _learn(self, request: Request, length: int) -> None:
         after = [p if isinstance(p, Prefix) else p.read() for p in request.prefixes]
-        kv = text_kv(self.model, request.ids[:length].tolist(), length, after=after)
+        kv = text_kv(self.model, request.ids[:length].tolist(), length, *context(after, self.model))
         pos = max((p.pos_start for p in after), default=0) + length
         tensors = {f"self.{i}.{x}": t for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)}
         self.known[_before(request), request.ids[:length].tobytes()] = Prefix(tensors, pos_start=pos)

@@ -7,13 +7,10 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING
 
 from prefixfast import _rust
 from prefixfast.engine.request import Generation
-
-if TYPE_CHECKING:
-    from prefixfast.engine.worker import Ticket
+from prefixfast.engine.ticket import Ticket
 
 
 class Deltas:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
 from typing import Any, TypeVar
 
@@ -16,44 +15,11 @@ import torch
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.output import Outcome
 from prefixfast.engine.request import Generation, Request
+from prefixfast.engine.ticket import Ticket
 from prefixfast.errors import CapacityError, ConfigError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Ticket:
-    """A submitted request; awaitable.
-
-    Args:
-        number: Of the request in its engine.
-        worker: Who serves it.
-    """
-
-    def __init__(self, number: int, worker: Worker) -> None:
-        self.number, self._worker = number, worker
-        self.future: Future[Generation] = Future()
-        self.future.set_running_or_notify_cancel()  # only `cancel` below ends a request, not a cancelled coroutine that waits for it
-
-    def result(self, timeout: float | None = None) -> Generation:
-        """Wait for the `Generation`, at most ``timeout`` seconds; None: as long as it takes.
-
-        Raises:
-            TimeoutError: If it is not there in time; the request goes on.
-            PrefixFastError: If the request failed.
-        """
-        return self.future.result(timeout)
-
-    def done(self) -> bool:
-        """Whether the result is there."""
-        return self.future.done()
-
-    def cancel(self) -> None:
-        """End the request at the next step; its result is then what it has, with ``finish_reason="cancelled"``."""
-        self._worker.cancel(self)
-
-    def __await__(self) -> Generator[object, None, Generation]:
-        return asyncio.wrap_future(self.future).__await__()
 
 
 class Worker:
@@ -84,7 +50,7 @@ class Worker:
             CapacityError: If too many wait.
             ConfigError: If the engine is closed.
         """
-        ticket = Ticket(number, self)
+        ticket = Ticket(number, self.cancel)
         with self.change:
             while wait and self.queued + self.waiting >= self.loop.max_waiting and not self.closing:
                 self.change.wait()

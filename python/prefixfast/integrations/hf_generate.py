@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from prefixfast.attention.plan import Layout, Plan
+from prefixfast.attention.plan import Layout, Plan, decode_plan, host_table, prefill_plan
 from prefixfast.config import EngineConfig
 from prefixfast.engine.kv_arena import RESERVED_ROWS, bytes_of_row
-from prefixfast.engine.loop import Loop, host_view
+from prefixfast.engine.loop import Loop
 from prefixfast.engine.request import assign
 from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model.base import Model
@@ -151,11 +151,11 @@ class HFCache(Cache):
         assert header.prefill is not None
         layout = Layout(*header.prefill)
         assert len(header.prefill_ids) == count
-        chunk = host_view(buffer.numpy(), layout.views[0]["chunk"])
+        chunk = host_table(buffer.numpy(), layout.views[0]["chunk"])
         self.order = torch.tensor(header.prefill_ids)
         self.rows = np.zeros(count, np.int64)
         self.rows[header.prefill_ids] = chunk[:, 0]
-        plan = loop.prefill_plan(buffer.to(self.model.device), layout, header.prefill_reach)
+        plan = prefill_plan(buffer.to(self.model.device), layout, header.prefill_reach, loop.arena, self.model.backend)
         loop.scheduler.commit([])
         self.length = padded
         self.own = np.array(lengths)
@@ -178,8 +178,8 @@ class HFCache(Cache):
         assert header.decode is not None
         layout = Layout(*header.decode)
         self.order = torch.tensor(header.decode_ids)
-        longest = int(host_view(buffer.numpy(), layout.views[0]["lens"]).max())
-        plan = loop.decode_plan(buffer.to(self.model.device), layout, header.decode_reach, longest)
+        longest = int(host_table(buffer.numpy(), layout.views[0]["lens"]).max())
+        plan = decode_plan(buffer.to(self.model.device), layout, header.decode_reach, longest, loop.arena, self.model.backend)
         loop.scheduler.commit([])
         self.length += 1
         return ids[self.order.to(ids.device), -1], plan

@@ -16,7 +16,7 @@ import torch
 
 from prefixfast.engine.engine import Engine
 from prefixfast.errors import ConfigError
-from prefixfast.model.base import load
+from prefixfast.model.load import load
 from prefixfast.prefix.prefix import Prefix
 
 try:

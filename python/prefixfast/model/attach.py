@@ -19,7 +19,7 @@ from transformers.activations import NewGELUActivation
 
 from prefixfast.attention import ops
 from prefixfast.attention.hf_interface import NAME
-from prefixfast.attention.plan import Plan, plain_plan
+from prefixfast.attention.plan import AttentionCall, Plan, plain_plan
 from prefixfast.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -224,19 +224,23 @@ def _logits(model: PreTrainedModel) -> Tensor:
 def _dry_run(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], Tensor]:
     """Shapes of all layers as our function sees them, and the logits of a short text."""
     ids = _probe_ids(model)
-    log: list[tuple[int, int, int, int]] = []
-    plan = replace(plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device), log=log)
+    seen: list[tuple[int, int, int, int]] = []
+
+    def probe(call: AttentionCall) -> None:
+        seen.append((call.layer, call.q.shape[1], call.k.shape[1], call.q.shape[2]))
+
+    plan = replace(plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device), probe=probe)
     try:
         logits = packed_forward(model, plan, ids)
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
         msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): a packed forward fails: {e}"
         raise ConfigError(msg) from e
     expected = model.config.get_text_config().num_hidden_layers
-    reached = sorted(layer for layer, *_ in log)
+    reached = sorted(layer for layer, *_ in seen)
     if reached != list(range(expected)):
         msg = f"cannot attach {type(model).__name__}: its {expected} layers should each reach prefixfast's attention once, reached were {reached}"
         raise ConfigError(msg)
-    return tuple(LayerShape(*shape) for _, *shape in sorted(log)), logits
+    return tuple(LayerShape(*shape) for _, *shape in sorted(seen)), logits
 
 
 def _compare(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:

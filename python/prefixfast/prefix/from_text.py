@@ -8,9 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from prefixfast.errors import ConfigError
-from prefixfast.model.base import Model, borrowed
+from prefixfast.model.base import Model
+from prefixfast.model.shared_base import borrowed
+from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
-from prefixfast.prefix.kv import text_kv
+from prefixfast.prefix.kv import context
 from prefixfast.prefix.record import PrefixData
 
 
@@ -38,7 +40,7 @@ def text_prefix(model: Any, text: Any, length: int | None, after: Sequence[Prefi
         if start + rows >= base.max_positions:
             msg = f"text: {rows} rows after position {start} leave no room in the base's {base.max_positions} positions; give a smaller prefix_length"
             raise ConfigError(msg)
-        kv = text_kv(base, ids, rows, after=after)
+        kv = text_kv(base, ids, rows, *context(after, base))
         training: dict[str, Any] = {"text_tokens": len(ids), "num_trained": 0}
         if after:
             training["after"] = [p.digest for p in after]

@@ -25,9 +25,10 @@ from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.data.tasks import PLAIN, Task, request_task
 from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.io.atomic import replace_file
-from prefixfast.model.base import Model, borrowed
+from prefixfast.model.base import Model
+from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.compatibility import check_fits
-from prefixfast.prefix.kv import kv_of, rows_of
+from prefixfast.prefix.kv import kv_by_layer, row_table
 from prefixfast.prefix.nearest_tokens import nearest_tokens
 from prefixfast.prefix.record import PrefixData
 
@@ -116,7 +117,7 @@ def inspect(model: Any, prefix: PrefixData, prompts: Sequence[Any], *, words: in
     with borrowed(model) as base:
         check_fits(base, prefix)
         examples = [_example(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
-        kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_of(prefix, base.layers)]
+        kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_by_layer(prefix, base.layers)]
         seen = [_look(base, prefix, kv, *example) for example in examples]
         count = sum(len(kl) for _, kl in seen)
         if words and 0 not in prefix.layers:
@@ -132,7 +133,7 @@ def _look(model: Model, prefix: PrefixData, kv: list[LayerKV], ids: list[int], f
     """Sum of the masses ``[L, HQ]`` over positions ``first`` to the end of one prompt, and divergences ``[n]`` there."""
     tokens = torch.tensor(ids, device=model.device)
     at = torch.arange(first, len(ids), device=model.device)
-    rows = rows_of([prefix], len(model.layers))
+    rows = row_table([prefix], len(model.layers))
     one, zero = np.array([0, 1], np.int32), np.zeros(1, np.int32)
     plan = training_plan(np.array([len(ids)], np.int32), one, zero, rows, kv, backend=model.backend, device=model.device).with_logits_at(at)
     masses: dict[int, Tensor] = {}

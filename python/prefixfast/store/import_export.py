@@ -8,9 +8,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.io.atomic import replace_file
@@ -19,72 +18,61 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.store.entry import ENTRY, name_hash
 from prefixfast.store.reports import Outcome
 
-if TYPE_CHECKING:
-    from prefixfast.store.store import PrefixStore
-
 ADAPTER = ("adapter_config.json", "prefixfast.json")  # a prefix folder has one of them
 PLAIN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9_-])?")  # the same folder on every file system
 RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{i}" for device in ("com", "lpt") for i in range(10))}
 
 
-def import_dir(store: PrefixStore, root: Path) -> list[Outcome]:
-    """See `PrefixStore.import_dir`."""
+def read_adapters(root: Path) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
+    """The adapter folders in a folder, in the order of their names.
+
+    Returns:
+        Name, folder and prefix of each; an `Outcome` with the reason for one that cannot be imported.
+
+    Raises:
+        ConfigError: If ``root`` is no folder, or an adapter itself.
+    """
     if not root.is_dir():
         msg = f"import: expected a folder of adapter folders, got {str(root)!r}"
         raise ConfigError(msg)
     if is_adapter(root):
         msg = f"import: {str(root)!r} is an adapter folder itself; put it under a name, or give the folder that it lies in"
         raise ConfigError(msg)
-    folders = [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and (p.is_symlink() or p.is_dir())]
     seen: dict[str, str] = {}
-    return [_import(store, root, folder, seen) for folder in folders]
+    for folder in [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and (p.is_symlink() or p.is_dir())]:
+        name: str | None = None
+        try:
+            check_inside(root, folder)
+            name = exported_name(folder) or folder.name
+            prefix = Prefix.from_pretrained(folder)
+            if name in seen:
+                msg = f"{seen[name]} has the same name"
+                raise DataError(msg)
+        except (DataError, OSError) as e:
+            yield Outcome(name, str(folder), False, str(e))
+            continue
+        seen[name] = folder.name
+        yield name, folder, prefix
 
 
-def _import(store: PrefixStore, root: Path, folder: Path, seen: dict[str, str]) -> Outcome:
-    name: str | None = None
-    try:
-        check_inside(root, folder)
-        name = exported_name(folder) or folder.name
-        prefix = Prefix.from_pretrained(folder)
-        if name in seen:
-            msg = f"{seen[name]} has the same name"
-            raise DataError(msg)
-    except (DataError, OSError) as e:
-        return Outcome(name, str(folder), False, str(e))
-    seen[name] = folder.name
-    if _has(store, name, prefix):
-        return Outcome(name, str(folder), True, "the store has it", prefix.digest)
-    put = store.put(name, prefix)
-    return Outcome(name, str(folder), True, f"version {put.version}", put.digest)
-
-
-def _has(store: PrefixStore, name: str, prefix: Prefix) -> bool:
-    try:
-        return name in store and not store.info(name).differences(prefix)
-    except DataError:  # a damaged version is replaced
-        return False
-
-
-def export_dir(store: PrefixStore, root: Path, names: Iterable[str] | None) -> list[Outcome]:
-    """See `PrefixStore.export_dir`."""
+def check_target(root: Path, store: Path, names: Iterable[str] | None) -> None:
+    """Raise `ConfigError` if prefixes of a store cannot be exported to a folder."""
     if isinstance(names, str):
         msg = f"names: expected several names, got the text {names!r}"
         raise ConfigError(msg)
     if root.exists() and not root.is_dir():
         msg = f"export: expected a folder or nothing, got {str(root)!r}"
         raise ConfigError(msg)
-    if root.resolve().is_relative_to(store.path.resolve()):
+    if root.resolve().is_relative_to(store.resolve()):
         msg = f"export: {str(root)!r} lies in the store itself"
         raise ConfigError(msg)
-    chosen = list(store.scan()) if names is None else [store.info(name) for name in dict.fromkeys(names)]
-    root.mkdir(parents=True, exist_ok=True)
-    return [one if isinstance(one, Outcome) else _export(store, one.name, root) for one in chosen]
 
 
-def _export(store: PrefixStore, name: str, root: Path) -> Outcome:
+def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:
+    """Write one prefix into its own folder in ``root``."""
     target = root / folder_name(name)
     try:
-        prefix = store[name]
+        prefix = prefixes[name]
         new = not os.path.lexists(target)
         if not new and (target.is_symlink() or not target.is_dir() or exported_name(target) != name):
             msg = f"{target} is in the way: it is no export of this name"

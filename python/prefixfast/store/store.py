@@ -16,10 +16,10 @@ from typing import Any
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
 from prefixfast.io.atomic import sync_folder, write_file
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.store import import_export as exchange
-from prefixfast.store import verify as check
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
+from prefixfast.store.import_export import check_target, export, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
+from prefixfast.store.verify import verify
 from prefixfast.store.versions import read_newest, settle, version_folders
 from prefixfast.store.workspace import sweep, taken_away, workspace
 
@@ -252,7 +252,7 @@ class PrefixStore(Mapping[str, Prefix]):
         Raises:
             ConfigError: If ``absent`` is no digest.
         """
-        return check.verify(self, absent)
+        return verify(self.path, self.folders(), absent)
 
     def import_dir(self, folder: str | os.PathLike[str]) -> list[Outcome]:
         """Put every adapter folder in ``folder`` (ours or PEFT's), under its own name if it was exported from a store, else the folder's.
@@ -270,7 +270,7 @@ class PrefixStore(Mapping[str, Prefix]):
             OSError: If the disk refuses.
         """
         self._check_writable()
-        return exchange.import_dir(self, Path(folder))
+        return [one if isinstance(one, Outcome) else self._import(*one) for one in read_adapters(Path(folder))]
 
     def export_dir(self, folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> list[Outcome]:
         """Write the newest versions as adapter folders that PEFT can read where it can hold them.
@@ -289,9 +289,25 @@ class PrefixStore(Mapping[str, Prefix]):
             ConfigError: If ``folder`` is a file or in the store, or ``names`` a single text.
             OSError: If the disk refuses.
         """
-        return exchange.export_dir(self, Path(folder), names)
+        root = Path(folder)
+        check_target(root, self.path, names)
+        chosen = list(self.scan()) if names is None else [self.info(name) for name in dict.fromkeys(names)]
+        root.mkdir(parents=True, exist_ok=True)
+        return [one if isinstance(one, Outcome) else export(self, one.name, root) for one in chosen]
 
     # ---- parts ----
+
+    def _import(self, name: str, folder: Path, prefix: Prefix) -> Outcome:
+        if self._has(name, prefix):
+            return Outcome(name, str(folder), True, "the store has it", prefix.digest)
+        put = self.put(name, prefix)
+        return Outcome(name, str(folder), True, f"version {put.version}", put.digest)
+
+    def _has(self, name: str, prefix: Prefix) -> bool:
+        try:
+            return name in self and not self.info(name).differences(prefix)
+        except DataError:  # a damaged version is replaced
+            return False
 
     def _folder(self, name: str) -> Path:
         digest = name_hash(name)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.io.atomic import identity
@@ -16,22 +15,28 @@ from prefixfast.store.entry import read_entry
 from prefixfast.store.reports import Check, Outcome
 from prefixfast.store.versions import version_folders
 
-if TYPE_CHECKING:
-    from prefixfast.store.store import PrefixStore
 
+def verify(root: Path, names: Iterable[Path], absent: str | None) -> Check:
+    """Read every version of a store again.
 
-def verify(store: PrefixStore, absent: str | None) -> Check:
-    """See `PrefixStore.verify`."""
+    Args:
+        root: Directory of the store.
+        names: Folders of the names in the store.
+        absent: Digest of a prefix of which nothing may be left; None to skip the search.
+
+    Raises:
+        ConfigError: If ``absent`` is no digest.
+    """
     if absent is not None and not re.fullmatch("[0-9a-f]{64}", absent):
         msg = f"absent: expected the digest of a prefix (64 hexadecimal digits), got {absent!r:.200}"
         raise ConfigError(msg)
-    folders = [version for folder in store.folders() for version in version_folders(folder)]
-    damaged = [found for folder in folders if (found := _damage(store.path, folder)) is not None]
+    folders = [version for folder in names for version in version_folders(folder)]
+    damaged = [found for folder in folders if (found := _damage(root, folder)) is not None]
     if absent is None:
         return Check(len(folders), tuple(damaged))
     holding: list[str] = []
-    for path, why in _search(store.path, absent):
-        name = path.relative_to(store.path).as_posix()
+    for path, why in _search(root, absent):
+        name = path.relative_to(root).as_posix()
         if why is None:
             holding.append(name)
         elif name not in {d.path for d in damaged}:

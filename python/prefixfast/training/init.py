@@ -13,8 +13,9 @@ from prefixfast.config import PrefixConfig
 from prefixfast.data.tasks import Task
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
+from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
-from prefixfast.prefix.kv import kv_of, text_kv
+from prefixfast.prefix.kv import context, kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import Member
 
@@ -57,11 +58,11 @@ def starting_points(model: Model, members: Sequence[Member], config: PrefixConfi
         ids, length = _words(model, task, init_text), config.length
         if len(ids) != length:
             logger.info("init text has %d tokens: %s to the prefix's %d rows", len(ids), "cut" if len(ids) > length else "repeated", length)
-        kinds["text"] = text_kv(model, ids, length, after=after)
+        kinds["text"] = text_kv(model, ids, length, *context(after, model))
     if any(m.init == "zero" for m in members):
         kinds["zero"] = [(torch.zeros(config.length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]
     prefixes = {id(m.init): m.init for m in members if isinstance(m.init, Prefix)}
-    given = {i: kv_of(p, model.layers) for i, p in prefixes.items()}
+    given = {i: kv_by_layer(p, model.layers) for i, p in prefixes.items()}
     return [given[id(m.init)] if isinstance(m.init, Prefix) else kinds[m.init] for m in members]
 
 

@@ -17,7 +17,8 @@ from prefixfast.attention.plan import prefix_rows, training_plan
 from prefixfast.config import PrefixConfig
 from prefixfast.data.encode import Examples
 from prefixfast.model.base import Model
-from prefixfast.prefix.kv import kv_of, parameter_dtype
+from prefixfast.model.text_kv import parameter_dtype
+from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.batching import MicroBatch, Order, micro_batches
 from prefixfast.training.groups import Group
@@ -60,7 +61,7 @@ class Steps:
         self.order = Order.draw(spans, configs)
         self.total = torch.from_numpy(self.order.total)
         dtype = parameter_dtype(model.dtype)
-        base = () if on_top_of is None else kv_of(on_top_of, model.layers)
+        base = () if on_top_of is None else kv_by_layer(on_top_of, model.layers)
         seeds = [c.seed for c in configs]
         self.params = PrefixParameters.make(model.layers, start, config, mlp=group.mlp, seed=seeds, dtype=dtype, device=model.device, on_top_of=base)
         self.optimizer = PrefixAdamW(self.params.params, len(start), weight_decay=_vector([c.weight_decay for c in configs]))

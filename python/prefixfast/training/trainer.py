@@ -11,7 +11,8 @@ from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.data.rows import Rows
 from prefixfast.data.tasks import Task, find_task
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.model.base import DTYPES, Model, borrowed
+from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore

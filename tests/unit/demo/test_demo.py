@@ -12,7 +12,7 @@ from prefixfast.demo.jobs import JOBS, coverage
 from prefixfast.demo.run import EMBEDDED, LIMITS, SETTINGS, generate_all, train_jobs
 from prefixfast.demo.train_base import TEXT_SEED, TOKENIZER_SEED
 from prefixfast.demo.values import has_table, heldout_values
-from prefixfast.model.base import load
+from prefixfast.model.load import load
 
 
 @pytest.mark.parametrize("seed", [TOKENIZER_SEED, TEXT_SEED])

@@ -340,7 +340,7 @@ def test_the_attention_function_honours_its_options(option, value):
     assert not torch.allclose(call(**{option: value}), call())
 
 
-def test_a_dry_run_notes_every_call():
-    log: list[Any] = []
-    call(prefixfast=replace(plain_plan([5], backend=Backend("reference")), log=log))
-    assert log == [(0, 2, 2, 8)]
+def test_a_probe_sees_every_call():
+    seen: list[Any] = []
+    call(prefixfast=replace(plain_plan([5], backend=Backend("reference")), probe=seen.append))
+    assert [(c.layer, c.q.shape, c.k.shape) for c in seen] == [(0, (5, 2, 8), (5, 2, 8))]

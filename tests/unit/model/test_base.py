@@ -20,8 +20,10 @@ import prefixfast
 import tiny
 from oracles import ROOT
 from prefixfast import CapacityError, ConfigError, Engine, RequestError, generate, load, unload
-from prefixfast.model import base as module
-from prefixfast.model.base import borrowed
+from prefixfast.model import load as loading
+from prefixfast.model import shared_base
+from prefixfast.model.fingerprint import fingerprint
+from prefixfast.model.shared_base import borrowed
 
 IDS = torch.arange(3, 20)[None]
 
@@ -71,13 +73,13 @@ def test_something_that_is_no_model_is_refused(make):
 
 @pytest.mark.parametrize(("fast", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_the_dtype_follows_the_processor(folder, monkeypatch, fast, expected):
-    monkeypatch.setattr(module, "has_fast_bf16", lambda: fast)
+    monkeypatch.setattr(loading, "has_fast_bf16", lambda: fast)
     with load(folder, device="cpu") as base:
         assert base.dtype == expected
 
 
 def test_slow_bfloat16_is_given_with_a_warning(folder, monkeypatch, caplog):
-    monkeypatch.setattr(module, "has_fast_bf16", lambda: False)
+    monkeypatch.setattr(loading, "has_fast_bf16", lambda: False)
     with caplog.at_level(logging.WARNING, "prefixfast"), load(folder, dtype="bfloat16", device="cpu") as base:
         assert base.dtype == torch.bfloat16
     assert "bfloat16 without AVX512-BF16 or AMX" in caplog.text
@@ -206,14 +208,14 @@ def test_another_name_replaces_the_kept_base(folder, tmp_path, tokenizer):
         mark = first.fingerprint["weights"]
     with borrowed(tmp_path) as second:
         assert second.fingerprint["weights"] != mark
-    assert len(module._CACHE) == 1
+    assert len(shared_base._CACHE) == 1
 
 
 def test_an_error_while_loading_leaves_no_kept_base(folder, monkeypatch):
-    monkeypatch.setattr(module, "attach", lambda _: 1 / 0)
+    monkeypatch.setattr(loading, "attach", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError), borrowed(folder):
         pass
-    assert module._CACHE == []
+    assert shared_base._CACHE == []
 
 
 # ---- fingerprints ----
@@ -228,7 +230,7 @@ def test_a_fingerprint_is_quick(base):
     times = []
     for _ in range(7):
         start = time.perf_counter()
-        module.fingerprint(base.hf, base.require_tokenizer().digest_text)
+        fingerprint(base.hf, base.require_tokenizer().digest_text)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05
 
@@ -243,7 +245,7 @@ def test_a_fingerprint_is_that_of_the_weights_in_any_dtype(folder, base):
 
 
 def test_a_fingerprint_does_not_depend_on_the_attachment(base):
-    assert module.fingerprint(tiny.make("gpt2"), None)["weights"] == base.fingerprint["weights"]
+    assert fingerprint(tiny.make("gpt2"), None)["weights"] == base.fingerprint["weights"]
 
 
 def test_other_weights_have_another_fingerprint():
@@ -253,10 +255,10 @@ def test_other_weights_have_another_fingerprint():
 @pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "transformer.h.2.mlp.c_proj.weight", "transformer.ln_f.bias"])
 def test_a_fine_tuned_part_changes_the_fingerprint(name):
     model = tiny.make("gpt2")
-    before = module.fingerprint(model, None)["weights"]
+    before = fingerprint(model, None)["weights"]
     with torch.no_grad():
         model.get_parameter(name).mul_(1.05)
-    assert module.fingerprint(model, None)["weights"] != before
+    assert fingerprint(model, None)["weights"] != before
 
 
 def test_another_architecture_has_another_configuration(base):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 import tiny
 from prefixfast.attention.plan import plain_plan
-from prefixfast.model.base import load
+from prefixfast.model.load import load
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

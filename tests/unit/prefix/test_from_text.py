@@ -10,7 +10,7 @@ import torch
 import tiny
 from composed import error, logits
 from prefixfast import BaseMismatchError, ConfigError, Prefix, generate, load
-from prefixfast.prefix.kv import text_kv
+from prefixfast.model.text_kv import text_kv
 
 TEXT, PROMPT = list(range(20, 37)), list(range(50, 59))  # longer than the tiny models' sliding window
 FAMILIES = ("gpt2", "llama", "qwen3", "mistral", "gemma3", "opt", "gpt_neox")

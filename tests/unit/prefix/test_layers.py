@@ -15,7 +15,7 @@ import composed
 import tiny
 from prefixfast import BaseMismatchError, ConfigError, Engine, Prefix, PrefixConfig, PrefixStore, check_fits, generate, score, train
 from prefixfast.attention.plan import training_plan
-from prefixfast.prefix.kv import kv_of, rows_of
+from prefixfast.prefix.kv import kv_by_layer, row_table
 from prefixfast.prefix.model_card import model_card
 from prefixfast.training.estimate import estimate
 from prefixfast.training.parameters import PrefixParameters
@@ -72,7 +72,7 @@ def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out
     wanted = (loss(model, [away[0]], DATA["a"]) - loss(model, [away[1]], DATA["a"])) / 2e-3
     config = PrefixConfig(prefix_length=4, layers=(1,))
     params = PrefixParameters.make(
-        model.layers, [kv_of(start, model.layers)], config, mlp=False, seed=0, dtype=torch.float64, device=model.device, on_top_of=()
+        model.layers, [kv_by_layer(start, model.layers)], config, mlp=False, seed=0, dtype=torch.float64, device=model.device, on_top_of=()
     )
     assert [len(k) for k, _ in params.leaves] == [0, 4, 0]
     total = 0.0
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out
         ids = torch.tensor(row["input_ids"])
         at = torch.tensor([i for i, t in enumerate(row["labels"]) if t != -100])
         one = np.array([0, 1], np.int32), np.zeros(1, np.int32)
-        plan = training_plan(np.array([len(ids)], np.int32), *one, rows_of([start], 3), params.leaves, backend=model.backend)
+        plan = training_plan(np.array([len(ids)], np.int32), *one, row_table([start], 3), params.leaves, backend=model.backend)
         total = total + torch.nn.functional.cross_entropy(model.forward(plan, ids)[at - 1], ids[at], reduction="sum")
     (total / sum(t != -100 for row in DATA["a"] for t in row["labels"])).backward()
     assert all(t.grad is None for i in (0, 2) for t in params.leaves[i])

@@ -12,7 +12,7 @@ import tiny
 from prefixfast.attention.plan import PrefixRows, training_plan
 from prefixfast.config import PrefixConfig
 from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError
-from prefixfast.prefix.kv import kv_of
+from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.training import step as steps_module
 from prefixfast.training.parameters import PrefixParameters
 from prefixfast.training.trainer import train
@@ -30,7 +30,7 @@ def loss_of(model, prefixes, data) -> float:
     """Mean loss of a target token with prefixes composed left to right, by a plan made here."""
     before = np.cumsum([0, *(p.length for p in prefixes)])
     table = np.array([[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(before, prefixes, strict=False)], np.int32)
-    arena = [tuple(torch.cat([kv_of(p, model.layers)[i][j] for p in prefixes]) for j in (0, 1)) for i in range(len(model.layers))]
+    arena = [tuple(torch.cat([kv_by_layer(p, model.layers)[i][j] for p in prefixes]) for j in (0, 1)) for i in range(len(model.layers))]
     lost = []
     for row in data:
         ids, target = torch.tensor(row["input_ids"]), np.array(row["labels"]) != -100

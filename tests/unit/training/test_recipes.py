@@ -10,7 +10,7 @@ import tiny
 from prefixfast import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
 from prefixfast.io.yaml import read_yaml
-from prefixfast.prefix.kv import text_kv
+from prefixfast.model.text_kv import text_kv
 from prefixfast.training import parameters as encoder
 from prefixfast.training.inputs import settings
 from prefixfast.training.parameters import PrefixParameters

@@ -1,0 +1,53 @@
+"""Keys and values that a base model computes for a text.
+
+Shape letters: P rows of a prefix, L layers, H kv heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefixfast.attention.plan import NO_PREFIXES, Arena, LayerKV, PrefixRows, training_plan
+from prefixfast.model.base import Model
+
+
+@torch.no_grad()
+def text_kv(model: Model, ids: Sequence[int], length: int, before: Sequence[LayerKV] = (), rows: PrefixRows = NO_PREFIXES) -> list[LayerKV]:
+    """Keys and values of a text in the base model; a short text is repeated, a long one is cut to its first P tokens.
+
+    Args:
+        model: Base model.
+        ids: Token ids of the text, at least one.
+        length: Number of rows P.
+        before: Keys and values ``[rows, H, D]`` by layer of the prefixes before the text; empty without prefixes.
+        rows: Place of each prefix in ``before``, from left to right.
+
+    Returns:
+        Keys and values ``[P, H, D]`` by layer, in fp32 (fp64 for a base in fp64).
+    """
+    tokens = torch.tensor((list(ids) * length)[:length], device=model.device)
+    number = np.arange(rows.table.shape[1], dtype=np.int32)
+    first = int(rows.table[:, :, 1].sum(1).max(initial=0))
+    indptr = np.array([0, len(number)], np.int32)
+    plan = training_plan(np.array([length], np.int32), indptr, number, rows, None, backend=model.backend, device=model.device)
+
+    def with_room(before: Tensor) -> Tensor:
+        return torch.cat([before, before.new_empty(first + length - len(before), *before.shape[1:])])
+
+    empty = [torch.empty(0, s.num_kv_heads, s.head_dim, dtype=model.dtype, device=model.device) for s in model.layers]
+    layers = [(with_room(k), with_room(v)) for k, v in before or zip(empty, empty, strict=True)]
+    slots = torch.arange(first, first + length, dtype=torch.int32, device=model.device)
+    last = torch.tensor([length - 1], device=model.device)
+    model.forward(replace(plan, arena=Arena(layers, torch.empty(0, dtype=torch.int32)), slots=slots, logits_at=last), tokens)
+    dtype = parameter_dtype(model.dtype)
+    return [(k[first:].to(dtype), v[first:].to(dtype)) for k, v in layers]
+
+
+def parameter_dtype(compute: torch.dtype) -> torch.dtype:
+    """Dtype of trained tensors: fp64 for a base in fp64, else fp32."""
+    return torch.float64 if compute == torch.float64 else torch.float32
