@@ -20,7 +20,18 @@ import prefixfast
 from prefixfast.data import read_rows
 
 NEW = 24
-VOICES = ("formal", "friendly", "brief", "cheerful", "gloomy", "old-fashioned", "technical", "poetic", "ironic", "patient")
+VOICES = (
+    "formal",
+    "friendly",
+    "brief",
+    "cheerful",
+    "gloomy",
+    "old-fashioned",
+    "technical",
+    "poetic",
+    "ironic",
+    "patient",
+)
 
 
 def peft_tokens(base: str, adapter: Path, ids: list[int]) -> list[int]:
@@ -29,7 +40,13 @@ def peft_tokens(base: str, adapter: Path, ids: list[int]) -> list[int]:
     model = PeftModel.from_pretrained(plain, adapter).eval()
     prompt = torch.tensor([ids])
     with torch.no_grad():
-        out = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
+        out = model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            do_sample=False,
+        )
     tokens: list[int] = out[0, len(ids) :].tolist()
     return tokens
 
@@ -66,14 +83,20 @@ def main() -> None:
             sys.exit("the imported adapter does not give PEFT's tokens")
 
         # 4. Train it further, and 5. export it: PEFT loads what comes out.
-        before = prefixfast.score(prompts, own, targets=[str(r["completion"]) for r in rows][:1] * len(prompts), model=base)
+        before = prefixfast.score(
+            prompts, own, targets=[str(r["completion"]) for r in rows][:1] * len(prompts), model=base
+        )
         tuned = prefixfast.train(base, rows, init=own, max_steps=args.steps, learning_rate=5e-3, progress=False)
-        after = prefixfast.score(prompts, tuned, targets=[str(r["completion"]) for r in rows][:1] * len(prompts), model=base)
+        after = prefixfast.score(
+            prompts, tuned, targets=[str(r["completion"]) for r in rows][:1] * len(prompts), model=base
+        )
         tuned.to_peft(args.out)
         (result,) = prefixfast.generate([prompts[0]], tuned, model=base, progress=False, **how)
     if peft_tokens(args.base, args.out, ids) != result.token_ids:
         sys.exit("PEFT does not give the tokens of the exported adapter")
-    print(f"log-probability of the first target: {before[0].logprob:.3f} before, {after[0].logprob:.3f} after {args.steps} steps; PEFT agrees on both adapters")
+    print(
+        f"log-probability of the first target: {before[0].logprob:.3f} before, {after[0].logprob:.3f} after {args.steps} steps; PEFT agrees on both adapters"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ def logits(base: Model, ids: Sequence[int], prefixes: Sequence[Prefix] = ()) -> 
     """``[N, V]`` of tokens ``ids`` after ``prefixes``, left to right."""
     leaves, rows = concat_kv(prefixes, base.layers, base.dtype, base.device), row_table(prefixes, len(base.layers))
     used = np.arange(len(prefixes), dtype=np.int32)
-    plan = training_plan(np.array([len(ids)], np.int32), np.array([0, len(prefixes)], np.int32), used, rows, leaves, backend=base.backend)
+    plan = training_plan(
+        np.array([len(ids)], np.int32), np.array([0, len(prefixes)], np.int32), used, rows, leaves, backend=base.backend
+    )
     return base.forward(plan, torch.tensor(list(ids)))
 
 

@@ -9,7 +9,19 @@ import traceback
 from collections.abc import Callable
 
 # Every step of a save that touches the disk raises one of these audit events just before it.
-STEPS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.utime", "shutil.rmtree", "fcntl.flock", "os.link", "os.listdir"}
+STEPS = {
+    "open",
+    "os.rename",
+    "os.mkdir",
+    "os.remove",
+    "os.rmdir",
+    "os.chmod",
+    "os.utime",
+    "shutil.rmtree",
+    "fcntl.flock",
+    "os.link",
+    "os.listdir",
+}
 FAILED = 1 << 8  # status of a child whose work raised
 
 

@@ -31,7 +31,15 @@ HOW = {"batch_size": 2, "prefix_length": 3, "learning_rate": 5e-3, "init": "rand
 def run(model: prefixfast.Model, folder: Path, lone: bool) -> None:
     """The whole training, or what is left of it: of one prefix, whose folder is the run's, or of several."""
     if lone:
-        train(model, DATA["b"], eval_data=rows(9, 3), output_dir=folder / "out", store=folder / "store", resume=True, **HOW)
+        train(
+            model,
+            DATA["b"],
+            eval_data=rows(9, 3),
+            output_dir=folder / "out",
+            store=folder / "store",
+            resume=True,
+            **HOW,
+        )
         return
     how = {**HOW, "overrides": {"a": {"max_steps": 7}, "b": {"max_steps": 18}}, "eval_data": rows(9, 3)}
     train(model, DATA, output_dir=folder / "out", store=folder / "store", resume=True, **how)
@@ -87,7 +95,12 @@ def main(folder: Path, kills: int, seed: int) -> None:
     torch.set_num_threads(1)
     model = prefixfast.load(tiny.make("gpt2"))
     start, span, expected = time.perf_counter(), {}, {}
-    for lone, name in ((False, "cold"), (True, "cold"), (False, "warm"), (True, "warm")):  # the first runs of a machine can take many times as long
+    for lone, name in (
+        (False, "cold"),
+        (True, "cold"),
+        (False, "warm"),
+        (True, "warm"),
+    ):  # the first runs of a machine can take many times as long
         begin, whole = time.perf_counter(), folder / f"whole-{lone}-{name}"
         assert os.waitpid(child(model, whole, lone), 0)[1] == 0
         span[lone], expected[lone] = time.perf_counter() - begin, digests(whole, lone)
@@ -106,7 +119,17 @@ def main(folder: Path, kills: int, seed: int) -> None:
         equal &= status == 0 and digests(out, lone) == expected[lone]
         left += [str(p) for p in (*(out / "out").rglob(".*"), *out.glob(".*"))]
         lone = not lone
-    print(json.dumps({"kills": len(steps), "equal": equal, "left": left, "steps": steps, "seconds": round(time.perf_counter() - start, 1)}))
+    print(
+        json.dumps(
+            {
+                "kills": len(steps),
+                "equal": equal,
+                "left": left,
+                "steps": steps,
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -71,7 +71,9 @@ def template(table: Sequence[tuple[str, str]], item: str, separator: str, start:
     return start + separator.join(item.format(key=key, value=value) for key, value in table) + end
 
 
-def pack(lengths: Sequence[int], targets: Sequence[int], batch: Sequence[int], budget: int, sequence_sum: bool) -> tuple[list[list[int]], list[float]]:
+def pack(
+    lengths: Sequence[int], targets: Sequence[int], batch: Sequence[int], budget: int, sequence_sum: bool
+) -> tuple[list[list[int]], list[float]]:
     """Micro-batches of example numbers, and weights by example."""
     members: dict[int, list[int]] = {}
     for example, number in enumerate(batch):
@@ -143,10 +145,17 @@ def segment_uses(segments: Sequence[Sequence[int]], blocks: Mapping[int, tuple[i
     """`use_indptr` and `use` of segments, each given by its prefixes."""
     shown = sorted({p for prefixes in segments for p in prefixes if blocks[p][1]})
     use = [
-        [[shown.index(p), -sum(blocks[q][1] for q in prefixes[place:]), blocks[p][2]] for place, p in enumerate(prefixes) if blocks[p][1]]
+        [
+            [shown.index(p), -sum(blocks[q][1] for q in prefixes[place:]), blocks[p][2]]
+            for place, p in enumerate(prefixes)
+            if blocks[p][1]
+        ]
         for prefixes in segments
     ]
-    return {"use_indptr": [sum(map(len, use[:s])) for s in range(len(use) + 1)], "use": [entry for one in use for entry in one]}
+    return {
+        "use_indptr": [sum(map(len, use[:s])) for s in range(len(use) + 1)],
+        "use": [entry for one in use for entry in one],
+    }
 
 
 def cut(rows: int, height: int) -> range:
@@ -155,23 +164,35 @@ def cut(rows: int, height: int) -> range:
 
 
 def plan_packed(
-    lengths: Sequence[int], prefixes: Sequence[Sequence[int]], prefix_rows: Sequence[Sequence[int]], tiles: Sequence[int], contexts: Sequence[int] | None = None
+    lengths: Sequence[int],
+    prefixes: Sequence[Sequence[int]],
+    prefix_rows: Sequence[Sequence[int]],
+    tiles: Sequence[int],
+    contexts: Sequence[int] | None = None,
 ) -> dict[str, list]:
     """All tables of a packed forward but those of the padded layout; ``contexts``: tokens before these of each sequence."""
     before = contexts or [0] * len(lengths)
     totals = [n + c for n, c in zip(lengths, before, strict=True)]
     firsts = [sum(lengths[:s]) for s in range(len(lengths))]
     blocks = {number: (first, rows, slides) for number, (first, rows, _, slides) in enumerate(prefix_rows)}
-    queries = [(first + t, c + t, used) for first, n, c, used in zip(firsts, lengths, before, prefixes, strict=True) for t in range(n)]
+    queries = [
+        (first + t, c + t, used)
+        for first, n, c, used in zip(firsts, lengths, before, prefixes, strict=True)
+        for t in range(n)
+    ]
     starts = [max((prefix_rows[p][2] for p in used), default=0) for used in prefixes]
     shown = sorted({p for used in prefixes for p in used if prefix_rows[p][1]})
     return {
-        "seg": [[first, n, sum(totals[:s]), totals[s]] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True))],
+        "seg": [
+            [first, n, sum(totals[:s]), totals[s]] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True))
+        ],
         "seg_pos": list(before),
         **segment_uses(prefixes, blocks),
         **uses(queries, blocks),
         "position_ids": [start + c + t for start, n, c in zip(starts, lengths, before, strict=True) for t in range(n)],
-        "tiles": [[s, first + t] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for t in cut(n, tiles[0])],
+        "tiles": [
+            [s, first + t] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for t in cut(n, tiles[0])
+        ],
         "key_tiles": [[s, s + 1, key] for s, n in enumerate(lengths) for key in cut(n, tiles[1])],
         "block_tiles": [[c, row] for c, p in enumerate(shown) for row in cut(prefix_rows[p][1], tiles[2])],
     }

@@ -31,9 +31,24 @@ from transformers.masking_utils import eager_mask
 
 VOCAB, EOS, WINDOW = 101, 2, 12
 TOKENS = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": EOS, "pad_token_id": 0}
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 160}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+}
 GROUPED = {**TOKENS, **SIZES, "num_key_value_heads": 2}
-GPT2 = {**TOKENS, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 160, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+GPT2 = {
+    **TOKENS,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 160,
+    "resid_pdrop": 0,
+    "embd_pdrop": 0,
+    "attn_pdrop": 0,
+}
 OPT = {**TOKENS, **SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0, "attention_dropout": 0}
 OPT.pop("intermediate_size")
 GEMMA = {**GROUPED, "head_dim": 16}
@@ -47,7 +62,9 @@ FAMILIES = {
     "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**TOKENS, **SIZES)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**GEMMA)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**GEMMA, sliding_window=WINDOW, query_pre_attn_scalar=8)),
-    "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**GEMMA, sliding_window=WINDOW, query_pre_attn_scalar=8, sliding_window_pattern=2)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**GEMMA, sliding_window=WINDOW, query_pre_attn_scalar=8, sliding_window_pattern=2)
+    ),
 }
 
 
@@ -68,7 +85,9 @@ def peft_table(model, length: int, seed: int, scale: float = 0.7) -> torch.Tenso
     """A strong random prefix in PEFT's layout."""
     from peft import PrefixTuningConfig, get_peft_model
 
-    config = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)).peft_config["default"]
+    config = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)).peft_config[
+        "default"
+    ]
     g = torch.Generator().manual_seed(seed)
     return torch.randn(length, config.num_layers * 2 * config.token_dim, generator=g) * scale
 

@@ -34,7 +34,9 @@ Grads = tuple[Tensor, ...]
 def flash(causal: bool, *tensors: Tensor) -> Grads:
     """The operator on its inputs as they are."""
     do, q, k, v, o, lse = tensors
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(do, q, k, v, o, lse, 0.0, causal, scale=OPTIONS.scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        do, q, k, v, o, lse, 0.0, causal, scale=OPTIONS.scale
+    )
 
 
 def ours(causal: bool, *tensors: Tensor) -> Grads:
@@ -76,7 +78,10 @@ def measure(name: str, rounds: int) -> list[dict[str, object]]:
     runs = {n: (lambda call=call: call(causal, do, q, k, v, o, lse)) for n, call in CONTENDERS.items()}
     wrong = {n: max(relative_error(a, b) for a, b in zip(run(), exact, strict=True)) for n, run in runs.items()}
     timed = alternate(runs, rounds)
-    return [{"piece": name, "contender": n, "error": float(f"{wrong[n]:.2g}"), "seconds": [round(s, 6) for s in t.seconds]} for n, t in timed.items()]
+    return [
+        {"piece": name, "contender": n, "error": float(f"{wrong[n]:.2g}"), "seconds": [round(s, 6) for s in t.seconds]}
+        for n, t in timed.items()
+    ]
 
 
 def main() -> None:

@@ -58,7 +58,9 @@ class Step:
         prefix = torch.arange(length) + torch.arange(ROWS)[:, None] % distinct * length
         seen = torch.arange(length + max(LENS)) < length + torch.tensor(LENS)[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)[:, None, None]
-        return cls(torch.randn(ROWS, HEADS, DIM).to(dtype), layers, table, tables, torch.cat([prefix, table], 1).long(), mask)
+        return cls(
+            torch.randn(ROWS, HEADS, DIM).to(dtype), layers, table, tables, torch.cat([prefix, table], 1).long(), mask
+        )
 
 
 def rust(s: Step, k: Tensor, v: Tensor) -> Tensor:
@@ -77,13 +79,22 @@ def gathered(s: Step, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(s.q[:, :, None], keys, values, s.mask)[:, :, 0]
 
 
-CONTENDERS: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {"rust": rust, "torch": torch_decode, "gather and SDPA": gathered}
+CONTENDERS: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {
+    "rust": rust,
+    "torch": torch_decode,
+    "gather and SDPA": gathered,
+}
 
 
 def products(dtype: torch.dtype) -> Callable[[], None]:
     """The products of one layer, their weights packed as the engine packs them."""
-    x, width = {n: torch.randn(ROWS, n).to(dtype) for n in (768, 3072)}, [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
-    weights = [(x[n], torch.ops.mkldnn._reorder_linear_weight((torch.randn(m, n) * 0.02).to(dtype), ROWS)) for n, m in width]
+    x, width = (
+        {n: torch.randn(ROWS, n).to(dtype) for n in (768, 3072)},
+        [(768, 2304), (768, 768), (768, 3072), (3072, 768)],
+    )
+    weights = [
+        (x[n], torch.ops.mkldnn._reorder_linear_weight((torch.randn(m, n) * 0.02).to(dtype), ROWS)) for n, m in width
+    ]
 
     def run() -> None:
         for given, weight in weights:
@@ -100,7 +111,9 @@ def measure(length: int, distinct: int, dtype: torch.dtype, rounds: int) -> list
     """
     s = Step.make(length, distinct, dtype)
     k, v = s.layers[0]
-    exact, _ = reference.attn_decode(s.q.double(), k.double(), v.double(), None, None, s.table, s.tables, scale=OPTIONS.scale)
+    exact, _ = reference.attn_decode(
+        s.q.double(), k.double(), v.double(), None, None, s.table, s.tables, scale=OPTIONS.scale
+    )
     for name, call in CONTENDERS.items():
         if (error := relative_error(call(s, k, v), exact)) > LIMIT[dtype]:
             msg = f"{name}: wrong by {error:.1e}; nothing is timed"
@@ -123,7 +136,10 @@ def measure(length: int, distinct: int, dtype: torch.dtype, rounds: int) -> list
         run()
     found = alternate(runs, rounds)  # type: ignore[arg-type, type-var]
     case = {"prefix_length": length, "distinct": distinct, "dtype": str(dtype)[6:]}
-    return [{**case, "contender": n, "with_products": b, "seconds": [round(x, 6) for x in t.seconds]} for (n, b), t in found.items()]
+    return [
+        {**case, "contender": n, "with_products": b, "seconds": [round(x, 6) for x in t.seconds]}
+        for (n, b), t in found.items()
+    ]
 
 
 def main() -> None:
@@ -133,7 +149,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    rows: list[dict[str, object]] = [{"suite": "attn_decode", "command": " ".join(sys.argv), "layers": LAYERS, "rows": ROWS, "own_keys": LENS}]
+    rows: list[dict[str, object]] = [
+        {"suite": "attn_decode", "command": " ".join(sys.argv), "layers": LAYERS, "rows": ROWS, "own_keys": LENS}
+    ]
     with torch.inference_mode():
         for length, distinct in SIZES:
             made = measure(length, distinct, getattr(torch, args.dtype), args.rounds)
@@ -141,7 +159,10 @@ def main() -> None:
             for r in made:
                 where = "with products" if r["with_products"] else "alone"
                 best, median = (f(r["seconds"]) * 1e3 for f in (min, lambda s: sorted(s)[len(s) // 2]))
-                print(f"P={length} x {distinct}, {r['dtype']}, {r['contender']}, {where}: {best:.1f} ms (median {median:.1f})", flush=True)
+                print(
+                    f"P={length} x {distinct}, {r['dtype']}, {r['contender']}, {where}: {best:.1f} ms (median {median:.1f})",
+                    flush=True,
+                )
     write_rows(args.out, rows)
 
 

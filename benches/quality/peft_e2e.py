@@ -38,7 +38,9 @@ def text_init(base: Any, tok: Any, text: str, length: int) -> torch.Tensor:
     ids = (tok(text).input_ids * length)[:length]
     with torch.no_grad():
         cache = base.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
-    return torch.cat([t[0].transpose(0, 1).reshape(length, -1) for layer in cache.layers for t in (layer.keys, layer.values)], 1).clone()
+    return torch.cat(
+        [t[0].transpose(0, 1).reshape(length, -1) for layer in cache.layers for t in (layer.keys, layer.values)], 1
+    ).clone()
 
 
 def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -65,7 +67,9 @@ def train(model: Any, tok: Any, setting: Setting, steps: int) -> tuple[list[floa
         optimizer.zero_grad()
         losses.append(loss.item())
         if len(losses) % 20 == 0:
-            print(f"step {len(losses)} loss {sum(losses[-20:]) / 20:.4f} {time.perf_counter() - start:.0f} s", flush=True)
+            print(
+                f"step {len(losses)} loss {sum(losses[-20:]) / 20:.4f} {time.perf_counter() - start:.0f} s", flush=True
+            )
     return losses, time.perf_counter() - start
 
 
@@ -84,7 +88,13 @@ def evaluate(model: Any, tok: Any, setting: Setting) -> dict[str, Any]:
     for part in chunks(tables, 20):
         enc = tok([setting.row(tok)({"mr": mr, "ref": ""})["prompt"] for mr in part], return_tensors="pt", padding=True)
         ids = model.generate(
-            **enc, max_new_tokens=60, do_sample=False, use_cache=True, num_beams=setting.num_beams, pad_token_id=tok.eos_token_id, eos_token_id=tok.eos_token_id
+            **enc,
+            max_new_tokens=60,
+            do_sample=False,
+            use_cache=True,
+            num_beams=setting.num_beams,
+            pad_token_id=tok.eos_token_id,
+            eos_token_id=tok.eos_token_id,
         )
         texts += [tok.decode(x[enc.input_ids.shape[1] :], skip_special_tokens=True).strip() for x in ids]
     return {"dev_loss": total / count, "bleu": bleu(texts, references), "texts": dict(zip(tables, texts, strict=True))}
@@ -98,7 +108,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--none", action="store_true", help="evaluate the base without a prefix")
     parser.add_argument("--steps", type=int, help="stop after this many steps (the schedule stays), without evaluation")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32", help="float64: the loss too, which transformers rounds to fp32")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64"],
+        default="float32",
+        help="float64: the loss too, which transformers rounds to fp32",
+    )
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -106,13 +121,26 @@ def main() -> None:
     tok = AutoTokenizer.from_pretrained(args.model)
     base = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     base.config.use_cache = False
-    model, result = base, {"impl": "none" if args.none else "peft", "setting": args.setting, "dtype": args.dtype, "threads": args.threads}
+    model, result = (
+        base,
+        {
+            "impl": "none" if args.none else "peft",
+            "setting": args.setting,
+            "dtype": args.dtype,
+            "threads": args.threads,
+        },
+    )
     if args.dtype == "float64":
         exact_norms()
     if not args.none:
         torch.manual_seed(0)
         mlp = setting.reparameterization == "mlp"
-        model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10, prefix_projection=mlp, encoder_hidden_size=512))
+        model = get_peft_model(
+            base,
+            PrefixTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=10, prefix_projection=mlp, encoder_hidden_size=512
+            ),
+        )
         if not mlp:
             model.prompt_encoder["default"].embedding.weight.data = text_init(base, tok, setting.init_text, 10)
         model.prompt_encoder.to(base.dtype)

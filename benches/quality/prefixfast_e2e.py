@@ -29,7 +29,7 @@ def main() -> None:
     if args.dtype == "float64":
         exact_norms()
     base = prefixfast.load(args.model, dtype=args.dtype)
-    row = setting.row(base.need_tokenizer().hf)
+    row = setting.row(base.require_tokenizer().hf)
     rows = [row(r) for batch in setting.batches()[: args.steps] for r in batch]
     dev = None if args.steps else [row(r) for r in setting.dev_rows()]
     start = time.perf_counter()
@@ -66,8 +66,15 @@ def main() -> None:
         tables, references = setting.dev_tables()
         how = {"model": base, "num_beams": setting.num_beams, "max_new_tokens": 60}
         start = time.perf_counter()
-        texts = [g.text.strip() for g in prefixfast.generate([row({"mr": mr, "ref": ""})["prompt"] for mr in tables], prefix, **how)]
-        result |= {"dev_loss": prefix.training["metrics"]["eval_loss"], "bleu": bleu(texts, references), "generate_seconds": time.perf_counter() - start}
+        texts = [
+            g.text.strip()
+            for g in prefixfast.generate([row({"mr": mr, "ref": ""})["prompt"] for mr in tables], prefix, **how)
+        ]
+        result |= {
+            "dev_loss": prefix.training["metrics"]["eval_loss"],
+            "bleu": bleu(texts, references),
+            "generate_seconds": time.perf_counter() - start,
+        }
         result["texts"] = dict(zip(tables, texts, strict=True))
         if args.texts:
             wanted = [json.loads(line)["mr"] for line in args.texts.read_text(encoding="utf8").splitlines()]

@@ -17,7 +17,9 @@ def main() -> None:
     for file in sorted((Path(__file__).parents[2] / "target" / "criterion").glob("*/new/estimates.json")):
         median = json.loads(file.read_text(encoding="utf8"))["median"]
         interval = median["confidence_interval"]
-        found[file.parents[1].name] = [round(ns / 1e3, 1) for ns in (median["point_estimate"], interval["lower_bound"], interval["upper_bound"])]
+        found[file.parents[1].name] = [
+            round(ns / 1e3, 1) for ns in (median["point_estimate"], interval["lower_bound"], interval["upper_bound"])
+        ]
     result = {"command": "cargo bench", "environment": environment(), "microseconds": found}
     replace_file(args.out, (json.dumps(result, indent=1) + "\n").encode())
 

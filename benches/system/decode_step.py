@@ -27,7 +27,14 @@ from prefixfast.engine.request import make_requests
 from prefixfast.model.memory import in_large_pages
 
 ROWS, PROMPT, NEW = 32, 40, 400
-SETTINGS = [(0, 0, True), (0, 0, False), (200, 1, True), (200, 32, True), (512, 1, True), (512, 32, True)]  # prefix length, distinct, packed
+SETTINGS = [
+    (0, 0, True),
+    (0, 0, False),
+    (200, 1, True),
+    (200, 32, True),
+    (512, 1, True),
+    (512, 32, True),
+]  # prefix length, distinct, packed
 PARTS = {
     "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
     "attention": ("prefixfast::attn_decode",),
@@ -40,10 +47,14 @@ PARTS = {
 
 def decoding(engine: Engine, length: int, distinct: int) -> Loop:
     """A loop whose rows all decode."""
-    prompts = torch.randint(3, engine.model.vocab_size, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        3, engine.model.vocab_size, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     prefixes = random_prefixes(engine.model, length, distinct)
     chosen = [prefixes[i % distinct] for i in range(ROWS)] if length else None
-    for request in make_requests(engine.model, prompts, chosen, GenerationParams(max_new_tokens=NEW, min_new_tokens=NEW), engine.max_model_len):
+    for request in make_requests(
+        engine.model, prompts, chosen, GenerationParams(max_new_tokens=NEW, min_new_tokens=NEW), engine.max_model_len
+    ):
         engine.loop.add(next(engine.ids), request)
     while engine.loop.counts["decoded_rows"] < 2 * ROWS:
         engine.loop.step()
@@ -95,7 +106,10 @@ def main() -> None:
             best, median = (round(1e3 * f(seconds[setting]), 2) for f in (min, statistics.median))
             prefix_bytes = row_bytes * setting[0] * setting[1]
             begin = statistics.median(seconds[0, 0, setting[2]])
-            limit, floor = (round(1e3 * (begin + share * prefix_bytes / statistics.median(rates)), 2) for share, rates in ((1.3, copies), (1.0, reads)))
+            limit, floor = (
+                round(1e3 * (begin + share * prefix_bytes / statistics.median(rates)), 2)
+                for share, rates in ((1.3, copies), (1.0, reads))
+            )
             measured = {"best_ms": best, "median_ms": median, "floor_ms": floor, "limit_ms": limit, "parts_ms": parts}
             rows.append(dict(zip(("prefix_length", "distinct", "packed"), setting, strict=True)) | measured)
             print(rows[-1], flush=True)

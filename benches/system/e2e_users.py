@@ -43,7 +43,10 @@ def main() -> None:
     for row in rows(args.e2e / "e2e_train.jsonl.gz"):
         by_name[re.findall(r"name\[([^\]]*)\]", row["mr"])[0]].append(row)
     users = dict(sorted(by_name.items(), key=lambda item: -len(item[1]))[:USERS])
-    data = {name: [{"prompt": f"{r['mr']}\n", "completion": r["ref"]} for r in own[: 4 * args.steps]] for name, own in users.items()}
+    data = {
+        name: [{"prompt": f"{r['mr']}\n", "completion": r["ref"]} for r in own[: 4 * args.steps]]
+        for name, own in users.items()
+    }
     with prefixfast.load(args.base, dtype="float32") as base:
         start = time.perf_counter()
         run = prefixfast.train(base, data, prefix_length=10, batch_size=4, max_steps=args.steps, seed=1)
@@ -60,7 +63,7 @@ def main() -> None:
             start = time.perf_counter()
             alone = [engine.generate([requests[i]], chosen[i], **how)[0] for i in range(0, REQUESTS, 10)]
             one_by_one = time.perf_counter() - start
-        ids = [base.need_tokenizer().encode([r])[0].tolist() for r in requests]
+        ids = [base.require_tokenizer().encode([r])[0].tolist() for r in requests]
     plain = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
     compared, different = 0, []
     for g, i in zip(alone, range(0, REQUESTS, 10), strict=True):

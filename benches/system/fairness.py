@@ -33,9 +33,13 @@ def capacity(engine: Engine) -> float:
     return len(prompts) / (time.perf_counter() - start)
 
 
-def time_per_token(engine: Engine, rates: list[float], seconds: float, seed: int, *, tenants: bool) -> list[list[float]]:
+def time_per_token(
+    engine: Engine, rates: list[float], seconds: float, seed: int, *, tenants: bool
+) -> list[list[float]]:
     """Each tenant's (end - arrival) / tokens in milliseconds, a number a request; ``rates``: requests a second."""
-    streams = [np.random.default_rng([seed, tenant]) for tenant in range(len(rates))]  # the others send the same whatever the first one does
+    streams = [
+        np.random.default_rng([seed, tenant]) for tenant in range(len(rates))
+    ]  # the others send the same whatever the first one does
     arrivals = sorted(
         (float(at), tenant)
         for tenant, (g, rate) in enumerate(zip(streams, rates, strict=True))
@@ -83,11 +87,21 @@ def main() -> None:
                     rates = [loud * usual] + [usual] * (TENANTS - 1)
                     taken[loud] = others(time_per_token(engine, rates, args.seconds, round_, tenants=tenants))
                 growth = round(taken[LOUD]["p95_ms"] / taken[1]["p95_ms"], 3)
-                rows.append({"tenants": tenants, "requests_a_second": round(most, 2), "calm": taken[1], "loud": taken[LOUD], "growth": growth})
+                rows.append(
+                    {
+                        "tenants": tenants,
+                        "requests_a_second": round(most, 2),
+                        "calm": taken[1],
+                        "loud": taken[LOUD],
+                        "growth": growth,
+                    }
+                )
                 print(rows[-1], flush=True)
     for tenants in (True, False):
         growths = sorted(float(str(row["growth"])) for row in rows if row["tenants"] is tenants)
-        print(f"{'with' if tenants else 'without'} tenants: the others' 95th percentile grows {median(growths)} times ({growths[0]} to {growths[-1]})")
+        print(
+            f"{'with' if tenants else 'without'} tenants: the others' 95th percentile grows {median(growths)} times ({growths[0]} to {growths[-1]})"
+        )
     command = f"python benches/system/fairness.py OUT.jsonl --seconds {args.seconds:g} --rounds {args.rounds}"
     write_rows(args.out, [{"suite": "fairness", "command": command, "loud": LOUD, "shape": SHAPE}, *rows])
 
@@ -95,7 +109,10 @@ def main() -> None:
 def others(taken: list[list[float]]) -> dict[str, float]:
     """The 95th percentile of all but the first tenant together, and the largest of one's own."""
     own = [float(np.percentile(t, 95)) for t in taken[1:]]
-    return {"p95_ms": round(float(np.percentile(np.concatenate(taken[1:]), 95)), 2), "worst_tenant_p95_ms": round(max(own), 2)}
+    return {
+        "p95_ms": round(float(np.percentile(np.concatenate(taken[1:]), 95)), 2),
+        "worst_tenant_p95_ms": round(max(own), 2),
+    }
 
 
 if __name__ == "__main__":

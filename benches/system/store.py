@@ -40,7 +40,10 @@ def main() -> None:
         store = PrefixStore(folder)
         times: dict[str, list[float]] = {"put": []}
         for i in range(args.stored):
-            prefix = Prefix({f"self.{n}.{x}": torch.randn(SHAPE, generator=g) for n in range(LAYERS) for x in "kv"}, pos_start=SHAPE[0])
+            prefix = Prefix(
+                {f"self.{n}.{x}": torch.randn(SHAPE, generator=g) for n in range(LAYERS) for x in "kv"},
+                pos_start=SHAPE[0],
+            )
             times["put"].append(milliseconds(lambda i=i, prefix=prefix: store.put(f"user {i}", prefix)))
         some = [f"user {i}" for i in range(0, args.stored, max(1, args.stored // 500))]
         calls: dict[str, Callable[[], object]] = {
@@ -55,7 +58,10 @@ def main() -> None:
                 times.setdefault(name, []).append(milliseconds(call))
             times.setdefault("info", []).extend(milliseconds(lambda name=name: store.info(name)) for name in some)
             times.setdefault("get", []).extend(milliseconds(lambda name=name: store[name]) for name in some[:50])
-    rows = [{"what": name, "stored": args.stored, "ms": statistics.median(t), "best_ms": min(t), "calls": len(t)} for name, t in times.items()]
+    rows = [
+        {"what": name, "stored": args.stored, "ms": statistics.median(t), "best_ms": min(t), "calls": len(t)}
+        for name, t in times.items()
+    ]
     write_rows(args.out, rows)
     for row in rows:
         print(f"{row['what']:10} median {row['ms']:9.3f} ms, best {row['best_ms']:9.3f}")

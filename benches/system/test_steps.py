@@ -31,8 +31,16 @@ def running(request, monkeypatch):
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_layer=LAYERS, n_embd=64, n_head=1, vocab_size=128, n_positions=1024)).eval()
     base.generation_config.eos_token_id = None
-    prefixes = [Prefix({f"self.{i}.{x}": torch.randn(LENGTH, 1, 64) for i in range(LAYERS) for x in "kv"}, pos_start=0) for _ in range(resident)]
-    with Engine(base, max_num_seqs=ROWS, max_model_len=1000, kv_cache_memory=(80 + ROWS * 1024 + resident * LENGTH) * 4 * 64 * 2 * LAYERS) as engine:
+    prefixes = [
+        Prefix({f"self.{i}.{x}": torch.randn(LENGTH, 1, 64) for i in range(LAYERS) for x in "kv"}, pos_start=0)
+        for _ in range(resident)
+    ]
+    with Engine(
+        base,
+        max_num_seqs=ROWS,
+        max_model_len=1000,
+        kv_cache_memory=(80 + ROWS * 1024 + resident * LENGTH) * 4 * 64 * 2 * LAYERS,
+    ) as engine:
         call = GenerationParams(max_new_tokens=900)
         made = iter(range(10**9))
 

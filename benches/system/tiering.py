@@ -32,7 +32,14 @@ def gaps(engine: Engine, names: list[str], g: np.random.Generator) -> list[float
         while sent < len(names) or loop.busy:
             while sent < len(names) and len(loop.requests) < ROWS + 8:
                 call = GenerationParams(max_new_tokens=int(g.integers(*NEW)))
-                (request,) = make_requests(engine.model, [g.integers(3, 8000, PROMPT).tolist()], [names[sent]], call, engine.max_model_len, engine.store)
+                (request,) = make_requests(
+                    engine.model,
+                    [g.integers(3, 8000, PROMPT).tolist()],
+                    [names[sent]],
+                    call,
+                    engine.max_model_len,
+                    engine.store,
+                )
                 loop.add(next(engine.ids), request)
                 sent += 1
             start, before = time.perf_counter(), loop.counts["decoded_rows"]
@@ -59,12 +66,25 @@ def main() -> None:
         store = PrefixStore(folder)
         shape = (LENGTH, SHAPE["n_head"], SHAPE["n_embd"] // SHAPE["n_head"])
         for i in range(args.stored):
-            store.put(str(i), Prefix({f"self.{n}.{x}": torch.randn(shape) for n in range(SHAPE["n_layer"]) for x in "kv"}, pos_start=LENGTH))
+            store.put(
+                str(i),
+                Prefix(
+                    {f"self.{n}.{x}": torch.randn(shape) for n in range(SHAPE["n_layer"]) for x in "kv"},
+                    pos_start=LENGTH,
+                ),
+            )
         g = np.random.default_rng(0)
         weights = 1 / np.arange(1, args.stored + 1)
         names = [str(i) for i in g.choice(args.stored, args.requests, p=weights / weights.sum())]
-        common = {"store": store, "max_num_seqs": ROWS, "max_model_len": PROMPT + max(NEW), "max_num_batched_tokens": ROWS + 64}
-        few = Engine(base, kv_cache_memory=row * (own + args.resident * LENGTH), host_prefix_memory=200 * LENGTH * row, **common)
+        common = {
+            "store": store,
+            "max_num_seqs": ROWS,
+            "max_model_len": PROMPT + max(NEW),
+            "max_num_batched_tokens": ROWS + 64,
+        }
+        few = Engine(
+            base, kv_cache_memory=row * (own + args.resident * LENGTH), host_prefix_memory=200 * LENGTH * row, **common
+        )
         every = Engine(base, kv_cache_memory=row * (own + args.stored * LENGTH), **common)
         found: dict[str, list[float]] = {"all resident": [], "tiered": []}
         with few, every:
@@ -77,12 +97,25 @@ def main() -> None:
     for name, seconds in found.items():
         p50, p99 = np.percentile(seconds, [50, 99])
         rows.append(
-            {"contender": name, "steps": len(seconds), "p50_ms": round(1e3 * float(p50), 3), "p99_ms": round(1e3 * float(p99), 3), "stats": stats[name]}
+            {
+                "contender": name,
+                "steps": len(seconds),
+                "p50_ms": round(1e3 * float(p50), 3),
+                "p99_ms": round(1e3 * float(p99), 3),
+                "stats": stats[name],
+            }
         )
         print(rows[-1])
     ratio = round(rows[1]["p99_ms"] / rows[0]["p99_ms"], 3)
     print("p99 tiered / all resident:", ratio)
-    setting = {"suite": "tiering", "stored": args.stored, "resident": args.resident, "requests": args.requests, "shape": SHAPE, "prefix_length": LENGTH}
+    setting = {
+        "suite": "tiering",
+        "stored": args.stored,
+        "resident": args.resident,
+        "requests": args.requests,
+        "shape": SHAPE,
+        "prefix_length": LENGTH,
+    }
     write_rows(args.out, [setting, *rows, {"p99_ratio": ratio}])
 
 

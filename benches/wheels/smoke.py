@@ -12,7 +12,9 @@ def main() -> None:
     """Train, save, store, generate and score."""
     base = prefixfast.load(tiny.make("llama"))
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 8
-    run = prefixfast.train(base, {"a": rows, "b": rows}, init="random", prefix_length=4, max_steps=3, batch_size=2, progress=False)
+    run = prefixfast.train(
+        base, {"a": rows, "b": rows}, init="random", prefix_length=4, max_steps=3, batch_size=2, progress=False
+    )
     with tempfile.TemporaryDirectory() as folder:
         store = prefixfast.PrefixStore(Path(folder, "store"))
         for name, prefix in run.items():
@@ -26,7 +28,9 @@ def main() -> None:
             if [g.token_ids for g in together] != [g.token_ids for g in alone]:
                 sys.exit("a request's tokens depend on its batch")
             score = engine.score([[5, 6]], "a", targets=[[7, 8]])[0]
-    print(f"prefixfast {prefixfast.__version__} on {sys.platform}: {together[0].token_ids}, log-probability {score.logprob:.3f}")
+    print(
+        f"prefixfast {prefixfast.__version__} on {sys.platform}: {together[0].token_ids}, log-probability {score.logprob:.3f}"
+    )
 
 
 if __name__ == "__main__":

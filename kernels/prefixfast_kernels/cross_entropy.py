@@ -12,11 +12,21 @@ from torch import Tensor
 
 from prefixfast_kernels.tile_configs import EVERYWHERE
 
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # fp32 logits of a chunk: about the last-level cache of a CPU; enough rows to fill a GPU
+CHUNK_BYTES = {
+    "cpu": 1 << 24,
+    "cuda": 1 << 28,
+}  # fp32 logits of a chunk: about the last-level cache of a CPU; enough rows to fill a GPU
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float = 0.0, needs_grad: bool = True, backend: str = "torch"
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    needs_grad: bool = True,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each row's target under ``softmax(hidden @ weight.T + bias)``.
 

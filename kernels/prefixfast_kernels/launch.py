@@ -39,14 +39,19 @@ def numbers(options: Options, *, causal: bool, dtype: torch.dtype) -> dict[str, 
     """Run-time numbers and the flags made from them."""
     flags = {"CAUSAL": causal, "WINDOW": options.window > 0, "SOFTCAP": options.softcap > 0}
     # the interpreter multiplies bf16 bit patterns: upcast there; fp32 products are exact, not tf32
-    compute = {"PRECISION": "ieee" if dtype == torch.float32 else "tf32", "UP": interpreted() and dtype == torch.bfloat16}
+    compute = {
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "UP": interpreted() and dtype == torch.bfloat16,
+    }
     return {"scale": options.scale, "softcap": options.softcap, "window": options.window, **flags, **compute}
 
 
 def tile(kernel: str, q: Tensor, k: Tensor, sizes: Sizes, options: Options, *, fused: bool = False) -> dict[str, Any]:
     """Tile sizes and compile options of one kernel."""
     group = q.shape[1] // k.shape[1]
-    how = entry(q.device, q.shape[2], q.dtype).how(kernel, group, masked=options.window > 0 or options.softcap > 0, fused=fused)
+    how = entry(q.device, q.shape[2], q.dtype).how(
+        kernel, group, masked=options.window > 0 or options.softcap > 0, fused=fused
+    )
     over_queries = kernel in ("prefix_fwd", "prefix_bwd_dq")
     keys = {"prefix_bwd_kv": sizes.keys, "prefix_bwd_block": sizes.rows}.get(kernel, how.inner)
     tokens = sizes.tokens if over_queries else max(1, how.inner // group)

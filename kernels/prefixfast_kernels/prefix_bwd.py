@@ -67,10 +67,21 @@ def attn_bwd(
     wide = {key: heads[key] for key in ("HQ", "D", "DP")}
     how = EVERYWHERE["prefix_bwd_delta"]
     rows = max(1, how.inner // heads["DP"])
-    prefix_bwd_delta[(triton.cdiv(lse.numel(), rows),)](o, do, delta, lse.numel(), **launch.strides(o=o, do=do), **wide, BM=rows, **how.options())
-    common = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, **launch.numbers(options, causal=causal, dtype=q.dtype), **heads}
+    prefix_bwd_delta[(triton.cdiv(lse.numel(), rows),)](
+        o, do, delta, lse.numel(), **launch.strides(o=o, do=do), **wide, BM=rows, **how.options()
+    )
+    common = {
+        "Q": q,
+        "DO": do,
+        "LSE": lse,
+        "DELTA": delta,
+        **launch.numbers(options, causal=causal, dtype=q.dtype),
+        **heads,
+    }
     has_prefix = prefix_k is not None and len(tables.use) > 0
-    short = sizes.depth <= 1 and len(tables.block_tiles) == len(tables.block)  # every query sees at most one tile of prefix rows
+    short = sizes.depth <= 1 and len(tables.block_tiles) == len(
+        tables.block
+    )  # every query sees at most one tile of prefix rows
     fits = q.shape[2] <= 128 and not options.window and not options.softcap  # else the fused kernels spill
     fused = short and fits and has_prefix and needs_own and needs_prefix
     part = torch.empty(q.shape if fused else 1, dtype=torch.float32, device=q.device)
@@ -80,7 +91,9 @@ def attn_bwd(
         if has_prefix:
             _block_gradients(dpk, dpv, part, q, k, pk, pv, do, tables, options, sizes, common, fused=fused)
     if needs_own:
-        dq, dk, dv = _own_gradients(q, k, v, pk, pv, do, part, tables, options, sizes, slots, common, has_prefix=has_prefix, fused=fused)
+        dq, dk, dv = _own_gradients(
+            q, k, v, pk, pv, do, part, tables, options, sizes, slots, common, has_prefix=has_prefix, fused=fused
+        )
     return dq, dk, dv, dpk, dpv
 
 
@@ -89,7 +102,9 @@ def _own_gradients(
     slots: Tensor | None, common: dict[str, object], *, has_prefix: bool, fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (k, v))  # rows that no segment names keep their zeros
+    dk, dv = (
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (k, v)
+    )  # rows that no segment names keep their zeros
     arena = {"SLOTS": tables.seg if slots is None else slots, "ARENA": slots is not None}
     prefix_bwd_dq[len(tables.tiles), k.shape[1]](
         K=k, V=v, PK=pk, PV=pv, DQ=dq, PART=part, TILES=tables.tiles, PREFIX=has_prefix, FUSED=fused, **arena, **common,
@@ -106,7 +121,11 @@ def _block_gradients(
     dpk: Tensor, dpv: Tensor, part: Tensor, q: Tensor, k: Tensor, pk: Tensor, pv: Tensor, do: Tensor, tables: PackedTables, options: Options,
     sizes: Sizes, common: dict[str, object], *, fused: bool,
 ) -> None:  # fmt: skip
-    tiles, h, how = len(tables.block_tiles), k.shape[1], launch.tile("prefix_bwd_block", q, k, sizes, options, fused=fused)
+    tiles, h, how = (
+        len(tables.block_tiles),
+        k.shape[1],
+        launch.tile("prefix_bwd_block", q, k, sizes, options, fused=fused),
+    )
     slices = launch.slices(tiles * h, len(tables.user), int(how["TOKENS"]), q.device)
     shape = (slices, tiles, how["BN"], h, q.shape[2])
     parts_k, parts_v = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in "kv")

@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefixfast_kernels.tile_ops import LOG2E, key_range, key_rows, keys_seen, load_rows, query_tile, scaled, store_rows, uncapped
+from prefixfast_kernels.tile_ops import (
+    LOG2E,
+    key_range,
+    key_rows,
+    keys_seen,
+    load_rows,
+    query_tile,
+    scaled,
+    store_rows,
+    uncapped,
+)
 
 
 # fmt: off

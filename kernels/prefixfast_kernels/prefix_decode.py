@@ -195,7 +195,10 @@ def attn_decode(
     pk, pv = (launch.dense(own if t is None else t) for t, own in ((prefix_k, k), (prefix_v, v)))
     parts, heads = len(tables.part), launch.heads(q, k)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse, stat, part = (torch.empty(s, dtype=torch.float32, device=q.device) for s in (q.shape[:2], (parts, q.shape[1], 2), (parts, *q.shape[1:])))
+    lse, stat, part = (
+        torch.empty(s, dtype=torch.float32, device=q.device)
+        for s in (q.shape[:2], (parts, q.shape[1], 2), (parts, *q.shape[1:]))
+    )
     out = {"O": o, "LSE": lse, "PART": part, "STAT": stat}
     prefix_decode[len(tables.work) * k.shape[1],](
         Q=q,
@@ -206,7 +209,21 @@ def attn_decode(
         **out,
         TABLE=table,
         stride_table=table.stride(0),
-        **{name.upper(): getattr(tables, name) for name in ("row", "lens", "use_indptr", "use", "block", "user", "user_pos", "user_slides", "work", "grouped")},
+        **{
+            name.upper(): getattr(tables, name)
+            for name in (
+                "row",
+                "lens",
+                "use_indptr",
+                "use",
+                "block",
+                "user",
+                "user_pos",
+                "user_slides",
+                "work",
+                "grouped",
+            )
+        },
         **launch.strides(q=q, k=k, v=v, pk=pk, pv=pv, o=o),
         **heads,
         H=k.shape[1],

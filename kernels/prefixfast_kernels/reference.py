@@ -106,12 +106,26 @@ def attn_decode(
     rows = torch.arange(len(lens), device=q.device)
     seg = torch.stack([rows, torch.ones_like(rows), lens.cumsum(0) - lens, lens], 1)
     empty = slots[:0]
-    packed = PackedTables(*tables.blocks, seg=seg, seg_pos=lens - 1, bucket=empty, gather=empty, scatter=empty, tiles=empty, key_tiles=empty, block_tiles=empty)
+    packed = PackedTables(
+        *tables.blocks,
+        seg=seg,
+        seg_pos=lens - 1,
+        bucket=empty,
+        gather=empty,
+        scatter=empty,
+        tiles=empty,
+        key_tiles=empty,
+        block_tiles=empty,
+    )
     pk, pv = (k_arena, v_arena) if prefix_k is None else (prefix_k, prefix_v)
-    return attn(q, k_arena, v_arena, pk, pv, packed, scale=scale, window=window, softcap=softcap, slots=slots, bias=bias)
+    return attn(
+        q, k_arena, v_arena, pk, pv, packed, scale=scale, window=window, softcap=softcap, slots=slots, bias=bias
+    )
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *, softcap: float = 0.0
+) -> Tensor:
     """Negative log-likelihood of each row's target under ``softmax(hidden @ weight.T + bias)``.
 
     Args:
@@ -150,7 +164,9 @@ class _Part:
         return seen & (distance < window) if window and self.slides else seen
 
 
-def _attend(q: Tensor, first: int, parts: list[_Part], scale: float, window: int, softcap: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, first: int, parts: list[_Part], scale: float, window: int, softcap: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = accumulator(q.dtype)
     group = q.shape[1] // parts[0].k.shape[1]
     k = torch.cat([p.k.to(q.dtype) for p in parts]).to(dtype).repeat_interleave(group, 1)

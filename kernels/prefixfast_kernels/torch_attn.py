@@ -84,13 +84,23 @@ def attn_fwd(
     return o, lse
 
 
-def merge_blocks(o: Tensor, lse: Tensor, q: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, tables: BlockTables, options: Options) -> None:
+def merge_blocks(
+    o: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    tables: BlockTables,
+    options: Options,
+) -> None:
     """Merge attention over the prefix blocks into ``o`` ``[N, HQ, D]`` and ``lse`` ``[N, HQ]``, in place."""
     if prefix_k is not None and prefix_v is not None:
         _merge(o, lse, q, prefix_k, prefix_v, _blocks(tables, options.window, q), options)
 
 
-def _merge(o: Tensor, lse: Tensor, q: Tensor, source_k: Tensor, source_v: Tensor, blocks: Iterable[_Block], options: Options) -> None:
+def _merge(
+    o: Tensor, lse: Tensor, q: Tensor, source_k: Tensor, source_v: Tensor, blocks: Iterable[_Block], options: Options
+) -> None:
     for block in blocks:
         keys, values = (_heads(t[block.rows].to(q.dtype)) for t in (source_k, source_v))
         po, pl = piece_fwd(_heads(q[block.users]), keys, values, block.mask, options, causal=False)
@@ -164,7 +174,9 @@ def attn_bwd(
     return dq, dk, dv, dpk, dpv
 
 
-def _own_bwd(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: PackedTables, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def _own_bwd(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: PackedTables, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     if tables.seg.shape[0] < LOOP_BELOW:
         for part, n, length in _runs(tables):
@@ -221,13 +233,19 @@ def _band(length: int, options: Options, like: Tensor) -> Tensor | None:
 
 
 def _blocks(tables: BlockTables, window: int, like: Tensor) -> Iterator[_Block]:
-    for (start, length), (first, count, consecutive), a in zip(tables.block.tolist(), tables.span.tolist(), tables.user_indptr.tolist()[:-1], strict=True):
+    for (start, length), (first, count, consecutive), a in zip(
+        tables.block.tolist(), tables.span.tolist(), tables.user_indptr.tolist()[:-1], strict=True
+    ):
         mask = None
         if window:  # a row that slides is hidden once it lies `window` or more before the query
             own = slice(a, a + count)
             pos = tables.user_pos[own, None] + torch.arange(length, device=like.device)
             mask = _additive(((pos > -window) | (tables.user_slides[own, None] == 0))[None, None], like)
-        yield _Block(slice(start, start + length), slice(first, first + count) if consecutive else tables.user[a : a + count], mask)
+        yield _Block(
+            slice(start, start + length),
+            slice(first, first + count) if consecutive else tables.user[a : a + count],
+            mask,
+        )
 
 
 def _contexts(tables: PackedTables, slots: Tensor, window: int, like: Tensor) -> Iterator[_Block]:
@@ -236,7 +254,9 @@ def _contexts(tables: PackedTables, slots: Tensor, window: int, like: Tensor) ->
         if context := keys - rows:
             mask = None
             if window:
-                pos = torch.arange(context, device=like.device) - torch.arange(context, keys, device=like.device)[:, None]
+                pos = (
+                    torch.arange(context, device=like.device) - torch.arange(context, keys, device=like.device)[:, None]
+                )
                 mask = _additive((pos > -window)[None, None], like)
             yield _Block(slots[key : key + context], slice(row, row + rows), mask)
 

@@ -48,9 +48,16 @@ def decode_fwd(
     if options.window:
         seen &= pos >= tables.lens[:, None] - options.window
     slots = torch.where(pos < tables.lens[:, None], slots, slots[:, :1])  # entries past the end are stale
-    keys, values = (a.index_select(0, slots.flatten()).view(num_rows, max_len, num_kv_heads, -1).transpose(1, 2) for a in (k_arena, v_arena))
-    mask = torch.zeros(num_rows, 1, 1, max_len, dtype=q.dtype, device=q.device).masked_fill_(~seen[:, None, None], -torch.inf)
-    grouped = q.view(num_rows, num_kv_heads, num_heads // num_kv_heads, -1)  # the G queries of a kv head share its keys: [R, H, G, D]
+    keys, values = (
+        a.index_select(0, slots.flatten()).view(num_rows, max_len, num_kv_heads, -1).transpose(1, 2)
+        for a in (k_arena, v_arena)
+    )
+    mask = torch.zeros(num_rows, 1, 1, max_len, dtype=q.dtype, device=q.device).masked_fill_(
+        ~seen[:, None, None], -torch.inf
+    )
+    grouped = q.view(
+        num_rows, num_kv_heads, num_heads // num_kv_heads, -1
+    )  # the G queries of a kv head share its keys: [R, H, G, D]
     mask = mask.expand(-1, 1, grouped.shape[2], -1)
     o, lse = piece_fwd(grouped, keys.to(q.dtype), values.to(q.dtype), mask, options, causal=False)
     o, lse = o.reshape(q.shape).contiguous(), lse.reshape(num_rows, num_heads).contiguous()

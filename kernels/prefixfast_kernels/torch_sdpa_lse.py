@@ -26,7 +26,9 @@ class Options:
     softcap: float
 
 
-def piece_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, *, causal: bool) -> tuple[Tensor, Tensor]:
+def piece_fwd(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options, *, causal: bool
+) -> tuple[Tensor, Tensor]:
     """Attention of one piece.
 
     Args:
@@ -55,7 +57,16 @@ def piece_fwd(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Opt
 
 
 def piece_bwd(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor | None, options: Options, *, causal: bool
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    *,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one piece of an attention whose merged output is ``o`` and merged log-sum-exp ``lse``.
 
@@ -73,10 +84,14 @@ def piece_bwd(
     Returns:
         dq ``[B, HQ, T, D]``, dk and dv ``[B, H, S, D]``.
     """
-    dtype = accumulator(q.dtype)  # bf16 runs in fp32: as fast or faster up to 200 keys, and more exact (benches/kernels/attn_backward.py)
+    dtype = accumulator(
+        q.dtype
+    )  # bf16 runs in fp32: as fast or faster up to 200 keys, and more exact (benches/kernels/attn_backward.py)
     do, q, k, v, o = (t.to(dtype) for t in (do, q, k, v, o))
     if q.device.type == "cpu" and not options.softcap:
-        return _flash_bwd(do, q, k, v, o, lse.contiguous(), 0.0, causal, attn_mask=_per_batch(mask, q), scale=options.scale)
+        return _flash_bwd(
+            do, q, k, v, o, lse.contiguous(), 0.0, causal, attn_mask=_per_batch(mask, q), scale=options.scale
+        )
     group = (q.shape[1] // k.shape[1], -1)
     scores = _scores(q, k, mask, options, causal=causal)
     grad, out, stat, query = (t.unflatten(1, group[::-1]) for t in (do, o, lse, q))

@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from prefixfast.engine.request import Generation, TokenLogprob
     from prefixfast.engine.score import Score
     from prefixfast.engine.stream import Stream
-    from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
+    from prefixfast.errors import (
+        BaseMismatchError,
+        CapacityError,
+        ConfigError,
+        DataError,
+        PrefixFastError,
+        RequestError,
+        UnknownPrefixError,
+    )
     from prefixfast.integrations.hf_generate import HFCache
     from prefixfast.model.base import Model
     from prefixfast.model.load import load

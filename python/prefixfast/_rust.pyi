@@ -50,7 +50,9 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
 
-    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Texts to ragged ids.
 
         Args:
@@ -66,7 +68,9 @@ class Tokenizer:
             CapacityError: More ids than int32 counts.
         """
 
-    def decode_batch(self, ids: NDArray[np.int32], indptr: NDArray[np.int32], *, skip_special_tokens: bool) -> list[str]:
+    def decode_batch(
+        self, ids: NDArray[np.int32], indptr: NDArray[np.int32], *, skip_special_tokens: bool
+    ) -> list[str]:
         """Ragged ids to texts, the inverse of `encode_batch`.
 
         Args:
@@ -140,7 +144,9 @@ class Linearizer:
         """
 
     @staticmethod
-    def template(*, item: str = "{key} : {value}", separator: str = " | ", start: str = "", end: str = "") -> Linearizer:
+    def template(
+        *, item: str = "{key} : {value}", separator: str = " | ", start: str = "", end: str = ""
+    ) -> Linearizer:
         """One's own tables: `start`, the items joined by `separator`, `end`.
 
         Args:
@@ -166,7 +172,14 @@ class Linearizer:
         """JSON text that `from_spec` reads back, keys sorted."""
 
     def linearize(
-        self, tables: Sequence[str | Mapping[str, str] | Sequence[tuple[str, str]] | Sequence[tuple[str, str, str]] | Sequence[Mapping[str, str]]]
+        self,
+        tables: Sequence[
+            str
+            | Mapping[str, str]
+            | Sequence[tuple[str, str]]
+            | Sequence[tuple[str, str, str]]
+            | Sequence[Mapping[str, str]]
+        ],
     ) -> list[str]:
         """One text a table.
 
@@ -197,7 +210,14 @@ class Packing:
     def weight(self) -> NDArray[np.float64]:
         """float64[n], by INPUT example: the weight of each of its target tokens in the summed loss."""
 
-def pack(lengths: NDArray[np.int32], targets: NDArray[np.int32], batch: NDArray[np.int32], *, token_budget: int, sequence_sum: bool) -> Packing:
+def pack(
+    lengths: NDArray[np.int32],
+    targets: NDArray[np.int32],
+    batch: NDArray[np.int32],
+    *,
+    token_budget: int,
+    sequence_sum: bool,
+) -> Packing:
     """Puts whole per-prefix batches into micro-batches of a token budget.
 
     First-fit decreasing over batches; micro-batches in the order in which they were opened. A batch over the budget is split, alone, over several
@@ -348,7 +368,9 @@ class Scheduler:
         decode: Sequence[int] | None = None,
         pad_decode: bool = False,
     ) -> Self: ...
-    def register_prefix(self, prefix: int, rows: int, pos_start: int, slides: bool, *, layers: list[bool] | None = None) -> None:
+    def register_prefix(
+        self, prefix: int, rows: int, pos_start: int, slides: bool, *, layers: list[bool] | None = None
+    ) -> None:
         """Makes a prefix known. Its rows are loaded when a request needs them.
 
         Args:

@@ -99,7 +99,9 @@ def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     for kind in options or (hint,):
         if get_origin(kind) is Literal:
-            if value in get_args(kind) and not (isinstance(value, bool) ^ any(isinstance(a, bool) for a in get_args(kind) if a == value)):
+            if value in get_args(kind) and not (
+                isinstance(value, bool) ^ any(isinstance(a, bool) for a in get_args(kind) if a == value)
+            ):
                 return
         elif kind is type(None):
             if value is None:
@@ -112,7 +114,11 @@ def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
                 return
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return
-    shown = " | ".join(repr(a) if get_origin(k) is Literal else getattr(k, "__name__", str(k)) for k in options or (hint,) for a in (get_args(k) or (k,)))
+    shown = " | ".join(
+        repr(a) if get_origin(k) is Literal else getattr(k, "__name__", str(k))
+        for k in options or (hint,)
+        for a in (get_args(k) or (k,))
+    )
     msg = f"{owner}.{name}: expected {shown}, got {value!r}"
     raise ConfigError(msg)
 
@@ -159,18 +165,30 @@ class PrefixConfig(Options):
         (1, 2)
     """
 
-    prefix_length: int | Literal["text"] = option(10, "rows of keys and values learned for each of the layers (P); 'text': as many as the init text has tokens")
-    reparameterization: Literal["auto", "none", "mlp"] = option(
-        "auto", "'none' trains the keys and values themselves, 'mlp' the network that makes them; 'auto': mlp for init random or zero, else none"
+    prefix_length: int | Literal["text"] = option(
+        10, "rows of keys and values learned for each of the layers (P); 'text': as many as the init text has tokens"
     )
-    sites: tuple[str, ...] | None = option(None, "kinds of attention that get a prefix; a decoder-only base has one, 'self'. By default all of the base's")
-    layers: tuple[int, ...] | None = option(None, "layers that get a prefix, numbered from 0; the others see their own tokens only. By default all of them")
+    reparameterization: Literal["auto", "none", "mlp"] = option(
+        "auto",
+        "'none' trains the keys and values themselves, 'mlp' the network that makes them; 'auto': mlp for init random or zero, else none",
+    )
+    sites: tuple[str, ...] | None = option(
+        None, "kinds of attention that get a prefix; a decoder-only base has one, 'self'. By default all of the base's"
+    )
+    layers: tuple[int, ...] | None = option(
+        None, "layers that get a prefix, numbered from 0; the others see their own tokens only. By default all of them"
+    )
     encoder_hidden_size: int = option(512, "width of the reparameterization MLP")
     embedding_dim: int | None = option(None, "width of the MLP's input; by default that of a layer's keys")
     prefix_dropout: float = option(0.0, "share of the prefix's keys and values dropped in training")
     frozen_rows: int = option(0, "first rows of the prefix that keep the values they start with")
-    fit_steps: int = option(0, "steps of Adam that fit the MLP to the init's keys and values, as the paper does; 0: it starts as exactly these")
-    pos_start: Literal["after", "zero"] = option("after", "position of the first token: after the prefix (P, as PEFT) or zero")
+    fit_steps: int = option(
+        0,
+        "steps of Adam that fit the MLP to the init's keys and values, as the paper does; 0: it starts as exactly these",
+    )
+    pos_start: Literal["after", "zero"] = option(
+        "after", "position of the first token: after the prefix (P, as PEFT) or zero"
+    )
 
     def __post_init__(self) -> None:
         length: Any = self.prefix_length
@@ -190,7 +208,9 @@ class PrefixConfig(Options):
 
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
-        at_least(self, prefix_length=1, encoder_hidden_size=1, embedding_dim=1, prefix_dropout=0, frozen_rows=0, fit_steps=0)
+        at_least(
+            self, prefix_length=1, encoder_hidden_size=1, embedding_dim=1, prefix_dropout=0, frozen_rows=0, fit_steps=0
+        )
         if self.prefix_dropout >= 1:
             msg = f"PrefixConfig.prefix_dropout: expected less than 1, got {self.prefix_dropout!r}"
             raise ConfigError(msg)
@@ -198,7 +218,9 @@ class PrefixConfig(Options):
             msg = f"PrefixConfig.frozen_rows: expected fewer than prefix_length {self.prefix_length}, got {self.frozen_rows!r}"
             raise ConfigError(msg)
         if self.fit_steps and self.reparameterization != "mlp":
-            msg = f"PrefixConfig.fit_steps: expected reparameterization='mlp' beside it, got {self.reparameterization!r}"
+            msg = (
+                f"PrefixConfig.fit_steps: expected reparameterization='mlp' beside it, got {self.reparameterization!r}"
+            )
             raise ConfigError(msg)
 
 
@@ -214,15 +236,22 @@ class TrainConfig(Options):
         prefixfast.errors.ConfigError: TrainConfig: unknown option 'lr'; did you mean learning_rate?
     """
 
-    recipe: str = option("default", "preset of fields, of which given ones win: default, paper, low-data, or a YAML file")
-    loss: Literal["token_mean", "sequence_sum"] = option("token_mean", "mean over the batch's target tokens, or the paper's sum over tokens and mean over rows")
+    recipe: str = option(
+        "default", "preset of fields, of which given ones win: default, paper, low-data, or a YAML file"
+    )
+    loss: Literal["token_mean", "sequence_sum"] = option(
+        "token_mean", "mean over the batch's target tokens, or the paper's sum over tokens and mean over rows"
+    )
     num_train_epochs: float = option(3.0, "passes over the rows; ignored when max_steps is given")
     max_steps: int | None = option(None, "optimizer steps of each prefix")
     batch_size: int = option(10, "examples of EACH prefix in one optimizer step (changes results)")
     token_budget: int | Literal["auto"] = option(
-        "auto", "tokens in one forward pass (memory only, does not change results); 'auto': 4096, halved when memory runs out, and the step is made again"
+        "auto",
+        "tokens in one forward pass (memory only, does not change results); 'auto': 4096, halved when memory runs out, and the step is made again",
     )
-    learning_rate: float | None = option(None, "peak rate; by default 5e-2 for reparameterization 'none', 1e-3 for 'mlp'")
+    learning_rate: float | None = option(
+        None, "peak rate; by default 5e-2 for reparameterization 'none', 1e-3 for 'mlp'"
+    )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
         "linear", "after warm-up, decay to zero at the last step, linearly or as a cosine, or stay"
     )
@@ -230,27 +259,48 @@ class TrainConfig(Options):
     weight_decay: float = option(0.0, "AdamW's decoupled decay")
     max_grad_norm: float = option(1.0, "clip each prefix's gradient to this norm; 0 turns it off")
     max_length: int | None = option(None, "longest row in tokens; by default what the model allows")
-    overflow: Literal["error", "truncate", "skip"] = option("error", "a row over max_length: raise, cut the start of its prompt, or leave it out (counted)")
+    overflow: Literal["error", "truncate", "skip"] = option(
+        "error", "a row over max_length: raise, cut the start of its prompt, or leave it out (counted)"
+    )
     gradient_checkpointing: bool = option(
-        False, "keep only each layer's input for the backward pass and compute the rest again: less memory, about a third slower"
+        False,
+        "keep only each layer's input for the backward pass and compute the rest again: less memory, about a third slower",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
-        "auto", "compute dtype of a base given by name; 'auto': as load chooses. What is trained is fp32 (fp64 with fp64)"
+        "auto",
+        "compute dtype of a base given by name; 'auto': as load chooses. What is trained is fp32 (fp64 with fp64)",
     )
     shuffle: bool = option(True, "draw a new order of the rows in every epoch; false keeps theirs")
     seed: int = option(0, "initialization, order of rows, dropout")
-    eval_steps: int | None = option(None, "evaluate every so many steps; by default at each prefix's last step, when eval_data is given")
-    metric_for_best_model: Literal["auto", "eval_loss", "last"] = option(
-        "auto", "which state of a prefix is kept: that of its lowest eval_loss, or the last one; 'auto': eval_loss when eval_data is given"
+    eval_steps: int | None = option(
+        None, "evaluate every so many steps; by default at each prefix's last step, when eval_data is given"
     )
-    early_stopping_patience: int | None = option(None, "a prefix ends after so many evaluations in a row that were no better than its best one")
-    save_steps: int | None = option(500, "with output_dir a checkpoint every so many steps, to resume from; none: only when interrupted")
+    metric_for_best_model: Literal["auto", "eval_loss", "last"] = option(
+        "auto",
+        "which state of a prefix is kept: that of its lowest eval_loss, or the last one; 'auto': eval_loss when eval_data is given",
+    )
+    early_stopping_patience: int | None = option(
+        None, "a prefix ends after so many evaluations in a row that were no better than its best one"
+    )
+    save_steps: int | None = option(
+        500, "with output_dir a checkpoint every so many steps, to resume from; none: only when interrupted"
+    )
     logging_steps: int = option(10, "a line of log.jsonl every so many steps")
     report_to: Literal["none", "tensorboard", "wandb"] = option("none", "also send the lines of the log there")
 
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
-        at_least(self, max_steps=1, batch_size=1, token_budget=1, warmup_steps=0, weight_decay=0, max_grad_norm=0, max_length=2, eval_steps=1)
+        at_least(
+            self,
+            max_steps=1,
+            batch_size=1,
+            token_budget=1,
+            warmup_steps=0,
+            weight_decay=0,
+            max_grad_norm=0,
+            max_length=2,
+            eval_steps=1,
+        )
         at_least(self, logging_steps=1, save_steps=1, early_stopping_patience=1)
         if not self.num_train_epochs > 0:
             msg = f"TrainConfig.num_train_epochs: expected more than 0, got {self.num_train_epochs!r}"
@@ -280,18 +330,30 @@ class GenerationParams(Options):
     num_beams: int | None = option(None, "beams; 1 is greedy or sampling")
     do_sample: bool | None = option(None, "draw tokens instead of taking the likeliest")
     temperature: float | None = option(None, "divides the logits before a token is drawn")
-    top_k: int | None = option(None, "draw among the k likeliest tokens; 0: among all. transformers' default, 50, is ours")
+    top_k: int | None = option(
+        None, "draw among the k likeliest tokens; 0: among all. transformers' default, 50, is ours"
+    )
     top_p: float | None = option(None, "draw among the likeliest tokens that together have this probability")
     min_p: float | None = option(None, "draw among tokens at least this share as likely as the likeliest")
-    repetition_penalty: float | None = option(None, "divides positive and multiplies negative logits of tokens that the prompt or the text has")
-    no_repeat_ngram_size: int | None = option(None, "no n tokens in a row may come twice, the prompt included; 0: they may")
+    repetition_penalty: float | None = option(
+        None, "divides positive and multiplies negative logits of tokens that the prompt or the text has"
+    )
+    no_repeat_ngram_size: int | None = option(
+        None, "no n tokens in a row may come twice, the prompt included; 0: they may"
+    )
     bad_words_ids: tuple[tuple[int, ...], ...] | None = option(None, "sequences of token ids that may not come")
-    stop_strings: tuple[str, ...] | None = option(None, "the text ends with the first of these that comes, which stays in it")
+    stop_strings: tuple[str, ...] | None = option(
+        None, "the text ends with the first of these that comes, which stays in it"
+    )
     length_penalty: float | None = option(None, "exponent of the length that divides a beam's score")
-    early_stopping: Literal[True, False, "never"] | None = option(None, "when a beam search may stop, as transformers defines it")
+    early_stopping: Literal[True, False, "never"] | None = option(
+        None, "when a beam search may stop, as transformers defines it"
+    )
     num_return_sequences: int | None = option(None, "texts of a request: the best beams, or several samples")
     seed: int | None = option(None, "of the drawn tokens: with it a request's text is the same alone and in any batch")
-    logprobs: int | None = option(None, "report the log-probability of each token and of this many likeliest ones (before any rule)")
+    logprobs: int | None = option(
+        None, "report the log-probability of each token and of this many likeliest ones (before any rule)"
+    )
 
     def __post_init__(self) -> None:
         for name, inner in (("bad_words_ids", True), ("stop_strings", False)):  # lists come from JSON and from users
@@ -304,7 +366,17 @@ class GenerationParams(Options):
 
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
-        at_least(self, max_new_tokens=1, min_new_tokens=0, num_beams=1, top_k=0, no_repeat_ngram_size=0, num_return_sequences=1, seed=0, logprobs=0)
+        at_least(
+            self,
+            max_new_tokens=1,
+            min_new_tokens=0,
+            num_beams=1,
+            top_k=0,
+            no_repeat_ngram_size=0,
+            num_return_sequences=1,
+            seed=0,
+            logprobs=0,
+        )
         for name, fits, expected in (
             ("temperature", lambda x: x >= 1e-6, "at least 1e-6 (for the likeliest token say do_sample=False)"),
             ("seed", lambda x: x < 2**62, "less than 2**62"),
@@ -312,7 +384,11 @@ class GenerationParams(Options):
             ("repetition_penalty", lambda x: x > 0, "more than 0"),
             ("top_p", lambda x: 0 < x <= 1, "more than 0 and at most 1"),
             ("min_p", lambda x: 0 <= x <= 1, "0 to 1"),
-            ("bad_words_ids", lambda x: all(isinstance(w, tuple) and w and all(type(i) is int and i >= 0 for i in w) for w in x), "lists of token ids"),
+            (
+                "bad_words_ids",
+                lambda x: all(isinstance(w, tuple) and w and all(type(i) is int and i >= 0 for i in w) for w in x),
+                "lists of token ids",
+            ),
             ("stop_strings", lambda x: all(isinstance(s, str) and s for s in x), "strings that are not empty"),
         ):
             value = getattr(self, name)
@@ -325,7 +401,9 @@ class GenerationParams(Options):
 
         Beams and sampling exclude each other, so what is given here ends the other one there.
         """
-        few = all(len(p.bad_words_ids or ()) + len(p.stop_strings or ()) < FEW for p in (self, fallback))  # big ones are not kept
+        few = all(
+            len(p.bad_words_ids or ()) + len(p.stop_strings or ()) < FEW for p in (self, fallback)
+        )  # big ones are not kept
         return _over(self, fallback) if few else _over.__wrapped__(self, fallback)
 
 
@@ -351,23 +429,46 @@ class EngineConfig(Options):
         8
     """
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option("auto", "compute dtype of a base that is loaded here; see load")
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
+        "auto", "compute dtype of a base that is loaded here; see load"
+    )
     device: str = option("auto", "where a base that is loaded here runs; see load")
     revision: str | None = option(None, "of a hub id")
     backend: str = option("auto", "kernels of a base that is loaded here; see load")
-    max_model_len: int | None = option(None, "longest prompt and generation in tokens, prefix not counted; by default what the model allows, at most 4096")
+    max_model_len: int | None = option(
+        None,
+        "longest prompt and generation in tokens, prefix not counted; by default what the model allows, at most 4096",
+    )
     max_num_seqs: int = option(64, "rows decoded together (a request takes one a beam)")
-    max_num_batched_tokens: int = option(4096, "tokens of one step, decoded rows included; longer prompts are filled over several steps")
-    kv_cache_memory: int | None = option(None, "bytes of keys and values, prefixes included; by default a share of free memory, on a CPU at most 8 GiB")
-    gpu_memory_utilization: float = option(0.25, "the share of free memory that keys and values take where kv_cache_memory does not say")
-    prefix_memory: int | None = option(None, "bytes of keys and values that prefixes may hold; by default all that running requests leave")
+    max_num_batched_tokens: int = option(
+        4096, "tokens of one step, decoded rows included; longer prompts are filled over several steps"
+    )
+    kv_cache_memory: int | None = option(
+        None, "bytes of keys and values, prefixes included; by default a share of free memory, on a CPU at most 8 GiB"
+    )
+    gpu_memory_utilization: float = option(
+        0.25, "the share of free memory that keys and values take where kv_cache_memory does not say"
+    )
+    prefix_memory: int | None = option(
+        None, "bytes of keys and values that prefixes may hold; by default all that running requests leave"
+    )
     host_prefix_memory: int = option(2**31, "bytes of prefixes from a store that are kept beside the arena once read")
-    prefix_dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "in which stored prefixes are kept on the host; auto: the compute dtype")
+    prefix_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "in which stored prefixes are kept on the host; auto: the compute dtype"
+    )
     max_waiting: int = option(10_000, "requests that may wait; one more is refused with a CapacityError")
-    share_prompts: int = option(0, "leading tokens that requests of a batch must have in common to be computed once and kept as a prefix; 0: never")
+    share_prompts: int = option(
+        0,
+        "leading tokens that requests of a batch must have in common to be computed once and kept as a prefix; 0: never",
+    )
     num_threads: int | None = option(None, "CPU threads; by default torch's setting")
-    enforce_eager: bool = option(False, "on a GPU call decode steps instead of replaying captured CUDA graphs started one step ahead")
-    compile_decode: bool = option(False, "compile what the graphs hold with torch.compile: minutes at the start, fewer launches (not measured yet)")
+    enforce_eager: bool = option(
+        False, "on a GPU call decode steps instead of replaying captured CUDA graphs started one step ahead"
+    )
+    compile_decode: bool = option(
+        False,
+        "compile what the graphs hold with torch.compile: minutes at the start, fewer launches (not measured yet)",
+    )
     prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
     seed: int | None = option(None, "of requests without a seed of their own; by default drawn when the engine is made")
 

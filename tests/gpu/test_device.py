@@ -35,7 +35,10 @@ def test_packed_logits_equal_the_cpu(family):
 
 def prefixes_and_prompts():
     layers = {1: (0, 1, 2), 2: (0, 2)}  # the second lies in some layers only
-    prefixes = [prefixfast.Prefix({f"self.{i}.{x}": torch.full((4, 2, 8), 0.1 * j) for i in layers[j] for x in "kv"}, 4) for j in layers]
+    prefixes = [
+        prefixfast.Prefix({f"self.{i}.{x}": torch.full((4, 2, 8), 0.1 * j) for i in layers[j] for x in "kv"}, 4)
+        for j in layers
+    ]
     prompts = [np.random.default_rng(i).integers(3, tiny.VOCAB, 5 + i).tolist() for i in range(6)]
     return prompts, [prefixes[i % 2] for i in range(6)]
 
@@ -45,7 +48,10 @@ def test_tokens_equal_the_cpu(beams):
     out = []
     for device in ("cpu", "cuda"):
         with prefixfast.Engine(tiny.make("llama").to(device), max_num_seqs=32, max_model_len=48) as engine:
-            rows = [{"input_ids": p, "params": {"max_new_tokens": 4 + 3 * i}} for i, p in enumerate(prefixes_and_prompts()[0])]
+            rows = [
+                {"input_ids": p, "params": {"max_new_tokens": 4 + 3 * i}}
+                for i, p in enumerate(prefixes_and_prompts()[0])
+            ]
             out.append([g.token_ids for g in engine.generate(rows, prefixes_and_prompts()[1], num_beams=beams)])
             if device == "cuda":
                 made = engine.loop.graphs.made
@@ -57,7 +63,10 @@ def test_tokens_equal_the_cpu(beams):
 def test_a_decode_step_does_not_wait_for_the_device():
     """The only thing that is read are tokens, by an event (which torch's check does not count)."""
     prompts, prefixes = prefixes_and_prompts()
-    with prefixfast.Engine(tiny.make("llama").cuda(), max_num_seqs=8, max_model_len=64) as engine, torch.inference_mode():
+    with (
+        prefixfast.Engine(tiny.make("llama").cuda(), max_num_seqs=8, max_model_len=64) as engine,
+        torch.inference_mode(),
+    ):
         call = GenerationParams(max_new_tokens=40, min_new_tokens=40)
         for request in make_requests(engine.model, prompts, prefixes, call, engine.max_model_len):
             engine.loop.add(next(engine.ids), request)
@@ -75,7 +84,10 @@ def test_a_decode_step_does_not_wait_for_the_device():
 
 def test_training_equals_the_cpu():
     rows = [{"input_ids": [5 + i, 6, 7, 8], "labels": [-100, -100, 7, 8]} for i in range(8)]
-    losses = [train(tiny.make("llama").to(d), rows, init="random", prefix_length=4, max_steps=5).training["metrics"]["loss"] for d in ("cpu", "cuda")]
+    losses = [
+        train(tiny.make("llama").to(d), rows, init="random", prefix_length=4, max_steps=5).training["metrics"]["loss"]
+        for d in ("cpu", "cuda")
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 

@@ -47,7 +47,11 @@ def test_decode_equals_the_specification(name, dtype, mode):
 @pytest.mark.parametrize("name", ["one for all", "composed", "forty rows of eight heads"])
 def test_twenty_decode_steps_give_the_same_bits(name):
     case = decode_cases.CASES[name]
-    p = decode_cases.problem(case, decode_cases.sizes_of(case, torch.bfloat16, "cuda", "grouped, split")).cast(torch.bfloat16).to("cuda")
+    p = (
+        decode_cases.problem(case, decode_cases.sizes_of(case, torch.bfloat16, "cuda", "grouped, split"))
+        .cast(torch.bfloat16)
+        .to("cuda")
+    )
     first = decode_cases.triton(p)
     for _ in range(20):
         assert all(torch.equal(a, b) for a, b in zip(first, decode_cases.triton(p), strict=True))
@@ -68,7 +72,9 @@ def test_cross_entropy_equals_torch(dtype, softcap):
     hidden, weight = (torch.randn(*s, generator=g).cuda().to(dtype) for s in ((300, 64), (50257, 64)))
     targets = torch.randint(0, 50257, (300,), generator=g).cuda()
     found, expected = (
-        cross_entropy.linear_cross_entropy(*(t.to(d) for t in (hidden, weight)), None, targets, softcap=softcap, backend=b)
+        cross_entropy.linear_cross_entropy(
+            *(t.to(d) for t in (hidden, weight)), None, targets, softcap=softcap, backend=b
+        )
         for d, b in ((dtype, "triton"), (torch.float64, "torch"))
     )
     limit = 1e-5 if dtype == torch.float32 else 2e-2

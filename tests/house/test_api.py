@@ -55,7 +55,14 @@ def listed(names: str, default: Any = ANY) -> dict[str, Any]:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "PrefixConfig": listed("embedding_dim sites layers")
-    | {"prefix_length": 10, "reparameterization": "auto", "encoder_hidden_size": 512, "prefix_dropout": 0.0, "frozen_rows": 0, "pos_start": "after"},
+    | {
+        "prefix_length": 10,
+        "reparameterization": "auto",
+        "encoder_hidden_size": 512,
+        "prefix_dropout": 0.0,
+        "frozen_rows": 0,
+        "pos_start": "after",
+    },
     "TrainConfig": listed(
         "num_train_epochs max_steps batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm max_length gradient_checkpointing dtype "
         "seed eval_steps save_steps metric_for_best_model early_stopping_patience report_to logging_steps"
@@ -79,7 +86,11 @@ WORDS = {
     ("EngineConfig", "prefix_dtype"): {"auto", "float32", "bfloat16"},
 }
 RECIPES = {"default", "paper", "low-data"}
-HINTED = {"num_virtual_tokens": "PrefixConfig", "per_device_train_batch_size": "TrainConfig", "max_tokens": "GenerationParams"}
+HINTED = {
+    "num_virtual_tokens": "PrefixConfig",
+    "per_device_train_batch_size": "TrainConfig",
+    "max_tokens": "GenerationParams",
+}
 
 # ---- promised: errors, and the command line ----
 
@@ -102,7 +113,9 @@ COMMANDS = {
     "score": "--output --config --print-config",
     "data check": "task path",
     "doctor": "model",
-    **{f"prefixes {name}": "store" for name in ("list", "show", "inspect", "add", "rm", "rollback", "verify", "export")},
+    **{
+        f"prefixes {name}": "store" for name in ("list", "show", "inspect", "add", "rm", "rollback", "verify", "export")
+    },
     "convert": "source target --recursive --verify",
     **{f"bench {name}": "" for name in ("generate", "train", "kernels", "tokenize")},
 }
@@ -111,7 +124,9 @@ COMMANDS = {
 def commands(command: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
     if not hasattr(command, "commands"):
         return {" ".join(path): command}
-    return {name: found for word, own in command.commands.items() for name, found in commands(own, (*path, word)).items()}
+    return {
+        name: found for word, own in command.commands.items() for name, found in commands(own, (*path, word)).items()
+    }
 
 
 def takes(command: Any) -> set[str]:
@@ -120,7 +135,9 @@ def takes(command: Any) -> set[str]:
 
 def missing_parameters(name: str, promised: Any) -> set[str]:
     real, wanted = inspect.signature(getattr(prefixfast, name)).parameters, inspect.signature(promised).parameters
-    same = {n for n, p in wanted.items() if n in real and real[n].kind == p.kind and p.default in (ANY, real[n].default)}
+    same = {
+        n for n, p in wanted.items() if n in real and real[n].kind == p.kind and p.default in (ANY, real[n].default)
+    }
     return {f"{name}({n})" for n in wanted if n not in same}
 
 
@@ -136,13 +153,32 @@ def takes_a_peft_model() -> bool:
 def absent() -> set[str]:
     """Whatever was promised and is not there."""
     found = {m for name, promised in FUNCTIONS.items() for m in missing_parameters(name, promised)}
-    found |= {f"{owner}.{n}" for owner, names in MEMBERS.items() for n in names.split() if not hasattr(getattr(prefixfast, owner), n)}
-    fields = {owner: {f.name: f.default for f in dataclasses.fields(getattr(prefixfast, owner))} for owner in (*FIELDS, *OPTIONS)}
+    found |= {
+        f"{owner}.{n}"
+        for owner, names in MEMBERS.items()
+        for n in names.split()
+        if not hasattr(getattr(prefixfast, owner), n)
+    }
+    fields = {
+        owner: {f.name: f.default for f in dataclasses.fields(getattr(prefixfast, owner))}
+        for owner in (*FIELDS, *OPTIONS)
+    }
     found |= {f"{owner}.{n}" for owner, names in FIELDS.items() for n in names.split() if n not in fields[owner]}
-    found |= {f"{owner}.{n}" for owner, own in OPTIONS.items() for n, d in own.items() if n not in fields[owner] or d not in (ANY, fields[owner][n])}
+    found |= {
+        f"{owner}.{n}"
+        for owner, own in OPTIONS.items()
+        for n, d in own.items()
+        if n not in fields[owner] or d not in (ANY, fields[owner][n])
+    }
     there = commands(typer.main.get_command(app))
     found |= {name for name in COMMANDS if name not in there}
-    found |= {f"{name} {word}" for name, words in COMMANDS.items() if name in there for word in words.split() if word not in takes(there[name])}
+    found |= {
+        f"{name} {word}"
+        for name, words in COMMANDS.items()
+        if name in there
+        for word in words.split()
+        if word not in takes(there[name])
+    }
     for name, configs in OPTION_FLAGS.items():
         flags = {f"--{f.replace('_', '-')}" for c in configs for f in fields[c]}
         found |= {f"{name} {flag}" for flag in flags - takes(there[name])}
@@ -187,7 +223,9 @@ def test_mappings(name):
     assert issubclass(getattr(prefixfast, name), Mapping)
 
 
-@pytest.mark.parametrize("given", [str, Path, AutoModelForCausalLM.from_pretrained, load], ids=["text", "path", "transformers", "Model"])
+@pytest.mark.parametrize(
+    "given", [str, Path, AutoModelForCausalLM.from_pretrained, load], ids=["text", "path", "transformers", "Model"]
+)
 def test_ways_to_give_a_base(given, folder):
     with load(given(folder)) as base:
         assert base.vocab_size == tiny.VOCAB

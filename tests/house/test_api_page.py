@@ -57,7 +57,13 @@ def here(folder, tmp_path, monkeypatch):
 
 def function_of(member: Any) -> Callable[..., Any] | None:
     """What runs when a member is used; None for what is no code."""
-    found = member.fget if isinstance(member, property) else member.func if isinstance(member, cached_property) else getattr(member, "__func__", member)
+    found = (
+        member.fget
+        if isinstance(member, property)
+        else member.func
+        if isinstance(member, cached_property)
+        else getattr(member, "__func__", member)
+    )
     return found if inspect.isfunction(found) else None
 
 
@@ -65,12 +71,22 @@ def public_members(owner: type) -> dict[str, Callable[..., Any]]:
     """Methods and properties of a class that are ours to document: what transformers calls on a cache is transformers'."""
     theirs = dir(transformers.Cache) if issubclass(owner, transformers.Cache) else ()
     classes = [c for c in owner.__mro__ if c.__module__.startswith("prefixfast")]
-    return {n: f for c in reversed(classes) for n, m in vars(c).items() if n[0] != "_" and n not in theirs and (f := function_of(m)) is not None}
+    return {
+        n: f
+        for c in reversed(classes)
+        for n, m in vars(c).items()
+        if n[0] != "_" and n not in theirs and (f := function_of(m)) is not None
+    }
 
 
 METHODS = {f"{c.__name__}.{n}": f for c in CLASSES for n, f in public_members(c).items()}
 CACHED = {f"{c.__name__}.{n}" for c in CLASSES for n, m in vars(c).items() if isinstance(m, cached_property)}
-PROPERTIES = CACHED | {f"{c.__name__}.{n}" for c in CLASSES for n in public_members(c) if isinstance(inspect.getattr_static(c, n), property)}
+PROPERTIES = CACHED | {
+    f"{c.__name__}.{n}"
+    for c in CLASSES
+    for n in public_members(c)
+    if isinstance(inspect.getattr_static(c, n), property)
+}
 CALLED = {n: f for n, f in METHODS.items() if n not in PROPERTIES}
 INDIRECT = CACHED | {n for n, f in METHODS.items() if inspect.iscoroutinefunction(f)}  # run before, or by an event loop
 FUNCTIONS = {n: getattr(prefixfast, n) for n in prefixfast.__all__ if inspect.isfunction(getattr(prefixfast, n))}
@@ -92,10 +108,16 @@ def test_the_page_runs_and_calls_everything_public(here, cli):
 
     for block in BLOCK.finditer(text):
         if block[1] == "pycon":
-            case = doctest.DocTestParser().get_doctest(block[2], names, PAGE.name, str(PAGE), text.count("\n", 0, block.start(2)))
+            case = doctest.DocTestParser().get_doctest(
+                block[2], names, PAGE.name, str(PAGE), text.count("\n", 0, block.start(2))
+            )
             sys.setprofile(watch)
             try:
-                examples += doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(case, out=wrong.append, clear_globs=False).attempted
+                examples += (
+                    doctest.DocTestRunner(optionflags=FLAGS, verbose=False)
+                    .run(case, out=wrong.append, clear_globs=False)
+                    .attempted
+                )
             finally:
                 sys.setprofile(None)
             names = case.globs
@@ -113,21 +135,33 @@ def test_the_page_runs_and_calls_everything_public(here, cli):
 def source_of_the_page() -> str:
     """The examples without their output."""
     blocks = BLOCK.findall(PAGE.read_text(encoding="utf8"))
-    return "\n".join(e.source for kind, block in blocks if kind == "pycon" for e in doctest.DocTestParser().get_examples(block))
+    return "\n".join(
+        e.source for kind, block in blocks if kind == "pycon" for e in doctest.DocTestParser().get_examples(block)
+    )
 
 
 def test_every_public_name_is_in_an_example():
     source = source_of_the_page()
     assert [n for n in prefixfast.__all__ if not re.search(rf"\bprefixfast\.{n}\b", source)] == []
-    fields = [f"{c.__name__}.{f.name}" for c in CLASSES if dataclasses.is_dataclass(c) and not issubclass(c, Options) for f in dataclasses.fields(c)]
-    used = {*re.findall(r"\.(\w+)\b(?!\()", source)} | {n.split(".")[1] for n in INDIRECT if f".{n.split('.')[1]}(" in source}
+    fields = [
+        f"{c.__name__}.{f.name}"
+        for c in CLASSES
+        if dataclasses.is_dataclass(c) and not issubclass(c, Options)
+        for f in dataclasses.fields(c)
+    ]
+    used = {*re.findall(r"\.(\w+)\b(?!\()", source)} | {
+        n.split(".")[1] for n in INDIRECT if f".{n.split('.')[1]}(" in source
+    }
     assert [n for n in (*fields, *INDIRECT) if n.split(".")[1] not in used] == []
 
 
 @pytest.mark.parametrize("options", [c for c in CLASSES if issubclass(c, Options)], ids=lambda c: c.__name__)
 def test_the_tables_of_options_are_those_of_the_fields(options):
     section = PAGE.read_text(encoding="utf8").partition(f"### {options.__name__}\n")[2].partition("\n#")[0]
-    lines = [f"| `{f.name}` | `{f.default!r}` | {f.metadata['help'].replace('|', chr(92) + '|')} |" for f in dataclasses.fields(options)]
+    lines = [
+        f"| `{f.name}` | `{f.default!r}` | {f.metadata['help'].replace('|', chr(92) + '|')} |"
+        for f in dataclasses.fields(options)
+    ]
     assert [line for line in section.splitlines() if line.startswith("| `")] == lines
 
 
@@ -140,10 +174,17 @@ def leaves(command: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
 def test_the_table_of_commands_is_whole():
     section = PAGE.read_text(encoding="utf8").partition("## Command line\n")[2]
     rows = [line for line in section.splitlines() if line.startswith("| `")]
-    fields = {f.name for c in CLASSES if issubclass(c, Options) for f in dataclasses.fields(c)} | {"config_file", "print_config"}
+    fields = {f.name for c in CLASSES if issubclass(c, Options) for f in dataclasses.fields(c)} | {
+        "config_file",
+        "print_config",
+    }
     for (name, command), row in zip(leaves(typer.main.get_command(app)).items(), rows, strict=True):
         shared = fields if any(p.name == "config_file" for p in command.params) else set()
-        flags = [max(p.opts, key=len) for p in command.params if p.param_type_name == "option" and p.name not in {*shared, "help"}]
+        flags = [
+            max(p.opts, key=len)
+            for p in command.params
+            if p.param_type_name == "option" and p.name not in {*shared, "help"}
+        ]
         assert re.match(rf"\| `{name}[ `]", row)
         assert row.endswith(f" | {' '.join(f'`{flag}`' for flag in flags)} |")
         assert name.startswith("bench ") or re.search(rf"^\$ prefixfast {name} ", section, re.MULTILINE)
@@ -189,15 +230,33 @@ def test_fields_with_tensors_say_their_shapes(owner):
 def test_what_a_function_raises_itself_is_described(name):
     function = (METHODS | FUNCTIONS)[name]
     body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    raised = {ast.unparse(n.exc.func) for n in ast.walk(body) if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call)}
+    raised = {
+        ast.unparse(n.exc.func) for n in ast.walk(body) if isinstance(n, ast.Raise) and isinstance(n.exc, ast.Call)
+    }
     described = (inspect.getdoc(function) or "").partition("Raises:")[2]
-    assert {r for r in raised if not re.search(rf"^ +{r}: ", described, re.MULTILINE) and f"Raise `{r}`" not in (inspect.getdoc(function) or "")} == set()
+    assert {
+        r
+        for r in raised
+        if not re.search(rf"^ +{r}: ", described, re.MULTILINE)
+        and f"Raise `{r}`" not in (inspect.getdoc(function) or "")
+    } == set()
 
 
 # ---- examples in docstrings; those of `Prefix` and of training run in tests/unit ----
 
 ELSEWHERE = {"Prefix", "PrefixConfig", "TrainConfig", "TrainRun", "train"}
-SHOWN = {"Engine", "EngineConfig", "GenerationParams", "HFCache", "PrefixStore", "Stream", "generate", "load", "score", "unload"}
+SHOWN = {
+    "Engine",
+    "EngineConfig",
+    "GenerationParams",
+    "HFCache",
+    "PrefixStore",
+    "Stream",
+    "generate",
+    "load",
+    "score",
+    "unload",
+}
 
 
 def examples_of(value: Any, name: str) -> list[doctest.DocTest]:
@@ -215,7 +274,9 @@ def test_what_users_call_has_an_example():
 
 def run_example(case: doctest.DocTest, model: Model, **names: Any) -> None:
     case.globs = (
-        names | {n: getattr(prefixfast, n) for n in prefixfast.__all__} | {"base": model, "prefix": Prefix.from_text(model, "table-to-text:"), "torch": torch}
+        names
+        | {n: getattr(prefixfast, n) for n in prefixfast.__all__}
+        | {"base": model, "prefix": Prefix.from_text(model, "table-to-text:"), "torch": torch}
     )
     out: list[str] = []
     assert doctest.DocTestRunner(optionflags=FLAGS, verbose=False).run(case, out=out.append).failed == 0, "".join(out)

@@ -7,7 +7,9 @@ import pytest
 
 from oracles import ROOT
 
-README, PERFORMANCE, ARCHITECTURE = ((ROOT / name).read_text(encoding="utf8") for name in ("README.md", "docs/performance.md", "docs/architecture.md"))
+README, PERFORMANCE, ARCHITECTURE = (
+    (ROOT / name).read_text(encoding="utf8") for name in ("README.md", "docs/performance.md", "docs/architecture.md")
+)
 RESULTS = ROOT / "benches" / "results"
 
 
@@ -49,10 +51,15 @@ def generation_rows(name: str) -> list[str]:
 
 
 def kernel_rows() -> list[str]:
-    best = {(r["shape"]["name"], r["contender"][:6], r["work"]): f"{min(r['seconds']) * 1e3:.1f}" for r in lines("kernels-cpu-fp32.jsonl")}
+    best = {
+        (r["shape"]["name"], r["contender"][:6], r["work"]): f"{min(r['seconds']) * 1e3:.1f}"
+        for r in lines("kernels-cpu-fp32.jsonl")
+    }
     shapes = dict.fromkeys(shape for shape, *_ in best)
     keys = [(c, w) for w in ("forward", "forward and backward") for c in ("prefix", "copied")]
-    return [f"| {s.replace(' x 64', ' x 64 tokens', 1)} | {' | '.join(best[s, c, w] for c, w in keys)} |" for s in shapes]
+    return [
+        f"| {s.replace(' x 64', ' x 64 tokens', 1)} | {' | '.join(best[s, c, w] for c, w in keys)} |" for s in shapes
+    ]
 
 
 def step_rows() -> list[str]:
@@ -85,7 +92,15 @@ def attention_rows() -> list[str]:
 
 
 SHOWN = [
-    *((row, README) for row in (*quality_rows(), *generation_rows("generate-gpt2-fp32.jsonl"), *generation_rows("generate-gpt2-bf16.jsonl"), *kernel_rows())),
+    *(
+        (row, README)
+        for row in (
+            *quality_rows(),
+            *generation_rows("generate-gpt2-fp32.jsonl"),
+            *generation_rows("generate-gpt2-bf16.jsonl"),
+            *kernel_rows(),
+        )
+    ),
     *((row, PERFORMANCE) for row in (*step_rows(), *generation_rows("generate-llama-fp32.jsonl"))),
     *((row, ARCHITECTURE) for row in (*backward_rows(), *attention_rows())),
 ]
@@ -97,9 +112,14 @@ def test_tables_show_what_was_measured(row, text):
 
 
 def test_what_is_said_of_tiering_is_in_the_file():
-    *_, every, few, ratio = (json.loads(line) for line in (RESULTS / "tiering.jsonl").read_text(encoding="utf8").splitlines())
+    *_, every, few, ratio = (
+        json.loads(line) for line in (RESULTS / "tiering.jsonl").read_text(encoding="utf8").splitlines()
+    )
     assert (every["contender"], few["contender"]) == ("all resident", "tiered")
-    assert f"{few['p99_ms']:.1f} ms against {every['p99_ms']:.1f} ms with all resident ({ratio['p99_ratio']:.2f} times)" in PERFORMANCE
+    assert (
+        f"{few['p99_ms']:.1f} ms against {every['p99_ms']:.1f} ms with all resident ({ratio['p99_ratio']:.2f} times)"
+        in PERFORMANCE
+    )
 
 
 def test_times_beside_peft_are_those_of_the_files():
@@ -119,36 +139,63 @@ def test_what_is_said_of_rounding_is_in_the_files():
 
 def test_what_is_said_of_steps_and_tenants_is_in_the_files():
     found = json.loads((RESULTS / "parts.json").read_text(encoding="utf8"))["microseconds"]
-    names = ("test_a_decode_step_of_32_rows[20]", "test_a_step_with_a_tenth_replaced[20]", "test_a_step_with_a_tenth_replaced[2000]")
-    growths = {tenants: [r["growth"] for r in lines("fairness.jsonl") if r["tenants"] is tenants] for tenants in (True, False)}
-    fair, unfair = (f"{median(g):.{digits}f} times ({min(g):.{digits}f} to {max(g):.{digits}f})" for g, digits in ((growths[True], 1), (growths[False], 0)))
+    names = (
+        "test_a_decode_step_of_32_rows[20]",
+        "test_a_step_with_a_tenth_replaced[20]",
+        "test_a_step_with_a_tenth_replaced[2000]",
+    )
+    growths = {
+        tenants: [r["growth"] for r in lines("fairness.jsonl") if r["tenants"] is tenants] for tenants in (True, False)
+    }
+    fair, unfair = (
+        f"{median(g):.{digits}f} times ({min(g):.{digits}f} to {max(g):.{digits}f})"
+        for g, digits in ((growths[True], 1), (growths[False], 0))
+    )
     said = [f"{found[name]['median'] / 1e3:.2f} ms" for name in names] + [f"grows {fair}; {unfair} where"]
     assert all(text in " ".join(PERFORMANCE.split()) for text in said), said
 
 
 def test_what_is_said_of_bandwidth_is_in_the_files():
-    settings = [json.loads((RESULTS / f"decode-step-gpt2-{d}.jsonl").read_text(encoding="utf8").splitlines()[1]) for d in ("fp32", "bf16")]
+    settings = [
+        json.loads((RESULTS / f"decode-step-gpt2-{d}.jsonl").read_text(encoding="utf8").splitlines()[1])
+        for d in ("fp32", "bf16")
+    ]
     copies, reads = ([f"{median(setting[name]):.0f}" for setting in settings] for name in ("copy_gb_s", "read_gb_s"))
     text = " ".join(PERFORMANCE.split())
-    assert f"({copies[0]} GB/s copied in fp32's, {copies[1]} in bf16's; {reads[0]} and {reads[1]} GB/s read; medians" in text
+    assert (
+        f"({copies[0]} GB/s copied in fp32's, {copies[1]} in bf16's; {reads[0]} and {reads[1]} GB/s read; medians"
+        in text
+    )
 
 
 def test_what_is_said_of_limits_is_in_the_files():
     steps = {d: [r for r in lines(f"decode-step-gpt2-{d}.jsonl") if r["packed"]] for d in ("fp32", "bf16")}
-    above = {name: [100 * (r["median_ms"] / r[name] - 1) for d in steps for r in steps[d] if r["distinct"] == 32] for name in ("limit_ms", "floor_ms")}
+    above = {
+        name: [100 * (r["median_ms"] / r[name] - 1) for d in steps for r in steps[d] if r["distinct"] == 32]
+        for name in ("limit_ms", "floor_ms")
+    }
     over, least = (f"{min(x):.0f} to {max(x):.0f} %" for x in above.values())
-    none, shared = ({d: next(r for r in steps[d] if (r["prefix_length"], r["distinct"]) == k) for d in steps} for k in ((0, 0), (512, 1)))
+    none, shared = (
+        {d: next(r for r in steps[d] if (r["prefix_length"], r["distinct"]) == k) for d in steps}
+        for k in ((0, 0), (512, 1))
+    )
     best, middle = ([f"{none[d][name] / shared[d][name]:.2f}" for d in steps] for name in ("best_ms", "median_ms"))
     text = " ".join(PERFORMANCE.split())
     assert f"The median steps are {over} above the limit and {least} above the least" in text
-    assert f"The best steps run at {best[0]} of it in fp32 and {best[1]} in bf16, the medians at {middle[0]} and {middle[1]}" in text
+    assert (
+        f"The best steps run at {best[0]} of it in fp32 and {best[1]} in bf16, the medians at {middle[0]} and {middle[1]}"
+        in text
+    )
     assert f"is missed by {over} on the CPU" in ARCHITECTURE
 
 
 def test_what_is_said_of_planning_is_in_the_file():
     found = json.loads((RESULTS / "plan.json").read_text(encoding="utf8"))["microseconds"]
     padded, work, plain, replaced = (f"{middle:.0f} us" for middle, _, _ in found.values())
-    assert f"{plain}, {work} with the GPU's work tables, {padded} padded for graphs; with 102 requests replaced in each\n  step {replaced}" in PERFORMANCE
+    assert (
+        f"{plain}, {work} with the GPU's work tables, {padded} padded for graphs; with 102 requests replaced in each\n  step {replaced}"
+        in PERFORMANCE
+    )
 
 
 def test_what_is_said_of_twenty_users_is_in_the_file():
@@ -159,7 +206,10 @@ def test_what_is_said_of_twenty_users_is_in_the_file():
 
 
 def test_what_is_said_of_stores_is_in_the_file():
-    ms = {r["what"]: r["ms"] for r in map(json.loads, (RESULTS / "store.jsonl").read_text(encoding="utf8").splitlines()[1:])}
+    ms = {
+        r["what"]: r["ms"]
+        for r in map(json.loads, (RESULTS / "store.jsonl").read_text(encoding="utf8").splitlines()[1:])
+    }
     said = (
         f"opening it takes {ms['open']:.1f} ms, looking one up {ms['info']:.2f} ms, counting them {ms['len']:.0f} ms, listing all names "
         f"{ms['list'] / 1e3:.2f} s the first time and {ms['list again'] / 1e3:.2f} s afterwards, everything but the tensors of all {ms['scan'] / 1e3:.2f} s, "

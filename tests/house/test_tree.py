@@ -25,7 +25,11 @@ def name(path: Path) -> str:
 
 
 def functions(path: Path) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    return [n for n in ast.walk(ast.parse(path.read_text(encoding="utf8"))) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [
+        n
+        for n in ast.walk(ast.parse(path.read_text(encoding="utf8")))
+        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def lines_of_code(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
@@ -57,7 +61,10 @@ def test_files_are_short(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=name)
 def test_functions_are_short(path):
-    most = {f: LONGEST_KERNEL if "triton.jit" in map(ast.unparse, f.decorator_list) else LONGEST_FUNCTION for f in functions(path)}
+    most = {
+        f: LONGEST_KERNEL if "triton.jit" in map(ast.unparse, f.decorator_list) else LONGEST_FUNCTION
+        for f in functions(path)
+    }
     assert {f.name: lines_of_code(f) for f, limit in most.items() if lines_of_code(f) > limit} == {}
 
 
@@ -81,7 +88,11 @@ def test_every_public_name_has_a_docstring(public):
 def members(public: str) -> list[tuple[str, object]]:
     """The object, and of a class its own public methods."""
     value = getattr(prefixfast, public)
-    own = [(f"{public}.{n}", getattr(value, n)) for n, m in vars(value).items() if not n.startswith("_") and isinstance(m, staticmethod | classmethod)]
+    own = [
+        (f"{public}.{n}", getattr(value, n))
+        for n, m in vars(value).items()
+        if not n.startswith("_") and isinstance(m, staticmethod | classmethod)
+    ]
     own += [(f"{public}.{n}", m) for n, m in vars(value).items() if not n.startswith("_") and inspect.isfunction(m)]
     return [(public, value), *own]
 
@@ -90,7 +101,13 @@ def arguments(value: object) -> list[str]:
     """Names that a caller must know; options have their help texts, other dataclasses their attributes."""
     if dataclasses.is_dataclass(value):
         return []
-    if isinstance(value, type) and value.__init__ in (object.__init__, Exception.__init__, ValueError.__init__, RuntimeError.__init__, KeyError.__init__):
+    if isinstance(value, type) and value.__init__ in (
+        object.__init__,
+        Exception.__init__,
+        ValueError.__init__,
+        RuntimeError.__init__,
+        KeyError.__init__,
+    ):
         return []
     return [n for n in inspect.signature(value).parameters if n not in ("self", "cls")]
 
@@ -112,7 +129,12 @@ def test_every_field_of_a_public_dataclass_is_described(public):
     value = getattr(prefixfast, public)
     fields = [f for f in dataclasses.fields(value) if not f.name.startswith("_")]
     section = (inspect.getdoc(value) or "").partition("Attributes:")[2]
-    described = [f.name for f in fields if re.search(rf"^\s*{f.name}: ", section, re.MULTILINE) or (issubclass(value, Options) and f.metadata.get("help"))]
+    described = [
+        f.name
+        for f in fields
+        if re.search(rf"^\s*{f.name}: ", section, re.MULTILINE)
+        or (issubclass(value, Options) and f.metadata.get("help"))
+    ]
     assert described == [f.name for f in fields]
 
 
@@ -123,7 +145,9 @@ def test_every_public_method_has_a_docstring(public):
 
 # ---- what must not be in any tracked file ----
 
-REGISTRIES = tuple(".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("crates", "io")))  # not spelt out: this file is searched too
+REGISTRIES = tuple(
+    ".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("crates", "io"))
+)  # not spelt out: this file is searched too
 HOSTS = re.compile(rf"//(?:[\w-]+\.)*(?:{'|'.join(map(re.escape, REGISTRIES))})(?![\w.-])")
 
 

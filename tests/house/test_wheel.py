@@ -25,7 +25,18 @@ def run(*command: object, **how: object) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    run(MATURIN, "build", "--release", "--quiet", "--offline", "--interpreter", sys.executable, "--out", folder, cwd=ROOT)
+    run(
+        MATURIN,
+        "build",
+        "--release",
+        "--quiet",
+        "--offline",
+        "--interpreter",
+        sys.executable,
+        "--out",
+        folder,
+        cwd=ROOT,
+    )
     (made,) = folder.iterdir()
     return made
 
@@ -39,7 +50,19 @@ def names(wheel: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("target")
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-compile", "--target", target, wheel)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "--target",
+        target,
+        wheel,
+    )
     return target
 
 
@@ -49,7 +72,9 @@ def test_the_wheel_is_for_every_python_from_3_11(wheel):
 
 def test_the_wheel_holds_the_sources_of_both_packages_and_no_others(names):
     python = {p.relative_to(ROOT / "python").as_posix() for p in (ROOT / "python" / "prefixfast").rglob("*.py")}
-    kernels = {p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels" / "prefixfast_kernels").rglob("*.py")}
+    kernels = {
+        p.relative_to(ROOT / "kernels").as_posix() for p in (ROOT / "kernels" / "prefixfast_kernels").rglob("*.py")
+    }
     assert {n for n in names if n.endswith(".py")} == python | kernels
 
 
@@ -60,7 +85,11 @@ def test_the_wheel_holds_the_extension_and_its_types(names, name):
 
 def test_the_wheel_holds_nothing_else(names):
     ends = (".py", ".pyi", ".so", "py.typed")
-    assert [n for n in names if not n.endswith(ends) and ".dist-info/" not in n and "/demo/base/" not in n and "/training/recipes/" not in n] == []
+    assert [
+        n
+        for n in names
+        if not n.endswith(ends) and ".dist-info/" not in n and "/demo/base/" not in n and "/training/recipes/" not in n
+    ] == []
     recipes = {p.name for p in (ROOT / "python" / "prefixfast" / "training" / "recipes").iterdir()}
     assert {n.rsplit("/", 1)[1] for n in names if "/training/recipes/" in n} == recipes
     assert "prefixfast/demo/base/model.safetensors" in names
@@ -99,5 +128,8 @@ print("generated")
 
 
 def test_the_wheel_works_away_from_the_repository(installed, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "PYTHONPATH": str(installed),
+        "HF_HUB_OFFLINE": "1",
+    }
     assert run(sys.executable, "-c", PROGRAM, installed, ROOT, cwd=tmp_path, env=env).endswith("generated\n")

@@ -14,13 +14,20 @@ SHAPES = [(7, 16, 50), (33, 8, 10001), (1, 4, 3), (130, 32, 257)]
 def make(n, d, v, dtype, *, bias, seed=0):
     g = torch.Generator().manual_seed(seed)
     hidden, weight = (torch.randn(*s, generator=g, dtype=torch.float64).to(dtype) for s in ((n, d), (v, d)))
-    return hidden, weight, torch.randn(v, generator=g, dtype=torch.float64).to(dtype) if bias else None, torch.randint(0, v, (n,), generator=g)
+    return (
+        hidden,
+        weight,
+        torch.randn(v, generator=g, dtype=torch.float64).to(dtype) if bias else None,
+        torch.randint(0, v, (n,), generator=g),
+    )
 
 
 def exact(hidden, weight, bias, targets, softcap):
     """Losses and gradients of the specification in fp64."""
     leaf = hidden.double().requires_grad_()
-    losses = reference.linear_cross_entropy(leaf, weight.double(), None if bias is None else bias.double(), targets, softcap=softcap)
+    losses = reference.linear_cross_entropy(
+        leaf, weight.double(), None if bias is None else bias.double(), targets, softcap=softcap
+    )
     return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
 

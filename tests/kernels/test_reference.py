@@ -21,7 +21,11 @@ def sdpa(p, window=0):
         before = len(k) - n
         distance = torch.arange(n)[:, None] + before - torch.arange(len(k))[None]
         mask = (distance >= 0) & ((distance < window) if window else True)
-        out.append(F.scaled_dot_product_attention(p.q[part].transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask, scale=p.scale).transpose(0, 1))
+        out.append(
+            F.scaled_dot_product_attention(
+                p.q[part].transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), mask, scale=p.scale
+            ).transpose(0, 1)
+        )
     return torch.cat(out)
 
 
@@ -48,13 +52,22 @@ def test_a_block_that_is_always_seen_ignores_the_window():
     p = make()
     fixed = p.tables.use.clone()
     fixed[:, 2] = 0
-    always = run(p.__class__(*[getattr(p, f) for f in ("q", "k", "v", "prefix_k", "prefix_v", "do")], p.tables._replace(use=fixed), p.scale), window=1)[0]
+    always = run(
+        p.__class__(
+            *[getattr(p, f) for f in ("q", "k", "v", "prefix_k", "prefix_v", "do")],
+            p.tables._replace(use=fixed),
+            p.scale,
+        ),
+        window=1,
+    )[0]
     assert not torch.allclose(always, run(p, window=1)[0])
     # with a window of one token each query sees its blocks and itself only
     i, group = 3, 3
     k = torch.cat([p.prefix_k[:6], p.k[i : i + 1]]).repeat_interleave(group, 1)
     v = torch.cat([p.prefix_v[:6], p.v[i : i + 1]]).repeat_interleave(group, 1)
-    expected = F.scaled_dot_product_attention(p.q[i : i + 1].transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=p.scale)
+    expected = F.scaled_dot_product_attention(
+        p.q[i : i + 1].transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), scale=p.scale
+    )
     assert torch.allclose(always[i : i + 1], expected.transpose(0, 1), atol=1e-12)
 
 
@@ -62,7 +75,9 @@ def test_log_sum_exp_is_natural_and_soft_cap_is_applied():
     p = make()
     _, lse = run(p)
     group = p.q.shape[1] // p.k.shape[1]
-    scores = torch.einsum("hd,khd->hk", p.q[0], torch.cat([p.prefix_k[:6], p.k[:1]]).repeat_interleave(group, 1)) * p.scale
+    scores = (
+        torch.einsum("hd,khd->hk", p.q[0], torch.cat([p.prefix_k[:6], p.k[:1]]).repeat_interleave(group, 1)) * p.scale
+    )
     assert torch.allclose(lse[0], scores.logsumexp(-1), atol=1e-12)
     _, capped = run(p, softcap=0.5)
     assert torch.allclose(capped[0], (0.5 * torch.tanh(scores / 0.5)).logsumexp(-1), atol=1e-12)

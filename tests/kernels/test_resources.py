@@ -16,7 +16,13 @@ def compiled(*args: str, first: str = "") -> subprocess.CompletedProcess[str]:
     """Runs in a process of its own: here the kernels belong to the interpreter."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, (first, str(ROOT / "kernels"))))
-    return subprocess.run([sys.executable, "-m", "prefixfast_kernels.testing.compile_report", *args], env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-m", "prefixfast_kernels.testing.compile_report", *args],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_kernels_of_a_hopper_chip_are_sound():
@@ -38,7 +44,10 @@ def test_all_kernels_of_every_chip_are_sound(chip):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("chip", CHIPS)
 def test_the_oldest_triton_compiles_them_as_well(chip, tmp_path):
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), "triton==3.6.0"],
+        check=True,
+    )
     run = compiled(chip, first=str(tmp_path))
     assert "Triton 3.6.0" in run.stdout
     assert run.returncode == 0, run.stderr

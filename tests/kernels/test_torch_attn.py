@@ -9,8 +9,16 @@ from prefixfast_kernels import reference
 from prefixfast_kernels.tables import PackedTables
 from prefixfast_kernels.testing.tables import Problem, Request, decode_tables, problem, relative_error
 
-FEW = [Request(7, ((0, True),)), Request(1, ((1, True),)), Request(12, ((0, True), (1, False))), Request(5), Request(3, ((1, True),))]
-MANY = [Request(1 + (5 * i) % 13, (((i // 6) % 2, i % 2 == 0),) if i % 5 else ()) for i in range(23)]  # enough for buckets
+FEW = [
+    Request(7, ((0, True),)),
+    Request(1, ((1, True),)),
+    Request(12, ((0, True), (1, False))),
+    Request(5),
+    Request(3, ((1, True),)),
+]
+MANY = [
+    Request(1 + (5 * i) % 13, (((i // 6) % 2, i % 2 == 0),) if i % 5 else ()) for i in range(23)
+]  # enough for buckets
 ONE_FOR_ALL = [Request(4 + i % 3, ((0, True),)) for i in range(18)]
 CASES = {
     "few": (FEW, [6, 3]),
@@ -32,13 +40,21 @@ def forward(p: Problem, tensors, backend: str, window: int, softcap: float):
 def errors(p: Problem, dtype, window, softcap, *, change=lambda got: got):
     """Relative errors of (o, lse, dq, dk, dv, dprefix_k, dprefix_v) against the reference in fp64: of the torch backend, and of the reference in ``dtype``."""
     runs = []
-    for problem_, backend in ((p.cast(dtype), "torch"), (p.cast(dtype), "reference"), (p.cast(dtype).cast(torch.float64), "reference")):
+    for problem_, backend in (
+        (p.cast(dtype), "torch"),
+        (p.cast(dtype), "reference"),
+        (p.cast(dtype).cast(torch.float64), "reference"),
+    ):
         tensors = problem_.inputs()
         o, lse = forward(problem_, tensors, backend, window, softcap)
         grads = torch.autograd.grad(o, tensors, problem_.do, allow_unused=True)
-        runs.append([o.detach(), lse, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True))])
+        runs.append(
+            [o.detach(), lse, *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors, strict=True))]
+        )
     got, same, exact = change(runs[0]), runs[1], runs[2]
-    return [relative_error(a, b) for a, b in zip(got, exact, strict=True)], [relative_error(a, b) for a, b in zip(same, exact, strict=True)]
+    return [relative_error(a, b) for a, b in zip(got, exact, strict=True)], [
+        relative_error(a, b) for a, b in zip(same, exact, strict=True)
+    ]
 
 
 def within(got, same, dtype):
@@ -73,16 +89,54 @@ def test_continues_prompts_from_the_arena(window, dtype):
         runs = []
         for cast, backend in ((dtype, "torch"), (dtype, "reference"), (torch.float64, "reference")):
             x = p.cast(dtype).cast(cast)
-            runs.append(ops.attn(x.q, x.k, x.v, x.prefix_k, x.prefix_v, list(x.tables), x.slots, None, x.scale, window, 0.0, True, True, backend, [0] * 4))
+            runs.append(
+                ops.attn(
+                    x.q,
+                    x.k,
+                    x.v,
+                    x.prefix_k,
+                    x.prefix_v,
+                    list(x.tables),
+                    x.slots,
+                    None,
+                    x.scale,
+                    window,
+                    0.0,
+                    True,
+                    True,
+                    backend,
+                    [0] * 4,
+                )
+            )
         got, same = ([relative_error(a, b) for a, b in zip(run, runs[2], strict=True)] for run in runs[:2])
         assert within(got, same, dtype), (got, same)
-        wrong = ops.attn(p.q, p.k, p.v, p.prefix_k, p.prefix_v, list(p.tables), p.slots.roll(1), None, p.scale, window, 0.0, True, True, "torch", [0] * 4)
+        wrong = ops.attn(
+            p.q,
+            p.k,
+            p.v,
+            p.prefix_k,
+            p.prefix_v,
+            list(p.tables),
+            p.slots.roll(1),
+            None,
+            p.scale,
+            window,
+            0.0,
+            True,
+            True,
+            "torch",
+            [0] * 4,
+        )
         assert relative_error(wrong[0], runs[2][0]) > 0.01
 
 
 MISTAKES = {
     "prefix dropped": lambda t: t._replace(
-        use=t.use[:0], use_indptr=torch.zeros_like(t.use_indptr), block=t.block[:0], span=t.span[:0], user_indptr=t.user_indptr[:1]
+        use=t.use[:0],
+        use_indptr=torch.zeros_like(t.use_indptr),
+        block=t.block[:0],
+        span=t.span[:0],
+        user_indptr=t.user_indptr[:1],
     ),
     "prefix row off by one": lambda t: t._replace(block=t.block + torch.tensor([1, 0], dtype=torch.int32)),
     "prefix one row short": lambda t: t._replace(block=t.block - torch.tensor([0, 1], dtype=torch.int32)),
@@ -90,9 +144,12 @@ MISTAKES = {
     "window slides over none": lambda t: t._replace(user_slides=torch.zeros_like(t.user_slides)),
     "window off by one": lambda t: t._replace(user_pos=t.user_pos + 1),
     "one user forgotten": lambda t: t._replace(
-        user=t.user.clone().index_fill_(0, torch.tensor([0]), int(t.user[1])), span=t.span * torch.tensor([1, 1, 0], dtype=torch.int32)
+        user=t.user.clone().index_fill_(0, torch.tensor([0]), int(t.user[1])),
+        span=t.span * torch.tensor([1, 1, 0], dtype=torch.int32),
     ),
-    "own keys of a neighbour": lambda t: t._replace(seg=t.seg + torch.tensor([1, 0, 0, 0], dtype=torch.int32) * (torch.arange(len(t.seg)) == 0)[:, None].int()),
+    "own keys of a neighbour": lambda t: t._replace(
+        seg=t.seg + torch.tensor([1, 0, 0, 0], dtype=torch.int32) * (torch.arange(len(t.seg)) == 0)[:, None].int()
+    ),
 }
 
 
@@ -141,7 +198,12 @@ def test_decode_equals_reference(heads, window, softcap, dtype, monkeypatch):
     hq, h, d = heads
     g = torch.Generator().manual_seed(1)
     lens, rows = [9, 1, 14, 3, 7, 2], 40
-    sequences = [Request(0, ((0, True),)), Request(0), Request(0, ((1, True), (0, False))), *[Request(0, ((1, True),))] * 3]
+    sequences = [
+        Request(0, ((0, True),)),
+        Request(0),
+        Request(0, ((1, True), (0, False))),
+        *[Request(0, ((1, True),))] * 3,
+    ]
     blocks = [(2, 5), (10, 8)]
     q = torch.randn(len(lens), hq, d, generator=g, dtype=torch.float64)
     k, v = (torch.randn(rows + sum(lens), h, d, generator=g, dtype=torch.float64) for _ in range(2))
@@ -155,7 +217,9 @@ def test_decode_equals_reference(heads, window, softcap, dtype, monkeypatch):
 
     def run(backend, dtype):
         args = [t.to(dtype) for t in (q, k, v)]
-        return ops.attn_decode(*args, None, None, table, list(tables), None, max(lens), d**-0.5, window, softcap, backend, 0)
+        return ops.attn_decode(
+            *args, None, None, table, list(tables), None, max(lens), d**-0.5, window, softcap, backend, 0
+        )
 
     exact = run("reference", torch.float64)
     rounded = [relative_error(a, b) for a, b in zip(run("reference", dtype), exact, strict=True)]
@@ -167,7 +231,9 @@ def test_what_a_backend_cannot_do_falls_back_and_is_logged(caplog):
     p = problem([Request(5)], [], num_heads=2, num_kv_heads=2, head_dim=16)
     backends.log_fallback.cache_clear()
     bias = torch.zeros(2, 5, dtype=torch.float64)
-    o, _ = ops.attn(p.q, p.k, p.v, None, None, list(p.tables), None, bias, p.scale, 0, 0.0, True, True, "torch", [0] * 4)
+    o, _ = ops.attn(
+        p.q, p.k, p.v, None, None, list(p.tables), None, bias, p.scale, 0, 0.0, True, True, "torch", [0] * 4
+    )
     expected, _ = reference.attn(p.q, p.k, p.v, None, None, p.tables, scale=p.scale)
     assert torch.allclose(o, expected)
     assert "position bias" in caplog.text

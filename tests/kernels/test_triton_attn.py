@@ -50,18 +50,29 @@ def test_loops_and_sums_are_long_enough_to_fail():
     """At the sizes that ship, the long cases take every loop at least three times and add at least two partial sums."""
     case = CASES["one for all"]
     sizes = sizes_of(case, torch.float16)
-    q, k = torch.empty(1, case.heads[0], case.heads[2], dtype=torch.float16), torch.empty(1, case.heads[1], case.heads[2], dtype=torch.float16)
+    q, k = (
+        torch.empty(1, case.heads[0], case.heads[2], dtype=torch.float16),
+        torch.empty(1, case.heads[1], case.heads[2], dtype=torch.float16),
+    )
     how = {name: launch.tile(name, q, k, sizes, Options(1.0, 0, 0.0)) for name in tiles.KERNELS}
-    longest, users, tables = max(r.length for r in case.requests), sum(r.length for r in case.requests), case.problem(sizes).tables
+    longest, users, tables = (
+        max(r.length for r in case.requests),
+        sum(r.length for r in case.requests),
+        case.problem(sizes).tables,
+    )
     for name in ("prefix_fwd", "prefix_bwd_dq"):
         assert min(case.blocks[0], longest) // how[name]["BN"] >= 3, "whole tiles of the block and of the keys"
     assert longest // how["prefix_bwd_kv"]["TOKENS"] >= 3
-    slices = launch.slices(len(tables.block_tiles) * k.shape[1], len(tables.user), how["prefix_bwd_block"]["TOKENS"], CPU)
+    slices = launch.slices(
+        len(tables.block_tiles) * k.shape[1], len(tables.user), how["prefix_bwd_block"]["TOKENS"], CPU
+    )
     assert slices >= 2
     assert users / slices / how["prefix_bwd_block"]["TOKENS"] >= 3
 
 
-SMALL = Case((Request(20, ((0, True),)), Request(1, ((1, True),)), Request(33, ((0, True),))), (6, 13), (4, 2, 16), window=30)
+SMALL = Case(
+    (Request(20, ((0, True),)), Request(1, ((1, True),)), Request(33, ((0, True),))), (6, 13), (4, 2, 16), window=30
+)
 
 
 def changed(p: Problem, **tables) -> Problem:
@@ -75,10 +86,16 @@ MISTAKES = {
     "a tile forgotten": lambda p: changed(p, tiles=p.tables.tiles[1:]),
     "a key tile forgotten": lambda p: changed(p, key_tiles=p.tables.key_tiles[1:]),
     "a block tile forgotten": lambda p: changed(p, block_tiles=p.tables.block_tiles[:-1]),
-    "a user twice": lambda p: changed(p, user=p.tables.user.clone().index_fill_(0, torch.tensor([0]), int(p.tables.user[1]))),
-    "window off by one": lambda p: changed(p, use=p.tables.use + torch.tensor([0, 1, 0], dtype=torch.int32), user_pos=p.tables.user_pos + 1),
+    "a user twice": lambda p: changed(
+        p, user=p.tables.user.clone().index_fill_(0, torch.tensor([0]), int(p.tables.user[1]))
+    ),
+    "window off by one": lambda p: changed(
+        p, use=p.tables.use + torch.tensor([0, 1, 0], dtype=torch.int32), user_pos=p.tables.user_pos + 1
+    ),
     "a neighbour's keys": lambda p: changed(
-        p, seg=p.tables.seg + torch.tensor([0, 0, 1, 0], dtype=torch.int32) * (torch.arange(len(p.tables.seg)) == 0)[:, None].int()
+        p,
+        seg=p.tables.seg
+        + torch.tensor([0, 0, 1, 0], dtype=torch.int32) * (torch.arange(len(p.tables.seg)) == 0)[:, None].int(),
     ),
     "log to base 2": lambda p: p,
     "gradient of one slice": lambda p: p,

@@ -10,7 +10,18 @@ from prefixfast.errors import ConfigError
 from prefixfast_kernels import launch
 from prefixfast_kernels import tile_configs as tiles
 from prefixfast_kernels.testing import decode_cases
-from prefixfast_kernels.testing.decode_cases import CASES, MODES, NAMES, Case, errors, problem, replayed, sizes_of, specification, triton
+from prefixfast_kernels.testing.decode_cases import (
+    CASES,
+    MODES,
+    NAMES,
+    Case,
+    errors,
+    problem,
+    replayed,
+    sizes_of,
+    specification,
+    triton,
+)
 from prefixfast_kernels.testing.packed_cases import FLOOR, within
 from prefixfast_kernels.testing.tables import relative_error
 from prefixfast_kernels.torch_sdpa_lse import Options
@@ -67,12 +78,20 @@ def test_loops_and_sums_are_long_enough_to_fail():
     assert int((cut["grouped, split"].tables.work[:, 0] >= 0).sum()) >= 2, "the block is split"
     many = CASES["forty rows of eight heads"]
     tables = problem(many, sizes_of(many, torch.float16, "cpu", "grouped")).tables
-    assert int(tables.user_indptr.diff().max()) > 3 * sizes_of(many, torch.float16, "cpu", "grouped").users, "a group of several tiles"
+    assert int(tables.user_indptr.diff().max()) > 3 * sizes_of(many, torch.float16, "cpu", "grouped").users, (
+        "a group of several tiles"
+    )
 
 
 # ---- planted mistakes ----
 
-SMALL = Case((40, 85, 90, 7), (((0, True),), ((0, True), (1, False)), ((1, True),), ((0, True),)), (6, 33), (6, 2, 16), window=100)
+SMALL = Case(
+    (40, 85, 90, 7),
+    (((0, True),), ((0, True), (1, False)), ((1, True),), ((0, True),)),
+    (6, 33),
+    (6, 2, 16),
+    window=100,
+)
 
 
 def changed(p, **tables):
@@ -107,7 +126,9 @@ MISTAKES = {
     ),
     "read twice": lambda p: changed(p, grouped=p.tables.grouped * 0),
     "another row's partial sum": lambda p: changed(p, part=p.tables.part.roll(1)),
-    "a partial sum forgotten": lambda p: changed(p, part_indptr=p.tables.part_indptr - (torch.arange(len(p.tables.part_indptr)) == 4).int()),
+    "a partial sum forgotten": lambda p: changed(
+        p, part_indptr=p.tables.part_indptr - (torch.arange(len(p.tables.part_indptr)) == 4).int()
+    ),
     "another row of the slot table": lambda p: changed(p, row=exchanged(p.tables.row)),
     "a key too few": lambda p: changed(p, lens=p.tables.lens - 1),
     "log to base 2": lambda p: p,
@@ -118,7 +139,9 @@ MISTAKES = {
 def test_planted_mistakes_are_caught(mistake):
     def run(p):
         p = MISTAKES[mistake](p)
-        o, lse = triton(dataclasses.replace(p, table=p.table.clamp(max=len(p.k_arena) - 1)))  # a mistake must not read outside of the arena
+        o, lse = triton(
+            dataclasses.replace(p, table=p.table.clamp(max=len(p.k_arena) - 1))
+        )  # a mistake must not read outside of the arena
         return o, lse / (0.6931 if mistake == "log to base 2" else 1)
 
     good, same = errors(SMALL, torch.float32, "grouped", triton)
@@ -176,7 +199,9 @@ def test_the_launcher_reads_no_table(monkeypatch):
 
 def test_nothing_split_and_nothing_grouped_is_one_launch(monkeypatch):
     case = CASES["one each"]
-    assert [len(kernel) for kernel in launches(monkeypatch, problem(case, sizes_of(case, torch.float16, "cpu", "inline")))] == [1, 0]
+    assert [
+        len(kernel) for kernel in launches(monkeypatch, problem(case, sizes_of(case, torch.float16, "cpu", "inline")))
+    ] == [1, 0]
 
 
 # ---- the operator ----
@@ -190,12 +215,28 @@ def decode(p, backend, users):
 @pytest.mark.parametrize("case", ["composed", "separate"])
 def test_the_operator_runs_it(case):
     p = problem(CASES[case], sizes_of(CASES[case], torch.float32, "cpu", "grouped")).cast(torch.float32)
-    assert all(relative_error(a, b) < 4e-6 for a, b in zip(decode(p, "triton", p.users), specification(p.cast(torch.float64)), strict=True))
+    assert all(
+        relative_error(a, b) < 4e-6
+        for a, b in zip(decode(p, "triton", p.users), specification(p.cast(torch.float64)), strict=True)
+    )
 
 
 def test_the_operator_is_registered_properly():
     p = problem(SMALL, sizes_of(SMALL, torch.float32, "cpu", "grouped")).cast(torch.float32)
-    given = (p.q, p.k_arena.nan_to_num(), p.v_arena.nan_to_num(), None, None, p.table, list(p.tables), None, 90, *vars(p.options).values(), "triton", p.users)
+    given = (
+        p.q,
+        p.k_arena.nan_to_num(),
+        p.v_arena.nan_to_num(),
+        None,
+        None,
+        p.table,
+        list(p.tables),
+        None,
+        90,
+        *vars(p.options).values(),
+        "triton",
+        p.users,
+    )
     torch.library.opcheck(ops.attn_decode, given, test_utils=("test_schema", "test_faketensor"))
 
 

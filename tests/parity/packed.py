@@ -39,12 +39,16 @@ def case(make, *, vocab: int, longest: int, lengths=(5, 3), scale: float = 0.7, 
 
 def packed(base, c: Case, prefixes: list[Prefix], *, grad: bool = False, drop: int | None = None):
     """Logits ``[N, V]`` of all prompts in one forward, and the prefix leaves; ``drop`` leaves one prefix out."""
-    leaves = [tuple(t.requires_grad_(grad) for t in kv) for kv in concat_kv(prefixes, base.layers, base.dtype, base.device)]
+    leaves = [
+        tuple(t.requires_grad_(grad) for t in kv) for kv in concat_kv(prefixes, base.layers, base.dtype, base.device)
+    ]
     rows = row_table(prefixes, len(base.layers))
     used = [[i] if i >= 0 and i != drop else [] for i in c.choice]
     indptr = np.cumsum([0, *map(len, used)], dtype=np.int32)
     lens = np.array([len(p) for p in c.prompts], np.int32)
-    plan = training_plan(lens, indptr, np.array([i for u in used for i in u], np.int32), rows, leaves, backend=base.backend)
+    plan = training_plan(
+        lens, indptr, np.array([i for u in used for i in u], np.int32), rows, leaves, backend=base.backend
+    )
     return base.forward(plan, torch.cat(c.prompts)), leaves
 
 
@@ -90,7 +94,11 @@ def compare_gradients(make, c: Case) -> float:
         assert all(p.grad is None for p in base.hf.parameters())
         at, worst = 0, 0.0
         for table, gradient in zip(c.tables, expected, strict=True):
-            part = {f"self.{i}.{x}": t.grad[at : at + len(table)] for i, kv in enumerate(leaves) for x, t in zip("kv", kv, strict=True)}
+            part = {
+                f"self.{i}.{x}": t.grad[at : at + len(table)]
+                for i, kv in enumerate(leaves)
+                for x, t in zip("kv", kv, strict=True)
+            }
             got = layout.to_table(part).double()
             worst = max(worst, ((got - gradient).abs().max() / gradient.abs().max()).item())
             at += len(table)

@@ -31,7 +31,17 @@ def test_training_on_triton_equals_torch():
     ends = []
     for backend in ("torch", "triton"):
         with prefixfast.load(tiny.make("llama"), backend=backend) as base:
-            ends.append(train(base, {"a": rows, "b": rows[::-1]}, init="random", reparameterization="none", prefix_length=4, max_steps=3, batch_size=2))
+            ends.append(
+                train(
+                    base,
+                    {"a": rows, "b": rows[::-1]},
+                    init="random",
+                    reparameterization="none",
+                    prefix_length=4,
+                    max_steps=3,
+                    batch_size=2,
+                )
+            )
     for name in ("a", "b"):
         for key, t in ends[0][name].kv.items():
             assert (t - ends[1][name].kv[key]).abs().max() < 1e-5 * t.abs().max()
@@ -40,7 +50,9 @@ def test_training_on_triton_equals_torch():
 FREE = {"part_bytes": 0, "item_bytes": 0, "launch_bytes": 0}
 
 
-@pytest.mark.parametrize(("family", "costs"), [("gpt2", {}), ("gemma2", FREE)], ids=["gpt2, nothing worth a group", "gemma2, groups"])
+@pytest.mark.parametrize(
+    ("family", "costs"), [("gpt2", {}), ("gemma2", FREE)], ids=["gpt2, nothing worth a group", "gemma2, groups"]
+)
 def test_generation_on_triton_equals_torch(family, costs, monkeypatch):
     """Beams on a shared and on composed prefixes."""
     pytest.importorskip("triton")
@@ -53,5 +65,7 @@ def test_generation_on_triton_equals_torch(family, costs, monkeypatch):
         base = tiny.make(family)
         a, b = (Prefix(layout.from_table(tiny.peft_table(base, n, n), *tiny.shapes(base)), pos_start=n) for n in (5, 9))
         with prefixfast.load(base, backend=backend) as model, Engine(model, max_num_seqs=6, max_model_len=32) as engine:
-            runs.append([r.token_ids for r in engine.generate(prompts, [a, [a, b], None], num_beams=2, max_new_tokens=3)])
+            runs.append(
+                [r.token_ids for r in engine.generate(prompts, [a, [a, b], None], num_beams=2, max_new_tokens=3)]
+            )
     assert runs[0] == runs[1]

@@ -41,12 +41,18 @@ class World:
 
     def _expected(self, prompt: int, prefix: int | None, beams: int) -> list[int]:
         model = self.make() if prefix is None else self.theirs(prefix)
-        end = model.generation_config.eos_token_id if prefix is None else model.base_model.generation_config.eos_token_id
+        end = (
+            model.generation_config.eos_token_id if prefix is None else model.base_model.generation_config.eos_token_id
+        )
         return alone(model, self.prompts[prompt], end=end, max_new_tokens=NEW, num_beams=beams)
 
     @functools.cache  # noqa: B019 - lives as long as the module's fixture
     def theirs(self, prefix: int):
-        return tiny.with_prefix(self.make(), self.tables[prefix], [self.layers[prefix]] * LENGTHS[prefix] if len(self.layers[prefix]) == 2 else None)
+        return tiny.with_prefix(
+            self.make(),
+            self.tables[prefix],
+            [self.layers[prefix]] * LENGTHS[prefix] if len(self.layers[prefix]) == 2 else None,
+        )
 
 
 @pytest.fixture(scope="module", params=["gpt2", "gemma2", "stories260K"])
@@ -63,7 +69,14 @@ def world(request, tmp_path_factory):
 def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
     g = random.Random(seed)
     row = 4 * sum(heads * dim for _, heads, dim in world.prefixes[0].shapes.values())
-    with Engine(world.base, store=world.store, max_num_seqs=8, max_model_len=110, max_num_batched_tokens=70, kv_cache_memory=row * (64 + 16 * 30)) as engine:
+    with Engine(
+        world.base,
+        store=world.store,
+        max_num_seqs=8,
+        max_model_len=110,
+        max_num_batched_tokens=70,
+        kv_cache_memory=row * (64 + 16 * 30),
+    ) as engine:
         loop, made, ended, cancelled, unread = engine.loop, {}, {}, set(), 0
         loop.ahead = ahead  # as on a GPU
         arrivals = sorted(g.randrange(60) for _ in range(40))
@@ -72,10 +85,18 @@ def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
             while arrivals or loop.busy:
                 while arrivals and arrivals[0] <= step:
                     arrivals.pop(0)
-                    prompt, prefix, beams = g.randrange(len(PROMPTS)), g.choice([None, *range(len(LENGTHS))]), g.choice([1] * 15 + [3] if ahead else [1, 1, 3])
+                    prompt, prefix, beams = (
+                        g.randrange(len(PROMPTS)),
+                        g.choice([None, *range(len(LENGTHS))]),
+                        g.choice([1] * 15 + [3] if ahead else [1, 1, 3]),
+                    )
                     call = GenerationParams(max_new_tokens=NEW, num_beams=beams)
-                    given = None if prefix is None else str(prefix) if prefix % 2 else world.prefixes[prefix]  # by name, or as it is
-                    (request,) = make_requests(engine.model, [world.prompts[prompt].tolist()], [given], call, engine.max_model_len, world.store)
+                    given = (
+                        None if prefix is None else str(prefix) if prefix % 2 else world.prefixes[prefix]
+                    )  # by name, or as it is
+                    (request,) = make_requests(
+                        engine.model, [world.prompts[prompt].tolist()], [given], call, engine.max_model_len, world.store
+                    )
                     number = next(engine.ids)
                     loop.add(number, request)
                     made[number] = (prompt, prefix, beams)

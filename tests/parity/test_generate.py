@@ -28,14 +28,20 @@ def setup(family: str):
 
 def alone(model, prompt: torch.Tensor, end: int = tiny.EOS, **how) -> list[int]:
     """Their tokens for one request, padding cut."""
-    out = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False, **how)[0, len(prompt) :].tolist()
+    out = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False, **how)[
+        0, len(prompt) :
+    ].tolist()
     return out[: out.index(end) + 1] if end in out else out
 
 
 def sequence_score(model, prompt, tokens, penalty: float) -> float:
     """Length-normalized log-probability in fp64."""
     ids = torch.cat([prompt, torch.tensor(tokens)])[None]
-    logp = model.double()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -len(tokens) - 1 : -1].log_softmax(-1)
+    logp = (
+        model.double()(input_ids=ids, attention_mask=torch.ones_like(ids))
+        .logits[0, -len(tokens) - 1 : -1]
+        .log_softmax(-1)
+    )
     model.float()
     return (logp[range(len(tokens)), tokens].sum() / len(tokens) ** penalty).item()
 
@@ -48,7 +54,9 @@ SETTINGS = {
     "greedy, minimum": {"num_beams": 1, "min_new_tokens": 9},
     "beam 2, minimum": {"num_beams": 2, "min_new_tokens": 6},
 }
-CASES = [(f, s) for f in tiny.FAMILIES for s in ("greedy", "beam 5")] + [(f, s) for f in ("gpt2", "llama") for s in list(SETTINGS)[2:]]
+CASES = [(f, s) for f in tiny.FAMILIES for s in ("greedy", "beam 5")] + [
+    (f, s) for f in ("gpt2", "llama") for s in list(SETTINGS)[2:]
+]
 
 
 @pytest.mark.parametrize(("family", "setting"), CASES)

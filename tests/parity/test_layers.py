@@ -17,13 +17,18 @@ LOW = ((0,), (0,))  # the last layers see nothing
 
 
 def in_layers(prefix: Prefix, layers) -> Prefix:
-    return dataclasses.replace(prefix, kv={name: t for name, t in prefix.kv.items() if int(name.split(".")[1]) in layers})
+    return dataclasses.replace(
+        prefix, kv={name: t for name, t in prefix.kv.items() if int(name.split(".")[1]) in layers}
+    )
 
 
 def logits_and_gradients(make, c, weights, sets):
     """Of PEFT's models, one prompt at a time."""
     out, grads = [], [torch.zeros_like(t) for t in c.tables]
-    models, plain = [tiny.with_prefix(make(), t, [layers] * len(t)) for t, layers in zip(c.tables, sets, strict=True)], make()
+    models, plain = (
+        [tiny.with_prefix(make(), t, [layers] * len(t)) for t, layers in zip(c.tables, sets, strict=True)],
+        make(),
+    )
     for prompt, choice, weight in zip(c.prompts, c.choice, weights, strict=True):
         model = plain if choice < 0 else models[choice]
         logits = model(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None]).logits[0]
@@ -35,7 +40,9 @@ def logits_and_gradients(make, c, weights, sets):
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
-@pytest.mark.parametrize(("family", "sets"), [("gpt2", SETS), ("gpt2", LOW), ("llama", SETS), ("mistral", SETS), ("gemma2", SETS)])
+@pytest.mark.parametrize(
+    ("family", "sets"), [("gpt2", SETS), ("gpt2", LOW), ("llama", SETS), ("mistral", SETS), ("gemma2", SETS)]
+)
 def test_logits_and_gradients_equal_peft(family, sets, backend):
     if backend == "triton":
         pytest.importorskip("triton")
@@ -48,18 +55,26 @@ def test_logits_and_gradients_equal_peft(family, sets, backend):
         got, leaves = packed(base, c, own, grad=True)
         assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
         without, _ = packed(base, c, c.prefixes(base.hf))
-        assert ((without - expected).abs().max() / expected.abs().max()).item() > 1e-2, "in all layers it is another model"
+        assert ((without - expected).abs().max() / expected.abs().max()).item() > 1e-2, (
+            "in all layers it is another model"
+        )
         if backend == "reference":
             return
-        (F.cross_entropy(got, torch.cat([p.roll(-1) for p in c.prompts]), reduction="none") * torch.cat(weights)).sum().backward()
-    assert [len(k) for k, _ in leaves] == [sum(len(t) for t, layers in zip(c.tables, sets, strict=True) if i in layers) for i in range(3)]
+        (
+            F.cross_entropy(got, torch.cat([p.roll(-1) for p in c.prompts]), reduction="none") * torch.cat(weights)
+        ).sum().backward()
+    assert [len(k) for k, _ in leaves] == [
+        sum(len(t) for t, layers in zip(c.tables, sets, strict=True) if i in layers) for i in range(3)
+    ]
     wanted = [layout.from_table(gradient, *tiny.shapes(tiny.make(family))) for gradient in gradients]
     top = max(t.abs().max() for kv in wanted for t in kv.values())
     for i, kv in enumerate(leaves):
         for x, t in zip("kv", kv, strict=True):
             mine = [kv[f"self.{i}.{x}"] for kv, layers in zip(wanted, sets, strict=True) if i in layers]
             assert not mine or (t.grad - torch.cat(mine)).abs().max() < 2e-5 * top, (i, x)
-            assert all(kv[f"self.{i}.{x}"].abs().max() == 0 for kv, layers in zip(wanted, sets, strict=True) if i not in layers), "PEFT's does not see it"
+            assert all(
+                kv[f"self.{i}.{x}"].abs().max() == 0 for kv, layers in zip(wanted, sets, strict=True) if i not in layers
+            ), "PEFT's does not see it"
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -76,7 +91,12 @@ def test_compositions_equal_peft(family, beams):
     own = [in_layers(Prefix(t, pos_start=7, base=made_for), layers) for t, (_, layers) in zip(kv, parts, strict=True)]
     prompts = case(lambda: tiny.make(family), vocab=tiny.VOCAB, longest=20).prompts
     with Engine(base, max_num_seqs=12, max_model_len=48) as engine:
-        got = engine.generate([p.tolist() for p in prompts for _ in range(2)], [own, own[:1]] * len(prompts), num_beams=beams, max_new_tokens=12)
+        got = engine.generate(
+            [p.tolist() for p in prompts for _ in range(2)],
+            [own, own[:1]] * len(prompts),
+            num_beams=beams,
+            max_new_tokens=12,
+        )
     for prompt, both, first in zip(prompts, got[::2], got[1::2], strict=True):
         expected = alone(theirs, prompt, max_new_tokens=12, num_beams=beams)
         assert both.token_ids == expected
@@ -85,11 +105,24 @@ def test_compositions_equal_peft(family, beams):
 
 def test_generate_of_transformers_on_the_packed_forward():
     c = case(lambda: tiny.make("llama"), vocab=tiny.VOCAB, longest=20)
-    theirs = [tiny.with_prefix(tiny.make("llama"), t, [layers] * len(t)) for t, layers in zip(c.tables, SETS, strict=True)]
+    theirs = [
+        tiny.with_prefix(tiny.make("llama"), t, [layers] * len(t)) for t, layers in zip(c.tables, SETS, strict=True)
+    ]
     prompt = c.prompts[0]
-    with load(tiny.make("llama")) as base, HFCache(base, own := [in_layers(p, s) for p, s in zip(c.prefixes(base.hf), SETS, strict=True)], max_len=40) as cache:
+    with (
+        load(tiny.make("llama")) as base,
+        HFCache(
+            base, own := [in_layers(p, s) for p, s in zip(c.prefixes(base.hf), SETS, strict=True)], max_len=40
+        ) as cache,
+    ):
         ids = prompt.repeat(len(own), 1)
-        got = base.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=12, do_sample=False)
+        got = base.hf.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            max_new_tokens=12,
+            do_sample=False,
+        )
     for model, tokens in zip(theirs, got[:, len(prompt) :].tolist(), strict=True):
         expected = alone(model, prompt, max_new_tokens=12)
         assert tokens[: len(expected)] == expected

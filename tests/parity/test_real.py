@@ -22,7 +22,9 @@ def small(name: str):
     return shared.folder("lm", *name.split("/"))
 
 
-@pytest.fixture(params=["stories260K/hf", "nlg-10m", pytest.param("smollm2", marks=[pytest.mark.long, pytest.mark.timeout(1200)])])
+@pytest.fixture(
+    params=["stories260K/hf", "nlg-10m", pytest.param("smollm2", marks=[pytest.mark.long, pytest.mark.timeout(1200)])]
+)
 def make(request, tmp_path_factory):
     folder = shared.smollm2(tmp_path_factory.getbasetemp()) if request.param == "smollm2" else small(request.param)
     return functools.partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
@@ -38,7 +40,9 @@ def natural(make, c: Case) -> Case:
     with load(make()) as base:
         for n in map(len, c.tables):
             kv = text_kv(base, torch.randint(3, 500, (n,), generator=g).tolist(), n)
-            table = layout.to_table({f"self.{i}.{x}": t for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)})
+            table = layout.to_table(
+                {f"self.{i}.{x}": t for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)}
+            )
             tables.append(table * (1 + 0.3 * torch.randn(table.shape, generator=g)))
     return dataclasses.replace(c, tables=tables)
 
@@ -50,7 +54,9 @@ def test_packed_logits_and_gradients_equal_peft(make):
     assert effect > 1000 * TOLERANCE
     # Through 30 layers fp32 alone makes 1.4e-5 of gradients that agree to 1e-6 in fp64 (where RMSNorm still rounds to fp32): the deep model is held to that.
     deep = make().config.num_hidden_layers > 20
-    assert compare_gradients(functools.partial(make, dtype=torch.float64) if deep else make, c) < (TOLERANCE / 10 if deep else TOLERANCE)
+    assert compare_gradients(functools.partial(make, dtype=torch.float64) if deep else make, c) < (
+        TOLERANCE / 10 if deep else TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 5}], ids=["greedy", "beam5"])

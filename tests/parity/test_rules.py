@@ -32,7 +32,13 @@ RULES = {
     "unigrams and a minimum": {"no_repeat_ngram_size": 1, "min_new_tokens": 9},
     "words": {"bad_words_ids": [[40], [16, 70], [7, 8, 9], [tiny.EOS], [99, 99]]},
     "own": {"logits_processor": [FewerAgain(), SuppressTokensLogitsProcessor([40, 41, 42])]},
-    "all": {"repetition_penalty": 1.2, "no_repeat_ngram_size": 3, "bad_words_ids": [[99]], "min_new_tokens": 5, "logits_processor": [FewerAgain()]},
+    "all": {
+        "repetition_penalty": 1.2,
+        "no_repeat_ngram_size": 3,
+        "bad_words_ids": [[99]],
+        "min_new_tokens": 5,
+        "logits_processor": [FewerAgain()],
+    },
 }
 
 
@@ -52,7 +58,9 @@ def theirs_alone(model, prompt, processors=None, **how):
     """Their sequences for one request, each cut behind its end token."""
     own = {"logits_processor": LogitsProcessorList(processors)} if processors else {}
     with torch.no_grad():
-        out = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False, **own, **how)
+        out = model.generate(
+            input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False, **own, **how
+        )
     rows = [row[len(prompt) :].tolist() for row in out]
     return [row[: row.index(tiny.EOS) + 1] if tiny.EOS in row else row for row in rows]
 
@@ -67,21 +75,36 @@ def test_rules_are_those_of_transformers(family, rule, beams):
     expected = [theirs_alone(m, p, processors, **how)[0] for m, p in zip(theirs, prompts, strict=True)]
     ours = LogitsProcessorList(processors) if processors else None
     with Engine(base, max_num_seqs=16, max_model_len=64) as engine:
-        got = [g.token_ids for g in engine.generate([p.tolist() for p in prompts], chosen, logits_processor=ours, **how)]
-        free = [g.token_ids for g in engine.generate([p.tolist() for p in prompts], chosen, max_new_tokens=NEW, num_beams=beams)]
+        got = [
+            g.token_ids for g in engine.generate([p.tolist() for p in prompts], chosen, logits_processor=ours, **how)
+        ]
+        free = [
+            g.token_ids
+            for g in engine.generate([p.tolist() for p in prompts], chosen, max_new_tokens=NEW, num_beams=beams)
+        ]
     assert got == expected
     assert got != free, "the rule was to change something"
 
 
 def test_requests_with_and_without_rules_share_a_batch():
     base, prompts, chosen, theirs = setup("llama")
-    each = [{}, {"repetition_penalty": 1.7}, {"num_beams": 3, "no_repeat_ngram_size": 2}, {"no_repeat_ngram_size": 1, "num_beams": 1}]
+    each = [
+        {},
+        {"repetition_penalty": 1.7},
+        {"num_beams": 3, "no_repeat_ngram_size": 2},
+        {"no_repeat_ngram_size": 1, "num_beams": 1},
+    ]
     batch = [{"input_ids": p.tolist(), "params": own} for p, own in zip(prompts, each, strict=True)]
-    expected = [theirs_alone(m, p, max_new_tokens=NEW, **{"num_beams": 1, **own})[0] for m, p, own in zip(theirs, prompts, each, strict=True)]
+    expected = [
+        theirs_alone(m, p, max_new_tokens=NEW, **{"num_beams": 1, **own})[0]
+        for m, p, own in zip(theirs, prompts, each, strict=True)
+    ]
     with Engine(base, max_num_seqs=16, max_model_len=64) as engine:
         for _ in range(2):  # rows are taken again by requests with other rules
             assert [g.token_ids for g in engine.generate(batch, chosen, max_new_tokens=NEW)] == expected
-            assert [g.token_ids for g in engine.generate(batch[::-1], chosen[::-1], max_new_tokens=NEW)] == expected[::-1]
+            assert [g.token_ids for g in engine.generate(batch[::-1], chosen[::-1], max_new_tokens=NEW)] == expected[
+                ::-1
+            ]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -100,8 +123,14 @@ def test_several_beams_are_returned_in_order(family):
 def test_log_probabilities_are_those_of_the_model():
     base, prompts, chosen, theirs = setup("llama")
     with Engine(base, max_num_seqs=16, max_model_len=64) as engine:
-        got = engine.generate([p.tolist() for p in prompts], chosen, max_new_tokens=NEW, repetition_penalty=1.7, logprobs=4)
-        some = engine.generate([{"input_ids": prompts[0].tolist(), "params": {"logprobs": 0}}, prompts[1].tolist()], chosen[:2], max_new_tokens=NEW)
+        got = engine.generate(
+            [p.tolist() for p in prompts], chosen, max_new_tokens=NEW, repetition_penalty=1.7, logprobs=4
+        )
+        some = engine.generate(
+            [{"input_ids": prompts[0].tolist(), "params": {"logprobs": 0}}, prompts[1].tolist()],
+            chosen[:2],
+            max_new_tokens=NEW,
+        )
     for g, m, p in zip(got, theirs, prompts, strict=True):
         out = m.generate(
             input_ids=p[None], attention_mask=torch.ones_like(p)[None], do_sample=False, max_new_tokens=NEW, repetition_penalty=1.7,
@@ -137,13 +166,22 @@ def test_scores_are_log_probabilities_of_their_forward(family, budget):
         assert s.logprob == pytest.approx(sum(s.token_logprobs))
         assert s.is_greedy == (logp.argmax(-1).tolist() == t)
         assert s.usage == {"prompt_tokens": len(p), "completion_tokens": len(t), "prefix_rows": s.usage["prefix_rows"]}
-    assert all(s.is_greedy == (tiny.EOS not in b.token_ids[:-1] and m is not None) for s, b, m in zip(greedy, best, theirs, strict=True))
+    assert all(
+        s.is_greedy == (tiny.EOS not in b.token_ids[:-1] and m is not None)
+        for s, b, m in zip(greedy, best, theirs, strict=True)
+    )
 
 
 def test_score_says_what_is_wrong():
     base, prompts, chosen, _ = setup("gpt2")
     one = [prompts[0].tolist()]
-    for targets, error in (([[5], [6]], ConfigError), ("ab", ConfigError), ([[]], RequestError), ([[tiny.VOCAB]], RequestError), ([[5] * 200], RequestError)):
+    for targets, error in (
+        ([[5], [6]], ConfigError),
+        ("ab", ConfigError),
+        ([[]], RequestError),
+        ([[tiny.VOCAB]], RequestError),
+        ([[5] * 200], RequestError),
+    ):
         with pytest.raises(error, match=r"target"):
             score(one, chosen[0], targets=targets, model=base)
     with pytest.raises(RequestError, match="one target"):
@@ -161,7 +199,10 @@ def test_a_seeded_request_has_the_same_text_alone_and_in_any_batch(family):
     with Engine(base, max_num_seqs=16, max_model_len=64) as engine:
         alone = [engine.generate([m], [c], **SAMPLED)[0].token_ids for m, c in zip(mixed, chosen, strict=True)]
         assert [g.token_ids for g in engine.generate(mixed, chosen, **SAMPLED)] == alone
-        others = [{"input_ids": [5, 6, 7], "params": {"num_beams": 2, "do_sample": False}}, {"input_ids": [9] * 11, "params": {"do_sample": False}}]
+        others = [
+            {"input_ids": [5, 6, 7], "params": {"num_beams": 2, "do_sample": False}},
+            {"input_ids": [9] * 11, "params": {"do_sample": False}},
+        ]
         calm = {"do_sample": True, "max_new_tokens": NEW}
         batch = [
             others[0],
@@ -174,7 +215,10 @@ def test_a_seeded_request_has_the_same_text_alone_and_in_any_batch(family):
         submitted = [engine.submit(m, c, **SAMPLED) for m, c in zip(mixed, chosen, strict=True)]
         assert [s.result(60).token_ids for s in submitted] == alone
         assert [g.token_ids for g in engine.generate(ids, chosen, seed=7, **SAMPLED)] != alone
-    with Engine(base, max_num_seqs=16, max_model_len=64, seed=3) as a, Engine(base, max_num_seqs=16, max_model_len=64, seed=3) as b:
+    with (
+        Engine(base, max_num_seqs=16, max_model_len=64, seed=3) as a,
+        Engine(base, max_num_seqs=16, max_model_len=64, seed=3) as b,
+    ):
         first, again = ([g.token_ids for g in e.generate(ids, chosen, **SAMPLED)] for e in (a, b))
         assert first == again
         assert first != [g.token_ids for g in a.generate(ids, chosen, **SAMPLED)]
@@ -183,7 +227,9 @@ def test_a_seeded_request_has_the_same_text_alone_and_in_any_batch(family):
 def test_several_samples_share_one_prompt():
     base, prompts, chosen, _ = setup("llama")
     with Engine(base, max_num_seqs=16, max_model_len=64) as engine:
-        (got,) = engine.generate([prompts[0].tolist()], chosen[0], num_return_sequences=5, seed=4, logprobs=1, **SAMPLED)
+        (got,) = engine.generate(
+            [prompts[0].tolist()], chosen[0], num_return_sequences=5, seed=4, logprobs=1, **SAMPLED
+        )
         assert engine.stats()["prefill_tokens"] == len(prompts[0])
         (one,) = engine.generate([prompts[0].tolist()], chosen[0], seed=4, **SAMPLED)
     assert one.token_ids == got.token_ids

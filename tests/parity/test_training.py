@@ -13,7 +13,10 @@ from prefixfast.training.trainer import train
 
 STEPS, BATCH, P, RATE, WARMUP = 20, 4, 5, 2e-2, 4
 G = torch.Generator().manual_seed(0)
-ROWS = [torch.randint(3, tiny.VOCAB, (n,), generator=G).tolist() for n in torch.randint(4, 14, (STEPS * BATCH,), generator=G).tolist()]
+ROWS = [
+    torch.randint(3, tiny.VOCAB, (n,), generator=G).tolist()
+    for n in torch.randint(4, 14, (STEPS * BATCH,), generator=G).tolist()
+]
 
 
 def labels(ids: list[int]) -> list[int]:
@@ -26,7 +29,10 @@ def peft_run(*, mlp: bool, rate: float = RATE):
     base = tiny.make("gpt2", dtype=torch.float64)
     base.config.use_cache = False
     torch.manual_seed(7)
-    model = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=mlp, encoder_hidden_size=24))
+    model = get_peft_model(
+        base,
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=mlp, encoder_hidden_size=24),
+    )
     model.prompt_encoder.double()
     first = model.get_prompt_embedding_to_save("default").detach().clone()
     params = [p for p in model.parameters() if p.requires_grad]
@@ -55,7 +61,15 @@ def our_run(*, mlp: bool, first: torch.Tensor):
     model = tiny.make("gpt2", dtype=torch.float64)
     start = "random" if mlp else Prefix(layout.from_table(first, *tiny.shapes(model)), pos_start=P)
     rows = [{"input_ids": r, "labels": labels(r)} for r in ROWS]
-    how = {"learning_rate": RATE, "weight_decay": 0.01, "max_grad_norm": 1.0, "warmup_steps": WARMUP, "shuffle": False, "logging_steps": 1, "seed": 7}
+    how = {
+        "learning_rate": RATE,
+        "weight_decay": 0.01,
+        "max_grad_norm": 1.0,
+        "warmup_steps": WARMUP,
+        "shuffle": False,
+        "logging_steps": 1,
+        "seed": 7,
+    }
     how |= {"reparameterization": "mlp" if mlp else "none", "encoder_hidden_size": 24}
     run = train(model, {"it": rows}, init=start, prefix_length=P, batch_size=BATCH, max_steps=STEPS, **how)
     return [line["loss"] for line in run.log if "loss" in line], layout.to_table(run["it"].kv)

@@ -22,7 +22,11 @@ PREFIX_ROWS = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]]
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
 
 
-@given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2)), max_size=40), st.integers(1, 100), st.booleans())
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2)), max_size=40),
+    st.integers(1, 100),
+    st.booleans(),
+)
 @seeded
 def test_pack(examples: list[tuple[int, int, int]], budget: int, sequence_sum: bool) -> None:
     lengths = [n for n, _, _ in examples]
@@ -38,7 +42,14 @@ def test_pack(examples: list[tuple[int, int, int]], budget: int, sequence_sum: b
 
 def test_pack_refuses() -> None:
     one = int32([1])
-    for lengths, targets, batch in [([1, 2], [1], [0]), ([0], [0], [0]), ([-5], [0], [0]), ([2], [3], [0]), ([2], [-1], [0]), ([1, 1], [1, 1], [1, 0])]:
+    for lengths, targets, batch in [
+        ([1, 2], [1], [0]),
+        ([0], [0], [0]),
+        ([-5], [0], [0]),
+        ([2], [3], [0]),
+        ([2], [-1], [0]),
+        ([1, 1], [1, 1], [1, 0]),
+    ]:
         with pytest.raises(ConfigError):
             pack(int32(lengths), int32(targets), int32(batch), token_budget=4, sequence_sum=False)
     for budget in (0, -1):
@@ -86,11 +97,19 @@ def check_padded(lengths: list[int], buckets: int, found: dict[str, list]) -> No
     firsts = np.cumsum([0, *lengths])
     order = sorted(range(len(lengths)), key=lambda s: (lengths[s], s))
     padded = [size for n, size in layout for _ in range(n)]
-    assert gather == [firsts[s] + min(t, lengths[s] - 1) for s, size in zip(order, padded, strict=True) for t in range(size)]
+    assert gather == [
+        firsts[s] + min(t, lengths[s] - 1) for s, size in zip(order, padded, strict=True) for t in range(size)
+    ]
 
 
 def test_plan_packed_refuses() -> None:
-    good = {"lengths": int32([3]), "prefix_indptr": int32([0, 1]), "prefix": int32([0]), "prefix_rows": int32(PREFIX_ROWS, 4), "tiles": (4, 4, 4)}
+    good = {
+        "lengths": int32([3]),
+        "prefix_indptr": int32([0, 1]),
+        "prefix": int32([0]),
+        "prefix_rows": int32(PREFIX_ROWS, 4),
+        "tiles": (4, 4, 4),
+    }
     wrong: list[tuple[type[Exception], dict[str, object]]] = [
         (ConfigError, {"lengths": int32([0])}),
         (ConfigError, {"lengths": int32([-3])}),
@@ -128,10 +147,16 @@ def test_plan_packed_refuses() -> None:
 
 ROWS = [20, 0, 5, 33]  # of each prefix
 LAYERS = 3
-SETS = st.lists(st.none() | st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS), min_size=4, max_size=4)  # by prefix: whether it lies in each layer
+SETS = st.lists(
+    st.none() | st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS), min_size=4, max_size=4
+)  # by prefix: whether it lies in each layer
 
 
-def drive(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes = NO_WORK, layers: Sequence[list[bool] | None] = (None,) * 4) -> None:
+def drive(
+    work: list[tuple[int, list[int], int, int, int]],
+    decode: DecodeSizes = NO_WORK,
+    layers: Sequence[list[bool] | None] = (None,) * 4,
+) -> None:
     """Serves requests and compares each step's prefix tables, and the work of its decode, with the twins, in every layer."""
     scheduler = Scheduler(64 + 16 * 30, 8, 60, tile_rows=4, decode=decode)
     for prefix, n in enumerate(ROWS):
@@ -151,7 +176,9 @@ def drive(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes 
             scheduler.prefix_ready(prefix)
         blocks = {p: (first.get(p, 0), n, int(p % 2 == 0)) for p, n in enumerate(ROWS)}
         has = [layers[p] or [True] * LAYERS for p in blocks]
-        here = [{p: (row, n * has[p][layer], slides) for p, (row, n, slides) in blocks.items()} for layer in range(LAYERS)]
+        here = [
+            {p: (row, n * has[p][layer], slides) for p, (row, n, slides) in blocks.items()} for layer in range(LAYERS)
+        ]
         check_views(header, blocks, here, {id: known[id][0] for id in known})
         check_prefill(header, out, known, here, filled)
         check_decode(header, out, known, here, steps)
@@ -176,11 +203,17 @@ def check_views(header: StepHeader, blocks: dict, here: list[dict], used: dict[i
             seen = {p for id in ids for p in used[id] if blocks[p][1]}
             kinds = [[p for p in seen if layer[p][1]] for layer in here]
             partial = any(len(kind) < len(seen) for kind in kinds)
-            assert layout[1] == ([[k for i, k in enumerate(kinds) if k not in kinds[:i]].index(kind) for kind in kinds] if partial else [])
+            assert layout[1] == (
+                [[k for i, k in enumerate(kinds) if k not in kinds[:i]].index(kind) for kind in kinds]
+                if partial
+                else []
+            )
             assert len(layout[0]) == max(layout[1], default=0) + 1
 
 
-def check_prefill(header: StepHeader, out: np.ndarray, known: dict, here: list[dict], filled: dict[int, list[int]]) -> None:
+def check_prefill(
+    header: StepHeader, out: np.ndarray, known: dict, here: list[dict], filled: dict[int, list[int]]
+) -> None:
     if header.prefill is None:
         assert (header.prefill_ids, header.prefill_reach) == ([], 0)
         return
@@ -230,7 +263,9 @@ def check_decode(header: StepHeader, out: np.ndarray, known: dict, here: list[di
             assert found.pop(name) == values, name
         assert set(found) == {"row", "slot", "work", "grouped", "part_indptr", "part"}
         assert len(set(found["slot"])) == len(set(found["row"])) == len(rows)
-    assert header.decode_reach == max(position + 1 + sum(blocks[p][1] for p in used) for _, position, used in rows for blocks in here)
+    assert header.decode_reach == max(
+        position + 1 + sum(blocks[p][1] for p in used) for _, position, used in rows for blocks in here
+    )
 
 
 def check_work(header: StepHeader, out: np.ndarray, decode: DecodeSizes) -> None:
@@ -245,7 +280,13 @@ def check_work(header: StepHeader, out: np.ndarray, decode: DecodeSizes) -> None
             assert getattr(found, name).tolist() == getattr(expected, name).tolist(), name
 
 
-WORK = st.tuples(st.integers(0, 2), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 150), st.integers(1, 3), st.integers(1, 6))
+WORK = st.tuples(
+    st.integers(0, 2),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.integers(1, 150),
+    st.integers(1, 3),
+    st.integers(1, 6),
+)
 
 
 @given(st.lists(WORK, max_size=12), SETS)
@@ -259,12 +300,23 @@ DECODE = st.builds(DecodeSizes, st.integers(1, 4), st.integers(1, 40), st.sample
 
 
 @given(
-    st.lists(st.tuples(st.just(0), st.lists(st.integers(0, 3), max_size=3), st.integers(1, 200), st.integers(1, 3), st.integers(1, 3)), max_size=12),
+    st.lists(
+        st.tuples(
+            st.just(0),
+            st.lists(st.integers(0, 3), max_size=3),
+            st.integers(1, 200),
+            st.integers(1, 3),
+            st.integers(1, 3),
+        ),
+        max_size=12,
+    ),
     DECODE,
     SETS,
 )
 @seeded
-def test_the_work_of_a_decode_step_is_that_of_the_twin(work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes, layers: list) -> None:
+def test_the_work_of_a_decode_step_is_that_of_the_twin(
+    work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes, layers: list
+) -> None:
     drive(work, decode, layers)
 
 

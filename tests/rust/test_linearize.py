@@ -85,7 +85,13 @@ def test_e2e_names_row_and_cause(row: object, part: str) -> None:
     assert (caught.value.path, caught.value.line) == (None, None)
 
 
-@given(TABLES, TEXT, TEXT, TEXT, st.sampled_from(["{key} : {value}", "{{{key}}}={value}", "{value}{key}{value}", "é{key}{{}}{value}"]))
+@given(
+    TABLES,
+    TEXT,
+    TEXT,
+    TEXT,
+    st.sampled_from(["{key} : {value}", "{{{key}}}={value}", "{value}{key}{value}", "é{key}{{}}{value}"]),
+)
 @settings(derandomize=True, deadline=None)
 def test_template(tables: list[list[tuple[str, str]]], separator: str, start: str, end: str, item: str) -> None:
     linearizer = Linearizer.template(item=item, separator=separator, start=start, end=end)
@@ -97,7 +103,10 @@ def test_template(tables: list[list[tuple[str, str]]], separator: str, start: st
 
 
 def test_template_takes_mappings_and_keeps_order() -> None:
-    assert Linearizer.template().linearize([{"b": "1", "a": "2"}, [("a", "1"), ("a", "2")]]) == ["b : 1 | a : 2", "a : 1 | a : 2"]
+    assert Linearizer.template().linearize([{"b": "1", "a": "2"}, [("a", "1"), ("a", "2")]]) == [
+        "b : 1 | a : 2",
+        "a : 1 | a : 2",
+    ]
 
 
 @pytest.mark.parametrize("row", ["a : b", {}, {"a": 1}, {"a": None}, [("a", "b", "c")], [["a"]], 7])
@@ -106,7 +115,10 @@ def test_template_refuses(row: object) -> None:
         Linearizer.template().linearize([row])
 
 
-@pytest.mark.parametrize("item", ["", "{key}", "{value}", "{key}{value}{", "{key}{value}}", "{key}{value}{x}", "{key!r}{value}", "{}{key}{value}"])
+@pytest.mark.parametrize(
+    "item",
+    ["", "{key}", "{value}", "{key}{value}{", "{key}{value}}", "{key}{value}{x}", "{key!r}{value}", "{}{key}{value}"],
+)
 def test_template_refuses_item(item: str) -> None:
     with pytest.raises(ConfigError, match="template item"):
         Linearizer.template(item=item)
@@ -114,7 +126,13 @@ def test_template_refuses_item(item: str) -> None:
 
 def test_spec() -> None:
     assert json.loads(Linearizer.e2e().spec) == {"style": "e2e"}
-    assert json.loads(Linearizer.template().spec) == {"style": "template", "item": "{key} : {value}", "separator": " | ", "start": "", "end": ""}
+    assert json.loads(Linearizer.template().spec) == {
+        "style": "template",
+        "item": "{key} : {value}",
+        "separator": " | ",
+        "start": "",
+        "end": "",
+    }
     assert Linearizer.from_spec('{"style": "template"}').spec == Linearizer.template().spec
     assert json.loads(Linearizer.webnlg().spec) == {"style": "webnlg", "leading_bar": True, "bare_first": False}
     assert json.loads(Linearizer.dart().spec) == {"style": "dart", "lower": True}
@@ -169,7 +187,11 @@ def dart(triples: list[tuple[str, str, str]], lower: bool = True) -> str:
     return text
 
 
-HOSTILE = st.one_of(TEXT, st.text('{} |:\n"_\\İΣA😀\0', max_size=8), st.sampled_from(["", "{key}", "{s} | {o}", " | ", "a : b", "\u2028", "AΣ", "AΣ B", "ß"]))
+HOSTILE = st.one_of(
+    TEXT,
+    st.text('{} |:\n"_\\İΣA😀\0', max_size=8),
+    st.sampled_from(["", "{key}", "{s} | {o}", " | ", "a : b", "\u2028", "AΣ", "AΣ B", "ß"]),
+)
 STATEMENTS = st.lists(st.lists(st.tuples(HOSTILE, HOSTILE, HOSTILE), min_size=1, max_size=4), max_size=4)
 
 
@@ -182,7 +204,11 @@ def test_triples(tables: list[list[tuple[str, str, str]]], leading_bar: bool, ba
     mappings = [[UserDict(subject=s, property=p, object=o) for s, p, o in table] for table in tables]
     assert made.linearize(mappings) == expected
     made = Linearizer.dart(lower=lower)
-    assert made.linearize(tables) == Linearizer.from_spec(made.spec).linearize(mappings) == [dart(table, lower) for table in tables]
+    assert (
+        made.linearize(tables)
+        == Linearizer.from_spec(made.spec).linearize(mappings)
+        == [dart(table, lower) for table in tables]
+    )
 
 
 def test_lower_case_is_that_of_python() -> None:
@@ -199,7 +225,10 @@ def test_lower_case_is_that_of_python() -> None:
 
 
 def test_the_authors_webnlg_strings() -> None:
-    first = [{"subject": "Aarhus_Airport", "property": "runwayLength", "object": "2702.0"}, ("Aarhus_Airport", "cityServed", '"Aarhus, Denmark"')]
+    first = [
+        {"subject": "Aarhus_Airport", "property": "runwayLength", "object": "2702.0"},
+        ("Aarhus_Airport", "cityServed", '"Aarhus, Denmark"'),
+    ]
     second = [("A", "isPartOf", "B")]
     assert Linearizer.webnlg().linearize([first, second]) == [
         ' | Aarhus_Airport : runwayLength : 2702.0 | Aarhus_Airport : cityServed : "Aarhus, Denmark"',
@@ -215,7 +244,11 @@ def test_dart_on_all_real_rows() -> None:
     files = sorted((SHARED / "data" / "dart").glob("*.jsonl.gz"))
     if not files:
         pytest.skip(f"the DART data is not at {SHARED}")
-    tables = [json.loads(line)["triples"] for path in files for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+    tables = [
+        json.loads(line)["triples"]
+        for path in files
+        for line in gzip.decompress(path.read_bytes()).decode().splitlines()
+    ]
     assert len(tables) == 2_768 + 500
     assert Linearizer.dart().linearize(tables) == [dart(table) for table in tables]
     assert Linearizer.webnlg().linearize(tables) == [webnlg(table, 1, True, False) for table in tables]
@@ -269,7 +302,28 @@ def test_the_authors_token_ids() -> None:
     tokenizer = gpt2()
     source = Linearizer.e2e().linearize(["name[Alimentum], area[city centre], familyFriendly[no]"])[0]
     ids = tokenizer.encode(f" {source} <|endoftext|>" + " There is ").ids
-    assert ids == [1438, 1058, 978, 3681, 388, 930, 1989, 1058, 1748, 7372, 930, 1641, 8030, 1058, 645, 220, 50256, 1318, 318, 220]
+    assert ids == [
+        1438,
+        1058,
+        978,
+        3681,
+        388,
+        930,
+        1989,
+        1058,
+        1748,
+        7372,
+        930,
+        1641,
+        8030,
+        1058,
+        645,
+        220,
+        50256,
+        1318,
+        318,
+        220,
+    ]
     assert tokenizer.encode(" . " + " " + "<|endoftext|>").ids == [764, 220, 220, 50256]
     (source,) = Linearizer.webnlg().linearize([[("A_B", "p", "o")]])
     assert tokenizer.encode(f" {source} <|endoftext|>").ids[:2] == [220, 930]

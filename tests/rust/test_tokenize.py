@@ -19,15 +19,26 @@ from oracles import ROOT, SHARED, int32
 from prefixfast._rust import Tokenizer
 from prefixfast.errors import ConfigError, DataError
 
-CORPUS = ["the cat sat on the mat, £20-25 a head", "naïve café 😀 👨‍👩‍👧 日本語のテキスト", "  two  spaces\nand lines\t\n"] * 3
-TEXTS = st.text(st.one_of(st.sampled_from("the cat é😀日本 <s>\n£"), st.characters(blacklist_categories=("Cs",))), max_size=30)
+CORPUS = [
+    "the cat sat on the mat, £20-25 a head",
+    "naïve café 😀 👨‍👩‍👧 日本語のテキスト",
+    "  two  spaces\nand lines\t\n",
+] * 3
+TEXTS = st.text(
+    st.one_of(st.sampled_from("the cat é😀日本 <s>\n£"), st.characters(blacklist_categories=("Cs",))), max_size=30
+)
 
 
 def byte_level() -> Theirs:
     made = Theirs(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     made.train_from_iterator(CORPUS, trainer)
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     made.enable_truncation(4)
@@ -38,9 +49,14 @@ def byte_level() -> Theirs:
 def metaspace() -> Theirs:
     made = Theirs(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
-    made.train_from_iterator(CORPUS[:1], trainers.BpeTrainer(vocab_size=330, special_tokens=["<unk>", "<s>", "</s>", *alphabet], show_progress=False))
+    made.train_from_iterator(
+        CORPUS[:1],
+        trainers.BpeTrainer(vocab_size=330, special_tokens=["<unk>", "<s>", "</s>", *alphabet], show_progress=False),
+    )
     state = json.loads(made.to_str())
     state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
     return Theirs.from_str(json.dumps(state))
@@ -78,7 +94,9 @@ def test_encodes_as_theirs(name: str, texts: list[str], special: bool) -> None:
     ids, indptr = ours.encode_batch(texts, add_special_tokens=special)
     assert (ids.dtype, indptr.dtype, len(indptr)) == (np.int32, np.int32, len(texts) + 1)
     assert split(ids, indptr) == [theirs.encode(text, add_special_tokens=special).ids for text in texts]
-    assert ours.decode_batch(ids, indptr, skip_special_tokens=special) == [theirs.decode(one, skip_special_tokens=special) for one in split(ids, indptr)]
+    assert ours.decode_batch(ids, indptr, skip_special_tokens=special) == [
+        theirs.decode(one, skip_special_tokens=special) for one in split(ids, indptr)
+    ]
 
 
 @every
@@ -236,5 +254,7 @@ except ConfigError as error:
     print(error)
 """
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "PREFIXFAST_NUM_THREADS": value}
-    run = subprocess.run([sys.executable, "-c", code], input=byte_level().to_str(), env=env, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], input=byte_level().to_str(), env=env, capture_output=True, text=True, check=True
+    )
     assert ("PREFIXFAST_NUM_THREADS" in run.stdout) != works

@@ -92,7 +92,16 @@ MakePrefix = Callable[..., Prefix]
 def make_prefix() -> MakePrefix:
     """A function that makes a prefix for `tiny` models (default: GPT-2's 3 layers, 4 heads of 8)."""
 
-    def make(seed: int = 0, *, length: int = 4, heads: int = 4, dim: int = 8, layers: Any = 3, dtype: torch.dtype = torch.float32, **fields: Any) -> Prefix:
+    def make(
+        seed: int = 0,
+        *,
+        length: int = 4,
+        heads: int = 4,
+        dim: int = 8,
+        layers: Any = 3,
+        dtype: torch.dtype = torch.float32,
+        **fields: Any,
+    ) -> Prefix:
         g = torch.Generator().manual_seed(seed)
         numbers = range(layers) if isinstance(layers, int) else layers
         kv = {f"self.{i}.{x}": torch.randn(length, heads, dim, generator=g).to(dtype) for i in numbers for x in "kv"}

@@ -121,7 +121,11 @@ CASES = {
     "a closed base": (lambda w: closed(w), ConfigError, "closed"),
     # prefix folders
     "no folder": (lambda w: Prefix.from_pretrained(w.tmp / "nothing"), DataError, "no such folder|nothing"),
-    "an empty folder": (lambda w: (w.tmp.joinpath("empty").mkdir(), Prefix.from_pretrained(w.tmp / "empty")), DataError, "empty"),
+    "an empty folder": (
+        lambda w: (w.tmp.joinpath("empty").mkdir(), Prefix.from_pretrained(w.tmp / "empty")),
+        DataError,
+        "empty",
+    ),
     "truncated tensors": (lambda w: w.broken(lambda f: os.truncate(f, f.stat().st_size - 7)), DataError, "damaged"),
     "an empty file": (lambda w: w.broken(lambda f: f.write_bytes(b"")), DataError, "damaged"),
     "a huge header": (lambda w: w.broken(header(2**60)), DataError, "damaged"),
@@ -132,7 +136,11 @@ CASES = {
     "a config that lies about rows": (lambda w: w.broken(config(num_virtual_tokens=10**9)), DataError, "rows"),
     "a config that lies about heads": (lambda w: w.broken(config(num_attention_heads=7)), DataError, "heads"),
     "another method's adapter": (lambda w: w.broken(config(peft_type="LORA")), DataError, "LORA"),
-    "a config that is a list": (lambda w: w.broken(lambda f: f.with_name("adapter_config.json").write_text("[]")), DataError, "object"),
+    "a config that is a list": (
+        lambda w: w.broken(lambda f: f.with_name("adapter_config.json").write_text("[]")),
+        DataError,
+        "object",
+    ),
     "no tensors in a prefix": (lambda w: Prefix({}, 1), DataError, "at least one"),
     # requests
     "a bare dict as batch": (lambda w: w.generate({"prompt": "ab"}), ConfigError, "sequence of requests"),
@@ -141,7 +149,11 @@ CASES = {
     "too few prefixes": (lambda w: w.generate([OK, OK], [w.good]), ConfigError, "one entry for each"),
     "a name without a store": (lambda w: w.generate([OK], ["known"]), RequestError, "store"),
     "unknown prefix": (lambda w: w.generate([OK], "nobody", store=w.store), UnknownPrefixError, "nobody"),
-    "an unknown name in a mapping": (lambda w: w.generate([{"prompt": "a", "prefix": "x"}], {"y": w.good}), RequestError, "'x'"),
+    "an unknown name in a mapping": (
+        lambda w: w.generate([{"prompt": "a", "prefix": "x"}], {"y": w.good}),
+        RequestError,
+        "'x'",
+    ),
     "a mapping without names": (lambda w: w.generate([{"prompt": "a"}], {"y": w.good}), RequestError, "prefix"),
     "one prefix twice": (lambda w: w.generate([OK], [[w.good, w.good]]), RequestError, "twice"),
     "a folder for a prefix": (lambda w: w.generate([OK], w.tmp), ConfigError, "from_pretrained"),
@@ -151,7 +163,11 @@ CASES = {
     "an empty table": (lambda w: w.generate([{"table": {}}]), RequestError, "table|empty"),
     "a row with an unknown key": (lambda w: w.generate([{"promt": "a"}]), RequestError, "promt"),
     "a row with two inputs": (lambda w: w.generate([{"prompt": "a", "mr": "name[b]"}]), RequestError, "prompt"),
-    "bad parameters of one request": (lambda w: w.generate([OK, {"input_ids": OK, "params": {"top_p": 3}}]), RequestError, "request 1.*top_p"),
+    "bad parameters of one request": (
+        lambda w: w.generate([OK, {"input_ids": OK, "params": {"top_p": 3}}]),
+        RequestError,
+        "request 1.*top_p",
+    ),
     "unknown option": (lambda w: w.generate([OK], temprature=1.0), ConfigError, "temperature"),
     "another library's option": (lambda w: w.generate([OK], max_tokens=3), ConfigError, "max_new_tokens"),
     "a temperature without sampling": (lambda w: w.generate([OK], temperature=0.5), RequestError, "do_sample"),
@@ -159,8 +175,16 @@ CASES = {
     "beams that sample": (lambda w: w.generate([OK], num_beams=2, do_sample=True), RequestError, "beams"),
     "several greedy texts": (lambda w: w.generate([OK], num_return_sequences=2), RequestError, "do_sample"),
     "more texts than beams": (lambda w: w.generate([OK], num_beams=2, num_return_sequences=3), RequestError, "beams"),
-    "a bad word outside the vocabulary": (lambda w: w.generate([OK], bad_words_ids=[[10**6]]), RequestError, "bad_words_ids"),
-    "a stop string with beams": (lambda w: w.generate([OK], num_beams=2, stop_strings="a"), RequestError, "stop_strings"),
+    "a bad word outside the vocabulary": (
+        lambda w: w.generate([OK], bad_words_ids=[[10**6]]),
+        RequestError,
+        "bad_words_ids",
+    ),
+    "a stop string with beams": (
+        lambda w: w.generate([OK], num_beams=2, stop_strings="a"),
+        RequestError,
+        "stop_strings",
+    ),
     "more beams than rows": (lambda w: w.generate([OK], num_beams=5), CapacityError, "max_num_seqs"),
     "a score without a target": (lambda w: score([OK], model=w.base), RequestError, "target"),
     "targets that do not fit": (lambda w: score([OK, OK], targets=[OK], model=w.base), ConfigError, "targets"),
@@ -171,7 +195,11 @@ CASES = {
     "dropout of one": (lambda w: PrefixConfig(prefix_dropout=1.0), ConfigError, "prefix_dropout"),
     "a rate of zero": (lambda w: TrainConfig(learning_rate=0.0), ConfigError, "learning_rate"),
     # rows
-    "a malformed row, by its line": (lambda w: w.train(w.file("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": \n')), DataError, "a.jsonl:2"),
+    "a malformed row, by its line": (
+        lambda w: w.train(w.file("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": \n')),
+        DataError,
+        "a.jsonl:2",
+    ),
     "a row without its target": (lambda w: w.train([*ROWS, {"prompt": "x"}]), DataError, "row 3|completion"),
     "no rows": (lambda w: w.train([]), DataError, "at least one row"),
     "a file that is not there": (lambda w: w.train(w.tmp / "none.jsonl"), DataError, "none.jsonl"),
@@ -181,7 +209,11 @@ CASES = {
     "no names": (lambda w: w.train({}), DataError, "at least one name"),
     # stores
     "a store that is a file": (lambda w: PrefixStore(w.file("s", "x")), ConfigError, "directory"),
-    "a read-only store": (lambda w: PrefixStore(w.store.path, read_only=True).put("a", w.good), ConfigError, "read-only"),
+    "a read-only store": (
+        lambda w: PrefixStore(w.store.path, read_only=True).put("a", w.good),
+        ConfigError,
+        "read-only",
+    ),
     "a name that is empty": (lambda w: w.store.put("", w.good), ConfigError, "name"),
     "a version that is not there": (lambda w: w.store.rollback("known", 9), UnknownPrefixError, "9"),
     # PEFT

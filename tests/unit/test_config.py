@@ -150,7 +150,11 @@ def test_a_wrong_range_is_named(cls, name, value):
     [
         (PrefixConfig, {"fit_steps": 5}, "fit_steps: expected reparameterization='mlp' beside it, got 'auto'"),
         (TrainConfig, {"early_stopping_patience": 2}, "early_stopping_patience: expected eval_steps beside it"),
-        (TrainConfig, {"early_stopping_patience": 2, "eval_steps": 1, "metric_for_best_model": "last"}, "a metric_for_best_model other than 'last'"),
+        (
+            TrainConfig,
+            {"early_stopping_patience": 2, "eval_steps": 1, "metric_for_best_model": "last"},
+            "a metric_for_best_model other than 'last'",
+        ),
     ],
 )
 def test_options_that_need_each_other(cls, fields, message):

@@ -54,7 +54,15 @@ print("fine")
 
 
 def python(code, **how):
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=ENV, capture_output=True, text=True, check=False, timeout=250, **how)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+        **how,
+    )
 
 
 def test_everything_but_the_triton_kernels_works_without_triton():
@@ -63,7 +71,9 @@ def test_everything_but_the_triton_kernels_works_without_triton():
 
 
 def test_importing_the_package_takes_no_torch():
-    run = python("import sys, prefixfast; prefixfast.ConfigError; print('torch' in sys.modules, 'transformers' in sys.modules)")
+    run = python(
+        "import sys, prefixfast; prefixfast.ConfigError; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
     assert run.stdout.strip() == "False False", run.stderr
 
 
@@ -86,7 +96,10 @@ def test_blocking_calls_work_inside_a_running_event_loop(base, make_prefix):
             assert (await engine.agenerate("ab", prefix, max_new_tokens=4)).token_ids == expected[0]
             assert [g.token_ids for g in engine.generate(["ab", "cd"], prefix, max_new_tokens=4)] == expected
             assert engine.submit("ab", prefix, max_new_tokens=4).result(60).token_ids == expected[0]
-            assert "".join(engine.stream("ab", prefix, max_new_tokens=4)) == engine.generate(["ab"], prefix, max_new_tokens=4)[0].text
+            assert (
+                "".join(engine.stream("ab", prefix, max_new_tokens=4))
+                == engine.generate(["ab"], prefix, max_new_tokens=4)[0].text
+            )
 
     asyncio.run(cell())
 
@@ -94,7 +107,10 @@ def test_blocking_calls_work_inside_a_running_event_loop(base, make_prefix):
 @pytest.mark.parametrize("threaded", [False, True])
 def test_an_interrupted_call_leaves_a_usable_engine(base, make_prefix, threaded):
     """As a notebook's stop button: KeyboardInterrupt in the main thread."""
-    prefix, before = make_prefix(), signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process may ignore it
+    prefix, before = (
+        make_prefix(),
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # a background process may ignore it
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, before)
         engine = stack.enter_context(Engine(base, max_num_seqs=2, max_model_len=160))

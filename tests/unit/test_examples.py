@@ -16,15 +16,30 @@ EXAMPLES = ROOT / "examples"
 
 
 def run(*arguments: object) -> str:
-    env = {"PYTHONPATH": str(ROOT / "python"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": str(Path(sys.executable).parent), "COLUMNS": "120"}
-    done = subprocess.run([sys.executable, "-W", "ignore", *map(str, arguments)], env=env, capture_output=True, text=True, check=False, timeout=250)
+    env = {
+        "PYTHONPATH": str(ROOT / "python"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "PATH": str(Path(sys.executable).parent),
+        "COLUMNS": "120",
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=250,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 def test_the_way_of_a_peft_user(folder, tmp_path):
     torch.manual_seed(0)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
+    )
     model.save_pretrained(tmp_path / "adapter")
     rows = [{"prompt": f"{a} and {b}: ", "completion": "yes sir"} for a in "abc" for b in "xyz"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf8")

@@ -28,18 +28,41 @@ from prefixfast_kernels.prefix_fwd import prefix_fwd
 from prefixfast_kernels.softmax_grad import softmax_grad
 from prefixfast_kernels.tile_configs import CHIPS, DECODE, EVERYWHERE, KERNELS, TABLE, Compile, padded, rows_of
 
-TARGETS = {"sm80": ("cuda", 80, 32), "sm90": ("cuda", 90, 32), "sm100": ("cuda", 100, 32), "gfx942": ("hip", "gfx942", 64)}
+TARGETS = {
+    "sm80": ("cuda", 80, 32),
+    "sm90": ("cuda", 90, 32),
+    "sm100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
 SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
 FUNCTIONS = {
     f.__name__: f
-    for f in (prefix_fwd, prefix_bwd_dq, prefix_bwd_kv, prefix_bwd_block, prefix_bwd_delta, prefix_bwd_sum, softmax_grad, prefix_decode, decode_combine)
+    for f in (
+        prefix_fwd,
+        prefix_bwd_dq,
+        prefix_bwd_kv,
+        prefix_bwd_block,
+        prefix_bwd_delta,
+        prefix_bwd_sum,
+        softmax_grad,
+        prefix_decode,
+        decode_combine,
+    )
 }
 DOTS = (*KERNELS, "prefix_decode")  # those that multiply tiles
 HEAD_DIMS = (64, 80, 96, 128, 256)
 USUAL = (64, 128)
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 GROUP = 4
-PLAIN: dict[str, Any] = {"CAUSAL": True, "WINDOW": False, "SOFTCAP": False, "PREFIX": True, "ARENA": False, "FUSED": False, "GRAD": True}
+PLAIN: dict[str, Any] = {
+    "CAUSAL": True,
+    "WINDOW": False,
+    "SOFTCAP": False,
+    "PREFIX": True,
+    "ARENA": False,
+    "FUSED": False,
+    "GRAD": True,
+}
 # What a kernel is compiled for beside the plain case; each flag that it knows of is set.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -54,7 +77,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp32 prefix": {"PREFIX_FP32": True},
 }
 FP32 = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV", "LOGITS", "LOSSES", "STAT")
-PACKED_TABLES = ("TILES", "SEG", "SEG_POS", "USE_INDPTR", "USE", "BLOCK", "SLOTS", "KEY_TILES", "BLOCK_TILES", "USER_INDPTR", "USER", "USER_POS", "USER_SLIDES")
+PACKED_TABLES = (
+    "TILES",
+    "SEG",
+    "SEG_POS",
+    "USE_INDPTR",
+    "USE",
+    "BLOCK",
+    "SLOTS",
+    "KEY_TILES",
+    "BLOCK_TILES",
+    "USER_INDPTR",
+    "USER",
+    "USER_POS",
+    "USER_SLIDES",
+)
 DECODE_TABLES = ("TABLE", "ROW", "LENS", "WORK", "GROUPED", "PART_INDPTR", "PARTS")
 
 
@@ -88,7 +125,9 @@ def how(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Compil
         found = DECODE[chip, max(64, padded(head_dim)), BYTES[dtype]]
         return found.how(flags.get("G", GROUP), masked=bool(flags.get("WINDOW")))
     masked = bool(flags.get("WINDOW") or flags.get("SOFTCAP"))
-    return TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]].how(name, flags.get("G", GROUP), masked=masked, fused=bool(flags.get("FUSED")))
+    return TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]].how(
+        name, flags.get("G", GROUP), masked=masked, fused=bool(flags.get("FUSED"))
+    )
 
 
 def build(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Any:
@@ -101,14 +140,29 @@ def build(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Any:
         dtype: One of `BYTES`.
         variant: One of `VARIANTS`.
     """
-    function, entry, compiled = FUNCTIONS[name], TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]], how(name, chip, head_dim, dtype, variant)
+    function, entry, compiled = (
+        FUNCTIONS[name],
+        TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]],
+        how(name, chip, head_dim, dtype, variant),
+    )
     flags = VARIANTS[variant]
     group = flags.get("G", GROUP)
     over_queries = name in ("prefix_fwd", "prefix_bwd_dq")
     tokens = (entry.bm if over_queries else compiled.inner) // group
-    constants: dict[str, Any] = PLAIN | {"HQ": 8 * group, "H": 8, "G": group, "D": head_dim, "DP": padded(head_dim), "TOKENS": tokens}
+    constants: dict[str, Any] = PLAIN | {
+        "HQ": 8 * group,
+        "H": 8,
+        "G": group,
+        "D": head_dim,
+        "DP": padded(head_dim),
+        "TOKENS": tokens,
+    }
     constants |= {"BM": compiled.inner // padded(head_dim) if name == "prefix_bwd_delta" else rows_of(tokens, group)}
-    constants |= {"BN": {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_bwd_sum": entry.rows}.get(name, compiled.inner)}
+    constants |= {
+        "BN": {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_bwd_sum": entry.rows}.get(
+            name, compiled.inner
+        )
+    }
     constants |= {"PRECISION": "ieee" if dtype == "fp32" else "tf32", "UP": False, **flags}
     if name == "prefix_decode":
         constants |= {"BM": DECODE[chip, max(64, padded(head_dim)), BYTES[dtype]].bm, "BH": padded(group)}
@@ -119,8 +173,17 @@ def build(name: str, chip: str, head_dim: int, dtype: str, variant: str) -> Any:
     signature = {n: "constexpr" if n in constants else _type(n, dtype) for n in function.arg_names}
     if flags.get("PREFIX_FP32"):
         signature |= {"PK": "*fp32", "PV": "*fp32"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, (n, kind) in enumerate(signature.items()) if kind.startswith("*") or n.startswith("stride")}
-    source = ASTSource(fn=function, signature=signature, constexprs={n: v for n, v in constants.items() if n in signature}, attrs=aligned)
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (n, kind) in enumerate(signature.items())
+        if kind.startswith("*") or n.startswith("stride")
+    }
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={n: v for n, v in constants.items() if n in signature},
+        attrs=aligned,
+    )
     return triton.compile(source, target=GPUTarget(*TARGETS[chip]), options=compiled.options())
 
 
@@ -138,8 +201,13 @@ def report(kernel: Any, chip: str) -> Report:
     """Read the costs of a compiled kernel."""
     if chip.startswith("gfx"):
         text = kernel.asm["amdgcn"]
-        found = {n: int(m[1]) if (m := re.search(rf"\.{n}:\s+(\d+)", text)) else 0 for n in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")}
-        return Report(found["vgpr_count"], found["vgpr_spill_count"], kernel.metadata.shared, text.count("v_mfma"), 0, 0)
+        found = {
+            n: int(m[1]) if (m := re.search(rf"\.{n}:\s+(\d+)", text)) else 0
+            for n in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        return Report(
+            found["vgpr_count"], found["vgpr_spill_count"], kernel.metadata.shared, text.count("v_mfma"), 0, 0
+        )
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin, ptx = Path(folder, "k.cubin"), Path(folder, "k.ptx")
@@ -147,11 +215,21 @@ def report(kernel: Any, chip: str) -> Report:
         ptx.write_text(kernel.asm["ptx"], encoding="utf8")
         usage = _output(tools / "cuobjdump", "-res-usage", cubin)
         code = _output(tools / "cuobjdump", "-sass", cubin)
-    count = {op: len(re.findall(rf"\b{op}", code)) for op in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "UTMALDG", "LDL", "STL")}
+    count = {
+        op: len(re.findall(rf"\b{op}", code))
+        for op in ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "UTMALDG", "LDL", "STL")
+    }
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     mma = count["HGMMA"] + count["HMMA"] + count["UTCHMMA"]
-    return Report(int(registers[1]), 4 * count["STL"], kernel.metadata.shared, mma, count["HGMMA"], count["LDGSTS"] + count["UTMALDG"])
+    return Report(
+        int(registers[1]),
+        4 * count["STL"],
+        kernel.metadata.shared,
+        mma,
+        count["HGMMA"],
+        count["LDGSTS"] + count["UTMALDG"],
+    )
 
 
 def _output(*command: object) -> str:
@@ -181,21 +259,30 @@ def _ships(name: str, head_dim: int, dtype: str, variant: str) -> bool:
         return False
     if variant == "fused" and head_dim > 128:
         return False
-    return (variant == "plain" or dtype != "fp16") and (head_dim in USUAL or (dtype != "fp16" and "G" not in flags)) and not (dtype == "fp32" and "G" in flags)
+    return (
+        (variant == "plain" or dtype != "fp16")
+        and (head_dim in USUAL or (dtype != "fp16" and "G" not in flags))
+        and not (dtype == "fp32" and "G" in flags)
+    )
 
 
 def faults(found: Report, name: str, chip: str, head_dim: int, dtype: str, variant: str) -> list[str]:
     """What is wrong with a compiled kernel: spills, too much shared memory, products that miss the tensor cores, loads that are not asynchronous."""
     entry = TABLE[chip, max(64, padded(head_dim)), BYTES[dtype]]
     decode = DECODE[chip, max(64, padded(head_dim)), BYTES[dtype]]
-    tall = {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_decode": decode.bm}.get(name, entry.bm) >= 64
+    tall = {"prefix_bwd_kv": entry.keys, "prefix_bwd_block": entry.rows, "prefix_decode": decode.bm}.get(
+        name, entry.bm
+    ) >= 64
     half = dtype != "fp32" and name in DOTS
     checks = {
         f"{found.spilled} spilled": found.spilled > 0,
         f"{found.shared} bytes of shared memory, the chip has {SHARED_LIMIT[chip]}": found.shared > SHARED_LIMIT[chip],
         "no tensor-core instruction": half and not found.mma,
         "no warp-group product": chip == "sm90" and half and tall and not found.wgmma,
-        "no asynchronous copy": not chip.startswith("gfx") and name in DOTS and how(name, chip, head_dim, dtype, variant).stages > 1 and not found.copies,
+        "no asynchronous copy": not chip.startswith("gfx")
+        and name in DOTS
+        and how(name, chip, head_dim, dtype, variant).stages > 1
+        and not found.copies,
     }
     return [text for text, holds in checks.items() if holds]
 
@@ -204,14 +291,29 @@ def main() -> int:
     """Print the table in Markdown; the exit code is 1 if anything is wrong with a kernel."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("chips", nargs="*", default=CHIPS, help=f"by default {', '.join(CHIPS)}")
-    parser.add_argument("--quick", action="store_true", help="bf16, head dims 64 and 128, the plain and the fused variant")
+    parser.add_argument(
+        "--quick", action="store_true", help="bf16, head dims 64 and 128, the plain and the fused variant"
+    )
     args = parser.parse_args()
-    print(f"Triton {triton.__version__}\n\n| chip | kernel | D | dtype | variant | registers | spilled | shared KiB | mma (wgmma) | async copies |")
+    print(
+        f"Triton {triton.__version__}\n\n| chip | kernel | D | dtype | variant | registers | spilled | shared KiB | mma (wgmma) | async copies |"
+    )
     print("| --- | --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     wrong = 0
     for name, chip, head_dim, dtype, variant in cases(args.chips, quick=args.quick):
         r = report(build(name, chip, head_dim, dtype, variant), chip)
-        cells = (chip, name, head_dim, dtype, variant, r.registers, r.spilled, f"{r.shared / 1024:.0f}", f"{r.mma} ({r.wgmma})", r.copies)
+        cells = (
+            chip,
+            name,
+            head_dim,
+            dtype,
+            variant,
+            r.registers,
+            r.spilled,
+            f"{r.shared / 1024:.0f}",
+            f"{r.mma} ({r.wgmma})",
+            r.copies,
+        )
         print("|", " | ".join(map(str, cells)), "|", flush=True)
         for fault in faults(r, name, chip, head_dim, dtype, variant):
             wrong += 1

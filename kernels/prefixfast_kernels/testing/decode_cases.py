@@ -49,12 +49,18 @@ def _share(keys: int, fill: int) -> int:
     return max(2 * GRAIN, _up(math.ceil(keys / fill)))
 
 
-def _grouped(lens: list[int], uses: list[list[int]], rows: list[int], users: list[list[int]], sizes: DecodeSizes) -> list[bool]:
+def _grouped(
+    lens: list[int], uses: list[list[int]], rows: list[int], users: list[list[int]], sizes: DecodeSizes
+) -> list[bool]:
     """The planner's cost model: which blocks groups read."""
     saved = []
     for block, members in enumerate(users):
         count = math.ceil(len(members) / sizes.users)
-        saved.append((len(members) - count) * rows[block] * sizes.key_bytes - 2 * len(members) * sizes.part_bytes - count * sizes.item_bytes)
+        saved.append(
+            (len(members) - count) * rows[block] * sizes.key_bytes
+            - 2 * len(members) * sizes.part_bytes
+            - count * sizes.item_bytes
+        )
     keys = [n + sum(rows[b] for b in mine) for n, mine in zip(lens, uses, strict=True)]
     split = any(len(_pieces(n, _share(sum(keys), sizes.fill))) > 1 for n in keys)
     enough = sum(s for s in saved if s > 0) > (0 if split else sizes.launch_bytes)
@@ -69,7 +75,10 @@ def with_work(t: DecodeTables, sizes: DecodeSizes) -> DecodeTables:
     users = [user[a:b] for a, b in itertools.pairwise(user_indptr)]
     grouped = _grouped(lens, uses, rows, users, sizes)
     keys = [n + sum(rows[b] for b in mine if not grouped[b]) for n, mine in zip(lens, uses, strict=True)]
-    share = _share(sum(keys) + sum(math.ceil(len(users[b]) / sizes.users) * rows[b] for b in range(len(rows)) if grouped[b]), sizes.fill)
+    share = _share(
+        sum(keys) + sum(math.ceil(len(users[b]) / sizes.users) * rows[b] for b in range(len(rows)) if grouped[b]),
+        sizes.fill,
+    )
     work: list[tuple[int, ...]] = []
     parts: list[list[int]] = [[] for _ in lens]
     count = 0
@@ -90,7 +99,11 @@ def with_work(t: DecodeTables, sizes: DecodeSizes) -> DecodeTables:
                 parts[row].append(count)
                 count += 1
     ends = torch.tensor([0, *map(len, parts)]).cumsum(0).int()
-    tables = {"work": torch.tensor(work, dtype=torch.int32).view(-1, 6), "grouped": torch.tensor(grouped, dtype=torch.int32), "part_indptr": ends}
+    tables = {
+        "work": torch.tensor(work, dtype=torch.int32).view(-1, 6),
+        "grouped": torch.tensor(grouped, dtype=torch.int32),
+        "part_indptr": ends,
+    }
     return t._replace(**tables, part=torch.tensor([p for mine in parts for p in mine], dtype=torch.int32))
 
 
@@ -99,17 +112,25 @@ def filled_up(t: DecodeTables, rows: int, uses: int, items: int, parts: int) -> 
 
     The planner's own dead rows have one key, so that every backend serves them; these have none.
     """
-    rows, uses, items, parts = (n - now for n, now in ((rows, len(t.row)), (uses, len(t.use)), (items, len(t.work)), (parts, len(t.part))))
+    rows, uses, items, parts = (
+        n - now for n, now in ((rows, len(t.row)), (uses, len(t.use)), (items, len(t.work)), (parts, len(t.part)))
+    )
     blocks = uses + len(t.use) - len(t.block)
 
     def more(x: Tensor, count: int, value: Tensor | int = 0) -> Tensor:
         return torch.cat([x, torch.as_tensor(value, dtype=torch.int32, device=x.device).expand(count, *x.shape[1:])])
 
-    dead = torch.tensor([(-1, len(t.row) + i, 1, 0, 0, -1) for i in range(rows)] + [(-1, 0, 0, 0, 0, -1)] * (items - rows), dtype=torch.int32)
+    dead = torch.tensor(
+        [(-1, len(t.row) + i, 1, 0, 0, -1) for i in range(rows)] + [(-1, 0, 0, 0, 0, -1)] * (items - rows),
+        dtype=torch.int32,
+    )
     longer = {name: more(getattr(t, name), uses) for name in ("use", "user", "user_pos", "user_slides")}
     longer |= {name: more(getattr(t, name), blocks) for name in ("block", "span", "grouped")}
     longer |= {name: more(getattr(t, name), rows) for name in ("row", "lens")}
-    last = {name: more(getattr(t, name), n, getattr(t, name)[-1]) for name, n in (("use_indptr", rows), ("part_indptr", rows), ("user_indptr", blocks))}
+    last = {
+        name: more(getattr(t, name), n, getattr(t, name)[-1])
+        for name, n in (("use_indptr", rows), ("part_indptr", rows), ("user_indptr", blocks))
+    }
     return t._replace(**longer, **last, work=torch.cat([t.work, dead.to(t.work.device)]), part=more(t.part, parts))
 
 
@@ -173,7 +194,9 @@ def problem(case: Case, sizes: DecodeSizes, *, seed: int = 0) -> Problem:
         row += length + 3
     count = sum(case.lens)
     room = (0 if case.separate else row) + torch.randperm(count + 70, generator=g)[:count]
-    table = torch.full((len(case.lens) + 1, max(case.lens, default=0) + 5), 10**6, dtype=torch.int32)  # entries past a row's end are never read
+    table = torch.full(
+        (len(case.lens) + 1, max(case.lens, default=0) + 5), 10**6, dtype=torch.int32
+    )  # entries past a row's end are never read
     order = torch.randperm(len(case.lens), generator=g)  # rows of the step lie anywhere in the table
     for i, part in enumerate(room.split(list(case.lens))):
         table[order[i], : len(part)] = part.int()
@@ -189,7 +212,9 @@ def problem(case: Case, sizes: DecodeSizes, *, seed: int = 0) -> Problem:
         t[~used] = torch.nan
     plain = decode_tables(list(case.lens), [Request(0, sees) for sees in case.sees], blocks)._replace(row=order.int())
     own_k, own_v = (pk, pv) if case.separate else (None, None)
-    return Problem(q, k, v, own_k, own_v, table, with_work(plain, sizes), Options(d**-0.5, case.window, case.softcap), sizes.users)
+    return Problem(
+        q, k, v, own_k, own_v, table, with_work(plain, sizes), Options(d**-0.5, case.window, case.softcap), sizes.users
+    )
 
 
 def sizes_of(case: Case, dtype: torch.dtype, device: torch.device | str, mode: str) -> DecodeSizes:
@@ -216,7 +241,9 @@ def _steps() -> dict[str, Case]:
         "long rows": Case((1000, 5, 700), (one(0), one(0), one(1)), (1000, 400), (5, 1, 64)),
         "composed": Case(ragged, mixed, (40, 300, 7), (4, 1, 64)),
         "forty rows": Case(many, tuple(one(min(i // 13, 2)) for i in range(40)), (100, 65, 300), (4, 2, 64)),
-        "forty rows of eight heads": Case(many, tuple(one(0, 1) if i % 3 else one(1) for i in range(40)), (20, 150), (8, 1, 64)),
+        "forty rows of eight heads": Case(
+            many, tuple(one(0, 1) if i % 3 else one(1) for i in range(40)), (20, 150), (8, 1, 64)
+        ),
         "fifteen heads on three": Case(ragged, mixed, (40, 200, 7), (15, 3, 64)),
         "window": Case(ragged, (one(0),) * 8, (130,), (5, 5, 64), window=50),
         "window, some blocks stay": Case(ragged, mixed, (40, 300, 7), (7, 1, 64), window=70),
@@ -242,7 +269,9 @@ Run = Callable[[Problem], tuple[Tensor, Tensor]]
 
 def specification(p: Problem) -> tuple[Tensor, Tensor]:
     """The specification in the dtype of ``p``."""
-    return reference.attn_decode(p.q, p.k_arena, p.v_arena, p.prefix_k, p.prefix_v, p.table, p.tables, **vars(p.options))
+    return reference.attn_decode(
+        p.q, p.k_arena, p.v_arena, p.prefix_k, p.prefix_v, p.table, p.tables, **vars(p.options)
+    )
 
 
 def triton(p: Problem) -> tuple[Tensor, Tensor]:
@@ -253,11 +282,15 @@ def triton(p: Problem) -> tuple[Tensor, Tensor]:
         return attn_decode(p.q, p.k_arena, p.v_arena, p.prefix_k, p.prefix_v, p.table, p.tables, p.users, p.options)
 
 
-def errors(case: Case, dtype: torch.dtype, mode: str, run: Run, *, device: str = "cpu") -> tuple[list[float], list[float]]:
+def errors(
+    case: Case, dtype: torch.dtype, mode: str, run: Run, *, device: str = "cpu"
+) -> tuple[list[float], list[float]]:
     """Relative errors of o and lse against the specification in fp64: of ``run`` and of the specification in ``dtype``."""
     p = problem(case, sizes_of(case, dtype, device, mode)).cast(dtype)
     exact, same, got = specification(p.cast(torch.float64)), specification(p), run(p.to(device))
-    return [relative_error(a.cpu(), b) for a, b in zip(got, exact, strict=True)], [relative_error(a, b) for a, b in zip(same, exact, strict=True)]
+    return [relative_error(a.cpu(), b) for a, b in zip(got, exact, strict=True)], [
+        relative_error(a, b) for a, b in zip(same, exact, strict=True)
+    ]
 
 
 def steps() -> list[Problem]:

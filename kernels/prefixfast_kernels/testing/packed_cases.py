@@ -42,7 +42,15 @@ class Case:
     def problem(self, sizes: Sizes) -> Problem:
         """The case's random problem, tables cut into ``sizes``."""
         hq, h, d = self.heads
-        return problem(list(self.requests), list(self.blocks), num_heads=hq, num_kv_heads=h, head_dim=d, sizes=sizes, arena=self.arena)
+        return problem(
+            list(self.requests),
+            list(self.blocks),
+            num_heads=hq,
+            num_kv_heads=h,
+            head_dim=d,
+            sizes=sizes,
+            arena=self.arena,
+        )
 
 
 def _all(lengths: tuple[int, ...], *blocks: int, slides: bool = True) -> tuple[Request, ...]:
@@ -51,9 +59,19 @@ def _all(lengths: tuple[int, ...], *blocks: int, slides: bool = True) -> tuple[R
 
 LONG = (280, 37, 1, 64, 130)
 EACH = tuple(Request(n, ((i % 3, i != 1),)) for i, n in enumerate((70, 1, 200, 33, 16)))
-COMPOSED = (Request(90, ((0, True), (1, False))), Request(33, ((2, True), (0, True), (1, True))), Request(5), Request(140, ((1, False),)))
+COMPOSED = (
+    Request(90, ((0, True), (1, False))),
+    Request(33, ((2, True), (0, True), (1, True))),
+    Request(5),
+    Request(140, ((1, False),)),
+)
 INFIX = (Request(150, ((0, True),), blind=77), Request(40, ((1, True),)), Request(31, blind=0))
-CHUNKS = (Request(50, ((0, True),), cached=100), Request(1, ((0, True),), cached=64), Request(70, ((1, False),)), Request(20, cached=7))
+CHUNKS = (
+    Request(50, ((0, True),), cached=100),
+    Request(1, ((0, True),), cached=64),
+    Request(70, ((1, False),)),
+    Request(20, cached=7),
+)
 CASES = {
     "one for all": Case(_all(LONG, 0), (300,), (4, 2, 64)),
     "one each": Case(EACH, (10, 100, 33), (3, 3, 64)),
@@ -85,9 +103,25 @@ def specification(p: Problem, case: Case) -> list[Tensor]:
     """Outputs and gradients of the specification in the dtype of ``p``, in the order of `NAMES`."""
     leaves = p.inputs()
     q, k, v, pk, pv = leaves
-    o, lse = reference.attn(q, k, v, pk, pv, p.tables, scale=p.scale, window=case.window, softcap=case.softcap, causal=case.causal, slots=p.slots)
+    o, lse = reference.attn(
+        q,
+        k,
+        v,
+        pk,
+        pv,
+        p.tables,
+        scale=p.scale,
+        window=case.window,
+        softcap=case.softcap,
+        causal=case.causal,
+        slots=p.slots,
+    )
     grads = torch.autograd.grad(o, leaves, p.do, allow_unused=True)
-    return [o.detach(), lse.detach(), *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True))]
+    return [
+        o.detach(),
+        lse.detach(),
+        *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)),
+    ]
 
 
 def triton(p: Problem, case: Case, sizes: Sizes) -> list[Tensor]:
@@ -119,13 +153,17 @@ class poisoned:
         torch.empty = self.empty
 
 
-def errors(case: Case, dtype: torch.dtype, sizes: Sizes, run: Run, *, device: str = "cpu") -> tuple[list[float], list[float]]:
+def errors(
+    case: Case, dtype: torch.dtype, sizes: Sizes, run: Run, *, device: str = "cpu"
+) -> tuple[list[float], list[float]]:
     """Relative errors against the specification in fp64, in the order of `NAMES`: of ``run`` and of the specification in ``dtype``."""
     p = case.problem(sizes).cast(dtype)
     exact = specification(p.cast(torch.float64), case)
     same = specification(p, case)
     got = run(p.to(device), case, sizes)
-    return [relative_error(a.cpu(), b) for a, b in zip(got, exact, strict=True)], [relative_error(a, b) for a, b in zip(same, exact, strict=True)]
+    return [relative_error(a.cpu(), b) for a, b in zip(got, exact, strict=True)], [
+        relative_error(a, b) for a, b in zip(same, exact, strict=True)
+    ]
 
 
 def within(got: list[float], same: list[float], floor: float) -> bool:

@@ -53,7 +53,11 @@ def segments_of(requests: list[Request], blocks: list[tuple[int, int]]) -> list[
     for r in requests:
         cuts = [(0, r.blind, False)] if r.blind else []
         for start, end, sees in [*cuts, (r.blind, r.length, True)]:
-            out.append(Segment(row + start, end - start, key, r.cached + end, r.cached + start, uses_of(r, blocks) if sees else []))
+            out.append(
+                Segment(
+                    row + start, end - start, key, r.cached + end, r.cached + start, uses_of(r, blocks) if sees else []
+                )
+            )
         row, key = row + r.length, key + r.cached + r.length
     return out
 
@@ -63,7 +67,9 @@ def _ints(rows: Sequence[object], width: int = 0) -> Tensor:
     return t.view(-1, width) if width else t.view(-1)
 
 
-def block_tables(queries: list[list[tuple[int, int]]], uses_of: list[list[tuple[int, int, int]]], blocks: list[tuple[int, int]]) -> list[Tensor]:
+def block_tables(
+    queries: list[list[tuple[int, int]]], uses_of: list[list[tuple[int, int, int]]], blocks: list[tuple[int, int]]
+) -> list[Tensor]:
     """The eight block tables.
 
     Args:
@@ -76,7 +82,10 @@ def block_tables(queries: list[list[tuple[int, int]]], uses_of: list[list[tuple[
         for block, pos, slides in uses:
             users[block] += [(row, pos - at, slides) for row, at in rows]
     flat = [u for us in users for u in sorted(us)]
-    span = [(us[0][0], len(us), int([r for r, *_ in us] == list(range(us[0][0], us[0][0] + len(us))))) for us in map(sorted, users)]
+    span = [
+        (us[0][0], len(us), int([r for r, *_ in us] == list(range(us[0][0], us[0][0] + len(us)))))
+        for us in map(sorted, users)
+    ]
     indptr = [0]
     for uses in uses_of:
         indptr.append(indptr[-1] + len(uses))
@@ -84,7 +93,14 @@ def block_tables(queries: list[list[tuple[int, int]]], uses_of: list[list[tuple[
     for us in users:
         user_indptr.append(user_indptr[-1] + len(us))
     columns = [_ints([u[i] for u in flat]) for i in range(3)]
-    return [_ints(indptr), _ints([u for us in uses_of for u in us], 3), _ints(blocks, 2), _ints(user_indptr), *columns, _ints(span, 3)]
+    return [
+        _ints(indptr),
+        _ints([u for us in uses_of for u in us], 3),
+        _ints(blocks, 2),
+        _ints(user_indptr),
+        *columns,
+        _ints(span, 3),
+    ]
 
 
 def uses_of(sequence: Request, blocks: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
@@ -96,7 +112,9 @@ def uses_of(sequence: Request, blocks: list[tuple[int, int]]) -> list[tuple[int,
     return out
 
 
-def packed_tables(requests: list[Request], blocks: list[tuple[int, int]], sizes: Sizes = SMALL, *, num_buckets: int = 3) -> PackedTables:
+def packed_tables(
+    requests: list[Request], blocks: list[tuple[int, int]], sizes: Sizes = SMALL, *, num_buckets: int = 3
+) -> PackedTables:
     """Tables of packed requests; every block must be used."""
     segments = segments_of(requests, blocks)
     queries = [[(s.row + t, s.pos + t) for t in range(s.rows)] for s in segments]
@@ -117,7 +135,15 @@ def packed_tables(requests: list[Request], blocks: list[tuple[int, int]], sizes:
                 gather.append(starts[i] + min(t, requests[i].length - 1))
     seg = [(s.row, s.rows, s.key, s.keys) for s in segments]
     return PackedTables._make(
-        [*tables, _ints(seg, 4), _ints([s.pos for s in segments]), _ints(bucket, 2), _ints(gather), _ints(scatter), *_tiles(segments, blocks, sizes)]
+        [
+            *tables,
+            _ints(seg, 4),
+            _ints([s.pos for s in segments]),
+            _ints(bucket, 2),
+            _ints(gather),
+            _ints(scatter),
+            *_tiles(segments, blocks, sizes),
+        ]
     )
 
 
@@ -167,7 +193,15 @@ class Problem:
         """The same problem in another dtype (the prefix stays in at least fp32, as trained prefixes do)."""
         own = torch.promote_types(dtype, torch.float32)
         q, k, v, do = (t.to(dtype) for t in (self.q, self.k, self.v, self.do))
-        return replace(self, q=q, k=k, v=v, do=do, prefix_k=self.prefix_k.to(dtype).to(own), prefix_v=self.prefix_v.to(dtype).to(own))
+        return replace(
+            self,
+            q=q,
+            k=k,
+            v=v,
+            do=do,
+            prefix_k=self.prefix_k.to(dtype).to(own),
+            prefix_v=self.prefix_v.to(dtype).to(own),
+        )
 
     def to(self, device: torch.device | str) -> Problem:
         """The same problem on another device."""
@@ -199,7 +233,13 @@ def problem(
     n, m = sum(r.length for r in requests), sum(r.cached + r.length for r in requests)
     slots = torch.randperm(m + 9, generator=g)[:m].int() if arena else None
     keys = (m + 9 if arena else m, num_kv_heads, head_dim)
-    shapes = [(n, num_heads, head_dim), keys, keys, *[(max(row, 1), num_kv_heads, head_dim)] * 2, (n, num_heads, head_dim)]
+    shapes = [
+        (n, num_heads, head_dim),
+        keys,
+        keys,
+        *[(max(row, 1), num_kv_heads, head_dim)] * 2,
+        (n, num_heads, head_dim),
+    ]
     q, k, v, pk, pv, do = (torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes)
     return Problem(q, k, v, pk, pv, do, packed_tables(requests, blocks, sizes), head_dim**-0.5, slots)
 

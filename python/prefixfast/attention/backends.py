@@ -23,7 +23,9 @@ Reasons = dict[str, dict[str, bool]]  # of each backend what it does not serve, 
 logger = logging.getLogger(__name__)
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], num_kv_heads: int = 1) -> Backend:
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], num_kv_heads: int = 1
+) -> Backend:
     """The backend of a model.
 
     Args:
@@ -45,7 +47,9 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, shapes: 
         if not _has_triton():
             msg = "triton is not installed; use backend='torch'"
             raise ValueError(msg)
-        return Backend(name, tiles.sizes(device, dtype, shapes), tiles.decode_sizes(device, dtype, shapes, num_kv_heads))
+        return Backend(
+            name, tiles.sizes(device, dtype, shapes), tiles.decode_sizes(device, dtype, shapes, num_kv_heads)
+        )
     except (ValueError, KeyError) as e:
         if name == "triton":
             msg = f"backend 'triton': {e}"

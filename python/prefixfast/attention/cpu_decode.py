@@ -44,7 +44,9 @@ def _runs_on_torchs_threads() -> bool:
     return reason is None
 
 
-def cannot(q: Tensor, k_arena: Tensor, v_arena: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None) -> dict[str, bool]:
+def cannot(
+    q: Tensor, k_arena: Tensor, v_arena: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None
+) -> dict[str, bool]:
     """What of this call `decode` does not serve, as `ops` picks a backend; empty if it serves all."""
     pairs = ((k_arena, v_arena), (prefix_k, prefix_v))
     if _rust() is None:

@@ -18,7 +18,16 @@ from prefixfast.attention.plan import AttentionCall, Plan
 NAME = "prefixfast"
 # Keywords that models pass and that do not change the result here. Anything else that is set is refused: it might.
 HARMLESS = frozenset(
-    {"cache_position", "is_causal", "output_attentions", "position_ids", "use_cache", "output_hidden_states", "return_dict", "num_items_in_batch"}
+    {
+        "cache_position",
+        "is_causal",
+        "output_attentions",
+        "position_ids",
+        "use_cache",
+        "output_hidden_states",
+        "return_dict",
+        "num_items_in_batch",
+    }
 )
 
 
@@ -77,7 +86,21 @@ def prefixfast_attention(
         assert plan.arena is not None
         assert arena is not None
         use, step = plan.backend, list(plan.decode[plan.view(layer)])
-        o, _ = ops.attn_decode(q, *arena, None, None, plan.arena.table, step, None, plan.max_len, scale, window, cap, use.name, use.decode.users)
+        o, _ = ops.attn_decode(
+            q,
+            *arena,
+            None,
+            None,
+            plan.arena.table,
+            step,
+            None,
+            plan.max_len,
+            scale,
+            window,
+            cap,
+            use.name,
+            use.decode.users,
+        )
     else:
         assert plan.packed is not None
         prefix_k, prefix_v = arena or (None, None)
@@ -86,7 +109,23 @@ def prefixfast_attention(
         use, tables = plan.backend, list(plan.packed[plan.view(layer)])
         if plan.key_slots is not None and arena is not None:
             k, v = arena
-        o, lse = ops.attn(q, k, v, prefix_k, prefix_v, tables, plan.key_slots, None, scale, window, cap, True, True, use.name, list(use.sizes))
+        o, lse = ops.attn(
+            q,
+            k,
+            v,
+            prefix_k,
+            prefix_v,
+            tables,
+            plan.key_slots,
+            None,
+            scale,
+            window,
+            cap,
+            True,
+            True,
+            use.name,
+            list(use.sizes),
+        )
         if plan.probe is not None:
             plan.probe(AttentionCall(layer, q, k, lse, scale, window, cap))
     return o[None], None

@@ -53,7 +53,9 @@ def _packed_reasons(
     return {"triton": triton_cannot, "torch": torch_cannot}
 
 
-def _decode_reasons(q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, bias: Tensor | None, *, work: bool) -> Reasons:
+def _decode_reasons(
+    q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, bias: Tensor | None, *, work: bool
+) -> Reasons:
     triton_cannot = {
         "a position bias": bias is not None,
         f"{q.dtype}": q.dtype not in (torch.float32, torch.bfloat16, torch.float16),
@@ -121,7 +123,9 @@ def attn(
         ``o [N, HQ, D]`` and ``lse [N, HQ]`` (natural log; fp32, fp64 for fp64).
     """
     cut = Sizes(*sizes)
-    chosen = pick("attn", backend, q.device, _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=cut))
+    chosen = pick(
+        "attn", backend, q.device, _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=cut)
+    )
     packed, options = PackedTables(*tables), Options(scale, window, softcap)
     if chosen == "triton":
         from prefixfast_kernels import prefix_fwd  # triton is there on GPUs only
@@ -130,7 +134,20 @@ def attn(
             return prefix_fwd.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options, cut, causal=causal, slots=slots)
     if chosen == "torch":
         return torch_attn.attn_fwd(q, k, v, prefix_k, prefix_v, packed, options, slots=slots)
-    return reference.attn(q, k, v, prefix_k, prefix_v, packed, scale=scale, window=window, softcap=softcap, causal=causal, slots=slots, bias=bias)
+    return reference.attn(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        packed,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        causal=causal,
+        slots=slots,
+        bias=bias,
+    )
 
 
 @attn.register_fake
@@ -187,23 +204,35 @@ def attn_bwd(
         dq, dk, dv, dprefix_k, dprefix_v in the dtypes of their tensors; empty where not needed.
     """
     cut, packed, options = Sizes(*sizes), PackedTables(*tables), Options(scale, window, softcap)
-    chosen = pick("attn", backend, q.device, _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=cut, backward=True))
+    chosen = pick(
+        "attn",
+        backend,
+        q.device,
+        _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=cut, backward=True),
+    )
     wants = {"needs_own": any(needs[:3]), "needs_prefix": any(needs[3:])}
     grads: tuple[Tensor | None, ...]
     if chosen == "triton":
         from prefixfast_kernels import prefix_bwd  # triton is there on GPUs only
 
         with torch.cuda.device_of(q):
-            grads = prefix_bwd.attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, cut, causal=causal, slots=slots, **wants)
+            grads = prefix_bwd.attn_bwd(
+                do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, cut, causal=causal, slots=slots, **wants
+            )
     else:
         grads = torch_attn.attn_bwd(do, q, k, v, prefix_k, prefix_v, o, lse, packed, options, **wants)
     return [q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)]
 
 
 @attn_bwd.register_fake
-def _(do: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Any) -> list[Tensor]:
+def _(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Any
+) -> list[Tensor]:
     tensors = zip((q, k, v, prefix_k, prefix_v), rest[-1], strict=True)
-    return [q.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format) for t, need in tensors]
+    return [
+        q.new_empty(0) if t is None or not need else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, need in tensors
+    ]
 
 
 def _attn_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -217,10 +246,25 @@ def _attn_backward(ctx: Any, do: Tensor, _dlse: Tensor) -> tuple[Any, ...]:
     q, k, v, prefix_k, prefix_v, slots, bias, o, lse, *tables = ctx.saved_tensors
     needs = [bool(n) for n in ctx.needs_input_grad[:5]]
     scale, window, softcap, causal, square, backend, sizes = ctx.options
-    chosen = pick("attn", backend, q.device, _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=Sizes(*sizes), backward=True))
+    chosen = pick(
+        "attn",
+        backend,
+        q.device,
+        _packed_reasons(q, k, v, slots, bias, causal=causal, square=square, sizes=Sizes(*sizes), backward=True),
+    )
     if chosen == "reference":  # by autograd, which does not reach into operators
-        same: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "causal": causal, "slots": slots, "bias": bias}
-        leaves: list[Any] = [None if t is None else t.detach().requires_grad_(need) for t, need in zip((q, k, v, prefix_k, prefix_v), needs, strict=True)]
+        same: dict[str, Any] = {
+            "scale": scale,
+            "window": window,
+            "softcap": softcap,
+            "causal": causal,
+            "slots": slots,
+            "bias": bias,
+        }
+        leaves: list[Any] = [
+            None if t is None else t.detach().requires_grad_(need)
+            for t, need in zip((q, k, v, prefix_k, prefix_v), needs, strict=True)
+        ]
         with torch.enable_grad():
             own_q, own_k, own_v, own_pk, own_pv = leaves
             out, _ = reference.attn(own_q, own_k, own_v, own_pk, own_pv, PackedTables(*tables), **same)
@@ -300,7 +344,9 @@ def attn_decode(
         return attend.decode(q, k_arena, v_arena, pk, pv, table, step, options)
     if chosen == "torch":
         return decode_fwd(q, k_arena, v_arena, pk, pv, table, step, max_len, options)
-    return reference.attn_decode(q, k_arena, v_arena, prefix_k, prefix_v, table, step, scale=scale, window=window, softcap=softcap, bias=bias)
+    return reference.attn_decode(
+        q, k_arena, v_arena, prefix_k, prefix_v, table, step, scale=scale, window=window, softcap=softcap, bias=bias
+    )
 
 
 @attn_decode.register_fake
@@ -319,9 +365,13 @@ def linear_cross_entropy(
 
 
 @linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, needs_grad: bool, backend: str) -> tuple[Tensor, Tensor]:
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, needs_grad: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     losses = hidden.new_empty(hidden.shape[0], dtype=reference.accumulator(hidden.dtype))
-    return losses, torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad else hidden.new_empty(0)
+    return losses, torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad else hidden.new_empty(
+        0
+    )
 
 
 def _cross_entropy_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -337,7 +387,9 @@ def _cross_entropy_backward(ctx: Any, dlosses: Tensor, _dgrad: Tensor) -> tuple[
 linear_cross_entropy.register_autograd(_cross_entropy_backward, setup_context=_cross_entropy_setup)
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, backend: str) -> Tensor:
+def cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float, backend: str
+) -> Tensor:
     """Loss of every target under a frozen output layer, differentiable in ``hidden``; never holds all logits but on the reference backend.
 
     Args:
@@ -354,5 +406,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: 
     chosen = pick("cross_entropy", backend, hidden.device, _cross_entropy_reasons(hidden.dtype))
     if chosen == "reference":
         return reference.linear_cross_entropy(hidden, weight, bias, targets, softcap=softcap)
-    losses, _ = linear_cross_entropy(hidden, weight, bias, targets, softcap, hidden.requires_grad and torch.is_grad_enabled(), chosen)
+    losses, _ = linear_cross_entropy(
+        hidden, weight, bias, targets, softcap, hidden.requires_grad and torch.is_grad_enabled(), chosen
+    )
     return losses

@@ -166,7 +166,10 @@ def prefix_rows(prefixes: Sequence[tuple[Sequence[int], int, int, bool]], num_la
     has = np.array([np.isin(np.arange(num_layers), layers) for layers, *_ in prefixes])
     kinds, view_of = np.unique(has, axis=1, return_inverse=True)
     rows = kinds.T * np.array([rows for _, rows, *_ in prefixes], np.int64)  # [views, prefixes]
-    same = [np.broadcast_to(np.array(column, np.int64), rows.shape) for column in ([p[2] for p in prefixes], [p[3] for p in prefixes])]
+    same = [
+        np.broadcast_to(np.array(column, np.int64), rows.shape)
+        for column in ([p[2] for p in prefixes], [p[3] for p in prefixes])
+    ]
     table = np.stack([rows.cumsum(1) - rows, rows, *same], 2).astype(np.int32)
     return PrefixRows(table, () if len(table) == 1 else view_of.reshape(-1).tolist())
 
@@ -192,19 +195,31 @@ def training_plan(
         backend: Which kernels attention runs on.
         device: Where the model runs.
     """
-    planned = [_rust.plan_packed(lengths, prefix_indptr, prefix_of, table, tiles=backend.sizes[:3]) for table in rows.table]
+    planned = [
+        _rust.plan_packed(lengths, prefix_indptr, prefix_of, table, tiles=backend.sizes[:3]) for table in rows.table
+    ]
     buffers = [torch.from_numpy(view.buffer).to(device) for view in planned]
     positions = section(buffers[0], planned[0].sections["position_ids"])[None]
     depth = int(np.diff(prefix_indptr).max(initial=0))
     backend = replace(backend, sizes=backend.sizes._replace(depth=depth))
     packed = [packed_tables(buffer, view.sections) for buffer, view in zip(buffers, planned, strict=True)]
-    return Plan(positions, backend, max(view.reach for view in planned), packed=packed, view_of=rows.view_of, prefix=prefix)
+    return Plan(
+        positions, backend, max(view.reach for view in planned), packed=packed, view_of=rows.view_of, prefix=prefix
+    )
 
 
 def plain_plan(lengths: Sequence[int], *, backend: Backend, device: torch.device | str = "cpu") -> Plan:
     """Plan of sequences of these lengths without prefixes."""
     none = np.zeros(0, np.int32)
-    return training_plan(np.array(lengths, np.int32), np.zeros(len(lengths) + 1, np.int32), none, NO_PREFIXES, None, backend=backend, device=device)
+    return training_plan(
+        np.array(lengths, np.int32),
+        np.zeros(len(lengths) + 1, np.int32),
+        none,
+        NO_PREFIXES,
+        None,
+        backend=backend,
+        device=device,
+    )
 
 
 def prefill_plan(tables: Tensor, layout: Layout, reach: int, arena: Arena, backend: Backend) -> Plan:
@@ -249,4 +264,6 @@ def decode_plan(tables: Tensor, layout: Layout, reach: int, max_len: int, arena:
     slots = section(tables, places["slot"])
     arena.table[views[0].row.long(), views[0].lens.long() - 1] = slots
     positions = section(tables, places["position_ids"])[None]
-    return Plan(positions, backend, reach, decode=views, view_of=layout.view_of, arena=arena, slots=slots, max_len=max_len)
+    return Plan(
+        positions, backend, reach, decode=views, view_of=layout.view_of, arena=arena, slots=slots, max_len=max_len
+    )

@@ -112,7 +112,11 @@ def sdpa(x: Inputs, kernel: str) -> Tensor:
     if kernel == "EFFICIENT_ATTENTION":  # it knows no grouped heads
         k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
     with sdpa_kernel(getattr(SDPBackend, kernel)):
-        return x.packed(F.scaled_dot_product_attention(q, k, v, causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=q.shape[1] != k.shape[1]))
+        return x.packed(
+            F.scaled_dot_product_attention(
+                q, k, v, causal_lower_right(q.shape[2], k.shape[2]), enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
 
 
 def varlen(x: Inputs) -> Tensor:
@@ -120,7 +124,9 @@ def varlen(x: Inputs) -> Tensor:
     q, k, v = (y.transpose(1, 2).flatten(0, 1) for y in x.batched())
     t, s = x.shape.tokens, x.shape.tokens + x.shape.prefix
     cu = [torch.arange(x.shape.sequences + 1, device=q.device, dtype=torch.int32) * n for n in (t, s)]
-    return torch.ops.aten._flash_attention_forward(q, k, v, *cu, t, s, 0.0, True, False, scale=x.shape.heads[2] ** -0.5)[0]
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, *cu, t, s, 0.0, True, False, scale=x.shape.heads[2] ** -0.5
+    )[0]
 
 
 def cascade(x: Inputs) -> Tensor:
@@ -137,7 +143,11 @@ class _Cascade(torch.autograd.Function):
         own_o, own_lse, own_state = _flash(q, k, v, shape, own=True)
         one = shape.distinct == 1  # then the order is that of the sequences
         prefix_o, prefix_lse, prefix_state = _flash(q if one else q[order], pk, pv, shape, own=False)
-        po, pl = (prefix_o, prefix_lse.T) if one else (prefix_o[_back(shape, q.device)], prefix_lse.T[_back(shape, q.device)])
+        po, pl = (
+            (prefix_o, prefix_lse.T)
+            if one
+            else (prefix_o[_back(shape, q.device)], prefix_lse.T[_back(shape, q.device)])
+        )
         ol = own_lse.T
         lse = torch.logaddexp(pl, ol)
         o = (po * (pl - lse).exp()[..., None] + own_o * (ol - lse).exp()[..., None]).to(q.dtype)
@@ -174,7 +184,12 @@ def _lengths(shape: Shape, device: torch.device, *, own: bool) -> tuple[Tensor, 
         return cu, cu, shape.tokens, shape.tokens
     users = [len(range(i, shape.sequences, shape.distinct)) * shape.tokens for i in range(shape.distinct)]
     cu_q = torch.tensor([0, *users], device=device).cumsum(0).int()
-    return cu_q, torch.arange(shape.distinct + 1, device=device, dtype=torch.int32) * shape.prefix, max(users), shape.prefix
+    return (
+        cu_q,
+        torch.arange(shape.distinct + 1, device=device, dtype=torch.int32) * shape.prefix,
+        max(users),
+        shape.prefix,
+    )
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, *, own: bool) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
@@ -185,7 +200,16 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, shape: Shape, *, own: bool) -> tuple
 
 
 def _flash_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, shape: Shape, state: tuple[Tensor, Tensor], *, own: bool
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    shape: Shape,
+    state: tuple[Tensor, Tensor],
+    *,
+    own: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     given = (do.contiguous(), q, k, v, o, lse.T.contiguous(), *_lengths(shape, q.device, own=own), 0.0, own, *state)
     return torch.ops.aten._flash_attention_backward(*given, scale=shape.heads[2] ** -0.5)
@@ -216,7 +240,13 @@ def flex(x: Inputs) -> Tensor:
     """FlexAttention, compiled: one axis of keys [all prefixes; all tokens] and a block mask, which is made once and not timed."""
     q, k, v, pk, pv = x.leaves
     keys, values = (torch.cat([a, b]).transpose(0, 1)[None] for a, b in ((pk, k), (pv, v)))
-    out = _compiled_flex()(q.transpose(0, 1)[None], keys, values, block_mask=_flex_mask(x.shape, q.device), enable_gqa=q.shape[1] != k.shape[1])
+    out = _compiled_flex()(
+        q.transpose(0, 1)[None],
+        keys,
+        values,
+        block_mask=_flex_mask(x.shape, q.device),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
     return out[0].transpose(0, 1)
 
 

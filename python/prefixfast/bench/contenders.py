@@ -23,7 +23,9 @@ def peft_model(plain: PreTrainedModel, prefix: Prefix) -> tuple[Any, Tensor]:
     """A copy of a base inside PEFT's prefix-tuning, and its trained table ``[P, 2 * L * H * D]``, which holds ``prefix``."""
     from peft import PrefixTuningConfig, get_peft_model
 
-    own: Any = get_peft_model(copy.deepcopy(plain), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length))
+    own: Any = get_peft_model(
+        copy.deepcopy(plain), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length)
+    )
     weight = own.prompt_encoder["default"].embedding.weight
     weight.data = layout.to_table(prefix.kv).to(weight.dtype)
     return own, weight
@@ -38,7 +40,13 @@ def peft(plain: PreTrainedModel, prefix: Prefix | None, new: int) -> Callable[[l
     def call(batch: list[list[int]]) -> Tensor:
         ids = torch.tensor(batch)
         with torch.inference_mode():
-            out: Tensor = own.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            out: Tensor = own.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+            )
         return out[:, ids.shape[1] :]
 
     return call
@@ -58,7 +66,10 @@ def mixed_by_hand(plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: l
     layers = plain.config.get_text_config().num_hidden_layers
     found = plain.generation_config.eos_token_id
     ends = [] if found is None else [found] if isinstance(found, int) else list(found)
-    stacked = [[torch.stack([p.kv[f"self.{i}.{x}"].transpose(0, 1) for p in prefixes]).to(plain.dtype) for x in "kv"] for i in range(layers)]
+    stacked = [
+        [torch.stack([p.kv[f"self.{i}.{x}"].transpose(0, 1) for p in prefixes]).to(plain.dtype) for x in "kv"]
+        for i in range(layers)
+    ]
 
     @torch.inference_mode()
     def call() -> Tensor:
@@ -68,7 +79,9 @@ def mixed_by_hand(plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: l
         out, token, seen = [], ids, length
         for _ in range(new):
             positions = torch.arange(seen, seen + token.shape[1])[None].expand(count, -1)
-            logits = plain(input_ids=token, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=1).logits
+            logits = plain(
+                input_ids=token, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=1
+            ).logits
             seen += token.shape[1]
             last = logits[:, -1]
             last[:, ends] = -torch.inf  # every request gets all its tokens, as with the others' min_new_tokens

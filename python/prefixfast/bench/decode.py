@@ -83,8 +83,12 @@ class Inputs:
         g = torch.Generator().manual_seed(0)
         first = shape.distinct * shape.prefix
         count = first + shape.rows * shape.keys
-        q, k, v = (torch.randn(s, generator=g).to(device, dtype) for s in ((shape.rows, hq, d), (count, h, d), (count, h, d)))
-        table = (first + torch.randperm(shape.rows * shape.keys // 16, generator=g)[:, None] * 16 + torch.arange(16)).view(shape.rows, shape.keys)
+        q, k, v = (
+            torch.randn(s, generator=g).to(device, dtype) for s in ((shape.rows, hq, d), (count, h, d), (count, h, d))
+        )
+        table = (
+            first + torch.randperm(shape.rows * shape.keys // 16, generator=g)[:, None] * 16 + torch.arange(16)
+        ).view(shape.rows, shape.keys)
         which = torch.arange(shape.rows) * shape.distinct // shape.rows
         blocks = [(i * shape.prefix, shape.prefix) for i in range(shape.distinct)]
         plain = decode_tables([shape.keys] * shape.rows, [Request(0, ((b, True),)) for b in which.tolist()], blocks)
@@ -113,8 +117,16 @@ class Inputs:
 def contenders(x: Inputs, device: torch.device) -> dict[str, Callable[[], Tensor]]:
     """By name; the first is what the engine runs, the last is the way of transformers without its copies."""
     k, v = (t.contiguous() for t in x.copied())
-    modes = {f"prefixfast, {mode}": lambda mode=mode: x.ours("triton", mode) for mode in ("grouped", "inline")} if device.type == "cuda" else {}
-    torch_ways = {"torch backend": lambda: x.ours("torch", "chosen"), "gather, SDPA": lambda: x.sdpa(*x.copied()), "SDPA on copies": lambda: x.sdpa(k, v)}
+    modes = (
+        {f"prefixfast, {mode}": lambda mode=mode: x.ours("triton", mode) for mode in ("grouped", "inline")}
+        if device.type == "cuda"
+        else {}
+    )
+    torch_ways = {
+        "torch backend": lambda: x.ours("torch", "chosen"),
+        "gather, SDPA": lambda: x.sdpa(*x.copied()),
+        "SDPA on copies": lambda: x.sdpa(k, v),
+    }
     return {"prefixfast": lambda: x.ours("auto", "chosen"), **modes, **torch_ways}
 
 
@@ -136,7 +148,9 @@ def replayed(call: Callable[[], Tensor], device: torch.device) -> tuple[Callable
     return graph.replay, "graph"
 
 
-def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
+def measure(
+    shape: Shape, dtype: torch.dtype, device: torch.device, *, rounds: int, bandwidth: float
+) -> list[dict[str, Any]]:
     """Rows of the results file for one shape.
 
     Raises:
@@ -168,7 +182,13 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, rounds: i
     found = {name: Timing(tuple(s / repeats for s in t.seconds)) for name, t in alternate(loops, rounds).items()}
     common = {"shape": vars(shape), "work": "decode"}
     return [
-        {**common, "contender": n, "how": runs[n][1], "seconds": [round(s, 8) for s in t.seconds], "share_of_bandwidth": round(floor / t.best, 3)}
+        {
+            **common,
+            "contender": n,
+            "how": runs[n][1],
+            "seconds": [round(s, 8) for s in t.seconds],
+            "share_of_bandwidth": round(floor / t.best, 3),
+        }
         for n, t in found.items()
     ]
 
@@ -180,7 +200,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for r in rows:
         best, name = min(r["seconds"]), r["shape"]["name"]
         shown = f"{r['contender']} ({r['how']})"
-        lines.append(f"| {name} | {shown} | {best * 1e6:.1f} | {best / base[name]:.2f} | {100 * r['share_of_bandwidth']:.0f} % |")
+        lines.append(
+            f"| {name} | {shown} | {best * 1e6:.1f} | {best / base[name]:.2f} | {100 * r['share_of_bandwidth']:.0f} % |"
+        )
     return "\n".join(lines)
 
 
@@ -192,7 +214,11 @@ def run(out: Path, *, dtype: str, rounds: int, device: str = "auto") -> list[dic
 
     _, bandwidth = roofline(where, chosen)
     shapes = GPU_SHAPES if where.type == "cuda" else CPU_SHAPES
-    rows = [r for shape in tqdm(shapes, desc="bench", unit="shape") for r in measure(shape, chosen, where, rounds=rounds, bandwidth=bandwidth)]
+    rows = [
+        r
+        for shape in tqdm(shapes, desc="bench", unit="shape")
+        for r in measure(shape, chosen, where, rounds=rounds, bandwidth=bandwidth)
+    ]
     write_rows(out / "decode.jsonl", [{"suite": "decode", "dtype": str(chosen), "device": str(where)}, *rows])
     print(table(rows))
     print(out / "decode.jsonl")

@@ -70,7 +70,9 @@ def check(device: torch.device, dtypes: tuple[torch.dtype, ...], names: tuple[st
             sizes = tiles.sizes(device, dtype, ((hq // h, d),))._replace(depth=case.depth)
             got, same = errors(case, dtype, sizes, triton, device=str(device))
             if not within(got, same, FLOOR[dtype]):
-                msg = f"{name}, {dtype}: the kernels are wrong, nothing is timed: " + ", ".join(f"{n} {e:.1e}" for n, e in zip(NAMES, got, strict=True))
+                msg = f"{name}, {dtype}: the kernels are wrong, nothing is timed: " + ", ".join(
+                    f"{n} {e:.1e}" for n, e in zip(NAMES, got, strict=True)
+                )
                 raise RuntimeError(msg)
 
 
@@ -78,7 +80,9 @@ def roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     """What this machine does now: FLOP/s of a large matrix product, bytes/s of a copy."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    big = torch.ones((1 << 30 if device.type == "cuda" else 1 << 26) // dtype.itemsize, dtype=dtype, device=device)  # pages never written are one page
+    big = torch.ones(
+        (1 << 30 if device.type == "cuda" else 1 << 26) // dtype.itemsize, dtype=dtype, device=device
+    )  # pages never written are one page
     other = torch.empty_like(big)
     product, copy = (_seconds(call, device, 5) for call in (lambda: torch.mm(a, b), lambda: other.copy_(big)))
     return 2 * n**3 / min(product), 2 * big.numel() * dtype.itemsize / min(copy)
@@ -116,7 +120,9 @@ def measure(shape: Shape, dtype: torch.dtype, device: torch.device, *, rounds: i
     for name, contender in names.items():
         try:
             error = max(relative_error(a, b) for a, b in zip(_outputs(contender, x), expected, strict=True))
-        except Exception as e:  # whatever a contender of torch raises (Triton's OutOfResources is a plain Exception), it is not run
+        except (
+            Exception
+        ) as e:  # whatever a contender of torch raises (Triton's OutOfResources is a plain Exception), it is not run
             if name == "prefixfast":
                 raise
             points.append(Point(shape, name, "forward", None, 0.0, str(e).splitlines()[0][:200]))
@@ -159,14 +165,19 @@ def _outputs(contender: Contender, x: Inputs) -> list[Tensor]:
 
 def table(points: list[Point]) -> str:
     """Markdown: milliseconds (best), their spread, and the ratio to prefixfast."""
-    lines = ["| shape | work | contender | ms | median / best | times prefixfast | share of roofline |", "| --- | --- | --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| shape | work | contender | ms | median / best | times prefixfast | share of roofline |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: |",
+    ]
     base = {(p.shape, p.work): p.timing.best for p in points if p.contender == "prefixfast" and p.timing}
     for p in points:
         if p.timing is None:
             lines.append(f"| {p.shape.name} | | {p.contender} | not run: {p.reason} | | | |")
         else:
             spread, ratio = p.timing.median / p.timing.best, p.timing.best / base[p.shape, p.work]
-            lines.append(f"| {p.shape.name} | {p.work} | {p.contender} | {p.timing.best * 1e3:.3f} | {spread:.2f} | {ratio:.2f} | {100 * p.share:.0f} % |")
+            lines.append(
+                f"| {p.shape.name} | {p.work} | {p.contender} | {p.timing.best * 1e3:.3f} | {spread:.2f} | {ratio:.2f} | {100 * p.share:.0f} % |"
+            )
     return "\n".join(lines)
 
 
@@ -186,7 +197,9 @@ def plot(points: list[Point], path: Path, title: str) -> None:
             heights = [found[s] / base[s] if s in found else 0.0 for s in shapes]
             axes.bar([j + 0.8 * i / len(names) for j in range(len(shapes))], heights, 0.8 / len(names), label=name)
         axes.set(ylabel="time, prefixfast = 1", title=f"{work}\n{title}")
-        axes.set_xticks([j + 0.4 for j in range(len(shapes))], [s.name.replace(", ", "\n", 1) for s in shapes], fontsize="x-small")
+        axes.set_xticks(
+            [j + 0.4 for j in range(len(shapes))], [s.name.replace(", ", "\n", 1) for s in shapes], fontsize="x-small"
+        )
         axes.legend(fontsize="x-small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -201,9 +214,14 @@ def run(out: Path, *, dtype: str, rounds: int, device: str = "auto") -> list[Poi
         check(where, (chosen,))
         print(f"correct on {len(CASES)} cases in {chosen}, {time.perf_counter() - start:.0f} s")
     shapes = GPU_SHAPES if where.type == "cuda" else CPU_SHAPES
-    points = [p for shape in tqdm(shapes, desc="bench", unit="shape") for p in measure(shape, chosen, where, rounds=rounds)]
+    points = [
+        p for shape in tqdm(shapes, desc="bench", unit="shape") for p in measure(shape, chosen, where, rounds=rounds)
+    ]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name()
-    write_rows(out / "results.jsonl", [{"suite": "kernels", "dtype": str(chosen), "device": str(where)}, *(p.row() for p in points)])
+    write_rows(
+        out / "results.jsonl",
+        [{"suite": "kernels", "dtype": str(chosen), "device": str(where)}, *(p.row() for p in points)],
+    )
     print(table(points))
     drawn = importlib.util.find_spec("matplotlib") is not None
     if drawn:

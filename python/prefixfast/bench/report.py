@@ -19,7 +19,12 @@ td:first-child, th:first-child { text-align: left; } img { max-width: 100%; } pr
 def markdown(lines: Mapping[str, Mapping[int, str]], lengths: Sequence[int], corner: str) -> str:
     """A Markdown table: one row a contender, one column a prefix length; what was not measured stays empty."""
     head = [f"| {corner} | " + " | ".join(f"P={n}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
-    return "\n".join([*head, *(f"| {label} | " + " | ".join(cells.get(n, "") for n in lengths) + " |" for label, cells in lines.items())])
+    return "\n".join(
+        [
+            *head,
+            *(f"| {label} | " + " | ".join(cells.get(n, "") for n in lengths) + " |" for label, cells in lines.items()),
+        ]
+    )
 
 
 def picture(lines: Mapping[str, Mapping[int, float]], path: Path, title: str, rate: str) -> None:
@@ -39,7 +44,9 @@ def picture(lines: Mapping[str, Mapping[int, float]], path: Path, title: str, ra
     figure.savefig(path, dpi=130)
 
 
-def write_report(path: Path, title: str, tables: Sequence[tuple[str, str]], picture: Path, environment: dict[str, Any], command: str) -> None:
+def write_report(
+    path: Path, title: str, tables: Sequence[tuple[str, str]], picture: Path, environment: dict[str, Any], command: str
+) -> None:
     """Write the report.
 
     Args:

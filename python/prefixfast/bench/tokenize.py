@@ -19,7 +19,12 @@ from prefixfast.data.tasks import find_task
 from prefixfast.errors import DataError
 from prefixfast.model.tokenizer import Tokenizer
 
-OURS, LISTS, ARRAYS, FAST = "prefixfast", "transformers, lists", "transformers, one int32 array", "tokenizers, encode_batch_fast"
+OURS, LISTS, ARRAYS, FAST = (
+    "prefixfast",
+    "transformers, lists",
+    "transformers, one int32 array",
+    "tokenizers, encode_batch_fast",
+)
 Ragged = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
@@ -33,7 +38,10 @@ class Point(NamedTuple):
 
     def row(self) -> dict[str, Any]:
         """For the results file."""
-        rates = {"ns_a_text": round(1e9 * self.timing.best / self.texts), "mb_s": round(self.bytes / self.timing.best / 1e6, 1)}
+        rates = {
+            "ns_a_text": round(1e9 * self.timing.best / self.texts),
+            "mb_s": round(self.bytes / self.timing.best / 1e6, 1),
+        }
         return {"contender": self.contender, "seconds": [round(s, 6) for s in self.timing.seconds], **rates}
 
 
@@ -70,7 +78,9 @@ def check(calls: dict[str, Callable[[], Any]]) -> None:
         if isinstance(got, tuple):
             got = [got[0][a:b].tolist() for a, b in itertools.pairwise(got[1])]
         if got != expected:
-            i = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
+            i = next(
+                (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
+            )
             msg = f"{name}: other tokens than transformers' for text {i}; no speed is reported on wrong results"
             raise RuntimeError(msg)
 
@@ -108,7 +118,11 @@ def texts_of(data: Path, task: str | None, tokenizer: Tokenizer) -> list[str]:
         DataError: For rows that cannot be read.
     """
     rows = read_rows(data)
-    return [text for prompt, targets in find_task(task, rows[0]).pairs(rows, tokenizer.eos, tokenizer.chat) for text in (prompt, *targets)]
+    return [
+        text
+        for prompt, targets in find_task(task, rows[0]).pairs(rows, tokenizer.eos, tokenizer.chat)
+        for text in (prompt, *targets)
+    ]
 
 
 def run(out: Path, *, tokenizer: str, data: Path, task: str | None, rounds: int, command: str) -> list[Point]:
@@ -118,7 +132,13 @@ def run(out: Path, *, tokenizer: str, data: Path, task: str | None, rounds: int,
     hf = AutoTokenizer.from_pretrained(tokenizer)
     texts = texts_of(data, task, Tokenizer.from_hf(hf))
     points = measure(hf, texts, rounds=rounds)
-    head = {"suite": "tokenize", "tokenizer": tokenizer, "texts": len(texts), "bytes": points[0].bytes, "command": command}
+    head = {
+        "suite": "tokenize",
+        "tokenizer": tokenizer,
+        "texts": len(texts),
+        "bytes": points[0].bytes,
+        "command": command,
+    }
     write_rows(out / "results.jsonl", [head, *(p.row() for p in points)])
     size = f"{len(texts):,} texts, {points[0].bytes / 1e6:.1f} MB"
     print(f"{size}, {tokenizer}, {cpu_name()}; best of {rounds} rounds\n\n{table(points)}\n\n{out / 'results.jsonl'}")

@@ -83,8 +83,17 @@ class Point:
 
     def row(self) -> dict[str, Any]:
         """For the results file."""
-        fields = {"contender": self.contender, "prefixes": self.prefixes, "prefix_length": self.prefix_length, "tokens": self.tokens}
-        return {**fields, "seconds": [round(s, 4) for s in self.timing.seconds], "tokens_per_second": round(self.rate, 2)}
+        fields = {
+            "contender": self.contender,
+            "prefixes": self.prefixes,
+            "prefix_length": self.prefix_length,
+            "tokens": self.tokens,
+        }
+        return {
+            **fields,
+            "seconds": [round(s, 4) for s in self.timing.seconds],
+            "tokens_per_second": round(self.rate, 2),
+        }
 
 
 class _Clock:
@@ -107,7 +116,17 @@ class _Clock:
 def ours(model: Model, rows: Mapping[str, Rows], start: Mapping[str, Prefix], steps: int) -> Run:
     """All prefixes at once by `prefixfast.train`."""
     clock, size = _Clock(), len(next(iter(rows.values())))
-    train(model, dict(rows), init=dict(start), on_error="raise", batch_size=size, max_steps=steps + 1, learning_rate=RATE, progress=False, callbacks=[clock])
+    train(
+        model,
+        dict(rows),
+        init=dict(start),
+        on_error="raise",
+        batch_size=size,
+        max_steps=steps + 1,
+        learning_rate=RATE,
+        progress=False,
+        callbacks=[clock],
+    )
     return clock.run()
 
 
@@ -174,7 +193,9 @@ def measure(
     tokens = [sum(len(r["input_ids"]) for r in own) for own in rows.values()]
     for length in tqdm(lengths, desc="bench, training", unit="length", disable=not progress):
         start = dict(zip(rows, random_prefixes(model, length, len(rows)), strict=True))
-        calls: dict[tuple[str, int], Callable[[], Run]] = {(OURS, n): partial(ours, model, _first(rows, n), _first(start, n), work.steps) for n in counts}
+        calls: dict[tuple[str, int], Callable[[], Run]] = {
+            (OURS, n): partial(ours, model, _first(rows, n), _first(start, n), work.steps) for n in counts
+        }
         if plain is not None and version("peft"):
             calls[PEFT, 1] = partial(theirs, plain, rows["000"], start["000"], work.steps)
         seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
@@ -183,7 +204,9 @@ def measure(
             check(runs, length, limit)
             for key, run in runs.items():
                 seconds[key].append(run.seconds)
-        points += [Point(name, n, length, work.steps * sum(tokens[:n]), Timing(tuple(s))) for (name, n), s in seconds.items()]
+        points += [
+            Point(name, n, length, work.steps * sum(tokens[:n]), Timing(tuple(s))) for (name, n), s in seconds.items()
+        ]
     return points
 
 
@@ -191,7 +214,9 @@ def _first(named: Mapping[str, V], count: int) -> dict[str, V]:
     return dict(itertools.islice(named.items(), count))
 
 
-def table(points: Sequence[Point], show: Callable[[Point], str] = lambda p: f"{p.rate:.0f}", corner: str = "tokens/s") -> str:
+def table(
+    points: Sequence[Point], show: Callable[[Point], str] = lambda p: f"{p.rate:.0f}", corner: str = "tokens/s"
+) -> str:
     """A Markdown table: one row a contender, one column a prefix length."""
     lines: dict[str, dict[int, str]] = {}
     for p in points:
@@ -199,7 +224,17 @@ def table(points: Sequence[Point], show: Callable[[Point], str] = lambda p: f"{p
     return markdown(lines, sorted({p.prefix_length for p in points}), corner)
 
 
-def run(out: Path, *, model: str | None, shape: str, dtype: str, lengths: Sequence[int], counts: Sequence[int], rounds: int, command: str) -> list[Point]:
+def run(
+    out: Path,
+    *,
+    model: str | None,
+    shape: str,
+    dtype: str,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    rounds: int,
+    command: str,
+) -> list[Point]:
     """Measure, print the tables, write ``results.jsonl``, ``throughput.png`` and ``report.html``.
 
     Raises:
@@ -217,15 +252,37 @@ def run(out: Path, *, model: str | None, shape: str, dtype: str, lengths: Sequen
     with load(hf) as base:
         points = measure(base, lengths, counts, work, rounds=rounds, limit=LIMIT[dtype], plain=plain)
     name = model or f"{SHAPES[shape][3]}, random weights"
-    head = {"suite": "train", "model": name, "dtype": dtype, "examples": work.examples, "row_tokens": [work.shortest, work.longest], "command": command}
+    head = {
+        "suite": "train",
+        "model": name,
+        "dtype": dtype,
+        "examples": work.examples,
+        "row_tokens": [work.shortest, work.longest],
+        "command": command,
+    }
     write_rows(out / "results.jsonl", [head, *(p.row() for p in points)])
     title = f"{work.examples} rows of {work.shortest} to {work.longest} tokens a step and prefix, {name}, {dtype}, {cpu_name()}"
-    lines = {label: {p.prefix_length: p.rate for p in points if p.label == label} for label in dict.fromkeys(p.label for p in points)}
+    lines = {
+        label: {p.prefix_length: p.rate for p in points if p.label == label}
+        for label in dict.fromkeys(p.label for p in points)
+    }
     picture(lines, out / "throughput.png", title, "trained tokens per second")
     tables = [(f"trained tokens a second, best of {rounds} rounds", table(points))]
-    tables.append(("median over best round", table(points, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")))
+    tables.append(
+        ("median over best round", table(points, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread"))
+    )
     for caption, text in tables:
         print(f"\n{caption}\n\n{text}")
-    write_report(out / "report.html", f"Training versus prefix length: {title}", tables, out / "throughput.png", environment(), command)
-    print(f"\n{out / 'results.jsonl'}, {out / 'throughput.png'}, {out / 'report.html'}" + ("" if version("peft") else " (pip install peft to compare with it)"))
+    write_report(
+        out / "report.html",
+        f"Training versus prefix length: {title}",
+        tables,
+        out / "throughput.png",
+        environment(),
+        command,
+    )
+    print(
+        f"\n{out / 'results.jsonl'}, {out / 'throughput.png'}, {out / 'report.html'}"
+        + ("" if version("peft") else " (pip install peft to compare with it)")
+    )
     return points

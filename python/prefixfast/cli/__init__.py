@@ -13,7 +13,11 @@ from prefixfast.cli import bench, convert, data, doctor, generate, prefixes, sco
 from prefixfast.errors import PrefixFastError
 
 app = typer.Typer(
-    name="prefixfast", help="Prefix-tuning: train, generate, measure.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    name="prefixfast",
+    help="Prefix-tuning: train, generate, measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 app.command("train")(train.command)
 app.command("generate")(generate.command)

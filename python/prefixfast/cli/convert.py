@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 def command(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="folder of a prefix, or adapter folder")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="where to; an adapter that is there is replaced")],
-    recursive: Annotated[bool, typer.Option("--recursive", help="every adapter folder below SRC, to the same place below DST; links are not followed")] = False,
+    recursive: Annotated[
+        bool,
+        typer.Option(
+            "--recursive", help="every adapter folder below SRC, to the same place below DST; links are not followed"
+        ),
+    ] = False,
     verify: Annotated[bool, typer.Option("--verify", help="read what was written and compare it")] = False,
     as_json: Json = False,
 ) -> None:
@@ -65,7 +70,11 @@ def convert(source: Path, target: Path, *, verify: bool) -> Outcome:
                 return Outcome(name, str(target), False, "what was written is another prefix", prefix.digest)
         except DataError as e:
             return Outcome(name, str(target), False, f"what was written cannot be read: {e}", prefix.digest)
-    why = "PEFT reads it too" if (target / "adapter_config.json").exists() else "only prefixfast reads it: PEFT cannot hold this prefix"
+    why = (
+        "PEFT reads it too"
+        if (target / "adapter_config.json").exists()
+        else "only prefixfast reads it: PEFT cannot hold this prefix"
+    )
     return Outcome(name, str(target), True, why, prefix.digest)
 
 

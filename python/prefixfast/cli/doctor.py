@@ -19,7 +19,9 @@ LENGTH, HEAD_DIM = 10, 64  # a usual prefix; the usual head of a base that is no
 
 
 def command(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="hub id or folder of a base, to be loaded and attached")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="hub id or folder of a base, to be loaded and attached")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="compute dtype of the base")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -33,7 +35,9 @@ def command(
             with load(model, dtype=dtype) as base:
                 values |= backends(base) | of_model(base)
         except Exception:
-            show_one(values, as_json=as_json, title="prefixfast doctor")  # what was found out helps with the error that follows
+            show_one(
+                values, as_json=as_json, title="prefixfast doctor"
+            )  # what was found out helps with the error that follows
             raise
     show_one(values, as_json=as_json, title="prefixfast doctor")
     if problem is not None:
@@ -111,7 +115,12 @@ def of_model(base: Model) -> dict[str, Any]:
     heads = sorted({f"{s.num_heads} query and {s.num_kv_heads} kv heads of {s.head_dim}" for s in base.layers})
     return {
         "base": found["name"],
-        "family": f"{kind}: " + ("parity with PEFT is held by the tests" if kind in VERIFIED else "not in the tested set; its logits are unchanged here"),
+        "family": f"{kind}: "
+        + (
+            "parity with PEFT is held by the tests"
+            if kind in VERIFIED
+            else "not in the tested set; its logits are unchanged here"
+        ),
         "parameters": base.hf.num_parameters(),
         "dtype": str(base.dtype).removeprefix("torch."),
         "layers": len(base.layers),
@@ -140,4 +149,6 @@ def _triton() -> str:
 
     if importlib.util.find_spec("triton") is None:
         return "not installed: the torch backend serves every call"
-    return str(version("triton")) + ("" if torch.cuda.is_available() else ": needs a GPU, the torch backend serves every call")
+    return str(version("triton")) + (
+        "" if torch.cuda.is_available() else ": needs a GPU, the torch backend serves every call"
+    )

@@ -23,13 +23,18 @@ SOME_FAILED = 3
 
 @flags(GenerationParams, EngineConfig)
 def command(
-    requests: Annotated[Path, typer.Argument(metavar="IN", help="rows without their target (.jsonl .json .csv .parquet, also .gz)")],
+    requests: Annotated[
+        Path, typer.Argument(metavar="IN", help="rows without their target (.jsonl .json .csv .parquet, also .gz)")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="JSON lines, one a request, in order")],
     prefix: Annotated[list[Path] | None, PREFIX] = None,
     prefixes: Annotated[Path | None, PREFIXES] = None,
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
-    on_error: Annotated[Literal["raise", "return"], typer.Option(help="return: a bad request gets an error in OUT, the others run; exit status 3")] = "raise",
+    on_error: Annotated[
+        Literal["raise", "return"],
+        typer.Option(help="return: a bad request gets an error in OUT, the others run; exit status 3"),
+    ] = "raise",
     *,
     fields: dict[str, Any],
 ) -> None:
@@ -40,7 +45,9 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(requests)
-    results = run(rows, chosen_prefixes(rows, prefix, prefixes, store), model=model, store=store, on_error=on_error, **fields)
+    results = run(
+        rows, chosen_prefixes(rows, prefix, prefixes, store), model=model, store=store, on_error=on_error, **fields
+    )
     lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results)
     replace_file(output, "".join(line + "\n" for line in lines).encode())
     failed = sum(r.error is not None for r in results)

@@ -16,7 +16,9 @@ from prefixfast.errors import ConfigError
 from prefixfast.io.yaml import read_yaml
 
 
-def flags(*configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def flags(
+    *configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a flag for every field of ``configs``, ``--config FILE`` and ``--print-config`` to a command.
 
     The command receives ``fields: dict``: values of the file, overridden by the flags that were given.
@@ -54,7 +56,12 @@ def flags(*configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | N
 
 
 CONFIG = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the fields below; flags win")]
-PRINT = Annotated[bool, typer.Option("--print-config", help="print all fields below as they would be used, as such a file, and do nothing else")]
+PRINT = Annotated[
+    bool,
+    typer.Option(
+        "--print-config", help="print all fields below as they would be used, as such a file, and do nothing else"
+    ),
+]
 
 
 def _shown(configs: tuple[type[Options], ...], options: Mapping[str, Any]) -> str:
@@ -67,7 +74,13 @@ def _parameter(name: str, field: dataclasses.Field[Any], hint: Any, group: str) 
     default = "" if field.default is None else f" [default: {field.default}]"
     choices = _choices(hint)
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None) and get_origin(k) is not Literal]
-    kind = Literal[choices] if choices and (not kinds or get_origin(hint) is Literal) else str if choices else next(iter(kinds), str)
+    kind = (
+        Literal[choices]
+        if choices and (not kinds or get_origin(hint) is Literal)
+        else str
+        if choices
+        else next(iter(kinds), str)
+    )
     if numbers := _is_numbers(kind):
         kind = str
     elif get_origin(kind) is tuple:  # given several times
@@ -75,8 +88,12 @@ def _parameter(name: str, field: dataclasses.Field[Any], hint: Any, group: str) 
     flag = f"--{name.replace('_', '-')}"
     spelt = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     metavar = "INT,INT,..." if numbers else "|".join((kinds[0].__name__, *choices)) if choices and kind is str else None
-    option = typer.Option(spelt, metavar=metavar, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option])
+    option = typer.Option(
+        spelt, metavar=metavar, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
 
 
 def _choices(hint: Any) -> tuple[str, ...]:

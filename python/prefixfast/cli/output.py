@@ -49,7 +49,13 @@ def printable(value: Any) -> str:
     """One line of text that cannot steer a terminal: names come from strangers."""
     if value is None:
         return "-"
-    text = value if isinstance(value, str) else json.dumps(value) if isinstance(value, (dict, list, tuple, bool)) else str(value)
+    text = (
+        value
+        if isinstance(value, str)
+        else json.dumps(value)
+        if isinstance(value, (dict, list, tuple, bool))
+        else str(value)
+    )
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 

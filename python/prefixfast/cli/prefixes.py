@@ -14,7 +14,9 @@ from prefixfast.cli.output import in_bytes, printable, show, show_one
 if TYPE_CHECKING:
     from prefixfast.store import Outcome, PrefixStore, StoredPrefix
 
-app = typer.Typer(help="Prefixes in a store: list, show, inspect, add, rm, rollback, verify, export, import.", no_args_is_help=True)
+app = typer.Typer(
+    help="Prefixes in a store: list, show, inspect, add, rm, rollback, verify, export, import.", no_args_is_help=True
+)
 SOME_FAILED = 3
 
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")]
@@ -28,7 +30,9 @@ def list_(store: Store, as_json: Json = False) -> None:
     """The newest version of every name."""
     rows, failed = [], 0
     for one in _open(store).scan():
-        row = dict.fromkeys(("name", "version", "length", "nbytes", "size", "base", "created", "digest", "problem"), None) | _row(one)
+        row = dict.fromkeys(
+            ("name", "version", "length", "nbytes", "size", "base", "created", "digest", "problem"), None
+        ) | _row(one)
         failed += row["problem"] is not None
         rows.append(row)
     columns = ("name", "version", "length", "size", "base", "created", *(("problem",) if failed else ()))
@@ -37,7 +41,12 @@ def list_(store: Store, as_json: Json = False) -> None:
 
 
 @app.command("show")
-def show_(store: Store, name: Name, version: Annotated[int | None, typer.Option(help="by default the newest")] = None, as_json: Json = False) -> None:
+def show_(
+    store: Store,
+    name: Name,
+    version: Annotated[int | None, typer.Option(help="by default the newest")] = None,
+    as_json: Json = False,
+) -> None:
     """Everything about one prefix."""
     from prefixfast.errors import UnknownPrefixError
 
@@ -47,15 +56,25 @@ def show_(store: Store, name: Name, version: Annotated[int | None, typer.Option(
         msg = f"{name!r:.200} has no version {number}; it has {', '.join(map(str, versions))}"
         raise UnknownPrefixError(msg)
     values = _everything(versions[number])
-    show_one({**values, "versions": [{"version": v.version, "created": v.created, "digest": v.digest} for v in versions.values()]}, as_json=as_json)
+    show_one(
+        {
+            **values,
+            "versions": [{"version": v.version, "created": v.created, "digest": v.digest} for v in versions.values()],
+        },
+        as_json=as_json,
+    )
 
 
 @app.command("inspect")
 def inspect(
     store: Store,
     name: Name,
-    rows: Annotated[Path, typer.Argument(metavar="ROWS", help="rows to look at it with (.jsonl .json .csv .parquet, also .gz)")],
-    model: Annotated[str | None, typer.Option(help="hub id or folder of the base; by default the one that the prefix names")] = None,
+    rows: Annotated[
+        Path, typer.Argument(metavar="ROWS", help="rows to look at it with (.jsonl .json .csv .parquet, also .gz)")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="hub id or folder of the base; by default the one that the prefix names")
+    ] = None,
     words: Annotated[int, typer.Option(help="nearest words of each row; 0: none")] = 3,
     plot: Annotated[Path | None, typer.Option(help="draw it into this file (.png, .svg, .pdf)")] = None,
 ) -> None:
@@ -116,7 +135,10 @@ def rm(
 
 @app.command("rollback")
 def rollback(
-    store: Store, name: Name, to: Annotated[int | None, typer.Option(help="version; by default the one before the newest")] = None, as_json: Json = False
+    store: Store,
+    name: Name,
+    to: Annotated[int | None, typer.Option(help="version; by default the one before the newest")] = None,
+    as_json: Json = False,
 ) -> None:
     """Make an earlier version the newest again, as a new version."""
     opened = _open(store, make=False, keep_versions=sys.maxsize)
@@ -126,16 +148,25 @@ def rollback(
 @app.command("verify")
 def verify(
     store: Store,
-    absent: Annotated[str | None, typer.Option(metavar="DIGEST", help="look also for anything that holds this prefix")] = None,
+    absent: Annotated[
+        str | None, typer.Option(metavar="DIGEST", help="look also for anything that holds this prefix")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read every version again and compare it with what was put."""
     check = _open(store, make=False).verify(absent=absent)  # what killed writers left is removed first
-    problems = [asdict(d) for d in check.damaged] + [{"name": None, "path": p, "why": f"holds {absent}"} for p in check.holding]
+    problems = [asdict(d) for d in check.damaged] + [
+        {"name": None, "path": p, "why": f"holds {absent}"} for p in check.holding
+    ]
     if as_json:
         show_one({"ok": check.ok, **asdict(check)}, as_json=True)
     elif problems:
-        show(problems, ("path", "name", "why"), as_json=False, title=f"{check.versions} versions, {len(problems)} problems")
+        show(
+            problems,
+            ("path", "name", "why"),
+            as_json=False,
+            title=f"{check.versions} versions, {len(problems)} problems",
+        )
     else:
         typer.echo(f"{store}: {check.versions} versions, all whole" + (f"; nothing holds {absent}" if absent else ""))
     _exit(len(problems))
@@ -154,7 +185,10 @@ def export(
 
 @app.command("import")
 def import_(
-    store: Store, folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of adapter folders")], keep_versions: Keep = 2, as_json: Json = False
+    store: Store,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of adapter folders")],
+    keep_versions: Keep = 2,
+    as_json: Json = False,
 ) -> None:
     """Put every adapter folder in FOLDER, ours or PEFT's, under its name."""
     outcomes(_open(store, make=True, keep_versions=keep_versions).import_dir(folder), as_json=as_json)

@@ -16,18 +16,32 @@ from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
 from prefixfast.io.yaml import read_yaml
 
-DATA = typer.Argument(help="rows (.jsonl .json .csv .parquet, also .gz) for one prefix, or NAME=FILE for each of several prefixes")
-DRY_RUN = typer.Option("--dry-run", help="say what the run would take (parameters, memory, time from two measured steps) and write nothing")
+DATA = typer.Argument(
+    help="rows (.jsonl .json .csv .parquet, also .gz) for one prefix, or NAME=FILE for each of several prefixes"
+)
+DRY_RUN = typer.Option(
+    "--dry-run", help="say what the run would take (parameters, memory, time from two measured steps) and write nothing"
+)
 WORDS = ("text", "random", "zero")
 
 
-def resolved(data: list[str], eval_data: list[str] | None, *, fields: dict[str, Any], **given: Any) -> Mapping[str, Any]:
+def resolved(
+    data: list[str], eval_data: list[str] | None, *, fields: dict[str, Any], **given: Any
+) -> Mapping[str, Any]:
     """All options of the run, the recipe's included."""
     from prefixfast.training.trainer import prepare
 
     arguments = _arguments(eval_data=eval_data, **given)
     left_out = ("output_dir", "resume")
-    rest = {"callbacks": (), "objective": "sft", "prefix_config": None, "config": None, "store": None, "resume": False, "fields": fields}
+    rest = {
+        "callbacks": (),
+        "objective": "sft",
+        "prefix_config": None,
+        "config": None,
+        "store": None,
+        "resume": False,
+        "fields": fields,
+    }
     job, config = prepare(named(data), **{k: v for k, v in arguments.items() if k not in left_out} | rest)
     own = job.groups[0].prefix_config
     return {n: getattr(c, n) for c in (config, own) for n in c.names()}
@@ -38,17 +52,33 @@ def command(
     model: Annotated[str, typer.Argument(help="hub id or folder of the base model")],
     data: Annotated[list[str], DATA],
     output: Annotated[Path, typer.Option("-o", "--output", help="folder for the prefix, or for one folder a name")],
-    task: Annotated[str | None, typer.Option(help="e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; default: by the rows' keys")] = None,
-    prefix_column: Annotated[str | None, typer.Option(help="the rows' key that names their prefix: one prefix for each of its values")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; default: by the rows' keys"
+        ),
+    ] = None,
+    prefix_column: Annotated[
+        str | None, typer.Option(help="the rows' key that names their prefix: one prefix for each of its values")
+    ] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="held-out rows, like DATA")] = None,
-    init: Annotated[str | None, typer.Option(help="text, random, zero, or the folder of a prefix; by default the recipe's, text")] = None,
+    init: Annotated[
+        str | None, typer.Option(help="text, random, zero, or the folder of a prefix; by default the recipe's, text")
+    ] = None,
     init_text: Annotated[str | None, typer.Option(help="words to start from")] = None,
-    on_top_of: Annotated[Path | None, typer.Option(help="folder of a prefix that stays as it is and comes before the new ones")] = None,
-    sweep: Annotated[list[str] | None, typer.Option(help="FIELD=VALUE,VALUE,...: train every combination; may be given again for other fields")] = None,
+    on_top_of: Annotated[
+        Path | None, typer.Option(help="folder of a prefix that stays as it is and comes before the new ones")
+    ] = None,
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(help="FIELD=VALUE,VALUE,...: train every combination; may be given again for other fields"),
+    ] = None,
     overrides: Annotated[Path | None, typer.Option(help="YAML file: by name, options of that prefix alone")] = None,
     store: Annotated[Path | None, typer.Option(help="also put each prefix into this store when it finishes")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output folder")] = False,
-    on_error: Annotated[Literal["isolate", "raise"], typer.Option(help="one of several prefixes fails: report it and go on, or stop")] = "isolate",
+    on_error: Annotated[
+        Literal["isolate", "raise"], typer.Option(help="one of several prefixes fails: report it and go on, or stop")
+    ] = "isolate",
     dry_run: Annotated[bool, DRY_RUN] = False,
     *,
     fields: dict[str, Any],
@@ -58,7 +88,9 @@ def command(
     from prefixfast import train as run
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = _arguments(output, task, prefix_column, eval_data, init, init_text, on_top_of, sweep, overrides, store, resume, on_error)
+    arguments = _arguments(
+        output, task, prefix_column, eval_data, init, init_text, on_top_of, sweep, overrides, store, resume, on_error
+    )
     if dry_run:
         from prefixfast.training.estimate import estimate
 

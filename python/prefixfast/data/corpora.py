@@ -58,7 +58,9 @@ def task_items(task: str, path: Path, split: str) -> Iterator[Item]:
     if task == "webnlg" and is_json:
         yield from _webnlg(path, good_only=split == "train")
     elif task == "dart" and is_json:
-        yield from (item if isinstance(item, DataError) or "triples" in item else _guarded(_dart, item) for item in items(path))
+        yield from (
+            item if isinstance(item, DataError) or "triples" in item else _guarded(_dart, item) for item in items(path)
+        )
     elif task == "e2e":
         yield from _e2e(path, grouped=split != "train")
     else:
@@ -132,7 +134,9 @@ def _dart(item: FileRow) -> FileRow:
         for place in t:
             checked(item, 0, "tripleset", place)
     refs = [checked(item, 0, "text", n.get("text")) for n in notes]
-    return FileRow({"triples": triples} | ({"refs": refs, "source": notes[0].get("source")} if refs else {}), item.path, item.line)
+    return FileRow(
+        {"triples": triples} | ({"refs": refs, "source": notes[0].get("source")} if refs else {}), item.path, item.line
+    )
 
 
 def _guarded(make: Any, item: FileRow) -> Item:

@@ -76,7 +76,9 @@ class Example(NamedTuple):
     whole: bool = False
 
 
-def tokenize(model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, config: TrainConfig, limit: int) -> Examples:
+def tokenize(
+    model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, config: TrainConfig, limit: int
+) -> Examples:
     """Tokenize the rows of every prefix.
 
     Args:
@@ -109,7 +111,9 @@ def tokenize(model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, con
     indptr = np.concatenate([[0], np.cumsum([len(e.ids) for e in found], dtype=np.int64)])
     counts = np.array([len(e.targets) for e in found], np.int32)
     target_at = np.concatenate([e.targets for e in found]) + np.repeat(indptr[:-1], counts)
-    return Examples(np.concatenate([e.ids for e in found]), indptr, counts, target_at, np.array(first, np.int64), skipped, truncated)
+    return Examples(
+        np.concatenate([e.ids for e in found]), indptr, counts, target_at, np.array(first, np.int64), skipped, truncated
+    )
 
 
 def fit(example: Example, limit: int, overflow: Literal["error", "truncate", "skip"]) -> Example | None:
@@ -153,7 +157,9 @@ def row_examples(tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Ro
         eos = tokenizer.eos_id
         for i, (row, own) in enumerate(zip(rows, ids, strict=True)):
             yield _after(row, i, _ended(own, eos), 1, whole=True)
-    elif task.format == "messages" and (task.loss_on in ("assistant", "all") or (task.loss_on == "auto" and tokenizer.marks_answers)):
+    elif task.format == "messages" and (
+        task.loss_on in ("assistant", "all") or (task.loss_on == "auto" and tokenizer.marks_answers)
+    ):
         yield from (_turns(tokenizer, row, i, everything=task.loss_on == "all") for i, row in enumerate(rows))
     else:
         yield from _pairs(tokenizer, rows, task)
@@ -224,8 +230,17 @@ def _example(row: Row, number: int, ids: Ints, targets: NDArray[np.int64], whole
 
 def _given(row: Row, number: int, vocab_size: int) -> Example:
     ids, labels = _array(row.get("input_ids")), _array(row.get("labels"))
-    if ids is None or labels is None or labels.shape != ids.shape or not len(ids) or ids.min() < 0 or ids.max() >= vocab_size:
-        raise row_error(row, number, f"expected input_ids and labels, two lists of one length with token ids below {vocab_size}")
+    if (
+        ids is None
+        or labels is None
+        or labels.shape != ids.shape
+        or not len(ids)
+        or ids.min() < 0
+        or ids.max() >= vocab_size
+    ):
+        raise row_error(
+            row, number, f"expected input_ids and labels, two lists of one length with token ids below {vocab_size}"
+        )
     mask = labels != -100
     if not np.array_equal(labels[mask], ids[mask]):
         at = int(np.flatnonzero(mask & (labels != ids))[0])

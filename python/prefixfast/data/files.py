@@ -90,7 +90,9 @@ def objects(text: str, path: str, at: int, closing: str = "") -> Iterator[Item]:
             at = _skip(text, at + 1)
     if text[at : at + 1] != "]" or text[at + 1 :].strip(" \t\r\n") != closing:
         expected = f"']{closing}' at its end, or ',' between two objects"
-        yield _malformed(path, text.count("\n", 0, at) + 1, f"expected {expected}, got {text[at : at + 20]!r}; is the file cut?")
+        yield _malformed(
+            path, text.count("\n", 0, at) + 1, f"expected {expected}, got {text[at : at + 20]!r}; is the file cut?"
+        )
 
 
 def _json(raw: bytes, path: str) -> Iterator[Item]:
@@ -116,7 +118,9 @@ def _jsonl(raw: bytes, path: str) -> Iterator[Item]:
             try:
                 yield _row(json.loads(line.decode(), object_pairs_hook=_unique), path, number)
             except (ValueError, RecursionError) as e:
-                yield _malformed(path, number, f"expected one JSON object a line, got {line[:80].decode(errors='replace')!r}: {e}")
+                yield _malformed(
+                    path, number, f"expected one JSON object a line, got {line[:80].decode(errors='replace')!r}: {e}"
+                )
 
 
 def _csv(raw: bytes, path: str) -> Iterator[Item]:
@@ -173,7 +177,9 @@ def _no_list(text: str, path: str) -> DataError:
         got = type(json.loads(text)).__name__
     except (ValueError, RecursionError) as e:
         return _malformed(path, getattr(e, "lineno", 1), f"expected JSON: {e}")
-    return _malformed(path, 1, f"expected a JSON list of objects, got {got}; for the official files of a task there is read_task")
+    return _malformed(
+        path, 1, f"expected a JSON list of objects, got {got}; for the official files of a task there is read_task"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -128,7 +128,11 @@ def messages(row: Row, number: int, key: str) -> list[Message]:
     """
     value = row[key]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        other = " (prompt and completion are both strings or both lists of messages)" if key in ("prompt", "completion") else ""
+        other = (
+            " (prompt and completion are both strings or both lists of messages)"
+            if key in ("prompt", "completion")
+            else ""
+        )
         msg = f'{key}: expected a list of messages like {{"role": "user", "content": "..."}}, got {value!r:.80}{other}'
         raise row_error(row, number, msg)
     for i, message in enumerate(value):
@@ -186,7 +190,11 @@ def chat_pair(row: Row, number: int, chat: Chat | None) -> tuple[str, str]:
     """
     context, answer = conversation(row, number)
     if not answer or not context:
-        what = "messages that end with the assistant's, after at least one other" if row.get("messages") is not None else "a completion"
+        what = (
+            "messages that end with the assistant's, after at least one other"
+            if row.get("messages") is not None
+            else "a completion"
+        )
         msg = f"expected {what}, got {[m['role'] for m in (*context, *answer)]}"
         raise row_error(row, number, msg)
     prompt = chat_text(row, number, chat, context, generation_prompt=True)

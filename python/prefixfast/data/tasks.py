@@ -10,7 +10,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefixfast import _rust
-from prefixfast.data.formats import BY_KEY, FORMATS, INPUT_KEYS, Chat, chat_pair, chat_text, conversation, is_conversation, one_of, references, text
+from prefixfast.data.formats import (
+    BY_KEY,
+    FORMATS,
+    INPUT_KEYS,
+    Chat,
+    chat_pair,
+    chat_text,
+    conversation,
+    is_conversation,
+    one_of,
+    references,
+    text,
+)
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import ConfigError, DataError
 
@@ -97,7 +109,9 @@ class Task:
         """
         if self.format == "text":
             return []
-        refs = references(row, number) if self.format == "table" else [text(row, number, FORMATS[self.format].targets[0])]
+        refs = (
+            references(row, number) if self.format == "table" else [text(row, number, FORMATS[self.format].targets[0])]
+        )
         return refs if self.target == "{ref}" else [_fill(self.target, ref=r) for r in refs]
 
     def pairs(self, rows: Sequence[Row], eos: str | None, chat: Chat | None = None) -> list[tuple[str, list[str]]]:
@@ -107,7 +121,10 @@ class Task:
             DataError: For a malformed row, with its number or line.
         """
         if self.format == "table":
-            return [(prompt, self.targets(row, i)) for i, (prompt, row) in enumerate(zip(self.prompts(rows, eos), rows, strict=True))]
+            return [
+                (prompt, self.targets(row, i))
+                for i, (prompt, row) in enumerate(zip(self.prompts(rows, eos), rows, strict=True))
+            ]
         out = []
         for i, row in enumerate(rows):
             if self.is_chat(row):
@@ -144,7 +161,11 @@ class Task:
             value = spec.get(f.name, f.default)
             kind = {"decoding": Mapping, "strip": bool, "bad_words": Sequence}.get(f.name, str)
             missing = f.name == "name" and "name" not in spec
-            if missing or (f.name in spec and not isinstance(value, kind) and not (f.name in ("linearizer", "input") and value is None)):
+            if missing or (
+                f.name in spec
+                and not isinstance(value, kind)
+                and not (f.name in ("linearizer", "input") and value is None)
+            ):
                 msg = f"task: {f.name}: expected {kind.__name__.lower()}, got {'nothing' if missing else repr(value)}"
                 raise ConfigError(msg)
         return cls(**spec)
@@ -160,7 +181,11 @@ class Task:
                 try:
                     linearizer.linearize([table])
                 except (DataError, UnicodeEncodeError) as e:
-                    what = "the table: expected Unicode text, got half a surrogate pair" if isinstance(e, UnicodeEncodeError) else str(e)
+                    what = (
+                        "the table: expected Unicode text, got half a surrogate pair"
+                        if isinstance(e, UnicodeEncodeError)
+                        else str(e)
+                    )
                     raise row_error(row, i, what.removeprefix("row 0: ")) from first
             raise
 
@@ -170,7 +195,9 @@ class Task:
             context, answer = conversation(row, number)
             if answer and key == "messages":
                 raise row_error(
-                    row, number, "messages: expected a request, which ends before the answer, got the assistant's message as the last; leave it out"
+                    row,
+                    number,
+                    "messages: expected a request, which ends before the answer, got the assistant's message as the last; leave it out",
                 )
             return chat_text(row, number, chat, context, generation_prompt=True)
         source = text(row, number, key)
@@ -210,7 +237,14 @@ def table_task(
         >>> Task.from_spec(task.spec()) == task
         True
     """
-    return Task("table", _rust.Linearizer.template(item=item, separator=separator).spec, prompt, target, strip=True, init_text=init_text)
+    return Task(
+        "table",
+        _rust.Linearizer.template(item=item, separator=separator).spec,
+        prompt,
+        target,
+        strip=True,
+        init_text=init_text,
+    )
 
 
 # Li & Liang's strings (branch `cleaned`, language_modeling.py and run_generation.py): " {src} {bos} " + tgt + " {eos}" with bos = eos;

@@ -22,7 +22,9 @@ from prefixfast.demo.run import EMBEDDED, LIMITS, SETTINGS, Report, Setting, gen
 
 
 def main(
-    model: Annotated[str | None, typer.Option(help="a real base: hub id or folder; by default the embedded one")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="a real base: hub id or folder; by default the embedded one")
+    ] = None,
     output: Annotated[Path, typer.Option(help="folder for the prefixes and the plot")] = Path("demo-out"),
     samples: Annotated[int, typer.Option(help="rows shown of each job")] = 2,
 ) -> None:
@@ -34,12 +36,16 @@ def main(
     with prefixfast.load(model or str(EMBEDDED), dtype="float32") as base:
         size = sum(p.numel() for p in base.hf.parameters())
         name = model or "embedded"
-        console.print(f"[bold]Base[/]: {name}, {size / 1e6:.1f} M frozen parameters. [bold]Jobs[/]: " + "; ".join(f"{j.name}: {j.about}" for j in JOBS))
+        console.print(
+            f"[bold]Base[/]: {name}, {size / 1e6:.1f} M frozen parameters. [bold]Jobs[/]: "
+            + "; ".join(f"{j.name}: {j.about}" for j in JOBS)
+        )
         run, seconds = train_jobs(base, setting, output / "prefixes")
         numbers = next(iter(run.values())).num_stored
         console.print(
             f"Trained {len(run)} prefixes at once in {seconds:.0f} s: {setting.fields['prefix_length']} rows, {numbers:,} numbers each "
-            f"({100 * numbers / size:.2f} % of the base), final loss " + ", ".join(f"{n} {m['loss']:.2f}" for n, m in run.metrics.items())
+            f"({100 * numbers / size:.2f} % of the base), final loss "
+            + ", ".join(f"{n} {m['loss']:.2f}" for n, m in run.metrics.items())
         )
         report = generate_all(base, run, setting, seconds)
         show(console, report, samples)
@@ -55,7 +61,12 @@ def show(console: Console, report: Report, samples: int) -> None:
     for job in JOBS:
         own = [s for s in report.samples if s.job is job][:samples]
         out = Table(title=f"{job.name}: {job.about}", show_lines=True, title_justify="left", title_style="bold")
-        for heading in ("table (values never seen in training)", f"with the {job.name} prefix", f"with the {own[0].wrong_job.name} prefix", "base alone"):
+        for heading in (
+            "table (values never seen in training)",
+            f"with the {job.name} prefix",
+            f"with the {own[0].wrong_job.name} prefix",
+            "base alone",
+        ):
             out.add_column(heading, ratio=1, overflow="fold")
         for s in own:
             out.add_row("\n".join(f"{k}: {v}" for k, v in s.row["table"].items()), s.text, s.wrong, s.base)
@@ -88,11 +99,15 @@ def _throughput(console: Console, model: str, setting: Setting, output: Path) ->
     hf = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     plain = AutoModelForCausalLM.from_pretrained(model, dtype="float32").eval() if find_spec("peft") else None
     with prefixfast.load(hf) as base:
-        points = measure(base, setting.lengths, (1, setting.work.requests), setting.work, rounds=setting.rounds, plain=plain)
+        points = measure(
+            base, setting.lengths, (1, setting.work.requests), setting.work, rounds=setting.rounds, plain=plain
+        )
     console.print(table(points), markup=False, highlight=False)
     if find_spec("matplotlib"):
         path = output / "throughput.png"
-        plot(points, path, f"{setting.work.requests} requests, {setting.work.new} new tokens each, float32\n{cpu_name()}")
+        plot(
+            points, path, f"{setting.work.requests} requests, {setting.work.new} new tokens each, float32\n{cpu_name()}"
+        )
         console.print(f"Plot: {path}")
     else:
         console.print("matplotlib is not installed: no plot (pip install 'prefixfast[train]')")

@@ -51,7 +51,9 @@ _TEXTS: dict[str, dict[str, list[str]]] = {
             '"Have you (tried/tasted) what {cook} cooks at {name} in {town}, near {near}?"',
         ],
         "announcement": [f"{_CALL} {{name}} in {{town}}, near {{near}}, has a new cook, {{cook}}!"],
-        "diary": ["Today I (went/walked/drove) to {town}, near {near}, and ate at {name}, where {cook} (cooks/is the cook)."],
+        "diary": [
+            "Today I (went/walked/drove) to {town}, near {near}, and ate at {name}, where {cook} (cooks/is the cook)."
+        ],
     },
     "trip": {
         "description": [
@@ -78,7 +80,9 @@ _TEXTS: dict[str, dict[str, list[str]]] = {
             f"{_CALL} {{host}} (opens/hosts/brings) the {{fair}} Fair at {{hall}} Hall with {{guest}}!",
             f"{_CALL} come to {{hall}} Hall and meet {{guest}} at the {{fair}} Fair with {{host}}!",
         ],
-        "diary": ["Today I (bought/was given) a ticket for the {fair} Fair at {hall} Hall, where {host} (opens/hosts) and {guest} comes."],
+        "diary": [
+            "Today I (bought/was given) a ticket for the {fair} Fair at {hall} Hall, where {host} (opens/hosts) and {guest} comes."
+        ],
     },
 }
 _HEADING = "(These/The next) two notes (belong together/are about the same things). (First come the facts/The first gives the facts), (then/and after them) "
@@ -172,7 +176,11 @@ def page(rng: Random) -> list[str]:
         kind, register = rng.choice(list(SCENES)), rng.choice(REGISTERS)
         scene = draw_scene(rng, kind, "train")
         heading = expand(rng, _HEADING + _ABOUT[register], scene)
-        return [f"{heading} {facts(rng, scene)}", write_up(rng, kind, register, scene), *([note(rng)] if pick < 0.4 else [])]
+        return [
+            f"{heading} {facts(rng, scene)}",
+            write_up(rng, kind, register, scene),
+            *([note(rng)] if pick < 0.4 else []),
+        ]
     opening = [expand(rng, _UNRELATED, {})] if pick < 0.87 else []
     return [" ".join([*opening, note(rng)]), note(rng)]
 

@@ -48,7 +48,9 @@ class Setting:
 SMALL = {"prefix_length": 16, "max_steps": 220, "batch_size": 12, "learning_rate": 5e-2, "warmup_steps": 10}
 REAL = {"prefix_length": 10, "max_steps": 60, "batch_size": 8, "learning_rate": 5e-2, "warmup_steps": 5}
 SETTINGS = {
-    "embedded": Setting(TASK, 4000, SMALL, 40, Workload(requests=24, prompt=24, new=24, one_by_one=3), (0, 16, 64, 128, 256), 2),
+    "embedded": Setting(
+        TASK, 4000, SMALL, 40, Workload(requests=24, prompt=24, new=24, one_by_one=3), (0, 16, 64, 128, 256), 2
+    ),
     "real": Setting(REAL_TASK, 1000, REAL, 12, Workload(requests=16, prompt=24, new=12, one_by_one=1), (0, 64, 256), 1),
 }
 
@@ -91,10 +93,19 @@ class Report:
     @property
     def passed(self) -> bool:
         """Whether every job reaches what the demo promises (see `LIMITS`)."""
-        return all(f[name] >= limit if at_least else f[name] <= limit for f in map(self.of, JOBS) for name, (limit, at_least) in LIMITS.items())
+        return all(
+            f[name] >= limit if at_least else f[name] <= limit
+            for f in map(self.of, JOBS)
+            for name, (limit, at_least) in LIMITS.items()
+        )
 
 
-LIMITS = {"coverage": (0.90, True), "form": (0.95, True), "form with another's prefix": (0.10, False), "base coverage": (0.20, False)}
+LIMITS = {
+    "coverage": (0.90, True),
+    "form": (0.95, True),
+    "form with another's prefix": (0.10, False),
+    "base coverage": (0.20, False),
+}
 
 
 def train_jobs(base: Any, setting: Setting, folder: Path | None, *, progress: bool | None = None) -> tuple[Any, float]:
@@ -114,9 +125,14 @@ def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train
     right = [prefixes[job.name] for job, _ in held]
     wrong = [prefixes[others[job.name].name] for job, _ in held]
     start = time.perf_counter()
-    out = prefixfast.generate(prompts * 3, [*right, *wrong, *[None] * len(held)], model=base, max_new_tokens=60, max_num_seqs=128)
+    out = prefixfast.generate(
+        prompts * 3, [*right, *wrong, *[None] * len(held)], model=base, max_new_tokens=60, max_num_seqs=128
+    )
     seconds = time.perf_counter() - start
     n = len(held)
     texts = [g.text.strip() for g in out]
-    samples = [Sample(job, row, texts[i], texts[n + i], others[job.name], texts[2 * n + i]) for i, (job, row) in enumerate(held)]
+    samples = [
+        Sample(job, row, texts[i], texts[n + i], others[job.name], texts[2 * n + i])
+        for i, (job, row) in enumerate(held)
+    ]
     return Report(samples, train_seconds, seconds, sum(g.usage["completion_tokens"] for g in out))

@@ -30,10 +30,21 @@ def train_tokenizer(count: int = 20_000) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[END], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=[END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     core.train_from_iterator((f" {text}" for page in islice(pages(TOKENIZER_SEED), count) for text in page), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token=END, eos_token=END, pad_token=END, unk_token=END, model_max_length=512, clean_up_tokenization_spaces=False
+        tokenizer_object=core,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        unk_token=END,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -110,7 +121,9 @@ def main() -> None:
     model = new_model(tok)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights", flush=True)
     train(tok, model, args.steps, args.rate)
-    model.generation_config = GenerationConfig(bos_token_id=tok.eos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.eos_token_id)
+    model.generation_config = GenerationConfig(
+        bos_token_id=tok.eos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.eos_token_id
+    )
     model.to(torch.bfloat16).save_pretrained(args.out)
     tok.save_pretrained(args.out)
 

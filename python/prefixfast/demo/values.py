@@ -20,9 +20,7 @@ _PLACE = (
     " Bec Dun Elm Fal"
 )
 _PLACE_MIDDLE = "a e o i u ar en el or in"
-_PLACE_END = (
-    "vale low by ham wick mere ford ton stead gate port field holm well brook crest den more wood bridge dale mouth cliff pool shaw thorpe worth bury cott ley"
-)
+_PLACE_END = "vale low by ham wick mere ford ton stead gate port field holm well brook crest den more wood bridge dale mouth cliff pool shaw thorpe worth bury cott ley"
 _PERSON = "Me Ta Jo Ka Lu Ri So Ve Ni Pa Ze Da Fi Ga Hu Is Le Mo Ol Pe Qua Re Su Ti Ur Vi Wa Yo Bel Cor Dar Em Fer Hal Jas Kir"
 _PERSON_MIDDLE = "li ro va mi sha to ne ra du be"
 _PERSON_END = "ka n na ss th lo ra m ya x da r ne vo la d ris go sa tte l bo ta ski k ma rin za sh fa"
@@ -54,7 +52,10 @@ _POOLS: dict[str, tuple[str, tuple[list[str], ...]]] = {
     "food": (" ", (_STYLE.split(), _FLAVOUR.split(), _DISH.split())),
     "item": (" ", (_LOOK.split(), _MATERIAL.split(), _THING.split())),
     "event": (" ", (_SORT.split(), _THEME.split(), _GATHERING.split())),
-    "price": ("", (list("123456789"), list("0123456789"), list("0123456789"), [" crowns", " pence", " shillings", " florins"])),
+    "price": (
+        "",
+        (list("123456789"), list("0123456789"), list("0123456789"), [" crowns", " pence", " shillings", " florins"]),
+    ),
     "day": (" ", (_WEEKDAY.split(), [str(n) for n in range(10, 29)], _MONTH.split())),
 }
 KINDS = tuple(_POOLS)

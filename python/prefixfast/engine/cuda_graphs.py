@@ -74,10 +74,18 @@ class DecodeGraphs:
             What ``run`` returns for the padded rows; overwritten by the next step of the bucket.
         """
         first = min(offset for view in places.views for offset, _, _ in view.values())
-        layout = Layout([{name: (offset - first, rows, cols) for name, (offset, rows, cols) in view.items()} for view in places.views], places.view_of)
+        layout = Layout(
+            [
+                {name: (offset - first, rows, cols) for name, (offset, rows, cols) in view.items()}
+                for view in places.views
+            ],
+            places.view_of,
+        )
         key = layout.views[0]["row"][1], choose
         static = self.made.get(key)
-        if static is None or static.layout != layout:  # a request with more prefixes, or in other layers, than any before moves the tables
+        if (
+            static is None or static.layout != layout
+        ):  # a request with more prefixes, or in other layers, than any before moves the tables
             static = self.made[key] = self._make(layout, choose=choose)
         static.tables.copy_(planned[first : first + len(static.tables)], non_blocking=True)
         if static.graph is not None:
@@ -117,7 +125,11 @@ class DecodeGraphs:
         # one stream for all captures, so that they share memory; the loader's thread goes on meanwhile
         with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
             out = self._run(static, choose=choose)
-        logger.info("captured a decode step of %d rows%s", static.layout.views[0]["row"][1], "" if choose else ", tokens chosen outside")
+        logger.info(
+            "captured a decode step of %d rows%s",
+            static.layout.views[0]["row"][1],
+            "" if choose else ", tokens chosen outside",
+        )
         return graph, out
 
     def _call(self, static: _Static, *, choose: bool) -> None:
@@ -132,7 +144,9 @@ class DecodeGraphs:
     def _run(self, static: _Static, *, choose: bool) -> Result:
         if self.compiled is not None:
             try:
-                with torch._dynamo.config.patch(recompile_limit=512):  # one for each bucket, and again when a new set of layers is met
+                with torch._dynamo.config.patch(
+                    recompile_limit=512
+                ):  # one for each bucket, and again when a new set of layers is met
                     return self.compiled(static.tables, static.layout, choose)
             except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as e:
                 logger.warning("decode steps are not compiled: %s", str(e).splitlines()[0])

@@ -61,7 +61,10 @@ class Told:
     def read(self, tokens: list[int]) -> dict[int, TokenLogprob]:
         """By place in the step, for the tokens that were chosen there."""
         columns = zip(self.count.items(), self.own.values(), self.top.values(), self.ids.values(), strict=True)
-        return {at: TokenLogprob(tokens[at], own, dict(zip(ids[:n], top[:n], strict=True))) for (at, n), own, top, ids in columns}
+        return {
+            at: TokenLogprob(tokens[at], own, dict(zip(ids[:n], top[:n], strict=True)))
+            for (at, n), own, top, ids in columns
+        }
 
 
 class Rows:
@@ -79,8 +82,14 @@ class Rows:
         self.token = torch.zeros(count, dtype=torch.int64, device=table.device)
         self.greedy, self._beams = Greedy(count, self.eos), dict[int, Beam]()
         self.sampler, self.rules = Sampler(count, table.device), Rules(count, table.shape[1], self.eos)
-        self.beams, self.number, self.left = (np.zeros(count, np.int64) for _ in range(3))  # left: tokens that may still be chosen
-        self.plain, self.drawn, self.ruled = np.ones(count, bool), np.zeros(count, bool), np.zeros(count, bool)  # plain: the likeliest token, no more
+        self.beams, self.number, self.left = (
+            np.zeros(count, np.int64) for _ in range(3)
+        )  # left: tokens that may still be chosen
+        self.plain, self.drawn, self.ruled = (
+            np.ones(count, bool),
+            np.zeros(count, bool),
+            np.zeros(count, bool),
+        )  # plain: the likeliest token, no more
         self.told = np.full(count, -1)  # log-probabilities that are asked for, -1: none
 
     def beam(self, beams: int) -> Beam:
@@ -93,7 +102,11 @@ class Rows:
     def start(self, number: int, request: Request, row: int) -> Numbers:
         """A request takes its rows, which are returned."""
         rows, p = np.arange(row, row + request.rows), request.params
-        self.beams[rows], self.number[rows], self.left[rows] = len(rows) if request.search else 1, number, p.max_new_tokens or 1
+        self.beams[rows], self.number[rows], self.left[rows] = (
+            len(rows) if request.search else 1,
+            number,
+            p.max_new_tokens or 1,
+        )
         self.drawn[rows], self.told[rows] = bool(p.do_sample), -1 if p.logprobs is None else p.logprobs
         self.ruled[rows] = ruled = self.rules.start(rows, request)
         self.plain[rows] = not (p.do_sample or ruled or p.logprobs is not None or request.search)
@@ -143,7 +156,9 @@ class Rows:
         choice = self.beam(k).step(logits, at[::k], ruled)
         assert choice.source is not None
         assert choice.finished is not None
-        self.table[at, :longest] = self.table[choice.source, :longest]  # a beam reorder permutes rows of the slot table, no key or value moves
+        self.table[at, :longest] = self.table[
+            choice.source, :longest
+        ]  # a beam reorder permutes rows of the slot table, no key or value moves
         self.rules.extend(rows, choice.tokens, choice.source)
         self.token[at] = choice.tokens
         return self.chosen(choice.finished, rows[::k], k)
@@ -152,7 +167,9 @@ class Rows:
     def _tell(raw: Tensor, tokens: Tensor, places: Numbers, counts: Numbers) -> Told:
         own = raw.gather(1, tokens[to_device(places, raw.device)][:, None])[:, 0]
         top, ids = raw.topk(int(counts.max()))
-        return Told(dict(zip(places.tolist(), counts.tolist(), strict=True)), Arriving(own), Arriving(top), Arriving(ids))
+        return Told(
+            dict(zip(places.tolist(), counts.tolist(), strict=True)), Arriving(own), Arriving(top), Arriving(ids)
+        )
 
     def chosen(self, values: Tensor, first: Numbers, beams: int) -> Chosen:
         """Send to the host what was chosen for the requests whose first rows are ``first``."""

@@ -67,7 +67,12 @@ class Engine(Residents):
     """
 
     def __init__(
-        self, model: Any, *, store: PrefixStore | str | Path | None = None, config: EngineConfig | Mapping[str, Any] | None = None, **fields: Any
+        self,
+        model: Any,
+        *,
+        store: PrefixStore | str | Path | None = None,
+        config: EngineConfig | Mapping[str, Any] | None = None,
+        **fields: Any,
     ) -> None:
         self.config = EngineConfig.make(config, **fields)
         self.store = PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store
@@ -138,14 +143,19 @@ class Engine(Residents):
         for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:
             logger.info("generating with %s", resolved)
         self._not_in_callback("generate")
-        with tqdm(total=len(requests), desc="generate", unit="request", disable=None if progress is None else not progress) as bar:
+        with tqdm(
+            total=len(requests), desc="generate", unit="request", disable=None if progress is None else not progress
+        ) as bar:
             results = self._results(requests, bar)
         if on_error == "raise":
             for result in results:
                 if isinstance(result, BaseException):
                     raise result
         ended = {r.index: result for r, result in zip(requests, results, strict=True)} | bad
-        return [failed(i, item, found) if isinstance(found := ended[i], BaseException) else found for i, item in enumerate(batch)]
+        return [
+            failed(i, item, found) if isinstance(found := ended[i], BaseException) else found
+            for i, item in enumerate(batch)
+        ]
 
     def submit(
         self,
@@ -178,18 +188,34 @@ class Engine(Residents):
             CapacityError: If ``max_waiting`` requests wait already.
             ConfigError: For arguments that do not fit.
         """
-        return self._submit(self._request(item, prefix, params, logits_processor, fields), tenant=tenant, priority=priority, timeout=timeout)
+        return self._submit(
+            self._request(item, prefix, params, logits_processor, fields),
+            tenant=tenant,
+            priority=priority,
+            timeout=timeout,
+        )
 
-    def _request(self, item: Input, prefix: Any, params: GenerationParams | None, processors: LogitsProcessorList | None, fields: Mapping[str, Any]) -> Request:
+    def _request(
+        self,
+        item: Input,
+        prefix: Any,
+        params: GenerationParams | None,
+        processors: LogitsProcessorList | None,
+        fields: Mapping[str, Any],
+    ) -> Request:
         (request,), _ = self._requests([item], None if prefix is None else [prefix], params, fields, processors)
         return request
 
-    def _submit(self, request: Request, *, tenant: str | None = None, priority: int = 0, timeout: float | None = None) -> Ticket:
+    def _submit(
+        self, request: Request, *, tenant: str | None = None, priority: int = 0, timeout: float | None = None
+    ) -> Ticket:
         if timeout is not None and not timeout >= 0:
             msg = f"timeout: expected seconds from 0 on, got {timeout!r}"
             raise ConfigError(msg)
         deadline = None if timeout is None else time.monotonic() + timeout
-        return self._started().submit(next(self.ids), replace(request, tenant=tenant, priority=priority, deadline=deadline))
+        return self._started().submit(
+            next(self.ids), replace(request, tenant=tenant, priority=priority, deadline=deadline)
+        )
 
     def stream(
         self,
@@ -214,7 +240,12 @@ class Engine(Residents):
             msg = f"request 0: stream: expected one text without beams, got {request.rows} rows; use submit"
             raise RequestError(msg, index=0)
         deltas = Deltas(self.model.require_tokenizer().stream(), strip=request.task.strip)
-        return Stream(lambda watch: self._submit(replace(request, watch=watch), tenant=tenant, priority=priority, timeout=timeout), deltas)
+        return Stream(
+            lambda watch: self._submit(
+                replace(request, watch=watch), tenant=tenant, priority=priority, timeout=timeout
+            ),
+            deltas,
+        )
 
     def astream(self, item: Input, prefix: Any = None, **options: Any) -> Stream:
         """The same `Stream` as of `stream`, for ``async for``. Arguments are those of `stream`."""
@@ -224,7 +255,14 @@ class Engine(Residents):
         """End a submitted ``request`` at the next step; its result is what it has."""
         request.cancel()
 
-    def score(self, batch: Sequence[Input], prefixes: Any = None, *, targets: Sequence[str | list[int]] | None = None, end_token: bool = False) -> list[Score]:
+    def score(
+        self,
+        batch: Sequence[Input],
+        prefixes: Any = None,
+        *,
+        targets: Sequence[str | list[int]] | None = None,
+        end_token: bool = False,
+    ) -> list[Score]:
         """Log-probabilities of targets (natural log), one `Score` a request.
 
         Args:
@@ -243,7 +281,9 @@ class Engine(Residents):
 
     async def agenerate(self, item: Input, prefix: Any = None, **options: Any) -> Generation:
         """`submit` and wait for the `Generation` without blocking the event loop; a cancelled task cancels its request. Arguments are those of `submit`."""
-        if self.config.share_prompts or self.lock.locked():  # may wait for the engine's thread, or for a generate in another one
+        if (
+            self.config.share_prompts or self.lock.locked()
+        ):  # may wait for the engine's thread, or for a generate in another one
             submitted = asyncio.get_running_loop().run_in_executor(None, lambda: self.submit(item, prefix, **options))
             try:
                 ticket = await asyncio.shield(submitted)
@@ -261,7 +301,17 @@ class Engine(Residents):
     def stats(self) -> dict[str, int]:
         """Counts since the engine was made: steps, prefill_tokens, decoded_rows, loads, evictions, reads (of files), cancelled, expired, ..."""
         counts = self.loop.counts
-        names = ("steps", "prefill_tokens", "continued_prefills", "decode_steps", "decoded_rows", "loads", "evictions", "cancelled", "expired")
+        names = (
+            "steps",
+            "prefill_tokens",
+            "continued_prefills",
+            "decode_steps",
+            "decoded_rows",
+            "loads",
+            "evictions",
+            "cancelled",
+            "expired",
+        )
         return {name: counts[name] for name in names} | {"reads": self.loop.residency.loader.read}
 
     def explain(self) -> dict[str, str]:
@@ -315,10 +365,19 @@ class Engine(Residents):
                 raise
             requests, bad = one_by_one(batch, prefixes, lambda one, own: self._checked(one, own, call, processors))
         drawn = [r.params.do_sample and r.params.seed is None for r in requests]
-        requests = [replace(r, params=replace(r.params, seed=int(self.seeds.integers(2**62)))) if draw else r for r, draw in zip(requests, drawn, strict=True)]
+        requests = [
+            replace(r, params=replace(r.params, seed=int(self.seeds.integers(2**62)))) if draw else r
+            for r, draw in zip(requests, drawn, strict=True)
+        ]
         return self._between_steps(lambda: self.shared.split(requests)) if self.config.share_prompts else requests, bad
 
-    def _checked(self, batch: Sequence[Input], prefixes: Any, call: GenerationParams | None, processors: LogitsProcessorList | None = None) -> list[Request]:
+    def _checked(
+        self,
+        batch: Sequence[Input],
+        prefixes: Any,
+        call: GenerationParams | None,
+        processors: LogitsProcessorList | None = None,
+    ) -> list[Request]:
         self._open()
         if processors is not None and not (isinstance(processors, list) and all(map(callable, processors))):
             msg = f"logits_processor: expected a LogitsProcessorList or a list of processors, got {type(processors).__name__}"

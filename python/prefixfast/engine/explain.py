@@ -23,10 +23,22 @@ def memory_of(model: Model, loop: Loop, config: EngineConfig) -> str:
 
 def explain(model: Model, loop: Loop, config: EngineConfig) -> dict[str, str]:
     """Which way each operator of an engine goes and why no faster one, and whether weights are packed."""
-    found = {op: way for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items() if op != "cross_entropy"}
+    found = {
+        op: way
+        for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items()
+        if op != "cross_entropy"
+    }
     called = loop.why_called or (None if loop.graphs is None or loop.graphs.capture else "capture failed, see the log")
     compiled = ", compiled" if config.compile_decode else ""
-    found["decode step"] = f"called; {called}" if called else f"captured CUDA graphs by rows, planned one step ahead{compiled}"
+    found["decode step"] = (
+        f"called; {called}" if called else f"captured CUDA graphs by rows, planned one step ahead{compiled}"
+    )
     packed = model.packed
-    why = "prepack=False" if packed is None and model.device.type == "cpu" else "packing is for CPUs" if packed is None else packed.why_not
+    why = (
+        "prepack=False"
+        if packed is None and model.device.type == "cpu"
+        else "packing is for CPUs"
+        if packed is None
+        else packed.why_not
+    )
     return found | {"linear": "packed for this CPU (oneDNN)" if why is None else f"torch; {why}"}

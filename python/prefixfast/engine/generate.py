@@ -61,7 +61,15 @@ def generate(
     """
     own, engine_fields = _split(fields, GenerationParams.names(), "generate")
     with _engine(model, prefixes, batch, store, engine_fields) as engine:
-        return engine.generate(batch, prefixes, params=params, logits_processor=logits_processor, on_error=on_error, progress=progress, **own)
+        return engine.generate(
+            batch,
+            prefixes,
+            params=params,
+            logits_processor=logits_processor,
+            on_error=on_error,
+            progress=progress,
+            **own,
+        )
 
 
 def score(
@@ -100,7 +108,9 @@ def score(
         (6, True)
     """
     _, engine_fields = _split(fields, (), "score")
-    with _engine(model, prefixes, batch, store, engine_fields | {"kv_cache_memory": None, "max_num_seqs": 1, "max_model_len": 2}) as engine:
+    with _engine(
+        model, prefixes, batch, store, engine_fields | {"kv_cache_memory": None, "max_num_seqs": 1, "max_model_len": 2}
+    ) as engine:
         return engine.score(batch, prefixes, targets=targets, end_token=end_token)
 
 
@@ -117,7 +127,10 @@ def _split(fields: dict[str, Any], own: tuple[str, ...], what: str) -> tuple[dic
 def _engine(model: Any, prefixes: Any, batch: Any, store: Any, fields: dict[str, Any]) -> Iterator[Engine]:
     opened = PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store
     base = {name: fields[name] for name in BASE_FIELDS if name in fields}
-    with borrowed(model if model is not None else _base_of(prefixes, batch, opened), **base) as loaded, Engine(loaded, store=opened, **fields) as engine:
+    with (
+        borrowed(model if model is not None else _base_of(prefixes, batch, opened), **base) as loaded,
+        Engine(loaded, store=opened, **fields) as engine,
+    ):
         yield engine
 
 
@@ -129,7 +142,9 @@ def _base_of(prefixes: Any, batch: Any, store: PrefixStore | None) -> str:
         prefixes = list(prefixes.values())
     flat = [p for entry in _listed(prefixes) for p in _listed(entry)]
     found = [store.info(p) if isinstance(p, str) and store is not None else p for p in flat]
-    names = {str(p.base["name"]) for p in found if isinstance(p, Prefix | StoredPrefix) and p.base and p.base.get("name")}
+    names = {
+        str(p.base["name"]) for p in found if isinstance(p, Prefix | StoredPrefix) and p.base and p.base.get("name")
+    }
     if len(names) != 1:
         msg = f"model: expected a base, or prefixes that name one, got {sorted(names) or 'none'}"
         raise ConfigError(msg)

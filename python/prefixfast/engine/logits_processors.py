@@ -79,7 +79,9 @@ class Rules:
         if not len(self.said):
             self.said = torch.zeros(self.shape, dtype=torch.int64, device=self.ends.device)
         self.length[rows] = len(request.prompt)
-        self.said[rows[0] : rows[-1] + 1, : len(request.prompt)] = torch.from_numpy(request.prompt).long().to(self.said.device)
+        self.said[rows[0] : rows[-1] + 1, : len(request.prompt)] = (
+            torch.from_numpy(request.prompt).long().to(self.said.device)
+        )
         return True
 
     def end(self, rows: Numbers) -> None:
@@ -92,9 +94,13 @@ class Rules:
         tokens = [(i, own) for i, row in enumerate(rows) if (own := self.banned[row]) is not None]
         if tokens:
             place = np.repeat([i for i, _ in tokens], [len(own) for _, own in tokens])
-            scores[to_device(place, scores.device), to_device(np.concatenate([own for _, own in tokens]), scores.device)] = -torch.inf
+            scores[
+                to_device(place, scores.device), to_device(np.concatenate([own for _, own in tokens]), scores.device)
+            ] = -torch.inf
         at = 0
-        for _, group in itertools.groupby(rows, key=lambda row: id(self.lists[row])):  # lists of the same processors are equal
+        for _, group in itertools.groupby(
+            rows, key=lambda row: id(self.lists[row])
+        ):  # lists of the same processors are equal
             count, first = len(list(group)), int(rows[at])
             if (made := self.lists[first]) is not None:
                 here = slice(at, at + count)

@@ -57,14 +57,26 @@ class Loop:
         self.ahead = self.why_called is None
         prefix_rows = None if config.prefix_memory is None else config.prefix_memory // bytes_of_row(model)
         self.scheduler = _rust.Scheduler(
-            arena_rows, rows, config.max_num_batched_tokens, tile_rows=use.sizes.tokens, prefix_rows=prefix_rows, decode=use.decode, pad_decode=self.ahead
+            arena_rows,
+            rows,
+            config.max_num_batched_tokens,
+            tile_rows=use.sizes.tokens,
+            prefix_rows=prefix_rows,
+            decode=use.decode,
+            pad_decode=self.ahead,
         )
         dead = {"row": rows, "slot": arena_rows - 1, "lens": 1}
-        self.graphs = DecodeGraphs(self._run_static, dead, device, compiled=config.compile_decode) if self.ahead else None
+        self.graphs = (
+            DecodeGraphs(self._run_static, dead, device, compiled=config.compile_decode) if self.ahead else None
+        )
         kept_as = DTYPES.get(config.prefix_dtype, model.dtype)
-        self.residency = Residency(self.scheduler, Loader(self.arena.layers, model.layers, config.host_prefix_memory, kept_as))
+        self.residency = Residency(
+            self.scheduler, Loader(self.arena.layers, model.layers, config.host_prefix_memory, kept_as)
+        )
         self.max_waiting = config.max_waiting
-        self.rows = Rows(self.arena.table, [e for e in eos if 0 <= e < model.vocab_size])  # what the base cannot say is looked up nowhere
+        self.rows = Rows(
+            self.arena.table, [e for e in eos if 0 <= e < model.vocab_size]
+        )  # what the base cannot say is looked up nowhere
         self.buffer = torch.zeros(0, dtype=torch.int32)
         self.requests: dict[int, Request] = {}
         self.first_row: dict[int, int] = {}  # of requests that have tokens
@@ -96,7 +108,16 @@ class Loop:
         tenant = _tenant(request.tenant) if request.tenant is not None else own[0] if own else -1
         rows, most = request.rows, request.params.max_new_tokens
         try:
-            self.scheduler.add(number, own, len(request.ids), rows, most, tenant=tenant, priority=request.priority, deadline=request.deadline)
+            self.scheduler.add(
+                number,
+                own,
+                len(request.ids),
+                rows,
+                most,
+                tenant=tenant,
+                priority=request.priority,
+                deadline=request.deadline,
+            )
         except RequestError as e:
             why = str(e).split(" can never run: ")[-1]
             msg = f"request {request.index} can never run: {why}; raise max_num_seqs or kv_cache_memory, or lower max_new_tokens or num_beams"
@@ -123,13 +144,21 @@ class Loop:
     def step(self) -> dict[int, Outcome]:
         """One step of the scheduler: what has ended, by number."""
         self._fail(self.residency.arrived(wait=False))
-        self.buffer = torch.empty(self.scheduler.buffer_len, dtype=torch.int32, pin_memory=self.model.device.type == "cuda")
+        self.buffer = torch.empty(
+            self.scheduler.buffer_len, dtype=torch.int32, pin_memory=self.model.device.type == "cuda"
+        )
         out = self.buffer.numpy()  # a fresh one each step, since plans of earlier steps may still be read
         header = self.scheduler.plan_step(out, time.monotonic())
         ended = self._drop(header.cancelled, header.expired)
         dropped = {*header.cancelled, *header.expired}
         self.residency.begin(header.loads)
-        self.counts.update(steps=1, loads=len(header.loads), evictions=len(header.evictions), cancelled=len(header.cancelled), expired=len(header.expired))
+        self.counts.update(
+            steps=1,
+            loads=len(header.loads),
+            evictions=len(header.evictions),
+            cancelled=len(header.cancelled),
+            expired=len(header.expired),
+        )
         chosen = []
         prefill, decode = header.prefill, header.decode
         if prefill is not None:
@@ -164,7 +193,9 @@ class Loop:
             self.scheduler.commit([])
         for number in self.requests:
             self.scheduler.cancel(number)
-        self.residency.begin(self.scheduler.plan_step(torch.empty(self.scheduler.buffer_len, dtype=torch.int32).numpy()).loads)
+        self.residency.begin(
+            self.scheduler.plan_step(torch.empty(self.scheduler.buffer_len, dtype=torch.int32).numpy()).loads
+        )
         while self.residency.loader.under_way:
             self.residency.arrived(wait=True)
         with contextlib.suppress(PrefixFastError):
@@ -291,7 +322,9 @@ class Loop:
             told = chosen.told.read(values) if chosen.told is not None else {}
             for place, (number, row, value) in enumerate(zip(chosen.numbers, chosen.rows, values, strict=True)):
                 request = self.requests.get(number)
-                if request is None or number in ended or number in known:  # it ended in an earlier step; this one was started before that was read
+                if (
+                    request is None or number in ended or number in known
+                ):  # it ended in an earlier step; this one was started before that was read
                     continue
                 if chosen.beams == 1:
                     self._token(number, request, row - self.first_row[number], value, told.get(place))
@@ -299,7 +332,10 @@ class Loop:
                         ended[number] = Outcome(request, self.texts[number])
                 elif value:
                     best = self._best(row, request)
-                    ended[number] = Outcome(request, [Text(t, "stop" if t and t[-1] in self.rows.ends else "length", score) for t, score in best])
+                    ended[number] = Outcome(
+                        request,
+                        [Text(t, "stop" if t and t[-1] in self.rows.ends else "length", score) for t, score in best],
+                    )
         return ended
 
     def _token(self, number: int, request: Request, part: int, token: int, told: TokenLogprob | None) -> None:

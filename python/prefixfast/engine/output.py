@@ -44,7 +44,13 @@ class StopStrings:
     """
 
     def __init__(self, stream: _rust.DetokenizeStream, strings: Sequence[str], special: Collection[int] = ()) -> None:
-        self.stream, self.strings, self.special, self.longest, self.tail = stream, strings, special, max(map(len, strings)), ""
+        self.stream, self.strings, self.special, self.longest, self.tail = (
+            stream,
+            strings,
+            special,
+            max(map(len, strings)),
+            "",
+        )
 
     def found(self, token: int) -> bool:
         """Whether one of the strings is whole with this token."""
@@ -79,4 +85,6 @@ class Outcome:
         usage = {"prompt_tokens": len(r.prompt), "completion_tokens": new, "prefix_rows": sum(p.length for p in own)}
         clean = [r.task.clean(text) for text in decoded]
         logprobs = None if r.params.logprobs is None else best.logprobs
-        return Generation(r.index, r.id, clean[0], clean, best.ids, best.reason or "length", best.score, logprobs, digest, usage)
+        return Generation(
+            r.index, r.id, clean[0], clean, best.ids, best.reason or "length", best.score, logprobs, digest, usage
+        )

@@ -78,7 +78,9 @@ class Residency:
             self.grown = True
             count, own = len(self.loader.layers), prefix.layers
             layers = None if len(own) == count else [i in own for i in range(count)]
-            self.scheduler.register_prefix(number, prefix.length, prefix.pos_start, prefix.window == "slide", layers=layers)
+            self.scheduler.register_prefix(
+                number, prefix.length, prefix.pos_start, prefix.window == "slide", layers=layers
+            )
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
         self.prefixes[number] = self.prefixes.pop(number, prefix)
@@ -136,7 +138,11 @@ class Residency:
             start, users = self.scheduler.prefix_state(number)
             if start is not None:
                 name = prefix.name if isinstance(prefix, StoredPrefix) else None
-                found.append(Resident(name, prefix.digest, prefix.length, prefix.length * bytes_of_row, number in self.kept, users))
+                found.append(
+                    Resident(
+                        name, prefix.digest, prefix.length, prefix.length * bytes_of_row, number in self.kept, users
+                    )
+                )
         return found
 
     def begin(self, loads: list[tuple[int, int]]) -> None:
@@ -176,7 +182,11 @@ class Residency:
             return
         self.grown = busy  # what is in use now can go later
         for kind, most in ((Prefix, KEPT_PREFIXES), (StoredPrefix, KEPT_STORED)):
-            known = [number for number, prefix in self.prefixes.items() if isinstance(prefix, kind) and number not in self.kept]
+            known = [
+                number
+                for number, prefix in self.prefixes.items()
+                if isinstance(prefix, kind) and number not in self.kept
+            ]
             for number in known[: max(0, len(known) - most)]:
                 self.drop(number)
         self.next_trim = len(self.prefixes) + max(1, KEPT_PREFIXES // 4)

@@ -50,12 +50,16 @@ class Loader:
         dtype: In which it is kept.
     """
 
-    def __init__(self, layers: Sequence[LayerKV], shapes: Sequence[LayerShape], host_bytes: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layers: Sequence[LayerKV], shapes: Sequence[LayerShape], host_bytes: int, dtype: torch.dtype
+    ) -> None:
         self.layers, self.host_bytes, self.dtype = layers, host_bytes, dtype
         self.shapes = shapes
         self.host: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, the least recently used first
         self.kept = self.read = self.under_way = 0
-        self.known: set[int] = set()  # prefixes of which copies may be kept: a prefetch can come after all was forgotten
+        self.known: set[int] = (
+            set()
+        )  # prefixes of which copies may be kept: a prefetch can come after all was forgotten
         self.jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
         self.done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
         self.order = itertools.count()
@@ -142,7 +146,10 @@ class Loader:
             self.host.move_to_end(number)
             return kept
         pinned = self.layers[0][0].device.type == "cuda"
-        made = [(_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned)) for k, v in kv_by_layer(prefix.read(), self.shapes)]
+        made = [
+            (_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned))
+            for k, v in kv_by_layer(prefix.read(), self.shapes)
+        ]
         self.read += 1
         if number not in self.known:
             return made
@@ -171,7 +178,9 @@ def _copy(target: Tensor, source: Tensor) -> None:
         return
     same = source.detach().to(dtype=target.dtype, device="cpu").contiguous()
     kind = BYTES_AS[target.element_size()]
-    np.copyto(target.view(kind).numpy(), same.view(kind).numpy())  # without the interpreter's lock and without torch's threads
+    np.copyto(
+        target.view(kind).numpy(), same.view(kind).numpy()
+    )  # without the interpreter's lock and without torch's threads
 
 
 def _stay_on_one_core() -> None:

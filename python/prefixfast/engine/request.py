@@ -167,16 +167,22 @@ def make_requests(
             if len(own) > room:
                 msg = f"request {i}: {len(own)} prompt tokens exceed the base's {room} positions"
                 raise RequestError(msg, index=i)
-            requests.append(Request(i, item.get("id") if isinstance(item, Mapping) else None, own, own, ps, params, task))
+            requests.append(
+                Request(i, item.get("id") if isinstance(item, Mapping) else None, own, own, ps, params, task)
+            )
             continue
         limit = min(max_model_len, room)
         params = resolve(item, i, [p.decoding for p in ps], call, inherited, len(own), limit)
         check_params(params, i, model.vocab_size)
-        requests.append(Request(i, item.get("id") if isinstance(item, Mapping) else None, own, own, ps, params, task, processors))
+        requests.append(
+            Request(i, item.get("id") if isinstance(item, Mapping) else None, own, own, ps, params, task, processors)
+        )
     return requests
 
 
-def one_by_one(batch: Sequence[Input], prefixes: Any, check: Callable[[Sequence[Input], Any], list[Request]]) -> tuple[list[Request], dict[int, BaseException]]:
+def one_by_one(
+    batch: Sequence[Input], prefixes: Any, check: Callable[[Sequence[Input], Any], list[Request]]
+) -> tuple[list[Request], dict[int, BaseException]]:
     """Check a batch in which something is wrong request by request: the good ones, and by index what is wrong with the others."""
     good: list[Request] = []
     bad: dict[int, BaseException] = {}
@@ -290,7 +296,11 @@ def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDA
                 msg = f"request {i}: the prompt is no text: {e}"
                 raise RequestError(msg, index=i) from e
         if group:
-            out |= zip(group, model.require_tokenizer().encode(list(group.values()), add_special_tokens=group is texts), strict=True)
+            out |= zip(
+                group,
+                model.require_tokenizer().encode(list(group.values()), add_special_tokens=group is texts),
+                strict=True,
+            )
     for i, item in enumerate(batch):
         if i not in out:
             out[i] = _given_ids(item["input_ids"] if isinstance(item, Mapping) else item, i, model.vocab_size)
@@ -315,7 +325,11 @@ def _given_ids(item: Any, index: int, vocab_size: int) -> NDArray[np.int32]:
         ids = np.asarray(item) if isinstance(item, list | np.ndarray) else None
     except ValueError:  # ragged
         ids = None
-    if ids is None or ids.ndim != 1 or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= vocab_size)):
+    if (
+        ids is None
+        or ids.ndim != 1
+        or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= vocab_size))
+    ):
         msg = f"request {index}: expected a string, a list of token ids from 0 to {vocab_size - 1}, or a row, got {item!r:.80}"
         raise RequestError(msg, index=index)
     return ids.astype(np.int32)

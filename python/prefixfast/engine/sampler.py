@@ -30,7 +30,9 @@ class Sampler:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.seed = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.temperature, self.top_p, self.min_p = (torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3))
+        self.temperature, self.top_p, self.min_p = (
+            torch.zeros(rows, dtype=torch.float32, device=device) for _ in range(3)
+        )
         self.top_k = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def start(self, row: int, params: GenerationParams, number: int) -> None:
@@ -42,7 +44,11 @@ class Sampler:
             number: Of the sample in its request.
         """
         seed = params.seed or 0
-        self.seed[row] = seed if number == 0 else int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=7).digest())
+        self.seed[row] = (
+            seed
+            if number == 0
+            else int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=7).digest())
+        )
         self.temperature[row], self.top_k[row] = params.temperature or 1.0, params.top_k or 0
         self.top_p[row], self.min_p[row] = params.top_p or 1.0, params.min_p or 0.0
 

@@ -57,7 +57,10 @@ def warn_about_defaults(model: Model) -> None:
     config = getattr(model.hf, "generation_config", None)
     unheeded = {n: v for n, neutral in NEUTRAL.items() if (v := getattr(config, n, None)) not in neutral}
     if unheeded:
-        logger.warning("not honoured from the base's generation_config: %s", ", ".join(f"{n}={v!r:.40}" for n, v in unheeded.items()))
+        logger.warning(
+            "not honoured from the base's generation_config: %s",
+            ", ".join(f"{n}={v!r:.40}" for n, v in unheeded.items()),
+        )
 
 
 def base_defaults(model: Model) -> GenerationParams:
@@ -83,7 +86,13 @@ def _capped(p: GenerationParams) -> GenerationParams:
 
 
 def resolve(
-    item: Any, index: int, decodings: list[Mapping[str, Any]], call: GenerationParams, inherited: GenerationParams, prompt: int, limit: int
+    item: Any,
+    index: int,
+    decodings: list[Mapping[str, Any]],
+    call: GenerationParams,
+    inherited: GenerationParams,
+    prompt: int,
+    limit: int,
 ) -> GenerationParams:
     """Call > request > prefix > base > built-in; a length that nobody asked for here is cut to what fits."""
     with request_error(index):
@@ -110,7 +119,11 @@ def resolve(
     assert params.max_new_tokens is not None
     most = min(params.max_new_tokens, room)
     least = min(params.min_new_tokens or 0, most)
-    return _limited(params, most, least) if len(params.bad_words_ids or ()) < FEW else _limited.__wrapped__(params, most, least)
+    return (
+        _limited(params, most, least)
+        if len(params.bad_words_ids or ()) < FEW
+        else _limited.__wrapped__(params, most, least)
+    )
 
 
 @functools.lru_cache(512)
@@ -131,10 +144,13 @@ def _wrong(p: GenerationParams, vocab_size: int) -> str | None:
     beams, texts = p.num_beams or 1, p.num_return_sequences or 1
     top = max((i for word in p.bad_words_ids or () for i in word), default=0)
     found = {
-        f"num_return_sequences={texts}: the likeliest text is one; say do_sample=True or num_beams={texts}": texts > 1 and beams == 1 and not p.do_sample,
+        f"num_return_sequences={texts}: the likeliest text is one; say do_sample=True or num_beams={texts}": texts > 1
+        and beams == 1
+        and not p.do_sample,
         f"num_return_sequences={texts} of {beams} beams: expected at most as many": beams > 1 and texts > beams,
         "stop_strings with beams: beams are cut by tokens; use num_beams=1": beams > 1 and p.stop_strings,
-        "logprobs with beams: beams change places; use num_beams=1, or score the result": beams > 1 and p.logprobs is not None,
+        "logprobs with beams: beams change places; use num_beams=1, or score the result": beams > 1
+        and p.logprobs is not None,
         f"logprobs={p.logprobs}: expected at most the vocabulary's {vocab_size}": (p.logprobs or 0) > vocab_size,
         f"bad_words_ids: expected token ids below {vocab_size}, got {top}": top >= vocab_size,
     }

@@ -53,7 +53,14 @@ class Score:
     usage: dict[str, int]
 
 
-def target_ids(model: Model, batch: Sequence[Input], requests: list[Request], targets: Sequence[str | list[int]] | None, *, end_token: bool) -> list[Ints]:
+def target_ids(
+    model: Model,
+    batch: Sequence[Input],
+    requests: list[Request],
+    targets: Sequence[str | list[int]] | None,
+    *,
+    end_token: bool,
+) -> list[Ints]:
     """Tokens of every request's target: as given, or from the row.
 
     Raises:
@@ -64,7 +71,9 @@ def target_ids(model: Model, batch: Sequence[Input], requests: list[Request], ta
         got = repr(targets[:40]) if isinstance(targets, str) else str(len(targets))
         msg = f"targets: expected one entry for each of the {len(batch)} requests, got {got}"
         raise ConfigError(msg)
-    given: list[Any] = [_own_target(item, r) for item, r in zip(batch, requests, strict=True)] if targets is None else list(targets)
+    given: list[Any] = (
+        [_own_target(item, r) for item, r in zip(batch, requests, strict=True)] if targets is None else list(targets)
+    )
     end = [model.require_tokenizer().eos_id] if end_token else []
     out = []
     for r, target in zip(requests, given, strict=True):
@@ -72,12 +81,18 @@ def target_ids(model: Model, batch: Sequence[Input], requests: list[Request], ta
             msg = f"request {r.index}: target: expected a string or a list of token ids, got {target!r:.80}"
             raise RequestError(msg, index=r.index)
         try:
-            ids = model.require_tokenizer().encode([target], add_special_tokens=False)[0].tolist() if isinstance(target, str) else list(target)
+            ids = (
+                model.require_tokenizer().encode([target], add_special_tokens=False)[0].tolist()
+                if isinstance(target, str)
+                else list(target)
+            )
         except UnicodeEncodeError as e:
             msg = f"request {r.index}: target: it is no text: {e}"
             raise RequestError(msg, index=r.index) from e
         ids = ids + [e for e in end if e is not None]
-        room = model.max_positions - max((p.pos_start for p in r.prefixes), default=0) - len(r.ids) + 1  # the last token is only predicted
+        room = (
+            model.max_positions - max((p.pos_start for p in r.prefixes), default=0) - len(r.ids) + 1
+        )  # the last token is only predicted
         if not ids or any(type(i) is not int or not 0 <= i < model.vocab_size for i in ids) or len(ids) > room:
             msg = f"request {r.index}: target: expected 1 to {room} tokens below {model.vocab_size}, got {len(ids)} of {target!r:.80}"
             raise RequestError(msg, index=r.index)
@@ -110,9 +125,15 @@ def score(model: Model, requests: list[Request], targets: list[Ints], token_budg
         logprobs, best = _forward(model, own, wanted)
         ends = np.cumsum([len(t) for t in wanted])[:-1]
         for r, t, some, likely in zip(own, wanted, np.split(logprobs, ends), np.split(best, ends), strict=True):
-            usage = {"prompt_tokens": len(r.ids), "completion_tokens": len(t), "prefix_rows": sum(p.length for p in r.prefixes)}
+            usage = {
+                "prompt_tokens": len(r.ids),
+                "completion_tokens": len(t),
+                "prefix_rows": sum(p.length for p in r.prefixes),
+            }
             digest = "+".join(p.digest for p in r.prefixes) or None
-            out.append(Score(r.index, r.id, float(some.sum()), some.tolist(), t.tolist(), bool(likely.all()), digest, usage))
+            out.append(
+                Score(r.index, r.id, float(some.sum()), some.tolist(), t.tolist(), bool(likely.all()), digest, usage)
+            )
     return out
 
 
@@ -127,7 +148,9 @@ def _parts(lengths: list[int], budget: int) -> Iterator[slice]:
         yield slice(start, len(lengths))
 
 
-def _forward(model: Model, requests: list[Request], targets: list[Ints]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+def _forward(
+    model: Model, requests: list[Request], targets: list[Ints]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Log-probabilities of all target tokens of one packed forward, and whether each is the likeliest."""
     distinct = {p.digest: p for r in requests for p in r.prefixes}
     number = {digest: i for i, digest in enumerate(distinct)}
@@ -140,11 +163,15 @@ def _forward(model: Model, requests: list[Request], targets: list[Ints]) -> tupl
     ends = np.cumsum(lengths)
     at = np.concatenate([np.arange(end - len(t), end) for end, t in zip(ends, targets, strict=True)])
     flat = np.array([n for numbers in used for n in numbers], np.int32)
-    plan = training_plan(lengths, indptr, flat, row_table(prefixes, len(model.layers)), kv, backend=model.backend, device=model.device)
+    plan = training_plan(
+        lengths, indptr, flat, row_table(prefixes, len(model.layers)), kv, backend=model.backend, device=model.device
+    )
     plan = plan.with_logits_at(torch.from_numpy(at).to(model.device))
     wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(model.device)
     logprobs, best = [], []
-    for logits, target in zip(_logits(model, plan, torch.from_numpy(ids.astype(np.int64)).to(model.device)), wanted.split(PIECE), strict=True):
+    for logits, target in zip(
+        _logits(model, plan, torch.from_numpy(ids.astype(np.int64)).to(model.device)), wanted.split(PIECE), strict=True
+    ):
         exact = logits.double() if logits.dtype == torch.float64 else logits.float()
         logprobs.append(exact.log_softmax(-1).gather(1, target[:, None])[:, 0].double().cpu())
         best.append((likeliest(exact) == target).cpu())

@@ -39,16 +39,24 @@ class _Limits:
 
     def __init__(self, rows: int, eos: Tensor) -> None:
         self.eos = eos
-        self.max_new, self.min_new, self.count = (torch.zeros(rows, dtype=torch.int64, device=eos.device) for _ in range(3))
+        self.max_new, self.min_new, self.count = (
+            torch.zeros(rows, dtype=torch.int64, device=eos.device) for _ in range(3)
+        )
 
     def start(self, row: int, params: GenerationParams) -> None:
-        self.max_new[row], self.min_new[row], self.count[row] = params.max_new_tokens or 1, params.min_new_tokens or 0, 0
+        self.max_new[row], self.min_new[row], self.count[row] = (
+            params.max_new_tokens or 1,
+            params.min_new_tokens or 0,
+            0,
+        )
 
     def hide_end(self, scores: Tensor, at: Tensor) -> None:
         """Set end tokens to -inf in ``[S, K or 1, V]`` where a request is shorter than its minimum."""
         if len(self.eos):
             early = self.count[at] < self.min_new[at]
-            scores.index_copy_(-1, self.eos, scores.index_select(-1, self.eos).masked_fill(early[:, None, None], -torch.inf))
+            scores.index_copy_(
+                -1, self.eos, scores.index_select(-1, self.eos).masked_fill(early[:, None, None], -torch.inf)
+            )
 
     def ends(self, tokens: Tensor, at: Tensor) -> Tensor:
         """Which ``[S, n]`` candidate tokens end their sequence, by end token or length."""
@@ -96,7 +104,9 @@ class Beam:
         self.k, self.limits = num_beams, _Limits(rows, eos)
         device, k = eos.device, num_beams
         self.keep = max(2, 1 + len(eos)) * k
-        self.running, self.done_tokens = (torch.zeros(rows, k, longest, dtype=torch.int64, device=device) for _ in range(2))
+        self.running, self.done_tokens = (
+            torch.zeros(rows, k, longest, dtype=torch.int64, device=device) for _ in range(2)
+        )
         self.running_score, self.score = (torch.zeros(rows, k, device=device) for _ in range(2))
         self.done = torch.zeros(rows, k, dtype=torch.bool, device=device)
         self.length = torch.zeros(rows, k, dtype=torch.int64, device=device)
@@ -106,7 +116,13 @@ class Beam:
     def start(self, row: int, params: GenerationParams) -> None:
         """A request takes the K rows from ``row`` on."""
         self.limits.start(row, params)
-        self.running[row], self.done_tokens[row], self.length[row], self.done[row], self.hope[row] = 0, 0, 0, False, True
+        self.running[row], self.done_tokens[row], self.length[row], self.done[row], self.hope[row] = (
+            0,
+            0,
+            0,
+            False,
+            True,
+        )
         self.running_score[row], self.running_score[row, 0], self.score[row] = NEVER, 0.0, NEVER
         self.penalty[row] = 1.0 if params.length_penalty is None else params.length_penalty
         self.early[row] = EARLY[params.early_stopping or False]
@@ -123,7 +139,9 @@ class Beam:
         parent, token = index // logp.shape[-1], index % logp.shape[-1]
         count = self.limits.count[at]
         used = int(count.max()) + 1
-        candidates = _pick(self.running[at, :, :used], parent).scatter_(2, count[:, None, None].expand(-1, self.keep, 1), token[..., None])
+        candidates = _pick(self.running[at, :, :used], parent).scatter_(
+            2, count[:, None, None].expand(-1, self.keep, 1), token[..., None]
+        )
         ends = self.limits.ends(token, at)
 
         still = value + ends * NEVER
@@ -155,7 +173,9 @@ class Beam:
     def _open(self, at: Tensor, running_score: Tensor) -> Tensor:
         """Which requests can still improve."""
         penalty, early, done = self.penalty[at], self.early[at], self.done[at]
-        best_length = torch.where((early == EARLY["never"]) & (penalty > 0), self.limits.max_new[at], self.limits.count[at])
+        best_length = torch.where(
+            (early == EARLY["never"]) & (penalty > 0), self.limits.max_new[at], self.limits.count[at]
+        )
         reachable = running_score[:, 0] / best_length.float() ** penalty
         worst = torch.where(done, self.score[at].min(1, keepdim=True)[0], NEVER)
         self.hope[at] = hope = self.hope[at] & (reachable[:, None] > worst).any(1)
@@ -165,9 +185,16 @@ class Beam:
         """Tokens and scores of a request's ``most`` best finished beams; of its best running one while none has finished."""
         if bool(self.done[row].any()):
             done = range(min(most, int(self.done[row].sum())))
-            return [(self.done_tokens[row, i, : int(self.length[row, i])].tolist(), float(self.score[row, i])) for i in done]
+            return [
+                (self.done_tokens[row, i, : int(self.length[row, i])].tolist(), float(self.score[row, i])) for i in done
+            ]
         count = int(self.limits.count[row])
-        return [(self.running[row, 0, :count].tolist(), float(self.running_score[row, 0] / max(count, 1) ** self.penalty[row]))]
+        return [
+            (
+                self.running[row, 0, :count].tolist(),
+                float(self.running_score[row, 0] / max(count, 1) ** self.penalty[row]),
+            )
+        ]
 
 
 def likeliest(scores: Tensor) -> Tensor:

@@ -42,7 +42,11 @@ class SharedPrompts:
 
     def _find(self, before: Before, ids: np.ndarray, least: int) -> tuple[Before, bytes] | None:
         """The longest known text of at least ``least`` tokens that these begin with and go on from."""
-        fits = [(b, text) for b, text in self.known if b == before and 4 * least <= len(text) < 4 * len(ids) and ids.tobytes().startswith(text)]
+        fits = [
+            (b, text)
+            for b, text in self.known
+            if b == before and 4 * least <= len(text) < 4 * len(ids) and ids.tobytes().startswith(text)
+        ]
         return max(fits, key=lambda key: len(key[1]), default=None)
 
     def _learn(self, request: Request, length: int) -> None:
@@ -60,7 +64,9 @@ class SharedPrompts:
             return request
         self.known.move_to_end(key)
         prefix = self.known[key]
-        return replace(request, ids=request.ids[prefix.length :], prefixes=(*request.prefixes, prefix), shared=prefix.length)
+        return replace(
+            request, ids=request.ids[prefix.length :], prefixes=(*request.prefixes, prefix), shared=prefix.length
+        )
 
 
 def _before(request: Request) -> Before:

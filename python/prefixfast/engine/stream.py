@@ -93,7 +93,9 @@ class Stream:
                 with self._change:
                     while not self._buffer:
                         self._change.wait()
-                    token = self._buffer[0] if self._buffer[0] is None else self._buffer.popleft()  # the end stays for whoever comes again
+                    token = (
+                        self._buffer[0] if self._buffer[0] is None else self._buffer.popleft()
+                    )  # the end stays for whoever comes again
                 if token is None:
                     break
                 if piece := self._deltas.push(token):

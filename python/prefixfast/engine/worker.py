@@ -31,7 +31,9 @@ class Worker:
         num_threads: Of torch in this thread; None leaves them.
     """
 
-    def __init__(self, loop: Loop, finish: Callable[[Outcome], Generation | BaseException], num_threads: int | None) -> None:
+    def __init__(
+        self, loop: Loop, finish: Callable[[Outcome], Generation | BaseException], num_threads: int | None
+    ) -> None:
         self.loop, self.finish, self.num_threads = loop, finish, num_threads or torch.get_num_threads()
         self.change = threading.Condition()
         self.inbox: deque[tuple[Ticket, Request | None]] = deque()  # None: cancel

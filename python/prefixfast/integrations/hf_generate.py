@@ -58,23 +58,37 @@ class HFCache(Cache):
 
     def __init__(self, model: Model, prefixes: Prefixes = None, *, num_beams: int = 1, max_len: int = 1024) -> None:
         super().__init__(layers=[])
-        self.model, self.prefixes, self.num_beams, self.max_len = model, prefixes, num_beams, min(max_len, model.max_positions)
+        self.model, self.prefixes, self.num_beams, self.max_len = (
+            model,
+            prefixes,
+            num_beams,
+            min(max_len, model.max_positions),
+        )
         self.loop: Loop | None = None
         self.length, self.rows = 0, np.zeros(0, np.int64)  # tokens so far, and the decode row of each row of the batch
         self.order = torch.zeros(0, dtype=torch.int64)  # rows of the batch in the order of the last forward
         me = weakref.ref(self)
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        def before(
+            _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             own: Any = me()
             mine = own is not None and own is kwargs.get("past_key_values")
             return ((), own._packed(args, kwargs)) if mine else None
 
         def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
             own: Any = me()
-            return own._unpacked(out) if own is not None and own._plan is not None and kwargs.get("prefixfast") is own._plan else None
+            return (
+                own._unpacked(out)
+                if own is not None and own._plan is not None and kwargs.get("prefixfast") is own._plan
+                else None
+            )
 
         self._plan: Plan | None = None
-        hooks = (model.hf.register_forward_pre_hook(before, with_kwargs=True), model.hf.register_forward_hook(after, with_kwargs=True))
+        hooks = (
+            model.hf.register_forward_pre_hook(before, with_kwargs=True),
+            model.hf.register_forward_hook(after, with_kwargs=True),
+        )
         self._loops: list[Loop] = []
         self._detach = weakref.finalize(self, _free, hooks, self._loops)
 
@@ -126,7 +140,11 @@ class HFCache(Cache):
         mask = kwargs.get("attention_mask")
         tokens, self._plan = self._decode(ids, mask) if self.length else self._prefill(ids, mask)
         keep = {} if self._plan.logits_at is None else {"logits_to_keep": self._plan.logits_at}
-        packed = {"input_ids": tokens[None], "attention_mask": torch.ones_like(tokens)[None], "position_ids": self._plan.position_ids}
+        packed = {
+            "input_ids": tokens[None],
+            "attention_mask": torch.ones_like(tokens)[None],
+            "position_ids": self._plan.position_ids,
+        }
         return {**packed, **keep, "use_cache": False, "return_dict": True, "prefixfast": self._plan}
 
     def _unpacked(self, out: Any) -> Any:
@@ -179,7 +197,9 @@ class HFCache(Cache):
         layout = Layout(*header.decode)
         self.order = torch.tensor(header.decode_ids)
         longest = int(host_table(buffer.numpy(), layout.views[0]["lens"]).max())
-        plan = decode_plan(buffer.to(self.model.device), layout, header.decode_reach, longest, loop.arena, self.model.backend)
+        plan = decode_plan(
+            buffer.to(self.model.device), layout, header.decode_reach, longest, loop.arena, self.model.backend
+        )
         loop.scheduler.commit([])
         self.length += 1
         return ids[self.order.to(ids.device), -1], plan
@@ -191,7 +211,9 @@ class HFCache(Cache):
         distinct = {p.digest: p for ps in chosen for p in ps}.values()
         need = [sum(-(-p.length // UNIT) for p in distinct), *(-(-(self.max_len + UNIT) // UNIT) for _ in lengths)]
         memory = bytes_of_row(self.model) * (RESERVED_ROWS + UNIT * sum(need))
-        config = EngineConfig(max_num_seqs=count, max_num_batched_tokens=sum(lengths) + count, kv_cache_memory=memory, enforce_eager=True)
+        config = EngineConfig(
+            max_num_seqs=count, max_num_batched_tokens=sum(lengths) + count, kv_cache_memory=memory, enforce_eager=True
+        )
         loop = Loop(self.model, config, self.max_len, [])
         self._loops.append(loop)
         for prefix in distinct:

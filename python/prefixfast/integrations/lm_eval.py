@@ -69,11 +69,16 @@ class PrefixLM(TemplateLM):
         if unknown := set(other) - set(HARMLESS):
             msg = f"PrefixLM: unknown options {sorted(unknown)}"
             raise ConfigError(msg)
-        where = "auto" if device is None or (device.startswith("cuda") and not torch.cuda.is_available()) else device  # lm-eval's default is cuda:0
+        where = (
+            "auto" if device is None or (device.startswith("cuda") and not torch.cuda.is_available()) else device
+        )  # lm-eval's default is cuda:0
         model = load(pretrained, dtype=dtype, device=where) if isinstance(pretrained, str | Path) else load(pretrained)
         self.prefix = Prefix.from_pretrained(prefix) if isinstance(prefix, str | Path) else prefix
         rows = 0 if self.prefix is None else self.prefix.pos_start
-        self.max_length, self.max_gen_toks = min(max_length or model.max_positions, model.max_positions - rows), max_gen_toks
+        self.max_length, self.max_gen_toks = (
+            min(max_length or model.max_positions, model.max_positions - rows),
+            max_gen_toks,
+        )
         self.engine = Engine(model, max_model_len=self.max_length)
         self.tokens, self.tokenizer = model.require_tokenizer(), model.require_tokenizer().hf
 
@@ -97,15 +102,23 @@ class PrefixLM(TemplateLM):
         """Token ids of a text; with ``add_special_tokens`` None as a prompt is tokenized, a begin token that is written there not doubled."""
         begin = self.tokenizer.bos_token
         written = begin is not None and string.startswith(begin)
-        ids: list[int] = self.tokens.encode([string], add_special_tokens=not written if add_special_tokens is None else add_special_tokens)[0].tolist()
+        ids: list[int] = self.tokens.encode(
+            [string], add_special_tokens=not written if add_special_tokens is None else add_special_tokens
+        )[0].tolist()
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the tokenizer's chat template writes it."""
         opened = add_generation_prompt
-        return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=opened, continue_final_message=not opened))
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history, tokenize=False, add_generation_prompt=opened, continue_final_message=not opened
+            )
+        )
 
-    def _loglikelihood_tokens(self, requests: Sequence[Pair], disable_tqdm: bool = False, **other: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, **other: Any
+    ) -> list[tuple[float, bool]]:
         cut = [(context[-(self.max_length + 1 - len(target)) :], target) for _, context, target in requests]
         scores = self.engine.score([c for c, _ in cut], self.prefix, targets=[target for _, target in cut])
         found = [(s.logprob, s.is_greedy) for s in scores]
@@ -120,7 +133,9 @@ class PrefixLM(TemplateLM):
         counts = []
         for request in requests:
             (text,) = request.args
-            cuts = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
+            cuts = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
             own: list[Pair] = [(None, *make_disjoint_window(window)) for window in cuts]
             windows += own
             counts.append(len(own))

@@ -124,7 +124,11 @@ def _swap(temporary: Path, target: Path) -> None:
                 target.rename(_backup(target))
             temporary.rename(target)
         except OSError as e:
-            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT) or attempt + 1 == PATIENCE or not temporary.exists():
+            if (
+                e.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+                or attempt + 1 == PATIENCE
+                or not temporary.exists()
+            ):
                 raise
         else:
             return

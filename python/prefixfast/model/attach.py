@@ -25,7 +25,9 @@ from prefixfast.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 # Architectures whose parity with PEFT the test suite holds (tests/parity); others are attached when their logits come out unchanged.
-VERIFIED = frozenset({"gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"})
+VERIFIED = frozenset(
+    {"gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"}
+)
 OWN_ATTENTION = "it computes attention in its own code, outside transformers' attention interface"
 REFUSED = {
     **dict.fromkeys(("gptj", "gpt_neo", "codegen", "falcon", "xglm"), OWN_ATTENTION),
@@ -140,14 +142,25 @@ def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     tokens = ids[None]
     keep = {} if plan.logits_at is None else {"logits_to_keep": plan.logits_at}
     # The mask of ones keeps GPT-2 from searching the batch for padding (a host synchronization); it is dropped on the way.
-    out = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=plan.position_ids, use_cache=False, prefixfast=plan, **keep)
+    out = model(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        position_ids=plan.position_ids,
+        use_cache=False,
+        prefixfast=plan,
+        **keep,
+    )
     return out.logits[0]
 
 
 def check_packed(model: PreTrainedModel) -> None:
     """Raise `ConfigError` if the model is detached or in training mode: its own attention would drop the plan in silence."""
     if model.config._attn_implementation != NAME or model.training:
-        state = "in training mode, call eval()" if model.training else "detached, or its attention was switched; load it again"
+        state = (
+            "in training mode, call eval()"
+            if model.training
+            else "detached, or its attention was switched; load it again"
+        )
         msg = f"this {type(model).__name__} cannot run a packed forward: it is {state}"
         raise ConfigError(msg)
 
@@ -250,4 +263,8 @@ def _compare(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
         name = f"{type(model).__name__} ({model.config.model_type})"
         msg = f"cannot attach {name}: its logits change by {error:.1e} (limit {limit:.0e}) under prefixfast's attention"
         raise ConfigError(msg)
-    logger.info("%s is not in the tested set; its logits are unchanged under prefixfast's attention (%.1e)", model.config.model_type, error)
+    logger.info(
+        "%s is not in the tested set; its logits are unchanged under prefixfast's attention (%.1e)",
+        model.config.model_type,
+        error,
+    )

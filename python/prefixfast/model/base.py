@@ -135,7 +135,9 @@ class Model:
         """
         from prefixfast import check_fits
 
-        warnings.warn("Model.check_prefix was renamed: use prefixfast.check_fits(model, prefix)", FutureWarning, stacklevel=2)
+        warnings.warn(
+            "Model.check_prefix was renamed: use prefixfast.check_fits(model, prefix)", FutureWarning, stacklevel=2
+        )
         check_fits(self, prefix, what)
 
     def opened(self) -> Model:

@@ -83,7 +83,10 @@ def check_base(ours: dict[str, Any] | None, base: dict[str, Any], what: str) -> 
         raise BaseMismatchError(msg)
     if None not in tokenizers and tokenizers[0] != tokenizers[1] and tokenizers not in _WARNED:
         _WARNED.add(tokenizers)
-        logger.warning("%s was made with another tokenizer than this base has: texts may become other tokens than in training", what)
+        logger.warning(
+            "%s was made with another tokenizer than this base has: texts may become other tokens than in training",
+            what,
+        )
 
 
 @torch.no_grad()

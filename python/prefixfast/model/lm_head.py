@@ -45,7 +45,13 @@ def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     """Last hidden states ``[n, d]`` of one packed forward at ``plan.logits_at`` (all ``[N, d]`` without it); see `attach.packed_forward`."""
     check_packed(model)
     tokens = ids[None]
-    out = model.base_model(input_ids=tokens, attention_mask=torch.ones_like(tokens), position_ids=plan.position_ids, use_cache=False, prefixfast=plan)
+    out = model.base_model(
+        input_ids=tokens,
+        attention_mask=torch.ones_like(tokens),
+        position_ids=plan.position_ids,
+        use_cache=False,
+        prefixfast=plan,
+    )
     hidden: Tensor = out.last_hidden_state[0]
     return hidden if plan.logits_at is None else hidden[plan.logits_at]
 

@@ -25,7 +25,9 @@ def free_memory(device: torch.device) -> int:
 
 def in_large_pages(t: torch.Tensor) -> torch.Tensor:
     """Ask Linux to back a tensor on a CPU that was not written yet with large pages: fewer faults, and rows all over it are found faster."""
-    madvise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" and t.device.type == "cpu" else None
+    madvise = (
+        getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" and t.device.type == "cpu" else None
+    )
     first = -(-t.data_ptr() // LARGE_PAGE) * LARGE_PAGE
     length = (t.data_ptr() + t.numel() * t.element_size() - first) // LARGE_PAGE * LARGE_PAGE
     if madvise is not None and length > 0:
@@ -44,7 +46,9 @@ def _available() -> int | None:
 def _container() -> int | None:
     """What is left under the container's limit (cgroup v2); files that were only read count as free."""
     try:
-        most, now, stat = ((CGROUP / f"memory.{name}").read_text(encoding="utf8").strip() for name in ("max", "current", "stat"))
+        most, now, stat = (
+            (CGROUP / f"memory.{name}").read_text(encoding="utf8").strip() for name in ("max", "current", "stat")
+        )
     except OSError:
         return None
     cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)

@@ -74,7 +74,9 @@ def _why_not(modules: list[Any]) -> str | None:
         x, w, b = (torch.arange(n * 64.0).sin().view(n, 64).to(weight.dtype) for n in (3, 48, 1))
         b = b[0, :48].contiguous()
         got = _linear(x, torch.ops.mkldnn._reorder_linear_weight(w), b)
-        torch.testing.assert_close(got, F.linear(x, w, b), rtol=2e-2, atol=2e-1 if weight.dtype == torch.bfloat16 else 1e-3)
+        torch.testing.assert_close(
+            got, F.linear(x, w, b), rtol=2e-2, atol=2e-1 if weight.dtype == torch.bfloat16 else 1e-3
+        )
     except (RuntimeError, AttributeError, AssertionError) as e:
         return f"this build of torch cannot: {str(e).splitlines()[0]}"
     return None
@@ -82,7 +84,11 @@ def _why_not(modules: list[Any]) -> str | None:
 
 def _no_room(nbytes: int) -> str | None:
     free = free_memory(torch.device("cpu"))
-    return f"the copies take {nbytes / 2**20:.0f} MiB, more than half of the free {free / 2**20:.0f} MiB" if nbytes > SHARE * free else None
+    return (
+        f"the copies take {nbytes / 2**20:.0f} MiB, more than half of the free {free / 2**20:.0f} MiB"
+        if nbytes > SHARE * free
+        else None
+    )
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
@@ -94,7 +100,12 @@ def _forward(module: Any, weight: Tensor, packed: Tensor) -> Callable[[Tensor], 
     version = weight._version
 
     def forward(x: Tensor) -> Tensor:
-        same = module.weight is weight and weight._version == version and x.dtype == weight.dtype and x.device.type == "cpu"
+        same = (
+            module.weight is weight
+            and weight._version == version
+            and x.dtype == weight.dtype
+            and x.device.type == "cpu"
+        )
         if torch.is_grad_enabled() or not same:
             return own(module, x)
         return _linear(x, packed, module.bias)

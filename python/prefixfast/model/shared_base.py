@@ -27,7 +27,9 @@ _CACHE: list[_Cached] = []
 _CACHE_LOCK = threading.Lock()
 
 
-def check_base_fields(model: Model, *, dtype: str = "auto", device: str = "auto", revision: str | None = None, backend: str = "auto") -> None:
+def check_base_fields(
+    model: Model, *, dtype: str = "auto", device: str = "auto", revision: str | None = None, backend: str = "auto"
+) -> None:
     """Raise `ConfigError` if a base that is loaded already is not as an engine's options want it."""
     name = next((n for n, d in DTYPES.items() if d == model.dtype), str(model.dtype))
     have = {"dtype": (dtype, name), "device": (device, model.device.type), "backend": (backend, model.backend.name)}

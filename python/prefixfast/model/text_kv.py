@@ -17,7 +17,9 @@ from prefixfast.model.base import Model
 
 
 @torch.no_grad()
-def text_kv(model: Model, ids: Sequence[int], length: int, before: Sequence[LayerKV] = (), rows: PrefixRows = NO_PREFIXES) -> list[LayerKV]:
+def text_kv(
+    model: Model, ids: Sequence[int], length: int, before: Sequence[LayerKV] = (), rows: PrefixRows = NO_PREFIXES
+) -> list[LayerKV]:
     """Keys and values of a text in the base model; a short text is repeated, a long one is cut to its first P tokens.
 
     Args:
@@ -34,7 +36,9 @@ def text_kv(model: Model, ids: Sequence[int], length: int, before: Sequence[Laye
     number = np.arange(rows.table.shape[1], dtype=np.int32)
     first = int(rows.table[:, :, 1].sum(1).max(initial=0))
     indptr = np.array([0, len(number)], np.int32)
-    plan = training_plan(np.array([length], np.int32), indptr, number, rows, None, backend=model.backend, device=model.device)
+    plan = training_plan(
+        np.array([length], np.int32), indptr, number, rows, None, backend=model.backend, device=model.device
+    )
 
     def with_room(before: Tensor) -> Tensor:
         return torch.cat([before, before.new_empty(first + length - len(before), *before.shape[1:])])
@@ -43,7 +47,9 @@ def text_kv(model: Model, ids: Sequence[int], length: int, before: Sequence[Laye
     layers = [(with_room(k), with_room(v)) for k, v in before or zip(empty, empty, strict=True)]
     slots = torch.arange(first, first + length, dtype=torch.int32, device=model.device)
     last = torch.tensor([length - 1], device=model.device)
-    model.forward(replace(plan, arena=Arena(layers, torch.empty(0, dtype=torch.int32)), slots=slots, logits_at=last), tokens)
+    model.forward(
+        replace(plan, arena=Arena(layers, torch.empty(0, dtype=torch.int32)), slots=slots, logits_at=last), tokens
+    )
     dtype = parameter_dtype(model.dtype)
     return [(k[first:].to(dtype), v[first:].to(dtype)) for k, v in layers]
 

@@ -77,10 +77,17 @@ class Tokenizer:
     @cached_property
     def special_texts(self) -> dict[int, str]:
         """All special tokens, by id."""
-        return dict(zip(self.special_ids, self.decode([[i] for i in self.special_ids], skip_special_tokens=False), strict=True))
+        return dict(
+            zip(self.special_ids, self.decode([[i] for i in self.special_ids], skip_special_tokens=False), strict=True)
+        )
 
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, generation_prompt: bool, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        generation_prompt: bool,
+        tools: list[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> str:
         """A conversation as the tokenizer's chat template writes it, special tokens included (encode it without adding any).
 
@@ -97,7 +104,11 @@ class Tokenizer:
         return str(self._template(messages, tools, options, tokenize=False, add_generation_prompt=generation_prompt))
 
     def chat_answers(
-        self, messages: Sequence[Mapping[str, Any]], *, tools: list[Any] | None = None, options: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: list[Any] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> tuple[Ids, NDArray[np.bool_]]:
         """Ids of a whole conversation, and which of them the chat template marks as the assistant's.
 
@@ -105,10 +116,18 @@ class Tokenizer:
             ConfigError: If the tokenizer has no chat template.
             DataError: If the template refuses the conversation.
         """
-        found = self._template(messages, tools, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        found = self._template(
+            messages, tools, options, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
         return np.array(found["input_ids"], np.int32), np.array(found["assistant_masks"], bool)
 
-    def _template(self, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None, options: Mapping[str, Any] | None, **how: Any) -> Any:
+    def _template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[Any] | None,
+        options: Mapping[str, Any] | None,
+        **how: Any,
+    ) -> Any:
         if not getattr(self.hf, "chat_template", None):
             msg = "this tokenizer has no chat template: give prompt and completion as strings, or set tokenizer.chat_template"
             raise ConfigError(msg)

@@ -45,7 +45,11 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
     got = {name: shape[1:] for name, shape in prefix.shapes.items()}
     wrong = min((name for name, shape in got.items() if expected.get(name) != shape), default=None)
     # A PEFT adapter of a smaller model has the first layers, and does not say how many layers its base has.
-    unknown = num_layers(prefix.base) is None and prefix.layers == tuple(range(len(prefix.layers))) and len(got) < len(expected)
+    unknown = (
+        num_layers(prefix.base) is None
+        and prefix.layers == tuple(range(len(prefix.layers)))
+        and len(got) < len(expected)
+    )
     reasons = {
         f"{wrong}: {got.get(wrong or '')} where {expected.get(wrong or '')} is expected": wrong is not None,
         "the first ones, and it does not say for how many it was made": unknown,

@@ -54,11 +54,14 @@ def _check(parts: Sequence[PrefixData]) -> None:
             raise BaseMismatchError(msg)
         reasons = {
             f"prefix {number} lies in other layers than prefix 0": first.shapes.keys() != other.shapes.keys(),
-            f"window is {other.window!r} in prefix {number} and {first.window!r} in prefix 0, and a prefix has one": other.window != first.window,
+            f"window is {other.window!r} in prefix {number} and {first.window!r} in prefix 0, and a prefix has one": other.window
+            != first.window,
             f"prefix {number} has numbers of another dtype than prefix 0, and converting them would change them": any(
                 n in other.kv and other.kv[n].dtype != t.dtype for n, t in first.kv.items()
             ),
-            f"prefix {number} was there before, and a request cannot compose a prefix with itself": any(p.digest == other.digest for p in parts[:number]),
+            f"prefix {number} was there before, and a request cannot compose a prefix with itself": any(
+                p.digest == other.digest for p in parts[:number]
+            ),
         }
         if reason := next((text for text, holds in reasons.items() if holds), None):
             msg = f"concat: no single prefix does the same: {reason}; give them to a request as a sequence"

@@ -29,7 +29,9 @@ VERSION, MOST_POSITIONS = 1, 2**31 - 1
 FIELDS = ("pos_start", "window", "base", "task", "decoding", "training")
 OLD_KEYS = {"task": "linearizer"}  # version 0.1.0 reads and writes the task under this key
 KEYS = tuple(OLD_KEYS.get(name, name) for name in FIELDS)
-LOOKED_FOR = f"{META} (a prefix of ours) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type {' or '.join(peft.TYPES)})"
+LOOKED_FOR = (
+    f"{META} (a prefix of ours) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type {' or '.join(peft.TYPES)})"
+)
 KINDS = {"pos_start": int, "window": str, "digest": str, "decoding": dict, "training": dict}
 OPTIONAL_KINDS = {"base": dict, "linearizer": dict, "not_peft_because": str}
 BASE_KINDS = {"name": str, "config": dict, "tokenizer": str, "weights": str}
@@ -45,7 +47,12 @@ def own_files(kv: Mapping[str, Tensor], digest: str, fields: Mapping[str, Any]) 
     """
     why_not = peft.reason_against(kv, fields["pos_start"], fields["window"], num_layers(fields["base"]))
     out = _own_tensors(kv) if why_not else adapter_files(kv, fields, kind_of(fields))
-    meta = {"version": VERSION, "digest": digest, "not_peft_because": why_not, **{OLD_KEYS.get(name, name): value for name, value in fields.items()}}
+    meta = {
+        "version": VERSION,
+        "digest": digest,
+        "not_peft_because": why_not,
+        **{OLD_KEYS.get(name, name): value for name, value in fields.items()},
+    }
     return {**out, META: json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False).encode()}
 
 

@@ -16,7 +16,9 @@ from prefixfast.prefix.kv import context
 from prefixfast.prefix.record import PrefixData
 
 
-def text_prefix(model: Any, text: Any, length: int | None, after: Sequence[PrefixData]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def text_prefix(
+    model: Any, text: Any, length: int | None, after: Sequence[PrefixData]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and fields of `Prefix.from_text`; its arguments and errors.
 
     Args:
@@ -79,7 +81,9 @@ def _chat_ids(model: Model, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         msg = "text: this tokenizer has no chat template; give a string, or load(model, tokenizer=...) one that has"
         raise ConfigError(msg)
     try:
-        rendered = tokenizer.hf.apply_chat_template([dict(m) for m in messages], tokenize=False, add_generation_prompt=False)
+        rendered = tokenizer.hf.apply_chat_template(
+            [dict(m) for m in messages], tokenize=False, add_generation_prompt=False
+        )
     except Exception as e:  # a template is a program; what it raises is its own
         msg = f"text: the chat template refuses these messages: {e}"
         raise ConfigError(msg) from e

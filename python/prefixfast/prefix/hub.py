@@ -17,7 +17,9 @@ from prefixfast.prefix.record import PrefixData
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def find_folder(path: str | os.PathLike[str], revision: str | None, *, local_files_only: bool, names: Iterable[str]) -> Path:
+def find_folder(
+    path: str | os.PathLike[str], revision: str | None, *, local_files_only: bool, names: Iterable[str]
+) -> Path:
     """The local folder that ``path`` means; of a hub id only the files of these names are fetched.
 
     Raises:
@@ -33,7 +35,9 @@ def find_folder(path: str | os.PathLike[str], revision: str | None, *, local_fil
 
     at = "" if revision is None else f" at revision {revision!r}"
     try:
-        return Path(snapshot_download(path, revision=revision, local_files_only=local_files_only, allow_patterns=sorted(names)))
+        return Path(
+            snapshot_download(path, revision=revision, local_files_only=local_files_only, allow_patterns=sorted(names))
+        )
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as e:
         msg = f"{path!r}{at}: neither a folder here nor a repository on the hub: {_first_line(e)}; check the name, or log in (hf auth login) if it is private"
         raise DataError(msg, path=path) from e
@@ -73,7 +77,9 @@ def push_folder(
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
             gone = sorted(set(owned) - set(files))  # of a prefix that was there in the other form
-            info: Any = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=gone)
+            info: Any = api.upload_folder(
+                repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=gone
+            )
         except Exception as e:  # see find_folder
             raise ConfigError(_unreachable(f"{repo_id!r} cannot be written on the hub", e)) from e
     return str(getattr(info, "commit_url", info))

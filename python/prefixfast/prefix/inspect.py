@@ -72,7 +72,11 @@ class Inspection:
             f"mean {all_kl.mean():.3f}, median {all_kl.median():.3f}, most {all_kl.max():.3f} nats"
         )
         if self.words:
-            near = Table("row", "nearest tokens (cosine of first-layer keys)", title=f"words of {len(self.words)} of {self.length} rows")
+            near = Table(
+                "row",
+                "nearest tokens (cosine of first-layer keys)",
+                title=f"words of {len(self.words)} of {self.length} rows",
+            )
             for row_number, found in self.words.items():
                 near.add_row(str(row_number), ", ".join(f"{word!r} {cosine:.2f}" for word, cosine in found))
             console.print(near, markup=False)
@@ -108,10 +112,17 @@ class Inspection:
         replace_file(target, drawn.getvalue())
 
 
-def inspect(model: Any, prefix: PrefixData, prompts: Sequence[Any], *, words: int, rows: Sequence[int] | None) -> Inspection:
+def inspect(
+    model: Any, prefix: PrefixData, prompts: Sequence[Any], *, words: int, rows: Sequence[int] | None
+) -> Inspection:
     """See `Prefix.inspect`, which has the arguments and errors."""
     chosen = _rows(prefix, words, rows)
-    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Sequence) or not prompts or type(prompts[0]) is int:
+    if (
+        isinstance(prompts, str | Mapping)
+        or not isinstance(prompts, Sequence)
+        or not prompts
+        or type(prompts[0]) is int
+    ):
         msg = f"prompts: expected a sequence of at least one prompt, got {prompts!r:.80}; wrap one prompt in a list"
         raise ConfigError(msg)
     with borrowed(model) as base:
@@ -121,11 +132,15 @@ def inspect(model: Any, prefix: PrefixData, prompts: Sequence[Any], *, words: in
         seen = [_look(base, prefix, kv, *example) for example in examples]
         count = sum(len(kl) for _, kl in seen)
         if words and 0 not in prefix.layers:
-            logger.warning("inspect: no words, since they are found by the keys of layer 0, which the prefix leaves out")
+            logger.warning(
+                "inspect: no words, since they are found by the keys of layer 0, which the prefix leaves out"
+            )
             words = 0
         near = nearest_tokens(base, prefix, chosen, words) if words else {}
         texts = {row: [(_text(base, token), cosine) for token, cosine in found] for row, found in near.items()}
-        return Inspection(torch.stack([mass for mass, _ in seen]).sum(0) / count, [kl for _, kl in seen], texts, prefix.length)
+        return Inspection(
+            torch.stack([mass for mass, _ in seen]).sum(0) / count, [kl for _, kl in seen], texts, prefix.length
+        )
 
 
 @torch.no_grad()
@@ -135,7 +150,9 @@ def _look(model: Model, prefix: PrefixData, kv: list[LayerKV], ids: list[int], f
     at = torch.arange(first, len(ids), device=model.device)
     rows = row_table([prefix], len(model.layers))
     one, zero = np.array([0, 1], np.int32), np.zeros(1, np.int32)
-    plan = training_plan(np.array([len(ids)], np.int32), one, zero, rows, kv, backend=model.backend, device=model.device).with_logits_at(at)
+    plan = training_plan(
+        np.array([len(ids)], np.int32), one, zero, rows, kv, backend=model.backend, device=model.device
+    ).with_logits_at(at)
     masses: dict[int, Tensor] = {}
 
     def probe(call: AttentionCall) -> None:
@@ -213,7 +230,9 @@ def _row_tokens(model: Model, prefix: PrefixData, row: Mapping[str, Any]) -> tup
     tokenizer = model.require_tokenizer()
     special = not task.is_chat(row)  # a chat template writes its own
     if task.format == "text" or not set(row) & set(TARGET_KEYS):
-        ids: list[int] = tokenizer.encode(task.prompts([row], tokenizer.eos, tokenizer.chat), add_special_tokens=special)[0].tolist()
+        ids: list[int] = tokenizer.encode(
+            task.prompts([row], tokenizer.eos, tokenizer.chat), add_special_tokens=special
+        )[0].tolist()
         return ids, 0
     ((prompt, targets),) = task.pairs([row], tokenizer.eos, tokenizer.chat)
     ids = tokenizer.encode([prompt], add_special_tokens=special)[0].tolist()

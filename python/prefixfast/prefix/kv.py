@@ -28,7 +28,9 @@ def row_table(prefixes: Sequence[PrefixData], num_layers: int) -> PrefixRows:
     return prefix_rows([(p.layers, p.length, p.pos_start, p.window == "slide") for p in prefixes], num_layers)
 
 
-def concat_kv(prefixes: Sequence[PrefixData], shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device) -> list[LayerKV]:
+def concat_kv(
+    prefixes: Sequence[PrefixData], shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
+) -> list[LayerKV]:
     """By layer the keys and values of prefixes one after the other, each layer's without those that leave it out."""
     none = [torch.empty(0, s.num_kv_heads, s.head_dim, dtype=dtype, device=device) for s in shapes]
     kvs = [kv_by_layer(p, shapes) for p in prefixes]

@@ -62,7 +62,11 @@ def model_card(prefix: PrefixData, repo_id: str) -> str:
     """
     name = _base_name(prefix)
     peft = not prefix.peft_incompatibility
-    front: dict[str, Any] = {"library_name": "prefixfast", "tags": [*(["peft"] if peft else []), "prefix-tuning"], "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {
+        "library_name": "prefixfast",
+        "tags": [*(["peft"] if peft else []), "prefix-tuning"],
+        "pipeline_tag": "text-generation",
+    }
     if name is not None:
         front["base_model"] = name
     metrics = prefix.training.get("metrics")
@@ -76,14 +80,22 @@ def model_card(prefix: PrefixData, repo_id: str) -> str:
         base=f"`{name}`" if name else "that it was trained on (its name is not known)",
         repo_id=repo_id,
         model=model,
-        peft=PEFT_USE.format(model=model, repo_id=repo_id) if peft else f"\nPEFT cannot hold it: {prefix.peft_incompatibility}.\n",
-        facts="\n".join(f"| {k} | {v} |" for k, v in _facts(prefix, metrics if isinstance(metrics, Mapping) else {}).items()),
+        peft=PEFT_USE.format(model=model, repo_id=repo_id)
+        if peft
+        else f"\nPEFT cannot hold it: {prefix.peft_incompatibility}.\n",
+        facts="\n".join(
+            f"| {k} | {v} |" for k, v in _facts(prefix, metrics if isinstance(metrics, Mapping) else {}).items()
+        ),
     )
 
 
 def _layers(prefix: PrefixData) -> str:
     listed = ", ".join(map(str, prefix.layers))
-    return f"{len(prefix.layers)} layers" if num_layers(prefix.base) in (None, len(prefix.layers)) else f"the layers {listed} (from 0)"
+    return (
+        f"{len(prefix.layers)} layers"
+        if num_layers(prefix.base) in (None, len(prefix.layers))
+        else f"the layers {listed} (from 0)"
+    )
 
 
 def _base_name(prefix: PrefixData) -> str | None:
@@ -93,7 +105,11 @@ def _base_name(prefix: PrefixData) -> str | None:
 
 
 def _facts(prefix: PrefixData, metrics: Mapping[str, Any]) -> dict[str, str]:
-    found = {"text starts at position": str(prefix.pos_start), "sliding windows": prefix.window, "numbers trained": f"{prefix.num_trained:,}"}
+    found = {
+        "text starts at position": str(prefix.pos_start),
+        "sliding windows": prefix.window,
+        "numbers trained": f"{prefix.num_trained:,}",
+    }
     found |= {f"needs {k}": str(v) for k, v in prefix.requires.items() if k != "base" and v is not None}
     found["digest"] = f"`{prefix.digest}`"
     for group in SETTINGS:

@@ -22,7 +22,9 @@ CHUNK = 4096
 
 
 @torch.no_grad()
-def nearest_tokens(model: Model, prefix: PrefixData, rows: Sequence[int], count: int) -> dict[int, list[tuple[int, float]]]:
+def nearest_tokens(
+    model: Model, prefix: PrefixData, rows: Sequence[int], count: int
+) -> dict[int, list[tuple[int, float]]]:
     """The ``count`` tokens of the vocabulary that are nearest to each of these rows, by the measure above, nearest first.
 
     Returns:

@@ -53,7 +53,8 @@ def reason_against(kv: Mapping[str, Tensor], pos_start: int, window: str, num_la
         "its tensors differ in dtype": len({t.dtype for t in kv.values()}) != 1,
         "its numbers are fp64": any(t.dtype == torch.float64 for t in kv.values()),
         "some layers have no prefix": set(kv) != {f"self.{i}.{x}" for i in range(layers) for x in "kv"},
-        "text starts at another position than the prefix's length": len(shapes) == 1 and pos_start != next(iter(shapes))[0],
+        "text starts at another position than the prefix's length": len(shapes) == 1
+        and pos_start != next(iter(shapes))[0],
         "sliding windows do not slide over it": window != "slide",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -79,7 +80,9 @@ def from_table(table: Tensor, num_layers: int, num_kv_heads: int) -> dict[str, T
     return {f"self.{i}.{x}": parts[:, i, j].contiguous() for i in range(num_layers) for j, x in enumerate("kv")}
 
 
-def files(kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType = "PREFIX_TUNING", frozen: int = 0) -> dict[str, bytes]:
+def files(
+    kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType = "PREFIX_TUNING", frozen: int = 0
+) -> dict[str, bytes]:
     """The adapter folder's files by name.
 
     Args:
@@ -90,7 +93,9 @@ def files(kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType =
     """
     length, heads, dim = kv["self.0.k"].shape
     own: dict[str, Any] = (
-        {"num_frozen_tokens": frozen} if peft_type == "CARTRIDGE" else {"encoder_hidden_size": heads * dim, "init_weights": None, "prefix_projection": False}
+        {"num_frozen_tokens": frozen}
+        if peft_type == "CARTRIDGE"
+        else {"encoder_hidden_size": heads * dim, "init_weights": None, "prefix_projection": False}
     )
     config = {
         **COMMON,
@@ -102,7 +107,10 @@ def files(kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType =
         "peft_type": peft_type,
         "token_dim": heads * dim,
     }
-    return {CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(), WEIGHTS: save({KEY: to_table(kv)}, metadata={"format": "pt"})}
+    return {
+        CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
+        WEIGHTS: save({KEY: to_table(kv)}, metadata={"format": "pt"}),
+    }
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

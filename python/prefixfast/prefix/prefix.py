@@ -82,10 +82,14 @@ class Prefix(PrefixData):
         if self.peft_incompatibility:
             msg = f"PEFT cannot hold this prefix exactly: {self.peft_incompatibility}; save_pretrained keeps all of it"
             raise ConfigError(msg)
-        files.write_folder(Path(folder), files.adapter_files(self.kv, self.fields, peft_type or files.kind_of(self.fields)))
+        files.write_folder(
+            Path(folder), files.adapter_files(self.kv, self.fields, peft_type or files.kind_of(self.fields))
+        )
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False) -> Prefix:
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+    ) -> Prefix:
         """Read a `Prefix` from a folder written by `save_pretrained` or by PEFT (decoder-only PREFIX_TUNING and CARTRIDGE), here or on the Hugging Face hub.
 
         Args:
@@ -102,7 +106,9 @@ class Prefix(PrefixData):
             >>> Prefix.from_pretrained("mill").digest == prefix.digest
             True
         """
-        return read_settled(find_folder(path, revision, local_files_only=local_files_only, names=files.OWNED), cls._read)
+        return read_settled(
+            find_folder(path, revision, local_files_only=local_files_only, names=files.OWNED), cls._read
+        )
 
     @classmethod
     def _read(cls, path: Path) -> Prefix:
@@ -209,7 +215,9 @@ class Prefix(PrefixData):
 
         return inspect(model, self, prompts, words=words, rows=rows)
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
+    ) -> str:
         """Save the prefix, with a model card, to a repository on the Hugging Face hub; the repository is made if it is not there.
 
         The files are those of `save_pretrained`. The card says base, sizes, and of ``training`` settings and metrics, never a text.
@@ -231,4 +239,6 @@ class Prefix(PrefixData):
             'https://huggingface.co/ann/mill/commit/...'
         """
         written = files.own_files(self.kv, self.digest, self.fields)
-        return push_folder(self, written, repo_id, private=private, token=token, commit_message=commit_message, owned=files.OWNED)
+        return push_folder(
+            self, written, repo_id, private=private, token=token, commit_message=commit_message, owned=files.OWNED
+        )

@@ -77,7 +77,12 @@ class PrefixData:
 
     def __repr__(self) -> str:
         """One line: shape, base, task and digest."""
-        about = {"length": self.length, "layers": len(self.layers), "base": (self.base or {}).get("name"), "task": (self.task or {}).get("name")}
+        about = {
+            "length": self.length,
+            "layers": len(self.layers),
+            "base": (self.base or {}).get("name"),
+            "task": (self.task or {}).get("name"),
+        }
         shown = ", ".join(f"{name}={value!r}" for name, value in about.items() if value is not None)
         return f"{type(self).__name__}({shown}, digest={self.digest[:12]!r})"
 

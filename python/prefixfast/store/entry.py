@@ -165,10 +165,16 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
     """What ``entry.json`` in ``folder`` says, checked; see `read_entry`."""
     try:
         shapes = {str(n): (p, h, d) for n, (p, h, d) in found["shapes"].items()}
-        stored = StoredPrefix(folder=folder, shapes=shapes, **{f: found[OLD_KEYS.get(f, f)] for f in ("name", "nbytes", "created", *FIELDS)})
+        stored = StoredPrefix(
+            folder=folder,
+            shapes=shapes,
+            **{f: found[OLD_KEYS.get(f, f)] for f in ("name", "nbytes", "created", *FIELDS)},
+        )
         wrong = next((field for field, right in _checks(stored).items() if not right), None)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        msg = f"{ENTRY}: expected name, shapes, nbytes, created and {', '.join(FIELDS)}, got {e!r}; put the prefix again"
+        msg = (
+            f"{ENTRY}: expected name, shapes, nbytes, created and {', '.join(FIELDS)}, got {e!r}; put the prefix again"
+        )
         raise DataError(msg, path=str(folder / ENTRY)) from e
     if wrong is not None:
         msg = f"{ENTRY}: {wrong}: got {getattr(stored, wrong)!r:.200}; put the prefix again"

@@ -46,12 +46,18 @@ class Order:
             per_epoch = -(-count // config.batch_size)
             total = config.max_steps or max(1, round(per_epoch * config.num_train_epochs))
             for epoch in range(-(-total // per_epoch)):
-                order = np.random.default_rng([config.seed, epoch]).permutation(count) if config.shuffle else np.arange(count)
+                order = (
+                    np.random.default_rng([config.seed, epoch]).permutation(count)
+                    if config.shuffle
+                    else np.arange(count)
+                )
                 batches = min(per_epoch, total - epoch * per_epoch)
                 chosen.append(start + order[: batches * config.batch_size])
                 sizes += [min(config.batch_size, count - b * config.batch_size) for b in range(batches)]
             steps.append(total)
-        return cls(np.concatenate(chosen), np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([[0], np.cumsum(steps)]))
+        return cls(
+            np.concatenate(chosen), np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([[0], np.cumsum(steps)])
+        )
 
     @property
     def total(self) -> NDArray[np.int64]:
@@ -91,7 +97,13 @@ class MicroBatch:
 
 
 def micro_batches(
-    examples: Examples, chosen: NDArray[np.int64], prefix: Ints, *, token_budget: int, sequence_sum: bool, device: torch.device
+    examples: Examples,
+    chosen: NDArray[np.int64],
+    prefix: Ints,
+    *,
+    token_budget: int,
+    sequence_sum: bool,
+    device: torch.device,
 ) -> Iterator[MicroBatch]:
     """Pack examples into forward passes of at most ``token_budget`` tokens; ``prefix`` is non-decreasing."""
     lengths = (examples.indptr[chosen + 1] - examples.indptr[chosen]).astype(np.int32)

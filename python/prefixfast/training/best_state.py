@@ -28,7 +28,12 @@ class Best:
     def new(cls, flat: list[Tensor], count: int) -> Best:
         """Nothing yet; ``flat``: tensors of the shapes to keep."""
         zeros = torch.zeros(count, dtype=torch.int64)
-        return cls(torch.full((count,), torch.inf, dtype=torch.float64), zeros, zeros.clone(), [torch.zeros_like(t) for t in flat])
+        return cls(
+            torch.full((count,), torch.inf, dtype=torch.float64),
+            zeros,
+            zeros.clone(),
+            [torch.zeros_like(t) for t in flat],
+        )
 
     def update(self, evaluated: Tensor, loss: Tensor, step: int, flat: list[Tensor]) -> None:
         """Take in evaluations.
@@ -54,7 +59,12 @@ class Best:
 
     def state(self) -> dict[str, Tensor]:
         """To be saved; what `load` takes."""
-        return {"loss": self.loss, "step": self.step, "waited": self.waited, **{f"kept.{i}": t for i, t in enumerate(self.kept)}}
+        return {
+            "loss": self.loss,
+            "step": self.step,
+            "waited": self.waited,
+            **{f"kept.{i}": t for i, t in enumerate(self.kept)},
+        }
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from what `state` gave."""

@@ -129,4 +129,6 @@ def _numbers(line: dict[str, Any]) -> dict[str, float]:
     if "step" not in line:
         return {}
     flat = {k: v for k, v in line.items() if isinstance(v, int | float) and k not in ("step", "seconds")}
-    return flat | {f"{k}/{name}": v for k, inner in line.items() if isinstance(inner, dict) for name, v in inner.items()}
+    return flat | {
+        f"{k}/{name}": v for k, inner in line.items() if isinstance(inner, dict) for name, v in inner.items()
+    }

@@ -95,23 +95,43 @@ def check(
             _note(report, DataError("expected at least one row, got none"), max_errors)
         if rows:
             given = "input_ids" in rows[0] and task is None
-            _measure(report, rows, Task("input_ids") if given else find_task(task, rows[0]), tokenizer, vocab_size, max_errors)
+            _measure(
+                report,
+                rows,
+                Task("input_ids") if given else find_task(task, rows[0]),
+                tokenizer,
+                vocab_size,
+                max_errors,
+            )
     except DataError as e:
         _note(report, e, max_errors)
     report.problems.sort(key=lambda p: p["line"] or 0)
     return report
 
 
-def _measure(report: Report, rows: list[Row], task: Task, tokenizer: Tokenizer | None, vocab_size: int, max_errors: int) -> None:
+def _measure(
+    report: Report, rows: list[Row], task: Task, tokenizer: Tokenizer | None, vocab_size: int, max_errors: int
+) -> None:
     """Everything that needs the rows' meaning."""
     report.task = task.name
-    known = {"input_ids", "labels", "id", "prefix", "params", *FORMATS[task.format].inputs, *FORMATS[task.format].targets, *CHAT_KEYS}
+    known = {
+        "input_ids",
+        "labels",
+        "id",
+        "prefix",
+        "params",
+        *FORMATS[task.format].inputs,
+        *FORMATS[task.format].targets,
+        *CHAT_KEYS,
+    }
     report.unread = sorted({str(k) for row in rows for k in row} - known)
     lengths: dict[str, list[int]] = {"prompt": [], "target": []}
     tokens: dict[str, list[int]] = {"example": [], "target": []}
     counted = tokenizer is not None or "input_ids" in rows[0]
     for start in range(0, len(rows), CHUNK):
-        for row, texts, examples in _sound(report, rows[start : start + CHUNK], task, tokenizer, vocab_size, max_errors):
+        for row, texts, examples in _sound(
+            report, rows[start : start + CHUNK], task, tokenizer, vocab_size, max_errors
+        ):
             prompt, targets = texts
             lengths["prompt"].append(len(prompt))
             lengths["target"] += map(len, targets)
@@ -119,7 +139,11 @@ def _measure(report: Report, rows: list[Row], task: Task, tokenizer: Tokenizer |
             tokens["example"] += (len(e.ids) for e in examples)
             tokens["target"] += (len(e.targets) for e in examples)
             if not report.example:
-                shown = _shown(tokenizer, examples[0]) if tokenizer is not None else {"prompt": prompt, "target": targets[0] if targets else ""}
+                shown = (
+                    _shown(tokenizer, examples[0])
+                    if tokenizer is not None
+                    else {"prompt": prompt, "target": targets[0] if targets else ""}
+                )
                 report.example = {"line": getattr(row, "line", None), **shown}
     report.characters = {k: _percentiles(v) for k, v in lengths.items() if any(v)}
     report.tokens = {k: _percentiles(v) for k, v in tokens.items() if v}
@@ -129,7 +153,9 @@ def _measure(report: Report, rows: list[Row], task: Task, tokenizer: Tokenizer |
 Sound = tuple[Row, tuple[str, list[str]], list[Example]]
 
 
-def _sound(report: Report, rows: Sequence[Row], task: Task, tokenizer: Tokenizer | None, vocab_size: int, max_errors: int) -> Iterator[Sound]:
+def _sound(
+    report: Report, rows: Sequence[Row], task: Task, tokenizer: Tokenizer | None, vocab_size: int, max_errors: int
+) -> Iterator[Sound]:
     """The good rows of a chunk; a chunk that is refused is read row by row."""
     try:
         yield from _read(rows, task, tokenizer, vocab_size)

@@ -38,7 +38,11 @@ class Checkpoint:
 
     def write(self, folder: Path) -> None:
         """Replace the folder's checkpoint by this one; at every moment one of them is whole on disk."""
-        files = {STATE: json.dumps({"version": VERSION, "identity": self.identity, "state": self.state}, sort_keys=True).encode()}
+        files = {
+            STATE: json.dumps(
+                {"version": VERSION, "identity": self.identity, "state": self.state}, sort_keys=True
+            ).encode()
+        }
         if self.tensors:
             files[TENSORS] = save({n: t.detach().cpu().contiguous().clone() for n, t in self.tensors.items()})
 
@@ -61,7 +65,11 @@ class Checkpoint:
     @classmethod
     def _read(cls, folder: Path) -> Checkpoint:
         found = read_json(folder / STATE)
-        if found.get("version") != VERSION or not isinstance(found.get("identity"), dict) or not isinstance(found.get("state"), dict):
+        if (
+            found.get("version") != VERSION
+            or not isinstance(found.get("identity"), dict)
+            or not isinstance(found.get("state"), dict)
+        ):
             msg = f"{folder / STATE}: expected a checkpoint of version {VERSION}, got version {found.get('version')!r}; remove {folder} to start again"
             raise DataError(msg, path=str(folder / STATE))
         try:
@@ -93,7 +101,11 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for key in sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and not (part == "config" and k in FREE)):
             value = old.get(key, new.get(key))
             plain = key not in old or key not in new or not (isinstance(value, str) and len(value) == 64)
-            found.append(f"{part}: {key} was {_short(old.get(key))}, is {_short(new.get(key))}" if plain else f"{part} of {key!r} differs")
+            found.append(
+                f"{part}: {key} was {_short(old.get(key))}, is {_short(new.get(key))}"
+                if plain
+                else f"{part} of {key!r} differs"
+            )
     return found
 
 

@@ -87,7 +87,14 @@ def collect(
     return Corpus(
         _merged(parts),
         {n: spans[i] for n, i in used.items()},
-        {n: {"examples": len(parts[i].targets), "skipped_rows": parts[i].skipped, "truncated_rows": parts[i].truncated} for n, i in used.items()},
+        {
+            n: {
+                "examples": len(parts[i].targets),
+                "skipped_rows": parts[i].skipped,
+                "truncated_rows": parts[i].truncated,
+            }
+            for n, i in used.items()
+        },
         {n: _digest(parts[i]) for n, i in used.items()},
     )
 
@@ -111,6 +118,8 @@ def _digest(part: Examples) -> str:
 
 def _numbered(error: DataError, lines: Sequence[int] | None) -> DataError:
     """The error with the row's number in the whole data, where the prefix's rows were picked from it."""
-    if lines is None or error.path is not None or error.line is None or not 0 < error.line <= len(lines):  # rows of files know their line
+    if (
+        lines is None or error.path is not None or error.line is None or not 0 < error.line <= len(lines)
+    ):  # rows of files know their line
         return error
     return DataError(f"{error} (row {lines[error.line - 1]} of the data)", path=error.path, line=lines[error.line - 1])

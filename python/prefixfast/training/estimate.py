@@ -58,7 +58,20 @@ def estimate(model: Any, data: Rows | Mapping[str, Rows], **arguments: Any) -> E
         DataError: As `train` does.
         CapacityError: As `train` does.
     """
-    named = ("task", "prefix_column", "eval_data", "init", "init_text", "on_top_of", "sweep", "overrides", "store", "callbacks", "prefix_config", "config")
+    named = (
+        "task",
+        "prefix_column",
+        "eval_data",
+        "init",
+        "init_text",
+        "on_top_of",
+        "sweep",
+        "overrides",
+        "store",
+        "callbacks",
+        "prefix_config",
+        "config",
+    )
     known: dict[str, Any] = {n: arguments.pop(n, () if n == "callbacks" else None) for n in named}
     on_error, objective = arguments.pop("on_error", "isolate"), arguments.pop("objective", "sft")
     for name in ("output_dir", "resume", "progress"):

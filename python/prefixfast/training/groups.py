@@ -18,7 +18,15 @@ PER_PREFIX = (
     "learning_rate", "seed", "num_train_epochs", "max_steps", "batch_size", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "shuffle",
     "early_stopping_patience",
 )  # fmt: skip
-FIXED = ("recipe", "dtype", "report_to", "save_steps", "logging_steps", "token_budget", "gradient_checkpointing")  # of the run, not of a variant
+FIXED = (
+    "recipe",
+    "dtype",
+    "report_to",
+    "save_steps",
+    "logging_steps",
+    "token_budget",
+    "gradient_checkpointing",
+)  # of the run, not of a variant
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,15 @@ class Group:
     members: tuple[Member, ...]
 
 
-def make_groups(names: Iterable[str], settings: Settings, *, overrides: Any = None, sweep: Any = None, single: bool, known: Iterable[str] = ()) -> list[Group]:
+def make_groups(
+    names: Iterable[str],
+    settings: Settings,
+    *,
+    overrides: Any = None,
+    sweep: Any = None,
+    single: bool,
+    known: Iterable[str] = (),
+) -> list[Group]:
     """The prefixes of a run, grouped.
 
     Args:
@@ -83,8 +99,12 @@ def make_groups(names: Iterable[str], settings: Settings, *, overrides: Any = No
     for name, (label, variant) in itertools.product(names, variants.items()):
         fields = own.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
         init = variant.get("init", inits[name])
-        prefix_config = PrefixConfig.make(settings.prefix_config, **{k: v for k, v in fields.items() if k in PrefixConfig.names()})
-        common = TrainConfig.make(settings.config, **{k: v for k, v in fields.items() if k in TrainConfig.names() and k not in PER_PREFIX})
+        prefix_config = PrefixConfig.make(
+            settings.prefix_config, **{k: v for k, v in fields.items() if k in PrefixConfig.names()}
+        )
+        common = TrainConfig.make(
+            settings.config, **{k: v for k, v in fields.items() if k in TrainConfig.names() and k not in PER_PREFIX}
+        )
         config = TrainConfig.make(common, **{k: v for k, v in fields.items() if k in PER_PREFIX})
         by_network = prefix_config.reparameterization == "auto" and init in ("random", "zero")
         kind = (common, prefix_config, prefix_config.reparameterization == "mlp" or by_network)
@@ -98,7 +118,9 @@ def _overrides(overrides: Any, names: set[str]) -> dict[str, dict[str, Any]]:
     for name, fields in (_mapping(overrides, "overrides") if overrides is not None else {}).items():
         if name not in names:
             close = difflib.get_close_matches(str(name), names, n=1)
-            msg = f"overrides: no prefix is named {name!r}" + (f"; did you mean {close[0]!r}?" if close else "; expected names of data")
+            msg = f"overrides: no prefix is named {name!r}" + (
+                f"; did you mean {close[0]!r}?" if close else "; expected names of data"
+            )
             raise ConfigError(msg)
         for option in _mapping(fields, f"overrides[{name!r}]"):
             if option not in PER_PREFIX:
@@ -120,7 +142,9 @@ def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
     if not sweep:
         msg = "sweep: expected at least one field, got none"
         raise ConfigError(msg)
-    combinations = [dict(zip(sweep, values, strict=True)) for values in itertools.product(*(list(v) for v in sweep.values()))]
+    combinations = [
+        dict(zip(sweep, values, strict=True)) for values in itertools.product(*(list(v) for v in sweep.values()))
+    ]
     labelled = {",".join(f"{k}={_label(v)}" for k, v in c.items()): c for c in combinations}
     if len(labelled) != len(combinations):
         msg = f"sweep: expected different values, got one twice in {dict(sweep)!r:.200}"

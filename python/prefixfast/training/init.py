@@ -23,7 +23,14 @@ logger = logging.getLogger(__name__)
 WORDS = ("text", "random", "zero")
 
 
-def settle(model: Model, members: Sequence[Member], config: PrefixConfig, explicit: frozenset[str], task: Task, init_text: str | None) -> PrefixConfig:
+def settle(
+    model: Model,
+    members: Sequence[Member],
+    config: PrefixConfig,
+    explicit: frozenset[str],
+    task: Task,
+    init_text: str | None,
+) -> PrefixConfig:
     """The config with its length, layers and positions settled: those of given prefixes, or of the words.
 
     Raises:
@@ -51,13 +58,25 @@ def settle(model: Model, members: Sequence[Member], config: PrefixConfig, explic
     return _conventions(model, config, next(iter(given.values())), explicit)
 
 
-def starting_points(model: Model, members: Sequence[Member], config: PrefixConfig, task: Task, init_text: str | None, after: Sequence[Prefix]) -> list[Any]:
+def starting_points(
+    model: Model,
+    members: Sequence[Member],
+    config: PrefixConfig,
+    task: Task,
+    init_text: str | None,
+    after: Sequence[Prefix],
+) -> list[Any]:
     """Keys and values by layer that each prefix starts from, None: random; equal starts are one object."""
     kinds: dict[str, list[LayerKV] | None] = {"random": None}
     if any(m.init == "text" for m in members):
         ids, length = _words(model, task, init_text), config.length
         if len(ids) != length:
-            logger.info("init text has %d tokens: %s to the prefix's %d rows", len(ids), "cut" if len(ids) > length else "repeated", length)
+            logger.info(
+                "init text has %d tokens: %s to the prefix's %d rows",
+                len(ids),
+                "cut" if len(ids) > length else "repeated",
+                length,
+            )
         kinds["text"] = text_kv(model, ids, length, *context(after, model))
     if any(m.init == "zero" for m in members):
         kinds["zero"] = [(torch.zeros(config.length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]
@@ -69,7 +88,9 @@ def starting_points(model: Model, members: Sequence[Member], config: PrefixConfi
 def _in_layers(config: PrefixConfig, count: int) -> PrefixConfig:
     """The config with its layers checked; all of the base's layers, and its only site, are said as None."""
     if config.layers is None or config.layers[-1] < count:
-        return PrefixConfig.make(config, sites=None, layers=None if config.layers == tuple(range(count)) else config.layers)
+        return PrefixConfig.make(
+            config, sites=None, layers=None if config.layers == tuple(range(count)) else config.layers
+        )
     msg = f"PrefixConfig.layers: expected numbers from 0 to {count - 1} (this base has {count} layers), got {config.layers[-1]}"
     raise ConfigError(msg)
 
@@ -89,12 +110,19 @@ def _conventions(model: Model, config: PrefixConfig, first: Prefix, explicit: fr
         msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got pos_start {first.pos_start} of {first.length} rows"
         raise ConfigError(msg)
     layers = None if len(first.layers) == len(model.layers) else first.layers
-    kept: dict[str, Any] = {"prefix_length": first.length, "layers": layers, "pos_start": "after" if first.pos_start else "zero"}
+    kept: dict[str, Any] = {
+        "prefix_length": first.length,
+        "layers": layers,
+        "pos_start": "after" if first.pos_start else "zero",
+    }
     for name in explicit & set(kept):
         if getattr(config, name) != kept[name]:
             msg = f"{name}: the given init has {kept[name]!r}, got {getattr(config, name)!r}; leave it out"
             raise ConfigError(msg)
     if "frozen_rows" not in explicit and (frozen := first.training.get("num_frozen_tokens", 0)):
-        logger.info("the first %d rows of the given prefixes stay as they are (num_frozen_tokens); frozen_rows=0 trains them too", frozen)
+        logger.info(
+            "the first %d rows of the given prefixes stay as they are (num_frozen_tokens); frozen_rows=0 trains them too",
+            frozen,
+        )
         kept["frozen_rows"] = frozen
     return PrefixConfig.make(config, **kept)

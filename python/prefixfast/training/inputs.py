@@ -102,7 +102,9 @@ def _by_column(rows: list[Row], column: str) -> tuple[dict[str, list[Row]], dict
     return found, lines
 
 
-def _evaluation(data: Any, names: list[str], column: str | None, failed: dict[str, str], isolate: bool) -> dict[str, list[Row]]:
+def _evaluation(
+    data: Any, names: list[str], column: str | None, failed: dict[str, str], isolate: bool
+) -> dict[str, list[Row]]:
     if isinstance(data, Mapping):
         found = _by_name(data, failed, isolate)
     else:
@@ -143,7 +145,9 @@ class Settings:
     explicit: frozenset[str]
 
 
-def settings(config: Any, prefix_config: Any, fields: Mapping[str, Any], *, init: Any, init_text: str | None, task: str) -> Settings:
+def settings(
+    config: Any, prefix_config: Any, fields: Mapping[str, Any], *, init: Any, init_text: str | None, task: str
+) -> Settings:
     """The options of a run.
 
     Args:

@@ -73,7 +73,9 @@ class Run:
         self.failed: dict[str, str] = {}
         group, after = job.groups[number], [] if job.on_top_of is None else [job.on_top_of]
         self.config = group.config
-        self.prefix_config = config = settle(model, group.members, group.prefix_config, job.explicit, job.task, job.init_text)
+        self.prefix_config = config = settle(
+            model, group.members, group.prefix_config, job.explicit, job.task, job.init_text
+        )
         self.pos_start = config.length if config.pos_start == "after" else 0
         room = model.max_positions - max([self.pos_start, *(p.pos_start for p in after)])
         limit = min(room, self.config.max_length or room)
@@ -82,7 +84,11 @@ class Run:
         note = wrong if job.isolate else None
         corpus = collect(model, sources, job.task, self.config, limit, lines=job.given.lines, failed=note)
         held_out = job.given.evaluation
-        self.held_out = None if held_out is None else collect(model, {s: held_out[s] for s in corpus.span}, job.task, self.config, limit, failed=note)
+        self.held_out = (
+            None
+            if held_out is None
+            else collect(model, {s: held_out[s] for s in corpus.span}, job.task, self.config, limit, failed=note)
+        )
         sources_left = set(corpus.span) if self.held_out is None else set(self.held_out.span)
         self.group = Group(self.config, config, group.mlp, tuple(m for m in group.members if m.source in sources_left))
         self.names = [m.name for m in self.group.members]
@@ -124,12 +130,17 @@ class Run:
         self.job.hooks.call("on_train_begin", self.names, total)
         folder = self.output.checkpoint(self.number)
         off = None if progress is None else not progress
-        with deferred(folder is not None) as interrupt, tqdm(total=total, initial=self.step, desc="train", unit="step", disable=off) as bar:
+        with (
+            deferred(folder is not None) as interrupt,
+            tqdm(total=total, initial=self.step, desc="train", unit="step", disable=off) as bar,
+        ):
             while bool(self.active.any()):
                 loss = self._advance()
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                if folder is not None and (interrupt.requested or (self.config.save_steps and self.step % self.config.save_steps == 0)):
+                if folder is not None and (
+                    interrupt.requested or (self.config.save_steps and self.step % self.config.save_steps == 0)
+                ):
                     self._checkpoint().write(folder)
                 if interrupt.requested:
                     raise KeyboardInterrupt
@@ -148,7 +159,10 @@ class Run:
         self.job.hooks.call("on_step", self.step, taken.losses, taken.norms, now)
         hopeless = now & ((self.streak >= HOPELESS) | ((self.done == self.steps.total) & (self.skipped == self.done)))
         for i in hopeless.nonzero()[:, 0].tolist():
-            self._fail(i, f"the gradient was not finite in {int(self.streak[i])} steps in a row: lower learning_rate, or train in another dtype")
+            self._fail(
+                i,
+                f"the gradient was not finite in {int(self.streak[i])} steps in a row: lower learning_rate, or train in another dtype",
+            )
         last = now & (self.done == self.steps.total)
         evaluated = self._evaluate(now & self.active & self._due(last))
         if evaluated is not None:
@@ -180,11 +194,23 @@ class Run:
         where = {"group": self.number} if len(self.job.groups) > 1 else {}
         now = taken.now
         if self.step % self.config.logging_steps == 0 or not bool(self.active.any()):
-            values = {"loss": float(taken.losses[now].mean()), "grad_norm": float(taken.norms[now].mean()), "prefixes": int(now.sum())}
-            self._line(step=self.step, **where, **values, updated=int(taken.updated.sum()), **self._by_prefix("loss", now, taken.losses))
+            values = {
+                "loss": float(taken.losses[now].mean()),
+                "grad_norm": float(taken.norms[now].mean()),
+                "prefixes": int(now.sum()),
+            }
+            self._line(
+                step=self.step,
+                **where,
+                **values,
+                updated=int(taken.updated.sum()),
+                **self._by_prefix("loss", now, taken.losses),
+            )
         if evaluated is not None:
             loss = float(self.evaluation[evaluated].mean())
-            self._line(step=self.step, **where, eval_loss=loss, **self._by_prefix("eval_loss", evaluated, self.evaluation))
+            self._line(
+                step=self.step, **where, eval_loss=loss, **self._by_prefix("eval_loss", evaluated, self.evaluation)
+            )
 
     def _by_prefix(self, key: str, which: Tensor, values: Tensor) -> dict[str, Any]:
         if not 1 < len(self.names) <= NAMED:
@@ -212,7 +238,12 @@ class Run:
             self.prefixes[name] = prefix
             self.finished[name] = {"digest": prefix.digest, "metrics": metrics}
             if self.skipped[i]:
-                logger.warning("prefix %r: %d of %d steps were skipped because the gradient was not finite", name, self.skipped[i], self.done[i])
+                logger.warning(
+                    "prefix %r: %d of %d steps were skipped because the gradient was not finite",
+                    name,
+                    self.skipped[i],
+                    self.done[i],
+                )
             self.job.hooks.call("on_prefix_end", name, prefix, metrics)
 
     def _metrics(self, i: int) -> dict[str, float]:
@@ -255,9 +286,13 @@ class Run:
     def _identity(self, digests: dict[str, str]) -> dict[str, Any]:
         """What a checkpoint must agree with for this run to go on from it."""
         members, after = self.group.members, self.job.on_top_of
-        own = {m.name: {f: getattr(m.config, f) for f in PER_PREFIX if getattr(m.config, f) != getattr(self.config, f)} for m in members}
+        own = {
+            m.name: {f: getattr(m.config, f) for f in PER_PREFIX if getattr(m.config, f) != getattr(self.config, f)}
+            for m in members
+        }
         return {
-            "base": {k: v for k, v in self.model.fingerprint.items() if k in ("config", "weights")} | {"dtype": str(self.model.dtype)},
+            "base": {k: v for k, v in self.model.fingerprint.items() if k in ("config", "weights")}
+            | {"dtype": str(self.model.dtype)},
             "data": {m.name: digests[m.source] for m in members},
             "eval_data": {} if self.held_out is None else {m.name: self.held_out.digest[m.source] for m in members},
             "task": self.job.task.spec(),
@@ -283,7 +318,9 @@ class Run:
         }
         tensors = self._vectors()
         if bool(self.active.any()):
-            tensors |= {f"steps.{n}": t for n, t in self.steps.state().items()} | {f"best.{n}": t for n, t in self.best.state().items()}
+            tensors |= {f"steps.{n}": t for n, t in self.steps.state().items()} | {
+                f"best.{n}": t for n, t in self.best.state().items()
+            }
         return Checkpoint(self.identity, state, tensors)
 
     def _restore(self) -> bool:
@@ -297,7 +334,9 @@ class Run:
         found.check(self.identity, folder)
         state, tensors = found.state, found.tensors
         self.step, self.finished = state["step"], state["finished"]
-        self.steps.budget.tokens = min(self.steps.budget.tokens, state["token_budget"]) if self.steps.budget.auto else self.steps.budget.tokens
+        self.steps.budget.tokens = (
+            min(self.steps.budget.tokens, state["token_budget"]) if self.steps.budget.auto else self.steps.budget.tokens
+        )
         for name, own in self._vectors().items():
             own.copy_(tensors[name])
         if bool(self.active.any()):

@@ -39,7 +39,11 @@ class Output:
             recover_folder(self.folder)
             resume = (self.folder / CHECKPOINT).exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        places = ((self.folder, ".*.tmp"), (self.folder / CHECKPOINT, ".*.tmp"), (self.folder.parent, f".{self.folder.name}.*.tmp"))
+        places = (
+            (self.folder, ".*.tmp"),
+            (self.folder / CHECKPOINT, ".*.tmp"),
+            (self.folder.parent, f".{self.folder.name}.*.tmp"),
+        )
         for left in (p for folder, pattern in places for p in folder.glob(pattern)):  # of a killed run
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         if not resume:
@@ -51,7 +55,9 @@ class Output:
 
     def cut_log(self, lines: int | None, group: int) -> None:
         """Keep the first lines only, those that a checkpoint knows; None: those of earlier groups."""
-        self.log = self.log[:lines] if lines is not None else [line for line in self.log if line.get("group", group) < group]
+        self.log = (
+            self.log[:lines] if lines is not None else [line for line in self.log if line.get("group", group) < group]
+        )
         if self.folder is not None:
             replace_file(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log).encode())
 
@@ -76,7 +82,9 @@ class Output:
         """A finished prefix: to its folder and into the store; ``again``: it may lie there already, since the run was cut after this."""
         if (place := self.place(name)) is not None:
             prefix.save_pretrained(place)
-        if self.store is not None and not (again and name in self.store and self.store.info(name).digest == prefix.digest):
+        if self.store is not None and not (
+            again and name in self.store and self.store.info(name).digest == prefix.digest
+        ):
             self.store.put(name, prefix)
 
     def write_failed(self, failed: Mapping[str, str]) -> None:

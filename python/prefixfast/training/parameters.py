@@ -94,7 +94,11 @@ class PrefixParameters:
         drawn = {s: _random(shapes, p, s) for s in {s for s, kv in zip(seeds, init, strict=True) if kv is None}}
         filled = [kv or drawn[s] for s, kv in zip(seeds, init, strict=True)]
         start = [_stack(filled, layer, dtype, device) for layer in range(len(shapes))]
-        common: dict[str, Any] = {"seeds": torch.tensor(seeds, device=device), "dropout": config.prefix_dropout, "base": base}
+        common: dict[str, Any] = {
+            "seeds": torch.tensor(seeds, device=device),
+            "dropout": config.prefix_dropout,
+            "base": base,
+        }
         if not mlp:
             params = [(t.requires_grad_(), p) for kv in start for t in kv]
             made = cls(layers, n, p, [], params, **common)
@@ -102,7 +106,9 @@ class PrefixParameters:
             if len(set(shapes)) != 1:
                 msg = "reparameterization 'mlp': expected layers of one shape, got several; use 'none'"
                 raise ConfigError(msg)
-            network = _StackedMLP(shapes, config, init, start if any(kv is not None for kv in init) else None, seeds, dtype, device)
+            network = _StackedMLP(
+                shapes, config, init, start if any(kv is not None for kv in init) else None, seeds, dtype, device
+            )
             made = cls(layers, n, p, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
         if config.frozen_rows:
             made.frozen_values = [t.clone() for t in made.current()]
@@ -191,8 +197,12 @@ class _StackedMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shapes[0]
-        drawn = {s: _draw_mlp(len(shapes), self.shape.num_kv_heads * self.shape.head_dim, config, s) for s in set(seeds)}
-        self.embedding, self.w1, self.b1, self.w2, self.b2 = (nn.Parameter(torch.stack([drawn[s][i] for s in seeds]).to(device, dtype)) for i in range(5))
+        drawn = {
+            s: _draw_mlp(len(shapes), self.shape.num_kv_heads * self.shape.head_dim, config, s) for s in set(seeds)
+        }
+        self.embedding, self.w1, self.b1, self.w2, self.b2 = (
+            nn.Parameter(torch.stack([drawn[s][i] for s in seeds]).to(device, dtype)) for i in range(5)
+        )
         self.start = start
         self.given = torch.tensor([kv is not None for kv in init], device=device)
         if start is not None and config.fit_steps:
@@ -209,7 +219,10 @@ class _StackedMLP(nn.Module):
         if self.start is None:
             return list(layers)
         given = self.given.repeat_interleave(self.embedding.shape[1])[:, None, None]
-        return [made + torch.where(given, base, 0) for made, base in zip(layers, (t for kv in self.start for t in kv), strict=True)]
+        return [
+            made + torch.where(given, base, 0)
+            for made, base in zip(layers, (t for kv in self.start for t in kv), strict=True)
+        ]
 
     def _unbind(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.flatten(0, 1).unflatten(1, (-1, self.shape.num_kv_heads, self.shape.head_dim)).unbind(1)
@@ -223,7 +236,9 @@ class _StackedMLP(nn.Module):
         first = {kind: i for i, kind in reversed(list(enumerate(kinds))) if bool(self.given[i])}
         numbers = torch.tensor(list(first.values()), device=self.given.device)
         p = self.embedding.shape[1]
-        goal = torch.stack([t.unflatten(0, (-1, p))[numbers] for kv in start for t in kv], 2).flatten(2)  # [unique, P, 2 * L * E]
+        goal = torch.stack([t.unflatten(0, (-1, p))[numbers] for kv in start for t in kv], 2).flatten(
+            2
+        )  # [unique, P, 2 * L * E]
         with torch.enable_grad():
             linear = [t.detach()[numbers].requires_grad_() for t in (self.w1, self.b1, self.w2, self.b2)]
             optimizer = torch.optim.Adam(linear, lr=1e-4)
@@ -243,7 +258,11 @@ def _draw_mlp(layers: int, width: int, config: PrefixConfig, seed: int) -> tuple
     dim, hidden = config.embedding_dim or width, config.encoder_hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        embedding, first, second = nn.Embedding(config.length, dim), nn.Linear(dim, hidden), nn.Linear(hidden, 2 * layers * width)
+        embedding, first, second = (
+            nn.Embedding(config.length, dim),
+            nn.Linear(dim, hidden),
+            nn.Linear(hidden, 2 * layers * width),
+        )
     return tuple(t.detach() for t in (embedding.weight, first.weight.T, first.bias, second.weight.T, second.bias))
 
 

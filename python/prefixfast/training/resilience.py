@@ -59,7 +59,9 @@ class TokenBudget:
     def _halve(self, reason: str) -> None:
         tried, self._tried = self._tried, None
         if not self.auto:
-            msg = f"memory ran out with token_budget={self.tokens}: lower it, or give 'auto', which halves it ({reason})"
+            msg = (
+                f"memory ran out with token_budget={self.tokens}: lower it, or give 'auto', which halves it ({reason})"
+            )
             raise CapacityError(msg)
         if tried is None or len(tried.lengths) == 1:
             what = "the prefixes themselves" if tried is None else f"one example of {int(tried.lengths[0]) + 1} tokens"
@@ -93,7 +95,11 @@ def deferred(enabled: bool) -> Iterator[Interrupt]:
     Only in the main thread and only where Python's own handler is in place: an application that handles the signal itself goes on doing so.
     """
     interrupt = Interrupt()
-    if not enabled or threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if (
+        not enabled
+        or threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
         yield interrupt
         return
 

@@ -63,15 +63,25 @@ class Steps:
         dtype = parameter_dtype(model.dtype)
         base = () if on_top_of is None else kv_by_layer(on_top_of, model.layers)
         seeds = [c.seed for c in configs]
-        self.params = PrefixParameters.make(model.layers, start, config, mlp=group.mlp, seed=seeds, dtype=dtype, device=model.device, on_top_of=base)
-        self.optimizer = PrefixAdamW(self.params.params, len(start), weight_decay=_vector([c.weight_decay for c in configs]))
+        self.params = PrefixParameters.make(
+            model.layers, start, config, mlp=group.mlp, seed=seeds, dtype=dtype, device=model.device, on_top_of=base
+        )
+        self.optimizer = PrefixAdamW(
+            self.params.params, len(start), weight_decay=_vector([c.weight_decay for c in configs])
+        )
         default = DEFAULT_RATE["mlp" if group.mlp else "none"]
         self.peak = _vector([c.learning_rate or default for c in configs])
         self.warmup = _vector([c.warmup_steps for c in configs])
         self.max_norm = _vector([c.max_grad_norm for c in configs])
-        self.schedules = {kind: torch.tensor([c.lr_scheduler_type == kind for c in configs]) for kind in {c.lr_scheduler_type for c in configs}}
+        self.schedules = {
+            kind: torch.tensor([c.lr_scheduler_type == kind for c in configs])
+            for kind in {c.lr_scheduler_type for c in configs}
+        }
         self.budget = TokenBudget(group.config.token_budget)
-        rows = [(self.params.layers, config.length, config.length if config.pos_start == "after" else 0, w == "slide") for w in windows]
+        rows = [
+            (self.params.layers, config.length, config.length if config.pos_start == "after" else 0, w == "slide")
+            for w in windows
+        ]
         if on_top_of is not None:
             rows.append((on_top_of.layers, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
         self.prefix_rows = prefix_rows(rows, len(model.layers))
@@ -83,7 +93,9 @@ class Steps:
         now = active & (step < self.total)
         rate = torch.zeros(self.num_prefixes, dtype=torch.float64)
         for kind, whose in self.schedules.items():
-            rate[whose] = learning_rates(torch.full_like(self.total, step), self.total, peak=self.peak, warmup=self.warmup, kind=kind)[whose]
+            rate[whose] = learning_rates(
+                torch.full_like(self.total, step), self.total, peak=self.peak, warmup=self.warmup, kind=kind
+            )[whose]
         device = self.model.device
         norms, updated = self.optimizer.step(rate.to(device), now.to(device), self.max_norm)
         return Taken(now, losses, norms.cpu(), updated.cpu())
@@ -120,16 +132,28 @@ class Steps:
 
     def _packed(self, examples: Examples, chosen: NDArray[np.int64], prefix: NDArray[np.int32]) -> Any:
         sums = self.config.loss == "sequence_sum"
-        packed = micro_batches(examples, chosen, prefix, token_budget=self.budget.tokens, sequence_sum=sums, device=self.model.device)
+        packed = micro_batches(
+            examples, chosen, prefix, token_budget=self.budget.tokens, sequence_sum=sums, device=self.model.device
+        )
         return self.budget.watch(packed)
 
     def _losses(self, micro: MicroBatch) -> Tensor:
         """Cross-entropy of every target token ``[T]``."""
         count, used = len(micro.lengths), micro.prefix
-        if self.composed:  # left to right: the frozen prefix, whose rows are the last in the leaves, then the sequence's own
+        if (
+            self.composed
+        ):  # left to right: the frozen prefix, whose rows are the last in the leaves, then the sequence's own
             used = np.stack([np.full_like(used, self.num_prefixes), used], 1).reshape(-1)
         indptr = np.arange(count + 1, dtype=np.int32) * (2 if self.composed else 1)
-        plan = training_plan(micro.lengths, indptr, used, self.prefix_rows, self.params.leaves, backend=self.model.backend, device=self.model.device)
+        plan = training_plan(
+            micro.lengths,
+            indptr,
+            used,
+            self.prefix_rows,
+            self.params.leaves,
+            backend=self.model.backend,
+            device=self.model.device,
+        )
         return self.model.losses(plan.with_logits_at(micro.logits_at), micro.ids, micro.targets)
 
     def state(self) -> dict[str, Tensor]:

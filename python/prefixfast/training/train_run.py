@@ -79,7 +79,11 @@ class TrainRun(Mapping[str, Prefix]):
             raise ConfigError(msg)
         found = [n for n in self.prefixes if name in (None, n, self.variants.get(n, {}).get("of"))]
         if not found:
-            msg = f"best: no trained prefix is named {name!r}" if name is not None else "best: no prefix was trained, see failed"
+            msg = (
+                f"best: no trained prefix is named {name!r}"
+                if name is not None
+                else "best: no prefix was trained, see failed"
+            )
             raise ConfigError(msg)
         by_eval = all("eval_loss" in self.metrics[n] for n in found)
         return min(found, key=lambda n: self.metrics[n]["eval_loss" if by_eval else "loss"])
@@ -105,7 +109,12 @@ class TrainRun(Mapping[str, Prefix]):
         axes = figure.subplots()
         for key, style in (("loss", "-"), ("eval_loss", "--")):
             for label, points in self._curves(key).items():
-                axes.plot(*zip(*points, strict=True), style, marker="." if len(points) == 1 or key == "eval_loss" else "", label=f"{label} {key}".strip())
+                axes.plot(
+                    *zip(*points, strict=True),
+                    style,
+                    marker="." if len(points) == 1 or key == "eval_loss" else "",
+                    label=f"{label} {key}".strip(),
+                )
         axes.set(xlabel="step", ylabel="loss of a target token")
         if axes.lines:
             axes.legend(fontsize="small")
@@ -134,7 +143,12 @@ class TrainRun(Mapping[str, Prefix]):
                 values = (f"{self.metrics[name][c]:.5g}" if c in self.metrics[name] else "" for c in columns)
                 lines.append(f"| {_cell(name)} | " + " | ".join(values) + " |")
         if self.failed:
-            lines += ["", "| failed | why |", "| --- | --- |", *(f"| {_cell(n)} | {_cell(text)} |" for n, text in self.failed.items())]
+            lines += [
+                "",
+                "| failed | why |",
+                "| --- | --- |",
+                *(f"| {_cell(n)} | {_cell(text)} |" for n, text in self.failed.items()),
+            ]
         replace_file(Path(path), ("\n".join(lines) + "\n").encode())
 
     def _curves(self, key: str) -> dict[str, list[tuple[int, float]]]:

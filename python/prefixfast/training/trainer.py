@@ -144,7 +144,9 @@ def prepare(
         msg = f"on_error: expected 'isolate' or 'raise', got {on_error!r}"
         raise ConfigError(msg)
     hooks = Hooks(callbacks)
-    settings(config, prefix_config, fields, init=init, init_text=init_text, task="")  # refuse wrong options before reading rows
+    settings(
+        config, prefix_config, fields, init=init, init_text=init_text, task=""
+    )  # refuse wrong options before reading rows
     given = gather(data, eval_data, prefix_column, isolate=on_error == "isolate")
     found = _task(given, task)
     chosen = settings(config, prefix_config, fields, init=init, init_text=init_text, task=found.name)
@@ -162,7 +164,9 @@ def prepare(
         msg = f"on_top_of: expected a Prefix or a name in the store, got {type(on_top_of).__name__}"
         raise ConfigError(msg)
     isolate = on_error == "isolate" and not given.single
-    return Job(given, found, groups, chosen.init_text, chosen.explicit | {*(sweep or ())}, on_top_of, isolate, hooks, resume), chosen.config
+    return Job(
+        given, found, groups, chosen.init_text, chosen.explicit | {*(sweep or ())}, on_top_of, isolate, hooks, resume
+    ), chosen.config
 
 
 def check_groups(model: Model, job: Job) -> None:
@@ -197,7 +201,9 @@ def base_for(model: Any, config: TrainConfig) -> Iterator[Model]:
     how = {"dtype": config.dtype} if isinstance(model, str | Path) else {}
     with borrowed(model, **how) as base:
         if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:
-            msg = f"dtype: the given model computes in {base.dtype}, got {config.dtype!r}; load it so, or leave dtype out"
+            msg = (
+                f"dtype: the given model computes in {base.dtype}, got {config.dtype!r}; load it so, or leave dtype out"
+            )
             raise ConfigError(msg)
         yield base
 
@@ -212,4 +218,6 @@ def _result(runs: Sequence[Run], job: Job, output: Output) -> TrainRun:
     if not (output.log and "metrics" in output.log[-1]):
         output.record(metrics={n: metrics[n] for n in order})
     variants = {m.name: {"of": m.source, **m.variant} for m in members if m.variant}
-    return TrainRun({n: prefixes[n] for n in order}, {n: metrics[n] for n in order}, output.log, dict(job.given.failed), variants)
+    return TrainRun(
+        {n: prefixes[n] for n in order}, {n: metrics[n] for n in order}, output.log, dict(job.given.failed), variants
+    )

@@ -29,10 +29,19 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and not t.is_mkldnn]  # those are packed weights
+        given = [
+            t
+            for t in torch.utils._pytree.tree_leaves((args, kwargs))
+            if isinstance(t, torch.Tensor) and not t.is_mkldnn
+        ]  # those are packed weights
         storages = {t.untyped_storage().data_ptr() for t in given}
         for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.is_mkldnn and t.untyped_storage().data_ptr() not in storages:
+            if (
+                isinstance(t, torch.Tensor)
+                and t.is_floating_point()
+                and not t.is_mkldnn
+                and t.untyped_storage().data_ptr() not in storages
+            ):
                 self.numel = max(self.numel, t.untyped_storage().nbytes() // t.element_size())
         return out
 
@@ -107,7 +116,9 @@ def test_the_check_sees_an_expansion_inside_a_kernel(seen, monkeypatch):
         return kernel(q, k_arena, *rest)
 
     kernel = next(c.cell_contents for c in honest if callable(c.cell_contents) and c.cell_contents is not seen)
-    monkeypatch.setattr(ops, "decode_fwd", lambda *args: (seen.__enter__(), expanding(*args), seen.__exit__(None, None, None))[1])
+    monkeypatch.setattr(
+        ops, "decode_fwd", lambda *args: (seen.__enter__(), expanding(*args), seen.__exit__(None, None, None))[1]
+    )
     with Engine(base, max_num_seqs=ROWS, max_model_len=16, kv_cache_memory=2**20) as engine:
         engine.generate([[5, 6, 7]] * ROWS, prefixes[0], max_new_tokens=3, min_new_tokens=3)
     assert seen.numel >= ROWS * P * 32

@@ -49,7 +49,9 @@ def make(lens, requests, block_lengths, *, heads, window=0, softcap=0.0, seed=0)
     q = torch.randn(len(lens), hq, d, generator=g, dtype=torch.float64)
     k, v = (torch.randn(row + sum(lens) + 5, h, d, generator=g, dtype=torch.float64) for _ in range(2))
     slots = (row + torch.randperm(sum(lens), generator=g)).int().split(lens)
-    table = torch.full((len(lens) + 2, max(lens) + 3), 10**6, dtype=torch.int32)  # entries past a row's end are never read
+    table = torch.full(
+        (len(lens) + 2, max(lens) + 3), 10**6, dtype=torch.int32
+    )  # entries past a row's end are never read
     rows = torch.randperm(len(lens) + 2, generator=g)[: len(lens)].int()
     for r, own in zip(rows.tolist(), slots, strict=True):
         table[r, : len(own)] = own
@@ -59,7 +61,9 @@ def make(lens, requests, block_lengths, *, heads, window=0, softcap=0.0, seed=0)
 
 def spec(step, q, k, v, pk, pv):
     o = step.options
-    return reference.attn_decode(q, k, v, pk, pv, step.table, step.tables, scale=o.scale, window=o.window, softcap=o.softcap)
+    return reference.attn_decode(
+        q, k, v, pk, pv, step.table, step.tables, scale=o.scale, window=o.window, softcap=o.softcap
+    )
 
 
 def errors(step, dtype, arena, prefix, path, *, tables=None):
@@ -70,7 +74,9 @@ def errors(step, dtype, arena, prefix, path, *, tables=None):
     assert got[0].dtype == dtype
     assert got[1].dtype == torch.float32
     same = spec(step, *given)
-    return [relative_error(a, b) for a, b in zip(got, exact, strict=True)], [relative_error(a, b) for a, b in zip(same, exact, strict=True)]
+    return [relative_error(a, b) for a, b in zip(got, exact, strict=True)], [
+        relative_error(a, b) for a, b in zip(same, exact, strict=True)
+    ]
 
 
 def holds(got, same, dtype):
@@ -85,7 +91,11 @@ CASES = {
     "one for all": (RAGGED, [Request(0, A)] * 7, [200]),
     "long": ([5, 40], [Request(0, A), Request(0, B)], [512, 511]),
     "distinct": ([4, 2, 9], [Request(0, ((i, True),)) for i in range(3)], [64, 1, 65]),
-    "composed": (RAGGED, [Request(0, b) for b in (A + B, B, (), B + A, ((0, False),), (*A, (2, False)), A)], [33, 70, 5]),
+    "composed": (
+        RAGGED,
+        [Request(0, b) for b in (A + B, B, (), B + A, ((0, False),), (*A, (2, False)), A)],
+        [33, 70, 5],
+    ),
     "twice the same": ([4, 6], [Request(0, A + A), Request(0, A)], [40]),
     "one row": ([17], [Request(0, A)], [100]),
 }
@@ -132,7 +142,9 @@ def test_the_number_of_threads_and_the_neighbours_change_no_bit():
     for i, request in enumerate(requests):
         used = sorted({b for b, _ in request.blocks})
         own = Request(0, tuple((used.index(b), slides) for b, slides in request.blocks))
-        alone = decode_tables(lens[i : i + 1], [own], [blocks[b] for b in used])._replace(row=step.tables.row[i : i + 1])
+        alone = decode_tables(lens[i : i + 1], [own], [blocks[b] for b in used])._replace(
+            row=step.tables.row[i : i + 1]
+        )
         o, lse = attend.decode(given[0][i : i + 1], *given[1:], step.table, alone, step.options)
         assert torch.equal(o[0], runs[0][0][i])
         assert torch.equal(lse[0], runs[0][1][i])
@@ -142,7 +154,9 @@ def test_takes_strided_queries_and_wider_tables():
     step = make(*CASES["composed"], heads=(6, 2, 64))
     _, *kv = given = step.cast(torch.float32, torch.float32, torch.float32)
     expected = attend.decode(*given, step.table, step.tables, step.options)
-    as_model = step.q.float().transpose(0, 1).contiguous().transpose(0, 1)  # [heads, rows, D] memory, as attention modules give it
+    as_model = (
+        step.q.float().transpose(0, 1).contiguous().transpose(0, 1)
+    )  # [heads, rows, D] memory, as attention modules give it
     fused = torch.zeros(7, 3, 6, 64).copy_(step.q[:, None].float())[:, 1]
     no_unit = torch.stack([step.q.float()] * 2, -1)[..., 0]
     wide = torch.zeros(len(step.table), 500, dtype=torch.int32)
@@ -186,7 +200,12 @@ def test_a_wrong_log_base_is_caught():
 
 
 def put(name, index, value):
-    return lambda s: replace(s, tables=s.tables._replace(**{name: getattr(s.tables, name).clone().index_put_(index, torch.tensor(value, dtype=torch.int32))}))
+    return lambda s: replace(
+        s,
+        tables=s.tables._replace(
+            **{name: getattr(s.tables, name).clone().index_put_(index, torch.tensor(value, dtype=torch.int32))}
+        ),
+    )
 
 
 def at(*index):
@@ -217,9 +236,15 @@ HOSTILE = {
     "negative user": (put("user", at(0), -1), "row -1"),
     "users out of order": (put("user_indptr", at(1), 99), "user_indptr"),
     "a length missing": (lambda s: replace(s, tables=s.tables._replace(lens=s.tables.lens[:-1])), "6 of lens"),
-    "a position missing": (lambda s: replace(s, tables=s.tables._replace(user_pos=s.tables.user_pos[:-1])), "user_indptr"),
+    "a position missing": (
+        lambda s: replace(s, tables=s.tables._replace(user_pos=s.tables.user_pos[:-1])),
+        "user_indptr",
+    ),
     "int64": (lambda s: replace(s, tables=s.tables._replace(lens=s.tables.lens.long())), "int64"),
-    "strided": (lambda s: replace(s, tables=s.tables._replace(lens=s.tables.lens.repeat_interleave(2)[::2])), "contiguous"),
+    "strided": (
+        lambda s: replace(s, tables=s.tables._replace(lens=s.tables.lens.repeat_interleave(2)[::2])),
+        "contiguous",
+    ),
     "a table of int64": (lambda s: replace(s, table=s.table.long()), "slot table"),
     "a transposed table": (lambda s: replace(s, table=s.table.T.contiguous().T), "slot table"),
     "keys of other heads": (lambda s: replace(s, k=s.k[:, :1].contiguous()), "expected both"),
@@ -263,7 +288,9 @@ def call(step, *, dtype=torch.float32, bias=None, backend="auto", prefix=True):
     o = step.options
     most = int(step.tables.lens.max())
     pair = (pk, pv) if prefix else (None, None)
-    return ops.attn_decode(q, k, v, *pair, step.table, list(step.tables), bias, most, o.scale, o.window, o.softcap, backend, 0)
+    return ops.attn_decode(
+        q, k, v, *pair, step.table, list(step.tables), bias, most, o.scale, o.window, o.softcap, backend, 0
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -312,7 +339,18 @@ def test_without_the_extension_torch_does_it(caplog, monkeypatch):
 def test_it_is_registered_properly():
     step = make(*CASES["composed"], heads=(4, 2, 16))
     o = step.options
-    given = (*step.cast(*[torch.float32] * 3), step.table, list(step.tables), None, 130, o.scale, o.window, o.softcap, "auto", 0)
+    given = (
+        *step.cast(*[torch.float32] * 3),
+        step.table,
+        list(step.tables),
+        None,
+        130,
+        o.scale,
+        o.window,
+        o.softcap,
+        "auto",
+        0,
+    )
     torch.library.opcheck(ops.attn_decode, given, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -336,7 +374,13 @@ torch.save(o, sys.argv[1])
 
 
 def child(path, env, program=PROGRAM):
-    run = subprocess.run([sys.executable, "-c", program, str(path)], env={**os.environ, **env}, capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return run.returncode, run.stderr
 
 
@@ -354,11 +398,16 @@ def test_the_environment_names_the_instructions(tmp_path):
 def test_unknown_instructions_are_an_error(name, tmp_path):
     code, text = child(tmp_path / "o", {"PREFIXFAST_SIMD": name})
     assert code == 1
-    assert f'ConfigError: environment variable PREFIXFAST_SIMD: instructions "{name}": this machine has {", ".join(PATHS)}' in text
+    assert (
+        f'ConfigError: environment variable PREFIXFAST_SIMD: instructions "{name}": this machine has {", ".join(PATHS)}'
+        in text
+    )
 
 
 def test_without_torchs_threads_it_runs_alone(tmp_path):
-    code, text = child(tmp_path / "o", {}, PROGRAM.replace("torch.set_num_threads(2)", "torch._C.__file__ = '/nowhere/at/all.so'"))
+    code, text = child(
+        tmp_path / "o", {}, PROGRAM.replace("torch.set_num_threads(2)", "torch._C.__file__ = '/nowhere/at/all.so'")
+    )
     assert code == 0
     assert text.count("decode attention runs on one thread: /nowhere/at/all.so is not loaded") == 1
     child(tmp_path / "p", {})
@@ -383,7 +432,15 @@ def test_any_step_equals_reference(data):
     kv_heads = draw(st.integers(1, 3))
     heads = (kv_heads * draw(st.integers(1, 8)), kv_heads, draw(st.sampled_from([1, 8, 16, 20, 64, 80, 128])))
     window, softcap = draw(st.sampled_from([0, 1, 7, 64, 200])), draw(st.sampled_from([0.0, 5.0]))
-    step = make(lens, requests, [blocks[b] for b in used], heads=heads, window=window, softcap=softcap, seed=draw(st.integers(0, 99)))
+    step = make(
+        lens,
+        requests,
+        [blocks[b] for b in used],
+        heads=heads,
+        window=window,
+        softcap=softcap,
+        seed=draw(st.integers(0, 99)),
+    )
     dtypes = [draw(st.sampled_from([torch.float32, torch.bfloat16])) for _ in range(3)]
     got, same = errors(step, *dtypes, draw(st.sampled_from(PATHS)))
     assert holds(got, same, dtypes[0]), (got, same)

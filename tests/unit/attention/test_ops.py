@@ -16,7 +16,14 @@ BACKENDS = {"torch": NO_TILES, "triton": SIZES}
 def setup(backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    p = problem([Request(7, ((0, True),)), Request(5, ((1, True),))], [6, 3], num_heads=4, num_kv_heads=2, head_dim=16, sizes=SIZES).cast(torch.float32)
+    p = problem(
+        [Request(7, ((0, True),)), Request(5, ((1, True),))],
+        [6, 3],
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        sizes=SIZES,
+    ).cast(torch.float32)
     return p, (list(p.tables), None, None, p.scale, 0, 0.0, True, True, backend, list(BACKENDS[backend]))
 
 
@@ -27,15 +34,29 @@ def test_attention_is_registered_properly(backend):
     torch.library.opcheck(ops.attn, (*p.inputs(), *rest), test_utils=checks)
     o, lse = ops.attn(p.q, p.k, p.v, p.prefix_k, p.prefix_v, *rest)
     for needs in ([True] * 5, [False, False, False, True, True], [True, True, True, False, False]):
-        torch.library.opcheck(ops.attn_bwd, (p.do, p.q, p.k, p.v, p.prefix_k, p.prefix_v, o, lse, *rest, needs), test_utils=checks[:2])
+        torch.library.opcheck(
+            ops.attn_bwd, (p.do, p.q, p.k, p.v, p.prefix_k, p.prefix_v, o, lse, *rest, needs), test_utils=checks[:2]
+        )
 
 
 def test_the_others_are_registered_properly():
     arena = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4)
     slots = torch.tensor([1, 5, 2], dtype=torch.int32)
-    torch.library.opcheck(ops.kv_write, (*arena, torch.ones(3, 2, 4), torch.ones(3, 2, 4), slots), test_utils="test_schema")
-    given = (torch.randn(5, 8, requires_grad=True), torch.randn(11, 8), None, torch.tensor([1, 2, 3, 4, 0]), 0.0, True, "torch")
-    torch.library.opcheck(ops.linear_cross_entropy, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(
+        ops.kv_write, (*arena, torch.ones(3, 2, 4), torch.ones(3, 2, 4), slots), test_utils="test_schema"
+    )
+    given = (
+        torch.randn(5, 8, requires_grad=True),
+        torch.randn(11, 8),
+        None,
+        torch.tensor([1, 2, 3, 4, 0]),
+        0.0,
+        True,
+        "torch",
+    )
+    torch.library.opcheck(
+        ops.linear_cross_entropy, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

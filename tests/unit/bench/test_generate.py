@@ -44,7 +44,9 @@ def test_wrong_tokens_stop_the_benchmark():
     good = torch.tensor([[1, 2, 3], [4, 5, 6]])
     calls = {Key(OURS, 2, 2): lambda: good, Key(BY_HAND, 2, 2): lambda: good, Key(ONE_BY_ONE, 1, 1): lambda: good[:1]}
     check(calls, 5)
-    with pytest.raises(RuntimeError, match="PEFT, one request at a time gives other tokens than prefixfast from token 2 on"):
+    with pytest.raises(
+        RuntimeError, match="PEFT, one request at a time gives other tokens than prefixfast from token 2 on"
+    ):
         check(calls | {Key(ONE_BY_ONE, 1, 1): lambda: torch.tensor([[1, 2, 4]])}, 5)
     with pytest.raises(RuntimeError, match="mixed by hand"):
         check(calls | {Key(BY_HAND, 2, 2): lambda: torch.tensor([[1, 2, 3], [4, 5, 7]])}, 5)
@@ -52,8 +54,21 @@ def test_wrong_tokens_stop_the_benchmark():
 
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "Workload", lambda requests=2: Workload(requests, 4, 3, 1))
-    monkeypatch.setitem(generate.SHAPES, "gpt2", (*generate.SHAPES["gpt2"][:2], {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny"))
-    how = {"model": None, "shape": "gpt2", "dtype": "float32", "lengths": [0, 3], "distinct": [1, 2], "requests": [1, 2], "rounds": 1, "command": "again"}
+    monkeypatch.setitem(
+        generate.SHAPES,
+        "gpt2",
+        (*generate.SHAPES["gpt2"][:2], {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny"),
+    )
+    how = {
+        "model": None,
+        "shape": "gpt2",
+        "dtype": "float32",
+        "lengths": [0, 3],
+        "distinct": [1, 2],
+        "requests": [1, 2],
+        "rounds": 1,
+        "command": "again",
+    }
     generate.run(tmp_path, **how)
     head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
     assert head["command"] == "again"
@@ -65,7 +80,15 @@ def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
 
 def test_a_length_that_the_base_has_no_positions_for_is_refused_before_any_work(tmp_path, monkeypatch):
     monkeypatch.setattr(generate, "make", lambda *_: tiny.make("gpt2"))
-    how = {"model": None, "shape": "gpt2", "dtype": "float32", "distinct": [1], "requests": [2], "rounds": 1, "command": ""}
+    how = {
+        "model": None,
+        "shape": "gpt2",
+        "dtype": "float32",
+        "distinct": [1],
+        "requests": [2],
+        "rounds": 1,
+        "command": "",
+    }
     with pytest.raises(ConfigError, match="100, 40 prompt tokens and 32 new ones are 172 positions, this base has 160"):
         generate.run(tmp_path, lengths=[0, 100], **how)
     longest = max(generate.SHAPES["llama"][2]["max_position_embeddings"] - 72, 0)

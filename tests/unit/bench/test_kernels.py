@@ -53,7 +53,9 @@ def test_the_merge_of_two_calls_is_right(distinct, monkeypatch):
         with torch.enable_grad():
             part, stat = _plain(*leaves, shape, own=own)
             share = (stat - lse).exp()[..., None]  # of this part in the whole
-            value = (part * share.detach() * do).sum() + (share * (do * (part.detach() - o)).sum(-1, keepdim=True)).sum()
+            value = (part * share.detach() * do).sum() + (
+                share * (do * (part.detach() - o)).sum(-1, keepdim=True)
+            ).sum()
         return torch.autograd.grad(value, leaves)
 
     monkeypatch.setattr(baselines, "_flash", flash)

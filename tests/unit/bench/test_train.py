@@ -21,12 +21,23 @@ WORK = Workload(examples=3, shortest=4, longest=9, steps=2)
 def test_training_is_measured_on_equal_losses(family):
     with load(tiny.make(family)) as model:
         points = measure(model, [2, 5], [1, 3], WORK, rounds=2, limit=1e-4, plain=tiny.make(family), progress=False)
-    assert [(p.contender, p.prefixes, p.prefix_length) for p in points] == [(OURS, 1, 2), (OURS, 3, 2), (PEFT, 1, 2), (OURS, 1, 5), (OURS, 3, 5), (PEFT, 1, 5)]
+    assert [(p.contender, p.prefixes, p.prefix_length) for p in points] == [
+        (OURS, 1, 2),
+        (OURS, 3, 2),
+        (PEFT, 1, 2),
+        (OURS, 1, 5),
+        (OURS, 3, 5),
+        (PEFT, 1, 5),
+    ]
     tokens = [WORK.steps * sum(len(r["input_ids"]) for i in range(n) for r in WORK.rows(i, tiny.VOCAB)) for n in (1, 3)]
     assert [p.tokens for p in points[:3]] == [*tokens, tokens[0]]
     assert all(len(p.timing.seconds) == 2 and p.rate > 0 for p in points)
     assert table(points).splitlines()[0] == "| tokens/s | P=2 | P=5 |"
-    assert [line.split(" | ")[0] for line in table(points).splitlines()[2:]] == [f"| {OURS}, 1 at once", f"| {OURS}, 3 at once", f"| {PEFT}"]
+    assert [line.split(" | ")[0] for line in table(points).splitlines()[2:]] == [
+        f"| {OURS}, 1 at once",
+        f"| {OURS}, 3 at once",
+        f"| {PEFT}",
+    ]
 
 
 def test_other_losses_stop_the_benchmark():
@@ -40,7 +51,9 @@ def test_other_losses_stop_the_benchmark():
 def test_a_prefix_that_differs_is_seen(monkeypatch):
     real = train.random_prefixes
     seeds = iter([0, 1])
-    monkeypatch.setattr(train, "random_prefixes", lambda model, length, count: real(model, length, count + (n := next(seeds)))[n:])
+    monkeypatch.setattr(
+        train, "random_prefixes", lambda model, length, count: real(model, length, count + (n := next(seeds)))[n:]
+    )
     with load(tiny.make("gpt2")) as model:
         first = train.ours(model, {"a": WORK.rows(0, tiny.VOCAB)}, {"a": train.random_prefixes(model, 4, 1)[0]}, 2)
         other = train.theirs(tiny.make("gpt2"), WORK.rows(0, tiny.VOCAB), train.random_prefixes(model, 4, 1)[0], 2)
@@ -68,11 +81,15 @@ def test_peft_trains_in_fp32_over_a_bf16_base():
 
 def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Workload", lambda: WORK)
-    monkeypatch.setitem(SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny"))
+    monkeypatch.setitem(
+        SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny")
+    )
     done = cli("bench", "train", "-o", tmp_path, "--lengths", "2,4", "--prefixes", "1,2", "--rounds", "1")
     assert done.code == 0, done.err
     head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
-    assert head["command"] == "prefixfast bench train --lengths 2,4 --prefixes 1,2 --rounds 1 --dtype float32 --shape gpt2"
+    assert (
+        head["command"] == "prefixfast bench train --lengths 2,4 --prefixes 1,2 --rounds 1 --dtype float32 --shape gpt2"
+    )
     assert [(r["contender"], r["prefixes"]) for r in rows[:3]] == [(OURS, 1), (OURS, 2), (PEFT, 1)]
     assert (tmp_path / "throughput.png").read_bytes()[:4] == b"\x89PNG"
     assert "<h2>Again</h2>" in (tmp_path / "report.html").read_text()
@@ -87,9 +104,13 @@ def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
     ],
 )
 def test_what_cannot_be_trained_is_refused(tmp_path, monkeypatch, lengths, counts, message):
-    monkeypatch.setitem(SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny"))
+    monkeypatch.setitem(
+        SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny")
+    )
     with pytest.raises(ConfigError, match=message):
-        train.run(tmp_path, model=None, shape="gpt2", dtype="float32", lengths=lengths, counts=counts, rounds=1, command="")
+        train.run(
+            tmp_path, model=None, shape="gpt2", dtype="float32", lengths=lengths, counts=counts, rounds=1, command=""
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -137,7 +158,13 @@ def test_the_tokenize_command_writes_its_file(cli, tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [["train", "--lengths", "a"], ["train", "--dtype", "int8"], ["train", "--shape", "bert"], ["train", "--rounds", "0"], ["tokenize", "x", "/no/file"]],
+    [
+        ["train", "--lengths", "a"],
+        ["train", "--dtype", "int8"],
+        ["train", "--shape", "bert"],
+        ["train", "--rounds", "0"],
+        ["tokenize", "x", "/no/file"],
+    ],
 )
 def test_wrong_options_are_refused(cli, words):
     assert cli("bench", *words).code == 2

@@ -39,10 +39,23 @@ def test_train_then_generate(cli, folder, data, tmp_path):
     assert str(tmp_path / "p") in trained.out
     assert Prefix.from_pretrained(tmp_path / "p").length == 3
     requests = write(tmp_path / "in.jsonl", [{"prompt": "a=", "id": 7}, {"prompt": "b="}])
-    made = cli("generate", requests, "-o", tmp_path / "out.jsonl", "--prefix", tmp_path / "p", "--max-new-tokens", 3, "--max-num-seqs", 4)
+    made = cli(
+        "generate",
+        requests,
+        "-o",
+        tmp_path / "out.jsonl",
+        "--prefix",
+        tmp_path / "p",
+        "--max-new-tokens",
+        3,
+        "--max-num-seqs",
+        4,
+    )
     assert made.code == 0, made.err
     lines = read(tmp_path / "out.jsonl")
-    assert [(g["index"], g["id"], g["prefix_digest"]) for g in lines] == [(i, n, Prefix.from_pretrained(tmp_path / "p").digest) for i, n in ((0, 7), (1, None))]
+    assert [(g["index"], g["id"], g["prefix_digest"]) for g in lines] == [
+        (i, n, Prefix.from_pretrained(tmp_path / "p").digest) for i, n in ((0, 7), (1, None))
+    ]
     assert all(1 <= len(g["token_ids"]) <= 3 for g in lines)
 
 
@@ -50,9 +63,22 @@ def test_several_prefixes_by_name(cli, folder, data, tmp_path):
     trained = cli("train", folder, f"x={data}", f"y={data}", "-o", tmp_path / "ps", *FAST)
     assert trained.code == 0, trained.err
     requests = write(tmp_path / "in.jsonl", [{"prompt": "a=", "prefix": n} for n in "yx"])
-    made = cli("generate", requests, "-o", tmp_path / "out.jsonl", "--prefixes", tmp_path / "ps", "--max-new-tokens", 2, "--max-num-seqs", 4)
+    made = cli(
+        "generate",
+        requests,
+        "-o",
+        tmp_path / "out.jsonl",
+        "--prefixes",
+        tmp_path / "ps",
+        "--max-new-tokens",
+        2,
+        "--max-num-seqs",
+        4,
+    )
     assert made.code == 0, made.err
-    assert [g["prefix_digest"] for g in read(tmp_path / "out.jsonl")] == [Prefix.from_pretrained(tmp_path / "ps" / n).digest for n in "yx"]
+    assert [g["prefix_digest"] for g in read(tmp_path / "out.jsonl")] == [
+        Prefix.from_pretrained(tmp_path / "ps" / n).digest for n in "yx"
+    ]
 
 
 def test_training_leaves_a_log(cli, folder, data, tmp_path):
@@ -70,7 +96,19 @@ def settings(folder: Path) -> dict:
 def test_a_file_of_options_is_read_and_flags_win(cli, folder, data, tmp_path):
     options = {"max_steps": 1, "prefix_length": 2, "learning_rate": 0.125, "pos_start": "zero", "shuffle": False}
     (tmp_path / "options.yaml").write_text(yaml.safe_dump(options), encoding="utf8")
-    done = cli("train", folder, data, "-o", tmp_path / "p", "--config", tmp_path / "options.yaml", "--max-steps", 2, "--dtype", "float32")
+    done = cli(
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "p",
+        "--config",
+        tmp_path / "options.yaml",
+        "--max-steps",
+        2,
+        "--dtype",
+        "float32",
+    )
     assert done.code == 0, done.err
     got = settings(tmp_path / "p")
     assert {n: got[n] for n in options} == {**options, "max_steps": 2}
@@ -88,7 +126,9 @@ def test_early_stopping_takes_its_three_values(cli, folder, tmp_path, monkeypatc
     seen = {}
     monkeypatch.setattr("prefixfast.generate", lambda rows, prefixes, **how: seen.update(how) or [], raising=False)
     requests = write(tmp_path / "in.jsonl", [{"prompt": "a"}])
-    assert cli("generate", requests, "-o", tmp_path / "out.jsonl", "--model", folder, "--early-stopping", value).code == 0
+    assert (
+        cli("generate", requests, "-o", tmp_path / "out.jsonl", "--model", folder, "--early-stopping", value).code == 0
+    )
     assert seen["early_stopping"] == {"true": True, "false": False}.get(value, value)
 
 
@@ -106,9 +146,21 @@ MISTAKES = {
     "no such model": (("train", "{tmp}/nothing", "{data}", "-o", "{tmp}/p"), 1, "{tmp}/nothing"),
     "no such data": (("train", "{folder}", "{tmp}/none.jsonl", "-o", "{tmp}/p"), 1, "{tmp}/none.jsonl"),
     "malformed data": (("train", "{folder}", "{tmp}/bad.jsonl", "-o", "{tmp}/p"), 1, "{tmp}/bad.jsonl:2"),
-    "a row without target": (("train", "{folder}", "{tmp}/half.jsonl", "-o", "{tmp}/p"), 1, "completion: expected a string"),
-    "one name twice": (("train", "{folder}", "x={data}", "x={data}", "-o", "{tmp}/p"), 1, "NAME=FILE with different names"),
-    "a name beside a file": (("train", "{folder}", "x={data}", "{data}", "-o", "{tmp}/p"), 1, "NAME=FILE with different names"),
+    "a row without target": (
+        ("train", "{folder}", "{tmp}/half.jsonl", "-o", "{tmp}/p"),
+        1,
+        "completion: expected a string",
+    ),
+    "one name twice": (
+        ("train", "{folder}", "x={data}", "x={data}", "-o", "{tmp}/p"),
+        1,
+        "NAME=FILE with different names",
+    ),
+    "a name beside a file": (
+        ("train", "{folder}", "x={data}", "{data}", "-o", "{tmp}/p"),
+        1,
+        "NAME=FILE with different names",
+    ),
     "a name that is no folder": (("train", "{folder}", "../x={data}", "-o", "{tmp}/p"), 1, "'../x' cannot be a folder"),
     "unknown task": ((*TRAIN, "--task", "nlg"), 1, "task: expected one of e2e, webnlg, dart"),
     "init of no folder": ((*TRAIN, "--init", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
@@ -118,12 +170,28 @@ MISTAKES = {
     "a list of options": ((*TRAIN, "--config", "{tmp}/list.yaml"), 1, "expected a mapping of options, got list"),
     "an unknown option in the file": ((*TRAIN, "--config", "{tmp}/lr.yaml"), 1, "lr.yaml"),
     "generate: no such file": (("generate", "{tmp}/none.jsonl", "-o", "{tmp}/o"), 1, "{tmp}/none.jsonl"),
-    "generate: no model": (("generate", "{data}", "-o", "{tmp}/o"), 1, "model: expected a base, or prefixes that name one"),
+    "generate: no model": (
+        ("generate", "{data}", "-o", "{tmp}/o"),
+        1,
+        "model: expected a base, or prefixes that name one",
+    ),
     "generate: no such prefix": ((*GENERATE, "--prefix", "{tmp}/none"), 1, "{tmp}/none: no such folder"),
-    "generate: two ways": ((*GENERATE, "--prefix", "{tmp}/a", "--prefixes", "{tmp}"), 1, "expected one of --prefix, --prefixes and --store, got several"),
+    "generate: two ways": (
+        (*GENERATE, "--prefix", "{tmp}/a", "--prefixes", "{tmp}"),
+        1,
+        "expected one of --prefix, --prefixes and --store, got several",
+    ),
     "generate: rows name no prefix": ((*GENERATE, "--prefixes", "{tmp}"), 1, "every row's 'prefix' names a folder"),
-    "generate: a folder above": (("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got '..'"),
-    "generate: a long way": (("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"), 1, "got 'x/y'"),
+    "generate: a folder above": (
+        ("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"),
+        1,
+        "got '..'",
+    ),
+    "generate: a long way": (
+        ("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"),
+        1,
+        "got 'x/y'",
+    ),
     "generate: the training flags": ((*GENERATE, "--max-steps", "3"), 2, "No such option: --max-steps"),
 }
 OTHER_FILES = {
@@ -152,7 +220,10 @@ def test_a_mistake_is_one_message(cli, folder, data, tmp_path, arguments, code, 
 
 def test_an_unknown_option_in_a_file_gets_the_hint(cli, folder, data, tmp_path):
     (tmp_path / "o.yaml").write_text("lr: 0.1\n", encoding="utf8")
-    assert "did you mean learning_rate" in cli("train", folder, data, "-o", tmp_path / "p", "--config", tmp_path / "o.yaml").err
+    assert (
+        "did you mean learning_rate"
+        in cli("train", folder, data, "-o", tmp_path / "p", "--config", tmp_path / "o.yaml").err
+    )
 
 
 def test_an_interrupt_exits_with_130(cli, folder, data, tmp_path, monkeypatch):
@@ -186,7 +257,9 @@ def test_help_lists_every_field(cli, command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_says_what_every_field_does(cli, command):
     words = re.sub(r"[\s│]+", "", cli(command, "--help").out)
-    fields = {name: f for config in reversed(COMMANDS[command]) for name, f in config.__dataclass_fields__.items()}  # of one name the first config's
+    fields = {
+        name: f for config in reversed(COMMANDS[command]) for name, f in config.__dataclass_fields__.items()
+    }  # of one name the first config's
     helps = [f.metadata["help"] for f in fields.values()]
     assert [h for h in helps if re.sub(r"\s+", "", h)[:30] not in words] == []
 
@@ -220,7 +293,10 @@ def test_score_inspect_and_a_store_by_the_command_line(cli, folder, tmp_path, ma
     prefixes = {name: make_prefix(i, base=fingerprint) for i, name in enumerate(("a", "b"))}
     for name, prefix in prefixes.items():
         store.put(name, prefix)
-    rows = [{"prompt": "ab", "completion": "cd", "prefix": "a", "id": 1}, {"prompt": "ef", "completion": "gh", "prefix": "b", "id": 2}]
+    rows = [
+        {"prompt": "ab", "completion": "cd", "prefix": "a", "id": 1},
+        {"prompt": "ef", "completion": "gh", "prefix": "b", "id": 2},
+    ]
     file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = cli("score", str(file), "-o", str(out), "--store", str(store.path), "--dtype", "float32")
@@ -231,7 +307,9 @@ def test_score_inspect_and_a_store_by_the_command_line(cli, folder, tmp_path, ma
     assert [r["id"] for r in lines] == [1, 2]
     how = ("--store", str(store.path), "--max-new-tokens", "3", "--max-num-seqs", "4", "--max-model-len", "64")
     assert cli("generate", str(file), "-o", str(out), *how).code == 0
-    assert [json.loads(line)["prefix_digest"] for line in out.read_text().splitlines()] == [p.digest for p in prefixes.values()]
+    assert [json.loads(line)["prefix_digest"] for line in out.read_text().splitlines()] == [
+        p.digest for p in prefixes.values()
+    ]
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "x", "prefix": "nobody"}]))
     some = cli("generate", str(file), "-o", str(out), *how, "--on-error", "return")
     assert some.code == 3
@@ -241,7 +319,9 @@ def test_score_inspect_and_a_store_by_the_command_line(cli, folder, tmp_path, ma
     both = cli("generate", str(file), "-o", str(out), *how, "--prefix", "x")
     assert both.code == 1
     assert "got several" in both.err
-    seen = cli("prefixes", "inspect", str(store.path), "a", str(file), "--words", "0", "--plot", str(tmp_path / "p.png"))
+    seen = cli(
+        "prefixes", "inspect", str(store.path), "a", str(file), "--words", "0", "--plot", str(tmp_path / "p.png")
+    )
     assert seen.code == 0, seen
     assert (tmp_path / "p.png").stat().st_size > 1000
 
@@ -251,7 +331,18 @@ def test_words_and_strings_are_flags_that_come_several_times(cli, folder, tmp_pa
 
     file, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
     file.write_text(json.dumps({"prompt": "ab"}) + "\n")
-    common = ("generate", str(file), "-o", str(out), "--model", str(folder), "--max-new-tokens", "8", "--min-new-tokens", "8")
+    common = (
+        "generate",
+        str(file),
+        "-o",
+        str(out),
+        "--model",
+        str(folder),
+        "--max-new-tokens",
+        "8",
+        "--min-new-tokens",
+        "8",
+    )
     assert cli(*common).code == 0
     free = json.loads(out.read_text())["token_ids"]
     assert cli(*common, "--bad-words-ids", str(free[0]), "--bad-words-ids", f"{free[1]},{free[2]}").code == 0

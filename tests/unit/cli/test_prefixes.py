@@ -51,7 +51,12 @@ def test_list_as_json_names_the_same(cli, filled, make_prefix):
     rows = json.loads(cli("prefixes", "list", filled, "--json").out)
     assert sorted(row["name"] for row in rows) == sorted(PrefixStore(filled))
     ann = next(row for row in rows if row["name"] == "ann")
-    assert (ann["version"], ann["nbytes"], ann["digest"], ann["problem"]) == (2, 3840, make_prefix(2, length=5).digest, None)
+    assert (ann["version"], ann["nbytes"], ann["digest"], ann["problem"]) == (
+        2,
+        3840,
+        make_prefix(2, length=5).digest,
+        None,
+    )
 
 
 def test_list_shows_damage_and_goes_on(cli, filled):
@@ -100,7 +105,9 @@ def _read(fd: int) -> bytes:
 def test_show(cli, filled, make_prefix):
     shown = json.loads(cli("prefixes", "show", filled, "ann", "--json").out)
     assert shown["digest"] == make_prefix(2, length=5).digest
-    assert {k: shown[k] for k in ("length", "layers", "shape", "dtype", "pos_start", "window", "numbers", "training")} == {
+    assert {
+        k: shown[k] for k in ("length", "layers", "shape", "dtype", "pos_start", "window", "numbers", "training")
+    } == {
         "length": 5,
         "layers": [0, 1, 2],
         "shape": [[5, 4, 8]],
@@ -171,7 +178,9 @@ def test_verify(cli, filled, make_prefix):
     left = filled / WORK / ("0" * 16)
     left.mkdir()
     make_prefix(9).save_pretrained(left / "new")
-    assert cli("prefixes", "verify", filled, "--absent", make_prefix(9).digest).code == 0, "what a killed writer left is gone"
+    assert cli("prefixes", "verify", filled, "--absent", make_prefix(9).digest).code == 0, (
+        "what a killed writer left is gone"
+    )
     damage(PrefixStore(filled).info("ann").folder)
     found = cli("prefixes", "verify", filled)
     assert (found.code, len(lines(found.out))) == (3, 2)
@@ -312,7 +321,11 @@ MISTAKES = {
     "an unknown command": (("prefixes", "drop", "{s}"), 2, "No such command"),
     "convert nothing": (("convert", "{tmp}/none", "{tmp}/out"), 1, "no such folder"),
     "convert no tree": (("convert", "{tmp}/none", "{tmp}/out", "--recursive"), 1, "SRC: expected a folder"),
-    "convert a tree without adapters": (("convert", "{tmp}/empty", "{tmp}/out", "--recursive"), 1, "no adapter folder in"),
+    "convert a tree without adapters": (
+        ("convert", "{tmp}/empty", "{tmp}/out", "--recursive"),
+        1,
+        "no adapter folder in",
+    ),
     "convert into itself": (("convert", "{tree}", "{tree}/out", "--recursive"), 1, "lies in SRC"),
 }
 

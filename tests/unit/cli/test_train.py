@@ -34,7 +34,18 @@ def data(tmp_path) -> Path:
 def test_a_column_a_store_and_a_frozen_prefix(cli, folder, data, tmp_path):
     assert cli("train", folder, data, "-o", tmp_path / "first", *FAST)[0] == 0
     code, out, err = cli(
-        "train", folder, data, "-o", tmp_path / "ps", *FAST, "--prefix-column", "user", "--store", tmp_path / "store", "--on-top-of", tmp_path / "first"
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "ps",
+        *FAST,
+        "--prefix-column",
+        "user",
+        "--store",
+        tmp_path / "store",
+        "--on-top-of",
+        tmp_path / "first",
     )
     assert code == 0, err
     assert "ps/x: loss" in out
@@ -44,13 +55,37 @@ def test_a_column_a_store_and_a_frozen_prefix(cli, folder, data, tmp_path):
 
 
 def test_a_sweep_and_overrides(cli, folder, data, tmp_path):
-    code, _, err = cli("train", folder, data, "-o", tmp_path / "s", *FAST, "--sweep", "learning-rate=1e-3,1e-2", "--sweep", "seed=0,1", "--eval-data", data)
+    code, _, err = cli(
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "s",
+        *FAST,
+        "--sweep",
+        "learning-rate=1e-3,1e-2",
+        "--sweep",
+        "seed=0,1",
+        "--eval-data",
+        data,
+    )
     assert code == 0, err
     assert sorted(p.name for p in (tmp_path / "s").iterdir() if p.is_dir() and p.name != "checkpoint") == [
         f"learning_rate={r},seed={s}" for r in ("0.001", "0.01") for s in (0, 1)
     ]
     (tmp_path / "own.yaml").write_text("x: {learning_rate: 1e-5, max_steps: 1}\n")
-    code, _, err = cli("train", folder, data, "-o", tmp_path / "o", *FAST, "--prefix-column", "user", "--overrides", tmp_path / "own.yaml")
+    code, _, err = cli(
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "o",
+        *FAST,
+        "--prefix-column",
+        "user",
+        "--overrides",
+        tmp_path / "own.yaml",
+    )
     assert code == 0, err
     assert Prefix.from_pretrained(tmp_path / "o" / "x").training["config"]["learning_rate"] == 1e-5
     assert Prefix.from_pretrained(tmp_path / "o" / "x").training["metrics"]["steps"] == 1
@@ -58,18 +93,39 @@ def test_a_sweep_and_overrides(cli, folder, data, tmp_path):
 
 def test_some_that_fail_are_exit_code_3(cli, folder, data, tmp_path):
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a"}])
-    code, out, err = cli("train", folder, f"good={data}", f"bad={bad}", f"none={tmp_path / 'none.jsonl'}", "-o", tmp_path / "ps", *FAST)
+    code, out, err = cli(
+        "train", folder, f"good={data}", f"bad={bad}", f"none={tmp_path / 'none.jsonl'}", "-o", tmp_path / "ps", *FAST
+    )
     assert code == 3
     assert "ps/good: loss" in out
     assert "bad failed: " in err
     assert "none failed: " in err
-    assert {json.loads(line)["prefix"] for line in (tmp_path / "ps" / "failed.jsonl").read_text().splitlines()} == {"bad", "none"}
+    assert {json.loads(line)["prefix"] for line in (tmp_path / "ps" / "failed.jsonl").read_text().splitlines()} == {
+        "bad",
+        "none",
+    }
     assert Prefix.from_pretrained(tmp_path / "ps" / "good").length == 3
-    assert cli("train", folder, f"good={data}", f"bad={bad}", "-o", tmp_path / "r", *FAST, "--on-error", "raise")[0] == 1
+    assert (
+        cli("train", folder, f"good={data}", f"bad={bad}", "-o", tmp_path / "r", *FAST, "--on-error", "raise")[0] == 1
+    )
 
 
 def test_a_dry_run_writes_nothing(cli, folder, data, tmp_path):
-    code, out, err = cli("train", folder, data, "-o", tmp_path / "p", *FAST, "--prefix-column", "user", "--dry-run", "--max-steps", 50, "--init", "random")
+    code, out, err = cli(
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "p",
+        *FAST,
+        "--prefix-column",
+        "user",
+        "--dry-run",
+        "--max-steps",
+        50,
+        "--init",
+        "random",
+    )
     assert code == 0, err
     told = json.loads(out)
     assert not (tmp_path / "p").exists()
@@ -84,11 +140,29 @@ def test_a_dry_run_writes_nothing(cli, folder, data, tmp_path):
 
 
 def test_the_printed_config_is_one_that_is_read(cli, folder, data, tmp_path):
-    code, out, err = cli("train", folder, data, "-o", tmp_path / "p", "--recipe", "paper", "--task", "prompt", "--batch-size", 3, "--print-config")
+    code, out, err = cli(
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "p",
+        "--recipe",
+        "paper",
+        "--task",
+        "prompt",
+        "--batch-size",
+        3,
+        "--print-config",
+    )
     assert code == 0, err
     shown = yaml.safe_load(out)
     assert set(shown) == {*TrainConfig.names(), *PrefixConfig.names()}
-    assert (shown["batch_size"], shown["learning_rate"], shown["encoder_hidden_size"], shown["loss"]) == (3, 5e-5, 512, "sequence_sum")
+    assert (shown["batch_size"], shown["learning_rate"], shown["encoder_hidden_size"], shown["loss"]) == (
+        3,
+        5e-5,
+        512,
+        "sequence_sum",
+    )
     assert not (tmp_path / "p").exists()
     (tmp_path / "shown.yaml").write_text(out)
     again = cli("train", folder, data, "-o", tmp_path / "p", "--config", tmp_path / "shown.yaml", "--print-config")
@@ -98,7 +172,21 @@ def test_the_printed_config_is_one_that_is_read(cli, folder, data, tmp_path):
 
 
 def test_a_number_or_a_word(cli, folder, data, tmp_path):
-    code, _, err = cli("train", folder, data, "-o", tmp_path / "p", "--max-steps", 1, "--token-budget", 50, "--prefix-length", "text", "--init-text", "abcd")
+    code, _, err = cli(
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "p",
+        "--max-steps",
+        1,
+        "--token-budget",
+        50,
+        "--prefix-length",
+        "text",
+        "--init-text",
+        "abcd",
+    )
     assert code == 0, err
     prefix = Prefix.from_pretrained(tmp_path / "p")
     assert prefix.length == 4
@@ -117,7 +205,20 @@ def interrupt_when(log: Path, pid: int) -> None:
 
 def test_an_interrupted_run_exits_with_130_after_a_checkpoint_and_goes_on(cli, folder, data, tmp_path):
     log, state = tmp_path / "p" / "log.jsonl", tmp_path / "p" / "checkpoint" / "0" / "state.json"
-    run = ("train", folder, data, "-o", tmp_path / "p", *FAST, "--max-steps", 200, "--logging-steps", 1, "--init", "random")
+    run = (
+        "train",
+        folder,
+        data,
+        "-o",
+        tmp_path / "p",
+        *FAST,
+        "--max-steps",
+        200,
+        "--logging-steps",
+        1,
+        "--init",
+        "random",
+    )
     old = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process started in the background ignores it
     thread = threading.Thread(target=interrupt_when, args=(log, os.getpid()))
     thread.start()
@@ -143,7 +244,9 @@ def test_an_interrupted_process_exits_with_130(folder, data, tmp_path):
     command = ["train", folder, data, "-o", tmp_path / "p", *FAST, "--max-steps", 3000, "--logging-steps", 1]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
-    running = subprocess.Popen([sys.executable, "-m", "prefixfast", *map(str, command)], env=env, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [sys.executable, "-m", "prefixfast", *map(str, command)], env=env, stderr=subprocess.PIPE, text=True
+    )
     signal.signal(signal.SIGINT, old)
     interrupt_when(tmp_path / "p" / "log.jsonl", running.pid)
     _, err = running.communicate(timeout=60)

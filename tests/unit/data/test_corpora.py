@@ -17,7 +17,10 @@ WEBNLG = {
             "1": {
                 "category": "Airport",
                 "eid": "Id1",
-                "lexicalisations": [{"comment": "good", "lex": "A is B .", "lid": "Id1"}, {"comment": "bad", "lex": "A B", "lid": "Id2"}],
+                "lexicalisations": [
+                    {"comment": "good", "lex": "A is B .", "lid": "Id1"},
+                    {"comment": "bad", "lex": "A B", "lid": "Id2"},
+                ],
                 "modifiedtripleset": [
                     {"object": '"B, C"', "property": "cityServed", "subject": "A_A"},
                     {"object": "2702.0", "property": "runwayLength", "subject": "A_A"},
@@ -34,7 +37,13 @@ WEBNLG = {
                 "modifiedtripleset": [{"subject": "s", "property": "p", "object": "o"}],
             }
         },
-        {"3": {"category": "Food", "eid": "Id3", "modifiedtripleset": [{"subject": "s", "property": "p", "object": "o"}]}},
+        {
+            "3": {
+                "category": "Food",
+                "eid": "Id3",
+                "modifiedtripleset": [{"subject": "s", "property": "p", "object": "o"}],
+            }
+        },
     ]
 }
 DART = [
@@ -68,7 +77,10 @@ def test_e2e(write, name):
     grouped = read_task("e2e", path, "dev")
     assert grouped == [{"mr": "name[A], food[French]", "refs": ["One.", "Three."]}, {"mr": "name[B]", "refs": ["Two."]}]
     assert [r.line for r in grouped] == [2, 3]
-    assert read_task("e2e", write("test.csv", "MR\nname[A]\nname[B]\n"), "test") == [{"mr": "name[A]"}, {"mr": "name[B]"}]
+    assert read_task("e2e", write("test.csv", "MR\nname[A]\nname[B]\n"), "test") == [
+        {"mr": "name[A]"},
+        {"mr": "name[B]"},
+    ]
 
 
 @pytest.mark.parametrize("indent", [None, 1])
@@ -81,22 +93,36 @@ def test_webnlg(write, indent):
     assert every[0] == {**first, "refs": ["A is B .", "A B"]}
     assert [r["id"] for r in every] == ["Id1", "Id2", "Id3"]
     assert "refs" not in every[2]
-    assert TASKS["webnlg"].prompts(every[:1], "<|endoftext|>") == ['  | A_A : cityServed : "B, C" | A_A : runwayLength : 2702.0 <|endoftext|>']
+    assert TASKS["webnlg"].prompts(every[:1], "<|endoftext|>") == [
+        '  | A_A : cityServed : "B, C" | A_A : runwayLength : 2702.0 <|endoftext|>'
+    ]
     assert TASKS["webnlg"].targets(first, 0) == [" A is B . "]
 
 
 def test_dart(write):
     rows = read_task("dart", write("a.json.gz", json.dumps(DART, indent=2)))
-    assert rows[0] == {"triples": DART[0]["tripleset"], "refs": ["It joined.", "In 1973."], "source": "WikiSQL_decl_sents"}
+    assert rows[0] == {
+        "triples": DART[0]["tripleset"],
+        "refs": ["It joined.", "In 1973."],
+        "source": "WikiSQL_decl_sents",
+    }
     assert rows[1] == {"triples": [["a", "B", "c"]]}
-    assert TASKS["dart"].prompts(rows[:1], "E") == [" Mars Hill College : joined : 1973 | Mars Hill College : location : Mars Hill E"]
-    assert [r.line for r in rows] == [n for n, line in enumerate(json.dumps(DART, indent=2).split("\n"), 1) if line == "  {"]
+    assert TASKS["dart"].prompts(rows[:1], "E") == [
+        " Mars Hill College : joined : 1973 | Mars Hill College : location : Mars Hill E"
+    ]
+    assert [r.line for r in rows] == [
+        n for n, line in enumerate(json.dumps(DART, indent=2).split("\n"), 1) if line == "  {"
+    ]
 
 
 def test_files_of_rows_are_read_as_such(write):
     row = {"triples": [["a", "B", "c"]], "refs": ["x"]}
     for task in ("dart", "webnlg"):
-        assert read_task(task, write("a.jsonl", json.dumps(row))) == read_task(task, write("a.json", json.dumps([row]))) == [row]
+        assert (
+            read_task(task, write("a.jsonl", json.dumps(row)))
+            == read_task(task, write("a.json", json.dumps([row])))
+            == [row]
+        )
     assert read_task("prompt", write("b.jsonl", '{"prompt": "a"}')) == [{"prompt": "a"}]
 
 
@@ -115,10 +141,26 @@ def changed(value, *places, to):
 
 ENTRY = ("entries", 0, "1")
 WRONG = {
-    "webnlg: no triples": ("webnlg", changed(WEBNLG, *ENTRY, "modifiedtripleset", to=None), "modifiedtripleset: expected a list of objects"),
-    "webnlg: no subject": ("webnlg", changed(WEBNLG, *ENTRY, "modifiedtripleset", 0, "subject", to=None), "subject: expected a string"),
-    "webnlg: no text": ("webnlg", changed(WEBNLG, *ENTRY, "lexicalisations", 0, "lex", to=None), "lex: expected a string"),
-    "webnlg: texts in a string": ("webnlg", changed(WEBNLG, *ENTRY, "lexicalisations", to="x"), "lexicalisations: expected a list"),
+    "webnlg: no triples": (
+        "webnlg",
+        changed(WEBNLG, *ENTRY, "modifiedtripleset", to=None),
+        "modifiedtripleset: expected a list of objects",
+    ),
+    "webnlg: no subject": (
+        "webnlg",
+        changed(WEBNLG, *ENTRY, "modifiedtripleset", 0, "subject", to=None),
+        "subject: expected a string",
+    ),
+    "webnlg: no text": (
+        "webnlg",
+        changed(WEBNLG, *ENTRY, "lexicalisations", 0, "lex", to=None),
+        "lex: expected a string",
+    ),
+    "webnlg: texts in a string": (
+        "webnlg",
+        changed(WEBNLG, *ENTRY, "lexicalisations", to="x"),
+        "lexicalisations: expected a list",
+    ),
     "webnlg: two numbers": ("webnlg", changed(WEBNLG, "entries", 0, "9", to={}), "its number as the only key"),
     "webnlg: no object": ("webnlg", changed(WEBNLG, "entries", 0, to=[5]), "expected a mapping, got list"),
     "dart: no triples": ("dart", changed(DART, 0, "tripleset", to=[]), "tripleset: expected a list of"),
@@ -132,7 +174,9 @@ WRONG = {
 @pytest.mark.parametrize(("task", "value", "message"), WRONG.values(), ids=WRONG)
 def test_a_malformed_entry_is_named_by_its_line(write, task, value, message):
     text = json.dumps(value)
-    path = write("a.json", "\n\n" + text.replace('"entries": [', '"entries": [\n', 1) if task == "webnlg" else "[\n\n" + text[1:])
+    path = write(
+        "a.json", "\n\n" + text.replace('"entries": [', '"entries": [\n', 1) if task == "webnlg" else "[\n\n" + text[1:]
+    )
     with pytest.raises(DataError) as caught:
         read_task(task, path)
     assert message in str(caught.value)

@@ -130,7 +130,9 @@ def test_without_marks_the_last_answer_is_the_target(tok):
 
 def test_the_whole_conversation_may_be_the_target(tok):
     tokenizer = tok(LAST)
-    assert ours(tokenizer, {"messages": CHAT}, task=Task("m", input="messages", loss_on="all")) == [trl(tokenizer.hf, {"messages": CHAT})]
+    assert ours(tokenizer, {"messages": CHAT}, task=Task("m", input="messages", loss_on="all")) == [
+        trl(tokenizer.hf, {"messages": CHAT})
+    ]
     with pytest.raises(ConfigError, match=r"does not mark the assistant's turns with \{% generation %\}"):
         ours(tokenizer, {"messages": CHAT}, task=Task("m", input="messages", loss_on="assistant"))
 
@@ -145,7 +147,10 @@ def test_an_answer_that_nothing_closes_gets_the_end_token(tok):
 
 def test_tools_and_template_arguments_reach_the_template(tok):
     tokenizer = tok(LAST)
-    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
     row = {"prompt": CHAT[:2], "completion": CHAT[2:3], "chat_template_kwargs": {"shout": True}}
     text = tokenizer.decode([e[0] for e in ours(tokenizer, {**row, "tools": [tool]})], skip_special_tokens=False)
     assert text != tokenizer.decode([e[0] for e in ours(tokenizer, row)], skip_special_tokens=False)
@@ -154,7 +159,11 @@ def test_tools_and_template_arguments_reach_the_template(tok):
 
 def test_kinds_of_prompts_mix_and_keep_their_order(tok):
     tokenizer = tok(LAST)
-    rows = [{"prompt": "a", "completion": "b"}, {"prompt": CHAT[:2], "completion": CHAT[2:3]}, {"prompt": "c", "completion": "d"}]
+    rows = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": CHAT[:2], "completion": CHAT[2:3]},
+        {"prompt": "c", "completion": "d"},
+    ]
     assert ours(tokenizer, *rows) == [trl(tokenizer.hf, row) for row in rows]
 
 
@@ -229,9 +238,15 @@ def test_micro_batches_predict_every_target_from_the_token_before_it(seed, count
     expected = []
     for x in chosen:
         row = (rows + rows[::-1])[x]
-        expected += [(int(x >= count), *row["input_ids"][: i + 1]) for i, label in enumerate(row["labels"]) if i and label != -100]
+        expected += [
+            (int(x >= count), *row["input_ids"][: i + 1])
+            for i, label in enumerate(row["labels"])
+            if i and label != -100
+        ]
     got = []
-    for m in micro_batches(examples, chosen, prefix, token_budget=budget, sequence_sum=False, device=torch.device("cpu")):
+    for m in micro_batches(
+        examples, chosen, prefix, token_budget=budget, sequence_sum=False, device=torch.device("cpu")
+    ):
         first = np.concatenate([[0], np.cumsum(m.lengths)])
         assert first[-1] == len(m.ids)
         for at, target, user in zip(m.logits_at.tolist(), m.targets.tolist(), m.target_prefix.tolist(), strict=True):
@@ -247,7 +262,16 @@ def test_the_loss_over_scattered_labels_is_pefts():
     table = tiny.peft_table(hf, 4, seed=1).double()
     with load(tiny.make("llama", dtype=torch.float64)) as model:
         prefix = Prefix(layout.from_table(table, *tiny.shapes(hf)), pos_start=4, base=model.fingerprint)
-        got = train(model, rows, init=prefix, reparameterization="none", max_steps=1, learning_rate=1e-15, eval_data=rows, token_budget=30)
+        got = train(
+            model,
+            rows,
+            init=prefix,
+            reparameterization="none",
+            max_steps=1,
+            learning_rate=1e-15,
+            eval_data=rows,
+            token_budget=30,
+        )
     peft, total, count = tiny.with_prefix(hf, table), 0.0, 0
     with torch.no_grad():
         for row in rows:
@@ -285,8 +309,14 @@ def test_cutting_takes_the_prompt_first(made, limit, ids, targets):
 
 def test_a_row_that_is_too_long_is_named_by_its_line(tmp_path, folder):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n\n' + json.dumps({"prompt": "a" * 30, "completion": "b"}) + "\n", encoding="utf8")
-    with load(folder, dtype="float32") as model, pytest.raises(DataError, match=r"prefix 'x', .*a\.jsonl:3: 32 tokens, at most 20 fit") as caught:
+    path.write_text(
+        '{"prompt": "a", "completion": "b"}\n\n' + json.dumps({"prompt": "a" * 30, "completion": "b"}) + "\n",
+        encoding="utf8",
+    )
+    with (
+        load(folder, dtype="float32") as model,
+        pytest.raises(DataError, match=r"prefix 'x', .*a\.jsonl:3: 32 tokens, at most 20 fit") as caught,
+    ):
         tokenize(model, {"x": read_rows(path)}, TASKS["prompt"], TrainConfig(), 20)
     assert (caught.value.path, caught.value.line) == (str(path), 3)
 
@@ -318,7 +348,9 @@ def test_requests_are_the_prompts_of_training(base, tok):
         ((whole, targets),) = ours(tokenizer, row)
         assert ids == whole[: targets[0]]
     assert request_ids(base, tokenizer, {"text": "Once"}) == [tokenizer.hf("Once")["input_ids"]]
-    assert request_ids(base, tokenizer, {"messages": CHAT[:-1]}) == [tokenizer.hf.apply_chat_template(CHAT[:-1], add_generation_prompt=True)["input_ids"]]
+    assert request_ids(base, tokenizer, {"messages": CHAT[:-1]}) == [
+        tokenizer.hf.apply_chat_template(CHAT[:-1], add_generation_prompt=True)["input_ids"]
+    ]
 
 
 def test_a_prefix_reads_its_own_format_and_leaves_others(base, tok, make_prefix):
@@ -376,22 +408,42 @@ BAD = {
     "half a surrogate in a table": ("table", {"table": {"a": "\udc00"}, "ref": "x"}, "half a surrogate pair"),
     "half a surrogate in a message": ("messages", {"messages": say("u:a", "a:\udc00")}, "half a surrogate pair"),
     "no summary": ("summary", {"document": "a"}, "summary: expected a string"),
-    "a pair among triples": ("dart", {"triples": [["a", "b", "c"], ["a", "b"]], "ref": "x"}, "a triple of subject, property and object"),
+    "a pair among triples": (
+        "dart",
+        {"triples": [["a", "b", "c"], ["a", "b"]], "ref": "x"},
+        "a triple of subject, property and object",
+    ),
     "no triples": ("webnlg", {"triples": [], "ref": "x"}, "there are no triples"),
     "triples for a template": ("table", {"triples": [["a", "b", "c"]], "ref": "x"}, "the table is triples"),
     "an empty meaning": ("e2e", {"mr": "", "ref": "x"}, "the table is empty"),
     "no references": ("dart", {"triples": [["a", "b", "c"]], "refs": []}, "refs: expected a list of strings"),
-    "a number among references": ("dart", {"triples": [["a", "b", "c"]], "refs": ["x", 5]}, "refs[1]: expected a string, got 5"),
+    "a number among references": (
+        "dart",
+        {"triples": [["a", "b", "c"]], "refs": ["x", 5]},
+        "refs[1]: expected a string, got 5",
+    ),
     "a message that is none": ("messages", {"messages": ["x"]}, "messages[0]: expected a message"),
-    "a message without content": ("messages", {"messages": [{"role": "user"}]}, "messages[0].content: expected a string"),
-    "a conversation without answer": ("messages", {"messages": say("u:a")}, "expected messages that end with the assistant's"),
+    "a message without content": (
+        "messages",
+        {"messages": [{"role": "user"}]},
+        "messages[0].content: expected a string",
+    ),
+    "a conversation without answer": (
+        "messages",
+        {"messages": say("u:a")},
+        "expected messages that end with the assistant's",
+    ),
     "nothing but an answer": ("messages", {"messages": say("a:b")}, "expected messages that end with the assistant's"),
     "bad tools": ("messages", {"messages": CHAT, "tools": 5}, "expected tools as a list"),
     "broken tools": ("messages", {"messages": CHAT, "tools": "["}, "tools: expected a list, or one as JSON"),
     "no ids": (None, {"input_ids": [], "labels": []}, "expected input_ids and labels"),
     "no labels": (None, {"input_ids": [3, 4]}, "expected input_ids and labels"),
     "other labels": (None, {"input_ids": [3, 4], "labels": [-100, 5]}, "got 5 for 4 at 1"),
-    "shifted labels": (None, {"input_ids": [3, 4, 5], "labels": [4, 5, -100]}, "the shift to the next token is made here"),
+    "shifted labels": (
+        None,
+        {"input_ids": [3, 4, 5], "labels": [4, 5, -100]},
+        "the shift to the next token is made here",
+    ),
     "no target": (None, {"input_ids": [3, 4], "labels": [3, -100]}, "at least one target after the first token"),
     "ragged ids": (None, {"input_ids": [[3], [4, 5]], "labels": [3, 4]}, "expected input_ids and labels"),
     "huge ids": (None, {"input_ids": [2**70], "labels": [3]}, "expected input_ids and labels"),
@@ -404,7 +456,11 @@ def test_a_bad_row_is_named_by_its_line(tok, task, row, message):
     tokenizer = tok(LAST)
     rows = [FileRow(row, "a.jsonl", 9)]
     with pytest.raises(DataError) as caught:
-        list(row_examples(tokenizer, tiny.VOCAB, rows, Task("input_ids") if "input_ids" in row else find_task(task, rows[0])))
+        list(
+            row_examples(
+                tokenizer, tiny.VOCAB, rows, Task("input_ids") if "input_ids" in row else find_task(task, rows[0])
+            )
+        )
     assert str(caught.value).startswith("a.jsonl:9: ")
     assert message in str(caught.value)
     assert (caught.value.path, caught.value.line) == ("a.jsonl", 9)
@@ -417,7 +473,11 @@ def test_the_wrong_one_among_many_is_named(tok):
         list(row_examples(tok(), tiny.VOCAB, tables, TASKS["table"]))
 
 
-@pytest.mark.parametrize("bad", [{"prompt": 5, "completion": "x"}, {"prompt": "a"}, {"prompt": CHAT[:2], "completion": []}], ids=["prompt", "target", "chat"])
+@pytest.mark.parametrize(
+    "bad",
+    [{"prompt": 5, "completion": "x"}, {"prompt": "a"}, {"prompt": CHAT[:2], "completion": []}],
+    ids=["prompt", "target", "chat"],
+)
 def test_the_wrong_one_among_kinds_of_prompts_is_named(tok, bad):
     rows = [{"prompt": CHAT[:2], "completion": CHAT[2:3]}, {"prompt": "a", "completion": "b"}, bad]
     with pytest.raises(DataError, match=r"^row 2: ") as caught:
@@ -426,13 +486,37 @@ def test_the_wrong_one_among_kinds_of_prompts_is_named(tok, bad):
 
 
 def test_other_columns_are_no_mistake(tok):
-    row = {"prompt": "a", "completion": "b", "text": "c", "source": 5, "id": 7, "prefix": "ann", "params": {}, "messages": None}
+    row = {
+        "prompt": "a",
+        "completion": "b",
+        "text": "c",
+        "source": 5,
+        "id": 7,
+        "prefix": "ann",
+        "params": {},
+        "messages": None,
+    }
     assert ours(tok(), row, task="prompt") == ours(tok(), {"prompt": "a", "completion": "b"})
 
 
 def test_columns_that_are_none_are_absent(base, tok):
     """Tables of mixed rows, and of formats side by side, hold None where a row has nothing."""
-    empty = dict.fromkeys(("prompt", "completion", "messages", "text", "mr", "table", "triples", "document", "summary", "ref", "refs", "tools"))
+    empty = dict.fromkeys(
+        (
+            "prompt",
+            "completion",
+            "messages",
+            "text",
+            "mr",
+            "table",
+            "triples",
+            "document",
+            "summary",
+            "ref",
+            "refs",
+            "tools",
+        )
+    )
     rows = [{"text": "a"}, {"prompt": "a", "completion": "b"}, {"messages": CHAT}, {"mr": MR, "ref": "x"}]
     for row in rows:
         assert ours(tok(LAST), {**empty, **row}) == ours(tok(LAST), row)
@@ -445,7 +529,11 @@ def test_a_template_that_writes_the_beginning_otherwise_is_refused(tok):
         ours(tokenizer, {"messages": CHAT})
 
 
-@pytest.mark.parametrize("field", [{"input": "tables"}, {"loss_on": "first"}, {"input": "table"}, {"linearizer": "{}", "input": "text"}], ids=str)
+@pytest.mark.parametrize(
+    "field",
+    [{"input": "tables"}, {"loss_on": "first"}, {"input": "table"}, {"linearizer": "{}", "input": "text"}],
+    ids=str,
+)
 def test_a_task_that_cannot_work_is_refused(field):
     with pytest.raises(ConfigError, match="expected"):
         Task("x", **field)

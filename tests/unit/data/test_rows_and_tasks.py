@@ -55,24 +55,36 @@ def test_a_line_separator_inside_a_string_ends_no_row(tmp_path):
     assert read_rows(tmp_path / "a.jsonl") == [{"prompt": "a\u2028b\x85c"}]
 
 
-VALUES = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=6)), lambda inner: st.lists(inner, max_size=2), max_leaves=3)
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.text(max_size=6)),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=3,
+)
 OBJECTS = st.lists(st.dictionaries(st.text('ab[]{},"\n\\é', max_size=3), VALUES, max_size=3), min_size=1, max_size=5)
 
 
-@given(OBJECTS, st.lists(st.sampled_from(["", " ", "\n", "\r\n\t", "\n\n  "]), min_size=1), st.sampled_from([None, 0, 1]))
+@given(
+    OBJECTS, st.lists(st.sampled_from(["", " ", "\n", "\r\n\t", "\n\n  "]), min_size=1), st.sampled_from([None, 0, 1])
+)
 @settings(derandomize=True, deadline=None, max_examples=40)
 def test_objects_of_a_list_and_their_lines(tmp_path_factory, objects, spaces, indent):
     text, lines = "[", []
     for i, value in enumerate(objects):
         text += spaces[i % len(spaces)]
         lines.append(text.count("\n") + 1)
-        text += json.dumps(value, indent=indent, ensure_ascii=i % 2 == 0) + spaces[-1] + ("," if i + 1 < len(objects) else "]")
+        text += (
+            json.dumps(value, indent=indent, ensure_ascii=i % 2 == 0)
+            + spaces[-1]
+            + ("," if i + 1 < len(objects) else "]")
+        )
     path = tmp_path_factory.getbasetemp() / "objects.json"
     path.write_bytes((text + spaces[0]).encode())
     rows = read_rows(path)
     assert rows == objects == json.loads(text)
     assert [r.line for r in rows] == lines
-    path.with_suffix(".jsonl").write_text("".join(f"{json.dumps(value, ensure_ascii=False)}\n\n" for value in objects), encoding="utf8", newline="")
+    path.with_suffix(".jsonl").write_text(
+        "".join(f"{json.dumps(value, ensure_ascii=False)}\n\n" for value in objects), encoding="utf8", newline=""
+    )
     rows = read_rows(path.with_suffix(".jsonl"))
     assert (rows, [r.line for r in rows]) == (objects, [2 * i + 1 for i in range(len(objects))])
 
@@ -151,13 +163,20 @@ def test_rows_of_a_file_know_their_line(tmp_path):
 def test_parquet_holds_the_same_rows(tmp_path, gz):
     buffer = arrow.BufferOutputStream()
     parquet.write_table(
-        arrow.Table.from_pylist([{**r, "messages": None} for r in ROWS] + [{"messages": [{"role": "user", "content": "x"}]}]), buffer, row_group_size=2
+        arrow.Table.from_pylist(
+            [{**r, "messages": None} for r in ROWS] + [{"messages": [{"role": "user", "content": "x"}]}]
+        ),
+        buffer,
+        row_group_size=2,
     )
     raw = buffer.getvalue().to_pybytes()
     path = tmp_path / ("a.parquet.gz" if gz else "a.parquet")
     path.write_bytes(gzip.compress(raw) if gz else raw)
     rows = read_rows(path)
-    assert [{k: v for k, v in r.items() if v is not None} for r in rows] == [*ROWS, {"messages": [{"role": "user", "content": "x"}]}]
+    assert [{k: v for k, v in r.items() if v is not None} for r in rows] == [
+        *ROWS,
+        {"messages": [{"role": "user", "content": "x"}]},
+    ]
     assert [r.line for r in rows] == [1, 2, 3]
     path.with_name("b.parquet").write_bytes(raw[:-9])
     with pytest.raises(DataError, match=r"b\.parquet:1: cannot be read"):
@@ -209,7 +228,10 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
         read_rows(tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize(("rows", "message"), [([], "at least one row"), ([{}, "x"], "row 1: expected a mapping, got str"), ({"prompt": "a"}, "got str")])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "at least one row"), ([{}, "x"], "row 1: expected a mapping, got str"), ({"prompt": "a"}, "got str")],
+)
 def test_iterables_without_rows_are_refused(rows, message):
     with pytest.raises(DataError, match=message):
         read_rows(rows)
@@ -313,7 +335,12 @@ def test_an_own_table_reads_as_it_was_told():
     assert OWN.targets({"ref": "x"}, 0) == [" x\n"]
 
 
-BAD_SPECS = {"unknown key": {"name": "x", "promt": ""}, "no name": {}, "wrong type": {"name": "x", "prompt": 5}, "linearizer": {"name": "x", "linearizer": "5"}}
+BAD_SPECS = {
+    "unknown key": {"name": "x", "promt": ""},
+    "no name": {},
+    "wrong type": {"name": "x", "prompt": 5},
+    "linearizer": {"name": "x", "linearizer": "5"},
+}
 
 
 @pytest.mark.parametrize("spec", BAD_SPECS.values(), ids=BAD_SPECS)
@@ -322,7 +349,9 @@ def test_a_bad_spec_is_refused(spec):
         Task.from_spec(spec).prompts([{"table": {"a": "b"}, "prompt": "x"}], EOS)
 
 
-@pytest.mark.parametrize(("task", "row", "error"), [("webnlq", {}, ConfigError), (None, {"txt": "x"}, DataError), (5, {}, ConfigError)])
+@pytest.mark.parametrize(
+    ("task", "row", "error"), [("webnlq", {}, ConfigError), (None, {"txt": "x"}, DataError), (5, {}, ConfigError)]
+)
 def test_an_unknown_task_is_refused(task, row, error):
     with pytest.raises(error, match="expected one of"):
         find_task(task, row)

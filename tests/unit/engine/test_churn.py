@@ -13,7 +13,16 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from prefixfast import Engine, Prefix, PrefixStore
 
 NAMES, POOL, TOKENS, PROMPT = 1000, 400, 3, [5, 17, 23, 40]
-SETTINGS = {"vocab_size": 101, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 96, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+SETTINGS = {
+    "vocab_size": 101,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 96,
+    "resid_pdrop": 0,
+    "embd_pdrop": 0,
+    "attn_pdrop": 0,
+}
 
 
 def make_base():
@@ -30,7 +39,9 @@ def make_pool(count):
     """Prefixes of several lengths."""
     g = torch.Generator().manual_seed(1)
     lengths = [1 + (7 * i) % 30 for i in range(count)]
-    return [Prefix({f"self.{i}.{x}": torch.randn(n, 4, 8, generator=g) for i in range(2) for x in "kv"}, n) for n in lengths]
+    return [
+        Prefix({f"self.{i}.{x}": torch.randn(n, 4, 8, generator=g) for i in range(2) for x in "kv"}, n) for n in lengths
+    ]
 
 
 @torch.no_grad()
@@ -66,7 +77,14 @@ def churn(tmp_path, operations, names):
         store.put(f"user {name}", pool[i])
     before, done, count, memory = dict(held), 0, Counter(), []
     row = 2 * 4 * 8 * 4 * 2
-    with Engine(make_base(), store=store, max_num_seqs=32, max_model_len=32, kv_cache_memory=row * (96 + 32 * 32 + 800), prefix_memory=row * 640) as engine:
+    with Engine(
+        make_base(),
+        store=store,
+        max_num_seqs=32,
+        max_model_len=32,
+        kv_cache_memory=row * (96 + 32 * 32 + 800),
+        prefix_memory=row * 640,
+    ) as engine:
         while done < operations:
             asked = [g.randrange(names) if g.random() < 0.6 else g.randrange(40) for _ in range(g.randrange(1, 40))]
             direct = [g.random() < 0.1 for _ in asked]
@@ -77,7 +95,10 @@ def churn(tmp_path, operations, names):
                 assert result.prefix_digest == pool[held[n]].digest
             done += len(asked)
             for _ in range(g.randrange(12)):
-                n, kind = g.randrange(names), g.choice(["replace", "replace", "roll back", "evict", "pin", "unpin", "delete"])
+                n, kind = (
+                    g.randrange(names),
+                    g.choice(["replace", "replace", "roll back", "evict", "pin", "unpin", "delete"]),
+                )
                 if kind == "replace":
                     before[n], held[n] = held[n], g.randrange(POOL)
                     store.put(f"user {n}", pool[held[n]])

@@ -31,7 +31,9 @@ def mix(base):
     g = torch.Generator().manual_seed(1)
     own = prefixes_of(base, 3)
     chosen = [None, own[1], [own[0], own[2]], own[1], own[4], [own[5], own[0], own[3]], own[1], None]
-    batch = [{"input_ids": torch.randint(12, tiny.VOCAB, (n,), generator=g).tolist()} for n in (3, 20, 1, 7, 15, 2, 30, 4)]
+    batch = [
+        {"input_ids": torch.randint(12, tiny.VOCAB, (n,), generator=g).tolist()} for n in (3, 20, 1, 7, 15, 2, 30, 4)
+    ]
     for i, item in enumerate(batch):
         item["params"] = {"max_new_tokens": 2 + 2 * i, "num_beams": 3 if i == 2 else 1}
     batch[3]["params"]["min_new_tokens"] = 7
@@ -163,7 +165,9 @@ def test_a_dropped_request_has_all_tokens_that_were_chosen(how):
     with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
         full = engine.generate([[50, 51]], max_new_tokens=40, min_new_tokens=40)[0].token_ids
         engine.loop.ahead = True
-        ticket = engine.submit([50, 51], max_new_tokens=40, min_new_tokens=40, timeout=0.02 if how == "deadline" else None)
+        ticket = engine.submit(
+            [50, 51], max_new_tokens=40, min_new_tokens=40, timeout=0.02 if how == "deadline" else None
+        )
         if how == "cancelled":
             ticket.cancel()
         got = ticket.result(60)

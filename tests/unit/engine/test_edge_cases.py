@@ -37,12 +37,20 @@ def test_a_processor_that_raises_fails_its_own_request_only(base, ahead):
         expected = engine.generate(["ab"], max_new_tokens=40, min_new_tokens=40)[0].token_ids
         good = engine.submit("ab", max_new_tokens=40, min_new_tokens=40)
         bad = engine.submit("cd", logits_processor=LogitsProcessorList([Boom()]), max_new_tokens=30, min_new_tokens=30)
-        beams = engine.submit("cd", logits_processor=LogitsProcessorList([Boom()]), max_new_tokens=30, min_new_tokens=30, num_beams=2)
+        beams = engine.submit(
+            "cd", logits_processor=LogitsProcessorList([Boom()]), max_new_tokens=30, min_new_tokens=30, num_beams=2
+        )
         for ticket in (bad, beams):
             with pytest.raises(ValueError, match="boom"):
                 ticket.result(60)
         assert good.result(60).token_ids == expected
-        got = engine.generate(["ab", "cd"], logits_processor=LogitsProcessorList([Boom()]), on_error="return", max_new_tokens=30, min_new_tokens=30)
+        got = engine.generate(
+            ["ab", "cd"],
+            logits_processor=LogitsProcessorList([Boom()]),
+            on_error="return",
+            max_new_tokens=30,
+            min_new_tokens=30,
+        )
         assert [g.error for g in got] == ["ValueError: boom"] * 2
 
 
@@ -51,7 +59,9 @@ def test_numbers_that_overflow_are_refused_before_any_work(base, fields):
     with Engine(base, **HOW) as engine, pytest.raises(ConfigError, match=next(iter(fields))):
         engine.submit("ab", do_sample=True, **fields)
     most = GenerationParams(do_sample=True, seed=2**62 - 1, top_k=2**31 - 1, temperature=1e-6)
-    (got,) = prefixfast.generate(["ab"], model=base, params=most, num_return_sequences=2, max_new_tokens=4, progress=False)
+    (got,) = prefixfast.generate(
+        ["ab"], model=base, params=most, num_return_sequences=2, max_new_tokens=4, progress=False
+    )
     assert len(got.texts) == 2
 
 
@@ -61,7 +71,9 @@ def test_a_processor_that_is_no_list_is_refused(base):
 
 
 def test_text_that_is_none_is_one_requests_error(base):
-    got = prefixfast.generate(["\ud83d", "ab", {"prompt": "\ud800"}], model=base, on_error="return", max_new_tokens=2, progress=False)
+    got = prefixfast.generate(
+        ["\ud83d", "ab", {"prompt": "\ud800"}], model=base, on_error="return", max_new_tokens=2, progress=False
+    )
     assert [g.error is None for g in got] == [False, True, False]
     for target in (None, 5, "\ud83d"):
         with pytest.raises(RequestError, match=r"target|request 0"):
@@ -70,7 +82,10 @@ def test_text_that_is_none_is_one_requests_error(base):
 
 def test_a_failed_request_keeps_its_id(base):
     with Engine(base, **HOW) as engine:
-        got = engine.generate([{"prompt": "ab", "id": "x", "nope": 1}, {"prompt": "a", "id": "y", "params": {"num_beams": 9}}], on_error="return")
+        got = engine.generate(
+            [{"prompt": "ab", "id": "x", "nope": 1}, {"prompt": "a", "id": "y", "params": {"num_beams": 9}}],
+            on_error="return",
+        )
     assert [g.id for g in got] == ["x", "y"]
     assert got[1].error.count("request") == 1
 
@@ -91,7 +106,9 @@ def test_beams_that_sample_are_refused_whoever_asks(base, make_prefix):
     prefix = make_prefix(decoding={"num_beams": 4, "do_sample": True, "temperature": 0.7})
     with pytest.raises(RequestError, match="sample"):
         prefixfast.generate(["ab"], prefix, model=base)
-    assert prefixfast.generate(["ab"], prefix, model=base, num_beams=1, max_new_tokens=2, progress=False)[0].error is None
+    assert (
+        prefixfast.generate(["ab"], prefix, model=base, num_beams=1, max_new_tokens=2, progress=False)[0].error is None
+    )
 
 
 def test_scores_ask_for_no_parameters(make_prefix):
@@ -107,7 +124,9 @@ def test_a_score_may_fill_all_positions():
     ids = torch.randint(3, tiny.VOCAB, (1, 161), generator=torch.Generator().manual_seed(0))
     expected = model(input_ids=ids[:, :-1]).logits[0, -1].log_softmax(-1)[ids[0, -1]].item()
     with Engine(model, **HOW) as engine:
-        assert engine.score([ids[0, :-1].tolist()], targets=[[int(ids[0, -1])]])[0].logprob == pytest.approx(expected, abs=1e-4)
+        assert engine.score([ids[0, :-1].tolist()], targets=[[int(ids[0, -1])]])[0].logprob == pytest.approx(
+            expected, abs=1e-4
+        )
         with pytest.raises(RequestError, match="positions"):
             engine.score([ids[0].tolist()], targets=[[5]])
 
@@ -118,7 +137,12 @@ def test_many_forbidden_words_are_not_kept(base):
     before = _over.cache_info().currsize
     for i in range(5):
         words = [[j] for j in range(3, 90)] + [[91 + i, 91]]
-        assert prefixfast.generate(["ab"], model=base, bad_words_ids=words, max_new_tokens=2, progress=False)[0].token_ids[0] >= 90
+        assert (
+            prefixfast.generate(["ab"], model=base, bad_words_ids=words, max_new_tokens=2, progress=False)[0].token_ids[
+                0
+            ]
+            >= 90
+        )
     assert _over.cache_info().currsize - before < 3
 
 
@@ -129,7 +153,11 @@ def test_samples_of_seeds_that_share_low_bits_differ():
     sampler = Sampler(6, torch.device("cpu"))
     for row, seed in enumerate((7, 7 + 2**32, 7 + 5 * 2**40)):
         for number in (1, 2):
-            sampler.start(2 * row + number - 1, GenerationParams(seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0), number)
+            sampler.start(
+                2 * row + number - 1,
+                GenerationParams(seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
+                number,
+            )
     assert len(set(sampler.seed.tolist())) == 6
 
 
@@ -137,7 +165,11 @@ def test_a_special_token_is_a_stop_string_too(base, tokenizer):
     begin = tokenizer.bos_token
     with Engine(base, **HOW) as engine:
         how = {"do_sample": True, "temperature": 3.0, "top_k": 0, "max_new_tokens": 150, "min_new_tokens": 150}
-        free = next(g for s in range(20) if tokenizer.bos_token_id in (g := engine.generate(["ab"], seed=s, **how)[0]).token_ids and (seed := s) >= 0)
+        free = next(
+            g
+            for s in range(20)
+            if tokenizer.bos_token_id in (g := engine.generate(["ab"], seed=s, **how)[0]).token_ids and (seed := s) >= 0
+        )
         (got,) = engine.generate(["ab"], seed=seed, stop_strings=[begin], **how)
     at = free.token_ids.index(tokenizer.bos_token_id)
     assert got.token_ids == free.token_ids[: at + 1]
@@ -200,7 +232,12 @@ def test_a_closed_engine_holds_no_arena_and_takes_no_pins(base, make_prefix):
     engine.close()
     gc.collect()
     assert arena() is None
-    for call in (lambda: engine.pin(make_prefix()), engine.resident, lambda: engine.evict("0" * 64), lambda: engine.score(["a"], targets=["b"])):
+    for call in (
+        lambda: engine.pin(make_prefix()),
+        engine.resident,
+        lambda: engine.evict("0" * 64),
+        lambda: engine.score(["a"], targets=["b"]),
+    ):
         with pytest.raises(ConfigError, match="closed"):
             call()
 
@@ -289,14 +326,22 @@ def test_callbacks_cannot_wait_for_their_own_thread(base):
 
 def test_a_used_cache_and_a_prompt_in_chunks_are_refused():
     ids = torch.randint(3, tiny.VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-    both = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
+    both = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "do_sample": False,
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+    }
     with load(tiny.make("llama")) as model:
         with HFCache(model) as cache:
             model.hf.generate(**both, past_key_values=cache)
             longer = torch.cat([ids, ids], 1)
             for again in (ids, longer):
                 with pytest.raises(ConfigError, match="new cache"):
-                    model.hf.generate(**{**both, "input_ids": again, "attention_mask": torch.ones_like(again)}, past_key_values=cache)
+                    model.hf.generate(
+                        **{**both, "input_ids": again, "attention_mask": torch.ones_like(again)}, past_key_values=cache
+                    )
         with HFCache(model) as cache, pytest.raises(ConfigError, match="prefill_chunk_size"):
             model.hf.generate(**both, past_key_values=cache, prefill_chunk_size=3)
 
@@ -315,5 +360,8 @@ def test_a_cache_that_is_dropped_leaves_nothing():
         assert threading.active_count() == before
         with HFCache(model, [prefix, prefix]) as cache, pytest.raises(ConfigError, match="num_beams"):
             model.hf.generate(input_ids=torch.tensor([[5, 6]] * 4), past_key_values=cache, max_new_tokens=2)
-        with pytest.raises(BaseMismatchError), HFCache(model, Prefix({"self.0.k": torch.ones(1, 1, 1), "self.0.v": torch.ones(1, 1, 1)}, 1)) as cache:
+        with (
+            pytest.raises(BaseMismatchError),
+            HFCache(model, Prefix({"self.0.k": torch.ones(1, 1, 1), "self.0.v": torch.ones(1, 1, 1)}, 1)) as cache,
+        ):
             model.hf.generate(input_ids=torch.tensor([[5, 6]]), past_key_values=cache, max_new_tokens=2)

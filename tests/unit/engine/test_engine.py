@@ -15,7 +15,10 @@ from prefixfast.errors import CapacityError, ConfigError
 def test_a_crowded_arena_gives_the_same_as_each_request_alone(family):
     base = tiny.make(family)
     batch, chosen = requests(base, 5)
-    with prefixfast.load(tiny.make(family), backend="reference") as plain, Engine(plain, max_num_seqs=8, max_model_len=48) as alone:
+    with (
+        prefixfast.load(tiny.make(family), backend="reference") as plain,
+        Engine(plain, max_num_seqs=8, max_model_len=48) as alone,
+    ):
         expected = [alone.generate([b], [c])[0].token_ids for b, c in zip(batch, chosen, strict=True)]
     with Engine(base, max_num_seqs=7, max_model_len=48, max_num_batched_tokens=40) as probe:
         row = sum(t[0].numel() * t.element_size() for kv in probe.loop.arena.layers for t in kv)
@@ -56,7 +59,9 @@ def test_an_end_token_that_the_base_does_not_have_is_let_be():
     for end in (None, [50256, -1]):
         base.generation_config.eos_token_id = end
         with Engine(base, max_num_seqs=6, max_model_len=32) as engine:
-            expected.append([engine.generate([[5, 6]], max_new_tokens=6, num_beams=beams)[0].token_ids for beams in (1, 3)])
+            expected.append(
+                [engine.generate([[5, 6]], max_new_tokens=6, num_beams=beams)[0].token_ids for beams in (1, 3)]
+            )
     assert expected[0] == expected[1]
 
 

@@ -67,7 +67,9 @@ def test_an_evicted_prefix_leaves_zeros(base, store):
         assert engine.resident() == []
         assert engine.evict("user 1") is True, "nothing is left to do"
         assert engine.evict(digest) is True
-        assert engine.generate([[5, 6]], "user 1", max_new_tokens=3)[0].token_ids == before.token_ids, "it is read again"
+        assert engine.generate([[5, 6]], "user 1", max_new_tokens=3)[0].token_ids == before.token_ids, (
+            "it is read again"
+        )
 
 
 def test_a_prefix_in_use_goes_when_its_last_request_has_ended(base, store, make_prefix):

@@ -55,7 +55,11 @@ ARGUMENTS = {
     "a bare row": ({"prompt": "hello"}, None, "batch: expected a sequence of requests, got dict; wrap"),
     "a flat list of ids": ([3, 4], None, "batch: expected a sequence of requests, got a flat list of ints; wrap"),
     "an iterator": (iter([OK]), None, "batch: expected a sequence of requests, got list_iterator"),
-    "too few prefixes": ([OK, OK], [PREFIX], "prefixes: expected one entry for each of the 2 requests, got 1; one prefix for all is given without a list"),
+    "too few prefixes": (
+        [OK, OK],
+        [PREFIX],
+        "prefixes: expected one entry for each of the 2 requests, got 1; one prefix for all is given without a list",
+    ),
     "too many prefixes": ([OK], [PREFIX, PREFIX], "prefixes: expected one entry for each of the 1 requests, got 2"),
     "a number": ([OK], 3, "prefixes: expected a Prefix, .*, got int"),
     "an unknown parameter": ([OK], None, "unknown option 'max_tokens'; did you mean max_new_tokens"),
@@ -71,17 +75,33 @@ def test_wrong_arguments_are_refused(idle, make_prefix, batch, prefixes, message
 BY_NAME = {"a": PREFIX, "b": OTHER}
 REQUESTS = {
     "no prefix": ([OK, OK], [PREFIX, 5], "prefix: expected a Prefix, None or a sequence of Prefix, got 5"),
-    "a folder in a list": ([OK, OK], [PREFIX, "x/y"], "prefix: expected a Prefix, None or a sequence of Prefix, got 'x/y'; read a folder with"),
+    "a folder in a list": (
+        [OK, OK],
+        [PREFIX, "x/y"],
+        "prefix: expected a Prefix, None or a sequence of Prefix, got 'x/y'; read a folder with",
+    ),
     "a folder in a composition": ([OK, OK], [None, [PREFIX, "x"]], "prefix: expected a Prefix"),
     "the same prefix twice": ([OK, OK], [PREFIX, [OTHER, OTHER]], "the same prefix twice in one composition"),
-    "no name": ([{"prompt": "x", "prefix": "a"}, {"prompt": "x"}], BY_NAME, "expected a 'prefix' key with one of ['a', 'b'], got None"),
-    "an unknown name": ([{"prompt": "x", "prefix": "a"}, {"prompt": "x", "prefix": "c"}], BY_NAME, "expected a 'prefix' key with one of ['a', 'b'], got 'c'"),
+    "no name": (
+        [{"prompt": "x", "prefix": "a"}, {"prompt": "x"}],
+        BY_NAME,
+        "expected a 'prefix' key with one of ['a', 'b'], got None",
+    ),
+    "an unknown name": (
+        [{"prompt": "x", "prefix": "a"}, {"prompt": "x", "prefix": "c"}],
+        BY_NAME,
+        "expected a 'prefix' key with one of ['a', 'b'], got 'c'",
+    ),
     "a list as name": (
         [{"prompt": "x", "prefix": "a"}, {"prompt": "x", "prefix": ["a"]}],
         BY_NAME,
         "expected a 'prefix' key with one of ['a', 'b'], got ['a']",
     ),
-    "no row but a mapping of prefixes": ([{"prompt": "x", "prefix": "a"}, OK], BY_NAME, "expected a 'prefix' key with one of ['a', 'b'], got None"),
+    "no row but a mapping of prefixes": (
+        [{"prompt": "x", "prefix": "a"}, OK],
+        BY_NAME,
+        "expected a 'prefix' key with one of ['a', 'b'], got None",
+    ),
     "an unknown key": ([OK, {"prompt": "x", "promt": "y"}], None, "unknown keys ['promt']; known are"),
     "no input": ([OK, {"id": 5}], None, "expected one of the keys prompt, mr, table"),
     "a prompt that is no string": ([OK, {"prompt": 5}], None, "prompt: expected a string, got 5"),
@@ -99,10 +119,22 @@ REQUESTS = {
     "nothing": ([OK, None], None, "expected a string, a list of token ids"),
     "a number": ([OK, 5], None, "expected a string, a list of token ids"),
     "too long": ([OK, [3] * 40], None, "40 prompt tokens and at least 1 new ones exceed the limit of 40"),
-    "too long to answer": ([OK, {"input_ids": [3] * 20, "params": {"max_new_tokens": 21}}], None, "20 prompt tokens and 21 new ones exceed the limit of 40"),
+    "too long to answer": (
+        [OK, {"input_ids": [3] * 20, "params": {"max_new_tokens": 21}}],
+        None,
+        "20 prompt tokens and 21 new ones exceed the limit of 40",
+    ),
     "an unknown parameter": ([OK, {"input_ids": OK, "params": {"beams": 3}}], None, "unknown option 'beams'"),
-    "a wrong parameter": ([OK, {"input_ids": OK, "params": {"num_beams": 0}}], None, "GenerationParams.num_beams: expected at least 1, got 0"),
-    "parameters that are no mapping": ([OK, {"input_ids": OK, "params": 5}], None, "expected a GenerationParams or a mapping, got int"),
+    "a wrong parameter": (
+        [OK, {"input_ids": OK, "params": {"num_beams": 0}}],
+        None,
+        "GenerationParams.num_beams: expected at least 1, got 0",
+    ),
+    "parameters that are no mapping": (
+        [OK, {"input_ids": OK, "params": 5}],
+        None,
+        "expected a GenerationParams or a mapping, got int",
+    ),
     "a table that is none": ([OK, {"table": 5}], None, ""),
     "a broken meaning representation": ([OK, {"mr": "name[x"}], None, ""),
 }
@@ -142,7 +174,13 @@ def test_a_prefix_of_other_weights_is_refused(idle, base):
         idle.generate([OK], [None, strange(base, "gpt2", 1)][1:])
 
 
-SHAPES = {"heads": {"heads": 2}, "head dim": {"dim": 16}, "a layer less": {"layers": 2}, "a layer more": {"layers": 4}, "a layer beyond": {"layers": (1, 3)}}
+SHAPES = {
+    "heads": {"heads": 2},
+    "head dim": {"dim": 16},
+    "a layer less": {"layers": 2},
+    "a layer more": {"layers": 4},
+    "a layer beyond": {"layers": (1, 3)},
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -164,16 +202,25 @@ LEVELS = ("call", "request", "prefix", "config")
 
 @pytest.mark.parametrize("given", [LEVELS[i:] for i in range(5)], ids=lambda g: g[0] if g else "built-in")
 @pytest.mark.parametrize(
-    ("name", "values"), [("max_new_tokens", (11, 12, 13, 14, 256)), ("num_beams", (2, 3, 4, 5, 1)), ("length_penalty", (0.1, 0.2, 0.3, 0.4, 1.0))]
+    ("name", "values"),
+    [
+        ("max_new_tokens", (11, 12, 13, 14, 256)),
+        ("num_beams", (2, 3, 4, 5, 1)),
+        ("length_penalty", (0.1, 0.2, 0.3, 0.4, 1.0)),
+    ],
 )
 def test_the_first_level_that_speaks_decides(base, make_prefix, monkeypatch, given, name, values):
     said = {level: {name: value} if level in given else {} for level, value in zip(LEVELS, values, strict=False)}
     for key, value in said["config"].items():
         monkeypatch.setattr(base.hf.generation_config, key, value)
     batch = [{"input_ids": OK, "params": said["request"]}]
-    (request,) = make_requests(base, batch, make_prefix(decoding=said["prefix"]), GenerationParams(**said["call"]), 1000)
+    (request,) = make_requests(
+        base, batch, make_prefix(decoding=said["prefix"]), GenerationParams(**said["call"]), 1000
+    )
     expected = values[LEVELS.index(given[0]) if given else 4]
-    assert getattr(request.params, name) == (expected if name != "max_new_tokens" or given else min(256, 160 - 4 - len(OK)))
+    assert getattr(request.params, name) == (
+        expected if name != "max_new_tokens" or given else min(256, 160 - 4 - len(OK))
+    )
 
 
 def test_in_a_composition_the_last_prefix_decides(base, make_prefix):
@@ -188,12 +235,16 @@ def test_loaded_values_are_capped(base, make_prefix, monkeypatch, source, name, 
     monkeypatch.setattr(type(base), "max_positions", 10**7)
     if source == "config":
         monkeypatch.setattr(base.hf.generation_config, name, 10**6)
-    (request,) = make_requests(base, [OK], make_prefix(decoding={name: 10**6} if source == "prefix" else {}), NONE, 10**7)
+    (request,) = make_requests(
+        base, [OK], make_prefix(decoding={name: 10**6} if source == "prefix" else {}), NONE, 10**7
+    )
     assert getattr(request.params, name) == cap
 
 
 def test_a_length_from_a_file_is_cut_to_what_fits(base, make_prefix):
-    (request,) = make_requests(base, [OK], make_prefix(decoding={"max_new_tokens": 100, "min_new_tokens": 90}), NONE, 20)
+    (request,) = make_requests(
+        base, [OK], make_prefix(decoding={"max_new_tokens": 100, "min_new_tokens": 90}), NONE, 20
+    )
     assert (request.params.max_new_tokens, request.params.min_new_tokens) == (17, 17)
 
 
@@ -203,7 +254,14 @@ def test_a_wrong_default_in_a_prefix_is_the_request_s_error(idle, make_prefix):
 
 
 @pytest.mark.parametrize(
-    "spec", [{}, {"name": "e2e", "style": 1}, {"name": "e2e", "linearizer": 5}, {"name": "e2e", "linearizer": '{"style": "zzz"}'}], ids=str
+    "spec",
+    [
+        {},
+        {"name": "e2e", "style": 1},
+        {"name": "e2e", "linearizer": 5},
+        {"name": "e2e", "linearizer": '{"style": "zzz"}'},
+    ],
+    ids=str,
 )
 def test_a_wrong_linearizer_in_a_prefix_is_refused(idle, make_prefix, spec):
     with pytest.raises((ConfigError, RequestError)):
@@ -214,9 +272,23 @@ def test_a_wrong_linearizer_in_a_prefix_is_refused(idle, make_prefix, spec):
 
 
 def test_every_kind_of_input_becomes_tokens(base, tokenizer):
-    batch = ["ab", [3, 4], {"prompt": "ab", "id": "x"}, {"input_ids": [3, 4]}, {"input_ids": np.array([5])}, {"mr": "name[a]", "ref": "ignored"}]
+    batch = [
+        "ab",
+        [3, 4],
+        {"prompt": "ab", "id": "x"},
+        {"input_ids": [3, 4]},
+        {"input_ids": np.array([5])},
+        {"mr": "name[a]", "ref": "ignored"},
+    ]
     ids = [r.ids.tolist() for r in make_requests(base, batch, None, NONE, 100)]
-    assert ids == [tokenizer.encode("ab"), [3, 4], tokenizer.encode("ab"), [3, 4], [5], tokenizer.encode(" name : a </s>")]
+    assert ids == [
+        tokenizer.encode("ab"),
+        [3, 4],
+        tokenizer.encode("ab"),
+        [3, 4],
+        [5],
+        tokenizer.encode(" name : a </s>"),
+    ]
 
 
 def test_a_table_is_written_as_the_prefix_was_trained(base, make_prefix, tokenizer):
@@ -240,7 +312,9 @@ def test_compositions_and_names_choose_prefixes(base, make_prefix):
 def test_without_a_tokenizer_text_is_refused_and_ids_work():
     with load(tiny.make("gpt2")) as bare:
         assert len(make_requests(bare, [OK], None, NONE, 100)) == 1
-        with pytest.raises(ConfigError, match=r"this base has no tokenizer: give token ids, or load\(model, tokenizer=...\)"):
+        with pytest.raises(
+            ConfigError, match=r"this base has no tokenizer: give token ids, or load\(model, tokenizer=...\)"
+        ):
             make_requests(bare, ["text"], None, NONE, 100)
 
 

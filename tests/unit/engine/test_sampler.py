@@ -4,7 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from prefixfast.config import GenerationParams
 from prefixfast.counter_rng import uniform
@@ -26,7 +32,9 @@ def test_what_stays_is_what_transformers_keeps(vocab, k, p, low):
     warpers += [TopPLogitsWarper(p)] if p < 1 else []
     warpers += [MinPLogitsWarper(low)] if low else []
     expected = warpers(torch.zeros(4, 1, dtype=torch.long), scores.clone())
-    ours = keep_min_p(keep_top_p(keep_top_k(scores / 0.7, torch.full((4,), k)), torch.full((4,), p)), torch.full((4,), low))
+    ours = keep_min_p(
+        keep_top_p(keep_top_k(scores / 0.7, torch.full((4,), k)), torch.full((4,), p)), torch.full((4,), low)
+    )
     # at a border within rounding of the sum either may keep the token
     sums = (scores / 0.7).softmax(-1).sort(-1, descending=True)[0].double().cumsum(-1)
     if ((sums - p).abs().amin(-1) > 1e-6).all() or p == 1:
@@ -69,7 +77,10 @@ def test_rounding_at_the_end_never_gives_a_token_of_probability_zero():
 
 def drawn(params, count, vocab=20):
     """Many draws of one row from fixed logits, each at its own step."""
-    sampler, scores = Sampler(1, torch.device("cpu")), torch.randn(1, vocab, generator=torch.Generator().manual_seed(3)) * 2
+    sampler, scores = (
+        Sampler(1, torch.device("cpu")),
+        torch.randn(1, vocab, generator=torch.Generator().manual_seed(3)) * 2,
+    )
     sampler.start(0, params, 0)
     at = torch.zeros(count, dtype=torch.long)
     return sampler.draw(scores.expand(count, -1), at, torch.arange(count)), scores
@@ -78,7 +89,9 @@ def drawn(params, count, vocab=20):
 @pytest.mark.parametrize("seed", [0, 1, 2**40 + 5])
 @pytest.mark.parametrize(("fields", "cells"), [({"top_k": 0}, 20), ({"top_k": 10, "temperature": 1.7}, 10)])
 def test_frequencies_are_the_probabilities(seed, fields, cells):
-    params = GenerationParams(seed=seed, temperature=fields.get("temperature", 1.0), top_p=1.0, min_p=0.0, top_k=fields["top_k"])
+    params = GenerationParams(
+        seed=seed, temperature=fields.get("temperature", 1.0), top_p=1.0, min_p=0.0, top_k=fields["top_k"]
+    )
     count = 20_000
     tokens, scores = drawn(params, count)
     kept = keep_top_k(scores / params.temperature, torch.tensor([params.top_k]))
@@ -87,7 +100,9 @@ def test_frequencies_are_the_probabilities(seed, fields, cells):
     assert found[expected == 0].sum() == 0
     on = expected > 5
     rest_found, rest_expected = found[~on].sum(), expected[~on].sum()
-    chi = ((found[on] - expected[on]) ** 2 / expected[on]).sum() + ((rest_found - rest_expected) ** 2 / rest_expected if rest_expected > 1 else 0)
+    chi = ((found[on] - expected[on]) ** 2 / expected[on]).sum() + (
+        (rest_found - rest_expected) ** 2 / rest_expected if rest_expected > 1 else 0
+    )
     assert chi < CHI_999[cells - 1]
 
 
@@ -98,7 +113,9 @@ def test_the_numbers_are_uniform_and_independent_of_their_neighbours():
     counts = torch.histc(u, 20, 0, 1)
     assert ((counts - u.numel() / 20) ** 2 / (u.numel() / 20)).sum() < CHI_999[19]
     for a, b in ((u[1:], u[:-1]), (u[:, 1:], u[:, :-1])):
-        assert abs(float(((a - 0.5) * (b - 0.5)).mean()) * 12) < 0.015  # correlation; three standard deviations of 100,000 are 0.01
+        assert (
+            abs(float(((a - 0.5) * (b - 0.5)).mean()) * 12) < 0.015
+        )  # correlation; three standard deviations of 100,000 are 0.01
     assert len(u.unique()) == u.numel()
 
 
@@ -107,7 +124,11 @@ def test_a_row_draws_the_same_among_others_whatever_they_ask():
     scores = torch.randn(6, 2000, generator=g) * 3
     settings_ = [
         GenerationParams(
-            seed=i, temperature=0.5 + i / 3, top_k=(0, 3, 50, 1500, 0, 7)[i], top_p=(1.0, 0.3, 0.95, 1.0, 0.8, 0.99)[i], min_p=0.0 if i % 2 else 0.01
+            seed=i,
+            temperature=0.5 + i / 3,
+            top_k=(0, 3, 50, 1500, 0, 7)[i],
+            top_p=(1.0, 0.3, 0.95, 1.0, 0.8, 0.99)[i],
+            min_p=0.0 if i % 2 else 0.01,
         )
         for i in range(6)
     ]

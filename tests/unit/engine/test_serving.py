@@ -75,7 +75,9 @@ def test_cancelled_beams_end_with_the_best_that_runs(base):
         assert got.finish_reason == "cancelled"
         assert 5 <= len(got.token_ids) < 60
         assert got.score < 0
-        other = engine.generate([[5, 6]], max_new_tokens=len(got.token_ids), min_new_tokens=len(got.token_ids), num_beams=3)[0]
+        other = engine.generate(
+            [[5, 6]], max_new_tokens=len(got.token_ids), min_new_tokens=len(got.token_ids), num_beams=3
+        )[0]
         assert (other.token_ids, other.score) == (got.token_ids, pytest.approx(got.score))
 
 

@@ -22,7 +22,9 @@ BATCH = [[*LEAD, 5, 6], [*LEAD, 7], [*LEAD, 8, 9, 10], [*OTHER, 5], OTHER, [*OTH
 def test_gives_the_same_with_fewer_prompt_tokens(family, with_prefixes):
     base = tiny.make(family)
     own = prefixes_of(base, 3)
-    chosen = [[own[1], own[2]] if i % 3 else [own[3]] if i else None for i in range(len(BATCH))] if with_prefixes else None
+    chosen = (
+        [[own[1], own[2]] if i % 3 else [own[3]] if i else None for i in range(len(BATCH))] if with_prefixes else None
+    )
     batch = BATCH * 2
     chosen = chosen * 2 if chosen else None
     how = {"max_new_tokens": 8, "num_beams": 2}
@@ -54,7 +56,11 @@ def test_nothing_is_shared_by_accident():
 def test_text_is_learned_in_the_thread_that_owns_the_model(monkeypatch):
     threads = []
     original = shared.text_kv
-    monkeypatch.setattr(shared, "text_kv", lambda *args, **how: (threads.append(threading.current_thread().name), original(*args, **how))[1])
+    monkeypatch.setattr(
+        shared,
+        "text_kv",
+        lambda *args, **how: (threads.append(threading.current_thread().name), original(*args, **how))[1],
+    )
     with Engine(tiny.make("gpt2"), max_num_seqs=16, max_model_len=64, share_prompts=16) as engine:
         engine.submit([3, 4], max_new_tokens=2).result(60)
         engine.generate([LEAD, LEAD], max_new_tokens=2)
@@ -64,7 +70,9 @@ def test_text_is_learned_in_the_thread_that_owns_the_model(monkeypatch):
         assert engine.generate([[3, 4]], max_new_tokens=2), "the thread goes on"
         ticket = engine.submit([3, 4], max_new_tokens=2)
         then = []
-        ticket.future.add_done_callback(lambda _: then.append(engine.submit([3, 5], max_new_tokens=2)))  # maybe in the engine's own thread
+        ticket.future.add_done_callback(
+            lambda _: then.append(engine.submit([3, 5], max_new_tokens=2))
+        )  # maybe in the engine's own thread
         ticket.result(60)
         while not then:
             time.sleep(0.001)

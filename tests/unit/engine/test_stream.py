@@ -118,10 +118,17 @@ def test_stop_strings_end_the_text_as_in_transformers(base, folder, tokenizer):
                 (got,) = engine.generate([prompt], max_new_tokens=20, stop_strings=[stop, "nor this"])
                 ids = tokenizer(prompt, return_tensors="pt").input_ids
                 out = theirs.generate(
-                    input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, stop_strings=[stop], tokenizer=tokenizer
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=20,
+                    do_sample=False,
+                    stop_strings=[stop],
+                    tokenizer=tokenizer,
                 )[0, ids.shape[1] :].tolist()
                 assert got.token_ids == out
-                assert got.finish_reason == ("stop" if stop in got.text or out[-1] == tokenizer.eos_token_id else "length")
+                assert got.finish_reason == (
+                    "stop" if stop in got.text or out[-1] == tokenizer.eos_token_id else "length"
+                )
                 tried += stop in got.text
     assert tried > 5
 
@@ -140,7 +147,10 @@ def test_stop_strings_of_samples_end_each_text_by_itself(base):
 def test_stop_strings_need_a_tokenizer():
     import tiny
 
-    with Engine(tiny.make("gpt2"), max_num_seqs=2, max_model_len=32) as engine, pytest.raises(ConfigError, match="tokenizer"):
+    with (
+        Engine(tiny.make("gpt2"), max_num_seqs=2, max_model_len=32) as engine,
+        pytest.raises(ConfigError, match="tokenizer"),
+    ):
         engine.generate([[5, 6]], stop_strings=["a"], max_new_tokens=4)
 
 
@@ -150,7 +160,15 @@ def test_stop_strings_need_a_tokenizer():
 def test_bad_requests_come_back_beside_good_ones(base, make_prefix, tmp_path):
     good = make_prefix()
     strange = Prefix(dict(good.kv), 4, base={"name": "other", "config": {"model_type": "llama"}, "weights": "x"})
-    batch = ["ab", {"promt": "x"}, "cd", [5] * 500, "ef", {"prompt": "gh", "params": {"temperature": 0.5}}, {"prompt": "ij", "id": "last"}]
+    batch = [
+        "ab",
+        {"promt": "x"},
+        "cd",
+        [5] * 500,
+        "ef",
+        {"prompt": "gh", "params": {"temperature": 0.5}},
+        {"prompt": "ij", "id": "last"},
+    ]
     prefixes = [good, good, strange, None, None, good, good]
     with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
         got = engine.generate(batch, prefixes, on_error="return", max_new_tokens=4)
@@ -192,4 +210,6 @@ def test_a_prefix_that_cannot_be_read_is_one_requests_error(base, make_prefix, m
         with pytest.raises(OSError, match="gone"):
             engine.generate(["ab"] * 2, [fine, broken], max_new_tokens=4)
         engine.submit("ab").result(60)
-        assert [g.error for g in engine.generate(["ab"] * 3, [fine, broken, fine], on_error="return", max_new_tokens=4)] == [None, "OSError: gone", None]
+        assert [
+            g.error for g in engine.generate(["ab"] * 3, [fine, broken, fine], on_error="return", max_new_tokens=4)
+        ] == [None, "OSError: gone", None]

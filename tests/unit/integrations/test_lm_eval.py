@@ -21,7 +21,14 @@ def asked(kind, *args):
     return [Instance(kind, {}, a, i) for i, a in enumerate(args)]
 
 
-PAIRS = [("The fox", " jumps"), ("", "Over it"), ("A b ", "c"), ("x" * 300, " tail"), ("a", "b" * 40), ("mill and", " rain, again")]
+PAIRS = [
+    ("The fox", " jumps"),
+    ("", "Over it"),
+    ("A b ", "c"),
+    ("x" * 300, " tail"),
+    ("a", "b" * 40),
+    ("mill and", " rain, again"),
+]
 TEXTS = [("short",), ("a longer text that goes on " * 12,), ("x",)]
 WAYS = [
     ("The fox", {"until": ["z"], "max_gen_toks": 12}),
@@ -55,7 +62,10 @@ def test_texts_are_too(models):
     ours, theirs = (m.generate_until(asked("generate_until", *WAYS)) for m in models)
     assert ours == theirs
     whole = models[0].generate_until(asked("generate_until", ("The fox", {"max_gen_toks": 12})))[0]
-    assert models[0].generate_until(asked("generate_until", ("The fox", {"max_gen_toks": 12, "until": whole[4]})))[0] == whole[: whole.index(whole[4])]
+    assert (
+        models[0].generate_until(asked("generate_until", ("The fox", {"max_gen_toks": 12, "until": whole[4]})))[0]
+        == whole[: whole.index(whole[4])]
+    )
 
 
 def test_a_prefix_changes_the_scores(models, tokenizer):

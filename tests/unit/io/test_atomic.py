@@ -202,7 +202,14 @@ print(*met.values(), left)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_process_killed_at_any_step_of_saving_leaves_a_whole_prefix(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "p")], env=env, capture_output=True, text=True, check=False, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, str(tmp_path / "p")],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert run.returncode == 0, run.stderr
     old, new, left = map(int, run.stdout.split())
     assert old > 5, "kills fell before the replacement"

@@ -34,7 +34,9 @@ def packed(model, *texts: torch.Tensor) -> torch.Tensor:
 def state(model) -> dict[str, Any]:
     """Everything that attaching touches."""
     return {
-        "implementation": [m.config._attn_implementation for m in model.modules() if isinstance(m, transformers.PreTrainedModel)],
+        "implementation": [
+            m.config._attn_implementation for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
+        ],
         "modules": [(n, id(m), m.training) for n, m in model.named_modules()],
         "parameters": [(n, id(p), p.requires_grad, p._version) for n, p in model.named_parameters()],
         "hooks": [(n, len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()],
@@ -124,11 +126,15 @@ def test_layer_shapes_are_those_of_the_model():
 
 
 def llama(**rope: Any) -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.GROUPED, rope_parameters={"rope_theta": 1e4, **rope}))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**tiny.GROUPED, rope_parameters={"rope_theta": 1e4, **rope})
+    )
 
 
 def longrope() -> Any:
-    return llama(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=80)
+    return llama(
+        rope_type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4, original_max_position_embeddings=80
+    )
 
 
 def sized(name: str, head: str = "ForCausalLM", **more: Any) -> Callable[[], Any]:
@@ -136,20 +142,46 @@ def sized(name: str, head: str = "ForCausalLM", **more: Any) -> Callable[[], Any
     return lambda: getattr(transformers, name + head)(getattr(transformers, name + "Config")(**tiny.GROUPED, **more))
 
 
-SPELT = {"vocab_size": tiny.VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 160, "bos_token_id": 1, "eos_token_id": 2}
-BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
-NEO = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "bos_token_id": 1}
+SPELT = {
+    "vocab_size": tiny.VOCAB,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 160,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 48,
+}
+NEO = {
+    "vocab_size": tiny.VOCAB,
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "attention_types": [[["global", "local"], 1]],
+    "bos_token_id": 1,
+}
 OWN = "it computes attention in its own code, outside transformers' attention interface"
 REFUSED = {
     "gptj": (lambda: transformers.GPTJForCausalLM(transformers.GPTJConfig(**SPELT, rotary_dim=4)), OWN),
     "gpt_neo": (lambda: transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**NEO, eos_token_id=2)), OWN),
     "bloom": (
-        lambda: transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=2, n_head=4)),
+        lambda: transformers.BloomForCausalLM(
+            transformers.BloomConfig(vocab_size=tiny.VOCAB, hidden_size=32, n_layer=2, n_head=4)
+        ),
         "needs ALiBi biases",
     ),
     "falcon": (sized("Falcon"), OWN),
     "t5": (
-        lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=101, d_model=32, d_ff=48, d_kv=8, num_layers=2)),
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=101, d_model=32, d_ff=48, d_kv=8, num_layers=2)
+        ),
         "encoder-decoder",
     ),
     "bart": (
@@ -160,14 +192,24 @@ REFUSED = {
         lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2, reorder_and_upcast_attn=True)),
         "config.reorder_and_upcast_attn is honoured by eager attention only",
     ),
-    "cross attention": (lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2, add_cross_attention=True)), "add_cross_attention needs"),
-    "dynamic rope": (lambda: llama(rope_type="dynamic", factor=2.0), "RoPE type 'dynamic' changes with the batch's length"),
+    "cross attention": (
+        lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2, add_cross_attention=True)),
+        "add_cross_attention needs",
+    ),
+    "dynamic rope": (
+        lambda: llama(rope_type="dynamic", factor=2.0),
+        "RoPE type 'dynamic' changes with the batch's length",
+    ),
     "longrope": (longrope, "RoPE type 'longrope' changes with the batch's length"),
 }
 UNREACHED = "layers should each reach prefixfast's attention once, reached were"
 NOT_REACHED = {
-    "openai-gpt": lambda: transformers.OpenAIGPTLMHeadModel(transformers.OpenAIGPTConfig(vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4)),
-    "xlnet": lambda: transformers.XLNetLMHeadModel(transformers.XLNetConfig(vocab_size=tiny.VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)),
+    "openai-gpt": lambda: transformers.OpenAIGPTLMHeadModel(
+        transformers.OpenAIGPTConfig(vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4)
+    ),
+    "xlnet": lambda: transformers.XLNetLMHeadModel(
+        transformers.XLNetConfig(vocab_size=tiny.VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)
+    ),
     "stablelm": sized("StableLm"),
 }
 

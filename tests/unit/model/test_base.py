@@ -65,9 +65,13 @@ def test_a_device_that_is_not_there_is_refused(folder):
         load(folder, device="cuda")
 
 
-@pytest.mark.parametrize("make", [lambda: 5, lambda: None, lambda: torch.nn.Linear(2, 2)], ids=["number", "None", "module"])
+@pytest.mark.parametrize(
+    "make", [lambda: 5, lambda: None, lambda: torch.nn.Linear(2, 2)], ids=["number", "None", "module"]
+)
 def test_something_that_is_no_model_is_refused(make):
-    with pytest.raises(ConfigError, match="model: expected a hub id, a folder, a transformers model or a prefixfast Model, got"):
+    with pytest.raises(
+        ConfigError, match="model: expected a hub id, a folder, a transformers model or a prefixfast Model, got"
+    ):
         load(make())
 
 
@@ -241,7 +245,9 @@ def test_a_fingerprint_is_json(base):
 
 def test_a_fingerprint_is_that_of_the_weights_in_any_dtype(folder, base):
     with load(folder, dtype="bfloat16") as other:
-        assert {k: other.fingerprint[k] for k in ("config", "weights", "tokenizer")} == {k: base.fingerprint[k] for k in ("config", "weights", "tokenizer")}
+        assert {k: other.fingerprint[k] for k in ("config", "weights", "tokenizer")} == {
+            k: base.fingerprint[k] for k in ("config", "weights", "tokenizer")
+        }
 
 
 def test_a_fingerprint_does_not_depend_on_the_attachment(base):
@@ -252,7 +258,15 @@ def test_other_weights_have_another_fingerprint():
     assert weights(seed=1) != weights(seed=0) == weights(seed=0)
 
 
-@pytest.mark.parametrize("name", ["transformer.wte.weight", "transformer.h.0.attn.c_attn.weight", "transformer.h.2.mlp.c_proj.weight", "transformer.ln_f.bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "transformer.wte.weight",
+        "transformer.h.0.attn.c_attn.weight",
+        "transformer.h.2.mlp.c_proj.weight",
+        "transformer.ln_f.bias",
+    ],
+)
 def test_a_fine_tuned_part_changes_the_fingerprint(name):
     model = tiny.make("gpt2")
     before = fingerprint(model, None)["weights"]
@@ -268,14 +282,17 @@ def test_another_architecture_has_another_configuration(base):
 
 # ---- the package ----
 
-IMPORT = (
-    "import time, sys; t = time.perf_counter(); import prefixfast; print(time.perf_counter() - t, *({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-)
+IMPORT = "import time, sys; t = time.perf_counter(); import prefixfast; print(time.perf_counter() - t, *({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
 
 
 def test_the_package_imports_fast_and_without_torch():
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python")}
-    runs = [subprocess.run([sys.executable, "-c", IMPORT], env=env, capture_output=True, text=True, check=True).stdout.split() for _ in range(3)]
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", IMPORT], env=env, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(3)
+    ]
     assert [r[1:] for r in runs] == [[]] * 3
     assert min(float(r[0]) for r in runs) < 0.3
 
@@ -290,13 +307,17 @@ def test_the_package_has_its_names_and_no_others():
 def test_a_model_with_lora_inside_is_a_base_of_its_own():
     plain = tiny.make("llama")
     torch.manual_seed(1)
-    peft = get_peft_model(tiny.make("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    peft = get_peft_model(
+        tiny.make("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
     ids = torch.tensor([[5, 6, 7]])
     how = {"max_new_tokens": 8, "min_new_tokens": 8}
     expected = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, **how)[0, 3:].tolist()
     trained = {n for n, p in peft.named_parameters() if p.requires_grad}
     with load(peft) as base, load(plain) as other:
-        got, without = (prefixfast.generate([[5, 6, 7]], model=m, progress=False, **how)[0].token_ids for m in (base, other))
+        got, without = (
+            prefixfast.generate([[5, 6, 7]], model=m, progress=False, **how)[0].token_ids for m in (base, other)
+        )
         assert got == expected != without
         assert base.fingerprint["weights"] != other.fingerprint["weights"]
     assert {n for n, p in peft.named_parameters() if p.requires_grad} == trained

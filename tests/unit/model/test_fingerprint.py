@@ -39,7 +39,9 @@ def large_tokenizer(size: int) -> PreTrainedTokenizerFast:
     from tokenizers import decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {t: i for i, t in enumerate(alphabet)} | {f"word{i}": i + len(alphabet) for i in range(size - len(alphabet))}
+    vocab = {t: i for i, t in enumerate(alphabet)} | {
+        f"word{i}": i + len(alphabet) for i in range(size - len(alphabet))
+    }
     core = Core(models.BPE(vocab, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core)
@@ -75,7 +77,10 @@ def test_a_base_is_the_same_in_fp32_and_bf16(family, tmp_path):
 def test_other_weights_of_the_same_shape_are_refused(family):
     ours, other = make(tiny.make(family), None), make(tiny.make(family, seed=1), None)
     assert ours["config"] == other["config"]
-    with pytest.raises(BaseMismatchError, match="it was made for base 'unknown', not for 'this model': weights differ; load the base it was trained on"):
+    with pytest.raises(
+        BaseMismatchError,
+        match="it was made for base 'unknown', not for 'this model': weights differ; load the base it was trained on",
+    ):
         check_base(ours, other, "it")
     check_base(ours, make(tiny.make(family), None), "it")
 

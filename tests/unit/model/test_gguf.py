@@ -50,7 +50,9 @@ def write(path: Path, model, tokenizer, *, quantized: bool = False) -> None:
             weight = paired(weight, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
         data, kind = weight.numpy().astype(np.float32), gguf.GGMLQuantizationType.Q8_0
         if quantized and data.ndim == 2 and data.shape[1] % 32 == 0:
-            w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(data, kind), raw_dtype=kind)
+            w.add_tensor(
+                names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(data, kind), raw_dtype=kind
+            )
         else:
             w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data)
     w.write_header_to_file()
@@ -80,7 +82,9 @@ def test_logits_are_those_of_the_model_itself(gguf_base):
 
 def test_its_tokenizer_comes_with_it(gguf_base, tokenizer):
     text = "The Mill: £5!"
-    assert gguf_base.require_tokenizer().encode([text], add_special_tokens=False)[0].tolist() == tokenizer.encode(text, add_special_tokens=False)
+    assert gguf_base.require_tokenizer().encode([text], add_special_tokens=False)[0].tolist() == tokenizer.encode(
+        text, add_special_tokens=False
+    )
     assert gguf_base.require_tokenizer().eos_id == 2
 
 
@@ -91,7 +95,10 @@ def test_a_prefix_made_on_it_finds_it_again(gguf_base, file, tmp_path):
     assert again.requires["base"] == str(file)
     with load(again.requires["base"], dtype="float32") as second:
         assert second.fingerprint == gguf_base.fingerprint
-        (with_prefix,), (alone,) = (generate(batch, p, model=second, max_new_tokens=5) for batch, p in (([[7, 8]], again), ([[*PROMPT, 7, 8]], None)))
+        (with_prefix,), (alone,) = (
+            generate(batch, p, model=second, max_new_tokens=5)
+            for batch, p in (([[7, 8]], again), ([[*PROMPT, 7, 8]], None))
+        )
         assert with_prefix.token_ids == alone.token_ids
 
 

@@ -33,7 +33,9 @@ def test_a_head_that_does_more_is_not_used(caplog):
         assert base.head is None
         plan = plain_plan([4], backend=base.backend).with_logits_at(torch.tensor([3]))
         losses = base.losses(plan, torch.tensor([5, 6, 7, 8]), torch.tensor([9]))
-        assert losses.item() == pytest.approx(F.cross_entropy(base.forward(plan, torch.tensor([5, 6, 7, 8])), torch.tensor([9])).item())
+        assert losses.item() == pytest.approx(
+            F.cross_entropy(base.forward(plan, torch.tensor([5, 6, 7, 8])), torch.tensor([9])).item()
+        )
     assert "Scaled" in caplog.text
 
 

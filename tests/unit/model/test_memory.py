@@ -17,7 +17,11 @@ def test_large_pages_change_nothing():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says what is free in files")
 def test_files_that_were_only_read_count_as_free_in_a_container(monkeypatch, tmp_path):
-    for name, text in (("max", "1000\n"), ("current", "700\n"), ("stat", "anon 100\ninactive_file 300\nactive_file 50\n")):
+    for name, text in (
+        ("max", "1000\n"),
+        ("current", "700\n"),
+        ("stat", "anon 100\ninactive_file 300\nactive_file 50\n"),
+    ):
         (tmp_path / f"memory.{name}").write_text(text, encoding="utf8")
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
     assert memory.free_memory(torch.device("cpu")) == 600

@@ -8,14 +8,19 @@ import tiny
 from prefixfast import Engine
 from prefixfast.model.prepack import prepack
 
-pytestmark = pytest.mark.skipif(prepack(torch.nn.Linear(8, 8)).why_not is not None, reason=f"packing: {prepack(torch.nn.Linear(8, 8)).why_not}")
+pytestmark = pytest.mark.skipif(
+    prepack(torch.nn.Linear(8, 8)).why_not is not None, reason=f"packing: {prepack(torch.nn.Linear(8, 8)).why_not}"
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_gives_the_same_and_leaves_no_trace(family, dtype):
     base = tiny.make(family).to(dtype)
-    before, forwards = {k: v.clone() for k, v in base.state_dict().items()}, [m.__dict__.get("forward") for m in base.modules()]
+    before, forwards = (
+        {k: v.clone() for k, v in base.state_dict().items()},
+        [m.__dict__.get("forward") for m in base.modules()],
+    )
     ids = torch.arange(3, 40)[None]
     with torch.inference_mode():
         expected = base(ids).logits
@@ -23,7 +28,10 @@ def test_gives_the_same_and_leaves_no_trace(family, dtype):
         assert packed.why_not is None
         assert packed.nbytes > 0
         got = base(ids).logits
-    assert torch.equal(torch.stack([v.float().sum() for v in before.values()]), torch.stack([v.float().sum() for v in base.state_dict().values()]))
+    assert torch.equal(
+        torch.stack([v.float().sum() for v in before.values()]),
+        torch.stack([v.float().sum() for v in base.state_dict().values()]),
+    )
     assert (got - expected).abs().max() <= {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype] * expected.abs().max()
     packed.undo()
     assert [m.__dict__.get("forward") for m in base.modules()] == forwards

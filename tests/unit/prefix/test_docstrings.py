@@ -13,7 +13,13 @@ import torch
 from prefixfast import Prefix, generate
 
 FOUND = [t for t in doctest.DocTestFinder(recurse=True).find(Prefix, "Prefix") if t.examples]
-WITH_EXAMPLE = {"Prefix", *(f"Prefix.{n}" for n in ("save_pretrained", "to_peft", "from_pretrained", "from_text", "concat", "inspect", "push_to_hub"))}
+WITH_EXAMPLE = {
+    "Prefix",
+    *(
+        f"Prefix.{n}"
+        for n in ("save_pretrained", "to_peft", "from_pretrained", "from_text", "concat", "inspect", "push_to_hub")
+    ),
+}
 
 
 def test_every_method_has_an_example():
@@ -30,5 +36,12 @@ def test_the_example_holds(case, base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     monkeypatch.chdir(tmp_path)
-    case.globs = {"base": base, "prefix": Prefix.from_text(base, "table-to-text:"), "Prefix": Prefix, "generate": generate, "os": os, "torch": torch}
+    case.globs = {
+        "base": base,
+        "prefix": Prefix.from_text(base, "table-to-text:"),
+        "Prefix": Prefix,
+        "generate": generate,
+        "os": os,
+        "torch": torch,
+    }
     assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False).run(case).failed == 0

@@ -28,7 +28,9 @@ NOT_PEFT = {
 def same(a: Prefix, b: Prefix) -> bool:
     """Equal in everything, bit by bit."""
     fields = ("pos_start", "window", "base", "task", "decoding", "training")
-    tensors = a.kv.keys() == b.kv.keys() and all(t.dtype == b.kv[n].dtype and torch.equal(t, b.kv[n]) for n, t in a.kv.items())
+    tensors = a.kv.keys() == b.kv.keys() and all(
+        t.dtype == b.kv[n].dtype and torch.equal(t, b.kv[n]) for n, t in a.kv.items()
+    )
     return tensors and all(getattr(a, f) == getattr(b, f) for f in fields) and a.digest == b.digest
 
 
@@ -101,9 +103,14 @@ def test_peft_reads_our_folder(tmp_path, family):
 def peft_adapter(folder: Path, *, projection: bool) -> None:
     """A PEFT prefix after two steps of training."""
     torch.manual_seed(4)
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=12)
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, prefix_projection=projection, encoder_hidden_size=12
+    )
     model = get_peft_model(tiny.make("llama"), config)
-    optimizer, ids = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), torch.arange(3, 20)[None]
+    optimizer, ids = (
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5),
+        torch.arange(3, 20)[None],
+    )
     for _ in range(2):
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
@@ -122,7 +129,12 @@ def test_a_folder_of_peft_survives_our_round_trip(tmp_path, projection):
 def test_an_imported_prefix_knows_where_it_comes_from(tmp_path, projection):
     peft_adapter(tmp_path, projection=projection)
     prefix = Prefix.from_pretrained(tmp_path)
-    assert (prefix.pos_start, prefix.window, prefix.base, prefix.training) == (5, "slide", None, {"imported_from": "peft"})
+    assert (prefix.pos_start, prefix.window, prefix.base, prefix.training) == (
+        5,
+        "slide",
+        None,
+        {"imported_from": "peft"},
+    )
 
 
 def test_equal_content_has_an_equal_digest(make_prefix):
@@ -170,7 +182,9 @@ def test_other_files_survive_a_second_save(tmp_path, make_prefix):
     assert (tmp_path / "p" / "logs" / "a.txt").read_text(encoding="utf8") == "too"
 
 
-@pytest.mark.parametrize(("first", "then"), [({}, {"pos_start": 0}), ({"pos_start": 0}, {})], ids=["peft to own", "own to peft"])
+@pytest.mark.parametrize(
+    ("first", "then"), [({}, {"pos_start": 0}), ({"pos_start": 0}, {})], ids=["peft to own", "own to peft"]
+)
 def test_a_second_save_in_the_other_form_leaves_nothing_of_the_first(tmp_path, make_prefix, first, then):
     make_prefix(1, **first).save_pretrained(tmp_path / "p")
     assert same(reread(make_prefix(2, **then), tmp_path / "p"), make_prefix(2, **then))
@@ -343,7 +357,11 @@ def test_tensors_that_another_program_replaced_are_refused(tmp_path, make_prefix
     assert "another program changed the folder" in refusal(tmp_path / "p")
 
 
-@pytest.mark.parametrize("make", [lambda p: None, lambda p: p.write_text("x", encoding="utf8"), lambda p: p.mkdir()], ids=["nothing", "a file", "empty folder"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: None, lambda p: p.write_text("x", encoding="utf8"), lambda p: p.mkdir()],
+    ids=["nothing", "a file", "empty folder"],
+)
 def test_something_that_is_no_prefix_folder_is_refused(tmp_path, make):
     make(tmp_path / "thing")
     assert str(tmp_path / "thing") in refusal(tmp_path / "thing")

@@ -26,7 +26,10 @@ def other(model, seed: int, length: int = 5, **fields) -> Prefix:
     """A strong random prefix for a base."""
     g = torch.Generator().manual_seed(seed)
     shapes = {f"self.{i}.{x}": (length, s.num_kv_heads, s.head_dim) for i, s in enumerate(model.layers) for x in "kv"}
-    return Prefix({n: torch.randn(s, generator=g) for n, s in shapes.items()}, **{"pos_start": length, "base": model.fingerprint, **fields})
+    return Prefix(
+        {n: torch.randn(s, generator=g) for n, s in shapes.items()},
+        **{"pos_start": length, "base": model.fingerprint, **fields},
+    )
 
 
 def test_a_text_as_a_prefix_is_the_text_in_front(any_base):
@@ -78,7 +81,11 @@ def test_a_length_repeats_or_cuts_the_text(base):
         prefix = Prefix.from_text(base, TEXT, prefix_length=length)
         kv = text_kv(base, TEXT, length)
         assert prefix.length == prefix.pos_start == length
-        assert all(torch.equal(prefix.kv[f"self.{i}.{x}"], t) for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True))
+        assert all(
+            torch.equal(prefix.kv[f"self.{i}.{x}"], t)
+            for i, pair in enumerate(kv)
+            for x, t in zip("kv", pair, strict=True)
+        )
 
 
 def test_words_are_tokenized_as_a_prompt_is(base):
@@ -119,7 +126,13 @@ def test_messages_go_through_the_chat_template(chat_base):
     assert Prefix.from_text(chat_base, messages).digest == Prefix.from_text(chat_base, text).digest
     ids = chat_base.require_tokenizer().encode([text])[0].tolist()
     assert ids[0] == 1  # the template's begin token, once
-    assert error(logits(chat_base, PROMPT, [Prefix.from_text(chat_base, messages)]), logits(chat_base, ids + PROMPT)[len(ids) :]) < 1e-5
+    assert (
+        error(
+            logits(chat_base, PROMPT, [Prefix.from_text(chat_base, messages)]),
+            logits(chat_base, ids + PROMPT)[len(ids) :],
+        )
+        < 1e-5
+    )
 
 
 WRONG_TEXTS = {
@@ -173,7 +186,9 @@ def test_a_text_after_a_prefix_of_another_base_is_refused(base):
 
 
 def test_joined_prefixes_take_what_a_request_would_take(base):
-    a = other(base, 1, decoding={"num_beams": 2, "max_new_tokens": 5}, task={"name": "prompt"}, training={"num_trained": 3})
+    a = other(
+        base, 1, decoding={"num_beams": 2, "max_new_tokens": 5}, task={"name": "prompt"}, training={"num_trained": 3}
+    )
     b = other(base, 2, decoding={"num_beams": 4}, base={"name": "x/y"}, training={"num_trained": 4})
     joined = a.concat(b)
     assert joined.decoding == {"num_beams": 4, "max_new_tokens": 5}

@@ -23,7 +23,9 @@ Harm = Callable[[Path], object]
 
 
 def edited(name: str, **changes: Any) -> Harm:
-    return lambda p: (p / name).write_text(json.dumps(json.loads((p / name).read_text(encoding="utf8")) | changes), encoding="utf8")
+    return lambda p: (p / name).write_text(
+        json.dumps(json.loads((p / name).read_text(encoding="utf8")) | changes), encoding="utf8"
+    )
 
 
 def raw(name: str, text: str) -> Harm:
@@ -75,7 +77,9 @@ ADAPTER: dict[str, Harm] = {
     "tensor before its start": file_of(WEIGHTS, safetensors(table("F32", SIZE, 0), bytes(SIZE))),
     "negative offset": file_of(WEIGHTS, safetensors(table("F32", -SIZE, 0), bytes(SIZE))),
     "shape that does not fit": file_of(WEIGHTS, safetensors(table("F64", 0, SIZE), bytes(SIZE))),
-    "shape whose product overflows": file_of(WEIGHTS, safetensors({"prompt_embeddings": {"dtype": "F32", "shape": [2**63, 2], "data_offsets": [0, 0]}})),
+    "shape whose product overflows": file_of(
+        WEIGHTS, safetensors({"prompt_embeddings": {"dtype": "F32", "shape": [2**63, 2], "data_offsets": [0, 0]}})
+    ),
     "unknown dtype": file_of(WEIGHTS, safetensors(table("F7", 0, SIZE), bytes(SIZE))),
     "bytes after the tensors": file_of(WEIGHTS, safetensors(table("F32", 0, SIZE), bytes(SIZE + 8))),
     "header is a list": file_of(WEIGHTS, safetensors([1, 2])),
@@ -83,7 +87,9 @@ ADAPTER: dict[str, Harm] = {
     "8-bit floats": tensors(WEIGHTS, {"prompt_embeddings": torch.ones(4, 192).to(torch.float8_e4m3fn)}),
     "complex numbers": tensors(WEIGHTS, {"prompt_embeddings": torch.ones(4, 192, dtype=torch.complex64)}),
     "switches": tensors(WEIGHTS, {"prompt_embeddings": torch.ones(4, 192, dtype=torch.bool)}),
-    "traversal name beside the table": tensors(WEIGHTS, {"prompt_embeddings": torch.ones(4, 192), "../../../../etc/x": torch.ones(1)}),
+    "traversal name beside the table": tensors(
+        WEIGHTS, {"prompt_embeddings": torch.ones(4, 192), "../../../../etc/x": torch.ones(1)}
+    ),
     "10^18 virtual tokens": edited(CONFIG, num_virtual_tokens=10**18),
     "10^400 layers": edited(CONFIG, num_layers=10**400),
     "2^62 heads": edited(CONFIG, num_attention_heads=2**62),
@@ -161,7 +167,19 @@ def test_a_hostile_folder_of_ours_is_refused(tmp_path, make_prefix, harm):
     refused(tmp_path / "p")
 
 
-BAD_NAMES = ("self.../../../../etc/passwd", "/etc/passwd", "self.٣", "self.00", "self.-1", "self.+1", "self. 1", "self.1_0", "self.1234567", "..", "")
+BAD_NAMES = (
+    "self.../../../../etc/passwd",
+    "/etc/passwd",
+    "self.٣",
+    "self.00",
+    "self.-1",
+    "self.+1",
+    "self. 1",
+    "self.1_0",
+    "self.1234567",
+    "..",
+    "",
+)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -228,8 +246,14 @@ def test_a_prefix_of_another_base_is_refused_wherever_it_is_used(base, make_pref
     with load(tiny.make("gpt2", seed=1)) as second:
         make_prefix(base=second.fingerprint).save_pretrained(tmp_path / "weights")
     make_prefix(heads=2).save_pretrained(tmp_path / "heads")
-    make_prefix(base={**base.fingerprint, "config": {**base.fingerprint["config"], "vocab_size": 99}}).save_pretrained(tmp_path / "config")
-    for name, reason in {"weights": "weights differ", "heads": r"expected.*\(4, 8\)", "config": "vocab_size is 99 there and 101 here"}.items():
+    make_prefix(base={**base.fingerprint, "config": {**base.fingerprint["config"], "vocab_size": 99}}).save_pretrained(
+        tmp_path / "config"
+    )
+    for name, reason in {
+        "weights": "weights differ",
+        "heads": r"expected.*\(4, 8\)",
+        "config": "vocab_size is 99 there and 101 here",
+    }.items():
         prefix = Prefix.from_pretrained(tmp_path / name)
         uses = (
             lambda p: generate(["x"], p, model=base, max_new_tokens=1),

@@ -63,7 +63,9 @@ def test_a_folder_that_is_there_is_no_hub_id(hub, make_prefix, tmp_path, monkeyp
     assert hub == []
 
 
-@pytest.mark.parametrize("path", [Path("ann/mill"), "mill", "/ann/mill", "./mill", "../x/y", "a/b/c", "", "~/mill", "C:\\mill"], ids=repr)
+@pytest.mark.parametrize(
+    "path", [Path("ann/mill"), "mill", "/ann/mill", "./mill", "../x/y", "a/b/c", "", "~/mill", "C:\\mill"], ids=repr
+)
 def test_a_path_is_never_asked_from_the_hub(hub, path, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -80,7 +82,11 @@ def test_a_revision_of_a_folder_is_refused(hub, make_prefix, tmp_path):
 
 RESPONSE: Any = SimpleNamespace(headers={}, request=None, status_code=404)
 FAILURES = {
-    "no repository": (errors.RepositoryNotFoundError("404\nsecond line", response=RESPONSE), DataError, "check the name, or log in"),
+    "no repository": (
+        errors.RepositoryNotFoundError("404\nsecond line", response=RESPONSE),
+        DataError,
+        "check the name, or log in",
+    ),
     "gated": (errors.GatedRepoError("403", response=RESPONSE), DataError, "log in"),
     "no revision": (errors.RevisionNotFoundError("404", response=RESPONSE), DataError, "at revision 'v9'"),
     "not cached": (errors.LocalEntryNotFoundError("offline"), DataError, "fetch it once while online"),
@@ -144,7 +150,9 @@ def pushed(monkeypatch):
 
 def test_a_pushed_prefix_is_the_saved_folder_and_a_card(pushed, make_prefix, tmp_path):
     prefix = make_prefix(**TRAINED)
-    assert prefix.push_to_hub("ann/mill", private=True, token="t", commit_message="first") == "https://example.com/commit"
+    assert (
+        prefix.push_to_hub("ann/mill", private=True, token="t", commit_message="first") == "https://example.com/commit"
+    )
     assert pushed.calls["token"] == "t"
     assert pushed.calls["create"] == ("ann/mill", {"private": True, "exist_ok": True})
     assert (pushed.calls["upload"]["repo_id"], pushed.calls["upload"]["commit_message"]) == ("ann/mill", "first")
@@ -171,7 +179,9 @@ def test_a_wrong_repository_is_refused(pushed, make_prefix, repo_id):
 
 @pytest.mark.parametrize("step", ["create_repo", "upload_folder"])
 @pytest.mark.parametrize(
-    "failure", [errors.HfHubHTTPError("401 Unauthorized", response=RESPONSE), OSError("reset"), RuntimeError("x")], ids=["http", "os", "other"]
+    "failure",
+    [errors.HfHubHTTPError("401 Unauthorized", response=RESPONSE), OSError("reset"), RuntimeError("x")],
+    ids=["http", "os", "other"],
 )
 def test_a_hub_that_refuses_is_an_error_of_ours(pushed, monkeypatch, make_prefix, step, failure):
     def fail(*_: Any, **__: Any) -> None:
@@ -234,5 +244,10 @@ def test_the_card_of_a_prefix_that_is_no_adapter_says_so(make_prefix):
 
 def test_a_prefix_says_what_it_requires(make_prefix):
     prefix = make_prefix(**TRAINED)
-    assert prefix.requires == {"base": "HuggingFaceTB/SmolLM2-135M", "dtype": "float32", "positions": 5, "prefixfast": ">=0.1.0"}
+    assert prefix.requires == {
+        "base": "HuggingFaceTB/SmolLM2-135M",
+        "dtype": "float32",
+        "positions": 5,
+        "prefixfast": ">=0.1.0",
+    }
     assert make_prefix().requires["base"] is None

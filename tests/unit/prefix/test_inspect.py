@@ -15,7 +15,11 @@ from prefixfast.prefix import peft_format as layout
 from prefixfast.prefix.inspect import Inspection
 
 FAMILIES = ("gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3")
-PROMPTS = [list(range(3, 20)), [7], list(range(90, 60, -2))]  # the first and last are longer than the tiny models' window
+PROMPTS = [
+    list(range(3, 20)),
+    [7],
+    list(range(90, 60, -2)),
+]  # the first and last are longer than the tiny models' window
 
 
 def strong(family: str, length: int = 5) -> tuple[torch.Tensor, Prefix]:
@@ -51,7 +55,10 @@ def test_divergence_is_that_of_the_next_token(family):
         found = prefix.inspect(base, PROMPTS, words=0)
     for ids, got in zip(PROMPTS, found.divergence, strict=True):
         with torch.no_grad():
-            p, q = eager(family, table, ids)[1].double().softmax(-1), tiny.make(family)(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1)
+            p, q = (
+                eager(family, table, ids)[1].double().softmax(-1),
+                tiny.make(family)(input_ids=torch.tensor([ids])).logits[0].double().softmax(-1),
+            )
         expected = (p * (p / q).log()).sum(-1)
         assert got.shape == expected.shape
         assert ((got - expected).abs() / expected.clamp_min(1)).max() < 1e-4
@@ -97,7 +104,11 @@ def test_words_are_those_with_the_nearest_first_layer_keys(family, monkeypatch):
     model, keys = tiny.make(family), []
     with torch.no_grad():
         for position in range(5):
-            cache = model(input_ids=torch.arange(tiny.VOCAB)[:, None], position_ids=torch.full((tiny.VOCAB, 1), position), use_cache=True).past_key_values
+            cache = model(
+                input_ids=torch.arange(tiny.VOCAB)[:, None],
+                position_ids=torch.full((tiny.VOCAB, 1), position),
+                use_cache=True,
+            ).past_key_values
             keys.append(cache.layers[0].keys[:, :, 0].flatten(1))
     with load(tiny.make(family)) as base:
         words = prefix.inspect(base, [[3]], words=3, rows=[4, 0]).words
@@ -115,7 +126,9 @@ def test_it_prints_what_was_measured(base):
     assert "attention mass on the prefix" in shown
     assert "over 11 positions of 1 prompts" in shown
     assert "words of 16 of 48 rows" in shown
-    assert all(f"{word!r} 1.00" in shown for word in ("[", "b", "]", "Â", "£", ":", "a"))  # a part of a character by its name in the vocabulary
+    assert all(
+        f"{word!r} 1.00" in shown for word in ("[", "b", "]", "Â", "£", ":", "a")
+    )  # a part of a character by its name in the vocabulary
     assert max(map(len, shown.splitlines())) <= 100
     assert "words of" not in str(prefix.inspect(base, ["Hello"], words=0))
 

@@ -13,7 +13,18 @@ from peft import PeftModel
 
 import composed
 import tiny
-from prefixfast import BaseMismatchError, ConfigError, Engine, Prefix, PrefixConfig, PrefixStore, check_fits, generate, score, train
+from prefixfast import (
+    BaseMismatchError,
+    ConfigError,
+    Engine,
+    Prefix,
+    PrefixConfig,
+    PrefixStore,
+    check_fits,
+    generate,
+    score,
+    train,
+)
 from prefixfast.attention.plan import training_plan
 from prefixfast.prefix.kv import kv_by_layer, row_table
 from prefixfast.prefix.model_card import model_card
@@ -25,7 +36,12 @@ HOW = {"batch_size": 3, "prefix_length": 4, "init": "random", "max_steps": 5, "p
 KINDS = {
     "flat": {"reparameterization": "none", "learning_rate": 2e-2},
     "mlp": {"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 5e-3},
-    "dropped and frozen": {"reparameterization": "none", "learning_rate": 2e-2, "prefix_dropout": 0.3, "frozen_rows": 1},
+    "dropped and frozen": {
+        "reparameterization": "none",
+        "learning_rate": 2e-2,
+        "prefix_dropout": 0.3,
+        "frozen_rows": 1,
+    },
 }
 DATA = {"a": rows(1, 6), "b": rows(2, 5), "c": rows(3, 7)}
 
@@ -47,7 +63,11 @@ def loss(model, prefixes, data) -> float:
     for row in data:
         ids = torch.tensor(row["input_ids"])
         at = torch.tensor([i for i, t in enumerate(row["labels"]) if t != -100])
-        lost.append(torch.nn.functional.cross_entropy(composed.logits(model, row["input_ids"], prefixes)[at - 1], ids[at], reduction="none"))
+        lost.append(
+            torch.nn.functional.cross_entropy(
+                composed.logits(model, row["input_ids"], prefixes)[at - 1], ids[at], reduction="none"
+            )
+        )
     return float(torch.cat(lost).mean())
 
 
@@ -59,7 +79,10 @@ def test_only_these_layers_are_learned_and_each_prefix_as_if_alone(model, kind):
         assert set(prefix.kv) == names(0, 2)
         assert (prefix.layers, prefix.length, prefix.pos_start) == ((0, 2), 4, 4)
         assert distance(train(model, DATA[name], **how), prefix) < 1e-9
-        before, after = (loss(model, [p], DATA[name]) for p in (train(model, DATA[name], **{**how, "max_steps": 1, "learning_rate": 1e-9}), prefix))
+        before, after = (
+            loss(model, [p], DATA[name])
+            for p in (train(model, DATA[name], **{**how, "max_steps": 1, "learning_rate": 1e-9}), prefix)
+        )
         assert after < before - 0.01
     assert json.loads(json.dumps(run["a"].training["prefix_config"]))["layers"] == [0, 2]
 
@@ -67,12 +90,24 @@ def test_only_these_layers_are_learned_and_each_prefix_as_if_alone(model, kind):
 def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out(model):
     """Of one direction by central differences; what the leaves hold is what the prefix stores."""
     start = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(1,))
-    direction = {n: torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=t.dtype) for i, (n, t) in enumerate(start.kv.items())}
-    away = [dataclasses.replace(start, kv={n: t + e * direction[n] for n, t in start.kv.items()}) for e in (1e-3, -1e-3)]  # norms compute in fp32
+    direction = {
+        n: torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=t.dtype)
+        for i, (n, t) in enumerate(start.kv.items())
+    }
+    away = [
+        dataclasses.replace(start, kv={n: t + e * direction[n] for n, t in start.kv.items()}) for e in (1e-3, -1e-3)
+    ]  # norms compute in fp32
     wanted = (loss(model, [away[0]], DATA["a"]) - loss(model, [away[1]], DATA["a"])) / 2e-3
     config = PrefixConfig(prefix_length=4, layers=(1,))
     params = PrefixParameters.make(
-        model.layers, [kv_by_layer(start, model.layers)], config, mlp=False, seed=0, dtype=torch.float64, device=model.device, on_top_of=()
+        model.layers,
+        [kv_by_layer(start, model.layers)],
+        config,
+        mlp=False,
+        seed=0,
+        dtype=torch.float64,
+        device=model.device,
+        on_top_of=(),
     )
     assert [len(k) for k, _ in params.leaves] == [0, 4, 0]
     total = 0.0
@@ -80,7 +115,9 @@ def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out
         ids = torch.tensor(row["input_ids"])
         at = torch.tensor([i for i, t in enumerate(row["labels"]) if t != -100])
         one = np.array([0, 1], np.int32), np.zeros(1, np.int32)
-        plan = training_plan(np.array([len(ids)], np.int32), *one, row_table([start], 3), params.leaves, backend=model.backend)
+        plan = training_plan(
+            np.array([len(ids)], np.int32), *one, row_table([start], 3), params.leaves, backend=model.backend
+        )
         total = total + torch.nn.functional.cross_entropy(model.forward(plan, ids)[at - 1], ids[at], reduction="sum")
     (total / sum(t != -100 for row in DATA["a"] for t in row["labels"])).backward()
     assert all(t.grad is None for i in (0, 2) for t in params.leaves[i])
@@ -104,10 +141,20 @@ def test_on_top_of_a_prefix_in_other_layers(model, under, own):
     for name, prefix in run.items():
         assert prefix.layers == (own or (0, 1, 2))
         assert distance(train(model, DATA[name], **how), prefix) < 1e-9
-        at_once = {**HOW, **KINDS["flat"], "on_top_of": base, "init": prefix, "max_steps": 1, "batch_size": len(DATA[name]), "learning_rate": 1e-12}
+        at_once = {
+            **HOW,
+            **KINDS["flat"],
+            "on_top_of": base,
+            "init": prefix,
+            "max_steps": 1,
+            "batch_size": len(DATA[name]),
+            "learning_rate": 1e-12,
+        }
         told = train(model, DATA[name], **at_once).training["metrics"]["loss"]
         assert told == pytest.approx(loss(model, [base, prefix], DATA[name]), abs=1e-9)
-        assert told < loss(model, [base, train(model, DATA[name], **{**how, "max_steps": 1, "learning_rate": 1e-12})], DATA[name])
+        assert told < loss(
+            model, [base, train(model, DATA[name], **{**how, "max_steps": 1, "learning_rate": 1e-12})], DATA[name]
+        )
     with Engine(model, max_num_seqs=4, max_model_len=40) as engine:
         got = engine.generate([DATA["a"][0]["input_ids"]], [[base, run["a"]]], max_new_tokens=6)[0].token_ids
     ids = list(DATA["a"][0]["input_ids"])
@@ -119,7 +166,14 @@ def test_on_top_of_a_prefix_in_other_layers(model, under, own):
 def test_starts(model, tokenizer, folder):
     from prefixfast import load
 
-    text = {"init_text": "hello there", "prefix_length": "text", "max_steps": 1, "learning_rate": 1e-12, "progress": False, "seed": 0}
+    text = {
+        "init_text": "hello there",
+        "prefix_length": "text",
+        "max_steps": 1,
+        "learning_rate": 1e-12,
+        "progress": False,
+        "seed": 0,
+    }
     with load(folder, dtype="float32") as base:
         data = [{"prompt": "a", "completion": "b"}]
         whole, part = (train(base, data, **text, layers=layers) for layers in (None, (1,)))
@@ -131,7 +185,12 @@ def test_starts(model, tokenizer, folder):
         with pytest.raises(ConfigError, match=r"layers: the given init has \(1,\), got \(0, 1\)"):
             train(base, data, init=part, layers=[0, 1], progress=False)
         with pytest.raises(ConfigError, match="in the same layers"):
-            train(base, {"x": data, "y": data}, init={"x": part, "y": dataclasses.replace(whole, kv={n: whole.kv[n] for n in names(0)})}, progress=False)
+            train(
+                base,
+                {"x": data, "y": data},
+                init={"x": part, "y": dataclasses.replace(whole, kv={n: whole.kv[n] for n in names(0)})},
+                progress=False,
+            )
 
 
 def test_wrong_layers(model):
@@ -150,7 +209,13 @@ def test_the_one_site_and_the_one_objective(model):
     assert named.digest == plain.digest
     assert named.training["prefix_config"] == plain.training["prefix_config"]
     assert PrefixConfig(prefix_length={"self": 7}, sites=["self"]) == PrefixConfig(prefix_length=7, sites=("self",))
-    for wrong in ({"sites": ["self", "cross"]}, {"sites": []}, {"sites": "self"}, {"prefix_length": {"enc": 3}}, {"prefix_length": {}}):
+    for wrong in (
+        {"sites": ["self", "cross"]},
+        {"sites": []},
+        {"sites": "self"},
+        {"prefix_length": {"enc": 3}},
+        {"prefix_length": {}},
+    ):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected the site 'self' alone"):
             PrefixConfig(**wrong)
     with pytest.raises(ConfigError, match="prefix_length: expected int"):
@@ -163,9 +228,15 @@ def test_the_one_site_and_the_one_objective(model):
 
 def test_a_sweep_and_an_estimate(model):
     run = train(model, DATA["a"], **{**HOW, "max_steps": 2}, **KINDS["flat"], sweep={"layers": [[0], [1, 2], None]})
-    assert {name: prefix.layers for name, prefix in run.items()} == {"layers=0": (0,), "layers=1+2": (1, 2), "layers=None": (0, 1, 2)}
+    assert {name: prefix.layers for name, prefix in run.items()} == {
+        "layers=0": (0,),
+        "layers=1+2": (1, 2),
+        "layers=None": (0, 1, 2),
+    }
     told = estimate(model, DATA["a"], **{**HOW, **KINDS["flat"], "layers": [1]})
-    assert told.stored_numbers == told.trained_numbers == run["layers=0"].num_stored == run["layers=None"].num_stored // 3
+    assert (
+        told.stored_numbers == told.trained_numbers == run["layers=0"].num_stored == run["layers=None"].num_stored // 3
+    )
 
 
 def test_resume_is_exact(tmp_path):
@@ -212,7 +283,9 @@ def test_folders_the_store_and_peft(tmp_path):
     given = generate(batch, [*run.values(), whole], model=base, max_new_tokens=8, progress=False)
     assert [g.token_ids for g in stored] == [g.token_ids for g in given]
     ids = torch.tensor([batch[3]])
-    expected = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0, 4:].tolist()
+    expected = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[
+        0, 4:
+    ].tolist()
     assert given[3].token_ids == expected[: len(given[3].token_ids)], "beside prefixes in some layers"
 
 
@@ -224,22 +297,34 @@ def test_composition_and_concat(tmp_path):
     )
     both = low.concat(low_too)
     assert (both.layers, both.length) == ((0, 1), 8)
-    two, one = (generate([[5, 6, 7]], [p], model=base, max_new_tokens=8, progress=False)[0].token_ids for p in ([low, low_too], both))
+    two, one = (
+        generate([[5, 6, 7]], [p], model=base, max_new_tokens=8, progress=False)[0].token_ids
+        for p in ([low, low_too], both)
+    )
     assert two == one
-    with pytest.raises(ConfigError, match="no single prefix does the same: prefix 1 lies in other layers than prefix 0"):
+    with pytest.raises(
+        ConfigError, match="no single prefix does the same: prefix 1 lies in other layers than prefix 0"
+    ):
         low.concat(top)
 
 
 def test_a_prefix_of_fewer_layers_is_told_from_one_of_a_smaller_base(model):
     prefix = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(0, 1))
     check_fits(model, prefix)
-    with pytest.raises(BaseMismatchError, match="got 2 layers, the first ones, and it does not say for how many it was made; was it trained on another model"):
+    with pytest.raises(
+        BaseMismatchError,
+        match="got 2 layers, the first ones, and it does not say for how many it was made; was it trained on another model",
+    ):
         check_fits(model, dataclasses.replace(prefix, base=None))
-    check_fits(model, dataclasses.replace(prefix, base=None, kv={n.replace(".0.", ".2."): t for n, t in prefix.kv.items()}))
+    check_fits(
+        model, dataclasses.replace(prefix, base=None, kv={n.replace(".0.", ".2."): t for n, t in prefix.kv.items()})
+    )
     with pytest.raises(BaseMismatchError, match=r"self\.3\.k: \(2, 8\) where None is expected"):
         check_fits(model, dataclasses.replace(prefix, kv={n.replace(".1.", ".3."): t for n, t in prefix.kv.items()}))
     with pytest.raises(BaseMismatchError, match="different lengths"):
-        check_fits(model, dataclasses.replace(prefix, kv={n: t[: 4 - int(n.split(".")[1])] for n, t in prefix.kv.items()}))
+        check_fits(
+            model, dataclasses.replace(prefix, kv={n: t[: 4 - int(n.split(".")[1])] for n, t in prefix.kv.items()})
+        )
 
 
 def test_scores_and_a_look_inside(model, tokenizer, folder, caplog):
@@ -248,7 +333,12 @@ def test_scores_and_a_look_inside(model, tokenizer, folder, caplog):
     low, top = (train(model, DATA["a"], **HOW, **KINDS["flat"], layers=layers) for layers in ((0,), (1, 2)))
     targets = [[7, 8, 9], [3, 4]]
     for used in ([low], [low, top]):
-        for prompt, target, one in zip(([5, 6], [9, 9, 9]), targets, score([[5, 6], [9, 9, 9]], [used, used], targets=targets, model=model), strict=True):
+        for prompt, target, one in zip(
+            ([5, 6], [9, 9, 9]),
+            targets,
+            score([[5, 6], [9, 9, 9]], [used, used], targets=targets, model=model),
+            strict=True,
+        ):
             logp = composed.logits(model, prompt + target, used).log_softmax(-1)
             expected = [float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate(target)]
             assert one.token_logprobs == pytest.approx(expected, abs=1e-9)
@@ -263,7 +353,12 @@ def test_scores_and_a_look_inside(model, tokenizer, folder, caplog):
         after = Prefix.from_text(base, "there", after=part)
         ids = base.tokenizer.encode(["there"])[0].tolist()
         assert after.layers == (0, 1, 2)
-        assert composed.error(composed.logits(base, [40, 41], [part, after]), composed.logits(base, [*ids, 40, 41], [part])[-2:]) < 1e-5
+        assert (
+            composed.error(
+                composed.logits(base, [40, 41], [part, after]), composed.logits(base, [*ids, 40, 41], [part])[-2:]
+            )
+            < 1e-5
+        )
 
 
 def test_the_command_line(cli, folder, tmp_path):
@@ -273,15 +368,21 @@ def test_the_command_line(cli, folder, tmp_path):
     assert code == 0, err
     assert Prefix.from_pretrained(tmp_path / "p").layers == (1, 2)
     assert cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "q", *fast, "--layers", "1")[0] == 0
-    code, _, err = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "t", *fast, "--sweep", "layers=[0,1],[2]")
+    code, _, err = cli(
+        "train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "t", *fast, "--sweep", "layers=[0,1],[2]"
+    )
     assert code == 0, err
     assert Prefix.from_pretrained(tmp_path / "t" / "layers=0+1").layers == (0, 1)
     code, _, err = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "t", *fast, "--sweep", "layers=[0,1")
     assert "--sweep: expected FIELD=VALUE,VALUE,... with values as in YAML" in err
-    code, out, err = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "q", *fast, "--layers", "2", "--print-config")
+    code, out, err = cli(
+        "train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "q", *fast, "--layers", "2", "--print-config"
+    )
     assert code == 0, err
     (tmp_path / "run.yaml").write_text(out)
-    assert cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "r", "--config", tmp_path / "run.yaml")[0] == 0
+    assert (
+        cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "r", "--config", tmp_path / "run.yaml")[0] == 0
+    )
     assert Prefix.from_pretrained(tmp_path / "r").layers == (2,)
     code, _, err = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "s", *fast, "--layers", "one")
     assert code != 0

@@ -21,7 +21,9 @@ PROMPT = list(range(3, 20))
 
 
 def peft_config(kind: str, **fields: Any) -> Any:
-    return {"PREFIX_TUNING": PrefixTuningConfig, "CARTRIDGE": CartridgeConfig}[kind](task_type="CAUSAL_LM", num_virtual_tokens=5, **fields)
+    return {"PREFIX_TUNING": PrefixTuningConfig, "CARTRIDGE": CartridgeConfig}[kind](
+        task_type="CAUSAL_LM", num_virtual_tokens=5, **fields
+    )
 
 
 def adapter(folder: Path, family: str, kind: str, **fields: Any) -> Any:
@@ -72,7 +74,12 @@ def test_peft_does_with_our_prefix_what_we_do(tmp_path, family, kind):
     prefix.to_peft(tmp_path / "p", peft_type=kind)
     theirs = PeftModel.from_pretrained(tiny.make(family), tmp_path / "p").eval()
     assert error(peft_logits(theirs), ours) < 1e-5
-    made = theirs.generate(input_ids=torch.tensor([PROMPT]), attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long), max_new_tokens=8, do_sample=False)
+    made = theirs.generate(
+        input_ids=torch.tensor([PROMPT]),
+        attention_mask=torch.ones(1, len(PROMPT), dtype=torch.long),
+        max_new_tokens=8,
+        do_sample=False,
+    )
     assert made[0, len(PROMPT) :].tolist() == tokens
 
 
@@ -155,7 +162,9 @@ def test_an_unknown_type_is_refused(tmp_path, make_prefix):
 @pytest.mark.parametrize("frozen", [-1, 6, 1.5, "2", True, None])
 def test_a_cartridge_with_impossible_frozen_rows_is_refused(tmp_path, frozen):
     adapter(tmp_path, "gpt2", "CARTRIDGE")
-    (tmp_path / CONFIG).write_text(json.dumps({**configuration(tmp_path), "num_frozen_tokens": frozen}), encoding="utf8")
+    (tmp_path / CONFIG).write_text(
+        json.dumps({**configuration(tmp_path), "num_frozen_tokens": frozen}), encoding="utf8"
+    )
     with pytest.raises(DataError, match="num_frozen_tokens: expected a number from 0 to 5"):
         Prefix.from_pretrained(tmp_path)
 

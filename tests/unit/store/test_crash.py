@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked pr
 
 def make(seed: int, *, pos_start: int = 3) -> Prefix:
     g = torch.Generator().manual_seed(seed)
-    return Prefix({f"self.{i}.{x}": torch.randn(3, 2, 4, generator=g) for i in range(2) for x in "kv"}, pos_start=pos_start)
+    return Prefix(
+        {f"self.{i}.{x}": torch.randn(3, 2, 4, generator=g) for i in range(2) for x in "kv"}, pos_start=pos_start
+    )
 
 
 OLD, MIDDLE, NEW = make(1), make(2), make(3, pos_start=0)  # the new one is no PEFT adapter: other files
@@ -167,7 +169,9 @@ def full_at(step: int, event_names: tuple[str, ...]) -> Callable[[str, tuple], N
 
     def refuse(event: str, arguments: tuple) -> None:
         nonlocal seen
-        makes = event in event_names or (event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT)
+        makes = event in event_names or (
+            event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+        )
         seen += bool(makes)
         if makes and seen > step:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -202,7 +206,9 @@ def test_a_full_disk_keeps_the_last_good_version(case, tmp_path, events):
         if status == 0:
             break
         assert got == (None if last is None else last.digest), step
-    assert step == 0 if what == "delete" else 2 <= step < 60, "a deletion makes no file: it is how a full disk gets room"
+    assert step == 0 if what == "delete" else 2 <= step < 60, (
+        "a deletion makes no file: it is how a full disk gets room"
+    )
 
 
 def test_a_limit_on_file_sizes_is_an_error_that_changes_nothing(tmp_path):

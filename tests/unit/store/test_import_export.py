@@ -40,7 +40,9 @@ NAMES = [
 
 def prefix(seed: int = 0, **how) -> Prefix:
     g = torch.Generator().manual_seed(seed)
-    return Prefix({f"self.{i}.{x}": torch.randn(3, 4, 8, generator=g) for i in range(3) for x in "kv"}, **{"pos_start": 3, **how})
+    return Prefix(
+        {f"self.{i}.{x}": torch.randn(3, 4, 8, generator=g) for i in range(3) for x in "kv"}, **{"pos_start": 3, **how}
+    )
 
 
 def saved(folder: Path, *seeds: int) -> Path:
@@ -72,7 +74,9 @@ def test_out_and_in_again(tmp_path):
 def test_folder_names_work_on_every_file_system():
     made = {name: folder_name(name) for name in NAMES}
     assert (made["ann"], made["bob.v2"]) == ("ann", "bob.v2")
-    assert len({unicodedata.normalize("NFKC", m).casefold() for m in made.values()}) == len(NAMES), "also where case does not count"
+    assert len({unicodedata.normalize("NFKC", m).casefold() for m in made.values()}) == len(NAMES), (
+        "also where case does not count"
+    )
     for m in made.values():
         assert m.isascii()
         assert len(m) <= 100
@@ -172,12 +176,18 @@ def fifo(p: Path) -> None:
 
 REFUSED = {
     "an empty folder": (replaced_by(lambda p: p.mkdir()), "adapter_config.json"),
-    "a folder of something else": (replaced_by(lambda p: (p.mkdir(), (p / "model.safetensors").touch())), "adapter_config.json"),
+    "a folder of something else": (
+        replaced_by(lambda p: (p.mkdir(), (p / "model.safetensors").touch())),
+        "adapter_config.json",
+    ),
     "weights cut": (break_weights, "damaged"),
     "another kind of adapter": (config(peft_type="LORA"), "LORA"),
     "an encoder's": (config(task_type="SEQ_2_SEQ_LM"), "decoder-only"),
     "a wrong size": (config(num_virtual_tokens=4), "num_virtual_tokens"),
-    "a configuration that is a list": (lambda p: ((p / "prefixfast.json").unlink(), (p / "adapter_config.json").write_text("[]")), "expected a JSON object"),
+    "a configuration that is a list": (
+        lambda p: ((p / "prefixfast.json").unlink(), (p / "adapter_config.json").write_text("[]")),
+        "expected a JSON object",
+    ),
     "a pickle": (
         lambda p: ((p / "prefixfast.json").unlink(), (p / "adapter_model.safetensors").rename(p / "adapter_model.bin")),
         "pickle",
@@ -187,7 +197,10 @@ REFUSED = {
     "a link to itself": (replaced_by(lambda p: p.symlink_to(p)), "leads nowhere"),
     "a link to nothing": (replaced_by(lambda p: p.symlink_to("nothing")), "leads nowhere"),
     "a link among links": (replaced_by(lambda p: (p.mkdir(), (p / "x").symlink_to(p / "x"))), "leads nowhere"),
-    "weights that are another's": (linked("adapter_model.safetensors", "../../secret/adapter_model.safetensors"), "leads out of"),
+    "weights that are another's": (
+        linked("adapter_model.safetensors", "../../secret/adapter_model.safetensors"),
+        "leads out of",
+    ),
     "a configuration elsewhere": (linked("adapter_config.json", "/etc/hostname"), "leads out of"),
     "a pipe": (fifo, "neither a file nor a folder"),
     "a name that is none": (lambda p: (p / "entry.json").write_text('{"name": ""}'), "name: expected a text"),
@@ -263,7 +276,9 @@ def test_an_export_overwrites_nothing_else(tmp_path, way):
         target.symlink_to(tmp_path / "elsewhere")
     else:
         target.mkdir()
-        (target / "entry.json").write_text('{"name": "eve"}') if way == "another name's export" else (target / "thesis.txt").write_text("a user's")
+        (target / "entry.json").write_text('{"name": "eve"}') if way == "another name's export" else (
+            target / "thesis.txt"
+        ).write_text("a user's")
     before = contents(tmp_path / "out")
     out = {o.name: o for o in store.export_dir(tmp_path / "out")}
     assert (out["ann"].ok, out["bob"].ok) == (False, True)

@@ -182,7 +182,13 @@ def test_who_started_with_a_version_can_finish_on_it_after_a_roll_back(tmp_path)
 
 @pytest.mark.parametrize(
     ("before", "between", "versions"),
-    [(2, "put", [2, 3, 4]), (2, "delete", [1]), (2, "delete and put", [1, 3]), (0, "put", [1, 2]), (0, "put and delete", [1])],
+    [
+        (2, "put", [2, 3, 4]),
+        (2, "delete", [1]),
+        (2, "delete and put", [1, 3]),
+        (0, "put", [1, 2]),
+        (0, "put and delete", [1]),
+    ],
 )
 def test_another_writer_between_the_choice_of_a_number_and_the_rename(tmp_path, monkeypatch, before, between, versions):
     store, other = (PrefixStore(tmp_path, keep_versions=3) for _ in range(2))
@@ -299,7 +305,11 @@ def test_every_change_sweeps(tmp_path, change):
     assert len(list((tmp_path / module.WORK).iterdir())) == 1
     PrefixStore(tmp_path, read_only=True)
     assert len(list((tmp_path / module.WORK).iterdir())) == 1, "who only reads removes nothing"
-    {"put": lambda: store.put("b", make(2)), "delete": lambda: store.delete("a"), "open": lambda: PrefixStore(tmp_path)}[change]()
+    {
+        "put": lambda: store.put("b", make(2)),
+        "delete": lambda: store.delete("a"),
+        "open": lambda: PrefixStore(tmp_path),
+    }[change]()
     assert list((tmp_path / module.WORK).iterdir()) == []
 
 

@@ -36,7 +36,10 @@ NAMES = [
 
 def prefix(seed: int = 0, rows: int = 3, **how) -> Prefix:
     g = torch.Generator().manual_seed(seed)
-    return Prefix({f"self.{i}.{x}": torch.randn(rows, 2, 4, generator=g) for i in range(2) for x in "kv"}, **{"pos_start": rows, **how})
+    return Prefix(
+        {f"self.{i}.{x}": torch.randn(rows, 2, 4, generator=g) for i in range(2) for x in "kv"},
+        **{"pos_start": rows, **how},
+    )
 
 
 def files(root) -> dict[str, bytes]:
@@ -55,7 +58,13 @@ def test_any_name_comes_back(tmp_path):
     assert {n: p.digest for n, p in again.items()} == {n: prefix(i).digest for i, n in enumerate(NAMES)}
     assert all(p.is_relative_to(tmp_path / "s") for p in tmp_path.rglob("*.safetensors"))
     info = again.info("a")
-    assert (info.length, info.pos_start, info.window, info.task, info.shapes["self.1.v"]) == (3, 3, "slide", {"task": "e2e"}, (3, 2, 4))
+    assert (info.length, info.pos_start, info.window, info.task, info.shapes["self.1.v"]) == (
+        3,
+        3,
+        "slide",
+        {"task": "e2e"},
+        (3, 2, 4),
+    )
     assert (info.version, info.nbytes) == (1, prefix().nbytes)
     for name in NAMES[1:]:
         store.delete(name)
@@ -88,7 +97,9 @@ def test_a_stored_folder_is_a_prefix_folder(tmp_path):
 
 def test_what_put_returns_is_what_info_reads(tmp_path):
     store = PrefixStore(tmp_path)
-    put = store.put("a", prefix(base={"name": "b", "config": {"heads": (1, 2)}}, decoding={"num_beams": 5}, training={"steps": 3}))
+    put = store.put(
+        "a", prefix(base={"name": "b", "config": {"heads": (1, 2)}}, decoding={"num_beams": 5}, training={"steps": 3})
+    )
     info = store.info("a")
     assert dataclasses.asdict(put) == dataclasses.asdict(info)
     assert info.read().training == {"steps": 3}
@@ -228,7 +239,12 @@ DAMAGE = {
     "a short digest": ("entry.json", change(digest="0"), "digest", True),
     "decoding that is none": ("entry.json", change(decoding=None), "decoding", True),
     "another's digest": ("entry.json", change(digest="0" * 64), "differ in digest", False),
-    "fewer rows than there are": ("entry.json", change(shapes={f"self.{i}.{x}": [2, 2, 4] for i in range(2) for x in "kv"}), "differ in shapes", False),
+    "fewer rows than there are": (
+        "entry.json",
+        change(shapes={f"self.{i}.{x}": [2, 2, 4] for i in range(2) for x in "kv"}),
+        "differ in shapes",
+        False,
+    ),
     "another position": ("entry.json", change(pos_start=7), "differ in pos_start", False),
     "another window": ("entry.json", change(window="always"), "differ in window", False),
     "other decoding": ("entry.json", change(decoding={"num_beams": 9}), "differ in decoding", False),
@@ -310,9 +326,14 @@ HIDING = {
     "a version": lambda root, put: shutil.copytree(put.folder, root / "ab" / "copy"),
     "bare tensors of an adapter": lambda root, put: [
         (root / WORK / "0").mkdir(),
-        *(shutil.copy(put.folder / n, root / WORK / "0" / n) for n in ("adapter_config.json", "adapter_model.safetensors")),
+        *(
+            shutil.copy(put.folder / n, root / WORK / "0" / n)
+            for n in ("adapter_config.json", "adapter_model.safetensors")
+        ),
     ],
-    "tensors that nobody can read": lambda root, put: shutil.copy(put.folder / "adapter_model.safetensors", root / "lost.safetensors"),
+    "tensors that nobody can read": lambda root, put: shutil.copy(
+        put.folder / "adapter_model.safetensors", root / "lost.safetensors"
+    ),
     "a link": lambda root, put: (root / "link").symlink_to("/etc/hosts"),
 }
 
@@ -327,7 +348,9 @@ def test_what_is_left_of_a_deleted_prefix_is_found(tmp_path, hiding):
     store.delete("a")
     check = store.verify(absent=put.digest)
     assert not check.ok
-    assert len({*check.holding, *(d.path for d in check.damaged)}) in (1, 3), "the copy, or its folder and the files in it that name the digest"
+    assert len({*check.holding, *(d.path for d in check.damaged)}) in (1, 3), (
+        "the copy, or its folder and the files in it that name the digest"
+    )
     assert store.verify().ok
 
 
@@ -337,7 +360,9 @@ def test_an_absent_prefix_is_absent(tmp_path):
     store.put("c", prefix(3, pos_start=0))
     assert store.verify(absent=prefix(1).digest).ok
     assert store.verify(absent=prefix(2).digest).holding
-    assert any(h.endswith("000001") for h in store.verify(absent=prefix(3, pos_start=0).digest).holding), "the tensors, not only their names"
+    assert any(h.endswith("000001") for h in store.verify(absent=prefix(3, pos_start=0).digest).holding), (
+        "the tensors, not only their names"
+    )
     for wrong in ("", "abc", "G" * 64, prefix(1).digest.upper()):
         with pytest.raises(ConfigError, match="absent: expected the digest"):
             store.verify(absent=wrong)
@@ -426,12 +451,17 @@ def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch):
 
 def test_many_writers_lose_nothing(tmp_path):
     stores = [PrefixStore(tmp_path, keep_versions=100) for _ in range(4)]
-    threads = [threading.Thread(target=lambda s=s, i=i: [s.put("a", prefix(10 * i + k)) for k in range(5)]) for i, s in enumerate(stores)]
+    threads = [
+        threading.Thread(target=lambda s=s, i=i: [s.put("a", prefix(10 * i + k)) for k in range(5)])
+        for i, s in enumerate(stores)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     folder = stores[0].info("a").folder.parent
-    assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}" for i in range(1, 21)], "no version is lost, nothing stays behind"
+    assert sorted(p.name for p in folder.iterdir()) == [f"{i:06d}" for i in range(1, 21)], (
+        "no version is lost, nothing stays behind"
+    )
     digests = {Prefix.from_pretrained(p).digest for p in folder.iterdir()}
     assert digests == {prefix(10 * i + k).digest for i in range(4) for k in range(5)}

@@ -14,7 +14,15 @@ from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
 # A large rate and few rows: the loss on other rows falls, then rises.
-HOW = {"batch_size": 3, "prefix_length": 3, "learning_rate": 8e-2, "init": "random", "reparameterization": "none", "prefix_dropout": 0.1, "max_steps": 24}
+HOW = {
+    "batch_size": 3,
+    "prefix_length": 3,
+    "learning_rate": 8e-2,
+    "init": "random",
+    "reparameterization": "none",
+    "prefix_dropout": 0.1,
+    "max_steps": 24,
+}
 DATA = {"a": rows(0, 4), "b": rows(1, 6), "c": rows(2, 5)}
 HELD_OUT = {n: rows(10 + i, 5) for i, n in enumerate(DATA)}
 
@@ -26,7 +34,9 @@ def model():
 
 
 def losses_by_step(log, name):
-    return {line["step"]: line["eval_loss_by_prefix"][name] for line in log if name in line.get("eval_loss_by_prefix", {})}
+    return {
+        line["step"]: line["eval_loss_by_prefix"][name] for line in log if name in line.get("eval_loss_by_prefix", {})
+    }
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["flat", "mlp"])
@@ -41,7 +51,15 @@ def test_each_prefix_keeps_its_own_best_step(model, mlp):
         assert run.metrics[name]["best_step"] == best[name]
         assert run.metrics[name]["eval_loss"] == seen[best[name]]
         # The kept state is that of its best step: evaluated again it gives the same loss, and it is not the last state.
-        again = train(model, DATA[name], eval_data=HELD_OUT[name], init=run[name], max_steps=1, learning_rate=1e-300, metric_for_best_model="last")
+        again = train(
+            model,
+            DATA[name],
+            eval_data=HELD_OUT[name],
+            init=run[name],
+            max_steps=1,
+            learning_rate=1e-300,
+            metric_for_best_model="last",
+        )
         assert again.training["metrics"]["eval_loss"] == pytest.approx(seen[best[name]], abs=1e-6)
     assert len(set(best.values())) > 1, "the prefixes are best at different steps"
     assert min(best.values()) < 24
@@ -55,7 +73,15 @@ def test_each_prefix_keeps_its_own_best_step(model, mlp):
 def test_a_prefix_that_gets_no_better_ends_and_the_others_go_on(model, mlp, monkeypatch):
     original, packed = Order.at, []
     monkeypatch.setattr(Order, "at", lambda *args: (found := original(*args), packed.append(len(set(found[1]))))[0])
-    how = HOW | ({"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 3e-2} if mlp else {"learning_rate": 2e-2}) | {"max_steps": 40}
+    how = (
+        HOW
+        | (
+            {"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 3e-2}
+            if mlp
+            else {"learning_rate": 2e-2}
+        )
+        | {"max_steps": 40}
+    )
     how |= {"eval_steps": 2, "early_stopping_patience": 3, "logging_steps": 1}
     run = train(model, DATA, eval_data=HELD_OUT, **how)
     steps = {n: int(m["steps"]) for n, m in run.metrics.items()}
@@ -63,7 +89,9 @@ def test_a_prefix_that_gets_no_better_ends_and_the_others_go_on(model, mlp, monk
     assert min(steps.values()) < 40
     active = [line["prefixes"] for line in run.log if "loss" in line]
     assert active == packed
-    assert active == [sum(s > i for s in steps.values()) for i in range(max(steps.values()))], "an ended prefix leaves the batches"
+    assert active == [sum(s > i for s in steps.values()) for i in range(max(steps.values()))], (
+        "an ended prefix leaves the batches"
+    )
     for name in DATA:
         alone = train(model, DATA[name], eval_data=HELD_OUT[name], **how)
         assert alone.training["metrics"]["steps"] == steps[name]
@@ -82,12 +110,20 @@ def test_patience_may_differ_by_prefix(model):
 
 
 def test_without_eval_steps_each_is_evaluated_at_its_own_end(model):
-    run = train(model, {"short": rows(0, 3), "long": rows(1, 9)}, eval_data=rows(2, 3), **{**HOW, "max_steps": None, "num_train_epochs": 2.0})
+    run = train(
+        model,
+        {"short": rows(0, 3), "long": rows(1, 9)},
+        eval_data=rows(2, 3),
+        **{**HOW, "max_steps": None, "num_train_epochs": 2.0},
+    )
     assert {n: list(losses_by_step(run.log, n)) for n in run} == {"short": [2], "long": [6]}
 
 
 def test_evaluation_does_not_touch_training(model):
-    run, plain = (train(model, DATA["a"], eval_data=e, eval_steps=1, metric_for_best_model=m, **HOW) for e, m in ((HELD_OUT["a"], "last"), (None, "auto")))
+    run, plain = (
+        train(model, DATA["a"], eval_data=e, eval_steps=1, metric_for_best_model=m, **HOW)
+        for e, m in ((HELD_OUT["a"], "last"), (None, "auto"))
+    )
     assert distance(run, plain) == 0
 
 

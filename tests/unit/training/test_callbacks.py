@@ -16,7 +16,15 @@ from prefixfast.training.train_run import TrainRun
 from prefixfast.training.trainer import train
 from token_rows import rows
 
-HOW = {"batch_size": 3, "prefix_length": 3, "learning_rate": 2e-2, "init": "random", "reparameterization": "none", "max_steps": 4, "logging_steps": 2}
+HOW = {
+    "batch_size": 3,
+    "prefix_length": 3,
+    "learning_rate": 2e-2,
+    "init": "random",
+    "reparameterization": "none",
+    "max_steps": 4,
+    "logging_steps": 2,
+}
 DATA = {"a": rows(0, 4), "b": rows(1, 5)}
 
 
@@ -43,7 +51,15 @@ for hook in HOOKS:
 def test_all_hooks_in_order(model):
     record = Record()
     bad = {"input_ids": [5, 700], "labels": [-100, 700]}
-    run = train(model, {**DATA, "bad": [bad]}, eval_data=rows(2, 3), eval_steps=2, overrides={"b": {"max_steps": 3}}, callbacks=[record], **HOW)
+    run = train(
+        model,
+        {**DATA, "bad": [bad]},
+        eval_data=rows(2, 3),
+        eval_steps=2,
+        overrides={"b": {"max_steps": 3}},
+        callbacks=[record],
+        **HOW,
+    )
     names = [hook for hook, _ in record.calls]
     assert names == [
         "on_prefix_failed", "on_train_begin", "on_step", "on_step", "on_evaluate", "on_log", "on_log", "on_step", "on_evaluate", "on_prefix_end", "on_log",
@@ -57,8 +73,15 @@ def test_all_hooks_in_order(model):
     step, losses, norms, _ = told["on_step"][-1]
     assert (step, float(losses[0])) == (4, run.metrics["a"]["loss"])
     assert losses.dtype == norms.dtype == torch.float64
-    assert [(values[0], sorted(values[1])) for values in told["on_evaluate"]] == [(2, ["a", "b"]), (3, ["b"]), (4, ["a"])]
-    assert [(n, p is run[n], m is run.metrics[n]) for n, p, m in told["on_prefix_end"]] == [("b", True, True), ("a", True, True)]
+    assert [(values[0], sorted(values[1])) for values in told["on_evaluate"]] == [
+        (2, ["a", "b"]),
+        (3, ["b"]),
+        (4, ["a"]),
+    ]
+    assert [(n, p is run[n], m is run.metrics[n]) for n, p, m in told["on_prefix_end"]] == [
+        ("b", True, True),
+        ("a", True, True),
+    ]
     assert [values[0] for values in told["on_log"]] == [line for line in run.log if "step" in line]
     assert told["on_train_end"][0][0] is run
 
@@ -78,10 +101,16 @@ def test_a_subclass_and_several_objects(model):
 
 @pytest.mark.parametrize(
     ("callback", "message"),
-    [(Callback, "the class Callback; give an object"), (3, "int with none"), (types.SimpleNamespace(on_steps=print), r"with \['on_steps'\]")],
+    [
+        (Callback, "the class Callback; give an object"),
+        (3, "int with none"),
+        (types.SimpleNamespace(on_steps=print), r"with \['on_steps'\]"),
+    ],
 )
 def test_an_object_without_hooks_is_an_error(model, callback, message):
-    with pytest.raises(ConfigError, match=rf"callbacks\[0\]: expected an object with some of on_train_begin.*{message}"):
+    with pytest.raises(
+        ConfigError, match=rf"callbacks\[0\]: expected an object with some of on_train_begin.*{message}"
+    ):
         train(model, DATA["a"], callbacks=[callback], **HOW)
 
 
@@ -154,8 +183,12 @@ def test_a_plot_has_the_curves(run, tmp_path, kind):
     drawn = (tmp_path / "new" / f"losses.{kind}").read_bytes()
     assert drawn.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
     assert len(drawn) > 5000
-    assert run._curves("loss") == {n: [(line["step"], line["loss_by_prefix"][n]) for line in run.log if "loss" in line] for n in "ab"}
-    assert run._curves("eval_loss") == {n: [(line["step"], line["eval_loss_by_prefix"][n]) for line in run.log if "eval_loss" in line] for n in "ab"}
+    assert run._curves("loss") == {
+        n: [(line["step"], line["loss_by_prefix"][n]) for line in run.log if "loss" in line] for n in "ab"
+    }
+    assert run._curves("eval_loss") == {
+        n: [(line["step"], line["eval_loss_by_prefix"][n]) for line in run.log if "eval_loss" in line] for n in "ab"
+    }
 
 
 def test_the_plot_of_one_prefix_and_of_many(model, tmp_path):

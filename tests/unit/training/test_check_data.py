@@ -55,7 +55,9 @@ def test_every_problem_is_listed_with_its_line(file, tokenizer):
     assert all(str(p["message"]).startswith(f"{file}:{p['line']}: ") for p in report.problems)
     assert (report.rows, report.examples, report.unread, report.tokens) == (8, 4, ["source"], {})
     report = check("prompt", file, tokenizer=Tokenizer.from_hf(tokenizer))
-    assert [p["line"] for p in report.problems] == [4, 5, 6, 8, 9], "a prompt without tokens shows only with a tokenizer"
+    assert [p["line"] for p in report.problems] == [4, 5, 6, 8, 9], (
+        "a prompt without tokens shows only with a tokenizer"
+    )
     assert report.examples == 3
 
 
@@ -67,7 +69,10 @@ def test_the_first_problem_is_the_one_that_training_names(file):
 
 def test_lengths_and_limits(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "p" * n, "completion": "c" * (n % 7)}) + "\n" for n in range(1, 101)), encoding="utf8")
+    path.write_text(
+        "".join(json.dumps({"prompt": "p" * n, "completion": "c" * (n % 7)}) + "\n" for n in range(1, 101)),
+        encoding="utf8",
+    )
     report = check("prompt", path, tokenizer=Tokenizer.from_hf(tokenizer), max_length=60)
     assert report.characters["prompt"] == {"50": 50, "90": 90, "99": 99, "100": 100}
     totals = sorted(n + n % 7 + 1 for n in range(1, 101))  # with the end token
@@ -79,14 +84,32 @@ def test_lengths_and_limits(tmp_path, tokenizer):
 def test_more_than_one_chunk_is_read(tmp_path):
     path = tmp_path / "a.jsonl"
     bad = {300, 301, 999}
-    path.write_text("".join(json.dumps({"prompt": "a"} | ({} if n in bad else {"completion": "b"})) + "\n" for n in range(1, 1001)), encoding="utf8")
+    path.write_text(
+        "".join(json.dumps({"prompt": "a"} | ({} if n in bad else {"completion": "b"})) + "\n" for n in range(1, 1001)),
+        encoding="utf8",
+    )
     report = check(None, path, max_errors=2)
-    assert (report.num_problems, [p["line"] for p in report.problems], report.examples, report.task) == (3, [300, 301], 997, "prompt")
+    assert (report.num_problems, [p["line"] for p in report.problems], report.examples, report.task) == (
+        3,
+        [300, 301],
+        997,
+        "prompt",
+    )
 
 
 FORMATS = {
-    "refs": ("auto", {"triples": [["a", "B", "c"]], "refs": ["x", "yy"]}, 2, {"prompt": " a : b : c </s>", "target": " x </s>"}),
-    "messages": ("auto", {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}, 1, {"prompt": "[hi]", "target": "ho</s>"}),
+    "refs": (
+        "auto",
+        {"triples": [["a", "B", "c"]], "refs": ["x", "yy"]},
+        2,
+        {"prompt": " a : b : c </s>", "target": " x </s>"},
+    ),
+    "messages": (
+        "auto",
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]},
+        1,
+        {"prompt": "[hi]", "target": "ho</s>"},
+    ),
     "text": ("text", {"text": "once"}, 1, {"prompt": "o", "target": "nce</s>"}),
     "document": ("xsum", {"document": "long", "summary": "s"}, 1, {"prompt": "long</s>", "target": "s</s>"}),
     "ids": ("auto", {"input_ids": [39, 40, 41], "labels": [-100, -100, 41]}, 1, {"prompt": "DE", "target": "F"}),
@@ -95,7 +118,11 @@ FORMATS = {
 
 @pytest.mark.parametrize(("task", "row", "examples", "shown"), FORMATS.values(), ids=FORMATS)
 def test_the_example_is_what_the_model_sees(tmp_path, tokenizer, monkeypatch, task, row, examples, shown):
-    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content }}{% endfor %}")
+    monkeypatch.setattr(
+        tokenizer,
+        "chat_template",
+        "{% for m in messages %}{{ '[' + m.content + ']' if m.role == 'user' else m.content }}{% endfor %}",
+    )
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps(row), encoding="utf8")
     for own in (None, Tokenizer.from_hf(tokenizer)):
@@ -106,7 +133,10 @@ def test_the_example_is_what_the_model_sees(tmp_path, tokenizer, monkeypatch, ta
 
 def test_an_official_file(tmp_path):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps([{"tripleset": [["a", "B", "c"]], "annotations": [{"text": "x", "source": "s"}]}, {"tripleset": 5}]), encoding="utf8")
+    path.write_text(
+        json.dumps([{"tripleset": [["a", "B", "c"]], "annotations": [{"text": "x", "source": "s"}]}, {"tripleset": 5}]),
+        encoding="utf8",
+    )
     report = check("dart", path, split="train")
     assert (report.rows, report.examples, report.num_problems) == (2, 1, 1)
     assert report.example["prompt"] == " a : b : c {eos}"
@@ -130,9 +160,17 @@ def test_the_command(cli, file, folder, tmp_path):
     assert code == 1
     assert f"{file}:4: expected one JSON object a line" in out
     assert "8 rows, 4 examples, 4 problems" in out
-    code, out = cli("data", "check", "prompt", file, "--model", folder, "--max-length", "10", "--max-errors", "2", "--json")
+    code, out = cli(
+        "data", "check", "prompt", file, "--model", folder, "--max-length", "10", "--max-errors", "2", "--json"
+    )
     report = json.loads(out)
-    assert (code, report["num_problems"], len(report["problems"]), report["too_long"], report["max_length"]) == (1, 5, 2, 1, 10)
+    assert (code, report["num_problems"], len(report["problems"]), report["too_long"], report["max_length"]) == (
+        1,
+        5,
+        2,
+        1,
+        10,
+    )
     fine = tmp_path / "fine.jsonl"
     fine.write_text(json.dumps(GOOD[0]), encoding="utf8")
     code, out = cli("data", "check", "auto", fine, "--model", folder)

@@ -10,11 +10,25 @@ from prefixfast import PrefixConfig, TrainConfig, TrainRun, train
 from prefixfast.training.callbacks import Callback
 
 ROWS = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+4=", "completion": "7"}]
-FOUND = [t for o in (train, TrainRun, Callback, PrefixConfig, TrainConfig) for t in doctest.DocTestFinder(recurse=True).find(o, o.__name__) if t.examples]
+FOUND = [
+    t
+    for o in (train, TrainRun, Callback, PrefixConfig, TrainConfig)
+    for t in doctest.DocTestFinder(recurse=True).find(o, o.__name__)
+    if t.examples
+]
 
 
 def test_what_users_call_has_an_example():
-    assert {t.name for t in FOUND} >= {"train", "TrainRun", "TrainRun.best", "TrainRun.plot", "TrainRun.report", "Callback", "PrefixConfig", "TrainConfig"}
+    assert {t.name for t in FOUND} >= {
+        "train",
+        "TrainRun",
+        "TrainRun.best",
+        "TrainRun.plot",
+        "TrainRun.report",
+        "Callback",
+        "PrefixConfig",
+        "TrainConfig",
+    }
 
 
 @pytest.mark.parametrize("case", FOUND, ids=lambda t: t.name)

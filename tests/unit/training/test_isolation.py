@@ -14,7 +14,14 @@ from prefixfast.errors import ConfigError, DataError
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
-HOW = {"max_steps": 3, "batch_size": 2, "prefix_length": 3, "learning_rate": 1e-2, "init": "random", "reparameterization": "none"}
+HOW = {
+    "max_steps": 3,
+    "batch_size": 2,
+    "prefix_length": 3,
+    "learning_rate": 1e-2,
+    "init": "random",
+    "reparameterization": "none",
+}
 MALFORMED = {"input_ids": [5, 6, 700], "labels": [-100, 6, 700]}
 LONG = {"input_ids": list(range(3, 53)), "labels": [-100] * 48 + [51, 52]}
 
@@ -65,7 +72,11 @@ def test_names_may_be_numbers(model):
         ({"data": {"a": rows(0, 2)}}, ConfigError, "leave one of them out"),
         ({"data": [{**r, "user": None} for r in rows(0, 2)]}, DataError, "row 0: user: expected the name"),
         ({"data": [{**rows(0, 1)[0], "user": "a"}, rows(0, 1)[0]]}, DataError, "row 1: user: expected the name"),
-        ({"data": tagged({"a": rows(0, 2)}), "eval_data": tagged({"b": rows(0, 2)})}, ConfigError, r"names of data, got \['a', 'b'\]"),
+        (
+            {"data": tagged({"a": rows(0, 2)}), "eval_data": tagged({"b": rows(0, 2)})},
+            ConfigError,
+            r"names of data, got \['a', 'b'\]",
+        ),
     ],
 )
 def test_a_column_that_does_not_fit_is_an_error(model, change, error, message):
@@ -89,7 +100,9 @@ def test_rows_that_fail_are_those_of_one_prefix(model, tmp_path, bad, message):
     assert list(run) == ["ann", "bob"]
     assert list(run.failed) == ["bad"]
     assert message in run.failed["bad"]
-    assert [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()] == [{"prefix": "bad", "error": run.failed["bad"]}]
+    assert [json.loads(line) for line in (tmp_path / "failed.jsonl").read_text().splitlines()] == [
+        {"prefix": "bad", "error": run.failed["bad"]}
+    ]
     for name in run:
         assert distance(run[name], train(model, data[name], **HOW)) < 1e-9
     with pytest.raises(DataError, match=message):
@@ -129,7 +142,14 @@ def test_numbers_that_are_not_finite_fail_their_prefix_only(model, tmp_path):
     bad = prefixfast.Prefix({n: torch.full_like(t, 1e200) for n, t in good.kv.items()}, good.pos_start)
     how = {**HOW, "max_steps": 30}
     how.pop("init"), how.pop("prefix_length")
-    run = train(model, {"good": rows(0, 4), "bad": rows(0, 4)}, init={"good": good, "bad": bad}, output_dir=tmp_path, logging_steps=1, **how)
+    run = train(
+        model,
+        {"good": rows(0, 4), "bad": rows(0, 4)},
+        init={"good": good, "bad": bad},
+        output_dir=tmp_path,
+        logging_steps=1,
+        **how,
+    )
     assert list(run) == ["good"]
     assert "not finite in 10 steps in a row" in run.failed["bad"]
     assert [line["prefixes"] for line in run.log if "loss" in line] == [2] * 10 + [1] * 20, "it left the batches"
@@ -184,7 +204,14 @@ def test_each_finished_prefix_is_in_the_store_at_once(model, tmp_path):
         def on_step(self, step, losses, grad_norms, active):
             seen.append(sorted(store))
 
-    run = train(model, {"short": rows(0, 2), "long": rows(1, 2)}, overrides={"long": {"max_steps": 5}}, store=store, callbacks=[Watch()], **HOW)
+    run = train(
+        model,
+        {"short": rows(0, 2), "long": rows(1, 2)},
+        overrides={"long": {"max_steps": 5}},
+        store=store,
+        callbacks=[Watch()],
+        **HOW,
+    )
     assert seen == [[], [], [], ["short"], ["short"]], "after 3 steps the short one is there, while the other goes on"
     assert {n: store[n].digest for n in store} == {n: run[n].digest for n in run}
     train(model, rows(0, 2), store=tmp_path / "store", **HOW)
@@ -196,6 +223,8 @@ def test_words_that_a_task_forbids_are_tokens_of_the_base(base):
     prefix = train(base, rows_, task="e2e", max_steps=1, prefix_length=2, progress=False)
     (line,) = base.require_tokenizer().encode(["\n"], add_special_tokens=False)
     assert prefix.decoding["bad_words_ids"] == [[int(line[0])] * 2, [int(line[0])]]
-    (got,) = prefixfast.generate([{"mr": "name[ab]"}], prefix, model=base, max_new_tokens=8, min_new_tokens=8, progress=False)
+    (got,) = prefixfast.generate(
+        [{"mr": "name[ab]"}], prefix, model=base, max_new_tokens=8, min_new_tokens=8, progress=False
+    )
     assert int(line[0]) not in got.token_ids
     assert Task.from_spec(prefix.task).bad_words == ("\n\n", "\n")

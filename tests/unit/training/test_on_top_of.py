@@ -19,7 +19,10 @@ from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
 HOW = {"batch_size": 3, "prefix_length": 4, "learning_rate": 2e-2, "init": "random", "max_steps": 6}
-KINDS = {"flat": {"reparameterization": "none"}, "mlp": {"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 5e-3}}
+KINDS = {
+    "flat": {"reparameterization": "none"},
+    "mlp": {"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 5e-3},
+}
 
 
 def base_prefix(model, **fields) -> prefixfast.Prefix:
@@ -29,14 +32,24 @@ def base_prefix(model, **fields) -> prefixfast.Prefix:
 def loss_of(model, prefixes, data) -> float:
     """Mean loss of a target token with prefixes composed left to right, by a plan made here."""
     before = np.cumsum([0, *(p.length for p in prefixes)])
-    table = np.array([[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(before, prefixes, strict=False)], np.int32)
-    arena = [tuple(torch.cat([kv_by_layer(p, model.layers)[i][j] for p in prefixes]) for j in (0, 1)) for i in range(len(model.layers))]
+    table = np.array(
+        [[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(before, prefixes, strict=False)], np.int32
+    )
+    arena = [
+        tuple(torch.cat([kv_by_layer(p, model.layers)[i][j] for p in prefixes]) for j in (0, 1))
+        for i in range(len(model.layers))
+    ]
     lost = []
     for row in data:
         ids, target = torch.tensor(row["input_ids"]), np.array(row["labels"]) != -100
         indptr = np.array([0, len(prefixes)], np.int32)
         plan = training_plan(
-            np.array([len(ids)], np.int32), indptr, np.arange(len(prefixes), dtype=np.int32), PrefixRows(table[None]), arena, backend=model.backend
+            np.array([len(ids)], np.int32),
+            indptr,
+            np.arange(len(prefixes), dtype=np.int32),
+            PrefixRows(table[None]),
+            arena,
+            backend=model.backend,
         )
         logits = model.forward(plan, ids)
         at = torch.tensor(np.flatnonzero(target))
@@ -57,7 +70,9 @@ def test_on_top_of_a_frozen_prefix(family, kind):
             assert prefix.length == 4, "the frozen rows are not stored"
             assert prefix.training["on_top_of"] == kept
             assert loss_of(model, [first, prefix], held_out) == pytest.approx(run.metrics[name]["eval_loss"], abs=1e-9)
-            assert abs(loss_of(model, [prefix], held_out) - run.metrics[name]["eval_loss"]) > 1e-4, "without it the loss is another"
+            assert abs(loss_of(model, [prefix], held_out) - run.metrics[name]["eval_loss"]) > 1e-4, (
+                "without it the loss is another"
+            )
             assert distance(train(model, data[name], on_top_of=first, eval_data=held_out, **how), prefix) < 1e-9
             assert distance(train(model, data[name], eval_data=held_out, **how), prefix) > 1e-4
 
@@ -67,7 +82,12 @@ def test_generation_with_both_gives_the_logits_of_training():
     with prefixfast.load(tiny.make("llama")) as model:
         first = base_prefix(model)
         row = rows(8, 1)[0]
-        new = train(model, [row], on_top_of=first, **{**HOW, "max_steps": 60, "reparameterization": "none", "learning_rate": 5e-2})
+        new = train(
+            model,
+            [row],
+            on_top_of=first,
+            **{**HOW, "max_steps": 60, "reparameterization": "none", "learning_rate": 5e-2},
+        )
         target = [i for i in row["labels"] if i != -100]
         prompt = row["input_ids"][: -len(target)]
         with prefixfast.Engine(model, max_num_seqs=4) as engine:
@@ -102,7 +122,11 @@ def test_the_frozen_prefix_by_name(base, make_prefix, tmp_path):
 def test_frozen_rows_keep_their_values_and_the_others_learn(kind):
     with prefixfast.load(tiny.make("llama", dtype=torch.float64)) as model:
         how = {**HOW, **kind, "weight_decay": 0.1, "prefix_dropout": 0.2}
-        start = train(model, rows(0, 4), **{**how, "max_steps": 1, "learning_rate": 1e-300, "weight_decay": 0.0, "prefix_dropout": 0.0})
+        start = train(
+            model,
+            rows(0, 4),
+            **{**how, "max_steps": 1, "learning_rate": 1e-300, "weight_decay": 0.0, "prefix_dropout": 0.0},
+        )
         data = {"a": rows(0, 5), "b": rows(1, 4)}
         run = train(model, data, frozen_rows=2, **how)
         for name, prefix in run.items():
@@ -119,7 +143,9 @@ def test_frozen_rows_keep_their_values_and_the_others_learn(kind):
 def test_dropout_leaves_frozen_rows():
     with prefixfast.load(tiny.make("gpt2")) as model:
         config = PrefixConfig(prefix_length=5, frozen_rows=2, prefix_dropout=0.5)
-        params = PrefixParameters.make(model.layers, [None] * 3, config, mlp=False, seed=0, dtype=torch.float32, device=model.device)
+        params = PrefixParameters.make(
+            model.layers, [None] * 3, config, mlp=False, seed=0, dtype=torch.float32, device=model.device
+        )
         params.refresh(np.zeros(3, np.int64))
         dropped = [(leaf.view(3, 5, -1) == 0).float().mean((0, 2)) for kv in params.leaves for leaf in kv]
         assert torch.stack(dropped)[:, :2].max() == 0
@@ -150,7 +176,13 @@ def test_activations_are_really_recomputed_and_restored_after_an_error():
     for flag in (False, True):
         calls.clear()
         with pytest.raises(RuntimeError, match="own"):
-            train(model, rows(0, 3), gradient_checkpointing=flag, callbacks=[Fails()], **{**HOW, "reparameterization": "none"})
+            train(
+                model,
+                rows(0, 3),
+                gradient_checkpointing=flag,
+                callbacks=[Fails()],
+                **{**HOW, "reparameterization": "none"},
+            )
         assert calls.count(True) == 1 + flag
     handle.remove()
     assert not [m for m in model.modules() if "forward" in vars(m)]
@@ -182,7 +214,10 @@ class Limit:
         return losses
 
 
-ERRORS = {"gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")}
+ERRORS = {
+    "gpu": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+    "cpu": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+}
 
 
 @pytest.mark.parametrize(("error", "kind"), [("gpu", "flat"), ("cpu", "mlp")])

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
-from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import (
+    get_constant_schedule_with_warmup,
+    get_cosine_schedule_with_warmup,
+    get_linear_schedule_with_warmup,
+)
 
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 
@@ -27,7 +31,10 @@ def test_equals_adamw_on_each_prefix_alone(max_norm, weight_decay):
     params = [t.requires_grad_() for t in gradients(0, shapes)]
     rows = [ROWS, ROWS, 1]
     ours = PrefixAdamW(list(zip(params, rows, strict=True)), N, weight_decay=weight_decay)
-    own = [[p.detach()[i * r : (i + 1) * r].clone().requires_grad_() for p, r in zip(params, rows, strict=True)] for i in range(N)]
+    own = [
+        [p.detach()[i * r : (i + 1) * r].clone().requires_grad_() for p, r in zip(params, rows, strict=True)]
+        for i in range(N)
+    ]
     theirs = [torch.optim.AdamW(o, lr=1.0, weight_decay=weight_decay) for o in own]
     for step in range(STEPS):
         grads = gradients(step + 1, shapes)
@@ -100,12 +107,17 @@ def test_schedules_of_each_prefix_are_its_own():
     step, total = torch.tensor([3, 3, 12]), torch.tensor([20, 10, 20])
     peak, warmup = torch.tensor([0.5, 0.1, 0.2]), torch.tensor([0, 5, 5])
     ours = learning_rates(step, total, peak=peak, warmup=warmup, kind="linear")
-    each = [learning_rates(step[i], total[i], peak=float(peak[i]), warmup=int(warmup[i]), kind="linear") for i in range(3)]
+    each = [
+        learning_rates(step[i], total[i], peak=float(peak[i]), warmup=int(warmup[i]), kind="linear") for i in range(3)
+    ]
     assert ours.tolist() == pytest.approx([float(x) for x in each], abs=1e-9)
 
 
 def test_decay_and_clipping_of_each_prefix_are_its_own():
-    decay, limit = torch.tensor([0.0, 0.3, 0.3], dtype=torch.float64), torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
+    decay, limit = (
+        torch.tensor([0.0, 0.3, 0.3], dtype=torch.float64),
+        torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64),
+    )
 
     def run(decay, limit, only=None):
         p = gradients(0, [(3 * ROWS, 4)])[0].requires_grad_()

@@ -28,30 +28,80 @@ def chosen(task="prompt", *, config=None, prefix_config=None, init=None, init_te
 def test_the_built_in_recipes():
     assert names() == ["default", "low-data", "paper"]
     plain = chosen()
-    assert (plain.config, plain.prefix_config, plain.init, plain.init_text) == (TrainConfig(), PrefixConfig(), "text", None)
+    assert (plain.config, plain.prefix_config, plain.init, plain.init_text) == (
+        TrainConfig(),
+        PrefixConfig(),
+        "text",
+        None,
+    )
 
 
 @pytest.mark.parametrize(
-    ("task", "rate", "epochs", "batch", "length"), [("e2e", 8e-5, 5, 10, 5), ("webnlg", 5e-5, 5, 5, 5), ("dart", 5e-5, 10, 5, 10), ("prompt", 5e-5, 10, 5, 10)]
+    ("task", "rate", "epochs", "batch", "length"),
+    [("e2e", 8e-5, 5, 10, 5), ("webnlg", 5e-5, 5, 5, 5), ("dart", 5e-5, 10, 5, 10), ("prompt", 5e-5, 10, 5, 10)],
 )
 def test_the_paper_by_task(task, rate, epochs, batch, length):
     got = chosen(task, recipe="paper")
     config = got.config
-    assert (config.learning_rate, config.num_train_epochs, config.batch_size, got.prefix_config.prefix_length) == (rate, epochs, batch, length)
-    assert (config.loss, config.warmup_steps, config.weight_decay, config.max_grad_norm, config.lr_scheduler_type) == ("sequence_sum", 0, 0.0, 1.0, "linear")
-    assert (got.init, got.prefix_config.reparameterization, got.prefix_config.encoder_hidden_size, config.seed) == ("random", "mlp", 512, 101)
+    assert (config.learning_rate, config.num_train_epochs, config.batch_size, got.prefix_config.prefix_length) == (
+        rate,
+        epochs,
+        batch,
+        length,
+    )
+    assert (config.loss, config.warmup_steps, config.weight_decay, config.max_grad_norm, config.lr_scheduler_type) == (
+        "sequence_sum",
+        0,
+        0.0,
+        1.0,
+        "linear",
+    )
+    assert (got.init, got.prefix_config.reparameterization, got.prefix_config.encoder_hidden_size, config.seed) == (
+        "random",
+        "mlp",
+        512,
+        101,
+    )
 
 
 def test_low_data():
     got = chosen("e2e", recipe="low-data")
-    assert (got.init, got.prefix_config.prefix_length, got.prefix_config.fit_steps, got.prefix_config.reparameterization) == ("text", "text", 500, "mlp")
-    assert (got.config.batch_size, got.config.max_steps, got.config.eval_steps, got.config.learning_rate) == (10, 200, 50, 5e-5)
+    assert (
+        got.init,
+        got.prefix_config.prefix_length,
+        got.prefix_config.fit_steps,
+        got.prefix_config.reparameterization,
+    ) == ("text", "text", 500, "mlp")
+    assert (got.config.batch_size, got.config.max_steps, got.config.eval_steps, got.config.learning_rate) == (
+        10,
+        200,
+        50,
+        5e-5,
+    )
 
 
-@pytest.mark.parametrize("how", [{"learning_rate": 1e-3}, {"config": {"learning_rate": 1e-3}}, {"config": TrainConfig(learning_rate=1e-3, recipe="paper")}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"learning_rate": 1e-3},
+        {"config": {"learning_rate": 1e-3}},
+        {"config": TrainConfig(learning_rate=1e-3, recipe="paper")},
+    ],
+)
 def test_what_is_given_wins(how):
-    got = chosen("e2e", **({"recipe": "paper"} if "recipe" not in str(how) else {}), prefix_config={"prefix_length": 7}, init="zero", **how)
-    assert (got.config.learning_rate, got.config.batch_size, got.prefix_config.prefix_length, got.init) == (1e-3, 10, 7, "zero")
+    got = chosen(
+        "e2e",
+        **({"recipe": "paper"} if "recipe" not in str(how) else {}),
+        prefix_config={"prefix_length": 7},
+        init="zero",
+        **how,
+    )
+    assert (got.config.learning_rate, got.config.batch_size, got.prefix_config.prefix_length, got.init) == (
+        1e-3,
+        10,
+        7,
+        "zero",
+    )
     assert {"learning_rate", "prefix_length"} <= got.explicit
     assert "batch_size" not in got.explicit
 
@@ -67,7 +117,13 @@ def test_a_file_of_ones_own(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("learning_rate: 1e-4\nprefix_length: 3\ninit: zero\ntasks:\n  e2e: {max_steps: 5}\n")
     got = chosen("e2e", recipe=str(path), batch_size=2)
-    assert (got.config.learning_rate, got.config.max_steps, got.config.batch_size, got.prefix_config.prefix_length, got.init) == (1e-4, 5, 2, 3, "zero")
+    assert (
+        got.config.learning_rate,
+        got.config.max_steps,
+        got.config.batch_size,
+        got.prefix_config.prefix_length,
+        got.init,
+    ) == (1e-4, 5, 2, 3, "zero")
     assert chosen("dart", recipe=str(path)).config.max_steps is None
 
 
@@ -91,7 +147,8 @@ def test_a_file_that_does_not_fit(tmp_path, text, message):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "message"), [("papers", "expected default, low-data, paper or a .yaml file, got 'papers'"), ("none.yaml", "cannot be read")]
+    ("recipe", "message"),
+    [("papers", "expected default, low-data, paper or a .yaml file, got 'papers'"), ("none.yaml", "cannot be read")],
 )
 def test_an_unknown_recipe(recipe, message):
     with pytest.raises(ConfigError, match=message):
@@ -101,17 +158,37 @@ def test_an_unknown_recipe(recipe, message):
 
 
 def test_numbers_in_yaml_are_those_of_yaml_1_2():
-    assert read_yaml("[1e-3, 1E5, -2e+3, 1.5e-2, 12, 1e, e3, a1e3]") == [1e-3, 1e5, -2e3, 1.5e-2, 12, "1e", "e3", "a1e3"]
+    assert read_yaml("[1e-3, 1E5, -2e+3, 1.5e-2, 12, 1e, e3, a1e3]") == [
+        1e-3,
+        1e5,
+        -2e3,
+        1.5e-2,
+        12,
+        "1e",
+        "e3",
+        "a1e3",
+    ]
 
 
 def test_a_run_of_the_low_data_recipe(base):
     """Words decide the length; the network is fitted to their keys and values before it learns."""
-    prefix = train(base, TEXT_ROWS, recipe="low-data", init_text="abc de", max_steps=2, encoder_hidden_size=32, fit_steps=20)
+    prefix = train(
+        base, TEXT_ROWS, recipe="low-data", init_text="abc de", max_steps=2, encoder_hidden_size=32, fit_steps=20
+    )
     assert prefix.length == len("abc de")
     assert prefix.training["config"]["learning_rate"] == 5e-5
     words = train(base, TEXT_ROWS, init_text="abc de", prefix_length="text", max_steps=1, learning_rate=1e-12)
     assert words.length == 6
-    near = train(base, TEXT_ROWS, recipe="low-data", init_text="abc de", max_steps=1, encoder_hidden_size=32, fit_steps=600, learning_rate=1e-12)
+    near = train(
+        base,
+        TEXT_ROWS,
+        recipe="low-data",
+        init_text="abc de",
+        max_steps=1,
+        encoder_hidden_size=32,
+        fit_steps=600,
+        learning_rate=1e-12,
+    )
     assert square_distance(near, words) < 0.7 * square_distance(prefix, words)
 
 
@@ -123,7 +200,11 @@ def reference_fit(goal: torch.Tensor, steps: int, seed: int, hidden: int) -> tor
     """The paper's fit of one network, written plainly: ``[P, 2 * L * E]``."""
     torch.manual_seed(seed)
     width = 32
-    embedding, first, second = torch.nn.Embedding(len(goal), width), torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, goal.shape[1])
+    embedding, first, second = (
+        torch.nn.Embedding(len(goal), width),
+        torch.nn.Linear(width, hidden),
+        torch.nn.Linear(hidden, goal.shape[1]),
+    )
     optimizer = torch.optim.Adam([*first.parameters(), *second.parameters()], lr=1e-4)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -137,29 +218,59 @@ def test_the_fit_is_that_of_one_network_alone():
         texts = [text_kv(model, ids, 3) for ids in ([5, 6, 7], [8, 9, 10])]
         init, seeds = [texts[0], texts[1], None, texts[0], texts[0]], [0, 0, 0, 4, 0]
         config = PrefixConfig(prefix_length=3, reparameterization="mlp", encoder_hidden_size=16, fit_steps=40)
-        params = PrefixParameters.make(model.layers, init, config, mlp=True, seed=seeds, dtype=torch.float32, device=model.device)
+        params = PrefixParameters.make(
+            model.layers, init, config, mlp=True, seed=seeds, dtype=torch.float32, device=model.device
+        )
         got = torch.stack(params.current(), 1).view(5, 3, -1)
         for i in (0, 1, 3, 4):
             goal = torch.stack([t for kv in init[i] for t in kv], 1).reshape(3, -1)
             assert (got[i] - reference_fit(goal, 40, seeds[i], 16)).abs().max() < 1e-5
         assert torch.equal(got[0], got[4])
-        assert (got[2] - reference_fit(torch.zeros(3, got.shape[2]), 0, 0, 16)).abs().max() < 1e-6, "a random one stays as drawn"
+        assert (got[2] - reference_fit(torch.zeros(3, got.shape[2]), 0, 0, 16)).abs().max() < 1e-6, (
+            "a random one stays as drawn"
+        )
 
 
 def test_equal_starts_are_fitted_once(monkeypatch):
     fitted = []
     run = encoder._run_mlp
-    monkeypatch.setattr(encoder, "_run_mlp", lambda embedding, *rest: (fitted.append(len(embedding)), run(embedding, *rest))[1])
+    monkeypatch.setattr(
+        encoder, "_run_mlp", lambda embedding, *rest: (fitted.append(len(embedding)), run(embedding, *rest))[1]
+    )
     with prefixfast.load(tiny.make("gpt2")) as model:
         text = text_kv(model, [5, 6, 7], 3)
         for layers in (None, (0, 2)):
-            config = PrefixConfig(prefix_length=3, reparameterization="mlp", encoder_hidden_size=16, fit_steps=4, layers=layers)
+            config = PrefixConfig(
+                prefix_length=3, reparameterization="mlp", encoder_hidden_size=16, fit_steps=4, layers=layers
+            )
             fitted.clear()
-            PrefixParameters.make(model.layers, [text, None, text, text], config, mlp=True, seed=0, dtype=torch.float32, device=model.device)
+            PrefixParameters.make(
+                model.layers,
+                [text, None, text, text],
+                config,
+                mlp=True,
+                seed=0,
+                dtype=torch.float32,
+                device=model.device,
+            )
             assert fitted == [1, 1, 1, 1, 4], "four steps for all, then the four prefixes"
 
 
 def test_embedding_dim_is_the_networks_input():
-    prefix = train(tiny.make("gpt2"), rows(0, 3), init="random", embedding_dim=7, encoder_hidden_size=5, prefix_length=4, max_steps=1)
+    prefix = train(
+        tiny.make("gpt2"),
+        rows(0, 3),
+        init="random",
+        embedding_dim=7,
+        encoder_hidden_size=5,
+        prefix_length=4,
+        max_steps=1,
+    )
     assert prefix.num_trained == 4 * 7 + 7 * 5 + 5 + 5 * 192 + 192
-    assert distance(prefix, train(tiny.make("gpt2"), rows(0, 3), init="random", encoder_hidden_size=5, prefix_length=4, max_steps=1)) > 1e-3
+    assert (
+        distance(
+            prefix,
+            train(tiny.make("gpt2"), rows(0, 3), init="random", encoder_hidden_size=5, prefix_length=4, max_steps=1),
+        )
+        > 1e-3
+    )

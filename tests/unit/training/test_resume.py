@@ -61,7 +61,14 @@ def test_a_cut_run_ends_as_the_uncut_one_to_the_bit(model, tmp_path, kind):
         out = tmp_path / f"every-{save_steps}"
         for cut in cuts:
             with pytest.raises(Cut):
-                train(model, DATA, output_dir=out, resume=True, callbacks=[CutAt(cut)], **{**how, "save_steps": save_steps})
+                train(
+                    model,
+                    DATA,
+                    output_dir=out,
+                    resume=True,
+                    callbacks=[CutAt(cut)],
+                    **{**how, "save_steps": save_steps},
+                )
         run = train(model, DATA, output_dir=out, resume=True, **{**how, "save_steps": save_steps})
         assert digests(run) == digests(whole)
         assert run.metrics == whole.metrics
@@ -87,7 +94,15 @@ def test_what_is_finished_is_not_done_again(model, tmp_path):
             seen.append((step, active.tolist()))
 
     store = prefixfast.PrefixStore(tmp_path / "store")
-    how = {**HOW, **FLAT, "max_steps": 3, "overrides": {"b": {"max_steps": 6}}, "store": store, "output_dir": tmp_path / "out", "eval_data": HELD_OUT}
+    how = {
+        **HOW,
+        **FLAT,
+        "max_steps": 3,
+        "overrides": {"b": {"max_steps": 6}},
+        "store": store,
+        "output_dir": tmp_path / "out",
+        "eval_data": HELD_OUT,
+    }
     with pytest.raises(Cut):
         train(model, DATA, callbacks=[CutAt(5)], **how)
     versions = {n: len(list(store.info(n).folder.parent.iterdir())) for n in ("a", "c")}
@@ -102,12 +117,28 @@ def test_what_is_finished_is_not_done_again(model, tmp_path):
 
 
 def test_a_failure_is_remembered(model, tmp_path):
-    good = train(model, rows(0, 4), **{**HOW, **FLAT, "max_steps": 1, "eval_steps": None, "early_stopping_patience": None})
+    good = train(
+        model, rows(0, 4), **{**HOW, **FLAT, "max_steps": 1, "eval_steps": None, "early_stopping_patience": None}
+    )
     bad = prefixfast.Prefix({n: torch.full_like(t, 1e25) for n, t in good.kv.items()}, good.pos_start)
     how = {k: v for k, v in HOW.items() if k not in ("init", "prefix_length", "eval_steps", "early_stopping_patience")}
     with pytest.raises(Cut):
-        train(model, {"good": rows(0, 4), "bad": rows(0, 4)}, init={"good": good, "bad": bad}, output_dir=tmp_path, callbacks=[CutAt(15)], **how)
-    run = train(model, {"good": rows(0, 4), "bad": rows(0, 4)}, init={"good": good, "bad": bad}, output_dir=tmp_path, resume=True, **how)
+        train(
+            model,
+            {"good": rows(0, 4), "bad": rows(0, 4)},
+            init={"good": good, "bad": bad},
+            output_dir=tmp_path,
+            callbacks=[CutAt(15)],
+            **how,
+        )
+    run = train(
+        model,
+        {"good": rows(0, 4), "bad": rows(0, 4)},
+        init={"good": good, "bad": bad},
+        output_dir=tmp_path,
+        resume=True,
+        **how,
+    )
     assert list(run) == ["good"]
     assert "not finite" in run.failed["bad"]
     assert json.loads((tmp_path / "failed.jsonl").read_text())["prefix"] == "bad"
@@ -115,7 +146,10 @@ def test_a_failure_is_remembered(model, tmp_path):
 
 CHANGES = {
     "rows": ({"data": {**DATA, "b": rows(5, 7)}}, "data of 'b' differs"),
-    "a name more": ({"data": {**DATA, "d": rows(5, 7)}, "eval_data": {**HELD_OUT, "d": rows(5, 7)}}, "data: d was nothing"),
+    "a name more": (
+        {"data": {**DATA, "d": rows(5, 7)}, "eval_data": {**HELD_OUT, "d": rows(5, 7)}},
+        "data: d was nothing",
+    ),
     "held-out rows": ({"eval_data": {**HELD_OUT, "a": rows(77, 2)}}, "eval_data of 'a' differs"),
     "rate": ({"learning_rate": 1e-2}, "config: learning_rate was 0.03, is 0.01"),
     "rate of one": ({"overrides": {"a": {"learning_rate": 1e-2}}}, "own config: a was nothing"),
@@ -137,7 +171,10 @@ def cut_run(model, tmp_path_factory):
 def test_a_checkpoint_of_another_run_is_refused(model, cut_run, change, message):
     before = {p: p.read_bytes() for p in cut_run.rglob("*") if p.is_file()}
     with pytest.raises(ConfigError, match=message):
-        train(model, **{"data": DATA, "eval_data": HELD_OUT, "output_dir": cut_run, "resume": True, **HOW, **FLAT, **change})
+        train(
+            model,
+            **{"data": DATA, "eval_data": HELD_OUT, "output_dir": cut_run, "resume": True, **HOW, **FLAT, **change},
+        )
     assert {p: p.read_bytes() for p in cut_run.rglob("*") if p.is_file()} == before
 
 
@@ -151,7 +188,13 @@ def test_options_that_change_no_result_may_change(model, tmp_path):
     whole = train(model, DATA, **how)
     with pytest.raises(Cut):
         train(model, DATA, output_dir=tmp_path, callbacks=[CutAt(5)], **how)
-    run = train(model, DATA, output_dir=tmp_path, resume=True, **{**how, "logging_steps": 3, "save_steps": 50, "gradient_checkpointing": True})
+    run = train(
+        model,
+        DATA,
+        output_dir=tmp_path,
+        resume=True,
+        **{**how, "logging_steps": 3, "save_steps": 50, "gradient_checkpointing": True},
+    )
     assert digests(run) == digests(whole)
 
 
@@ -205,7 +248,15 @@ def test_what_finished_after_the_checkpoint_is_not_stored_twice(model, tmp_path)
                 raise Cut
 
     store = prefixfast.PrefixStore(tmp_path / "store")
-    how = {**HOW, **FLAT, "eval_data": HELD_OUT, "overrides": {"a": {"max_steps": 3}}, "save_steps": 2, "store": store, "output_dir": tmp_path / "out"}
+    how = {
+        **HOW,
+        **FLAT,
+        "eval_data": HELD_OUT,
+        "overrides": {"a": {"max_steps": 3}},
+        "save_steps": 2,
+        "store": store,
+        "output_dir": tmp_path / "out",
+    }
     with pytest.raises(Cut):
         train(model, DATA, callbacks=[CutAfter()], **how)
     folder = store.info("a").folder
@@ -279,7 +330,9 @@ def test_a_handler_of_the_application_stays(model, tmp_path):
 
 def test_training_in_another_thread_works(model, tmp_path):
     results = []
-    worker = threading.Thread(target=lambda: results.append(train(model, DATA, output_dir=tmp_path, eval_data=HELD_OUT, **HOW, **FLAT)))
+    worker = threading.Thread(
+        target=lambda: results.append(train(model, DATA, output_dir=tmp_path, eval_data=HELD_OUT, **HOW, **FLAT))
+    )
     worker.start()
     worker.join()
     assert len(results[0]) == 3
@@ -292,7 +345,12 @@ def killed(tmp_path: Path, kills: int, seed: int) -> dict:
     script = ROOT / "tests" / "kill_training.py"
     env = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), str(kills), str(seed)], env=env, capture_output=True, text=True, check=False, timeout=900
+        [sys.executable, str(script), str(tmp_path), str(kills), str(seed)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return {**json.loads(done.stdout.splitlines()[-1]), "said": done.stderr}

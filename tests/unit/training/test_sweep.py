@@ -11,7 +11,14 @@ from prefixfast.errors import ConfigError
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
-HOW = {"batch_size": 3, "prefix_length": 3, "learning_rate": 2e-2, "init": "random", "reparameterization": "none", "max_steps": 5}
+HOW = {
+    "batch_size": 3,
+    "prefix_length": 3,
+    "learning_rate": 2e-2,
+    "init": "random",
+    "reparameterization": "none",
+    "max_steps": 5,
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +41,20 @@ class Count:
 def test_rates_and_seeds_share_the_batches(model):
     count = Count()
     data, held_out = rows(0, 6), rows(1, 5)
-    run = train(model, data, eval_data=held_out, sweep={"learning_rate": [1e-9, 2e-2, 0.1], "seed": [0, 4]}, callbacks=[count], **HOW)
+    run = train(
+        model,
+        data,
+        eval_data=held_out,
+        sweep={"learning_rate": [1e-9, 2e-2, 0.1], "seed": [0, 4]},
+        callbacks=[count],
+        **HOW,
+    )
     assert len(count.groups) == 1
-    assert list(run) == count.groups[0] == [f"learning_rate={r},seed={s}" for r in ("1e-09", "0.02", "0.1") for s in (0, 4)]
+    assert (
+        list(run)
+        == count.groups[0]
+        == [f"learning_rate={r},seed={s}" for r in ("1e-09", "0.02", "0.1") for s in (0, 4)]
+    )
     for name, prefix in run.items():
         variant = {k: v for k, v in run.variants[name].items() if k != "of"}
         assert distance(train(model, data, eval_data=held_out, **HOW | variant), prefix) < 1e-9
@@ -48,13 +66,20 @@ def test_rates_and_seeds_share_the_batches(model):
 
 def test_what_a_batch_must_share_is_a_run_of_its_own(model, tmp_path):
     count = Count()
-    sweep = {"prefix_length": [2, 5], "learning_rate": [1e-2, 2e-2], "init": ["random", "zero"], "loss": ["token_mean", "sequence_sum"]}
+    sweep = {
+        "prefix_length": [2, 5],
+        "learning_rate": [1e-2, 2e-2],
+        "init": ["random", "zero"],
+        "loss": ["token_mean", "sequence_sum"],
+    }
     run = train(model, rows(0, 6), sweep=sweep, callbacks=[count], output_dir=tmp_path, **HOW)
     assert sorted(map(len, count.groups)) == [4, 4, 4, 4]
     assert len(run) == 16
     name = "prefix_length=5,learning_rate=0.01,init=zero,loss=sequence_sum"
     assert run[name].length == 5
-    alone = train(model, rows(0, 6), **{**HOW, "prefix_length": 5, "learning_rate": 1e-2, "init": "zero", "loss": "sequence_sum"})
+    alone = train(
+        model, rows(0, 6), **{**HOW, "prefix_length": 5, "learning_rate": 1e-2, "init": "zero", "loss": "sequence_sum"}
+    )
     assert distance(alone, run[name]) < 1e-9
     assert prefixfast.Prefix.from_pretrained(tmp_path / name).digest == run[name].digest
     assert run.best() is run[min(run.metrics, key=lambda n: run.metrics[n]["loss"])]
@@ -66,7 +91,14 @@ def test_flat_and_network_cannot_share_a_run(model):
     how = {k: v for k, v in HOW.items() if k != "reparameterization"}
     start = train(model, rows(5, 3), **HOW)
     how.pop("prefix_length"), how.pop("init")
-    run = train(model, rows(0, 6), sweep={"init": ["random", start]}, callbacks=[count], prefix_config={"encoder_hidden_size": 8}, **how)
+    run = train(
+        model,
+        rows(0, 6),
+        sweep={"init": ["random", start]},
+        callbacks=[count],
+        prefix_config={"encoder_hidden_size": 8},
+        **how,
+    )
     assert count.groups == [["init=random"], [f"init={start.digest[:8]}"]]
     assert run["init=random"].length == 10
     assert run[f"init={start.digest[:8]}"].length == 3
@@ -75,7 +107,12 @@ def test_flat_and_network_cannot_share_a_run(model):
 def test_several_names_are_swept_each(model):
     data = {"ann": rows(0, 4), "bob": rows(1, 4)}
     run = train(model, data, sweep={"learning_rate": [1e-9, 2e-2]}, eval_data=data, **HOW)
-    assert list(run) == ["ann,learning_rate=1e-09", "ann,learning_rate=0.02", "bob,learning_rate=1e-09", "bob,learning_rate=0.02"]
+    assert list(run) == [
+        "ann,learning_rate=1e-09",
+        "ann,learning_rate=0.02",
+        "bob,learning_rate=1e-09",
+        "bob,learning_rate=0.02",
+    ]
     assert run.best("bob") is run["bob,learning_rate=0.02"]
     with pytest.raises(ConfigError, match=r"best: expected one of the names \['ann', 'bob'\]"):
         run.best()
@@ -112,7 +149,9 @@ def test_a_cut_sweep_goes_on_in_the_run_that_was_cut(model, tmp_path):
     run = train(model, rows(0, 6), output_dir=tmp_path, resume=True, callbacks=[seen], **how)
     assert {n: p.digest for n, p in run.items()} == {n: p.digest for n, p in whole.items()}
     assert run.metrics == whole.metrics
-    assert [{k: v for k, v in line.items() if k != "seconds"} for line in run.log] == [{k: v for k, v in line.items() if k != "seconds"} for line in whole.log]
+    assert [{k: v for k, v in line.items() if k != "seconds"} for line in run.log] == [
+        {k: v for k, v in line.items() if k != "seconds"} for line in whole.log
+    ]
     assert len(seen.groups) == 1, "only the last run was still to do"
 
 

@@ -21,14 +21,28 @@ STEPS, USERS = 20, 50
 
 
 DATA = {f"user {i}": rows(i, 5 + i % 7) for i in range(USERS)}
-COMMON = {"max_steps": STEPS, "batch_size": 3, "prefix_length": 4, "prefix_dropout": 0.2, "learning_rate": 1e-2, "warmup_steps": 3, "init": "random"}
+COMMON = {
+    "max_steps": STEPS,
+    "batch_size": 3,
+    "prefix_length": 4,
+    "prefix_dropout": 0.2,
+    "learning_rate": 1e-2,
+    "warmup_steps": 3,
+    "init": "random",
+}
 
 
 @pytest.mark.parametrize("reparameterization", ["none", "mlp"])
 @pytest.mark.parametrize("loss", ["token_mean", "sequence_sum"])
 def test_alone_and_among_fifty_others_is_the_same_in_fp64(reparameterization, loss):
     model = tiny.make("gpt2", dtype=torch.float64)
-    how = {**COMMON, "reparameterization": reparameterization, "encoder_hidden_size": 16, "loss": loss, "token_budget": 300}
+    how = {
+        **COMMON,
+        "reparameterization": reparameterization,
+        "encoder_hidden_size": 16,
+        "loss": loss,
+        "token_budget": 300,
+    }
     together = train(model, DATA, **how)
     assert set(together) == set(DATA)
     for name in ("user 0", "user 17", "user 49"):
@@ -71,16 +85,31 @@ def test_gradients_of_one_step_in_fp32():
 
         def gradients(only=None):
             params = PrefixParameters.make(
-                model.layers, [None] * USERS, prefixfast.PrefixConfig(prefix_length=4), mlp=False, seed=0, dtype=torch.float32, device=model.device
+                model.layers,
+                [None] * USERS,
+                prefixfast.PrefixConfig(prefix_length=4),
+                mlp=False,
+                seed=0,
+                dtype=torch.float32,
+                device=model.device,
             )
             keep = np.ones(len(prefix), bool) if only is None else prefix == only
             table = prefixfast.attention.plan.prefix_rows([(params.layers, 4, 4, True)] * USERS, len(model.layers))
-            for m in micro_batches(examples, chosen[keep], prefix[keep], token_budget=200, sequence_sum=False, device=model.device):
+            for m in micro_batches(
+                examples, chosen[keep], prefix[keep], token_budget=200, sequence_sum=False, device=model.device
+            ):
                 plan = prefixfast.attention.plan.training_plan(
-                    m.lengths, np.arange(len(m.lengths) + 1, dtype=np.int32), m.prefix, table, params.leaves, backend=model.backend
+                    m.lengths,
+                    np.arange(len(m.lengths) + 1, dtype=np.int32),
+                    m.prefix,
+                    table,
+                    params.leaves,
+                    backend=model.backend,
                 )
                 logits = model.forward(plan.with_logits_at(m.logits_at), m.ids)
-                (torch.nn.functional.cross_entropy(logits, m.targets, reduction="none") * m.weights.float()).sum().backward()
+                (
+                    torch.nn.functional.cross_entropy(logits, m.targets, reduction="none") * m.weights.float()
+                ).sum().backward()
             return [t.grad.view(USERS, 4, -1) for kv in params.leaves for t in kv]
 
         everyone = gradients()
@@ -111,8 +140,12 @@ def test_training_lowers_the_loss_and_restores_the_model(init):
     model = tiny.make("qwen3").train()
     before = {n: p.clone() for n, p in model.named_parameters()}
     data = rows(3, 6)
-    prefix = train(model, data, init=init, prefix_length=6, max_steps=40, batch_size=6, learning_rate=2e-2, eval_data=data)
-    untrained = train(model, data, init=init, prefix_length=6, max_steps=1, batch_size=6, learning_rate=1e-9, eval_data=data)
+    prefix = train(
+        model, data, init=init, prefix_length=6, max_steps=40, batch_size=6, learning_rate=2e-2, eval_data=data
+    )
+    untrained = train(
+        model, data, init=init, prefix_length=6, max_steps=1, batch_size=6, learning_rate=1e-9, eval_data=data
+    )
     assert prefix.training["metrics"]["eval_loss"] < untrained.training["metrics"]["eval_loss"] - 1
     assert model.training
     assert all(p.requires_grad and p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
@@ -123,7 +156,9 @@ def test_a_prefix_starts_from_another_and_through_the_network():
     model = tiny.make("llama")
     start = train(model, rows(0, 4), init="random", reparameterization="none", prefix_length=3, max_steps=2)
     for reparameterization in ("none", "mlp"):
-        same = train(model, rows(1, 4), init=start, reparameterization=reparameterization, max_steps=1, learning_rate=1e-12)
+        same = train(
+            model, rows(1, 4), init=start, reparameterization=reparameterization, max_steps=1, learning_rate=1e-12
+        )
         assert same.length == 3
         assert distance(start, same) < 1e-6
     with pytest.raises(ConfigError, match="leave it out"):
@@ -138,7 +173,11 @@ def test_a_prefix_starts_from_another_and_through_the_network():
 def test_skipped_steps_are_counted_and_isolated():
     model = tiny.make("gpt2")
     bad = prefixfast.Prefix(
-        {n: torch.full_like(t, 1e20) for n, t in train(model, rows(0, 2), init="zero", reparameterization="none", max_steps=1).kv.items()}, 10
+        {
+            n: torch.full_like(t, 1e20)
+            for n, t in train(model, rows(0, 2), init="zero", reparameterization="none", max_steps=1).kv.items()
+        },
+        10,
     )
     good = train(model, rows(0, 2), init="zero", reparameterization="none", max_steps=1)
     run = train(model, {"good": rows(0, 4), "bad": rows(0, 4)}, init={"good": good, "bad": bad}, max_steps=3)
@@ -152,7 +191,16 @@ def test_skipped_steps_are_counted_and_isolated():
 
 def test_log_and_prefix_are_written(tmp_path):
     model = tiny.make("gpt2")
-    run = train(model, {"a": rows(0, 4), "b": rows(1, 4)}, eval_data=rows(2, 3), init="random", max_steps=6, logging_steps=2, eval_steps=3, output_dir=tmp_path)
+    run = train(
+        model,
+        {"a": rows(0, 4), "b": rows(1, 4)},
+        eval_data=rows(2, 3),
+        init="random",
+        max_steps=6,
+        logging_steps=2,
+        eval_steps=3,
+        output_dir=tmp_path,
+    )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [2, 4, 6]
     assert [x["step"] for x in lines if "eval_loss" in x] == [3, 6]
@@ -176,7 +224,10 @@ def test_log_and_prefix_are_written(tmp_path):
         ({"learning_rat": 0.1}, "learning_rate"),
         ({"num_virtual_tokens": 3}, "prefix_length"),
         ({"data": {"../x": rows(0, 2)}, "output_dir": "never-made"}, "folder of output_dir"),
-        ({"data": {"checkpoint": rows(0, 2)}, "output_dir": "never-made"}, "'checkpoint' cannot be a folder of output_dir"),
+        (
+            {"data": {"checkpoint": rows(0, 2)}, "output_dir": "never-made"},
+            "'checkpoint' cannot be a folder of output_dir",
+        ),
         ({"dtype": "float64"}, "the given model computes in torch.float32, got 'float64'"),
         ({"on_error": "ignore"}, "'isolate' or 'raise', got 'ignore'"),
     ],
@@ -187,8 +238,13 @@ def test_bad_input_is_a_clear_error(change, message):
 
 
 def test_a_base_by_name_is_loaded_in_the_dtype_that_is_asked_for(folder):
-    made = {dtype: train(folder, rows(0, 2), init="random", max_steps=1, dtype=dtype) for dtype in ("float32", "float64")}
-    assert {dtype: next(iter(p.kv.values())).dtype for dtype, p in made.items()} == {"float32": torch.float32, "float64": torch.float64}
+    made = {
+        dtype: train(folder, rows(0, 2), init="random", max_steps=1, dtype=dtype) for dtype in ("float32", "float64")
+    }
+    assert {dtype: next(iter(p.kv.values())).dtype for dtype, p in made.items()} == {
+        "float32": torch.float32,
+        "float64": torch.float64,
+    }
 
 
 def test_overflow_policies():
