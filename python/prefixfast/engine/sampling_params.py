@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from prefixfast.config import FEW, GenerationParams
+from prefixfast.config import GenerationParams
 from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.model.base import Model
 

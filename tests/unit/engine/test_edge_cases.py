@@ -132,7 +132,7 @@ def test_a_score_may_fill_all_positions():
 
 
 def test_many_forbidden_words_are_not_kept(base):
-    from prefixfast.config import _over
+    from prefixfast.config.generation import _over
 
     before = _over.cache_info().currsize
     for i in range(5):
