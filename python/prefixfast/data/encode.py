@@ -1,63 +1,28 @@
-"""Rows as tokenized examples: ids of every row of every prefix, ragged, and which of them are targets.
+"""Rows, prompts and targets as token ids: the one place that calls the tokenizer for training, requests, scores, `Prefix.inspect` and `Prefix.from_text`.
 
-Shape letters: X examples of the run, n prefixes, A target tokens of the run.
+Prompt and target are tokenized apart, so that training sees the prompt as generation does.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixfast.config import TrainConfig
 from prefixfast.data.formats import chat_options, chat_text, conversation, text
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.tasks import Task
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
 
 Ints = NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Tokenized examples of all prefixes, ragged.
-
-    Attributes:
-        ids: int32, example x is ``[indptr[x]:indptr[x + 1]]`` and ends with its last target.
-        indptr: int64 ``[X + 1]``.
-        targets: int32 ``[X]``: target tokens of each example, at least 1.
-        target_at: int64 ``[A]``: places in ``ids`` of the target tokens, ascending; never an example's first token.
-        first: int64 ``[n + 1]``: examples of prefix i are ``first[i]`` to ``first[i + 1]``.
-        skipped: Rows left out by ``overflow="skip"``.
-        truncated: Rows cut by ``overflow="truncate"``.
-    """
-
-    ids: Ints
-    indptr: NDArray[np.int64]
-    targets: Ints
-    target_at: NDArray[np.int64]
-    first: NDArray[np.int64]
-    skipped: int = 0
-    truncated: int = 0
-
-    @property
-    def lengths(self) -> Ints:
-        """int32 ``[X]``."""
-        return np.diff(self.indptr).astype(np.int32)
-
-    @cached_property
-    def target_indptr(self) -> NDArray[np.int64]:
-        """int64 ``[X + 1]``: targets of example x are ``target_at[target_indptr[x]:target_indptr[x + 1]]``."""
-        return np.concatenate([[0], np.cumsum(self.targets, dtype=np.int64)])
+Input = str | Sequence[int] | Mapping[str, Any]
 
 
 class Example(NamedTuple):
@@ -76,63 +41,7 @@ class Example(NamedTuple):
     whole: bool = False
 
 
-def tokenize(
-    model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, config: TrainConfig, limit: int
-) -> Examples:
-    """Tokenize the rows of every prefix.
-
-    Args:
-        model: For its tokenizer.
-        rows_of: Rows by prefix name, in the order of the prefixes.
-        task: How rows are read; rows with ``input_ids`` and ``labels`` (-100: no target) are taken as they are.
-        config: ``overflow``.
-        limit: Longest example in tokens.
-
-    Raises:
-        DataError: For a malformed or too long row, with prefix, and file and line or row number.
-    """
-    found: list[Example] = []
-    first, skipped, truncated = [0], 0, 0
-    for name, rows in rows_of.items():
-        with _named(name):
-            tokenizer = None if "input_ids" in rows[0] else model.require_tokenizer()
-            for example in row_examples(tokenizer, model.vocab_size, rows, task):
-                kept = fit(example, limit, config.overflow)
-                if kept is None and config.overflow == "error":
-                    msg = f"{len(example.ids)} tokens, at most {limit} fit; shorten it, raise max_length, or set overflow='truncate' or 'skip'"
-                    raise row_error(rows[example.row], example.row, msg)
-                skipped += kept is None
-                truncated += kept is not None and kept is not example
-                found += [] if kept is None else [kept]
-        if len(found) == first[-1]:
-            msg = f"prefix {name!r}: no rows are left (overflow={config.overflow!r} left out {skipped})"
-            raise DataError(msg)
-        first.append(len(found))
-    indptr = np.concatenate([[0], np.cumsum([len(e.ids) for e in found], dtype=np.int64)])
-    counts = np.array([len(e.targets) for e in found], np.int32)
-    target_at = np.concatenate([e.targets for e in found]) + np.repeat(indptr[:-1], counts)
-    return Examples(
-        np.concatenate([e.ids for e in found]), indptr, counts, target_at, np.array(first, np.int64), skipped, truncated
-    )
-
-
-def fit(example: Example, limit: int, overflow: Literal["error", "truncate", "skip"]) -> Example | None:
-    """The example if it has at most ``limit`` tokens, what ``truncate`` leaves of it, or None.
-
-    Cut is the start of the prompt, so far that one token stays before the first target; a text without a prompt loses its end.
-    """
-    excess = len(example.ids) - limit
-    if excess <= 0:
-        return example
-    if overflow != "truncate":
-        return None
-    if example.whole:
-        targets = example.targets[example.targets < limit]
-        return Example(example.ids[:limit], targets, example.row, True) if len(targets) else None
-    return Example(example.ids[excess:], example.targets - excess, example.row) if excess < example.targets[0] else None
-
-
-def row_examples(tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Row], task: Task) -> Iterator[Example]:
+def encode_examples(tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Row], task: Task) -> Iterator[Example]:
     """The examples of rows, in order: one for each reference of a row.
 
     Prompt and target are tokenized apart, as generation sees the prompt. The end token follows a target that does not end with it, and a conversation's answer
@@ -261,10 +170,163 @@ def _array(values: object) -> NDArray[np.int64] | None:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Errors of rows say whose rows they are."""
+def request_error(index: int) -> Iterator[None]:
+    """Raise errors of one row as a `RequestError` of its request."""
     try:
         yield
-    except DataError as e:
-        msg = f"prefix {name!r}, {e}"
-        raise DataError(msg, path=e.path, line=e.line) from e
+    except (DataError, ConfigError) as e:
+        msg = f"request {index}: {str(e).removeprefix('row 0: ')}"
+        raise RequestError(msg, index=index) from e
+
+
+def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) -> list[Ints]:
+    """Token ids of the prompt of each request; rows of one task are linearized and tokenized together.
+
+    Args:
+        model: Base model.
+        batch: Strings, lists of token ids, or rows. The target of a row is not read.
+        tasks: Task of each request. Requests of one task share one object.
+
+    Returns:
+        Token ids of each prompt, int32, at least one.
+
+    Raises:
+        RequestError: For a prompt that is no text, has no tokens, or has ids outside the vocabulary.
+        ConfigError: If the base has no tokenizer and a request needs one.
+    """
+    texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
+    chats: dict[int, str] = {}  # the chat template writes the special tokens of these
+    by_task: dict[int, list[int]] = {}
+    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
+        if isinstance(item, Mapping) and "input_ids" not in item:
+            by_task.setdefault(id(task), []).append(i)
+    for numbers in by_task.values():
+        task = tasks[numbers[0]]
+        for i, prompt in zip(numbers, _prompts(task, batch, numbers, model.require_tokenizer()), strict=True):
+            item = batch[i]
+            (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = prompt
+    out: dict[int, Ints] = {}
+    for group in (texts, chats):
+        for i, prompt in group.items():
+            _check_unicode(prompt, i)
+        if group:
+            encoded = model.require_tokenizer().encode(list(group.values()), add_special_tokens=group is texts)
+            out |= zip(group, encoded, strict=True)
+    for i, item in enumerate(batch):
+        if i not in out:
+            given = item["input_ids"] if isinstance(item, Mapping) else item
+            found = token_ids(given, model.vocab_size)
+            if found is None:
+                last = model.vocab_size - 1
+                msg = (
+                    f"request {i}: expected a string, a list of token ids from 0 to {last}, or a row, got {given!r:.80}"
+                )
+                raise RequestError(msg, index=i)
+            out[i] = found
+        if not len(out[i]):
+            msg = f"request {i}: the prompt has no tokens"
+            raise RequestError(msg, index=i)
+    return [out[i] for i in range(len(batch))]
+
+
+def encode_target(model: Model, target: str | Sequence[int], index: int) -> Ints:
+    """Token ids of a target, int32, without an end token.
+
+    Args:
+        model: Base model.
+        target: String, or token ids that are taken as they are.
+        index: Number of the request, for errors.
+
+    Raises:
+        RequestError: For a target that is no text, or has ids outside the vocabulary.
+    """
+    if isinstance(target, str):
+        _check_unicode(target, index, "target")
+        return model.require_tokenizer().encode([target], add_special_tokens=False)[0]
+    found = token_ids(target, model.vocab_size)
+    if found is None:
+        last = model.vocab_size - 1
+        msg = f"request {index}: target: expected a string or a list of token ids from 0 to {last}, got {target!r:.80}"
+        raise RequestError(msg, index=index)
+    return found
+
+
+def encode_text(model: Model, source: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> Ints:
+    """Token ids of a whole text.
+
+    Args:
+        model: Base model.
+        source: String, tokenized as a prompt is; token ids, taken as they are; or chat messages, written by the chat
+            template without its generation prompt.
+
+    Returns:
+        Token ids, int32, at least one.
+
+    Raises:
+        ConfigError: For anything else, a text without tokens, or messages that the chat template refuses.
+    """
+    if isinstance(source, str):
+        ids = model.require_tokenizer().encode([source])[0]
+    elif isinstance(source, Sequence) and source and all(isinstance(m, Mapping) for m in source):
+        ids = _chat_ids(model.require_tokenizer(), source)
+    elif (found := token_ids(source, model.vocab_size)) is not None:
+        ids = found
+    else:
+        last = model.vocab_size - 1
+        msg = f"text: expected a string, token ids from 0 to {last}, or messages {{'role', 'content'}}, got {source!r:.80}"
+        raise ConfigError(msg)
+    if not len(ids):
+        msg = f"text: expected at least one token, got {source!r:.80}"
+        raise ConfigError(msg)
+    return ids
+
+
+def token_ids(value: object, vocab_size: int) -> Ints | None:
+    """A flat sequence of token ids as an int32 array; None if ``value`` is something else or an id is out of range."""
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return None
+    if not isinstance(value, np.ndarray) and not all(
+        issubclass(kind, int | np.integer) and kind is not bool for kind in set(map(type, value))
+    ):
+        return None
+    try:
+        ids = np.asarray(value) if len(value) else np.zeros(0, np.int32)
+    except OverflowError:  # beyond 64 bits
+        return None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or (len(ids) and (ids.min() < 0 or ids.max() >= vocab_size)):
+        return None
+    return ids.astype(np.int32)
+
+
+def _prompts(task: Task, batch: Sequence[Any], numbers: list[int], tokenizer: Tokenizer) -> list[str]:
+    try:
+        return task.prompts([batch[i] for i in numbers], tokenizer.eos, tokenizer.chat)
+    except (DataError, ConfigError):
+        for i in numbers:  # find the request that is wrong
+            with request_error(i):
+                task.prompts([batch[i]], tokenizer.eos, tokenizer.chat)
+        raise
+
+
+def _check_unicode(value: str, index: int, what: str = "") -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        msg = f"request {index}: target: it is no text: {e}" if what else f"request {index}: the prompt is no text: {e}"
+        raise RequestError(msg, index=index) from e
+
+
+def _chat_ids(tokenizer: Tokenizer, messages: Sequence[Any]) -> Ints:
+    for i, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or "content" not in message:
+            msg = f"text: message {i}: expected 'role' and 'content', got the keys {sorted(map(str, message))}"
+            raise ConfigError(msg)
+    if not getattr(tokenizer.hf, "chat_template", None):
+        msg = "text: this tokenizer has no chat template; give a string, or load(model, tokenizer=...) one that has"
+        raise ConfigError(msg)
+    try:
+        written = tokenizer.chat(messages, generation_prompt=False)
+        return tokenizer.encode([written], add_special_tokens=False)[0]
+    except Exception as e:  # a template is a program: it can raise anything
+        msg = f"text: the chat template refuses these messages: {e}"
+        raise ConfigError(msg) from e

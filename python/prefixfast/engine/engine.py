@@ -20,12 +20,13 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessorList
 
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
+from prefixfast.data.encode import Input
 from prefixfast.engine.explain import explain, memory_of
 from prefixfast.engine.kv_arena import LONGEST_BY_DEFAULT
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.output import Outcome
 from prefixfast.engine.pinning import Residents
-from prefixfast.engine.request import Generation, Input, Request, failed, make_requests, one_by_one
+from prefixfast.engine.request import Generation, Request, failed, make_requests, one_by_one
 from prefixfast.engine.run_batch import run_all, wait_all
 from prefixfast.engine.sampling_params import warn_about_defaults
 from prefixfast.engine.score import Score, score, target_ids

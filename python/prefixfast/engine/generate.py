@@ -10,8 +10,9 @@ from typing import Any, Literal
 from transformers import LogitsProcessorList
 
 from prefixfast.config import EngineConfig, GenerationParams, unknown_option
+from prefixfast.data.encode import Input
 from prefixfast.engine.engine import BASE_FIELDS, Engine
-from prefixfast.engine.request import Generation, Input
+from prefixfast.engine.request import Generation
 from prefixfast.engine.score import Score
 from prefixfast.errors import ConfigError
 from prefixfast.model.shared_base import borrowed

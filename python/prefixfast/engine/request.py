@@ -14,18 +14,17 @@ from numpy.typing import NDArray
 from transformers import LogitsProcessorList
 
 from prefixfast.config import GenerationParams
+from prefixfast.data.encode import Input, encode_prompts, request_error
 from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS
 from prefixfast.data.tasks import PLAIN, Task, request_task
-from prefixfast.engine.sampling_params import NOTHING, base_defaults, check_params, request_error, resolve
-from prefixfast.errors import ConfigError, DataError, PrefixFastError, RequestError
+from prefixfast.engine.sampling_params import NOTHING, base_defaults, check_params, resolve
+from prefixfast.errors import ConfigError, PrefixFastError, RequestError
 from prefixfast.model.base import Model
-from prefixfast.model.tokenizer import Tokenizer
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
 logger = logging.getLogger(__name__)
-Input = str | list[int] | Mapping[str, Any]
 KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
 
 
@@ -157,7 +156,7 @@ def make_requests(
     for prefix in {id(p): p for ps in chosen for p in ps}.values():
         check_fits(model, prefix)
     tasks = _tasks(batch, chosen)
-    ids = _encode(model, batch, tasks)
+    ids = encode_prompts(model, batch, tasks)
     inherited = base_defaults(model) if call is not None else NOTHING
     requests = []
     for i, (item, own, ps, task) in enumerate(zip(batch, ids, chosen, tasks, strict=True)):
@@ -272,64 +271,3 @@ def _tasks(batch: Sequence[Input], chosen: list[Chosen]) -> list[Task]:
                 task = request_task(task, item)
         out.append(task)
     return out
-
-
-def _encode(model: Model, batch: Sequence[Input], tasks: list[Task]) -> list[NDArray[np.int32]]:
-    """Token ids of every prompt; rows of one task are linearized together."""
-    texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
-    chats: dict[int, str] = {}  # the chat template has written their special tokens
-    rows_of: dict[int, list[int]] = {}
-    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
-        if isinstance(item, Mapping) and "input_ids" not in item:
-            rows_of.setdefault(id(task), []).append(i)
-    for rows in rows_of.values():
-        task = tasks[rows[0]]
-        for i, text in zip(rows, _prompts(task, batch, rows, model.require_tokenizer()), strict=True):
-            item = batch[i]
-            (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = text
-    out: dict[int, NDArray[np.int32]] = {}
-    for group in (texts, chats):
-        for i, text in group.items():
-            try:
-                text.encode()
-            except UnicodeEncodeError as e:
-                msg = f"request {i}: the prompt is no text: {e}"
-                raise RequestError(msg, index=i) from e
-        if group:
-            out |= zip(
-                group,
-                model.require_tokenizer().encode(list(group.values()), add_special_tokens=group is texts),
-                strict=True,
-            )
-    for i, item in enumerate(batch):
-        if i not in out:
-            out[i] = _given_ids(item["input_ids"] if isinstance(item, Mapping) else item, i, model.vocab_size)
-        if not len(out[i]):
-            msg = f"request {i}: the prompt has no tokens"
-            raise RequestError(msg, index=i)
-    return [out[i] for i in range(len(batch))]
-
-
-def _prompts(task: Task, batch: Sequence[Any], rows: list[int], tokenizer: Tokenizer) -> list[str]:
-    try:
-        return task.prompts([batch[i] for i in rows], tokenizer.eos, tokenizer.chat)
-    except (DataError, ConfigError):
-        for i in rows:  # which one was it?
-            with request_error(i):
-                task.prompts([batch[i]], tokenizer.eos, tokenizer.chat)
-        raise
-
-
-def _given_ids(item: Any, index: int, vocab_size: int) -> NDArray[np.int32]:
-    try:
-        ids = np.asarray(item) if isinstance(item, list | np.ndarray) else None
-    except ValueError:  # ragged
-        ids = None
-    if (
-        ids is None
-        or ids.ndim != 1
-        or (len(ids) and (ids.dtype.kind != "i" or ids.min() < 0 or ids.max() >= vocab_size))
-    ):
-        msg = f"request {index}: expected a string, a list of token ids from 0 to {vocab_size - 1}, or a row, got {item!r:.80}"
-        raise RequestError(msg, index=index)
-    return ids.astype(np.int32)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from prefixfast.config import GenerationParams
-from prefixfast.errors import ConfigError, DataError, RequestError
+from prefixfast.config.generation import FEW
+from prefixfast.data.encode import request_error
+from prefixfast.errors import ConfigError, RequestError
 from prefixfast.model.base import Model
 
 logger = logging.getLogger(__name__)
@@ -21,16 +22,6 @@ BUILT_IN = GenerationParams(
 MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
 NOTHING = GenerationParams()
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
-
-
-@contextlib.contextmanager
-def request_error(index: int) -> Iterator[None]:
-    """Errors of one row as errors of its request."""
-    try:
-        yield
-    except (DataError, ConfigError) as e:
-        msg = f"request {index}: {str(e).removeprefix('row 0: ')}"
-        raise RequestError(msg, index=index) from e
 
 
 # Fields of a generation_config that change results and are not honoured, with their neutral values.

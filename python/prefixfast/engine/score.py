@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefixfast.attention.plan import Plan, training_plan
-from prefixfast.engine.request import Input, Request
-from prefixfast.engine.sampling_params import request_error
+from prefixfast.data.encode import Input, encode_target, request_error
+from prefixfast.engine.request import Request
 from prefixfast.engine.search import likeliest
 from prefixfast.errors import ConfigError, RequestError
 from prefixfast.model.base import Model
@@ -77,23 +77,12 @@ def target_ids(
     end = [model.require_tokenizer().eos_id] if end_token else []
     out = []
     for r, target in zip(requests, given, strict=True):
-        if not isinstance(target, str | list):
-            msg = f"request {r.index}: target: expected a string or a list of token ids, got {target!r:.80}"
-            raise RequestError(msg, index=r.index)
-        try:
-            ids = (
-                model.require_tokenizer().encode([target], add_special_tokens=False)[0].tolist()
-                if isinstance(target, str)
-                else list(target)
-            )
-        except UnicodeEncodeError as e:
-            msg = f"request {r.index}: target: it is no text: {e}"
-            raise RequestError(msg, index=r.index) from e
+        ids = encode_target(model, target, r.index).tolist()
         ids = ids + [e for e in end if e is not None]
         room = (
             model.max_positions - max((p.pos_start for p in r.prefixes), default=0) - len(r.ids) + 1
         )  # the last token is only predicted
-        if not ids or any(type(i) is not int or not 0 <= i < model.vocab_size for i in ids) or len(ids) > room:
+        if not ids or len(ids) > room:
             msg = f"request {r.index}: target: expected 1 to {room} tokens below {model.vocab_size}, got {len(ids)} of {target!r:.80}"
             raise RequestError(msg, index=r.index)
         out.append(np.array(ids, np.int32))

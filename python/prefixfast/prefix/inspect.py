@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import AttentionCall, LayerKV, Plan, plain_plan, training_plan
+from prefixfast.data.encode import encode_examples, encode_prompts
 from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.data.tasks import PLAIN, Task, request_task
 from prefixfast.errors import ConfigError, DataError, RequestError
@@ -201,8 +202,8 @@ def _example(model: Model, prefix: PrefixData, prompt: Any, index: int) -> tuple
     """Tokens of a prompt and the first position that counts: the one before the target, 0 without one."""
     try:
         ids, first = _tokens(model, prefix, prompt)
-    except (DataError, ConfigError) as e:
-        msg = f"prompt {index}: {str(e).removeprefix('row 0: ')}"
+    except (DataError, ConfigError, RequestError) as e:
+        msg = f"prompt {index}: {str(e).removeprefix('row 0: ').removeprefix('request 0: ')}"
         raise RequestError(msg, index=index) from e
     room = model.max_positions - prefix.pos_start
     if not 0 < len(ids) <= room or first < 0:
@@ -212,32 +213,14 @@ def _example(model: Model, prefix: PrefixData, prompt: Any, index: int) -> tuple
 
 
 def _tokens(model: Model, prefix: PrefixData, prompt: Any) -> tuple[list[int], int]:
-    if isinstance(prompt, str):
-        return model.require_tokenizer().encode([prompt])[0].tolist(), 0
-    if isinstance(prompt, Mapping):
-        return _row_tokens(model, prefix, prompt)
-    if isinstance(prompt, Sequence) and all(type(t) is int and 0 <= t < model.vocab_size for t in prompt):
-        return list(prompt), 0
-    msg = f"expected a string, token ids from 0 to {model.vocab_size - 1}, or a row, got {prompt!r:.80}"
-    raise DataError(msg)
-
-
-def _row_tokens(model: Model, prefix: PrefixData, row: Mapping[str, Any]) -> tuple[list[int], int]:
-    """As in training: the prompt by the prefix's task, then the (first) target and the end token, if the row has a target."""
-    if "input_ids" in row:
-        return _tokens(model, prefix, list(row["input_ids"]))
-    task = request_task(PLAIN if prefix.task is None else Task.from_spec(prefix.task), row)
-    tokenizer = model.require_tokenizer()
-    special = not task.is_chat(row)  # a chat template writes its own
-    if task.format == "text" or not set(row) & set(TARGET_KEYS):
-        ids: list[int] = tokenizer.encode(
-            task.prompts([row], tokenizer.eos, tokenizer.chat), add_special_tokens=special
-        )[0].tolist()
-        return ids, 0
-    ((prompt, targets),) = task.pairs([row], tokenizer.eos, tokenizer.chat)
-    ids = tokenizer.encode([prompt], add_special_tokens=special)[0].tolist()
-    target = tokenizer.encode([targets[0]], add_special_tokens=False)[0].tolist()
-    return [*ids, *target, *([] if tokenizer.eos_id is None else [tokenizer.eos_id])][:-1] or ids, len(ids) - 1
+    """Tokens as in training: the prompt by the prefix's task, then the first target, if the row has one."""
+    is_row = isinstance(prompt, Mapping) and "input_ids" not in prompt
+    task = request_task(PLAIN if prefix.task is None else Task.from_spec(prefix.task), prompt) if is_row else PLAIN
+    if not is_row or task.format == "text" or not (set(prompt) & set(TARGET_KEYS)):
+        return encode_prompts(model, [prompt], [task])[0].tolist(), 0
+    last = replace(task, loss_on="last")
+    example = next(encode_examples(model.require_tokenizer(), model.vocab_size, [prompt], last))
+    return example.ids[:-1].tolist(), int(example.targets[0]) - 1
 
 
 def _text(model: Model, token: int) -> str:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from prefixfast import _rust
 from prefixfast.config import TrainConfig
-from prefixfast.data.encode import Examples, Ints
+from prefixfast.data.encode import Ints
+from prefixfast.training.dataset import Examples
 
 
 @dataclass(frozen=True)

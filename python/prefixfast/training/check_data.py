@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prefixfast.data.corpora import task_items
-from prefixfast.data.encode import Example, row_examples
+from prefixfast.data.encode import Example, encode_examples
 from prefixfast.data.files import items
 from prefixfast.data.formats import CHAT_KEYS, FORMATS, conversation
 from prefixfast.data.rows import Row
@@ -180,7 +180,7 @@ def _read(rows: Sequence[Row], task: Task, tokenizer: Tokenizer | None, vocab_si
                 texts[i] = ("\n".join(str(m.get("content") or "") for part in conversation(row, i) for m in part), [])
     examples: list[list[Example]] = [[] for _ in rows]
     if given or tokenizer is not None:
-        for number, found in itertools.groupby(row_examples(tokenizer, vocab_size, rows, task), key=lambda e: e.row):
+        for number, found in itertools.groupby(encode_examples(tokenizer, vocab_size, rows, task), key=lambda e: e.row):
             examples[number] = list(found)
     return list(zip(rows, texts, examples, strict=True))
 

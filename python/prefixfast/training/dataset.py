@@ -2,19 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefixfast.config import TrainConfig
-from prefixfast.data.encode import Examples, tokenize
-from prefixfast.data.rows import Row
+from prefixfast.data.encode import Example, Ints, encode_examples
+from prefixfast.data.rows import Row, row_error
 from prefixfast.data.tasks import Task
 from prefixfast.errors import DataError
 from prefixfast.model.base import Model
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized examples of all prefixes, ragged.
+
+    Attributes:
+        ids: int32, example x is ``[indptr[x]:indptr[x + 1]]`` and ends with its last target.
+        indptr: int64 ``[X + 1]``.
+        targets: int32 ``[X]``: target tokens of each example, at least 1.
+        target_at: int64 ``[A]``: places in ``ids`` of the target tokens, ascending; never an example's first token.
+        first: int64 ``[n + 1]``: examples of prefix i are ``first[i]`` to ``first[i + 1]``.
+        skipped: Rows left out by ``overflow="skip"``.
+        truncated: Rows cut by ``overflow="truncate"``.
+    """
+
+    ids: Ints
+    indptr: NDArray[np.int64]
+    targets: Ints
+    target_at: NDArray[np.int64]
+    first: NDArray[np.int64]
+    skipped: int = 0
+    truncated: int = 0
+
+    @property
+    def lengths(self) -> Ints:
+        """int32 ``[X]``."""
+        return np.diff(self.indptr).astype(np.int32)
+
+    @cached_property
+    def target_indptr(self) -> NDArray[np.int64]:
+        """int64 ``[X + 1]``: targets of example x are ``target_at[target_indptr[x]:target_indptr[x + 1]]``."""
+        return np.concatenate([[0], np.cumsum(self.targets, dtype=np.int64)])
 
 
 @dataclass(frozen=True)
@@ -123,3 +159,69 @@ def _numbered(error: DataError, lines: Sequence[int] | None) -> DataError:
     ):  # rows of files know their line
         return error
     return DataError(f"{error} (row {lines[error.line - 1]} of the data)", path=error.path, line=lines[error.line - 1])
+
+
+def tokenize(
+    model: Model, rows_of: Mapping[str, Sequence[Row]], task: Task, config: TrainConfig, limit: int
+) -> Examples:
+    """Tokenize the rows of every prefix.
+
+    Args:
+        model: For its tokenizer.
+        rows_of: Rows by prefix name, in the order of the prefixes.
+        task: How rows are read; rows with ``input_ids`` and ``labels`` (-100: no target) are taken as they are.
+        config: ``overflow``.
+        limit: Longest example in tokens.
+
+    Raises:
+        DataError: For a malformed or too long row, with prefix, and file and line or row number.
+    """
+    found: list[Example] = []
+    first, skipped, truncated = [0], 0, 0
+    for name, rows in rows_of.items():
+        with _named(name):
+            tokenizer = None if "input_ids" in rows[0] else model.require_tokenizer()
+            for example in encode_examples(tokenizer, model.vocab_size, rows, task):
+                kept = fit(example, limit, config.overflow)
+                if kept is None and config.overflow == "error":
+                    msg = f"{len(example.ids)} tokens, at most {limit} fit; shorten it, raise max_length, or set overflow='truncate' or 'skip'"
+                    raise row_error(rows[example.row], example.row, msg)
+                skipped += kept is None
+                truncated += kept is not None and kept is not example
+                found += [] if kept is None else [kept]
+        if len(found) == first[-1]:
+            msg = f"prefix {name!r}: no rows are left (overflow={config.overflow!r} left out {skipped})"
+            raise DataError(msg)
+        first.append(len(found))
+    indptr = np.concatenate([[0], np.cumsum([len(e.ids) for e in found], dtype=np.int64)])
+    counts = np.array([len(e.targets) for e in found], np.int32)
+    target_at = np.concatenate([e.targets for e in found]) + np.repeat(indptr[:-1], counts)
+    return Examples(
+        np.concatenate([e.ids for e in found]), indptr, counts, target_at, np.array(first, np.int64), skipped, truncated
+    )
+
+
+def fit(example: Example, limit: int, overflow: Literal["error", "truncate", "skip"]) -> Example | None:
+    """The example if it has at most ``limit`` tokens, what ``truncate`` leaves of it, or None.
+
+    Cut is the start of the prompt, so far that one token stays before the first target; a text without a prompt loses its end.
+    """
+    excess = len(example.ids) - limit
+    if excess <= 0:
+        return example
+    if overflow != "truncate":
+        return None
+    if example.whole:
+        targets = example.targets[example.targets < limit]
+        return Example(example.ids[:limit], targets, example.row, True) if len(targets) else None
+    return Example(example.ids[excess:], example.targets - excess, example.row) if excess < example.targets[0] else None
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Errors of rows say whose rows they are."""
+    try:
+        yield
+    except DataError as e:
+        msg = f"prefix {name!r}, {e}"
+        raise DataError(msg, path=e.path, line=e.line) from e

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from prefixfast.attention.plan import prefix_rows, training_plan
 from prefixfast.config import PrefixConfig
-from prefixfast.data.encode import Examples
 from prefixfast.model.base import Model
 from prefixfast.model.text_kv import parameter_dtype
 from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.batching import MicroBatch, Order, micro_batches
+from prefixfast.training.dataset import Examples
 from prefixfast.training.groups import Group
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 from prefixfast.training.parameters import PrefixParameters

@@ -18,7 +18,7 @@ import prefixfast.data.tasks
 import tiny
 from oracles import ROOT, gpt2
 from prefixfast import ConfigError, DataError, GenerationParams, Prefix, RequestError, TrainConfig, load, train
-from prefixfast.data.encode import Example, fit, row_examples, tokenize
+from prefixfast.data.encode import Example, encode_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.rows import read_rows
 from prefixfast.data.tasks import TASKS, Task, find_task, request_task
@@ -26,6 +26,7 @@ from prefixfast.engine.request import make_requests
 from prefixfast.model.tokenizer import Tokenizer
 from prefixfast.prefix import peft_format as layout
 from prefixfast.training.batching import micro_batches
+from prefixfast.training.dataset import fit, tokenize
 
 HEAD = "{% if tools %}{{ tools | length }}{% endif %}{% if shout %}!{% endif %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
 TAIL = "{% else %}[{{ m['role'][0] }}]{{ m['content'] }}</s>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -75,7 +76,7 @@ def trl(hf, row, assistant_only=False) -> tuple[list[int], list[int]]:
 
 
 def ours(tokenizer: Tokenizer, *rows, task=None) -> list[tuple[list[int], list[int]]]:
-    found = row_examples(tokenizer, tiny.VOCAB, rows, find_task(task, rows[0]))
+    found = encode_examples(tokenizer, tiny.VOCAB, rows, find_task(task, rows[0]))
     return [(e.ids.tolist(), e.targets.tolist()) for e in found]
 
 
@@ -187,13 +188,13 @@ def test_the_authors_training_ids():
     hf = PreTrainedTokenizerFast(tokenizer_object=gpt2(), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     tokenizer = Tokenizer.from_hf(hf)
     row = {"mr": "name[Alimentum], area[city centre], familyFriendly[no]", "ref": "There is ."}
-    (example,) = row_examples(tokenizer, 50257, [row], TASKS["e2e"])
+    (example,) = encode_examples(tokenizer, 50257, [row], TASKS["e2e"])
     before = [1438, 1058, 978, 3681, 388, 930, 1989, 1058, 1748, 7372, 930, 1641, 8030, 1058, 645, 220, 50256]
     assert example.ids.tolist() == [*before, 1318, 318, 764, 220, 50256]
     assert example.targets.tolist() == list(range(17, 22))
-    (example,) = row_examples(tokenizer, 50257, [{"mr": row["mr"], "ref": "There is . "}], TASKS["e2e"])
+    (example,) = encode_examples(tokenizer, 50257, [{"mr": row["mr"], "ref": "There is . "}], TASKS["e2e"])
     assert example.ids.tolist()[-4:] == [764, 220, 220, 50256]
-    (example,) = row_examples(tokenizer, 50257, [{"triples": [["A_B", "p", "o"]], "ref": "x"}], TASKS["webnlg"])
+    (example,) = encode_examples(tokenizer, 50257, [{"triples": [["A_B", "p", "o"]], "ref": "x"}], TASKS["webnlg"])
     assert example.ids.tolist()[:2] == [220, 930]
 
 
@@ -211,7 +212,7 @@ def test_the_authors_training_ids():
     ],
 )
 def test_labels_may_stand_anywhere(ids, labels, kept, targets):
-    (got,) = row_examples(None, tiny.VOCAB, [{"input_ids": ids, "labels": labels}], Task("input_ids"))
+    (got,) = encode_examples(None, tiny.VOCAB, [{"input_ids": ids, "labels": labels}], Task("input_ids"))
     assert (got.ids.tolist(), got.targets.tolist()) == (list(ids[:kept]), targets)
 
 
@@ -457,7 +458,7 @@ def test_a_bad_row_is_named_by_its_line(tok, task, row, message):
     rows = [FileRow(row, "a.jsonl", 9)]
     with pytest.raises(DataError) as caught:
         list(
-            row_examples(
+            encode_examples(
                 tokenizer, tiny.VOCAB, rows, Task("input_ids") if "input_ids" in row else find_task(task, rows[0])
             )
         )
@@ -470,7 +471,7 @@ def test_the_wrong_one_among_many_is_named(tok):
     tables = [FileRow({"table": {"a": "b"}, "ref": "x"}, "a.jsonl", 3 * i) for i in range(1, 9)]
     tables[5]["table"] = {"a": 5}
     with pytest.raises(DataError, match=r"^a\.jsonl:18: expected text as the value of key"):
-        list(row_examples(tok(), tiny.VOCAB, tables, TASKS["table"]))
+        list(encode_examples(tok(), tiny.VOCAB, tables, TASKS["table"]))
 
 
 @pytest.mark.parametrize(

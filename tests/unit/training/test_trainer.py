@@ -9,10 +9,10 @@ import torch
 import prefixfast
 import tiny
 from prefixfast.config import TrainConfig
-from prefixfast.data.encode import tokenize
 from prefixfast.data.tasks import Task
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.training.batching import Order, micro_batches
+from prefixfast.training.dataset import tokenize
 from prefixfast.training.parameters import PrefixParameters
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
