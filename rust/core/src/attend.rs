@@ -18,29 +18,29 @@
     reason = "letters are the field's: q, k, v, o"
 )]
 
-mod across;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod chunk;
-mod lanes;
+mod dispatch;
 mod math;
-mod out;
+mod online_softmax;
+mod openmp;
+mod output;
 mod plan;
-mod query;
-mod simd;
 mod tables;
-mod team;
-mod walk;
+mod task;
+mod transposed;
+mod vector;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-pub use simd::{SIMD, Simd};
-pub use team::join;
+pub use dispatch::{SIMD, Simd};
+pub use openmp::join;
 
 use crate::error::{Error, Result};
-use out::Out;
+use output::Out;
 use plan::Plan;
 
 /// Largest head dim.
@@ -188,10 +188,10 @@ pub fn decode(problem: &Problem<'_>, output: Output<'_>, threads: usize, simd: S
     let out = Out::new(problem.shape, output);
     let work = || {
         while let Some(task) = plan.tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            walk::run(simd, problem, &plan, task, &out);
+            task::run(simd, problem, &plan, task, &out);
         }
     };
-    team::run(threads.min(plan.tasks.len()), &work)
+    openmp::run(threads.min(plan.tasks.len()), &work)
 }
 
 fn check(problem: &Problem<'_>, output: &Output<'_>) -> Result<()> {

@@ -1,7 +1,7 @@
 //! The part of prefixfast that needs neither Python nor tensors.
 //!
 //! * [`attend`]: attention of decode steps on CPUs.
-//! * [`tokenize`], [`detokenize`]: text to ids and back, over the `tokenizers` crate, on this crate's own threads ([`pool`]).
+//! * [`tokenize`], [`detokenize`]: text to ids and back, over the `tokenizers` crate, on this crate's own threads ([`thread_pool`]).
 //! * [`linearize`]: tables to text.
 //! * [`batch`]: micro-batches, the tables of a packed forward, and the scheduler of a generation engine.
 //!
@@ -18,7 +18,7 @@ pub mod batch;
 pub mod detokenize;
 pub mod error;
 pub mod linearize;
-pub mod pool;
+pub mod thread_pool;
 pub mod tokenize;
 
 pub use error::{Error, Result};

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::detokenize::Stream;
 use crate::error::{Error, Result};
-use crate::pool::pool;
+use crate::thread_pool::pool;
 
 /// Fewer texts than this are not worth waking threads for.
 const SMALL_BATCH: usize = 8;

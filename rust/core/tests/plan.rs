@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 
 use prefixfast_core::Error;
 use prefixfast_core::batch::plan::{Packed, Tiles, plan_packed};
-use prefixfast_core::batch::tables::{ALIGN, Tables};
+use prefixfast_core::batch::table_buffer::{ALIGN, Tables};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 

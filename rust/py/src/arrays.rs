@@ -2,7 +2,7 @@
 
 use numpy::{Element, PyArray1, PyReadonlyArray, PyReadwriteArray1, ndarray::Dimension};
 use prefixfast_core::Error;
-use prefixfast_core::batch::tables::Section;
+use prefixfast_core::batch::table_buffer::Section;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 

@@ -7,12 +7,10 @@
 
 mod arrays;
 mod attend;
+mod batch;
 mod detokenize;
 mod error;
 mod linearize;
-mod pack;
-mod plan;
-mod schedule;
 mod tokenize;
 
 use pyo3::prelude::*;
@@ -23,13 +21,13 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tokenize::Tokenizer>()?;
     module.add_class::<detokenize::DetokenizeStream>()?;
     module.add_class::<linearize::Linearizer>()?;
-    module.add_class::<pack::Packing>()?;
-    module.add_class::<plan::PlanBuffer>()?;
-    module.add_class::<schedule::Scheduler>()?;
-    module.add_class::<schedule::StepHeader>()?;
+    module.add_class::<batch::pack::Packing>()?;
+    module.add_class::<batch::plan::PlanBuffer>()?;
+    module.add_class::<batch::schedule::Scheduler>()?;
+    module.add_class::<batch::schedule::StepHeader>()?;
     module.add_function(wrap_pyfunction!(attend::attend_decode, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_join, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_paths, module)?)?;
-    module.add_function(wrap_pyfunction!(pack::pack, module)?)?;
-    module.add_function(wrap_pyfunction!(plan::plan_packed, module)?)
+    module.add_function(wrap_pyfunction!(batch::pack::pack, module)?)?;
+    module.add_function(wrap_pyfunction!(batch::plan::plan_packed, module)?)
 }

@@ -16,7 +16,7 @@ use std::arch::x86_64::{
     _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
-use super::lanes::{Lanes, Line, WIDTH};
+use super::vector::{Lanes, Line, WIDTH};
 
 /// Exists only where the CPU has AVX2 and FMA.
 #[derive(Clone, Copy)]

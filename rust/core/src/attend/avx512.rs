@@ -15,7 +15,7 @@ use std::arch::x86_64::{
     _mm512_set1_ps, _mm512_setr_epi32, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
-use super::lanes::{Lanes, Line, WIDTH};
+use super::vector::{Lanes, Line, WIDTH};
 
 /// Exists only where the CPU has AVX-512F and what it builds on (AVX2, FMA).
 ///

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::across::{self, Across};
-use super::lanes::{Element, Lanes, Line, WIDTH};
-use super::query::{CHUNK, Chunk, Running, gather, score, weigh};
+use super::online_softmax::{CHUNK, Chunk, Running, gather, score, weigh};
+use super::transposed::{self, Across};
+use super::vector::{Element, Lanes, Line, WIDTH};
 
 /// From this many rows on a chunk is first copied, as fp32 and head by head.
 const PACK_FROM: usize = 2;
@@ -175,7 +175,7 @@ pub(super) fn chunk_across<L: Lanes, K: Element>(
             },
         ];
         let softcap = state.softcap;
-        across::vector(lanes, &mut state.across, part, softcap, keys, values);
+        transposed::vector(lanes, &mut state.across, part, softcap, keys, values);
     }
 }
 

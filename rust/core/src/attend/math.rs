@@ -1,6 +1,6 @@
 //! exp and tanh of 16 floats.
 
-use super::lanes::Lanes;
+use super::vector::Lanes;
 
 /// `exp(x)` for x up to 0 (and a little over) to 2 units in the last place; 0 where the result would be subnormal. What is no number stays none.
 ///

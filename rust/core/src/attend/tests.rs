@@ -1,7 +1,7 @@
 //! Every path of this CPU against plain sums in fp64, and what must be refused.
 
-use super::lanes::{Lanes, Scalar, WIDTH};
 use super::plan::Plan;
+use super::vector::{Lanes, Scalar, WIDTH};
 use super::{Floats, FloatsMut, Output, Problem, Shape, Simd, Source, Tables, decode, math};
 use crate::error::Error;
 

@@ -2,8 +2,8 @@
 //!
 //! All costs are bytes of one kv head, so that a launch and the start of a program compare with reading keys (kernels/README.md).
 
-use super::number::{index, int};
-use super::tables::Tables;
+use super::int32::{index, int};
+use super::table_buffer::Tables;
 
 /// Splits are at least twice this long, and a multiple of it.
 const GRAIN: usize = 64;

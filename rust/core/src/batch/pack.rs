@@ -1,6 +1,6 @@
 //! Micro-batches of a token budget that keep each prefix's optimizer step together.
 
-use super::number::int;
+use super::int32::int;
 use crate::error::{Error, Result};
 
 /// Which examples go together, and what their target tokens weigh.

@@ -1,9 +1,9 @@
 //! The tables of one packed forward.
 
-use super::buckets::buckets;
-use super::number::{index, int};
-use super::tables::Tables;
-use super::uses::{Block, Queries, push_uses};
+use super::block_tables::{Block, Queries, push_uses};
+use super::int32::{index, int};
+use super::length_buckets::buckets;
+use super::table_buffer::Tables;
 use crate::error::{Error, Result};
 
 /// Most entries of one table: 512 MiB of int32, far beyond any real forward.

@@ -1,14 +1,14 @@
 //! The scheduler: it alone owns queue, decode rows, arena rows and prefix pins of one engine.
 
-mod admit;
-mod keep;
+mod admission;
+mod buffer_len;
+mod layer_sets;
+mod pin;
+mod placement;
+mod prefix_cache;
 mod queue;
 mod request;
-mod residency;
-mod size;
 mod step;
-mod trial;
-mod views;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -16,16 +16,16 @@ use std::sync::Arc;
 use rustc_hash::FxHashMap;
 
 use super::decode::Decode;
-use super::slots::Slots;
-use super::tables::Tables;
+use super::free_list::Slots;
+use super::table_buffer::Tables;
 use crate::error::{Error, Result};
+use buffer_len::Most;
+use layer_sets::Sets;
+use prefix_cache::Residency;
 use queue::{Queue, TOKEN_COST};
 pub use request::Request;
 use request::{Entry, Phase};
-use residency::Residency;
-use size::Most;
 pub use step::{StepHeader, StepTables};
-use views::Sets;
 
 /// Arena rows are handed out by this many.
 pub const UNIT: usize = 16;

@@ -5,7 +5,7 @@ mod work;
 use std::collections::{BTreeMap, BTreeSet};
 
 use prefixfast_core::batch::schedule::{Limits, Request, Scheduler, StepHeader, StepTables};
-use prefixfast_core::batch::tables::Section;
+use prefixfast_core::batch::table_buffer::Section;
 
 #[derive(Debug)]
 struct Live {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::{at, table};
-use prefixfast_core::batch::tables::Section;
+use prefixfast_core::batch::table_buffer::Section;
 
 /// Keys of the block `block` (-1: the row's own) that a partial sum holds.
 type Range = (i32, i32, i32);

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::super::number::int;
-use super::super::slots::Run;
-use super::super::uses::Block;
+use super::super::block_tables::Block;
+use super::super::free_list::Run;
+use super::super::int32::int;
 use super::UNIT;
 use super::queue::Place;
 use crate::error::{Error, Result};

@@ -2,11 +2,11 @@
 
 use std::borrow::Cow;
 
+use super::super::block_tables::{Block, Queries, push_uses};
 use super::super::decode::{Dead, push_decode_work};
-use super::super::number::int;
+use super::super::int32::int;
 use super::super::plan::{Sequence, Tiles, firsts, push_packed, rows};
-use super::super::tables::{Section, Tables};
-use super::super::uses::{Block, Queries, push_uses};
+use super::super::table_buffer::{Section, Tables};
 use super::Scheduler;
 use super::request::{Held, Phase, Request};
 use crate::error::{Error, Result};

@@ -1,6 +1,6 @@
 //! Who enters and who leaves.
 
-use super::super::slots::Run;
+use super::super::free_list::Run;
 use super::queue::PROMPT_COST;
 use super::request::{Entry, Held, Phase, Request};
 use super::step::StepHeader;

@@ -1,6 +1,6 @@
 //! Groups of sequences of similar length, so that a padded layout wastes little.
 
-use super::number::{index, int};
+use super::int32::{index, int};
 
 /// Sequences in padded order and how they are cut: `order` by length, then number; each bucket is (sequences, padded length).
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,9 +3,9 @@
 //! Every number is made by the same operations in the same order as for a query alone (`query`), so the bits are the same.
 
 use super::chunk::{Queries, User};
-use super::lanes::{Lanes, Line, TREE, WIDTH};
 use super::math::exp;
-use super::query::{CHUNK, Chunk, Running, cap};
+use super::online_softmax::{CHUNK, Chunk, Running, cap};
+use super::vector::{Lanes, Line, TREE, WIDTH};
 
 /// From this many queries of a kv head on they go one in each lane.
 const FROM: usize = 9;

@@ -2,8 +2,8 @@
 
 use std::marker::PhantomData;
 
-use super::lanes::Line;
-use super::query::Running;
+use super::online_softmax::Running;
+use super::vector::Line;
 use super::{FloatsMut, Output, Shape};
 
 /// Where results go.

@@ -2,13 +2,13 @@
 
 use std::cell::RefCell;
 
-use super::across;
 use super::chunk::{Queries, User, chunk, chunk_across, starts};
-use super::lanes::{Element, Lanes, Line, Scalar};
-use super::out::Out;
+use super::dispatch::{Kind, Simd};
+use super::online_softmax::{CHUNK, Running};
+use super::output::Out;
 use super::plan::{Plan, Task};
-use super::query::{CHUNK, Running};
-use super::simd::{Kind, Simd};
+use super::transposed;
+use super::vector::{Element, Lanes, Line, Scalar};
 use super::{Floats, Problem, Source};
 
 thread_local! {
@@ -148,7 +148,7 @@ fn blocks<L: Lanes, K: Element>(
         let first = |u: &User| u.first;
         let seen = users.iter().map(first).min().unwrap_or(0);
         let whole = users.iter().map(first).max().unwrap_or(0);
-        let vectors = across::vectors(users, state.group);
+        let vectors = transposed::vectors(users, state.group);
         let mut across = false;
         let mut start = seen / CHUNK * CHUNK; // chunks are cut at the same rows whoever sees them
         let mut at = starts(block.start + start, stride);
@@ -157,9 +157,9 @@ fn blocks<L: Lanes, K: Element>(
             let next = starts(block.start + start + count, stride);
             let ahead = CHUNK.min(block.rows - start - count);
             let places = (&at[..count], &next[..ahead]);
-            if !across && start >= whole && across::pays(users, state.group) {
+            if !across && start >= whole && transposed::pays(users, state.group) {
                 across = true;
-                across::enter(state, users);
+                transposed::enter(state, users);
             }
             if across {
                 chunk_across(lanes, state, memory, places, vectors);
@@ -170,7 +170,7 @@ fn blocks<L: Lanes, K: Element>(
             at = next;
         }
         if across {
-            across::leave(state, users);
+            transposed::leave(state, users);
         }
     }
 }

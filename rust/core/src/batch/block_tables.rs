@@ -1,7 +1,7 @@
 //! Which queries see which prefix blocks: the tables that a packed forward and a decode step share.
 
-use super::number::{index, int};
-use super::tables::Tables;
+use super::int32::{index, int};
+use super::table_buffer::Tables;
 
 /// A prefix block where it lies in the tensor of the keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

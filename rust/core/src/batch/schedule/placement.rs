@@ -1,6 +1,6 @@
 //! Placing a request's prefixes and slots, all or nothing.
 
-use super::super::slots::{Run, Slots};
+use super::super::free_list::{Run, Slots};
 
 /// What placing some prefixes and slots took.
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
 //! How long a step's buffer can get.
 
-use super::super::tables::ALIGN;
+use super::super::table_buffer::ALIGN;
 use super::{Limits, Request};
 
 /// Sections of a prefill and a decode together, rounded up: each may leave a gap before it.

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 
 use rustc_hash::FxHashMap;
 
-use super::super::number::int;
-use super::super::slots::{Run, Slots};
-use super::super::uses::Block;
+use super::super::block_tables::Block;
+use super::super::free_list::{Run, Slots};
+use super::super::int32::int;
 use super::UNIT;
-use super::trial::{Placement, Trial};
+use super::placement::{Placement, Trial};
 use crate::error::{Error, Result};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

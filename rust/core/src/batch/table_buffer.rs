@@ -1,6 +1,6 @@
 //! Several tables in one int32 buffer.
 
-use super::number::int;
+use super::int32::int;
 
 /// Offsets are multiples of this many int32 (64 bytes), so that a kernel sees equally aligned pointers in every step.
 pub const ALIGN: usize = 16;

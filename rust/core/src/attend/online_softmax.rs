@@ -1,8 +1,8 @@
 //! One query over a chunk of keys: scores, online softmax, weighted values. The order of the sums is the same however the calls are cut, and for keys
 //! in place as for copies; only where chunks are cut changes a result.
 
-use super::lanes::{Element, Lanes, Line, WIDTH};
 use super::math::{exp, tanh};
+use super::vector::{Element, Lanes, Line, WIDTH};
 
 /// Most keys of a chunk.
 pub(super) const CHUNK: usize = 64;

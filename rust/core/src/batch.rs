@@ -1,11 +1,11 @@
 //! Who goes into which forward, and the int32 tables that tell the kernels about it.
 
-mod buckets;
+mod block_tables;
 pub mod decode;
-mod number;
+pub mod free_list;
+mod int32;
+mod length_buckets;
 pub mod pack;
 pub mod plan;
 pub mod schedule;
-pub mod slots;
-pub mod tables;
-mod uses;
+pub mod table_buffer;

@@ -1,7 +1,7 @@
 //! Free space never overlaps, never leaks, and grows together again.
 #![expect(clippy::expect_used, reason = "a test may fail")]
 
-use prefixfast_core::batch::slots::{Run, Slots};
+use prefixfast_core::batch::free_list::{Run, Slots};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 

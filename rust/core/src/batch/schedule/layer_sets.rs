@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use rustc_hash::FxHashMap;
 
-use super::super::uses::Block;
+use super::super::block_tables::Block;
 use crate::error::{Error, Result};
 
 /// The number of the set that has every layer.

@@ -3,7 +3,7 @@
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
 use prefixfast_core::Error;
 use prefixfast_core::batch::plan as core;
-use prefixfast_core::batch::tables::Section;
+use prefixfast_core::batch::table_buffer::Section;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 

@@ -1,0 +1,5 @@
+//! `pack`, `plan_packed` and `Scheduler`.
+
+pub(crate) mod pack;
+pub(crate) mod plan;
+pub(crate) mod schedule;
