@@ -75,10 +75,7 @@ fn step(scheduler: &mut Scheduler, buffer: &mut [i32]) -> (usize, usize) {
 
 fn steps(c: &mut Criterion) {
     let mut buffer = Vec::new();
-    let padded = Decode {
-        padded: true,
-        ..WORK
-    };
+    let padded = Decode { padded: true, ..WORK };
     for (name, decode) in [("work", WORK), ("padded work", padded)] {
         let mut scheduler = running(&mut buffer, decode);
         c.bench_function(

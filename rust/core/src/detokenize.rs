@@ -37,10 +37,7 @@ impl Stream {
     pub fn push(&mut self, ids: &[i32]) -> Result<String> {
         self.ids.extend(unsigned(ids)?);
         let (old, new) = self.texts()?;
-        let open = new.ends_with(REPLACEMENT)
-            || self
-                .tokenizer
-                .is_open_byte(&self.ids, self.skip_special_tokens);
+        let open = new.ends_with(REPLACEMENT) || self.tokenizer.is_open_byte(&self.ids, self.skip_special_tokens);
         if new.len() <= old || open {
             return Ok(String::new());
         }

@@ -25,11 +25,9 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Config(text)
-            | Self::Data(text)
-            | Self::Request(text)
-            | Self::Capacity(text)
-            | Self::State(text) => f.write_str(text),
+            Self::Config(text) | Self::Data(text) | Self::Request(text) | Self::Capacity(text) | Self::State(text) => {
+                f.write_str(text)
+            }
             Self::UnknownPrefix(prefix) => {
                 write!(
                     f,

@@ -40,8 +40,11 @@ impl Linearizer {
     /// # Errors
     /// [`Error::Config`] for anything but a JSON object with a known style and known fields.
     pub fn from_spec(spec: &str) -> Result<Self> {
-        let mut fields: Map<String, Value> = serde_json::from_str(spec)
-            .map_err(|error| Error::Config(format!("this linearizer spec is no JSON object ({error}): expected one like {{\"style\": \"e2e\"}}")))?;
+        let mut fields: Map<String, Value> = serde_json::from_str(spec).map_err(|error| {
+            Error::Config(format!(
+                "this linearizer spec is no JSON object ({error}): expected one like {{\"style\": \"e2e\"}}"
+            ))
+        })?;
         let style = take(&mut fields, "style", "")?;
         let linearizer = match style.as_str() {
             "e2e" => Self::E2e,

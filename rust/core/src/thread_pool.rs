@@ -89,9 +89,6 @@ mod tests {
 
     #[test]
     fn is_one_pool() {
-        assert!(std::ptr::eq(
-            pool().expect("a pool"),
-            pool().expect("the same")
-        ));
+        assert!(std::ptr::eq(pool().expect("a pool"), pool().expect("the same")));
     }
 }

@@ -80,15 +80,13 @@ impl Tokenizer {
     ///
     /// # Errors
     /// [`Error::Data`] if the tokenizer refuses a text, [`Error::Capacity`] beyond `i32::MAX` ids, [`Error::Config`] from [`pool`].
-    pub fn encode_batch<T: AsRef<str> + Sync>(
-        &self,
-        texts: &[T],
-        add_special_tokens: bool,
-    ) -> Result<Ragged> {
+    pub fn encode_batch<T: AsRef<str> + Sync>(&self, texts: &[T], add_special_tokens: bool) -> Result<Ragged> {
         let one = |(row, text): (usize, &T)| {
             let encoding = self.inner.encode_fast(text.as_ref(), add_special_tokens);
             encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|error| {
-                Error::Data(format!("the tokenizer refused text {row} ({error}): expected text in its vocabulary; change the text"))
+                Error::Data(format!(
+                    "the tokenizer refused text {row} ({error}): expected text in its vocabulary; change the text"
+                ))
             })
         };
         let lists: Vec<Vec<u32>> = if texts.len() < SMALL_BATCH {
@@ -104,12 +102,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Config`] if `indptr` does not run from 0 to the number of ids without descending, or from [`pool`]; [`Error::Data`] for a
     /// negative id.
-    pub fn decode_batch(
-        &self,
-        ids: &[i32],
-        indptr: &[i32],
-        skip_special_tokens: bool,
-    ) -> Result<Vec<String>> {
+    pub fn decode_batch(&self, ids: &[i32], indptr: &[i32], skip_special_tokens: bool) -> Result<Vec<String>> {
         let borders = borders(ids.len(), indptr)?;
         let ids = unsigned(ids)?;
         let one = |pair: &[usize]| self.decode(&ids[pair[0]..pair[1]], skip_special_tokens);
@@ -135,17 +128,13 @@ impl Tokenizer {
         if !self.byte_fallback {
             return false;
         }
-        let special = |token: &str| {
-            skip_special_tokens && self.inner.get_added_vocabulary().is_special_token(token)
-        };
+        let special = |token: &str| skip_special_tokens && self.inner.get_added_vocabulary().is_special_token(token);
         let seen = ids
             .iter()
             .rev()
             .filter_map(|id| self.id_to_token(*id))
             .find(|token| !special(token));
-        seen.is_some_and(|token| {
-            token.len() == 6 && token.starts_with("<0x") && token.ends_with('>')
-        })
+        seen.is_some_and(|token| token.len() == 6 && token.starts_with("<0x") && token.ends_with('>'))
     }
 }
 
@@ -186,9 +175,7 @@ fn borders(count: usize, indptr: &[i32]) -> Result<Vec<usize>> {
         .iter()
         .filter_map(|border| usize::try_from(*border).ok())
         .collect();
-    let fits = borders.len() == indptr.len()
-        && borders.first() == Some(&0)
-        && borders.last() == Some(&count);
+    let fits = borders.len() == indptr.len() && borders.first() == Some(&0) && borders.last() == Some(&count);
     if fits && borders.is_sorted() {
         return Ok(borders);
     }

@@ -83,10 +83,7 @@ fn refuses_bad_input() {
         (&[2], &[1], &[0], 0),
     ] {
         assert!(
-            matches!(
-                pack(lengths, targets, batch, budget, true),
-                Err(Error::Config(_))
-            ),
+            matches!(pack(lengths, targets, batch, budget, true), Err(Error::Config(_))),
             "{lengths:?}"
         );
     }

@@ -53,32 +53,18 @@ fn naive(lengths: &[i32], prefixes: &[Vec<i32>]) -> BTreeSet<[i32; 4]> {
 }
 
 fn check_users(tables: &Tables, expected: &BTreeSet<[i32; 4]>) {
-    let (blocks, indptr): (Vec<[i32; 2]>, _) =
-        (rows(tables, "block"), table(tables, "user_indptr"));
+    let (blocks, indptr): (Vec<[i32; 2]>, _) = (rows(tables, "block"), table(tables, "user_indptr"));
     let (user, pos, slides) = (
         table(tables, "user"),
         table(tables, "user_pos"),
         table(tables, "user_slides"),
     );
     let mut found = BTreeSet::new();
-    for ((block, border), span) in blocks
-        .iter()
-        .zip(indptr.windows(2))
-        .zip(rows::<3>(tables, "span"))
-    {
+    for ((block, border), span) in blocks.iter().zip(indptr.windows(2)).zip(rows::<3>(tables, "span")) {
         let mine = at(border[0])..at(border[1]);
         assert!(user[mine.clone()].is_sorted() && !mine.is_empty());
-        let consecutive = user[mine.clone()]
-            .windows(2)
-            .all(|pair| pair[1] == pair[0] + 1);
-        assert_eq!(
-            span,
-            [
-                user[mine.start],
-                border[1] - border[0],
-                i32::from(consecutive)
-            ]
-        );
+        let consecutive = user[mine.clone()].windows(2).all(|pair| pair[1] == pair[0] + 1);
+        assert_eq!(span, [user[mine.start], border[1] - border[0], i32::from(consecutive)]);
         found.extend(mine.map(|place| [user[place], block[0], pos[place], slides[place]]));
     }
     assert_eq!(&found, expected);
@@ -156,10 +142,7 @@ fn refuses_bad_input() {
     };
     assert!(plan_packed(&good).is_ok());
     for wrong in [
-        Packed {
-            lengths: &[0],
-            ..good
-        },
+        Packed { lengths: &[0], ..good },
         Packed {
             lengths: &[i32::MAX],
             ..good
@@ -186,10 +169,7 @@ fn refuses_bad_input() {
         },
         Packed { buckets: 0, ..good },
     ] {
-        assert!(
-            matches!(plan_packed(&wrong), Err(Error::Config(_))),
-            "{wrong:?}"
-        );
+        assert!(matches!(plan_packed(&wrong), Err(Error::Config(_))), "{wrong:?}");
     }
     for prefix in [-1, 4] {
         assert_eq!(

@@ -122,10 +122,7 @@ fn shares_rows_between_tenants() {
             })
             .expect("room");
     }
-    assert_eq!(
-        order_of(&mut scheduler),
-        [0, 10, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9]
-    );
+    assert_eq!(order_of(&mut scheduler), [0, 10, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9]);
 }
 
 #[test]
@@ -167,11 +164,7 @@ fn drops_what_is_late() {
             .expect("room");
     }
     let mut out = vec![0; scheduler.buffer_len()];
-    for (now, expired, prefilled) in [
-        (0, vec![], vec![1]),
-        (39, vec![], vec![]),
-        (60, vec![2, 1], vec![3]),
-    ] {
+    for (now, expired, prefilled) in [(0, vec![], vec![1]), (39, vec![], vec![]), (60, vec![2, 1], vec![3])] {
         let header = scheduler.plan_step(now, &mut out).expect("a step");
         assert_eq!((header.expired, header.prefill_ids), (expired, prefilled));
         scheduler.commit(&[]).expect("a commit");
@@ -181,19 +174,13 @@ fn drops_what_is_late() {
 #[test]
 fn keeps_the_order_of_calls() {
     let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
-    scheduler
-        .register_prefix(9, 20, 20, true, &[])
-        .expect("a new number");
+    scheduler.register_prefix(9, 20, 20, true, &[]).expect("a new number");
     let needed = scheduler.buffer_len();
     assert!(matches!(
         scheduler.register_prefix(9, 20, 20, true, &[true, false]),
         Err(Error::Config(_))
     ));
-    assert_eq!(
-        scheduler.buffer_len(),
-        needed,
-        "what was refused left nothing"
-    );
+    assert_eq!(scheduler.buffer_len(), needed, "what was refused left nothing");
     scheduler
         .register_prefix(7, 20, 20, true, &[true, false])
         .expect("a new number");
@@ -201,10 +188,7 @@ fn keeps_the_order_of_calls() {
     scheduler.forget_prefix(7).expect("idle");
     assert_eq!(scheduler.buffer_len(), needed);
     assert_eq!(scheduler.forget_prefix(8), Err(Error::UnknownPrefix(8)));
-    assert_eq!(
-        scheduler.add(request(1, &[8], 3, 1, 1)),
-        Err(Error::UnknownPrefix(8))
-    );
+    assert_eq!(scheduler.add(request(1, &[8], 3, 1, 1)), Err(Error::UnknownPrefix(8)));
     scheduler.add(request(1, &[9], 3, 1, 1)).expect("room");
     assert!(matches!(
         scheduler.add(request(1, &[9], 3, 1, 1)),
@@ -215,37 +199,17 @@ fn keeps_the_order_of_calls() {
     assert!(matches!(scheduler.commit(&[1]), Err(Error::Request(_))));
 
     let mut out = vec![0; scheduler.buffer_len()];
-    assert!(matches!(
-        scheduler.plan_step(0, &mut out[1..]),
-        Err(Error::Capacity(_))
-    ));
+    assert!(matches!(scheduler.plan_step(0, &mut out[1..]), Err(Error::Capacity(_))));
     assert_eq!((scheduler.num_waiting(), scheduler.num_running()), (1, 0));
-    assert_eq!(
-        scheduler.plan_step(0, &mut out).expect("a step").loads,
-        [(9, 0)]
-    );
+    assert_eq!(scheduler.plan_step(0, &mut out).expect("a step").loads, [(9, 0)]);
     scheduler.prefix_ready(9).expect("it was loading");
-    assert_eq!(
-        scheduler
-            .plan_step(0, &mut out)
-            .expect("a step")
-            .prefill_ids,
-        [1]
-    );
-    assert!(matches!(
-        scheduler.plan_step(0, &mut out),
-        Err(Error::State(_))
-    ));
+    assert_eq!(scheduler.plan_step(0, &mut out).expect("a step").prefill_ids, [1]);
+    assert!(matches!(scheduler.plan_step(0, &mut out), Err(Error::State(_))));
     assert!(matches!(scheduler.commit(&[1, 1]), Err(Error::Request(_))));
     scheduler.commit(&[]).expect("a commit");
-    assert_eq!(
-        scheduler.plan_step(0, &mut out).expect("a step").decode_ids,
-        [1]
-    );
+    assert_eq!(scheduler.plan_step(0, &mut out).expect("a step").decode_ids, [1]);
     scheduler.commit(&[]).expect("a commit");
-    assert!(
-        matches!(scheduler.plan_step(0, &mut out), Err(Error::State(text)) if text.contains("its 1 steps"))
-    );
+    assert!(matches!(scheduler.plan_step(0, &mut out), Err(Error::State(text)) if text.contains("its 1 steps")));
     scheduler.commit(&[1]).expect("a commit");
     scheduler.forget_prefix(9).expect("idle");
     assert_eq!(scheduler.free_rows(), 320);
@@ -268,13 +232,7 @@ fn moves_its_own_prefixes_when_they_are_in_the_way() {
             scheduler.prefix_ready(*prefix).expect("it was loading");
         }
         steps.push((header.evictions, header.loads));
-        assert_eq!(
-            scheduler
-                .plan_step(0, &mut out)
-                .expect("a step")
-                .prefill_ids,
-            [7]
-        );
+        assert_eq!(scheduler.plan_step(0, &mut out).expect("a step").prefill_ids, [7]);
         scheduler.commit(&[7]).expect("a commit");
     }
     let expected = [
@@ -288,9 +246,7 @@ fn moves_its_own_prefixes_when_they_are_in_the_way() {
 #[test]
 fn refuses_what_never_fits() {
     let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
-    scheduler
-        .register_prefix(0, 300, 300, true, &[])
-        .expect("a new number");
+    scheduler.register_prefix(0, 300, 300, true, &[]).expect("a new number");
     for wrong in [
         request(1, &[0], 17, 1, 16),
         request(1, &[], 320, 1, 1),
@@ -305,9 +261,7 @@ fn refuses_what_never_fits() {
             "{wrong:?}"
         );
     }
-    scheduler
-        .add(request(1, &[0], 15, 1, 1))
-        .expect("exactly full");
+    scheduler.add(request(1, &[0], 15, 1, 1)).expect("exactly full");
     let short = Limits {
         arena_rows: 79,
         ..limits()
@@ -436,10 +390,7 @@ fn a_kept_prefix_goes_last_and_only_when_it_must() {
             .expect("a new number");
     }
     let load = |scheduler: &mut Scheduler, prefix| {
-        let load = scheduler
-            .load_prefix(prefix)
-            .expect("registered")
-            .expect("room");
+        let load = scheduler.load_prefix(prefix).expect("registered").expect("room");
         scheduler.prefix_ready(prefix).expect("it was loading");
         load.evictions
     };
@@ -458,8 +409,5 @@ fn a_kept_prefix_goes_last_and_only_when_it_must() {
     assert_eq!(scheduler.load_prefix(0).expect("registered"), None);
     assert!(scheduler.evict_prefix(0).expect("registered").is_some());
     assert_eq!(scheduler.evict_prefix(0).expect("registered"), None);
-    assert!(matches!(
-        scheduler.load_prefix(9),
-        Err(Error::UnknownPrefix(9))
-    ));
+    assert!(matches!(scheduler.load_prefix(9), Err(Error::UnknownPrefix(9))));
 }

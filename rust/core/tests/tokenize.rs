@@ -10,10 +10,8 @@ use proptest::test_runner::RngSeed;
 fn byte_fallback() -> Tokenizer {
     let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
     let tokens = bytes.chain(["\u{2581}the", "a", "\u{2581}"].map(str::to_owned));
-    let vocab: serde_json::Map<String, serde_json::Value> = tokens
-        .zip(0..)
-        .map(|(token, id)| (token, id.into()))
-        .collect();
+    let vocab: serde_json::Map<String, serde_json::Value> =
+        tokens.zip(0..).map(|(token, id)| (token, id.into())).collect();
     let special = serde_json::json!({
         "id": 259, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,
     });
@@ -48,9 +46,7 @@ proptest! {
 #[test]
 fn encodes_on_one_thread_and_on_many() {
     let tokenizer = byte_fallback();
-    let few = tokenizer
-        .encode_batch(&["a", "", "\u{e9}"], false)
-        .expect("ids");
+    let few = tokenizer.encode_batch(&["a", "", "\u{e9}"], false).expect("ids");
     assert_eq!(
         few,
         Ragged {
@@ -61,9 +57,7 @@ fn encodes_on_one_thread_and_on_many() {
     let many = tokenizer.encode_batch(&["a"; 100], false).expect("ids");
     assert_eq!(many.ids, [257; 100]);
     assert_eq!(
-        tokenizer
-            .decode_batch(&many.ids, &many.indptr, false)
-            .expect("texts"),
+        tokenizer.decode_batch(&many.ids, &many.indptr, false).expect("texts"),
         ["a"; 100]
     );
 }
@@ -80,8 +74,5 @@ fn refuses_bad_input() {
         tokenizer.decode_batch(&[-1], &[0, 1], true),
         Err(Error::Data(_))
     ));
-    assert!(matches!(
-        tokenizer.stream(true).push(&[-1]),
-        Err(Error::Data(_))
-    ));
+    assert!(matches!(tokenizer.stream(true).push(&[-1]), Err(Error::Data(_))));
 }

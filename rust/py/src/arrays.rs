@@ -37,12 +37,7 @@ fn strided(py: Python<'_>, name: &str) -> PyErr {
 
 /// A number of 0 or more.
 pub(crate) fn count(py: Python<'_>, name: &str, value: i64) -> PyResult<usize> {
-    usize::try_from(value).map_err(|_| {
-        raise(
-            py,
-            &Error::Config(format!("{name} is {value}: expected 0 or more")),
-        )
-    })
+    usize::try_from(value).map_err(|_| raise(py, &Error::Config(format!("{name} is {value}: expected 0 or more"))))
 }
 
 /// An array that takes over the memory of a list.

@@ -3,9 +3,7 @@
 use std::ffi::CString;
 
 use prefixfast_core::Error;
-use prefixfast_core::attend::{
-    self as core, Floats, FloatsMut, Output, Problem, Shape, Simd, Source, Tables,
-};
+use prefixfast_core::attend::{self as core, Floats, FloatsMut, Output, Problem, Shape, Simd, Source, Tables};
 use pyo3::prelude::*;
 
 use crate::error::{detached, guarded, raise};
@@ -97,9 +95,7 @@ pub(crate) fn attend_decode(
     let Some(lse) = rows.checked_mul(heads) else {
         return Err(raise(
             py,
-            &Error::Config(format!(
-                "{rows} rows of {heads} heads: more than memory holds"
-            )),
+            &Error::Config(format!("{rows} rows of {heads} heads: more than memory holds")),
         ));
     };
     let sizes = (lse, lse.saturating_mul(head_dim));
@@ -112,15 +108,7 @@ pub(crate) fn attend_decode(
     // this call returns: addresses are aligned and counts are within their tensors. It has just made the outputs, so nothing else refers to them; that
     // no other thread writes to the inputs meanwhile is the contract of every operator of torch.
     let (problem, output) = unsafe {
-        let [
-            block,
-            user_indptr,
-            user,
-            user_pos,
-            user_slides,
-            row_of,
-            lens,
-        ] = tables.map(|memory| slice(memory));
+        let [block, user_indptr, user, user_pos, user_slides, row_of, lens] = tables.map(|memory| slice(memory));
         let tables = Tables {
             table: slice((slots, if table_rows == 0 { 0 } else { entries })),
             table_shape: [table_rows, columns, stride],

@@ -18,10 +18,7 @@ impl DetokenizeStream {
             i32::try_from(*id).map_err(|_| {
                 raise(
                     py,
-                    &Error::Data(format!(
-                        "id {id}: expected 0 to {}; check the ids",
-                        i32::MAX
-                    )),
+                    &Error::Data(format!("id {id}: expected 0 to {}; check the ids", i32::MAX)),
                 )
             })
         };

@@ -10,24 +10,17 @@ pub(crate) fn detached<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> prefixfast_core::Result<T> + Send,
 ) -> PyResult<T> {
-    py.detach(|| attached(work))
-        .map_err(|error| raise(py, &error))
+    py.detach(|| attached(work)).map_err(|error| raise(py, &error))
 }
 
 /// Runs short core code with the GIL, with the same guard.
-pub(crate) fn guarded<T>(
-    py: Python<'_>,
-    work: impl FnOnce() -> prefixfast_core::Result<T>,
-) -> PyResult<T> {
+pub(crate) fn guarded<T>(py: Python<'_>, work: impl FnOnce() -> prefixfast_core::Result<T>) -> PyResult<T> {
     attached(work).map_err(|error| raise(py, &error))
 }
 
 fn attached<T>(work: impl FnOnce() -> prefixfast_core::Result<T>) -> prefixfast_core::Result<T> {
     let internal = || {
-        Error::State(
-            "internal error: the core panicked, see stderr: expected no panic; please report it"
-                .to_owned(),
-        )
+        Error::State("internal error: the core panicked, see stderr: expected no panic; please report it".to_owned())
     };
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(internal()))
 }

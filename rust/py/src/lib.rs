@@ -1,9 +1,6 @@
 //! The Python face of `prefixfast-core`: it converts, releases the GIL and maps errors, nothing else. The stub `_rust.pyi` documents it.
 
-#![expect(
-    clippy::needless_pass_by_value,
-    reason = "pyo3 hands arguments over by value"
-)]
+#![expect(clippy::needless_pass_by_value, reason = "pyo3 hands arguments over by value")]
 
 mod arrays;
 mod attend;

@@ -39,16 +39,9 @@ impl Linearizer {
     /// One's own tables.
     #[staticmethod]
     #[pyo3(signature = (*, item = "{key} : {value}", separator = " | ", start = "", end = ""))]
-    fn template(
-        py: Python<'_>,
-        item: &str,
-        separator: &str,
-        start: &str,
-        end: &str,
-    ) -> PyResult<Self> {
+    fn template(py: Python<'_>, item: &str, separator: &str, start: &str, end: &str) -> PyResult<Self> {
         guarded(py, || {
-            Template::new(item, separator, start, end)
-                .map(|template| Self(Core::Template(template)))
+            Template::new(item, separator, start, end).map(|template| Self(Core::Template(template)))
         })
     }
 
@@ -125,7 +118,8 @@ fn entries(row: usize, sequence: &Bound<'_, PySequence>) -> PyResult<Table> {
                 ));
             }
             _ => {
-                let expected = "a pair of key and value, or a triple of subject, property and object (not both in one table)";
+                let expected =
+                    "a pair of key and value, or a triple of subject, property and object (not both in one table)";
                 return Err(wrong(py, row, &entry, expected));
             }
         }
@@ -165,11 +159,7 @@ fn parts<'py>(entry: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
     }
 }
 
-fn pair(
-    row: usize,
-    key: &Bound<'_, PyAny>,
-    value: &Bound<'_, PyAny>,
-) -> PyResult<(String, String)> {
+fn pair(row: usize, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<(String, String)> {
     let Ok(name) = key.cast::<PyString>() else {
         return Err(wrong(key.py(), row, key, "text as a key"));
     };
@@ -192,8 +182,6 @@ fn wrong(py: Python<'_>, row: usize, found: &Bound<'_, PyAny>, expected: &str) -
         .map_or_else(|_| "an object".to_owned(), |name| name.to_string());
     raise(
         py,
-        &Error::Data(format!(
-            "row {row}: expected {expected}, got {kind}; convert it"
-        )),
+        &Error::Data(format!("row {row}: expected {expected}, got {kind}; convert it")),
     )
 }

@@ -35,8 +35,7 @@ impl Tokenizer {
         texts: Vec<PyBackedStr>,
         add_special_tokens: bool,
     ) -> PyResult<RaggedArrays> {
-        let Ragged { ids, indptr } =
-            detached(py, || self.0.encode_batch(&texts, add_special_tokens))?;
+        let Ragged { ids, indptr } = detached(py, || self.0.encode_batch(&texts, add_special_tokens))?;
         Ok((array(py, ids), array(py, indptr)))
     }
 
@@ -66,8 +65,6 @@ impl Tokenizer {
     /// A stream that decodes one growing sequence.
     #[pyo3(signature = (*, skip_special_tokens))]
     fn stream(&self, py: Python<'_>, skip_special_tokens: bool) -> PyResult<DetokenizeStream> {
-        guarded(py, || {
-            Ok(DetokenizeStream(self.0.stream(skip_special_tokens)))
-        })
+        guarded(py, || Ok(DetokenizeStream(self.0.stream(skip_special_tokens))))
     }
 }

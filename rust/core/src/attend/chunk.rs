@@ -70,11 +70,7 @@ impl<'a> Queries<'a> {
             running,
             scores,
             packed: [keys, values],
-            across: Across::new(
-                &mut rest[..across],
-                heads.len() * (rows * group).div_ceil(WIDTH),
-                lines,
-            ),
+            across: Across::new(&mut rest[..across], heads.len() * (rows * group).div_ceil(WIDTH), lines),
         }
     }
 }
@@ -112,14 +108,7 @@ pub(super) fn chunk<L: Lanes, K: Element>(
 ) {
     if users.len() < PACK_FROM && state.head_dim.is_multiple_of(WIDTH) {
         for user in users.iter().filter(|u| u.first_of(start) < at.len()) {
-            in_place(
-                lanes,
-                state,
-                memory,
-                &at[user.first_of(start)..],
-                next,
-                user.row,
-            );
+            in_place(lanes, state, memory, &at[user.first_of(start)..], next, user.row);
         }
         return;
     }
@@ -132,13 +121,7 @@ pub(super) fn chunk<L: Lanes, K: Element>(
         let user = users[part % users.len()];
         if user.first_of(start) < at.len() {
             let here = &here[user.first_of(start)..at.len()];
-            copied(
-                lanes,
-                state,
-                here,
-                (user.row, part / users.len()),
-                &mut scores,
-            );
+            copied(lanes, state, here, (user.row, part / users.len()), &mut scores);
         }
     }
 }
@@ -158,22 +141,8 @@ pub(super) fn chunk_across<L: Lanes, K: Element>(
     for part in 0..parts {
         call_next(lanes, state, memory, next, part, parts);
         let [keys, values] = [&*state.packed[0], &*state.packed[1]];
-        let (at, skip) = (
-            &here[..at.len()],
-            part / vectors * CHUNK * state.lines * WIDTH,
-        );
-        let [keys, values] = [
-            Chunk {
-                data: keys,
-                at,
-                skip,
-            },
-            Chunk {
-                data: values,
-                at,
-                skip,
-            },
-        ];
+        let (at, skip) = (&here[..at.len()], part / vectors * CHUNK * state.lines * WIDTH);
+        let [keys, values] = [Chunk { data: keys, at, skip }, Chunk { data: values, at, skip }];
         let softcap = state.softcap;
         transposed::vector(lanes, &mut state.across, part, softcap, keys, values);
     }
@@ -181,12 +150,7 @@ pub(super) fn chunk_across<L: Lanes, K: Element>(
 
 /// Copies the keys and the values of a chunk.
 #[inline(always)]
-fn copy_both<L: Lanes, K: Element>(
-    lanes: L,
-    state: &mut Queries<'_>,
-    memory: [&[K]; 2],
-    at: &[usize],
-) {
+fn copy_both<L: Lanes, K: Element>(lanes: L, state: &mut Queries<'_>, memory: [&[K]; 2], at: &[usize]) {
     for (to, from) in state.packed.iter_mut().zip(memory) {
         copy(lanes, from, at, (&state.heads, state.head_dim), to);
     }
@@ -225,22 +189,12 @@ fn copied<L: Lanes>(
     let skip = h * CHUNK * lines * WIDTH;
     let first = (row * state.heads.len() + h) * state.group;
     for i in first..first + state.group {
-        let (q, o) = (
-            &state.q[i * lines..][..lines],
-            &mut state.o[i * lines..][..lines],
-        );
+        let (q, o) = (&state.q[i * lines..][..lines], &mut state.o[i * lines..][..lines]);
         let [k, v] = state.packed.each_ref().map(|data| Chunk { data, at, skip });
         for j in (0..count).step_by(4) {
             scores[j..j + 4].copy_from_slice(&score(lanes, q, k, j));
         }
-        weigh(
-            lanes,
-            scores,
-            count,
-            state.softcap,
-            &mut state.running[i],
-            o,
-        );
+        weigh(lanes, scores, count, state.softcap, &mut state.running[i], o);
         gather(lanes, &scores[..count], v, 0, o);
     }
 }
@@ -255,8 +209,7 @@ fn in_place<L: Lanes, K: Element>(
     next: &[usize],
     row: usize,
 ) {
-    let (heads, group, lines, head_dim) =
-        (state.heads.len(), state.group, state.lines, state.head_dim);
+    let (heads, group, lines, head_dim) = (state.heads.len(), state.group, state.lines, state.head_dim);
     let queries = row * heads * group..(row + 1) * heads * group;
     let (q, o) = (
         &state.q[queries.start * lines..queries.end * lines],
@@ -290,14 +243,7 @@ fn in_place<L: Lanes, K: Element>(
         }
     }
     for (i, o) in o.chunks_exact_mut(lines).enumerate() {
-        weigh(
-            lanes,
-            &mut scores[i],
-            count,
-            state.softcap,
-            &mut running[i],
-            o,
-        );
+        weigh(lanes, &mut scores[i], count, state.softcap, &mut running[i], o);
     }
     for j in (0..count).step_by(4) {
         let (soon, from) = if j + 4 < count {
@@ -369,8 +315,5 @@ fn prefetch<L: Lanes, K>(lanes: L, memory: &[K], at: &[usize], skip: usize, head
 /// Calls something for every cache line.
 #[inline(always)]
 fn each_line<K>(memory: &[K], call: impl Fn(&K)) {
-    memory
-        .iter()
-        .step_by(CACHE_LINE / size_of::<K>())
-        .for_each(call);
+    memory.iter().step_by(CACHE_LINE / size_of::<K>()).for_each(call);
 }

@@ -56,9 +56,8 @@ impl Simd {
         CHOSEN
             .get_or_init(|| match std::env::var_os(SIMD) {
                 None => Ok(Self::all()[0]),
-                Some(name) => Self::named(&name.to_string_lossy()).map_err(|error| {
-                    Error::Config(format!("environment variable {SIMD}: {error}, or unset it"))
-                }),
+                Some(name) => Self::named(&name.to_string_lossy())
+                    .map_err(|error| Error::Config(format!("environment variable {SIMD}: {error}, or unset it"))),
             })
             .clone()
     }
@@ -70,12 +69,7 @@ impl Simd {
         let vectors = [Avx512::new().map(Kind::Avx512), Avx2::new().map(Kind::Avx2)];
         #[cfg(not(target_arch = "x86_64"))]
         let vectors: [Option<Kind>; 0] = [];
-        vectors
-            .into_iter()
-            .flatten()
-            .chain([Kind::Scalar])
-            .map(Self)
-            .collect()
+        vectors.into_iter().flatten().chain([Kind::Scalar]).map(Self).collect()
     }
 
     /// Its name.

@@ -14,24 +14,13 @@ pub(super) fn exp<L: Lanes>(lanes: L, x: L::V) -> L::V {
     // ln 2 in two parts, the first with so few bits that its product is exact.
     let r = lanes.fma(n, lanes.splat(-0.693_359_4), y);
     let r = lanes.fma(n, lanes.splat(2.121_944_4e-4), r);
-    let p = [
-        1.398_199_9e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        0.166_666_65,
-        0.5,
-    ];
+    let p = [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5];
     let mut sum = lanes.splat(1.987_569_1e-4);
     for c in p {
         sum = lanes.fma(sum, r, lanes.splat(c));
     }
     let sum = lanes.fma(sum, lanes.mul(r, r), lanes.add(r, lanes.splat(1.0)));
-    lanes.where_less(
-        x,
-        low,
-        lanes.splat(0.0),
-        lanes.mul(sum, lanes.exp2_whole(n)),
-    )
+    lanes.where_less(x, low, lanes.splat(0.0), lanes.mul(sum, lanes.exp2_whole(n)))
 }
 
 /// `tanh(x)` to 4 units in the last place.

@@ -19,9 +19,7 @@ impl<'a, K: Element> Chunk<'a, K> {
     /// `lines` vectors of key `j`.
     #[inline(always)]
     pub(super) fn key(&self, j: usize, lines: usize) -> &'a [[K; WIDTH]] {
-        self.data[self.at[j] + self.skip..][..lines * WIDTH]
-            .as_chunks()
-            .0
+        self.data[self.at[j] + self.skip..][..lines * WIDTH].as_chunks().0
     }
 }
 
@@ -45,18 +43,10 @@ impl Running {
 ///
 /// * `q`: the query times scale.
 #[inline(always)]
-pub(super) fn score<L: Lanes, K: Element>(
-    lanes: L,
-    q: &[Line],
-    keys: Chunk<'_, K>,
-    j: usize,
-) -> [f32; 4] {
+pub(super) fn score<L: Lanes, K: Element>(lanes: L, q: &[Line], keys: Chunk<'_, K>, j: usize) -> [f32; 4] {
     let (last, n) = (keys.at.len() - 1, q.len());
     let (a, b) = (keys.key(j, n), keys.key((j + 1).min(last), n));
-    let (c, d) = (
-        keys.key((j + 2).min(last), n),
-        keys.key((j + 3).min(last), n),
-    );
+    let (c, d) = (keys.key((j + 2).min(last), n), keys.key((j + 3).min(last), n));
     let mut sums = [lanes.splat(0.0); 4];
     for i in 0..n {
         let x = lanes.load(&q[i]);
@@ -116,13 +106,7 @@ pub(super) fn weigh<L: Lanes>(
 
 /// Adds `weights[i] * values[j + i]` for all weights, one after another.
 #[inline(always)]
-pub(super) fn gather<L: Lanes, K: Element>(
-    lanes: L,
-    weights: &[f32],
-    values: Chunk<'_, K>,
-    j: usize,
-    o: &mut [Line],
-) {
+pub(super) fn gather<L: Lanes, K: Element>(lanes: L, weights: &[f32], values: Chunk<'_, K>, j: usize, o: &mut [Line]) {
     let lines = o.len();
     let (tiles, rest) = o.as_chunks_mut::<4>();
     let tiled = 4 * tiles.len();
@@ -156,10 +140,7 @@ fn gather_part<L: Lanes, K: Element, const N: usize>(
         sums[i] = lanes.load(&o[i]);
     }
     for (i, weight) in weights.iter().enumerate() {
-        let (weight, value) = (
-            lanes.splat(*weight),
-            &values.key(j + i, lines)[first..first + N],
-        );
+        let (weight, value) = (lanes.splat(*weight), &values.key(j + i, lines)[first..first + N]);
         for n in 0..N {
             sums[n] = lanes.fma(weight, K::load(lanes, &value[n]), sums[n]);
         }

@@ -80,12 +80,7 @@ pub(super) fn run(threads: usize, work: &(dyn Fn() + Sync)) -> Result<()> {
             // SAFETY: `parallel` is GOMP_parallel (`find`). It calls `enter` with `argument` on its threads and returns only when all calls have
             // returned, so `shared` outlives them; they only read it, and it is Sync. `enter` never unwinds.
             unsafe {
-                parallel(
-                    enter,
-                    argument,
-                    u32::try_from(threads).unwrap_or(u32::MAX),
-                    0,
-                );
+                parallel(enter, argument, u32::try_from(threads).unwrap_or(u32::MAX), 0);
             }
         }
         // SAFETY: `argument` is `shared`, as `enter` wants it.
@@ -93,8 +88,7 @@ pub(super) fn run(threads: usize, work: &(dyn Fn() + Sync)) -> Result<()> {
     }
     if shared.panicked.into_inner() {
         return Err(Error::State(
-            "internal error: attention panicked, see stderr: expected no panic; please report it"
-                .to_owned(),
+            "internal error: attention panicked, see stderr: expected no panic; please report it".to_owned(),
         ));
     }
     Ok(())

@@ -41,25 +41,15 @@ impl<'a> Out<'a> {
     pub(super) fn write(&self, row: usize, head: usize, running: Running, o: &[Line]) {
         assert!(row < self.shape.rows && head < self.shape.heads);
         let (at, head_dim) = (row * self.shape.heads + head, self.shape.head_dim);
-        let share = if running.sum == 0.0 {
-            0.0
-        } else {
-            1.0 / running.sum
-        };
+        let share = if running.sum == 0.0 { 0.0 } else { 1.0 / running.sum };
         let values = o.as_flattened().iter().map(|x| x * share);
         // SAFETY: row and head are in range, so entry `at` of lse and numbers `at * D ..` of o lie within the borrowed memory, whose sizes `check` has
         // compared with the shape. The tasks partition (row, kv head) and each runs once, so no other thread touches this query's part.
         let to = unsafe {
             *self.lse.add(at) = running.max + running.sum.ln();
             match self.o {
-                Numbers::F32(o) => FloatsMut::F32(std::slice::from_raw_parts_mut(
-                    o.add(at * head_dim),
-                    head_dim,
-                )),
-                Numbers::Bf16(o) => FloatsMut::Bf16(std::slice::from_raw_parts_mut(
-                    o.add(at * head_dim),
-                    head_dim,
-                )),
+                Numbers::F32(o) => FloatsMut::F32(std::slice::from_raw_parts_mut(o.add(at * head_dim), head_dim)),
+                Numbers::Bf16(o) => FloatsMut::Bf16(std::slice::from_raw_parts_mut(o.add(at * head_dim), head_dim)),
             }
         };
         match to {

@@ -91,8 +91,7 @@ impl Plan {
     fn cut(&mut self, problem: &Problem<'_>, threads: usize) {
         let kv_heads = problem.shape.kv_heads;
         let floats = problem.shape.heads * problem.shape.head_dim;
-        let wide =
-            (kv_heads * problem.shape.head_dim * problem.own.width() / BYTES).clamp(1, kv_heads);
+        let wide = (kv_heads * problem.shape.head_dim * problem.own.width() / BYTES).clamp(1, kv_heads);
         let runs = self.runs();
         let total: usize = runs.iter().map(|(_, cost)| cost).sum();
         let parts = match (threads, runs.len()) {
@@ -102,9 +101,7 @@ impl Plan {
         };
         let most = total.div_ceil(parts).max(1);
         for (run, cost) in runs {
-            let pieces = cost
-                .div_ceil(most)
-                .max((run.len() * floats).div_ceil(MOST_FLOATS));
+            let pieces = cost.div_ceil(most).max((run.len() * floats).div_ceil(MOST_FLOATS));
             let by_rows = pieces.div_ceil(wide).min(run.len());
             let by_heads = pieces.div_ceil(by_rows).min(kv_heads);
             for rows in even(run, by_rows) {
@@ -133,18 +130,13 @@ impl Plan {
             let first = uses(row).first().map(|u| u.block);
             match runs.last_mut() {
                 Some((run, all))
-                    if first.is_some()
-                        && first == uses(&self.rows[run.start]).first().map(|u| u.block) =>
+                    if first.is_some() && first == uses(&self.rows[run.start]).first().map(|u| u.block) =>
                 {
                     run.end += 1;
                     *all += cost;
                 }
                 _ => {
-                    cost += FROM_MEMORY
-                        * uses(row)
-                            .iter()
-                            .map(|u| self.blocks[u.block].rows)
-                            .sum::<usize>();
+                    cost += FROM_MEMORY * uses(row).iter().map(|u| self.blocks[u.block].rows).sum::<usize>();
                     runs.push((i..i + 1, cost));
                 }
             }

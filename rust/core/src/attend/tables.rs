@@ -20,11 +20,7 @@ pub(super) fn blocks(tables: &Tables<'_>, prefix_rows: usize) -> Result<Vec<Bloc
     let mut out = Vec::with_capacity(tables.block.len());
     for (c, [start, rows]) in tables.block.iter().enumerate() {
         match (usize::try_from(*start), usize::try_from(*rows)) {
-            (Ok(start), Ok(rows))
-                if start
-                    .checked_add(rows)
-                    .is_some_and(|end| end <= prefix_rows) =>
-            {
+            (Ok(start), Ok(rows)) if start.checked_add(rows).is_some_and(|end| end <= prefix_rows) => {
                 out.push(Block { start, rows });
             }
             _ => {
@@ -51,15 +47,9 @@ pub(super) fn uses(
         user_slides,
         ..
     } = *tables;
-    let bounds: Option<Vec<usize>> = user_indptr
-        .iter()
-        .map(|p| number(*p, user.len() + 1))
-        .collect();
+    let bounds: Option<Vec<usize>> = user_indptr.iter().map(|p| number(*p, user.len() + 1)).collect();
     let fits = |b: &Vec<usize>| {
-        b.len() == blocks.len() + 1
-            && b.is_sorted()
-            && user_pos.len() == user.len()
-            && user_slides.len() == user.len()
+        b.len() == blocks.len() + 1 && b.is_sorted() && user_pos.len() == user.len() && user_slides.len() == user.len()
     };
     let Some(bounds) = bounds.filter(fits) else {
         return wrong(&format!(
@@ -74,9 +64,7 @@ pub(super) fn uses(
         match number(*row, num_rows) {
             Some(row) => starts[row + 1] += 1,
             None => {
-                return wrong(&format!(
-                    "user {e} is row {row}, expected one of {num_rows}"
-                ));
+                return wrong(&format!("user {e} is row {row}, expected one of {num_rows}"));
             }
         }
     }
@@ -117,12 +105,7 @@ fn first_seen(pos: i32, slides: bool, window: usize) -> usize {
 }
 
 /// Arena rows of the own keys that each row sees.
-pub(super) fn slots(
-    tables: &Tables<'_>,
-    rows: &mut [Row],
-    arena_rows: usize,
-    window: usize,
-) -> Result<Vec<usize>> {
+pub(super) fn slots(tables: &Tables<'_>, rows: &mut [Row], arena_rows: usize, window: usize) -> Result<Vec<usize>> {
     let [table_rows, columns, stride] = tables.table_shape;
     if tables.row.len() != rows.len() || tables.lens.len() != rows.len() {
         return wrong(&format!(
@@ -150,16 +133,9 @@ pub(super) fn slots(
             ));
         };
         let Some(length) = number(tables.lens[i], columns + 1).filter(|n| *n > 0) else {
-            return wrong(&format!(
-                "row {i} has {} keys, expected 1 to {columns}",
-                tables.lens[i]
-            ));
+            return wrong(&format!("row {i} has {} keys, expected 1 to {columns}", tables.lens[i]));
         };
-        let hidden = if window == 0 {
-            0
-        } else {
-            length.saturating_sub(window)
-        };
+        let hidden = if window == 0 { 0 } else { length.saturating_sub(window) };
         let begin = out.len();
         for slot in &tables.table[at * stride..][hidden..length] {
             match number(*slot, arena_rows) {

@@ -62,28 +62,13 @@ fn walk_avx2(
 }
 
 #[inline(always)]
-fn walk<L: Lanes>(
-    lanes: L,
-    problem: &Problem<'_>,
-    plan: &Plan,
-    task: &Task,
-    out: &Out<'_>,
-    scratch: &mut Scratch,
-) {
+fn walk<L: Lanes>(lanes: L, problem: &Problem<'_>, plan: &Plan, task: &Task, out: &Out<'_>, scratch: &mut Scratch) {
     let shape = problem.shape;
     let (rows, group) = (&plan.rows[task.rows.clone()], shape.heads / shape.kv_heads);
-    let Scratch {
-        floats,
-        running,
-        users,
-    } = scratch;
+    let Scratch { floats, running, users } = scratch;
     let size = (rows.len(), &task.heads, group);
     let mut state = Queries::new(size, shape.head_dim, problem.softcap, floats, running);
-    let (lines, first, each) = (
-        state.lines,
-        task.heads.start * group,
-        task.heads.len() * group,
-    );
+    let (lines, first, each) = (state.lines, task.heads.start * group, task.heads.len() * group);
     for (q, row) in state.q.chunks_exact_mut(lines * each).zip(rows) {
         load_queries(problem, row.number, first, q, lines);
     }
@@ -201,14 +186,7 @@ fn own_keys<L: Lanes, K: Element>(
         while count > 0 {
             at[..count].copy_from_slice(&next[..count]);
             let ahead = slots_of(slots, start + count, stride, &mut next);
-            chunk(
-                lanes,
-                state,
-                memory,
-                (&at[..count], &next[..ahead]),
-                0,
-                &[user],
-            );
+            chunk(lanes, state, memory, (&at[..count], &next[..ahead]), 0, &[user]);
             start += count;
             count = ahead;
         }

@@ -71,10 +71,7 @@ impl Case {
         let each = |of: [i32; 3]| (0..rows).map(|i| of[i % 3]).collect::<Vec<_>>();
         let lens = each([70, 3, 20]);
         Self {
-            shape: Shape {
-                rows,
-                ..three.shape
-            },
+            shape: Shape { rows, ..three.shape },
             q: random(rows * heads * head_dim, 4),
             row: each([2, 0, 1]),
             user_indptr: vec![0, number(rows), number(rows) + 1],
@@ -91,10 +88,7 @@ impl Case {
         let numbers = self.shape.heads * self.shape.head_dim;
         let second = usize::from(i == 0);
         Self {
-            shape: Shape {
-                rows: 1,
-                ..self.shape
-            },
+            shape: Shape { rows: 1, ..self.shape },
             q: self.q[i * numbers..][..numbers].to_vec(),
             k: self.k.clone(),
             v: self.v.clone(),
@@ -111,13 +105,8 @@ impl Case {
     }
 
     fn problem(&self) -> Problem<'_> {
-        let source = Source::F32 {
-            k: &self.k,
-            v: &self.v,
-        };
-        let Shape {
-            heads, head_dim, ..
-        } = self.shape;
+        let source = Source::F32 { k: &self.k, v: &self.v };
+        let Shape { heads, head_dim, .. } = self.shape;
         Problem {
             shape: self.shape,
             q: Floats::F32(&self.q),
@@ -150,10 +139,7 @@ impl Case {
         };
         let done = decode(&self.problem(), output, threads, simd);
         assert!(
-            done.is_ok()
-                || o.iter()
-                    .chain(&lse)
-                    .all(|x| x.to_bits() == 7.0_f32.to_bits()),
+            done.is_ok() || o.iter().chain(&lse).all(|x| x.to_bits() == 7.0_f32.to_bits()),
             "refused, but written to"
         );
         done.map(|()| (o, lse))
@@ -166,9 +152,7 @@ impl Case {
         for (c, [start, rows]) in self.block.iter().enumerate() {
             for e in index(self.user_indptr[c])..index(self.user_indptr[c + 1]) {
                 let hidden = |j: &i32| {
-                    self.window > 0
-                        && self.user_slides[e] == 1
-                        && index(-(self.user_pos[e] + j)) >= self.window
+                    self.window > 0 && self.user_slides[e] == 1 && index(-(self.user_pos[e] + j)) >= self.window
                 };
                 if index(self.user[e]) == row {
                     out.extend((0..*rows).filter(|j| !hidden(j)).map(|j| index(start + j)));
@@ -226,8 +210,7 @@ impl Case {
                     .zip(&scores)
                     .map(|(slot, s)| s.exp() * f64::from(self.v[place(*slot) + d]))
                     .sum();
-                worst =
-                    worst.max((f64::from(o[(row * heads + h) * head_dim + d]) - all / sum).abs());
+                worst = worst.max((f64::from(o[(row * heads + h) * head_dim + d]) - all / sum).abs());
             }
         }
         worst
@@ -280,15 +263,9 @@ fn the_comparison_sees_mistakes() -> Result<(), Error> {
         other.error(&o, &lse)
     };
     assert!(with(&|_| ()) < 2e-5);
-    assert!(
-        with(&|c| c.block[0][0] += 1) > 1e-3,
-        "a prefix row off by one"
-    );
+    assert!(with(&|c| c.block[0][0] += 1) > 1e-3, "a prefix row off by one");
     assert!(with(&|c| c.block[1][1] -= 1) > 1e-3, "a prefix row short");
-    assert!(
-        with(&|c| c.user_indptr = vec![0, 2, 2]) > 1e-3,
-        "a use dropped"
-    );
+    assert!(with(&|c| c.user_indptr = vec![0, 2, 2]) > 1e-3, "a use dropped");
     assert!(with(&|c| c.lens[1] -= 1) > 1e-3, "the last key dropped");
     assert!(with(&|c| c.window = 60) > 1e-3, "a window");
     assert!(with(&|c| c.row.swap(0, 1)) > 1e-3, "another row's slots");
@@ -306,10 +283,7 @@ fn bf16_memory_gives_what_its_numbers_give_in_fp32() -> Result<(), Error> {
         };
         let (k, v) = (narrow(&case.k), narrow(&case.v));
         for (wide, bits) in [(&mut case.k, &k), (&mut case.v, &v)] {
-            *wide = bits
-                .iter()
-                .map(|x| f32::from_bits(u32::from(*x) << 16))
-                .collect();
+            *wide = bits.iter().map(|x| f32::from_bits(u32::from(*x) << 16)).collect();
         }
         let expected = case.run(1, simd)?;
         let (mut o, mut lse) = (vec![0.0; case.q.len()], vec![0.0; 12]);
@@ -434,11 +408,7 @@ fn tasks_are_every_row_and_head_once() -> Result<(), Error> {
             let plan = Plan::new(&case.problem(), threads)?;
             let mut seen = vec![0; 3 * kv_heads];
             for task in &plan.tasks {
-                for (row, h) in task
-                    .rows
-                    .clone()
-                    .flat_map(|r| task.heads.clone().map(move |h| (r, h)))
-                {
+                for (row, h) in task.rows.clone().flat_map(|r| task.heads.clone().map(move |h| (r, h))) {
                     seen[plan.rows[row].number * kv_heads + h] += 1;
                 }
             }
@@ -500,16 +470,7 @@ fn a_row_of_many_may_see_a_block_twice() -> Result<(), Error> {
 
 #[test]
 fn tasks_even_the_threads_out() -> Result<(), Error> {
-    for (runs, threads) in [
-        (1, 2),
-        (2, 2),
-        (3, 2),
-        (3, 4),
-        (4, 2),
-        (5, 4),
-        (12, 8),
-        (32, 2),
-    ] {
+    for (runs, threads) in [(1, 2), (2, 2), (3, 2), (3, 4), (4, 2), (5, 4), (12, 8), (32, 2)] {
         let number = |x: usize| i32::try_from(x).unwrap_or(i32::MAX);
         let case = Case {
             block: (0..number(runs)).map(|i| [i, 90]).collect(),
@@ -530,10 +491,7 @@ fn tasks_even_the_threads_out() -> Result<(), Error> {
                 *first += task.rows.len() * task.heads.len(); // rows of one length: as much work each
             }
         }
-        let (most, all) = (
-            busy.iter().max().copied().unwrap_or(0),
-            busy.iter().sum::<usize>(),
-        );
+        let (most, all) = (busy.iter().max().copied().unwrap_or(0), busy.iter().sum::<usize>());
         assert!(
             4 * most * threads <= 5 * all,
             "{runs} prefixes on {threads} threads: {busy:?}"
@@ -561,13 +519,7 @@ fn one_query_of_many_may_have_no_number_or_nothing_but_infinities() -> Result<()
         let (o, lse) = case.run(1, simd)?;
         assert!(lse.iter().step_by(2).all(|x| x.is_nan()));
         assert!(lse[1..].iter().step_by(2).all(|x| x.is_finite()));
-        assert!(
-            o.as_chunks::<16>()
-                .0
-                .iter()
-                .step_by(2)
-                .all(|o| o[0].is_nan())
-        );
+        assert!(o.as_chunks::<16>().0.iter().step_by(2).all(|o| o[0].is_nan()));
     }
     Ok(())
 }
@@ -578,9 +530,7 @@ fn exp_and_tanh_are_close() {
     for i in 0..20_000_u16 {
         let (x, y) = (-f32::from(i) * 0.00435, f32::from(i) * 0.0005 - 5.0);
         let got = math::exp(Scalar, Scalar.splat(x))[0];
-        worst.0 = worst
-            .0
-            .max((f64::from(got) / f64::from(x).exp() - 1.0).abs());
+        worst.0 = worst.0.max((f64::from(got) / f64::from(x).exp() - 1.0).abs());
         let got = math::tanh(Scalar, [y; WIDTH])[0];
         let expected = f64::from(y).tanh();
         worst.1 = worst

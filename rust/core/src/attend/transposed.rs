@@ -91,11 +91,7 @@ pub(super) fn leave(state: &mut Queries<'_>, users: &[User]) {
 }
 
 /// Of every query of some users: its lane, its number along, its vector.
-fn places(
-    users: &[User],
-    heads: usize,
-    group: usize,
-) -> impl Iterator<Item = (usize, usize, usize)> {
+fn places(users: &[User], heads: usize, group: usize) -> impl Iterator<Item = (usize, usize, usize)> {
     let vectors = vectors(users, group);
     (0..heads).flat_map(move |h| {
         (0..users.len() * group).map(move |n| {
@@ -117,22 +113,11 @@ pub(super) fn vector<L: Lanes>(
 ) {
     let (lines, width) = (across.lines, across.lines * WIDTH);
     let scores = &mut across.scores[..keys.at.len()];
-    score(
-        lanes,
-        &across.q[number * width..][..width],
-        keys,
-        lines,
-        scores,
-    );
+    score(lanes, &across.q[number * width..][..width], keys, lines, scores);
     if softcap > 0.0 {
         cap(lanes, softcap, scores);
     }
-    let share = weigh(
-        lanes,
-        scores,
-        &mut across.max[number],
-        &mut across.sum[number],
-    );
+    let share = weigh(lanes, scores, &mut across.max[number], &mut across.sum[number]);
     let o = &mut across.o[number * width..][..width];
     if L::REGISTERS >= 32 {
         gather::<L, 16>(lanes, scores, values, lines, share, o);
@@ -160,17 +145,9 @@ fn score<L: Lanes>(lanes: L, q: &[Line], keys: Chunk<'_, f32>, lines: usize, sco
 
 /// Products of sixteen queries with `N` keys.
 #[inline(always)]
-fn products<L: Lanes, const N: usize>(
-    lanes: L,
-    q: &[Line],
-    keys: [&[Line]; N],
-    to: &mut [Line; N],
-) {
+fn products<L: Lanes, const N: usize>(lanes: L, q: &[Line], keys: [&[Line]; N], to: &mut [Line; N]) {
     let lines = keys[0].len();
-    let (q, keys) = (
-        &q.as_chunks::<WIDTH>().0[..lines],
-        keys.map(|key| &key[..lines]),
-    );
+    let (q, keys) = (&q.as_chunks::<WIDTH>().0[..lines], keys.map(|key| &key[..lines]));
     let parts = [
         four_lanes(lanes, q, keys, TREE[0]),
         four_lanes(lanes, q, keys, TREE[1]),

@@ -9,8 +9,7 @@ pub(super) const WIDTH: usize = 16;
 pub(super) type Line = [f32; WIDTH];
 
 /// The order in which the lanes of a vector are added on every path: `(a + b) + (c + d)` of each four, and so of the four sums.
-pub(super) const TREE: [[usize; 4]; 4] =
-    [[0, 8, 4, 12], [2, 10, 6, 14], [1, 9, 5, 13], [3, 11, 7, 15]];
+pub(super) const TREE: [[usize; 4]; 4] = [[0, 8, 4, 12], [2, 10, 6, 14], [1, 9, 5, 13], [3, 11, 7, 15]];
 
 /// Vectors of 16 floats.
 pub(super) trait Lanes: Copy {
@@ -141,9 +140,7 @@ impl Lanes for Scalar {
             clippy::cast_possible_truncation,
             reason = "a whole number from -126 to 127; what is no number may become any power"
         )]
-        std::array::from_fn(|i| {
-            f32::from_bits(((x[i] as i32).wrapping_add(127) << 23).cast_unsigned())
-        })
+        std::array::from_fn(|i| f32::from_bits(((x[i] as i32).wrapping_add(127) << 23).cast_unsigned()))
     }
     #[inline(always)]
     fn where_less(self, a: Line, b: Line, x: Line, y: Line) -> Line {

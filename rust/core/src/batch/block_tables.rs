@@ -40,10 +40,7 @@ pub(crate) fn push_uses(tables: &mut Tables, queries: &[Queries<'_>]) {
     let uses = uses(queries, &blocks);
     tables.push_indptr("use_indptr", queries.iter().map(|run| run.blocks.len()));
     tables.push_rows("use", uses.iter().copied());
-    tables.push_rows(
-        "block",
-        blocks.iter().map(|block| [block.first, block.rows]),
-    );
+    tables.push_rows("block", blocks.iter().map(|block| [block.first, block.rows]));
     push_users(tables, queries, &uses, blocks.len());
 }
 

@@ -60,9 +60,7 @@ impl Decode {
             return (0, 0);
         }
         let seen = rows.saturating_mul(uses);
-        let items = rows
-            .saturating_add(seen - seen / 3)
-            .saturating_add(self.fill);
+        let items = rows.saturating_add(seen - seen / 3).saturating_add(self.fill);
         let parts = seen
             .saturating_add(rows)
             .saturating_add(self.fill.saturating_mul(1 + self.users.min(rows)));
@@ -72,14 +70,9 @@ impl Decode {
     /// int32 entries of its tables in a step, none longer.
     pub(crate) fn len(&self, rows: usize, uses: usize) -> usize {
         let (items, parts) = self.capacity(rows, uses);
-        [
-            items.saturating_mul(6),
-            parts,
-            rows.saturating_mul(uses),
-            rows + 1,
-        ]
-        .into_iter()
-        .fold(0, usize::saturating_add)
+        [items.saturating_mul(6), parts, rows.saturating_mul(uses), rows + 1]
+            .into_iter()
+            .fold(0, usize::saturating_add)
     }
 
     fn tiles(&self, users: usize) -> usize {
@@ -91,10 +84,7 @@ impl Decode {
     fn saved(&self, users: usize, rows: usize) -> i64 {
         let bytes = |count: usize, each: usize| int64(count.saturating_mul(each));
         let tiles = self.tiles(users);
-        let reads = bytes(
-            (users - tiles.min(users)).saturating_mul(rows),
-            self.key_bytes,
-        );
+        let reads = bytes((users - tiles.min(users)).saturating_mul(rows), self.key_bytes);
         reads
             .saturating_sub(bytes(2 * users, self.part_bytes))
             .saturating_sub(bytes(tiles, self.item_bytes))
@@ -102,9 +92,7 @@ impl Decode {
 
     /// Keys of a split: as many as fill the device, but not so few that starting an item costs more than they do.
     fn share(&self, keys: usize) -> usize {
-        keys.div_ceil(self.fill.max(1))
-            .next_multiple_of(GRAIN)
-            .max(2 * GRAIN)
+        keys.div_ceil(self.fill.max(1)).next_multiple_of(GRAIN).max(2 * GRAIN)
     }
 
     /// For each block whether groups read it. If rows are split anyway, the merging launch costs nothing more.
@@ -141,26 +129,18 @@ impl Decode {
                 .zip((step.user_indptr[block]..).step_by(self.users))
             {
                 for [low, high] in splits(rows, share) {
-                    work.items.push([
-                        int(block),
-                        first,
-                        int(tile.len()),
-                        int(low),
-                        int(high),
-                        next,
-                    ]);
+                    work.items
+                        .push([int(block), first, int(tile.len()), int(low), int(high), next]);
                     merged.extend(tile.iter().zip(next..).map(|(row, part)| [*row, part]));
                     next += int(tile.len());
                 }
             }
         }
         for (row, &keys) in keys.iter().enumerate() {
-            let whole =
-                pieces(keys, share).0 == 1 && step.blocks_of(row).all(|block| !grouped[block]);
+            let whole = pieces(keys, share).0 == 1 && step.blocks_of(row).all(|block| !grouped[block]);
             for [low, high] in splits(keys, share) {
                 let part = if whole { -1 } else { next };
-                work.items
-                    .push([-1, int(row), 1, int(low), int(high), part]);
+                work.items.push([-1, int(row), 1, int(low), int(high), part]);
                 if !whole {
                     merged.push([int(row), part]);
                     next += 1;
@@ -237,16 +217,10 @@ fn splits(keys: usize, share: usize) -> impl Iterator<Item = [usize; 2]> {
 
 /// Adds `work`, `grouped`, `part_indptr` and `part` to the tables of a step, which are all that `tables` has sections of; fills all up where it is
 /// asked to. `most`: rows and prefixes of a request that there will be at most.
-pub(crate) fn push_decode_work(
-    tables: &mut Tables,
-    decode: &Decode,
-    most: (usize, usize),
-    dead: Dead,
-) {
+pub(crate) fn push_decode_work(tables: &mut Tables, decode: &Decode, most: (usize, usize), dead: Dead) {
     let (rows, prefixes) = most;
     let filled = tables.get("row").map_or(0, <[i32]>::len);
-    let padded = (decode.padded && decode.users > 0)
-        .then(|| (filled.next_power_of_two().min(rows), prefixes));
+    let padded = (decode.padded && decode.users > 0).then(|| (filled.next_power_of_two().min(rows), prefixes));
     if let Some((rows, prefixes)) = padded {
         fill_up(tables, rows, rows * prefixes, dead);
     }
@@ -293,9 +267,7 @@ fn fill_up(tables: &mut Tables, rows: usize, uses: usize, dead: Dead) {
         };
         let offset = tables.open();
         tables.data.extend_from_slice(values);
-        tables
-            .data
-            .resize(offset + count * section.cols.max(1), value);
+        tables.data.resize(offset + count * section.cols.max(1), value);
         tables.close(section.name, offset, section.cols);
     }
 }
@@ -317,8 +289,7 @@ mod tests {
     /// Rows with one own key that all see one block of `rows` rows.
     fn grouped(decode: &Decode, members: i32, rows: i32) -> bool {
         let lens = vec![1; members.unsigned_abs() as usize];
-        let (use_indptr, all): (Vec<i32>, Vec<i32>) =
-            ((0..=members).collect(), (0..members).collect());
+        let (use_indptr, all): (Vec<i32>, Vec<i32>) = ((0..=members).collect(), (0..members).collect());
         let uses = vec![[0, -rows, 1]; lens.len()];
         let step = Step {
             lens: &lens,
@@ -339,10 +310,7 @@ mod tests {
             ..DECODE
         };
         assert_eq!((free.saved(8, 23), free.saved(8, 24)), (-1568, 2016));
-        assert_eq!(
-            (grouped(&free, 8, 23), grouped(&free, 8, 24)),
-            (false, true)
-        );
+        assert_eq!((grouped(&free, 8, 23), grouped(&free, 8, 24)), (false, true));
         assert!(
             !grouped(&Decode { users: 1, ..free }, 8, 10_000),
             "one row a tile saves nothing"
@@ -353,19 +321,13 @@ mod tests {
     #[test]
     fn the_merging_launch_is_paid_once_and_only_if_nothing_is_split() {
         // 100000 more: 51.3 rows. With a share of 128 keys nothing of less than 256 keys is split.
-        assert_eq!(
-            (grouped(&DECODE, 8, 51), grouped(&DECODE, 8, 52)),
-            (false, true)
-        );
+        assert_eq!((grouped(&DECODE, 8, 51), grouped(&DECODE, 8, 52)), (false, true));
         let many = Decode {
             fill: 1000,
             launch_bytes: usize::MAX,
             ..DECODE
         };
-        assert_eq!(
-            (grouped(&many, 8, 254), grouped(&many, 8, 255)),
-            (false, true)
-        );
+        assert_eq!((grouped(&many, 8, 254), grouped(&many, 8, 255)), (false, true));
     }
 
     #[test]

@@ -27,10 +27,7 @@ impl Slots {
             free: BTreeMap::new(),
             count: 0,
         };
-        slots.give(Run {
-            start: 0,
-            len: size,
-        });
+        slots.give(Run { start: 0, len: size });
         slots
     }
 
@@ -63,10 +60,7 @@ impl Slots {
         let mut runs = Vec::new();
         let mut missing = len;
         while missing > 0 {
-            let (start, found) = self
-                .free
-                .last_key_value()
-                .map(|(start, found)| (*start, *found))?;
+            let (start, found) = self.free.last_key_value().map(|(start, found)| (*start, *found))?;
             let len = found.min(missing);
             let run = Run {
                 start: start + found - len,

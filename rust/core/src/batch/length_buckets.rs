@@ -13,9 +13,7 @@ impl Buckets {
     /// Places in all padded layouts together.
     pub(crate) fn places(&self) -> usize {
         self.buckets.iter().fold(0, |sum, [count, len]| {
-            index(*count)
-                .saturating_mul(index(*len))
-                .saturating_add(sum)
+            index(*count).saturating_mul(index(*len)).saturating_add(sum)
         })
     }
 }
@@ -36,10 +34,7 @@ pub(crate) fn buckets(lengths: &[i32], most: usize) -> Buckets {
     let cuts = cut(&lens, &counts, most);
     let buckets = cuts.windows(2).map(|pair| {
         let sequences = counts[pair[1]] - counts[pair[0]];
-        [
-            int(usize::try_from(sequences).unwrap_or(usize::MAX)),
-            lens[pair[1] - 1],
-        ]
+        [int(usize::try_from(sequences).unwrap_or(usize::MAX)), lens[pair[1] - 1]]
     });
     Buckets {
         order,
@@ -50,12 +45,8 @@ pub(crate) fn buckets(lengths: &[i32], most: usize) -> Buckets {
 /// Borders between groups of the distinct lengths `lens`; `counts[i]` sequences are shorter than `lens[i]`.
 fn cut(lens: &[i32], counts: &[u64], most: usize) -> Vec<usize> {
     let n = lens.len();
-    let cost = |from: usize, to: usize| {
-        (counts[to] - counts[from]) * u64::from(lens[to - 1].unsigned_abs())
-    };
-    let mut best: Vec<u64> = (0..=n)
-        .map(|to| if to == 0 { 0 } else { cost(0, to) })
-        .collect();
+    let cost = |from: usize, to: usize| (counts[to] - counts[from]) * u64::from(lens[to - 1].unsigned_abs());
+    let mut best: Vec<u64> = (0..=n).map(|to| if to == 0 { 0 } else { cost(0, to) }).collect();
     let mut from: Vec<Vec<usize>> = vec![vec![0; n + 1]];
     while from.len() < most.min(n) {
         let mut layer = Layer {
@@ -67,9 +58,7 @@ fn cut(lens: &[i32], counts: &[u64], most: usize) -> Vec<usize> {
         if layer.after[n] == best[n] {
             break;
         }
-        let Layer {
-            after, from: cut, ..
-        } = layer;
+        let Layer { after, from: cut, .. } = layer;
         best = after;
         from.push(cut);
     }
@@ -94,12 +83,7 @@ struct Layer<'a> {
 }
 
 impl Layer<'_> {
-    fn fill(
-        &mut self,
-        cost: &impl Fn(usize, usize) -> u64,
-        ends: (usize, usize),
-        starts: (usize, usize),
-    ) {
+    fn fill(&mut self, cost: &impl Fn(usize, usize) -> u64, ends: (usize, usize), starts: (usize, usize)) {
         if ends.0 > ends.1 {
             return;
         }
@@ -133,19 +117,12 @@ mod tests {
     fn cuts_are_the_best_of_all() {
         let lengths = [1, 9, 2, 9, 30, 31, 3, 100, 8, 31];
         for most in 1..6 {
-            assert_eq!(
-                buckets(&lengths, most).places() as u64,
-                brute(&lengths, most),
-                "{most}"
-            );
+            assert_eq!(buckets(&lengths, most).places() as u64, brute(&lengths, most), "{most}");
         }
     }
 
     fn brute(lengths: &[i32], most: usize) -> u64 {
-        let mut sorted: Vec<u64> = lengths
-            .iter()
-            .map(|len| u64::from(len.unsigned_abs()))
-            .collect();
+        let mut sorted: Vec<u64> = lengths.iter().map(|len| u64::from(len.unsigned_abs())).collect();
         sorted.sort_unstable();
         let n = sorted.len();
         (0_u32..1 << (n - 1))

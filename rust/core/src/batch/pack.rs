@@ -28,13 +28,7 @@ struct Batch {
 /// # Errors
 /// [`Error::Config`] for lists of different lengths, a length below 1, targets outside 0 to length, descending `batch` or a budget of 0;
 /// [`Error::Data`] for a batch without targets.
-pub fn pack(
-    lengths: &[i32],
-    targets: &[i32],
-    batch: &[i32],
-    token_budget: u64,
-    sequence_sum: bool,
-) -> Result<Packing> {
+pub fn pack(lengths: &[i32], targets: &[i32], batch: &[i32], token_budget: u64, sequence_sum: bool) -> Result<Packing> {
     check(lengths, targets, batch, token_budget)?;
     let batches = batches(lengths, batch);
     let weight = weights(targets, batch, &batches, sequence_sum)?;
@@ -113,18 +107,10 @@ fn batches(lengths: &[i32], batch: &[i32]) -> Vec<Batch> {
     runs.collect()
 }
 
-fn weights(
-    targets: &[i32],
-    batch: &[i32],
-    batches: &[Batch],
-    sequence_sum: bool,
-) -> Result<Vec<f64>> {
+fn weights(targets: &[i32], batch: &[i32], batches: &[Batch], sequence_sum: bool) -> Result<Vec<f64>> {
     let mut weight = Vec::with_capacity(targets.len());
     for &Batch { first, end, .. } in batches {
-        let total: f64 = targets[first..end]
-            .iter()
-            .map(|count| f64::from(*count))
-            .sum();
+        let total: f64 = targets[first..end].iter().map(|count| f64::from(*count)).sum();
         if total == 0.0 {
             return Err(Error::Data(format!(
                 "batch {} (examples {first} to {}) has no target tokens: expected at least one; drop its examples or raise the length limit",
@@ -142,13 +128,7 @@ fn weights(
     Ok(weight)
 }
 
-fn split(
-    batch: Batch,
-    lengths: &[i32],
-    budget: u64,
-    order: &mut Vec<i32>,
-    micro_indptr: &mut Vec<i32>,
-) {
+fn split(batch: Batch, lengths: &[i32], budget: u64, order: &mut Vec<i32>, micro_indptr: &mut Vec<i32>) {
     let mut used = 0;
     for (example, length) in (batch.first..batch.end).zip(&lengths[batch.first..batch.end]) {
         let length = u64::from(length.unsigned_abs());

@@ -70,12 +70,7 @@ pub fn plan_packed(input: &Packed<'_>) -> Result<(Tables, i32)> {
 }
 
 /// Adds the sections of a packed forward and returns its reach. The sizes have been checked.
-pub(crate) fn push_packed(
-    tables: &mut Tables,
-    sequences: &[Sequence<'_>],
-    tiles: Tiles,
-    most: usize,
-) -> i32 {
+pub(crate) fn push_packed(tables: &mut Tables, sequences: &[Sequence<'_>], tiles: Tiles, most: usize) -> i32 {
     let firsts = firsts(sequences);
     let segments = || sequences.iter().zip(&firsts);
     let mut key = 0;
@@ -117,22 +112,19 @@ fn push_tiles(tables: &mut Tables, sequences: &[Sequence<'_>], firsts: &[i32], t
     let numbered = || sequences.iter().zip(firsts).zip(0..);
     tables.push_rows(
         "tiles",
-        numbered().flat_map(|((s, &first), number)| {
-            starts(s.len, tiles.tokens).map(move |row| [number, first + row])
-        }),
+        numbered().flat_map(|((s, &first), number)| starts(s.len, tiles.tokens).map(move |row| [number, first + row])),
     );
     tables.push_rows(
         "key_tiles",
-        numbered().flat_map(|((s, _), number)| {
-            starts(s.len, tiles.keys).map(move |key| [number, number + 1, key])
-        }),
+        numbered().flat_map(|((s, _), number)| starts(s.len, tiles.keys).map(move |key| [number, number + 1, key])),
     );
     let blocks = tables.rows::<2>("block");
     tables.push_rows(
         "block_tiles",
-        blocks.iter().zip(0..).flat_map(|([_, rows], number)| {
-            starts(*rows, tiles.rows).map(move |row| [number, row])
-        }),
+        blocks
+            .iter()
+            .zip(0..)
+            .flat_map(|([_, rows], number)| starts(*rows, tiles.rows).map(move |row| [number, row])),
     );
 }
 
@@ -160,20 +152,12 @@ fn push_padded(tables: &mut Tables, sequences: &[Sequence<'_>], firsts: &[i32], 
     let layout = buckets(&lengths, most);
     tables.push_rows("bucket", layout.buckets.iter().copied());
     let mut scatter = vec![0; lengths.iter().map(|len| index(*len)).sum()];
-    let padded = layout
-        .buckets
-        .iter()
-        .flat_map(|[count, len]| (0..*count).map(|_| *len));
+    let padded = layout.buckets.iter().flat_map(|[count, len]| (0..*count).map(|_| *len));
     let offset = tables.open();
     for (&s, padded) in layout.order.iter().zip(padded) {
         let (first, len, place) = (firsts[s], lengths[s], int(tables.data.len() - offset));
-        tables
-            .data
-            .extend((0..padded).map(|token| first + token.min(len - 1)));
-        for (entry, place) in scatter[index(first)..index(first + len)]
-            .iter_mut()
-            .zip(place..)
-        {
+        tables.data.extend((0..padded).map(|token| first + token.min(len - 1)));
+        for (entry, place) in scatter[index(first)..index(first + len)].iter_mut().zip(place..) {
             *entry = place;
         }
     }
@@ -193,14 +177,8 @@ fn check(input: &Packed<'_>) -> Result<()> {
         ));
     }
     let indptr = input.prefix_indptr;
-    let ends = (
-        indptr.first().copied(),
-        indptr.last().map(|last| index(*last)),
-    );
-    if indptr.len() != input.lengths.len() + 1
-        || ends != (Some(0), Some(input.prefix.len()))
-        || !indptr.is_sorted()
-    {
+    let ends = (indptr.first().copied(), indptr.last().map(|last| index(*last)));
+    if indptr.len() != input.lengths.len() + 1 || ends != (Some(0), Some(input.prefix.len())) || !indptr.is_sorted() {
         return wrong(format!(
             "prefix_indptr does not fit: expected {} borders that start at 0, never descend and end at {}",
             input.lengths.len() + 1,
@@ -229,8 +207,7 @@ fn gather_blocks(input: &Packed<'_>) -> Result<(Vec<Block>, Vec<usize>, Vec<i32>
             let row = usize::try_from(*number)
                 .ok()
                 .and_then(|number| input.prefix_rows.get(number));
-            let &[first, rows, pos_start, slides] =
-                row.ok_or(Error::UnknownPrefix(i64::from(*number)))?;
+            let &[first, rows, pos_start, slides] = row.ok_or(Error::UnknownPrefix(i64::from(*number)))?;
             start = start.max(pos_start);
             if rows > 0 {
                 blocks.push(Block {
@@ -260,9 +237,7 @@ fn check_sizes(sequences: &[Sequence<'_>], most: usize) -> Result<()> {
         let reach = sequence
             .blocks
             .iter()
-            .fold(i64::from(sequence.len), |sum, block| {
-                sum + i64::from(block.rows)
-            });
+            .fold(i64::from(sequence.len), |sum, block| sum + i64::from(block.rows));
         if reach > i64::from(i32::MAX) {
             return large("keys of one sequence", reach);
         }

@@ -98,11 +98,7 @@ impl Scheduler {
             ("tile_rows", limits.tile_rows, 0),
             ("buckets", limits.buckets, 1),
             ("decode: users", limits.decode.users, 0),
-            (
-                "decode: fill",
-                limits.decode.fill,
-                limits.decode.users.min(1),
-            ),
+            ("decode: fill", limits.decode.fill, limits.decode.users.min(1)),
         ];
         for (name, value, least) in ranges {
             if !(least..=MAX_ROWS).contains(&value) {
@@ -153,8 +149,7 @@ impl Scheduler {
         }
         self.residency.check_new(prefix)?;
         let set = self.sets.add(layers)?;
-        self.residency
-            .register(prefix, rows, pos_start, (slides, set));
+        self.residency.register(prefix, rows, pos_start, (slides, set));
         Ok(())
     }
 
@@ -223,16 +218,9 @@ impl Scheduler {
     pub fn commit(&mut self, finished: &[i64]) -> Result<()> {
         let mut seen = BTreeSet::new();
         for id in finished {
-            let admitted = self
-                .requests
-                .get(id)
-                .is_some_and(|entry| entry.phase.is_admitted());
+            let admitted = self.requests.get(id).is_some_and(|entry| entry.phase.is_admitted());
             if !admitted || !seen.insert(id) {
-                let what = if admitted {
-                    "given twice"
-                } else {
-                    "not running"
-                };
+                let what = if admitted { "given twice" } else { "not running" };
                 return Err(Error::Request(format!(
                     "finished request {id} is {what}: expected each running request at most once"
                 )));
@@ -245,8 +233,7 @@ impl Scheduler {
             {
                 held.steps += 1;
                 let rows = u64::try_from(entry.request.beams).unwrap_or(u64::MAX);
-                self.queue
-                    .charge(entry.place.account, rows.saturating_mul(TOKEN_COST));
+                self.queue.charge(entry.place.account, rows.saturating_mul(TOKEN_COST));
             }
         }
         for (id, tokens) in prefilled {
@@ -256,10 +243,8 @@ impl Scheduler {
                 held.filled += tokens;
                 if held.filled == entry.request.prompt_len {
                     self.admitted.remove(&held.admission);
-                    self.decoding.insert(
-                        (Arc::clone(&entry.request.prefixes), entry.place.arrival),
-                        id,
-                    );
+                    self.decoding
+                        .insert((Arc::clone(&entry.request.prefixes), entry.place.arrival), id);
                 }
             }
         }

@@ -64,10 +64,7 @@ impl Tables {
     pub(crate) fn rows<const C: usize>(&self, name: &str) -> Vec<[i32; C]> {
         let found = self.sections.iter().find(|section| section.name == name);
         found.map_or_else(Vec::new, |section| {
-            self.data[section.offset..][..section.len()]
-                .as_chunks::<C>()
-                .0
-                .to_vec()
+            self.data[section.offset..][..section.len()].as_chunks::<C>().0.to_vec()
         })
     }
 
@@ -79,11 +76,7 @@ impl Tables {
     }
 
     /// Adds a 2-D table.
-    pub(crate) fn push_rows<const C: usize>(
-        &mut self,
-        name: &'static str,
-        rows: impl IntoIterator<Item = [i32; C]>,
-    ) {
+    pub(crate) fn push_rows<const C: usize>(&mut self, name: &'static str, rows: impl IntoIterator<Item = [i32; C]>) {
         let offset = self.open();
         for row in rows {
             self.data.extend_from_slice(&row); // twice as fast as a flattened iterator
@@ -92,11 +85,7 @@ impl Tables {
     }
 
     /// Adds running sums of `counts`, from 0.
-    pub(crate) fn push_indptr(
-        &mut self,
-        name: &'static str,
-        counts: impl IntoIterator<Item = usize>,
-    ) {
+    pub(crate) fn push_indptr(&mut self, name: &'static str, counts: impl IntoIterator<Item = usize>) {
         let mut sum = 0;
         let ends = counts.into_iter().map(|count| {
             sum += count;
@@ -112,8 +101,7 @@ impl Tables {
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&[i32]> {
         let section = self.sections.iter().find(|section| section.name == name)?;
-        self.data
-            .get(section.offset..section.offset + section.len())
+        self.data.get(section.offset..section.offset + section.len())
     }
 
     /// Forgets everything, keeps the memory.

@@ -140,16 +140,14 @@ mod tests {
     #[test]
     fn writes_the_authors_form() {
         let source = "area[city centre], priceRange[£20-25], name[The Mill, Ely], eatType[pub], familyFriendly[no]";
-        let expected = "name : The Mill, Ely | Type : pub | price : £ 20 - 25 | area : city centre | family friendly : no";
+        let expected =
+            "name : The Mill, Ely | Type : pub | price : £ 20 - 25 | area : city centre | family friendly : no";
         assert_eq!(text(source).as_deref(), Ok(expected));
         assert_eq!(
             text("priceRange[less than £20]").as_deref(),
             Ok("price : less than £ 20")
         );
-        assert_eq!(
-            text("priceRange[£ 20 - 25]").as_deref(),
-            Ok("price : £ 20 - 25")
-        );
+        assert_eq!(text("priceRange[£ 20 - 25]").as_deref(), Ok("price : £ 20 - 25"));
     }
 
     #[test]
@@ -167,10 +165,7 @@ mod tests {
             ("name[a], name[b]", "twice"),
         ] {
             let error = text(wrong).expect_err(wrong);
-            assert!(
-                error.starts_with("row 7: ") && error.contains(part),
-                "{wrong}: {error}"
-            );
+            assert!(error.starts_with("row 7: ") && error.contains(part), "{wrong}: {error}");
         }
     }
 }

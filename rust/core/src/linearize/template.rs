@@ -131,10 +131,7 @@ mod tests {
     fn reads_names_and_braces() {
         let parts = parse("{{{key}}}={value}").expect("a template");
         let text = |text: &str| Part::Text(text.to_owned());
-        assert_eq!(
-            parts,
-            [text("{"), Part::Key, text("}="), Part::Value, text("")]
-        );
+        assert_eq!(parts, [text("{"), Part::Key, text("}="), Part::Value, text("")]);
     }
 
     #[test]

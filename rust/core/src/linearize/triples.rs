@@ -112,10 +112,7 @@ mod tests {
         let text = |linearizer: Linearizer| linearizer.linearize(&rows).expect("text");
         assert_eq!(
             text(Linearizer::Webnlg(Webnlg::default())),
-            [
-                " | A_B : runwayLength : \"1\" | A_B : City : X",
-                " | C : Is : D"
-            ]
+            [" | A_B : runwayLength : \"1\" | A_B : City : X", " | C : Is : D"]
         );
         let bare = Webnlg {
             bare_first: true,
@@ -134,10 +131,7 @@ mod tests {
             text(Linearizer::Dart(Dart::default())),
             ["A_B : runwaylength : \"1\" | A_B : city : X", "C : is : D"]
         );
-        assert_eq!(
-            text(Linearizer::Dart(Dart { lower: false }))[1],
-            "C : Is : D"
-        );
+        assert_eq!(text(Linearizer::Dart(Dart { lower: false }))[1], "C : Is : D");
     }
 
     #[test]
@@ -148,10 +142,7 @@ mod tests {
             Table::Triples(vec![]),
             Table::Pairs(vec![("a".to_owned(), "b".to_owned())]),
         ] {
-            for linearizer in [
-                Linearizer::Webnlg(Webnlg::default()),
-                Linearizer::Dart(Dart::default()),
-            ] {
+            for linearizer in [Linearizer::Webnlg(Webnlg::default()), Linearizer::Dart(Dart::default())] {
                 let error = linearizer
                     .linearize(&[table(&[["a", "b", "c"]]), wrong.clone()])
                     .expect_err("no triples");

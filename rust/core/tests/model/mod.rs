@@ -40,10 +40,7 @@ fn index(prefix: i64) -> usize {
 }
 
 fn table<'a>(out: &'a [i32], view: &[Section], name: &str) -> &'a [i32] {
-    let section = view
-        .iter()
-        .find(|section| section.name == name)
-        .expect("a section");
+    let section = view.iter().find(|section| section.name == name).expect("a section");
     &out[section.offset..section.offset + section.len()]
 }
 
@@ -51,10 +48,7 @@ fn table<'a>(out: &'a [i32], view: &[Section], name: &str) -> &'a [i32] {
 fn same<'a>(out: &'a [i32], tables: &StepTables, name: &str) -> &'a [i32] {
     let first = table(out, &tables.views[0], name);
     let others = tables.views.iter().map(|view| table(out, view, name));
-    assert!(
-        others.into_iter().all(|other| other == first),
-        "{name} differs"
-    );
+    assert!(others.into_iter().all(|other| other == first), "{name} differs");
     first
 }
 
@@ -88,10 +82,7 @@ impl Model {
 
     pub(crate) fn cancel(&mut self, id: i64) {
         let known = self.waiting.contains_key(&id) || self.live.contains_key(&id);
-        assert_eq!(
-            self.scheduler.cancel(id),
-            known && !self.cancelled.contains(&id)
-        );
+        assert_eq!(self.scheduler.cancel(id), known && !self.cancelled.contains(&id));
         if known {
             self.cancelled.insert(id);
         }
@@ -133,14 +124,8 @@ impl Model {
     pub(crate) fn step(&mut self, pick: usize) {
         let mut out = vec![-7; self.scheduler.buffer_len()];
         self.now += 1;
-        let header = self
-            .scheduler
-            .plan_step(self.now, &mut out)
-            .expect("a step");
-        assert_eq!(
-            header.cancelled,
-            self.cancelled.iter().copied().collect::<Vec<_>>()
-        );
+        let header = self.scheduler.plan_step(self.now, &mut out).expect("a step");
+        assert_eq!(header.cancelled, self.cancelled.iter().copied().collect::<Vec<_>>());
         for id in std::mem::take(&mut self.cancelled) {
             self.waiting.remove(&id);
             self.live.remove(&id);
@@ -188,10 +173,7 @@ impl Model {
                 .forget_prefix(i64::try_from(prefix).expect("small"))
                 .expect("idle");
         }
-        assert_eq!(
-            self.scheduler.free_rows(),
-            (self.limits.arena_rows - 64) / 16 * 16
-        );
+        assert_eq!(self.scheduler.free_rows(), (self.limits.arena_rows - 64) / 16 * 16);
     }
 
     fn check_expired(&mut self, expired: &[i64]) {
@@ -223,9 +205,7 @@ impl Model {
                 "evicted {prefix}"
             );
             assert!(
-                self.live
-                    .values()
-                    .all(|live| !live.request.prefixes.contains(prefix)),
+                self.live.values().all(|live| !live.request.prefixes.contains(prefix)),
                 "evicted under a request"
             );
         }
@@ -264,10 +244,7 @@ impl Model {
 
     fn check_prefill(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
         let get = |name: &str| same(out, tables, name);
-        let (chunks, seg) = (
-            get("chunk").as_chunks::<4>().0,
-            get("seg").as_chunks::<4>().0,
-        );
+        let (chunks, seg) = (get("chunk").as_chunks::<4>().0, get("seg").as_chunks::<4>().0);
         let (slots, fill) = (get("slots"), get("fill").as_chunks::<3>().0);
         let mut fill = fill.iter();
         let (mut tokens, mut ends) = (0, get("logits_idx").iter());
@@ -282,12 +259,7 @@ impl Model {
                 steps: 0,
             });
             let request = &live.request;
-            assert!(
-                request
-                    .prefixes
-                    .iter()
-                    .all(|prefix| !self.loading.contains(prefix))
-            );
+            assert!(request.prefixes.iter().all(|prefix| !self.loading.contains(prefix)));
             assert_eq!((at(beams), at(start)), (request.beams, live.filled));
             let first = at(seg[number][0]);
             let mine = &slots[first..first + at(len)];
@@ -302,10 +274,7 @@ impl Model {
             assert_eq!(get("seg_pos")[number], start);
             if continued {
                 let keys = &get("key_slots")[at(seg[number][2])..][..live.filled];
-                assert_eq!(
-                    keys.iter().map(|slot| at(*slot)).collect::<Vec<_>>(),
-                    live.slots
-                );
+                assert_eq!(keys.iter().map(|slot| at(*slot)).collect::<Vec<_>>(), live.slots);
             }
             if live.filled == request.prompt_len {
                 assert_eq!(ends.next().map(|end| at(*end)), Some(first + at(len) - 1));
@@ -314,18 +283,14 @@ impl Model {
             tokens += at(len);
             self.live.insert(*id, live);
         }
-        let partial = self
-            .live
-            .values()
-            .filter(|live| live.filled < live.request.prompt_len);
+        let partial = self.live.values().filter(|live| live.filled < live.request.prompt_len);
         assert!(partial.count() <= 1 && ends.next().is_none());
         assert!(fill.next().is_none() && tokens <= self.limits.max_batched_tokens);
     }
 
     fn check_decode(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
         let get = |name: &str| same(out, tables, name);
-        let (row, slot, lens, position) =
-            (get("row"), get("slot"), get("lens"), get("position_ids"));
+        let (row, slot, lens, position) = (get("row"), get("slot"), get("lens"), get("position_ids"));
         let mut at_row = 0;
         if self.limits.decode.users > 0 {
             for view in &tables.views {
@@ -364,20 +329,11 @@ impl Model {
                 || self.limits.decode.padded && row.len().is_power_of_two()
                 || row.len() == self.limits.max_rows
         );
-        assert!(
-            dead.clone()
-                .all(|dead| at(row[dead]) == self.limits.max_rows
-                    && lens[dead] == 1
-                    && at(slot[dead]) == self.limits.arena_rows - 1)
-        );
-        let keys: Vec<&[i64]> = ids
-            .iter()
-            .map(|id| &*self.live[id].request.prefixes)
-            .collect();
-        assert!(
-            keys.is_sorted(),
-            "rows with the same prefixes are not side by side"
-        );
+        assert!(dead.clone().all(|dead| at(row[dead]) == self.limits.max_rows
+            && lens[dead] == 1
+            && at(slot[dead]) == self.limits.arena_rows - 1));
+        let keys: Vec<&[i64]> = ids.iter().map(|id| &*self.live[id].request.prefixes).collect();
+        assert!(keys.is_sorted(), "rows with the same prefixes are not side by side");
     }
 
     fn check_overlaps(&self) {
@@ -386,21 +342,13 @@ impl Model {
             .resident
             .iter()
             .flat_map(|(prefix, row)| *row..*row + self.rows[index(*prefix)]);
-        for row in blocks.chain(
-            self.live
-                .values()
-                .flat_map(|live| live.slots.iter().copied()),
-        ) {
+        for row in blocks.chain(self.live.values().flat_map(|live| live.slots.iter().copied())) {
             assert!(
                 !std::mem::replace(&mut used[row], true),
                 "arena row {row} is used twice"
             );
         }
-        let mut rows: Vec<i32> = self
-            .live
-            .values()
-            .flat_map(|live| live.rows.iter().copied())
-            .collect();
+        let mut rows: Vec<i32> = self.live.values().flat_map(|live| live.rows.iter().copied()).collect();
         let count = rows.len();
         rows.sort_unstable();
         rows.dedup();

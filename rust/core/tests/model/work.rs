@@ -11,10 +11,7 @@ type Range = (i32, i32, i32);
 pub(crate) fn check_work(out: &[i32], view: &[Section]) {
     let get = |name: &str| table(out, view, name);
     let (lens, indptr, members) = (get("lens"), get("use_indptr"), get("user"));
-    let (uses, blocks) = (
-        get("use").as_chunks::<3>().0,
-        get("block").as_chunks::<2>().0,
-    );
+    let (uses, blocks) = (get("use").as_chunks::<3>().0, get("block").as_chunks::<2>().0);
     let mut wanted: Vec<Vec<Range>> = Vec::new();
     for (row, len) in lens.iter().enumerate() {
         let mine = &uses[at(indptr[row])..at(indptr[row + 1])];
@@ -32,11 +29,7 @@ pub(crate) fn check_work(out: &[i32], view: &[Section]) {
         if *block >= 0 {
             assert!(at(*count) >= 1 && get("grouped")[at(*block)] == 1);
             for (row, part) in members[at(*first)..at(*first + *count)].iter().zip(*part..) {
-                assert!(
-                    parts
-                        .insert(part, (at(*row), vec![(*block, *low, *high)]))
-                        .is_none()
-                );
+                assert!(parts.insert(part, (at(*row), vec![(*block, *low, *high)])).is_none());
             }
         } else if *count > 0 {
             let keys = alone(
@@ -57,10 +50,7 @@ pub(crate) fn check_work(out: &[i32], view: &[Section]) {
     let (part_indptr, order) = (get("part_indptr"), get("part"));
     for (row, found) in found.iter_mut().enumerate() {
         let mine = &order[at(part_indptr[row])..at(part_indptr[row + 1])];
-        assert!(
-            found.is_empty() || mine.is_empty(),
-            "a result is written and merged"
-        );
+        assert!(found.is_empty() || mine.is_empty(), "a result is written and merged");
         for part in mine {
             assert!(at(*part) < order.len(), "a partial sum out of range");
             let (owner, keys) = parts.remove(part).expect("a partial sum");
@@ -76,13 +66,7 @@ pub(crate) fn check_work(out: &[i32], view: &[Section]) {
 }
 
 /// What a row's own item reads: a range of (its blocks that no group reads, then its own keys).
-fn alone(
-    uses: &[[i32; 3]],
-    blocks: &[[i32; 2]],
-    grouped: &[i32],
-    len: i32,
-    (low, high): (i32, i32),
-) -> Vec<Range> {
+fn alone(uses: &[[i32; 3]], blocks: &[[i32; 2]], grouped: &[i32], len: i32, (low, high): (i32, i32)) -> Vec<Range> {
     let read = uses
         .iter()
         .filter(|[block, ..]| grouped[at(*block)] == 0)

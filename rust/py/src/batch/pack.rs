@@ -29,15 +29,10 @@ pub(crate) fn pack(
     token_budget: i64,
     sequence_sum: bool,
 ) -> PyResult<Packing> {
-    let (lengths, targets) = (
-        slice(py, "lengths", &lengths)?,
-        slice(py, "targets", &targets)?,
-    );
+    let (lengths, targets) = (slice(py, "lengths", &lengths)?, slice(py, "targets", &targets)?);
     let batch = slice(py, "batch", &batch)?;
     let budget = count(py, "token_budget", token_budget)? as u64;
-    let packing = detached(py, || {
-        core::pack(lengths, targets, batch, budget, sequence_sum)
-    })?;
+    let packing = detached(py, || core::pack(lengths, targets, batch, budget, sequence_sum))?;
     Ok(Packing {
         order: array(py, packing.order),
         micro_indptr: array(py, packing.micro_indptr),

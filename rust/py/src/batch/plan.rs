@@ -45,9 +45,7 @@ pub(crate) fn plan_packed(
     if shape.1 != 4 || !rest.is_empty() {
         return Err(raise(
             py,
-            &Error::Config(format!(
-                "prefix_rows has shape {shape:?}: expected four columns"
-            )),
+            &Error::Config(format!("prefix_rows has shape {shape:?}: expected four columns")),
         ));
     }
     let input = core::Packed {

@@ -3,9 +3,7 @@
 use numpy::{PyArray1, PyArrayMethods};
 use prefixfast_core::Error;
 use prefixfast_core::batch::decode::Decode;
-use prefixfast_core::batch::schedule::{
-    Limits, Request, Scheduler as Core, StepHeader as CoreHeader, StepTables,
-};
+use prefixfast_core::batch::schedule::{Limits, Request, Scheduler as Core, StepHeader as CoreHeader, StepTables};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -92,10 +90,7 @@ pub(crate) struct Scheduler(Core);
 impl Scheduler {
     #[new]
     #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, prefix_rows = None, decode = None, pad_decode = false))]
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the arguments of the Python method"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn new(
         py: Python<'_>,
         arena_rows: i64,
@@ -107,8 +102,7 @@ impl Scheduler {
         decode: Option<[i64; 6]>,
         pad_decode: bool,
     ) -> PyResult<Self> {
-        let [users, fill, key_bytes, part_bytes, item_bytes, launch_bytes] =
-            decode.unwrap_or_default();
+        let [users, fill, key_bytes, part_bytes, item_bytes, launch_bytes] = decode.unwrap_or_default();
         let limits = Limits {
             arena_rows: count(py, "arena_rows", arena_rows)?,
             max_rows: count(py, "max_rows", max_rows)?,
@@ -142,13 +136,8 @@ impl Scheduler {
     ) -> PyResult<()> {
         let (rows, pos_start) = (count(py, "rows", rows)?, count(py, "pos_start", pos_start)?);
         guarded(py, || {
-            self.0.register_prefix(
-                prefix,
-                rows,
-                pos_start,
-                slides,
-                layers.as_deref().unwrap_or_default(),
-            )
+            self.0
+                .register_prefix(prefix, rows, pos_start, slides, layers.as_deref().unwrap_or_default())
         })
     }
 
@@ -180,10 +169,7 @@ impl Scheduler {
 
     /// Queues a request.
     #[pyo3(signature = (id, prefixes, prompt_len, beams, max_new, *, encoder_len = 0, tenant = 0, priority = 0, deadline = None))]
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the arguments of the Python method"
-    )]
+    #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn add(
         &mut self,
         py: Python<'_>,
@@ -211,9 +197,7 @@ impl Scheduler {
             usize::try_from(value).map_err(|_| {
                 raise(
                     py,
-                    &Error::Request(format!(
-                        "{name} of request {id} is {value}: expected 1 or more"
-                    )),
+                    &Error::Request(format!("{name} of request {id} is {value}: expected 1 or more")),
                 )
             })
         };
@@ -242,14 +226,14 @@ impl Scheduler {
 
     /// Plans the next step and writes its tables.
     #[pyo3(signature = (out, now = 0.0))]
-    fn plan_step(
-        &mut self,
-        py: Python<'_>,
-        out: &Bound<'_, PyArray1<i32>>,
-        now: f64,
-    ) -> PyResult<StepHeader> {
+    fn plan_step(&mut self, py: Python<'_>, out: &Bound<'_, PyArray1<i32>>, now: f64) -> PyResult<StepHeader> {
         let mut out = out.try_readwrite().map_err(|_| {
-            raise(py, &Error::Config("out is not writable: expected an array that nobody else is using; pass a fresh one".to_owned()))
+            raise(
+                py,
+                &Error::Config(
+                    "out is not writable: expected an array that nobody else is using; pass a fresh one".to_owned(),
+                ),
+            )
         })?;
         let out = slice_mut(py, "out", &mut out)?;
         detached(py, || self.0.plan_step(microseconds(now), out)).map(StepHeader)

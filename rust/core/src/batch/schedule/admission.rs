@@ -10,21 +10,14 @@ use crate::error::{Error, Result};
 impl Scheduler {
     /// Refuses what an empty arena cannot hold.
     pub(super) fn check_room(&self, request: &Request, prefix_units: usize) -> Result<()> {
-        let wrong = |text: String| {
-            Err(Error::Request(format!(
-                "request {} can never run: {text}",
-                request.id
-            )))
-        };
+        let wrong = |text: String| Err(Error::Request(format!("request {} can never run: {text}", request.id)));
         let (beams, max_rows) = (request.beams, self.limits.max_rows);
         if beams > max_rows {
             return wrong(format!(
                 "it needs {beams} decode rows and there are {max_rows}; use fewer beams or raise max_rows"
             ));
         }
-        let slots = request
-            .slots()
-            .and_then(|slots| slots.checked_next_multiple_of(UNIT));
+        let slots = request.slots().and_then(|slots| slots.checked_next_multiple_of(UNIT));
         let needed = slots.and_then(|slots| slots.checked_add(prefix_units * UNIT));
         let rows = (self.limits.arena_rows - TAIL) / UNIT * UNIT;
         if needed.is_none_or(|needed| needed > rows) {
@@ -45,15 +38,11 @@ impl Scheduler {
                 budget * UNIT
             ));
         }
-        let reach =
-            self.residency.rows_of(&request.prefixes) + request.prompt_len + request.max_new;
+        let reach = self.residency.rows_of(&request.prefixes) + request.prompt_len + request.max_new;
         let mut most = self.most.clone();
         most.see(request);
         if reach > MAX_ROWS || most.buffer_len(&self.limits) > MAX_ROWS {
-            return wrong(
-                "its tables outgrow int32; use fewer prefixes or a smaller max_batched_tokens"
-                    .to_owned(),
-            );
+            return wrong("its tables outgrow int32; use fewer prefixes or a smaller max_batched_tokens".to_owned());
         }
         Ok(())
     }
@@ -82,8 +71,7 @@ impl Scheduler {
             self.admitted.insert(held.admission, id);
             if let Some(entry) = self.requests.get_mut(&id) {
                 let prompt = u64::try_from(entry.request.prompt_len).unwrap_or(u64::MAX);
-                self.queue
-                    .charge(place.account, prompt.saturating_mul(PROMPT_COST));
+                self.queue.charge(place.account, prompt.saturating_mul(PROMPT_COST));
                 entry.phase = Phase::Admitted(held);
             }
         }
@@ -97,9 +85,7 @@ impl Scheduler {
         let prefixes = &request.prefixes;
         let budget = self.limits.prefix_rows / UNIT;
         let arena = &mut self.arena;
-        let found = self
-            .residency
-            .place(prefixes, units, false, (arena, budget));
+        let found = self.residency.place(prefixes, units, false, (arena, budget));
         let found = match found {
             None if alone => self.residency.place(prefixes, units, true, (arena, budget)),
             found => found,
@@ -110,12 +96,9 @@ impl Scheduler {
         };
         self.residency.pin(prefixes);
         let (blocks, pos_start) = self.residency.blocks(prefixes);
-        header.loads.extend(
-            placement
-                .loads
-                .iter()
-                .map(|(prefix, run)| (*prefix, run.start * UNIT)),
-        );
+        header
+            .loads
+            .extend(placement.loads.iter().map(|(prefix, run)| (*prefix, run.start * UNIT)));
         header.evictions.extend(placement.evictions);
         self.admissions += 1;
         Some(Held {
@@ -132,12 +115,7 @@ impl Scheduler {
     /// Forgets a request and frees what it holds.
     pub(super) fn release(&mut self, id: i64) {
         self.cancelled.remove(&id);
-        let Some(Entry {
-            request,
-            place,
-            phase,
-        }) = self.requests.remove(&id)
-        else {
+        let Some(Entry { request, place, phase }) = self.requests.remove(&id) else {
             return;
         };
         self.deadlines.remove(&(request.deadline, id));
@@ -146,12 +124,9 @@ impl Scheduler {
             Phase::Waiting => self.queue.remove(place),
             Phase::Admitted(held) => {
                 self.admitted.remove(&held.admission);
-                self.decoding
-                    .remove(&(request.prefixes.clone(), place.arrival));
+                self.decoding.remove(&(request.prefixes.clone(), place.arrival));
                 self.rows.give(held.rows);
-                held.slots
-                    .into_iter()
-                    .for_each(|run: Run| self.arena.give(run));
+                held.slots.into_iter().for_each(|run: Run| self.arena.give(run));
                 self.residency.unpin(&request.prefixes);
             }
         }

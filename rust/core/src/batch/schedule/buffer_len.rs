@@ -50,10 +50,7 @@ impl Most {
             limits.decode.len(limits.max_rows, uses),
         ];
         let fixed = SECTIONS * ALIGN + 2 * limits.buckets + 4;
-        prefill
-            .into_iter()
-            .chain(decode)
-            .fold(fixed, usize::saturating_add)
+        prefill.into_iter().chain(decode).fold(fixed, usize::saturating_add)
     }
 }
 
@@ -80,13 +77,7 @@ mod tests {
     #[test]
     fn roots_round_up() {
         assert_eq!(
-            [
-                root(8192, 4),
-                root(10_000, 4),
-                root(10_001, 4),
-                root(1, 4),
-                root(7, 1)
-            ],
+            [root(8192, 4), root(10_000, 4), root(10_001, 4), root(1, 4), root(7, 1)],
             [10, 10, 11, 1, 7]
         );
     }

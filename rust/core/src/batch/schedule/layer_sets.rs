@@ -128,14 +128,8 @@ impl Sets {
     }
 
     /// Those of `blocks` that lie in the layers of a view.
-    pub(super) fn visible<'a>(
-        &self,
-        views: &Views,
-        view: usize,
-        blocks: &'a [Block],
-    ) -> Cow<'a, [Block]> {
-        let visible =
-            |block: &Block| block.set == ALL || self.sets[block.set - 1].layers[views.layers[view]];
+    pub(super) fn visible<'a>(&self, views: &Views, view: usize, blocks: &'a [Block]) -> Cow<'a, [Block]> {
+        let visible = |block: &Block| block.set == ALL || self.sets[block.set - 1].layers[views.layers[view]];
         if blocks.iter().all(visible) {
             Cow::Borrowed(blocks)
         } else {
@@ -170,10 +164,7 @@ mod tests {
     fn sets_have_one_number_and_layers_that_nobody_tells_apart_one_view() {
         let mut sets = Sets::default();
         assert_eq!(sets.add(&[true; 4]), Ok(ALL));
-        assert_eq!(
-            (sets.views().count(), sets.views().of_layer()),
-            (1, [].as_slice())
-        );
+        assert_eq!((sets.views().count(), sets.views().of_layer()), (1, [].as_slice()));
         assert_eq!(sets.add(&[true, true, false, false]), Ok(1));
         assert_eq!(sets.views().of_layer(), [0, 0, 1, 1]);
         assert_eq!(sets.add(&[false, true, false, true]), Ok(2));
@@ -182,10 +173,7 @@ mod tests {
         assert_eq!(sets.add(&[]), Ok(ALL));
         assert!(sets.add(&[true, false]).is_err(), "of another model");
         let blocks = [block(ALL), block(1), block(2)];
-        assert_eq!(
-            seen(&sets, &blocks),
-            [vec![0, 1], vec![0, 1, 2], vec![0], vec![0, 2]]
-        );
+        assert_eq!(seen(&sets, &blocks), [vec![0, 1], vec![0, 1, 2], vec![0], vec![0, 2]]);
         assert_eq!(sets.views_of(&[ALL, 2]).of_layer(), [0, 1, 0, 1]);
         assert_eq!(sets.views_of(&[ALL]).count(), 1);
     }
@@ -193,32 +181,18 @@ mod tests {
     #[test]
     fn a_set_that_nobody_lies_in_any_more_makes_no_view() {
         let mut sets = Sets::default();
-        for layers in [
-            [true, false, false],
-            [true, false, false],
-            [true, true, false],
-        ] {
+        for layers in [[true, false, false], [true, false, false], [true, true, false]] {
             assert!(sets.add(&layers).is_ok());
         }
         sets.release(1);
-        assert_eq!(
-            sets.views().of_layer(),
-            [0, 1, 2],
-            "one prefix is left in it"
-        );
+        assert_eq!(sets.views().of_layer(), [0, 1, 2], "one prefix is left in it");
         sets.release(1);
         assert_eq!(sets.views().of_layer(), [0, 0, 1]);
         assert_eq!(sets.add(&[false, true, true]), Ok(1), "its place is free");
-        assert_eq!(
-            seen(&sets, &[block(1), block(2)]),
-            [vec![2], vec![1, 2], vec![1]]
-        );
+        assert_eq!(seen(&sets, &[block(1), block(2)]), [vec![2], vec![1, 2], vec![1]]);
         sets.release(1);
         sets.release(2);
         sets.release(ALL);
-        assert_eq!(
-            (sets.views().count(), sets.views().of_layer().len()),
-            (1, 0)
-        );
+        assert_eq!((sets.views().count(), sets.views().of_layer().len()), (1, 0));
     }
 }

@@ -29,9 +29,7 @@ impl Scheduler {
     pub fn load_prefix(&mut self, prefix: i64) -> Result<Option<Load>> {
         self.residency.state(prefix)?;
         let budget = self.limits.prefix_rows / UNIT;
-        let found = self
-            .residency
-            .place(&[prefix], 0, false, (&mut self.arena, budget));
+        let found = self.residency.place(&[prefix], 0, false, (&mut self.arena, budget));
         Ok(found.and_then(|placement| {
             let (_, run) = placement.loads.first()?;
             Some(Load {

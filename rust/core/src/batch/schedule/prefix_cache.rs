@@ -69,13 +69,7 @@ impl Residency {
         Ok(())
     }
 
-    pub(super) fn register(
-        &mut self,
-        prefix: i64,
-        rows: usize,
-        pos_start: usize,
-        (slides, set): (bool, usize),
-    ) {
+    pub(super) fn register(&mut self, prefix: i64, rows: usize, pos_start: usize, (slides, set): (bool, usize)) {
         let entry = Prefix {
             rows,
             pos_start,
@@ -92,10 +86,7 @@ impl Residency {
 
     /// Returns its set of layers.
     pub(super) fn forget(&mut self, prefix: i64, arena: &mut Slots) -> Result<usize> {
-        let entry = self
-            .prefixes
-            .get(&prefix)
-            .ok_or(Error::UnknownPrefix(prefix))?;
+        let entry = self.prefixes.get(&prefix).ok_or(Error::UnknownPrefix(prefix))?;
         if entry.holders > 0 {
             return Err(Error::State(format!(
                 "prefix {prefix} is in use by {} requests: expected none; finish or cancel them first",
@@ -114,10 +105,7 @@ impl Residency {
     }
 
     pub(super) fn ready(&mut self, prefix: i64) -> Result<()> {
-        let entry = self
-            .prefixes
-            .get_mut(&prefix)
-            .ok_or(Error::UnknownPrefix(prefix))?;
+        let entry = self.prefixes.get_mut(&prefix).ok_or(Error::UnknownPrefix(prefix))?;
         let Place::Loading(run) = entry.place else {
             return Err(Error::State(format!(
                 "prefix {prefix} is not being loaded: expected a prefix of a step's loads, once"
@@ -135,10 +123,7 @@ impl Residency {
     pub(super) fn units_of(&self, prefixes: &[i64]) -> Result<usize> {
         let mut units = 0;
         for (at, prefix) in prefixes.iter().enumerate() {
-            let entry = self
-                .prefixes
-                .get(prefix)
-                .ok_or(Error::UnknownPrefix(*prefix))?;
+            let entry = self.prefixes.get(prefix).ok_or(Error::UnknownPrefix(*prefix))?;
             if !prefixes[..at].contains(prefix) {
                 units += entry.units();
             }
@@ -254,9 +239,7 @@ impl Residency {
         }
         let victims = self.idle.iter().filter_map(|(_, prefix)| {
             let spared = !own && prefixes.contains(prefix);
-            self.run_of(*prefix)
-                .filter(|_| !spared)
-                .map(|run| (*prefix, run))
+            self.run_of(*prefix).filter(|_| !spared).map(|run| (*prefix, run))
         });
         let mut trial = Trial::new(arena, victims);
         while (own || self.held + added > budget + trial.evicted_units()) && trial.evict_next() {}
@@ -290,8 +273,7 @@ impl Residency {
             let Some(entry) = self.prefixes.get(prefix) else {
                 continue;
             };
-            let absent =
-                entry.place == Place::Absent || own && matches!(entry.place, Place::Ready(_));
+            let absent = entry.place == Place::Absent || own && matches!(entry.place, Place::Ready(_));
             if absent && entry.rows > 0 && !missing.iter().any(|(other, _)| other == prefix) {
                 missing.push((*prefix, entry.units()));
             }
@@ -308,10 +290,7 @@ impl Residency {
 
     /// Evicts a prefix last, or as any other again.
     pub(super) fn keep(&mut self, prefix: i64, kept: bool) -> Result<()> {
-        let entry = self
-            .prefixes
-            .get_mut(&prefix)
-            .ok_or(Error::UnknownPrefix(prefix))?;
+        let entry = self.prefixes.get_mut(&prefix).ok_or(Error::UnknownPrefix(prefix))?;
         let idle = self.idle.remove(&(entry.turn(), prefix));
         entry.kept = kept;
         if idle {
@@ -322,10 +301,7 @@ impl Residency {
 
     /// The first unit of a prefix in the arena or on its way there, and how many requests use it.
     pub(super) fn state(&self, prefix: i64) -> Result<(Option<usize>, usize)> {
-        let entry = self
-            .prefixes
-            .get(&prefix)
-            .ok_or(Error::UnknownPrefix(prefix))?;
+        let entry = self.prefixes.get(&prefix).ok_or(Error::UnknownPrefix(prefix))?;
         let start = match entry.place {
             Place::Absent => None,
             Place::Loading(run) | Place::Ready(run) => Some(run.start),

@@ -33,9 +33,7 @@ pub struct Request {
 impl Request {
     /// Arena rows for its tokens: prompt and, for each beam, the new ones.
     pub(super) fn slots(&self) -> Option<usize> {
-        self.beams
-            .checked_mul(self.max_new)?
-            .checked_add(self.prompt_len)
+        self.beams.checked_mul(self.max_new)?.checked_add(self.prompt_len)
     }
 
     pub(super) fn check_numbers(&self) -> Result<()> {

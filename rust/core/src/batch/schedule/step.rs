@@ -98,13 +98,11 @@ impl Scheduler {
             )));
         }
         if self.in_flight.is_some() {
-            return Err(Error::State("the last step is not committed: expected commit after each plan_step; call it first".to_owned()));
+            return Err(Error::State(
+                "the last step is not committed: expected commit after each plan_step; call it first".to_owned(),
+            ));
         }
-        for id in self
-            .decoding
-            .values()
-            .filter(|id| !self.cancelled.contains(id))
-        {
+        for id in self.decoding.values().filter(|id| !self.cancelled.contains(id)) {
             if let Some((request, held)) = self.member(*id)
                 && held.steps >= request.max_new
                 && request.deadline > now
@@ -135,8 +133,7 @@ impl Scheduler {
         let begun = |wanted: bool| {
             self.admitted.iter().filter_map(move |(admission, id)| {
                 let (request, held) = self.member(*id)?;
-                let ready =
-                    (held.filled > 0) == wanted && self.residency.are_ready(&request.prefixes);
+                let ready = (held.filled > 0) == wanted && self.residency.are_ready(&request.prefixes);
                 ready.then_some((admission, *id, request, held))
             })
         };
@@ -150,10 +147,7 @@ impl Scheduler {
             chosen.push((&request.prefixes, admission, id, tokens));
         }
         chosen.sort_unstable();
-        chosen
-            .into_iter()
-            .map(|(_, _, id, tokens)| (id, tokens))
-            .collect()
+        chosen.into_iter().map(|(_, _, id, tokens)| (id, tokens)).collect()
     }
 
     /// `padded`: with the views of all prefixes and not of the step's own, so that the layout seldom changes.
@@ -255,8 +249,7 @@ fn push_prefill(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_
         "key_slots",
         cached.flat_map(|Member { held, tokens, .. }| held.slots(0, held.filled + tokens)),
     );
-    let ended =
-        |member: &Member<'_>| member.held.filled + member.tokens == member.request.prompt_len;
+    let ended = |member: &Member<'_>| member.held.filled + member.tokens == member.request.prompt_len;
     let last = firsts(&sequences)
         .into_iter()
         .zip(members)
@@ -273,10 +266,7 @@ fn push_decode(scheduler: &Scheduler, tables: &mut Tables, members: &[Member<'_>
             .flat_map(|member| (0..member.request.beams).map(move |beam| (member, beam)))
     };
     let len = |member: &Member<'_>| int(member.request.prompt_len + member.held.steps + 1);
-    tables.push(
-        "row",
-        beams().map(|(member, beam)| int(member.held.rows.start + beam)),
-    );
+    tables.push("row", beams().map(|(member, beam)| int(member.held.rows.start + beam)));
     let slot = |(Member { request, held, .. }, beam): (&Member<'_>, usize)| {
         let token = request.prompt_len + beam * request.max_new + held.steps;
         held.slots(token, 1).next().unwrap_or(0)
