@@ -1,21 +1,24 @@
-//! Decode attention on CPUs: one query a row over its prefix blocks and the arena rows that the slot table names.
+//! Decode attention on CPUs: one query token per row over its prefix blocks and its own keys in the arena.
 //!
-//! One pass over keys and values where they lie: nothing is gathered, expanded or merged. A query's softmax runs along (online), its prefix blocks first
-//! (in the order of the block table), then its own keys. Rows that share a prefix walk it together, chunk by chunk, so that a chunk comes from memory once.
-//! All of one query happens on one thread in an order that its own keys alone decide: its result is the same to the bit whichever rows share
-//! the batch and however many threads run.
+//! Keys and values are read where they lie and are neither gathered nor expanded. The softmax is computed online, in
+//! one pass: first over the row's prefix blocks in the order of the block table, then over its own keys, whose arena
+//! rows the slot table lists. Rows that share a prefix are processed together, chunk by chunk, so that a chunk is
+//! fetched from memory once.
 //!
-//! Shape letters: R rows, HQ query heads, H kv heads, G queries per kv head, D head dim, C blocks, E (row, block) pairs.
-//! Specification: `reference.attn_decode` of the kernels.
+//! All keys of a query are processed on one thread, in an order that depends on these keys alone. The result of a query
+//! is therefore bitwise the same for any batch composition and any number of threads.
+//!
+//! Shape letters: R rows, HQ query heads, H kv heads, D head dim, C prefix blocks, E pairs of a row and a block that it
+//! sees. The specification is `reference.attn_decode` of the Python package `prefixfast_kernels`.
 
 #![expect(
     clippy::inline_always,
-    reason = "vector instructions are compiled into the function that enables them, or not at all"
+    reason = "a vector intrinsic compiles to an instruction only inside of a function that enables the instruction set"
 )]
 #![expect(
     clippy::many_single_char_names,
     clippy::similar_names,
-    reason = "letters are the field's: q, k, v, o"
+    reason = "q, k, v and o are the standard names"
 )]
 
 #[cfg(target_arch = "x86_64")]
@@ -24,11 +27,13 @@ mod avx2;
 mod avx512;
 mod chunk;
 mod dispatch;
+mod key_copy;
 mod math;
 mod online_softmax;
 mod openmp;
 mod output;
 mod plan;
+mod state;
 mod tables;
 mod task;
 mod transposed;
@@ -36,22 +41,22 @@ mod vector;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-pub use dispatch::{SIMD, Simd};
-pub use openmp::join;
+pub use dispatch::{InstructionSet, SIMD_VARIABLE};
+pub use openmp::use_runtime_of;
 
 use crate::error::{Error, Result};
-use output::Out;
+use output::SharedOutput;
 use plan::Plan;
 
-/// Largest head dim.
+/// Largest supported head dim.
 pub const MAX_HEAD_DIM: usize = 256;
 
-/// Floats in memory; bf16 as its bits.
+/// Floats in memory.
 #[derive(Debug, Clone, Copy)]
 pub enum Floats<'a> {
     /// fp32.
     F32(&'a [f32]),
-    /// bf16.
+    /// Bits of bf16 numbers.
     Bf16(&'a [u16]),
 }
 
@@ -64,26 +69,26 @@ impl Floats<'_> {
     }
 }
 
-/// Floats to write.
+/// Writable floats in memory.
 #[derive(Debug)]
 pub enum FloatsMut<'a> {
     /// fp32.
     F32(&'a mut [f32]),
-    /// bf16.
+    /// Bits of bf16 numbers.
     Bf16(&'a mut [u16]),
 }
 
-/// Keys and values `[rows, H, D]`.
+/// Keys and values, shape `[rows, H, D]`, both of the same dtype.
 #[derive(Debug, Clone, Copy)]
-pub enum Source<'a> {
-    /// Both fp32.
+pub enum KeysValues<'a> {
+    /// fp32.
     F32 {
         /// Keys.
         k: &'a [f32],
         /// Values.
         v: &'a [f32],
     },
-    /// Both bf16.
+    /// Bits of bf16 numbers.
     Bf16 {
         /// Keys.
         k: &'a [u16],
@@ -92,15 +97,16 @@ pub enum Source<'a> {
     },
 }
 
-impl Source<'_> {
-    /// Bytes of a number.
-    fn width(&self) -> usize {
+impl KeysValues<'_> {
+    /// Bytes per element.
+    fn element_size(&self) -> usize {
         match self {
             Self::F32 { .. } => size_of::<f32>(),
             Self::Bf16 { .. } => size_of::<u16>(),
         }
     }
 
+    /// Number of elements of the keys and of the values.
     fn lens(&self) -> [usize; 2] {
         match self {
             Self::F32 { k, v } => [k.len(), v.len()],
@@ -109,102 +115,109 @@ impl Source<'_> {
     }
 }
 
-/// Sizes of a step.
+/// Sizes of a decode step.
 #[derive(Debug, Clone, Copy)]
 pub struct Shape {
-    /// R.
+    /// Number of query rows, R.
     pub rows: usize,
-    /// HQ, a multiple of H.
+    /// Number of query heads, HQ, a multiple of `kv_heads`.
     pub heads: usize,
-    /// H.
+    /// Number of kv heads, H.
     pub kv_heads: usize,
-    /// D, at most [`MAX_HEAD_DIM`].
+    /// Head dim, D, at most [`MAX_HEAD_DIM`].
     pub head_dim: usize,
 }
 
-/// Which keys each row sees; see `tables.py` of the kernels.
+/// Tables that say which keys each row sees. The field names are those of the kernels' `DecodeTables`.
 #[derive(Debug, Clone, Copy)]
-pub struct Tables<'a> {
-    /// `[rows, at least columns]`: arena row of each token, `stride` entries from one row to the next.
-    pub table: &'a [i32],
-    /// Rows, columns and stride of `table`.
-    pub table_shape: [usize; 3],
-    /// `[R]`: row of `table`.
+pub struct DecodeTables<'a> {
+    /// Slot table, which maps each token to its arena row. Rows are `stride` entries apart.
+    pub slot_table: &'a [i32],
+    /// Rows, columns and stride of `slot_table`.
+    pub slot_table_shape: [usize; 3],
+    /// Slot table row of each query row, `[R]`.
     pub row: &'a [i32],
-    /// `[R]`: keys, at least 1.
+    /// Number of own keys of each query row, at least 1, `[R]`.
     pub lens: &'a [i32],
-    /// `[C]`: first prefix row, rows.
+    /// First prefix row and number of rows of each block, `[C]`.
     pub block: &'a [[i32; 2]],
-    /// `[C + 1]`.
+    /// Borders between the users of different blocks in `user`, `[C + 1]`.
     pub user_indptr: &'a [i32],
-    /// `[E]`: row that sees the block.
+    /// Query rows that see each block, `[E]`.
     pub user: &'a [i32],
-    /// `[E]`: position of the block's first row relative to the query.
+    /// Position of the block's first row relative to the user's query, `[E]`.
     pub user_pos: &'a [i32],
-    /// `[E]`: the window slides over the block.
+    /// Whether the attention window slides over the block, 0 or 1, `[E]`.
     pub user_slides: &'a [i32],
 }
 
-/// One step of one layer.
+/// Inputs of one decode step in one layer.
 #[derive(Debug, Clone, Copy)]
-pub struct Problem<'a> {
+pub struct DecodeInputs<'a> {
     /// Sizes.
     pub shape: Shape,
-    /// `[R, HQ, D]` with the strides below, D contiguous.
+    /// Queries `[R, HQ, D]` with the strides of `q_strides`. D is contiguous.
     pub q: Floats<'a>,
     /// Elements from one row, and from one head, of `q` to the next.
     pub q_strides: [usize; 2],
-    /// The arena.
-    pub own: Source<'a>,
-    /// Where prefix rows lie; may be the arena.
-    pub prefix: Source<'a>,
-    /// Tables.
-    pub tables: Tables<'a>,
-    /// Multiplies scores.
+    /// Keys and values of the arena, which hold each row's own tokens.
+    pub own: KeysValues<'a>,
+    /// Keys and values of prefix rows. They may be those of the arena.
+    pub prefix: KeysValues<'a>,
+    /// Tables of the step.
+    pub tables: DecodeTables<'a>,
+    /// Factor of the scores.
     pub scale: f32,
     /// Sliding window in tokens, 0 for none.
     pub window: usize,
-    /// Score cap, 0 for none.
+    /// Bound of the scores, applied as `softcap * tanh(score / softcap)`. 0 means no bound.
     pub softcap: f32,
 }
 
-/// What [`decode`] fills.
+/// Outputs of [`decode`].
 #[derive(Debug)]
-pub struct Output<'a> {
-    /// `[R, HQ, D]`.
+pub struct DecodeOutputs<'a> {
+    /// Attention output `[R, HQ, D]`.
     pub o: FloatsMut<'a>,
-    /// `[R, HQ]`, natural.
+    /// Log-sum-exp of the scores `[R, HQ]`, natural logarithm.
     pub lse: &'a mut [f32],
 }
 
-/// Attention of one decode step.
+/// Computes the attention of one decode step.
 ///
 /// # Errors
-/// [`Error::Config`] if memory and sizes do not fit, or a table names a row that does not exist; then nothing is written.
-pub fn decode(problem: &Problem<'_>, output: Output<'_>, threads: usize, simd: Simd) -> Result<()> {
-    check(problem, &output)?;
-    let plan = Plan::new(problem, threads)?;
+/// [`Error::Config`] if sizes do not fit each other or a table names a row that does not exist. Nothing is written
+/// then.
+pub fn decode(
+    inputs: &DecodeInputs<'_>,
+    output: DecodeOutputs<'_>,
+    threads: usize,
+    instructions: InstructionSet,
+) -> Result<()> {
+    check(inputs, &output)?;
+    let plan = Plan::new(inputs, threads)?;
     let next = AtomicUsize::new(0);
-    let out = Out::new(problem.shape, output);
+    let out = SharedOutput::new(inputs.shape, output);
     let work = || {
         while let Some(task) = plan.tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-            task::run(simd, problem, &plan, task, &out);
+            task::run(instructions, inputs, &plan, task, &out);
         }
     };
-    openmp::run(threads.min(plan.tasks.len()), &work)
+    openmp::run_on_threads(threads.min(plan.tasks.len()), &work)
 }
 
-fn check(problem: &Problem<'_>, output: &Output<'_>) -> Result<()> {
+/// Compares the sizes of all memory with the shape. The unsafe code in `output` relies on it.
+fn check(inputs: &DecodeInputs<'_>, output: &DecodeOutputs<'_>) -> Result<()> {
     let Shape {
         rows,
         heads,
         kv_heads,
         head_dim,
-    } = problem.shape;
+    } = inputs.shape;
     let wrong = |text: String| Err(Error::Config(format!("attention: {text}")));
     if kv_heads == 0 || heads == 0 || !heads.is_multiple_of(kv_heads) {
         return wrong(format!(
-            "{heads} query heads and {kv_heads} kv heads: expected a multiple"
+            "{heads} query heads and {kv_heads} kv heads: expected the first to be a multiple of the second"
         ));
     }
     if head_dim == 0 || head_dim > MAX_HEAD_DIM {
@@ -214,29 +227,29 @@ fn check(problem: &Problem<'_>, output: &Output<'_>) -> Result<()> {
         FloatsMut::F32(o) => o.len(),
         FloatsMut::Bf16(o) => o.len(),
     };
-    let all = rows.checked_mul(heads);
-    if all != Some(output.lse.len()) || all.and_then(|n| n.checked_mul(head_dim)) != Some(out) {
+    let queries = rows.checked_mul(heads);
+    if queries != Some(output.lse.len()) || queries.and_then(|n| n.checked_mul(head_dim)) != Some(out) {
         return wrong(format!(
-            "outputs of {out} and {} numbers: expected {rows} rows of {heads} heads of {head_dim}",
+            "outputs of {out} and {} elements: expected {rows} rows of {heads} heads of {head_dim}",
             output.lse.len()
         ));
     }
-    let [row, head] = problem.q_strides;
-    let reach = || {
+    let [row, head] = inputs.q_strides;
+    let end = || {
         row.checked_mul(rows - 1)?
             .checked_add(head.checked_mul(heads - 1)?)?
             .checked_add(head_dim)
     };
-    if rows > 0 && reach().is_none_or(|n| n > problem.q.len()) {
+    if rows > 0 && end().is_none_or(|n| n > inputs.q.len()) {
         return wrong(format!(
-            "{} numbers of queries with strides {row} and {head}: too few for {rows} rows of {heads} heads",
-            problem.q.len()
+            "{} query elements with strides {row} and {head}: expected enough for {rows} rows of {heads} heads",
+            inputs.q.len()
         ));
     }
-    for [k, v] in [problem.own.lens(), problem.prefix.lens()] {
+    for [k, v] in [inputs.own.lens(), inputs.prefix.lens()] {
         if k != v || !k.is_multiple_of(kv_heads * head_dim) {
             return wrong(format!(
-                "{k} numbers of keys and {v} of values: expected as many, in rows of {kv_heads} heads of {head_dim}"
+                "{k} key elements and {v} value elements: expected equal numbers, in rows of {kv_heads} heads of {head_dim}"
             ));
         }
     }

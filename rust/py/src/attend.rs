@@ -1,65 +1,74 @@
-//! `attend_decode` and what belongs to it. Tensors come as addresses: `prefixfast/attend.py`, the only caller, has checked them.
+//! `attend_decode` and its companions. Tensors are passed as addresses, which `prefixfast/attention/cpu_decode.py`, the
+//! only caller, has checked.
 
 use std::ffi::CString;
 
 use prefixfast_core::Error;
-use prefixfast_core::attend::{self as core, Floats, FloatsMut, Output, Problem, Shape, Simd, Source, Tables};
+use prefixfast_core::attend::{
+    self as core, DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues, Shape,
+};
 use pyo3::prelude::*;
 
 use crate::error::{detached, guarded, raise};
 
-/// The names of the instruction sets of this CPU, the best first.
+/// Names of the instruction sets of this CPU, the best first.
 #[pyfunction]
 pub(crate) fn attend_paths() -> Vec<&'static str> {
-    Simd::all().iter().map(Simd::name).collect()
+    InstructionSet::all().iter().map(InstructionSet::name).collect()
 }
 
-/// Joins the OpenMP runtime of a loaded library; None, or why it cannot.
+/// Runs later calls on the threads of the OpenMP runtime that a loaded library uses.
+///
+/// Returns the reason if there is no such runtime, else None.
 #[pyfunction]
 pub(crate) fn attend_join(library: String) -> Option<String> {
     match CString::new(library) {
-        Ok(library) => core::join(&library).err(),
-        Err(_) => Some("its path has a zero byte".to_owned()),
+        Ok(library) => core::use_runtime_of(&library).err(),
+        Err(_) => Some("the path of the library has a zero byte".to_owned()),
     }
 }
 
-/// Memory of a tensor: address of its first element, number of elements that may be read from there on.
+/// Address of a tensor's first element, and number of elements from there on.
 type Memory = (usize, usize);
 
-/// A slice of a tensor's memory.
+/// A tensor's memory as a slice.
 ///
 /// # Safety
-/// As `std::slice::from_raw_parts`; the address may be anything if there are no elements.
+/// The requirements of `std::slice::from_raw_parts` hold. If there are no elements, any address is allowed.
 unsafe fn slice<'a, T>((address, count): Memory) -> &'a [T] {
     if count == 0 {
         return &[];
     }
-    // SAFETY: what the caller promises.
+    // SAFETY: the caller promises what `# Safety` demands.
     unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }
 }
 
+/// A tensor's memory as a writable slice.
+///
 /// # Safety
-/// As `slice`, and nothing else refers to the memory.
+/// The requirements of `slice` hold, and nothing else refers to the memory.
 unsafe fn slice_mut<'a, T>((address, count): Memory) -> &'a mut [T] {
     if count == 0 {
         return &mut [];
     }
-    // SAFETY: what the caller promises.
+    // SAFETY: the caller promises what `# Safety` demands.
     unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), count) }
 }
 
+/// Keys and values from (address of the keys, address of the values, elements of each, whether they are bf16).
+///
 /// # Safety
-/// As `slice`, for elements of the named type.
-unsafe fn source<'a>((k, v, count, narrow): (usize, usize, usize, bool)) -> Source<'a> {
-    // SAFETY: what the caller promises.
+/// The requirements of `slice` hold for both addresses and the element type.
+unsafe fn keys_values<'a>((k, v, count, is_bf16): (usize, usize, usize, bool)) -> KeysValues<'a> {
+    // SAFETY: the caller promises what `# Safety` demands.
     unsafe {
-        if narrow {
-            Source::Bf16 {
+        if is_bf16 {
+            KeysValues::Bf16 {
                 k: slice((k, count)),
                 v: slice((v, count)),
             }
         } else {
-            Source::F32 {
+            KeysValues::F32 {
                 k: slice((k, count)),
                 v: slice((v, count)),
             }
@@ -67,12 +76,12 @@ unsafe fn source<'a>((k, v, count, narrow): (usize, usize, usize, bool)) -> Sour
     }
 }
 
-/// Attention of one decode step.
+/// Computes the attention of one decode step.
 #[pyfunction]
 #[pyo3(signature = (shape, q, out, own, prefix, table, tables, scale, window, softcap, threads, path))]
 #[expect(
     clippy::too_many_arguments,
-    reason = "one call a layer and step: a structure would cost more than the call's other arguments together"
+    reason = "called once per layer and step; building a Python object would cost more than the rest of the call"
 )]
 pub(crate) fn attend_decode(
     py: Python<'_>,
@@ -89,13 +98,15 @@ pub(crate) fn attend_decode(
     threads: usize,
     path: Option<&str>,
 ) -> PyResult<()> {
-    let simd = guarded(py, || path.map_or_else(Simd::chosen, Simd::named))?;
+    let instructions = guarded(py, || path.map_or_else(InstructionSet::selected, InstructionSet::named))?;
     let (rows, heads, kv_heads, head_dim) = shape;
-    let (address, count, row, head, narrow) = q;
+    let (address, count, row, head, is_bf16) = q;
     let Some(lse) = rows.checked_mul(heads) else {
         return Err(raise(
             py,
-            &Error::Config(format!("{rows} rows of {heads} heads: more than memory holds")),
+            &Error::Config(format!(
+                "{rows} rows of {heads} heads: expected a number of queries that memory can hold"
+            )),
         ));
     };
     let sizes = (lse, lse.saturating_mul(head_dim));
@@ -104,14 +115,15 @@ pub(crate) fn attend_decode(
         .saturating_sub(1)
         .saturating_mul(stride)
         .saturating_add(columns);
-    // SAFETY: `prefixfast/attend.py` makes these numbers from tensors on the CPU whose dtypes, shapes and strides it has checked, and which it holds until
-    // this call returns: addresses are aligned and counts are within their tensors. It has just made the outputs, so nothing else refers to them; that
-    // no other thread writes to the inputs meanwhile is the contract of every operator of torch.
-    let (problem, output) = unsafe {
+    // SAFETY: `prefixfast/attention/cpu_decode.py` takes these numbers from CPU tensors whose dtypes, shapes and
+    // strides it has checked, and it holds the tensors until this call returns. Addresses are therefore aligned, and
+    // counts lie within their tensors. The outputs are newly allocated, so nothing else refers to them. No other thread
+    // writes to the inputs during the call, as every torch operator requires.
+    let (inputs, output) = unsafe {
         let [block, user_indptr, user, user_pos, user_slides, row_of, lens] = tables.map(|memory| slice(memory));
-        let tables = Tables {
-            table: slice((slots, if table_rows == 0 { 0 } else { entries })),
-            table_shape: [table_rows, columns, stride],
+        let tables = DecodeTables {
+            slot_table: slice((slots, if table_rows == 0 { 0 } else { entries })),
+            slot_table_shape: [table_rows, columns, stride],
             row: row_of,
             lens,
             block: block.as_chunks().0,
@@ -120,38 +132,38 @@ pub(crate) fn attend_decode(
             user_pos,
             user_slides,
         };
-        let problem = Problem {
+        let inputs = DecodeInputs {
             shape: Shape {
                 rows,
                 heads,
                 kv_heads,
                 head_dim,
             },
-            q: if narrow {
+            q: if is_bf16 {
                 Floats::Bf16(slice((address, count)))
             } else {
                 Floats::F32(slice((address, count)))
             },
             q_strides: [row, head],
-            own: source(own),
-            prefix: source(prefix),
+            own: keys_values(own),
+            prefix: keys_values(prefix),
             tables,
             scale,
             window,
             softcap,
         };
-        let o = if narrow {
+        let o = if is_bf16 {
             FloatsMut::Bf16(slice_mut((out.0, sizes.1)))
         } else {
             FloatsMut::F32(slice_mut((out.0, sizes.1)))
         };
         (
-            problem,
-            Output {
+            inputs,
+            DecodeOutputs {
                 o,
                 lse: slice_mut((out.1, sizes.0)),
             },
         )
     };
-    detached(py, || core::decode(&problem, output, threads, simd))
+    detached(py, || core::decode(&inputs, output, threads, instructions))
 }

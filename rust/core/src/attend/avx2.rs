@@ -1,8 +1,8 @@
-//! Sixteen floats in two AVX2 registers.
+//! [`SimdOps`] on AVX2: 16 floats in two registers.
 
 #![expect(
     clippy::cast_ptr_alignment,
-    reason = "the loads behind these casts take any alignment"
+    reason = "the loads behind these casts accept any alignment"
 )]
 
 use std::arch::x86_64::{
@@ -14,45 +14,48 @@ use std::arch::x86_64::{
     _mm256_round_ps, _mm256_set1_epi32, _mm256_set1_ps, _mm256_shuffle_ps, _mm256_slli_epi32, _mm256_storeu_ps,
 };
 
-use super::vector::{Lanes, Line, WIDTH};
+use super::vector::{F32x16, LANES, SimdOps};
 
-/// Exists only where the CPU has AVX2 and FMA.
+/// Proof that the CPU has AVX2 and FMA. [`Avx2::new`] is the only way to make a value.
 #[derive(Clone, Copy)]
 pub(super) struct Avx2(());
 
 impl Avx2 {
+    /// `None` on a CPU without these instructions.
     pub(super) fn new() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma")).then_some(Self(()))
     }
 }
 
-/// Two registers at once.
+/// Applies one intrinsic to both registers of each operand.
 macro_rules! both {
     ($op:ident, $($x:expr),+) => {
-        // SAFETY: `self` exists, so the CPU has AVX2 and FMA, all that these instructions need; they touch no memory.
+        // SAFETY: `self` proves that the CPU has AVX2 and FMA, which these intrinsics need. They access no memory.
         unsafe { [$op($($x[0]),+), $op($($x[1]),+)] }
     };
 }
 
-impl Lanes for Avx2 {
-    type V = [__m256; 2];
-    const REGISTERS: usize = 8;
+impl SimdOps for Avx2 {
+    type Vector = [__m256; 2];
+    const NUM_REGISTERS: usize = 8;
 
     #[inline(always)]
-    fn splat(self, x: f32) -> Self::V {
-        // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
+    fn splat(self, x: f32) -> Self::Vector {
+        // SAFETY: `self` proves that the CPU has AVX2. No memory is accessed.
         [unsafe { _mm256_set1_ps(x) }; 2]
     }
     #[inline(always)]
-    fn load(self, x: &Line) -> Self::V {
+    fn load(self, x: &F32x16) -> Self::Vector {
         let from = x.as_ptr();
-        // SAFETY: `self` exists, so the CPU has AVX2. The loads take any alignment and read floats 0..8 and 8..16 of an array of 16.
+        // SAFETY: `self` proves that the CPU has AVX2. The loads accept any alignment and read
+        // floats 0..8 and 8..16 of an array of 16.
         unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
     }
     #[inline(always)]
-    fn widen(self, x: &[u16; WIDTH]) -> Self::V {
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::Vector {
         let from = x.as_ptr().cast::<__m128i>();
-        // SAFETY: `self` exists, so the CPU has AVX2. The loads take any alignment and read the 2 x 16 bytes of an array of 32 bytes.
+        // SAFETY: `self` proves that the CPU has AVX2. The loads accept any alignment and read the
+        // two halves of an array of 32 bytes.
         unsafe {
             [
                 _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(from)))),
@@ -63,47 +66,48 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn store(self, x: Self::V, to: &mut Line) {
+    fn store(self, x: Self::Vector, to: &mut F32x16) {
         let to = to.as_mut_ptr();
-        // SAFETY: `self` exists, so the CPU has AVX2. The stores take any alignment and write floats 0..8 and 8..16 of an array of 16.
+        // SAFETY: `self` proves that the CPU has AVX2. The stores accept any alignment and write
+        // floats 0..8 and 8..16 of an array of 16.
         unsafe {
             _mm256_storeu_ps(to, x[0]);
             _mm256_storeu_ps(to.add(8), x[1]);
         }
     }
     #[inline(always)]
-    fn add(self, a: Self::V, b: Self::V) -> Self::V {
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         both!(_mm256_add_ps, a, b)
     }
     #[inline(always)]
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V {
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         both!(_mm256_mul_ps, a, b)
     }
     #[inline(always)]
-    fn div(self, a: Self::V, b: Self::V) -> Self::V {
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         both!(_mm256_div_ps, a, b)
     }
     #[inline(always)]
-    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+    fn fma(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector {
         both!(_mm256_fmadd_ps, a, b, c)
     }
     #[inline(always)]
-    fn max(self, a: Self::V, b: Self::V) -> Self::V {
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         both!(_mm256_max_ps, a, b)
     }
     #[inline(always)]
-    fn min(self, a: Self::V, b: Self::V) -> Self::V {
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector {
         both!(_mm256_min_ps, a, b)
     }
     #[inline(always)]
-    fn round(self, x: Self::V) -> Self::V {
-        const HOW: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
-        unsafe { [_mm256_round_ps::<HOW>(x[0]), _mm256_round_ps::<HOW>(x[1])] }
+    fn round(self, x: Self::Vector) -> Self::Vector {
+        const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: `self` proves that the CPU has AVX2. No memory is accessed.
+        unsafe { [_mm256_round_ps::<MODE>(x[0]), _mm256_round_ps::<MODE>(x[1])] }
     }
     #[inline(always)]
-    fn exp2_whole(self, x: Self::V) -> Self::V {
-        // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
+    fn exp2_integer(self, x: Self::Vector) -> Self::Vector {
+        // SAFETY: `self` proves that the CPU has AVX2. No memory is accessed.
         unsafe {
             let bias = _mm256_set1_epi32(127);
             [
@@ -119,8 +123,8 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn where_less(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V {
-        // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
+    fn select_less(self, a: Self::Vector, b: Self::Vector, x: Self::Vector, y: Self::Vector) -> Self::Vector {
+        // SAFETY: `self` proves that the CPU has AVX2. No memory is accessed.
         unsafe {
             [
                 _mm256_blendv_ps(y[0], x[0], _mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0])),
@@ -129,9 +133,10 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn sums(self, x: [Self::V; 4]) -> [f32; 4] {
+    fn reduce_sum4(self, x: [Self::Vector; 4]) -> [f32; 4] {
         let mut out = [0.0; 4];
-        // SAFETY: `self` exists, so the CPU has AVX2. The store takes any alignment and writes the four floats of `out`.
+        // SAFETY: `self` proves that the CPU has AVX2. The store accepts any alignment and writes
+        // the four floats of `out`.
         unsafe {
             let [a, b, c, d] = [
                 _mm256_add_ps(x[0][0], x[0][1]),
@@ -139,16 +144,19 @@ impl Lanes for Avx2 {
                 _mm256_add_ps(x[2][0], x[2][1]),
                 _mm256_add_ps(x[3][0], x[3][1]),
             ];
+            // Four partial sums of each vector.
             let ab = _mm256_add_ps(
                 _mm256_permute2f128_ps::<0x20>(a, b),
                 _mm256_permute2f128_ps::<0x31>(a, b),
-            ); // four numbers each
+            );
             let cd = _mm256_add_ps(
                 _mm256_permute2f128_ps::<0x20>(c, d),
                 _mm256_permute2f128_ps::<0x31>(c, d),
             );
-            let acbd = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xEE>(ab, cd)); // two numbers each
-            let one = _mm256_hadd_ps(acbd, acbd); // a c a c | b d b d
+            // Two partial sums of each vector.
+            let acbd = _mm256_add_ps(_mm256_shuffle_ps::<0x44>(ab, cd), _mm256_shuffle_ps::<0xEE>(ab, cd));
+            // Sums of a, c, a, c in the lower half and of b, d, b, d in the upper half.
+            let one = _mm256_hadd_ps(acbd, acbd);
             _mm_storeu_ps(
                 out.as_mut_ptr(),
                 _mm_unpacklo_ps(_mm256_castps256_ps128(one), _mm256_extractf128_ps::<1>(one)),
@@ -157,8 +165,8 @@ impl Lanes for Avx2 {
         out
     }
     #[inline(always)]
-    fn sum(self, x: Self::V) -> f32 {
-        // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
+    fn reduce_sum(self, x: Self::Vector) -> f32 {
+        // SAFETY: `self` proves that the CPU has AVX2. No memory is accessed.
         unsafe {
             let eight = _mm256_add_ps(x[0], x[1]);
             let four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
@@ -167,8 +175,8 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
-    fn largest(self, x: Self::V) -> f32 {
-        // SAFETY: `self` exists, so the CPU has AVX2; no memory is touched.
+    fn reduce_max(self, x: Self::Vector) -> f32 {
+        // SAFETY: `self` proves that the CPU has AVX2. No memory is accessed.
         unsafe {
             let eight = _mm256_max_ps(x[0], x[1]);
             let four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
@@ -178,7 +186,8 @@ impl Lanes for Avx2 {
     }
     #[inline(always)]
     fn prefetch<T>(self, x: &T) {
-        // SAFETY: a hint; every CPU with AVX2 has it, and it changes nothing whatever the address.
+        // SAFETY: every CPU with AVX2 has this instruction. A prefetch is a hint that is valid for any address and has
+        // no effect on memory.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
     }
 }

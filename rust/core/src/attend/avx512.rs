@@ -1,8 +1,8 @@
-//! Sixteen floats in one AVX-512 register.
+//! [`SimdOps`] on AVX-512: 16 floats in one register.
 
 #![expect(
     clippy::cast_ptr_alignment,
-    reason = "the loads behind these casts take any alignment"
+    reason = "the loads behind these casts accept any alignment"
 )]
 
 use std::arch::x86_64::{
@@ -14,15 +14,16 @@ use std::arch::x86_64::{
     _mm512_setr_epi32, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps,
 };
 
-use super::vector::{Lanes, Line, WIDTH};
+use super::vector::{F32x16, LANES, SimdOps};
 
-/// Exists only where the CPU has AVX-512F and what it builds on (AVX2, FMA).
+/// Proof that the CPU has AVX-512F, AVX2 and FMA. [`Avx512::new`] is the only way to make a value.
 ///
-/// The bf16 products of AVX512-BF16 are not used: they would round queries and softmax weights to 8 bits.
+/// The bf16 dot products of AVX512-BF16 are not used, because they would round queries and softmax weights to 8 bits.
 #[derive(Clone, Copy)]
 pub(super) struct Avx512(());
 
 impl Avx512 {
+    /// `None` on a CPU without these instructions.
     pub(super) fn new() -> Option<Self> {
         let all =
             is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
@@ -30,38 +31,41 @@ impl Avx512 {
     }
 }
 
-/// One instruction on registers.
+/// Applies one intrinsic to its operands.
 macro_rules! one {
     ($op:ident, $($x:expr),+) => {
-        // SAFETY: `self` exists, so the CPU has AVX-512F, all that this instruction needs; it touches no memory.
+        // SAFETY: `self` proves that the CPU has AVX-512F, which this intrinsic needs. It accesses no memory.
         unsafe { $op($($x),+) }
     };
 }
 
-impl Lanes for Avx512 {
-    type V = __m512;
-    const REGISTERS: usize = 32;
+impl SimdOps for Avx512 {
+    type Vector = __m512;
+    const NUM_REGISTERS: usize = 32;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
         one!(_mm512_set1_ps, x)
     }
     #[inline(always)]
-    fn load(self, x: &Line) -> __m512 {
-        // SAFETY: `self` exists, so the CPU has AVX-512F. The load takes any alignment and reads the 16 floats of `x`.
+    fn load(self, x: &F32x16) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512F. The load accepts any alignment and reads
+        // the 16 floats of `x`.
         unsafe { _mm512_loadu_ps(x.as_ptr()) }
     }
     #[inline(always)]
-    fn widen(self, x: &[u16; WIDTH]) -> __m512 {
-        // SAFETY: `self` exists, so the CPU has AVX-512F. The load takes any alignment and reads the 32 bytes of `x`.
+    fn load_bf16(self, x: &[u16; LANES]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512F. The load accepts any alignment and reads
+        // the 32 bytes of `x`.
         unsafe {
             let half = _mm256_loadu_si256(x.as_ptr().cast::<__m256i>());
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)))
         }
     }
     #[inline(always)]
-    fn store(self, x: __m512, to: &mut Line) {
-        // SAFETY: `self` exists, so the CPU has AVX-512F. The store takes any alignment and writes the 16 floats of `to`.
+    fn store(self, x: __m512, to: &mut F32x16) {
+        // SAFETY: `self` proves that the CPU has AVX-512F. The store accepts any alignment and writes
+        // the 16 floats of `to`.
         unsafe { _mm512_storeu_ps(to.as_mut_ptr(), x) }
     }
     #[inline(always)]
@@ -90,13 +94,13 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     fn round(self, x: __m512) -> __m512 {
-        const HOW: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        // SAFETY: `self` exists, so the CPU has AVX-512F; no memory is touched.
-        unsafe { _mm512_roundscale_ps::<HOW>(x) }
+        const MODE: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: `self` proves that the CPU has AVX-512F. No memory is accessed.
+        unsafe { _mm512_roundscale_ps::<MODE>(x) }
     }
     #[inline(always)]
-    fn exp2_whole(self, x: __m512) -> __m512 {
-        // SAFETY: `self` exists, so the CPU has AVX-512F; no memory is touched.
+    fn exp2_integer(self, x: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512F. No memory is accessed.
         unsafe {
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
                 _mm512_cvtps_epi32(x),
@@ -105,27 +109,30 @@ impl Lanes for Avx512 {
         }
     }
     #[inline(always)]
-    fn where_less(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
-        // SAFETY: `self` exists, so the CPU has AVX-512F; no memory is touched.
+    fn select_less(self, a: __m512, b: __m512, x: __m512, y: __m512) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512F. No memory is accessed.
         unsafe { _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), x) }
     }
     #[inline(always)]
-    fn sums(self, x: [__m512; 4]) -> [f32; 4] {
+    fn reduce_sum4(self, x: [__m512; 4]) -> [f32; 4] {
         let mut out = [0.0; 4];
-        // SAFETY: `self` exists, so the CPU has AVX-512F. The store takes any alignment and writes the four floats of `out`.
+        // SAFETY: `self` proves that the CPU has AVX-512F. The store accepts any alignment and writes
+        // the four floats of `out`.
         unsafe {
+            // Eight partial sums of each vector.
             let ab = _mm512_add_ps(
                 _mm512_shuffle_f32x4::<0x44>(x[0], x[1]),
                 _mm512_shuffle_f32x4::<0xEE>(x[0], x[1]),
-            ); // a half each
+            );
             let cd = _mm512_add_ps(
                 _mm512_shuffle_f32x4::<0x44>(x[2], x[3]),
                 _mm512_shuffle_f32x4::<0xEE>(x[2], x[3]),
             );
+            // Four partial sums of each vector.
             let four = _mm512_add_ps(
                 _mm512_shuffle_f32x4::<0x88>(ab, cd),
                 _mm512_shuffle_f32x4::<0xDD>(ab, cd),
-            ); // a quarter each
+            );
             let two = _mm512_add_ps(four, _mm512_permute_ps::<0x4E>(four));
             let one = _mm512_add_ps(two, _mm512_permute_ps::<0xB1>(two));
             let first = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -137,16 +144,17 @@ impl Lanes for Avx512 {
         out
     }
     #[inline(always)]
-    fn sum(self, x: __m512) -> f32 {
+    fn reduce_sum(self, x: __m512) -> f32 {
         one!(_mm512_reduce_add_ps, x)
     }
     #[inline(always)]
-    fn largest(self, x: __m512) -> f32 {
+    fn reduce_max(self, x: __m512) -> f32 {
         one!(_mm512_reduce_max_ps, x)
     }
     #[inline(always)]
     fn prefetch<T>(self, x: &T) {
-        // SAFETY: a hint; every CPU with AVX-512F has it, and it changes nothing whatever the address.
+        // SAFETY: every CPU with AVX-512F has this instruction. A prefetch is a hint that is valid for any address and
+        // has no effect on memory.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
     }
 }

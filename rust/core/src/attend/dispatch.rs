@@ -1,4 +1,4 @@
-//! Which instructions a call uses.
+//! SIMD dispatch: the instruction set that a call runs with.
 
 use std::sync::OnceLock;
 
@@ -8,12 +8,13 @@ use super::avx2::Avx2;
 use super::avx512::Avx512;
 use crate::error::{Error, Result};
 
-/// Names the instructions: `avx512`, `avx2` or `scalar`; by default the best that the CPU has.
-pub const SIMD: &str = "PREFIXFAST_SIMD";
+/// Environment variable that selects the instruction set (`avx512`, `avx2` or `scalar`), by default the best of the
+/// CPU.
+pub const SIMD_VARIABLE: &str = "PREFIXFAST_SIMD";
 
-/// A set of instructions that this CPU has.
+/// An instruction set that this CPU has.
 #[derive(Clone, Copy)]
-pub struct Simd(pub(super) Kind);
+pub struct InstructionSet(pub(super) Kind);
 
 #[derive(Clone, Copy)]
 pub(super) enum Kind {
@@ -24,11 +25,11 @@ pub(super) enum Kind {
     Scalar,
 }
 
-impl Simd {
-    /// The instructions of this name.
+impl InstructionSet {
+    /// Instruction set of the given name.
     ///
     /// # Errors
-    /// [`Error::Config`] if the name is unknown, or the CPU does not have them.
+    /// [`Error::Config`] if the name is unknown or the CPU lacks the instructions.
     pub fn named(name: &str) -> Result<Self> {
         let found = match name {
             #[cfg(target_arch = "x86_64")]
@@ -47,22 +48,23 @@ impl Simd {
         })
     }
 
-    /// What [`SIMD`] names, else the best of this CPU; read once.
+    /// Instruction set that [`SIMD_VARIABLE`] names, else the best of this CPU. The variable is read once per process.
     ///
     /// # Errors
-    /// See [`Simd::named`].
-    pub fn chosen() -> Result<Self> {
-        static CHOSEN: OnceLock<Result<Simd>> = OnceLock::new();
-        CHOSEN
-            .get_or_init(|| match std::env::var_os(SIMD) {
+    /// [`Error::Config`] if the variable names an unknown instruction set or one that the CPU lacks.
+    pub fn selected() -> Result<Self> {
+        static SELECTED: OnceLock<Result<InstructionSet>> = OnceLock::new();
+        SELECTED
+            .get_or_init(|| match std::env::var_os(SIMD_VARIABLE) {
                 None => Ok(Self::all()[0]),
-                Some(name) => Self::named(&name.to_string_lossy())
-                    .map_err(|error| Error::Config(format!("environment variable {SIMD}: {error}, or unset it"))),
+                Some(name) => Self::named(&name.to_string_lossy()).map_err(|error| {
+                    Error::Config(format!("environment variable {SIMD_VARIABLE}: {error}, or unset it"))
+                }),
             })
             .clone()
     }
 
-    /// All that this CPU has, the best first.
+    /// All instruction sets of this CPU, the best first and the scalar one last.
     #[must_use]
     pub fn all() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
@@ -72,7 +74,7 @@ impl Simd {
         vectors.into_iter().flatten().chain([Kind::Scalar]).map(Self).collect()
     }
 
-    /// Its name.
+    /// Name of the instruction set.
     #[must_use]
     pub fn name(&self) -> &'static str {
         match self.0 {

@@ -1,161 +1,175 @@
-//! One query over a chunk of keys: scores, online softmax, weighted values. The order of the sums is the same however the calls are cut, and for keys
-//! in place as for copies; only where chunks are cut changes a result.
+//! Online softmax of one query over a chunk of keys: scores, softmax update, weighted sum of values.
+//!
+//! The order of the sums depends neither on how calls are split nor on whether keys lie in place or in a copy. Only the
+//! borders between chunks affect the rounding of a result.
 
 use super::math::{exp, tanh};
-use super::vector::{Element, Lanes, Line, WIDTH};
+use super::vector::{Element, F32x16, LANES, SimdOps};
 
-/// Most keys of a chunk.
-pub(super) const CHUNK: usize = 64;
+/// Largest number of keys in a chunk.
+pub(super) const CHUNK_KEYS: usize = 64;
 
-/// Keys or values of one head: those of key j start at `data[at[j] + skip]`.
+/// Keys or values of one head in a chunk.
+///
+/// Row `j` starts at `data[offsets[j] + head_offset]`.
 #[derive(Clone, Copy)]
-pub(super) struct Chunk<'a, K> {
+pub(super) struct ChunkView<'a, K> {
     pub(super) data: &'a [K],
-    pub(super) at: &'a [usize],
-    pub(super) skip: usize,
+    pub(super) offsets: &'a [usize],
+    pub(super) head_offset: usize,
 }
 
-impl<'a, K: Element> Chunk<'a, K> {
-    /// `lines` vectors of key `j`.
+impl<'a, K: Element> ChunkView<'a, K> {
+    /// The first `vectors` vectors of row `j`.
     #[inline(always)]
-    pub(super) fn key(&self, j: usize, lines: usize) -> &'a [[K; WIDTH]] {
-        self.data[self.at[j] + self.skip..][..lines * WIDTH].as_chunks().0
+    pub(super) fn row(&self, j: usize, vectors: usize) -> &'a [[K; LANES]] {
+        self.data[self.offsets[j] + self.head_offset..][..vectors * LANES]
+            .as_chunks()
+            .0
     }
 }
 
-/// The running softmax of one query.
+/// Running state of the online softmax of one query.
 #[derive(Clone, Copy)]
-pub(super) struct Running {
+pub(super) struct SoftmaxState {
     /// Largest score so far.
     pub(super) max: f32,
-    /// Sum of `exp(score - max)`.
+    /// Sum of `exp(score - max)` over the keys so far.
     pub(super) sum: f32,
 }
 
-impl Running {
+impl SoftmaxState {
     pub(super) const EMPTY: Self = Self {
         max: f32::NEG_INFINITY,
         sum: 0.0,
     };
 }
 
-/// Scores of up to four keys from `j` on; a last group of fewer repeats the last key.
+/// Scores of keys `j..j + 4`. Beyond the end of the chunk the last key is repeated.
 ///
-/// * `q`: the query times scale.
+/// * `q`: query multiplied by the softmax scale.
 #[inline(always)]
-pub(super) fn score<L: Lanes, K: Element>(lanes: L, q: &[Line], keys: Chunk<'_, K>, j: usize) -> [f32; 4] {
-    let (last, n) = (keys.at.len() - 1, q.len());
-    let (a, b) = (keys.key(j, n), keys.key((j + 1).min(last), n));
-    let (c, d) = (keys.key((j + 2).min(last), n), keys.key((j + 3).min(last), n));
-    let mut sums = [lanes.splat(0.0); 4];
+pub(super) fn score_keys<S: SimdOps, K: Element>(simd: S, q: &[F32x16], keys: ChunkView<'_, K>, j: usize) -> [f32; 4] {
+    let (last, n) = (keys.offsets.len() - 1, q.len());
+    let (a, b) = (keys.row(j, n), keys.row((j + 1).min(last), n));
+    let (c, d) = (keys.row((j + 2).min(last), n), keys.row((j + 3).min(last), n));
+    let mut sums = [simd.splat(0.0); 4];
     for i in 0..n {
-        let x = lanes.load(&q[i]);
-        sums[0] = lanes.fma(x, K::load(lanes, &a[i]), sums[0]);
-        sums[1] = lanes.fma(x, K::load(lanes, &b[i]), sums[1]);
-        sums[2] = lanes.fma(x, K::load(lanes, &c[i]), sums[2]);
-        sums[3] = lanes.fma(x, K::load(lanes, &d[i]), sums[3]);
+        let x = simd.load(&q[i]);
+        sums[0] = simd.fma(x, K::load(simd, &a[i]), sums[0]);
+        sums[1] = simd.fma(x, K::load(simd, &b[i]), sums[1]);
+        sums[2] = simd.fma(x, K::load(simd, &c[i]), sums[2]);
+        sums[3] = simd.fma(x, K::load(simd, &d[i]), sums[3]);
     }
-    lanes.sums(sums)
+    simd.reduce_sum4(sums)
 }
 
-/// Turns the first `count` scores of a chunk into `exp(score - max)` under the new maximum, and what the query has gathered to that maximum.
+/// Replaces the first `count` scores of a chunk by `exp(score - max)` for the new maximum, and rescales the query's
+/// softmax state and output to that maximum.
 ///
-/// * `softcap`: `softcap * tanh(score / softcap)`, 0 for none.
-/// * `o`: sum of `exp(score - max) * value` so far.
+/// * `softcap`: bound of the scores, applied as `softcap * tanh(score / softcap)`. 0 means no bound.
+/// * `o`: sum of `exp(score - max) * value` over the keys so far.
 #[inline(always)]
-pub(super) fn weigh<L: Lanes>(
-    lanes: L,
-    scores: &mut [f32; CHUNK],
+pub(super) fn update_softmax<S: SimdOps>(
+    simd: S,
+    scores: &mut [f32; CHUNK_KEYS],
     count: usize,
     softcap: f32,
-    running: &mut Running,
-    o: &mut [Line],
+    state: &mut SoftmaxState,
+    o: &mut [F32x16],
 ) {
-    let scores = &mut scores.as_chunks_mut::<WIDTH>().0[..count.div_ceil(WIDTH)];
+    let scores = &mut scores.as_chunks_mut::<LANES>().0[..count.div_ceil(LANES)];
     if softcap > 0.0 {
-        cap(lanes, softcap, scores);
+        apply_softcap(simd, softcap, scores);
     }
     scores.as_flattened_mut()[count..].fill(f32::NEG_INFINITY);
-    let mut largest = lanes.splat(f32::NEG_INFINITY);
-    for line in &*scores {
-        largest = lanes.max(largest, lanes.load(line));
+    let mut largest = simd.splat(f32::NEG_INFINITY);
+    for vector in &*scores {
+        largest = simd.max(largest, simd.load(vector));
     }
-    let max = running.max.max(lanes.largest(largest));
+    let max = state.max.max(simd.reduce_max(largest));
     if max == f32::NEG_INFINITY && !scores.as_flattened().iter().any(|s| s.is_nan()) {
-        scores.as_flattened_mut().fill(0.0); // every score so far is -inf
+        // Every score so far is -inf, so `score - max` would be NaN.
+        scores.as_flattened_mut().fill(0.0);
         return;
     }
-    if max > running.max {
-        let share = lanes.largest(exp(lanes, lanes.splat(running.max - max)));
-        for line in o {
-            lanes.store(lanes.mul(lanes.splat(share), lanes.load(line)), line);
+    if max > state.max {
+        let rescale = simd.reduce_max(exp(simd, simd.splat(state.max - max)));
+        for vector in o {
+            simd.store(simd.mul(simd.splat(rescale), simd.load(vector)), vector);
         }
-        *running = Running {
+        *state = SoftmaxState {
             max,
-            sum: running.sum * share,
+            sum: state.sum * rescale,
         };
     }
-    let (shift, mut sum) = (lanes.splat(-max), lanes.splat(0.0));
-    for line in scores {
-        let weight = exp(lanes, lanes.add(lanes.load(line), shift));
-        sum = lanes.add(sum, weight);
-        lanes.store(weight, line);
+    let (shift, mut sum) = (simd.splat(-max), simd.splat(0.0));
+    for vector in scores {
+        let weight = exp(simd, simd.add(simd.load(vector), shift));
+        sum = simd.add(sum, weight);
+        simd.store(weight, vector);
     }
-    running.sum += lanes.sum(sum);
+    state.sum += simd.reduce_sum(sum);
 }
 
-/// Adds `weights[i] * values[j + i]` for all weights, one after another.
+/// Adds `weights[i] * values[j + i]` to `o`, in ascending order of `i`.
 #[inline(always)]
-pub(super) fn gather<L: Lanes, K: Element>(lanes: L, weights: &[f32], values: Chunk<'_, K>, j: usize, o: &mut [Line]) {
-    let lines = o.len();
+pub(super) fn accumulate_values<S: SimdOps, K: Element>(
+    simd: S,
+    weights: &[f32],
+    values: ChunkView<'_, K>,
+    j: usize,
+    o: &mut [F32x16],
+) {
+    let vectors = o.len();
     let (tiles, rest) = o.as_chunks_mut::<4>();
     let tiled = 4 * tiles.len();
     for (t, tile) in tiles.iter_mut().enumerate() {
-        gather_part(lanes, weights, values, j, (4 * t, lines), tile);
+        accumulate_tile(simd, weights, values, j, (4 * t, vectors), tile);
     }
-    for (t, line) in rest.iter_mut().enumerate() {
-        gather_part(
-            lanes,
+    for (t, vector) in rest.iter_mut().enumerate() {
+        accumulate_tile(
+            simd,
             weights,
             values,
             j,
-            (tiled + t, lines),
-            std::array::from_mut(line),
+            (tiled + t, vectors),
+            std::array::from_mut(vector),
         );
     }
 }
 
-/// `N` vectors of the head dim from `first` on, out of `lines`: as many as stay in registers.
+/// Accumulates `N` of the `vectors` vectors of the head dim, starting at vector `first`. `N` vectors stay in registers.
 #[inline(always)]
-fn gather_part<L: Lanes, K: Element, const N: usize>(
-    lanes: L,
+fn accumulate_tile<S: SimdOps, K: Element, const N: usize>(
+    simd: S,
     weights: &[f32],
-    values: Chunk<'_, K>,
+    values: ChunkView<'_, K>,
     j: usize,
-    (first, lines): (usize, usize),
-    o: &mut [Line; N],
+    (first, vectors): (usize, usize),
+    o: &mut [F32x16; N],
 ) {
-    let mut sums = [lanes.splat(0.0); N];
+    let mut sums = [simd.splat(0.0); N];
     for i in 0..N {
-        sums[i] = lanes.load(&o[i]);
+        sums[i] = simd.load(&o[i]);
     }
     for (i, weight) in weights.iter().enumerate() {
-        let (weight, value) = (lanes.splat(*weight), &values.key(j + i, lines)[first..first + N]);
+        let (weight, value) = (simd.splat(*weight), &values.row(j + i, vectors)[first..first + N]);
         for n in 0..N {
-            sums[n] = lanes.fma(weight, K::load(lanes, &value[n]), sums[n]);
+            sums[n] = simd.fma(weight, K::load(simd, &value[n]), sums[n]);
         }
     }
     for i in 0..N {
-        lanes.store(sums[i], &mut o[i]);
+        simd.store(sums[i], &mut o[i]);
     }
 }
 
-/// `softcap * tanh(score / softcap)`.
+/// Replaces scores by `softcap * tanh(score / softcap)`.
 #[inline(always)]
-pub(super) fn cap<L: Lanes>(lanes: L, softcap: f32, scores: &mut [Line]) {
-    let (most, inverse) = (lanes.splat(softcap), lanes.splat(1.0 / softcap));
-    for line in scores {
-        let x = lanes.mul(lanes.load(line), inverse);
-        lanes.store(lanes.mul(most, tanh(lanes, x)), line);
+pub(super) fn apply_softcap<S: SimdOps>(simd: S, softcap: f32, scores: &mut [F32x16]) {
+    let (bound, inverse) = (simd.splat(softcap), simd.splat(1.0 / softcap));
+    for vector in scores {
+        let x = simd.mul(simd.load(vector), inverse);
+        simd.store(simd.mul(bound, tanh(simd, x)), vector);
     }
 }

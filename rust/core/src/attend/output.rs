@@ -1,33 +1,34 @@
-//! Where results go.
+//! Outputs of a decode step, written by all threads.
 
 use std::marker::PhantomData;
 
-use super::online_softmax::Running;
-use super::vector::Line;
-use super::{FloatsMut, Output, Shape};
+use super::online_softmax::SoftmaxState;
+use super::vector::F32x16;
+use super::{DecodeOutputs, FloatsMut, Shape};
 
-/// Where results go.
-pub(super) struct Out<'a> {
-    o: Numbers,
+/// Outputs that several threads write to, each thread the queries of its own tasks.
+pub(super) struct SharedOutput<'a> {
+    o: OutputPointer,
     lse: *mut f32,
     shape: Shape,
     memory: PhantomData<&'a mut [f32]>,
 }
 
-enum Numbers {
+enum OutputPointer {
     F32(*mut f32),
     Bf16(*mut u16),
 }
 
-// SAFETY: the pointers come from exclusive borrows of plain numbers that live as long as the value; threads write disjoint parts (`Out::write`).
-unsafe impl Sync for Out<'_> {}
+// SAFETY: the pointers come from exclusive borrows of plain numbers, and the borrows live as long as this value.
+// Threads write disjoint parts of the memory (`SharedOutput::write`).
+unsafe impl Sync for SharedOutput<'_> {}
 
-impl<'a> Out<'a> {
-    /// `output` has the sizes of `shape` (`check`).
-    pub(super) fn new(shape: Shape, output: Output<'a>) -> Self {
+impl<'a> SharedOutput<'a> {
+    /// `output` has the sizes of `shape`, which `check` has verified.
+    pub(super) fn new(shape: Shape, output: DecodeOutputs<'a>) -> Self {
         let o = match output.o {
-            FloatsMut::F32(o) => Numbers::F32(o.as_mut_ptr()),
-            FloatsMut::Bf16(o) => Numbers::Bf16(o.as_mut_ptr()),
+            FloatsMut::F32(o) => OutputPointer::F32(o.as_mut_ptr()),
+            FloatsMut::Bf16(o) => OutputPointer::Bf16(o.as_mut_ptr()),
         };
         Self {
             o,
@@ -37,30 +38,37 @@ impl<'a> Out<'a> {
         }
     }
 
-    /// Writes one query's result. A query that has seen nothing gives 0 and -inf.
-    pub(super) fn write(&self, row: usize, head: usize, running: Running, o: &[Line]) {
+    /// Writes the output and the log-sum-exp of one query.
+    ///
+    /// A query whose weights sum to 0 gets an output of 0 and a log-sum-exp of -inf.
+    pub(super) fn write(&self, row: usize, head: usize, softmax: SoftmaxState, o: &[F32x16]) {
         assert!(row < self.shape.rows && head < self.shape.heads);
-        let (at, head_dim) = (row * self.shape.heads + head, self.shape.head_dim);
-        let share = if running.sum == 0.0 { 0.0 } else { 1.0 / running.sum };
-        let values = o.as_flattened().iter().map(|x| x * share);
-        // SAFETY: row and head are in range, so entry `at` of lse and numbers `at * D ..` of o lie within the borrowed memory, whose sizes `check` has
-        // compared with the shape. The tasks partition (row, kv head) and each runs once, so no other thread touches this query's part.
+        let (query, head_dim) = (row * self.shape.heads + head, self.shape.head_dim);
+        let inverse = if softmax.sum == 0.0 { 0.0 } else { 1.0 / softmax.sum };
+        let values = o.as_flattened().iter().map(|x| x * inverse);
+        // SAFETY: row and head are in range, so entry `query` of lse and elements `query * D .. (query + 1) * D` of o
+        // lie within the borrowed memory, whose sizes `check` has compared with the shape. The tasks partition the
+        // pairs of row and kv head and each task runs once, so no other thread touches this query's part.
         let to = unsafe {
-            *self.lse.add(at) = running.max + running.sum.ln();
+            *self.lse.add(query) = softmax.max + softmax.sum.ln();
             match self.o {
-                Numbers::F32(o) => FloatsMut::F32(std::slice::from_raw_parts_mut(o.add(at * head_dim), head_dim)),
-                Numbers::Bf16(o) => FloatsMut::Bf16(std::slice::from_raw_parts_mut(o.add(at * head_dim), head_dim)),
+                OutputPointer::F32(o) => {
+                    FloatsMut::F32(std::slice::from_raw_parts_mut(o.add(query * head_dim), head_dim))
+                }
+                OutputPointer::Bf16(o) => {
+                    FloatsMut::Bf16(std::slice::from_raw_parts_mut(o.add(query * head_dim), head_dim))
+                }
             }
         };
         match to {
             FloatsMut::F32(to) => to.iter_mut().zip(values).for_each(|(to, x)| *to = x),
-            FloatsMut::Bf16(to) => to.iter_mut().zip(values).for_each(|(to, x)| *to = bf16(x)),
+            FloatsMut::Bf16(to) => to.iter_mut().zip(values).for_each(|(to, x)| *to = round_to_bf16(x)),
         }
     }
 }
 
-/// The nearest bf16, ties to even.
-fn bf16(x: f32) -> u16 {
+/// Bits of the nearest bf16, with ties to even.
+fn round_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
     let kept = if x.is_nan() { 0x7fc0_0000 } else { rounded };

@@ -1,56 +1,60 @@
-//! What a step's tables ask for, checked and cut into tasks.
+//! Plan of a decode step's attention: the checked tables, cut into tasks for the threads.
 
 use std::ops::Range;
 
-use super::Problem;
-use super::tables::{blocks, slots, uses};
+use super::DecodeInputs;
+use super::tables::{own_slots, prefix_blocks, rows_and_uses};
 use crate::error::Result;
 
-/// Bytes of a key that a task reads at least, if there are other ways to cut: a page that many tasks touch is looked up by each of them.
-const BYTES: usize = 1024;
-/// Most floats of the queries of one task: queries and outputs together take half of a small second-level cache.
-const MOST_FLOATS: usize = 16 * 1024;
-/// Cost of a key that comes from memory, in products of a cached key and a query.
-const FROM_MEMORY: usize = 4;
+/// Smallest number of bytes of a key that a task reads, as long as a run can also be cut by rows. Every task that
+/// touches a memory page has to look the page up again.
+const MIN_KEY_BYTES: usize = 1024;
+/// Largest number of query floats per task. Queries and outputs together take half of a small second-level cache.
+const MAX_QUERY_FLOATS: usize = 16 * 1024;
+/// Cost of reading a key from memory, in units of one dot product of a query with a cached key.
+const MEMORY_READ_COST: usize = 4;
 
-/// A checked step.
+/// A checked decode step.
 pub(super) struct Plan {
-    /// Rows, those with the same first block together.
-    pub(super) rows: Vec<Row>,
-    /// Arena rows of own keys that are seen.
+    /// Query rows, sorted so that rows with the same first block are neighbours.
+    pub(super) rows: Vec<QueryRow>,
+    /// Arena rows of the own keys that are visible.
     pub(super) slots: Vec<usize>,
-    pub(super) uses: Vec<Use>,
-    pub(super) blocks: Vec<Block>,
-    /// Together every (row, kv head) once; the longest first.
+    pub(super) uses: Vec<BlockUse>,
+    pub(super) blocks: Vec<PrefixBlock>,
+    /// Tasks, the most expensive first. Together they cover every pair of row and kv head once.
     pub(super) tasks: Vec<Task>,
 }
 
 /// A query row.
 #[derive(Clone)]
-pub(super) struct Row {
-    /// Its number in the batch.
-    pub(super) number: usize,
-    /// Its part of `slots`.
+pub(super) struct QueryRow {
+    /// Index in the batch.
+    pub(super) index: usize,
+    /// Range in [`Plan::slots`].
     pub(super) slots: Range<usize>,
-    /// Its part of `uses`, by block.
+    /// Range in [`Plan::uses`], sorted by block.
     pub(super) uses: Range<usize>,
 }
 
-/// A block that a row sees from its row `first` on.
+/// A prefix block that a row sees.
 #[derive(Clone, Copy)]
-pub(super) struct Use {
+pub(super) struct BlockUse {
     pub(super) block: usize,
+    /// First row of the block that the query sees. Earlier rows lie outside of its sliding window.
     pub(super) first: usize,
 }
 
-/// A prefix block: its first row and number of rows.
+/// A prefix block in the prefix tensor.
 #[derive(Clone, Copy)]
-pub(super) struct Block {
+pub(super) struct PrefixBlock {
+    /// First row.
     pub(super) start: usize,
+    /// Number of rows.
     pub(super) rows: usize,
 }
 
-/// Some kv heads of some entries of [`Plan::rows`].
+/// Range of [`Plan::rows`] and range of kv heads that one thread processes together.
 pub(super) struct Task {
     pub(super) rows: Range<usize>,
     pub(super) heads: Range<usize>,
@@ -59,21 +63,21 @@ pub(super) struct Task {
 
 impl Plan {
     /// # Errors
-    /// [`Error::Config`] if tables do not fit each other, or name a row that does not exist.
-    pub(super) fn new(problem: &Problem<'_>, threads: usize) -> Result<Self> {
-        let shape = problem.shape;
-        let numbers = shape.kv_heads * shape.head_dim;
-        let blocks = blocks(&problem.tables, problem.prefix.lens()[0] / numbers)?;
-        let (mut rows, uses) = uses(&problem.tables, &blocks, shape.rows, problem.window)?;
-        let slots = slots(
-            &problem.tables,
+    /// [`Error::Config`](crate::Error::Config) if tables do not fit each other or name a row that does not exist.
+    pub(super) fn new(inputs: &DecodeInputs<'_>, threads: usize) -> Result<Self> {
+        let shape = inputs.shape;
+        let row_floats = shape.kv_heads * shape.head_dim;
+        let blocks = prefix_blocks(&inputs.tables, inputs.prefix.lens()[0] / row_floats)?;
+        let (mut rows, uses) = rows_and_uses(&inputs.tables, &blocks, shape.rows, inputs.window)?;
+        let slots = own_slots(
+            &inputs.tables,
             &mut rows,
-            problem.own.lens()[0] / numbers,
-            problem.window,
+            inputs.own.lens()[0] / row_floats,
+            inputs.window,
         )?;
         rows.sort_by(|a, b| {
-            let names = |r: &Row| uses[r.uses.clone()].iter().map(|u| u.block);
-            names(a).cmp(names(b))
+            let blocks = |r: &QueryRow| uses[r.uses.clone()].iter().map(|u| u.block);
+            blocks(a).cmp(blocks(b))
         });
         let mut plan = Self {
             rows,
@@ -82,16 +86,20 @@ impl Plan {
             blocks,
             tasks: Vec::new(),
         };
-        plan.cut(problem, threads);
+        plan.make_tasks(inputs, threads);
         Ok(plan)
     }
 
-    /// Makes the tasks, no more than even the threads out, with room for runs that do not divide evenly: a run of rows with the same first block is cut by kv heads, which copies nothing twice, and by
-    /// rows, which copies the block again.
-    fn cut(&mut self, problem: &Problem<'_>, threads: usize) {
-        let kv_heads = problem.shape.kv_heads;
-        let floats = problem.shape.heads * problem.shape.head_dim;
-        let wide = (kv_heads * problem.shape.head_dim * problem.own.width() / BYTES).clamp(1, kv_heads);
+    /// Cuts runs of rows with the same first block into as few tasks as balance the threads.
+    ///
+    /// A cut by kv heads copies no key twice. A cut by rows copies the shared block again for each part, so it is used
+    /// only where heads do not suffice. With several runs, twice as many parts as threads leave room for runs that do
+    /// not divide evenly.
+    fn make_tasks(&mut self, inputs: &DecodeInputs<'_>, threads: usize) {
+        let kv_heads = inputs.shape.kv_heads;
+        let row_floats = inputs.shape.heads * inputs.shape.head_dim;
+        let max_head_cuts =
+            (kv_heads * inputs.shape.head_dim * inputs.own.element_size() / MIN_KEY_BYTES).clamp(1, kv_heads);
         let runs = self.runs();
         let total: usize = runs.iter().map(|(_, cost)| cost).sum();
         let parts = match (threads, runs.len()) {
@@ -99,13 +107,15 @@ impl Plan {
             (_, 1) => threads,
             _ => 2 * threads,
         };
-        let most = total.div_ceil(parts).max(1);
+        let max_cost = total.div_ceil(parts).max(1);
         for (run, cost) in runs {
-            let pieces = cost.div_ceil(most).max((run.len() * floats).div_ceil(MOST_FLOATS));
-            let by_rows = pieces.div_ceil(wide).min(run.len());
+            let pieces = cost
+                .div_ceil(max_cost)
+                .max((run.len() * row_floats).div_ceil(MAX_QUERY_FLOATS));
+            let by_rows = pieces.div_ceil(max_head_cuts).min(run.len());
             let by_heads = pieces.div_ceil(by_rows).min(kv_heads);
-            for rows in even(run, by_rows) {
-                for heads in even(0..kv_heads, by_heads) {
+            for rows in split_evenly(run, by_rows) {
+                for heads in split_evenly(0..kv_heads, by_heads) {
                     self.tasks.push(Task {
                         rows: rows.clone(),
                         heads,
@@ -117,26 +127,27 @@ impl Plan {
         self.tasks.sort_by_key(|task| std::cmp::Reverse(task.cost));
     }
 
-    /// Rows with the same first block and the cost of their keys; rows without blocks alone.
+    /// Runs of rows with the same first block, and the cost of each run's keys. A row without blocks is a run of its
+    /// own.
     fn runs(&self) -> Vec<(Range<usize>, usize)> {
-        let uses = |row: &Row| &self.uses[row.uses.clone()];
+        let uses = |row: &QueryRow| &self.uses[row.uses.clone()];
         let mut runs: Vec<(Range<usize>, usize)> = Vec::with_capacity(self.rows.len());
         for (i, row) in self.rows.iter().enumerate() {
-            let mut cost = FROM_MEMORY * row.slots.len()
+            let mut cost = MEMORY_READ_COST * row.slots.len()
                 + uses(row)
                     .iter()
                     .map(|u| self.blocks[u.block].rows - u.first)
                     .sum::<usize>();
             let first = uses(row).first().map(|u| u.block);
             match runs.last_mut() {
-                Some((run, all))
+                Some((run, run_cost))
                     if first.is_some() && first == uses(&self.rows[run.start]).first().map(|u| u.block) =>
                 {
                     run.end += 1;
-                    *all += cost;
+                    *run_cost += cost;
                 }
                 _ => {
-                    cost += FROM_MEMORY * uses(row).iter().map(|u| self.blocks[u.block].rows).sum::<usize>();
+                    cost += MEMORY_READ_COST * uses(row).iter().map(|u| self.blocks[u.block].rows).sum::<usize>();
                     runs.push((i..i + 1, cost));
                 }
             }
@@ -145,8 +156,8 @@ impl Plan {
     }
 }
 
-/// A range in some parts of nearly equal length.
-fn even(range: Range<usize>, parts: usize) -> impl Iterator<Item = Range<usize>> {
+/// Splits a range into `parts` ranges of nearly equal length.
+fn split_evenly(range: Range<usize>, parts: usize) -> impl Iterator<Item = Range<usize>> {
     let (start, length) = (range.start, range.len());
     (0..parts).map(move |i| start + i * length / parts..start + (i + 1) * length / parts)
 }

@@ -1,81 +1,107 @@
-//! One task: its queries over their blocks, then over their own keys.
+//! Execution of one task: its queries over their prefix blocks, then over their own keys.
 
 use std::cell::RefCell;
 
-use super::chunk::{Queries, User, chunk, chunk_across, starts};
-use super::dispatch::{Kind, Simd};
-use super::online_softmax::{CHUNK, Running};
-use super::output::Out;
+use super::chunk::{attend_chunk, attend_chunk_transposed};
+use super::dispatch::{InstructionSet, Kind};
+use super::key_copy::{ChunkOffsets, KvMemory, row_offsets};
+use super::online_softmax::{CHUNK_KEYS, SoftmaxState};
+use super::output::SharedOutput;
 use super::plan::{Plan, Task};
+use super::state::{BlockUser, TaskShape, TaskState};
 use super::transposed;
-use super::vector::{Element, Lanes, Line, Scalar};
-use super::{Floats, Problem, Source};
+use super::vector::{Element, F32x16, Scalar, SimdOps};
+use super::{DecodeInputs, Floats, KeysValues};
 
 thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { floats: Vec::new(), running: Vec::new(), users: Vec::new() }) };
+    static SCRATCH: RefCell<Scratch> = const {
+        RefCell::new(Scratch { floats: Vec::new(), softmax: Vec::new(), users: Vec::new() })
+    };
 }
 
-/// A thread's memory, kept from call to call: fresh memory would cost page faults.
+/// Memory of a thread, reused from call to call because fresh memory costs page faults.
 struct Scratch {
     floats: Vec<f32>,
-    running: Vec<Running>,
-    users: Vec<User>,
+    softmax: Vec<SoftmaxState>,
+    users: Vec<BlockUser>,
 }
 
-/// Runs a task with the given instructions.
-pub(super) fn run(simd: Simd, problem: &Problem<'_>, plan: &Plan, task: &Task, out: &Out<'_>) {
-    SCRATCH.with_borrow_mut(|scratch| match simd.0 {
+/// Runs a task with the given instruction set.
+pub(super) fn run(
+    instructions: InstructionSet,
+    inputs: &DecodeInputs<'_>,
+    plan: &Plan,
+    task: &Task,
+    out: &SharedOutput<'_>,
+) {
+    SCRATCH.with_borrow_mut(|scratch| match instructions.0 {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: the value in `Kind::Avx512` exists, so the CPU has these instructions.
-        Kind::Avx512(lanes) => unsafe { walk_avx512(lanes, problem, plan, task, out, scratch) },
+        // SAFETY: the value in `Kind::Avx512` proves that the CPU has the enabled instructions.
+        Kind::Avx512(simd) => unsafe { run_avx512(simd, inputs, plan, task, out, scratch) },
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: the value in `Kind::Avx2` exists, so the CPU has these instructions.
-        Kind::Avx2(lanes) => unsafe { walk_avx2(lanes, problem, plan, task, out, scratch) },
-        Kind::Scalar => walk(Scalar, problem, plan, task, out, scratch),
+        // SAFETY: the value in `Kind::Avx2` proves that the CPU has the enabled instructions.
+        Kind::Avx2(simd) => unsafe { run_avx2(simd, inputs, plan, task, out, scratch) },
+        Kind::Scalar => run_generic(Scalar, inputs, plan, task, out, scratch),
     });
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn walk_avx512(
-    lanes: super::avx512::Avx512,
-    problem: &Problem<'_>,
+fn run_avx512(
+    simd: super::avx512::Avx512,
+    inputs: &DecodeInputs<'_>,
     plan: &Plan,
     task: &Task,
-    out: &Out<'_>,
+    out: &SharedOutput<'_>,
     scratch: &mut Scratch,
 ) {
-    walk(lanes, problem, plan, task, out, scratch);
+    run_generic(simd, inputs, plan, task, out, scratch);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn walk_avx2(
-    lanes: super::avx2::Avx2,
-    problem: &Problem<'_>,
+fn run_avx2(
+    simd: super::avx2::Avx2,
+    inputs: &DecodeInputs<'_>,
     plan: &Plan,
     task: &Task,
-    out: &Out<'_>,
+    out: &SharedOutput<'_>,
     scratch: &mut Scratch,
 ) {
-    walk(lanes, problem, plan, task, out, scratch);
+    run_generic(simd, inputs, plan, task, out, scratch);
 }
 
 #[inline(always)]
-fn walk<L: Lanes>(lanes: L, problem: &Problem<'_>, plan: &Plan, task: &Task, out: &Out<'_>, scratch: &mut Scratch) {
-    let shape = problem.shape;
-    let (rows, group) = (&plan.rows[task.rows.clone()], shape.heads / shape.kv_heads);
-    let Scratch { floats, running, users } = scratch;
-    let size = (rows.len(), &task.heads, group);
-    let mut state = Queries::new(size, shape.head_dim, problem.softcap, floats, running);
-    let (lines, first, each) = (state.lines, task.heads.start * group, task.heads.len() * group);
-    for (q, row) in state.q.chunks_exact_mut(lines * each).zip(rows) {
-        load_queries(problem, row.number, first, q, lines);
+fn run_generic<S: SimdOps>(
+    simd: S,
+    inputs: &DecodeInputs<'_>,
+    plan: &Plan,
+    task: &Task,
+    out: &SharedOutput<'_>,
+    scratch: &mut Scratch,
+) {
+    let shape = inputs.shape;
+    let (rows, group_size) = (&plan.rows[task.rows.clone()], shape.heads / shape.kv_heads);
+    let Scratch { floats, softmax, users } = scratch;
+    let task_shape = TaskShape {
+        rows: rows.len(),
+        heads: task.heads.clone(),
+        group_size,
+        head_dim: shape.head_dim,
+    };
+    let mut state = TaskState::new(task_shape, inputs.softcap, floats, softmax);
+    let (vectors, first_head, num_heads) = (
+        state.head_vectors,
+        task.heads.start * group_size,
+        task.heads.len() * group_size,
+    );
+    for (q, row) in state.q.chunks_exact_mut(vectors * num_heads).zip(rows) {
+        load_queries(inputs, row.index, first_head, q, vectors);
     }
     users.clear();
-    for (row, seen) in rows.iter().enumerate() {
-        let uses = &plan.uses[seen.uses.clone()];
-        users.extend(uses.iter().map(|u| User {
+    for (row, query_row) in rows.iter().enumerate() {
+        let uses = &plan.uses[query_row.uses.clone()];
+        users.extend(uses.iter().map(|u| BlockUser {
             block: u.block,
             row,
             first: u.first,
@@ -83,89 +109,106 @@ fn walk<L: Lanes>(lanes: L, problem: &Problem<'_>, plan: &Plan, task: &Task, out
     }
     users.sort_unstable();
     let stride = shape.kv_heads * shape.head_dim;
-    match problem.prefix {
-        Source::F32 { k, v } => blocks(lanes, &mut state, [k, v], stride, plan, users),
-        Source::Bf16 { k, v } => blocks(lanes, &mut state, [k, v], stride, plan, users),
+    match inputs.prefix {
+        KeysValues::F32 { k, v } => {
+            attend_blocks(simd, &mut state, KvMemory { keys: k, values: v }, stride, plan, users);
+        }
+        KeysValues::Bf16 { k, v } => {
+            attend_blocks(simd, &mut state, KvMemory { keys: k, values: v }, stride, plan, users);
+        }
     }
-    match problem.own {
-        Source::F32 { k, v } => own_keys(lanes, &mut state, [k, v], stride, plan, task),
-        Source::Bf16 { k, v } => own_keys(lanes, &mut state, [k, v], stride, plan, task),
+    match inputs.own {
+        KeysValues::F32 { k, v } => {
+            attend_own_keys(simd, &mut state, KvMemory { keys: k, values: v }, stride, plan, task);
+        }
+        KeysValues::Bf16 { k, v } => {
+            attend_own_keys(simd, &mut state, KvMemory { keys: k, values: v }, stride, plan, task);
+        }
     }
-    for (i, o) in state.o.chunks_exact(lines).enumerate() {
-        out.write(rows[i / each].number, first + i % each, state.running[i], o);
+    for (i, o) in state.o.chunks_exact(vectors).enumerate() {
+        out.write(
+            rows[i / num_heads].index,
+            first_head + i % num_heads,
+            state.softmax[i],
+            o,
+        );
     }
 }
 
-/// Copies the queries of one row, times scale, from head `first` on.
+/// Copies the queries of one row, multiplied by the softmax scale, from query head `first_head` on.
 #[inline(always)]
-fn load_queries(problem: &Problem<'_>, row: usize, first: usize, to: &mut [Line], lines: usize) {
-    let head_dim = problem.shape.head_dim;
-    for (j, to) in to.chunks_exact_mut(lines).enumerate() {
-        let start = row * problem.q_strides[0] + (first + j) * problem.q_strides[1];
+fn load_queries(inputs: &DecodeInputs<'_>, row: usize, first_head: usize, to: &mut [F32x16], vectors: usize) {
+    let head_dim = inputs.shape.head_dim;
+    for (j, to) in to.chunks_exact_mut(vectors).enumerate() {
+        let start = row * inputs.q_strides[0] + (first_head + j) * inputs.q_strides[1];
         let to = to.as_flattened_mut();
-        match problem.q {
-            Floats::F32(q) => scaled(&q[start..start + head_dim], problem.scale, to),
-            Floats::Bf16(q) => scaled(&q[start..start + head_dim], problem.scale, to),
+        match inputs.q {
+            Floats::F32(q) => copy_scaled(&q[start..start + head_dim], inputs.scale, to),
+            Floats::Bf16(q) => copy_scaled(&q[start..start + head_dim], inputs.scale, to),
         }
         to[head_dim..].fill(0.0);
     }
 }
 
 #[inline(always)]
-fn scaled<K: Element>(from: &[K], scale: f32, to: &mut [f32]) {
+fn copy_scaled<K: Element>(from: &[K], scale: f32, to: &mut [f32]) {
     for (to, from) in to.iter_mut().zip(from) {
-        *to = from.float() * scale;
+        *to = from.to_f32() * scale;
     }
 }
 
-/// All blocks of a task, each chunk of rows by all its users.
+/// Attention of the task over its prefix blocks, chunk by chunk, each chunk by all rows that see it.
 #[inline(always)]
-fn blocks<L: Lanes, K: Element>(
-    lanes: L,
-    state: &mut Queries<'_>,
-    memory: [&[K]; 2],
+fn attend_blocks<S: SimdOps, K: Element>(
+    simd: S,
+    state: &mut TaskState<'_>,
+    memory: KvMemory<'_, K>,
     stride: usize,
     plan: &Plan,
-    users: &[User],
+    users: &[BlockUser],
 ) {
     for users in users.chunk_by(|a, b| a.block == b.block) {
         let block = plan.blocks[users[0].block];
-        let first = |u: &User| u.first;
-        let seen = users.iter().map(first).min().unwrap_or(0);
-        let whole = users.iter().map(first).max().unwrap_or(0);
-        let vectors = transposed::vectors(users, state.group);
-        let mut across = false;
-        let mut start = seen / CHUNK * CHUNK; // chunks are cut at the same rows whoever sees them
-        let mut at = starts(block.start + start, stride);
+        let first = |u: &BlockUser| u.first;
+        let first_seen_by_any = users.iter().map(first).min().unwrap_or(0);
+        let first_seen_by_all = users.iter().map(first).max().unwrap_or(0);
+        let query_vectors = transposed::num_query_vectors(users.len(), state.group_size);
+        let mut is_transposed = false;
+        // Borders between chunks affect the rounding, so they are at the same rows whoever sees the block.
+        let mut start = first_seen_by_any / CHUNK_KEYS * CHUNK_KEYS;
+        let mut current = row_offsets(block.start + start, stride);
         while start < block.rows {
-            let count = CHUNK.min(block.rows - start);
-            let next = starts(block.start + start + count, stride);
-            let ahead = CHUNK.min(block.rows - start - count);
-            let places = (&at[..count], &next[..ahead]);
-            if !across && start >= whole && transposed::pays(users, state.group) {
-                across = true;
-                transposed::enter(state, users);
+            let count = CHUNK_KEYS.min(block.rows - start);
+            let next = row_offsets(block.start + start + count, stride);
+            let next_count = CHUNK_KEYS.min(block.rows - start - count);
+            let offsets = ChunkOffsets {
+                current: &current[..count],
+                next: &next[..next_count],
+            };
+            if !is_transposed && start >= first_seen_by_all && transposed::pays_off(users, state.group_size) {
+                is_transposed = true;
+                transposed::transpose(state, users);
             }
-            if across {
-                chunk_across(lanes, state, memory, places, vectors);
+            if is_transposed {
+                attend_chunk_transposed(simd, state, memory, offsets, query_vectors);
             } else {
-                chunk(lanes, state, memory, places, start, users);
+                attend_chunk(simd, state, memory, offsets, start, users);
             }
             start += count;
-            at = next;
+            current = next;
         }
-        if across {
-            transposed::leave(state, users);
+        if is_transposed {
+            transposed::transpose_back(state, users);
         }
     }
 }
 
-/// The own keys of all rows of a task.
+/// Attention of each row of the task over its own keys in the arena.
 #[inline(always)]
-fn own_keys<L: Lanes, K: Element>(
-    lanes: L,
-    state: &mut Queries<'_>,
-    memory: [&[K]; 2],
+fn attend_own_keys<S: SimdOps, K: Element>(
+    simd: S,
+    state: &mut TaskState<'_>,
+    memory: KvMemory<'_, K>,
     stride: usize,
     plan: &Plan,
     task: &Task,
@@ -173,31 +216,35 @@ fn own_keys<L: Lanes, K: Element>(
     for (i, row) in plan.rows[task.rows.clone()].iter().enumerate() {
         let (slots, user) = (
             &plan.slots[row.slots.clone()],
-            User {
+            BlockUser {
                 block: 0,
                 row: i,
                 first: 0,
             },
         );
-        let mut at = [0; CHUNK];
-        let mut next = [0; CHUNK];
-        let mut count = slots_of(slots, 0, stride, &mut next);
+        let mut current = [0; CHUNK_KEYS];
+        let mut next = [0; CHUNK_KEYS];
+        let mut count = slot_offsets(slots, 0, stride, &mut next);
         let mut start = 0;
         while count > 0 {
-            at[..count].copy_from_slice(&next[..count]);
-            let ahead = slots_of(slots, start + count, stride, &mut next);
-            chunk(lanes, state, memory, (&at[..count], &next[..ahead]), 0, &[user]);
+            current[..count].copy_from_slice(&next[..count]);
+            let next_count = slot_offsets(slots, start + count, stride, &mut next);
+            let offsets = ChunkOffsets {
+                current: &current[..count],
+                next: &next[..next_count],
+            };
+            attend_chunk(simd, state, memory, offsets, 0, &[user]);
             start += count;
-            count = ahead;
+            count = next_count;
         }
     }
 }
 
-/// Where the own keys from `start` on lie; how many there are.
+/// Writes the offsets of the own keys from key `start` on, at most one chunk, and returns their number.
 #[inline(always)]
-fn slots_of(slots: &[usize], start: usize, stride: usize, at: &mut [usize; CHUNK]) -> usize {
+fn slot_offsets(slots: &[usize], start: usize, stride: usize, offsets: &mut [usize; CHUNK_KEYS]) -> usize {
     let mut count = 0;
-    for (to, slot) in at.iter_mut().zip(&slots[start..]) {
+    for (to, slot) in offsets.iter_mut().zip(&slots[start..]) {
         *to = slot * stride;
         count += 1;
     }

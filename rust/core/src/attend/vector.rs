@@ -1,162 +1,168 @@
-//! Sixteen floats at a time: what the walk needs of a CPU, and its plain form for every CPU.
+//! Vectors of 16 floats: the operations that attention needs of a CPU, and a portable implementation.
 //!
-//! A value of a type of lanes exists only where the CPU has its instructions, so its methods are safe. All are inlined into a function that is
-//! compiled for those instructions (`walk`).
+//! The attention code is generic over [`SimdOps`]. A value of an implementing type exists only on a CPU that has the
+//! type's instructions, so all methods are safe to call. Every method is inlined into a function that is compiled for
+//! those instructions (`task::run`).
 
-/// Floats in a vector, on every path.
-pub(super) const WIDTH: usize = 16;
-/// A vector in memory.
-pub(super) type Line = [f32; WIDTH];
+/// Floats per vector, the same on every instruction set.
+pub(super) const LANES: usize = 16;
+/// One vector in memory.
+pub(super) type F32x16 = [f32; LANES];
 
-/// The order in which the lanes of a vector are added on every path: `(a + b) + (c + d)` of each four, and so of the four sums.
-pub(super) const TREE: [[usize; 4]; 4] = [[0, 8, 4, 12], [2, 10, 6, 14], [1, 9, 5, 13], [3, 11, 7, 15]];
+/// Order in which the 16 lanes of a vector are added, the same for every instruction set.
+///
+/// Each row of four is added as `(a + b) + (c + d)`. The four row sums are added the same way.
+pub(super) const SUM_ORDER: [[usize; 4]; 4] = [[0, 8, 4, 12], [2, 10, 6, 14], [1, 9, 5, 13], [3, 11, 7, 15]];
 
-/// Vectors of 16 floats.
-pub(super) trait Lanes: Copy {
+/// Operations on vectors of 16 floats.
+pub(super) trait SimdOps: Copy {
     /// A vector in registers.
-    type V: Copy;
-    /// How many of them the CPU has.
-    const REGISTERS: usize;
+    type Vector: Copy;
+    /// Number of vectors of 16 floats that the registers of the CPU can hold.
+    const NUM_REGISTERS: usize;
 
-    fn splat(self, x: f32) -> Self::V;
-    fn load(self, x: &Line) -> Self::V;
-    /// bf16 is the upper half of an f32, so this is exact.
-    fn widen(self, x: &[u16; WIDTH]) -> Self::V;
-    fn store(self, x: Self::V, to: &mut Line);
-    fn add(self, a: Self::V, b: Self::V) -> Self::V;
-    fn mul(self, a: Self::V, b: Self::V) -> Self::V;
-    fn div(self, a: Self::V, b: Self::V) -> Self::V;
+    fn splat(self, x: f32) -> Self::Vector;
+    fn load(self, x: &F32x16) -> Self::Vector;
+    /// Loads 16 bf16 numbers as fp32. The conversion is exact, since bf16 is the upper half of an fp32.
+    fn load_bf16(self, x: &[u16; LANES]) -> Self::Vector;
+    fn store(self, x: Self::Vector, to: &mut F32x16);
+    fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    fn div(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     /// `a * b + c`.
-    fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// The larger; `b` if one is no number.
-    fn max(self, a: Self::V, b: Self::V) -> Self::V;
-    /// The smaller; `b` if one is no number.
-    fn min(self, a: Self::V, b: Self::V) -> Self::V;
-    /// To the nearest whole number.
-    fn round(self, x: Self::V) -> Self::V;
-    /// Two to the power of whole numbers from -126 to 127.
-    fn exp2_whole(self, x: Self::V) -> Self::V;
-    /// `x` where `a < b`, else `y`.
-    fn where_less(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
-    /// The sum of each of four vectors, in the order of [`TREE`].
-    fn sums(self, x: [Self::V; 4]) -> [f32; 4];
-    /// The sum of a vector, in the order of [`TREE`].
-    fn sum(self, x: Self::V) -> f32;
-    fn largest(self, x: Self::V) -> f32;
-    /// Asks for the cache line of `x`, into the second-level cache: more lines can be on their way there than to the first.
+    fn fma(self, a: Self::Vector, b: Self::Vector, c: Self::Vector) -> Self::Vector;
+    /// The larger of `a` and `b` in each lane, `b` if one of them is NaN.
+    fn max(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// The smaller of `a` and `b` in each lane, `b` if one of them is NaN.
+    fn min(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
+    /// Rounds to the nearest integer.
+    fn round(self, x: Self::Vector) -> Self::Vector;
+    /// Two to the power of `x`, for integers from -126 to 127.
+    fn exp2_integer(self, x: Self::Vector) -> Self::Vector;
+    /// `x` in lanes where `a < b`, `y` in all others.
+    fn select_less(self, a: Self::Vector, b: Self::Vector, x: Self::Vector, y: Self::Vector) -> Self::Vector;
+    /// Sum over the lanes of each of four vectors, in [`SUM_ORDER`].
+    fn reduce_sum4(self, x: [Self::Vector; 4]) -> [f32; 4];
+    /// Sum over the lanes of a vector, in [`SUM_ORDER`].
+    fn reduce_sum(self, x: Self::Vector) -> f32;
+    /// Largest lane of a vector.
+    fn reduce_max(self, x: Self::Vector) -> f32;
+    /// Prefetches the cache line of `x` into the second-level cache, which can have more lines in flight than the
+    /// first.
     fn prefetch<T>(self, _x: &T) {}
 }
 
-/// An element of keys and values in memory.
+/// Element type of keys and values in memory: `f32`, or `u16` for the bits of a bf16.
 pub(super) trait Element: Copy {
-    fn load<L: Lanes>(lanes: L, x: &[Self; WIDTH]) -> L::V;
-    fn float(self) -> f32;
+    fn load<S: SimdOps>(simd: S, x: &[Self; LANES]) -> S::Vector;
+    fn to_f32(self) -> f32;
 }
 
 impl Element for f32 {
     #[inline(always)]
-    fn load<L: Lanes>(lanes: L, x: &Line) -> L::V {
-        lanes.load(x)
+    fn load<S: SimdOps>(simd: S, x: &F32x16) -> S::Vector {
+        simd.load(x)
     }
     #[inline(always)]
-    fn float(self) -> f32 {
+    fn to_f32(self) -> f32 {
         self
     }
 }
 
-/// The bits of a bf16.
 impl Element for u16 {
     #[inline(always)]
-    fn load<L: Lanes>(lanes: L, x: &[u16; WIDTH]) -> L::V {
-        lanes.widen(x)
+    fn load<S: SimdOps>(simd: S, x: &[u16; LANES]) -> S::Vector {
+        simd.load_bf16(x)
     }
     #[inline(always)]
-    fn float(self) -> f32 {
+    fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self) << 16)
     }
 }
 
-/// For every CPU: plain loops, which the compiler turns into the vectors that all CPUs of the target have.
+/// Portable loops, which the compiler vectorizes with the baseline instructions of the target.
 #[derive(Clone, Copy)]
 pub(super) struct Scalar;
 
 #[inline(always)]
-fn each(a: Line, b: Line, op: impl Fn(f32, f32) -> f32) -> Line {
+fn map2(a: F32x16, b: F32x16, op: impl Fn(f32, f32) -> f32) -> F32x16 {
     std::array::from_fn(|i| op(a[i], b[i]))
 }
 
-impl Lanes for Scalar {
-    type V = Line;
-    const REGISTERS: usize = 8;
+impl SimdOps for Scalar {
+    type Vector = F32x16;
+    const NUM_REGISTERS: usize = 8;
 
     #[inline(always)]
-    fn splat(self, x: f32) -> Line {
-        [x; WIDTH]
+    fn splat(self, x: f32) -> F32x16 {
+        [x; LANES]
     }
     #[inline(always)]
-    fn load(self, x: &Line) -> Line {
+    fn load(self, x: &F32x16) -> F32x16 {
         *x
     }
     #[inline(always)]
-    fn widen(self, x: &[u16; WIDTH]) -> Line {
-        std::array::from_fn(|i| x[i].float())
+    fn load_bf16(self, x: &[u16; LANES]) -> F32x16 {
+        std::array::from_fn(|i| x[i].to_f32())
     }
     #[inline(always)]
-    fn store(self, x: Line, to: &mut Line) {
+    fn store(self, x: F32x16, to: &mut F32x16) {
         *to = x;
     }
     #[inline(always)]
-    fn add(self, a: Line, b: Line) -> Line {
-        each(a, b, |x, y| x + y)
+    fn add(self, a: F32x16, b: F32x16) -> F32x16 {
+        map2(a, b, |x, y| x + y)
     }
     #[inline(always)]
-    fn mul(self, a: Line, b: Line) -> Line {
-        each(a, b, |x, y| x * y)
+    fn mul(self, a: F32x16, b: F32x16) -> F32x16 {
+        map2(a, b, |x, y| x * y)
     }
     #[inline(always)]
-    fn div(self, a: Line, b: Line) -> Line {
-        each(a, b, |x, y| x / y)
+    fn div(self, a: F32x16, b: F32x16) -> F32x16 {
+        map2(a, b, |x, y| x / y)
     }
     #[inline(always)]
-    fn fma(self, a: Line, b: Line, c: Line) -> Line {
-        self.add(self.mul(a, b), c) // `f32::mul_add` is a call where the target has no such instruction
+    fn fma(self, a: F32x16, b: F32x16, c: F32x16) -> F32x16 {
+        // `f32::mul_add` is a library call on targets without an FMA instruction.
+        self.add(self.mul(a, b), c)
     }
     #[inline(always)]
-    fn max(self, a: Line, b: Line) -> Line {
-        each(a, b, |x, y| if x > y { x } else { y })
+    fn max(self, a: F32x16, b: F32x16) -> F32x16 {
+        map2(a, b, |x, y| if x > y { x } else { y })
     }
     #[inline(always)]
-    fn min(self, a: Line, b: Line) -> Line {
-        each(a, b, |x, y| if x < y { x } else { y })
+    fn min(self, a: F32x16, b: F32x16) -> F32x16 {
+        map2(a, b, |x, y| if x < y { x } else { y })
     }
     #[inline(always)]
-    fn round(self, x: Line) -> Line {
-        const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves no bits for a fraction
+    fn round(self, x: F32x16) -> F32x16 {
+        // 1.5 * 2^23. The sum with it has no bits left for a fraction.
+        const SHIFT: f32 = 12_582_912.0;
         std::array::from_fn(|i| (x[i] + SHIFT) - SHIFT)
     }
     #[inline(always)]
-    fn exp2_whole(self, x: Line) -> Line {
+    fn exp2_integer(self, x: F32x16) -> F32x16 {
         #[expect(
             clippy::cast_possible_truncation,
-            reason = "a whole number from -126 to 127; what is no number may become any power"
+            reason = "callers pass integers from -126 to 127; the result for NaN is unspecified"
         )]
         std::array::from_fn(|i| f32::from_bits(((x[i] as i32).wrapping_add(127) << 23).cast_unsigned()))
     }
     #[inline(always)]
-    fn where_less(self, a: Line, b: Line, x: Line, y: Line) -> Line {
+    fn select_less(self, a: F32x16, b: F32x16, x: F32x16, y: F32x16) -> F32x16 {
         std::array::from_fn(|i| if a[i] < b[i] { x[i] } else { y[i] })
     }
     #[inline(always)]
-    fn sums(self, x: [Line; 4]) -> [f32; 4] {
-        std::array::from_fn(|i| self.sum(x[i]))
+    fn reduce_sum4(self, x: [F32x16; 4]) -> [f32; 4] {
+        std::array::from_fn(|i| self.reduce_sum(x[i]))
     }
     #[inline(always)]
-    fn sum(self, x: Line) -> f32 {
-        let [a, b, c, d] = TREE.map(|[a, b, c, d]| (x[a] + x[b]) + (x[c] + x[d]));
+    fn reduce_sum(self, x: F32x16) -> f32 {
+        let [a, b, c, d] = SUM_ORDER.map(|[a, b, c, d]| (x[a] + x[b]) + (x[c] + x[d]));
         (a + b) + (c + d)
     }
     #[inline(always)]
-    fn largest(self, x: Line) -> f32 {
+    fn reduce_max(self, x: F32x16) -> f32 {
         x.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
 }
