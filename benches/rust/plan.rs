@@ -1,16 +1,16 @@
-//! What the planner costs: one decode step of 1,024 requests over 256 prefixes, with the kernel's work and padded too, and with a tenth of them
-//! replaced each step.
+//! Planning time of one decode step with 1,024 requests over 256 prefixes: without work tables, with them, with padded
+//! tables, and with a tenth of the requests replaced in each step.
 #![expect(clippy::expect_used, reason = "a benchmark may fail")]
 #![expect(missing_docs, reason = "criterion's macros make undocumented items")]
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use prefixfast_core::batch::decode::Decode;
-use prefixfast_core::batch::schedule::{Limits, Request, Scheduler};
+use prefixfast_core::batch::decode::DecodeSizes;
+use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig};
 
 const REQUESTS: i64 = 1024;
 const PREFIXES: i64 = 256;
-/// A model of 32 query and 8 kv heads of 128 numbers in bf16, on 132 processors.
-const WORK: Decode = Decode {
+/// Costs of a model with 32 query heads, 8 kv heads and head dim 128 in bf16, on 132 multiprocessors.
+const WORK: DecodeSizes = DecodeSizes {
     users: 16,
     fill: 33,
     key_bytes: 512,
@@ -33,9 +33,9 @@ fn request(id: i64) -> Request {
     }
 }
 
-/// A scheduler with all requests in their decode phase.
-fn running(buffer: &mut Vec<i32>, decode: Decode) -> Scheduler {
-    let limits = Limits {
+/// Scheduler with all requests in their decode phase.
+fn running(buffer: &mut Vec<i32>, decode: DecodeSizes) -> Scheduler {
+    let config = SchedulerConfig {
         arena_rows: 1 << 30,
         max_rows: 1024,
         max_batched_tokens: 1 << 16,
@@ -44,7 +44,7 @@ fn running(buffer: &mut Vec<i32>, decode: Decode) -> Scheduler {
         prefix_rows: usize::MAX,
         decode,
     };
-    let mut scheduler = Scheduler::new(limits).expect("a scheduler");
+    let mut scheduler = Scheduler::new(config).expect("a scheduler");
     for prefix in 0..PREFIXES {
         scheduler
             .register_prefix(prefix, 200, 200, true, &[])
@@ -63,7 +63,7 @@ fn running(buffer: &mut Vec<i32>, decode: Decode) -> Scheduler {
     scheduler
 }
 
-/// Loads, prefills and decoded rows of one step.
+/// Plans and commits one step. Returns the numbers of prefilled and decoded requests.
 fn step(scheduler: &mut Scheduler, buffer: &mut [i32]) -> (usize, usize) {
     let header = scheduler.plan_step(0, buffer).expect("a step");
     for (prefix, _) in &header.loads {
@@ -75,7 +75,7 @@ fn step(scheduler: &mut Scheduler, buffer: &mut [i32]) -> (usize, usize) {
 
 fn steps(c: &mut Criterion) {
     let mut buffer = Vec::new();
-    let padded = Decode { padded: true, ..WORK };
+    let padded = DecodeSizes { padded: true, ..WORK };
     for (name, decode) in [("work", WORK), ("padded work", padded)] {
         let mut scheduler = running(&mut buffer, decode);
         c.bench_function(
@@ -83,7 +83,7 @@ fn steps(c: &mut Criterion) {
             |b| b.iter(|| step(&mut scheduler, &mut buffer)),
         );
     }
-    let mut scheduler = running(&mut buffer, Decode::default());
+    let mut scheduler = running(&mut buffer, DecodeSizes::default());
     c.bench_function("plan a decode step, 1024 requests, 256 prefixes", |b| {
         b.iter(|| step(&mut scheduler, &mut buffer));
     });

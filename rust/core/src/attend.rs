@@ -249,7 +249,8 @@ fn check(inputs: &DecodeInputs<'_>, output: &DecodeOutputs<'_>) -> Result<()> {
     for [k, v] in [inputs.own.lens(), inputs.prefix.lens()] {
         if k != v || !k.is_multiple_of(kv_heads * head_dim) {
             return wrong(format!(
-                "{k} key elements and {v} value elements: expected equal numbers, in rows of {kv_heads} heads of {head_dim}"
+                "{k} key elements and {v} value elements: expected equal numbers, in rows of {kv_heads} heads of \
+                 {head_dim}"
             ));
         }
     }

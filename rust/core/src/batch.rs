@@ -1,4 +1,5 @@
-//! Who goes into which forward, and the int32 tables that tell the kernels about it.
+//! Batch composition: micro-batches for training, the scheduler for generation, and the int32 tables that tell the
+//! attention kernels which query sees which keys.
 
 mod block_tables;
 pub mod decode;

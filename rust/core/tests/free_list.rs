@@ -1,7 +1,7 @@
-//! Free space never overlaps, never leaks, and grows together again.
+//! The free list: allocations never overlap, nothing leaks, and freed neighbours merge.
 #![expect(clippy::expect_used, reason = "a test may fail")]
 
-use prefixfast_core::batch::free_list::{Run, Slots};
+use prefixfast_core::batch::free_list::{FreeList, Run};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -20,25 +20,25 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn keeps_the_books(steps in prop::collection::vec((0..4_u8, 0..20_usize, any::<prop::sample::Index>()), 1..120)) {
-        let mut slots = Slots::new(SIZE);
+    fn allocations_never_overlap_and_nothing_leaks(steps in prop::collection::vec((0..4_u8, 0..20_usize, any::<prop::sample::Index>()), 1..120)) {
+        let mut list = FreeList::new(SIZE);
         let mut held: Vec<Run> = Vec::new();
         let mut used = [false; SIZE];
         for (kind, len, pick) in steps {
             let taken = match kind {
-                0 if len > 0 => slots.take_low(len).map(|run| vec![run]),
-                1 => slots.take_high(len),
+                0 if len > 0 => list.allocate_low(len).map(|run| vec![run]),
+                1 => list.allocate_high(len),
                 2 if len > 0 => {
                     let run = Run { start: pick.index(SIZE), len };
                     let free = run.start + len <= SIZE && !used[run.start..run.start + len].contains(&true);
-                    prop_assert_eq!(slots.take(run), free);
+                    prop_assert_eq!(list.allocate_exact(run), free);
                     free.then(|| vec![run])
                 }
                 _ => {
                     if !held.is_empty() {
                         let run = held.swap_remove(pick.index(held.len()));
                         used[run.start..run.start + run.len].fill(false);
-                        slots.give(run);
+                        list.free(run);
                     }
                     None
                 }
@@ -52,21 +52,21 @@ proptest! {
                 held.push(run);
             }
             let free = used.iter().filter(|used| !**used).count();
-            prop_assert_eq!(slots.free(), free);
-            prop_assert_eq!(slots.clone().take_high(free).is_some(), free > 0);
+            prop_assert_eq!(list.num_free(), free);
+            prop_assert_eq!(list.clone().allocate_high(free).is_some(), free > 0);
         }
         for run in held {
-            slots.give(run);
+            list.free(run);
         }
-        prop_assert_eq!(slots, Slots::new(SIZE));
+        prop_assert_eq!(list, FreeList::new(SIZE));
     }
 }
 
 #[test]
-fn prefers_one_run_at_the_top() {
-    let mut slots = Slots::new(10);
-    assert!(slots.take(Run { start: 7, len: 1 }));
-    assert_eq!(slots.take_high(2), Some(vec![Run { start: 8, len: 2 }]));
-    assert_eq!(slots.take_high(3), Some(vec![Run { start: 4, len: 3 }]));
-    assert_eq!(slots.take_low(1).expect("room"), Run { start: 0, len: 1 });
+fn allocate_high_prefers_a_single_run() {
+    let mut list = FreeList::new(10);
+    assert!(list.allocate_exact(Run { start: 7, len: 1 }));
+    assert_eq!(list.allocate_high(2), Some(vec![Run { start: 8, len: 2 }]));
+    assert_eq!(list.allocate_high(3), Some(vec![Run { start: 4, len: 3 }]));
+    assert_eq!(list.allocate_low(1).expect("room"), Run { start: 0, len: 1 });
 }

@@ -1,8 +1,8 @@
-//! Micro-batches: a permutation, within the budget, batches whole and in order, weights that sum to one.
+//! Packing: a permutation of the examples, whole batches within the budget, and weights that sum to one.
 #![expect(clippy::expect_used, reason = "a test may fail")]
 
 use prefixfast_core::Error;
-use prefixfast_core::batch::pack::{Packing, pack};
+use prefixfast_core::batch::pack::{Examples, Packing, pack};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -15,7 +15,7 @@ fn config() -> ProptestConfig {
     }
 }
 
-fn micros(packing: &Packing) -> Vec<Vec<usize>> {
+fn micro_batches(packing: &Packing) -> Vec<Vec<usize>> {
     let border = |at: i32| usize::try_from(at).expect("a border");
     let micro = |pair: &[i32]| {
         packing.order[border(pair[0])..border(pair[1])]
@@ -30,27 +30,28 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn keeps_its_promises(
+    fn packing_is_valid_first_fit_and_deterministic(
         examples in prop::collection::vec((1..40_i32, 1..40_i32, 0..3_i32), 0..60), budget in 1..100_u64, sequence_sum: bool,
     ) {
         let lengths: Vec<i32> = examples.iter().map(|(len, ..)| *len).collect();
         let targets: Vec<i32> = examples.iter().map(|(len, targets, _)| *targets.min(len)).collect();
         let batch: Vec<i32> = examples.iter().scan(-3, |at, (_, _, jump)| { *at += i32::from(*jump == 2); Some(*at) }).collect();
-        let packing = pack(&lengths, &targets, &batch, budget, sequence_sum).expect("a packing");
-        prop_assert_eq!(&packing, &pack(&lengths, &targets, &batch, budget, sequence_sum).expect("the same"));
+        let examples = Examples { lengths: &lengths, targets: &targets, batch: &batch };
+        let packing = pack(examples, budget, sequence_sum).expect("a packing");
+        prop_assert_eq!(&packing, &pack(examples, budget, sequence_sum).expect("the same"));
 
         let mut all = packing.order.clone();
         all.sort_unstable();
         prop_assert!(all.iter().zip(0..).all(|(found, at)| *found == at) && all.len() == lengths.len());
         let tokens = |micro: &[usize]| micro.iter().map(|at| u64::from(lengths[*at].unsigned_abs())).sum::<u64>();
         let size = |number: i32| (0..batch.len()).filter(|at| batch[*at] == number).map(|at| u64::from(lengths[at].unsigned_abs())).sum::<u64>();
-        let micros = micros(&packing);
-        for micro in &micros {
+        let micro_batches = micro_batches(&packing);
+        for micro in &micro_batches {
             prop_assert!(!micro.is_empty() && micro.is_sorted());
             prop_assert!(micro.len() == 1 || tokens(micro) <= budget);
         }
         for number in &batch {
-            let homes: Vec<&Vec<usize>> = micros.iter().filter(|micro| micro.iter().any(|at| batch[*at] == *number)).collect();
+            let homes: Vec<&Vec<usize>> = micro_batches.iter().filter(|micro| micro.iter().any(|at| batch[*at] == *number)).collect();
             if size(*number) <= budget {
                 prop_assert_eq!(homes.len(), 1);
             } else {
@@ -63,16 +64,16 @@ proptest! {
             });
             prop_assert!(count > 0.0 && (weight - 1.0_f64).abs() < 1e-9);
         }
-        // First-fit: no two half-empty micro-batches of whole batches are left.
-        let whole = micros.iter().filter(|micro| size(batch[micro[0]]) <= budget);
+        // First-fit leaves at most one micro-batch of whole batches that is at most half full.
+        let whole = micro_batches.iter().filter(|micro| size(batch[micro[0]]) <= budget);
         prop_assert!(whole.filter(|micro| 2 * tokens(micro) <= budget).count() <= 1);
     }
 }
 
 #[test]
-fn refuses_bad_input() {
+fn invalid_inputs_are_refused() {
     assert!(
-        matches!(pack(&[1, 1], &[0, 0], &[4, 4], 8, false), Err(Error::Data(text)) if text.contains("batch 4 (examples 0 to 1)"))
+        matches!(pack(Examples { lengths: &[1, 1], targets: &[0, 0], batch: &[4, 4] }, 8, false), Err(Error::Data(text)) if text.contains("batch 4 (examples 0 to 1)"))
     );
     for (lengths, targets, batch, budget) in [
         (&[1][..], &[1][..], &[0, 1][..], 8),
@@ -83,7 +84,18 @@ fn refuses_bad_input() {
         (&[2], &[1], &[0], 0),
     ] {
         assert!(
-            matches!(pack(lengths, targets, batch, budget, true), Err(Error::Config(_))),
+            matches!(
+                pack(
+                    Examples {
+                        lengths,
+                        targets,
+                        batch
+                    },
+                    budget,
+                    true
+                ),
+                Err(Error::Config(_))
+            ),
             "{lengths:?}"
         );
     }

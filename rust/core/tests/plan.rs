@@ -1,11 +1,11 @@
-//! The tables of a packed forward against a naive twin.
+//! The tables of a packed forward against a naive implementation.
 #![expect(clippy::expect_used, reason = "a test may fail")]
 
 use std::collections::BTreeSet;
 
 use prefixfast_core::Error;
-use prefixfast_core::batch::plan::{Packed, Tiles, plan_packed};
-use prefixfast_core::batch::table_buffer::{ALIGN, Tables};
+use prefixfast_core::batch::plan::{PackedInputs, TileSizes, plan_packed};
+use prefixfast_core::batch::table_buffer::{ALIGN, TableBuffer};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -24,16 +24,16 @@ fn at(value: i32) -> usize {
     usize::try_from(value).expect("an index")
 }
 
-fn table<'a>(tables: &'a Tables, name: &str) -> &'a [i32] {
+fn table<'a>(tables: &'a TableBuffer, name: &str) -> &'a [i32] {
     tables.get(name).expect("a section")
 }
 
-fn rows<const C: usize>(tables: &Tables, name: &str) -> Vec<[i32; C]> {
+fn rows<const C: usize>(tables: &TableBuffer, name: &str) -> Vec<[i32; C]> {
     table(tables, name).as_chunks::<C>().0.to_vec()
 }
 
-/// (query row, prefix row of the block, position of the block relative to the query, slides) in the order of users.
-fn naive(lengths: &[i32], prefixes: &[Vec<i32>]) -> BTreeSet<[i32; 4]> {
+/// Entries of the user tables: query row, first row of the block, position of the block relative to the query, slides.
+fn naive_users(lengths: &[i32], prefixes: &[Vec<i32>]) -> BTreeSet<[i32; 4]> {
     let mut found = BTreeSet::new();
     let mut row = 0;
     for (len, prefixes) in lengths.iter().zip(prefixes) {
@@ -52,7 +52,7 @@ fn naive(lengths: &[i32], prefixes: &[Vec<i32>]) -> BTreeSet<[i32; 4]> {
     found
 }
 
-fn check_users(tables: &Tables, expected: &BTreeSet<[i32; 4]>) {
+fn check_users(tables: &TableBuffer, expected: &BTreeSet<[i32; 4]>) {
     let (blocks, indptr): (Vec<[i32; 2]>, _) = (rows(tables, "block"), table(tables, "user_indptr"));
     let (user, pos, slides) = (
         table(tables, "user"),
@@ -75,19 +75,19 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn equals_the_twin(
+    fn matches_the_naive_implementation(
         sequences in prop::collection::vec((1..30_i32, prop::sample::subsequence(vec![0, 1, 2, 3], 0..4)), 0..20),
-        tokens in 0..9_usize, keys in 0..9_usize, block_rows in 0..9_usize, buckets in 1..6_usize,
+        queries in 0..9_usize, keys in 0..9_usize, block_rows in 0..9_usize, buckets in 1..6_usize,
     ) {
         let lengths: Vec<i32> = sequences.iter().map(|(len, _)| *len).collect();
         let prefixes: Vec<Vec<i32>> = sequences.into_iter().map(|(_, prefixes)| prefixes).collect();
         let mut indptr = vec![0];
         indptr.extend(prefixes.iter().scan(0, |sum, list| { *sum += i32::try_from(list.len()).expect("few"); Some(*sum) }));
         let prefix = prefixes.concat();
-        let input = Packed { lengths: &lengths, prefix_indptr: &indptr, prefix: &prefix, prefix_rows: &PREFIX_ROWS, tiles: Tiles { tokens, keys, rows: block_rows }, buckets };
+        let input = PackedInputs { lengths: &lengths, prefix_indptr: &indptr, prefix: &prefix, prefix_rows: &PREFIX_ROWS, tiles: TileSizes { queries, keys, prefix_rows: block_rows }, buckets };
         let (tables, reach) = plan_packed(&input).expect("a plan");
         prop_assert!(tables.sections.iter().all(|section| section.offset % ALIGN == 0));
-        check_users(&tables, &naive(&lengths, &prefixes));
+        check_users(&tables, &naive_users(&lengths, &prefixes));
 
         let total = |list: &Vec<i32>| list.iter().map(|number| PREFIX_ROWS[at(*number)][1]).sum::<i32>();
         prop_assert_eq!(reach, lengths.iter().zip(&prefixes).map(|(len, list)| len + total(list)).max().unwrap_or(0));
@@ -105,10 +105,10 @@ proptest! {
         let mut tiled = vec![0; scatter.len()];
         for [segment, first] in rows::<2>(&tables, "tiles") {
             let [start, len, ..] = rows::<4>(&tables, "seg")[at(segment)];
-            let end = (first + i32::try_from(tokens).expect("few")).min(start + len);
+            let end = (first + i32::try_from(queries).expect("few")).min(start + len);
             tiled[at(first)..at(end)].iter_mut().for_each(|count| *count += 1);
         }
-        prop_assert!(tiled.iter().all(|count| *count == i32::from(tokens > 0)));
+        prop_assert!(tiled.iter().all(|count| *count == i32::from(queries > 0)));
         let mut tiled = vec![0; scatter.len()];
         for [segment, past, key] in rows::<3>(&tables, "key_tiles") {
             let [_, _, start, count] = rows::<4>(&tables, "seg")[at(segment)];
@@ -131,49 +131,49 @@ proptest! {
 }
 
 #[test]
-fn refuses_bad_input() {
-    let good = Packed {
+fn invalid_inputs_are_refused() {
+    let good = PackedInputs {
         lengths: &[3],
         prefix_indptr: &[0, 1],
         prefix: &[0],
         prefix_rows: &PREFIX_ROWS,
-        tiles: Tiles::default(),
+        tiles: TileSizes::default(),
         buckets: 4,
     };
     assert!(plan_packed(&good).is_ok());
     for wrong in [
-        Packed { lengths: &[0], ..good },
-        Packed {
+        PackedInputs { lengths: &[0], ..good },
+        PackedInputs {
             lengths: &[i32::MAX],
             ..good
         },
-        Packed {
+        PackedInputs {
             prefix_indptr: &[0],
             ..good
         },
-        Packed {
+        PackedInputs {
             prefix_indptr: &[0, 2],
             ..good
         },
-        Packed {
+        PackedInputs {
             prefix_indptr: &[-1, 1],
             ..good
         },
-        Packed {
+        PackedInputs {
             prefix_rows: &[[0, -1, 0, 0]],
             ..good
         },
-        Packed {
+        PackedInputs {
             prefix_rows: &[[0, 1, 0, 2]],
             ..good
         },
-        Packed { buckets: 0, ..good },
+        PackedInputs { buckets: 0, ..good },
     ] {
         assert!(matches!(plan_packed(&wrong), Err(Error::Config(_))), "{wrong:?}");
     }
     for prefix in [-1, 4] {
         assert_eq!(
-            plan_packed(&Packed {
+            plan_packed(&PackedInputs {
                 prefix: &[prefix],
                 ..good
             })

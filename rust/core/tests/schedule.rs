@@ -1,16 +1,17 @@
-//! The scheduler under random adds, steps, loads, commits and cancels: nothing overlaps, nothing leaks, every request ends.
+//! The scheduler under random requests, steps, loads, commits and cancellations: allocations never overlap, nothing
+//! leaks, and every request ends.
 #![expect(clippy::expect_used, reason = "a test may fail")]
 
 mod model;
 
 use model::Model;
 use prefixfast_core::Error;
-use prefixfast_core::batch::decode::Decode;
-use prefixfast_core::batch::schedule::{Limits, Request, Scheduler};
+use prefixfast_core::batch::decode::DecodeSizes;
+use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-fn config() -> ProptestConfig {
+fn proptest_config() -> ProptestConfig {
     ProptestConfig {
         cases: 192,
         failure_persistence: None,
@@ -19,15 +20,15 @@ fn config() -> ProptestConfig {
     }
 }
 
-fn limits() -> Limits {
-    Limits {
+fn scheduler_config() -> SchedulerConfig {
+    SchedulerConfig {
         arena_rows: 64 + 16 * 20 + 5,
         max_rows: 7,
         max_batched_tokens: 50,
         tile_rows: 4,
         buckets: 3,
         prefix_rows: usize::MAX,
-        decode: Decode::default(),
+        decode: DecodeSizes::default(),
     }
 }
 
@@ -45,17 +46,17 @@ fn request(id: i64, prefixes: &[i64], prompt_len: usize, beams: usize, max_new: 
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(proptest_config())]
 
     #[test]
-    fn serves_all_and_keeps_the_books(
+    fn every_request_ends_and_nothing_overlaps_or_leaks(
         users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]), padded in any::<bool>(),
         prefix_rows in prop::sample::select(vec![usize::MAX, 160, 112]),
         layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 3)], 6),
         work in prop::collection::vec((0..14_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize, 1..20_usize), 1..60),
     ) {
-        let decode = Decode { users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded };
-        let mut model = Model::new(Limits { decode, prefix_rows, ..limits() }, &[30, 16, 1, 0, 100, 47], layers);
+        let decode = DecodeSizes { users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded };
+        let mut model = Model::new(SchedulerConfig { decode, prefix_rows, ..scheduler_config() }, &[30, 16, 1, 0, 100, 47], layers);
         let mut id = 0;
         for (kind, prefixes, prompt_len, beams, max_new) in work {
             match kind {
@@ -67,8 +68,8 @@ proptest! {
                     model.add(Request { priority, deadline, tenant, ..request(id, &prefixes, prompt_len, beams, max_new) });
                 }
                 5 => model.cancel(i64::try_from(prompt_len).expect("small") % (id + 1)),
-                6..=7 => model.load(prompt_len),
-                12..=13 => model.by_hand(i64::try_from(prompt_len % 6).expect("small"), max_new),
+                6..=7 => model.finish_load(prompt_len),
+                12..=13 => model.pin_load_or_evict(i64::try_from(prompt_len % 6).expect("small"), max_new),
                 _ => model.step(max_new),
             }
         }
@@ -76,8 +77,8 @@ proptest! {
     }
 }
 
-/// Requests in the order in which they are prefilled, each decoded once.
-fn order_of(scheduler: &mut Scheduler) -> Vec<i64> {
+/// Ids of all requests in the order of their prefill. Each request is decoded once.
+fn prefill_order(scheduler: &mut Scheduler) -> Vec<i64> {
     let mut out = vec![0; scheduler.buffer_len()];
     let mut order = Vec::new();
     while scheduler.num_running() + scheduler.num_waiting() > 0 {
@@ -89,10 +90,10 @@ fn order_of(scheduler: &mut Scheduler) -> Vec<i64> {
 }
 
 #[test]
-fn orders_by_priority_then_arrival() {
-    let mut scheduler = Scheduler::new(Limits {
+fn requests_are_ordered_by_priority_then_arrival() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
         max_rows: 1,
-        ..limits()
+        ..scheduler_config()
     })
     .expect("a scheduler");
     for (id, priority) in [(1, 0), (2, 5), (3, 5)] {
@@ -103,14 +104,14 @@ fn orders_by_priority_then_arrival() {
             })
             .expect("room");
     }
-    assert_eq!(order_of(&mut scheduler), [2, 3, 1]);
+    assert_eq!(prefill_order(&mut scheduler), [2, 3, 1]);
 }
 
 #[test]
-fn shares_rows_between_tenants() {
-    let mut scheduler = Scheduler::new(Limits {
+fn tenants_get_equal_service() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
         max_rows: 1,
-        ..limits()
+        ..scheduler_config()
     })
     .expect("a scheduler");
     for id in 0..12 {
@@ -122,12 +123,12 @@ fn shares_rows_between_tenants() {
             })
             .expect("room");
     }
-    assert_eq!(order_of(&mut scheduler), [0, 10, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9]);
+    assert_eq!(prefill_order(&mut scheduler), [0, 10, 1, 11, 2, 3, 4, 5, 6, 7, 8, 9]);
 }
 
 #[test]
-fn fills_a_long_prompt_beside_decoding_rows() {
-    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+fn a_long_prompt_is_prefilled_in_chunks_beside_decode_rows() {
+    let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
     scheduler.add(request(1, &[], 3, 2, 9)).expect("room");
     scheduler.add(request(2, &[], 120, 1, 2)).expect("room");
     let mut out = vec![0; scheduler.buffer_len()];
@@ -149,10 +150,10 @@ fn fills_a_long_prompt_beside_decoding_rows() {
 }
 
 #[test]
-fn drops_what_is_late() {
-    let mut scheduler = Scheduler::new(Limits {
+fn requests_are_dropped_after_their_deadline() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
         max_rows: 1,
-        ..limits()
+        ..scheduler_config()
     })
     .expect("a scheduler");
     for (id, deadline) in [(1, 50), (2, 40), (3, i64::MAX)] {
@@ -172,15 +173,19 @@ fn drops_what_is_late() {
 }
 
 #[test]
-fn keeps_the_order_of_calls() {
-    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+fn calls_out_of_order_are_refused() {
+    let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
     scheduler.register_prefix(9, 20, 20, true, &[]).expect("a new number");
     let needed = scheduler.buffer_len();
     assert!(matches!(
         scheduler.register_prefix(9, 20, 20, true, &[true, false]),
         Err(Error::Config(_))
     ));
-    assert_eq!(scheduler.buffer_len(), needed, "what was refused left nothing");
+    assert_eq!(
+        scheduler.buffer_len(),
+        needed,
+        "a refused registration changed the state"
+    );
     scheduler
         .register_prefix(7, 20, 20, true, &[true, false])
         .expect("a new number");
@@ -216,8 +221,8 @@ fn keeps_the_order_of_calls() {
 }
 
 #[test]
-fn moves_its_own_prefixes_when_they_are_in_the_way() {
-    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+fn own_prefixes_are_moved_if_the_arena_is_fragmented() {
+    let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
     for (prefix, units) in [(0, 4), (1, 8), (2, 11)] {
         scheduler
             .register_prefix(prefix, 16 * units, 0, true, &[])
@@ -244,8 +249,8 @@ fn moves_its_own_prefixes_when_they_are_in_the_way() {
 }
 
 #[test]
-fn refuses_what_never_fits() {
-    let mut scheduler = Scheduler::new(limits()).expect("a scheduler");
+fn requests_that_never_fit_are_refused() {
+    let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
     scheduler.register_prefix(0, 300, 300, true, &[]).expect("a new number");
     for wrong in [
         request(1, &[0], 17, 1, 16),
@@ -262,15 +267,15 @@ fn refuses_what_never_fits() {
         );
     }
     scheduler.add(request(1, &[0], 15, 1, 1)).expect("exactly full");
-    let short = Limits {
+    let short = SchedulerConfig {
         arena_rows: 79,
-        ..limits()
+        ..scheduler_config()
     };
     assert!(matches!(Scheduler::new(short), Err(Error::Config(_))));
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(proptest_config())]
 
     #[test]
     fn buffer_len_suffices(
@@ -279,9 +284,9 @@ proptest! {
         users in 0..20_usize, fill in prop_oneof![1..9_usize, 1..900_usize], padded in any::<bool>(),
         layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 5)], 4),
     ) {
-        let decode = Decode { users, fill, key_bytes: 1, padded, ..Decode::default() };
+        let decode = DecodeSizes { users, fill, key_bytes: 1, padded, ..DecodeSizes::default() };
         let arena_rows = 1 << 20;
-        let mut scheduler = Scheduler::new(Limits { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, prefix_rows: arena_rows, decode }).expect("a scheduler");
+        let mut scheduler = Scheduler::new(SchedulerConfig { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, prefix_rows: arena_rows, decode }).expect("a scheduler");
         for (prefix, layers) in (0..).zip(&layers) {
             scheduler.register_prefix(prefix, 16, 16, true, layers).expect("a new number");
         }
@@ -299,17 +304,17 @@ proptest! {
     }
 }
 
-/// Rows, and prefixes among them, of a step; all have been prefilled.
-fn decoding(decode: Decode, rows: usize, distinct: i64) -> Scheduler {
-    let limits = Limits {
+/// Scheduler with `rows` decoding requests over `num_prefixes` prefixes.
+fn decoding(decode: DecodeSizes, rows: usize, num_prefixes: i64) -> Scheduler {
+    let config = SchedulerConfig {
         arena_rows: 1 << 20,
         max_rows: rows,
         max_batched_tokens: 1 << 20,
         decode,
-        ..limits()
+        ..scheduler_config()
     };
-    let mut scheduler = Scheduler::new(limits).expect("a scheduler");
-    for prefix in 0..distinct {
+    let mut scheduler = Scheduler::new(config).expect("a scheduler");
+    for prefix in 0..num_prefixes {
         scheduler
             .register_prefix(prefix, 128, 128, true, &[])
             .expect("a new number");
@@ -317,7 +322,7 @@ fn decoding(decode: Decode, rows: usize, distinct: i64) -> Scheduler {
     for id in 0..i64::try_from(rows).expect("small") {
         let prompt_len = 40 + usize::try_from(id % 7).expect("small") * 30;
         scheduler
-            .add(request(id, &[id % distinct], prompt_len, 1, 200))
+            .add(request(id, &[id % num_prefixes], prompt_len, 1, 200))
             .expect("room");
     }
     let mut out = vec![0; scheduler.buffer_len()];
@@ -331,7 +336,8 @@ fn decoding(decode: Decode, rows: usize, distinct: i64) -> Scheduler {
     scheduler
 }
 
-const EIGHT_BILLION: Decode = Decode {
+/// Costs of a model with 8 billion parameters on an H100.
+const SIZES_8B: DecodeSizes = DecodeSizes {
     users: 16,
     fill: 33,
     key_bytes: 512,
@@ -342,8 +348,8 @@ const EIGHT_BILLION: Decode = Decode {
 };
 
 #[test]
-fn padded_tables_keep_their_layout_while_requests_end() {
-    let mut scheduler = decoding(EIGHT_BILLION, 64, 5);
+fn padded_tables_keep_their_layout_within_a_bucket_of_rows() {
+    let mut scheduler = decoding(SIZES_8B, 64, 5);
     scheduler
         .register_prefix(99, 8, 8, true, &[true, false, false])
         .expect("a new number");
@@ -378,10 +384,10 @@ fn padded_tables_keep_their_layout_while_requests_end() {
 }
 
 #[test]
-fn a_kept_prefix_goes_last_and_only_when_it_must() {
-    let mut scheduler = Scheduler::new(Limits {
+fn pinned_prefixes_are_evicted_last() {
+    let mut scheduler = Scheduler::new(SchedulerConfig {
         prefix_rows: 64,
-        ..limits()
+        ..scheduler_config()
     })
     .expect("a scheduler");
     for prefix in 0..6 {
@@ -397,15 +403,19 @@ fn a_kept_prefix_goes_last_and_only_when_it_must() {
     for prefix in 0..4 {
         assert!(load(&mut scheduler, prefix).is_empty());
     }
-    scheduler.keep_prefix(0, true).expect("registered");
-    assert_eq!(load(&mut scheduler, 4), [1], "the oldest that is not kept");
+    scheduler.set_pinned(0, true).expect("registered");
+    assert_eq!(
+        load(&mut scheduler, 4),
+        [1],
+        "the least recently used prefix that is not pinned"
+    );
     assert_eq!(load(&mut scheduler, 1), [2]);
-    scheduler.keep_prefix(0, false).expect("registered");
+    scheduler.set_pinned(0, false).expect("registered");
     assert_eq!(load(&mut scheduler, 2), [0]);
     for prefix in [1, 2, 3, 4] {
-        scheduler.keep_prefix(prefix, true).expect("registered");
+        scheduler.set_pinned(prefix, true).expect("registered");
     }
-    assert_eq!(load(&mut scheduler, 0).len(), 1, "nothing else is left");
+    assert_eq!(load(&mut scheduler, 0).len(), 1, "only pinned prefixes are left");
     assert_eq!(scheduler.load_prefix(0).expect("registered"), None);
     assert!(scheduler.evict_prefix(0).expect("registered").is_some());
     assert_eq!(scheduler.evict_prefix(0).expect("registered"), None);

@@ -1,4 +1,4 @@
-//! A byte-level tokenizer and a byte-fallback one, made here: encode, decode and stream agree.
+//! Encoding, decoding and streaming with a byte-fallback tokenizer.
 #![expect(clippy::expect_used, reason = "a test may fail")]
 
 use prefixfast_core::Error;
@@ -6,7 +6,7 @@ use prefixfast_core::tokenize::{Ragged, Tokenizer};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-/// Ids 0 to 255 are bytes, then a word and a special token.
+/// Tokenizer whose ids 0 to 255 are bytes, 256 to 258 are words, and 259 is a special token.
 fn byte_fallback() -> Tokenizer {
     let bytes = (0..256).map(|byte| format!("<0x{byte:02X}>"));
     let tokens = bytes.chain(["\u{2581}the", "a", "\u{2581}"].map(str::to_owned));
@@ -31,7 +31,7 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, rng_seed: RngSeed::Fixed(5), ..ProptestConfig::default() })]
 
     #[test]
-    fn streams_join_to_the_whole(
+    fn streamed_pieces_join_to_the_decoded_text(
         ids in prop::collection::vec(prop_oneof![128..256_i32, 250..262_i32, Just(0xC3), Just(0xA9)], 0..24), size in 1..4_usize, skip: bool,
     ) {
         let tokenizer = byte_fallback();
@@ -44,7 +44,7 @@ proptest! {
 }
 
 #[test]
-fn encodes_on_one_thread_and_on_many() {
+fn small_and_large_batches_encode_alike() {
     let tokenizer = byte_fallback();
     let few = tokenizer.encode_batch(&["a", "", "\u{e9}"], false).expect("ids");
     assert_eq!(
@@ -63,7 +63,7 @@ fn encodes_on_one_thread_and_on_many() {
 }
 
 #[test]
-fn refuses_bad_input() {
+fn invalid_inputs_are_refused() {
     let tokenizer = byte_fallback();
     assert!(matches!(Tokenizer::new("{}"), Err(Error::Config(_))));
     assert!(matches!(

@@ -1,52 +1,53 @@
-//! Which queries see which prefix blocks: the tables that a packed forward and a decode step share.
+//! Block tables: which query rows see which prefix blocks. Packed forwards and decode steps share them.
 
-use super::int32::{index, int};
-use super::table_buffer::Tables;
+use super::int32::{to_i32, to_usize};
+use super::table_buffer::TableBuffer;
 
-/// A prefix block where it lies in the tensor of the keys.
+/// Rows of one prefix in the tensor of keys that the kernels read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Block {
-    /// Number of the prefix.
+pub(crate) struct PrefixBlock {
+    /// Prefix number.
     pub(crate) prefix: i64,
-    /// First row in the prefix tensor.
+    /// First row in the tensor.
     pub(crate) first: i32,
     /// Number of rows, at least 1.
     pub(crate) rows: i32,
-    /// 1 if the attention window slides over it, else 0.
+    /// 1 if the sliding window slides over the block, else 0.
     pub(crate) slides: i32,
-    /// Which set of layers it lies in; the scheduler knows them.
-    pub(crate) set: usize,
+    /// Layer set of the prefix, as numbered by the scheduler.
+    pub(crate) layer_set: usize,
 }
 
-/// A run of query rows that see the same blocks.
+/// A run of consecutive query rows that see the same blocks.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Queries<'a> {
+pub(crate) struct QueryRun<'a> {
     /// First query row.
     pub(crate) first: i32,
     /// Number of query rows.
     pub(crate) rows: i32,
-    /// Position of the first one relative to key 0.
+    /// Position of the first query row relative to key 0.
     pub(crate) position: i32,
-    /// What they see, from left to right, ending right before key 0.
-    pub(crate) blocks: &'a [Block],
+    /// Blocks from left to right. The last one ends right before key 0.
+    pub(crate) blocks: &'a [PrefixBlock],
 }
 
-/// One entry of `use`: compact block number, its first row's position relative to key 0, slides.
-type Use = [i32; 3];
+/// Entry of table `use`: index of the block in table `block`, position of its first row relative to key 0, slides.
+type BlockUse = [i32; 3];
 
 /// Adds `use_indptr`, `use`, `block`, `user_indptr`, `user`, `user_pos`, `user_slides` and `span`.
-pub(crate) fn push_uses(tables: &mut Tables, queries: &[Queries<'_>]) {
-    let blocks = distinct(queries);
-    let uses = uses(queries, &blocks);
+pub(crate) fn push_block_tables(tables: &mut TableBuffer, queries: &[QueryRun<'_>]) {
+    let blocks = distinct_blocks(queries);
+    let uses = block_uses(queries, &blocks);
     tables.push_indptr("use_indptr", queries.iter().map(|run| run.blocks.len()));
     tables.push_rows("use", uses.iter().copied());
     tables.push_rows("block", blocks.iter().map(|block| [block.first, block.rows]));
     push_users(tables, queries, &uses, blocks.len());
 }
 
-fn distinct(queries: &[Queries<'_>]) -> Vec<Block> {
-    let mut blocks: Vec<Block> = Vec::new();
-    let mut last: &[Block] = &[];
+/// Blocks in use, each once, in ascending order of the prefix number.
+fn distinct_blocks(queries: &[QueryRun<'_>]) -> Vec<PrefixBlock> {
+    let mut blocks: Vec<PrefixBlock> = Vec::new();
+    let mut last: &[PrefixBlock] = &[];
     for run in queries {
         if run.blocks != last {
             last = run.blocks;
@@ -58,13 +59,13 @@ fn distinct(queries: &[Queries<'_>]) -> Vec<Block> {
     blocks
 }
 
-fn uses(queries: &[Queries<'_>], blocks: &[Block]) -> Vec<Use> {
-    let mut uses: Vec<Use> = Vec::new();
-    let mut last: &[Block] = &[];
+fn block_uses(queries: &[QueryRun<'_>], blocks: &[PrefixBlock]) -> Vec<BlockUse> {
+    let mut uses: Vec<BlockUse> = Vec::new();
+    let mut last: &[PrefixBlock] = &[];
     for run in queries {
         let count = run.blocks.len();
         if run.blocks == last {
-            // Neighbours mostly see the same blocks.
+            // Neighbouring runs mostly see the same blocks.
             uses.extend_from_within(uses.len() - count..);
             continue;
         }
@@ -72,20 +73,21 @@ fn uses(queries: &[Queries<'_>], blocks: &[Block]) -> Vec<Use> {
         let mut position: i32 = -last.iter().map(|block| block.rows).sum::<i32>();
         for block in last {
             let number = blocks.partition_point(|other| other.prefix < block.prefix);
-            uses.push([int(number), position, block.slides]);
+            uses.push([to_i32(number), position, block.slides]);
             position += block.rows;
         }
     }
     uses
 }
 
-/// The uses turned round: for each block its query rows, so that a sum over them has a fixed order.
-fn push_users(tables: &mut Tables, queries: &[Queries<'_>], uses: &[Use], blocks: usize) {
-    let mut counts = vec![0_usize; blocks];
+/// Adds the inverse of `uses`: the query rows of each block in ascending order, so that a sum over them has a fixed
+/// order.
+fn push_users(tables: &mut TableBuffer, queries: &[QueryRun<'_>], uses: &[BlockUse], num_blocks: usize) {
+    let mut counts = vec![0_usize; num_blocks];
     let mut at = 0;
     for run in queries {
         for [block, ..] in &uses[at..at + run.blocks.len()] {
-            counts[index(*block)] += index(run.rows);
+            counts[to_usize(*block)] += to_usize(run.rows);
         }
         at += run.blocks.len();
     }
@@ -98,33 +100,34 @@ fn push_users(tables: &mut Tables, queries: &[Queries<'_>], uses: &[Use], blocks
         })
         .collect();
     let total = counts.iter().sum();
-    let mut table = vec![[0_i32; 3]; total];
+    let mut entries = vec![[0_i32; 3]; total];
     let mut at = 0;
     for run in queries {
         for row in 0..run.rows {
             for [block, position, slides] in &uses[at..at + run.blocks.len()] {
-                let place = &mut next[index(*block)];
-                table[*place] = [run.first + row, position - run.position - row, *slides];
-                *place += 1;
+                let index = &mut next[to_usize(*block)];
+                entries[*index] = [run.first + row, position - run.position - row, *slides];
+                *index += 1;
             }
         }
         at += run.blocks.len();
     }
     for (column, name) in ["user", "user_pos", "user_slides"].into_iter().enumerate() {
-        tables.push(name, table.iter().map(|user| user[column]));
+        tables.push(name, entries.iter().map(|entry| entry[column]));
     }
     let spans = counts
         .iter()
         .zip(&next)
-        .map(|(count, end)| span(&table[end - count..*end]));
+        .map(|(count, end)| span(&entries[end - count..*end]));
     tables.push_rows("span", spans);
 }
 
+/// First query row, number of query rows, and 1 if the rows are consecutive, else 0.
 fn span(users: &[[i32; 3]]) -> [i32; 3] {
     let consecutive = users.windows(2).all(|pair| pair[1][0] == pair[0][0] + 1);
     [
         users.first().map_or(0, |user| user[0]),
-        int(users.len()),
+        to_i32(users.len()),
         i32::from(consecutive),
     ]
 }

@@ -1,4 +1,4 @@
-//! Free space as runs of units: arena rows by sixteens, decode rows by ones.
+//! Free list of consecutive units: arena rows in units of 16, decode rows in units of one.
 
 use std::collections::BTreeMap;
 
@@ -11,45 +11,49 @@ pub struct Run {
     pub len: usize,
 }
 
-/// What is free of units `0..size`. Freed neighbours grow together again.
+/// Free units out of `0..size`. Adjacent free runs are merged.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Slots {
-    /// Start to length; no two runs touch.
-    free: BTreeMap<usize, usize>,
+pub struct FreeList {
+    /// Length of each free run by its start. No two runs touch.
+    runs: BTreeMap<usize, usize>,
+    /// Number of free units.
     count: usize,
 }
 
-impl Slots {
-    /// All of `size` units free.
+impl FreeList {
+    /// Free list in which all of `size` units are free.
     #[must_use]
     pub fn new(size: usize) -> Self {
-        let mut slots = Self {
-            free: BTreeMap::new(),
+        let mut list = Self {
+            runs: BTreeMap::new(),
             count: 0,
         };
-        slots.give(Run { start: 0, len: size });
-        slots
+        list.free(Run { start: 0, len: size });
+        list
     }
 
     /// Number of free units.
     #[must_use]
-    pub fn free(&self) -> usize {
+    pub fn num_free(&self) -> usize {
         self.count
     }
 
-    /// Takes one run of `len` units, the lowest that has room.
-    pub fn take_low(&mut self, len: usize) -> Option<Run> {
-        let (&start, &found) = self.free.iter().find(|(_, found)| **found >= len)?;
+    /// Allocates `len` consecutive units at the start of the lowest free run that is long enough.
+    pub fn allocate_low(&mut self, len: usize) -> Option<Run> {
+        let (&start, &found) = self.runs.iter().find(|(_, found)| **found >= len)?;
         self.cut(start, found, Run { start, len });
         Some(Run { start, len })
     }
 
-    /// Takes `len` units from the top: the end of the highest run that has room for all, else the highest runs there are. Highest first.
-    pub fn take_high(&mut self, len: usize) -> Option<Vec<Run>> {
+    /// Allocates `len` units from the top, highest first.
+    ///
+    /// The units are the end of the highest free run that is long enough. If no run is, they are the highest free
+    /// units.
+    pub fn allocate_high(&mut self, len: usize) -> Option<Vec<Run>> {
         if len == 0 || self.count < len {
             return None;
         }
-        if let Some((&start, &found)) = self.free.iter().rev().find(|(_, found)| **found >= len) {
+        if let Some((&start, &found)) = self.runs.iter().rev().find(|(_, found)| **found >= len) {
             let run = Run {
                 start: start + found - len,
                 len,
@@ -60,7 +64,7 @@ impl Slots {
         let mut runs = Vec::new();
         let mut missing = len;
         while missing > 0 {
-            let (start, found) = self.free.last_key_value().map(|(start, found)| (*start, *found))?;
+            let (start, found) = self.runs.last_key_value().map(|(start, found)| (*start, *found))?;
             let len = found.min(missing);
             let run = Run {
                 start: start + found - len,
@@ -73,9 +77,9 @@ impl Slots {
         Some(runs)
     }
 
-    /// Takes exactly this run; false, and nothing taken, unless all of it is free.
-    pub fn take(&mut self, run: Run) -> bool {
-        let Some((&start, &found)) = self.free.range(..=run.start).next_back() else {
+    /// Allocates exactly `run`. Returns false and allocates nothing unless all of its units are free.
+    pub fn allocate_exact(&mut self, run: Run) -> bool {
+        let Some((&start, &found)) = self.runs.range(..=run.start).next_back() else {
             return false;
         };
         let fits = run.start + run.len <= start + found;
@@ -85,38 +89,38 @@ impl Slots {
         fits
     }
 
-    /// Gives a run back that was taken.
-    pub fn give(&mut self, run: Run) {
+    /// Frees a run that was allocated.
+    pub fn free(&mut self, run: Run) {
         if run.len == 0 {
             return;
         }
         self.count += run.len;
-        let mut grown = run;
-        if let Some((&start, &len)) = self.free.range(..run.start).next_back()
+        let mut merged = run;
+        if let Some((&start, &len)) = self.runs.range(..run.start).next_back()
             && start + len == run.start
         {
-            self.free.remove(&start);
-            grown = Run {
+            self.runs.remove(&start);
+            merged = Run {
                 start,
                 len: len + run.len,
             };
         }
-        if let Some(len) = self.free.remove(&(run.start + run.len)) {
-            grown.len += len;
+        if let Some(len) = self.runs.remove(&(run.start + run.len)) {
+            merged.len += len;
         }
-        self.free.insert(grown.start, grown.len);
+        self.runs.insert(merged.start, merged.len);
     }
 
-    /// Cuts `run` out of the free run at `start`.
+    /// Cuts `run` out of the free run of length `found` at `start`.
     fn cut(&mut self, start: usize, found: usize, run: Run) {
         self.count -= run.len;
-        self.free.remove(&start);
+        self.runs.remove(&start);
         if run.start > start {
-            self.free.insert(start, run.start - start);
+            self.runs.insert(start, run.start - start);
         }
         let end = run.start + run.len;
         if start + found > end {
-            self.free.insert(end, start + found - end);
+            self.runs.insert(end, start + found - end);
         }
     }
 }

@@ -1,11 +1,11 @@
-//! Conversions between counts and int32. The callers have checked the ranges; out of range they saturate.
+//! Conversions between counts and int32 table entries. Callers have checked the ranges. Values out of range saturate.
 
-/// A count or index as int32.
-pub(crate) fn int(value: usize) -> i32 {
+/// Count or index as int32.
+pub(crate) fn to_i32(value: usize) -> i32 {
     i32::try_from(value).unwrap_or(i32::MAX)
 }
 
-/// An int32 of 0 or more as a count or index.
-pub(crate) fn index(value: i32) -> usize {
+/// Non-negative int32 as a count or index.
+pub(crate) fn to_usize(value: i32) -> usize {
     usize::try_from(value).unwrap_or(0)
 }

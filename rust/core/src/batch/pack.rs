@@ -1,20 +1,31 @@
-//! Micro-batches of a token budget that keep each prefix's optimizer step together.
+//! Micro-batches for training: whole optimizer-step batches of several prefixes, packed into a token budget.
 
-use super::int32::int;
+use super::int32::to_i32;
 use crate::error::{Error, Result};
 
-/// Which examples go together, and what their target tokens weigh.
+/// Examples of a step to pack.
+#[derive(Debug, Clone, Copy)]
+pub struct Examples<'a> {
+    /// Tokens of each example, at least 1.
+    pub lengths: &'a [i32],
+    /// Target tokens of each example, from 0 to its length.
+    pub targets: &'a [i32],
+    /// Batch number of each example, non-decreasing. Equal numbers form one optimizer step of one prefix.
+    pub batch: &'a [i32],
+}
+
+/// Micro-batches, and the loss weights of their examples.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Packing {
     /// Example numbers, micro-batch after micro-batch.
     pub order: Vec<i32>,
     /// Borders between micro-batches in `order`.
     pub micro_indptr: Vec<i32>,
-    /// By example: the weight of each of its target tokens.
+    /// Weight of each target token of an example in the summed loss, one entry per input example.
     pub weight: Vec<f64>,
 }
 
-/// A run of examples of one optimizer step.
+/// The consecutive examples of one batch.
 #[derive(Debug, Clone, Copy)]
 struct Batch {
     first: usize,
@@ -22,42 +33,51 @@ struct Batch {
     tokens: u64,
 }
 
-/// Packs whole batches first-fit decreasing into micro-batches of at most `token_budget` tokens, in the order in which these are opened. A
-/// larger batch is split, alone; a larger example goes alone.
+/// Packs whole batches into micro-batches of at most `token_budget` tokens, first-fit decreasing.
+///
+/// Micro-batches are listed in the order in which they are opened. A batch over the budget is split over micro-batches
+/// of its own. An example over the budget gets a micro-batch of its own.
+///
+/// * `sequence_sum`: whether a target token weighs 1 / (examples of its batch) instead of 1 / (targets of its batch).
 ///
 /// # Errors
-/// [`Error::Config`] for lists of different lengths, a length below 1, targets outside 0 to length, descending `batch` or a budget of 0;
-/// [`Error::Data`] for a batch without targets.
-pub fn pack(lengths: &[i32], targets: &[i32], batch: &[i32], token_budget: u64, sequence_sum: bool) -> Result<Packing> {
-    check(lengths, targets, batch, token_budget)?;
+/// [`Error::Config`] for lists of different lengths, a length below 1, targets outside of 0 to the length, descending
+/// batch numbers or a budget of 0. [`Error::Data`] for a batch without targets.
+pub fn pack(examples: Examples<'_>, token_budget: u64, sequence_sum: bool) -> Result<Packing> {
+    check(examples, token_budget)?;
+    let Examples {
+        lengths,
+        targets,
+        batch,
+    } = examples;
     let batches = batches(lengths, batch);
     let weight = weights(targets, batch, &batches, sequence_sum)?;
     let mut by_size: Vec<usize> = (0..batches.len()).collect();
     by_size.sort_by_key(|&number| std::cmp::Reverse(batches[number].tokens));
-    let mut micros: Vec<Vec<usize>> = Vec::new();
-    let mut room = Room::new(batches.len());
+    let mut micro_batches: Vec<Vec<usize>> = Vec::new();
+    let mut budgets = BudgetTree::new(batches.len());
     let (mut order, mut micro_indptr) = (Vec::with_capacity(lengths.len()), vec![0]);
     for number in by_size {
         let found = batches[number];
         if found.tokens > token_budget {
-            // The largest come first, so these micro-batches are complete before any other is opened.
+            // The largest batches come first, so these micro-batches are complete before any other is opened.
             split(found, lengths, token_budget, &mut order, &mut micro_indptr);
-        } else if let Some(micro) = room.take(found.tokens) {
-            micros[micro].push(number);
+        } else if let Some(micro_batch) = budgets.take(found.tokens) {
+            micro_batches[micro_batch].push(number);
         } else {
-            room.set(micros.len(), token_budget - found.tokens);
-            micros.push(vec![number]);
+            budgets.set(micro_batches.len(), token_budget - found.tokens);
+            micro_batches.push(vec![number]);
         }
     }
-    for mut micro in micros {
-        micro.sort_unstable();
+    for mut micro_batch in micro_batches {
+        micro_batch.sort_unstable();
         order.extend(
-            micro
+            micro_batch
                 .iter()
                 .flat_map(|&number| batches[number].first..batches[number].end)
-                .map(int),
+                .map(to_i32),
         );
-        micro_indptr.push(int(order.len()));
+        micro_indptr.push(to_i32(order.len()));
     }
     Ok(Packing {
         order,
@@ -66,12 +86,19 @@ pub fn pack(lengths: &[i32], targets: &[i32], batch: &[i32], token_budget: u64, 
     })
 }
 
-fn check(lengths: &[i32], targets: &[i32], batch: &[i32], token_budget: u64) -> Result<()> {
+fn check(
+    Examples {
+        lengths,
+        targets,
+        batch,
+    }: Examples<'_>,
+    token_budget: u64,
+) -> Result<()> {
     let wrong = |text: String| Err(Error::Config(text));
     let sizes = [lengths.len(), targets.len(), batch.len()];
-    if sizes != [lengths.len(); 3] || int(lengths.len()) == i32::MAX {
+    if sizes != [lengths.len(); 3] || to_i32(lengths.len()) == i32::MAX {
         return wrong(format!(
-            "lengths, targets and batch have {sizes:?} entries: expected one of each for every example"
+            "lengths, targets and batch have {sizes:?} entries: expected one entry per example in each"
         ));
     }
     if token_budget == 0 {
@@ -80,13 +107,14 @@ fn check(lengths: &[i32], targets: &[i32], batch: &[i32], token_budget: u64) -> 
     for (example, (&length, &target)) in lengths.iter().zip(targets).enumerate() {
         if length < 1 || !(0..=length).contains(&target) {
             return wrong(format!(
-                "example {example} has length {length} and {target} targets: expected a length of 1 or more and targets from 0 to it"
+                "example {example} has length {length} and {target} targets: expected a length of at least 1 and \
+                 from 0 to {length} targets"
             ));
         }
     }
     match batch.windows(2).position(|pair| pair[0] > pair[1]) {
         Some(at) => wrong(format!(
-            "batch descends after example {at}: expected the examples of one batch side by side, in ascending order; sort them"
+            "batch descends after example {at}: expected ascending batch numbers; sort the examples by batch"
         )),
         None => Ok(()),
     }
@@ -113,60 +141,62 @@ fn weights(targets: &[i32], batch: &[i32], batches: &[Batch], sequence_sum: bool
         let total: f64 = targets[first..end].iter().map(|count| f64::from(*count)).sum();
         if total == 0.0 {
             return Err(Error::Data(format!(
-                "batch {} (examples {first} to {}) has no target tokens: expected at least one; drop its examples or raise the length limit",
+                "batch {} (examples {first} to {}) has no target tokens: expected at least one; drop its examples or \
+                 raise the length limit",
                 batch[first],
                 end - 1
             )));
         }
-        let parts = if sequence_sum {
-            f64::from(int(end - first))
+        let divisor = if sequence_sum {
+            f64::from(to_i32(end - first))
         } else {
             total
         };
-        weight.extend((first..end).map(|_| 1.0 / parts));
+        weight.extend((first..end).map(|_| 1.0 / divisor));
     }
     Ok(weight)
 }
 
-fn split(batch: Batch, lengths: &[i32], budget: u64, order: &mut Vec<i32>, micro_indptr: &mut Vec<i32>) {
+/// Splits a batch over micro-batches, in the order of its examples.
+fn split(batch: Batch, lengths: &[i32], token_budget: u64, order: &mut Vec<i32>, micro_indptr: &mut Vec<i32>) {
     let mut used = 0;
     for (example, length) in (batch.first..batch.end).zip(&lengths[batch.first..batch.end]) {
         let length = u64::from(length.unsigned_abs());
-        if used > 0 && used + length > budget {
-            micro_indptr.push(int(order.len()));
+        if used > 0 && used + length > token_budget {
+            micro_indptr.push(to_i32(order.len()));
             used = 0;
         }
         used += length;
-        order.push(int(example));
+        order.push(to_i32(example));
     }
-    micro_indptr.push(int(order.len()));
+    micro_indptr.push(to_i32(order.len()));
 }
 
-/// Tokens left in each open micro-batch, as a tree of maxima: the first with enough room is found in log n.
-struct Room {
+/// Remaining tokens of each open micro-batch in a tree of maxima, which finds the first one with enough in O(log n).
+struct BudgetTree {
     leaves: usize,
     tree: Vec<u64>,
 }
 
-impl Room {
-    fn new(most: usize) -> Self {
-        let leaves = most.next_power_of_two();
+impl BudgetTree {
+    fn new(max_micro_batches: usize) -> Self {
+        let leaves = max_micro_batches.next_power_of_two();
         Self {
             leaves,
             tree: vec![0; 2 * leaves],
         }
     }
 
-    fn set(&mut self, leaf: usize, left: u64) {
+    fn set(&mut self, leaf: usize, remaining: u64) {
         let mut node = self.leaves + leaf;
-        self.tree[node] = left;
+        self.tree[node] = remaining;
         while node > 1 {
             node /= 2;
             self.tree[node] = self.tree[2 * node].max(self.tree[2 * node + 1]);
         }
     }
 
-    /// Takes `tokens`, at least 1, from the first micro-batch that has them.
+    /// Takes `tokens`, at least 1, from the first micro-batch that has as many left, and returns its number.
     fn take(&mut self, tokens: u64) -> Option<usize> {
         if self.tree[1] < tokens {
             return None;

@@ -1,4 +1,8 @@
-//! The scheduler: it alone owns queue, decode rows, arena rows and prefix pins of one engine.
+//! Scheduler of a generation engine: queue, decode rows, arena rows and prefix cache.
+//!
+//! The arena is the KV cache, a tensor whose rows hold the keys and values of one token or of one prefix row each. A
+//! decode row is a row of the decode batch, one per beam of a running request. Unlike in vLLM, a request is admitted
+//! with all decode rows and arena rows that it will ever need, so no request is preempted.
 
 mod admission;
 mod buffer_len;
@@ -9,129 +13,151 @@ mod prefix_cache;
 mod queue;
 mod request;
 mod step;
+mod step_tables;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
-use super::decode::Decode;
-use super::free_list::Slots;
-use super::table_buffer::Tables;
+use super::decode::DecodeSizes;
+use super::free_list::FreeList;
+use super::table_buffer::TableBuffer;
 use crate::error::{Error, Result};
-use buffer_len::Most;
-use layer_sets::Sets;
-use prefix_cache::Residency;
+use buffer_len::RequestMaxima;
+use layer_sets::LayerSets;
+pub use pin::PrefixLoad;
+use prefix_cache::{PrefixCache, PrefixSpec};
 use queue::{Queue, TOKEN_COST};
 pub use request::Request;
-use request::{Entry, Phase};
+use request::{Phase, TrackedRequest};
+use step::ScheduledRequest;
 pub use step::{StepHeader, StepTables};
 
-/// Arena rows are handed out by this many.
+/// Arena rows per allocation unit.
 pub const UNIT: usize = 16;
-/// Rows at the arena's end that are never handed out: kernels read past a block's tail. The last one is the scratch slot.
-pub const TAIL: usize = 64;
-/// Largest arena, prefix and position.
+/// Number of rows at the arena's end that are never allocated, because kernels read past the end of a block. The last
+/// row is the scratch slot of padding rows.
+pub const RESERVED_ROWS: usize = 64;
+/// Upper bound of the arena size, the size of a prefix, and positions.
 const MAX_ROWS: usize = 1 << 30;
 
-/// What a scheduler works with.
+/// Sizes that a scheduler works with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Rows of the arena, at least 80.
+pub struct SchedulerConfig {
+    /// Number of arena rows, at least 80.
     pub arena_rows: usize,
-    /// Decode rows.
+    /// Number of decode rows.
     pub max_rows: usize,
-    /// Most tokens of a step, decode rows included; a prompt that is longer than what is left is filled over several steps.
+    /// Largest number of tokens per step, decode rows included. A prompt that is longer than the remaining budget is
+    /// prefilled in chunks over several steps.
     pub max_batched_tokens: usize,
-    /// Height of the prefill's tiles; 0 makes none.
+    /// Query rows per query tile of the prefill, 0 for no tile table.
     pub tile_rows: usize,
-    /// Most groups of the prefill's padded layout.
+    /// Largest number of length buckets in the padded layout of the prefill.
     pub buckets: usize,
-    /// Rows that prefixes may hold together.
+    /// Largest number of arena rows that all prefixes together may occupy.
     pub prefix_rows: usize,
-    /// How decode steps are cut; the default makes no tables for it.
-    pub decode: Decode,
+    /// Tile size and cost model of decode attention. The default disables the work tables.
+    pub decode: DecodeSizes,
 }
 
-/// Requests prefilled with how many tokens, and requests decoded.
-type InFlight = (Vec<(i64, usize)>, Vec<i64>);
+/// A step that has been planned and not yet committed.
+#[derive(Debug, Default)]
+struct InFlightStep {
+    prefill: Vec<ScheduledRequest>,
+    decode_ids: Vec<i64>,
+}
 
-/// Requests from their arrival to their end.
+/// Scheduler of the requests of one engine, from their arrival to their end.
 ///
-/// A step is [`Scheduler::plan_step`], the forward, [`Scheduler::commit`]. A request is admitted with everything it will ever need, so
-/// nothing is preempted. When no request is running, everything but the loads under way can be evicted for the head of the queue, and `add`
-/// refuses what an empty arena cannot hold: so every request is served in the end.
+/// A step consists of [`Scheduler::plan_step`], the forward, and [`Scheduler::commit`].
+///
+/// Every request is served in the end. [`Scheduler::add`] refuses a request that does not fit into an empty arena.
+/// While no request is running, everything except prefixes that are being loaded can be evicted for the head of the
+/// queue.
 #[derive(Debug)]
 pub struct Scheduler {
-    limits: Limits,
-    most: Most,
+    config: SchedulerConfig,
+    maxima: RequestMaxima,
+    /// Number of requests that have arrived.
     arrivals: u64,
+    /// Number of requests that have been admitted.
     admissions: u64,
-    requests: FxHashMap<i64, Entry>,
+    requests: FxHashMap<i64, TrackedRequest>,
     queue: Queue,
-    /// Deadlines of all requests that have one.
+    /// Pairs of deadline and id of all requests that have a deadline.
     deadlines: BTreeSet<(i64, i64)>,
-    /// Admitted requests whose prompt is not filled yet, in order of admission.
-    admitted: BTreeMap<u64, i64>,
-    /// Prefilled requests by their prefixes, so that rows with the same prefixes are neighbours.
+    /// Running requests whose prompt is not complete, in the order of admission.
+    prefilling: BTreeMap<u64, i64>,
+    /// Running requests whose prompt is complete, sorted by prefixes and arrival so that rows with the same prefixes
+    /// are neighbours.
     decoding: BTreeMap<(Arc<[i64]>, u64), i64>,
+    /// Requests to drop at the next step.
     cancelled: BTreeSet<i64>,
-    residency: Residency,
-    sets: Sets,
-    arena: Slots,
-    rows: Slots,
-    /// Requests of the step that waits for its commit: prefilled with how many tokens, decoded.
-    in_flight: Option<InFlight>,
-    scratch: Tables,
+    prefix_cache: PrefixCache,
+    layer_sets: LayerSets,
+    /// Free arena rows in units of [`UNIT`].
+    arena: FreeList,
+    decode_rows: FreeList,
+    in_flight: Option<InFlightStep>,
+    /// Memory for the tables of a step, reused from step to step.
+    tables: TableBuffer,
 }
 
 impl Scheduler {
-    /// An empty scheduler.
+    /// Scheduler without requests and prefixes.
     ///
     /// # Errors
-    /// [`Error::Config`] for a limit out of range.
-    pub fn new(limits: Limits) -> Result<Self> {
+    /// [`Error::Config`] for a size out of range.
+    pub fn new(config: SchedulerConfig) -> Result<Self> {
         let ranges = [
-            ("arena_rows", limits.arena_rows, TAIL + UNIT),
-            ("max_rows", limits.max_rows, 1),
-            ("max_batched_tokens", limits.max_batched_tokens, 1),
-            ("tile_rows", limits.tile_rows, 0),
-            ("buckets", limits.buckets, 1),
-            ("decode: users", limits.decode.users, 0),
-            ("decode: fill", limits.decode.fill, limits.decode.users.min(1)),
+            ("arena_rows", config.arena_rows, RESERVED_ROWS + UNIT),
+            ("max_rows", config.max_rows, 1),
+            ("max_batched_tokens", config.max_batched_tokens, 1),
+            ("tile_rows", config.tile_rows, 0),
+            ("buckets", config.buckets, 1),
+            ("decode: users", config.decode.users, 0),
+            ("decode: fill", config.decode.fill, config.decode.users.min(1)),
         ];
-        for (name, value, least) in ranges {
-            if !(least..=MAX_ROWS).contains(&value) {
+        for (name, value, min) in ranges {
+            if !(min..=MAX_ROWS).contains(&value) {
                 return Err(Error::Config(format!(
-                    "{name} is {value}: expected {least} to {MAX_ROWS}"
+                    "{name} is {value}: expected {min} to {MAX_ROWS}"
                 )));
             }
         }
         Ok(Self {
-            limits,
-            most: Most::default(),
+            config,
+            maxima: RequestMaxima::default(),
             arrivals: 0,
             admissions: 0,
             requests: FxHashMap::default(),
             queue: Queue::default(),
             deadlines: BTreeSet::new(),
-            admitted: BTreeMap::new(),
+            prefilling: BTreeMap::new(),
             decoding: BTreeMap::new(),
             cancelled: BTreeSet::new(),
-            residency: Residency::default(),
-            sets: Sets::default(),
-            arena: Slots::new((limits.arena_rows - TAIL) / UNIT),
-            rows: Slots::new(limits.max_rows),
+            prefix_cache: PrefixCache::default(),
+            layer_sets: LayerSets::default(),
+            arena: FreeList::new((config.arena_rows - RESERVED_ROWS) / UNIT),
+            decode_rows: FreeList::new(config.max_rows),
             in_flight: None,
-            scratch: Tables::default(),
+            tables: TableBuffer::default(),
         })
     }
 
-    /// Makes a prefix known; its rows are loaded when a request needs them. A prefix of 0 rows is never loaded. `layers`: whether it lies in each
-    /// layer; empty: it lies in all.
+    /// Registers a prefix. It is loaded when a request needs it. A prefix of 0 rows is never loaded.
+    ///
+    /// * `prefix`: new number of the prefix.
+    /// * `rows`: number of rows.
+    /// * `pos_start`: position of the first token after the prefix.
+    /// * `slides`: whether the sliding window slides over the prefix.
+    /// * `layers`: whether the prefix lies in each layer, empty for all layers.
     ///
     /// # Errors
-    /// [`Error::Config`] if the number is taken, a value is beyond 2**30, or `layers` has another length than before.
+    /// [`Error::Config`] if the number is already registered, a value exceeds 2**30, or `layers` has another length
+    /// than that of earlier prefixes.
     pub fn register_prefix(
         &mut self,
         prefix: i64,
@@ -147,35 +173,44 @@ impl Scheduler {
                 )));
             }
         }
-        self.residency.check_new(prefix)?;
-        let set = self.sets.add(layers)?;
-        self.residency.register(prefix, rows, pos_start, (slides, set));
+        self.prefix_cache.check_new(prefix)?;
+        let layer_set = self.layer_sets.add(layers)?;
+        self.prefix_cache.register(
+            prefix,
+            PrefixSpec {
+                rows,
+                pos_start,
+                slides,
+                layer_set,
+            },
+        );
         Ok(())
     }
 
-    /// Forgets a prefix and frees its rows.
+    /// Forgets a prefix and frees its arena rows.
     ///
     /// # Errors
-    /// [`Error::UnknownPrefix`]; [`Error::State`] while a request uses it or it is being loaded.
+    /// [`Error::UnknownPrefix`] if the prefix is not registered. [`Error::State`] while a request uses the prefix or it
+    /// is being loaded.
     pub fn forget_prefix(&mut self, prefix: i64) -> Result<()> {
-        let set = self.residency.forget(prefix, &mut self.arena)?;
-        self.sets.release(set);
+        let layer_set = self.prefix_cache.forget(prefix, &mut self.arena)?;
+        self.layer_sets.release(layer_set);
         Ok(())
     }
 
-    /// The load of a prefix is complete.
+    /// Marks the load of a prefix as complete.
     ///
     /// # Errors
-    /// [`Error::UnknownPrefix`]; [`Error::State`] if it is not being loaded.
+    /// [`Error::UnknownPrefix`] if the prefix is not registered. [`Error::State`] if it is not being loaded.
     pub fn prefix_ready(&mut self, prefix: i64) -> Result<()> {
-        self.residency.ready(prefix)
+        self.prefix_cache.mark_ready(prefix)
     }
 
-    /// Queues a request.
+    /// Adds a request to the queue.
     ///
     /// # Errors
-    /// [`Error::Request`] for a number out of range, an id that is queued or running, or more rows than there will ever be;
-    /// [`Error::UnknownPrefix`].
+    /// [`Error::Request`] for a number out of range, the id of a queued or running request, or a request that an empty
+    /// arena cannot hold. [`Error::UnknownPrefix`] for a prefix that is not registered.
     pub fn add(&mut self, request: Request) -> Result<()> {
         if self.requests.contains_key(&request.id) {
             return Err(Error::Request(format!(
@@ -184,11 +219,11 @@ impl Scheduler {
             )));
         }
         request.check_numbers()?;
-        let prefix_units = self.residency.units_of(&request.prefixes)?;
+        let prefix_units = self.prefix_cache.num_units(&request.prefixes)?;
         self.check_room(&request, prefix_units)?;
-        self.most.see(&request);
-        self.residency.hold(&request.prefixes);
-        let place = self
+        self.maxima.update(&request);
+        self.prefix_cache.add_request(&request.prefixes);
+        let position = self
             .queue
             .push(request.id, request.tenant, request.priority, self.arrivals);
         if request.deadline < i64::MAX {
@@ -196,8 +231,8 @@ impl Scheduler {
         }
         self.requests.insert(
             request.id,
-            Entry {
-                place,
+            TrackedRequest {
+                position,
                 phase: Phase::Waiting,
                 request,
             },
@@ -206,45 +241,46 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Drops a request at the next step. False if it is not known or already cancelled.
+    /// Cancels a request, which is dropped at the next step. Returns false if it is unknown or already cancelled.
     pub fn cancel(&mut self, id: i64) -> bool {
         self.requests.contains_key(&id) && self.cancelled.insert(id)
     }
 
-    /// Ends the step: its requests advance, the finished ones free everything.
+    /// Ends the step. Its requests advance, and the `finished` ones free everything that they hold.
     ///
     /// # Errors
-    /// [`Error::Request`] for an id that is not admitted or given twice; nothing has changed then.
+    /// [`Error::Request`] for an id that is not running or occurs twice. Nothing has changed then.
     pub fn commit(&mut self, finished: &[i64]) -> Result<()> {
         let mut seen = BTreeSet::new();
         for id in finished {
-            let admitted = self.requests.get(id).is_some_and(|entry| entry.phase.is_admitted());
-            if !admitted || !seen.insert(id) {
-                let what = if admitted { "given twice" } else { "not running" };
+            let is_running = self.requests.get(id).is_some_and(|entry| entry.phase.is_running());
+            if !is_running || !seen.insert(id) {
+                let what = if is_running { "given twice" } else { "not running" };
                 return Err(Error::Request(format!(
                     "finished request {id} is {what}: expected each running request at most once"
                 )));
             }
         }
-        let (prefilled, decoded) = self.in_flight.take().unwrap_or_default();
-        for id in &decoded {
+        let InFlightStep { prefill, decode_ids } = self.in_flight.take().unwrap_or_default();
+        for id in &decode_ids {
             if let Some(entry) = self.requests.get_mut(id)
-                && let Phase::Admitted(held) = &mut entry.phase
+                && let Phase::Running(state) = &mut entry.phase
             {
-                held.steps += 1;
+                state.decode_steps += 1;
                 let rows = u64::try_from(entry.request.beams).unwrap_or(u64::MAX);
-                self.queue.charge(entry.place.account, rows.saturating_mul(TOKEN_COST));
+                self.queue
+                    .charge(entry.position.account, rows.saturating_mul(TOKEN_COST));
             }
         }
-        for (id, tokens) in prefilled {
+        for ScheduledRequest { id, tokens } in prefill {
             if let Some(entry) = self.requests.get_mut(&id)
-                && let Phase::Admitted(held) = &mut entry.phase
+                && let Phase::Running(state) = &mut entry.phase
             {
-                held.filled += tokens;
-                if held.filled == entry.request.prompt_len {
-                    self.admitted.remove(&held.admission);
+                state.prefilled += tokens;
+                if state.prefilled == entry.request.prompt_len {
+                    self.prefilling.remove(&state.admission);
                     self.decoding
-                        .insert((Arc::clone(&entry.request.prefixes), entry.place.arrival), id);
+                        .insert((Arc::clone(&entry.request.prefixes), entry.position.arrival), id);
                 }
             }
         }
@@ -254,30 +290,31 @@ impl Scheduler {
         Ok(())
     }
 
-    /// int32 entries that suffice for a step now. It grows with the largest requests seen, and with the sets of layers that registered prefixes
-    /// lie in.
+    /// Number of int32 entries that suffice for the next step.
+    ///
+    /// It grows with the largest requests so far and with the number of views of the registered prefixes.
     #[must_use]
     pub fn buffer_len(&self) -> usize {
-        self.most
-            .buffer_len(&self.limits)
-            .saturating_mul(self.sets.views().count())
+        self.maxima
+            .buffer_len(&self.config)
+            .saturating_mul(self.layer_sets.views().count())
     }
 
-    /// Requests in the queue.
+    /// Number of queued requests.
     #[must_use]
     pub fn num_waiting(&self) -> usize {
         self.queue.len()
     }
 
-    /// Admitted requests.
+    /// Number of running requests.
     #[must_use]
     pub fn num_running(&self) -> usize {
         self.requests.len() - self.queue.len()
     }
 
-    /// Arena rows that nothing holds.
+    /// Number of free arena rows. Rows of cached prefixes count as occupied.
     #[must_use]
     pub fn free_rows(&self) -> usize {
-        self.arena.free() * UNIT
+        self.arena.num_free() * UNIT
     }
 }

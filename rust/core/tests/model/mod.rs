@@ -1,31 +1,32 @@
-//! Bookkeeping of what a scheduler has handed out, from its tables alone.
+//! Model of the allocations of a scheduler, reconstructed from its tables alone.
 
 mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use prefixfast_core::batch::schedule::{Limits, Request, Scheduler, StepHeader, StepTables};
+use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig, StepHeader, StepTables};
 use prefixfast_core::batch::table_buffer::Section;
 
 #[derive(Debug)]
-struct Live {
+struct RunningRequest {
     request: Request,
     rows: Vec<i32>,
     slots: Vec<usize>,
-    filled: usize,
+    prefilled: usize,
     steps: usize,
 }
 
 pub(crate) struct Model {
     scheduler: Scheduler,
-    limits: Limits,
+    config: SchedulerConfig,
+    /// Number of rows of each prefix.
     rows: Vec<usize>,
-    /// By prefix: whether it lies in each layer; empty for all.
+    /// Whether each prefix lies in each layer, empty for all layers.
     layers: Vec<Vec<bool>>,
     waiting: BTreeMap<i64, Request>,
-    live: BTreeMap<i64, Live>,
+    running: BTreeMap<i64, RunningRequest>,
     loading: Vec<i64>,
-    /// First arena row of each prefix in the arena.
+    /// First arena row of each prefix that is ready or being loaded.
     resident: BTreeMap<i64, usize>,
     cancelled: BTreeSet<i64>,
     now: i64,
@@ -44,17 +45,20 @@ fn table<'a>(out: &'a [i32], view: &[Section], name: &str) -> &'a [i32] {
     &out[section.offset..section.offset + section.len()]
 }
 
-/// A table that every view has alike.
-fn same<'a>(out: &'a [i32], tables: &StepTables, name: &str) -> &'a [i32] {
+/// A table that is equal in all views.
+fn shared_table<'a>(out: &'a [i32], tables: &StepTables, name: &str) -> &'a [i32] {
     let first = table(out, &tables.views[0], name);
     let others = tables.views.iter().map(|view| table(out, view, name));
-    assert!(others.into_iter().all(|other| other == first), "{name} differs");
+    assert!(
+        others.into_iter().all(|other| other == first),
+        "{name} differs between views"
+    );
     first
 }
 
 impl Model {
-    pub(crate) fn new(limits: Limits, rows: &[usize], layers: Vec<Vec<bool>>) -> Self {
-        let mut scheduler = Scheduler::new(limits).expect("a scheduler");
+    pub(crate) fn new(config: SchedulerConfig, rows: &[usize], layers: Vec<Vec<bool>>) -> Self {
+        let mut scheduler = Scheduler::new(config).expect("a scheduler");
         for ((prefix, rows), layers) in (0..).zip(rows).zip(&layers) {
             scheduler
                 .register_prefix(prefix, *rows, *rows, true, layers)
@@ -62,11 +66,11 @@ impl Model {
         }
         Self {
             scheduler,
-            limits,
+            config,
             rows: rows.to_vec(),
             layers,
             waiting: BTreeMap::new(),
-            live: BTreeMap::new(),
+            running: BTreeMap::new(),
             loading: Vec::new(),
             resident: BTreeMap::new(),
             cancelled: BTreeSet::new(),
@@ -81,26 +85,27 @@ impl Model {
     }
 
     pub(crate) fn cancel(&mut self, id: i64) {
-        let known = self.waiting.contains_key(&id) || self.live.contains_key(&id);
+        let known = self.waiting.contains_key(&id) || self.running.contains_key(&id);
         assert_eq!(self.scheduler.cancel(id), known && !self.cancelled.contains(&id));
         if known {
             self.cancelled.insert(id);
         }
     }
 
-    pub(crate) fn load(&mut self, pick: usize) {
+    /// Completes one of the loads under way.
+    pub(crate) fn finish_load(&mut self, pick: usize) {
         if !self.loading.is_empty() {
             let prefix = self.loading.swap_remove(pick % self.loading.len());
             self.scheduler.prefix_ready(prefix).expect("it was loading");
         }
     }
 
-    /// A prefix is kept or not, loaded or evicted by hand.
-    pub(crate) fn by_hand(&mut self, prefix: i64, pick: usize) {
+    /// Pins, unpins, loads or evicts a prefix, depending on `pick`.
+    pub(crate) fn pin_load_or_evict(&mut self, prefix: i64, pick: usize) {
         match pick % 4 {
             0 | 1 => self
                 .scheduler
-                .keep_prefix(prefix, pick.is_multiple_of(4))
+                .set_pinned(prefix, pick.is_multiple_of(4))
                 .expect("registered"),
             2 => {
                 let found = self.scheduler.load_prefix(prefix).expect("registered");
@@ -120,7 +125,7 @@ impl Model {
         assert_eq!(start, self.resident.get(&prefix).copied());
     }
 
-    /// One step; requests end after `pick` steps or at their limit.
+    /// Plans and commits one step. Requests end after `pick` decode steps or at their limit.
     pub(crate) fn step(&mut self, pick: usize) {
         let mut out = vec![-7; self.scheduler.buffer_len()];
         self.now += 1;
@@ -128,15 +133,15 @@ impl Model {
         assert_eq!(header.cancelled, self.cancelled.iter().copied().collect::<Vec<_>>());
         for id in std::mem::take(&mut self.cancelled) {
             self.waiting.remove(&id);
-            self.live.remove(&id);
+            self.running.remove(&id);
         }
         self.check_expired(&header.expired);
-        self.check_residency(&header);
-        let full = |live: &Live| live.filled == live.request.prompt_len;
+        self.check_prefix_moves(&header);
+        let full = |running: &RunningRequest| running.prefilled == running.request.prompt_len;
         let decoded: BTreeSet<i64> = self
-            .live
+            .running
             .iter()
-            .filter(|(_, live)| full(live))
+            .filter(|(_, running)| full(running))
             .map(|(id, _)| *id)
             .collect();
         assert_eq!(decoded, header.decode_ids.iter().copied().collect());
@@ -147,20 +152,20 @@ impl Model {
             self.check_prefill(&header.prefill_ids, &out, tables);
         }
         self.check_overlaps();
-        let over = |id: &&i64| self.live[*id].steps >= self.live[*id].request.max_new.min(pick);
+        let over = |id: &&i64| self.running[*id].steps >= self.running[*id].request.max_new.min(pick);
         let finished: Vec<i64> = header.decode_ids.iter().filter(over).copied().collect();
         self.scheduler.commit(&finished).expect("a commit");
         for id in finished {
-            self.live.remove(&id);
+            self.running.remove(&id);
             self.cancelled.remove(&id);
         }
     }
 
-    /// Steps until nothing is left, then checks that nothing leaked.
+    /// Steps until every request has ended, then checks that nothing leaked.
     pub(crate) fn drain(&mut self) {
-        let most = 40 * (self.waiting.len() + self.live.len()) + 10;
+        let most = 40 * (self.waiting.len() + self.running.len()) + 10;
         for _ in 0..most {
-            (0..self.loading.len()).for_each(|_| self.load(0));
+            (0..self.loading.len()).for_each(|_| self.finish_load(0));
             self.step(usize::MAX);
         }
         assert_eq!(
@@ -173,7 +178,7 @@ impl Model {
                 .forget_prefix(i64::try_from(prefix).expect("small"))
                 .expect("idle");
         }
-        assert_eq!(self.scheduler.free_rows(), (self.limits.arena_rows - 64) / 16 * 16);
+        assert_eq!(self.scheduler.free_rows(), (self.config.arena_rows - 64) / 16 * 16);
     }
 
     fn check_expired(&mut self, expired: &[i64]) {
@@ -181,7 +186,7 @@ impl Model {
         let mut expected: Vec<(i64, i64)> = self
             .waiting
             .values()
-            .chain(self.live.values().map(|live| &live.request))
+            .chain(self.running.values().map(|running| &running.request))
             .filter(|request| late(request))
             .map(|request| (request.deadline, request.id))
             .collect();
@@ -190,11 +195,11 @@ impl Model {
         assert_eq!(expired, ids);
         for id in ids {
             self.waiting.remove(&id);
-            self.live.remove(&id);
+            self.running.remove(&id);
         }
     }
 
-    fn check_residency(&mut self, header: &StepHeader) {
+    fn check_prefix_moves(&mut self, header: &StepHeader) {
         self.check_moves(&header.evictions, &header.loads);
     }
 
@@ -202,11 +207,13 @@ impl Model {
         for prefix in evictions {
             assert!(
                 self.resident.remove(prefix).is_some() && !self.loading.contains(prefix),
-                "evicted {prefix}"
+                "prefix {prefix} was evicted while absent or loading"
             );
             assert!(
-                self.live.values().all(|live| !live.request.prefixes.contains(prefix)),
-                "evicted under a request"
+                self.running
+                    .values()
+                    .all(|running| !running.request.prefixes.contains(prefix)),
+                "prefix {prefix} was evicted under a running request"
             );
         }
         for (prefix, row) in loads {
@@ -215,7 +222,7 @@ impl Model {
         }
         let held = |prefix: &i64| self.rows[index(*prefix)].next_multiple_of(16);
         let held: usize = self.resident.keys().map(held).sum();
-        assert!(held <= self.limits.prefix_rows, "{held} rows of prefixes");
+        assert!(held <= self.config.prefix_rows, "prefixes occupy {held} rows");
     }
 
     fn blocks_of(&self, request: &Request, layer: usize) -> Vec<(usize, usize)> {
@@ -227,7 +234,7 @@ impl Model {
             .collect()
     }
 
-    /// Every layer reads its own prefixes, and all views say the same of all else.
+    /// The blocks that each layer reads are those of the prefixes that lie in it.
     fn check_views(&self, request: &Request, out: &[i32], tables: &StepTables, number: usize) {
         for layer in 0..tables.view_of.len().max(1) {
             let view = &tables.views[tables.view_of.get(layer).copied().unwrap_or(0)];
@@ -243,7 +250,7 @@ impl Model {
     }
 
     fn check_prefill(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
-        let get = |name: &str| same(out, tables, name);
+        let get = |name: &str| shared_table(out, tables, name);
         let (chunks, seg) = (get("chunk").as_chunks::<4>().0, get("seg").as_chunks::<4>().0);
         let (slots, fill) = (get("slots"), get("fill").as_chunks::<3>().0);
         let mut fill = fill.iter();
@@ -251,112 +258,120 @@ impl Model {
         let continued = chunks.iter().any(|[_, _, start, _]| *start > 0);
         for (number, id) in ids.iter().enumerate() {
             let [row, beams, start, len] = chunks[number];
-            let mut live = self.live.remove(id).unwrap_or_else(|| Live {
+            let mut running = self.running.remove(id).unwrap_or_else(|| RunningRequest {
                 request: self.waiting.remove(id).expect("a waiting request"),
                 rows: (row..row + beams).collect(),
                 slots: Vec::new(),
-                filled: 0,
+                prefilled: 0,
                 steps: 0,
             });
-            let request = &live.request;
+            let request = &running.request;
             assert!(request.prefixes.iter().all(|prefix| !self.loading.contains(prefix)));
-            assert_eq!((at(beams), at(start)), (request.beams, live.filled));
+            assert_eq!((at(beams), at(start)), (request.beams, running.prefilled));
             let first = at(seg[number][0]);
             let mine = &slots[first..first + at(len)];
-            for beam in &live.rows {
+            for beam in &running.rows {
                 for (position, slot) in (start..).zip(mine) {
                     assert_eq!(fill.next(), Some(&[*beam, position, *slot]));
                 }
             }
-            live.slots.extend(mine.iter().map(|slot| at(*slot)));
-            live.filled += at(len);
-            assert_eq!(at(seg[number][3]), live.filled);
+            running.slots.extend(mine.iter().map(|slot| at(*slot)));
+            running.prefilled += at(len);
+            assert_eq!(at(seg[number][3]), running.prefilled);
             assert_eq!(get("seg_pos")[number], start);
             if continued {
-                let keys = &get("key_slots")[at(seg[number][2])..][..live.filled];
-                assert_eq!(keys.iter().map(|slot| at(*slot)).collect::<Vec<_>>(), live.slots);
+                let keys = &get("key_slots")[at(seg[number][2])..][..running.prefilled];
+                assert_eq!(keys.iter().map(|slot| at(*slot)).collect::<Vec<_>>(), running.slots);
             }
-            if live.filled == request.prompt_len {
+            if running.prefilled == request.prompt_len {
                 assert_eq!(ends.next().map(|end| at(*end)), Some(first + at(len) - 1));
             }
             self.check_views(request, out, tables, number);
             tokens += at(len);
-            self.live.insert(*id, live);
+            self.running.insert(*id, running);
         }
-        let partial = self.live.values().filter(|live| live.filled < live.request.prompt_len);
+        let partial = self
+            .running
+            .values()
+            .filter(|running| running.prefilled < running.request.prompt_len);
         assert!(partial.count() <= 1 && ends.next().is_none());
-        assert!(fill.next().is_none() && tokens <= self.limits.max_batched_tokens);
+        assert!(fill.next().is_none() && tokens <= self.config.max_batched_tokens);
     }
 
     fn check_decode(&mut self, ids: &[i64], out: &[i32], tables: &StepTables) {
-        let get = |name: &str| same(out, tables, name);
+        let get = |name: &str| shared_table(out, tables, name);
         let (row, slot, lens, position) = (get("row"), get("slot"), get("lens"), get("position_ids"));
         let mut at_row = 0;
-        if self.limits.decode.users > 0 {
+        if self.config.decode.users > 0 {
             for view in &tables.views {
                 work::check_work(out, view);
             }
         }
         for id in ids {
-            let live = self.live.get_mut(id).expect("a live request");
-            live.steps += 1;
-            let pos_start = live
+            let running = self.running.get_mut(id).expect("a running request");
+            running.steps += 1;
+            let pos_start = running
                 .request
                 .prefixes
                 .iter()
                 .map(|prefix| self.rows[index(*prefix)])
                 .max()
                 .unwrap_or(0);
-            for beam in &live.rows {
+            for beam in &running.rows {
                 assert_eq!(row[at_row], *beam);
-                assert_eq!(at(lens[at_row]), live.request.prompt_len + live.steps);
+                assert_eq!(at(lens[at_row]), running.request.prompt_len + running.steps);
                 assert_eq!(
                     at(position[at_row]),
-                    live.request.prompt_len + live.steps - 1 + pos_start
+                    running.request.prompt_len + running.steps - 1 + pos_start
                 );
-                assert!(!live.slots.contains(&at(slot[at_row])), "a slot came twice");
-                live.slots.push(at(slot[at_row]));
+                assert!(!running.slots.contains(&at(slot[at_row])), "a slot is used twice");
+                running.slots.push(at(slot[at_row]));
                 at_row += 1;
             }
-            let (request, beams) = (&self.live[id].request, self.live[id].rows.len());
+            let (request, beams) = (&self.running[id].request, self.running[id].rows.len());
             for row in at_row - beams..at_row {
                 self.check_views(request, out, tables, row);
             }
         }
-        let dead = at_row..row.len();
+        let padding = at_row..row.len();
         assert!(
-            dead.is_empty()
-                || self.limits.decode.padded && row.len().is_power_of_two()
-                || row.len() == self.limits.max_rows
+            padding.is_empty()
+                || self.config.decode.padded && row.len().is_power_of_two()
+                || row.len() == self.config.max_rows
         );
-        assert!(dead.clone().all(|dead| at(row[dead]) == self.limits.max_rows
-            && lens[dead] == 1
-            && at(slot[dead]) == self.limits.arena_rows - 1));
-        let keys: Vec<&[i64]> = ids.iter().map(|id| &*self.live[id].request.prefixes).collect();
-        assert!(keys.is_sorted(), "rows with the same prefixes are not side by side");
+        assert!(padding.clone().all(|padding| at(row[padding]) == self.config.max_rows
+            && lens[padding] == 1
+            && at(slot[padding]) == self.config.arena_rows - 1));
+        let keys: Vec<&[i64]> = ids.iter().map(|id| &*self.running[id].request.prefixes).collect();
+        assert!(keys.is_sorted(), "rows with the same prefixes are not neighbours");
     }
 
     fn check_overlaps(&self) {
-        let mut used = vec![false; self.limits.arena_rows - 64];
+        let mut used = vec![false; self.config.arena_rows - 64];
         let blocks = self
             .resident
             .iter()
             .flat_map(|(prefix, row)| *row..*row + self.rows[index(*prefix)]);
-        for row in blocks.chain(self.live.values().flat_map(|live| live.slots.iter().copied())) {
+        for row in blocks.chain(self.running.values().flat_map(|running| running.slots.iter().copied())) {
             assert!(
                 !std::mem::replace(&mut used[row], true),
                 "arena row {row} is used twice"
             );
         }
-        let mut rows: Vec<i32> = self.live.values().flat_map(|live| live.rows.iter().copied()).collect();
+        let mut rows: Vec<i32> = self
+            .running
+            .values()
+            .flat_map(|running| running.rows.iter().copied())
+            .collect();
         let count = rows.len();
         rows.sort_unstable();
         rows.dedup();
-        assert!(rows.len() == count && rows.iter().all(|row| at(*row) < self.limits.max_rows));
+        assert!(rows.len() == count && rows.iter().all(|row| at(*row) < self.config.max_rows));
     }
 }
 
-/// The blocks of segment or row `number` are these (first row, rows), laid left to right and ending right before key 0.
+/// Asserts that segment or row `number` uses the blocks `expected` (first row, rows) from left to right, the last of
+/// which ends right before key 0.
 fn assert_uses(out: &[i32], view: &[Section], number: usize, expected: &[(usize, usize)]) {
     let indptr = table(out, view, "use_indptr");
     let (uses, blocks) = (

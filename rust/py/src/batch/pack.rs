@@ -1,4 +1,4 @@
-//! `pack`.
+//! `pack` and `Packing`.
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use prefixfast_core::batch::pack as core;
@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use crate::arrays::{array, count, slice};
 use crate::error::detached;
 
-/// What `pack` returns.
+/// Micro-batches, and the loss weights of their examples.
 #[pyclass(frozen, module = "prefixfast._rust")]
 pub(crate) struct Packing {
     #[pyo3(get)]
@@ -18,7 +18,7 @@ pub(crate) struct Packing {
     weight: Py<PyArray1<f64>>,
 }
 
-/// Puts whole per-prefix batches into micro-batches of a token budget.
+/// Packs whole per-prefix batches into micro-batches of at most `token_budget` tokens.
 #[pyfunction]
 #[pyo3(signature = (lengths, targets, batch, *, token_budget, sequence_sum))]
 pub(crate) fn pack(
@@ -29,10 +29,13 @@ pub(crate) fn pack(
     token_budget: i64,
     sequence_sum: bool,
 ) -> PyResult<Packing> {
-    let (lengths, targets) = (slice(py, "lengths", &lengths)?, slice(py, "targets", &targets)?);
-    let batch = slice(py, "batch", &batch)?;
+    let examples = core::Examples {
+        lengths: slice(py, "lengths", &lengths)?,
+        targets: slice(py, "targets", &targets)?,
+        batch: slice(py, "batch", &batch)?,
+    };
     let budget = count(py, "token_budget", token_budget)? as u64;
-    let packing = detached(py, || core::pack(lengths, targets, batch, budget, sequence_sum))?;
+    let packing = detached(py, || core::pack(examples, budget, sequence_sum))?;
     Ok(Packing {
         order: array(py, packing.order),
         micro_indptr: array(py, packing.micro_indptr),

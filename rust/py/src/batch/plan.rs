@@ -1,4 +1,4 @@
-//! `plan_packed`.
+//! `plan_packed` and `PlanBuffer`.
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
 use prefixfast_core::Error;
@@ -10,7 +10,7 @@ use pyo3::types::PyDict;
 use crate::arrays::{array, count, sections, slice};
 use crate::error::{detached, raise};
 
-/// What `plan_packed` returns.
+/// Tables of a packed forward.
 #[pyclass(frozen, module = "prefixfast._rust")]
 pub(crate) struct PlanBuffer {
     #[pyo3(get)]
@@ -28,7 +28,7 @@ impl PlanBuffer {
     }
 }
 
-/// Tables of one packed forward.
+/// Makes the tables of a packed forward.
 #[pyfunction]
 #[pyo3(signature = (lengths, prefix_indptr, prefix, prefix_rows, *, tiles, buckets = 4))]
 pub(crate) fn plan_packed(
@@ -48,19 +48,19 @@ pub(crate) fn plan_packed(
             &Error::Config(format!("prefix_rows has shape {shape:?}: expected four columns")),
         ));
     }
-    let input = core::Packed {
+    let inputs = core::PackedInputs {
         lengths: slice(py, "lengths", &lengths)?,
         prefix_indptr: slice(py, "prefix_indptr", &prefix_indptr)?,
         prefix: slice(py, "prefix", &prefix)?,
         prefix_rows: rows,
-        tiles: core::Tiles {
-            tokens: count(py, "tiles", tiles.0)?,
+        tiles: core::TileSizes {
+            queries: count(py, "tiles", tiles.0)?,
             keys: count(py, "tiles", tiles.1)?,
-            rows: count(py, "tiles", tiles.2)?,
+            prefix_rows: count(py, "tiles", tiles.2)?,
         },
         buckets: count(py, "buckets", buckets)?,
     };
-    let (tables, reach) = detached(py, || core::plan_packed(&input))?;
+    let (tables, reach) = detached(py, || core::plan_packed(&inputs))?;
     Ok(PlanBuffer {
         buffer: array(py, tables.data),
         reach,

@@ -2,15 +2,17 @@
 
 use numpy::{PyArray1, PyArrayMethods};
 use prefixfast_core::Error;
-use prefixfast_core::batch::decode::Decode;
-use prefixfast_core::batch::schedule::{Limits, Request, Scheduler as Core, StepHeader as CoreHeader, StepTables};
+use prefixfast_core::batch::decode::DecodeSizes;
+use prefixfast_core::batch::schedule::{
+    Request, Scheduler as Core, SchedulerConfig, StepHeader as CoreHeader, StepTables,
+};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::arrays::{count, sections, slice_mut};
 use crate::error::{detached, guarded, raise};
 
-/// One step of `Scheduler.plan_step`.
+/// Plan of one step, made by `Scheduler.plan_step`.
 #[pyclass(frozen, module = "prefixfast._rust")]
 pub(crate) struct StepHeader(CoreHeader);
 
@@ -67,7 +69,7 @@ impl StepHeader {
     }
 }
 
-/// Where the tables of each view lie, and each layer's view.
+/// Sections of the tables of each view, and the view of each layer.
 type Layout<'py> = (Vec<Bound<'py, PyDict>>, Vec<usize>);
 
 fn layout<'py>(py: Python<'py>, tables: Option<&StepTables>) -> PyResult<Option<Layout<'py>>> {
@@ -82,7 +84,7 @@ fn reach(tables: Option<&StepTables>) -> i32 {
     tables.map_or(0, |tables| tables.reach)
 }
 
-/// Owns queue, decode rows, arena rows and prefix pins of one engine.
+/// Scheduler of one engine, which owns its queue, decode rows, arena rows and prefix cache.
 #[pyclass(module = "prefixfast._rust")]
 pub(crate) struct Scheduler(Core);
 
@@ -103,14 +105,14 @@ impl Scheduler {
         pad_decode: bool,
     ) -> PyResult<Self> {
         let [users, fill, key_bytes, part_bytes, item_bytes, launch_bytes] = decode.unwrap_or_default();
-        let limits = Limits {
+        let config = SchedulerConfig {
             arena_rows: count(py, "arena_rows", arena_rows)?,
             max_rows: count(py, "max_rows", max_rows)?,
             max_batched_tokens: count(py, "max_batched_tokens", max_batched_tokens)?,
             tile_rows: count(py, "tile_rows", tile_rows)?,
             buckets: count(py, "buckets", buckets)?,
             prefix_rows: count(py, "prefix_rows", prefix_rows.unwrap_or(arena_rows))?,
-            decode: Decode {
+            decode: DecodeSizes {
                 users: count(py, "decode: users", users)?,
                 fill: count(py, "decode: fill", fill)?,
                 key_bytes: count(py, "decode: key_bytes", key_bytes)?,
@@ -120,10 +122,10 @@ impl Scheduler {
                 padded: pad_decode,
             },
         };
-        guarded(py, || Core::new(limits)).map(Self)
+        guarded(py, || Core::new(config)).map(Self)
     }
 
-    /// Makes a prefix known.
+    /// Registers a prefix. It is loaded when a request needs it.
     #[pyo3(signature = (prefix, rows, pos_start, slides, *, layers = None))]
     fn register_prefix(
         &mut self,
@@ -141,33 +143,33 @@ impl Scheduler {
         })
     }
 
-    /// Forgets a prefix and frees its rows.
+    /// Forgets a prefix and frees its arena rows.
     fn forget_prefix(&mut self, py: Python<'_>, prefix: i64) -> PyResult<()> {
         guarded(py, || self.0.forget_prefix(prefix))
     }
 
-    /// Evicts a prefix last, or as any other again.
+    /// Pins or unpins a prefix. A pinned prefix is evicted only after all unpinned ones.
     fn keep_prefix(&mut self, py: Python<'_>, prefix: i64, kept: bool) -> PyResult<()> {
-        guarded(py, || self.0.keep_prefix(prefix, kept))
+        guarded(py, || self.0.set_pinned(prefix, kept))
     }
 
-    /// Gives a prefix room before a request needs it.
+    /// Allocates the arena rows of a prefix before a request needs them.
     fn load_prefix(&mut self, py: Python<'_>, prefix: i64) -> PyResult<Option<(usize, Vec<i64>)>> {
         let found = guarded(py, || self.0.load_prefix(prefix))?;
         Ok(found.map(|load| (load.row, load.evictions)))
     }
 
-    /// Gives up the arena rows of a prefix.
+    /// Evicts a prefix that no running request uses.
     fn evict_prefix(&mut self, py: Python<'_>, prefix: i64) -> PyResult<Option<usize>> {
         guarded(py, || self.0.evict_prefix(prefix))
     }
 
-    /// Where a prefix lies and who uses it.
+    /// First arena row of a prefix, and number of queued and running requests that use it.
     fn prefix_state(&self, py: Python<'_>, prefix: i64) -> PyResult<(Option<usize>, usize)> {
         guarded(py, || self.0.prefix_state(prefix))
     }
 
-    /// Queues a request.
+    /// Adds a request to the queue.
     #[pyo3(signature = (id, prefixes, prompt_len, beams, max_new, *, encoder_len = 0, tenant = 0, priority = 0, deadline = None))]
     #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn add(
@@ -183,14 +185,12 @@ impl Scheduler {
         priority: i64,
         deadline: Option<f64>,
     ) -> PyResult<()> {
-        let unsupported = [(
-            encoder_len != 0,
-            "encoder-decoder requests are not supported yet: expected encoder_len 0",
-        )];
-        if let Some((_, text)) = unsupported.iter().find(|(found, _)| *found) {
+        if encoder_len != 0 {
             return Err(raise(
                 py,
-                &Error::Request(format!("request {id}: {text}; leave it out")),
+                &Error::Request(format!(
+                    "request {id}: encoder-decoder requests are not supported yet: expected encoder_len 0; leave it out"
+                )),
             ));
         }
         let number = |name: &str, value: i64| {
@@ -214,24 +214,24 @@ impl Scheduler {
         guarded(py, || self.0.add(request))
     }
 
-    /// Drops a request at the next step.
+    /// Cancels a request, which is dropped at the next step. Returns False if it is unknown or already cancelled.
     fn cancel(&mut self, id: i64) -> bool {
         self.0.cancel(id)
     }
 
-    /// A load is complete.
+    /// Marks the load of a prefix as complete.
     fn prefix_ready(&mut self, py: Python<'_>, prefix: i64) -> PyResult<()> {
         guarded(py, || self.0.prefix_ready(prefix))
     }
 
-    /// Plans the next step and writes its tables.
+    /// Plans the next step and writes its tables into `out`.
     #[pyo3(signature = (out, now = 0.0))]
     fn plan_step(&mut self, py: Python<'_>, out: &Bound<'_, PyArray1<i32>>, now: f64) -> PyResult<StepHeader> {
         let mut out = out.try_readwrite().map_err(|_| {
             raise(
                 py,
                 &Error::Config(
-                    "out is not writable: expected an array that nobody else is using; pass a fresh one".to_owned(),
+                    "out is not writable: expected an array that is not borrowed elsewhere; pass a new one".to_owned(),
                 ),
             )
         })?;
@@ -239,7 +239,7 @@ impl Scheduler {
         detached(py, || self.0.plan_step(microseconds(now), out)).map(StepHeader)
     }
 
-    /// Ends the step.
+    /// Ends the step. Its requests advance, and the finished ones free everything that they hold.
     fn commit(&mut self, py: Python<'_>, finished: Vec<i64>) -> PyResult<()> {
         guarded(py, || self.0.commit(&finished))
     }
@@ -265,10 +265,10 @@ impl Scheduler {
     }
 }
 
-/// Seconds as whole microseconds, saturating; what is no number is 0.
+/// Seconds as integer microseconds. Values out of range saturate, and NaN becomes 0.
 #[expect(
     clippy::cast_possible_truncation,
-    reason = "a float that is too large becomes the largest integer"
+    reason = "a float out of range becomes the nearest integer"
 )]
 fn microseconds(seconds: f64) -> i64 {
     (seconds * 1e6) as i64

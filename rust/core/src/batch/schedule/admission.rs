@@ -1,53 +1,56 @@
-//! Who enters and who leaves.
+//! Admission of requests into the running set, and their release.
 
-use super::super::free_list::Run;
+use super::placement::PlacementRequest;
 use super::queue::PROMPT_COST;
-use super::request::{Entry, Held, Phase, Request};
+use super::request::{Phase, Request, RunningState, TrackedRequest};
 use super::step::StepHeader;
-use super::{MAX_ROWS, Scheduler, TAIL, UNIT};
+use super::{MAX_ROWS, RESERVED_ROWS, Scheduler, UNIT};
 use crate::error::{Error, Result};
 
 impl Scheduler {
-    /// Refuses what an empty arena cannot hold.
+    /// Refuses a request that would not fit into an empty arena.
     pub(super) fn check_room(&self, request: &Request, prefix_units: usize) -> Result<()> {
         let wrong = |text: String| Err(Error::Request(format!("request {} can never run: {text}", request.id)));
-        let (beams, max_rows) = (request.beams, self.limits.max_rows);
+        let (beams, max_rows) = (request.beams, self.config.max_rows);
         if beams > max_rows {
             return wrong(format!(
                 "it needs {beams} decode rows and there are {max_rows}; use fewer beams or raise max_rows"
             ));
         }
-        let slots = request.slots().and_then(|slots| slots.checked_next_multiple_of(UNIT));
+        let slots = request
+            .num_slots()
+            .and_then(|slots| slots.checked_next_multiple_of(UNIT));
         let needed = slots.and_then(|slots| slots.checked_add(prefix_units * UNIT));
-        let rows = (self.limits.arena_rows - TAIL) / UNIT * UNIT;
+        let rows = (self.config.arena_rows - RESERVED_ROWS) / UNIT * UNIT;
         if needed.is_none_or(|needed| needed > rows) {
             let needed = needed.map_or_else(|| "more".to_owned(), |needed| needed.to_string());
             return wrong(format!(
-                "{} prompt tokens, {beams} beams x {} new tokens and {} prefix rows, each rounded up to {UNIT}, need {needed} arena rows and there \
-                 are {rows}; shorten it or raise arena_rows",
+                "{} prompt tokens, {beams} beams x {} new tokens and {} prefix rows, each rounded up to {UNIT}, need \
+                 {needed} arena rows and there are {rows}; shorten it or raise arena_rows",
                 request.prompt_len,
                 request.max_new,
                 prefix_units * UNIT
             ));
         }
-        let budget = self.limits.prefix_rows / UNIT;
-        if prefix_units > budget {
+        let prefix_budget = self.config.prefix_rows / UNIT;
+        if prefix_units > prefix_budget {
             return wrong(format!(
-                "its prefixes, each rounded up to {UNIT}, need {} arena rows and prefixes may hold {}; raise prefix_memory",
+                "its prefixes, each rounded up to {UNIT}, need {} arena rows and prefixes may hold {}; raise \
+                 prefix_memory",
                 prefix_units * UNIT,
-                budget * UNIT
+                prefix_budget * UNIT
             ));
         }
-        let reach = self.residency.rows_of(&request.prefixes) + request.prompt_len + request.max_new;
-        let mut most = self.most.clone();
-        most.see(request);
-        if reach > MAX_ROWS || most.buffer_len(&self.limits) > MAX_ROWS {
+        let reach = self.prefix_cache.total_rows(&request.prefixes) + request.prompt_len + request.max_new;
+        let mut maxima = self.maxima.clone();
+        maxima.update(request);
+        if reach > MAX_ROWS || maxima.buffer_len(&self.config) > MAX_ROWS {
             return wrong("its tables outgrow int32; use fewer prefixes or a smaller max_batched_tokens".to_owned());
         }
         Ok(())
     }
 
-    /// Drops the cancelled requests, and those whose deadline has passed.
+    /// Drops cancelled requests, and requests whose deadline has passed.
     pub(super) fn drop_ended(&mut self, now: i64, header: &mut StepHeader) {
         for id in std::mem::take(&mut self.cancelled) {
             self.release(id);
@@ -61,75 +64,90 @@ impl Scheduler {
         }
     }
 
-    /// Admits from the head of the queue while it fits.
+    /// Admits requests from the head of the queue until one does not fit.
     pub(super) fn admit(&mut self, header: &mut StepHeader) {
-        while let Some((id, place)) = self.queue.head() {
-            let Some(held) = self.place(id, header) else {
+        while let Some((id, position)) = self.queue.head() {
+            let Some(state) = self.allocate(id, header) else {
                 break;
             };
-            self.queue.admit(place);
-            self.admitted.insert(held.admission, id);
+            self.queue.admit(position);
+            self.prefilling.insert(state.admission, id);
             if let Some(entry) = self.requests.get_mut(&id) {
                 let prompt = u64::try_from(entry.request.prompt_len).unwrap_or(u64::MAX);
-                self.queue.charge(place.account, prompt.saturating_mul(PROMPT_COST));
-                entry.phase = Phase::Admitted(held);
+                self.queue.charge(position.account, prompt.saturating_mul(PROMPT_COST));
+                entry.phase = Phase::Running(state);
             }
         }
     }
 
-    fn place(&mut self, id: i64, header: &mut StepHeader) -> Option<Held> {
-        let alone = self.num_running() == 0;
+    /// Allocates everything that a request needs until its end.
+    fn allocate(&mut self, id: i64, header: &mut StepHeader) -> Option<RunningState> {
+        let is_alone = self.num_running() == 0;
         let request = &self.requests.get(&id)?.request;
-        let units = request.slots()?.div_ceil(UNIT);
-        let rows = self.rows.take_low(request.beams)?;
-        let prefixes = &request.prefixes;
-        let budget = self.limits.prefix_rows / UNIT;
-        let arena = &mut self.arena;
-        let found = self.residency.place(prefixes, units, false, (arena, budget));
-        let found = match found {
-            None if alone => self.residency.place(prefixes, units, true, (arena, budget)),
+        let slot_units = request.num_slots()?.div_ceil(UNIT);
+        let decode_rows = self.decode_rows.allocate_low(request.beams)?;
+        let prefixes = &*request.prefixes;
+        let prefix_budget = self.config.prefix_rows / UNIT;
+        let mut place = |evict_all| {
+            let request = PlacementRequest {
+                prefixes,
+                slot_units,
+                evict_all,
+            };
+            self.prefix_cache.place(request, &mut self.arena, prefix_budget)
+        };
+        // With nothing running, evicting everything removes all fragmentation, so a request cannot wait forever.
+        let found = match place(false) {
+            None if is_alone => place(true),
             found => found,
         };
         let Some(placement) = found else {
-            self.rows.give(rows);
+            self.decode_rows.free(decode_rows);
             return None;
         };
-        self.residency.pin(prefixes);
-        let (blocks, pos_start) = self.residency.blocks(prefixes);
+        self.prefix_cache.start_running(prefixes);
+        let (blocks, pos_start) = self.prefix_cache.blocks(prefixes);
         header
             .loads
             .extend(placement.loads.iter().map(|(prefix, run)| (*prefix, run.start * UNIT)));
         header.evictions.extend(placement.evictions);
         self.admissions += 1;
-        Some(Held {
+        Some(RunningState {
             admission: self.admissions,
-            rows,
-            slots: placement.slots,
+            decode_rows,
+            slot_units: placement.slot_units,
             blocks,
             pos_start,
-            filled: 0,
-            steps: 0,
+            prefilled: 0,
+            decode_steps: 0,
         })
     }
 
-    /// Forgets a request and frees what it holds.
+    /// Forgets a request and frees everything that it holds.
     pub(super) fn release(&mut self, id: i64) {
         self.cancelled.remove(&id);
-        let Some(Entry { request, place, phase }) = self.requests.remove(&id) else {
+        let Some(TrackedRequest {
+            request,
+            position,
+            phase,
+        }) = self.requests.remove(&id)
+        else {
             return;
         };
         self.deadlines.remove(&(request.deadline, id));
-        self.queue.close(place.account);
+        self.queue.close(position.account);
         match phase {
-            Phase::Waiting => self.queue.remove(place),
-            Phase::Admitted(held) => {
-                self.admitted.remove(&held.admission);
-                self.decoding.remove(&(request.prefixes.clone(), place.arrival));
-                self.rows.give(held.rows);
-                held.slots.into_iter().for_each(|run: Run| self.arena.give(run));
-                self.residency.unpin(&request.prefixes);
+            Phase::Waiting => self.queue.remove(position),
+            Phase::Running(state) => {
+                self.prefilling.remove(&state.admission);
+                self.decoding.remove(&(request.prefixes.clone(), position.arrival));
+                self.decode_rows.free(state.decode_rows);
+                for run in state.slot_units {
+                    self.arena.free(run);
+                }
+                self.prefix_cache.stop_running(&request.prefixes);
             }
         }
-        self.residency.unhold(&request.prefixes);
+        self.prefix_cache.remove_request(&request.prefixes);
     }
 }

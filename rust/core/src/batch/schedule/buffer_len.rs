@@ -1,62 +1,65 @@
-//! How long a step's buffer can get.
+//! Upper bound of the length of a step's table buffer.
 
 use super::super::table_buffer::ALIGN;
-use super::{Limits, Request};
+use super::{Request, SchedulerConfig};
 
-/// Sections of a prefill and a decode together, rounded up: each may leave a gap before it.
-const SECTIONS: usize = 40;
+/// Upper bound of the number of tables of a prefill and a decode together. Each table may leave a gap before it.
+const MAX_SECTIONS: usize = 40;
 
-/// The largest requests seen.
+/// Largest sizes of all requests so far.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Most {
+pub(super) struct RequestMaxima {
     prompt_len: usize,
     beams: usize,
     pub(super) prefixes: usize,
 }
 
-impl Most {
-    pub(super) fn see(&mut self, request: &Request) {
+impl RequestMaxima {
+    pub(super) fn update(&mut self, request: &Request) {
         self.prompt_len = self.prompt_len.max(request.prompt_len);
         self.beams = self.beams.max(request.beams);
         self.prefixes = self.prefixes.max(request.prefixes.len());
     }
 
-    /// int32 entries that no view of a step exceeds; saturates.
-    pub(super) fn buffer_len(&self, limits: &Limits) -> usize {
-        let tokens = self.prompt_len.max(limits.max_batched_tokens);
-        let sequences = tokens.min(limits.max_rows);
-        let places = tokens
-            .saturating_mul(root(tokens, limits.buckets))
+    /// int32 entries that the tables of one view never exceed in any step. The result saturates.
+    pub(super) fn buffer_len(&self, config: &SchedulerConfig) -> usize {
+        let tokens = self.prompt_len.max(config.max_batched_tokens);
+        let sequences = tokens.min(config.max_rows);
+        let padded_tokens = tokens
+            .saturating_mul(ceil_root(tokens, config.buckets))
             .min(tokens.saturating_mul(sequences));
-        let uses = self.prefixes;
+        let prefixes = self.prefixes;
         let tiles = tokens
-            .checked_div(limits.tile_rows)
+            .checked_div(config.tile_rows)
             .map_or(0, |tiles| 2 * (tiles + sequences));
-        // By sequence: seg 4, seg_pos, use_indptr, chunk 4, logits_idx; by use: use 3, block 2, user_indptr, span 3, then 3 by token; by
-        // token: scatter, position_ids, slots, and fill 3 by beam; key_slots: the one prompt that is cut, and the other tokens.
-        let by_use = |queries: usize, tokens: usize| uses.saturating_mul(9 * queries + 3 * tokens);
+        // Per block use: use 3, block 2, user_indptr 1, span 3, and per token of the use: user, user_pos, user_slides.
+        let block_tables = |queries: usize, tokens: usize| prefixes.saturating_mul(9 * queries + 3 * tokens);
+        // Per sequence: seg 4, seg_pos 1, use_indptr 1, chunk 4, logits_idx 1. Per token: scatter, position_ids, slots,
+        // and fill 3 per beam. key_slots: the one prompt that is split over steps, and the other tokens.
         let prefill = [
             11 * sequences,
-            by_use(sequences, tokens),
+            block_tables(sequences, tokens),
             4 * tokens + self.prompt_len,
             tokens.saturating_mul(3 * self.beams),
-            places,
+            padded_tokens,
             tiles,
         ];
-        // By row: row, slot, lens, position_ids, use_indptr.
+        // Per row: row, slot, lens, position_ids, use_indptr.
         let decode = [
-            5 * limits.max_rows,
-            by_use(limits.max_rows, limits.max_rows),
-            limits.decode.len(limits.max_rows, uses),
+            5 * config.max_rows,
+            block_tables(config.max_rows, config.max_rows),
+            config.decode.max_entries(config.max_rows, prefixes),
         ];
-        let fixed = SECTIONS * ALIGN + 2 * limits.buckets + 4;
+        let fixed = MAX_SECTIONS * ALIGN + 2 * config.buckets + 4;
         prefill.into_iter().chain(decode).fold(fixed, usize::saturating_add)
     }
 }
 
-/// The least whole number whose `degree`-th power is at least `value`: with cuts at its powers, padding multiplies tokens by at most this, and
-/// the best cuts are no worse.
-fn root(value: usize, degree: usize) -> usize {
+/// Smallest integer whose `degree`-th power is at least `value`.
+///
+/// It bounds the padding of `degree` length buckets. With borders at its powers, padding multiplies the number of
+/// tokens by at most this factor, and the best borders are no worse.
+fn ceil_root(value: usize, degree: usize) -> usize {
     let degree = u32::try_from(degree).unwrap_or(u32::MAX);
     let (mut low, mut high) = (1, value.max(1));
     while low < high {
@@ -72,12 +75,18 @@ fn root(value: usize, degree: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::root;
+    use super::ceil_root;
 
     #[test]
     fn roots_round_up() {
         assert_eq!(
-            [root(8192, 4), root(10_000, 4), root(10_001, 4), root(1, 4), root(7, 1)],
+            [
+                ceil_root(8192, 4),
+                ceil_root(10_000, 4),
+                ceil_root(10_001, 4),
+                ceil_root(1, 4),
+                ceil_root(7, 1)
+            ],
             [10, 10, 11, 1, 7]
         );
     }

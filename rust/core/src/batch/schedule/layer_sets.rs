@@ -1,58 +1,62 @@
-//! Layers in which different prefixes lie: each kind of them, a view, reads tables of its own.
+//! Layer sets: in which layers each prefix lies, and which layers can share their tables.
+//!
+//! A prefix may leave layers out. Layers in which the same prefixes lie form a view and read the same tables.
 
 use std::borrow::Cow;
 
 use rustc_hash::FxHashMap;
 
-use super::super::block_tables::Block;
+use super::super::block_tables::PrefixBlock;
 use crate::error::{Error, Result};
 
-/// The number of the set that has every layer.
-pub(super) const ALL: usize = 0;
+/// Number of the layer set that contains every layer.
+pub(super) const ALL_LAYERS: usize = 0;
 
-/// A set of layers that prefixes lie in.
+/// A set that leaves out at least one layer.
 #[derive(Debug)]
-struct Set {
-    /// Whether it has each layer.
+struct LayerSet {
+    /// Whether the set contains each layer.
     layers: Vec<bool>,
-    /// Prefixes that lie in it; without any its place is free.
-    users: usize,
+    /// Number of prefixes with this set. The number of a set without prefixes can be reused.
+    num_prefixes: usize,
 }
 
-/// Layers grouped by which of some sets have them.
+/// Partition of the layers into views.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Views {
-    /// By layer: its view. Empty while the only set is the one of all layers.
+pub(super) struct LayerViews {
+    /// View of each layer, empty if the only layer set is [`ALL_LAYERS`].
     of_layer: Vec<usize>,
-    /// By view: one of its layers.
-    layers: Vec<usize>,
+    /// First layer of each view.
+    first_layer: Vec<usize>,
 }
 
-impl Views {
-    /// At least 1, and no more than layers.
+impl LayerViews {
+    /// Number of views, at least 1.
     pub(super) fn count(&self) -> usize {
-        self.layers.len().max(1)
+        self.first_layer.len().max(1)
     }
 
-    /// By layer: its view; empty where every layer has all prefixes.
+    /// View of each layer, empty if all prefixes lie in every layer.
     pub(super) fn of_layer(&self) -> &[usize] {
         &self.of_layer
     }
 }
 
-/// The sets of all registered prefixes.
+/// Layer sets of all registered prefixes.
 #[derive(Debug, Default)]
-pub(super) struct Sets {
-    /// Set `i + 1`; each leaves a layer out.
-    sets: Vec<Set>,
-    /// Of all sets.
-    views: Views,
+pub(super) struct LayerSets {
+    /// Layer set `i + 1` at index `i`.
+    partial: Vec<LayerSet>,
+    /// Views that all sets in use tell apart.
+    views: LayerViews,
 }
 
-impl Sets {
-    /// The number of a set that one more prefix lies in; empty `layers` stand for all.
+impl LayerSets {
+    /// Counts one more prefix with the given layers and returns the number of its layer set.
+    ///
+    /// * `layers`: whether the prefix lies in each layer, empty for all layers.
     pub(super) fn add(&mut self, layers: &[bool]) -> Result<usize> {
-        if let Some(known) = self.sets.first().map(|set| set.layers.len())
+        if let Some(known) = self.partial.first().map(|set| set.layers.len())
             && !layers.is_empty()
             && layers.len() != known
         {
@@ -61,66 +65,66 @@ impl Sets {
                 layers.len(),
             )));
         }
-        if layers.iter().all(|has| *has) {
-            return Ok(ALL);
+        if layers.iter().all(|has_layer| *has_layer) {
+            return Ok(ALL_LAYERS);
         }
-        let known = |set: &Set| set.users > 0 && set.layers == layers;
-        let place = self.sets.iter().position(known);
-        let place = place.unwrap_or_else(|| {
-            let set = Set {
+        let is_same = |set: &LayerSet| set.num_prefixes > 0 && set.layers == layers;
+        let index = self.partial.iter().position(is_same);
+        let index = index.unwrap_or_else(|| {
+            let set = LayerSet {
                 layers: layers.to_vec(),
-                users: 0,
+                num_prefixes: 0,
             };
-            let free = self.sets.iter().position(|set| set.users == 0);
+            let free = self.partial.iter().position(|set| set.num_prefixes == 0);
             if let Some(free) = free {
-                self.sets[free] = set;
+                self.partial[free] = set;
             } else {
-                self.sets.push(set);
+                self.partial.push(set);
             }
-            free.unwrap_or(self.sets.len() - 1)
+            free.unwrap_or(self.partial.len() - 1)
         });
-        self.sets[place].users += 1;
-        if self.sets[place].users == 1 {
-            self.group();
+        self.partial[index].num_prefixes += 1;
+        if self.partial[index].num_prefixes == 1 {
+            self.update_views();
         }
-        Ok(place + 1)
+        Ok(index + 1)
     }
 
-    /// A prefix of this set is forgotten.
+    /// Counts one prefix less with the layer set `set`.
     pub(super) fn release(&mut self, set: usize) {
-        if set != ALL {
-            self.sets[set - 1].users -= 1;
-            if self.sets[set - 1].users == 0 {
-                self.group();
+        if set != ALL_LAYERS {
+            self.partial[set - 1].num_prefixes -= 1;
+            if self.partial[set - 1].num_prefixes == 0 {
+                self.update_views();
             }
         }
     }
 
-    fn group(&mut self) {
-        let used = |set: &usize| self.sets[*set - 1].users > 0;
-        let used: Vec<usize> = (1..=self.sets.len()).filter(used).collect();
-        self.views = self.views_of(&used);
+    fn update_views(&mut self) {
+        let in_use = |set: &usize| self.partial[*set - 1].num_prefixes > 0;
+        let in_use: Vec<usize> = (1..=self.partial.len()).filter(in_use).collect();
+        self.views = self.views_of(&in_use);
     }
 
-    /// Of all sets.
-    pub(super) fn views(&self) -> &Views {
+    /// Views that the sets of all registered prefixes tell apart.
+    pub(super) fn views(&self) -> &LayerViews {
         &self.views
     }
 
-    /// Of these sets.
-    pub(super) fn views_of(&self, sets: &[usize]) -> Views {
+    /// Views that the given sets tell apart.
+    pub(super) fn views_of(&self, sets: &[usize]) -> LayerViews {
         let partial: Vec<&[bool]> = sets
             .iter()
-            .filter(|set| **set != ALL)
-            .map(|set| self.sets[*set - 1].layers.as_slice())
+            .filter(|set| **set != ALL_LAYERS)
+            .map(|set| self.partial[*set - 1].layers.as_slice())
             .collect();
-        let mut views = Views::default();
-        let mut known = FxHashMap::default();
+        let mut views = LayerViews::default();
+        let mut view_by_column = FxHashMap::default();
         for layer in 0..partial.first().map_or(0, |layers| layers.len()) {
             let column: Vec<bool> = partial.iter().map(|layers| layers[layer]).collect();
-            let view = *known.entry(column).or_insert(views.layers.len());
-            if view == views.layers.len() {
-                views.layers.push(layer);
+            let view = *view_by_column.entry(column).or_insert(views.first_layer.len());
+            if view == views.first_layer.len() {
+                views.first_layer.push(layer);
             }
             views.of_layer.push(view);
         }
@@ -128,71 +132,88 @@ impl Sets {
     }
 
     /// Those of `blocks` that lie in the layers of a view.
-    pub(super) fn visible<'a>(&self, views: &Views, view: usize, blocks: &'a [Block]) -> Cow<'a, [Block]> {
-        let visible = |block: &Block| block.set == ALL || self.sets[block.set - 1].layers[views.layers[view]];
-        if blocks.iter().all(visible) {
+    pub(super) fn visible<'a>(
+        &self,
+        views: &LayerViews,
+        view: usize,
+        blocks: &'a [PrefixBlock],
+    ) -> Cow<'a, [PrefixBlock]> {
+        let is_visible = |block: &PrefixBlock| {
+            block.layer_set == ALL_LAYERS || self.partial[block.layer_set - 1].layers[views.first_layer[view]]
+        };
+        if blocks.iter().all(is_visible) {
             Cow::Borrowed(blocks)
         } else {
-            blocks.iter().copied().filter(visible).collect()
+            blocks.iter().copied().filter(is_visible).collect()
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{ALL, Block, Sets};
+    use super::{ALL_LAYERS, LayerSets, PrefixBlock};
 
-    fn block(set: usize) -> Block {
-        Block {
+    fn block(layer_set: usize) -> PrefixBlock {
+        PrefixBlock {
             prefix: 0,
             first: 0,
             rows: 1,
             slides: 1,
-            set,
+            layer_set,
         }
     }
 
-    fn seen(sets: &Sets, blocks: &[Block]) -> Vec<Vec<usize>> {
+    fn visible_sets(sets: &LayerSets, blocks: &[PrefixBlock]) -> Vec<Vec<usize>> {
         let numbers = |view| {
             let visible = sets.visible(sets.views(), view, blocks);
-            visible.iter().map(|block| block.set).collect()
+            visible.iter().map(|block| block.layer_set).collect()
         };
         (0..sets.views().count()).map(numbers).collect()
     }
 
     #[test]
-    fn sets_have_one_number_and_layers_that_nobody_tells_apart_one_view() {
-        let mut sets = Sets::default();
-        assert_eq!(sets.add(&[true; 4]), Ok(ALL));
+    fn equal_sets_share_a_number_and_equal_layers_share_a_view() {
+        let mut sets = LayerSets::default();
+        assert_eq!(sets.add(&[true; 4]), Ok(ALL_LAYERS));
         assert_eq!((sets.views().count(), sets.views().of_layer()), (1, [].as_slice()));
         assert_eq!(sets.add(&[true, true, false, false]), Ok(1));
         assert_eq!(sets.views().of_layer(), [0, 0, 1, 1]);
         assert_eq!(sets.add(&[false, true, false, true]), Ok(2));
         assert_eq!(sets.views().of_layer(), [0, 1, 2, 3]);
         assert_eq!(sets.add(&[true, true, false, false]), Ok(1));
-        assert_eq!(sets.add(&[]), Ok(ALL));
-        assert!(sets.add(&[true, false]).is_err(), "of another model");
-        let blocks = [block(ALL), block(1), block(2)];
-        assert_eq!(seen(&sets, &blocks), [vec![0, 1], vec![0, 1, 2], vec![0], vec![0, 2]]);
-        assert_eq!(sets.views_of(&[ALL, 2]).of_layer(), [0, 1, 0, 1]);
-        assert_eq!(sets.views_of(&[ALL]).count(), 1);
+        assert_eq!(sets.add(&[]), Ok(ALL_LAYERS));
+        assert!(sets.add(&[true, false]).is_err(), "another number of layers");
+        let blocks = [block(ALL_LAYERS), block(1), block(2)];
+        assert_eq!(
+            visible_sets(&sets, &blocks),
+            [vec![0, 1], vec![0, 1, 2], vec![0], vec![0, 2]]
+        );
+        assert_eq!(sets.views_of(&[ALL_LAYERS, 2]).of_layer(), [0, 1, 0, 1]);
+        assert_eq!(sets.views_of(&[ALL_LAYERS]).count(), 1);
     }
 
     #[test]
-    fn a_set_that_nobody_lies_in_any_more_makes_no_view() {
-        let mut sets = Sets::default();
+    fn a_set_without_prefixes_does_not_affect_the_views() {
+        let mut sets = LayerSets::default();
         for layers in [[true, false, false], [true, false, false], [true, true, false]] {
             assert!(sets.add(&layers).is_ok());
         }
         sets.release(1);
-        assert_eq!(sets.views().of_layer(), [0, 1, 2], "one prefix is left in it");
+        assert_eq!(sets.views().of_layer(), [0, 1, 2], "one prefix of the set is left");
         sets.release(1);
         assert_eq!(sets.views().of_layer(), [0, 0, 1]);
-        assert_eq!(sets.add(&[false, true, true]), Ok(1), "its place is free");
-        assert_eq!(seen(&sets, &[block(1), block(2)]), [vec![2], vec![1, 2], vec![1]]);
+        assert_eq!(
+            sets.add(&[false, true, true]),
+            Ok(1),
+            "the number of the unused set is reused"
+        );
+        assert_eq!(
+            visible_sets(&sets, &[block(1), block(2)]),
+            [vec![2], vec![1, 2], vec![1]]
+        );
         sets.release(1);
         sets.release(2);
-        sets.release(ALL);
+        sets.release(ALL_LAYERS);
         assert_eq!((sets.views().count(), sets.views().of_layer().len()), (1, 0));
     }
 }

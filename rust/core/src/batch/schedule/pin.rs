@@ -1,63 +1,76 @@
-//! Prefixes that a user keeps, loads and evicts by hand, apart from requests.
+//! Prefixes that the caller pins, loads and evicts independently of requests.
 
+use super::placement::PlacementRequest;
 use super::{Scheduler, UNIT};
 use crate::error::Result;
 
-/// A prefix that was given room: its first arena row, and the prefixes that had to go.
+/// Room in the arena for a prefix.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Load {
-    /// Where it goes.
+pub struct PrefixLoad {
+    /// First arena row of the prefix.
     pub row: usize,
-    /// Whose rows were given up.
+    /// Prefixes that were evicted to make room.
     pub evictions: Vec<i64>,
 }
 
 impl Scheduler {
-    /// Evicts a prefix only when nothing else is left to evict, or as any other again.
+    /// Pins or unpins a prefix. A pinned prefix is evicted only after all unpinned ones.
     ///
     /// # Errors
-    /// [`crate::Error::UnknownPrefix`].
-    pub fn keep_prefix(&mut self, prefix: i64, kept: bool) -> Result<()> {
-        self.residency.keep(prefix, kept)
+    /// [`crate::Error::UnknownPrefix`] if the prefix is not registered.
+    pub fn set_pinned(&mut self, prefix: i64, pinned: bool) -> Result<()> {
+        self.prefix_cache.set_pinned(prefix, pinned)
     }
 
-    /// Gives a prefix room before a request needs it: copy it in, then call [`Scheduler::prefix_ready`]. `None` if it has room already,
-    /// needs none, or there is none now.
+    /// Prefetches a prefix: allocates its arena rows before a request needs them.
+    ///
+    /// The caller copies the prefix in and then calls [`Scheduler::prefix_ready`]. Returns `None` if the prefix has
+    /// arena rows already or needs none, or if there is no room now.
     ///
     /// # Errors
-    /// [`crate::Error::UnknownPrefix`].
-    pub fn load_prefix(&mut self, prefix: i64) -> Result<Option<Load>> {
-        self.residency.state(prefix)?;
-        let budget = self.limits.prefix_rows / UNIT;
-        let found = self.residency.place(&[prefix], 0, false, (&mut self.arena, budget));
-        Ok(found.and_then(|placement| {
+    /// [`crate::Error::UnknownPrefix`] if the prefix is not registered.
+    pub fn load_prefix(&mut self, prefix: i64) -> Result<Option<PrefixLoad>> {
+        self.prefix_cache.state(prefix)?;
+        let request = PlacementRequest {
+            prefixes: &[prefix],
+            slot_units: 0,
+            evict_all: false,
+        };
+        let placement = self
+            .prefix_cache
+            .place(request, &mut self.arena, self.config.prefix_rows / UNIT);
+        Ok(placement.and_then(|placement| {
             let (_, run) = placement.loads.first()?;
-            Some(Load {
+            Some(PrefixLoad {
                 row: run.start * UNIT,
                 evictions: placement.evictions,
             })
         }))
     }
 
-    /// Gives up the arena rows of a prefix that no running request reads: its first row. `None` if it is not there or not free to go.
+    /// Evicts a prefix and returns its first arena row.
+    ///
+    /// Returns `None` and does nothing if the prefix is not in the arena, is being loaded, or is used by a running
+    /// request.
     ///
     /// # Errors
-    /// [`crate::Error::UnknownPrefix`].
+    /// [`crate::Error::UnknownPrefix`] if the prefix is not registered.
     pub fn evict_prefix(&mut self, prefix: i64) -> Result<Option<usize>> {
-        let (start, _) = self.residency.state(prefix)?;
-        if !self.residency.is_idle(prefix) {
+        let (start, _) = self.prefix_cache.state(prefix)?;
+        if !self.prefix_cache.is_evictable(prefix) {
             return Ok(None);
         }
-        self.residency.evict(prefix, &mut self.arena);
+        self.prefix_cache.evict(prefix, &mut self.arena);
         Ok(start.map(|unit| unit * UNIT))
     }
 
-    /// The first arena row of a prefix that is there or on its way, and how many queued and running requests use it.
+    /// First arena row of a prefix that is ready or being loaded, and number of queued and running requests that use
+    /// it.
     ///
     /// # Errors
-    /// [`crate::Error::UnknownPrefix`].
+    /// [`crate::Error::UnknownPrefix`] if the prefix is not registered.
     pub fn prefix_state(&self, prefix: i64) -> Result<(Option<usize>, usize)> {
-        let (start, holders) = self.residency.state(prefix)?;
-        Ok((start.map(|unit| unit * UNIT), holders))
+        let (start, num_requests) = self.prefix_cache.state(prefix)?;
+        Ok((start.map(|unit| unit * UNIT), num_requests))
     }
 }

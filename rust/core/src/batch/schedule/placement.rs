@@ -1,56 +1,152 @@
-//! Placing a request's prefixes and slots, all or nothing.
+//! Placement of a request's prefixes and slots in the arena. It succeeds as a whole or changes nothing.
 
-use super::super::free_list::{Run, Slots};
+use super::super::free_list::{FreeList, Run};
+use super::prefix_cache::{Location, PrefixCache};
 
-/// What placing some prefixes and slots took.
+/// Prefixes and slots to place.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct PlacementRequest<'a> {
+    pub(super) prefixes: &'a [i64],
+    /// Number of arena units for the request's tokens.
+    pub(super) slot_units: usize,
+    /// Whether to evict every evictable prefix, including those of the request itself. Then only prefixes that are
+    /// being loaded can be in the way.
+    pub(super) evict_all: bool,
+}
+
+/// Result of a placement.
 #[derive(Debug, Default)]
 pub(super) struct Placement {
+    /// Prefixes to load, and their arena units.
     pub(super) loads: Vec<(i64, Run)>,
+    /// Evicted prefixes.
     pub(super) evictions: Vec<i64>,
-    pub(super) slots: Vec<Run>,
+    /// Arena units for the request's tokens.
+    pub(super) slot_units: Vec<Run>,
 }
 
-/// An attempt to place something, which can be undone.
-pub(super) struct Trial<'a, V> {
-    arena: &'a mut Slots,
-    victims: V,
+impl PrefixCache {
+    /// Makes room for the missing prefixes and the slots of a request, evicting prefixes where necessary.
+    ///
+    /// Returns `None` and changes nothing if the arena has too little room, or if all prefixes together would occupy
+    /// more than `prefix_budget` units.
+    pub(super) fn place(
+        &mut self,
+        request: PlacementRequest<'_>,
+        arena: &mut FreeList,
+        prefix_budget: usize,
+    ) -> Option<Placement> {
+        let PlacementRequest {
+            prefixes,
+            slot_units,
+            evict_all,
+        } = request;
+        let missing = self.missing(prefixes, evict_all);
+        let added: usize = missing.iter().map(|(_, units)| units).sum();
+        if slot_units + added > arena.num_free() + self.evictable_units {
+            return None;
+        }
+        let candidates = self.evictable.iter().filter_map(|(_, prefix)| {
+            let spared = !evict_all && prefixes.contains(prefix);
+            self.ready_run(*prefix).filter(|_| !spared).map(|run| (*prefix, run))
+        });
+        let mut attempt = Attempt::new(arena, candidates);
+        while (evict_all || self.used_units + added > prefix_budget + attempt.evicted_units()) && attempt.evict_next() {
+        }
+        let is_within_budget = self.used_units + added <= prefix_budget + attempt.evicted_units();
+        let Some(placement) = is_within_budget
+            .then(|| attempt.allocate(&missing, slot_units))
+            .flatten()
+        else {
+            attempt.undo();
+            return None;
+        };
+        for prefix in &placement.evictions {
+            if let Some(entry) = self.prefixes.get_mut(prefix)
+                && let Location::Ready(run) = std::mem::replace(&mut entry.location, Location::Absent)
+                && self.evictable.remove(&(entry.eviction_key(), *prefix))
+            {
+                self.evictable_units -= run.len;
+                self.used_units -= run.len;
+            }
+        }
+        for (prefix, run) in &placement.loads {
+            if let Some(entry) = self.prefixes.get_mut(prefix) {
+                entry.location = Location::Loading(*run);
+                self.used_units += run.len;
+            }
+        }
+        Some(placement)
+    }
+
+    /// Prefixes to load, each once, and their units. With `evict_all` a prefix in the arena is evicted and loaded
+    /// again.
+    fn missing(&self, prefixes: &[i64], evict_all: bool) -> Vec<(i64, usize)> {
+        let mut missing: Vec<(i64, usize)> = Vec::new();
+        for prefix in prefixes {
+            let Some(entry) = self.prefixes.get(prefix) else {
+                continue;
+            };
+            let is_missing =
+                entry.location == Location::Absent || evict_all && matches!(entry.location, Location::Ready(_));
+            if is_missing && entry.rows > 0 && !missing.iter().any(|(other, _)| other == prefix) {
+                missing.push((*prefix, entry.num_units()));
+            }
+        }
+        missing
+    }
+
+    fn ready_run(&self, prefix: i64) -> Option<Run> {
+        match self.prefixes.get(&prefix)?.location {
+            Location::Ready(run) => Some(run),
+            Location::Absent | Location::Loading(_) => None,
+        }
+    }
+}
+
+/// Allocations and evictions in the arena that can be undone.
+struct Attempt<'a, C> {
+    arena: &'a mut FreeList,
+    /// Prefixes that may be evicted, in the order of eviction.
+    candidates: C,
     evicted: Vec<(i64, Run)>,
-    taken: Vec<Run>,
+    allocated: Vec<Run>,
 }
 
-impl<'a, V: Iterator<Item = (i64, Run)>> Trial<'a, V> {
-    pub(super) fn new(arena: &'a mut Slots, victims: V) -> Self {
+impl<'a, C: Iterator<Item = (i64, Run)>> Attempt<'a, C> {
+    fn new(arena: &'a mut FreeList, candidates: C) -> Self {
         Self {
             arena,
-            victims,
+            candidates,
             evicted: Vec::new(),
-            taken: Vec::new(),
+            allocated: Vec::new(),
         }
     }
 
-    /// Takes a block for each of `missing` (prefix, units), then `slots` units.
-    pub(super) fn place(&mut self, missing: &[(i64, usize)], slots: usize) -> Option<Placement> {
+    /// Allocates one run for each of `missing` (prefix, units), then `slot_units` units in any number of runs.
+    fn allocate(&mut self, missing: &[(i64, usize)], slot_units: usize) -> Option<Placement> {
         let mut loads = Vec::with_capacity(missing.len());
         for (prefix, units) in missing {
-            let runs = self.take(|arena| arena.take_low(*units).map(|run| vec![run]))?;
+            let runs = self.evict_until(|arena| arena.allocate_low(*units).map(|run| vec![run]))?;
             loads.extend(runs.first().map(|run| (*prefix, *run)));
         }
-        let slots = match slots {
+        let slot_units = match slot_units {
             0 => Vec::new(),
-            _ => self.take(|arena| arena.take_high(slots))?,
+            _ => self.evict_until(|arena| arena.allocate_high(slot_units))?,
         };
         let evictions = self.evicted.iter().map(|(prefix, _)| *prefix).collect();
         Some(Placement {
             loads,
             evictions,
-            slots,
+            slot_units,
         })
     }
 
-    fn take(&mut self, get: impl Fn(&mut Slots) -> Option<Vec<Run>>) -> Option<Vec<Run>> {
+    /// Evicts candidates until `allocate` succeeds.
+    fn evict_until(&mut self, allocate: impl Fn(&mut FreeList) -> Option<Vec<Run>>) -> Option<Vec<Run>> {
         loop {
-            if let Some(runs) = get(self.arena) {
-                self.taken.extend(&runs);
+            if let Some(runs) = allocate(self.arena) {
+                self.allocated.extend(&runs);
                 return Some(runs);
             }
             if !self.evict_next() {
@@ -59,25 +155,25 @@ impl<'a, V: Iterator<Item = (i64, Run)>> Trial<'a, V> {
         }
     }
 
-    pub(super) fn evict_next(&mut self) -> bool {
-        let Some(victim) = self.victims.next() else {
+    fn evict_next(&mut self) -> bool {
+        let Some(candidate) = self.candidates.next() else {
             return false;
         };
-        self.arena.give(victim.1);
-        self.evicted.push(victim);
+        self.arena.free(candidate.1);
+        self.evicted.push(candidate);
         true
     }
 
-    pub(super) fn evicted_units(&self) -> usize {
+    fn evicted_units(&self) -> usize {
         self.evicted.iter().map(|(_, run)| run.len).sum()
     }
 
-    pub(super) fn undo(self) {
-        for run in self.taken {
-            self.arena.give(run);
+    fn undo(self) {
+        for run in self.allocated {
+            self.arena.free(run);
         }
         for (_, run) in self.evicted {
-            self.arena.take(run);
+            self.arena.allocate_exact(run);
         }
     }
 }

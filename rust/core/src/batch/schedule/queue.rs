@@ -1,47 +1,57 @@
-//! Waiting requests, and who of their tenants comes next.
+//! Queue of waiting requests, fair to tenants.
+//!
+//! The scheme is the virtual token counter of Sheng et al. (2024). Each tenant has a counter of the service that it
+//! received, and the tenant with the lowest counter goes next.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
 use rustc_hash::FxHashMap;
 
-/// Accounts without requests that are kept, so that a tenant who pauses does not start afresh.
-const KEPT: usize = 1024;
-/// What a prompt token and a generated token of one row cost a tenant.
+/// Number of idle accounts to keep, so that the service of a tenant who pauses is not forgotten.
+const MAX_IDLE_ACCOUNTS: usize = 1024;
+/// Service units of a prompt token.
 pub(super) const PROMPT_COST: u64 = 1;
-/// See [`PROMPT_COST`].
+/// Service units of a generated token of one decode row.
 pub(super) const TOKEN_COST: u64 = 2;
 
-/// One tenant's account.
+/// Account of one tenant.
 #[derive(Debug, Default)]
 struct Account {
     tenant: i64,
-    /// Service received, in token costs (Sheng et al. 2024, virtual token counter).
+    /// Service units received.
     served: u64,
-    /// Requests queued or running.
-    requests: usize,
+    /// Number of queued and running requests.
+    num_requests: usize,
 }
 
-/// Where a waiting request stands.
+/// Position of a waiting request in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct QueuePosition {
     pub(super) priority: i64,
+    /// Index of the tenant's account.
     pub(super) account: usize,
+    /// Sequence number of the request's arrival.
     pub(super) arrival: u64,
 }
 
-type Level = BTreeMap<usize, BTreeMap<u64, i64>>;
+/// Request ids of one priority, by account and arrival.
+type PriorityLevel = BTreeMap<usize, BTreeMap<u64, i64>>;
 
-/// The queue: the highest priority first, within it the tenant served least, within that first come first served.
+/// Waiting requests, ordered by priority, then by the service that their tenant received, then by arrival.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
-    levels: BTreeMap<Reverse<i64>, Level>,
+    levels: BTreeMap<Reverse<i64>, PriorityLevel>,
     len: usize,
     accounts: Vec<Account>,
-    numbers: FxHashMap<i64, usize>,
+    /// Index of the account of each tenant.
+    account_of_tenant: FxHashMap<i64, usize>,
+    /// Indices of unused accounts.
     free: Vec<usize>,
-    idle: usize,
-    /// Service of the tenant that was chosen last: one who arrives gets no credit for the time before.
+    /// Number of accounts without requests.
+    num_idle: usize,
+    /// Service of the tenant that was chosen last. A tenant who arrives starts here, without credit for the time
+    /// before.
     floor: u64,
 }
 
@@ -50,10 +60,10 @@ impl Queue {
         self.len
     }
 
-    /// A request of a tenant arrives; the place is for [`Queue::remove`].
-    pub(super) fn push(&mut self, id: i64, tenant: i64, priority: i64, arrival: u64) -> Place {
+    /// Adds a request. Its position is the argument of [`Queue::remove`].
+    pub(super) fn push(&mut self, id: i64, tenant: i64, priority: i64, arrival: u64) -> QueuePosition {
         let account = self.open(tenant);
-        let place = Place {
+        let position = QueuePosition {
             priority,
             account,
             arrival,
@@ -65,104 +75,105 @@ impl Queue {
             .or_default()
             .insert(arrival, id);
         self.len += 1;
-        place
+        position
     }
 
-    /// The request that comes next.
-    pub(super) fn head(&self) -> Option<(i64, Place)> {
+    /// Id and position of the request that goes next.
+    pub(super) fn head(&self) -> Option<(i64, QueuePosition)> {
         let (&Reverse(priority), level) = self.levels.first_key_value()?;
         let first = level.iter().filter_map(|(&account, ids)| {
             let (&arrival, &id) = ids.first_key_value()?;
             Some((self.accounts.get(account)?.served, arrival, account, id))
         });
         let (_, arrival, account, id) = first.min()?;
-        let place = Place {
+        let position = QueuePosition {
             priority,
             account,
             arrival,
         };
-        Some((id, place))
+        Some((id, position))
     }
 
-    /// The head is admitted.
-    pub(super) fn admit(&mut self, place: Place) {
-        self.remove(place);
-        if let Some(account) = self.accounts.get(place.account) {
+    /// Removes the head of the queue when it is admitted.
+    pub(super) fn admit(&mut self, position: QueuePosition) {
+        self.remove(position);
+        if let Some(account) = self.accounts.get(position.account) {
             self.floor = self.floor.max(account.served);
         }
     }
 
-    /// A request leaves the queue.
-    pub(super) fn remove(&mut self, place: Place) {
-        let Some(level) = self.levels.get_mut(&Reverse(place.priority)) else {
+    /// Removes a request from the queue.
+    pub(super) fn remove(&mut self, position: QueuePosition) {
+        let Some(level) = self.levels.get_mut(&Reverse(position.priority)) else {
             return;
         };
-        if let Some(ids) = level.get_mut(&place.account) {
-            self.len -= usize::from(ids.remove(&place.arrival).is_some());
+        if let Some(ids) = level.get_mut(&position.account) {
+            self.len -= usize::from(ids.remove(&position.arrival).is_some());
             if ids.is_empty() {
-                level.remove(&place.account);
+                level.remove(&position.account);
             }
         }
         if level.is_empty() {
-            self.levels.remove(&Reverse(place.priority));
+            self.levels.remove(&Reverse(position.priority));
         }
     }
 
-    /// A tenant received service.
+    /// Charges service units to an account.
     pub(super) fn charge(&mut self, account: usize, cost: u64) {
         if let Some(account) = self.accounts.get_mut(account) {
             account.served = account.served.saturating_add(cost);
         }
     }
 
-    /// A request of a tenant, queued or running, has ended.
+    /// Counts the end of a queued or running request of an account.
     pub(super) fn close(&mut self, account: usize) {
         if let Some(account) = self.accounts.get_mut(account) {
-            account.requests -= 1;
-            self.idle += usize::from(account.requests == 0);
+            account.num_requests -= 1;
+            self.num_idle += usize::from(account.num_requests == 0);
         }
-        if self.idle > KEPT {
-            self.drop_idle();
+        if self.num_idle > MAX_IDLE_ACCOUNTS {
+            self.forget_idle();
         }
     }
 
+    /// Index of the tenant's account, which is opened if necessary, with one more request counted.
     fn open(&mut self, tenant: i64) -> usize {
-        let number = self.numbers.get(&tenant).copied().unwrap_or_else(|| {
-            let number = self.free.pop().unwrap_or(self.accounts.len());
-            if number == self.accounts.len() {
+        let index = self.account_of_tenant.get(&tenant).copied().unwrap_or_else(|| {
+            let index = self.free.pop().unwrap_or(self.accounts.len());
+            if index == self.accounts.len() {
                 self.accounts.push(Account::default());
             }
-            self.accounts[number] = Account {
+            self.accounts[index] = Account {
                 tenant,
                 ..Account::default()
             };
-            self.numbers.insert(tenant, number);
-            self.idle += 1;
-            number
+            self.account_of_tenant.insert(tenant, index);
+            self.num_idle += 1;
+            index
         });
-        let account = &mut self.accounts[number];
-        if account.requests == 0 {
+        let account = &mut self.accounts[index];
+        if account.num_requests == 0 {
             account.served = account.served.max(self.floor);
-            self.idle -= 1;
+            self.num_idle -= 1;
         }
-        account.requests += 1;
-        number
+        account.num_requests += 1;
+        index
     }
 
-    /// Forgets the accounts without requests that would start at the floor anyway, else all without requests.
-    fn drop_idle(&mut self) {
+    /// Forgets the idle accounts that would restart at the floor anyway, and all idle accounts if those are too few.
+    fn forget_idle(&mut self) {
         for floor in [self.floor, u64::MAX] {
-            if self.idle <= KEPT / 2 {
+            if self.num_idle <= MAX_IDLE_ACCOUNTS / 2 {
                 return;
             }
-            for (number, account) in self.accounts.iter().enumerate() {
-                if account.requests == 0
+            for (index, account) in self.accounts.iter().enumerate() {
+                if account.num_requests == 0
                     && account.served <= floor
-                    && self.numbers.get(&account.tenant) == Some(&number)
+                    && self.account_of_tenant.get(&account.tenant) == Some(&index)
                 {
-                    self.numbers.remove(&account.tenant);
-                    self.free.push(number);
-                    self.idle -= 1;
+                    self.account_of_tenant.remove(&account.tenant);
+                    self.free.push(index);
+                    self.num_idle -= 1;
                 }
             }
         }
@@ -171,20 +182,20 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use super::{KEPT, Queue};
+    use super::{MAX_IDLE_ACCOUNTS, Queue};
 
     fn order(queue: &mut Queue, cost: u64) -> Vec<i64> {
         let mut order = Vec::new();
-        while let Some((id, place)) = queue.head() {
-            queue.admit(place);
-            queue.charge(place.account, cost);
+        while let Some((id, position)) = queue.head() {
+            queue.admit(position);
+            queue.charge(position.account, cost);
             order.push(id);
         }
         order
     }
 
     #[test]
-    fn serves_the_least_served_first() {
+    fn the_least_served_tenant_goes_first() {
         let mut queue = Queue::default();
         for (id, tenant) in [(1, 7), (2, 7), (3, 7), (4, 8), (5, 8)] {
             queue.push(id, tenant, 0, id.unsigned_abs());
@@ -194,15 +205,15 @@ mod tests {
     }
 
     #[test]
-    fn gives_no_credit_for_time_away() {
+    fn absence_gives_no_credit() {
         let mut queue = Queue::default();
         for id in 1..=10 {
             queue.push(id, 7, 0, id.unsigned_abs());
         }
         for _ in 0..6 {
-            let (_, place) = queue.head().unwrap_or_else(|| unreachable!());
-            queue.admit(place);
-            queue.charge(place.account, 5);
+            let (_, position) = queue.head().unwrap_or_else(|| unreachable!());
+            queue.admit(position);
+            queue.charge(position.account, 5);
         }
         for id in 11..=13 {
             queue.push(id, 8, 0, id.unsigned_abs());
@@ -211,14 +222,14 @@ mod tests {
     }
 
     #[test]
-    fn forgets_tenants_that_left() {
+    fn idle_accounts_are_forgotten() {
         let mut queue = Queue::default();
         for id in 0..50_000_i64 {
-            let place = queue.push(id, id, 0, id.unsigned_abs());
-            queue.admit(place);
-            queue.charge(place.account, 1);
-            queue.close(place.account);
+            let position = queue.push(id, id, 0, id.unsigned_abs());
+            queue.admit(position);
+            queue.charge(position.account, 1);
+            queue.close(position.account);
         }
-        assert!(queue.accounts.len() <= 2 * KEPT && queue.len() == 0);
+        assert!(queue.accounts.len() <= 2 * MAX_IDLE_ACCOUNTS && queue.len() == 0);
     }
 }

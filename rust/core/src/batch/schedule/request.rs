@@ -1,41 +1,42 @@
-//! One request and what it holds.
+//! Requests, and the resources that a running request holds.
 
 use std::sync::Arc;
 
-use super::super::block_tables::Block;
+use super::super::block_tables::PrefixBlock;
 use super::super::free_list::Run;
-use super::super::int32::int;
+use super::super::int32::to_i32;
 use super::UNIT;
-use super::queue::Place;
+use super::queue::QueuePosition;
 use crate::error::{Error, Result};
 
-/// A request as the caller states it.
+/// A generation request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// Its number.
+    /// Request id.
     pub id: i64,
-    /// Its prefixes, left to right.
+    /// Numbers of its prefixes, from left to right.
     pub prefixes: Arc<[i64]>,
-    /// Prompt tokens, at least 1.
+    /// Number of prompt tokens, at least 1.
     pub prompt_len: usize,
-    /// Decode rows, at least 1.
+    /// Number of decode rows, at least 1.
     pub beams: usize,
-    /// Most decode steps, at least 1.
+    /// Largest number of decode steps, at least 1.
     pub max_new: usize,
-    /// Who asks: tenants of one priority get equal service.
+    /// Tenant number. Tenants with requests of the same priority get equal service.
     pub tenant: i64,
-    /// Higher goes first.
+    /// Priority. Higher priorities are served first.
     pub priority: i64,
-    /// When it is dropped, in microseconds of the caller's clock; [`i64::MAX`] for never.
+    /// Time after which the request is dropped, in microseconds of the caller's clock. [`i64::MAX`] means never.
     pub deadline: i64,
 }
 
 impl Request {
-    /// Arena rows for its tokens: prompt and, for each beam, the new ones.
-    pub(super) fn slots(&self) -> Option<usize> {
+    /// Number of arena rows for its tokens: those of the prompt, and `max_new` per beam.
+    pub(super) fn num_slots(&self) -> Option<usize> {
         self.beams.checked_mul(self.max_new)?.checked_add(self.prompt_len)
     }
 
+    /// Refuses lengths and counts of 0.
     pub(super) fn check_numbers(&self) -> Result<()> {
         for (name, value) in [
             ("prompt_len", self.prompt_len),
@@ -53,58 +54,56 @@ impl Request {
     }
 }
 
-/// A request the scheduler knows.
+/// A queued or running request.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct TrackedRequest {
     pub(super) request: Request,
-    pub(super) place: Place,
+    pub(super) position: QueuePosition,
     pub(super) phase: Phase,
 }
 
-/// Where a request stands.
 #[derive(Debug)]
 pub(super) enum Phase {
     Waiting,
-    Admitted(Held),
+    Running(RunningState),
 }
 
 impl Phase {
-    pub(super) fn is_admitted(&self) -> bool {
-        matches!(self, Self::Admitted(_))
+    pub(super) fn is_running(&self) -> bool {
+        matches!(self, Self::Running(_))
     }
 }
 
-/// What an admitted request holds until its end.
+/// Progress of a running request, and the resources that it holds until its end.
 #[derive(Debug)]
-pub(super) struct Held {
-    /// Number of its admission.
+pub(super) struct RunningState {
+    /// Sequence number of its admission.
     pub(super) admission: u64,
-    /// Decode rows.
-    pub(super) rows: Run,
+    pub(super) decode_rows: Run,
     /// Arena units for its tokens.
-    pub(super) slots: Vec<Run>,
-    /// Its prefixes in the arena, left to right.
-    pub(super) blocks: Vec<Block>,
+    pub(super) slot_units: Vec<Run>,
+    /// Its prefixes in the arena, from left to right.
+    pub(super) blocks: Vec<PrefixBlock>,
     /// Position of its first token.
     pub(super) pos_start: i32,
-    /// Prompt tokens whose keys and values are in the arena.
-    pub(super) filled: usize,
-    /// Decode steps done.
-    pub(super) steps: usize,
+    /// Number of prompt tokens whose keys and values are in the arena.
+    pub(super) prefilled: usize,
+    /// Number of completed decode steps.
+    pub(super) decode_steps: usize,
 }
 
-impl Held {
-    /// Arena rows of its tokens `from..from + count`; the prompt comes first, then the new tokens of each beam.
+impl RunningState {
+    /// Arena rows of its tokens `from..from + count`. The prompt comes first, then the new tokens of each beam.
     pub(super) fn slots(&self, from: usize, count: usize) -> impl Iterator<Item = i32> {
         let mut skip = from;
         let mut left = count;
-        self.slots.iter().flat_map(move |run| {
+        self.slot_units.iter().flat_map(move |run| {
             let len = run.len * UNIT;
             let start = skip.min(len);
             let end = len.min(start + left);
             skip -= start;
             left -= end - start;
-            (run.start * UNIT + start..run.start * UNIT + end).map(int)
+            (run.start * UNIT + start..run.start * UNIT + end).map(to_i32)
         })
     }
 }
