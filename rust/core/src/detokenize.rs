@@ -1,23 +1,24 @@
-//! Text of one growing sequence of ids.
+//! Streaming detokenization: the text of one growing sequence of ids.
 
 use crate::error::Result;
-use crate::tokenize::{Tokenizer, unsigned};
+use crate::tokenize::{Tokenizer, to_unsigned};
 
 const REPLACEMENT: char = '\u{FFFD}';
 
-/// Turns ids into text as they come: all results of [`Stream::push`] and [`Stream::finish`], joined, are the text of all ids.
+/// Streaming decoder. All results of [`Stream::push`] and [`Stream::finish`], joined, are the text of all ids.
 ///
-/// A decoder's text is not the sum of its tokens' texts (leading spaces, characters of several tokens), so each time the last piece that
-/// gave text is decoded twice, without and with the new ids, and the difference is the news. Text that may still change is held back: an
-/// unfinished character (it ends in U+FFFD) and, with a byte-fallback decoder, a run of byte tokens.
+/// The text of a sequence is not the concatenation of its tokens' texts, because of leading spaces and of characters
+/// that span several tokens. The ids since the last piece of text are therefore decoded twice, without and with the new
+/// ids, and the difference is the new text. Text that can still change is held back. This is an incomplete character,
+/// which decodes to U+FFFD at the end, and, with a byte-fallback decoder, a run of byte tokens.
 #[derive(Debug, Clone)]
 pub struct Stream {
     tokenizer: Tokenizer,
     skip_special_tokens: bool,
-    /// The last piece that gave text, then the ids that have not.
+    /// Ids of the last piece of text, then the ids whose text has not been returned.
     ids: Vec<u32>,
-    /// How many of `ids` have given their text.
-    read: usize,
+    /// Number of `ids` whose text has been returned.
+    num_returned: usize,
 }
 
 impl Stream {
@@ -26,42 +27,43 @@ impl Stream {
             tokenizer,
             skip_special_tokens,
             ids: Vec::new(),
-            read: 0,
+            num_returned: 0,
         }
     }
 
-    /// Adds ids and returns the text that is certain now.
+    /// Adds ids and returns the text that can no longer change.
     ///
     /// # Errors
-    /// [`crate::Error::Data`] for a negative id; the stream is then unchanged.
+    /// [`crate::Error::Data`] for a negative id. The stream is unchanged then.
     pub fn push(&mut self, ids: &[i32]) -> Result<String> {
-        self.ids.extend(unsigned(ids)?);
+        self.ids.extend(to_unsigned(ids)?);
         let (old, new) = self.texts()?;
-        let open = new.ends_with(REPLACEMENT) || self.tokenizer.is_open_byte(&self.ids, self.skip_special_tokens);
-        if new.len() <= old || open {
+        let is_incomplete =
+            new.ends_with(REPLACEMENT) || self.tokenizer.ends_in_byte_token(&self.ids, self.skip_special_tokens);
+        if new.len() <= old || is_incomplete {
             return Ok(String::new());
         }
-        self.ids.drain(..self.read);
-        self.read = self.ids.len();
+        self.ids.drain(..self.num_returned);
+        self.num_returned = self.ids.len();
         Ok(tail(&new, old))
     }
 
-    /// Returns what was held back and starts over.
+    /// Returns the text that was held back, and resets the stream.
     ///
     /// # Errors
     /// [`crate::Error::Data`] if the decoder refuses the ids.
     pub fn finish(&mut self) -> Result<String> {
         let (old, new) = self.texts()?;
         self.ids.clear();
-        self.read = 0;
+        self.num_returned = 0;
         Ok(tail(&new, old))
     }
 
-    /// Length of the text already given, and the text of all ids at hand.
+    /// Length of the text of the ids already returned, and text of all `ids`.
     fn texts(&self) -> Result<(usize, String)> {
         let old = self
             .tokenizer
-            .decode(&self.ids[..self.read], self.skip_special_tokens)?;
+            .decode(&self.ids[..self.num_returned], self.skip_special_tokens)?;
         let new = self.tokenizer.decode(&self.ids, self.skip_special_tokens)?;
         Ok((old.len(), new))
     }

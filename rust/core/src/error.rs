@@ -1,24 +1,24 @@
-//! The one error type.
+//! Error type of the crate.
 
 use std::fmt;
 
-/// A result with an [`Error`].
+/// Result with an [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can go wrong. The text of each says what was expected, what came and what to do.
+/// Error of any operation of this crate. The message says what was expected, what came, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
-    /// An argument, a setting or a description is wrong.
+    /// Wrong argument, setting or description.
     Config(String),
-    /// A row of the caller's data is wrong.
+    /// Wrong row in the caller's data.
     Data(String),
-    /// A prefix number that nobody registered.
+    /// Number of a prefix that is not registered.
     UnknownPrefix(i64),
-    /// One request is wrong or can never be served.
+    /// Wrong request, or one that can never be served.
     Request(String),
-    /// A buffer or a count is too small.
+    /// Buffer that is too small, or count that is too large.
     Capacity(String),
-    /// The caller broke the order of calls.
+    /// Call that is not allowed in the current state.
     State(String),
 }
 

@@ -1,17 +1,19 @@
-//! The part of prefixfast that needs neither Python nor tensors.
+//! Core of prefixfast, independent of Python and of tensor libraries.
 //!
-//! * [`attend`]: attention of decode steps on CPUs.
-//! * [`tokenize`], [`detokenize`]: text to ids and back, over the `tokenizers` crate, on this crate's own threads ([`thread_pool`]).
-//! * [`linearize`]: tables to text.
-//! * [`batch`]: micro-batches, the tables of a packed forward, and the scheduler of a generation engine.
+//! * [`attend`]: decode attention on CPUs.
+//! * [`tokenize`], [`detokenize`]: tokenization with the `tokenizers` crate, in parallel on the threads of
+//!   [`thread_pool`].
+//! * [`linearize`]: conversion of data tables to text.
+//! * [`batch`]: micro-batches for training, the scheduler for generation, and the tables that the attention kernels
+//!   read.
 //!
-//! Nothing here panics on any input: every failure is an [`Error`]. Only [`attend`] has unsafe code.
+//! No input causes a panic. Every failure is an [`Error`]. Only [`attend`] contains unsafe code.
 
 #![deny(unsafe_code)]
 
 #[expect(
     unsafe_code,
-    reason = "vector instructions, torch's OpenMP team, outputs that threads share"
+    reason = "vector intrinsics, torch's OpenMP runtime, and outputs that several threads write to"
 )]
 pub mod attend;
 pub mod batch;

@@ -1,4 +1,4 @@
-//! Tables to text, to the bit.
+//! Linearization: data tables as text, in the exact formats of the prefix-tuning paper's authors or a custom template.
 
 mod e2e;
 mod template;
@@ -10,42 +10,42 @@ use crate::error::{Error, Result};
 pub use template::Template;
 pub use triples::{Dart, Triple, Webnlg};
 
-/// One table as the caller has it.
+/// Data table of one example.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Table {
-    /// A meaning representation in its official text form.
+    /// E2E meaning representation in its official text form, `name[Blue Spice], food[French]`.
     Text(String),
-    /// Keys and values in order.
+    /// Pairs of key and value in order.
     Pairs(Vec<(String, String)>),
-    /// Statements in order, at least one.
+    /// Triples in order, at least one.
     Triples(Vec<Triple>),
 }
 
-/// A way to write tables as text.
+/// Text format of tables.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Linearizer {
-    /// The prefix-tuning authors' form of E2E.
+    /// Format of the prefix-tuning authors for E2E.
     E2e,
-    /// The prefix-tuning authors' form of `WebNLG`.
+    /// Format of the prefix-tuning authors for `WebNLG`.
     Webnlg(Webnlg),
-    /// The prefix-tuning authors' form of DART.
+    /// Format of the prefix-tuning authors for DART.
     Dart(Dart),
-    /// The caller's own.
+    /// Custom template.
     Template(Template),
 }
 
 impl Linearizer {
-    /// Reads what [`Linearizer::spec`] wrote; fields other than `style` may be left out and then have their defaults.
+    /// Linearizer of a spec as written by [`Linearizer::spec`]. All fields except `style` are optional.
     ///
     /// # Errors
-    /// [`Error::Config`] for anything but a JSON object with a known style and known fields.
+    /// [`Error::Config`] if the spec is not a JSON object with a known style and known fields.
     pub fn from_spec(spec: &str) -> Result<Self> {
         let mut fields: Map<String, Value> = serde_json::from_str(spec).map_err(|error| {
             Error::Config(format!(
                 "this linearizer spec is no JSON object ({error}): expected one like {{\"style\": \"e2e\"}}"
             ))
         })?;
-        let style = take(&mut fields, "style", "")?;
+        let style = take_string(&mut fields, "style", "")?;
         let linearizer = match style.as_str() {
             "e2e" => Self::E2e,
             "webnlg" => Self::Webnlg(Webnlg {
@@ -56,26 +56,27 @@ impl Linearizer {
                 lower: take_bool(&mut fields, "lower", true)?,
             }),
             "template" => Self::Template(Template::new(
-                &take(&mut fields, "item", template::ITEM)?,
-                &take(&mut fields, "separator", template::SEPARATOR)?,
-                &take(&mut fields, "start", "")?,
-                &take(&mut fields, "end", "")?,
+                &take_string(&mut fields, "item", template::ITEM)?,
+                &take_string(&mut fields, "separator", template::SEPARATOR)?,
+                &take_string(&mut fields, "start", "")?,
+                &take_string(&mut fields, "end", "")?,
             )?),
             _ => {
                 return Err(Error::Config(format!(
-                    "linearizer style {style:?}: expected \"e2e\", \"webnlg\", \"dart\" or \"template\"; correct the spec"
+                    "linearizer style {style:?}: expected \"e2e\", \"webnlg\", \"dart\" or \"template\"; correct the \
+                     spec"
                 )));
             }
         };
         match fields.keys().next() {
             Some(key) => Err(Error::Config(format!(
-                "key {key:?} in the spec of linearizer {style:?} is not known; remove it"
+                "key {key:?} in the spec of linearizer {style:?} is unknown: expected keys of this style; remove it"
             ))),
             None => Ok(linearizer),
         }
     }
 
-    /// JSON text that [`Linearizer::from_spec`] reads back, keys sorted.
+    /// JSON text that [`Linearizer::from_spec`] reads, with sorted keys.
     #[must_use]
     pub fn spec(&self) -> String {
         match self {
@@ -88,16 +89,17 @@ impl Linearizer {
             }
             Self::Dart(Dart { lower }) => serde_json::json!({"lower": lower, "style": "dart"}),
             Self::Template(template) => serde_json::json!({
-                "end": template.end, "item": template.item, "separator": template.separator, "start": template.start, "style": "template",
+                "end": template.end, "item": template.item, "separator": template.separator, "start": template.start,
+                "style": "template",
             }),
         }
         .to_string()
     }
 
-    /// One text a table.
+    /// Text of each table.
     ///
     /// # Errors
-    /// [`Error::Data`] that names the row, counted from 0.
+    /// [`Error::Data`] for a table that the format does not allow. The message names the row, counted from 0.
     pub fn linearize(&self, tables: &[Table]) -> Result<Vec<String>> {
         let one = |(row, table)| match self {
             Self::E2e => e2e::linearize(row, table),
@@ -109,12 +111,12 @@ impl Linearizer {
     }
 }
 
-fn take(fields: &mut Map<String, Value>, key: &str, default: &str) -> Result<String> {
+fn take_string(fields: &mut Map<String, Value>, key: &str, default: &str) -> Result<String> {
     match fields.remove(key) {
         None => Ok(default.to_owned()),
         Some(Value::String(text)) => Ok(text),
         Some(other) => Err(Error::Config(format!(
-            "key {key:?} of the linearizer spec is {other}: expected text in quotes; correct the spec"
+            "key {key:?} of the linearizer spec is {other}: expected a string; correct the spec"
         ))),
     }
 }

@@ -1,4 +1,7 @@
-//! The crate's own threads, never rayon's global pool: that one belongs to whoever else is in the process, and does not survive a fork.
+//! Thread pool of the crate.
+//!
+//! Rayon's global pool is not used, because other code of the process may configure it, and because it does not survive
+//! a fork.
 
 use std::ffi::OsStr;
 use std::sync::OnceLock;
@@ -7,12 +10,14 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::error::{Error, Result};
 
-/// Names the number of threads; by default one a core.
+/// Environment variable with the number of threads, by default one per core.
 pub const NUM_THREADS: &str = "PREFIXFAST_NUM_THREADS";
 const MAX_THREADS: usize = 1024;
 
-/// Pools are never dropped: one inherited through a fork has no threads left, and joining them would hang. They form a chain of write-once
-/// cells, so looking one up takes no lock that a fork could catch in another thread's hands.
+/// Pool of one process in a linked list of write-once cells.
+///
+/// Looking up a pool takes no lock, because a fork could happen while another thread holds the lock. Pools are never
+/// dropped, because a pool that was inherited through a fork has no threads left and joining them would hang.
 struct Node {
     pid: u32,
     pool: ThreadPool,
@@ -21,11 +26,12 @@ struct Node {
 
 static FIRST: OnceLock<&'static Node> = OnceLock::new();
 
-/// The pool of this process, built on first use and again after a fork.
+/// Thread pool of this process, built at the first use and again after a fork.
 ///
 /// # Errors
-/// [`Error::Config`] if the environment variable [`NUM_THREADS`] is no number from 1 to 1024, or the system refuses the threads.
-pub fn pool() -> Result<&'static ThreadPool> {
+/// [`Error::Config`] if the environment variable [`NUM_THREADS`] is not an integer from 1 to 1024, or if the system
+/// cannot start the threads.
+pub fn thread_pool() -> Result<&'static ThreadPool> {
     let pid = std::process::id();
     let mut cell = &FIRST;
     loop {
@@ -38,7 +44,8 @@ pub fn pool() -> Result<&'static ThreadPool> {
                     pool: build()?,
                     next: OnceLock::new(),
                 }));
-                // A thread that lost the race goes on with the winner's pool; its own idle pool stays, once in a process's life.
+                // A thread that loses the race continues with the winner's pool. Its own pool stays idle, at most once
+                // per process.
                 let _ = cell.set(node);
             }
         }
@@ -54,7 +61,7 @@ fn build() -> Result<ThreadPool> {
         .build()
         .map_err(|error| {
             Error::Config(format!(
-                "the system refused {threads} threads ({error}); set {NUM_THREADS} to fewer"
+                "the system cannot start {threads} threads ({error}); set {NUM_THREADS} to a smaller number"
             ))
         })
 }
@@ -68,7 +75,8 @@ fn num_threads(value: Option<&str>) -> Result<usize> {
     match text.trim().parse::<usize>() {
         Ok(number) if (1..=MAX_THREADS).contains(&number) => Ok(number),
         _ => Err(Error::Config(format!(
-            "environment variable {NUM_THREADS} is {text:?}: expected a whole number from 1 to {MAX_THREADS}; correct or unset it"
+            "environment variable {NUM_THREADS} is {text:?}: expected an integer from 1 to {MAX_THREADS}; correct or \
+             unset it"
         ))),
     }
 }
@@ -76,10 +84,10 @@ fn num_threads(value: Option<&str>) -> Result<usize> {
 #[cfg(test)]
 #[expect(clippy::expect_used, reason = "a test may fail")]
 mod tests {
-    use super::{num_threads, pool};
+    use super::{num_threads, thread_pool};
 
     #[test]
-    fn reads_the_number_of_threads() {
+    fn the_number_of_threads_is_parsed() {
         assert_eq!(num_threads(Some(" 3 ")), Ok(3));
         assert!(num_threads(None).is_ok_and(|number| number >= 1));
         for wrong in ["", "0", "-1", "two", "1e3", "1025", "99999999999999999999"] {
@@ -88,7 +96,10 @@ mod tests {
     }
 
     #[test]
-    fn is_one_pool() {
-        assert!(std::ptr::eq(pool().expect("a pool"), pool().expect("the same")));
+    fn a_process_has_one_pool() {
+        assert!(std::ptr::eq(
+            thread_pool().expect("a pool"),
+            thread_pool().expect("the same")
+        ));
     }
 }

@@ -20,7 +20,9 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn allocations_never_overlap_and_nothing_leaks(steps in prop::collection::vec((0..4_u8, 0..20_usize, any::<prop::sample::Index>()), 1..120)) {
+    fn allocations_never_overlap_and_nothing_leaks(
+        steps in prop::collection::vec((0..4_u8, 0..20_usize, any::<prop::sample::Index>()), 1..120),
+    ) {
         let mut list = FreeList::new(SIZE);
         let mut held: Vec<Run> = Vec::new();
         let mut used = [false; SIZE];

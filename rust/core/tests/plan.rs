@@ -82,9 +82,19 @@ proptest! {
         let lengths: Vec<i32> = sequences.iter().map(|(len, _)| *len).collect();
         let prefixes: Vec<Vec<i32>> = sequences.into_iter().map(|(_, prefixes)| prefixes).collect();
         let mut indptr = vec![0];
-        indptr.extend(prefixes.iter().scan(0, |sum, list| { *sum += i32::try_from(list.len()).expect("few"); Some(*sum) }));
+        indptr.extend(prefixes.iter().scan(0, |sum, list| {
+            *sum += i32::try_from(list.len()).expect("few");
+            Some(*sum)
+        }));
         let prefix = prefixes.concat();
-        let input = PackedInputs { lengths: &lengths, prefix_indptr: &indptr, prefix: &prefix, prefix_rows: &PREFIX_ROWS, tiles: TileSizes { queries, keys, prefix_rows: block_rows }, buckets };
+        let input = PackedInputs {
+            lengths: &lengths,
+            prefix_indptr: &indptr,
+            prefix: &prefix,
+            prefix_rows: &PREFIX_ROWS,
+            tiles: TileSizes { queries, keys, prefix_rows: block_rows },
+            buckets,
+        };
         let (tables, reach) = plan_packed(&input).expect("a plan");
         prop_assert!(tables.sections.iter().all(|section| section.offset % ALIGN == 0));
         check_users(&tables, &naive_users(&lengths, &prefixes));
@@ -92,15 +102,18 @@ proptest! {
         let total = |list: &Vec<i32>| list.iter().map(|number| PREFIX_ROWS[at(*number)][1]).sum::<i32>();
         prop_assert_eq!(reach, lengths.iter().zip(&prefixes).map(|(len, list)| len + total(list)).max().unwrap_or(0));
         let blocks: BTreeSet<i32> = prefix.iter().copied().filter(|number| *number != 1).collect();
-        let expected: Vec<[i32; 2]> = blocks.iter().map(|number| [PREFIX_ROWS[at(*number)][0], PREFIX_ROWS[at(*number)][1]]).collect();
+        let rows_of = |number: &i32| [PREFIX_ROWS[at(*number)][0], PREFIX_ROWS[at(*number)][1]];
+        let expected: Vec<[i32; 2]> = blocks.iter().map(rows_of).collect();
         prop_assert_eq!(rows::<2>(&tables, "block"), expected);
 
         let (gather, scatter) = (table(&tables, "gather"), table(&tables, "scatter"));
         prop_assert!(scatter.iter().zip(0..).all(|(place, token)| gather[at(*place)] == token));
         let layout = rows::<2>(&tables, "bucket");
         prop_assert!(layout.len() <= buckets && layout.is_sorted_by_key(|bucket| bucket[1]));
-        prop_assert_eq!(layout.iter().map(|[count, len]| count * len).sum::<i32>(), i32::try_from(gather.len()).expect("few"));
-        prop_assert_eq!(layout.iter().map(|[count, _]| *count).sum::<i32>(), i32::try_from(lengths.len()).expect("few"));
+        let padded_tokens = layout.iter().map(|[count, len]| count * len).sum::<i32>();
+        prop_assert_eq!(padded_tokens, i32::try_from(gather.len()).expect("few"));
+        let num_sequences = layout.iter().map(|[count, _]| *count).sum::<i32>();
+        prop_assert_eq!(num_sequences, i32::try_from(lengths.len()).expect("few"));
         prop_assert_eq!(scatter.len(), at(lengths.iter().sum()));
         let mut tiled = vec![0; scatter.len()];
         for [segment, first] in rows::<2>(&tables, "tiles") {
@@ -119,7 +132,10 @@ proptest! {
         prop_assert!(tiled.iter().all(|count| *count == i32::from(keys > 0)));
         let blocks = rows::<2>(&tables, "block");
         let expected: Vec<[i32; 2]> = blocks.iter().zip(0..).flat_map(|([_, count], block)| {
-            (0..if block_rows == 0 { 0 } else { *count }).filter(|row| at(*row).is_multiple_of(block_rows.max(1))).map(move |row| [block, row]).collect::<Vec<_>>()
+            (0..if block_rows == 0 { 0 } else { *count })
+                .filter(|row| at(*row).is_multiple_of(block_rows.max(1)))
+                .map(move |row| [block, row])
+                .collect::<Vec<_>>()
         }).collect();
         prop_assert_eq!(rows::<2>(&tables, "block_tiles"), expected);
         let positions = lengths.iter().zip(&prefixes).flat_map(|(len, list)| {

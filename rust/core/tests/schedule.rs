@@ -50,22 +50,33 @@ proptest! {
 
     #[test]
     fn every_request_ends_and_nothing_overlaps_or_leaks(
-        users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]), padded in any::<bool>(),
+        users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]),
+        padded in any::<bool>(),
         prefix_rows in prop::sample::select(vec![usize::MAX, 160, 112]),
         layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 3)], 6),
-        work in prop::collection::vec((0..14_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize, 1..20_usize), 1..60),
+        calls in prop::collection::vec(
+            (
+                0..14_u8, prop::sample::subsequence(vec![0_i64, 1, 2, 3, 4, 5], 0..3), 1..150_usize, 1..4_usize,
+                1..20_usize,
+            ),
+            1..60,
+        ),
     ) {
-        let decode = DecodeSizes { users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded };
-        let mut model = Model::new(SchedulerConfig { decode, prefix_rows, ..scheduler_config() }, &[30, 16, 1, 0, 100, 47], layers);
+        let decode = DecodeSizes {
+            users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded,
+        };
+        let config = SchedulerConfig { decode, prefix_rows, ..scheduler_config() };
+        let mut model = Model::new(config, &[30, 16, 1, 0, 100, 47], layers);
         let mut id = 0;
-        for (kind, prefixes, prompt_len, beams, max_new) in work {
+        for (kind, prefixes, prompt_len, beams, max_new) in calls {
             match kind {
                 0..=4 => {
                     id += 1;
                     let priority = i64::from(kind) / 4;
                     let deadline = if prompt_len % 7 == 0 { i64::from(kind) * 9 } else { i64::MAX };
                     let tenant = i64::from(kind) % 3;
-                    model.add(Request { priority, deadline, tenant, ..request(id, &prefixes, prompt_len, beams, max_new) });
+                    let request = request(id, &prefixes, prompt_len, beams, max_new);
+                    model.add(Request { priority, deadline, tenant, ..request });
                 }
                 5 => model.cancel(i64::try_from(prompt_len).expect("small") % (id + 1)),
                 6..=7 => model.finish_load(prompt_len),
@@ -286,7 +297,10 @@ proptest! {
     ) {
         let decode = DecodeSizes { users, fill, key_bytes: 1, padded, ..DecodeSizes::default() };
         let arena_rows = 1 << 20;
-        let mut scheduler = Scheduler::new(SchedulerConfig { arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, prefix_rows: arena_rows, decode }).expect("a scheduler");
+        let config = SchedulerConfig {
+            arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, prefix_rows: arena_rows, decode,
+        };
+        let mut scheduler = Scheduler::new(config).expect("a scheduler");
         for (prefix, layers) in (0..).zip(&layers) {
             scheduler.register_prefix(prefix, 16, 16, true, layers).expect("a new number");
         }

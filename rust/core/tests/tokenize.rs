@@ -13,10 +13,12 @@ fn byte_fallback() -> Tokenizer {
     let vocab: serde_json::Map<String, serde_json::Value> =
         tokens.zip(0..).map(|(token, id)| (token, id.into())).collect();
     let special = serde_json::json!({
-        "id": 259, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true,
+        "id": 259, "content": "</s>", "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
+        "special": true,
     });
     let json = serde_json::json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special], "pre_tokenizer": null, "post_processor": null,
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special], "pre_tokenizer": null,
+        "post_processor": null,
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u{2581}"},
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "\u{2581}"}, "content": " "},
@@ -28,11 +30,17 @@ fn byte_fallback() -> Tokenizer {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, rng_seed: RngSeed::Fixed(5), ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig {
+        cases: 512,
+        failure_persistence: None,
+        rng_seed: RngSeed::Fixed(5),
+        ..ProptestConfig::default()
+    })]
 
     #[test]
     fn streamed_pieces_join_to_the_decoded_text(
-        ids in prop::collection::vec(prop_oneof![128..256_i32, 250..262_i32, Just(0xC3), Just(0xA9)], 0..24), size in 1..4_usize, skip: bool,
+        ids in prop::collection::vec(prop_oneof![128..256_i32, 250..262_i32, Just(0xC3), Just(0xA9)], 0..24),
+        size in 1..4_usize, skip: bool,
     ) {
         let tokenizer = byte_fallback();
         let mut stream = tokenizer.stream(skip);

@@ -1,4 +1,4 @@
-//! numpy arrays in and out.
+//! Conversion of numpy arrays.
 
 use numpy::{Element, PyArray1, PyReadonlyArray, PyReadwriteArray1, ndarray::Dimension};
 use prefixfast_core::Error;
@@ -8,44 +8,44 @@ use pyo3::types::PyDict;
 
 use crate::error::raise;
 
-/// The memory of an array.
+/// Memory of a contiguous array.
 pub(crate) fn slice<'a, T: Element, D: Dimension>(
     py: Python<'_>,
     name: &str,
     array: &'a PyReadonlyArray<'_, T, D>,
 ) -> PyResult<&'a [T]> {
-    array.as_slice().map_err(|_| strided(py, name))
+    array.as_slice().map_err(|_| not_contiguous(py, name))
 }
 
-/// The writable memory of an array.
+/// Writable memory of a contiguous array.
 pub(crate) fn slice_mut<'a>(
     py: Python<'_>,
     name: &str,
     array: &'a mut PyReadwriteArray1<'_, i32>,
 ) -> PyResult<&'a mut [i32]> {
-    array.as_slice_mut().map_err(|_| strided(py, name))
+    array.as_slice_mut().map_err(|_| not_contiguous(py, name))
 }
 
-fn strided(py: Python<'_>, name: &str) -> PyErr {
+fn not_contiguous(py: Python<'_>, name: &str) -> PyErr {
     raise(
         py,
         &Error::Config(format!(
-            "{name} is not contiguous: expected an array without strides; pass numpy.ascontiguousarray({name})"
+            "{name} is not contiguous: expected a contiguous array; pass numpy.ascontiguousarray({name})"
         )),
     )
 }
 
-/// A number of 0 or more.
+/// Argument `name` as a non-negative integer.
 pub(crate) fn count(py: Python<'_>, name: &str, value: i64) -> PyResult<usize> {
     usize::try_from(value).map_err(|_| raise(py, &Error::Config(format!("{name} is {value}: expected 0 or more"))))
 }
 
-/// An array that takes over the memory of a list.
+/// Array that takes over the memory of a list.
 pub(crate) fn array<T: Element>(py: Python<'_>, values: Vec<T>) -> Py<PyArray1<T>> {
     PyArray1::from_vec(py, values).unbind()
 }
 
-/// Section names to (offset, rows, cols).
+/// Dictionary from section names to (offset, rows, cols).
 pub(crate) fn sections<'py>(py: Python<'py>, sections: &[Section]) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     for section in sections {

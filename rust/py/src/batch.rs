@@ -1,4 +1,4 @@
-//! `pack`, `plan_packed` and `Scheduler`.
+//! Batch composition: `pack`, `plan_packed` and `Scheduler`.
 
 pub(crate) mod pack;
 pub(crate) mod plan;

@@ -6,13 +6,13 @@ use pyo3::prelude::*;
 
 use crate::error::{guarded, raise};
 
-/// Text of one growing sequence of ids.
+/// Streaming decoder of one growing sequence of ids.
 #[pyclass(module = "prefixfast._rust")]
 pub(crate) struct DetokenizeStream(pub(crate) Stream);
 
 #[pymethods]
 impl DetokenizeStream {
-    /// Adds ids and returns the text that is certain now.
+    /// Adds ids and returns the text that can no longer change.
     fn push(&mut self, py: Python<'_>, ids: Vec<i64>) -> PyResult<String> {
         let convert = |id: &i64| {
             i32::try_from(*id).map_err(|_| {
@@ -26,7 +26,7 @@ impl DetokenizeStream {
         guarded(py, || self.0.push(&ids))
     }
 
-    /// Returns what was held back and starts over.
+    /// Returns the text that was held back, and resets the stream.
     fn finish(&mut self, py: Python<'_>) -> PyResult<String> {
         guarded(py, || self.0.finish())
     }

@@ -1,31 +1,31 @@
-//! Core errors as exceptions of `prefixfast.errors`.
+//! Conversion of core errors to the exceptions of `prefixfast.errors`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use prefixfast_core::Error;
 use pyo3::prelude::*;
 
-/// Runs core code without the GIL. A panic in it, ours or a dependency's, becomes a `PrefixFastError`.
+/// Runs core code without the GIL. A panic in the core or in a dependency becomes a `PrefixFastError`.
 pub(crate) fn detached<T: Send>(
     py: Python<'_>,
     work: impl FnOnce() -> prefixfast_core::Result<T> + Send,
 ) -> PyResult<T> {
-    py.detach(|| attached(work)).map_err(|error| raise(py, &error))
+    py.detach(|| catch_panic(work)).map_err(|error| raise(py, &error))
 }
 
-/// Runs short core code with the GIL, with the same guard.
+/// Runs short core code with the GIL held. A panic becomes a `PrefixFastError`.
 pub(crate) fn guarded<T>(py: Python<'_>, work: impl FnOnce() -> prefixfast_core::Result<T>) -> PyResult<T> {
-    attached(work).map_err(|error| raise(py, &error))
+    catch_panic(work).map_err(|error| raise(py, &error))
 }
 
-fn attached<T>(work: impl FnOnce() -> prefixfast_core::Result<T>) -> prefixfast_core::Result<T> {
+fn catch_panic<T>(work: impl FnOnce() -> prefixfast_core::Result<T>) -> prefixfast_core::Result<T> {
     let internal = || {
         Error::State("internal error: the core panicked, see stderr: expected no panic; please report it".to_owned())
     };
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(internal()))
 }
 
-/// The exception of an error.
+/// Python exception of an error.
 pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
     let name = match error {
         Error::Config(_) => "ConfigError",

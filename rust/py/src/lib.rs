@@ -1,6 +1,8 @@
-//! The Python face of `prefixfast-core`: it converts, releases the GIL and maps errors, nothing else. The stub `_rust.pyi` documents it.
+//! Python bindings of `prefixfast-core`: conversion of arguments, release of the GIL, and conversion of errors.
+//!
+//! The stub `prefixfast/_rust.pyi` documents the module for users.
 
-#![expect(clippy::needless_pass_by_value, reason = "pyo3 hands arguments over by value")]
+#![expect(clippy::needless_pass_by_value, reason = "pyo3 passes arguments by value")]
 
 mod arrays;
 mod attend;
@@ -12,7 +14,7 @@ mod tokenize;
 
 use pyo3::prelude::*;
 
-/// The Rust core: tokens, strings, batch plans, the scheduler, and decode attention on CPUs.
+/// Rust core of prefixfast: tokenization, linearization, batch tables, the scheduler, and decode attention on CPUs.
 #[pymodule(gil_used = false)]
 fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tokenize::Tokenizer>()?;

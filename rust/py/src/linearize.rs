@@ -7,19 +7,19 @@ use pyo3::types::{PyDict, PyMapping, PySequence, PyString};
 
 use crate::error::{detached, guarded, raise};
 
-/// Tables to text.
+/// Text format of data tables.
 #[pyclass(frozen, module = "prefixfast._rust")]
 pub(crate) struct Linearizer(Core);
 
 #[pymethods]
 impl Linearizer {
-    /// The prefix-tuning authors' form of E2E.
+    /// Format of the prefix-tuning authors for E2E.
     #[staticmethod]
     fn e2e() -> Self {
         Self(Core::E2e)
     }
 
-    /// The prefix-tuning authors' form of `WebNLG`.
+    /// Format of the prefix-tuning authors for `WebNLG`.
     #[staticmethod]
     #[pyo3(signature = (*, leading_bar = true, bare_first = false))]
     fn webnlg(leading_bar: bool, bare_first: bool) -> Self {
@@ -29,14 +29,14 @@ impl Linearizer {
         }))
     }
 
-    /// The prefix-tuning authors' form of DART.
+    /// Format of the prefix-tuning authors for DART.
     #[staticmethod]
     #[pyo3(signature = (*, lower = true))]
     fn dart(lower: bool) -> Self {
         Self(Core::Dart(Dart { lower }))
     }
 
-    /// One's own tables.
+    /// Custom template for mappings and pairs.
     #[staticmethod]
     #[pyo3(signature = (*, item = "{key} : {value}", separator = " | ", start = "", end = ""))]
     fn template(py: Python<'_>, item: &str, separator: &str, start: &str, end: &str) -> PyResult<Self> {
@@ -45,7 +45,7 @@ impl Linearizer {
         })
     }
 
-    /// The linearizer that a `spec` describes.
+    /// Linearizer of a spec.
     #[staticmethod]
     fn from_spec(py: Python<'_>, spec: &str) -> PyResult<Self> {
         guarded(py, || Core::from_spec(spec)).map(Self)
@@ -56,35 +56,35 @@ impl Linearizer {
         self.0.spec()
     }
 
-    /// One text a table.
+    /// Text of each table.
     fn linearize(&self, py: Python<'_>, tables: Vec<Bound<'_, PyAny>>) -> PyResult<Vec<String>> {
         let tables = tables
             .iter()
             .enumerate()
-            .map(|(row, item)| table(row, item))
+            .map(|(row, item)| to_table(row, item))
             .collect::<PyResult<Vec<Table>>>()?;
         detached(py, || self.0.linearize(&tables))
     }
 }
 
-fn table(row: usize, item: &Bound<'_, PyAny>) -> PyResult<Table> {
+fn to_table(row: usize, item: &Bound<'_, PyAny>) -> PyResult<Table> {
     if let Ok(text) = item.cast::<PyString>() {
         return Ok(Table::Text(text.to_str()?.to_owned()));
     }
     let mut pairs = Vec::new();
     if let Ok(dict) = item.cast::<PyDict>() {
         for (key, value) in dict.iter() {
-            pairs.push(pair(row, &key, &value)?);
+            pairs.push(to_pair(row, &key, &value)?);
         }
     } else if let Ok(mapping) = item.cast::<PyMapping>() {
         for entry in mapping.items()?.iter() {
             let (key, value) = entry.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
-            pairs.push(pair(row, &key, &value)?);
+            pairs.push(to_pair(row, &key, &value)?);
         }
     } else if let Ok(sequence) = item.cast::<PySequence>() {
-        return entries(row, sequence);
+        return table_of_entries(row, sequence);
     } else {
-        return Err(wrong(
+        return Err(unexpected(
             item.py(),
             row,
             item,
@@ -94,23 +94,23 @@ fn table(row: usize, item: &Bound<'_, PyAny>) -> PyResult<Table> {
     Ok(Table::Pairs(pairs))
 }
 
-/// A list of pairs, or of triples; the first entry decides which.
-fn entries(row: usize, sequence: &Bound<'_, PySequence>) -> PyResult<Table> {
+/// Table from a list of pairs or of triples. The first entry decides which.
+fn table_of_entries(row: usize, sequence: &Bound<'_, PySequence>) -> PyResult<Table> {
     let py = sequence.py();
     let (mut pairs, mut triples) = (Vec::new(), Vec::new());
     for entry in sequence.try_iter()? {
         let entry = entry?;
         match parts(&entry)?.as_slice() {
-            [key, value] if triples.is_empty() => pairs.push(pair(row, key, value)?),
+            [key, value] if triples.is_empty() => pairs.push(to_pair(row, key, value)?),
             [subject, property, object] if pairs.is_empty() => {
                 let part = |value: &Bound<'_, PyAny>| match value.cast::<PyString>() {
                     Ok(text) => Ok(text.to_str()?.to_owned()),
-                    Err(_) => Err(wrong(py, row, value, "text in every place of a triple")),
+                    Err(_) => Err(unexpected(py, row, value, "text in every place of a triple")),
                 };
                 triples.push([part(subject)?, part(property)?, part(object)?]);
             }
             _ if !triples.is_empty() => {
-                return Err(wrong(
+                return Err(unexpected(
                     py,
                     row,
                     &entry,
@@ -120,7 +120,7 @@ fn entries(row: usize, sequence: &Bound<'_, PySequence>) -> PyResult<Table> {
             _ => {
                 let expected =
                     "a pair of key and value, or a triple of subject, property and object (not both in one table)";
-                return Err(wrong(py, row, &entry, expected));
+                return Err(unexpected(py, row, &entry, expected));
             }
         }
     }
@@ -131,7 +131,9 @@ fn entries(row: usize, sequence: &Bound<'_, PySequence>) -> PyResult<Table> {
     })
 }
 
-/// What an entry consists of: a list's items, or the three values of a mapping as in `WebNLG`; nothing for anything else.
+/// Parts of an entry: the items of a list, or the values of a mapping with the keys of a `WebNLG` triple.
+///
+/// The result is empty for any other entry.
 fn parts<'py>(entry: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
     if entry.is_instance_of::<PyString>() {
         return Ok(Vec::new());
@@ -159,14 +161,14 @@ fn parts<'py>(entry: &Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
     }
 }
 
-fn pair(row: usize, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<(String, String)> {
+fn to_pair(row: usize, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResult<(String, String)> {
     let Ok(name) = key.cast::<PyString>() else {
-        return Err(wrong(key.py(), row, key, "text as a key"));
+        return Err(unexpected(key.py(), row, key, "text as a key"));
     };
     let name = name.to_str()?;
     match value.cast::<PyString>() {
         Ok(value) => Ok((name.to_owned(), value.to_str()?.to_owned())),
-        Err(_) => Err(wrong(
+        Err(_) => Err(unexpected(
             key.py(),
             row,
             value,
@@ -175,7 +177,7 @@ fn pair(row: usize, key: &Bound<'_, PyAny>, value: &Bound<'_, PyAny>) -> PyResul
     }
 }
 
-fn wrong(py: Python<'_>, row: usize, found: &Bound<'_, PyAny>, expected: &str) -> PyErr {
+fn unexpected(py: Python<'_>, row: usize, found: &Bound<'_, PyAny>, expected: &str) -> PyErr {
     let kind = found
         .get_type()
         .name()

@@ -9,9 +9,10 @@ use crate::arrays::{array, slice};
 use crate::detokenize::DetokenizeStream;
 use crate::error::{detached, guarded};
 
+/// Ids and indptr of concatenated lists.
 type RaggedArrays = (Py<PyArray1<i32>>, Py<PyArray1<i32>>);
 
-/// A `tokenizer.json`, run on the core's own threads.
+/// Tokenizer of a `tokenizer.json`, which runs on the threads of the core.
 #[pyclass(frozen, module = "prefixfast._rust")]
 pub(crate) struct Tokenizer(Core);
 
@@ -27,7 +28,7 @@ impl Tokenizer {
         self.0.vocab_size()
     }
 
-    /// Texts to ragged ids.
+    /// Ids of each text, concatenated, and the borders between them.
     #[pyo3(signature = (texts, *, add_special_tokens))]
     fn encode_batch(
         &self,
@@ -39,7 +40,7 @@ impl Tokenizer {
         Ok((array(py, ids), array(py, indptr)))
     }
 
-    /// Ragged ids to texts.
+    /// Text of each list of ids.
     #[pyo3(signature = (ids, indptr, *, skip_special_tokens))]
     fn decode_batch(
         &self,
@@ -52,17 +53,17 @@ impl Tokenizer {
         detached(py, || self.0.decode_batch(ids, indptr, skip_special_tokens))
     }
 
-    /// The id of a token.
+    /// Id of a token, None if there is no such token.
     fn token_to_id(&self, token: &str) -> Option<u32> {
         self.0.token_to_id(token)
     }
 
-    /// The token of an id.
+    /// Token of an id, None if there is no such id.
     fn id_to_token(&self, id: i64) -> Option<String> {
         u32::try_from(id).ok().and_then(|id| self.0.id_to_token(id))
     }
 
-    /// A stream that decodes one growing sequence.
+    /// New stream that decodes one growing sequence of ids.
     #[pyo3(signature = (*, skip_special_tokens))]
     fn stream(&self, py: Python<'_>, skip_special_tokens: bool) -> PyResult<DetokenizeStream> {
         guarded(py, || Ok(DetokenizeStream(self.0.stream(skip_special_tokens))))

@@ -1,9 +1,11 @@
-//! E2E as the authors of prefix-tuning fed it to GPT-2: `name : Blue Spice | Type : coffee shop | price : less than £ 20`.
+//! E2E in the format of the prefix-tuning authors.
+//!
+//! Example: `name : Blue Spice | Type : coffee shop | price : less than £ 20`.
 
 use super::Table;
 use crate::error::{Error, Result};
 
-/// Official slot names in the official order, and what the authors call them.
+/// Official slot names in the official order, and the names that the authors write.
 const SLOTS: [(&str, &str); 8] = [
     ("name", "name"),
     ("eatType", "Type"),
@@ -24,10 +26,11 @@ pub(super) fn linearize(row: usize, table: &Table) -> Result<String> {
         Table::Text(text) => parse(row, text, &mut values)?,
         Table::Pairs(pairs) => pairs
             .iter()
-            .try_for_each(|(key, value)| put(row, key, value, &mut values))?,
+            .try_for_each(|(key, value)| set_slot(row, key, value, &mut values))?,
         Table::Triples(_) => {
             return Err(Error::Data(format!(
-                "row {row}: expected slots like name[Blue Spice] or their keys and values, got triples; use linearizer webnlg or dart"
+                "row {row}: expected slots like name[Blue Spice] or their keys and values, got triples; use linearizer \
+                 webnlg or dart"
             )));
         }
     }
@@ -53,7 +56,7 @@ pub(super) fn linearize(row: usize, table: &Table) -> Result<String> {
     Ok(out)
 }
 
-fn put<'a>(row: usize, key: &str, value: &'a str, values: &mut Values<'a>) -> Result<()> {
+fn set_slot<'a>(row: usize, key: &str, value: &'a str, values: &mut Values<'a>) -> Result<()> {
     let Some(slot) = SLOTS.iter().position(|(name, _)| *name == key) else {
         let names = SLOTS.map(|(name, _)| name).join(", ");
         return Err(Error::Data(format!(
@@ -73,14 +76,15 @@ fn put<'a>(row: usize, key: &str, value: &'a str, values: &mut Values<'a>) -> Re
     Ok(())
 }
 
-/// Reads `slot[value], slot[value]`; a value may hold commas but no bracket.
+/// Parses `slot[value], slot[value]`. A value may contain commas but no brackets.
 fn parse<'a>(row: usize, text: &'a str, values: &mut Values<'a>) -> Result<()> {
     let mut rest = text.trim_start();
     while !rest.is_empty() {
         let at = |part: &str| text[..text.len() - part.len()].chars().count();
         let malformed = |place: usize, what: &str| {
             Error::Data(format!(
-                "row {row}: {what} at character {place}: expected slots like name[Blue Spice], food[French]; correct the row"
+                "row {row}: {what} at character {place}: expected slots like name[Blue Spice], food[French]; \
+                 correct the row"
             ))
         };
         let open = rest
@@ -96,7 +100,7 @@ fn parse<'a>(row: usize, text: &'a str, values: &mut Values<'a>) -> Result<()> {
         if inside.as_bytes()[close] == b'[' {
             return Err(malformed(at(&inside[close..]), "'[' inside a value"));
         }
-        put(row, rest[..open].trim(), &inside[..close], values)?;
+        set_slot(row, rest[..open].trim(), &inside[..close], values)?;
         rest = inside[close + 1..].trim_start();
         if let Some(after) = rest.strip_prefix(',') {
             rest = after.trim_start();
@@ -110,7 +114,8 @@ fn parse<'a>(row: usize, text: &'a str, values: &mut Values<'a>) -> Result<()> {
     Ok(())
 }
 
-/// The authors' spacing: one after the pound sign and, from there on, one on each side of a hyphen.
+/// Appends a price with the spacing of the authors: a space after the pound sign and, after it, on each side of a
+/// hyphen.
 fn push_price(out: &mut String, value: &str) {
     let mut in_pounds = false;
     let mut chars = value.chars().peekable();
@@ -138,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_the_authors_form() {
+    fn output_is_in_the_format_of_the_authors() {
         let source = "area[city centre], priceRange[£20-25], name[The Mill, Ely], eatType[pub], familyFriendly[no]";
         let expected =
             "name : The Mill, Ely | Type : pub | price : £ 20 - 25 | area : city centre | family friendly : no";
@@ -151,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn names_row_and_place() {
+    fn errors_name_the_row_and_the_character() {
         for (wrong, part) in [
             ("", "empty"),
             ("£[x]", "\"£\" is not known"),

@@ -1,13 +1,14 @@
-//! Tables by the caller's own template.
+//! Tables in a custom template.
 
 use super::Table;
 use crate::error::{Error, Result};
 
-/// The default item.
+/// Default item.
 pub(super) const ITEM: &str = "{key} : {value}";
-/// The default separator.
+/// Default separator.
 pub(super) const SEPARATOR: &str = " | ";
 
+/// Part of a parsed item.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Part {
     Text(String),
@@ -15,7 +16,7 @@ enum Part {
     Value,
 }
 
-/// `start`, the items joined by `separator`, `end`.
+/// Template that writes `start`, the items joined by `separator`, and `end`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Template {
     pub(super) item: String,
@@ -26,10 +27,12 @@ pub struct Template {
 }
 
 impl Template {
-    /// `item` holds `{key}` and `{value}`; `{{` and `}}` are braces. The other texts are taken as they are.
+    /// Template from its four texts.
+    ///
+    /// `item` contains `{key}` and `{value}`, and `{{` and `}}` for literal braces. The other texts are literal.
     ///
     /// # Errors
-    /// [`Error::Config`] if `item` lacks one of the two, names something else or has a lone brace.
+    /// [`Error::Config`] if `item` lacks `{key}` or `{value}`, contains another name, or has a lone brace.
     pub fn new(item: &str, separator: &str, start: &str, end: &str) -> Result<Self> {
         let parts = parse(item)?;
         for (part, name) in [(Part::Key, "{key}"), (Part::Value, "{value}")] {
@@ -59,7 +62,8 @@ impl Template {
             }
             Table::Triples(_) => {
                 return Err(Error::Data(format!(
-                    "row {row}: the table is triples: expected a mapping or pairs; convert it or use linearizer webnlg or dart"
+                    "row {row}: the table is triples: expected a mapping or pairs; convert it or use linearizer \
+                     webnlg or dart"
                 )));
             }
             Table::Text(_) => {
@@ -128,14 +132,14 @@ mod tests {
     use super::{Part, Template, parse};
 
     #[test]
-    fn reads_names_and_braces() {
+    fn names_and_braces_are_parsed() {
         let parts = parse("{{{key}}}={value}").expect("a template");
         let text = |text: &str| Part::Text(text.to_owned());
         assert_eq!(parts, [text("{"), Part::Key, text("}="), Part::Value, text("")]);
     }
 
     #[test]
-    fn refuses_other_items() {
+    fn invalid_items_are_refused() {
         for wrong in [
             "",
             "{key}",

@@ -1,4 +1,4 @@
-//! `WebNLG` and DART as the authors of prefix-tuning fed them to GPT-2: `subject : property : object`, joined by bars.
+//! `WebNLG` and DART in the format of the prefix-tuning authors: `subject : property : object`, joined by bars.
 
 use super::Table;
 use crate::error::{Error, Result};
@@ -8,12 +8,13 @@ pub type Triple = [String; 3];
 
 const BAR: &str = " | ";
 
-/// `WebNLG`: a bar before every triple, the first one too, as in training.
+/// Format of `WebNLG`, with a bar before every triple.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Webnlg {
-    /// A bar before the first triple as well.
+    /// Whether the first triple has a bar too, as in the authors' training data.
     pub leading_bar: bool,
-    /// Table 0 of a call has no bar at all: the authors' decoding script asks for the number of the entry where it means that of the triple.
+    /// Whether table 0 of a call has no bars at all. The authors' decoding script writes it so, because it tests the
+    /// index of the entry instead of the index of the triple.
     pub bare_first: bool,
 }
 
@@ -40,10 +41,10 @@ impl Webnlg {
     }
 }
 
-/// DART: a bar between triples, the relation in lower case.
+/// Format of DART, with a bar between triples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Dart {
-    /// Write the relation in lower case.
+    /// Whether the relation is converted to lower case.
     pub lower: bool,
 }
 
@@ -79,7 +80,8 @@ fn push(out: &mut String, [subject, _, object]: &Triple, property: &str) {
 fn triples(row: usize, table: &Table) -> Result<&[Triple]> {
     let other = |got: &str| {
         Error::Data(format!(
-            "row {row}: expected a list of triples (subject, property, object), got {got}; split it first or use another linearizer"
+            "row {row}: expected a list of triples (subject, property, object), got {got}; split it first or \
+             use another linearizer"
         ))
     };
     match table {
@@ -104,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn writes_the_authors_forms() {
+    fn output_is_in_the_format_of_the_authors() {
         let rows = [
             table(&[["A_B", "runwayLength", "\"1\""], ["A_B", "City", "X"]]),
             table(&[["C", "Is", "D"]]),
@@ -122,11 +124,11 @@ mod tests {
             text(Linearizer::Webnlg(bare)),
             ["A_B : runwayLength : \"1\"A_B : City : X", " | C : Is : D"]
         );
-        let inner = Webnlg {
+        let no_leading_bar = Webnlg {
             leading_bar: false,
             bare_first: false,
         };
-        assert_eq!(text(Linearizer::Webnlg(inner))[1], "C : Is : D");
+        assert_eq!(text(Linearizer::Webnlg(no_leading_bar))[1], "C : Is : D");
         assert_eq!(
             text(Linearizer::Dart(Dart::default())),
             ["A_B : runwaylength : \"1\" | A_B : city : X", "C : is : D"]
@@ -135,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn other_tables_are_refused() {
+    fn tables_without_triples_are_refused() {
         for wrong in [
             Table::Text("a : b : c".to_owned()),
             Table::Pairs(vec![]),
@@ -158,7 +160,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn is_a_plain_join(rows in prop::collection::vec(prop::collection::vec(hostile(), 1..5), 0..4), leading_bar: bool, bare_first: bool, lower: bool) {
+        fn output_equals_a_plain_join(
+            rows in prop::collection::vec(prop::collection::vec(hostile(), 1..5), 0..4),
+            leading_bar: bool, bare_first: bool, lower: bool,
+        ) {
             let tables: Vec<Table> = rows.iter().cloned().map(Table::Triples).collect();
             let webnlg = Linearizer::Webnlg(Webnlg { leading_bar, bare_first }).linearize(&tables).expect("text");
             let dart = Linearizer::Dart(Dart { lower }).linearize(&tables).expect("text");
@@ -176,8 +181,9 @@ mod tests {
         }
 
         #[test]
-        fn a_spec_survives(leading_bar: bool, bare_first: bool, lower: bool) {
-            for linearizer in [Linearizer::Webnlg(Webnlg { leading_bar, bare_first }), Linearizer::Dart(Dart { lower })] {
+        fn a_spec_can_be_read_back(leading_bar: bool, bare_first: bool, lower: bool) {
+            let webnlg = Linearizer::Webnlg(Webnlg { leading_bar, bare_first });
+            for linearizer in [webnlg, Linearizer::Dart(Dart { lower })] {
                 prop_assert_eq!(Linearizer::from_spec(&linearizer.spec()), Ok(linearizer));
             }
         }

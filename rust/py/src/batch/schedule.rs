@@ -91,7 +91,10 @@ pub(crate) struct Scheduler(Core);
 #[pymethods]
 impl Scheduler {
     #[new]
-    #[pyo3(signature = (arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, prefix_rows = None, decode = None, pad_decode = false))]
+    #[pyo3(signature = (
+        arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, prefix_rows = None, decode = None,
+        pad_decode = false
+    ))]
     #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn new(
         py: Python<'_>,
@@ -170,7 +173,9 @@ impl Scheduler {
     }
 
     /// Adds a request to the queue.
-    #[pyo3(signature = (id, prefixes, prompt_len, beams, max_new, *, encoder_len = 0, tenant = 0, priority = 0, deadline = None))]
+    #[pyo3(signature = (
+        id, prefixes, prompt_len, beams, max_new, *, encoder_len = 0, tenant = 0, priority = 0, deadline = None
+    ))]
     #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn add(
         &mut self,
