@@ -8,9 +8,9 @@ const REPLACEMENT: char = '\u{FFFD}';
 /// Streaming decoder. All results of [`Stream::push`] and [`Stream::finish`], joined, are the text of all ids.
 ///
 /// The text of a sequence is not the concatenation of its tokens' texts, because of leading spaces and of characters
-/// that span several tokens. The ids since the last piece of text are therefore decoded twice, without and with the new
-/// ids, and the difference is the new text. Text that can still change is held back. This is an incomplete character,
-/// which decodes to U+FFFD at the end, and, with a byte-fallback decoder, a run of byte tokens.
+/// that span several tokens. The ids of the last piece of text are therefore decoded twice, without and with the ids
+/// that follow, and the difference is the new text. Text that can still change is held back. This is an incomplete
+/// character, which decodes to U+FFFD at the end, and, with a byte-fallback decoder, a run of byte tokens.
 #[derive(Debug, Clone)]
 pub struct Stream {
     tokenizer: Tokenizer,

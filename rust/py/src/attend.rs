@@ -1,4 +1,6 @@
-//! `attend_decode` and its companions. Tensors are passed as addresses, which `prefixfast/attention/cpu_decode.py`, the
+//! Bindings of decode attention on CPUs: `attend_decode`, `attend_paths` and `attend_join`.
+//!
+//! Tensors are passed as addresses, which `prefixfast/attention/cpu_decode.py`, the
 //! only caller, has checked.
 
 use std::ffi::CString;

@@ -1,4 +1,4 @@
-//! Batch composition: `pack`, `plan_packed` and `Scheduler`.
+//! Bindings of batch composition: `pack`, `plan_packed` and `Scheduler`.
 
 pub(crate) mod pack;
 pub(crate) mod plan;

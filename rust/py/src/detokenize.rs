@@ -1,4 +1,4 @@
-//! `DetokenizeStream`.
+//! Binding of the streaming detokenizer, class `DetokenizeStream`.
 
 use prefixfast_core::Error;
 use prefixfast_core::detokenize::Stream;

@@ -1,4 +1,4 @@
-//! `Linearizer`.
+//! Binding of the linearizers, class `Linearizer`, and conversion of Python tables.
 
 use prefixfast_core::Error;
 use prefixfast_core::linearize::{Dart, Linearizer as Core, Table, Template, Webnlg};
@@ -51,6 +51,7 @@ impl Linearizer {
         guarded(py, || Core::from_spec(spec)).map(Self)
     }
 
+    /// JSON text that `from_spec` reads, with sorted keys.
     #[getter]
     fn spec(&self) -> String {
         self.0.spec()

@@ -1,4 +1,4 @@
-//! `Tokenizer`.
+//! Binding of the tokenizer, class `Tokenizer`.
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use prefixfast_core::tokenize::{Ragged, Tokenizer as Core};
@@ -23,6 +23,7 @@ impl Tokenizer {
         detached(py, || Core::new(json)).map(Self)
     }
 
+    /// Number of tokens, including added ones.
     #[getter]
     fn vocab_size(&self) -> usize {
         self.0.vocab_size()

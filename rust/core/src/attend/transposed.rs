@@ -60,9 +60,9 @@ pub(super) fn pays_off(users: &[BlockUser], group_size: usize) -> bool {
     users.len() * group_size >= MIN_QUERIES && users.windows(2).all(|pair| pair[0].row != pair[1].row)
 }
 
-/// Number of vectors that hold the queries of `users` for one kv head.
-pub(super) fn num_query_vectors(users: usize, group_size: usize) -> usize {
-    (users * group_size).div_ceil(LANES)
+/// Number of vectors that hold the queries of `num_users` rows for one kv head.
+pub(super) fn num_query_vectors(num_users: usize, group_size: usize) -> usize {
+    (num_users * group_size).div_ceil(LANES)
 }
 
 /// Copies the queries of `users` and their running results into the transposed buffers.

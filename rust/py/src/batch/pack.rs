@@ -1,4 +1,4 @@
-//! `pack` and `Packing`.
+//! Binding of micro-batch packing, `pack` and its result `Packing`.
 
 use numpy::{PyArray1, PyReadonlyArray1};
 use prefixfast_core::batch::pack as core;
@@ -10,10 +10,13 @@ use crate::error::detached;
 /// Micro-batches, and the loss weights of their examples.
 #[pyclass(frozen, module = "prefixfast._rust")]
 pub(crate) struct Packing {
+    /// Numbers of the input examples, micro-batch after micro-batch, int32.
     #[pyo3(get)]
     order: Py<PyArray1<i32>>,
+    /// Borders between micro-batches in `order`, int32.
     #[pyo3(get)]
     micro_indptr: Py<PyArray1<i32>>,
+    /// Weight of each target token of an input example in the summed loss, float64.
     #[pyo3(get)]
     weight: Py<PyArray1<f64>>,
 }

@@ -1,4 +1,4 @@
-//! `plan_packed` and `PlanBuffer`.
+//! Binding of the tables of a packed forward, `plan_packed` and its result `PlanBuffer`.
 
 use numpy::{PyArray1, PyReadonlyArray1, PyReadonlyArray2};
 use prefixfast_core::Error;
@@ -13,8 +13,10 @@ use crate::error::{detached, raise};
 /// Tables of a packed forward.
 #[pyclass(frozen, module = "prefixfast._rust")]
 pub(crate) struct PlanBuffer {
+    /// Tables, int32.
     #[pyo3(get)]
     buffer: Py<PyArray1<i32>>,
+    /// Largest number of keys that a query can see.
     #[pyo3(get)]
     reach: i32,
     sections: Vec<Section>,
@@ -22,6 +24,7 @@ pub(crate) struct PlanBuffer {
 
 #[pymethods]
 impl PlanBuffer {
+    /// Table names to (offset, rows, cols) in `buffer`.
     #[getter]
     fn sections<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         sections(py, &self.sections)

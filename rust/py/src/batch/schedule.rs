@@ -1,4 +1,4 @@
-//! `Scheduler` and `StepHeader`.
+//! Binding of the scheduler, classes `Scheduler` and `StepHeader`.
 
 use numpy::{PyArray1, PyArrayMethods};
 use prefixfast_core::Error;
@@ -18,51 +18,61 @@ pub(crate) struct StepHeader(CoreHeader);
 
 #[pymethods]
 impl StepHeader {
+    /// Prefixes to copy into the arena after the evictions, and their first arena rows.
     #[getter]
     fn loads(&self) -> Vec<(i64, usize)> {
         self.0.loads.clone()
     }
 
+    /// Prefixes whose arena rows were freed.
     #[getter]
     fn evictions(&self) -> Vec<i64> {
         self.0.evictions.clone()
     }
 
+    /// Requests of the prefill, in the order of the segments.
     #[getter]
     fn prefill_ids(&self) -> Vec<i64> {
         self.0.prefill_ids.clone()
     }
 
+    /// Requests of the decode, in the order of the rows.
     #[getter]
     fn decode_ids(&self) -> Vec<i64> {
         self.0.decode_ids.clone()
     }
 
+    /// Requests that were dropped because they were cancelled, in ascending order.
     #[getter]
     fn cancelled(&self) -> Vec<i64> {
         self.0.cancelled.clone()
     }
 
+    /// Requests that were dropped because their deadline has passed, earliest first.
     #[getter]
     fn expired(&self) -> Vec<i64> {
         self.0.expired.clone()
     }
 
+    /// Sections of the prefill's tables by view, and the view of each layer. None without a prefill.
     #[getter]
     fn prefill<'py>(&self, py: Python<'py>) -> PyResult<Option<Layout<'py>>> {
         layout(py, self.0.prefill.as_ref())
     }
 
+    /// Sections of the decode's tables by view, and the view of each layer. None without a decode.
     #[getter]
     fn decode<'py>(&self, py: Python<'py>) -> PyResult<Option<Layout<'py>>> {
         layout(py, self.0.decode.as_ref())
     }
 
+    /// Largest number of keys that a prefill query can see, 0 without a prefill.
     #[getter]
     fn prefill_reach(&self) -> i32 {
         reach(self.0.prefill.as_ref())
     }
 
+    /// Largest number of keys that a decode query can see, 0 without a decode.
     #[getter]
     fn decode_reach(&self) -> i32 {
         reach(self.0.decode.as_ref())
@@ -249,21 +259,25 @@ impl Scheduler {
         guarded(py, || self.0.commit(&finished))
     }
 
+    /// Number of int32 entries that suffice for the next step.
     #[getter]
     fn buffer_len(&self) -> usize {
         self.0.buffer_len()
     }
 
+    /// Number of queued requests.
     #[getter]
     fn num_waiting(&self) -> usize {
         self.0.num_waiting()
     }
 
+    /// Number of running requests.
     #[getter]
     fn num_running(&self) -> usize {
         self.0.num_running()
     }
 
+    /// Number of free arena rows. Rows of cached prefixes count as occupied.
     #[getter]
     fn free_rows(&self) -> usize {
         self.0.free_rows()
