@@ -9,339 +9,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
+
+from measurements import TABLES, Record, Table, records
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 WIDTH = 118
-Record = dict[str, Any]
-Cell = tuple[str, str, str]  # row, column, text
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table of measurements.
-
-    Attributes:
-        files: Patterns of results files, in the order of the rows.
-        cells: Function from the records of these files to the cells of the table.
-        corner: Heading of the first column.
-        command: Command that writes the results, for files that do not record it.
-        source: Whether the results file, the machine and the command stand below the table.
-    """
-
-    files: tuple[str, ...]
-    cells: Callable[[list[Record]], Iterable[Cell]]
-    corner: str = ""
-    command: str = ""
-    source: bool = True
-
-
-# ---- results files ----
-
-
-def records(root: Path, patterns: Sequence[str]) -> list[Record]:
-    """Records of results files; each also has the file's settings, its environment and its name."""
-    return [record for pattern in patterns for path in sorted((root / "benches/results").glob(pattern)) for record in read(path)]
-
-
-def read(path: Path) -> Iterator[Record]:
-    """Records of one file: a JSON file is one record, every line of a JSON-lines file after its settings is one."""
-    lines = [json.loads(path.read_text(encoding="utf8"))] if path.suffix == ".json" else map(json.loads, path.read_text(encoding="utf8").splitlines())
-    shared: Record = {"file": path.name}
-    for line in lines:
-        if path.suffix == ".jsonl" and ("suite" in line or "environment" in line):
-            shared |= line
-        else:
-            yield shared | line
-
-
-def first(found: list[Record], **fields: Any) -> Record:
-    """The first record with these values."""
-    return next(r for r in found if all(r.get(k) == v for k, v in fields.items()))
-
-
-def short(dtype: str) -> str:
-    """A dtype as the tables name it."""
-    return {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}[dtype]
-
-
-def milliseconds(seconds: Sequence[float]) -> str:
-    """The best of several rounds."""
-    return f"{min(seconds) * 1e3:.1f}"
-
-
-def prefix_of(r: Record) -> str:
-    """Prefix length and number of distinct prefixes of a record."""
-    many = "prefix" if r["distinct"] == 1 else "prefixes"
-    return f"P = {r['prefix_length']}" + (f", {r['distinct']} distinct {many}" if r["prefix_length"] else "")
-
-
-# ---- tables of measurements: records -> cells ----
-
-
-def pivot(row: Callable[[Record], str], *columns: tuple[str, Callable[[Record], str]]) -> Callable[[list[Record]], Iterator[Cell]]:
-    """One row for each record, one column for each pair of heading and function."""
-    return lambda found: ((row(r), heading, text(r)) for r in found for heading, text in columns)
-
-
-def generation(found: list[Record]) -> Iterator[Cell]:
-    distinct = sorted({r["distinct"] for r in found if r["contender"] == "prefixfast" and r["prefix_length"]})
-    for length in sorted({r["prefix_length"] for r in found}):  # all columns first, so that they are in order
-        yield ("", f"P = {length}", "")
-    for r in found:
-        names = [r["contender"]]
-        if names == ["prefixfast"]:  # without a prefix one measurement stands for every number of distinct ones
-            names = [f"prefixfast, {d} distinct" for d in ([r["distinct"]] if r["prefix_length"] else distinct)]
-        yield from ((name, f"P = {r['prefix_length']}", f"{r['tokens_per_second']:.1f}") for name in names)
-
-
-def quality(found: list[Record]) -> Iterator[Cell]:
-    settings = {"smollm2-text": "flat from text, rate 5e-2", "smollm2-mlp": "MLP from random, rate 5e-4"}
-    for r in found:
-        row = f"{settings[r['setting']]}: {implementation(r)}"
-        yield row, "loss of 200 dev rows", f"{r['dev_loss']:.4f}"
-        yield row, "BLEU of 100 dev tables", f"{r['bleu']:.2f}"
-        yield row, "training seconds, 1 thread", f"{r['train_seconds']:.0f}" if r["threads"] == 1 else "not measured"
-
-
-def implementation(r: Record) -> str:
-    return {"peft": "PEFT", "none": "no prefix"}.get(r["impl"], r["impl"])
-
-
-def quality_10m(found: list[Record]) -> Iterator[Cell]:
-    for r in found:
-        losses = r.get("losses", [])
-        for start in (0, 100, 200, 350) if losses else ():
-            yield implementation(r), f"mean loss of steps {start + 1} to {start + 50}", f"{mean(losses[start : start + 50]):.3f}"
-        yield implementation(r), "dev loss", f"{r['dev_loss']:.3f}"
-        yield implementation(r), "BLEU of 547 dev tables", f"{r['bleu']:.1f}"
-        yield implementation(r), "training seconds, 1 thread", f"{r['train_seconds']:.0f}" if losses else ""
-
-
-def agreement(found: list[Record]) -> Iterator[Cell]:
-    by_file = {r["file"].removeprefix("quality-smollm2-").removesuffix(".json"): r for r in found}
-    loss = {name: r["losses"] for name, r in by_file.items()}
-    texts = [by_file[f"text-{i}"]["texts"] for i in ("peft", "prefixfast")]
-    exact = loss["mlp-fp64-peft"]
-
-    def apart(a: list[float], b: list[float]) -> str:
-        return f"{max(abs(x - y) for x, y in zip(a, b, strict=True)):.1e}"
-
-    flat = apart(loss["text-peft"], loss["text-prefixfast"])
-    yield f"flat, fp32: loss of PEFT and of prefixfast, largest of {len(loss['text-peft'])} steps", "difference", flat
-    yield f"flat, fp32: texts that differ, of {len(texts[0])}", "difference", str(sum(texts[1][k] != v for k, v in texts[0].items()))
-    yield f"MLP, fp64: loss of PEFT and of prefixfast, largest of {len(exact)} steps", "difference", apart(exact, loss["mlp-fp64-prefixfast"])
-    for step in (8, 13):
-        for impl in ("peft", "prefixfast"):
-            row = f"MLP, step {step}: loss of {implementation({'impl': impl})} in fp32 and of PEFT in fp64"
-            yield row, "difference", f"{abs(loss[f'mlp-{impl}'][step - 1] - exact[step - 1]):.1e}"
-
-
-def sample_texts(found: list[Record]) -> Iterator[Cell]:
-    return ((mr, "text", text) for mr, text in list(found[0]["texts"].items())[:3])
-
-
-def training_time(found: list[Record]) -> Iterator[Cell]:
-    for r in found:
-        run = re.search(r"(\d)\.json$", r["file"])
-        assert run is not None
-        yield implementation(r), f"run {run[1]}", f"{r['train_seconds']:.1f}"
-
-
-def kernels(found: list[Record]) -> Iterator[Cell]:
-    for work in ("forward", "forward and backward"):
-        for r in found:
-            who = "prefixfast" if r["contender"] == "prefixfast" else "copied prefix"
-            if r["work"] == work and (who == "prefixfast" or r["contender"].startswith("copied")):
-                yield r["shape"]["name"].replace(" x 64", " x 64 tokens"), f"{work}: {who}", milliseconds(r["seconds"])
-
-
-def decode_steps(found: list[Record]) -> Iterator[Cell]:
-    times = {"best": "best_ms", "median": "median_ms", "least": "floor_ms", "limit": "limit_ms"}
-    for r in found:
-        row = f"{short(r['command'].split('--dtype ')[1].split()[0])}, {prefix_of(r)}{'' if r['packed'] else ', weights not packed'}"
-        yield from ((row, heading, f"{r[key]:.1f}") for heading, key in times.items())
-        yield from ((row, part, f"{ms:.1f}") for part, ms in r["parts_ms"].items())
-
-
-def decode_ratios(found: list[Record]) -> Iterator[Cell]:
-    packed = [r for r in found if r["packed"]]
-    for dtype in ("float32", "bfloat16"):
-        own = [r for r in packed if f"--dtype {dtype}" in r["command"]]
-        none, shared = first(own, prefix_length=0), first(own, prefix_length=512, distinct=1)
-        for length in (200, 512):
-            r = first(own, prefix_length=length, distinct=32)
-            yield f"P = {length}, 32 distinct prefixes: median step over the limit", short(dtype), f"{r['median_ms'] / r['limit_ms']:.2f}"
-            yield f"P = {length}, 32 distinct prefixes: median step over the least", short(dtype), f"{r['median_ms'] / r['floor_ms']:.2f}"
-        for name in ("best", "median"):
-            ratio = none[f"{name}_ms"] / shared[f"{name}_ms"]
-            yield f"P = 512, 1 distinct prefix: rate relative to P = 0, {name} step", short(dtype), f"{ratio:.2f}"
-
-
-def bandwidth(found: list[Record]) -> Iterator[Cell]:
-    for dtype in ("float32", "bfloat16"):
-        r = next(r for r in found if f"--dtype {dtype}" in r["command"])
-        for heading, key in (("copied", "copy_gb_s"), ("read", "read_gb_s")):
-            yield f"{short(dtype)} run", f"{heading}, median", f"{median(r[key]):.0f}"
-            yield f"{short(dtype)} run", f"{heading}, range", f"{min(r[key]):.0f} to {max(r[key]):.0f}"
-
-
-def attention_backward(found: list[Record]) -> Iterator[Cell]:
-    return ((r["piece"], r["contender"], f"{milliseconds(r['seconds'])} ({r['error']:.1e})") for r in found)
-
-
-def attention_decode(found: list[Record]) -> Iterator[Cell]:
-    for products in (False, True):
-        for r in found:
-            if r["with_products"] is products:
-                row = f"{short(r['dtype'])}, {prefix_of(r)}"
-                yield row, r["contender"] + (", with products" if products and r["contender"] != "products alone" else ""), milliseconds(r["seconds"])
-
-
-def parts(found: list[Record]) -> Iterator[Cell]:
-    for name, r in found[0]["microseconds"].items():
-        row = name.removeprefix("test_").replace("_", " ").replace("[", ", ").replace("]", "")
-        yield from ((row, heading, f"{r[heading]:.0f}" if r[heading] >= 10 else f"{r[heading]:.1f}") for heading in ("min", "median"))
-
-
-def planning(found: list[Record]) -> Iterator[Cell]:
-    for name, values in found[0]["microseconds"].items():
-        yield from ((name, heading, f"{v:.0f}") for heading, v in zip(("median", "from", "to"), values, strict=True))
-
-
-def tiering(found: list[Record]) -> Iterator[Cell]:
-    *both, ratio = found
-    for r in both:
-        name = f"{r['resident']} resident" if r["contender"] == "tiered" else r["contender"]
-        yield name, "median, ms", f"{r['p50_ms']:.1f}"
-        yield name, "99th percentile, ms", f"{r['p99_ms']:.1f}"
-        for key in ("reads", "evictions"):
-            yield name, {"reads": "files read"}.get(key, key), f"{r['stats'][key]:,}"
-        yield name, "steps", f"{r['steps']:,}"
-    yield "ratio", "99th percentile, ms", f"{ratio['p99_ratio']:.2f}"
-
-
-def fairness(found: list[Record]) -> Iterator[Cell]:
-    for tenants, name in ((True, "each sender is a tenant"), (False, "all are one tenant")):
-        growth = [r["growth"] for r in found if r["tenants"] is tenants]
-        for heading, value in (("median", median(growth)), ("least", min(growth)), ("greatest", max(growth))):
-            yield name, heading, f"{value:.1f}"
-
-
-def users(found: list[Record]) -> Iterator[Cell]:
-    (r,) = found
-    yield f"{r['requests']} requests over {r['users']} prefixes in one batch", "tokens/s", f"{r['tokens_per_second_together']:.1f}"
-    yield "one request at a time", "tokens/s", f"{r['tokens_per_second_one_by_one']:.1f}"
-    compared, different = r["compared"], len(r["different"])
-    yield f"requests compared, and how many of them differ in a token of {compared['tokens']}", "tokens/s", f"{compared['requests']}, {different}"
-
-
-STORE = {
-    "put": "put one",
-    "open": "open the store",
-    "len": "count the names",
-    "list": "list all names, first time",
-    "list again": "list all names, again",
-    "scan": "read all but the tensors of all",
-    "info": "read all but the tensors of one",
-    "get": "read one",
-}
-
-
-def figures(found: list[Record]) -> Iterator[Cell]:
-    """The README's five figures."""
-
-    def rate(contender: str, length: int, distinct: int | None = None) -> str:
-        more = {} if distinct is None else {"distinct": distinct}
-        return f"{first(found, file='generate-gpt2-fp32.jsonl', contender=contender, prefix_length=length, **more)['tokens_per_second']:.1f}"
-
-    def quality_of(setting: str, impl: str) -> str:
-        r = first(found, file=f"quality-smollm2-{setting}-{impl}.json")
-        return f"loss {r['dev_loss']:.4f}, BLEU {r['bleu']:.2f}"
-
-    def times(impl: str) -> str:
-        own = [r["train_seconds"] for r in found if r["file"].startswith(f"quality-smollm2-time-{impl}-")]
-        return f"{median(own):.1f} s ({min(own):.1f} to {max(own):.1f})"
-
-    people = first(found, file="e2e-users-smollm2.jsonl")
-    command = {
-        "generate": "prefixfast bench generate --rounds 2",
-        "users": COMMANDS["users"],
-        "quality": COMMANDS["quality"] + " smollm2-text BASE OUT.json",
-        "time": COMMANDS["quality"] + " smollm2-text BASE OUT.json --steps 12",
-    }
-    rows = (
-        ("GPT-2 124M, 32 requests, 32 distinct prefixes of 200 rows", f"{rate('prefixfast', 200, 32)} tokens/s",
-         f"{rate('transformers, mixed batch by hand', 200)} (transformers, prefixes copied by hand), {rate('PEFT, one request at a time', 200)} (PEFT, "
-         "one request at a time)", "generate", "generate-gpt2-fp32.jsonl"),
-        ("GPT-2 124M, 32 requests, one prefix of 512 rows", f"{rate('prefixfast', 512, 1)} tokens/s", f"{rate('PEFT, one prefix for all', 512)} (PEFT)",
-         "generate", "generate-gpt2-fp32.jsonl"),
-        (f"SmolLM2-135M, {people['requests']} requests, {people['users']} users' prefixes", f"{people['tokens_per_second_together']:.1f} tokens/s",
-         f"{people['tokens_per_second_one_by_one']:.1f} (prefixfast, one request at a time)", "users", "e2e-users-smollm2.jsonl"),
-        ("SmolLM2-135M on E2E, 300 training steps", quality_of("text", "prefixfast"), f"{quality_of('text', 'peft')} (PEFT)", "quality",
-         "quality-smollm2-text-*.json"),
-        ("SmolLM2-135M, 12 training steps of batch 10, three runs", times("prefixfast"), f"{times('peft')} (PEFT)", "time", "quality-smollm2-time-*.json"),
-    )  # fmt: skip
-    for row, own, other, key, file in rows:
-        yield row, "prefixfast", own
-        yield row, "beside it", other
-        yield row, "command and results", f"`{command[key]}`, `{file}`"
-
-
-COMMANDS = {
-    "quality": "python benches/quality/prefixfast_e2e.py",
-    "users": "python benches/system/e2e_users.py BASE OUT.jsonl",
-}
-BOTH = "(`peft_e2e.py` beside it for PEFT)"
-TABLES: dict[str, Table] = {
-    "figures": Table(
-        ("generate-gpt2-fp32.jsonl", "e2e-users-*.jsonl", "quality-smollm2-text-*.json", "quality-smollm2-time-*.json"), figures, "fp32 on two CPU cores",
-        source=False,
-    ),
-    "generate-gpt2-fp32": Table(("generate-gpt2-fp32.jsonl",), generation, "tokens/s, fp32"),
-    "generate-gpt2-bf16": Table(("generate-gpt2-bf16.jsonl",), generation, "tokens/s, bf16"),
-    "generate-llama-fp32": Table(("generate-llama-fp32.jsonl",), generation, "tokens/s, fp32"),
-    "users": Table(("e2e-users-smollm2.jsonl",), users, command=COMMANDS["users"]),
-    "quality-smollm2": Table(
-        ("quality-smollm2-text-*.json", "quality-smollm2-mlp-p*.json"), quality, command=f"{COMMANDS['quality']} SETTING BASE OUT.json {BOTH}"
-    ),
-    "quality-agreement": Table(
-        ("quality-smollm2-text-*.json", "quality-smollm2-mlp-*.json"), agreement, command=f"{COMMANDS['quality']} SETTING BASE OUT.json --dtype float64 --steps 20"
-    ),
-    "quality-texts": Table(("quality-smollm2-mlp-prefixfast.json",), sample_texts, "table", source=False),
-    "quality-time": Table(
-        ("quality-smollm2-time-*.json",), training_time, "seconds of 12 steps", f"{COMMANDS['quality']} smollm2-text BASE OUT.json --steps 12 {BOTH}"
-    ),
-    "quality-nlg-10m": Table(("quality-nlg-10m-*.json",), quality_10m, command=f"{COMMANDS['quality']} nlg-10m BASE OUT.json {BOTH}"),
-    "kernels": Table(("kernels-cpu-fp32.jsonl",), kernels, "ms, fp32", "prefixfast bench kernels --rounds 9"),
-    "decode-step": Table(("decode-step-gpt2-fp32.jsonl", "decode-step-gpt2-bf16.jsonl"), decode_steps, "ms"),
-    "decode-ratios": Table(("decode-step-gpt2-*.jsonl",), decode_ratios, source=False),
-    "bandwidth": Table(("decode-step-gpt2-*.jsonl",), bandwidth, "GB/s", source=False),
-    "attention-backward": Table(
-        ("attn-backward-cpu-bf16.jsonl",), attention_backward, "ms (largest error)", "python benches/kernels/attn_backward.py OUT.jsonl"
-    ),
-    "attention-decode": Table(("attn-decode-cpu-float32.jsonl", "attn-decode-cpu-bfloat16.jsonl"), attention_decode, "ms, 12 layers"),
-    "parts": Table(("parts.json",), parts, "microseconds"),
-    "planning": Table(("plan.json",), planning, "microseconds", "cargo bench, then python benches/rust/save.py OUT.json"),
-    "tiering": Table(("tiering.jsonl",), tiering, "time between two tokens", "python benches/system/tiering.py OUT.jsonl"),
-    "store": Table(
-        ("store.jsonl",),
-        pivot(lambda r: STORE[r["what"]], ("median", lambda r: f"{r['ms']:.2f}"), ("best", lambda r: f"{r['best_ms']:.2f}")),
-        "ms, 10,000 prefixes", "python benches/system/store.py OUT.jsonl",
-    ),
-    "fairness": Table(("fairness.jsonl",), fairness, "growth of the others' time per token"),
-}  # fmt: skip
-
-
 # ---- tables of options and commands ----
 
 
@@ -349,7 +28,10 @@ def options(name: str) -> str:
     """Fields of a configuration dataclass with defaults and descriptions."""
     from prefixfast import config
 
-    rows = [[f"`{f.name}`", f"`{f.default!r}`", f.metadata["help"].replace("|", "\\|")] for f in dataclasses.fields(getattr(config, name))]
+    rows = [
+        [f"`{f.name}`", f"`{f.default!r}`", f.metadata["help"].replace("|", "\\|")]
+        for f in dataclasses.fields(getattr(config, name))
+    ]
     return grid(["option", "default", "meaning"], rows, numbers=False)
 
 
@@ -371,7 +53,11 @@ def commands() -> str:
     for name, command in leaves(typer.main.get_command(app)):
         common = shared if any(p.name == "config_file" for p in command.params) else set()
         arguments = "".join(f" {usage(p)}" for p in command.params if p.param_type_name == "argument")
-        own = [max(p.opts, key=len) for p in command.params if p.param_type_name == "option" and p.name not in {*common, "help"}]
+        own = [
+            max(p.opts, key=len)
+            for p in command.params
+            if p.param_type_name == "option" and p.name not in {*common, "help"}
+        ]
         summary = " ".join((command.help or "").partition("\n\n")[0].split())
         rows.append([f"`{name}{arguments}`", summary, " ".join(f"`{flag}`" for flag in own)])
     return grid(["command", "purpose", "flags besides the options"], rows, numbers=False)
@@ -405,17 +91,27 @@ def measured(name: str, root: Path, page: Path) -> str:
     cells = list(table.cells(found))
     columns = list(dict.fromkeys(column for _, column, _ in cells))
     values = {(row, column): text for row, column, text in cells}
-    rows = [[row, *(values.get((row, column), "") for column in columns)] for row in dict.fromkeys(row for row, _, _ in cells if row)]
+    rows = [
+        [row, *(values.get((row, column), "") for column in columns)]
+        for row in dict.fromkeys(row for row, _, _ in cells if row)
+    ]
     words = any(re.search(r"[a-z]{4}", text) for text in values.values())
-    return grid([table.corner, *columns], rows, numbers=not words) + (source(table, found, "" if page.parent == root else "../") if table.source else "")
+    return grid([table.corner, *columns], rows, numbers=not words) + (
+        source(table, found, "" if page.parent == root else "../") if table.source else ""
+    )
 
 
 def source(table: Table, found: list[Record], to_root: str) -> str:
     """Results files, machine, date and command of a table."""
-    files = ", ".join(f"[`{pattern}`]({to_root}benches/results/{'' if '*' in pattern else pattern})" for pattern in table.files)
+    files = ", ".join(
+        f"[`{pattern}`]({to_root}benches/results/{'' if '*' in pattern else pattern})" for pattern in table.files
+    )
     of = found[0].get("environment", found[0])
     flags = of.get("cpu_flags") or of.get("flags", "").split()
-    threads = f", {of['threads']} thread{'s' if of['threads'] > 1 else ''}" if "threads" in of else ""
+    counts = {r.get("environment", r).get("threads") for r in found}
+    threads = (
+        f", {of['threads']} thread{'s' if of['threads'] > 1 else ''}" if len(counts) == 1 and "threads" in of else ""
+    )
     date = (of.get("date") or of.get("datetime", ""))[:10]
     machine = of["cpu"] + (f" with {', '.join(flags)}" if flags else "") + threads + (f", {date}" if date else "")
     spelt = dict.fromkeys(r["command"] for r in found if "command" in r)

@@ -1,4 +1,4 @@
-"""Logits of one text under any composition of prefixes, in one packed forward."""
+"""Logits of one text after any composition of prefixes, in one packed forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefixfast.prefix.prefix import Prefix
 
 @torch.no_grad()
 def logits(base: Model, ids: Sequence[int], prefixes: Sequence[Prefix] = ()) -> torch.Tensor:
-    """``[N, V]`` of tokens ``ids`` after ``prefixes``, left to right."""
+    """Logits ``[N, V]`` of tokens ``ids`` after ``prefixes``, composed left to right."""
     leaves, rows = concat_kv(prefixes, base.layers, base.dtype, base.device), row_table(prefixes, len(base.layers))
     used = np.arange(len(prefixes), dtype=np.int32)
     plan = training_plan(
@@ -25,5 +25,5 @@ def logits(base: Model, ids: Sequence[int], prefixes: Sequence[Prefix] = ()) -> 
 
 
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Largest difference over the largest number."""
+    """Largest absolute difference, divided by the largest absolute value of ``b``."""
     return ((a - b).abs().max() / b.abs().max()).item()

@@ -1,4 +1,4 @@
-"""Work in forked processes, which start warm: torch is imported already."""
+"""Functions in forked processes, which need no time to import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-# Every step of a save that touches the disk raises one of these audit events just before it.
+# Audit events of all steps of a save that touch the disk.
 STEPS = {
     "open",
     "os.rename",
@@ -26,7 +26,7 @@ FAILED = 1 << 8  # status of a child whose work raised
 
 
 def start(work: Callable[[], object]) -> int:
-    """Run ``work`` in a child; returns its process number."""
+    """Run ``work`` in a child process; returns its process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -39,12 +39,12 @@ def start(work: Callable[[], object]) -> int:
 
 
 def end(pid: int) -> int:
-    """Wait for a child; returns its status."""
+    """Wait for a child process; returns its status."""
     return os.waitpid(pid, 0)[1]
 
 
 def killed_at(step: int, work: Callable[[], object]) -> bool:
-    """Kill a child at one step of its work, counted from 0; False if it had ended before."""
+    """Kill a child process at one step of its work, from 0; returns False if the work has fewer steps."""
 
     def doomed() -> None:
         seen = 0

@@ -1,7 +1,8 @@
-"""Train in children that are killed (SIGKILL) at random moments and go on from what they left: ``kill_training.py FOLDER KILLS SEED``.
+"""Kill training processes at random moments and check that resumed runs end like an uninterrupted one.
 
-The parent has everything loaded and never runs a backward pass itself, so that a forked child starts in milliseconds. A moment is a number of steps that the
-child has saved, and some time more, so that kills hit all of a run however fast the machine is at the hour.
+Run ``kill_training.py FOLDER KILLS SEED``. It prints one JSON object. The parent process loads everything and never
+runs a backward pass itself, so that a forked child starts in milliseconds. A child is killed some time after it has
+saved a random number of steps, so that the kills hit all parts of a run on fast and on slow machines.
 """
 
 from __future__ import annotations
@@ -22,14 +23,29 @@ import tiny
 from prefixfast.training.trainer import train
 from token_rows import rows
 
-STEPS, MOST, DEADLINE = 30, 6, 300
+STEPS = 30  # steps of a whole run
+MOST_SAVED = 6  # a child is killed before it has saved this many steps
+DEADLINE = 300  # seconds without a saved step after which the script fails
 DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4), "d": rows(3, 6)}
-HOW = {"batch_size": 2, "prefix_length": 3, "learning_rate": 5e-3, "init": "random", "max_steps": STEPS, "prefix_dropout": 0.2, "reparameterization": "mlp",
-       "encoder_hidden_size": 16, "eval_steps": 3, "early_stopping_patience": 4, "save_steps": 2, "logging_steps": 1, "progress": False}  # fmt: skip
+OPTIONS = {
+    "batch_size": 2,
+    "prefix_length": 3,
+    "learning_rate": 5e-3,
+    "init": "random",
+    "max_steps": STEPS,
+    "prefix_dropout": 0.2,
+    "reparameterization": "mlp",
+    "encoder_hidden_size": 16,
+    "eval_steps": 3,
+    "early_stopping_patience": 4,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "progress": False,
+}
 
 
 def run(model: prefixfast.Model, folder: Path, lone: bool) -> None:
-    """The whole training, or what is left of it: of one prefix, whose folder is the run's, or of several."""
+    """Train from the start or from the checkpoint in ``folder``: one prefix if ``lone``, otherwise several."""
     if lone:
         train(
             model,
@@ -38,15 +54,15 @@ def run(model: prefixfast.Model, folder: Path, lone: bool) -> None:
             output_dir=folder / "out",
             store=folder / "store",
             resume=True,
-            **HOW,
+            **OPTIONS,
         )
         return
-    how = {**HOW, "overrides": {"a": {"max_steps": 7}, "b": {"max_steps": 18}}, "eval_data": rows(9, 3)}
+    how = {**OPTIONS, "overrides": {"a": {"max_steps": 7}, "b": {"max_steps": 18}}, "eval_data": rows(9, 3)}
     train(model, DATA, output_dir=folder / "out", store=folder / "store", resume=True, **how)
 
 
 def child(model: prefixfast.Model, folder: Path, lone: bool) -> int:
-    """Start it in a child."""
+    """Start `run` in a child process and return its process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -61,7 +77,7 @@ def child(model: prefixfast.Model, folder: Path, lone: bool) -> int:
 
 
 def saved(out: Path) -> int:
-    """The step of the checkpoint that lies there, 0 for none."""
+    """Step of the checkpoint below ``out``, 0 without a checkpoint."""
     state = out / "out" / "checkpoint" / "0" / "state.json"
     try:
         return json.loads(state.read_text())["state"]["step"]
@@ -70,7 +86,7 @@ def saved(out: Path) -> int:
 
 
 def kill(pid: int, out: Path, steps: int, seconds: float) -> bool:
-    """Kill a child some seconds after it has saved ``steps`` more steps; whether it was killed before its end."""
+    """Kill a child ``seconds`` after it has saved ``steps`` more steps; False if the child ended before."""
     wanted, until = saved(out) + steps, time.perf_counter() + DEADLINE
     while saved(out) < wanted:
         assert time.perf_counter() < until, f"no step in {DEADLINE} s"
@@ -83,7 +99,7 @@ def kill(pid: int, out: Path, steps: int, seconds: float) -> bool:
 
 
 def digests(folder: Path, lone: bool) -> dict[str, list[str]]:
-    """Of what lies on disk, folder and store."""
+    """Digests of each prefix in the output folder and in the store."""
     store = prefixfast.PrefixStore(folder / "store")
     if lone:
         return {"": [prefixfast.Prefix.from_pretrained(folder / "out").digest, store["prefix"].digest]}
@@ -91,16 +107,12 @@ def digests(folder: Path, lone: bool) -> dict[str, list[str]]:
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    """Kill ``kills`` children over as many whole runs as it takes, of several prefixes and of one in turn, each ending as the uncut run did."""
+    """Kill ``kills`` children, in runs of several prefixes and of one in turn, and print the result."""
     torch.set_num_threads(1)
     model = prefixfast.load(tiny.make("gpt2"))
     start, span, expected = time.perf_counter(), {}, {}
-    for lone, name in (
-        (False, "cold"),
-        (True, "cold"),
-        (False, "warm"),
-        (True, "warm"),
-    ):  # the first runs of a machine can take many times as long
+    # The first runs on a machine can take many times as long as later ones, so the second ones are timed.
+    for lone, name in ((False, "cold"), (True, "cold"), (False, "warm"), (True, "warm")):
         begin, whole = time.perf_counter(), folder / f"whole-{lone}-{name}"
         assert os.waitpid(child(model, whole, lone), 0)[1] == 0
         span[lone], expected[lone] = time.perf_counter() - begin, digests(whole, lone)
@@ -109,27 +121,17 @@ def main(folder: Path, kills: int, seed: int) -> None:
     for number in itertools.count():
         if len(steps) == kills:
             break
-        out = folder / f"run-{number}"  # one in which nobody was killed in time counts as none
-        steps += [
-            saved(out)
-            for _ in range(min(4, kills - len(steps)))
-            if kill(child(model, out, lone), out, chance.randrange(MOST), chance.uniform(0, span[lone] * MOST / STEPS))
-        ]
+        out = folder / f"run-{number}"
+        for _ in range(min(4, kills - len(steps))):
+            more, seconds = chance.randrange(MOST_SAVED), chance.uniform(0, span[lone] * MOST_SAVED / STEPS)
+            if kill(child(model, out, lone), out, more, seconds):  # a child that ended before its kill does not count
+                steps.append(saved(out))
         status = os.waitpid(child(model, out, lone), 0)[1]
         equal &= status == 0 and digests(out, lone) == expected[lone]
         left += [str(p) for p in (*(out / "out").rglob(".*"), *out.glob(".*"))]
         lone = not lone
-    print(
-        json.dumps(
-            {
-                "kills": len(steps),
-                "equal": equal,
-                "left": left,
-                "steps": steps,
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-        )
-    )
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"kills": len(steps), "equal": equal, "left": left, "steps": steps, "seconds": seconds}))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Slow twins of the Rust core in plain Python, written from the definitions and not from the Rust code, and what tests share."""
+"""Slow counterparts of the Rust core in plain Python, and paths and data that tests share.
+
+The functions are written from the definitions, not from the Rust code.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def int32(values: Sequence[int] | Sequence[Sequence[int]], cols: int = 0) -> np.
 
 
 def e2e_rows() -> Iterator[str]:
-    """All real meaning representations at hand."""
+    """Meaning representations of the E2E files in the shared data folder."""
     for path in sorted((SHARED / "data" / "e2e").glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
             for line in lines:
@@ -44,7 +47,7 @@ def e2e_rows() -> Iterator[str]:
 
 @functools.cache
 def gpt2() -> Any:
-    """GPT-2's tokenizer (of the library `tokenizers`), from the files at hand; or a skip."""
+    """GPT-2's tokenizer (of the library `tokenizers`) from the shared data folder; skips the test if missing."""
     folder = SHARED / "data" / "vocab" / "gpt2"
     if not folder.is_dir():
         pytest.skip(f"GPT-2's vocabulary is not at {SHARED}")
@@ -58,7 +61,7 @@ def gpt2() -> Any:
 
 
 def e2e(table: str | Mapping[str, str]) -> str:
-    """The authors' form of one meaning representation."""
+    """One E2E meaning representation as text, in the format of Li & Liang 2021."""
     slots = dict(re.findall(r"(?:^|, )([A-Za-z ]+)\[([^\]]*)\]", table)) if isinstance(table, str) else dict(table)
     if "priceRange" in slots:
         slots["priceRange"] = re.sub(r"£ *(\d+) *- *(\d+)", r"£\1 - \2", slots["priceRange"])
@@ -67,14 +70,14 @@ def e2e(table: str | Mapping[str, str]) -> str:
 
 
 def template(table: Sequence[tuple[str, str]], item: str, separator: str, start: str, end: str) -> str:
-    """A table by a template, whose rules are those of `str.format`."""
+    """A table as text by a template with the rules of `str.format`."""
     return start + separator.join(item.format(key=key, value=value) for key, value in table) + end
 
 
 def pack(
     lengths: Sequence[int], targets: Sequence[int], batch: Sequence[int], budget: int, sequence_sum: bool
 ) -> tuple[list[list[int]], list[float]]:
-    """Micro-batches of example numbers, and weights by example."""
+    """Micro-batches as lists of example numbers, and the weight of each example."""
     members: dict[int, list[int]] = {}
     for example, number in enumerate(batch):
         members.setdefault(number, []).append(example)
@@ -102,7 +105,7 @@ def pack(
 
 
 def least_padding(lengths: Sequence[int], buckets: int) -> int:
-    """Places of the best cut of the sorted lengths into at most `buckets` groups."""
+    """Number of tokens, padding included, of the best split of the sorted lengths into at most `buckets` groups."""
     ordered = sorted(lengths)
 
     @functools.cache
@@ -117,11 +120,11 @@ def least_padding(lengths: Sequence[int], buckets: int) -> int:
 
 
 def uses(rows: Sequence[tuple[int, int, Sequence[int]]], blocks: Mapping[int, tuple[int, int, int]]) -> dict[str, list]:
-    """The tables about prefixes.
+    """Tables of prefix blocks and the queries that see them.
 
     Args:
-        rows: Query row, its position relative to key 0 and its prefixes, from left to right; one entry a query row.
-        blocks: By prefix number: first row, rows, slides.
+        rows: Query row, its position relative to key 0 and its prefixes from left to right, for each query row.
+        blocks: First row, number of rows and window flag of each prefix, by prefix number.
     """
     shown = sorted({p for _, _, prefixes in rows for p in prefixes if blocks[p][1]})
     user: dict[int, list[tuple[int, int, int]]] = {p: [] for p in shown}
@@ -142,7 +145,7 @@ def uses(rows: Sequence[tuple[int, int, Sequence[int]]], blocks: Mapping[int, tu
 
 
 def segment_uses(segments: Sequence[Sequence[int]], blocks: Mapping[int, tuple[int, int, int]]) -> dict[str, list]:
-    """`use_indptr` and `use` of segments, each given by its prefixes."""
+    """Tables `use_indptr` and `use` of segments, each of which is a list of prefixes."""
     shown = sorted({p for prefixes in segments for p in prefixes if blocks[p][1]})
     use = [
         [
@@ -158,8 +161,8 @@ def segment_uses(segments: Sequence[Sequence[int]], blocks: Mapping[int, tuple[i
     }
 
 
-def cut(rows: int, height: int) -> range:
-    """First rows of tiles."""
+def tile_starts(rows: int, height: int) -> range:
+    """First row of each tile; no tiles if ``height`` is 0."""
     return range(0, rows if height else 0, height or 1)
 
 
@@ -170,7 +173,15 @@ def plan_packed(
     tiles: Sequence[int],
     contexts: Sequence[int] | None = None,
 ) -> dict[str, list]:
-    """All tables of a packed forward but those of the padded layout; ``contexts``: tokens before these of each sequence."""
+    """Tables of a packed forward, except those of the padded layout.
+
+    Args:
+        lengths: Number of tokens of each sequence.
+        prefixes: Prefixes of each sequence from left to right.
+        prefix_rows: First row, number of rows, pos_start and window flag of each prefix.
+        tiles: Query tokens, keys and prefix rows of a tile.
+        contexts: Number of tokens before those of each sequence; none by default.
+    """
     before = contexts or [0] * len(lengths)
     totals = [n + c for n, c in zip(lengths, before, strict=True)]
     firsts = [sum(lengths[:s]) for s in range(len(lengths))]
@@ -191,15 +202,17 @@ def plan_packed(
         **uses(queries, blocks),
         "position_ids": [start + c + t for start, n, c in zip(starts, lengths, before, strict=True) for t in range(n)],
         "tiles": [
-            [s, first + t] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True)) for t in cut(n, tiles[0])
+            [s, first + t]
+            for s, (first, n) in enumerate(zip(firsts, lengths, strict=True))
+            for t in tile_starts(n, tiles[0])
         ],
-        "key_tiles": [[s, s + 1, key] for s, n in enumerate(lengths) for key in cut(n, tiles[1])],
-        "block_tiles": [[c, row] for c, p in enumerate(shown) for row in cut(prefix_rows[p][1], tiles[2])],
+        "key_tiles": [[s, s + 1, key] for s, n in enumerate(lengths) for key in tile_starts(n, tiles[1])],
+        "block_tiles": [[c, row] for c, p in enumerate(shown) for row in tile_starts(prefix_rows[p][1], tiles[2])],
     }
 
 
 def tables(buffer: np.ndarray, sections: Mapping[str, tuple[int, int, int]]) -> dict[str, list]:
-    """The named tables of a buffer as lists; checks that they are aligned and disjoint."""
+    """Tables of a buffer as lists, by name; asserts that they are aligned and disjoint."""
     end = 0
     found = {}
     for name, (offset, rows, cols) in sections.items():

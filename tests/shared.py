@@ -1,4 +1,4 @@
-"""The data that lies beside the project; tests that need it skip without it."""
+"""Paths of the data folder beside the repository; tests that need it are skipped without it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHARED = Path(os.environ.get("PREFIXFAST_SHARED", ROOT.parent / "shared"))
 
 
 def folder(*parts: str) -> Path:
-    """A folder of the shared data, or a skip."""
+    """A folder of the shared data; skips the test if it does not exist."""
     path = SHARED.joinpath("data", *parts)
     if not path.exists():
         pytest.skip(f"{path} is absent (set PREFIXFAST_SHARED)")
@@ -22,7 +22,10 @@ def folder(*parts: str) -> Path:
 
 
 def smollm2(cache: Path) -> Path:
-    """SmolLM2-135M as a Hugging Face folder: PREFIXFAST_SMOLLM2, or made by its script (40 s, needs the network and gguf)."""
+    """SmolLM2-135M as a Hugging Face folder.
+
+    The folder is PREFIXFAST_SMOLLM2, or the output of a script (40 s, needs the network and gguf).
+    """
     if given := os.environ.get("PREFIXFAST_SMOLLM2"):
         return Path(given)
     script = folder("lm", "smollm2-135m") / "get.py"

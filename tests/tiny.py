@@ -1,4 +1,4 @@
-"""Tiny random models of the ten decoder-only families, and PEFT models that hold a given prefix."""
+"""Tiny random models of ten decoder-only families, and PEFT models with a given prefix."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ FAMILIES = {
 
 
 def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0):
-    """A model with logits far from uniform, so that the best token is clear."""
+    """A random model with logits far from uniform, so that rounding does not change the most likely token."""
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval().to(dtype)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_((torch.randn(p.shape, generator=g) * (0.12 if p.dim() > 1 else 0.02)).to(dtype))
-    if family == "gemma2":  # its soft cap exists in eager attention only
+    if family == "gemma2":  # only eager attention has its soft cap
         model.set_attn_implementation("eager")
     return model
 
 
 def peft_table(model, length: int, seed: int, scale: float = 0.7) -> torch.Tensor:
-    """A strong random prefix in PEFT's layout."""
+    """A random prefix in PEFT's layout with a strong effect on the logits."""
     from peft import PrefixTuningConfig, get_peft_model
 
     config = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)).peft_config[
@@ -93,7 +93,13 @@ def peft_table(model, length: int, seed: int, scale: float = 0.7) -> torch.Tenso
 
 
 def with_prefix(model, table: torch.Tensor, layers=None):
-    """PEFT's model with this prefix; with ``layers``, of each row the layers that see it: the others' attention leaves the row out."""
+    """PEFT's model with a prefix.
+
+    Args:
+        model: Model that PEFT wraps.
+        table: Prefix in PEFT's layout.
+        layers: Layers that see each row; the attention of other layers leaves the row out. None for all layers.
+    """
     from peft import PrefixTuningConfig, get_peft_model
 
     if layers is not None:
@@ -111,7 +117,7 @@ HIDING = "hiding"
 
 
 def _hiding(module, query, key, value, attention_mask, scaling=None, softcap=None, **_):
-    """Plain attention without those of the first keys that ``module.seen_rows`` leaves out."""
+    """Plain attention without the leading keys for which ``module.seen_rows`` is False."""
     group, rows = module.num_key_value_groups if hasattr(module, "num_key_value_groups") else 1, module.seen_rows
     seen = torch.cat([rows, rows.new_ones(key.shape[2] - len(rows))])
     key, value = (x[:, :, seen].repeat_interleave(group, 1) for x in (key, value))
@@ -127,6 +133,6 @@ AttentionMaskInterface.register(HIDING, eager_mask)
 
 
 def shapes(model) -> tuple[int, int]:
-    """Layers and kv heads."""
+    """Number of layers and number of kv heads."""
     config = model.config
     return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or config.num_attention_heads

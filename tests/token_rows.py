@@ -1,4 +1,4 @@
-"""Random rows of token ids for the tiny models, and how far two prefixes are apart."""
+"""Random rows of token ids for the tiny models, and the distance of two prefixes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prefixfast import Prefix
 
 
 def rows(seed: int, count: int) -> list[dict[str, Any]]:
-    """The target is the second half of each row."""
+    """Random rows of token ids, with the second half of each row as target."""
     g = np.random.default_rng(seed)
     out = []
     for _ in range(count):
@@ -22,5 +22,5 @@ def rows(seed: int, count: int) -> list[dict[str, Any]]:
 
 
 def distance(a: Prefix, b: Prefix) -> float:
-    """The largest difference of two numbers at one place."""
+    """Largest absolute difference between the tensors of two prefixes."""
     return max((a.kv[n] - b.kv[n]).abs().max().item() for n in a.kv)

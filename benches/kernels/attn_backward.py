@@ -1,6 +1,7 @@
-"""Backward of one piece of attention on a CPU in bf16: the flash operator in fp32 (what the torch backend does) against its alternatives, time and error.
+"""Backward of one rectangular attention on a CPU in bf16: time and error of the torch backend and its alternatives.
 
-Run ``python benches/kernels/attn_backward.py OUT.jsonl`` (GPT-2 124M's heads). The error: the largest of dq, dk, dv against fp64, of the largest entry.
+The torch backend calls the flash operator in fp32. The error is the largest relative error of dq, dk and dv against
+fp64. The heads are those of GPT-2 124M. Run ``python benches/kernels/attn_backward.py OUT.jsonl``.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import torch
 from torch import Tensor
 
 from prefixfast.bench.harness import alternate, write_rows
-from prefixfast_kernels.testing.tables import relative_error
-from prefixfast_kernels.torch_sdpa_lse import Options, piece_bwd, piece_fwd
+from prefixfast_kernels.inputs import AttnOptions, OutputGrad
+from prefixfast_kernels.testing.tolerance import relative_error
+from prefixfast_kernels.torch_sdpa_lse import Qkv, sdpa_lse_bwd, sdpa_lse_fwd
 
 HEADS, DIM = 12, 64
-OPTIONS = Options(DIM**-0.5, 0, 0.0)
-# name: sequences, queries, keys, causal; the last five are a batch's queries on one prefix
+OPTIONS = AttnOptions(DIM**-0.5)
+# Sequences, queries, keys and causality by name. The last five are the queries of a batch on one prefix.
 PIECES = {
     "10 x 64 own keys": (10, 64, 64, True),
     "4 x 256 own keys": (4, 256, 256, True),
@@ -32,21 +34,21 @@ Grads = tuple[Tensor, ...]
 
 
 def flash(causal: bool, *tensors: Tensor) -> Grads:
-    """The operator on its inputs as they are."""
+    """The flash operator on bf16 inputs."""
     do, q, k, v, o, lse = tensors
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         do, q, k, v, o, lse, 0.0, causal, scale=OPTIONS.scale
     )
 
 
-def ours(causal: bool, *tensors: Tensor) -> Grads:
-    """What ships."""
+def torch_backend(causal: bool, *tensors: Tensor) -> Grads:
+    """The torch backend: the flash operator in fp32."""
     do, q, k, v, o, lse = tensors
-    return piece_bwd(do, q, k, v, o, lse, None, OPTIONS, causal=causal)
+    return sdpa_lse_bwd(OutputGrad(do, o, lse), Qkv(q, k, v), None, OPTIONS, causal=causal)
 
 
 def products(causal: bool, *tensors: Tensor, scores: torch.dtype = torch.bfloat16) -> Grads:
-    """Recomputed by matrix products; scores and dP in ``scores``, the rest in bf16."""
+    """Matrix products with scores and dP in the dtype ``scores``, the rest in bf16."""
     do, q, k, v, o, lse = tensors
     s = torch.matmul(q.to(scores), k.to(scores).transpose(-1, -2)).float().mul_(OPTIONS.scale)
     if causal:
@@ -59,7 +61,7 @@ def products(causal: bool, *tensors: Tensor, scores: torch.dtype = torch.bfloat1
 
 
 CONTENDERS: dict[str, Callable[..., Grads]] = {
-    "flash in fp32": ours,
+    "flash in fp32": torch_backend,
     "flash in bf16": flash,
     "products in bf16": products,
     "products in bf16, scores in fp32": lambda *args: products(*args, scores=torch.float32),
@@ -72,9 +74,9 @@ def measure(name: str, rounds: int) -> list[dict[str, object]]:
     g = torch.Generator().manual_seed(0)
     q, do = (torch.randn(batch, queries, HEADS, DIM, generator=g).bfloat16().transpose(1, 2) for _ in "qd")
     k, v = (torch.randn(batch, keys, HEADS, DIM, generator=g).bfloat16().transpose(1, 2) for _ in "kv")
-    o, lse = piece_fwd(q, k, v, None, OPTIONS, causal=causal)
-    wide = [t.double() for t in (q, k, v)]
-    exact = ours(causal, do.double(), *wide, *piece_fwd(*wide, None, OPTIONS, causal=causal))
+    o, lse = sdpa_lse_fwd(Qkv(q, k, v), None, OPTIONS, causal=causal)
+    wide = Qkv(q.double(), k.double(), v.double())
+    exact = torch_backend(causal, do.double(), *wide, *sdpa_lse_fwd(wide, None, OPTIONS, causal=causal))
     runs = {n: (lambda call=call: call(causal, do, q, k, v, o, lse)) for n, call in CONTENDERS.items()}
     wrong = {n: max(relative_error(a, b) for a, b in zip(run(), exact, strict=True)) for n, run in runs.items()}
     timed = alternate(runs, rounds)
@@ -94,7 +96,8 @@ def main() -> None:
     for name in PIECES:
         rows += (made := measure(name, args.rounds))
         for r in made:
-            print(f"{name}, {r['contender']}: {min(r['seconds']) * 1e3:.2f} ms, error {r['error']:.1e}", flush=True)  # type: ignore[call-overload]
+            best = min(r["seconds"]) * 1e3  # type: ignore[call-overload]
+            print(f"{name}, {r['contender']}: {best:.2f} ms, error {r['error']:.1e}", flush=True)
     write_rows(args.out, rows)
 
 

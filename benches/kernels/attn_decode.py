@@ -1,6 +1,8 @@
-"""Decode attention on a CPU, all layers of a step: Rust against torch and against gathered keys, alone and between the step's matrix products.
+"""Decode attention on a CPU, all layers of a step: Rust against torch and against gathered keys.
 
-Run ``chrt -r 1 python benches/kernels/attn_decode.py OUT.jsonl`` (GPT-2 124M's heads, 32 rows of 40 to 71 own keys). Correctness comes first.
+Each contender is timed alone and between the step's matrix products, after its output has been checked. The shapes are
+those of GPT-2 124M, with 32 rows of 40 to 71 own keys.
+Run ``chrt -r 1 python benches/kernels/attn_decode.py OUT.jsonl``.
 """
 
 from __future__ import annotations
@@ -15,35 +17,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prefixfast.attention import cpu_decode as attend
+from prefixfast.attention import cpu_decode
 from prefixfast.bench.harness import alternate, write_rows
 from prefixfast.model.memory import in_large_pages
 from prefixfast_kernels import reference
-from prefixfast_kernels.testing.tables import Request, decode_tables, relative_error
+from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
+from prefixfast_kernels.tables import DecodeTables
+from prefixfast_kernels.testing.tables import Request, decode_tables
+from prefixfast_kernels.testing.tolerance import relative_error
 from prefixfast_kernels.torch_decode import decode_fwd
-from prefixfast_kernels.torch_sdpa_lse import Options
 
 ROWS, HEADS, DIM, LAYERS, OWN_ROWS, RUN = 32, 12, 64, 12, 4096, 16
 LENS = [40 + i for i in range(ROWS)]
 SIZES = [(0, 1), (200, 1), (200, 4), (200, 32), (512, 1), (512, 4), (512, 32)]
-OPTIONS = Options(DIM**-0.5, 0, 0.0)
+OPTIONS = AttnOptions(DIM**-0.5)
 LIMIT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step's inputs, every layer with keys and values of its own."""
+    """Inputs of one decode step.
+
+    Attributes:
+        q: Queries ``[R, H, D]``.
+        layers: Keys and values of each layer.
+        table: Slot table.
+        tables: Tables of the step.
+        index: Rows of all keys of each row, prefix and own.
+        mask: Additive mask of those keys.
+    """
 
     q: Tensor
     layers: list[tuple[Tensor, Tensor]]
     table: Tensor
-    tables: object
+    tables: DecodeTables
     index: Tensor
     mask: Tensor
 
     @classmethod
     def make(cls, length: int, distinct: int, dtype: torch.dtype) -> Step:
-        """Random keys in memory such as the engine's; the prefixes lie before the slots, which come in shuffled runs."""
+        """Random keys in large pages, as in the engine. Prefixes lie before the slots, which come in shuffled runs."""
         torch.manual_seed(0)
         first = distinct * length
 
@@ -64,13 +77,13 @@ class Step:
 
 
 def rust(s: Step, k: Tensor, v: Tensor) -> Tensor:
-    """Keys in place."""
-    return attend.decode(s.q, k, v, k, v, s.table, s.tables, OPTIONS)[0]
+    """Keys read in place."""
+    return cpu_decode.decode(DecodeInputs(s.q, k, v, s.table), s.tables, OPTIONS)[0]
 
 
 def torch_decode(s: Step, k: Tensor, v: Tensor) -> Tensor:
-    """Own keys gathered, prefixes in place, merged."""
-    return decode_fwd(s.q, k, v, k, v, s.table, s.tables, max(LENS), OPTIONS)[0]
+    """Own keys gathered, prefixes read in place, merged."""
+    return decode_fwd(DecodeInputs(s.q, k, v, s.table), s.tables, max(LENS), OPTIONS)[0]
 
 
 def gathered(s: Step, k: Tensor, v: Tensor) -> Tensor:
@@ -87,36 +100,32 @@ CONTENDERS: dict[str, Callable[[Step, Tensor, Tensor], Tensor]] = {
 
 
 def products(dtype: torch.dtype) -> Callable[[], None]:
-    """The products of one layer, their weights packed as the engine packs them."""
-    x, width = (
-        {n: torch.randn(ROWS, n).to(dtype) for n in (768, 3072)},
-        [(768, 2304), (768, 768), (768, 3072), (3072, 768)],
-    )
+    """Matrix products of one layer, with weights packed as the engine packs them."""
+    x = {n: torch.randn(ROWS, n).to(dtype) for n in (768, 3072)}
+    shapes = [(768, 2304), (768, 768), (768, 3072), (3072, 768)]
     weights = [
-        (x[n], torch.ops.mkldnn._reorder_linear_weight((torch.randn(m, n) * 0.02).to(dtype), ROWS)) for n, m in width
+        (x[n], torch.ops.mkldnn._reorder_linear_weight((torch.randn(m, n) * 0.02).to(dtype), ROWS)) for n, m in shapes
     ]
 
     def run() -> None:
-        for given, weight in weights:
-            torch.ops.mkldnn._linear_pointwise(given, weight, None, "none", [], "")
+        for hidden, weight in weights:
+            torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
 
     return run
 
 
 def measure(length: int, distinct: int, dtype: torch.dtype, rounds: int) -> list[dict[str, object]]:
-    """Seconds of a step, each contender alone and between products.
+    """Seconds of a step, each contender alone and between matrix products.
 
     Raises:
-        RuntimeError: If a contender is wrong.
+        RuntimeError: If the error of a contender exceeds the limit.
     """
     s = Step.make(length, distinct, dtype)
     k, v = s.layers[0]
-    exact, _ = reference.attn_decode(
-        s.q.double(), k.double(), v.double(), None, None, s.table, s.tables, scale=OPTIONS.scale
-    )
+    exact, _ = reference.attn_decode(DecodeInputs(s.q.double(), k.double(), v.double(), s.table), s.tables, OPTIONS)
     for name, call in CONTENDERS.items():
         if (error := relative_error(call(s, k, v), exact)) > LIMIT[dtype]:
-            msg = f"{name}: wrong by {error:.1e}; nothing is timed"
+            msg = f"{name}: relative error {error:.1e} exceeds {LIMIT[dtype]:.0e}; nothing is timed"
             raise RuntimeError(msg)
     gemm = [products(dtype) for _ in range(LAYERS)]
 
@@ -159,10 +168,8 @@ def main() -> None:
             for r in made:
                 where = "with products" if r["with_products"] else "alone"
                 best, median = (f(r["seconds"]) * 1e3 for f in (min, lambda s: sorted(s)[len(s) // 2]))
-                print(
-                    f"P={length} x {distinct}, {r['dtype']}, {r['contender']}, {where}: {best:.1f} ms (median {median:.1f})",
-                    flush=True,
-                )
+                case = f"P={length} x {distinct}, {r['dtype']}, {r['contender']}, {where}"
+                print(f"{case}: {best:.1f} ms (median {median:.1f})", flush=True)
     write_rows(args.out, rows)
 
 

@@ -1,4 +1,7 @@
-"""Keep what `cargo bench` measured last: ``python benches/rust/save.py OUT.json`` (microseconds, median and its 95 % interval)."""
+"""Write the results of the last `cargo bench` to a file: ``python benches/rust/save.py OUT.json``.
+
+The results are medians and their 95 % intervals in microseconds.
+"""
 
 import argparse
 import json
@@ -9,9 +12,9 @@ from prefixfast.io.atomic import replace_file
 
 
 def main() -> None:
-    """Read criterion's estimates, write them."""
+    """Read criterion's estimates and write the results file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=Path, help="file to write")
     args = parser.parse_args()
     found = {}
     for file in sorted((Path(__file__).parents[2] / "target" / "criterion").glob("*/new/estimates.json")):

@@ -1,16 +1,18 @@
-"""Parts of a decode step of 32 rows, GPT-2 124M's sizes: ``python -m pytest benches/system --benchmark-only``."""
+"""Time of the parts of a decode step of 32 rows with the sizes of GPT-2 124M.
+
+Run with ``python -m pytest benches/system --benchmark-only``.
+"""
 
 import numpy as np
 import pytest
 import torch
 
 from prefixfast import _rust
-from prefixfast.attention import cpu_decode as attend
-from prefixfast.attention import ops
+from prefixfast.attention import cpu_decode, ops
 from prefixfast.config import GenerationParams
-from prefixfast.engine.search import Beam, Greedy
+from prefixfast.engine.search import BeamSearch, GreedySearch
+from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
 from prefixfast_kernels.testing.tables import Request, decode_tables
-from prefixfast_kernels.torch_sdpa_lse import Options
 
 ROWS, HEADS, DIM, VOCAB, KEYS = 32, 12, 64, 50257, 55
 
@@ -23,7 +25,8 @@ def test_attention_of_one_layer(benchmark, distinct):
     table = (torch.randperm(4096)[: ROWS * KEYS] + first).view(ROWS, -1).int()
     requests = [Request(0, ((i % distinct, True),) if distinct else ()) for i in range(ROWS)]
     tables = decode_tables([KEYS] * ROWS, requests, [(i * length, length) for i in range(distinct)])
-    benchmark(attend.decode, torch.randn(ROWS, HEADS, DIM), k, v, k, v, table, tables, Options(DIM**-0.5, 0, 0.0))
+    inputs = DecodeInputs(torch.randn(ROWS, HEADS, DIM), k, v, table)
+    benchmark(cpu_decode.decode, inputs, tables, AttnOptions(DIM**-0.5))
 
 
 def test_new_keys_of_one_layer(benchmark):
@@ -35,7 +38,7 @@ def test_new_keys_of_one_layer(benchmark):
 @pytest.mark.parametrize("beams", [1, 4])
 def test_choosing(benchmark, beams):
     logits, eos = torch.randn(ROWS, VOCAB), torch.tensor([50256])
-    chooser = Greedy(ROWS + 1, eos) if beams == 1 else Beam(beams, ROWS + 1, 1 << 12, eos)
+    chooser = GreedySearch(ROWS + 1, eos) if beams == 1 else BeamSearch(beams, ROWS + 1, 1 << 12, eos)
     at = torch.arange(0, ROWS, beams)
 
     def start() -> None:

@@ -1,22 +1,25 @@
-"""What a step costs beside the model: planning, tables, slot table, plan objects (forward and selection are replaced by constants).
+"""Time of an engine step without the model: planning, tables, slot table and plan objects.
 
-Run with ``python -m pytest benches/system --benchmark-only``; the same with 20 and with 2,000 resident prefixes, a tenth of the rows replaced in each step.
+Constants replace the forward pass and the choice of tokens. A step with a tenth of the rows replaced is measured with
+20 and with 2,000 resident prefixes. Run with ``python -m pytest benches/system --benchmark-only``.
 """
+
+import itertools
 
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from prefixfast import Engine, Prefix
+from prefixfast.bench.engine_loop import add_requests
 from prefixfast.config import GenerationParams
-from prefixfast.engine.request import make_requests
-from prefixfast.engine.search import Choice, Greedy
+from prefixfast.engine.search import Choice, GreedySearch
 
 ROWS, LENGTH, LAYERS = 32, 16, 2
 
 
-class Constant(Greedy):
-    """Chooses token 5 for ever."""
+class Constant(GreedySearch):
+    """Search that chooses token 5 in every step."""
 
     def step(self, logits, at):
         self.limits.count[at] += 1
@@ -25,9 +28,9 @@ class Constant(Greedy):
 
 @pytest.fixture
 def running(request, monkeypatch):
-    """An engine with all rows decoding and this many resident prefixes; returns what makes and ends requests."""
+    """Loop of an engine with ``request.param`` resident prefixes, and a function that adds a request to the loop."""
     resident = request.param
-    monkeypatch.setattr("prefixfast.engine.prefix_cache.KEPT_PREFIXES", 10_000)
+    monkeypatch.setattr("prefixfast.engine.prefix_cache.MAX_PREFIXES", 10_000)
     torch.manual_seed(0)
     base = GPT2LMHeadModel(GPT2Config(n_layer=LAYERS, n_embd=64, n_head=1, vocab_size=128, n_positions=1024)).eval()
     base.generation_config.eos_token_id = None
@@ -41,26 +44,24 @@ def running(request, monkeypatch):
         max_model_len=1000,
         kv_cache_memory=(80 + ROWS * 1024 + resident * LENGTH) * 4 * 64 * 2 * LAYERS,
     ) as engine:
-        call = GenerationParams(max_new_tokens=900)
-        made = iter(range(10**9))
+        params = GenerationParams(max_new_tokens=900)
+        made = itertools.count()
 
         def add() -> None:
-            i = next(made)
-            (r,) = make_requests(engine.model, [[3] * 40], [prefixes[i % resident]], call, engine.max_model_len)
-            engine.loop.add(i, r)
+            add_requests(engine, [[3] * 40], [prefixes[next(made) % resident]], params)
 
         with torch.inference_mode():
-            # each prefix is used once, so that all are resident
+            # One request of each prefix makes all prefixes resident.
             engine.generate([[3]] * resident, prefixes, max_new_tokens=1, progress=False)
-            engine.loop.rows.greedy = Constant(ROWS + 1, engine.loop.rows.eos)
+            engine.loop.batch.greedy = Constant(ROWS + 1, engine.loop.batch.end_tensor)
             logits = torch.zeros(ROWS, 128)
             engine.model.forward = lambda plan, ids: logits[: len(ids if plan.logits_at is None else plan.logits_at)]
-            yield engine.loop, add, resident
+            yield engine.loop, add
 
 
 @pytest.mark.parametrize("running", [20], indirect=True)
 def test_a_decode_step_of_32_rows(running, benchmark):
-    loop, add, _ = running
+    loop, add = running
     for _ in range(ROWS):
         add()
     while loop.scheduler.num_waiting:
@@ -71,7 +72,7 @@ def test_a_decode_step_of_32_rows(running, benchmark):
 
 @pytest.mark.parametrize("running", [20, 2000], indirect=True)
 def test_a_step_with_a_tenth_replaced(running, benchmark):
-    loop, add, _ = running
+    loop, add = running
     for _ in range(ROWS):
         add()
     while loop.scheduler.num_waiting:

@@ -1,4 +1,7 @@
-"""An installed prefixfast at work, on any platform: train, save, serve, score, with a tiny random model (``tiny.py`` of the tests beside it)."""
+"""Smoke test of an installed prefixfast: train, save, store, generate and score with a tiny random model.
+
+The file ``tiny.py`` of the tests lies beside this one.
+"""
 
 import sys
 import tempfile
@@ -9,7 +12,7 @@ import tiny
 
 
 def main() -> None:
-    """Train, save, store, generate and score."""
+    """Run the smoke test; the exit status is 1 if a result is wrong."""
     base = prefixfast.load(tiny.make("llama"))
     rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}] * 8
     run = prefixfast.train(
@@ -20,7 +23,7 @@ def main() -> None:
         for name, prefix in run.items():
             prefix.save_pretrained(Path(folder, name))
             if prefixfast.Prefix.from_pretrained(Path(folder, name)).digest != prefix.digest:
-                sys.exit(f"{name}: what was read is not what was saved")
+                sys.exit(f"{name}: the prefix read from the folder differs from the saved one")
             store.put(name, prefix)
         with prefixfast.Engine(base, store=store, max_num_seqs=4, max_model_len=64) as engine:
             together = engine.generate([[5, 6], [7]], ["a", "b"], max_new_tokens=6)
@@ -28,9 +31,8 @@ def main() -> None:
             if [g.token_ids for g in together] != [g.token_ids for g in alone]:
                 sys.exit("a request's tokens depend on its batch")
             score = engine.score([[5, 6]], "a", targets=[[7, 8]])[0]
-    print(
-        f"prefixfast {prefixfast.__version__} on {sys.platform}: {together[0].token_ids}, log-probability {score.logprob:.3f}"
-    )
+    result = f"{together[0].token_ids}, log-probability {score.logprob:.3f}"
+    print(f"prefixfast {prefixfast.__version__} on {sys.platform}: {result}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""The attention kernels of prefixfast and their specification; imports torch (and, when built, triton) only."""
+"""Attention kernels of prefixfast and their specification. The package imports torch and, where installed, triton."""

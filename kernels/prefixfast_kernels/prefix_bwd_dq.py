@@ -1,6 +1,7 @@
-"""Triton kernels of the backward that go over query tiles: row sums of output times gradient, and dQ. See `prefix_bwd`.
+"""Triton kernels of the backward over query tiles: row sums of output times gradient, and dQ (`prefix_bwd`).
 
 A tile packs the G query heads of one kv head: row r is token ``r // G``, head ``r % G``.
+Shape letters: N packed queries, HQ query heads, BM rows of a query tile, D head dim, DP D padded to a power of two.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from prefixfast_kernels.tile_ops import (
     LOG2E,
     key_range,
     key_rows,
-    keys_seen,
+    load_query_tile,
     load_rows,
-    query_tile,
-    scaled,
+    log2_scores,
+    softcap_grad,
     store_rows,
-    uncapped,
+    visible_keys,
 )
 
 
 # fmt: off
 @triton.jit
 def prefix_bwd_delta(
-    O, DO, DELTA, rows, stride_ot, stride_oh, stride_dot, stride_doh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr
+    O, DO, DELTA, rows, stride_ot, stride_oh, stride_dot, stride_doh,
+    HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
 ):
-    """``DELTA [N, HQ]`` = row sums of ``O * DO``; one program: BM (query, head) pairs."""
+    """Row sums ``DELTA [N, HQ]`` of ``O * DO``, BM (query, head) pairs in one program."""
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     live = r < rows
     row, head = r // HQ, (r % HQ).to(tl.int64)[:, None]
@@ -36,19 +38,20 @@ def prefix_bwd_delta(
 
 
 @triton.jit
-def fold_dq(
+def add_dq(
     dq, q, do, lse2, delta, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
-    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    UP: tl.constexpr,
 ):
-    """Add one key tile's part of dQ ``[BM, DP]`` (without the scale)."""
+    """Add the part of one key tile to dQ ``[BM, DP]`` (without the scale)."""
     k = load_rows(K, rows, live, stride_k, D, DP, MASK, UP)
     v = load_rows(V, rows, live, stride_v, D, DP, MASK, UP)
-    s = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    s = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
     p = tl.exp2(s - lse2[:, None])
     if MASK:
         p = tl.where(seen, p, 0.0)
     ds = p * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-    ds = uncapped(ds, s, softcap, SOFTCAP)
+    ds = softcap_grad(ds, s, softcap, SOFTCAP)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -58,14 +61,17 @@ def prefix_bwd_dq(
     scale, softcap, window,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     stride_dot, stride_doh, stride_dqt, stride_dqh,
-    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr, FUSED: tl.constexpr, ARENA: tl.constexpr,
-    PRECISION: tl.constexpr, UP: tl.constexpr,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr,
+    FUSED: tl.constexpr, ARENA: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
-    """DQ of one tile of at most TOKENS query tokens, one kv head. FUSED: the prefix part lies in ``PART [N, HQ, D]`` already."""
+    """DQ of one tile of at most TOKENS query tokens, one kv head.
+
+    FUSED: ``PART [N, HQ, D]`` already holds the part of the prefix.
+    """
     t = tl.program_id(0)
     hk = tl.program_id(1)
-    s, key0, keys, tokens, pos, live, qrow, head, qpos = query_tile(TILES, SEG, SEG_POS, t, hk, G, BM, TOKENS)
+    s, key0, keys, tokens, pos, live, qrow, head, qpos = load_query_tile(TILES, SEG, SEG_POS, t, hk, G, BM, TOKENS)
     n = tl.arange(0, BN)
     far = head[:, None].to(tl.int64)
     q = load_rows(Q + far * stride_qh, qrow, live, stride_qt, D, DP, True, UP)
@@ -96,19 +102,23 @@ def prefix_bwd_dq(
                 seen = tl.broadcast_to(((j + n) < length)[None, :], (BM, BN))
                 if WINDOW:
                     seen = seen & ((slides == 0) | ((at + j + n)[None, :] > (qpos - window)[:, None]))
-                dq = fold_dq(dq, q, do, lse2, delta, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt, scale, softcap, D, DP,
-                    True, SOFTCAP, PRECISION, UP)
+                dq = add_dq(
+                    dq, q, do, lse2, delta, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt,
+                    scale, softcap, D, DP, True, SOFTCAP, PRECISION, UP)
 
     Kh = K + hk.to(tl.int64) * stride_kh
     Vh = V + hk.to(tl.int64) * stride_vh
     lo, full, hi = key_range(pos, tokens, keys, window, BN, CAUSAL, WINDOW)
     for j in range(lo, full, BN):
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, False)
-        dq = fold_dq(dq, q, do, lse2, delta, Kh, Vh, at, live, live, stride_kt, stride_vt, scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
+        dq = add_dq(
+            dq, q, do, lse2, delta, Kh, Vh, at, live, live, stride_kt, stride_vt,
+            scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
     for j in range(full, hi, BN):
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, True)
-        seen = keys_seen(j + n, hi, qpos, window, BM, BN, CAUSAL, WINDOW)
-        dq = fold_dq(dq, q, do, lse2, delta, Kh, Vh, at, j + n < hi, seen, stride_kt, stride_vt, scale, softcap, D, DP,
-            True, SOFTCAP, PRECISION, UP)
+        seen = visible_keys(j + n, hi, qpos, window, BM, BN, CAUSAL, WINDOW)
+        dq = add_dq(
+            dq, q, do, lse2, delta, Kh, Vh, at, j + n < hi, seen, stride_kt, stride_vt,
+            scale, softcap, D, DP, True, SOFTCAP, PRECISION, UP)
     store_rows(DQ + far * stride_dqh, dq * scale, qrow, live, stride_dqt, D, DP)
 # fmt: on

@@ -1,6 +1,8 @@
-"""Triton kernels of the backward that go over tiles of keys or prefix rows: dK and dV, and the ordered sum of a block's partial gradients. See `prefix_bwd`.
+"""Triton kernels of the backward over tiles of keys or prefix rows (`prefix_bwd`).
 
-Shape letters: BN keys or prefix rows of a tile, BM rows of a query tile, NS slices of a block's users, H kv heads, D head dim.
+They compute dK and dV of own keys and of prefix blocks, and sum a block's partial gradients in a fixed order.
+Shape letters: BN keys or prefix rows of a tile, BM rows of a query tile, NS slices of a block's users, N packed
+queries, HQ query heads, H kv heads, D head dim, DP D padded to a power of two.
 """
 
 from __future__ import annotations
@@ -8,27 +10,32 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefixfast_kernels.tile_ops import LOG2E, load_rows, scaled, store_rows, uncapped
+from prefixfast_kernels.tile_ops import LOG2E, load_rows, log2_scores, softcap_grad, store_rows
 
 
 # fmt: off
 @triton.jit
-def fold_kv(
-    dk, dv, k, v, Q, DO, LSE, DELTA, qrow, head, live, seen, stride_qt, stride_qh, stride_dot, stride_doh, scale, softcap,
-    HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+def add_dkv(
+    dk, dv, k, v, Q, DO, LSE, DELTA, qrow, head, live, seen, stride_qt, stride_qh, stride_dot, stride_doh,
+    scale, softcap,
+    HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    UP: tl.constexpr,
 ):
-    """Add one query tile's part of dK (without the scale) and dV ``[BN, DP]``; returns also dS ``[BN, BM]`` for dQ. ``seen [BN, BM]``."""
+    """Add the part of one query tile to dK (without the scale) and dV ``[BN, DP]``.
+
+    ``seen [BN, BM]`` says which queries see each key. Returns dK, dV, and dS ``[BN, BM]``, from which dQ follows.
+    """
     far = head[:, None].to(tl.int64)
     q = load_rows(Q + far * stride_qh, qrow, live, stride_qt, D, DP, True, UP)
     do = load_rows(DO + far * stride_doh, qrow, live, stride_dot, D, DP, True, UP)
     stat = qrow.to(tl.int64) * HQ + head
     lse2 = tl.load(LSE + stat, mask=live, other=0.0) * LOG2E
     delta = tl.load(DELTA + stat, mask=live, other=0.0)
-    s = scaled(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    s = log2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
     p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
-    ds = uncapped(ds, s, softcap, SOFTCAP)
+    ds = softcap_grad(ds, s, softcap, SOFTCAP)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv, ds
 
@@ -38,10 +45,11 @@ def prefix_bwd_kv(
     Q, K, V, DO, LSE, DELTA, DK, DV, KEY_TILES, SEG, SEG_POS, SLOTS,
     scale, softcap, window,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
-    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ARENA: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ARENA: tl.constexpr,
+    PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
-    """DK and dV of one tile of BN keys, one kv head, over every segment that sees them."""
+    """DK and dV of one tile of BN keys, one kv head, over every segment that sees the keys."""
     t = tl.program_id(0)
     hk = tl.program_id(1)
     s0 = tl.load(KEY_TILES + 3 * t)
@@ -80,8 +88,9 @@ def prefix_bwd_kv(
                 seen = seen & (kpos[:, None] <= (pos + token)[None, :])
             if WINDOW:
                 seen = seen & (kpos[:, None] > (pos + token - window)[None, :])
-            dk, dv, _ = fold_kv(dk, dv, k, v, Q, DO, LSE, DELTA, row + token, head, live, seen, stride_qt, stride_qh, stride_dot, stride_doh, scale,
-                softcap, HQ, D, DP, SOFTCAP, PRECISION, UP)
+            dk, dv, _ = add_dkv(
+                dk, dv, k, v, Q, DO, LSE, DELTA, row + token, head, live, seen, stride_qt, stride_qh, stride_dot,
+                stride_doh, scale, softcap, HQ, D, DP, SOFTCAP, PRECISION, UP)
     store_rows(DK + hk64 * stride_dkh, dk * scale, krow, inside, stride_dkt, D, DP)
     store_rows(DV + hk64 * stride_dkh, dv, krow, inside, stride_dkt, D, DP)
 
@@ -91,13 +100,14 @@ def prefix_bwd_block(
     Q, PK, PV, DO, LSE, DELTA, PARTS_K, PARTS_V, PART, BLOCK_TILES, BLOCK, USER_INDPTR, USER, USER_POS, USER_SLIDES,
     scale, softcap, window,
     stride_qt, stride_qh, stride_pkt, stride_pkh, stride_pvt, stride_pvh, stride_dot, stride_doh,
-    HQ: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TOKENS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    HQ: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr,
+    PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """DK and dV of one tile of prefix rows, one kv head, over one slice of the block's users.
 
-    Writes ``PARTS_K`` and ``PARTS_V [NS, tiles, BN, H, D]`` (fp32); FUSED: also the prefix part of dQ (without the scale)
-    of its users to ``PART [N, HQ, D]`` (fp32).
+    Writes ``PARTS_K`` and ``PARTS_V [NS, tiles, BN, H, D]`` (fp32). FUSED: also writes the prefix part of dQ (without
+    the scale) of the slice's users to ``PART [N, HQ, D]`` (fp32).
     """
     t = tl.program_id(0)
     hk = tl.program_id(1)
@@ -129,8 +139,9 @@ def prefix_bwd_block(
             pos = tl.load(USER_POS + user, mask=live, other=0)
             slides = tl.load(USER_SLIDES + user, mask=live, other=0)
             seen = seen & ((slides == 0)[None, :] | (pos[None, :] + n[:, None] > -window))
-        dk, dv, ds = fold_kv(dk, dv, k, v, Q, DO, LSE, DELTA, row, head, live, seen, stride_qt, stride_qh, stride_dot, stride_doh, scale, softcap,
-            HQ, D, DP, SOFTCAP, PRECISION, UP)
+        dk, dv, ds = add_dkv(
+            dk, dv, k, v, Q, DO, LSE, DELTA, row, head, live, seen, stride_qt, stride_qh, stride_dot, stride_doh,
+            scale, softcap, HQ, D, DP, SOFTCAP, PRECISION, UP)
         if FUSED:
             dq = tl.dot(tl.trans(ds).to(k.dtype), k, input_precision=PRECISION)
             store_rows(PART + head[:, None].to(tl.int64) * D, dq, row, live, HQ * D, D, DP)
@@ -145,7 +156,7 @@ def prefix_bwd_sum(
     PARTS_K, PARTS_V, DPK, DPV, BLOCK_TILES, BLOCK, slices, stride_dpt, stride_dph,
     H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr,
 ):
-    """Add the slices of one tile of prefix rows in order, one kv head."""
+    """Sum the slices of one tile of prefix rows in a fixed order, one kv head."""
     t = tl.program_id(0)
     hk = tl.program_id(1)
     block = tl.load(BLOCK_TILES + 2 * t)

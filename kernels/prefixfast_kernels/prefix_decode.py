@@ -1,7 +1,9 @@
-"""Decode attention in Triton: one query a row over its prefix blocks and its slots, a shared block read once for a group of rows.
+"""Decode attention in Triton: one query per row over its prefix blocks and its slots.
 
-Specification: `reference.attn_decode`; the split softmax and the cost model of the grouping: kernels/README.md. Shape letters: R rows, HQ query heads,
-H kv heads, G queries per kv head, D head dim, DP D padded to a power of two, W work items, n partial sums.
+A shared prefix block is read once for a group of rows. The split softmax and the cost model of the grouping are
+described in kernels/README.md. Specification: `reference.attn_decode`.
+Shape letters: R rows, HQ query heads, H kv heads, G queries per kv head, D head dim, DP D padded to a power of two,
+BM rows of a group's tile, BH query heads of a row's tile, BN keys of a tile, W work items, n partial sums.
 """
 
 from __future__ import annotations
@@ -12,28 +14,34 @@ import triton.language as tl
 from torch import Tensor
 
 from prefixfast_kernels import launch
+from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
 from prefixfast_kernels.tables import DecodeTables
-from prefixfast_kernels.tile_ops import fold, load_rows, store_out, store_rows
-from prefixfast_kernels.torch_sdpa_lse import Options
+from prefixfast_kernels.tile_ops import load_rows, online_softmax_update, store_output, store_rows
+
+# Tables that `prefix_decode` reads, by their field of `DecodeTables`; the kernel's parameters have the same names.
+TABLES = ("row", "lens", "use_indptr", "use", "block", "user", "user_pos", "user_slides", "work", "grouped")
 
 
 # fmt: off
 @triton.jit
-def store_part(PART, STAT, acc, m, l, at, live, D: tl.constexpr, DP: tl.constexpr):
-    """A partial sum, maximum and accumulator to rows ``at`` of ``[n * HQ, ...]``."""
+def store_partial_sum(PART, STAT, acc, m, l, at, live, D: tl.constexpr, DP: tl.constexpr):
+    """Store accumulator, maximum and sum of a partial softmax to rows ``at`` of ``[n * HQ, ...]``."""
     store_rows(PART, acc, at, live, D, D, DP)
     tl.store(STAT + 2 * at, m, mask=live)
     tl.store(STAT + 2 * at + 1, l, mask=live)
 
 
 @triton.jit
-def of_group(
-    Q, K, V, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count, lo, hi, part, scale, softcap, window,
-    stride_qt, stride_qh, stride_kt, stride_vt,
+def run_group_item(
+    Q, K, V, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count, lo, hi, part,
+    scale, softcap, window, stride_qt, stride_qh, stride_kt, stride_vt,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
-    """Rows ``lo`` to ``hi`` of a block for ``count`` of its users: row r of the tile is user ``r // G``, head ``r % G``."""
+    """Attention over rows ``lo`` to ``hi`` of a block for ``count`` of its users.
+
+    Row r of the tile is user ``r // G``, head ``r % G``.
+    """
     i = tl.arange(0, BM)
     n = tl.arange(0, BN)
     live = i // G < count
@@ -45,7 +53,7 @@ def of_group(
     acc = tl.zeros([BM, DP], tl.float32)
     start = tl.load(BLOCK + 2 * block)
     begin = lo
-    if WINDOW:  # each user sees the block from a row of its own on
+    if WINDOW:  # the first visible row of the block differs between users
         slides = tl.load(USER_SLIDES + first + i // G, mask=live, other=0)
         from_row = tl.where(slides != 0, 1 - window - tl.load(USER_POS + first + i // G, mask=live, other=0), 0)
         begin = tl.maximum(lo, tl.min(tl.where(live, from_row, hi), 0))
@@ -54,18 +62,24 @@ def of_group(
         seen = here[None, :]
         if WINDOW:
             seen = seen & ((j + n)[None, :] >= from_row[:, None])
-        acc, m, l = fold(acc, m, l, q, K, V, start + j + n, here, seen, stride_kt, stride_vt, scale, softcap, D, DP, True, WINDOW, SOFTCAP, PRECISION, UP)
-    store_part(PART, STAT, acc, m, l, (part + i // G) * HQ + head, live, D, DP)
+        acc, m, l = online_softmax_update(
+            acc, m, l, q, K, V, start + j + n, here, seen, stride_kt, stride_vt,
+            scale, softcap, D, DP, True, WINDOW, SOFTCAP, PRECISION, UP)
+    store_partial_sum(PART, STAT, acc, m, l, (part + i // G) * HQ + head, live, D, DP)
 
 
 @triton.jit
-def of_row(
-    Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, GROUPED, hk, r, lo, hi, part, scale, softcap, window, stride_table,
+def run_row_item(
+    Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, GROUPED, hk, r, lo, hi, part,
+    scale, softcap, window, stride_table,
     stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
-    """Keys ``lo`` to ``hi`` of what a row reads by itself: its blocks that no group reads, from left to right, then its slots."""
+    """Attention of one row over keys ``lo`` to ``hi`` of those that it reads by itself.
+
+    These keys are its blocks that no group reads, from left to right, and then its slots.
+    """
     i = tl.arange(0, BH)
     n = tl.arange(0, BN)
     live = i < G
@@ -75,7 +89,7 @@ def of_row(
     l = tl.zeros([BH], tl.float32)
     acc = tl.zeros([BH, DP], tl.float32)
     own = tl.load(LENS + r)
-    base = lo * 0  # keys of the blocks gone by
+    base = lo * 0  # keys of the blocks before the current one
     for u in range(tl.load(USE_INDPTR + r), tl.load(USE_INDPTR + r + 1)):
         block = tl.load(USE + 3 * u)
         start = tl.load(BLOCK + 2 * block)
@@ -87,8 +101,9 @@ def of_row(
         end = tl.minimum(hi - base, length)
         for j in range(begin, end, BN):
             here = j + n < end
-            acc, m, l = fold(acc, m, l, q, PK, PV, start + j + n, here, here[None, :], stride_pkt, stride_pvt, scale, softcap, D, DP, True,
-                False, SOFTCAP, PRECISION, UP)
+            acc, m, l = online_softmax_update(
+                acc, m, l, q, PK, PV, start + j + n, here, here[None, :], stride_pkt, stride_pvt,
+                scale, softcap, D, DP, True, False, SOFTCAP, PRECISION, UP)
         base += length
     begin = tl.maximum(lo - base, 0)
     if WINDOW:
@@ -98,22 +113,26 @@ def of_row(
     for j in range(begin, end, BN):
         here = j + n < end
         at = tl.load(slots + j + n, mask=here, other=0)
-        acc, m, l = fold(acc, m, l, q, K, V, at, here, here[None, :], stride_kt, stride_vt, scale, softcap, D, DP, True, False, SOFTCAP, PRECISION, UP)
+        acc, m, l = online_softmax_update(
+            acc, m, l, q, K, V, at, here, here[None, :], stride_kt, stride_vt,
+            scale, softcap, D, DP, True, False, SOFTCAP, PRECISION, UP)
     if part >= 0:
-        store_part(PART, STAT, acc, m, l, part * HQ + head, live, D, DP)
+        store_partial_sum(PART, STAT, acc, m, l, part * HQ + head, live, D, DP)
     else:
-        store_out(O, LSE, acc, m, l, r + i * 0, head, live, stride_ot, stride_oh, HQ, D, DP)
+        store_output(O, LSE, acc, m, l, r + i * 0, head, live, stride_ot, stride_oh, HQ, D, DP)
 
 
 @triton.jit
 def prefix_decode(
-    Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, USER, USER_POS, USER_SLIDES, WORK, GROUPED,
-    scale, softcap, window, stride_table,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh, stride_ot, stride_oh,
-    HQ: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, USER, USER_POS, USER_SLIDES,
+    WORK, GROUPED, scale, softcap, window, stride_table,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh,
+    stride_ot, stride_oh,
+    HQ: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    UP: tl.constexpr,
 ):
-    """One work item, one kv head; the kv heads of an item follow each other, as their keys do in memory."""
+    """Run one work item for one kv head. Programs of an item's kv heads follow each other, as their keys in memory."""
     w = WORK + 6 * (tl.program_id(0) // H)
     hk = tl.program_id(0) % H
     block = tl.load(w)
@@ -127,19 +146,27 @@ def prefix_decode(
     pk_head = hk.to(tl.int64) * stride_pkh
     pv_head = hk.to(tl.int64) * stride_pvh
     if block >= 0:
-        of_group(Q, PK + pk_head, PV + pv_head, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count, lo, hi, part, scale, softcap,
-            window, stride_qt, stride_qh, stride_pkt, stride_pvt, HQ, G, D, DP, BM, BN, WINDOW, SOFTCAP, PRECISION, UP)
+        run_group_item(
+            Q, PK + pk_head, PV + pv_head, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count,
+            lo, hi, part, scale, softcap, window, stride_qt, stride_qh, stride_pkt, stride_pvt,
+            HQ, G, D, DP, BM, BN, WINDOW, SOFTCAP, PRECISION, UP)
     elif count > 0:
-        of_row(Q, K + k_head, V + v_head, PK + pk_head, PV + pv_head, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, GROUPED, hk, first,
-            lo, hi, part, scale, softcap, window, stride_table, stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
+        run_row_item(
+            Q, K + k_head, V + v_head, PK + pk_head, PV + pv_head, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR,
+            USE, BLOCK, GROUPED, hk, first, lo, hi, part, scale, softcap, window, stride_table,
+            stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
             HQ, G, D, DP, BH, BN, WINDOW, SOFTCAP, PRECISION, UP)
 
 
 @triton.jit
 def decode_combine(
-    PART, STAT, O, LSE, PART_INDPTR, PARTS, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr,
+    PART, STAT, O, LSE, PART_INDPTR, PARTS, stride_ot, stride_oh,
+    HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr,
 ):
-    """Merge a row's partial sums, BH heads of it, in the order of the table; a row without any has been written already."""
+    """Merge the partial sums of BH heads of a row in the order of the table.
+
+    A row without partial sums is skipped, because `prefix_decode` has written its output.
+    """
     r = tl.program_id(0)
     head = tl.program_id(1) * BH + tl.arange(0, BH)
     first = tl.load(PART_INDPTR + r)
@@ -152,48 +179,38 @@ def decode_combine(
         at = tl.load(PARTS + i) * HQ + head
         other = tl.load(STAT + 2 * at, mask=live, other=-float("inf"))
         new = tl.maximum(m, other)
-        shift = tl.where(new == -float("inf"), 0.0, new)  # a part outside of the window has seen nothing
+        shift = tl.where(new == -float("inf"), 0.0, new)  # a part outside the window has seen no key
         decay = tl.exp2(m - shift)
         weight = tl.exp2(other - shift)
         l = l * decay + tl.load(STAT + 2 * at + 1, mask=live, other=0.0) * weight
         acc = acc * decay[:, None] + load_rows(PART, at, live, D, D, DP, True, False) * weight[:, None]
         m = new
-    store_out(O, LSE, acc, m, l, r + head * 0, head, live, stride_ot, stride_oh, HQ, D, DP)
+    store_output(O, LSE, acc, m, l, r + head * 0, head, live, stride_ot, stride_oh, HQ, D, DP)
 # fmt: on
 
 
-def attn_decode(
-    q: Tensor,
-    k_arena: Tensor,
-    v_arena: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    table: Tensor,
-    tables: DecodeTables,
-    users: int,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """Forward of `reference.attn_decode` in one launch, or two where the tables name partial sums.
+def attn_decode(inputs: DecodeInputs, tables: DecodeTables, options: AttnOptions, users: int) -> tuple[Tensor, Tensor]:
+    """Forward of `reference.attn_decode` in one launch, or in two if the tables name partial sums.
 
-    No table is read on the host: a captured graph serves other tables of the same shapes.
+    No table is read on the host, so a captured graph serves other tables of the same shapes.
 
     Args:
-        q: ``[R, HQ, D]``, fp32, bf16 or fp16.
-        k_arena: ``[arena rows, H, D]`` in any float dtype (cast to that of ``q`` tile by tile).
-        v_arena: As ``k_arena``.
-        prefix_k: A second place of prefix rows ``[rows, H, D]`` in a dtype of its own, or None: they are rows of ``k_arena``.
-        prefix_v: As ``prefix_k``.
-        table: ``[rows, Tmax]`` int32.
-        tables: See `DecodeTables`; ``work`` made for tiles of at most ``users`` rows.
-        users: See ``tables``.
+        inputs: Queries ``[R, HQ, D]`` in fp32, bf16 or fp16, arena and prefix rows in any float dtype (cast to that of
+            the queries tile by tile), and the slot table.
+        tables: Tables whose ``work`` was made for groups of at most ``users`` rows.
         options: Scale, window, soft cap.
+        users: Largest number of rows in a group's tile.
 
     Returns:
-        ``[R, HQ, D]`` and the natural log-sum-exp ``[R, HQ]`` (fp32); a row that sees nothing gives 0 and -inf.
+        Output ``[R, HQ, D]`` and the natural log-sum-exp ``[R, HQ]`` (fp32). A row without visible keys gives 0 and
+        -inf.
     """
-    q, k, v = map(launch.dense, (q, k_arena, v_arena))
-    pk, pv = (launch.dense(own if t is None else t) for t, own in ((prefix_k, k), (prefix_v, v)))
-    parts, heads = len(tables.part), launch.heads(q, k)
+    q, k, v = map(launch.last_dim_contiguous, (inputs.q, inputs.k_arena, inputs.v_arena))
+    pk, pv = (
+        launch.last_dim_contiguous(arena if t is None else t)
+        for t, arena in ((inputs.prefix_k, k), (inputs.prefix_v, v))
+    )
+    parts, heads = len(tables.part), launch.head_args(q, k)
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse, stat, part = (
         torch.empty(s, dtype=torch.float32, device=q.device)
@@ -207,32 +224,18 @@ def attn_decode(
         PK=pk,
         PV=pv,
         **out,
-        TABLE=table,
-        stride_table=table.stride(0),
-        **{
-            name.upper(): getattr(tables, name)
-            for name in (
-                "row",
-                "lens",
-                "use_indptr",
-                "use",
-                "block",
-                "user",
-                "user_pos",
-                "user_slides",
-                "work",
-                "grouped",
-            )
-        },
-        **launch.strides(q=q, k=k, v=v, pk=pk, pv=pv, o=o),
+        TABLE=inputs.slot_table,
+        stride_table=inputs.slot_table.stride(0),
+        **{name.upper(): getattr(tables, name) for name in TABLES},
+        **launch.stride_args(q=q, k=k, v=v, pk=pk, pv=pv, o=o),
         **heads,
         H=k.shape[1],
-        **launch.decode_numbers(options, q.dtype),
-        **launch.decode_tile(q, k, users, options),
+        **launch.decode_option_args(options, q.dtype),
+        **launch.decode_tile_args(q, k, users, options),
     )
     if parts:
-        how = launch.combine_tile(q)
-        grid = (q.shape[0], -(-q.shape[1] // how["BH"]))
+        combine = launch.combine_args(q)
+        grid = (q.shape[0], -(-q.shape[1] // combine["BH"]))
         decode_combine[grid](
             **out,
             PART_INDPTR=tables.part_indptr,
@@ -240,6 +243,6 @@ def attn_decode(
             stride_ot=o.stride(0),
             stride_oh=o.stride(1),
             **{n: heads[n] for n in ("HQ", "D", "DP")},
-            **how,
+            **combine,
         )
     return o, lse

@@ -1,8 +1,9 @@
-"""The int32 tables that every kernel reads, and their packing; the planner (`rust/core/src/batch/plan.rs`) fills them.
+"""Int32 tables that every kernel reads; the planner (`rust/core/src/batch/plan.rs`) fills them.
 
-Shape letters: S segments, U uses of prefix blocks, C distinct blocks, E (query row, block) pairs, B length buckets, N packed tokens, R decode rows, W work
-items, n partial sums.
-A segment is a run of query rows that see the same prefix blocks; positions are relative to the segment's key 0, so prefix rows sit at negative ones.
+A segment is a run of query rows that see the same prefix blocks. Positions are relative to the segment's key 0, so
+prefix rows have negative positions.
+Shape letters: S segments, U uses of prefix blocks, C distinct blocks, E (query row, block) pairs, B length buckets,
+N packed tokens, R decode rows, W work items, n partial sums.
 """
 
 from __future__ import annotations
@@ -13,17 +14,19 @@ from torch import Tensor
 
 
 class BlockTables(NamedTuple):
-    """Which prefix blocks exist and who sees them; the first fields of both tables below.
+    """Prefix blocks and the queries that see them; the first fields of both `PackedTables` and `DecodeTables`.
 
     Attributes:
-        use_indptr: ``[S + 1]``; uses of segment s are ``use[use_indptr[s]:use_indptr[s + 1]]``.
-        use: ``[U, 3]``: block, position of its first row relative to key 0 (-P for one plain prefix), 1 if a sliding window slides over it.
-        block: ``[C, 2]``: first row in the prefix tensor, rows. Distinct and never empty.
-        user_indptr: ``[C + 1]``; the fields below of block c are at ``[user_indptr[c]:user_indptr[c + 1]]``.
-        user: ``[E]``: query rows that see the block, ascending.
-        user_pos: ``[E]``: position of the block's first row relative to that query.
-        user_slides: ``[E]``: the use's window flag.
-        span: ``[C, 3]``: first user, number of users, 1 if they are consecutive rows.
+        use_indptr: Offsets into ``use``, ``[S + 1]``; segment s has ``use[use_indptr[s]:use_indptr[s + 1]]``.
+        use: Uses of blocks, ``[U, 3]``: block, position of its first row relative to key 0 (-P for one plain prefix),
+            1 if a sliding window slides over it.
+        block: Blocks, ``[C, 2]``: first row in the prefix tensor, number of rows. Blocks are distinct and not empty.
+        user_indptr: Offsets into the next three tables, ``[C + 1]``; block c has
+            ``[user_indptr[c]:user_indptr[c + 1]]``.
+        user: Query rows that see the block, ``[E]``, ascending.
+        user_pos: Position of the block's first row relative to that query, ``[E]``.
+        user_slides: Window flag of the use, ``[E]``.
+        span: Users of each block, ``[C, 3]``: first user, number of users, 1 if the users are consecutive rows.
     """
 
     use_indptr: Tensor
@@ -37,18 +40,21 @@ class BlockTables(NamedTuple):
 
 
 class PackedTables(NamedTuple):
-    """Tables of one packed forward (training, prefill).
+    """Tables of one packed forward (training or prefill).
 
     Attributes:
-        seg: ``[S, 4]``: first query row, query rows, first key row (or first entry of ``slots``), keys.
-        seg_pos: ``[S]``: position of the first query row.
-        bucket: ``[B, 2]``: sequences, padded length; the padded layouts of all buckets follow each other.
-        gather: ``[sum of n * length]``: token at each place of the padded layout (padding repeats the sequence's last token).
-        scatter: ``[N]``: place of each token in the padded layout.
-        tiles: ``[n, 2]``: segment, first query row: the work of kernels that go over query tiles.
-        key_tiles: ``[n, 3]``: first segment, one past the last, first key relative to theirs: the work of kernels that go over key tiles. The segments
-            of an entry follow each other, start at the same key, and the last one has all the keys.
-        block_tiles: ``[n, 2]``: block, first of its rows: the work of kernels that go over tiles of prefix rows.
+        seg: Segments, ``[S, 4]``: first query row, query rows, first key row (or first entry of ``slots``), keys.
+        seg_pos: Position of each segment's first query row, ``[S]``.
+        bucket: Length buckets, ``[B, 2]``: sequences, padded length. The padded layouts of the buckets follow each
+            other.
+        gather: Token at each place of the padded layout, ``[sum of n * length]``. Padding repeats the sequence's last
+            token.
+        scatter: Place of each token in the padded layout, ``[N]``.
+        tiles: Work of kernels over query tiles, ``[n, 2]``: segment, first query row.
+        key_tiles: Work of kernels over key tiles, ``[n, 3]``: first segment, one past the last segment, first key
+            relative to the segments' first key. The segments of an entry follow each other and start at the same key,
+            and the last of them has all the keys.
+        block_tiles: Work of kernels over tiles of prefix rows, ``[n, 2]``: block, first of its rows.
     """
 
     use_indptr: Tensor
@@ -70,22 +76,26 @@ class PackedTables(NamedTuple):
 
     @property
     def blocks(self) -> BlockTables:
-        """The part that says who sees which prefix block."""
+        """Prefix blocks and the queries that see them."""
         return BlockTables(*self[: len(BlockTables._fields)])
 
 
 class DecodeTables(NamedTuple):
-    """Tables of one decode step; its segments are rows of one query each.
+    """Tables of one decode step; each segment is a row of one query.
 
     Attributes:
-        row: ``[R]``: row of the slot table that each query reads.
-        lens: ``[R]``: keys of the row, the new one included.
-        work: ``[W, 6]``, the work of the kernel; items without rows do nothing. Rows of a block for some of its users: block, first of them in ``user``,
-            how many, first and one past the last row of the block, first partial sum (one each). Keys that a row reads by itself: -1, row, 1, first and
-            one past the last key of (its blocks that no group reads, then its own), partial sum or -1: it is the whole result. Empty without a kernel.
-        grouped: ``[C]``: 1 if groups read the block. Empty without ``work``, as are the next two.
-        part_indptr: ``[R + 1]``; the partial sums of row r are ``part[part_indptr[r]:part_indptr[r + 1]]``, none where ``work`` gives its result.
-        part: ``[n]``: numbers of partial sums, in the order in which they are merged.
+        row: Row of the slot table that each query reads, ``[R]``.
+        lens: Keys of each row, ``[R]``, the new key included.
+        work: Work items of the Triton kernel, ``[W, 6]``; empty for other backends. Items with a count of 0
+            (third column) do nothing.
+            A group item reads rows of a block for some of its users: block, offset of the first user in ``user``,
+            number of users, first row, one past the last row, first partial sum (one for each user).
+            A row item reads the keys that a row reads by itself, its blocks that no group reads and then its own keys:
+            -1, row, 1, first key, one past the last key, partial sum, or -1 if the item is the row's whole result.
+        grouped: Whether groups read each block, ``[C]``, 1 or 0. Empty without ``work``, as are the next two tables.
+        part_indptr: Offsets into ``part``, ``[R + 1]``; row r has ``part[part_indptr[r]:part_indptr[r + 1]]``, which is
+            empty if one work item gives the row's whole result.
+        part: Numbers of partial sums, ``[n]``, in the order in which they are merged.
     """
 
     use_indptr: Tensor
@@ -105,5 +115,5 @@ class DecodeTables(NamedTuple):
 
     @property
     def blocks(self) -> BlockTables:
-        """The part that says who sees which prefix block."""
+        """Prefix blocks and the queries that see them."""
         return BlockTables(*self[: len(BlockTables._fields)])

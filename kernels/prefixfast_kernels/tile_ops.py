@@ -1,8 +1,9 @@
-"""Pieces that the Triton kernels share: loads of packed rows, scores in base 2, and the running softmax.
+"""Functions that the Triton kernels share: loads and stores of packed rows, scores in base 2, and the online softmax.
 
-Shape letters: BM rows of a query tile, BN keys of a key tile, D head dim, DP D padded to a power of two, G queries per kv head.
-A query tile packs the G query heads of one kv head: row r is token ``r // G``, head ``r % G``. Scores inside a kernel are in units of log 2 (``exp2`` is one
-instruction); the log-sum-exp outside is natural.
+A query tile packs the G query heads of one kv head: row r is token ``r // G``, head ``r % G``. Scores inside a kernel
+are in units of log 2, because ``exp2`` is one instruction. The log-sum-exp outside a kernel is natural.
+Shape letters: BM rows of a query tile, BN keys of a key tile, D head dim, DP D padded to a power of two,
+G queries per kv head.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(base, rows, live, stride, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, UP: tl.constexpr):
-    """``[n, DP]``: the rows ``rows`` (int) of one head; zeros beyond D and, with MASK, where ``live`` is false."""
+    """Load rows ``rows`` (int) of one head, ``[n, DP]``; zeros beyond D and, with MASK, where ``live`` is false."""
     d = tl.arange(0, DP)
     at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
     if MASK and D != DP:
@@ -27,24 +28,24 @@ def load_rows(base, rows, live, stride, D: tl.constexpr, DP: tl.constexpr, MASK:
         x = tl.load(at, mask=(d < D)[None, :], other=0.0)
     else:
         x = tl.load(at)
-    if UP:  # the interpreter cannot multiply bf16
+    if UP:  # Triton's interpreter cannot multiply bf16
         x = x.to(tl.float32)
     return x
 
 
 @triton.jit
 def store_rows(base, x, rows, live, stride, D: tl.constexpr, DP: tl.constexpr):
-    """Store ``[n, DP]`` to rows where ``live``."""
+    """Store ``x [n, DP]`` to rows ``rows`` of one head where ``live``."""
     d = tl.arange(0, DP)
     at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(at, x.to(base.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])
 
 
 @triton.jit
-def scaled(dot, scale, softcap, SOFTCAP: tl.constexpr):
-    """Dot products -> scores in units of log 2."""
+def log2_scores(dot, scale, softcap, SOFTCAP: tl.constexpr):
+    """Scores in units of log 2 from dot products of queries and keys."""
     if SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2x) + 1); saturates to +-1 without NaN
+        # tanh(x) = 1 - 2 / (exp(2x) + 1) saturates to +-1 without NaN.
         s = softcap * LOG2E * (1 - 2 / (tl.exp2(dot * (scale * 2 * LOG2E / softcap)) + 1))
     else:
         s = dot * (scale * LOG2E)
@@ -52,8 +53,8 @@ def scaled(dot, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def uncapped(ds, s, softcap, SOFTCAP: tl.constexpr):
-    """Gradient of the capped score (``s``, in units of log 2) -> of the score before the cap."""
+def softcap_grad(ds, s, softcap, SOFTCAP: tl.constexpr):
+    """Gradient by the score before the cap, from ``ds``, the gradient by the capped score ``s`` (in units of log 2)."""
     if SOFTCAP:
         t = s / (softcap * LOG2E)
         ds = ds * (1 - t * t)
@@ -62,8 +63,12 @@ def uncapped(ds, s, softcap, SOFTCAP: tl.constexpr):
 
 # fmt: off
 @triton.jit
-def query_tile(TILES, SEG, SEG_POS, t, hk, G: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr):
-    """Tile ``t``: segment, first key, keys, tokens, position of the first query; of each row whether it is one, query row, head, position."""
+def load_query_tile(TILES, SEG, SEG_POS, t, hk, G: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr):
+    """Read the entry of query tile ``t``.
+
+    Returns the segment, its first key, its number of keys, the tile's number of tokens and the position of its first
+    query; then for each row ``[BM]`` whether it is in use, its query row, head and position.
+    """
     s = tl.load(TILES + 2 * t)
     row = tl.load(TILES + 2 * t + 1)
     first = tl.load(SEG + 4 * s)
@@ -77,14 +82,14 @@ def query_tile(TILES, SEG, SEG_POS, t, hk, G: tl.constexpr, BM: tl.constexpr, TO
 
 @triton.jit
 def key_range(pos, tokens, keys, window, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """Keys that a tile's queries see: the first, the end of those that need no mask (whole tiles), the end."""
+    """Keys that a tile's queries see: first key, end of the whole tiles that need no mask, end of all keys."""
     lo = 0
     hi = keys
     full = keys // BN * BN
     if CAUSAL:
         hi = tl.minimum(pos + tokens, keys)
         full = tl.minimum(pos + 1, keys) // BN * BN
-    if WINDOW:  # all masked
+    if WINDOW:  # every key tile needs a mask
         lo = tl.maximum(pos - window + 1, 0) // BN * BN
         full = lo
     return lo, full, hi
@@ -92,7 +97,7 @@ def key_range(pos, tokens, keys, window, BN: tl.constexpr, CAUSAL: tl.constexpr,
 
 @triton.jit
 def key_rows(SLOTS, key0, key, hi, ARENA: tl.constexpr, MASK: tl.constexpr):
-    """Rows of the keys ``key``: their places, or what the slot table says."""
+    """Row of each key ``key`` in the key tensor: its place in order or, with ARENA, its entry of SLOTS."""
     at = key0 + key
     if ARENA and MASK:
         at = tl.load(SLOTS + at, mask=key < hi, other=0)
@@ -102,8 +107,8 @@ def key_rows(SLOTS, key0, key, hi, ARENA: tl.constexpr, MASK: tl.constexpr):
 
 
 @triton.jit
-def keys_seen(key, hi, qpos, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
-    """``[BM, BN]``: which keys each query sees."""
+def visible_keys(key, hi, qpos, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
+    """Whether each query sees each key, ``[BM, BN]``."""
     seen = (key < hi)[None, :]
     if CAUSAL:
         seen = seen & (key[None, :] <= qpos[:, None])
@@ -113,20 +118,22 @@ def keys_seen(key, hi, qpos, window, BM: tl.constexpr, BN: tl.constexpr, CAUSAL:
 
 
 @triton.jit
-def fold(
+def online_softmax_update(
     acc, m, l, q, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
-    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, BLIND: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, MAY_SEE_NONE: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
-    """One key tile into the running softmax of a query tile: ``acc [BM, DP]``, maximum ``m`` and sum ``l`` ``[BM]``.
+    """Add one key tile to the online softmax of a query tile: ``acc [BM, DP]``, maximum ``m`` and sum ``l`` ``[BM]``.
 
-    MASK: only the ``live`` rows are read, and ``seen [BM, BN]`` decides. BLIND: a query may see none of the tile.
+    MASK: only the ``live`` key rows are read, and ``seen [BM, BN]`` says which keys each query sees.
+    MAY_SEE_NONE: a query may see no key of the tile.
     """
     k = load_rows(K, rows, live, stride_k, D, DP, MASK, UP).to(q.dtype)
-    s = scaled(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    s = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
     if MASK:
         s = tl.where(seen, s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1))
-    if BLIND:  # a query that has seen nothing yet stays at -inf: shift by 0 instead
+    if MAY_SEE_NONE:  # the maximum of a query that has seen no key yet is -inf; a shift by 0 avoids -inf - -inf
         shift = tl.where(new == -float("inf"), 0.0, new)
     else:
         shift = new
@@ -139,8 +146,10 @@ def fold(
 
 
 @triton.jit
-def store_out(O, LSE, acc, m, l, row, head, live, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):
-    """The finished softmax of query rows ``row`` and heads ``head``; 0 and -inf where nothing was seen."""
+def store_output(
+    O, LSE, acc, m, l, row, head, live, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+):
+    """Finish the online softmax of query rows ``row`` and heads ``head``; store 0 and -inf where no key was visible."""
     nothing = l == 0
     out = acc / tl.where(nothing, 1.0, l)[:, None]
     store_rows(O + head[:, None].to(tl.int64) * stride_oh, out, row, live, stride_ot, D, DP)

@@ -1,7 +1,7 @@
-"""prefixfast: prefix-tuning that is fast to train and to serve.
+"""prefixfast: fast prefix-tuning (Li & Liang 2021).
 
-A frozen language model and, for each task or user, a short learned block of keys and values that every layer attends to (Li & Liang 2021). Many prefixes
-are trained in the same batches and generate in the same batch; none is ever copied per request.
+The language model is frozen. Each task or user has a prefix: a short learned block of keys and values that every layer
+attends to. Many prefixes are trained in the same batches, and requests with different prefixes generate in one batch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from prefixfast.config import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
     from prefixfast.engine.engine import Engine
     from prefixfast.engine.generate import generate, score
+    from prefixfast.engine.logprobs import TokenLogprob
     from prefixfast.engine.prefix_cache import Resident
-    from prefixfast.engine.request import Generation, TokenLogprob
+    from prefixfast.engine.request import Generation
     from prefixfast.engine.score import Score
     from prefixfast.engine.stream import Stream
     from prefixfast.errors import (
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Where each public name lives; loaded on first use, so that importing the package takes no torch.
+# Module of each public name. It is imported on first use, so that importing the package imports no torch.
 _HOME = {
     "BaseMismatchError": "errors",
     "CapacityError": "errors",
@@ -57,7 +58,7 @@ _HOME = {
     "Resident": "engine.prefix_cache",
     "Score": "engine.score",
     "Stream": "engine.stream",
-    "TokenLogprob": "engine.request",
+    "TokenLogprob": "engine.logprobs",
     "TrainConfig": "config",
     "TrainRun": "training.trainer",
     "UnknownPrefixError": "errors",
@@ -100,13 +101,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        msg = f"module 'prefixfast' has no attribute {name!r}"
-        raise AttributeError(msg)
-    value = getattr(importlib.import_module(f"prefixfast.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker would accept any attribute
+
+    def __getattr__(name: str) -> Any:
+        if name not in _HOME:
+            msg = f"module 'prefixfast' has no attribute {name!r}"
+            raise AttributeError(msg)
+        value = getattr(importlib.import_module(f"prefixfast.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m prefixfast`."""
+"""Entry point of ``python -m prefixfast``."""
 
 from prefixfast.cli import main
 

@@ -1,13 +1,15 @@
-"""The Rust core: tokens, strings, batch plans, the scheduler, and decode attention on CPUs.
+"""The Rust core: tokenizer, linearizer, batch plans, scheduler, and decode attention on CPUs.
 
-Nothing here imports torch. Arrays are numpy, int32 unless said otherwise and read only through contiguous memory: another dtype is a `TypeError`, a
-strided view a `ConfigError`. Whatever takes long releases the GIL. Errors are those of `prefixfast.errors`.
+This module imports no torch. Arrays are numpy arrays, int32 unless the description says otherwise, in contiguous
+memory. Another dtype is a `TypeError` and a strided view a `ConfigError`. Long calls release the GIL. Errors are those
+of `prefixfast.errors`.
 
-Tables lie in ONE int32 buffer. `sections` names them: `name -> (offset, rows, cols)` in int32 counted from the buffer's start; `cols == 0` is a 1-D table of
-`rows` entries. Every offset is a multiple of 16 int32 (64 bytes), the gaps hold zeros.
+The tables of a plan are parts of one int32 buffer. A layout maps the name of a table to ``(offset, rows, cols)``, in
+int32 entries from the buffer's start. A table with ``cols == 0`` has one dimension of ``rows`` entries. Offsets are
+multiples of 16 entries (64 bytes), and the gaps hold zeros.
 
-Letters: S sequences (one segment each), N packed tokens, U block uses, C distinct blocks in use, P prefixes, F beam rows x prompt tokens, n decode rows,
-W work items.
+Shape letters: S sequences (one segment each), N packed tokens, U block uses, C distinct blocks in use, P prefixes,
+F beam rows times prompt tokens, n decode rows, W work items. A block is the rows of one prefix.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,143 +35,154 @@ __all__ = [
 
 @final
 class Tokenizer:
-    """A `tokenizer.json`, run on the core's own threads.
+    """Tokenizer of a ``tokenizer.json``, which runs on a pool of threads.
 
-    The threads are those of this process (`PREFIXFAST_NUM_THREADS`, by default one a core): after a fork the child makes its own. Fewer than 8 texts run on
-    the caller's thread.
+    The pool has `PREFIXFAST_NUM_THREADS` threads, by default one per core. A forked child process makes its own pool.
+    Fewer than 8 texts run on the caller's thread.
 
     Args:
-        json: The text of a `tokenizer.json`. Truncation and padding settings inside are switched off.
+        json: Content of a ``tokenizer.json``. Its truncation and padding settings are ignored.
 
     Raises:
-        ConfigError: The text is no tokenizer.
+        ConfigError: If the content is not a tokenizer.
     """
 
     def __new__(cls, json: str) -> Self: ...
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """Number of tokens, added tokens included."""
 
     def encode_batch(
         self, texts: Sequence[str], *, add_special_tokens: bool
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Texts to ragged ids.
+        """Token ids of texts, as a ragged array.
 
         Args:
-            texts: Any number of texts, empty ones too.
-            add_special_tokens: Let the tokenizer's own template add its tokens.
+            texts: Texts, any number, which can be empty.
+            add_special_tokens: Whether the tokenizer's template adds special tokens.
 
         Returns:
-            `ids` int32[N] and `indptr` int32[n+1]: text `i` is `ids[indptr[i]:indptr[i+1]]`.
+            ``ids`` int32 ``[N]`` and ``indptr`` int32 ``[n + 1]``. Text ``i`` is ``ids[indptr[i]:indptr[i + 1]]``.
 
         Raises:
-            ConfigError: `PREFIXFAST_NUM_THREADS` is no positive number.
-            DataError: The tokenizer refuses a text.
-            CapacityError: More ids than int32 counts.
+            ConfigError: If `PREFIXFAST_NUM_THREADS` is not a positive number.
+            DataError: If the tokenizer refuses a text.
+            CapacityError: If there are more ids than int32 can count.
         """
 
     def decode_batch(
         self, ids: NDArray[np.int32], indptr: NDArray[np.int32], *, skip_special_tokens: bool
     ) -> list[str]:
-        """Ragged ids to texts, the inverse of `encode_batch`.
+        """Texts of a ragged array of token ids, the inverse of `encode_batch`.
 
         Args:
-            ids: int32[N]. Ids beyond the vocabulary give no text.
-            indptr: int32[n+1], from 0 to N, non-decreasing.
-            skip_special_tokens: Leave special tokens out.
+            ids: Token ids, int32 ``[N]``. Ids beyond the vocabulary give no text.
+            indptr: Start of each text in ``ids``, int32 ``[n + 1]``, non-decreasing from 0 to N.
+            skip_special_tokens: Whether to leave special tokens out.
 
         Returns:
             n texts.
 
         Raises:
-            ConfigError: `indptr` does not fit `ids`, or `PREFIXFAST_NUM_THREADS` is no positive number.
-            DataError: An id is negative.
+            ConfigError: If ``indptr`` does not fit ``ids``, or `PREFIXFAST_NUM_THREADS` is not a positive number.
+            DataError: If an id is negative.
         """
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, `None` if there is none."""
+        """Id of a token, None if the vocabulary does not have the token."""
 
     def id_to_token(self, id: int) -> str | None:
-        """The token of an id, `None` if there is none."""
+        """Token of an id, None if the vocabulary does not have the id."""
 
     def stream(self, *, skip_special_tokens: bool) -> DetokenizeStream:
-        """A new stream that turns one sequence's ids into text as they come."""
+        """A decoder of one growing sequence of ids.
+
+        Args:
+            skip_special_tokens: Whether to leave special tokens out.
+        """
 
 @final
 class DetokenizeStream:
-    """Text of one growing sequence of ids; made by `Tokenizer.stream`.
+    """Decoder of one growing sequence of ids, made by `Tokenizer.stream`.
 
-    All results of `push` and that of `finish`, joined, are the text of all ids: a character whose bytes are spread over ids comes when it is whole.
+    The results of `push` and the result of `finish`, joined, are the text of all ids. A character whose bytes are
+    spread over several ids is returned when all of its bytes are there.
     """
 
     def push(self, ids: Sequence[int]) -> str:
-        """Adds ids.
+        """Append ids to the sequence.
 
         Args:
-            ids: The next ids, any number.
+            ids: Next ids, any number.
 
         Returns:
-            The text that is certain now, often empty.
+            Text that later ids cannot change, often empty.
 
         Raises:
-            DataError: An id is negative or beyond int32.
+            DataError: If an id is negative or beyond int32.
         """
 
     def finish(self) -> str:
-        """The rest of the text: what `push` held back. The stream then starts over."""
+        """Rest of the text, after which the decoder starts a new sequence."""
 
 @final
 class Linearizer:
-    """Tables to text, to the bit; made by `e2e`, `webnlg`, `dart`, `template` or `from_spec`."""
+    """Converter of tables to text, made by `e2e`, `webnlg`, `dart`, `template` or `from_spec`."""
 
     @staticmethod
     def e2e() -> Linearizer:
-        """The prefix-tuning authors' form of E2E: `name : Blue Spice | Type : coffee shop | price : less than £ 20`."""
+        """The prefix-tuning authors' format of E2E: ``name : Blue Spice | price : less than £ 20``."""
 
     @staticmethod
     def webnlg(*, leading_bar: bool = True, bare_first: bool = False) -> Linearizer:
-        """The prefix-tuning authors' form of WebNLG: ` | s : p : o | s : p : o`.
+        """The prefix-tuning authors' format of WebNLG: `` | s : p : o | s : p : o``.
 
         Args:
-            leading_bar: A bar before the first triple as well, as the authors have it in training and in decoding.
-            bare_first: Table 0 of a call has no bar at all, not even between its triples: so the authors' decoding script writes entry 0 of a file.
+            leading_bar: Whether there is a bar before the first triple too, as the authors have it in training and in
+                decoding.
+            bare_first: Whether table 0 of a call has no bars at all, not even between triples, which is how the
+                authors' decoding script writes the first entry of a file.
         """
 
     @staticmethod
     def dart(*, lower: bool = True) -> Linearizer:
-        """The prefix-tuning authors' form of DART: `s : p : o | s : p : o`.
+        """The prefix-tuning authors' format of DART: ``s : p : o | s : p : o``.
 
         Args:
-            lower: Write the relation in lower case (Unicode's), as the authors do.
+            lower: Whether relations are in Unicode's lower case, as the authors have them.
         """
 
     @staticmethod
     def template(
         *, item: str = "{key} : {value}", separator: str = " | ", start: str = "", end: str = ""
     ) -> Linearizer:
-        """One's own tables: `start`, the items joined by `separator`, `end`.
+        """A format for other tables: ``start``, the items joined by ``separator``, ``end``.
 
         Args:
-            item: Text of one slot; `{key}` and `{value}` are required, `{{` and `}}` are braces.
-            separator: Between two items, taken as it is.
-            start: Before the first item, taken as it is.
-            end: After the last item, taken as it is.
+            item: Text of one slot. ``{key}`` and ``{value}`` are required, ``{{`` and ``}}`` are braces.
+            separator: Text between two items.
+            start: Text before the first item.
+            end: Text after the last item.
 
         Raises:
-            ConfigError: `item` has no `{key}` or no `{value}`, another name, or a lone brace.
+            ConfigError: If ``item`` has no ``{key}`` or no ``{value}``, another name, or a single brace.
         """
 
     @staticmethod
     def from_spec(spec: str) -> Linearizer:
-        """The linearizer that a `spec` describes; fields other than `style` may be left out.
+        """The linearizer of a `spec`.
+
+        Args:
+            spec: JSON object with ``style`` and, optionally, the arguments of the style.
 
         Raises:
-            ConfigError: No JSON object, an unknown style, an unknown key, or a value of the wrong type.
+            ConfigError: If the text is not a JSON object, or has an unknown style, an unknown key or a value of the
+                wrong type.
         """
 
     @property
     def spec(self) -> str:
-        """JSON text that `from_spec` reads back, keys sorted."""
+        """JSON text with sorted keys, which `from_spec` reads."""
 
     def linearize(
         self,
@@ -181,34 +194,36 @@ class Linearizer:
             | Sequence[Mapping[str, str]]
         ],
     ) -> list[str]:
-        """One text a table.
+        """Texts of tables, one per table.
 
         Args:
-            tables: For `e2e` the official string (`name[Blue Spice], food[French]`), a mapping or pairs of the official slots, in any order; for `template`
-                a mapping, or pairs in which a key may come again; for `webnlg` and `dart` triples (subject, property, object), or mappings with exactly these
-                keys. Order is kept, but in `e2e` it is the official one.
+            tables: Tables in the form of the style. `e2e` takes the official string
+                (``name[Blue Spice], food[French]``), or a mapping or pairs of the official slots in any order, and
+                writes the official order. `template` takes a mapping, or pairs in which keys can repeat. `webnlg` and
+                `dart` take triples (subject, property, object), or mappings with exactly these keys. Other styles than
+                `e2e` keep the order.
 
         Raises:
-            DataError: A table is empty or malformed or of another kind, a slot unknown or given twice, a value empty (`e2e`) or not a string; names the row,
-                counted from 0.
-            UnicodeEncodeError: A text holds half a surrogate pair.
+            DataError: If a table is empty, malformed or of another kind, a slot is unknown or occurs twice, or a value
+                is empty (`e2e`) or not a string. The message names the row, from 0.
+            UnicodeEncodeError: If a text holds half of a surrogate pair.
         """
 
 @final
 class Packing:
-    """What `pack` returns. The arrays are made once and the same each time."""
+    """Result of `pack`. Each property returns the same array at every access."""
 
     @property
     def order(self) -> NDArray[np.int32]:
-        """int32[n]: numbers of the input examples, micro-batch after micro-batch."""
+        """Numbers of the examples, micro-batch after micro-batch, int32 ``[n]``."""
 
     @property
     def micro_indptr(self) -> NDArray[np.int32]:
-        """int32[m+1]: micro-batch `j` is `order[micro_indptr[j]:micro_indptr[j+1]]`."""
+        """Start of each micro-batch in ``order``, int32 ``[m + 1]``."""
 
     @property
     def weight(self) -> NDArray[np.float64]:
-        """float64[n], by INPUT example: the weight of each of its target tokens in the summed loss."""
+        """Weight in the summed loss of each target token of an example, float64 ``[n]``, in the order of the input."""
 
 def pack(
     lengths: NDArray[np.int32],
@@ -218,38 +233,41 @@ def pack(
     token_budget: int,
     sequence_sum: bool,
 ) -> Packing:
-    """Puts whole per-prefix batches into micro-batches of a token budget.
+    """Pack whole per-prefix batches into micro-batches of a token budget.
 
-    First-fit decreasing over batches; micro-batches in the order in which they were opened. A batch over the budget is split, alone, over several
-    micro-batches in its own order; an example over the budget goes alone. Within a micro-batch batches ascend and examples keep their order.
+    Batches are placed first-fit decreasing, and micro-batches are in the order in which they were opened. A batch over
+    the budget is split over several micro-batches of its own, in its own order. An example over the budget has a
+    micro-batch of its own. Within a micro-batch, batches ascend and examples keep their order.
 
     Args:
-        lengths: int32[n], tokens of each example, at least 1.
-        targets: int32[n], target tokens of each example, from 0 to its length.
-        batch: int32[n], non-decreasing: equal numbers form one optimizer step of one prefix.
-        token_budget: Most tokens in a micro-batch, at least 1.
-        sequence_sum: A target token weighs 1/(examples of the batch) instead of 1/(targets of the batch).
+        lengths: Number of tokens of each example, at least 1, int32 ``[n]``.
+        targets: Number of target tokens of each example, from 0 to its length, int32 ``[n]``.
+        batch: Number of each example's batch, int32 ``[n]``, non-decreasing. A batch is one optimizer step of one
+            prefix.
+        token_budget: Largest number of tokens of a micro-batch, at least 1.
+        sequence_sum: Whether a target token weighs 1 / (examples of the batch) instead of 1 / (targets of the batch).
 
     Raises:
-        ConfigError: Arrays of different lengths, a length below 1, targets outside 0..length, descending `batch`, a budget below 1.
-        DataError: A batch without targets.
+        ConfigError: If the arrays differ in length, a length is below 1, the targets are outside of 0 to the length,
+            ``batch`` descends, or the budget is below 1.
+        DataError: If a batch has no targets.
     """
 
 @final
 class PlanBuffer:
-    """What `plan_packed` returns."""
+    """Result of `plan_packed`."""
 
     @property
     def buffer(self) -> NDArray[np.int32]:
-        """int32[*], contiguous, the same object each time."""
+        """Buffer of all tables, int32, contiguous. Every access returns the same object."""
 
     @property
     def sections(self) -> dict[str, tuple[int, int, int]]:
-        """Table name to (offset, rows, cols), see the module; a fresh dictionary each time."""
+        """Layout of the buffer, ``(offset, rows, cols)`` by the name of the table. Every access returns a new dict."""
 
     @property
     def reach(self) -> int:
-        """The most keys one query can see: largest length plus rows of its prefixes."""
+        """Largest number of keys that a query can see: the sequence's length plus the rows of its prefixes."""
 
 def plan_packed(
     lengths: NDArray[np.int32],
@@ -260,100 +278,120 @@ def plan_packed(
     tiles: tuple[int, int, int],
     buckets: int = 4,
 ) -> PlanBuffer:
-    """Tables of one packed forward of S sequences, N tokens in all.
+    """Tables of one packed forward pass of S sequences with N tokens in total.
 
-    Sections: `seg[S,4]` first query row, rows, first key row, keys; `seg_pos[S]` position of the first query relative to the segment's key 0, here 0;
-    `use_indptr[S+1]`, `use[U,3]` block, position of the block's first row relative to key 0, slides: the blocks of a sequence lie left to right and end
-    right before key 0; `block[C,2]` first prefix row, rows, ascending by prefix number, only blocks that are used and have rows; `user_indptr[C+1]`,
-    `user[*]` the query rows that use a block, ascending, `user_pos[*]` the block's first row relative to that query's own position, `user_slides[*]`;
-    `span[C,3]` first user row, count, 1 if the users are consecutive rows else 0; `bucket[B,2]` sequences, padded length, ascending by length; `gather[*]`
-    the token index at each place of the padded layouts of all buckets (padding repeats the sequence's last token); `scatter[N]` the place of each token
-    there; `position_ids[N]` token position plus the largest `pos_start` of the sequence's prefixes; `tiles[n,2]` segment, first query row;
-    `key_tiles[n,3]` segment, the next segment, first key relative to its first; `block_tiles[n,2]` block, first of its rows.
+    Columns of the tables:
+
+    - ``seg[S, 4]``: first query row, number of rows, first key row, number of keys.
+    - ``seg_pos[S]``: position of the first query relative to the segment's key 0, here 0.
+    - ``use_indptr[S + 1]``, ``use[U, 3]``: block, position of the block's first row relative to key 0, slides. The
+      blocks of a sequence are in order from left to right and end right before key 0.
+    - ``block[C, 2]``: first prefix row, number of rows. Blocks ascend by prefix number, and blocks that are unused or
+      have no rows are left out.
+    - ``user_indptr[C + 1]``, ``user[*]``: query rows that use a block, ascending.
+    - ``user_pos[*]``, ``user_slides[*]``: position of the block's first row relative to that query's own position,
+      slides.
+    - ``span[C, 3]``: first user row, count, 1 if the users are consecutive rows, else 0.
+    - ``bucket[B, 2]``: number of sequences, padded length; ascending by length.
+    - ``gather[*]``: token index at each place of the padded layouts of all buckets. Padding repeats the last token of
+      the sequence.
+    - ``scatter[N]``: place of each token in the padded layouts.
+    - ``position_ids[N]``: token position plus the largest ``pos_start`` of the sequence's prefixes.
+    - ``tiles[n, 2]``: segment, first query row.
+    - ``key_tiles[n, 3]``: segment, next segment, first key relative to the segment's first key.
+    - ``block_tiles[n, 2]``: block, first of its rows.
 
     Args:
-        lengths: int32[S], at least 1 each.
-        prefix_indptr: int32[S+1], sequence `s` uses `prefix[prefix_indptr[s]:prefix_indptr[s+1]]`, left to right: none, one or several.
-        prefix: int32[U], prefix numbers, rows of `prefix_rows`.
-        prefix_rows: int32[P,4]: first row in the prefix tensor, number of rows, pos_start, slides 0|1.
-        tiles: Query rows, keys and prefix rows of a tile; 0 makes none of the kind.
-        buckets: Most groups of similar length for the padded layout, cut so that padding is least; at least 1.
+        lengths: Number of tokens of each sequence, at least 1, int32 ``[S]``.
+        prefix_indptr: Start of each sequence in ``prefix``, int32 ``[S + 1]``. A sequence has no, one or several
+            prefixes.
+        prefix: Numbers of the prefixes from left to right, int32 ``[U]``, which index rows of ``prefix_rows``.
+        prefix_rows: First row in the prefix tensor, number of rows, pos_start, slides (0 or 1), int32 ``[P, 4]``.
+        tiles: Number of query rows, keys and prefix rows of a tile; 0 makes no tiles of the kind.
+        buckets: Largest number of groups of similar length in the padded layout, at least 1. The groups minimize
+            padding.
 
     Raises:
-        ConfigError: An array that does not fit its description, or more entries than int32 counts.
-        UnknownPrefixError: A prefix number that `prefix_rows` does not have.
+        ConfigError: If an array does not fit its description, or there are more entries than int32 can count.
+        UnknownPrefixError: If ``prefix_rows`` does not have a prefix number.
     """
 
 @final
 class StepHeader:
-    """One step of `Scheduler.plan_step`."""
+    """Header of a step, made by `Scheduler.plan_step`."""
 
     @property
     def loads(self) -> list[tuple[int, int]]:
-        """(prefix, first arena row): copy these prefixes in after the evictions, then call `prefix_ready`."""
+        """Prefixes to load after the evictions, as ``(prefix, first arena row)``; `prefix_ready` ends each load."""
 
     @property
     def evictions(self) -> list[int]:
-        """Prefixes whose arena rows were given up."""
+        """Prefixes whose arena rows this step freed."""
 
     @property
     def prefill_ids(self) -> list[int]:
-        """Requests of the prefill tables, in segment order."""
+        """Requests of the prefill tables, in the order of the segments."""
 
     @property
     def decode_ids(self) -> list[int]:
-        """Requests of the decode tables, in row order; each has as many rows as beams."""
+        """Requests of the decode tables, in the order of the rows; a request has one row per beam."""
 
     @property
     def cancelled(self) -> list[int]:
-        """Requests that this step dropped because they were cancelled, ascending."""
+        """Requests that this step dropped since they were cancelled, ascending."""
 
     @property
     def expired(self) -> list[int]:
-        """Requests that this step dropped because their deadline has passed, earliest first."""
+        """Requests that this step dropped since their deadline has passed, earliest deadline first."""
 
     @property
     def prefill(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
-        """Where the tables of the prefill lie in `out`, by view, and each layer's view; `None` without one. Made anew each time.
+        """Layouts of the prefill tables in ``out``, one per view, and the view of each layer; None without a prefill.
 
-        Layers in which the same prefixes of the step lie (padded: of all that are registered) are one view; if each lies in all, the second list is empty.
+        Layers that have the same prefixes of the step share a view. With ``pad_decode``, layers that have the same of
+        all registered prefixes share a view. If every prefix has all layers, the second list is empty. Every access
+        returns a new object.
         """
 
     @property
     def decode(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
-        """Tables of the decode, as `prefill`."""
+        """Layouts of the decode tables in ``out``, one per view, and the view of each layer; None without a decode."""
 
     @property
     def prefill_reach(self) -> int:
-        """The most keys a prefill query can see, 0 without a prefill."""
+        """Largest number of keys that a prefill query can see, 0 without a prefill."""
 
     @property
     def decode_reach(self) -> int:
-        """The most keys a decode row can see, 0 without a decode."""
+        """Largest number of keys that a decode row can see, 0 without a decode."""
 
 @final
 class Scheduler:
-    """Owns queue, decode rows, arena rows and prefix pins of one engine.
+    """Scheduler of one engine: queue of requests, decode rows, rows of the KV arena, and prefixes in the arena.
 
-    A step is `plan_step`, the forward, `commit`. A request is admitted with everything it will ever need, so nothing is preempted; it is prefilled once its
-    prefixes are ready and decoded in every later step until `commit` says that it has ended. The last 64 arena rows are never handed out (kernels read past
-    a block's tail); row `arena_rows - 1` is the scratch slot for padding rows.
+    A step is `plan_step`, the forward pass and `commit`. A request is admitted with all rows that it can need, so that
+    no request is preempted. An admitted request is prefilled when its prefixes are in the arena, and decoded in every
+    later step until `commit` ends it. The last 64 arena rows are never allocated, since kernels read past the end of a
+    block. Row ``arena_rows - 1`` is the scratch slot of padding rows.
 
     Args:
-        arena_rows: Rows of the arena, at least 80.
-        max_rows: Decode rows.
-        max_batched_tokens: Most tokens of a step, decode rows included, but at least 64 prompt tokens; a prompt that does not fit is filled over several steps.
-        tile_rows: Height of the prefill's tiles; 0 makes none.
-        buckets: As in `plan_packed`.
-        prefix_rows: Rows that prefixes may hold together; None: all.
-        decode: How decode steps are cut: `users`, `fill`, `key_bytes`, `part_bytes`, `item_bytes`, `launch_bytes` of
-            `prefixfast_kernels.tile_configs.DecodeSizes`; with 0 users, or None, no work tables.
-        pad_decode: Fill the decode tables up to sizes that depend only on the next power of two of its rows (at most `max_rows`) and on the most prefixes of
-            a request so far, so that a captured graph serves every step of its bucket. Needs `decode`. Dead rows have one key, in the scratch slot; their
-            `row` is `max_rows`: the slot table needs that row too.
+        arena_rows: Number of rows of the arena, at least 80.
+        max_rows: Number of decode rows.
+        max_batched_tokens: Largest number of tokens of a step, decode rows included, but at least 64 prompt tokens. A
+            prompt that does not fit is filled over several steps.
+        tile_rows: Number of query rows of a prefill tile; 0 makes no tiles.
+        buckets: Largest number of groups of similar length in the padded layout, at least 1.
+        prefix_rows: Largest number of arena rows of all prefixes together. None is no limit.
+        decode: Numbers that cut decode steps into work items: ``users``, ``fill``, ``key_bytes``, ``part_bytes``,
+            ``item_bytes`` and ``launch_bytes`` of `prefixfast_kernels.tile_configs.DecodeSizes`. None, or 0 users,
+            makes no work tables.
+        pad_decode: Whether to pad the decode tables, so that one captured CUDA graph serves every step of a bucket. The
+            padded sizes depend on the next power of two of the rows (at most ``max_rows``) and on the largest number of
+            prefixes of a request so far. Needs ``decode``. Padding rows have one key, in the scratch slot. Their
+            ``row`` is ``max_rows``, so the slot table needs that row too.
 
     Raises:
-        ConfigError: A number out of range.
+        ConfigError: If a number is out of range.
     """
 
     def __new__(
@@ -371,60 +409,78 @@ class Scheduler:
     def register_prefix(
         self, prefix: int, rows: int, pos_start: int, slides: bool, *, layers: list[bool] | None = None
     ) -> None:
-        """Makes a prefix known. Its rows are loaded when a request needs them.
+        """Register a prefix, which is loaded when a request needs it.
 
         Args:
-            prefix: Any number of the caller's.
-            rows: Its rows, 0 is allowed (then it is never loaded).
-            pos_start: Position of the first token after it.
-            slides: The attention window slides over it.
-            layers: By layer, whether it lies there; None: in all.
+            prefix: Number that the caller chooses for the prefix.
+            rows: Number of rows. A prefix of 0 rows is never loaded.
+            pos_start: Position of the first token after the prefix.
+            slides: Whether sliding windows hide rows of the prefix.
+            layers: Whether each layer has the prefix. None is all layers.
 
         Raises:
-            ConfigError: The number is taken, a value is out of range, or `layers` has another length than before.
+            ConfigError: If the number is taken, a value is out of range, or ``layers`` has another length than before.
         """
 
     def forget_prefix(self, prefix: int) -> None:
-        """Forgets a prefix and frees its rows.
+        """Remove a prefix and free its rows.
+
+        Args:
+            prefix: Number of the prefix.
 
         Raises:
-            UnknownPrefixError: It is not registered.
-            PrefixFastError: A queued or running request uses it, or it is being loaded.
+            UnknownPrefixError: If the prefix is not registered.
+            PrefixFastError: If a queued or running request uses the prefix, or the prefix is being loaded.
         """
 
     def keep_prefix(self, prefix: int, kept: bool) -> None:
-        """Evicts a prefix only when nothing else is left to evict, or as any other again.
+        """Pin a prefix or release it; a pinned prefix is evicted only when no other one can be.
+
+        Args:
+            prefix: Number of the prefix.
+            kept: Whether the prefix is pinned.
 
         Raises:
-            UnknownPrefixError: It is not registered.
+            UnknownPrefixError: If the prefix is not registered.
         """
 
     def load_prefix(self, prefix: int) -> tuple[int, list[int]] | None:
-        """Gives a prefix room before a request needs it.
+        """Allocate the arena rows of a prefix before a request needs them.
+
+        Args:
+            prefix: Number of the prefix.
 
         Returns:
-            Its first arena row (copy it in, then call `prefix_ready`) and the prefixes that had to go; None if it has room already, needs none, or there is
-            none now.
+            First arena row and the prefixes that were evicted. The caller copies the prefix to the rows and calls
+            `prefix_ready`. None if the prefix has its rows already, has no rows, or no rows are free now.
 
         Raises:
-            UnknownPrefixError: It is not registered.
+            UnknownPrefixError: If the prefix is not registered.
         """
 
     def evict_prefix(self, prefix: int) -> int | None:
-        """Gives up the arena rows of a prefix that no running request reads.
+        """Free the arena rows of a prefix that no running request reads.
+
+        Args:
+            prefix: Number of the prefix.
 
         Returns:
-            Its first arena row; None if it is not there or not free to go.
+            First arena row, None if the prefix is not in the arena or cannot be evicted now.
 
         Raises:
-            UnknownPrefixError: It is not registered.
+            UnknownPrefixError: If the prefix is not registered.
         """
 
     def prefix_state(self, prefix: int) -> tuple[int | None, int]:
-        """The first arena row of a prefix that is there or on its way, and how many queued and running requests use it.
+        """First arena row of a prefix, and number of queued and running requests that use it.
+
+        The row is None for a prefix that is neither in the arena nor being loaded.
+
+        Args:
+            prefix: Number of the prefix.
 
         Raises:
-            UnknownPrefixError: It is not registered.
+            UnknownPrefixError: If the prefix is not registered.
         """
 
     def add(
@@ -440,101 +496,122 @@ class Scheduler:
         priority: int = 0,
         deadline: float | None = None,
     ) -> None:
-        """Queues a request.
+        """Add a request to the queue.
 
         Args:
-            id: Any number that no queued or running request has.
-            prefixes: Its prefixes from left to right: none, one or several.
-            prompt_len: Prompt tokens, at least 1.
-            beams: Decode rows, at least 1.
-            max_new: Most decode steps, at least 1.
-            encoder_len: Not supported yet, must be 0.
-            tenant: Who asks. Within a priority the tenant that was served least goes first (a prompt token counts 1, a generated token of a row 2); within
-                a tenant the first to arrive.
-            priority: Higher goes first.
-            deadline: Dropped once `plan_step` is told this time or a later one, in seconds of the caller's clock.
+            id: Number that no queued or running request has.
+            prefixes: Numbers of the prefixes from left to right: none, one or several.
+            prompt_len: Number of prompt tokens, at least 1.
+            beams: Number of decode rows, at least 1.
+            max_new: Largest number of decode steps, at least 1.
+            encoder_len: Number of encoder tokens; must be 0, since encoders are not supported.
+            tenant: Number of the tenant. Within a priority, the tenant that was served least is next, where a prompt
+                token counts 1 and a generated token of a row 2. Within a tenant, the first request is next.
+            priority: Priority of the request; requests with a higher number are first.
+            deadline: Time at which `plan_step` drops the request, in seconds of the caller's clock. None is no
+                deadline.
 
         Raises:
-            RequestError: A number out of range, a known id, something not supported, or more rows than there will ever be.
-            UnknownPrefixError: A prefix that is not registered.
+            RequestError: If a number is out of range, the id is taken, an argument is not supported, or the request
+                needs more rows than there are.
+            UnknownPrefixError: If a prefix is not registered.
         """
 
     def cancel(self, id: int) -> bool:
-        """Drops a request at the next `plan_step`. False if it is not known or already cancelled."""
+        """Drop a request at the next `plan_step`; returns False if it is unknown or cancelled already."""
 
     def prefix_ready(self, prefix: int) -> None:
-        """A load of `StepHeader.loads` is complete (or has failed and its requests are cancelled).
+        """End the load of a prefix, which is in the arena now, or has failed and its requests are cancelled.
+
+        Args:
+            prefix: Number of the prefix.
 
         Raises:
-            UnknownPrefixError: It is not registered.
-            PrefixFastError: It is not being loaded.
+            UnknownPrefixError: If the prefix is not registered.
+            PrefixFastError: If the prefix is not being loaded.
         """
 
     def plan_step(self, out: NDArray[np.int32], now: float = 0.0) -> StepHeader:
-        """Plans the next step and writes its tables.
+        """Plan the next step and write its tables.
 
-        Prefill sections: all of `plan_packed` (`block` rows are arena rows) and `chunk[S,4]` first decode row, beams, first prompt position, tokens;
-        `slots[N]` the arena row of each token; `fill[F,3]` decode row, position, slot for every beam row and prompt token of the step; `logits_idx[*]`
-        the last token of each sequence whose prompt ends in this step. `key_slots` is empty where every prompt starts in this step: then keys are the
-        packed keys of this call; else `seg` counts keys in it and it holds the arena rows of each prompt so far.
+        The prefill has the tables of `plan_packed`, where ``block`` rows are arena rows, and these:
 
-        Decode sections, n rows: `row[n]`; `slot[n]` where the new token's key and value go; `lens[n]` keys with the new one; `position_ids[n]`
-        `lens - 1 + pos_start`; `use_indptr[n+1]`, `use[U,3]`, `block[C,2]`, `user_indptr[C+1]`, `user[*]` (0 to n-1), `user_pos[*]` (use position minus
-        `lens - 1`), `user_slides[*]`, `span[C,3]`; `work[W,6]`, `grouped[C]`, `part_indptr[n+1]`, `part[*]`, see `prefixfast_kernels.tables.DecodeTables`,
-        empty unless the scheduler was made with `decode`. Padded tables end in dead rows, blocks without rows or users, and work without rows; their part
-        of `out`, from the first section to the end of the last, has a layout that only its bucket and the `layers` of registered prefixes decide.
-        The first decode step of a request has `lens == prompt_len + 1`.
+        - ``chunk[S, 4]``: first decode row, beams, first prompt position, number of tokens.
+        - ``slots[N]``: arena row of each token.
+        - ``fill[F, 3]``: decode row, position and slot of every beam row and prompt token of the step.
+        - ``logits_idx[*]``: last token of each sequence whose prompt ends in this step.
+        - ``key_slots[*]``: arena rows of each prompt so far, which ``seg`` counts its keys in. The table is empty where
+          every prompt starts in this step. Then the keys are the packed keys of this call.
+
+        The decode of n rows has these tables:
+
+        - ``row[n]``: decode row.
+        - ``slot[n]``: arena row of the new token's key and value.
+        - ``lens[n]``: number of keys, the new one included. The first decode step of a request has ``prompt_len + 1``.
+        - ``position_ids[n]``: ``lens - 1 + pos_start``.
+        - ``use_indptr[n + 1]``, ``use[U, 3]``, ``block[C, 2]``, ``user_indptr[C + 1]``, ``user_slides[*]``,
+          ``span[C, 3]``: as in `plan_packed`.
+        - ``user[*]``: numbers 0 to n - 1 of the rows that use a block.
+        - ``user_pos[*]``: position of the use minus ``lens - 1``.
+        - ``work[W, 6]``, ``grouped[C]``, ``part_indptr[n + 1]``, ``part[*]``: work items of
+          `prefixfast_kernels.tables.DecodeTables`. They are empty for a scheduler without ``decode``.
+
+        Padded tables end in padding rows, in blocks without rows or users, and in work items without rows. The layout
+        of the padded part of ``out`` depends only on its bucket and on the ``layers`` of registered prefixes.
 
         Args:
-            out: int32[*], writable and contiguous, at least `buffer_len` long. Only the sections of the header are written.
-            now: For deadlines, in seconds of the caller's clock.
+            out: Buffer of the tables, int32, writable and contiguous, at least `buffer_len` long. Parts outside of the
+                tables are not written.
+            now: Current time for deadlines, in seconds of the caller's clock.
 
         Raises:
-            CapacityError: `out` is too short; nothing has changed.
-            ConfigError: `out` is not contiguous or not writable.
-            PrefixFastError: The last step was not committed, or a request has used its `max_new` steps and was not finished; nothing has changed.
+            CapacityError: If ``out`` is too short; the scheduler is unchanged.
+            ConfigError: If ``out`` is not contiguous or not writable.
+            PrefixFastError: If the last step was not committed, or a request has used its ``max_new`` steps and was not
+                finished; the scheduler is unchanged.
         """
 
     def commit(self, finished: Sequence[int]) -> None:
-        """Ends the step: the decoded requests advance, the finished ones free everything.
+        """End the step: decoded requests advance by one token, and finished requests free their rows.
 
         Args:
             finished: Admitted requests that have ended, in any order.
 
         Raises:
-            RequestError: An id that is not admitted, or one given twice; nothing has changed.
+            RequestError: If an id is not admitted or occurs twice; the scheduler is unchanged.
         """
 
     @property
     def buffer_len(self) -> int:
-        """int32 entries that suffice for `plan_step` now.
+        """Number of int32 entries that `plan_step` needs now at most.
 
-        It grows with the longest prompt, most beams and most prefixes of a request so far, times the kinds of layers that registered prefixes tell apart.
+        The number grows with the longest prompt, the most beams and the most prefixes of a request so far, and with the
+        number of different layer sets of registered prefixes.
         """
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
 
     @property
     def num_running(self) -> int:
-        """Admitted requests."""
+        """Number of admitted requests."""
 
     @property
     def free_rows(self) -> int:
-        """Arena rows that nothing holds, resident prefixes count as held."""
+        """Number of free arena rows; rows of prefixes in the arena are not free."""
 
 def attend_paths() -> list[str]:
-    """Names of the instruction sets of this CPU that `attend_decode` can use, the best first; `scalar` is always the last."""
+    """Names of this CPU's instruction sets that `attend_decode` can use, fastest first; the last is ``scalar``."""
 
 def attend_join(library: str) -> str | None:
-    """Lets `attend_decode` run on the threads of the OpenMP runtime that a loaded library uses. The first call decides.
+    """Make `attend_decode` use the threads of a loaded library's OpenMP runtime; later calls change nothing.
 
     Args:
         library: Path of a library that this process has loaded.
 
     Returns:
-        None, or why there are no such threads (then all calls run on their own thread).
+        None, or the reason why there are no such threads, in which case `attend_decode` runs on the caller's thread.
     """
 
 def attend_decode(
@@ -551,23 +628,31 @@ def attend_decode(
     threads: int,
     path: str | None,
 ) -> None:
-    """Attention of one decode step of R rows, HQ query heads, H kv heads, D head dim. For `attend.py` only: nothing checks the addresses.
+    """Attention of one decode step of R rows, HQ query heads, H kv heads and head dim D.
+
+    The addresses are not checked. The only caller is `prefixfast.attention.cpu_decode`.
 
     Args:
-        shape: R, HQ, H, D; D at most 256.
-        q: Address of `[R, HQ, D]`, elements from there on, elements from one row and from one head to the next, bf16 (else fp32).
-        out: Addresses of `o` `[R, HQ, D]` in the dtype of `q`, and of fp32 `lse` `[R, HQ]`; both contiguous.
-        own: Addresses of the arena's keys and values `[*, H, D]`, elements of each, bf16 (else fp32).
-        prefix: The same for prefix rows; may be the arena.
-        table: Address of the int32 slot table, rows, columns, entries from one row to the next.
-        tables: Address and number of entries of the int32 tables `block`, `user_indptr`, `user`, `user_pos`, `user_slides`, `row`, `lens`.
-        scale: Multiplies scores.
+        shape: R, HQ, H and D, with D at most 256.
+        q: Address of ``[R, HQ, D]``, number of elements from there on, strides in elements of rows and of heads, and
+            whether the dtype is bf16 instead of fp32.
+        out: Addresses of ``o`` ``[R, HQ, D]`` in the dtype of ``q`` and of ``lse`` ``[R, HQ]`` in fp32, both
+            contiguous.
+        own: Addresses of the arena's keys and values ``[*, H, D]``, number of elements of each, and whether the dtype
+            is bf16 instead of fp32.
+        prefix: Addresses of the prefixes' keys and values ``[*, H, D]``, number of elements of each, and whether the
+            dtype is bf16 instead of fp32. The prefixes can be in the arena.
+        table: Address of the int32 slot table, number of rows, number of columns, stride of rows in elements.
+        tables: Address and number of entries of the int32 tables ``block``, ``user_indptr``, ``user``, ``user_pos``,
+            ``user_slides``, ``row`` and ``lens``.
+        scale: Factor of the scores.
         window: Sliding window in tokens, 0 for none.
-        softcap: Score cap, 0 for none.
-        threads: Most threads.
-        path: One of `attend_paths`, None: what `PREFIXFAST_SIMD` names, else the best.
+        softcap: Soft cap of the scores, 0 for none.
+        threads: Largest number of threads.
+        path: Instruction set, one of `attend_paths`. None is that of the environment variable PREFIXFAST_SIMD, else the
+            fastest.
 
     Raises:
-        ConfigError: Sizes that do not fit, a table that names a row that does not exist, a row without keys, instructions that the CPU does not have;
-            nothing is written.
+        ConfigError: If sizes do not fit, a table has a row that does not exist, a row has no keys, or the CPU does not
+            have the instruction set. Nothing is written.
     """

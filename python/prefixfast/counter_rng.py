@@ -1,4 +1,7 @@
-"""Random numbers from counters: the same number for the same counters, whatever else is drawn beside it."""
+"""Counter-based random numbers: a number depends on its seed and counter only.
+
+A counter is hashed instead of advancing a state, so other draws in the same batch do not change a number.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ GOLDEN = 0x9E3779B1
 
 
 def mix(x: Tensor) -> Tensor:
-    """A 32-bit integer hash in int64 arithmetic (Wellons' lowbias32): adjacent counters give independent-looking bits."""
+    """Wellons' 32-bit integer hash lowbias32, in int64 arithmetic; hashes of adjacent integers look independent."""
     mask = 0xFFFFFFFF
     x = x & mask
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
@@ -17,11 +20,11 @@ def mix(x: Tensor) -> Tensor:
 
 
 def uniform(seed: Tensor, counter: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), fp64, of 53 random bits.
+    """Uniform random numbers in [0, 1) with 53 random bits, in fp64.
 
     Args:
-        seed: int64 of any size, non-negative.
-        counter: int64 below 2^30, broadcast with ``seed``.
+        seed: Non-negative seeds, int64 of any shape.
+        counter: Counters below 2^30, int64 of a shape that broadcasts with that of ``seed``.
 
     Example:
         >>> import torch

@@ -1,12 +1,13 @@
 """The exceptions that prefixfast raises.
 
-Every one is a `PrefixFastError` and also the built-in exception that fits, so `except ValueError` works where a reader expects it to.
-A message says what was expected, what came and what to do. This module imports nothing of ours; the Rust core raises the same classes.
+Each of them is a `PrefixFastError` and a built-in exception such as `ValueError`, so ``except ValueError`` catches it.
+A message says what was expected, what came and what to do. The Rust core raises the same classes.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 
 __all__ = [
     "BaseMismatchError",
@@ -20,24 +21,24 @@ __all__ = [
 
 
 class PrefixFastError(Exception):
-    """The parent of all errors of prefixfast."""
+    """Base class of all errors of prefixfast."""
 
 
 class ConfigError(PrefixFastError, ValueError):
-    """An option, a setting or a configuration file is wrong."""
+    """Error of an argument, an option or a configuration file."""
 
 
 class DataError(PrefixFastError, ValueError):
-    """A row of data is wrong.
+    """Error of a row of data, or of a file of a prefix.
 
     Args:
-        message: What is wrong and what to do.
-        path: The file that holds the row, if it came from one.
-        line: The row's line in that file, counted from 1.
+        message: Error message.
+        path: File with the error, None if there is none.
+        line: Line of the row in that file, from 1, None if unknown.
 
     Attributes:
-        path: As given, `None` if unknown.
-        line: As given, `None` if unknown.
+        path: File with the error, None if there is none.
+        line: Line of the row in that file, from 1, None if unknown.
     """
 
     def __init__(self, message: str, *, path: str | os.PathLike[str] | None = None, line: int | None = None) -> None:
@@ -46,31 +47,31 @@ class DataError(PrefixFastError, ValueError):
         self.line = line
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles with the attributes: errors cross process borders in data loaders."""
+        """Pickle the attributes too, since data loaders send errors between processes."""
         return type(self), self.args, {"path": self.path, "line": self.line}
 
 
 class BaseMismatchError(PrefixFastError, ValueError):
-    """A prefix was made for another base model than the one it is used with."""
+    """Error of a prefix that was made for another base model than the one it is used with."""
 
 
 class UnknownPrefixError(PrefixFastError, KeyError):
-    """No prefix has this name or number."""
+    """Error of a name or number that no prefix has."""
 
     def __str__(self) -> str:
-        """The message itself, where `KeyError` would show its repr."""
+        """The message; `KeyError` would show its repr."""
         return str(self.args[0]) if self.args else ""
 
 
 class RequestError(PrefixFastError, ValueError):
-    """One request is wrong.
+    """Error of one request.
 
     Args:
-        message: What is wrong and what to do.
-        index: The request's place in its batch, counted from 0.
+        message: Error message.
+        index: Index of the request in its batch, from 0, None if unknown.
 
     Attributes:
-        index: As given, `None` if unknown.
+        index: Index of the request in its batch, from 0, None if unknown.
     """
 
     def __init__(self, message: str, *, index: int | None = None) -> None:
@@ -78,9 +79,14 @@ class RequestError(PrefixFastError, ValueError):
         self.index = index
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickles with the attribute."""
+        """Pickle the attribute too."""
         return type(self), self.args, {"index": self.index}
 
 
 class CapacityError(PrefixFastError, RuntimeError):
-    """Something does not fit: a buffer, an arena or a memory estimate."""
+    """Error of a buffer, a KV cache, a queue or a memory limit that is too small."""
+
+
+def warn_renamed(old: str, new: str) -> None:
+    """Warn the caller's caller about a public name of version 0.1.0 that has a new name."""
+    warnings.warn(f"{old} was renamed: use {new}", FutureWarning, stacklevel=3)

@@ -1,4 +1,7 @@
-"""On a CUDA device: the packed forward, the engine and a training step give what the CPU gives; forwards are captured in a CUDA graph (`make gpu`)."""
+"""The packed forward, the engine and a training step on a CUDA device against the CPU (`make gpu`).
+
+Forwards and decode steps must also be capturable in a CUDA graph.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ import tiny
 from parity.packed import case, packed
 from prefixfast.attention.plan import plain_plan
 from prefixfast.config import GenerationParams
-from prefixfast.engine.request import make_requests
+from prefixfast.engine.make_requests import make_requests
 from prefixfast.training.trainer import train
 
 pytestmark = pytest.mark.gpu
@@ -17,7 +20,7 @@ CUDA = torch.cuda.is_available()
 
 
 @pytest.fixture(autouse=True)
-def _device():
+def _require_cuda():
     if not CUDA:
         pytest.fail("make gpu needs a CUDA device; none was found")
 
@@ -34,7 +37,7 @@ def test_packed_logits_equal_the_cpu(family):
 
 
 def prefixes_and_prompts():
-    layers = {1: (0, 1, 2), 2: (0, 2)}  # the second lies in some layers only
+    layers = {1: (0, 1, 2), 2: (0, 2)}  # the second prefix leaves a layer out
     prefixes = [
         prefixfast.Prefix({f"self.{i}.{x}": torch.full((4, 2, 8), 0.1 * j) for i in layers[j] for x in "kv"}, 4)
         for j in layers
@@ -54,14 +57,14 @@ def test_tokens_equal_the_cpu(beams):
             ]
             out.append([g.token_ids for g in engine.generate(rows, prefixes_and_prompts()[1], num_beams=beams)])
             if device == "cuda":
-                made = engine.loop.graphs.made
+                made = engine.loop.runner.graphs.steps
                 assert len(made) > 1, "several numbers of rows"
                 assert all(static.graph is not None for static in made.values()), "captured"
     assert out[0] == out[1]
 
 
 def test_a_decode_step_does_not_wait_for_the_device():
-    """The only thing that is read are tokens, by an event (which torch's check does not count)."""
+    """Only tokens are read, by an event, which torch's synchronization check does not count."""
     prompts, prefixes = prefixes_and_prompts()
     with (
         prefixfast.Engine(tiny.make("llama").cuda(), max_num_seqs=8, max_model_len=64) as engine,
@@ -69,7 +72,7 @@ def test_a_decode_step_does_not_wait_for_the_device():
     ):
         call = GenerationParams(max_new_tokens=40, min_new_tokens=40)
         for request in make_requests(engine.model, prompts, prefixes, call, engine.max_model_len):
-            engine.loop.add(next(engine.ids), request)
+            engine.loop.add(next(engine.driver.next_number), request)
         while engine.loop.counts["decode_steps"] < 3:
             engine.loop.step()
         try:
@@ -93,7 +96,7 @@ def test_training_equals_the_cpu():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_an_attached_forward_is_captured(family):
-    """No host synchronization in a packed forward: captured once, replayed on other tokens."""
+    """A packed forward does not synchronize with the host: one captured graph is replayed on other tokens."""
     with prefixfast.load(tiny.make(family).cuda(), backend="triton") as base, torch.no_grad():
         plan = plain_plan([9, 20], backend=base.backend, device="cuda")
         ids = torch.arange(3, 32, device="cuda")

@@ -1,4 +1,4 @@
-"""The public surface: what was promised for this version is there, and its documentation is whole."""
+"""The public API has the functions, methods, options, commands and errors that version 0.1 promises."""
 
 from __future__ import annotations
 
@@ -19,29 +19,41 @@ from prefixfast import load
 from prefixfast.cli import app
 from prefixfast.training.recipes import read_recipe
 
-ANY = object()  # a default that was not promised
+ANY = object()  # the default is not promised
 
-# ---- promised: functions and methods with their parameters ----
+# ---- functions and methods with their parameters ----
 
 FUNCTIONS = {
-    "load": lambda model, *, tokenizer=None, dtype="auto", device="auto", revision=None, backend="auto", trust_remote_code=False, local_files_only=False: ...,
+    "load": lambda model, *, tokenizer=None, dtype="auto", device="auto", revision=None, backend="auto",
+        trust_remote_code=False, local_files_only=False: ...,
     "unload": lambda: ...,
-    "train": lambda model, data, *, task=None, prefix_column=None, eval_data=None, init=ANY, init_text=None, on_top_of=None, objective="sft", sweep=None,
-        overrides=None, store=None, output_dir=None, resume=False, on_error="isolate", callbacks=(), prefix_config=None, config=None, **fields: ...,
-    "generate": lambda batch, prefixes=None, *, model=None, store=None, params=None, on_error="raise", progress=None, **fields: ...,
+    "train": lambda model, data, *, task=None, prefix_column=None, eval_data=None, init=ANY, init_text=None,
+        on_top_of=None, objective="sft", sweep=None, overrides=None, store=None, output_dir=None, resume=False,
+        on_error="isolate", callbacks=(), prefix_config=None, config=None, **fields: ...,
+    "generate": lambda batch, prefixes=None, *, model=None, store=None, params=None, on_error="raise",
+        progress=None, **fields: ...,
     "score": lambda batch, prefixes=None, *, targets=None, model=None, store=None: ...,
     "Engine": lambda model, *, store=None, config=None, **fields: ...,
     "PrefixStore": lambda path, *, read_only=False, keep_versions=2: ...,
 }  # fmt: skip
 MEMBERS = {
-    "Engine": "generate stream agenerate astream score submit cancel pin unpin evict resident stats explain close __enter__ __exit__",
-    "Prefix": "length requires digest nbytes num_stored num_trained save_pretrained from_pretrained push_to_hub to_peft from_text concat inspect",
-    "PrefixStore": "put get info versions rollback delete verify import_dir export_dir __getitem__ __iter__ __len__ __contains__ keys items values",
+    "Engine": (
+        "generate stream agenerate astream score submit cancel pin unpin evict resident stats explain "
+        "close __enter__ __exit__"
+    ),
+    "Prefix": (
+        "length requires digest nbytes num_stored num_trained save_pretrained from_pretrained push_to_hub "
+        "to_peft from_text concat inspect"
+    ),
+    "PrefixStore": (
+        "put get info versions rollback delete verify import_dir export_dir __getitem__ __iter__ __len__ "
+        "__contains__ keys items values"
+    ),
     "TrainRun": "best plot report __getitem__ __iter__ __len__",
     "Generation": "__str__",
 }
 FIELDS = {
-    "Prefix": "kv pos_start base linearizer decoding training",
+    "Prefix": "kv pos_start base task decoding training",
     "TrainRun": "failed metrics",
     "Generation": "index id text texts token_ids finish_reason score logprobs prefix_digest usage error",
 }
@@ -51,7 +63,7 @@ def listed(names: str, default: Any = ANY) -> dict[str, Any]:
     return dict.fromkeys(names.split(), default)
 
 
-# ---- promised: options with their defaults, and the words that they take ----
+# ---- options with their defaults, and their literal values ----
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "PrefixConfig": listed("embedding_dim sites layers")
@@ -64,17 +76,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "pos_start": "after",
     },
     "TrainConfig": listed(
-        "num_train_epochs max_steps batch_size learning_rate lr_scheduler_type warmup_steps weight_decay max_grad_norm max_length gradient_checkpointing dtype "
+        "num_train_epochs max_steps batch_size learning_rate lr_scheduler_type warmup_steps weight_decay "
+        "max_grad_norm max_length gradient_checkpointing dtype "
         "seed eval_steps save_steps metric_for_best_model early_stopping_patience report_to logging_steps"
     )
     | {"recipe": "default", "loss": "token_mean", "token_budget": "auto", "overflow": "error"},
     "GenerationParams": listed(
-        "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p min_p repetition_penalty no_repeat_ngram_size length_penalty early_stopping "
+        "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p min_p repetition_penalty "
+        "no_repeat_ngram_size length_penalty early_stopping "
         "bad_words_ids stop_strings num_return_sequences seed logprobs",
         None,
     ),
     "EngineConfig": listed(
-        "dtype device revision backend max_model_len max_num_seqs max_num_batched_tokens gpu_memory_utilization prefix_memory host_prefix_memory "
+        "dtype device revision backend max_model_len max_num_seqs max_num_batched_tokens "
+        "gpu_memory_utilization prefix_memory host_prefix_memory "
         "enforce_eager num_threads seed"
     )
     | {"prefix_dtype": "auto"},
@@ -92,7 +107,7 @@ HINTED = {
     "max_tokens": "GenerationParams",
 }
 
-# ---- promised: errors, and the command line ----
+# ---- errors and the command line ----
 
 ERRORS = {
     "ConfigError": ValueError,
@@ -151,7 +166,7 @@ def takes_a_peft_model() -> bool:
 
 
 def absent() -> set[str]:
-    """Whatever was promised and is not there."""
+    """Promised names that do not exist."""
     found = {m for name, promised in FUNCTIONS.items() for m in missing_parameters(name, promised)}
     found |= {
         f"{owner}.{n}"
@@ -185,12 +200,12 @@ def absent() -> set[str]:
     return found | (set() if takes_a_peft_model() else {"load(PeftModel)"})
 
 
-def test_everything_promised_is_there():
+def test_every_promised_name_exists():
     assert absent() == set()
 
 
 @pytest.mark.parametrize(("owner", "name"), WORDS)
-def test_options_take_the_promised_words(owner, name):
+def test_options_take_the_promised_values(owner, name):
     hint = get_type_hints(getattr(prefixfast, owner))[name]
     words = {w for h in (hint, *get_args(hint)) if get_origin(h) is Literal for w in get_args(h)}
     assert words == WORDS[owner, name]
@@ -213,7 +228,7 @@ def test_errors_are_also_the_built_in_ones(name):
     assert issubclass(getattr(prefixfast, name), prefixfast.PrefixFastError)
 
 
-def test_errors_carry_where():
+def test_errors_carry_path_line_and_index():
     error = prefixfast.DataError("m", path="p", line=3)
     assert (error.path, error.line, prefixfast.RequestError("m", index=2).index) == ("p", 3, 2)
 

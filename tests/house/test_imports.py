@@ -34,6 +34,11 @@ PLANTED = {
         "from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    from prefixfast.store.store import PrefixStore\n",
         "no import cycles",
     ),
+    "a kernel called from outside attention": (
+        "engine/explain.py",
+        "from prefixfast_kernels.prefix_fwd import prefix_fwd\n",
+        "only attention calls the kernels",
+    ),
     "a kernel that knows prefixfast": (
         "../prefixfast_kernels/launch.py",
         "from prefixfast.errors import ConfigError\n",

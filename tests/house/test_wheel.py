@@ -121,7 +121,8 @@ prefix.save_pretrained("p")
 prefix = prefixfast.Prefix.from_pretrained("p")
 results = prefixfast.generate([[3, 4, 5], [6]], [prefix, None], model=model, max_new_tokens=4, max_num_seqs=2)
 assert [1 <= len(r.token_ids) <= 4 for r in results] == [True, True]
-used = [m.__file__ for m in list(sys.modules.values()) if str(getattr(m, "__file__", None)).startswith(repository + "/") and "/.venv/" not in m.__file__]
+files = [str(getattr(m, "__file__", None)) for m in list(sys.modules.values())]
+used = [f for f in files if f.startswith(repository + "/") and "/.venv/" not in f]
 assert not used, used
 print("generated")
 """

@@ -1,4 +1,7 @@
-"""The Triton kernels in Triton's interpreter, with the tile sizes that ship, against the specification; `make gpu` runs the same cases on a device."""
+"""The Triton kernels in Triton's interpreter, with the shipped tile sizes, against the specification.
+
+`make gpu` runs the same cases on a device.
+"""
 
 import dataclasses
 
@@ -6,68 +9,65 @@ import pytest
 import torch
 
 from prefixfast_kernels import launch
-from prefixfast_kernels import tile_configs as tiles
-from prefixfast_kernels.testing.packed_cases import CASES, FLOOR, NAMES, Case, errors, triton, within
-from prefixfast_kernels.testing.tables import Problem, Request, relative_error
-from prefixfast_kernels.torch_sdpa_lse import Options
+from prefixfast_kernels.compile_configs import KERNELS
+from prefixfast_kernels.inputs import AttnOptions
+from prefixfast_kernels.testing.packed_cases import CASES, OUTPUT_NAMES, Case, output_errors, run_triton
+from prefixfast_kernels.testing.packed_problem import PackedProblem
+from prefixfast_kernels.testing.tables import Request
+from prefixfast_kernels.testing.tolerance import FLOOR, relative_error, within_tolerance
+from prefixfast_kernels.tile_configs import TileSizes, tile_sizes
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
-# The interpreter cuts bf16 off where a device rounds to nearest: one unit in the last place instead of a half.
-INTERPRETED = FLOOR | {torch.bfloat16: 8e-3}
+# The interpreter truncates to bf16 where a device rounds to nearest: one unit in the last place instead of a half.
+INTERPRETER_FLOOR = FLOOR | {torch.bfloat16: 8e-3}
 QUICK = ("one each, short", "infix", "chunks in the arena, window", "none", "dim 80")
 
 
-def sizes_of(case: Case, dtype: torch.dtype) -> tiles.Sizes:
+def case_sizes(case: Case, dtype: torch.dtype) -> TileSizes:
+    """Shipped tile sizes for the heads of a case."""
     hq, h, d = case.heads
-    return tiles.sizes(CPU, dtype, ((hq // h, d),))._replace(depth=case.depth)
+    return tile_sizes(CPU, dtype, ((hq // h, d),))._replace(depth=case.depth)
 
 
-def check(name: str, dtype: torch.dtype) -> None:
-    got, same = errors(CASES[name], dtype, sizes_of(CASES[name], dtype), triton)
-    assert within(got, same, INTERPRETED[dtype]), dict(zip(NAMES, got, strict=True))
+def assert_equals_the_specification(name: str, dtype: torch.dtype) -> None:
+    got, same_dtype = output_errors(CASES[name], dtype, case_sizes(CASES[name], dtype), run_triton)
+    assert within_tolerance(got, same_dtype, INTERPRETER_FLOOR[dtype]), dict(zip(OUTPUT_NAMES, got, strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_specification(name):
-    check(name, torch.float16)
+    assert_equals_the_specification(name, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", QUICK)
 def test_equals_the_specification_in_other_dtypes(name, dtype):
-    check(name, dtype)
+    assert_equals_the_specification(name, dtype)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [n for n in CASES if n not in QUICK])
-def test_equals_the_specification_everywhere(name, dtype):
-    check(name, dtype)
+def test_all_cases_equal_the_specification_in_other_dtypes(name, dtype):
+    assert_equals_the_specification(name, dtype)
 
 
-def test_loops_and_sums_are_long_enough_to_fail():
-    """At the sizes that ship, the long cases take every loop at least three times and add at least two partial sums."""
+def test_cases_repeat_every_loop_and_sum():
+    """At the shipped sizes, long cases run every loop at least three times and add at least two partial sums."""
     case = CASES["one for all"]
-    sizes = sizes_of(case, torch.float16)
-    q, k = (
-        torch.empty(1, case.heads[0], case.heads[2], dtype=torch.float16),
-        torch.empty(1, case.heads[1], case.heads[2], dtype=torch.float16),
-    )
-    how = {name: launch.tile(name, q, k, sizes, Options(1.0, 0, 0.0)) for name in tiles.KERNELS}
-    longest, users, tables = (
-        max(r.length for r in case.requests),
-        sum(r.length for r in case.requests),
-        case.problem(sizes).tables,
-    )
-    for name in ("prefix_fwd", "prefix_bwd_dq"):
-        assert min(case.blocks[0], longest) // how[name]["BN"] >= 3, "whole tiles of the block and of the keys"
-    assert longest // how["prefix_bwd_kv"]["TOKENS"] >= 3
-    slices = launch.slices(
-        len(tables.block_tiles) * k.shape[1], len(tables.user), how["prefix_bwd_block"]["TOKENS"], CPU
-    )
+    sizes = case_sizes(case, torch.float16)
+    hq, h, d = case.heads
+    q, k = torch.empty(1, hq, d, dtype=torch.float16), torch.empty(1, h, d, dtype=torch.float16)
+    args = {kernel: launch.tile_args(kernel, q, k, sizes, AttnOptions(1.0)) for kernel in KERNELS}
+    lengths, tables = [r.length for r in case.requests], case.problem(sizes).tables
+    for kernel in ("prefix_fwd", "prefix_bwd_dq"):
+        assert min(case.blocks[0], max(lengths)) // args[kernel]["BN"] >= 3, "whole tiles of the block and of the keys"
+    assert max(lengths) // args["prefix_bwd_kv"]["TOKENS"] >= 3
+    tokens = args["prefix_bwd_block"]["TOKENS"]
+    slices = launch.num_slices(len(tables.block_tiles) * h, len(tables.user), tokens, CPU)
     assert slices >= 2
-    assert users / slices / how["prefix_bwd_block"]["TOKENS"] >= 3
+    assert sum(lengths) / slices / tokens >= 3
 
 
 SMALL = Case(
@@ -75,7 +75,8 @@ SMALL = Case(
 )
 
 
-def changed(p: Problem, **tables) -> Problem:
+def changed(p: PackedProblem, **tables) -> PackedProblem:
+    """The problem with some tables replaced."""
     return dataclasses.replace(p, tables=p.tables._replace(**tables))
 
 
@@ -83,9 +84,9 @@ MISTAKES = {
     "prefix row off by one": lambda p: changed(p, block=p.tables.block + torch.tensor([1, 0], dtype=torch.int32)),
     "prefix one row short": lambda p: changed(p, block=p.tables.block - torch.tensor([0, 1], dtype=torch.int32)),
     "blocks exchanged": lambda p: changed(p, block=p.tables.block.flip(0)),
-    "a tile forgotten": lambda p: changed(p, tiles=p.tables.tiles[1:]),
-    "a key tile forgotten": lambda p: changed(p, key_tiles=p.tables.key_tiles[1:]),
-    "a block tile forgotten": lambda p: changed(p, block_tiles=p.tables.block_tiles[:-1]),
+    "a tile missing": lambda p: changed(p, tiles=p.tables.tiles[1:]),
+    "a key tile missing": lambda p: changed(p, key_tiles=p.tables.key_tiles[1:]),
+    "a block tile missing": lambda p: changed(p, block_tiles=p.tables.block_tiles[:-1]),
     "a user twice": lambda p: changed(
         p, user=p.tables.user.clone().index_fill_(0, torch.tensor([0]), int(p.tables.user[1]))
     ),
@@ -103,47 +104,47 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_planted_mistakes_are_caught(mistake, monkeypatch):
-    case, sizes = SMALL, tiles.Sizes(8, 16, 16, depth=1)
+def test_wrong_results_are_out_of_tolerance(mistake, monkeypatch):
+    case, sizes = SMALL, TileSizes(8, 16, 16, depth=1)
 
     def run(p, case, sizes):
-        got = triton(MISTAKES[mistake](p), case, sizes)
+        got = run_triton(MISTAKES[mistake](p), case, sizes)
         return [t / (0.6931 if i == 1 and mistake == "log to base 2" else 1) for i, t in enumerate(got)]
 
-    good, same = errors(case, torch.float32, sizes, triton)
-    assert within(good, same, FLOOR[torch.float32])
+    good, same_dtype = output_errors(case, torch.float32, sizes, run_triton)
+    assert within_tolerance(good, same_dtype, FLOOR[torch.float32])
     if mistake == "gradient of one slice":
         from prefixfast_kernels import prefix_bwd
 
         real = prefix_bwd.prefix_bwd_sum
-        monkeypatch.setattr(prefix_bwd, "prefix_bwd_sum", _Sliced(real))
-    bad, same = errors(case, torch.float32, sizes, run)
-    assert not within(bad, same, FLOOR[torch.float32])
+        monkeypatch.setattr(prefix_bwd, "prefix_bwd_sum", _HalfSum(real))
+    bad, same_dtype = output_errors(case, torch.float32, sizes, run)
+    assert not within_tolerance(bad, same_dtype, FLOOR[torch.float32])
 
 
-class _Sliced:
-    """The sum over slices, which leaves half of them out."""
+class _HalfSum:
+    """A kernel `prefix_bwd_sum` that leaves out half of the slices."""
 
     def __init__(self, kernel):
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        def launched(parts_k, parts_v, dpk, dpv, tiles_, block, slices, **how):
-            return self.kernel[grid](parts_k, parts_v, dpk, dpv, tiles_, block, slices // 2, **how)
+        def launch_kernel(parts_k, parts_v, dpk, dpv, block_tiles, block, slices, **kwargs):
+            return self.kernel[grid](parts_k, parts_v, dpk, dpv, block_tiles, block, slices // 2, **kwargs)
 
-        return launched
+        return launch_kernel
 
 
 def test_equal_inputs_give_equal_bits():
-    case, sizes = SMALL, tiles.Sizes(8, 16, 16, depth=1)
+    case, sizes = SMALL, TileSizes(8, 16, 16, depth=1)
     p = case.problem(sizes).cast(torch.float16)
-    first, second = (triton(p, case, sizes) for _ in range(2))
+    first, second = (run_triton(p, case, sizes) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_saved_pass_over_the_prefix_changes_nothing():
-    """With at most one short block a query, dQ of the prefix part comes from the kernel of the blocks."""
-    case, sizes = dataclasses.replace(SMALL, window=0), tiles.Sizes(8, 16, 16)
+def test_fused_backward_equals_the_plain_one():
+    """If every query sees at most one short block, `prefix_bwd_block` computes the prefix part of dQ."""
+    case, sizes = dataclasses.replace(SMALL, window=0), TileSizes(8, 16, 16)
     p = case.problem(sizes).cast(torch.float32)
-    fused, plain = (triton(p, case, sizes._replace(depth=d)) for d in (1, 2))
+    fused, plain = (run_triton(p, case, sizes._replace(depth=d)) for d in (1, 2))
     assert all(relative_error(a, b) < 2e-6 for a, b in zip(fused, plain, strict=True))

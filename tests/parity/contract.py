@@ -1,4 +1,7 @@
-"""Run by test_contract.py under another transformers: attach every family, and compare a packed forward of two texts with the model's own logits."""
+"""Packed forward of two texts against the model's own logits, for every family.
+
+test_contract.py runs this script under several versions of transformers.
+"""
 
 import sys
 

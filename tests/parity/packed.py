@@ -1,4 +1,4 @@
-"""The comparison that every parity test makes: a packed mixed-prefix forward against PEFT, one request at a time."""
+"""Comparison of parity tests: a packed forward with mixed prefixes against PEFT with one prompt at a time."""
 
 from __future__ import annotations
 
@@ -19,26 +19,32 @@ from prefixfast.prefix.prefix import Prefix
 
 @dataclass
 class Case:
-    """Prompts and the table that each is given (-1: none)."""
+    """Prompts and prefixes.
+
+    Attributes:
+        prompts: Token ids of each prompt.
+        choice: Number of each prompt's prefix, -1 for none.
+        tables: Prefixes in PEFT's layout.
+    """
 
     prompts: list[torch.Tensor]
     choice: list[int]
     tables: list[torch.Tensor]
 
     def prefixes(self, model: Any) -> list[Prefix]:
-        """The tables as prefixes."""
+        """The tables as `Prefix` objects."""
         return [Prefix(layout.from_table(t, *tiny.shapes(model)), pos_start=len(t)) for t in self.tables]
 
 
 def case(make, *, vocab: int, longest: int, lengths=(5, 3), scale: float = 0.7, seed: int = 3) -> Case:
-    """Two strong prefixes and ragged prompts, the longest beyond any sliding window of the tiny models."""
+    """Two prefixes with a strong effect, and prompts up to a length beyond any sliding window of the tiny models."""
     g = torch.Generator().manual_seed(seed)
     prompts = [torch.randint(3, vocab, (n,), generator=g) for n in (7, 4, 1, longest, 6, longest - 9)]
     return Case(prompts, [0, 1, 0, 0, -1, 1], [tiny.peft_table(make(), n, i + 1, scale) for i, n in enumerate(lengths)])
 
 
 def packed(base, c: Case, prefixes: list[Prefix], *, grad: bool = False, drop: int | None = None):
-    """Logits ``[N, V]`` of all prompts in one forward, and the prefix leaves; ``drop`` leaves one prefix out."""
+    """Logits ``[N, V]`` of all prompts in one forward, and the prefix tensors; ``drop`` leaves one prefix out."""
     leaves = [
         tuple(t.requires_grad_(grad) for t in kv) for kv in concat_kv(prefixes, base.layers, base.dtype, base.device)
     ]
@@ -52,8 +58,11 @@ def packed(base, c: Case, prefixes: list[Prefix], *, grad: bool = False, drop: i
     return base.forward(plan, torch.cat(c.prompts)), leaves
 
 
-def one_by_one(make, c: Case, *, weights: list[torch.Tensor] | None = None):
-    """Logits of PEFT (or the plain model) for each prompt alone; with ``weights`` also the tables' gradients."""
+def unpacked(make, c: Case, *, weights: list[torch.Tensor] | None = None):
+    """Logits of PEFT, or of the model without a prefix, for each prompt alone.
+
+    With ``weights``, the weights of each prompt's losses, also the gradients of the tables.
+    """
     out, grads = [], [torch.zeros_like(t, dtype=torch.float64) for t in c.tables]
     models = [tiny.with_prefix(make(), t) for t in c.tables]
     plain = make()
@@ -69,10 +78,10 @@ def one_by_one(make, c: Case, *, weights: list[torch.Tensor] | None = None):
 
 
 def compare_logits(make, c: Case, tokenizer: Any = None) -> tuple[float, float]:
-    """Largest difference over largest logit, and the least effect of dropping a prefix in the same measure."""
+    """Largest difference, and the smallest effect of leaving a prefix out, both relative to the largest logit."""
     with load(make(), tokenizer=tokenizer) as base, torch.no_grad():
         got, _ = packed(base, c, c.prefixes(base.hf))
-        expected, _ = one_by_one(make, c)
+        expected, _ = unpacked(make, c)
         top = expected.abs().max()
         effects = []
         for drop in range(len(c.tables)):
@@ -83,10 +92,10 @@ def compare_logits(make, c: Case, tokenizer: Any = None) -> tuple[float, float]:
 
 
 def compare_gradients(make, c: Case) -> float:
-    """Largest difference of prefix gradients over the largest gradient."""
+    """Largest difference of prefix gradients relative to the largest gradient."""
     g = torch.Generator().manual_seed(9)
     weights = [torch.rand(len(p), generator=g) for p in c.prompts]
-    _, expected = one_by_one(make, c, weights=weights)
+    _, expected = unpacked(make, c, weights=weights)
     with load(make()) as base:
         logits, leaves = packed(base, c, c.prefixes(base.hf), grad=True)
         targets = torch.cat([p.roll(-1) for p in c.prompts])

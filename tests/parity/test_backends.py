@@ -1,4 +1,4 @@
-"""Every backend gives the same logits, gradients and tokens through whole models; the triton kernels run in their interpreter here."""
+"""Logits, gradients and tokens of whole models agree between backends. On a CPU, triton runs in its interpreter."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ import prefixfast
 import tiny
 from parity.packed import case, packed
 from prefixfast import Engine, Prefix
+from prefixfast.attention import backends
 from prefixfast.prefix import peft_format as layout
 from prefixfast.training.trainer import train
-from prefixfast_kernels import tile_configs as tiles
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3"])
@@ -28,10 +28,10 @@ def test_triton_equals_torch_through_a_model(family):
 def test_training_on_triton_equals_torch():
     pytest.importorskip("triton")
     rows = [{"input_ids": [5 + i, 6, 7, 8], "labels": [-100, -100, 7, 8]} for i in range(6)]
-    ends = []
+    runs = []
     for backend in ("torch", "triton"):
         with prefixfast.load(tiny.make("llama"), backend=backend) as base:
-            ends.append(
+            runs.append(
                 train(
                     base,
                     {"a": rows, "b": rows[::-1]},
@@ -43,23 +43,23 @@ def test_training_on_triton_equals_torch():
                 )
             )
     for name in ("a", "b"):
-        for key, t in ends[0][name].kv.items():
-            assert (t - ends[1][name].kv[key]).abs().max() < 1e-5 * t.abs().max()
+        for key, t in runs[0][name].kv.items():
+            assert (t - runs[1][name].kv[key]).abs().max() < 1e-5 * t.abs().max()
 
 
-FREE = {"part_bytes": 0, "item_bytes": 0, "launch_bytes": 0}
+NO_COSTS = {"part_bytes": 0, "item_bytes": 0, "launch_bytes": 0}
 
 
 @pytest.mark.parametrize(
-    ("family", "costs"), [("gpt2", {}), ("gemma2", FREE)], ids=["gpt2, nothing worth a group", "gemma2, groups"]
+    ("family", "costs"), [("gpt2", {}), ("gemma2", NO_COSTS)], ids=["gpt2, no groups", "gemma2, groups"]
 )
 def test_generation_on_triton_equals_torch(family, costs, monkeypatch):
-    """Beams on a shared and on composed prefixes."""
+    """Beam search on one prefix and on a sequence of two prefixes."""
     pytest.importorskip("triton")
     g = torch.Generator().manual_seed(3)
     prompts = [torch.randint(3, tiny.VOCAB, (n,), generator=g).tolist() for n in (7, 1, 4)]
-    cut = tiles.decode_sizes
-    monkeypatch.setattr(tiles, "decode_sizes", lambda *shapes: cut(*shapes)._replace(**costs))
+    decode_sizes = backends.decode_sizes
+    monkeypatch.setattr(backends, "decode_sizes", lambda *shapes: decode_sizes(*shapes)._replace(**costs))
     runs = []
     for backend in ("torch", "triton"):
         base = tiny.make(family)

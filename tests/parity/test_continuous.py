@@ -1,4 +1,4 @@
-"""Requests that arrive, are cancelled, wait for evicted prefixes and are filled in chunks give the tokens of PEFT's own `generate`, one request at a time."""
+"""Tokens under continuous batching, with cancellation, eviction and chunked prefills, equal those of PEFT alone."""
 
 import functools
 import random
@@ -12,7 +12,7 @@ import tiny
 from parity.test_generate import alone
 from prefixfast import Engine, Prefix, PrefixStore
 from prefixfast.config import GenerationParams
-from prefixfast.engine.request import make_requests
+from prefixfast.engine.make_requests import make_requests
 from prefixfast.prefix import peft_format as layout
 
 PROMPTS, LENGTHS = (3, 90, 17, 40, 1, 75), (20, 33, 5, 48, 16, 9)
@@ -20,14 +20,14 @@ NEW = 10
 
 
 class World:
-    """A base, its prompts and prefixes, and what PEFT says to each pair."""
+    """A base model, prompts and prefixes, and the tokens that PEFT generates for each pair."""
 
     def __init__(self, make, vocab: int, folder) -> None:
         g = torch.Generator().manual_seed(2)
         self.make, self.base = make, make()
         self.prompts = [torch.randint(3, vocab, (n,), generator=g) for n in PROMPTS]
         self.tables = [tiny.peft_table(make(), n, seed, 0.5) for seed, n in enumerate(LENGTHS)]
-        kinds = range(tiny.shapes(self.base)[0]), (0, 2)  # every third lies in some layers only
+        kinds = range(tiny.shapes(self.base)[0]), (0, 2)  # every third prefix has rows in some layers only
         self.layers = [kinds[i % 3 == 2] for i in range(len(LENGTHS))]
         kvs = [layout.from_table(t, *tiny.shapes(self.base)) for t in self.tables]
         self.prefixes = [
@@ -64,9 +64,9 @@ def world(request, tmp_path_factory):
     return World(functools.partial(AutoModelForCausalLM.from_pretrained, weights, dtype=torch.float32), 500, folder)
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["read at once", "one step ahead"])
+@pytest.mark.parametrize("run_ahead", [False, True], ids=["read at once", "one step ahead"])
 @pytest.mark.parametrize("seed", range(3))
-def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
+def test_tokens_equal_peft_under_continuous_batching(world, seed, run_ahead):
     g = random.Random(seed)
     row = 4 * sum(heads * dim for _, heads, dim in world.prefixes[0].shapes.values())
     with Engine(
@@ -78,7 +78,7 @@ def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
         kv_cache_memory=row * (64 + 16 * 30),
     ) as engine:
         loop, made, ended, cancelled, unread = engine.loop, {}, {}, set(), 0
-        loop.ahead = ahead  # as on a GPU
+        loop.run_ahead = run_ahead  # True on a GPU
         arrivals = sorted(g.randrange(60) for _ in range(40))
         step = 0
         with torch.inference_mode():
@@ -88,16 +88,21 @@ def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
                     prompt, prefix, beams = (
                         g.randrange(len(PROMPTS)),
                         g.choice([None, *range(len(LENGTHS))]),
-                        g.choice([1] * 15 + [3] if ahead else [1, 1, 3]),
+                        g.choice([1] * 15 + [3] if run_ahead else [1, 1, 3]),
                     )
                     call = GenerationParams(max_new_tokens=NEW, num_beams=beams)
-                    given = (
+                    by_name_or_object = (
                         None if prefix is None else str(prefix) if prefix % 2 else world.prefixes[prefix]
-                    )  # by name, or as it is
-                    (request,) = make_requests(
-                        engine.model, [world.prompts[prompt].tolist()], [given], call, engine.max_model_len, world.store
                     )
-                    number = next(engine.ids)
+                    (request,) = make_requests(
+                        engine.model,
+                        [world.prompts[prompt].tolist()],
+                        [by_name_or_object],
+                        call,
+                        engine.max_model_len,
+                        world.store,
+                    )
+                    number = next(engine.driver.next_number)
                     loop.add(number, request)
                     made[number] = (prompt, prefix, beams)
                 if loop.busy and g.random() < 0.1:
@@ -106,17 +111,19 @@ def test_tokens_equal_peft_while_requests_come_and_go(world, seed, ahead):
                     loop.cancel(number)
                 if loop.busy:
                     ended |= loop.step()
-                    unread += len(loop.started) > 0
+                    unread += len(loop.unread) > 0
                 step += 1
         stats = engine.stats()
     assert set(ended) == set(made)
-    for number, outcome in ended.items():
+    for number, output in ended.items():
         expected = world.expected(*made[number])
-        if outcome.texts[0].reason == "cancelled":
+        if output.sequences[0].finish_reason == "cancelled":
             assert number in cancelled
-            assert made[number][2] > 1 or outcome.texts[0].ids == expected[: len(outcome.texts[0].ids)]
+            assert (
+                made[number][2] > 1 or output.sequences[0].token_ids == expected[: len(output.sequences[0].token_ids)]
+            )
         else:
-            assert outcome.texts[0].ids == expected, (made[number], outcome)
+            assert output.sequences[0].token_ids == expected, (made[number], output)
     for counter in ("evictions", "loads", "continued_prefills", "cancelled", "reads", "decode_steps"):
         assert stats[counter] > 0, (counter, stats)
-    assert (unread > 20) == ahead
+    assert (unread > 20) == run_ahead

@@ -1,4 +1,4 @@
-"""The contract with transformers, on the oldest supported version and on the installed one: the plan reaches every layer of every family."""
+"""A packed forward of every family on the oldest supported and on the installed version of transformers."""
 
 import os
 import re

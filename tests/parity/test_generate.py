@@ -1,4 +1,4 @@
-"""The engine's tokens against `generate` of transformers and PEFT, one request at a time: greedy and beams, mixed prefixes in one batch."""
+"""Tokens of a batch with mixed prefixes against `generate` of transformers and PEFT for each request alone."""
 
 import functools
 
@@ -11,7 +11,7 @@ from prefixfast.prefix import peft_format as layout
 from prefixfast.prefix.prefix import Prefix
 
 LENGTHS, CHOICE = (7, 4, 1, 20, 6, 11), (0, 1, 0, 0, None, 1)
-GAP = 1e-4  # a differing token is excused only if an fp64 rerun shows scores this close
+GAP = 1e-4  # different tokens are accepted only if their scores in fp64 are this close
 
 
 @functools.cache
@@ -27,7 +27,7 @@ def setup(family: str):
 
 
 def alone(model, prompt: torch.Tensor, end: int = tiny.EOS, **how) -> list[int]:
-    """Their tokens for one request, padding cut."""
+    """Tokens of transformers' `generate` for one request, without padding."""
     out = model.generate(input_ids=prompt[None], attention_mask=torch.ones_like(prompt)[None], do_sample=False, **how)[
         0, len(prompt) :
     ].tolist()
@@ -49,8 +49,8 @@ def sequence_score(model, prompt, tokens, penalty: float) -> float:
 SETTINGS = {
     "greedy": {"num_beams": 1},
     "beam 5": {"num_beams": 5},
-    "beam 4, short": {"num_beams": 4, "length_penalty": 0.5, "early_stopping": True},
-    "beam 3, long": {"num_beams": 3, "length_penalty": 2.0, "early_stopping": "never"},
+    "beam 4, short texts": {"num_beams": 4, "length_penalty": 0.5, "early_stopping": True},
+    "beam 3, long texts": {"num_beams": 3, "length_penalty": 2.0, "early_stopping": "never"},
     "greedy, minimum": {"num_beams": 1, "min_new_tokens": 9},
     "beam 2, minimum": {"num_beams": 2, "min_new_tokens": 6},
 }
@@ -60,7 +60,7 @@ CASES = [(f, s) for f in tiny.FAMILIES for s in ("greedy", "beam 5")] + [
 
 
 @pytest.mark.parametrize(("family", "setting"), CASES)
-def test_tokens_equal_one_by_one(family, setting):
+def test_tokens_equal_those_of_each_request_alone(family, setting):
     base, prompts, prefixes, theirs = setup(family)
     how = {**SETTINGS[setting], "max_new_tokens": 16}
     chosen = [None if c is None else prefixes[c] for c in CHOICE]
@@ -74,8 +74,8 @@ def test_tokens_equal_one_by_one(family, setting):
             assert abs(scores[0] - scores[1]) < GAP, (g.token_ids, expected, scores)
 
 
-def test_waiting_requests_are_admitted_and_equal():
-    """More requests than rows: several waves, beams and greedy rows side by side in one batch."""
+def test_tokens_of_waiting_requests_equal_those_of_each_request_alone():
+    """More requests than decode rows, with beam and greedy rows in one batch."""
     base, prompts, prefixes, theirs = setup("gpt2")
     how = [{"num_beams": 1 + i % 3, "max_new_tokens": 5 + i % 7} for i in range(3 * len(prompts))]
     batch = [{"input_ids": p.tolist(), "params": h} for p, h in zip(prompts * 3, how, strict=True)]
@@ -88,7 +88,7 @@ def test_waiting_requests_are_admitted_and_equal():
 
 
 def test_composed_prefixes_equal_one_longer_prefix():
-    """[A, B] is the prefix whose rows are A's then B's; text starts at the larger pos_start."""
+    """The sequence [A, B] is the prefix with the rows of A, then those of B. Text starts at the larger pos_start."""
     base, prompts, (a, b), _ = setup("llama")
     joined = {n: torch.cat([a.kv[n], b.kv[n]]) for n in a.kv}
     both = Prefix(joined, pos_start=max(a.pos_start, b.pos_start))
@@ -98,6 +98,6 @@ def test_composed_prefixes_equal_one_longer_prefix():
         single = engine.generate(ids, both, max_new_tokens=12)
         other = engine.generate(ids, [[b, a]] * len(ids), max_new_tokens=12)
     assert [g.token_ids for g in composed] == [g.token_ids for g in single]
-    # order changes no softmax in exact arithmetic, positions are stored in the keys
+    # The order changes no softmax in exact arithmetic, since keys are stored after RoPE.
     assert [g.token_ids for g in composed] == [g.token_ids for g in other]
     assert composed[0].usage["prefix_rows"] == a.length + b.length

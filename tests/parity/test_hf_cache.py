@@ -1,4 +1,4 @@
-"""transformers' unmodified `generate` on the packed forward: what PEFT gives for each request alone, in one batch of different prefixes."""
+"""transformers' unmodified `generate` with an `HFCache` of mixed prefixes against PEFT for each request alone."""
 
 import gc
 
@@ -36,20 +36,20 @@ def cut(row):
     return row[: row.index(tiny.EOS) + 1] if tiny.EOS in row else row
 
 
-WAYS = {
+GENERATIONS = {
     "greedy": {},
     "beams": {"num_beams": 4},
-    "beams, two of them": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
-    "rules": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
-    "own": {"logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([40, 41, 17])])},
+    "two of three beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+    "logits processors": {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    "own logits processor": {"logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor([40, 41, 17])])},
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", GENERATIONS)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_unmodified_generate_gives_peft_tokens(family, way):
+def test_unmodified_generate_gives_peft_tokens(family, name):
     base, prompts, chosen, theirs = setup(family)
-    how = {"max_new_tokens": 12, "do_sample": False, **WAYS[way]}
+    how = {"max_new_tokens": 12, "do_sample": False, **GENERATIONS[name]}
     expected = []
     for m, p in zip(theirs, prompts, strict=True):
         out = m.generate(input_ids=p[None], attention_mask=torch.ones_like(p)[None], **how)
@@ -59,7 +59,7 @@ def test_unmodified_generate_gives_peft_tokens(family, way):
     assert [cut(row[max(LENGTHS) :]) for row in out] == expected
 
 
-def test_sampling_is_transformers_own():
+def test_sampling_is_that_of_transformers():
     base, prompts, chosen, _ = setup("llama")
     how = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5}
     with load(base) as model:
@@ -72,7 +72,7 @@ def test_sampling_is_transformers_own():
     assert len(set(map(tuple, outs[0].tolist()))) == len(prompts)
 
 
-def test_the_model_is_as_it_was_afterwards():
+def test_the_model_is_restored_afterwards():
     base, prompts, chosen, _ = setup("gpt2")
     before = base(input_ids=prompts[0][None]).logits
     with load(base) as model:
@@ -85,7 +85,7 @@ def test_the_model_is_as_it_was_afterwards():
     assert torch.equal(base(input_ids=prompts[0][None]).logits, before)
 
 
-def test_what_cannot_be_is_refused():
+def test_unsupported_calls_are_refused():
     base, prompts, chosen, _ = setup("gpt2")
     batch = padded(prompts)
     with load(base) as model:

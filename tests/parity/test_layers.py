@@ -1,4 +1,4 @@
-"""Prefixes that lie in some layers only: the others see nothing of them, as in a PEFT model whose other layers leave out the prefix's keys."""
+"""Prefixes with rows in some layers only, against PEFT models whose other layers leave out the prefix's keys."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ from parity.test_generate import alone
 from prefixfast import Engine, HFCache, Prefix, load
 from prefixfast.prefix import peft_format as layout
 
-SETS = ((1,), (0, 2))  # of the two prefixes of a case
-LOW = ((0,), (0,))  # the last layers see nothing
+SETS = ((1,), (0, 2))  # layers of the two prefixes of a case
+LOWEST = ((0,), (0,))
 
 
 def in_layers(prefix: Prefix, layers) -> Prefix:
@@ -23,7 +23,7 @@ def in_layers(prefix: Prefix, layers) -> Prefix:
 
 
 def logits_and_gradients(make, c, weights, sets):
-    """Of PEFT's models, one prompt at a time."""
+    """Logits and table gradients of PEFT's models for each prompt alone."""
     out, grads = [], [torch.zeros_like(t) for t in c.tables]
     models, plain = (
         [tiny.with_prefix(make(), t, [layers] * len(t)) for t, layers in zip(c.tables, sets, strict=True)],
@@ -41,7 +41,7 @@ def logits_and_gradients(make, c, weights, sets):
 
 @pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
 @pytest.mark.parametrize(
-    ("family", "sets"), [("gpt2", SETS), ("gpt2", LOW), ("llama", SETS), ("mistral", SETS), ("gemma2", SETS)]
+    ("family", "sets"), [("gpt2", SETS), ("gpt2", LOWEST), ("llama", SETS), ("mistral", SETS), ("gemma2", SETS)]
 )
 def test_logits_and_gradients_equal_peft(family, sets, backend):
     if backend == "triton":
@@ -56,7 +56,7 @@ def test_logits_and_gradients_equal_peft(family, sets, backend):
         assert ((got - expected).abs().max() / expected.abs().max()).item() < 1e-5
         without, _ = packed(base, c, c.prefixes(base.hf))
         assert ((without - expected).abs().max() / expected.abs().max()).item() > 1e-2, (
-            "in all layers it is another model"
+            "rows in all layers must change the logits"
         )
         if backend == "reference":
             return
@@ -74,13 +74,13 @@ def test_logits_and_gradients_equal_peft(family, sets, backend):
             assert not mine or (t.grad - torch.cat(mine)).abs().max() < 2e-5 * top, (i, x)
             assert all(
                 kv[f"self.{i}.{x}"].abs().max() == 0 for kv, layers in zip(wanted, sets, strict=True) if i not in layers
-            ), "PEFT's does not see it"
+            ), "PEFT has no gradient in layers without the prefix"
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_compositions_equal_peft(family, beams):
-    """Two prefixes in other layers than each other are one of PEFT's whose rows are seen in different layers."""
+def test_sequences_of_prefixes_equal_peft(family, beams):
+    """Two prefixes in different layers equal one prefix of PEFT whose rows are seen in different layers."""
     table = tiny.peft_table(tiny.make(family), 7, 3)
     parts = [(3, (0, 1)), (4, (1, 2))]
     theirs = tiny.with_prefix(tiny.make(family), table, [layers for n, layers in parts for _ in range(n)])

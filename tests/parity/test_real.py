@@ -1,4 +1,4 @@
-"""Real weights: packed logits and gradients equal PEFT's, tokens equal PEFT's and transformers' own."""
+"""Logits, prefix gradients and tokens on real weights against PEFT and transformers."""
 
 import dataclasses
 import functools
@@ -30,10 +30,11 @@ def make(request, tmp_path_factory):
     return functools.partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32)
 
 
-def natural(make, c: Case) -> Case:
-    """The case with prefixes made of the base's own keys and values of some tokens, plus noise.
+def with_real_kv(make, c: Case) -> Case:
+    """The case with prefixes made of the base model's keys and values of random tokens, plus noise.
 
-    Random numbers in their place break SmolLM2's attention to its first token: there PEFT in fp32 is 1e-4 from PEFT in fp64, so nothing can be compared.
+    Random numbers as prefix break SmolLM2's attention to its first token. PEFT in fp32 then differs by 1e-4 from PEFT
+    in fp64, so that no comparison is possible.
     """
     g = torch.Generator().manual_seed(0)
     tables = []
@@ -48,11 +49,12 @@ def natural(make, c: Case) -> Case:
 
 
 def test_packed_logits_and_gradients_equal_peft(make):
-    c = natural(make, case(make, vocab=500, longest=60, lengths=(10, 6)))
+    c = with_real_kv(make, case(make, vocab=500, longest=60, lengths=(10, 6)))
     error, effect = compare_logits(make, c)
     assert error < TOLERANCE
     assert effect > 1000 * TOLERANCE
-    # Through 30 layers fp32 alone makes 1.4e-5 of gradients that agree to 1e-6 in fp64 (where RMSNorm still rounds to fp32): the deep model is held to that.
+    # Through 30 layers, fp32 rounding alone makes a difference of 1.4e-5 between gradients that agree to 1e-6 in fp64,
+    # where RMSNorm still rounds to fp32. The deep model is therefore compared in fp64.
     deep = make().config.num_hidden_layers > 20
     assert compare_gradients(functools.partial(make, dtype=torch.float64) if deep else make, c) < (
         TOLERANCE / 10 if deep else TOLERANCE
@@ -60,7 +62,7 @@ def test_packed_logits_and_gradients_equal_peft(make):
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 1}, {"num_beams": 5}], ids=["greedy", "beam5"])
-def test_tokens_equal_peft_one_by_one(make, how):
+def test_tokens_equal_peft_for_each_request_alone(make, how):
     c = case(make, vocab=500, longest=40, lengths=(10, 6), scale=0.5)
     theirs = {i: tiny.with_prefix(make(), t) for i, t in enumerate(c.tables)} | {-1: make()}
     end = theirs[-1].generation_config.eos_token_id

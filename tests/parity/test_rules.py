@@ -1,4 +1,4 @@
-"""Rules, own processors, several texts, log-probabilities and scores against `generate` and `forward` of transformers and PEFT, one request at a time."""
+"""Logits processors, sampling, several texts, log-probabilities and scores against transformers and PEFT."""
 
 import functools
 
@@ -16,28 +16,28 @@ from prefixfast.prefix.prefix import Prefix
 LENGTHS, CHOICE, NEW = (7, 4, 1, 20), (0, 1, None, 1), 14
 
 
-class FewerAgain(LogitsProcessor):
-    """Own processor that looks at all tokens so far: the more often a token came, the less likely it gets."""
+class RepetitionDecay(LogitsProcessor):
+    """Logits processor that lowers the score of a token by its number of occurrences so far."""
 
     def __call__(self, input_ids, scores):
         counts = torch.zeros_like(scores).scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
         return scores - 1.5 * counts
 
 
-RULES = {
+PROCESSORS = {
     "repetition": {"repetition_penalty": 1.7},
     "weaker repetition": {"repetition_penalty": 0.6},
     "bigrams": {"no_repeat_ngram_size": 2},
     "trigrams": {"no_repeat_ngram_size": 3},
     "unigrams and a minimum": {"no_repeat_ngram_size": 1, "min_new_tokens": 9},
-    "words": {"bad_words_ids": [[40], [16, 70], [7, 8, 9], [tiny.EOS], [99, 99]]},
-    "own": {"logits_processor": [FewerAgain(), SuppressTokensLogitsProcessor([40, 41, 42])]},
+    "bad words": {"bad_words_ids": [[40], [16, 70], [7, 8, 9], [tiny.EOS], [99, 99]]},
+    "own processors": {"logits_processor": [RepetitionDecay(), SuppressTokensLogitsProcessor([40, 41, 42])]},
     "all": {
         "repetition_penalty": 1.2,
         "no_repeat_ngram_size": 3,
         "bad_words_ids": [[99]],
         "min_new_tokens": 5,
-        "logits_processor": [FewerAgain()],
+        "logits_processor": [RepetitionDecay()],
     },
 }
 
@@ -55,7 +55,7 @@ def setup(family: str):
 
 
 def theirs_alone(model, prompt, processors=None, **how):
-    """Their sequences for one request, each cut behind its end token."""
+    """Sequences of transformers' `generate` for one request, each cut after its end token."""
     own = {"logits_processor": LogitsProcessorList(processors)} if processors else {}
     with torch.no_grad():
         out = model.generate(
@@ -66,11 +66,11 @@ def theirs_alone(model, prompt, processors=None, **how):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", PROCESSORS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_rules_are_those_of_transformers(family, rule, beams):
+def test_logits_processors_are_those_of_transformers(family, name, beams):
     base, prompts, chosen, theirs = setup(family)
-    how = {**RULES[rule], "max_new_tokens": NEW, "num_beams": beams}
+    how = {**PROCESSORS[name], "max_new_tokens": NEW, "num_beams": beams}
     processors = how.pop("logits_processor", None)
     expected = [theirs_alone(m, p, processors, **how)[0] for m, p in zip(theirs, prompts, strict=True)]
     ours = LogitsProcessorList(processors) if processors else None
@@ -83,10 +83,10 @@ def test_rules_are_those_of_transformers(family, rule, beams):
             for g in engine.generate([p.tolist() for p in prompts], chosen, max_new_tokens=NEW, num_beams=beams)
         ]
     assert got == expected
-    assert got != free, "the rule was to change something"
+    assert got != free, "the logits processor must change the tokens"
 
 
-def test_requests_with_and_without_rules_share_a_batch():
+def test_requests_with_and_without_logits_processors_share_a_batch():
     base, prompts, chosen, theirs = setup("llama")
     each = [
         {},
@@ -100,7 +100,7 @@ def test_requests_with_and_without_rules_share_a_batch():
         for m, p, own in zip(theirs, prompts, each, strict=True)
     ]
     with Engine(base, max_num_seqs=16, max_model_len=64) as engine:
-        for _ in range(2):  # rows are taken again by requests with other rules
+        for _ in range(2):  # decode rows are reused by requests with other processors
             assert [g.token_ids for g in engine.generate(batch, chosen, max_new_tokens=NEW)] == expected
             assert [g.token_ids for g in engine.generate(batch[::-1], chosen[::-1], max_new_tokens=NEW)] == expected[
                 ::-1
@@ -133,16 +133,21 @@ def test_log_probabilities_are_those_of_the_model():
         )
     for g, m, p in zip(got, theirs, prompts, strict=True):
         out = m.generate(
-            input_ids=p[None], attention_mask=torch.ones_like(p)[None], do_sample=False, max_new_tokens=NEW, repetition_penalty=1.7,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            input_ids=p[None],
+            attention_mask=torch.ones_like(p)[None],
+            do_sample=False,
+            max_new_tokens=NEW,
+            repetition_penalty=1.7,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         raw = torch.stack(out.logits).log_softmax(-1)[:, 0]
         assert len(g.logprobs) == len(g.token_ids) == len(raw)
-        for told, token, own in zip(g.logprobs, g.token_ids, raw, strict=True):
-            assert told.token_id == token
-            assert told.logprob == pytest.approx(own[token].item(), abs=1e-5)
-            assert list(told.top) == own.topk(4)[1].tolist()
-            assert list(told.top.values()) == pytest.approx(own.topk(4)[0].tolist(), abs=1e-5)
+        for logprob, token, own in zip(g.logprobs, g.token_ids, raw, strict=True):
+            assert logprob.token_id == token
+            assert logprob.logprob == pytest.approx(own[token].item(), abs=1e-5)
+            assert list(logprob.top) == own.topk(4)[1].tolist()
+            assert list(logprob.top.values()) == pytest.approx(own.topk(4)[0].tolist(), abs=1e-5)
     assert [t.top for t in some[0].logprobs] == [{}] * len(some[0].token_ids)
     assert some[1].logprobs is None
 
@@ -172,7 +177,7 @@ def test_scores_are_log_probabilities_of_their_forward(family, budget):
     )
 
 
-def test_score_says_what_is_wrong():
+def test_wrong_targets_are_refused():
     base, prompts, chosen, _ = setup("gpt2")
     one = [prompts[0].tolist()]
     for targets, error in (
@@ -203,14 +208,14 @@ def test_a_seeded_request_has_the_same_text_alone_and_in_any_batch(family):
             {"input_ids": [5, 6, 7], "params": {"num_beams": 2, "do_sample": False}},
             {"input_ids": [9] * 11, "params": {"do_sample": False}},
         ]
-        calm = {"do_sample": True, "max_new_tokens": NEW}
+        defaults = {"do_sample": True, "max_new_tokens": NEW}
         batch = [
             others[0],
             *({**m, "params": {**m["params"], "temperature": 1.4, "top_k": 30, "top_p": 0.95}} for m in mixed[::-1]),
             others[1],
             {"input_ids": [8]},
         ]
-        got = engine.generate(batch, [None, *chosen[::-1], None, None], **calm)
+        got = engine.generate(batch, [None, *chosen[::-1], None, None], **defaults)
         assert [g.token_ids for g in got[1:5]] == alone[::-1]
         submitted = [engine.submit(m, c, **SAMPLED) for m, c in zip(mixed, chosen, strict=True)]
         assert [s.result(60).token_ids for s in submitted] == alone
@@ -238,7 +243,7 @@ def test_several_samples_share_one_prompt():
     assert [t.token_id for t in got.logprobs] == got.token_ids
 
 
-def test_frequencies_of_the_engine_are_transformers_probabilities():
+def test_frequencies_of_samples_match_transformers_probabilities():
     base, prompts, chosen, theirs = setup("gpt2")
     prompt, count, k = prompts[0], 4000, 10
     with Engine(base, max_num_seqs=64, max_model_len=32) as engine:

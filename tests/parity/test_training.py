@@ -1,4 +1,4 @@
-"""Twenty steps of training are PEFT's: every loss and the final prefix, in fp64 where rounding cannot hide or feign a difference."""
+"""Every loss and the final prefix of twenty training steps equal PEFT's in fp64, where rounding hides nothing."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def peft_run(*, mlp: bool, rate: float = RATE):
 
 
 def our_run(*, mlp: bool, first: torch.Tensor):
-    """The same through `train`; flat it starts from PEFT's table, with the MLP from PEFT's seed."""
+    """Losses and last table of `train`, from PEFT's first table, or from PEFT's seed with the MLP."""
     model = tiny.make("gpt2", dtype=torch.float64)
     start = "random" if mlp else Prefix(layout.from_table(first, *tiny.shapes(model)), pos_start=P)
     rows = [{"input_ids": r, "labels": labels(r)} for r in ROWS]
@@ -84,7 +84,7 @@ def test_twenty_steps_equal_peft(mlp):
     assert (first - last).abs().max() > 1e-2 * last.abs().max(), "the prefix moved"
 
 
-def test_another_rate_is_told_apart():
+def test_another_learning_rate_gives_another_prefix():
     _, first, last = peft_run(mlp=False, rate=RATE * 1.001)
     _, table = our_run(mlp=False, first=first)
     assert (table - last).abs().max() > 1e-5 * last.abs().max()

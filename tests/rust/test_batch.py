@@ -1,4 +1,4 @@
-"""pack, plan_packed and the Scheduler against slow twins, and hostile input."""
+"""`plan_packed` and `Scheduler` against slow reference implementations, and hostile input."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,61 +11,15 @@ from hypothesis import strategies as st
 
 import oracles
 from oracles import int32
-from prefixfast._rust import Scheduler, StepHeader, pack, plan_packed
+from prefixfast._rust import Scheduler, StepHeader, plan_packed
 from prefixfast.attention.plan import section
-from prefixfast.errors import CapacityError, ConfigError, DataError, PrefixFastError, RequestError, UnknownPrefixError
+from prefixfast.errors import CapacityError, ConfigError, PrefixFastError, RequestError, UnknownPrefixError
 from prefixfast_kernels.tables import DecodeTables
-from prefixfast_kernels.testing.decode_cases import with_work
+from prefixfast_kernels.testing.decode_work import with_work
 from prefixfast_kernels.tile_configs import NO_WORK, DecodeSizes
 
 PREFIX_ROWS = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]]
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2)), max_size=40),
-    st.integers(1, 100),
-    st.booleans(),
-)
-@seeded
-def test_pack(examples: list[tuple[int, int, int]], budget: int, sequence_sum: bool) -> None:
-    lengths = [n for n, _, _ in examples]
-    targets = [min(n, t) for n, t, _ in examples]
-    batch = np.cumsum([jump // 2 for *_, jump in examples]).tolist()
-    found = pack(int32(lengths), int32(targets), int32(batch), token_budget=budget, sequence_sum=sequence_sum)
-    micros, weight = oracles.pack(lengths, targets, batch, budget, sequence_sum)
-    assert [found.order[a:b].tolist() for a, b in itertools.pairwise(found.micro_indptr)] == micros
-    assert found.weight.tolist() == weight
-    assert (found.order.dtype, found.micro_indptr.dtype, found.weight.dtype) == (np.int32, np.int32, np.float64)
-    assert found.order is found.order
-
-
-def test_pack_refuses() -> None:
-    one = int32([1])
-    for lengths, targets, batch in [
-        ([1, 2], [1], [0]),
-        ([0], [0], [0]),
-        ([-5], [0], [0]),
-        ([2], [3], [0]),
-        ([2], [-1], [0]),
-        ([1, 1], [1, 1], [1, 0]),
-    ]:
-        with pytest.raises(ConfigError):
-            pack(int32(lengths), int32(targets), int32(batch), token_budget=4, sequence_sum=False)
-    for budget in (0, -1):
-        with pytest.raises(ConfigError, match="token_budget"):
-            pack(one, one, one, token_budget=budget, sequence_sum=False)
-    with pytest.raises(OverflowError):
-        pack(one, one, one, token_budget=2**70, sequence_sum=False)
-    with pytest.raises(DataError, match=r"batch 7 \(examples 1 to 2\) has no target"):
-        pack(int32([1, 1, 1]), int32([1, 0, 0]), int32([3, 7, 7]), token_budget=4, sequence_sum=True)
-    with pytest.raises(ConfigError, match="contiguous"):
-        pack(int32([1, 1])[::-1], int32([1, 1]), int32([0, 0]), token_budget=4, sequence_sum=True)
-    for wrong in (one.astype(np.int64), one.astype(np.float32), one.reshape(1, 1), [1], None):
-        with pytest.raises(TypeError):
-            pack(one, wrong, one, token_budget=4, sequence_sum=True)
-    huge = int32([2**31 - 1] * 3)
-    assert pack(huge, huge, int32([0, 0, 1]), token_budget=2**62, sequence_sum=False).order.tolist() == [0, 1, 2]
 
 
 @given(
@@ -145,11 +99,11 @@ def test_plan_packed_refuses() -> None:
         plan_packed(**many)
 
 
-ROWS = [20, 0, 5, 33]  # of each prefix
+ROWS = [20, 0, 5, 33]  # number of rows of each prefix
 LAYERS = 3
 SETS = st.lists(
     st.none() | st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS), min_size=4, max_size=4
-)  # by prefix: whether it lies in each layer
+)  # whether each layer has the prefix, for each of four prefixes
 
 
 def drive(
@@ -157,7 +111,7 @@ def drive(
     decode: DecodeSizes = NO_WORK,
     layers: Sequence[list[bool] | None] = (None,) * 4,
 ) -> None:
-    """Serves requests and compares each step's prefix tables, and the work of its decode, with the twins, in every layer."""
+    """Serve requests and compare the prefix tables and decode work of each step with the references, in every layer."""
     scheduler = Scheduler(64 + 16 * 30, 8, 60, tile_rows=4, decode=decode)
     for prefix, n in enumerate(ROWS):
         scheduler.register_prefix(prefix, n, 2 * n, prefix % 2 == 0, layers=layers[prefix])
@@ -197,7 +151,7 @@ def view_of(layout: tuple[list[dict], list[int]], layer: int) -> dict[str, tuple
 
 
 def check_views(header: StepHeader, blocks: dict, here: list[dict], used: dict[int, list[int]]) -> None:
-    """Layers have one view if the same prefixes of the step lie in them, and several views there are only where one leaves a layer out."""
+    """Layers with the same prefixes of the step share a view; several views need a prefix that omits a layer."""
     for layout, ids in ((header.prefill, header.prefill_ids), (header.decode, header.decode_ids)):
         if layout is not None:
             seen = {p for id in ids for p in used[id] if blocks[p][1]}
@@ -314,7 +268,7 @@ DECODE = st.builds(DecodeSizes, st.integers(1, 4), st.integers(1, 40), st.sample
     SETS,
 )
 @seeded
-def test_the_work_of_a_decode_step_is_that_of_the_twin(
+def test_the_work_of_a_decode_step_is_that_of_the_reference(
     work: list[tuple[int, list[int], int, int, int]], decode: DecodeSizes, layers: list
 ) -> None:
     drive(work, decode, layers)
@@ -328,7 +282,7 @@ def test_decode_limits_are_checked() -> None:
         Scheduler(1000, 4, 100, decode=(1, 2))
 
 
-def test_padded_steps_end_in_dead_rows() -> None:
+def test_padded_steps_end_in_padding_rows() -> None:
     scheduler = Scheduler(1000, 6, 100, decode=(4, 3, 512, 0, 0, 0), pad_decode=True)
     scheduler.register_prefix(0, 20, 20, True)
     for id in range(3):

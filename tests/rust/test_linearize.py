@@ -1,4 +1,4 @@
-"""Tables to text against independent twins, on real and on made-up tables."""
+"""Linearization of tables against independent implementations, on real and on random tables."""
 
 import gzip
 import json
@@ -168,7 +168,7 @@ def test_surrogates_are_refused() -> None:
 
 
 def webnlg(triples: list[tuple[str, str, str]], entry: int, leading_bar: bool, bare_first: bool) -> str:
-    """One entry as the authors' scripts write it."""
+    """One entry in the format of the prefix-tuning authors' scripts."""
     text = ""
     for j, (subject, relation, object) in enumerate(triples):
         if (entry > 0 or not bare_first) and (j > 0 or leading_bar):
@@ -178,7 +178,7 @@ def webnlg(triples: list[tuple[str, str, str]], entry: int, leading_bar: bool, b
 
 
 def dart(triples: list[tuple[str, str, str]], lower: bool = True) -> str:
-    """One entry as the authors' scripts write it."""
+    """One entry in the format of the prefix-tuning authors' scripts."""
     text = ""
     for j, (subject, relation, object) in enumerate(triples):
         if j > 0:
@@ -212,7 +212,7 @@ def test_triples(tables: list[list[tuple[str, str, str]]], leading_bar: bool, ba
 
 
 def test_lower_case_is_that_of_python() -> None:
-    """Over every character: the authors lower-cased in Python. Where the two know different versions of Unicode, the characters are few and new."""
+    """Compare every character, since the authors lower-cased in Python; versions of Unicode differ in few."""
     every = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c <= 0xDFFF]
     pages = [every[i : i + 4096] for i in range(0, len(every), 4096)]
     ours = Linearizer.dart().linearize([[("", "".join(f"x{c}y {c}\0" for c in page), "")] for page in pages])
@@ -298,7 +298,7 @@ def test_triples_where_none_belong_are_refused(made: Linearizer) -> None:
 
 
 def test_the_authors_token_ids() -> None:
-    """The ids that the authors' tokenizer gives, from reading their data with it."""
+    """Token ids of the authors' data from the authors' tokenizer."""
     tokenizer = gpt2()
     source = Linearizer.e2e().linearize(["name[Alimentum], area[city centre], familyFriendly[no]"])[0]
     ids = tokenizer.encode(f" {source} <|endoftext|>" + " There is ").ids

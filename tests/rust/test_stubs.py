@@ -1,4 +1,4 @@
-"""The hand-written stub is the truth about the extension."""
+"""The hand-written stub has the names and parameters of the extension."""
 
 import os
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 from oracles import ROOT
 
 
-def test_stubtest_finds_nothing(tmp_path: Path) -> None:
+def test_the_stub_matches_the_extension(tmp_path: Path) -> None:
     config = tmp_path / "mypy.ini"
-    # Names and parameters are what is compared: reading torch's types for them takes minutes.
+    # Only names and parameters are compared. Reading torch's types for them would take minutes.
     config.write_text(
         f"[mypy]\nmypy_path = {ROOT / 'python'}\nexplicit_package_bases = true\nfollow_imports = skip\n",
         encoding="utf-8",
@@ -24,7 +24,7 @@ def test_stubtest_finds_nothing(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stdout + run.stderr
         return run.stdout
 
-    # stubtest passes in silence a private module that it cannot import.
+    # stubtest does not report a private module that it cannot import.
     python("-c", "import prefixfast._rust")
     assert "no issues found in 1 module" in python(
         "-m", "mypy.stubtest", "prefixfast._rust", "--mypy-config-file", str(config)

@@ -1,4 +1,4 @@
-"""Tokens against Hugging Face `tokenizers`, streams against whole decodes, and the threads after a fork."""
+"""Token ids against Hugging Face `tokenizers`, streams against whole decodes, and threads after a fork."""
 
 import itertools
 import json
@@ -148,7 +148,7 @@ def test_streams_hold_back_half_characters(name: str) -> None:
     assert "".join(parts) + stream.finish() == text
 
 
-def test_streams_are_prompt() -> None:
+def test_streams_return_whole_characters_at_once() -> None:
     ours, theirs = pair("byte_level")
     stream = ours.stream(skip_special_tokens=True)
     assert all(stream.push([id]) for id in theirs.encode("the cat sat", add_special_tokens=False).ids)

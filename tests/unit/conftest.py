@@ -1,4 +1,4 @@
-"""A tokenizer as large as the tiny models' vocabulary, a saved tiny GPT-2, and prefixes made from random numbers."""
+"""Fixtures: the command line, a tokenizer for the tiny models, a saved tiny GPT-2, and random prefixes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Result(NamedTuple):
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -58,7 +58,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: printable ASCII, the line break and the pound sign are exactly the vocabulary of `tiny`."""
+    """Tokenizer with one token per byte of printable ASCII, the line break and the pound sign, `tiny.VOCAB` in all."""
     characters = ["Ġ", *(chr(c) for c in range(33, 127)), "Ċ", "Â", "£"]
     vocab = {t: i for i, t in enumerate((*SPECIAL, *characters))}
     assert len(vocab) == tiny.VOCAB
@@ -71,7 +71,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A saved tiny GPT-2 with its tokenizer."""
+    """Folder of a saved tiny GPT-2 with its tokenizer."""
     path = tmp_path_factory.mktemp("bases") / "tiny-gpt2"
     tiny.make("gpt2").save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -80,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeni
 
 @pytest.fixture(scope="session")
 def base(folder: Path) -> Iterator[Model]:
-    """The saved model, attached."""
+    """The saved tiny GPT-2, loaded."""
     with load(folder, dtype="float32") as model:
         yield model
 
@@ -90,7 +90,7 @@ MakePrefix = Callable[..., Prefix]
 
 @pytest.fixture(scope="session")
 def make_prefix() -> MakePrefix:
-    """A function that makes a prefix for `tiny` models (default: GPT-2's 3 layers, 4 heads of 8)."""
+    """Function that makes a random prefix for `tiny` models, by default for GPT-2 with 3 layers and 4 heads of 8."""
 
     def make(
         seed: int = 0,

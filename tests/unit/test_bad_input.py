@@ -1,4 +1,4 @@
-"""What bad input gets, all over the public surface: an error of the documented class that says what is wrong, and nothing half-written."""
+"""Wrong input to the public API: an error of the documented class with a useful message, and no half-written files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def files_of(folder):
 
 
 class World:
-    """What the cases work with."""
+    """Objects that the cases use."""
 
     def __init__(self, base, folder, tmp_path, make_prefix):
         self.base, self.folder, self.tmp, self.make = base, folder, tmp_path, make_prefix
@@ -59,7 +59,7 @@ class World:
         return train(self.base, rows, progress=False, **{"prefix_length": 2, "max_steps": 1, **fields})
 
     def broken(self, change):
-        """A saved prefix whose tensor file was changed."""
+        """Read a saved prefix after a change of its tensor file."""
         self.good.save_pretrained(self.tmp / "broken")
         file = self.tmp / "broken" / "adapter_model.safetensors"
         (self.tmp / "broken" / "prefixfast.json").unlink()
@@ -217,7 +217,7 @@ CASES = {
     "a name that is empty": (lambda w: w.store.put("", w.good), ConfigError, "name"),
     "a version that is not there": (lambda w: w.store.rollback("known", 9), UnknownPrefixError, "9"),
     # PEFT
-    "what PEFT cannot hold": (lambda w: w.make(pos_start=0).to_peft(w.tmp / "out"), ConfigError, "position"),
+    "a prefix that PEFT cannot hold": (lambda w: w.make(pos_start=0).to_peft(w.tmp / "out"), ConfigError, "position"),
 }
 
 
@@ -239,7 +239,7 @@ def world(base, folder, tmp_path, make_prefix):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_an_error_that_says_so(world, case):
+def test_bad_input_is_an_error_with_a_useful_message(world, case):
     act, kind, words = CASES[case]
     before = files_of(world.store.path)
     with pytest.raises(kind, match=words) as caught:
@@ -249,7 +249,7 @@ def test_bad_input_is_an_error_that_says_so(world, case):
     assert len(str(caught.value)) > 20
     assert files_of(world.store.path) == before
     assert not (world.tmp / "out").exists()
-    assert world.generate([OK], world.good)[0].error is None, "everything works on"
+    assert world.generate([OK], world.good)[0].error is None, "the base model still works"
 
 
 def test_there_are_enough_cases():
@@ -257,7 +257,7 @@ def test_there_are_enough_cases():
 
 
 @pytest.mark.parametrize("what", ["save", "put", "train"])
-def test_a_full_disk_leaves_what_was_there(world, what, monkeypatch):
+def test_a_full_disk_leaves_the_old_version(world, what, monkeypatch):
     target = world.tmp / "place"
     acts = {
         "save": lambda prefix: prefix.save_pretrained(target),

@@ -1,12 +1,16 @@
-"""The four option classes: unknown names, wrong types, wrong ranges, help and precedence."""
+"""The four option dataclasses: unknown names, wrong types, wrong ranges, help, precedence, keyword types."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args, get_type_hints
 
+import numpy as np
 import pytest
 
 from prefixfast import ConfigError, EngineConfig, GenerationParams, PrefixConfig, TrainConfig
+from prefixfast.config import EngineFields, GenerationFields, ScoreFields, TrainFields
+from prefixfast.config.fields import GenerationParamsFields, PrefixConfigFields, TrainConfigFields
 
 CLASSES = (PrefixConfig, TrainConfig, GenerationParams, EngineConfig)
 UNKNOWN = [
@@ -121,7 +125,7 @@ def test_an_unknown_option_gets_a_hint(cls, name, hint):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_an_unlike_option_gets_the_list(cls):
+def test_an_option_without_a_similar_name_gets_the_list(cls):
     with pytest.raises(ConfigError, match=f"unknown option 'zzz'; known are {', '.join(cls.names())}"):
         cls.make(zzz=1)
 
@@ -163,7 +167,7 @@ def test_options_that_need_each_other(cls, fields, message):
 
 
 @pytest.mark.parametrize(("cls", "name", "value"), RIGHT)
-def test_values_at_the_border_are_taken_as_they_are(cls, name, value):
+def test_valid_values_are_taken_as_they_are(cls, name, value):
     assert getattr(cls(**{name: value}), name) is value
 
 
@@ -190,12 +194,50 @@ def test_make_refuses_other_objects(config):
         PrefixConfig.make(config)
 
 
-def test_over_takes_its_own_values_where_given():
+def test_over_prefers_its_own_values():
     mine = GenerationParams(num_beams=3, early_stopping=False, min_new_tokens=0)
     theirs = GenerationParams(num_beams=5, early_stopping=True, min_new_tokens=4, max_new_tokens=9)
     assert mine.over(theirs) == GenerationParams(num_beams=3, early_stopping=False, min_new_tokens=0, max_new_tokens=9)
 
 
-def test_over_nothing_is_itself():
+def test_over_empty_parameters_changes_nothing():
     mine = GenerationParams(num_beams=3, early_stopping="never")
     assert mine.over(GenerationParams()) == mine == GenerationParams().over(mine)
+
+
+# ---- types of keyword fields ----
+
+FIELDS = [
+    (PrefixConfigFields, (PrefixConfig,)),
+    (TrainConfigFields, (TrainConfig,)),
+    (GenerationParamsFields, (GenerationParams,)),
+    (EngineFields, (EngineConfig,)),
+    (ScoreFields, (EngineConfig,)),
+    (TrainFields, (PrefixConfig, TrainConfig)),
+    (GenerationFields, (EngineConfig, GenerationParams)),
+]
+# Values that the constructor takes although the field of the dataclass has a narrower type.
+WIDER = {
+    "prefix_length": ({"self": 5}, 5),
+    "sites": (["self"], ("self",)),
+    "layers": (np.array([2, 0]), (0, 2)),
+    "bad_words_ids": ([[1, 2], (3,)], ((1, 2), (3,))),
+    "stop_strings": ("end", ("end",)),
+}
+
+
+@pytest.mark.parametrize(("fields", "classes"), FIELDS)
+def test_keyword_fields_have_the_types_of_the_dataclasses(fields, classes):
+    given, hints = get_type_hints(fields), {n: h for c in classes for n, h in get_type_hints(c).items()}
+    assert set(given) == {n for c in classes for n in c.names()}
+    assert {n: given[n] for n in given if n not in WIDER} == {n: hints[n] for n in given if n not in WIDER}
+    for name in set(given) & set(WIDER):
+        narrow = {k for k in get_args(hints[name]) if getattr(k, "__origin__", None) is not tuple}
+        assert narrow <= set(get_args(given[name])), name
+
+
+@pytest.mark.parametrize("name", WIDER)
+def test_constructors_take_the_wider_types(name):
+    value, expected = WIDER[name]
+    owner = next(c for c in CLASSES if name in c.names())
+    assert getattr(owner(**{name: value}), name) == getattr(owner.make(**{name: value}), name) == expected

@@ -1,4 +1,4 @@
-"""Where prefixfast runs: without Triton, in a notebook's running event loop, interrupted, imported without torch."""
+"""Environments: without Triton, without torch, in a notebook's running event loop, interrupted calls."""
 
 import _thread
 import asyncio
@@ -12,8 +12,9 @@ import time
 
 import pytest
 
+import prefixfast
 from oracles import ROOT
-from prefixfast import Engine, generate, train
+from prefixfast import Engine, PrefixStore, generate, train
 
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT / 'python'}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
@@ -47,7 +48,7 @@ try:
 except prefixfast.ConfigError as e:
     assert "triton" in str(e)
 else:
-    raise SystemExit("the triton backend was to be refused")
+    raise SystemExit("expected that the triton backend is refused")
 assert not any(m == "triton" or m.startswith("triton.") for m in sys.modules)
 print("fine")
 """
@@ -70,11 +71,25 @@ def test_everything_but_the_triton_kernels_works_without_triton():
     assert (run.returncode, run.stdout.strip()) == (0, "fine"), run.stderr[-2000:]
 
 
-def test_importing_the_package_takes_no_torch():
+def test_importing_the_package_imports_no_torch():
+    heavy = "{'torch', 'transformers', 'numpy'}"
+    run = python(f"import sys, prefixfast; prefixfast.ConfigError; print(*({heavy} & set(sys.modules)))")
+    assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr
+
+
+def test_listing_a_store_imports_no_torch(tmp_path, make_prefix):
+    PrefixStore(tmp_path).put("ann", make_prefix())
     run = python(
-        "import sys, prefixfast; prefixfast.ConfigError; print('torch' in sys.modules, 'transformers' in sys.modules)"
+        "import sys\n"
+        "from prefixfast.store import PrefixStore\n"
+        f"store = PrefixStore({str(tmp_path)!r})\n"
+        "info = store.info('ann')\n"
+        "assert list(store) == ['ann'] and info.layers and info.length\n"
+        "assert store.versions('ann') and list(store.scan())\n"
+        "assert not {'torch', 'transformers', 'safetensors.torch'} & set(sys.modules)\n"
+        "print(store['ann'].digest == info.digest, 'torch' in sys.modules)"
     )
-    assert run.stdout.strip() == "False False", run.stderr
+    assert run.stdout.strip() == "True True", run.stderr
 
 
 def test_the_package_is_imported_in_a_third_of_a_second():
@@ -82,8 +97,15 @@ def test_the_package_is_imported_in_a_third_of_a_second():
     assert min(float(python(code).stdout) for _ in range(3)) < 0.3
 
 
+def test_the_package_has_the_names_of_all_and_no_others():
+    assert all(getattr(prefixfast, name) is not None for name in prefixfast.__all__)
+    assert set(prefixfast.__all__) <= set(dir(prefixfast))
+    with pytest.raises(AttributeError, match="module 'prefixfast' has no attribute 'tune'"):
+        prefixfast.tune  # noqa: B018
+
+
 def test_blocking_calls_work_inside_a_running_event_loop(base, make_prefix):
-    """As in a notebook."""
+    """A notebook runs cells in a running event loop."""
     prefix = make_prefix()
     expected = [g.token_ids for g in generate(["ab", "cd"], prefix, model=base, max_new_tokens=4)]
 
@@ -106,11 +128,9 @@ def test_blocking_calls_work_inside_a_running_event_loop(base, make_prefix):
 
 @pytest.mark.parametrize("threaded", [False, True])
 def test_an_interrupted_call_leaves_a_usable_engine(base, make_prefix, threaded):
-    """As a notebook's stop button: KeyboardInterrupt in the main thread."""
-    prefix, before = (
-        make_prefix(),
-        signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # a background process may ignore it
+    """A notebook's stop button raises KeyboardInterrupt in the main thread."""
+    prefix = make_prefix()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes can ignore the signal
     with contextlib.ExitStack() as stack:
         stack.callback(signal.signal, signal.SIGINT, before)
         engine = stack.enter_context(Engine(base, max_num_seqs=2, max_model_len=160))

@@ -1,4 +1,4 @@
-"""The scripts in examples/ run, and do what they say."""
+"""Scripts in examples/ run and print correct results."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-def test_the_way_of_a_peft_user(folder, tmp_path):
+def test_from_peft(folder, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(folder), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6)
@@ -51,5 +51,5 @@ def test_the_way_of_a_peft_user(folder, tmp_path):
     assert Prefix.from_pretrained(tmp_path / "new").digest != Prefix.from_pretrained(tmp_path / "adapter").digest
 
 
-def test_every_example_is_tried():
+def test_every_example_is_tested():
     assert {p.name for p in EXAMPLES.glob("*.py")} == {"from_peft.py"}

@@ -1,43 +1,51 @@
-"""What the kernels' own tests and `make gpu` share: tables from plain lists, random problems, and the error rule.
+"""The planner's tables, built from plain lists by loops.
 
-No Rust extension is needed here: the tables are built by loops that say what they mean, and serve as a twin of the planner.
+The loops are a counterpart of the planner (`rust/core/src/batch/plan.rs`) for its tests and need no Rust extension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prefixfast_kernels.tables import DecodeTables, PackedTables
-from prefixfast_kernels.tile_configs import Sizes
+from prefixfast_kernels.tile_configs import TileSizes
 
-SMALL = Sizes(16, 16, 16)
+SMALL_TILES = TileSizes(16, 16, 16)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request: its tokens and its prefix blocks from left to right, as (block number, window slides over it).
+    """One request.
 
     Attributes:
-        length: Query tokens.
-        blocks: What they see.
-        cached: Keys before the first query (a later chunk of a prompt).
-        blind: Leading tokens that see none of the blocks (a source before an infix).
+        length: Number of query tokens.
+        blocks: Prefix blocks from left to right, as (block number, whether sliding windows slide over it).
+        cached: Number of keys before the first query, for a later chunk of a prompt.
+        infix_at: Number of leading tokens that see none of the blocks, for a source before an infix.
     """
 
     length: int
     blocks: tuple[tuple[int, bool], ...] = ()
     cached: int = 0
-    blind: int = 0
+    infix_at: int = 0
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of query rows that see the same blocks."""
+    """A run of query rows that see the same blocks.
+
+    Attributes:
+        row: First query row.
+        rows: Number of query rows.
+        key: First key row.
+        keys: Number of keys.
+        pos: Position of the first query row.
+        uses: Uses of blocks, as (block, position of its first row, 1 if a sliding window slides over it).
+    """
 
     row: int
     rows: int
@@ -47,203 +55,136 @@ class Segment:
     uses: list[tuple[int, int, int]]
 
 
-def segments_of(requests: list[Request], blocks: list[tuple[int, int]]) -> list[Segment]:
-    """The segments of packed requests: one each, two where leading tokens are blind."""
+def make_segments(requests: list[Request], blocks: list[tuple[int, int]]) -> list[Segment]:
+    """Segments of packed requests: one for each request, two for a request with an infix."""
     out, row, key = [], 0, 0
     for r in requests:
-        cuts = [(0, r.blind, False)] if r.blind else []
-        for start, end, sees in [*cuts, (r.blind, r.length, True)]:
-            out.append(
-                Segment(
-                    row + start, end - start, key, r.cached + end, r.cached + start, uses_of(r, blocks) if sees else []
-                )
-            )
+        cuts = [(0, r.infix_at, False)] if r.infix_at else []
+        for start, end, sees in [*cuts, (r.infix_at, r.length, True)]:
+            uses = block_uses(r, blocks) if sees else []
+            out.append(Segment(row + start, end - start, key, r.cached + end, r.cached + start, uses))
         row, key = row + r.length, key + r.cached + r.length
     return out
 
 
-def _ints(rows: Sequence[object], width: int = 0) -> Tensor:
+def _int32(rows: Sequence[object], width: int = 0) -> Tensor:
     t = torch.tensor(rows, dtype=torch.int32)
     return t.view(-1, width) if width else t.view(-1)
 
 
 def block_tables(
-    queries: list[list[tuple[int, int]]], uses_of: list[list[tuple[int, int, int]]], blocks: list[tuple[int, int]]
+    queries: list[list[tuple[int, int]]], uses: list[list[tuple[int, int, int]]], blocks: list[tuple[int, int]]
 ) -> list[Tensor]:
-    """The eight block tables.
+    """The eight tables of `BlockTables`, in order.
 
     Args:
-        queries: Of each segment (query row, position).
-        uses_of: Of each segment (block, position of its first row, slides).
-        blocks: (first row, rows).
+        queries: Queries of each segment, as (query row, position).
+        uses: Uses of each segment, as (block, position of its first row, 1 if a sliding window slides over it).
+        blocks: Blocks, as (first row, number of rows).
     """
     users: list[list[tuple[int, int, int]]] = [[] for _ in blocks]
-    for rows, uses in zip(queries, uses_of, strict=True):
-        for block, pos, slides in uses:
+    for rows, segment_uses in zip(queries, uses, strict=True):
+        for block, pos, slides in segment_uses:
             users[block] += [(row, pos - at, slides) for row, at in rows]
     flat = [u for us in users for u in sorted(us)]
     span = [
         (us[0][0], len(us), int([r for r, *_ in us] == list(range(us[0][0], us[0][0] + len(us)))))
         for us in map(sorted, users)
     ]
-    indptr = [0]
-    for uses in uses_of:
-        indptr.append(indptr[-1] + len(uses))
-    user_indptr = [0]
-    for us in users:
-        user_indptr.append(user_indptr[-1] + len(us))
-    columns = [_ints([u[i] for u in flat]) for i in range(3)]
+    columns = [_int32([u[i] for u in flat]) for i in range(3)]
     return [
-        _ints(indptr),
-        _ints([u for us in uses_of for u in us], 3),
-        _ints(blocks, 2),
-        _ints(user_indptr),
+        _offsets(uses),
+        _int32([u for us in uses for u in us], 3),
+        _int32(blocks, 2),
+        _offsets(users),
         *columns,
-        _ints(span, 3),
+        _int32(span, 3),
     ]
 
 
-def uses_of(sequence: Request, blocks: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """Uses of a sequence: blocks from left to right, ending right before key 0."""
-    pos, out = -sum(blocks[b][1] for b, _ in sequence.blocks), []
-    for block, slides in sequence.blocks:
+def _offsets(lists: Sequence[Sequence[object]]) -> Tensor:
+    """Offset of each list in their concatenation, and the total length."""
+    offsets = [0]
+    for entries in lists:
+        offsets.append(offsets[-1] + len(entries))
+    return _int32(offsets)
+
+
+def block_uses(request: Request, blocks: list[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """Uses of a request: its blocks from left to right, ending right before key 0."""
+    pos, out = -sum(blocks[b][1] for b, _ in request.blocks), []
+    for block, slides in request.blocks:
         out.append((block, pos, int(slides)))
         pos += blocks[block][1]
     return out
 
 
 def packed_tables(
-    requests: list[Request], blocks: list[tuple[int, int]], sizes: Sizes = SMALL, *, num_buckets: int = 3
+    requests: list[Request], blocks: list[tuple[int, int]], sizes: TileSizes = SMALL_TILES, *, num_buckets: int = 3
 ) -> PackedTables:
-    """Tables of packed requests; every block must be used."""
-    segments = segments_of(requests, blocks)
+    """Tables of packed requests.
+
+    Args:
+        requests: Requests in the order in which they are packed.
+        blocks: Blocks, as (first row, number of rows); each must be used.
+        sizes: Tile sizes that the work is cut into.
+        num_buckets: Largest number of length buckets.
+    """
+    segments = make_segments(requests, blocks)
     queries = [[(s.row + t, s.pos + t) for t in range(s.rows)] for s in segments]
-    tables = block_tables(queries, [s.uses for s in segments], blocks)
-    starts = [sum(s.length for s in requests[:i]) for i in range(len(requests))]
-    order = sorted(range(len(requests)), key=lambda i: requests[i].length)
-    size = -(-len(order) // num_buckets)
-    bucket: list[tuple[int, int]] = []
-    gather: list[int] = []
-    scatter = [0] * sum(s.length for s in requests)
-    for part in (order[i : i + size] for i in range(0, len(order), size)):
-        longest = max(requests[i].length for i in part)
-        bucket.append((len(part), longest))
-        for i in part:
-            for t in range(longest):
-                if t < requests[i].length:
-                    scatter[starts[i] + t] = len(gather)
-                gather.append(starts[i] + min(t, requests[i].length - 1))
-    seg = [(s.row, s.rows, s.key, s.keys) for s in segments]
     return PackedTables._make(
         [
-            *tables,
-            _ints(seg, 4),
-            _ints([s.pos for s in segments]),
-            _ints(bucket, 2),
-            _ints(gather),
-            _ints(scatter),
+            *block_tables(queries, [s.uses for s in segments], blocks),
+            _int32([(s.row, s.rows, s.key, s.keys) for s in segments], 4),
+            _int32([s.pos for s in segments]),
+            *_padded_layout([r.length for r in requests], num_buckets),
             *_tiles(segments, blocks, sizes),
         ]
     )
 
 
-def _tiles(segments: list[Segment], blocks: list[tuple[int, int]], sizes: Sizes) -> list[Tensor]:
-    """``tiles``, ``key_tiles`` and ``block_tiles``; empty without sizes."""
+def _padded_layout(lengths: list[int], num_buckets: int) -> list[Tensor]:
+    """``bucket``, ``gather`` and ``scatter``."""
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    size = -(-len(order) // num_buckets)
+    bucket: list[tuple[int, int]] = []
+    gather: list[int] = []
+    scatter = [0] * sum(lengths)
+    for part in (order[i : i + size] for i in range(0, len(order), size)):
+        longest = max(lengths[i] for i in part)
+        bucket.append((len(part), longest))
+        for i in part:
+            for t in range(longest):
+                if t < lengths[i]:
+                    scatter[starts[i] + t] = len(gather)
+                gather.append(starts[i] + min(t, lengths[i] - 1))
+    return [_int32(bucket, 2), _int32(gather), _int32(scatter)]
+
+
+def _tiles(segments: list[Segment], blocks: list[tuple[int, int]], sizes: TileSizes) -> list[Tensor]:
+    """``tiles``, ``key_tiles`` and ``block_tiles``; empty for `NO_TILES`."""
     if not sizes.tokens:
-        return [_ints([], 2), _ints([], 3), _ints([], 2)]
+        return [_int32([], 2), _int32([], 3), _int32([], 2)]
     tiles = [(i, s.row + t) for i, s in enumerate(segments) for t in range(0, s.rows, sizes.tokens)]
     keys = []
     for i, s in enumerate(segments):
-        if i + 1 == len(segments) or segments[i + 1].key != s.key:  # the last of those that share their keys
+        if i + 1 == len(segments) or segments[i + 1].key != s.key:  # the last of the segments that share their keys
             first = min(j for j, other in enumerate(segments) if other.key == s.key)
             keys += [(first, i + 1, j) for j in range(0, s.keys, sizes.keys)]
     rows = [(b, j) for b, (_, length) in enumerate(blocks) for j in range(0, length, sizes.rows)]
-    return [_ints(tiles, 2), _ints(keys, 3), _ints(rows, 2)]
+    return [_int32(tiles, 2), _int32(keys, 3), _int32(rows, 2)]
 
 
-def decode_tables(lens: list[int], sequences: list[Request], blocks: list[tuple[int, int]]) -> DecodeTables:
-    """Tables of a decode step in which row i has ``lens[i]`` keys and the blocks of ``sequences[i]``; without the work of a kernel (`decode_cases`)."""
-    queries = [[(i, n - 1)] for i, n in enumerate(lens)]
-    tables = block_tables(queries, [uses_of(s, blocks) for s in sequences], blocks)
-    return DecodeTables._make([*tables, _ints(list(range(len(lens)))), _ints(lens), _ints([], 6), *[_ints([])] * 3])
+def decode_tables(lens: list[int], requests: list[Request], blocks: list[tuple[int, int]]) -> DecodeTables:
+    """Tables of a decode step, without the work of the Triton kernel (`decode_work.with_work` adds it).
 
-
-@dataclass(frozen=True)
-class Problem:
-    """A random attention problem; tensors fp64.
-
-    Attributes:
-        q: Queries; ``k``, ``v``, ``prefix_k``, ``prefix_v`` and ``do`` (gradient of the output) as in `reference.attn`.
-        tables: Its tables.
-        scale: Of the scores.
-        slots: Where the keys lie in ``k``, or None: in order.
+    Args:
+        lens: Number of keys of each row.
+        requests: Request of each row; only its blocks count.
+        blocks: Blocks, as (first row, number of rows).
     """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prefix_k: Tensor
-    prefix_v: Tensor
-    do: Tensor
-    tables: PackedTables
-    scale: float
-    slots: Tensor | None = None
-
-    def cast(self, dtype: torch.dtype) -> Problem:
-        """The same problem in another dtype (the prefix stays in at least fp32, as trained prefixes do)."""
-        own = torch.promote_types(dtype, torch.float32)
-        q, k, v, do = (t.to(dtype) for t in (self.q, self.k, self.v, self.do))
-        return replace(
-            self,
-            q=q,
-            k=k,
-            v=v,
-            do=do,
-            prefix_k=self.prefix_k.to(dtype).to(own),
-            prefix_v=self.prefix_v.to(dtype).to(own),
-        )
-
-    def to(self, device: torch.device | str) -> Problem:
-        """The same problem on another device."""
-        moved: dict[str, Any] = {name: t.to(device) for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return replace(self, **moved, tables=PackedTables(*(t.to(device) for t in self.tables)))
-
-    def inputs(self) -> list[Tensor]:
-        """q, k, v, prefix_k, prefix_v as fresh leaves."""
-        return [t.detach().clone().requires_grad_() for t in (self.q, self.k, self.v, self.prefix_k, self.prefix_v)]
-
-
-def problem(
-    requests: list[Request],
-    block_lengths: list[int],
-    *,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    sizes: Sizes = SMALL,
-    arena: bool = False,
-    seed: int = 0,
-) -> Problem:
-    """A random problem; blocks lie in the prefix tensor with gaps, so that a wrong row is seen; with ``arena`` the keys lie scattered among unused rows."""
-    g = torch.Generator().manual_seed(seed)
-    blocks, row = [], 0
-    for length in block_lengths:
-        blocks.append((row, length))
-        row += length + 3
-    n, m = sum(r.length for r in requests), sum(r.cached + r.length for r in requests)
-    slots = torch.randperm(m + 9, generator=g)[:m].int() if arena else None
-    keys = (m + 9 if arena else m, num_kv_heads, head_dim)
-    shapes = [
-        (n, num_heads, head_dim),
-        keys,
-        keys,
-        *[(max(row, 1), num_kv_heads, head_dim)] * 2,
-        (n, num_heads, head_dim),
-    ]
-    q, k, v, pk, pv, do = (torch.randn(*s, generator=g, dtype=torch.float64) for s in shapes)
-    return Problem(q, k, v, pk, pv, do, packed_tables(requests, blocks, sizes), head_dim**-0.5, slots)
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference over the largest expected number."""
-    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-30)).item()
+    queries = [[(i, n - 1)] for i, n in enumerate(lens)]
+    tables = block_tables(queries, [block_uses(r, blocks) for r in requests], blocks)
+    no_work = (_int32([], 6), *[_int32([])] * 3)
+    return DecodeTables._make([*tables, _int32(list(range(len(lens)))), _int32(lens), *no_work])

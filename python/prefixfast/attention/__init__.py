@@ -1,1 +1,1 @@
-"""The `Plan` of a packed forward, the attention operators, their backends, and the function registered with transformers."""
+"""Attention over prefixes: the `Plan` of a forward, the operators, their backends, and the hook into transformers."""

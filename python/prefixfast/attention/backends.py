@@ -1,4 +1,4 @@
-"""Which backend serves a call: by what was asked for, the device, and what each backend does not serve."""
+"""Choice of the backend that runs an attention call, by name, by device and by what each backend supports."""
 
 from __future__ import annotations
 
@@ -9,34 +9,35 @@ import logging
 import torch
 
 from prefixfast.errors import ConfigError
-from prefixfast_kernels import tile_configs as tiles
-from prefixfast_kernels.tile_configs import Backend
+from prefixfast_kernels.tile_configs import Backend, decode_sizes, tile_sizes
 
 BACKENDS = ("triton", "torch", "reference")
-WHAT = {
+DESCRIPTIONS = {
     "triton": "one fused kernel",
-    "attend": "Rust, each row's keys read once where they lie",
+    "rust": "each row's keys read once, in place",
     "torch": "grouped by prefix and merged",
     "reference": "the specification, slow",
 }
-Reasons = dict[str, dict[str, bool]]  # of each backend what it does not serve, and whether the call has it
+Unsupported = dict[
+    str, list[str]
+]  # reasons why a call is unsupported, by backend; empty for a backend that supports it
 logger = logging.getLogger(__name__)
 
 
 def choose_backend(
     name: str, device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], num_kv_heads: int = 1
 ) -> Backend:
-    """The backend of a model.
+    """Backend of a model.
 
     Args:
         name: ``"auto"`` or one of `BACKENDS`.
-        device: Where the model runs.
-        dtype: Its compute dtype.
+        device: Device of the model.
+        dtype: Compute dtype of the model.
         shapes: (queries per kv head, head dim) of every layer.
-        num_kv_heads: Of a layer; the most where layers differ.
+        num_kv_heads: Number of kv heads of a layer, the largest one where layers differ.
 
     Raises:
-        ConfigError: For an unknown name, or ``"triton"`` where its kernels cannot run.
+        ConfigError: If the name is unknown, or if it is ``"triton"`` and the Triton kernels cannot run.
     """
     if name not in ("auto", *BACKENDS):
         msg = f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}"
@@ -47,14 +48,12 @@ def choose_backend(
         if not _has_triton():
             msg = "triton is not installed; use backend='torch'"
             raise ValueError(msg)
-        return Backend(
-            name, tiles.sizes(device, dtype, shapes), tiles.decode_sizes(device, dtype, shapes, num_kv_heads)
-        )
+        return Backend(name, tile_sizes(device, dtype, shapes), decode_sizes(device, dtype, shapes, num_kv_heads))
     except (ValueError, KeyError) as e:
         if name == "triton":
             msg = f"backend 'triton': {e}"
             raise ConfigError(msg) from e
-        logger.warning("the triton kernels do not run here, using torch: %s", e)
+        logger.warning("the Triton kernels cannot run here, using the torch backend: %s", e)
         return Backend("torch")
 
 
@@ -65,44 +64,57 @@ def _has_triton() -> bool:
 
 @functools.lru_cache(maxsize=64)
 def log_fallback(op: str, backend: str, reason: str) -> None:
-    """Say once that a call goes to a slower backend."""
-    logger.warning("%s: the %s backend does not serve %s; falling back to a slower one", op, backend, reason)
+    """Log once that calls of an operator run on a slower backend."""
+    logger.warning("%s: the %s backend does not support %s; using a slower backend", op, backend, reason)
 
 
-def pick(op: str, name: str, device: torch.device, reasons: Reasons) -> str:
-    """The first backend that serves a call; those before it are logged once with what they do not serve.
+def select_backend(op: str, name: str, device: torch.device, unsupported: Unsupported) -> str:
+    """First backend that supports a call. The faster backends that do not are logged once with their reasons.
+
+    Args:
+        op: Name of the operator, for messages.
+        name: Backend that was asked for: ``"auto"``, or one of `BACKENDS`.
+        device: Device of the call.
+        unsupported: Reasons why the call is unsupported, by backend.
 
     Raises:
-        ConfigError: If none does that ``name`` allows.
+        ConfigError: If no backend that ``name`` allows supports the call.
     """
-    chosen, refused = first(name, device, reasons)
+    chosen, refused = first_supported(name, device, unsupported)
     for backend, reason in refused.items():
         if chosen is None:
-            msg = f"backend {name!r}: {op} does not serve {reason}; use backend='auto' to let another one do it"
+            msg = f"backend {name!r}: {op} does not support {reason}; use backend='auto' to allow other backends"
             raise ConfigError(msg)
         log_fallback(op, backend, reason)
     assert chosen is not None
     return chosen
 
 
-def first(name: str, device: torch.device, reasons: Reasons) -> tuple[str | None, dict[str, str]]:
-    """The first backend that serves a call, None if none does, and of those before it what they do not serve."""
+def first_supported(name: str, device: torch.device, unsupported: Unsupported) -> tuple[str | None, dict[str, str]]:
+    """First backend that supports a call, or None, and the first reason of each backend before it.
+
+    Args:
+        name: Backend that was asked for: ``"auto"``, or one of `BACKENDS`. ``"torch"`` allows the Rust implementation
+            and the reference too.
+        device: Device of the call.
+        unsupported: Reasons why the call is unsupported, by backend.
+    """
     order = {"auto": BACKENDS if device.type == "cuda" else BACKENDS[1:], "torch": BACKENDS[1:]}.get(name, (name,))
-    if "attend" in reasons and "torch" in order:
-        order = ("attend", *order)
+    if "rust" in unsupported and "torch" in order:
+        order = ("rust", *order)
     refused: dict[str, str] = {}
     for backend in order:
-        reason = next((reason for reason, holds in reasons.get(backend, {}).items() if holds), None)
-        if reason is None:
+        reasons = unsupported.get(backend)
+        if not reasons:
             return backend, refused
-        refused[backend] = reason
+        refused[backend] = reasons[0]
     return None, refused
 
 
-def say(name: str, device: torch.device, reasons: Reasons) -> str:
-    """Which backend serves a call, and why no faster one."""
-    chosen, refused = first(name, device, reasons)
-    why = [f"{backend} does not serve {reason}" for backend, reason in refused.items()]
+def describe_choice(name: str, device: torch.device, unsupported: Unsupported) -> str:
+    """Backend that runs a call, and why no faster backend does."""
+    chosen, refused = first_supported(name, device, unsupported)
+    why = [f"{backend} does not support {reason}" for backend, reason in refused.items()]
     if name != "auto" and device.type == "cuda":
-        why.append(f"backend={name!r} was asked for")
-    return f"{chosen} ({WHAT[chosen or name]})" + (f"; {', '.join(why)}" if why else "")
+        why.append(f"backend={name!r} was requested")
+    return f"{chosen} ({DESCRIPTIONS[chosen or name]})" + (f"; {', '.join(why)}" if why else "")

@@ -1,5 +1,6 @@
-"""Decode attention on the CPU, in Rust (`rust/core/src/attend.rs`): the checks that its memory accesses rest on, and the threads it runs on.
+"""Decode attention on the CPU, in Rust: checks of the arguments, and the threads that the call runs on.
 
+The memory accesses of the Rust code (`rust/core/src/attend.rs`) are safe because of the checks here.
 Shape letters: R rows, T longest row, HQ query heads, H kv heads, D head dim.
 """
 
@@ -13,19 +14,19 @@ import torch
 from torch import Tensor
 
 from prefixfast.errors import ConfigError
+from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
 from prefixfast_kernels.tables import DecodeTables
-from prefixfast_kernels.torch_sdpa_lse import Options
 
 logger = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 256
-NARROW = {torch.float32: False, torch.bfloat16: True}
+IS_BF16 = {torch.float32: False, torch.bfloat16: True}  # by supported dtype
 TABLES = ("block", "user_indptr", "user", "user_pos", "user_slides", "row", "lens")
 
 
 @functools.cache
 def _rust() -> ModuleType | None:
-    """The extension; None where it is not built (the kernels work without it)."""
+    """The Rust extension, or None if it is not built; the kernels work without it."""
     try:
         from prefixfast import _rust
     except ImportError:
@@ -34,8 +35,8 @@ def _rust() -> ModuleType | None:
 
 
 @functools.cache
-def _runs_on_torchs_threads() -> bool:
-    """Whether the threads of torch's OpenMP runtime can be used; without them a call runs on its own thread."""
+def _joined_openmp() -> bool:
+    """Whether the threads of torch's OpenMP runtime can be used. Without them a call runs on its own thread."""
     rust = _rust()
     assert rust is not None
     reason = rust.attend_join(torch._C.__file__)
@@ -44,62 +45,55 @@ def _runs_on_torchs_threads() -> bool:
     return reason is None
 
 
-def cannot(
-    q: Tensor, k_arena: Tensor, v_arena: Tensor, prefix_k: Tensor, prefix_v: Tensor, bias: Tensor | None
-) -> dict[str, bool]:
-    """What of this call `decode` does not serve, as `ops` picks a backend; empty if it serves all."""
-    pairs = ((k_arena, v_arena), (prefix_k, prefix_v))
+def unsupported(inputs: DecodeInputs, *, has_bias: bool) -> list[str]:
+    """Reasons why this call is unsupported; empty if supported.
+
+    Args:
+        inputs: Queries, arena and prefix rows of the call.
+        has_bias: Whether there is a position bias.
+    """
+    q, pairs = inputs.q, ((inputs.k_arena, inputs.v_arena), inputs.prefix)
     if _rust() is None:
-        reason = "calls without the Rust extension (`make` builds it)"
-    elif bias is not None:
-        reason = "a position bias"
-    elif q.dtype not in NARROW:
-        reason = f"{q.dtype}"
-    elif any(k.dtype not in NARROW or k.dtype != v.dtype for k, v in pairs):
-        reason = "keys and values in " + ", ".join(f"{t.dtype}" for t in (k_arena, v_arena, prefix_k, prefix_v))
-    elif not all(k.is_contiguous() and v.is_contiguous() for k, v in pairs):
-        reason = "keys and values with gaps"
-    elif q.shape[2] > MAX_HEAD_DIM:
-        reason = f"head dims over {MAX_HEAD_DIM}"
-    else:
-        return {}
-    return {reason: True}
+        return ["calls without the Rust extension (`make` builds it)"]
+    if has_bias:
+        return ["a position bias"]
+    if q.dtype not in IS_BF16:
+        return [f"{q.dtype}"]
+    if any(k.dtype not in IS_BF16 or k.dtype != v.dtype for k, v in pairs):
+        return ["keys and values in " + ", ".join(f"{t.dtype}" for pair in pairs for t in pair)]
+    if not all(k.is_contiguous() and v.is_contiguous() for k, v in pairs):
+        return ["keys and values that are not contiguous"]
+    if q.shape[2] > MAX_HEAD_DIM:
+        return [f"head dims over {MAX_HEAD_DIM}"]
+    return []
 
 
 def decode(
-    q: Tensor,
-    k_arena: Tensor,
-    v_arena: Tensor,
-    prefix_k: Tensor,
-    prefix_v: Tensor,
-    table: Tensor,
-    tables: DecodeTables,
-    options: Options,
-    *,
-    path: str | None = None,
+    inputs: DecodeInputs, tables: DecodeTables, options: AttnOptions, *, path: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`reference.attn_decode` on the CPU, where keys and values lie; `cannot` says which calls it serves.
+    """`reference.attn_decode` on the CPU, with keys and values read in place.
 
     Args:
-        q: ``[R, HQ, D]`` fp32 or bf16, any strides.
-        k_arena: ``[arena rows, H, D]`` fp32 or bf16, contiguous.
-        v_arena: As ``k_arena``.
-        prefix_k: Where the prefix rows lie, ``[rows, H, D]`` fp32 or bf16, read as they are; may be ``k_arena``.
-        prefix_v: As ``prefix_k``.
-        table: ``[rows, Tmax]`` int32, entries of a row next to each other.
-        tables: See `DecodeTables`; what a row sees is taken from the users of the blocks.
+        inputs: Queries ``[R, HQ, D]`` in fp32 or bf16 with any strides; arena and prefix rows in fp32 or bf16,
+            contiguous, read as they are; the slot table, int32, with the entries of a row next to each other.
+        tables: Tables of the step. The prefix rows that a row sees follow from the users of the blocks.
         options: Scale, window, soft cap.
-        path: Instructions, a name of ``_rust.attend_paths()``; None: those of ``PREFIXFAST_SIMD``, else the best.
+        path: Name of the vector instructions, one of ``_rust.attend_paths()``. None takes those of the environment
+            variable ``PREFIXFAST_SIMD``, or the fastest.
 
     Returns:
-        ``o [R, HQ, D]`` in the dtype of ``q`` and the natural log-sum-exp ``[R, HQ]`` fp32. A row's result does not depend on the others to the bit.
+        Output ``[R, HQ, D]`` in the dtype of ``q`` and the natural log-sum-exp ``[R, HQ]`` in fp32. A row's result
+        depends on no other row, to the bit.
 
     Raises:
-        ConfigError: Shapes that do not fit, tables of another dtype, an entry that names no row, a row without keys; an unknown ``path``.
+        ConfigError: If shapes do not match, a table has another dtype, an entry names no row, a row has no keys, or
+            ``path`` is unknown.
     """
+    q, (prefix_k, prefix_v) = inputs.q, inputs.prefix
+    k_arena, v_arena, slot_table = inputs.k_arena, inputs.v_arena, inputs.slot_table
     num_rows, num_heads, head_dim = q.shape
     read = [getattr(tables, name) for name in TABLES]
-    _check(q, (k_arena, v_arena, prefix_k, prefix_v), table, read)
+    _check_arguments(inputs, read)
     if q.stride(2) != 1:
         q = q.contiguous()
     row_stride, head_stride, _ = q.stride()
@@ -109,36 +103,50 @@ def decode(
     assert rust is not None
     rust.attend_decode(
         (num_rows, num_heads, k_arena.shape[1], head_dim),
-        (q.data_ptr(), span, row_stride, head_stride, NARROW[q.dtype]),
+        (q.data_ptr(), span, row_stride, head_stride, IS_BF16[q.dtype]),
         (o.data_ptr(), lse.data_ptr()),
-        (k_arena.data_ptr(), v_arena.data_ptr(), k_arena.numel(), NARROW[k_arena.dtype]),
-        (prefix_k.data_ptr(), prefix_v.data_ptr(), prefix_k.numel(), NARROW[prefix_k.dtype]),
-        (table.data_ptr(), *table.shape, table.stride(0)),
+        (k_arena.data_ptr(), v_arena.data_ptr(), k_arena.numel(), IS_BF16[k_arena.dtype]),
+        (prefix_k.data_ptr(), prefix_v.data_ptr(), prefix_k.numel(), IS_BF16[prefix_k.dtype]),
+        (slot_table.data_ptr(), *slot_table.shape, slot_table.stride(0)),
         [(t.data_ptr(), t.numel()) for t in read],
         options.scale,
         options.window,
         options.softcap,
-        torch.get_num_threads() if _runs_on_torchs_threads() else 1,
+        torch.get_num_threads() if _joined_openmp() else 1,
         path,
     )
     return o, lse
 
 
-def _check(q: Tensor, kv: tuple[Tensor, ...], table: Tensor, read: list[Tensor]) -> None:
-    """What the addresses below stand for; entries of the tables are checked where they are read."""
-    like = (*kv[0].shape[1:2], q.shape[2])
-    for k, v in (kv[:2], kv[2:]):
-        if k.dim() != 3 or k.shape != v.shape or k.shape[1:] != like:
-            msg = f"keys {list(k.shape)} and values {list(v.shape)}: expected both [rows, kv heads, {q.shape[2]}], the arena's and the prefix's alike"
+def _check_arguments(inputs: DecodeInputs, tables: list[Tensor]) -> None:
+    """Check that the addresses passed to Rust are those of tensors of the expected shapes, dtypes and strides.
+
+    Rust checks the entries of the tables where it reads them.
+
+    Args:
+        inputs: Queries, arena, slot table and prefix rows of the call.
+        tables: Tables of the step, in the order of `TABLES`.
+    """
+    q, slot_table, arena = inputs.q, inputs.slot_table, (inputs.k_arena, inputs.v_arena)
+    expected = (*inputs.k_arena.shape[1:2], q.shape[2])
+    for k, v in (arena, inputs.prefix):
+        if k.dim() != 3 or k.shape != v.shape or k.shape[1:] != expected:
+            msg = (
+                f"keys {list(k.shape)} and values {list(v.shape)}: expected both [rows, kv heads, {q.shape[2]}], with "
+                "the same kv heads in the arena and the prefix"
+            )
             raise ConfigError(msg)
-    if table.dtype != torch.int32 or table.dim() != 2 or table.stride(1) != 1:
-        msg = f"slot table {list(table.shape)} of {table.dtype}: expected [rows, tokens] of int32, entries of a row next to each other"
+    if slot_table.dtype != torch.int32 or slot_table.dim() != 2 or slot_table.stride(1) != 1:
+        msg = (
+            f"slot table {list(slot_table.shape)} of {slot_table.dtype}: expected [rows, tokens] of torch.int32, with "
+            "the entries of a row next to each other"
+        )
         raise ConfigError(msg)
-    for name, t in zip(TABLES, read, strict=True):
+    for name, t in zip(TABLES, tables, strict=True):
         if t.dtype != torch.int32 or not t.is_contiguous():
-            msg = f"table {name} of {t.dtype}: expected contiguous int32, as the planner makes it"
+            msg = f"table {name} of {t.dtype}: expected contiguous torch.int32, as the planner makes it"
             raise ConfigError(msg)
-    for t in (q, *kv, table, *read):
+    for t in (q, *arena, *inputs.prefix, slot_table, *tables):
         if not t.is_cpu:
-            msg = f"a tensor on {t.device} among tensors on the CPU: expected all on the CPU; move it there"
+            msg = f"got a tensor on {t.device}: expected all tensors on the CPU; move it there"
             raise ConfigError(msg)

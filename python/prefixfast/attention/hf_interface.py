@@ -1,7 +1,8 @@
-"""The one function that transformers calls in every attention module of an attached model.
+"""The attention function that transformers calls in every attention module of an attached model.
 
-It is registered as attention implementation "prefixfast" and takes the plan from the forward's keyword ``prefixfast``. No mask function is registered,
-so transformers builds no mask at all; called without a plan it raises, since a padding mask would have been dropped in silence.
+It is registered as the attention implementation "prefixfast" and takes the plan from the forward's keyword
+``prefixfast``. No mask function is registered, so transformers builds no mask. A call without a plan raises, because a
+padding mask would have been dropped silently.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from prefixfast.attention import ops
 from prefixfast.attention.plan import AttentionCall, Plan
 
 NAME = "prefixfast"
-# Keywords that models pass and that do not change the result here. Anything else that is set is refused: it might.
+# Keywords that models pass and that do not change the result here. Any other keyword that is set is refused, because it
+# might change the result.
 HARMLESS = frozenset(
     {
         "cache_position",
@@ -47,29 +49,33 @@ def prefixfast_attention(
     """Attention of one module over its layer's prefix blocks and its own keys.
 
     Args:
-        module: The attention module; its ``layer_idx`` names the layer.
-        query: ``[1, HQ, N, D]``, rotated already.
-        key: ``[1, H, N, D]``, as ``query``.
-        value: As ``key``.
-        attention_mask: None (see the module text).
-        scaling: Multiplies scores; ``D ** -0.5`` if None.
-        dropout: Must be 0: the frozen base runs in eval mode.
-        prefixfast: The plan.
-        sliding_window: In tokens.
-        softcap: Score cap.
-        other: Refused unless known to be harmless.
+        module: Attention module; its ``layer_idx`` names the layer.
+        query: Queries ``[1, HQ, N, D]``, after RoPE.
+        key: Keys ``[1, H, N, D]``, after RoPE.
+        value: Values ``[1, H, N, D]``.
+        attention_mask: Attention mask, ignored: transformers builds none for this implementation.
+        scaling: Factor on the scores, ``D ** -0.5`` if None.
+        dropout: Attention dropout, which must be 0: the frozen base runs in eval mode.
+        prefixfast: Plan of the forward.
+        sliding_window: Sliding window in tokens, None for none.
+        softcap: Cap of the scores, None for none.
+        other: Other keywords of the model, refused unless they are known not to change the result.
 
     Returns:
-        ``[1, N, HQ, D]`` and None in place of attention weights.
+        Output ``[1, N, HQ, D]``, and None in place of attention weights.
 
     Raises:
-        RuntimeError: Without a plan, or with something that this function does not compute.
+        RuntimeError: If there is no plan, or if a keyword asks for something that this function does not compute.
     """
     if prefixfast is None:
-        msg = "this model is attached to prefixfast: call it through prefixfast (train, generate, Model.forward), or detach it first"
+        msg = (
+            "this model is attached to prefixfast: call it through prefixfast (train, generate, Model.forward), or "
+            "detach it first"
+        )
         raise RuntimeError(msg)
-    if surprising := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
-        msg = f"{type(module).__name__} passes {', '.join(sorted(surprising))} to attention, which prefixfast does not compute"
+    if unknown := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
+        names = ", ".join(sorted(unknown))
+        msg = f"{type(module).__name__} passes {names} to attention, which prefixfast does not compute"
         raise RuntimeError(msg)
     if dropout:
         msg = "attention dropout is on: prefixfast runs the frozen base in eval mode; call model.eval()"
@@ -77,58 +83,66 @@ def prefixfast_attention(
     plan, layer = prefixfast, int(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, D], views
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    window, cap = plan.window(sliding_window), softcap or 0.0
-    arena = None if plan.arena is None else plan.arena.layers[layer]
-    if arena is not None:
+    options = (scale, plan.window(sliding_window), softcap or 0.0)
+    if plan.arena is not None:
         assert plan.slots is not None
-        ops.kv_write(*arena, k, v, plan.slots)
+        ops.kv_write(*plan.arena.layers[layer], k, v, plan.slots)
     if plan.decode is not None:
-        assert plan.arena is not None
-        assert arena is not None
-        use, step = plan.backend, list(plan.decode[plan.view(layer)])
-        o, _ = ops.attn_decode(
-            q,
-            *arena,
-            None,
-            None,
-            plan.arena.table,
-            step,
-            None,
-            plan.max_len,
-            scale,
-            window,
-            cap,
-            use.name,
-            use.decode.users,
-        )
-    else:
-        assert plan.packed is not None
-        prefix_k, prefix_v = arena or (None, None)
-        if plan.prefix is not None and len(plan.prefix[layer][0]):
-            prefix_k, prefix_v = plan.prefix[layer]
-        use, tables = plan.backend, list(plan.packed[plan.view(layer)])
-        if plan.key_slots is not None and arena is not None:
-            k, v = arena
-        o, lse = ops.attn(
-            q,
-            k,
-            v,
-            prefix_k,
-            prefix_v,
-            tables,
-            plan.key_slots,
-            None,
-            scale,
-            window,
-            cap,
-            True,
-            True,
-            use.name,
-            list(use.sizes),
-        )
-        if plan.probe is not None:
-            plan.probe(AttentionCall(layer, q, k, lse, scale, window, cap))
-    return o[None], None
+        return _decode_attention(plan, layer, q, options)[None], None
+    return _packed_attention(plan, layer, (q, k, v), options)[None], None
+
+
+def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, int, float]) -> Tensor:
+    """Output ``[R, HQ, D]`` of a decode step; ``options`` are scale, window and soft cap."""
+    assert plan.arena is not None
+    assert plan.decode is not None
+    tables, arena = list(plan.decode[plan.view(layer)]), plan.arena
+    o, _ = ops.attn_decode(
+        q,
+        *arena.layers[layer],
+        None,
+        None,
+        arena.table,
+        tables,
+        None,
+        plan.max_len,
+        *options,
+        plan.backend.name,
+        plan.backend.decode.users,
+    )
+    return o
+
+
+def _packed_attention(
+    plan: Plan, layer: int, qkv: tuple[Tensor, Tensor, Tensor], options: tuple[float, int, float]
+) -> Tensor:
+    """Output ``[N, HQ, D]`` of a packed forward; ``options`` are scale, window and soft cap."""
+    assert plan.packed is not None
+    q, k, v = qkv
+    arena = None if plan.arena is None else plan.arena.layers[layer]
+    prefix_k, prefix_v = arena or (None, None)
+    if plan.prefix is not None and len(plan.prefix[layer][0]):
+        prefix_k, prefix_v = plan.prefix[layer]
+    if plan.key_slots is not None and arena is not None:
+        k, v = arena
+    o, lse = ops.attn(
+        q,
+        k,
+        v,
+        prefix_k,
+        prefix_v,
+        list(plan.packed[plan.view(layer)]),
+        plan.key_slots,
+        None,
+        *options,
+        True,
+        True,
+        plan.backend.name,
+        list(plan.backend.sizes),
+    )
+    if plan.probe is not None:
+        plan.probe(AttentionCall(layer, q, k, lse, *options))
+    return o
 
 
 AttentionInterface.register(NAME, prefixfast_attention)

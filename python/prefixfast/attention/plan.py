@@ -1,12 +1,13 @@
-"""The Plan: what one packed forward needs besides the tokens. The only place that turns the Rust planner's buffers into tensors.
+"""The Plan: what a packed forward or a decode step needs besides the tokens, and the functions that make one.
 
-Shape letters: S sequences, N packed tokens, R decode rows, L layers, P prefix rows, H kv heads, D head dim.
-A plan is immutable and travels as a keyword of the model's forward, so that recomputation in backward sees the plan of its own forward.
+A plan is immutable and travels as a keyword of the model's forward, so that a recomputation in the backward uses the
+plan of its own forward.
+Shape letters: S sequences, N packed tokens, R decode rows, P prefix rows, HQ query heads, H kv heads, D head dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,52 +17,27 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefixfast import _rust
+from prefixfast.attention.planner_tables import NO_PREFIXES as NO_PREFIXES
+from prefixfast.attention.planner_tables import Layout as Layout
+from prefixfast.attention.planner_tables import PrefixRows as PrefixRows
+from prefixfast.attention.planner_tables import host_table as host_table
+from prefixfast.attention.planner_tables import packed_tables
+from prefixfast.attention.planner_tables import prefix_rows as prefix_rows
+from prefixfast.attention.planner_tables import section as section
 from prefixfast_kernels.tables import DecodeTables, PackedTables
 from prefixfast_kernels.tile_configs import Backend
 
 LayerKV = tuple[Tensor, Tensor]
-Sections = Mapping[str, tuple[int, int, int]]
-
-
-class Layout(NamedTuple):
-    """Where the tables of one forward lie in the planner's buffer.
-
-    Attributes:
-        views: By view, by name: offset, rows, columns. Layers in which the same prefixes lie are one view.
-        view_of: By layer: its view; empty for a single view.
-    """
-
-    views: Sequence[Sections]
-    view_of: Sequence[int] = ()
-
-    @property
-    def end(self) -> int:
-        """Entries of the buffer up to the last table's end."""
-        return max(offset + rows * max(cols, 1) for view in self.views for offset, rows, cols in view.values())
-
-
-class PrefixRows(NamedTuple):
-    """Where prefixes lie in each layer's tensor of all of them.
-
-    Attributes:
-        table: int32 ``[views, prefixes, 4]``: first row, rows (0 where a prefix leaves the layer out), pos_start, slides.
-        view_of: By layer: its view; empty for a single view.
-    """
-
-    table: NDArray[np.int32]
-    view_of: Sequence[int] = ()
-
-
-NO_PREFIXES = PrefixRows(np.zeros((1, 0, 4), np.int32))
 
 
 @dataclass(frozen=True)
 class Arena:
-    """Where inference keeps keys and values.
+    """Memory in which inference keeps keys and values.
 
     Attributes:
-        layers: Per layer keys and values ``[arena rows, H, D]``; prefix blocks, prompts and generated tokens are rows of them.
-        table: ``[decode rows, Tmax]`` int32: arena row of each token of each decode row.
+        layers: Keys and values of each layer, ``[arena rows, H, D]``. Prefix blocks, prompts and generated tokens are
+            rows of these tensors.
+        table: Slot table, int32 ``[decode rows, Tmax]``: arena row of each token of each decode row.
     """
 
     layers: Sequence[LayerKV]
@@ -69,16 +45,16 @@ class Arena:
 
 
 class AttentionCall(NamedTuple):
-    """What one attention call of a packed forward saw.
+    """Inputs and log-sum-exp of the attention of one layer in a packed forward.
 
     Attributes:
-        layer: Which layer.
+        layer: Index of the layer.
         q: Queries ``[N, HQ, D]``, after RoPE.
         k: Keys ``[N, H, D]``, after RoPE.
         lse: Natural log-sum-exp of all scores ``[N, HQ]``.
-        scale: Multiplied the scores.
+        scale: Factor on the scores.
         window: Sliding window in tokens, 0 for none.
-        softcap: Score cap, 0 for none.
+        softcap: Cap of the scores, 0 for none.
     """
 
     layer: int
@@ -92,22 +68,25 @@ class AttentionCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """One packed forward.
+    """One packed forward or decode step.
 
     Attributes:
-        position_ids: ``[1, N]`` or, in decode, ``[1, R]``.
-        backend: Which kernels attention runs on.
-        reach: Most keys that one query can see; a window of at least this many tokens cuts nothing.
-        packed: Tables of training and prefill, by view: layers in which the same prefixes lie.
-        decode: Tables of a decode step, by view.
-        view_of: By layer: its view; empty for a single view.
-        prefix: Per layer the trained keys and values ``[sum P, H, D]`` of the batch's prefixes; None: prefix rows lie in the arena.
-        arena: Inference only.
-        slots: ``[N]`` arena row of each new token.
-        key_slots: Arena rows of all keys of a prefill that continues prompts; None: its keys are its tokens.
-        max_len: Longest row of a decode step.
-        logits_at: ``[n]`` tokens whose logits are wanted; None: all.
-        probe: Function that is called after every attention of a packed forward. An exception that it raises ends the forward.
+        position_ids: Positions of the tokens, ``[1, N]`` or, in decode, ``[1, R]``.
+        backend: Kernels that attention runs on.
+        reach: Largest number of keys that one query can see. A window of at least this many tokens hides nothing.
+        packed: Tables of a packed forward (training or prefill) for each view. A view is the set of layers in which the
+            same prefixes lie.
+        decode: Tables of a decode step for each view.
+        view_of: View of each layer; empty for a single view.
+        prefix: Trained keys and values of the batch's prefixes for each layer, ``[sum P, H, D]``, or None if the prefix
+            rows lie in the arena.
+        arena: Keys, values and slot table of inference, or None in training.
+        slots: Arena row of each new token, ``[N]``.
+        key_slots: Arena rows of all keys of a prefill that continues prompts, or None if its keys are its tokens.
+        max_len: Length of the longest row of a decode step in tokens.
+        logits_at: Indices of the tokens whose logits are computed, ``[n]``, or None for all tokens.
+        probe: Function called after every attention of a packed forward, or None. An exception that it raises ends the
+            forward.
     """
 
     position_ids: Tensor
@@ -125,53 +104,16 @@ class Plan:
     probe: Callable[[AttentionCall], None] | None = None
 
     def window(self, sliding_window: int | None) -> int:
-        """The layer's sliding window in tokens if it can hide something in this forward, else 0."""
+        """Sliding window of a layer in tokens if it can hide a key in this forward, else 0."""
         return sliding_window if sliding_window and sliding_window < self.reach else 0
 
     def view(self, layer: int) -> int:
-        """Which of the tables a layer reads."""
+        """Index of the tables that a layer reads."""
         return self.view_of[layer] if self.view_of else 0
 
     def with_logits_at(self, index: Tensor) -> Plan:
-        """The same plan with logits at ``index`` ``[n]`` only."""
+        """The same plan with logits of the tokens ``index`` ``[n]`` only."""
         return replace(self, logits_at=index)
-
-
-def section(buffer: Tensor, place: tuple[int, int, int]) -> Tensor:
-    """The view of one table."""
-    offset, rows, cols = place
-    return buffer.narrow(0, offset, rows * cols).view(rows, cols) if cols else buffer.narrow(0, offset, rows)
-
-
-def host_table(buffer: NDArray[np.int32], place: tuple[int, int, int]) -> NDArray[np.int32]:
-    """One table of a planner's buffer in host memory, as a view."""
-    offset, rows, cols = place
-    return buffer[offset : offset + rows * cols].reshape(rows, cols) if cols else buffer[offset : offset + rows]
-
-
-def packed_tables(buffer: Tensor, sections: Sections) -> PackedTables:
-    """The packed tables of a planner's buffer."""
-    return PackedTables(*(section(buffer, sections[name]) for name in PackedTables._fields))
-
-
-def prefix_rows(prefixes: Sequence[tuple[Sequence[int], int, int, bool]], num_layers: int) -> PrefixRows:
-    """Places of prefixes whose rows follow each other in every layer's tensor.
-
-    Args:
-        prefixes: Of each the layers it lies in, rows, pos_start, and whether sliding windows slide over it.
-        num_layers: Of the base.
-    """
-    if not prefixes:
-        return NO_PREFIXES
-    has = np.array([np.isin(np.arange(num_layers), layers) for layers, *_ in prefixes])
-    kinds, view_of = np.unique(has, axis=1, return_inverse=True)
-    rows = kinds.T * np.array([rows for _, rows, *_ in prefixes], np.int64)  # [views, prefixes]
-    same = [
-        np.broadcast_to(np.array(column, np.int64), rows.shape)
-        for column in ([p[2] for p in prefixes], [p[3] for p in prefixes])
-    ]
-    table = np.stack([rows.cumsum(1) - rows, rows, *same], 2).astype(np.int32)
-    return PrefixRows(table, () if len(table) == 1 else view_of.reshape(-1).tolist())
 
 
 def training_plan(
@@ -184,16 +126,18 @@ def training_plan(
     backend: Backend,
     device: torch.device | str = "cpu",
 ) -> Plan:
-    """Plan of one micro-batch on separate keys.
+    """Plan of a packed forward whose keys are its own tokens, not rows of an arena.
 
     Args:
-        lengths: Tokens of each sequence, int32 ``[S]``.
-        prefix_indptr: int32 ``[S + 1]``: sequence s sees prefixes ``prefix_of[prefix_indptr[s]:prefix_indptr[s + 1]]``, composed left to right.
-        prefix_of: int32, numbers of prefixes.
-        rows: See `prefix_rows`.
-        prefix: Per layer keys and values ``[sum P, H, D]``; gradients flow to them. None without prefixes.
-        backend: Which kernels attention runs on.
-        device: Where the model runs.
+        lengths: Number of tokens of each sequence, int32 ``[S]``.
+        prefix_indptr: Offsets into ``prefix_of``, int32 ``[S + 1]``. Sequence s sees the prefixes
+            ``prefix_of[prefix_indptr[s]:prefix_indptr[s + 1]]``, composed left to right.
+        prefix_of: Numbers of prefixes, int32.
+        rows: Rows of each prefix, made by `prefix_rows`.
+        prefix: Keys and values of the prefixes for each layer, ``[sum P, H, D]``, to which gradients flow. None without
+            prefixes.
+        backend: Kernels that attention runs on.
+        device: Device of the model.
     """
     planned = [
         _rust.plan_packed(lengths, prefix_indptr, prefix_of, table, tiles=backend.sizes[:3]) for table in rows.table
@@ -209,7 +153,13 @@ def training_plan(
 
 
 def plain_plan(lengths: Sequence[int], *, backend: Backend, device: torch.device | str = "cpu") -> Plan:
-    """Plan of sequences of these lengths without prefixes."""
+    """Plan of sequences without prefixes.
+
+    Args:
+        lengths: Number of tokens of each sequence.
+        backend: Kernels that attention runs on.
+        device: Device of the model.
+    """
     none = np.zeros(0, np.int32)
     return training_plan(
         np.array(lengths, np.int32),
@@ -223,12 +173,12 @@ def plain_plan(lengths: Sequence[int], *, backend: Backend, device: torch.device
 
 
 def prefill_plan(tables: Tensor, layout: Layout, reach: int, arena: Arena, backend: Backend) -> Plan:
-    """Plan of the prompt tokens of an engine step; the arena row of each token is written into the slot table.
+    """Plan of the prompt tokens of an engine step. The arena row of each token is written to the slot table.
 
     Args:
-        tables: Planner's buffer on the model's device, int32.
+        tables: Buffer of the planner on the model's device, int32.
         layout: Place of each table in the buffer.
-        reach: Most keys that one query can see.
+        reach: Largest number of keys that one query can see.
         arena: Keys, values and slot table of the engine.
         backend: Kernels that attention runs on.
     """
@@ -249,13 +199,13 @@ def prefill_plan(tables: Tensor, layout: Layout, reach: int, arena: Arena, backe
 
 
 def decode_plan(tables: Tensor, layout: Layout, reach: int, max_len: int, arena: Arena, backend: Backend) -> Plan:
-    """Plan of the next token of every running row; the arena row of each token is written into the slot table.
+    """Plan of the next token of every running row. The arena row of each token is written to the slot table.
 
     Args:
-        tables: Planner's buffer on the model's device, int32.
+        tables: Buffer of the planner on the model's device, int32.
         layout: Place of each table in the buffer.
-        reach: Most keys that one query can see.
-        max_len: Longest row of the step in tokens.
+        reach: Largest number of keys that one query can see.
+        max_len: Length of the longest row of the step in tokens.
         arena: Keys, values and slot table of the engine.
         backend: Kernels that attention runs on.
     """

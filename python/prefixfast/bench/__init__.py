@@ -1,1 +1,1 @@
-"""What `prefixfast bench` runs."""
+"""Measurements that `prefixfast bench` runs, one module for each suite."""

@@ -1,4 +1,8 @@
-"""Timing on shared machines: contenders alternate, minimum and median are kept, every row names the machine and the versions."""
+"""Timing on shared machines and results files.
+
+Contenders alternate, so that a slow minute of the machine hits all of them. All times are recorded. Every results file
+names the machine, the versions and the commit.
+"""
 
 from __future__ import annotations
 
@@ -10,44 +14,48 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from tqdm.auto import tqdm
 
+from prefixfast.errors import PrefixFastError
 from prefixfast.io.atomic import replace_file
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LIMIT = {
-    torch.float32: 1e-4,
-    torch.bfloat16: 3e-2,
-    torch.float16: 1e-2,
-}  # relative error of attention above which nothing is timed
-FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+# Largest relative error of an attention output that is still timed.
+LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+
+
+class WrongResultError(PrefixFastError, RuntimeError):
+    """A contender computes something else than the reference, so that no speed is reported."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall seconds of one contender."""
+    """Wall seconds of one contender, one number for each round."""
 
     seconds: tuple[float, ...]
 
     @property
     def best(self) -> float:
-        """The minimum."""
+        """Seconds of the fastest round."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """The median."""
+        """Median seconds of a round."""
         return statistics.median(self.seconds)
 
 
 def alternate(contenders: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, Timing]:
-    """Time all contenders in turn, ``rounds`` times; the caller has warmed them up."""
+    """Time each contender once a round, in turn; the caller has warmed them up."""
     seconds: dict[K, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
@@ -57,12 +65,24 @@ def alternate(contenders: Mapping[K, Callable[[], object]], rounds: int) -> dict
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
 
 
+def progress(items: Iterable[T], label: str, unit: str, *, shown: bool = True) -> Iterable[T]:
+    """``items`` with a progress bar on a terminal; nothing is printed into a pipe."""
+    bar: Iterable[T] = tqdm(items, desc=label, unit=unit, disable=None if shown else True)
+    return bar
+
+
+def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a measurement; ``auto`` is the GPU in bf16 if there is one, else the CPU in fp32."""
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return where, DTYPES[dtype if dtype != "auto" else "bfloat16" if where.type == "cuda" else "float32"]
+
+
 def environment() -> dict[str, Any]:
-    """Machine, versions, commit and command: what a figure means nothing without."""
+    """Processor, GPU, threads, versions, commit and date of a measurement."""
     packages = ("torch", "transformers", "peft", "prefixfast")
     return {
         "cpu": cpu_name(),
-        "cpu_flags": [f for f in FLAGS if f in _cpuinfo().split()],
+        "cpu_flags": [f for f in CPU_FLAGS if f in _cpuinfo().split()],
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
@@ -74,13 +94,13 @@ def environment() -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """The processor's own name."""
+    """Model name of the processor."""
     found = re.search(r"model name\s*: (.*)", _cpuinfo())
     return found[1] if found else platform.processor()
 
 
 def version(package: str) -> str | None:
-    """Installed version, None if absent."""
+    """Installed version of a package, None if it is absent."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -88,7 +108,7 @@ def version(package: str) -> str | None:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON lines; the first one is the environment."""
+    """Write JSON lines; the first line holds the `environment`."""
     lines = [{"environment": environment()}, *rows]
     replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -99,13 +119,9 @@ def _cpuinfo() -> str:
 
 
 def _commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

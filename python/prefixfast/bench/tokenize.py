@@ -1,22 +1,23 @@
-"""Tokens of many short texts, each as one of its own with the tokenizer's special tokens: prefixfast against transformers and tokenizers.
+"""Suite ``tokenize``: tokenization of many short texts, against transformers and tokenizers.
 
-All contenders see the same texts several times, so whatever they remember of words is warm.
+Each text is tokenized on its own with the tokenizer's special tokens. All contenders see the same texts several
+times, so that their caches of words are warm.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixfast.bench.harness import Timing, alternate, cpu_name, write_rows
-from prefixfast.data.rows import read_rows
-from prefixfast.data.tasks import find_task
-from prefixfast.errors import DataError
+from prefixfast.bench.harness import Timing, WrongResultError, alternate, cpu_name, write_rows
+from prefixfast.data import find_task, read_rows
+from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.tokenizer import Tokenizer
 
 OURS, LISTS, ARRAYS, FAST = (
@@ -29,7 +30,14 @@ Ragged = tuple[NDArray[np.int32], NDArray[np.int32]]
 
 
 class Point(NamedTuple):
-    """One measured contender."""
+    """Time of one contender.
+
+    Attributes:
+        contender: Name of the contender.
+        texts: Number of texts.
+        bytes: Total size of the texts in UTF-8.
+        timing: Seconds of each round.
+    """
 
     contender: str
     texts: int
@@ -37,7 +45,7 @@ class Point(NamedTuple):
     timing: Timing
 
     def row(self) -> dict[str, Any]:
-        """For the results file."""
+        """Record of the results file."""
         rates = {
             "ns_a_text": round(1e9 * self.timing.best / self.texts),
             "mb_s": round(self.bytes / self.timing.best / 1e6, 1),
@@ -46,7 +54,7 @@ class Point(NamedTuple):
 
 
 def contenders(tokenizer: Any, texts: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """Who turns all texts into tokens; what each gives is compared by `check`."""
+    """Functions that turn all texts into tokens, by contender; `check_same_tokens` compares their results."""
     core, fast = Tokenizer.from_hf(tokenizer).core, tokenizer.backend_tokenizer
 
     def lists() -> list[list[int]]:
@@ -66,11 +74,11 @@ def contenders(tokenizer: Any, texts: Sequence[str]) -> dict[str, Callable[[], A
     }
 
 
-def check(calls: dict[str, Callable[[], Any]]) -> None:
-    """No speed on other tokens.
+def check_same_tokens(calls: dict[str, Callable[[], Any]]) -> None:
+    """Check that all contenders give the tokens of transformers.
 
     Raises:
-        RuntimeError: Names a contender whose tokens differ from transformers', and the first text.
+        WrongResultError: If one does not; the message names the contender and the first text.
     """
     expected = calls[LISTS]()
     for name, call in calls.items():
@@ -78,31 +86,30 @@ def check(calls: dict[str, Callable[[], Any]]) -> None:
         if isinstance(got, tuple):
             got = [got[0][a:b].tolist() for a, b in itertools.pairwise(got[1])]
         if got != expected:
-            i = next(
-                (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
-            )
+            differ = (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b)
+            i = next(differ, min(len(got), len(expected)))
             msg = f"{name}: other tokens than transformers' for text {i}; no speed is reported on wrong results"
-            raise RuntimeError(msg)
+            raise WrongResultError(msg)
 
 
 def measure(tokenizer: Any, texts: Sequence[str], *, rounds: int) -> list[Point]:
-    """All contenders, alternating, on the same texts.
+    """Times of all contenders, which alternate.
 
     Raises:
-        DataError: Without texts.
-        RuntimeError: If the tokens of one differ.
+        DataError: If there is no text.
+        WrongResultError: If the tokens of two contenders differ.
     """
     if not texts:
         msg = "tokenize: expected at least one text, got none"
         raise DataError(msg)
     calls = contenders(tokenizer, texts)
-    check(calls)
+    check_same_tokens(calls)
     size = sum(len(t.encode()) for t in texts)
     return [Point(name, len(texts), size, timing) for name, timing in alternate(calls, rounds).items()]
 
 
 def table(points: Sequence[Point]) -> str:
-    """A Markdown table of the best rounds; the last column is how many times as long as prefixfast a contender takes."""
+    """Markdown table of the fastest rounds; the last column is the time as a multiple of prefixfast's."""
     (ours,) = (p.timing.best for p in points if p.contender == OURS)
     lines = ["| | ns a text | MB/s | times prefixfast |", "| --- | ---: | ---: | ---: |"]
     for p in points:
@@ -112,10 +119,10 @@ def table(points: Sequence[Point]) -> str:
 
 
 def texts_of(data: Path, task: str | None, tokenizer: Tokenizer) -> list[str]:
-    """The prompts and targets of a file of rows.
+    """Prompts and targets of a file of rows.
 
     Raises:
-        DataError: For rows that cannot be read.
+        DataError: If a row cannot be read.
     """
     rows = read_rows(data)
     return [
@@ -125,21 +132,51 @@ def texts_of(data: Path, task: str | None, tokenizer: Tokenizer) -> list[str]:
     ]
 
 
-def run(out: Path, *, tokenizer: str, data: Path, task: str | None, rounds: int, command: str) -> list[Point]:
-    """Measure, print the table, write ``results.jsonl``."""
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options of the suite.
+
+    Attributes:
+        tokenizer: Hub id or folder of a model.
+        data: File of rows.
+        task: Name of the rows' task; None finds it from the rows' keys.
+        rounds: Number of repetitions.
+        command: Command that repeats the measurement.
+    """
+
+    tokenizer: str
+    data: Path
+    task: str | None
+    rounds: int
+    command: str
+
+
+def run(output: Path, settings: Settings) -> list[Point]:
+    """Measure, print the table, write ``results.jsonl``.
+
+    Raises:
+        ConfigError: If the tokenizer cannot be loaded.
+        DataError: If a row cannot be read.
+        WrongResultError: If the tokens of two contenders differ.
+    """
     from transformers import AutoTokenizer
 
-    hf = AutoTokenizer.from_pretrained(tokenizer)
-    texts = texts_of(data, task, Tokenizer.from_hf(hf))
-    points = measure(hf, texts, rounds=rounds)
+    try:
+        hf = AutoTokenizer.from_pretrained(settings.tokenizer)
+    except (OSError, ValueError) as e:
+        msg = f"tokenizer: expected a hub id or a folder of a model, {settings.tokenizer!r} cannot be loaded: {e}"
+        raise ConfigError(msg) from e
+    texts = texts_of(settings.data, settings.task, Tokenizer.from_hf(hf))
+    points = measure(hf, texts, rounds=settings.rounds)
     head = {
         "suite": "tokenize",
-        "tokenizer": tokenizer,
+        "tokenizer": settings.tokenizer,
         "texts": len(texts),
         "bytes": points[0].bytes,
-        "command": command,
+        "command": settings.command,
     }
-    write_rows(out / "results.jsonl", [head, *(p.row() for p in points)])
+    write_rows(output / "results.jsonl", [head, *(p.row() for p in points)])
     size = f"{len(texts):,} texts, {points[0].bytes / 1e6:.1f} MB"
-    print(f"{size}, {tokenizer}, {cpu_name()}; best of {rounds} rounds\n\n{table(points)}\n\n{out / 'results.jsonl'}")
+    print(f"{size}, {settings.tokenizer}, {cpu_name()}; best of {settings.rounds} rounds\n\n{table(points)}")
+    print(f"\n{output / 'results.jsonl'}")
     return points

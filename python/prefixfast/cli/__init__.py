@@ -1,49 +1,66 @@
-"""The command line: `prefixfast train`, `generate`, `score`, `prefixes`, `convert`, `data`, `doctor`, `bench`.
+"""Command line ``prefixfast`` with the commands train, generate, score, convert, doctor, prefixes, data and bench.
 
-Exit status 0 done, 1 a problem that the message explains, 2 a command line that cannot be understood, 3 some of several failed, 130 interrupted.
+Exit status: 0 for success, 1 for a problem that the message explains, 2 for a wrong command line, 3 if some of several
+prefixes, requests or folders failed, 130 after an interrupt.
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
 from prefixfast.cli import bench, convert, data, doctor, generate, prefixes, score, train
+from prefixfast.cli.help import Command, Group
 from prefixfast.errors import PrefixFastError
 
 app = typer.Typer(
     name="prefixfast",
-    help="Prefix-tuning: train, generate, measure.",
+    cls=Group,
+    help="Prefix-tuning of language models: train prefixes, generate with them, store and measure them.",
+    epilog="prefixfast train gpt2 rows.jsonl -o my-prefix",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
-app.command("train")(train.command)
-app.command("generate")(generate.command)
-app.command("score")(score.command)
-app.command("convert")(convert.command)
-app.command("doctor")(doctor.command)
-app.add_typer(prefixes.app, name="prefixes")
-app.add_typer(bench.app, name="bench")
-app.add_typer(data.app, name="data")
+for module in (train, generate, score, convert, doctor):
+    app.command(module.__name__.rpartition(".")[2], cls=Command, epilog=module.EXAMPLE)(module.command)
+for group in (prefixes, data, bench):
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from prefixfast import __version__
+
+        typer.echo(f"prefixfast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version)] = False,
+) -> None:
+    """Prefix-tuning of language models: train prefixes, generate with them, store and measure them."""
 
 
 def main() -> None:
-    """Run the command line; errors that users can mend are one message, not a traceback."""
+    """Run the command line; an error that the user can mend is printed as one message, without a traceback."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(prog_name="prefixfast", standalone_mode=False) or 0)
     except PrefixFastError as e:
         where = ":".join(str(x) for x in (getattr(e, "path", None), getattr(e, "line", None)) if x is not None)
         sys.exit(f"prefixfast: {where + ': ' if where and where not in str(e) else ''}{e}")
-    except OSError as e:  # a full disk, a missing permission
+    except OSError as e:  # such as a full disk or a missing permission
         sys.exit(f"prefixfast: {e}")
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except typer.Exit as e:
         sys.exit(e.exit_code)
     except Exception as e:
-        if hasattr(e, "show"):  # a usage error of the command line itself
+        if hasattr(e, "show"):  # a wrong command line
             e.show()
             sys.exit(2)
         raise

@@ -1,4 +1,8 @@
-"""`prefixfast convert SRC DST`: adapter folders of any format that can be read, as folders of prefixfast and, where PEFT can hold them, of PEFT."""
+"""Command ``prefixfast convert SRC DST``.
+
+It reads adapter folders of every known format and writes folders of prefixfast, which PEFT also reads where it can
+hold the prefix.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +12,40 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixfast.cli.prefixes import Json, outcomes
+from prefixfast.cli.prefixes import Json, show_outcomes
 
 if TYPE_CHECKING:
     from prefixfast.store import Outcome
 
+EXAMPLE = "prefixfast convert peft-adapters prefixes --recursive --verify"
+
 
 def command(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="folder of a prefix, or adapter folder")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="where to; an adapter that is there is replaced")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of a prefix or of a PEFT adapter.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write to; an adapter in it is replaced.")],
     recursive: Annotated[
         bool,
         typer.Option(
-            "--recursive", help="every adapter folder below SRC, to the same place below DST; links are not followed"
+            "--recursive",
+            help="Convert every adapter folder below SRC to the same place below DST; symbolic links are not followed.",
         ),
     ] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="read what was written and compare it")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read each written folder and compare it with its source.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Convert adapter folders; exit 3 if some cannot be converted."""
+    """Convert adapter folders to folders of prefixfast, which PEFT also reads where it can hold the prefix.
+
+    The exit status is 3 if some folders cannot be converted.
+    """
     from prefixfast.errors import ConfigError, DataError
 
     if not recursive:
-        done = convert(source, target, verify=verify)
+        done = convert_folder(source, target, verify=verify)
         if not done.ok:
             raise DataError(done.why, path=str(source))
-        outcomes([done], as_json=as_json)
+        show_outcomes([done], as_json=as_json)
         return
     if not source.is_dir():
         msg = f"SRC: expected a folder, got {str(source)!r}"
@@ -41,18 +53,24 @@ def command(
     if target.resolve().is_relative_to(source.resolve()):
         msg = f"DST: {str(target)!r} lies in SRC; give another folder"
         raise ConfigError(msg)
-    found = adapters(source)
+    found = adapter_folders(source)
     if not found:
         msg = f"SRC: no adapter folder in {str(source)!r}; expected folders with adapter_config.json or prefixfast.json"
         raise ConfigError(msg)
-    outcomes([convert(folder, target / folder.relative_to(source), verify=verify) for folder in found], as_json=as_json)
+    outcomes = [convert_folder(folder, target / folder.relative_to(source), verify=verify) for folder in found]
+    show_outcomes(outcomes, as_json=as_json)
 
 
-def convert(source: Path, target: Path, *, verify: bool) -> Outcome:
-    """Convert one folder.
+def convert_folder(source: Path, target: Path, *, verify: bool) -> Outcome:
+    """Convert one folder and report how it went.
+
+    Args:
+        source: Folder to read.
+        target: Folder to write.
+        verify: Whether to read the written folder and compare it with its source.
 
     Raises:
-        OSError: If the disk refuses; what was at ``target`` is intact.
+        OSError: If the folder cannot be written; an adapter that was in ``target`` is intact.
     """
     from prefixfast.errors import DataError
     from prefixfast.prefix.prefix import Prefix
@@ -67,19 +85,21 @@ def convert(source: Path, target: Path, *, verify: bool) -> Outcome:
     if verify:
         try:
             if Prefix.from_pretrained(target).digest != prefix.digest:
-                return Outcome(name, str(target), False, "what was written is another prefix", prefix.digest)
+                return Outcome(name, str(target), False, "the written folder holds another prefix", prefix.digest)
         except DataError as e:
-            return Outcome(name, str(target), False, f"what was written cannot be read: {e}", prefix.digest)
-    why = (
-        "PEFT reads it too"
-        if (target / "adapter_config.json").exists()
-        else "only prefixfast reads it: PEFT cannot hold this prefix"
-    )
-    return Outcome(name, str(target), True, why, prefix.digest)
+            return Outcome(name, str(target), False, f"the written folder cannot be read: {e}", prefix.digest)
+    if (target / "adapter_config.json").exists():
+        return Outcome(name, str(target), True, "PEFT reads it too", prefix.digest)
+    return Outcome(name, str(target), True, "only prefixfast reads it: PEFT cannot hold this prefix", prefix.digest)
 
 
-def adapters(root: Path) -> list[Path]:
-    """All adapter folders below ``root``, and ``root`` itself if it is one."""
+def adapter_folders(root: Path) -> list[Path]:
+    """All adapter folders below ``root``, in alphabetical order, and ``root`` itself if it is one."""
     from prefixfast.store.import_export import is_adapter
 
-    return [Path(folder) for folder, folders, _ in os.walk(root) if folders.sort() is None and is_adapter(Path(folder))]
+    found = []
+    for folder, below, _ in os.walk(root):
+        below.sort()
+        if is_adapter(Path(folder)):
+            found.append(Path(folder))
+    return found

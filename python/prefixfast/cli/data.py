@@ -1,4 +1,4 @@
-"""`prefixfast data check TASK PATH`."""
+"""Command ``prefixfast data check TASK PATH``."""
 
 from __future__ import annotations
 
@@ -9,61 +9,80 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefixfast.cli.generate import FORMATS
+from prefixfast.cli.help import Command, Group
+from prefixfast.cli.prefixes import Json
 from prefixfast.errors import ConfigError
 
 if TYPE_CHECKING:
-    from prefixfast.training.check_data import Report
+    from prefixfast.data.check_data import DataReport
 
-app = typer.Typer(help="Look at data before training on it.", no_args_is_help=True)
+EXAMPLE = "prefixfast data check auto rows.jsonl --model gpt2"
+app = typer.Typer(cls=Group, help="Check data before training on it.", epilog=EXAMPLE, no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Look at data before training on it."""
+    """Check data before training on it."""
 
 
-@app.command("check")
-def check(
+@app.command("check", cls=Command, epilog=EXAMPLE)
+def check_rows(
     task: Annotated[
         str,
         typer.Argument(
-            help="a task's name (e2e, webnlg, dart, table, summary, xsum, prompt, messages, text), or auto: told by the rows' keys"
+            metavar="TASK",
+            help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; "
+            "auto finds it from the rows' keys.",
         ),
     ],
-    path: Annotated[Path, typer.Argument(help="rows (.jsonl .json .csv .parquet, also .gz)")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help=f"File of rows ({FORMATS}).")],
     model: Annotated[
-        str | None, typer.Option(help="hub id or folder of the base: count its tokens (its weights are not read)")
+        str | None,
+        typer.Option(
+            help="Hub id or folder of the base whose tokens are counted; its weights are not read.",
+            show_default="no tokens are counted",
+        ),
     ] = None,
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=2, help="longest example in tokens; by default the model's positions, of which the prefix takes some"
+            min=2,
+            help="Largest number of tokens of an example. Needs --model.",
+            show_default="the model's positions, of which the prefix takes some",
         ),
     ] = None,
-    max_errors: Annotated[int, typer.Option(min=0, help="problems to list; all are counted")] = 100,
+    max_errors: Annotated[int, typer.Option(min=0, help="Number of problems to list; all are counted.")] = 100,
     split: Annotated[
         str | None,
-        typer.Option(help="read the task's official file (E2E .csv, WebNLG .json, DART .json) as train, dev or test"),
+        typer.Option(
+            help="Split of the task's official file (E2E .csv, WebNLG .json, DART .json): train, dev or test.",
+            show_default="PATH is a file of rows",
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Every problem with its line, lengths, and one example as the model would see it. Exit status 1 if there are problems."""
-    from prefixfast.training.check_data import check as run
+    """Show every problem of the rows with its line, lengths, and one example as the model reads it.
+
+    The exit status is 1 if there are problems.
+    """
+    from prefixfast.data.check_data import BaseVocabulary, check_data
 
     if max_length is not None and model is None:
         msg = "--max-length: expected together with --model, whose tokens it counts"
         raise ConfigError(msg)
-    base = _base(model) if model is not None else {}
+    base = _tokenizer_and_sizes(model) if model is not None else {}
     if max_length is not None:
         base["max_length"] = max_length
-    report = run(None if task == "auto" else task, path, split=split, max_errors=max_errors, **base)
+    name = None if task == "auto" else task
+    report = check_data(name, path, split=split, base=BaseVocabulary(**base), max_errors=max_errors)
     typer.echo(json.dumps(dataclasses.asdict(report), ensure_ascii=False) if as_json else "\n".join(_lines(report)))
     if report.num_problems:
         raise typer.Exit(1)
 
 
-def _base(model: str) -> dict[str, Any]:
-    """Tokenizer and sizes of a base, without its weights."""
+def _tokenizer_and_sizes(model: str) -> dict[str, Any]:
+    """Tokenizer, vocabulary size and positions of a base, without its weights."""
     from transformers import AutoConfig, AutoTokenizer
 
     from prefixfast.model.tokenizer import Tokenizer
@@ -80,25 +99,23 @@ def _base(model: str) -> dict[str, Any]:
     }
 
 
-def _lines(report: Report) -> list[str]:
-    out = [
-        f"{p['message']}"
-        if p["line"] is None or f":{p['line']}: " in p["message"]
-        else f"{report.path}:{p['line']}: {p['message']}"
-        for p in report.problems
-    ]
+def _lines(report: DataReport) -> list[str]:
+    """Report as lines of text."""
+    out = []
+    for p in report.problems:
+        placed = p["line"] is None or f":{p['line']}: " in p["message"]
+        out.append(p["message"] if placed else f"{report.path}:{p['line']}: {p['message']}")
     if (more := report.num_problems - len(report.problems)) > 0:
         out.append(f"... and {more} more")
-    out.append(
-        f"{report.path}: task {report.task}, {report.rows} rows, {report.examples} examples, {report.num_problems} problems"
-    )
+    counts = f"{report.rows} rows, {report.examples} examples, {report.num_problems} problems"
+    out.append(f"{report.path}: task {report.task}, {counts}")
     for unit, of in (("characters", report.characters), ("tokens", report.tokens)):
         for name, at in of.items():
             out.append(f"  {unit} of the {name}: " + ", ".join(f"{v} at {p} %" for p, v in at.items()))
     if report.tokens and report.max_length:
         out.append(f"  over {report.max_length} tokens: {report.too_long} examples")
     if report.unread:
-        out.append(f"  columns that nothing reads: {', '.join(report.unread)}")
+        out.append(f"  unused columns: {', '.join(report.unread)}")
     if report.example:
         out += [
             f"  line {report.example['line']} becomes",

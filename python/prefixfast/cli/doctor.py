@@ -1,4 +1,4 @@
-"""`prefixfast doctor [MODEL]`: what this machine and this installation can do, and what prefixes for a base cost."""
+"""Command ``prefixfast doctor [MODEL]``, which reports on the machine, the installation and a base model."""
 
 from __future__ import annotations
 
@@ -15,70 +15,88 @@ if TYPE_CHECKING:
     from prefixfast.model.base import Model
 
 PACKAGES = ("prefixfast", "torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "peft")
-LENGTH, HEAD_DIM = 10, 64  # a usual prefix; the usual head of a base that is not given
+LENGTH = 10  # rows of the prefix whose size is reported
+HEAD_DIM = 64  # head dim for the choice of a backend without a base
+EXAMPLE = "prefixfast doctor gpt2"
 
 
 def command(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="hub id or folder of a base, to be loaded and attached")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Hub id or folder of a base to load and attach.", show_default="no base"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="compute dtype of the base")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(help="Compute dtype of the base: auto, float32, bfloat16, float16 or float64."),
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Versions, processor, devices, backends and why not faster ones; with MODEL, whether it can be used and what its prefixes cost."""
-    problem = rust_problem()
-    values = machine(problem)
+    """Show versions, processor, devices and backends; with MODEL also the properties of a base and its prefixes' size.
+
+    For each operator the report names the backend and the reason why a faster one is unavailable.
+    """
+    problem = rust_extension_error()
+    values = describe_machine(problem)
     if model is not None and problem is None:
         from prefixfast.model.load import load
 
         try:
             with load(model, dtype=dtype) as base:
-                values |= backends(base) | of_model(base)
+                values |= describe_backends(base) | describe_base(base)
         except Exception:
-            show_one(
-                values, as_json=as_json, title="prefixfast doctor"
-            )  # what was found out helps with the error that follows
+            # The report on the machine helps to understand the error that follows.
+            show_one(values, as_json=as_json, title="prefixfast doctor")
             raise
     show_one(values, as_json=as_json, title="prefixfast doctor")
     if problem is not None:
         raise typer.Exit(1)
 
 
-def rust_problem() -> str | None:
-    """Why the Rust extension does not load; None if it does."""
+def rust_extension_error() -> str | None:
+    """Reason why the Rust extension does not load, None if it loads."""
     try:
         import prefixfast._rust  # noqa: F401
     except ImportError as e:
-        return f"does not load: {e}; build it (`make`) or install a wheel"
+        return f"does not load: {e}; build it with `maturin develop --release` or install a wheel"
     return None
 
 
-def machine(problem: str | None) -> dict[str, Any]:
-    """The installation and the machine."""
+def describe_machine(problem: str | None) -> dict[str, Any]:
+    """Properties of the installation and the machine.
+
+    Args:
+        problem: Reason why the Rust extension does not load, None if it loads.
+    """
     import torch
 
     from prefixfast.bench.harness import environment, version
     from prefixfast.model.memory import free_memory
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    told = environment()
+    found = environment()
     return {
         "python": platform.python_version(),
         "system": platform.platform(),
         **{package: version(package) or "not installed" for package in PACKAGES},
         "rust extension": problem or "loads",
-        "cpu": told["cpu"],
-        "instructions": told["cpu_flags"] or [torch.backends.cpu.get_cpu_capability()],
-        "cores": told["cores"],
-        "threads": told["threads"],
+        "cpu": found["cpu"],
+        "instructions": found["cpu_flags"] or [torch.backends.cpu.get_cpu_capability()],
+        "cores": found["cores"],
+        "threads": found["threads"],
         "free memory": in_bytes(free_memory(torch.device("cpu"))),
         "gpu": gpus or f"none: {_no_gpu()}",
-        **(backends() if problem is None else {}),
+        **(describe_backends() if problem is None else {}),
     }
 
 
-def backends(base: Model | None = None) -> dict[str, Any]:
-    """Which way each operator goes, and why no faster one; without a base for this machine's usual device and dtype."""
+def describe_backends(base: Model | None = None) -> dict[str, Any]:
+    """Backend of each operator, and the reason why a faster one is unavailable.
+
+    Args:
+        base: Base to report on. None reports on the default device and dtype of the machine.
+    """
     import torch
     from torch import nn
 
@@ -98,29 +116,29 @@ def backends(base: Model | None = None) -> dict[str, Any]:
         "triton": _triton(),
         "fast bf16 on the cpu": "yes" if fast else "no: neither AVX512-BF16 nor AMX, so dtype auto is float32 there",
         "for": f"{device.type}, {str(dtype).removeprefix('torch.')}",
-        **{f"op {op}": way for op, way in ops.explain(chosen, device, dtype, dim).items()},
+        **{f"op {op}": way for op, way in ops.explain_backends(chosen, device, dtype, dim).items()},
         "weights": "packed for this CPU (oneDNN)" if packing is None else f"as they are: {packing}",
     }
 
 
-def of_model(base: Model) -> dict[str, Any]:
-    """The base, and what a prefix for it costs."""
+def describe_base(base: Model) -> dict[str, Any]:
+    """Properties of a base, and the size of a prefix for it."""
     from prefixfast.model.attach import VERIFIED
 
     kind = base.hf.config.model_type
+    tested = (
+        "parity with PEFT is tested"
+        if kind in VERIFIED
+        else "not among the tested families; attaching left its logits unchanged"
+    )
     start = time.perf_counter()
-    found = base.fingerprint
+    fingerprint = base.fingerprint
     seconds = time.perf_counter() - start
     numbers = sum(2 * LENGTH * s.num_kv_heads * s.head_dim for s in base.layers)
     heads = sorted({f"{s.num_heads} query and {s.num_kv_heads} kv heads of {s.head_dim}" for s in base.layers})
     return {
-        "base": found["name"],
-        "family": f"{kind}: "
-        + (
-            "parity with PEFT is held by the tests"
-            if kind in VERIFIED
-            else "not in the tested set; its logits are unchanged here"
-        ),
+        "base": fingerprint["name"],
+        "family": f"{kind}: {tested}",
         "parameters": base.hf.num_parameters(),
         "dtype": str(base.dtype).removeprefix("torch."),
         "layers": len(base.layers),
@@ -128,7 +146,7 @@ def of_model(base: Model) -> dict[str, Any]:
         "positions": base.max_positions,
         "vocabulary": base.vocab_size,
         "tokenizer": "none: token ids only" if base.tokenizer is None else "yes",
-        "fingerprint": found["weights"],
+        "fingerprint": fingerprint["weights"],
         "fingerprint, ms": round(1e3 * seconds, 1),
         f"prefix of {LENGTH}, numbers": numbers,
         f"prefix of {LENGTH}, bytes as trained (fp32)": 4 * numbers,
@@ -137,18 +155,19 @@ def of_model(base: Model) -> dict[str, Any]:
 
 
 def _no_gpu() -> str:
+    """Reason why there is no GPU."""
     import torch
 
     return "this build of torch has no CUDA" if torch.version.cuda is None else "torch finds no device"
 
 
 def _triton() -> str:
+    """Version of Triton, and the reason why it is not used."""
     import torch
 
     from prefixfast.bench.harness import version
 
     if importlib.util.find_spec("triton") is None:
         return "not installed: the torch backend serves every call"
-    return str(version("triton")) + (
-        "" if torch.cuda.is_available() else ": needs a GPU, the torch backend serves every call"
-    )
+    reason = "" if torch.cuda.is_available() else ": needs a GPU, the torch backend serves every call"
+    return f"{version('triton')}{reason}"

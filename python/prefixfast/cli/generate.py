@@ -1,4 +1,4 @@
-"""`prefixfast generate IN -o OUT`."""
+"""Command ``prefixfast generate IN -o OUT``."""
 
 from __future__ import annotations
 
@@ -11,43 +11,54 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prefixfast.cli.options import flags
+from prefixfast.cli.output import SOME_FAILED
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import ConfigError
 
-PREFIX = typer.Option(help="folder or hub id of the prefix for all requests; several compose from left to right")
-PREFIXES = typer.Option(help="folder of prefix folders; a row's 'prefix' key names one")
-STORE = typer.Option(help="folder of a store; a row's 'prefix' key names a prefix in it")
-MODEL = typer.Option(help="hub id or folder of the base; by default the one that the prefixes name")
-SOME_FAILED = 3
+FORMATS = ".jsonl, .json, .csv or .parquet, each also with .gz"
+PREFIX = typer.Option(
+    help="Folder or hub id of the prefix of all requests. Several are concatenated from left to right.",
+    show_default="no prefix",
+)
+PREFIXES = typer.Option(
+    help="Folder of prefix folders; the 'prefix' key of each row names one of them.", show_default="no folder"
+)
+STORE = typer.Option(
+    help="Folder of a store; the 'prefix' key of each row names a prefix in it.", show_default="no store"
+)
+MODEL = typer.Option(help="Hub id or folder of the base.", show_default="the base that the prefixes name")
+EXAMPLE = "prefixfast generate requests.jsonl -o texts.jsonl --prefix my-prefix"
 
 
 @flags(GenerationParams, EngineConfig)
 def command(
-    requests: Annotated[
-        Path, typer.Argument(metavar="IN", help="rows without their target (.jsonl .json .csv .parquet, also .gz)")
+    requests: Annotated[Path, typer.Argument(metavar="IN", help=f"File of rows without a target ({FORMATS}).")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File of JSON lines, one for each request, in the order of IN.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="JSON lines, one a request, in order")],
     prefix: Annotated[list[Path] | None, PREFIX] = None,
     prefixes: Annotated[Path | None, PREFIXES] = None,
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
     on_error: Annotated[
         Literal["raise", "return"],
-        typer.Option(help="return: a bad request gets an error in OUT, the others run; exit status 3"),
+        typer.Option(
+            help="Effect of a bad request: raise stops before any work, return writes its error into the output, runs "
+            "the other requests and exits with 3."
+        ),
     ] = "raise",
     *,
     fields: dict[str, Any],
 ) -> None:
-    """Generate for every row, each with its own prefix, in one batch."""
-    from prefixfast import generate as run
-    from prefixfast.data.rows import read_rows
+    """Generate text for every row, each with its own prefix, in one batch."""
+    from prefixfast import generate
+    from prefixfast.data import read_rows
     from prefixfast.io.atomic import replace_file
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(requests)
-    results = run(
-        rows, chosen_prefixes(rows, prefix, prefixes, store), model=model, store=store, on_error=on_error, **fields
-    )
+    chosen = chosen_prefixes(rows, prefix, prefixes, store)
+    results = generate(rows, chosen, model=model, store=store, on_error=on_error, **fields)
     lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results)
     replace_file(output, "".join(line + "\n" for line in lines).encode())
     failed = sum(r.error is not None for r in results)
@@ -57,10 +68,16 @@ def command(
 
 
 def chosen_prefixes(rows: list[Any], prefix: list[Path] | None, prefixes: Path | None, store: Path | None) -> Any:
-    """What ``--prefix``, ``--prefixes`` and ``--store`` say, as `generate` takes it.
+    """Prefixes that the flags name, in a form that `prefixfast.generate` takes.
+
+    Args:
+        rows: Rows of the requests.
+        prefix: Value of ``--prefix``.
+        prefixes: Value of ``--prefixes``.
+        store: Value of ``--store``.
 
     Raises:
-        ConfigError: If more than one of them is given, or a row names no folder of ``--prefixes``.
+        ConfigError: If more than one flag is given, or a row names no folder of ``--prefixes``.
     """
     from prefixfast import Prefix
 
@@ -73,6 +90,6 @@ def chosen_prefixes(rows: list[Any], prefix: list[Path] | None, prefixes: Path |
         return None
     names = {row.get("prefix") for row in rows}
     if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."]:
-        msg = f"with --prefixes every row's 'prefix' names a folder in {prefixes}, got {strange[0]!r}"
+        msg = f"--prefixes: expected a 'prefix' key in every row that names a folder in {prefixes}, got {strange[0]!r}"
         raise ConfigError(msg)
     return {n: Prefix.from_pretrained(prefixes / n) for n in sorted(map(str, names))}

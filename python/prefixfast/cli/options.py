@@ -1,4 +1,4 @@
-"""Command-line flags from the fields of the configuration dataclasses: name, type, default and help stand there once."""
+"""Command-line flags made from the option dataclasses, which hold the name, type, default and help text of each."""
 
 from __future__ import annotations
 
@@ -15,33 +15,54 @@ from prefixfast.config import Options, unknown_option
 from prefixfast.errors import ConfigError
 from prefixfast.io.yaml import read_yaml
 
+SECTIONS = {
+    "PrefixConfig": "Prefix options (PrefixConfig)",
+    "TrainConfig": "Training options (TrainConfig)",
+    "GenerationParams": "Generation options (GenerationParams)",
+    "EngineConfig": "Engine options (EngineConfig)",
+}
+CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", help="YAML file with options of the sections below; flags override it.", show_default="no file"
+    ),
+]
+PRINT_CONFIG = Annotated[
+    bool,
+    typer.Option("--print-config", help="Print the options of the sections below as YAML for --config, and exit."),
+]
+
 
 def flags(
     *configs: type[Options], resolve: Callable[..., Mapping[str, Any]] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a flag for every field of ``configs``, ``--config FILE`` and ``--print-config`` to a command.
 
-    The command receives ``fields: dict``: values of the file, overridden by the flags that were given.
+    The command receives ``fields``, a mapping of the file's values, overridden by the flags that the user gave.
 
     Args:
-        configs: Their fields are the flags.
-        resolve: Called like the command: the options that it would work with, for ``--print-config``; by default the defaults under the given ones.
+        configs: Option dataclasses. A name that several of them have is the first one's.
+        resolve: Function with the command's arguments that returns all options of the run, for ``--print-config``. None
+            prints the given options over the defaults.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(function).parameters.values() if p.name != "fields"]
-        fields = {f.name: (config, f) for config in reversed(configs) for f in dataclasses.fields(config)}  # type: ignore[arg-type] # the first one's name wins
+        fields = {name: (config, f) for config in reversed(configs) for name, f in _fields(config).items()}
         types = {name: get_type_hints(config)[name] for name, (config, _) in fields.items()}
-        extra = [_parameter(name, f, types[name], config.__name__) for name, (config, f) in fields.items()]
-        extra.append(inspect.Parameter("config_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=CONFIG))
-        extra.append(inspect.Parameter("print_config", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=PRINT))
+        extra = [_keyword("config_file", CONFIG, None), _keyword("print_config", PRINT_CONFIG, False)]
+        for config in configs:
+            own_fields = [f for owner, f in fields.values() if owner is config]
+            extra += [_parameter(f, types[f.name], SECTIONS[config.__name__]) for f in own_fields]
 
         def command(**given: Any) -> None:
-            path, shown = given.pop("config_file"), given.pop("print_config")
+            path, printed = given.pop("config_file"), given.pop("print_config")
             flagged = {n: _value(v, n, types[n]) for n in fields if (v := given.pop(n)) not in (None, [])}
             options = _read(path, set(fields)) | flagged
-            if shown:
-                typer.echo(_shown(configs, options if resolve is None else resolve(**given, fields=options)), nl=False)
+            if printed:
+                typer.echo(
+                    _as_yaml(configs, options if resolve is None else resolve(**given, fields=options)), nl=False
+                )
             else:
                 function(**given, fields=options)
 
@@ -55,49 +76,47 @@ def flags(
     return decorate
 
 
-CONFIG = Annotated[Path | None, typer.Option("--config", help="YAML file with any of the fields below; flags win")]
-PRINT = Annotated[
-    bool,
-    typer.Option(
-        "--print-config", help="print all fields below as they would be used, as such a file, and do nothing else"
-    ),
-]
+def _fields(config: type[Options]) -> dict[str, dataclasses.Field[Any]]:
+    return {f.name: f for f in dataclasses.fields(config)}  # type: ignore[arg-type]
 
 
-def _shown(configs: tuple[type[Options], ...], options: Mapping[str, Any]) -> str:
-    """All fields as YAML that ``--config`` reads."""
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _as_yaml(configs: tuple[type[Options], ...], options: Mapping[str, Any]) -> str:
+    """YAML of all fields, which ``--config`` reads."""
     made = [c.make({n: v for n, v in options.items() if n in c.names()}) for c in configs]
     return str(yaml.safe_dump({n: getattr(c, n) for c in made for n in c.names()}, sort_keys=False, allow_unicode=True))
 
 
-def _parameter(name: str, field: dataclasses.Field[Any], hint: Any, group: str) -> inspect.Parameter:
-    default = "" if field.default is None else f" [default: {field.default}]"
+def _parameter(field: dataclasses.Field[Any], hint: Any, section: str) -> inspect.Parameter:
+    """Parameter of a command for a field with type ``hint``."""
     choices = _choices(hint)
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None) and get_origin(k) is not Literal]
-    kind = (
-        Literal[choices]
-        if choices and (not kinds or get_origin(hint) is Literal)
-        else str
-        if choices
-        else next(iter(kinds), str)
-    )
-    if numbers := _is_numbers(kind):
-        kind = str
-    elif get_origin(kind) is tuple:  # given several times
-        kind = list[str]
-    flag = f"--{name.replace('_', '-')}"
+    kind, metavar = next(iter(kinds), str), None
+    if _is_numbers(kind):
+        kind, metavar = str, "<int,int,...>"
+    elif get_origin(kind) is tuple:
+        kind = list[str]  # a flag that can be given several times
+    elif choices and (not kinds or get_origin(hint) is Literal):
+        kind = Literal[choices]
+    elif choices:
+        kind, metavar = str, f"<{'|'.join((kinds[0].__name__, *choices))}>"
+    flag = f"--{field.name.replace('_', '-')}"
     spelt = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    metavar = "INT,INT,..." if numbers else "|".join((kinds[0].__name__, *choices)) if choices and kind is str else None
-    option = typer.Option(
-        spelt, metavar=metavar, help=field.metadata["help"] + default, rich_help_panel=group, show_default=False
-    )
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-    )
+    default = ("on" if field.default else "off") if field.default in (True, False) and kind is bool else field.default
+    text = f"{_sentence(field.metadata['help'])} [default: {default}]"
+    option = typer.Option(spelt, metavar=metavar, help=text, rich_help_panel=section, show_default=False)
+    return _keyword(field.name, Annotated[kind | None, option], None)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
-    """Words of a Literal, booleans spelt as true and false."""
+    """Words of a Literal; booleans are spelt as true and false."""
     literal = next((h for h in (hint, *get_args(hint)) if get_origin(h) is Literal), None)
     return tuple(str(a).lower() if isinstance(a, bool) else a for a in get_args(literal)) if literal else ()
 
@@ -107,7 +126,11 @@ def _is_numbers(kind: Any) -> bool:
 
 
 def _value(value: Any, name: str, hint: Any) -> Any:
-    """A flag's word as a value: booleans of a choice, numbers where a number or a word may stand, several words as a tuple."""
+    """Value of a field from the value of its flag.
+
+    Several words become a tuple. The words true and false become booleans, and decimal digits a number, where a word
+    and a boolean or a number are possible.
+    """
     if isinstance(value, list):
         nested = any(get_origin(kind) is tuple and _is_numbers(get_args(kind)[0]) for kind in get_args(hint))
         return tuple(_numbers(v, name) if nested else v for v in value)

@@ -1,4 +1,4 @@
-"""What commands print: a table on a terminal, tab-separated lines in a pipe, or JSON."""
+"""Output of commands: a table on a terminal, tab-separated lines in a pipe, or JSON."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 LONGEST = 80  # characters of a cell on a terminal
+SOME_FAILED = 3  # exit status
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: bool, title: str = "") -> None:
-    """Print rows; JSON holds all of a row's keys, the other two the columns."""
+    """Print rows.
+
+    Args:
+        rows: Values by column; JSON holds all of them.
+        columns: Columns of the table and of the tab-separated lines.
+        as_json: Whether to print JSON.
+        title: Title of the table.
+    """
+    columns = list(columns)
     if as_json:
         typer.echo(json.dumps(list(rows), indent=2))
         return
@@ -25,6 +31,10 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: 
         for line in ([printable(c) for c in columns], *cells):
             typer.echo("\t".join(line))
         return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(*columns, title=title or None)
     for line in cells:
         table.add_row(*(Text(cell if len(cell) <= LONGEST else cell[: LONGEST - 1] + "…") for cell in line))
@@ -32,13 +42,23 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: 
 
 
 def show_one(values: Mapping[str, Any], *, as_json: bool, title: str = "") -> None:
-    """Print one thing's properties, one a line."""
+    """Print the properties of one thing, one on each line.
+
+    Args:
+        values: Values by property.
+        as_json: Whether to print JSON.
+        title: Title of the table.
+    """
     if as_json:
         typer.echo(json.dumps(values, indent=2))
     elif not sys.stdout.isatty():
         for name, value in values.items():
             typer.echo(f"{name}\t{printable(value)}")
     else:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
         table = Table(title=title or None, show_header=False)
         for name, value in values.items():
             table.add_row(name, Text(printable(value)))
@@ -46,21 +66,15 @@ def show_one(values: Mapping[str, Any], *, as_json: bool, title: str = "") -> No
 
 
 def printable(value: Any) -> str:
-    """One line of text that cannot steer a terminal: names come from strangers."""
+    """One line of text without control characters, since names can come from untrusted files."""
     if value is None:
         return "-"
-    text = (
-        value
-        if isinstance(value, str)
-        else json.dumps(value)
-        if isinstance(value, (dict, list, tuple, bool))
-        else str(value)
-    )
+    text = json.dumps(value) if isinstance(value, (dict, list, tuple, bool)) else str(value)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
 def in_bytes(count: int) -> str:
-    """Bytes for people."""
+    """Size with a unit, such as ``3.8 KiB``."""
     size = float(count)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -1,4 +1,4 @@
-"""`prefixfast prefixes COMMAND STORE`: what lies in a `PrefixStore`, and changing it."""
+"""Commands ``prefixfast prefixes ...``, which show and change the prefixes in a store."""
 
 from __future__ import annotations
 
@@ -9,45 +9,48 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixfast.cli.output import in_bytes, printable, show, show_one
+from prefixfast.cli.generate import FORMATS
+from prefixfast.cli.help import Command, Group
+from prefixfast.cli.output import SOME_FAILED, in_bytes, printable, show, show_one
 
 if TYPE_CHECKING:
     from prefixfast.store import Outcome, PrefixStore, StoredPrefix
 
 app = typer.Typer(
-    help="Prefixes in a store: list, show, inspect, add, rm, rollback, verify, export, import.", no_args_is_help=True
+    cls=Group,
+    help="Show and change the prefixes in a store.",
+    epilog="prefixfast prefixes list store",
+    no_args_is_help=True,
 )
-SOME_FAILED = 3
 
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="folder of the store")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="name of the prefix")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Keep = Annotated[int, typer.Option(help="versions of a name that are kept")]
+Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the prefix.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+KeepVersions = Annotated[int, typer.Option(help="Number of versions of a name that the store keeps.")]
 
 
-@app.command("list")
+@app.command("list", cls=Command, epilog="prefixfast prefixes list store")
 def list_(store: Store, as_json: Json = False) -> None:
-    """The newest version of every name."""
-    rows, failed = [], 0
-    for one in _open(store).scan():
-        row = dict.fromkeys(
-            ("name", "version", "length", "nbytes", "size", "base", "created", "digest", "problem"), None
-        ) | _row(one)
-        failed += row["problem"] is not None
-        rows.append(row)
+    """List the newest version of every name.
+
+    The exit status is 3 if some versions cannot be read.
+    """
+    keys = ("name", "version", "length", "nbytes", "size", "base", "created", "digest", "problem")
+    rows = [dict.fromkeys(keys, None) | _summary(one) for one in _open(store).scan()]
+    failed = sum(row["problem"] is not None for row in rows)
     columns = ("name", "version", "length", "size", "base", "created", *(("problem",) if failed else ()))
     show(rows, columns, as_json=as_json, title=f"{store}: {len(rows)} prefixes")
-    _exit(failed)
+    _exit_if_failed(failed)
 
 
-@app.command("show")
+@app.command("show", cls=Command, epilog="prefixfast prefixes show store ann --version 2")
 def show_(
     store: Store,
     name: Name,
-    version: Annotated[int | None, typer.Option(help="by default the newest")] = None,
+    version: Annotated[int | None, typer.Option(help="Number of the version.", show_default="the newest")] = None,
     as_json: Json = False,
 ) -> None:
-    """Everything about one prefix."""
+    """Show all properties of one prefix and its versions."""
     from prefixfast.errors import UnknownPrefixError
 
     versions = {v.version: v for v in _open(store).versions(name)}
@@ -55,37 +58,34 @@ def show_(
     if number not in versions:
         msg = f"{name!r:.200} has no version {number}; it has {', '.join(map(str, versions))}"
         raise UnknownPrefixError(msg)
-    values = _everything(versions[number])
-    show_one(
-        {
-            **values,
-            "versions": [{"version": v.version, "created": v.created, "digest": v.digest} for v in versions.values()],
-        },
-        as_json=as_json,
-    )
+    listed = [{"version": v.version, "created": v.created, "digest": v.digest} for v in versions.values()]
+    show_one({**_details(versions[number]), "versions": listed}, as_json=as_json)
 
 
-@app.command("inspect")
+@app.command("inspect", cls=Command, epilog="prefixfast prefixes inspect store ann rows.jsonl --plot ann.png")
 def inspect(
     store: Store,
     name: Name,
-    rows: Annotated[
-        Path, typer.Argument(metavar="ROWS", help="rows to look at it with (.jsonl .json .csv .parquet, also .gz)")
-    ],
+    rows: Annotated[Path, typer.Argument(metavar="ROWS", help=f"File of rows that the base reads ({FORMATS}).")],
     model: Annotated[
-        str | None, typer.Option(help="hub id or folder of the base; by default the one that the prefix names")
+        str | None,
+        typer.Option(help="Hub id or folder of the base.", show_default="the base that the prefix names"),
     ] = None,
-    words: Annotated[int, typer.Option(help="nearest words of each row; 0: none")] = 3,
-    plot: Annotated[Path | None, typer.Option(help="draw it into this file (.png, .svg, .pdf)")] = None,
+    words: Annotated[
+        int, typer.Option(help="Number of nearest words shown for each row of the prefix; 0 shows none.")
+    ] = 3,
+    plot: Annotated[
+        Path | None, typer.Option(help="File of a plot to write (.png, .svg or .pdf).", show_default="no plot")
+    ] = None,
 ) -> None:
-    """What a prefix does to its base: attention mass, divergence, nearest words."""
-    from prefixfast.data.rows import read_rows
+    """Show the effect of a prefix on its base: attention mass, divergence, nearest words."""
+    from prefixfast.data import read_rows
     from prefixfast.errors import ConfigError
 
     prefix = _open(store)[name]
     base = model or (prefix.base or {}).get("name")
     if not base:
-        msg = f"{name!r} does not name its base: say --model"
+        msg = f"{name!r} does not name its base: give it with --model"
         raise ConfigError(msg)
     found = prefix.inspect(str(base), read_rows(rows), words=words)
     typer.echo(str(found))
@@ -93,68 +93,79 @@ def inspect(
         found.plot(plot)
 
 
-@app.command("add")
+@app.command("add", cls=Command, epilog="prefixfast prefixes add store ann my-prefix")
 def add(
     store: Store,
     name: Name,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of a prefix, or PEFT adapter folder")],
-    keep_versions: Keep = 2,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a prefix or of a PEFT adapter.")],
+    keep_versions: KeepVersions = 2,
     as_json: Json = False,
 ) -> None:
-    """Put a prefix under a name; what has the name becomes its version before."""
+    """Put a prefix into a store under a name, as the newest version of that name."""
     from prefixfast.prefix.prefix import Prefix
 
     prefix = Prefix.from_pretrained(folder)
-    _changed(_open(store, make=True, keep_versions=keep_versions).put(name, prefix), as_json=as_json)
+    _show_change(_open_to_write(store, keep_versions).put(name, prefix), as_json=as_json)
 
 
-@app.command("rm")
+@app.command("rm", cls=Command, epilog="prefixfast prefixes rm store ann --yes")
 def rm(
     store: Store,
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="names of prefixes")],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of prefixes.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete prefixes, all versions of each, and print the receipts."""
-    opened = _open(store, make=False)
+    """Delete prefixes, all versions of each, and print a receipt for each."""
+    opened = _open_existing(store)
     for name in names:
         if name not in opened:
             opened.info(name)  # raises
     if not yes:
         if not sys.stdin.isatty():
-            msg = "nobody can be asked here: say --yes to delete"
+            msg = "no terminal to ask on: give --yes to delete without asking"
             raise typer.BadParameter(msg, param_hint="--yes")
         typer.confirm(f"delete {', '.join(map(printable, names))} from {store}, all versions?", abort=True)
     receipts: list[dict[str, Any]] = []
     try:
         for name in dict.fromkeys(names):
-            receipts.append({"name": name, **asdict(opened.delete(name))})  # noqa: PERF401 - what was deleted is told, whatever comes next
+            receipt = {"name": name, **asdict(opened.delete(name))}
+            receipts.append(receipt)  # in a loop, so that an error leaves the receipts of the earlier names
     finally:
         show(receipts, ("name", "digests", "files", "bytes", "time"), as_json=as_json, title="deleted")
 
 
-@app.command("rollback")
+@app.command("rollback", cls=Command, epilog="prefixfast prefixes rollback store ann --to 2")
 def rollback(
     store: Store,
     name: Name,
-    to: Annotated[int | None, typer.Option(help="version; by default the one before the newest")] = None,
-    as_json: Json = False,
-) -> None:
-    """Make an earlier version the newest again, as a new version."""
-    opened = _open(store, make=False, keep_versions=sys.maxsize)
-    _changed(opened.rollback(name, to), as_json=as_json)
-
-
-@app.command("verify")
-def verify(
-    store: Store,
-    absent: Annotated[
-        str | None, typer.Option(metavar="DIGEST", help="look also for anything that holds this prefix")
+    to: Annotated[
+        int | None, typer.Option(help="Number of the version.", show_default="the one before the newest")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Read every version again and compare it with what was put."""
-    check = _open(store, make=False).verify(absent=absent)  # what killed writers left is removed first
+    """Make an earlier version the newest again, as a new version."""
+    opened = _open_existing(store, keep_versions=sys.maxsize)
+    _show_change(opened.rollback(name, to), as_json=as_json)
+
+
+@app.command("verify", cls=Command, epilog="prefixfast prefixes verify store")
+def verify(
+    store: Store,
+    absent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIGEST",
+            help="Digest of a prefix; also report every file that holds this prefix.",
+            show_default="no digest",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every version and compare it with the digest that was recorded when it was put into the store.
+
+    The exit status is 3 if some versions are damaged.
+    """
+    check = _open_existing(store).verify(absent=absent)
     problems = [asdict(d) for d in check.damaged] + [
         {"name": None, "path": p, "why": f"holds {absent}"} for p in check.holding
     ]
@@ -169,74 +180,99 @@ def verify(
         )
     else:
         typer.echo(f"{store}: {check.versions} versions, all whole" + (f"; nothing holds {absent}" if absent else ""))
-    _exit(len(problems))
+    _exit_if_failed(len(problems))
 
 
-@app.command("export")
+@app.command("export", cls=Command, epilog="prefixfast prefixes export store exported ann bob")
 def export(
     store: Store,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="where to; made if it is not there")],
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="by default all")] = None,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to write to; created if missing.")],
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME...]", help="Names of prefixes.", show_default="all")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write prefixes as adapter folders, which PEFT reads where it can hold them."""
-    outcomes(_open(store).export_dir(folder, names or None), as_json=as_json)
+    """Write prefixes as adapter folders, which PEFT reads where it can hold them.
+
+    The exit status is 3 if some prefixes cannot be written.
+    """
+    show_outcomes(_open(store).export_dir(folder, names or None), as_json=as_json)
 
 
-@app.command("import")
+@app.command("import", cls=Command, epilog="prefixfast prefixes import store peft-adapters")
 def import_(
     store: Store,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="folder of adapter folders")],
-    keep_versions: Keep = 2,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of adapter folders.")],
+    keep_versions: KeepVersions = 2,
     as_json: Json = False,
 ) -> None:
-    """Put every adapter folder in FOLDER, ours or PEFT's, under its name."""
-    outcomes(_open(store, make=True, keep_versions=keep_versions).import_dir(folder), as_json=as_json)
+    """Put every adapter folder in FOLDER, of prefixfast or PEFT, into a store under the folder's name.
+
+    The exit status is 3 if some folders cannot be read.
+    """
+    show_outcomes(_open_to_write(store, keep_versions).import_dir(folder), as_json=as_json)
 
 
-def outcomes(done: list[Outcome], *, as_json: bool) -> None:
-    """Print what became of each; exit 3 if some failed."""
-    rows = [asdict(o) | {"result": "ok" if o.ok else "refused"} for o in done]
-    show(rows, ("result", "name", "path", "why"), as_json=as_json, title=f"{sum(o.ok for o in done)} of {len(done)}")
-    _exit(sum(not o.ok for o in done))
+def show_outcomes(outcomes: list[Outcome], *, as_json: bool) -> None:
+    """Print the result for each folder or version; exit with 3 if some failed."""
+    rows = [asdict(o) | {"result": "ok" if o.ok else "refused"} for o in outcomes]
+    done = sum(o.ok for o in outcomes)
+    show(rows, ("result", "name", "path", "why"), as_json=as_json, title=f"{done} of {len(outcomes)}")
+    _exit_if_failed(len(outcomes) - done)
 
 
-def _open(path: Path, *, make: bool | None = None, keep_versions: int = 2) -> PrefixStore:
-    """The store: to read it, or, with ``make``, to change one that is there (False) or that is made if need be (True)."""
-    from prefixfast.errors import ConfigError
+def _open(path: Path) -> PrefixStore:
+    """Store to read."""
     from prefixfast.store import PrefixStore
 
-    if make is False and not path.is_dir():
+    return PrefixStore(path, read_only=True)
+
+
+def _open_existing(path: Path, *, keep_versions: int = 2) -> PrefixStore:
+    """Store to write to, which must exist."""
+    from prefixfast.errors import ConfigError
+
+    if not path.is_dir():
         msg = f"store: expected a directory, got {str(path)!r}"
         raise ConfigError(msg)
-    return PrefixStore(path, read_only=make is None, keep_versions=keep_versions)
+    return _open_to_write(path, keep_versions)
 
 
-def _changed(put: StoredPrefix, *, as_json: bool) -> None:
+def _open_to_write(path: Path, keep_versions: int) -> PrefixStore:
+    """Store to write to, created if missing."""
+    from prefixfast.store import PrefixStore
+
+    return PrefixStore(path, keep_versions=keep_versions)
+
+
+def _show_change(stored: StoredPrefix, *, as_json: bool) -> None:
+    """Print the version that a command has put into a store."""
     if as_json:
-        show_one(_row(put), as_json=True)
+        show_one(_summary(stored), as_json=True)
     else:
-        typer.echo(f"{printable(put.name)}: version {put.version}, digest {put.digest}")
+        typer.echo(f"{printable(stored.name)}: version {stored.version}, digest {stored.digest}")
 
 
-def _row(one: StoredPrefix | Outcome) -> dict[str, Any]:
+def _summary(stored: StoredPrefix | Outcome) -> dict[str, Any]:
+    """Columns of `list` for a stored version, or the problem of one that cannot be read."""
     from prefixfast.store import Outcome
 
-    if isinstance(one, Outcome):
-        return {"problem": f"{one.path}: {one.why}"}
-    told = {field: getattr(one, field) for field in ("name", "version", "length", "nbytes", "created", "digest")}
-    return {**told, "size": in_bytes(one.nbytes), "base": (one.base or {}).get("name"), "problem": None}
+    if isinstance(stored, Outcome):
+        return {"problem": f"{stored.path}: {stored.why}"}
+    values = {field: getattr(stored, field) for field in ("name", "version", "length", "nbytes", "created", "digest")}
+    return {**values, "size": in_bytes(stored.nbytes), "base": (stored.base or {}).get("name"), "problem": None}
 
 
-def _everything(stored: StoredPrefix) -> dict[str, Any]:
+def _details(stored: StoredPrefix) -> dict[str, Any]:
+    """All properties of a stored version."""
     prefix = stored.read()
-    layers = {tuple(shape) for shape in stored.shapes.values()}
+    shapes = {tuple(shape) for shape in stored.shapes.values()}
     return {
-        **_row(stored),
+        **_summary(stored),
         "folder": str(stored.folder),
         "numbers": prefix.num_stored,
         "layers": list(prefix.layers),
-        "shape": [list(shape) for shape in sorted(layers)],
+        "shape": [list(shape) for shape in sorted(shapes)],
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in prefix.kv.values()}),
         "pos_start": stored.pos_start,
         "window": stored.window,
@@ -247,6 +283,6 @@ def _everything(stored: StoredPrefix) -> dict[str, Any]:
     }
 
 
-def _exit(failed: int) -> None:
+def _exit_if_failed(failed: int) -> None:
     if failed:
         raise typer.Exit(SOME_FAILED)

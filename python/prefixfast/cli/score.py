@@ -1,4 +1,4 @@
-"""`prefixfast score IN -o OUT`."""
+"""Command ``prefixfast score IN -o OUT``."""
 
 from __future__ import annotations
 
@@ -10,42 +10,41 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixfast.cli.generate import MODEL, PREFIX, PREFIXES, STORE, chosen_prefixes
+from prefixfast.cli.generate import FORMATS, MODEL, PREFIX, PREFIXES, STORE, chosen_prefixes
 from prefixfast.cli.options import flags
 from prefixfast.config import EngineConfig
+
+EXAMPLE = "prefixfast score rows.jsonl -o scores.jsonl --prefix my-prefix"
 
 
 @flags(EngineConfig)
 def command(
-    rows_file: Annotated[
-        Path, typer.Argument(metavar="IN", help="rows with one target each (.jsonl .json .csv .parquet, also .gz)")
+    rows_file: Annotated[Path, typer.Argument(metavar="IN", help=f"File of rows with one target each ({FORMATS}).")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="File of JSON lines, one for each row, in the order of IN.")
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="JSON lines, one a row, in order")],
     prefix: Annotated[list[Path] | None, PREFIX] = None,
     prefixes: Annotated[Path | None, PREFIXES] = None,
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
     end_token: Annotated[
         bool,
-        typer.Option("--end-token/--no-end-token", help="score the end token after each target too, as training does"),
+        typer.Option("--end-token/--no-end-token", help="Score the end token after each target too, as training does."),
     ] = False,
     *,
     fields: dict[str, Any],
 ) -> None:
-    """Log-probabilities of every row's target, each with its own prefix."""
-    from prefixfast import score as run
-    from prefixfast.data.rows import read_rows
+    """Compute the log-probability of every row's target, each with its own prefix."""
+    from prefixfast import score
+    from prefixfast.data import read_rows
     from prefixfast.io.atomic import replace_file
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(rows_file)
-    results = run(
-        rows, chosen_prefixes(rows, prefix, prefixes, store), model=model, store=store, end_token=end_token, **fields
-    )
-    replace_file(
-        output, "".join(json.dumps(dataclasses.asdict(r), ensure_ascii=False) + "\n" for r in results).encode()
-    )
+    chosen = chosen_prefixes(rows, prefix, prefixes, store)
+    results = score(rows, chosen, model=model, store=store, end_token=end_token, **fields)
+    lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results)
+    replace_file(output, "".join(line + "\n" for line in lines).encode())
     tokens = sum(len(r.token_ids) for r in results)
-    typer.echo(
-        f"{output}: {len(results)} rows, {tokens} tokens, mean log-probability of a token {sum(r.logprob for r in results) / tokens:.4f}"
-    )
+    mean = sum(r.logprob for r in results) / tokens
+    typer.echo(f"{output}: {len(results)} rows, {tokens} tokens, mean log-probability of a token {mean:.4f}")

@@ -1,4 +1,4 @@
-"""`prefixfast train MODEL DATA`."""
+"""Command ``prefixfast train MODEL DATA``."""
 
 from __future__ import annotations
 
@@ -11,131 +11,157 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.options import flags
+from prefixfast.cli.output import SOME_FAILED
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
 from prefixfast.io.yaml import read_yaml
 
 DATA = typer.Argument(
-    help="rows (.jsonl .json .csv .parquet, also .gz) for one prefix, or NAME=FILE for each of several prefixes"
+    metavar="DATA...",
+    help=f"File of rows ({FORMATS}) of one prefix, or NAME=FILE for each of several prefixes.",
+)
+TASK = typer.Option(
+    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages or text.",
+    show_default="the task that fits the rows' keys",
+)
+PREFIX_COLUMN = typer.Option(
+    help="Key of the rows that names their prefix; every value of it becomes a prefix.",
+    show_default="one prefix for all rows",
+)
+EVAL_DATA = typer.Option(help="Held-out rows, in the form of DATA.", show_default="no evaluation")
+INIT = typer.Option(
+    help="Initial values: text, random, zero, or the folder of a prefix.", show_default="that of the recipe, text"
+)
+INIT_TEXT = typer.Option(
+    help="Text whose keys and values --init text starts from.", show_default="the text of the task"
+)
+ON_TOP_OF = typer.Option(help="Folder of a frozen prefix that comes before the trained ones.", show_default="no prefix")
+SWEEP = typer.Option(
+    help="FIELD=VALUE,VALUE,...: train a prefix for each value. Given for several fields, it trains every combination.",
+    show_default="no sweep",
+)
+OVERRIDES = typer.Option(
+    help="YAML file with a mapping of options for each named prefix.", show_default="the same options for all"
+)
+STORE = typer.Option(
+    help="Folder of a store that each prefix is also put into when it finishes.", show_default="no store"
+)
+ON_ERROR = typer.Option(
+    help="Effect of a failed prefix among several: isolate reports it and trains the others, raise stops the run."
 )
 DRY_RUN = typer.Option(
-    "--dry-run", help="say what the run would take (parameters, memory, time from two measured steps) and write nothing"
+    "--dry-run",
+    help="Print parameters, memory and time, which is estimated from two measured steps, and write nothing.",
 )
-WORDS = ("text", "random", "zero")
+RESUME = typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
+INIT_WORDS = ("text", "random", "zero")
+EXAMPLE = """prefixfast train gpt2 rows.jsonl -o my-prefix --prefix-length 10
+prefixfast train gpt2 ann=ann.jsonl bob=bob.jsonl -o prefixes"""
 
 
-def resolved(
-    data: list[str], eval_data: list[str] | None, *, fields: dict[str, Any], **given: Any
-) -> Mapping[str, Any]:
+def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mapping[str, Any]:
     """All options of the run, the recipe's included."""
-    from prefixfast.training.trainer import prepare
+    from prefixfast.training.job import JobArguments, prepare
 
-    arguments = _arguments(eval_data=eval_data, **given)
-    left_out = ("output_dir", "resume")
-    rest = {
-        "callbacks": (),
-        "objective": "sft",
-        "prefix_config": None,
-        "config": None,
-        "store": None,
-        "resume": False,
-        "fields": fields,
-    }
-    job, config = prepare(named(data), **{k: v for k, v in arguments.items() if k not in left_out} | rest)
+    arguments = _train_arguments(given)
+    kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "store")}
+    job = prepare(JobArguments(named_files(data), fields=fields, **kept))
     own = job.groups[0].prefix_config
-    return {n: getattr(c, n) for c in (config, own) for n in c.names()}
+    return {n: getattr(c, n) for c in (job.config, own) for n in c.names()}
 
 
 @flags(TrainConfig, PrefixConfig, resolve=resolved)
 def command(
-    model: Annotated[str, typer.Argument(help="hub id or folder of the base model")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of the base model.")],
     data: Annotated[list[str], DATA],
-    output: Annotated[Path, typer.Option("-o", "--output", help="folder for the prefix, or for one folder a name")],
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; default: by the rows' keys"
-        ),
-    ] = None,
-    prefix_column: Annotated[
-        str | None, typer.Option(help="the rows' key that names their prefix: one prefix for each of its values")
-    ] = None,
-    eval_data: Annotated[list[str] | None, typer.Option(help="held-out rows, like DATA")] = None,
-    init: Annotated[
-        str | None, typer.Option(help="text, random, zero, or the folder of a prefix; by default the recipe's, text")
-    ] = None,
-    init_text: Annotated[str | None, typer.Option(help="words to start from")] = None,
-    on_top_of: Annotated[
-        Path | None, typer.Option(help="folder of a prefix that stays as it is and comes before the new ones")
-    ] = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(help="FIELD=VALUE,VALUE,...: train every combination; may be given again for other fields"),
-    ] = None,
-    overrides: Annotated[Path | None, typer.Option(help="YAML file: by name, options of that prefix alone")] = None,
-    store: Annotated[Path | None, typer.Option(help="also put each prefix into this store when it finishes")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the checkpoint in the output folder")] = False,
-    on_error: Annotated[
-        Literal["isolate", "raise"], typer.Option(help="one of several prefixes fails: report it and go on, or stop")
-    ] = "isolate",
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder of the prefix; of several prefixes, the folder of their folders."),
+    ],
+    task: Annotated[str | None, TASK] = None,
+    prefix_column: Annotated[str | None, PREFIX_COLUMN] = None,
+    eval_data: Annotated[list[str] | None, EVAL_DATA] = None,
+    init: Annotated[str | None, INIT] = None,
+    init_text: Annotated[str | None, INIT_TEXT] = None,
+    on_top_of: Annotated[Path | None, ON_TOP_OF] = None,
+    sweep: Annotated[list[str] | None, SWEEP] = None,
+    overrides: Annotated[Path | None, OVERRIDES] = None,
+    store: Annotated[Path | None, STORE] = None,
+    resume: Annotated[bool, RESUME] = False,
+    on_error: Annotated[Literal["isolate", "raise"], ON_ERROR] = "isolate",
     dry_run: Annotated[bool, DRY_RUN] = False,
     *,
     fields: dict[str, Any],
 ) -> None:
-    """Train one prefix, or several in the same batches, on a frozen base. Exits with 3 if some failed, 130 if stopped after a checkpoint."""
-    from prefixfast import Prefix
-    from prefixfast import train as run
+    """Train one prefix, or several in the same batches, on a frozen base.
+
+    The exit status is 3 if some prefixes failed, and 130 if the run was interrupted after a checkpoint.
+    """
+    from prefixfast import Prefix, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = _arguments(
-        output, task, prefix_column, eval_data, init, init_text, on_top_of, sweep, overrides, store, resume, on_error
+    arguments = _train_arguments(
+        {
+            "output": output,
+            "task": task,
+            "prefix_column": prefix_column,
+            "eval_data": eval_data,
+            "init": init,
+            "init_text": init_text,
+            "on_top_of": on_top_of,
+            "sweep": sweep,
+            "overrides": overrides,
+            "store": store,
+            "resume": resume,
+            "on_error": on_error,
+        }
     )
     if dry_run:
         from prefixfast.training.estimate import estimate
 
-        typer.echo(json.dumps(dataclasses.asdict(estimate(model, named(data), **arguments, **fields)), indent=2))
+        found = estimate(model, named_files(data), **arguments, **fields)
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
         return
     try:
-        result = run(model, named(data), **arguments, **fields)
+        result = train(model, named_files(data), **arguments, **fields)
     except KeyboardInterrupt:
         typer.echo(f"stopped; --resume goes on from the checkpoint in {output}", err=True)
         raise
-    metrics = {"": result.training["metrics"]} if isinstance(result, Prefix) else result.metrics
+    metrics: Mapping[str, Any] = {"": result.training["metrics"]} if isinstance(result, Prefix) else result.metrics
     for name, values in metrics.items():
         typer.echo(f"{output / name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
     failed = {} if isinstance(result, Prefix) else result.failed
     for name, error in failed.items():
         typer.echo(f"{name} failed: {error}", err=True)
     if failed:
-        raise typer.Exit(3)
+        raise typer.Exit(SOME_FAILED)
 
 
-def _arguments(
-    output: Path, task: str | None, prefix_column: str | None, eval_data: list[str] | None, init: str | None, init_text: str | None, on_top_of: Path | None,
-    sweep: list[str] | None, overrides: Path | None, store: Path | None, resume: bool, on_error: str, **_: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """The arguments of `prefixfast.train` from those of the command."""
+def _train_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `prefixfast.train` from the values of the flags."""
     from prefixfast import Prefix
 
+    init, on_top_of, overrides = given["init"], given["on_top_of"], given["overrides"]
     return {
-        "task": task,
-        "prefix_column": prefix_column,
-        "eval_data": named(eval_data) if eval_data else None,
-        "init": init if init is None or init in WORDS else Prefix.from_pretrained(init),
-        "init_text": init_text,
+        "task": given["task"],
+        "prefix_column": given["prefix_column"],
+        "eval_data": named_files(given["eval_data"]) if given["eval_data"] else None,
+        "init": init if init is None or init in INIT_WORDS else Prefix.from_pretrained(init),
+        "init_text": given["init_text"],
         "on_top_of": None if on_top_of is None else Prefix.from_pretrained(on_top_of),
-        "sweep": _sweep(sweep) if sweep else None,
+        "sweep": _sweep(given["sweep"]) if given["sweep"] else None,
         "overrides": None if overrides is None else _overrides(overrides),
-        "store": store,
-        "output_dir": output,
-        "resume": resume,
-        "on_error": on_error,
+        "store": given["store"],
+        "output_dir": given["output"],
+        "resume": given["resume"],
+        "on_error": given["on_error"],
     }
 
 
-def named(data: list[str]) -> str | dict[str, str]:
-    """One file, or a mapping from NAME=FILE arguments."""
+def named_files(data: list[str]) -> str | dict[str, str]:
+    """The one file of ``data``, or the mapping of its NAME=FILE arguments."""
     pairs = [d.partition("=") for d in data]
     if len(data) == 1 and (not pairs[0][1] or Path(data[0]).exists()):
         return data[0]
@@ -146,6 +172,7 @@ def named(data: list[str]) -> str | dict[str, str]:
 
 
 def _sweep(words: list[str]) -> dict[str, list[Any]]:
+    """Values by field from FIELD=VALUE,VALUE,... arguments."""
     found: dict[str, list[Any]] = {}
     for word in words:
         name, sep, values = word.partition("=")
@@ -161,6 +188,7 @@ def _sweep(words: list[str]) -> dict[str, list[Any]]:
 
 
 def _overrides(path: Path) -> Any:
+    """Contents of the YAML file of ``--overrides``."""
     try:
         return read_yaml(path.read_text(encoding="utf8"))
     except (OSError, UnicodeDecodeError, ConfigError) as e:

@@ -1,17 +1,20 @@
-"""`EngineConfig`: memory and batching of an engine."""
+"""`EngineConfig`, the memory and batching options of an engine."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self, Unpack
 
+from prefixfast.config.fields import EngineFields
+from prefixfast.config.json_types import JSON
 from prefixfast.config.options import Options, at_least, option
 from prefixfast.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Options):
-    """Memory and batching of an engine.
+    """Memory and batching options of an engine.
 
     Example:
         >>> EngineConfig.make({"max_num_seqs": 8}, kv_cache_memory=2**20).max_num_seqs
@@ -19,50 +22,91 @@ class EngineConfig(Options):
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
-        "auto", "compute dtype of a base that is loaded here; see load"
+        "auto",
+        "compute dtype of a base model that the engine loads; 'auto' is bfloat16 on a GPU and on CPUs with AVX512-BF16 "
+        "or AMX, else float32",
     )
-    device: str = option("auto", "where a base that is loaded here runs; see load")
-    revision: str | None = option(None, "of a hub id")
-    backend: str = option("auto", "kernels of a base that is loaded here; see load")
+    device: str = option(
+        "auto", "torch device of a base model that the engine loads; 'auto' is a GPU if there is one, else the CPU"
+    )
+    revision: str | None = option(
+        None, "branch, tag or commit of a base model that is loaded from the hub; None is the default branch"
+    )
+    backend: str = option(
+        "auto",
+        "attention kernels of a base model that the engine loads: triton, torch, reference or auto; 'auto' chooses by "
+        "device, dtype and head sizes",
+    )
     max_model_len: int | None = option(
         None,
-        "longest prompt and generation in tokens, prefix not counted; by default what the model allows, at most 4096",
+        "largest number of prompt and generated tokens of a request, without prefix rows; None is 4096, or the base "
+        "model's number of positions if that is smaller",
     )
-    max_num_seqs: int = option(64, "rows decoded together (a request takes one a beam)")
+    max_num_seqs: int = option(64, "number of decode rows of a batch; a request takes one row per beam")
     max_num_batched_tokens: int = option(
-        4096, "tokens of one step, decoded rows included; longer prompts are filled over several steps"
+        4096, "largest number of tokens of a step, decode rows included; longer prompts are filled over several steps"
     )
     kv_cache_memory: int | None = option(
-        None, "bytes of keys and values, prefixes included; by default a share of free memory, on a CPU at most 8 GiB"
+        None,
+        "bytes of the KV cache, prefixes included; None is gpu_memory_utilization times the free memory, on a CPU at "
+        "most 8 GiB",
     )
     gpu_memory_utilization: float = option(
-        0.25, "the share of free memory that keys and values take where kv_cache_memory does not say"
+        0.25, "share of the free memory that the KV cache takes if kv_cache_memory is None, more than 0 and at most 1"
     )
     prefix_memory: int | None = option(
-        None, "bytes of keys and values that prefixes may hold; by default all that running requests leave"
+        None,
+        "largest number of bytes of the KV cache that prefixes take; None is all that running requests leave free",
     )
-    host_prefix_memory: int = option(2**31, "bytes of prefixes from a store that are kept beside the arena once read")
+    host_prefix_memory: int = option(
+        2**31,
+        "bytes of host memory that hold prefixes read from a store; the most recently used prefix is held in any case",
+    )
     prefix_dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "in which stored prefixes are kept on the host; auto: the compute dtype"
+        "auto", "dtype in which host memory holds prefixes from a store; 'auto' is the compute dtype"
     )
-    max_waiting: int = option(10_000, "requests that may wait; one more is refused with a CapacityError")
+    max_waiting: int = option(
+        10_000, "largest number of waiting requests; a further request is refused with a CapacityError"
+    )
     share_prompts: int = option(
         0,
-        "leading tokens that requests of a batch must have in common to be computed once and kept as a prefix; 0: never",
+        "smallest number of leading tokens that requests of a batch have in common for these tokens to be computed "
+        "once, as a prefix; 0 turns it off",
     )
-    num_threads: int | None = option(None, "CPU threads; by default torch's setting")
+    num_threads: int | None = option(None, "number of CPU threads; None is torch's setting")
     enforce_eager: bool = option(
-        False, "on a GPU call decode steps instead of replaying captured CUDA graphs started one step ahead"
+        False, "whether decode steps on a GPU run eagerly, without captured CUDA graphs that start one step ahead"
     )
     compile_decode: bool = option(
         False,
-        "compile what the graphs hold with torch.compile: minutes at the start, fewer launches (not measured yet)",
+        "whether torch.compile compiles the decode steps in CUDA graphs: a start that takes minutes longer, and fewer "
+        "kernel launches (not measured)",
     )
-    prepack: bool = option(True, "on a CPU keep a second copy of the weights, laid out for its matrix products")
-    seed: int | None = option(None, "of requests without a seed of their own; by default drawn when the engine is made")
+    prepack: bool = option(
+        True, "whether a base model on a CPU gets a second copy of its weights in the layout of the matrix products"
+    )
+    seed: int | None = option(
+        None, "random seed of sampling requests that have none; None draws a seed when the engine is made"
+    )
+
+    @classmethod
+    def make(cls, config: Self | Mapping[str, JSON] | None = None, **fields: Unpack[EngineFields]) -> Self:
+        """Make an `EngineConfig` from another one or from a mapping, with some fields replaced.
+
+        Args:
+            config: `EngineConfig` or mapping of field names to values. None takes the defaults.
+            fields: Fields of `EngineConfig`, which take precedence over ``config``.
+
+        Returns:
+            A new `EngineConfig`.
+
+        Raises:
+            ConfigError: If a name is unknown or a value is wrong.
+        """
+        return cls._replaced(config, fields)
 
     def validate(self) -> None:
-        """Raise `ConfigError` for values that cannot work."""
+        """Raise `ConfigError` for values out of range."""
         at_least(
             self,
             max_model_len=2,
@@ -77,5 +121,6 @@ class EngineConfig(Options):
             seed=0,
         )
         if not 0 < self.gpu_memory_utilization <= 1:
-            msg = f"EngineConfig.gpu_memory_utilization: expected more than 0 and at most 1, got {self.gpu_memory_utilization!r}"
+            got = self.gpu_memory_utilization
+            msg = f"EngineConfig.gpu_memory_utilization: expected more than 0 and at most 1, got {got!r}"
             raise ConfigError(msg)

@@ -1,18 +1,26 @@
-"""`GenerationParams`: how tokens are chosen."""
+"""`GenerationParams`, the options that say how tokens are chosen."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self, Unpack
 
+from prefixfast.config.fields import GenerationParamsFields
+from prefixfast.config.json_types import JSON
 from prefixfast.config.options import Options, at_least, option
 from prefixfast.errors import ConfigError
+
+CACHED_LENGTH = 64  # largest number of bad words and stop strings of parameters whose merge is cached
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationParams(Options):
-    """How text is chosen; None inherits: call > request > prefix > the base's generation_config > greedy, 256 new tokens.
+    """Options that say how tokens are chosen.
+
+    A field that is None inherits its value. The order of precedence is call, request, prefix, the base model's
+    ``generation_config``, and the built-in default: greedy decoding of at most 256 new tokens.
 
     Example:
         >>> GenerationParams(num_beams=3).over(GenerationParams(max_new_tokens=9, num_beams=2)).num_beams
@@ -22,38 +30,88 @@ class GenerationParams(Options):
         prefixfast.errors.ConfigError: GenerationParams: unknown option 'max_tokens'; did you mean max_new_tokens?
     """
 
-    max_new_tokens: int | None = option(None, "most tokens to generate")
-    min_new_tokens: int | None = option(None, "no end token before this many")
-    num_beams: int | None = option(None, "beams; 1 is greedy or sampling")
-    do_sample: bool | None = option(None, "draw tokens instead of taking the likeliest")
-    temperature: float | None = option(None, "divides the logits before a token is drawn")
-    top_k: int | None = option(
-        None, "draw among the k likeliest tokens; 0: among all. transformers' default, 50, is ours"
+    max_new_tokens: int | None = option(None, "largest number of tokens to generate; None inherits, built-in 256")
+    min_new_tokens: int | None = option(
+        None, "number of tokens before which no end token is generated; None inherits, built-in 0"
     )
-    top_p: float | None = option(None, "draw among the likeliest tokens that together have this probability")
-    min_p: float | None = option(None, "draw among tokens at least this share as likely as the likeliest")
+    num_beams: int | None = option(
+        None, "number of beams of a beam search; 1 is greedy decoding or sampling; None inherits, built-in 1"
+    )
+    do_sample: bool | None = option(
+        None, "whether to sample tokens instead of taking the most likely one; None inherits, built-in false"
+    )
+    temperature: float | None = option(
+        None, "divisor of the logits before a token is sampled, at least 1e-6; None inherits, built-in 1"
+    )
+    top_k: int | None = option(
+        None, "number of most likely tokens to sample from; 0 samples from all; None inherits, built-in 50"
+    )
+    top_p: float | None = option(
+        None,
+        "total probability of the most likely tokens to sample from, more than 0 and at most 1; None inherits, "
+        "built-in 1",
+    )
+    min_p: float | None = option(
+        None,
+        "smallest probability of a token to sample, as a share of the most likely token's, 0 to 1; None inherits, "
+        "built-in 0",
+    )
     repetition_penalty: float | None = option(
-        None, "divides positive and multiplies negative logits of tokens that the prompt or the text has"
+        None,
+        "divisor of positive and factor of negative logits of tokens that prompt or text contain; None inherits, "
+        "built-in 1",
     )
     no_repeat_ngram_size: int | None = option(
-        None, "no n tokens in a row may come twice, the prompt included; 0: they may"
+        None,
+        "length in tokens of sequences that do not occur twice in prompt and text; 0 turns it off; None inherits, "
+        "built-in 0",
     )
-    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(None, "sequences of token ids that may not come")
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = option(
+        None, "sequences of token ids that are never generated; None inherits, built-in none"
+    )
     stop_strings: tuple[str, ...] | None = option(
-        None, "the text ends with the first of these that comes, which stays in it"
+        None, "strings that end the text where the first of them is complete, and stay in it; None inherits"
     )
-    length_penalty: float | None = option(None, "exponent of the length that divides a beam's score")
+    length_penalty: float | None = option(
+        None, "exponent of the length by which a beam's score is divided; None inherits, built-in 1"
+    )
     early_stopping: Literal[True, False, "never"] | None = option(
-        None, "when a beam search may stop, as transformers defines it"
+        None,
+        "condition that ends a beam search, as in transformers: true as soon as num_beams texts are complete, false "
+        "when better ones are unlikely, never when better ones are impossible; None inherits, built-in false",
     )
-    num_return_sequences: int | None = option(None, "texts of a request: the best beams, or several samples")
-    seed: int | None = option(None, "of the drawn tokens: with it a request's text is the same alone and in any batch")
+    num_return_sequences: int | None = option(
+        None, "number of texts of a request: the best beams, or independent samples; None inherits, built-in 1"
+    )
+    seed: int | None = option(
+        None,
+        "random seed of sampling; a request with a seed gives the same text alone and in any batch; None draws one",
+    )
     logprobs: int | None = option(
-        None, "report the log-probability of each token and of this many likeliest ones (before any rule)"
+        None,
+        "number of most likely tokens per step to report with their log-probabilities, beside the chosen one, before "
+        "any logits processor; None reports none",
     )
 
+    @classmethod
+    def make(cls, config: Self | Mapping[str, JSON] | None = None, **fields: Unpack[GenerationParamsFields]) -> Self:
+        """Make a `GenerationParams` from another one or from a mapping, with some fields replaced.
+
+        Args:
+            config: `GenerationParams` or mapping of field names to values. None takes the defaults.
+            fields: Fields of `GenerationParams`, which take precedence over ``config``.
+
+        Returns:
+            A new `GenerationParams`.
+
+        Raises:
+            ConfigError: If a name is unknown or a value is wrong.
+        """
+        return cls._replaced(config, fields)
+
     def __post_init__(self) -> None:
-        for name, inner in (("bad_words_ids", True), ("stop_strings", False)):  # lists come from JSON and from users
+        # JSON and users give lists; tuples make the object hashable.
+        for name, inner in (("bad_words_ids", True), ("stop_strings", False)):
             value: Any = getattr(self, name)
             if isinstance(value, str) and not inner:
                 value = (value,)
@@ -62,7 +120,7 @@ class GenerationParams(Options):
         super().__post_init__()
 
     def validate(self) -> None:
-        """Raise `ConfigError` for values that cannot work."""
+        """Raise `ConfigError` for values out of range."""
         at_least(
             self,
             max_new_tokens=1,
@@ -75,7 +133,7 @@ class GenerationParams(Options):
             logprobs=0,
         )
         for name, fits, expected in (
-            ("temperature", lambda x: x >= 1e-6, "at least 1e-6 (for the likeliest token say do_sample=False)"),
+            ("temperature", lambda x: x >= 1e-6, "at least 1e-6 (use do_sample=False for the most likely token)"),
             ("seed", lambda x: x < 2**62, "less than 2**62"),
             ("top_k", lambda x: x < 2**31, "less than 2**31"),
             ("repetition_penalty", lambda x: x > 0, "more than 0"),
@@ -86,7 +144,7 @@ class GenerationParams(Options):
                 lambda x: all(isinstance(w, tuple) and w and all(type(i) is int and i >= 0 for i in w) for w in x),
                 "lists of token ids",
             ),
-            ("stop_strings", lambda x: all(isinstance(s, str) and s for s in x), "strings that are not empty"),
+            ("stop_strings", lambda x: all(isinstance(s, str) and s for s in x), "non-empty strings"),
         ):
             value = getattr(self, name)
             if value is not None and not fits(value):
@@ -94,21 +152,20 @@ class GenerationParams(Options):
                 raise ConfigError(msg)
 
     def over(self, fallback: GenerationParams) -> GenerationParams:
-        """`GenerationParams` with these values where given, those of ``fallback`` elsewhere.
+        """`GenerationParams` with the values of this object, and those of ``fallback`` where this object has None.
 
-        Beams and sampling exclude each other, so what is given here ends the other one there.
+        Beams and sampling exclude each other. If this object asks for one of them, the other one is taken from
+        ``fallback`` as switched off.
+
+        Args:
+            fallback: Parameters of lower precedence.
         """
-        few = all(
-            len(p.bad_words_ids or ()) + len(p.stop_strings or ()) < FEW for p in (self, fallback)
-        )  # big ones are not kept
-        return _over(self, fallback) if few else _over.__wrapped__(self, fallback)
-
-
-FEW = 64
+        short = all(len(p.bad_words_ids or ()) + len(p.stop_strings or ()) < CACHED_LENGTH for p in (self, fallback))
+        return _merged(self, fallback) if short else _merged.__wrapped__(self, fallback)
 
 
 @functools.lru_cache(512)
-def _over(mine: GenerationParams, fallback: GenerationParams) -> GenerationParams:
+def _merged(mine: GenerationParams, fallback: GenerationParams) -> GenerationParams:
     values = {n: getattr(mine, n) if getattr(mine, n) is not None else getattr(fallback, n) for n in mine.names()}
     if mine.do_sample and (values["num_beams"] or 1) > 1 and mine.num_beams is None:
         values["num_beams"] = 1

@@ -1,6 +1,6 @@
-"""`Options`: what the option dataclasses share. Construction is checked, and unknown names are errors with a hint.
+"""`Options`, the base class of the option dataclasses: checked construction, and unknown names are errors with a hint.
 
-A field carries its help text in its metadata: command-line flags, documentation and error messages come from it.
+The help text of a field is in the field's metadata. The command line's help and docs/api.md are made from it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
 
+# Names of other libraries, and the option here that does the same.
 HINTS = {
     "num_virtual_tokens": "prefix_length",
     "prefix_projection": "reparameterization='mlp'",
@@ -29,22 +31,27 @@ HINTS = {
 }
 
 
-_HINTS: dict[str, dict[str, Any]] = {}  # by class: resolving them costs more than all the checks
+_TYPES: dict[str, dict[str, Any]] = {}  # types of the fields by class: to resolve them takes longer than all checks
 
 
 def option(default: Any, help: str) -> Any:
-    """A dataclass field with its one description."""
+    """A dataclass field with a default and a help text.
+
+    Args:
+        default: Default value of the field.
+        help: Help text for the command line and the documentation.
+    """
     return dataclasses.field(default=default, metadata={"help": help})
 
 
 class Options:
-    """What the four dataclasses share: checked construction and updates."""
+    """Base class of the option dataclasses, with checked construction and updates."""
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
-        hints = _HINTS.get(owner) or _HINTS.setdefault(owner, get_type_hints(type(self)))
+        types = _TYPES.get(owner) or _TYPES.setdefault(owner, get_type_hints(type(self)))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            _check_type(owner, field.name, getattr(self, field.name), hints[field.name])
+            _check_type(owner, field.name, getattr(self, field.name), types[field.name])
         self.validate()
 
     def validate(self) -> None:
@@ -52,23 +59,27 @@ class Options:
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The field names."""
+        """Names of the fields."""
         return tuple(f.name for f in dataclasses.fields(cls))  # type: ignore[arg-type]
 
     @classmethod
-    def make(cls, config: Self | Mapping[str, Any] | None = None, **fields: Any) -> Self:
-        """A config from another one (or a mapping) with some fields replaced.
+    def make(cls, config: Self | Mapping[str, JSON] | None = None) -> Self:
+        """Make an options object from another one or from a mapping.
 
         Args:
-            config: Where to start; None: the defaults.
-            fields: What to replace.
+            config: Options object or mapping of field names to values. None takes the defaults.
 
         Returns:
-            A new, checked one.
+            A new options object.
 
         Raises:
-            ConfigError: For an unknown name or a wrong value.
+            ConfigError: If a name is unknown or a value is wrong.
         """
+        return cls._replaced(config, {})
+
+    @classmethod
+    def _replaced(cls, config: Self | Mapping[str, JSON] | None, fields: Mapping[str, object]) -> Self:
+        """``config`` with the values of ``fields`` in place of its own."""
         if isinstance(config, cls):
             base: dict[str, Any] = {n: getattr(config, n) for n in cls.names()}
         elif config is None or isinstance(config, Mapping):
@@ -76,7 +87,7 @@ class Options:
         else:
             msg = f"config: expected a {cls.__name__} or a mapping, got {type(config).__name__}"
             raise ConfigError(msg)
-        merged = base | fields
+        merged = base | dict(fields)
         for name in merged:
             if name not in cls.names():
                 raise ConfigError(unknown_option(str(name), cls.names(), cls.__name__))
@@ -84,7 +95,13 @@ class Options:
 
 
 def unknown_option(name: str, known: tuple[str, ...], what: str) -> str:
-    """The message for an option that does not exist, with the likeliest one that does."""
+    """Error message for an unknown option, with the most similar known option.
+
+    Args:
+        name: Unknown name.
+        known: Names of the options that exist.
+        what: Name of the options object or function that got the name.
+    """
     hint = HINTS.get(name)
     if hint is None or hint.split("=")[0].split(" ")[0] not in known:
         close = difflib.get_close_matches(name, known, n=1)
@@ -93,6 +110,7 @@ def unknown_option(name: str, known: tuple[str, ...], what: str) -> str:
 
 
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
+    """Raise `ConfigError` if a value does not have the type ``hint``; elements of tuples are not checked."""
     options = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     for kind in options or (hint,):
         if get_origin(kind) is Literal:
@@ -121,7 +139,7 @@ def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
 
 
 def at_least(owner: Options, **limits: float) -> None:
-    """Raise `ConfigError` for a number under its limit; None passes."""
+    """Raise `ConfigError` for a field that is a number below its limit; fields that are None or a string pass."""
     for name, limit in limits.items():
         value = getattr(owner, name)
         if not isinstance(value, str | None) and value < limit:

@@ -1,41 +1,24 @@
-"""`PrefixConfig`: what is learned."""
+"""`PrefixConfig`, the options that say what is learned."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self, Unpack
 
+from prefixfast.config.fields import PrefixConfigFields
+from prefixfast.config.json_types import JSON
 from prefixfast.config.options import Options, at_least, option
 from prefixfast.errors import ConfigError
 
 
-def _site(name: str, given: Any) -> str:
-    """The one site of the bases that there are, from a sequence of it or a mapping by it."""
-    if not isinstance(given, list | tuple | Mapping) or list(given) != ["self"]:
-        msg = f"PrefixConfig.{name}: expected the site 'self' alone (there are decoder-only bases only), got {given!r:.80}"
-        raise ConfigError(msg)
-    return "self"
-
-
-def _layers(given: Any) -> tuple[int, ...]:
-    """Numbers of layers in order, from any sequence of them (a list, a tuple, a range, an array)."""
-    try:
-        if isinstance(given, str) or any(isinstance(i, bool) for i in given):
-            raise TypeError
-        numbers = sorted(operator.index(i) for i in given)
-    except TypeError:
-        numbers = []
-    if not numbers or numbers[0] < 0 or len(set(numbers)) != len(numbers):
-        msg = f"PrefixConfig.layers: expected numbers of layers from 0, each once, at least one, got {given!r:.80}"
-        raise ConfigError(msg)
-    return tuple(numbers)
-
-
 @dataclass(frozen=True, kw_only=True)
 class PrefixConfig(Options):
-    """What is learned. ``prefix_length`` may also be a mapping of the site to it, ``{"self": 10}``.
+    """Options that say what is learned.
+
+    The constructor also takes ``prefix_length`` as a mapping from the site, ``{"self": 10}``, and ``sites`` and
+    ``layers`` as any sequence.
 
     Example:
         >>> PrefixConfig(prefix_length=5, reparameterization="mlp").encoder_hidden_size
@@ -45,28 +28,35 @@ class PrefixConfig(Options):
     """
 
     prefix_length: int | Literal["text"] = option(
-        10, "rows of keys and values learned for each of the layers (P); 'text': as many as the init text has tokens"
+        10,
+        "number of rows of keys and values learned for each layer (P); 'text' is the number of tokens of the init text",
     )
     reparameterization: Literal["auto", "none", "mlp"] = option(
         "auto",
-        "'none' trains the keys and values themselves, 'mlp' the network that makes them; 'auto': mlp for init random or zero, else none",
+        "parameters that are trained: 'none' the keys and values themselves, 'mlp' a network that makes them; 'auto' "
+        "is mlp for init random or zero, else none",
     )
     sites: tuple[str, ...] | None = option(
-        None, "kinds of attention that get a prefix; a decoder-only base has one, 'self'. By default all of the base's"
+        None, "kinds of attention that get a prefix; decoder-only base models have one, 'self'; None is all"
     )
     layers: tuple[int, ...] | None = option(
-        None, "layers that get a prefix, numbered from 0; the others see their own tokens only. By default all of them"
+        None, "numbers of the layers that get a prefix, from 0; attention of other layers sees no prefix; None is all"
     )
-    encoder_hidden_size: int = option(512, "width of the reparameterization MLP")
-    embedding_dim: int | None = option(None, "width of the MLP's input; by default that of a layer's keys")
-    prefix_dropout: float = option(0.0, "share of the prefix's keys and values dropped in training")
-    frozen_rows: int = option(0, "first rows of the prefix that keep the values they start with")
+    encoder_hidden_size: int = option(512, "hidden width of the reparameterization MLP")
+    embedding_dim: int | None = option(
+        None, "input width of the reparameterization MLP; None is the width of a layer's keys"
+    )
+    prefix_dropout: float = option(
+        0.0, "share of the keys and values of a prefix that are dropped in training, from 0 to less than 1"
+    )
+    frozen_rows: int = option(0, "number of leading prefix rows that training leaves at their initial values")
     fit_steps: int = option(
         0,
-        "steps of Adam that fit the MLP to the init's keys and values, as the paper does; 0: it starts as exactly these",
+        "steps of Adam that fit the MLP to the initial keys and values, as in the paper; 0 starts at exactly these "
+        "values without a fit",
     )
     pos_start: Literal["after", "zero"] = option(
-        "after", "position of the first token: after the prefix (P, as PEFT) or zero"
+        "after", "position of the first token: 'after' is P, as in PEFT, and 'zero' is 0"
     )
 
     def __post_init__(self) -> None:
@@ -79,14 +69,30 @@ class PrefixConfig(Options):
             object.__setattr__(self, "layers", _layers(self.layers))
         super().__post_init__()
 
+    @classmethod
+    def make(cls, config: Self | Mapping[str, JSON] | None = None, **fields: Unpack[PrefixConfigFields]) -> Self:
+        """Make a `PrefixConfig` from another one or from a mapping, with some fields replaced.
+
+        Args:
+            config: `PrefixConfig` or mapping of field names to values. None takes the defaults.
+            fields: Fields of `PrefixConfig`, which take precedence over ``config``.
+
+        Returns:
+            A new `PrefixConfig`.
+
+        Raises:
+            ConfigError: If a name is unknown or a value is wrong.
+        """
+        return cls._replaced(config, fields)
+
     @property
     def length(self) -> int:
-        """``prefix_length`` once it is a number."""
+        """``prefix_length``, for objects in which it is a number."""
         assert isinstance(self.prefix_length, int)
         return self.prefix_length
 
     def validate(self) -> None:
-        """Raise `ConfigError` for values that cannot work."""
+        """Raise `ConfigError` for values out of range, and for values that exclude each other."""
         at_least(
             self, prefix_length=1, encoder_hidden_size=1, embedding_dim=1, prefix_dropout=0, frozen_rows=0, fit_steps=0
         )
@@ -94,10 +100,32 @@ class PrefixConfig(Options):
             msg = f"PrefixConfig.prefix_dropout: expected less than 1, got {self.prefix_dropout!r}"
             raise ConfigError(msg)
         if isinstance(self.prefix_length, int) and self.frozen_rows >= self.prefix_length:
-            msg = f"PrefixConfig.frozen_rows: expected fewer than prefix_length {self.prefix_length}, got {self.frozen_rows!r}"
+            most = f"prefix_length {self.prefix_length}"
+            msg = f"PrefixConfig.frozen_rows: expected fewer than {most}, got {self.frozen_rows!r}"
             raise ConfigError(msg)
         if self.fit_steps and self.reparameterization != "mlp":
-            msg = (
-                f"PrefixConfig.fit_steps: expected reparameterization='mlp' beside it, got {self.reparameterization!r}"
-            )
+            got = self.reparameterization
+            msg = f"PrefixConfig.fit_steps: expected reparameterization='mlp' beside it, got {got!r}"
             raise ConfigError(msg)
+
+
+def _site(name: str, given: Any) -> str:
+    """Name of the only site of decoder-only base models, from a sequence of sites or a mapping by site."""
+    if not isinstance(given, list | tuple | Mapping) or list(given) != ["self"]:
+        msg = f"PrefixConfig.{name}: expected the site 'self' alone (base models are decoder-only), got {given!r:.80}"
+        raise ConfigError(msg)
+    return "self"
+
+
+def _layers(given: Any) -> tuple[int, ...]:
+    """Layer numbers in ascending order, from a list, a tuple, a range or an array."""
+    try:
+        if isinstance(given, str) or any(isinstance(i, bool) for i in given):
+            raise TypeError
+        numbers = sorted(operator.index(i) for i in given)
+    except TypeError:
+        numbers = []
+    if not numbers or numbers[0] < 0 or len(set(numbers)) != len(numbers):
+        msg = f"PrefixConfig.layers: expected at least one layer number, from 0 and each once, got {given!r:.80}"
+        raise ConfigError(msg)
+    return tuple(numbers)

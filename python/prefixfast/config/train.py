@@ -1,17 +1,22 @@
-"""`TrainConfig`: how a prefix is trained."""
+"""`TrainConfig`, the options that say how a prefix is trained."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self, Unpack
 
+from prefixfast.config.fields import TrainConfigFields
+from prefixfast.config.json_types import JSON
 from prefixfast.config.options import Options, at_least, option
 from prefixfast.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Options):
-    """How a prefix is trained. Everything but ``token_budget`` is per prefix: a prefix comes out the same alone or among thousands.
+    """Options that say how a prefix is trained.
+
+    All options but ``token_budget`` are per prefix: training gives a prefix the same values alone and among thousands.
 
     Example:
         >>> TrainConfig.make({"batch_size": 4}, max_steps=10).batch_size
@@ -22,59 +27,99 @@ class TrainConfig(Options):
     """
 
     recipe: str = option(
-        "default", "preset of fields, of which given ones win: default, paper, low-data, or a YAML file"
+        "default",
+        "preset of options: default, paper, low-data or a YAML file; explicit options take precedence over it",
     )
     loss: Literal["token_mean", "sequence_sum"] = option(
-        "token_mean", "mean over the batch's target tokens, or the paper's sum over tokens and mean over rows"
+        "token_mean",
+        "reduction of the loss over a batch: 'token_mean' the mean over target tokens, 'sequence_sum' the paper's sum "
+        "over tokens and mean over rows",
     )
-    num_train_epochs: float = option(3.0, "passes over the rows; ignored when max_steps is given")
-    max_steps: int | None = option(None, "optimizer steps of each prefix")
-    batch_size: int = option(10, "examples of EACH prefix in one optimizer step (changes results)")
+    num_train_epochs: float = option(3.0, "number of passes over the rows; ignored if max_steps is set")
+    max_steps: int | None = option(
+        None, "number of optimizer steps of each prefix; None is num_train_epochs times the steps of a pass"
+    )
+    batch_size: int = option(
+        10, "number of rows of each prefix in one optimizer step, independent of how many prefixes are trained"
+    )
     token_budget: int | Literal["auto"] = option(
         "auto",
-        "tokens in one forward pass (memory only, does not change results); 'auto': 4096, halved when memory runs out, and the step is made again",
+        "largest number of tokens of a forward pass, which changes memory use and not results; 'auto' starts at 4096 "
+        "and halves the budget and repeats the step when memory runs out",
     )
     learning_rate: float | None = option(
-        None, "peak rate; by default 5e-2 for reparameterization 'none', 1e-3 for 'mlp'"
+        None, "peak learning rate; None is 5e-2 for reparameterization 'none' and 1e-3 for 'mlp'"
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
-        "linear", "after warm-up, decay to zero at the last step, linearly or as a cosine, or stay"
+        "linear",
+        "schedule of the learning rate after warm-up: 'linear' or 'cosine' decay to zero at the last step, or constant",
     )
-    warmup_steps: int = option(0, "steps in which the rate rises linearly from zero")
-    weight_decay: float = option(0.0, "AdamW's decoupled decay")
-    max_grad_norm: float = option(1.0, "clip each prefix's gradient to this norm; 0 turns it off")
-    max_length: int | None = option(None, "longest row in tokens; by default what the model allows")
+    warmup_steps: int = option(0, "number of first steps in which the learning rate rises linearly from zero")
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
+    max_grad_norm: float = option(
+        1.0, "largest gradient norm of each prefix; larger gradients are clipped; 0 turns it off"
+    )
+    max_length: int | None = option(
+        None, "largest number of tokens of a row; None is the number of positions that the base model has for text"
+    )
     overflow: Literal["error", "truncate", "skip"] = option(
-        "error", "a row over max_length: raise, cut the start of its prompt, or leave it out (counted)"
+        "error",
+        "treatment of rows longer than max_length: 'error' raises, 'truncate' cuts the start of the prompt, 'skip' "
+        "leaves the row out and counts it",
     )
     gradient_checkpointing: bool = option(
         False,
-        "keep only each layer's input for the backward pass and compute the rest again: less memory, about a third slower",
+        "whether to store each layer's input only and to recompute the rest in the backward pass, which takes less "
+        "memory and about a third more time",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
         "auto",
-        "compute dtype of a base given by name; 'auto': as load chooses. What is trained is fp32 (fp64 with fp64)",
+        "compute dtype of a base model that is given by name; 'auto' is bfloat16 on a GPU and on CPUs with AVX512-BF16 "
+        "or AMX, else float32; trained parameters are fp32, or fp64 for a base model in fp64",
     )
-    shuffle: bool = option(True, "draw a new order of the rows in every epoch; false keeps theirs")
-    seed: int = option(0, "initialization, order of rows, dropout")
+    shuffle: bool = option(True, "whether to draw a new order of the rows in every epoch")
+    seed: int = option(0, "random seed of initialization, row order and dropout")
     eval_steps: int | None = option(
-        None, "evaluate every so many steps; by default at each prefix's last step, when eval_data is given"
+        None, "number of steps between evaluations on eval_data; None evaluates at each prefix's last step only"
     )
     metric_for_best_model: Literal["auto", "eval_loss", "last"] = option(
         "auto",
-        "which state of a prefix is kept: that of its lowest eval_loss, or the last one; 'auto': eval_loss when eval_data is given",
+        "state of a prefix that training returns: 'eval_loss' the one of the lowest loss on eval_data, 'last' the one "
+        "of the last step; 'auto' is eval_loss if there is eval_data, else last",
     )
     early_stopping_patience: int | None = option(
-        None, "a prefix ends after so many evaluations in a row that were no better than its best one"
+        None,
+        "number of evaluations in a row without a new lowest eval_loss after which a prefix ends; None never ends "
+        "early",
     )
     save_steps: int | None = option(
-        500, "with output_dir a checkpoint every so many steps, to resume from; none: only when interrupted"
+        500,
+        "number of steps between checkpoints in output_dir, from which resume goes on; None writes one only when "
+        "training is interrupted",
     )
-    logging_steps: int = option(10, "a line of log.jsonl every so many steps")
-    report_to: Literal["none", "tensorboard", "wandb"] = option("none", "also send the lines of the log there")
+    logging_steps: int = option(10, "number of steps between lines of log.jsonl")
+    report_to: Literal["none", "tensorboard", "wandb"] = option(
+        "none", "service that also gets the lines of log.jsonl; 'none' is the file alone"
+    )
+
+    @classmethod
+    def make(cls, config: Self | Mapping[str, JSON] | None = None, **fields: Unpack[TrainConfigFields]) -> Self:
+        """Make a `TrainConfig` from another one or from a mapping, with some fields replaced.
+
+        Args:
+            config: `TrainConfig` or mapping of field names to values. None takes the defaults.
+            fields: Fields of `TrainConfig`, which take precedence over ``config``.
+
+        Returns:
+            A new `TrainConfig`.
+
+        Raises:
+            ConfigError: If a name is unknown or a value is wrong.
+        """
+        return cls._replaced(config, fields)
 
     def validate(self) -> None:
-        """Raise `ConfigError` for values that cannot work."""
+        """Raise `ConfigError` for values out of range, and for values that exclude each other."""
         at_least(
             self,
             max_steps=1,
@@ -94,5 +139,6 @@ class TrainConfig(Options):
             msg = f"TrainConfig.learning_rate: expected more than 0, got {self.learning_rate!r}"
             raise ConfigError(msg)
         if self.early_stopping_patience and (self.eval_steps is None or self.metric_for_best_model == "last"):
-            msg = "TrainConfig.early_stopping_patience: expected eval_steps beside it, and a metric_for_best_model other than 'last'"
+            needs = "eval_steps beside it, and a metric_for_best_model other than 'last'"
+            msg = f"TrainConfig.early_stopping_patience: expected {needs}"
             raise ConfigError(msg)

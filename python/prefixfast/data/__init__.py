@@ -1,7 +1,8 @@
-"""Rows and tasks: from files and tables to the strings that a model sees."""
+"""Rows and tasks, which turn files and tables into the strings that a model reads."""
 
+from prefixfast.data.builtin_tasks import TASKS, find_task, table_task
 from prefixfast.data.corpora import read_task
 from prefixfast.data.rows import read_rows
-from prefixfast.data.tasks import TASKS, Task, find_task, table_task
+from prefixfast.data.task import Task
 
 __all__ = ["TASKS", "Task", "find_task", "read_rows", "read_task", "table_task"]

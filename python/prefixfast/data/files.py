@@ -1,4 +1,4 @@
-"""Files of rows, item by item: a row that knows its line, or in its place what is wrong with it."""
+"""Readers of row files. A reader yields each row with its line, and a `DataError` in place of each malformed row."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+from prefixfast.config.json_types import JSON
 from prefixfast.errors import DataError
 
-SPACE = re.compile(r"[ \t\r\n]*")
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
 
 
-class FileRow(dict[str, Any]):
-    """A row of a file: a dictionary that knows where it stands.
+class FileRow(dict[str, JSON]):
+    """A row that keeps its file and line.
 
     Attributes:
-        path: The file.
-        line: The line it begins on, counted from 1 (in a .parquet file its number).
+        path: Path of the file.
+        line: Line on which the row begins, counted from 1; in a ``.parquet`` file the number of the row.
     """
 
     __slots__ = ("line", "path")
 
-    def __init__(self, values: Mapping[str, Any] | Iterable[tuple[str, Any]], path: str, line: int) -> None:
+    def __init__(self, values: Mapping[str, JSON] | Iterable[tuple[str, JSON]], path: str, line: int) -> None:
         super().__init__(values)
         self.path, self.line = path, line
 
@@ -40,11 +40,13 @@ class FileRow(dict[str, Any]):
 Item = FileRow | DataError
 
 
-def items(path: Path) -> Iterator[Item]:
-    """Rows in order, and a `DataError` in place of each that is malformed; what hides all that follows it is the last.
+def file_items(path: Path) -> Iterator[Item]:
+    """Yield the rows of a file in order, and a `DataError` in place of each malformed row.
+
+    An error after which the rest of the file cannot be read is the last item.
 
     Raises:
-        DataError: If the file cannot be read at all.
+        DataError: If the whole file cannot be read.
     """
     suffixes = [s for s in path.suffixes if s != ".gz"]
     kind = suffixes[-1] if suffixes else ""
@@ -54,8 +56,20 @@ def items(path: Path) -> Iterator[Item]:
     yield from READERS[kind](read_bytes(path), str(path))
 
 
+def parse_item(parse: Callable[[FileRow], FileRow], entry: FileRow) -> Item:
+    """The row that ``parse`` makes of an entry of an official file, or the `DataError` that ``parse`` raises."""
+    try:
+        return parse(entry)
+    except DataError as e:
+        return e
+
+
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, unpacked if its name ends in .gz."""
+    """Read the bytes of a file without a byte order mark, decompressed if the file's name ends in ``.gz``.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
     try:
         return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).removeprefix(BOM)
     except (OSError, EOFError, zlib.error) as e:
@@ -63,18 +77,30 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(msg, path=str(path)) from e
 
 
-def objects(text: str, path: str, at: int, closing: str = "") -> Iterator[Item]:
-    """The objects of the JSON list that begins at ``text[at]``, each with its line.
+def decode_utf8(raw: bytes, path: str) -> str:
+    """Decode a whole file as UTF-8.
+
+    Raises:
+        DataError: If the bytes are not UTF-8, with the line.
+    """
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as e:
+        raise _malformed(path, raw.count(b"\n", 0, e.start) + 1, f"cannot be read: expected UTF-8: {e}") from e
+
+
+def json_objects(text: str, path: str, start: int, closing: str = "") -> Iterator[Item]:
+    """Yield the objects of a JSON list with their lines.
 
     Args:
-        text: A whole file.
-        path: For messages.
-        at: Where the list begins.
-        closing: What follows the list, white space apart.
+        text: Content of the whole file.
+        path: Path of the file, for errors.
+        start: Index in ``text`` of the list's opening bracket.
+        closing: Text that must follow the list, apart from white space.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     line, counted = 1, 0
-    at = _skip(text, at + 1)
+    at = _skip_space(text, start + 1)
     more = text[at : at + 1] != "]"
     while more:
         try:
@@ -84,48 +110,38 @@ def objects(text: str, path: str, at: int, closing: str = "") -> Iterator[Item]:
             return
         line, counted = line + text.count("\n", counted, at), at
         yield _row(value, path, line)
-        at = _skip(text, end)
+        at = _skip_space(text, end)
         more = text[at : at + 1] == ","
         if more:
-            at = _skip(text, at + 1)
+            at = _skip_space(text, at + 1)
     if text[at : at + 1] != "]" or text[at + 1 :].strip(" \t\r\n") != closing:
         expected = f"']{closing}' at its end, or ',' between two objects"
-        yield _malformed(
-            path, text.count("\n", 0, at) + 1, f"expected {expected}, got {text[at : at + 20]!r}; is the file cut?"
-        )
+        message = f"expected {expected}, got {text[at : at + 20]!r}; is the file truncated?"
+        yield _malformed(path, text.count("\n", 0, at) + 1, message)
 
 
-def _json(raw: bytes, path: str) -> Iterator[Item]:
-    text = decode(raw, path)
-    at = _skip(text, 0)
-    if text[at : at + 1] == "[":
-        yield from objects(text, path, at)
+def _read_json(raw: bytes, path: str) -> Iterator[Item]:
+    text = decode_utf8(raw, path)
+    start = _skip_space(text, 0)
+    if text[start : start + 1] == "[":
+        yield from json_objects(text, path, start)
     else:
-        yield _no_list(text, path)
+        yield _not_a_list(text, path)
 
 
-def decode(raw: bytes, path: str) -> str:
-    """UTF-8 text of a whole file."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as e:
-        raise _malformed(path, raw.count(b"\n", 0, e.start) + 1, f"cannot be read: expected UTF-8: {e}") from e
-
-
-def _jsonl(raw: bytes, path: str) -> Iterator[Item]:
+def _read_jsonl(raw: bytes, path: str) -> Iterator[Item]:
     for number, line in enumerate(io.BytesIO(raw), 1):
         if line.strip():
             try:
-                yield _row(json.loads(line.decode(), object_pairs_hook=_unique), path, number)
+                yield _row(json.loads(line.decode(), object_pairs_hook=_unique_keys), path, number)
             except (ValueError, RecursionError) as e:
-                yield _malformed(
-                    path, number, f"expected one JSON object a line, got {line[:80].decode(errors='replace')!r}: {e}"
-                )
+                shown = line[:80].decode(errors="replace")
+                yield _malformed(path, number, f"expected one JSON object a line, got {shown!r}: {e}")
 
 
-def _csv(raw: bytes, path: str) -> Iterator[Item]:
+def _read_csv(raw: bytes, path: str) -> Iterator[Item]:
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(decode(raw, path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(decode_utf8(raw, path), newline=""), strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -147,7 +163,7 @@ def _csv(raw: bytes, path: str) -> Iterator[Item]:
             yield _malformed(path, line, f"expected {len(header)} columns as in the header, got {len(cells)}")
 
 
-def _parquet(raw: bytes, path: str) -> Iterator[Item]:
+def _read_parquet(raw: bytes, path: str) -> Iterator[Item]:
     try:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as e:
@@ -163,27 +179,32 @@ def _parquet(raw: bytes, path: str) -> Iterator[Item]:
         yield _malformed(path, number + 1, f"cannot be read: {e}")
 
 
-READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+READERS: dict[str, Callable[[bytes, str], Iterator[Item]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
-def _row(value: Any, path: str, line: int) -> Item:
+def _row(value: JSON, path: str, line: int) -> Item:
     if not isinstance(value, dict):
         return _malformed(path, line, f"expected a mapping, got {type(value).__name__}")
     return FileRow(value, path, line)
 
 
-def _no_list(text: str, path: str) -> DataError:
+def _not_a_list(text: str, path: str) -> DataError:
     try:
         got = type(json.loads(text)).__name__
     except (ValueError, RecursionError) as e:
         return _malformed(path, getattr(e, "lineno", 1), f"expected JSON: {e}")
     return _malformed(
-        path, 1, f"expected a JSON list of objects, got {got}; for the official files of a task there is read_task"
+        path, 1, f"expected a JSON list of objects, got {got}; read_task reads the official files of a task"
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; a key that is given twice would lose a value."""
+def _unique_keys(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    """Make a JSON object, and raise `ValueError` for a repeated key, whose first value would be lost."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [k for k, _ in pairs]
@@ -192,10 +213,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _malformed(path: str, line: int, what: str) -> DataError:
-    return DataError(f"{path}:{line}: {what}", path=path, line=line)
+def _malformed(path: str, line: int, message: str) -> DataError:
+    return DataError(f"{path}:{line}: {message}", path=path, line=line)
 
 
-def _skip(text: str, at: int) -> int:
-    match = SPACE.match(text, at)
-    return match.end() if match else at
+def _skip_space(text: str, start: int) -> int:
+    match = WHITE_SPACE.match(text, start)
+    return match.end() if match else start

@@ -1,37 +1,39 @@
-"""Rows from files and iterables. A row is a mapping; what its keys mean is up to the task (`prefixfast.data.tasks`)."""
+"""Rows, which are mappings, from files and iterables. A `Task` gives the meaning of the keys of a row."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from prefixfast.data.files import FileRow, items
+from prefixfast.config.json_types import JSON
+from prefixfast.data.files import FileRow, file_items
 from prefixfast.errors import DataError
 
-Row = Mapping[str, Any]
-Rows = str | Path | Iterable[Row]
+Row: TypeAlias = Mapping[str, JSON]
+Rows: TypeAlias = str | Path | Iterable[Row]
 
 
 def read_rows(rows: Rows) -> list[Row]:
-    """All rows.
+    """Read all rows of a file or an iterable.
 
     Args:
-        rows: A ``.jsonl``, ``.json`` (a list of objects), ``.csv`` (with a header) or ``.parquet`` (needs pyarrow) file, also with ``.gz``, or an iterable of
-            mappings (a datasets.Dataset is one). Rows of a file know their line, so that whatever is found wrong with them later is named by it.
+        rows: Path of a ``.jsonl``, ``.json`` (a list of objects), ``.csv`` (with a header) or ``.parquet`` (needs
+            pyarrow) file, also with ``.gz``; or an iterable of mappings, such as a ``datasets.Dataset``.
+
+    Returns:
+        At least one row. Rows of a file keep its path and their line, which later errors of the row name.
 
     Raises:
-        DataError: For an unreadable file or a malformed row, with path and line.
+        DataError: If the file cannot be read, a row is malformed (with path and line), or there are no rows.
 
     Example:
         >>> read_rows([{"prompt": "2+2=", "completion": "4"}])
         [{'prompt': '2+2=', 'completion': '4'}]
     """
-    where = None
-    found: list[Any] = []
+    found: list[Any] = []  # items of an iterable can be anything
     if isinstance(rows, str | Path):
-        where = str(rows)
-        for item in items(Path(rows)):
+        for item in file_items(Path(rows)):
             if isinstance(item, DataError):
                 raise item
             found.append(item)
@@ -43,12 +45,18 @@ def read_rows(rows: Rows) -> list[Row]:
                 raise DataError(msg, line=i + 1)
     if not found:
         msg = "expected at least one row, got none"
-        raise DataError(msg, path=where)
+        raise DataError(msg, path=str(rows) if isinstance(rows, str | Path) else None)
     return found
 
 
-def row_error(row: Row, number: int, what: str) -> DataError:
-    """The error of a row: named by file and line if it is of a file, else by its number, counted from 0."""
+def row_error(row: Row, number: int, message: str) -> DataError:
+    """Make the error of a malformed row.
+
+    Args:
+        row: Row. A row of a file is named by path and line, any other row by its number.
+        number: Number of the row in its list, counted from 0.
+        message: Description of the fault.
+    """
     if isinstance(row, FileRow):
-        return DataError(f"{row.path}:{row.line}: {what}", path=row.path, line=row.line)
-    return DataError(f"row {number}: {what}", line=number + 1)
+        return DataError(f"{row.path}:{row.line}: {message}", path=row.path, line=row.line)
+    return DataError(f"row {number}: {message}", line=number + 1)

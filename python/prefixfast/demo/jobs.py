@@ -1,7 +1,7 @@
-"""The demo's three jobs: a restaurant's description, an invitation to a friend, an announcement of an event.
+"""Jobs of the demo: a restaurant's description, an invitation to a friend, an announcement of an event.
 
-Each has its own table, its own kind of sentence and a check of the sentence's form that does not look at any value.
-Held-out rows are drawn from held-out values only, which neither the base's text nor any training row holds.
+Each job has its own table, its own kind of sentence and a check of the sentence's form, which does not depend on the
+values. Held-out rows are drawn from held-out values, which neither the base's text nor any training row contains.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prefixfast.errors import ConfigError
 
 
 class Row(TypedDict):
-    """A table and one sentence that says it."""
+    """Row of a job: a table, and a sentence with its values."""
 
     table: dict[str, str]
     ref: str
@@ -26,14 +26,14 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Job:
-    """One thing to teach a prefix.
+    """One job that a prefix learns.
 
     Attributes:
-        name: The job's name.
-        about: What it does, in a few words.
-        scene: Which of the corpus' scenes gives the table.
-        form: What a sentence of this job looks like, whatever its values are.
-        patterns: The reference sentences, in the grammar of `prefixfast.demo.corpus`.
+        name: Name of the job.
+        about: Description in a few words.
+        scene: Scene of the corpus that gives the table.
+        form: Regular expression of a sentence of this job, for any values.
+        patterns: Patterns of the reference sentences, in the grammar of `prefixfast.demo.corpus`.
     """
 
     name: str
@@ -45,8 +45,13 @@ class Job:
     def rows(self, split: Split, n: int, seed: int) -> list[Row]:
         """``n`` different rows of one side of the split, the same ones for the same seed.
 
+        Args:
+            split: Side of the split that the values are drawn from.
+            n: Number of rows.
+            seed: Seed of the rows.
+
         Raises:
-            ConfigError: ``n`` is negative.
+            ConfigError: If ``n`` is negative.
         """
         if n < 0:
             msg = f"expected a number of rows of at least 0, got {n}"
@@ -56,11 +61,11 @@ class Job:
         while len(seen) < n:
             table = draw_scene(rng, self.scene, split)
             row = Row(table=table, ref=expand(rng, rng.choice(self.patterns), table))
-            if len(set(table.values())) == len(table):  # one name for two keys would count twice in `coverage`
+            if len(set(table.values())) == len(table):  # a name of two keys would count twice in `coverage`
                 seen.setdefault(tuple(table.values()), row)
         return list(seen.values())
 
-    def check(self, text: str) -> bool:
+    def has_form(self, text: str) -> bool:
         """Whether ``text`` has this job's form."""
         return re.fullmatch(self.form, text.strip()) is not None
 
@@ -72,8 +77,14 @@ JOBS: tuple[Job, ...] = (
         scene="eatery",
         form=r"[A-Z][^.?!\"]*\.",
         patterns=(
-            "{name} is a (cosy/quiet/lively/friendly) (restaurant/inn) in {town}, near {near}, with {cook} as its cook.",
-            "In {town}, near {near}, there is {name}, a (cosy/quiet/lively/friendly) (restaurant/inn) where {cook} is the cook.",
+            (
+                "{name} is a (cosy/quiet/lively/friendly) (restaurant/inn) in {town}, near {near}, with {cook} "
+                "as its cook."
+            ),
+            (
+                "In {town}, near {near}, there is {name}, a (cosy/quiet/lively/friendly) (restaurant/inn) where "
+                "{cook} is the cook."
+            ),
         ),
     ),
     Job(
@@ -93,13 +104,16 @@ JOBS: tuple[Job, ...] = (
         form=r"(Attention|Good news|Last call|Listen), (everyone|neighbours|friends|all), [^.?!\"]*!",
         patterns=(
             "(Attention/Good news), (everyone/neighbours), {host} opens the {fair} Fair at {hall} Hall with {guest}!",
-            "(Attention/Good news), (everyone/neighbours), come to {hall} Hall and meet {guest} at the {fair} Fair with {host}!",
+            (
+                "(Attention/Good news), (everyone/neighbours), come to {hall} Hall and meet {guest} at the "
+                "{fair} Fair with {host}!"
+            ),
         ),
     ),
 )
 
 
 def coverage(text: str, table: Mapping[str, str]) -> float:
-    """The share of the table's values that ``text`` holds verbatim, in any letter case."""
+    """Share of the table's values that ``text`` contains, in any letter case."""
     found = [value.lower() in text.lower() for value in table.values()]
     return sum(found) / len(found) if found else 1.0

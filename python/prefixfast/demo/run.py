@@ -1,6 +1,6 @@
-"""The demo: three prefixes for three jobs trained at once on one frozen base, then one batch that mixes them, and what it costs.
+"""Training, generation and measurement of the demo: three prefixes on one frozen base, used in one mixed batch.
 
-Held-out rows hold values that occur in no training row, so a text that names them was copied from its table, not remembered.
+Held-out rows have values that occur in no training row, so a text that names them copied them from its table.
 """
 
 from __future__ import annotations
@@ -8,32 +8,35 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import prefixfast
-from prefixfast.bench.generate import Workload
-from prefixfast.data.tasks import table_task
+from prefixfast.bench.contenders import Bases
+from prefixfast.bench.generate import Workload, measure
+from prefixfast.bench.generate_points import Point
+from prefixfast.bench.random_base import load_plain
+from prefixfast.data import table_task
 from prefixfast.demo.jobs import JOBS, Job, Row, coverage
 
-EMBEDDED = Path(__file__).parent / "base"
-WORDS = "These two notes belong together. First come the facts, then the sentence."
-TASK = table_task(prompt=" {src} {eos}", target=" {ref} ", init_text=WORDS)
+INIT_TEXT = "These two notes belong together. First come the facts, then the sentence."
+TASK = table_task(prompt=" {src} {eos}", target=" {ref} ", init_text=INIT_TEXT)
 REAL_TASK = table_task(init_text="Write one sentence with all of the following facts:")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How much the demo does on a base, so that it takes minutes.
+    """Amounts of training, generation and measurement, so that the demo takes minutes.
 
     Attributes:
-        task: How rows become strings.
-        train_rows: Of each job.
-        fields: Of `prefixfast.train`.
-        heldout_rows: Of each job.
-        work: The batch whose throughput is measured.
-        lengths: Prefix lengths that it is measured at.
-        rounds: How often.
+        task: Task that turns rows into strings.
+        train_rows: Number of training rows of each job.
+        fields: Options of `prefixfast.train`.
+        heldout_rows: Number of held-out rows of each job.
+        work: Batch whose throughput is measured.
+        lengths: Prefix lengths of the measurement.
+        rounds: Number of repetitions of the measurement.
     """
 
     task: Any
@@ -57,7 +60,16 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out row and its three texts."""
+    """One held-out row and its three texts.
+
+    Attributes:
+        job: Job of the row.
+        row: The row.
+        text: Text with the job's prefix.
+        wrong: Text with the prefix of ``wrong_job``.
+        wrong_job: Another job.
+        base: Text without a prefix.
+    """
 
     job: Job
     row: Row
@@ -69,7 +81,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Report:
-    """What the demo found; shares from 0 to 1."""
+    """Texts and times of the demo.
+
+    Attributes:
+        samples: Texts of all held-out rows.
+        train_seconds: Seconds of training.
+        generate_seconds: Seconds of the mixed batch.
+        tokens: Generated tokens of the mixed batch.
+    """
 
     samples: list[Sample]
     train_seconds: float
@@ -77,7 +96,7 @@ class Report:
     tokens: int
 
     def of(self, job: Job) -> dict[str, float]:
-        """The figures of one job."""
+        """Figures of one job, shares from 0 to 1; the keys are those of `LIMITS`."""
         own = [s for s in self.samples if s.job is job]
 
         def share(values: Sequence[float]) -> float:
@@ -85,14 +104,14 @@ class Report:
 
         return {
             "coverage": share([coverage(s.text, s.row["table"]) for s in own]),
-            "form": share([job.check(s.text) for s in own]),
-            "form with another's prefix": share([job.check(s.wrong) for s in own]),
+            "form": share([job.has_form(s.text) for s in own]),
+            "form with another's prefix": share([job.has_form(s.wrong) for s in own]),
             "base coverage": share([coverage(s.base, s.row["table"]) for s in own]),
         }
 
     @property
     def passed(self) -> bool:
-        """Whether every job reaches what the demo promises (see `LIMITS`)."""
+        """Whether the figures of every job are within `LIMITS`."""
         return all(
             f[name] >= limit if at_least else f[name] <= limit
             for f in map(self.of, JOBS)
@@ -100,6 +119,7 @@ class Report:
         )
 
 
+# Limit of each figure, and whether the figure must be at least, or else at most, the limit.
 LIMITS = {
     "coverage": (0.90, True),
     "form": (0.95, True),
@@ -109,15 +129,25 @@ LIMITS = {
 
 
 def train_jobs(base: Any, setting: Setting, folder: Path | None, *, progress: bool | None = None) -> tuple[Any, float]:
-    """Train one prefix a job, all in the same batches; returns the run and its seconds."""
+    """Train one prefix for each job, all in the same batches.
+
+    Args:
+        base: Attached base.
+        setting: Amounts of training.
+        folder: Folder for the prefixes, None for none.
+        progress: Whether to show a progress bar; None shows one on a terminal.
+
+    Returns:
+        The run, and its seconds.
+    """
     start = time.perf_counter()
-    rows = {job.name: job.rows("train", setting.train_rows, seed=0) for job in JOBS}
+    rows: dict[str, Any] = {job.name: job.rows("train", setting.train_rows, seed=0) for job in JOBS}
     run = prefixfast.train(base, rows, task=setting.task, output_dir=folder, progress=progress, **setting.fields)
     return run, time.perf_counter() - start
 
 
 def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train_seconds: float) -> Report:
-    """One mixed batch: every held-out row with its job's prefix, with another job's, and without any."""
+    """Generate one mixed batch: every held-out row with its job's prefix, with another job's, and without a prefix."""
     held = [(job, row) for job in JOBS for row in job.rows("heldout", setting.heldout_rows, seed=1)]
     others = {job.name: JOBS[(i + 1) % len(JOBS)] for i, job in enumerate(JOBS)}
     tokenizer = base.require_tokenizer()
@@ -125,9 +155,8 @@ def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train
     right = [prefixes[job.name] for job, _ in held]
     wrong = [prefixes[others[job.name].name] for job, _ in held]
     start = time.perf_counter()
-    out = prefixfast.generate(
-        prompts * 3, [*right, *wrong, *[None] * len(held)], model=base, max_new_tokens=60, max_num_seqs=128
-    )
+    chosen = [*right, *wrong, *[None] * len(held)]
+    out = prefixfast.generate(prompts * 3, chosen, model=base, max_new_tokens=60, max_num_seqs=128)
     seconds = time.perf_counter() - start
     n = len(held)
     texts = [g.text.strip() for g in out]
@@ -136,3 +165,11 @@ def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train
         for i, (job, row) in enumerate(held)
     ]
     return Report(samples, train_seconds, seconds, sum(g.usage["completion_tokens"] for g in out))
+
+
+def measure_throughput(model: str, setting: Setting) -> list[Point]:
+    """Throughput of generation by prefix length on a base, with PEFT beside it if it is installed."""
+    plain = load_plain(model, "float32").eval() if find_spec("peft") else None
+    distinct = (1, setting.work.requests)
+    with prefixfast.load(load_plain(model, "float32")) as base:
+        return measure(Bases(base, plain), setting.lengths, distinct, setting.work, rounds=setting.rounds)

@@ -1,7 +1,8 @@
-"""Train the demo's base language model from scratch: ``python -m prefixfast.demo.train_base OUT``.
+"""Training of the demo's base from scratch: ``python -m prefixfast.demo.train_base OUT``.
 
-A small Llama with a byte-level BPE tokenizer, both made from the pages of `prefixfast.demo.corpus`, on the CPU.
-The seed fixes the text and the initial weights; another CPU or thread count changes the last digits of the losses.
+The base is a small Llama with a byte-level BPE tokenizer. Both are trained on the pages of `prefixfast.demo.corpus`, on
+the CPU. The seed determines the text and the initial weights. Another CPU or number of threads changes the last digits
+of the losses.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ from prefixfast.demo.corpus import pages
 
 END = "<|endoftext|>"
 VOCAB, WINDOW, BATCH = 1024, 192, 16
-# The tokenizer's text and the model's text come from different pages.
+# Different pages for the tokenizer and for the model.
 TOKENIZER_SEED, TEXT_SEED = 1, 2
 
 
 def train_tokenizer(count: int = 20_000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE from the first pages."""
+    """Byte-level BPE tokenizer, trained on the first ``count`` pages."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -49,7 +50,7 @@ def train_tokenizer(count: int = 20_000) -> PreTrainedTokenizerFast:
 
 
 def windows(tok: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
-    """Windows that begin with a page and are filled up with the next ones."""
+    """Windows of token ids, each of which begins with a page and is filled up with the next ones."""
     stream = pages(seed)
     while True:
         ids: list[int] = []
@@ -59,7 +60,7 @@ def windows(tok: PreTrainedTokenizerFast, seed: int) -> Iterator[list[int]]:
 
 
 def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Four layers, two million weights."""
+    """Llama of four layers and two million weights, with random values."""
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCAB,
@@ -75,13 +76,21 @@ def new_model(tok: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             pad_token_id=tok.eos_token_id,
         )
     )
-    # Wide, and apart from the output's: words used alike (Monday, Friday) would else become one vector, and nothing could be copied from it.
+    # Wide, and not shared with the output. Otherwise words that are used alike (Monday, Friday) would become one
+    # vector, from which nothing can be copied.
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.5)
     return model
 
 
 def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, peak: float) -> None:
-    """Muon for the layers' matrices, AdamW for the rest; the rate (half of it for AdamW) rises for 50 steps, then falls to zero."""
+    """Train with Muon for the matrices of the layers and AdamW for the rest.
+
+    Args:
+        tok: Tokenizer.
+        model: Model to train.
+        steps: Number of steps.
+        peak: Largest learning rate, after a rise of 50 steps and before a fall to zero as a cosine; AdamW's is half.
+    """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "layers" not in name]
     optimizers = [
@@ -107,13 +116,13 @@ def train(tok: PreTrainedTokenizerFast, model: LlamaForCausalLM, steps: int, pea
 
 
 def main() -> None:
-    """Train and write the model folder."""
+    """Train the base and write its folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--rate", type=float, default=5e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--steps", type=int, default=1000, help="training steps (default: 1000)")
+    parser.add_argument("--rate", type=float, default=5e-3, help="peak learning rate (default: 5e-3)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial weights (default: 0)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,1 +1,1 @@
-"""Generation: requests with any prefixes, packed together, over one frozen base."""
+"""Generation and scoring: requests with any mix of prefixes, packed into batches over one frozen base model."""

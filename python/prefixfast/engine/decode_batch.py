@@ -1,6 +1,6 @@
-"""The decode rows: who holds them, their next tokens, and the choosing of tokens for all of them at once.
+"""`DecodeBatch`, the state of all decode rows, which chooses the next tokens for all of them at once.
 
-Shape letters: R decode rows of the engine, S requests of a step, V vocabulary.
+Shape letters: R decode rows of the engine, S requests of a step, n rows of a step, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,168 +12,160 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefixfast.engine.logits_processors import Rules
-from prefixfast.engine.request import Request, TokenLogprob
+from prefixfast.engine.logits_processors import RowProcessors
+from prefixfast.engine.logprobs import StepLogprobs, step_logprobs
+from prefixfast.engine.request import Request
 from prefixfast.engine.sampler import Sampler
-from prefixfast.engine.search import Beam, Greedy, likeliest
-from prefixfast.engine.transfer import Arriving, to_device
+from prefixfast.engine.search import BeamSearch, GreedySearch, argmax_rows, reorder_slot_table
+from prefixfast.engine.transfer import HostCopy, to_device
 
 Numbers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a step chose for the requests of one number of beams.
+class StepTokens:
+    """Tokens that a step has chosen for the requests with one number of beams.
 
     Attributes:
-        numbers: The requests; one with several samples as often.
-        rows: Their rows, with beams the first ones.
-        beams: Of each.
-        values: ``[S]``: tokens, or with beams whether a request has ended.
-        full: Those of ``numbers`` that have all the tokens they may have; with beams unknown, none.
-        told: Log-probabilities of some of them.
+        numbers: Request numbers ``[S]``. A request with several samples occurs once per sample.
+        rows: First decode row of each request or sample ``[S]``.
+        num_beams: Number of beams of each request.
+        values: Tokens ``[S]``, or with beams whether each request has ended, bool ``[S]``.
+        at_limit: Numbers of the requests that have all their tokens. Empty with beams, where it is unknown.
+        logprobs: Log-probabilities, None if no row asked for them.
     """
 
     numbers: list[int]
     rows: list[int]
-    beams: int
-    values: Arriving
-    full: list[int]
-    told: Told | None = None
+    num_beams: int
+    values: HostCopy
+    at_limit: list[int]
+    logprobs: StepLogprobs | None = None
 
 
-@dataclass(frozen=True)
-class Told:
-    """Log-probabilities on their way to the host.
+class DecodeBatch:
+    """State of R decode rows and of one padding row.
 
-    Attributes:
-        count: By place in the step: how many of the likeliest were asked for.
-        own: Of the chosen tokens ``[m]``.
-        top: The likeliest tokens' ``[m, n]``.
-        ids: Those tokens ``[m, n]``.
-    """
-
-    count: dict[int, int]
-    own: Arriving
-    top: Arriving
-    ids: Arriving
-
-    def read(self, tokens: list[int]) -> dict[int, TokenLogprob]:
-        """By place in the step, for the tokens that were chosen there."""
-        columns = zip(self.count.items(), self.own.values(), self.top.values(), self.ids.values(), strict=True)
-        return {
-            at: TokenLogprob(tokens[at], own, dict(zip(ids[:n], top[:n], strict=True)))
-            for (at, n), own, top, ids in columns
-        }
-
-
-class Rows:
-    """State of R rows, and one more that stands for nothing. Tensors keep their memory, so that captured steps find them.
+    Tensors keep their memory, so that captured decode steps can use them.
 
     Args:
-        table: Slot table ``[R + 1, longest]``.
-        eos: End tokens of the base's vocabulary.
+        slot_table: Slot table ``[R + 1, max_len]``.
+        end_ids: End tokens in the base model's vocabulary.
     """
 
-    def __init__(self, table: Tensor, eos: list[int]) -> None:
-        count = len(table)
-        self.table, self.ends = table, set(eos)
-        self.eos = torch.tensor(eos, dtype=torch.int64, device=table.device)
-        self.token = torch.zeros(count, dtype=torch.int64, device=table.device)
-        self.greedy, self._beams = Greedy(count, self.eos), dict[int, Beam]()
-        self.sampler, self.rules = Sampler(count, table.device), Rules(count, table.shape[1], self.eos)
-        self.beams, self.number, self.left = (
-            np.zeros(count, np.int64) for _ in range(3)
-        )  # left: tokens that may still be chosen
-        self.plain, self.drawn, self.ruled = (
-            np.ones(count, bool),
-            np.zeros(count, bool),
-            np.zeros(count, bool),
-        )  # plain: the likeliest token, no more
-        self.told = np.full(count, -1)  # log-probabilities that are asked for, -1: none
+    def __init__(self, slot_table: Tensor, end_ids: list[int]) -> None:
+        count, device = len(slot_table), slot_table.device
+        self.slot_table, self.end_ids = slot_table, set(end_ids)
+        self.end_tensor = torch.tensor(end_ids, dtype=torch.int64, device=device)
+        self.next_token = torch.zeros(count, dtype=torch.int64, device=device)
+        self.greedy, self._beam_searches = GreedySearch(count, self.end_tensor), dict[int, BeamSearch]()
+        self.sampler = Sampler(count, device)
+        self.processors = RowProcessors(count, slot_table.shape[1], self.end_tensor)
+        self.request_number, self.num_beams = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        self.tokens_left = np.zeros(count, np.int64)  # tokens that a row can still get
+        self.is_greedy = np.ones(count, bool)  # greedy search without logits processors and log-probabilities
+        self.is_sampled, self.has_processors = np.zeros(count, bool), np.zeros(count, bool)
+        self.num_logprobs = np.full(count, -1)  # most likely tokens to report, -1 for no log-probabilities at all
 
-    def beam(self, beams: int) -> Beam:
-        """The state of all requests of a number of beams."""
-        if beams not in self._beams:
-            rows, longest = self.table.shape
-            self._beams[beams] = Beam(beams, rows, longest, self.eos)
-        return self._beams[beams]
+    def beam_search(self, num_beams: int) -> BeamSearch:
+        """State of all requests with a number of beams."""
+        if num_beams not in self._beam_searches:
+            rows, max_len = self.slot_table.shape
+            self._beam_searches[num_beams] = BeamSearch(num_beams, rows, max_len, self.end_tensor)
+        return self._beam_searches[num_beams]
 
     def start(self, number: int, request: Request, row: int) -> Numbers:
-        """A request takes its rows, which are returned."""
-        rows, p = np.arange(row, row + request.rows), request.params
-        self.beams[rows], self.number[rows], self.left[rows] = (
-            len(rows) if request.search else 1,
-            number,
-            p.max_new_tokens or 1,
-        )
-        self.drawn[rows], self.told[rows] = bool(p.do_sample), -1 if p.logprobs is None else p.logprobs
-        self.ruled[rows] = ruled = self.rules.start(rows, request)
-        self.plain[rows] = not (p.do_sample or ruled or p.logprobs is not None or request.search)
-        if request.search:
-            self.beam(len(rows)).start(row, p)
-        for i, own in enumerate([] if request.search else rows.tolist()):
+        """Set the decode rows of a request.
+
+        Args:
+            number: Number of the request.
+            request: Request.
+            row: First decode row of the request.
+
+        Returns:
+            Decode rows of the request.
+        """
+        rows, p = np.arange(row, row + request.num_rows), request.params
+        self.request_number[rows] = number
+        self.num_beams[rows] = len(rows) if request.is_beam_search else 1
+        self.tokens_left[rows] = p.max_new_tokens or 1
+        self.is_sampled[rows] = bool(p.do_sample)
+        self.num_logprobs[rows] = -1 if p.logprobs is None else p.logprobs
+        self.has_processors[rows] = has_processors = self.processors.start(rows, request)
+        self.is_greedy[rows] = not (p.do_sample or has_processors or p.logprobs is not None or request.is_beam_search)
+        if request.is_beam_search:
+            self.beam_search(len(rows)).start(row, p)
+            return rows
+        for sample, own in enumerate(rows.tolist()):
             self.greedy.start(own, p)
             if p.do_sample:
-                self.sampler.start(own, p, i)
+                self.sampler.set_row(own, p, sample)
         return rows
 
-    def choose(self, logits: Tensor, rows: Numbers, longest: int) -> list[Chosen]:
-        """Select tokens of ``rows`` of at most ``longest`` keys from ``logits`` ``[n, V]``; one pass for each number of beams in use."""
-        found, beams = [], self.beams[rows]
-        for k in np.unique(beams).tolist():
-            mine = np.flatnonzero(beams == k)
-            own = logits if len(mine) == len(rows) else logits[to_device(mine, logits.device)]
-            found.append(self._single(own, rows[mine]) if k == 1 else self._searched(own, rows[mine], k, longest))
-        return found
+    def choose_tokens(self, logits: Tensor, rows: Numbers, length: int) -> list[StepTokens]:
+        """Choose the next tokens, in one pass for each number of beams in use.
 
-    def _single(self, logits: Tensor, rows: Numbers) -> Chosen:
-        """Rows without beams: likeliest or drawn, after their rules."""
+        Args:
+            logits: Logits ``[n, V]``.
+            rows: Decode rows ``[n]``.
+            length: Largest number of keys of a row.
+        """
+        chosen, num_beams = [], self.num_beams[rows]
+        for k in np.unique(num_beams).tolist():
+            places = np.flatnonzero(num_beams == k)
+            own = logits if len(places) == len(rows) else logits[to_device(places, logits.device)]
+            if k == 1:
+                chosen.append(self._choose_single(own, rows[places]))
+            else:
+                chosen.append(self._choose_beams(own, rows[places], k, length))
+        return chosen
+
+    def _choose_single(self, logits: Tensor, rows: Numbers) -> StepTokens:
+        """Choose by greedy search or sampling, after the logits processors."""
         at = to_device(rows, logits.device)
-        if self.plain[rows].all():
-            self.token[at] = tokens = self.greedy.step(logits, at).tokens
-            return self.chosen(tokens, rows, 1)
+        if self.is_greedy[rows].all():
+            self.next_token[at] = tokens = self.greedy.step(logits, at).tokens
+            return self.send(tokens, rows, 1)
         scores, limits = logits.float(), self.greedy.limits
-        wanted = np.flatnonzero(self.told[rows] >= 0)
-        raw = scores[to_device(wanted, logits.device)].log_softmax(-1) if len(wanted) else None
-        scores = scores.clone()  # a captured step's memory
-        self.rules.apply(scores, rows)
-        limits.hide_end(scores[:, None], at)
-        tokens = likeliest(scores)
-        if len(drawn := np.flatnonzero(self.drawn[rows])):
-            some = to_device(drawn, logits.device)
+        wanted = np.flatnonzero(self.num_logprobs[rows] >= 0)
+        logprobs = scores[to_device(wanted, logits.device)].log_softmax(-1) if len(wanted) else None
+        scores = scores.clone()  # a replayed CUDA graph returns its own memory
+        self.processors.apply(scores, rows)
+        limits.mask_end_tokens(scores[:, None], at)
+        tokens = argmax_rows(scores)
+        if len(sampled := np.flatnonzero(self.is_sampled[rows])):
+            some = to_device(sampled, logits.device)
             tokens[some] = self.sampler.draw(scores[some], at[some], limits.count[at[some]])
         limits.count[at] += 1
-        self.rules.extend(rows, tokens)
-        self.token[at] = tokens
-        chosen = self.chosen(tokens, rows, 1)
-        return chosen if raw is None else replace(chosen, told=self._tell(raw, tokens, wanted, self.told[rows[wanted]]))
+        self.processors.append(rows, tokens)
+        self.next_token[at] = tokens
+        sent = self.send(tokens, rows, 1)
+        if logprobs is None:
+            return sent
+        return replace(sent, logprobs=step_logprobs(logprobs, tokens, wanted, self.num_logprobs[rows[wanted]]))
 
-    def _searched(self, logits: Tensor, rows: Numbers, k: int, longest: int) -> Chosen:
-        """Rows of requests with k beams."""
+    def _choose_beams(self, logits: Tensor, rows: Numbers, k: int, length: int) -> StepTokens:
+        """Advance requests with k beams, and let their rows continue the chosen beams."""
         at = to_device(rows, logits.device)
-        ruled = (lambda scores: self.rules.apply(scores, rows)) if self.ruled[rows].any() else None
-        choice = self.beam(k).step(logits, at[::k], ruled)
-        assert choice.source is not None
+        has_processors = self.has_processors[rows].any()
+        process = (lambda scores: self.processors.apply(scores, rows)) if has_processors else None
+        choice = self.beam_search(k).step(logits, at[::k], process)
+        assert choice.sources is not None
         assert choice.finished is not None
-        self.table[at, :longest] = self.table[
-            choice.source, :longest
-        ]  # a beam reorder permutes rows of the slot table, no key or value moves
-        self.rules.extend(rows, choice.tokens, choice.source)
-        self.token[at] = choice.tokens
-        return self.chosen(choice.finished, rows[::k], k)
+        reorder_slot_table(self.slot_table, at, choice.sources, length)
+        self.processors.append(rows, choice.tokens, choice.sources)
+        self.next_token[at] = choice.tokens
+        return self.send(choice.finished, rows[::k], k)
 
-    @staticmethod
-    def _tell(raw: Tensor, tokens: Tensor, places: Numbers, counts: Numbers) -> Told:
-        own = raw.gather(1, tokens[to_device(places, raw.device)][:, None])[:, 0]
-        top, ids = raw.topk(int(counts.max()))
-        return Told(
-            dict(zip(places.tolist(), counts.tolist(), strict=True)), Arriving(own), Arriving(top), Arriving(ids)
-        )
+    def send(self, values: Tensor, first_rows: Numbers, num_beams: int) -> StepTokens:
+        """Start to copy the result of a step to the host.
 
-    def chosen(self, values: Tensor, first: Numbers, beams: int) -> Chosen:
-        """Send to the host what was chosen for the requests whose first rows are ``first``."""
-        self.left[first] -= 1
-        numbers = self.number[first]
-        full = np.unique(numbers[self.left[first] == 0]).tolist() if beams == 1 else []
-        return Chosen(numbers.tolist(), first.tolist(), beams, Arriving(values), full)
+        Args:
+            values: Tokens ``[S]``, or with beams whether each request has ended, bool ``[S]``.
+            first_rows: First decode row of each request or sample ``[S]``.
+            num_beams: Number of beams of each request.
+        """
+        self.tokens_left[first_rows] -= 1
+        numbers = self.request_number[first_rows]
+        at_limit = np.unique(numbers[self.tokens_left[first_rows] == 0]).tolist() if num_beams == 1 else []
+        return StepTokens(numbers.tolist(), first_rows.tolist(), num_beams, HostCopy(values), at_limit)

@@ -1,44 +1,63 @@
-"""What an engine says of itself: its memory, and which way each operator goes."""
+"""`EngineExplanation`, the implementation of each operator of an engine, and the line about its memory."""
 
 from __future__ import annotations
 
-from prefixfast.attention import ops
+from typing import TypedDict
+
+from prefixfast.attention.backend_support import explain_backends
 from prefixfast.config import EngineConfig
-from prefixfast.engine.kv_arena import bytes_of_row
+from prefixfast.engine.kv_arena import bytes_per_row
 from prefixfast.engine.loop import Loop
 from prefixfast.model.base import Model
 
+# Implementation of each operator, and after a semicolon the reason why no faster one is used. ``attn`` is attention of
+# a prefill, ``attn_decode`` attention of a decode step, and ``linear`` the matrix products of the base model.
+EngineExplanation = TypedDict("EngineExplanation", {"attn": str, "attn_decode": str, "decode step": str, "linear": str})
 
-def memory_of(model: Model, loop: Loop, config: EngineConfig) -> str:
-    """One line about what was planned."""
+
+def memory_summary(model: Model, loop: Loop, config: EngineConfig) -> str:
+    """One line about the memory of an engine.
+
+    Args:
+        model: Base model.
+        loop: Loop of the engine.
+        config: Options of the engine.
+    """
     mib, rows = 2**20, len(loop.arena.layers[0][0])
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
     packed = model.packed.nbytes if config.prepack and model.packed is not None else 0
     return (
-        f"engine: weights {weights / mib:.0f} MiB, packed copies {packed / mib:.0f} MiB; "
-        f"{rows} rows of keys and values {rows * bytes_of_row(model) / mib:.0f} MiB; "
-        f"stored prefixes on the host at most {config.host_prefix_memory / mib:.0f} MiB; {config.max_num_seqs} decode rows of {loop.max_model_len} tokens"
+        f"engine: weights {weights / mib:.0f} MiB, packed copies {packed / mib:.0f} MiB, "
+        f"KV arena {rows * bytes_per_row(model) / mib:.0f} MiB ({rows} rows), "
+        f"stored prefixes in host memory at most {config.host_prefix_memory / mib:.0f} MiB, "
+        f"{config.max_num_seqs} decode rows of {loop.max_model_len} tokens"
     )
 
 
-def explain(model: Model, loop: Loop, config: EngineConfig) -> dict[str, str]:
-    """Which way each operator of an engine goes and why no faster one, and whether weights are packed."""
-    found = {
-        op: way
-        for op, way in ops.explain(model.backend, model.device, model.dtype, model.layers[0].head_dim).items()
-        if op != "cross_entropy"
-    }
-    called = loop.why_called or (None if loop.graphs is None or loop.graphs.capture else "capture failed, see the log")
+def explain(model: Model, loop: Loop, config: EngineConfig) -> EngineExplanation:
+    """Implementation of each operator of an engine, and the reason why no faster one is used.
+
+    Args:
+        model: Base model.
+        loop: Loop of the engine.
+        config: Options of the engine.
+    """
+    attention = explain_backends(model.backend, model.device, model.dtype, model.layers[0].head_dim)
+    graphs = loop.runner.graphs
+    failed = graphs is not None and not graphs.captures
+    eager = loop.eager_reason or ("the capture of a CUDA graph failed, see the log" if failed else None)
     compiled = ", compiled" if config.compile_decode else ""
-    found["decode step"] = (
-        f"called; {called}" if called else f"captured CUDA graphs by rows, planned one step ahead{compiled}"
-    )
-    packed = model.packed
-    why = (
-        "prepack=False"
-        if packed is None and model.device.type == "cpu"
-        else "packing is for CPUs"
-        if packed is None
-        else packed.why_not
-    )
-    return found | {"linear": "packed for this CPU (oneDNN)" if why is None else f"torch; {why}"}
+    graph = f"CUDA graph for each number of rows, started one step ahead{compiled}"
+    return {
+        "attn": attention["attn"],
+        "attn_decode": attention["attn_decode"],
+        "decode step": graph if eager is None else f"eager; {eager}",
+        "linear": _linear(model),
+    }
+
+
+def _linear(model: Model) -> str:
+    if model.packed is None:
+        return "torch; prepack=False" if model.device.type == "cpu" else "torch; packed weights are for CPUs"
+    reason = model.packed.why_not
+    return "packed for this CPU (oneDNN)" if reason is None else f"torch; {reason}"

@@ -1,67 +1,85 @@
-"""`generate` and `score`: an engine for one call, over the base that this process keeps."""
+"""`generate` and `score`, which make an engine for one call over the process's cached base model."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from prefixfast.config import EngineConfig, GenerationParams, unknown_option
+from prefixfast.config import (
+    EngineConfig,
+    EngineFields,
+    GenerationFields,
+    GenerationParams,
+    ScoreFields,
+    unknown_option,
+)
+from prefixfast.config.fields import GenerationParamsFields
 from prefixfast.data.encode import Input
 from prefixfast.engine.engine import BASE_FIELDS, Engine
 from prefixfast.engine.request import Generation
+from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.engine.score import Score
 from prefixfast.errors import ConfigError
+from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def generate(
     batch: Sequence[Input],
-    prefixes: Any = None,
+    prefixes: Prefixes = None,
     *,
-    model: Any = None,
+    model: str | Path | PreTrainedModel | PeftModel | Model | None = None,
     store: PrefixStore | str | Path | None = None,
     params: GenerationParams | None = None,
     logits_processor: LogitsProcessorList | None = None,
     on_error: Literal["raise", "return"] = "raise",
     progress: bool | None = None,
-    **fields: Any,
+    **fields: Unpack[GenerationFields],
 ) -> list[Generation]:
-    """Generate for one batch of requests, each with its own prefixes; see `Engine.generate`.
+    """Generate for one batch of requests, each with its own prefixes.
 
     Args:
-        batch: See `Engine.generate`.
-        prefixes: See `Engine.generate`.
-        model: The base; None: the one that the prefixes name.
-        store: Where prefixes that are given by name lie.
-        params: See `Engine.generate`.
-        logits_processor: See `Engine.generate`.
-        on_error: See `Engine.generate`.
-        progress: See `Engine.generate`.
-        fields: Fields of `GenerationParams` and `EngineConfig` (``seed`` is that of the requests).
+        batch: Prompts, as strings, lists of token ids or rows. The target of a row is not read.
+        prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
+            left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix can
+            be a name in the store, and None lets rows name theirs.
+        model: Base model: hub id, folder, Hugging Face model, PeftModel or `Model`. None takes the base model that the
+            prefixes name.
+        store: Store of the prefixes that are given by name. A path is opened read-only.
+        params: Generation parameters.
+        logits_processor: Logits processors of transformers or of your own, applied to every request after those that
+            the parameters ask for. Each one is called once per step and request, which is slow.
+        on_error: Handling of a request that is wrong or fails: ``"raise"`` raises its error, ``"return"`` gives a
+            `Generation` with the ``error`` and runs the other requests.
+        progress: Whether to show a progress bar. None shows it if standard error is a terminal.
+        fields: Fields of `GenerationParams` and `EngineConfig`; ``seed`` is that of `GenerationParams`.
 
     Returns:
-        One `Generation` a request, in order.
+        One `Generation` per request, in the order of the batch.
 
     Raises:
-        RequestError: For a bad request, before any work.
+        RequestError: For a wrong request, before any work.
         ConfigError: For arguments that do not fit.
-        BaseMismatchError: For a prefix of another base.
+        BaseMismatchError: For a prefix of another base model.
         UnknownPrefixError: For a name that the store does not have.
         CapacityError: If a request can never fit.
 
     Example:
-        >>> tea, rain = generate(["Write about tea.", "Write about rain."], [prefix, None], model=base, max_new_tokens=4)
-        >>> tea.usage["prefix_rows"], rain.usage["prefix_rows"], len(rain.token_ids) <= 4
-        (14, 0, True)
+        >>> texts = generate(["Write about tea.", "Write about rain."], [prefix, None], model=base, max_new_tokens=4)
+        >>> [t.usage["prefix_rows"] for t in texts], len(texts[1].token_ids) <= 4
+        ([14, 0], True)
     """
-    own, engine_fields = _split(fields, GenerationParams.names(), "generate")
-    with _engine(model, prefixes, batch, store, engine_fields) as engine:
+    own, engine_fields = _split_fields(fields, GenerationParams.names(), "generate")
+    with _engine(model, prefixes, batch, store, cast("EngineFields", engine_fields)) as engine:
         return engine.generate(
             batch,
             prefixes,
@@ -69,38 +87,41 @@ def generate(
             logits_processor=logits_processor,
             on_error=on_error,
             progress=progress,
-            **own,
+            **cast("GenerationParamsFields", own),
         )
 
 
 def score(
     batch: Sequence[Input],
-    prefixes: Any = None,
+    prefixes: Prefixes = None,
     *,
-    targets: Sequence[str | list[int]] | None = None,
-    model: Any = None,
+    targets: Sequence[str | Sequence[int]] | None = None,
+    model: str | Path | PreTrainedModel | PeftModel | Model | None = None,
     store: PrefixStore | str | Path | None = None,
     end_token: bool = False,
-    **fields: Any,
+    **fields: Unpack[ScoreFields],
 ) -> list[Score]:
-    """Log-probabilities of targets, each request with its own prefixes; see `Engine.score`.
+    """Log-probabilities (natural log) of targets, each request with its own prefixes.
 
     Args:
-        batch: See `Engine.score`.
-        prefixes: See `Engine.score`.
-        targets: See `Engine.score`.
-        model: The base; None: the one that the prefixes name.
-        store: Where prefixes that are given by name lie.
-        end_token: See `Engine.score`.
+        batch: Prompts, as strings, lists of token ids or rows. A row can have its target.
+        prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
+            left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix can
+            be a name in the store, and None lets rows name theirs.
+        targets: Target of each request, text or token ids. None takes the targets of the rows.
+        model: Base model: hub id, folder, Hugging Face model, PeftModel or `Model`. None takes the base model that the
+            prefixes name.
+        store: Store of the prefixes that are given by name. A path is opened read-only.
+        end_token: Whether the end token after each target is scored too, as in training.
         fields: Fields of `EngineConfig`.
 
     Returns:
-        One `Score` a request, in order.
+        One `Score` per request, in the order of the batch.
 
     Raises:
-        RequestError: For a bad request or target.
+        RequestError: For a wrong request or target.
         ConfigError: For arguments that do not fit.
-        BaseMismatchError: For a prefix of another base.
+        BaseMismatchError: For a prefix of another base model.
         UnknownPrefixError: For a name that the store does not have.
 
     Example:
@@ -108,49 +129,57 @@ def score(
         >>> len(found.token_logprobs), found.logprob < 0
         (6, True)
     """
-    _, engine_fields = _split(fields, (), "score")
-    with _engine(
-        model, prefixes, batch, store, engine_fields | {"kv_cache_memory": None, "max_num_seqs": 1, "max_model_len": 2}
-    ) as engine:
+    _, engine_fields = _split_fields(fields, (), "score")
+    # Nothing is generated, so the KV arena is as small as possible.
+    small = engine_fields | {"kv_cache_memory": None, "max_num_seqs": 1, "max_model_len": 2}
+    with _engine(model, prefixes, batch, store, cast("EngineFields", small)) as engine:
         return engine.score(batch, prefixes, targets=targets, end_token=end_token)
 
 
-def _split(fields: dict[str, Any], own: tuple[str, ...], what: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_fields(
+    fields: Mapping[str, object], own: tuple[str, ...], function: str
+) -> tuple[dict[str, object], dict[str, object]]:
+    """Split keyword arguments into those named in ``own`` and fields of `EngineConfig`."""
     known = (*own, *EngineConfig.names())
     for name in fields:
         if name not in known:
-            raise ConfigError(unknown_option(name, known, what))
+            raise ConfigError(unknown_option(name, known, function))
     mine = {name: value for name, value in fields.items() if name in own}
     return mine, {name: value for name, value in fields.items() if name not in own}
 
 
 @contextlib.contextmanager
-def _engine(model: Any, prefixes: Any, batch: Any, store: Any, fields: dict[str, Any]) -> Iterator[Engine]:
+def _engine(
+    model: str | Path | PreTrainedModel | PeftModel | Model | None,
+    prefixes: Prefixes,
+    batch: Sequence[Input],
+    store: PrefixStore | str | Path | None,
+    fields: EngineFields,
+) -> Iterator[Engine]:
+    """Context manager of an engine for one call."""
     opened = PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store
-    base = {name: fields[name] for name in BASE_FIELDS if name in fields}
-    with (
-        borrowed(model if model is not None else _base_of(prefixes, batch, opened), **base) as loaded,
-        Engine(loaded, store=opened, **fields) as engine,
-    ):
+    base_fields: dict[str, Any] = {name: value for name, value in fields.items() if name in BASE_FIELDS}
+    base = model if model is not None else _base_name(prefixes, batch, opened)
+    with borrowed(base, **base_fields) as loaded, Engine(loaded, store=opened, **fields) as engine:
         yield engine
 
 
-def _base_of(prefixes: Any, batch: Any, store: PrefixStore | None) -> str:
-    """The one base that these prefixes were made for."""
+def _base_name(prefixes: object, batch: Sequence[Input], store: PrefixStore | None) -> str:
+    """Name of the one base model that the prefixes were trained on."""
     if prefixes is None and store is not None and isinstance(batch, Sequence):
         prefixes = [row["prefix"] for row in batch if isinstance(row, Mapping) and row.get("prefix") in store]
     if isinstance(prefixes, Mapping) and not isinstance(prefixes, PrefixStore):
         prefixes = list(prefixes.values())
-    flat = [p for entry in _listed(prefixes) for p in _listed(entry)]
+    flat = [p for entry in _as_list(prefixes) for p in _as_list(entry)]
     found = [store.info(p) if isinstance(p, str) and store is not None else p for p in flat]
     names = {
         str(p.base["name"]) for p in found if isinstance(p, Prefix | StoredPrefix) and p.base and p.base.get("name")
     }
     if len(names) != 1:
-        msg = f"model: expected a base, or prefixes that name one, got {sorted(names) or 'none'}"
+        msg = f"model: expected a base model, or prefixes that name one, got {sorted(names) or 'none'}"
         raise ConfigError(msg)
     return names.pop()
 
 
-def _listed(entry: Any) -> list[Any]:
+def _as_list(entry: object) -> list[object]:
     return list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else [entry]

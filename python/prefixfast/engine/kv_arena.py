@@ -1,4 +1,4 @@
-"""The engine's memory: how many rows of keys and values there are, and the tensors that hold them."""
+"""The KV arena, one tensor of keys and one of values per layer that hold all prefixes and requests of an engine."""
 
 from __future__ import annotations
 
@@ -10,36 +10,53 @@ from prefixfast.errors import CapacityError
 from prefixfast.model.base import Model
 from prefixfast.model.memory import free_memory, in_large_pages
 
-LONGEST_BY_DEFAULT = 4096
+DEFAULT_MAX_MODEL_LEN = 4096
 RESERVED_ROWS = 80  # the scheduler keeps a tail and a scratch row
-MOST_BY_DEFAULT = 8 * 2**30
+DEFAULT_MAX_BYTES = 8 * 2**30  # on a CPU
 
 
-def bytes_of_row(model: Model) -> int:
-    """Bytes that one token takes in all layers."""
+def bytes_per_row(model: Model) -> int:
+    """Bytes of one token's keys and values in all layers."""
     return sum(2 * s.num_kv_heads * s.head_dim for s in model.layers) * model.dtype.itemsize
 
 
-def choose_rows(model: Model, config: EngineConfig, max_model_len: int) -> int:
-    """Rows that the memory allows, at most what all decode rows can use at full length and with a long prefix of their own.
+def num_arena_rows(model: Model, config: EngineConfig, max_model_len: int) -> int:
+    """Number of arena rows that fit the memory.
+
+    At most the rows that all decode rows use at full length, each with a long prefix of its own.
+
+    Args:
+        model: Base model.
+        config: Options of the engine.
+        max_model_len: Largest number of prompt and generated tokens of a request.
 
     Raises:
-        CapacityError: If the memory is too small for anything.
+        CapacityError: If the memory is too small for any request.
     """
-    row = bytes_of_row(model)
+    row = bytes_per_row(model)
     share = int(free_memory(model.device) * config.gpu_memory_utilization)
-    budget = config.kv_cache_memory or (share if model.device.type == "cuda" else min(share, MOST_BY_DEFAULT))
+    budget = config.kv_cache_memory or (share if model.device.type == "cuda" else min(share, DEFAULT_MAX_BYTES))
     if budget // row < RESERVED_ROWS + 16:
-        msg = f"kv_cache_memory: {budget} bytes hold {budget // row} rows of {row} bytes, at least {RESERVED_ROWS + 16} are needed"
+        msg = (
+            f"kv_cache_memory: {budget} bytes hold {budget // row} rows of {row} bytes, expected at least "
+            f"{RESERVED_ROWS + 16} rows; raise kv_cache_memory"
+        )
         raise CapacityError(msg)
-    return min(budget // row, RESERVED_ROWS + config.max_num_seqs * (max_model_len + LONGEST_BY_DEFAULT))
+    return min(budget // row, RESERVED_ROWS + config.max_num_seqs * (max_model_len + DEFAULT_MAX_MODEL_LEN))
 
 
-def make_arena(model: Model, arena_rows: int, decode_rows: int, longest: int) -> Arena:
-    """Uninitialized keys and values of every layer, and an empty slot table."""
+def make_arena(model: Model, arena_rows: int, decode_rows: int, max_len: int) -> Arena:
+    """Uninitialized keys and values of every layer, and an empty slot table.
+
+    Args:
+        model: Base model.
+        arena_rows: Number of rows of each layer's keys and values.
+        decode_rows: Number of rows of the slot table.
+        max_len: Number of columns of the slot table.
+    """
 
     def empty(heads: int, dim: int) -> torch.Tensor:
         return in_large_pages(torch.empty(arena_rows, heads, dim, dtype=model.dtype, device=model.device))
 
     layers = [(empty(s.num_kv_heads, s.head_dim), empty(s.num_kv_heads, s.head_dim)) for s in model.layers]
-    return Arena(layers, torch.zeros(decode_rows, longest, dtype=torch.int32, device=model.device))
+    return Arena(layers, torch.zeros(decode_rows, max_len, dtype=torch.int32, device=model.device))

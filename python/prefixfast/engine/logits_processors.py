@@ -1,6 +1,7 @@
-"""Rules about tokens that a request has had: transformers' own logits processors, for each request that asks for them, and the caller's.
+"""Logits processors of requests: transformers' own ones for the request's parameters, and the caller's.
 
-This is the slow path: one call for each such request and step. What all requests share (end tokens before a minimum) is in `select`.
+Each processor is called once per step for each request that has it, which is slow. The minimum number of new tokens
+applies to all requests at once, in `search`.
 
 Shape letters: R decode rows of the engine, n rows of a step, V vocabulary.
 """
@@ -27,96 +28,123 @@ from prefixfast.engine.transfer import to_device
 Numbers = NDArray[np.int64]
 
 
-def processors_of(request: Request, ends: Tensor) -> LogitsProcessorList:
-    """What transformers' ``generate`` would apply for these parameters, in its order, then the request's own; empty without rules.
+def processors_of(request: Request, end_ids: Tensor) -> LogitsProcessorList:
+    """Logits processors that transformers' ``generate`` applies for the request's parameters, then the caller's own.
 
-    Single tokens that may not come are not among them: see `Rules.banned`.
+    Bad words of one token are left out, since `RowProcessors` bans these tokens for all rows of a step at once.
 
     Args:
-        request: Resolved.
-        ends: End tokens.
+        request: Request with resolved parameters.
+        end_ids: End tokens ``[E]``.
+
+    Returns:
+        Processors in transformers' order, empty if the request needs none.
     """
-    p, made = request.params, LogitsProcessorList()
+    p, processors = request.params, LogitsProcessorList()
     if (p.repetition_penalty or 1.0) != 1.0:
-        made.append(RepetitionPenaltyLogitsProcessor(float(p.repetition_penalty or 1.0)))
+        processors.append(RepetitionPenaltyLogitsProcessor(float(p.repetition_penalty or 1.0)))
     if p.no_repeat_ngram_size:
-        made.append(NoRepeatNGramLogitsProcessor(p.no_repeat_ngram_size))
+        processors.append(NoRepeatNGramLogitsProcessor(p.no_repeat_ngram_size))
     if words := [list(word) for word in p.bad_words_ids or () if len(word) > 1]:
-        made.append(NoBadWordsLogitsProcessor(words))
+        processors.append(NoBadWordsLogitsProcessor(words))
     if request.processors:
-        if p.min_new_tokens and len(ends):
-            made.append(MinNewTokensLengthLogitsProcessor(len(request.prompt), p.min_new_tokens, ends))
-        made.extend(request.processors)
-    return made
+        if p.min_new_tokens and len(end_ids):
+            processors.append(MinNewTokensLengthLogitsProcessor(len(request.prompt_ids), p.min_new_tokens, end_ids))
+        processors.extend(request.processors)
+    return processors
 
 
-class Rules:
-    """Processors of rows, and the tokens that these have had.
+class RowProcessors:
+    """Logits processors of all decode rows, and the tokens that these processors look at.
 
     Args:
-        rows: R.
-        longest: Most tokens of a row.
-        ends: End tokens ``[E]``.
+        rows: Number of decode rows R.
+        max_len: Largest number of tokens of a row.
+        end_ids: End tokens ``[E]``.
     """
 
-    def __init__(self, rows: int, longest: int, ends: Tensor) -> None:
-        self.ends, self.shape = ends, (rows, longest)
-        self.said = torch.zeros(0, 0, dtype=torch.int64)  # [R, longest] once a request needs it
-        self.lists: list[LogitsProcessorList | None] = [None] * rows
-        self.banned: list[Numbers | None] = [None] * rows  # tokens that may not come, for all rows of a step at once
+    def __init__(self, rows: int, max_len: int, end_ids: Tensor) -> None:
+        self.end_ids, self.shape = end_ids, (rows, max_len)
+        self.tokens = torch.zeros(
+            0, 0, dtype=torch.int64
+        )  # [R, max_len], allocated for the first request that needs it
+        self.processors: list[LogitsProcessorList | None] = [None] * rows
+        self.banned: list[Numbers | None] = [None] * rows  # tokens that are never generated
         self.length = np.zeros(rows, np.int64)
-        self.failed: dict[int, Exception] = {}  # by row: what a request's own processor raised
+        self.errors: dict[int, Exception] = {}  # errors of the callers' processors, by the request's first row
 
     def start(self, rows: Numbers, request: Request) -> bool:
-        """A request takes rows; returns whether it has rules."""
-        made, ends = processors_of(request, self.ends), self.ends.tolist()
-        single = [word[0] for word in request.params.bad_words_ids or () if len(word) == 1 and word[0] not in ends]
+        """Set the processors of the rows of a request.
+
+        Args:
+            rows: Decode rows of the request, consecutive.
+            request: Request with resolved parameters.
+
+        Returns:
+            Whether the request has processors or banned tokens.
+        """
+        processors, end_ids = processors_of(request, self.end_ids), self.end_ids.tolist()
+        single = [word[0] for word in request.params.bad_words_ids or () if len(word) == 1 and word[0] not in end_ids]
         banned = np.array(single, np.int64) if single else None
         for row in rows:
-            self.lists[row], self.banned[row] = made or None, banned
-        if not made:
+            self.processors[row], self.banned[row] = processors or None, banned
+        if not processors:
             return banned is not None
-        if not len(self.said):
-            self.said = torch.zeros(self.shape, dtype=torch.int64, device=self.ends.device)
-        self.length[rows] = len(request.prompt)
-        self.said[rows[0] : rows[-1] + 1, : len(request.prompt)] = (
-            torch.from_numpy(request.prompt).long().to(self.said.device)
-        )
+        if not len(self.tokens):
+            self.tokens = torch.zeros(self.shape, dtype=torch.int64, device=self.end_ids.device)
+        self.length[rows] = len(request.prompt_ids)
+        prompt = torch.from_numpy(request.prompt_ids).long().to(self.tokens.device)
+        self.tokens[rows[0] : rows[-1] + 1, : len(prompt)] = prompt
         return True
 
     def end(self, rows: Numbers) -> None:
-        """A request leaves its rows."""
+        """Remove the processors of the rows of a request that has ended.
+
+        Args:
+            rows: Decode rows of the request.
+        """
         for row in rows:
-            self.lists[row] = self.banned[row] = None
+            self.processors[row] = self.banned[row] = None
 
     def apply(self, scores: Tensor, rows: Numbers) -> None:
-        """Change scores ``[n, V]`` of rows; rows of one request are neighbours."""
-        tokens = [(i, own) for i, row in enumerate(rows) if (own := self.banned[row]) is not None]
-        if tokens:
-            place = np.repeat([i for i, _ in tokens], [len(own) for _, own in tokens])
-            scores[
-                to_device(place, scores.device), to_device(np.concatenate([own for _, own in tokens]), scores.device)
-            ] = -torch.inf
+        """Change scores in place. An error of a caller's processor is stored in ``errors``.
+
+        Args:
+            scores: Scores ``[n, V]``.
+            rows: Decode rows ``[n]``. Rows of one request are neighbours.
+        """
+        banned = [(i, ids) for i, row in enumerate(rows) if (ids := self.banned[row]) is not None]
+        if banned:
+            places = np.repeat([i for i, _ in banned], [len(ids) for _, ids in banned])
+            tokens = np.concatenate([ids for _, ids in banned])
+            scores[to_device(places, scores.device), to_device(tokens, scores.device)] = -torch.inf
         at = 0
-        for _, group in itertools.groupby(
-            rows, key=lambda row: id(self.lists[row])
-        ):  # lists of the same processors are equal
+        # Lists with the same processors compare equal, so rows are grouped by the identity of their request's list.
+        for _, group in itertools.groupby(rows, key=lambda row: id(self.processors[row])):
             count, first = len(list(group)), int(rows[at])
-            if (made := self.lists[first]) is not None:
+            if (processors := self.processors[first]) is not None:
                 here = slice(at, at + count)
                 try:
-                    scores[here] = made(self.said[first : first + count, : int(self.length[first])], scores[here])
-                except Exception as e:  # the caller's code: one request's matter
-                    self.failed[first] = e
+                    scores[here] = processors(
+                        self.tokens[first : first + count, : int(self.length[first])], scores[here]
+                    )
+                except Exception as e:  # code of the caller: the error belongs to this request alone
+                    self.errors[first] = e
             at += count
 
-    def extend(self, rows: Numbers, tokens: Tensor, source: Tensor | None = None) -> None:
-        """Rows have a token more; with beams each first becomes row ``source``."""
-        mine = [i for i, row in enumerate(rows) if self.lists[row] is not None]
-        if not mine:
+    def append(self, rows: Numbers, tokens: Tensor, sources: Tensor | None = None) -> None:
+        """Append a token to each row that has processors.
+
+        Args:
+            rows: Decode rows ``[n]``.
+            tokens: Tokens ``[n]``.
+            sources: Row that each row continues ``[n]``, for beams. None if each row continues itself.
+        """
+        places = [i for i, row in enumerate(rows) if self.processors[row] is not None]
+        if not places:
             return
-        at = torch.from_numpy(rows[mine]).to(self.said.device)
-        if source is not None:
-            self.said[at] = self.said[source[mine]]
-        self.said[at, torch.from_numpy(self.length[rows[mine]]).to(at.device)] = tokens[mine]
-        self.length[rows[mine]] += 1
+        at = torch.from_numpy(rows[places]).to(self.tokens.device)
+        if sources is not None:
+            self.tokens[at] = self.tokens[sources[places]]
+        self.tokens[at, torch.from_numpy(self.length[rows[places]]).to(at.device)] = tokens[places]
+        self.length[rows[places]] += 1

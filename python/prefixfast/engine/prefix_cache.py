@@ -1,4 +1,4 @@
-"""Which prefixes an engine knows, under which numbers, and which of them are on their way into the arena."""
+"""`PrefixCache`, the prefixes that an engine knows, and which of them lie in the KV arena."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass
 
 from prefixfast import _rust
-from prefixfast.engine.prefix_loader import Loaded, Loader
+from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.errors import PrefixFastError
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
@@ -18,15 +18,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Resident:
-    """A prefix in an engine's arena.
+    """A prefix in an engine's KV arena.
 
     Attributes:
-        name: In the store; None if it was given as an object.
-        digest: See `Prefix.digest`.
-        rows: Arena rows, P of its longest layer.
-        nbytes: Bytes of these rows in all layers, also in those that the prefix leaves out: the arena has all layers of a row.
-        pinned: Whether it is evicted only when nothing else is left to evict.
-        requests: Queued and running requests that use it.
+        name: Name of the prefix in the store, None if it was passed as an object.
+        digest: Digest of the prefix.
+        rows: Number of arena rows: the number of rows P of the prefix's longest layer.
+        nbytes: Bytes of these arena rows in all layers, including layers that the prefix does not have.
+        pinned: Whether the prefix is pinned.
+        requests: Number of waiting and running requests that use the prefix.
     """
 
     name: str | None
@@ -37,45 +37,48 @@ class Resident:
     requests: int
 
 
-KEPT_PREFIXES = 256  # given as objects, beyond those that requests are using
-KEPT_STORED = 1 << 16  # known by their entry only
+MAX_PREFIXES = 256  # prefixes passed as objects that are known beside those of unfinished requests
+MAX_STORED_PREFIXES = 1 << 16  # prefixes from stores, of which only the entry is known
 
 
-class Residency:
-    """Numbers of prefixes by content, and their way into the arena.
+class PrefixCache:
+    """Numbers of the known prefixes, their loads into the KV arena, pins and evictions.
 
     Args:
-        scheduler: Decides what is resident.
-        loader: Copies.
+        scheduler: Scheduler, which decides which prefixes are resident.
+        loader: Loader that copies prefixes into the arena.
     """
 
-    def __init__(self, scheduler: _rust.Scheduler, loader: Loader) -> None:
+    def __init__(self, scheduler: _rust.Scheduler, loader: PrefixLoader) -> None:
         self.scheduler, self.loader = scheduler, loader
-        self.numbers: dict[str, int] = {}  # digest -> number
-        self.prefixes: dict[int, Prefix | StoredPrefix] = {}  # the one used last comes last
-        self.ids = itertools.count()
-        self.pending: list[tuple[int, int]] = []  # loads that the scheduler asked for and that have not begun
-        self.broken: dict[int, BaseException] = {}  # could not be read: their rows hold nothing
-        self.grown, self.next_trim = False, KEPT_PREFIXES + 1
-        self.kept: set[int] = set()
-        self.doomed: set[int] = set()  # evicted as soon as nobody reads them
+        self.numbers: dict[str, int] = {}  # by digest
+        self.prefixes: dict[int, Prefix | StoredPrefix] = {}  # by number, the most recently used one last
+        self.next_number = itertools.count()
+        self.pending_loads: list[tuple[int, int]] = []  # number and arena row of loads that were not started yet
+        self.load_errors: dict[int, BaseException] = {}  # by number: the arena rows of these prefixes are invalid
+        self.has_new, self.next_trim = False, MAX_PREFIXES + 1
+        self.pinned: set[int] = set()
+        self.pending_eviction: set[int] = set()  # evicted as soon as no request uses them
 
-    def number(self, prefix: Prefix | StoredPrefix) -> int:
-        """The scheduler's number of a prefix; equal content has one number.
+    def number_of(self, prefix: Prefix | StoredPrefix) -> int:
+        """Scheduler's number of a prefix, which is registered if it is new. Prefixes of equal content share a number.
+
+        Args:
+            prefix: Prefix, or its entry in a store.
 
         Raises:
-            BaseException: What went wrong when it was read, while requests that met it are being dropped.
+            BaseException: Error of an earlier load, while the requests that it concerns have not ended.
         """
         number = self.numbers.get(prefix.digest)
-        if number in self.broken:
-            error = self.broken[number]
-            self.drop(number)
-            if number in self.broken:
+        if number in self.load_errors:
+            error = self.load_errors[number]
+            self.forget(number)
+            if number in self.load_errors:
                 raise error
             number = None
         if number is None:
-            number = self.numbers[prefix.digest] = next(self.ids)
-            self.grown = True
+            number = self.numbers[prefix.digest] = next(self.next_number)
+            self.has_new = True
             count, own = len(self.loader.layers), prefix.layers
             layers = None if len(own) == count else [i in own for i in range(count)]
             self.scheduler.register_prefix(
@@ -86,107 +89,143 @@ class Residency:
         self.prefixes[number] = self.prefixes.pop(number, prefix)
         return number
 
-    def keep(self, prefix: Prefix | StoredPrefix, kept: bool) -> tuple[int, int]:
-        """Evict a prefix last and load it now if there is room, or treat it as any other again; counts of loads and evictions."""
-        if not kept and prefix.digest not in self.numbers:
+    def set_pinned(self, prefix: Prefix | StoredPrefix, pinned: bool) -> tuple[int, int]:
+        """Pin a prefix and load it if there is room, or unpin it.
+
+        Args:
+            prefix: Prefix, or its entry in a store.
+            pinned: Whether the prefix is evicted only if no other prefix can be evicted.
+
+        Returns:
+            Numbers of started loads and of evictions.
+        """
+        if not pinned and prefix.digest not in self.numbers:
             return 0, 0
-        number = self.number(prefix)
-        self.scheduler.keep_prefix(number, kept)
-        (self.kept.add if kept else self.kept.discard)(number)
-        if not kept:
+        number = self.number_of(prefix)
+        self.scheduler.keep_prefix(number, pinned)
+        (self.pinned.add if pinned else self.pinned.discard)(number)
+        if not pinned:
             return 0, 0
-        self.doomed.discard(number)
+        self.pending_eviction.discard(number)
         found = self.scheduler.load_prefix(number)
         if found is None:
             return 0, 0
-        self.begin([(number, found[0])])
-        return 1, len(found[1])
+        row, evicted = found
+        self.start_loads([(number, row)])
+        return 1, len(evicted)
 
     def evict(self, digest: str) -> bool:
-        """Forget a prefix and clear its rows, once nobody reads them; whether that is done."""
+        """Forget a prefix and set its arena rows to zero, as soon as no request uses it.
+
+        Args:
+            digest: Digest of the prefix.
+
+        Returns:
+            Whether the prefix is gone already.
+        """
         number = self.numbers.get(digest)
         if number is None:
             return True
         self.scheduler.keep_prefix(number, False)
-        self.kept.discard(number)
-        self.doomed.add(number)
-        self.sweep()
+        self.pinned.discard(number)
+        self.pending_eviction.add(number)
+        self.evict_pending()
         return number not in self.prefixes
 
-    def users(self, digest: str) -> int:
-        """Queued and running requests that use a prefix."""
+    def num_requests(self, digest: str) -> int:
+        """Number of waiting and running requests that use a prefix."""
         number = self.numbers.get(digest)
         return 0 if number is None else self.scheduler.prefix_state(number)[1]
 
-    def sweep(self) -> None:
-        """Clear what is to go and nobody reads any more."""
-        for number in list(self.doomed):
-            start, users = self.scheduler.prefix_state(number)
-            row = None if users else self.scheduler.evict_prefix(number)
+    def evict_pending(self) -> None:
+        """Evict the prefixes of ``pending_eviction`` that no request uses any more."""
+        for number in list(self.pending_eviction):
+            start, requests = self.scheduler.prefix_state(number)
+            row = None if requests else self.scheduler.evict_prefix(number)
             if row is not None:
                 for t in (t for kv in self.loader.layers for t in kv):
                     t[row : row + self.prefixes[number].length].zero_()
-            elif users or start is not None:
+            elif requests or start is not None:
                 continue
-            self.doomed.discard(number)
-            self.drop(number)
+            self.pending_eviction.discard(number)
+            self.forget(number)
 
-    def resident(self, bytes_of_row: int) -> list[Resident]:
-        """What lies in the arena, the least recently registered first."""
+    def resident(self, row_bytes: int) -> list[Resident]:
+        """Prefixes in the arena, or on their way there, in the order of their registration.
+
+        Args:
+            row_bytes: Bytes of an arena row in all layers.
+        """
         found = []
         for number, prefix in sorted(self.prefixes.items()):
-            start, users = self.scheduler.prefix_state(number)
+            start, requests = self.scheduler.prefix_state(number)
             if start is not None:
                 name = prefix.name if isinstance(prefix, StoredPrefix) else None
-                found.append(
-                    Resident(
-                        name, prefix.digest, prefix.length, prefix.length * bytes_of_row, number in self.kept, users
-                    )
-                )
+                rows, pinned = prefix.length, number in self.pinned
+                found.append(Resident(name, prefix.digest, rows, rows * row_bytes, pinned, requests))
         return found
 
-    def begin(self, loads: list[tuple[int, int]]) -> None:
-        """Begin what a step's header asks for; what an interrupt leaves is begun at the next call."""
-        self.pending += loads
-        while self.pending:
-            number, row = self.pending[-1]
-            self.loader.load(number, self.prefixes[number], row)
-            self.pending.pop()
+    def start_loads(self, loads: list[tuple[int, int]]) -> None:
+        """Start the loads of a step. Loads that an interrupt leaves over are started by the next call.
 
-    def arrived(self, *, wait: bool) -> list[Loaded]:
-        """Tell the scheduler what has arrived; returns the loads that failed (their requests must be cancelled)."""
+        Args:
+            loads: Prefix number and first arena row of each load.
+        """
+        self.pending_loads += loads
+        while self.pending_loads:
+            number, row = self.pending_loads[-1]
+            self.loader.load(number, self.prefixes[number], row)
+            self.pending_loads.pop()
+
+    def finish_loads(self, *, wait: bool) -> list[FinishedLoad]:
+        """Tell the scheduler which loads have finished.
+
+        Args:
+            wait: Whether to wait for at least one load, if any is running.
+
+        Returns:
+            Failed loads. The caller cancels their requests.
+        """
         loads = self.loader.finished(wait=wait)
         for load in loads:
             if load.error is not None:
-                self.broken[load.number] = load.error
-                if load.number in self.kept:
-                    logger.warning("a pinned prefix could not be loaded and is pinned no more: %s", load.error)
+                self.load_errors[load.number] = load.error
+                if load.number in self.pinned:
+                    logger.warning("a pinned prefix could not be loaded and is unpinned: %s", load.error)
                     self.scheduler.keep_prefix(load.number, False)
-                    self.kept.discard(load.number)
+                    self.pinned.discard(load.number)
             self.scheduler.prefix_ready(load.number)
         return [load for load in loads if load.error is not None]
 
-    def drop(self, number: int) -> None:
-        """Forget a prefix whose rows hold nothing of use; with requests it stays."""
+    def forget(self, number: int) -> None:
+        """Forget a prefix, unless a request uses it or it is being loaded.
+
+        Args:
+            number: Number of the prefix.
+        """
         with contextlib.suppress(PrefixFastError):
             self.scheduler.forget_prefix(number)
             self.numbers.pop(self.prefixes.pop(number).digest)
-            self.broken.pop(number, None)
-            self.kept.discard(number)
-            self.doomed.discard(number)
+            self.load_errors.pop(number, None)
+            self.pinned.discard(number)
+            self.pending_eviction.discard(number)
             self.loader.forget(number)
 
     def trim(self, *, busy: bool) -> None:
-        """Let go of the prefixes that were not used for longest, if new ones have come; while the engine is busy only now and then."""
-        if not self.grown or (busy and len(self.prefixes) < self.next_trim):
+        """Forget the least recently used prefixes beyond the limits, if there are new ones.
+
+        Args:
+            busy: Whether requests are waiting or running. If so, prefixes are trimmed only once in a while.
+        """
+        if not self.has_new or (busy and len(self.prefixes) < self.next_trim):
             return
-        self.grown = busy  # what is in use now can go later
-        for kind, most in ((Prefix, KEPT_PREFIXES), (StoredPrefix, KEPT_STORED)):
-            known = [
+        self.has_new = busy  # prefixes in use now can be forgotten later
+        for kind, limit in ((Prefix, MAX_PREFIXES), (StoredPrefix, MAX_STORED_PREFIXES)):
+            unpinned = [
                 number
                 for number, prefix in self.prefixes.items()
-                if isinstance(prefix, kind) and number not in self.kept
+                if isinstance(prefix, kind) and number not in self.pinned
             ]
-            for number in known[: max(0, len(known) - most)]:
-                self.drop(number)
-        self.next_trim = len(self.prefixes) + max(1, KEPT_PREFIXES // 4)
+            for number in unpinned[: max(0, len(unpinned) - limit)]:
+                self.forget(number)
+        self.next_trim = len(self.prefixes) + max(1, MAX_PREFIXES // 4)

@@ -1,4 +1,4 @@
-"""Prefixes on their way to the arena, copied by a thread of its own: from files to the host, from the host to arena rows, while other requests run."""
+"""`PrefixLoader`, a thread that reads prefixes from files and copies them into the KV arena while requests run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,152 +22,172 @@ from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
-LOAD, PREFETCH = 0, 1  # loads go first
-BYTES_AS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+LOAD, PREFETCH, CLOSE = 0, 1, 2  # ranks of jobs; the lowest rank runs first
+INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A finished load.
+class FinishedLoad:
+    """A load that has ended.
 
     Attributes:
-        number: The prefix.
-        error: Why it failed, None if it did not.
+        number: Number of the prefix.
+        error: Error of the load, None if it succeeded.
     """
 
     number: int
     error: BaseException | None
 
 
-class Loader:
-    """Copies prefixes into arena rows that nobody reads.
+class PrefixLoader:
+    """Copies prefixes into free arena rows, and holds copies of stored prefixes in host memory.
 
     Args:
-        layers: The arena: per layer keys and values ``[rows, H, D]``.
-        shapes: Heads of every layer.
-        host_bytes: How much of what was read from files is kept.
-        dtype: In which it is kept.
+        layers: Keys and values ``[rows, H, D]`` of each layer of the arena.
+        shapes: Number and size of the heads of each layer.
+        host_bytes: Largest number of bytes of host memory for prefixes that were read from files. The most recently
+            read prefix is held even if it is larger.
+        dtype: Dtype of prefixes in host memory.
     """
 
     def __init__(
         self, layers: Sequence[LayerKV], shapes: Sequence[LayerShape], host_bytes: int, dtype: torch.dtype
     ) -> None:
-        self.layers, self.host_bytes, self.dtype = layers, host_bytes, dtype
-        self.shapes = shapes
-        self.host: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, the least recently used first
-        self.kept = self.read = self.under_way = 0
-        self.known: set[int] = (
-            set()
-        )  # prefixes of which copies may be kept: a prefetch can come after all was forgotten
+        self.layers, self.shapes, self.host_bytes, self.dtype = layers, shapes, host_bytes, dtype
+        self.host_cache: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, least recently used first
+        self.host_cache_bytes = 0
+        self.num_reads = 0  # prefixes read from files
+        self.num_loading = 0
+        # A prefetch can run after its prefix was forgotten. It must not put the prefix into host memory then.
+        self.cacheable: set[int] = set()
         self.jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
-        self.done: queue.SimpleQueue[Loaded] = queue.SimpleQueue()
-        self.order = itertools.count()
+        self.done: queue.SimpleQueue[FinishedLoad] = queue.SimpleQueue()
+        self.job_number = itertools.count()
         self.thread: threading.Thread | None = None
         device = layers[0][0].device
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def load(self, number: int, prefix: Prefix | StoredPrefix, row: int) -> None:
-        """Copy a prefix to the arena rows from ``row`` on; `finished` will name it."""
-        before = None
-        if self.stream is not None:  # steps that read the rows' old content come first
-            before = torch.cuda.current_stream(self.stream.device).record_event()
-        self.known.add(number)
-        self._submit(LOAD, lambda: self._load(number, prefix, row, before))
-        self.under_way += 1
+        """Start to copy a prefix into the arena. `finished` reports the end.
+
+        Args:
+            number: Number of the prefix.
+            prefix: Prefix, or its entry in a store.
+            row: First arena row.
+        """
+        event = None
+        if self.stream is not None:  # the copy waits for steps that still read the old content of these rows
+            event = torch.cuda.current_stream(self.stream.device).record_event()
+        self.cacheable.add(number)
+        self._submit(LOAD, lambda: self._load(number, prefix, row, event))
+        self.num_loading += 1
 
     def prefetch(self, number: int, prefix: StoredPrefix) -> None:
-        """Read a stored prefix that a waiting request will need, unless it is on the host."""
-        self.known.add(number)
-        if number not in self.host:
+        """Start to read a stored prefix into host memory before a waiting request needs it.
+
+        Args:
+            number: Number of the prefix.
+            prefix: Entry of the prefix in its store.
+        """
+        self.cacheable.add(number)
+        if number not in self.host_cache:
             self._submit(PREFETCH, lambda: self._prefetch(number, prefix))
 
-    def finished(self, *, wait: bool) -> list[Loaded]:
-        """Loads that have ended; with ``wait`` at least one if any is under way."""
-        out: list[Loaded] = []
-        while self.under_way:
+    def finished(self, *, wait: bool) -> list[FinishedLoad]:
+        """Loads that have ended since the last call.
+
+        Args:
+            wait: Whether to wait for at least one load, if any is running.
+        """
+        out: list[FinishedLoad] = []
+        while self.num_loading:
             try:
                 out.append(self.done.get(block=wait and not out))
             except queue.Empty:
                 break
-            self.under_way -= 1
+            self.num_loading -= 1
         return out
 
     def forget(self, number: int) -> None:
-        """Let go of what is kept of a prefix."""
-        self.known.discard(number)
-        self._submit(LOAD, lambda: self._drop(number))
+        """Remove a prefix from host memory.
+
+        Args:
+            number: Number of the prefix.
+        """
+        self.cacheable.discard(number)
+        self._submit(LOAD, lambda: self._remove(number))
 
     def close(self) -> None:
-        """End the thread and let go of the arena and of all copies."""
+        """End the thread, and release the arena and all copies in host memory."""
         if self.thread is not None:
-            self.jobs.put((PREFETCH + 1, next(self.order), None))
+            self.jobs.put((CLOSE, next(self.job_number), None))
             self.thread.join()
             self.thread = None
         self.layers = []
-        self.host.clear()
+        self.host_cache.clear()
 
     def _submit(self, rank: int, job: Callable[[], None]) -> None:
         if self.thread is None:
             self.thread = threading.Thread(target=self._run, name="prefixfast-loader", daemon=True)
             self.thread.start()
-        self.jobs.put((rank, next(self.order), job))
+        self.jobs.put((rank, next(self.job_number), job))
 
     def _run(self) -> None:
-        _stay_on_one_core()
+        _use_one_openmp_thread()
         while (job := self.jobs.get()[2]) is not None:
             job()
 
     @torch.inference_mode()
-    def _load(self, number: int, prefix: Prefix | StoredPrefix, row: int, before: Any) -> None:
+    def _load(self, number: int, prefix: Prefix | StoredPrefix, row: int, event: torch.cuda.Event | None) -> None:
         try:
             with torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
-                if before is not None and self.stream is not None:
-                    self.stream.wait_event(before)
-                for target, source in zip(self.layers, self._on_host(number, prefix), strict=True):
+                if event is not None and self.stream is not None:
+                    self.stream.wait_event(event)
+                for target, source in zip(self.layers, self._host_kv(number, prefix), strict=True):
                     for arena, x in zip(target, source, strict=True):
                         _copy(arena[row : row + len(x)], x)
                 if self.stream is not None:
                     self.stream.synchronize()
-            self.done.put(Loaded(number, None))
+            self.done.put(FinishedLoad(number, None))
         except BaseException as e:
-            self.done.put(Loaded(number, e))
+            self.done.put(FinishedLoad(number, e))
 
     def _prefetch(self, number: int, prefix: StoredPrefix) -> None:
-        if number in self.known:
-            with contextlib.suppress(Exception):  # the load itself will meet the error and tell
-                self._on_host(number, prefix)
+        if number in self.cacheable:
+            with contextlib.suppress(Exception):  # the load itself will meet the error and report it
+                self._host_kv(number, prefix)
 
-    def _on_host(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
-        """Keys and values of every layer, those from files in the dtype in which they are kept."""
+    def _host_kv(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
+        """Keys and values of every layer, those from files in the dtype of host memory."""
         if isinstance(prefix, Prefix):
             return kv_by_layer(prefix, self.shapes)
-        if (kept := self.host.get(number)) is not None:
-            self.host.move_to_end(number)
-            return kept
+        if (cached := self.host_cache.get(number)) is not None:
+            self.host_cache.move_to_end(number)
+            return cached
         pinned = self.layers[0][0].device.type == "cuda"
-        made = [
-            (_settled(k, self.dtype, pinned=pinned), _settled(v, self.dtype, pinned=pinned))
+        layers = [
+            (_host_copy(k, self.dtype, pinned=pinned), _host_copy(v, self.dtype, pinned=pinned))
             for k, v in kv_by_layer(prefix.read(), self.shapes)
         ]
-        self.read += 1
-        if number not in self.known:
-            return made
-        self.host[number] = made
-        self.kept += _bytes(made)
-        while self.kept > self.host_bytes and len(self.host) > 1:
-            self._drop(next(iter(self.host)))
-        return made
+        self.num_reads += 1
+        if number not in self.cacheable:
+            return layers
+        self.host_cache[number] = layers
+        self.host_cache_bytes += _nbytes(layers)
+        while self.host_cache_bytes > self.host_bytes and len(self.host_cache) > 1:
+            self._remove(next(iter(self.host_cache)))
+        return layers
 
-    def _drop(self, number: int) -> None:
-        self.kept -= _bytes(self.host.pop(number, []))
+    def _remove(self, number: int) -> None:
+        self.host_cache_bytes -= _nbytes(self.host_cache.pop(number, []))
 
 
-def _bytes(layers: list[LayerKV]) -> int:
+def _nbytes(layers: list[LayerKV]) -> int:
     return sum(t.numel() * t.element_size() for kv in layers for t in kv)
 
 
-def _settled(t: Tensor, dtype: torch.dtype, *, pinned: bool) -> Tensor:
-    """Where a GPU can copy it without help; never a view of a file that may go."""
+def _host_copy(t: Tensor, dtype: torch.dtype, *, pinned: bool) -> Tensor:
+    """Copy in host memory, never a view of a mapped file that can disappear."""
     return torch.empty(t.shape, dtype=dtype, pin_memory=pinned).copy_(t)
 
 
@@ -177,14 +196,13 @@ def _copy(target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
         return
     same = source.detach().to(dtype=target.dtype, device="cpu").contiguous()
-    kind = BYTES_AS[target.element_size()]
-    np.copyto(
-        target.view(kind).numpy(), same.view(kind).numpy()
-    )  # without the interpreter's lock and without torch's threads
+    kind = INT_OF_SIZE[target.element_size()]
+    # numpy releases the interpreter's lock and does not start torch's threads.
+    np.copyto(target.view(kind).numpy(), same.view(kind).numpy())
 
 
-def _stay_on_one_core() -> None:
-    """Keep torch's calls of this thread off the cores that run the model: its own OpenMP team would spin there."""
+def _use_one_openmp_thread() -> None:
+    """Limit this thread to one OpenMP thread. Its own OpenMP team would spin on the cores that run the model."""
     for library in Path(torch.__file__).parent.glob("lib/libgomp*"):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(str(library)).omp_set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A whole batch through a loop in the caller's thread, or through the engine's thread."""
+"""Runs of a whole batch: in the caller's thread, or through tickets of the engine's thread."""
 
 from __future__ import annotations
 
@@ -7,47 +7,65 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from prefixfast.engine.loop import Loop
-from prefixfast.engine.output import Outcome
+from prefixfast.engine.output import RequestOutput
 from prefixfast.engine.request import Generation, Request
 from prefixfast.engine.ticket import Ticket
 from prefixfast.errors import PrefixFastError
 
 
-def run_all(loop: Loop, requests: list[tuple[int, Request]], bar: Any) -> list[Outcome]:
-    """Drive a loop until all have ended; an error that is not one request's ends all of them."""
+def run_batch(loop: Loop, requests: list[tuple[int, Request]], bar: Any) -> list[RequestOutput]:
+    """Run steps of a loop until all requests have ended.
+
+    Args:
+        loop: Loop of the engine.
+        requests: Requests with their numbers.
+        bar: Progress bar, with a method ``update``.
+
+    Returns:
+        Outputs in the order of the requests. An error that concerns one request is in its output, any other error ends
+        all requests and is raised.
+    """
     waiting = deque(requests)
-    ended: dict[int, Outcome] = {}
+    ended: dict[int, RequestOutput] = {}
     try:
         while waiting or loop.busy:
-            while waiting and not loop.full:
+            while waiting and not loop.queue_full:
                 number, request = waiting.popleft()
                 try:
                     loop.add(number, request)
                 except PrefixFastError as e:
-                    ended[number] = Outcome(request, [], e)
-            done = loop.step() if loop.busy else {}
-            ended |= done
-            bar.update(len(done))
+                    ended[number] = RequestOutput(request, [], e)
+            outputs = loop.step() if loop.busy else {}
+            ended |= outputs
+            bar.update(len(outputs))
     except BaseException:
-        loop.abandon()
+        loop.reset()
         raise
     return [ended[number] for number, _ in requests]
 
 
-def wait_all(submits: Iterable[Callable[[], Ticket]], bar: Any) -> list[Generation | BaseException]:
-    """Submit all and wait for each; an interrupt cancels them."""
+def wait_for_tickets(submits: Iterable[Callable[[], Ticket]], bar: Any) -> list[Generation | BaseException]:
+    """Submit requests and wait for all of them. An interrupt cancels them.
+
+    Args:
+        submits: Functions that submit one request each.
+        bar: Progress bar, with a method ``update``.
+
+    Returns:
+        Result or error of each request, in their order.
+    """
     tickets: list[Ticket] = []
     try:
         tickets += (submit() for submit in submits)
-        out: list[Generation | BaseException] = []
+        results: list[Generation | BaseException] = []
         for ticket in tickets:
             try:
-                out.append(ticket.result())
+                results.append(ticket.result())
             except Exception as e:
-                out.append(e)
+                results.append(e)
             bar.update()
     except BaseException:
         for ticket in tickets:
             ticket.cancel()
         raise
-    return out
+    return results

@@ -1,31 +1,47 @@
-"""How a request's parameters are found: call > request > prefix > the base's generation_config > built-in, checked before any work."""
+"""Generation parameters of a request: where they come from, and checks before any work.
+
+The order of precedence is call, request, prefix, the base model's ``generation_config``, and the built-in defaults.
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prefixfast.config import GenerationParams
-from prefixfast.config.generation import FEW
-from prefixfast.data.encode import request_error
+from prefixfast.config.generation import CACHED_LENGTH
+from prefixfast.data.encode import Input, request_error
 from prefixfast.errors import ConfigError, RequestError
 from prefixfast.model.base import Model
 
 logger = logging.getLogger(__name__)
 BUILT_IN = GenerationParams(
-    max_new_tokens=256, min_new_tokens=0, num_beams=1, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=0.0, repetition_penalty=1.0,
-    no_repeat_ngram_size=0, bad_words_ids=(), stop_strings=(), length_penalty=1.0, early_stopping=False, num_return_sequences=1,
-)  # fmt: skip
-MOST_NEW_TOKENS, MOST_BEAMS = 4096, 64  # caps for values that come from files
-NOTHING = GenerationParams()
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
+    max_new_tokens=256,
+    min_new_tokens=0,
+    num_beams=1,
+    do_sample=False,
+    temperature=1.0,
+    top_k=50,
+    top_p=1.0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    no_repeat_ngram_size=0,
+    bad_words_ids=(),
+    stop_strings=(),
+    length_penalty=1.0,
+    early_stopping=False,
+    num_return_sequences=1,
+)
+MAX_LOADED_NEW_TOKENS, MAX_LOADED_BEAMS = 4096, 64  # limits of values that come from files
+UNSET = GenerationParams()
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
 
-# Fields of a generation_config that change results and are not honoured, with their neutral values.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+# Fields of a generation_config that change results and are not supported, with the values that switch them off.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "suppress_tokens": (None, []),
     "begin_suppress_tokens": (None, []),
     "forced_bos_token_id": (None,),
@@ -43,106 +59,143 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def warn_about_defaults(model: Model) -> None:
-    """Name what the base's generation_config asks for and this engine does not do."""
+@dataclass(frozen=True)
+class ParamSources:
+    """Sources of a request's generation parameters, in the order of precedence.
+
+    Attributes:
+        call: Parameters of the call.
+        item: Request as the caller gave it. A row can have a ``params`` key.
+        prefixes: Default parameters of the request's prefixes. The last prefix takes precedence.
+        base: Parameters of the base model's ``generation_config``.
+    """
+
+    call: GenerationParams
+    item: Input
+    prefixes: Sequence[Mapping[str, Any]]
+    base: GenerationParams
+
+
+def warn_unsupported_defaults(model: Model) -> None:
+    """Log a warning with the unsupported fields of the base model's ``generation_config`` that change results."""
     config = getattr(model.hf, "generation_config", None)
-    unheeded = {n: v for n, neutral in NEUTRAL.items() if (v := getattr(config, n, None)) not in neutral}
-    if unheeded:
-        logger.warning(
-            "not honoured from the base's generation_config: %s",
-            ", ".join(f"{n}={v!r:.40}" for n, v in unheeded.items()),
-        )
+    found = {n: v for n, neutral in UNSUPPORTED.items() if (v := getattr(config, n, None)) not in neutral}
+    if found:
+        fields = ", ".join(f"{n}={v!r:.40}" for n, v in found.items())
+        logger.warning("fields of the base model's generation_config that are not supported: %s", fields)
 
 
 def base_defaults(model: Model) -> GenerationParams:
-    """What the base's generation_config says, within caps."""
+    """Parameters of the base model's ``generation_config``, within limits.
+
+    An invalid value is ignored with a warning.
+    """
     config = getattr(model.hf, "generation_config", None)
     found = {n: v for n in GenerationParams.names() if (v := getattr(config, n, None)) is not None}
     for name, value in list(found.items()):
         try:
             GenerationParams(**{name: value})
         except ConfigError as e:
-            logger.warning("not taken from the base's generation_config: %s", e)
+            logger.warning("invalid value in the base model's generation_config is ignored: %s", e)
             del found[name]
-    return _capped(GenerationParams(**found)) if found else NOTHING
+    return _limited(GenerationParams(**found)) if found else UNSET
 
 
-def _capped(p: GenerationParams) -> GenerationParams:
+def _limited(p: GenerationParams) -> GenerationParams:
+    """Parameters from a file with lengths and numbers of beams cut to the limits."""
     return GenerationParams.make(
         p,
-        max_new_tokens=None if p.max_new_tokens is None else min(p.max_new_tokens, MOST_NEW_TOKENS),
-        num_beams=None if p.num_beams is None else min(p.num_beams, MOST_BEAMS),
-        num_return_sequences=None if p.num_return_sequences is None else min(p.num_return_sequences, MOST_BEAMS),
+        max_new_tokens=None if p.max_new_tokens is None else min(p.max_new_tokens, MAX_LOADED_NEW_TOKENS),
+        num_beams=None if p.num_beams is None else min(p.num_beams, MAX_LOADED_BEAMS),
+        num_return_sequences=None if p.num_return_sequences is None else min(p.num_return_sequences, MAX_LOADED_BEAMS),
     )
 
 
-def resolve(
-    item: Any,
-    index: int,
-    decodings: list[Mapping[str, Any]],
-    call: GenerationParams,
-    inherited: GenerationParams,
-    prompt: int,
-    limit: int,
-) -> GenerationParams:
-    """Call > request > prefix > base > built-in; a length that nobody asked for here is cut to what fits."""
+def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: int) -> GenerationParams:
+    """Parameters of a request, with every field but ``seed`` and ``logprobs`` set.
+
+    A ``max_new_tokens`` that neither call nor request gives is cut to what fits.
+
+    Args:
+        sources: Sources of the parameters.
+        index: Place of the request in the batch, for errors.
+        prompt_len: Number of prompt tokens.
+        limit: Largest number of prompt and generated tokens.
+
+    Raises:
+        RequestError: If the parameters are invalid, contradict each other, or ask for more tokens than fit.
+    """
     with request_error(index):
-        own = item.get("params") if isinstance(item, Mapping) else None
-        asked = call if own is None else call.over(GenerationParams.make(own))
+        own: Any = sources.item.get("params") if isinstance(sources.item, Mapping) else None  # `make` checks the type
+        asked = sources.call if own is None else sources.call.over(GenerationParams.make(own))
         if (asked.num_beams or 1) > 1 and asked.do_sample:
-            msg = f"do_sample with num_beams={asked.num_beams}: beams are searched, not drawn; leave one of them out"
+            msg = f"do_sample=True with num_beams={asked.num_beams}: beam search does not sample; remove one of them"
             raise ConfigError(msg)
-        loaded = inherited
-        for decoding in filter(None, decodings):
-            loaded = _capped(GenerationParams.make(dict(decoding))).over(loaded)
+        loaded = sources.base
+        for decoding in filter(None, sources.prefixes):
+            loaded = _limited(GenerationParams.make(dict(decoding))).over(loaded)
     params = asked.over(loaded).over(BUILT_IN)
     if (params.num_beams or 1) > 1 and params.do_sample:
-        msg = f"request {index}: prefix or base ask for {params.num_beams} beams that sample, which is not done here: say num_beams=1 or do_sample=False"
+        msg = (
+            f"request {index}: the defaults of prefix or base model ask for {params.num_beams} beams that sample, "
+            "which is not supported; set num_beams=1 or do_sample=False"
+        )
         raise RequestError(msg, index=index)
-    if not params.do_sample and (idle := [n for n in SAMPLING if getattr(asked, n) is not None]):
-        msg = f"request {index}: {idle[0]}={getattr(asked, idle[0])!r} has no effect without do_sample=True"
+    if not params.do_sample and (unused := [n for n in SAMPLING_FIELDS if getattr(asked, n) is not None]):
+        msg = f"request {index}: {unused[0]}={getattr(asked, unused[0])!r} has no effect without do_sample=True"
         raise RequestError(msg, index=index)
-    room = limit - prompt
+    room = limit - prompt_len
     if room < 1 or (asked.max_new_tokens or 0) > room:
         new = asked.max_new_tokens or "at least 1"
-        msg = f"request {index}: {prompt} prompt tokens and {new} new ones exceed the limit of {limit}; shorten the prompt or lower max_new_tokens"
+        msg = (
+            f"request {index}: {prompt_len} prompt tokens and {new} new ones exceed the limit of {limit}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
         raise RequestError(msg, index=index)
     assert params.max_new_tokens is not None
     most = min(params.max_new_tokens, room)
     least = min(params.min_new_tokens or 0, most)
-    return (
-        _limited(params, most, least)
-        if len(params.bad_words_ids or ()) < FEW
-        else _limited.__wrapped__(params, most, least)
-    )
+    cached = len(params.bad_words_ids or ()) < CACHED_LENGTH
+    return (_with_lengths if cached else _with_lengths.__wrapped__)(params, most, least)
 
 
 @functools.lru_cache(512)
-def _limited(params: GenerationParams, most: int, least: int) -> GenerationParams:
+def _with_lengths(params: GenerationParams, most: int, least: int) -> GenerationParams:
     return replace(params, max_new_tokens=most, min_new_tokens=least)
 
 
 def check_params(params: GenerationParams, index: int, vocab_size: int) -> None:
-    """Refuse combinations that would be dropped in silence."""
-    check = _wrong if len(params.bad_words_ids or ()) < FEW else _wrong.__wrapped__
-    if (wrong := check(replace(params, seed=None) if params.seed is not None else params, vocab_size)) is not None:
-        msg = f"request {index}: {wrong}"
+    """Refuse combinations of parameters of which one has no effect.
+
+    Args:
+        params: Resolved parameters.
+        index: Place of the request in the batch, for errors.
+        vocab_size: Number of tokens of the base model.
+
+    Raises:
+        RequestError: For such a combination.
+    """
+    find = _conflict if len(params.bad_words_ids or ()) < CACHED_LENGTH else _conflict.__wrapped__
+    conflict = find(replace(params, seed=None) if params.seed is not None else params, vocab_size)
+    if conflict is not None:
+        msg = f"request {index}: {conflict}"
         raise RequestError(msg, index=index)
 
 
 @functools.lru_cache(512)
-def _wrong(p: GenerationParams, vocab_size: int) -> str | None:
+def _conflict(p: GenerationParams, vocab_size: int) -> str | None:
+    """Error message for a combination of parameters that does not work, None if all work."""
     beams, texts = p.num_beams or 1, p.num_return_sequences or 1
-    top = max((i for word in p.bad_words_ids or () for i in word), default=0)
-    found = {
-        f"num_return_sequences={texts}: the likeliest text is one; say do_sample=True or num_beams={texts}": texts > 1
-        and beams == 1
-        and not p.do_sample,
-        f"num_return_sequences={texts} of {beams} beams: expected at most as many": beams > 1 and texts > beams,
-        "stop_strings with beams: beams are cut by tokens; use num_beams=1": beams > 1 and p.stop_strings,
-        "logprobs with beams: beams change places; use num_beams=1, or score the result": beams > 1
+    largest = max((i for word in p.bad_words_ids or () for i in word), default=0)
+    several = texts > 1 and beams == 1 and not p.do_sample
+    conflicts = {
+        f"num_return_sequences={texts}: greedy search has one text; set do_sample=True or num_beams={texts}": several,
+        f"num_return_sequences={texts}: expected at most num_beams={beams}": beams > 1 and texts > beams,
+        "stop_strings with beams are not supported; set num_beams=1": beams > 1 and p.stop_strings,
+        "logprobs with beams are not supported; set num_beams=1, or score the result": beams > 1
         and p.logprobs is not None,
-        f"logprobs={p.logprobs}: expected at most the vocabulary's {vocab_size}": (p.logprobs or 0) > vocab_size,
-        f"bad_words_ids: expected token ids below {vocab_size}, got {top}": top >= vocab_size,
+        f"logprobs={p.logprobs}: expected at most the {vocab_size} tokens of the vocabulary": (p.logprobs or 0)
+        > vocab_size,
+        f"bad_words_ids: expected token ids below {vocab_size}, got {largest}": largest >= vocab_size,
     }
-    return next((text for text, holds in found.items() if holds), None)
+    return next((text for text, holds in conflicts.items() if holds), None)

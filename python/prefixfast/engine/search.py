@@ -1,7 +1,10 @@
-"""Choosing tokens: greedy and beam search as transformers defines them, over tensors, for requests that start and end at different times.
+"""Greedy and beam search as transformers defines them, for requests that start and end at different times.
 
-Shape letters: R decode rows of the engine, S requests of a step, K beams, V vocabulary, L most new tokens of a request.
-State lies in tensors over all R rows and is addressed by a request's first row, so a step costs no loop over requests.
+The state of all requests lies in tensors over the R decode rows, at the first row of each request. A step therefore
+needs no loop over requests.
+
+Shape letters: R decode rows of the engine, S requests of a step, K beams, V vocabulary, L largest number of new tokens
+of a request, E end tokens.
 """
 
 from __future__ import annotations
@@ -14,202 +17,243 @@ from torch import Tensor
 
 from prefixfast.config import GenerationParams
 
-NEVER = -1.0e9  # what transformers uses for impossible beams
-PIECE = 256  # entries of the vocabulary
-EARLY = {False: 0, True: 1, "never": 2}
+IMPOSSIBLE = -1.0e9  # transformers' score of impossible beams
+CHUNK = 256  # entries of the vocabulary whose maximum is taken at once
+EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Outcome of a step.
+    """Tokens that a step has chosen.
 
     Attributes:
-        tokens: ``[S * K]`` next token of each row.
-        source: ``[S * K]`` row of the slot table that each row continues; None: its own.
-        finished: Bool ``[S]``; None: a token says it (an end token, or the last one allowed).
+        tokens: Next token of each row ``[S * K]``.
+        sources: Decode row that each row continues ``[S * K]``, None if each row continues itself.
+        finished: Whether each request has ended, bool ``[S]``. None if the tokens alone tell: an end token, or the last
+            token that is allowed.
     """
 
     tokens: Tensor
-    source: Tensor | None
+    sources: Tensor | None
     finished: Tensor | None
 
 
-class _Limits:
-    """Length rules by first row."""
+class _LengthLimits:
+    """Smallest and largest number of new tokens, and the number of tokens so far, by first row of each request."""
 
-    def __init__(self, rows: int, eos: Tensor) -> None:
-        self.eos = eos
+    def __init__(self, rows: int, end_ids: Tensor) -> None:
+        self.end_ids = end_ids
         self.max_new, self.min_new, self.count = (
-            torch.zeros(rows, dtype=torch.int64, device=eos.device) for _ in range(3)
+            torch.zeros(rows, dtype=torch.int64, device=end_ids.device) for _ in range(3)
         )
 
-    def start(self, row: int, params: GenerationParams) -> None:
-        self.max_new[row], self.min_new[row], self.count[row] = (
-            params.max_new_tokens or 1,
-            params.min_new_tokens or 0,
-            0,
-        )
+    def set_row(self, row: int, params: GenerationParams) -> None:
+        self.max_new[row] = params.max_new_tokens or 1
+        self.min_new[row] = params.min_new_tokens or 0
+        self.count[row] = 0
 
-    def hide_end(self, scores: Tensor, at: Tensor) -> None:
-        """Set end tokens to -inf in ``[S, K or 1, V]`` where a request is shorter than its minimum."""
-        if len(self.eos):
-            early = self.count[at] < self.min_new[at]
-            scores.index_copy_(
-                -1, self.eos, scores.index_select(-1, self.eos).masked_fill(early[:, None, None], -torch.inf)
-            )
+    def mask_end_tokens(self, scores: Tensor, rows: Tensor) -> None:
+        """Set the scores of end tokens in ``[S, K or 1, V]`` to -inf for requests below their minimum length."""
+        if len(self.end_ids):
+            too_short = self.count[rows] < self.min_new[rows]
+            masked = scores.index_select(-1, self.end_ids).masked_fill(too_short[:, None, None], -torch.inf)
+            scores.index_copy_(-1, self.end_ids, masked)
 
-    def ends(self, tokens: Tensor, at: Tensor) -> Tensor:
-        """Which ``[S, n]`` candidate tokens end their sequence, by end token or length."""
-        full = self.count[at] + 1 >= self.max_new[at]
-        return torch.isin(tokens, self.eos) | full[:, None]
+    def is_last(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Whether each candidate token ``[S, n]`` ends its sequence, as an end token or by length."""
+        at_limit = self.count[rows] + 1 >= self.max_new[rows]
+        return torch.isin(tokens, self.end_ids) | at_limit[:, None]
 
 
-class Greedy:
-    """The likeliest token at each step. Nothing here reads a tensor on the host, so a step can be captured.
+class GreedySearch:
+    """Greedy search. A step reads no tensor on the host, so a CUDA graph can capture it.
 
     Args:
-        rows: R.
-        eos: End tokens ``[E]``, may be empty.
+        rows: Number of decode rows R.
+        end_ids: End tokens ``[E]``, can be empty.
     """
 
-    def __init__(self, rows: int, eos: Tensor) -> None:
-        self.limits = _Limits(rows, eos)
+    def __init__(self, rows: int, end_ids: Tensor) -> None:
+        self.limits = _LengthLimits(rows, end_ids)
 
     def start(self, row: int, params: GenerationParams) -> None:
-        """A request takes its row."""
-        self.limits.start(row, params)
+        """Start a request.
 
-    def step(self, logits: Tensor, at: Tensor) -> Choice:
-        """Choose for requests at rows ``at`` ``[S]`` from logits ``[S, V]``."""
+        Args:
+            row: Decode row of the request.
+            params: Resolved parameters.
+        """
+        self.limits.set_row(row, params)
+
+    def step(self, logits: Tensor, rows: Tensor) -> Choice:
+        """Choose the most likely token of each row.
+
+        Args:
+            logits: Logits ``[S, V]``.
+            rows: Decode rows ``[S]``.
+        """
         scores = logits[:, None].float()
-        self.limits.hide_end(scores, at)
-        self.limits.count[at] += 1
-        return Choice(likeliest(scores[:, 0]), None, None)
+        self.limits.mask_end_tokens(scores, rows)
+        self.limits.count[rows] += 1
+        return Choice(argmax_rows(scores[:, 0]), None, None)
 
 
-class Beam:
+class BeamSearch:
     """Beam search with K beams.
 
-    Args:
-        num_beams: K.
-        rows: R.
-        longest: L.
-        eos: End tokens ``[E]``, may be empty.
+    A request alone gives exactly the results of ``_beam_search`` and its helpers in transformers 5.23,
+    generation/utils.py.
 
-    Source:
-        transformers 5.23, generation/utils.py ``_beam_search`` and its helpers, whose results a single request has exactly.
+    Args:
+        num_beams: Number of beams K.
+        rows: Number of decode rows R.
+        max_len: Largest number of new tokens L.
+        end_ids: End tokens ``[E]``, can be empty.
     """
 
-    def __init__(self, num_beams: int, rows: int, longest: int, eos: Tensor) -> None:
-        self.k, self.limits = num_beams, _Limits(rows, eos)
-        device, k = eos.device, num_beams
-        self.keep = max(2, 1 + len(eos)) * k
-        self.running, self.done_tokens = (
-            torch.zeros(rows, k, longest, dtype=torch.int64, device=device) for _ in range(2)
+    def __init__(self, num_beams: int, rows: int, max_len: int, end_ids: Tensor) -> None:
+        self.k, self.limits = num_beams, _LengthLimits(rows, end_ids)
+        device, k = end_ids.device, num_beams
+        self.num_candidates = max(2, 1 + len(end_ids)) * k
+        self.running_tokens, self.finished_tokens = (
+            torch.zeros(rows, k, max_len, dtype=torch.int64, device=device) for _ in range(2)
         )
-        self.running_score, self.score = (torch.zeros(rows, k, device=device) for _ in range(2))
-        self.done = torch.zeros(rows, k, dtype=torch.bool, device=device)
-        self.length = torch.zeros(rows, k, dtype=torch.int64, device=device)
-        self.hope = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.penalty, self.early = torch.zeros(rows, device=device), torch.zeros(rows, dtype=torch.int64, device=device)
+        self.running_score, self.finished_score = (torch.zeros(rows, k, device=device) for _ in range(2))
+        self.is_finished = torch.zeros(rows, k, dtype=torch.bool, device=device)
+        self.finished_length = torch.zeros(rows, k, dtype=torch.int64, device=device)
+        self.can_improve = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.length_penalty = torch.zeros(rows, device=device)
+        self.early_stopping = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def start(self, row: int, params: GenerationParams) -> None:
-        """A request takes the K rows from ``row`` on."""
-        self.limits.start(row, params)
-        self.running[row], self.done_tokens[row], self.length[row], self.done[row], self.hope[row] = (
-            0,
-            0,
-            0,
-            False,
-            True,
-        )
-        self.running_score[row], self.running_score[row, 0], self.score[row] = NEVER, 0.0, NEVER
-        self.penalty[row] = 1.0 if params.length_penalty is None else params.length_penalty
-        self.early[row] = EARLY[params.early_stopping or False]
+        """Start a request.
 
-    def step(self, logits: Tensor, at: Tensor, ruled: Callable[[Tensor], None] | None = None) -> Choice:
-        """Choose for requests whose first rows are ``at`` ``[S]`` from logits ``[S * K, V]``; ``ruled`` changes log-probabilities ``[S * K, V]`` in place."""
-        num, k = len(at), self.k
+        Args:
+            row: First of the K decode rows of the request.
+            params: Resolved parameters.
+        """
+        self.limits.set_row(row, params)
+        self.running_tokens[row] = self.finished_tokens[row] = self.finished_length[row] = 0
+        self.is_finished[row], self.can_improve[row] = False, True
+        self.running_score[row], self.running_score[row, 0], self.finished_score[row] = IMPOSSIBLE, 0.0, IMPOSSIBLE
+        self.length_penalty[row] = 1.0 if params.length_penalty is None else params.length_penalty
+        self.early_stopping[row] = EARLY_STOPPING[params.early_stopping or False]
+
+    def step(self, logits: Tensor, rows: Tensor, process: Callable[[Tensor], None] | None = None) -> Choice:
+        """Advance the beams of requests by one token.
+
+        Args:
+            logits: Logits ``[S * K, V]``.
+            rows: First decode row of each request ``[S]``.
+            process: Function that applies logits processors to log-probabilities ``[S * K, V]`` in place.
+        """
+        num, k = len(rows), self.k
         logp = logits.view(num, k, -1).float().log_softmax(-1)
-        if ruled is not None:
-            ruled(logp.view(num * k, -1))
-        self.limits.hide_end(logp, at)
-        total = (logp + self.running_score[at][:, :, None]).view(num, -1)
-        value, index = total.topk(self.keep)
+        if process is not None:
+            process(logp.view(num * k, -1))
+        self.limits.mask_end_tokens(logp, rows)
+        total = (logp + self.running_score[rows][:, :, None]).view(num, -1)
+        value, index = total.topk(self.num_candidates)
         parent, token = index // logp.shape[-1], index % logp.shape[-1]
-        count = self.limits.count[at]
-        used = int(count.max()) + 1
-        candidates = _pick(self.running[at, :, :used], parent).scatter_(
-            2, count[:, None, None].expand(-1, self.keep, 1), token[..., None]
+        count = self.limits.count[rows]
+        length = int(count.max()) + 1
+        candidates = _gather(self.running_tokens[rows, :, :length], parent).scatter_(
+            2, count[:, None, None].expand(-1, self.num_candidates, 1), token[..., None]
         )
-        ends = self.limits.ends(token, at)
+        is_last = self.limits.is_last(token, rows)
 
-        still = value + ends * NEVER
-        chosen = still.topk(k)[1]
-        running_score = _pick(still, chosen)
-        self.running[at, :, :used], self.running_score[at] = _pick(candidates, chosen), running_score
-        self._finish(at, candidates, value, ends)
-        self.limits.count[at] += 1
-        open_ = self._open(at, running_score) & ~ends.all(1)
-        source = (_pick(parent, chosen) + at[:, None]).view(-1)
-        return Choice(_pick(token, chosen).view(-1), source, ~open_)
+        running = value + is_last * IMPOSSIBLE
+        chosen = running.topk(k)[1]
+        running_score = _gather(running, chosen)
+        self.running_tokens[rows, :, :length], self.running_score[rows] = _gather(candidates, chosen), running_score
+        self._merge_finished(rows, candidates, value, is_last)
+        self.limits.count[rows] += 1
+        is_open = self._is_open(rows, running_score) & ~is_last.all(1)
+        sources = (_gather(parent, chosen) + rows[:, None]).view(-1)
+        return Choice(_gather(token, chosen).view(-1), sources, ~is_open)
 
-    def _finish(self, at: Tensor, candidates: Tensor, value: Tensor, ends: Tensor) -> None:
-        """Merge candidates that just ended, if among the best K, with those that ended before."""
-        best = torch.arange(self.keep, device=at.device) < self.k
-        ended, length = ends & best, self.limits.count[at] + 1
-        done = self.done[at]
-        value = value / length[:, None].float() ** self.penalty[at][:, None]
-        full = done.all(1) & (self.early[at] == EARLY[True])
-        value = value + (full[:, None] * NEVER) + (~self.hope[at][:, None] * NEVER) + (~ended * NEVER)
-        score = torch.cat([self.score[at], value], 1)
+    def _merge_finished(self, rows: Tensor, candidates: Tensor, value: Tensor, is_last: Tensor) -> None:
+        """Merge candidates that have just ended, if among the best K, with the beams that ended before."""
+        is_best = torch.arange(self.num_candidates, device=rows.device) < self.k
+        ended, length = is_last & is_best, self.limits.count[rows] + 1
+        finished = self.is_finished[rows]
+        value = value / length[:, None].float() ** self.length_penalty[rows][:, None]
+        full = finished.all(1) & (self.early_stopping[rows] == EARLY_STOPPING[True])
+        value = value + (full[:, None] * IMPOSSIBLE) + (~self.can_improve[rows][:, None] * IMPOSSIBLE)
+        value = value + (~ended * IMPOSSIBLE)
+        score = torch.cat([self.finished_score[rows], value], 1)
         order = score.topk(self.k)[1]
-        self.score[at] = _pick(score, order)
+        self.finished_score[rows] = _gather(score, order)
         used = candidates.shape[2]
-        self.done_tokens[at, :, :used] = _pick(torch.cat([self.done_tokens[at, :, :used], candidates], 1), order)
-        self.done[at] = _pick(torch.cat([done, ended], 1), order)
-        self.length[at] = _pick(torch.cat([self.length[at], length[:, None].expand(-1, self.keep)], 1), order)
+        tokens = torch.cat([self.finished_tokens[rows, :, :used], candidates], 1)
+        self.finished_tokens[rows, :, :used] = _gather(tokens, order)
+        self.is_finished[rows] = _gather(torch.cat([finished, ended], 1), order)
+        lengths = torch.cat([self.finished_length[rows], length[:, None].expand(-1, self.num_candidates)], 1)
+        self.finished_length[rows] = _gather(lengths, order)
 
-    def _open(self, at: Tensor, running_score: Tensor) -> Tensor:
-        """Which requests can still improve."""
-        penalty, early, done = self.penalty[at], self.early[at], self.done[at]
+    def _is_open(self, rows: Tensor, running_score: Tensor) -> Tensor:
+        """Whether each request can still get a better beam, bool ``[S]``."""
+        penalty, early, finished = self.length_penalty[rows], self.early_stopping[rows], self.is_finished[rows]
         best_length = torch.where(
-            (early == EARLY["never"]) & (penalty > 0), self.limits.max_new[at], self.limits.count[at]
+            (early == EARLY_STOPPING["never"]) & (penalty > 0), self.limits.max_new[rows], self.limits.count[rows]
         )
         reachable = running_score[:, 0] / best_length.float() ** penalty
-        worst = torch.where(done, self.score[at].min(1, keepdim=True)[0], NEVER)
-        self.hope[at] = hope = self.hope[at] & (reachable[:, None] > worst).any(1)
-        return hope & ~(done.all(1) & (early == EARLY[True]))
+        worst = torch.where(finished, self.finished_score[rows].min(1, keepdim=True)[0], IMPOSSIBLE)
+        self.can_improve[rows] = can_improve = self.can_improve[rows] & (reachable[:, None] > worst).any(1)
+        return can_improve & ~(finished.all(1) & (early == EARLY_STOPPING[True]))
 
-    def result(self, row: int, most: int = 1) -> list[tuple[list[int], float]]:
-        """Tokens and scores of a request's ``most`` best finished beams; of its best running one while none has finished."""
-        if bool(self.done[row].any()):
-            done = range(min(most, int(self.done[row].sum())))
+    def best(self, row: int, count: int = 1) -> list[tuple[list[int], float]]:
+        """Token ids and scores of the best beams of a request.
+
+        Args:
+            row: First decode row of the request.
+            count: Largest number of beams.
+
+        Returns:
+            Best finished beams, the best one first. The best running beam if none has finished.
+        """
+        if bool(self.is_finished[row].any()):
+            finished = range(min(count, int(self.is_finished[row].sum())))
             return [
-                (self.done_tokens[row, i, : int(self.length[row, i])].tolist(), float(self.score[row, i])) for i in done
+                (
+                    self.finished_tokens[row, i, : int(self.finished_length[row, i])].tolist(),
+                    float(self.finished_score[row, i]),
+                )
+                for i in finished
             ]
-        count = int(self.limits.count[row])
-        return [
-            (
-                self.running[row, 0, :count].tolist(),
-                float(self.running_score[row, 0] / max(count, 1) ** self.penalty[row]),
-            )
-        ]
+        length = int(self.limits.count[row])
+        score = float(self.running_score[row, 0] / max(length, 1) ** self.length_penalty[row])
+        return [(self.running_tokens[row, 0, :length].tolist(), score)]
 
 
-def likeliest(scores: Tensor) -> Tensor:
-    """The first largest entry of each row of ``[S, V]``; on a CPU the maxima of pieces come first, since `torch.argmax` does not use vectors there."""
-    n = scores.shape[1] // PIECE
+def reorder_slot_table(table: Tensor, rows: Tensor, sources: Tensor, length: int) -> None:
+    """Let each decode row continue another row's keys. Slots are permuted in place, and no key or value is copied.
+
+    Args:
+        table: Slot table ``[R + 1, max_len]``.
+        rows: Decode rows ``[n]``.
+        sources: Decode row that each row continues ``[n]``.
+        length: Largest number of keys of a row.
+    """
+    table[rows, :length] = table[sources, :length]
+
+
+def argmax_rows(scores: Tensor) -> Tensor:
+    """Place of the first largest entry of each row of ``[S, V]``.
+
+    On a CPU the maxima of chunks are taken first, since `torch.argmax` does not use vector instructions there.
+    """
+    n = scores.shape[1] // CHUNK
     if scores.device.type != "cpu" or n < 2:
         return scores.argmax(-1)
-    pieces = scores[:, : n * PIECE].unflatten(1, (n, PIECE)).amax(-1)
-    rest = scores[:, n * PIECE :]
+    maxima = scores[:, : n * CHUNK].unflatten(1, (n, CHUNK)).amax(-1)
+    rest = scores[:, n * CHUNK :]
     if rest.shape[1]:
-        pieces = torch.cat([pieces, rest.amax(-1, keepdim=True)], 1)
-    at = pieces.argmax(-1, keepdim=True) * PIECE + torch.arange(PIECE)
+        maxima = torch.cat([maxima, rest.amax(-1, keepdim=True)], 1)
+    at = maxima.argmax(-1, keepdim=True) * CHUNK + torch.arange(CHUNK)
     return at[:, 0] + scores.gather(1, at.clamp_(max=scores.shape[1] - 1)).argmax(-1)
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` ``[S, n]`` of ``[S, m]`` or ``[S, m, L]``."""
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    """Entries ``index`` ``[S, n]`` of each row of ``[S, m]`` or ``[S, m, L]``."""
     return torch.take_along_dim(x, index if x.dim() == 2 else index[..., None], 1)

@@ -1,4 +1,4 @@
-"""Leading text that many requests have in common (a system prompt, few-shot examples), computed once and read in place as a prefix."""
+"""`SharedPrompts`, which computes leading tokens that several requests share once, as a prefix."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import OrderedDict, defaultdict
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prefixfast.engine.request import Request
 from prefixfast.model.base import Model
@@ -13,68 +14,77 @@ from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.kv import context
 from prefixfast.prefix.prefix import Prefix
 
-KEPT = 32
-Before = tuple[str, ...]  # digests of a request's prefixes
+MAX_SHARED_PROMPTS = 32
+Digests = tuple[str, ...]  # digests of a request's prefixes
 
 
 class SharedPrompts:
-    """Finds shared leading text in batches and keeps its keys and values.
+    """Finds shared leading tokens in batches, and holds their keys and values as prefixes.
 
     Args:
-        model: The base.
-        least: Tokens that must be shared.
+        model: Base model.
+        min_tokens: Smallest number of leading tokens that requests share.
     """
 
-    def __init__(self, model: Model, least: int) -> None:
-        self.model, self.least = model, least
-        self.known: OrderedDict[tuple[Before, bytes], Prefix] = OrderedDict()  # the one used last comes last
+    def __init__(self, model: Model, min_tokens: int) -> None:
+        self.model, self.min_tokens = model, min_tokens
+        # By digests of the requests' prefixes and bytes of the int32 tokens, the most recently used one last.
+        self.prompts: OrderedDict[tuple[Digests, bytes], Prefix] = OrderedDict()
 
     def split(self, requests: list[Request]) -> list[Request]:
-        """Requests whose shared leading text is a prefix; the others as they are. Results do not change but for rounding."""
-        groups: dict[tuple[Before, bytes], list[Request]] = defaultdict(list)
-        for r in requests:
-            if len(r.ids) > self.least:
-                groups[_before(r), r.ids[: self.least].tobytes()].append(r)
-        for (before, _), group in groups.items():
-            if len(group) > 1 and self._find(before, group[0].ids, _common(group)) is None:
-                self._learn(group[0], _common(group))
-        return [self._cut(r) for r in requests]
+        """Replace shared leading tokens of requests by a prefix. Results change by rounding only.
 
-    def _find(self, before: Before, ids: np.ndarray, least: int) -> tuple[Before, bytes] | None:
-        """The longest known text of at least ``least`` tokens that these begin with and go on from."""
+        Args:
+            requests: Checked requests of a batch.
+
+        Returns:
+            Requests in the same order. Requests without shared leading tokens are unchanged.
+        """
+        groups: dict[tuple[Digests, bytes], list[Request]] = defaultdict(list)
+        for r in requests:
+            if len(r.ids) > self.min_tokens:
+                groups[_digests(r), r.ids[: self.min_tokens].tobytes()].append(r)
+        for (digests, _), group in groups.items():
+            if len(group) > 1 and self._find(digests, group[0].ids, _common_length(group)) is None:
+                self._compute(group[0], _common_length(group))
+        return [self._use(r) for r in requests]
+
+    def _find(self, digests: Digests, ids: NDArray[np.int32], min_tokens: int) -> tuple[Digests, bytes] | None:
+        """Key of the longest shared prompt of at least ``min_tokens`` tokens with which ``ids`` begin."""
         fits = [
-            (b, text)
-            for b, text in self.known
-            if b == before and 4 * least <= len(text) < 4 * len(ids) and ids.tobytes().startswith(text)
+            (own, prompt)
+            for own, prompt in self.prompts
+            if own == digests and 4 * min_tokens <= len(prompt) < 4 * len(ids) and ids.tobytes().startswith(prompt)
         ]
         return max(fits, key=lambda key: len(key[1]), default=None)
 
-    def _learn(self, request: Request, length: int) -> None:
-        after = [p if isinstance(p, Prefix) else p.read() for p in request.prefixes]
-        kv = text_kv(self.model, request.ids[:length].tolist(), length, *context(after, self.model))
-        pos = max((p.pos_start for p in after), default=0) + length
+    def _compute(self, request: Request, length: int) -> None:
+        """Compute the keys and values of the first ``length`` prompt tokens of a request."""
+        prefixes = [p if isinstance(p, Prefix) else p.read() for p in request.prefixes]
+        kv = text_kv(self.model, request.ids[:length].tolist(), length, *context(prefixes, self.model))
+        pos = max((p.pos_start for p in prefixes), default=0) + length
         tensors = {f"self.{i}.{x}": t for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)}
-        self.known[_before(request), request.ids[:length].tobytes()] = Prefix(tensors, pos_start=pos)
-        while len(self.known) > KEPT:
-            self.known.popitem(last=False)
+        self.prompts[_digests(request), request.ids[:length].tobytes()] = Prefix(tensors, pos_start=pos)
+        while len(self.prompts) > MAX_SHARED_PROMPTS:
+            self.prompts.popitem(last=False)
 
-    def _cut(self, request: Request) -> Request:
-        key = self._find(_before(request), request.ids, self.least)
+    def _use(self, request: Request) -> Request:
+        """The request with its longest shared prompt as a further prefix."""
+        key = self._find(_digests(request), request.ids, self.min_tokens)
         if key is None:
             return request
-        self.known.move_to_end(key)
-        prefix = self.known[key]
-        return replace(
-            request, ids=request.ids[prefix.length :], prefixes=(*request.prefixes, prefix), shared=prefix.length
-        )
+        self.prompts.move_to_end(key)
+        prefix = self.prompts[key]
+        ids, prefixes = request.ids[prefix.length :], (*request.prefixes, prefix)
+        return replace(request, ids=ids, prefixes=prefixes, shared_tokens=prefix.length)
 
 
-def _before(request: Request) -> Before:
+def _digests(request: Request) -> Digests:
     return tuple(p.digest for p in request.prefixes)
 
 
-def _common(group: list[Request]) -> int:
-    """Leading tokens that all of these have in common, at least one short of the shortest."""
+def _common_length(group: list[Request]) -> int:
+    """Number of leading tokens that all requests share. At least one token of the shortest request is left."""
     first = group[0].ids
-    least = min(len(r.ids) for r in group) - 1
-    return min((int(np.argmin(np.append(r.ids[:least] == first[:least], False))) for r in group[1:]), default=least)
+    limit = min(len(r.ids) for r in group) - 1
+    return min((int(np.argmin(np.append(r.ids[:limit] == first[:limit], False))) for r in group[1:]), default=limit)

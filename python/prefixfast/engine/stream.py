@@ -1,4 +1,4 @@
-"""`Stream`: one request's text as it grows, for plain and for asynchronous callers."""
+"""`Stream`, the text of one request piece by piece, for plain and for asynchronous callers."""
 
 from __future__ import annotations
 
@@ -13,44 +13,50 @@ from prefixfast.engine.request import Generation
 from prefixfast.engine.ticket import Ticket
 
 
-class Deltas:
-    """Pieces of text from tokens; joined they are the text that the request's `Generation` has.
+class TextPieces:
+    """Pieces of text from tokens. Joined, they are the text of the request's `Generation`.
 
     Args:
-        stream: Makes text of tokens.
-        strip: The text loses leading and trailing space: then space is held back until something follows.
+        stream: Stream that turns tokens into text.
+        strip: Whether leading and trailing white space is removed. White space is then held back until text follows.
     """
 
     def __init__(self, stream: _rust.DetokenizeStream, *, strip: bool) -> None:
-        self.stream, self.strip, self.held, self.begun = stream, strip, "", False
+        self.stream, self.strip, self.held_space, self.has_text = stream, strip, "", False
 
     def push(self, token: int) -> str:
-        """The text that is certain with one more token, often empty."""
-        return self._ready(self.stream.push([token]))
+        """Text that is complete with one more token, often empty.
+
+        Args:
+            token: Next token.
+        """
+        return self._stripped(self.stream.push([token]))
 
     def finish(self) -> str:
-        """The rest."""
-        return self._ready(self.stream.finish())
+        """Rest of the text after the last token."""
+        return self._stripped(self.stream.finish())
 
-    def _ready(self, text: str) -> str:
+    def _stripped(self, text: str) -> str:
         if not self.strip:
             return text
-        text = self.held + text
-        text = text if self.begun else text.lstrip()
-        kept = text.rstrip()
-        self.held, self.begun = text[len(kept) :], self.begun or bool(kept)
-        return kept
+        text = self.held_space + text
+        text = text if self.has_text else text.lstrip()
+        ready = text.rstrip()
+        self.held_space, self.has_text = text[len(ready) :], self.has_text or bool(ready)
+        return ready
 
 
 class Stream:
-    """Iterate over it for pieces of text (or ``async for``); leaving early cancels the request. Made by `Engine.stream`.
+    """Text of one request piece by piece, from `Engine.stream`. Use it with ``for`` or ``async for``.
+
+    A loop that is left early cancels the request.
 
     Args:
-        submit: Submits the request with the function that gets its tokens.
-        deltas: Makes text of them.
+        submit: Function that submits the request. Its argument is the function that gets each token.
+        pieces: Conversion of tokens to pieces of text.
 
     Attributes:
-        generation: The result, once the iteration has ended.
+        generation: Result of the request. Reading it waits for the end of the request.
 
     Example:
         >>> with Engine(base, max_num_seqs=8) as engine:
@@ -59,46 +65,46 @@ class Stream:
         True
     """
 
-    def __init__(self, submit: Callable[[Callable[[int], None]], Ticket], deltas: Deltas) -> None:
-        self._deltas, self._buffer, self._change = deltas, deque[int | None](), threading.Condition()
-        self._wake: Callable[[], object] | None = None  # of a coroutine that waits
+    def __init__(self, submit: Callable[[Callable[[int], None]], Ticket], pieces: TextPieces) -> None:
+        self._pieces, self._tokens, self._condition = pieces, deque[int | None](), threading.Condition()
+        self._wake: Callable[[], object] | None = None  # wakes a waiting coroutine
         self._ticket = submit(self._put)
         self._ticket.future.add_done_callback(lambda _: self._put(None))
 
     @property
     def generation(self) -> Generation:
-        """The result; waits for it."""
+        """Result of the request. Reading it waits for the end of the request."""
         return self._ticket.result()
 
     def cancel(self) -> None:
-        """End the request with what it has."""
+        """End the request at the next step with the tokens so far."""
         self._ticket.cancel()
 
     def _put(self, token: int | None) -> None:
-        with self._change:
-            self._buffer.append(token)
-            self._change.notify_all()
+        """Add a token, or None at the end."""
+        with self._condition:
+            self._tokens.append(token)
+            self._condition.notify_all()
             wake = self._wake
         if wake is not None:
-            with contextlib.suppress(RuntimeError):  # the event loop is gone, and with it whoever waited
+            with contextlib.suppress(RuntimeError):  # the event loop was closed, so no coroutine waits any more
                 wake()
 
     def _rest(self) -> str:
-        _ = self.generation  # raises what went wrong
-        return self._deltas.finish()
+        _ = self.generation  # raises the error of a failed request
+        return self._pieces.finish()
 
     def __iter__(self) -> Iterator[str]:
         try:
             while True:
-                with self._change:
-                    while not self._buffer:
-                        self._change.wait()
-                    token = (
-                        self._buffer[0] if self._buffer[0] is None else self._buffer.popleft()
-                    )  # the end stays for whoever comes again
+                with self._condition:
+                    while not self._tokens:
+                        self._condition.wait()
+                    # The end mark stays in the queue, so that a second iteration ends too.
+                    token = self._tokens[0] if self._tokens[0] is None else self._tokens.popleft()
                 if token is None:
                     break
-                if piece := self._deltas.push(token):
+                if piece := self._pieces.push(token):
                     yield piece
             if piece := self._rest():
                 yield piece
@@ -111,13 +117,13 @@ class Stream:
         try:
             while True:
                 ready.clear()
-                with self._change:
-                    tokens = list(self._buffer)
-                    self._buffer.clear()
+                with self._condition:
+                    tokens = list(self._tokens)
+                    self._tokens.clear()
                     if tokens and tokens[-1] is None:
-                        self._buffer.append(None)
+                        self._tokens.append(None)
                 for token in tokens:
-                    if piece := "" if token is None else self._deltas.push(token):
+                    if piece := "" if token is None else self._pieces.push(token):
                         yield piece
                 if tokens and tokens[-1] is None:
                     break

@@ -1,4 +1,4 @@
-"""Small arrays between host and device that never make the host wait for the device's work, but where a value is read."""
+"""Copies of small arrays between host and device that do not make the host wait until a value is read."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import Tensor
 
 
 def to_device(values: NDArray[np.integer], device: torch.device) -> Tensor:
-    """int64 on the device; through pinned memory, since a copy from any other waits for all earlier work."""
+    """Int64 copy of an array on the device."""
     host = torch.from_numpy(values).long()
+    # A copy from pageable memory would wait for all earlier work of the device.
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-class Arriving:
-    """A copy of a tensor on its way to the host.
+class HostCopy:
+    """Copy of a tensor to the host, started at once and read later.
 
     Args:
-        source: May be overwritten by later work.
+        source: Tensor to copy. Work that is started later may overwrite it.
     """
 
     def __init__(self, source: Tensor) -> None:
@@ -29,8 +30,12 @@ class Arriving:
         self.event = torch.cuda.current_stream(source.device).record_event() if cuda else None
 
     def values(self) -> list[Any]:
-        """Wait for it, and for nothing that was started later; a list of numbers, or of rows of them."""
+        """Wait for the copy, but for no work that was started later.
+
+        Returns:
+            Numbers, or rows of numbers, as `Tensor.tolist` gives them.
+        """
         if self.event is not None:
             self.event.synchronize()
-        out: list[Any] = self.host.tolist()
-        return out
+        values: list[Any] = self.host.tolist()
+        return values

@@ -1,1 +1,1 @@
-"""Adapters to other libraries; each imports its library where it is used."""
+"""Adapters to other libraries. Each imports its library where it is used."""

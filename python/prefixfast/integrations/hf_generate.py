@@ -1,15 +1,16 @@
-"""`HFCache`: transformers' own, unmodified ``generate`` on the packed forward, each row with prefixes of its own that lie in memory once.
+"""`HFCache`, which runs transformers' unmodified ``generate`` on the packed forward, with prefixes for each row.
 
-Hooks on the attached model turn every forward that carries this cache into a packed prefill or a decode step of the arena, and its logits back.
+Each prefix lies in memory once. Hooks on the attached model turn every forward with this cache into a packed prefill or
+a decode step over a KV arena, and its logits back into those that ``generate`` expects.
 
-Shape letters: B rows of the batch (with beams one a beam), T tokens of the padded prompt, V vocabulary.
+Shape letters: B rows of the batch (one per beam), T tokens of the padded prompt.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -18,37 +19,44 @@ from transformers import Cache
 
 from prefixfast.attention.plan import Layout, Plan, decode_plan, host_table, prefill_plan
 from prefixfast.config import EngineConfig
-from prefixfast.engine.kv_arena import RESERVED_ROWS, bytes_of_row
+from prefixfast.engine.kv_arena import RESERVED_ROWS, bytes_per_row
 from prefixfast.engine.loop import Loop
-from prefixfast.engine.request import assign
+from prefixfast.engine.request_prefixes import assign_prefixes
+from prefixfast.engine.search import reorder_slot_table
 from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model.base import Model
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.store import StoredPrefix
 
-UNIT = 16  # arena rows are handed out by so many
-Prefixes = Prefix | Sequence[Prefix | Sequence[Prefix] | None] | None
+ROW_UNIT = 16  # the scheduler hands out arena rows in units of this size
+RowPrefixes: TypeAlias = Prefix | Sequence[Prefix | Sequence[Prefix] | None] | None
 
 
 class HFCache(Cache):
-    """Give it to ``model.hf.generate(..., past_key_values=cache)``: all of transformers' ways to generate then see the prefixes.
+    """Cache for ``model.hf.generate(..., past_key_values=cache)`` that makes generation see the prefixes.
 
-    Sampling, beams, processors and stopping criteria are transformers'; a batch is padded on the left and has its ``attention_mask``. For one call of
-    ``generate``; close it (it is a context manager) to free its memory.
+    Sampling, beams, logits processors and stopping criteria are those of transformers. A batch is padded on the left
+    and has an ``attention_mask``. A cache serves one call of ``generate``. Close the cache to free its memory, or use
+    it as a context manager.
 
     Args:
-        model: The base, loaded with `load`.
-        prefixes: One for all rows, or one entry for each row of ``input_ids`` (None, a prefix, or several that compose from left to right).
-        num_beams: Rows that ``generate`` makes of each one: its beams, or its ``num_return_sequences`` without beams.
-        max_len: Longest prompt and generation, prefixes not counted.
+        model: Base model from `load`.
+        prefixes: One prefix for all rows, or one entry for each row of ``input_ids`` (None, a prefix, or a sequence of
+            prefixes from left to right).
+        num_beams: Number of rows that ``generate`` makes of each row of ``input_ids``: its ``num_beams``, or its
+            ``num_return_sequences`` without beams.
+        max_len: Largest number of prompt and generated tokens, prefix rows not counted.
 
     Raises:
-        ConfigError: For prefixes that do not fit the batch, a batch padded on the right, or a forward that is neither a whole prompt nor one more token
-            (a used cache, ``prefill_chunk_size``).
-        BaseMismatchError: For a prefix of another base.
+        ConfigError: For prefixes that do not fit the batch, a batch padded on the right, or a forward that is neither a
+            whole prompt nor one more token (a used cache, ``prefill_chunk_size``).
+        BaseMismatchError: For a prefix of another base model.
+        CapacityError: For a prompt or a text longer than ``max_len``.
 
     Example:
-        >>> tokens = {"input_ids": torch.tensor([[87, 72, 68]] * 2), "attention_mask": torch.ones(2, 3, dtype=torch.long)}
+        >>> tokens = {"input_ids": torch.tensor([[87, 72, 68]] * 2)}
+        >>> tokens["attention_mask"] = torch.ones(2, 3, dtype=torch.long)
         >>> with HFCache(base, [prefix, None], max_len=32) as cache:
         ...     base.hf.generate(**tokens, past_key_values=cache, max_new_tokens=5, do_sample=False).shape
         torch.Size([2, 8])
@@ -56,33 +64,27 @@ class HFCache(Cache):
 
     is_compileable = False
 
-    def __init__(self, model: Model, prefixes: Prefixes = None, *, num_beams: int = 1, max_len: int = 1024) -> None:
+    def __init__(self, model: Model, prefixes: RowPrefixes = None, *, num_beams: int = 1, max_len: int = 1024) -> None:
         super().__init__(layers=[])
-        self.model, self.prefixes, self.num_beams, self.max_len = (
-            model,
-            prefixes,
-            num_beams,
-            min(max_len, model.max_positions),
-        )
+        self.model, self.prefixes, self.num_beams = model, prefixes, num_beams
+        self.max_len = min(max_len, model.max_positions)
         self.loop: Loop | None = None
-        self.length, self.rows = 0, np.zeros(0, np.int64)  # tokens so far, and the decode row of each row of the batch
-        self.order = torch.zeros(0, dtype=torch.int64)  # rows of the batch in the order of the last forward
-        me = weakref.ref(self)
+        self.length = 0  # tokens so far
+        self.rows = np.zeros(0, np.int64)  # decode row of each row of the batch
+        self.order = torch.zeros(0, dtype=torch.int64)  # rows of the batch in the order of the last packed forward
+        weak_self = weakref.ref(self)  # the hooks must not keep a dropped cache alive
 
         def before(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            own: Any = me()
-            mine = own is not None and own is kwargs.get("past_key_values")
-            return ((), own._packed(args, kwargs)) if mine else None
+            cache: Any = weak_self()
+            is_own = cache is not None and cache is kwargs.get("past_key_values")
+            return ((), cache._pack_arguments(args, kwargs)) if is_own else None
 
         def after(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-            own: Any = me()
-            return (
-                own._unpacked(out)
-                if own is not None and own._plan is not None and kwargs.get("prefixfast") is own._plan
-                else None
-            )
+            cache: Any = weak_self()
+            is_own = cache is not None and cache._plan is not None and kwargs.get("prefixfast") is cache._plan
+            return cache._unpack_output(out) if is_own else None
 
         self._plan: Plan | None = None
         hooks = (
@@ -90,39 +92,49 @@ class HFCache(Cache):
             model.hf.register_forward_hook(after, with_kwargs=True),
         )
         self._loops: list[Loop] = []
-        self._detach = weakref.finalize(self, _free, hooks, self._loops)
+        self._finalizer = weakref.finalize(self, _free, hooks, self._loops)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens so far, prefixes not counted."""
+        """Number of tokens so far, prefix rows not counted.
+
+        Args:
+            layer_idx: Number of a layer; all layers have the same length.
+        """
         return self.length
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        """No limit (-1) for any ``layer_idx``, as transformers says it for a cache that grows.
+        """Largest length of the cache: -1, which transformers reads as no limit.
 
-        Returns:
-            -1.
+        Args:
+            layer_idx: Number of a layer; all layers give the same result.
         """
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows continue others: rows of the slot table are permuted, no key or value moves."""
+        """Let each row of the batch continue another one. Slots are permuted, and no key or value is copied.
+
+        Args:
+            beam_idx: Row that each row continues ``[B]``.
+        """
         assert self.loop is not None
         rows = torch.from_numpy(self.rows).to(beam_idx.device)
-        table = self.loop.arena.table
-        table[rows, : self.length] = table[rows[beam_idx], : self.length]
+        reorder_slot_table(self.loop.arena.table, rows, rows[beam_idx], self.length)
 
     def crop(self, max_length: int) -> None:
-        """Not possible here.
+        """Not supported.
+
+        Args:
+            max_length: Number of tokens to keep.
 
         Raises:
-            NotImplementedError: Always; what assisted generation needs.
+            NotImplementedError: Always. Assisted generation calls this method.
         """
-        msg = "HFCache cannot take tokens back: assisted generation is not supported"
+        msg = "HFCache cannot remove tokens, so assisted generation is not supported"
         raise NotImplementedError(msg)
 
     def close(self) -> None:
-        """Free the memory and take the hooks off."""
-        self._detach()
+        """Free the memory, and remove the hooks. A second call does nothing."""
+        self._finalizer()
         self.loop = None
 
     def __enter__(self) -> Self:
@@ -131,11 +143,11 @@ class HFCache(Cache):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _packed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _pack_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the packed forward in place of those of ``generate``."""
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
-            msg = "HFCache needs input_ids, got inputs_embeds"
+            msg = "HFCache: expected input_ids, got inputs_embeds"
             raise ConfigError(msg)
         mask = kwargs.get("attention_mask")
         tokens, self._plan = self._decode(ids, mask) if self.length else self._prefill(ids, mask)
@@ -147,23 +159,28 @@ class HFCache(Cache):
         }
         return {**packed, **keep, "use_cache": False, "return_dict": True, "prefixfast": self._plan}
 
-    def _unpacked(self, out: Any) -> Any:
+    def _unpack_output(self, out: Any) -> Any:
+        """Output of the packed forward with logits ``[B, 1, V]`` in the order of the batch."""
         logits = out.logits[0]
         out.logits = torch.empty_like(logits).index_copy_(0, self.order.to(logits.device), logits)[:, None]
         out.past_key_values, self._plan = self, None
         return out
 
     def _prefill(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Plan]:
+        """Packed tokens and plan of the prompts ``[B, T]``."""
         count, padded = ids.shape
         seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         if seen.shape != ids.shape or not bool(seen[:, -1].all()) or bool((seen[:, 1:] < seen[:, :-1]).any()):
-            msg = f"attention_mask: expected one of {list(ids.shape)}, padded on the left, got {list(seen.shape)}; tokenizer.padding_side = 'left'"
+            msg = (
+                f"attention_mask: expected one of {list(ids.shape)}, padded on the left, got {list(seen.shape)}; set "
+                "tokenizer.padding_side = 'left'"
+            )
             raise ConfigError(msg)
         lengths = seen.sum(1).tolist()
         if padded > self.max_len:
-            msg = f"the prompt has {padded} tokens and max_len is {self.max_len}"
+            msg = f"HFCache: expected a prompt of at most max_len={self.max_len} tokens, got {padded}; raise max_len"
             raise CapacityError(msg)
-        self.loop = loop = self._make(lengths)
+        self.loop = loop = self._make_loop(lengths)
         buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
         header = loop.scheduler.plan_step(buffer.numpy())
         assert header.prefill is not None
@@ -176,20 +193,24 @@ class HFCache(Cache):
         plan = prefill_plan(buffer.to(self.model.device), layout, header.prefill_reach, loop.arena, self.model.backend)
         loop.scheduler.commit([])
         self.length = padded
-        self.own = np.array(lengths)
         return torch.cat([ids[row][seen[row]] for row in header.prefill_ids]), plan
 
     def _decode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Plan]:
+        """Tokens and plan of one more token per row ``[B, 1]``."""
         loop = self.loop
         assert loop is not None
         if ids.shape[1] != 1 or (mask is not None and mask.shape[1] != self.length + 1):
+            mask_len = None if mask is None else mask.shape[1]
             msg = (
-                f"HFCache holds {self.length} tokens and takes one more at a time, got {ids.shape[1]} (mask of {None if mask is None else mask.shape[1]}): "
-                "use a new cache for each generate, without prefill_chunk_size"
+                f"HFCache: expected one token after the {self.length} in the cache, got {ids.shape[1]} and an "
+                f"attention_mask of {mask_len}; use a new cache for each generate, without prefill_chunk_size"
             )
             raise ConfigError(msg)
         if self.length + 1 > self.max_len or ids.shape[0] != len(self.rows):
-            msg = f"HFCache: {self.length} of {self.max_len} tokens are there for {len(self.rows)} rows, got one more for {ids.shape[0]}; raise max_len"
+            msg = (
+                f"HFCache: expected at most max_len={self.max_len} tokens for {len(self.rows)} rows, got "
+                f"{self.length + 1} for {ids.shape[0]}; raise max_len"
+            )
             raise CapacityError(msg)
         buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
         header = loop.scheduler.plan_step(buffer.numpy())
@@ -204,43 +225,49 @@ class HFCache(Cache):
         self.length += 1
         return ids[self.order.to(ids.device), -1], plan
 
-    def _make(self, lengths: list[int]) -> Loop:
-        """An arena with the prefixes in it and one request for each row of the batch."""
+    def _make_loop(self, lengths: list[int]) -> Loop:
+        """Loop with the prefixes in its KV arena and one request for each row of the batch."""
         count = len(lengths)
-        chosen = self._chosen(count)
-        distinct = {p.digest: p for ps in chosen for p in ps}.values()
-        need = [sum(-(-p.length // UNIT) for p in distinct), *(-(-(self.max_len + UNIT) // UNIT) for _ in lengths)]
-        memory = bytes_of_row(self.model) * (RESERVED_ROWS + UNIT * sum(need))
+        assigned = self._row_prefixes(count)
+        distinct = {p.digest: p for own in assigned for p in own}.values()
+        units = sum(-(-p.length // ROW_UNIT) for p in distinct) + count * -(-(self.max_len + ROW_UNIT) // ROW_UNIT)
         config = EngineConfig(
-            max_num_seqs=count, max_num_batched_tokens=sum(lengths) + count, kv_cache_memory=memory, enforce_eager=True
+            max_num_seqs=count,
+            max_num_batched_tokens=sum(lengths) + count,
+            kv_cache_memory=bytes_per_row(self.model) * (RESERVED_ROWS + ROW_UNIT * units),
+            enforce_eager=True,
         )
         loop = Loop(self.model, config, self.max_len, [])
         self._loops.append(loop)
+        cache = loop.prefix_cache
         for prefix in distinct:
-            loop.residency.keep(prefix, True)
-        while loop.residency.loader.under_way:
-            for failed in loop.residency.arrived(wait=True):
+            cache.set_pinned(prefix, True)
+        while cache.loader.num_loading:
+            for failed in cache.finish_loads(wait=True):
                 assert failed.error is not None
                 raise failed.error
-        for row, (length, ps) in enumerate(zip(lengths, chosen, strict=True)):
-            loop.scheduler.add(row, [loop.residency.number(p) for p in ps], length, 1, self.max_len - length + 1)
+        for row, (length, own) in enumerate(zip(lengths, assigned, strict=True)):
+            loop.scheduler.add(row, [cache.number_of(p) for p in own], length, 1, self.max_len - length + 1)
         return loop
 
-    def _chosen(self, count: int) -> list[tuple[Prefix, ...]]:
-        """Prefixes of every row; with beams each request's are those of its beams."""
-        given = list(self.prefixes) if isinstance(self.prefixes, Sequence) else self.prefixes
-        requests = len(given) if isinstance(given, list) else count
-        if isinstance(given, list) and requests * self.num_beams != count:
-            msg = f"prefixes: expected one for all, or {count} rows / num_beams {self.num_beams} entries, got {requests}; num_beams is that of generate"
+    def _row_prefixes(self, count: int) -> list[tuple[Prefix | StoredPrefix, ...]]:
+        """Prefixes of each row of the batch. The beams of a request share its prefixes."""
+        each = list(self.prefixes) if isinstance(self.prefixes, Sequence) else None
+        requests = count if each is None else len(each)
+        if each is not None and requests * self.num_beams != count:
+            msg = (
+                f"prefixes: expected one for all, or {count} rows / num_beams {self.num_beams} entries, got "
+                f"{requests}; set num_beams to that of generate"
+            )
             raise ConfigError(msg)
-        chosen = assign([[]] * requests, given, None)
-        for prefix in {id(p): p for ps in chosen for p in ps}.values():
+        assigned = assign_prefixes([[]] * requests, self.prefixes if each is None else each, None)
+        for prefix in {id(p): p for own in assigned for p in own}.values():
             check_fits(self.model, prefix)
-        return [ps for ps in chosen for _ in range(count // requests)]  # type: ignore[misc]
+        return [own for own in assigned for _ in range(count // requests)]
 
 
 def _free(hooks: Sequence[Any], loops: list[Loop]) -> None:
-    """Also when the cache is dropped without being closed."""
+    """Remove the hooks and close the loops, also of a cache that is dropped without `HFCache.close`."""
     for hook in hooks:
         hook.remove()
     while loops:

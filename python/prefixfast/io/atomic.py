@@ -1,4 +1,4 @@
-"""Files that are either wholly there or not at all: written beside the target, synced, then renamed."""
+"""Atomic writes of files and folders: written beside the target, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import TypeVar
 from prefixfast.errors import PrefixFastError
 
 T = TypeVar("T")
-PATIENCE = 20
-STALE_SECONDS = 600
+PATIENCE = 20  # attempts of a rename or read that other processes disturb
+STALE_SECONDS = 600  # age of a temporary folder whose writer is taken to be dead
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write and sync one new file (not atomic by itself; see `replace_file` and `replace_folder`)."""
+    """Write and sync one new file; a crash can leave part of it."""
     with path.open("xb") as f:
         f.write(data)
         f.flush()
@@ -29,7 +29,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Atomically make ``path`` hold ``data``; its folder is created."""
+    """Write ``data`` to ``path`` atomically, in place of an existing file; missing parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(fd)
@@ -45,19 +45,20 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def replace_folder(target: Path, write: Callable[[Path], None], *, owned: frozenset[str]) -> None:
-    """Make ``target`` a folder with what ``write`` puts into an empty one; at every moment the old or the new version is complete on disk.
+    """Write a folder in place of an existing one; at every moment the old or the new version is complete on disk.
 
     Args:
-        target: The folder; its parents are created.
-        write: Writes files into the folder that it is given.
-        owned: Names that the new version replaces; other files of an existing folder are carried over.
+        target: Folder to write; missing parents are created.
+        write: Function that writes files into the empty folder that it gets.
+        owned: Names of files that belong to the written data; files of the existing folder with other names are kept.
 
     Raises:
-        OSError: When the disk is full, for example; the old version is untouched.
+        NotADirectoryError: If ``target`` is a file.
+        OSError: If a write fails, for example on a full disk; the old version is intact.
     """
-    target = target.resolve()  # through a link: the folder behind it is replaced
+    target = target.resolve()  # replaces the folder that a link leads to, not the link
     if target.exists() and not target.is_dir():
-        msg = f"{target} is a file; expected a folder or nothing"
+        msg = f"{target}: expected a folder or a path that does not exist, got a file"
         raise NotADirectoryError(msg)
     target.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(target)
@@ -81,14 +82,22 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, owned: frozen
 
 
 def recover_folder(target: Path) -> None:
-    """Put a folder back whose replacement was cut between the two renames."""
+    """Restore a folder whose replacement was interrupted between its two renames."""
     if not target.exists() and _backup(target).is_dir():
-        with contextlib.suppress(OSError):  # somebody else was faster
+        with contextlib.suppress(OSError):  # another process restored it first
             _backup(target).rename(target)
 
 
-def read_settled(path: Path, read: Callable[[Path], T]) -> T:
-    """Read a folder that another process may be replacing: a failure is final only if the folder is the same before and after it."""
+def read_stable(path: Path, read: Callable[[Path], T]) -> T:
+    """Read a folder that other processes may be replacing; a read that a replacement made fail is repeated.
+
+    Args:
+        path: Folder to read.
+        read: Function that reads the folder that it gets.
+
+    Returns:
+        Result of ``read``.
+    """
     path = path.resolve()
     for _ in range(PATIENCE):
         before = identity(path)
@@ -98,17 +107,20 @@ def read_settled(path: Path, read: Callable[[Path], T]) -> T:
             time.sleep(0.01)
             if identity(path) == before and (before is not None or not _backup(path).is_dir()):
                 raise
-    recover_folder(path)  # no writer finishes this replacement: it was cut
+    recover_folder(path)  # all this time no writer finished the replacement, so its writer is dead
     return read(path)
 
 
 def identity(folder: Path) -> tuple[int, int] | None:
-    """Which folder lies at a path: it changes when the folder is replaced or its files come and go; None if there is none."""
+    """Inode and change time of a folder, None if there is none.
+
+    They change when the folder is replaced and when files are added to it or removed from it.
+    """
     try:
         found = folder.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_ctime_ns  # a new folder may get the number of one that is gone
+    return found.st_ino, found.st_ctime_ns  # a new folder can get the inode number of a removed one
 
 
 def _backup(target: Path) -> Path:
@@ -116,7 +128,7 @@ def _backup(target: Path) -> Path:
 
 
 def _swap(temporary: Path, target: Path) -> None:
-    """The two renames; again when a reader's recovery or another writer came between."""
+    """Rename ``target`` to its backup and ``temporary`` to ``target``; repeated if another process comes between."""
     for attempt in range(PATIENCE):
         try:
             if target.exists():
@@ -135,7 +147,7 @@ def _swap(temporary: Path, target: Path) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what killed writers left beside the target."""
+    """Remove temporary folders of killed writers beside the target."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > STALE_SECONDS:
@@ -143,7 +155,7 @@ def _sweep(target: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Sync a folder's entries; where the platform cannot (Windows), do nothing."""
+    """Sync the entries of a folder to disk; does nothing on platforms that cannot (Windows)."""
     with contextlib.suppress(PermissionError):
         fd = os.open(path, os.O_RDONLY)
         try:

@@ -1,30 +1,32 @@
-"""JSON objects and safetensors from files that nobody vouches for: whatever is wrong with one is a `DataError` that names it."""
+"""Readers of JSON and safetensors from untrusted files; every fault is a `DataError` that names the file.
+
+torch is imported only to read tensors.
+"""
 
 from __future__ import annotations
 
 import json
 import stat
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.errors import DataError
 
-MOST_JSON = 16 * 2**20
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_JSON_BYTES = 16 * 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 16 MiB.
+    """Read a JSON object from a file of at most 16 MiB.
 
     Raises:
-        DataError: If the file is missing, unreadable, too large or no JSON object.
+        DataError: If the file is missing, unreadable or too large, or does not hold a JSON object.
     """
     try:
-        if (size := _size(path)) > MOST_JSON:
-            msg = f"{path.name}: expected at most {MOST_JSON} bytes of JSON, got {size}"
+        if (size := _size(path)) > MAX_JSON_BYTES:
+            msg = f"{path.name}: expected at most {MAX_JSON_BYTES} bytes of JSON, got {size}"
             raise DataError(msg, path=str(path))
         value = json.loads(path.read_text(encoding="utf8"))
     except FileNotFoundError as e:
@@ -45,11 +47,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; no code in it can run, and its header is checked against its size before anything is allocated.
+    """Read all tensors of a safetensors file.
+
+    The format holds no code. The header is checked against the file's size before memory is allocated.
 
     Raises:
         DataError: If the file is missing, unreadable or damaged.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         _size(path)
         return load_file(path)
@@ -59,14 +66,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except DataError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as e:
-        msg = f"{path.name}: damaged or no safetensors file: {e}"
+        msg = f"{path.name}: expected a safetensors file, this one is damaged or something else: {e}"
         raise DataError(msg, path=str(path)) from e
 
 
 def _size(path: Path) -> int:
-    """Bytes of an ordinary file: opening a pipe would wait for ever."""
+    """Size in bytes of a regular file; other kinds are refused, since opening a pipe would wait forever."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        msg = f"{path.name}: expected an ordinary file"
+        msg = f"{path.name}: expected a regular file"
         raise DataError(msg, path=str(path))
     return found.st_size

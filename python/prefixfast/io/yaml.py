@@ -1,4 +1,4 @@
-"""YAML with numbers as its version 1.2 has them."""
+"""YAML with the numbers of YAML 1.2."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from prefixfast.errors import ConfigError
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML text, with ``1e-3`` a number as in YAML 1.2 (PyYAML's 1.1 takes it for a word).
+    """Parse a YAML text; ``1e-3`` is a number as in YAML 1.2, where PyYAML's YAML 1.1 has a string.
 
     Raises:
-        ConfigError: If it is no YAML.
+        ConfigError: If the text is not YAML.
     """
     import yaml
 
@@ -23,6 +23,6 @@ def read_yaml(text: str) -> Any:
         "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
     try:
-        return yaml.load(text, Loader)  # a SafeLoader
+        return yaml.load(text, Loader)  # safe: Loader is a SafeLoader
     except yaml.YAMLError as e:
         raise ConfigError(str(e)) from e

@@ -1,7 +1,8 @@
-"""Attach an unmodified transformers model to the packed attention, and give it back exactly as it was.
+"""Attach an unmodified transformers model to prefixfast's packed attention, and restore it on detach.
 
-Attaching freezes the model, switches every sub-model to the attention implementation "prefixfast", replaces the eight-operation NewGELU by one operator,
-and proves by a dry run that every layer reaches our attention function. There is no code for single architectures here.
+Attaching freezes the model, switches every sub-model to the attention implementation ``"prefixfast"`` and replaces
+NewGELU, which is eight operations, by one operator. A dry run proves that every layer reaches prefixfast's attention
+function. This module has no code for single architectures.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from prefixfast.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# Architectures whose parity with PEFT the test suite holds (tests/parity); others are attached when their logits come out unchanged.
+# Architectures whose parity with PEFT is tested in tests/parity. Others are attached if their logits stay the same.
 VERIFIED = frozenset(
     {"gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"}
 )
 OWN_ATTENTION = "it computes attention in its own code, outside transformers' attention interface"
+# Reasons by model type.
 REFUSED = {
     **dict.fromkeys(("gptj", "gpt_neo", "codegen", "falcon", "xglm"), OWN_ATTENTION),
     **dict.fromkeys(("bloom", "mpt"), OWN_ATTENTION + " and needs ALiBi biases"),
@@ -37,7 +39,13 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Heads of one attention layer: query heads HQ, key-value heads H, head dim D."""
+    """Head counts of one attention layer.
+
+    Attributes:
+        num_heads: Number of query heads HQ.
+        num_kv_heads: Number of key-value heads H.
+        head_dim: Head dim D.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -46,9 +54,15 @@ class LayerShape:
 
 @dataclass
 class Handle:
-    """An attached model. Every `attach` needs its `detach`; the last one restores the model.
+    """Attachment of a model. Every `attach` needs a `detach`; the last one restores the model.
 
-    It lives on the model itself, so that a model that nobody holds any more is freed with it.
+    The handle is an attribute of the model, so a model without other references is freed together with its handle.
+
+    Attributes:
+        model: Attached model.
+        layers: Head counts of every attention layer, in the order of the layers.
+        undo: Functions that restore the model, to be called from last to first.
+        users: Number of `attach` calls without their `detach`.
     """
 
     model: PreTrainedModel
@@ -57,7 +71,7 @@ class Handle:
     users: int = 1
 
     def detach(self) -> None:
-        """Give the model back; the last user restores attention, activations, training flags and requires_grad."""
+        """Detach once; the last user restores attention, activations, training flags and ``requires_grad``."""
         with _LOCK:
             self.users -= 1
             if self.users == 0:
@@ -73,20 +87,20 @@ def attach(model: PreTrainedModel) -> Handle:
     """Attach a decoder-only model.
 
     Args:
-        model: Any causal language model of transformers that runs its attention through the attention interface.
+        model: Causal language model that calls transformers' attention interface.
 
     Returns:
-        The handle; attaching an attached model returns the same one.
+        Handle of the attachment. A model that is attached already returns the same handle.
 
     Raises:
-        ConfigError: For a model that cannot work, with the reason; the model is then as it was before.
+        ConfigError: If the model is unsupported. The model is then as it was before.
     """
     with _LOCK:
         found = model.__dict__.get(KEY)
         if isinstance(found, Handle) and found.model is model:
             found.users += 1
             return found
-        check(model)
+        check_supported(model)
         verified = model.config.model_type in VERIFIED
         undo = _freeze(model)
         try:
@@ -102,8 +116,8 @@ def attach(model: PreTrainedModel) -> Handle:
         return handle
 
 
-def check(model: PreTrainedModel) -> None:
-    """Raise `ConfigError` for a model that is known not to work."""
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` if the configuration of a model is known to be unsupported."""
     config = model.config
     kind = config.model_type
     reason = None
@@ -112,36 +126,42 @@ def check(model: PreTrainedModel) -> None:
     elif kind in REFUSED:
         reason = REFUSED[kind]
     elif getattr(config, "reorder_and_upcast_attn", False):
-        reason = "config.reorder_and_upcast_attn is honoured by eager attention only; set it to False if the model was not trained with it in half precision"
+        reason = (
+            "config.reorder_and_upcast_attn works with eager attention only; set it to False if the model was not "
+            "trained with it in half precision"
+        )
     elif getattr(config.get_text_config(), "attention_chunk_size", None):
-        reason = "config.attention_chunk_size: chunked attention is not computed by prefixfast"
+        reason = "config.attention_chunk_size: prefixfast does not compute chunked attention"
     elif getattr(config, "add_cross_attention", False):
         reason = "config.add_cross_attention needs an encoder's states, which a prefix-tuned decoder does not have"
     elif dynamic := {t for t in _rope_types(config) if t in ("dynamic", "longrope")}:
-        reason = f"RoPE type {dynamic.pop()!r} changes with the batch's length, so packed requests would change each other; use 'default', 'linear' or 'yarn'"
+        reason = (
+            f"RoPE type {dynamic.pop()!r} changes with the batch's length, so packed requests would change each "
+            "other; use 'default', 'linear' or 'yarn'"
+        )
     if reason:
         msg = f"cannot attach {type(model).__name__} ({kind}): {reason}"
         raise ConfigError(msg)
 
 
 def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
-    """Logits of one packed forward of an attached model.
+    """Logits of one packed forward pass of an attached model.
 
     Args:
-        model: An attached model.
-        plan: The plan of these tokens.
-        ids: ``[N]``.
+        model: Attached model.
+        plan: Attention plan of the tokens.
+        ids: Token ids, int64 ``[N]``.
 
     Returns:
-        ``[n, V]`` at ``plan.logits_at``, ``[N, V]`` without it.
+        Logits ``[n, V]`` at the tokens ``plan.logits_at``, or ``[N, V]`` of all tokens if that is None.
 
     Raises:
-        ConfigError: If the model is detached or in training mode: its own attention would drop the plan in silence.
+        ConfigError: If the model is detached or in training mode.
     """
-    check_packed(model)
+    check_attached(model)
     tokens = ids[None]
     keep = {} if plan.logits_at is None else {"logits_to_keep": plan.logits_at}
-    # The mask of ones keeps GPT-2 from searching the batch for padding (a host synchronization); it is dropped on the way.
+    # Without a mask, GPT-2 searches the batch for padding, which is a host synchronization. The mask is not used.
     out = model(
         input_ids=tokens,
         attention_mask=torch.ones_like(tokens),
@@ -153,8 +173,11 @@ def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     return out.logits[0]
 
 
-def check_packed(model: PreTrainedModel) -> None:
-    """Raise `ConfigError` if the model is detached or in training mode: its own attention would drop the plan in silence."""
+def check_attached(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` if a model is detached or in training mode.
+
+    The attention of a detached model would ignore the plan without an error.
+    """
     if model.config._attn_implementation != NAME or model.training:
         state = (
             "in training mode, call eval()"
@@ -171,13 +194,14 @@ def _run(undo: list[Callable[[], None]]) -> None:
 
 
 def _rope_types(config: Any) -> set[str]:
-    """RoPE types of a config; Gemma3 nests one dictionary for each kind of layer."""
+    """RoPE types of a config; Gemma 3 nests one dictionary per kind of layer."""
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     nested = [v for v in rope.values() if isinstance(v, dict)] or [rope]
     return {str(r.get("rope_type", r.get("type", "default"))) for r in nested}
 
 
 def _freeze(model: PreTrainedModel) -> list[Callable[[], None]]:
+    """Switch to evaluation mode without gradients; returns functions that restore the model."""
     training = [m for m in model.modules() if m.training]
     grads = [p for p in model.parameters() if p.requires_grad]
 
@@ -193,7 +217,10 @@ def _freeze(model: PreTrainedModel) -> list[Callable[[], None]]:
 
 
 def _switch(model: PreTrainedModel) -> list[Callable[[], None]]:
-    """Set the implementation on every sub-model: a call on the top one does not reach stacks with a config of their own in all versions."""
+    """Set the attention implementation on every sub-model.
+
+    Setting it on the top model alone does not reach sub-models with their own config in all versions of transformers.
+    """
     undo: list[Callable[[], None]] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -211,6 +238,7 @@ def _switch(model: PreTrainedModel) -> list[Callable[[], None]]:
 
 
 def _replace_gelu(model: PreTrainedModel) -> list[Callable[[], None]]:
+    """Replace NewGELU modules by torch's tanh GELU; returns functions that restore them."""
     undo: list[Callable[[], None]] = []
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
@@ -235,7 +263,7 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 @torch.no_grad()
 def _dry_run(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], Tensor]:
-    """Shapes of all layers as our function sees them, and the logits of a short text."""
+    """Head counts of all layers as the attention function gets them, and the logits of a short text."""
     ids = _probe_ids(model)
     seen: list[tuple[int, int, int, int]] = []
 
@@ -251,12 +279,16 @@ def _dry_run(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], Tensor]:
     expected = model.config.get_text_config().num_hidden_layers
     reached = sorted(layer for layer, *_ in seen)
     if reached != list(range(expected)):
-        msg = f"cannot attach {type(model).__name__}: its {expected} layers should each reach prefixfast's attention once, reached were {reached}"
+        msg = (
+            f"cannot attach {type(model).__name__}: expected each of its {expected} layers to call prefixfast's "
+            f"attention once, got calls from the layers {reached}"
+        )
         raise ConfigError(msg)
     return tuple(LayerShape(*shape) for _, *shape in sorted(seen)), logits
 
 
 def _compare(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
+    """Raise `ConfigError` if logits before and after attaching differ by more than rounding."""
     error = (before.float() - after.float()).abs().max().item() / before.float().abs().max().item()
     limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
     if not error < limit:
@@ -264,7 +296,7 @@ def _compare(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
         msg = f"cannot attach {name}: its logits change by {error:.1e} (limit {limit:.0e}) under prefixfast's attention"
         raise ConfigError(msg)
     logger.info(
-        "%s is not in the tested set; its logits are unchanged under prefixfast's attention (%.1e)",
+        "%s is not in the tested set; its logits are unchanged under prefixfast's attention (relative error %.1e)",
         model.config.model_type,
         error,
     )

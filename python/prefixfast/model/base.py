@@ -1,12 +1,9 @@
-"""`Model`: an attached Hugging Face model and its tokenizer, as one object that training and generation share."""
+"""`Model`, an attached Hugging Face model with its tokenizer, which training and generation share."""
 
 from __future__ import annotations
 
-import logging
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +12,29 @@ from transformers import PreTrainedModel
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, warn_renamed
 from prefixfast.model.attach import Handle, LayerShape, packed_forward
-from prefixfast.model.fingerprint import fingerprint
+from prefixfast.model.fingerprint import Fingerprint, fingerprint
 from prefixfast.model.lm_head import Head, packed_hidden
+from prefixfast.model.prefix_shape import PrefixShape
 from prefixfast.model.prepack import Packed, prepack
 from prefixfast.model.tokenizer import Tokenizer
 
-logger = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Model:
-    """An attached base, made by `load`.
+    """Attached base model, made by `load`.
 
     Attributes:
-        hf: The Hugging Face model, frozen.
-        backend: Which kernels attention runs on.
-        handle: The attachment.
-        tokenizer: None if the base came as an object without one.
-        head: Its output layer, None if it is no plain one.
-        closed: Whether it was given back.
-        packed: Weights laid out for this CPU; see `prepack`.
+        hf: Hugging Face model, frozen.
+        backend: Attention kernels and their tile sizes.
+        handle: Attachment of the Hugging Face model to prefixfast's attention.
+        tokenizer: Tokenizer, None if the base model was given as an object and no tokenizer was found.
+        head: Output layer, None if the logits are not those of one linear layer.
+        closed: Whether `close` was called.
+        packed: Result of `prepack`, None before the first call.
     """
 
     hf: PreTrainedModel
@@ -48,58 +45,71 @@ class Model:
     closed: bool = False
     packed: Packed | None = None
 
+    def __repr__(self) -> str:
+        """One line: class and name of the base model, dtype, device, number of layers, backend."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        about = f"dtype={dtype}, device={str(self.device)!r}, layers={len(self.layers)}, backend={self.backend.name!r}"
+        name = str(getattr(self.hf, "name_or_path", "") or "")
+        return f"Model({type(self.hf).__name__}, name={name!r}, {about})"
+
     @property
     def device(self) -> torch.device:
-        """Where the base lies."""
+        """Device of the base model."""
         return self.hf.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The compute dtype."""
+        """Compute dtype."""
         return self.hf.dtype
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
-        """Heads of every attention layer."""
+        """Head counts of every attention layer."""
         return self.handle.layers
 
     @property
     def max_positions(self) -> int:
-        """Positions that the base was built for."""
+        """Number of positions of the base model."""
         return int(self.hf.config.get_text_config().max_position_embeddings)
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the input embedding."""
+        """Number of rows of the input embedding."""
         return int(self.hf.get_input_embeddings().weight.shape[0])
 
     @cached_property
-    def fingerprint(self) -> dict[str, Any]:
-        """See `prefixfast.model.fingerprint`."""
+    def fingerprint(self) -> Fingerprint:
+        """Architecture and digests of tokenizer and weights, by which a prefix recognizes its base model."""
         return fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
 
     def forward(self, plan: Plan, ids: Tensor) -> Tensor:
-        """One packed forward.
+        """One packed forward pass.
 
         Args:
-            plan: Which tokens belong together, and what they see.
-            ids: Tokens int64 ``[N]``.
+            plan: Attention plan: sequences of the tokens, and the prefixes that each sequence sees.
+            ids: Token ids, int64 ``[N]``.
 
         Returns:
-            Logits ``[n, V]`` in the compute dtype, at ``plan.logits_at``, or of all ``N``.
+            Logits ``[n, V]`` at the tokens ``plan.logits_at``, or ``[N, V]`` of all tokens, in the compute dtype.
+
+        Raises:
+            ConfigError: If the Hugging Face model is detached or in training mode.
         """
         return packed_forward(self.hf, plan, ids)
 
     def losses(self, plan: Plan, ids: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of targets, in nats, from one packed forward.
+        """Cross-entropy of target tokens, in nats, from one packed forward pass.
 
         Args:
-            plan: As in `forward`, with ``logits_at`` ``[n]``.
-            ids: Tokens int64 ``[N]``.
-            targets: Int64 ``[n]``.
+            plan: Attention plan with ``logits_at`` ``[n]``, the tokens that predict the targets.
+            ids: Token ids, int64 ``[N]``.
+            targets: Ids of the target tokens, int64 ``[n]``.
 
         Returns:
-            Losses ``[n]`` in fp32 (fp64 for a base in fp64).
+            Losses ``[n]`` in fp32 (fp64 for a base model in fp64).
+
+        Raises:
+            ConfigError: If the Hugging Face model is detached or in training mode.
         """
         if self.head is not None:
             return self.head.losses(packed_hidden(self.hf, plan, ids), targets, self.backend.name)
@@ -107,13 +117,17 @@ class Model:
         return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
     def prepack(self) -> Packed:
-        """Lay the weights out for this CPU, once; they stay so until `close`. Returns what was done, or why not (`Packed`)."""
+        """Copy the weights into the layout of this CPU's matrix products; the copies stay until `close`.
+
+        Returns:
+            Size of the copies, or the reason why there are none. Further calls return the same object.
+        """
         if self.packed is None:
             self.packed = prepack(self.hf)
         return self.packed
 
     def require_tokenizer(self) -> Tokenizer:
-        """The tokenizer.
+        """Tokenizer of the base model.
 
         Raises:
             ConfigError: If there is none.
@@ -123,28 +137,31 @@ class Model:
             raise ConfigError(msg)
         return self.tokenizer
 
-    def check_prefix(self, prefix: Any, what: str = "the prefix") -> None:
-        """Call `prefixfast.check_fits`, which has replaced this method of version 0.1.0.
+    def need_tokenizer(self) -> Tokenizer:
+        """Tokenizer of the base model; a name of version 0.1.0 for `require_tokenizer`."""
+        warn_renamed("Model.need_tokenizer", "Model.require_tokenizer")
+        return self.require_tokenizer()
+
+    def check_prefix(self, prefix: PrefixShape, what: str = "the prefix") -> None:
+        """Check that a prefix fits this base model; a name of version 0.1.0 for `prefixfast.check_fits`.
 
         Args:
             prefix: Prefix, or its entry in a store.
             what: Name of the prefix in the error's message.
 
         Raises:
-            BaseMismatchError: If the prefix does not fit this base.
+            BaseMismatchError: If the prefix does not fit this base model.
         """
         from prefixfast import check_fits
 
-        warnings.warn(
-            "Model.check_prefix was renamed: use prefixfast.check_fits(model, prefix)", FutureWarning, stacklevel=2
-        )
+        warn_renamed("Model.check_prefix", "prefixfast.check_fits(model, prefix)")
         check_fits(self, prefix, what)
 
     def opened(self) -> Model:
-        """This model.
+        """This model, if it was not closed.
 
         Raises:
-            ConfigError: If it was closed.
+            ConfigError: If this model was closed.
         """
         if self.closed:
             msg = "this base was closed: load it again"
@@ -152,7 +169,7 @@ class Model:
         return self
 
     def close(self) -> None:
-        """Give the Hugging Face model back as it was; a second call does nothing."""
+        """Restore the Hugging Face model; a second call does nothing."""
         if not self.closed:
             self.closed = True
             if self.packed is not None:

@@ -1,4 +1,4 @@
-"""What tells one base model from another: its architecture, its tokenizer, and a sample of its weights."""
+"""Fingerprint of a base model: architecture, digest of the tokenizer, digest of sampled weights."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
+from prefixfast.config.json_types import JSON
 from prefixfast.errors import BaseMismatchError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
-# Configuration that changes what keys and values mean.
+# Fields of the configuration that change the meaning of keys and values.
 FIELDS = (
     "model_type",
     "vocab_size",
@@ -31,25 +32,40 @@ FIELDS = (
     "sliding_window",
 )
 SAMPLED_ROWS = 8
-_WARNED: set[tuple[str | None, str | None]] = set()  # tokenizers that were found to differ
+_WARNED: set[tuple[str | None, str | None]] = set()  # pairs of different tokenizers that a warning has named
+
+
+class Fingerprint(TypedDict, total=False):
+    """Fingerprint of a base model; an imported PEFT adapter has the name only.
+
+    Attributes:
+        name: Hub id or folder of the base model, for messages; empty if unknown.
+        config: Values of the `FIELDS` of the configuration.
+        tokenizer: Hex digest of the tokenizer, None without a tokenizer.
+        weights: Hex digest of sampled weights, None for a base model in fp16.
+    """
+
+    name: str
+    config: dict[str, JSON]
+    tokenizer: str | None
+    weights: str | None
 
 
 def num_layers(base: Mapping[str, Any] | None) -> int | None:
-    """Layers of the base with this fingerprint, None if it does not say."""
+    """Number of layers of the base model with this fingerprint, None if the fingerprint does not say."""
     count = ((base or {}).get("config") or {}).get("num_hidden_layers")
     return count if type(count) is int else None
 
 
-def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> dict[str, Any]:
-    """The fingerprint of a base.
+def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
+    """Fingerprint of a base model.
+
+    Weights are compared in bf16, so that a base model has one fingerprint in fp32 and in bf16. A base model in fp16
+    has no digest of weights, since fp16 rounds differently.
 
     Args:
-        model: The base.
-        tokenizer: `Tokenizer.digest_text` of its tokenizer, None if it has none.
-
-    Returns:
-        ``name`` (for messages), ``config`` (the fields above), ``tokenizer`` and ``weights`` (hex digests; weights are compared in bf16, so that a base
-        loaded in fp32 and in bf16 is the same; None in fp16, which rounds differently).
+        model: Base model.
+        tokenizer: `Tokenizer.digest_text` of the tokenizer, None without a tokenizer.
     """
     config = model.config.get_text_config()
     fields = {f: getattr(config, f) for f in FIELDS if getattr(config, f, None) is not None}
@@ -61,10 +77,18 @@ def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> dict[str, Any]
     }
 
 
-def check_base(ours: dict[str, Any] | None, base: dict[str, Any], what: str) -> None:
-    """Raise `BaseMismatchError` if a prefix with fingerprint ``ours`` was not made for ``base``; a prefix without one passes.
+def check_same_base(ours: Mapping[str, Any] | None, base: Mapping[str, Any], what: str) -> None:
+    """Check that a prefix was made for a base model; a prefix without a fingerprint passes.
 
-    Another tokenizer is a warning, once: a prefix is keys and values, and token ids mean the same to the base whoever makes them.
+    A different tokenizer is a warning, once per pair of tokenizers: the prefix works with token ids of any tokenizer.
+
+    Args:
+        ours: Fingerprint that the prefix holds, None if unknown.
+        base: Fingerprint of the base model.
+        what: Name of the prefix in the error's message.
+
+    Raises:
+        BaseMismatchError: If the prefix was made for another base model.
     """
     if ours is None:
         return
@@ -84,14 +108,14 @@ def check_base(ours: dict[str, Any] | None, base: dict[str, Any], what: str) -> 
     if None not in tokenizers and tokenizers[0] != tokenizers[1] and tokenizers not in _WARNED:
         _WARNED.add(tokenizers)
         logger.warning(
-            "%s was made with another tokenizer than this base has: texts may become other tokens than in training",
+            "%s was made with another tokenizer than that of this base: texts can become other tokens than in training",
             what,
         )
 
 
 @torch.no_grad()
 def _weights(model: PreTrainedModel) -> str:
-    """Digest of embedding rows and of all one-dimensional weights of the first and last layer and the final norm, in bf16."""
+    """Digest of sampled weights in bf16: embedding rows, the first and the last layer, and weights outside layers."""
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, embedding.shape[0] - 1, SAMPLED_ROWS, device=embedding.device).long()
     last = str(model.config.get_text_config().num_hidden_layers - 1)

@@ -1,4 +1,4 @@
-"""The base's output layer, where it is a plain one: losses of target tokens from hidden states, without holding all logits.
+"""Linear output layer of a base model, which gives losses of target tokens without storing all logits.
 
 Shape letters: N packed tokens, n target tokens, d hidden size, V vocabulary.
 """
@@ -14,36 +14,57 @@ from transformers import PreTrainedModel
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan, plain_plan
-from prefixfast.model.attach import check_packed, packed_forward
+from prefixfast.model.attach import check_attached, packed_forward
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear output layer.
+    """Linear output layer.
 
     Attributes:
-        layer: Its module.
-        softcap: Cap of its logits, 0 for none.
+        layer: Module of the layer.
+        softcap: Soft cap of the logits, 0 for none.
     """
 
     layer: nn.Linear
     softcap: float
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[n, d]`` -> ``[n, V]``."""
+        """Logits ``[n, V]`` of hidden states ``[n, d]``."""
         out = self.layer(hidden)
         return self.softcap * torch.tanh(out / self.softcap) if self.softcap else out
 
     def losses(self, hidden: Tensor, targets: Tensor, backend: str) -> Tensor:
-        """Negative log-likelihood of ``targets`` int64 ``[n]`` given ``hidden [n, d]``: ``[n]`` in fp32 (fp64 for fp64); differentiable in ``hidden``."""
+        """Negative log-likelihood of target tokens, in nats; differentiable in ``hidden``.
+
+        Args:
+            hidden: Hidden states ``[n, d]``.
+            targets: Ids of the target tokens, int64 ``[n]``.
+            backend: Name of the backend.
+
+        Returns:
+            Losses ``[n]`` in fp32 (fp64 for hidden states in fp64).
+        """
         return ops.cross_entropy(hidden, self.layer.weight, self.layer.bias, targets, self.softcap, backend)
 
 
 def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
-    """Last hidden states ``[n, d]`` of one packed forward at ``plan.logits_at`` (all ``[N, d]`` without it); see `attach.packed_forward`."""
-    check_packed(model)
+    """Last hidden states of one packed forward pass of an attached model.
+
+    Args:
+        model: Attached model.
+        plan: Attention plan of the tokens.
+        ids: Token ids, int64 ``[N]``.
+
+    Returns:
+        Hidden states ``[n, d]`` at the tokens ``plan.logits_at``, or ``[N, d]`` of all tokens if that is None.
+
+    Raises:
+        ConfigError: If the model is detached or in training mode.
+    """
+    check_attached(model)
     tokens = ids[None]
     out = model.base_model(
         input_ids=tokens,
@@ -58,7 +79,10 @@ def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_head(model: PreTrainedModel) -> Head | None:
-    """The output layer of an attached model, if it explains the model's own logits; else None, and the reason is logged."""
+    """Output layer of an attached model, None if the model's logits are not those of one linear layer.
+
+    The reason for None is logged.
+    """
     layer = model.get_output_embeddings()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None) or 0.0
     ids = torch.arange(1, 9, device=model.device) % model.config.get_text_config().vocab_size
@@ -70,10 +94,10 @@ def find_head(model: PreTrainedModel) -> Head | None:
             expected, got = packed_forward(model, plan, ids), head.logits(packed_hidden(model, plan, ids))
             error = ((got - expected).abs().max() / expected.abs().max()).item()
         except (RuntimeError, TypeError, ValueError, AttributeError) as e:
-            reason = f"its hidden states cannot be had: {e}"
+            reason = f"its hidden states cannot be computed: {e}"
         else:
             if error < (1e-4 if model.dtype in (torch.float32, torch.float64) else 3e-2):
                 return head
             reason = f"its logits are not those of its output layer (relative difference {error:.0e})"
-    logger.info("%s: losses are computed from all logits at once, since %s", type(model).__name__, reason)
+    logger.info("%s: losses are computed from all logits at once: %s", type(model).__name__, reason)
     return None

@@ -1,11 +1,11 @@
-"""`load`: a Hugging Face model from a hub id, a folder, a ``.gguf`` file or memory, attached and frozen."""
+"""`load`, which loads a base model from a hub id, a folder, a ``.gguf`` file or memory, and attaches it."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -18,13 +18,17 @@ from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.lm_head import find_head
 from prefixfast.model.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 
 def load(
-    model: str | Path | PreTrainedModel | Model,
+    model: str | Path | PreTrainedModel | PeftModel | Model,
     *,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
     revision: str | None = None,
@@ -35,21 +39,24 @@ def load(
     """Load a base model and attach it.
 
     Args:
-        model: Hub id, local folder, ``.gguf`` file (its numbers are dequantized to ``dtype``), a loaded Hugging Face model (attached in place until
-            `Model.close`; also inside a PeftModel, whose LoRA layers are then part of the base), or a `Model` (returned as it is).
-        tokenizer: Hugging Face tokenizer; by default the one beside the model.
-        dtype: Compute dtype; ``"auto"``: bfloat16 on a GPU and on CPUs with AVX512-BF16 or AMX, else float32. A loaded model keeps its own.
-        device: ``"auto"``: a GPU if there is one.
-        revision: Of a hub id.
-        backend: ``"auto"`` or one of `prefixfast.attention.ops.BACKENDS`.
-        trust_remote_code: Run code from the model's repository.
-        local_files_only: Do not ask the hub.
+        model: Hub id, local folder, ``.gguf`` file, Hugging Face model, PeftModel or `Model`. The numbers of a
+            ``.gguf`` file are dequantized to ``dtype``. A Hugging Face model is attached in place until `Model.close`.
+            LoRA layers of a PeftModel become part of the base model. A `Model` is returned as it is.
+        tokenizer: Hugging Face tokenizer. None takes the tokenizer beside the model.
+        dtype: Compute dtype. ``"auto"`` is bfloat16 on a GPU and on CPUs with AVX512-BF16 or AMX, else float32. A model
+            in memory keeps its dtype.
+        device: Device of the base model. ``"auto"`` is a GPU if there is one, else the CPU. A model in memory keeps its
+            device.
+        revision: Branch, tag or commit of a hub id.
+        backend: Attention kernels, ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"``.
+        trust_remote_code: Whether code from the model's repository may run.
+        local_files_only: Whether to read a hub id from the local cache without asking the hub.
 
     Returns:
-        The attached, frozen base: a `Model`, which is also a context manager.
+        Attached and frozen base model, which is also a context manager.
 
     Raises:
-        ConfigError: For a model that cannot work, or options that do not fit.
+        ConfigError: If the model is unsupported or cannot be loaded, or if an option is wrong.
 
     Example:
         >>> with load("tiny-gpt2", dtype="float32") as model:
@@ -59,7 +66,7 @@ def load(
     if isinstance(model, Model):
         return model.opened()
     if backend not in ("auto", *ops.BACKENDS):
-        ops.choose_backend(backend, torch.device("cpu"), torch.float32, ())  # refuse before loading
+        ops.choose_backend(backend, torch.device("cpu"), torch.float32, ())  # raises before the model is loaded
     if not isinstance(model, str | Path):
         return _wrap(model, tokenizer, backend)
     where = _device(device)
@@ -78,7 +85,7 @@ def load(
 
 
 def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer of a ``.gguf`` file; its numbers become ordinary ones, since packed weights serve neither training nor our products."""
+    """Model and tokenizer of a ``.gguf`` file, with dequantized weights; quantized ones cannot backpropagate."""
     if not path.is_file():
         msg = f"model: {str(path)!r}: there is no such file"
         raise ConfigError(msg)
@@ -93,29 +100,33 @@ def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTra
     try:
         hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=compute, **unpacked)
         own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except Exception as e:  # the reader of these files lets through whatever a damaged one makes it stumble over
+    except Exception as e:  # transformers raises many kinds of errors for damaged files
         msg = f"model: {str(path)!r} cannot be loaded: {type(e).__name__}: {e}"
         raise ConfigError(msg) from e
-    hf.name_or_path = hf.config._name_or_path = str(path)  # by which a prefix finds its base again
+    hf.name_or_path = hf.config._name_or_path = str(path)  # the name under which a prefix finds its base
     return hf, own
 
 
 def _inside_peft(model: Any) -> Any:
-    """The transformers model inside a PeftModel, with whatever adapters PEFT has put into its layers; any other object as it is.
+    """The transformers model inside a PeftModel, with the adapters in its layers; other objects unchanged.
 
     Raises:
-        ConfigError: For an adapter of virtual tokens, which lies beside the model and would be left out.
+        ConfigError: If an adapter is virtual tokens, which are not part of the inner model and would be lost.
     """
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
     beside = [name for name, config in model.peft_config.items() if getattr(config, "is_prompt_learning", False)]
     if beside:
-        msg = f"model: the adapters {beside} of this PeftModel are virtual tokens: give its base model, and read their folders with Prefix.from_pretrained"
+        msg = (
+            f"model: the adapters {beside} of this PeftModel are virtual tokens: give its base model, and read their "
+            "folders with Prefix.from_pretrained"
+        )
         raise ConfigError(msg)
     return model.get_base_model()
 
 
 def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
+    """Attach a transformers model and make it a `Model`."""
     hf = _inside_peft(hf)
     if not isinstance(hf, PreTrainedModel):
         msg = f"model: expected a hub id, a folder, a transformers model or a prefixfast Model, got {type(hf).__name__}"
@@ -124,8 +135,8 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
         except (OSError, ValueError) as e:
-            logger.warning("no tokenizer found beside %s (%s): token ids only", name, e)
-    ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # before attaching: it may raise
+            logger.warning("no tokenizer found beside %s (%s); prompts must be token ids", name, e)
+    ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # raises before the model is attached
     handle = attach(hf)
     try:
         shapes = tuple((s.num_heads // s.num_kv_heads, s.head_dim) for s in handle.layers)
@@ -157,7 +168,7 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     slow = device.type == "cpu" and not has_fast_bf16()
     if dtype == "auto":
         if slow:
-            logger.info("dtype auto: float32, since this CPU has neither AVX512-BF16 nor AMX")
+            logger.info("dtype 'auto' is float32: this CPU has neither AVX512-BF16 nor AMX")
         return torch.float32 if slow else torch.bfloat16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():

@@ -1,4 +1,4 @@
-"""How much memory a new allocation may take."""
+"""Free memory of a device, and large memory pages."""
 
 from __future__ import annotations
 
@@ -12,30 +12,37 @@ import torch
 
 LARGE_PAGE, MADV_HUGEPAGE = 2 << 20, 14
 CGROUP = Path("/sys/fs/cgroup")
-UNKNOWN = 4 * 2**30  # where the system does not say
+UNKNOWN = 4 * 2**30  # assumed free bytes on systems that do not tell
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a new allocation may take: the device's, or the host's within its container."""
+    """Bytes that a new allocation can take: free memory of the GPU, or of the host within its container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [_available(), _container()]
+    limits = [_system_available(), _container_available()]
     return min((x for x in limits if x is not None), default=UNKNOWN)
 
 
 def in_large_pages(t: torch.Tensor) -> torch.Tensor:
-    """Ask Linux to back a tensor on a CPU that was not written yet with large pages: fewer faults, and rows all over it are found faster."""
+    """Ask Linux to back a tensor with large pages, which makes fewer page faults and TLB misses.
+
+    Args:
+        t: Tensor that was not written yet. Tensors that are not on a CPU are left alone.
+
+    Returns:
+        The same tensor.
+    """
     madvise = (
         getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" and t.device.type == "cpu" else None
     )
     first = -(-t.data_ptr() // LARGE_PAGE) * LARGE_PAGE
     length = (t.data_ptr() + t.numel() * t.element_size() - first) // LARGE_PAGE * LARGE_PAGE
     if madvise is not None and length > 0:
-        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)  # a hint: it may be refused
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), MADV_HUGEPAGE)  # only a hint to the kernel
     return t
 
 
-def _available() -> int | None:
+def _system_available() -> int | None:
     info = Path("/proc/meminfo")
     if info.exists() and (found := re.search(r"MemAvailable:\s+(\d+) kB", info.read_text(encoding="utf8"))):
         return int(found[1]) * 1024
@@ -43,8 +50,8 @@ def _available() -> int | None:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_AVPHYS_PAGES" in names else None
 
 
-def _container() -> int | None:
-    """What is left under the container's limit (cgroup v2); files that were only read count as free."""
+def _container_available() -> int | None:
+    """Bytes left under the container's limit (cgroup v2), None without one; the inactive file cache counts as free."""
     try:
         most, now, stat = (
             (CGROUP / f"memory.{name}").read_text(encoding="utf8").strip() for name in ("max", "current", "stat")

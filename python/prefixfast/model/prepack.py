@@ -1,7 +1,8 @@
-"""Weights laid out once as a CPU's matrix products like them best, beside the model's own.
+"""Copies of weights in the layout of a CPU's matrix products (oneDNN's packed format), beside the model's own weights.
 
-Only modules whose type is exactly ``nn.Linear`` or transformers' ``Conv1D`` get an instance ``forward``; parameters, ties, hooks and ``state_dict``
-stay as they are. Where gradients are wanted, and after a weight has changed, the module's own forward runs.
+Only modules whose type is exactly ``nn.Linear`` or transformers' ``Conv1D`` get an instance ``forward``. Parameters,
+ties, hooks and ``state_dict`` stay as they are. The module's own forward runs where gradients are enabled, and after
+the weight has changed.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from transformers.pytorch_utils import Conv1D
 from prefixfast.model.memory import free_memory
 
 logger = logging.getLogger(__name__)
-SHARE = 0.5  # of free memory that copies may take
+MEMORY_SHARE = 0.5  # largest share of the free memory that the copies take
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A model whose weights are packed.
+    """Result of packing the weights of a model.
 
     Attributes:
-        nbytes: What the copies take.
-        why_not: Why there are none; None if there are.
-        undo: Restores the modules.
+        nbytes: Size of the copies in bytes.
+        why_not: Reason why there are no copies, None if there are.
+        undo: Function that restores the modules.
     """
 
     nbytes: int
@@ -38,14 +39,20 @@ class Packed:
 
 
 def prepack(model: nn.Module) -> Packed:
-    """Pack the weights of every plain linear layer of a model on a CPU; fp32 and bf16, and where half of the free memory holds the copies."""
+    """Pack the weights of every plain linear layer of a model on a CPU.
+
+    The weights must be fp32 or bf16, and the copies must fit in half of the free memory. Else nothing is packed.
+
+    Args:
+        model: Model with its weights on a CPU.
+    """
     modules: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
     nbytes = sum(m.weight.numel() * m.weight.element_size() for m in {id(m.weight): m for m in modules}.values())
-    why_not = _why_not(modules) or _no_room(nbytes)
+    why_not = _unsupported(modules) or _lack_of_memory(nbytes)
     if why_not is not None:
         logger.info("weights are not packed: %s", why_not)
         return Packed(0, why_not, lambda: None)
-    shared: dict[int, Tensor] = {}  # tied weights are packed once
+    shared: dict[int, Tensor] = {}  # packed weights by the id of the weight, so that tied weights share one copy
     for module in modules:
         weight = module.weight
         if id(weight) not in shared:
@@ -60,7 +67,8 @@ def prepack(model: nn.Module) -> Packed:
     return Packed(nbytes, None, undo)
 
 
-def _why_not(modules: list[Any]) -> str | None:
+def _unsupported(modules: list[Any]) -> str | None:
+    """Reason why the weights of these modules cannot be packed, None if they can."""
     if not modules:
         return "the model has no plain linear layers"
     weight = modules[0].weight
@@ -70,7 +78,7 @@ def _why_not(modules: list[Any]) -> str | None:
         return f"dtype {weight.dtype}"
     if any("forward" in m.__dict__ for m in modules):
         return "another program has replaced forwards of this model"
-    try:  # private operators: they must be there, take this dtype and compute the same
+    try:  # the operators are private to torch, so their presence and their result are checked
         x, w, b = (torch.arange(n * 64.0).sin().view(n, 64).to(weight.dtype) for n in (3, 48, 1))
         b = b[0, :48].contiguous()
         got = _linear(x, torch.ops.mkldnn._reorder_linear_weight(w), b)
@@ -82,11 +90,12 @@ def _why_not(modules: list[Any]) -> str | None:
     return None
 
 
-def _no_room(nbytes: int) -> str | None:
+def _lack_of_memory(nbytes: int) -> str | None:
+    """Reason why copies of this many bytes do not fit, None if they do."""
     free = free_memory(torch.device("cpu"))
     return (
         f"the copies take {nbytes / 2**20:.0f} MiB, more than half of the free {free / 2**20:.0f} MiB"
-        if nbytes > SHARE * free
+        if nbytes > MEMORY_SHARE * free
         else None
     )
 
@@ -96,6 +105,7 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _forward(module: Any, weight: Tensor, packed: Tensor) -> Callable[[Tensor], Tensor]:
+    """A forward for a module that uses the packed weight as long as the module's weight is unchanged."""
     own = type(module).forward
     version = weight._version
 

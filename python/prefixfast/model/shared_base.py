@@ -1,4 +1,4 @@
-"""One base model that the process keeps for calls that name it, shared by train, generate and score."""
+"""Cache of one base model per process, which calls of train, generate and score by name share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.load import load
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass
@@ -30,7 +33,15 @@ _CACHE_LOCK = threading.Lock()
 def check_base_fields(
     model: Model, *, dtype: str = "auto", device: str = "auto", revision: str | None = None, backend: str = "auto"
 ) -> None:
-    """Raise `ConfigError` if a base that is loaded already is not as an engine's options want it."""
+    """Raise `ConfigError` if a loaded base model differs from the options of an engine.
+
+    Args:
+        model: Loaded base model.
+        dtype: Compute dtype, ``"auto"`` for any.
+        device: Device, ``"auto"`` for any.
+        revision: Revision of a hub id, not compared since a loaded model does not say its own.
+        backend: Backend, ``"auto"`` for any.
+    """
     name = next((n for n, d in DTYPES.items() if d == model.dtype), str(model.dtype))
     have = {"dtype": (dtype, name), "device": (device, model.device.type), "backend": (backend, model.backend.name)}
     for option, (wanted, got) in have.items():
@@ -40,12 +51,19 @@ def check_base_fields(
 
 
 @contextlib.contextmanager
-def borrowed(model: str | Path | PreTrainedModel | Model, **how: Any) -> Iterator[Model]:
-    """A base for the time of one call: a name is loaded once per process and kept, an object is attached and given back, a `Model` is used as it is.
+def borrowed(model: str | Path | PreTrainedModel | PeftModel | Model, **how: Any) -> Iterator[Model]:
+    """Context manager of a base model for one call.
+
+    A base model that is given by name is loaded and stays in the process's cache. A Hugging Face model is attached, and
+    restored at the end. A `Model` is used as it is.
 
     Args:
-        model: The base.
-        how: ``dtype``, ``device``, ``revision`` and ``backend`` of `load`; the kept base is another one where they differ.
+        model: Base model, as `load` takes it.
+        how: Arguments ``dtype``, ``device``, ``revision`` and ``backend`` of `load` for a base model by name; the cache
+            holds the base model of one name and one set of these arguments.
+
+    Yields:
+        Attached base model.
     """
     if isinstance(model, Model):
         yield model.opened()
@@ -66,7 +84,7 @@ def borrowed(model: str | Path | PreTrainedModel | Model, **how: Any) -> Iterato
 
 
 def unload() -> None:
-    """Free the base that this process keeps for calls by name; the next such call loads it again.
+    """Free the base model in the process's cache; the next call by name loads it again.
 
     Example:
         >>> unload()

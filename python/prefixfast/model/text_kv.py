@@ -20,7 +20,7 @@ from prefixfast.model.base import Model
 def text_kv(
     model: Model, ids: Sequence[int], length: int, before: Sequence[LayerKV] = (), rows: PrefixRows = NO_PREFIXES
 ) -> list[LayerKV]:
-    """Keys and values of a text in the base model; a short text is repeated, a long one is cut to its first P tokens.
+    """Keys and values of a text in the base model; a shorter text is repeated, a longer one cut to its first P tokens.
 
     Args:
         model: Base model.

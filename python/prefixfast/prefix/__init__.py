@@ -1,1 +1,1 @@
-"""The learned prefix: its tensors, its folder, PEFT's format, and what is made from it."""
+"""The prefix artifact: tensors and conventions, folders, PEFT adapters, composition, inspection and the hub."""

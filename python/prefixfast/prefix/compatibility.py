@@ -1,33 +1,18 @@
-"""`check_fits`: whether a prefix fits a base model."""
+"""`check_fits`, the check that a prefix fits a base model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
-
 from prefixfast.errors import BaseMismatchError
 from prefixfast.model.base import Model
-from prefixfast.model.fingerprint import check_base, num_layers
-
-
-class PrefixShape(Protocol):
-    """What `check_fits` reads of a prefix, or of its entry in a store."""
-
-    @property
-    def base(self) -> Mapping[str, Any] | None:
-        """Fingerprint of the base model, None if unknown."""
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, int, int]]:
-        """Shape ``(P, H, D)`` of each tensor."""
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers that have rows, ascending."""
+from prefixfast.model.fingerprint import check_same_base, num_layers
+from prefixfast.model.prefix_shape import PrefixShape
 
 
 def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> None:
-    """Check that a prefix was made for a base and has its shapes: blocks of one length, in layers that the base has.
+    """Check that a prefix fits a base model.
+
+    A prefix fits if its fingerprint is that of the base model, its layers exist in the base model, its heads have the
+    base model's shapes, and all of its layers have the same number of rows.
 
     Args:
         model: Base model.
@@ -35,16 +20,16 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
         what: Name of the prefix in the error's message.
 
     Raises:
-        BaseMismatchError: If the prefix was made for another base, or its shapes are not those of the base.
+        BaseMismatchError: If the prefix was made for another base model, or its shapes are not those of the base model.
 
     Example:
         >>> check_fits(base, prefix)
     """
-    check_base(dict(prefix.base) if prefix.base else None, model.fingerprint, what)
+    check_same_base(prefix.base, model.fingerprint, what)
     expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(model.layers) for x in "kv"}
     got = {name: shape[1:] for name, shape in prefix.shapes.items()}
     wrong = min((name for name, shape in got.items() if expected.get(name) != shape), default=None)
-    # A PEFT adapter of a smaller model has the first layers, and does not say how many layers its base has.
+    # A PEFT adapter of a smaller model has the first layers, and does not say how many layers its base model has.
     unknown = (
         num_layers(prefix.base) is None
         and prefix.layers == tuple(range(len(prefix.layers)))
@@ -58,6 +43,7 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
     if reason := next((text for text, holds in reasons.items() if holds), None):
         msg = (
             f"{what}: expected one length and layers of [P, H, D] as this base has {len(model.layers)} of "
-            f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers, {reason}; was it trained on another model?"
+            f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers, {reason}; was it trained on another "
+            "model?"
         )
         raise BaseMismatchError(msg)

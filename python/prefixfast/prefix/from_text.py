@@ -1,31 +1,42 @@
-"""A text as a prefix: tokens of a text, of token ids or of a chat, and their keys and values in the base."""
+"""A prefix from a text: the keys and values of the text's tokens in the base model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import encode_text
 from prefixfast.errors import ConfigError
+from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
 from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import context
+from prefixfast.prefix.names import PrefixFields
 from prefixfast.prefix.record import PrefixData
 
 
 def text_prefix(
-    model: Any, text: Any, length: int | None, after: Sequence[PrefixData]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and fields of `Prefix.from_text`; its arguments and errors.
+    model: str | Path | PreTrainedModel | Model,
+    text: str | Sequence[int] | Sequence[Mapping[str, JSON]],
+    length: int | None,
+    after: Sequence[PrefixData],
+) -> tuple[dict[str, Tensor], PrefixFields]:
+    """Tensors and fields of `Prefix.from_text`.
 
     Args:
-        model: The base, as `load` takes it.
-        text: A string, token ids or chat messages.
-        length: P, None for all tokens.
-        after: Prefixes before the text, left to right.
+        model: Base model, as `load` takes it.
+        text: String, token ids or chat messages.
+        length: Number of rows P, None for all tokens of the text.
+        after: Prefixes before the text, from left to right.
+
+    Raises:
+        ConfigError: If the text or the length is wrong, or the base model has too few positions.
+        BaseMismatchError: If a prefix of ``after`` was made for another base model.
     """
     if length is not None and (type(length) is not int or length < 1):
         msg = f"prefix_length: expected a number of at least 1 or None, got {length!r}"
@@ -40,10 +51,13 @@ def text_prefix(
         rows = length or len(ids)
         start = max((p.pos_start for p in after), default=0)
         if start + rows >= base.max_positions:
-            msg = f"text: {rows} rows after position {start} leave no room in the base's {base.max_positions} positions; give a smaller prefix_length"
+            msg = (
+                f"text: {rows} rows after position {start} leave no room in the base's {base.max_positions} "
+                "positions; give a smaller prefix_length"
+            )
             raise ConfigError(msg)
         kv = text_kv(base, ids.tolist(), rows, *context(after, base))
-        training: dict[str, Any] = {"text_tokens": len(ids), "num_trained": 0}
+        training: dict[str, JSON] = {"text_tokens": len(ids), "num_trained": 0}
         if after:
             training["after"] = [p.digest for p in after]
         tensors = {f"self.{i}.{x}": t.cpu() for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)}

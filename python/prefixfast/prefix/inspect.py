@@ -1,6 +1,6 @@
-"""What a prefix does to its base: attention mass, divergence, nearest words; as numbers, a table and a plot.
+"""`Inspection`: the effect of a prefix on its base model, as numbers, tables and a plot.
 
-Shape letters: L layers, HQ query heads, H kv heads, D head dim, P prefix rows, N tokens of a prompt, n positions that count, V vocabulary.
+Shape letters: L layers, HQ query heads, P prefix rows, n measured positions.
 """
 
 from __future__ import annotations
@@ -13,44 +13,45 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from prefixfast.attention import ops
-from prefixfast.attention.plan import AttentionCall, LayerKV, Plan, plain_plan, training_plan
-from prefixfast.data.encode import encode_examples, encode_prompts
+from prefixfast.data.builtin_tasks import PLAIN, request_task
+from prefixfast.data.encode import Input, encode_examples, encode_prompts
 from prefixfast.data.formats import TARGET_KEYS
-from prefixfast.data.tasks import PLAIN, Task, request_task
+from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, RequestError
 from prefixfast.io.atomic import replace_file
 from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
+from prefixfast.prefix.attention_mass import measure_prompt
 from prefixfast.prefix.compatibility import check_fits
-from prefixfast.prefix.kv import kv_by_layer, row_table
+from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.nearest_tokens import nearest_tokens
 from prefixfast.prefix.record import PrefixData
 
 logger = logging.getLogger(__name__)
-ROWS = 16  # rows whose words are looked up if nobody says
-CHUNK = 256  # positions whose distributions are compared at once
-WIDTH = 100
-BROKEN = "\N{REPLACEMENT CHARACTER}"  # a token that is a part of a character is shown by its name in the vocabulary
+DEFAULT_ROWS = 16  # number of rows whose nearest tokens are searched by default
+TABLE_WIDTH = 100
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands in the text of a token that is only a part of a character
 
 
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    """What a prefix does to its base on some prompts. ``print`` shows it as a table.
+    """Effect of a prefix on its base model over some prompts. ``print`` shows it as tables, `plot` as an image.
 
     Attributes:
-        mass: ``[L, HQ]`` fp32: share of attention that goes to the prefix (0 to 1), mean over all positions that count.
-        divergence: For each prompt ``[n]`` fp32: Kullback-Leibler divergence, in nats, of the distribution of the next token with the prefix from the one of
-            the base alone, at each position that counts: sum over tokens of p ln(p / q), p with and q without the prefix.
-        words: By prefix row: the nearest vocabulary tokens as text (their cosine), nearest first; see `prefixfast.prefix.nearest_tokens` for the measure.
-            Empty for a prefix that leaves layer 0 out.
-        length: P.
+        mass: Share of attention that goes to the prefix (0 to 1), shape ``[L, HQ]``, fp32, mean over all measured
+            positions.
+        divergence: Divergence in nats of the next-token distribution at each measured position, one tensor ``[n]``,
+            fp32, for each prompt. It is the Kullback-Leibler divergence KL(p || q), the sum over tokens of
+            ``p * ln(p / q)``, of the distribution p with the prefix from the distribution q without it.
+        words: Nearest vocabulary tokens by prefix row, as text and cosine, nearest first. Empty for a prefix that
+            leaves layer 0 out. `prefixfast.prefix.nearest_tokens` defines the measure.
+        length: Number of rows P.
     """
 
     mass: Tensor
@@ -59,9 +60,9 @@ class Inspection:
     length: int
 
     def __str__(self) -> str:
-        """Tables for people."""
+        """Tables of mass, divergence and nearest tokens."""
         out = io.StringIO()
-        console = Console(file=out, width=WIDTH, color_system=None, highlight=False, emoji=False)
+        console = Console(file=out, width=TABLE_WIDTH, color_system=None, highlight=False, emoji=False)
         all_kl = torch.cat(self.divergence)
         table = Table("layer", "mean", "least", "head", "most", "head", title="attention mass on the prefix, %")
         for layer, row in enumerate(self.mass):
@@ -73,24 +74,21 @@ class Inspection:
             f"mean {all_kl.mean():.3f}, median {all_kl.median():.3f}, most {all_kl.max():.3f} nats"
         )
         if self.words:
-            near = Table(
-                "row",
-                "nearest tokens (cosine of first-layer keys)",
-                title=f"words of {len(self.words)} of {self.length} rows",
-            )
+            title = f"words of {len(self.words)} of {self.length} rows"
+            near = Table("row", "nearest tokens (cosine of first-layer keys)", title=title)
             for row_number, found in self.words.items():
                 near.add_row(str(row_number), ", ".join(f"{word!r} {cosine:.2f}" for word, cosine in found))
             console.print(near, markup=False)
         return out.getvalue()
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw mass by layer and head, and the divergences, to an image file.
+        """Draw attention mass by layer and head, and a histogram of the divergences, to an image file.
 
         Args:
-            path: Where; the ending chooses the format (``.png``, ``.svg``, ``.pdf``).
+            path: Path of the image; its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
-            ConfigError: Without matplotlib, or for another ending.
+            ConfigError: If matplotlib is not installed, or the ending is another one.
         """
         target = Path(path)
         if (kind := target.suffix.lower()) not in (".png", ".svg", ".pdf"):
@@ -113,118 +111,93 @@ class Inspection:
         replace_file(target, drawn.getvalue())
 
 
-def inspect(
-    model: Any, prefix: PrefixData, prompts: Sequence[Any], *, words: int, rows: Sequence[int] | None
+def inspect_prefix(
+    model: str | Path | PreTrainedModel | Model,
+    prefix: PrefixData,
+    prompts: Sequence[Input],
+    *,
+    words: int,
+    rows: Sequence[int] | None,
 ) -> Inspection:
-    """See `Prefix.inspect`, which has the arguments and errors."""
-    chosen = _rows(prefix, words, rows)
-    if (
-        isinstance(prompts, str | Mapping)
-        or not isinstance(prompts, Sequence)
-        or not prompts
-        or type(prompts[0]) is int
-    ):
+    """Measure the effect of a prefix on its base model, for `Prefix.inspect`.
+
+    Args:
+        model: Base model, as `load` takes it.
+        prefix: Prefix.
+        prompts: Strings, token ids or rows, at least one.
+        words: Number of nearest tokens for each row, 0 for none.
+        rows: Numbers of the rows whose nearest tokens are searched; None is the first 16.
+
+    Raises:
+        BaseMismatchError: If the prefix was made for another base model.
+        RequestError: If a prompt is wrong or too long, with its number.
+        ConfigError: If another argument is wrong.
+    """
+    chosen = _check_rows(prefix, words, rows)
+    given: Any = prompts
+    is_one_prompt = isinstance(given, str | Mapping) or not isinstance(given, Sequence)
+    if is_one_prompt or not given or type(given[0]) is int:
         msg = f"prompts: expected a sequence of at least one prompt, got {prompts!r:.80}; wrap one prompt in a list"
         raise ConfigError(msg)
     with borrowed(model) as base:
         check_fits(base, prefix)
-        examples = [_example(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
+        examples = [_encode(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
         kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_by_layer(prefix, base.layers)]
-        seen = [_look(base, prefix, kv, *example) for example in examples]
-        count = sum(len(kl) for _, kl in seen)
+        measured = [measure_prompt(base, prefix, kv, ids, first) for ids, first in examples]
+        count = sum(len(kl) for _, kl in measured)
         if words and 0 not in prefix.layers:
             logger.warning(
                 "inspect: no words, since they are found by the keys of layer 0, which the prefix leaves out"
             )
             words = 0
         near = nearest_tokens(base, prefix, chosen, words) if words else {}
-        texts = {row: [(_text(base, token), cosine) for token, cosine in found] for row, found in near.items()}
-        return Inspection(
-            torch.stack([mass for mass, _ in seen]).sum(0) / count, [kl for _, kl in seen], texts, prefix.length
-        )
+        texts = {row: [(_token_text(base, token), cosine) for token, cosine in found] for row, found in near.items()}
+        mass = torch.stack([mass for mass, _ in measured]).sum(0) / count
+        return Inspection(mass, [kl for _, kl in measured], texts, prefix.length)
 
 
-@torch.no_grad()
-def _look(model: Model, prefix: PrefixData, kv: list[LayerKV], ids: list[int], first: int) -> tuple[Tensor, Tensor]:
-    """Sum of the masses ``[L, HQ]`` over positions ``first`` to the end of one prompt, and divergences ``[n]`` there."""
-    tokens = torch.tensor(ids, device=model.device)
-    at = torch.arange(first, len(ids), device=model.device)
-    rows = row_table([prefix], len(model.layers))
-    one, zero = np.array([0, 1], np.int32), np.zeros(1, np.int32)
-    plan = training_plan(
-        np.array([len(ids)], np.int32), one, zero, rows, kv, backend=model.backend, device=model.device
-    ).with_logits_at(at)
-    masses: dict[int, Tensor] = {}
-
-    def probe(call: AttentionCall) -> None:
-        masses[call.layer] = prefix_mass(plan, call)[first:].sum(0)
-
-    alone = plain_plan([len(ids)], backend=model.backend, device=model.device).with_logits_at(at)
-    p, q = model.forward(replace(plan, probe=probe), tokens), model.forward(alone, tokens)
-    divergence = torch.cat([_divergence(a, b) for a, b in zip(p.split(CHUNK), q.split(CHUNK), strict=True)])
-    return torch.stack([masses[i] for i in range(len(masses))]).float().cpu(), divergence.float().cpu()
-
-
-def prefix_mass(plan: Plan, call: AttentionCall) -> Tensor:
-    """Share of each query's attention that goes to its prefix blocks ``[N, HQ]``, from log-sum-exps: exp(lse of the prefix - lse of all)."""
-    assert plan.packed is not None
-    assert plan.prefix is not None
-    if not len(plan.prefix[call.layer][0]):  # the prefix leaves this layer out
-        return torch.zeros_like(call.lse)
-    packed = plan.packed[plan.view(call.layer)]
-    seg = packed.seg.clone()
-    seg[:, 3] = 0  # no keys of their own: what is left are the prefix rows
-    tables = list(packed._replace(seg=seg))
-    options = (call.scale, call.window, call.softcap, True, False, "reference", list(plan.backend.sizes))
-    _, lse = ops.attn(call.q, call.k, call.k, *plan.prefix[call.layer], tables, None, None, *options)
-    return (lse - call.lse).exp()
-
-
-def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats of logits ``[n, V]``, at least fp32."""
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-    log_p, log_q = (t.to(dtype).log_softmax(-1) for t in (p, q))
-    return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0)  # rounding can put equal ones below zero
-
-
-def _rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> list[int]:
+def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> list[int]:
+    """Numbers of the rows whose nearest tokens are searched."""
     if type(words) is not int or words < 0:
         msg = f"words: expected a number of at least 0, got {words!r}"
         raise ConfigError(msg)
-    chosen = list(range(min(ROWS, prefix.length))) if rows is None else list(rows)
+    chosen = list(range(min(DEFAULT_ROWS, prefix.length))) if rows is None else list(rows)
     if not all(type(r) is int and 0 <= r < prefix.length for r in chosen):
         msg = f"rows: expected numbers from 0 to {prefix.length - 1}, got {chosen!r:.80}"
         raise ConfigError(msg)
     return chosen
 
 
-def _example(model: Model, prefix: PrefixData, prompt: Any, index: int) -> tuple[list[int], int]:
-    """Tokens of a prompt and the first position that counts: the one before the target, 0 without one."""
+def _encode(model: Model, prefix: PrefixData, prompt: Input, index: int) -> tuple[list[int], int]:
+    """Token ids of a prompt, and the first measured position: the one before the target, 0 without a target."""
     try:
-        ids, first = _tokens(model, prefix, prompt)
+        ids, first = _encode_unchecked(model, prefix, prompt)
     except (DataError, ConfigError, RequestError) as e:
         msg = f"prompt {index}: {str(e).removeprefix('row 0: ').removeprefix('request 0: ')}"
         raise RequestError(msg, index=index) from e
     room = model.max_positions - prefix.pos_start
     if not 0 < len(ids) <= room or first < 0:
-        msg = f"prompt {index}: expected 1 to {room} tokens (the base's positions less the prefix), the first of them none of the target, got {len(ids)}"
+        expected = f"1 to {room} tokens (the base's positions less the prefix), the first of them none of the target"
+        msg = f"prompt {index}: expected {expected}, got {len(ids)}"
         raise RequestError(msg, index=index)
     return ids, first
 
 
-def _tokens(model: Model, prefix: PrefixData, prompt: Any) -> tuple[list[int], int]:
-    """Tokens as in training: the prompt by the prefix's task, then the first target, if the row has one."""
-    is_row = isinstance(prompt, Mapping) and "input_ids" not in prompt
-    task = request_task(PLAIN if prefix.task is None else Task.from_spec(prefix.task), prompt) if is_row else PLAIN
-    if not is_row or task.format == "text" or not (set(prompt) & set(TARGET_KEYS)):
+def _encode_unchecked(model: Model, prefix: PrefixData, prompt: Input) -> tuple[list[int], int]:
+    """Token ids as in training: the prompt by the prefix's task, then the first target if the row has one."""
+    if not isinstance(prompt, Mapping) or "input_ids" in prompt:
+        return encode_prompts(model, [prompt], [PLAIN])[0].tolist(), 0
+    task = request_task(PLAIN if prefix.task is None else Task.from_spec(prefix.task), prompt)
+    if task.format == "text" or not (set(prompt) & set(TARGET_KEYS)):
         return encode_prompts(model, [prompt], [task])[0].tolist(), 0
     last = replace(task, loss_on="last")
     example = next(encode_examples(model.require_tokenizer(), model.vocab_size, [prompt], last))
     return example.ids[:-1].tolist(), int(example.targets[0]) - 1
 
 
-def _text(model: Model, token: int) -> str:
+def _token_text(model: Model, token: int) -> str:
+    """Text of a token; its name in the vocabulary if the token is only a part of a character."""
     if model.tokenizer is None:
         return f"#{token}"
     text = model.tokenizer.decode([[token]], skip_special_tokens=False)[0]
-    return str(model.tokenizer.hf.convert_ids_to_tokens(token)) if BROKEN in text else text
+    return str(model.tokenizer.hf.convert_ids_to_tokens(token)) if REPLACEMENT in text else text

@@ -1,6 +1,6 @@
-"""The keys and values of whole prefixes, and of texts, as lists by layer, in the form that a packed forward takes.
+"""Keys and values of whole prefixes as lists by layer, in the form that a packed forward takes.
 
-Shape letters: P rows of a prefix, L layers, H kv heads, D head dim.
+Shape letters: P prefix rows, L layers, H key-value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -17,21 +17,38 @@ from prefixfast.prefix.record import PrefixData
 
 
 def kv_by_layer(prefix: PrefixData, shapes: Sequence[LayerShape]) -> list[LayerKV]:
-    """A prefix's tensors as a list by layer, without rows in layers that it leaves out."""
+    """Keys and values ``[P, H, D]`` of a prefix by layer of the base model; without rows in layers it leaves out.
+
+    Args:
+        prefix: Prefix.
+        shapes: Heads of every layer of the base model.
+    """
     like = next(iter(prefix.kv.values()))
     empty = [like.new_empty(0, s.num_kv_heads, s.head_dim) for s in shapes]
     return [(prefix.kv.get(f"self.{i}.k", none), prefix.kv.get(f"self.{i}.v", none)) for i, none in enumerate(empty)]
 
 
 def row_table(prefixes: Sequence[PrefixData], num_layers: int) -> PrefixRows:
-    """Where the rows of `concat_kv` prefixes lie."""
+    """Place of each prefix's rows in the tensors that `concat_kv` makes of the prefixes.
+
+    Args:
+        prefixes: Prefixes from left to right.
+        num_layers: Number of layers of the base model.
+    """
     return prefix_rows([(p.layers, p.length, p.pos_start, p.window == "slide") for p in prefixes], num_layers)
 
 
 def concat_kv(
     prefixes: Sequence[PrefixData], shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
 ) -> list[LayerKV]:
-    """By layer the keys and values of prefixes one after the other, each layer's without those that leave it out."""
+    """Keys and values of several prefixes, concatenated by layer; a prefix adds no rows to a layer it leaves out.
+
+    Args:
+        prefixes: Prefixes from left to right.
+        shapes: Heads of every layer of the base model.
+        dtype: dtype of the result.
+        device: Device of the result.
+    """
     none = [torch.empty(0, s.num_kv_heads, s.head_dim, dtype=dtype, device=device) for s in shapes]
     kvs = [kv_by_layer(p, shapes) for p in prefixes]
 
@@ -42,5 +59,5 @@ def concat_kv(
 
 
 def context(prefixes: Sequence[PrefixData], model: Model) -> tuple[list[LayerKV], PrefixRows]:
-    """Keys and values of composed prefixes in the model's dtype, and the place of each prefix in them: what `text_kv` takes."""
+    """Keys and values of composed prefixes in the model's dtype, and the place of each prefix, for `text_kv`."""
     return concat_kv(prefixes, model.layers, model.dtype, model.device), row_table(prefixes, len(model.layers))

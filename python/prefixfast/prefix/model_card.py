@@ -1,4 +1,4 @@
-"""The model card of a prefix: what a person on the hub needs to know, and never a row or text that it was trained on."""
+"""The model card of a prefix on the hub. The card never contains a row or text of the training data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from prefixfast.prefix.record import PrefixData
 
 CARD = "README.md"
 BASE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Of `training`: settings and numbers. Anything else that it may hold (texts, names, paths) stays out.
+# Entries of Prefix.training whose numbers and words the card shows. Other entries can hold texts, names or paths.
 SETTINGS = ("config", "prefix_config")
 SAFE_TEXT = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 
@@ -23,7 +23,8 @@ TEMPLATE = """---
 
 # {title}
 
-A learned prefix (prefix-tuning, [Li & Liang 2021](https://arxiv.org/abs/2101.00190)): {length} rows of keys and values for each of {layers},
+A learned prefix (prefix-tuning, [Li & Liang 2021](https://arxiv.org/abs/2101.00190)): {length} rows of keys and \
+values for each of {layers},
 {stored:,} numbers, for the frozen base {base}.
 
 ## Use
@@ -54,23 +55,25 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"
 
 
 def model_card(prefix: PrefixData, repo_id: str) -> str:
-    """The text of ``README.md``: YAML front matter, how to use the prefix, settings and metrics of its training.
+    """Text of ``README.md``: YAML front matter, code that uses the prefix, and settings and metrics of the training.
 
     Args:
-        prefix: The prefix.
-        repo_id: Where it will lie.
+        prefix: Prefix.
+        repo_id: Hub id of the repository, ``"name/repository"``.
     """
     name = _base_name(prefix)
-    peft = not prefix.peft_incompatibility
+    incompatibility = prefix.peft_incompatibility
     front: dict[str, Any] = {
         "library_name": "prefixfast",
-        "tags": [*(["peft"] if peft else []), "prefix-tuning"],
+        "tags": [*([] if incompatibility else ["peft"]), "prefix-tuning"],
         "pipeline_tag": "text-generation",
     }
     if name is not None:
         front["base_model"] = name
     metrics = prefix.training.get("metrics")
     model = name or "the base model"
+    facts = _facts(prefix, metrics if isinstance(metrics, Mapping) else {})
+    use_in_peft = PEFT_USE.format(model=model, repo_id=repo_id)
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
         title=repo_id.split("/")[-1],
@@ -80,27 +83,20 @@ def model_card(prefix: PrefixData, repo_id: str) -> str:
         base=f"`{name}`" if name else "that it was trained on (its name is not known)",
         repo_id=repo_id,
         model=model,
-        peft=PEFT_USE.format(model=model, repo_id=repo_id)
-        if peft
-        else f"\nPEFT cannot hold it: {prefix.peft_incompatibility}.\n",
-        facts="\n".join(
-            f"| {k} | {v} |" for k, v in _facts(prefix, metrics if isinstance(metrics, Mapping) else {}).items()
-        ),
+        peft=f"\nPEFT cannot hold it: {incompatibility}.\n" if incompatibility else use_in_peft,
+        facts="\n".join(f"| {k} | {v} |" for k, v in facts.items()),
     )
 
 
 def _layers(prefix: PrefixData) -> str:
-    listed = ", ".join(map(str, prefix.layers))
-    return (
-        f"{len(prefix.layers)} layers"
-        if num_layers(prefix.base) in (None, len(prefix.layers))
-        else f"the layers {listed} (from 0)"
-    )
+    if num_layers(prefix.base) in (None, len(prefix.layers)):
+        return f"{len(prefix.layers)} layers"
+    return f"the layers {', '.join(map(str, prefix.layers))} (from 0)"
 
 
 def _base_name(prefix: PrefixData) -> str | None:
-    """The base's name if it can be one on the hub: a path of somebody's machine helps nobody."""
-    name = (prefix.base or {}).get("name")
+    """Name of the base model if it can be a hub id; a local path is useless to others, and may be private."""
+    name = prefix.base.get("name") if prefix.base else None
     return name if isinstance(name, str) and BASE_NAME.fullmatch(name) and not Path(name).exists() else None
 
 
@@ -114,15 +110,15 @@ def _facts(prefix: PrefixData, metrics: Mapping[str, Any]) -> dict[str, str]:
     found["digest"] = f"`{prefix.digest}`"
     for group in SETTINGS:
         settings = prefix.training.get(group)
-        found |= _plain(settings if isinstance(settings, Mapping) else {})
-    return found | {f"metric: {k}": v for k, v in _plain(metrics).items()}
+        found |= _safe_values(settings if isinstance(settings, Mapping) else {})
+    return found | {f"metric: {k}": v for k, v in _safe_values(metrics).items()}
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, str]:
-    """Numbers, switches and single words of a mapping; None and anything that could be somebody's text are left out."""
-    kept = {str(k): v for k, v in values.items() if SAFE_TEXT.fullmatch(str(k))}
+def _safe_values(values: Mapping[str, Any]) -> dict[str, str]:
+    """Numbers, booleans and single words of a mapping. None, and values that may be a person's text, are left out."""
+    named = {str(k): v for k, v in values.items() if SAFE_TEXT.fullmatch(str(k))}
     return {
         k: f"{v:g}" if isinstance(v, float) else str(v)
-        for k, v in kept.items()
+        for k, v in named.items()
         if isinstance(v, bool | int | float) or (isinstance(v, str) and SAFE_TEXT.fullmatch(v))
     }

@@ -1,8 +1,14 @@
-"""PEFT's adapters for decoder-only models that hold keys and values: PREFIX_TUNING and CARTRIDGE.
+"""PEFT adapters of decoder-only models that hold keys and values: PREFIX_TUNING and CARTRIDGE.
 
-Both store one table ``prompt_embeddings [P, L * 2 * H * D]``, keys and values interleaved by layer: ``table[p].view(L, 2, H, D)`` holds (key, value) of
-every layer; text starts at position P and keys are stored after RoPE. CARTRIDGE adds ``num_frozen_tokens``, the leading rows that training leaves alone.
-Source: PEFT 0.21.2, ``peft_model.py`` get_prompt and get_prompt_embedding_to_save, ``tuners/cartridge``; verified bit-exact in tests/unit/test_peft.py.
+Both store one table ``prompt_embeddings`` of shape ``[P, L * 2 * H * D]``. Row p, viewed as ``[L, 2, H, D]``, holds key
+and value of every layer. The text starts at position P, and keys are stored after RoPE. A CARTRIDGE has
+``num_frozen_tokens``, the number of leading rows that training does not change.
+
+Shape letters: P prefix rows, L layers, H key-value heads, D head dimension.
+
+Source:
+    PEFT 0.21.2, ``get_prompt`` and ``get_prompt_embedding_to_save`` in ``peft_model.py``, and ``tuners/cartridge``.
+    tests/unit/prefix/test_peft_format.py checks that tensors are equal to the bit.
 """
 
 from __future__ import annotations
@@ -17,15 +23,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prefixfast.errors import DataError
-from prefixfast.io.untrusted import read_json as read_json
-from prefixfast.io.untrusted import read_tensors as read_tensors
+from prefixfast.io.untrusted import read_json, read_tensors
 
 PeftType = Literal["PREFIX_TUNING", "CARTRIDGE"]
 TYPES: tuple[PeftType, ...] = get_args(PeftType)
-CONFIG, WEIGHTS, KEY = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
+CONFIG, WEIGHTS, TABLE = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
 PICKLE = "adapter_model.bin"
 SIZES = ("num_layers", "num_attention_heads", "num_virtual_tokens")
-COMMON = {
+COMMON_CONFIG = {
     "auto_mapping": None,
     "inference_mode": True,
     "modules_to_save": None,
@@ -36,70 +41,78 @@ COMMON = {
 }
 
 
-def reason_against(kv: Mapping[str, Tensor], pos_start: int, window: str, num_layers: int | None = None) -> str | None:
-    """Why PEFT cannot hold a prefix exactly, or None if it can.
+def peft_incompatibility(
+    kv: Mapping[str, Tensor], pos_start: int, window: str, num_layers: int | None = None
+) -> str | None:
+    """Reason why PEFT cannot hold a prefix exactly, None if it can.
 
     Args:
-        kv: ``self.{layer}.k|v`` of ``[P, H, D]``.
-        pos_start: Position of the first token.
-        window: ``"slide"`` or ``"always"``.
-        num_layers: Of the base, None if nobody knows.
+        kv: Tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``.
+        pos_start: Position of the first token after the prefix.
+        window: Treatment of the prefix by sliding windows, ``"slide"`` or ``"always"``.
+        num_layers: Number of layers of the base model, None if unknown.
     """
     shapes = {tuple(t.shape) for t in kv.values()}
     layers = num_layers or len(kv) // 2
+    is_elsewhere = len(shapes) == 1 and pos_start != next(iter(shapes))[0]
     reasons = {
         "it has sites other than 'self'": any(not name.startswith("self.") for name in kv),
         "its layers differ in shape": len(shapes) != 1,
         "its tensors differ in dtype": len({t.dtype for t in kv.values()}) != 1,
         "its numbers are fp64": any(t.dtype == torch.float64 for t in kv.values()),
         "some layers have no prefix": set(kv) != {f"self.{i}.{x}" for i in range(layers) for x in "kv"},
-        "text starts at another position than the prefix's length": len(shapes) == 1
-        and pos_start != next(iter(shapes))[0],
+        "text starts at another position than the prefix's length": is_elsewhere,
         "sliding windows do not slide over it": window != "slide",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def to_table(kv: Mapping[str, Tensor]) -> Tensor:
-    """``self.{layer}.k|v`` of ``[P, H, D]`` -> ``[P, L * 2 * H * D]``."""
+    """Table ``[P, L * 2 * H * D]`` of the tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``."""
     layers = len(kv) // 2
     stacked = torch.stack([kv[f"self.{i}.{x}"] for i in range(layers) for x in "kv"], 1)
     return stacked.flatten(1).contiguous()
 
 
 def from_table(table: Tensor, num_layers: int, num_kv_heads: int) -> dict[str, Tensor]:
-    """The inverse of `to_table`.
+    """Tensors of a table, the inverse of `to_table`.
+
+    Args:
+        table: Table ``[P, L * 2 * H * D]``.
+        num_layers: Number of layers L.
+        num_kv_heads: Number of key-value heads H.
 
     Raises:
-        DataError: If the table's width does not fit.
+        DataError: If the table's width is not a multiple of ``L * 2 * H``.
     """
     if table.ndim != 2 or not table.shape[1] or table.shape[1] % (num_layers * 2 * num_kv_heads):
-        msg = f"{KEY}: expected [P, {num_layers} layers * 2 * {num_kv_heads} heads * head_dim], got {list(table.shape)}"
+        expected = f"[P, {num_layers} layers * 2 * {num_kv_heads} heads * head_dim]"
+        msg = f"{TABLE}: expected {expected}, got {list(table.shape)}"
         raise DataError(msg)
     parts = table.unflatten(1, (num_layers, 2, num_kv_heads, -1))
     return {f"self.{i}.{x}": parts[:, i, j].contiguous() for i in range(num_layers) for j, x in enumerate("kv")}
 
 
-def files(
-    kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType = "PREFIX_TUNING", frozen: int = 0
+def adapter_files(
+    kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType = "PREFIX_TUNING", num_frozen: int = 0
 ) -> dict[str, bytes]:
-    """The adapter folder's files by name.
+    """Files of an adapter folder by name.
 
     Args:
-        kv: ``self.{layer}.k|v`` of ``[P, H, D]``, for which `reason_against` has no reason.
-        base_name: Of the base model, for its users.
-        peft_type: Which adapter.
-        frozen: ``num_frozen_tokens`` of a CARTRIDGE.
+        kv: Tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``, for which `peft_incompatibility` is None.
+        base_name: Name of the base model, None if unknown.
+        peft_type: Type of the adapter.
+        num_frozen: Number of frozen leading rows, stored as ``num_frozen_tokens`` of a CARTRIDGE.
     """
     length, heads, dim = kv["self.0.k"].shape
-    own: dict[str, Any] = (
-        {"num_frozen_tokens": frozen}
+    of_type: dict[str, Any] = (
+        {"num_frozen_tokens": num_frozen}
         if peft_type == "CARTRIDGE"
         else {"encoder_hidden_size": heads * dim, "init_weights": None, "prefix_projection": False}
     )
     config = {
-        **COMMON,
-        **own,
+        **COMMON_CONFIG,
+        **of_type,
         "base_model_name_or_path": base_name or None,
         "num_attention_heads": heads,
         "num_layers": len(kv) // 2,
@@ -109,43 +122,48 @@ def files(
     }
     return {
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
-        WEIGHTS: save({KEY: to_table(kv)}, metadata={"format": "pt"}),
+        WEIGHTS: save({TABLE: to_table(kv)}, metadata={"format": "pt"}),
     }
 
 
 def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of an adapter folder.
+    """Read the tensors and the configuration of an adapter folder.
 
     Raises:
-        DataError: If it is no decoder-only PREFIX_TUNING or CARTRIDGE adapter, or its files are damaged.
+        DataError: If the folder is not a decoder-only PREFIX_TUNING or CARTRIDGE adapter, or a file is damaged.
     """
     config = read_json(folder / CONFIG)
-    layers, heads, length = _checked(config, folder / CONFIG)
+    layers, heads, length = _read_sizes(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
-        msg = f"{PICKLE} is a pickle, which can run code when it is read; save the adapter again with PEFT's safe_serialization=True"
+        msg = (
+            f"{PICKLE} is a pickle, which can run code when it is read; save the adapter again with PEFT's "
+            "safe_serialization=True"
+        )
         raise DataError(msg, path=str(folder))
     tensors = read_tensors(folder / WEIGHTS)
-    if set(tensors) != {KEY}:
-        msg = f"expected the one tensor {KEY!r}, got {sorted(tensors)}"
+    if set(tensors) != {TABLE}:
+        msg = f"expected the one tensor {TABLE!r}, got {sorted(tensors)}"
         raise DataError(msg, path=str(folder / WEIGHTS))
-    if len(tensors[KEY]) != length:
-        msg = f"{WEIGHTS}: {KEY}: expected {length} rows (num_virtual_tokens), got {list(tensors[KEY].shape)}; see {CONFIG}"
+    if len(tensors[TABLE]) != length:
+        got = list(tensors[TABLE].shape)
+        msg = f"{WEIGHTS}: {TABLE}: expected {length} rows (num_virtual_tokens), got {got}; see {CONFIG}"
         raise DataError(msg, path=str(folder / WEIGHTS))
     try:
-        return from_table(tensors[KEY], layers, heads), config
+        return from_table(tensors[TABLE], layers, heads), config
     except DataError as e:
         msg = f"{WEIGHTS}: {e}"
         raise DataError(msg, path=str(folder / WEIGHTS)) from e
 
 
-def _checked(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
-    """Layers, kv heads and rows of a configuration that we can read."""
-    kind, submodules, task = (config.get(k) for k in ("peft_type", "num_transformer_submodules", "task_type"))
-    if kind not in TYPES:
-        msg = f"peft_type: expected {' or '.join(TYPES)}, got {kind!r}"
+def _read_sizes(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
+    """Numbers of layers, key-value heads and rows of a configuration, checked together with its type."""
+    peft_type, submodules, task = (config.get(k) for k in ("peft_type", "num_transformer_submodules", "task_type"))
+    if peft_type not in TYPES:
+        msg = f"peft_type: expected {' or '.join(TYPES)}, got {peft_type!r}"
         raise DataError(msg, path=str(path))
     if submodules not in (1, None) or task not in ("CAUSAL_LM", None):
-        msg = f"expected a decoder-only adapter (task_type CAUSAL_LM, num_transformer_submodules 1), got {task!r} and {submodules!r}"
+        expected = "a decoder-only adapter (task_type CAUSAL_LM, num_transformer_submodules 1)"
+        msg = f"expected {expected}, got {task!r} and {submodules!r}"
         raise DataError(msg, path=str(path))
     sizes = [config.get(k) for k in SIZES]
     if not all(type(n) is int and n >= 1 for n in sizes):

@@ -1,17 +1,18 @@
-"""`Prefix`: a learned block of keys and values, with what is done with it: save, load, join, inspect, share."""
+"""`Prefix`, a learned block of keys and values: saving, loading, composition, inspection and sharing."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.io.atomic import read_settled
+from prefixfast.io.atomic import read_stable
 from prefixfast.prefix import folder as files
-from prefixfast.prefix.concat import concatenated
-from prefixfast.prefix.hub import find_folder, push_folder
+from prefixfast.prefix.concat import concat_prefixes
+from prefixfast.prefix.hub import find_folder, push_to_hub
 from prefixfast.prefix.peft_format import TYPES, PeftType
 from prefixfast.prefix.record import PrefixData
 
@@ -23,16 +24,29 @@ if TYPE_CHECKING:
 
 
 class Prefix(PrefixData):
-    """A learned prefix. Immutable; compare prefixes by their `digest`.
+    """A learned block of keys and values that every layer of a frozen base model attends to.
+
+    A prefix holds everything that generation needs besides the base model: the tensors, the position at which the text
+    starts, the task that turns rows into prompts, and default generation parameters. `train` makes a prefix from rows,
+    `from_text` makes one from a text without training, and `from_pretrained` reads a saved prefix or a PEFT adapter.
+
+    A prefix is immutable. Two prefixes are compared by their `digest`.
+
+    Shape letters: P prefix rows, H key-value heads, D head dimension.
 
     Attributes:
-        kv: ``{site}.{layer}.k`` and ``.v`` of ``[P, H, D]`` each; keys are stored after RoPE. Layers may differ in P, H and D or be absent.
-        pos_start: Position of the first token after the prefix: P as PEFT has it, or 0.
-        window: ``"slide"``: sliding windows hide old prefix rows, as in PEFT; ``"always"``: they never do.
+        kv: Tensors ``{site}.{layer}.k`` and ``{site}.{layer}.v`` by name, shape ``[P, H, D]``. Keys are stored after
+            RoPE. Layers may differ in P, H and D, and may be absent.
+        pos_start: Position of the first token after the prefix: P as in PEFT, or 0.
+        window: Treatment of the prefix by sliding windows. ``"slide"``: the window hides old prefix rows, as in PEFT.
+            ``"always"``: prefix rows stay visible.
         base: Fingerprint of the base model, None if unknown (an imported PEFT adapter).
-        task: How rows become prompts: the task's ``name`` and its settings; None for plain prompts.
-        decoding: Default `GenerationParams` of this prefix.
-        training: How it came about: settings, steps, final losses.
+        task: Task that turns rows into prompts, as `Task.spec` gives it; None for plain prompts.
+        decoding: Default `GenerationParams` of the prefix.
+        training: Settings, number of steps and final losses of the training, or another origin.
+
+    Raises:
+        DataError: If a tensor or convention is not one that a prefix can have.
 
     Example:
         >>> prefix = Prefix.from_text(base, "table-to-text:")
@@ -43,33 +57,39 @@ class Prefix(PrefixData):
     """
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the prefix as a folder; an existing prefix there is replaced atomically, other files in it stay.
+        """Save the prefix to a folder.
 
-        The folder is a PEFT adapter folder whenever PEFT can hold the prefix exactly; ``not_peft_because`` in its ``prefixfast.json`` says why if not.
+        The folder is a PEFT adapter folder whenever PEFT can hold the prefix exactly. Otherwise the key
+        ``not_peft_because`` of its ``prefixfast.json`` gives the reason.
 
         Args:
-            folder: Made with its parents if it is not there.
+            folder: Path of the folder, which is created with its parents. A prefix in the folder is replaced
+                atomically; other files stay.
 
         Raises:
-            OSError: If the disk refuses; what was there before is intact.
+            OSError: If the files cannot be written. The old content of the folder is intact then.
 
         Example:
             >>> prefix.save_pretrained("mill")
             >>> sorted(os.listdir("mill"))
             ['adapter_config.json', 'adapter_model.safetensors', 'prefixfast.json']
         """
-        files.write_folder(Path(folder), files.own_files(self.kv, self.digest, self.fields))
+        files.write_folder(Path(folder), files.prefix_files(self.kv, self.digest, self.fields))
 
     def to_peft(self, folder: str | os.PathLike[str], *, peft_type: PeftType | None = None) -> None:
-        """Write a PEFT adapter folder with what PEFT knows and nothing else; the numbers are those of the prefix to the bit.
+        """Save the prefix as a PEFT adapter, without the data that only prefixfast reads.
+
+        The numbers of the adapter are equal to those of the prefix to the bit.
 
         Args:
-            folder: Made with its parents if it is not there; a prefix in it is replaced atomically, other files stay.
-            peft_type: ``"PREFIX_TUNING"`` or ``"CARTRIDGE"``; None: what it was imported as, else PREFIX_TUNING.
+            folder: Path of the folder, which is created with its parents. A prefix in the folder is replaced
+                atomically; other files stay.
+            peft_type: Type of the adapter, ``"PREFIX_TUNING"`` or ``"CARTRIDGE"``. None is ``"CARTRIDGE"`` for an
+                imported CARTRIDGE and for a prefix with frozen rows, else ``"PREFIX_TUNING"``.
 
         Raises:
             ConfigError: If PEFT cannot hold the prefix exactly, with the reason.
-            OSError: If the disk refuses; what was there before is intact.
+            OSError: If the files cannot be written. The old content of the folder is intact then.
 
         Example:
             >>> prefix.to_peft("adapter", peft_type="CARTRIDGE")  # then: PeftModel.from_pretrained(model, "adapter")
@@ -82,45 +102,53 @@ class Prefix(PrefixData):
         if self.peft_incompatibility:
             msg = f"PEFT cannot hold this prefix exactly: {self.peft_incompatibility}; save_pretrained keeps all of it"
             raise ConfigError(msg)
-        files.write_folder(
-            Path(folder), files.adapter_files(self.kv, self.fields, peft_type or files.kind_of(self.fields))
-        )
+        fields = self.fields
+        chosen = peft_type or files.adapter_type(fields)
+        files.write_folder(Path(folder), files.adapter_files(self.kv, fields, chosen))
 
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
     ) -> Prefix:
-        """Read a `Prefix` from a folder written by `save_pretrained` or by PEFT (decoder-only PREFIX_TUNING and CARTRIDGE), here or on the Hugging Face hub.
+        """Load a prefix from a local folder or from the Hugging Face hub.
+
+        The folder was saved by `save_pretrained`, or by PEFT as a decoder-only PREFIX_TUNING or CARTRIDGE adapter.
 
         Args:
-            path: A folder; a text ``"name/repository"`` that is no folder is a hub id, of which only JSON and safetensors files are fetched.
+            path: Path of a folder. A string ``"name/repository"`` that is not a local folder is a hub id, of which only
+                JSON and safetensors files are downloaded.
             revision: Branch, tag or commit of a hub id.
-            local_files_only: Take a hub id from the local cache and do not ask the hub.
+            local_files_only: Whether a hub id is read from the local cache only.
+
+        Returns:
+            Prefix of the class on which the method was called.
 
         Raises:
-            DataError: If the folder is missing, damaged, or something else; says which file, or what was looked for.
-            ConfigError: For a revision of a local folder, or a hub that cannot be reached.
+            DataError: If the folder is missing or damaged, or holds something else; the message names the file, or
+                what was looked for.
+            ConfigError: If a revision is given for a local folder, or the hub cannot be reached.
 
         Example:
             >>> prefix.save_pretrained("mill")
             >>> Prefix.from_pretrained("mill").digest == prefix.digest
             True
         """
-        return read_settled(
-            find_folder(path, revision, local_files_only=local_files_only, names=files.OWNED), cls._read
-        )
+        return read_stable(find_folder(path, revision, local_files_only=local_files_only), cls._read)
 
     @classmethod
     def _read(cls, path: Path) -> Prefix:
-        file, kv, fields, digest = files.read_folder(path)
+        content = files.read_folder(path)
         try:
-            prefix = cls(kv, **fields)
+            prefix = cls(content.kv, **content.fields)
         except DataError as e:
-            msg = f"{file.name}: {e}"
-            raise DataError(msg, path=str(file)) from e
-        if digest is not None and prefix.digest != digest:
+            msg = f"{content.tensor_file.name}: {e}"
+            raise DataError(msg, path=str(content.tensor_file)) from e
+        if content.digest is not None and prefix.digest != content.digest:
             meta = files.META
-            msg = f"the tensors are not those that {meta} describes: another program changed the folder; delete {meta} to read it as a PEFT adapter"
+            msg = (
+                f"the tensors are not those that {meta} describes: another program changed the folder; delete {meta} "
+                "to read it as a PEFT adapter"
+            )
             raise DataError(msg, path=str(path / meta))
         return prefix
 
@@ -128,27 +156,32 @@ class Prefix(PrefixData):
     def from_text(
         cls,
         model: str | Path | PreTrainedModel | Model,
-        text: str | Sequence[int] | Sequence[Mapping[str, Any]],
+        text: str | Sequence[int] | Sequence[Mapping[str, JSON]],
         *,
         prefix_length: int | None = None,
         after: Prefix | Sequence[Prefix] = (),
     ) -> Prefix:
-        """The keys and values of a text in the base itself: generating on a prompt with it is generating on text and prompt.
+        """Make a prefix of the keys and values that the base model computes for a text, without training.
+
+        Generation from a prompt with the prefix is equal to generation from text and prompt together.
 
         Args:
-            model: The base, as `load` takes it.
-            text: A text, tokenized as a prompt is (with the begin token, for tokenizers that add one); token ids, taken as they are; or chat messages
-                ``{"role", "content"}``, through the tokenizer's chat template without its generation prompt.
-            prefix_length: P; a shorter text is repeated, a longer one is cut to its first tokens. None: all tokens of the text.
-            after: A prefix, or several from left to right, that the text follows and that it sees; positions go on. Use the result together with them, as
-                ``[after, result]``.
+            model: Base model: hub id, folder, Hugging Face model or `Model`.
+            text: Text of the prefix. A string is tokenized as a prompt is, with the begin token if the tokenizer adds
+                one. Token ids are used unchanged. Chat messages ``{"role", "content"}`` are written by the tokenizer's
+                chat template without its generation prompt.
+            prefix_length: Number of rows P. A shorter text is repeated, a longer text is cut to its first tokens. None
+                is the number of tokens of the text.
+            after: Prefix, or several from left to right, that the text follows and attends to, with the positions
+                counted on. Requests then use ``[after, result]``.
 
         Returns:
-            A prefix of fp32 numbers (fp64 for a base in fp64); the text itself is not kept.
+            Prefix of fp32 numbers (fp64 for a base model in fp64), which does not contain the text itself.
 
         Raises:
-            ConfigError: For an empty or wrong text, a length without room in the base's positions, or messages without a chat template.
-            BaseMismatchError: If ``after`` was made for another base.
+            ConfigError: If the text is empty or wrong, the base model has too few positions, or messages are given to
+                a tokenizer without a chat template.
+            BaseMismatchError: If ``after`` was made for another base model.
 
         Example:
             >>> rules = Prefix.from_text(base, "Answer in one sentence. ")
@@ -163,82 +196,90 @@ class Prefix(PrefixData):
         return cls(kv, **fields)
 
     def concat(self, *others: Prefix) -> Prefix:
-        """One `Prefix` that does what this one and the others do together, composed from left to right (``[a, b]`` in a request).
+        """Join prefixes to one that is equivalent to composing them from left to right (``[a, b]`` in a request).
 
-        Its text starts at the largest ``pos_start``, tasks and decoding defaults are the last one's, as in a composition.
+        The text of the result starts at the largest ``pos_start``. Task and decoding defaults are those of the last
+        prefix that has them, as in a composition.
 
         Args:
-            others: Prefixes of the same base, ``window`` and dtype.
+            others: Prefixes of the same base model, ``window`` and dtype.
+
+        Returns:
+            Prefix with the rows of all prefixes.
 
         Raises:
-            BaseMismatchError: If they were made for different bases, or have different heads.
-            ConfigError: If no single prefix does the same (they lie in different layers, ...), with the reason.
+            BaseMismatchError: If the prefixes were made for different base models, or have different heads.
+            ConfigError: If no single prefix is equivalent (for example because the prefixes lie in different layers),
+                with the reason.
 
         Example:
             >>> both = Prefix.from_text(base, "Be brief. ").concat(Prefix.from_text(base, "Be polite. "))
             >>> (both.length, both.pos_start)
             (21, 11)
         """
-        kv, fields = concatenated((self, *others))
+        kv, fields = concat_prefixes((self, *others))
         return Prefix(kv, **fields)
 
     def inspect(
         self,
         model: str | Path | PreTrainedModel | Model,
-        prompts: Sequence[str | Sequence[int] | Mapping[str, Any]],
+        prompts: Sequence[str | Sequence[int] | Mapping[str, JSON]],
         *,
         words: int = 3,
         rows: Sequence[int] | None = None,
     ) -> Inspection:
-        """What the prefix does to the base: where attention goes, how far predictions move, which words its rows resemble.
+        """Measure the effect of the prefix on its base model.
+
+        The result holds the attention mass on the prefix, the divergence of the next-token distributions from those of
+        the base model alone, and the vocabulary tokens that are nearest to the prefix rows.
 
         Args:
-            model: The base, as `load` takes it.
-            prompts: Texts, token ids or rows as in training; of a row with a target only the target's tokens count, else every token.
-            words: Nearest vocabulary tokens of each row; 0 leaves this part out, which reads the whole vocabulary once a row.
-            rows: Prefix rows to find words for; None: the first 16.
+            model: Base model: hub id, folder, Hugging Face model or `Model`.
+            prompts: Strings, token ids or rows as in training, at least one. If a row has a target, only the target's
+                tokens are measured, else every token.
+            words: Number of nearest tokens for each row. 0 skips the search, which compares each row to the whole
+                vocabulary.
+            rows: Numbers of the rows whose nearest tokens are searched; None is the first 16.
 
         Returns:
-            See `Inspection`; it prints as a table and plots to a file.
+            `Inspection`, which prints as tables and plots to a file.
 
         Raises:
-            BaseMismatchError: If the prefix was made for another base.
-            RequestError: For a bad or too long prompt, with its number.
-            ConfigError: For other arguments that do not fit.
+            BaseMismatchError: If the prefix was made for another base model.
+            RequestError: If a prompt is wrong or too long, with its number.
+            ConfigError: If another argument is wrong.
 
         Example:
             >>> found = prefix.inspect(base, ["name : The Mill | food : Italian"], words=1)  # print(found) shows tables
             >>> (found.mass.shape, len(found.divergence[0]), found.words[0][0][0])
             (torch.Size([3, 4]), 32, 't')
         """
-        from prefixfast.prefix.inspect import inspect
+        from prefixfast.prefix.inspect import inspect_prefix
 
-        return inspect(model, self, prompts, words=words, rows=rows)
+        return inspect_prefix(model, self, prompts, words=words, rows=rows)
 
     def push_to_hub(
         self, repo_id: str, *, private: bool | None = None, token: str | None = None, commit_message: str | None = None
     ) -> str:
-        """Save the prefix, with a model card, to a repository on the Hugging Face hub; the repository is made if it is not there.
+        """Upload the prefix, with a model card, to the Hugging Face hub.
 
-        The files are those of `save_pretrained`. The card says base, sizes, and of ``training`` settings and metrics, never a text.
+        The repository is created if it does not exist. The files are those of `save_pretrained`. The card names the
+        base model, the sizes, and settings and metrics of the training, but never a text of the training data.
 
         Args:
-            repo_id: ``"name/repository"``.
-            private: Whether a new repository is private; None: the account's default.
-            token: Access token; None: the one that is logged in.
-            commit_message: None: a default one.
+            repo_id: Hub id ``"name/repository"``.
+            private: Whether a new repository is private; None is the account's default.
+            token: Access token; None is the token of the login.
+            commit_message: Message of the commit; None is "Prefix" and the start of the digest.
 
         Returns:
             Address of the commit.
 
         Raises:
-            ConfigError: If the hub refuses or cannot be reached, with what to do.
+            ConfigError: If the hub refuses or cannot be reached, with advice.
 
         Example:
             >>> prefix.push_to_hub("ann/mill", private=True)
             'https://huggingface.co/ann/mill/commit/...'
         """
-        written = files.own_files(self.kv, self.digest, self.fields)
-        return push_folder(
-            self, written, repo_id, private=private, token=token, commit_message=commit_message, owned=files.OWNED
-        )
+        return push_to_hub(self, repo_id, private=private, token=token, commit_message=commit_message)

@@ -1,6 +1,6 @@
-"""`PrefixData`: the tensors of a learned prefix and the conventions that say how they are used; no method needs a model.
+"""`PrefixData`: the tensors of a prefix, and the conventions that say how they are used. No method needs a model.
 
-Shape letters: P prefix rows, H kv heads, D head dim.
+Shape letters: P prefix rows, H key-value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -8,36 +8,49 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
 
-from prefixfast.errors import DataError
-from prefixfast.model.fingerprint import num_layers
-from prefixfast.prefix import folder, peft_format
+from prefixfast.config.json_types import JSON
+from prefixfast.errors import DataError, warn_renamed
+from prefixfast.model.fingerprint import Fingerprint, num_layers
+from prefixfast.prefix import peft_format
+from prefixfast.prefix.names import PrefixFields, Window, layers_of
+from prefixfast.prefix.validate import check_prefix
 
-SINCE = ">=0.1.0"  # the first release that reads what this one writes
+READABLE_SINCE = ">=0.1.0"  # releases that read the folders of this one
 C = TypeVar("C", bound=type)
 
 
-def renamed(old: str, new: str) -> None:
-    """Warn about a name of version 0.1.0."""
-    warnings.warn(f"{old} was renamed: use {new}", FutureWarning, stacklevel=3)
+class Requirements(TypedDict):
+    """Requirements for the use of a prefix.
+
+    Attributes:
+        base: Name of the base model, None if unknown.
+        dtype: dtype of the stored numbers; a base model of any dtype reads them.
+        positions: Smallest number of positions of the base model, with room for one prompt token.
+        prefixfast: Releases of prefixfast that read the prefix.
+    """
+
+    base: str | None
+    dtype: str
+    positions: int
+    prefixfast: str
 
 
-def accept_linearizer(cls: C) -> C:
+def _accept_linearizer(cls: C) -> C:
     """Let the constructor take ``linearizer``, the name of ``task`` in version 0.1.0, with a warning."""
     init: Callable[..., None] = vars(cls)["__init__"]
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **fields: Any) -> None:
         if "linearizer" in fields:
-            renamed("Prefix(linearizer=...)", "Prefix(task=...)")
+            warn_renamed("Prefix(linearizer=...)", "Prefix(task=...)")
             fields["task"] = fields.pop("linearizer")
         init(self, *args, **fields)
 
@@ -45,42 +58,45 @@ def accept_linearizer(cls: C) -> C:
     return cls
 
 
-@accept_linearizer
+@_accept_linearizer
 @dataclass(frozen=True, eq=False, repr=False)
 class PrefixData:
-    """Tensors and conventions of a learned prefix. Immutable; compare prefixes by their `digest`.
+    """Tensors and conventions of a prefix. Immutable; two prefixes are compared by their `digest`.
 
     Attributes:
-        kv: ``{site}.{layer}.k`` and ``.v`` of ``[P, H, D]`` each; keys are stored after RoPE. Layers may differ in P, H and D or be absent.
-        pos_start: Position of the first token after the prefix: P as PEFT has it, or 0.
-        window: ``"slide"``: sliding windows hide old prefix rows, as in PEFT; ``"always"``: they never do.
+        kv: Tensors ``{site}.{layer}.k`` and ``{site}.{layer}.v`` by name, shape ``[P, H, D]``. Keys are stored after
+            RoPE. Layers may differ in P, H and D, and may be absent.
+        pos_start: Position of the first token after the prefix: P as in PEFT, or 0.
+        window: Treatment of the prefix by sliding windows. ``"slide"``: the window hides old prefix rows, as in PEFT.
+            ``"always"``: prefix rows stay visible.
         base: Fingerprint of the base model, None if unknown (an imported PEFT adapter).
-        task: How rows become prompts: the task's ``name`` and its settings; None for plain prompts.
-        decoding: Default `GenerationParams` of this prefix.
-        training: How it came about: settings, steps, final losses.
+        task: Task that turns rows into prompts, as `Task.spec` gives it; None for plain prompts.
+        decoding: Default `GenerationParams` of the prefix.
+        training: Settings, number of steps and final losses of the training, or another origin.
     """
 
     kv: Mapping[str, Tensor]
     pos_start: int
-    window: Literal["slide", "always"] = "slide"
-    base: Mapping[str, Any] | None = None
-    task: Mapping[str, Any] | None = None
-    decoding: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
+    window: Window = "slide"
+    base: Fingerprint | None = None
+    task: Mapping[str, JSON] | None = None
+    decoding: Mapping[str, JSON] = field(default_factory=dict)
+    training: Mapping[str, JSON] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        folder.check(self.kv, self.pos_start, self.window)
+        check_prefix(self.kv, self.pos_start, self.window)
         frozen = self.training.get("num_frozen_tokens", 0)
         if type(frozen) is not int or not 0 <= frozen <= self.length:
-            msg = f"training: num_frozen_tokens: expected a number from 0 to the {self.length} rows, got {frozen!r:.80}"
+            expected = f"a number from 0 to the {self.length} rows"
+            msg = f"training: num_frozen_tokens: expected {expected}, got {frozen!r:.80}"
             raise DataError(msg)
 
     def __repr__(self) -> str:
-        """One line: shape, base, task and digest."""
+        """One line with length, number of layers, base model, task and digest."""
         about = {
             "length": self.length,
             "layers": len(self.layers),
-            "base": (self.base or {}).get("name"),
+            "base": self.base.get("name") if self.base else None,
             "task": (self.task or {}).get("name"),
         }
         shown = ", ".join(f"{name}={value!r}" for name, value in about.items() if value is not None)
@@ -88,53 +104,63 @@ class PrefixData:
 
     @property
     def length(self) -> int:
-        """P, of the longest layer."""
+        """Number of rows P of the longest layer."""
         return max(len(t) for t in self.kv.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Of each tensor: P, H, D."""
+        """Shape ``(P, H, D)`` of each tensor."""
         return {name: (len(t), t.shape[1], t.shape[2]) for name, t in self.kv.items()}
 
     @property
     def num_stored(self) -> int:
-        """Numbers stored (the paper's 0.1 %; training with an MLP has many more, see ``training["num_trained"]``)."""
+        """Number of stored numbers, about 0.1 % of the base model's for the paper's prefixes."""
         return sum(t.numel() for t in self.kv.values())
 
     @property
     def num_trained(self) -> int:
-        """Numbers that training adjusted."""
-        return int(self.training.get("num_trained", self.num_stored))
+        """Number of parameters that training adjusted; with an MLP many more than `num_stored`."""
+        trained: Any = self.training.get("num_trained", self.num_stored)
+        return int(trained)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors."""
+        """Size of the tensors in bytes."""
         return sum(t.numel() * t.element_size() for t in self.kv.values())
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The layers of site ``self`` that have rows, ascending; in the others text sees its own tokens only."""
-        return folder.layers_of(self.kv)
+        """Layers of site ``self`` that have rows, ascending. In the other layers the text attends to itself only."""
+        return layers_of(self.kv)
 
     @property
     def peft_incompatibility(self) -> str | None:
-        """Why PEFT cannot hold the prefix exactly, None if it can."""
-        return peft_format.reason_against(self.kv, self.pos_start, self.window, num_layers(self.base))
+        """Reason why PEFT cannot hold the prefix exactly, None if it can."""
+        return peft_format.peft_incompatibility(self.kv, self.pos_start, self.window, num_layers(self.base))
 
     @property
-    def requires(self) -> dict[str, Any]:
-        """What using the prefix takes.
+    def requires(self) -> Requirements:
+        """Requirements for the use of the prefix.
 
-        ``base``: name of the base model, None if unknown; ``dtype``: of the stored numbers (a base of any dtype reads them); ``positions``: least number
-        of positions that the base must have for one prompt token; ``prefixfast``: releases that read it.
+        Returns:
+            ``base`` (name of the base model, None if unknown), ``dtype`` (of the stored numbers; a base model of any
+            dtype reads them), ``positions`` (smallest number of positions of the base model, with room for one prompt
+            token) and ``prefixfast`` (releases that read the prefix).
         """
         dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.kv.values()})
-        name = (self.base or {}).get("name") or None
-        return {"base": name, "dtype": ", ".join(dtypes), "positions": self.pos_start + 1, "prefixfast": SINCE}
+        return {
+            "base": (self.base.get("name") if self.base else None) or None,
+            "dtype": ", ".join(dtypes),
+            "positions": self.pos_start + 1,
+            "prefixfast": READABLE_SINCE,
+        }
 
     @cached_property
     def digest(self) -> str:
-        """Hex SHA-256 of tensors and conventions: with equal digests, equal prompts and equal parameters give equal text."""
+        """SHA-256 of tensors and conventions, in hex digits.
+
+        Prefixes of equal digests generate equal texts from equal prompts and parameters.
+        """
         sha = hashlib.sha256(json.dumps([self.pos_start, self.window]).encode())
         for name, t in sorted(self.kv.items()):
             sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())
@@ -142,18 +168,25 @@ class PrefixData:
         return sha.hexdigest()
 
     @property
-    def fields(self) -> dict[str, Any]:
-        """Everything but the tensors, by attribute name."""
-        return {name: getattr(self, name) for name in folder.FIELDS}
+    def fields(self) -> PrefixFields:
+        """Attributes other than the tensors, as arguments of the constructor."""
+        return {
+            "pos_start": self.pos_start,
+            "window": self.window,
+            "base": self.base,
+            "task": self.task,
+            "decoding": self.decoding,
+            "training": self.training,
+        }
 
     @property
-    def linearizer(self) -> Mapping[str, Any] | None:
-        """``task``, by the name that it has in version 0.1.0."""
-        renamed("Prefix.linearizer", "Prefix.task")
+    def linearizer(self) -> Mapping[str, JSON] | None:
+        """Name of `task` in version 0.1.0; deprecated."""
+        warn_renamed("Prefix.linearizer", "Prefix.task")
         return self.task
 
     @property
     def not_peft_because(self) -> str | None:
-        """``peft_incompatibility``, by the name that it has in version 0.1.0."""
-        renamed("Prefix.not_peft_because", "Prefix.peft_incompatibility")
+        """Name of `peft_incompatibility` in version 0.1.0; deprecated."""
+        warn_renamed("Prefix.not_peft_because", "Prefix.peft_incompatibility")
         return self.peft_incompatibility

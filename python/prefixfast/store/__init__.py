@@ -1,4 +1,4 @@
-"""Prefixes by name in a directory that several processes use."""
+"""`PrefixStore`: prefixes by name in a directory that several processes can use."""
 
 from prefixfast.store.entry import StoredPrefix
 from prefixfast.store.reports import Check, Outcome, Receipt

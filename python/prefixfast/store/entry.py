@@ -1,4 +1,8 @@
-"""One version of a stored prefix: its folder, and ``entry.json``, which holds the real name and everything about the prefix but its tensors."""
+"""`StoredPrefix`, one version of a prefix in a store, and its file ``entry.json``.
+
+``entry.json`` holds the name and everything about the prefix but its tensors. This module imports no torch until
+tensors are read.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefixfast.errors import ConfigError, DataError
-from prefixfast.prefix.folder import OLD_KEYS, layers_of
-from prefixfast.prefix.peft_format import read_json
-from prefixfast.prefix.prefix import Prefix
+from prefixfast.config.json_types import JSON
+from prefixfast.errors import ConfigError, DataError, warn_renamed
+from prefixfast.io.untrusted import read_json
+from prefixfast.prefix.names import OLD_KEYS, layers_of
 from prefixfast.store.versions import version_folders
+
+if TYPE_CHECKING:
+    from prefixfast.model.fingerprint import Fingerprint
+    from prefixfast.prefix.prefix import Prefix
 
 Shape = tuple[int, int, int]
 ENTRY = "entry.json"
@@ -24,20 +32,20 @@ FIELDS = ("digest", "pos_start", "window", "base", "task", "decoding")
 
 @dataclass(frozen=True, eq=False)
 class StoredPrefix:
-    """A prefix that lies in a store: all but its tensors, which `read` gets.
+    """One version of a prefix in a store, without its tensors; `read` reads them.
 
     Attributes:
-        name: Its name in the store.
-        folder: The folder of this version; a `Prefix` folder.
-        shapes: Of each tensor: P, H, D.
-        digest: See `Prefix`; so are the following, up to ``decoding``.
-        pos_start: See ``digest``.
-        window: See ``digest``.
-        base: See ``digest``.
-        task: See ``digest``.
-        decoding: See ``digest``.
-        nbytes: Bytes of the tensors.
-        created: When it was put, UTC, ISO 8601.
+        name: Name of the prefix in the store.
+        folder: Folder of the version, which `Prefix.from_pretrained` reads too.
+        shapes: Shape ``(P, H, D)`` of each tensor.
+        digest: Hex SHA-256 of tensors and conventions.
+        pos_start: Position of the first token after the prefix.
+        window: Rule of sliding windows, ``"slide"`` if they hide old prefix rows and ``"always"`` if they never do.
+        base: Fingerprint of the base model, None if unknown.
+        task: Name and settings of the task that makes prompts of rows, None for plain prompts.
+        decoding: Default `GenerationParams` of the prefix.
+        nbytes: Size of the tensors in bytes.
+        created: Time of the put, UTC, ISO 8601.
     """
 
     name: str
@@ -46,32 +54,38 @@ class StoredPrefix:
     digest: str
     pos_start: int
     window: str
-    base: Mapping[str, Any] | None
-    task: Mapping[str, Any] | None
-    decoding: Mapping[str, Any]
+    base: Fingerprint | None
+    task: Mapping[str, JSON] | None
+    decoding: Mapping[str, JSON]
     nbytes: int
     created: str
 
     @property
+    def linearizer(self) -> Mapping[str, JSON] | None:
+        """Value of ``task``; a name of version 0.1.0."""
+        warn_renamed("StoredPrefix.linearizer", "StoredPrefix.task")
+        return self.task
+
+    @property
     def version(self) -> int:
-        """Its number; the greatest is the newest."""
+        """Number of the version; the largest number is the newest version."""
         return int(self.folder.name)
 
     @property
     def length(self) -> int:
-        """P, of the longest layer."""
+        """Number of rows P of the longest layer."""
         return max(p for p, _, _ in self.shapes.values())
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """See `Prefix.layers`."""
+        """Layers of site ``self`` that have rows, ascending."""
         return layers_of(self.shapes)
 
     def read(self) -> Prefix:
-        """The prefix itself; from another version with the same digest if this one has been replaced.
+        """Read the prefix, from another version with the same digest if this version was replaced.
 
         Raises:
-            DataError: If the folder is gone or damaged, or holds another prefix than its entry says.
+            DataError: If the folder is missing or damaged, or holds another prefix than its entry says.
         """
         try:
             return self.read_here()
@@ -86,11 +100,13 @@ class StoredPrefix:
             raise
 
     def read_here(self) -> Prefix:
-        """The prefix itself, from this very version.
+        """Read the prefix from the folder of this version only.
 
         Raises:
-            DataError: See `read`.
+            DataError: If the folder is missing or damaged, or holds another prefix than its entry says.
         """
+        from prefixfast.prefix.prefix import Prefix
+
         prefix = Prefix.from_pretrained(self.folder)
         if wrong := self.differences(prefix):
             msg = f"{self.folder}: the prefix and {ENTRY} differ in {', '.join(wrong)}; put the prefix again"
@@ -98,52 +114,56 @@ class StoredPrefix:
         return prefix
 
     def differences(self, prefix: Prefix) -> list[str]:
-        """Compare what the entry says with a prefix.
+        """Compare the entry with a prefix.
 
         Args:
-            prefix: What may be the same.
+            prefix: Prefix to compare.
 
         Returns:
-            Names of the fields in which it is another.
+            Names of the fields that differ; empty if the entry describes the prefix.
         """
         theirs = json.loads(json.dumps(_fields(prefix)))
-        ours = json.loads(json.dumps({field: _plain(getattr(self, field)) for field in theirs}))
+        ours = json.loads(json.dumps({field: _as_dict(getattr(self, field)) for field in theirs}))
         return [field for field in theirs if ours[field] != theirs[field]]
 
 
 def name_hash(name: str) -> str:
-    """Hex SHA-256 of a name: the name of its folder.
+    """Hex SHA-256 of a name, which is the name of its folder.
 
     Raises:
-        ConfigError: If it is no text, or empty.
+        ConfigError: If the name is empty or not a string.
     """
     if not isinstance(name, str) or not name:
-        msg = f"name: expected a text that is not empty, got {name!r}"
+        msg = f"name: expected a string that is not empty, got {name!r}"
         raise ConfigError(msg)
     return hashlib.sha256(name.encode("utf8", "surrogatepass")).hexdigest()
 
 
 def entry_bytes(name: str, prefix: Prefix) -> bytes:
-    """The content of ``entry.json``."""
-    told = {"name": name, "nbytes": prefix.nbytes, "created": datetime.now(UTC).isoformat(timespec="seconds")}
+    """Content of ``entry.json`` for a prefix that is put now."""
+    about = {"name": name, "nbytes": prefix.nbytes, "created": datetime.now(UTC).isoformat(timespec="seconds")}
     fields = {OLD_KEYS.get(name, name): value for name, value in _fields(prefix).items()}
-    return json.dumps(told | fields, sort_keys=True).encode()
+    return json.dumps(about | fields, sort_keys=True).encode()
 
 
 def read_entry(folder: Path) -> StoredPrefix:
-    """The entry of one version.
+    """Read the entry of one version.
 
     Raises:
-        DataError: If it is missing, damaged, or that of another name.
+        DataError: If the entry is missing or damaged, or has the name of another folder.
     """
     return parse_entry(_read(folder), folder)
 
 
 def read_name(folder: Path) -> str:
-    """Only the name of one version; see `read_entry`."""
+    """Read the name in the entry of one version.
+
+    Raises:
+        DataError: If the entry is missing or damaged, or has the name of another folder.
+    """
     name = _read(folder).get("name")
     if not _is_name_of(name, folder):
-        msg = f"{ENTRY}: name: got {name!r:.200}; put the prefix again"
+        msg = f"{ENTRY}: name: expected a string whose hash is that of the folder, got {name!r:.200}; put it again"
         raise DataError(msg, path=str(folder / ENTRY))
     return str(name)
 
@@ -157,12 +177,20 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _is_name_of(name: Any, folder: Path) -> bool:
-    """Whether a version folder lies where those of a name do."""
+    """Whether the folder of a version belongs to a name."""
     return isinstance(name, str) and bool(name) and name_hash(name) == folder.parent.name
 
 
 def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
-    """What ``entry.json`` in ``folder`` says, checked; see `read_entry`."""
+    """Check the content of ``entry.json``.
+
+    Args:
+        found: Content of ``entry.json``.
+        folder: Folder of the version.
+
+    Raises:
+        DataError: If a field is missing or wrong.
+    """
     try:
         shapes = {str(n): (p, h, d) for n, (p, h, d) in found["shapes"].items()}
         stored = StoredPrefix(
@@ -170,7 +198,7 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
             shapes=shapes,
             **{f: found[OLD_KEYS.get(f, f)] for f in ("name", "nbytes", "created", *FIELDS)},
         )
-        wrong = next((field for field, right in _checks(stored).items() if not right), None)
+        wrong = next((field for field, valid in _validity(stored).items() if not valid), None)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         msg = (
             f"{ENTRY}: expected name, shapes, nbytes, created and {', '.join(FIELDS)}, got {e!r}; put the prefix again"
@@ -182,8 +210,8 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
     return stored
 
 
-def _checks(stored: StoredPrefix) -> dict[str, bool]:
-    """By field whether it can be right: an engine lays out its memory by them before it reads the tensors."""
+def _validity(stored: StoredPrefix) -> dict[str, bool]:
+    """Whether each field is valid; an engine plans its memory by the entry, before it reads the tensors."""
     sizes = [size for shape in stored.shapes.values() for size in shape]
     return {
         "name": _is_name_of(stored.name, stored.folder),
@@ -203,5 +231,6 @@ def _fields(prefix: Prefix) -> dict[str, Any]:
     return {"shapes": {n: list(shape) for n, shape in prefix.shapes.items()}} | {f: getattr(prefix, f) for f in FIELDS}
 
 
-def _plain(value: Any) -> Any:
+def _as_dict(value: Any) -> Any:
+    """Mappings of other types than dict as a dict, which JSON can hold; other values unchanged."""
     return dict(value) if isinstance(value, Mapping) else value

@@ -1,4 +1,4 @@
-"""Between a store and a folder of adapter folders."""
+"""Import of a folder of adapter folders into a store, and export from a store to such a folder."""
 
 from __future__ import annotations
 
@@ -10,43 +10,51 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.io.atomic import replace_file
-from prefixfast.prefix.peft_format import read_json
-from prefixfast.prefix.prefix import Prefix
+from prefixfast.io.untrusted import read_json
 from prefixfast.store.entry import ENTRY, name_hash
 from prefixfast.store.reports import Outcome
 
-ADAPTER = ("adapter_config.json", "prefixfast.json")  # a prefix folder has one of them
-PLAIN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9_-])?")  # the same folder on every file system
+if TYPE_CHECKING:
+    from prefixfast.prefix.prefix import Prefix
+
+ADAPTER_FILES = ("adapter_config.json", "prefixfast.json")  # a prefix folder has at least one of them
+PORTABLE = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9_-])?")  # names that all file systems take and tell apart
 RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{i}" for device in ("com", "lpt") for i in range(10))}
 
 
 def read_adapters(root: Path) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
-    """The adapter folders in a folder, in the order of their names.
+    """Read the adapter folders in a folder, in the order of their names.
 
-    Returns:
-        Name, folder and prefix of each; an `Outcome` with the reason for one that cannot be imported.
+    Args:
+        root: Folder of adapter folders.
+
+    Yields:
+        Name, folder and prefix of each adapter, or an `Outcome` with the reason why an adapter cannot be imported.
 
     Raises:
-        ConfigError: If ``root`` is no folder, or an adapter itself.
+        ConfigError: If ``root`` is not a folder, or is an adapter folder itself.
     """
+    from prefixfast.prefix.prefix import Prefix
+
     if not root.is_dir():
         msg = f"import: expected a folder of adapter folders, got {str(root)!r}"
         raise ConfigError(msg)
     if is_adapter(root):
-        msg = f"import: {str(root)!r} is an adapter folder itself; put it under a name, or give the folder that it lies in"
+        msg = f"import: {str(root)!r} is an adapter folder itself; put it under a name, or give the folder around it"
         raise ConfigError(msg)
     seen: dict[str, str] = {}
     for folder in [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and (p.is_symlink() or p.is_dir())]:
         name: str | None = None
         try:
-            check_inside(root, folder)
+            check_links_stay_inside(root, folder)
             name = exported_name(folder) or folder.name
             prefix = Prefix.from_pretrained(folder)
             if name in seen:
-                msg = f"{seen[name]} has the same name"
+                msg = f"{seen[name]} has the same name; rename one of them"
                 raise DataError(msg)
         except (DataError, OSError) as e:
             yield Outcome(name, str(folder), False, str(e))
@@ -55,27 +63,33 @@ def read_adapters(root: Path) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
         yield name, folder, prefix
 
 
-def check_target(root: Path, store: Path, names: Iterable[str] | None) -> None:
-    """Raise `ConfigError` if prefixes of a store cannot be exported to a folder."""
+def check_export_arguments(root: Path, store: Path, names: Iterable[str] | None) -> None:
+    """Raise `ConfigError` if the target folder or the names of an export are wrong."""
     if isinstance(names, str):
-        msg = f"names: expected several names, got the text {names!r}"
+        msg = f"names: expected a sequence of names, got the string {names!r}; put it in a list"
         raise ConfigError(msg)
     if root.exists() and not root.is_dir():
-        msg = f"export: expected a folder or nothing, got {str(root)!r}"
+        msg = f"export: expected a folder or a path that does not exist, got {str(root)!r}"
         raise ConfigError(msg)
     if root.resolve().is_relative_to(store.resolve()):
-        msg = f"export: {str(root)!r} lies in the store itself"
+        msg = f"export: {str(root)!r} lies in the store itself; export to a folder outside of it"
         raise ConfigError(msg)
 
 
 def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:
-    """Write one prefix into its own folder in ``root``."""
+    """Write one prefix to its own folder in ``root``.
+
+    Args:
+        prefixes: Prefixes by name.
+        name: Name of the prefix.
+        root: Folder of the export.
+    """
     target = root / folder_name(name)
     try:
         prefix = prefixes[name]
         new = not os.path.lexists(target)
         if not new and (target.is_symlink() or not target.is_dir() or exported_name(target) != name):
-            msg = f"{target} is in the way: it is no export of this name"
+            msg = f"{target} is in the way: it is not an export of this name; remove it or export to another folder"
             raise DataError(msg)
     except (DataError, KeyError) as e:
         return Outcome(name, str(target), False, str(e))
@@ -92,45 +106,48 @@ def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder looks like one prefix."""
-    return any((folder / name).exists() for name in ADAPTER)
+    """Whether a folder has the files of an adapter."""
+    return any((folder / name).exists() for name in ADAPTER_FILES)
 
 
 def exported_name(folder: Path) -> str | None:
-    """The name under which a folder was exported; None if it was not.
+    """Name under which a folder was exported, None for folders that are not an export.
 
     Raises:
-        DataError: If what says so is damaged.
+        DataError: If the file with the name is damaged.
     """
     if not (folder / ENTRY).exists():
         return None
     name = read_json(folder / ENTRY).get("name")
     if not isinstance(name, str) or not name:
-        msg = f"{ENTRY}: name: expected a text that is not empty, got {name!r:.200}"
+        msg = f"{ENTRY}: name: expected a string that is not empty, got {name!r:.200}"
         raise DataError(msg, path=str(folder / ENTRY))
     return name
 
 
 def folder_name(name: str) -> str:
-    """A folder name that every file system takes, different for different names."""
-    if PLAIN.fullmatch(name) and name.partition(".")[0] not in RESERVED:
+    """Folder name for a prefix that every file system takes; different names give different folders."""
+    if PORTABLE.fullmatch(name) and name.partition(".")[0] not in RESERVED:
         return name
     like = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40].strip("_-") or "prefix"
     return f"{like}-{name_hash(name)[:16]}"
 
 
-def check_inside(root: Path, folder: Path) -> None:
-    """Raise `DataError` unless a folder and its files are plain ones within ``root``: a link may lead to what its sender may not read."""
+def check_links_stay_inside(root: Path, folder: Path) -> None:
+    """Raise `DataError` if a folder or one of its files is a link out of ``root`` or a special file.
+
+    A link could make the import read files that the sender of the adapter cannot read.
+    """
     real_root = os.path.realpath(root)
     for path in (folder, *_listed(folder)):
         try:
             real = os.path.realpath(path, strict=True)
             mode = Path(real).stat().st_mode
         except OSError as e:
-            msg = f"{path.name}: a link that leads nowhere: {e.strerror}"
+            msg = f"{path.name}: a broken link: {e.strerror}"
             raise DataError(msg, path=str(path)) from e
         if os.path.commonpath((real, real_root)) != real_root:
-            msg = f"{path.name}: a link that leads out of {root}; copy what it leads to"
+            msg = f"{path.name}: a link that leads out of {root}; replace the link by a copy"
             raise DataError(msg, path=str(path))
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             msg = f"{path.name}: neither a file nor a folder"

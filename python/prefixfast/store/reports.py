@@ -1,4 +1,4 @@
-"""What the store's larger operations return; `dataclasses.asdict` of each is JSON."""
+"""Reports of the store's operations; `dataclasses.asdict` makes JSON of each."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Receipt:
-    """What `PrefixStore.delete` removed.
+    """Report of `PrefixStore.delete`.
 
     Attributes:
-        name_sha256: Hex SHA-256 of the name; the name itself is not kept.
-        digests: Of the versions, oldest first; None for one whose entry could not be read.
-        files: How many files were removed.
-        bytes: How many bytes they held.
-        time: When, UTC, ISO 8601.
+        name_sha256: Hex SHA-256 of the deleted name; the name itself is not stored.
+        digests: Digests of the deleted versions, oldest first; None for a version whose entry could not be read.
+        files: Number of deleted files.
+        bytes: Size of the deleted files in bytes.
+        time: Time of the deletion, UTC, ISO 8601.
     """
 
     name_sha256: str
@@ -26,14 +26,14 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one adapter or one version.
+    """Result of an operation on one adapter folder or one stored version.
 
     Attributes:
-        name: Of the prefix; None if it could not be told.
-        path: The folder.
-        ok: Whether it went well.
-        why: What was wrong, or what there is to say.
-        digest: Of the prefix; None if it could not be read.
+        name: Name of the prefix, None if unknown.
+        path: Folder of the adapter or of the version.
+        ok: Whether the operation succeeded.
+        why: Reason of a failure, or a remark on a success.
+        digest: Digest of the prefix, None if it could not be read.
     """
 
     name: str | None
@@ -45,12 +45,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """What `PrefixStore.verify` found.
+    """Report of `PrefixStore.verify`.
 
     Attributes:
-        versions: How many versions were read again.
-        damaged: Those that could not be read, or are not what their entry says.
-        holding: Files and folders that hold the digest that should be absent, relative to the store.
+        versions: Number of versions that were read.
+        damaged: Results of the versions that could not be read, or differ from their entry.
+        holding: Files and folders, relative to the store, that hold the digest that should be absent.
     """
 
     versions: int
@@ -59,5 +59,5 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found."""
+        """Whether no version is damaged and no file holds the absent digest."""
         return not self.damaged and not self.holding

@@ -1,7 +1,8 @@
-"""`PrefixStore`: a directory of prefixes by name, each version a folder that is either wholly there or not at all.
+"""`PrefixStore`, a directory of prefixes by name; a version of a prefix appears and disappears atomically.
 
-Layout: ``{2 hex}/{SHA-256 of the name}/{version}/`` holds what `Prefix.save_pretrained` writes and ``entry.json`` (see `entry`), so that ten thousand
-prefixes can be known without reading one. A version is written in ``.prefixfast-work`` and renamed into place; what is removed is renamed out of place first.
+The folder ``{2 hex digits}/{SHA-256 of the name}/{version}/`` holds the files of `Prefix.save_pretrained` and
+``entry.json``, which tells about a prefix without reading its tensors. A version is written in ``.prefixfast-work`` and
+renamed into place. A removed version is renamed to there first. This module imports no torch until tensors are read.
 """
 
 from __future__ import annotations
@@ -11,27 +12,30 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn, TypeVar, overload
 
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
 from prefixfast.io.atomic import sync_folder, write_file
-from prefixfast.prefix.prefix import Prefix
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
-from prefixfast.store.import_export import check_target, export, read_adapters
+from prefixfast.store.import_export import check_export_arguments, export, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
 from prefixfast.store.verify import verify
-from prefixfast.store.versions import read_newest, settle, version_folders
-from prefixfast.store.workspace import sweep, taken_away, workspace
+from prefixfast.store.versions import publish_version, read_newest, version_folders
+from prefixfast.store.workspace import atomic_removal, sweep, workspace
+
+if TYPE_CHECKING:
+    from prefixfast.prefix.prefix import Prefix
 
 WORK = ".prefixfast-work"
 BUCKETS = tuple(f"{i:02x}" for i in range(256))
+D = TypeVar("D")
 
 
-class PrefixStore(Mapping[str, Prefix]):
-    """Prefixes by name in a directory that several processes may use at once; a name is any text.
+class PrefixStore(Mapping[str, "Prefix"]):
+    """Prefixes by name in a directory that several processes can use at once; a name is any non-empty string.
 
-    Readers see one whole version or another, whatever writers do or whenever they are killed. A name that is put, rolled back or deleted keeps its older
-    versions readable as long as ``keep_versions`` says: who may still read a version after so many more should keep more of them.
+    Readers get a complete version, whenever writers write or are killed. The store keeps the newest ``keep_versions``
+    versions of a name. A process that reads a version while several newer ones are put needs a larger number.
 
     Example:
         >>> import tempfile, torch
@@ -46,17 +50,22 @@ class PrefixStore(Mapping[str, Prefix]):
         (['ann'], 4, [])
 
     Args:
-        path: The directory; made if it is not there, unless ``read_only``.
-        read_only: Refuse to write.
-        keep_versions: How many versions of a name are kept.
+        path: Directory of the store; created if it does not exist, unless ``read_only``.
+        read_only: Whether to refuse all writes.
+        keep_versions: Number of versions of a name that the store keeps, at least 1.
+
+    Attributes:
+        path: Absolute path of the directory.
+        read_only: Whether all writes are refused.
+        keep_versions: Number of versions of a name that the store keeps.
 
     Raises:
-        ConfigError: For a path that is a file, cannot be made or, read-only, is not there.
+        ConfigError: If the path is a file or cannot be created, or does not exist and the store is read-only.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, keep_versions: int = 2) -> None:
         self.path, self.read_only, self.keep_versions = Path(path).absolute(), read_only, keep_versions
-        self._names: dict[str, str] = {}  # by their hashes, those that were met
+        self._names: dict[str, str] = {}  # names by hash, of the folders read so far
         if type(keep_versions) is not int or keep_versions < 1:
             msg = f"keep_versions: expected at least 1, got {keep_versions!r}"
             raise ConfigError(msg)
@@ -75,26 +84,26 @@ class PrefixStore(Mapping[str, Prefix]):
     # ---- reading ----
 
     def info(self, name: str) -> StoredPrefix:
-        """The newest version of ``name``, its tensors unread: a `StoredPrefix`.
+        """The newest version of a name, without reading its tensors.
 
         Args:
-            name: Any text.
+            name: Name of the prefix.
 
         Raises:
-            UnknownPrefixError: If there is none.
-            DataError: If its entry is damaged; `rollback` brings the version before it back.
+            UnknownPrefixError: If there is no such name.
+            DataError: If the entry of the version is damaged; `rollback` restores the version before.
         """
         found = read_newest(self._folder(name), read_entry)
-        return found if found is not None else self._unknown(name)
+        return found if found is not None else self._raise_unknown(name)
 
     def versions(self, name: str) -> list[StoredPrefix]:
-        """All versions of ``name``, oldest first, their tensors unread: each a `StoredPrefix`.
+        """All versions of a name, oldest first, without reading their tensors.
 
         Args:
-            name: Any text.
+            name: Name of the prefix.
 
         Raises:
-            UnknownPrefixError: If there is none.
+            UnknownPrefixError: If there is no such name.
             DataError: If an entry is damaged.
         """
         found = []
@@ -102,18 +111,28 @@ class PrefixStore(Mapping[str, Prefix]):
             try:
                 found.append(read_entry(folder))
             except DataError:
-                if os.path.lexists(folder):  # else another writer has dropped it
+                if os.path.lexists(folder):  # else another process has removed the version
                     raise
-        return found or self._unknown(name)
+        return found or self._raise_unknown(name)
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """The newest version of ``name``, read; ``default`` if there is none.
+    @overload
+    def get(self, name: str) -> Prefix | None: ...
+
+    @overload
+    def get(self, name: str, default: D) -> Prefix | D: ...
+
+    def get(self, name: str, default: Prefix | D | None = None) -> Prefix | D | None:
+        """Read the newest version of a name.
+
+        Args:
+            name: Name of the prefix.
+            default: Value to return if there is no such name.
 
         Returns:
-            A `Prefix`, or ``default``.
+            Prefix, or ``default`` if there is no such name.
 
         Raises:
-            DataError: If it is damaged.
+            DataError: If the version is damaged.
         """
         try:
             return self[name]
@@ -122,7 +141,7 @@ class PrefixStore(Mapping[str, Prefix]):
 
     def __getitem__(self, name: str) -> Prefix:
         found = read_newest(self._folder(name), lambda folder: read_entry(folder).read_here())
-        return found if found is not None else self._unknown(name)
+        return found if found is not None else self._raise_unknown(name)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and bool(name) and bool(version_folders(self._folder(name)))
@@ -139,7 +158,7 @@ class PrefixStore(Mapping[str, Prefix]):
         return sum(1 for _ in self.folders())
 
     def folders(self) -> Iterator[Path]:
-        """The folders of all names, in the order of their hashes; each holds at least one version."""
+        """Folders of all names in the order of their hashes; each holds at least one version."""
         for bucket in BUCKETS:
             try:
                 with os.scandir(self.path / bucket) as entries:
@@ -149,7 +168,7 @@ class PrefixStore(Mapping[str, Prefix]):
             yield from (self.path / bucket / name for name in names)
 
     def scan(self) -> Iterator[StoredPrefix | Outcome]:
-        """The newest version of every name, and an `Outcome` that says why for each that is damaged."""
+        """The newest version of every name without its tensors, or an `Outcome` with the reason if it is damaged."""
         for folder in self.folders():
             try:
                 if (found := read_newest(folder, read_entry)) is not None:
@@ -160,16 +179,21 @@ class PrefixStore(Mapping[str, Prefix]):
     # ---- writing ----
 
     def put(self, name: str, prefix: Prefix) -> StoredPrefix:
-        """Save a new version of ``name``, and return its `StoredPrefix`; older ones beyond ``keep_versions`` go.
+        """Save a prefix as the newest version of a name; versions beyond ``keep_versions`` are removed.
 
         Args:
-            name: Any text.
-            prefix: What to save.
+            name: Name of the prefix, a non-empty string.
+            prefix: Prefix to save.
+
+        Returns:
+            New version.
 
         Raises:
-            ConfigError: If the store is read-only, the name empty or ``prefix`` something else.
-            OSError: If the disk refuses; what was there before is intact.
+            ConfigError: If the store is read-only, the name is empty, or ``prefix`` is not a `Prefix`.
+            OSError: If a write fails, for example on a full disk; all earlier versions are intact.
         """
+        from prefixfast.prefix.prefix import Prefix
+
         folder = self._writable(name)
         kind: type = type(prefix)
         if not issubclass(kind, Prefix):
@@ -182,28 +206,31 @@ class PrefixStore(Mapping[str, Prefix]):
             prefix.save_pretrained(new)
             write_file(new / ENTRY, entry)
             sync_folder(new)
-            target = settle(new, folder)
+            target = publish_version(new, folder)
             for i, old in enumerate(version_folders(folder)[: -self.keep_versions]):
                 try:
                     old.rename(work / f"old{i}")
-                except OSError:  # another writer was faster, or the next one will do it
+                except OSError:  # another writer has removed the version, or the next one will
                     continue
         self._names[folder.name] = name
         return parse_entry(json.loads(entry), target)
 
     def rollback(self, name: str, version: int | None = None) -> StoredPrefix:
-        """Make an earlier version the newest again, as a new version, a `StoredPrefix`; the version that was the newest stays as the one before it.
+        """Put an earlier version again, as the newest version; the version that was the newest stays before it.
 
         Args:
-            name: Any text.
-            version: Its number; by default the one before the newest.
+            name: Name of the prefix.
+            version: Number of the earlier version. None takes the version before the newest.
+
+        Returns:
+            New version.
 
         Raises:
             ConfigError: If the store is read-only, or there is no earlier version.
             UnknownPrefixError: If there is no such name or version.
-            DataError: If the earlier version is damaged; nothing is changed.
+            DataError: If the earlier version is damaged; the store is unchanged.
         """
-        numbers = {int(v.name): v for v in version_folders(self._writable(name))} or self._unknown(name)
+        numbers = {int(v.name): v for v in version_folders(self._writable(name))} or self._raise_unknown(name)
         if version is None and len(numbers) == 1:
             msg = f"{name!r} has no version before {max(numbers)}; put another, or keep more (keep_versions)"
             raise ConfigError(msg)
@@ -214,29 +241,29 @@ class PrefixStore(Mapping[str, Prefix]):
         return self.put(name, read_entry(numbers[chosen]).read_here())
 
     def delete(self, name: str) -> Receipt:
-        """Remove all versions of ``name``; readers see all of them or none.
+        """Remove all versions of a name at once.
 
         Args:
-            name: Any text.
+            name: Name of the prefix.
 
         Returns:
-            What was removed; `verify` with ``absent`` shows that it is gone.
+            Digests, number and size of the removed files. `verify` with ``absent`` proves that a digest is gone.
 
         Raises:
             ConfigError: If the store is read-only.
-            UnknownPrefixError: If there is none.
-            OSError: If a file cannot be removed; the name is gone all the same, and the next writer tries again.
+            UnknownPrefixError: If there is no such name.
+            OSError: If a file cannot be removed. The name is removed in any case, and the next writer tries again.
         """
         folder = self._writable(name)
         if name not in self:
-            self._unknown(name)
+            self._raise_unknown(name)
         try:
-            with taken_away(folder, self.path / WORK) as gone:
+            with atomic_removal(folder, self.path / WORK) as gone:
                 sync_folder(folder.parent)
                 sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
                 digests = tuple(_digest(version) for version in version_folders(gone))
         except FileNotFoundError:
-            self._unknown(name)
+            self._raise_unknown(name)
         finally:
             self._names.pop(folder.name, None)
         return Receipt(folder.name, digests, len(sizes), sum(sizes), datetime.now(UTC).isoformat(timespec="seconds"))
@@ -244,58 +271,64 @@ class PrefixStore(Mapping[str, Prefix]):
     # ---- many at a time ----
 
     def verify(self, *, absent: str | None = None) -> Check:
-        """Read every version again and compare it with its entry; a `Check` says what was found.
+        """Read every version and compare it with its entry.
 
         Args:
-            absent: Digest of a prefix of which nothing may be left: every file of the store is searched for it, every folder with tensors for the prefix.
+            absent: Digest of a deleted prefix. Every file of the store is searched for the digest, and every folder
+                with tensors for the prefix. None skips the search.
+
+        Returns:
+            Damaged versions, and files that hold the absent digest.
 
         Raises:
-            ConfigError: If ``absent`` is no digest.
+            ConfigError: If ``absent`` is not a digest.
         """
         return verify(self.path, self.folders(), absent)
 
     def import_dir(self, folder: str | os.PathLike[str]) -> list[Outcome]:
-        """Put every adapter folder in ``folder`` (ours or PEFT's), under its own name if it was exported from a store, else the folder's.
+        """Put every adapter folder in a folder, of prefixfast or of PEFT.
 
-        A name that is there already gets a new version, unless its newest one is the same.
+        An adapter that was exported from a store gets its name in that store, other adapters that of their folder. A
+        name that exists gets a new version, unless its newest version is the same prefix.
 
         Args:
-            folder: A folder of adapter folders. Links that lead out of it are refused.
+            folder: Folder of adapter folders. Links that lead out of the folder are refused.
 
         Returns:
-            For each folder in it whether it was taken, and why not.
+            Result for each adapter folder, with the reason if it was not imported.
 
         Raises:
-            ConfigError: If ``folder`` is no folder, or an adapter itself, or the store is read-only.
-            OSError: If the disk refuses.
+            ConfigError: If ``folder`` is not a folder or is an adapter folder itself, or the store is read-only.
+            OSError: If a write fails, for example on a full disk.
         """
         self._check_writable()
         return [one if isinstance(one, Outcome) else self._import(*one) for one in read_adapters(Path(folder))]
 
     def export_dir(self, folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> list[Outcome]:
-        """Write the newest versions as adapter folders that PEFT can read where it can hold them.
+        """Write the newest versions as adapter folders, which PEFT can read if it can hold the prefix.
 
-        A folder is called by its prefix's name where every file system takes that (lower case), else by a like name and a hash; ``entry.json`` in it keeps the
-        real name for `import_dir`.
+        A folder has the name of its prefix if every file system takes that name (lower case), else a similar name with
+        a hash. ``entry.json`` in the folder holds the name of the prefix for `import_dir`.
 
         Args:
-            folder: Where to; made if it is not there. What it holds of the same names is replaced, anything else in the way refused.
-            names: Which; by default all.
+            folder: Target folder; created if it does not exist. Earlier exports of the same names are replaced. A name
+                whose folder is something else is refused.
+            names: Names to export. None exports all.
 
         Returns:
-            For each name where it lies, or why not.
+            Result for each name, with the folder, or the reason if it was not exported.
 
         Raises:
-            ConfigError: If ``folder`` is a file or in the store, or ``names`` a single text.
-            OSError: If the disk refuses.
+            ConfigError: If ``folder`` is a file or inside the store, or ``names`` is a single string.
+            OSError: If a write fails, for example on a full disk.
         """
         root = Path(folder)
-        check_target(root, self.path, names)
+        check_export_arguments(root, self.path, names)
         chosen = list(self.scan()) if names is None else [self.info(name) for name in dict.fromkeys(names)]
         root.mkdir(parents=True, exist_ok=True)
         return [one if isinstance(one, Outcome) else export(self, one.name, root) for one in chosen]
 
-    # ---- parts ----
+    # ---- helpers ----
 
     def _import(self, name: str, folder: Path, prefix: Prefix) -> Outcome:
         if self._has(name, prefix):
@@ -319,19 +352,19 @@ class PrefixStore(Mapping[str, Prefix]):
             raise ConfigError(msg)
 
     def _writable(self, name: str) -> Path:
-        """The folder of a name that is going to be written, with nothing of killed writers beside it."""
+        """Folder of a name for writing, after the folders of killed writers are removed."""
         self._check_writable()
         folder = self._folder(name)
         sweep(self.path / WORK)
         return folder
 
-    def _unknown(self, name: str) -> Any:
+    def _raise_unknown(self, name: str) -> NoReturn:
         msg = f"no prefix is named {name!r:.200} in {self.path}"
         raise UnknownPrefixError(msg)
 
 
 def _digest(version: Path) -> str | None:
-    """What an entry says of a version that has been moved away from its name."""
+    """Digest in the entry of a version that was moved out of the folder of its name, None if it cannot be read."""
     try:
         found = json.loads((version / ENTRY).read_bytes())["digest"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

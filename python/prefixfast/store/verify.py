@@ -1,4 +1,4 @@
-"""Reading a whole store again: whether every version is what its entry says, and whether nothing is left of a prefix that was deleted."""
+"""Verification of a whole store: every version matches its entry, and nothing is left of a deleted prefix."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pathlib import Path
 
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.io.atomic import identity
-from prefixfast.prefix.prefix import Prefix
 from prefixfast.store.entry import read_entry
 from prefixfast.store.reports import Check, Outcome
 from prefixfast.store.versions import version_folders
 
 
 def verify(root: Path, names: Iterable[Path], absent: str | None) -> Check:
-    """Read every version of a store again.
+    """Read every version of a store and compare it with its entry.
 
     Args:
         root: Directory of the store.
         names: Folders of the names in the store.
-        absent: Digest of a prefix of which nothing may be left; None to skip the search.
+        absent: Digest of a deleted prefix. Every file is searched for the digest, and every folder with tensors for
+            the prefix. None skips the search.
 
     Raises:
-        ConfigError: If ``absent`` is no digest.
+        ConfigError: If ``absent`` is not a digest.
     """
     if absent is not None and not re.fullmatch("[0-9a-f]{64}", absent):
         msg = f"absent: expected the digest of a prefix (64 hexadecimal digits), got {absent!r:.200}"
@@ -45,28 +45,31 @@ def verify(root: Path, names: Iterable[Path], absent: str | None) -> Check:
 
 
 def _damage(root: Path, version: Path) -> Outcome | None:
+    """Result for a version that is damaged, None if the version is fine or was replaced meanwhile."""
     name, before = None, identity(version)
     try:
         stored = read_entry(version)
         name = stored.name
         stored.read_here()
     except (DataError, OSError) as e:
-        if identity(version) != before or not os.path.lexists(version):  # replaced meanwhile, which is no damage
+        if identity(version) != before or not os.path.lexists(version):  # replaced meanwhile
             return None
         return Outcome(name, version.relative_to(root).as_posix(), False, str(e))
     return None
 
 
 def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
-    """Files that name a digest and folders that hold its tensors, with None; what cannot be searched, with the reason."""
+    """Files and folders that hold a digest, each with None, and paths that cannot be searched, with the reason."""
+    from prefixfast.prefix.prefix import Prefix
+
     for folder, _, names in os.walk(root):
         for path in (Path(folder, n) for n in names):
             try:
                 if path.is_symlink() or not path.is_file():
-                    yield path, "neither a file nor a folder: it cannot be searched"
+                    yield path, "neither a file nor a folder, so it cannot be searched"
                 elif _contains(path, digest.encode()):
                     yield path, None
-            except FileNotFoundError:  # removed meanwhile
+            except FileNotFoundError:  # removed by another process
                 continue
         if any(n.endswith(".safetensors") for n in names):
             try:
@@ -77,9 +80,9 @@ def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
                     yield Path(folder), f"its tensors cannot be searched: {e}"
 
 
-def _contains(path: Path, words: bytes) -> bool:
+def _contains(path: Path, text: bytes) -> bool:
     with path.open("rb") as f:
         if os.fstat(f.fileno()).st_size == 0:
             return False
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return content.find(words) >= 0
+            return content.find(text) >= 0

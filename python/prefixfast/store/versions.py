@@ -1,7 +1,8 @@
-"""The version folders of one name: listed, read and added to while other processes do the same."""
+"""Version folders of one name, which several processes can list, read and add at once."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import re
 from collections.abc import Callable
@@ -13,12 +14,12 @@ from prefixfast.io.atomic import PATIENCE, identity, sync_folder
 
 T = TypeVar("T")
 NUMBER = re.compile(r"[0-9]{1,18}")
-ATTEMPTS = 1000
-FASTER = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # what another writer of the same name makes of a rename
+ATTEMPTS = 1000  # attempts of a rename that other writers of the same name can disturb
+DISTURBED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # errors of a rename that another writer disturbed
 
 
 def version_folders(folder: Path) -> list[Path]:
-    """Complete versions of a name, oldest first; none if there is no such name."""
+    """Folders of the complete versions of a name, oldest first; empty if there is no such name."""
     try:
         found = [p for p in folder.iterdir() if NUMBER.fullmatch(p.name)]
     except OSError:
@@ -27,7 +28,14 @@ def version_folders(folder: Path) -> list[Path]:
 
 
 def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
-    """``read`` of the newest version, again when it was replaced meanwhile; None if there is no version.
+    """Read the newest version of a name; a version that was replaced meanwhile is read again.
+
+    Args:
+        folder: Folder of the name.
+        read: Function that reads the folder of a version.
+
+    Returns:
+        Result of ``read``, None if there is no version.
 
     Raises:
         DataError: If the version is damaged.
@@ -45,12 +53,16 @@ def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
     raise AssertionError
 
 
-def settle(new: Path, folder: Path) -> Path:
-    """Give a finished version the next free number; other processes may be putting or deleting the same name.
+def publish_version(new: Path, folder: Path) -> Path:
+    """Move a finished version to the next free number; other processes can put or delete the same name meanwhile.
 
     Args:
-        new: The version, alone in a folder that becomes that of the name if there is none yet: so a name's folder is never empty.
-        folder: Where the versions of the name lie.
+        new: Folder of the version, alone in its parent folder. The parent becomes the folder of a new name, so that
+            the folder of a name is never empty.
+        folder: Folder of the name.
+
+    Returns:
+        New folder of the version.
     """
     folder.parent.mkdir(exist_ok=True)
     for attempt in range(ATTEMPTS):
@@ -60,18 +72,20 @@ def settle(new: Path, folder: Path) -> Path:
             if folder.exists():
                 new.rename(folder / number)
             else:
-                _begin(new, folder, number)
+                _publish_first(new, folder, number)
         except OSError as e:
-            if e.errno not in FASTER or not new.exists() or attempt + 1 == ATTEMPTS:
+            if e.errno not in DISTURBED or not new.exists() or attempt + 1 == ATTEMPTS:
                 raise
         else:
             break
     for changed in (folder, folder.parent, folder.parent.parent):
-        sync_folder(changed)
+        with contextlib.suppress(FileNotFoundError):  # another process has deleted the name meanwhile
+            sync_folder(changed)
     return folder / number
 
 
-def _begin(new: Path, folder: Path, number: str) -> None:
+def _publish_first(new: Path, folder: Path, number: str) -> None:
+    """Move the first version of a name together with its parent, which becomes the folder of the name."""
     first = new.parent / number
     new.rename(first)
     sync_folder(new.parent)

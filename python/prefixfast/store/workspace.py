@@ -1,4 +1,7 @@
-"""Folders for work in progress that survive nobody: each is locked by one process, and what a killed one leaves is removed by the next."""
+"""Folders for work in progress, each locked by one process.
+
+Folders that a killed process leaves behind are removed by the next process that sweeps.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,15 @@ from prefixfast.io.atomic import STALE_SECONDS
 if sys.platform != "win32":
     import fcntl
 
-OURS = re.compile(r"[0-9a-f]{16}")
-BUSY = (errno.EACCES, errno.EAGAIN)
+NAME = re.compile(r"[0-9a-f]{16}")  # names of the folders
+LOCKED = (errno.EACCES, errno.EAGAIN)  # errors of a lock that another process has
 
 
 @contextlib.contextmanager
 def workspace(root: Path) -> Iterator[Path]:
-    """A new folder in ``root``, removed at the end; `sweep` leaves it alone for as long as this process lives.
+    """Context manager of a new folder in ``root``, which is removed at the end.
+
+    `sweep` leaves the folder alone as long as this process lives.
 
     Example:
         >>> import tempfile
@@ -33,13 +38,16 @@ def workspace(root: Path) -> Iterator[Path]:
         4
 
     Args:
-        root: A folder for nothing else; made if it is not there.
+        root: Folder for workspaces only; created if it does not exist.
+
+    Yields:
+        New folder.
 
     Raises:
-        OSError: If the disk refuses.
+        OSError: If the folder cannot be created.
     """
     root.mkdir(exist_ok=True)
-    folder, fd = _locked(root)
+    folder, fd = _new_locked(root)
     try:
         yield folder
     finally:
@@ -48,22 +56,31 @@ def workspace(root: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def taken_away(folder: Path, root: Path) -> Iterator[Path]:
-    """A folder under another path, in ``root``, and removed at the end: all of it is gone at once. It takes no room on a full disk.
+def atomic_removal(folder: Path, root: Path) -> Iterator[Path]:
+    """Context manager that moves a folder to ``root`` by one rename, and removes it at the end.
+
+    The rename makes all files disappear from their path at once, and needs no space on a full disk.
+
+    Args:
+        folder: Folder to remove.
+        root: Folder for workspaces only; created if it does not exist.
+
+    Yields:
+        New path of the folder.
 
     Raises:
-        FileNotFoundError: If it is not there, or somebody else is taking it away.
-        OSError: If something of it cannot be removed; `sweep` will try again.
+        FileNotFoundError: If the folder does not exist, or another process is removing it.
+        OSError: If a file cannot be removed; the next `sweep` tries again.
     """
     root.mkdir(exist_ok=True)
     try:
-        fd = _hold(folder)
+        fd = _lock(folder)
     except BlockingIOError as e:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from e
     gone = root / secrets.token_hex(8)
     try:
         if fd is None:
-            os.utime(folder)  # where nothing can be locked, age protects it
+            os.utime(folder)  # without a lock, sweep goes by the age
         folder.rename(gone)
         yield gone
         shutil.rmtree(gone)
@@ -72,18 +89,22 @@ def taken_away(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def sweep(root: Path) -> int:
-    """Remove the folders in ``root`` whose processes are gone, however they went; returns how many."""
+    """Remove the folders in ``root`` whose processes have ended.
+
+    Returns:
+        Number of removed folders.
+    """
     swept = 0
     with contextlib.suppress(FileNotFoundError):
         for folder in root.iterdir():
-            if OURS.fullmatch(folder.name):
-                with contextlib.suppress(OSError):  # in use, or another sweeper was faster
+            if NAME.fullmatch(folder.name):
+                with contextlib.suppress(OSError):  # in use, or removed by another process
                     swept += _sweep(folder)
     return swept
 
 
 def _sweep(folder: Path) -> bool:
-    fd = _hold(folder)
+    fd = _lock(folder)
     try:
         if fd is None and time.time() - folder.stat().st_mtime < STALE_SECONDS:
             return False
@@ -93,25 +114,29 @@ def _sweep(folder: Path) -> bool:
     return not folder.exists()
 
 
-def _locked(root: Path) -> tuple[Path, int | None]:
+def _new_locked(root: Path) -> tuple[Path, int | None]:
+    """A new folder in ``root`` and the descriptor of its lock."""
     while True:
         folder = root / secrets.token_hex(8)
         folder.mkdir()
         try:
-            fd = _hold(folder)
-        except (FileNotFoundError, BlockingIOError):  # swept before it was locked
+            fd = _lock(folder)
+        except (FileNotFoundError, BlockingIOError):  # another process swept the folder before it was locked
             continue
         if folder.exists():
             return folder, fd
         _close(fd)
 
 
-def _hold(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or the process ends; None where folders cannot be locked (Windows, some network file systems).
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends.
+
+    Returns:
+        Descriptor of the lock, None where folders cannot be locked (Windows, some network file systems).
 
     Raises:
-        BlockingIOError: If another process holds it.
-        OSError: If it is not there.
+        BlockingIOError: If another process has the lock.
+        OSError: If the folder does not exist.
     """
     if sys.platform == "win32":
         return None
@@ -120,7 +145,7 @@ def _hold(folder: Path) -> int | None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         os.close(fd)
-        if e.errno in BUSY:
+        if e.errno in LOCKED:
             raise BlockingIOError(e.errno, e.strerror) from e
         return None
     return fd

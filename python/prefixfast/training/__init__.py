@@ -1,1 +1,1 @@
-"""Training: rows in packed batches, all prefixes of a run at once."""
+"""Training of prefixes: many prefixes share the batches, and each gets the result that it has alone."""

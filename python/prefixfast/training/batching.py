@@ -1,6 +1,6 @@
-"""From examples to packed micro-batches: for every step index arithmetic over all active prefixes at once.
+"""Packing of examples into micro-batches, by index arithmetic over all active prefixes at once.
 
-Shape letters: X examples of the run, n prefixes, N packed tokens, T target tokens.
+Shape letters: X examples of the run, n prefixes, S sequences, N packed tokens, T target tokens.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from torch import Tensor
 from prefixfast import _rust
 from prefixfast.config import TrainConfig
 from prefixfast.data.encode import Ints
-from prefixfast.training.dataset import Examples
+from prefixfast.training.examples import Examples
 
 
 @dataclass(frozen=True)
-class Order:
-    """Which examples each optimizer step of each prefix takes; drawn per prefix, as if it were alone.
+class BatchOrder:
+    """The examples of each optimizer step of each prefix, drawn for each prefix as if it were alone.
 
     Attributes:
-        examples: int64, example numbers, steps one after another, prefixes one after another.
-        step_indptr: int64: step j (counted over all prefixes) takes ``examples[step_indptr[j]:step_indptr[j + 1]]``.
-        first_step: int64 ``[n + 1]``: steps of prefix i are ``first_step[i]`` to ``first_step[i + 1]``.
+        examples: Numbers of examples, int64, in the order of steps within a prefix and of prefixes.
+        step_indptr: Offsets of the steps in ``examples``, int64. Step j, counted over all prefixes, takes the examples
+            ``examples[step_indptr[j]:step_indptr[j + 1]]``.
+        first_step: Offsets of the prefixes, int64 ``[n + 1]``. Prefix i has the steps ``first_step[i]`` to
+            ``first_step[i + 1]``.
     """
 
     examples: NDArray[np.int64]
@@ -34,12 +36,12 @@ class Order:
     first_step: NDArray[np.int64]
 
     @classmethod
-    def draw(cls, spans: NDArray[np.int64], configs: Sequence[TrainConfig]) -> Order:
-        """The whole run's order: epochs of ``batch_size`` examples, the last batch of an epoch may be smaller.
+    def draw(cls, spans: NDArray[np.int64], configs: Sequence[TrainConfig]) -> BatchOrder:
+        """Draw the order of the whole run: epochs of ``batch_size`` examples, of which the last batch may be smaller.
 
         Args:
-            spans: int64 ``[n, 2]``: prefix i learns from the examples from ``spans[i, 0]`` to before ``spans[i, 1]``; prefixes may share them.
-            configs: Of each prefix.
+            spans: First example and end of the examples of each prefix, int64 ``[n, 2]``. Prefixes may share examples.
+            configs: Options of each prefix.
         """
         chosen, sizes, steps = [], [], []
         for (start, end), config in zip(spans, configs, strict=True):
@@ -47,45 +49,50 @@ class Order:
             per_epoch = -(-count // config.batch_size)
             total = config.max_steps or max(1, round(per_epoch * config.num_train_epochs))
             for epoch in range(-(-total // per_epoch)):
-                order = (
-                    np.random.default_rng([config.seed, epoch]).permutation(count)
-                    if config.shuffle
-                    else np.arange(count)
-                )
+                generator = np.random.default_rng([config.seed, epoch])
+                order = generator.permutation(count) if config.shuffle else np.arange(count)
                 batches = min(per_epoch, total - epoch * per_epoch)
                 chosen.append(start + order[: batches * config.batch_size])
                 sizes += [min(config.batch_size, count - b * config.batch_size) for b in range(batches)]
             steps.append(total)
-        return cls(
-            np.concatenate(chosen), np.concatenate([[0], np.cumsum(sizes)]), np.concatenate([[0], np.cumsum(steps)])
-        )
+        step_indptr, first_step = (np.concatenate([[0], np.cumsum(counts)]) for counts in (sizes, steps))
+        return cls(np.concatenate(chosen), step_indptr, first_step)
 
     @property
     def total(self) -> NDArray[np.int64]:
-        """int64 ``[n]``: optimizer steps of each prefix."""
+        """Number of optimizer steps of each prefix, int64 ``[n]``."""
         return np.diff(self.first_step)
 
     def at(self, step: int, active: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.int64], Ints]:
-        """Examples of the given step of every prefix that has one (and is active), and the prefix of each."""
+        """Examples of one step.
+
+        Args:
+            step: Number of the step, from 0.
+            active: Prefixes that take the step if they have one, bool ``[n]``; None for all.
+
+        Returns:
+            Numbers of the examples, and the prefix of each example.
+        """
         has = step < self.total
         prefixes = np.flatnonzero(has if active is None else has & active)
         j = self.first_step[prefixes] + step
-        index = ragged(self.step_indptr[j], self.step_indptr[j + 1])
+        index = concat_ranges(self.step_indptr[j], self.step_indptr[j + 1])
         return self.examples[index], np.repeat(prefixes, self.step_indptr[j + 1] - self.step_indptr[j]).astype(np.int32)
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One forward pass.
+    """The sequences of one forward pass.
 
     Attributes:
-        lengths: int32 ``[S]``: input tokens of each sequence (its last token, which is its last target, is no input).
-        prefix: int32 ``[S]``: prefix of each sequence.
-        ids: int64 ``[N]``.
-        logits_at: int64 ``[T]``: input tokens whose next token is a target.
-        targets: int64 ``[T]``.
-        weights: fp64 ``[T]``: weight of each target token in the summed loss.
-        target_prefix: int64 ``[T]``.
+        lengths: Number of input tokens of each sequence, int32 ``[S]``. The last token of an example, which is its last
+            target, is no input.
+        prefix: Prefix of each sequence, int32 ``[S]``.
+        ids: Token ids of the input, int64 ``[N]``.
+        logits_at: Input tokens that are followed by a target, int64 ``[T]``.
+        targets: Token ids of the targets, int64 ``[T]``.
+        weights: Weight of each target token in the summed loss, fp64 ``[T]``.
+        target_prefix: Prefix of each target token, int64 ``[T]``.
     """
 
     lengths: Ints
@@ -106,20 +113,30 @@ def micro_batches(
     sequence_sum: bool,
     device: torch.device,
 ) -> Iterator[MicroBatch]:
-    """Pack examples into forward passes of at most ``token_budget`` tokens; ``prefix`` is non-decreasing."""
+    """Pack examples into forward passes.
+
+    Args:
+        examples: All examples.
+        chosen: Numbers of the examples to pack.
+        prefix: Prefix of each chosen example, non-decreasing.
+        token_budget: Largest number of tokens of a forward pass.
+        sequence_sum: Whether the loss is the paper's sum over tokens and mean over rows, instead of the token mean.
+        device: Device of the tensors.
+    """
     lengths = (examples.indptr[chosen + 1] - examples.indptr[chosen]).astype(np.int32)
-    targets = examples.targets[chosen]
-    packing = _rust.pack(lengths, targets, prefix, token_budget=token_budget, sequence_sum=sequence_sum)
+    num_targets = examples.num_targets[chosen]
+    packing = _rust.pack(lengths, num_targets, prefix, token_budget=token_budget, sequence_sum=sequence_sum)
     for a, b in zip(packing.micro_indptr[:-1], packing.micro_indptr[1:], strict=True):
         part = packing.order[a:b]
-        begin, end, count = examples.indptr[chosen[part]], examples.indptr[chosen[part] + 1], targets[part]
+        own = chosen[part]
+        begin, end, count = examples.indptr[own], examples.indptr[own + 1], num_targets[part]
         inputs = (end - begin - 1).astype(np.int32)
         offset = np.cumsum(inputs, dtype=np.int64) - inputs
-        at = examples.target_at[ragged(examples.target_indptr[chosen[part]], examples.target_indptr[chosen[part] + 1])]
+        at = examples.target_at[concat_ranges(examples.target_indptr[own], examples.target_indptr[own + 1])]
         yield MicroBatch(
             inputs,
             prefix[part],
-            torch.from_numpy(examples.ids[ragged(begin, end - 1)].astype(np.int64)).to(device),
+            torch.from_numpy(examples.ids[concat_ranges(begin, end - 1)].astype(np.int64)).to(device),
             torch.from_numpy(at - 1 + np.repeat(offset - begin, count)).to(device),
             torch.from_numpy(examples.ids[at].astype(np.int64)).to(device),
             torch.from_numpy(np.repeat(packing.weight[part], count)).to(device),
@@ -127,7 +144,7 @@ def micro_batches(
         )
 
 
-def ragged(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The concatenation of ``arange(begin[i], end[i])``."""
+def concat_ranges(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Concatenation of the ranges ``arange(begin[i], end[i])``."""
     count = end - begin
     return np.repeat(begin - (np.cumsum(count) - count), count) + np.arange(count.sum())

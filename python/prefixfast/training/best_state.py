@@ -1,4 +1,4 @@
-"""Which state of each prefix is kept, and when it has trained long enough: both by its own evaluations only."""
+"""`BestState`: the best state of each prefix, and the end of a prefix that gets no better, from its own evaluations."""
 
 from __future__ import annotations
 
@@ -9,64 +9,66 @@ from torch import Tensor
 
 
 @dataclass
-class Best:
+class BestState:
     """The best state of each of n prefixes so far.
 
     Attributes:
-        loss: fp64 ``[n]``, infinite before the first evaluation.
-        step: int64 ``[n]``: steps done then, 0 for none.
-        waited: int64 ``[n]``: evaluations since.
-        kept: Keys and values of that state ``[n * P, H, D]``, k0, v0, k1, ...; empty if the last state is wanted.
+        loss: Lowest evaluation loss, fp64 ``[n]``, infinite before the first evaluation.
+        step: Number of steps at the lowest loss, int64 ``[n]``, 0 before the first evaluation.
+        num_worse: Number of evaluations since then, int64 ``[n]``.
+        kv: Keys and values at the lowest loss, ``[n * P, H, D]`` each, in the order k0, v0, k1, ...; empty if the last
+            state is wanted.
     """
 
     loss: Tensor
     step: Tensor
-    waited: Tensor
-    kept: list[Tensor]
+    num_worse: Tensor
+    kv: list[Tensor]
 
     @classmethod
-    def new(cls, flat: list[Tensor], count: int) -> Best:
-        """Nothing yet; ``flat``: tensors of the shapes to keep."""
-        zeros = torch.zeros(count, dtype=torch.int64)
-        return cls(
-            torch.full((count,), torch.inf, dtype=torch.float64),
-            zeros,
-            zeros.clone(),
-            [torch.zeros_like(t) for t in flat],
-        )
-
-    def update(self, evaluated: Tensor, loss: Tensor, step: int, flat: list[Tensor]) -> None:
-        """Take in evaluations.
+    def new(cls, flat: list[Tensor], count: int) -> BestState:
+        """State before the first evaluation.
 
         Args:
-            evaluated: Bool ``[n]``.
-            loss: fp64 ``[n]``, read where evaluated.
-            step: Steps done.
-            flat: The prefixes as evaluated, in the shapes of ``kept``.
+            flat: Tensors of the shapes of ``kv``.
+            count: Number of prefixes n.
+        """
+        loss = torch.full((count,), torch.inf, dtype=torch.float64)
+        step, num_worse = (torch.zeros(count, dtype=torch.int64) for _ in range(2))
+        return cls(loss, step, num_worse, [torch.zeros_like(t) for t in flat])
+
+    def update(self, evaluated: Tensor, loss: Tensor, step: int, flat: list[Tensor]) -> None:
+        """Record an evaluation.
+
+        Args:
+            evaluated: Prefixes that were evaluated, bool ``[n]``.
+            loss: Evaluation losses, fp64 ``[n]``, which count where ``evaluated`` is set.
+            step: Number of finished steps.
+            flat: Keys and values that were evaluated, in the shapes of ``kv``.
         """
         better = evaluated & (loss < self.loss)  # NaN is never better
         self.loss = torch.where(better, loss, self.loss)
         self.step = torch.where(better, step, self.step)
-        self.waited = torch.where(evaluated, torch.where(better, 0, self.waited + 1), self.waited)
-        if self.kept and bool(better.any()):
-            for own, now in zip(self.kept, flat, strict=True):
+        self.num_worse = torch.where(evaluated, torch.where(better, 0, self.num_worse + 1), self.num_worse)
+        if self.kv and bool(better.any()):
+            for own, now in zip(self.kv, flat, strict=True):
                 rows = better.to(now.device).repeat_interleave(len(now) // len(better))[:, None, None]
                 own.copy_(torch.where(rows, now, own))
 
-    def exhausted(self, patience: Tensor) -> Tensor:
-        """Bool ``[n]``: as many evaluations without a better one as ``patience`` int64 ``[n]`` allows (0: no limit)."""
-        return (patience > 0) & (self.waited >= patience)
+    def out_of_patience(self, patience: Tensor) -> Tensor:
+        """Prefixes with as many evaluations without improvement as their patience, bool ``[n]``.
+
+        Args:
+            patience: Allowed number of such evaluations, int64 ``[n]``; 0 for no limit.
+        """
+        return (patience > 0) & (self.num_worse >= patience)
 
     def state(self) -> dict[str, Tensor]:
-        """To be saved; what `load` takes."""
-        return {
-            "loss": self.loss,
-            "step": self.step,
-            "waited": self.waited,
-            **{f"kept.{i}": t for i, t in enumerate(self.kept)},
-        }
+        """Tensors by name, for `load`; the names are those of checkpoints."""
+        kv = {f"kept.{i}": t for i, t in enumerate(self.kv)}
+        return {"loss": self.loss, "step": self.step, "waited": self.num_worse, **kv}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Restore the tensors of `state`."""
         for name, own in self.state().items():
             own.copy_(state[name])

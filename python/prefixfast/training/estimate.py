@@ -1,39 +1,43 @@
-"""What a run would take: parameters, memory, and the time of its steps, from two real ones. Nothing is written and nothing is kept."""
+"""Estimate of the parameters, memory and time of a training run, from two measured steps. No files are written."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from prefixfast.data.rows import Rows
-from prefixfast.training.loop import Run
-from prefixfast.training.output_dir import Output
-from prefixfast.training.resilience import recomputed
-from prefixfast.training.trainer import base_for, check_groups, prepare
+from prefixfast.training.arguments import AllTrainArguments, BaseModel
+from prefixfast.training.job import JobArguments, load_base, prepare
+from prefixfast.training.loop import GroupTrainer
+from prefixfast.training.output_dir import OutputDir
+from prefixfast.training.resilience import gradient_checkpointing
+
+IGNORED_ARGUMENTS = ("output_dir", "resume", "progress")
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of all groups of a run together.
+    """Estimate of a run, over all of its groups.
 
     Attributes:
-        prefixes: How many would be trained.
-        failed: Names whose rows are wrong, with the error's text.
-        examples: Of all prefixes.
-        tokens: Of all examples, once.
-        steps: Optimizer steps, those of different groups added.
-        stored_numbers: Of one prefix as it is saved (the largest group's).
-        trained_numbers: Adjusted for one prefix, the MLP included (the largest group's).
-        base_bytes: Parameters of the base.
-        training_bytes: Parameters, gradients and optimizer of the largest group.
-        peak_bytes: Most memory that the measured steps took: allocated on a GPU, else of this process.
-        seconds_per_step: Measured at the second step.
-        seconds: Of all steps, evaluation not counted.
+        prefixes: Number of prefixes.
+        failed: Error message by name, for prefixes with wrong rows.
+        examples: Number of examples of all prefixes.
+        tokens: Number of tokens of all examples, each counted once.
+        steps: Number of optimizer steps, summed over the groups.
+        stored_numbers: Number of stored numbers of one prefix, in the largest group.
+        trained_numbers: Number of parameters that training adjusts for one prefix, in the largest group.
+        base_bytes: Size of the base model's parameters in bytes.
+        training_bytes: Size of the parameters, gradients and optimizer state of the largest group in bytes.
+        peak_bytes: Largest memory use of the measured steps in bytes: of the GPU's allocator, else of this process.
+        seconds_per_step: Seconds of the second step, in the slowest group.
+        seconds: Seconds of all steps, without evaluation.
     """
 
     prefixes: int
@@ -50,72 +54,66 @@ class Estimate:
     seconds: float
 
 
-def estimate(model: Any, data: Rows | Mapping[str, Rows], **arguments: Any) -> Estimate:
-    """Measure two steps of what `train` with the same arguments would do (``output_dir``, ``store``, ``resume`` and ``progress`` change nothing).
+def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unpack[AllTrainArguments]) -> Estimate:
+    """Measure two steps of the run that `train` would do with the same arguments.
+
+    Args:
+        model: Base model, as for `train`.
+        data: Training rows, as for `train`.
+        arguments: Keyword arguments of `train`. ``output_dir``, ``resume`` and ``progress`` have no effect, and nothing
+            is put into ``store``.
 
     Raises:
-        ConfigError: As `train` does.
-        DataError: As `train` does.
-        CapacityError: As `train` does.
+        ConfigError: If options do not fit each other or the base model.
+        DataError: If rows are malformed and the failure is not isolated.
+        CapacityError: If memory runs out on a single example.
     """
-    named = (
-        "task",
-        "prefix_column",
-        "eval_data",
-        "init",
-        "init_text",
-        "on_top_of",
-        "sweep",
-        "overrides",
-        "store",
-        "callbacks",
-        "prefix_config",
-        "config",
-    )
-    known: dict[str, Any] = {n: arguments.pop(n, () if n == "callbacks" else None) for n in named}
-    on_error, objective = arguments.pop("on_error", "isolate"), arguments.pop("objective", "sft")
-    for name in ("output_dir", "resume", "progress"):
-        arguments.pop(name, None)
-    job, chosen = prepare(data, **known, resume=False, objective=objective, on_error=on_error, fields=arguments)
-    parts: list[tuple[Run, float]] = []
-    with base_for(model, chosen) as base, recomputed(base, chosen.gradient_checkpointing):
-        check_groups(base, job)
+    values: dict[str, Any] = {n: v for n, v in arguments.items() if n not in IGNORED_ARGUMENTS}
+    of_job = {f.name for f in dataclasses.fields(JobArguments)}
+    fields = {n: v for n, v in values.items() if n not in of_job}
+    job = prepare(JobArguments(data, fields=fields, **{n: v for n, v in values.items() if n in of_job}))
+    measured: list[tuple[GroupTrainer, float]] = []
+    with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
+        job.check_model(base)
         for number in range(len(job.groups)):
-            run = Run(base, job, number, Output(None, None, single=True))
-            parts.append((run, _time_of_a_step(run)))
+            trainer = GroupTrainer(base, job, number, OutputDir(None, None, is_single=True))
+            measured.append((trainer, _time_second_step(trainer)))
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
-        peak = torch.cuda.max_memory_allocated(base.device) if base.device.type == "cuda" else _resident()
-    largest = max((run for run, _ in parts), key=lambda run: sum(t.numel() for t, _ in run.steps.params.params))
-    params = largest.steps.params
-    steps = [int(run.steps.total.max()) for run, _ in parts]
+        on_gpu = base.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated(base.device) if on_gpu else _peak_process_memory()
+    trainers = [trainer for trainer, _ in measured]
+    largest = max(trainers, key=lambda t: sum(p.numel() for p, _ in t.runner.params.params))
+    params, examples = largest.runner.params, trainers[0].runner.examples
+    steps = [int(t.runner.total.max()) for t in trainers]
     return Estimate(
-        prefixes=sum(len(run.names) for run, _ in parts),
-        failed=dict(job.given.failed),
-        examples=len(parts[0][0].steps.examples.targets),
-        tokens=len(parts[0][0].steps.examples.ids),
+        prefixes=sum(len(t.names) for t in trainers),
+        failed=dict(job.rows.failed),
+        examples=len(examples.num_targets),
+        tokens=len(examples.ids),
         steps=sum(steps),
         stored_numbers=sum(t.numel() for t in params.current()) // params.num_prefixes,
         trained_numbers=params.num_trained,
         base_bytes=base_bytes,
         training_bytes=4 * sum(t.numel() * t.element_size() for t, _ in params.params),
         peak_bytes=peak,
-        seconds_per_step=max(seconds for _, seconds in parts),
-        seconds=sum(count * seconds for count, (_, seconds) in zip(steps, parts, strict=True)),
+        seconds_per_step=max(seconds for _, seconds in measured),
+        seconds=sum(count * seconds for count, (_, seconds) in zip(steps, measured, strict=True)),
     )
 
 
-def _time_of_a_step(run: Run) -> float:
-    """Seconds of the second step; the first pays for what is made once."""
-    for step in range(2):
+def _time_second_step(trainer: GroupTrainer) -> float:
+    """Seconds of the second step; the first step also pays for what is allocated once."""
+    last = int(trainer.runner.total.max()) - 1
+    for number in range(2):
         start = time.perf_counter()
-        run.steps.take(min(step, int(run.steps.total.max()) - 1), run.active)
-        if run.model.device.type == "cuda":
-            torch.cuda.synchronize(run.model.device)
+        trainer.runner.step(min(number, last), trainer.progress.active)
+        if trainer.model.device.type == "cuda":
+            torch.cuda.synchronize(trainer.model.device)
     return time.perf_counter() - start
 
 
-def _resident() -> int:
-    """Most memory that this process has taken; 0 where the system does not tell (Windows)."""
+def _peak_process_memory() -> int:
+    """Largest memory use of this process in bytes; 0 where the system does not report it (Windows)."""
     try:
         import resource
     except ImportError:

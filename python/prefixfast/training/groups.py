@@ -1,24 +1,41 @@
-"""Who is trained in a run: one prefix for each name, or for each variant of a sweep, grouped by what prefixes in one batch must share."""
+"""The prefixes of a run, one for each name and variant of a sweep, grouped by the options that a batch must share."""
 
 from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
+from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
+from prefixfast.prefix.names import Window
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.inputs import Settings
+from prefixfast.training.settings import TrainSettings
 
-# Options that each prefix of a batch may have its own value of.
+InitName: TypeAlias = Literal["text", "random", "zero"]
+Init: TypeAlias = InitName | Prefix | Mapping[str, Prefix]
+Sweep: TypeAlias = Mapping[str, Sequence[JSON | Prefix]]
+Overrides: TypeAlias = Mapping[str, Mapping[str, JSON]]
+
+# Options that may differ between the prefixes of a batch.
 PER_PREFIX = (
-    "learning_rate", "seed", "num_train_epochs", "max_steps", "batch_size", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "shuffle",
+    "learning_rate",
+    "seed",
+    "num_train_epochs",
+    "max_steps",
+    "batch_size",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "shuffle",
     "early_stopping_patience",
-)  # fmt: skip
-FIXED = (
+)
+# Options of the whole run, which a sweep cannot vary.
+NOT_SWEPT = (
     "recipe",
     "dtype",
     "report_to",
@@ -26,19 +43,19 @@ FIXED = (
     "logging_steps",
     "token_budget",
     "gradient_checkpointing",
-)  # of the run, not of a variant
+)
 
 
 @dataclass(frozen=True)
-class Member:
-    """One prefix of a run.
+class PrefixJob:
+    """The training of one prefix.
 
     Attributes:
-        name: Its name in the result.
-        source: The name whose rows it learns from.
-        config: How it is trained.
-        init: ``"text"``, ``"random"``, ``"zero"`` or a `Prefix`.
-        variant: The fields that a sweep gave it.
+        name: Name of the prefix in the result.
+        source: Name whose rows the prefix is trained on.
+        config: Options of training.
+        init: Initial values: ``"text"``, ``"random"``, ``"zero"`` or a `Prefix`.
+        variant: Options that the sweep varies, with the values of this prefix.
     """
 
     name: str
@@ -47,93 +64,99 @@ class Member:
     init: Any
     variant: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def window(self) -> Window:
+        """Treatment of the prefix by sliding windows."""
+        return self.init.window if isinstance(self.init, Prefix) else "slide"
+
 
 @dataclass(frozen=True)
-class Group:
+class PrefixGroup:
     """Prefixes that are trained in the same batches.
 
     Attributes:
-        config: What they share of how they are trained.
-        prefix_config: What is learned.
-        mlp: Whether through the network.
-        members: The prefixes.
+        config: Options of training that the prefixes share.
+        prefix_config: Options of what is learned.
+        uses_mlp: Whether the reparameterization MLP is trained.
+        jobs: Training of each prefix.
     """
 
     config: TrainConfig
     prefix_config: PrefixConfig
-    mlp: bool
-    members: tuple[Member, ...]
+    uses_mlp: bool
+    jobs: tuple[PrefixJob, ...]
+
+    @property
+    def pos_start(self) -> int:
+        """Position of the first token after the prefix, once the length is resolved."""
+        return self.prefix_config.length if self.prefix_config.pos_start == "after" else 0
 
 
 def make_groups(
     names: Iterable[str],
-    settings: Settings,
+    settings: TrainSettings,
     *,
-    overrides: Any = None,
-    sweep: Any = None,
-    single: bool,
-    known: Iterable[str] = (),
-) -> list[Group]:
-    """The prefixes of a run, grouped.
+    overrides: Overrides | None = None,
+    sweep: Sweep | None = None,
+    is_single: bool,
+    failed: Iterable[str] = (),
+) -> list[PrefixGroup]:
+    """Make the groups of a run.
 
     Args:
-        names: Of the data, in order.
-        settings: Options of all.
-        overrides: By name, fields of `PER_PREFIX` with values of its own.
-        sweep: By field (or ``init``) a sequence of values; every combination is a prefix of its own for each name.
-        single: Plain rows: variants need no name before them.
-        known: Names that may stand in ``overrides`` though their rows could not be read.
+        names: Names of the data, in order.
+        settings: Options of all prefixes.
+        overrides: Values of `PER_PREFIX` options by name.
+        sweep: Sequence of values by option, or of initial values for ``"init"``. Every combination is a prefix of its
+            own for each name.
+        is_single: Whether the data are plain rows, so that the names of variants do not begin with a name.
+        failed: Names whose rows could not be read, which ``overrides`` may contain.
 
     Raises:
-        ConfigError: For unknown names or fields, and wrong values.
+        ConfigError: If a name or option is unknown, or a value is wrong.
     """
     names = list(names)
-    own = _overrides(overrides, {*names, *known})
-    if single and own:
+    own_options = _checked_overrides(overrides, {*names, *failed})
+    if is_single and own_options:
         msg = "overrides: expected data by name beside it, got plain rows; give the options themselves"
         raise ConfigError(msg)
-    inits = _inits(settings.init, names)
-    found: dict[Any, list[Member]] = {}
-    shared: dict[Any, tuple[TrainConfig, PrefixConfig, bool]] = {}
-    variants = _variants(sweep)
-    for name, (label, variant) in itertools.product(names, variants.items()):
-        fields = own.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
+    inits = _init_by_name(settings.init, names)
+    jobs: dict[tuple[TrainConfig, PrefixConfig, bool], list[PrefixJob]] = {}
+    for name, (label, variant) in itertools.product(names, _variants(sweep).items()):
+        options = own_options.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
         init = variant.get("init", inits[name])
-        prefix_config = PrefixConfig.make(
-            settings.prefix_config, **{k: v for k, v in fields.items() if k in PrefixConfig.names()}
-        )
-        common = TrainConfig.make(
-            settings.config, **{k: v for k, v in fields.items() if k in TrainConfig.names() and k not in PER_PREFIX}
-        )
-        config = TrainConfig.make(common, **{k: v for k, v in fields.items() if k in PER_PREFIX})
-        by_network = prefix_config.reparameterization == "auto" and init in ("random", "zero")
-        kind = (common, prefix_config, prefix_config.reparameterization == "mlp" or by_network)
-        shared[kind] = kind
-        full = label if single and label else f"{name},{label}" if label else name
-        found.setdefault(kind, []).append(Member(full, name, config, init, variant))
-    return [Group(*shared[kind], tuple(members)) for kind, members in found.items()]
+        of_prefix = {k: v for k, v in options.items() if k in PrefixConfig.names()}
+        of_training = {k: v for k, v in options.items() if k in TrainConfig.names()}
+        prefix_config = PrefixConfig.make(settings.prefix_config, **of_prefix)
+        common = TrainConfig.make(settings.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
+        config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})
+        automatic = prefix_config.reparameterization == "auto" and init in ("random", "zero")
+        shared = (common, prefix_config, prefix_config.reparameterization == "mlp" or automatic)
+        full_name = label if is_single and label else f"{name},{label}" if label else name
+        jobs.setdefault(shared, []).append(PrefixJob(full_name, name, config, init, variant))
+    return [PrefixGroup(*shared, tuple(own)) for shared, own in jobs.items()]
 
 
-def _overrides(overrides: Any, names: set[str]) -> dict[str, dict[str, Any]]:
-    for name, fields in (_mapping(overrides, "overrides") if overrides is not None else {}).items():
+def _checked_overrides(overrides: Any, names: set[str]) -> dict[str, dict[str, Any]]:
+    by_name = {} if overrides is None else _checked_mapping(overrides, "overrides")
+    for name, options in by_name.items():
         if name not in names:
             close = difflib.get_close_matches(str(name), names, n=1)
-            msg = f"overrides: no prefix is named {name!r}" + (
-                f"; did you mean {close[0]!r}?" if close else "; expected names of data"
-            )
+            hint = f"; did you mean {close[0]!r}?" if close else "; expected names of data"
+            msg = f"overrides: no prefix is named {name!r}{hint}"
             raise ConfigError(msg)
-        for option in _mapping(fields, f"overrides[{name!r}]"):
+        for option in _checked_mapping(options, f"overrides[{name!r}]"):
             if option not in PER_PREFIX:
                 raise ConfigError(unknown_option(str(option), PER_PREFIX, f"overrides[{name!r}]"))
-    return {str(name): dict(fields) for name, fields in (overrides or {}).items()}
+    return {str(name): dict(options) for name, options in by_name.items()}
 
 
 def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
-    """Every combination by its label; without a sweep one without a label."""
+    """Every combination of a sweep by its label; without a sweep one empty combination under the empty label."""
     if sweep is None:
         return {"": {}}
-    known = tuple(n for n in (*TrainConfig.names(), *PrefixConfig.names(), "init") if n not in FIXED)
-    for name, values in _mapping(sweep, "sweep").items():
+    known = tuple(n for n in (*TrainConfig.names(), *PrefixConfig.names(), "init") if n not in NOT_SWEPT)
+    for name, values in _checked_mapping(sweep, "sweep").items():
         if name not in known:
             raise ConfigError(unknown_option(str(name), known, "sweep"))
         if isinstance(values, str) or not isinstance(values, Iterable) or not list(values):
@@ -142,9 +165,8 @@ def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
     if not sweep:
         msg = "sweep: expected at least one field, got none"
         raise ConfigError(msg)
-    combinations = [
-        dict(zip(sweep, values, strict=True)) for values in itertools.product(*(list(v) for v in sweep.values()))
-    ]
+    products = itertools.product(*(list(v) for v in sweep.values()))
+    combinations = [dict(zip(sweep, values, strict=True)) for values in products]
     labelled = {",".join(f"{k}={_label(v)}" for k, v in c.items()): c for c in combinations}
     if len(labelled) != len(combinations):
         msg = f"sweep: expected different values, got one twice in {dict(sweep)!r:.200}"
@@ -153,20 +175,21 @@ def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
 
 
 def _label(value: Any) -> str:
+    """Text of a value in the name of a variant."""
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
     return value.digest[:8] if isinstance(value, Prefix) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+def _checked_mapping(value: Any, what: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         msg = f"{what}: expected a mapping, got {type(value).__name__}"
         raise ConfigError(msg)
     return value
 
 
-def _inits(init: Any, names: list[str]) -> dict[str, Any]:
-    """Where each name starts."""
+def _init_by_name(init: Any, names: list[str]) -> dict[str, Any]:
+    """Initial values of each name."""
     if not isinstance(init, Mapping):
         return dict.fromkeys(names, init)
     if missing := [n for n in names if not isinstance(init.get(n), Prefix)]:

@@ -1,128 +1,143 @@
-"""Where prefixes start: lengths and positions first, then keys and values of words, of given prefixes, zeros, or random numbers."""
+"""Initial values of prefixes: length, positions, and keys and values from a text, a prefix, zeros or random numbers."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
-from prefixfast.data.tasks import Task
+from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
 from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import context, kv_by_layer
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.groups import Member
+from prefixfast.training.groups import InitName, PrefixGroup, PrefixJob
 
 logger = logging.getLogger(__name__)
-WORDS = ("text", "random", "zero")
 
 
-def settle(
-    model: Model,
-    members: Sequence[Member],
-    config: PrefixConfig,
-    explicit: frozenset[str],
-    task: Task,
-    init_text: str | None,
-) -> PrefixConfig:
-    """The config with its length, layers and positions settled: those of given prefixes, or of the words.
+@dataclass(frozen=True)
+class InitOptions:
+    """Options of the initial values.
+
+    Attributes:
+        task: Task, whose ``init_text`` is the default text.
+        init_text: Text of ``init="text"``, None for the task's.
+        explicit: Names of the options that the caller gave.
+    """
+
+    task: Task
+    init_text: str | None
+    explicit: frozenset[str]
+
+
+def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> PrefixConfig:
+    """Resolve the length, layers and positions of a group's prefixes.
+
+    They are those of the prefixes in ``init``, or the length is the number of tokens of the init text, or they are
+    those of the options.
 
     Raises:
-        ConfigError: For options that do not fit.
-        BaseMismatchError: For a prefix of another base.
+        ConfigError: If options do not fit each other or the base model.
+        BaseMismatchError: If a prefix in ``init`` was made for another base model.
     """
-    for m in members:
-        if not isinstance(m.init, Prefix) and m.init not in WORDS:
-            msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {m.init!r:.80}"
+    jobs = group.jobs
+    for job in jobs:
+        if not isinstance(job.init, Prefix) and job.init not in get_args(InitName):
+            msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {job.init!r:.80}"
             raise ConfigError(msg)
-    if init_text is not None and not any(m.init == "text" for m in members):
-        msg = f"init_text: expected only with init='text', got init={members[0].init!r:.40}"
+    if options.init_text is not None and not any(job.init == "text" for job in jobs):
+        msg = f"init_text: expected only with init='text', got init={jobs[0].init!r:.40}"
         raise ConfigError(msg)
-    config = _in_layers(config, len(model.layers))
-    given = {m.name: m.init for m in members if isinstance(m.init, Prefix)}
-    if not given:
+    config = _check_layers(group.prefix_config, len(model.layers))
+    prefixes = {job.name: job.init for job in jobs if isinstance(job.init, Prefix)}
+    if not prefixes:
         if config.prefix_length == "text":
-            config = PrefixConfig.make(config, prefix_length=len(_words(model, task, init_text)))
+            config = PrefixConfig.make(config, prefix_length=len(_init_text_ids(model, options)))
         return config
-    for name, prefix in given.items():
+    for name, prefix in prefixes.items():
         check_fits(model, prefix, f"init of {name!r}")
-    if len({(p.length, p.layers, p.pos_start, p.window) for p in given.values()}) != 1:
-        msg = "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a run of their own"
-        raise ConfigError(msg)
-    return _conventions(model, config, next(iter(given.values())), explicit)
-
-
-def starting_points(
-    model: Model,
-    members: Sequence[Member],
-    config: PrefixConfig,
-    task: Task,
-    init_text: str | None,
-    after: Sequence[Prefix],
-) -> list[Any]:
-    """Keys and values by layer that each prefix starts from, None: random; equal starts are one object."""
-    kinds: dict[str, list[LayerKV] | None] = {"random": None}
-    if any(m.init == "text" for m in members):
-        ids, length = _words(model, task, init_text), config.length
-        if len(ids) != length:
-            logger.info(
-                "init text has %d tokens: %s to the prefix's %d rows",
-                len(ids),
-                "cut" if len(ids) > length else "repeated",
-                length,
-            )
-        kinds["text"] = text_kv(model, ids, length, *context(after, model))
-    if any(m.init == "zero" for m in members):
-        kinds["zero"] = [(torch.zeros(config.length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]
-    prefixes = {id(m.init): m.init for m in members if isinstance(m.init, Prefix)}
-    given = {i: kv_by_layer(p, model.layers) for i, p in prefixes.items()}
-    return [given[id(m.init)] if isinstance(m.init, Prefix) else kinds[m.init] for m in members]
-
-
-def _in_layers(config: PrefixConfig, count: int) -> PrefixConfig:
-    """The config with its layers checked; all of the base's layers, and its only site, are said as None."""
-    if config.layers is None or config.layers[-1] < count:
-        return PrefixConfig.make(
-            config, sites=None, layers=None if config.layers == tuple(range(count)) else config.layers
+    if len({(p.length, p.layers, p.pos_start, p.window) for p in prefixes.values()}) != 1:
+        msg = (
+            "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a "
+            "run of their own"
         )
-    msg = f"PrefixConfig.layers: expected numbers from 0 to {count - 1} (this base has {count} layers), got {config.layers[-1]}"
+        raise ConfigError(msg)
+    return _adopt_conventions(model, config, next(iter(prefixes.values())), options.explicit)
+
+
+def initial_kv(
+    model: Model, jobs: Sequence[PrefixJob], config: PrefixConfig, options: InitOptions, after: Sequence[Prefix]
+) -> list[list[LayerKV] | None]:
+    """Initial keys and values by layer of each prefix, None for random ones. Equal ones are one object.
+
+    Args:
+        model: Base model.
+        jobs: Training of each prefix.
+        config: Resolved options of what is learned.
+        options: Options of the initial values.
+        after: Prefixes that the init text follows.
+    """
+    by_name: dict[str, list[LayerKV] | None] = {"random": None}
+    if any(job.init == "text" for job in jobs):
+        ids, length = _init_text_ids(model, options), config.length
+        if len(ids) != length:
+            change = "cut" if len(ids) > length else "repeated"
+            logger.info("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
+        by_name["text"] = text_kv(model, ids, length, *context(after, model))
+    if any(job.init == "zero" for job in jobs):
+        by_name["zero"] = [(torch.zeros(config.length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]
+    prefixes = {id(job.init): job.init for job in jobs if isinstance(job.init, Prefix)}
+    of_prefix = {i: kv_by_layer(p, model.layers) for i, p in prefixes.items()}
+    return [of_prefix[id(job.init)] if isinstance(job.init, Prefix) else by_name[job.init] for job in jobs]
+
+
+def _check_layers(config: PrefixConfig, count: int) -> PrefixConfig:
+    """Check that the layers exist. All layers of the base model, and its only site, are both written as None."""
+    if config.layers is None or config.layers[-1] < count:
+        layers = None if config.layers == tuple(range(count)) else config.layers
+        return PrefixConfig.make(config, sites=None, layers=layers)
+    expected = f"numbers from 0 to {count - 1} (this base has {count} layers)"
+    msg = f"PrefixConfig.layers: expected {expected}, got {config.layers[-1]}"
     raise ConfigError(msg)
 
 
-def _words(model: Model, task: Task, init_text: str | None) -> list[int]:
-    words = init_text or task.init_text
-    (ids,) = model.require_tokenizer().encode([words])
+def _init_text_ids(model: Model, options: InitOptions) -> list[int]:
+    text = options.init_text or options.task.init_text
+    (ids,) = model.require_tokenizer().encode([text])
     if not len(ids):
-        msg = f"init_text: expected at least one token, got {words!r}"
+        msg = f"init_text: expected at least one token, got {text!r}"
         raise ConfigError(msg)
     return [int(i) for i in ids]
 
 
-def _conventions(model: Model, config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
-    """Length, layers and positions are those of the given prefixes; options that say otherwise are errors."""
+def _adopt_conventions(model: Model, config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
+    """Take length, layers and positions from a prefix in ``init``; different explicit options are an error."""
     if first.pos_start not in (0, first.length):
-        msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got pos_start {first.pos_start} of {first.length} rows"
+        got = f"pos_start {first.pos_start} of {first.length} rows"
+        msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got {got}"
         raise ConfigError(msg)
     layers = None if len(first.layers) == len(model.layers) else first.layers
-    kept: dict[str, Any] = {
+    adopted: dict[str, Any] = {
         "prefix_length": first.length,
         "layers": layers,
         "pos_start": "after" if first.pos_start else "zero",
     }
-    for name in explicit & set(kept):
-        if getattr(config, name) != kept[name]:
-            msg = f"{name}: the given init has {kept[name]!r}, got {getattr(config, name)!r}; leave it out"
+    for name in explicit & set(adopted):
+        if getattr(config, name) != adopted[name]:
+            msg = f"{name}: the given init has {adopted[name]!r}, got {getattr(config, name)!r}; leave it out"
             raise ConfigError(msg)
     if "frozen_rows" not in explicit and (frozen := first.training.get("num_frozen_tokens", 0)):
         logger.info(
-            "the first %d rows of the given prefixes stay as they are (num_frozen_tokens); frozen_rows=0 trains them too",
+            "the first %d rows of the prefixes in init stay frozen (num_frozen_tokens); frozen_rows=0 trains them too",
             frozen,
         )
-        kept["frozen_rows"] = frozen
-    return PrefixConfig.make(config, **kept)
+        adopted["frozen_rows"] = frozen
+    return PrefixConfig.make(config, **adopted)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk while it goes: prefixes as they finish, the log, what failed. Everything here may be cut at any moment."""
+"""The files of a run: prefixes, log, failures and checkpoints, which stay readable if the run is killed at any time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prefixfast.config.json_types import JSON
 from prefixfast.io.atomic import recover_folder, replace_file
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
@@ -17,85 +18,124 @@ from prefixfast.store import PrefixStore
 LOG, FAILED, CHECKPOINT = "log.jsonl", "failed.jsonl", "checkpoint"
 
 
-class Output:
-    """The folder and the store of a run.
+class OutputDir:
+    """The output folder and the store of a run.
 
     Args:
-        folder: Prefixes, log.jsonl, failed.jsonl and checkpoints go there; None: nothing is written.
-        store: Where each prefix is put when it finishes, None: nowhere.
-        single: The folder is the prefix's own; else it has one folder for each name.
+        folder: Folder for prefixes, ``log.jsonl``, ``failed.jsonl`` and checkpoints; None writes nothing.
+        store: Store that gets each finished prefix; None for no store.
+        is_single: Whether the folder is the folder of the one prefix, instead of holding a folder for each name.
+
+    Attributes:
+        log: Lines of the log.
     """
 
-    def __init__(self, folder: Path | None, store: PrefixStore | None, *, single: bool) -> None:
-        self.folder, self.store, self.single = folder, store, single
-        self.log: list[dict[str, Any]] = []
+    def __init__(self, folder: Path | None, store: PrefixStore | None, *, is_single: bool) -> None:
+        self.folder, self.store, self.is_single = folder, store, is_single
+        self.log: list[dict[str, JSON]] = []
         self._start = time.perf_counter()
 
     def open(self, *, resume: bool) -> None:
-        """Make the folder; a new run removes what an earlier one left of log, failures and checkpoints, a resumed one reads its log."""
+        """Create the folder.
+
+        Args:
+            resume: Whether the log of an earlier run is read. Otherwise the earlier log, failures and checkpoints are
+                removed.
+        """
         if self.folder is None:
             return
         if resume:
             recover_folder(self.folder)
             resume = (self.folder / CHECKPOINT).exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        places = (
+        patterns = (
             (self.folder, ".*.tmp"),
             (self.folder / CHECKPOINT, ".*.tmp"),
             (self.folder.parent, f".{self.folder.name}.*.tmp"),
         )
-        for left in (p for folder, pattern in places for p in folder.glob(pattern)):  # of a killed run
+        for left in (p for folder, pattern in patterns for p in folder.glob(pattern)):  # files of a killed run
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         if not resume:
             shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
             (self.folder / FAILED).unlink(missing_ok=True)
         if not resume or not (self.folder / LOG).exists():
             replace_file(self.folder / LOG, b"")
-        self.log = list(_lines(self.folder / LOG))
+        self.log = list(_read_lines(self.folder / LOG))
 
-    def cut_log(self, lines: int | None, group: int) -> None:
-        """Keep the first lines only, those that a checkpoint knows; None: those of earlier groups."""
-        self.log = (
-            self.log[:lines] if lines is not None else [line for line in self.log if line.get("group", group) < group]
-        )
+    def truncate_log(self, num_lines: int) -> None:
+        """Keep the first lines of the log only.
+
+        Args:
+            num_lines: Number of lines at the time of a checkpoint.
+        """
+        self._replace_log(self.log[:num_lines])
+
+    def drop_group_from_log(self, group: int) -> None:
+        """Remove the lines of a group and of later groups from the log; lines without a group belong to the group."""
+
+        def is_earlier(line: dict[str, Any]) -> bool:
+            return bool(line.get("group", group) < group)
+
+        self._replace_log([line for line in self.log if is_earlier(line)])
+
+    def _replace_log(self, lines: list[dict[str, JSON]]) -> None:
+        self.log = lines
         if self.folder is not None:
-            replace_file(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.log).encode())
+            replace_file(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
-    def checkpoint(self, group: int) -> Path | None:
-        """The folder of a group's checkpoint."""
-        return None if self.folder is None else self.folder / CHECKPOINT / str(group)
+    def write_log(self, **values: JSON) -> dict[str, JSON]:
+        """Add a line to the log.
 
-    def record(self, **values: Any) -> dict[str, Any]:
-        """Add a line to the log."""
-        line = {"seconds": round(time.perf_counter() - self._start, 3), **values}
+        Args:
+            values: Values of the line; ``seconds`` since the start of the run are added.
+
+        Returns:
+            The line.
+        """
+        line: dict[str, JSON] = {"seconds": round(time.perf_counter() - self._start, 3), **values}
         self.log.append(line)
         if self.folder is not None:
             with (self.folder / LOG).open("a", encoding="utf8") as f:
                 f.write(json.dumps(line) + "\n")
         return line
 
-    def place(self, name: str) -> Path | None:
-        """The folder of a prefix."""
-        return None if self.folder is None else self.folder if self.single else self.folder / name
+    def checkpoint_folder(self, group: int) -> Path | None:
+        """Folder of a group's checkpoint, None without an output folder."""
+        return None if self.folder is None else self.folder / CHECKPOINT / str(group)
 
-    def save(self, name: str, prefix: Prefix, *, again: bool) -> None:
-        """A finished prefix: to its folder and into the store; ``again``: it may lie there already, since the run was cut after this."""
-        if (place := self.place(name)) is not None:
-            prefix.save_pretrained(place)
-        if self.store is not None and not (
-            again and name in self.store and self.store.info(name).digest == prefix.digest
-        ):
+    def prefix_folder(self, name: str) -> Path | None:
+        """Folder of a prefix, None without an output folder."""
+        return None if self.folder is None else self.folder if self.is_single else self.folder / name
+
+    def save_prefix(self, name: str, prefix: Prefix, *, resumed: bool) -> None:
+        """Save a finished prefix to its folder and put it into the store.
+
+        Args:
+            name: Name of the prefix.
+            prefix: Trained prefix.
+            resumed: Whether the run was resumed, so that the store may hold the prefix already and no second version is
+                put.
+        """
+        if (folder := self.prefix_folder(name)) is not None:
+            prefix.save_pretrained(folder)
+        if self.store is None:
+            return
+        if not (resumed and name in self.store and self.store.info(name).digest == prefix.digest):
             self.store.put(name, prefix)
 
     def write_failed(self, failed: Mapping[str, str]) -> None:
-        """All failures so far."""
+        """Replace ``failed.jsonl``.
+
+        Args:
+            failed: Error message of each failed prefix so far.
+        """
         if self.folder is not None and failed:
             lines = (json.dumps({"prefix": n, "error": text}, ensure_ascii=False) + "\n" for n, text in failed.items())
             replace_file(self.folder / FAILED, "".join(lines).encode())
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a log; the last one may have been cut while it was written."""
+def _read_lines(path: Path) -> Iterator[dict[str, JSON]]:
+    """Lines of a log, without a last line that was cut while it was written."""
     with contextlib.suppress(json.JSONDecodeError):
         for line in path.read_text(encoding="utf8", errors="replace").splitlines():
             yield json.loads(line)

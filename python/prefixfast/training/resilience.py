@@ -1,4 +1,4 @@
-"""What protects a run: memory that runs out, an interrupt in the middle of a step, and activations that are kept or made again."""
+"""Out-of-memory back-off, deferred interrupts and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -24,75 +25,82 @@ T = TypeVar("T")
 
 
 class TokenBudget:
-    """Tokens of one forward pass; with ``"auto"`` halved when memory runs out.
+    """Largest number of tokens of a forward pass; with ``"auto"`` it is halved when memory runs out.
 
     Args:
-        budget: ``token_budget`` of the options.
+        budget: Option ``token_budget``.
     """
 
     def __init__(self, budget: int | str) -> None:
-        self.auto = budget == "auto"
+        self.is_auto = budget == "auto"
         self.tokens = AUTO_BUDGET if isinstance(budget, str) else budget
-        self._tried: MicroBatch | None = None
+        self._current: MicroBatch | None = None
 
     def watch(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
-        """The same batches; remembers the one at work."""
-        for self._tried in batches:
-            yield self._tried
-        self._tried = None
+        """Yield the batches, and remember the one in use for the error message."""
+        for self._current in batches:
+            yield self._current
+        self._current = None
 
     def run(self, work: Callable[[], T]) -> T:
-        """The result of ``work``, which starts from the beginning with half the tokens when memory runs out.
+        """Run ``work``, and run it again with half the tokens when memory runs out.
+
+        Args:
+            work: Function that packs its batches with `tokens`, and can be called again after a failure.
 
         Raises:
-            CapacityError: If a single example does not fit, or the budget is a given number.
+            CapacityError: If a single example does not fit, or the budget is an explicit number.
         """
         while True:
             try:
                 return work()
             except (RuntimeError, MemoryError) as e:  # torch.OutOfMemoryError is a RuntimeError
-                if not _out_of_memory(e):
+                if not _is_out_of_memory(e):
                     raise
                 reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-            self._halve(reason)  # outside of except, so that the error's frames and their tensors are gone
+            self._halve(reason)  # after the except block, so that the error's frames and their tensors are freed
 
     def _halve(self, reason: str) -> None:
-        tried, self._tried = self._tried, None
-        if not self.auto:
-            msg = (
-                f"memory ran out with token_budget={self.tokens}: lower it, or give 'auto', which halves it ({reason})"
-            )
+        batch, self._current = self._current, None
+        if not self.is_auto:
+            advice = "lower it, or give 'auto', which halves it"
+            msg = f"memory ran out with token_budget={self.tokens}: {advice} ({reason})"
             raise CapacityError(msg)
-        if tried is None or len(tried.lengths) == 1:
-            what = "the prefixes themselves" if tried is None else f"one example of {int(tried.lengths[0]) + 1} tokens"
-            msg = f"memory ran out on {what}: train fewer prefixes at once, use gradient_checkpointing=True, or a shorter max_length ({reason})"
+        if batch is None or len(batch.lengths) == 1:
+            what = "the prefixes themselves" if batch is None else f"one example of {int(batch.lengths[0]) + 1} tokens"
+            advice = "train fewer prefixes at once, use gradient_checkpointing=True, or a shorter max_length"
+            msg = f"memory ran out on {what}: {advice} ({reason})"
             raise CapacityError(msg)
-        self.tokens = max(1, min(self.tokens, int(tried.lengths.sum()) + len(tried.lengths)) // 2)
-        logger.warning("memory ran out: the step is made again with token_budget=%d", self.tokens)
+        self.tokens = max(1, min(self.tokens, int(batch.lengths.sum()) + len(batch.lengths)) // 2)
+        logger.warning("memory ran out: the step is repeated with token_budget=%d", self.tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def _out_of_memory(error: BaseException) -> bool:
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(w in str(error) for w in words)
+def _is_out_of_memory(error: BaseException) -> bool:
+    texts = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 
 class Interrupt:
-    """Whether the user asked to stop.
+    """An interrupt that `defer_sigint` holds back.
 
     Attributes:
-        requested: Set by an interrupt while `deferred` holds it back.
+        requested: Whether the user has interrupted.
     """
 
     requested = False
 
 
 @contextlib.contextmanager
-def deferred(enabled: bool) -> Iterator[Interrupt]:
-    """Hold an interrupt (Ctrl-C) back until the step is done; a second one comes through at once.
+def defer_sigint(enabled: bool) -> Iterator[Interrupt]:
+    """Hold back an interrupt (Ctrl-C) until the end of the step; a second interrupt takes effect at once.
 
-    Only in the main thread and only where Python's own handler is in place: an application that handles the signal itself goes on doing so.
+    The handler is installed only in the main thread, and only in place of Python's own handler, so that a handler of
+    the application stays in effect.
+
+    Args:
+        enabled: Whether interrupts are held back.
     """
     interrupt = Interrupt()
     if (
@@ -103,7 +111,7 @@ def deferred(enabled: bool) -> Iterator[Interrupt]:
         yield interrupt
         return
 
-    def handler(number: int, frame: Any) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
         if interrupt.requested:
             raise KeyboardInterrupt
         interrupt.requested = True
@@ -117,33 +125,38 @@ def deferred(enabled: bool) -> Iterator[Interrupt]:
 
 
 @contextlib.contextmanager
-def recomputed(model: Model, enabled: bool) -> Iterator[None]:
-    """Keep only the inputs of each layer of the base and make the rest again in the backward pass.
+def gradient_checkpointing(model: Model, enabled: bool) -> Iterator[None]:
+    """Keep only the input of each layer for the backward pass, which computes the other activations again.
 
-    transformers' own switch works in training mode only, which would also turn dropout on; the plan of the forward is an argument of the layers, so the
-    second forward of a layer is that of the first.
+    The switch of transformers works in training mode only, which also turns on dropout. The plan of the forward pass is
+    an argument of the layers, so the repeated forward pass of a layer uses the same plan.
+
+    Args:
+        model: Base model.
+        enabled: Whether gradient checkpointing is used.
 
     Raises:
-        ConfigError: If the base's layers cannot be told.
+        ConfigError: If the base model has no layers that transformers can checkpoint.
     """
     layers = [m for m in model.hf.modules() if isinstance(m, GradientCheckpointingLayer)] if enabled else []
     if enabled and not layers:
-        msg = f"gradient_checkpointing: {type(model.hf).__name__} has no layers that transformers can checkpoint; leave it out"
+        got = type(model.hf).__name__
+        msg = f"gradient_checkpointing: {got} has no layers that transformers can checkpoint; leave it out"
         raise ConfigError(msg)
-    own = [vars(layer).get("forward") for layer in layers]  # accelerate's hooks put one there
+    patched = [vars(layer).get("forward") for layer in layers]  # hooks of accelerate replace the method on the object
     for layer in layers:
-        layer.forward = functools.partial(_twice, layer.forward)
+        layer.forward = functools.partial(_checkpointed, layer.forward)
     try:
         yield
     finally:
-        for layer, before in zip(layers, own, strict=True):
+        for layer, before in zip(layers, patched, strict=True):
             if before is None:
                 del layer.forward
             else:
                 layer.forward = before
 
 
-def _twice(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False, preserve_rng_state=False)

@@ -1,169 +1,195 @@
-"""One optimizer step, or one evaluation, of all prefixes of a group at once: packed forwards, each prefix's own loss, rate, clipping and update.
+"""One optimizer step, or one evaluation, of all prefixes of a group in packed forward passes.
+
+Every prefix has its own loss, learning rate, gradient clipping and update.
 
 Shape letters: n prefixes, T target tokens of a micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefixfast.attention.plan import prefix_rows, training_plan
-from prefixfast.config import PrefixConfig
+from prefixfast.attention.plan import LayerKV, prefix_rows, training_plan
+from prefixfast.data.encode import Ints
 from prefixfast.model.base import Model
 from prefixfast.model.text_kv import parameter_dtype
 from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.batching import MicroBatch, Order, micro_batches
-from prefixfast.training.dataset import Examples
-from prefixfast.training.groups import Group
+from prefixfast.training.batching import BatchOrder, MicroBatch, micro_batches
+from prefixfast.training.examples import Examples
+from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
-from prefixfast.training.parameters import PrefixParameters
+from prefixfast.training.parameters import ParameterOptions, PrefixParameters
 from prefixfast.training.resilience import TokenBudget
 
-DEFAULT_RATE = {"none": 5e-2, "mlp": 1e-3}
+DEFAULT_LEARNING_RATE = {"none": 5e-2, "mlp": 1e-3}
 
 
-class Taken(NamedTuple):
-    """What a step did, ``[n]`` each: who took it, losses, gradient norms (fp64), and whose parameters were updated."""
+class StepResult(NamedTuple):
+    """Result of an optimizer step.
 
-    now: Tensor
+    Attributes:
+        active: Prefixes that took the step, bool ``[n]``.
+        losses: Training losses, fp64 ``[n]``.
+        grad_norms: Gradient norms, fp64 ``[n]``.
+        updated: Prefixes whose parameters were updated, bool ``[n]``.
+    """
+
+    active: Tensor
     losses: Tensor
-    norms: Tensor
+    grad_norms: Tensor
     updated: Tensor
 
 
-class Steps:
-    """Parameters, optimizer and data of n prefixes.
+@dataclass(frozen=True)
+class GroupExamples:
+    """Training examples of a group.
+
+    Attributes:
+        examples: Examples of all prefixes.
+        spans: First example and end of the examples of each prefix, int64 ``[n, 2]``.
+    """
+
+    examples: Examples
+    spans: NDArray[np.int64]
+
+
+class StepRunner:
+    """Parameters, optimizer and examples of the n prefixes of a group.
 
     Args:
-        model: The base.
-        group: The prefixes and what they share.
-        config: What is learned, lengths settled.
-        start: Of each prefix keys and values by layer, None: random.
-        windows: Of each prefix ``"slide"`` or ``"always"``.
-        examples: Of all prefixes.
-        spans: int64 ``[n, 2]``: each prefix's examples.
-        on_top_of: A frozen prefix that every sequence attends to before its own.
+        model: Base model.
+        group: Prefixes with resolved options.
+        init: Initial keys and values by layer of each prefix, None for random ones.
+        data: Training examples.
+        on_top_of: Frozen prefix that every sequence attends to before its own prefix.
     """
 
     def __init__(
-        self, model: Model, group: Group, config: PrefixConfig, start: Sequence[Any], windows: Sequence[str], examples: Examples, spans: NDArray[np.int64],
+        self,
+        model: Model,
+        group: PrefixGroup,
+        init: Sequence[list[LayerKV] | None],
+        data: GroupExamples,
         on_top_of: Prefix | None,
-    ) -> None:  # fmt: skip
-        self.model, self.config, self.examples, self.num_prefixes = model, group.config, examples, len(start)
-        configs = [m.config for m in group.members]
-        self.order = Order.draw(spans, configs)
+    ) -> None:
+        self.model, self.config, self.examples = model, group.config, data.examples
+        self.num_prefixes = len(group.jobs)
+        configs, prefix_config = [job.config for job in group.jobs], group.prefix_config
+        self.order = BatchOrder.draw(data.spans, configs)
         self.total = torch.from_numpy(self.order.total)
-        dtype = parameter_dtype(model.dtype)
-        base = () if on_top_of is None else kv_by_layer(on_top_of, model.layers)
         seeds = [c.seed for c in configs]
-        self.params = PrefixParameters.make(
-            model.layers, start, config, mlp=group.mlp, seed=seeds, dtype=dtype, device=model.device, on_top_of=base
-        )
-        self.optimizer = PrefixAdamW(
-            self.params.params, len(start), weight_decay=_vector([c.weight_decay for c in configs])
-        )
-        default = DEFAULT_RATE["mlp" if group.mlp else "none"]
+        options = ParameterOptions(prefix_config, group.uses_mlp, seeds, parameter_dtype(model.dtype), model.device)
+        before = () if on_top_of is None else kv_by_layer(on_top_of, model.layers)
+        self.params = PrefixParameters.make(model.layers, init, options, on_top_of=before)
+        decay = _vector([c.weight_decay for c in configs])
+        self.optimizer = PrefixAdamW(self.params.params, self.num_prefixes, weight_decay=decay)
+        default = DEFAULT_LEARNING_RATE["mlp" if group.uses_mlp else "none"]
         self.peak = _vector([c.learning_rate or default for c in configs])
         self.warmup = _vector([c.warmup_steps for c in configs])
         self.max_norm = _vector([c.max_grad_norm for c in configs])
-        self.schedules = {
-            kind: torch.tensor([c.lr_scheduler_type == kind for c in configs])
-            for kind in {c.lr_scheduler_type for c in configs}
-        }
+        kinds = [c.lr_scheduler_type for c in configs]
+        self.schedules = {kind: torch.tensor([k == kind for k in kinds]) for kind in set(kinds)}
         self.budget = TokenBudget(group.config.token_budget)
-        rows = [
-            (self.params.layers, config.length, config.length if config.pos_start == "after" else 0, w == "slide")
-            for w in windows
-        ]
+        layers, length, pos_start = self.params.layers, prefix_config.length, group.pos_start
+        rows = [(layers, length, pos_start, job.window == "slide") for job in group.jobs]
         if on_top_of is not None:
             rows.append((on_top_of.layers, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
         self.prefix_rows = prefix_rows(rows, len(model.layers))
-        self.composed = on_top_of is not None
+        self.is_composed = on_top_of is not None
 
-    def take(self, step: int, active: Tensor) -> Taken:
-        """The given optimizer step of every active prefix that has one."""
-        losses = self.budget.run(lambda: self._gradients(step, active))
-        now = active & (step < self.total)
+    def step(self, number: int, active: Tensor) -> StepResult:
+        """Take one optimizer step of every active prefix that has the step.
+
+        Args:
+            number: Number of the step, from 0.
+            active: Prefixes that are still trained, bool ``[n]``.
+
+        Raises:
+            CapacityError: If memory runs out on a single example, or with an explicit token budget.
+        """
+        losses = self.budget.run(lambda: self._compute_gradients(number, active))
+        now = active & (number < self.total)
+        done = torch.full_like(self.total, number)
         rate = torch.zeros(self.num_prefixes, dtype=torch.float64)
         for kind, whose in self.schedules.items():
-            rate[whose] = learning_rates(
-                torch.full_like(self.total, step), self.total, peak=self.peak, warmup=self.warmup, kind=kind
-            )[whose]
+            rate[whose] = learning_rates(done, self.total, peak=self.peak, warmup=self.warmup, kind=kind)[whose]
         device = self.model.device
         norms, updated = self.optimizer.step(rate.to(device), now.to(device), self.max_norm)
-        return Taken(now, losses, norms.cpu(), updated.cpu())
+        return StepResult(now, losses, norms.cpu(), updated.cpu())
 
-    def _gradients(self, step: int, active: Tensor) -> Tensor:
-        """Loss of each prefix ``[n]``; the gradients are in the parameters. May be called again after a failure."""
-        chosen, prefix = self.order.at(step, active.numpy())
-        self.params.refresh(np.full(self.num_prefixes, step, np.int64))
+    def _compute_gradients(self, number: int, active: Tensor) -> Tensor:
+        """Compute the gradients of the parameters; returns the losses ``[n]``. A second call starts from scratch."""
+        chosen, prefix = self.order.at(number, active.numpy())
+        self.params.refresh(np.full(self.num_prefixes, number, np.int64))
         losses = torch.zeros(self.num_prefixes, dtype=torch.float64)
-        for micro in self._packed(self.examples, chosen, prefix):
-            weighted = self._losses(micro) * micro.weights.to(self.params.params[0][0].dtype)
+        for micro in self._micro_batches(self.examples, chosen, prefix):
+            weighted = self._token_losses(micro) * micro.weights.to(self.params.params[0][0].dtype)
             weighted.sum().backward()
             losses.index_add_(0, micro.target_prefix.cpu(), weighted.detach().double().cpu())
         self.params.backward()
         return losses
 
     @torch.no_grad()
-    def evaluate(self, examples: Examples, spans: NDArray[np.int64], due: Tensor) -> Tensor:
-        """Mean loss of a target token, fp64 ``[n]``, of the prefixes that are due (bool ``[n]``) on their examples."""
+    def evaluate(self, data: GroupExamples, due: Tensor) -> Tensor:
+        """Evaluate prefixes on held-out examples.
+
+        Args:
+            data: Held-out examples.
+            due: Prefixes to evaluate, bool ``[n]``.
+
+        Returns:
+            Mean loss of a target token, fp64 ``[n]``, which counts where ``due`` is set.
+        """
 
         def run() -> Tensor:
             self.params.refresh(np.zeros(self.num_prefixes, np.int64), dropout=False)
             numbers = due.nonzero()[:, 0].numpy()
-            chosen = np.concatenate([np.arange(*spans[i]) for i in numbers])
-            prefix = np.repeat(numbers, [end - start for start, end in spans[numbers]]).astype(np.int32)
+            chosen = np.concatenate([np.arange(*data.spans[i]) for i in numbers])
+            counts = [end - start for start, end in data.spans[numbers]]
+            prefix = np.repeat(numbers, counts).astype(np.int32)
             total, count = (torch.zeros(self.num_prefixes, dtype=torch.float64) for _ in range(2))
-            for micro in self._packed(examples, chosen, prefix):
+            for micro in self._micro_batches(data.examples, chosen, prefix):
                 where = micro.target_prefix.cpu()
-                total.index_add_(0, where, self._losses(micro).double().cpu())
+                total.index_add_(0, where, self._token_losses(micro).double().cpu())
                 count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
             return total / count
 
         return self.budget.run(run)
 
-    def _packed(self, examples: Examples, chosen: NDArray[np.int64], prefix: NDArray[np.int32]) -> Any:
-        sums = self.config.loss == "sequence_sum"
-        packed = micro_batches(
-            examples, chosen, prefix, token_budget=self.budget.tokens, sequence_sum=sums, device=self.model.device
+    def _micro_batches(self, examples: Examples, chosen: NDArray[np.int64], prefix: Ints) -> Iterator[MicroBatch]:
+        is_sum, tokens = self.config.loss == "sequence_sum", self.budget.tokens
+        return self.budget.watch(
+            micro_batches(examples, chosen, prefix, token_budget=tokens, sequence_sum=is_sum, device=self.model.device)
         )
-        return self.budget.watch(packed)
 
-    def _losses(self, micro: MicroBatch) -> Tensor:
-        """Cross-entropy of every target token ``[T]``."""
+    def _token_losses(self, micro: MicroBatch) -> Tensor:
+        """Cross-entropy of every target token, ``[T]``."""
         count, used = len(micro.lengths), micro.prefix
-        if (
-            self.composed
-        ):  # left to right: the frozen prefix, whose rows are the last in the leaves, then the sequence's own
+        if self.is_composed:  # from left to right: the frozen prefix, which is the last in the leaves, and the own one
             used = np.stack([np.full_like(used, self.num_prefixes), used], 1).reshape(-1)
-        indptr = np.arange(count + 1, dtype=np.int32) * (2 if self.composed else 1)
+        indptr = np.arange(count + 1, dtype=np.int32) * (2 if self.is_composed else 1)
+        backend, device = self.model.backend, self.model.device
         plan = training_plan(
-            micro.lengths,
-            indptr,
-            used,
-            self.prefix_rows,
-            self.params.leaves,
-            backend=self.model.backend,
-            device=self.model.device,
+            micro.lengths, indptr, used, self.prefix_rows, self.params.leaves, backend=backend, device=device
         )
         return self.model.losses(plan.with_logits_at(micro.logits_at), micro.ids, micro.targets)
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and optimizer by name, to be saved; what `load` takes."""
+        """Parameters and optimizer state by name, for `load`."""
         own = {f"param.{i}": t for i, (t, _) in enumerate(self.params.params)}
         return own | {f"optimizer.{n}": t for n, t in self.optimizer.state().items()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Restore the tensors of `state`."""
         for name, own in self.state().items():
             own.copy_(state[name])
 

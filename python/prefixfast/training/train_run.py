@@ -1,4 +1,4 @@
-"""`TrainRun`: what a run gave, by name, with its curves and a short report."""
+"""`TrainRun`, the result of a training run: prefixes by name, metrics, log, a plot and a report."""
 
 from __future__ import annotations
 
@@ -8,34 +8,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
 from prefixfast.io.atomic import replace_file
 from prefixfast.prefix.prefix import Prefix
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainRun(Mapping[str, Prefix]):
-    """The prefixes of a run by name.
+    """Result of `train` with several prefixes: a mapping of names to trained prefixes.
+
+    The names are those of the data, the values of ``prefix_column``, or the variants of a sweep such as
+    ``"learning_rate=0.01"``. A prefix that could not be trained is not in the mapping; `failed` holds its error.
 
     Attributes:
-        prefixes: By name, in the order of the data.
-        metrics: By name: final training loss, evaluation loss and its step if there was one, steps, skipped steps, examples, skipped and truncated rows.
-        log: The lines of log.jsonl.
-        failed: Names that gave no prefix, with the error's text.
-        variants: Of a sweep: by name the fields that tell it from the others, and under ``"of"`` the name of its rows.
+        prefixes: Trained prefixes by name, in the order of the data.
+        metrics: Metrics by name: ``loss`` (last training loss), ``steps``, ``skipped_steps``, ``examples``,
+            ``skipped_rows``, ``truncated_rows``, and with held-out rows ``eval_loss`` and ``best_step``.
+        log: Lines of ``log.jsonl``.
+        failed: Error message by name, for prefixes without a result.
+        variants: Options that a sweep varies, by name, with the name of the rows under ``"of"``; empty without a sweep.
 
     Example:
         >>> run = train(base, rows, eval_data=rows, max_steps=2, sweep={"learning_rate": [1e-9, 1e-2]})
-        >>> list(run), run.failed
-        (['learning_rate=1e-09', 'learning_rate=0.01'], {})
+        >>> run
+        TrainRun(2 prefixes, 0 failed)
+        >>> list(run)
+        ['learning_rate=1e-09', 'learning_rate=0.01']
         >>> run["learning_rate=0.01"].save_pretrained("mine")
     """
 
     prefixes: dict[str, Prefix]
     metrics: dict[str, dict[str, float]]
-    log: list[dict[str, Any]] = field(repr=False)
+    log: list[dict[str, JSON]]
     failed: dict[str, str] = field(default_factory=dict)
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: dict[str, dict[str, JSON | Prefix]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line with the numbers of trained and failed prefixes."""
+        return f"TrainRun({len(self.prefixes)} prefixes, {len(self.failed)} failed)"
 
     def __getitem__(self, name: str) -> Prefix:
         return self.prefixes[name]
@@ -47,13 +58,14 @@ class TrainRun(Mapping[str, Prefix]):
         return len(self.prefixes)
 
     def best(self, name: str | None = None) -> Prefix:
-        """The `Prefix` with the lowest evaluation loss, or, without evaluation, the lowest last training loss.
+        """The prefix with the lowest evaluation loss, or with the lowest last training loss without held-out rows.
 
         Args:
-            name: Of a sweep over several names: whose variants.
+            name: Name of the data whose variants are compared. Needed for a sweep over several names, since losses on
+                different data cannot be compared.
 
         Raises:
-            ConfigError: If there is no such prefix, or a sweep over several names is asked without one.
+            ConfigError: If there is no such prefix, or ``name`` is needed.
 
         Example:
             >>> run.best() is run["learning_rate=0.01"]
@@ -62,40 +74,36 @@ class TrainRun(Mapping[str, Prefix]):
         return self.prefixes[self.best_name(name)]
 
     def best_name(self, name: str | None = None) -> str:
-        """The name of what `best` gives.
+        """Name of the prefix that `best` returns.
 
         Args:
-            name: As in `best`.
-
-        Returns:
-            A key of this mapping.
+            name: Name of the data whose variants are compared.
 
         Raises:
-            ConfigError: As in `best`.
+            ConfigError: If there is no such prefix, or ``name`` is needed.
         """
-        sources = {v["of"] for v in self.variants.values()}
+        sources = {str(v["of"]) for v in self.variants.values()}
         if name is None and len(sources) > 1:
             msg = f"best: expected one of the names {sorted(sources)[:10]}, since each was swept on data of its own"
             raise ConfigError(msg)
         found = [n for n in self.prefixes if name in (None, n, self.variants.get(n, {}).get("of"))]
         if not found:
-            msg = (
-                f"best: no trained prefix is named {name!r}"
-                if name is not None
-                else "best: no prefix was trained, see failed"
-            )
+            none_at_all = "best: no prefix was trained, see failed"
+            msg = none_at_all if name is None else f"best: no trained prefix is named {name!r}"
             raise ConfigError(msg)
-        by_eval = all("eval_loss" in self.metrics[n] for n in found)
-        return min(found, key=lambda n: self.metrics[n]["eval_loss" if by_eval else "loss"])
+        return min(found, key=lambda n: self.metrics[n][self._loss_key(found)])
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the losses of the log over the steps (up to 20 prefixes each, else their mean).
+        """Plot training and evaluation losses over the steps to an image file.
+
+        Up to 20 prefixes of a group have a curve of their own; a larger group has one curve of the mean.
 
         Args:
-            path: A file that matplotlib knows how to write: .png, .svg, .pdf.
+            path: Path of the image; its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
-            ConfigError: Without matplotlib (``pip install 'prefixfast[train]'``), or for another kind of file.
+            ConfigError: If matplotlib is not installed (``pip install 'prefixfast[train]'``), or does not know the
+                ending.
 
         Example:
             >>> run.plot("losses.png")
@@ -109,12 +117,8 @@ class TrainRun(Mapping[str, Prefix]):
         axes = figure.subplots()
         for key, style in (("loss", "-"), ("eval_loss", "--")):
             for label, points in self._curves(key).items():
-                axes.plot(
-                    *zip(*points, strict=True),
-                    style,
-                    marker="." if len(points) == 1 or key == "eval_loss" else "",
-                    label=f"{label} {key}".strip(),
-                )
+                marker = "." if len(points) == 1 or key == "eval_loss" else ""
+                axes.plot(*zip(*points, strict=True), style, marker=marker, label=f"{label} {key}".strip())
         axes.set(xlabel="step", ylabel="loss of a target token")
         if axes.lines:
             axes.legend(fontsize="small")
@@ -126,35 +130,36 @@ class TrainRun(Mapping[str, Prefix]):
         figure.savefig(path, format=kind)
 
     def report(self, path: str | os.PathLike[str]) -> None:
-        """Write a short Markdown report: a line for each prefix, best first, and what failed.
+        """Write a Markdown report: a table of the metrics of each prefix, best first, and the failures.
 
         Args:
-            path: The file.
+            path: Path of the file.
 
         Example:
             >>> run.report("report.md")
         """
         columns = list(dict.fromkeys(k for m in self.metrics.values() for k in m))
-        key = "eval_loss" if self.metrics and all("eval_loss" in m for m in self.metrics.values()) else "loss"
         lines = ["# Training", "", f"{len(self.prefixes)} prefixes trained, {len(self.failed)} failed.", ""]
         if self.metrics:
+            key = self._loss_key(list(self.metrics))
             lines += ["| prefix | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
             for name in sorted(self.metrics, key=lambda n: self.metrics[n][key]):
                 values = (f"{self.metrics[name][c]:.5g}" if c in self.metrics[name] else "" for c in columns)
                 lines.append(f"| {_cell(name)} | " + " | ".join(values) + " |")
         if self.failed:
-            lines += [
-                "",
-                "| failed | why |",
-                "| --- | --- |",
-                *(f"| {_cell(n)} | {_cell(text)} |" for n, text in self.failed.items()),
-            ]
+            rows = (f"| {_cell(n)} | {_cell(text)} |" for n, text in self.failed.items())
+            lines += ["", "| failed | why |", "| --- | --- |", *rows]
         replace_file(Path(path), ("\n".join(lines) + "\n").encode())
 
+    def _loss_key(self, names: list[str]) -> str:
+        """Metric that compares prefixes: ``eval_loss`` if all of them have one, else ``loss``."""
+        return "eval_loss" if all("eval_loss" in self.metrics[n] for n in names) else "loss"
+
     def _curves(self, key: str) -> dict[str, list[tuple[int, float]]]:
-        """Points of each curve: by prefix where the log tells them apart, else of the mean."""
+        """Points of each curve by prefix; under the empty name the means of groups that do not log each prefix."""
         found: dict[str, list[tuple[int, float]]] = {}
-        for line in self.log:
+        lines: list[dict[str, Any]] = self.log
+        for line in lines:
             values = line.get(f"{key}_by_prefix") or ({"": line[key]} if key in line else {})
             for name, value in values.items():
                 found.setdefault(name, []).append((line["step"], value))
@@ -162,4 +167,5 @@ class TrainRun(Mapping[str, Prefix]):
 
 
 def _cell(text: str) -> str:
+    """Text of a cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")

@@ -1,223 +1,229 @@
-"""`train`: one prefix or many on a frozen base, all of them in the same packed batches."""
+"""`train`: one prefix or many on a frozen base model, all of them in the same packed batches."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, Unpack, overload
 
-from prefixfast.config import PrefixConfig, TrainConfig
+from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
+from prefixfast.config.json_types import JSON
 from prefixfast.data.rows import Rows
-from prefixfast.data.tasks import Task, find_task
-from prefixfast.errors import ConfigError, DataError
-from prefixfast.model.base import DTYPES, Model
-from prefixfast.model.shared_base import borrowed
-from prefixfast.prefix.compatibility import check_fits
+from prefixfast.data.task import Task
+from prefixfast.errors import ConfigError
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
-from prefixfast.training.callbacks import Hooks, reporter
-from prefixfast.training.groups import make_groups
-from prefixfast.training.init import settle
-from prefixfast.training.inputs import ONLY, Given, check_names, gather, settings
-from prefixfast.training.loop import Job, Run
-from prefixfast.training.output_dir import Output
-from prefixfast.training.resilience import recomputed
+from prefixfast.training.arguments import BaseModel, TrainArguments
+from prefixfast.training.callbacks import Callback
+from prefixfast.training.groups import Init, Overrides, Sweep
+from prefixfast.training.inputs import SINGLE_NAME, check_folder_names
+from prefixfast.training.job import JobArguments, TrainJob, load_base, prepare
+from prefixfast.training.loop import GroupTrainer
+from prefixfast.training.output_dir import OutputDir
+from prefixfast.training.reporters import make_reporter
+from prefixfast.training.resilience import gradient_checkpointing
 from prefixfast.training.train_run import TrainRun
 
-__all__ = ["TrainRun", "base_for", "check_groups", "prepare", "train"]
+__all__ = ["TrainRun", "train"]
+
+
+@overload
+def train(
+    model: BaseModel,
+    data: Mapping[str, Rows],
+    *,
+    prefix_column: None = None,
+    sweep: Sweep | None = None,
+    **arguments: Unpack[TrainArguments],
+) -> TrainRun: ...
+
+
+@overload
+def train(
+    model: BaseModel,
+    data: Rows,
+    *,
+    prefix_column: str,
+    sweep: Sweep | None = None,
+    **arguments: Unpack[TrainArguments],
+) -> TrainRun: ...
+
+
+@overload
+def train(
+    model: BaseModel,
+    data: Rows,
+    *,
+    prefix_column: None = None,
+    sweep: Sweep,
+    **arguments: Unpack[TrainArguments],
+) -> TrainRun: ...
+
+
+@overload
+def train(
+    model: BaseModel,
+    data: Rows,
+    *,
+    prefix_column: None = None,
+    sweep: None = None,
+    **arguments: Unpack[TrainArguments],
+) -> Prefix: ...
 
 
 def train(
-    model: Any,
+    model: BaseModel,
     data: Rows | Mapping[str, Rows],
     *,
-    task: str | Task | Mapping[str, Any] | None = None,
+    task: str | Task | Mapping[str, JSON] | None = None,
     prefix_column: str | None = None,
     eval_data: Rows | Mapping[str, Rows] | None = None,
-    init: str | Prefix | Mapping[str, Prefix] | None = None,
+    init: Init | None = None,
     init_text: str | None = None,
     on_top_of: Prefix | str | None = None,
     objective: Literal["sft"] = "sft",
-    sweep: Mapping[str, Sequence[Any]] | None = None,
-    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    sweep: Sweep | None = None,
+    overrides: Overrides | None = None,
     store: PrefixStore | str | Path | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     on_error: Literal["isolate", "raise"] = "isolate",
-    callbacks: Sequence[Any] = (),
-    prefix_config: PrefixConfig | Mapping[str, Any] | None = None,
-    config: TrainConfig | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    prefix_config: PrefixConfig | Mapping[str, JSON] | None = None,
+    config: TrainConfig | Mapping[str, JSON] | None = None,
     progress: bool | None = None,
-    **fields: Any,
+    **fields: Unpack[TrainFields],
 ) -> Prefix | TrainRun:
-    """Train one prefix, or one for each name, on a frozen base.
+    """Train one prefix, or many prefixes in the same batches, on a frozen base model.
+
+    Plain rows train one prefix. A mapping of names to rows, or rows with a ``prefix_column``, trains one prefix for
+    each name. The prefixes share the forward and backward passes of the base model, and each gets the result that it
+    has when it is trained alone. The weights of the base model do not change.
 
     Args:
-        model: Hub id, folder, Hugging Face model (given back as it was) or `Model`.
-        data: Rows (a file, or an iterable of mappings) for one prefix; a mapping of names to rows for one prefix each, trained in the same batches with
-            the result that each would have alone.
-        task: A name (``"e2e"``, ``"webnlg"``, ``"table"``, ..., see docs/rows.md), a `Task`, or None: told by the rows' keys.
-        prefix_column: The key of plain rows that names each row's prefix: one prefix for each of its values.
-        eval_data: Held-out rows: for all prefixes, or by name (or with ``prefix_column``) like ``data``.
-        init: ``"text"`` (the keys and values of words), ``"random"``, ``"zero"``, a prefix, or a prefix for each name; by default the recipe's, ``"text"``.
-        init_text: The words of ``init="text"``; by default the task's.
-        on_top_of: A prefix (or its name in ``store``) that stays as it is and comes before each new one, in training as in ``generate(..., [[it, new]])``.
-        objective: ``"sft"``: the likelihood of each row's target, as in Li & Liang; there is no other yet.
-        sweep: By field (or ``init``) a list of values: every combination is trained, in the same batches where the field may differ by prefix
-            (`prefixfast.training.groups.PER_PREFIX`); see `TrainRun.best`.
-        overrides: By name, fields of that prefix alone: ``{"ann": {"learning_rate": 1e-3}}``.
-        store: A `PrefixStore` or its path: each prefix is put there at once when it finishes (plain rows as ``"prefix"``).
-        output_dir: Prefixes, ``log.jsonl``, ``failed.jsonl`` and checkpoints go there: the prefix itself, or one folder a name.
-        resume: Go on from the checkpoint in ``output_dir``, if there is one; on a CPU the result is that of the uncut run, to the bit.
-        on_error: With several prefixes: what happens when one fails by its rows or its numbers. ``"isolate"``: it is reported in `TrainRun.failed` and
-            the others go on; ``"raise"``.
-        callbacks: Objects with some of the hooks of `prefixfast.training.callbacks.Callback`.
-        prefix_config: What is learned.
-        config: How it is learned.
-        progress: Show a bar; None: when standard error is a terminal.
-        fields: Fields of `TrainConfig` or `PrefixConfig`, over ``config`` and ``prefix_config``.
+        model: Base model: hub id, folder, Hugging Face model (attached during the run and then restored) or `Model`.
+        data: Training rows: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, also ``.gz``), an iterable of
+            mappings, or a mapping of names to rows.
+        task: Task that turns rows into prompts and targets: name of a built-in task (``"e2e"``, ``"webnlg"``,
+            ``"dart"``, ``"table"``, ``"summary"``, ``"xsum"``, ``"prompt"``, ``"messages"``, ``"text"``) or `Task`.
+            None chooses the task by the keys of the rows.
+        prefix_column: Key of plain rows whose value names the prefix that is trained on the row.
+        eval_data: Held-out rows, for all prefixes or by name like ``data``. They are used for the choice of the best
+            state, early stopping and `TrainRun.best`.
+        init: Initial values: ``"text"`` (keys and values of a text in the base model), ``"random"``, ``"zero"``, a
+            `Prefix`, or a `Prefix` for each name. None takes those of the recipe, by default ``"text"``.
+        init_text: Text of ``init="text"``; None takes the task's.
+        on_top_of: Frozen prefix that comes before each trained prefix, as in ``generate(..., [[it, new]])``: a
+            `Prefix`, or its name in ``store``.
+        objective: Training objective. ``"sft"``, the only one, is the likelihood of the target, as in Li & Liang.
+        sweep: Values to try by option, or initial values for ``"init"``. Every combination is trained as a prefix of
+            its own. Combinations share batches where only options of `prefixfast.training.groups.PER_PREFIX` differ.
+        overrides: Options of single prefixes by name, for example ``{"ann": {"learning_rate": 1e-3}}``; options of
+            `prefixfast.training.groups.PER_PREFIX` are possible.
+        store: `PrefixStore`, or its path, that gets each prefix when the prefix is finished. The prefix of plain rows
+            gets the name ``"prefix"``.
+        output_dir: Folder for the prefixes (the prefix itself, or one folder for each name), ``log.jsonl``,
+            ``failed.jsonl`` and checkpoints. None writes no files.
+        resume: Whether the run continues from the checkpoint in ``output_dir``, if there is one. On a CPU the result is
+            equal to that of an uninterrupted run to the bit.
+        on_error: Treatment of a prefix that fails because of its rows or its numbers, if several are trained.
+            ``"isolate"`` reports the failure in `TrainRun.failed` and trains the others; ``"raise"`` raises the error.
+        callbacks: Callbacks, objects with some of the hooks of `prefixfast.training.callbacks.Callback`.
+        prefix_config: Options of what is learned, a `PrefixConfig` or a mapping.
+        config: Options of how it is learned, a `TrainConfig` or a mapping.
+        progress: Whether a progress bar is shown. None shows it if standard error is a terminal.
+        fields: Fields of `TrainConfig` and `PrefixConfig`, which take precedence over ``config`` and
+            ``prefix_config``.
 
     Returns:
-        A `Prefix` for plain rows, a `TrainRun` for a mapping, a ``prefix_column`` or a sweep.
+        A `Prefix` for plain rows without a sweep; a `TrainRun`, a mapping of names to prefixes, otherwise.
 
     Raises:
-        ConfigError: For options that do not fit, and for a checkpoint of another run.
-        DataError: For malformed rows.
-        BaseMismatchError: For a given prefix of another base.
+        ConfigError: If options do not fit each other or the base model, or the checkpoint belongs to another run.
+        DataError: If rows are malformed and the failure is not isolated.
+        BaseMismatchError: If a given prefix was made for another base model.
         CapacityError: If memory runs out on a single example.
-        KeyboardInterrupt: When interrupted; with ``output_dir`` after a checkpoint.
+        KeyboardInterrupt: If the user interrupts; with ``output_dir`` a checkpoint is written first.
 
     Example:
         >>> rows = [{"prompt": "2+2=", "completion": "4"}, {"prompt": "3+4=", "completion": "7"}]
         >>> prefix = train(base, rows, prefix_length=4, max_steps=2)
         >>> prefix.length, prefix.training["metrics"]["steps"]
         (4, 2.0)
-        >>> users = train(base, {"ann": rows, "bob": rows[:1], "eve": [{}]}, task="prompt", max_steps=2, output_dir="users", resume=True)
+
+        One prefix for each user; the rows of ``eve`` are malformed, which does not stop the others:
+
+        >>> data = {"ann": rows, "bob": rows[:1], "eve": [{}]}
+        >>> users = train(base, data, task="prompt", max_steps=2, output_dir="users", resume=True)
         >>> list(users), list(users.failed), users.metrics["bob"]["examples"]
         (['ann', 'bob'], ['eve'], 1.0)
 
     Source:
-        Li & Liang 2021 (arXiv:2101.00190).
+        Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190).
     """
-    kept = PrefixStore(store) if isinstance(store, str | Path) else store
-    job, chosen = prepare(
-        data, task=task, prefix_column=prefix_column, eval_data=eval_data, init=init, init_text=init_text, on_top_of=on_top_of,
-        objective=objective, sweep=sweep, overrides=overrides, store=kept, resume=resume, on_error=on_error, callbacks=callbacks,
-        prefix_config=prefix_config, config=config, fields=fields,
-    )  # fmt: skip
-    single = job.given.single and sweep is None
+    opened = PrefixStore(store) if isinstance(store, str | Path) else store
+    job = prepare(
+        JobArguments(
+            data=data,
+            task=task,
+            prefix_column=prefix_column,
+            eval_data=eval_data,
+            init=init,
+            init_text=init_text,
+            on_top_of=on_top_of,
+            objective=objective,
+            sweep=sweep,
+            overrides=overrides,
+            store=opened,
+            resume=resume,
+            on_error=on_error,
+            callbacks=callbacks,
+            prefix_config=prefix_config,
+            config=config,
+            fields=fields,
+        )
+    )
+    is_single = job.rows.is_single and sweep is None
     folder = None if output_dir is None else Path(output_dir)
     if resume and folder is None:
         msg = "resume: expected output_dir beside it, where the checkpoint lies"
         raise ConfigError(msg)
-    if folder is not None and not single:
-        check_names([*(m.name for g in job.groups for m in g.members), *job.given.failed])
-    if chosen.report_to != "none":
-        job.hooks.callbacks.append(reporter(chosen.report_to, None if folder is None else str(folder)))
-    output = Output(folder, kept, single=single)
-    runs: list[Run] = []
-    with base_for(model, chosen) as base, recomputed(base, chosen.gradient_checkpointing):
-        check_groups(base, job)
+    result = _run(model, job, OutputDir(folder, opened, is_single=is_single), progress)
+    return result.prefixes[SINGLE_NAME] if is_single else result
+
+
+def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | None) -> TrainRun:
+    """Train all groups of a job."""
+    folder = output.folder
+    if folder is not None and not output.is_single:
+        check_folder_names([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])
+    if job.config.report_to != "none":
+        reporter = make_reporter(job.config.report_to, None if folder is None else str(folder))
+        job.callbacks.callbacks.append(reporter)
+    trainers: list[GroupTrainer] = []
+    with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
+        job.check_model(base)
         for number in range(len(job.groups)):
-            run = Run(base, job, number, output)
-            if not runs:  # everything of the first group is checked: what an earlier run left may go
-                output.open(resume=resume)
-                output.write_failed(job.given.failed)
-            run.run(progress)
-            runs.append(run)
-    result = _result(runs, job, output)
-    job.hooks.call("on_train_end", result)
-    return result.prefixes[ONLY] if single else result
+            trainer = GroupTrainer(base, job, number, output)
+            if not trainers:  # the first group is checked completely before files of an earlier run are removed
+                output.open(resume=job.resume)
+                output.write_failed(job.rows.failed)
+            trainer.run(progress)
+            trainers.append(trainer)
+    result = _collect(trainers, job, output)
+    job.callbacks.call("on_train_end", result)
+    return result
 
 
-def prepare(
-    data: Any, *, task: Any, prefix_column: str | None, eval_data: Any, init: Any, init_text: str | None, on_top_of: Any,
-    objective: Any, sweep: Any, overrides: Any, store: PrefixStore | None, resume: bool, on_error: str,
-    callbacks: Sequence[Any], prefix_config: Any, config: Any, fields: Mapping[str, Any],
-) -> tuple[Job, TrainConfig]:  # fmt: skip
-    """Check everything that needs no model; see `train`. Returns the job and the options that all groups share."""
-    if objective != "sft":
-        msg = f"objective: expected 'sft' (the likelihood of the targets; there is no other yet), got {objective!r:.80}"
-        raise ConfigError(msg)
-    if on_error not in ("isolate", "raise"):
-        msg = f"on_error: expected 'isolate' or 'raise', got {on_error!r}"
-        raise ConfigError(msg)
-    hooks = Hooks(callbacks)
-    settings(
-        config, prefix_config, fields, init=init, init_text=init_text, task=""
-    )  # refuse wrong options before reading rows
-    given = gather(data, eval_data, prefix_column, isolate=on_error == "isolate")
-    found = _task(given, task)
-    chosen = settings(config, prefix_config, fields, init=init, init_text=init_text, task=found.name)
-    groups = make_groups(given.rows, chosen, overrides=overrides, sweep=sweep, single=given.single, known=given.failed)
-    members = [m.config for g in groups for m in g.members]
-    if eval_data is None and any(c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in members):
-        msg = "early_stopping_patience and metric_for_best_model='eval_loss': expected eval_data beside them"
-        raise ConfigError(msg)
-    if isinstance(on_top_of, str):
-        if store is None:
-            msg = f"on_top_of: expected a Prefix, or a store beside the name {on_top_of!r}"
-            raise ConfigError(msg)
-        on_top_of = store[on_top_of]
-    if on_top_of is not None and not isinstance(on_top_of, Prefix):
-        msg = f"on_top_of: expected a Prefix or a name in the store, got {type(on_top_of).__name__}"
-        raise ConfigError(msg)
-    isolate = on_error == "isolate" and not given.single
-    return Job(
-        given, found, groups, chosen.init_text, chosen.explicit | {*(sweep or ())}, on_top_of, isolate, hooks, resume
-    ), chosen.config
-
-
-def check_groups(model: Model, job: Job) -> None:
-    """Refuse what does not fit the model, for all groups before the first is trained."""
-    for group in job.groups:
-        settle(model, group.members, group.prefix_config, job.explicit, job.task, job.init_text)
-    if job.on_top_of is not None:
-        check_fits(model, job.on_top_of, "on_top_of")
-
-
-def _task(given: Given, task: Any) -> Task:
-    """The task that was given, or that of the first prefix whose rows tell one."""
-    rows = list(given.rows.values())
-    for i, own in enumerate(rows):
-        if task is None and "input_ids" in own[0]:
-            return Task("input_ids")
-        try:
-            return find_task(task, own[0])
-        except DataError:
-            if i + 1 == len(rows):
-                raise
-    raise AssertionError
-
-
-@contextlib.contextmanager
-def base_for(model: Any, config: TrainConfig) -> Iterator[Model]:
-    """The base for the time of a run, in the dtype that was asked for.
-
-    Raises:
-        ConfigError: For a model that cannot work, or one that has another dtype already.
-    """
-    how = {"dtype": config.dtype} if isinstance(model, str | Path) else {}
-    with borrowed(model, **how) as base:
-        if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:
-            msg = (
-                f"dtype: the given model computes in {base.dtype}, got {config.dtype!r}; load it so, or leave dtype out"
-            )
-            raise ConfigError(msg)
-        yield base
-
-
-def _result(runs: Sequence[Run], job: Job, output: Output) -> TrainRun:
-    """The prefixes of all groups in the order of the data."""
-    prefixes = {n: p for run in runs for n, p in run.prefixes.items()}
-    metrics = {n: told["metrics"] for run in runs for n, told in run.finished.items()}
-    place = {name: i for i, name in enumerate(job.given.rows)}
-    members = sorted((m for g in job.groups for m in g.members), key=lambda m: place[m.source])
-    order = [m.name for m in members if m.name in prefixes]
+def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir) -> TrainRun:
+    """Result of all groups, in the order of the data."""
+    prefixes = {n: p for trainer in trainers for n, p in trainer.prefixes.items()}
+    metrics = {n: finished["metrics"] for trainer in trainers for n, finished in trainer.finished.items()}
+    place = {name: i for i, name in enumerate(job.rows.rows)}
+    jobs = sorted((j for group in job.groups for j in group.jobs), key=lambda j: place[j.source])
+    order = [j.name for j in jobs if j.name in prefixes]
     if not (output.log and "metrics" in output.log[-1]):
-        output.record(metrics={n: metrics[n] for n in order})
-    variants = {m.name: {"of": m.source, **m.variant} for m in members if m.variant}
-    return TrainRun(
-        {n: prefixes[n] for n in order}, {n: metrics[n] for n in order}, output.log, dict(job.given.failed), variants
-    )
+        output.write_log(metrics={n: metrics[n] for n in order})
+    variants: dict[str, dict[str, JSON | Prefix]] = {j.name: {"of": j.source, **j.variant} for j in jobs if j.variant}
+    failed = dict(job.rows.failed)
+    return TrainRun({n: prefixes[n] for n in order}, {n: metrics[n] for n in order}, output.log, failed, variants)

@@ -1,29 +1,26 @@
-"""The custom operators: registered properly, traced whole by torch.compile, and honest about what a backend cannot do."""
+"""The custom operators: registration, tracing by torch.compile, choice of the backend and fallback."""
 
 import pytest
 import torch
 
 from prefixfast.attention import backends, ops
 from prefixfast.errors import ConfigError
+from prefixfast_kernels import tile_configs
 from prefixfast_kernels.testing.packed_cases import CASES
-from prefixfast_kernels.testing.tables import Request, problem, relative_error
-from prefixfast_kernels.tile_configs import NO_TILES, Backend, Sizes
+from prefixfast_kernels.testing.packed_problem import make_problem
+from prefixfast_kernels.testing.tables import Request
+from prefixfast_kernels.testing.tolerance import relative_error
+from prefixfast_kernels.tile_configs import NO_TILES, Backend, TileSizes
 
-SIZES = Sizes(8, 16, 16)
+SIZES = TileSizes(8, 16, 16)
 BACKENDS = {"torch": NO_TILES, "triton": SIZES}
 
 
 def setup(backend):
     if backend == "triton":
         pytest.importorskip("triton")
-    p = problem(
-        [Request(7, ((0, True),)), Request(5, ((1, True),))],
-        [6, 3],
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        sizes=SIZES,
-    ).cast(torch.float32)
+    requests = [Request(7, ((0, True),)), Request(5, ((1, True),))]
+    p = make_problem(requests, [6, 3], (4, 2, 16), sizes=SIZES).cast(torch.float32)
     return p, (list(p.tables), None, None, p.scale, 0, 0.0, True, True, backend, list(BACKENDS[backend]))
 
 
@@ -31,7 +28,7 @@ def setup(backend):
 def test_attention_is_registered_properly(backend):
     p, rest = setup(backend)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.attn, (*p.inputs(), *rest), test_utils=checks)
+    torch.library.opcheck(ops.attn, (*p.leaves(), *rest), test_utils=checks)
     o, lse = ops.attn(p.q, p.k, p.v, p.prefix_k, p.prefix_v, *rest)
     for needs in ([True] * 5, [False, False, False, True, True], [True, True, True, False, False]):
         torch.library.opcheck(
@@ -39,13 +36,13 @@ def test_attention_is_registered_properly(backend):
         )
 
 
-def test_the_others_are_registered_properly():
+def test_kv_write_and_cross_entropy_are_registered_properly():
     arena = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4)
     slots = torch.tensor([1, 5, 2], dtype=torch.int32)
     torch.library.opcheck(
         ops.kv_write, (*arena, torch.ones(3, 2, 4), torch.ones(3, 2, 4), slots), test_utils="test_schema"
     )
-    given = (
+    args = (
         torch.randn(5, 8, requires_grad=True),
         torch.randn(11, 8),
         None,
@@ -55,12 +52,12 @@ def test_the_others_are_registered_properly():
         "torch",
     )
     torch.library.opcheck(
-        ops.linear_cross_entropy, given, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
+        ops.linear_cross_entropy, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration")
     )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_torch_compile_traces_them_whole(backend):
+def test_torch_compile_traces_them_without_graph_breaks(backend):
     p, rest = setup(backend)
     weight, targets = torch.randn(11, 4 * 16), torch.arange(12) % 11
 
@@ -70,24 +67,24 @@ def test_torch_compile_traces_them_whole(backend):
 
     runs = []
     for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = p.inputs()
+        leaves = p.leaves()
         value = function(*leaves)
         runs.append([value.detach(), *torch.autograd.grad(value, leaves)])
     assert all(relative_error(a, b) < 1e-6 for a, b in zip(*runs, strict=True))
 
 
-def test_the_triton_backend_serves_a_layer_whose_inputs_need_no_gradient():
-    """Layer 0 above a frozen embedding: the prefix's gradient alone, the same as with all."""
+def test_the_triton_backend_can_skip_the_gradients_of_q_k_and_v():
+    """Layer 0 above a frozen embedding needs the gradient of the prefix only; the gradient is the same."""
     p, rest = setup("triton")
     o, lse = ops.attn(p.q, p.k, p.v, p.prefix_k, p.prefix_v, *rest)
-    own = (p.do, p.q, p.k, p.v, p.prefix_k, p.prefix_v, o, lse, *rest)
-    everything, some = ops.attn_bwd(*own, [True] * 5), ops.attn_bwd(*own, [False, False, False, True, True])
+    args = (p.do, p.q, p.k, p.v, p.prefix_k, p.prefix_v, o, lse, *rest)
+    everything, some = ops.attn_bwd(*args, [True] * 5), ops.attn_bwd(*args, [False, False, False, True, True])
     assert [t.numel() for t in some[:3]] == [0, 0, 0]
     assert all(torch.equal(a, b) for a, b in zip(everything[3:], some[3:], strict=True))
 
 
 @pytest.mark.parametrize("change", ["bias", "float64", "no tiles"])
-def test_a_backend_asked_for_by_name_does_not_fall_back(change):
+def test_a_backend_requested_by_name_does_not_fall_back(change):
     p, rest = setup("triton")
     arguments = list(rest)
     if change == "bias":
@@ -96,16 +93,16 @@ def test_a_backend_asked_for_by_name_does_not_fall_back(change):
         arguments[-1] = [0] * 4
     dtype = torch.float64 if change == "float64" else torch.float32
     tensors = [t.to(dtype) for t in (p.q, p.k, p.v, p.prefix_k, p.prefix_v)]
-    with pytest.raises(ConfigError, match="backend 'triton': attn does not serve"):
+    with pytest.raises(ConfigError, match="backend 'triton': attn does not support"):
         ops.attn(*tensors, *arguments)
 
 
-def test_what_the_torch_backend_cannot_do_goes_to_the_reference_and_is_logged(caplog):
+def test_a_call_unsupported_by_torch_runs_on_the_reference_and_is_logged(caplog):
     case = CASES["infix"]
     p = case.problem(SIZES).cast(torch.float32)
     backends.log_fallback.cache_clear()
-    given = (p.q, p.k, p.v, p.prefix_k, p.prefix_v, list(p.tables), None, None, p.scale, 0, 0.0, True, False)
-    outs = [ops.attn(*given, backend, [0] * 4)[0] for backend in ("torch", "reference")]
+    args = (p.q, p.k, p.v, p.prefix_k, p.prefix_v, list(p.tables), None, None, p.scale, 0, 0.0, True, False)
+    outs = [ops.attn(*args, backend, [0] * 4)[0] for backend in ("torch", "reference")]
     assert torch.equal(*outs)
     assert "segments whose queries are not their last keys" in caplog.text
 
@@ -118,9 +115,9 @@ def test_backends_are_chosen_by_name_and_device(monkeypatch):
     assert chosen.name == "triton"
     assert chosen.sizes.tokens * 8 <= 128
     monkeypatch.delenv("TRITON_INTERPRET")
-    backends.tiles.chip.cache_clear()
+    tile_configs.chip_of.cache_clear()
     with pytest.raises(ConfigError, match="not for cpu"):
         ops.choose_backend("triton", cpu, torch.bfloat16, shapes)
     with pytest.raises(ConfigError, match="expected 'auto' or one of"):
         ops.choose_backend("cuda", cpu, torch.bfloat16, shapes)
-    backends.tiles.chip.cache_clear()
+    tile_configs.chip_of.cache_clear()

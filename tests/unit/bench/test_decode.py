@@ -1,19 +1,21 @@
-"""`prefixfast bench decode`: its contenders agree, its report is written, a wrong contender stops it."""
+"""Suite ``decode``: contenders agree, the results file is written, a wrong contender stops the suite."""
 
 import json
 
 import pytest
 import torch
 
+from prefixfast.attention import ops
 from prefixfast.bench import decode
-from prefixfast.bench.decode import Shape
+from prefixfast.bench.decode_inputs import Inputs, Shape
+from prefixfast.bench.harness import WrongResultError
 from prefixfast_kernels.testing.decode_cases import MODES
-from prefixfast_kernels.testing.tables import relative_error
+from prefixfast_kernels.testing.tolerance import relative_error
 
 SMALL = Shape("small", 6, 5, 16, 2, (4, 2, 16))
 
 
-def test_the_report_is_written(tmp_path, monkeypatch, capsys):
+def test_the_results_file_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(decode, "CPU_SHAPES", (SMALL,))
     decode.run(tmp_path, dtype="auto", rounds=2, device="cpu")
     first, command, *rows = (json.loads(line) for line in (tmp_path / "decode.jsonl").read_text().splitlines())
@@ -23,16 +25,16 @@ def test_the_report_is_written(tmp_path, monkeypatch, capsys):
     assert "| small | prefixfast (called) |" in capsys.readouterr().out
 
 
-def test_a_wrong_contender_stops_it(monkeypatch):
-    monkeypatch.setattr(decode.Inputs, "sdpa", lambda self, k, v: self.ours("torch", "chosen") * 1.01)
-    with pytest.raises(RuntimeError, match="nothing is timed"):
+def test_a_wrong_contender_stops_the_suite(monkeypatch):
+    monkeypatch.setattr(Inputs, "sdpa", lambda self, k, v: self.ours("torch", "chosen") * 1.01)
+    with pytest.raises(WrongResultError, match="nothing is timed"):
         decode.measure(SMALL, torch.float32, torch.device("cpu"), rounds=1, bandwidth=1.0)
 
 
 def test_the_modes_agree_in_the_interpreter(monkeypatch):
     pytest.importorskip("triton")
-    choose = decode.ops.choose_backend
-    monkeypatch.setattr(decode.ops, "choose_backend", lambda _, *rest: choose("triton", *rest))
-    x = decode.Inputs.make(SMALL, torch.float32, torch.device("cpu"))
+    choose = ops.choose_backend
+    monkeypatch.setattr(ops, "choose_backend", lambda _, *rest: choose("triton", *rest))
+    x = Inputs.make(SMALL, torch.float32, torch.device("cpu"))
     expected = x.sdpa(*x.copied())
     assert all(relative_error(x.ours("triton", mode), expected) < 1e-5 for mode in MODES)

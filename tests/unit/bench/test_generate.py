@@ -1,4 +1,4 @@
-"""`prefixfast bench generate` on a tiny base: every contender agrees, the files are there, and wrong tokens stop it."""
+"""Suite ``generate`` on a tiny base: contenders agree, files are written, wrong tokens stop the suite."""
 
 import json
 
@@ -7,9 +7,13 @@ import torch
 
 import tiny
 from prefixfast import load
-from prefixfast.bench import generate
-from prefixfast.bench.generate import BY_HAND, ONE_BY_ONE, ONE_FOR_ALL, OURS, Key, Workload, check, measure, plot, table
-from prefixfast.bench.report import write_report
+from prefixfast.bench import generate, random_base
+from prefixfast.bench.contenders import Bases
+from prefixfast.bench.generate import Settings, Workload, check_same_tokens, measure
+from prefixfast.bench.generate_points import BY_HAND, ONE_BY_ONE, ONE_FOR_ALL, OURS, Key
+from prefixfast.bench.generate_report import plot, table
+from prefixfast.bench.harness import WrongResultError
+from prefixfast.bench.report import Report, write_report
 from prefixfast.errors import ConfigError
 
 WORK = Workload(requests=3, prompt=6, new=5, one_by_one=2)
@@ -23,7 +27,7 @@ def test_all_contenders_are_measured_on_equal_tokens(family, dtype, tmp_path):
         base.generation_config.eos_token_id = list(range(tiny.VOCAB // 2)) if dtype == torch.float32 else None
         base.generation_config.pad_token_id = 0
     with load(make[0]) as model:
-        points = measure(model, [0, 4, 9], [1, 3], WORK, rounds=2, plain=make[1].eval(), progress=False)
+        points = measure(Bases(model, make[1].eval()), [0, 4, 9], [1, 3], WORK, rounds=2, shown=False)
     names = {(p.key.contender, p.key.distinct, p.prefix_length) for p in points}
     assert {(OURS, 0, 0), (OURS, 1, 4), (OURS, 3, 9), (BY_HAND, 3, 9), (ONE_BY_ONE, 1, 9), (ONE_FOR_ALL, 1, 0)} <= names
     assert len(points) == 3 + 2 * 5
@@ -32,7 +36,7 @@ def test_all_contenders_are_measured_on_equal_tokens(family, dtype, tmp_path):
     assert f"| {BY_HAND} |  | " in text
     assert text.count(" | ") == 3 * 7
     plot(points, tmp_path / "p.png", "a title")
-    write_report(tmp_path / "r.html", "<b>", [("caption", text)], tmp_path / "p.png", {"cpu": "x"}, "command")
+    write_report(tmp_path / "r.html", Report("<b>", [("caption", text)], tmp_path / "p.png", "command"))
     page = (tmp_path / "r.html").read_text()
     assert page.count("<tr>") == 6
     assert "data:image/png;base64,iVBOR" in page
@@ -43,53 +47,45 @@ def test_all_contenders_are_measured_on_equal_tokens(family, dtype, tmp_path):
 def test_wrong_tokens_stop_the_benchmark():
     good = torch.tensor([[1, 2, 3], [4, 5, 6]])
     calls = {Key(OURS, 2, 2): lambda: good, Key(BY_HAND, 2, 2): lambda: good, Key(ONE_BY_ONE, 1, 1): lambda: good[:1]}
-    check(calls, 5)
+    check_same_tokens(calls, 5)
     with pytest.raises(
-        RuntimeError, match="PEFT, one request at a time gives other tokens than prefixfast from token 2 on"
+        WrongResultError, match="PEFT, one request at a time gives other tokens than prefixfast from token 2 on"
     ):
-        check(calls | {Key(ONE_BY_ONE, 1, 1): lambda: torch.tensor([[1, 2, 4]])}, 5)
-    with pytest.raises(RuntimeError, match="mixed by hand"):
-        check(calls | {Key(BY_HAND, 2, 2): lambda: torch.tensor([[1, 2, 3], [4, 5, 7]])}, 5)
+        check_same_tokens(calls | {Key(ONE_BY_ONE, 1, 1): lambda: torch.tensor([[1, 2, 4]])}, 5)
+    with pytest.raises(WrongResultError, match="mixed by hand"):
+        check_same_tokens(calls | {Key(BY_HAND, 2, 2): lambda: torch.tensor([[1, 2, 3], [4, 5, 7]])}, 5)
 
 
-def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
+TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+
+
+def settings(**fields):
+    defaults = {"model": None, "shape": "gpt2", "dtype": "float32", "lengths": [0, 3], "distinct": [1, 2]}
+    return Settings(**defaults | {"requests": [1, 2], "rounds": 1, "command": "the command"} | fields)
+
+
+def test_the_suite_writes_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(generate, "Workload", lambda requests=2: Workload(requests, 4, 3, 1))
-    monkeypatch.setitem(
-        generate.SHAPES,
-        "gpt2",
-        (*generate.SHAPES["gpt2"][:2], {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny"),
-    )
-    how = {
-        "model": None,
-        "shape": "gpt2",
-        "dtype": "float32",
-        "lengths": [0, 3],
-        "distinct": [1, 2],
-        "requests": [1, 2],
-        "rounds": 1,
-        "command": "again",
-    }
-    generate.run(tmp_path, **how)
-    head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
-    assert head["command"] == "again"
+    monkeypatch.setitem(random_base.SHAPES, "gpt2", random_base.SHAPES["gpt2"]._replace(fields=TINY))
+    generate.run(tmp_path, settings())
+    first, head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert first["environment"]["cpu"]
+    assert head["command"] == "the command"
     assert {r["requests"] for r in rows} == {1, 2}
     assert (tmp_path / "throughput.png").stat().st_size > 1000
-    assert "again" in (tmp_path / "report.html").read_text()
+    assert "the command" in (tmp_path / "report.html").read_text()
     assert "2 requests: milliseconds a token of one request" in capsys.readouterr().out
 
 
-def test_a_length_that_the_base_has_no_positions_for_is_refused_before_any_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(generate, "make", lambda *_: tiny.make("gpt2"))
-    how = {
-        "model": None,
-        "shape": "gpt2",
-        "dtype": "float32",
-        "distinct": [1],
-        "requests": [2],
-        "rounds": 1,
-        "command": "",
-    }
+def test_a_length_beyond_the_positions_of_the_base_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(random_base, "make", lambda *_: tiny.make("gpt2"))
     with pytest.raises(ConfigError, match="100, 40 prompt tokens and 32 new ones are 172 positions, this base has 160"):
-        generate.run(tmp_path, lengths=[0, 100], **how)
-    longest = max(generate.SHAPES["llama"][2]["max_position_embeddings"] - 72, 0)
-    assert longest >= 4096, "what the option's help promises"
+        generate.run(tmp_path, settings(lengths=[0, 100]))
+    assert random_base.LLAMA["max_position_embeddings"] >= 4096 + 72, "the help of --lengths says so"
+
+
+def test_a_base_that_cannot_be_loaded_is_one_message(cli, tmp_path):
+    done = cli("bench", "generate", "-o", tmp_path / "out", "--model", tmp_path / "nothing")
+    assert done.code == 1
+    assert "model: expected a hub id or a folder of a causal language model" in done.err
+    assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""`prefixfast bench kernels`: its gate runs in the interpreter as on a device, its contenders agree, its report says what did not run."""
+"""Suite ``kernels``: the kernels are checked, contenders agree, the results file names contenders that did not run."""
 
 import dataclasses
 import json
@@ -6,67 +6,69 @@ import json
 import pytest
 import torch
 
-from prefixfast.bench import baselines, kernels
-from prefixfast.bench.baselines import CONTENDERS, ON_CPU, Shape
-from prefixfast_kernels.testing.tables import relative_error
+from prefixfast.bench import kernels, merged_attention
+from prefixfast.bench.attention_contenders import CONTENDERS, ON_CPU, masked
+from prefixfast.bench.attention_inputs import Inputs, Shape
+from prefixfast.bench.harness import WrongResultError
+from prefixfast_kernels.testing.tolerance import relative_error
 
 CPU = torch.device("cpu")
 SMALL = Shape("small", 5, 7, 4, 2, (4, 2, 16))
 
 
-def test_the_gate_runs_in_the_interpreter():
+def test_the_check_of_the_kernels_runs_in_the_interpreter():
     pytest.importorskip("triton")
-    kernels.check(CPU, (torch.float32,), ("one row",))
+    kernels.check_kernels(CPU, (torch.float32,), ("one row",))
 
 
-def test_the_gate_stops_wrong_kernels(monkeypatch):
+def test_wrong_kernels_are_not_timed(monkeypatch):
     pytest.importorskip("triton")
-    real = kernels.triton
-    monkeypatch.setattr(kernels, "triton", lambda *args: [t * 1.01 for t in real(*args)])
-    with pytest.raises(RuntimeError, match="nothing is timed"):
-        kernels.check(CPU, (torch.float32,), ("one row",))
+    real = kernels.run_triton
+    monkeypatch.setattr(kernels, "run_triton", lambda *args: [t * 1.01 for t in real(*args)])
+    with pytest.raises(WrongResultError, match="nothing is timed"):
+        kernels.check_kernels(CPU, (torch.float32,), ("one row",))
 
 
 def test_contenders_agree():
-    x = baselines.Inputs.make(SMALL, torch.float32, CPU)
+    x = Inputs.make(SMALL, torch.float32, CPU)
     first, *others = (kernels._outputs(CONTENDERS[name], x) for name in ON_CPU)
     for other in others:
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(first, other, strict=True))
 
 
 def test_a_wrong_prefixfast_is_not_timed(monkeypatch):
-    monkeypatch.setitem(baselines.CONTENDERS, "prefixfast", lambda x: baselines.masked(x) * 1.01)
-    with pytest.raises(RuntimeError, match="prefixfast differs"):
+    monkeypatch.setitem(CONTENDERS, "prefixfast", lambda x: masked(x) * 1.01)
+    with pytest.raises(WrongResultError, match="prefixfast differs"):
         kernels.measure(SMALL, torch.float32, CPU, rounds=1)
 
 
 @pytest.mark.parametrize("distinct", [1, 2])
-def test_the_merge_of_two_calls_is_right(distinct, monkeypatch):
-    """The device's flash operators are replaced by plain ones; the merge and the gradient through the merged statistics are ours."""
+def test_the_merge_of_two_flash_calls_is_right(distinct, monkeypatch):
+    """Plain operators replace the device's flash operators, so that merge and gradient are tested."""
 
-    def flash(q, k, v, shape, *, own):
-        o, lse = _plain(q, k, v, shape, own=own)
-        return o, lse.T, (q.new_zeros(1), q.new_zeros(1))
+    def flash(qkv, shape, *, own):
+        o, lse = _plain(*qkv, shape, own=own)
+        return o, lse.T, (o.new_zeros(1), o.new_zeros(1))
 
-    def backward(do, q, k, v, o, lse, shape, state, *, own):
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    def backward(call, do, shape, *, own):
+        leaves = [t.detach().requires_grad_() for t in (call.q, call.k, call.v)]
         with torch.enable_grad():
             part, stat = _plain(*leaves, shape, own=own)
-            share = (stat - lse).exp()[..., None]  # of this part in the whole
+            share = (stat - call.lse).exp()[..., None]  # share of this call in the merged output
             value = (part * share.detach() * do).sum() + (
-                share * (do * (part.detach() - o)).sum(-1, keepdim=True)
+                share * (do * (part.detach() - call.o)).sum(-1, keepdim=True)
             ).sum()
         return torch.autograd.grad(value, leaves)
 
-    monkeypatch.setattr(baselines, "_flash", flash)
-    monkeypatch.setattr(baselines, "_flash_backward", backward)
-    x = baselines.Inputs.make(dataclasses.replace(SMALL, distinct=distinct), torch.float64, CPU)
-    got, expected = (kernels._outputs(f, x) for f in (baselines.cascade, baselines.masked))
+    monkeypatch.setattr(merged_attention, "_flash", flash)
+    monkeypatch.setattr(merged_attention, "_flash_backward", backward)
+    x = Inputs.make(dataclasses.replace(SMALL, distinct=distinct), torch.float64, CPU)
+    got, expected = (kernels._outputs(f, x) for f in (merged_attention.merged, masked))
     assert all(relative_error(a, b) < 1e-10 for a, b in zip(got, expected, strict=True))
 
 
 def _plain(q, k, v, shape, *, own):
-    cu_q, cu_k, _, _ = baselines._lengths(shape, CPU, own=own)
+    cu_q, cu_k, _, _ = merged_attention._lengths(shape, CPU, own=own)
     outs, stats = [], []
     for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         group = q.shape[1] // k.shape[1]

@@ -1,4 +1,4 @@
-"""`prefixfast bench train` and `bench tokenize` on tiny bases: contenders agree, the files are there, and what differs stops it."""
+"""Suites ``train`` and ``tokenize`` on tiny bases: contenders agree, files are written, differences stop the suite."""
 
 import json
 
@@ -8,19 +8,28 @@ import torch
 
 import tiny
 from prefixfast import load
-from prefixfast.bench import tokenize, train
-from prefixfast.bench.generate import SHAPES
-from prefixfast.bench.train import OURS, PEFT, Run, Workload, check, measure, table
-from prefixfast.demo.run import EMBEDDED
+from prefixfast.bench import tokenize, train, train_contenders
+from prefixfast.bench.contenders import Bases, peft_model
+from prefixfast.bench.harness import WrongResultError
+from prefixfast.bench.random_base import SHAPES, random_prefixes
+from prefixfast.bench.train import OURS, PEFT, Settings, check_same_losses, measure, table
+from prefixfast.bench.train_contenders import Run, Workload
+from prefixfast.demo import BASE
 from prefixfast.errors import ConfigError, DataError
 
 WORK = Workload(examples=3, shortest=4, longest=9, steps=2)
+TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}
+
+
+def settings(**fields):
+    defaults = {"model": None, "shape": "gpt2", "dtype": "float32", "lengths": [2, 5], "counts": [1, 3]}
+    return Settings(**defaults | {"rounds": 2, "command": ""} | fields)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_training_is_measured_on_equal_losses(family):
     with load(tiny.make(family)) as model:
-        points = measure(model, [2, 5], [1, 3], WORK, rounds=2, limit=1e-4, plain=tiny.make(family), progress=False)
+        points = measure(Bases(model, tiny.make(family)), settings(), WORK, shown=False)
     assert [(p.contender, p.prefixes, p.prefix_length) for p in points] == [
         (OURS, 1, 2),
         (OURS, 3, 2),
@@ -42,48 +51,45 @@ def test_training_is_measured_on_equal_losses(family):
 
 def test_other_losses_stop_the_benchmark():
     runs = {(OURS, 1): Run(1.0, [2.0, 1.5]), (PEFT, 1): Run(1.0, [2.0, 1.5001])}
-    check(runs, 5, 1e-4)
+    check_same_losses(runs, 5, 1e-4)
     for losses in ([2.0, 1.6], [2.0, float("nan")]):
-        with pytest.raises(RuntimeError, match=f"P=5: {PEFT} has loss .* at step 2, {OURS} 1.5"):
-            check(runs | {(PEFT, 1): Run(1.0, losses)}, 5, 1e-4)
+        with pytest.raises(WrongResultError, match=f"P=5: {PEFT} has loss .* at step 2, {OURS} 1.5"):
+            check_same_losses(runs | {(PEFT, 1): Run(1.0, losses)}, 5, 1e-4)
 
 
-def test_a_prefix_that_differs_is_seen(monkeypatch):
-    real = train.random_prefixes
-    seeds = iter([0, 1])
-    monkeypatch.setattr(
-        train, "random_prefixes", lambda model, length, count: real(model, length, count + (n := next(seeds)))[n:]
-    )
+def test_a_prefix_that_differs_is_noticed():
+    rows = WORK.rows(0, tiny.VOCAB)
     with load(tiny.make("gpt2")) as model:
-        first = train.ours(model, {"a": WORK.rows(0, tiny.VOCAB)}, {"a": train.random_prefixes(model, 4, 1)[0]}, 2)
-        other = train.theirs(tiny.make("gpt2"), WORK.rows(0, tiny.VOCAB), train.random_prefixes(model, 4, 1)[0], 2)
-    with pytest.raises(RuntimeError, match="no speed is reported"):
-        check({(OURS, 1): first, (PEFT, 1): other}, 4, 1e-4)
+        one, another = random_prefixes(model, 4, 2)
+        first = train_contenders.ours(model, {"a": rows}, {"a": one}, 2)
+        other = train_contenders.peft(tiny.make("gpt2"), rows, another, 2)
+    with pytest.raises(WrongResultError, match="no speed is reported"):
+        check_same_losses({(OURS, 1): first, (PEFT, 1): other}, 4, 1e-4)
 
 
-def test_a_trainer_that_does_nothing_is_seen(monkeypatch):
+def test_a_trainer_that_does_nothing_is_noticed(monkeypatch):
     rows, start = WORK.rows(0, tiny.VOCAB), None
     with load(tiny.make("gpt2")) as model:
-        (start,) = train.random_prefixes(model, 4, 1)
-        good = train.ours(model, {"a": rows}, {"a": start}, 2)
-    check({(OURS, 1): good, (PEFT, 1): train.theirs(tiny.make("gpt2"), rows, start, 2)}, 4, 1e-4)
+        (start,) = random_prefixes(model, 4, 1)
+        good = train_contenders.ours(model, {"a": rows}, {"a": start}, 2)
+    check_same_losses({(OURS, 1): good, (PEFT, 1): train_contenders.peft(tiny.make("gpt2"), rows, start, 2)}, 4, 1e-4)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
-    with pytest.raises(RuntimeError, match="at step 2"):
-        check({(OURS, 1): good, (PEFT, 1): train.theirs(tiny.make("gpt2"), rows, start, 2)}, 4, 1e-4)
+    with pytest.raises(WrongResultError, match="at step 2"):
+        check_same_losses(
+            {(OURS, 1): good, (PEFT, 1): train_contenders.peft(tiny.make("gpt2"), rows, start, 2)}, 4, 1e-4
+        )
 
 
 def test_peft_trains_in_fp32_over_a_bf16_base():
     base = tiny.make("gpt2").bfloat16()
     with load(tiny.make("gpt2")) as model:
-        (start,) = train.random_prefixes(model, 4, 1)
-    assert train.peft_model(base, start)[1].dtype == torch.float32
+        (start,) = random_prefixes(model, 4, 1)
+    assert peft_model(base, start)[1].dtype == torch.float32
 
 
 def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "Workload", lambda: WORK)
-    monkeypatch.setitem(
-        SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny")
-    )
+    monkeypatch.setitem(SHAPES, "gpt2", SHAPES["gpt2"]._replace(fields=TINY))
     done = cli("bench", "train", "-o", tmp_path, "--lengths", "2,4", "--prefixes", "1,2", "--rounds", "1")
     assert done.code == 0, done.err
     head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
@@ -92,7 +98,7 @@ def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
     )
     assert [(r["contender"], r["prefixes"]) for r in rows[:3]] == [(OURS, 1), (OURS, 2), (PEFT, 1)]
     assert (tmp_path / "throughput.png").read_bytes()[:4] == b"\x89PNG"
-    assert "<h2>Again</h2>" in (tmp_path / "report.html").read_text()
+    assert "<h2>Command</h2>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -103,14 +109,10 @@ def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
         ([4], [0, 1], "prefixes: expected numbers of at least 1"),
     ],
 )
-def test_what_cannot_be_trained_is_refused(tmp_path, monkeypatch, lengths, counts, message):
-    monkeypatch.setitem(
-        SHAPES, "gpt2", (*SHAPES["gpt2"][:2], {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64}, "tiny")
-    )
+def test_lengths_and_counts_that_cannot_be_trained_are_refused(tmp_path, monkeypatch, lengths, counts, message):
+    monkeypatch.setitem(SHAPES, "gpt2", SHAPES["gpt2"]._replace(fields=TINY))
     with pytest.raises(ConfigError, match=message):
-        train.run(
-            tmp_path, model=None, shape="gpt2", dtype="float32", lengths=lengths, counts=counts, rounds=1, command=""
-        )
+        train.run(tmp_path, settings(lengths=lengths, counts=counts))
     assert not list(tmp_path.iterdir())
 
 
@@ -121,7 +123,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, monkeypatch, lengths, count
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(EMBEDDED)
+    return AutoTokenizer.from_pretrained(BASE)
 
 
 def test_tokenization_is_measured_on_equal_tokens(tokenizer):
@@ -138,17 +140,17 @@ def test_tokenization_is_measured_on_equal_tokens(tokenizer):
 
 def test_other_tokens_stop_the_benchmark(tokenizer):
     calls = tokenize.contenders(tokenizer, ["one text", "another"])
-    tokenize.check(calls)
+    tokenize.check_same_tokens(calls)
     ids, indptr = calls[tokenize.OURS]()
     for wrong in ((np.where(np.arange(len(ids)) == len(ids) - 1, 7, ids), indptr), (ids, indptr[:-1])):
-        with pytest.raises(RuntimeError, match="prefixfast: other tokens than transformers' for text 1"):
-            tokenize.check(calls | {tokenize.OURS: lambda wrong=wrong: wrong})
+        with pytest.raises(WrongResultError, match="prefixfast: other tokens than transformers' for text 1"):
+            tokenize.check_same_tokens(calls | {tokenize.OURS: lambda wrong=wrong: wrong})
 
 
 def test_the_tokenize_command_writes_its_file(cli, tmp_path):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"mr": "name[Mill], food[Thai]", "refs": ["The Mill is Thai.", "Thai food at the Mill."]}\n')
-    done = cli("bench", "tokenize", EMBEDDED, data, "-o", tmp_path, "--rounds", "2")
+    done = cli("bench", "tokenize", BASE, data, "-o", tmp_path, "--rounds", "2")
     assert done.code == 0, done.err
     assert "3 texts" in done.out
     head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
@@ -170,7 +172,7 @@ def test_wrong_options_are_refused(cli, words):
     assert cli("bench", *words).code == 2
 
 
-def test_rows_are_ragged_and_lose_on_their_second_half():
+def test_rows_differ_in_length_and_have_loss_on_their_second_half():
     rows = WORK.rows(0, 50)
     assert rows == WORK.rows(0, 50) != WORK.rows(1, 50)
     assert all(4 <= len(r["input_ids"]) <= 9 and r["labels"].count(-100) == len(r["input_ids"]) // 2 for r in rows)

@@ -1,4 +1,4 @@
-"""The official files of E2E, WebNLG and DART, made here in their layouts: rows, what training leaves out, mistakes by line."""
+"""Official files of E2E, WebNLG and DART, written by the test: rows, splits, and errors with their lines."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_dart(write):
     ]
 
 
-def test_files_of_rows_are_read_as_such(write):
+def test_files_of_rows(write):
     row = {"triples": [["a", "B", "c"]], "refs": ["x"]}
     for task in ("dart", "webnlg"):
         assert (
@@ -127,7 +127,7 @@ def test_files_of_rows_are_read_as_such(write):
 
 
 def changed(value, *places, to):
-    """A copy of nested lists and dictionaries with one place changed (None: removed)."""
+    """Copy of nested lists and dictionaries with one value changed, or removed for None."""
     made = json.loads(json.dumps(value))
     inner = made
     for place in places[:-1]:
@@ -172,7 +172,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("task", "value", "message"), WRONG.values(), ids=WRONG)
-def test_a_malformed_entry_is_named_by_its_line(write, task, value, message):
+def test_errors_name_the_line_of_a_malformed_entry(write, task, value, message):
     text = json.dumps(value)
     path = write(
         "a.json", "\n\n" + text.replace('"entries": [', '"entries": [\n', 1) if task == "webnlg" else "[\n\n" + text[1:]

@@ -1,4 +1,4 @@
-"""Row formats: tokens and targets against a plain twin of what TRL's SFTTrainer does, requests of the same rows, and bad rows by line."""
+"""Tokens and targets compared to those of TRL's SFTTrainer, requests of the same rows, and errors with their lines."""
 
 from __future__ import annotations
 
@@ -13,31 +13,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
+import prefixfast.data.builtin_tasks
 import prefixfast.data.rows
-import prefixfast.data.tasks
+import prefixfast.data.task
 import tiny
 from oracles import ROOT, gpt2
-from prefixfast import ConfigError, DataError, GenerationParams, Prefix, RequestError, TrainConfig, load, train
+from prefixfast import ConfigError, DataError, GenerationParams, Prefix, RequestError, load, train
+from prefixfast.data.builtin_tasks import TASKS, find_task, request_task
 from prefixfast.data.encode import Example, encode_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.rows import read_rows
-from prefixfast.data.tasks import TASKS, Task, find_task, request_task
-from prefixfast.engine.request import make_requests
+from prefixfast.data.task import Task
+from prefixfast.engine.make_requests import make_requests
 from prefixfast.model.tokenizer import Tokenizer
 from prefixfast.prefix import peft_format as layout
 from prefixfast.training.batching import micro_batches
-from prefixfast.training.dataset import fit, tokenize
+from prefixfast.training.examples import TokenizeOptions, apply_overflow, tokenize_rows
 
-HEAD = "{% if tools %}{{ tools | length }}{% endif %}{% if shout %}!{% endif %}{% for m in messages %}{% if m['role'] == 'assistant' %}"
-TAIL = "{% else %}[{{ m['role'][0] }}]{{ m['content'] }}</s>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+HEAD = (
+    "{% if tools %}{{ tools | length }}{% endif %}{% if shout %}!{% endif %}"
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}"
+)
+TAIL = (
+    "{% else %}[{{ m['role'][0] }}]{{ m['content'] }}</s>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
 LAST = HEAD + "<a>{{ m['content'] }}</s>\n" + TAIL
 MARKED = HEAD + "<a>{% generation %}{{ m['content'] }}</s>{% endgeneration %}{{ '\\n' }}" + TAIL
-OPEN = HEAD + "<a>{{ m['content'] }}\n" + TAIL  # closes an answer with no special token
+OPEN = HEAD + "<a>{{ m['content'] }}\n" + TAIL  # no special token closes an answer
 
 
 @pytest.fixture
 def tok(tokenizer):
-    """A tokenizer that begins every text with <s>, and a way to give it a chat template."""
+    """Function that makes a tokenizer with a begin token ``<s>`` and a chat template."""
     made = copy.deepcopy(tokenizer)
     made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
 
@@ -54,7 +62,7 @@ def say(*turns: str) -> list[dict[str, str]]:
 
 
 def trl(hf, row, assistant_only=False) -> tuple[list[int], list[int]]:
-    """Ids and the places of targets, as SFTTrainer makes them (`_prepare_dataset` and the shift by one)."""
+    """Token ids and indices of targets as in SFTTrainer (`_prepare_dataset` and the shift by one)."""
     eos = hf.eos_token
     if "prompt" in row and isinstance(row["prompt"], list):
         prompt = hf.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -93,7 +101,7 @@ STRINGS = {
 
 
 @pytest.mark.parametrize("row", STRINGS.values(), ids=STRINGS)
-def test_strings_are_what_trl_makes_of_them(tok, row):
+def test_strings_equal_trl(tok, row):
     tokenizer = tok()
     assert ours(tokenizer, row) == [trl(tokenizer.hf, row)]
 
@@ -108,12 +116,12 @@ def test_strings_are_what_trl_makes_of_them(tok, row):
     ],
     ids=["one answer", "several turns", "an end inside"],
 )
-def test_conversational_pairs_are_what_trl_makes_of_them(tok, template, row):
+def test_conversational_pairs_equal_trl(tok, template, row):
     tokenizer = tok(template)
     assert ours(tokenizer, row) == [trl(tokenizer.hf, row)]
 
 
-def test_the_assistants_turns_are_the_target_where_the_template_marks_them(tok):
+def test_marked_turns_of_the_assistant_are_the_target(tok):
     tokenizer = tok(MARKED)
     (got,) = ours(tokenizer, {"messages": CHAT})
     assert got == trl(tokenizer.hf, {"messages": CHAT}, assistant_only=True)
@@ -129,7 +137,7 @@ def test_without_marks_the_last_answer_is_the_target(tok):
     assert ours(tok(MARKED), {"messages": CHAT}, task=Task("m", input="messages", loss_on="last")) == [got]
 
 
-def test_the_whole_conversation_may_be_the_target(tok):
+def test_loss_on_all_and_on_unmarked_turns(tok):
     tokenizer = tok(LAST)
     assert ours(tokenizer, {"messages": CHAT}, task=Task("m", input="messages", loss_on="all")) == [
         trl(tokenizer.hf, {"messages": CHAT})
@@ -138,7 +146,7 @@ def test_the_whole_conversation_may_be_the_target(tok):
         ours(tokenizer, {"messages": CHAT}, task=Task("m", input="messages", loss_on="assistant"))
 
 
-def test_an_answer_that_nothing_closes_gets_the_end_token(tok):
+def test_an_answer_without_a_closing_token_gets_the_end_token(tok):
     ((ids, targets),) = ours(tok(OPEN), {"messages": CHAT})
     assert (ids[-1], targets[-1]) == (tiny.EOS, len(ids) - 1)
     unmarked = MARKED.replace("</s>{% endgen", "{% endgen").replace("{{ '\\n' }}", "")
@@ -181,8 +189,8 @@ def test_tables_and_documents(tok):
     assert ours(tokenizer, row, task="xsum")[0][0] == encode("long</s>short</s>").ids
 
 
-def test_the_authors_training_ids():
-    """E2E and WebNLG to the id: a lone space before begin and end."""
+def test_token_ids_equal_those_of_li_and_liang():
+    """Token ids of E2E and WebNLG, with a single space before the begin and the end token."""
     from transformers import PreTrainedTokenizerFast
 
     hf = PreTrainedTokenizerFast(tokenizer_object=gpt2(), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
@@ -198,7 +206,7 @@ def test_the_authors_training_ids():
     assert example.ids.tolist()[:2] == [220, 930]
 
 
-# ---- given ids ----
+# ---- input_ids ----
 
 
 @pytest.mark.parametrize(
@@ -211,7 +219,7 @@ def test_the_authors_training_ids():
         (np.array([5, 6]), np.array([-100, 6], np.int16), 2, [1]),
     ],
 )
-def test_labels_may_stand_anywhere(ids, labels, kept, targets):
+def test_labels_may_be_anywhere(ids, labels, kept, targets):
     (got,) = encode_examples(None, tiny.VOCAB, [{"input_ids": ids, "labels": labels}], Task("input_ids"))
     assert (got.ids.tolist(), got.targets.tolist()) == (list(ids[:kept]), targets)
 
@@ -232,7 +240,7 @@ def random_rows(seed: int, count: int) -> list[dict[str, list[int]]]:
 def test_micro_batches_predict_every_target_from_the_token_before_it(seed, count, budget):
     rows = random_rows(seed, count)
     with load(tiny.make("gpt2")) as model:
-        examples = tokenize(model, {"a": rows, "b": rows[::-1]}, Task("input_ids"), TrainConfig(), 160)
+        examples = tokenize_rows(model, {"a": rows, "b": rows[::-1]}, TokenizeOptions(Task("input_ids"), 160))
     chosen = np.random.default_rng(seed).permutation(2 * count)
     prefix = np.sort((chosen >= count).astype(np.int32))
     chosen = chosen[np.argsort(chosen >= count, kind="stable")]
@@ -257,7 +265,7 @@ def test_micro_batches_predict_every_target_from_the_token_before_it(seed, count
     assert sorted(got) == sorted(expected)
 
 
-def test_the_loss_over_scattered_labels_is_pefts():
+def test_the_loss_over_scattered_labels_equals_peft():
     rows = random_rows(0, 12)
     hf = tiny.make("llama", dtype=torch.float64)
     table = tiny.peft_table(hf, 4, seed=1).double()
@@ -282,11 +290,11 @@ def test_the_loss_over_scattered_labels_is_pefts():
     assert abs(got.training["metrics"]["eval_loss"] - total / count) < 1e-9
 
 
-# ---- too long ----
+# ---- overflow ----
 
 
-def example(length: int, *targets: int, whole: bool = False) -> Example:
-    return Example(np.arange(length, dtype=np.int32), np.array(targets), 0, whole)
+def example(length: int, *targets: int, has_no_prompt: bool = False) -> Example:
+    return Example(np.arange(length, dtype=np.int32), np.array(targets), 0, has_no_prompt)
 
 
 @pytest.mark.parametrize(
@@ -298,17 +306,17 @@ def example(length: int, *targets: int, whole: bool = False) -> Example:
         (example(6, 3, 5), 4, [2, 3, 4, 5], [1, 3]),
         (example(6, 3, 5), 3, None, None),
         (example(6, 1, 2, 3, 4, 5), 3, None, None),
-        (example(6, 1, 2, 3, 4, 5, whole=True), 3, [0, 1, 2], [1, 2]),
-        (example(6, 4, 5, whole=True), 3, None, None),
+        (example(6, 1, 2, 3, 4, 5, has_no_prompt=True), 3, [0, 1, 2], [1, 2]),
+        (example(6, 4, 5, has_no_prompt=True), 3, None, None),
     ],
 )
-def test_cutting_takes_the_prompt_first(made, limit, ids, targets):
-    kept = fit(made, limit, "truncate")
+def test_truncation_shortens_the_prompt_first(made, limit, ids, targets):
+    kept = apply_overflow(made, limit, "truncate")
     assert (ids, targets) == ((None, None) if kept is None else (kept.ids.tolist(), kept.targets.tolist()))
-    assert fit(made, limit, "skip") is (made if limit >= 6 else None)
+    assert apply_overflow(made, limit, "skip") is (made if limit >= 6 else None)
 
 
-def test_a_row_that_is_too_long_is_named_by_its_line(tmp_path, folder):
+def test_errors_name_the_line_of_a_row_that_is_too_long(tmp_path, folder):
     path = tmp_path / "a.jsonl"
     path.write_text(
         '{"prompt": "a", "completion": "b"}\n\n' + json.dumps({"prompt": "a" * 30, "completion": "b"}) + "\n",
@@ -318,7 +326,7 @@ def test_a_row_that_is_too_long_is_named_by_its_line(tmp_path, folder):
         load(folder, dtype="float32") as model,
         pytest.raises(DataError, match=r"prefix 'x', .*a\.jsonl:3: 32 tokens, at most 20 fit") as caught,
     ):
-        tokenize(model, {"x": read_rows(path)}, TASKS["prompt"], TrainConfig(), 20)
+        tokenize_rows(model, {"x": read_rows(path)}, TokenizeOptions(TASKS["prompt"], 20))
     assert (caught.value.path, caught.value.line) == (str(path), 3)
 
 
@@ -354,7 +362,7 @@ def test_requests_are_the_prompts_of_training(base, tok):
     ]
 
 
-def test_a_prefix_reads_its_own_format_and_leaves_others(base, tok, make_prefix):
+def test_the_task_of_a_prefix_reads_its_own_format_only(base, tok, make_prefix):
     own = Task("question", prompt="Q: {src}\nA:", target=" {ref}")
     prefix = make_prefix(task=own.spec())
     tokenizer = tok(LAST)
@@ -377,7 +385,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("row", "message"), REFUSED.values(), ids=REFUSED)
-def test_a_bad_request_is_named(base, tok, row, message):
+def test_errors_number_the_wrong_request(base, tok, row, message):
     tokenizer = tok("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + LAST)
     with pytest.raises(RequestError) as caught:
         request_ids(base, tokenizer, "x", row)
@@ -453,7 +461,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("task", "row", "message"), BAD.values(), ids=BAD)
-def test_a_bad_row_is_named_by_its_line(tok, task, row, message):
+def test_errors_name_the_line_of_a_wrong_row(tok, task, row, message):
     tokenizer = tok(LAST)
     rows = [FileRow(row, "a.jsonl", 9)]
     with pytest.raises(DataError) as caught:
@@ -467,7 +475,7 @@ def test_a_bad_row_is_named_by_its_line(tok, task, row, message):
     assert (caught.value.path, caught.value.line) == ("a.jsonl", 9)
 
 
-def test_the_wrong_one_among_many_is_named(tok):
+def test_errors_name_the_wrong_table_of_a_batch(tok):
     tables = [FileRow({"table": {"a": "b"}, "ref": "x"}, "a.jsonl", 3 * i) for i in range(1, 9)]
     tables[5]["table"] = {"a": 5}
     with pytest.raises(DataError, match=r"^a\.jsonl:18: expected text as the value of key"):
@@ -479,14 +487,14 @@ def test_the_wrong_one_among_many_is_named(tok):
     [{"prompt": 5, "completion": "x"}, {"prompt": "a"}, {"prompt": CHAT[:2], "completion": []}],
     ids=["prompt", "target", "chat"],
 )
-def test_the_wrong_one_among_kinds_of_prompts_is_named(tok, bad):
+def test_errors_number_the_wrong_row_of_mixed_prompts(tok, bad):
     rows = [{"prompt": CHAT[:2], "completion": CHAT[2:3]}, {"prompt": "a", "completion": "b"}, bad]
     with pytest.raises(DataError, match=r"^row 2: ") as caught:
         ours(tok(LAST), *rows)
     assert caught.value.line == 3
 
 
-def test_other_columns_are_no_mistake(tok):
+def test_other_columns_are_ignored(tok):
     row = {
         "prompt": "a",
         "completion": "b",
@@ -500,8 +508,8 @@ def test_other_columns_are_no_mistake(tok):
     assert ours(tok(), row, task="prompt") == ours(tok(), {"prompt": "a", "completion": "b"})
 
 
-def test_columns_that_are_none_are_absent(base, tok):
-    """Tables of mixed rows, and of formats side by side, hold None where a row has nothing."""
+def test_columns_with_none_count_as_absent(base, tok):
+    """A table of mixed rows holds None in the columns that a row does not use."""
     empty = dict.fromkeys(
         (
             "prompt",
@@ -524,7 +532,7 @@ def test_columns_that_are_none_are_absent(base, tok):
     assert request_ids(base, tok(LAST), {**empty, "text": "a"}) == request_ids(base, tok(LAST), {"text": "a"})
 
 
-def test_a_template_that_writes_the_beginning_otherwise_is_refused(tok):
+def test_a_chat_template_that_changes_the_context_is_refused(tok):
     tokenizer = tok(LAST.replace("<a>{% endif %}", "<a>think{% endif %}"))
     with pytest.raises(DataError, match="row 0: the chat template writes the conversation up to the answer as"):
         ours(tokenizer, {"messages": CHAT})
@@ -535,34 +543,36 @@ def test_a_template_that_writes_the_beginning_otherwise_is_refused(tok):
     [{"input": "tables"}, {"loss_on": "first"}, {"input": "table"}, {"linearizer": "{}", "input": "text"}],
     ids=str,
 )
-def test_a_task_that_cannot_work_is_refused(field):
+def test_wrong_tasks_are_refused(field):
     with pytest.raises(ConfigError, match="expected"):
         Task("x", **field)
     with pytest.raises(ConfigError, match="expected"):
         Task.from_spec({"name": "x", **field})
 
 
-def test_specs_of_before_are_read():
+def test_specs_without_new_fields_are_read():
     spec = TASKS["e2e"].spec()
     for name in ("input", "loss_on"):
         del spec[name]
     assert Task.from_spec(spec) == TASKS["e2e"]
 
 
-@pytest.mark.parametrize("module", [prefixfast.data.tasks, prefixfast.data.rows], ids=lambda m: m.__name__)
-def test_the_examples_in_the_documentation_run(module):
+@pytest.mark.parametrize(
+    "module", [prefixfast.data.builtin_tasks, prefixfast.data.rows, prefixfast.data.task], ids=lambda m: m.__name__
+)
+def test_doctests(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
 
 
-def test_the_examples_of_the_page_on_rows_run():
+def test_doctests_of_the_page_on_rows():
     result = doctest.testfile(str(ROOT / "docs" / "rows.md"), module_relative=False)
     assert result.attempted >= 6
     assert result.failed == 0
 
 
-# ---- messages end to end ----
+# ---- end to end ----
 
 
 def test_training_on_conversations_and_generating(base, tok, tmp_path):

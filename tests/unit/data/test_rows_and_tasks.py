@@ -1,4 +1,4 @@
-"""Rows from files, and tasks: strings to the letter, several references, mistakes by line."""
+"""Rows from files, and the prompts and targets of tasks; errors name the line."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixfast import ConfigError, DataError
+from prefixfast.data.builtin_tasks import E2E, TASKS, find_task, table_task
 from prefixfast.data.rows import read_rows
-from prefixfast.data.tasks import E2E, TASKS, Task, find_task, table_task
+from prefixfast.data.task import Task
 
 ROWS = [{"prompt": "a\n£", "completion": 'é, "x"'}, {"prompt": "b", "completion": ""}]
 JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS)
@@ -50,7 +51,7 @@ def test_iterables_are_rows(rows):
     assert read_rows(rows) == ROWS
 
 
-def test_a_line_separator_inside_a_string_ends_no_row(tmp_path):
+def test_a_line_separator_inside_a_string_does_not_end_a_row(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), encoding="utf8")
     assert read_rows(tmp_path / "a.jsonl") == [{"prompt": "a\u2028b\x85c"}]
 
@@ -140,7 +141,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("name", "data", "line"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_row_is_named_by_its_line(tmp_path, name, data, line):
+def test_errors_name_the_line_of_a_malformed_row(tmp_path, name, data, line):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError) as caught:
         read_rows(tmp_path / name)
@@ -148,7 +149,7 @@ def test_a_malformed_row_is_named_by_its_line(tmp_path, name, data, line):
     assert str(caught.value).startswith(f"{tmp_path / name}:{line}: ")
 
 
-def test_rows_of_a_file_know_their_line(tmp_path):
+def test_rows_of_a_file_keep_their_line(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n" + GOOD + b"\n\n" + GOOD)
     (tmp_path / "a.json").write_bytes(b'\n[ {"prompt": "a"}, {"prompt":\n"b"},\n\n{"prompt": "c"}]')
     (tmp_path / "a.csv").write_bytes(b'prompt,completion\n"a\nb",c\r\n\nd,e\n')
@@ -183,7 +184,7 @@ def test_parquet_holds_the_same_rows(tmp_path, gz):
         read_rows(path.with_name("b.parquet"))
 
 
-def test_without_pyarrow_the_extra_is_named(tmp_path, monkeypatch):
+def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match=r"needs pyarrow: pip install 'prefixfast\[data\]'"):
@@ -242,7 +243,11 @@ def test_iterables_without_rows_are_refused(rows, message):
 EOS = "<|endoftext|>"
 MR = "name[Blue Spice], eatType[coffee shop], area[city centre]"
 PROMPTS = {
-    "the authors' example": ("e2e", {"mr": MR}, f" name : Blue Spice | Type : coffee shop | area : city centre {EOS}"),
+    "the example of Li & Liang": (
+        "e2e",
+        {"mr": MR},
+        f" name : Blue Spice | Type : coffee shop | area : city centre {EOS}",
+    ),
     "renamed slots, official order": (
         "e2e",
         {"mr": "familyFriendly[no], priceRange[less than £20], name[Alimentum]"},
@@ -258,7 +263,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize(("task", "row", "prompt"), PROMPTS.values(), ids=PROMPTS)
-def test_prompts_to_the_letter(task, row, prompt):
+def test_prompts(task, row, prompt):
     assert TASKS[task].prompts([row], EOS) == [prompt]
     assert find_task(None, row).prompts([row], EOS) == [prompt]
 
@@ -272,11 +277,11 @@ def test_prompts_to_the_letter(task, row, prompt):
         ("prompt", {"prompt": "a", "completion": " b"}, [" b"]),
     ],
 )
-def test_targets_to_the_letter(task, row, targets):
+def test_targets(task, row, targets):
     assert TASKS[task].targets(row, 0) == targets
 
 
-def test_a_tokenizer_without_end_token_leaves_its_place_empty():
+def test_prompts_without_an_end_token():
     assert E2E.prompts([{"mr": "name[A]"}], None) == [" name : A "]
 
 
@@ -309,13 +314,13 @@ FINE = {"e2e": {"mr": MR}, "table": {"table": {"a": "b"}}, "prompt": {"prompt": 
 
 
 @pytest.mark.parametrize(("task", "row"), BAD_INPUT.values(), ids=BAD_INPUT)
-def test_a_bad_input_is_named_by_its_row(task, row):
+def test_errors_number_the_row_of_a_wrong_input(task, row):
     with pytest.raises(DataError, match="row 2"):
         TASKS[task].prompts([FINE[task], FINE[task], row], EOS)
 
 
 @pytest.mark.parametrize(("task", "row"), BAD_TARGET.values(), ids=BAD_TARGET)
-def test_a_bad_target_is_named_by_its_row(task, row):
+def test_errors_number_the_row_of_a_wrong_target(task, row):
     with pytest.raises(DataError, match="row 7") as caught:
         TASKS[task].targets(row, 7)
     assert caught.value.line == 8
@@ -330,7 +335,7 @@ def test_a_spec_survives_json(task):
     assert Task.from_spec(spec) == find_task(spec, {}) == task
 
 
-def test_an_own_table_reads_as_it_was_told():
+def test_table_task():
     assert OWN.prompts([{"table": {"a": "b", "c": "d"}}], EOS) == ["a=b; c=d ->"]
     assert OWN.targets({"ref": "x"}, 0) == [" x\n"]
 
@@ -357,7 +362,7 @@ def test_an_unknown_task_is_refused(task, row, error):
         find_task(task, row)
 
 
-def test_a_task_object_is_taken_as_it_is():
+def test_find_task_returns_a_task_unchanged():
     assert find_task(OWN, {}) is OWN
 
 

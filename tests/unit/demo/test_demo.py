@@ -1,15 +1,21 @@
-"""The demo: what its base was trained on, what its rows hold, and (long) that it keeps its promises."""
+"""Demo: training text of the base, rows of the jobs, printed report, and (long) the figures' limits."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from itertools import islice
 
 import pytest
 import torch
 
+import prefixfast
+from oracles import ROOT
+from prefixfast.demo import BASE
 from prefixfast.demo.corpus import pages
 from prefixfast.demo.jobs import JOBS, coverage
-from prefixfast.demo.run import EMBEDDED, LIMITS, SETTINGS, generate_all, train_jobs
+from prefixfast.demo.run import LIMITS, SETTINGS, generate_all, train_jobs
 from prefixfast.demo.train_base import TEXT_SEED, TOKENIZER_SEED
 from prefixfast.demo.values import has_table, heldout_values
 from prefixfast.model.load import load
@@ -23,7 +29,7 @@ def test_the_base_has_seen_no_table_and_no_held_out_value(seed):
             assert not heldout_values(text), text
 
 
-def test_the_checks_see_a_table_and_a_held_out_value():
+def test_a_table_and_a_held_out_value_are_recognized():
     row = JOBS[0].rows("heldout", 1, seed=0)[0]
     assert has_table(" | ".join(f"{k} : {v}" for k, v in row["table"].items()))
     assert heldout_values(row["ref"])
@@ -32,29 +38,58 @@ def test_the_checks_see_a_table_and_a_held_out_value():
 @pytest.mark.parametrize("job", JOBS, ids=[j.name for j in JOBS])
 def test_rows_are_in_form_and_their_values_apart(job):
     train, held = job.rows("train", 400, seed=0), job.rows("heldout", 100, seed=1)
-    assert all(job.check(r["ref"]) and coverage(r["ref"], r["table"]) == 1 for r in train + held)
+    assert all(job.has_form(r["ref"]) and coverage(r["ref"], r["table"]) == 1 for r in train + held)
     seen = " ".join(r["ref"] for r in train).lower()
     assert not any(re.search(rf"\b{re.escape(v.lower())}\b", seen) for r in held for v in r["table"].values())
     for other in JOBS:
-        assert other is job or not any(other.check(r["ref"]) for r in held), "the three forms are different"
+        assert other is job or not any(other.has_form(r["ref"]) for r in held), "the three forms are different"
 
 
 def test_the_embedded_base_is_small_and_writes_text():
-    assert sum(f.stat().st_size for f in EMBEDDED.iterdir()) <= 8 * 2**20
-    import prefixfast
-
-    with load(EMBEDDED, dtype="float32") as base:
+    assert sum(f.stat().st_size for f in BASE.iterdir()) <= 8 * 2**20
+    with load(BASE, dtype="float32") as base:
         (g,) = prefixfast.generate([" One morning,"], model=base, max_new_tokens=30)
     assert len(re.findall(r"\b[a-z]{2,}\b", g.text)) > 8
+
+
+def test_the_demo_prints_its_report_alone(tmp_path, monkeypatch):
+    """A small demo in a pipe: every line is of the report, without warnings and progress bars."""
+    program = tmp_path / "small_demo.py"
+    program.write_text(
+        "import typer\n"
+        "from prefixfast.bench.generate import Workload\n"
+        "from prefixfast.demo import run\n"
+        "from prefixfast.demo.__main__ import main\n"
+        "fields = {'prefix_length': 4, 'max_steps': 2, 'batch_size': 2, 'learning_rate': 5e-2}\n"
+        "work = Workload(requests=2, prompt=4, new=3, one_by_one=1)\n"
+        "run.SETTINGS['embedded'] = run.Setting(run.TASK, 20, fields, 1, work, (0, 4), 1)\n"
+        "typer.run(main)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, program, "--output", tmp_path / "out", "--samples", "1"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() in ("", "A figure is outside its limit."), done.stderr
+    assert "\r" not in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("Base: the embedded Llama, 2.2 million parameters")
+    assert lines[-1] == f"Plot: {tmp_path / 'out' / 'throughput.png'}"
+    assert sorted(
+        p.name for p in (tmp_path / "out" / "prefixes").iterdir() if p.name in "describe invite announce"
+    ) == [
+        "announce",
+        "describe",
+        "invite",
+    ]
+    assert max(map(len, lines)) <= 110
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_demo_keeps_its_promises(seed):
+def test_the_figures_of_the_demo_are_within_their_limits(seed):
     torch.set_num_threads(2)
     setting = SETTINGS["embedded"]
-    with load(EMBEDDED, dtype="float32") as base:
+    with load(BASE, dtype="float32") as base:
         run, seconds = train_jobs(base, dataclasses.replace(setting, fields={**setting.fields, "seed": seed}), None)
         report = generate_all(base, run, setting, seconds)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Prefixes that come, change and go under load: every output is its own prefix's, and memory stays flat."""
+"""Prefixes that are added, replaced, pinned and deleted under load: outputs stay right and memory stays flat."""
 
 import gc
 import random
@@ -36,7 +36,7 @@ def make_base():
 
 
 def make_pool(count):
-    """Prefixes of several lengths."""
+    """Random prefixes of 1 to 30 rows."""
     g = torch.Generator().manual_seed(1)
     lengths = [1 + (7 * i) % 30 for i in range(count)]
     return [
@@ -50,14 +50,14 @@ def expected_tokens(model, prefix):
     cache = DynamicCache()
     for i in range(2):
         cache.update(*(prefix.kv[f"self.{i}.{x}"].transpose(0, 1)[None] for x in "kv"), i)
-    tokens, given, seen = [], torch.tensor([PROMPT]), prefix.length
+    tokens, ids, length = [], torch.tensor([PROMPT]), prefix.length
     for _ in range(TOKENS):
-        positions = torch.arange(seen, seen + given.shape[1])[None]
-        logits = model(input_ids=given, past_key_values=cache, position_ids=positions).logits[0, -1]
+        positions = torch.arange(length, length + ids.shape[1])[None]
+        logits = model(input_ids=ids, past_key_values=cache, position_ids=positions).logits[0, -1]
         logits[2] = -torch.inf
-        seen += given.shape[1]
-        given = logits.argmax().view(1, 1)
-        tokens.append(int(given))
+        length += ids.shape[1]
+        ids = logits.argmax().view(1, 1)
+        tokens.append(int(ids))
     return tokens
 
 
@@ -70,12 +70,12 @@ def churn(tmp_path, operations, names):
     plain = make_base()
     pool = make_pool(POOL)
     expected = [expected_tokens(plain, p) for p in pool]
-    assert len({tuple(e) for e in expected}) > POOL / 8, "outputs were to tell prefixes apart"
+    assert len({tuple(e) for e in expected}) > POOL / 8, "different prefixes must give different outputs"
     store, g = PrefixStore(tmp_path / "store"), random.Random(3)
-    held = {name: g.randrange(POOL) for name in range(names)}
-    for name, i in held.items():
+    current = {name: g.randrange(POOL) for name in range(names)}
+    for name, i in current.items():
         store.put(f"user {name}", pool[i])
-    before, done, count, memory = dict(held), 0, Counter(), []
+    previous, done, count, memory = dict(current), 0, Counter(), []
     row = 2 * 4 * 8 * 4 * 2
     with Engine(
         make_base(),
@@ -86,34 +86,34 @@ def churn(tmp_path, operations, names):
         prefix_memory=row * 640,
     ) as engine:
         while done < operations:
-            asked = [g.randrange(names) if g.random() < 0.6 else g.randrange(40) for _ in range(g.randrange(1, 40))]
-            direct = [g.random() < 0.1 for _ in asked]
-            prefixes = [pool[held[n]] if d else f"user {n}" for n, d in zip(asked, direct, strict=True)]
-            results = engine.generate([PROMPT] * len(asked), prefixes, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
-            for n, result in zip(asked, results, strict=True):
-                assert result.token_ids == expected[held[n]], (n, held[n])
-                assert result.prefix_digest == pool[held[n]].digest
-            done += len(asked)
+            users = [g.randrange(names) if g.random() < 0.6 else g.randrange(40) for _ in range(g.randrange(1, 40))]
+            as_object = [g.random() < 0.1 for _ in users]
+            prefixes = [pool[current[n]] if d else f"user {n}" for n, d in zip(users, as_object, strict=True)]
+            results = engine.generate([PROMPT] * len(users), prefixes, max_new_tokens=TOKENS, min_new_tokens=TOKENS)
+            for n, result in zip(users, results, strict=True):
+                assert result.token_ids == expected[current[n]], (n, current[n])
+                assert result.prefix_digest == pool[current[n]].digest
+            done += len(users)
             for _ in range(g.randrange(12)):
                 n, kind = (
                     g.randrange(names),
                     g.choice(["replace", "replace", "roll back", "evict", "pin", "unpin", "delete"]),
                 )
                 if kind == "replace":
-                    before[n], held[n] = held[n], g.randrange(POOL)
-                    store.put(f"user {n}", pool[held[n]])
-                elif kind == "roll back" and before[n] != held[n]:
+                    previous[n], current[n] = current[n], g.randrange(POOL)
+                    store.put(f"user {n}", pool[current[n]])
+                elif kind == "roll back" and previous[n] != current[n]:
                     store.rollback(f"user {n}")
-                    before[n], held[n] = held[n], before[n]
+                    previous[n], current[n] = current[n], previous[n]
                 elif kind == "delete":
                     store.delete(f"user {n}")
-                    before[n] = held[n] = g.randrange(POOL)
-                    store.put(f"user {n}", pool[held[n]])
+                    previous[n] = current[n] = g.randrange(POOL)
+                    store.put(f"user {n}", pool[current[n]])
                 elif kind == "evict":
                     assert engine.evict(f"user {n}")
                 elif kind in ("pin", "unpin"):
                     getattr(engine, kind)(f"user {n}")
-                    if len(engine.loop.residency.kept) > 20:
+                    if len(engine.loop.prefix_cache.pinned) > 20:
                         engine.evict(next(r for r in engine.resident() if r.pinned).digest)
                 count[kind] += 1
                 done += 1
@@ -122,14 +122,14 @@ def churn(tmp_path, operations, names):
                 memory.append(resident_bytes())
         stats = engine.stats()
         assert all(r.requests == 0 for r in engine.resident())
-        assert len(engine.loop.residency.numbers) == len(engine.loop.residency.prefixes) <= POOL
+        assert len(engine.loop.prefix_cache.numbers) == len(engine.loop.prefix_cache.prefixes) <= POOL
     assert stats["loads"] > operations / 8
     assert stats["evictions"] > operations / 20
     assert min(count[k] for k in ("replace", "roll back", "evict", "pin", "unpin", "delete")) > operations / 200
     return memory
 
 
-def test_every_output_is_its_own_prefixs(tmp_path):
+def test_every_output_is_that_of_its_prefix(tmp_path):
     churn(tmp_path, 1500, 100)
 
 

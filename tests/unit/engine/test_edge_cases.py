@@ -1,4 +1,4 @@
-"""Generation at its edges: what must fail for one request only, what must be let go of, what must not hang."""
+"""Edge cases of generation: errors of single requests, released memory, and calls that must not hang."""
 
 import gc
 import threading
@@ -20,25 +20,33 @@ HOW = {"max_num_seqs": 4, "max_model_len": 160}
 LONG = {"max_new_tokens": 150, "min_new_tokens": 150}
 
 
-# ---- one request's fault ----
+# ---- errors of single requests ----
 
 
-class Boom:
+class FailingProcessor:
+    """Logits processor that raises once a row has more than four tokens."""
+
     def __call__(self, input_ids, scores):
         if input_ids.shape[1] > 4:
             raise ValueError("boom")
         return scores
 
 
-@pytest.mark.parametrize("ahead", [False, True])
-def test_a_processor_that_raises_fails_its_own_request_only(base, ahead):
+@pytest.mark.parametrize("run_ahead", [False, True])
+def test_a_failing_processor_fails_its_own_request_only(base, run_ahead):
     with Engine(base, **HOW) as engine:
-        engine.loop.ahead = ahead
+        engine.loop.run_ahead = run_ahead
         expected = engine.generate(["ab"], max_new_tokens=40, min_new_tokens=40)[0].token_ids
         good = engine.submit("ab", max_new_tokens=40, min_new_tokens=40)
-        bad = engine.submit("cd", logits_processor=LogitsProcessorList([Boom()]), max_new_tokens=30, min_new_tokens=30)
+        bad = engine.submit(
+            "cd", logits_processor=LogitsProcessorList([FailingProcessor()]), max_new_tokens=30, min_new_tokens=30
+        )
         beams = engine.submit(
-            "cd", logits_processor=LogitsProcessorList([Boom()]), max_new_tokens=30, min_new_tokens=30, num_beams=2
+            "cd",
+            logits_processor=LogitsProcessorList([FailingProcessor()]),
+            max_new_tokens=30,
+            min_new_tokens=30,
+            num_beams=2,
         )
         for ticket in (bad, beams):
             with pytest.raises(ValueError, match="boom"):
@@ -46,7 +54,7 @@ def test_a_processor_that_raises_fails_its_own_request_only(base, ahead):
         assert good.result(60).token_ids == expected
         got = engine.generate(
             ["ab", "cd"],
-            logits_processor=LogitsProcessorList([Boom()]),
+            logits_processor=LogitsProcessorList([FailingProcessor()]),
             on_error="return",
             max_new_tokens=30,
             min_new_tokens=30,
@@ -58,19 +66,19 @@ def test_a_processor_that_raises_fails_its_own_request_only(base, ahead):
 def test_numbers_that_overflow_are_refused_before_any_work(base, fields):
     with Engine(base, **HOW) as engine, pytest.raises(ConfigError, match=next(iter(fields))):
         engine.submit("ab", do_sample=True, **fields)
-    most = GenerationParams(do_sample=True, seed=2**62 - 1, top_k=2**31 - 1, temperature=1e-6)
+    largest = GenerationParams(do_sample=True, seed=2**62 - 1, top_k=2**31 - 1, temperature=1e-6)
     (got,) = prefixfast.generate(
-        ["ab"], model=base, params=most, num_return_sequences=2, max_new_tokens=4, progress=False
+        ["ab"], model=base, params=largest, num_return_sequences=2, max_new_tokens=4, progress=False
     )
     assert len(got.texts) == 2
 
 
-def test_a_processor_that_is_no_list_is_refused(base):
+def test_processors_that_are_no_list_are_refused(base):
     with pytest.raises(ConfigError, match="logits_processor"):
-        prefixfast.generate(["ab"], model=base, logits_processor=Boom())
+        prefixfast.generate(["ab"], model=base, logits_processor=FailingProcessor())
 
 
-def test_text_that_is_none_is_one_requests_error(base):
+def test_invalid_text_is_the_error_of_its_request(base):
     got = prefixfast.generate(
         ["\ud83d", "ab", {"prompt": "\ud800"}], model=base, on_error="return", max_new_tokens=2, progress=False
     )
@@ -93,7 +101,7 @@ def test_a_failed_request_keeps_its_id(base):
 # ---- parameters from files ----
 
 
-def test_defaults_of_the_base_that_cannot_be_are_left_out(caplog):
+def test_invalid_defaults_of_the_base_are_ignored(caplog):
     model = tiny.make("gpt2")
     model.generation_config.temperature = 0.0
     with Engine(model, **HOW) as engine:
@@ -102,7 +110,7 @@ def test_defaults_of_the_base_that_cannot_be_are_left_out(caplog):
     assert "temperature" in caplog.text
 
 
-def test_beams_that_sample_are_refused_whoever_asks(base, make_prefix):
+def test_defaults_of_a_prefix_that_ask_for_beams_that_sample_are_refused(base, make_prefix):
     prefix = make_prefix(decoding={"num_beams": 4, "do_sample": True, "temperature": 0.7})
     with pytest.raises(RequestError, match="sample"):
         prefixfast.generate(["ab"], prefix, model=base)
@@ -111,7 +119,7 @@ def test_beams_that_sample_are_refused_whoever_asks(base, make_prefix):
     )
 
 
-def test_scores_ask_for_no_parameters(make_prefix):
+def test_scores_ignore_generation_parameters(make_prefix):
     model = tiny.make("gpt2")
     model.generation_config.num_return_sequences = 3
     prefix = make_prefix(decoding={"num_beams": 4, "stop_strings": ["x"]})
@@ -131,10 +139,10 @@ def test_a_score_may_fill_all_positions():
             engine.score([ids[0].tolist()], targets=[[5]])
 
 
-def test_many_forbidden_words_are_not_kept(base):
-    from prefixfast.config.generation import _over
+def test_parameters_with_many_bad_words_are_not_cached(base):
+    from prefixfast.config.generation import _merged
 
-    before = _over.cache_info().currsize
+    before = _merged.cache_info().currsize
     for i in range(5):
         words = [[j] for j in range(3, 90)] + [[91 + i, 91]]
         assert (
@@ -143,17 +151,17 @@ def test_many_forbidden_words_are_not_kept(base):
             ]
             >= 90
         )
-    assert _over.cache_info().currsize - before < 3
+    assert _merged.cache_info().currsize - before < 3
 
 
-# ---- samples ----
+# ---- sampling ----
 
 
-def test_samples_of_seeds_that_share_low_bits_differ():
+def test_seeds_that_share_low_bits_give_different_samples():
     sampler = Sampler(6, torch.device("cpu"))
     for row, seed in enumerate((7, 7 + 2**32, 7 + 5 * 2**40)):
         for number in (1, 2):
-            sampler.start(
+            sampler.set_row(
                 2 * row + number - 1,
                 GenerationParams(seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0),
                 number,
@@ -161,7 +169,7 @@ def test_samples_of_seeds_that_share_low_bits_differ():
     assert len(set(sampler.seed.tolist())) == 6
 
 
-def test_a_special_token_is_a_stop_string_too(base, tokenizer):
+def test_a_special_token_can_be_a_stop_string(base, tokenizer):
     begin = tokenizer.bos_token
     with Engine(base, **HOW) as engine:
         how = {"do_sample": True, "temperature": 3.0, "top_k": 0, "max_new_tokens": 150, "min_new_tokens": 150}
@@ -176,10 +184,10 @@ def test_a_special_token_is_a_stop_string_too(base, tokenizer):
     assert got.finish_reason == "stop"
 
 
-# ---- letting go ----
+# ---- released memory ----
 
 
-def test_what_is_evicted_does_not_come_back_from_a_late_prefetch(base, make_prefix, tmp_path):
+def test_an_evicted_prefix_is_not_cached_by_a_late_prefetch(base, make_prefix, tmp_path):
     store = PrefixStore(tmp_path / "store")
     for i in range(20):
         store.put(f"p{i}", make_prefix(i))
@@ -188,13 +196,13 @@ def test_what_is_evicted_does_not_come_back_from_a_late_prefetch(base, make_pref
             engine.pin(f"p{i}")
         done = [engine.evict(f"p{i}") for i in range(20)]
         assert all(done)
-        engine.loop.residency.loader.close()
-        assert not engine.loop.residency.loader.known
-        assert not engine.loop.residency.numbers
+        engine.loop.prefix_cache.loader.close()
+        assert not engine.loop.prefix_cache.loader.cacheable
+        assert not engine.loop.prefix_cache.numbers
 
 
 @pytest.mark.parametrize("then", ["unpin", "another request"])
-def test_a_promised_eviction_holds(base, make_prefix, tmp_path, then):
+def test_a_pending_eviction_is_carried_out(base, make_prefix, tmp_path, then):
     store = PrefixStore(tmp_path / "store")
     store.put("a", make_prefix(1))
     with Engine(base, store=store, **HOW) as engine:
@@ -213,19 +221,19 @@ def test_a_promised_eviction_holds(base, make_prefix, tmp_path, then):
             engine.evict("naem")
 
 
-def test_prefixes_do_not_pile_up_while_the_engine_is_busy(base, make_prefix, monkeypatch):
-    monkeypatch.setattr("prefixfast.engine.prefix_cache.KEPT_PREFIXES", 8)
+def test_a_busy_engine_forgets_unused_prefixes(base, make_prefix, monkeypatch):
+    monkeypatch.setattr("prefixfast.engine.prefix_cache.MAX_PREFIXES", 8)
     with Engine(base, max_num_seqs=4, max_model_len=160) as engine:
         busy = engine.submit("ab", **LONG)
         for i in range(40):
             engine.submit("ab", make_prefix(i), max_new_tokens=1).result(60)
             if busy.done():
                 busy = engine.submit("ab", **LONG)
-        assert len(engine.loop.residency.prefixes) < 16
+        assert len(engine.loop.prefix_cache.prefixes) < 16
         busy.cancel()
 
 
-def test_a_closed_engine_holds_no_arena_and_takes_no_pins(base, make_prefix):
+def test_a_closed_engine_has_no_arena_and_refuses_pins(base, make_prefix):
     engine = Engine(base, **HOW)
     engine.generate(["ab"], make_prefix(), max_new_tokens=2)
     arena = weakref.ref(engine.loop.arena.layers[0][0])
@@ -242,26 +250,28 @@ def test_a_closed_engine_holds_no_arena_and_takes_no_pins(base, make_prefix):
             call()
 
 
-def test_a_processor_is_let_go_of_with_its_request(base):
-    boom = Boom()
-    gone = weakref.ref(boom)
+def test_a_processor_is_released_with_its_request(base):
+    processor = FailingProcessor()
+    reference = weakref.ref(processor)
     with Engine(base, **HOW) as engine:
-        engine.generate([[5]], logits_processor=LogitsProcessorList([boom]), max_new_tokens=2)
-        del boom
+        engine.generate([[5]], logits_processor=LogitsProcessorList([processor]), max_new_tokens=2)
+        del processor
         gc.collect()
-        assert gone() is None
+        assert reference() is None
 
 
-def test_a_pin_that_cannot_be_loaded_is_told(base, make_prefix, monkeypatch, caplog):
+def test_a_pinned_prefix_that_cannot_be_loaded_is_logged(base, make_prefix, monkeypatch, caplog):
     prefix = make_prefix(5)
     with Engine(base, **HOW) as engine:
-        monkeypatch.setattr(engine.loop.residency.loader, "_on_host", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        monkeypatch.setattr(
+            engine.loop.prefix_cache.loader, "_host_kv", lambda *_: (_ for _ in ()).throw(OSError("gone"))
+        )
         engine.pin(prefix)
         for _ in range(100):
             engine.generate(["ab"], max_new_tokens=1)
             if "gone" in caplog.text:
                 break
-        assert "pinned no more" in caplog.text
+        assert "is unpinned" in caplog.text
         assert not any(r.pinned for r in engine.resident())
         monkeypatch.undo()
         engine.pin(make_prefix(6))
@@ -287,7 +297,7 @@ def test_a_stream_can_be_read_twice(base):
         assert asyncio.run(read()) == []
 
 
-def test_closing_waits_for_a_generate_of_another_thread(base):
+def test_close_waits_for_a_generate_of_another_thread(base):
     engine, out = Engine(base, **HOW), []
     thread = threading.Thread(target=lambda: out.append(engine.generate(["ab"] * 8, **LONG)))
     thread.start()
@@ -298,7 +308,7 @@ def test_closing_waits_for_a_generate_of_another_thread(base):
     assert len(out[0]) == 8
 
 
-def test_callbacks_cannot_wait_for_their_own_thread(base):
+def test_callbacks_of_tickets_cannot_wait_for_their_own_thread(base):
     with Engine(base, **HOW) as engine:
         seen = []
 
@@ -346,7 +356,7 @@ def test_a_used_cache_and_a_prompt_in_chunks_are_refused():
             model.hf.generate(**both, past_key_values=cache, prefill_chunk_size=3)
 
 
-def test_a_cache_that_is_dropped_leaves_nothing():
+def test_a_dropped_cache_releases_its_memory():
     with load(tiny.make("gpt2")) as model:
         prefix = Prefix({f"self.{i}.{x}": torch.randn(3, 4, 8) for i in range(3) for x in "kv"}, 3)
         before = threading.active_count()

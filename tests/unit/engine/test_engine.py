@@ -1,4 +1,4 @@
-"""The engine's state: waves, eviction and reload, composition, windows, errors and interrupts in the middle."""
+"""State of the engine: waiting requests, eviction and reload, several prefixes, windows, errors and interrupts."""
 
 import functools
 
@@ -12,7 +12,7 @@ from prefixfast.errors import CapacityError, ConfigError
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma3"])
-def test_a_crowded_arena_gives_the_same_as_each_request_alone(family):
+def test_a_full_arena_gives_the_same_as_each_request_alone(family):
     base = tiny.make(family)
     batch, chosen = requests(base, 5)
     with (
@@ -25,12 +25,15 @@ def test_a_crowded_arena_gives_the_same_as_each_request_alone(family):
     with Engine(base, max_num_seqs=7, max_model_len=48, max_num_batched_tokens=40, kv_cache_memory=row * 290) as engine:
         for _ in range(2):
             assert [g.token_ids for g in engine.generate(batch, chosen)] == expected
-        assert engine.stats()["evictions"] > 0, "the arena was to be too small for all prefixes"
+        assert engine.stats()["evictions"] > 0, "the arena must be too small for all prefixes"
 
 
-@pytest.mark.parametrize("where", ["residency.begin", "residency.loader.load", "_prefill", "_decode", "rows.choose"])
+@pytest.mark.parametrize(
+    "where",
+    ["prefix_cache.start_loads", "prefix_cache.loader.load", "runner.prefill", "runner.decode", "batch.choose_tokens"],
+)
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_engine_survives_an_error_in_the_middle(where, error, monkeypatch):
+def test_an_engine_works_again_after_an_error_in_a_step(where, error, monkeypatch):
     base = tiny.make("llama")
     batch, chosen = requests(base, 6)
     with Engine(base, max_num_seqs=7, max_model_len=48) as engine:
@@ -53,7 +56,7 @@ def test_an_engine_survives_an_error_in_the_middle(where, error, monkeypatch):
         assert [g.token_ids for g in engine.generate(batch, chosen)] == expected
 
 
-def test_an_end_token_that_the_base_does_not_have_is_let_be():
+def test_end_tokens_outside_the_vocabulary_are_ignored():
     base = tiny.make("gpt2")
     expected = []
     for end in (None, [50256, -1]):
@@ -87,23 +90,23 @@ def test_a_base_in_training_mode_is_refused():
             engine.generate([[5, 6]], max_new_tokens=2)
 
 
-def test_what_can_never_fit_is_a_capacity_error_that_names_the_request():
+def test_a_request_that_can_never_fit_is_a_capacity_error_with_its_index():
     with Engine(tiny.make("gpt2"), max_num_seqs=2, max_model_len=64) as engine:
         with pytest.raises(CapacityError, match="request 1 can never run"):
             engine.generate([[5, 6], {"input_ids": [5], "params": {"num_beams": 3}}], max_new_tokens=4)
         assert len(engine.generate([[5, 6]], max_new_tokens=4)[0].token_ids) <= 4
 
 
-def test_an_engine_does_not_keep_every_prefix_it_has_seen(monkeypatch):
-    monkeypatch.setattr("prefixfast.engine.prefix_cache.KEPT_PREFIXES", 5)
+def test_an_engine_forgets_prefixes_beyond_the_limit(monkeypatch):
+    monkeypatch.setattr("prefixfast.engine.prefix_cache.MAX_PREFIXES", 5)
     base = tiny.make("gpt2")
     with Engine(base, max_num_seqs=4, max_model_len=16) as engine:
         for seed in range(3):
             engine.generate([[5, 6]] * 12, prefixes_of(base, seed), max_new_tokens=2)
-        assert len(engine.loop.residency.prefixes) == len(engine.loop.residency.numbers) == 5
+        assert len(engine.loop.prefix_cache.prefixes) == len(engine.loop.prefix_cache.numbers) == 5
 
 
-def test_unheeded_defaults_of_the_base_are_named(caplog):
+def test_unsupported_defaults_of_the_base_are_logged(caplog):
     base = tiny.make("gpt2")
     base.generation_config.typical_p = 0.8
     with Engine(base, max_num_seqs=2, max_model_len=16):

@@ -1,4 +1,4 @@
-"""Prefixes in the arena by hand and by budget: pins, eviction with zeros, digests instead of names, versions of running requests."""
+"""Pinned and evicted prefixes, the memory limit of prefixes, and versions of prefixes in running requests."""
 
 import pytest
 import torch
@@ -9,8 +9,8 @@ from prefixfast.errors import BaseMismatchError, CapacityError, UnknownPrefixErr
 HOW = {"max_num_seqs": 4, "max_model_len": 64}
 
 
-def rows_of(engine, digest):
-    number = engine.loop.residency.numbers.get(digest)
+def first_row(engine, digest):
+    number = engine.loop.prefix_cache.numbers.get(digest)
     return None if number is None else engine.loop.scheduler.prefix_state(number)[0]
 
 
@@ -33,7 +33,7 @@ def test_a_pinned_prefix_is_loaded_and_stays(base, store):
         for i in range(1, 6):
             engine.generate([[5, 6]], f"user {i}", max_new_tokens=2)
             found = engine.resident()
-            assert len(found) <= 3, "the budget is three prefixes"
+            assert len(found) <= 3, "prefix_memory is that of three prefixes"
             assert [r.name for r in found if r.pinned] == ["user 0"]
         assert [r.name for r in found] == ["user 0", "user 4", "user 5"]
         assert found[0].nbytes == 16 * row
@@ -43,7 +43,7 @@ def test_a_pinned_prefix_is_loaded_and_stays(base, store):
         assert engine.stats()["evictions"] > 0
 
 
-def test_a_prefix_beyond_the_budget_is_refused(base, store, make_prefix):
+def test_a_prefix_beyond_prefix_memory_is_refused(base, store, make_prefix):
     row = 2 * 4 * 8 * 4 * 3
     with Engine(base, store=store, prefix_memory=2 * 16 * row, **HOW) as engine:
         with pytest.raises(CapacityError, match="prefix_memory"):
@@ -51,28 +51,30 @@ def test_a_prefix_beyond_the_budget_is_refused(base, store, make_prefix):
         assert engine.generate([[5]], [["user 0", "user 1"]], max_new_tokens=1)[0].usage["prefix_rows"] == 32
 
 
-def test_an_evicted_prefix_leaves_zeros(base, store):
+def test_the_rows_of_an_evicted_prefix_are_zero(base, store):
     with Engine(base, store=store, **HOW) as engine:
         for kv in engine.loop.arena.layers:
             for t in kv:
                 t.zero_()
         (before,) = engine.generate([[5, 6]], "user 1", max_new_tokens=3)
-        digest, number = store.info("user 1").digest, engine.loop.residency.numbers[store.info("user 1").digest]
-        start = rows_of(engine, digest)
+        digest, number = store.info("user 1").digest, engine.loop.prefix_cache.numbers[store.info("user 1").digest]
+        start = first_row(engine, digest)
         assert all(bool(t[start : start + 16].any()) for kv in engine.loop.arena.layers for t in kv)
         assert engine.evict("user 1") is True
         assert all(not bool(t[start : start + 16].any()) for kv in engine.loop.arena.layers for t in kv)
-        assert rows_of(engine, digest) is None
-        assert number not in engine.loop.residency.loader.host or not engine.loop.residency.loader.jobs.empty()
+        assert first_row(engine, digest) is None
+        assert (
+            number not in engine.loop.prefix_cache.loader.host_cache or not engine.loop.prefix_cache.loader.jobs.empty()
+        )
         assert engine.resident() == []
-        assert engine.evict("user 1") is True, "nothing is left to do"
+        assert engine.evict("user 1") is True, "the prefix is gone already"
         assert engine.evict(digest) is True
         assert engine.generate([[5, 6]], "user 1", max_new_tokens=3)[0].token_ids == before.token_ids, (
-            "it is read again"
+            "the prefix is read again"
         )
 
 
-def test_a_prefix_in_use_goes_when_its_last_request_has_ended(base, store, make_prefix):
+def test_a_prefix_in_use_is_evicted_when_its_last_request_has_ended(base, store, make_prefix):
     with Engine(base, store=store, **HOW) as engine:
         (expected,) = engine.generate([[5, 6]], "user 2", max_new_tokens=40, min_new_tokens=40)
         ticket = engine.submit([5, 6], "user 2", max_new_tokens=40, min_new_tokens=40)
@@ -80,11 +82,11 @@ def test_a_prefix_in_use_goes_when_its_last_request_has_ended(base, store, make_
         done = engine.evict("user 2")
         assert ticket.result(60).token_ids == expected.token_ids, "a running request keeps its prefix"
         engine.submit([7], max_new_tokens=1).result(60)
-        assert rows_of(engine, digest) is None
+        assert first_row(engine, digest) is None
         assert done is False or ticket.done()
 
 
-def test_a_running_request_finishes_on_the_version_it_began_with(base, store, make_prefix):
+def test_a_running_request_keeps_its_version_of_a_prefix(base, store, make_prefix):
     with Engine(base, store=store, **HOW) as engine:
         (old,) = engine.generate([[5, 6]], "user 3", max_new_tokens=40, min_new_tokens=40)
         ticket = engine.submit([5, 6], "user 3", max_new_tokens=40, min_new_tokens=40)
@@ -95,29 +97,29 @@ def test_a_running_request_finishes_on_the_version_it_began_with(base, store, ma
         assert new.prefix_digest == store.info("user 3").digest != old.prefix_digest
 
 
-def test_one_name_never_serves_anothers_prefix(base, store, make_prefix):
+def test_equal_prefixes_are_loaded_once(base, store, make_prefix):
     same = make_prefix(0, length=16)
     with Engine(base, store=store, **HOW) as engine:
-        given = engine.generate([[5, 6]], same, max_new_tokens=3)[0]
-        named = engine.generate([[5, 6]], "user 0", max_new_tokens=3)[0]
-        assert given.prefix_digest == named.prefix_digest
-        assert engine.stats()["loads"] == 1, "equal content is one resident"
+        by_object = engine.generate([[5, 6]], same, max_new_tokens=3)[0]
+        by_name = engine.generate([[5, 6]], "user 0", max_new_tokens=3)[0]
+        assert by_object.prefix_digest == by_name.prefix_digest
+        assert engine.stats()["loads"] == 1, "prefixes of equal content share their rows"
 
 
-def test_pins_say_what_is_wrong(base, store, make_prefix):
+def test_wrong_pins_are_refused(base, store, make_prefix):
     with Engine(base, store=store, **HOW) as engine:
         with pytest.raises(UnknownPrefixError, match="nobody"):
             engine.pin("nobody")
         with pytest.raises(BaseMismatchError):
             engine.pin(make_prefix(dim=4))
         engine.unpin("user 0")
-        assert engine.evict("0" * 64) is True, "what nobody knows is gone"
+        assert engine.evict("0" * 64) is True, "an unknown prefix is gone already"
 
 
-def test_prefixes_kept_in_bf16_are_rounded(base, store):
+def test_prefixes_in_bf16_host_memory_are_rounded(base, store):
     with Engine(base, store=store, prefix_dtype="bfloat16", **HOW) as engine:
         engine.generate([[5, 6]], "user 0", max_new_tokens=1)
-        start = rows_of(engine, store.info("user 0").digest)
+        start = first_row(engine, store.info("user 0").digest)
         k = engine.loop.arena.layers[0][0][start : start + 16]
         assert torch.equal(k, store["user 0"].kv["self.0.k"].bfloat16().float())
         assert not torch.equal(k, store["user 0"].kv["self.0.k"])

@@ -1,4 +1,4 @@
-"""Checks between a user's batch and the engine: every mistake is named before any work is done."""
+"""Checks of a caller's batch: every mistake is reported before any work is done."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 
 import tiny
 from prefixfast import BaseMismatchError, ConfigError, Engine, GenerationParams, Prefix, RequestError, load
-from prefixfast.data.tasks import E2E
-from prefixfast.engine.request import make_requests
-from prefixfast.engine.sampling_params import MOST_BEAMS, MOST_NEW_TOKENS
+from prefixfast.data.builtin_tasks import E2E
+from prefixfast.engine.make_requests import make_requests
+from prefixfast.engine.sampling_params import MAX_LOADED_BEAMS, MAX_LOADED_NEW_TOKENS
 from prefixfast.prefix import peft_format as layout
 
 OK = [3, 4, 5]
@@ -27,7 +27,7 @@ def engine(base):
 
 @pytest.fixture
 def idle(engine, monkeypatch):
-    """An engine whose model must not run."""
+    """An engine whose model fails the test if it runs."""
 
     def run(*_: Any) -> None:
         pytest.fail("the model ran before the batch was checked")
@@ -37,12 +37,12 @@ def idle(engine, monkeypatch):
     assert engine.loop.scheduler.num_waiting == engine.loop.scheduler.num_running == 0
 
 
-PREFIX = object()  # stands for a good prefix in the tables below
+PREFIX = object()  # placeholder of a good prefix in the tables below
 OTHER = object()
 
 
 def filled(value: Any, make_prefix) -> Any:
-    """The value with real prefixes in place of the marks."""
+    """The value with real prefixes in place of the placeholders."""
     if isinstance(value, dict):
         return {k: filled(v, make_prefix) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -58,7 +58,7 @@ ARGUMENTS = {
     "too few prefixes": (
         [OK, OK],
         [PREFIX],
-        "prefixes: expected one entry for each of the 2 requests, got 1; one prefix for all is given without a list",
+        "prefixes: expected one entry for each of the 2 requests, got 1; pass one prefix for all requests without a",
     ),
     "too many prefixes": ([OK], [PREFIX, PREFIX], "prefixes: expected one entry for each of the 1 requests, got 2"),
     "a number": ([OK], 3, "prefixes: expected a Prefix, .*, got int"),
@@ -80,8 +80,8 @@ REQUESTS = {
         [PREFIX, "x/y"],
         "prefix: expected a Prefix, None or a sequence of Prefix, got 'x/y'; read a folder with",
     ),
-    "a folder in a composition": ([OK, OK], [None, [PREFIX, "x"]], "prefix: expected a Prefix"),
-    "the same prefix twice": ([OK, OK], [PREFIX, [OTHER, OTHER]], "the same prefix twice in one composition"),
+    "a folder in a sequence of prefixes": ([OK, OK], [None, [PREFIX, "x"]], "prefix: expected a Prefix"),
+    "the same prefix twice": ([OK, OK], [PREFIX, [OTHER, OTHER]], "the same prefix twice in one sequence"),
     "no name": (
         [{"prompt": "x", "prefix": "a"}, {"prompt": "x"}],
         BY_NAME,
@@ -135,13 +135,13 @@ REQUESTS = {
         None,
         "expected a GenerationParams or a mapping, got int",
     ),
-    "a table that is none": ([OK, {"table": 5}], None, ""),
-    "a broken meaning representation": ([OK, {"mr": "name[x"}], None, ""),
+    "a number as table": ([OK, {"table": 5}], None, ""),
+    "a malformed meaning representation": ([OK, {"mr": "name[x"}], None, ""),
 }
 
 
 @pytest.mark.parametrize(("batch", "prefixes", "message"), REQUESTS.values(), ids=REQUESTS)
-def test_a_wrong_request_is_named_by_its_place(idle, make_prefix, batch, prefixes, message):
+def test_a_wrong_request_is_reported_with_its_index(idle, make_prefix, batch, prefixes, message):
     with pytest.raises(RequestError) as caught:
         idle.generate(filled(batch, make_prefix), filled(prefixes, make_prefix))
     assert message in str(caught.value)
@@ -156,8 +156,8 @@ def test_positions_after_a_prefix_count_against_the_limit(base, make_prefix):
     assert len(make_requests(base, [[3] * 10], make_prefix(length=150, pos_start=0), NONE, 1000)) == 1
 
 
-def strange(base, family: str, seed: int) -> Prefix:
-    """A prefix that was made on another model."""
+def foreign_prefix(base, family: str, seed: int) -> Prefix:
+    """A prefix of another base model."""
     with load(tiny.make(family, seed=seed)) as other:
         table = tiny.peft_table(tiny.make(family), 4, seed=1)
         return Prefix(layout.from_table(table, *tiny.shapes(other.hf)), pos_start=4, base=other.fingerprint)
@@ -165,13 +165,15 @@ def strange(base, family: str, seed: int) -> Prefix:
 
 def test_a_prefix_of_another_architecture_is_refused(idle, base):
     with pytest.raises(BaseMismatchError, match="model_type is 'llama' there and 'gpt2' here"):
-        idle.generate([OK], strange(base, "llama", 0))
+        idle.generate([OK], foreign_prefix(base, "llama", 0))
 
 
 def test_a_prefix_of_other_weights_is_refused(idle, base):
-    assert strange(base, "gpt2", 0).base["weights"] == base.fingerprint["weights"], "the same weights pass"
+    assert foreign_prefix(base, "gpt2", 0).base["weights"] == base.fingerprint["weights"], (
+        "equal weights have equal fingerprints"
+    )
     with pytest.raises(BaseMismatchError, match="weights differ; load the base it was trained on"):
-        idle.generate([OK], [None, strange(base, "gpt2", 1)][1:])
+        idle.generate([OK], [None, foreign_prefix(base, "gpt2", 1)][1:])
 
 
 SHAPES = {
@@ -209,13 +211,13 @@ LEVELS = ("call", "request", "prefix", "config")
         ("length_penalty", (0.1, 0.2, 0.3, 0.4, 1.0)),
     ],
 )
-def test_the_first_level_that_speaks_decides(base, make_prefix, monkeypatch, given, name, values):
-    said = {level: {name: value} if level in given else {} for level, value in zip(LEVELS, values, strict=False)}
-    for key, value in said["config"].items():
+def test_the_first_level_with_a_value_takes_precedence(base, make_prefix, monkeypatch, given, name, values):
+    values_of = {level: {name: value} if level in given else {} for level, value in zip(LEVELS, values, strict=False)}
+    for key, value in values_of["config"].items():
         monkeypatch.setattr(base.hf.generation_config, key, value)
-    batch = [{"input_ids": OK, "params": said["request"]}]
+    batch = [{"input_ids": OK, "params": values_of["request"]}]
     (request,) = make_requests(
-        base, batch, make_prefix(decoding=said["prefix"]), GenerationParams(**said["call"]), 1000
+        base, batch, make_prefix(decoding=values_of["prefix"]), GenerationParams(**values_of["call"]), 1000
     )
     expected = values[LEVELS.index(given[0]) if given else 4]
     assert getattr(request.params, name) == (
@@ -223,14 +225,14 @@ def test_the_first_level_that_speaks_decides(base, make_prefix, monkeypatch, giv
     )
 
 
-def test_in_a_composition_the_last_prefix_decides(base, make_prefix):
+def test_the_last_of_several_prefixes_takes_precedence(base, make_prefix):
     a, b = make_prefix(1, decoding={"num_beams": 2, "max_new_tokens": 9}), make_prefix(2, decoding={"num_beams": 3})
     (request,) = make_requests(base, [OK], [[a, b]], NONE, 1000)
     assert (request.params.num_beams, request.params.max_new_tokens) == (3, 9)
 
 
 @pytest.mark.parametrize("source", ["prefix", "config"])
-@pytest.mark.parametrize(("name", "cap"), [("max_new_tokens", MOST_NEW_TOKENS), ("num_beams", MOST_BEAMS)])
+@pytest.mark.parametrize(("name", "cap"), [("max_new_tokens", MAX_LOADED_NEW_TOKENS), ("num_beams", MAX_LOADED_BEAMS)])
 def test_loaded_values_are_capped(base, make_prefix, monkeypatch, source, name, cap):
     monkeypatch.setattr(type(base), "max_positions", 10**7)
     if source == "config":
@@ -241,14 +243,14 @@ def test_loaded_values_are_capped(base, make_prefix, monkeypatch, source, name, 
     assert getattr(request.params, name) == cap
 
 
-def test_a_length_from_a_file_is_cut_to_what_fits(base, make_prefix):
+def test_a_length_from_a_prefix_is_cut_to_what_fits(base, make_prefix):
     (request,) = make_requests(
         base, [OK], make_prefix(decoding={"max_new_tokens": 100, "min_new_tokens": 90}), NONE, 20
     )
     assert (request.params.max_new_tokens, request.params.min_new_tokens) == (17, 17)
 
 
-def test_a_wrong_default_in_a_prefix_is_the_request_s_error(idle, make_prefix):
+def test_a_wrong_default_of_a_prefix_is_an_error_of_the_request(idle, make_prefix):
     with pytest.raises(RequestError, match="request 1: GenerationParams: unknown option 'beams'"):
         idle.generate([OK, OK], [None, make_prefix(decoding={"beams": 2})])
 
@@ -268,7 +270,7 @@ def test_a_wrong_linearizer_in_a_prefix_is_refused(idle, make_prefix, spec):
         idle.generate([{"mr": "name[x]"}], make_prefix(task=spec))
 
 
-# ---- what a good batch becomes ----
+# ---- requests of a good batch ----
 
 
 def test_every_kind_of_input_becomes_tokens(base, tokenizer):
@@ -291,17 +293,17 @@ def test_every_kind_of_input_becomes_tokens(base, tokenizer):
     ]
 
 
-def test_a_table_is_written_as_the_prefix_was_trained(base, make_prefix, tokenizer):
+def test_a_table_is_linearized_by_the_task_of_the_prefix(base, make_prefix, tokenizer):
     (request,) = make_requests(base, [{"mr": "name[a], food[b]"}], make_prefix(task=E2E.spec()), NONE, 100)
     assert request.ids.tolist() == tokenizer.encode(" name : a | food : b </s>")
 
 
-def test_an_id_comes_back_and_places_are_kept(base):
+def test_requests_have_the_id_and_index_of_their_row(base):
     made = make_requests(base, [{"input_ids": OK, "id": 7}, OK], None, NONE, 100)
     assert [(r.index, r.id) for r in made] == [(0, 7), (1, None)]
 
 
-def test_compositions_and_names_choose_prefixes(base, make_prefix):
+def test_rows_name_their_prefixes(base, make_prefix):
     a, b = make_prefix(1), make_prefix(2)
     by_name = {"x": a, "y": [a, b], "z": None}
     rows = [{"input_ids": OK, "prefix": n} for n in "zyx"]
@@ -309,7 +311,7 @@ def test_compositions_and_names_choose_prefixes(base, make_prefix):
     assert digests == [[], [a.digest, b.digest], [a.digest]]
 
 
-def test_without_a_tokenizer_text_is_refused_and_ids_work():
+def test_a_base_without_a_tokenizer_takes_token_ids_only():
     with load(tiny.make("gpt2")) as bare:
         assert len(make_requests(bare, [OK], None, NONE, 100)) == 1
         with pytest.raises(

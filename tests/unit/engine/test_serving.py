@@ -1,4 +1,4 @@
-"""Requests that come and go: the worker thread, futures and coroutines, cancellation, deadlines, priorities, back-pressure, stored prefixes."""
+"""Submitted requests: the worker thread, futures, coroutines, cancellation, deadlines, priorities and back-pressure."""
 
 import asyncio
 import shutil
@@ -31,7 +31,7 @@ def engine(base):
 
 @pytest.fixture
 def store(base, tmp_path):
-    """Twelve prefixes by name."""
+    """A store with twelve prefixes."""
     store = PrefixStore(tmp_path / "store")
     for i, prefix in enumerate(prefixes_of(base, 3)):
         store.put(f"user {i}", prefix)
@@ -52,7 +52,7 @@ def test_submitted_requests_give_the_same_as_a_batch(base):
         assert [g.token_ids for g in asyncio.run(all_at_once())] == expected
 
 
-def test_a_cancelled_request_ends_with_what_it_has(engine):
+def test_a_cancelled_request_has_its_tokens_so_far(engine):
     other = engine.submit([5, 6], max_new_tokens=40, min_new_tokens=40)
     ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60)
     while not engine.stats()["decode_steps"]:
@@ -62,10 +62,10 @@ def test_a_cancelled_request_ends_with_what_it_has(engine):
     assert got.finish_reason == "cancelled"
     assert len(got.token_ids) < 60
     assert other.result(60).token_ids[: len(got.token_ids)] == got.token_ids
-    ticket.cancel()  # again: nothing happens
+    ticket.cancel()  # has no effect on a request that has ended
 
 
-def test_cancelled_beams_end_with_the_best_that_runs(base):
+def test_a_cancelled_beam_search_has_its_best_running_beam(base):
     with Engine(base, **SMALL) as engine:
         ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60, num_beams=3)
         while engine.stats()["decode_steps"] < 5:
@@ -82,11 +82,11 @@ def test_cancelled_beams_end_with_the_best_that_runs(base):
 
 
 def test_a_cancelled_task_cancels_its_request(engine):
-    async def impatient():
+    async def wait_briefly():
         await asyncio.wait_for(engine.agenerate([5, 6], max_new_tokens=62, min_new_tokens=62), 0.02)
 
     with pytest.raises(TimeoutError):
-        asyncio.run(impatient())
+        asyncio.run(wait_briefly())
     engine.generate([[7]], max_new_tokens=2)
     assert engine.stats()["cancelled"] == 1
     assert not engine.loop.busy
@@ -104,8 +104,8 @@ def test_a_deadline_ends_waiting_and_running_requests(base):
         assert later.result(60).finish_reason == "length"
 
 
-def ends(engine, submits) -> list[int]:
-    """In which order these requests end."""
+def order_of_ends(engine, submits) -> list[int]:
+    """Places of requests in the order in which they end. All are submitted before the first of them can run."""
     done: list[int] = []
     gate = threading.Event()
     forward = engine.model.forward
@@ -126,14 +126,14 @@ def ends(engine, submits) -> list[int]:
     return done
 
 
-def test_the_higher_priority_goes_first(base):
+def test_a_higher_priority_runs_first(base):
     with Engine(base, max_num_seqs=1, max_model_len=64) as engine:
-        assert ends(engine, [{"priority": 0}, {"priority": 2}, {"priority": 1}]) == [1, 2, 0]
+        assert order_of_ends(engine, [{"priority": 0}, {"priority": 2}, {"priority": 1}]) == [1, 2, 0]
 
 
 def test_tenants_get_equal_service(base):
     with Engine(base, max_num_seqs=1, max_model_len=64) as engine:
-        assert ends(engine, [*[{"tenant": "loud"}] * 4, *[{"tenant": "quiet"}] * 2]) == [0, 4, 1, 5, 2, 3]
+        assert order_of_ends(engine, [*[{"tenant": "loud"}] * 4, *[{"tenant": "quiet"}] * 2]) == [0, 4, 1, 5, 2, 3]
 
 
 def test_too_many_waiting_requests_are_refused(base):
@@ -152,33 +152,33 @@ def test_too_many_waiting_requests_are_refused(base):
             gate.set()
             engine.model.forward = forward
         assert all(t.result(60).token_ids for t in tickets)
-        assert len(engine.generate([[5, 6]] * 12, max_new_tokens=2)) == 12, "a batch waits for room"
+        assert len(engine.generate([[5, 6]] * 12, max_new_tokens=2)) == 12, "a batch waits for room in the queue"
     with Engine(base, max_num_seqs=1, max_model_len=64, max_waiting=3) as engine:
         assert len(engine.generate([[5, 6]] * 12, max_new_tokens=2)) == 12
 
 
-def test_a_queue_that_empties_in_one_step_lets_the_next_ones_in(base):
+def test_a_batch_larger_than_the_queue_runs_in_steps_that_empty_it(base):
     with Engine(base, max_num_seqs=4, max_model_len=64, max_waiting=1) as engine:
         engine.submit([5, 6], max_new_tokens=1).result(60)
         for _ in range(5):
             assert len(engine.generate([[5, 6]] * 5, max_new_tokens=1)) == 5
 
 
-def test_generate_that_waited_for_another_goes_through_a_thread_that_began_meanwhile(base):
+def test_a_generate_that_waited_uses_a_worker_that_was_started_meanwhile(base):
     with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
         results = []
-        with engine.lock:  # someone drives the loop
+        with engine.driver.lock:  # as if another thread ran the loop
             waiting = threading.Thread(target=lambda: results.append(engine.generate([[5, 6]] * 3, max_new_tokens=4)))
             waiting.start()
             time.sleep(0.1)
-            engine.worker = Worker(engine.loop, engine._delivered, None)
+            engine.driver.worker = Worker(engine.loop, engine.driver.to_result, None)
         tickets = [engine.submit([5, 6], max_new_tokens=4) for _ in range(20)]
         waiting.join(60)
         assert [r.token_ids for r in results[0]] == [tickets[0].result(60).token_ids] * 3
         assert all(t.result(60).token_ids == tickets[0].result().token_ids for t in tickets)
 
 
-def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(engine, monkeypatch):
+def test_an_error_in_a_step_fails_every_request_and_the_engine_goes_on(engine, monkeypatch):
     expected = engine.submit([5, 6], max_new_tokens=5).result(60).token_ids
     original = engine.model.forward
     monkeypatch.setattr(engine.model, "forward", lambda *_: 1 / 0)
@@ -190,28 +190,28 @@ def test_an_error_in_a_step_reaches_every_caller_and_the_engine_goes_on(engine, 
     assert engine.submit([5, 6], max_new_tokens=5).result(60).token_ids == expected
 
 
-def test_an_engine_explains_its_ways(base):
+def test_an_engine_explains_its_operators(base):
     with Engine(base, **SMALL) as engine:
         assert engine.explain() == {
             "attn": "torch (grouped by prefix and merged)",
-            "attn_decode": "attend (Rust, each row's keys read once where they lie)",
-            "decode step": "called; graphs are for GPUs",
+            "attn_decode": "rust (each row's keys read once, in place)",
+            "decode step": "eager; CUDA graphs need a GPU",
             "linear": "packed for this CPU (oneDNN)",
         }
     with Engine(prefixfast.load(tiny.make("gpt2"), backend="reference"), **SMALL, prepack=False) as engine:
         assert engine.explain() == {
             "attn": "reference (the specification, slow)",
             "attn_decode": "reference (the specification, slow)",
-            "decode step": "called; graphs are for GPUs",
+            "decode step": "eager; CUDA graphs need a GPU",
             "linear": "torch; prepack=False",
         }
     with Engine(tiny.make("gpt2").double(), **SMALL) as engine:
-        said = engine.explain()
-        assert said["attn_decode"] == "torch (grouped by prefix and merged); attend does not serve torch.float64"
-        assert said["linear"] == "torch; dtype torch.float64"
+        explained = engine.explain()
+        assert explained["attn_decode"] == "torch (grouped by prefix and merged); rust does not support torch.float64"
+        assert explained["linear"] == "torch; dtype torch.float64"
 
 
-def test_closing_cancels_what_has_not_ended(base):
+def test_close_cancels_unfinished_requests(base):
     engine = Engine(base, **SMALL)
     tickets = [engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60) for _ in range(9)]
     engine.close()
@@ -220,7 +220,7 @@ def test_closing_cancels_what_has_not_ended(base):
         engine.submit([5, 6])
 
 
-def test_prefixes_by_name_are_those_of_the_store(base, store):
+def test_names_mean_prefixes_of_the_store(base, store):
     batch, _ = requests(base, 5)
     own = prefixes_of(base, 3)
     names = {p.digest: f"user {i}" for i, p in enumerate(own)}
@@ -238,7 +238,7 @@ def test_prefixes_by_name_are_those_of_the_store(base, store):
             engine.generate([[5]], ["nobody"])
 
 
-def test_a_prefix_that_cannot_be_read_fails_its_requests_alone(base, store):
+def test_a_prefix_that_cannot_be_read_fails_its_own_requests_only(base, store):
     with Engine(base, store=store, **SMALL) as engine:
         good = engine.generate([[5, 6]], "user 1", max_new_tokens=4)[0].token_ids
         (file,) = store.info("user 0").folder.glob("*.safetensors")
@@ -253,7 +253,7 @@ def test_a_prefix_that_cannot_be_read_fails_its_requests_alone(base, store):
         assert len(engine.generate([[5, 6]], "user 0", max_new_tokens=4, min_new_tokens=4)[0].token_ids) == 4
 
 
-def test_long_prompts_are_filled_beside_running_requests(base):
+def test_long_prompts_are_prefilled_in_chunks_beside_running_requests(base):
     g = torch.Generator().manual_seed(1)
     batch = [torch.randint(3, tiny.VOCAB, (n,), generator=g).tolist() for n in (3, 110, 40, 99, 70, 5)]
     prefixes = [prefixes_of(base, 3)[i] for i in (0, 1, 0, 2, 5, 1)]

@@ -1,4 +1,4 @@
-"""Shared leading text is computed once and changes nothing."""
+"""Shared leading tokens of prompts are computed once and do not change results."""
 
 import asyncio
 import threading
@@ -19,7 +19,7 @@ BATCH = [[*LEAD, 5, 6], [*LEAD, 7], [*LEAD, 8, 9, 10], [*OTHER, 5], OTHER, [*OTH
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mistral"])
 @pytest.mark.parametrize("with_prefixes", [False, True])
-def test_gives_the_same_with_fewer_prompt_tokens(family, with_prefixes):
+def test_shared_prompts_give_the_same_with_fewer_prompt_tokens(family, with_prefixes):
     base = tiny.make(family)
     own = prefixes_of(base, 3)
     chosen = (
@@ -38,22 +38,22 @@ def test_gives_the_same_with_fewer_prompt_tokens(family, with_prefixes):
             assert [g.token_ids for g in got] == [g.token_ids for g in expected]
             assert [(g.usage, g.prefix_digest) for g in got] == [(g.usage, g.prefix_digest) for g in expected]
         assert engine.stats()["prefill_tokens"] < plain
-        known = len(engine.shared.known)
+        known = len(engine.requests.shared_prompts.prompts)
         ticket = engine.submit(batch[0], None if chosen is None else chosen[0], **how)
         assert ticket.result(60).token_ids == expected[0].token_ids
-        assert len(engine.shared.known) == known > 0
+        assert len(engine.requests.shared_prompts.prompts) == known > 0
 
 
-def test_nothing_is_shared_by_accident():
+def test_short_or_unshared_prompts_are_not_cached():
     with Engine(tiny.make("gpt2"), max_num_seqs=16, max_model_len=64, share_prompts=16) as engine:
         engine.generate([[3, 4, 5]] * 4 + [LEAD], max_new_tokens=2)
-        assert not engine.shared.known
+        assert not engine.requests.shared_prompts.prompts
         engine.generate([LEAD, LEAD], max_new_tokens=2)
-        ((_, text),) = engine.shared.known
-        assert len(text) == 4 * (len(LEAD) - 1), "each request keeps a token of its own"
+        ((_, text),) = engine.requests.shared_prompts.prompts
+        assert len(text) == 4 * (len(LEAD) - 1), "one token of the shortest prompt is not shared"
 
 
-def test_text_is_learned_in_the_thread_that_owns_the_model(monkeypatch):
+def test_shared_prompts_are_computed_in_the_thread_that_owns_the_model(monkeypatch):
     threads = []
     original = shared.text_kv
     monkeypatch.setattr(
@@ -67,16 +67,16 @@ def test_text_is_learned_in_the_thread_that_owns_the_model(monkeypatch):
         monkeypatch.setattr(shared, "text_kv", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             engine.generate([OTHER, OTHER], max_new_tokens=2)
-        assert engine.generate([[3, 4]], max_new_tokens=2), "the thread goes on"
+        assert engine.generate([[3, 4]], max_new_tokens=2), "the thread goes on after the error"
         ticket = engine.submit([3, 4], max_new_tokens=2)
-        then = []
+        submitted = []
         ticket.future.add_done_callback(
-            lambda _: then.append(engine.submit([3, 5], max_new_tokens=2))
+            lambda _: submitted.append(engine.submit([3, 5], max_new_tokens=2))
         )  # maybe in the engine's own thread
         ticket.result(60)
-        while not then:
+        while not submitted:
             time.sleep(0.001)
-        assert then[0].result(60).token_ids
+        assert submitted[0].result(60).token_ids
 
         async def some():
             return await asyncio.gather(*(engine.agenerate([*LEAD, 5 + i], max_new_tokens=2) for i in range(3)))

@@ -1,4 +1,4 @@
-"""An engine over a store that others change: each request is served by the version that was the newest when it came."""
+"""An engine over a store that changes: each request uses the version that was the newest when it was submitted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def base():
 
 @pytest.fixture(scope="module")
 def texts(base):
-    """Five prefixes, and what each makes of the prompt."""
+    """Five prefixes with the tokens that each generates for the prompt."""
     prefixes = prefixes_of(base, 3)[:5]
     with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
         made = [engine.generate([PROMPT], p, **HOW)[0].token_ids for p in prefixes]
@@ -28,11 +28,11 @@ def texts(base):
     return list(zip(prefixes, made, strict=True))
 
 
-def test_requests_that_have_come_finish_on_the_version_they_came_to(base, texts, tmp_path):
+def test_requests_use_the_version_at_their_submission(base, texts, tmp_path):
     store, other = (PrefixStore(tmp_path, keep_versions=4) for _ in range(2))
     (first, one), (second, two), (third, three), *_ = texts
     with Engine(base, store=store, max_num_seqs=1, max_model_len=64) as engine:
-        blocker = engine.submit([9], max_new_tokens=60, min_new_tokens=60)  # the others wait
+        blocker = engine.submit([9], max_new_tokens=60, min_new_tokens=60)  # the other requests wait for it
         store.put("ann", first)
         tickets = [(engine.submit(PROMPT, "ann", **HOW), one)]
         other.put("ann", second)
@@ -49,8 +49,8 @@ def test_requests_that_have_come_finish_on_the_version_they_came_to(base, texts,
             engine.submit(PROMPT, "ann", **HOW)
 
 
-def test_a_name_never_serves_another_s_prefix(base, texts, tmp_path):
-    """Names come, go and come again with other prefixes while the engine keeps what it has read."""
+def test_a_name_never_means_an_old_or_another_prefix(base, texts, tmp_path):
+    """Names are replaced, deleted and reused while the engine has copies of their old prefixes."""
     store = PrefixStore(tmp_path)
     with Engine(base, store=store, max_num_seqs=4, max_model_len=64) as engine:
         for turn in range(8):

@@ -1,4 +1,4 @@
-"""Text as it grows: pieces joined are the whole, at UTF-8 borders too, for plain and asynchronous callers; stop strings as transformers has them."""
+"""Streams, whose joined pieces are the whole text, stop strings as in transformers, and errors of single requests."""
 
 import asyncio
 import itertools
@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixfast import Engine, Prefix
-from prefixfast.data.tasks import E2E, Task
-from prefixfast.engine.stream import Deltas
+from prefixfast.data.builtin_tasks import E2E
+from prefixfast.data.task import Task
+from prefixfast.engine.stream import TextPieces
 from prefixfast.errors import BaseMismatchError, ConfigError, RequestError
 
 NEW = {"max_new_tokens": 24, "do_sample": True, "temperature": 3.0, "top_k": 0}
@@ -20,22 +21,22 @@ TEXT = st.lists(st.integers(3, 100), max_size=40)
 @settings(max_examples=150, deadline=None)
 @given(ids=TEXT, strip=st.booleans())
 def test_pieces_joined_are_the_text(base, ids, strip):
-    deltas = Deltas(base.require_tokenizer().stream(), strip=strip)
-    text = "".join([*map(deltas.push, ids), deltas.finish()])
+    pieces = TextPieces(base.require_tokenizer().stream(), strip=strip)
+    text = "".join([*map(pieces.push, ids), pieces.finish()])
     (whole,) = base.require_tokenizer().decode([ids])
     assert text == Task("x", strip=strip).clean(whole)
 
 
-def test_a_character_comes_when_it_is_whole(base):
+def test_a_character_is_emitted_once_its_bytes_are_complete(base):
     pound = base.require_tokenizer().encode(["£"])[0].tolist()
     assert len(pound) == 2
-    deltas = Deltas(base.require_tokenizer().stream(), strip=False)
-    assert [deltas.push(pound[0]), deltas.push(pound[1])] == ["", "£"]
-    assert [deltas.push(pound[0]), deltas.finish()] == ["", "\ufffd"]
+    pieces = TextPieces(base.require_tokenizer().stream(), strip=False)
+    assert [pieces.push(pound[0]), pieces.push(pound[1])] == ["", "£"]
+    assert [pieces.push(pound[0]), pieces.finish()] == ["", "\ufffd"]
 
 
 @pytest.mark.parametrize("spec", [None, E2E.spec()])
-def test_a_stream_gives_what_generate_gives(base, make_prefix, spec):
+def test_a_stream_gives_the_text_of_generate(base, make_prefix, spec):
     prefix = make_prefix(task=spec)
     item = "ab" if spec is None else {"mr": "name[ab]"}
     with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
@@ -49,7 +50,7 @@ def test_a_stream_gives_what_generate_gives(base, make_prefix, spec):
             assert len(pieces) > 1
 
 
-def test_streams_grow_beside_each_other_in_an_event_loop(base, make_prefix):
+def test_streams_of_an_event_loop_take_turns(base, make_prefix):
     prefixes = [make_prefix(i) for i in range(5)]
     how = {**NEW, "min_new_tokens": 24}
 
@@ -68,7 +69,7 @@ def test_streams_grow_beside_each_other_in_an_event_loop(base, make_prefix):
         texts, order = asyncio.run(run(engine))
         expected = [engine.generate(["ab"], prefixes[i], seed=i, **how)[0].text for i in range(5)]
     assert texts == expected
-    assert len(list(itertools.groupby(order))) > 5, "they were to take turns"
+    assert len(list(itertools.groupby(order))) > 5, "the streams must take turns"
 
 
 def test_leaving_a_stream_cancels_its_request(base):
@@ -93,15 +94,17 @@ def test_leaving_a_stream_cancels_its_request(base):
         assert third.generation.text == text
 
 
-def test_what_went_wrong_comes_out_of_the_stream(base, make_prefix, monkeypatch):
+def test_a_stream_raises_the_error_of_its_request(base, make_prefix, monkeypatch):
     with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
-        monkeypatch.setattr(engine.loop.residency.loader, "_on_host", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        monkeypatch.setattr(
+            engine.loop.prefix_cache.loader, "_host_kv", lambda *_: (_ for _ in ()).throw(OSError("gone"))
+        )
         with pytest.raises(OSError, match="gone"):
             list(engine.stream("ab", make_prefix()))
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
-def test_a_stream_has_one_text(base, how):
+def test_a_stream_of_several_texts_is_refused(base, how):
     with Engine(base, max_num_seqs=2, max_model_len=64) as engine, pytest.raises(RequestError, match="stream"):
         engine.stream("ab", **how)
 
@@ -110,7 +113,7 @@ def test_stop_strings_end_the_text_as_in_transformers(base, folder, tokenizer):
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    tried = 0
+    num_stopped = 0
     with Engine(base, max_num_seqs=8, max_model_len=64) as engine:
         plain = [g.text for g in engine.generate(["ab", "x y", "Q!"], max_new_tokens=20)]
         for prompt, text in zip(["ab", "x y", "Q!"], plain, strict=True):
@@ -129,11 +132,11 @@ def test_stop_strings_end_the_text_as_in_transformers(base, folder, tokenizer):
                 assert got.finish_reason == (
                     "stop" if stop in got.text or out[-1] == tokenizer.eos_token_id else "length"
                 )
-                tried += stop in got.text
-    assert tried > 5
+                num_stopped += stop in got.text
+    assert num_stopped > 5
 
 
-def test_stop_strings_of_samples_end_each_text_by_itself(base):
+def test_a_stop_string_ends_each_sample_separately(base):
     how = {**NEW, "max_new_tokens": 30, "min_new_tokens": 30, "num_return_sequences": 4, "seed": 3}
     with Engine(base, max_num_seqs=8, max_model_len=64) as engine:
         (free,) = engine.generate(["ab"], **how)
@@ -157,9 +160,9 @@ def test_stop_strings_need_a_tokenizer():
 # ---- errors of single requests ----
 
 
-def test_bad_requests_come_back_beside_good_ones(base, make_prefix, tmp_path):
+def test_errors_are_returned_beside_good_results(base, make_prefix, tmp_path):
     good = make_prefix()
-    strange = Prefix(dict(good.kv), 4, base={"name": "other", "config": {"model_type": "llama"}, "weights": "x"})
+    foreign = Prefix(dict(good.kv), 4, base={"name": "other", "config": {"model_type": "llama"}, "weights": "x"})
     batch = [
         "ab",
         {"promt": "x"},
@@ -169,7 +172,7 @@ def test_bad_requests_come_back_beside_good_ones(base, make_prefix, tmp_path):
         {"prompt": "gh", "params": {"temperature": 0.5}},
         {"prompt": "ij", "id": "last"},
     ]
-    prefixes = [good, good, strange, None, None, good, good]
+    prefixes = [good, good, foreign, None, None, good, good]
     with Engine(base, max_num_seqs=2, max_model_len=64) as engine:
         got = engine.generate(batch, prefixes, on_error="return", max_new_tokens=4)
         fine = engine.generate(["ab", "ef", "ij"], [good, None, good], max_new_tokens=4)
@@ -193,17 +196,17 @@ def test_bad_requests_come_back_beside_good_ones(base, make_prefix, tmp_path):
             engine.generate(["ab"], [None, None], on_error="return")
 
 
-def test_a_prefix_that_cannot_be_read_is_one_requests_error(base, make_prefix, monkeypatch):
+def test_a_prefix_that_cannot_be_read_is_an_error_of_its_requests(base, make_prefix, monkeypatch):
     broken, fine = make_prefix(1), make_prefix(2)
     with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
-        real = engine.loop.residency.loader._on_host
+        real = engine.loop.prefix_cache.loader._host_kv
 
         def reading(number, prefix):
             if prefix is broken:
                 raise OSError("gone")
             return real(number, prefix)
 
-        monkeypatch.setattr(engine.loop.residency.loader, "_on_host", reading)
+        monkeypatch.setattr(engine.loop.prefix_cache.loader, "_host_kv", reading)
         for _ in range(2):
             got = engine.generate(["ab"] * 3, [fine, broken, fine], on_error="return", max_new_tokens=4)
             assert [g.error for g in got] == [None, "OSError: gone", None]

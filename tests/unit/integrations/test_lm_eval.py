@@ -1,4 +1,4 @@
-"""lm-eval's model: what lm-eval's own transformers model gives for the base, and the prefix's scores beside it."""
+"""`PrefixLM` against lm-eval's own transformers model for the base model alone, and with a prefix."""
 
 import json
 import math
@@ -17,7 +17,7 @@ from prefixfast.integrations.lm_eval import PrefixLM
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def asked(kind, *args):
+def instances(kind, *args):
     return [Instance(kind, {}, a, i) for i, a in enumerate(args)]
 
 
@@ -30,7 +30,7 @@ PAIRS = [
     ("mill and", " rain, again"),
 ]
 TEXTS = [("short",), ("a longer text that goes on " * 12,), ("x",)]
-WAYS = [
+GENERATIONS = [
     ("The fox", {"until": ["z"], "max_gen_toks": 12}),
     ("A b", {"until": [], "max_gen_toks": 9, "do_sample": False, "temperature": 0.0}),
     ("x" * 300, {"until": ["\n\n", "~"], "max_gen_toks": 7}),
@@ -47,23 +47,23 @@ def models(tokenizer):
 
 
 def test_likelihoods_are_those_of_lm_evals_transformers_model(models):
-    ours, theirs = (m.loglikelihood(asked("loglikelihood", *PAIRS)) for m in models)
+    ours, theirs = (m.loglikelihood(instances("loglikelihood", *PAIRS)) for m in models)
     for (a, greedy), (b, expected) in zip(ours, theirs, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
         assert greedy == expected
 
 
-def test_rolling_likelihoods_are_too(models):
-    ours, theirs = (m.loglikelihood_rolling(asked("loglikelihood_rolling", *TEXTS)) for m in models)
+def test_rolling_likelihoods_are_those_of_lm_evals_transformers_model(models):
+    ours, theirs = (m.loglikelihood_rolling(instances("loglikelihood_rolling", *TEXTS)) for m in models)
     assert ours == pytest.approx(theirs, abs=2e-3)
 
 
-def test_texts_are_too(models):
-    ours, theirs = (m.generate_until(asked("generate_until", *WAYS)) for m in models)
+def test_texts_are_those_of_lm_evals_transformers_model(models):
+    ours, theirs = (m.generate_until(instances("generate_until", *GENERATIONS)) for m in models)
     assert ours == theirs
-    whole = models[0].generate_until(asked("generate_until", ("The fox", {"max_gen_toks": 12})))[0]
+    whole = models[0].generate_until(instances("generate_until", ("The fox", {"max_gen_toks": 12})))[0]
     assert (
-        models[0].generate_until(asked("generate_until", ("The fox", {"max_gen_toks": 12, "until": whole[4]})))[0]
+        models[0].generate_until(instances("generate_until", ("The fox", {"max_gen_toks": 12, "until": whole[4]})))[0]
         == whole[: whole.index(whole[4])]
     )
 
@@ -74,11 +74,11 @@ def test_a_prefix_changes_the_scores(models, tokenizer):
     prefix = Prefix(kv, 5)
     with load(tiny.make("llama"), tokenizer=tokenizer) as base:
         tuned = PrefixLM(base, prefix)
-        got = tuned.loglikelihood(asked("loglikelihood", *PAIRS[:2]))
+        got = tuned.loglikelihood(instances("loglikelihood", *PAIRS[:2]))
         (score,) = tuned.engine.score(["The fox"], prefix, targets=[" jumps"])
         tuned.close()
     assert got[0][0] == pytest.approx(score.logprob)
-    assert got[0][0] != pytest.approx(models[0].loglikelihood(asked("loglikelihood", PAIRS[0]))[0][0], abs=0.1)
+    assert got[0][0] != pytest.approx(models[0].loglikelihood(instances("loglikelihood", PAIRS[0]))[0][0], abs=0.1)
 
 
 def test_a_whole_evaluation_runs(models, tmp_path):
@@ -86,9 +86,15 @@ def test_a_whole_evaluation_runs(models, tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
     task = {
-        "task": "two", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(file)}}, "test_split": "test",
-        "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}",
-    }  # fmt: skip
+        "task": "two",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{gold}}",
+    }
     results = [simple_evaluate(model=m, tasks=[task], log_samples=True, bootstrap_iters=0) for m in models]
     accuracy = [r["results"]["two"]["acc,none"] for r in results]
     assert accuracy[0] == accuracy[1]
@@ -96,13 +102,13 @@ def test_a_whole_evaluation_runs(models, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_lm_evals_default_device_is_taken_for_auto(folder):
+def test_lm_evals_default_device_means_auto_without_a_gpu(folder):
     model = PrefixLM(folder, device="cuda:0", batch_size=1)
     assert model.engine.model.device.type == "cpu"
     model.close()
 
 
-def test_what_is_wrong_is_said(folder):
+def test_wrong_arguments_are_refused(folder):
     with pytest.raises(ConfigError, match="unknown options"):
         PrefixLM(folder, flavour="sweet")
     with pytest.raises(ConfigError, match="cannot be loaded"):

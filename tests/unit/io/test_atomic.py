@@ -1,4 +1,4 @@
-"""Replacement of files and folders: after an exception, a crash or a kill there is the old version or the new one, and nothing else."""
+"""Replacement of files and folders: after an exception or a kill, the old or the new version is there."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fail(*_: object) -> None:
     raise OSError(msg)
 
 
-def test_replace_file_makes_the_folder_and_the_file(tmp_path):
+def test_replace_file_creates_folder_and_file(tmp_path):
     replace_file(tmp_path / "x" / "y", b"1")
     replace_file(tmp_path / "x" / "y", b"2")
     assert (tmp_path / "x" / "y").read_bytes() == b"2"
@@ -46,7 +46,7 @@ def test_replace_file_that_fails_leaves_the_old_file(tmp_path, monkeypatch, wher
     assert entries(tmp_path) == ["y"]
 
 
-def test_replace_folder_drops_what_it_owns_and_keeps_the_rest(tmp_path):
+def test_replace_folder_removes_owned_files_and_keeps_the_rest(tmp_path):
     put(tmp_path / "t", "old")
     (tmp_path / "t" / "b").write_text("of an older version", encoding="utf8")
     (tmp_path / "t" / "other").write_text("kept", encoding="utf8")
@@ -56,7 +56,7 @@ def test_replace_folder_drops_what_it_owns_and_keeps_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["replaced", "new"])
-def test_an_exception_in_write_leaves_what_was_there(tmp_path, old):
+def test_an_exception_in_write_leaves_the_old_version(tmp_path, old):
     if old:
         put(tmp_path / "t", "old")
     before = entries(tmp_path)
@@ -90,7 +90,7 @@ def patched(monkeypatch: pytest.MonkeyPatch, good: int, bad: int) -> None:
     monkeypatch.setattr(Path, "rename", lambda source, target: renames(source, target))
 
 
-def test_a_failing_second_rename_puts_the_old_version_back(tmp_path, monkeypatch):
+def test_a_failing_second_rename_restores_the_old_version(tmp_path, monkeypatch):
     put(tmp_path / "t", "old")
     patched(monkeypatch, good=1, bad=1)
     with pytest.raises(OSError, match="disk full"):
@@ -99,10 +99,10 @@ def test_a_failing_second_rename_puts_the_old_version_back(tmp_path, monkeypatch
     assert (tmp_path / "t" / "a").read_text(encoding="utf8") == "old"
 
 
-def test_a_crash_between_the_renames_is_mended_by_the_next_read(tmp_path, monkeypatch, make_prefix):
+def test_the_next_read_repairs_a_crash_between_the_renames(tmp_path, monkeypatch, make_prefix):
     make_prefix(1).save_pretrained(tmp_path / "p")
     with monkeypatch.context() as m:
-        patched(m, good=1, bad=2)  # the second rename and the recovery of the same call: as if the process were gone
+        patched(m, good=1, bad=2)  # both the second rename and the recovery fail, as in a killed process
         with pytest.raises(OSError, match="disk full"):
             make_prefix(2).save_pretrained(tmp_path / "p")
     assert not (tmp_path / "p").exists(), "the crash was not simulated"
@@ -110,7 +110,7 @@ def test_a_crash_between_the_renames_is_mended_by_the_next_read(tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
-def test_a_crash_between_the_renames_is_mended_by_the_next_save(tmp_path, monkeypatch, make_prefix):
+def test_the_next_save_repairs_a_crash_between_the_renames(tmp_path, monkeypatch, make_prefix):
     make_prefix(1).save_pretrained(tmp_path / "p")
     with monkeypatch.context() as m:
         patched(m, good=1, bad=2)
@@ -121,7 +121,7 @@ def test_a_crash_between_the_renames_is_mended_by_the_next_save(tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["p"]
 
 
-def test_a_backup_left_by_a_crash_after_the_renames_is_dropped_by_the_next_save(tmp_path):
+def test_the_next_save_removes_a_backup_left_by_a_crash_after_the_renames(tmp_path):
     put(tmp_path / "t", "new")
     (tmp_path / ".t.previous").mkdir()
     recover_folder(tmp_path / "t")
@@ -142,7 +142,7 @@ def test_a_relative_path_is_taken_from_the_working_folder(tmp_path, monkeypatch,
     assert Prefix.from_pretrained("p").digest == make_prefix().digest
 
 
-def test_a_file_in_the_way_is_an_error_and_stays(tmp_path):
+def test_a_file_at_the_target_is_an_error_and_stays(tmp_path):
     (tmp_path / "t").write_text("a user's file", encoding="utf8")
     with pytest.raises(OSError):  # noqa: PT011 - the operating system's words
         put(tmp_path / "t", "new")
@@ -163,13 +163,13 @@ from pathlib import Path
 import torch
 from prefixfast import Prefix
 
-# Every step of a save that touches the disk raises one of these events just before it; a forked child is killed at each of them in turn.
+# Every step of a save that touches the disk raises one of these audit events. A forked child is killed at each step.
 STEPS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod", "os.utime", "shutil.rmtree"}
 target = Path(sys.argv[1])
 def make(seed, start):
     g = torch.Generator().manual_seed(seed)
     return Prefix({f"self.{i}.{x}": torch.randn(4, 4, 8, generator=g) for i in range(3) for x in "kv"}, pos_start=start)
-old, new = make(1, 4), make(2, 0)  # one is saved as an adapter, the other is not: different files
+old, new = make(1, 4), make(2, 0)  # only the old one is saved as an adapter, so the files differ
 met = {old.digest: 0, new.digest: 0}
 left = step = 0
 while True:
@@ -200,7 +200,7 @@ print(*met.values(), left)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_a_process_killed_at_any_step_of_saving_leaves_a_whole_prefix(tmp_path):
+def test_a_process_killed_at_any_step_of_a_save_leaves_a_complete_prefix(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "p")],
@@ -212,6 +212,6 @@ def test_a_process_killed_at_any_step_of_saving_leaves_a_whole_prefix(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     old, new, left = map(int, run.stdout.split())
-    assert old > 5, "kills fell before the replacement"
-    assert new > 1, "kills fell after it"
-    assert left > 5, "kills fell into the writing"
+    assert old > 5, "no kill before the replacement"
+    assert new > 1, "no kill after the replacement"
+    assert left > 5, "no kill during the writes"

@@ -1,4 +1,4 @@
-"""Attachment: refusals with their reasons, proof that every layer is reached, and a model that comes back exactly as it was."""
+"""Attachment: refused models, the proof that every layer is reached, and models that are restored exactly."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def packed(model, *texts: torch.Tensor) -> torch.Tensor:
 
 
 def state(model) -> dict[str, Any]:
-    """Everything that attaching touches."""
+    """Everything that attaching changes."""
     return {
         "implementation": [
             m.config._attn_implementation for m in model.modules() if isinstance(m, transformers.PreTrainedModel)
@@ -44,8 +44,8 @@ def state(model) -> dict[str, Any]:
     }
 
 
-def touched(family: str) -> Any:
-    """A model in a state of its own: part in training mode, part frozen."""
+def mixed_state(family: str) -> Any:
+    """A model with some modules in training mode and some parameters frozen."""
     model = tiny.make(family)
     list(model.modules())[3].train()
     for p in list(model.parameters())[::2]:
@@ -55,7 +55,7 @@ def touched(family: str) -> Any:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_detach_restores_everything(family):
-    model = touched(family)
+    model = mixed_state(family)
     before = state(model)
     attach(model).detach()
     assert state(model) == before
@@ -80,7 +80,7 @@ def test_the_implementation_comes_back(implementation):
 
 
 def test_an_attached_model_is_frozen_and_in_eval_mode():
-    model = touched("gpt2")
+    model = mixed_state("gpt2")
     handle = attach(model)
     assert not any(m.training for m in model.modules() if type(m) is not nn.GELU)
     assert not any(p.requires_grad for p in model.parameters())
@@ -89,7 +89,7 @@ def test_an_attached_model_is_frozen_and_in_eval_mode():
 
 
 def test_attaching_twice_needs_detaching_twice():
-    model = touched("gpt2")
+    model = mixed_state("gpt2")
     before = state(model)
     first, second = attach(model), attach(model)
     second.detach()
@@ -98,7 +98,7 @@ def test_attaching_twice_needs_detaching_twice():
     assert state(model) == before
 
 
-def test_a_second_time_is_like_the_first():
+def test_a_model_can_be_attached_again():
     model = tiny.make("gpt2")
     before = logits(model)
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_layer_shapes_are_those_of_the_model():
     handle.detach()
 
 
-# ---- refusals ----
+# ---- refused models ----
 
 
 def llama(**rope: Any) -> Any:
@@ -138,7 +138,7 @@ def longrope() -> Any:
 
 
 def sized(name: str, head: str = "ForCausalLM", **more: Any) -> Callable[[], Any]:
-    """A family by its class names, at tiny sizes in all common spellings."""
+    """Constructor of a tiny model of a family, by the name of its classes."""
     return lambda: getattr(transformers, name + head)(getattr(transformers, name + "Config")(**tiny.GROUPED, **more))
 
 
@@ -190,7 +190,7 @@ REFUSED = {
     ),
     "upcast": (
         lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2, reorder_and_upcast_attn=True)),
-        "config.reorder_and_upcast_attn is honoured by eager attention only",
+        "config.reorder_and_upcast_attn works with eager attention only",
     ),
     "cross attention": (
         lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2, add_cross_attention=True)),
@@ -202,7 +202,7 @@ REFUSED = {
     ),
     "longrope": (longrope, "RoPE type 'longrope' changes with the batch's length"),
 }
-UNREACHED = "layers should each reach prefixfast's attention once, reached were"
+UNREACHED = "layers to call prefixfast's attention once, got calls from the layers"
 NOT_REACHED = {
     "openai-gpt": lambda: transformers.OpenAIGPTLMHeadModel(
         transformers.OpenAIGPTConfig(vocab_size=tiny.VOCAB, n_embd=32, n_layer=2, n_head=4)
@@ -215,7 +215,7 @@ NOT_REACHED = {
 
 
 def refused(model: Any) -> str:
-    """The reason, after a check that the model is as it was."""
+    """Error message of `attach`, after a check that the model was restored."""
     model.eval()
     before = state(model)
     with pytest.raises(ConfigError, match="cannot attach") as caught:
@@ -225,7 +225,7 @@ def refused(model: Any) -> str:
 
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
-def test_a_model_that_cannot_work_is_refused_with_its_reason(make, reason):
+def test_an_unsupported_model_is_refused_with_the_reason(make, reason):
     assert reason in refused(make())
 
 
@@ -235,7 +235,7 @@ def test_a_model_whose_attention_is_not_reached_is_refused(make):
     assert UNREACHED in reason or "a packed forward fails" in reason
 
 
-# ---- families outside the tested set ----
+# ---- families outside of VERIFIED ----
 
 OTHERS = {
     "phi3": sized("Phi3", sliding_window=tiny.WINDOW),
@@ -256,7 +256,7 @@ def strong(model: Any) -> Any:
 
 
 def own_and_packed(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of two texts one by one, and packed; one text is longer than any window."""
+    """Logits of two texts one by one and packed; one text is longer than the sliding window."""
     texts = [torch.randint(3, tiny.VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (40, 7)]
     with torch.no_grad():
         own = torch.cat([model(input_ids=t[None]).logits[0] for t in texts])
@@ -274,7 +274,7 @@ def test_an_untested_family_gives_its_own_logits(make):
 
 
 def test_chunked_attention_is_right_or_refused():
-    """Llama 4 hides keys beyond its chunk through the mask alone, which the packed attention does not see."""
+    """Llama 4 hides keys beyond its chunk by the mask alone, which packed attention does not use."""
     more = {"attention_chunk_size": tiny.WINDOW, "num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8}
     model = strong(transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**tiny.GROUPED, **more)))
     try:
@@ -284,7 +284,7 @@ def test_chunked_attention_is_right_or_refused():
     torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
 
 
-# ---- planted faults: each must be refused, and the model given back ----
+# ---- planted faults: each is refused, and the model is restored ----
 
 
 class Bypass(nn.Module):
@@ -312,17 +312,18 @@ def test_a_layer_that_is_not_reached_once_is_refused(family, fault, reached):
     model = tiny.make(family)
     layer = model.model.layers[1]
     layer.self_attn = fault(layer.self_attn)
-    assert f"its 3 layers should each reach prefixfast's attention once, reached were {reached}" in refused(model)
+    expected = "expected each of its 3 layers to call prefixfast's attention once"
+    assert f"{expected}, got calls from the layers {reached}" in refused(model)
 
 
 def test_a_layer_with_another_number_is_refused():
     model = tiny.make("llama")
     model.model.layers[2].self_attn.layer_idx = 1
-    assert "reached were [0, 1, 1]" in refused(model)
+    assert "got calls from the layers [0, 1, 1]" in refused(model)
 
 
 def test_an_untested_family_whose_logits_change_is_refused(monkeypatch):
-    """As if the family scaled its scores without telling the attention interface."""
+    """The patched function acts as a family that scales its scores outside of the attention interface."""
     torch.manual_seed(0)
     model = strong(sized("Olmo2")())
     real = torch.nn.functional.scaled_dot_product_attention
@@ -330,8 +331,8 @@ def test_an_untested_family_whose_logits_change_is_refused(monkeypatch):
     assert "its logits change by" in refused(model)
 
 
-def test_an_error_in_the_dry_run_gives_the_model_back(monkeypatch):
-    model = touched("gpt2")
+def test_an_error_in_the_dry_run_restores_the_model(monkeypatch):
+    model = mixed_state("gpt2")
     before = state(model)
 
     def fail(*_: Any) -> None:
@@ -357,13 +358,13 @@ def call(**how: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["s_aux", "position_bias", "head_mask", "alibi", "cu_seq_lens_q"])
-def test_the_attention_function_refuses_what_it_does_not_compute(name):
+def test_the_attention_function_refuses_unsupported_arguments(name):
     with pytest.raises(RuntimeError, match=f"Module passes {name} to attention, which prefixfast does not compute"):
         call(**{name: torch.ones(1)})
 
 
 @pytest.mark.parametrize("name", [*sorted(HARMLESS), "s_aux"])
-def test_the_attention_function_ignores_what_changes_nothing(name):
+def test_the_attention_function_ignores_harmless_arguments(name):
     assert torch.equal(call(**{name: True if name in HARMLESS else None}), call())
 
 
@@ -378,7 +379,7 @@ def test_the_attention_function_refuses_a_call_without_plan():
 
 
 @pytest.mark.parametrize(("option", "value"), [("scaling", 0.1), ("softcap", 0.5), ("sliding_window", 2)])
-def test_the_attention_function_honours_its_options(option, value):
+def test_the_attention_function_uses_its_options(option, value):
     assert not torch.allclose(call(**{option: value}), call())
 
 

@@ -1,4 +1,4 @@
-"""A `.gguf` file as a base: a tiny Llama written with gguf's own writer, against the same model in transformers."""
+"""A `.gguf` file as a base model: a tiny Llama in a file of gguf's writer, against the same model in transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPT = list(range(3, 20))
 
 
 def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of queries and keys as llama.cpp has them: the two halves that RoPE rotates interleaved."""
+    """Rows of query and key weights in llama.cpp's order, which interleaves the two halves that RoPE rotates."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -41,7 +41,7 @@ def write(path: Path, model, tokenizer, *, quantized: bool = False) -> None:
     tokens = tokenizer.convert_ids_to_tokens(list(range(c.vocab_size)))
     w.add_token_list(tokens)
     w.add_token_types([gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(c.vocab_size)])
-    w.add_token_scores([0.0] * c.vocab_size)  # no merges: transformers derives them from the tokens, which have none
+    w.add_token_scores([0.0] * c.vocab_size)  # no merges, since the tokens have none that transformers could derive
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_model_itself(gguf_base):
     assert error(logits(gguf_base, PROMPT), expected) < 1e-5
 
 
-def test_its_tokenizer_comes_with_it(gguf_base, tokenizer):
+def test_the_tokenizer_of_the_file_is_loaded(gguf_base, tokenizer):
     text = "The Mill: £5!"
     assert gguf_base.require_tokenizer().encode([text], add_special_tokens=False)[0].tolist() == tokenizer.encode(
         text, add_special_tokens=False
@@ -88,7 +88,7 @@ def test_its_tokenizer_comes_with_it(gguf_base, tokenizer):
     assert gguf_base.require_tokenizer().eos_id == 2
 
 
-def test_a_prefix_made_on_it_finds_it_again(gguf_base, file, tmp_path):
+def test_a_prefix_finds_its_gguf_base(gguf_base, file, tmp_path):
     prefix = Prefix.from_text(gguf_base, PROMPT)
     prefix.save_pretrained(tmp_path / "p")
     again = Prefix.from_pretrained(tmp_path / "p")
@@ -102,7 +102,7 @@ def test_a_prefix_made_on_it_finds_it_again(gguf_base, file, tmp_path):
         assert with_prefix.token_ids == alone.token_ids
 
 
-def test_it_is_one_base_with_the_folder_of_the_same_weights(gguf_base, tmp_path):
+def test_the_fingerprint_is_that_of_a_folder_with_the_same_weights(gguf_base, tmp_path):
     tiny.make("llama").save_pretrained(tmp_path)
     with load(tmp_path, dtype="float32", tokenizer=gguf_base.require_tokenizer().hf) as other:
         assert other.fingerprint["weights"] == gguf_base.fingerprint["weights"]
@@ -110,7 +110,7 @@ def test_it_is_one_base_with_the_folder_of_the_same_weights(gguf_base, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_dequantized_to_the_compute_dtype(file, dtype):
+def test_weights_are_dequantized_to_the_compute_dtype(file, dtype):
     with load(file, dtype=dtype) as base:
         assert {p.dtype for p in base.hf.parameters()} == {getattr(torch, dtype)} == {base.dtype}
 
@@ -121,12 +121,12 @@ def test_a_quantized_file_becomes_an_ordinary_model(tmp_path, tokenizer, caplog)
         exact = tiny.make("llama")(input_ids=torch.tensor([PROMPT])).logits[0]
     with caplog.at_level(logging.WARNING), load(tmp_path / "x.gguf", dtype="float32") as base:
         got = logits(base, PROMPT)
-        assert "Dequantizing" not in caplog.text  # transformers was asked to, and does not fall back to it
+        assert "Dequantizing" not in caplog.text  # dequantization was asked for, not a fallback
         assert getattr(base.hf.config, "quantization_config", None) is None
         assert {p.dtype for p in base.hf.parameters()} == {torch.float32}
         prefix = Prefix.from_text(base, PROMPT)
         assert error(logits(base, [7, 8], [prefix]), logits(base, [*PROMPT, 7, 8])[len(PROMPT) :]) < 1e-5
-    assert 1e-4 < error(got, exact) < 0.05  # of 8 bits
+    assert 1e-4 < error(got, exact) < 0.05  # error of 8-bit weights
 
 
 @pytest.mark.parametrize("missing", ["gguf", "accelerate"])
@@ -137,19 +137,19 @@ def test_a_missing_package_is_named(file, monkeypatch, missing):
         load(file)
 
 
-def test_a_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="there is no such file"):
         load(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"\xff" * 4096], ids=["empty", "cut", "garbage"])
-def test_a_file_that_is_no_gguf_is_refused(tmp_path, content):
+def test_other_files_are_refused(tmp_path, content):
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load(tmp_path / "x.gguf")
 
 
-def test_a_cut_file_is_refused(file, tmp_path):
+def test_a_truncated_file_is_refused(file, tmp_path):
     data = file.read_bytes()
     (tmp_path / "x.gguf").write_bytes(data[: len(data) // 2])
     with pytest.raises(ConfigError, match="cannot be loaded"):

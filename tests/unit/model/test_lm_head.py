@@ -1,4 +1,4 @@
-"""The output layer: found in every family, the same losses and gradients as from all logits, and honestly refused where it is none."""
+"""The output layer: found in every family, with the losses of all logits, and not used if it does more."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_losses_are_those_of_all_logits(family):
         assert torch.allclose(base.losses(plan, ids, targets), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_that_does_more_is_not_used(caplog):
+def test_a_subclass_of_linear_is_not_used(caplog):
     class Scaled(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x) * 0.5
@@ -39,7 +39,7 @@ def test_a_head_that_does_more_is_not_used(caplog):
     assert "Scaled" in caplog.text
 
 
-def test_a_model_that_changes_its_logits_afterwards_is_noticed(caplog):
+def test_a_head_with_a_hook_is_not_used(caplog):
     model = tiny.make("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: out + 1)
     with caplog.at_level("INFO"), load(model) as base:

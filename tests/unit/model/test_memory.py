@@ -1,4 +1,4 @@
-"""Memory: what is free, and pages that are asked for."""
+"""Free memory, and large memory pages."""
 
 import sys
 
@@ -8,15 +8,15 @@ import torch
 from prefixfast.model import memory
 
 
-def test_large_pages_change_nothing():
+def test_large_pages_hold_the_same_values():
     for size in (1, 1 << 10, 1 << 23):
         t = memory.in_large_pages(torch.empty(size))
         t.fill_(3.0)
         assert t.sum() == 3.0 * size
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux says what is free in files")
-def test_files_that_were_only_read_count_as_free_in_a_container(monkeypatch, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads files of Linux")
+def test_the_file_cache_counts_as_free_in_a_container(monkeypatch, tmp_path):
     for name, text in (
         ("max", "1000\n"),
         ("current", "700\n"),

@@ -1,4 +1,4 @@
-"""Packed weights: the same results, and a model that is left as it was."""
+"""Packed weights: the same results, and a model that is restored."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
-def test_gives_the_same_and_leaves_no_trace(family, dtype):
+def test_results_are_the_same_and_undo_restores_the_model(family, dtype):
     base = tiny.make(family).to(dtype)
     before, forwards = (
         {k: v.clone() for k, v in base.state_dict().items()},
@@ -47,20 +47,20 @@ def test_packed_products_are_used_in_inference_only(monkeypatch):
     monkeypatch.setattr(prefixfast.model.prepack, "_linear", lambda *args: (calls.append(1), original(*args))[1])
     ids = torch.arange(3, 9)[None]
     base(ids)
-    assert not calls, "with gradients the own forward runs"
+    assert not calls, "with gradients the module's own forward runs"
     with torch.no_grad():
         base(ids)
-        assert len(calls) == 13  # 4 a layer, and the head
+        assert len(calls) == 13  # 4 per layer and the head
         calls.clear()
         base.transformer.h[0].mlp.c_fc.weight.mul_(1.5)
         changed = base(ids).logits
-        assert len(calls) == 12, "a weight that has changed is used as it is"
+        assert len(calls) == 12, "a changed weight is not read from its copy"
     packed.undo()
     with torch.no_grad():
         torch.testing.assert_close(base(ids).logits, changed)
 
 
-def test_an_engine_packs_and_a_model_object_comes_back_as_it_was():
+def test_an_engine_packs_the_weights_and_restores_the_model():
     base = tiny.make("llama")
     with Engine(base, max_num_seqs=2, max_model_len=32) as engine:
         assert engine.model.packed is not None
@@ -73,7 +73,7 @@ def test_an_engine_packs_and_a_model_object_comes_back_as_it_was():
 
 
 @pytest.mark.parametrize("change", ["dtype", "forward", "no layers"])
-def test_what_cannot_be_packed_says_why(change):
+def test_unsupported_weights_are_not_packed_and_the_reason_is_returned(change):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU())
     if change == "dtype":
         model.double()
@@ -86,7 +86,7 @@ def test_what_cannot_be_packed_says_why(change):
     assert packed.nbytes == 0
 
 
-def test_copies_that_do_not_fit_are_not_made(monkeypatch):
+def test_copies_larger_than_the_free_memory_are_not_made(monkeypatch):
     monkeypatch.setattr(prefixfast.model.prepack, "free_memory", lambda _: 1000)
     base = tiny.make("gpt2")
     with Engine(base, max_num_seqs=2, max_model_len=32) as engine:

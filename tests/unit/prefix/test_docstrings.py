@@ -1,4 +1,4 @@
-"""The examples in the documentation of `Prefix`, run as they stand there."""
+"""Doctests of `Prefix`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_every_method_has_an_example():
 
 
 @pytest.mark.parametrize("case", FOUND, ids=lambda t: t.name)
-def test_the_example_holds(case, base, tmp_path, monkeypatch):
+def test_example(case, base, tmp_path, monkeypatch):
     class Hub:
         def __init__(self, token: str | None) -> None: ...
         def create_repo(self, *_, **__) -> None: ...

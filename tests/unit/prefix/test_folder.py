@@ -1,4 +1,4 @@
-"""`Prefix` on disk: bit-exact round trips, folders that PEFT reads and writes, and folders that someone damaged."""
+"""`Prefix` on disk: bit-exact round trips, folders that PEFT reads and writes, and damaged folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOT_PEFT = {
 
 
 def same(a: Prefix, b: Prefix) -> bool:
-    """Equal in everything, bit by bit."""
+    """Whether two prefixes are equal in all attributes, to the bit."""
     fields = ("pos_start", "window", "base", "task", "decoding", "training")
     tensors = a.kv.keys() == b.kv.keys() and all(
         t.dtype == b.kv[n].dtype and torch.equal(t, b.kv[n]) for n, t in a.kv.items()
@@ -62,7 +62,7 @@ def test_a_folder_that_peft_can_hold_is_an_adapter(tmp_path, make_prefix):
 
 
 @pytest.mark.parametrize(("kind", "reason"), NOT_PEFT.values(), ids=NOT_PEFT)
-def test_a_folder_that_peft_cannot_hold_says_why(tmp_path, make_prefix, kind, reason):
+def test_a_folder_that_peft_cannot_hold_gives_the_reason(tmp_path, make_prefix, kind, reason):
     prefix = make_prefix(**kind)
     assert same(reread(prefix, tmp_path / "p"), prefix)
     assert {p.name for p in (tmp_path / "p").iterdir()} == {META, OWN}
@@ -126,7 +126,7 @@ def test_a_folder_of_peft_survives_our_round_trip(tmp_path, projection):
 
 
 @pytest.mark.parametrize("projection", [False, True], ids=["flat", "projection"])
-def test_an_imported_prefix_knows_where_it_comes_from(tmp_path, projection):
+def test_attributes_of_an_imported_adapter(tmp_path, projection):
     peft_adapter(tmp_path, projection=projection)
     prefix = Prefix.from_pretrained(tmp_path)
     assert (prefix.pos_start, prefix.window, prefix.base, prefix.training) == (
@@ -142,7 +142,7 @@ def test_equal_content_has_an_equal_digest(make_prefix):
 
 
 def changed(prefix: Prefix, name: str) -> Prefix:
-    """The same prefix but for one thing."""
+    """Copy of a prefix with one difference."""
     kv, first = dict(prefix.kv), prefix.kv["self.0.k"]
     if name == "one bit":
         bits = first.clone().view(torch.int32)
@@ -214,7 +214,7 @@ def test_bad_conventions_are_refused_in_memory(make_prefix, fields):
         make_prefix(**fields)
 
 
-# ---- damaged folders: how, and the file that the message must name ----
+# ---- damaged folders: the damage, and the file that the error names ----
 
 Damage = Callable[[Path], object]
 
@@ -337,20 +337,20 @@ def refusal(folder: Path) -> str:
 def test_a_damaged_adapter_is_refused_by_file(tmp_path, make_prefix, damage, file):
     make_prefix().save_pretrained(tmp_path / "p")
     (tmp_path / "p" / META).unlink()
-    Prefix.from_pretrained(tmp_path / "p")  # sound before
+    Prefix.from_pretrained(tmp_path / "p")  # valid before the damage
     damage(tmp_path / "p")
     assert file in refusal(tmp_path / "p")
 
 
 @pytest.mark.parametrize(("damage", "file"), OURS.values(), ids=OURS)
-def test_a_damaged_folder_of_ours_is_refused_by_file(tmp_path, make_prefix, damage, file):
+def test_a_damaged_prefix_folder_is_refused_by_file(tmp_path, make_prefix, damage, file):
     make_prefix(pos_start=0).save_pretrained(tmp_path / "p")
     damage(tmp_path / "p")
     assert file in refusal(tmp_path / "p")
 
 
 def test_tensors_that_another_program_replaced_are_refused(tmp_path, make_prefix):
-    """PEFT trained on in the folder and left our description of what was there before."""
+    """PEFT trains on in the folder, and prefixfast.json still describes the old tensors."""
     make_prefix(1).save_pretrained(tmp_path / "p")
     make_prefix(2).save_pretrained(tmp_path / "other")
     (tmp_path / "p" / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())

@@ -1,4 +1,4 @@
-"""Prefixes made from texts, and several prefixes joined to one: each against the base, or the composition, that it must equal."""
+"""Prefixes made from texts compared to the base model, and concatenated prefixes compared to their composition."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def any_base(request):
 
 
 def other(model, seed: int, length: int = 5, **fields) -> Prefix:
-    """A strong random prefix for a base."""
+    """Random prefix for a base model, with large numbers."""
     g = torch.Generator().manual_seed(seed)
     shapes = {f"self.{i}.{x}": (length, s.num_kv_heads, s.head_dim) for i, s in enumerate(model.layers) for x in "kv"}
     return Prefix(
@@ -32,7 +32,7 @@ def other(model, seed: int, length: int = 5, **fields) -> Prefix:
     )
 
 
-def test_a_text_as_a_prefix_is_the_text_in_front(any_base):
+def test_a_prefix_from_a_text_equals_the_text_before_the_prompt(any_base):
     prefix = Prefix.from_text(any_base, TEXT)
     assert (prefix.length, prefix.pos_start, prefix.window) == (len(TEXT), len(TEXT), "slide")
     assert error(logits(any_base, PROMPT, [prefix]), logits(any_base, TEXT + PROMPT)[len(TEXT) :]) < 1e-5
@@ -57,7 +57,7 @@ def test_a_text_after_several_prefixes_whose_positions_differ(any_base):
     assert error(logits(any_base, PROMPT, [*before, last]), logits(any_base, TEXT + PROMPT, before)[len(TEXT) :]) < 1e-5
 
 
-def test_joined_prefixes_are_their_composition(any_base):
+def test_concatenated_prefixes_equal_their_composition(any_base):
     a, b = other(any_base, 1, 6), other(any_base, 2, 9)
     c = Prefix.from_text(any_base, TEXT, after=[a, b])
     for parts in ((a, b), (b, a), (a, b, c)):
@@ -88,7 +88,7 @@ def test_a_length_repeats_or_cuts_the_text(base):
         )
 
 
-def test_words_are_tokenized_as_a_prompt_is(base):
+def test_a_text_is_tokenized_as_a_prompt_is(base):
     text = "Café £5"
     ids = base.require_tokenizer().encode([text])[0].tolist()
     assert Prefix.from_text(base, text).digest == Prefix.from_text(base, ids).digest
@@ -99,17 +99,20 @@ def test_a_text_is_not_kept(base):
     assert "secret" not in repr([prefix.base, prefix.training, prefix.task, prefix.decoding])
 
 
-def test_a_name_is_loaded_as_elsewhere(folder, base):
+def test_the_model_may_be_a_name(folder, base):
     assert Prefix.from_text(folder, TEXT).kv["self.2.v"].shape == Prefix.from_text(base, TEXT).kv["self.2.v"].shape
 
 
-def test_a_prefix_from_a_text_is_an_adapter(base, tmp_path):
+def test_a_prefix_from_a_text_is_a_peft_adapter(base, tmp_path):
     prefix = Prefix.from_text(base, TEXT)
     prefix.to_peft(tmp_path / "p")
     assert Prefix.from_pretrained(tmp_path / "p").digest == prefix.digest
 
 
-CHAT = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant{% endif %}"
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant{% endif %}"
+)
 
 
 @pytest.fixture
@@ -125,7 +128,7 @@ def test_messages_go_through_the_chat_template(chat_base):
     text = "<s>system: Be brief.</s><s>user: Hi</s>"
     assert Prefix.from_text(chat_base, messages).digest == Prefix.from_text(chat_base, text).digest
     ids = chat_base.require_tokenizer().encode([text])[0].tolist()
-    assert ids[0] == 1  # the template's begin token, once
+    assert ids[0] == 1  # one begin token, from the template
     assert (
         error(
             logits(chat_base, PROMPT, [Prefix.from_text(chat_base, messages)]),
@@ -182,10 +185,10 @@ def test_a_text_after_a_prefix_of_another_base_is_refused(base):
         Prefix.from_text(base, TEXT, after=["mill"])
 
 
-# ---- joining ----
+# ---- concat ----
 
 
-def test_joined_prefixes_take_what_a_request_would_take(base):
+def test_attributes_of_concatenated_prefixes(base):
     a = other(
         base, 1, decoding={"num_beams": 2, "max_new_tokens": 5}, task={"name": "prompt"}, training={"num_trained": 3}
     )
@@ -199,7 +202,7 @@ def test_joined_prefixes_take_what_a_request_would_take(base):
     assert joined.peft_incompatibility == "text starts at another position than the prefix's length"
 
 
-def test_prefixes_that_no_single_one_equals_are_refused(base, make_prefix):
+def test_prefixes_without_an_equivalent_prefix_are_refused(base, make_prefix):
     a = other(base, 1)
     kv = {n: t.bfloat16() for n, t in other(base, 2).kv.items()}
     ragged = make_prefix(1, layers=(0,)).kv | make_prefix(1, layers=(1, 2), length=3).kv

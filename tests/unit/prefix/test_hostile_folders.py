@@ -1,4 +1,4 @@
-"""Folders that somebody made to harm, or that a program made by mistake: each is refused with the documented class, reads nothing else and hangs nowhere."""
+"""Malicious and broken folders are refused with `DataError`, without reading other files and without hanging."""
 
 from __future__ import annotations
 
@@ -154,13 +154,13 @@ def refused(folder: Path) -> str:
 @pytest.mark.parametrize("harm", ADAPTER.values(), ids=ADAPTER)
 def test_a_hostile_adapter_is_refused(tmp_path, make_prefix, harm):
     make_prefix().to_peft(tmp_path / "p")
-    Prefix.from_pretrained(tmp_path / "p")  # sound before
+    Prefix.from_pretrained(tmp_path / "p")  # valid before the change
     harm(tmp_path / "p")
     refused(tmp_path / "p")
 
 
 @pytest.mark.parametrize("harm", OURS.values(), ids=OURS)
-def test_a_hostile_folder_of_ours_is_refused(tmp_path, make_prefix, harm):
+def test_a_hostile_prefix_folder_is_refused(tmp_path, make_prefix, harm):
     make_prefix(pos_start=0).save_pretrained(tmp_path / "p")
     Prefix.from_pretrained(tmp_path / "p")
     harm(tmp_path / "p")
@@ -183,38 +183,38 @@ BAD_NAMES = (
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
-def test_a_hostile_name_is_refused_by_itself(name):
-    """With a digest that fits, nothing else would stop it."""
+def test_hostile_tensor_names_are_refused(name):
+    """The check of names does not rely on the digest, which an attacker can compute."""
     with pytest.raises(DataError, match="tensor name: expected"):
         Prefix(pair(name, torch.ones(4, 4, 8)), 4)
 
 
 @pytest.mark.parametrize("position", [2**31, 10**400, -1, 4.0, True, "4", None])
-def test_a_hostile_position_is_refused_by_itself(position):
+def test_hostile_positions_are_refused(position):
     with pytest.raises(DataError, match="expected pos_start >= 0"):
         Prefix(pair("self.0", torch.ones(4, 4, 8)), position)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.complex64, torch.int32, torch.bool])
-def test_numbers_of_another_kind_are_refused_by_themselves(dtype):
+def test_other_dtypes_are_refused(dtype):
     with pytest.raises(DataError, match=r"expected a float \[P, H, D\]"):
         Prefix(pair("self.0", torch.ones(4, 4, 8).to(dtype)), 4)
 
 
 def test_a_huge_configuration_is_not_read(tmp_path, make_prefix, monkeypatch):
     make_prefix().to_peft(tmp_path / "p")
-    monkeypatch.setattr(files, "MOST_JSON", 100)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 100)
     assert "expected at most 100 bytes" in refused(tmp_path / "p")
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_may_not_be_read_is_refused(tmp_path, make_prefix):
+def test_an_unreadable_file_is_refused(tmp_path, make_prefix):
     make_prefix().to_peft(tmp_path / "p")
     (tmp_path / "p" / CONFIG).chmod(0)
     assert "cannot be read" in refused(tmp_path / "p")
 
 
-def test_what_was_looked_for_is_said(tmp_path):
+def test_the_error_names_the_files_that_were_looked_for(tmp_path):
     for name in "abcdefghijkl":
         (tmp_path / name).touch()
     message = refused(tmp_path)
@@ -239,7 +239,7 @@ def test_a_pickle_is_never_opened(tmp_path, make_prefix):
     assert not (tmp_path / "harmed").exists()
 
 
-# ---- sound folders, wrong use ----
+# ---- valid folders, wrong use ----
 
 
 def test_a_prefix_of_another_base_is_refused_wherever_it_is_used(base, make_prefix, tmp_path):
@@ -265,6 +265,6 @@ def test_a_prefix_of_another_base_is_refused_wherever_it_is_used(base, make_pref
                 use(prefix)
 
 
-def test_decoding_defaults_that_are_no_options_are_refused(base, make_prefix):
+def test_wrong_decoding_defaults_are_refused(base, make_prefix):
     with pytest.raises(RequestError, match="num_beams"):
         generate(["x"], make_prefix(decoding={"num_beams": "many"}), model=base, max_new_tokens=1)

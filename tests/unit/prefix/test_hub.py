@@ -1,4 +1,4 @@
-"""Prefixes from and to the hub, with a hub that is a function here, and the model card."""
+"""Download from and upload to a fake of the Hugging Face hub, and the model card."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRAINED: dict[str, Any] = {
 
 @pytest.fixture
 def hub(monkeypatch, make_prefix, tmp_path):
-    """A hub with one repository; every call is written down."""
+    """Fake hub with one repository, which records the calls."""
     calls: list[tuple[str, dict[str, Any]]] = []
     make_prefix(3).save_pretrained(tmp_path / "snapshot")
 
@@ -44,19 +44,19 @@ def hub(monkeypatch, make_prefix, tmp_path):
     return calls
 
 
-def test_a_hub_id_is_fetched(hub, make_prefix):
+def test_a_hub_id_is_downloaded(hub, make_prefix):
     prefix = Prefix.from_pretrained("ann/mill", revision="v2", local_files_only=True)
     assert prefix.digest == make_prefix(3).digest
     ((repo_id, how),) = hub
     assert (repo_id, how["revision"], how["local_files_only"]) == ("ann/mill", "v2", True)
 
 
-def test_nothing_but_json_and_safetensors_is_fetched(hub):
+def test_only_json_and_safetensors_files_are_downloaded(hub):
     Prefix.from_pretrained("ann/mill")
     assert sorted(hub[0][1]["allow_patterns"]) == sorted([META, OWN, CONFIG, WEIGHTS])
 
 
-def test_a_folder_that_is_there_is_no_hub_id(hub, make_prefix, tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_a_hub_id(hub, make_prefix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_prefix(1).save_pretrained(Path("ann/mill"))
     assert Prefix.from_pretrained("ann/mill").digest == make_prefix(1).digest
@@ -66,7 +66,7 @@ def test_a_folder_that_is_there_is_no_hub_id(hub, make_prefix, tmp_path, monkeyp
 @pytest.mark.parametrize(
     "path", [Path("ann/mill"), "mill", "/ann/mill", "./mill", "../x/y", "a/b/c", "", "~/mill", "C:\\mill"], ids=repr
 )
-def test_a_path_is_never_asked_from_the_hub(hub, path, tmp_path, monkeypatch):
+def test_paths_are_not_hub_ids(hub, path, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     with pytest.raises(DataError, match=r"no such folder|no prefix here"):
@@ -99,7 +99,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(("failure", "kind", "message"), FAILURES.values(), ids=FAILURES)
-def test_errors_of_the_hub_say_what_to_do(monkeypatch, failure, kind, message):
+def test_errors_of_the_hub(monkeypatch, failure, kind, message):
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
@@ -118,17 +118,17 @@ def test_a_snapshot_that_is_no_prefix_is_refused(hub, tmp_path):
         Prefix.from_pretrained("ann/mill")
 
 
-def test_an_unreachable_hub_is_an_error_of_ours():
-    """The real client, offline."""
+def test_an_unreachable_hub():
+    """Uses the real client in offline mode."""
     with pytest.raises(DataError, match="nor in the local cache"):
         Prefix.from_pretrained("nobody-here/no-such-prefix-at-all")
 
 
-# ---- pushing ----
+# ---- upload ----
 
 
 class Hub:
-    """What `HfApi` would do, kept in memory."""
+    """Fake of `HfApi` that keeps the uploaded files."""
 
     def __init__(self, token: str | None = None) -> None:
         Hub.calls = {"token": token}
@@ -183,7 +183,7 @@ def test_a_wrong_repository_is_refused(pushed, make_prefix, repo_id):
     [errors.HfHubHTTPError("401 Unauthorized", response=RESPONSE), OSError("reset"), RuntimeError("x")],
     ids=["http", "os", "other"],
 )
-def test_a_hub_that_refuses_is_an_error_of_ours(pushed, monkeypatch, make_prefix, step, failure):
+def test_errors_of_an_upload(pushed, monkeypatch, make_prefix, step, failure):
     def fail(*_: Any, **__: Any) -> None:
         raise failure
 
@@ -200,7 +200,7 @@ def parts(card: str) -> tuple[dict[str, Any], str]:
     return yaml.safe_load(front), body
 
 
-def test_the_card_says_what_the_prefix_is(make_prefix):
+def test_the_card_describes_the_prefix(make_prefix):
     prefix = make_prefix(**TRAINED)
     front, body = parts(model_card(prefix, "ann/mill"))
     assert front == {
@@ -223,26 +223,26 @@ def test_the_card_says_what_the_prefix_is(make_prefix):
     assert "max_length" not in body
 
 
-def test_the_card_holds_nobodys_text(make_prefix):
+def test_the_card_contains_no_text_of_the_training_data(make_prefix):
     assert "Alice" not in model_card(make_prefix(**TRAINED), "ann/mill")
     assert "Alice" in repr(TRAINED)
 
 
 @pytest.mark.parametrize("name", ["/home/ann/models/llama", "C:\\models", "x: y\n- z", "", None])
-def test_a_base_that_is_no_hub_name_stays_out_of_the_card(make_prefix, name):
+def test_the_card_leaves_out_base_names_that_are_not_hub_ids(make_prefix, name):
     card = model_card(make_prefix(base={"name": name}), "ann/mill")
     assert "base_model" not in parts(card)[0]
     assert not name or name not in card
 
 
-def test_the_card_of_a_prefix_that_is_no_adapter_says_so(make_prefix):
+def test_the_card_of_a_prefix_that_peft_cannot_hold(make_prefix):
     front, body = parts(model_card(make_prefix(pos_start=0), "ann/mill"))
     assert front["tags"] == ["prefix-tuning"]
     assert "PEFT cannot hold it: text starts at another position" in body
     assert "PeftModel" not in body
 
 
-def test_a_prefix_says_what_it_requires(make_prefix):
+def test_requires(make_prefix):
     prefix = make_prefix(**TRAINED)
     assert prefix.requires == {
         "base": "HuggingFaceTB/SmolLM2-135M",

@@ -1,4 +1,4 @@
-"""`Prefix.inspect`: attention mass against eager attention weights, divergence against its definition, words against keys computed by the base itself."""
+"""`Prefix.inspect`: mass compared to eager attention, divergence to its definition, words to keys of the base model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 import tiny
 from prefixfast import BaseMismatchError, ConfigError, Prefix, RequestError, load
-from prefixfast.data.tasks import table_task
+from prefixfast.data.builtin_tasks import table_task
 from prefixfast.prefix import peft_format as layout
 from prefixfast.prefix.inspect import Inspection
 
@@ -29,7 +29,7 @@ def strong(family: str, length: int = 5) -> tuple[torch.Tensor, Prefix]:
 
 @torch.no_grad()
 def eager(family: str, table: torch.Tensor, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention weights ``[L, HQ, N, P + N]`` and logits ``[N, V]`` of PEFT's model on transformers' eager attention."""
+    """Attention weights ``[L, HQ, N, P + N]`` and logits ``[N, V]`` of PEFT's model with eager attention."""
     model = tiny.make(family)
     model.set_attn_implementation("eager")
     out = tiny.with_prefix(model, table)(input_ids=torch.tensor([ids]), output_attentions=True)
@@ -37,7 +37,7 @@ def eager(family: str, table: torch.Tensor, ids: list[int]) -> tuple[torch.Tenso
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mass_is_what_eager_attention_gives_the_prefix(family):
+def test_mass_equals_eager_attention(family):
     table, prefix = strong(family)
     weights = [eager(family, table, ids)[0][..., :-n].sum(-1) for ids in PROMPTS for n in [len(ids)]]
     expected = torch.cat(weights, -1).mean(-1)
@@ -49,7 +49,7 @@ def test_mass_is_what_eager_attention_gives_the_prefix(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_divergence_is_that_of_the_next_token(family):
+def test_divergence_of_the_next_token(family):
     table, prefix = strong(family)
     with load(tiny.make(family)) as base:
         found = prefix.inspect(base, PROMPTS, words=0)
@@ -65,7 +65,7 @@ def test_divergence_is_that_of_the_next_token(family):
         assert expected.max() > 0.05
 
 
-def test_only_the_target_of_a_row_counts(base, make_prefix):
+def test_only_the_target_of_a_row_is_measured(base, make_prefix):
     prefix, tokens = make_prefix(), base.require_tokenizer()
     prompt, target = tokens.encode(["The table: "])[0].tolist(), tokens.encode(["set"])[0].tolist()
     row = prefix.inspect(base, [{"prompt": "The table: ", "completion": "set"}], words=0)
@@ -99,7 +99,7 @@ def test_rows_made_from_a_text_are_nearest_to_its_tokens(family):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_words_are_those_with_the_nearest_first_layer_keys(family, monkeypatch):
-    monkeypatch.setattr("prefixfast.prefix.nearest_tokens.CHUNK", 30)  # several chunks
+    monkeypatch.setattr("prefixfast.prefix.nearest_tokens.TOKENS_PER_CHUNK", 30)  # several chunks
     _, prefix = strong(family)
     model, keys = tiny.make(family), []
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_words_are_those_with_the_nearest_first_layer_keys(family, monkeypatch):
         assert [c for _, c in found] == pytest.approx(best.values.tolist(), abs=1e-5)
 
 
-def test_it_prints_what_was_measured(base):
+def test_print(base):
     prefix = Prefix.from_text(base, "[b]£:a:" * 6)
     shown = str(prefix.inspect(base, ["Hello there"], words=1))
     assert "attention mass on the prefix" in shown
@@ -128,18 +128,18 @@ def test_it_prints_what_was_measured(base):
     assert "words of 16 of 48 rows" in shown
     assert all(
         f"{word!r} 1.00" in shown for word in ("[", "b", "]", "Â", "£", ":", "a")
-    )  # a part of a character by its name in the vocabulary
+    )  # a part of a character is shown by its name in the vocabulary
     assert max(map(len, shown.splitlines())) <= 100
     assert "words of" not in str(prefix.inspect(base, ["Hello"], words=0))
 
 
-def test_words_are_shown_as_they_are():
+def test_markup_in_words_is_not_interpreted():
     words = [("[red]", 1.0), ("[/]", 0.5), (":smile:", 0.25)]
     shown = str(Inspection(torch.ones(1, 1), [torch.zeros(1)], {0: words}, 1))
     assert all(f"{word!r} {cosine:.2f}" in shown for word, cosine in words)
 
 
-def test_it_plots(base, make_prefix, tmp_path, monkeypatch):
+def test_plot(base, make_prefix, tmp_path, monkeypatch):
     found = make_prefix().inspect(base, ["Hello"], words=0)
     found.plot(tmp_path / "deep" / "x.png")
     assert imread(tmp_path / "deep" / "x.png").std() > 0.05

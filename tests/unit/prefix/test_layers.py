@@ -1,4 +1,4 @@
-"""Prefixes in some layers only, from `PrefixConfig.layers` to every place that reads them."""
+"""Prefixes in some layers only: training, folders, store, PEFT, generation, scores and the command line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from prefixfast.attention.plan import training_plan
 from prefixfast.prefix.kv import kv_by_layer, row_table
 from prefixfast.prefix.model_card import model_card
 from prefixfast.training.estimate import estimate
-from prefixfast.training.parameters import PrefixParameters
+from prefixfast.training.parameters import ParameterOptions, PrefixParameters
 from token_rows import distance, rows
 
 HOW = {"batch_size": 3, "prefix_length": 4, "init": "random", "max_steps": 5, "progress": False}
@@ -72,7 +72,7 @@ def loss(model, prefixes, data) -> float:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_these_layers_are_learned_and_each_prefix_as_if_alone(model, kind):
+def test_only_these_layers_are_trained(model, kind):
     how = {**HOW, **KINDS[kind], "layers": [2, 0]}
     run = train(model, DATA, **how)
     for name, prefix in run.items():
@@ -87,8 +87,8 @@ def test_only_these_layers_are_learned_and_each_prefix_as_if_alone(model, kind):
     assert json.loads(json.dumps(run["a"].training["prefix_config"]))["layers"] == [0, 2]
 
 
-def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out(model):
-    """Of one direction by central differences; what the leaves hold is what the prefix stores."""
+def test_gradients_of_the_layers_with_rows(model):
+    """The gradient in one direction is compared to central differences."""
     start = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(1,))
     direction = {
         n: torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=t.dtype)
@@ -96,18 +96,13 @@ def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out
     }
     away = [
         dataclasses.replace(start, kv={n: t + e * direction[n] for n, t in start.kv.items()}) for e in (1e-3, -1e-3)
-    ]  # norms compute in fp32
+    ]  # the norm layers compute in fp32
     wanted = (loss(model, [away[0]], DATA["a"]) - loss(model, [away[1]], DATA["a"])) / 2e-3
     config = PrefixConfig(prefix_length=4, layers=(1,))
     params = PrefixParameters.make(
         model.layers,
         [kv_by_layer(start, model.layers)],
-        config,
-        mlp=False,
-        seed=0,
-        dtype=torch.float64,
-        device=model.device,
-        on_top_of=(),
+        ParameterOptions(config, False, 0, torch.float64, model.device),
     )
     assert [len(k) for k, _ in params.leaves] == [0, 4, 0]
     total = 0.0
@@ -126,7 +121,7 @@ def test_gradients_are_those_of_the_plain_forward_and_end_at_the_layers_left_out
 
 
 @pytest.mark.parametrize("kind", ["flat", "mlp"])
-def test_all_layers_by_number_are_all_layers(model, kind):
+def test_all_layers_by_number_equal_the_default(model, kind):
     how = {**HOW, **KINDS[kind]}
     by_number, plain = train(model, DATA["a"], **how, layers=(0, 1, 2)), train(model, DATA["a"], **how)
     assert by_number.digest == plain.digest
@@ -150,9 +145,9 @@ def test_on_top_of_a_prefix_in_other_layers(model, under, own):
             "batch_size": len(DATA[name]),
             "learning_rate": 1e-12,
         }
-        told = train(model, DATA[name], **at_once).training["metrics"]["loss"]
-        assert told == pytest.approx(loss(model, [base, prefix], DATA[name]), abs=1e-9)
-        assert told < loss(
+        loss_of_both = train(model, DATA[name], **at_once).training["metrics"]["loss"]
+        assert loss_of_both == pytest.approx(loss(model, [base, prefix], DATA[name]), abs=1e-9)
+        assert loss_of_both < loss(
             model, [base, train(model, DATA[name], **{**how, "max_steps": 1, "learning_rate": 1e-12})], DATA[name]
         )
     with Engine(model, max_num_seqs=4, max_model_len=40) as engine:
@@ -163,7 +158,7 @@ def test_on_top_of_a_prefix_in_other_layers(model, under, own):
         ids.append(token)
 
 
-def test_starts(model, tokenizer, folder):
+def test_initial_values(model, tokenizer, folder):
     from prefixfast import load
 
     text = {
@@ -195,14 +190,14 @@ def test_starts(model, tokenizer, folder):
 
 def test_wrong_layers(model):
     for wrong in ([], [-1], [0, 0], [1, "2"], ["0"], [None], [True], "01", 3, [1.0]):
-        with pytest.raises(ConfigError, match=r"PrefixConfig\.layers: expected numbers of layers from 0, each once"):
+        with pytest.raises(ConfigError, match=r"PrefixConfig\.layers: expected at least one layer number"):
             PrefixConfig(layers=wrong)
     assert PrefixConfig(layers=range(2, 4)).layers == PrefixConfig(layers=np.array([3, 2])).layers == (2, 3)
     with pytest.raises(ConfigError, match=r"expected numbers from 0 to 2 \(this base has 3 layers\), got 3"):
         train(model, DATA["a"], **HOW, layers=[0, 3])
 
 
-def test_the_one_site_and_the_one_objective(model):
+def test_the_only_site_and_the_only_objective(model):
     how = {**HOW, **KINDS["flat"], "max_steps": 1}
     plain = train(model, DATA["a"], **how)
     named = train(model, DATA["a"], **{**how, "prefix_length": {"self": 4}}, sites=["self"], objective="sft")
@@ -233,9 +228,12 @@ def test_a_sweep_and_an_estimate(model):
         "layers=1+2": (1, 2),
         "layers=None": (0, 1, 2),
     }
-    told = estimate(model, DATA["a"], **{**HOW, **KINDS["flat"], "layers": [1]})
+    found = estimate(model, DATA["a"], **{**HOW, **KINDS["flat"], "layers": [1]})
     assert (
-        told.stored_numbers == told.trained_numbers == run["layers=0"].num_stored == run["layers=None"].num_stored // 3
+        found.stored_numbers
+        == found.trained_numbers
+        == run["layers=0"].num_stored
+        == run["layers=None"].num_stored // 3
     )
 
 
@@ -308,12 +306,12 @@ def test_composition_and_concat(tmp_path):
         low.concat(top)
 
 
-def test_a_prefix_of_fewer_layers_is_told_from_one_of_a_smaller_base(model):
+def test_check_fits_distinguishes_fewer_layers_from_a_smaller_base_model(model):
     prefix = train(model, DATA["a"], **HOW, **KINDS["flat"], layers=(0, 1))
     check_fits(model, prefix)
     with pytest.raises(
         BaseMismatchError,
-        match="got 2 layers, the first ones, and it does not say for how many it was made; was it trained on another model",
+        match="got 2 layers, the first ones, and it does not say for how many it was made; was it trained",
     ):
         check_fits(model, dataclasses.replace(prefix, base=None))
     check_fits(
@@ -327,7 +325,7 @@ def test_a_prefix_of_fewer_layers_is_told_from_one_of_a_smaller_base(model):
         )
 
 
-def test_scores_and_a_look_inside(model, tokenizer, folder, caplog):
+def test_score_inspect_and_from_text(model, tokenizer, folder, caplog):
     from prefixfast import load
 
     low, top = (train(model, DATA["a"], **HOW, **KINDS["flat"], layers=layers) for layers in ((0,), (1, 2)))

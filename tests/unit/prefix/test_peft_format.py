@@ -1,4 +1,4 @@
-"""Prefixes and PEFT's adapters: both ways, both types, to the bit; what PEFT cannot hold is refused with the reason."""
+"""Import and export of PEFT adapters of both types, to the bit; incompatible prefixes are refused with the reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def peft_config(kind: str, **fields: Any) -> Any:
 
 
 def adapter(folder: Path, family: str, kind: str, **fields: Any) -> Any:
-    """A PEFT adapter after two steps of training, saved by PEFT; returns its model."""
+    """Save a PEFT adapter after two steps of training, and return its model."""
     torch.manual_seed(4)
     model = get_peft_model(tiny.make(family), peft_config(kind, **fields))
     optimizer, ids = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5), torch.tensor([PROMPT])
@@ -50,7 +50,7 @@ def peft_logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_adapter_comes_back_to_the_bit(tmp_path, family, kind):
+def test_round_trip_of_an_adapter_is_exact(tmp_path, family, kind):
     fields = {"num_frozen_tokens": 2} if kind == "CARTRIDGE" else {}
     theirs = adapter(tmp_path / "theirs", family, kind, **fields)
     prefix = Prefix.from_pretrained(tmp_path / "theirs")
@@ -66,7 +66,7 @@ def test_an_adapter_comes_back_to_the_bit(tmp_path, family, kind):
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_does_with_our_prefix_what_we_do(tmp_path, family, kind):
+def test_peft_gives_equal_logits_and_tokens(tmp_path, family, kind):
     with load(tiny.make(family)) as base:
         prefix = Prefix.from_text(base, list(range(40, 47)))
         ours = logits(base, PROMPT, [prefix])
@@ -85,7 +85,7 @@ def test_peft_does_with_our_prefix_what_we_do(tmp_path, family, kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", TYPES)
-def test_exports_hold_the_numbers_in_their_dtype(tmp_path, make_prefix, kind, dtype):
+def test_exports_keep_the_dtype(tmp_path, make_prefix, kind, dtype):
     prefix = make_prefix(dtype=dtype)
     prefix.to_peft(tmp_path / "p", peft_type=kind)
     assert load_file(tmp_path / "p" / WEIGHTS)["prompt_embeddings"].dtype == dtype
@@ -93,9 +93,9 @@ def test_exports_hold_the_numbers_in_their_dtype(tmp_path, make_prefix, kind, dt
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_an_export_is_what_peft_knows_and_nothing_else(tmp_path, make_prefix, kind):
+def test_an_export_has_the_files_and_keys_of_peft_only(tmp_path, make_prefix, kind):
     prefix = make_prefix(training={"metrics": {"loss": 1.0}}, base={"name": "x/y", "config": {"vocab_size": 3}})
-    prefix.save_pretrained(tmp_path / "p")  # ours goes when an adapter takes its place
+    prefix.save_pretrained(tmp_path / "p")  # the adapter replaces these files
     prefix.to_peft(tmp_path / "p", peft_type=kind)
     assert {p.name for p in (tmp_path / "p").iterdir()} == {CONFIG, WEIGHTS}
     get_peft_model(tiny.make("gpt2"), peft_config(kind)).save_pretrained(tmp_path / "theirs")
@@ -104,7 +104,7 @@ def test_an_export_is_what_peft_knows_and_nothing_else(tmp_path, make_prefix, ki
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 5])
-def test_frozen_rows_of_a_cartridge_come_back(tmp_path, frozen):
+def test_round_trip_of_frozen_rows(tmp_path, frozen):
     adapter(tmp_path / "theirs", "gpt2", "CARTRIDGE", num_frozen_tokens=frozen) if frozen < 5 else get_peft_model(
         tiny.make("gpt2"), peft_config("CARTRIDGE", num_frozen_tokens=5)
     ).save_pretrained(tmp_path / "theirs")
@@ -119,7 +119,7 @@ def test_frozen_rows_of_a_cartridge_come_back(tmp_path, frozen):
     assert torch.equal(loaded.weight, load_file(tmp_path / "theirs" / WEIGHTS)["prompt_embeddings"])
 
 
-def test_a_cartridge_can_leave_as_prefix_tuning(tmp_path):
+def test_a_cartridge_exports_as_prefix_tuning(tmp_path):
     adapter(tmp_path / "theirs", "gpt2", "CARTRIDGE", num_frozen_tokens=2)
     Prefix.from_pretrained(tmp_path / "theirs").to_peft(tmp_path / "p", peft_type="PREFIX_TUNING")
     assert (tmp_path / "p" / WEIGHTS).read_bytes() == (tmp_path / "theirs" / WEIGHTS).read_bytes()
@@ -136,13 +136,13 @@ CANNOT = {
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(("reason", "fields"), CANNOT.items(), ids=CANNOT)
-def test_what_peft_cannot_hold_is_refused_with_the_reason(tmp_path, make_prefix, kind, reason, fields):
+def test_incompatible_prefixes_are_refused_with_the_reason(tmp_path, make_prefix, kind, reason, fields):
     with pytest.raises(ConfigError, match=reason):
         make_prefix(**fields).to_peft(tmp_path / "p", peft_type=kind)
     assert not (tmp_path / "p").exists()
 
 
-def test_sites_shapes_and_dtypes_that_peft_cannot_hold_are_refused(tmp_path, make_prefix):
+def test_incompatible_sites_shapes_and_dtypes_are_refused(tmp_path, make_prefix):
     a = make_prefix(layers=(0,)).kv
     cases = {
         "it has sites other than 'self'": {**make_prefix().kv, **{n.replace("self", "cross"): t for n, t in a.items()}},

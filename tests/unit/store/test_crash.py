@@ -1,4 +1,4 @@
-"""`PrefixStore` when its writer is killed, or the disk is full, at any moment: there is the old version or the new one, and nothing else."""
+"""`PrefixStore` whose writer is killed or meets a full disk: the old or the new version is there, and nothing else."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make(seed: int, *, pos_start: int = 3) -> Prefix:
     )
 
 
-OLD, MIDDLE, NEW = make(1), make(2), make(3, pos_start=0)  # the new one is no PEFT adapter: other files
+OLD, MIDDLE, NEW = make(1), make(2), make(3, pos_start=0)  # NEW is not a PEFT adapter, so it has other files
 Operation = Callable[[PrefixStore], object]
 
 
@@ -38,7 +38,7 @@ def put(store: PrefixStore) -> object:
     return store.put("a", NEW)
 
 
-# What lies in the store, what is being done, and which digests a reader may find afterwards.
+# Versions in the store, operation, and digests that a reader may find afterwards.
 CASES: dict[str, tuple[list[Prefix], Operation, set[str | None]]] = {
     "put the first": ([], put, {None, NEW.digest}),
     "put the next": ([OLD], put, {OLD.digest, NEW.digest}),
@@ -53,18 +53,18 @@ def files(root: Path) -> list[Path]:
 
 
 def stray(root: Path) -> list[Path]:
-    """Files that are no part of a version."""
+    """Files that are not part of a version."""
     return [p for p in files(root) if not (len(p.parts) == 4 and len(p.parts[1]) == 64 and p.parts[2].isdecimal())]
 
 
 def found(root: Path) -> str | None:
-    """What the next process finds, after it has checked everything."""
+    """Check the whole store; returns the digest of the name ``a``, None if there is no such name."""
     store = PrefixStore(root)
     check = store.verify()
     assert check.ok, check
     assert stray(root) == []
     assert list((root / WORK).iterdir()) == []
-    assert all(list(p.iterdir()) for p in root.glob("??/*")), "a name has a version"
+    assert all(list(p.iterdir()) for p in root.glob("??/*")), "every name has a version"
     assert len(store) == len(list(store))
     assert check.versions == len(list(root.glob("*/*/*/entry.json"))) == len(list(root.glob("??/*/*")))
     assert list(store) == (["b", "a"] if "a" in store else ["b"]), "another name is not touched"
@@ -84,7 +84,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Operatio
 
 @pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.long)])
 def test_killed_at_the_steps_of_a_change(case, tmp_path, stride):
-    """Over the five changes 172 kills, by default every third of them."""
+    """All five operations together have 172 steps; by default the process is killed at every third of them."""
     before, operation, allowed, _ = case
     met: dict[str | None, int] = dict.fromkeys(allowed, 0)
     step = left = 0
@@ -103,7 +103,7 @@ def test_killed_at_the_steps_of_a_change(case, tmp_path, stride):
     assert left > 5 / stride, "kills fell into the work"
 
 
-def test_killed_while_it_removes_what_a_killed_writer_left(tmp_path):
+def test_killed_while_sweeping_the_files_of_a_killed_writer(tmp_path):
     root = tmp_path / "before"
     PrefixStore(root).put("b", OLD)
     assert killed_at(12, lambda: put(PrefixStore(root)))
@@ -118,10 +118,10 @@ def test_killed_while_it_removes_what_a_killed_writer_left(tmp_path):
 
 
 def test_killed_in_the_middle_of_a_write(case, tmp_path):
-    """A limit on the size of files kills the writer after so many bytes."""
+    """A limit on file sizes kills the writer after that many bytes."""
     before, operation, allowed, what = case
     if what == "delete":
-        pytest.skip("nothing is written")
+        pytest.skip("a deletion writes nothing")
     sizes = sorted({0, 1, 50, *(p.stat().st_size - 1 for p in before.rglob("*.safetensors"))})
     for size in sizes:
         root = tmp_path / f"store{size}"
@@ -164,7 +164,7 @@ def test_killed_at_random_times(tmp_path, count):
 
 
 def full_at(step: int, event_names: tuple[str, ...]) -> Callable[[str, tuple], None]:
-    """An audit hook: from one step on nothing can be made any more, but things can be removed."""
+    """An audit hook that refuses to create files from one step on; removals still work."""
     seen = 0
 
     def refuse(event: str, arguments: tuple) -> None:
@@ -183,7 +183,7 @@ def full_at(step: int, event_names: tuple[str, ...]) -> Callable[[str, tuple], N
 def test_a_full_disk_keeps_the_last_good_version(case, tmp_path, events):
     before, operation, _, what = case
     if what == "delete" and events:
-        pytest.skip("it makes no folder either, but asks for one that is there")
+        pytest.skip("a deletion creates no folder, but calls mkdir for one that exists")
     last = PrefixStore(before, read_only=True).get("a")
     for step in range(100):
         root = tmp_path / f"store{step}"
@@ -200,15 +200,13 @@ def test_a_full_disk_keeps_the_last_good_version(case, tmp_path, events):
 
         status = end(start(full))
         assert status in (0, 7 << 8)
-        assert stray(root) == [], "nothing half-written stays, even before the next open"
+        assert stray(root) == [], "no half-written file is left, even before the next open"
         assert list((root / WORK).iterdir()) == []
         got = found(root)
         if status == 0:
             break
         assert got == (None if last is None else last.digest), step
-    assert step == 0 if what == "delete" else 2 <= step < 60, (
-        "a deletion makes no file: it is how a full disk gets room"
-    )
+    assert step == 0 if what == "delete" else 2 <= step < 60, "a deletion creates no file, so it works on a full disk"
 
 
 def test_a_limit_on_file_sizes_is_an_error_that_changes_nothing(tmp_path):
@@ -263,7 +261,7 @@ def test_a_sync_that_fails_leaves_a_whole_store(case, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["a", "new"])
 def test_everything_is_synced_before_it_is_renamed_into_place(tmp_path, monkeypatch, name):
-    """After a power cut a name never leads to data that is not on the disk."""
+    """After a power cut, a name never leads to data that is not on the disk."""
     store = PrefixStore(tmp_path)
     store.put("a", OLD)
     synced: set[str] = set()

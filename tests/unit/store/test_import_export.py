@@ -1,4 +1,4 @@
-"""Folders of adapters into a store and out of it."""
+"""Import of adapter folders into a `PrefixStore`, and export of its prefixes to adapter folders."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
-def test_out_and_in_again(tmp_path):
+def test_export_and_import_round_trip(tmp_path):
     store = PrefixStore(tmp_path / "s")
     for i, name in enumerate(NAMES):
         store.put(name, prefix(i, pos_start=3 * (i % 2), task={"task": "e2e"}, training={"steps": i}))
@@ -86,7 +86,7 @@ def test_folder_names_work_on_every_file_system():
         assert m.partition(".")[0].lower() not in {"con", "nul", "aux", "prn"}
 
 
-def test_an_exported_folder_is_peft_s(tmp_path):
+def test_peft_reads_an_exported_folder(tmp_path):
     store = PrefixStore(tmp_path / "s")
     store.put("ann", prefix(1))
     (made,) = store.export_dir(tmp_path / "out")
@@ -95,7 +95,7 @@ def test_an_exported_folder_is_peft_s(tmp_path):
     assert torch.equal(got.unflatten(1, (3, 2, 4, 8))[:, 1, 0], prefix(1).kv["self.1.k"])
 
 
-def test_adapters_of_peft_are_taken_under_their_folder_s_name(tmp_path):
+def test_peft_adapters_are_imported_under_the_name_of_their_folder(tmp_path):
     model = tiny.make("gpt2")
     for name in ("ann", "Bob B."):
         tiny.with_prefix(model, tiny.peft_table(model, 4, len(name))).save_pretrained(tmp_path / "in" / name)
@@ -105,7 +105,7 @@ def test_adapters_of_peft_are_taken_under_their_folder_s_name(tmp_path):
     assert store["Bob B."].training == {"imported_from": "peft"}
 
 
-def test_an_import_again_changes_nothing(tmp_path):
+def test_a_repeated_import_changes_nothing(tmp_path):
     store = PrefixStore(tmp_path / "s")
     saved(tmp_path / "in", 1, 2)
     store.import_dir(tmp_path / "in")
@@ -118,7 +118,7 @@ def test_an_import_again_changes_nothing(tmp_path):
     assert store.import_dir(tmp_path / "in")[0].why == "version 3", "the same tensors, another use"
 
 
-def test_an_export_again_replaces_what_it_wrote(tmp_path):
+def test_a_repeated_export_replaces_its_own_files(tmp_path):
     store = PrefixStore(tmp_path / "s")
     store.put("Ann", prefix(1))
     (first,) = store.export_dir(tmp_path / "out")
@@ -129,7 +129,7 @@ def test_an_export_again_replaces_what_it_wrote(tmp_path):
     assert (Path(first.path) / "notes.txt").exists()
 
 
-def test_only_the_names_that_are_asked_for(tmp_path):
+def test_export_of_selected_names(tmp_path):
     store = PrefixStore(tmp_path / "s")
     for i, name in enumerate("abc"):
         store.put(name, prefix(i))
@@ -137,7 +137,7 @@ def test_only_the_names_that_are_asked_for(tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "c"]
 
 
-# ---- what is not taken ----
+# ---- refused adapters ----
 
 
 def break_weights(p: Path) -> None:
@@ -194,24 +194,30 @@ REFUSED = {
     ),
     "a link out": (replaced_by(lambda p: p.symlink_to(p.parent.parent / "secret")), "leads out of"),
     "a link to /": (replaced_by(lambda p: p.symlink_to("/")), "leads out of"),
-    "a link to itself": (replaced_by(lambda p: p.symlink_to(p)), "leads nowhere"),
-    "a link to nothing": (replaced_by(lambda p: p.symlink_to("nothing")), "leads nowhere"),
-    "a link among links": (replaced_by(lambda p: (p.mkdir(), (p / "x").symlink_to(p / "x"))), "leads nowhere"),
+    "a link to itself": (replaced_by(lambda p: p.symlink_to(p)), "a broken link"),
+    "a link to nothing": (replaced_by(lambda p: p.symlink_to("nothing")), "a broken link"),
+    "a link among links": (replaced_by(lambda p: (p.mkdir(), (p / "x").symlink_to(p / "x"))), "a broken link"),
     "weights that are another's": (
         linked("adapter_model.safetensors", "../../secret/adapter_model.safetensors"),
         "leads out of",
     ),
     "a configuration elsewhere": (linked("adapter_config.json", "/etc/hostname"), "leads out of"),
     "a pipe": (fifo, "neither a file nor a folder"),
-    "a name that is none": (lambda p: (p / "entry.json").write_text('{"name": ""}'), "name: expected a text"),
-    "a name that is a number": (lambda p: (p / "entry.json").write_text('{"name": 5}'), "name: expected a text"),
+    "an empty name": (
+        lambda p: (p / "entry.json").write_text('{"name": ""}'),
+        "name: expected a string that is not empty",
+    ),
+    "a name that is a number": (
+        lambda p: (p / "entry.json").write_text('{"name": 5}'),
+        "name: expected a string that is not empty",
+    ),
     "an entry that is damaged": (lambda p: (p / "entry.json").write_text("{"), "entry.json: expected JSON"),
     "a name twice": (lambda p: (p / "entry.json").write_text('{"name": "p1"}'), "p1 has the same name"),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_one_bad_adapter_is_refused_and_the_others_are_taken(tmp_path, case):
+def test_one_bad_adapter_is_refused_and_the_others_are_imported(tmp_path, case):
     edit, message = REFUSED[case]
     saved(tmp_path / "in", 1, 2, 3)
     prefix(99).save_pretrained(tmp_path / "secret")
@@ -227,7 +233,7 @@ def test_one_bad_adapter_is_refused_and_the_others_are_taken(tmp_path, case):
 
 
 def test_links_within_the_folder_are_followed(tmp_path):
-    """Downloads keep their files like this."""
+    """The hub's cache keeps files as links."""
     saved(tmp_path / "in", 1)
     shutil.copytree(tmp_path / "in" / "p1", tmp_path / "in" / "p2")
     (tmp_path / "in" / ".blobs").mkdir()
@@ -239,7 +245,7 @@ def test_links_within_the_folder_are_followed(tmp_path):
     assert [(o.name, o.ok) for o in out] == [("p1", True), ("p2", True), ("p3", True)]
 
 
-def test_what_can_be_seen_beforehand_is_said_beforehand(tmp_path):
+def test_wrong_arguments_are_refused_before_any_write(tmp_path):
     store = PrefixStore(tmp_path / "s")
     store.put("a", prefix(1))
     before = contents(tmp_path)
@@ -251,9 +257,9 @@ def test_what_can_be_seen_beforehand_is_said_beforehand(tmp_path):
         store.import_dir(tmp_path / "in" / "p1")
     with pytest.raises(UnknownPrefixError, match="'b'"):
         store.export_dir(tmp_path / "out", ["a", "b"])
-    with pytest.raises(ConfigError, match="expected several names, got the text 'ann'"):
+    with pytest.raises(ConfigError, match="expected a sequence of names, got the string 'ann'"):
         store.export_dir(tmp_path / "out", "ann")
-    with pytest.raises(ConfigError, match="expected a folder or nothing"):
+    with pytest.raises(ConfigError, match="expected a folder or a path that does not exist"):
         store.export_dir(tmp_path / "file")
     for inside in (tmp_path / "s", tmp_path / "s" / "out"):
         with pytest.raises(ConfigError, match="lies in the store itself"):
@@ -310,7 +316,7 @@ def test_an_export_that_fails_leaves_nothing_half_written(tmp_path, monkeypatch)
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_damaged_name_is_mended_by_an_import(tmp_path):
+def test_an_import_repairs_a_damaged_name(tmp_path):
     store = PrefixStore(tmp_path / "s")
     (store.put("p1", prefix(1)).folder / "entry.json").write_text("{")
     saved(tmp_path / "in", 1)

@@ -1,4 +1,4 @@
-"""`PrefixStore` in several processes at once: nobody waits, nobody sees a gap, nobody gets another's prefix."""
+"""`PrefixStore` in several processes at once: no waits, no missing versions, no mixed-up prefixes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefixfast import Prefix, PrefixStore
 from prefixfast.errors import DataError, UnknownPrefixError
 from prefixfast.io.atomic import identity
 from prefixfast.store import store as module
-from prefixfast.store.workspace import sweep, taken_away, workspace
+from prefixfast.store.workspace import atomic_removal, sweep, workspace
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -76,8 +76,8 @@ def test_putting_and_deleting_one_name(tmp_path):
     assert clean(tmp_path)
 
 
-def test_readers_never_see_a_gap_nor_a_mixture(tmp_path):
-    """Readers beside a writer that keeps one version only, puts, and rolls nothing back: the hardest case."""
+def test_readers_always_read_a_complete_version(tmp_path):
+    """The hardest case: a writer that keeps one version only puts while readers read."""
     root, prefixes = tmp_path / "s", [make(i) for i in range(40)]
     PrefixStore(root).put("a", prefixes[0])
 
@@ -105,7 +105,7 @@ def test_readers_never_see_a_gap_nor_a_mixture(tmp_path):
     assert clean(root)
 
 
-def test_readers_beside_roll_backs_find_one_of_two(tmp_path):
+def test_readers_during_rollbacks_read_one_of_two_versions(tmp_path):
     store = PrefixStore(tmp_path / "s")
     store.put("a", make(1))
     store.put("a", make(2))
@@ -131,8 +131,8 @@ def test_readers_beside_roll_backs_find_one_of_two(tmp_path):
     assert clean(tmp_path / "s")
 
 
-def test_a_name_that_is_deleted_and_put_again_never_serves_the_old_prefix(tmp_path):
-    """The version numbers begin again at 1, so a folder's path may lead to another prefix than a moment before."""
+def test_a_deleted_and_put_name_never_serves_the_old_prefix(tmp_path):
+    """Version numbers start again at 1 after a deletion, so one path can hold different prefixes over time."""
     store = PrefixStore(tmp_path / "s")
     long, short = make(1, 5), make(2, 3)
     before = store.put("a", long)
@@ -152,7 +152,7 @@ def test_a_name_that_is_deleted_and_put_again_never_serves_the_old_prefix(tmp_pa
             info = store.info("a")
             assert (info.digest, info.length) in {(long.digest, 5), (short.digest, 3)}
             assert store["a"].digest in {long.digest, short.digest}
-            with contextlib.suppress(DataError):  # what was known of it is out of date, and that is said
+            with contextlib.suppress(DataError):  # the entry is out of date, which is an error
                 assert info.read().digest == info.digest
             met["read"] += 1
         except UnknownPrefixError:
@@ -167,7 +167,7 @@ def test_a_name_that_is_deleted_and_put_again_never_serves_the_old_prefix(tmp_pa
         before.read()
 
 
-def test_who_started_with_a_version_can_finish_on_it_after_a_roll_back(tmp_path):
+def test_a_reader_can_finish_on_its_version_after_a_rollback(tmp_path):
     store = PrefixStore(tmp_path)
     started = store.put("a", make(1))
     store.put("a", make(2))
@@ -190,7 +190,7 @@ def test_who_started_with_a_version_can_finish_on_it_after_a_roll_back(tmp_path)
         (0, "put and delete", [1]),
     ],
 )
-def test_another_writer_between_the_choice_of_a_number_and_the_rename(tmp_path, monkeypatch, before, between, versions):
+def test_another_writer_between_choosing_a_number_and_the_rename(tmp_path, monkeypatch, before, between, versions):
     store, other = (PrefixStore(tmp_path, keep_versions=3) for _ in range(2))
     for i in range(before):
         store.put("a", make(i))
@@ -212,7 +212,7 @@ def test_another_writer_between_the_choice_of_a_number_and_the_rename(tmp_path, 
     assert clean(tmp_path)
 
 
-def test_a_version_that_goes_while_all_are_listed_is_left_out(tmp_path, monkeypatch):
+def test_a_version_removed_during_listing_is_left_out(tmp_path, monkeypatch):
     store = PrefixStore(tmp_path)
     for i in range(2):
         store.put("a", make(i))
@@ -232,7 +232,7 @@ def test_a_version_that_goes_while_all_are_listed_is_left_out(tmp_path, monkeypa
 # ---- work in progress ----
 
 
-def test_the_work_of_a_running_writer_is_left_alone_and_that_of_a_killed_one_swept(tmp_path):
+def test_sweep_removes_the_work_of_killed_writers_only(tmp_path):
     root = tmp_path / "work"
 
     def hold(name: str) -> None:
@@ -254,13 +254,13 @@ def test_the_work_of_a_running_writer_is_left_alone_and_that_of_a_killed_one_swe
     assert list(root.iterdir()) == []
 
 
-def test_what_a_running_process_takes_away_is_left_to_it(tmp_path):
+def test_sweep_leaves_a_removal_of_a_running_process_alone(tmp_path):
     root, name = tmp_path / "work", tmp_path / "name"
     name.mkdir()
     (name / "file").write_text("x")
 
     def remove() -> None:
-        with taken_away(name, root):
+        with atomic_removal(name, root):
             (tmp_path / "ready").touch()
             until(lambda: (tmp_path / "go").exists())
 
@@ -274,8 +274,8 @@ def test_what_a_running_process_takes_away_is_left_to_it(tmp_path):
     assert list(root.iterdir()) == []
 
 
-def test_a_folder_that_was_made_again_is_another(tmp_path):
-    """File systems give a new folder the number of one that is gone."""
+def test_a_recreated_folder_has_another_identity(tmp_path):
+    """File systems can give a new folder the inode number of a removed one."""
     folder, numbers = tmp_path / "000001", set()
     for _ in range(5):
         folder.mkdir()
@@ -288,11 +288,11 @@ def test_a_folder_that_was_made_again_is_another(tmp_path):
         assert identity(folder) not in (before, None)
         folder.rmdir()
     if len(numbers) == 5:
-        pytest.skip("not here")
+        pytest.skip("this file system does not reuse inode numbers")
 
 
 @pytest.mark.parametrize("change", ["put", "delete", "open"])
-def test_every_change_sweeps(tmp_path, change):
+def test_every_writing_operation_sweeps(tmp_path, change):
     store = PrefixStore(tmp_path)
     store.put("a", make(1))
 
@@ -304,7 +304,7 @@ def test_every_change_sweeps(tmp_path, change):
     end(start(die))
     assert len(list((tmp_path / module.WORK).iterdir())) == 1
     PrefixStore(tmp_path, read_only=True)
-    assert len(list((tmp_path / module.WORK).iterdir())) == 1, "who only reads removes nothing"
+    assert len(list((tmp_path / module.WORK).iterdir())) == 1, "a reader removes nothing"
     {
         "put": lambda: store.put("b", make(2)),
         "delete": lambda: store.delete("a"),
@@ -313,8 +313,8 @@ def test_every_change_sweeps(tmp_path, change):
     assert list((tmp_path / module.WORK).iterdir()) == []
 
 
-def test_an_open_beside_a_slow_put_takes_nothing_from_it(tmp_path):
-    """The writer stops in the middle; others open, put and delete; then it goes on."""
+def test_a_slow_put_survives_other_writers(tmp_path):
+    """A writer stops in the middle, others open, put and delete, then the writer goes on."""
 
     def slow() -> None:
         store, real = PrefixStore(tmp_path), module.write_file
@@ -336,12 +336,12 @@ def test_an_open_beside_a_slow_put_takes_nothing_from_it(tmp_path):
     assert "a" not in other
     (tmp_path / "go").touch()
     assert end(child) == 0
-    assert other["a"].digest == make(1).digest, "it ended after the deletion"
+    assert other["a"].digest == make(1).digest, "the slow put ended after the deletion"
     assert clean(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "0" * 16, "0123456789abcdef.txt", "0123456789ABCDEF"])
-def test_what_is_not_ours_is_never_swept(tmp_path, name):
+def test_files_of_others_are_never_swept(tmp_path, name):
     root = tmp_path / module.WORK
     root.mkdir()
     (root / name).write_text("a user's")
@@ -349,9 +349,9 @@ def test_what_is_not_ours_is_never_swept(tmp_path, name):
     assert (root / name).read_text() == "a user's"
 
 
-def test_without_locks_age_decides(tmp_path, monkeypatch):
-    """Some network file systems have none."""
-    monkeypatch.setattr("prefixfast.store.workspace._hold", lambda folder: None)
+def test_without_locks_sweep_goes_by_age(tmp_path, monkeypatch):
+    """Some network file systems have no locks."""
+    monkeypatch.setattr("prefixfast.store.workspace._lock", lambda folder: None)
     long_ago = (time.time() - 3600,) * 2
     with workspace(tmp_path) as folder:
         assert sweep(tmp_path) == 0
@@ -361,7 +361,7 @@ def test_without_locks_age_decides(tmp_path, monkeypatch):
         assert not folder.exists()
     (tmp_path / "old").mkdir()
     os.utime(tmp_path / "old", long_ago)
-    with taken_away(tmp_path / "old", tmp_path) as folder:
+    with atomic_removal(tmp_path / "old", tmp_path) as folder:
         assert sweep(tmp_path) == 0
         assert folder.exists()
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Evaluation: the best state of each prefix is kept, and a prefix that gets no better ends, without a change to the others."""
+"""Evaluation: choice of each prefix's best state, and early stopping without effect on the other prefixes."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 import prefixfast
 import tiny
 from prefixfast.errors import ConfigError
-from prefixfast.training.batching import Order
-from prefixfast.training.best_state import Best
+from prefixfast.training.batching import BatchOrder
+from prefixfast.training.best_state import BestState
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
-# A large rate and few rows: the loss on other rows falls, then rises.
+# With a large learning rate and few rows, the loss on held-out rows falls and then rises.
 HOW = {
     "batch_size": 3,
     "prefix_length": 3,
@@ -40,7 +40,7 @@ def losses_by_step(log, name):
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["flat", "mlp"])
-def test_each_prefix_keeps_its_own_best_step(model, mlp):
+def test_each_prefix_is_saved_at_its_own_best_step(model, mlp):
     how = HOW | ({"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 3e-2} if mlp else {})
     run = train(model, DATA, eval_data=HELD_OUT, eval_steps=3, **how)
     best = {}
@@ -50,7 +50,7 @@ def test_each_prefix_keeps_its_own_best_step(model, mlp):
         best[name] = min(seen, key=seen.get)
         assert run.metrics[name]["best_step"] == best[name]
         assert run.metrics[name]["eval_loss"] == seen[best[name]]
-        # The kept state is that of its best step: evaluated again it gives the same loss, and it is not the last state.
+        # The saved state is that of the best step: a second evaluation gives the same loss.
         again = train(
             model,
             DATA[name],
@@ -70,9 +70,11 @@ def test_each_prefix_keeps_its_own_best_step(model, mlp):
 
 
 @pytest.mark.parametrize("mlp", [False, True], ids=["flat", "mlp"])
-def test_a_prefix_that_gets_no_better_ends_and_the_others_go_on(model, mlp, monkeypatch):
-    original, packed = Order.at, []
-    monkeypatch.setattr(Order, "at", lambda *args: (found := original(*args), packed.append(len(set(found[1]))))[0])
+def test_early_stopping_ends_one_prefix_and_not_the_others(model, mlp, monkeypatch):
+    original, packed = BatchOrder.at, []
+    monkeypatch.setattr(
+        BatchOrder, "at", lambda *args: (found := original(*args), packed.append(len(set(found[1]))))[0]
+    )
     how = (
         HOW
         | (
@@ -109,7 +111,7 @@ def test_patience_may_differ_by_prefix(model):
     assert run.metrics["b"]["steps"] == 24
 
 
-def test_without_eval_steps_each_is_evaluated_at_its_own_end(model):
+def test_without_eval_steps_each_prefix_is_evaluated_at_its_last_step(model):
     run = train(
         model,
         {"short": rows(0, 3), "long": rows(1, 9)},
@@ -119,7 +121,7 @@ def test_without_eval_steps_each_is_evaluated_at_its_own_end(model):
     assert {n: list(losses_by_step(run.log, n)) for n in run} == {"short": [2], "long": [6]}
 
 
-def test_evaluation_does_not_touch_training(model):
+def test_evaluation_does_not_change_training(model):
     run, plain = (
         train(model, DATA["a"], eval_data=e, eval_steps=1, metric_for_best_model=m, **HOW)
         for e, m in ((HELD_OUT["a"], "last"), (None, "auto"))
@@ -127,15 +129,15 @@ def test_evaluation_does_not_touch_training(model):
     assert distance(run, plain) == 0
 
 
-def test_a_loss_that_is_no_number_is_never_the_best():
-    best = Best.new([torch.zeros(4, 1, 1)], 2)
+def test_a_nan_loss_is_never_the_best():
+    best = BestState.new([torch.zeros(4, 1, 1)], 2)
     everyone = torch.tensor([True, True])
     best.update(everyone, torch.tensor([2.0, torch.nan], dtype=torch.float64), 1, [torch.ones(4, 1, 1)])
     best.update(everyone, torch.tensor([3.0, 1.0], dtype=torch.float64), 2, [torch.full((4, 1, 1), 2.0)])
     assert best.step.tolist() == [1, 2]
-    assert best.kept[0].flatten().tolist() == [1, 1, 2, 2]
-    assert best.exhausted(torch.tensor([1, 1])).tolist() == [True, False]
-    assert best.exhausted(torch.tensor([0, 0])).tolist() == [False, False]
+    assert best.kv[0].flatten().tolist() == [1, 1, 2, 2]
+    assert best.out_of_patience(torch.tensor([1, 1])).tolist() == [True, False]
+    assert best.out_of_patience(torch.tensor([0, 0])).tolist() == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,6 @@ def test_a_loss_that_is_no_number_is_never_the_best():
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model: expected 'auto'"),
     ],
 )
-def test_options_that_need_held_out_rows(model, fields, message):
+def test_options_that_need_held_out_rows_are_refused_without_them(model, fields, message):
     with pytest.raises(ConfigError, match=message):
         train(model, rows(0, 2), **HOW, **fields)

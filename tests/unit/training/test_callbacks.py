@@ -1,4 +1,4 @@
-"""Who is told how a run goes, and what a run tells afterwards: callbacks, senders, plot, report."""
+"""Callbacks, reporters, and the plot, report and repr of a `TrainRun`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model():
 
 
 class Record:
-    """Every hook, by name and arguments."""
+    """Callback that records the name and arguments of every hook call."""
 
     def __init__(self) -> None:
         self.calls = []
@@ -48,7 +48,7 @@ for hook in HOOKS:
     setattr(Record, hook, lambda self, *values, hook=hook: self.calls.append((hook, values)))
 
 
-def test_all_hooks_in_order(model):
+def test_hooks_are_called_in_order(model):
     record = Record()
     bad = {"input_ids": [5, 700], "labels": [-100, 700]}
     run = train(
@@ -62,31 +62,46 @@ def test_all_hooks_in_order(model):
     )
     names = [hook for hook, _ in record.calls]
     assert names == [
-        "on_prefix_failed", "on_train_begin", "on_step", "on_step", "on_evaluate", "on_log", "on_log", "on_step", "on_evaluate", "on_prefix_end", "on_log",
-        "on_step", "on_evaluate", "on_prefix_end", "on_log", "on_log", "on_train_end",
-    ]  # fmt: skip
-    told = {hook: [values for name, values in record.calls if name == hook] for hook in HOOKS}
-    assert told["on_train_begin"] == [(["a", "b"], 4)]
-    assert told["on_prefix_failed"][0][0] == "bad"
-    assert told["on_prefix_failed"][0][1] == run.failed["bad"]
-    assert [values[3].tolist() for values in told["on_step"]] == [[True, True]] * 3 + [[True, False]]
-    step, losses, norms, _ = told["on_step"][-1]
+        "on_prefix_failed",
+        "on_train_begin",
+        "on_step",
+        "on_step",
+        "on_evaluate",
+        "on_log",
+        "on_log",
+        "on_step",
+        "on_evaluate",
+        "on_prefix_end",
+        "on_log",
+        "on_step",
+        "on_evaluate",
+        "on_prefix_end",
+        "on_log",
+        "on_log",
+        "on_train_end",
+    ]
+    calls = {hook: [values for name, values in record.calls if name == hook] for hook in HOOKS}
+    assert calls["on_train_begin"] == [(["a", "b"], 4)]
+    assert calls["on_prefix_failed"][0][0] == "bad"
+    assert calls["on_prefix_failed"][0][1] == run.failed["bad"]
+    assert [values[3].tolist() for values in calls["on_step"]] == [[True, True]] * 3 + [[True, False]]
+    step, losses, norms, _ = calls["on_step"][-1]
     assert (step, float(losses[0])) == (4, run.metrics["a"]["loss"])
     assert losses.dtype == norms.dtype == torch.float64
-    assert [(values[0], sorted(values[1])) for values in told["on_evaluate"]] == [
+    assert [(values[0], sorted(values[1])) for values in calls["on_evaluate"]] == [
         (2, ["a", "b"]),
         (3, ["b"]),
         (4, ["a"]),
     ]
-    assert [(n, p is run[n], m is run.metrics[n]) for n, p, m in told["on_prefix_end"]] == [
+    assert [(n, p is run[n], m is run.metrics[n]) for n, p, m in calls["on_prefix_end"]] == [
         ("b", True, True),
         ("a", True, True),
     ]
-    assert [values[0] for values in told["on_log"]] == [line for line in run.log if "step" in line]
-    assert told["on_train_end"][0][0] is run
+    assert [values[0] for values in calls["on_log"]] == [line for line in run.log if "step" in line]
+    assert calls["on_train_end"][0][0] is run
 
 
-def test_a_subclass_and_several_objects(model):
+def test_several_callbacks_and_subclasses(model):
     class Some(Callback):
         def __init__(self) -> None:
             self.seen = 0
@@ -114,7 +129,7 @@ def test_an_object_without_hooks_is_an_error(model, callback, message):
         train(model, DATA["a"], callbacks=[callback], **HOW)
 
 
-def test_an_error_of_a_callback_ends_the_run_and_gives_the_model_back():
+def test_an_error_of_a_callback_ends_the_run_and_restores_the_model():
     model = tiny.make("gpt2").train()
 
     class Fails:
@@ -127,11 +142,11 @@ def test_an_error_of_a_callback_ends_the_run_and_gives_the_model_back():
     assert model.config._attn_implementation == "sdpa"
 
 
-# ---- senders ----
+# ---- reporters ----
 
 
 class Sent:
-    """Stands for wandb and for TensorBoard's writer."""
+    """Fake of wandb's run and of TensorBoard's writer."""
 
     def __init__(self, *_, **how) -> None:
         Sent.last, self.how, self.lines, self.ended = self, how, [], False
@@ -149,7 +164,7 @@ class Sent:
 
 
 @pytest.mark.parametrize("kind", ["wandb", "tensorboard"])
-def test_the_log_is_sent(model, monkeypatch, tmp_path, kind):
+def test_reporters_get_the_log(model, monkeypatch, tmp_path, kind):
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Sent))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Sent))
     run = train(model, DATA, eval_data=rows(2, 3), report_to=kind, output_dir=tmp_path, **HOW)
@@ -178,7 +193,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
-def test_a_plot_has_the_curves(run, tmp_path, kind):
+def test_plot_draws_the_curves(run, tmp_path, kind):
     run.plot(tmp_path / "new" / f"losses.{kind}")
     drawn = (tmp_path / "new" / f"losses.{kind}").read_bytes()
     assert drawn.startswith(b"\x89PNG" if kind == "png" else b"<?xml")
@@ -191,14 +206,14 @@ def test_a_plot_has_the_curves(run, tmp_path, kind):
     }
 
 
-def test_the_plot_of_one_prefix_and_of_many(model, tmp_path):
+def test_plot_of_many_prefixes_and_of_none(model, tmp_path):
     many = train(model, {str(i): rows(i, 2) for i in range(21)}, **HOW)
     assert list(many._curves("loss")) == [""], "only the mean"
     many.plot(tmp_path / "many.png")
     TrainRun({}, {}, []).plot(tmp_path / "none.png")
 
 
-def test_plots_that_cannot_be(run, monkeypatch, tmp_path):
+def test_plot_errors(run, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="expected a file ending in"):
         run.plot(tmp_path / "losses.xyz")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -206,7 +221,7 @@ def test_plots_that_cannot_be(run, monkeypatch, tmp_path):
         run.plot(tmp_path / "losses.png")
 
 
-def test_a_report_lists_all_best_first(run, tmp_path):
+def test_report_lists_the_best_prefix_first(run, tmp_path):
     run.report(tmp_path / "report.md")
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert "2 prefixes trained, 1 failed." in lines

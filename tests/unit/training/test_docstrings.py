@@ -1,4 +1,4 @@
-"""The examples in the documentation of training, run as they stand there."""
+"""Doctests of the public names of training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOUND = [
 ]
 
 
-def test_what_users_call_has_an_example():
+def test_public_names_have_an_example():
     assert {t.name for t in FOUND} >= {
         "train",
         "TrainRun",
@@ -32,9 +32,16 @@ def test_what_users_call_has_an_example():
 
 
 @pytest.mark.parametrize("case", FOUND, ids=lambda t: t.name)
-def test_the_example_holds(case, base, tmp_path, monkeypatch):
+def test_example(case, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    case.globs = {"base": base, "rows": ROWS, "train": train, "TrainConfig": TrainConfig, "PrefixConfig": PrefixConfig}
+    case.globs = {
+        "base": base,
+        "rows": ROWS,
+        "train": train,
+        "Callback": Callback,
+        "TrainConfig": TrainConfig,
+        "PrefixConfig": PrefixConfig,
+    }
     if case.name.startswith("TrainRun."):
         case.globs["run"] = train(base, ROWS, eval_data=ROWS, max_steps=2, sweep={"learning_rate": [1e-9, 1e-2]})
     assert doctest.DocTestRunner(verbose=False).run(case).failed == 0

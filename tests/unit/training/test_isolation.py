@@ -1,4 +1,4 @@
-"""Whose rows are whose, and that one prefix's failure is its own: by rows, by length, by numbers."""
+"""Assignment of rows to prefixes, isolation of failures, overrides and the store."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 import prefixfast
 import tiny
-from prefixfast.data.tasks import Task
+from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
@@ -33,7 +33,7 @@ def model():
 
 
 def tagged(data: dict) -> list[dict]:
-    """Rows of all names, one of each in turn."""
+    """Rows of all names, interleaved."""
     out = []
     for i in range(max(map(len, data.values()))):
         out += [{**own[i], "user": name} for name, own in data.items() if i < len(own)]
@@ -51,7 +51,7 @@ def test_a_column_names_the_prefix_of_each_row(model, tmp_path):
     assert by_column.metrics == by_name.metrics
 
 
-def test_held_out_rows_without_the_column_are_for_all(model):
+def test_held_out_rows_without_the_column_serve_all_prefixes(model):
     data = {"ann": rows(0, 3), "bob": rows(1, 3)}
     shared = rows(5, 4)
     run = train(model, tagged(data), prefix_column="user", eval_data=shared, **HOW)
@@ -61,7 +61,7 @@ def test_held_out_rows_without_the_column_are_for_all(model):
     assert alone.training["metrics"]["eval_loss"] == pytest.approx(by_name.metrics["bob"]["eval_loss"], abs=1e-9)
 
 
-def test_names_may_be_numbers(model):
+def test_values_of_the_column_may_be_numbers(model):
     run = train(model, [{**r, "user": 7} for r in rows(0, 2)], prefix_column="user", **HOW)
     assert list(run) == ["7"]
 
@@ -79,7 +79,7 @@ def test_names_may_be_numbers(model):
         ),
     ],
 )
-def test_a_column_that_does_not_fit_is_an_error(model, change, error, message):
+def test_wrong_columns_are_refused(model, change, error, message):
     with pytest.raises(error, match=message):
         train(model, prefix_column="user", **HOW, **change)
 
@@ -94,7 +94,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_rows_that_fail_are_those_of_one_prefix(model, tmp_path, bad, message):
+def test_malformed_rows_fail_their_prefix_only(model, tmp_path, bad, message):
     data = {"ann": rows(0, 5), "bad": bad, "bob": rows(1, 4)}
     run = train(model, data, max_length=20, output_dir=tmp_path, **HOW)
     assert list(run) == ["ann", "bob"]
@@ -115,13 +115,13 @@ def test_malformed_held_out_rows_fail_their_prefix_only(model):
     assert "below 101" in run.failed["ann"]
 
 
-def test_the_row_of_a_column_is_numbered_in_the_whole_data(model):
+def test_errors_number_the_row_in_the_whole_data(model):
     data = tagged({"ann": rows(0, 3), "bob": [*rows(1, 2), MALFORMED]})
     run = train(model, data, prefix_column="user", **HOW)
     assert "row 6 of the data" in run.failed["bob"]
 
 
-def test_the_row_of_a_file_is_named_by_its_line(model, tmp_path):
+def test_errors_name_the_line_of_a_file(model, tmp_path):
     data = tagged({"ann": rows(0, 3), "bob": [*rows(1, 2), MALFORMED]})
     path = tmp_path / "all.jsonl"
     path.write_text("\n" + "".join(json.dumps(r) + "\n" for r in data), encoding="utf8")
@@ -130,14 +130,14 @@ def test_the_row_of_a_file_is_named_by_its_line(model, tmp_path):
     assert "of the data" not in run.failed["bob"]
 
 
-def test_nothing_left_is_an_error(model):
+def test_no_prefix_left_is_an_error(model):
     with pytest.raises(DataError, match="no prefix is left"):
         train(model, {"a": [MALFORMED], "b": [MALFORMED]}, **HOW)
     with pytest.raises(DataError, match="none of the 2 prefixes"):
         train(model, {"a": [], "b": []}, **HOW)
 
 
-def test_numbers_that_are_not_finite_fail_their_prefix_only(model, tmp_path):
+def test_nonfinite_gradients_fail_their_prefix_only(model, tmp_path):
     good = train(model, rows(0, 4), **HOW)
     bad = prefixfast.Prefix({n: torch.full_like(t, 1e200) for n, t in good.kv.items()}, good.pos_start)
     how = {**HOW, "max_steps": 30}
@@ -159,7 +159,7 @@ def test_numbers_that_are_not_finite_fail_their_prefix_only(model, tmp_path):
         train(model, {"good": rows(0, 4), "bad": rows(0, 4)}, init={"good": good, "bad": bad}, on_error="raise", **how)
 
 
-def test_rows_by_policy_are_counted_by_prefix(model):
+def test_skipped_and_truncated_rows_are_counted_by_prefix(model):
     data = {"ann": [*rows(0, 3), LONG], "bob": rows(1, 3)}
     skipped = train(model, data, max_length=20, overflow="skip", **HOW).metrics
     cut = train(model, data, max_length=20, overflow="truncate", **HOW).metrics
@@ -167,10 +167,20 @@ def test_rows_by_policy_are_counted_by_prefix(model):
     assert [(m["examples"], m["skipped_rows"], m["truncated_rows"]) for m in cut.values()] == [(4, 0, 1), (3, 0, 0)]
 
 
-def test_overrides_are_of_one_prefix(model):
+def test_overrides_apply_to_one_prefix(model):
     data = {"ann": rows(0, 6), "bob": rows(1, 6), "eve": rows(2, 6)}
-    own = {"bob": {"learning_rate": 3e-2, "seed": 5, "max_steps": 5, "batch_size": 3, "warmup_steps": 2, "max_grad_norm": 0.1, "weight_decay": 0.1},
-           "eve": {"lr_scheduler_type": "cosine", "shuffle": False}}  # fmt: skip
+    own = {
+        "bob": {
+            "learning_rate": 3e-2,
+            "seed": 5,
+            "max_steps": 5,
+            "batch_size": 3,
+            "warmup_steps": 2,
+            "max_grad_norm": 0.1,
+            "weight_decay": 0.1,
+        },
+        "eve": {"lr_scheduler_type": "cosine", "shuffle": False},
+    }
     how = {**HOW, "prefix_dropout": 0.2}
     run = train(model, data, overrides=own, **how)
     for name in data:
@@ -191,12 +201,12 @@ def test_overrides_are_of_one_prefix(model):
         ([("ann", {})], "expected a mapping"),
     ],
 )
-def test_overrides_that_do_not_fit_are_errors(model, overrides, message):
+def test_wrong_overrides_are_refused(model, overrides, message):
     with pytest.raises(ConfigError, match=message):
         train(model, {"ann": rows(0, 2)}, overrides=overrides, **HOW)
 
 
-def test_each_finished_prefix_is_in_the_store_at_once(model, tmp_path):
+def test_each_prefix_is_stored_when_it_is_finished(model, tmp_path):
     store = prefixfast.PrefixStore(tmp_path / "store")
     seen = []
 
@@ -218,7 +228,7 @@ def test_each_finished_prefix_is_in_the_store_at_once(model, tmp_path):
     assert "prefix" in store
 
 
-def test_words_that_a_task_forbids_are_tokens_of_the_base(base):
+def test_bad_words_of_a_task_become_token_ids(base):
     rows_ = [{"mr": "name[ab]", "ref": "ab is."}] * 3
     prefix = train(base, rows_, task="e2e", max_steps=1, prefix_length=2, progress=False)
     (line,) = base.require_tokenizer().encode(["\n"], add_special_tokens=False)

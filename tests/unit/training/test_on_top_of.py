@@ -1,4 +1,4 @@
-"""A prefix on top of a frozen one, frozen first rows, recomputed activations, and memory that runs out."""
+"""Frozen prefixes under trained ones, frozen rows, gradient checkpointing, and out-of-memory back-off."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from prefixfast.attention.plan import PrefixRows, training_plan
 from prefixfast.config import PrefixConfig
 from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError
 from prefixfast.prefix.kv import kv_by_layer
-from prefixfast.training import step as steps_module
-from prefixfast.training.parameters import PrefixParameters
+from prefixfast.training.parameters import ParameterOptions, PrefixParameters
+from prefixfast.training.resilience import TokenBudget
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
@@ -30,7 +30,7 @@ def base_prefix(model, **fields) -> prefixfast.Prefix:
 
 
 def loss_of(model, prefixes, data) -> float:
-    """Mean loss of a target token with prefixes composed left to right, by a plan made here."""
+    """Mean loss of a target token with prefixes composed from left to right, with a plan built in this test."""
     before = np.cumsum([0, *(p.length for p in prefixes)])
     table = np.array(
         [[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(before, prefixes, strict=False)], np.int32
@@ -58,7 +58,7 @@ def loss_of(model, prefixes, data) -> float:
 
 
 @pytest.mark.parametrize(("family", "kind"), [("gpt2", "flat"), ("llama", "mlp"), ("gemma2", "flat")])
-def test_on_top_of_a_frozen_prefix(family, kind):
+def test_training_on_top_of_a_frozen_prefix(family, kind):
     with prefixfast.load(tiny.make(family, dtype=torch.float64)) as model:
         first = base_prefix(model)
         kept = first.digest
@@ -77,8 +77,8 @@ def test_on_top_of_a_frozen_prefix(family, kind):
             assert distance(train(model, data[name], eval_data=held_out, **how), prefix) > 1e-4
 
 
-def test_generation_with_both_gives_the_logits_of_training():
-    """With one example learned by heart, greedy tokens of [frozen, new] are its target; of either alone they are not."""
+def test_generation_with_both_prefixes_matches_training():
+    """After one example is memorized, [frozen, new] generates its target greedily, and either prefix alone does not."""
     with prefixfast.load(tiny.make("llama")) as model:
         first = base_prefix(model)
         row = rows(8, 1)[0]
@@ -97,14 +97,14 @@ def test_generation_with_both_gives_the_logits_of_training():
         assert bare.token_ids != target
 
 
-def test_words_are_read_after_the_frozen_prefix(base, make_prefix):
+def test_the_init_text_follows_the_frozen_prefix(base, make_prefix):
     first = make_prefix(1, length=3, base=base.fingerprint)
     data = [{"prompt": "a=", "completion": "b"}]
     how = {"prefix_length": 4, "max_steps": 1, "learning_rate": 1e-12, "init": "text", "init_text": "some words"}
     assert distance(train(base, data, on_top_of=first, **how), train(base, data, **how)) > 1e-3
 
 
-def test_the_frozen_prefix_by_name(base, make_prefix, tmp_path):
+def test_the_frozen_prefix_may_be_a_name_in_the_store(base, make_prefix, tmp_path):
     store = prefixfast.PrefixStore(tmp_path)
     store.put("house", make_prefix(1, length=3, base=base.fingerprint))
     data = rows(0, 3)
@@ -140,11 +140,11 @@ def test_frozen_rows_keep_their_values_and_the_others_learn(kind):
         assert distance(free["a"], run["a"]) > 1e-3
 
 
-def test_dropout_leaves_frozen_rows():
+def test_dropout_does_not_drop_frozen_rows():
     with prefixfast.load(tiny.make("gpt2")) as model:
         config = PrefixConfig(prefix_length=5, frozen_rows=2, prefix_dropout=0.5)
         params = PrefixParameters.make(
-            model.layers, [None] * 3, config, mlp=False, seed=0, dtype=torch.float32, device=model.device
+            model.layers, [None] * 3, ParameterOptions(config, False, 0, torch.float32, model.device)
         )
         params.refresh(np.zeros(3, np.int64))
         dropped = [(leaf.view(3, 5, -1) == 0).float().mean((0, 2)) for kv in params.leaves for leaf in kv]
@@ -152,11 +152,11 @@ def test_dropout_leaves_frozen_rows():
         assert torch.stack(dropped)[:, 2:].mean() == pytest.approx(0.5, abs=0.1)
 
 
-# ---- recomputed activations ----
+# ---- gradient checkpointing ----
 
 
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
-def test_gradients_with_recomputed_activations_are_the_same(family):
+def test_gradient_checkpointing_gives_equal_gradients(family):
     model = tiny.make(family, dtype=torch.float64)
     how = {**HOW, "reparameterization": "none", "max_steps": 3, "token_budget": 40}
     plain, again = (train(model, rows(0, 6), gradient_checkpointing=g, **how) for g in (False, True))
@@ -164,7 +164,7 @@ def test_gradients_with_recomputed_activations_are_the_same(family):
     assert not [m for m in model.modules() if "forward" in vars(m)], "the layers are as they were"
 
 
-def test_activations_are_really_recomputed_and_restored_after_an_error():
+def test_gradient_checkpointing_recomputes_and_is_undone_after_an_error():
     model = tiny.make("gpt2")
     calls = []
     handle = model.transformer.h[1].attn.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -188,7 +188,7 @@ def test_activations_are_really_recomputed_and_restored_after_an_error():
     assert not [m for m in model.modules() if "forward" in vars(m)]
 
 
-def test_a_forward_that_another_library_put_there_stays():
+def test_gradient_checkpointing_keeps_a_patched_forward():
     model = tiny.make("gpt2")
     layer, original = model.transformer.h[0], model.transformer.h[0].forward
     layer.forward = hooked = lambda *args, **how: original(*args, **how)
@@ -196,11 +196,11 @@ def test_a_forward_that_another_library_put_there_stays():
     assert vars(layer)["forward"] is hooked
 
 
-# ---- memory ----
+# ---- out-of-memory back-off ----
 
 
 class Limit:
-    """Model.losses that runs out of memory above so many tokens, as the allocator says it."""
+    """`Model.losses` that raises the allocator's error above a number of tokens."""
 
     def __init__(self, original, tokens: int, error: Exception) -> None:
         self.original, self.tokens, self.error, self.seen, self.refused = original, tokens, error, [], 0
@@ -221,7 +221,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("error", "kind"), [("gpu", "flat"), ("cpu", "mlp")])
-def test_memory_that_runs_out_halves_the_budget_and_changes_nothing(monkeypatch, error, kind):
+def test_out_of_memory_halves_the_budget_and_changes_no_result(monkeypatch, error, kind):
     with prefixfast.load(tiny.make("gpt2", dtype=torch.float64)) as model:
         data = {"a": rows(0, 6), "b": rows(1, 6)}
         how = {**HOW, **KINDS[kind], "batch_size": 6, "max_steps": 4}
@@ -242,25 +242,25 @@ def test_one_example_that_does_not_fit_is_an_error(monkeypatch):
             train(model, rows(0, 4), **HOW)
 
 
-def test_a_given_budget_is_not_changed_in_silence(monkeypatch):
+def test_an_explicit_budget_is_not_halved(monkeypatch):
     with prefixfast.load(tiny.make("gpt2")) as model:
         monkeypatch.setattr(model, "losses", Limit(model.losses, 5, ERRORS["gpu"]))
         with pytest.raises(CapacityError, match="token_budget=100: lower it"):
             train(model, rows(0, 4), token_budget=100, **HOW)
 
 
-def test_other_errors_come_through(monkeypatch):
+def test_other_errors_are_not_caught(monkeypatch):
     with prefixfast.load(tiny.make("gpt2")) as model:
         monkeypatch.setattr(model, "losses", Limit(model.losses, 5, RuntimeError("shape mismatch")))
         with pytest.raises(RuntimeError, match="shape mismatch"):
             train(model, rows(0, 4), **HOW)
 
 
-def test_the_automatic_budget_is_that_of_the_docs():
-    assert steps_module.TokenBudget("auto").tokens == 4096
+def test_the_automatic_budget_starts_at_4096_tokens():
+    assert TokenBudget("auto").tokens == 4096
 
 
-def test_frozen_rows_are_those_of_a_cartridge(tmp_path):
+def test_frozen_rows_are_saved_as_a_cartridge(tmp_path):
     import json
 
     with prefixfast.load(tiny.make("gpt2")) as model:

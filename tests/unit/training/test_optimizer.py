@@ -1,4 +1,4 @@
-"""`PrefixAdamW` against torch's AdamW on each prefix alone, and the schedules against transformers'."""
+"""`PrefixAdamW` compared to torch's AdamW on each prefix alone, and the schedules compared to those of transformers."""
 
 import pytest
 import torch
@@ -19,14 +19,14 @@ def gradients(seed: int, shapes):
 
 
 def absent(step: int, prefix: int) -> bool:
-    """Prefix 2 skips every third step, prefix 3 ends early."""
+    """Whether a prefix skips a step: prefix 2 every third step, prefix 3 after step 10."""
     return (prefix == 2 and step % 3 == 1) or (prefix == 3 and step > 10)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1.0])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_equals_adamw_on_each_prefix_alone(max_norm, weight_decay):
-    """Two leaves of 3 rows a prefix and a stacked network of one row a prefix share one norm."""
+    """Two tensors of 3 rows per prefix and one of 1 row per prefix share the gradient norm."""
     shapes = [(N * ROWS, 2, 5), (N * ROWS, 2, 5), (N, 7)]
     params = [t.requires_grad_() for t in gradients(0, shapes)]
     rows = [ROWS, ROWS, 1]
@@ -57,7 +57,7 @@ def test_equals_adamw_on_each_prefix_alone(max_norm, weight_decay):
             assert torch.allclose(p[i * r : (i + 1) * r], q, rtol=1e-9, atol=1e-12)
 
 
-def test_an_absent_prefix_is_untouched_bit_for_bit():
+def test_an_inactive_prefix_does_not_change():
     p = torch.randn(N * ROWS, 4, requires_grad=True)
     optimizer = PrefixAdamW([(p, ROWS)], N, weight_decay=0.3)
     for active in ([True] * N, [True, False, True, False]):
@@ -70,7 +70,7 @@ def test_an_absent_prefix_is_untouched_bit_for_bit():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_skips_its_prefix_only(bad):
+def test_a_nonfinite_gradient_skips_its_prefix_only(bad):
     p = torch.ones(N * ROWS, 4, requires_grad=True)
     optimizer = PrefixAdamW([(p, ROWS)], N)
     p.grad = torch.ones_like(p)
@@ -92,7 +92,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 @pytest.mark.parametrize("warmup", [0, 5])
-def test_schedule_is_that_of_transformers(kind, warmup):
+def test_schedules_equal_those_of_transformers(kind, warmup):
     total = 20
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     schedule = SCHEDULES[kind](optimizer, warmup, total)
@@ -103,7 +103,7 @@ def test_schedule_is_that_of_transformers(kind, warmup):
         schedule.step()
 
 
-def test_schedules_of_each_prefix_are_its_own():
+def test_each_prefix_has_its_own_schedule():
     step, total = torch.tensor([3, 3, 12]), torch.tensor([20, 10, 20])
     peak, warmup = torch.tensor([0.5, 0.1, 0.2]), torch.tensor([0, 5, 5])
     ours = learning_rates(step, total, peak=peak, warmup=warmup, kind="linear")
@@ -113,7 +113,7 @@ def test_schedules_of_each_prefix_are_its_own():
     assert ours.tolist() == pytest.approx([float(x) for x in each], abs=1e-9)
 
 
-def test_decay_and_clipping_of_each_prefix_are_its_own():
+def test_each_prefix_has_its_own_decay_and_clipping():
     decay, limit = (
         torch.tensor([0.0, 0.3, 0.3], dtype=torch.float64),
         torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64),
@@ -133,7 +133,7 @@ def test_decay_and_clipping_of_each_prefix_are_its_own():
     assert not torch.equal(run(0.0, 0.0)[1], together[1])
 
 
-def test_a_saved_state_goes_on_to_the_bit():
+def test_a_restored_state_continues_exactly():
     def step(p, optimizer, seed):
         p.grad = gradients(seed, [(N * ROWS, 4)])[0].float()
         optimizer.step(torch.full((N,), 0.1), torch.tensor([True, True, seed % 2 == 0, True]), 1.0)

@@ -1,4 +1,4 @@
-"""Recipes: presets as data, under what the caller gives; the paper's own start of the network."""
+"""Recipes, their precedence, and the fit of the MLP to initial values."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from prefixfast import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
 from prefixfast.io.yaml import read_yaml
 from prefixfast.model.text_kv import text_kv
-from prefixfast.training import parameters as encoder
-from prefixfast.training.inputs import settings
-from prefixfast.training.parameters import PrefixParameters
-from prefixfast.training.recipes import names, read_recipe
+from prefixfast.training import mlp
+from prefixfast.training.parameters import ParameterOptions, PrefixParameters
+from prefixfast.training.recipes import read_recipe, recipe_names
+from prefixfast.training.settings import GivenOptions, resolve_settings
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
@@ -22,11 +22,11 @@ TEXT_ROWS = [{"prompt": f"{a}=", "completion": a * 3} for a in "abcd"]
 
 
 def chosen(task="prompt", *, config=None, prefix_config=None, init=None, init_text=None, **fields):
-    return settings(config, prefix_config, fields, init=init, init_text=init_text, task=task)
+    return resolve_settings(GivenOptions(config, prefix_config, fields, init, init_text), task)
 
 
 def test_the_built_in_recipes():
-    assert names() == ["default", "low-data", "paper"]
+    assert recipe_names() == ["default", "low-data", "paper"]
     plain = chosen()
     assert (plain.config, plain.prefix_config, plain.init, plain.init_text) == (
         TrainConfig(),
@@ -40,7 +40,7 @@ def test_the_built_in_recipes():
     ("task", "rate", "epochs", "batch", "length"),
     [("e2e", 8e-5, 5, 10, 5), ("webnlg", 5e-5, 5, 5, 5), ("dart", 5e-5, 10, 5, 10), ("prompt", 5e-5, 10, 5, 10)],
 )
-def test_the_paper_by_task(task, rate, epochs, batch, length):
+def test_the_paper_recipe_by_task(task, rate, epochs, batch, length):
     got = chosen(task, recipe="paper")
     config = got.config
     assert (config.learning_rate, config.num_train_epochs, config.batch_size, got.prefix_config.prefix_length) == (
@@ -64,7 +64,7 @@ def test_the_paper_by_task(task, rate, epochs, batch, length):
     )
 
 
-def test_low_data():
+def test_the_low_data_recipe():
     got = chosen("e2e", recipe="low-data")
     assert (
         got.init,
@@ -88,7 +88,7 @@ def test_low_data():
         {"config": TrainConfig(learning_rate=1e-3, recipe="paper")},
     ],
 )
-def test_what_is_given_wins(how):
+def test_explicit_options_take_precedence(how):
     got = chosen(
         "e2e",
         **({"recipe": "paper"} if "recipe" not in str(how) else {}),
@@ -106,14 +106,14 @@ def test_what_is_given_wins(how):
     assert "batch_size" not in got.explicit
 
 
-def test_what_is_given_takes_out_what_would_overrule_it():
+def test_explicit_options_remove_options_that_overrule_them():
     assert chosen(recipe="low-data", num_train_epochs=3.0).config.max_steps is None
     assert chosen(recipe="low-data", reparameterization="none").prefix_config.fit_steps == 0
     assert chosen("summary", recipe="low-data").init_text == "summarize"
     assert chosen("summary", recipe="low-data", init="random").init_text is None
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_a_recipe_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("learning_rate: 1e-4\nprefix_length: 3\ninit: zero\ntasks:\n  e2e: {max_steps: 5}\n")
     got = chosen("e2e", recipe=str(path), batch_size=2)
@@ -139,7 +139,7 @@ def test_a_file_of_ones_own(tmp_path):
         ("batch_size: 0", "expected at least 1"),
     ],
 )
-def test_a_file_that_does_not_fit(tmp_path, text, message):
+def test_wrong_recipe_files_are_refused(tmp_path, text, message):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
@@ -150,14 +150,14 @@ def test_a_file_that_does_not_fit(tmp_path, text, message):
     ("recipe", "message"),
     [("papers", "expected default, low-data, paper or a .yaml file, got 'papers'"), ("none.yaml", "cannot be read")],
 )
-def test_an_unknown_recipe(recipe, message):
+def test_unknown_recipes_are_refused(recipe, message):
     with pytest.raises(ConfigError, match=message):
         read_recipe(recipe, "")
     with pytest.raises(ConfigError, match=message):
         train(tiny.make("gpt2"), rows(0, 2), recipe=recipe)
 
 
-def test_numbers_in_yaml_are_those_of_yaml_1_2():
+def test_yaml_1_2_numbers():
     assert read_yaml("[1e-3, 1E5, -2e+3, 1.5e-2, 12, 1e, e3, a1e3]") == [
         1e-3,
         1e5,
@@ -170,8 +170,8 @@ def test_numbers_in_yaml_are_those_of_yaml_1_2():
     ]
 
 
-def test_a_run_of_the_low_data_recipe(base):
-    """Words decide the length; the network is fitted to their keys and values before it learns."""
+def test_training_with_the_low_data_recipe(base):
+    """The init text gives the length, and the MLP is fitted to its keys and values before training."""
     prefix = train(
         base, TEXT_ROWS, recipe="low-data", init_text="abc de", max_steps=2, encoder_hidden_size=32, fit_steps=20
     )
@@ -197,7 +197,7 @@ def square_distance(a, b) -> float:
 
 
 def reference_fit(goal: torch.Tensor, steps: int, seed: int, hidden: int) -> torch.Tensor:
-    """The paper's fit of one network, written plainly: ``[P, 2 * L * E]``."""
+    """Output ``[P, 2 * L * E]`` of one network after the paper's fit, in plain PyTorch."""
     torch.manual_seed(seed)
     width = 32
     embedding, first, second = (
@@ -213,13 +213,13 @@ def reference_fit(goal: torch.Tensor, steps: int, seed: int, hidden: int) -> tor
     return second(torch.tanh(first(embedding.weight))).detach()
 
 
-def test_the_fit_is_that_of_one_network_alone():
+def test_stacked_fits_equal_single_fits():
     with prefixfast.load(tiny.make("gpt2")) as model:
         texts = [text_kv(model, ids, 3) for ids in ([5, 6, 7], [8, 9, 10])]
         init, seeds = [texts[0], texts[1], None, texts[0], texts[0]], [0, 0, 0, 4, 0]
         config = PrefixConfig(prefix_length=3, reparameterization="mlp", encoder_hidden_size=16, fit_steps=40)
         params = PrefixParameters.make(
-            model.layers, init, config, mlp=True, seed=seeds, dtype=torch.float32, device=model.device
+            model.layers, init, ParameterOptions(config, True, seeds, torch.float32, model.device)
         )
         got = torch.stack(params.current(), 1).view(5, 3, -1)
         for i in (0, 1, 3, 4):
@@ -231,11 +231,11 @@ def test_the_fit_is_that_of_one_network_alone():
         )
 
 
-def test_equal_starts_are_fitted_once(monkeypatch):
+def test_equal_initial_values_are_fitted_once(monkeypatch):
     fitted = []
-    run = encoder._run_mlp
+    run = mlp._run_mlp
     monkeypatch.setattr(
-        encoder, "_run_mlp", lambda embedding, *rest: (fitted.append(len(embedding)), run(embedding, *rest))[1]
+        mlp, "_run_mlp", lambda embedding, *rest: (fitted.append(len(embedding)), run(embedding, *rest))[1]
     )
     with prefixfast.load(tiny.make("gpt2")) as model:
         text = text_kv(model, [5, 6, 7], 3)
@@ -247,16 +247,12 @@ def test_equal_starts_are_fitted_once(monkeypatch):
             PrefixParameters.make(
                 model.layers,
                 [text, None, text, text],
-                config,
-                mlp=True,
-                seed=0,
-                dtype=torch.float32,
-                device=model.device,
+                ParameterOptions(config, True, 0, torch.float32, model.device),
             )
             assert fitted == [1, 1, 1, 1, 4], "four steps for all, then the four prefixes"
 
 
-def test_embedding_dim_is_the_networks_input():
+def test_embedding_dim_is_the_input_width_of_the_mlp():
     prefix = train(
         tiny.make("gpt2"),
         rows(0, 3),

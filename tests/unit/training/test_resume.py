@@ -1,4 +1,4 @@
-"""Resuming: however a run was cut, the final prefixes are those of the uncut run, to the bit; a checkpoint of another run is refused."""
+"""Resume after errors, interrupts and SIGKILL gives the prefixes of an uninterrupted run to the bit."""
 
 from __future__ import annotations
 
@@ -22,8 +22,20 @@ from token_rows import rows
 
 DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4)}
 HELD_OUT = {n: rows(10 + i, 4) for i, n in enumerate(DATA)}
-HOW = {"batch_size": 2, "prefix_length": 3, "learning_rate": 3e-2, "init": "random", "max_steps": 20, "prefix_dropout": 0.2, "warmup_steps": 3,
-       "weight_decay": 0.01, "eval_steps": 2, "early_stopping_patience": 3, "save_steps": 1, "logging_steps": 1}  # fmt: skip
+HOW = {
+    "batch_size": 2,
+    "prefix_length": 3,
+    "learning_rate": 3e-2,
+    "init": "random",
+    "max_steps": 20,
+    "prefix_dropout": 0.2,
+    "warmup_steps": 3,
+    "weight_decay": 0.01,
+    "eval_steps": 2,
+    "early_stopping_patience": 3,
+    "save_steps": 1,
+    "logging_steps": 1,
+}
 MLP = {"reparameterization": "mlp", "encoder_hidden_size": 16, "learning_rate": 5e-3}
 FLAT = {"reparameterization": "none"}
 
@@ -39,7 +51,7 @@ class Cut(Exception):
 
 
 class CutAt:
-    """Ends a run in the middle: after the update of a step, before its checkpoint."""
+    """Ends a run after the update of a step and before its checkpoint."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -54,7 +66,7 @@ def digests(run) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", [FLAT, MLP], ids=["flat", "mlp"])
-def test_a_cut_run_ends_as_the_uncut_one_to_the_bit(model, tmp_path, kind):
+def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, kind):
     how = {**HOW, **kind, "overrides": {"c": {"max_steps": 4}}, "eval_data": HELD_OUT}
     whole = train(model, DATA, output_dir=tmp_path / "whole", **how)
     for save_steps, cuts in ((1, (1, 9)), (3, (5,)), (7, (6,))):
@@ -78,7 +90,7 @@ def test_a_cut_run_ends_as_the_uncut_one_to_the_bit(model, tmp_path, kind):
         assert digests({n: prefixfast.Prefix.from_pretrained(out / n) for n in DATA}) == digests(whole)
 
 
-def test_a_lone_prefix_resumes_too(model, tmp_path):
+def test_a_single_prefix_resumes(model, tmp_path):
     how = {**HOW, **FLAT, "eval_data": HELD_OUT["b"]}
     whole = train(model, DATA["b"], output_dir=tmp_path / "whole", **how)
     with pytest.raises(Cut):
@@ -86,7 +98,7 @@ def test_a_lone_prefix_resumes_too(model, tmp_path):
     assert train(model, DATA["b"], output_dir=tmp_path / "cut", resume=True, **how).digest == whole.digest
 
 
-def test_what_is_finished_is_not_done_again(model, tmp_path):
+def test_finished_prefixes_are_not_trained_again(model, tmp_path):
     seen = []
 
     class Watch:
@@ -116,7 +128,7 @@ def test_what_is_finished_is_not_done_again(model, tmp_path):
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
-def test_a_failure_is_remembered(model, tmp_path):
+def test_failures_are_kept_in_the_checkpoint(model, tmp_path):
     good = train(
         model, rows(0, 4), **{**HOW, **FLAT, "max_steps": 1, "eval_steps": None, "early_stopping_patience": None}
     )
@@ -178,12 +190,12 @@ def test_a_checkpoint_of_another_run_is_refused(model, cut_run, change, message)
     assert {p: p.read_bytes() for p in cut_run.rglob("*") if p.is_file()} == before
 
 
-def test_another_base_is_refused(cut_run):
+def test_a_checkpoint_of_another_base_model_is_refused(cut_run):
     with pytest.raises(ConfigError, match="base of 'weights' differs"):
         train(tiny.make("gpt2", seed=1), DATA, eval_data=HELD_OUT, output_dir=cut_run, resume=True, **HOW, **FLAT)
 
 
-def test_options_that_change_no_result_may_change(model, tmp_path):
+def test_options_without_effect_on_results_may_change(model, tmp_path):
     how = {**HOW, **FLAT, "eval_data": HELD_OUT}
     whole = train(model, DATA, **how)
     with pytest.raises(Cut):
@@ -216,7 +228,7 @@ def test_a_halved_budget_stays_halved(model, tmp_path, monkeypatch):
     assert digests(train(model, DATA, **how)) != digests(whole), "another packing rounds otherwise"
 
 
-def test_a_damaged_checkpoint_is_named(model, tmp_path):
+def test_a_damaged_checkpoint_is_refused(model, tmp_path):
     with pytest.raises(Cut):
         train(model, DATA, eval_data=HELD_OUT, output_dir=tmp_path, callbacks=[CutAt(3)], **HOW, **FLAT)
     tensors = tmp_path / "checkpoint" / "0" / "state.safetensors"
@@ -225,14 +237,14 @@ def test_a_damaged_checkpoint_is_named(model, tmp_path):
         train(model, DATA, eval_data=HELD_OUT, output_dir=tmp_path, resume=True, **HOW, **FLAT)
 
 
-def test_resume_needs_a_folder_and_starts_where_there_is_nothing(model, tmp_path):
+def test_resume_needs_output_dir_and_starts_without_a_checkpoint(model, tmp_path):
     with pytest.raises(ConfigError, match="expected output_dir beside it"):
         train(model, DATA, resume=True, **HOW, **FLAT, eval_data=HELD_OUT)
     run = train(model, DATA, resume=True, output_dir=tmp_path / "new", eval_data=HELD_OUT, **HOW, **FLAT)
     assert len(run) == 3
 
 
-def test_a_new_run_forgets_the_old_checkpoint(model, tmp_path):
+def test_a_new_run_removes_the_old_checkpoint(model, tmp_path):
     with pytest.raises(Cut):
         train(model, DATA, eval_data=HELD_OUT, output_dir=tmp_path, callbacks=[CutAt(9)], **HOW, **FLAT)
     with pytest.raises(Cut):
@@ -241,7 +253,7 @@ def test_a_new_run_forgets_the_old_checkpoint(model, tmp_path):
     assert digests(run) == digests(train(model, DATA, eval_data=HELD_OUT, **{**HOW, "seed": 3}, **FLAT))
 
 
-def test_what_finished_after_the_checkpoint_is_not_stored_twice(model, tmp_path):
+def test_a_prefix_finished_after_the_checkpoint_is_stored_once(model, tmp_path):
     class CutAfter:
         def on_log(self, line):
             if line["step"] == 3:
@@ -270,14 +282,14 @@ def test_what_finished_after_the_checkpoint_is_not_stored_twice(model, tmp_path)
 
 @pytest.fixture
 def ctrl_c():
-    """Python's own handler, which a process started in the background lacks."""
+    """Install Python's own SIGINT handler, which a background process lacks."""
     old = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, old)
 
 
 class InterruptAt:
-    """A real SIGINT, as Ctrl-C sends it, in the middle of a step."""
+    """Sends SIGINT to this process in the middle of a step."""
 
     def __init__(self, *steps: int) -> None:
         self.steps, self.seen = steps, 0
@@ -289,7 +301,7 @@ class InterruptAt:
                 os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_an_interrupt_leaves_a_checkpoint_after_the_step_and_a_clean_model(ctrl_c, tmp_path):
+def test_an_interrupt_writes_a_checkpoint_and_restores_the_model(ctrl_c, tmp_path):
     model = tiny.make("llama").train()
     before = {n: p.clone() for n, p in model.named_parameters()}
     how = {**HOW, **MLP, "eval_data": HELD_OUT, "save_steps": None}
@@ -305,20 +317,20 @@ def test_an_interrupt_leaves_a_checkpoint_after_the_step_and_a_clean_model(ctrl_
     assert digests(train(model, DATA, output_dir=tmp_path, resume=True, **how)) == digests(whole)
 
 
-def test_a_second_interrupt_comes_through_at_once(ctrl_c, model, tmp_path):
+def test_a_second_interrupt_takes_effect_at_once(ctrl_c, model, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(model, DATA, output_dir=tmp_path, eval_data=HELD_OUT, callbacks=[InterruptAt(4, 4)], **HOW, **FLAT)
     assert json.loads((tmp_path / "checkpoint" / "0" / "state.json").read_text())["state"]["step"] == 3
 
 
-def test_without_a_folder_an_interrupt_comes_at_once(ctrl_c, model):
+def test_without_output_dir_an_interrupt_takes_effect_at_once(ctrl_c, model):
     watch = InterruptAt(4)
     with pytest.raises(KeyboardInterrupt):
         train(model, DATA, callbacks=[watch], eval_data=HELD_OUT, **HOW, **FLAT)
     assert watch.seen == 4
 
 
-def test_a_handler_of_the_application_stays(model, tmp_path):
+def test_a_signal_handler_of_the_application_stays(model, tmp_path):
     seen = []
     old = signal.signal(signal.SIGINT, lambda *_: seen.append("application"))
     try:
@@ -338,7 +350,7 @@ def test_training_in_another_thread_works(model, tmp_path):
     assert len(results[0]) == 3
 
 
-# ---- kill -9 ----
+# ---- SIGKILL ----
 
 
 def killed(tmp_path: Path, kills: int, seed: int) -> dict:
@@ -358,8 +370,8 @@ def killed(tmp_path: Path, kills: int, seed: int) -> dict:
 
 @pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
 def test_random_kills_change_nothing(tmp_path, kills):
-    told = killed(tmp_path, kills, seed=kills)
-    assert told["kills"] == kills
-    assert told["equal"], told
-    assert told["left"] == []
-    assert len(set(told["steps"])) > kills // 4, (told, "the kills hit different moments")
+    found = killed(tmp_path, kills, seed=kills)
+    assert found["kills"] == kills
+    assert found["equal"], found
+    assert found["left"] == []
+    assert len(set(found["steps"])) > kills // 4, (found, "the kills hit different moments")

@@ -1,4 +1,4 @@
-"""Sweeps: every combination of values is trained as if alone, in the same batches where it may be, and the best is found."""
+"""Sweeps: every combination is trained as if alone, in shared batches where possible, and the best one is found."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_rates_and_seeds_share_the_batches(model):
     assert count.ended is run
 
 
-def test_what_a_batch_must_share_is_a_run_of_its_own(model, tmp_path):
+def test_options_that_a_batch_shares_make_groups(model, tmp_path):
     count = Count()
     sweep = {
         "prefix_length": [2, 5],
@@ -86,7 +86,7 @@ def test_what_a_batch_must_share_is_a_run_of_its_own(model, tmp_path):
     assert {line["group"] for line in run.log if "loss" in line} == {0, 1, 2, 3}
 
 
-def test_flat_and_network_cannot_share_a_run(model):
+def test_flat_and_mlp_prefixes_are_in_different_groups(model):
     count = Count()
     how = {k: v for k, v in HOW.items() if k != "reparameterization"}
     start = train(model, rows(5, 3), **HOW)
@@ -104,7 +104,7 @@ def test_flat_and_network_cannot_share_a_run(model):
     assert run[f"init={start.digest[:8]}"].length == 3
 
 
-def test_several_names_are_swept_each(model):
+def test_a_sweep_over_several_names(model):
     data = {"ann": rows(0, 4), "bob": rows(1, 4)}
     run = train(model, data, sweep={"learning_rate": [1e-9, 2e-2]}, eval_data=data, **HOW)
     assert list(run) == [
@@ -130,7 +130,7 @@ class Cut(Exception):
     pass
 
 
-def test_a_cut_sweep_goes_on_in_the_run_that_was_cut(model, tmp_path):
+def test_a_sweep_resumes_in_its_group(model, tmp_path):
     class CutAt:
         def __init__(self, after: int) -> None:
             self.after = after
@@ -170,6 +170,6 @@ def test_a_cut_sweep_goes_on_in_the_run_that_was_cut(model, tmp_path):
         ({"init": ["random", "word"]}, "init: expected 'text', 'random'"),
     ],
 )
-def test_a_sweep_that_does_not_fit_is_an_error(model, sweep, message):
+def test_wrong_sweeps_are_refused(model, sweep, message):
     with pytest.raises(ConfigError, match=message):
         train(model, rows(0, 3), sweep=sweep, **HOW)

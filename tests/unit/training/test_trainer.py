@@ -1,4 +1,4 @@
-"""Training: a prefix comes out the same alone or among others, and its gradients are PEFT's."""
+"""Training: a prefix has the same result alone and among others, and wrong input is refused."""
 
 import json
 
@@ -9,11 +9,11 @@ import torch
 import prefixfast
 import tiny
 from prefixfast.config import TrainConfig
-from prefixfast.data.tasks import Task
+from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.training.batching import Order, micro_batches
-from prefixfast.training.dataset import tokenize
-from prefixfast.training.parameters import PrefixParameters
+from prefixfast.training.batching import BatchOrder, micro_batches
+from prefixfast.training.examples import TokenizeOptions, tokenize_rows
+from prefixfast.training.parameters import ParameterOptions, PrefixParameters
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
@@ -34,7 +34,7 @@ COMMON = {
 
 @pytest.mark.parametrize("reparameterization", ["none", "mlp"])
 @pytest.mark.parametrize("loss", ["token_mean", "sequence_sum"])
-def test_alone_and_among_fifty_others_is_the_same_in_fp64(reparameterization, loss):
+def test_a_prefix_alone_equals_the_prefix_among_fifty_others_in_fp64(reparameterization, loss):
     model = tiny.make("gpt2", dtype=torch.float64)
     how = {
         **COMMON,
@@ -51,7 +51,7 @@ def test_alone_and_among_fifty_others_is_the_same_in_fp64(reparameterization, lo
         assert distance(alone, together["user 3"]) > 1e-3, "different data must give different prefixes"
 
 
-def test_users_of_different_size_end_at_different_steps_and_are_the_same_alone():
+def test_prefixes_with_different_numbers_of_steps_equal_those_alone():
     model = tiny.make("gemma2", dtype=torch.float64)
     data = {"short": rows(0, 2), "middle": rows(1, 8), "long": rows(2, 17)}
     how = {
@@ -69,29 +69,25 @@ def test_users_of_different_size_end_at_different_steps_and_are_the_same_alone()
         assert distance(train(model, own, **how), together[name]) < 1e-9
 
 
-def test_token_budget_changes_memory_only():
+def test_token_budget_does_not_change_results():
     model = tiny.make("llama", dtype=torch.float64)
     how = {**COMMON, "max_steps": 6}
     small, large = (train(model, DATA["user 5"], token_budget=b, **how) for b in (11, 4096))
     assert distance(small, large) < 1e-9
 
 
-def test_gradients_of_one_step_in_fp32():
-    """One step of plain SGD size: with AdamW's first step only signs would be compared, so gradients are read directly."""
+def test_gradients_alone_and_among_others_in_fp32():
+    """Gradients are compared directly, since the first step of AdamW depends on their signs only."""
     with prefixfast.load(tiny.make("llama")) as model:
-        examples = tokenize(model, DATA, Task("input_ids"), TrainConfig(), 160)
+        examples = tokenize_rows(model, DATA, TokenizeOptions(Task("input_ids"), 160))
         config = TrainConfig(batch_size=3, max_steps=1)
-        chosen, prefix = Order.draw(np.stack([examples.first[:-1], examples.first[1:]], 1), [config] * USERS).at(0)
+        chosen, prefix = BatchOrder.draw(np.stack([examples.first[:-1], examples.first[1:]], 1), [config] * USERS).at(0)
 
         def gradients(only=None):
             params = PrefixParameters.make(
                 model.layers,
                 [None] * USERS,
-                prefixfast.PrefixConfig(prefix_length=4),
-                mlp=False,
-                seed=0,
-                dtype=torch.float32,
-                device=model.device,
+                ParameterOptions(prefixfast.PrefixConfig(prefix_length=4), False, 0, torch.float32, model.device),
             )
             keep = np.ones(len(prefix), bool) if only is None else prefix == only
             table = prefixfast.attention.plan.prefix_rows([(params.layers, 4, 4, True)] * USERS, len(model.layers))
@@ -118,8 +114,8 @@ def test_gradients_of_one_step_in_fp32():
                 assert (a[user] - b[user]).abs().max() < 1e-5 * a[user].abs().max()
 
 
-def test_data_order_is_a_permutation_of_each_epoch_and_steps_are_counted():
-    order = Order.draw(np.array([[0, 7], [7, 17]]), [TrainConfig(batch_size=3, num_train_epochs=2)] * 2)
+def test_each_epoch_is_a_permutation_of_the_examples():
+    order = BatchOrder.draw(np.array([[0, 7], [7, 17]]), [TrainConfig(batch_size=3, num_train_epochs=2)] * 2)
     assert order.total.tolist() == [6, 8]
     seen = [order.at(s) for s in range(8)]
     for prefix, (first, count, per_epoch) in {0: (0, 7, 3), 1: (7, 10, 4)}.items():
@@ -130,8 +126,8 @@ def test_data_order_is_a_permutation_of_each_epoch_and_steps_are_counted():
     assert set(seen[7][1]) == {1}
 
 
-def test_unshuffled_order_is_that_of_the_rows():
-    order = Order.draw(np.array([[0, 7]]), [TrainConfig(batch_size=3, max_steps=5, shuffle=False)])
+def test_order_without_shuffling():
+    order = BatchOrder.draw(np.array([[0, 7]]), [TrainConfig(batch_size=3, max_steps=5, shuffle=False)])
     assert order.examples.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 4, 5]
 
 
@@ -152,7 +148,7 @@ def test_training_lowers_the_loss_and_restores_the_model(init):
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_prefix_starts_from_another_and_through_the_network():
+def test_init_from_a_prefix():
     model = tiny.make("llama")
     start = train(model, rows(0, 4), init="random", reparameterization="none", prefix_length=3, max_steps=2)
     for reparameterization in ("none", "mlp"):
@@ -232,12 +228,12 @@ def test_log_and_prefix_are_written(tmp_path):
         ({"on_error": "ignore"}, "'isolate' or 'raise', got 'ignore'"),
     ],
 )
-def test_bad_input_is_a_clear_error(change, message):
+def test_wrong_input_is_refused(change, message):
     with pytest.raises((ConfigError, DataError), match=message):
         train(tiny.make("gpt2"), **{"data": rows(0, 3), "init": "random", "max_steps": 1, **change})
 
 
-def test_a_base_by_name_is_loaded_in_the_dtype_that_is_asked_for(folder):
+def test_a_base_model_by_name_is_loaded_in_the_requested_dtype(folder):
     made = {
         dtype: train(folder, rows(0, 2), init="random", max_steps=1, dtype=dtype) for dtype in ("float32", "float64")
     }
@@ -252,8 +248,8 @@ def test_overflow_policies():
     long = {"input_ids": list(range(3, 43)), "labels": [-100] * 38 + [41, 42]}
     data = [long, *rows(0, 2)]
     with prefixfast.load(model) as base:
-        cut = tokenize(base, {"a": data}, Task("input_ids"), TrainConfig(overflow="truncate"), 20)
-        left = tokenize(base, {"a": data}, Task("input_ids"), TrainConfig(overflow="skip"), 20)
-    assert (cut.truncated, cut.lengths[0], cut.targets[0]) == (1, 20, 2)
+        cut = tokenize_rows(base, {"a": data}, TokenizeOptions(Task("input_ids"), 20, "truncate"))
+        left = tokenize_rows(base, {"a": data}, TokenizeOptions(Task("input_ids"), 20, "skip"))
+    assert (cut.num_truncated, cut.lengths[0], cut.num_targets[0]) == (1, 20, 2)
     assert cut.ids[:20].tolist() == list(range(23, 43)), "the prompt's start goes, the target stays"
-    assert (left.skipped, len(left.targets)) == (1, 2)
+    assert (left.num_skipped, len(left.num_targets)) == (1, 2)

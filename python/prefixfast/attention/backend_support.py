@@ -1,0 +1,100 @@
+"""Reasons why a backend does not support a call, for each operator.
+
+A call that a backend does not support runs on the next backend, and the reason is logged once. A backend that was asked
+for by the name ``triton`` raises instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from prefixfast.attention import cpu_decode
+from prefixfast.attention.backends import Unsupported, describe_choice
+from prefixfast_kernels.inputs import AttnInputs, AttnOptions, DecodeInputs
+from prefixfast_kernels.tile_configs import Backend, TileSizes
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _holding(reasons: Mapping[str, bool]) -> list[str]:
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def packed_unsupported(
+    inputs: AttnInputs,
+    options: AttnOptions,
+    sizes: TileSizes,
+    *,
+    has_bias: bool = False,
+    square: bool = True,
+    backward: bool = False,
+) -> Unsupported:
+    """Reasons why a call of `attn`, or of its backward, is unsupported, by backend.
+
+    Args:
+        inputs: Queries, keys, values and prefix rows of the call.
+        options: Scale, window, soft cap, causality.
+        sizes: Tile sizes that the tables were cut into.
+        has_bias: Whether there is a position bias.
+        square: Whether the queries of every segment are its last keys.
+        backward: Whether the call is a backward.
+    """
+    q, k, v = inputs[:3]
+    torch_reasons = {
+        "non-causal attention": not options.causal,
+        "gradients of keys in the slot table": backward and inputs.slots is not None,
+        "a position bias": has_bias,
+        "segments whose queries are not their last keys": not square,
+    }
+    triton_reasons = {
+        "a position bias": has_bias,
+        f"{q.dtype}": q.dtype not in TRITON_DTYPES,
+        "keys of another dtype than the queries": not q.dtype == k.dtype == v.dtype,
+        "tables without tiles": not sizes.tokens,
+    }
+    return {"triton": _holding(triton_reasons), "torch": _holding(torch_reasons)}
+
+
+def decode_unsupported(inputs: DecodeInputs, *, has_work: bool, has_bias: bool = False) -> Unsupported:
+    """Reasons why a call of `attn_decode` is unsupported, by backend.
+
+    Args:
+        inputs: Queries, arena and prefix rows of the call.
+        has_work: Whether the tables have the work of the Triton kernel.
+        has_bias: Whether there is a position bias.
+    """
+    q = inputs.q
+    triton_reasons = {
+        "a position bias": has_bias,
+        f"{q.dtype}": q.dtype not in TRITON_DTYPES,
+        "tables without work": not has_work,
+    }
+    unsupported = {"triton": _holding(triton_reasons), "torch": _holding({"a position bias": has_bias})}
+    if q.device.type == "cpu":
+        unsupported["rust"] = cpu_decode.unsupported(inputs, has_bias=has_bias)
+    return unsupported
+
+
+def cross_entropy_unsupported(dtype: torch.dtype) -> Unsupported:
+    """Reasons why a call of `cross_entropy` on hidden states of a dtype is unsupported, by backend."""
+    return {"triton": _holding({f"{dtype}": dtype == torch.float64})}
+
+
+def explain_backends(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+    """Backend that each operator of a model runs on, and why no faster one, by operator.
+
+    Args:
+        backend: Backend of the model.
+        device: Device of the model.
+        dtype: Compute dtype of the model.
+        head_dim: Head dim of the model.
+    """
+    x = torch.empty(1, 1, head_dim, dtype=dtype, device=device)
+    unsupported = {
+        "attn": packed_unsupported(AttnInputs(x, x, x), AttnOptions(1.0), backend.sizes),
+        "attn_decode": decode_unsupported(DecodeInputs(x, x, x, x), has_work=backend.decode.users > 0),
+        "cross_entropy": cross_entropy_unsupported(dtype),
+    }
+    return {op: describe_choice(backend.name, device, reasons) for op, reasons in unsupported.items()}

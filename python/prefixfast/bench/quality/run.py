@@ -1,0 +1,70 @@
+"""Run of the quality suite: train with one implementation, evaluate, write the result."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from prefixfast.bench.harness import environment
+from prefixfast.bench.quality import peft_run, prefixfast_run
+from prefixfast.bench.quality.settings import Run
+from prefixfast.errors import ConfigError
+from prefixfast.io.atomic import replace_file
+
+Implementation = Literal["prefixfast", "peft", "none"]
+IMPLEMENTATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "prefixfast": prefixfast_run.train_and_evaluate,
+    "peft": peft_run.train_and_evaluate,
+    "none": peft_run.evaluate_base,
+}
+
+
+def run(settings: Run, implementation: Implementation, threads: int) -> dict[str, Any]:
+    """Train, evaluate, print the figures, write ``results.json`` and the trained prefix.
+
+    Args:
+        settings: The run.
+        implementation: Implementation that trains and generates; ``none`` evaluates the base without a prefix.
+        threads: Number of CPU threads.
+
+    Raises:
+        ConfigError: If sacrebleu is missing, which the evaluation needs.
+    """
+    if settings.steps is None:
+        _require_sacrebleu()
+    torch.set_num_threads(threads)
+    if settings.dtype == "float64":
+        compute_norms_in_fp64()
+    head = {"impl": implementation, "setting": settings.name, "dtype": settings.dtype, "threads": threads}
+    result = head | IMPLEMENTATIONS[implementation](settings)
+    machine = environment()
+    result |= {"cpu": machine["cpu"], "flags": " ".join(machine["cpu_flags"])}
+    path = settings.output / "results.json"
+    replace_file(path, json.dumps(result, indent=1, ensure_ascii=False).encode())
+    for name, value in result.items():
+        if not isinstance(value, (list, dict)):
+            print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    print(f"\n{path}")
+    return result
+
+
+def compute_norms_in_fp64() -> None:
+    """Replace Llama's RMSNorm by one that does not round to fp32, so that a model in fp64 computes wholly in fp64."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return out
+
+    LlamaRMSNorm.forward = forward
+
+
+def _require_sacrebleu() -> None:
+    try:
+        import sacrebleu  # noqa: F401
+    except ImportError as e:
+        msg = "quality: the evaluation needs sacrebleu: pip install 'prefixfast[eval]'"
+        raise ConfigError(msg) from e

@@ -1,0 +1,123 @@
+"""Contenders of the suite ``train``: `prefixfast.train`, and PEFT's prefix-tuning in the usual training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefixfast.bench.contenders import peft_model
+from prefixfast.model.base import Model
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.callbacks import Callback
+from prefixfast.training.trainer import train
+
+RATE = 1e-2
+Rows = list[dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Rows of random tokens that one prefix is trained on; the first half of each row has no loss.
+
+    Attributes:
+        examples: Number of rows, all of which make one batch.
+        shortest: Smallest number of tokens of a row.
+        longest: Largest number of tokens of a row.
+        steps: Number of timed steps.
+    """
+
+    examples: int = 10
+    shortest: int = 20
+    longest: int = 80
+    steps: int = 3
+
+    def rows(self, seed: int, vocab_size: int) -> Rows:
+        """Rows of the prefix with number ``seed``."""
+        g = torch.Generator().manual_seed(seed)
+        sizes = torch.randint(self.shortest, self.longest + 1, (self.examples,), generator=g).tolist()
+        ids = [torch.randint(3, vocab_size, (n,), generator=g).tolist() for n in sizes]
+        return [{"input_ids": x, "labels": [-100] * (len(x) // 2) + x[len(x) // 2 :]} for x in ids]
+
+
+class Run(NamedTuple):
+    """One timed run.
+
+    Attributes:
+        seconds: Seconds from the end of the first step, which warms up, to the end of the last.
+        losses: Loss of the first prefix in every step.
+    """
+
+    seconds: float
+    losses: list[float]
+
+
+class _Clock(Callback):
+    """Training callback that records the end and the loss of each step."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.losses: list[float] = []
+
+    def on_step(self, step: int, losses: Tensor, grad_norms: Tensor, active: Tensor) -> None:
+        """Record one step, as `prefixfast.training.callbacks.Callback` describes."""
+        self.losses.append(float(losses[0]))
+        self.times.append(time.perf_counter())
+
+    def run(self) -> Run:
+        """The recorded run."""
+        return Run(self.times[-1] - self.times[0], self.losses)
+
+
+def ours(model: Model, rows: Mapping[str, Rows], start: Mapping[str, Prefix], steps: int) -> Run:
+    """Train all prefixes in the same batches with `prefixfast.train`."""
+    clock, size = _Clock(), len(next(iter(rows.values())))
+    train(
+        model,
+        dict(rows),
+        init=dict(start),
+        on_error="raise",
+        batch_size=size,
+        max_steps=steps + 1,
+        learning_rate=RATE,
+        progress=False,
+        callbacks=[clock],
+    )
+    return clock.run()
+
+
+def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
+    """Train one prefix with PEFT's prefix-tuning.
+
+    The loop is the usual one: a right-padded batch, made once, AdamW, clipping and a linear schedule. There is no
+    dropout, as in prefixfast.
+    """
+    from transformers import get_linear_schedule_with_warmup
+
+    own, weight = peft_model(plain, start)
+    own.eval()
+    own.base_model.config.use_cache = False
+    width = max(len(r["input_ids"]) for r in rows)
+    pad = [width - len(r["input_ids"]) for r in rows]
+    batch = {
+        "input_ids": torch.tensor([r["input_ids"] + [0] * n for r, n in zip(rows, pad, strict=True)]),
+        "attention_mask": torch.tensor([[1] * (width - n) + [0] * n for n in pad]),
+        "labels": torch.tensor([r["labels"] + [-100] * n for r, n in zip(rows, pad, strict=True)]),
+    }
+    optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps + 1)
+    clock = _Clock()
+    for step in range(steps + 1):
+        loss = own(**batch).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        clock.on_step(step + 1, loss.detach()[None], norm[None], torch.ones(1, dtype=torch.bool))
+    return clock.run()

@@ -1,0 +1,107 @@
+"""Suites of throughput: ``generate``, ``train`` and ``tokenize``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prefixfast.cli.bench.options import OUTPUT, Model, Rounds, Shape, check_known, spelt, whole_numbers
+
+Output = Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.jsonl, throughput.png and report.html.")]
+
+
+def generate(
+    output: Output = Path("bench-out"),
+    model: Model = None,
+    shape: Shape = "gpt2",
+    dtype: Annotated[str, typer.Option(help="Compute dtype: float32, bfloat16, float16 or float64.")] = "float32",
+    lengths: Annotated[
+        str, typer.Option(help="Prefix lengths; 0 measures without a prefix. llama takes up to 4096.")
+    ] = "0,10,100,200,512",
+    distinct: Annotated[str, typer.Option(help="Numbers of distinct prefixes in the batch.")] = "1,4,32",
+    requests: Annotated[
+        str, typer.Option(help="Numbers of requests in the batch; each makes a table and a panel of the plot.")
+    ] = "32",
+    rounds: Rounds = 3,
+) -> None:
+    """Measure the throughput of generation by prefix length, number of distinct prefixes and batch size.
+
+    The contenders are PEFT, if it is installed, and a mixed batch written by hand on transformers' cache.
+    """
+    from prefixfast.bench.generate import Settings, run
+    from prefixfast.bench.random_base import SHAPES
+    from prefixfast.model.base import DTYPES
+
+    check_known("--shape", shape, SHAPES)
+    check_known("--dtype", dtype, DTYPES)
+    options = {"lengths": lengths, "distinct": distinct, "requests": requests, "rounds": rounds, "dtype": dtype}
+    settings = Settings(
+        model=model,
+        shape=shape,
+        dtype=dtype,
+        lengths=whole_numbers("--lengths", lengths),
+        distinct=whole_numbers("--distinct", distinct),
+        requests=whole_numbers("--requests", requests),
+        rounds=rounds,
+        command=spelt("generate", **options, model=model, shape=None if model else shape),
+    )
+    run(output, settings)
+
+
+def train(
+    output: Output = Path("bench-train"),
+    model: Model = None,
+    shape: Shape = "gpt2",
+    dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
+    lengths: Annotated[str, typer.Option(help="Prefix lengths.")] = "10,100,200",
+    prefixes: Annotated[str, typer.Option(help="Numbers of prefixes that are trained at once.")] = "1,8",
+    rounds: Rounds = 2,
+) -> None:
+    """Measure the throughput of training by prefix length and number of prefixes at once.
+
+    The contender is PEFT, if it is installed, in the usual training loop.
+    """
+    from prefixfast.bench.random_base import SHAPES
+    from prefixfast.bench.train import LIMIT, Settings, run
+
+    check_known("--shape", shape, SHAPES)
+    check_known("--dtype", dtype, LIMIT)
+    options = {"lengths": lengths, "prefixes": prefixes, "rounds": rounds, "dtype": dtype}
+    settings = Settings(
+        model=model,
+        shape=shape,
+        dtype=dtype,
+        lengths=whole_numbers("--lengths", lengths),
+        counts=whole_numbers("--prefixes", prefixes),
+        rounds=rounds,
+        command=spelt("train", **options, model=model, shape=None if model else shape),
+    )
+    run(output, settings)
+
+
+def tokenize(
+    tokenizer: Annotated[
+        str, typer.Argument(metavar="TOKENIZER", help="Hub id or folder of a model whose tokenizer is measured.")
+    ],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="File of rows whose prompts and targets are tokenized, as for `train`.", exists=True
+        ),
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task that turns rows into text, as for `train`.", show_default="the task that fits the rows"
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.jsonl.")] = Path("bench-tokenize"),
+    rounds: Rounds = 5,
+) -> None:
+    """Measure the tokenization of many short texts, against transformers and tokenizers."""
+    from prefixfast.bench.tokenize import Settings, run
+
+    command = spelt("tokenize", tokenizer, data, task=task, rounds=rounds)
+    run(output, Settings(tokenizer=tokenizer, data=data, task=task, rounds=rounds, command=command))

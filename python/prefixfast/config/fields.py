@@ -1,0 +1,115 @@
+"""Types of the option fields as keyword arguments, for ``**fields: Unpack[TrainFields]``.
+
+A field is typed as the constructor accepts it, which can be wider than the field of the dataclass. The constructors
+of the dataclasses convert sequences to tuples, and check every value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, SupportsIndex, TypedDict
+
+
+class PrefixConfigFields(TypedDict, total=False):
+    """Fields of `PrefixConfig`."""
+
+    prefix_length: int | Literal["text"] | Mapping[str, int | Literal["text"]]
+    reparameterization: Literal["auto", "none", "mlp"]
+    sites: Sequence[str] | Mapping[str, int] | None
+    layers: Iterable[SupportsIndex] | None
+    encoder_hidden_size: int
+    embedding_dim: int | None
+    prefix_dropout: float
+    frozen_rows: int
+    fit_steps: int
+    pos_start: Literal["after", "zero"]
+
+
+class TrainConfigFields(TypedDict, total=False):
+    """Fields of `TrainConfig`."""
+
+    recipe: str
+    loss: Literal["token_mean", "sequence_sum"]
+    num_train_epochs: float
+    max_steps: int | None
+    batch_size: int
+    token_budget: int | Literal["auto"]
+    learning_rate: float | None
+    lr_scheduler_type: Literal["linear", "cosine", "constant"]
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    max_length: int | None
+    overflow: Literal["error", "truncate", "skip"]
+    gradient_checkpointing: bool
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]
+    shuffle: bool
+    seed: int
+    eval_steps: int | None
+    metric_for_best_model: Literal["auto", "eval_loss", "last"]
+    early_stopping_patience: int | None
+    save_steps: int | None
+    logging_steps: int
+    report_to: Literal["none", "tensorboard", "wandb"]
+
+
+class TrainFields(PrefixConfigFields, TrainConfigFields, total=False):
+    """Fields of `PrefixConfig` and `TrainConfig`."""
+
+
+class GenerationParamsFields(TypedDict, total=False):
+    """Fields of `GenerationParams`."""
+
+    max_new_tokens: int | None
+    min_new_tokens: int | None
+    num_beams: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    no_repeat_ngram_size: int | None
+    bad_words_ids: Sequence[Sequence[int]] | None
+    stop_strings: str | Sequence[str] | None
+    length_penalty: float | None
+    early_stopping: Literal[True, False, "never"] | None
+    num_return_sequences: int | None
+    seed: int | None
+    logprobs: int | None
+
+
+class _EngineOnlyFields(TypedDict, total=False):
+    """Fields of `EngineConfig` that `GenerationParams` does not have; a TypedDict cannot inherit ``seed`` twice."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]
+    device: str
+    revision: str | None
+    backend: str
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    kv_cache_memory: int | None
+    gpu_memory_utilization: float
+    prefix_memory: int | None
+    host_prefix_memory: int
+    prefix_dtype: Literal["auto", "float32", "bfloat16"]
+    max_waiting: int
+    share_prompts: int
+    num_threads: int | None
+    enforce_eager: bool
+    compile_decode: bool
+    prepack: bool
+
+
+class EngineFields(_EngineOnlyFields, total=False):
+    """Fields of `EngineConfig`."""
+
+    seed: int | None
+
+
+class GenerationFields(GenerationParamsFields, _EngineOnlyFields, total=False):
+    """Fields of `GenerationParams` and `EngineConfig`; ``seed`` is that of `GenerationParams`."""
+
+
+ScoreFields = EngineFields

@@ -1,0 +1,138 @@
+"""The built-in tasks, and the choice of a task by its name or by the keys of a row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefixfast import _rust
+from prefixfast.config.json_types import JSON
+from prefixfast.data.formats import FORMATS, INPUT_KEYS, TASK_BY_KEY, only_key
+from prefixfast.data.rows import Row
+from prefixfast.data.task import Task
+from prefixfast.errors import ConfigError
+
+
+def table_task(
+    *,
+    item: str = "{key} : {value}",
+    separator: str = " | ",
+    prompt: str = "{src}\n",
+    target: str = "{ref}",
+    init_text: str = "Describe the following data in a sentence:",
+) -> Task:
+    r"""Make a task for your own tables, rows ``{"table": {...}, "ref": ...}``.
+
+    Args:
+        item: Template of one entry of the table, with ``{key}`` and ``{value}``; ``{{`` and ``}}`` are braces.
+        separator: Text between two entries.
+        prompt: Template of the prompt; ``{src}`` stands for the entries, ``{eos}`` for the model's end token.
+        target: Template of the target; ``{ref}`` stands for the reference.
+        init_text: Text whose keys and values a new prefix starts from.
+
+    Returns:
+        A task that removes leading and trailing white space from generated text.
+
+    Raises:
+        ConfigError: If ``item`` lacks ``{key}`` or ``{value}``.
+
+    Example:
+        >>> task = table_task(item="{key}={value}", separator="; ", prompt="{src} ->", target=" {ref}")
+        >>> row = {"table": {"name": "Ada", "born": "1815"}, "refs": ["Ada was born in 1815.", "Born in 1815: Ada."]}
+        >>> task.prompts([row], None)
+        ['name=Ada; born=1815 ->']
+        >>> task.targets(row, 0)
+        [' Ada was born in 1815.', ' Born in 1815: Ada.']
+        >>> Task.from_spec(task.spec()) == task
+        True
+    """
+    linearizer = _rust.Linearizer.template(item=item, separator=separator).spec
+    return Task("table", linearizer, prompt, target, strip=True, init_text=init_text)
+
+
+# Strings of Li & Liang's code (branch `cleaned`, language_modeling.py and run_generation.py): " {src} {bos} " + tgt +
+# " {eos}" with bos = eos, beam 5, init text "table-to-text:". Their minimum length of 5 counts the prompt, so that it
+# has no effect. Their bad_words_ids are [[628], [198]], the tokens of "\n\n" and "\n".
+TABLE_TO_TEXT: dict[str, Any] = {
+    "prompt": " {src} {eos}",
+    "target": " {ref} ",
+    "strip": True,
+    "init_text": "table-to-text:",
+    "decoding": {"num_beams": 5, "max_new_tokens": 100},
+    "bad_words": ("\n\n", "\n"),
+}
+E2E = Task("e2e", _rust.Linearizer.e2e().spec, **TABLE_TO_TEXT)
+WEBNLG = Task("webnlg", _rust.Linearizer.webnlg().spec, **TABLE_TO_TEXT)
+DART = Task("dart", _rust.Linearizer.dart().spec, **TABLE_TO_TEXT)
+SUMMARY = Task("summary", prompt="{src}\n", strip=True, init_text="Summarize the following text:", input="document")
+# Li & Liang's summaries on a decoder-only base: source, end token, target, end token. Decoding is that of BART in the
+# paper: at most 62 and at least 11 tokens, the begin and the end token included.
+XSUM = Task(
+    "xsum",
+    prompt="{src}{eos}",
+    strip=True,
+    init_text="summarize",
+    decoding={"num_beams": 6, "max_new_tokens": 60, "min_new_tokens": 10, "length_penalty": 0.8},
+    input="document",
+)
+TASKS = {
+    "e2e": E2E,
+    "webnlg": WEBNLG,
+    "dart": DART,
+    "table": table_task(),
+    "summary": SUMMARY,
+    "xsum": XSUM,
+    "prompt": Task("prompt"),
+    "messages": Task("messages", input="messages"),
+    "text": Task("text", input="text", init_text="The following text"),
+}
+PLAIN, STRIPPED = TASKS["prompt"], Task("prompt", strip=True)
+
+
+def find_task(task: str | Task | Mapping[str, JSON] | None, row: Row) -> Task:
+    """Choose a task by its name, from its fields, or by the keys of a row.
+
+    Args:
+        task: Name of a built-in task, `Task`, or fields as `Task.spec` gives them. None chooses by the row's keys.
+        row: First row of the data.
+
+    Raises:
+        ConfigError: If the name or a field is unknown.
+        DataError: If ``task`` is None and the row has the input key of no format, or of several.
+
+    Example:
+        >>> find_task(None, {"document": "...", "summary": "..."}).name
+        'summary'
+        >>> TASKS["e2e"].prompts([{"mr": "name[Blue Spice], area[riverside]"}], "<|endoftext|>")
+        [' name : Blue Spice | area : riverside <|endoftext|>']
+        >>> TASKS["dart"].prompts([{"triples": [["Mars Hill College", "JOINED", "1973"]]}], "<|endoftext|>")
+        [' Mars Hill College : joined : 1973 <|endoftext|>']
+    """
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, Mapping):
+        return Task.from_spec(task)
+    if task is None:
+        task = TASK_BY_KEY[only_key(row, 0, INPUT_KEYS, " (or input_ids, or the argument task)")]
+    if task not in TASKS:
+        msg = f"task: expected one of {', '.join(TASKS)} or a Task, got {task!r}"
+        raise ConfigError(msg)
+    return TASKS[task]
+
+
+def request_task(task: Task, row: Row) -> Task:
+    """Choose the task that reads one request.
+
+    Args:
+        task: Task of the request's prefix, used if the row has an input key of that task's format.
+        row: Row, whose keys choose the task otherwise.
+
+    Raises:
+        DataError: If the row has no input, or several.
+    """
+    key = only_key(row, 0, (*INPUT_KEYS, "input_ids"))
+    if key in FORMATS[task.format].inputs:
+        return task
+    if key in ("prompt", "input_ids"):
+        return STRIPPED if task.strip else PLAIN
+    return TASKS[TASK_BY_KEY[key]]

@@ -1,0 +1,234 @@
+"""Check of a row file before training: problems with their lines, lengths, and one example as the model sees it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias, TypedDict
+
+import numpy as np
+
+from prefixfast.data.builtin_tasks import find_task
+from prefixfast.data.chat import split_conversation
+from prefixfast.data.corpora import task_items
+from prefixfast.data.encode import Example, encode_examples
+from prefixfast.data.files import file_items
+from prefixfast.data.formats import CHAT_KEYS, FORMATS
+from prefixfast.data.rows import Row
+from prefixfast.data.task import Task
+from prefixfast.errors import DataError
+from prefixfast.model.tokenizer import Tokenizer
+
+ROWS_PER_CHUNK = 256
+PERCENTILES = (50, 90, 99, 100)
+ANY_ID = 2**31 - 1
+COMMON_KEYS = ("input_ids", "labels", "id", "prefix", "params")
+Percentiles: TypeAlias = dict[str, int]
+
+
+class Problem(TypedDict):
+    """A problem of a file: ``line``, None for the whole file, and ``message``."""
+
+    line: int | None
+    message: str
+
+
+class ShownExample(TypedDict, total=False):
+    """An example: ``line`` of its row (None for a row without a line), and the text of ``prompt`` and ``target``."""
+
+    line: int | None
+    prompt: str
+    target: str
+
+
+@dataclass(frozen=True)
+class BaseVocabulary:
+    """Properties of a base model that a check needs; the weights are not needed.
+
+    Attributes:
+        tokenizer: Tokenizer that counts tokens and writes conversations; None counts characters only.
+        vocab_size: Number of tokens of the vocabulary, against which ``input_ids`` are checked.
+        max_length: Largest number of tokens of an example; None for no limit.
+    """
+
+    tokenizer: Tokenizer | None = None
+    vocab_size: int = ANY_ID
+    max_length: int | None = None
+
+
+@dataclass
+class DataReport:
+    """Result of `check_data`.
+
+    Attributes:
+        path: Path of the file.
+        task: Name of the task.
+        rows: Number of rows, malformed rows included.
+        examples: Number of training examples; each reference of a row is one.
+        num_problems: Number of problems.
+        problems: First problems, in the order of their lines.
+        characters: Percentiles 50, 90, 99 and 100 of the lengths of ``prompt`` and ``target`` in characters. All
+            messages of a conversation count as prompt.
+        tokens: Percentiles of the lengths of ``example`` and ``target`` in tokens; empty without a tokenizer.
+        max_length: Limit that ``too_long`` counts against, None without one.
+        too_long: Number of examples with more than ``max_length`` tokens.
+        unread: Columns that the task's format does not read.
+        example: Example of the first valid row.
+    """
+
+    path: str
+    task: str
+    rows: int = 0
+    examples: int = 0
+    num_problems: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    characters: dict[str, Percentiles] = field(default_factory=dict)
+    tokens: dict[str, Percentiles] = field(default_factory=dict)
+    max_length: int | None = None
+    too_long: int = 0
+    unread: list[str] = field(default_factory=list)
+    example: ShownExample = field(default_factory=ShownExample)
+
+
+def check_data(
+    task: str | Task | None,
+    path: str | Path,
+    *,
+    split: str | None = None,
+    base: BaseVocabulary | None = None,
+    max_errors: int = 100,
+) -> DataReport:
+    """Read a file as training does, and continue after an error, at which training stops.
+
+    Args:
+        task: Task as for `train`. None chooses the task by the keys of the first row.
+        path: Path of the file.
+        split: Split of an official file of the task, which is then read as by `read_task`. None reads a file of rows.
+        base: Tokenizer and sizes of the base model. None counts characters only.
+        max_errors: Largest number of problems to list; all problems are counted.
+
+    Returns:
+        Report with the problems and the lengths.
+
+    Raises:
+        ConfigError: If the task or the split is unknown.
+    """
+    name = task.name if isinstance(task, Task) else task or "auto"
+    base = base or BaseVocabulary()
+    checker = _Checker(DataReport(str(path), name, max_length=base.max_length), base, max_errors)
+    report = checker.report
+    rows: list[Row] = []
+    try:
+        for item in file_items(Path(path)) if split is None else task_items(name, Path(path), split):
+            report.rows += 1
+            if isinstance(item, DataError):
+                checker.add_problem(item)
+            else:
+                rows.append(item)
+        if not report.rows:
+            checker.add_problem(DataError("expected at least one row, got none"))
+        if rows:
+            tokenized = "input_ids" in rows[0] and task is None
+            checker.measure(rows, Task("input_ids") if tokenized else find_task(task, rows[0]))
+    except DataError as e:
+        checker.add_problem(e)
+    report.problems.sort(key=lambda p: p["line"] or 0)
+    return report
+
+
+class _ValidRow(TypedDict):
+    """A row that training can read: its texts (empty for ``input_ids``) and, with a tokenizer, its examples."""
+
+    row: Row
+    prompt: str
+    targets: list[str]
+    examples: list[Example]
+
+
+class _Checker:
+    """Fills a report."""
+
+    def __init__(self, report: DataReport, base: BaseVocabulary, max_errors: int) -> None:
+        self.report, self.base, self.max_errors = report, base, max_errors
+
+    def add_problem(self, error: DataError) -> None:
+        """Count a problem, and list it if the list is not full."""
+        self.report.num_problems += 1
+        if len(self.report.problems) < self.max_errors:
+            self.report.problems.append({"line": error.line, "message": str(error)})
+
+    def measure(self, rows: list[Row], task: Task) -> None:
+        """Fill the fields that need the task: examples, lengths, unread columns, and the first example."""
+        report, tokenizer = self.report, self.base.tokenizer
+        report.task = task.name
+        row_format = FORMATS[task.format]
+        known = {*COMMON_KEYS, *row_format.inputs, *row_format.targets, *CHAT_KEYS}
+        report.unread = sorted({str(k) for row in rows for k in row} - known)
+        characters: dict[str, list[int]] = {"prompt": [], "target": []}
+        tokens: dict[str, list[int]] = {"example": [], "target": []}
+        counted = tokenizer is not None or "input_ids" in rows[0]
+        for start in range(0, len(rows), ROWS_PER_CHUNK):
+            for valid in self._valid_rows(rows[start : start + ROWS_PER_CHUNK], task):
+                targets, examples = valid["targets"], valid["examples"]
+                characters["prompt"].append(len(valid["prompt"]))
+                characters["target"] += map(len, targets)
+                report.examples += len(examples) if counted else max(1, len(targets))
+                tokens["example"] += (len(e.ids) for e in examples)
+                tokens["target"] += (len(e.targets) for e in examples)
+                if not report.example:
+                    report.example = _shown(tokenizer, valid)
+        report.characters = {k: _percentiles(v) for k, v in characters.items() if any(v)}
+        report.tokens = {k: _percentiles(v) for k, v in tokens.items() if v}
+        limit = report.max_length
+        report.too_long = sum(n > limit for n in tokens["example"]) if limit else 0
+
+    def _valid_rows(self, rows: Sequence[Row], task: Task) -> Iterator[_ValidRow]:
+        """The valid rows of a chunk. If the chunk is refused, its rows are read one by one."""
+        try:
+            yield from self._read(rows, task)
+        except DataError as e:
+            if len(rows) == 1:
+                self.add_problem(e)
+                return
+            for row in rows:
+                yield from self._valid_rows([row], task)
+
+    def _read(self, rows: Sequence[Row], task: Task) -> list[_ValidRow]:
+        tokenizer, tokenized = self.base.tokenizer, "input_ids" in rows[0]
+        texts: list[tuple[str, list[str]]] = [("", [])] * len(rows)
+        if not tokenized:
+            eos = "{eos}" if tokenizer is None else tokenizer.eos
+            plain = [i for i, row in enumerate(rows) if not task.is_chat(row)]
+            for i, pair in zip(plain, task.pairs([rows[i] for i in plain], eos), strict=True):
+                texts[i] = pair
+            for i, row in enumerate(rows):
+                if task.is_chat(row):
+                    parts = split_conversation(row, i)
+                    texts[i] = "\n".join(str(m.get("content") or "") for part in parts for m in part), []
+        examples: list[list[Example]] = [[] for _ in rows]
+        if tokenized or tokenizer is not None:
+            encoded = encode_examples(tokenizer, self.base.vocab_size, rows, task)
+            for number, found in itertools.groupby(encoded, key=lambda e: e.row):
+                examples[number] = list(found)
+        return [
+            {"row": row, "prompt": prompt, "targets": targets, "examples": own}
+            for row, (prompt, targets), own in zip(rows, texts, examples, strict=True)
+        ]
+
+
+def _shown(tokenizer: Tokenizer | None, valid: _ValidRow) -> ShownExample:
+    """The first example of a row: the text up to the first target and the rest, with special tokens."""
+    line = getattr(valid["row"], "line", None)
+    if tokenizer is None:
+        return {"line": line, "prompt": valid["prompt"], "target": valid["targets"][0] if valid["targets"] else ""}
+    example = valid["examples"][0]
+    at = int(example.targets[0])
+    parts = [example.ids[:at].tolist(), example.ids[at:].tolist()]
+    prompt, target = tokenizer.decode(parts, skip_special_tokens=False)
+    return {"line": line, "prompt": prompt, "target": target}
+
+
+def _percentiles(values: list[int]) -> Percentiles:
+    return {str(p): int(np.percentile(values, p, method="inverted_cdf")) for p in PERCENTILES}

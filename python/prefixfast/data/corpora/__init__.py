@@ -1,0 +1,66 @@
+"""Official files of the paper's tasks: E2E as CSV, WebNLG 2017 and DART v1.1.1 as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from prefixfast.data.corpora.dart import dart_items
+from prefixfast.data.corpora.e2e import e2e_items
+from prefixfast.data.corpora.webnlg import webnlg_items
+from prefixfast.data.files import Item, file_items
+from prefixfast.data.rows import Row
+from prefixfast.errors import ConfigError, DataError
+
+SPLITS = ("train", "dev", "test")
+
+
+def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"] = "train") -> list[Row]:
+    """Read the rows of a task's official file. Files of other tasks, and files of rows, are read as by `read_rows`.
+
+    Args:
+        task: Name of the task. ``"e2e"`` reads a CSV file with the columns ``mr`` and ``ref``. ``"webnlg"`` reads the
+            JSON of the 2017 challenge (``modifiedtripleset``, ``lexicalisations``). ``"dart"`` reads the JSON of
+            v1.1.1 (``tripleset``, ``annotations``).
+        path: Path of the file, also with ``.gz``.
+        split: Split that the file holds. ``"train"`` keeps only the lexicalisations of WebNLG with the comment
+            "good", as Li & Liang trained. ``"dev"`` and ``"test"`` keep all of them, and join the E2E rows of one
+            meaning representation to one row with ``refs``, as evaluation needs them.
+
+    Returns:
+        Rows with ``mr`` or ``triples``, and ``ref`` or ``refs``. WebNLG rows also have ``category`` and ``id``, DART
+        rows the ``source`` of their first text.
+
+    Raises:
+        ConfigError: If the split is unknown.
+        DataError: If the file is malformed, with path and line.
+
+    Example:
+        ``train(base, read_task("webnlg", "webnlg/train.json"), task="webnlg")``
+    """
+    rows: list[Row] = []
+    for item in task_items(task, Path(path), split):
+        if isinstance(item, DataError):
+            raise item
+        rows.append(item)
+    if not rows:
+        msg = f"{path}: expected at least one row, got none"
+        raise DataError(msg, path=str(path))
+    return rows
+
+
+def task_items(task: str, path: Path, split: str) -> Iterator[Item]:
+    """Yield the rows that `read_task` reads, and a `DataError` in place of each malformed entry."""
+    if split not in SPLITS:
+        msg = f"split: expected one of {', '.join(SPLITS)}, got {split!r}"
+        raise ConfigError(msg)
+    is_json = ".json" in path.suffixes
+    if task == "webnlg" and is_json:
+        yield from webnlg_items(path, good_only=split == "train")
+    elif task == "dart" and is_json:
+        yield from dart_items(path)
+    elif task == "e2e":
+        yield from e2e_items(path, join_references=split != "train")
+    else:
+        yield from file_items(path)

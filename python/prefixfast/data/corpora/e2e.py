@@ -1,0 +1,34 @@
+"""The E2E files: CSV with the columns ``mr`` (meaning representation) and ``ref`` (reference)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from prefixfast.config.json_types import JSON
+from prefixfast.data.files import FileRow, Item, file_items
+from prefixfast.errors import DataError
+
+
+def e2e_items(path: Path, *, join_references: bool) -> Iterator[Item]:
+    """Yield the rows of an E2E file; the columns ``MR`` and ``REF`` of the test file are written in lower case.
+
+    Args:
+        path: Path of the file.
+        join_references: Whether rows of one meaning representation become one row with ``refs``.
+    """
+    joined: dict[str, tuple[FileRow, list[JSON]]] = {}
+    for item in file_items(path):
+        if isinstance(item, DataError):
+            yield item
+            continue
+        row = FileRow({k.lower() if k in ("MR", "REF") else k: v for k, v in item.items()}, item.path, item.line)
+        mr, ref = row.get("mr"), row.get("ref")
+        if not join_references or not isinstance(mr, str) or not isinstance(ref, str):
+            yield row
+        elif mr in joined:
+            joined[mr][1].append(ref)
+        else:
+            refs: list[JSON] = [ref]
+            joined[mr] = FileRow({"mr": mr, "refs": refs}, row.path, row.line), refs
+    yield from (row for row, _ in joined.values())

@@ -1,0 +1,20 @@
+"""The one place that turns rows, prompts, targets and texts into token ids.
+
+Prompt and target are tokenized separately, so that training sees a prompt as generation does.
+"""
+
+from prefixfast.data.encode.examples import Example, encode_examples
+from prefixfast.data.encode.prompts import Input, encode_prompts, encode_target, encode_text, request_error
+from prefixfast.data.encode.token_ids import Ints, token_ids
+
+__all__ = [
+    "Example",
+    "Input",
+    "Ints",
+    "encode_examples",
+    "encode_prompts",
+    "encode_target",
+    "encode_text",
+    "request_error",
+    "token_ids",
+]

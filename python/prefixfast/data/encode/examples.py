@@ -1,0 +1,159 @@
+"""Training rows as token ids with the places of the target tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefixfast.data.chat import chat_options, chat_text, split_conversation
+from prefixfast.data.encode.token_ids import Ints, int_array
+from prefixfast.data.formats import text_value
+from prefixfast.data.rows import Row, row_error
+from prefixfast.data.task import Task
+from prefixfast.errors import ConfigError, DataError
+from prefixfast.model.tokenizer import Tokenizer
+
+IGNORED_LABEL = -100
+
+
+class Example(NamedTuple):
+    """One tokenized training example.
+
+    Attributes:
+        ids: Token ids, int32.
+        targets: Indices of the target tokens in ``ids``, int64, ascending, at least 1.
+        row: Number of the row.
+        has_no_prompt: Whether the targets begin with the row's first tokens, so that truncation removes the end of the
+            example instead of the start of its prompt.
+    """
+
+    ids: Ints
+    targets: NDArray[np.int64]
+    row: int
+    has_no_prompt: bool = False
+
+
+def encode_examples(tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Row], task: Task) -> Iterator[Example]:
+    """Yield the examples of rows in order, one for each reference of a row.
+
+    The end token is appended to a target that does not end with it, and to the answer of a conversation that the chat
+    template closes with no special token. All tokens of a row with ``text`` but the first are targets, as in TRL, since
+    no token precedes the first.
+
+    Args:
+        tokenizer: Tokenizer; None is allowed only for rows with ``input_ids``.
+        vocab_size: Number of tokens of the vocabulary, against which ``input_ids`` are checked.
+        rows: Rows, at least one. Either all of them have ``input_ids`` or none.
+        task: Task of the rows.
+
+    Raises:
+        DataError: If a row is malformed.
+        ConfigError: If the chat template lacks the marks that the task's ``loss_on`` needs.
+    """
+    if "input_ids" in rows[0]:
+        yield from (_encode_ids(row, i, vocab_size) for i, row in enumerate(rows))
+        return
+    assert tokenizer is not None
+    if task.format == "text":
+        ids = tokenizer.encode([text_value(row, i, "text") for i, row in enumerate(rows)])
+        eos = tokenizer.eos_id
+        for i, (row, own) in enumerate(zip(rows, ids, strict=True)):
+            yield _targets_from(row, i, _append_eos(own, eos), 1, has_no_prompt=True)
+    elif task.format == "messages" and (
+        task.loss_on in ("assistant", "all") or (task.loss_on == "auto" and tokenizer.marks_answers)
+    ):
+        every = task.loss_on == "all"
+        yield from (_encode_conversation(tokenizer, row, i, all_tokens=every) for i, row in enumerate(rows))
+    else:
+        yield from _encode_pairs(tokenizer, rows, task)
+
+
+def _encode_pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task) -> Iterator[Example]:
+    """Rows of a prompt and targets."""
+    pairs = task.pairs(rows, tokenizer.eos, tokenizer.chat)
+    chats = [task.is_chat(row) for row in rows]
+    prompts: dict[int, Ints] = {}
+    for chat in {*chats}:  # the chat template has written the special tokens already
+        mine = [i for i, c in enumerate(chats) if c == chat]
+        prompts |= zip(mine, tokenizer.encode([pairs[i][0] for i in mine], add_special_tokens=not chat), strict=True)
+    eos = tokenizer.eos_id
+    encoded = iter(tokenizer.encode([t for _, targets in pairs for t in targets], add_special_tokens=False))
+    for i, (row, (_, targets)) in enumerate(zip(rows, pairs, strict=True)):
+        prompt = prompts[i]
+        if not len(prompt):
+            raise row_error(row, i, "the prompt has no tokens; the first target token needs one before it")
+        for _ in targets:
+            target = next(encoded)
+            closed = chats[i] and not tokenizer.special_ids.isdisjoint(target.tolist())
+            ids = np.concatenate([prompt, target if closed else _append_eos(target, eos)])
+            yield _targets_from(row, i, ids, len(prompt))
+
+
+def _encode_conversation(tokenizer: Tokenizer, row: Row, number: int, *, all_tokens: bool) -> Example:
+    """A whole conversation, whose targets are the assistant's turns, or all tokens but the first."""
+    context, answer = split_conversation(row, number)
+    messages = context + answer
+    if all_tokens:
+        text = chat_text(row, number, tokenizer.chat, messages, generation_prompt=False)
+        (ids,) = tokenizer.encode([text], add_special_tokens=False)
+        return _targets_from(row, number, ids, 1, has_no_prompt=True)
+    if not tokenizer.marks_answers:
+        msg = (
+            "loss_on='assistant': the chat template does not mark the assistant's turns with {% generation %}; use "
+            "'last', or a template that does"
+        )
+        raise ConfigError(msg)
+    options = chat_options(row, number)
+    try:
+        ids, mask = tokenizer.chat_answers(messages, **options)
+    except DataError as e:
+        raise row_error(row, number, str(e)) from e
+    if mask.any() and mask[-1] and tokenizer.special_ids.isdisjoint(ids[mask].tolist()):
+        ids = _append_eos(ids, tokenizer.eos_id)
+        mask = np.concatenate([mask, np.ones(len(ids) - len(mask), bool)])
+    return _targets_at(row, number, ids, mask)
+
+
+def _encode_ids(row: Row, number: int, vocab_size: int) -> Example:
+    """A row with ``input_ids`` and ``labels``."""
+    ids, labels = int_array(row.get("input_ids")), int_array(row.get("labels"))
+    sized = ids is not None and labels is not None and labels.shape == ids.shape and len(ids)
+    if ids is None or labels is None or not sized or ids.min() < 0 or ids.max() >= vocab_size:
+        msg = f"expected input_ids and labels, two lists of one length with token ids below {vocab_size}"
+        raise row_error(row, number, msg)
+    mask = labels != IGNORED_LABEL
+    if not np.array_equal(labels[mask], ids[mask]):
+        at = int(np.flatnonzero(mask & (labels != ids))[0])
+        msg = (
+            "labels: expected -100 or the id at the same place (the shift to the next token is made here), got "
+            f"{labels[at]} for {ids[at]} at {at}"
+        )
+        raise row_error(row, number, msg)
+    if not mask[1:].any():
+        raise row_error(row, number, "labels: expected at least one target after the first token, got -100 everywhere")
+    return _targets_at(row, number, ids.astype(np.int32), mask, has_no_prompt=bool(mask[0]))
+
+
+def _append_eos(target: Ints, eos: int | None) -> Ints:
+    """``target`` with the end token, unless it ends with the token already or the tokenizer has none."""
+    return target if eos is None or (len(target) and target[-1] == eos) else np.append(target, np.int32(eos))
+
+
+def _targets_from(row: Row, number: int, ids: Ints, start: int, *, has_no_prompt: bool = False) -> Example:
+    """An example whose targets are all tokens from index ``start`` on."""
+    return _example(row, number, ids, np.arange(start, len(ids)), has_no_prompt)
+
+
+def _targets_at(row: Row, number: int, ids: Ints, mask: NDArray[np.bool_], *, has_no_prompt: bool = False) -> Example:
+    """An example whose targets are marked by ``mask``, cut after the last one. The first token is no target."""
+    targets = 1 + np.flatnonzero(mask[1:])
+    return _example(row, number, ids[: targets[-1] + 1] if len(targets) else ids, targets, has_no_prompt)
+
+
+def _example(row: Row, number: int, ids: Ints, targets: NDArray[np.int64], has_no_prompt: bool) -> Example:
+    if not len(targets):
+        raise row_error(row, number, "expected at least one target token after the first token, got none")
+    return Example(ids, targets, number, has_no_prompt)

@@ -1,0 +1,167 @@
+"""Prompts and targets of requests, and whole texts, as token ids."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from prefixfast.config.json_types import JSON
+from prefixfast.data.encode.token_ids import Ints, token_ids
+from prefixfast.data.rows import Row
+from prefixfast.data.task import Task
+from prefixfast.errors import ConfigError, DataError, RequestError
+from prefixfast.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
+
+Input: TypeAlias = str | Sequence[int] | Row
+
+
+@contextlib.contextmanager
+def request_error(index: int) -> Iterator[None]:
+    """Raise a `DataError` or `ConfigError` of the block as a `RequestError` of the request with this number."""
+    try:
+        yield
+    except (DataError, ConfigError) as e:
+        msg = f"request {index}: {str(e).removeprefix('row 0: ')}"
+        raise RequestError(msg, index=index) from e
+
+
+def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) -> list[Ints]:
+    """Token ids of the prompt of each request. Rows of one task are linearized and tokenized together.
+
+    Args:
+        model: Base model.
+        batch: Strings, lists of token ids, or rows. The target of a row is not read.
+        tasks: Task of each request. Requests of one task share one object.
+
+    Returns:
+        Token ids of each prompt, int32, at least one.
+
+    Raises:
+        RequestError: If a prompt is not text, has no tokens, or has ids outside the vocabulary.
+        ConfigError: If the base model has no tokenizer and a request needs one.
+    """
+    texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
+    chats: dict[int, str] = {}  # the chat template has written the special tokens of these prompts
+    by_task: dict[int, list[int]] = {}
+    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
+        if isinstance(item, Mapping) and "input_ids" not in item:
+            by_task.setdefault(id(task), []).append(i)
+    for numbers in by_task.values():
+        task = tasks[numbers[0]]
+        for i, prompt in zip(numbers, _task_prompts(task, batch, numbers, model.require_tokenizer()), strict=True):
+            item = batch[i]
+            (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = prompt
+    out: dict[int, Ints] = {}
+    for group in (texts, chats):
+        for i, prompt in group.items():
+            _check_unicode(prompt, i, "the prompt is no text")
+        if group:
+            encoded = model.require_tokenizer().encode(list(group.values()), add_special_tokens=group is texts)
+            out |= zip(group, encoded, strict=True)
+    for i, item in enumerate(batch):
+        if i not in out:
+            value = item["input_ids"] if isinstance(item, Mapping) else item
+            found = token_ids(value, model.vocab_size)
+            if found is None:
+                ids = f"a list of token ids from 0 to {model.vocab_size - 1}"
+                msg = f"request {i}: expected a string, {ids}, or a row, got {value!r:.80}"
+                raise RequestError(msg, index=i)
+            out[i] = found
+        if not len(out[i]):
+            msg = f"request {i}: the prompt has no tokens"
+            raise RequestError(msg, index=i)
+    return [out[i] for i in range(len(batch))]
+
+
+def encode_target(model: Model, target: str | Sequence[int], index: int) -> Ints:
+    """Token ids of a target, int32, without an end token.
+
+    Args:
+        model: Base model.
+        target: String, or token ids that are used unchanged.
+        index: Number of the request, for errors.
+
+    Raises:
+        RequestError: If the target is not text, or has ids outside the vocabulary.
+    """
+    if isinstance(target, str):
+        _check_unicode(target, index, "target: it is no text")
+        return model.require_tokenizer().encode([target], add_special_tokens=False)[0]
+    found = token_ids(target, model.vocab_size)
+    if found is None:
+        last = model.vocab_size - 1
+        msg = f"request {index}: target: expected a string or a list of token ids from 0 to {last}, got {target!r:.80}"
+        raise RequestError(msg, index=index)
+    return found
+
+
+def encode_text(model: Model, source: str | Sequence[int] | Sequence[Mapping[str, JSON]]) -> Ints:
+    """Token ids of a whole text.
+
+    Args:
+        model: Base model.
+        source: String, tokenized as a prompt is; token ids, used unchanged; or chat messages, written by the chat
+            template without its generation prompt.
+
+    Returns:
+        Token ids, int32, at least one.
+
+    Raises:
+        ConfigError: If ``source`` is something else or has no tokens, or the chat template refuses the messages.
+    """
+    if isinstance(source, str):
+        ids = model.require_tokenizer().encode([source])[0]
+    elif isinstance(source, Sequence) and source and all(isinstance(m, Mapping) for m in source):
+        ids = _encode_messages(model.require_tokenizer(), source)
+    elif (found := token_ids(source, model.vocab_size)) is not None:
+        ids = found
+    else:
+        last = model.vocab_size - 1
+        msg = (
+            f"text: expected a string, token ids from 0 to {last}, or messages {{'role', 'content'}}, got "
+            f"{source!r:.80}"
+        )
+        raise ConfigError(msg)
+    if not len(ids):
+        msg = f"text: expected at least one token, got {source!r:.80}"
+        raise ConfigError(msg)
+    return ids
+
+
+def _task_prompts(task: Task, batch: Sequence[Any], numbers: list[int], tokenizer: Tokenizer) -> list[str]:
+    """Prompts of requests of one task. If the batch is refused, each is tried alone to find the wrong one."""
+    try:
+        return task.prompts([batch[i] for i in numbers], tokenizer.eos, tokenizer.chat)
+    except (DataError, ConfigError):
+        for i in numbers:
+            with request_error(i):
+                task.prompts([batch[i]], tokenizer.eos, tokenizer.chat)
+        raise
+
+
+def _check_unicode(value: str, index: int, message: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as e:
+        msg = f"request {index}: {message}: {e}"
+        raise RequestError(msg, index=index) from e
+
+
+def _encode_messages(tokenizer: Tokenizer, messages: Sequence[Any]) -> Ints:
+    for i, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or "content" not in message:
+            msg = f"text: message {i}: expected 'role' and 'content', got the keys {sorted(map(str, message))}"
+            raise ConfigError(msg)
+    if not getattr(tokenizer.hf, "chat_template", None):
+        msg = "text: this tokenizer has no chat template; give a string, or load(model, tokenizer=...) one that has"
+        raise ConfigError(msg)
+    try:
+        written = tokenizer.chat(messages, generation_prompt=False)
+        return tokenizer.encode([written], add_special_tokens=False)[0]
+    except Exception as e:  # a template is a program, which can raise anything
+        msg = f"text: the chat template refuses these messages: {e}"
+        raise ConfigError(msg) from e

@@ -1,0 +1,236 @@
+"""`Task`: how a row becomes a prompt and a target.
+
+A task is data. It is stored in the prefix, so that generation builds the same prompts as training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from prefixfast import _rust
+from prefixfast.config.json_types import JSON
+from prefixfast.data.chat import ChatTemplate, chat_pair, chat_text, is_conversation, split_conversation
+from prefixfast.data.formats import FORMATS, FormatName, only_key, references, text_value
+from prefixfast.data.rows import Row, row_error
+from prefixfast.errors import ConfigError, DataError
+
+LossOn = Literal["auto", "last", "assistant", "all"]
+
+
+@dataclass(frozen=True)
+class Task:
+    r"""How rows become prompts and targets.
+
+    A task fits one row format. Rows with a table (key ``mr``, ``table`` or ``triples``) are first turned into text by
+    the linearizer. `prefixfast.data.TASKS` holds the built-in tasks, and `prefixfast.data.table_task` makes a task for
+    your own tables.
+
+    Attributes:
+        name: Name of the task, used in messages and recipes.
+        linearizer: Settings, as a JSON string, of the linearizer that turns a table into text. None for rows without a
+            table.
+        prompt: Template of the prompt. ``{src}`` stands for the linearized table, the document or the prompt, ``{eos}``
+            for the model's end token. Conversations and rows with ``text`` do not use the template: the tokenizer's
+            chat template writes the former, and the latter are taken as they are.
+        target: Template of the target. ``{ref}`` stands for the reference, the summary or the completion. Training
+            appends the end token, unless the target ends with it.
+        strip: Whether leading and trailing white space is removed from generated text.
+        init_text: Text whose keys and values a new prefix starts from.
+        decoding: Default `GenerationParams` of prefixes that are trained on the task.
+        bad_words: Strings that generation never produces. Training stores their tokens as ``bad_words_ids`` in the
+            decoding defaults of the prefix.
+        input: Format of the rows: ``"prompt"``, ``"table"``, ``"document"``, ``"messages"`` or ``"text"``. None is
+            ``"table"`` if there is a linearizer, else ``"prompt"``.
+        loss_on: Tokens of ``messages`` that count in the loss: ``"last"`` the last answer, ``"assistant"`` every turn
+            that the chat template marks with ``{% generation %}``, ``"all"`` every token but the first. ``"auto"`` is
+            ``"assistant"`` if the chat template has such marks, else ``"last"``.
+
+    Raises:
+        ConfigError: If a field has a wrong value, or the linearizer does not match the format.
+
+    Example:
+        >>> task = Task("question", prompt="Q: {src}\nA:", target=" {ref}")
+        >>> task.prompts([{"prompt": "2+2?"}], None), task.targets({"prompt": "2+2?", "completion": "4"}, 0)
+        (['Q: 2+2?\nA:'], [' 4'])
+    """
+
+    name: str
+    linearizer: str | None = None
+    prompt: str = "{src}"
+    target: str = "{ref}"
+    strip: bool = False
+    init_text: str = "Answer the request:"
+    decoding: Mapping[str, JSON] = field(default_factory=dict)
+    bad_words: Sequence[str] = ()
+    input: FormatName | None = None
+    loss_on: LossOn = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bad_words, str) or not all(isinstance(w, str) and w for w in self.bad_words):
+            msg = f"task {self.name!r}: bad_words: expected texts that are not empty, got {self.bad_words!r:.80}"
+            raise ConfigError(msg)
+        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+        for name, known in (("input", (None, *FORMATS)), ("loss_on", get_args(LossOn))):
+            if getattr(self, name) not in known:
+                msg = f"task {self.name!r}: {name}: expected one of {known}, got {getattr(self, name)!r}"
+                raise ConfigError(msg)
+        if (self.format == "table") != (self.linearizer is not None):
+            msg = (
+                f"task {self.name!r}: expected a linearizer exactly for input 'table', got {self.linearizer!r} for "
+                f"{self.format!r}"
+            )
+            raise ConfigError(msg)
+
+    @property
+    def format(self) -> FormatName:
+        """Format of the task's rows, a key of `prefixfast.data.formats.FORMATS`."""
+        return self.input or ("prompt" if self.linearizer is None else "table")
+
+    def prompts(self, rows: Sequence[Row], eos: str | None, chat: ChatTemplate | None = None) -> list[str]:
+        """Prompts of requests. The target of a row, if there is one, is not read.
+
+        Args:
+            rows: Rows of the task's format, any number of them.
+            eos: End token of the model; None counts as an empty string.
+            chat: Chat template (`Tokenizer.chat`), needed for messages. The text of a conversation holds the special
+                tokens already, so it is tokenized without adding any.
+
+        Returns:
+            One prompt for each row.
+
+        Raises:
+            DataError: If a row has no input, with the row's number or line, or if messages end with the assistant's
+                message, which is no request.
+        """
+        if self.format == "table":
+            return [self._fill_prompt(source, eos) for source in self._linearize(rows)]
+        return [self._prompt(row, i, eos, chat) for i, row in enumerate(rows)]
+
+    def targets(self, row: Row, number: int) -> list[str]:
+        """Targets of a row that is not a conversation.
+
+        Args:
+            row: Row. Each of its references is one target.
+            number: Number of the row, for errors.
+
+        Returns:
+            Targets; empty for rows with ``text``, which are prompt and target in one.
+
+        Raises:
+            DataError: If the row has no target, with the row's number or line.
+        """
+        if self.format == "text":
+            return []
+        keys = FORMATS[self.format].targets
+        refs = references(row, number) if self.format == "table" else [text_value(row, number, keys[0])]
+        return refs if self.target == "{ref}" else [_fill(self.target, ref=r) for r in refs]
+
+    def pairs(
+        self, rows: Sequence[Row], eos: str | None, chat: ChatTemplate | None = None
+    ) -> list[tuple[str, list[str]]]:
+        """Prompt and targets of training rows. The target of a conversation is its answer.
+
+        Args:
+            rows: Rows of the task's format, any number of them.
+            eos: End token of the model; None counts as an empty string.
+            chat: Chat template (`Tokenizer.chat`), needed for messages.
+
+        Returns:
+            Prompt and targets of each row.
+
+        Raises:
+            DataError: If a row is malformed, with its number or line.
+        """
+        if self.format == "table":
+            prompts = self.prompts(rows, eos)
+            return [(prompt, self.targets(row, i)) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
+        out = []
+        for i, row in enumerate(rows):
+            if self.is_chat(row):
+                prompt, target = chat_pair(row, i, chat)
+                out.append((prompt, [target]))
+            else:
+                out.append((self._prompt(row, i, eos, chat), self.targets(row, i)))
+        return out
+
+    def is_chat(self, row: Row) -> bool:
+        """Whether the tokenizer's chat template writes the row."""
+        return self.format in ("prompt", "messages") and is_conversation(row)
+
+    def clean(self, text: str) -> str:
+        """Generated text, without leading and trailing white space if ``strip`` is set."""
+        return text.strip() if self.strip else text
+
+    def spec(self) -> dict[str, JSON]:
+        """Fields of the task as JSON values, stored as `Prefix.task`."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, JSON]) -> Task:
+        """Make the task that a `spec` describes. Missing fields take their defaults.
+
+        Args:
+            spec: Fields by name.
+
+        Raises:
+            ConfigError: If a key is unknown, the name is missing, or a value has a wrong type.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := set(spec) - known:
+            msg = f"task: unknown keys {sorted(unknown)}; known are {sorted(known)}"
+            raise ConfigError(msg)
+        if "name" not in spec:
+            msg = "task: name: expected str, got nothing"
+            raise ConfigError(msg)
+        for name, value in spec.items():
+            kind = {"decoding": Mapping, "strip": bool, "bad_words": Sequence}.get(name, str)
+            optional = name in ("linearizer", "input") and value is None
+            if not isinstance(value, kind) and not optional:
+                msg = f"task: {name}: expected {kind.__name__.lower()}, got {value!r}"
+                raise ConfigError(msg)
+        fields: dict[str, Any] = dict(spec)
+        return cls(**fields)
+
+    def _linearize(self, rows: Sequence[Row]) -> list[str]:
+        """Texts of the rows' tables. If the batch is refused, each table is tried alone to find the wrong one."""
+        linearizer = _rust.Linearizer.from_spec(self.linearizer or "")
+        tables: list[Any] = [row[only_key(row, i, FORMATS["table"].inputs)] for i, row in enumerate(rows)]
+        try:
+            return linearizer.linearize(tables)
+        except (DataError, UnicodeEncodeError) as first:
+            for i, (row, table) in enumerate(zip(rows, tables, strict=True)):
+                try:
+                    linearizer.linearize([table])
+                except UnicodeEncodeError:
+                    message = "the table: expected Unicode text, got half a surrogate pair"
+                    raise row_error(row, i, message) from first
+                except DataError as e:
+                    raise row_error(row, i, str(e).removeprefix("row 0: ")) from first
+            raise
+
+    def _prompt(self, row: Row, number: int, eos: str | None, chat: ChatTemplate | None) -> str:
+        key = only_key(row, number, FORMATS[self.format].inputs)
+        if self.is_chat(row):
+            context, answer = split_conversation(row, number)
+            if answer and key == "messages":
+                msg = (
+                    "messages: expected a request, which ends before the answer, got the assistant's message as the "
+                    "last; leave it out"
+                )
+                raise row_error(row, number, msg)
+            return chat_text(row, number, chat, context, generation_prompt=True)
+        source = text_value(row, number, key)
+        return source if self.format == "text" else self._fill_prompt(source, eos)
+
+    def _fill_prompt(self, source: str, eos: str | None) -> str:
+        return source if self.prompt == "{src}" else _fill(self.prompt, src=source, eos=eos or "")
+
+
+def _fill(template: str, **values: str) -> str:
+    """Replace ``{name}`` of the given names in one pass, so that braces inside the values stay as they are."""
+    return re.sub("|".join(f"{{{name}}}" for name in values), lambda m: values[m[0][1:-1]], template)

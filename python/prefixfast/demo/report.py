@@ -1,0 +1,112 @@
+"""Printed report of the demo: plan, training, sample texts, figures, throughput and files."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from prefixfast.bench.generate_points import Point
+from prefixfast.bench.generate_report import plot, table
+from prefixfast.bench.harness import cpu_name
+from prefixfast.demo.jobs import JOBS
+from prefixfast.demo.run import LIMITS, Report, Setting
+
+WIDTH = 110
+LONGEST = 120  # characters of a sample without a prefix
+FIGURES = {
+    "coverage": "table values in the text, own prefix",
+    "form": "texts in the job's form, own prefix",
+    "form with another's prefix": "texts in the job's form, another job's prefix",
+    "base coverage": "table values in the text, no prefix",
+}
+
+
+class Printer:
+    """Prints the parts of the report.
+
+    Args:
+        output: Folder of the demo's files.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.console = Console(width=WIDTH, highlight=False)
+
+    def plan(self, model: str | None, size: int, setting: Setting) -> None:
+        """Print base and jobs."""
+        name = model or "the embedded Llama"
+        self._print(f"Base: {name}, {size / 1e6:.1f} million parameters, all of them frozen.")
+        steps, rows = setting.fields["max_steps"], setting.train_rows
+        self._print(f"Training three prefixes in the same batches, {steps} steps, {rows:,} rows each:")
+        for job in JOBS:
+            self._print(f"  {job.name:9} {job.about}")
+
+    def training(self, run: Any, seconds: float, size: int) -> None:
+        """Print time, size and loss of the prefixes."""
+        prefix = next(iter(run.values()))
+        losses = ", ".join(f"{name} {m['loss']:.2f}" for name, m in run.metrics.items())
+        share = f"{100 * prefix.num_stored / size:.2g} % of the base"
+        self._print(
+            f"Trained in {seconds:.0f} s. Each prefix has {prefix.length} rows, {prefix.num_stored:,} numbers "
+            f"({share}). Final loss: {losses}."
+        )
+
+    def samples(self, report: Report, count: int) -> None:
+        """Print texts of held-out rows: with the job's prefix, with another job's, and without a prefix."""
+        rate = report.tokens / report.generate_seconds
+        self._print(
+            f"\nGenerated {3 * len(report.samples)} texts in one mixed batch: {report.tokens:,} tokens in "
+            f"{report.generate_seconds:.1f} s, {rate:.0f} tokens/s. Samples, from values that no training row has:"
+        )
+        out = Table(show_lines=True)
+        out.add_column("job")
+        for heading in ("table", "text with the job's prefix", "text with another job's prefix", "text without prefix"):
+            out.add_column(heading, ratio=1, overflow="fold")
+        for job in JOBS:
+            for s in [s for s in report.samples if s.job is job][:count]:
+                values = "\n".join(f"{k}: {v}" for k, v in s.row["table"].items())
+                plain = textwrap.shorten(s.base, LONGEST, placeholder=" ...")
+                out.add_row(job.name, values, s.text, f"({s.wrong_job.name}) {s.wrong}", plain)
+        self.console.print(out, markup=False)
+
+    def figures(self, report: Report) -> None:
+        """Print shares over all held-out rows, with their limits."""
+        out = Table("share of the held-out rows", *(job.name for job in JOBS), "limit")
+        for column in out.columns[1:]:
+            column.justify = "right"
+        by_job = [report.of(job) for job in JOBS]
+        for name, (limit, at_least) in LIMITS.items():
+            shares = (f"{figures[name]:.3f}" for figures in by_job)
+            out.add_row(FIGURES[name], *shares, f"{'at least' if at_least else 'at most'} {limit:.2f}")
+        self.console.print(out)
+
+    def throughput(self, points: Sequence[Point], setting: Setting) -> None:
+        """Print tokens a second by prefix length and write the plot."""
+        work = setting.work
+        title = f"{work.requests} requests, {work.new} new tokens each, float32, {cpu_name()}"
+        against = " against PEFT" if find_spec("peft") else " (pip install peft to compare with it)"
+        self._print(f"\nThroughput of generation{against}, tokens/s by prefix length P; {title}:")
+        heading, _, *lines = ([c.strip() for c in line.strip("|").split("|")] for line in table(points).splitlines())
+        out = Table(*heading)
+        for column in out.columns[1:]:
+            column.justify = "right"
+        for line in lines:
+            out.add_row(*line)
+        self.console.print(out, markup=False)
+        if find_spec("matplotlib"):
+            plot(points, self.output / "throughput.png", title)
+
+    def files(self) -> None:
+        """Print the files that were written."""
+        self._print(f"\nPrefixes, as PEFT adapter folders: {self.output / 'prefixes'}")
+        path = self.output / "throughput.png"
+        self._print(f"Plot: {path}" if find_spec("matplotlib") else "No plot: pip install matplotlib")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False)

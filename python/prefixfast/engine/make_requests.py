@@ -1,0 +1,131 @@
+"""Checks that turn a caller's batch into `Request` objects before any work is done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from prefixfast.config import GenerationParams
+from prefixfast.data.builtin_tasks import PLAIN, request_task
+from prefixfast.data.encode import Input, encode_prompts, request_error
+from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS
+from prefixfast.data.task import Task
+from prefixfast.engine.request import Request
+from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes
+from prefixfast.engine.sampling_params import UNSET, ParamSources, base_defaults, check_params, resolve_params
+from prefixfast.errors import ConfigError, PrefixFastError, RequestError
+from prefixfast.model.base import Model
+from prefixfast.prefix.compatibility import check_fits
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.store import PrefixStore, StoredPrefix
+
+KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
+
+
+def make_requests(
+    model: Model,
+    batch: Sequence[Input],
+    prefixes: Prefixes,
+    params: GenerationParams | None,
+    max_model_len: int,
+    store: PrefixStore | None = None,
+) -> list[Request]:
+    """Check a whole batch.
+
+    Args:
+        model: Base model.
+        batch: Prompts, as strings, lists of token ids or rows. The target of a row is not read.
+        prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
+            left to right); or a mapping of names to entries for rows with a ``prefix`` key.
+        params: Generation parameters of the call. None if nothing is generated: no parameters are looked up, and the
+            prompt can fill all positions of the base model.
+        max_model_len: Largest number of prompt and generated tokens.
+        store: Store of the prefixes that are given by name.
+
+    Returns:
+        Requests in the order of the batch.
+
+    Raises:
+        RequestError: For a wrong request, with its place in the batch.
+        ConfigError: For arguments that do not fit each other.
+        UnknownPrefixError: For a name that the store does not have.
+        BaseMismatchError: For a prefix of another base model.
+    """
+    if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence) or (batch and isinstance(batch[0], int)):
+        got = "a flat list of ints" if isinstance(batch, list) else type(batch).__name__
+        msg = f"batch: expected a sequence of requests, got {got}; wrap one request in a list"
+        raise ConfigError(msg)
+    assigned = assign_prefixes(batch, prefixes, store)
+    for prefix in {id(p): p for own in assigned for p in own}.values():
+        check_fits(model, prefix)
+    tasks = _tasks(batch, assigned)
+    prompts = encode_prompts(model, batch, tasks)
+    base = base_defaults(model) if params is not None else UNSET
+    requests = []
+    for i, (item, ids, own, task) in enumerate(zip(batch, prompts, assigned, tasks, strict=True)):
+        room = model.max_positions - max((p.pos_start for p in own), default=0)
+        if params is None:
+            resolved = UNSET
+            if len(ids) > room:
+                msg = f"request {i}: {len(ids)} prompt tokens exceed the base model's {room} positions"
+                raise RequestError(msg, index=i)
+        else:
+            sources = ParamSources(params, item, [p.decoding for p in own], base)
+            resolved = resolve_params(sources, i, len(ids), min(max_model_len, room))
+            check_params(resolved, i, model.vocab_size)
+        request_id = item.get("id") if isinstance(item, Mapping) else None
+        requests.append(
+            Request(index=i, id=request_id, ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task)
+        )
+    return requests
+
+
+def make_good_requests(
+    batch: Sequence[Input], prefixes: Prefixes, make: Callable[[Sequence[Input], Prefixes], list[Request]]
+) -> tuple[list[Request], dict[int, BaseException]]:
+    """Check each request of a batch alone, so that wrong requests do not stop the others.
+
+    Args:
+        batch: Prompts.
+        prefixes: Prefixes of the batch, as for `make_requests`.
+        make: Function that makes the requests of a batch and its prefixes.
+
+    Returns:
+        Good requests in the order of the batch, and the error of each other request by its place in the batch.
+    """
+    good: list[Request] = []
+    errors: dict[int, BaseException] = {}
+    for i, item in enumerate(batch):
+        own = [prefixes[i]] if isinstance(prefixes, Sequence) and not isinstance(prefixes, str) else prefixes
+        try:
+            good += (replace(r, index=i) for r in make([item], own))
+        except PrefixFastError as e:
+            text = str(e).replace("request 0", f"request {i}")
+            errors[i] = RequestError(text, index=i) if isinstance(e, RequestError) else type(e)(text)
+    return good, errors
+
+
+def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
+    """Task of each request: the task of its last prefix, else the task that fits the row's keys.
+
+    Requests of one task share one object.
+    """
+    by_spec: dict[str, Task] = {}
+    keys: dict[int, str] = {}  # by identity of the prefix's specification, since to write it takes longer
+    tasks = []
+    for i, (item, prefixes) in enumerate(zip(batch, assigned, strict=True)):
+        spec = next((p.task for p in reversed(prefixes) if p.task is not None), None)
+        task = PLAIN
+        if spec is not None:
+            key = keys.get(id(spec)) or keys.setdefault(id(spec), json.dumps(dict(spec), sort_keys=True))
+            task = by_spec.get(key) or by_spec.setdefault(key, Task.from_spec(spec))
+        if isinstance(item, Mapping):
+            if unknown := set(item) - KNOWN_KEYS:
+                known = sorted(KNOWN_KEYS)
+                msg = f"request {i}: unknown keys {sorted(map(str, unknown))}; known are {known}"
+                raise RequestError(msg, index=i)
+            with request_error(i):
+                task = request_task(task, item)
+        tasks.append(task)
+    return tasks

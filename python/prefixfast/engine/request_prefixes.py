@@ -1,0 +1,92 @@
+"""Prefixes of each request of a batch, from a prefix, a sequence, a mapping or names in a store."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from prefixfast.data.encode import Input
+from prefixfast.errors import ConfigError, RequestError
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.store import PrefixStore, StoredPrefix
+
+OnePrefix: TypeAlias = Prefix | StoredPrefix | str
+PrefixLike: TypeAlias = OnePrefix | Sequence[OnePrefix] | None
+Prefixes: TypeAlias = PrefixLike | Sequence[PrefixLike] | Mapping[str, PrefixLike]
+
+
+def assign_prefixes(
+    batch: Sequence[Input], prefixes: Prefixes, store: PrefixStore | None
+) -> list[tuple[Prefix | StoredPrefix, ...]]:
+    """Prefixes of each request, from left to right.
+
+    Args:
+        batch: Requests.
+        prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
+            left to right); or a mapping of names to entries for rows with a ``prefix`` key. None means no prefix, or
+            the store for rows with a ``prefix`` key.
+        store: Store of the prefixes that are given by name.
+
+    Raises:
+        RequestError: For a wrong entry, or a row without a known name.
+        ConfigError: If ``prefixes`` is something else, or does not have one entry per request.
+        UnknownPrefixError: For a name that the store does not have.
+    """
+    named = next((i for i, item in enumerate(batch) if isinstance(item, Mapping) and "prefix" in item), None)
+    source: object = store if named is not None and prefixes is None and store is not None else prefixes
+    if named is not None and not isinstance(source, Mapping):
+        msg = (
+            f"request {named}: its 'prefix' key needs prefixes to be a mapping of names to prefixes, or a store, got "
+            f"{type(source).__name__}"
+        )
+        raise RequestError(msg, index=named)
+    if source is None or isinstance(source, Prefix | StoredPrefix | str):
+        return [_check_entry(source, i, store) for i in range(len(batch))]
+    if isinstance(source, Mapping):
+        return [_check_entry(_by_name(item, i, source), i, store) for i, item in enumerate(batch)]
+    if not isinstance(source, Sequence):
+        msg = (
+            "prefixes: expected a Prefix, a sequence with one entry per request, or a mapping, got "
+            f"{type(source).__name__}; read a folder with Prefix.from_pretrained"
+        )
+        raise ConfigError(msg)
+    if len(source) != len(batch):
+        msg = (
+            f"prefixes: expected one entry for each of the {len(batch)} requests, got {len(source)}; pass one prefix "
+            "for all requests without a list"
+        )
+        raise ConfigError(msg)
+    return [_check_entry(entry, i, store) for i, entry in enumerate(source)]
+
+
+def _by_name(item: Input, index: int, prefixes: Mapping[str, object]) -> object:
+    """Entry that a row names by its ``prefix`` key."""
+    name = item.get("prefix") if isinstance(item, Mapping) else None
+    if not isinstance(name, str) or name not in prefixes:
+        known = [str(n) for n in itertools.islice(prefixes, 10)]
+        msg = f"request {index}: expected a 'prefix' key with one of {known}, got {name!r}"
+        raise RequestError(msg, index=index)
+    return prefixes.info(name) if isinstance(prefixes, PrefixStore) else prefixes[name]
+
+
+def _check_entry(entry: object, index: int, store: PrefixStore | None) -> tuple[Prefix | StoredPrefix, ...]:
+    """Prefixes of one entry, with names looked up in the store."""
+    parts: Sequence[object] = () if entry is None else (entry,)
+    if isinstance(entry, Sequence) and not isinstance(entry, str):
+        parts = entry
+    if store is not None:
+        parts = [store.info(part) if isinstance(part, str) else part for part in parts]
+    found: list[Prefix | StoredPrefix] = []
+    for part in parts:
+        if not isinstance(part, Prefix | StoredPrefix):
+            msg = (
+                f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {part!r:.80}; read a "
+                "folder with Prefix.from_pretrained, or pass Engine(store=...) for names"
+            )
+            raise RequestError(msg, index=index)
+        found.append(part)
+    if len({p.digest for p in found}) != len(found):
+        msg = f"request {index}: the same prefix twice in one sequence; remove one of them"
+        raise RequestError(msg, index=index)
+    return tuple(found)

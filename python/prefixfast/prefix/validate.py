@@ -1,0 +1,65 @@
+"""Checks of the tensors and conventions of a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefixfast.errors import DataError
+
+SITES = ("self", "enc", "cross")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_POSITION = 2**31 - 1
+MAX_LAYER_DIGITS = 6
+
+
+def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any) -> None:
+    """Check the tensors and conventions of a prefix.
+
+    Args:
+        kv: Tensors by name.
+        pos_start: Position of the first token after the prefix.
+        window: Treatment of the prefix by sliding windows.
+
+    Raises:
+        DataError: If a name, shape, dtype, number or convention is not one that a prefix can have.
+    """
+    if not kv:
+        msg = "a prefix needs at least one layer's keys and values"
+        raise DataError(msg)
+    for name, t in kv.items():
+        parts = name.split(".")
+        if len(parts) != 3 or parts[0] not in SITES or not _is_layer_number(parts[1]) or parts[2] not in ("k", "v"):
+            msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {name!r:.200}"
+            raise DataError(msg)
+        other = kv.get(f"{parts[0]}.{parts[1]}.{'v' if parts[2] == 'k' else 'k'}")
+        if t.ndim != 3 or t.dtype not in DTYPES or other is None or other.shape != t.shape or 0 in t.shape:
+            partner = None if other is None else list(other.shape)
+            msg = (
+                f"{name}: expected a float [P, H, D] with a partner of the same shape, got {t.dtype} {list(t.shape)} "
+                f"and {partner}"
+            )
+            raise DataError(msg)
+        if not bool(t.isfinite().all()):
+            msg = f"{name}: expected finite numbers, got NaN or infinity"
+            raise DataError(msg)
+    if error := convention_error(pos_start, window):
+        raise DataError(error)
+
+
+def convention_error(pos_start: Any, window: Any) -> str | None:
+    """Error message for wrong values of ``pos_start`` and ``window``, None if both are right."""
+    if type(pos_start) is int and 0 <= pos_start <= MAX_POSITION and window in ("slide", "always"):
+        return None
+    return (
+        f"expected pos_start >= 0 and window 'slide' or 'always', got {pos_start!r:.80} and {window!r:.80}; positions "
+        f"end at {MAX_POSITION}"
+    )
+
+
+def _is_layer_number(text: str) -> bool:
+    """Whether a text is a layer number without sign, leading zero or digits of other scripts."""
+    return text.isdecimal() and len(text) <= MAX_LAYER_DIGITS and str(int(text)) == text

@@ -1,0 +1,157 @@
+"""Tokenized training examples of several prefixes as ragged arrays."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefixfast.data.encode import Example, Ints, encode_examples
+from prefixfast.data.rows import Row, row_error
+from prefixfast.data.task import Task
+from prefixfast.errors import DataError
+from prefixfast.model.base import Model
+
+Overflow: TypeAlias = Literal["error", "truncate", "skip"]
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Options of tokenization.
+
+    Attributes:
+        task: Task of the rows.
+        limit: Largest number of tokens of an example.
+        overflow: Policy for examples with more tokens.
+    """
+
+    task: Task
+    limit: int
+    overflow: Overflow = "error"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Tokenized examples as ragged arrays.
+
+    Shape letters: X examples, A target tokens, n prefixes.
+
+    Attributes:
+        ids: Token ids of all examples, int32. Example x is ``ids[indptr[x]:indptr[x + 1]]`` and ends with its last
+            target.
+        indptr: Offsets of the examples in ``ids``, int64 ``[X + 1]``.
+        num_targets: Number of target tokens of each example, int32 ``[X]``, at least 1.
+        target_at: Indices of the target tokens in ``ids``, int64 ``[A]``, ascending. The first token of an example is
+            never a target.
+        first: Offsets of the prefixes, int64 ``[n + 1]``. Prefix i has the examples ``first[i]`` to ``first[i + 1]``.
+        num_skipped: Number of rows that ``overflow="skip"`` left out.
+        num_truncated: Number of rows that ``overflow="truncate"`` shortened.
+    """
+
+    ids: Ints
+    indptr: NDArray[np.int64]
+    num_targets: Ints
+    target_at: NDArray[np.int64]
+    first: NDArray[np.int64]
+    num_skipped: int = 0
+    num_truncated: int = 0
+
+    @property
+    def lengths(self) -> Ints:
+        """Number of tokens of each example, int32 ``[X]``."""
+        return np.diff(self.indptr).astype(np.int32)
+
+    @cached_property
+    def target_indptr(self) -> NDArray[np.int64]:
+        """Offsets of the examples in ``target_at``, int64 ``[X + 1]``."""
+        return np.concatenate([[0], np.cumsum(self.num_targets, dtype=np.int64)])
+
+
+def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], options: TokenizeOptions) -> Examples:
+    """Tokenize the rows of prefixes.
+
+    Args:
+        model: Base model with its tokenizer.
+        rows_by_name: Rows by prefix name, in the order of the prefixes. Rows with ``input_ids`` and ``labels`` (-100
+            for tokens that are no target) are used unchanged.
+        options: Task, length limit and overflow policy.
+
+    Raises:
+        DataError: If a row is malformed or too long, with the name of the prefix and the row's line or number.
+    """
+    found: list[Example] = []
+    first, skipped, truncated = [0], 0, 0
+    for name, rows in rows_by_name.items():
+        with _error_with_name(name):
+            tokenizer = None if "input_ids" in rows[0] else model.require_tokenizer()
+            for example in encode_examples(tokenizer, model.vocab_size, rows, options.task):
+                fitted = apply_overflow(example, options.limit, options.overflow)
+                if fitted is None and options.overflow == "error":
+                    advice = "shorten it, raise max_length, or set overflow='truncate' or 'skip'"
+                    msg = f"{len(example.ids)} tokens, at most {options.limit} fit; {advice}"
+                    raise row_error(rows[example.row], example.row, msg)
+                skipped += fitted is None
+                truncated += fitted is not None and fitted is not example
+                found += [] if fitted is None else [fitted]
+        if len(found) == first[-1]:
+            msg = f"prefix {name!r}: no rows are left (overflow={options.overflow!r} left out {skipped})"
+            raise DataError(msg)
+        first.append(len(found))
+    indptr = np.concatenate([[0], np.cumsum([len(e.ids) for e in found], dtype=np.int64)])
+    counts = np.array([len(e.targets) for e in found], np.int32)
+    target_at = np.concatenate([e.targets for e in found]) + np.repeat(indptr[:-1], counts)
+    ids = np.concatenate([e.ids for e in found])
+    return Examples(ids, indptr, counts, target_at, np.array(first, np.int64), skipped, truncated)
+
+
+def concat_examples(parts: Sequence[Examples]) -> Examples:
+    """Concatenate the examples of several prefixes."""
+    first = np.concatenate([[0], np.cumsum([len(p.num_targets) for p in parts])]).astype(np.int64)
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]), dtype=np.int64)])
+    ids, num_targets = (np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "num_targets"))
+    starts = np.cumsum([0, *(len(p.ids) for p in parts[:-1])])
+    target_at = np.concatenate([p.target_at + start for p, start in zip(parts, starts, strict=True)])
+    skipped, truncated = (sum(getattr(p, name) for p in parts) for name in ("num_skipped", "num_truncated"))
+    return Examples(ids, indptr, num_targets, target_at, first, skipped, truncated)
+
+
+def apply_overflow(example: Example, limit: int, overflow: Overflow) -> Example | None:
+    """Apply the overflow policy to an example.
+
+    Truncation removes the start of the prompt, of which one token stays before the first target. An example without a
+    prompt loses its end.
+
+    Args:
+        example: Example.
+        limit: Largest number of tokens.
+        overflow: Policy; only ``"truncate"`` shortens the example.
+
+    Returns:
+        The example itself if it fits, the truncated example, or None if nothing is left.
+    """
+    excess = len(example.ids) - limit
+    if excess <= 0:
+        return example
+    if overflow != "truncate":
+        return None
+    if example.has_no_prompt:
+        targets = example.targets[example.targets < limit]
+        return Example(example.ids[:limit], targets, example.row, True) if len(targets) else None
+    if excess >= example.targets[0]:
+        return None
+    return Example(example.ids[excess:], example.targets - excess, example.row)
+
+
+@contextlib.contextmanager
+def _error_with_name(name: str) -> Iterator[None]:
+    """Add the name of the prefix to errors of its rows."""
+    try:
+        yield
+    except DataError as e:
+        msg = f"prefix {name!r}, {e}"
+        raise DataError(msg, path=e.path, line=e.line) from e

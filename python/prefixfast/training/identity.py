@@ -1,0 +1,69 @@
+"""The identity of a run: the base model, data and options that a checkpoint must match for the run to be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefixfast.model.base import Model
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.dataset import Dataset
+from prefixfast.training.groups import PER_PREFIX, PrefixGroup
+from prefixfast.training.job import TrainJob
+from prefixfast.training.settings import option_values
+
+# Options that do not change results, so that a run may be resumed with other values.
+IGNORED_OPTIONS = ("recipe", "token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
+
+
+def run_identity(
+    model: Model, job: TrainJob, group: PrefixGroup, dataset: Dataset, eval_dataset: Dataset | None
+) -> dict[str, Any]:
+    """Identity of the training of a group, as JSON values except for tuples.
+
+    Args:
+        model: Base model.
+        job: Training job.
+        group: Group with resolved options.
+        dataset: Tokenized training rows.
+        eval_dataset: Tokenized held-out rows, None without held-out rows.
+    """
+    jobs, config = group.jobs, group.config
+    own = {
+        j.name: {f: getattr(j.config, f) for f in PER_PREFIX if getattr(j.config, f) != getattr(config, f)}
+        for j in jobs
+    }
+    base = {k: v for k, v in model.fingerprint.items() if k in ("config", "weights")}
+    return {
+        "base": base | {"dtype": str(model.dtype)},
+        "data": {j.name: dataset.digest[j.source] for j in jobs},
+        "eval_data": {} if eval_dataset is None else {j.name: eval_dataset.digest[j.source] for j in jobs},
+        "task": job.task.spec(),
+        "config": option_values(config),
+        "own config": {name: options for name, options in own.items() if options},
+        "prefix_config": option_values(group.prefix_config),
+        "init": {j.name: j.init.digest if isinstance(j.init, Prefix) else j.init for j in jobs},
+        "init_text": job.init_text,
+        "on_top_of": None if job.on_top_of is None else job.on_top_of.digest,
+    }
+
+
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Differences of two identities as text: the name for digests, both values for options."""
+    found = []
+    for part in sorted({*then, *now}):
+        old, new = then.get(part), now.get(part)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            found += [] if old == new else [f"{part} was {_short(old)}, is {_short(new)}"]
+            continue
+        ignored = IGNORED_OPTIONS if part == "config" else ()
+        for key in sorted(k for k in {*old, *new} if old.get(k) != new.get(k) and k not in ignored):
+            value = old.get(key, new.get(key))
+            is_digest = key in old and key in new and isinstance(value, str) and len(value) == 64
+            values = f"{part}: {key} was {_short(old.get(key))}, is {_short(new.get(key))}"
+            found.append(f"{part} of {key!r} differs" if is_digest else values)
+    return found
+
+
+def _short(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r:.60}"

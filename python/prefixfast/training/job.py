@@ -1,0 +1,191 @@
+"""`TrainJob`: what a call of `train` asks for, checked before any base model is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prefixfast.config import PrefixConfig, TrainConfig
+from prefixfast.config.json_types import JSON
+from prefixfast.data.builtin_tasks import find_task
+from prefixfast.data.rows import Rows
+from prefixfast.data.task import Task
+from prefixfast.errors import ConfigError, DataError
+from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.shared_base import borrowed
+from prefixfast.prefix.compatibility import check_fits
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.store import PrefixStore
+from prefixfast.training.callbacks import Callback, CallbackList
+from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
+from prefixfast.training.init import InitOptions, resolve_config
+from prefixfast.training.inputs import TrainingRows, read_training_rows
+from prefixfast.training.settings import GivenOptions, resolve_settings
+
+
+@dataclass(frozen=True)
+class JobArguments:
+    """Arguments of `train` that say what is trained, with the meaning that they have there."""
+
+    data: Rows | Mapping[str, Rows]
+    task: str | Task | Mapping[str, JSON] | None = None
+    prefix_column: str | None = None
+    eval_data: Rows | Mapping[str, Rows] | None = None
+    init: Init | None = None
+    init_text: str | None = None
+    on_top_of: Prefix | str | None = None
+    objective: str = "sft"
+    sweep: Sweep | None = None
+    overrides: Overrides | None = None
+    store: PrefixStore | str | Path | None = None
+    resume: bool = False
+    on_error: str = "isolate"
+    callbacks: Sequence[Callback] = ()
+    prefix_config: PrefixConfig | Mapping[str, JSON] | None = None
+    config: TrainConfig | Mapping[str, JSON] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A checked call of `train`.
+
+    Attributes:
+        rows: Rows of the run.
+        task: Task of the rows.
+        config: Options of training that all groups share.
+        groups: Prefixes, grouped by the options that a batch must share.
+        init_text: Text of ``init="text"``, None for the task's.
+        explicit: Names of the options that the caller gave.
+        on_top_of: Frozen prefix before every trained one, None for none.
+        isolate: Whether the failure of one prefix is noted instead of raised.
+        callbacks: Callbacks of the run.
+        resume: Whether the run continues from a checkpoint, if there is one.
+    """
+
+    rows: TrainingRows
+    task: Task
+    config: TrainConfig
+    groups: list[PrefixGroup]
+    init_text: str | None
+    explicit: frozenset[str]
+    on_top_of: Prefix | None
+    isolate: bool
+    callbacks: CallbackList
+    resume: bool
+
+    @property
+    def init_options(self) -> InitOptions:
+        """Options of the initial values."""
+        return InitOptions(self.task, self.init_text, self.explicit)
+
+    def check_model(self, model: Model) -> None:
+        """Check that all groups fit a base model, before the first group is trained.
+
+        Args:
+            model: Base model.
+
+        Raises:
+            ConfigError: If options do not fit the base model.
+            BaseMismatchError: If a given prefix was made for another base model.
+        """
+        for group in self.groups:
+            resolve_config(model, group, self.init_options)
+        if self.on_top_of is not None:
+            check_fits(model, self.on_top_of, "on_top_of")
+
+
+def prepare(arguments: JobArguments) -> TrainJob:
+    """Check everything that needs no base model, and read the rows.
+
+    Raises:
+        ConfigError: If options are unknown, wrong, or do not fit each other.
+        DataError: If rows cannot be read and are not isolated.
+    """
+    a = arguments
+    if a.objective != "sft":
+        msg = (
+            f"objective: expected 'sft' (the likelihood of the targets; there is no other yet), got {a.objective!r:.80}"
+        )
+        raise ConfigError(msg)
+    if a.on_error not in ("isolate", "raise"):
+        msg = f"on_error: expected 'isolate' or 'raise', got {a.on_error!r}"
+        raise ConfigError(msg)
+    callbacks = CallbackList(a.callbacks)
+    given = GivenOptions(a.config, a.prefix_config, a.fields, a.init, a.init_text)
+    resolve_settings(given, "")  # report wrong options before the rows are read
+    rows = read_training_rows(a.data, a.eval_data, a.prefix_column, isolate=a.on_error == "isolate")
+    task = _find_task(rows, a.task)
+    settings = resolve_settings(given, task.name)
+    groups = make_groups(
+        rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
+    )
+    configs = [job.config for group in groups for job in group.jobs]
+    if a.eval_data is None and any(
+        c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in configs
+    ):
+        msg = "early_stopping_patience and metric_for_best_model='eval_loss': expected eval_data beside them"
+        raise ConfigError(msg)
+    return TrainJob(
+        rows,
+        task,
+        settings.config,
+        groups,
+        settings.init_text,
+        settings.explicit | {*(a.sweep or ())},
+        _find_frozen_prefix(a.on_top_of, a.store),
+        a.on_error == "isolate" and not rows.is_single,
+        callbacks,
+        a.resume,
+    )
+
+
+@contextlib.contextmanager
+def load_base(model: str | Path | PreTrainedModel | Model, config: TrainConfig) -> Iterator[Model]:
+    """Base model in the requested dtype for the time of a run.
+
+    Args:
+        model: Base model, as `load` takes it.
+        config: Options of training, of which ``dtype`` is used.
+
+    Raises:
+        ConfigError: If the model is unsupported, or is loaded already in another dtype.
+    """
+    how = {"dtype": config.dtype} if isinstance(model, str | Path) else {}
+    with borrowed(model, **how) as base:
+        if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:
+            advice = "load it so, or leave dtype out"
+            msg = f"dtype: the given model computes in {base.dtype}, got {config.dtype!r}; {advice}"
+            raise ConfigError(msg)
+        yield base
+
+
+def _find_task(rows: TrainingRows, task: str | Task | Mapping[str, JSON] | None) -> Task:
+    """The given task, or the task of the first prefix whose rows have the keys of one."""
+    by_prefix = list(rows.rows.values())
+    for i, own in enumerate(by_prefix):
+        if task is None and "input_ids" in own[0]:
+            return Task("input_ids")
+        try:
+            return find_task(task, own[0])
+        except DataError:
+            if i + 1 == len(by_prefix):
+                raise
+    raise AssertionError
+
+
+def _find_frozen_prefix(on_top_of: Any, store: PrefixStore | str | Path | None) -> Prefix | None:
+    if isinstance(on_top_of, str):
+        if store is None:
+            msg = f"on_top_of: expected a Prefix, or a store beside the name {on_top_of!r}"
+            raise ConfigError(msg)
+        return (PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store)[on_top_of]
+    if on_top_of is not None and not isinstance(on_top_of, Prefix):
+        msg = f"on_top_of: expected a Prefix or a name in the store, got {type(on_top_of).__name__}"
+        raise ConfigError(msg)
+    return on_top_of

@@ -1,0 +1,99 @@
+"""The options of a training run, resolved from the recipe and from the options that the caller gave."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from prefixfast.config import Options, PrefixConfig, TrainConfig, unknown_option
+from prefixfast.config.json_types import JSON
+from prefixfast.errors import ConfigError
+from prefixfast.training.recipes import read_recipe
+
+# Options of the recipe that an option of the caller removes, because they would overrule it or do not fit it.
+REMOVED_BY = {"num_train_epochs": ("max_steps",), "reparameterization": ("fit_steps",), "init": ("init_text",)}
+O = TypeVar("O", bound=Options)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Resolved options of a run.
+
+    Attributes:
+        config: Options of training.
+        prefix_config: Options of what is learned.
+        init: Initial values: ``"text"``, ``"random"``, ``"zero"``, a `Prefix`, or prefixes by name.
+        init_text: Text of ``init="text"``, None for the task's.
+        explicit: Names of the options that the caller gave.
+    """
+
+    config: TrainConfig
+    prefix_config: PrefixConfig
+    init: Any
+    init_text: str | None
+    explicit: frozenset[str]
+
+
+@dataclass(frozen=True)
+class GivenOptions:
+    """Options of a run as the caller gave them.
+
+    Attributes:
+        config: `TrainConfig`, of which the fields that differ from the defaults count as given; mapping; or None.
+        prefix_config: `PrefixConfig`, mapping or None, likewise.
+        fields: Fields of both, which take precedence over ``config`` and ``prefix_config``.
+        init: Initial values, None for the recipe's.
+        init_text: Text of ``init="text"``, None for the recipe's.
+    """
+
+    config: TrainConfig | Mapping[str, JSON] | None = None
+    prefix_config: PrefixConfig | Mapping[str, JSON] | None = None
+    fields: Mapping[str, Any] | None = None
+    init: Any = None
+    init_text: str | None = None
+
+
+def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
+    """Resolve the options of a run. Options of the caller take precedence over those of the recipe.
+
+    Args:
+        given: Options of the caller.
+        task: Name of the task, for recipes that differ by task.
+
+    Raises:
+        ConfigError: If an option is unknown or has a wrong value.
+    """
+    known = (*TrainConfig.names(), *PrefixConfig.names())
+    for name in given.fields or {}:
+        if name not in known:
+            raise ConfigError(unknown_option(name, known, "train"))
+    explicit = _given_values(TrainConfig, given.config) | _given_values(PrefixConfig, given.prefix_config)
+    explicit |= given.fields or {}
+    inits = {k: v for k, v in (("init", given.init), ("init_text", given.init_text)) if v is not None}
+    recipe: Any = {k: explicit[k] for k in ("recipe",) if k in explicit}
+    preset = read_recipe(TrainConfig.make(recipe).recipe, task)
+    for name in {*explicit, *inits}:
+        for other in REMOVED_BY.get(name, ()):
+            preset.pop(other, None)
+    merged = preset | explicit | inits
+    config = TrainConfig.make({k: v for k, v in merged.items() if k in TrainConfig.names()})
+    prefix_config = PrefixConfig.make({k: v for k, v in merged.items() if k in PrefixConfig.names()})
+    init, init_text = merged.get("init", "text"), merged.get("init_text")
+    return TrainSettings(config, prefix_config, init, init_text, frozenset(explicit))
+
+
+def option_values(config: Options) -> dict[str, Any]:
+    """Values of an options object by field name."""
+    return {name: getattr(config, name) for name in config.names()}
+
+
+def _given_values(cls: type[O], config: O | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Items of a mapping, or the fields of an object that differ from the defaults."""
+    if isinstance(config, Mapping):
+        for name in config:
+            if name not in cls.names():
+                raise ConfigError(unknown_option(str(name), cls.names(), cls.__name__))
+        return dict(config)
+    made, default = cls.make(config), cls()
+    return {n: getattr(made, n) for n in cls.names() if getattr(made, n) != getattr(default, n)}
