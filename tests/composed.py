@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from prefixfast.attention.plan import training_plan
+from prefixfast.attention.plan import PrefixUse, training_plan
 from prefixfast.model.base import Model
 from prefixfast.prefix.kv import concat_kv, row_table
 from prefixfast.prefix.prefix import Prefix
@@ -19,7 +19,11 @@ def logits(base: Model, ids: Sequence[int], prefixes: Sequence[Prefix] = ()) -> 
     leaves, rows = concat_kv(prefixes, base.layers, base.dtype, base.device), row_table(prefixes, len(base.layers))
     used = np.arange(len(prefixes), dtype=np.int32)
     plan = training_plan(
-        np.array([len(ids)], np.int32), np.array([0, len(prefixes)], np.int32), used, rows, leaves, backend=base.backend
+        np.array([len(ids)], np.int32),
+        PrefixUse(np.array([0, len(prefixes)], np.int32), used),
+        rows,
+        leaves,
+        backend=base.backend,
     )
     return base.forward(plan, torch.tensor(list(ids)))
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefixfast_kernels.compile_configs import CHIP_INDEPENDENT
 from prefixfast_kernels.inputs import OutputLayer
+from prefixfast_kernels.tile_configs import CHIP_INDEPENDENT
 
 # Bytes of the fp32 logits of a chunk: about the last-level cache of a CPU; enough rows to fill a GPU.
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixfast_kernels.compile_configs import CHIP_INDEPENDENT
 from prefixfast_kernels.inputs import AttnInputs, AttnOptions
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tile_configs import (
+from prefixfast_kernels.tile_configs import CHIP_INDEPENDENT
+from prefixfast_kernels.tile_selection import (
     TileSizes,
     decode_config,
     is_interpreted,

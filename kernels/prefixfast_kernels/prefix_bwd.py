@@ -23,12 +23,12 @@ import triton
 from torch import Tensor
 
 from prefixfast_kernels import launch
-from prefixfast_kernels.compile_configs import CHIP_INDEPENDENT
 from prefixfast_kernels.inputs import AttnGrads, AttnInputs, AttnOptions, NeedsGrad, OutputGrad
 from prefixfast_kernels.prefix_bwd_dq import prefix_bwd_delta, prefix_bwd_dq
 from prefixfast_kernels.prefix_bwd_kv import prefix_bwd_block, prefix_bwd_kv, prefix_bwd_sum
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tile_configs import TileSizes
+from prefixfast_kernels.tile_configs import CHIP_INDEPENDENT
+from prefixfast_kernels.tile_selection import TileSizes
 
 
 class _Work(NamedTuple):

@@ -15,7 +15,6 @@ from torch import Tensor
 from prefixfast_kernels import launch
 from prefixfast_kernels.inputs import AttnInputs, AttnOptions
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tile_configs import TileSizes
 from prefixfast_kernels.tile_ops import (
     key_range,
     key_rows,
@@ -25,6 +24,7 @@ from prefixfast_kernels.tile_ops import (
     store_output,
     visible_keys,
 )
+from prefixfast_kernels.tile_selection import TileSizes
 
 
 # fmt: off

@@ -1,192 +1,206 @@
-"""Tile sizes that the planner cuts work into, chosen from `compile_configs` for a device and a model.
+"""Tile sizes and compile options of the Triton kernels by chip, head dim and element size.
 
-Shape letters: BM rows of a query tile (tokens x query heads of a kv head), G queries per kv head, H kv heads.
+Every entry compiles without spills for its chip (tests/kernels/test_resources.py). Which of several entries without
+spills is fastest can only be measured on a device.
+Shape letters: BM rows of a query tile (tokens x query heads of a kv head), BN keys of a key tile, G queries per kv
+head, D head dim.
 """
 
 from __future__ import annotations
 
-import functools
-import os
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import torch
-
-from prefixfast_kernels.compile_configs import (
-    CHIPS,
-    DECODE_CONFIGS,
-    KERNELS,
-    PACKED_CONFIGS,
-    DecodeConfig,
-    PackedConfig,
-)
-
-# Programs of `prefix_decode` that a processor holds: as many as registers and shared memory allow up to head dim 128.
-PROGRAMS_PER_PROCESSOR = 2
-# Constants of the cost model of decode, estimates that are not measured on a device.
-L2_BYTES_PER_SECOND = 5.5e12  # prefixes that several rows read come from the L2 cache
-LAUNCH_SECONDS = 2.5e-6  # one more launch in a captured graph
-ITEM_START_SECONDS = 1e-6  # time until a work item's first keys arrive
-
-
-class TileSizes(NamedTuple):
-    """Tile sizes of the packed kernels, which the planner cuts work into.
-
-    Attributes:
-        tokens: Query tokens of a tile, 0 for tables without tiles.
-        keys: Keys of a tile in the backward.
-        rows: Prefix rows of a tile in the backward.
-        depth: Largest number of blocks that one query sees. At 1 the backward can save a pass over the prefix.
-    """
-
-    tokens: int
-    keys: int
-    rows: int
-    depth: int = 2
-
-
-NO_TILES = TileSizes(0, 0, 0)
-
-
-class DecodeSizes(NamedTuple):
-    """Sizes that the planner cuts decode steps into, and its cost model of reading a block once for a group of rows.
-
-    Attributes:
-        users: Largest number of rows in a group's tile; 0 for no work tables.
-        fill: Number of work items that fills the device.
-        key_bytes: Bytes of the key and value of one row and one kv head.
-        part_bytes: Bytes of a partial sum of one row and one kv head, written and read.
-        item_bytes: Bytes that could be read in the time that a work item needs to start.
-        launch_bytes: Bytes that one kv head could read during the launch that merges partial sums.
-    """
-
-    users: int
-    fill: int
-    key_bytes: int
-    part_bytes: int
-    item_bytes: int
-    launch_bytes: int
-
-
-NO_WORK = DecodeSizes(0, 0, 0, 0, 0, 0)
+CHIPS = ("sm80", "sm90", "sm100", "gfx942")
+KERNELS = ("prefix_fwd", "prefix_bwd_dq", "prefix_bwd_kv", "prefix_bwd_block")
 
 
 @dataclass(frozen=True)
-class Backend:
-    """Kernels that a model runs on.
+class CompileConfig:
+    """Tile size and compile options of one kernel.
 
     Attributes:
-        name: ``"auto"`` (the fastest backend that supports a call), ``"triton"``, ``"torch"`` or ``"reference"``.
-        sizes: Tile sizes of packed forwards for the Triton kernels.
-        decode: Sizes of decode steps for the Triton kernels.
+        inner: Tile size that the planner does not decide: BN of the kernels over query tiles, BM of the kernels over
+            key tiles.
+        warps: Warps of a program.
+        stages: Depth of the software pipeline.
     """
 
-    name: str
-    sizes: TileSizes = NO_TILES
-    decode: DecodeSizes = NO_WORK
+    inner: int
+    warps: int
+    stages: int
+
+    def launch_options(self) -> dict[str, int | bool]:
+        """Keyword arguments of a launch or of ``triton.compile``."""
+        # Fusion is set explicitly, because its default changes with Triton 3.10.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
-def padded_size(size: int) -> int:
-    """Smallest power of two that is at least ``size`` and at least 16, the size of a tile's dimension in registers."""
-    return max(16, 1 << (size - 1).bit_length())
+# Kernels that only move memory have one configuration for all chips. Their `inner` is the number of elements of a tile,
+# unused by prefix_bwd_sum, and the number of vocabulary entries of a tile in softmax_grad.
+CHIP_INDEPENDENT = {
+    "prefix_bwd_delta": CompileConfig(2048, 8, 1),
+    "prefix_bwd_sum": CompileConfig(0, 8, 1),
+    "softmax_grad": CompileConfig(4096, 8, 2),
+    "decode_combine": CompileConfig(2048, 4, 2),
+}
 
 
-def tile_rows(tokens: int, group: int) -> int:
-    """BM of a tile of ``tokens`` tokens with ``group`` query heads each: a power of two, at least 16."""
-    return padded_size(tokens * group)
+@dataclass(frozen=True)
+class PackedConfig:
+    """Configurations of the packed kernels for one chip, head dim and element size.
 
-
-def is_interpreted() -> bool:
-    """Whether Triton runs in its interpreter (``TRITON_INTERPRET=1`` when it was imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@functools.lru_cache(maxsize=16)
-def chip_of(device: torch.device) -> str:
-    """Chip whose configurations a device uses.
-
-    Raises:
-        ValueError: If there are no configurations for the device.
+    Attributes:
+        bm: Rows of a query tile.
+        keys: Keys of a tile in the backward.
+        rows: Prefix rows of a tile in the backward.
+        kernels: Configurations by (kernel, case). The case is ``""``, or ``"masked"`` (window or soft cap) or
+            ``"fused"`` if that case needs a configuration of its own.
     """
-    if device.type == "cpu" and is_interpreted():
-        return "sm90"
-    if device.type == "cuda" and torch.version.hip:
-        return "gfx942"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        found = {8: "sm80", 9: "sm90", 10: "sm100"}.get(major)
-        if found and (major, minor) not in ((8, 6), (8, 9)):
-            return found
-    msg = f"the triton backend has tile sizes for {', '.join(CHIPS)}, not for {device}; use backend='torch'"
-    raise ValueError(msg)
+
+    bm: int
+    keys: int
+    rows: int
+    kernels: dict[tuple[str, str], CompileConfig]
+
+    def compile_config(self, kernel: str, group: int, *, masked: bool = False, fused: bool = False) -> CompileConfig:
+        """Configuration of a kernel for one case.
+
+        Args:
+            kernel: Name of the kernel, one of `KERNELS`.
+            group: Query heads of a kv head. A group that is no power of two counts as masked, because the division of
+                rows by it takes registers, as masks do.
+            masked: Whether there is a window or a soft cap.
+            fused: Whether `prefix_bwd_block` computes the prefix part of dQ.
+        """
+        case = "fused" if fused else "masked" if masked or group & (group - 1) else ""
+        return self.kernels.get((kernel, case), self.kernels[kernel, ""])
 
 
-def packed_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> PackedConfig:
-    """Configurations of the packed kernels; head dims below 64 use those of 64."""
-    return PACKED_CONFIGS[chip_of(device), max(64, padded_size(head_dim)), dtype.itemsize]
+Cases = tuple[tuple[int, int, int], ...]  # (inner, warps, stages) of the plain, the masked and the fused case
 
 
-def decode_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> DecodeConfig:
-    """Configurations of `prefix_decode`; head dims below 64 use those of 64."""
-    return DECODE_CONFIGS[chip_of(device), max(64, padded_size(head_dim)), dtype.itemsize]
-
-
-def tile_sizes(device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...]) -> TileSizes:
-    """Tile sizes of a model's packed forwards.
+def _packed(tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block: Cases) -> PackedConfig:
+    """Configurations of all packed kernels; the masked and the fused case are left out where they equal the plain one.
 
     Args:
-        device: Device of the kernels.
-        dtype: Compute dtype.
-        shapes: (queries per kv head, head dim) of every layer. The smallest tile of all layers is used.
-
-    Raises:
-        ValueError: If there are no tiles for the device, or if the query heads of a kv head do not fit a tile.
+        tile: Rows of a query tile, keys of a tile and prefix rows of a tile in the backward.
+        fwd: Cases of `prefix_fwd`.
+        dq: Cases of `prefix_bwd_dq`.
+        kv: Cases of `prefix_bwd_kv`.
+        block: Cases of `prefix_bwd_block`.
     """
-    found = [(packed_config(device, head_dim, dtype), group) for group, head_dim in shapes]
-    for config, group in found:
-        inner = (c.inner for (kernel, _), c in config.kernels.items() if kernel in KERNELS[2:])
-        if group > (least := min(config.bm, *inner)):
-            msg = f"{group} query heads of one kv head do not fit a tile of {least} rows; use backend='torch'"
-            raise ValueError(msg)
-    return TileSizes(
-        tokens=min(max(1, config.bm // group) for config, group in found),
-        keys=min(config.keys for config, _ in found),
-        rows=min(config.rows for config, _ in found),
-    )
+    names = ("", "masked", "fused")
+    by_kernel = zip(KERNELS, (fwd, dq, kv, block), strict=True)
+    kernels = {
+        (kernel, name): CompileConfig(*case)
+        for kernel, cases in by_kernel
+        for name, case in zip(names, cases, strict=False)
+    }
+    return PackedConfig(*tile, kernels)
 
 
-def num_processors(device: torch.device) -> int:
-    """Number of multiprocessors of a device, 16 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+# Keys: chip, padded head dim, bytes of an element. Candidates were compiled from large to small until nothing spilled.
+PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
+    ("sm80", 64, 2): _packed(
+        (128, 64, 64), ((64, 8, 3), (64, 8, 2)), ((64, 8, 3),), ((32, 8, 2), (32, 8, 1)), ((32, 8, 3),)
+    ),
+    ("sm80", 128, 2): _packed(
+        (128, 64, 64), ((32, 8, 1),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (64, 8, 3), (32, 8, 2))
+    ),
+    ("sm80", 256, 2): _packed((64, 32, 64), ((32, 8, 2),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 2), (64, 8, 3))),
+    ("sm90", 64, 2): _packed((128, 64, 64), ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 3), (64, 8, 2)), ((64, 8, 3),)),
+    ("sm90", 128, 2): _packed(
+        (128, 64, 64),
+        ((64, 8, 3),),
+        ((64, 8, 3), (32, 8, 2)),
+        ((64, 8, 2), (32, 8, 2)),
+        ((64, 8, 3), (64, 8, 3), (32, 8, 2)),
+    ),
+    ("sm90", 256, 2): _packed((128, 32, 32), ((32, 8, 2),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (64, 8, 2))),
+    ("sm100", 64, 2): _packed(
+        (128, 64, 64), ((64, 8, 3),), ((64, 4, 3), (64, 8, 3), (64, 8, 3)), ((32, 8, 3), (64, 8, 2)), ((64, 8, 3),)
+    ),
+    ("sm100", 128, 2): _packed(
+        (128, 64, 64), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (32, 8, 2)), ((64, 4, 3), (64, 8, 3), (64, 8, 3))
+    ),
+    ("sm100", 256, 2): _packed((64, 32, 64), ((32, 8, 1), (32, 8, 2)), ((64, 8, 1),), ((32, 8, 2),), ((32, 8, 2),)),
+    ("gfx942", 64, 2): _packed(
+        (128, 64, 64), ((64, 8, 3),), ((64, 8, 2), (64, 4, 3)), ((64, 4, 1),), ((64, 4, 2), (64, 4, 1), (64, 4, 2))
+    ),
+    ("gfx942", 128, 2): _packed(
+        (128, 64, 64), ((32, 8, 2),), ((32, 4, 3),), ((32, 4, 2), (32, 4, 1)), ((32, 4, 3), (32, 4, 2), (32, 4, 2))
+    ),
+    ("gfx942", 256, 2): _packed((64, 64, 64), ((32, 8, 2),), ((32, 4, 1),), ((16, 4, 1),), ((16, 4, 2),)),
+    ("sm80", 64, 4): _packed((32, 32, 32), ((16, 4, 2),), ((16, 4, 2), (16, 16, 2)), ((16, 8, 2),), ((16, 4, 2),)),
+    ("sm80", 128, 4): _packed(
+        (16, 16, 16), ((16, 8, 2), (16, 4, 2)), ((16, 8, 2), (16, 8, 1)), ((16, 8, 1), (16, 16, 1)), ((16, 4, 2),)
+    ),
+    ("sm80", 256, 4): _packed(
+        (16, 16, 16), ((16, 8, 2), (16, 4, 2)), ((16, 4, 2),), ((16, 8, 2),), ((16, 4, 2), (16, 16, 1))
+    ),
+    ("sm90", 64, 4): _packed(
+        (32, 32, 32), ((32, 4, 2),), ((32, 8, 2), (32, 4, 2), (32, 4, 2)), ((16, 4, 2), (16, 8, 2)), ((16, 4, 2),)
+    ),
+    ("sm90", 128, 4): _packed((32, 16, 16), ((16, 8, 2),), ((16, 8, 2), (16, 4, 2)), ((16, 4, 2),), ((16, 8, 2),)),
+    ("sm90", 256, 4): _packed((16, 16, 16), ((16, 8, 2),), ((16, 8, 2),), ((16, 8, 3), (16, 8, 1)), ((16, 8, 2),)),
+    ("sm100", 64, 4): _packed(
+        (32, 32, 32), ((32, 4, 2),), ((32, 8, 2), (32, 8, 2), (32, 4, 2)), ((16, 4, 2),), ((16, 4, 2),)
+    ),
+    ("sm100", 128, 4): _packed((32, 16, 16), ((16, 8, 2),), ((16, 8, 2),), ((16, 4, 2),), ((16, 4, 2), (16, 8, 2))),
+    ("sm100", 256, 4): _packed((16, 16, 16), ((16, 8, 2),), ((16, 8, 2),), ((16, 8, 1), (16, 8, 3)), ((16, 8, 2),)),
+    ("gfx942", 64, 4): _packed((32, 32, 32), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),)),
+    ("gfx942", 128, 4): _packed((32, 16, 16), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),)),
+    ("gfx942", 256, 4): _packed((16, 16, 16), ((16, 4, 2),), ((16, 4, 1),), ((16, 4, 2),), ((16, 4, 2),)),
+}
 
 
-def decode_sizes(
-    device: torch.device, dtype: torch.dtype, shapes: tuple[tuple[int, int], ...], num_kv_heads: int
-) -> DecodeSizes:
-    """Sizes of a model's decode steps.
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Configurations of `prefix_decode` for one chip, head dim and element size.
 
-    Args:
-        device: Device of the kernels.
-        dtype: Compute dtype.
-        shapes: (queries per kv head, head dim) of every layer. The smallest tile of all layers is used; the last shape
-            sets the costs.
-        num_kv_heads: Number of kv heads of a layer.
-
-    Raises:
-        ValueError: If there are no tiles for the device, or if the query heads of a kv head do not fit a tile.
+    Attributes:
+        bm: Rows of a group's tile (rows of the step x query heads of a kv head).
+        cases: Configuration of the plain case and, if it differs, of the masked case (window or soft cap, or a group
+            that is no power of two).
     """
-    found = [(decode_config(device, head_dim, dtype).bm, group) for group, head_dim in shapes]
-    for bm, group in found:
-        if group > bm:
-            msg = f"{group} query heads of one kv head do not fit a decode tile of {bm} rows; use backend='torch'"
-            raise ValueError(msg)
-    group, head_dim = shapes[-1]
-    programs = PROGRAMS_PER_PROCESSOR * num_processors(device)
-    return DecodeSizes(
-        users=min(bm // group for bm, group in found),
-        fill=max(1, programs // num_kv_heads),
-        key_bytes=2 * head_dim * dtype.itemsize,
-        part_bytes=2 * 4 * group * (head_dim + 2),
-        item_bytes=int(ITEM_START_SECONDS * L2_BYTES_PER_SECOND / programs),
-        launch_bytes=int(LAUNCH_SECONDS * L2_BYTES_PER_SECOND / num_kv_heads),
-    )
+
+    bm: int
+    cases: tuple[CompileConfig, ...]
+
+    def compile_config(self, group: int, *, masked: bool = False) -> CompileConfig:
+        """Configuration for ``group`` query heads of a kv head, ``masked`` with a window or a soft cap."""
+        return self.cases[-1 if masked or group & (group - 1) else 0]
+
+
+def _decode(bm: int, *cases: tuple[int, int, int]) -> DecodeConfig:
+    return DecodeConfig(bm, tuple(CompileConfig(*case) for case in cases))
+
+
+# Keys: chip, padded head dim, bytes of an element. Values: rows of a group's tile, then (keys of a tile, warps, stages)
+# of each case. Candidates were compiled from large to small until nothing spilled.
+DECODE_CONFIGS: dict[tuple[str, int, int], DecodeConfig] = {
+    ("sm80", 64, 2): _decode(64, (32, 4, 3)),
+    ("sm80", 128, 2): _decode(64, (32, 4, 3)),
+    ("sm80", 256, 2): _decode(64, (32, 8, 2)),
+    ("sm90", 64, 2): _decode(64, (64, 4, 3)),
+    ("sm90", 128, 2): _decode(64, (64, 4, 3)),
+    ("sm90", 256, 2): _decode(64, (32, 8, 2)),
+    ("sm100", 64, 2): _decode(64, (64, 4, 3)),
+    ("sm100", 128, 2): _decode(64, (64, 4, 3)),
+    ("sm100", 256, 2): _decode(32, (32, 4, 2)),
+    ("gfx942", 64, 2): _decode(64, (64, 4, 2)),
+    ("gfx942", 128, 2): _decode(64, (32, 4, 2)),
+    ("gfx942", 256, 2): _decode(32, (32, 4, 2)),
+    ("sm80", 64, 4): _decode(32, (32, 4, 2)),
+    ("sm80", 128, 4): _decode(16, (32, 8, 2)),
+    ("sm80", 256, 4): _decode(16, (16, 8, 2)),
+    ("sm90", 64, 4): _decode(32, (32, 4, 2)),
+    ("sm90", 128, 4): _decode(16, (32, 8, 2)),
+    ("sm90", 256, 4): _decode(16, (32, 8, 2)),
+    ("sm100", 64, 4): _decode(32, (16, 4, 2)),
+    ("sm100", 128, 4): _decode(16, (32, 8, 2)),
+    ("sm100", 256, 4): _decode(16, (32, 8, 2)),
+    ("gfx942", 64, 4): _decode(32, (32, 4, 2)),
+    ("gfx942", 128, 4): _decode(16, (16, 8, 2)),
+    ("gfx942", 256, 4): _decode(16, (16, 8, 1)),
+}

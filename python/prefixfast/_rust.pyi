@@ -383,7 +383,7 @@ class Scheduler:
         buckets: Largest number of groups of similar length in the padded layout, at least 1.
         prefix_rows: Largest number of arena rows of all prefixes together. None is no limit.
         decode: Numbers that cut decode steps into work items: ``users``, ``fill``, ``key_bytes``, ``part_bytes``,
-            ``item_bytes`` and ``launch_bytes`` of `prefixfast_kernels.tile_configs.DecodeSizes`. None, or 0 users,
+            ``item_bytes`` and ``launch_bytes`` of `prefixfast_kernels.tile_selection.DecodeSizes`. None, or 0 users,
             makes no work tables.
         pad_decode: Whether to pad the decode tables, so that one captured CUDA graph serves every step of a bucket. The
             padded sizes depend on the next power of two of the rows (at most ``max_rows``) and on the largest number of

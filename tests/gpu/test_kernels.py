@@ -11,7 +11,7 @@ from prefixfast_kernels.inputs import OutputLayer
 from prefixfast_kernels.testing import decode_cases
 from prefixfast_kernels.testing.packed_cases import CASES, OUTPUT_NAMES, output_errors, run_triton
 from prefixfast_kernels.testing.tolerance import FLOOR, relative_errors, within_tolerance
-from prefixfast_kernels.tile_configs import tile_sizes
+from prefixfast_kernels.tile_selection import tile_sizes
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

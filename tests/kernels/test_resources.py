@@ -10,9 +10,9 @@ from oracles import ROOT
 
 pytest.importorskip("triton")
 
-from prefixfast_kernels.compile_configs import CHIPS
 from prefixfast_kernels.testing.compile_report import Report, find_faults
 from prefixfast_kernels.testing.shipped_kernels import Kernel, shipped_kernels
+from prefixfast_kernels.tile_configs import CHIPS
 
 
 def compile_report(*args: str, first: str = "") -> subprocess.CompletedProcess[str]:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from prefixfast_kernels import launch
-from prefixfast_kernels.compile_configs import KERNELS
 from prefixfast_kernels.inputs import AttnOptions
 from prefixfast_kernels.testing.packed_cases import CASES, OUTPUT_NAMES, Case, output_errors, run_triton
 from prefixfast_kernels.testing.packed_problem import PackedProblem
 from prefixfast_kernels.testing.tables import Request
 from prefixfast_kernels.testing.tolerance import FLOOR, relative_error, within_tolerance
-from prefixfast_kernels.tile_configs import TileSizes, tile_sizes
+from prefixfast_kernels.tile_configs import KERNELS
+from prefixfast_kernels.tile_selection import TileSizes, tile_sizes
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")

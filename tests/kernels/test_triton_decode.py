@@ -10,7 +10,7 @@ import torch
 
 from prefixfast.attention import ops
 from prefixfast.errors import ConfigError
-from prefixfast_kernels import launch, tile_configs
+from prefixfast_kernels import launch, tile_selection
 from prefixfast_kernels.inputs import AttnOptions
 from prefixfast_kernels.testing.decode_cases import (
     CASES,
@@ -179,7 +179,7 @@ def record_launches(monkeypatch, p):
     kernels = Recorder(), Recorder()
     monkeypatch.setattr(prefix_decode, "prefix_decode", kernels[0])
     monkeypatch.setattr(prefix_decode, "decode_combine", kernels[1])
-    monkeypatch.setattr(tile_configs, "chip_of", lambda _: "sm90")
+    monkeypatch.setattr(tile_selection, "chip_of", lambda _: "sm90")
     p = p.cast(torch.float16).to("meta")
     prefix_decode.attn_decode(p.inputs, p.tables, p.options, p.users)
     return [k.launched for k in kernels]
@@ -237,4 +237,4 @@ def test_a_backend_requested_by_name_does_not_fall_back(change):
 
 def test_too_many_query_heads_for_a_tile_are_refused():
     with pytest.raises(ValueError, match="do not fit a decode tile"):
-        tile_configs.decode_sizes(torch.device("cpu"), torch.float16, ((128, 64),), 1)
+        tile_selection.decode_sizes(torch.device("cpu"), torch.float16, ((128, 64),), 1)

@@ -11,7 +11,7 @@ import transformers
 import tiny
 from prefixfast.attention.plan import plain_plan
 from prefixfast.model.load import load
-from prefixfast_kernels.tile_configs import Backend
+from prefixfast_kernels.tile_selection import Backend
 
 assert transformers.__version__ == sys.argv[1], transformers.__version__
 texts = [torch.arange(3, 3 + n) for n in (9, 20)]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import tiny
-from prefixfast.attention.plan import training_plan
+from prefixfast.attention.plan import PrefixUse, training_plan
 from prefixfast.model.load import load
 from prefixfast.prefix import peft_format as layout
 from prefixfast.prefix.kv import concat_kv, row_table
@@ -53,7 +53,7 @@ def packed(base, c: Case, prefixes: list[Prefix], *, grad: bool = False, drop: i
     indptr = np.cumsum([0, *map(len, used)], dtype=np.int32)
     lens = np.array([len(p) for p in c.prompts], np.int32)
     plan = training_plan(
-        lens, indptr, np.array([i for u in used for i in u], np.int32), rows, leaves, backend=base.backend
+        lens, PrefixUse(indptr, np.array([i for u in used for i in u], np.int32)), rows, leaves, backend=base.backend
     )
     return base.forward(plan, torch.cat(c.prompts)), leaves
 

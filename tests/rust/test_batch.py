@@ -16,7 +16,7 @@ from prefixfast.attention.plan import section
 from prefixfast.errors import CapacityError, ConfigError, PrefixFastError, RequestError, UnknownPrefixError
 from prefixfast_kernels.tables import DecodeTables
 from prefixfast_kernels.testing.decode_work import with_work
-from prefixfast_kernels.tile_configs import NO_WORK, DecodeSizes
+from prefixfast_kernels.tile_selection import NO_WORK, DecodeSizes
 
 PREFIX_ROWS = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]]
 seeded = settings(derandomize=True, deadline=None, max_examples=100)

@@ -17,13 +17,13 @@ from typing import Any
 
 import triton
 
-from prefixfast_kernels.compile_configs import (
+from prefixfast_kernels.testing.shipped_kernels import Kernel, compile_kernel, shipped_kernels
+from prefixfast_kernels.tile_configs import (
     CHIPS,
     DECODE_CONFIGS,
     KERNELS,
     PACKED_CONFIGS,
 )
-from prefixfast_kernels.testing.shipped_kernels import Kernel, compile_kernel, shipped_kernels
 
 SHARED_LIMIT = {"sm80": 166912, "sm90": 232448, "sm100": 232448, "gfx942": 65536}
 TENSOR_CORE_KERNELS = (*KERNELS, "prefix_decode")  # kernels that multiply tiles

@@ -20,7 +20,7 @@ from prefixfast_kernels.testing.decode_work import TableRoom, pad_tables, with_w
 from prefixfast_kernels.testing.packed_cases import nan_filled_empty
 from prefixfast_kernels.testing.tables import Request, decode_tables
 from prefixfast_kernels.testing.tolerance import relative_errors
-from prefixfast_kernels.tile_configs import DecodeSizes, decode_sizes
+from prefixfast_kernels.tile_selection import DecodeSizes, decode_sizes
 
 STATIC_INPUTS = ("q", "k_arena", "v_arena", "slot_table")  # what a captured graph reads beside the tables
 OUTPUT_NAMES = ("o", "lse")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prefixfast_kernels.tables import DecodeTables
-from prefixfast_kernels.tile_configs import DecodeSizes
+from prefixfast_kernels.tile_selection import DecodeSizes
 
 GRAIN = 64  # splits of keys are multiples of this number
 

@@ -16,7 +16,7 @@ from prefixfast_kernels.inputs import AttnInputs, AttnOptions, NeedsGrad, Output
 from prefixfast_kernels.testing.packed_problem import PackedProblem, make_problem
 from prefixfast_kernels.testing.tables import Request
 from prefixfast_kernels.testing.tolerance import relative_errors
-from prefixfast_kernels.tile_configs import TileSizes
+from prefixfast_kernels.tile_selection import TileSizes
 
 OUTPUT_NAMES = ("o", "lse", "dq", "dk", "dv", "dprefix_k", "dprefix_v")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from prefixfast_kernels.inputs import AttnInputs
 from prefixfast_kernels.tables import PackedTables
 from prefixfast_kernels.testing.tables import SMALL_TILES, Request, packed_tables
-from prefixfast_kernels.tile_configs import TileSizes
+from prefixfast_kernels.tile_selection import TileSizes
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from prefixfast_kernels.compile_configs import (
-    CHIP_INDEPENDENT,
-    CHIPS,
-    DECODE_CONFIGS,
-    PACKED_CONFIGS,
-    CompileConfig,
-)
 from prefixfast_kernels.launch import combine_heads
 from prefixfast_kernels.prefix_bwd_dq import prefix_bwd_delta, prefix_bwd_dq
 from prefixfast_kernels.prefix_bwd_kv import prefix_bwd_block, prefix_bwd_kv, prefix_bwd_sum
 from prefixfast_kernels.prefix_decode import decode_combine, prefix_decode
 from prefixfast_kernels.prefix_fwd import prefix_fwd
 from prefixfast_kernels.softmax_grad import softmax_grad
-from prefixfast_kernels.tile_configs import padded_size, tile_rows
+from prefixfast_kernels.tile_configs import (
+    CHIP_INDEPENDENT,
+    CHIPS,
+    DECODE_CONFIGS,
+    PACKED_CONFIGS,
+    CompileConfig,
+)
+from prefixfast_kernels.tile_selection import padded_size, tile_rows
 
 TARGETS = {
     "sm80": ("cuda", 80, 32),

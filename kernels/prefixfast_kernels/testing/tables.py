@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixfast_kernels.tables import DecodeTables, PackedTables
-from prefixfast_kernels.tile_configs import TileSizes
+from prefixfast_kernels.tile_selection import TileSizes
 
 SMALL_TILES = TileSizes(16, 16, 16)
 

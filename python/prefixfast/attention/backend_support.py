@@ -13,7 +13,7 @@ import torch
 from prefixfast.attention import cpu_decode
 from prefixfast.attention.backends import Unsupported, describe_choice
 from prefixfast_kernels.inputs import AttnInputs, AttnOptions, DecodeInputs
-from prefixfast_kernels.tile_configs import Backend, TileSizes
+from prefixfast_kernels.tile_selection import Backend, TileSizes
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ import logging
 import torch
 
 from prefixfast.errors import ConfigError
-from prefixfast_kernels.tile_configs import Backend, decode_sizes, tile_sizes
+from prefixfast_kernels.tile_selection import Backend, decode_sizes, tile_sizes
 
 BACKENDS = ("triton", "torch", "reference")
 DESCRIPTIONS = {

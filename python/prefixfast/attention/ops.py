@@ -13,4 +13,4 @@ from prefixfast.attention.decode_ops import attn_decode as attn_decode
 from prefixfast.attention.decode_ops import kv_write as kv_write
 from prefixfast.attention.packed_ops import attn as attn
 from prefixfast.attention.packed_ops import attn_bwd as attn_bwd
-from prefixfast_kernels.tile_configs import Backend as Backend
+from prefixfast_kernels.tile_selection import Backend as Backend

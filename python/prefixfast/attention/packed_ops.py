@@ -16,7 +16,7 @@ from prefixfast.attention.backends import select_backend
 from prefixfast_kernels import reference, torch_attn
 from prefixfast_kernels.inputs import AttnGrads, AttnInputs, AttnOptions, NeedsGrad, OutputGrad
 from prefixfast_kernels.tables import PackedTables
-from prefixfast_kernels.tile_configs import TileSizes
+from prefixfast_kernels.tile_selection import TileSizes
 
 
 @torch.library.custom_op("prefixfast::attn", mutates_args=())

@@ -25,7 +25,7 @@ from prefixfast.attention.planner_tables import packed_tables
 from prefixfast.attention.planner_tables import prefix_rows as prefix_rows
 from prefixfast.attention.planner_tables import section as section
 from prefixfast_kernels.tables import DecodeTables, PackedTables
-from prefixfast_kernels.tile_configs import Backend
+from prefixfast_kernels.tile_selection import Backend
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -116,10 +116,22 @@ class Plan:
         return replace(self, logits_at=index)
 
 
+class PrefixUse(NamedTuple):
+    """Prefixes that each sequence of a packed forward sees.
+
+    Attributes:
+        indptr: Offsets into ``numbers``, int32 ``[S + 1]``. Sequence s sees the prefixes
+            ``numbers[indptr[s]:indptr[s + 1]]``, composed left to right.
+        numbers: Numbers of prefixes, int32.
+    """
+
+    indptr: NDArray[np.int32]
+    numbers: NDArray[np.int32]
+
+
 def training_plan(
     lengths: NDArray[np.int32],
-    prefix_indptr: NDArray[np.int32],
-    prefix_of: NDArray[np.int32],
+    used: PrefixUse,
     rows: PrefixRows,
     prefix: Sequence[LayerKV] | None,
     *,
@@ -130,21 +142,17 @@ def training_plan(
 
     Args:
         lengths: Number of tokens of each sequence, int32 ``[S]``.
-        prefix_indptr: Offsets into ``prefix_of``, int32 ``[S + 1]``. Sequence s sees the prefixes
-            ``prefix_of[prefix_indptr[s]:prefix_indptr[s + 1]]``, composed left to right.
-        prefix_of: Numbers of prefixes, int32.
+        used: Prefixes that each sequence sees.
         rows: Rows of each prefix, made by `prefix_rows`.
         prefix: Keys and values of the prefixes for each layer, ``[sum P, H, D]``, to which gradients flow. None without
             prefixes.
         backend: Kernels that attention runs on.
         device: Device of the model.
     """
-    planned = [
-        _rust.plan_packed(lengths, prefix_indptr, prefix_of, table, tiles=backend.sizes[:3]) for table in rows.table
-    ]
+    planned = [_rust.plan_packed(lengths, *used, table, tiles=backend.sizes[:3]) for table in rows.table]
     buffers = [torch.from_numpy(view.buffer).to(device) for view in planned]
     positions = section(buffers[0], planned[0].sections["position_ids"])[None]
-    depth = int(np.diff(prefix_indptr).max(initial=0))
+    depth = int(np.diff(used.indptr).max(initial=0))
     backend = replace(backend, sizes=backend.sizes._replace(depth=depth))
     packed = [packed_tables(buffer, view.sections) for buffer, view in zip(buffers, planned, strict=True)]
     return Plan(
@@ -160,16 +168,8 @@ def plain_plan(lengths: Sequence[int], *, backend: Backend, device: torch.device
         backend: Kernels that attention runs on.
         device: Device of the model.
     """
-    none = np.zeros(0, np.int32)
-    return training_plan(
-        np.array(lengths, np.int32),
-        np.zeros(len(lengths) + 1, np.int32),
-        none,
-        NO_PREFIXES,
-        None,
-        backend=backend,
-        device=device,
-    )
+    used = PrefixUse(np.zeros(len(lengths) + 1, np.int32), np.zeros(0, np.int32))
+    return training_plan(np.array(lengths, np.int32), used, NO_PREFIXES, None, backend=backend, device=device)
 
 
 def prefill_plan(tables: Tensor, layout: Layout, reach: int, arena: Arena, backend: Backend) -> Plan:

@@ -14,7 +14,7 @@ from torch import Tensor
 from prefixfast.attention import ops
 from prefixfast_kernels.tables import PackedTables
 from prefixfast_kernels.testing.tables import Request, packed_tables
-from prefixfast_kernels.tile_configs import Backend
+from prefixfast_kernels.tile_selection import Backend
 
 
 @dataclass(frozen=True)

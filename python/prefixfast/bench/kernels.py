@@ -29,7 +29,7 @@ from prefixfast.bench.kernels_report import BACKWARD_FACTOR, Point, plot, table
 from prefixfast.bench.roofline import roofline, seconds_of, synchronized
 from prefixfast_kernels.testing.packed_cases import CASES, OUTPUT_NAMES, output_errors, run_triton
 from prefixfast_kernels.testing.tolerance import FLOOR, relative_error, within_tolerance
-from prefixfast_kernels.tile_configs import tile_sizes
+from prefixfast_kernels.tile_selection import tile_sizes
 
 GPU_SHAPES = (
     Shape("8B heads, 64 x 256, P=128", 64, 256, 128, 1, (32, 8, 128)),

@@ -123,7 +123,7 @@ def describe_backends(base: Model | None = None) -> dict[str, Any]:
 
 def describe_base(base: Model) -> dict[str, Any]:
     """Properties of a base, and the size of a prefix for it."""
-    from prefixfast.model.attach import VERIFIED
+    from prefixfast.model.supported_models import VERIFIED
 
     kind = base.hf.config.model_type
     tested = (

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
-from prefixfast.model.attach import LayerShape
+from prefixfast.model.dry_run import LayerShape
 from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix

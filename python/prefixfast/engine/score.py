@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefixfast.attention.plan import Plan, training_plan
+from prefixfast.attention.plan import Plan, PrefixUse, training_plan
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import Input, encode_target, request_error
 from prefixfast.engine.request import Request
@@ -171,7 +171,7 @@ def _target_logprobs(
     at = np.concatenate([np.arange(end - len(t), end) for end, t in zip(ends, targets, strict=True)])
     flat = np.array([n for numbers in used for n in numbers], np.int32)
     rows = row_table(prefixes, len(model.layers))
-    plan = training_plan(lengths, indptr, flat, rows, kv, backend=model.backend, device=model.device)
+    plan = training_plan(lengths, PrefixUse(indptr, flat), rows, kv, backend=model.backend, device=model.device)
     plan = plan.with_logits_at(torch.from_numpy(at).to(model.device))
     wanted = torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(model.device)
     packed = _logits(model, plan, torch.from_numpy(ids.astype(np.int64)).to(model.device))

@@ -10,46 +10,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from prefixfast.attention import ops
 from prefixfast.attention.hf_interface import NAME
-from prefixfast.attention.plan import AttentionCall, Plan, plain_plan
-from prefixfast.errors import ConfigError
+from prefixfast.model.dry_run import LayerShape, check_same_logits, dry_run, own_logits
+from prefixfast.model.supported_models import VERIFIED, check_supported
 
 logger = logging.getLogger(__name__)
-
-# Architectures whose parity with PEFT is tested in tests/parity. Others are attached if their logits stay the same.
-VERIFIED = frozenset(
-    {"gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"}
-)
-OWN_ATTENTION = "it computes attention in its own code, outside transformers' attention interface"
-# Reasons by model type.
-REFUSED = {
-    **dict.fromkeys(("gptj", "gpt_neo", "codegen", "falcon", "xglm"), OWN_ATTENTION),
-    **dict.fromkeys(("bloom", "mpt"), OWN_ATTENTION + " and needs ALiBi biases"),
-}
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Head counts of one attention layer.
-
-    Attributes:
-        num_heads: Number of query heads HQ.
-        num_kv_heads: Number of key-value heads H.
-        head_dim: Head dim D.
-    """
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
 
 
 @dataclass
@@ -104,11 +76,11 @@ def attach(model: PreTrainedModel) -> Handle:
         verified = model.config.model_type in VERIFIED
         undo = _freeze(model)
         try:
-            before = None if verified else _logits(model)
+            before = None if verified else own_logits(model)
             undo += _switch(model) + _replace_gelu(model)
-            layers, after = _dry_run(model)
+            layers, after = dry_run(model)
             if before is not None:
-                _compare(model, before, after)
+                check_same_logits(model, before, after)
         except BaseException:
             _run(undo)
             raise
@@ -116,88 +88,9 @@ def attach(model: PreTrainedModel) -> Handle:
         return handle
 
 
-def check_supported(model: PreTrainedModel) -> None:
-    """Raise `ConfigError` if the configuration of a model is known to be unsupported."""
-    config = model.config
-    kind = config.model_type
-    reason = None
-    if config.is_encoder_decoder:
-        reason = "encoder-decoder models are not supported yet"
-    elif kind in REFUSED:
-        reason = REFUSED[kind]
-    elif getattr(config, "reorder_and_upcast_attn", False):
-        reason = (
-            "config.reorder_and_upcast_attn works with eager attention only; set it to False if the model was not "
-            "trained with it in half precision"
-        )
-    elif getattr(config.get_text_config(), "attention_chunk_size", None):
-        reason = "config.attention_chunk_size: prefixfast does not compute chunked attention"
-    elif getattr(config, "add_cross_attention", False):
-        reason = "config.add_cross_attention needs an encoder's states, which a prefix-tuned decoder does not have"
-    elif dynamic := {t for t in _rope_types(config) if t in ("dynamic", "longrope")}:
-        reason = (
-            f"RoPE type {dynamic.pop()!r} changes with the batch's length, so packed requests would change each "
-            "other; use 'default', 'linear' or 'yarn'"
-        )
-    if reason:
-        msg = f"cannot attach {type(model).__name__} ({kind}): {reason}"
-        raise ConfigError(msg)
-
-
-def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
-    """Logits of one packed forward pass of an attached model.
-
-    Args:
-        model: Attached model.
-        plan: Attention plan of the tokens.
-        ids: Token ids, int64 ``[N]``.
-
-    Returns:
-        Logits ``[n, V]`` at the tokens ``plan.logits_at``, or ``[N, V]`` of all tokens if that is None.
-
-    Raises:
-        ConfigError: If the model is detached or in training mode.
-    """
-    check_attached(model)
-    tokens = ids[None]
-    keep = {} if plan.logits_at is None else {"logits_to_keep": plan.logits_at}
-    # Without a mask, GPT-2 searches the batch for padding, which is a host synchronization. The mask is not used.
-    out = model(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        position_ids=plan.position_ids,
-        use_cache=False,
-        prefixfast=plan,
-        **keep,
-    )
-    return out.logits[0]
-
-
-def check_attached(model: PreTrainedModel) -> None:
-    """Raise `ConfigError` if a model is detached or in training mode.
-
-    The attention of a detached model would ignore the plan without an error.
-    """
-    if model.config._attn_implementation != NAME or model.training:
-        state = (
-            "in training mode, call eval()"
-            if model.training
-            else "detached, or its attention was switched; load it again"
-        )
-        msg = f"this {type(model).__name__} cannot run a packed forward: it is {state}"
-        raise ConfigError(msg)
-
-
 def _run(undo: list[Callable[[], None]]) -> None:
     while undo:
         undo.pop()()
-
-
-def _rope_types(config: Any) -> set[str]:
-    """RoPE types of a config; Gemma 3 nests one dictionary per kind of layer."""
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    nested = [v for v in rope.values() if isinstance(v, dict)] or [rope]
-    return {str(r.get("rope_type", r.get("type", "default"))) for r in nested}
 
 
 def _freeze(model: PreTrainedModel) -> list[Callable[[], None]]:
@@ -250,53 +143,3 @@ def _replace_gelu(model: PreTrainedModel) -> list[Callable[[], None]]:
 
                 undo.append(restore)
     return undo
-
-
-def _probe_ids(model: PreTrainedModel) -> Tensor:
-    return torch.arange(1, 9, device=model.device) % model.config.get_text_config().vocab_size
-
-
-@torch.no_grad()
-def _logits(model: PreTrainedModel) -> Tensor:
-    return model(input_ids=_probe_ids(model)[None], use_cache=False).logits[0]
-
-
-@torch.no_grad()
-def _dry_run(model: PreTrainedModel) -> tuple[tuple[LayerShape, ...], Tensor]:
-    """Head counts of all layers as the attention function gets them, and the logits of a short text."""
-    ids = _probe_ids(model)
-    seen: list[tuple[int, int, int, int]] = []
-
-    def probe(call: AttentionCall) -> None:
-        seen.append((call.layer, call.q.shape[1], call.k.shape[1], call.q.shape[2]))
-
-    plan = replace(plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device), probe=probe)
-    try:
-        logits = packed_forward(model, plan, ids)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as e:
-        msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): a packed forward fails: {e}"
-        raise ConfigError(msg) from e
-    expected = model.config.get_text_config().num_hidden_layers
-    reached = sorted(layer for layer, *_ in seen)
-    if reached != list(range(expected)):
-        msg = (
-            f"cannot attach {type(model).__name__}: expected each of its {expected} layers to call prefixfast's "
-            f"attention once, got calls from the layers {reached}"
-        )
-        raise ConfigError(msg)
-    return tuple(LayerShape(*shape) for _, *shape in sorted(seen)), logits
-
-
-def _compare(model: PreTrainedModel, before: Tensor, after: Tensor) -> None:
-    """Raise `ConfigError` if logits before and after attaching differ by more than rounding."""
-    error = (before.float() - after.float()).abs().max().item() / before.float().abs().max().item()
-    limit = 1e-3 if model.dtype in (torch.float32, torch.float64) else 3e-2
-    if not error < limit:
-        name = f"{type(model).__name__} ({model.config.model_type})"
-        msg = f"cannot attach {name}: its logits change by {error:.1e} (limit {limit:.0e}) under prefixfast's attention"
-        raise ConfigError(msg)
-    logger.info(
-        "%s is not in the tested set; its logits are unchanged under prefixfast's attention (relative error %.1e)",
-        model.config.model_type,
-        error,
-    )

@@ -13,9 +13,11 @@ from transformers import PreTrainedModel
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan
 from prefixfast.errors import ConfigError, warn_renamed
-from prefixfast.model.attach import Handle, LayerShape, packed_forward
+from prefixfast.model.attach import Handle
+from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import Fingerprint, fingerprint
 from prefixfast.model.lm_head import Head, packed_hidden
+from prefixfast.model.packed_forward import packed_forward
 from prefixfast.model.prefix_shape import PrefixShape
 from prefixfast.model.prepack import Packed, prepack
 from prefixfast.model.tokenizer import Tokenizer

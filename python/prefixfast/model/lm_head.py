@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan, plain_plan
-from prefixfast.model.attach import check_attached, packed_forward
+from prefixfast.model.packed_forward import check_attached, packed_forward
 
 logger = logging.getLogger(__name__)
 

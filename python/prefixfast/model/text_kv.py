@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefixfast.attention.plan import NO_PREFIXES, Arena, LayerKV, PrefixRows, training_plan
+from prefixfast.attention.plan import NO_PREFIXES, Arena, LayerKV, PrefixRows, PrefixUse, training_plan
 from prefixfast.model.base import Model
 
 
@@ -37,7 +37,7 @@ def text_kv(
     first = int(rows.table[:, :, 1].sum(1).max(initial=0))
     indptr = np.array([0, len(number)], np.int32)
     plan = training_plan(
-        np.array([length], np.int32), indptr, number, rows, None, backend=model.backend, device=model.device
+        np.array([length], np.int32), PrefixUse(indptr, number), rows, None, backend=model.backend, device=model.device
     )
 
     def with_room(before: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixfast.attention import ops
-from prefixfast.attention.plan import AttentionCall, LayerKV, Plan, plain_plan, training_plan
+from prefixfast.attention.plan import AttentionCall, LayerKV, Plan, PrefixUse, plain_plan, training_plan
 from prefixfast.model.base import Model
 from prefixfast.prefix.kv import row_table
 from prefixfast.prefix.record import PrefixData
@@ -40,7 +40,7 @@ def measure_prompt(
     at = torch.arange(first, len(ids), device=model.device)
     rows = row_table([prefix], len(model.layers))
     lengths, indptr, used = np.array([len(ids)], np.int32), np.array([0, 1], np.int32), np.zeros(1, np.int32)
-    plan = training_plan(lengths, indptr, used, rows, kv, backend=model.backend, device=model.device)
+    plan = training_plan(lengths, PrefixUse(indptr, used), rows, kv, backend=model.backend, device=model.device)
     plan = plan.with_logits_at(at)
     masses: dict[int, Tensor] = {}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV, PrefixRows, prefix_rows
-from prefixfast.model.attach import LayerShape
 from prefixfast.model.base import Model
+from prefixfast.model.dry_run import LayerShape
 from prefixfast.prefix.record import PrefixData
 
 

@@ -55,6 +55,10 @@ class BestState:
                 rows = better.to(now.device).repeat_interleave(len(now) // len(better))[:, None, None]
                 own.copy_(torch.where(rows, now, own))
 
+    def has(self, i: int) -> bool:
+        """Whether prefix ``i`` has a best state."""
+        return bool(self.kv) and int(self.step[i]) > 0
+
     def out_of_patience(self, patience: Tensor) -> Tensor:
         """Prefixes with as many evaluations without improvement as their patience, bool ``[n]``.
 

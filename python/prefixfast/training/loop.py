@@ -29,6 +29,7 @@ from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.identity import run_identity
 from prefixfast.training.init import initial_kv, resolve_config
 from prefixfast.training.job import TrainJob
+from prefixfast.training.metrics import prefix_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.progress import GroupProgress
 from prefixfast.training.resilience import defer_sigint
@@ -220,8 +221,9 @@ class GroupTrainer:
             return
         params, current = self.runner.params, self.runner.params.current()
         for i in ended.nonzero()[:, 0].tolist():
-            name, metrics = self.names[i], self._metrics(i)
-            flat = self.best.kv if self._has_best(i) else current
+            name, evaluated = self.names[i], self.eval_dataset is not None
+            metrics = prefix_metrics(self.progress, self.best, i, self.counts[i], evaluated=evaluated)
+            flat = self.best.kv if self.best.has(i) else current
             try:
                 prefix = self.builder.build(self.group.jobs[i], params.split(flat, i), metrics)
             except DataError as e:  # the parameters themselves are not finite
@@ -237,19 +239,6 @@ class GroupTrainer:
                     *(name, skipped, int(self.progress.num_done[i])),
                 )
             self.job.callbacks.call("on_prefix_end", name, prefix, metrics)
-
-    def _has_best(self, i: int) -> bool:
-        return bool(self.best.kv) and int(self.best.step[i]) > 0
-
-    def _metrics(self, i: int) -> dict[str, float]:
-        progress = self.progress
-        steps, skipped = float(progress.num_done[i]), float(progress.num_skipped[i])
-        found = {"loss": float(progress.loss[i]), "steps": steps, "skipped_steps": skipped}
-        if self.eval_dataset is not None:
-            has_best = self._has_best(i)
-            found["eval_loss"] = float(self.best.loss[i] if has_best else progress.eval_loss[i])
-            found["best_step"] = float(self.best.step[i] if has_best else progress.num_done[i])
-        return found | {k: float(v) for k, v in self.counts[i].items()}
 
     def _fail(self, i: int, error: str) -> None:
         """End a prefix with an error, which is raised if failures are not isolated."""

@@ -25,7 +25,7 @@ from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
 from prefixfast.counter_rng import GOLDEN, mix
 from prefixfast.errors import ConfigError
-from prefixfast.model.attach import LayerShape
+from prefixfast.model.dry_run import LayerShape
 from prefixfast.training.mlp import StackedMLP
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefixfast.attention.plan import LayerKV, prefix_rows, training_plan
+from prefixfast.attention.plan import LayerKV, PrefixUse, prefix_rows, training_plan
 from prefixfast.data.encode import Ints
 from prefixfast.model.base import Model
 from prefixfast.model.text_kv import parameter_dtype
@@ -178,7 +178,7 @@ class StepRunner:
         indptr = np.arange(count + 1, dtype=np.int32) * (2 if self.is_composed else 1)
         backend, device = self.model.backend, self.model.device
         plan = training_plan(
-            micro.lengths, indptr, used, self.prefix_rows, self.params.leaves, backend=backend, device=device
+            micro.lengths, PrefixUse(indptr, used), self.prefix_rows, self.params.leaves, backend=backend, device=device
         )
         return self.model.losses(plan.with_logits_at(micro.logits_at), micro.ids, micro.targets)
 

@@ -5,12 +5,12 @@ import torch
 
 from prefixfast.attention import backends, ops
 from prefixfast.errors import ConfigError
-from prefixfast_kernels import tile_configs
+from prefixfast_kernels import tile_selection
 from prefixfast_kernels.testing.packed_cases import CASES
 from prefixfast_kernels.testing.packed_problem import make_problem
 from prefixfast_kernels.testing.tables import Request
 from prefixfast_kernels.testing.tolerance import relative_error
-from prefixfast_kernels.tile_configs import NO_TILES, Backend, TileSizes
+from prefixfast_kernels.tile_selection import NO_TILES, Backend, TileSizes
 
 SIZES = TileSizes(8, 16, 16)
 BACKENDS = {"torch": NO_TILES, "triton": SIZES}
@@ -115,9 +115,9 @@ def test_backends_are_chosen_by_name_and_device(monkeypatch):
     assert chosen.name == "triton"
     assert chosen.sizes.tokens * 8 <= 128
     monkeypatch.delenv("TRITON_INTERPRET")
-    tile_configs.chip_of.cache_clear()
+    tile_selection.chip_of.cache_clear()
     with pytest.raises(ConfigError, match="not for cpu"):
         ops.choose_backend("triton", cpu, torch.bfloat16, shapes)
     with pytest.raises(ConfigError, match="expected 'auto' or one of"):
         ops.choose_backend("cuda", cpu, torch.bfloat16, shapes)
-    tile_configs.chip_of.cache_clear()
+    tile_selection.chip_of.cache_clear()

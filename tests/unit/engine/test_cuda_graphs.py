@@ -17,7 +17,7 @@ from prefixfast.config import EngineConfig
 from prefixfast.engine import cuda_graphs, decode_batch
 from prefixfast.engine import loop as loop_module
 from prefixfast.engine.cuda_graphs import eager_reason
-from prefixfast_kernels.tile_configs import DecodeSizes
+from prefixfast_kernels.tile_selection import DecodeSizes
 
 END_IDS = list(range(2, 12))  # so many end tokens that requests end early, at different times
 

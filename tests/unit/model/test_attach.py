@@ -15,8 +15,9 @@ import tiny
 from prefixfast import ConfigError
 from prefixfast.attention.hf_interface import HARMLESS, prefixfast_attention
 from prefixfast.attention.plan import plain_plan
-from prefixfast.model.attach import attach, packed_forward
-from prefixfast_kernels.tile_configs import Backend
+from prefixfast.model.attach import attach
+from prefixfast.model.packed_forward import packed_forward
+from prefixfast_kernels.tile_selection import Backend
 
 IDS = torch.arange(3, 20)[None]
 
@@ -338,7 +339,7 @@ def test_an_error_in_the_dry_run_restores_the_model(monkeypatch):
     def fail(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("prefixfast.model.attach._dry_run", fail)
+    monkeypatch.setattr("prefixfast.model.attach.dry_run", fail)
     with pytest.raises(KeyboardInterrupt):
         attach(model)
     assert state(model) == before

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import prefixfast
 import tiny
-from prefixfast.attention.plan import PrefixRows, training_plan
+from prefixfast.attention.plan import PrefixRows, PrefixUse, training_plan
 from prefixfast.config import PrefixConfig
 from prefixfast.errors import BaseMismatchError, CapacityError, ConfigError
 from prefixfast.prefix.kv import kv_by_layer
@@ -45,8 +45,7 @@ def loss_of(model, prefixes, data) -> float:
         indptr = np.array([0, len(prefixes)], np.int32)
         plan = training_plan(
             np.array([len(ids)], np.int32),
-            indptr,
-            np.arange(len(prefixes), dtype=np.int32),
+            PrefixUse(indptr, np.arange(len(prefixes), dtype=np.int32)),
             PrefixRows(table[None]),
             arena,
             backend=model.backend,

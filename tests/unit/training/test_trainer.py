@@ -96,8 +96,7 @@ def test_gradients_alone_and_among_others_in_fp32():
             ):
                 plan = prefixfast.attention.plan.training_plan(
                     m.lengths,
-                    np.arange(len(m.lengths) + 1, dtype=np.int32),
-                    m.prefix,
+                    prefixfast.attention.plan.PrefixUse(np.arange(len(m.lengths) + 1, dtype=np.int32), m.prefix),
                     table,
                     params.leaves,
                     backend=model.backend,

@@ -1,0 +1,55 @@
+"""Models that prefixfast supports: verified architectures, refused architectures, and refused settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prefixfast.errors import ConfigError
+
+# Architectures whose parity with PEFT is tested in tests/parity. Others are attached if their logits stay the same.
+VERIFIED = frozenset(
+    {"gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "gpt_neox", "gemma", "gemma2", "gemma3_text"}
+)
+OWN_ATTENTION = "it computes attention in its own code, outside transformers' attention interface"
+# Reasons by model type.
+REFUSED = {
+    **dict.fromkeys(("gptj", "gpt_neo", "codegen", "falcon", "xglm"), OWN_ATTENTION),
+    **dict.fromkeys(("bloom", "mpt"), OWN_ATTENTION + " and needs ALiBi biases"),
+}
+
+
+def check_supported(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` if the configuration of a model is known to be unsupported."""
+    config = model.config
+    kind = config.model_type
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "encoder-decoder models are not supported yet"
+    elif kind in REFUSED:
+        reason = REFUSED[kind]
+    elif getattr(config, "reorder_and_upcast_attn", False):
+        reason = (
+            "config.reorder_and_upcast_attn works with eager attention only; set it to False if the model was not "
+            "trained with it in half precision"
+        )
+    elif getattr(config.get_text_config(), "attention_chunk_size", None):
+        reason = "config.attention_chunk_size: prefixfast does not compute chunked attention"
+    elif getattr(config, "add_cross_attention", False):
+        reason = "config.add_cross_attention needs an encoder's states, which a prefix-tuned decoder does not have"
+    elif dynamic := {t for t in _rope_types(config) if t in ("dynamic", "longrope")}:
+        reason = (
+            f"RoPE type {dynamic.pop()!r} changes with the batch's length, so packed requests would change each "
+            "other; use 'default', 'linear' or 'yarn'"
+        )
+    if reason:
+        msg = f"cannot attach {type(model).__name__} ({kind}): {reason}"
+        raise ConfigError(msg)
+
+
+def _rope_types(config: Any) -> set[str]:
+    """RoPE types of a config; Gemma 3 nests one dictionary per kind of layer."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    nested = [v for v in rope.values() if isinstance(v, dict)] or [rope]
+    return {str(r.get("rope_type", r.get("type", "default"))) for r in nested}

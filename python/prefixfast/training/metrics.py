@@ -1,0 +1,32 @@
+"""Metrics of each prefix at the end of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from prefixfast.training.best_state import BestState
+from prefixfast.training.progress import GroupProgress
+
+
+def prefix_metrics(
+    progress: GroupProgress, best: BestState, i: int, counts: Mapping[str, float], *, evaluated: bool
+) -> dict[str, float]:
+    """Metrics of one prefix.
+
+    Args:
+        progress: Progress of the prefixes of the group.
+        best: Best states of the prefixes of the group.
+        i: Number of the prefix in its group.
+        counts: Numbers of examples, of skipped rows and of truncated rows.
+        evaluated: Whether there are held-out rows.
+
+    Returns:
+        ``loss``, ``steps``, ``skipped_steps`` and ``counts``; with held-out rows also ``eval_loss`` and ``best_step``.
+    """
+    steps, skipped = float(progress.num_done[i]), float(progress.num_skipped[i])
+    found = {"loss": float(progress.loss[i]), "steps": steps, "skipped_steps": skipped}
+    if evaluated:
+        has_best = best.has(i)
+        found["eval_loss"] = float(best.loss[i] if has_best else progress.eval_loss[i])
+        found["best_step"] = float(best.step[i] if has_best else progress.num_done[i])
+    return found | {name: float(count) for name, count in counts.items()}
