@@ -42,9 +42,11 @@ class EngineConfig(Options):
         "largest number of prompt and generated tokens of a request, without prefix rows; None is 4096, or the base "
         "model's number of positions if that is smaller",
     )
-    max_num_seqs: int = option(64, "number of decode rows of a batch; a request takes one row per beam")
+    max_num_seqs: int = option(64, "largest number of decode rows of a step; a request takes one per beam or sample")
     max_num_batched_tokens: int = option(
-        4096, "largest number of tokens of a step, decode rows included; longer prompts are filled over several steps"
+        4096,
+        "largest number of tokens of a step, one of each decode row included; longer prompts are prefilled over "
+        "several steps",
     )
     kv_cache_memory: int | None = option(
         None,
@@ -60,7 +62,8 @@ class EngineConfig(Options):
     )
     host_prefix_memory: int = option(
         2**31,
-        "bytes of host memory that hold prefixes read from a store; the most recently used prefix is held in any case",
+        "largest number of bytes of host memory for prefixes read from a store; the most recently used prefix is held "
+        "in any case",
     )
     prefix_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "dtype in which host memory holds prefixes from a store; 'auto' is the compute dtype"
@@ -83,7 +86,9 @@ class EngineConfig(Options):
         "kernel launches (not measured)",
     )
     prepack: bool = option(
-        True, "whether a base model on a CPU gets a second copy of its weights in the layout of the matrix products"
+        True,
+        "whether a base model on a CPU gets prepacked weights, a second copy in the layout of the CPU's matrix "
+        "products",
     )
     seed: int | None = option(
         None, "random seed of sampling requests that have none; None draws a seed when the engine is made"

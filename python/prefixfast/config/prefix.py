@@ -29,7 +29,8 @@ class PrefixConfig(Options):
 
     prefix_length: int | Literal["text"] = option(
         10,
-        "number of rows of keys and values learned for each layer (P); 'text' is the number of tokens of the init text",
+        "number of prefix rows P, each one key and one value in every layer; 'text' is the number of tokens of the "
+        "init text",
     )
     reparameterization: Literal["auto", "none", "mlp"] = option(
         "auto",

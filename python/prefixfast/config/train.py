@@ -16,7 +16,9 @@ from prefixfast.errors import ConfigError
 class TrainConfig(Options):
     """Options that say how a prefix is trained.
 
-    All options but ``token_budget`` are per prefix: training gives a prefix the same values alone and among thousands.
+    ``recipe``, ``dtype``, ``token_budget``, ``gradient_checkpointing``, ``save_steps``, ``logging_steps`` and
+    ``report_to`` are options of the whole run. The others apply to each prefix separately, so that a prefix is trained
+    with the same values alone and among others.
 
     Example:
         >>> TrainConfig.make({"batch_size": 4}, max_steps=10).batch_size
@@ -33,14 +35,16 @@ class TrainConfig(Options):
     loss: Literal["token_mean", "sequence_sum"] = option(
         "token_mean",
         "reduction of the loss over a batch: 'token_mean' the mean over target tokens, 'sequence_sum' the paper's sum "
-        "over tokens and mean over rows",
+        "over the tokens of an example and mean over examples",
     )
     num_train_epochs: float = option(3.0, "number of passes over the rows; ignored if max_steps is set")
     max_steps: int | None = option(
         None, "number of optimizer steps of each prefix; None is num_train_epochs times the steps of a pass"
     )
     batch_size: int = option(
-        10, "number of rows of each prefix in one optimizer step, independent of how many prefixes are trained"
+        10,
+        "number of examples of each prefix in one optimizer step, independent of how many prefixes are trained; a row "
+        "is one example, or one for each of its refs",
     )
     token_budget: int | Literal["auto"] = option(
         "auto",
@@ -60,12 +64,12 @@ class TrainConfig(Options):
         1.0, "largest gradient norm of each prefix; larger gradients are clipped; 0 turns it off"
     )
     max_length: int | None = option(
-        None, "largest number of tokens of a row; None is the number of positions that the base model has for text"
+        None, "largest number of tokens of an example; None is the number of positions that the base model has for text"
     )
     overflow: Literal["error", "truncate", "skip"] = option(
         "error",
-        "treatment of rows longer than max_length: 'error' raises, 'truncate' cuts the start of the prompt, 'skip' "
-        "leaves the row out and counts it",
+        "treatment of examples longer than max_length: 'error' raises, 'truncate' cuts the start of the prompt, 'skip' "
+        "leaves the example out and counts it",
     )
     gradient_checkpointing: bool = option(
         False,

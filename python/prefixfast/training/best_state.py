@@ -1,4 +1,4 @@
-"""`BestState`: the best state of each prefix, and the end of a prefix that gets no better, from its own evaluations."""
+"""`BestState`: the state of each prefix at its lowest evaluation loss."""
 
 from __future__ import annotations
 
@@ -58,14 +58,6 @@ class BestState:
     def has(self, i: int) -> bool:
         """Whether prefix ``i`` has a best state."""
         return bool(self.kv) and int(self.step[i]) > 0
-
-    def out_of_patience(self, patience: Tensor) -> Tensor:
-        """Prefixes with as many evaluations without improvement as their patience, bool ``[n]``.
-
-        Args:
-            patience: Allowed number of such evaluations, int64 ``[n]``; 0 for no limit.
-        """
-        return (patience > 0) & (self.num_worse >= patience)
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for `load`; the names are those of checkpoints."""

@@ -24,6 +24,7 @@ from prefixfast.training.artifact import PrefixBuilder
 from prefixfast.training.best_state import BestState
 from prefixfast.training.checkpoint import Checkpoint
 from prefixfast.training.dataset import Dataset, build_dataset
+from prefixfast.training.early_stopping import out_of_patience
 from prefixfast.training.examples import TokenizeOptions
 from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.identity import run_identity
@@ -166,7 +167,7 @@ class GroupTrainer:
         ends = now & progress.at_last_step
         evaluated = self._evaluate(now & progress.active & self._due(ends))
         if evaluated is not None:
-            ends = ends | (now & self.best.out_of_patience(self.patience))
+            ends = ends | (now & out_of_patience(self.best.num_worse, self.patience))
         self._finish(ends & progress.active)
         self._write_log(result, evaluated)
         return float(result.losses[now].mean())

@@ -6,6 +6,7 @@ pub mod decode;
 pub mod free_list;
 mod int32;
 mod length_buckets;
+mod loss_weights;
 pub mod pack;
 pub mod plan;
 pub mod schedule;

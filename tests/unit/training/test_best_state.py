@@ -10,6 +10,7 @@ import tiny
 from prefixfast.errors import ConfigError
 from prefixfast.training.batching import BatchOrder
 from prefixfast.training.best_state import BestState
+from prefixfast.training.early_stopping import out_of_patience
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
@@ -136,8 +137,8 @@ def test_a_nan_loss_is_never_the_best():
     best.update(everyone, torch.tensor([3.0, 1.0], dtype=torch.float64), 2, [torch.full((4, 1, 1), 2.0)])
     assert best.step.tolist() == [1, 2]
     assert best.kv[0].flatten().tolist() == [1, 1, 2, 2]
-    assert best.out_of_patience(torch.tensor([1, 1])).tolist() == [True, False]
-    assert best.out_of_patience(torch.tensor([0, 0])).tolist() == [False, False]
+    assert out_of_patience(best.num_worse, torch.tensor([1, 1])).tolist() == [True, False]
+    assert out_of_patience(best.num_worse, torch.tensor([0, 0])).tolist() == [False, False]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 //! Micro-batches for training: whole optimizer-step batches of several prefixes, packed into a token budget.
 
 use super::int32::to_i32;
+use super::loss_weights::loss_weights;
 use crate::error::{Error, Result};
 
 /// Examples of a step to pack.
@@ -51,7 +52,7 @@ pub fn pack(examples: Examples<'_>, token_budget: u64, sequence_sum: bool) -> Re
         batch,
     } = examples;
     let batches = batches(lengths, batch);
-    let weight = weights(targets, batch, &batches, sequence_sum)?;
+    let weight = loss_weights(targets, batch, batches.iter().map(|b| b.first..b.end), sequence_sum)?;
     let mut by_size: Vec<usize> = (0..batches.len()).collect();
     by_size.sort_by_key(|&number| std::cmp::Reverse(batches[number].tokens));
     let mut micro_batches: Vec<Vec<usize>> = Vec::new();
@@ -133,28 +134,6 @@ fn batches(lengths: &[i32], batch: &[i32]) -> Vec<Batch> {
         found
     });
     runs.collect()
-}
-
-fn weights(targets: &[i32], batch: &[i32], batches: &[Batch], sequence_sum: bool) -> Result<Vec<f64>> {
-    let mut weight = Vec::with_capacity(targets.len());
-    for &Batch { first, end, .. } in batches {
-        let total: f64 = targets[first..end].iter().map(|count| f64::from(*count)).sum();
-        if total == 0.0 {
-            return Err(Error::Data(format!(
-                "batch {} (examples {first} to {}) has no target tokens: expected at least one; drop its examples or \
-                 raise the length limit",
-                batch[first],
-                end - 1
-            )));
-        }
-        let divisor = if sequence_sum {
-            f64::from(to_i32(end - first))
-        } else {
-            total
-        };
-        weight.extend((first..end).map(|_| 1.0 / divisor));
-    }
-    Ok(weight)
 }
 
 /// Splits a batch over micro-batches, in the order of its examples.
