@@ -104,18 +104,22 @@ def generation(found: list[Record]) -> Iterator[Cell]:
     for r in found:
         names = [r["contender"]]
         if names == ["prefixfast"]:  # without a prefix one measurement stands for every number of distinct ones
-            names = [f"prefixfast, {d} distinct" for d in ([r["distinct"]] if r["prefix_length"] else distinct)]
+            counts = [r["distinct"]] if r["prefix_length"] else distinct
+            names = [f"prefixfast, {d} distinct {'prefix' if d == 1 else 'prefixes'}" for d in counts]
         yield from ((name, f"P = {r['prefix_length']}", f"{r['tokens_per_second']:.1f}") for name in names)
 
 
 def quality(found: list[Record]) -> Iterator[Cell]:
     """Held-out loss, BLEU and training time on E2E."""
-    settings = {"smollm2-text": "flat from text, rate 5e-2", "smollm2-mlp": "MLP from random, rate 5e-4"}
+    settings = {
+        "smollm2-text": "no MLP, init text, learning rate 5e-2",
+        "smollm2-mlp": "MLP, init random, learning rate 5e-4",
+    }
     for r in found:
         row = f"{settings[r['setting']]}: {implementation(r)}"
         yield row, "loss of 200 dev rows", f"{r['dev_loss']:.4f}"
         yield row, "BLEU of 100 dev tables", f"{r['bleu']:.2f}"
-        yield row, "training seconds, 1 thread", f"{r['train_seconds']:.0f}" if r["threads"] == 1 else "not measured"
+        yield row, "training, seconds (threads)", f"{r['train_seconds']:.0f} ({r['threads']})"
 
 
 def implementation(r: Record) -> str:
@@ -149,20 +153,20 @@ def agreement(found: list[Record]) -> Iterator[Cell]:
         return f"{max(abs(x - y) for x, y in zip(a, b, strict=True)):.1e}"
 
     flat = apart(loss["text-peft"], loss["text-prefixfast"])
-    yield f"flat, fp32: loss of PEFT and of prefixfast, largest of {len(loss['text-peft'])} steps", "difference", flat
+    yield f"no MLP, fp32: loss of PEFT and prefixfast, largest of {len(loss['text-peft'])} steps", "difference", flat
     yield (
-        f"flat, fp32: texts that differ, of {len(texts[0])}",
+        f"no MLP, fp32: number of texts that differ, of {len(texts[0])}",
         "difference",
         str(sum(texts[1][k] != v for k, v in texts[0].items())),
     )
     yield (
-        f"MLP, fp64: loss of PEFT and of prefixfast, largest of {len(exact)} steps",
+        f"MLP, fp64: loss of PEFT and prefixfast, largest of {len(exact)} steps",
         "difference",
         apart(exact, loss["mlp-fp64-prefixfast"]),
     )
     for step in (8, 13):
         for impl in ("peft", "prefixfast"):
-            row = f"MLP, step {step}: loss of {implementation({'impl': impl})} in fp32 and of PEFT in fp64"
+            row = f"MLP, step {step}: loss of {implementation({'impl': impl})} in fp32 and PEFT in fp64"
             yield row, "difference", f"{abs(loss[f'mlp-{impl}'][step - 1] - exact[step - 1]):.1e}"
 
 
@@ -185,7 +189,9 @@ def kernels(found: list[Record]) -> Iterator[Cell]:
         for r in found:
             who = "prefixfast" if r["contender"] == "prefixfast" else "copied prefix"
             if r["work"] == work and (who == "prefixfast" or r["contender"].startswith("copied")):
-                yield r["shape"]["name"].replace(" x 64", " x 64 tokens"), f"{work}: {who}", milliseconds(r["seconds"])
+                name = r["shape"]["name"].replace(" x 64", " sequences of 64 tokens").replace("P=", "P = ")
+                name = name.replace("distinct", "distinct prefixes")
+                yield name, f"{work}: {who}", milliseconds(r["seconds"])
 
 
 def decode_steps(found: list[Record]) -> Iterator[Cell]:
@@ -193,17 +199,20 @@ def decode_steps(found: list[Record]) -> Iterator[Cell]:
     times = {"best": "best_ms", "median": "median_ms", "least": "floor_ms", "limit": "limit_ms"}
     for r in found:
         dtype = short(r["command"].split("--dtype ")[1].split()[0])
-        row = f"{dtype}, {prefix_of(r)}{'' if r['packed'] else ', weights not packed'}"
+        row = f"{dtype}, {prefix_of(r)}{'' if r['packed'] else ', weights not prepacked'}"
         yield from ((row, heading, f"{r[key]:.1f}") for heading, key in times.items())
-        yield from ((row, part, f"{ms:.1f}") for part, ms in r["parts_ms"].items())
+        yield from ((row, STEP_PARTS.get(part, part), f"{ms:.1f}") for part, ms in r["parts_ms"].items())
 
 
 def decode_ratios(found: list[Record]) -> Iterator[Cell]:
-    """Decode steps relative to the least, to the limit and to a step without prefixes."""
+    """Decode steps relative to the least, to the limit and to a step without prefixes; prepacked weights."""
     packed = [r for r in found if r["packed"]]
     for dtype in ("float32", "bfloat16"):
         own = [r for r in packed if f"--dtype {dtype}" in r["command"]]
         none, shared = first(own, prefix_length=0), first(own, prefix_length=512, distinct=1)
+        plain = next(r for r in found if f"--dtype {dtype}" in r["command"] and not r["packed"])
+        ratio = none["parts_ms"]["products"] / plain["parts_ms"]["products"]
+        yield "P = 0: time of the matrix products, prepacked over not prepacked", short(dtype), f"{ratio:.2f}"
         for length in (200, 512):
             r = first(own, prefix_length=length, distinct=32)
             yield (
@@ -219,6 +228,8 @@ def decode_ratios(found: list[Record]) -> Iterator[Cell]:
         for name in ("best", "median"):
             ratio = none[f"{name}_ms"] / shared[f"{name}_ms"]
             yield f"P = 512, 1 distinct prefix: rate relative to P = 0, {name} step", short(dtype), f"{ratio:.2f}"
+    share = GPT2_WEIGHTS / (GPT2_WEIGHTS + 512 * GPT2_PREFIX_NUMBERS)
+    yield "P = 512, 1 distinct prefix: arithmetic at P = 0 relative to P = 512 (computed)", "fp32", f"{share:.2f}"
 
 
 def bandwidth(found: list[Record]) -> Iterator[Cell]:
@@ -235,6 +246,15 @@ def attention_backward(found: list[Record]) -> Iterator[Cell]:
     return ((r["piece"], r["contender"], f"{milliseconds(r['seconds'])} ({r['error']:.1e})") for r in found)
 
 
+def attention_backward_ratios(found: list[Record]) -> Iterator[Cell]:
+    """Time and error of the alternatives relative to what prefixfast runs, backward."""
+    for r in found:
+        base = first(found, piece=r["piece"], contender="flash in fp32")
+        if r is not base:
+            time, error = min(r["seconds"]) / min(base["seconds"]), r["error"] / base["error"]
+            yield r["piece"], r["contender"], f"{time:.2f} ({error:.1f})"
+
+
 def attention_decode(found: list[Record]) -> Iterator[Cell]:
     """Time of decode attention alone and between matrix products."""
     for products in (False, True):
@@ -243,7 +263,9 @@ def attention_decode(found: list[Record]) -> Iterator[Cell]:
                 row = f"{short(r['dtype'])}, {prefix_of(r)}"
                 yield (
                     row,
-                    r["contender"] + (", with products" if products and r["contender"] != "products alone" else ""),
+                    "matrix products alone"
+                    if r["contender"] == "products alone"
+                    else r["contender"] + (", between matrix products" if products else ""),
                     milliseconds(r["seconds"]),
                 )
 
@@ -260,19 +282,21 @@ def parts(found: list[Record]) -> Iterator[Cell]:
 def planning(found: list[Record]) -> Iterator[Cell]:
     """Times of the planner."""
     for name, values in found[0]["microseconds"].items():
-        yield from ((name, heading, f"{v:.0f}") for heading, v in zip(("median", "from", "to"), values, strict=True))
+        headings = ("median", "95 % interval from", "95 % interval to")
+        yield from ((PLANNING[name], heading, f"{v:.0f}") for heading, v in zip(headings, values, strict=True))
 
 
 def tiering(found: list[Record]) -> Iterator[Cell]:
     """Time between two tokens with all prefixes resident and with few."""
     *both, ratio = found
     for r in both:
-        name = f"{r['resident']} resident" if r["contender"] == "tiered" else r["contender"]
+        count = r["resident"] if r["contender"] == "tiered" else "all"
+        name = f"{count} prefixes fit in the KV cache"
         yield name, "median, ms", f"{r['p50_ms']:.1f}"
         yield name, "99th percentile, ms", f"{r['p99_ms']:.1f}"
-        for key in ("reads", "evictions"):
-            yield name, {"reads": "files read"}.get(key, key), f"{r['stats'][key]:,}"
-        yield name, "steps", f"{r['steps']:,}"
+        for key, heading in (("loads", "loads"), ("reads", "loads from files"), ("evictions", "evictions")):
+            yield name, heading, f"{r['stats'][key]:,}"
+        yield name, "decode steps", f"{r['steps']:,}"
     yield "ratio", "99th percentile, ms", f"{ratio['p99_ratio']:.2f}"
 
 
@@ -285,33 +309,35 @@ def fairness(found: list[Record]) -> Iterator[Cell]:
 
 
 def users(found: list[Record]) -> Iterator[Cell]:
-    """Throughput of many users' prefixes."""
+    """Throughput of many users' prefixes, and requests whose tokens depend on the batch."""
     (r,) = found
-    yield (
-        f"{r['requests']} requests over {r['users']} prefixes in one batch",
-        "tokens/s",
-        f"{r['tokens_per_second_together']:.1f}",
-    )
-    yield "one request at a time", "tokens/s", f"{r['tokens_per_second_one_by_one']:.1f}"
-    compared, different = r["compared"], len(r["different"])
-    yield (
-        f"requests compared, and how many of them differ in a token of {compared['tokens']}",
-        "tokens/s",
-        f"{compared['requests']}, {different}",
-    )
+    together, alone, compared = r["tokens_per_second_together"], r["tokens_per_second_one_by_one"], r["compared"]
+    yield f"{r['requests']} requests with {r['users']} prefixes in one batch", "result", f"{together:.1f} tokens/s"
+    yield "one request at a time", "result", f"{alone:.1f} tokens/s"
+    of = f"{compared['requests']} compared ({compared['tokens']} tokens)"
+    yield f"requests with other tokens than alone or with transformers, of {of}", "result", str(len(r["different"]))
 
 
+# Numbers of GPT-2 124M: weights of all matrix products, and keys and values of one prefix row (12 layers of width 768).
+GPT2_WEIGHTS, GPT2_PREFIX_NUMBERS = 12 * 12 * 768**2 + 50257 * 768, 12 * 2 * 768
+STEP_PARTS = {"products": "matrix products", "arena writes": "KV cache writes", "choosing": "choice of tokens"}
 PARTS = {
     "test_attention_of_one_layer[0]": "attention of one layer, P = 0",
     "test_attention_of_one_layer[1]": "attention of one layer, P = 200, 1 distinct prefix",
     "test_attention_of_one_layer[32]": "attention of one layer, P = 200, 32 distinct prefixes",
-    "test_new_keys_of_one_layer": "writing the new keys of one layer",
-    "test_choosing[1]": "choosing tokens, greedy",
-    "test_choosing[4]": "choosing tokens, 4 beams",
-    "test_planning": "planning",
-    "test_a_decode_step_of_32_rows[20]": "a step beside the model, 20 resident prefixes",
-    "test_a_step_with_a_tenth_replaced[20]": "the same, a tenth of the rows replaced, 20 resident prefixes",
-    "test_a_step_with_a_tenth_replaced[2000]": "the same, a tenth of the rows replaced, 2,000 resident prefixes",
+    "test_new_keys_of_one_layer": "writing the new keys and values of one layer",
+    "test_choosing[1]": "choice of tokens, greedy",
+    "test_choosing[4]": "choice of tokens, 4 beams",
+    "test_planning": "scheduling",
+    "test_a_decode_step_of_32_rows[20]": "engine step without the model, 20 prefixes in the KV cache",
+    "test_a_step_with_a_tenth_replaced[20]": "the same, 3 requests replaced, 20 prefixes in the KV cache",
+    "test_a_step_with_a_tenth_replaced[2000]": "the same, 3 requests replaced, 2,000 prefixes in the KV cache",
+}
+PLANNING = {
+    "plan a decode step with padded work, 1024 requests, 256 prefixes": "with work items, padded for CUDA graphs",
+    "plan a decode step with work, 1024 requests, 256 prefixes": "with work items",
+    "plan a decode step, 1024 requests, 256 prefixes": "without work items, as on a CPU",
+    "the same, 102 requests replaced each step": "without work items, 102 requests replaced in each step",
 }
 STORE = {
     "put": "put one",
@@ -345,28 +371,29 @@ def figures(found: list[Record]) -> Iterator[Cell]:
     people = first(found, file="e2e-users-smollm2.jsonl")
     by_hand, one = rate("transformers, mixed batch by hand", 200), rate("PEFT, one request at a time", 200)
     generate, train = "prefixfast bench generate --rounds 2", f"{COMMANDS['quality']} smollm2-text MODEL DATA"
+    threads = [first(found, file=f"quality-smollm2-text-{impl}.json")["threads"] for impl in ("prefixfast", "peft")]
     rows = {
-        "GPT-2 124M, 32 requests, 32 distinct prefixes of 200 rows": (
+        "Generation: GPT-2 124M, 32 requests, 32 distinct prefixes of 200 prefix rows": (
             f"{rate('prefixfast', 200, 32)} tokens/s",
             f"{by_hand} (transformers, prefixes copied by hand), {one} (PEFT, one request at a time)",
             f"`{generate}`, `generate-gpt2-fp32.jsonl`",
         ),
-        "GPT-2 124M, 32 requests, one prefix of 512 rows": (
+        "Generation: GPT-2 124M, 32 requests, one prefix of 512 prefix rows": (
             f"{rate('prefixfast', 512, 1)} tokens/s",
             f"{rate('PEFT, one prefix for all', 512)} (PEFT)",
             f"`{generate}`, `generate-gpt2-fp32.jsonl`",
         ),
-        f"SmolLM2-135M, {people['requests']} requests, {people['users']} users' prefixes": (
+        f"Generation: SmolLM2-135M, {people['requests']} requests, prefixes of {people['users']} users": (
             f"{people['tokens_per_second_together']:.1f} tokens/s",
             f"{people['tokens_per_second_one_by_one']:.1f} (prefixfast, one request at a time)",
             f"`{COMMANDS['users']}`, `e2e-users-smollm2.jsonl`",
         ),
-        "SmolLM2-135M on E2E, 300 training steps": (
+        f"Quality: SmolLM2-135M on E2E, 300 steps ({threads[0]} thread; PEFT {threads[1]} threads)": (
             quality_of("text", "prefixfast"),
             f"{quality_of('text', 'peft')} (PEFT)",
             f"`{train}`, `quality-smollm2-text-*.json`",
         ),
-        "SmolLM2-135M, 12 training steps of batch 10, three runs": (
+        "Training time: SmolLM2-135M on E2E, 12 steps of batch 10, median (range) of 3 runs": (
             times("prefixfast"),
             f"{times('peft')} (PEFT)",
             f"`{train} --steps 12`, `quality-smollm2-time-*.json`",
@@ -374,7 +401,7 @@ def figures(found: list[Record]) -> Iterator[Cell]:
     }
     for row, texts in rows.items():
         yield from (
-            (row, *cell) for cell in zip(("prefixfast", "beside it", "command and results"), texts, strict=True)
+            (row, *cell) for cell in zip(("prefixfast", "compared with", "command, results file"), texts, strict=True)
         )
 
 
@@ -391,7 +418,7 @@ TABLES: dict[str, Table] = {
     "figures": Table(
         ("generate-gpt2-fp32.jsonl", "e2e-users-*.jsonl", "quality-smollm2-text-*.json", "quality-smollm2-time-*.json"),
         figures,
-        "fp32 on two CPU cores",
+        "fp32 on an AMD EPYC, 2 threads unless stated",
         source=False,
     ),
     "generate-gpt2-fp32": Table(("generate-gpt2-fp32.jsonl",), generation, "tokens/s, fp32"),
@@ -401,12 +428,12 @@ TABLES: dict[str, Table] = {
     "quality-smollm2": Table(
         ("quality-smollm2-text-*.json", "quality-smollm2-mlp-p*.json"),
         quality,
-        command=f"{COMMANDS['quality']} SETTING MODEL DATA {BOTH}",
+        command=f"{COMMANDS['quality']} SETTING MODEL DATA --threads THREADS {BOTH}",
     ),
     "quality-agreement": Table(
         ("quality-smollm2-text-*.json", "quality-smollm2-mlp-*.json"),
         agreement,
-        command=f"{COMMANDS['quality']} SETTING MODEL DATA --dtype float64 --steps 20",
+        command=f"{COMMANDS['quality']} SETTING MODEL DATA --dtype float64 --steps 20 --threads 1",
     ),
     "quality-texts": Table(("quality-smollm2-mlp-prefixfast.json",), sample_texts, "table", source=False),
     "quality-time": Table(
@@ -416,7 +443,7 @@ TABLES: dict[str, Table] = {
         f"{COMMANDS['quality']} smollm2-text MODEL DATA --steps 12 {BOTH}",
     ),
     "quality-nlg-10m": Table(
-        ("quality-nlg-10m-*.json",), quality_10m, command=f"{COMMANDS['quality']} nlg-10m MODEL DATA {BOTH}"
+        ("quality-nlg-10m-*.json",), quality_10m, command=f"{COMMANDS['quality']} nlg-10m MODEL DATA --threads 1 {BOTH}"
     ),
     "kernels": Table(("kernels-cpu-fp32.jsonl",), kernels, "ms, fp32", "prefixfast bench kernels --rounds 9"),
     "decode-step": Table(
@@ -429,6 +456,12 @@ TABLES: dict[str, Table] = {
         attention_backward,
         "ms (largest error)",
         "python benches/kernels/attn_backward.py OUT.jsonl",
+    ),
+    "attention-backward-ratios": Table(
+        ("attn-backward-cpu-bf16.jsonl",),
+        attention_backward_ratios,
+        "time (error) relative to flash in fp32",
+        source=False,
     ),
     "attention-decode": Table(
         ("attn-decode-cpu-float32.jsonl", "attn-decode-cpu-bfloat16.jsonl"),
@@ -450,6 +483,6 @@ TABLES: dict[str, Table] = {
         "prefixfast bench store",
     ),
     "fairness": Table(
-        ("fairness.jsonl",), fairness, "growth of the others' time per token", "prefixfast bench fairness"
+        ("fairness.jsonl",), fairness, "factor of the others' time per token", "prefixfast bench fairness"
     ),
 }

@@ -60,7 +60,7 @@ def commands() -> str:
         ]
         summary = " ".join((command.help or "").partition("\n\n")[0].split())
         rows.append([f"`{name}{arguments}`", summary, " ".join(f"`{flag}`" for flag in own)])
-    return grid(["command", "purpose", "flags besides the options"], rows, numbers=False)
+    return grid(["command", "purpose", "other flags"], rows, numbers=False)
 
 
 def usage(argument: Any) -> str:

@@ -117,7 +117,7 @@ def describe_backends(base: Model | None = None) -> dict[str, Any]:
         "fast bf16 on the cpu": "yes" if fast else "no: neither AVX512-BF16 nor AMX, so dtype auto is float32 there",
         "for": f"{device.type}, {str(dtype).removeprefix('torch.')}",
         **{f"op {op}": way for op, way in ops.explain_backends(chosen, device, dtype, dim).items()},
-        "weights": "packed for this CPU (oneDNN)" if packing is None else f"as they are: {packing}",
+        "weights": "prepacked for this CPU (oneDNN)" if packing is None else f"as they are: {packing}",
     }
 
 

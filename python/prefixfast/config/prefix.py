@@ -53,7 +53,7 @@ class PrefixConfig(Options):
     frozen_rows: int = option(0, "number of leading prefix rows that training leaves at their initial values")
     fit_steps: int = option(
         0,
-        "steps of Adam that fit the MLP to the initial keys and values, as in the paper; 0 starts at exactly these "
+        "steps of Adam that fit the MLP to the initial keys and values, as Li & Liang do; 0 starts at exactly these "
         "values without a fit",
     )
     pos_start: Literal["after", "zero"] = option(

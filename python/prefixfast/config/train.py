@@ -34,8 +34,8 @@ class TrainConfig(Options):
     )
     loss: Literal["token_mean", "sequence_sum"] = option(
         "token_mean",
-        "reduction of the loss over a batch: 'token_mean' the mean over target tokens, 'sequence_sum' the paper's sum "
-        "over the tokens of an example and mean over examples",
+        "reduction of the loss over a batch: 'token_mean' the mean over target tokens, 'sequence_sum' the sum "
+        "over the tokens of an example and mean over examples, as Li & Liang",
     )
     num_train_epochs: float = option(3.0, "number of passes over the rows; ignored if max_steps is set")
     max_steps: int | None = option(
@@ -93,7 +93,7 @@ class TrainConfig(Options):
     )
     early_stopping_patience: int | None = option(
         None,
-        "number of evaluations in a row without a new lowest eval_loss after which a prefix ends; None never ends "
+        "number of consecutive evaluations without a new lowest eval_loss after which a prefix ends; None never ends "
         "early",
     )
     save_steps: int | None = option(

@@ -60,4 +60,4 @@ def _linear(model: Model) -> str:
     if model.packed is None:
         return "torch; prepack=False" if model.device.type == "cpu" else "torch; packed weights are for CPUs"
     reason = model.packed.why_not
-    return "packed for this CPU (oneDNN)" if reason is None else f"torch; {reason}"
+    return "prepacked for this CPU (oneDNN)" if reason is None else f"torch; {reason}"

@@ -50,7 +50,7 @@ class PrefixPinning:
         self.driver.between_steps(lambda: self.loop.set_pinned(found, False))
 
     def evict(self, prefix: Prefix | StoredPrefix | str) -> bool:
-        """Forget a prefix: set its arena rows to zero, and release its copy in host memory.
+        """Forget a prefix: set its rows in the KV arena to zero, and release its copy in host memory.
 
         Args:
             prefix: Prefix, entry of the store, name in the store, or digest. A digest also names a prefix that the

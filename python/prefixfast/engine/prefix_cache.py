@@ -23,8 +23,8 @@ class Resident:
     Attributes:
         name: Name of the prefix in the store, None if it was passed as an object.
         digest: Digest of the prefix.
-        rows: Number of arena rows: the number of rows P of the prefix's longest layer.
-        nbytes: Bytes of these arena rows in all layers, including layers that the prefix does not have.
+        rows: Number of rows of the KV arena, one per row P of the prefix's longest layer.
+        nbytes: Bytes of these rows in all layers, including layers that the prefix does not have.
         pinned: Whether the prefix is pinned.
         requests: Number of waiting and running requests that use the prefix.
     """
@@ -115,7 +115,7 @@ class PrefixCache:
         return 1, len(evicted)
 
     def evict(self, digest: str) -> bool:
-        """Forget a prefix and set its arena rows to zero, as soon as no request uses it.
+        """Forget a prefix and set its rows in the KV arena to zero, as soon as no request uses it.
 
         Args:
             digest: Digest of the prefix.

@@ -68,7 +68,8 @@ class Request:
         processors: The caller's own logits processors.
         tenant: Name of the tenant. None groups requests by their first prefix.
         priority: Priority; requests of a higher priority are scheduled first.
-        deadline: Time at which the request is dropped, in seconds of `time.monotonic`, None without a deadline.
+        deadline: Time at which the request ends with the tokens so far, in seconds of `time.monotonic`; None without a
+            deadline.
         shared_tokens: Number of leading prompt tokens in a shared prompt, whose keys and values are the last prefix.
         on_token: Function that the engine's thread calls with each token of the first text.
     """

@@ -124,8 +124,8 @@ def train(
             gets the name ``"prefix"``.
         output_dir: Folder for the prefixes (the prefix itself, or one folder for each name), ``log.jsonl``,
             ``failed.jsonl`` and checkpoints. None writes no files.
-        resume: Whether the run continues from the checkpoint in ``output_dir``, if there is one. On a CPU the result is
-            equal to that of an uninterrupted run to the bit.
+        resume: Whether the run continues from the checkpoint in ``output_dir``, if there is one. On CPUs with the
+            same instruction set and number of threads the result is bit-identical to that of an uninterrupted run.
         on_error: Treatment of a prefix that fails because of its rows or its numbers, if several are trained.
             ``"isolate"`` reports the failure in `TrainRun.failed` and trains the others; ``"raise"`` raises the error.
         callbacks: Callbacks, objects with some of the hooks of `prefixfast.training.callbacks.Callback`.

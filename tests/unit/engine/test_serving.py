@@ -196,7 +196,7 @@ def test_an_engine_explains_its_operators(base):
             "attn": "torch (grouped by prefix and merged)",
             "attn_decode": "rust (each row's keys read once, in place)",
             "decode step": "eager; CUDA graphs need a GPU",
-            "linear": "packed for this CPU (oneDNN)",
+            "linear": "prepacked for this CPU (oneDNN)",
         }
     with Engine(prefixfast.load(tiny.make("gpt2"), backend="reference"), **SMALL, prepack=False) as engine:
         assert engine.explain() == {

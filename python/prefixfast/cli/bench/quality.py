@@ -39,7 +39,7 @@ def quality(
         str,
         typer.Argument(
             metavar="SETTING",
-            help="smollm2-text (flat prefix from text), smollm2-mlp (MLP from random values), both for SmolLM2-135M, "
+            help="smollm2-text (keys and values, from text), smollm2-mlp (MLP from random values), both SmolLM2-135M, "
             "or nlg-10m (MLP, strings of the paper).",
         ),
     ],

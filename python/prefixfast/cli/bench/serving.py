@@ -19,9 +19,9 @@ def decode_step(
     steps: Annotated[int, typer.Option(min=1, help="Steps of each setting in a round.")] = 12,
     rounds: Rounds = 4,
 ) -> None:
-    """Measure a decode step of 32 rows of GPT-2 124M with random weights, and its share by operator.
+    """Measure a decode step of 32 sequences of GPT-2 124M with random weights, and its share by operator.
 
-    The settings differ in prefix length, number of distinct prefixes and packing of the weights.
+    The settings differ in prefix length, number of distinct prefixes and layout of the weights.
     """
     from prefixfast.bench.decode_step import run
     from prefixfast.bench.harness import DTYPES
@@ -49,10 +49,10 @@ def fairness(
 def tiering(
     output: Output = Path("bench-tiering"),
     stored: Stored = 10_000,
-    resident: Annotated[int, typer.Option(min=1, help="Number of prefixes that the small arena holds.")] = 100,
+    resident: Annotated[int, typer.Option(min=1, help="Number of prefixes that the small KV cache holds.")] = 100,
     requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 3000,
 ) -> None:
-    """Measure the time between two tokens when the arena holds few of the store's prefixes, against all of them."""
+    """Measure the time between two tokens when the KV cache holds few of the store's prefixes, against all of them."""
     from prefixfast.bench.tiering import Settings, run
 
     run(output, Settings(stored=stored, resident=resident, requests=requests))
