@@ -314,13 +314,15 @@ def users(found: list[Record]) -> Iterator[Cell]:
     together, alone, compared = r["tokens_per_second_together"], r["tokens_per_second_one_by_one"], r["compared"]
     yield f"{r['requests']} requests with {r['users']} prefixes in one batch", "result", f"{together:.1f} tokens/s"
     yield "one request at a time", "result", f"{alone:.1f} tokens/s"
-    of = f"{compared['requests']} compared ({compared['tokens']} tokens)"
-    yield f"requests with other tokens than alone or with transformers, of {of}", "result", str(len(r["different"]))
+    of = f"{compared['requests']} compared requests ({compared['tokens']} tokens)"
+    row = f"number of the {of} whose tokens differ from those generated alone or by transformers"
+    yield row, "result", str(len(r["different"]))
 
 
 # Numbers of GPT-2 124M: weights of all matrix products, and keys and values of one prefix row (12 layers of width 768).
 GPT2_WEIGHTS, GPT2_PREFIX_NUMBERS = 12 * 12 * 768**2 + 50257 * 768, 12 * 2 * 768
 STEP_PARTS = {"products": "matrix products", "arena writes": "KV cache writes", "choosing": "choice of tokens"}
+REPLACED = "engine step without the model, in which 3 of the 32 requests end and 3 others start"
 PARTS = {
     "test_attention_of_one_layer[0]": "attention of one layer, P = 0",
     "test_attention_of_one_layer[1]": "attention of one layer, P = 200, 1 distinct prefix",
@@ -330,14 +332,14 @@ PARTS = {
     "test_choosing[4]": "choice of tokens, 4 beams",
     "test_planning": "scheduling",
     "test_a_decode_step_of_32_rows[20]": "engine step without the model, 20 prefixes in the KV cache",
-    "test_a_step_with_a_tenth_replaced[20]": "the same, 3 requests replaced, 20 prefixes in the KV cache",
-    "test_a_step_with_a_tenth_replaced[2000]": "the same, 3 requests replaced, 2,000 prefixes in the KV cache",
+    "test_a_step_with_a_tenth_replaced[20]": f"{REPLACED}, 20 prefixes in the KV cache",
+    "test_a_step_with_a_tenth_replaced[2000]": f"{REPLACED}, 2,000 prefixes in the KV cache",
 }
 PLANNING = {
     "plan a decode step with padded work, 1024 requests, 256 prefixes": "with work items, padded for CUDA graphs",
     "plan a decode step with work, 1024 requests, 256 prefixes": "with work items",
     "plan a decode step, 1024 requests, 256 prefixes": "without work items, as on a CPU",
-    "the same, 102 requests replaced each step": "without work items, 102 requests replaced in each step",
+    "the same, 102 requests replaced each step": "without work items, 102 requests end and 102 start in each step",
 }
 STORE = {
     "put": "put one",
@@ -383,17 +385,17 @@ def figures(found: list[Record]) -> Iterator[Cell]:
             f"{rate('PEFT, one prefix for all', 512)} (PEFT)",
             f"`{generate}`, `generate-gpt2-fp32.jsonl`",
         ),
-        f"Generation: SmolLM2-135M, {people['requests']} requests, prefixes of {people['users']} users": (
+        f"Generation: SmolLM2-135M-Instruct, {people['requests']} requests, prefixes of {people['users']} users": (
             f"{people['tokens_per_second_together']:.1f} tokens/s",
             f"{people['tokens_per_second_one_by_one']:.1f} (prefixfast, one request at a time)",
             f"`{COMMANDS['users']}`, `e2e-users-smollm2.jsonl`",
         ),
-        f"Quality: SmolLM2-135M on E2E, 300 steps ({threads[0]} thread; PEFT {threads[1]} threads)": (
+        f"Quality: SmolLM2-135M-Instruct, E2E, 300 steps ({threads[0]} thread; PEFT {threads[1]} threads)": (
             quality_of("text", "prefixfast"),
             f"{quality_of('text', 'peft')} (PEFT)",
             f"`{train}`, `quality-smollm2-text-*.json`",
         ),
-        "Training time: SmolLM2-135M on E2E, 12 steps of batch 10, median (range) of 3 runs": (
+        "Training time: SmolLM2-135M-Instruct, E2E, 12 steps of batch 10, median (range) of 3 runs": (
             times("prefixfast"),
             f"{times('peft')} (PEFT)",
             f"`{train} --steps 12`, `quality-smollm2-time-*.json`",

@@ -48,8 +48,9 @@ def check_rows(
         int | None,
         typer.Option(
             min=2,
-            help="Largest number of tokens of an example. Needs --model.",
-            show_default="the model's positions, of which the prefix takes some",
+            help="Number of tokens above which an example counts as too long. Needs --model. In training the "
+            "prefix takes positions too, so that an example that fits here can be too long there.",
+            show_default="all positions of the model",
         ),
     ] = None,
     max_errors: Annotated[int, typer.Option(min=0, help="Number of problems to list; all are counted.")] = 100,
@@ -62,7 +63,7 @@ def check_rows(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show every problem of the rows with its line, lengths, and one example as the model reads it.
+    """List every problem of a file of rows with its line, the rows' lengths, and one example as the model reads it.
 
     The exit status is 1 if there are problems.
     """

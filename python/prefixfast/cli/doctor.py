@@ -23,9 +23,7 @@ EXAMPLE = "prefixfast doctor gpt2"
 def command(
     model: Annotated[
         str | None,
-        typer.Argument(
-            metavar="[MODEL]", help="Hub id or folder of a base to load and attach.", show_default="no base"
-        ),
+        typer.Argument(metavar="[MODEL]", help="Hub id or folder of a base to load.", show_default="no base"),
     ] = None,
     dtype: Annotated[
         str,

@@ -16,8 +16,9 @@ from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import ConfigError
 
 FORMATS = ".jsonl, .json, .csv or .parquet, each also with .gz"
+REQUEST_KEYS = "Targets are ignored. A row with a key that no format has is refused."
 PREFIX = typer.Option(
-    help="Folder or hub id of the prefix of all requests. Several are concatenated from left to right.",
+    help="Folder or hub id of the prefix of all rows. Several prefixes compose from left to right.",
     show_default="no prefix",
 )
 PREFIXES = typer.Option(
@@ -32,7 +33,7 @@ EXAMPLE = "prefixfast generate requests.jsonl -o texts.jsonl --prefix my-prefix"
 
 @flags(GenerationParams, EngineConfig)
 def command(
-    requests: Annotated[Path, typer.Argument(metavar="IN", help=f"File of rows without a target ({FORMATS}).")],
+    requests: Annotated[Path, typer.Argument(metavar="IN", help=f"File of rows ({FORMATS}). {REQUEST_KEYS}")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="File of JSON lines, one for each request, in the order of IN.")
     ],

@@ -16,6 +16,10 @@ FLAGS = {"help": "Show this help and exit.", "version": "Show the version and ex
 class Command(TyperCommand):
     """Command with a plain help page; its ``epilog`` is the example."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Pieces of the usage line, in the help page and in errors."""
+        return _usage_pieces(self, ctx)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help page: usage, description, arguments, groups of options, example."""
         _write_head(self, ctx, formatter)
@@ -25,6 +29,10 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """Group of commands with a plain help page; its ``epilog`` is the example."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Pieces of the usage line, in the help page and in errors."""
+        return _usage_pieces(self, ctx)
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the help page: usage, description, options, commands, example."""
@@ -36,14 +44,16 @@ class Group(TyperGroup):
 
 
 def _write_head(command: Any, ctx: Any, formatter: Any) -> None:
-    pieces = [command.options_metavar, *(_usage(p) for p in command.get_params(ctx) if _is_argument(p))]
-    if hasattr(command, "commands"):
-        pieces.append("COMMAND ...")
-    formatter.write_usage(ctx.command_path, " ".join(pieces))
+    formatter.write_usage(ctx.command_path, " ".join(_usage_pieces(command, ctx)))
     for paragraph in _paragraphs(command.help):
         formatter.write_paragraph()
         with formatter.indentation():
             formatter.write_text(paragraph)
+
+
+def _usage_pieces(command: Any, ctx: Any) -> list[str]:
+    pieces = [command.options_metavar, *(_usage(p) for p in command.get_params(ctx) if _is_argument(p))]
+    return [*pieces, "COMMAND ..."] if hasattr(command, "commands") else pieces
 
 
 def _is_argument(parameter: Any) -> bool:

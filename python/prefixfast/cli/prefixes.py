@@ -277,7 +277,7 @@ def _details(stored: StoredPrefix) -> dict[str, Any]:
         "pos_start": stored.pos_start,
         "window": stored.window,
         "base": stored.base,
-        "task": stored.task,
+        "linearizer": stored.task,  # as in entry.json
         "decoding": dict(stored.decoding),
         "training": dict(prefix.training),
     }

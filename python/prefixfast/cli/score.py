@@ -34,7 +34,12 @@ def command(
     *,
     fields: dict[str, Any],
 ) -> None:
-    """Compute the log-probability of every row's target, each with its own prefix."""
+    """Compute the log-probability of every row's target, each with its own prefix.
+
+    Nothing is generated, so that these engine options do not change a score: max_model_len, max_num_seqs,
+    kv_cache_memory, gpu_memory_utilization, prefix_memory, host_prefix_memory, prefix_dtype, max_waiting,
+    share_prompts, enforce_eager, compile_decode and seed.
+    """
     from prefixfast import score
     from prefixfast.data import read_rows
     from prefixfast.io.atomic import replace_file

@@ -32,18 +32,21 @@ PREFIX_COLUMN = typer.Option(
 )
 EVAL_DATA = typer.Option(help="Held-out rows, in the form of DATA.", show_default="no evaluation")
 INIT = typer.Option(
-    help="Initial values: text, random, zero, or the folder of a prefix.", show_default="that of the recipe, text"
+    help="Initial values: text, random, zero, or the folder of a prefix.",
+    show_default="init of the recipe; the default recipe has text",
 )
 INIT_TEXT = typer.Option(
-    help="Text whose keys and values --init text starts from.", show_default="the text of the task"
+    help="Text whose keys and values are the initial values of --init text.",
+    show_default="init text of the recipe or the task",
 )
 ON_TOP_OF = typer.Option(help="Folder of a frozen prefix that comes before the trained ones.", show_default="no prefix")
 SWEEP = typer.Option(
-    help="FIELD=VALUE,VALUE,...: train a prefix for each value. Given for several fields, it trains every combination.",
+    help="Field and values as FIELD=VALUE,VALUE,...; a prefix is trained for each value, and with several fields for "
+    "each combination.",
     show_default="no sweep",
 )
 OVERRIDES = typer.Option(
-    help="YAML file with a mapping of options for each named prefix.", show_default="the same options for all"
+    help="YAML file that maps names of prefixes to options of their own.", show_default="the same options for all"
 )
 STORE = typer.Option(
     help="Folder of a store that each prefix is also put into when it finishes.", show_default="no store"

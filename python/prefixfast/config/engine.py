@@ -42,11 +42,13 @@ class EngineConfig(Options):
         "largest number of prompt and generated tokens of a request, without prefix rows; None is 4096, or the base "
         "model's number of positions if that is smaller",
     )
-    max_num_seqs: int = option(64, "largest number of decode rows of a step; a request takes one per beam or sample")
+    max_num_seqs: int = option(
+        64, "largest number of sequences in a decode step; a request takes one for each beam or sample"
+    )
     max_num_batched_tokens: int = option(
         4096,
-        "largest number of tokens of a step, one of each decode row included; longer prompts are prefilled over "
-        "several steps",
+        "largest number of tokens of a step, in which each decoding sequence counts one token; longer prompts are "
+        "prefilled over several steps",
     )
     kv_cache_memory: int | None = option(
         None,
@@ -62,8 +64,8 @@ class EngineConfig(Options):
     )
     host_prefix_memory: int = option(
         2**31,
-        "largest number of bytes of host memory for prefixes read from a store; the most recently used prefix is held "
-        "in any case",
+        "largest number of bytes of host memory for prefixes read from a store; the most recently used prefix stays "
+        "in memory even if it is larger",
     )
     prefix_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "dtype in which host memory holds prefixes from a store; 'auto' is the compute dtype"
@@ -74,16 +76,18 @@ class EngineConfig(Options):
     share_prompts: int = option(
         0,
         "smallest number of leading tokens that requests of a batch have in common for these tokens to be computed "
-        "once, as a prefix; 0 turns it off",
+        "once; later requests reuse the 32 most recently used of these texts; 0 turns it off",
     )
     num_threads: int | None = option(None, "number of CPU threads; None is torch's setting")
     enforce_eager: bool = option(
-        False, "whether decode steps on a GPU run eagerly, without captured CUDA graphs that start one step ahead"
+        False,
+        "whether decode steps on a GPU run without CUDA graphs, and each starts only after the tokens of the previous "
+        "step were read",
     )
     compile_decode: bool = option(
         False,
-        "whether torch.compile compiles the decode steps in CUDA graphs: a start that takes minutes longer, and fewer "
-        "kernel launches (not measured)",
+        "whether torch.compile compiles the decode steps of the CUDA graphs, which saves kernel launches and makes the "
+        "start minutes longer (not measured)",
     )
     prepack: bool = option(
         True,

@@ -34,7 +34,7 @@ class PrefixConfig(Options):
     )
     reparameterization: Literal["auto", "none", "mlp"] = option(
         "auto",
-        "parameters that are trained: 'none' the keys and values themselves, 'mlp' a network that makes them; 'auto' "
+        "parameters that are trained: 'none' the keys and values themselves, 'mlp' an MLP that computes them; 'auto' "
         "is mlp for init random or zero, else none",
     )
     sites: tuple[str, ...] | None = option(
@@ -53,8 +53,8 @@ class PrefixConfig(Options):
     frozen_rows: int = option(0, "number of leading prefix rows that training leaves at their initial values")
     fit_steps: int = option(
         0,
-        "steps of Adam that fit the MLP to the initial keys and values, as Li & Liang do; 0 starts at exactly these "
-        "values without a fit",
+        "number of Adam steps that fit the MLP to the initial keys and values before training, as Li & Liang do; with "
+        "0 the output of the MLP, which is zero at the start, is added to the initial values",
     )
     pos_start: Literal["after", "zero"] = option(
         "after", "position of the first token: 'after' is P, as in PEFT, and 'zero' is 0"

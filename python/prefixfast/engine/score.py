@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefixfast.attention.plan import Plan, PrefixUse, training_plan
 from prefixfast.config.json_types import JSON
-from prefixfast.data.encode import Input, encode_target, request_error
+from prefixfast.data.encode import Input, Ints, encode_target, request_error
 from prefixfast.engine.request import Request
 from prefixfast.engine.search import argmax_rows
 from prefixfast.errors import ConfigError, RequestError
@@ -25,7 +25,6 @@ from prefixfast.prefix.kv import concat_kv, row_table
 from prefixfast.store import StoredPrefix
 
 LOGITS_ROWS = 256  # rows of logits computed at once
-Ints = NDArray[np.int32]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ function. This module has no code for single architectures.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +19,6 @@ from transformers.activations import NewGELUActivation
 from prefixfast.attention.hf_interface import NAME
 from prefixfast.model.dry_run import LayerShape, check_same_logits, dry_run, own_logits
 from prefixfast.model.supported_models import VERIFIED, check_supported
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

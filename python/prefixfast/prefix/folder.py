@@ -20,19 +20,19 @@ from prefixfast.io.atomic import replace_folder, write_file
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import num_layers
 from prefixfast.prefix import peft_format as peft
-from prefixfast.prefix.names import FIELD_NAMES, OLD_KEYS, PrefixFields
+from prefixfast.prefix.names import FIELD_NAMES, PrefixFields, file_key
 from prefixfast.prefix.validate import convention_error
 
 META, TENSORS = "prefixfast.json", "prefix.safetensors"
 OWNED = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
 VERSION = 1
-KEYS = {name: OLD_KEYS.get(name, name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
+KEYS = {name: file_key(name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
 LOOKED_FOR = (
     f"{META} (a prefixfast prefix) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type "
     f"{' or '.join(peft.TYPES)})"
 )
 TYPES_OF_KEYS = {"pos_start": int, "window": str, "digest": str, "decoding": dict, "training": dict}
-TYPES_OF_OPTIONAL_KEYS = {"base": dict, "linearizer": dict, "not_peft_because": str}
+TYPES_OF_OPTIONAL_KEYS = {"base": dict, file_key("task"): dict, "not_peft_because": str}
 TYPES_OF_BASE_KEYS = {"name": str, "config": dict, "tokenizer": str, "weights": str}
 
 

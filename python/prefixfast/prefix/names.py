@@ -12,7 +12,6 @@ if TYPE_CHECKING:
 
 Window: TypeAlias = Literal["slide", "always"]
 FIELD_NAMES = ("pos_start", "window", "base", "task", "decoding", "training")
-OLD_KEYS = {"task": "linearizer"}  # keys of files by field name, where version 0.1.0 wrote another name
 
 
 class PrefixFields(TypedDict, total=False):
@@ -24,6 +23,11 @@ class PrefixFields(TypedDict, total=False):
     task: Mapping[str, JSON] | None
     decoding: Mapping[str, JSON]
     training: Mapping[str, JSON]
+
+
+def file_key(field: str) -> str:
+    """Key of a field in ``prefixfast.json`` and ``entry.json``; version 0.1.0 wrote the task as ``linearizer``."""
+    return "linearizer" if field == "task" else field
 
 
 def layers_of(names: Iterable[str]) -> tuple[int, ...]:

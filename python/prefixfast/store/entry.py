@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError, warn_renamed
 from prefixfast.io.untrusted import read_json
-from prefixfast.prefix.names import OLD_KEYS, layers_of
+from prefixfast.prefix.names import file_key, layers_of
 from prefixfast.store.versions import version_folders
 
 if TYPE_CHECKING:
@@ -109,7 +109,8 @@ class StoredPrefix:
 
         prefix = Prefix.from_pretrained(self.folder)
         if wrong := self.differences(prefix):
-            msg = f"{self.folder}: the prefix and {ENTRY} differ in {', '.join(wrong)}; put the prefix again"
+            keys = ", ".join(map(file_key, wrong))
+            msg = f"{self.folder}: the prefix and {ENTRY} differ in {keys}; put the prefix again"
             raise DataError(msg, path=str(self.folder))
         return prefix
 
@@ -142,7 +143,7 @@ def name_hash(name: str) -> str:
 def entry_bytes(name: str, prefix: Prefix) -> bytes:
     """Content of ``entry.json`` for a prefix that is put now."""
     about = {"name": name, "nbytes": prefix.nbytes, "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    fields = {OLD_KEYS.get(name, name): value for name, value in _fields(prefix).items()}
+    fields = {file_key(name): value for name, value in _fields(prefix).items()}
     return json.dumps(about | fields, sort_keys=True).encode()
 
 
@@ -196,16 +197,15 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
         stored = StoredPrefix(
             folder=folder,
             shapes=shapes,
-            **{f: found[OLD_KEYS.get(f, f)] for f in ("name", "nbytes", "created", *FIELDS)},
+            **{f: found[file_key(f)] for f in ("name", "nbytes", "created", *FIELDS)},
         )
         wrong = next((field for field, valid in _validity(stored).items() if not valid), None)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        msg = (
-            f"{ENTRY}: expected name, shapes, nbytes, created and {', '.join(FIELDS)}, got {e!r}; put the prefix again"
-        )
+        keys = ", ".join(map(file_key, FIELDS))
+        msg = f"{ENTRY}: expected name, shapes, nbytes, created and {keys}, got {e!r}; put the prefix again"
         raise DataError(msg, path=str(folder / ENTRY)) from e
     if wrong is not None:
-        msg = f"{ENTRY}: {wrong}: got {getattr(stored, wrong)!r:.200}; put the prefix again"
+        msg = f"{ENTRY}: {file_key(wrong)}: got {getattr(stored, wrong)!r:.200}; put the prefix again"
         raise DataError(msg, path=str(folder / ENTRY))
     return stored
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from prefixfast import BaseMismatchError, Prefix, PrefixStore, load
+from prefixfast import BaseMismatchError, DataError, Prefix, PrefixStore, load
 
 TASK = {"name": "prompt", "prompt": "{src}\n"}
 KEYS = ["base", "decoding", "digest", "linearizer", "not_peft_because", "pos_start", "training", "version", "window"]
@@ -69,3 +69,16 @@ def test_a_store_entry_has_the_keys_of_0_1_0(tmp_path, make_prefix):
     assert entry["linearizer"] == TASK
     again = PrefixStore(tmp_path)
     assert (again.info("ann").task, again["ann"].task) == (TASK, TASK)
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"), [({"linearizer": 5}, "linearizer: got 5"), ({}, "linearizer")], ids=["wrong", "missing"]
+)
+def test_errors_name_the_key_of_the_file(tmp_path, make_prefix, edit, said):
+    store = PrefixStore(tmp_path)
+    file = store.put("ann", make_prefix(task=TASK)).folder / "entry.json"
+    entry = json.loads(file.read_text(encoding="utf8"))
+    del entry["linearizer"]
+    file.write_text(json.dumps(entry | edit), encoding="utf8")
+    with pytest.raises(DataError, match=said):
+        store.info("ann")

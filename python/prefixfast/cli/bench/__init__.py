@@ -23,7 +23,7 @@ for name, command, example in (
     ("fairness", serving.fairness, "--seconds 10 --rounds 5"),
     ("tiering", serving.tiering, "--stored 10000 --resident 100"),
     ("store", serving.store, "--stored 10000"),
-    ("users", quality.users, "HuggingFaceTB/SmolLM2-135M e2e-dataset"),
-    ("quality", quality.quality, "smollm2-text HuggingFaceTB/SmolLM2-135M e2e-dataset"),
+    ("users", quality.users, "SmolLM2-135M-Instruct e2e-dataset"),
+    ("quality", quality.quality, "smollm2-text SmolLM2-135M-Instruct e2e-dataset"),
 ):
     app.command(name, cls=Command, epilog=f"prefixfast bench {name} {example}")(command)

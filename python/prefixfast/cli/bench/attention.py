@@ -17,7 +17,7 @@ def kernels(
     dtype: AttentionDtype = "auto",
     rounds: Rounds = 7,
 ) -> None:
-    """Measure packed attention with shared prefixes, forward and backward, against torch's on copied prefixes.
+    """Measure packed attention with shared prefixes, forward and backward, and torch's attention on copied prefixes.
 
     On a GPU the kernels are first compared with the reference.
     """
@@ -33,7 +33,7 @@ def decode(
     dtype: AttentionDtype = "auto",
     rounds: Rounds = 7,
 ) -> None:
-    """Measure decode attention of one layer with shared prefixes, against torch's on gathered or copied prefixes."""
+    """Measure decode attention of one layer with shared prefixes, and torch's on gathered or copied prefixes."""
     from prefixfast.bench.decode import run
     from prefixfast.bench.harness import DTYPES
 

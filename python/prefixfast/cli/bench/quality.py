@@ -39,8 +39,9 @@ def quality(
         str,
         typer.Argument(
             metavar="SETTING",
-            help="smollm2-text (keys and values, from text), smollm2-mlp (MLP from random values), both SmolLM2-135M, "
-            "or nlg-10m (MLP, strings of the paper).",
+            help="Training run. smollm2-text: made for SmolLM2-135M-Instruct, no MLP, init text. smollm2-mlp: made for "
+            "SmolLM2-135M-Instruct, MLP, init random. nlg-10m: made for a GPT-2 of 10 million parameters, MLP, init "
+            "random, with the strings of Li & Liang.",
         ),
     ],
     model: Base,
@@ -56,14 +57,17 @@ def quality(
         int | None,
         typer.Option(
             min=1,
-            help="Number of steps to stop after, without an evaluation. The learning-rate schedule of PEFT stays "
-            "that of the setting.",
-            show_default="those of the setting, and an evaluation",
+            help="Number of training steps, after which nothing is evaluated. With --impl peft the learning rate "
+            "decays over the steps of SETTING, with --impl prefixfast over these steps.",
+            show_default="all steps of SETTING, and an evaluation",
         ),
     ] = None,
     dtype: Annotated[
         Literal["float32", "float64"],
-        typer.Option(help="Compute dtype; float64 computes the loss in it too, which transformers rounds to float32."),
+        typer.Option(
+            help="Compute dtype. With float64 the norms and the training loss are computed in float64 too, where "
+            "transformers itself rounds to float32."
+        ),
     ] = "float32",
     threads: Annotated[int, typer.Option(min=1, help="Number of CPU threads.")] = 2,
     texts: Annotated[

@@ -19,7 +19,7 @@ def decode_step(
     steps: Annotated[int, typer.Option(min=1, help="Steps of each setting in a round.")] = 12,
     rounds: Rounds = 4,
 ) -> None:
-    """Measure a decode step of 32 sequences of GPT-2 124M with random weights, and its share by operator.
+    """Measure a decode step of 32 sequences of GPT-2 124M with random weights, and the time of its operators.
 
     The settings differ in prefix length, number of distinct prefixes and layout of the weights.
     """
@@ -36,9 +36,10 @@ def fairness(
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for which requests arrive in each run.")] = 10.0,
     rounds: Rounds = 5,
 ) -> None:
-    """Measure the growth of seven tenants' time per token when an eighth sends ten times as many requests as each.
+    """Measure seven tenants' time per token when an eighth sends ten times as many requests as each of the others.
 
-    A round runs the same load with and without tenants, calm and loud, and takes four times as long as one run.
+    A round has four runs: the eighth sends as many requests as the others or ten times as many, each with one tenant
+    for every sender and with a single tenant for all.
     """
     from prefixfast.bench.fairness import run
 
@@ -52,7 +53,7 @@ def tiering(
     resident: Annotated[int, typer.Option(min=1, help="Number of prefixes that the small KV cache holds.")] = 100,
     requests: Annotated[int, typer.Option(min=1, help="Number of requests.")] = 3000,
 ) -> None:
-    """Measure the time between two tokens when the KV cache holds few of the store's prefixes, against all of them."""
+    """Measure the time between two tokens with a KV cache for few of the store's prefixes, and with one for all."""
     from prefixfast.bench.tiering import Settings, run
 
     run(output, Settings(stored=stored, resident=resident, requests=requests))

@@ -61,7 +61,7 @@ def train(
 ) -> None:
     """Measure the throughput of training by prefix length and number of prefixes at once.
 
-    The contender is PEFT, if it is installed, in the usual training loop.
+    The contender is PEFT, if it is installed, in a plain PyTorch training loop.
     """
     from prefixfast.bench.random_base import SHAPES
     from prefixfast.bench.train import LIMIT, Settings, run

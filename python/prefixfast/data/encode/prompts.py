@@ -161,7 +161,14 @@ def _encode_messages(tokenizer: Tokenizer, messages: Sequence[Any]) -> Ints:
         raise ConfigError(msg)
     try:
         written = tokenizer.chat(messages, generation_prompt=False)
-        return tokenizer.encode([written], add_special_tokens=False)[0]
+    except DataError as e:
+        msg = f"text: {e}"
+        raise ConfigError(msg) from e
     except Exception as e:  # a template is a program, which can raise anything
-        msg = f"text: the chat template refuses these messages: {e}"
+        msg = f"text: the chat template refuses the conversation: {e}"
+        raise ConfigError(msg) from e
+    try:
+        return tokenizer.encode([written], add_special_tokens=False)[0]
+    except UnicodeEncodeError as e:
+        msg = f"text: a message is no text: {e}"
         raise ConfigError(msg) from e

@@ -21,17 +21,8 @@ def token_ids(value: Any, vocab_size: int) -> Ints | None:
     Returns:
         Token ids, int32. None if ``value`` is no flat sequence of integers, or an id is not in the vocabulary.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-        return None
-    if not isinstance(value, np.ndarray) and not all(
-        issubclass(kind, int | np.integer) and kind is not bool for kind in set(map(type, value))
-    ):
-        return None
-    try:
-        ids = np.asarray(value) if len(value) else np.zeros(0, np.int32)
-    except OverflowError:  # a number beyond 64 bits
-        return None
-    if ids.ndim != 1 or ids.dtype.kind not in "iu" or (len(ids) and (ids.min() < 0 or ids.max() >= vocab_size)):
+    ids = np.zeros(0, np.int64) if isinstance(value, list | tuple) and not value else int_array(value)
+    if ids is None or (len(ids) and (ids.min() < 0 or ids.max() >= vocab_size)):
         return None
     return ids.astype(np.int32)
 
@@ -39,7 +30,7 @@ def token_ids(value: Any, vocab_size: int) -> Ints | None:
 def int_array(value: Any) -> NDArray[np.int64] | None:
     """A flat array of integers, int64; None if ``value`` is something else."""
     try:
-        found = np.asarray(value)
+        found = np.asarray(value) if isinstance(value, Sequence | np.ndarray) else np.zeros(())
         return found.astype(np.int64) if found.ndim == 1 and found.dtype.kind in "iu" else None
     except (ValueError, OverflowError):  # a ragged list, or a number beyond 64 bits
         return None
