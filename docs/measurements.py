@@ -377,7 +377,7 @@ def figures(found: list[Record]) -> Iterator[Cell]:
     rows = {
         "Generation: GPT-2 124M, 32 requests, 32 distinct prefixes of 200 prefix rows": (
             f"{rate('prefixfast', 200, 32)} tokens/s",
-            f"{by_hand} (transformers, prefixes copied by hand), {one} (PEFT, one request at a time)",
+            f"{by_hand} (transformers, prefixes copied by hand), {one} (PEFT, one request at a time, one prefix)",
             f"`{generate}`, `generate-gpt2-fp32.jsonl`",
         ),
         "Generation: GPT-2 124M, 32 requests, one prefix of 512 prefix rows": (

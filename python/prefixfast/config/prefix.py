@@ -54,7 +54,8 @@ class PrefixConfig(Options):
     fit_steps: int = option(
         0,
         "number of Adam steps that fit the MLP to the initial keys and values before training, as Li & Liang do; with "
-        "0 the output of the MLP, which is zero at the start, is added to the initial values",
+        "0 the output of the MLP, which is zero at the start, is added to the initial values (init random has none: "
+        "its MLP starts with random weights)",
     )
     pos_start: Literal["after", "zero"] = option(
         "after", "position of the first token: 'after' is P, as in PEFT, and 'zero' is 0"
