@@ -68,7 +68,8 @@ bench: $(VENV)/.built ## throughput versus prefix length, against PEFT
 OUT ?= bench-gpu
 GPU_PACKAGES := torch triton transformers pytest tqdm
 GPU_TESTS := PYTHONPATH=python:tests $(PYTHON) -m pytest -c /dev/null --rootdir=. --import-mode=importlib -q
-GPU_BENCH := PYTHONPATH=python $(PYTHON) -c 'import sys; from importlib import import_module; from pathlib import Path; \
+GPU_BENCH := PYTHONPATH=python $(PYTHON) -c 'import sys; from importlib import import_module; \
+	from pathlib import Path; \
 	import_module(f"prefixfast.bench.{sys.argv[1]}").run(Path("$(OUT)"), dtype="auto", rounds=7)'
 gpu: ## on a machine with a CUDA GPU and its own python3: device tests, kernel timings into OUT (installs nothing)
 	@$(PYTHON) -c 'import importlib.util as u, sys; missing = [m for m in sys.argv[1:] if not u.find_spec(m)]; \

@@ -168,6 +168,20 @@ def test_no_tracked_file_names_a_registry_host():
     assert [name(p) for p in tracked() if HOSTS.search(p.read_bytes().decode("utf8", "replace"))] == []
 
 
+def test_lines_of_text_and_code_have_at_most_120_columns():
+    """Tables, addresses and generated files are exempt; ruff checks Python files."""
+    kinds = (".md", ".rs", ".toml", ".yaml", ".yml", "Makefile")
+    exempt = re.compile(r"\s*\||.*https?://")
+    long = [
+        f"{name(p)}:{number}"
+        for p in tracked()
+        if p.name.endswith(kinds) and "benches/results" not in name(p)
+        for number, line in enumerate(p.read_text(encoding="utf8").splitlines(), 1)
+        if len(line) > 120 and not exempt.match(line)
+    ]
+    assert long == []
+
+
 def test_no_tracked_file_is_large():
     base = ROOT / "python" / "prefixfast" / "demo" / "base"
     assert sum(p.stat().st_size for p in tracked() if p.parent == base) <= 8 * 2**20
