@@ -78,7 +78,7 @@ def inspect(
         Path | None, typer.Option(help="File of a plot to write (.png, .svg or .pdf).", show_default="no plot")
     ] = None,
 ) -> None:
-    """Show the effect of a prefix on its base: attention mass, divergence, nearest words."""
+    """Show attention to a prefix, divergence of predictions from the base's, and words nearest to prefix rows."""
     from prefixfast.data import read_rows
     from prefixfast.errors import ConfigError
 
