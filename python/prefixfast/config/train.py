@@ -56,8 +56,8 @@ class TrainConfig(Options):
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
         "linear",
-        "schedule of the learning rate after warm-up: 'linear' or 'cosine' decay that reaches zero after the last step, "
-        "or constant",
+        "schedule of the learning rate after warm-up: 'linear' or 'cosine' decay that reaches zero after the last "
+        "step, or constant",
     )
     warmup_steps: int = option(0, "number of first steps in which the learning rate rises linearly from zero")
     weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
