@@ -17,7 +17,7 @@ import prefixfast.data.builtin_tasks
 import prefixfast.data.rows
 import prefixfast.data.task
 import tiny
-from oracles import ROOT, gpt2
+from oracles import gpt2
 from prefixfast import ConfigError, DataError, GenerationParams, Prefix, RequestError, load, train
 from prefixfast.data.builtin_tasks import TASKS, find_task, request_task
 from prefixfast.data.encode import Example, encode_examples
@@ -563,12 +563,6 @@ def test_specs_without_new_fields_are_read():
 def test_doctests(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
-    assert result.failed == 0
-
-
-def test_doctests_of_the_page_on_rows():
-    result = doctest.testfile(str(ROOT / "docs" / "rows.md"), module_relative=False)
-    assert result.attempted >= 6
     assert result.failed == 0
 
 
