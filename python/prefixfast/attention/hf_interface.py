@@ -141,7 +141,7 @@ def _packed_attention(
         list(plan.backend.sizes),
     )
     if plan.probe is not None:
-        plan.probe(AttentionCall(layer, q, k, lse, *options))
+        plan.probe(AttentionCall(layer, q, k, v, lse, *options))
     return o
 
 

@@ -51,6 +51,7 @@ class AttentionCall(NamedTuple):
         layer: Index of the layer.
         q: Queries ``[N, HQ, D]``, after RoPE.
         k: Keys ``[N, H, D]``, after RoPE.
+        v: Values ``[N, H, D]``.
         lse: Natural log-sum-exp of all scores ``[N, HQ]``.
         scale: Factor on the scores.
         window: Sliding window in tokens, 0 for none.
@@ -60,6 +61,7 @@ class AttentionCall(NamedTuple):
     layer: int
     q: Tensor
     k: Tensor
+    v: Tensor
     lse: Tensor
     scale: float
     window: int
