@@ -17,6 +17,7 @@ from prefixfast.errors import BaseMismatchError, ConfigError
 from prefixfast.model.fingerprint import check_same_base
 from prefixfast.prefix.names import PrefixFields
 from prefixfast.prefix.record import PrefixData
+from prefixfast.prefix.tensors import shared_tensors
 
 
 def concat_prefixes(parts: Sequence[PrefixData]) -> tuple[dict[str, Tensor], PrefixFields]:
@@ -33,7 +34,8 @@ def concat_prefixes(parts: Sequence[PrefixData]) -> tuple[dict[str, Tensor], Pre
     decoding: dict[str, JSON] = {}
     for p in parts:
         decoding |= p.decoding
-    kv = {name: torch.cat([p.kv[name].to(t.device) for p in parts]) for name, t in first.kv.items()}
+    tensors = [shared_tensors(p.kv) for p in parts]
+    kv = {name: torch.cat([own[name].to(t.device) for own in tensors]) for name, t in tensors[0].items()}
     fields: PrefixFields = {
         "pos_start": max(p.pos_start for p in parts),
         "window": first.window,
@@ -67,13 +69,14 @@ def _check(parts: Sequence[PrefixData]) -> None:
 def _difference(parts: Sequence[PrefixData], number: int) -> str | None:
     """Reason why prefix ``number`` cannot be concatenated with those before it, None if it can."""
     first, other = parts[0], parts[number]
+    ours = shared_tensors(other.kv)
     windows = f"window is {other.window!r} in prefix {number} and {first.window!r} in prefix 0, and a prefix has one"
     dtypes = f"prefix {number} has numbers of another dtype than prefix 0, and converting them would change them"
     repeated = f"prefix {number} was there before, and a request cannot compose a prefix with itself"
     reasons = {
         f"prefix {number} lies in other layers than prefix 0": first.shapes.keys() != other.shapes.keys(),
         windows: other.window != first.window,
-        dtypes: any(n in other.kv and other.kv[n].dtype != t.dtype for n, t in first.kv.items()),
+        dtypes: any(n in ours and ours[n].dtype != t.dtype for n, t in shared_tensors(first.kv).items()),
         repeated: any(p.digest == other.digest for p in parts[:number]),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

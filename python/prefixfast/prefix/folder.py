@@ -65,7 +65,7 @@ def prefix_files(kv: Mapping[str, Tensor], digest: str, fields: PrefixFields) ->
     if reason is None:
         tensor_files = adapter_files(kv, fields, adapter_type(fields))
     else:
-        tensor_files = {TENSORS: save({n: t.detach().cpu().contiguous().clone() for n, t in kv.items()})}
+        tensor_files = {TENSORS: save({n: t.cpu() for n, t in kv.items()})}
     values: Mapping[str, Any] = fields
     meta = {
         "version": VERSION,

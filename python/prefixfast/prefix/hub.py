@@ -13,6 +13,7 @@ from prefixfast.io.atomic import write_file
 from prefixfast.prefix.folder import OWNED, prefix_files
 from prefixfast.prefix.model_card import CARD, model_card
 from prefixfast.prefix.record import PrefixData
+from prefixfast.prefix.tensors import shared_tensors
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -75,7 +76,7 @@ def push_to_hub(
     Raises:
         ConfigError: If the hub refuses or cannot be reached.
     """
-    files = prefix_files(prefix.kv, prefix.digest, prefix.fields)
+    files = prefix_files(shared_tensors(prefix.kv), prefix.digest, prefix.fields)
     if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
         msg = f"repo_id: expected 'name/repository', got {repo_id!r:.80}"
         raise ConfigError(msg)

@@ -14,18 +14,22 @@ from prefixfast.attention.plan import LayerKV, PrefixRows, prefix_rows
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.prefix.record import PrefixData
+from prefixfast.prefix.tensors import shared_tensors
 
 
 def kv_by_layer(prefix: PrefixData, shapes: Sequence[LayerShape]) -> list[LayerKV]:
     """Keys and values ``[P, H, D]`` of a prefix by layer of the base model; without rows in layers it leaves out.
 
+    The tensors are those of the prefix itself, which nobody may change.
+
     Args:
         prefix: Prefix.
         shapes: Heads of every layer of the base model.
     """
-    like = next(iter(prefix.kv.values()))
+    kv = shared_tensors(prefix.kv)
+    like = next(iter(kv.values()))
     empty = [like.new_empty(0, s.num_kv_heads, s.head_dim) for s in shapes]
-    return [(prefix.kv.get(f"self.{i}.k", none), prefix.kv.get(f"self.{i}.v", none)) for i, none in enumerate(empty)]
+    return [(kv.get(f"self.{i}.k", none), kv.get(f"self.{i}.v", none)) for i, none in enumerate(empty)]
 
 
 def row_table(prefixes: Sequence[PrefixData], num_layers: int) -> PrefixRows:

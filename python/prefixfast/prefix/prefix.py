@@ -15,6 +15,7 @@ from prefixfast.prefix.concat import concat_prefixes
 from prefixfast.prefix.hub import find_folder, push_to_hub
 from prefixfast.prefix.peft_format import TYPES, PeftType
 from prefixfast.prefix.record import PrefixData
+from prefixfast.prefix.tensors import shared_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,8 @@ class Prefix(PrefixData):
     starts, the task that turns rows into prompts, and default generation parameters. `train` makes a prefix from rows,
     `from_text` makes one from a text without training, and `from_pretrained` reads a saved prefix or a PEFT adapter.
 
-    A prefix is immutable. Two prefixes are compared by their `digest`.
+    A prefix is immutable. It holds copies of the tensors and mappings that it is made of, and every access to a tensor
+    of ``kv`` returns a copy. Two prefixes are compared by their `digest`.
 
     Shape letters: P prefix rows, H key-value heads, D head dimension.
 
@@ -74,7 +76,7 @@ class Prefix(PrefixData):
             >>> sorted(os.listdir("mill"))
             ['adapter_config.json', 'adapter_model.safetensors', 'prefixfast.json']
         """
-        files.write_folder(Path(folder), files.prefix_files(self.kv, self.digest, self.fields))
+        files.write_folder(Path(folder), files.prefix_files(shared_tensors(self.kv), self.digest, self.fields))
 
     def to_peft(self, folder: str | os.PathLike[str], *, peft_type: PeftType | None = None) -> None:
         """Save the prefix as a PEFT adapter, without the data that only prefixfast reads.
@@ -104,7 +106,7 @@ class Prefix(PrefixData):
             raise ConfigError(msg)
         fields = self.fields
         chosen = peft_type or files.adapter_type(fields)
-        files.write_folder(Path(folder), files.adapter_files(self.kv, fields, chosen))
+        files.write_folder(Path(folder), files.adapter_files(shared_tensors(self.kv), fields, chosen))
 
     @classmethod
     def from_pretrained(

@@ -5,6 +5,7 @@ Shape letters: P prefix rows, H key-value heads, D head dimension.
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -21,6 +22,7 @@ from prefixfast.errors import DataError, warn_renamed
 from prefixfast.model.fingerprint import Fingerprint, num_layers
 from prefixfast.prefix import peft_format
 from prefixfast.prefix.names import PrefixFields, Window, layers_of
+from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
 from prefixfast.prefix.validate import check_prefix
 
 READABLE_SINCE = ">=0.1.0"  # releases that read the folders of this one
@@ -63,6 +65,8 @@ def _accept_linearizer(cls: C) -> C:
 class PrefixData:
     """Tensors and conventions of a prefix. Immutable; two prefixes are compared by their `digest`.
 
+    The prefix holds copies of the given tensors and mappings, and every access to a tensor of ``kv`` returns a copy.
+
     Attributes:
         kv: Tensors ``{site}.{layer}.k`` and ``{site}.{layer}.v`` by name, shape ``[P, H, D]``. Keys are stored after
             RoPE. Layers may differ in P, H and D, and may be absent.
@@ -84,7 +88,11 @@ class PrefixData:
     training: Mapping[str, JSON] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_prefix(self.kv, self.pos_start, self.window)
+        object.__setattr__(self, "kv", PrefixTensors(self.kv))
+        for name in ("base", "task", "decoding", "training"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, copy.deepcopy(dict(value) if isinstance(value, Mapping) else value))
+        check_prefix(shared_tensors(self.kv), self.pos_start, self.window)
         frozen = self.training.get("num_frozen_tokens", 0)
         if type(frozen) is not int or not 0 <= frozen <= self.length:
             expected = f"a number from 0 to the {self.length} rows"
@@ -105,17 +113,17 @@ class PrefixData:
     @property
     def length(self) -> int:
         """Number of rows P of the longest layer."""
-        return max(len(t) for t in self.kv.values())
+        return max(len(t) for t in shared_tensors(self.kv).values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape ``(P, H, D)`` of each tensor."""
-        return {name: (len(t), t.shape[1], t.shape[2]) for name, t in self.kv.items()}
+        return {name: (len(t), t.shape[1], t.shape[2]) for name, t in shared_tensors(self.kv).items()}
 
     @property
     def num_stored(self) -> int:
         """Number of stored numbers, about 0.1 % of the base model's for the paper's prefixes."""
-        return sum(t.numel() for t in self.kv.values())
+        return sum(t.numel() for t in shared_tensors(self.kv).values())
 
     @property
     def num_trained(self) -> int:
@@ -126,7 +134,7 @@ class PrefixData:
     @property
     def nbytes(self) -> int:
         """Size of the tensors in bytes."""
-        return sum(t.numel() * t.element_size() for t in self.kv.values())
+        return sum(t.numel() * t.element_size() for t in shared_tensors(self.kv).values())
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -136,7 +144,9 @@ class PrefixData:
     @property
     def peft_incompatibility(self) -> str | None:
         """Reason why PEFT cannot hold the prefix exactly, None if it can."""
-        return peft_format.peft_incompatibility(self.kv, self.pos_start, self.window, num_layers(self.base))
+        return peft_format.peft_incompatibility(
+            shared_tensors(self.kv), self.pos_start, self.window, num_layers(self.base)
+        )
 
     @property
     def requires(self) -> Requirements:
@@ -147,7 +157,7 @@ class PrefixData:
             dtype reads them), ``positions`` (smallest number of positions of the base model, with room for one prompt
             token) and ``prefixfast`` (releases that read the prefix).
         """
-        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in self.kv.values()})
+        dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in shared_tensors(self.kv).values()})
         return {
             "base": (self.base.get("name") if self.base else None) or None,
             "dtype": ", ".join(dtypes),
@@ -162,7 +172,7 @@ class PrefixData:
         Prefixes of equal digests generate equal texts from equal prompts and parameters.
         """
         sha = hashlib.sha256(json.dumps([self.pos_start, self.window]).encode())
-        for name, t in sorted(self.kv.items()):
+        for name, t in sorted(shared_tensors(self.kv).items()):
             sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())
             sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return sha.hexdigest()

@@ -183,7 +183,7 @@ class PrefixParameters:
         return [t.detach() for t in self._flat()]
 
     def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
-        """Tensors of one prefix by name, on the CPU.
+        """Tensors of one prefix by name, on the CPU; they can be views of ``flat``.
 
         Args:
             flat: Tensors as `current` gives them.
@@ -191,7 +191,7 @@ class PrefixParameters:
         """
         rows = slice(number * self.length, (number + 1) * self.length)
         names = (f"self.{i}.{x}" for i in self.layers for x in "kv")
-        return {name: t[rows].clone().cpu() for name, t in zip(names, flat, strict=True)}
+        return {name: t[rows].cpu() for name, t in zip(names, flat, strict=True)}
 
     def _flat(self) -> list[Tensor]:
         flat = [t for t, _ in self.params] if self.mlp is None else self.mlp()

@@ -205,7 +205,7 @@ def test_attributes_of_concatenated_prefixes(base):
 def test_prefixes_without_an_equivalent_prefix_are_refused(base, make_prefix):
     a = other(base, 1)
     kv = {n: t.bfloat16() for n, t in other(base, 2).kv.items()}
-    ragged = make_prefix(1, layers=(0,)).kv | make_prefix(1, layers=(1, 2), length=3).kv
+    ragged = {**make_prefix(1, layers=(0,)).kv, **make_prefix(1, layers=(1, 2), length=3).kv}
     cases = {
         "window is 'always' in prefix 1": other(base, 2, window="always"),
         "numbers of another dtype": Prefix(kv, 5),
