@@ -6,8 +6,11 @@ A message says what was expected, what came and what to do. The Rust core raises
 
 from __future__ import annotations
 
+import difflib
 import os
+import reprlib
 import warnings
+from collections.abc import Iterable
 
 __all__ = [
     "BaseMismatchError",
@@ -90,3 +93,68 @@ class CapacityError(PrefixFastError, RuntimeError):
 def warn_renamed(old: str, new: str) -> None:
     """Warn the caller's caller about a public name of version 0.1.0 that has a new name."""
     warnings.warn(f"{old} was renamed: use {new}", FutureWarning, stacklevel=3)
+
+
+MAX_SHOWN = 200  # characters of a value in a message
+
+
+class _ShortRepr(reprlib.Repr):
+    """Representation of any value, bounded in time and length; strings keep their characters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, MAX_SHOWN, MAX_SHOWN
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = self.maxdeque = 8
+
+    def repr_str(self, x: str, level: int) -> str:
+        """The string in quotes, as it is but for characters that cannot be printed."""
+        text = x if len(x) <= self.maxstring else x[: self.maxstring - 1] + "…"
+        quote = '"' if "'" in text and '"' not in text else "'"
+        return quote + printable(text) + quote
+
+    def repr_int(self, x: int, level: int) -> str:
+        """The digits, or the number of bits of a number that is longer than any option takes."""
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT_REPR = _ShortRepr()
+
+
+def shown(value: object) -> str:
+    r"""A value in an error message, in at most about 200 characters.
+
+    Args:
+        value: Value. A string is put in quotes and keeps its characters; a long one ends with an ellipsis.
+
+    Example:
+        >>> print(shown(r"C:\dir [red] 100% {x}"))
+        'C:\dir [red] 100% {x}'
+    """
+    text = _SHORT_REPR.repr(value)
+    return text if isinstance(value, str) or len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """A text with an escape in place of each line break and control character."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+
+
+def suggestion(name: object, known: Iterable[str], *, listed: int = 10) -> str:
+    """End of the error message for an unknown name: the most similar known names, else the first known ones.
+
+    Args:
+        name: Unknown name.
+        known: Names that exist.
+        listed: Largest number of names to list if none is similar.
+
+    Example:
+        >>> suggestion("webnlq", ["e2e", "webnlg"])
+        "did you mean 'webnlg'?"
+    """
+    names = list(known)
+    if close := difflib.get_close_matches(str(name)[:MAX_SHOWN], names, n=3):
+        return f"did you mean {' or '.join(map(shown, close))}?"
+    more = f" and {len(names) - listed} more" if len(names) > listed else ""
+    return f"known are {', '.join(map(shown, names[:listed]))}{more}" if names else "there is none"

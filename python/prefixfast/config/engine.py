@@ -8,8 +8,7 @@ from typing import Literal, Self, Unpack
 
 from prefixfast.config.fields import EngineFields
 from prefixfast.config.json_types import JSON
-from prefixfast.config.options import Options, at_least, option
-from prefixfast.errors import ConfigError
+from prefixfast.config.options import BYTES, COUNT, COUNT_OR_ZERO, INT32_MAX, INT64_MAX, SEED, Options, Range, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,44 +40,52 @@ class EngineConfig(Options):
         None,
         "largest number of prompt and generated tokens of a request, without prefix rows; None is 4096, or the base "
         "model's number of positions if that is smaller",
+        Range(2, INT32_MAX),
     )
     max_num_seqs: int = option(
-        64, "largest number of sequences in a decode step; a request takes one for each beam or sample"
+        64, "largest number of sequences in a decode step; a request takes one for each beam or sample", Range(1, 2**16)
     )
     max_num_batched_tokens: int = option(
         4096,
         "largest number of tokens of a step, in which each decoding sequence counts one token; longer prompts are "
         "prefilled over several steps",
+        Range(1, 2**24),
     )
     kv_cache_memory: int | None = option(
         None,
         "bytes of the KV cache, prefixes included; None is gpu_memory_utilization times the free memory, on a CPU at "
         "most 8 GiB",
+        BYTES,
     )
     gpu_memory_utilization: float = option(
-        0.25, "share of the free memory that the KV cache takes if kv_cache_memory is None, more than 0 and at most 1"
+        0.25,
+        "share of the free memory that the KV cache takes if kv_cache_memory is None, more than 0 and at most 1",
+        Range(0, 1, above=True),
     )
     prefix_memory: int | None = option(
         None,
         "largest number of bytes of the KV cache that prefixes take; None is all that running requests leave free",
+        BYTES,
     )
     host_prefix_memory: int = option(
         2**31,
         "largest number of bytes of host memory for prefixes read from a store; the most recently used prefix stays "
         "in memory even if it is larger",
+        Range(0, INT64_MAX),
     )
     prefix_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "dtype in which host memory holds prefixes from a store; 'auto' is the compute dtype"
     )
     max_waiting: int = option(
-        10_000, "largest number of waiting requests; a further request is refused with a CapacityError"
+        10_000, "largest number of waiting requests; a further request is refused with a CapacityError", COUNT
     )
     share_prompts: int = option(
         0,
         "smallest number of leading tokens that requests of a batch have in common for these tokens to be computed "
         "once; later requests reuse the 32 most recently used of these texts; 0 turns it off",
+        COUNT_OR_ZERO,
     )
-    num_threads: int | None = option(None, "number of CPU threads; None is torch's setting")
+    num_threads: int | None = option(None, "number of CPU threads; None is torch's setting", Range(1, 1024))
     enforce_eager: bool = option(
         False,
         "whether decode steps on a GPU run without CUDA graphs, and each starts only after the tokens of the previous "
@@ -95,7 +102,7 @@ class EngineConfig(Options):
         "products",
     )
     seed: int | None = option(
-        None, "random seed of sampling requests that have none; None draws a seed when the engine is made"
+        None, "random seed of sampling requests that have none; None draws a seed when the engine is made", SEED
     )
 
     @classmethod
@@ -113,23 +120,3 @@ class EngineConfig(Options):
             ConfigError: If a name is unknown or a value is wrong.
         """
         return cls._replaced(config, fields)
-
-    def validate(self) -> None:
-        """Raise `ConfigError` for values out of range."""
-        at_least(
-            self,
-            max_model_len=2,
-            max_num_seqs=1,
-            max_num_batched_tokens=1,
-            kv_cache_memory=1,
-            num_threads=1,
-            host_prefix_memory=0,
-            max_waiting=1,
-            share_prompts=0,
-            prefix_memory=1,
-            seed=0,
-        )
-        if not 0 < self.gpu_memory_utilization <= 1:
-            got = self.gpu_memory_utilization
-            msg = f"EngineConfig.gpu_memory_utilization: expected more than 0 and at most 1, got {got!r}"
-            raise ConfigError(msg)

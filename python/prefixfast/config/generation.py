@@ -9,8 +9,17 @@ from typing import Any, Literal, Self, Unpack
 
 from prefixfast.config.fields import GenerationParamsFields
 from prefixfast.config.json_types import JSON
-from prefixfast.config.options import Options, at_least, option
-from prefixfast.errors import ConfigError
+from prefixfast.config.options import (
+    COUNT,
+    COUNT_OR_ZERO,
+    FP32_MAX,
+    INT32_MAX,
+    SEED,
+    Options,
+    Range,
+    option,
+    plain_number,
+)
 
 CACHED_LENGTH = 64  # largest number of bad words and stop strings of parameters whose merge is cached
 
@@ -30,41 +39,51 @@ class GenerationParams(Options):
         prefixfast.errors.ConfigError: GenerationParams: unknown option 'max_tokens'; did you mean max_new_tokens?
     """
 
-    max_new_tokens: int | None = option(None, "largest number of tokens to generate; None inherits, built-in 256")
+    max_new_tokens: int | None = option(
+        None, "largest number of tokens to generate; None inherits, built-in 256", COUNT
+    )
     min_new_tokens: int | None = option(
-        None, "number of tokens before which no end token is generated; None inherits, built-in 0"
+        None, "number of tokens before which no end token is generated; None inherits, built-in 0", COUNT_OR_ZERO
     )
     num_beams: int | None = option(
-        None, "number of beams of a beam search; 1 is greedy decoding or sampling; None inherits, built-in 1"
+        None, "number of beams of a beam search; 1 is greedy decoding or sampling; None inherits, built-in 1", COUNT
     )
     do_sample: bool | None = option(
         None, "whether to sample tokens instead of taking the most likely one; None inherits, built-in false"
     )
     temperature: float | None = option(
-        None, "divisor of the logits before a token is sampled, at least 1e-6; None inherits, built-in 1"
+        None,
+        "divisor of the logits before a token is sampled, at least 1e-6; None inherits, built-in 1",
+        Range(1e-6, FP32_MAX, advice=" (use do_sample=False for the most likely token)"),
     )
     top_k: int | None = option(
-        None, "number of most likely tokens to sample from; 0 samples from all; None inherits, built-in 50"
+        None,
+        "number of most likely tokens to sample from; 0 samples from all; None inherits, built-in 50",
+        COUNT_OR_ZERO,
     )
     top_p: float | None = option(
         None,
         "total probability of the most likely tokens to sample from, more than 0 and at most 1; None inherits, "
         "built-in 1",
+        Range(0, 1, above=True),
     )
     min_p: float | None = option(
         None,
         "smallest probability of a token to sample, as a share of the most likely token's, 0 to 1; None inherits, "
         "built-in 0",
+        Range(0, 1),
     )
     repetition_penalty: float | None = option(
         None,
         "divisor of positive and factor of negative logits of tokens that prompt or text contain; None inherits, "
         "built-in 1",
+        Range(1e-6, 1e6),
     )
     no_repeat_ngram_size: int | None = option(
         None,
         "length in tokens of sequences that do not occur twice in prompt and text; 0 turns it off; None inherits, "
         "built-in 0",
+        COUNT_OR_ZERO,
     )
     bad_words_ids: tuple[tuple[int, ...], ...] | None = option(
         None, "sequences of token ids that are never generated; None inherits, built-in none"
@@ -73,7 +92,9 @@ class GenerationParams(Options):
         None, "strings that end the text where the first of them is complete, and stay in it; None inherits"
     )
     length_penalty: float | None = option(
-        None, "exponent of the length by which a beam's score is divided; None inherits, built-in 1"
+        None,
+        "exponent of the length by which a beam's score is divided; None inherits, built-in 1",
+        Range(-FP32_MAX, FP32_MAX),
     )
     early_stopping: Literal[True, False, "never"] | None = option(
         None,
@@ -81,16 +102,18 @@ class GenerationParams(Options):
         "when better ones are unlikely, never when better ones are impossible; None inherits, built-in false",
     )
     num_return_sequences: int | None = option(
-        None, "number of texts of a request: the best beams, or independent samples; None inherits, built-in 1"
+        None, "number of texts of a request: the best beams, or independent samples; None inherits, built-in 1", COUNT
     )
     seed: int | None = option(
         None,
         "random seed of sampling; a request with a seed gives the same text alone and in any batch; None draws one",
+        SEED,
     )
     logprobs: int | None = option(
         None,
         "number of most likely tokens per step to report with their log-probabilities, beside the chosen one, before "
         "any logits processor; None reports none",
+        COUNT_OR_ZERO,
     )
 
     @classmethod
@@ -116,40 +139,18 @@ class GenerationParams(Options):
             if isinstance(value, str) and not inner:
                 value = (value,)
             if isinstance(value, list | tuple):
-                object.__setattr__(self, name, tuple(tuple(v) if inner and isinstance(v, list) else v for v in value))
+                object.__setattr__(self, name, tuple(_as_ids(v) if inner else v for v in value))
         super().__post_init__()
 
     def validate(self) -> None:
         """Raise `ConfigError` for values out of range."""
-        at_least(
-            self,
-            max_new_tokens=1,
-            min_new_tokens=0,
-            num_beams=1,
-            top_k=0,
-            no_repeat_ngram_size=0,
-            num_return_sequences=1,
-            seed=0,
-            logprobs=0,
-        )
-        for name, fits, expected in (
-            ("temperature", lambda x: x >= 1e-6, "at least 1e-6 (use do_sample=False for the most likely token)"),
-            ("seed", lambda x: x < 2**62, "less than 2**62"),
-            ("top_k", lambda x: x < 2**31, "less than 2**31"),
-            ("repetition_penalty", lambda x: x > 0, "more than 0"),
-            ("top_p", lambda x: 0 < x <= 1, "more than 0 and at most 1"),
-            ("min_p", lambda x: 0 <= x <= 1, "0 to 1"),
-            (
-                "bad_words_ids",
-                lambda x: all(isinstance(w, tuple) and w and all(type(i) is int and i >= 0 for i in w) for w in x),
-                "lists of token ids",
-            ),
-            ("stop_strings", lambda x: all(isinstance(s, str) and s for s in x), "non-empty strings"),
-        ):
-            value = getattr(self, name)
-            if value is not None and not fits(value):
-                msg = f"GenerationParams.{name}: expected {expected}, got {value!r}"
-                raise ConfigError(msg)
+        words, strings = self.bad_words_ids or (), self.stop_strings or ()
+        if not all(isinstance(w, tuple) and w and all(map(_is_id, w)) for w in words):
+            self._check("bad_words_ids", "lists of token ids")
+        if not all(isinstance(s, str) and s for s in strings):
+            self._check("stop_strings", "non-empty strings")
+        if any(map(_is_no_text, strings)):
+            self._check("stop_strings", "Unicode text without half a surrogate pair")
 
     def over(self, fallback: GenerationParams) -> GenerationParams:
         """`GenerationParams` with the values of this object, and those of ``fallback`` where this object has None.
@@ -162,6 +163,23 @@ class GenerationParams(Options):
         """
         short = all(len(p.bad_words_ids or ()) + len(p.stop_strings or ()) < CACHED_LENGTH for p in (self, fallback))
         return _merged(self, fallback) if short else _merged.__wrapped__(self, fallback)
+
+
+def _as_ids(word: Any) -> Any:
+    """A list or tuple of numbers as a tuple of Python's integers; other values unchanged."""
+    return tuple(map(plain_number, word)) if isinstance(word, list | tuple) else word
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= INT32_MAX
+
+
+def _is_no_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 @functools.lru_cache(512)

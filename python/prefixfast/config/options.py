@@ -1,47 +1,75 @@
 """`Options`, the base class of the option dataclasses: checked construction, and unknown names are errors with a hint.
 
-The help text of a field is in the field's metadata. The command line's help and docs/api.md are made from it.
+The help text and the range of a field are in the field's metadata. The command line's help and docs/api.md are made
+from the help text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
+from prefixfast.config.hints import HINTS
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 
-# Names of other libraries, and the option here that does the same.
-HINTS = {
-    "num_virtual_tokens": "prefix_length",
-    "prefix_projection": "reparameterization='mlp'",
-    "per_device_train_batch_size": "batch_size (examples of each prefix in one optimizer step)",
-    "gradient_accumulation_steps": "token_budget (a batch that exceeds it is accumulated)",
-    "epochs": "num_train_epochs",
-    "eval_strategy": "eval_steps",
-    "load_best_model_at_end": "metric_for_best_model",
-    "lr": "learning_rate",
-    "max_tokens": "max_new_tokens",
-    "max_length": "max_new_tokens",
-    "beam_size": "num_beams",
-    "attn_implementation": "backend",
-}
-
+INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
+FP32_MAX, FP32_TINY = 3.4028234663852886e38, 1.1754943508222875e-38  # largest and smallest normal number of fp32
 
 _TYPES: dict[str, dict[str, Any]] = {}  # types of the fields by class: to resolve them takes longer than all checks
 
 
-def option(default: Any, help: str) -> Any:
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """Range of an option, whose numbers all fit the tensors that take them.
+
+    Attributes:
+        low: Smallest number.
+        high: Largest number.
+        above: Whether ``low`` itself is excluded.
+        below: Whether ``high`` itself is excluded.
+        advice: Text after the limit in the error for a number below ``low``.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    advice: str = ""
+
+    def expected(self, value: float) -> str | None:
+        """What was expected in place of a number, None for a number in the range."""
+        if not (value > self.low if self.above else value >= self.low):
+            return f"{'more than' if self.above else 'at least'} {_digits(self.low)}{self.advice}"
+        if not (value < self.high if self.below else value <= self.high):
+            return f"{'less than' if self.below else 'at most'} {_digits(self.high)}"
+        if isinstance(value, float) and 0 < abs(value) < FP32_TINY:
+            return f"0 or a size of at least {FP32_TINY:.3g}, the smallest number of fp32"
+        return None
+
+
+def _digits(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
+
+
+COUNT = Range(1, INT32_MAX)  # a number of things, at least one
+COUNT_OR_ZERO = Range(0, INT32_MAX)
+BYTES = Range(1, INT64_MAX)
+SEED = Range(0, 2**62 - 1)
+
+
+def option(default: Any, help: str, within: Range | None = None) -> Any:
     """A dataclass field with a default and a help text.
 
     Args:
         default: Default value of the field.
         help: Help text for the command line and the documentation.
+        within: Range of the field's numbers, which every field with numbers has.
     """
-    return dataclasses.field(default=default, metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help, "within": within})
 
 
 class Options:
@@ -51,11 +79,24 @@ class Options:
         owner = type(self).__name__
         types = _TYPES.get(owner) or _TYPES.setdefault(owner, get_type_hints(type(self)))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            _check_type(owner, field.name, getattr(self, field.name), types[field.name])
+            given = getattr(self, field.name)
+            value = plain_number(given)
+            if value is not given:
+                object.__setattr__(self, field.name, value)
+            _check_type(owner, field.name, value, types[field.name])
+            within: Range | None = field.metadata["within"]
+            if within is not None and isinstance(value, int | float):
+                self._check(field.name, within.expected(value))
         self.validate()
 
     def validate(self) -> None:
         """Raise `ConfigError` for values that cannot work."""
+
+    def _check(self, name: str, expected: str | None) -> None:
+        """Raise `ConfigError` if something else than the value of a field was expected."""
+        if expected is not None:
+            msg = f"{type(self).__name__}.{name}: expected {expected}, got {shown(getattr(self, name))}"
+            raise ConfigError(msg)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -90,23 +131,44 @@ class Options:
         merged = base | dict(fields)
         for name in merged:
             if name not in cls.names():
-                raise ConfigError(unknown_option(str(name), cls.names(), cls.__name__))
+                raise ConfigError(unknown_option(name, cls.names(), cls.__name__))
         return cls(**merged)
 
 
-def unknown_option(name: str, known: tuple[str, ...], what: str) -> str:
-    """Error message for an unknown option, with the most similar known option.
+def unknown_option(name: object, known: tuple[str, ...], what: str) -> str:
+    """Error message for an unknown option, with the most similar known options.
 
     Args:
         name: Unknown name.
         known: Names of the options that exist.
         what: Name of the options object or function that got the name.
     """
-    hint = HINTS.get(name)
+    text = name if isinstance(name, str) else str(shown(name))
+    hint = HINTS.get(text)
     if hint is None or hint.split("=")[0].split(" ")[0] not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = close[0] if close else None
-    return f"{what}: unknown option {name!r}; " + (f"did you mean {hint}?" if hint else f"known are {', '.join(known)}")
+        hint = " or ".join(difflib.get_close_matches(text, known, n=3)) or None
+    owners = [c.__name__ for c in Options.__subclasses__() if text in c.names()]
+    if hint is not None:
+        advice = f"did you mean {hint}?"
+    elif owners:
+        advice = f"it is an option of {' and '.join(owners)}"
+    else:
+        advice = f"known are {', '.join(known)}"
+    return f"{what}: unknown option {shown(text)}; {advice}"
+
+
+def plain_number(value: Any) -> Any:
+    """A number of numpy or of another type as Python's int or float; other values, booleans included, unchanged."""
+    if type(value) in (int, float, bool, str, tuple, type(None)) or isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        try:
+            return float(value)
+        except OverflowError:
+            return float("inf")
+    return str(value) if isinstance(value, str) else value
 
 
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
@@ -114,34 +176,23 @@ def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
     options = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     for kind in options or (hint,):
         if get_origin(kind) is Literal:
-            if value in get_args(kind) and not (
-                isinstance(value, bool) ^ any(isinstance(a, bool) for a in get_args(kind) if a == value)
-            ):
+            if any(isinstance(value, type(a)) and value == a for a in get_args(kind)):
                 return
         elif kind is type(None):
             if value is None:
                 return
         elif kind is float:
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, int | float) and not isinstance(value, bool):
                 return
         elif get_origin(kind) is tuple:
             if isinstance(value, tuple):
                 return
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return
-    shown = " | ".join(
+    expected = " | ".join(
         repr(a) if get_origin(k) is Literal else getattr(k, "__name__", str(k))
         for k in options or (hint,)
         for a in (get_args(k) or (k,))
     )
-    msg = f"{owner}.{name}: expected {shown}, got {value!r}"
+    msg = f"{owner}.{name}: expected {expected}, got {shown(value)}"
     raise ConfigError(msg)
-
-
-def at_least(owner: Options, **limits: float) -> None:
-    """Raise `ConfigError` for a field that is a number below its limit; fields that are None or a string pass."""
-    for name, limit in limits.items():
-        value = getattr(owner, name)
-        if not isinstance(value, str | None) and value < limit:
-            msg = f"{type(owner).__name__}.{name}: expected at least {limit:g}, got {value!r}"
-            raise ConfigError(msg)

@@ -9,8 +9,8 @@ from typing import Any, Literal, Self, Unpack
 
 from prefixfast.config.fields import PrefixConfigFields
 from prefixfast.config.json_types import JSON
-from prefixfast.config.options import Options, at_least, option
-from prefixfast.errors import ConfigError
+from prefixfast.config.options import COUNT, COUNT_OR_ZERO, INT32_MAX, Options, Range, option
+from prefixfast.errors import ConfigError, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,7 @@ class PrefixConfig(Options):
         10,
         "number of prefix rows P, each one key and one value in every layer; 'text' is the number of tokens of the "
         "init text",
+        COUNT,
     )
     reparameterization: Literal["auto", "none", "mlp"] = option(
         "auto",
@@ -43,19 +44,24 @@ class PrefixConfig(Options):
     layers: tuple[int, ...] | None = option(
         None, "numbers of the layers that get a prefix, from 0; attention of other layers sees no prefix; None is all"
     )
-    encoder_hidden_size: int = option(512, "hidden width of the reparameterization MLP")
+    encoder_hidden_size: int = option(512, "hidden width of the reparameterization MLP", Range(1, 2**20))
     embedding_dim: int | None = option(
-        None, "input width of the reparameterization MLP; None is the width of a layer's keys"
+        None, "input width of the reparameterization MLP; None is the width of a layer's keys", Range(1, 2**20)
     )
     prefix_dropout: float = option(
-        0.0, "share of the keys and values of a prefix that are dropped in training, from 0 to less than 1"
+        0.0,
+        "share of the keys and values of a prefix that are dropped in training, from 0 to 0.999",
+        Range(0, 0.999),
     )
-    frozen_rows: int = option(0, "number of leading prefix rows that training leaves at their initial values")
+    frozen_rows: int = option(
+        0, "number of leading prefix rows that training leaves at their initial values", COUNT_OR_ZERO
+    )
     fit_steps: int = option(
         0,
         "number of Adam steps that fit the MLP to the initial keys and values before training, as Li & Liang do; with "
         "0 the output of the MLP, which is zero at the start, is added to the initial values (init random has none: "
         "its MLP starts with random weights)",
+        COUNT_OR_ZERO,
     )
     pos_start: Literal["after", "zero"] = option(
         "after", "position of the first token: 'after' is P, as in PEFT, and 'zero' is 0"
@@ -95,15 +101,9 @@ class PrefixConfig(Options):
 
     def validate(self) -> None:
         """Raise `ConfigError` for values out of range, and for values that exclude each other."""
-        at_least(
-            self, prefix_length=1, encoder_hidden_size=1, embedding_dim=1, prefix_dropout=0, frozen_rows=0, fit_steps=0
-        )
-        if self.prefix_dropout >= 1:
-            msg = f"PrefixConfig.prefix_dropout: expected less than 1, got {self.prefix_dropout!r}"
-            raise ConfigError(msg)
         if isinstance(self.prefix_length, int) and self.frozen_rows >= self.prefix_length:
             most = f"prefix_length {self.prefix_length}"
-            msg = f"PrefixConfig.frozen_rows: expected fewer than {most}, got {self.frozen_rows!r}"
+            msg = f"PrefixConfig.frozen_rows: expected fewer than {most}, got {self.frozen_rows}"
             raise ConfigError(msg)
         if self.fit_steps and self.reparameterization != "mlp":
             got = self.reparameterization
@@ -114,7 +114,7 @@ class PrefixConfig(Options):
 def _site(name: str, given: Any) -> str:
     """Name of the only site of decoder-only base models, from a sequence of sites or a mapping by site."""
     if not isinstance(given, list | tuple | Mapping) or list(given) != ["self"]:
-        msg = f"PrefixConfig.{name}: expected the site 'self' alone (base models are decoder-only), got {given!r:.80}"
+        msg = f"PrefixConfig.{name}: expected the site 'self' alone (base models are decoder-only), got {shown(given)}"
         raise ConfigError(msg)
     return "self"
 
@@ -125,9 +125,9 @@ def _layers(given: Any) -> tuple[int, ...]:
         if isinstance(given, str) or any(isinstance(i, bool) for i in given):
             raise TypeError
         numbers = sorted(operator.index(i) for i in given)
-    except TypeError:
+    except (TypeError, ValueError):
         numbers = []
-    if not numbers or numbers[0] < 0 or len(set(numbers)) != len(numbers):
-        msg = f"PrefixConfig.layers: expected at least one layer number, from 0 and each once, got {given!r:.80}"
+    if not numbers or numbers[0] < 0 or numbers[-1] > INT32_MAX or len(set(numbers)) != len(numbers):
+        msg = f"PrefixConfig.layers: expected at least one layer number, from 0 and each once, got {shown(given)}"
         raise ConfigError(msg)
     return tuple(numbers)

@@ -8,7 +8,7 @@ from typing import Literal, Self, Unpack
 
 from prefixfast.config.fields import TrainConfigFields
 from prefixfast.config.json_types import JSON
-from prefixfast.config.options import Options, at_least, option
+from prefixfast.config.options import COUNT, COUNT_OR_ZERO, FP32_MAX, INT32_MAX, SEED, Options, Range, option
 from prefixfast.errors import ConfigError
 
 
@@ -37,35 +37,47 @@ class TrainConfig(Options):
         "reduction of the loss over a batch: 'token_mean' the mean over target tokens, 'sequence_sum' the sum "
         "over the tokens of an example and mean over examples, as Li & Liang",
     )
-    num_train_epochs: float = option(3.0, "number of passes over the rows; ignored if max_steps is set")
+    num_train_epochs: float = option(
+        3.0, "number of passes over the rows; ignored if max_steps is set", Range(0, 1e8, above=True)
+    )
     max_steps: int | None = option(
-        None, "number of optimizer steps of each prefix; None is num_train_epochs times the steps of a pass"
+        None,
+        "number of optimizer steps of each prefix; None is num_train_epochs times the steps of a pass",
+        Range(1, 10**8),
     )
     batch_size: int = option(
         10,
         "number of examples of each prefix in one optimizer step, independent of how many prefixes are trained; a row "
         "is one example, or one for each of its refs",
+        COUNT,
     )
     token_budget: int | Literal["auto"] = option(
         "auto",
         "largest number of tokens of a forward pass, which changes memory use and not results; 'auto' starts at 4096 "
         "and halves the budget and repeats the step when memory runs out",
+        COUNT,
     )
     learning_rate: float | None = option(
-        None, "peak learning rate; None is 5e-2 for reparameterization 'none' and 1e-3 for 'mlp'"
+        None,
+        "peak learning rate; None is 5e-2 for reparameterization 'none' and 1e-3 for 'mlp'",
+        Range(0, 1e6, above=True),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(
         "linear",
         "schedule of the learning rate after warm-up: 'linear' or 'cosine' decay that reaches zero after the last "
         "step, or constant",
     )
-    warmup_steps: int = option(0, "number of first steps in which the learning rate rises linearly from zero")
-    weight_decay: float = option(0.0, "decoupled weight decay of AdamW")
+    warmup_steps: int = option(
+        0, "number of first steps in which the learning rate rises linearly from zero", COUNT_OR_ZERO
+    )
+    weight_decay: float = option(0.0, "decoupled weight decay of AdamW", Range(0, 1e6))
     max_grad_norm: float = option(
-        1.0, "largest gradient norm of each prefix; larger gradients are clipped; 0 turns it off"
+        1.0, "largest gradient norm of each prefix; larger gradients are clipped; 0 turns it off", Range(0, FP32_MAX)
     )
     max_length: int | None = option(
-        None, "largest number of tokens of an example; None is the number of positions that the base model has for text"
+        None,
+        "largest number of tokens of an example; None is the number of positions that the base model has for text",
+        Range(2, INT32_MAX),
     )
     overflow: Literal["error", "truncate", "skip"] = option(
         "error",
@@ -83,9 +95,9 @@ class TrainConfig(Options):
         "or AMX, else float32; trained parameters are fp32, or fp64 for a base model in fp64",
     )
     shuffle: bool = option(True, "whether to draw a new order of the rows in every epoch")
-    seed: int = option(0, "random seed of initialization, row order and dropout")
+    seed: int = option(0, "random seed of initialization, row order and dropout", SEED)
     eval_steps: int | None = option(
-        None, "number of steps between evaluations on eval_data; None evaluates at each prefix's last step only"
+        None, "number of steps between evaluations on eval_data; None evaluates at each prefix's last step only", COUNT
     )
     metric_for_best_model: Literal["auto", "eval_loss", "last"] = option(
         "auto",
@@ -96,13 +108,15 @@ class TrainConfig(Options):
         None,
         "number of consecutive evaluations without a new lowest eval_loss after which a prefix ends; None never ends "
         "early",
+        COUNT,
     )
     save_steps: int | None = option(
         500,
         "number of steps between checkpoints in output_dir, from which resume goes on; None writes one only when "
         "training is interrupted",
+        COUNT,
     )
-    logging_steps: int = option(10, "number of steps between lines of log.jsonl")
+    logging_steps: int = option(10, "number of steps between lines of log.jsonl", COUNT)
     report_to: Literal["none", "tensorboard", "wandb"] = option(
         "none", "service that also gets the lines of log.jsonl; 'none' is the file alone"
     )
@@ -125,24 +139,6 @@ class TrainConfig(Options):
 
     def validate(self) -> None:
         """Raise `ConfigError` for values out of range, and for values that exclude each other."""
-        at_least(
-            self,
-            max_steps=1,
-            batch_size=1,
-            token_budget=1,
-            warmup_steps=0,
-            weight_decay=0,
-            max_grad_norm=0,
-            max_length=2,
-            eval_steps=1,
-        )
-        at_least(self, logging_steps=1, save_steps=1, early_stopping_patience=1)
-        if not self.num_train_epochs > 0:
-            msg = f"TrainConfig.num_train_epochs: expected more than 0, got {self.num_train_epochs!r}"
-            raise ConfigError(msg)
-        if self.learning_rate is not None and not self.learning_rate > 0:
-            msg = f"TrainConfig.learning_rate: expected more than 0, got {self.learning_rate!r}"
-            raise ConfigError(msg)
         if self.early_stopping_patience and (self.eval_steps is None or self.metric_for_best_model == "last"):
             needs = "eval_steps beside it, and a metric_for_best_model other than 'last'"
             msg = f"TrainConfig.early_stopping_patience: expected {needs}"
