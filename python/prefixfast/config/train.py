@@ -38,12 +38,12 @@ class TrainConfig(Options):
         "over the tokens of an example and mean over examples, as Li & Liang",
     )
     num_train_epochs: float = option(
-        3.0, "number of passes over the rows; ignored if max_steps is set", Range(0, 1e8, above=True)
+        3.0, "number of passes over the rows; ignored if max_steps is set", Range(0, 1e7, above=True)
     )
     max_steps: int | None = option(
         None,
         "number of optimizer steps of each prefix; None is num_train_epochs times the steps of a pass",
-        Range(1, 10**8),
+        Range(1, 10**7),
     )
     batch_size: int = option(
         10,

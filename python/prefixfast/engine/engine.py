@@ -19,14 +19,14 @@ from prefixfast.engine.driver import LoopDriver
 from prefixfast.engine.explain import EngineExplanation, explain, memory_summary
 from prefixfast.engine.kv_arena import DEFAULT_MAX_MODEL_LEN
 from prefixfast.engine.loop import Loop
-from prefixfast.engine.make_requests import make_requests
 from prefixfast.engine.output import error_generation
 from prefixfast.engine.pinning import PrefixPinning
 from prefixfast.engine.request import Generation
 from prefixfast.engine.request_factory import RequestFactory, call_params
 from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.engine.sampling_params import warn_unsupported_defaults
-from prefixfast.engine.score import Score, encode_targets, score_requests
+from prefixfast.engine.score import Score, score_requests
+from prefixfast.engine.score_inputs import make_score_requests
 from prefixfast.engine.stats import EngineStats, engine_stats
 from prefixfast.engine.submission import RequestSubmission
 from prefixfast.errors import ConfigError
@@ -168,7 +168,7 @@ class Engine(RequestSubmission, PrefixPinning):
         """Log-probabilities (natural log) of targets.
 
         Args:
-            batch: Prompts, as strings, lists of token ids or rows. A row can have its target.
+            batch: Prompts, as strings, lists of token ids or rows. Rows of all formats of training have their targets.
             prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
                 left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix
                 can be a name in the store, and None lets rows name theirs.
@@ -185,10 +185,9 @@ class Engine(RequestSubmission, PrefixPinning):
             ConfigError: For arguments that do not fit.
         """
         self.driver.check_open()
-        requests = make_requests(self.model, batch, prefixes, None, self.max_model_len, self.store)
-        wanted = encode_targets(self.model, batch, requests, targets, end_token=end_token)
+        requests = make_score_requests(self.model, batch, prefixes, targets, end_token=end_token, store=self.store)
         budget = self.config.max_num_batched_tokens
-        return self.driver.between_steps(lambda: score_requests(self.model, requests, wanted, budget))
+        return self.driver.between_steps(lambda: score_requests(self.model, requests, budget))
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made, such as ``steps``, ``decoded_rows``, ``loads`` and ``evictions``."""

@@ -104,7 +104,7 @@ def score(
     """Log-probabilities (natural log) of targets, each request with its own prefixes.
 
     Args:
-        batch: Prompts, as strings, lists of token ids or rows. A row can have its target.
+        batch: Prompts, as strings, lists of token ids or rows. Rows of all formats of training have their targets.
         prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
             left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix can
             be a name in the store, and None lets rows name theirs.

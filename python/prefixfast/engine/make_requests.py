@@ -7,27 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from prefixfast.config import GenerationParams
+from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import PLAIN, request_task
-from prefixfast.data.encode import Input, encode_prompts, request_error
+from prefixfast.data.encode import TOKENIZED_KEYS, Input, encode_prompts, request_error
 from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
 from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes
-from prefixfast.engine.sampling_params import UNSET, ParamSources, base_defaults, check_params, resolve_params
-from prefixfast.errors import ConfigError, PrefixFastError, RequestError
+from prefixfast.engine.sampling_params import ParamSources, base_defaults, check_params, resolve_params
+from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown, suggestion
 from prefixfast.model.base import Model
-from prefixfast.prefix.compatibility import check_fits
+from prefixfast.prefix.compatibility import check_fits, described
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
-KNOWN_KEYS = frozenset({"input_ids", "prefix", "id", "params", "labels", *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
+KNOWN_KEYS = frozenset({*TOKENIZED_KEYS, "prefix", "id", "params", *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
 
 
 def make_requests(
     model: Model,
     batch: Sequence[Input],
     prefixes: Prefixes,
-    params: GenerationParams | None,
+    params: GenerationParams,
     max_model_len: int,
     store: PrefixStore | None = None,
 ) -> list[Request]:
@@ -38,13 +39,43 @@ def make_requests(
         batch: Prompts, as strings, lists of token ids or rows. The target of a row is not read.
         prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
             left to right); or a mapping of names to entries for rows with a ``prefix`` key.
-        params: Generation parameters of the call. None if nothing is generated: no parameters are looked up, and the
-            prompt can fill all positions of the base model.
+        params: Generation parameters of the call.
         max_model_len: Largest number of prompt and generated tokens.
         store: Store of the prefixes that are given by name.
 
     Returns:
         Requests in the order of the batch.
+
+    Raises:
+        RequestError: For a wrong request, with its place in the batch.
+        ConfigError: For arguments that do not fit each other.
+        UnknownPrefixError: For a name that the store does not have.
+        BaseMismatchError: For a prefix of another base model.
+    """
+    assigned, tasks = prefixes_and_tasks(model, batch, prefixes, store)
+    prompts = encode_prompts(model, batch, tasks)
+    base = base_defaults(model)
+    requests = []
+    for i, (item, ids, own, task) in enumerate(zip(batch, prompts, assigned, tasks, strict=True)):
+        sources = ParamSources(params, item, [p.decoding for p in own], base)
+        resolved = resolve_params(sources, i, len(ids), min(max_model_len, text_positions(model, own)))
+        check_params(resolved, i, model.vocab_size)
+        requests.append(
+            Request(index=i, id=row_id(item), ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task)
+        )
+    return requests
+
+
+def prefixes_and_tasks(
+    model: Model, batch: Sequence[Input], prefixes: Prefixes, store: PrefixStore | None
+) -> tuple[list[tuple[Prefix | StoredPrefix, ...]], list[Task]]:
+    """Prefixes and task of each request of a batch.
+
+    Args:
+        model: Base model.
+        batch: Requests.
+        prefixes: Prefixes of the batch, as for `make_requests`.
+        store: Store of the prefixes that are given by name.
 
     Raises:
         RequestError: For a wrong request, with its place in the batch.
@@ -58,27 +89,18 @@ def make_requests(
         raise ConfigError(msg)
     assigned = assign_prefixes(batch, prefixes, store)
     for prefix in {id(p): p for own in assigned for p in own}.values():
-        check_fits(model, prefix)
-    tasks = _tasks(batch, assigned)
-    prompts = encode_prompts(model, batch, tasks)
-    base = base_defaults(model) if params is not None else UNSET
-    requests = []
-    for i, (item, ids, own, task) in enumerate(zip(batch, prompts, assigned, tasks, strict=True)):
-        room = model.max_positions - max((p.pos_start for p in own), default=0)
-        if params is None:
-            resolved = UNSET
-            if len(ids) > room:
-                msg = f"request {i}: {len(ids)} prompt tokens exceed the base model's {room} positions"
-                raise RequestError(msg, index=i)
-        else:
-            sources = ParamSources(params, item, [p.decoding for p in own], base)
-            resolved = resolve_params(sources, i, len(ids), min(max_model_len, room))
-            check_params(resolved, i, model.vocab_size)
-        request_id = item.get("id") if isinstance(item, Mapping) else None
-        requests.append(
-            Request(index=i, id=request_id, ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task)
-        )
-    return requests
+        check_fits(model, prefix, described(prefix, prefixes))
+    return assigned, _tasks(batch, assigned)
+
+
+def text_positions(model: Model, prefixes: Sequence[Prefix | StoredPrefix]) -> int:
+    """Number of positions of the base model that prefixes leave for text."""
+    return model.max_positions - max((p.pos_start for p in prefixes), default=0)
+
+
+def row_id(item: Input) -> JSON:
+    """Value of the ``id`` key of a request, None without one."""
+    return item.get("id") if isinstance(item, Mapping) else None
 
 
 def make_good_requests(
@@ -101,7 +123,9 @@ def make_good_requests(
         try:
             good += (replace(r, index=i) for r in make([item], own))
         except PrefixFastError as e:
-            text = str(e).replace("request 0", f"request {i}")
+            text = str(e)  # the number stands at the start; the same words in a user's text stay as they are
+            if text.startswith("request 0"):
+                text = f"request {i}{text.removeprefix('request 0')}"
             errors[i] = RequestError(text, index=i) if isinstance(e, RequestError) else type(e)(text)
     return good, errors
 
@@ -122,8 +146,8 @@ def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, .
             task = by_spec.get(key) or by_spec.setdefault(key, Task.from_spec(spec))
         if isinstance(item, Mapping):
             if unknown := set(item) - KNOWN_KEYS:
-                known = sorted(KNOWN_KEYS)
-                msg = f"request {i}: unknown keys {sorted(map(str, unknown))}; known are {known}"
+                first = min(map(str, unknown))
+                msg = f"request {i}: unknown key {shown(first)}; {suggestion(first, sorted(KNOWN_KEYS), listed=99)}"
                 raise RequestError(msg, index=i)
             with request_error(i):
                 task = request_task(task, item)

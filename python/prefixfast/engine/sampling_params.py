@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ BUILT_IN = GenerationParams(
     num_return_sequences=1,
 )
 MAX_LOADED_NEW_TOKENS, MAX_LOADED_BEAMS = 4096, 64  # limits of values that come from files
+LOG_FP32_MAX = 88.0  # logarithm of the largest number of fp32
 UNSET = GenerationParams()
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "seed")
 
@@ -196,6 +198,8 @@ def _conflict(p: GenerationParams, vocab_size: int) -> str | None:
         and p.logprobs is not None,
         f"logprobs={p.logprobs}: expected at most the {vocab_size} tokens of the vocabulary": (p.logprobs or 0)
         > vocab_size,
+        f"length_penalty={p.length_penalty}: max_new_tokens={p.max_new_tokens} to this power is beyond fp32": beams > 1
+        and abs(p.length_penalty or 0) * math.log(p.max_new_tokens or 1) > LOG_FP32_MAX,
         f"bad_words_ids: expected token ids below {vocab_size}, got {largest}": largest >= vocab_size,
     }
     return next((text for text, holds in conflicts.items() if holds), None)

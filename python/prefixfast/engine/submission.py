@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.config.fields import GenerationParamsFields
+from prefixfast.config.options import INT32_MAX, plain_number
 from prefixfast.data.encode import Input
 from prefixfast.engine.driver import LoopDriver
 from prefixfast.engine.request import Generation, Request
@@ -18,8 +19,10 @@ from prefixfast.engine.request_factory import RequestFactory, call_params
 from prefixfast.engine.request_prefixes import PrefixLike
 from prefixfast.engine.stream import Stream, TextPieces
 from prefixfast.engine.ticket import Ticket
-from prefixfast.errors import ConfigError, RequestError
+from prefixfast.errors import ConfigError, RequestError, shown
 from prefixfast.model.base import Model
+
+MAX_TIMEOUT = 1e9  # seconds, about 30 years
 
 
 class SubmitFields(GenerationParamsFields, total=False):
@@ -170,8 +173,16 @@ class RequestSubmission:
 
 def _scheduled(request: Request, tenant: str | None, priority: int, timeout: float | None) -> Request:
     """The request with its tenant, priority and deadline."""
-    if timeout is not None and not timeout >= 0:
-        msg = f"timeout: expected seconds from 0 on, got {timeout!r}"
-        raise ConfigError(msg)
+    timeout, priority = plain_number(timeout), plain_number(priority)
+    in_time = isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 <= timeout <= MAX_TIMEOUT
+    wrong = {
+        ("tenant", "a string or None"): (tenant, not isinstance(tenant, str | None)),
+        ("priority", "an integer of 32 bits"): (priority, type(priority) is not int or abs(priority) > INT32_MAX),
+        ("timeout", f"seconds from 0 to {MAX_TIMEOUT:g}, or None"): (timeout, timeout is not None and not in_time),
+    }
+    for (name, expected), (value, is_wrong) in wrong.items():
+        if is_wrong:
+            msg = f"{name}: expected {expected}, got {shown(value)}"
+            raise ConfigError(msg)
     deadline = None if timeout is None else time.monotonic() + timeout
     return replace(request, tenant=tenant, priority=priority, deadline=deadline)

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from prefixfast.errors import BaseMismatchError
+from prefixfast.errors import BaseMismatchError, shown
 from prefixfast.model.base import Model
 from prefixfast.model.fingerprint import check_same_base, num_layers
 from prefixfast.model.prefix_shape import PrefixShape
+
+
+def described(prefix: PrefixShape, names: object = None) -> str:
+    """Description of a prefix in errors: its name in a store or a mapping, else its digest.
+
+    Args:
+        prefix: Prefix, or its entry in a store.
+        names: Mapping of names to prefixes; anything else gives no names.
+    """
+    name = getattr(prefix, "name", None)
+    if name is None and isinstance(names, dict):
+        name = next((n for n, p in names.items() if p is prefix), None)
+    return f"the prefix {shown(name)}" if name is not None else f"the prefix {getattr(prefix, 'digest', '')[:12]}"
 
 
 def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> None:
@@ -41,9 +54,10 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
         "of different lengths": len({shape[0] for shape in prefix.shapes.values()}) != 1,
     }
     if reason := next((text for text, holds in reasons.items() if holds), None):
+        named = (prefix.base or {}).get("name")
+        trained = f"it was made for base {shown(named)}" if named else "was it trained on another model?"
         msg = (
             f"{what}: expected one length and layers of [P, H, D] as this base has {len(model.layers)} of "
-            f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers, {reason}; was it trained on another "
-            "model?"
+            f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers, {reason}; {trained}"
         )
         raise BaseMismatchError(msg)

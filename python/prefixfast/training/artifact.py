@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from prefixfast.config.json_types import JSON
+from prefixfast.data.encode import vocabulary_error
 from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup, PrefixJob
@@ -50,8 +51,11 @@ class PrefixBuilder:
             training["on_top_of"] = before.digest
         decoding: dict[str, JSON] = dict(task.decoding)
         if task.bad_words and self.model.tokenizer is not None:
+            vocab_size = self.model.vocab_size  # a word with a further token cannot be generated
             encoded = self.model.tokenizer.encode(list(task.bad_words), add_special_tokens=False)
-            decoding["bad_words_ids"] = [ids.tolist() for ids in encoded if len(ids)]
+            decoding["bad_words_ids"] = [
+                ids.tolist() for ids in encoded if len(ids) and not vocabulary_error(ids, vocab_size)
+            ]
         return Prefix(
             kv,
             self.group.pos_start,

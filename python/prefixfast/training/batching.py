@@ -16,7 +16,10 @@ from torch import Tensor
 from prefixfast import _rust
 from prefixfast.config import TrainConfig
 from prefixfast.data.encode import Ints
+from prefixfast.errors import ConfigError
 from prefixfast.training.examples import Examples
+
+MAX_STEPS = 10**7  # the order of a whole run lies in memory
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,21 @@ class BatchOrder:
         Args:
             spans: First example and end of the examples of each prefix, int64 ``[n, 2]``. Prefixes may share examples.
             configs: Options of each prefix.
+
+        Raises:
+            ConfigError: If the run has more steps than can be drawn.
         """
-        chosen, sizes, steps = [], [], []
+        chosen, sizes = [], []
+        steps: list[int] = []
         for (start, end), config in zip(spans, configs, strict=True):
             count = int(end - start)
             per_epoch = -(-count // config.batch_size)
             total = config.max_steps or max(1, round(per_epoch * config.num_train_epochs))
+            if sum(steps) + total > MAX_STEPS:
+                option = "max_steps" if config.max_steps else "num_train_epochs"
+                got = f"{option}={getattr(config, option)} gives a prefix {total} of them"
+                msg = f"{option}: expected at most {MAX_STEPS} steps of all prefixes together, {got}"
+                raise ConfigError(msg)
             for epoch in range(-(-total // per_epoch)):
                 generator = np.random.default_rng([config.seed, epoch])
                 order = generator.permutation(count) if config.shuffle else np.arange(count)

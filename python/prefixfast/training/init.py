@@ -11,8 +11,9 @@ import torch
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
+from prefixfast.data.encode import vocabulary_error
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.model.base import Model
 from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
@@ -113,7 +114,10 @@ def _init_text_ids(model: Model, options: InitOptions) -> list[int]:
     text = options.init_text or options.task.init_text
     (ids,) = model.require_tokenizer().encode([text])
     if not len(ids):
-        msg = f"init_text: expected at least one token, got {text!r}"
+        msg = f"init_text: expected at least one token, got {shown(text)}"
+        raise ConfigError(msg)
+    if error := vocabulary_error(ids, model.vocab_size):
+        msg = f"init_text: {error}"
         raise ConfigError(msg)
     return [int(i) for i in ids]
 

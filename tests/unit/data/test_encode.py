@@ -380,7 +380,7 @@ REFUSED = {
     "a message without role": ({"messages": [{"content": "x"}]}, "messages[0].role: expected a string, got None"),
     "a template that refuses": ({"messages": say("s:x")}, "the chat template refuses the conversation: no system"),
     "half a surrogate": ({"prompt": "a\ud800"}, "half a surrogate pair at character 1"),
-    "an unknown key": ({"text": "x", "txet": "y"}, "unknown keys ['txet']"),
+    "an unknown key": ({"text": "x", "txet": "y"}, "unknown key 'txet'"),
 }
 
 
@@ -445,8 +445,8 @@ BAD = {
     "nothing but an answer": ("messages", {"messages": say("a:b")}, "expected messages that end with the assistant's"),
     "bad tools": ("messages", {"messages": CHAT, "tools": 5}, "expected tools as a list"),
     "broken tools": ("messages", {"messages": CHAT, "tools": "["}, "tools: expected a list, or one as JSON"),
-    "no ids": (None, {"input_ids": [], "labels": []}, "expected input_ids and labels"),
-    "no labels": (None, {"input_ids": [3, 4]}, "expected input_ids and labels"),
+    "no ids": (None, {"input_ids": [], "labels": []}, "expected a list of token ids below"),
+    "no labels": (None, {"input_ids": [3, 4]}, "expected input_ids and one of the keys labels"),
     "other labels": (None, {"input_ids": [3, 4], "labels": [-100, 5]}, "got 5 for 4 at 1"),
     "shifted labels": (
         None,
@@ -454,9 +454,13 @@ BAD = {
         "the shift to the next token is made here",
     ),
     "no target": (None, {"input_ids": [3, 4], "labels": [3, -100]}, "at least one target after the first token"),
-    "ragged ids": (None, {"input_ids": [[3], [4, 5]], "labels": [3, 4]}, "expected input_ids and labels"),
-    "huge ids": (None, {"input_ids": [2**70], "labels": [3]}, "expected input_ids and labels"),
-    "fractions": (None, {"input_ids": [3.0, 4.0], "labels": [3, 4]}, "expected input_ids and labels"),
+    "ragged ids": (
+        None,
+        {"input_ids": [[3], [4, 5]], "labels": [3, 4]},
+        "input_ids: expected a list of token ids below",
+    ),
+    "huge ids": (None, {"input_ids": [2**70], "labels": [3]}, "expected a list of token ids below"),
+    "fractions": (None, {"input_ids": [3.0, 4.0], "labels": [3, 4]}, "expected a list of token ids below"),
 }
 
 

@@ -102,7 +102,7 @@ REQUESTS = {
         BY_NAME,
         "expected a 'prefix' key with one of ['a', 'b'], got None",
     ),
-    "an unknown key": ([OK, {"prompt": "x", "promt": "y"}], None, "unknown keys ['promt']; known are"),
+    "an unknown key": ([OK, {"prompt": "x", "promt": "y"}], None, "unknown key 'promt'; did you mean 'prompt'?"),
     "no input": ([OK, {"id": 5}], None, "expected one of the keys prompt, mr, table"),
     "a prompt that is no string": ([OK, {"prompt": 5}], None, "prompt: expected a string, got 5"),
     "no tokens": ([OK, []], None, "the prompt has no tokens"),

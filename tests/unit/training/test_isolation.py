@@ -85,7 +85,7 @@ def test_wrong_columns_are_refused(model, change, error, message):
 
 
 BAD_ROWS = {
-    "malformed": ([*rows(3, 2), MALFORMED], "below 101"),
+    "malformed": ([*rows(3, 2), MALFORMED], "0 to 100"),
     "too long": ([*rows(3, 2), LONG], "50 tokens, at most 20 fit"),
     "no mapping": ([*rows(3, 2), "text"], "expected a mapping"),
     "no rows": ([], "at least one row"),
@@ -112,7 +112,7 @@ def test_malformed_rows_fail_their_prefix_only(model, tmp_path, bad, message):
 def test_malformed_held_out_rows_fail_their_prefix_only(model):
     run = train(model, {"ann": rows(0, 3), "bob": rows(1, 3)}, eval_data={"ann": [MALFORMED], "bob": rows(2, 2)}, **HOW)
     assert list(run) == ["bob"]
-    assert "below 101" in run.failed["ann"]
+    assert "0 to 100" in run.failed["ann"]
 
 
 def test_errors_number_the_row_in_the_whole_data(model):

@@ -207,7 +207,7 @@ def test_log_and_prefix_are_written(tmp_path):
     ("change", "message"),
     [
         ({"data": [{"input_ids": [5, 6, 7], "labels": [-100, 6, 8]}]}, "labels"),
-        ({"data": [{"input_ids": [5, 6, 700], "labels": [-100, 6, 700]}]}, "below 101"),
+        ({"data": [{"input_ids": [5, 6, 700], "labels": [-100, 6, 700]}]}, "0 to 100"),
         ({"data": [{"input_ids": [5, 6], "labels": [5, -100]}]}, "labels"),
         ({"data": [{"input_ids": [3] * 170, "labels": [-100] + [3] * 169}]}, "tokens, at most 150 fit"),
         ({"data": []}, "at least one row"),

@@ -9,14 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefixfast.data.chat import chat_options, chat_text, split_conversation
-from prefixfast.data.encode.token_ids import Ints, int_array
+from prefixfast.data.encode.token_ids import Ints, vocabulary_error
+from prefixfast.data.encode.tokenized import TARGETS, tokenized_row
 from prefixfast.data.formats import text_value
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.tokenizer import Tokenizer
-
-IGNORED_LABEL = -100
 
 
 class Example(NamedTuple):
@@ -36,18 +35,21 @@ class Example(NamedTuple):
     has_no_prompt: bool = False
 
 
-def encode_examples(tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Row], task: Task) -> Iterator[Example]:
+def encode_examples(
+    tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Row], task: Task, *, append_eos: bool = True
+) -> Iterator[Example]:
     """Yield the examples of rows in order, one for each reference of a row.
 
-    The end token is appended to a target that does not end with it, and to the answer of a conversation that the chat
-    template closes with no special token. All tokens of a row with ``text`` but the first are targets, as in TRL, since
-    no token precedes the first.
+    With ``append_eos`` the end token is appended to a target that does not end with it, and to the answer of a
+    conversation that the chat template closes with no special token. All tokens of a row with ``text`` but the first
+    are targets, as in TRL, since no token precedes the first.
 
     Args:
         tokenizer: Tokenizer; None is allowed only for rows with ``input_ids``.
-        vocab_size: Number of tokens of the vocabulary, against which ``input_ids`` are checked.
+        vocab_size: Number of rows of the embedding, against which all token ids are checked.
         rows: Rows, at least one. Either all of them have ``input_ids`` or none.
         task: Task of the rows.
+        append_eos: Whether the end token follows a target that does not end with it.
 
     Raises:
         DataError: If a row is malformed.
@@ -57,21 +59,29 @@ def encode_examples(tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence
         yield from (_encode_ids(row, i, vocab_size) for i, row in enumerate(rows))
         return
     assert tokenizer is not None
+    for example in _encode_texts(tokenizer, rows, task, append_eos=append_eos):
+        if error := vocabulary_error(example.ids, vocab_size):
+            raise row_error(rows[example.row], example.row, error)
+        yield example
+
+
+def _encode_texts(tokenizer: Tokenizer, rows: Sequence[Row], task: Task, *, append_eos: bool) -> Iterator[Example]:
+    """Examples of rows with texts or conversations, with token ids that the embedding may lack."""
+    eos = tokenizer.eos_id if append_eos else None
     if task.format == "text":
         ids = tokenizer.encode([text_value(row, i, "text") for i, row in enumerate(rows)])
-        eos = tokenizer.eos_id
         for i, (row, own) in enumerate(zip(rows, ids, strict=True)):
             yield _targets_from(row, i, _append_eos(own, eos), 1, has_no_prompt=True)
     elif task.format == "messages" and (
         task.loss_on in ("assistant", "all") or (task.loss_on == "auto" and tokenizer.marks_answers)
     ):
         every = task.loss_on == "all"
-        yield from (_encode_conversation(tokenizer, row, i, all_tokens=every) for i, row in enumerate(rows))
+        yield from (_encode_conversation(tokenizer, row, i, eos, all_tokens=every) for i, row in enumerate(rows))
     else:
-        yield from _encode_pairs(tokenizer, rows, task)
+        yield from _encode_pairs(tokenizer, rows, task, eos)
 
 
-def _encode_pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task) -> Iterator[Example]:
+def _encode_pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task, eos: int | None) -> Iterator[Example]:
     """Rows of a prompt and targets."""
     pairs = task.pairs(rows, tokenizer.eos, tokenizer.chat)
     chats = [task.is_chat(row) for row in rows]
@@ -79,7 +89,6 @@ def _encode_pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task) -> Iter
     for chat in {*chats}:  # the chat template has written the special tokens already
         mine = [i for i, c in enumerate(chats) if c == chat]
         prompts |= zip(mine, tokenizer.encode([pairs[i][0] for i in mine], add_special_tokens=not chat), strict=True)
-    eos = tokenizer.eos_id
     encoded = iter(tokenizer.encode([t for _, targets in pairs for t in targets], add_special_tokens=False))
     for i, (row, (_, targets)) in enumerate(zip(rows, pairs, strict=True)):
         prompt = prompts[i]
@@ -92,7 +101,7 @@ def _encode_pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task) -> Iter
             yield _targets_from(row, i, ids, len(prompt))
 
 
-def _encode_conversation(tokenizer: Tokenizer, row: Row, number: int, *, all_tokens: bool) -> Example:
+def _encode_conversation(tokenizer: Tokenizer, row: Row, number: int, eos: int | None, *, all_tokens: bool) -> Example:
     """A whole conversation, whose targets are the assistant's turns, or all tokens but the first."""
     context, answer = split_conversation(row, number)
     messages = context + answer
@@ -112,29 +121,20 @@ def _encode_conversation(tokenizer: Tokenizer, row: Row, number: int, *, all_tok
     except DataError as e:
         raise row_error(row, number, str(e)) from e
     if mask.any() and mask[-1] and tokenizer.special_ids.isdisjoint(ids[mask].tolist()):
-        ids = _append_eos(ids, tokenizer.eos_id)
+        ids = _append_eos(ids, eos)
         mask = np.concatenate([mask, np.ones(len(ids) - len(mask), bool)])
     return _targets_at(row, number, ids, mask)
 
 
 def _encode_ids(row: Row, number: int, vocab_size: int) -> Example:
-    """A row with ``input_ids`` and ``labels``."""
-    ids, labels = int_array(row.get("input_ids")), int_array(row.get("labels"))
-    sized = ids is not None and labels is not None and labels.shape == ids.shape and len(ids)
-    if ids is None or labels is None or not sized or ids.min() < 0 or ids.max() >= vocab_size:
-        msg = f"expected input_ids and labels, two lists of one length with token ids below {vocab_size}"
-        raise row_error(row, number, msg)
-    mask = labels != IGNORED_LABEL
-    if not np.array_equal(labels[mask], ids[mask]):
-        at = int(np.flatnonzero(mask & (labels != ids))[0])
-        msg = (
-            "labels: expected -100 or the id at the same place (the shift to the next token is made here), got "
-            f"{labels[at]} for {ids[at]} at {at}"
-        )
-        raise row_error(row, number, msg)
+    """A row with ``input_ids`` and its targets."""
+    if all(row.get(key) is None for key in TARGETS):
+        got = sorted(map(str, row))
+        raise row_error(row, number, f"expected input_ids and one of the keys {', '.join(TARGETS)}, got {got}")
+    ids, mask = tokenized_row(row, number, vocab_size)
     if not mask[1:].any():
         raise row_error(row, number, "labels: expected at least one target after the first token, got -100 everywhere")
-    return _targets_at(row, number, ids.astype(np.int32), mask, has_no_prompt=bool(mask[0]))
+    return _targets_at(row, number, ids, mask, has_no_prompt=bool(mask[0]))
 
 
 def _append_eos(target: Ints, eos: int | None) -> Ints:

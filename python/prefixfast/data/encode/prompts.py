@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.encode.token_ids import Ints, token_ids
+from prefixfast.data.encode.token_ids import Ints, token_ids, vocabulary_error
+from prefixfast.data.encode.tokenized import TOKENIZED_KEYS, request_ids
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, RequestError
+from prefixfast.errors import ConfigError, DataError, RequestError, shown
 from prefixfast.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -64,17 +65,26 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
             out |= zip(group, encoded, strict=True)
     for i, item in enumerate(batch):
         if i not in out:
-            value = item["input_ids"] if isinstance(item, Mapping) else item
-            found = token_ids(value, model.vocab_size)
-            if found is None:
-                ids = f"a list of token ids from 0 to {model.vocab_size - 1}"
-                msg = f"request {i}: expected a string, {ids}, or a row, got {value!r:.80}"
-                raise RequestError(msg, index=i)
-            out[i] = found
-        if not len(out[i]):
-            msg = f"request {i}: the prompt has no tokens"
+            out[i] = _given_ids(item, i, model.vocab_size)
+        error = vocabulary_error(out[i], model.vocab_size) if len(out[i]) else "the prompt has no tokens"
+        if error:
+            msg = f"request {i}: {error}"
             raise RequestError(msg, index=i)
     return [out[i] for i in range(len(batch))]
+
+
+def _given_ids(item: Any, index: int, vocab_size: int) -> Ints:
+    """Token ids that a request holds, as a list or under ``input_ids``."""
+    with request_error(index):
+        if isinstance(item, Mapping) and any(item.get(key) is not None for key in TOKENIZED_KEYS[1:]):
+            return request_ids(item, 0, vocab_size)
+    value = item["input_ids"] if isinstance(item, Mapping) else item
+    found = token_ids(value, vocab_size)
+    if found is None:
+        ids = f"a list of token ids from 0 to {vocab_size - 1}"
+        msg = f"request {index}: expected a string, {ids}, or a row, got {shown(value)}"
+        raise RequestError(msg, index=index)
+    return found
 
 
 def encode_target(model: Model, target: str | Sequence[int], index: int) -> Ints:
@@ -90,11 +100,15 @@ def encode_target(model: Model, target: str | Sequence[int], index: int) -> Ints
     """
     if isinstance(target, str):
         _check_unicode(target, index, "target: it is no text")
-        return model.require_tokenizer().encode([target], add_special_tokens=False)[0]
+        ids = model.require_tokenizer().encode([target], add_special_tokens=False)[0]
+        if error := vocabulary_error(ids, model.vocab_size):
+            msg = f"request {index}: target: {error}"
+            raise RequestError(msg, index=index)
+        return ids
     found = token_ids(target, model.vocab_size)
     if found is None:
         last = model.vocab_size - 1
-        msg = f"request {index}: target: expected a string or a list of token ids from 0 to {last}, got {target!r:.80}"
+        msg = f"request {index}: target: expected a string or a list of token ids from 0 to {last}, got {shown(target)}"
         raise RequestError(msg, index=index)
     return found
 
@@ -123,11 +137,14 @@ def encode_text(model: Model, source: str | Sequence[int] | Sequence[Mapping[str
         last = model.vocab_size - 1
         msg = (
             f"text: expected a string, token ids from 0 to {last}, or messages {{'role', 'content'}}, got "
-            f"{source!r:.80}"
+            f"{shown(source)}"
         )
         raise ConfigError(msg)
     if not len(ids):
-        msg = f"text: expected at least one token, got {source!r:.80}"
+        msg = f"text: expected at least one token, got {shown(source)}"
+        raise ConfigError(msg)
+    if error := vocabulary_error(ids, model.vocab_size):
+        msg = f"text: {error}"
         raise ConfigError(msg)
     return ids
 

@@ -27,6 +27,22 @@ def token_ids(value: Any, vocab_size: int) -> Ints | None:
     return ids.astype(np.int32)
 
 
+def vocabulary_error(ids: NDArray[np.integer[Any]], vocab_size: int) -> str | None:
+    """Error message for token ids that the embedding lacks, None if it has all.
+
+    Args:
+        ids: Token ids.
+        vocab_size: Number of rows of the embedding.
+    """
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if not len(wrong):
+        return None
+    return (
+        f"token id {int(wrong[0])} is not in the base model's embedding, which has the ids 0 to {vocab_size - 1}; "
+        "give other ids, or call resize_token_embeddings if tokens were added to the tokenizer"
+    )
+
+
 def int_array(value: Any) -> NDArray[np.int64] | None:
     """A flat array of integers, int64; None if ``value`` is something else."""
     try:

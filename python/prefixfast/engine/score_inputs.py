@@ -1,0 +1,142 @@
+"""`ScoreRequest`, a checked request of `score`, whose prompts and targets are encoded as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from prefixfast.config.json_types import JSON
+from prefixfast.data.encode import (
+    Example,
+    Input,
+    encode_examples,
+    encode_prompts,
+    encode_target,
+    request_error,
+    vocabulary_error,
+)
+from prefixfast.data.task import Task
+from prefixfast.engine.make_requests import prefixes_and_tasks, row_id, text_positions
+from prefixfast.engine.request_prefixes import Prefixes
+from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown
+from prefixfast.model.base import Model
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.store import PrefixStore, StoredPrefix
+
+Targets = Sequence[str | Sequence[int]] | None
+
+
+@dataclass(frozen=True)
+class ScoreRequest:
+    """A checked request of `score`.
+
+    Attributes:
+        index: Place of the request in the batch, from 0.
+        id: Value of the request's ``id`` key, None without one.
+        prefixes: Prefixes from left to right.
+        examples: Token ids and targets, at least one; a row with several references has one for each.
+    """
+
+    index: int
+    id: JSON
+    prefixes: tuple[Prefix | StoredPrefix, ...]
+    examples: list[Example]
+
+
+def make_score_requests(
+    model: Model,
+    batch: Sequence[Input],
+    prefixes: Prefixes,
+    targets: Targets,
+    *,
+    end_token: bool,
+    store: PrefixStore | None = None,
+) -> list[ScoreRequest]:
+    """Check a whole batch.
+
+    Args:
+        model: Base model.
+        batch: Requests as the caller gave them.
+        prefixes: Prefixes of the batch, as for `make_requests`.
+        targets: Target of each request, text or token ids. None takes the targets of the rows.
+        end_token: Whether the end token follows each target, as in training.
+        store: Store of the prefixes that are given by name.
+
+    Raises:
+        ConfigError: For arguments that do not fit each other.
+        RequestError: For a wrong request, or one without a target.
+        UnknownPrefixError: For a name that the store does not have.
+        BaseMismatchError: For a prefix of another base model.
+    """
+    if targets is not None and (
+        isinstance(targets, str) or not isinstance(targets, Sequence) or len(targets) != len(batch)
+    ):
+        got = str(len(targets)) if isinstance(targets, list | tuple) else shown(targets)
+        msg = f"targets: expected one entry for each of the {len(batch)} requests, got {got}"
+        raise ConfigError(msg)
+    assigned, tasks = prefixes_and_tasks(model, batch, prefixes, store)
+    if targets is None:
+        examples = _row_examples(model, batch, tasks, end_token=end_token)
+    else:
+        examples = _given_examples(model, batch, tasks, targets, end_token=end_token)
+    made = []
+    for i, (item, own) in enumerate(zip(batch, assigned, strict=True)):
+        # The last target is predicted, but takes no position.
+        room = text_positions(model, own) + 1
+        if (longest := max(len(e.ids) for e in examples[i])) > room:
+            left = f"the base model has {room - 1} positions left for text"
+            msg = f"request {i}: expected at most {room} tokens of prompt and target, got {longest}; {left}"
+            raise RequestError(msg, index=i)
+        made.append(ScoreRequest(i, row_id(item), own, examples[i]))
+    return made
+
+
+def _given_examples(
+    model: Model, batch: Sequence[Input], tasks: Sequence[Task], targets: Sequence[Any], *, end_token: bool
+) -> dict[int, list[Example]]:
+    """Examples of prompts with a target that the caller gives, by request."""
+    end = model.require_tokenizer().eos_id if end_token else None
+    found = {}
+    for i, (prompt, target) in enumerate(zip(encode_prompts(model, batch, tasks), targets, strict=True)):
+        ids = encode_target(model, target, i)
+        ids = ids if end is None else np.append(ids, np.int32(end))
+        error = vocabulary_error(ids, model.vocab_size)
+        if error or not len(ids):
+            msg = f"request {i}: target: {error or f'expected at least one token, got {shown(target)}'}"
+            raise RequestError(msg, index=i)
+        whole = np.concatenate([prompt, ids])
+        found[i] = [Example(whole, np.arange(len(prompt), len(whole)), 0)]
+    return found
+
+
+def _row_examples(
+    model: Model, batch: Sequence[Input], tasks: Sequence[Task], *, end_token: bool
+) -> dict[int, list[Example]]:
+    """Examples of rows with their own targets, by request. Rows of one task are encoded together."""
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
+        if not isinstance(item, Mapping):
+            msg = f"request {i}: expected a row with a target, or targets=[...], got {shown(item)}"
+            raise RequestError(msg, index=i)
+        groups.setdefault((id(task), "input_ids" in item), []).append(i)
+    found: dict[int, list[Example]] = {i: [] for i in range(len(batch))}
+    for (_, tokenized), places in groups.items():
+
+        def encode(places: list[int], tokenized: bool = tokenized) -> Iterator[Example]:
+            rows: list[Any] = [batch[i] for i in places]
+            tokenizer = None if tokenized else model.require_tokenizer()
+            return encode_examples(tokenizer, model.vocab_size, rows, tasks[places[0]], append_eos=end_token)
+
+        try:
+            encoded = list(encode(places))
+        except PrefixFastError:  # each row is tried alone to find the wrong one
+            for i in places:
+                with request_error(i):
+                    list(encode([i]))
+            raise
+        for example in encoded:
+            found[places[example.row]].append(example)
+    return found
