@@ -1,7 +1,8 @@
 """The `torch` backend of packed attention: one call per prefix block and calls for the own keys, merged by log-sum-exp.
 
 A prefix block is read in place, once for all sequences that use it; no tensor of batch x P is built. Own keys of few
-sequences take one call per run of equal lengths, those of many sequences one call per length bucket.
+sequences, and of all in inference, take one call per run of equal lengths, those of many sequences one call per length
+bucket.
 Specification: `reference.attn`.
 Shape letters: N packed tokens, HQ query heads, H kv heads, D head dim, P prefix rows, n sequences of a bucket,
 T padded length of a bucket, E users of a block.
@@ -59,7 +60,8 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions) -> 
         k, v = (t.index_select(0, last).to(q.dtype) for t in (inputs.k, inputs.v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
-    if tables.seg.shape[0] < MIN_SEQUENCES_FOR_BUCKETS:
+    # In a bucket a sequence's last bits depend on the other lengths, which inference promises that they do not.
+    if tables.seg.shape[0] < MIN_SEQUENCES_FOR_BUCKETS or q.is_inference():
         _own_fwd((o, lse), Qkv(q, k, v), _runs(tables), options)
     else:
         padded = Qkv(*(t.index_select(0, tables.gather) for t in (q, k, v)))

@@ -82,14 +82,19 @@ def prefixfast_attention(
         raise RuntimeError(msg)
     plan, layer = prefixfast, int(module.layer_idx)  # type: ignore[arg-type]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, D], views
+    given, count = len(q), plan.position_ids.shape[1]
+    if given != count:  # the model was given a single token twice
+        q, k, v = q[:count], k[:count], v[:count]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     options = (scale, plan.window(sliding_window), softcap or 0.0)
     if plan.arena is not None:
         assert plan.slots is not None
         ops.kv_write(*plan.arena.layers[layer], k, v, plan.slots)
     if plan.decode is not None:
-        return _decode_attention(plan, layer, q, options)[None], None
-    return _packed_attention(plan, layer, (q, k, v), options)[None], None
+        out = _decode_attention(plan, layer, q, options)
+    else:
+        out = _packed_attention(plan, layer, (q, k, v), options)
+    return (out if given == count else out.expand(given, -1, -1))[None], None
 
 
 def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, int, float]) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan, plain_plan
-from prefixfast.model.packed_forward import check_attached, packed_forward
+from prefixfast.model.packed_forward import check_attached, model_inputs, packed_forward, two_rows
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, V]`` of hidden states ``[n, d]``."""
-        out = self.layer(hidden)
+        out = self.layer(two_rows(hidden, 0))[: len(hidden)]
         return self.softcap * torch.tanh(out / self.softcap) if self.softcap else out
 
     def losses(self, hidden: Tensor, targets: Tensor, backend: str) -> Tensor:
@@ -65,16 +65,8 @@ def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
         ConfigError: If the model is detached or in training mode.
     """
     check_attached(model)
-    tokens = ids[None]
-    out = model.base_model(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        position_ids=plan.position_ids,
-        use_cache=False,
-        prefixfast=plan,
-    )
-    hidden: Tensor = out.last_hidden_state[0]
-    return hidden if plan.logits_at is None else hidden[plan.logits_at]
+    hidden: Tensor = model.base_model(**model_inputs(plan, ids)).last_hidden_state[0]
+    return hidden[: len(ids)] if plan.logits_at is None else hidden[plan.logits_at]
 
 
 @torch.no_grad()

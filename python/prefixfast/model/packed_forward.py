@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,20 +26,47 @@ def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
 
     Raises:
         ConfigError: If the model is detached or in training mode.
+        RuntimeError: If the model ignores which logits are wanted.
     """
     check_attached(model)
-    tokens = ids[None]
-    keep = {} if plan.logits_at is None else {"logits_to_keep": plan.logits_at}
+    inputs = model_inputs(plan, ids)
+    count, given = len(ids), inputs["input_ids"].shape[1]
+    if plan.logits_at is not None:
+        inputs["logits_to_keep"] = at = two_rows(plan.logits_at, 0)
+        count, given = len(plan.logits_at), len(at)
+    logits: Tensor = model(**inputs).logits[0]
+    if len(logits) != given:
+        msg = f"{type(model).__name__} computes logits of {len(logits)} tokens, expected those of {given}"
+        raise RuntimeError(msg)
+    return logits[:count]
+
+
+def model_inputs(plan: Plan, ids: Tensor) -> dict[str, Any]:
+    """Keyword arguments of an attached model for one packed forward pass.
+
+    On a CPU without gradients a single token is given twice, because a matrix product of one row rounds differently
+    from products of more rows. Attention computes the first of the two.
+
+    Args:
+        plan: Attention plan of the tokens.
+        ids: Token ids, int64 ``[N]``.
+    """
+    tokens = two_rows(ids[None], 1)
     # Without a mask, GPT-2 searches the batch for padding, which is a host synchronization. The mask is not used.
-    out = model(
-        input_ids=tokens,
-        attention_mask=torch.ones_like(tokens),
-        position_ids=plan.position_ids,
-        use_cache=False,
-        prefixfast=plan,
-        **keep,
-    )
-    return out.logits[0]
+    return {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "position_ids": two_rows(plan.position_ids, 1),
+        "use_cache": False,
+        "prefixfast": plan,
+    }
+
+
+def two_rows(t: Tensor, dim: int) -> Tensor:
+    """The tensor with a single row along ``dim`` repeated, on a CPU without gradients; else unchanged."""
+    if t.shape[dim] != 1 or t.device.type != "cpu" or torch.is_grad_enabled():
+        return t
+    return t.expand(*t.shape[:dim], 2, *t.shape[dim + 1 :])
 
 
 def check_attached(model: PreTrainedModel) -> None:
