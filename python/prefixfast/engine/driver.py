@@ -19,6 +19,7 @@ from prefixfast.engine.ticket import Ticket
 from prefixfast.engine.worker import Worker
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
+from prefixfast.model.process import check_not_exiting, check_same_process, model_lock, process_id
 
 T = TypeVar("T")
 
@@ -34,16 +35,20 @@ class LoopDriver:
     Attributes:
         worker: Engine's thread, None until the first request is submitted.
         lock: Lock of whoever runs the loop, or starts the worker.
+        owner: Id of the thread that runs the loop without a worker. Valid only while the lock is taken.
         next_number: Iterator over request numbers.
         closed: Whether the engine is closed.
+        interrupted: Whether a job in a caller's thread was interrupted, or runs.
     """
 
     def __init__(self, model: Model, loop: Loop, num_threads: int | None) -> None:
         self.model, self.loop, self.num_threads = model, loop, num_threads
         self.worker: Worker | None = None
-        self.lock = threading.Lock()
+        self.lock = model_lock()
+        self.owner: int | None = None
+        self.process_id = process_id()
         self.next_number = itertools.count()
-        self.closed = False
+        self.closed = self.interrupted = False
 
     def check_open(self) -> None:
         """Raise `ConfigError` if the engine is closed."""
@@ -51,32 +56,59 @@ class LoopDriver:
             msg = "this engine is closed; make a new one"
             raise ConfigError(msg)
 
-    def check_not_in_callback(self, method: str) -> None:
-        """Raise `ConfigError` in a callback of a ticket, which runs in the engine's own thread.
+    def check_callable(self, method: str, *, waits: bool = False) -> None:
+        """Raise `ConfigError` if the engine is closed, or if the call could never return.
 
         Args:
             method: Name of the called method, for the error.
+            waits: Whether the method waits for requests.
         """
-        if self.worker is not None and threading.current_thread() is self.worker.thread:
+        check_same_process(self.process_id, "engine")
+        self.check_open()
+        self.check_outside(method, waits=waits)
+
+    def check_outside(self, method: str, *, waits: bool) -> None:
+        """Raise `ConfigError` in code that the engine calls, where the method could never return.
+
+        That is a logits processor, or a signal handler that interrupts a step. It is also a callback of a ticket for a
+        method that waits.
+
+        Args:
+            method: Name of the called method, for the error.
+            waits: Whether the method waits for requests or for the end of the engine's thread.
+        """
+        worker = self.worker
+        in_worker = worker is not None and worker.is_current_thread()
+        inline = self.owner == threading.get_ident() and self.lock.locked()
+        if inline or (worker is not None and in_worker and worker.stepping):
+            msg = (
+                f"{method} was called inside a step of its own engine, by a logits processor or a signal handler; call "
+                "it after the request has ended"
+            )
+            raise ConfigError(msg)
+        if waits and in_worker:
             msg = (
                 f"{method} cannot run in a callback of a ticket, which runs in the engine's own thread; use submit "
                 "there, or another thread"
             )
             raise ConfigError(msg)
 
-    def between_steps(self, job: Callable[[], T]) -> T:
+    def between_steps(self, method: str, job: Callable[[], T]) -> T:
         """Run a function between two steps, in the thread that owns model and loop.
 
         Args:
+            method: Name of the called method, for the error.
             job: Function that uses the model or the loop.
 
         Raises:
-            ConfigError: If the engine is closed.
+            ConfigError: If the engine is closed, in a logits processor, or in a forked process.
         """
-        with self.lock, torch.inference_mode(), _threads(self.num_threads):
-            self.check_open()
-            if self.worker is None:
-                return job()
+        self.check_callable(method)
+        if self.worker is None:
+            with self.lock:
+                self.check_open()
+                if self.worker is None:
+                    return self._run_inline(job)
         return self.worker.between_steps(job)
 
     def submit(self, request: Request, *, wait: bool = False) -> Ticket:
@@ -102,20 +134,59 @@ class LoopDriver:
         Returns:
             Result or error of each request, in their order.
         """
-        with self.lock, torch.inference_mode(), _threads(self.num_threads):
+        with self.lock:
+            self.check_open()
             if self.worker is None:
-                outputs = run_batch(self.loop, [(next(self.next_number), r) for r in requests], bar)
-                texts = iter(self._decode([s.token_ids for output in outputs for s in output.sequences]))
-                return [output.to_generation([next(texts) for _ in output.sequences]) for output in outputs]
+                return self._run_inline(lambda: self._run_batch(requests, bar))
         return wait_for_tickets((partial(self.submit, r, wait=True) for r in requests), bar)
 
     def close(self) -> None:
-        """End the engine's thread, cancel its requests, and release the arena. Waits for a `run` of another thread."""
+        """End the engine's thread, cancel its requests, and release the arena. Waits for a `run` of another thread.
+
+        A forked process has no such thread and releases its own references only. A second call completes a close that
+        was interrupted.
+        """
         self.closed = True
+        if self.process_id != process_id():
+            self.loop.close()
+            return
         with self.lock:
             if self.worker is not None:
-                self.worker.close()
+                self.worker.end()
             self.loop.close()
+
+    def _run_batch(self, requests: list[Request], bar: Any) -> list[Generation | BaseException]:
+        outputs = run_batch(self.loop, [(next(self.next_number), r) for r in requests], bar)
+        texts = iter(self._decode([s.token_ids for output in outputs for s in output.sequences]))
+        return [output.to_generation([next(texts) for _ in output.sequences]) for output in outputs]
+
+    def _run_inline(self, job: Callable[[], T]) -> T:
+        """Run a job in this thread, which has the lock. An interrupt can leave the loop in any state.
+
+        Args:
+            job: Function that uses the model or the loop. It leaves the loop intact if it raises an `Exception`.
+        """
+        check_not_exiting()
+        self.owner = threading.get_ident()
+        try:
+            with torch.inference_mode(), _threads(self.num_threads):
+                self._repair()
+                self.interrupted = True
+                try:
+                    result = job()
+                except Exception:
+                    self.interrupted = False
+                    raise
+                self.interrupted = False
+                return result
+        finally:
+            self.owner = None
+
+    def _repair(self) -> None:
+        """Restart the loop if the last job was interrupted."""
+        if self.interrupted or not self.loop.intact:
+            self.loop.restart()
+            self.interrupted = False
 
     def to_result(self, output: RequestOutput) -> Generation | BaseException:
         """Result, or error, of a request that has ended.
@@ -132,6 +203,7 @@ class LoopDriver:
         with self.lock:
             self.check_open()
             if self.worker is None:
+                self._repair()
                 self.worker = Worker(self.loop, self.to_result, self.num_threads)
         return self.worker
 

@@ -46,7 +46,9 @@ class Engine(RequestSubmission, PrefixPinning):
     """Generates and scores for requests with any mix of prefixes over one frozen base model.
 
     `generate` and `score` run a batch in the caller's thread. The first `submit`, `stream` or `agenerate` starts a
-    thread that owns the model from then on; later batches go through this thread too.
+    thread that owns the model from then on; later batches go through this thread too. A logits processor cannot call
+    its own engine, except for `cancel`. A callback of a ticket can, except for calls that wait for requests. A process
+    that was forked later cannot use the engine. The end of the program cancels what still runs.
 
     Example:
         >>> with Engine(base, max_num_seqs=8) as engine:
@@ -135,6 +137,7 @@ class Engine(RequestSubmission, PrefixPinning):
             ConfigError: For arguments that do not fit.
             CapacityError: If a request can never fit the KV arena or the decode rows.
         """
+        self.driver.check_callable("generate", waits=True)
         if on_error not in ("raise", "return"):
             msg = f"on_error: expected 'raise' or 'return', got {on_error!r}"
             raise ConfigError(msg)
@@ -142,7 +145,6 @@ class Engine(RequestSubmission, PrefixPinning):
         requests, errors = self.requests.make(batch, prefixes, call, logits_processor, only_good=only_good)
         for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:
             logger.info("generating with %s", resolved)
-        self.driver.check_not_in_callback("generate")
         with tqdm(
             total=len(requests), desc="generate", unit="request", disable=None if progress is None else not progress
         ) as bar:
@@ -184,10 +186,10 @@ class Engine(RequestSubmission, PrefixPinning):
             BaseMismatchError: For a prefix of another base model.
             ConfigError: For arguments that do not fit.
         """
-        self.driver.check_open()
+        self.driver.check_callable("score")
         requests = make_score_requests(self.model, batch, prefixes, targets, end_token=end_token, store=self.store)
         budget = self.config.max_num_batched_tokens
-        return self.driver.between_steps(lambda: score_requests(self.model, requests, budget))
+        return self.driver.between_steps("score", lambda: score_requests(self.model, requests, budget))
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made, such as ``steps``, ``decoded_rows``, ``loads`` and ``evictions``."""
@@ -203,11 +205,9 @@ class Engine(RequestSubmission, PrefixPinning):
         Waits for a `generate` of another thread.
 
         Raises:
-            ConfigError: In a callback of a ticket, which runs in the engine's own thread.
+            ConfigError: In a logits processor, or in a callback of a ticket, which runs in the engine's own thread.
         """
-        if self.driver.closed:
-            return
-        self.driver.check_not_in_callback("close")
+        self.driver.check_outside("close", waits=True)
         self.driver.close()
         if self._owns_model:
             self.model.close()

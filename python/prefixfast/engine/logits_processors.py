@@ -9,6 +9,7 @@ Shape letters: R decode rows of the engine, n rows of a step, V vocabulary.
 from __future__ import annotations
 
 import itertools
+import threading
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ class RowProcessors:
         self.processors: list[LogitsProcessorList | None] = [None] * rows
         self.banned: list[Numbers | None] = [None] * rows  # tokens that are never generated
         self.length = np.zeros(rows, np.int64)
-        self.errors: dict[int, Exception] = {}  # errors of the callers' processors, by the request's first row
+        self.errors: dict[int, BaseException] = {}  # errors of the callers' processors, by the request's first row
 
     def start(self, rows: Numbers, request: Request) -> bool:
         """Set the processors of the rows of a request.
@@ -128,7 +129,9 @@ class RowProcessors:
                     scores[here] = processors(
                         self.tokens[first : first + count, : int(self.length[first])], scores[here]
                     )
-                except Exception as e:  # code of the caller: the error belongs to this request alone
+                except BaseException as e:  # code of the caller: the error belongs to this request alone
+                    if isinstance(e, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                        raise  # the user interrupts `generate`
                     self.errors[first] = e
             at += count
 

@@ -7,14 +7,15 @@ ended with an end token is then decoded once more, and the extra token is droppe
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from prefixfast import _rust
 from prefixfast.attention.plan import Arena
@@ -27,7 +28,8 @@ from prefixfast.engine.prefix_cache import PrefixCache
 from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.engine.request import Request
 from prefixfast.engine.step_runner import StepRunner
-from prefixfast.errors import CapacityError, PrefixFastError, RequestError
+from prefixfast.engine.ticket import request_error
+from prefixfast.errors import CapacityError, RequestError
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
@@ -36,11 +38,17 @@ from prefixfast.store import StoredPrefix
 class Loop:
     """KV arena, scheduler, prefix cache and decode rows of an engine.
 
+    An error in the work for one request ends this request. An error of a forward ends the requests of the forward.
+    Waiting requests go on. After any other error, or an interrupt, `restart` must be called.
+
     Args:
         model: Base model.
         config: Options of the engine.
         max_model_len: Largest number of prompt and generated tokens of a request.
         end_ids: End tokens. Tokens that the base model does not have are ignored.
+
+    Attributes:
+        intact: Whether no `restart` has failed.
     """
 
     def __init__(self, model: Model, config: EngineConfig, max_model_len: int, end_ids: list[int]) -> None:
@@ -51,7 +59,8 @@ class Loop:
         self.eager_reason = eager_reason(model, config)
         self.run_ahead = self.eager_reason is None
         prefix_rows = None if config.prefix_memory is None else config.prefix_memory // bytes_per_row(model)
-        self.scheduler = _rust.Scheduler(
+        self._new_scheduler = partial(
+            _rust.Scheduler,
             arena_rows,
             rows,
             config.max_num_batched_tokens,
@@ -62,7 +71,9 @@ class Loop:
         )
         host_dtype = DTYPES.get(config.prefix_dtype, model.dtype)
         loader = PrefixLoader(self.arena.layers, model.layers, config.host_prefix_memory, host_dtype)
+        self.scheduler = self._new_scheduler()
         self.prefix_cache = PrefixCache(self.scheduler, loader)
+        self.intact = True
         self.max_waiting = config.max_waiting
         self.batch = DecodeBatch(self.arena.table, [e for e in end_ids if 0 <= e < model.vocab_size])
         self.outputs = RunningSequences(model, self.batch.end_ids)
@@ -176,14 +187,12 @@ class Loop:
         )
         started: list[StepTokens] = []
         if header.prefill is not None:
-            chosen, first_rows = self.runner.prefill(buffer, header, self.requests)
-            started += chosen
-            self.first_row |= first_rows
-            for number in first_rows:
-                if not self.requests[number].is_beam_search:
-                    self.outputs.start(number, self.requests[number])
+            started += self._prefill(buffer, header)
         if header.decode is not None:
-            started += self.runner.decode(buffer, header)
+            try:
+                started += self.runner.decode(buffer, header)
+            except Exception as e:
+                self._fail(header.decode_ids, e)
         elif header.prefill is None and not self.unread:
             self._cancel_unloadable(self.prefix_cache.finish_loads(wait=True))
         self._cancel_failed_processors()
@@ -193,7 +202,7 @@ class Loop:
         else:
             to_read, self.unread = self.unread + started, []
         ended |= self._read(to_read, ended)
-        over |= {number for number, output in ended.items() if output.sequences[0].finish_reason in ("stop", "length")}
+        over |= ended.keys()
         self.scheduler.commit(sorted(over - self.committed - dropped))
         self.committed = (self.committed | over) - ended.keys()
         for number in ended:
@@ -204,44 +213,74 @@ class Loop:
             self.unread = []
         return ended
 
-    def reset(self) -> None:
-        """Drop all requests after an error in the middle of a step, so that the loop can be used again."""
-        self._cancel_unloadable(self.prefix_cache.finish_loads(wait=True))
-        with contextlib.suppress(PrefixFastError):  # the error can be older than the step's plan
-            self.scheduler.commit([])
-        for number in self.requests:
-            self.scheduler.cancel(number)
-        buffer = torch.empty(self.scheduler.buffer_len, dtype=torch.int32)
-        self.prefix_cache.start_loads(self.scheduler.plan_step(buffer.numpy()).loads)
-        while self.prefix_cache.loader.num_loading:
-            self.prefix_cache.finish_loads(wait=True)
-        with contextlib.suppress(PrefixFastError):
-            self.scheduler.commit([])
+    def restart(self) -> None:
+        """Drop all requests and forget all prefixes but the pinned ones, after an error or an interrupt anywhere.
+
+        Nothing that the error can have left half changed is used again. The rows of forgotten prefixes are set to zero,
+        and pinned prefixes are loaded again.
+        """
+        self.intact = False
+        old = self.prefix_cache
+        old.loader.restart()
+        old.clear_rows()
+        scheduler = self._new_scheduler()
+        cache = PrefixCache(scheduler, old.loader)
+        for prefix in old.pinned_prefixes():
+            cache.set_pinned(prefix, True)
+        self.scheduler, self.prefix_cache = scheduler, cache
+        self.batch.processors.end(np.arange(len(self.batch.next_token)))
+        self._clear_requests()
+        self.intact = True
+
+    def _clear_requests(self) -> None:
         for state in (self.requests, self.first_row, self.outputs, self.unread, self.committed, self.errors):
             state.clear()
+        self.batch.processors.errors.clear()
 
     def close(self) -> None:
         """Release the arena and the CUDA graphs, and end the loader's thread."""
         self.prefix_cache.loader.close()
         self.runner.close()
+        self._clear_requests()
         self.arena = Arena([], torch.empty(0, dtype=torch.int32))
+
+    def _prefill(self, buffer: Tensor, header: _rust.StepHeader) -> list[StepTokens]:
+        """Prefill of a step; returns the first tokens of the requests whose prompt is complete."""
+        try:
+            chosen, first_rows, failed = self.runner.prefill(buffer, header, self.requests)
+        except Exception as e:
+            self._fail(header.prefill_ids, e)
+            return []
+        for number, error in failed.items():
+            self._fail([number], error)
+        self.first_row |= first_rows
+        for number in first_rows:
+            if not self.requests[number].is_beam_search:
+                try:
+                    self.outputs.start(number, self.requests[number])
+                except Exception as e:
+                    self._fail([number], e)
+        return chosen
+
+    def _fail(self, numbers: Iterable[int], error: BaseException) -> None:
+        """End requests with an error at the next step."""
+        for number in numbers:
+            if number in self.requests:
+                self.errors[number] = request_error(error)
+                self.scheduler.cancel(number)
 
     def _cancel_unloadable(self, loads: list[FinishedLoad]) -> None:
         """Cancel the requests whose prefix could not be loaded."""
         for load in loads:
-            digest = self.prefix_cache.prefixes[load.number].digest
-            for number, request in self.requests.items():
-                if any(p.digest == digest for p in request.prefixes) and load.error is not None:
-                    self.errors[number] = load.error
-                    self.scheduler.cancel(number)
+            if load.error is not None:
+                digest = self.prefix_cache.prefixes[load.number].digest
+                users = [n for n, r in self.requests.items() if any(p.digest == digest for p in r.prefixes)]
+                self._fail(users, load.error)
 
     def _cancel_failed_processors(self) -> None:
         """Cancel the requests whose own logits processors raised an error."""
         for row, error in self.batch.processors.errors.items():
-            number = int(self.batch.request_number[row])
-            if number in self.requests:
-                self.errors[number] = error
-                self.scheduler.cancel(number)
+            self._fail([int(self.batch.request_number[row])], error)
         self.batch.processors.errors.clear()
 
     def _discard(self, number: int) -> None:
@@ -249,6 +288,7 @@ class Loop:
         if (row := self.first_row.pop(number, None)) is not None:
             self.batch.processors.end(np.arange(row, row + self.requests[number].num_rows))
         self.requests.pop(number, None)
+        self.errors.pop(number, None)
         self.outputs.discard(number)
 
     def _end_dropped(self, cancelled: list[int], expired: list[int]) -> dict[int, RequestOutput]:
@@ -263,16 +303,16 @@ class Loop:
 
     def _cut(self, number: int, reason: str) -> RequestOutput:
         """Output of a request that the scheduler dropped."""
-        error = self.errors.pop(number, None)
-        if error is not None:
+        row, request = self.first_row.get(number), self.requests[number]
+        if (error := self.errors.get(number)) is not None:
             for prefix in list(self.prefix_cache.load_errors):
                 self.prefix_cache.forget(prefix)
-        row, request = self.first_row.get(number), self.requests[number]
+            return RequestOutput(request, [], error)
         if row is not None and request.is_beam_search:
             sequences = [OutputSequence(ids, reason, score) for ids, score in self._best_beams(row, request)]
         else:
             sequences = self.outputs.cut(number, reason)
-        return RequestOutput(request, sequences, error)
+        return RequestOutput(request, sequences)
 
     def _best_beams(self, row: int, request: Request) -> list[tuple[list[int], float]]:
         """Token ids and scores of the beams to return."""
@@ -297,12 +337,19 @@ class Loop:
                 # The request ended in an earlier step, whose tokens were read after this step was started.
                 if request is None or number in ended or number in known:
                     continue
-                if step.num_beams == 1:
-                    self.outputs.append(number, request, row - self.first_row[number], value, logprobs.get(place))
-                    if self.outputs.finished(number):
-                        ended[number] = RequestOutput(request, self.outputs.sequences[number])
-                elif value:
-                    ended[number] = RequestOutput(request, self._finished_beams(row, request))
+                try:
+                    if step.num_beams > 1:
+                        sequences = self._finished_beams(row, request) if value else None
+                    else:
+                        first = self.first_row[number]
+                        self.outputs.append(number, request, row - first, value, logprobs.get(place))
+                        sequences = self.outputs.sequences[number] if self.outputs.finished(number) else None
+                except Exception as e:  # of the request's stream, its stop strings or its beams
+                    self.errors[number], sequences = request_error(e), []
+                if sequences is not None:
+                    # A logits processor can have failed at the last token.
+                    error = self.errors.get(number)
+                    ended[number] = RequestOutput(request, sequences if error is None else [], error)
         return ended
 
     def _finished_beams(self, row: int, request: Request) -> list[OutputSequence]:

@@ -35,7 +35,7 @@ class PrefixPinning:
             BaseMismatchError: For a prefix of another base model.
         """
         found = self._find(prefix)
-        self.driver.between_steps(lambda: self.loop.set_pinned(found, True))
+        self.driver.between_steps("pin", lambda: self.loop.set_pinned(found, True))
 
     def unpin(self, prefix: Prefix | StoredPrefix | str) -> None:
         """Undo `pin`.
@@ -47,7 +47,7 @@ class PrefixPinning:
             UnknownPrefixError: For a name that the store does not have.
         """
         found = self._find(prefix)
-        self.driver.between_steps(lambda: self.loop.set_pinned(found, False))
+        self.driver.between_steps("unpin", lambda: self.loop.set_pinned(found, False))
 
     def evict(self, prefix: Prefix | StoredPrefix | str) -> bool:
         """Forget a prefix: set its rows in the KV arena to zero, and release its copy in host memory.
@@ -67,11 +67,12 @@ class PrefixPinning:
             msg = f"evict: expected a prefix, a name in the store or a digest of 64 hex digits, got {prefix!r:.80}"
             raise UnknownPrefixError(msg)
         digest = self._find(prefix).digest if known or not isinstance(prefix, str) else prefix
-        return self.driver.between_steps(lambda: self.loop.evict(digest))
+        return self.driver.between_steps("evict", lambda: self.loop.evict(digest))
 
     def resident(self) -> list[Resident]:
         """Prefixes in the KV arena, or on their way there."""
-        return self.driver.between_steps(lambda: self.loop.prefix_cache.resident(bytes_per_row(self.model)))
+        row_bytes = bytes_per_row(self.model)
+        return self.driver.between_steps("resident", lambda: self.loop.prefix_cache.resident(row_bytes))
 
     def _find(self, prefix: Prefix | StoredPrefix | str) -> Prefix | StoredPrefix:
         ((found,),) = assign_prefixes([[]], [prefix], self.store)

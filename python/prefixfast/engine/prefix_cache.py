@@ -54,10 +54,10 @@ class PrefixCache:
         self.numbers: dict[str, int] = {}  # by digest
         self.prefixes: dict[int, Prefix | StoredPrefix] = {}  # by number, the most recently used one last
         self.next_number = itertools.count()
-        self.pending_loads: list[tuple[int, int]] = []  # number and arena row of loads that were not started yet
         self.load_errors: dict[int, BaseException] = {}  # by number: the arena rows of these prefixes are invalid
         self.has_new, self.next_trim = False, MAX_PREFIXES + 1
         self.pinned: set[int] = set()
+        self.evicting = 0, 0  # first row and number of rows of the last eviction, which an interrupt can have cut short
         self.pending_eviction: set[int] = set()  # evicted as soon as no request uses them
 
     def number_of(self, prefix: Prefix | StoredPrefix) -> int:
@@ -141,14 +141,32 @@ class PrefixCache:
         """Evict the prefixes of ``pending_eviction`` that no request uses any more."""
         for number in list(self.pending_eviction):
             start, requests = self.scheduler.prefix_state(number)
+            if start is not None and not requests:
+                self.evicting = start, self.prefixes[number].length
             row = None if requests else self.scheduler.evict_prefix(number)
             if row is not None:
-                for t in (t for kv in self.loader.layers for t in kv):
-                    t[row : row + self.prefixes[number].length].zero_()
+                self._clear(row, self.prefixes[number].length)
             elif requests or start is not None:
                 continue
             self.pending_eviction.discard(number)
             self.forget(number)
+
+    def clear_rows(self) -> None:
+        """Set the rows of all prefixes in the KV arena to zero. No load may run."""
+        self._clear(*self.evicting)
+        for number, prefix in self.prefixes.items():
+            with contextlib.suppress(PrefixFastError):  # forgotten by the scheduler already
+                start, _ = self.scheduler.prefix_state(number)
+                if start is not None:
+                    self._clear(start, prefix.length)
+
+    def pinned_prefixes(self) -> list[Prefix | StoredPrefix]:
+        """Pinned prefixes."""
+        return [self.prefixes[number] for number in self.pinned if number in self.prefixes]
+
+    def _clear(self, row: int, count: int) -> None:
+        for t in (t for kv in self.loader.layers for t in kv):
+            t[row : row + count].zero_()
 
     def resident(self, row_bytes: int) -> list[Resident]:
         """Prefixes in the arena, or on their way there, in the order of their registration.
@@ -166,16 +184,13 @@ class PrefixCache:
         return found
 
     def start_loads(self, loads: list[tuple[int, int]]) -> None:
-        """Start the loads of a step. Loads that an interrupt leaves over are started by the next call.
+        """Start the loads of a step.
 
         Args:
             loads: Prefix number and first arena row of each load.
         """
-        self.pending_loads += loads
-        while self.pending_loads:
-            number, row = self.pending_loads[-1]
+        for number, row in loads:
             self.loader.load(number, self.prefixes[number], row)
-            self.pending_loads.pop()
 
     def finish_loads(self, *, wait: bool) -> list[FinishedLoad]:
         """Tell the scheduler which loads have finished.

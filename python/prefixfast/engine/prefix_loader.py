@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
+import logging
 import queue
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.model.dry_run import LayerShape
+from prefixfast.model.process import check_same_process, end_at_exit, process_id
 from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
-LOAD, PREFETCH, CLOSE = 0, 1, 2  # ranks of jobs; the lowest rank runs first
+logger = logging.getLogger(__name__)
 INT_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,6 +38,35 @@ class FinishedLoad:
 
     number: int
     error: BaseException | None
+
+
+@dataclass
+class _Jobs:
+    """Jobs of one loader thread. Every operation on them is atomic, so that an interrupt leaves no lock taken.
+
+    Attributes:
+        loads: Jobs that run first.
+        prefetches: Jobs that run while there are no others.
+        wake: One entry for each job, and for the end of the thread.
+        ended: Whether the thread takes no further job.
+    """
+
+    loads: deque[Callable[[], None]] = field(default_factory=deque)
+    prefetches: deque[Callable[[], None]] = field(default_factory=deque)
+    wake: queue.SimpleQueue[None] = field(default_factory=queue.SimpleQueue)
+    ended: bool = False
+
+    def run(self) -> None:
+        """Run jobs until the end."""
+        _use_one_openmp_thread()
+        while True:
+            self.wake.get()
+            if self.ended:
+                return
+            try:
+                (self.loads or self.prefetches).popleft()()
+            except BaseException:  # a job reports its own errors
+                logger.exception("a job of the prefix loader failed")
 
 
 class PrefixLoader:
@@ -60,10 +90,10 @@ class PrefixLoader:
         self.num_loading = 0
         # A prefetch can run after its prefix was forgotten. It must not put the prefix into host memory then.
         self.cacheable: set[int] = set()
-        self.jobs: queue.PriorityQueue[tuple[int, int, Callable[[], None] | None]] = queue.PriorityQueue()
+        self.jobs = _Jobs()
         self.done: queue.SimpleQueue[FinishedLoad] = queue.SimpleQueue()
-        self.job_number = itertools.count()
         self.thread: threading.Thread | None = None
+        self.process_id = process_id()
         device = layers[0][0].device
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
@@ -79,8 +109,12 @@ class PrefixLoader:
         if self.stream is not None:  # the copy waits for steps that still read the old content of these rows
             event = torch.cuda.current_stream(self.stream.device).record_event()
         self.cacheable.add(number)
-        self._submit(LOAD, lambda: self._load(number, prefix, row, event))
         self.num_loading += 1
+        done = self.done  # a load that `restart` drops must not report to its successor
+        try:
+            self._submit(self.jobs.loads, lambda: self._load(number, prefix, row, event, done))
+        except RuntimeError as e:  # the system has no thread left
+            done.put(FinishedLoad(number, e))
 
     def prefetch(self, number: int, prefix: StoredPrefix) -> None:
         """Start to read a stored prefix into host memory before a waiting request needs it.
@@ -91,7 +125,8 @@ class PrefixLoader:
         """
         self.cacheable.add(number)
         if number not in self.host_cache:
-            self._submit(PREFETCH, lambda: self._prefetch(number, prefix))
+            with contextlib.suppress(RuntimeError):  # the load itself will meet the error and report it
+                self._submit(self.jobs.prefetches, lambda: self._prefetch(number, prefix))
 
     def finished(self, *, wait: bool) -> list[FinishedLoad]:
         """Loads that have ended since the last call.
@@ -100,6 +135,7 @@ class PrefixLoader:
             wait: Whether to wait for at least one load, if any is running.
         """
         out: list[FinishedLoad] = []
+        check_same_process(self.process_id, "prefix loader")
         while self.num_loading:
             try:
                 out.append(self.done.get(block=wait and not out))
@@ -115,30 +151,55 @@ class PrefixLoader:
             number: Number of the prefix.
         """
         self.cacheable.discard(number)
-        self._submit(LOAD, lambda: self._remove(number))
+        if self.thread is not None:  # without a thread nothing was read
+            self._submit(self.jobs.loads, lambda: self._remove(number))
+
+    def restart(self) -> None:
+        """Drop all jobs and all copies in host memory, and wait for the job that runs."""
+        self.end()
+        self.jobs, self.done, self.num_loading = _Jobs(), queue.SimpleQueue(), 0
+        self.cacheable.clear()
+        self.host_cache.clear()
+        self.host_cache_bytes = 0
+
+    def end(self, timeout: float | None = None) -> None:
+        """End the thread after the job that runs. The thread of another process does not run in this one.
+
+        Args:
+            timeout: Largest number of seconds to wait, None without a limit.
+        """
+        self.jobs.ended = True
+        self.jobs.wake.put(None)
+        if self.thread is not None and self.process_id == process_id():
+            self.thread.join(timeout)
+        self.thread = None
 
     def close(self) -> None:
         """End the thread, and release the arena and all copies in host memory."""
-        if self.thread is not None:
-            self.jobs.put((CLOSE, next(self.job_number), None))
-            self.thread.join()
-            self.thread = None
+        self.end()
         self.layers = []
         self.host_cache.clear()
 
-    def _submit(self, rank: int, job: Callable[[], None]) -> None:
+    def _submit(self, jobs: deque[Callable[[], None]], job: Callable[[], None]) -> None:
+        check_same_process(self.process_id, "prefix loader")
         if self.thread is None:
-            self.thread = threading.Thread(target=self._run, name="prefixfast-loader", daemon=True)
-            self.thread.start()
-        self.jobs.put((rank, next(self.job_number), job))
-
-    def _run(self) -> None:
-        _use_one_openmp_thread()
-        while (job := self.jobs.get()[2]) is not None:
-            job()
+            thread = threading.Thread(target=self.jobs.run, name="prefixfast-loader", daemon=True)
+            # A thread that an interrupt leaves without owner runs no job, since `restart` replaces `jobs`.
+            thread.start()
+            self.thread = thread
+            end_at_exit(self)
+        jobs.append(job)
+        self.jobs.wake.put(None)
 
     @torch.inference_mode()
-    def _load(self, number: int, prefix: Prefix | StoredPrefix, row: int, event: torch.cuda.Event | None) -> None:
+    def _load(
+        self,
+        number: int,
+        prefix: Prefix | StoredPrefix,
+        row: int,
+        event: torch.cuda.Event | None,
+        done: queue.SimpleQueue[FinishedLoad],
+    ) -> None:
         try:
             with torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
                 if event is not None and self.stream is not None:
@@ -148,9 +209,9 @@ class PrefixLoader:
                         _copy(arena[row : row + len(x)], x)
                 if self.stream is not None:
                     self.stream.synchronize()
-            self.done.put(FinishedLoad(number, None))
+            done.put(FinishedLoad(number, None))
         except BaseException as e:
-            self.done.put(FinishedLoad(number, e))
+            done.put(FinishedLoad(number, e))
 
     def _prefetch(self, number: int, prefix: StoredPrefix) -> None:
         if number in self.cacheable:

@@ -82,7 +82,6 @@ class RequestFactory:
             RequestError: For a wrong request.
             ConfigError: For arguments that do not fit each other, or a closed engine.
         """
-        self.driver.check_open()
         if processors is not None and not (isinstance(processors, list) and all(map(callable, processors))):
             got = type(processors).__name__
             msg = f"logits_processor: expected a LogitsProcessorList or a list of processors, got {got}"
@@ -100,7 +99,7 @@ class RequestFactory:
             requests, errors = make_good_requests(batch, prefixes, make)
         requests = [replace(r, params=self._with_seed(r.params), processors=processors) for r in requests]
         if (shared := self.shared_prompts) is not None:
-            requests = self.driver.between_steps(lambda: shared.split(requests))
+            requests = self.driver.between_steps("share_prompts", lambda: shared.split(requests))
         return requests, errors
 
     def _with_seed(self, params: GenerationParams) -> GenerationParams:

@@ -9,8 +9,8 @@ from typing import Any
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.output import RequestOutput
 from prefixfast.engine.request import Generation, Request
-from prefixfast.engine.ticket import Ticket
-from prefixfast.errors import PrefixFastError
+from prefixfast.engine.ticket import Ticket, request_error
+from prefixfast.model.process import check_not_exiting
 
 
 def run_batch(loop: Loop, requests: list[tuple[int, Request]], bar: Any) -> list[RequestOutput]:
@@ -22,24 +22,25 @@ def run_batch(loop: Loop, requests: list[tuple[int, Request]], bar: Any) -> list
         bar: Progress bar, with a method ``update``.
 
     Returns:
-        Outputs in the order of the requests. An error that concerns one request is in its output, any other error ends
-        all requests and is raised.
+        Outputs in the order of the requests. An error that concerns some of the requests is in their outputs, any other
+        error ends all requests and is raised.
     """
     waiting = deque(requests)
     ended: dict[int, RequestOutput] = {}
     try:
         while waiting or loop.busy:
+            check_not_exiting()
             while waiting and not loop.queue_full:
                 number, request = waiting.popleft()
                 try:
                     loop.add(number, request)
-                except PrefixFastError as e:
-                    ended[number] = RequestOutput(request, [], e)
+                except Exception as e:
+                    ended[number] = RequestOutput(request, [], request_error(e))
             outputs = loop.step() if loop.busy else {}
             ended |= outputs
             bar.update(len(outputs))
     except BaseException:
-        loop.reset()
+        loop.restart()
         raise
     return [ended[number] for number, _ in requests]
 

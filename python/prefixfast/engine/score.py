@@ -20,6 +20,7 @@ from prefixfast.engine.score_inputs import ScoreRequest
 from prefixfast.engine.search import argmax_rows
 from prefixfast.model.base import Model
 from prefixfast.model.lm_head import packed_hidden
+from prefixfast.model.process import check_not_exiting
 from prefixfast.prefix.kv import concat_kv, row_table
 from prefixfast.store import StoredPrefix
 
@@ -66,6 +67,7 @@ def score_requests(model: Model, requests: Sequence[ScoreRequest], token_budget:
     examples = [(r, e) for r in requests for e in r.examples]
     found: dict[int, list[tuple[NDArray[np.float64], NDArray[np.bool_]]]] = {r.index: [] for r in requests}
     for part in _batches([len(e.ids) for _, e in examples], token_budget):
+        check_not_exiting()
         logprobs, greedy = _target_logprobs(model, examples[part])
         ends = np.cumsum([len(e.targets) for _, e in examples[part]])[:-1]
         for (r, _), values, is_best in zip(

@@ -56,7 +56,7 @@ class StepRunner:
 
     def prefill(
         self, buffer: Tensor, header: _rust.StepHeader, requests: Mapping[int, Request]
-    ) -> tuple[list[StepTokens], dict[int, int]]:
+    ) -> tuple[list[StepTokens], dict[int, int], dict[int, Exception]]:
         """Run the prompt tokens of a step in one packed forward, and choose the first tokens of complete prompts.
 
         Args:
@@ -65,7 +65,8 @@ class StepRunner:
             requests: Requests by number.
 
         Returns:
-            First tokens of the requests whose prompt is complete, and the first decode row of each of them by number.
+            First tokens of the requests whose prompt is complete, the first decode row of each of them by number, and
+            the errors of those that could not be started.
         """
         assert header.prefill is not None
         layout = Layout(*header.prefill)
@@ -76,18 +77,27 @@ class StepRunner:
         ids = np.concatenate([requests[number].ids[start : start + n] for number, (_, _, start, n) in chunks])
         logits = self.model.forward(plan, to_device(ids, self.model.device))
         self.counts.update(prefill_tokens=len(ids), continued_prefills=int(plan.key_slots is not None))
-        first_rows, rows = {}, []
-        for number, (row, _, start, n) in chunks:
-            if start + n == len(requests[number].ids):
-                first_rows[number] = row
+        first_rows: dict[int, int] = {}
+        failed: dict[int, Exception] = {}
+        rows, places = [], []
+        complete = [(number, row) for number, (row, _, start, n) in chunks if start + n == len(requests[number].ids)]
+        for place, (number, row) in enumerate(complete):
+            try:
                 rows.append(self.batch.start(number, requests[number], row))
+            except Exception as e:  # for example of a logits processor's parameters
+                failed[number] = e
+                continue
+            first_rows[number] = row
+            places.append(place)
         if not rows:
-            return [], {}
+            return [], {}, failed
+        if failed:
+            logits = logits[to_device(np.array(places), logits.device)]
         counts = [len(r) for r in rows]
         if max(counts) > 1:  # all beams or samples of a request start from the same logits
             logits = logits[to_device(np.repeat(np.arange(len(rows)), counts), logits.device)]
         length = max(len(requests[number].ids) for number in header.prefill_ids)
-        return self.batch.choose_tokens(logits, np.concatenate(rows), length), first_rows
+        return self.batch.choose_tokens(logits, np.concatenate(rows), length), first_rows, failed
 
     def decode(self, buffer: Tensor, header: _rust.StepHeader) -> list[StepTokens]:
         """Generate one token for each running row.

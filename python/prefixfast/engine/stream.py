@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 
 from prefixfast import _rust
 from prefixfast.engine.request import Generation
 from prefixfast.engine.ticket import Ticket
+from prefixfast.errors import ConfigError
 
 
 class TextPieces:
@@ -49,7 +50,7 @@ class TextPieces:
 class Stream:
     """Text of one request piece by piece, from `Engine.stream`. Use it with ``for`` or ``async for``.
 
-    A loop that is left early cancels the request.
+    A loop that is left early cancels the request. One thread or task at a time reads the stream.
 
     Args:
         submit: Function that submits the request. Its argument is the function that gets each token.
@@ -66,7 +67,11 @@ class Stream:
     """
 
     def __init__(self, submit: Callable[[Callable[[int], None]], Ticket], pieces: TextPieces) -> None:
-        self._pieces, self._tokens, self._condition = pieces, deque[int | None](), threading.Condition()
+        self._pieces = pieces
+        # Unlike those of a condition, its operations are atomic, so that an interrupt leaves no lock taken.
+        self._tokens: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._reader: object = None  # thread or task that reads the stream
+        self._reader_lock = threading.Lock()
         self._wake: Callable[[], object] | None = None  # wakes a waiting coroutine
         self._ticket = submit(self._put)
         self._ticket.future.add_done_callback(lambda _: self._put(None))
@@ -82,10 +87,8 @@ class Stream:
 
     def _put(self, token: int | None) -> None:
         """Add a token, or None at the end."""
-        with self._condition:
-            self._tokens.append(token)
-            self._condition.notify_all()
-            wake = self._wake
+        self._tokens.put(token)
+        wake = self._wake
         if wake is not None:
             with contextlib.suppress(RuntimeError):  # the event loop was closed, so no coroutine waits any more
                 wake()
@@ -94,41 +97,53 @@ class Stream:
         _ = self.generation  # raises the error of a failed request
         return self._pieces.finish()
 
+    def _start_reading(self, reader: object) -> None:
+        with self._reader_lock:
+            if self._reader not in (None, reader):
+                msg = "this stream is being read by another thread or task; read it in one, or make a stream for each"
+                raise ConfigError(msg)
+            self._reader = reader
+
+    def _stop_reading(self, reader: object) -> None:
+        self._ticket.cancel()
+        if self._reader is reader:
+            self._reader = None
+
     def __iter__(self) -> Iterator[str]:
+        reader = threading.current_thread()
+        self._start_reading(reader)
         try:
             while True:
-                with self._condition:
-                    while not self._tokens:
-                        self._condition.wait()
-                    # The end mark stays in the queue, so that a second iteration ends too.
-                    token = self._tokens[0] if self._tokens[0] is None else self._tokens.popleft()
+                self._ticket.future.check_can_wait()
+                if (token := self._tokens.get()) is None:
+                    break
+                if piece := self._pieces.push(token):
+                    yield piece
+            self._tokens.put(None)  # a second iteration ends too
+            if piece := self._rest():
+                yield piece
+        finally:
+            self._stop_reading(reader)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        loop, ready, reader = asyncio.get_running_loop(), asyncio.Event(), asyncio.current_task()
+        self._start_reading(reader)
+        self._wake = lambda: loop.call_soon_threadsafe(ready.set)
+        try:
+            while True:
+                self._ticket.future.check_can_wait()
+                ready.clear()
+                try:
+                    token = self._tokens.get_nowait()
+                except queue.Empty:
+                    await ready.wait()
+                    continue
                 if token is None:
                     break
                 if piece := self._pieces.push(token):
                     yield piece
+            self._tokens.put(None)
             if piece := self._rest():
                 yield piece
         finally:
-            self._ticket.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        loop, ready = asyncio.get_running_loop(), asyncio.Event()
-        self._wake = lambda: loop.call_soon_threadsafe(ready.set)
-        try:
-            while True:
-                ready.clear()
-                with self._condition:
-                    tokens = list(self._tokens)
-                    self._tokens.clear()
-                    if tokens and tokens[-1] is None:
-                        self._tokens.append(None)
-                for token in tokens:
-                    if piece := "" if token is None else self._pieces.push(token):
-                        yield piece
-                if tokens and tokens[-1] is None:
-                    break
-                await ready.wait()
-            if piece := self._rest():
-                yield piece
-        finally:
-            self._ticket.cancel()
+            self._stop_reading(reader)

@@ -77,6 +77,7 @@ class RequestSubmission:
             CapacityError: If ``max_waiting`` requests are waiting already.
             ConfigError: For arguments that do not fit.
         """
+        self.driver.check_callable("submit")
         request = self.requests.make_one(item, prefix, call_params(params, fields), logits_processor)
         return self.driver.submit(_scheduled(request, tenant, priority, timeout))
 
@@ -110,6 +111,7 @@ class RequestSubmission:
             CapacityError: If ``max_waiting`` requests are waiting already.
             ConfigError: If the base model has no tokenizer, or for arguments that do not fit.
         """
+        self.driver.check_callable("stream")
         request = self.requests.make_one(item, prefix, call_params(params, fields), logits_processor)
         if request.num_rows > 1:
             msg = f"request 0: stream: expected one text without beams, got {request.num_rows} rows; use submit"
@@ -154,6 +156,7 @@ class RequestSubmission:
             CapacityError: If ``max_waiting`` requests are waiting already.
             ConfigError: For arguments that do not fit.
         """
+        self.driver.check_callable("agenerate", waits=True)
         # The call can wait for the engine's thread, or for a batch in another thread.
         if self.config.share_prompts or self.driver.lock.locked():
             submitted = asyncio.get_running_loop().run_in_executor(None, lambda: self.submit(item, prefix, **options))

@@ -18,6 +18,7 @@ from transformers.activations import NewGELUActivation
 
 from prefixfast.attention.hf_interface import NAME
 from prefixfast.model.dry_run import LayerShape, check_same_logits, dry_run, own_logits
+from prefixfast.model.process import note_computing
 from prefixfast.model.supported_models import VERIFIED, check_supported
 
 
@@ -70,6 +71,7 @@ def attach(model: PreTrainedModel) -> Handle:
             found.users += 1
             return found
         check_supported(model)
+        note_computing()
         verified = model.config.model_type in VERIFIED
         undo = _freeze(model)
         try:

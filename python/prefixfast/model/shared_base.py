@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -91,6 +92,14 @@ def unload() -> None:
     """
     with _CACHE_LOCK:
         _drop()
+
+
+def _after_fork() -> None:
+    global _CACHE_LOCK
+    _CACHE_LOCK = threading.Lock()  # another thread of the parent can hold the old one
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _drop() -> None:

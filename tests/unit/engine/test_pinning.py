@@ -63,9 +63,8 @@ def test_the_rows_of_an_evicted_prefix_are_zero(base, store):
         assert engine.evict("user 1") is True
         assert all(not bool(t[start : start + 16].any()) for kv in engine.loop.arena.layers for t in kv)
         assert first_row(engine, digest) is None
-        assert (
-            number not in engine.loop.prefix_cache.loader.host_cache or not engine.loop.prefix_cache.loader.jobs.empty()
-        )
+        loader = engine.loop.prefix_cache.loader
+        assert number not in loader.host_cache or loader.jobs.loads
         assert engine.resident() == []
         assert engine.evict("user 1") is True, "the prefix is gone already"
         assert engine.evict(digest) is True
