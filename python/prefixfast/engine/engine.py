@@ -32,6 +32,7 @@ from prefixfast.engine.submission import RequestSubmission
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
+from prefixfast.model.process import check_num_threads
 from prefixfast.model.shared_base import check_base_fields
 from prefixfast.store import PrefixStore
 
@@ -92,6 +93,7 @@ class Engine(RequestSubmission, PrefixPinning):
             raise
 
     def _allocate(self) -> None:
+        check_num_threads(self.config.num_threads)
         self.max_model_len = min(self.config.max_model_len or DEFAULT_MAX_MODEL_LEN, self.model.max_positions)
         if self.config.prepack and self.model.device.type == "cpu":
             self.model.prepack()
