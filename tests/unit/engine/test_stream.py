@@ -180,7 +180,7 @@ def test_errors_are_returned_beside_good_results(base, make_prefix, tmp_path):
         assert [got[i].token_ids for i in (0, 4, 6)] == [g.token_ids for g in fine]
         assert got[6].id == "last"
         for i, (kind, words) in {
-            1: ("RequestError", "request 1: unknown keys"),
+            1: ("RequestError", "request 1: unknown key"),
             2: ("BaseMismatchError", "other"),
             3: ("RequestError", "request 3"),
             5: ("RequestError", "do_sample"),
