@@ -9,23 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from prefixfast.bench.contenders import Bases, mixed_by_hand, peft_generate
+from prefixfast.bench.contenders import (
+    Bases,
+    Contender,
+    RunSettings,
+    Tokens,
+    mixed_by_hand,
+    peft_contender,
+    peft_or_plain,
+)
+from prefixfast.bench.decoding import Decoding, set_aside
+from prefixfast.bench.exact_scores import ExactScores, Text, check_same_tokens
 from prefixfast.bench.generate_points import BY_HAND, ONE_BY_ONE, ONE_FOR_ALL, OURS, Key, Point
 from prefixfast.bench.generate_report import show
-from prefixfast.bench.harness import WrongResultError, alternate, progress, version, write_rows
+from prefixfast.bench.harness import alternate, announce, progress, version, write_rows
 from prefixfast.bench.random_base import make_or_load, random_prefixes
 from prefixfast.engine.engine import Engine
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
+from prefixfast.prefix.prefix import Prefix
+
+COMPARED_WHEN_ROUNDED = 4  # prompts whose texts are compared with fp64 in bf16 and fp16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,97 +95,96 @@ def measure(
     """Times of all contenders, which alternate at each prefix length.
 
     Raises:
-        WrongResultError: If the tokens of two contenders differ.
+        WrongResultError: If the tokens of two contenders differ, as `exact_scores` compares them.
     """
     points: list[Point] = []
-    exact = bases.model.dtype == torch.float32
     for length in progress(lengths, f"bench, {work.requests} requests", "length", shown=shown):
-        if not exact:
-            _check_same_tokens_in_fp32(bases, length, distinct, work)
-        with _contenders(bases, length, distinct, work) as calls:
-            if exact:
-                check_same_tokens(calls, length)
-            else:
-                for call in calls.values():
-                    call()
-            timings = alternate(calls, rounds)
-        points += [Point(key, length, work.requests, key.requests * work.new, t) for key, t in timings.items()]
+        with _contenders(bases, length, distinct, work) as (found, scores):
+            check_contenders(found, scores, f"P={length}")
+            timings = alternate({key: c.call for key, c in found.items()}, rounds)
+        points += [
+            Point(key, length, work.requests, key.requests * work.new, timing, found[key].settings)
+            for key, timing in timings.items()
+        ]
     return points
+
+
+def check_contenders(found: Mapping[Key, Contender], scores: ExactScores | None, what: str) -> None:
+    """Run every contender once, which warms it up, and compare the tokens of requests that several of them have.
+
+    Args:
+        found: The contenders.
+        scores: Scores in fp64, None if there is no other contender. In bf16 and fp16 the first prompts are compared.
+        what: Beginning of the error's message.
+
+    Raises:
+        WrongResultError: If a token is worse than the best one by more than its limit.
+    """
+    tokens = {key: contender.call() for key, contender in found.items()}
+    if scores is None:
+        return
+    first = COMPARED_WHEN_ROUNDED if scores.is_rounded else len(scores.prompts)
+    texts = [
+        Text(key.contender, prompt, prefix, tuple(own))
+        for key, contender in found.items()
+        for (prompt, prefix), own in zip(contender.sources, tokens[key], strict=True)
+        if prompt < first
+    ]
+    check_same_tokens(texts, scores, what)
 
 
 @contextlib.contextmanager
 def _contenders(
     bases: Bases, length: int, distinct: Sequence[int], work: Workload
-) -> Iterator[dict[Key, Callable[[], Any]]]:
-    """Calls to time at one prefix length."""
+) -> Iterator[tuple[dict[Key, Contender], ExactScores | None]]:
+    """Contenders at one prefix length, and the scores by which their tokens are compared."""
     model, plain = bases.model, bases.plain
     g = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, model.vocab_size, (work.requests, work.prompt), generator=g).tolist()
     counts = [d for d in distinct if d <= work.requests] if length else [0]
     prefixes = random_prefixes(model, length, work.requests) if length else []
+    decoding = Decoding.exactly(work.new, model)
     memory = _kv_cache_bytes(model, length, work)
-    how: dict[str, Any] = {"max_new_tokens": work.new, "min_new_tokens": work.new, "num_beams": 1, "progress": False}
-    calls: dict[Key, Callable[[], Any]] = {}
+    found: dict[Key, Contender] = {}
     with Engine(
         model, max_num_seqs=work.requests, max_model_len=work.prompt + work.new, kv_cache_memory=memory
     ) as engine:
         for d in counts:
-            chosen = [prefixes[i % d] for i in range(work.requests)] if length else None
-            calls[Key(OURS, d, work.requests)] = partial(engine.generate, prompts, chosen, **how)
+            sources = [(i, i % d if length else None) for i in range(work.requests)]
+            settings = RunSettings.of(model, work.requests, decoding)
+            call = partial(_ours, engine, prompts, [None if p is None else prefixes[p] for _, p in sources], decoding)
+            found[Key(OURS, d, work.requests)] = Contender(call, sources, settings)
         if plain is not None:
-            if length:
-                by_hand = mixed_by_hand(plain, prefixes, prompts, work.new)
-                calls[Key(BY_HAND, work.requests, work.requests)] = by_hand
-            if version("peft"):
-                theirs = peft_generate(plain, prefixes[0] if length else None, work.new)
-                few = min(work.one_by_one, work.requests)
-                calls[Key(ONE_BY_ONE, 1, few)] = lambda: torch.cat([theirs([p]) for p in prompts[:few]])
-                calls[Key(ONE_FOR_ALL, 1, work.requests)] = lambda: theirs(prompts)
-        yield calls
+            found |= _others(plain, prefixes, prompts, decoding, min(work.one_by_one, work.requests))
+        yield found, None if plain is None else ExactScores(plain, prompts, prefixes, decoding)
+
+
+def _ours(engine: Engine, prompts: Tokens, chosen: list[Prefix | None], decoding: Decoding) -> Tokens:
+    """Tokens of one mixed batch of an engine."""
+    return [g.token_ids for g in engine.generate(prompts, chosen, progress=False, **decoding.params())]
+
+
+def _others(
+    plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: Tokens, decoding: Decoding, few: int
+) -> dict[Key, Contender]:
+    """Contenders beside prefixfast; without prefixes ``generate`` of transformers takes the place of PEFT's."""
+    found, count = {}, len(prompts)
+    if prefixes:
+        call = mixed_by_hand(plain, prefixes, prompts, decoding)
+        settings = replace(RunSettings.of(plain, count, decoding), use_cache=True)
+        found[Key(BY_HAND, count, count)] = Contender(call, [(i, i) for i in range(count)], settings)
+    if version("peft"):
+        number = 0 if prefixes else None
+        own = peft_or_plain(plain, prefixes[0] if prefixes else None, decoding)
+        found[Key(ONE_BY_ONE, 1, few)] = peft_contender(own, prompts[:few], number, decoding, one_by_one=True)
+        found[Key(ONE_FOR_ALL, 1, count)] = peft_contender(own, prompts, number, decoding)
+    return found
 
 
 def _kv_cache_bytes(model: Model, length: int, work: Workload) -> int:
     """Bytes of the prefix and the tokens of every request."""
     rows = 256 + work.requests * (length + work.prompt + work.new + 64)
     return rows * sum(2 * s.num_kv_heads * s.head_dim for s in model.layers) * model.dtype.itemsize
-
-
-def _check_same_tokens_in_fp32(bases: Bases, length: int, distinct: Sequence[int], work: Workload) -> None:
-    """Compare tokens on a short fp32 run of the same contenders, since rounding changes tokens in other dtypes."""
-    if bases.plain is None:
-        return
-    exact, other = (copy.deepcopy(bases.plain).float() for _ in "ab")
-    few = Workload(min(4, work.requests), work.prompt, 6, 2)
-    with load(exact) as base, _contenders(Bases(base, other), length, distinct, few) as calls:
-        check_same_tokens(calls, length)
-
-
-def check_same_tokens(calls: dict[Key, Callable[[], Any]], length: int) -> None:
-    """Check that all contenders generate the same tokens for the first request, and mixed batches for all requests.
-
-    Raises:
-        WrongResultError: If they differ.
-    """
-    found: dict[Key, list[list[int]]] = {}
-    for key, call in calls.items():
-        out = call()
-        found[key] = [g.token_ids for g in out] if isinstance(out, list) else out.tolist()
-    reference = found[next(iter(found))][0]
-    for key, tokens in found.items():
-        if tokens[0] != reference:
-            differ = (i for i, (a, b) in enumerate(zip(tokens[0], reference, strict=True)) if a != b)
-            msg = (
-                f"P={length}: {key.contender} gives other tokens than prefixfast from token "
-                f"{next(differ, len(reference))} on; no speed is reported on wrong results"
-            )
-            raise WrongResultError(msg)
-    mixed = [t for k, t in found.items() if k.distinct == k.requests > 1 and k.contender in (OURS, BY_HAND)]
-    if len(mixed) == 2 and mixed[0] != mixed[1]:
-        msg = (
-            f"P={length}: the batch mixed by hand gives other tokens than prefixfast; "
-            "no speed is reported on wrong results"
-        )
-        raise WrongResultError(msg)
 
 
 def run(output: Path, settings: Settings) -> list[Point]:
@@ -191,6 +203,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
         )
         raise ConfigError(msg)
     plain = copy.deepcopy(hf).eval()
+    announce(hf)
     points: list[Point] = []
     with load(hf) as base:
         for count in settings.requests:
@@ -202,6 +215,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
         "dtype": settings.dtype,
         "prompt": work.prompt,
         "new": work.new,
+        "set_aside": set_aside(hf),
         "command": settings.command,
     }
     write_rows(output / "results.jsonl", [head, *(p.row() for p in points)])

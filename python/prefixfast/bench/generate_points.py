@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from prefixfast.bench.contenders import RunSettings
 from prefixfast.bench.harness import Timing
 
 OURS = "prefixfast"
@@ -31,6 +32,7 @@ class Point:
         batch: Requests of the workload.
         tokens: Tokens that one round generates.
         timing: Seconds of each round.
+        settings: Settings under which the contender ran.
     """
 
     key: Key
@@ -38,6 +40,7 @@ class Point:
     batch: int
     tokens: int
     timing: Timing
+    settings: RunSettings
 
     @property
     def rate(self) -> float:
@@ -65,4 +68,5 @@ class Point:
             "tokens": self.tokens,
             "seconds": [round(s, 4) for s in self.timing.seconds],
             "tokens_per_second": round(self.rate, 2),
+            "settings": self.settings.row(),
         }

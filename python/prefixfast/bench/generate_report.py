@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefixfast.bench.contenders import RunSettings
 from prefixfast.bench.generate_points import OURS, Point
-from prefixfast.bench.harness import cpu_name
+from prefixfast.bench.harness import best_of, cpu_name
 from prefixfast.bench.report import Report, markdown, print_report, write_report
 
 
@@ -66,12 +67,21 @@ def tables(points: Sequence[Point], rounds: int) -> list[tuple[str, str]]:
     out = []
     for count in dict.fromkeys(p.batch for p in points):
         here = [p for p in points if p.batch == count]
-        out.append((f"{count} requests: tokens a second, best of {rounds} rounds", table(here)))
+        out.append((f"{count} requests: tokens a second, {best_of(rounds)}", table(here)))
         latency = table(here, lambda p: f"{p.token_milliseconds:.1f}", "ms")
         out.append((f"{count} requests: milliseconds a token of one request", latency))
-        spread = table(here, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")
-        out.append((f"{count} requests: median over best round", spread))
+        if rounds > 1:
+            spread = table(here, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")
+            out.append((f"{count} requests: median over best round", spread))
     return out
+
+
+def settings_table(points: Sequence[Point]) -> str:
+    """Markdown table of the settings under which each contender ran."""
+    fields = list(RunSettings.__dataclass_fields__)
+    lines = [f"| contender | {' | '.join(fields)} |", "| --- |" + " --- |" * len(fields)]
+    rows = dict.fromkeys((p.key.contender, *p.settings.row().values()) for p in points)
+    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
 
 
 def show(output: Path, points: Sequence[Point], head: Mapping[str, Any], rounds: int) -> None:
@@ -79,6 +89,11 @@ def show(output: Path, points: Sequence[Point], head: Mapping[str, Any], rounds:
     title = f"{head['prompt']} prompt tokens, {head['new']} new, {head['model']}, {head['dtype']}, {cpu_name()}"
     plot(points, output / "throughput.png", title)
     heading = f"Throughput versus prefix length: {title}"
-    report = Report(heading, tables(points, rounds), output / "throughput.png", head["command"])
+    aside = ", ".join(f"{name}={value!r}" for name, value in head["set_aside"].items())
+    caption = "settings of the contenders" + (
+        f"; fields of the base's generation_config that none uses: {aside}" if aside else ""
+    )
+    shown = [*tables(points, rounds), (caption, settings_table(points))]
+    report = Report(heading, shown, output / "throughput.png", head["command"])
     write_report(output / "report.html", report)
     print_report(output, report)

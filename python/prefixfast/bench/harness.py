@@ -13,6 +13,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from prefixfast.errors import PrefixFastError
 from prefixfast.io.atomic import replace_file
@@ -63,6 +65,17 @@ def alternate(contenders: Mapping[K, Callable[[], object]], rounds: int) -> dict
             call()
             seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(s)) for name, s in seconds.items()}
+
+
+def best_of(rounds: int) -> str:
+    """Caption of the fastest of several rounds."""
+    return "one round" if rounds == 1 else f"best of {rounds} rounds"
+
+
+def announce(base: PreTrainedModel) -> None:
+    """Print the compute dtype, device and number of threads of a run on standard error."""
+    dtype = str(base.dtype).removeprefix("torch.")
+    print(f"computing in {dtype} on {base.device}, {torch.get_num_threads()} threads, {cpu_name()}", file=sys.stderr)
 
 
 def progress(items: Iterable[T], label: str, unit: str, *, shown: bool = True) -> Iterable[T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
     """
     from transformers import get_linear_schedule_with_warmup
 
-    own, weight = peft_model(plain, start)
+    own, weight = peft_model(copy.deepcopy(plain), start)
     own.eval()
     own.base_model.config.use_cache = False
     width = max(len(r["input_ids"]) for r in rows)

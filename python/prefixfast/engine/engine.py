@@ -97,7 +97,7 @@ class Engine(RequestSubmission, PrefixPinning):
         self.max_model_len = min(self.config.max_model_len or DEFAULT_MAX_MODEL_LEN, self.model.max_positions)
         if self.config.prepack and self.model.device.type == "cpu":
             self.model.prepack()
-        self.loop = Loop(self.model, self.config, self.max_model_len, _end_ids(self.model))
+        self.loop = Loop(self.model, self.config, self.max_model_len, end_ids(self.model))
         self.driver = LoopDriver(self.model, self.loop, self.config.num_threads)
         self.requests = RequestFactory(self.model, self.config, self.max_model_len, self.store, self.driver)
         warn_unsupported_defaults(self.model)
@@ -221,7 +221,7 @@ class Engine(RequestSubmission, PrefixPinning):
         self.close()
 
 
-def _end_ids(model: Model) -> list[int]:
+def end_ids(model: Model) -> list[int]:
     """End tokens of the base model's ``generation_config``, else the end token of its tokenizer."""
     found = getattr(getattr(model.hf, "generation_config", None), "eos_token_id", None)
     if found is None and model.tokenizer is not None:

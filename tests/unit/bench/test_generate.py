@@ -9,8 +9,8 @@ import tiny
 from prefixfast import load
 from prefixfast.bench import generate, random_base
 from prefixfast.bench.contenders import Bases
-from prefixfast.bench.generate import Settings, Workload, check_same_tokens, measure
-from prefixfast.bench.generate_points import BY_HAND, ONE_BY_ONE, ONE_FOR_ALL, OURS, Key
+from prefixfast.bench.generate import Settings, Workload, measure
+from prefixfast.bench.generate_points import BY_HAND, ONE_BY_ONE, ONE_FOR_ALL, OURS
 from prefixfast.bench.generate_report import plot, table
 from prefixfast.bench.harness import WrongResultError
 from prefixfast.bench.report import Report, write_report
@@ -44,16 +44,21 @@ def test_all_contenders_are_measured_on_equal_tokens(family, dtype, tmp_path):
     assert json.dumps([p.row() for p in points])
 
 
-def test_wrong_tokens_stop_the_benchmark():
-    good = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    calls = {Key(OURS, 2, 2): lambda: good, Key(BY_HAND, 2, 2): lambda: good, Key(ONE_BY_ONE, 1, 1): lambda: good[:1]}
-    check_same_tokens(calls, 5)
-    with pytest.raises(
-        WrongResultError, match="PEFT, one request at a time gives other tokens than prefixfast from token 2 on"
+def test_wrong_tokens_stop_the_benchmark(monkeypatch):
+    """A token of the last request, which only the mixed batches and the batch with one prefix contain."""
+    right = generate._ours
+
+    def wrong(*arguments):
+        tokens = right(*arguments)
+        tokens[-1][-1] = (tokens[-1][-1] + 1) % tiny.VOCAB
+        return tokens
+
+    monkeypatch.setattr(generate, "_ours", wrong)
+    with (
+        load(tiny.make("gpt2")) as model,
+        pytest.raises(WrongResultError, match="P=4: prefixfast: token 4 of request 2 is .* no speed is reported"),
     ):
-        check_same_tokens(calls | {Key(ONE_BY_ONE, 1, 1): lambda: torch.tensor([[1, 2, 4]])}, 5)
-    with pytest.raises(WrongResultError, match="mixed by hand"):
-        check_same_tokens(calls | {Key(BY_HAND, 2, 2): lambda: torch.tensor([[1, 2, 3], [4, 5, 7]])}, 5)
+        measure(Bases(model, tiny.make("gpt2")), [4], [1], WORK, rounds=1, shown=False)
 
 
 TINY = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64}
@@ -64,17 +69,23 @@ def settings(**fields):
     return Settings(**defaults | {"requests": [1, 2], "rounds": 1, "command": "the command"} | fields)
 
 
-def test_the_suite_writes_its_files(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_the_suite_writes_its_files(tmp_path, monkeypatch, capsys, rounds):
     monkeypatch.setattr(generate, "Workload", lambda requests=2: Workload(requests, 4, 3, 1))
     monkeypatch.setitem(random_base.SHAPES, "gpt2", random_base.SHAPES["gpt2"]._replace(fields=TINY))
-    generate.run(tmp_path, settings())
+    generate.run(tmp_path, settings(rounds=rounds))
     first, head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert first["environment"]["cpu"]
     assert head["command"] == "the command"
     assert {r["requests"] for r in rows} == {1, 2}
     assert (tmp_path / "throughput.png").stat().st_size > 1000
     assert "the command" in (tmp_path / "report.html").read_text()
-    assert "2 requests: milliseconds a token of one request" in capsys.readouterr().out
+    assert all(r["settings"]["use_cache"] and r["settings"]["dtype"] == "float32" for r in rows)
+    printed = capsys.readouterr()
+    assert "2 requests: milliseconds a token of one request" in printed.out
+    assert "| prefixfast | float32 | prefixfast, torch | True | 2 |" in printed.out
+    assert ("spread" in printed.out) is (rounds > 1), "one round has no spread"
+    assert printed.err.count("computing in float32 on cpu") == 1
 
 
 def test_a_length_beyond_the_positions_of_the_base_is_refused(tmp_path, monkeypatch):
