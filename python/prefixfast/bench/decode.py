@@ -19,6 +19,7 @@ from prefixfast.bench.harness import (
     Timing,
     WrongResultError,
     alternate,
+    announce,
     device_and_dtype,
     progress,
     write_rows,
@@ -150,6 +151,7 @@ def run(output: Path, *, dtype: str, rounds: int, device: str = "auto") -> list[
         WrongResultError: If the results of two contenders differ.
     """
     where, chosen = device_and_dtype(device, dtype)
+    announce(chosen, where)
     _, bandwidth = roofline(where, chosen)
     rows: list[dict[str, Any]] = []
     for shape in progress(GPU_SHAPES if where.type == "cuda" else CPU_SHAPES, "bench", "shape"):

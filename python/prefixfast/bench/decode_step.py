@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from prefixfast.bench.engine_loop import add_requests
-from prefixfast.bench.harness import progress, write_rows
+from prefixfast.bench.harness import announce, progress, write_rows
 from prefixfast.bench.random_base import make, random_prefixes
 from prefixfast.bench.roofline import roofline
 from prefixfast.config import GenerationParams
@@ -92,6 +92,7 @@ def run(output: Path, *, dtype: str, steps: int, rounds: int, command: str) -> l
     """
     with contextlib.ExitStack() as stack:
         models = {packed: stack.enter_context(load(make("gpt2", dtype))) for packed in (True, False)}
+        announce(models[True].dtype, models[True].device)
         engines = {s: stack.enter_context(_engine(models[s.packed], s)) for s in SETTINGS}
         stack.enter_context(torch.inference_mode())
         loops = {setting: _decoding_loop(engine, setting) for setting, engine in engines.items()}
@@ -119,8 +120,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for r in rows:
         name = f"P={r['prefix_length']}, {r['distinct']} distinct, weights {'packed' if r['packed'] else 'as they are'}"
-        cells = [r["best_ms"], r["median_ms"], r["floor_ms"], r["limit_ms"], *r["parts_ms"].values()]
-        lines.append(f"| {name} | " + " | ".join(f"{c:.2f}" for c in cells) + " |")
+        best = f"{r['best_ms']:.2f}" if r["timed_steps"] > 1 else ""  # a single step has no spread
+        cells = [r["median_ms"], r["floor_ms"], r["limit_ms"], *r["parts_ms"].values()]
+        lines.append(f"| {name} | {best} | " + " | ".join(f"{c:.2f}" for c in cells) + " |")
     return "\n".join(lines)
 
 
@@ -189,6 +191,7 @@ def _record(setting: Setting, loop: Loop, times: Times, steps: int, row_bytes: i
         "prefix_length": setting.length,
         "distinct": setting.distinct,
         "packed": setting.packed,
+        "timed_steps": len(times.seconds[setting]),
         "best_ms": round(1e3 * min(times.seconds[setting]), 2),
         "median_ms": round(1e3 * statistics.median(times.seconds[setting]), 2),
         "floor_ms": round(1e3 * floor, 2),

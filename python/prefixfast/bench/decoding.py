@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from prefixfast.engine.engine import end_ids
 from prefixfast.engine.sampling_params import BUILT_IN, SAMPLING_FIELDS
 from prefixfast.model.base import Model
+from prefixfast.model.tokenizer import Tokenizer
 
 # Entries of a generation_config that say nothing about how tokens are chosen, and those that a `Decoding` takes over.
 PLAIN = {
@@ -47,7 +48,13 @@ class Decoding:
     @classmethod
     def exactly(cls, new: int, model: Model) -> Decoding:
         """Greedy decoding of exactly ``new`` tokens, before which the engine's end tokens are not generated."""
-        return cls(most=new, least=new, ends=tuple(end_ids(model)))
+        return cls(most=new, least=new, ends=tuple(end_ids(model.hf, model.tokenizer)))
+
+    @classmethod
+    def at_most(cls, new: int, hf: PreTrainedModel, tokenizer: Tokenizer, num_beams: int) -> Decoding:
+        """Greedy decoding or beam search of at most ``new`` tokens, which the engine's end tokens end."""
+        ends = tuple(end_ids(hf, tokenizer))
+        return cls(most=new, ends=ends, pad=tokenizer.eos_id or 0, num_beams=num_beams)
 
     def apply(self, hf: PreTrainedModel) -> None:
         """Replace the ``generation_config`` of a base of transformers, so that ``generate`` inherits nothing else."""

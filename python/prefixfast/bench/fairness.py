@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from prefixfast.bench.harness import progress, write_rows
+from prefixfast.bench.harness import announce, progress, write_rows
 from prefixfast.bench.random_base import make_small
 from prefixfast.engine.engine import Engine
 from prefixfast.errors import ConfigError
@@ -34,6 +34,7 @@ def run(output: Path, *, seconds: float, rounds: int, command: str) -> list[dict
         command: Command that repeats the measurement.
     """
     base, shape = make_small(64)
+    announce(base.dtype, base.device)
     rows: list[dict[str, Any]] = []
     with Engine(base, max_num_seqs=ROWS, max_model_len=PROMPT + TOKENS, max_waiting=1_000_000) as engine:
         for number in progress(range(rounds), "bench, fairness", "round"):
@@ -45,11 +46,17 @@ def run(output: Path, *, seconds: float, rounds: int, command: str) -> list[dict
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table of the growth of the other tenants' 95th percentile."""
-    lines = ["| growth of the others' time per token | median | least | greatest |", "| --- | ---: | ---: | ---: |"]
+    """Markdown table of the growth of the other tenants' 95th percentile; several rounds also have a range."""
+    several = len(rows) > 2
+    range_columns = (" least | greatest |", " ---: | ---: |") if several else ("", "")
+    lines = [
+        f"| growth of the others' time per token | {'median' if several else 'one round'} |{range_columns[0]}",
+        f"| --- | ---: |{range_columns[1]}",
+    ]
     for tenants, name in ((True, "each sender is a tenant"), (False, "all are one tenant")):
         growth = [row["growth"] for row in rows if row["tenants"] is tenants]
-        lines.append(f"| {name} | {median(growth):.2f} | {min(growth):.2f} | {max(growth):.2f} |")
+        spread = f" {min(growth):.2f} | {max(growth):.2f} |" if several else ""
+        lines.append(f"| {name} | {median(growth):.2f} |{spread}")
     return "\n".join(lines)
 
 

@@ -203,7 +203,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
         )
         raise ConfigError(msg)
     plain = copy.deepcopy(hf).eval()
-    announce(hf)
+    announce(hf.dtype, hf.device)
     points: list[Point] = []
     with load(hf) as base:
         for count in settings.requests:

@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 
 from prefixfast.errors import PrefixFastError
 from prefixfast.io.atomic import replace_file
@@ -72,10 +71,10 @@ def best_of(rounds: int) -> str:
     return "one round" if rounds == 1 else f"best of {rounds} rounds"
 
 
-def announce(base: PreTrainedModel) -> None:
-    """Print the compute dtype, device and number of threads of a run on standard error."""
-    dtype = str(base.dtype).removeprefix("torch.")
-    print(f"computing in {dtype} on {base.device}, {torch.get_num_threads()} threads, {cpu_name()}", file=sys.stderr)
+def announce(dtype: torch.dtype, device: torch.device) -> None:
+    """Print compute dtype, device and number of threads of a run on standard error."""
+    name = str(dtype).removeprefix("torch.")
+    print(f"computing in {name} on {device}, {torch.get_num_threads()} threads, {cpu_name()}", file=sys.stderr)
 
 
 def progress(items: Iterable[T], label: str, unit: str, *, shown: bool = True) -> Iterable[T]:

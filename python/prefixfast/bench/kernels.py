@@ -20,6 +20,7 @@ from prefixfast.bench.harness import (
     Timing,
     WrongResultError,
     alternate,
+    announce,
     cpu_name,
     device_and_dtype,
     progress,
@@ -155,6 +156,7 @@ def run(output: Path, *, dtype: str, rounds: int, device: str = "auto") -> list[
         WrongResultError: If the kernels or prefixfast's attention are wrong.
     """
     where, chosen = device_and_dtype(device, dtype)
+    announce(chosen, where)
     start = time.perf_counter()
     if where.type == "cuda":
         check_kernels(where, (chosen,))

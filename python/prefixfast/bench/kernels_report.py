@@ -54,7 +54,8 @@ def table(points: list[Point]) -> str:
             lines.append(f"| {p.shape.name} | | {p.contender} | not run: {p.reason} | | | |")
         else:
             best, ratio = p.timing.best, p.timing.best / base[p.shape, p.work]
-            cells = (f"{best * 1e3:.3f}", f"{p.timing.median / best:.2f}", f"{ratio:.2f}", f"{100 * p.share:.0f} %")
+            spread = f"{p.timing.median / best:.2f}" if len(p.timing.seconds) > 1 else ""
+            cells = (f"{best * 1e3:.3f}", spread, f"{ratio:.2f}", f"{100 * p.share:.0f} %")
             lines.append(f"| {p.shape.name} | {p.work} | {p.contender} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

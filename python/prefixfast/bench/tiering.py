@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from prefixfast.bench.engine_loop import add_requests
-from prefixfast.bench.harness import progress, write_rows
+from prefixfast.bench.harness import announce, progress, write_rows
 from prefixfast.bench.random_base import make_small
 from prefixfast.config import GenerationParams
 from prefixfast.engine.engine import Engine
@@ -47,6 +47,7 @@ class Settings:
 def run(output: Path, settings: Settings) -> list[dict[str, Any]]:
     """Measure, print the table, write ``results.jsonl``."""
     base, shape = make_small(POSITIONS)
+    announce(base.dtype, base.device)
     row_bytes = 2 * shape["n_layer"] * shape["n_embd"] * 4
     own_rows = 80 + ROWS * 64
     g = np.random.default_rng(0)

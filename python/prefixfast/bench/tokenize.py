@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixfast.bench.harness import Timing, WrongResultError, alternate, cpu_name, write_rows
+from prefixfast.bench.harness import Timing, WrongResultError, alternate, best_of, cpu_name, write_rows
 from prefixfast.data import find_task, read_rows
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.tokenizer import Tokenizer
@@ -177,6 +177,6 @@ def run(output: Path, settings: Settings) -> list[Point]:
     }
     write_rows(output / "results.jsonl", [head, *(p.row() for p in points)])
     size = f"{len(texts):,} texts, {points[0].bytes / 1e6:.1f} MB"
-    print(f"{size}, {settings.tokenizer}, {cpu_name()}; best of {settings.rounds} rounds\n\n{table(points)}")
+    print(f"{size}, {settings.tokenizer}, {cpu_name()}; {best_of(settings.rounds)}\n\n{table(points)}")
     print(f"\n{output / 'results.jsonl'}")
     return points

@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefixfast.bench.contenders import Bases
-from prefixfast.bench.harness import Timing, WrongResultError, cpu_name, progress, version, write_rows
+from prefixfast.bench.harness import (
+    Timing,
+    WrongResultError,
+    announce,
+    best_of,
+    cpu_name,
+    progress,
+    version,
+    write_rows,
+)
 from prefixfast.bench.random_base import make_or_load, random_prefixes
 from prefixfast.bench.report import Report, markdown, plot_rates, print_report, write_report
 from prefixfast.bench.train_contenders import Run, Workload, ours, peft
@@ -175,6 +184,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
         )
         raise ConfigError(msg)
     plain = copy.deepcopy(hf)
+    announce(hf.dtype, hf.device)
     with load(hf) as base:
         points = measure(Bases(base, plain), settings, work)
     head = {
@@ -197,11 +207,10 @@ def _show(output: Path, points: Sequence[Point], head: Mapping[str, Any], rounds
     labels = dict.fromkeys(p.label for p in points)
     lines = {label: {p.prefix_length: p.rate for p in points if p.label == label} for label in labels}
     plot_rates(lines, output / "throughput.png", title, "trained tokens per second")
-    spread = table(points, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")
-    tables = [
-        (f"trained tokens a second, best of {rounds} rounds", table(points)),
-        ("median over best round", spread),
-    ]
+    tables = [(f"trained tokens a second, {best_of(rounds)}", table(points))]
+    if rounds > 1:
+        spread = table(points, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")
+        tables.append(("median over best round", spread))
     report = Report(f"Training versus prefix length: {title}", tables, output / "throughput.png", head["command"])
     write_report(output / "report.html", report)
     print_report(output, report)

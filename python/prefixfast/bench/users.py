@@ -72,7 +72,7 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
     users = _rows_of_users(read_split(settings.data, "train"))
     requests = [f"{row['mr']}\n" for row in read_split(settings.data, "test", keys=("mr",))[:REQUESTS]]
     with load(settings.model, dtype=DTYPE) as base:
-        announce(base.hf)
+        announce(base.dtype, base.device)
         start = time.perf_counter()
         prefixes = _train(base, users, settings.steps)
         seconds = time.perf_counter() - start

@@ -30,7 +30,7 @@ def main(
     setting = SETTINGS["real" if model else "embedded"]
     with prefixfast.load(model or str(BASE), dtype="float32") as base:
         size = base.hf.num_parameters()
-        printer.plan(model, size, setting)
+        printer.plan(model, size, base.compute, setting)
         run, seconds = train_jobs(base, setting, output / "prefixes")
         printer.training(run, seconds, size)
         report = generate_all(base, run, setting, seconds)

@@ -38,10 +38,10 @@ class Printer:
         self.output = output
         self.console = Console(width=WIDTH, highlight=False)
 
-    def plan(self, model: str | None, size: int, setting: Setting) -> None:
-        """Print base and jobs."""
+    def plan(self, model: str | None, size: int, compute: str, setting: Setting) -> None:
+        """Print base, compute dtype and jobs."""
         name = model or "the embedded Llama"
-        self._print(f"Base: {name}, {size / 1e6:.1f} million parameters, all of them frozen.")
+        self._print(f"Base: {name}, {size / 1e6:.1f} million parameters, all of them frozen, {compute}.")
         steps, rows = setting.fields["max_steps"], setting.train_rows
         self._print(f"Training three prefixes in the same batches, {steps} steps, {rows:,} rows each:")
         for job in JOBS:
@@ -99,6 +99,10 @@ class Printer:
         for line in lines:
             out.add_row(*line)
         self.console.print(out, markup=False)
+        for dtype, use_cache, decoding in dict.fromkeys(
+            (p.settings.dtype, p.settings.use_cache, p.settings.decoding) for p in points
+        ):
+            self._print(f"Settings of the contenders: {dtype}, use_cache={use_cache}, {decoding}.")
         if find_spec("matplotlib"):
             plot(points, self.output / "throughput.png", title)
 

@@ -34,6 +34,7 @@ from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.model.process import check_num_threads
 from prefixfast.model.shared_base import check_base_fields
+from prefixfast.model.tokenizer import Tokenizer
 from prefixfast.store import PrefixStore
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Engine(RequestSubmission, PrefixPinning):
         self.max_model_len = min(self.config.max_model_len or DEFAULT_MAX_MODEL_LEN, self.model.max_positions)
         if self.config.prepack and self.model.device.type == "cpu":
             self.model.prepack()
-        self.loop = Loop(self.model, self.config, self.max_model_len, end_ids(self.model))
+        self.loop = Loop(self.model, self.config, self.max_model_len, end_ids(self.model.hf, self.model.tokenizer))
         self.driver = LoopDriver(self.model, self.loop, self.config.num_threads)
         self.requests = RequestFactory(self.model, self.config, self.max_model_len, self.store, self.driver)
         warn_unsupported_defaults(self.model)
@@ -221,9 +222,9 @@ class Engine(RequestSubmission, PrefixPinning):
         self.close()
 
 
-def end_ids(model: Model) -> list[int]:
+def end_ids(hf: PreTrainedModel, tokenizer: Tokenizer | None) -> list[int]:
     """End tokens of the base model's ``generation_config``, else the end token of its tokenizer."""
-    found = getattr(getattr(model.hf, "generation_config", None), "eos_token_id", None)
-    if found is None and model.tokenizer is not None:
-        found = model.tokenizer.eos_id
+    found = getattr(getattr(hf, "generation_config", None), "eos_token_id", None)
+    if found is None and tokenizer is not None:
+        found = tokenizer.eos_id
     return [] if found is None else [found] if isinstance(found, int) else list(found)

@@ -16,7 +16,7 @@ EngineExplanation = TypedDict("EngineExplanation", {"attn": str, "attn_decode": 
 
 
 def memory_summary(model: Model, loop: Loop, config: EngineConfig) -> str:
-    """One line about the memory of an engine.
+    """One line about compute dtype, device and memory of an engine.
 
     Args:
         model: Base model.
@@ -27,7 +27,7 @@ def memory_summary(model: Model, loop: Loop, config: EngineConfig) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
     packed = model.packed.nbytes if config.prepack and model.packed is not None else 0
     return (
-        f"engine: weights {weights / mib:.0f} MiB, packed copies {packed / mib:.0f} MiB, "
+        f"engine: {model.compute}, weights {weights / mib:.0f} MiB, packed copies {packed / mib:.0f} MiB, "
         f"KV arena {rows * bytes_per_row(model) / mib:.0f} MiB ({rows} rows), "
         f"stored prefixes in host memory at most {config.host_prefix_memory / mib:.0f} MiB, "
         f"{config.max_num_seqs} decode rows of {loop.max_model_len} tokens"

@@ -65,6 +65,11 @@ class Model:
         return self.hf.dtype
 
     @property
+    def compute(self) -> str:
+        """Compute dtype and device, as the log shows them: ``computing in bfloat16 on cpu``."""
+        return f"computing in {str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+    @property
     def layers(self) -> tuple[LayerShape, ...]:
         """Head counts of every attention layer."""
         return self.handle.layers

@@ -146,9 +146,10 @@ class GroupTrainer:
         kind = "mlp" if self.group.uses_mlp else "flat"
         logger.info(
             "training %d prefixes of %d rows (%s, %d numbers each) for up to %d steps: %d examples, longest %d tokens, "
-            "%d skipped, %d truncated%s",
+            "%d skipped, %d truncated, %s%s",
             *(len(self.names), params.length, kind, params.num_trained, total),
             *(len(examples.num_targets), examples.lengths.max(), examples.num_skipped, examples.num_truncated),
+            self.runner.model.compute,
             f"; resumed after step {self.num_steps}" if is_restored else "",
         )
 

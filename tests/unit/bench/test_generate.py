@@ -56,7 +56,7 @@ def test_wrong_tokens_stop_the_benchmark(monkeypatch):
     monkeypatch.setattr(generate, "_ours", wrong)
     with (
         load(tiny.make("gpt2")) as model,
-        pytest.raises(WrongResultError, match="P=4: prefixfast: token 4 of request 2 is .* no speed is reported"),
+        pytest.raises(WrongResultError, match=r"P=4: prefixfast: token 4 of request 2 is .* no speed is reported"),
     ):
         measure(Bases(model, tiny.make("gpt2")), [4], [1], WORK, rounds=1, shown=False)
 

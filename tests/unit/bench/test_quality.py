@@ -88,6 +88,20 @@ def test_users(cli, folder, data, tmp_path, monkeypatch):
     assert (row["users"], row["requests"], row["different"]) == (3, 12, [])
     assert row["compared"] == {"requests": 3, "tokens": 9}
     assert row["texts"][0]["mr"] == ROWS[0]["mr"]
+    assert (row["dtype"], row["largest_gap"]) == ("float32", 0.0)
+    assert "computing in float32 on cpu" in done.err
+
+
+def test_users_with_other_tokens_have_no_speed(cli, folder, data, tmp_path, monkeypatch):
+    for name, value in {"USERS": 3, "REQUESTS": 12, "NEW": 3, "COMPARED": range(0, 12, 4)}.items():
+        monkeypatch.setattr(users, name, value)
+    right = users.mixed_by_hand
+    monkeypatch.setattr(users, "mixed_by_hand", lambda *a: lambda: [[(t + 1) % 50 for t in own] for own in right(*a)()])
+    done = cli("bench", "users", folder, data, "-o", tmp_path / "out", "--steps", 1)
+    assert done.code == 1
+    assert "users: transformers: token " in done.err
+    assert "tokens/s" not in done.out
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("suite", [("users",), ("quality", "smollm2-text")], ids=lambda words: words[0])

@@ -72,6 +72,10 @@ def test_the_demo_prints_its_report_alone(tmp_path, monkeypatch):
     assert "\r" not in done.stdout
     lines = done.stdout.splitlines()
     assert lines[0].startswith("Base: the embedded Llama, 2.2 million parameters")
+    assert "computing in float32 on cpu" in lines[0]
+    settings = [line for line in lines if line.startswith("Settings of the contenders")]
+    assert len(settings) == 1, "all contenders have the same"
+    assert "use_cache=True" in settings[0]
     assert lines[-1] == f"Plot: {tmp_path / 'out' / 'throughput.png'}"
     assert sorted(
         p.name for p in (tmp_path / "out" / "prefixes").iterdir() if p.name in "describe invite announce"

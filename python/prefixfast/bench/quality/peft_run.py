@@ -9,12 +9,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from prefixfast.bench.decoding import Decoding
 from prefixfast.bench.harness import progress
 from prefixfast.bench.quality.bleu import bleu
 from prefixfast.bench.quality.settings import ENCODER_HIDDEN_SIZE, MAX_NEW_TOKENS, PREFIX_LENGTH, MakeRow, Run, Setting
 from prefixfast.bench.random_base import load_plain
 from prefixfast.errors import ConfigError
+from prefixfast.model.tokenizer import Tokenizer
 
 
 def train_and_evaluate(run: Run) -> dict[str, Any]:
@@ -137,19 +140,14 @@ def _evaluate(model: Any, tokenizer: Any, run: Run) -> dict[str, Any]:
 
 def _generate(model: Any, tokenizer: Any, setting: Setting, prompts: list[str]) -> list[str]:
     """Texts of the prompts, generated in left-padded batches."""
-    model.config.use_cache, tokenizer.padding_side, tokenizer.pad_token = True, "left", tokenizer.eos_token
+    base = model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    decoding = Decoding.at_most(MAX_NEW_TOKENS, base, Tokenizer.from_hf(tokenizer), setting.num_beams)
+    decoding.apply(base)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     texts: list[str] = []
     for part in progress(list(_chunks(prompts, 20)), "bench, generating", "batch"):
         enc = tokenizer(part, return_tensors="pt", padding=True)
-        ids = model.generate(
-            **enc,
-            max_new_tokens=MAX_NEW_TOKENS,
-            do_sample=False,
-            use_cache=True,
-            num_beams=setting.num_beams,
-            pad_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        ids = model.generate(**enc)
         texts += [tokenizer.decode(x[enc.input_ids.shape[1] :], skip_special_tokens=True).strip() for x in ids]
     return texts
 

@@ -6,6 +6,7 @@ import json
 import time
 from typing import Any
 
+from prefixfast.bench.decoding import Decoding
 from prefixfast.bench.quality.bleu import bleu
 from prefixfast.bench.quality.settings import ENCODER_HIDDEN_SIZE, MAX_NEW_TOKENS, PREFIX_LENGTH, MakeRow, Run
 from prefixfast.data import read_rows
@@ -55,10 +56,11 @@ def _evaluate(run: Run, base: Model, prefix: Prefix, row: MakeRow) -> dict[str, 
     """Dev loss, BLEU, seconds of generation, and texts."""
     setting = run.setting
     tables, references = setting.dev_tables(run.data)
+    decoding = Decoding.at_most(MAX_NEW_TOKENS, base.hf, base.require_tokenizer(), setting.num_beams)
 
     def texts_of(found: list[str]) -> list[str]:
         prompts = [row({"mr": mr, "ref": ""})["prompt"] for mr in found]
-        generated = generate(prompts, prefix, model=base, num_beams=setting.num_beams, max_new_tokens=MAX_NEW_TOKENS)
+        generated = generate(prompts, prefix, model=base, **decoding.params())
         return [g.text.strip() for g in generated]
 
     metrics: Any = prefix.training["metrics"]

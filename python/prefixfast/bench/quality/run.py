@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from prefixfast.bench.harness import environment
+from prefixfast.bench.harness import announce, environment
 from prefixfast.bench.quality import peft_run, prefixfast_run
 from prefixfast.bench.quality.settings import Run
 from prefixfast.errors import ConfigError
 from prefixfast.io.atomic import replace_file
+from prefixfast.model.base import DTYPES
 
 Implementation = Literal["prefixfast", "peft", "none"]
 IMPLEMENTATIONS: dict[str, Callable[[Run], dict[str, Any]]] = {
@@ -38,6 +39,7 @@ def run(settings: Run, implementation: Implementation, threads: int) -> dict[str
     torch.set_num_threads(threads)
     if settings.dtype == "float64":
         compute_norms_in_fp64()
+    announce(DTYPES[settings.dtype], torch.device("cpu"))
     head = {"impl": implementation, "setting": settings.name, "dtype": settings.dtype, "threads": threads}
     result = head | IMPLEMENTATIONS[implementation](settings)
     machine = environment()
