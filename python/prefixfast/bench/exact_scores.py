@@ -8,7 +8,7 @@ exceeds `GAP`. There the limit is `ROUNDINGS` times the rounding error of transf
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -57,13 +57,13 @@ class ExactScores:
     Attributes:
         plain: Base of transformers in the compute dtype, not attached.
         prompts: Token ids of each prompt.
-        prefixes: Prefixes by their numbers.
+        prefix: Function from the number of a prefix to the prefix.
         decoding: Settings of the generation.
     """
 
     plain: PreTrainedModel
     prompts: Sequence[Sequence[int]]
-    prefixes: Sequence[Prefix]
+    prefix: Callable[[int], Prefix]
     decoding: Decoding
 
     @cached_property
@@ -93,7 +93,7 @@ class ExactScores:
         ids = torch.tensor([[*self.prompts[text.prompt], *text.tokens[:-1]]], device=hf.device)
         cache, length = DynamicCache(), 0
         if text.prefix is not None:
-            prefix = self.prefixes[text.prefix]
+            prefix = self.prefix(text.prefix)
             length = prefix.length
             for i in range(hf.config.get_text_config().num_hidden_layers):
                 k, v = (prefix.kv[f"self.{i}.{x}"].transpose(0, 1)[None].to(self.plain.dtype) for x in "kv")

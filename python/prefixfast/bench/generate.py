@@ -156,7 +156,7 @@ def _contenders(
             found[Key(OURS, d, work.requests)] = Contender(call, sources, settings)
         if plain is not None:
             found |= _others(plain, prefixes, prompts, decoding, min(work.one_by_one, work.requests))
-        yield found, None if plain is None else ExactScores(plain, prompts, prefixes, decoding)
+        yield found, None if plain is None else ExactScores(plain, prompts, prefixes.__getitem__, decoding)
 
 
 def _ours(engine: Engine, prompts: Tokens, chosen: list[Prefix | None], decoding: Decoding) -> Tokens:

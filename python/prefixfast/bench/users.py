@@ -81,7 +81,7 @@ def run(output: Path, settings: Settings) -> dict[str, Any]:
         ids = [base.require_tokenizer().encode([r])[0].tolist() for r in requests]
         decoding = Decoding.exactly(NEW, base)
     texts = _texts(settings.model, ids, chosen, got, decoding)
-    scores = ExactScores(load_plain(settings.model, DTYPE), ids, chosen, decoding)
+    scores = ExactScores(load_plain(settings.model, DTYPE), ids, chosen.__getitem__, decoding)
     gap = check_same_tokens([text for own in texts for text in own], scores, "users")
     row = {
         "users": len(users),

@@ -70,7 +70,7 @@ def test_no_contender_inherits_from_the_generation_config(family):
 
 def scores_of(base, prefixes, new: int = 8) -> ExactScores:
     decoding = Decoding(most=new, least=new, ends=(tiny.EOS,))
-    return ExactScores(base, PROMPTS, prefixes, decoding)
+    return ExactScores(base, PROMPTS, prefixes.__getitem__, decoding)
 
 
 def texts(name: str, tokens) -> list[Text]:

@@ -74,6 +74,33 @@ def test_tiering(cli, tmp_path, monkeypatch, small_base):
     assert ratio["p99_ratio"] == round(few["p99_ms"] / every["p99_ms"], 3)
 
 
+def test_a_tiered_engine_with_other_tokens_has_no_figures(cli, tmp_path, monkeypatch, small_base):
+    """The prefixes of the small arena are mixed up: each file of the store gives the values of another one."""
+    monkeypatch.setattr(tiering, "ROUNDS", 1)
+    right, calls = tiering._gaps, []
+
+    def mixed_up(engine, names, g):
+        calls.append(engine)
+        return right(engine, names if engine is calls[0] else [str(39 - int(n)) for n in names], g)
+
+    monkeypatch.setattr(tiering, "_gaps", mixed_up)
+    done = cli("bench", "tiering", "-o", tmp_path / "out", "--stored", 40, "--resident", 3, "--requests", 50)
+    assert done.code == 1
+    assert "tiering: tiered: token " in done.err
+    assert "p99" not in done.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_round_has_no_spread(cli, tmp_path, monkeypatch, small_base):
+    monkeypatch.setattr(fairness, "capacity", lambda engine: 400.0)
+    for rounds in (1, 2):
+        done = cli("bench", "fairness", "-o", tmp_path, "--seconds", 0.3, "--rounds", rounds)
+        assert ("greatest" in done.out) is (rounds > 1)
+        done = cli("bench", "store", "-o", tmp_path, "--stored", 12, "--rounds", rounds)
+        (line,) = (line for line in done.out.splitlines() if line.startswith("| scan |"))
+        assert (line.split(" | ")[2].strip() != "") is (rounds > 1)
+
+
 def test_store(cli, tmp_path):
     done = cli("bench", "store", "-o", tmp_path, "--stored", 12, "--rounds", 2)
     assert done.code == 0, done.err
