@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -53,9 +52,9 @@ def prefixfast_attention(
         module: Attention module; its ``layer_idx`` names the layer.
         query: Queries ``[1, HQ, N, D]``, after RoPE.
         key: Keys ``[1, H, N, D]``, after RoPE.
-        value: Values ``[1, H, N, Dv]``. Where Dv and D differ, the shorter ones are padded with zeros, which changes
-            neither scores nor outputs.
-        attention_mask: Attention mask, ignored: transformers builds none for this implementation.
+        value: Values ``[1, H, N, D]``.
+        attention_mask: Mask, which must be None. transformers builds none for this implementation, so that a mask comes
+            from code of the model.
         scaling: Factor on the scores, ``D ** -0.5`` if None.
         dropout: Attention dropout, which must be 0: the frozen base runs in eval mode.
         prefixfast: Plan of the forward.
@@ -64,7 +63,7 @@ def prefixfast_attention(
         other: Other keywords of the model, refused unless they are known not to change the result.
 
     Returns:
-        Output ``[1, N, HQ, Dv]``, and None in place of attention weights.
+        Output ``[1, N, HQ, D]``, and None in place of attention weights.
 
     Raises:
         RuntimeError: If there is no plan, or if a keyword asks for something that this function does not compute.
@@ -79,6 +78,13 @@ def prefixfast_attention(
         names = ", ".join(sorted(unknown))
         msg = f"{type(module).__name__} passes {names} to attention, which prefixfast does not compute"
         raise RuntimeError(msg)
+    is_causal = other.get("is_causal")
+    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+        msg = f"{type(module).__name__}.is_causal is False, and prefixfast computes causal attention only"
+        raise RuntimeError(msg)
+    if attention_mask is not None:
+        msg = f"{type(module).__name__} passes a mask of its own to attention, which prefixfast does not apply"
+        raise RuntimeError(msg)
     if dropout:
         msg = "attention dropout is on: prefixfast runs the frozen base in eval mode; call model.eval()"
         raise RuntimeError(msg)
@@ -89,24 +95,14 @@ def prefixfast_attention(
         q, k, v = q[:count], k[:count], v[:count]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     options = (scale, plan.window(sliding_window), softcap or 0.0)
-    qkv = pad_heads((q, k, v))
-    if plan.arena is not None and layer not in plan.arena.readers:
+    if plan.arena is not None:
         assert plan.slots is not None
-        ops.kv_write(*plan.arena.layers[layer], *qkv[1:], plan.slots)
+        ops.kv_write(*plan.arena.layers[layer], k, v, plan.slots)
     if plan.decode is not None:
-        out = _decode_attention(plan, layer, qkv[0], options)
+        out = _decode_attention(plan, layer, q, options)
     else:
-        out, lse = _packed_attention(plan, layer, qkv, options)
-        if plan.probe is not None:
-            plan.probe(AttentionCall(layer, q, k, v, lse, *options))
-    out = out[..., : v.shape[-1]]
+        out = _packed_attention(plan, layer, (q, k, v), options)
     return (out if given == count else out.expand(given, -1, -1))[None], None
-
-
-def pad_heads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Tensors ``[..., dim]`` padded with zeros to their largest last dim; unchanged if they have one."""
-    dim = max(t.shape[-1] for t in tensors)
-    return tuple(t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in tensors)
 
 
 def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, int, float]) -> Tensor:
@@ -131,18 +127,18 @@ def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, i
 
 
 def _packed_attention(
-    plan: Plan, layer: int, qkv: tuple[Tensor, ...], options: tuple[float, int, float]
-) -> tuple[Tensor, Tensor]:
-    """Output ``[N, HQ, D]`` and log-sum-exp of a packed forward; ``options`` are scale, window and soft cap."""
+    plan: Plan, layer: int, qkv: tuple[Tensor, Tensor, Tensor], options: tuple[float, int, float]
+) -> Tensor:
+    """Output ``[N, HQ, D]`` of a packed forward; ``options`` are scale, window and soft cap."""
     assert plan.packed is not None
     q, k, v = qkv
     arena = None if plan.arena is None else plan.arena.layers[layer]
     prefix_k, prefix_v = arena or (None, None)
     if plan.prefix is not None and len(plan.prefix[layer][0]):
-        prefix_k, prefix_v, _ = pad_heads((*plan.prefix[layer], q))
+        prefix_k, prefix_v = plan.prefix[layer]
     if plan.key_slots is not None and arena is not None:
         k, v = arena
-    out: tuple[Tensor, Tensor] = ops.attn(
+    o, lse = ops.attn(
         q,
         k,
         v,
@@ -157,7 +153,9 @@ def _packed_attention(
         plan.backend.name,
         list(plan.backend.sizes),
     )
-    return out
+    if plan.probe is not None:
+        plan.probe(AttentionCall(layer, q, k, v, lse, *options))
+    return o
 
 
 AttentionInterface.register(NAME, prefixfast_attention)

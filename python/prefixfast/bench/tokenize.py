@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from prefixfast.bench.harness import Timing, WrongResultError, alternate, best_of, cpu_name, write_rows
 from prefixfast.data import find_task, read_rows
-from prefixfast.errors import ConfigError, DataError
-from prefixfast.model.tokenizer import Tokenizer
+from prefixfast.errors import DataError
+from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
 OURS, LISTS, ARRAYS, FAST = (
     "prefixfast",
@@ -159,13 +159,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
         DataError: If a row cannot be read.
         WrongResultError: If the tokens of two contenders differ.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        hf = AutoTokenizer.from_pretrained(settings.tokenizer)
-    except (OSError, ValueError) as e:
-        msg = f"tokenizer: expected a hub id or a folder of a model, {settings.tokenizer!r} cannot be loaded: {e}"
-        raise ConfigError(msg) from e
+    hf = read_tokenizer(settings.tokenizer)
     texts = texts_of(settings.data, settings.task, Tokenizer.from_hf(hf))
     points = measure(hf, texts, rounds=settings.rounds)
     head = {

@@ -84,17 +84,17 @@ def check_rows(
 
 def _tokenizer_and_sizes(model: str) -> dict[str, Any]:
     """Tokenizer, vocabulary size and positions of a base, without its weights."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
-    from prefixfast.model.tokenizer import Tokenizer
+    from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
     try:
-        config, tokenizer = AutoConfig.from_pretrained(model).get_text_config(), AutoTokenizer.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as e:
-        msg = f"model: {model!r}: tokenizer and config cannot be loaded: {e}"
+        msg = f"model: the config of {model!r} cannot be loaded: {e}"
         raise ConfigError(msg) from e
     return {
-        "tokenizer": Tokenizer.from_hf(tokenizer),
+        "tokenizer": Tokenizer.from_hf(read_tokenizer(model)),
         "vocab_size": int(config.vocab_size),
         "max_length": int(config.max_position_embeddings),
     }

@@ -16,10 +16,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
-from prefixfast.attention.hf_interface import NAME
+from prefixfast.errors import ConfigError
+from prefixfast.model.attention_switch import configs_of, own_implementation, private_configs, switch
 from prefixfast.model.dry_run import LayerShape, check_same_logits, dry_run, own_logits
+from prefixfast.model.own_attention import foreign_attention
 from prefixfast.model.process import note_computing
 from prefixfast.model.supported_models import VERIFIED, check_supported
+from prefixfast.model.weights import unusable_weights
 
 
 @dataclass
@@ -72,14 +75,20 @@ def attach(model: PreTrainedModel) -> Handle:
             return found
         check_supported(model)
         note_computing()
+        if (reason := unusable_weights(model) or foreign_attention(model)) is not None:
+            msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): {reason}"
+            raise ConfigError(msg)
         verified = model.config.model_type in VERIFIED
+        own = [own_implementation(config) for config in configs_of(model)]
         undo = _freeze(model)
         try:
-            before = None if verified else own_logits(model)
-            undo += _switch(model) + _replace_gelu(model)
-            layers, after = dry_run(model)
-            if before is not None:
-                check_same_logits(model, before, after)
+            undo += [switch(model)]
+            with private_configs(model):
+                before = None if verified else own_logits(model, own)
+                undo += _replace_gelu(model)
+                layers, after = dry_run(model)
+                if before is not None:
+                    check_same_logits(model, before, after)
         except BaseException:
             _run(undo)
             raise
@@ -106,27 +115,6 @@ def _freeze(model: PreTrainedModel) -> list[Callable[[], None]]:
     model.eval()
     model.requires_grad_(False)
     return [restore]
-
-
-def _switch(model: PreTrainedModel) -> list[Callable[[], None]]:
-    """Set the attention implementation on every sub-model.
-
-    Setting it on the top model alone does not reach sub-models with their own config in all versions of transformers.
-    """
-    undo: list[Callable[[], None]] = []
-    seen: set[int] = set()
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if isinstance(module, PreTrainedModel) and id(config) not in seen:
-            seen.add(id(config))
-            old = config._attn_implementation
-
-            def restore(config: Any = config, old: Any = old) -> None:
-                config._attn_implementation_internal = old
-
-            undo.append(restore)
-            config._attn_implementation_internal = NAME
-    return undo
 
 
 def _replace_gelu(model: PreTrainedModel) -> list[Callable[[], None]]:

@@ -16,7 +16,6 @@ from prefixfast.errors import ConfigError, warn_renamed
 from prefixfast.model.attach import Handle
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import Fingerprint, fingerprint
-from prefixfast.model.kv_layout import kv_layout
 from prefixfast.model.lm_head import Head, packed_hidden
 from prefixfast.model.packed_forward import packed_forward
 from prefixfast.model.prefix_shape import PrefixShape
@@ -88,9 +87,7 @@ class Model:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Architecture and digests of tokenizer and weights, by which a prefix recognizes its base model."""
-        found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
-        layout = kv_layout(self.hf, self.layers)
-        return found if layout is None else {**found, "kv_layout": layout}
+        return fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
 
     def forward(self, plan: Plan, ids: Tensor) -> Tensor:
         """One packed forward pass.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixfast.attention import ops
+from prefixfast.attention.hf_interface import NAME
 from prefixfast.attention.plan import AttentionCall, plain_plan
 from prefixfast.errors import ConfigError
+from prefixfast.model.attention_switch import configs_of
 from prefixfast.model.packed_forward import packed_forward
 
 logger = logging.getLogger(__name__)
@@ -36,18 +39,8 @@ class LayerShape:
     source: int | None = None
 
     @property
-    def attention_dim(self) -> int:
-        """Head dim of the attention operators, to which the shorter ones of keys and values are padded with zeros."""
-        return max(self.head_dim, self.value_dim)
-
-    @property
-    def row(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Shapes ``(H, D)`` of one row's keys and of its values."""
-        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
-
-    @property
     def row_numbers(self) -> int:
-        """Number of stored numbers of one prefix row, 0 for a layer without keys of its own."""
+        """Number of stored numbers of one row, 0 for a layer without keys of its own."""
         return self.num_kv_heads * (self.head_dim + self.value_dim) if self.source is None else 0
 
 
@@ -56,9 +49,20 @@ def _probe_ids(model: PreTrainedModel) -> Tensor:
 
 
 @torch.no_grad()
-def own_logits(model: PreTrainedModel) -> Tensor:
-    """Logits ``[N, V]`` of the probe tokens in a plain forward of the model."""
-    return model(input_ids=_probe_ids(model)[None], use_cache=False).logits[0]
+def own_logits(model: PreTrainedModel, implementations: Sequence[str | None]) -> Tensor:
+    """Logits ``[N, V]`` of the probe tokens in a plain forward of the model.
+
+    Args:
+        model: Attached model.
+        implementations: Attention implementation of each of its configs before it was attached.
+    """
+    configs = configs_of(model)
+    for config, name in zip(configs, implementations, strict=True):
+        config._attn_implementation_internal = name
+    logits: Tensor = model(input_ids=_probe_ids(model)[None], use_cache=False).logits[0]
+    for config in configs:
+        config._attn_implementation_internal = NAME
+    return logits
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from prefixfast.errors import ConfigError
 from prefixfast.model.attach import attach
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.lm_head import find_head
-from prefixfast.model.tokenizer import Tokenizer
+from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -77,10 +77,11 @@ def load(
         return _wrap(hf.to(where), own, backend)
     try:
         hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
-        own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(model, **common)
-    except (OSError, ValueError) as e:
-        msg = f"model: {str(model)!r} cannot be loaded: {e}"
+    except Exception as e:  # transformers and the libraries of quantized weights raise many kinds of errors
+        install = f"; pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
+        msg = f"model: {str(model)!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}{install}"
         raise ConfigError(msg) from e
+    own = tokenizer if tokenizer is not None else read_tokenizer(model, **common)
     return _wrap(hf, own, backend)
 
 
@@ -133,13 +134,13 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
         raise ConfigError(msg)
     if tokenizer is None and (name := str(getattr(hf, "name_or_path", "") or "")):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-        except (OSError, ValueError) as e:
-            logger.warning("no tokenizer found beside %s (%s); prompts must be token ids", name, e)
+            tokenizer = read_tokenizer(name, local_files_only=True)
+        except ConfigError as e:
+            logger.warning("%s; prompts must be token ids", e)
     ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # raises before the model is attached
     handle = attach(hf)
     try:
-        shapes = tuple((s.num_heads // s.num_kv_heads, s.attention_dim) for s in handle.layers)
+        shapes = tuple((s.num_heads // s.num_kv_heads, s.head_dim) for s in handle.layers)
         chosen = ops.choose_backend(backend, hf.device, hf.dtype, shapes, max(s.num_kv_heads for s in handle.layers))
     except ConfigError:
         handle.detach()

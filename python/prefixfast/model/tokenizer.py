@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,49 @@ SAMPLE = (
     " The Mill isn't 12,345.67 £ cheap;\n\tnaïve café — Ünïcode: Привет, 世界! 한국어 مرحبا 🙂 "
     "def f(x): return x**2  # ok\r\n"
 )
+
+
+# Libraries by import name that read tokenizers without a tokenizer.json.
+CONVERTERS = {"sentencepiece": "sentencepiece", "tiktoken": "tiktoken", "google.protobuf": "protobuf"}
+FILES = ("*.model", "*.tiktoken", "tokenizer*", "vocab*", "merges.txt", "tekken.json")
+
+
+def read_tokenizer(name: str | Path, **how: Any) -> PreTrainedTokenizerBase:
+    """Hugging Face tokenizer of a model.
+
+    Args:
+        name: Hub id or local folder.
+        how: Arguments of ``AutoTokenizer.from_pretrained``.
+
+    Raises:
+        ConfigError: If it cannot be loaded, with the libraries that are missing.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **how)
+    except Exception as e:  # transformers and the converters raise many kinds of errors
+        folder, told = Path(name), " ".join(str(e).split())
+        missing = [pip for library, pip in CONVERTERS.items() if not _is_installed(library)]
+        if folder.is_dir() and not any(path for pattern in FILES for path in folder.glob(pattern)):
+            reason = "the folder has no tokenizer; save one there, or give load(model, tokenizer=...)"
+        elif missing and any(word in told.lower() for word in ("sentencepiece", "tiktoken", "protobuf")):
+            reason = (
+                f"there is no tokenizer.json, and other formats need further libraries; pip install "
+                f"{' '.join(missing)} ({told})"
+            )
+        else:
+            reason = told
+        msg = f"model: the tokenizer of {str(name)!r} cannot be loaded: {reason}"
+        raise ConfigError(msg) from e
+    return found
+
+
+def _is_installed(library: str) -> bool:
+    try:
+        return importlib.util.find_spec(library) is not None
+    except ModuleNotFoundError:  # the package around it is missing
+        return False
 
 
 @dataclass(frozen=True)

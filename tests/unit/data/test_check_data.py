@@ -184,7 +184,7 @@ def test_the_command(cli, file, folder, tmp_path):
     ("arguments", "message"),
     [
         (("prompt", "{file}", "--max-length", "10"), "--max-length: expected together with --model"),
-        (("prompt", "{file}", "--model", "{file}/none"), "tokenizer and config cannot be loaded"),
+        (("prompt", "{file}", "--model", "{file}/none"), "cannot be loaded"),
         (("e3e", "{file}"), "task: expected one of e2e"),
         (("e2e", "{file}", "--split", "eval"), "split: expected one of train, dev, test, got 'eval'"),
     ],
