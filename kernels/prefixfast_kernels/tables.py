@@ -23,7 +23,7 @@ class BlockTables(NamedTuple):
         block: Blocks, ``[C, 2]``: first row in the prefix tensor, number of rows. Blocks are distinct and not empty.
         user_indptr: Offsets into the next three tables, ``[C + 1]``; block c has
             ``[user_indptr[c]:user_indptr[c + 1]]``.
-        user: Query rows that see the block, ``[E]``, ascending.
+        user: Query rows that see the block, ``[E]``, ascending. A row that sees the block twice is there twice.
         user_pos: Position of the block's first row relative to that query, ``[E]``.
         user_slides: Window flag of the use, ``[E]``.
         span: Users of each block, ``[C, 3]``: first user, number of users, 1 if the users are consecutive rows.
@@ -95,7 +95,8 @@ class DecodeTables(NamedTuple):
         grouped: Whether groups read each block, ``[C]``, 1 or 0. Empty without ``work``, as are the next two tables.
         part_indptr: Offsets into ``part``, ``[R + 1]``; row r has ``part[part_indptr[r]:part_indptr[r + 1]]``, which is
             empty if one work item gives the row's whole result.
-        part: Numbers of partial sums, ``[n]``, in the order in which they are merged.
+        part: Numbers of partial sums, ``[n]``, in the order in which they are merged: those of blocks from left to
+            right, then those of the keys that the row reads by itself.
     """
 
     use_indptr: Tensor

@@ -227,20 +227,45 @@ def _window_mask(length: int, options: AttnOptions, like: Tensor) -> Tensor | No
 
 
 def _prefix_blocks(tables: BlockTables, window: int, like: Tensor) -> Iterator[_Block]:
-    """Prefix blocks with their users and window masks."""
-    for (start, length), (first, count, consecutive), a in zip(
-        tables.block.tolist(), tables.span.tolist(), tables.user_indptr.tolist()[:-1], strict=True
-    ):
+    """Prefix blocks with their users and window masks; a query comes to its blocks from left to right."""
+    blocks = tables.block.tolist()
+    for block, entries, users in _users_in_order(tables):
+        start, length = blocks[block]
         mask = None
         if window:  # a row of a sliding block is hidden once it lies `window` or more tokens before the query
+            pos = tables.user_pos[entries, None] + torch.arange(length, device=like.device)
+            mask = _additive_mask(((pos > -window) | (tables.user_slides[entries, None] == 0))[None, None], like)
+        yield _Block(slice(start, start + length), users, mask)
+
+
+def _users_in_order(tables: BlockTables) -> Iterator[tuple[int, slice | Tensor, slice | Tensor]]:
+    """Block, entries of the user tables, and query rows of groups in which no query row occurs twice.
+
+    A block has one group for each place that it takes in compositions. The order of a query's groups is that of its
+    composition and does not depend on the numbers of the blocks.
+    """
+    if len(tables.use) == 0:
+        return
+    if int(tables.use_indptr.diff().max()) <= 1:
+        spans, starts = tables.span.tolist(), tables.user_indptr.tolist()
+        for block, ((first, count, consecutive), a) in enumerate(zip(spans, starts[:-1], strict=True)):
             own = slice(a, a + count)
-            pos = tables.user_pos[own, None] + torch.arange(length, device=like.device)
-            mask = _additive_mask(((pos > -window) | (tables.user_slides[own, None] == 0))[None, None], like)
-        yield _Block(
-            slice(start, start + length),
-            slice(first, first + count) if consecutive else tables.user[a : a + count],
-            mask,
-        )
+            yield block, own, slice(first, first + count) if consecutive else tables.user[own]
+        return
+    # The place of an entry is the rank of its position among the entries of its query row.
+    key, order = ((tables.user.long() << 32) + tables.user_pos).sort()
+    row = key + (1 << 31) >> 32
+    place = torch.empty_like(row)
+    place[order] = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+    num_blocks = len(tables.block)
+    block_of = torch.repeat_interleave(tables.user_indptr.diff())
+    groups, entries = (place * num_blocks + block_of).sort(stable=True)
+    numbers, counts = groups.unique_consecutive(return_counts=True)
+    for number, own in zip(numbers.tolist(), entries.split(counts.tolist()), strict=True):
+        users = tables.user[own]
+        first, last = int(users[0]), int(users[-1])
+        is_run = last - first + 1 == len(users)  # users are ascending
+        yield number % num_blocks, own, slice(first, last + 1) if is_run else users
 
 
 def _contexts(tables: PackedTables, slots: Tensor, window: int, like: Tensor) -> Iterator[_Block]:

@@ -27,6 +27,8 @@ CASES = {
     "one for all": (ONE_FOR_ALL, [10]),
     "none": ([Request(5), Request(8)], []),
     "longer": ([Request(40, ((0, True),))], [33]),
+    "two orders": ([Request(7, ((0, True), (1, False))), Request(3, ((1, True), (0, True))), Request(4)], [6, 30]),
+    "twice": ([Request(9, ((0, True), (0, True))), Request(3, ((0, True), (1, True), (0, False)))], [6, 3]),
 }
 HEADS = [(4, 4, 64), (6, 2, 80), (3, 1, 96), (9, 3, 128), (2, 2, 256)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]

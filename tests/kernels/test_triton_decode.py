@@ -25,6 +25,8 @@ from prefixfast_kernels.testing.decode_cases import (
     run_triton,
     steps_of_one_bucket,
 )
+from prefixfast_kernels.testing.decode_work import with_work
+from prefixfast_kernels.testing.tables import Request, decode_tables
 from prefixfast_kernels.testing.tolerance import FLOOR, relative_errors, within_tolerance
 
 pytest.importorskip("triton")
@@ -154,6 +156,19 @@ def test_wrong_tables_are_out_of_tolerance(mistake):
 def test_equal_inputs_give_equal_bits():
     p = make_problem(SMALL, case_sizes(SMALL, torch.float16, "cpu", "grouped, split")).cast(torch.float16)
     assert all(torch.equal(a, b) for a, b in zip(run_triton(p), run_triton(p), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["grouped", "grouped, split"])
+def test_the_numbers_of_blocks_do_not_affect_a_bit(mode):
+    sees = tuple(tuple((b, True) for b in own) for own in ((0, 1), (1, 0), (0, 1), (1, 2, 1), (2, 0), (0, 1)))
+    case = Case((40, 85, 90, 7, 12, 30), sees, (36, 33, 40), (6, 2, 16))
+    p = make_problem(case, case_sizes(case, torch.float32, "cpu", mode)).cast(torch.float32)
+    requests = [Request(0, tuple((2 - b, slides) for b, slides in own)) for own in sees]
+    tables = decode_tables(list(case.lens), requests, p.tables.block.flip(0).tolist())
+    other = with_work(tables._replace(row=p.tables.row), case_sizes(case, torch.float32, "cpu", mode))
+    assert int(other.part_indptr.diff().max()) > 2
+    renumbered = dataclasses.replace(p, tables=other)
+    assert all(torch.equal(a, b) for a, b in zip(run_triton(p), run_triton(renumbered), strict=True))
 
 
 def test_other_tables_in_the_same_memory_and_padding_rows():

@@ -90,7 +90,7 @@ def with_work(t: DecodeTables, sizes: DecodeSizes) -> DecodeTables:
     group_keys = sum(math.ceil(len(step.users[b]) / sizes.users) * step.rows[b] for b in blocks)
     share = _share(sum(keys) + group_keys, sizes.fill)
     work: list[tuple[int, ...]] = []
-    parts: list[list[int]] = [[] for _ in step.lens]
+    parts: list[list[tuple[int, int]]] = [[] for _ in step.lens]  # place in the row's composition, number
     count = 0
     for b in blocks:
         for first in range(0, len(step.users[b]), sizes.users):
@@ -98,7 +98,7 @@ def with_work(t: DecodeTables, sizes: DecodeSizes) -> DecodeTables:
             for lo, hi in _split(step.rows[b], share):
                 work.append((b, step.user_indptr[b] + first, len(tile), lo, hi, count))
                 for row in tile:
-                    parts[row].append(count)
+                    parts[row].append((step.uses[row].index(b), count))
                     count += 1
     for row, n in enumerate(keys):
         ranges = _split(n, share)
@@ -106,13 +106,13 @@ def with_work(t: DecodeTables, sizes: DecodeSizes) -> DecodeTables:
         for lo, hi in ranges:
             work.append((-1, row, 1, lo, hi, -1 if whole else count))
             if not whole:
-                parts[row].append(count)
+                parts[row].append((len(step.uses[row]), count))
                 count += 1
     return t._replace(
         work=torch.tensor(work, dtype=torch.int32).view(-1, 6),
         grouped=torch.tensor(grouped, dtype=torch.int32),
         part_indptr=torch.tensor([0, *map(len, parts)]).cumsum(0).int(),
-        part=torch.tensor([p for mine in parts for p in mine], dtype=torch.int32),
+        part=torch.tensor([p for mine in parts for _, p in sorted(mine)], dtype=torch.int32),
     )
 
 

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_DIM = 256
 IS_BF16 = {torch.float32: False, torch.bfloat16: True}  # by supported dtype
-TABLES = ("block", "user_indptr", "user", "user_pos", "user_slides", "row", "lens")
+TABLES = ("block", "use_indptr", "use", "row", "lens")
 
 
 @functools.cache
@@ -76,7 +76,7 @@ def decode(
     Args:
         inputs: Queries ``[R, HQ, D]`` in fp32 or bf16 with any strides; arena and prefix rows in fp32 or bf16,
             contiguous, read as they are; the slot table, int32, with the entries of a row next to each other.
-        tables: Tables of the step. The prefix rows that a row sees follow from the users of the blocks.
+        tables: Tables of the step. A row's prefix blocks are read in the order of its uses.
         options: Scale, window, soft cap.
         path: Name of the vector instructions, one of ``_rust.attend_paths()``. None takes those of the environment
             variable ``PREFIXFAST_SIMD``, or the fastest.

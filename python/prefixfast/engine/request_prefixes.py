@@ -86,7 +86,4 @@ def _check_entry(entry: object, index: int, store: PrefixStore | None) -> tuple[
             )
             raise RequestError(msg, index=index)
         found.append(part)
-    if len({p.digest for p in found}) != len(found):
-        msg = f"request {index}: the same prefix twice in one sequence; remove one of them"
-        raise RequestError(msg, index=index)
     return tuple(found)

@@ -72,11 +72,9 @@ def _difference(parts: Sequence[PrefixData], number: int) -> str | None:
     ours = shared_tensors(other.kv)
     windows = f"window is {other.window!r} in prefix {number} and {first.window!r} in prefix 0, and a prefix has one"
     dtypes = f"prefix {number} has numbers of another dtype than prefix 0, and converting them would change them"
-    repeated = f"prefix {number} was there before, and a request cannot compose a prefix with itself"
     reasons = {
         f"prefix {number} lies in other layers than prefix 0": first.shapes.keys() != other.shapes.keys(),
         windows: other.window != first.window,
         dtypes: any(n in ours and ours[n].dtype != t.dtype for n, t in shared_tensors(first.kv).items()),
-        repeated: any(p.digest == other.digest for p in parts[:number]),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -1,15 +1,14 @@
 //! Decode attention on CPUs: one query token per row over its prefix blocks and its own keys in the arena.
 //!
 //! Keys and values are read where they lie and are neither gathered nor expanded. The softmax is computed online, in
-//! one pass over the row's prefix blocks, in the order of the block table, and then over its own keys, whose arena rows
-//! the slot table lists. Rows that share a prefix are processed together, chunk by chunk, so that a chunk is
+//! one pass over the row's prefix blocks, in the order of the row's composition, and then over its own keys, whose arena
+//! rows the slot table lists. Rows that share a prefix are processed together, chunk by chunk, so that a chunk is
 //! fetched from memory once.
 //!
 //! All keys of a query are processed on one thread, in an order that depends on these keys alone. The result of a query
 //! is therefore bitwise the same for any batch composition and any number of threads.
 //!
-//! Shape letters: R rows, HQ query heads, H kv heads, D head dim, C prefix blocks, E pairs of a row and a block that it
-//! sees. The specification is `reference.attn_decode` of the Python package `prefixfast_kernels`.
+//! Shape letters: R rows, HQ query heads, H kv heads, D head dim, C prefix blocks, U uses of a block by a row. The specification is `reference.attn_decode` of the Python package `prefixfast_kernels`.
 
 #![expect(
     clippy::inline_always,
@@ -141,14 +140,11 @@ pub struct DecodeTables<'a> {
     pub lens: &'a [i32],
     /// First prefix row and number of rows of each block, `[C]`.
     pub block: &'a [[i32; 2]],
-    /// Borders between the users of different blocks in `user`, `[C + 1]`.
-    pub user_indptr: &'a [i32],
-    /// Query rows that see each block, `[E]`.
-    pub user: &'a [i32],
-    /// Position of the block's first row relative to the user's query, `[E]`.
-    pub user_pos: &'a [i32],
-    /// Whether the attention window slides over the block, 0 or 1, `[E]`.
-    pub user_slides: &'a [i32],
+    /// Borders between the uses of different query rows in `uses`, `[R + 1]`.
+    pub use_indptr: &'a [i32],
+    /// Blocks that each query row sees, from left to right, `[U]`: block, position of the block's first row relative to
+    /// the row's own key 0, and 1 if the attention window slides over the block, else 0.
+    pub uses: &'a [[i32; 3]],
 }
 
 /// Inputs of one decode step in one layer.

@@ -93,7 +93,7 @@ pub(crate) fn attend_decode(
     own: (usize, usize, usize, bool),
     prefix: (usize, usize, usize, bool),
     table: (usize, usize, usize, usize),
-    tables: [Memory; 7],
+    tables: [Memory; 5],
     scale: f32,
     window: usize,
     softcap: f32,
@@ -122,17 +122,15 @@ pub(crate) fn attend_decode(
     // counts lie within their tensors. The outputs are newly allocated, so nothing else refers to them. No other thread
     // writes to the inputs during the call, as every torch operator requires.
     let (inputs, output) = unsafe {
-        let [block, user_indptr, user, user_pos, user_slides, row_of, lens] = tables.map(|memory| slice(memory));
+        let [block, use_indptr, uses, row_of, lens] = tables.map(|memory| slice(memory));
         let tables = DecodeTables {
             slot_table: slice((slots, if table_rows == 0 { 0 } else { entries })),
             slot_table_shape: [table_rows, columns, stride],
             row: row_of,
             lens,
             block: block.as_chunks().0,
-            user_indptr,
-            user,
-            user_pos,
-            user_slides,
+            use_indptr,
+            uses: uses.as_chunks().0,
         };
         let inputs = DecodeInputs {
             shape: Shape {

@@ -167,14 +167,14 @@ def test_strided_queries_and_wider_slot_tables():
 
 
 MISTAKES = {
-    "prefix missing": lambda t: t._replace(user_indptr=torch.zeros_like(t.user_indptr)),
+    "prefix missing": lambda t: t._replace(use_indptr=torch.zeros_like(t.use_indptr)),
     "prefix row off by one": lambda t: t._replace(block=t.block + torch.tensor([1, 0], dtype=torch.int32)),
     "prefix one row short": lambda t: t._replace(block=t.block - torch.tensor([0, 1], dtype=torch.int32)),
     "blocks exchanged": lambda t: t._replace(block=t.block.flip(0)),
-    "window slides over none": lambda t: t._replace(user_slides=torch.zeros_like(t.user_slides)),
-    "window slides over all": lambda t: t._replace(user_slides=torch.ones_like(t.user_slides)),
-    "window off by one": lambda t: t._replace(user_pos=t.user_pos + 1),
-    "prefix of another row": lambda t: t._replace(user=t.user.roll(1)),
+    "window slides over none": lambda t: t._replace(use=t.use * torch.tensor([1, 1, 0], dtype=torch.int32)),
+    "window slides over all": lambda t: t._replace(use=t.use.index_fill(1, torch.tensor([2]), 1)),
+    "window off by one": lambda t: t._replace(use=t.use + torch.tensor([0, 1, 0], dtype=torch.int32)),
+    "prefix of another row": lambda t: t._replace(use=t.use.roll(1, 0)),
     "keys of a neighbour": lambda t: t._replace(row=t.row.roll(1), lens=t.lens.clamp(max=1)),
     "newest key missing": lambda t: t._replace(lens=(t.lens - 1).clamp(min=1)),
 }
@@ -233,14 +233,11 @@ INVALID = {
     "block beyond the prefix": (put("block", at(2, 0), 10**5), "from 100000 on"),
     "block far too long": (put("block", at(0, 1), 2**31 - 1), "block 0"),
     "negative block": (put("block", at(0, 0), -3), "from -3 on"),
-    "user beyond the rows": (put("user", at(0), 7), "row 7, expected one of 7"),
-    "negative user": (put("user", at(0), -1), "row -1"),
-    "users out of order": (put("user_indptr", at(1), 99), "user_indptr"),
+    "a use of a block beyond the table": (put("use", at(0, 0), 7), "block 7, expected one of"),
+    "a use of a negative block": (put("use", at(0, 0), -1), "block -1"),
+    "uses out of order": (put("use_indptr", at(1), 99), "use_indptr"),
     "a length missing": (lambda s: replace(s, tables=s.tables._replace(lens=s.tables.lens[:-1])), "6 of lens"),
-    "a position missing": (
-        lambda s: replace(s, tables=s.tables._replace(user_pos=s.tables.user_pos[:-1])),
-        "user_indptr",
-    ),
+    "a use missing": (lambda s: replace(s, tables=s.tables._replace(use=s.tables.use[:-1])), "use_indptr"),
     "int64": (lambda s: replace(s, tables=s.tables._replace(lens=s.tables.lens.long())), "int64"),
     "strided": (
         lambda s: replace(s, tables=s.tables._replace(lens=s.tables.lens.repeat_interleave(2)[::2])),
@@ -273,7 +270,8 @@ def test_slots_before_the_window_are_not_read():
 
 def test_no_rows():
     step = make([3], [Request(0)], [], heads=(4, 2, 16))
-    none = step.tables._replace(row=step.tables.row[:0], lens=step.tables.lens[:0])
+    t = step.tables
+    none = t._replace(row=t.row[:0], lens=t.lens[:0], use_indptr=t.use_indptr[:1])
     o, lse = run_rust(replace(step, q=step.q[:0], tables=none))
     assert o.shape == (0, 4, 16)
     assert lse.shape == (0, 4)

@@ -81,7 +81,6 @@ REQUESTS = {
         "prefix: expected a Prefix, None or a sequence of Prefix, got 'x/y'; read a folder with",
     ),
     "a folder in a sequence of prefixes": ([OK, OK], [None, [PREFIX, "x"]], "prefix: expected a Prefix"),
-    "the same prefix twice": ([OK, OK], [PREFIX, [OTHER, OTHER]], "the same prefix twice in one sequence"),
     "no name": (
         [{"prompt": "x", "prefix": "a"}, {"prompt": "x"}],
         BY_NAME,

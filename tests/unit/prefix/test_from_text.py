@@ -209,7 +209,6 @@ def test_prefixes_without_an_equivalent_prefix_are_refused(base, make_prefix):
     cases = {
         "window is 'always' in prefix 1": other(base, 2, window="always"),
         "numbers of another dtype": Prefix(kv, 5),
-        "a request cannot compose a prefix with itself": other(base, 1),
         "differ in length": Prefix(ragged, 4),
     }
     for reason, b in cases.items():

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::DecodeInputs;
-use super::tables::{own_slots, prefix_blocks, rows_and_uses};
+use super::tables::{block_uses, prefix_blocks, rows_and_slots};
 use crate::error::Result;
 
 /// Smallest number of bytes of a key that a task reads, as long as a run can also be cut by rows. Every task that
@@ -33,7 +33,7 @@ pub(super) struct QueryRow {
     pub(super) index: usize,
     /// Range in [`Plan::slots`].
     pub(super) slots: Range<usize>,
-    /// Range in [`Plan::uses`], sorted by block.
+    /// Range in [`Plan::uses`], from left to right.
     pub(super) uses: Range<usize>,
 }
 
@@ -68,13 +68,9 @@ impl Plan {
         let shape = inputs.shape;
         let row_floats = shape.kv_heads * shape.head_dim;
         let blocks = prefix_blocks(&inputs.tables, inputs.prefix.lens()[0] / row_floats)?;
-        let (mut rows, uses) = rows_and_uses(&inputs.tables, &blocks, shape.rows, inputs.window)?;
-        let slots = own_slots(
-            &inputs.tables,
-            &mut rows,
-            inputs.own.lens()[0] / row_floats,
-            inputs.window,
-        )?;
+        let arena_rows = inputs.own.lens()[0] / row_floats;
+        let (mut rows, slots) = rows_and_slots(&inputs.tables, shape.rows, arena_rows, inputs.window)?;
+        let uses = block_uses(&inputs.tables, &mut rows, &blocks, inputs.window)?;
         rows.sort_by(|a, b| {
             let blocks = |r: &QueryRow| uses[r.uses.clone()].iter().map(|u| u.block);
             blocks(a).cmp(blocks(b))

@@ -93,8 +93,13 @@ impl<'a> TaskState<'a> {
 }
 
 /// A row of the task that sees a block.
+///
+/// Sorted users are grouped by place and block, so each row comes to its blocks from left to right, and a row that sees
+/// a block twice is in two groups.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct BlockUser {
+    /// Place of the block in the row's composition, from 0.
+    pub(super) place: usize,
     pub(super) block: usize,
     /// Index of the row in the task.
     pub(super) row: usize,

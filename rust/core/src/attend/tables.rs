@@ -33,105 +33,79 @@ pub(super) fn prefix_blocks(tables: &DecodeTables<'_>, prefix_rows: usize) -> Re
     Ok(out)
 }
 
-/// All query rows, each with the range of its block uses. Slots are added by [`own_slots`].
-pub(super) fn rows_and_uses(
+/// Blocks that each row sees, from left to right. Sets the range of each row in the result.
+pub(super) fn block_uses(
     tables: &DecodeTables<'_>,
+    rows: &mut [QueryRow],
     blocks: &[PrefixBlock],
-    num_rows: usize,
     window: usize,
-) -> Result<(Vec<QueryRow>, Vec<BlockUse>)> {
+) -> Result<Vec<BlockUse>> {
     let DecodeTables {
-        user_indptr,
-        user,
-        user_pos,
-        user_slides,
-        ..
+        use_indptr, uses, lens, ..
     } = *tables;
-    let borders: Option<Vec<usize>> = user_indptr.iter().map(|p| index_below(*p, user.len() + 1)).collect();
-    let fits = |b: &Vec<usize>| {
-        b.len() == blocks.len() + 1 && b.is_sorted() && user_pos.len() == user.len() && user_slides.len() == user.len()
-    };
-    let Some(borders) = borders.filter(fits) else {
+    let borders: Option<Vec<usize>> = use_indptr.iter().map(|p| index_below(*p, uses.len() + 1)).collect();
+    let Some(borders) = borders.filter(|b| b.len() == rows.len() + 1 && b.is_sorted()) else {
         return mismatch(&format!(
-            "user_indptr {user_indptr:?} does not cut {} users of {} blocks",
-            user.len(),
-            blocks.len()
+            "use_indptr {use_indptr:?} does not cut {} uses of {} rows",
+            uses.len(),
+            rows.len()
         ));
     };
-    let used = borders[0]..borders[blocks.len()];
-    let mut starts = vec![0; num_rows + 1];
-    for (e, row) in user[used.clone()].iter().enumerate() {
-        match index_below(*row, num_rows) {
-            Some(row) => starts[row + 1] += 1,
-            None => return mismatch(&format!("user {e} is row {row}, expected one of {num_rows}")),
-        }
-    }
-    for i in 0..num_rows {
-        starts[i + 1] += starts[i];
-    }
-    let mut rows: Vec<QueryRow> = (0..num_rows)
-        .map(|i| QueryRow {
-            index: i,
-            slots: 0..0,
-            uses: starts[i]..starts[i],
-        })
-        .collect();
-    let mut out = vec![BlockUse { block: 0, first: 0 }; used.len()];
-    for (c, block) in blocks.iter().enumerate() {
-        for e in borders[c]..borders[c + 1] {
-            // The loop above has refused entries out of range.
-            let Some(row) = index_below(user[e], num_rows) else {
-                continue;
+    let mut out = Vec::with_capacity(uses.len());
+    for (i, row) in rows.iter_mut().enumerate() {
+        let begin = out.len();
+        for [block, pos, slides] in &uses[borders[i]..borders[i + 1]] {
+            let Some(block) = index_below(*block, blocks.len()) else {
+                return mismatch(&format!("row {i} sees block {block}, expected one of {}", blocks.len()));
             };
-            let uses = &mut rows[row].uses;
-            out[uses.end] = BlockUse {
-                block: c,
-                first: first_visible(user_pos[e], user_slides[e] != 0, window).min(block.rows),
-            };
-            uses.end += 1;
+            let pos = i64::from(*pos) + 1 - i64::from(lens[i]);
+            out.push(BlockUse {
+                block,
+                first: first_visible(pos, *slides != 0, window).min(blocks[block].rows),
+            });
         }
+        row.uses = begin..out.len();
     }
-    Ok((rows, out))
+    Ok(out)
 }
 
 /// First row of a block that lies within the query's window.
 ///
 /// * `pos`: position of the block's first row relative to the query.
-fn first_visible(pos: i32, slides: bool, window: usize) -> usize {
+fn first_visible(pos: i64, slides: bool, window: usize) -> usize {
     if window == 0 || !slides {
         return 0;
     }
-    let hidden = 1 - i64::from(pos) - i64::try_from(window).unwrap_or(i64::MAX / 2);
+    let hidden = 1 - pos - i64::try_from(window).unwrap_or(i64::MAX / 2);
     usize::try_from(hidden).unwrap_or(0)
 }
 
-/// Arena rows of the own keys that each row sees. Sets the range of each row in the result.
-pub(super) fn own_slots(
+/// All query rows, and the arena rows of the own keys that they see. Uses are added by [`block_uses`].
+pub(super) fn rows_and_slots(
     tables: &DecodeTables<'_>,
-    rows: &mut [QueryRow],
+    num_rows: usize,
     arena_rows: usize,
     window: usize,
-) -> Result<Vec<usize>> {
+) -> Result<(Vec<QueryRow>, Vec<usize>)> {
     let [table_rows, columns, stride] = tables.slot_table_shape;
-    if tables.row.len() != rows.len() || tables.lens.len() != rows.len() {
+    if tables.row.len() != num_rows || tables.lens.len() != num_rows {
         return mismatch(&format!(
-            "{} entries of row and {} of lens, expected {}",
+            "{} entries of row and {} of lens, expected {num_rows}",
             tables.row.len(),
-            tables.lens.len(),
-            rows.len()
+            tables.lens.len()
         ));
     }
     let end = table_rows
         .checked_sub(1)
         .and_then(|last| last.checked_mul(stride)?.checked_add(columns));
-    if end.is_none_or(|end| end > tables.slot_table.len()) && !rows.is_empty() {
+    if end.is_none_or(|end| end > tables.slot_table.len()) && num_rows > 0 {
         return mismatch(&format!(
             "a slot table of {} entries is too small for {table_rows} rows of {columns}, {stride} apart",
             tables.slot_table.len()
         ));
     }
-    let mut out = Vec::with_capacity(rows.len() * 64);
-    for (i, row) in rows.iter_mut().enumerate() {
+    let (mut rows, mut out) = (Vec::with_capacity(num_rows), Vec::with_capacity(num_rows * 64));
+    for i in 0..num_rows {
         let Some(table_row) = index_below(tables.row[i], table_rows) else {
             return mismatch(&format!(
                 "row {i} reads row {} of the slot table, expected one of {table_rows}",
@@ -153,7 +127,11 @@ pub(super) fn own_slots(
                 }
             }
         }
-        row.slots = begin..out.len();
+        rows.push(QueryRow {
+            index: i,
+            slots: begin..out.len(),
+            uses: 0..0,
+        });
     }
-    Ok(out)
+    Ok((rows, out))
 }

@@ -101,7 +101,8 @@ fn run_generic<S: SimdOps>(
     users.clear();
     for (row, query_row) in rows.iter().enumerate() {
         let uses = &plan.uses[query_row.uses.clone()];
-        users.extend(uses.iter().map(|u| BlockUser {
+        users.extend(uses.iter().enumerate().map(|(place, u)| BlockUser {
+            place,
             block: u.block,
             row,
             first: u.first,
@@ -167,7 +168,7 @@ fn attend_blocks<S: SimdOps, K: Element>(
     plan: &Plan,
     users: &[BlockUser],
 ) {
-    for users in users.chunk_by(|a, b| a.block == b.block) {
+    for users in users.chunk_by(|a, b| (a.place, a.block) == (b.place, b.block)) {
         let block = plan.blocks[users[0].block];
         let first = |u: &BlockUser| u.first;
         let first_seen_by_any = users.iter().map(first).min().unwrap_or(0);
@@ -217,6 +218,7 @@ fn attend_own_keys<S: SimdOps, K: Element>(
         let (slots, user) = (
             &plan.slots[row.slots.clone()],
             BlockUser {
+                place: 0,
                 block: 0,
                 row: i,
                 first: 0,

@@ -56,7 +56,7 @@ fn the_reference_detects_wrong_inputs() -> Result<(), Error> {
     assert!(with(&|_| ()) < 2e-5);
     assert!(with(&|c| c.block[0][0] += 1) > 1e-3, "a prefix row off by one");
     assert!(with(&|c| c.block[1][1] -= 1) > 1e-3, "a prefix row short");
-    assert!(with(&|c| c.user_indptr = vec![0, 2, 2]) > 1e-3, "a use dropped");
+    assert!(with(&|c| c.use_indptr = vec![0, 1, 1, 2]) > 1e-3, "a use dropped");
     assert!(with(&|c| c.lens[1] -= 1) > 1e-3, "the last key dropped");
     assert!(with(&|c| c.window = 60) > 1e-3, "a window");
     assert!(with(&|c| c.row.swap(0, 1)) > 1e-3, "another row's slots");
@@ -119,13 +119,11 @@ fn refuses_invalid_tables_and_writes_nothing() -> Result<(), Error> {
         ("block beyond the prefix", &|c| c.block[0] = [311, 90]),
         ("block far beyond", &|c| c.block[0] = [i32::MAX, i32::MAX]),
         ("negative block", &|c| c.block[1] = [-1, 5]),
-        ("user beyond the rows", &|c| c.user[1] = 3),
-        ("negative user", &|c| c.user[0] = -2),
-        ("descending users", &|c| c.user_indptr = vec![0, 3, 2]),
-        ("users beyond their table", &|c| {
-            c.user_indptr = vec![0, 2, 4];
-        }),
-        ("a position missing", &|c| c.user_pos.truncate(2)),
+        ("use of a block beyond the table", &|c| c.uses[1][0] = 2),
+        ("use of a negative block", &|c| c.uses[0][0] = -2),
+        ("descending uses", &|c| c.use_indptr = vec![0, 3, 2, 3]),
+        ("uses beyond their table", &|c| c.use_indptr[3] = 4),
+        ("uses of a row missing", &|c| c.use_indptr.truncate(3)),
     ];
     for (name, change) in changes {
         let mut case = Case::new(2, 2, 16);
@@ -246,12 +244,28 @@ fn a_row_alone_and_in_a_batch_gives_the_same_bits() -> Result<(), Error> {
 fn a_row_may_see_a_block_twice() -> Result<(), Error> {
     for instructions in InstructionSet::all() {
         let mut case = Case::shared(20, (2, 2, 32));
-        case.user_indptr = vec![0, 21, 22];
-        case.user.insert(4, 3);
-        case.user_pos.insert(4, case.user_pos[3]);
-        case.user_slides.push(1);
+        case.use_indptr[4..].iter_mut().for_each(|border| *border += 1);
+        case.uses.insert(5, [0, -185, 1]); // row 3 sees block 0 twice
         let (o, lse) = case.run(1, instructions)?;
         assert!(case.error(&o, &lse) < 2e-5, "{}", instructions.name());
+        let alone = case.alone(3).run(1, instructions)?;
+        assert_eq!((&o[3 * 64..4 * 64], &lse[6..8]), (&*alone.0, &*alone.1));
+    }
+    Ok(())
+}
+
+#[test]
+fn the_numbers_of_blocks_do_not_affect_a_bit() -> Result<(), Error> {
+    for instructions in InstructionSet::all() {
+        for rows in [3, 24] {
+            let case = Case::shared(rows, (4, 2, 48));
+            let mut other = Case::shared(rows, (4, 2, 48));
+            other.block.swap(0, 1);
+            other.uses.iter_mut().for_each(|[block, ..]| *block = 1 - *block);
+            assert_eq!(case.run(2, instructions)?, other.run(2, instructions)?);
+            other.uses[..2].swap(0, 1); // another composition, so that the comparison can fail
+            assert_ne!(case.run(2, instructions)?, other.run(2, instructions)?);
+        }
     }
     Ok(())
 }
@@ -262,15 +276,10 @@ fn tasks_balance_the_threads() -> Result<(), Error> {
         let number = |x: usize| i32::try_from(x).unwrap_or(i32::MAX);
         let case = Case {
             block: (0..number(runs)).map(|i| [i, 90]).collect(),
-            user_indptr: (0..=number(runs)).map(|i| i * 2).collect(),
-            user: (0..number(runs) * 2).collect(),
-            ..Case::shared(2 * runs, (8, 8, 64))
-        };
-        let case = Case {
-            user_pos: vec![-100; 2 * runs],
-            user_slides: vec![0; 2 * runs],
+            use_indptr: (0..=2 * number(runs)).collect(),
+            uses: (0..2 * number(runs)).map(|i| [i / 2, -90, 0]).collect(),
             lens: vec![20; 2 * runs],
-            ..case
+            ..Case::shared(2 * runs, (8, 8, 64))
         };
         let plan = Plan::new(&case.inputs(), threads)?;
         let mut busy = vec![0; threads];

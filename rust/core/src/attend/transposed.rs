@@ -53,11 +53,9 @@ impl<'a> TransposedQueries<'a> {
     }
 }
 
-/// Whether to transpose the queries of `users`, which all see the whole chunk and are sorted by row.
-///
-/// A row that sees the block twice is excluded, because its second pass continues from the result of the first.
+/// Whether to transpose the queries of `users`, which all see the whole chunk.
 pub(super) fn pays_off(users: &[BlockUser], group_size: usize) -> bool {
-    users.len() * group_size >= MIN_QUERIES && users.windows(2).all(|pair| pair[0].row != pair[1].row)
+    users.len() * group_size >= MIN_QUERIES
 }
 
 /// Number of vectors that hold the queries of `num_users` rows for one kv head.

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use buffer_len::RequestMaxima;
 use layer_sets::LayerSets;
 pub use pin::PrefixLoad;
-use prefix_cache::{PrefixCache, PrefixSpec};
+use prefix_cache::{PrefixCache, PrefixSpec, SortKey};
 use queue::{Queue, TOKEN_COST};
 pub use request::Request;
 use request::{Phase, TrackedRequest};
@@ -92,7 +92,7 @@ pub struct Scheduler {
     prefilling: BTreeMap<u64, i64>,
     /// Running requests whose prompt is complete, sorted by prefixes and arrival so that rows with the same prefixes
     /// are neighbours.
-    decoding: BTreeMap<(Arc<[i64]>, u64), i64>,
+    decoding: BTreeMap<(SortKey, u64), i64>,
     /// Requests to drop at the next step.
     cancelled: BTreeSet<i64>,
     prefix_cache: PrefixCache,
@@ -280,7 +280,7 @@ impl Scheduler {
                 if state.prefilled == entry.request.prompt_len {
                     self.prefilling.remove(&state.admission);
                     self.decoding
-                        .insert((Arc::clone(&entry.request.prefixes), entry.position.arrival), id);
+                        .insert((Arc::clone(&state.sort_key), entry.position.arrival), id);
                 }
             }
         }

@@ -343,7 +343,12 @@ impl Model {
             && lens[padding] == 1
             && at(slot[padding]) == self.config.arena_rows - 1));
         let keys: Vec<&[i64]> = ids.iter().map(|id| &*self.running[id].request.prefixes).collect();
-        assert!(keys.is_sorted(), "rows with the same prefixes are not neighbours");
+        let distinct: BTreeSet<&[i64]> = keys.iter().copied().collect();
+        assert_eq!(
+            keys.chunk_by(|a, b| a == b).count(),
+            distinct.len(),
+            "rows with the same prefixes are not neighbours"
+        );
     }
 
     fn check_overlaps(&self) {

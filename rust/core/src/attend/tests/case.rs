@@ -30,10 +30,8 @@ pub(super) struct Case {
     pub(super) row: Vec<i32>,
     pub(super) lens: Vec<i32>,
     pub(super) block: Vec<[i32; 2]>,
-    pub(super) user_indptr: Vec<i32>,
-    pub(super) user: Vec<i32>,
-    pub(super) user_pos: Vec<i32>,
-    pub(super) user_slides: Vec<i32>,
+    pub(super) use_indptr: Vec<i32>,
+    pub(super) uses: Vec<[i32; 3]>,
     pub(super) window: usize,
     pub(super) softcap: f32,
 }
@@ -58,10 +56,8 @@ impl Case {
             row: vec![2, 0, 1],
             lens: vec![70, 3, 20],
             block: vec![[4, 90], [100, 5]],
-            user_indptr: vec![0, 2, 3],
-            user: vec![0, 2, 0],
-            user_pos: vec![-164, -109, -74],
-            user_slides: vec![1, 0, 1],
+            use_indptr: vec![0, 2, 2, 3],
+            uses: vec![[0, -95, 1], [1, -5, 1], [0, -90, 0]],
             window: 0,
             softcap: 0.0,
         }
@@ -77,10 +73,8 @@ impl Case {
             shape: Shape { rows, ..base.shape },
             q: random(rows * heads * head_dim, 4),
             row: each([2, 0, 1]),
-            user_indptr: vec![0, number(rows), number(rows) + 1],
-            user: (0..number(rows)).chain([0]).collect(),
-            user_pos: lens.iter().map(|n| -94 - n).chain([-74]).collect(),
-            user_slides: vec![1; rows + 1],
+            use_indptr: std::iter::once(0).chain(2..number(rows) + 2).collect(),
+            uses: [vec![[0, -95, 1], [1, -5, 1]], vec![[0, -95, 1]; rows - 1]].concat(),
             lens,
             ..base
         }
@@ -89,7 +83,8 @@ impl Case {
     /// Row `i` in a batch of its own.
     pub(super) fn alone(&self, i: usize) -> Self {
         let numbers = self.shape.heads * self.shape.head_dim;
-        let second = usize::from(i == 0);
+        let index = |x: i32| usize::try_from(x).unwrap_or(usize::MAX);
+        let uses = &self.uses[index(self.use_indptr[i])..index(self.use_indptr[i + 1])];
         Self {
             shape: Shape { rows: 1, ..self.shape },
             q: self.q[i * numbers..][..numbers].to_vec(),
@@ -99,10 +94,8 @@ impl Case {
             row: vec![self.row[i]],
             lens: vec![self.lens[i]],
             block: self.block.clone(),
-            user_indptr: if i == 0 { vec![0, 1, 2] } else { vec![0, 1, 1] },
-            user: vec![0; 1 + second],
-            user_pos: [self.user_pos[i], -74][..=second].to_vec(),
-            user_slides: vec![1; 1 + second],
+            use_indptr: vec![0, i32::try_from(uses.len()).unwrap_or(i32::MAX)],
+            uses: uses.to_vec(),
             ..*self
         }
     }
@@ -122,10 +115,8 @@ impl Case {
                 row: &self.row,
                 lens: &self.lens,
                 block: &self.block,
-                user_indptr: &self.user_indptr,
-                user: &self.user,
-                user_pos: &self.user_pos,
-                user_slides: &self.user_slides,
+                use_indptr: &self.use_indptr,
+                uses: &self.uses,
             },
             scale: 0.3,
             window: self.window,
@@ -152,15 +143,11 @@ impl Case {
     fn visible_rows(&self, row: usize) -> Vec<usize> {
         let mut out = Vec::new();
         let index = |x: i32| usize::try_from(x).unwrap_or(usize::MAX);
-        for (c, [start, rows]) in self.block.iter().enumerate() {
-            for e in index(self.user_indptr[c])..index(self.user_indptr[c + 1]) {
-                let hidden = |j: &i32| {
-                    self.window > 0 && self.user_slides[e] == 1 && index(-(self.user_pos[e] + j)) >= self.window
-                };
-                if index(self.user[e]) == row {
-                    out.extend((0..*rows).filter(|j| !hidden(j)).map(|j| index(start + j)));
-                }
-            }
+        for [block, pos, slides] in &self.uses[index(self.use_indptr[row])..index(self.use_indptr[row + 1])] {
+            let [start, rows] = self.block[index(*block)];
+            let hidden =
+                |j: &i32| self.window > 0 && *slides == 1 && index(self.lens[row] - 1 - pos - j) >= self.window;
+            out.extend((0..rows).filter(|j| !hidden(j)).map(|j| index(start + j)));
         }
         let length = index(self.lens[row]);
         let from = if self.window == 0 {

@@ -34,6 +34,15 @@ pub(super) struct WorkTables {
     pub(super) parts: Vec<i32>,
 }
 
+/// A partial sum of a row.
+struct Merge {
+    row: usize,
+    /// Place of its block in the row's composition, [`usize::MAX`] for the keys that the row reads alone.
+    place: usize,
+    /// Number of the partial sum.
+    part: i32,
+}
+
 impl DecodeSizes {
     /// Number of tiles that `users` rows need.
     fn num_tiles(&self, users: usize) -> usize {
@@ -90,8 +99,7 @@ impl DecodeSizes {
             items: Vec::with_capacity(2 * keys.len() + self.fill),
             ..WorkTables::default()
         };
-        // Pairs of a row and a partial sum, in the order in which a row merges its partial sums.
-        let mut merges: Vec<[i32; 2]> = Vec::with_capacity(2 * keys.len() + step.user.len());
+        let mut merges: Vec<Merge> = Vec::with_capacity(2 * keys.len() + step.user.len());
         let mut next_part = 0;
         for block in grouped_blocks() {
             let (users, rows) = (step.users(block), step.rows(block));
@@ -108,7 +116,11 @@ impl DecodeSizes {
                         to_i32(high),
                         next_part,
                     ]);
-                    merges.extend(tile.iter().zip(next_part..).map(|(row, part)| [*row, part]));
+                    merges.extend(tile.iter().zip(next_part..).map(|(row, part)| Merge {
+                        row: to_usize(*row),
+                        place: step.blocks_of(to_usize(*row)).take_while(|other| *other != block).count(),
+                        part,
+                    }));
                     next_part += to_i32(tile.len());
                 }
             }
@@ -120,7 +132,11 @@ impl DecodeSizes {
                 let part = if is_whole_result { -1 } else { next_part };
                 work.items.push([-1, to_i32(row), 1, to_i32(low), to_i32(high), part]);
                 if !is_whole_result {
-                    merges.push([to_i32(row), part]);
+                    merges.push(Merge {
+                        row,
+                        place: usize::MAX,
+                        part,
+                    });
                     next_part += 1;
                 }
             }
@@ -155,22 +171,31 @@ impl StepView<'_> {
 }
 
 impl WorkTables {
-    /// Fills `part_indptr` and `parts`: the partial sums sorted by row, each row's in the order of `merges`.
-    fn set_parts(&mut self, merges: &[[i32; 2]], rows: usize) {
+    /// Fills `part_indptr` and `parts`.
+    ///
+    /// The partial sums are sorted by row and by the place of their keys in the row's composition, so that the numbers
+    /// of the blocks do not affect the rounding of the merged result.
+    fn set_parts(&mut self, merges: &[Merge], rows: usize) {
         let mut ends = vec![0; rows + 1];
-        for [row, _] in merges {
-            ends[to_usize(*row) + 1] += 1;
+        for merge in merges {
+            ends[merge.row + 1] += 1;
         }
         for row in 0..rows {
             ends[row + 1] += ends[row];
         }
-        self.part_indptr.clone_from(&ends);
-        self.parts = vec![0; merges.len()];
-        for [row, part] in merges {
-            let place = &mut ends[to_usize(*row)];
-            self.parts[to_usize(*place)] = *part;
-            *place += 1;
+        self.part_indptr = ends.iter().copied().map(to_i32).collect();
+        let mut sorted = vec![(0, 0); merges.len()];
+        for merge in merges {
+            let end = &mut ends[merge.row];
+            sorted[*end] = (merge.place, merge.part);
+            *end += 1;
         }
+        let mut start = 0;
+        for end in &ends[..rows] {
+            sorted[start..*end].sort_by_key(|(place, _)| *place);
+            start = *end;
+        }
+        self.parts = sorted.into_iter().map(|(_, part)| part).collect();
     }
 }
 

@@ -105,7 +105,7 @@ impl Scheduler {
             self.decode_rows.free(decode_rows);
             return None;
         };
-        self.prefix_cache.start_running(prefixes);
+        let sort_key = self.prefix_cache.start_running(prefixes);
         let (blocks, pos_start) = self.prefix_cache.blocks(prefixes);
         header
             .loads
@@ -114,6 +114,7 @@ impl Scheduler {
         self.admissions += 1;
         Some(RunningState {
             admission: self.admissions,
+            sort_key,
             decode_rows,
             slot_units: placement.slot_units,
             blocks,
@@ -140,7 +141,7 @@ impl Scheduler {
             Phase::Waiting => self.queue.remove(position),
             Phase::Running(state) => {
                 self.prefilling.remove(&state.admission);
-                self.decoding.remove(&(request.prefixes.clone(), position.arrival));
+                self.decoding.remove(&(state.sort_key, position.arrival));
                 self.decode_rows.free(state.decode_rows);
                 for run in state.slot_units {
                     self.arena.free(run);

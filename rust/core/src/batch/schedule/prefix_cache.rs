@@ -1,6 +1,7 @@
 //! Prefix cache: the registered prefixes, and which of them are in the arena.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use rustc_hash::FxHashMap;
 
@@ -21,6 +22,9 @@ pub(super) enum Location {
 /// Eviction order: unpinned before pinned prefixes, and least recently used first.
 type EvictionKey = (bool, u64);
 
+/// Place of a running request among the rows of a batch, by its prefixes from left to right.
+pub(super) type SortKey = Arc<[u64]>;
+
 /// A registered prefix.
 #[derive(Debug)]
 pub(super) struct CachedPrefix {
@@ -32,6 +36,8 @@ pub(super) struct CachedPrefix {
     num_requests: usize,
     /// Number of running requests that use it. While there are any, it cannot be evicted.
     num_running: usize,
+    /// Sequence number of the first of these running requests.
+    in_use_since: u64,
     /// Whether it is evicted only after all unpinned prefixes.
     pinned: bool,
     pub(super) location: Location,
@@ -96,6 +102,7 @@ impl PrefixCache {
             layer_set,
             num_requests: 0,
             num_running: 0,
+            in_use_since: 0,
             pinned: false,
             location: Location::Absent,
             last_used: 0,
@@ -174,20 +181,31 @@ impl PrefixCache {
         self.update_each(prefixes, |entry| entry.num_requests -= 1);
     }
 
+    /// Updates each of the prefixes once, even if a request composes a prefix with itself.
     fn update_each(&mut self, prefixes: &[i64], update: impl Fn(&mut CachedPrefix)) {
-        for prefix in prefixes {
-            if let Some(entry) = self.prefixes.get_mut(prefix) {
+        for (at, prefix) in prefixes.iter().enumerate() {
+            if !prefixes[..at].contains(prefix)
+                && let Some(entry) = self.prefixes.get_mut(prefix) {
                 update(entry);
             }
         }
     }
 
-    /// Protects the prefixes of a request from eviction while it runs.
-    pub(super) fn start_running(&mut self, prefixes: &[i64]) {
+    /// Protects the prefixes of a request from eviction while it runs, and returns the request's sort key.
+    ///
+    /// Keys are equal for equal prefixes. They tell when the first running request began to use each prefix, so the
+    /// order of the rows of a batch does not depend on requests that have ended, or on the numbers of prefixes.
+    pub(super) fn start_running(&mut self, prefixes: &[i64]) -> SortKey {
+        let mut key = Vec::with_capacity(prefixes.len());
         for prefix in prefixes {
             let Some(entry) = self.prefixes.get_mut(prefix) else {
                 continue;
             };
+            if entry.num_running == 0 {
+                self.clock += 1;
+                entry.in_use_since = self.clock;
+            }
+            key.push(entry.in_use_since);
             entry.num_running += 1;
             if let Location::Ready(run) = entry.location
                 && self.evictable.remove(&(entry.eviction_key(), *prefix))
@@ -195,6 +213,7 @@ impl PrefixCache {
                 self.evictable_units -= run.len;
             }
         }
+        key.into()
     }
 
     /// Ends the protection by [`PrefixCache::start_running`].

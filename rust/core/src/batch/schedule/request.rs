@@ -6,6 +6,7 @@ use super::super::block_tables::PrefixBlock;
 use super::super::free_list::Run;
 use super::super::int32::to_i32;
 use super::UNIT;
+use super::prefix_cache::SortKey;
 use super::queue::QueuePosition;
 use crate::error::{Error, Result};
 
@@ -79,6 +80,7 @@ impl Phase {
 pub(super) struct RunningState {
     /// Sequence number of its admission.
     pub(super) admission: u64,
+    pub(super) sort_key: SortKey,
     pub(super) decode_rows: Run,
     /// Arena units for its tokens.
     pub(super) slot_units: Vec<Run>,

@@ -153,7 +153,7 @@ impl Scheduler {
             }
             let tokens = missing.min(left);
             left -= tokens;
-            chosen.push((&request.prefixes, admission, id, tokens));
+            chosen.push((&state.sort_key, admission, id, tokens));
         }
         chosen.sort_unstable();
         chosen
