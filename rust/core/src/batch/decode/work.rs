@@ -116,10 +116,15 @@ impl DecodeSizes {
                         to_i32(high),
                         next_part,
                     ]);
-                    merges.extend(tile.iter().zip(next_part..).map(|(row, part)| Merge {
-                        row: to_usize(*row),
-                        place: step.blocks_of(to_usize(*row)).take_while(|other| *other != block).count(),
-                        part,
+                    merges.extend(tile.iter().zip(next_part..).map(|(row, part)| {
+                        Merge {
+                            row: to_usize(*row),
+                            place: step
+                                .blocks_of(to_usize(*row))
+                                .take_while(|other| *other != block)
+                                .count(),
+                            part,
+                        }
                     }));
                     next_part += to_i32(tile.len());
                 }

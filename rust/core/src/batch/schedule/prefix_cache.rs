@@ -185,7 +185,8 @@ impl PrefixCache {
     fn update_each(&mut self, prefixes: &[i64], update: impl Fn(&mut CachedPrefix)) {
         for (at, prefix) in prefixes.iter().enumerate() {
             if !prefixes[..at].contains(prefix)
-                && let Some(entry) = self.prefixes.get_mut(prefix) {
+                && let Some(entry) = self.prefixes.get_mut(prefix)
+            {
                 update(entry);
             }
         }
