@@ -177,7 +177,8 @@ def check_prefill(
         used, lengths = [known[id][0] for id in header.prefill_ids], [tokens for _, _, _, tokens in found["chunk"]]
         contexts = list(before.values())
         assert [start for _, _, start, _ in found["chunk"]] == contexts
-        assert len(list(itertools.groupby(used))) == len({tuple(own) for own in used}), "equal prefixes are neighbours"
+        groups = list(itertools.groupby(used))
+        assert len(groups) == len({tuple(own) for own in used}), "equal prefixes are neighbours"
         slots = iter(found["slots"])
         for id, n in zip(header.prefill_ids, lengths, strict=True):
             filled[id] = filled.get(id, [])[: before[id]] + list(itertools.islice(slots, n))
