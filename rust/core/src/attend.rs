@@ -2,13 +2,14 @@
 //!
 //! Keys and values are read where they lie and are neither gathered nor expanded. The softmax is computed online, in
 //! one pass over the row's prefix blocks, in the order of the row's composition, and then over its own keys, whose arena
-//! rows the slot table lists. Rows that share a prefix are processed together, chunk by chunk, so that a chunk is
-//! fetched from memory once.
+//! rows the slot table lists. Rows that share a prefix are processed together, chunk by chunk, so that a chunk is fetched
+//! from memory once.
 //!
 //! All keys of a query are processed on one thread, in an order that depends on these keys alone. The result of a query
 //! is therefore bitwise the same for any batch composition and any number of threads.
 //!
-//! Shape letters: R rows, HQ query heads, H kv heads, D head dim, C prefix blocks, U uses of a block by a row. The specification is `reference.attn_decode` of the Python package `prefixfast_kernels`.
+//! Shape letters: R rows, HQ query heads, H kv heads, D head dim, C prefix blocks, U uses of a block by a row. The
+//! specification is `reference.attn_decode` of the Python package `prefixfast_kernels`.
 
 #![expect(
     clippy::inline_always,
