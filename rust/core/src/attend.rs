@@ -1,9 +1,9 @@
 //! Decode attention on CPUs: one query token per row over its prefix blocks and its own keys in the arena.
 //!
 //! Keys and values are read where they lie and are neither gathered nor expanded. The softmax is computed online, in
-//! one pass over the row's prefix blocks, in the order of the row's composition, and then over its own keys, whose arena
-//! rows the slot table lists. Rows that share a prefix are processed together, chunk by chunk, so that a chunk is fetched
-//! from memory once.
+//! one pass over the row's prefix blocks, in the order of the row's composition, and then over its own keys, whose
+//! arena rows the slot table lists. Rows that share a prefix are processed together, chunk by chunk, so that a chunk
+//! is fetched from memory once.
 //!
 //! All keys of a query are processed on one thread, in an order that depends on these keys alone. The result of a query
 //! is therefore bitwise the same for any batch composition and any number of threads.
