@@ -7,6 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 # Audit events of all steps of a save that touch the disk.
 STEPS = {
@@ -61,3 +62,39 @@ def killed_at(step: int, work: Callable[[], object]) -> bool:
     status = end(start(doomed))
     assert status in (0, signal.SIGKILL), status
     return status != 0
+
+
+def interrupted_at(step: int, work: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Run ``other`` once in the middle of ``work``, as another process would; both in one child process.
+
+    Args:
+        step: Number of the step of ``work``, from 0, before which ``other`` runs.
+        work: Function that is interrupted. It must not raise.
+        other: Function that runs in between.
+
+    Returns:
+        Whether ``work`` has that many steps.
+    """
+
+    def both() -> None:
+        seen, busy, met = 0, False, False
+
+        def hook(event: str, arguments: tuple) -> None:
+            nonlocal seen, busy, met
+            # The 256 buckets of a store are listed in one loop, whose steps are alike.
+            is_bucket = event in ("os.listdir", "os.scandir") and len(Path(str(arguments[0])).name) == 2
+            if busy or is_bucket or event not in STEPS | {"os.scandir"}:
+                return
+            if seen == step and not met:
+                busy = met = True
+                other()
+                busy = False
+            seen += 1
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0 if met else 7)
+
+    status = end(start(both))
+    assert status in (0, 7 << 8), status
+    return status == 0

@@ -69,7 +69,7 @@ def replace_folder(target: Path, write: Callable[[Path], None], *, owned: frozen
         if target.is_dir():
             for other in target.iterdir():
                 if other.name not in owned:
-                    (shutil.copytree if other.is_dir() else shutil.copy2)(other, temporary / other.name)
+                    _copy_unless_removed(other, temporary / other.name)
         temporary.chmod(0o755)
         sync_folder(temporary)
         _swap(temporary, target)
@@ -123,6 +123,16 @@ def identity(folder: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_ctime_ns  # a new folder can get the inode number of a removed one
 
 
+def _copy_unless_removed(source: Path, target: Path) -> None:
+    """Copy a file or folder; one that another process removes meanwhile is left out."""
+    try:
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, target)
+    except (OSError, shutil.Error):
+        if os.path.lexists(source):
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+
+
 def _backup(target: Path) -> Path:
     return target.parent / f".{target.name}.previous"
 
@@ -155,8 +165,12 @@ def _sweep(target: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Sync the entries of a folder to disk; does nothing on platforms that cannot (Windows)."""
-    with contextlib.suppress(PermissionError):
+    """Sync the entries of a folder to disk; does nothing on platforms that cannot (Windows).
+
+    A folder that another process has removed has no entries left to sync. What was written to it took effect first, so
+    that its writer must not fail.
+    """
+    with contextlib.suppress(PermissionError, FileNotFoundError):
         fd = os.open(path, os.O_RDONLY)
         try:
             os.fsync(fd)

@@ -135,7 +135,14 @@ class Prefix(PrefixData):
             >>> Prefix.from_pretrained("mill").digest == prefix.digest
             True
         """
-        return read_stable(find_folder(path, revision, local_files_only=local_files_only), cls._read)
+        folder = find_folder(path, revision, local_files_only=local_files_only)
+        try:
+            return read_stable(folder, cls._read)
+        except DataError:
+            again = find_folder(path, revision, local_files_only=local_files_only)
+            if folder.is_dir() or again == Path(path):
+                raise
+            return read_stable(again, cls._read)  # another process removed the download from the cache
 
     @classmethod
     def _read(cls, path: Path) -> Prefix:

@@ -6,14 +6,12 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.io.atomic import replace_file
 from prefixfast.io.untrusted import read_json
 from prefixfast.store.entry import ENTRY, name_hash
 from prefixfast.store.reports import Outcome
@@ -84,24 +82,19 @@ def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:
         name: Name of the prefix.
         root: Folder of the export.
     """
+    from prefixfast.prefix.folder import prefix_files, write_folder
+    from prefixfast.prefix.tensors import shared_tensors
+
     target = root / folder_name(name)
     try:
         prefix = prefixes[name]
-        new = not os.path.lexists(target)
-        if not new and (target.is_symlink() or not target.is_dir() or exported_name(target) != name):
+        if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or exported_name(target) != name):
             msg = f"{target} is in the way: it is not an export of this name; remove it or export to another folder"
             raise DataError(msg)
     except (DataError, KeyError) as e:
         return Outcome(name, str(target), False, str(e))
-    try:
-        if new:
-            target.mkdir()
-            replace_file(target / ENTRY, json.dumps({"name": name}).encode())
-        prefix.save_pretrained(target)
-    except BaseException:
-        if new:
-            shutil.rmtree(target, ignore_errors=True)
-        raise
+    files = prefix_files(shared_tensors(prefix.kv), prefix.digest, prefix.fields)
+    write_folder(target, files | {ENTRY: json.dumps({"name": name}).encode()})
     return Outcome(name, str(target), True, "", prefix.digest)
 
 

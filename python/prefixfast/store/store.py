@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, overload
 
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
-from prefixfast.io.atomic import sync_folder, write_file
+from prefixfast.io.atomic import identity, sync_folder, write_file
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.import_export import check_export_arguments, export, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
 from prefixfast.store.verify import verify
-from prefixfast.store.versions import publish_version, read_newest, version_folders
+from prefixfast.store.versions import publish_version, read_all, read_newest, remove_old_versions, version_folders
 from prefixfast.store.workspace import atomic_removal, sweep, workspace
 
 if TYPE_CHECKING:
@@ -106,14 +106,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
             UnknownPrefixError: If there is no such name.
             DataError: If an entry is damaged.
         """
-        found = []
-        for folder in version_folders(self._folder(name)):
-            try:
-                found.append(read_entry(folder))
-            except DataError:
-                if os.path.lexists(folder):  # else another process has removed the version
-                    raise
-        return found or self._raise_unknown(name)
+        return read_all(self._folder(name), read_entry) or self._raise_unknown(name)
 
     @overload
     def get(self, name: str) -> Prefix | None: ...
@@ -207,11 +200,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
             write_file(new / ENTRY, entry)
             sync_folder(new)
             target = publish_version(new, folder)
-            for i, old in enumerate(version_folders(folder)[: -self.keep_versions]):
-                try:
-                    old.rename(work / f"old{i}")
-                except OSError:  # another writer has removed the version, or the next one will
-                    continue
+            remove_old_versions(folder, self.keep_versions, work)
         self._names[folder.name] = name
         return parse_entry(json.loads(entry), target)
 
@@ -230,15 +219,23 @@ class PrefixStore(Mapping[str, "Prefix"]):
             UnknownPrefixError: If there is no such name or version.
             DataError: If the earlier version is damaged; the store is unchanged.
         """
-        numbers = {int(v.name): v for v in version_folders(self._writable(name))} or self._raise_unknown(name)
-        if version is None and len(numbers) == 1:
-            msg = f"{name!r} has no version before {max(numbers)}; put another, or keep more (keep_versions)"
-            raise ConfigError(msg)
-        chosen = sorted(numbers)[-2] if version is None else version
-        if chosen not in numbers:
-            msg = f"{name!r} has no version {chosen!r} in {self.path}; it has {', '.join(map(str, sorted(numbers)))}"
-            raise UnknownPrefixError(msg)
-        return self.put(name, read_entry(numbers[chosen]).read_here())
+        folder = self._writable(name)
+        while True:
+            numbers = {int(v.name): v for v in version_folders(folder)} or self._raise_unknown(name)
+            if version is None and len(numbers) == 1:
+                msg = f"{name!r} has no version before {max(numbers)}; put another, or keep more (keep_versions)"
+                raise ConfigError(msg)
+            number = sorted(numbers)[-2] if version is None else version
+            if number not in numbers:
+                has = ", ".join(map(str, sorted(numbers)))
+                msg = f"{name!r} has no version {number!r} in {self.path}; it has {has}"
+                raise UnknownPrefixError(msg)
+            before = identity(numbers[number])
+            try:
+                return self.put(name, read_entry(numbers[number]).read_here())
+            except DataError:
+                if identity(numbers[number]) == before is not None:  # else another process has removed or replaced it
+                    raise
 
     def delete(self, name: str) -> Receipt:
         """Remove all versions of a name at once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -65,18 +66,19 @@ def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
     for folder, _, names in os.walk(root):
         for path in (Path(folder, n) for n in names):
             try:
-                if path.is_symlink() or not path.is_file():
+                if not stat.S_ISREG(path.lstat().st_mode):
                     yield path, "neither a file nor a folder, so it cannot be searched"
                 elif _contains(path, digest.encode()):
                     yield path, None
             except FileNotFoundError:  # removed by another process
                 continue
         if any(n.endswith(".safetensors") for n in names):
+            before = identity(Path(folder))
             try:
                 if Prefix.from_pretrained(Path(folder)).digest == digest:
                     yield Path(folder), None
             except DataError as e:
-                if identity(Path(folder)) is not None:
+                if identity(Path(folder)) == before is not None:  # else another process has removed or replaced it
                     yield Path(folder), f"its tensors cannot be searched: {e}"
 
 

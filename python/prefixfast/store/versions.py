@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from prefixfast.errors import DataError
-from prefixfast.io.atomic import PATIENCE, identity, sync_folder
+from prefixfast.io.atomic import identity, sync_folder
 
 T = TypeVar("T")
 NUMBER = re.compile(r"[0-9]{1,18}")
-ATTEMPTS = 1000  # attempts of a rename that other writers of the same name can disturb
+ATTEMPTS = 1000  # attempts of a rename or a read that other writers of the same name can disturb
 DISTURBED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # errors of a rename that another writer disturbed
 
 
@@ -40,7 +41,7 @@ def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
     Raises:
         DataError: If the version is damaged.
     """
-    for attempt in range(PATIENCE):
+    for attempt in range(ATTEMPTS):
         versions = version_folders(folder)
         if not versions:
             return None
@@ -48,9 +49,37 @@ def read_newest(folder: Path, read: Callable[[Path], T]) -> T | None:
         try:
             return read(versions[-1])
         except (DataError, OSError):
-            if attempt + 1 == PATIENCE or identity(versions[-1]) == before is not None:
+            if attempt + 1 == ATTEMPTS or identity(versions[-1]) == before is not None:
                 raise
     raise AssertionError
+
+
+def read_all(folder: Path, read: Callable[[Path], T]) -> list[T]:
+    """Read all versions of a name, oldest first; a version that is removed meanwhile is left out.
+
+    Args:
+        folder: Folder of the name.
+        read: Function that reads the folder of a version.
+
+    Returns:
+        Results of ``read``, empty if there is no version.
+
+    Raises:
+        DataError: If a version is damaged.
+    """
+    for _ in range(ATTEMPTS):
+        found: list[T] = []
+        versions = version_folders(folder)
+        for version in versions:
+            before = identity(version)
+            try:
+                found.append(read(version))
+            except (DataError, OSError):
+                if identity(version) == before is not None:  # else another process has removed or replaced it
+                    raise
+        if found or not versions:
+            return found
+    return []
 
 
 def publish_version(new: Path, folder: Path) -> Path:
@@ -79,9 +108,37 @@ def publish_version(new: Path, folder: Path) -> Path:
         else:
             break
     for changed in (folder, folder.parent, folder.parent.parent):
-        with contextlib.suppress(FileNotFoundError):  # another process has deleted the name meanwhile
-            sync_folder(changed)
+        sync_folder(changed)
     return folder / number
+
+
+def remove_old_versions(folder: Path, keep: int, work: Path) -> None:
+    """Move all versions of a name but the newest ones to another folder.
+
+    The folder of the name is held open. If the name is deleted and put again meanwhile, the numbers start again, and a
+    path could lead to a new version of the same number.
+
+    Args:
+        folder: Folder of the name.
+        keep: Number of versions to keep.
+        work: Folder that gets the old versions.
+    """
+    try:
+        held = os.open(folder, os.O_RDONLY) if os.rename in os.supports_dir_fd else None
+    except FileNotFoundError:  # the name was deleted
+        return
+    try:
+        with os.scandir(folder if held is None else held) as entries:
+            names = [entry.name for entry in entries]
+        for name in sorted(filter(NUMBER.fullmatch, names), key=int)[:-keep]:
+            with contextlib.suppress(OSError):  # another writer has removed the version, or the next one will
+                if held is None:
+                    (folder / name).rename(work / f"old-{name}")
+                else:
+                    os.rename(name, work / f"old-{name}", src_dir_fd=held)
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def _publish_first(new: Path, folder: Path, number: str) -> None:

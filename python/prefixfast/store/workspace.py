@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from prefixfast.io.atomic import STALE_SECONDS
+from prefixfast.io.atomic import PATIENCE, STALE_SECONDS
 
 if sys.platform != "win32":
     import fcntl
@@ -74,7 +74,7 @@ def atomic_removal(folder: Path, root: Path) -> Iterator[Path]:
     """
     root.mkdir(exist_ok=True)
     try:
-        fd = _lock(folder)
+        fd = _lock_current(folder)
     except BlockingIOError as e:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from e
     gone = root / secrets.token_hex(8)
@@ -83,7 +83,7 @@ def atomic_removal(folder: Path, root: Path) -> Iterator[Path]:
             os.utime(folder)  # without a lock, sweep goes by the age
         folder.rename(gone)
         yield gone
-        shutil.rmtree(gone)
+        _remove(gone)
     finally:
         _close(fd)
 
@@ -112,6 +112,35 @@ def _sweep(folder: Path) -> bool:
     finally:
         _close(fd)
     return not folder.exists()
+
+
+def _lock_current(folder: Path) -> int | None:
+    """Lock the folder that a path leads to now, as `_lock` does.
+
+    Between opening and locking, another process can remove the folder and a third one can make a new folder of the same
+    path. A lock of the removed folder protects nothing.
+    """
+    while True:
+        fd = _lock(folder)
+        try:
+            if fd is None or os.path.samestat(os.fstat(fd), folder.stat()):
+                return fd
+        except BaseException:
+            _close(fd)
+            raise
+        _close(fd)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder; a version that a writer was moving into it just before is removed too."""
+    for attempt in range(PATIENCE):
+        try:
+            shutil.rmtree(folder)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST) or attempt + 1 == PATIENCE:
+                raise
+        else:
+            return
 
 
 def _new_locked(root: Path) -> tuple[Path, int | None]:

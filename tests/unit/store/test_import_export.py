@@ -310,7 +310,7 @@ def test_an_export_that_fails_leaves_nothing_half_written(tmp_path, monkeypatch)
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Prefix, "save_pretrained", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         store.export_dir(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
