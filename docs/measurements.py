@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+LOSSES_APART = 1e-4  # largest relative difference of a loss between runs whose times are compared
 Record = dict[str, Any]
 Cell = tuple[str, str, str]  # row, column, text
 
@@ -98,6 +100,8 @@ def pivot(
 
 def generation(found: list[Record]) -> Iterator[Cell]:
     """Throughput by contender and prefix length."""
+    if slow := [r["contender"] for r in found if not r.get("settings", {"use_cache": True})["use_cache"]]:
+        sys.exit(f"{found[0]['file']}: {', '.join(slow)} ran without a KV cache; no rate is shown")
     distinct = sorted({r["distinct"] for r in found if r["contender"] == "prefixfast" and r["prefix_length"]})
     for length in sorted({r["prefix_length"] for r in found}):  # all columns first, so that they are in order
         yield ("", f"P = {length}", "")
@@ -175,8 +179,19 @@ def sample_texts(found: list[Record]) -> Iterator[Cell]:
     return ((mr, "text", text) for mr, text in list(found[0]["texts"].items())[:3])
 
 
+def check_same_losses(found: list[Record]) -> None:
+    """Exit if the runs whose times are compared have other losses; then the times say nothing."""
+    for r in found:
+        apart = max(abs(a - b) / abs(b) for a, b in zip(r["losses"], found[0]["losses"], strict=True))
+        if not apart <= LOSSES_APART:
+            sys.exit(
+                f"{r['file']}: its losses differ by {apart:.1e} from those of {found[0]['file']}; no time is shown"
+            )
+
+
 def training_time(found: list[Record]) -> Iterator[Cell]:
     """Seconds of a few training steps, run by run."""
+    check_same_losses(found)
     for r in found:
         run = re.search(r"(\d)\.json$", r["file"])
         assert run is not None
@@ -365,6 +380,8 @@ def figures(found: list[Record]) -> Iterator[Cell]:
     def quality_of(setting: str, impl: str) -> str:
         r = first(found, file=f"quality-smollm2-{setting}-{impl}.json")
         return f"loss {r['dev_loss']:.4f}, BLEU {r['bleu']:.2f}"
+
+    check_same_losses([r for r in found if r["file"].startswith("quality-smollm2-time-")])
 
     def times(impl: str) -> str:
         own = [r["train_seconds"] for r in found if r["file"].startswith(f"quality-smollm2-time-{impl}-")]

@@ -47,6 +47,21 @@ def test_a_changed_result_is_found_and_written(copy):
     assert tables(copy, "--check").returncode == 0
 
 
+def test_times_of_unequal_training_and_rates_without_a_cache_are_not_shown(copy):
+    results = copy / "benches" / "results"
+    good = (results / "generate-gpt2-fp32.jsonl").read_text(encoding="utf8")
+    lines = good.splitlines()
+    lines[-1] = json.dumps(json.loads(lines[-1]) | {"settings": {"use_cache": False}})
+    (results / "generate-gpt2-fp32.jsonl").write_text("\n".join(lines), encoding="utf8")
+    assert "ran without a KV cache" in tables(copy, "--check").stderr
+    (results / "generate-gpt2-fp32.jsonl").write_text(good, encoding="utf8")
+    path = results / "quality-smollm2-time-peft-2.json"
+    record = json.loads(path.read_text(encoding="utf8"))
+    record["losses"][7] *= 1.01
+    path.write_text(json.dumps(record), encoding="utf8")
+    assert "quality-smollm2-time-peft-2.json: its losses differ by 1.0e-02" in tables(copy, "--check").stderr
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

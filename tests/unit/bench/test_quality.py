@@ -67,7 +67,9 @@ def test_prefixfast_and_peft_train_alike(cli, folder, data, tmp_path, setting):
 def test_a_few_steps_are_not_evaluated(cli, folder, data, tmp_path, setting):
     found = quality(cli, folder, data, tmp_path / "out", "--dtype", "float64", "--steps", 2)
     assert list(found) == [*RESULT, "cpu", "flags"]
+    theirs = quality(cli, folder, data, tmp_path / "theirs", "--impl", "peft", "--dtype", "float64", "--steps", 2)
     assert len(found["losses"]) == 2
+    assert found["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
 
 
 def test_the_base_alone(cli, folder, data, tmp_path, setting):

@@ -106,7 +106,7 @@ def _train(model: Any, tokenizer: Any, run: Run) -> tuple[list[float], float]:
     setting = run.setting
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=setting.learning_rate, weight_decay=0)
-    schedule = get_linear_schedule_with_warmup(optimizer, setting.warmup_steps, setting.steps)
+    schedule = get_linear_schedule_with_warmup(optimizer, setting.warmup_steps, run.steps or setting.steps)
     row = setting.row(tokenizer)
     model.train()
     batches = setting.batches(run.data)[: run.steps]

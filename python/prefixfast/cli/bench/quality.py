@@ -57,8 +57,7 @@ def quality(
         int | None,
         typer.Option(
             min=1,
-            help="Number of training steps, after which nothing is evaluated. With --impl peft the learning rate "
-            "decays over the steps of SETTING, with --impl prefixfast over these steps.",
+            help="Number of training steps, over which the learning rate decays and after which nothing is evaluated.",
             show_default="all steps of SETTING, and an evaluation",
         ),
     ] = None,
