@@ -17,8 +17,8 @@ class TrainConfig(Options):
     """Options that say how a prefix is trained.
 
     ``recipe``, ``dtype``, ``token_budget``, ``gradient_checkpointing``, ``save_steps``, ``logging_steps`` and
-    ``report_to`` are options of the whole run. Every other option has the same effect on a prefix that is trained alone
-    and on one that is trained among others: with ``batch_size=10`` each prefix takes 10 examples in a step.
+    ``report_to`` are options of the whole run. Every other option means the same for a prefix that is trained alone and
+    for one that is trained among others: with ``batch_size=10`` each prefix takes 10 examples in a step.
 
     Example:
         >>> TrainConfig.make({"batch_size": 4}, max_steps=10).batch_size

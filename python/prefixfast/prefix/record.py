@@ -169,7 +169,7 @@ class PrefixData:
     def digest(self) -> str:
         """SHA-256 of tensors and conventions, in hex digits.
 
-        Prefixes of equal digests generate equal texts from equal prompts and parameters.
+        The conventions are ``pos_start`` and ``window``. The task and the decoding defaults are not part of it.
         """
         sha = hashlib.sha256(json.dumps([self.pos_start, self.window]).encode())
         for name, t in sorted(shared_tensors(self.kv).items()):

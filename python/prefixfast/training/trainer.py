@@ -97,8 +97,8 @@ def train(
     """Train one prefix, or many prefixes in the same batches, on a frozen base model.
 
     Plain rows train one prefix. A mapping of names to rows, or rows with a ``prefix_column``, trains one prefix for
-    each name. The prefixes share the forward and backward passes of the base model, and each gets the result that it
-    has when it is trained alone. The weights of the base model do not change.
+    each name. The prefixes share the forward and backward passes of the base model. Up to rounding each gets the
+    result that it has when it is trained alone. The weights of the base model do not change.
 
     Args:
         model: Base model: hub id, folder, Hugging Face model (attached during the run and then restored) or `Model`.

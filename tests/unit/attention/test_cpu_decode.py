@@ -127,9 +127,10 @@ def test_every_mix_of_dtypes(dtype, arena, prefix, path):
         assert within_tolerance(got, same_dtype, FLOOR[dtype]), (heads, got, same_dtype)
 
 
-def test_threads_and_other_rows_change_no_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_threads_and_other_rows_change_no_bit(dtype):
     step = make(*CASES["composed"], heads=(6, 2, 64), window=60, softcap=9.0)
-    inputs = step.inputs(prefix=torch.bfloat16)
+    inputs = step.inputs(dtype, prefix=torch.bfloat16)
     before = torch.get_num_threads()
     try:
         runs = []

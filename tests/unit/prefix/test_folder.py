@@ -162,6 +162,14 @@ def test_any_change_changes_the_digest(make_prefix, what):
     assert changed(make_prefix(), what).digest != make_prefix().digest
 
 
+def test_what_only_builds_requests_is_not_in_the_digest(make_prefix):
+    """Equal digests have the same effect on the base; prompts and default options can differ."""
+    prefix = make_prefix()
+    other = Prefix(prefix.kv, pos_start=prefix.pos_start, task={"name": "text"}, decoding={"num_beams": 3})
+    assert other.digest == prefix.digest
+    assert (other.task, other.decoding) != (prefix.task, prefix.decoding)
+
+
 def test_the_same_bytes_in_another_dtype_have_another_digest(make_prefix):
     half = make_prefix(dtype=torch.float16)
     assert Prefix({n: t.view(torch.bfloat16) for n, t in half.kv.items()}, pos_start=4).digest != half.digest

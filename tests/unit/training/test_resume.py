@@ -90,6 +90,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(model, tmp_path, kind):
         assert digests({n: prefixfast.Prefix.from_pretrained(out / n) for n in DATA}) == digests(whole)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_resumed_run_equals_an_uninterrupted_one_in_every_dtype(dtype, threads, tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with prefixfast.load(tiny.make("gpt2").to(dtype)) as model:
+            how = {**HOW, **FLAT, "max_steps": 8, "eval_data": HELD_OUT}
+            whole = train(model, DATA, **how)
+            with pytest.raises(Cut):
+                train(model, DATA, output_dir=tmp_path, callbacks=[CutAt(5)], **how)
+            assert digests(train(model, DATA, output_dir=tmp_path, resume=True, **how)) == digests(whole)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_single_prefix_resumes(model, tmp_path):
     how = {**HOW, **FLAT, "eval_data": HELD_OUT["b"]}
     whole = train(model, DATA["b"], output_dir=tmp_path / "whole", **how)
