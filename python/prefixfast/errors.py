@@ -10,7 +10,7 @@ import difflib
 import os
 import reprlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 __all__ = [
     "BaseMismatchError",
@@ -141,6 +141,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Question that names the known names most similar to an unknown one, empty if none is similar."""
+    close = difflib.get_close_matches(name[:MAX_SHOWN], list(known), n=3) if isinstance(name, str) else []
+    return f"did you mean {' or '.join(map(shown, close))}?" if close else ""
+
+
 def suggestion(name: object, known: Iterable[str], *, listed: int = 10) -> str:
     """End of the error message for an unknown name: the most similar known names, else the first known ones.
 
@@ -154,7 +160,47 @@ def suggestion(name: object, known: Iterable[str], *, listed: int = 10) -> str:
         "did you mean 'webnlg'?"
     """
     names = list(known)
-    if close := difflib.get_close_matches(str(name)[:MAX_SHOWN], names, n=3):
-        return f"did you mean {' or '.join(map(shown, close))}?"
+    if close := did_you_mean(name, names):
+        return close
     more = f" and {len(names) - listed} more" if len(names) > listed else ""
     return f"known are {', '.join(map(shown, names[:listed]))}{more}" if names else "there is none"
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold a string, which half a surrogate pair prevents."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise `ConfigError` for the value of an argument that is none of the allowed strings."""
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        hint = did_you_mean(value, known)
+        expected = " or ".join(map(repr, known)) if len(known) < 3 else f"one of {', '.join(known)}"
+        msg = f"{name}: expected {expected}, got {shown(value)}" + (f"; {hint}" if hint else "")
+        raise ConfigError(msg)
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `ConfigError` for the value of an argument that is neither true nor false."""
+    if not isinstance(value, bool):
+        msg = f"{name}: expected True or False, got {shown(value)}"
+        raise ConfigError(msg)
+
+
+def check_mapping(name: str, value: object) -> None:
+    """Raise `ConfigError` for the value of an argument that is no mapping."""
+    if not isinstance(value, Mapping):
+        msg = f"{name}: expected a mapping, got {shown(value)}"
+        raise ConfigError(msg)
+
+
+def check_string(name: str, value: object, expected: str = "a string") -> None:
+    """Raise `ConfigError` for the value of an argument that is no string."""
+    if not isinstance(value, str):
+        msg = f"{name}: expected {expected}, got {shown(value)}"
+        raise ConfigError(msg)

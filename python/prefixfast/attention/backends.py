@@ -8,7 +8,7 @@ import logging
 
 import torch
 
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown, suggestion
 from prefixfast_kernels.tile_selection import Backend, decode_sizes, tile_sizes
 
 BACKENDS = ("triton", "torch", "reference")
@@ -39,8 +39,9 @@ def choose_backend(
     Raises:
         ConfigError: If the name is unknown, or if it is ``"triton"`` and the Triton kernels cannot run.
     """
-    if name not in ("auto", *BACKENDS):
-        msg = f"backend: expected 'auto' or one of {', '.join(BACKENDS)}, got {name!r}"
+    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
+        known = ", ".join(BACKENDS)
+        msg = f"backend: expected 'auto' or one of {known}, got {shown(name)}; {suggestion(name, BACKENDS)}"
         raise ConfigError(msg)
     if name in ("torch", "reference") or (name == "auto" and device.type == "cpu"):
         return Backend("torch" if name == "auto" else name)

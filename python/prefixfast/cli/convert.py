@@ -39,7 +39,7 @@ def command(
 
     The exit status is 3 if some folders cannot be converted.
     """
-    from prefixfast.errors import ConfigError, DataError
+    from prefixfast.errors import ConfigError, DataError, shown
 
     if not recursive:
         done = convert_folder(source, target, verify=verify)
@@ -48,14 +48,14 @@ def command(
         show_outcomes([done], as_json=as_json)
         return
     if not source.is_dir():
-        msg = f"SRC: expected a folder, got {str(source)!r}"
+        msg = f"SRC: expected a folder, got {shown(str(source))}"
         raise ConfigError(msg)
     if target.resolve().is_relative_to(source.resolve()):
-        msg = f"DST: {str(target)!r} lies in SRC; give another folder"
+        msg = f"DST: {shown(str(target))} lies in SRC; give another folder"
         raise ConfigError(msg)
     found = adapter_folders(source)
     if not found:
-        msg = f"SRC: no adapter folder in {str(source)!r}; expected folders with adapter_config.json or prefixfast.json"
+        msg = f"SRC: no adapter folder in {source}; expected folders with adapter_config.json or prefixfast.json"
         raise ConfigError(msg)
     outcomes = [convert_folder(folder, target / folder.relative_to(source), verify=verify) for folder in found]
     show_outcomes(outcomes, as_json=as_json)

@@ -13,7 +13,7 @@ import typer
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import SOME_FAILED
 from prefixfast.config import EngineConfig, GenerationParams
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 
 FORMATS = ".jsonl, .json, .csv or .parquet, each also with .gz"
 REQUEST_KEYS = "Targets are ignored. A row with a key that no format has is refused."
@@ -91,6 +91,7 @@ def chosen_prefixes(rows: list[Any], prefix: list[Path] | None, prefixes: Path |
         return None
     names = {row.get("prefix") for row in rows}
     if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."]:
-        msg = f"--prefixes: expected a 'prefix' key in every row that names a folder in {prefixes}, got {strange[0]!r}"
+        got = shown(strange[0])
+        msg = f"--prefixes: expected a 'prefix' key in every row that names a folder in {prefixes}, got {got}"
         raise ConfigError(msg)
     return {n: Prefix.from_pretrained(prefixes / n) for n in sorted(map(str, names))}

@@ -12,7 +12,7 @@ import typer
 import yaml
 
 from prefixfast.config import Options, unknown_option
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml
 
 SECTIONS = {
@@ -145,7 +145,7 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as e:
-        msg = f"--{name.replace('_', '-')}: expected numbers with commas between them, got {text!r}"
+        msg = f"--{name.replace('_', '-')}: expected numbers with commas between them, got {shown(text)}"
         raise ConfigError(msg) from e
 
 

@@ -51,12 +51,12 @@ def show_(
     as_json: Json = False,
 ) -> None:
     """Show all properties of one prefix and its versions."""
-    from prefixfast.errors import UnknownPrefixError
+    from prefixfast.errors import UnknownPrefixError, shown
 
     versions = {v.version: v for v in _open(store).versions(name)}
     number = max(versions) if version is None else version
     if number not in versions:
-        msg = f"{name!r:.200} has no version {number}; it has {', '.join(map(str, versions))}"
+        msg = f"{shown(name)} has no version {number}; it has {', '.join(map(str, versions))}"
         raise UnknownPrefixError(msg)
     listed = [{"version": v.version, "created": v.created, "digest": v.digest} for v in versions.values()]
     show_one({**_details(versions[number]), "versions": listed}, as_json=as_json)
@@ -80,12 +80,12 @@ def inspect(
 ) -> None:
     """Show attention to a prefix, divergence of predictions from the base's, and words nearest to prefix rows."""
     from prefixfast.data import read_rows
-    from prefixfast.errors import ConfigError
+    from prefixfast.errors import ConfigError, shown
 
     prefix = _open(store)[name]
     base = model or (prefix.base or {}).get("name")
     if not base:
-        msg = f"{name!r} does not name its base: give it with --model"
+        msg = f"{shown(name)} does not name its base: give it with --model"
         raise ConfigError(msg)
     found = prefix.inspect(str(base), read_rows(rows), words=words)
     typer.echo(str(found))
@@ -230,10 +230,10 @@ def _open(path: Path) -> PrefixStore:
 
 def _open_existing(path: Path, *, keep_versions: int = 2) -> PrefixStore:
     """Store to write to, which must exist."""
-    from prefixfast.errors import ConfigError
+    from prefixfast.errors import ConfigError, shown
 
     if not path.is_dir():
-        msg = f"store: expected a directory, got {str(path)!r}"
+        msg = f"store: expected a directory, got {shown(str(path))}"
         raise ConfigError(msg)
     return _open_to_write(path, keep_versions)
 

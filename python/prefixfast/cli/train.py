@@ -15,7 +15,7 @@ from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import SOME_FAILED
 from prefixfast.config import PrefixConfig, TrainConfig
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml
 
 DATA = typer.Argument(
@@ -180,12 +180,12 @@ def _sweep(words: list[str]) -> dict[str, list[Any]]:
     for word in words:
         name, sep, values = word.partition("=")
         if not sep or not values or name in found:
-            msg = f"--sweep: expected FIELD=VALUE,VALUE,... with different fields, got {word!r}"
+            msg = f"--sweep: expected FIELD=VALUE,VALUE,... with different fields, got {shown(word)}"
             raise ConfigError(msg)
         try:
             found[name.replace("-", "_")] = read_yaml(f"[{values}]")
         except ConfigError as e:
-            msg = f"--sweep: expected FIELD=VALUE,VALUE,... with values as in YAML, got {word!r}"
+            msg = f"--sweep: expected FIELD=VALUE,VALUE,... with values as in YAML, got {shown(word)}"
             raise ConfigError(msg) from e
     return found
 

@@ -20,6 +20,7 @@ from prefixfast.config.options import (
     option,
     plain_number,
 )
+from prefixfast.errors import is_text
 
 CACHED_LENGTH = 64  # largest number of bad words and stop strings of parameters whose merge is cached
 
@@ -149,7 +150,7 @@ class GenerationParams(Options):
             self._check("bad_words_ids", "lists of token ids")
         if not all(isinstance(s, str) and s for s in strings):
             self._check("stop_strings", "non-empty strings")
-        if any(map(_is_no_text, strings)):
+        if not all(map(is_text, strings)):
             self._check("stop_strings", "Unicode text without half a surrogate pair")
 
     def over(self, fallback: GenerationParams) -> GenerationParams:
@@ -172,14 +173,6 @@ def _as_ids(word: Any) -> Any:
 
 def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value <= INT32_MAX
-
-
-def _is_no_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 @functools.lru_cache(512)

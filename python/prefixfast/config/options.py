@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
@@ -16,6 +17,7 @@ from prefixfast.config.hints import HINTS
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown
 
+EXACT = 2**53  # integers up to this size are numbers of fp64
 INT32_MAX, INT64_MAX = 2**31 - 1, 2**63 - 1
 FP32_MAX, FP32_TINY = 3.4028234663852886e38, 1.1754943508222875e-38  # largest and smallest normal number of fp32
 
@@ -81,6 +83,8 @@ class Options:
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             given = getattr(self, field.name)
             value = plain_number(given)
+            if type(value) is int and not -EXACT <= value <= EXACT and types[field.name] in (float, float | None):
+                value = _as_float(value)  # tensors take integers of 64 bits only
             if value is not given:
                 object.__setattr__(self, field.name, value)
             _check_type(owner, field.name, value, types[field.name])
@@ -164,11 +168,15 @@ def plain_number(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        try:
-            return float(value)
-        except OverflowError:
-            return float("inf")
+        return _as_float(value)
     return str(value) if isinstance(value, str) else value
+
+
+def _as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:

@@ -107,7 +107,7 @@ class PrefixConfig(Options):
             raise ConfigError(msg)
         if self.fit_steps and self.reparameterization != "mlp":
             got = self.reparameterization
-            msg = f"PrefixConfig.fit_steps: expected reparameterization='mlp' beside it, got {got!r}"
+            msg = f"PrefixConfig.fit_steps: expected reparameterization='mlp' beside it, got '{got}'"
             raise ConfigError(msg)
 
 

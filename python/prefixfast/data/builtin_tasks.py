@@ -10,7 +10,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.formats import FORMATS, INPUT_KEYS, TASK_BY_KEY, only_key
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, did_you_mean, is_text, shown
 
 
 def table_task(
@@ -46,6 +46,10 @@ def table_task(
         >>> Task.from_spec(task.spec()) == task
         True
     """
+    for name, text in (("item", item), ("separator", separator)):
+        if not isinstance(text, str) or not is_text(text):
+            msg = f"{name}: expected a string of Unicode text, got {shown(text)}"
+            raise ConfigError(msg)
     linearizer = _rust.Linearizer.template(item=item, separator=separator).spec
     return Task("table", linearizer, prompt, target, strip=True, init_text=init_text)
 
@@ -114,8 +118,9 @@ def find_task(task: str | Task | Mapping[str, JSON] | None, row: Row) -> Task:
         return Task.from_spec(task)
     if task is None:
         task = TASK_BY_KEY[only_key(row, 0, INPUT_KEYS, " (or input_ids, or the argument task)")]
-    if task not in TASKS:
-        msg = f"task: expected one of {', '.join(TASKS)} or a Task, got {task!r}"
+    if not isinstance(task, str) or task not in TASKS:
+        hint = did_you_mean(task, TASKS)
+        msg = f"task: expected one of {', '.join(TASKS)} or a Task, got {shown(task)}" + (f"; {hint}" if hint else "")
         raise ConfigError(msg)
     return TASKS[task]
 

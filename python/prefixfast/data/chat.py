@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeAlias, TypedDict
 from prefixfast.config.json_types import JSON
 from prefixfast.data.formats import check_text
 from prefixfast.data.rows import Row, row_error
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 
 Message: TypeAlias = Mapping[str, JSON]
 
@@ -74,13 +74,13 @@ def read_messages(row: Row, number: int, key: str) -> list[Message]:
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         both = " (prompt and completion are both strings or both lists of messages)"
         hint = both if key in ("prompt", "completion") else ""
-        msg = f'{key}: expected a list of messages like {{"role": "user", "content": "..."}}, got {value!r:.80}{hint}'
+        msg = f'{key}: expected a list of messages like {{"role": "user", "content": "..."}}, got {shown(value)}{hint}'
         raise row_error(row, number, msg)
     found: list[Message] = []
     for i, message in enumerate(value):
         where = f"{key}[{i}]"
         if not isinstance(message, Mapping):
-            msg = f"{where}: expected a message with role and content, got {message!r:.80}"
+            msg = f"{where}: expected a message with role and content, got {shown(message)}"
             raise row_error(row, number, msg)
         check_text(row, number, f"{where}.role", message.get("role"))
         if message.get("content") is not None or not message.get("tool_calls"):
@@ -119,10 +119,10 @@ def chat_options(row: Row, number: int) -> ChatOptions:
         try:
             tools = json.loads(tools)
         except ValueError as e:
-            msg = f"tools: expected a list, or one as JSON, got {tools[:80]!r}: {e}"
+            msg = f"tools: expected a list, or one as JSON, got {shown(tools[:80])}: {e}"
             raise row_error(row, number, msg) from e
     if not isinstance(options, Mapping) or not isinstance(tools, list | None):
-        msg = f"expected tools as a list and chat_template_kwargs as a mapping, got {tools!r:.80} and {options!r:.80}"
+        msg = f"expected tools as a list and chat_template_kwargs as a mapping, got {shown(tools)} and {shown(options)}"
         raise row_error(row, number, msg)
     return {"tools": tools, "options": dict(options)}
 
@@ -146,7 +146,7 @@ def chat_pair(row: Row, number: int, template: ChatTemplate | None) -> tuple[str
     whole = chat_text(row, number, template, context + answer, generation_prompt=False)
     if not whole.startswith(prompt):
         msg = (
-            f"the chat template writes the conversation up to the answer as {prompt[-60:]!r}, but the text of the "
+            f"the chat template writes the conversation up to the answer as {shown(prompt[-60:])}, but the text of the "
             "whole conversation differs there; give prompt and completion as strings"
         )
         raise row_error(row, number, msg)

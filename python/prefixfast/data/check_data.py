@@ -18,7 +18,8 @@ from prefixfast.data.files import file_items
 from prefixfast.data.formats import CHAT_KEYS, FORMATS
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, check_string
+from prefixfast.io.paths import as_path
 from prefixfast.model.tokenizer import Tokenizer
 
 ROWS_PER_CHUNK = 256
@@ -115,8 +116,9 @@ def check_data(
     Raises:
         ConfigError: If the task or the split is unknown.
     """
-    name = task.name if isinstance(task, Task) else task or "auto"
-    base = base or BaseVocabulary()
+    name = task.name if isinstance(task, Task) else "auto" if task is None else task
+    check_string("task", name, "the name of a task, a Task or None")
+    base, path = base or BaseVocabulary(), as_path("path", path)
     checker = _Checker(DataReport(str(path), name, max_length=base.max_length), base, max_errors)
     report = checker.report
     rows: list[Row] = []

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, printable, shown
+from prefixfast.io.untrusted import file_size
 
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 BOM = b"\xef\xbb\xbf"
@@ -71,9 +72,10 @@ def read_bytes(path: Path) -> bytes:
         DataError: If the file cannot be read.
     """
     try:
+        file_size(path)
         return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).removeprefix(BOM)
-    except (OSError, EOFError, zlib.error) as e:
-        msg = f"{path}: cannot be read: {e}"
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        msg = f"{printable(str(path))}: cannot be read: {e}"
         raise DataError(msg, path=str(path)) from e
 
 
@@ -116,7 +118,7 @@ def json_objects(text: str, path: str, start: int, closing: str = "") -> Iterato
             at = _skip_space(text, at + 1)
     if text[at : at + 1] != "]" or text[at + 1 :].strip(" \t\r\n") != closing:
         expected = f"']{closing}' at its end, or ',' between two objects"
-        message = f"expected {expected}, got {text[at : at + 20]!r}; is the file truncated?"
+        message = f"expected {expected}, got {shown(text[at : at + 20])}; is the file truncated?"
         yield _malformed(path, text.count("\n", 0, at) + 1, message)
 
 
@@ -135,8 +137,8 @@ def _read_jsonl(raw: bytes, path: str) -> Iterator[Item]:
             try:
                 yield _row(json.loads(line.decode(), object_pairs_hook=_unique_keys), path, number)
             except (ValueError, RecursionError) as e:
-                shown = line[:80].decode(errors="replace")
-                yield _malformed(path, number, f"expected one JSON object a line, got {shown!r}: {e}")
+                start = line[:80].decode(errors="replace")
+                yield _malformed(path, number, f"expected one JSON object a line, got {shown(start)}: {e}")
 
 
 def _read_csv(raw: bytes, path: str) -> Iterator[Item]:
@@ -208,7 +210,7 @@ def _unique_keys(pairs: list[tuple[str, JSON]]) -> dict[str, JSON]:
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [k for k, _ in pairs]
-        msg = f"key {next(k for k in keys if keys.count(k) > 1)!r} is given twice in one object"
+        msg = f"key {shown(next(k for k in keys if keys.count(k) > 1))} is given twice in one object"
         raise ValueError(msg)
     return found
 

@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.rows import Row, row_error
+from prefixfast.errors import shown
 
 FormatName: TypeAlias = Literal["prompt", "table", "document", "messages", "text"]
 
@@ -78,7 +79,7 @@ def check_text(row: Row, number: int, key: str, value: JSON) -> str:
         DataError: If ``value`` is not such a string.
     """
     if not isinstance(value, str):
-        msg = f"{key}: expected a string, got {value!r:.80}; the row has {sorted(map(str, row))}"
+        msg = f"{key}: expected a string, got {shown(value)}; the row has {sorted(map(str, row))}"
         raise row_error(row, number, msg)
     try:
         if not value.isascii():
@@ -99,6 +100,6 @@ def references(row: Row, number: int) -> list[str]:
         return [text_value(row, number, "ref")]
     refs = row["refs"]
     if not isinstance(refs, Sequence) or isinstance(refs, str) or not refs:
-        msg = f"refs: expected a list of strings, got {refs!r:.80}"
+        msg = f"refs: expected a list of strings, got {shown(refs)}"
         raise row_error(row, number, msg)
     return [check_text(row, number, f"refs[{i}]", r) for i, r in enumerate(refs)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.files import FileRow, file_items
-from prefixfast.errors import DataError
+from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.io.paths import as_path
 
 Row: TypeAlias = Mapping[str, JSON]
 Rows: TypeAlias = str | Path | Iterable[Row]
@@ -32,21 +34,39 @@ def read_rows(rows: Rows) -> list[Row]:
         [{'prompt': '2+2=', 'completion': '4'}]
     """
     found: list[Any] = []  # items of an iterable can be anything
-    if isinstance(rows, str | Path):
-        for item in file_items(Path(rows)):
+    if isinstance(rows, str | os.PathLike):
+        for item in file_items(_data_path(rows)):
             if isinstance(item, DataError):
                 raise item
             found.append(item)
+    elif isinstance(rows, Mapping) or not _is_iterable(rows):
+        msg = f"rows: expected a path or an iterable of mappings, got {shown(rows)}"
+        raise DataError(msg)
     else:
         found = list(rows)
         for i, row in enumerate(found):
             if not isinstance(row, Mapping):
-                msg = f"row {i}: expected a mapping, got {type(row).__name__}"
+                msg = f"row {i}: expected a mapping, got {shown(row)}"
                 raise DataError(msg, line=i + 1)
     if not found:
         msg = "expected at least one row, got none"
         raise DataError(msg, path=str(rows) if isinstance(rows, str | Path) else None)
     return found
+
+
+def _data_path(path: str | os.PathLike[str]) -> Path:
+    try:
+        return as_path("rows", path)
+    except ConfigError as e:
+        raise DataError(str(e)) from e
+
+
+def _is_iterable(value: object) -> bool:
+    try:
+        iter(value)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    return True
 
 
 def row_error(row: Row, number: int, message: str) -> DataError:

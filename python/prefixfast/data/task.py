@@ -17,7 +17,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.chat import ChatTemplate, chat_pair, chat_text, is_conversation, split_conversation
 from prefixfast.data.formats import FORMATS, FormatName, only_key, references, text_value
 from prefixfast.data.rows import Row, row_error
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, check_flag, check_mapping, check_string, shown, suggestion
 
 LossOn = Literal["auto", "last", "assistant", "all"]
 
@@ -71,18 +71,23 @@ class Task:
     loss_on: LossOn = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.bad_words, str) or not all(isinstance(w, str) and w for w in self.bad_words):
-            msg = f"task {self.name!r}: bad_words: expected texts that are not empty, got {self.bad_words!r:.80}"
+        texts = ("name", "prompt", "target", "init_text") + (() if self.linearizer is None else ("linearizer",))
+        for name in texts:
+            check_string(f"task: {name}", getattr(self, name))
+        check_flag(f"task {shown(self.name)}: strip", self.strip)
+        check_mapping(f"task {shown(self.name)}: decoding", self.decoding)
+        if not isinstance(self.bad_words, list | tuple) or not all(isinstance(w, str) and w for w in self.bad_words):
+            msg = f"task {shown(self.name)}: bad_words: expected texts that are not empty, got {shown(self.bad_words)}"
             raise ConfigError(msg)
         object.__setattr__(self, "bad_words", tuple(self.bad_words))
         for name, known in (("input", (None, *FORMATS)), ("loss_on", get_args(LossOn))):
-            if getattr(self, name) not in known:
-                msg = f"task {self.name!r}: {name}: expected one of {known}, got {getattr(self, name)!r}"
+            if not isinstance(getattr(self, name), str | None) or getattr(self, name) not in known:
+                msg = f"task {shown(self.name)}: {name}: expected one of {known}, got {shown(getattr(self, name))}"
                 raise ConfigError(msg)
         if (self.format == "table") != (self.linearizer is not None):
             msg = (
-                f"task {self.name!r}: expected a linearizer exactly for input 'table', got {self.linearizer!r} for "
-                f"{self.format!r}"
+                f"task {shown(self.name)}: expected a linearizer exactly for input 'table', got "
+                f"{shown(self.linearizer)} for '{self.format}'"
             )
             raise ConfigError(msg)
 
@@ -182,7 +187,8 @@ class Task:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := set(spec) - known:
-            msg = f"task: unknown keys {sorted(unknown)}; known are {sorted(known)}"
+            first = min(map(str, unknown))
+            msg = f"task: unknown key {shown(first)}; {suggestion(first, sorted(known), listed=99)}"
             raise ConfigError(msg)
         if "name" not in spec:
             msg = "task: name: expected str, got nothing"
@@ -191,7 +197,7 @@ class Task:
             kind = {"decoding": Mapping, "strip": bool, "bad_words": Sequence}.get(name, str)
             optional = name in ("linearizer", "input") and value is None
             if not isinstance(value, kind) and not optional:
-                msg = f"task: {name}: expected {kind.__name__.lower()}, got {value!r}"
+                msg = f"task: {name}: expected {kind.__name__.lower()}, got {shown(value)}"
                 raise ConfigError(msg)
         fields: dict[str, Any] = dict(spec)
         return cls(**fields)

@@ -29,13 +29,13 @@ from prefixfast.engine.score import Score, score_requests
 from prefixfast.engine.score_inputs import make_score_requests
 from prefixfast.engine.stats import EngineStats, engine_stats
 from prefixfast.engine.submission import RequestSubmission
-from prefixfast.errors import ConfigError
+from prefixfast.errors import check_choice, check_flag
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.model.process import check_num_threads
 from prefixfast.model.shared_base import check_base_fields
 from prefixfast.model.tokenizer import Tokenizer
-from prefixfast.store import PrefixStore
+from prefixfast.store import PrefixStore, open_store
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -81,7 +81,7 @@ class Engine(RequestSubmission, PrefixPinning):
         **fields: Unpack[EngineFields],
     ) -> None:
         self.config = EngineConfig.make(config, **fields)
-        self.store = PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store
+        self.store = open_store(store, read_only=True)
         self._owns_model = not isinstance(model, Model)
         base_fields = {name: getattr(self.config, name) for name in BASE_FIELDS}
         self.model = load(model, **base_fields) if isinstance(model, str | Path) else load(model)
@@ -141,9 +141,9 @@ class Engine(RequestSubmission, PrefixPinning):
             CapacityError: If a request can never fit the KV arena or the decode rows.
         """
         self.driver.check_callable("generate", waits=True)
-        if on_error not in ("raise", "return"):
-            msg = f"on_error: expected 'raise' or 'return', got {on_error!r}"
-            raise ConfigError(msg)
+        check_choice("on_error", on_error, ("raise", "return"))
+        if progress is not None:
+            check_flag("progress", progress)
         call, only_good = call_params(params, fields), on_error == "return"
         requests, errors = self.requests.make(batch, prefixes, call, logits_processor, only_good=only_good)
         for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:

@@ -27,7 +27,7 @@ from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.store import PrefixStore, StoredPrefix
+from prefixfast.store import PrefixStore, StoredPrefix, open_store
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -157,7 +157,7 @@ def _engine(
     fields: EngineFields,
 ) -> Iterator[Engine]:
     """Context manager of an engine for one call."""
-    opened = PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store
+    opened = open_store(store, read_only=True)
     base_fields: dict[str, Any] = {name: value for name, value in fields.items() if name in BASE_FIELDS}
     base = model if model is not None else _base_name(prefixes, batch, opened)
     with borrowed(base, **base_fields) as loaded, Engine(loaded, store=opened, **fields) as engine:

@@ -9,9 +9,9 @@ from prefixfast.engine.kv_arena import bytes_per_row
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.prefix_cache import Resident
 from prefixfast.engine.request_prefixes import assign_prefixes
-from prefixfast.errors import UnknownPrefixError
+from prefixfast.errors import ConfigError, UnknownPrefixError, shown
 from prefixfast.model.base import Model
-from prefixfast.prefix.compatibility import check_fits
+from prefixfast.prefix.compatibility import check_fits, described
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
@@ -64,7 +64,7 @@ class PrefixPinning:
         """
         known = isinstance(prefix, str) and self.store is not None and prefix in self.store
         if isinstance(prefix, str) and not known and not re.fullmatch(r"[0-9a-f]{64}", prefix):
-            msg = f"evict: expected a prefix, a name in the store or a digest of 64 hex digits, got {prefix!r:.80}"
+            msg = f"evict: expected a prefix, a name in the store or a digest of 64 hex digits, got {shown(prefix)}"
             raise UnknownPrefixError(msg)
         digest = self._find(prefix).digest if known or not isinstance(prefix, str) else prefix
         return self.driver.between_steps("evict", lambda: self.loop.evict(digest))
@@ -75,6 +75,9 @@ class PrefixPinning:
         return self.driver.between_steps("resident", lambda: self.loop.prefix_cache.resident(row_bytes))
 
     def _find(self, prefix: Prefix | StoredPrefix | str) -> Prefix | StoredPrefix:
-        ((found,),) = assign_prefixes([[]], [prefix], self.store)
-        check_fits(self.model, found)
+        ((found, *more),) = assign_prefixes([[]], [prefix], self.store) if prefix else ((None,),)
+        if found is None or more:
+            msg = f"prefix: expected one Prefix or name in the store, got {shown(prefix)}"
+            raise ConfigError(msg)
+        check_fits(self.model, found, described(found))
         return found

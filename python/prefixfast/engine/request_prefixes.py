@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from prefixfast.data.encode import Input
-from prefixfast.errors import ConfigError, RequestError
+from prefixfast.errors import ConfigError, RequestError, shown
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
@@ -65,7 +65,7 @@ def _by_name(item: Input, index: int, prefixes: Mapping[str, object]) -> object:
     name = item.get("prefix") if isinstance(item, Mapping) else None
     if not isinstance(name, str) or name not in prefixes:
         known = [str(n) for n in itertools.islice(prefixes, 10)]
-        msg = f"request {index}: expected a 'prefix' key with one of {known}, got {name!r}"
+        msg = f"request {index}: expected a 'prefix' key with one of {known}, got {shown(name)}"
         raise RequestError(msg, index=index)
     return prefixes.info(name) if isinstance(prefixes, PrefixStore) else prefixes[name]
 
@@ -81,7 +81,7 @@ def _check_entry(entry: object, index: int, store: PrefixStore | None) -> tuple[
     for part in parts:
         if not isinstance(part, Prefix | StoredPrefix):
             msg = (
-                f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {part!r:.80}; read a "
+                f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {shown(part)}; read a "
                 "folder with Prefix.from_pretrained, or pass Engine(store=...) for names"
             )
             raise RequestError(msg, index=index)

@@ -15,7 +15,7 @@ from typing import Any
 from prefixfast.config import GenerationParams
 from prefixfast.config.generation import CACHED_LENGTH
 from prefixfast.data.encode import Input, request_error
-from prefixfast.errors import ConfigError, RequestError
+from prefixfast.errors import ConfigError, RequestError, shown
 from prefixfast.model.base import Model
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def warn_unsupported_defaults(model: Model) -> None:
     config = getattr(model.hf, "generation_config", None)
     found = {n: v for n, neutral in UNSUPPORTED.items() if (v := getattr(config, n, None)) not in neutral}
     if found:
-        fields = ", ".join(f"{n}={v!r:.40}" for n, v in found.items())
+        fields = ", ".join(f"{n}={shown(v)}" for n, v in found.items())
         logger.warning("fields of the base model's generation_config that are not supported: %s", fields)
 
 
@@ -144,7 +144,7 @@ def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: in
         )
         raise RequestError(msg, index=index)
     if not params.do_sample and (unused := [n for n in SAMPLING_FIELDS if getattr(asked, n) is not None]):
-        msg = f"request {index}: {unused[0]}={getattr(asked, unused[0])!r} has no effect without do_sample=True"
+        msg = f"request {index}: {unused[0]}={shown(getattr(asked, unused[0]))} has no effect without do_sample=True"
         raise RequestError(msg, index=index)
     room = limit - prompt_len
     if room < 1 or (asked.max_new_tokens or 0) > room:

@@ -21,7 +21,7 @@ from prefixfast.data.encode import (
 from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, row_id, text_positions
 from prefixfast.engine.request_prefixes import Prefixes
-from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown
+from prefixfast.errors import ConfigError, PrefixFastError, RequestError, check_flag, shown
 from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
@@ -71,13 +71,14 @@ def make_score_requests(
         UnknownPrefixError: For a name that the store does not have.
         BaseMismatchError: For a prefix of another base model.
     """
+    check_flag("end_token", end_token)
+    assigned, tasks = prefixes_and_tasks(model, batch, prefixes, store)
     if targets is not None and (
         isinstance(targets, str) or not isinstance(targets, Sequence) or len(targets) != len(batch)
     ):
         got = str(len(targets)) if isinstance(targets, list | tuple) else shown(targets)
         msg = f"targets: expected one entry for each of the {len(batch)} requests, got {got}"
         raise ConfigError(msg)
-    assigned, tasks = prefixes_and_tasks(model, batch, prefixes, store)
     if targets is None:
         examples = _row_examples(model, batch, tasks, end_token=end_token)
     else:

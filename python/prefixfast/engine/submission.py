@@ -139,6 +139,10 @@ class RequestSubmission:
         Args:
             request: Ticket or stream of the request. A request that has ended is not changed.
         """
+        given: object = request
+        if not isinstance(given, Ticket | Stream):
+            msg = f"request: expected a Ticket or a Stream, got {shown(request)}"
+            raise ConfigError(msg)
         request.cancel()
 
     async def agenerate(self, item: Input, prefix: PrefixLike = None, **options: Unpack[SubmitFields]) -> Generation:

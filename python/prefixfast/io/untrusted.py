@@ -25,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
         DataError: If the file is missing, unreadable or too large, or does not hold a JSON object.
     """
     try:
-        if (size := _size(path)) > MAX_JSON_BYTES:
+        if (size := file_size(path)) > MAX_JSON_BYTES:
             msg = f"{path.name}: expected at most {MAX_JSON_BYTES} bytes of JSON, got {size}"
             raise DataError(msg, path=str(path))
         value = json.loads(path.read_text(encoding="utf8"))
@@ -58,7 +58,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        _size(path)
+        file_size(path)
         return load_file(path)
     except FileNotFoundError as e:
         msg = f"{path.name} is missing"
@@ -70,10 +70,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(msg, path=str(path)) from e
 
 
-def _size(path: Path) -> int:
+def file_size(path: Path) -> int:
     """Size in bytes of a regular file; other kinds are refused, since opening a pipe would wait forever."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        msg = f"{path.name}: expected a regular file"
+        msg = f"{path.name}: expected a regular file, got {_kind(found.st_mode)}"
         raise DataError(msg, path=str(path))
     return found.st_size
+
+
+def _kind(mode: int) -> str:
+    return "a directory" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "something else"

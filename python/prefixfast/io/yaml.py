@@ -24,5 +24,5 @@ def read_yaml(text: str) -> Any:
     )
     try:
         return yaml.load(text, Loader)  # safe: Loader is a SafeLoader
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # a number of 5,000 digits, deep nesting
         raise ConfigError(str(e)) from e

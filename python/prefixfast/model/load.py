@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from prefixfast.attention import ops
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, check_flag, check_string, shown
 from prefixfast.model.attach import attach
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.lm_head import find_head
@@ -65,11 +65,14 @@ def load(
     """
     if isinstance(model, Model):
         return model.opened()
-    if backend not in ("auto", *ops.BACKENDS):
+    check_flag("trust_remote_code", trust_remote_code)
+    check_flag("local_files_only", local_files_only)
+    check_string("revision", "main" if revision is None else revision, "a branch, tag or commit")
+    if not isinstance(backend, str) or backend not in ("auto", *ops.BACKENDS):
         ops.choose_backend(backend, torch.device("cpu"), torch.float32, ())  # raises before the model is loaded
     if not isinstance(model, str | Path):
         return _wrap(model, tokenizer, backend)
-    where = _device(device)
+    where = find_device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     compute = _dtype(dtype, where)
     if Path(model).suffix.lower() == ".gguf":
@@ -148,14 +151,19 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
     return Model(hf, chosen, handle, ours, find_head(hf))
 
 
-def _device(name: str | torch.device) -> torch.device:
-    if name == "auto":
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of a name; ``"auto"`` is a GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: If this machine has no such device.
+    """
+    if isinstance(name, str) and name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, TypeError) as e:
-        msg = f"device: expected 'auto' or a device of this machine, got {name!r}: {str(e).splitlines()[0]}"
+    except (RuntimeError, AssertionError, TypeError, ValueError) as e:
+        msg = f"device: expected 'auto' or a device of this machine, got {shown(name)}: {str(e).splitlines()[0]}"
         raise ConfigError(msg) from e
     return device
 
@@ -167,15 +175,15 @@ def has_fast_bf16() -> bool:
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     slow = device.type == "cpu" and not has_fast_bf16()
-    if dtype == "auto":
+    if isinstance(dtype, str) and dtype == "auto":
         if slow:
             logger.info("dtype 'auto' is float32: this CPU has neither AVX512-BF16 nor AMX")
         elif device.type == "cpu":
             logger.info("dtype 'auto' is bfloat16: this CPU has AVX512-BF16 or AMX; results differ from float32's")
         return torch.float32 if slow else torch.bfloat16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen is None or chosen not in DTYPES.values():
-        msg = f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {dtype!r}"
+    if not isinstance(chosen, torch.dtype) or chosen not in DTYPES.values():
+        msg = f"dtype: expected 'auto' or one of {', '.join(DTYPES)}, got {shown(dtype)}"
         raise ConfigError(msg)
     if device.type == "cpu" and chosen == torch.float16:
         msg = "dtype float16 is for GPUs; use float32 or bfloat16 on a CPU"

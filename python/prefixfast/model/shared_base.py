@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import DTYPES, Model
-from prefixfast.model.load import load
+from prefixfast.model.load import find_device, load
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,6 +43,8 @@ def check_base_fields(
         revision: Revision of a hub id, not compared since a loaded model does not say its own.
         backend: Backend, ``"auto"`` for any.
     """
+    if device != "auto":
+        find_device(device)  # raises for a name that torch does not know
     name = next((n for n, d in DTYPES.items() if d == model.dtype), str(model.dtype))
     have = {"dtype": (dtype, name), "device": (device, model.device.type), "backend": (backend, model.backend.name)}
     for option, (wanted, got) in have.items():

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 from prefixfast.io.atomic import replace_folder, write_file
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import num_layers
@@ -139,28 +139,28 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
     expected = {"version", "digest", "not_peft_because", *KEYS.values()}
     if type(meta.get("version")) is not int or meta["version"] != VERSION:
         got = meta.get("version")
-        msg = f"{path.name}: expected version {VERSION}, got {got!r}; update prefixfast to read newer folders"
+        msg = f"{path.name}: expected version {VERSION}, got {shown(got)}; update prefixfast to read newer folders"
         raise DataError(msg, path=str(path))
     if set(meta) != expected:
         msg = f"{path.name}: expected the keys {sorted(expected)}, got {sorted(meta)}"
         raise DataError(msg, path=str(path))
     for key, kind in TYPES_OF_KEYS.items():
         if type(meta[key]) is not kind:
-            msg = f"{path.name}: {key}: expected {kind.__name__}, got {meta[key]!r:.80}"
+            msg = f"{path.name}: {key}: expected {kind.__name__}, got {shown(meta[key])}"
             raise DataError(msg, path=str(path))
     optional = {k: (meta[k], kind) for k, kind in TYPES_OF_OPTIONAL_KEYS.items()}
     if isinstance(meta["base"], dict):
         optional |= {f"base.{k}": (meta["base"].get(k), kind) for k, kind in TYPES_OF_BASE_KEYS.items()}
     for key, (value, kind) in optional.items():
         if value is not None and not isinstance(value, kind):
-            msg = f"{path.name}: {key}: expected {kind.__name__} or null, got {value!r:.80}"
+            msg = f"{path.name}: {key}: expected {kind.__name__} or null, got {shown(value)}"
             raise DataError(msg, path=str(path))
     if error := convention_error(meta["pos_start"], meta["window"]):
         msg = f"{path.name}: {error}"
         raise DataError(msg, path=str(path))
     trained = meta["training"].get("num_trained", 0)
     if type(trained) is not int or trained < 0:
-        msg = f"{path.name}: training.num_trained: expected a number of at least 0, got {trained!r:.80}"
+        msg = f"{path.name}: training.num_trained: expected a number of at least 0, got {shown(trained)}"
         raise DataError(msg, path=str(path))
     fields: Any = {name: meta[key] for name, key in KEYS.items()}
     return fields, meta["digest"]
@@ -170,7 +170,7 @@ def _adapter_fields(kv: Mapping[str, Tensor], config: Mapping[str, Any], path: P
     """Attributes of an imported PEFT adapter, from its configuration."""
     name = config.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
-        msg = f"{path.name}: base_model_name_or_path: expected a name or null, got {name!r:.80}"
+        msg = f"{path.name}: base_model_name_or_path: expected a name or null, got {shown(name)}"
         raise DataError(msg, path=str(path))
     training: dict[str, Any] = {"imported_from": "peft"}
     if config["peft_type"] == "CARTRIDGE":

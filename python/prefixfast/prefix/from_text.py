@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import encode_text
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
 from prefixfast.model.text_kv import text_kv
@@ -39,12 +39,15 @@ def text_prefix(
         BaseMismatchError: If a prefix of ``after`` was made for another base model.
     """
     if length is not None and (type(length) is not int or length < 1):
-        msg = f"prefix_length: expected a number of at least 1 or None, got {length!r}"
+        msg = f"prefix_length: expected a number of at least 1 or None, got {shown(length)}"
         raise ConfigError(msg)
     with borrowed(model) as base:
+        if not isinstance(after, list | tuple):
+            msg = f"after: expected a Prefix or a sequence of them, got {shown(after)}"
+            raise ConfigError(msg)
         for i, prefix in enumerate(after):
             if not hasattr(prefix, "kv"):
-                msg = f"after: expected a Prefix or a sequence of them, got {prefix!r:.80} at {i}"
+                msg = f"after: expected a Prefix or a sequence of them, got {shown(prefix)} at {i}"
                 raise ConfigError(msg)
             check_fits(base, prefix, f"after: prefix {i}")
         ids = encode_text(base, text)
@@ -52,7 +55,7 @@ def text_prefix(
         start = max((p.pos_start for p in after), default=0)
         if start + rows >= base.max_positions:
             msg = (
-                f"text: {rows} rows after position {start} leave no room in the base's {base.max_positions} "
+                f"text: {shown(rows)} rows after position {start} leave no room in the base's {base.max_positions} "
                 "positions; give a smaller prefix_length"
             )
             raise ConfigError(msg)

@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import write_file
+from prefixfast.io.paths import as_path
 from prefixfast.prefix.folder import OWNED, prefix_files
 from prefixfast.prefix.model_card import CARD, model_card
 from prefixfast.prefix.record import PrefixData
@@ -30,14 +31,19 @@ def find_folder(path: str | os.PathLike[str], revision: str | None, *, local_fil
         DataError: If the hub does not have the repository.
         ConfigError: If a revision is given for a local folder, or the hub cannot be reached.
     """
+    try:
+        as_path("path", path)
+    except ConfigError as e:
+        msg = f"{shown(path)}: no such folder: {e}"
+        raise DataError(msg) from e
     if not isinstance(path, str) or Path(path).exists() or not HUB_ID.fullmatch(path):
         if revision is not None:
-            msg = f"revision: expected only with a hub id, got {revision!r} for the folder {str(path)!r}"
+            msg = f"revision: expected only with a hub id, got {shown(revision)} for the folder {shown(str(path))}"
             raise ConfigError(msg)
         return Path(path)
     from huggingface_hub import errors, snapshot_download
 
-    what = repr(path) + ("" if revision is None else f" at revision {revision!r}")
+    what = repr(path) + ("" if revision is None else f" at revision {shown(revision)}")
     how: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
         return Path(snapshot_download(path, allow_patterns=sorted(OWNED), **how))
@@ -78,7 +84,7 @@ def push_to_hub(
     """
     files = prefix_files(shared_tensors(prefix.kv), prefix.digest, prefix.fields)
     if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
-        msg = f"repo_id: expected 'name/repository', got {repo_id!r:.80}"
+        msg = f"repo_id: expected 'name/repository', got {shown(repo_id)}"
         raise ConfigError(msg)
     from huggingface_hub import HfApi
 
@@ -94,7 +100,7 @@ def push_to_hub(
                 repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns=other_form
             )
         except Exception as e:  # the hub's client also raises errors of its HTTP library, which have no common class
-            raise ConfigError(_unreachable(f"{repo_id!r} cannot be written on the hub", e)) from e
+            raise ConfigError(_unreachable(f"{shown(repo_id)} cannot be written on the hub", e)) from e
     return str(getattr(info, "commit_url", info))
 
 

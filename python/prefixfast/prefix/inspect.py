@@ -23,7 +23,7 @@ from prefixfast.data.builtin_tasks import PLAIN, request_task
 from prefixfast.data.encode import Input, encode_examples, encode_prompts
 from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, RequestError
+from prefixfast.errors import ConfigError, DataError, RequestError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
@@ -137,7 +137,7 @@ def inspect_prefix(
     given: Any = prompts
     is_one_prompt = isinstance(given, str | Mapping) or not isinstance(given, Sequence)
     if is_one_prompt or not given or type(given[0]) is int:
-        msg = f"prompts: expected a sequence of at least one prompt, got {prompts!r:.80}; wrap one prompt in a list"
+        msg = f"prompts: expected a sequence of at least one prompt, got {shown(prompts)}; wrap one prompt in a list"
         raise ConfigError(msg)
     with borrowed(model) as base:
         check_fits(base, prefix)
@@ -159,13 +159,14 @@ def inspect_prefix(
 def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> list[int]:
     """Numbers of the rows whose nearest tokens are searched."""
     if type(words) is not int or words < 0:
-        msg = f"words: expected a number of at least 0, got {words!r}"
+        msg = f"words: expected a number of at least 0, got {shown(words)}"
         raise ConfigError(msg)
-    chosen = list(range(min(DEFAULT_ROWS, prefix.length))) if rows is None else list(rows)
-    if not all(type(r) is int and 0 <= r < prefix.length for r in chosen):
-        msg = f"rows: expected numbers from 0 to {prefix.length - 1}, got {chosen!r:.80}"
+    given: Any = rows
+    chosen = list(range(min(DEFAULT_ROWS, prefix.length))) if rows is None else given
+    if not isinstance(chosen, Sequence) or not all(type(r) is int and 0 <= r < prefix.length for r in chosen):
+        msg = f"rows: expected numbers from 0 to {prefix.length - 1}, got {shown(chosen)}"
         raise ConfigError(msg)
-    return chosen
+    return list(chosen)
 
 
 def _encode(model: Model, prefix: PrefixData, prompt: Input, index: int) -> tuple[list[int], int]:

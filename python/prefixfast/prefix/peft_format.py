@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 from prefixfast.io.untrusted import read_json, read_tensors
 
 PeftType = Literal["PREFIX_TUNING", "CARTRIDGE"]
@@ -142,7 +142,7 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DataError(msg, path=str(folder))
     tensors = read_tensors(folder / WEIGHTS)
     if set(tensors) != {TABLE}:
-        msg = f"expected the one tensor {TABLE!r}, got {sorted(tensors)}"
+        msg = f"expected the one tensor {shown(TABLE)}, got {sorted(tensors)}"
         raise DataError(msg, path=str(folder / WEIGHTS))
     if len(tensors[TABLE]) != length:
         got = list(tensors[TABLE].shape)
@@ -159,11 +159,11 @@ def _read_sizes(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
     """Numbers of layers, key-value heads and rows of a configuration, checked together with its type."""
     peft_type, submodules, task = (config.get(k) for k in ("peft_type", "num_transformer_submodules", "task_type"))
     if peft_type not in TYPES:
-        msg = f"peft_type: expected {' or '.join(TYPES)}, got {peft_type!r}"
+        msg = f"peft_type: expected {' or '.join(TYPES)}, got {shown(peft_type)}"
         raise DataError(msg, path=str(path))
     if submodules not in (1, None) or task not in ("CAUSAL_LM", None):
         expected = "a decoder-only adapter (task_type CAUSAL_LM, num_transformer_submodules 1)"
-        msg = f"expected {expected}, got {task!r} and {submodules!r}"
+        msg = f"expected {expected}, got {shown(task)} and {shown(submodules)}"
         raise DataError(msg, path=str(path))
     sizes = [config.get(k) for k in SIZES]
     if not all(type(n) is int and n >= 1 for n in sizes):
@@ -172,6 +172,6 @@ def _read_sizes(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
     layers, heads, length = (int(n) for n in sizes if n is not None)
     frozen = config.get("num_frozen_tokens", 0)
     if type(frozen) is not int or not 0 <= frozen <= length:
-        msg = f"num_frozen_tokens: expected a number from 0 to {length} (num_virtual_tokens), got {frozen!r}"
+        msg = f"num_frozen_tokens: expected a number from 0 to {length} (num_virtual_tokens), got {shown(frozen)}"
         raise DataError(msg, path=str(path))
     return layers, heads, length

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import read_stable
+from prefixfast.io.paths import as_path
 from prefixfast.prefix import folder as files
 from prefixfast.prefix.concat import concat_prefixes
 from prefixfast.prefix.hub import find_folder, push_to_hub
@@ -76,7 +77,9 @@ class Prefix(PrefixData):
             >>> sorted(os.listdir("mill"))
             ['adapter_config.json', 'adapter_model.safetensors', 'prefixfast.json']
         """
-        files.write_folder(Path(folder), files.prefix_files(shared_tensors(self.kv), self.digest, self.fields))
+        files.write_folder(
+            as_path("folder", folder), files.prefix_files(shared_tensors(self.kv), self.digest, self.fields)
+        )
 
     def to_peft(self, folder: str | os.PathLike[str], *, peft_type: PeftType | None = None) -> None:
         """Save the prefix as a PEFT adapter, without the data that only prefixfast reads.
@@ -98,15 +101,15 @@ class Prefix(PrefixData):
             >>> sorted(os.listdir("adapter"))
             ['adapter_config.json', 'adapter_model.safetensors']
         """
-        if peft_type not in (None, *TYPES):
-            msg = f"peft_type: expected {' or '.join(map(repr, TYPES))}, got {peft_type!r}"
+        if peft_type is not None and not (isinstance(peft_type, str) and peft_type in TYPES):
+            msg = f"peft_type: expected {' or '.join(map(repr, TYPES))}, got {shown(peft_type)}"
             raise ConfigError(msg)
         if self.peft_incompatibility:
             msg = f"PEFT cannot hold this prefix exactly: {self.peft_incompatibility}; save_pretrained keeps all of it"
             raise ConfigError(msg)
         fields = self.fields
         chosen = peft_type or files.adapter_type(fields)
-        files.write_folder(Path(folder), files.adapter_files(shared_tensors(self.kv), fields, chosen))
+        files.write_folder(as_path("folder", folder), files.adapter_files(shared_tensors(self.kv), fields, chosen))
 
     @classmethod
     def from_pretrained(
@@ -201,7 +204,7 @@ class Prefix(PrefixData):
         """
         from prefixfast.prefix.from_text import text_prefix
 
-        kv, fields = text_prefix(model, text, prefix_length, (after,) if isinstance(after, Prefix) else tuple(after))
+        kv, fields = text_prefix(model, text, prefix_length, (after,) if isinstance(after, Prefix) else after)
         return cls(kv, **fields)
 
     def concat(self, *others: Prefix) -> Prefix:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import DataError, warn_renamed
+from prefixfast.errors import DataError, shown, warn_renamed
 from prefixfast.model.fingerprint import Fingerprint, num_layers
 from prefixfast.prefix import peft_format
 from prefixfast.prefix.names import PrefixFields, Window, layers_of
@@ -91,12 +91,15 @@ class PrefixData:
         object.__setattr__(self, "kv", PrefixTensors(self.kv))
         for name in ("base", "task", "decoding", "training"):
             value = getattr(self, name)
+            if not isinstance(value, Mapping) and not (value is None and name in ("base", "task")):
+                msg = f"{name}: expected a mapping, got {shown(value)}"
+                raise DataError(msg)
             object.__setattr__(self, name, copy.deepcopy(dict(value) if isinstance(value, Mapping) else value))
         check_prefix(shared_tensors(self.kv), self.pos_start, self.window)
         frozen = self.training.get("num_frozen_tokens", 0)
         if type(frozen) is not int or not 0 <= frozen <= self.length:
             expected = f"a number from 0 to the {self.length} rows"
-            msg = f"training: num_frozen_tokens: expected {expected}, got {frozen!r:.80}"
+            msg = f"training: num_frozen_tokens: expected {expected}, got {shown(frozen)}"
             raise DataError(msg)
 
     def __repr__(self) -> str:
@@ -107,8 +110,8 @@ class PrefixData:
             "base": self.base.get("name") if self.base else None,
             "task": (self.task or {}).get("name"),
         }
-        shown = ", ".join(f"{name}={value!r}" for name, value in about.items() if value is not None)
-        return f"{type(self).__name__}({shown}, digest={self.digest[:12]!r})"
+        described = ", ".join(f"{name}={value!r}" for name, value in about.items() if value is not None)
+        return f"{type(self).__name__}({described}, digest={self.digest[:12]!r})"
 
     @property
     def length(self) -> int:

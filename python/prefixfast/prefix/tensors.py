@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 
 
 class PrefixTensors(Mapping[str, Tensor]):
@@ -29,7 +29,7 @@ class PrefixTensors(Mapping[str, Tensor]):
         if isinstance(given, PrefixTensors):
             self._tensors = given._tensors
         else:
-            self._tensors = {name: _copy(name, t) for name, t in given.items()}
+            self._tensors = {name: _copy(name, t) for name, t in _items(given)}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name].clone()
@@ -49,6 +49,13 @@ class PrefixTensors(Mapping[str, Tensor]):
         return self._tensors
 
 
+def _items(given: object) -> Iterable[tuple[Any, Any]]:
+    if not isinstance(given, Mapping):
+        msg = f"kv: expected a mapping of names to tensors, got {shown(given)}"
+        raise DataError(msg)
+    return given.items()
+
+
 def shared_tensors(kv: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors of a prefix without a copy, for code that only reads them and gives them to nobody."""
     return kv.shared() if isinstance(kv, PrefixTensors) else kv
@@ -57,7 +64,7 @@ def shared_tensors(kv: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def _copy(name: Any, given: Any) -> Tensor:
     """Copy of a tensor in memory of its own, without a gradient."""
     if not isinstance(name, str):
-        msg = f"tensor name: expected a string such as 'self.0.k', got {name!r:.200}"
+        msg = f"tensor name: expected a string such as 'self.0.k', got {shown(name)}"
         raise DataError(msg)
     if not isinstance(given, Tensor) or given.layout != torch.strided:
         got = f"a tensor of layout {given.layout}" if isinstance(given, Tensor) else type(given).__name__

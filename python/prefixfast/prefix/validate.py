@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 
 SITES = ("self", "enc", "cross")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,7 +33,7 @@ def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any) -> None:
     for name, t in kv.items():
         parts = name.split(".")
         if len(parts) != 3 or parts[0] not in SITES or not _is_layer_number(parts[1]) or parts[2] not in ("k", "v"):
-            msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {name!r:.200}"
+            msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {shown(name)}"
             raise DataError(msg)
         other = kv.get(f"{parts[0]}.{parts[1]}.{'v' if parts[2] == 'k' else 'k'}")
         if t.ndim != 3 or t.dtype not in DTYPES or other is None or other.shape != t.shape or 0 in t.shape:
@@ -52,11 +52,16 @@ def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any) -> None:
 
 def convention_error(pos_start: Any, window: Any) -> str | None:
     """Error message for wrong values of ``pos_start`` and ``window``, None if both are right."""
-    if type(pos_start) is int and 0 <= pos_start <= MAX_POSITION and window in ("slide", "always"):
+    if (
+        type(pos_start) is int
+        and 0 <= pos_start <= MAX_POSITION
+        and isinstance(window, str)
+        and window in ("slide", "always")
+    ):
         return None
     return (
-        f"expected pos_start >= 0 and window 'slide' or 'always', got {pos_start!r:.80} and {window!r:.80}; positions "
-        f"end at {MAX_POSITION}"
+        f"expected pos_start >= 0 and window 'slide' or 'always', got {shown(pos_start)} and {shown(window)}; "
+        f"positions end at {MAX_POSITION}"
     )
 
 

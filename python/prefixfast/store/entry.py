@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError, DataError, warn_renamed
+from prefixfast.errors import ConfigError, DataError, shown, warn_renamed
 from prefixfast.io.untrusted import read_json
 from prefixfast.prefix.names import file_key, layers_of
 from prefixfast.store.versions import version_folders
@@ -135,7 +135,7 @@ def name_hash(name: str) -> str:
         ConfigError: If the name is empty or not a string.
     """
     if not isinstance(name, str) or not name:
-        msg = f"name: expected a string that is not empty, got {name!r}"
+        msg = f"name: expected a string that is not empty, got {shown(name)}"
         raise ConfigError(msg)
     return hashlib.sha256(name.encode("utf8", "surrogatepass")).hexdigest()
 
@@ -164,7 +164,7 @@ def read_name(folder: Path) -> str:
     """
     name = _read(folder).get("name")
     if not _is_name_of(name, folder):
-        msg = f"{ENTRY}: name: expected a string whose hash is that of the folder, got {name!r:.200}; put it again"
+        msg = f"{ENTRY}: name: expected a string whose hash is that of the folder, got {shown(name)}; put it again"
         raise DataError(msg, path=str(folder / ENTRY))
     return str(name)
 
@@ -202,10 +202,10 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
         wrong = next((field for field, valid in _validity(stored).items() if not valid), None)
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         keys = ", ".join(map(file_key, FIELDS))
-        msg = f"{ENTRY}: expected name, shapes, nbytes, created and {keys}, got {e!r}; put the prefix again"
+        msg = f"{ENTRY}: expected name, shapes, nbytes, created and {keys}, got {shown(e)}; put the prefix again"
         raise DataError(msg, path=str(folder / ENTRY)) from e
     if wrong is not None:
-        msg = f"{ENTRY}: {file_key(wrong)}: got {getattr(stored, wrong)!r:.200}; put the prefix again"
+        msg = f"{ENTRY}: {file_key(wrong)}: got {shown(getattr(stored, wrong))}; put the prefix again"
         raise DataError(msg, path=str(folder / ENTRY))
     return stored
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.untrusted import read_json
 from prefixfast.store.entry import ENTRY, name_hash
 from prefixfast.store.reports import Outcome
@@ -63,8 +63,8 @@ def read_adapters(root: Path) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
 
 def check_export_arguments(root: Path, store: Path, names: Iterable[str] | None) -> None:
     """Raise `ConfigError` if the target folder or the names of an export are wrong."""
-    if isinstance(names, str):
-        msg = f"names: expected a sequence of names, got the string {names!r}; put it in a list"
+    if names is not None and (isinstance(names, str) or not isinstance(names, Iterable)):
+        msg = f"names: expected a sequence of names, got {shown(names)}; put one name in a list"
         raise ConfigError(msg)
     if root.exists() and not root.is_dir():
         msg = f"export: expected a folder or a path that does not exist, got {str(root)!r}"

@@ -7,6 +7,7 @@ renamed into place. A removed version is renamed to there first. This module imp
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar, overload
 
-from prefixfast.errors import ConfigError, DataError, UnknownPrefixError
+from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, check_flag, did_you_mean, shown
 from prefixfast.io.atomic import identity, sync_folder, write_file
+from prefixfast.io.paths import as_path
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.import_export import check_export_arguments, export, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 WORK = ".prefixfast-work"
 BUCKETS = tuple(f"{i:02x}" for i in range(256))
 D = TypeVar("D")
+
+NAMES_COMPARED = 1000  # names that an unknown name is compared with
 
 
 class PrefixStore(Mapping[str, "Prefix"]):
@@ -64,19 +68,20 @@ class PrefixStore(Mapping[str, "Prefix"]):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, read_only: bool = False, keep_versions: int = 2) -> None:
-        self.path, self.read_only, self.keep_versions = Path(path).absolute(), read_only, keep_versions
+        check_flag("read_only", read_only)
+        self.path, self.read_only, self.keep_versions = as_path("store", path).absolute(), read_only, keep_versions
         self._names: dict[str, str] = {}  # names by hash, of the folders read so far
         if type(keep_versions) is not int or keep_versions < 1:
-            msg = f"keep_versions: expected at least 1, got {keep_versions!r}"
+            msg = f"keep_versions: expected a number of at least 1, got {shown(keep_versions)}"
             raise ConfigError(msg)
         try:
             if not read_only:
                 self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as e:
-            msg = f"store: expected a directory, got {str(self.path)!r}: {e}"
+        except OSError as e:
+            msg = f"store: expected a directory, got {shown(str(self.path))}: {e}"
             raise ConfigError(msg) from e
         if not self.path.is_dir():
-            msg = f"store: expected a directory, got {str(self.path)!r}"
+            msg = f"store: expected a directory, got {shown(str(self.path))}"
             raise ConfigError(msg)
         if not read_only:
             sweep(self.path / WORK)
@@ -223,12 +228,12 @@ class PrefixStore(Mapping[str, "Prefix"]):
         while True:
             numbers = {int(v.name): v for v in version_folders(folder)} or self._raise_unknown(name)
             if version is None and len(numbers) == 1:
-                msg = f"{name!r} has no version before {max(numbers)}; put another, or keep more (keep_versions)"
+                msg = f"{shown(name)} has no version before {max(numbers)}; put another, or keep more (keep_versions)"
                 raise ConfigError(msg)
             number = sorted(numbers)[-2] if version is None else version
-            if number not in numbers:
+            if type(number) is not int or number not in numbers:
                 has = ", ".join(map(str, sorted(numbers)))
-                msg = f"{name!r} has no version {number!r} in {self.path}; it has {has}"
+                msg = f"{shown(name)} has no version {shown(number)} in {self.path}; it has {has}"
                 raise UnknownPrefixError(msg)
             before = identity(numbers[number])
             try:
@@ -299,7 +304,9 @@ class PrefixStore(Mapping[str, "Prefix"]):
             OSError: If a write fails, for example on a full disk.
         """
         self._check_writable()
-        return [one if isinstance(one, Outcome) else self._import(*one) for one in read_adapters(Path(folder))]
+        return [
+            one if isinstance(one, Outcome) else self._import(*one) for one in read_adapters(as_path("folder", folder))
+        ]
 
     def export_dir(self, folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> list[Outcome]:
         """Write the newest versions as adapter folders, which PEFT can read if it can hold the prefix.
@@ -319,7 +326,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
             ConfigError: If ``folder`` is a file or inside the store, or ``names`` is a single string.
             OSError: If a write fails, for example on a full disk.
         """
-        root = Path(folder)
+        root = as_path("folder", folder)
         check_export_arguments(root, self.path, names)
         chosen = list(self.scan()) if names is None else [self.info(name) for name in dict.fromkeys(names)]
         root.mkdir(parents=True, exist_ok=True)
@@ -345,7 +352,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
 
     def _check_writable(self) -> None:
         if self.read_only:
-            msg = f"store {str(self.path)!r} was opened read-only"
+            msg = f"store {shown(str(self.path))} was opened read-only"
             raise ConfigError(msg)
 
     def _writable(self, name: str) -> Path:
@@ -356,7 +363,8 @@ class PrefixStore(Mapping[str, "Prefix"]):
         return folder
 
     def _raise_unknown(self, name: str) -> NoReturn:
-        msg = f"no prefix is named {name!r:.200} in {self.path}"
+        hint = did_you_mean(name, itertools.islice(self, NAMES_COMPARED))
+        msg = f"no prefix is named {shown(name)} in {self.path}" + (f"; {hint}" if hint else "")
         raise UnknownPrefixError(msg)
 
 

@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import identity
 from prefixfast.store.entry import read_entry
 from prefixfast.store.reports import Check, Outcome
@@ -28,8 +28,8 @@ def verify(root: Path, names: Iterable[Path], absent: str | None) -> Check:
     Raises:
         ConfigError: If ``absent`` is not a digest.
     """
-    if absent is not None and not re.fullmatch("[0-9a-f]{64}", absent):
-        msg = f"absent: expected the digest of a prefix (64 hexadecimal digits), got {absent!r:.200}"
+    if absent is not None and not (isinstance(absent, str) and re.fullmatch("[0-9a-f]{64}", absent)):
+        msg = f"absent: expected the digest of a prefix (64 hexadecimal digits), got {shown(absent)}"
         raise ConfigError(msg)
     folders = [version for folder in names for version in version_folders(folder)]
     damaged = [found for folder in folders if (found := _damage(root, folder)) is not None]

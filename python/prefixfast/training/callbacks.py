@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.prefix.prefix import Prefix
 
 if TYPE_CHECKING:
@@ -104,6 +104,9 @@ class CallbackList:
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         callback: Any  # the objects can be anything
+        if not isinstance(callbacks, list | tuple):
+            msg = f"callbacks: expected a list of callbacks, got {shown(callbacks)}"
+            raise ConfigError(msg)
         for i, callback in enumerate(callbacks):
             own = {n for n in dir(callback) if n.startswith("on_")}
             if isinstance(callback, type) or not own or own - set(HOOKS):

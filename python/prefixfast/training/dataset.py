@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefixfast.data.rows import Row
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 from prefixfast.model.base import Model
 from prefixfast.training.examples import Examples, TokenizeOptions, concat_examples, tokenize_rows
 
@@ -75,7 +75,7 @@ def build_dataset(
         part_of_name[name] = part_of_rows[id(rows)]
     if not parts:
         name, text = next(iter((failed or {}).items()))
-        msg = f"data: no prefix is left to train; of {name!r}: {text}"
+        msg = f"data: no prefix is left to train; of {shown(name)}: {text}"
         raise DataError(msg)
     ends = np.cumsum([len(p.num_targets) for p in parts]).tolist()
     spans = list(zip([0, *ends], ends, strict=False))

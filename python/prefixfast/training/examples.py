@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from prefixfast.data.encode import Example, Ints, encode_examples
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 from prefixfast.model.base import Model
 
 Overflow: TypeAlias = Literal["error", "truncate", "skip"]
@@ -99,7 +99,7 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
                 truncated += fitted is not None and fitted is not example
                 found += [] if fitted is None else [fitted]
         if len(found) == first[-1]:
-            msg = f"prefix {name!r}: no rows are left (overflow={options.overflow!r} left out {skipped})"
+            msg = f"prefix {shown(name)}: no rows are left (overflow={shown(options.overflow)} left out {skipped})"
             raise DataError(msg)
         first.append(len(found))
     indptr = np.concatenate([[0], np.cumsum([len(e.ids) for e in found], dtype=np.int64)])
@@ -153,5 +153,5 @@ def _error_with_name(name: str) -> Iterator[None]:
     try:
         yield
     except DataError as e:
-        msg = f"prefix {name!r}, {e}"
+        msg = f"prefix {shown(name)}, {e}"
         raise DataError(msg, path=e.path, line=e.line) from e

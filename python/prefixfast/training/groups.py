@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown, suggestion
 from prefixfast.prefix.names import Window
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.settings import TrainSettings
@@ -130,7 +129,8 @@ def make_groups(
         prefix_config = PrefixConfig.make(settings.prefix_config, **of_prefix)
         common = TrainConfig.make(settings.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
         config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})
-        automatic = prefix_config.reparameterization == "auto" and init in ("random", "zero")
+        is_name = isinstance(init, str) and init in ("random", "zero")
+        automatic = prefix_config.reparameterization == "auto" and is_name
         shared = (common, prefix_config, prefix_config.reparameterization == "mlp" or automatic)
         full_name = label if is_single and label else f"{name},{label}" if label else name
         jobs.setdefault(shared, []).append(PrefixJob(full_name, name, config, init, variant))
@@ -141,13 +141,11 @@ def _checked_overrides(overrides: Any, names: set[str]) -> dict[str, dict[str, A
     by_name = {} if overrides is None else _checked_mapping(overrides, "overrides")
     for name, options in by_name.items():
         if name not in names:
-            close = difflib.get_close_matches(str(name), names, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else "; expected names of data"
-            msg = f"overrides: no prefix is named {name!r}{hint}"
+            msg = f"overrides: no prefix is named {shown(name)}; {suggestion(name, sorted(names))}"
             raise ConfigError(msg)
-        for option in _checked_mapping(options, f"overrides[{name!r}]"):
+        for option in _checked_mapping(options, f"overrides[{shown(name)}]"):
             if option not in PER_PREFIX:
-                raise ConfigError(unknown_option(str(option), PER_PREFIX, f"overrides[{name!r}]"))
+                raise ConfigError(unknown_option(str(option), PER_PREFIX, f"overrides[{shown(name)}]"))
     return {str(name): dict(options) for name, options in by_name.items()}
 
 
@@ -160,7 +158,7 @@ def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
         if name not in known:
             raise ConfigError(unknown_option(str(name), known, "sweep"))
         if isinstance(values, str) or not isinstance(values, Iterable) or not list(values):
-            msg = f"sweep[{name!r}]: expected a sequence of values, got {values!r:.80}"
+            msg = f"sweep[{shown(name)}]: expected a sequence of values, got {shown(values)}"
             raise ConfigError(msg)
     if not sweep:
         msg = "sweep: expected at least one field, got none"
@@ -169,7 +167,7 @@ def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
     combinations = [dict(zip(sweep, values, strict=True)) for values in products]
     labelled = {",".join(f"{k}={_label(v)}" for k, v in c.items()): c for c in combinations}
     if len(labelled) != len(combinations):
-        msg = f"sweep: expected different values, got one twice in {dict(sweep)!r:.200}"
+        msg = f"sweep: expected different values, got one twice in {shown(dict(sweep))}"
         raise ConfigError(msg)
     return labelled
 
@@ -178,7 +176,11 @@ def _label(value: Any) -> str:
     """Text of a value in the name of a variant."""
     if isinstance(value, list | tuple):
         return "+".join(map(str, value))
-    return value.digest[:8] if isinstance(value, Prefix) else f"{value:g}" if isinstance(value, float) else str(value)
+    return value.digest[:8] if isinstance(value, Prefix) else f"{value:g}" if isinstance(value, float) else _text(value)
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def _checked_mapping(value: Any, what: str) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
 from prefixfast.data.encode import vocabulary_error
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, shown
+from prefixfast.errors import ConfigError, is_text, shown
 from prefixfast.model.base import Model
 from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
@@ -51,11 +51,11 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
     """
     jobs = group.jobs
     for job in jobs:
-        if not isinstance(job.init, Prefix) and job.init not in get_args(InitName):
-            msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {job.init!r:.80}"
+        if not isinstance(job.init, Prefix) and not (isinstance(job.init, str) and job.init in get_args(InitName)):
+            msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {shown(job.init)}"
             raise ConfigError(msg)
     if options.init_text is not None and not any(job.init == "text" for job in jobs):
-        msg = f"init_text: expected only with init='text', got init={jobs[0].init!r:.40}"
+        msg = f"init_text: expected only with init='text', got init={shown(jobs[0].init)}"
         raise ConfigError(msg)
     config = _check_layers(group.prefix_config, len(model.layers))
     prefixes = {job.name: job.init for job in jobs if isinstance(job.init, Prefix)}
@@ -64,7 +64,7 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
             config = PrefixConfig.make(config, prefix_length=len(_init_text_ids(model, options)))
         return config
     for name, prefix in prefixes.items():
-        check_fits(model, prefix, f"init of {name!r}")
+        check_fits(model, prefix, f"init of {shown(name)}")
     if len({(p.length, p.layers, p.pos_start, p.window) for p in prefixes.values()}) != 1:
         msg = (
             "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a "
@@ -112,6 +112,9 @@ def _check_layers(config: PrefixConfig, count: int) -> PrefixConfig:
 
 def _init_text_ids(model: Model, options: InitOptions) -> list[int]:
     text = options.init_text or options.task.init_text
+    if not isinstance(text, str) or not is_text(text):
+        msg = f"init_text: expected a string of Unicode text, got {shown(text)}"
+        raise ConfigError(msg)
     (ids,) = model.require_tokenizer().encode([text])
     if not len(ids):
         msg = f"init_text: expected at least one token, got {shown(text)}"
@@ -136,7 +139,7 @@ def _adopt_conventions(model: Model, config: PrefixConfig, first: Prefix, explic
     }
     for name in explicit & set(adopted):
         if getattr(config, name) != adopted[name]:
-            msg = f"{name}: the given init has {adopted[name]!r}, got {getattr(config, name)!r}; leave it out"
+            msg = f"{name}: the given init has {shown(adopted[name])}, got {shown(getattr(config, name))}; leave it out"
             raise ConfigError(msg)
     if "frozen_rows" not in explicit and (frozen := first.training.get("num_frozen_tokens", 0)):
         logger.info(

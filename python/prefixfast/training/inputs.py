@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from prefixfast.data.files import FileRow
 from prefixfast.data.rows import Row, Rows, read_rows, row_error
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, check_string, did_you_mean, shown
 
 SINGLE_NAME = "prefix"  # name of the prefix of plain rows in logs and in a store
 RESERVED_NAMES = ("", ".", "..", "log.jsonl", "failed.jsonl", "checkpoint")
@@ -54,6 +54,7 @@ def read_training_rows(
     """
     failed: dict[str, str] = {}
     row_numbers: dict[str, list[int]] = {}
+    check_string("prefix_column", "" if prefix_column is None else prefix_column, "the name of a column")
     if isinstance(data, Mapping):
         if prefix_column is not None:
             msg = "prefix_column: expected plain rows beside it, got a mapping of names; leave one of them out"
@@ -71,7 +72,7 @@ def read_training_rows(
     rows = {n: r for n, r in rows.items() if n not in failed}
     if not rows:
         name, error = next(iter(failed.items()))
-        msg = f"data: none of the {len(names)} prefixes has rows that can be read; of {name!r}: {error}"
+        msg = f"data: none of the {len(names)} prefixes has rows that can be read; of {shown(name)}: {error}"
         raise DataError(msg)
     is_single = not isinstance(data, Mapping) and prefix_column is None
     return TrainingRows(rows, eval_rows, is_single, failed, row_numbers)
@@ -81,12 +82,19 @@ def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], isolate: boo
     found = {}
     for name, rows in data.items():
         try:
-            found[str(name)] = read_rows(rows)
+            found[_name(name)] = read_rows(rows)
         except DataError as e:
             if not isolate:
                 raise
-            failed[str(name)] = str(e)
+            failed[_name(name)] = str(e)
     return found
+
+
+def _name(key: object) -> str:
+    """Name of a prefix from a key of the data; integers are names too."""
+    name = shown(key) if type(key) is int else key
+    check_string("data", name, "names of prefixes as strings")
+    return str(name)
 
 
 def _split_by_column(rows: list[Row], column: str) -> tuple[dict[str, list[Row]], dict[str, list[int]]]:
@@ -95,9 +103,11 @@ def _split_by_column(rows: list[Row], column: str) -> tuple[dict[str, list[Row]]
     numbers: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         name = row.get(column)
+        hint = "" if column in row else did_you_mean(column, map(str, row))
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
             expected = "the name of the row's prefix (prefix_column)"
-            raise row_error(row, i, f"{column}: expected {expected}, got {name!r:.80}; the row has {sorted(row)}")
+            hint = hint or f"the row has {sorted(map(str, row))}"
+            raise row_error(row, i, f"{column}: expected {expected}, got {shown(name)}; {hint}")
         own = {k: v for k, v in row.items() if k != column}
         found.setdefault(str(name), []).append(FileRow(own, row.path, row.line) if isinstance(row, FileRow) else own)
         if not isinstance(row, FileRow):
@@ -125,5 +135,5 @@ def check_folder_names(names: Iterable[str]) -> None:
     """Raise `ConfigError` for the name of a prefix that cannot be a folder of ``output_dir``."""
     for name in names:
         if name in RESERVED_NAMES or {"/", "\\", "\0"} & set(name):
-            msg = f"prefix name {name!r} cannot be a folder of output_dir; rename it"
+            msg = f"prefix name {shown(name)} cannot be a folder of output_dir; rename it"
             raise ConfigError(msg)

@@ -15,12 +15,12 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, check_choice, check_flag, shown
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.store import PrefixStore
+from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
 from prefixfast.training.init import InitOptions, resolve_config
@@ -108,14 +108,12 @@ def prepare(arguments: JobArguments) -> TrainJob:
         DataError: If rows cannot be read and are not isolated.
     """
     a = arguments
-    if a.objective != "sft":
-        msg = (
-            f"objective: expected 'sft' (the likelihood of the targets; there is no other yet), got {a.objective!r:.80}"
-        )
+    if not isinstance(a.objective, str) or a.objective != "sft":
+        got = shown(a.objective)
+        msg = f"objective: expected 'sft' (the likelihood of the targets; there is no other yet), got {got}"
         raise ConfigError(msg)
-    if a.on_error not in ("isolate", "raise"):
-        msg = f"on_error: expected 'isolate' or 'raise', got {a.on_error!r}"
-        raise ConfigError(msg)
+    check_choice("on_error", a.on_error, ("isolate", "raise"))
+    check_flag("resume", a.resume)
     callbacks = CallbackList(a.callbacks)
     given = GivenOptions(a.config, a.prefix_config, a.fields, a.init, a.init_text)
     resolve_settings(given, "")  # report wrong options before the rows are read
@@ -160,7 +158,7 @@ def load_base(model: str | Path | PreTrainedModel | Model, config: TrainConfig) 
     with borrowed(model, **how) as base:
         if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:
             advice = "load it so, or leave dtype out"
-            msg = f"dtype: the given model computes in {base.dtype}, got {config.dtype!r}; {advice}"
+            msg = f"dtype: the given model computes in {base.dtype}, got {shown(config.dtype)}; {advice}"
             raise ConfigError(msg)
         yield base
 
@@ -181,10 +179,11 @@ def _find_task(rows: TrainingRows, task: str | Task | Mapping[str, JSON] | None)
 
 def _find_frozen_prefix(on_top_of: Any, store: PrefixStore | str | Path | None) -> Prefix | None:
     if isinstance(on_top_of, str):
-        if store is None:
-            msg = f"on_top_of: expected a Prefix, or a store beside the name {on_top_of!r}"
+        opened = open_store(store, read_only=True)
+        if opened is None:
+            msg = f"on_top_of: expected a Prefix, or a store beside the name {shown(on_top_of)}"
             raise ConfigError(msg)
-        return (PrefixStore(store, read_only=True) if isinstance(store, str | Path) else store)[on_top_of]
+        return opened[on_top_of]
     if on_top_of is not None and not isinstance(on_top_of, Prefix):
         msg = f"on_top_of: expected a Prefix or a name in the store, got {type(on_top_of).__name__}"
         raise ConfigError(msg)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, did_you_mean, shown
 from prefixfast.io.yaml import read_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -35,7 +35,8 @@ def read_recipe(recipe: str, task: str) -> dict[str, Any]:
     """
     path = FOLDER / f"{recipe}.yaml" if recipe in recipe_names() else Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
-        msg = f"recipe: expected {', '.join(recipe_names())} or a .yaml file, got {recipe!r}"
+        msg = f"recipe: expected {', '.join(recipe_names())} or a .yaml file, got {shown(recipe)}"
+        msg += f"; {hint}" if (hint := did_you_mean(recipe, recipe_names())) else ""
         raise ConfigError(msg)
     try:
         content = read_yaml(path.read_text(encoding="utf8"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.prefix.prefix import Prefix
 
@@ -89,7 +89,7 @@ class TrainRun(Mapping[str, Prefix]):
         found = [n for n in self.prefixes if name in (None, n, self.variants.get(n, {}).get("of"))]
         if not found:
             none_at_all = "best: no prefix was trained, see failed"
-            msg = none_at_all if name is None else f"best: no trained prefix is named {name!r}"
+            msg = none_at_all if name is None else f"best: no trained prefix is named {shown(name)}"
             raise ConfigError(msg)
         return min(found, key=lambda n: self.metrics[n][self._loss_key(found)])
 
@@ -124,7 +124,7 @@ class TrainRun(Mapping[str, Prefix]):
             axes.legend(fontsize="small")
         kind = Path(path).suffix[1:].lower()
         if kind not in figure.canvas.get_supported_filetypes():
-            msg = f"plot: expected a file ending in .png, .svg or .pdf, got {str(path)!r}"
+            msg = f"plot: expected a file ending in .png, .svg or .pdf, got {shown(str(path))}"
             raise ConfigError(msg)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format=kind)

@@ -10,9 +10,10 @@ from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
 from prefixfast.config.json_types import JSON
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, check_flag
+from prefixfast.io.paths import as_path
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.store import PrefixStore
+from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.arguments import BaseModel, TrainArguments
 from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
@@ -161,7 +162,7 @@ def train(
     Source:
         Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190).
     """
-    opened = PrefixStore(store) if isinstance(store, str | Path) else store
+    opened = open_store(store, read_only=False)
     job = prepare(
         JobArguments(
             data=data,
@@ -184,10 +185,12 @@ def train(
         )
     )
     is_single = job.rows.is_single and sweep is None
-    folder = None if output_dir is None else Path(output_dir)
+    folder = None if output_dir is None else as_path("output_dir", output_dir)
     if resume and folder is None:
         msg = "resume: expected output_dir beside it, where the checkpoint lies"
         raise ConfigError(msg)
+    if progress is not None:
+        check_flag("progress", progress)
     result = _run(model, job, OutputDir(folder, opened, is_single=is_single), progress)
     return result.prefixes[SINGLE_NAME] if is_single else result
 

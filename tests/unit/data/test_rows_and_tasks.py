@@ -231,7 +231,11 @@ def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "at least one row"), ([{}, "x"], "row 1: expected a mapping, got str"), ({"prompt": "a"}, "got str")],
+    [
+        ([], "at least one row"),
+        ([{}, "x"], "row 1: expected a mapping, got 'x'"),
+        ({"prompt": "a"}, "an iterable of mappings"),
+    ],
 )
 def test_iterables_without_rows_are_refused(rows, message):
     with pytest.raises(DataError, match=message):

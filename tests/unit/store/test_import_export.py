@@ -257,7 +257,7 @@ def test_wrong_arguments_are_refused_before_any_write(tmp_path):
         store.import_dir(tmp_path / "in" / "p1")
     with pytest.raises(UnknownPrefixError, match="'b'"):
         store.export_dir(tmp_path / "out", ["a", "b"])
-    with pytest.raises(ConfigError, match="expected a sequence of names, got the string 'ann'"):
+    with pytest.raises(ConfigError, match="expected a sequence of names, got 'ann'"):
         store.export_dir(tmp_path / "out", "ann")
     with pytest.raises(ConfigError, match="expected a folder or a path that does not exist"):
         store.export_dir(tmp_path / "file")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from prefixfast.errors import shown
+
 OUTPUT = ("-o", "--output")
 Model = Annotated[
     str | None,
@@ -30,7 +32,7 @@ def check_known(option: str, value: str, known: Collection[str]) -> None:
         BadParameter: If it is not.
     """
     if value not in known:
-        msg = f"expected one of {', '.join(known)}, got {value!r}"
+        msg = f"expected one of {', '.join(known)}, got {shown(value)}"
         raise typer.BadParameter(msg, param_hint=option)
 
 
@@ -43,7 +45,7 @@ def whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as e:
-        msg = f"expected whole numbers with commas between them, got {text!r}"
+        msg = f"expected whole numbers with commas between them, got {shown(text)}"
         raise typer.BadParameter(msg, param_hint=option) from e
 
 

@@ -11,7 +11,8 @@ from prefixfast.data.corpora.e2e import e2e_items
 from prefixfast.data.corpora.webnlg import webnlg_items
 from prefixfast.data.files import Item, file_items
 from prefixfast.data.rows import Row
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import DataError, check_choice, check_string
+from prefixfast.io.paths import as_path
 
 SPLITS = ("train", "dev", "test")
 
@@ -40,7 +41,7 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
         ``train(base, read_task("webnlg", "webnlg/train.json"), task="webnlg")``
     """
     rows: list[Row] = []
-    for item in task_items(task, Path(path), split):
+    for item in task_items(task, as_path("path", path), split):
         if isinstance(item, DataError):
             raise item
         rows.append(item)
@@ -52,9 +53,8 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
 
 def task_items(task: str, path: Path, split: str) -> Iterator[Item]:
     """Yield the rows that `read_task` reads, and a `DataError` in place of each malformed entry."""
-    if split not in SPLITS:
-        msg = f"split: expected one of {', '.join(SPLITS)}, got {split!r}"
-        raise ConfigError(msg)
+    check_choice("split", split, SPLITS)
+    check_string("task", task, "the name of a task")
     is_json = ".json" in path.suffixes
     if task == "webnlg" and is_json:
         yield from webnlg_items(path, good_only=split == "train")

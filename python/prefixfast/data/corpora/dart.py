@@ -9,7 +9,7 @@ from typing import Any
 from prefixfast.data.files import FileRow, Item, file_items, parse_item
 from prefixfast.data.formats import check_text
 from prefixfast.data.rows import row_error
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 
 
 def dart_items(path: Path) -> Iterator[Item]:
@@ -23,9 +23,9 @@ def _parse_entry(item: FileRow) -> FileRow:
     triples: Any = item.get("tripleset")
     notes: Any = item.get("annotations", [])
     if not isinstance(triples, list) or not all(isinstance(t, list) and len(t) == 3 for t in triples) or not triples:
-        raise row_error(item, 0, f"tripleset: expected a list of [subject, relation, object], got {triples!r:.80}")
+        raise row_error(item, 0, f"tripleset: expected a list of [subject, relation, object], got {shown(triples)}")
     if not isinstance(notes, list) or not all(isinstance(n, dict) for n in notes):
-        raise row_error(item, 0, f"annotations: expected a list of objects, got {notes!r:.80}")
+        raise row_error(item, 0, f"annotations: expected a list of objects, got {shown(notes)}")
     for triple in triples:
         for text in triple:
             check_text(item, 0, "tripleset", text)

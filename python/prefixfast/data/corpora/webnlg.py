@@ -11,7 +11,7 @@ from typing import Any
 from prefixfast.data.files import FileRow, Item, decode_utf8, file_items, json_objects, parse_item, read_bytes
 from prefixfast.data.formats import check_text
 from prefixfast.data.rows import row_error
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, shown
 
 logger = logging.getLogger(__name__)
 ENTRIES = re.compile(r'\s*\{\s*"entries"\s*:\s*')
@@ -51,9 +51,9 @@ def _parse_entry(item: FileRow) -> FileRow:
         raise row_error(item, 0, f"expected an entry with its number as the only key, got the keys {sorted(item)}")
     statements, texts = entry.get("modifiedtripleset"), entry.get("lexicalisations", [])
     if not isinstance(statements, list) or not statements or not all(isinstance(t, dict) for t in statements):
-        raise row_error(item, 0, f"modifiedtripleset: expected a list of objects, got {statements!r:.80}")
+        raise row_error(item, 0, f"modifiedtripleset: expected a list of objects, got {shown(statements)}")
     if not isinstance(texts, list) or not all(isinstance(x, dict) for x in texts):
-        raise row_error(item, 0, f"lexicalisations: expected a list of objects, got {texts!r:.80}")
+        raise row_error(item, 0, f"lexicalisations: expected a list of objects, got {shown(texts)}")
     for x in texts:
         check_text(item, 0, "lex", x.get("lex"))
     names = ("subject", "property", "object")

@@ -11,7 +11,7 @@ from prefixfast.data.encode.token_ids import Ints, token_ids, vocabulary_error
 from prefixfast.data.encode.tokenized import TOKENIZED_KEYS, request_ids
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, RequestError, shown
+from prefixfast.errors import ConfigError, DataError, RequestError, is_text, shown
 from prefixfast.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -127,6 +127,9 @@ def encode_text(model: Model, source: str | Sequence[int] | Sequence[Mapping[str
     Raises:
         ConfigError: If ``source`` is something else or has no tokens, or the chat template refuses the messages.
     """
+    if isinstance(source, str) and not is_text(source):
+        msg = f"text: expected Unicode text without half a surrogate pair, got {shown(source)}"
+        raise ConfigError(msg)
     if isinstance(source, str):
         ids = model.require_tokenizer().encode([source])[0]
     elif isinstance(source, Sequence) and source and all(isinstance(m, Mapping) for m in source):
