@@ -15,6 +15,7 @@ import prefixfast
 from prefixfast.demo import BASE
 from prefixfast.demo.report import Printer
 from prefixfast.demo.run import SETTINGS, generate_all, measure_throughput, train_jobs
+from prefixfast.model.base import compute_line
 
 
 def main(
@@ -30,7 +31,7 @@ def main(
     setting = SETTINGS["real" if model else "embedded"]
     with prefixfast.load(model or str(BASE), dtype="float32") as base:
         size = base.hf.num_parameters()
-        printer.plan(model, size, base.compute, setting)
+        printer.plan(model, size, compute_line(base), setting)
         run, seconds = train_jobs(base, setting, output / "prefixes")
         printer.training(run, seconds, size)
         report = generate_all(base, run, setting, seconds)

@@ -8,7 +8,7 @@ from prefixfast.attention.backend_support import explain_backends
 from prefixfast.config import EngineConfig
 from prefixfast.engine.kv_arena import bytes_per_row
 from prefixfast.engine.loop import Loop
-from prefixfast.model.base import Model
+from prefixfast.model.base import Model, compute_line
 
 # Implementation of each operator, and after a semicolon the reason why no faster one is used. ``attn`` is attention of
 # a prefill, ``attn_decode`` attention of a decode step, and ``linear`` the matrix products of the base model.
@@ -27,7 +27,7 @@ def memory_summary(model: Model, loop: Loop, config: EngineConfig) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
     packed = model.packed.nbytes if config.prepack and model.packed is not None else 0
     return (
-        f"engine: {model.compute}, weights {weights / mib:.0f} MiB, packed copies {packed / mib:.0f} MiB, "
+        f"engine: {compute_line(model)}, weights {weights / mib:.0f} MiB, packed copies {packed / mib:.0f} MiB, "
         f"KV arena {rows * bytes_per_row(model) / mib:.0f} MiB ({rows} rows), "
         f"stored prefixes in host memory at most {config.host_prefix_memory / mib:.0f} MiB, "
         f"{config.max_num_seqs} decode rows of {loop.max_model_len} tokens"

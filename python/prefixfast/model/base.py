@@ -65,11 +65,6 @@ class Model:
         return self.hf.dtype
 
     @property
-    def compute(self) -> str:
-        """Compute dtype and device, as the log shows them: ``computing in bfloat16 on cpu``."""
-        return f"computing in {str(self.dtype).removeprefix('torch.')} on {self.device}"
-
-    @property
     def layers(self) -> tuple[LayerShape, ...]:
         """Head counts of every attention layer."""
         return self.handle.layers
@@ -189,3 +184,8 @@ class Model:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def compute_line(model: Model) -> str:
+    """Compute dtype and device, as logs show them: ``computing in bfloat16 on cpu``."""
+    return f"computing in {str(model.dtype).removeprefix('torch.')} on {model.device}"

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError
-from prefixfast.model.base import Model
+from prefixfast.model.base import Model, compute_line
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.artifact import PrefixBuilder
 from prefixfast.training.best_state import BestState
@@ -149,7 +149,7 @@ class GroupTrainer:
             "%d skipped, %d truncated, %s%s",
             *(len(self.names), params.length, kind, params.num_trained, total),
             *(len(examples.num_targets), examples.lengths.max(), examples.num_skipped, examples.num_truncated),
-            self.runner.model.compute,
+            compute_line(self.runner.model),
             f"; resumed after step {self.num_steps}" if is_restored else "",
         )
 
