@@ -29,8 +29,13 @@ HARMLESS = frozenset(
         "output_hidden_states",
         "return_dict",
         "num_items_in_batch",
+        "output_router_logits",
     }
 )
+
+
+class MissingPlanError(RuntimeError):
+    """Attention was called without a plan."""
 
 
 def prefixfast_attention(
@@ -66,14 +71,15 @@ def prefixfast_attention(
         Output ``[1, N, HQ, D]``, and None in place of attention weights.
 
     Raises:
-        RuntimeError: If there is no plan, or if a keyword asks for something that this function does not compute.
+        MissingPlanError: If there is no plan.
+        RuntimeError: If a keyword asks for something that this function does not compute.
     """
     if prefixfast is None:
         msg = (
             "this model is attached to prefixfast: call it through prefixfast (train, generate, Model.forward), or "
             "detach it first"
         )
-        raise RuntimeError(msg)
+        raise MissingPlanError(msg)
     if unknown := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
         names = ", ".join(sorted(unknown))
         msg = f"{type(module).__name__} passes {names} to attention, which prefixfast does not compute"

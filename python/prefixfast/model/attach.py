@@ -1,8 +1,9 @@
 """Attach an unmodified transformers model to prefixfast's packed attention, and restore it on detach.
 
 Attaching freezes the model, switches every sub-model to the attention implementation ``"prefixfast"`` and replaces
-NewGELU, which is eight operations, by one operator. A dry run proves that every layer reaches prefixfast's attention
-function. This module has no code for single architectures.
+NewGELU, which is eight operations, by one operator. A dry run shows that every layer reaches prefixfast's attention
+function, and a proof compares the results with those of the model's own forward. This module has no code for single
+architectures.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from transformers.activations import NewGELUActivation
 
 from prefixfast.errors import ConfigError
 from prefixfast.model.attention_switch import configs_of, own_implementation, private_configs, switch
-from prefixfast.model.dry_run import LayerShape, check_same_logits, dry_run, own_logits
+from prefixfast.model.dry_run import LayerShape, dry_run
 from prefixfast.model.own_attention import foreign_attention
 from prefixfast.model.process import note_computing
-from prefixfast.model.supported_models import VERIFIED, check_supported
+from prefixfast.model.proof.prove import prove
+from prefixfast.model.supported_models import check_supported
 from prefixfast.model.weights import unusable_weights
 
 
@@ -78,17 +80,14 @@ def attach(model: PreTrainedModel) -> Handle:
         if (reason := unusable_weights(model) or foreign_attention(model)) is not None:
             msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): {reason}"
             raise ConfigError(msg)
-        verified = model.config.model_type in VERIFIED
         own = [own_implementation(config) for config in configs_of(model)]
         undo = _freeze(model)
         try:
             undo += [switch(model)]
             with private_configs(model):
-                before = None if verified else own_logits(model, own)
                 undo += _replace_gelu(model)
-                layers, after = dry_run(model)
-                if before is not None:
-                    check_same_logits(model, before, after)
+                layers, windows = dry_run(model)
+                prove(model, layers, windows, own)
         except BaseException:
             _run(undo)
             raise

@@ -195,7 +195,7 @@ REFUSED = {
     ),
     "cross attention": (
         lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2, add_cross_attention=True)),
-        "add_cross_attention needs",
+        "attends to an encoder's states",
     ),
     "dynamic rope": (
         lambda: llama(rope_type="dynamic", factor=2.0),
@@ -211,7 +211,6 @@ NOT_REACHED = {
     "xlnet": lambda: transformers.XLNetLMHeadModel(
         transformers.XLNetConfig(vocab_size=tiny.VOCAB, d_model=32, n_layer=2, n_head=4, d_inner=48)
     ),
-    "stablelm": sized("StableLm"),
 }
 
 
@@ -321,15 +320,6 @@ def test_a_layer_with_another_number_is_refused():
     model = tiny.make("llama")
     model.model.layers[2].self_attn.layer_idx = 1
     assert "got calls from the layers [0, 1, 1]" in refused(model)
-
-
-def test_an_untested_family_whose_logits_change_is_refused(monkeypatch):
-    """The patched function acts as a family that scales its scores outside of the attention interface."""
-    torch.manual_seed(0)
-    model = strong(sized("Olmo2")())
-    real = torch.nn.functional.scaled_dot_product_attention
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: real(2 * q, *a, **k))
-    assert "its logits change by" in refused(model)
 
 
 def test_an_error_in_the_dry_run_restores_the_model(monkeypatch):

@@ -1,0 +1,124 @@
+"""`prove`, the comparison of an attached model with its own forward."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefixfast.attention.ops import Backend
+from prefixfast.attention.plan import LayerKV
+from prefixfast.errors import ConfigError
+from prefixfast.model.dry_run import FAILURES, LayerShape
+from prefixfast.model.proof.cases import LONGEST_WINDOW, Cases, make_cases, random_kv
+from prefixfast.model.proof.own import own_logits
+from prefixfast.model.proof.packed import Packed
+from prefixfast.model.proof.precision import float32_weights
+from prefixfast.model.proof.windows import window_differences
+from prefixfast.model.supported_models import unsupported_layers
+
+logger = logging.getLogger(__name__)
+BACKEND = Backend("torch")
+ONE, MANY = "one sequence", "packed sequences"
+CAUSES = {
+    ONE: "its positions or scores are computed outside of transformers' attention interface",
+    MANY: "its packed sequences change each other, or position_ids have no effect",
+}
+
+
+def prove(
+    model: PreTrainedModel, shapes: Sequence[LayerShape], windows: Sequence[int], own: Sequence[str | None]
+) -> None:
+    """Raise `ConfigError` if an attached model gives other results than its own forward.
+
+    The model computes several packed sequences with different prefixes, by the plans of training and of the engine. Its
+    own forward computes each sequence alone: a text and its continuation without a cache, and random prefixes in a
+    `DynamicCache` if the model's cache holds the keys and values of attention. Half precision is compared in fp32 if
+    there is memory for a copy.
+
+    Args:
+        model: Attached model.
+        shapes: Heads of every layer.
+        windows: Sliding window that each layer passes to attention, 0 for none.
+        own: Attention implementation of each config before the model was attached.
+    """
+    what, remark = f"{type(model).__name__} ({model.config.model_type})", unsupported_layers(model)
+    try:
+        faults = _window_faults(model, windows) or _result_faults(model, shapes, windows, own)
+    except FAILURES as e:
+        msg = f"cannot attach {what}: the comparison with its own forward fails: {type(e).__name__}: {e}{remark}"
+        raise ConfigError(msg) from e
+    if faults:
+        msg = (
+            f"cannot attach {what}: its results differ from its own forward: {'; '.join(faults)}{remark}; run it with "
+            "transformers alone"
+        )
+        raise ConfigError(msg)
+
+
+def _window_faults(model: PreTrainedModel, windows: Sequence[int]) -> list[str]:
+    """Layers whose mask and window differ."""
+    found = window_differences(model, windows)
+    if found is None and max(windows) > LONGEST_WINDOW:
+        return [f"the mask, which cannot be read, while its layers pass a window of {max(windows)} tokens to attention"]
+    return found or []
+
+
+def _result_faults(
+    model: PreTrainedModel, shapes: Sequence[LayerShape], windows: Sequence[int], own: Sequence[str | None]
+) -> list[str]:
+    """Features whose logits differ by more than rounding, and the probable cause."""
+    with float32_weights(model) as limit:
+        errors = _errors(model, shapes, windows, own)
+    wrong = [name for name, e in errors.items() if not e < limit]
+    causes = [cause for name, cause in CAUSES.items() if name in wrong][:1]
+    logger.info("%s: relative errors %s, limit %.0e", type(model).__name__, errors, limit)
+    return [f"{name} (relative error {errors[name]:.0e})" for name in wrong] + causes
+
+
+def _errors(
+    model: PreTrainedModel, shapes: Sequence[LayerShape], windows: Sequence[int], own: Sequence[str | None]
+) -> dict[str, float]:
+    """Largest relative error of each feature."""
+    cases, packed = make_cases(model, windows), Packed(model, shapes, BACKEND)
+    together, text_kv = packed.texts(cases.plain[::-1])
+    kv = _prefixes(cases, text_kv, shapes)
+    expected_of = own_logits(model, cases, kv[1:], shapes, own)
+    errors: dict[str, float] = {}
+
+    def compare(name: str, got: Tensor, expected: Tensor | None) -> None:
+        if expected is not None:  # the model's cache has another form
+            errors[name] = max(errors.get(name, 0.0), relative_error(got, expected))
+
+    # The first of several packed sequences is computed right even if the model ignores position_ids.
+    for name, part, expected in zip(
+        (ONE, MANY), together.split([len(c.ids) for c in cases.plain[::-1]]), expected_of[1::-1], strict=True
+    ):
+        compare(name, part, expected)
+    rest = cases.all[1:]
+    for case, part, expected in zip(
+        rest, packed.training(cases, kv).split([len(c.ids) for c in rest]), expected_of[1:], strict=True
+    ):
+        compare(case.name, part, expected)
+    for served in packed.engine(cases, kv):
+        expected = expected_of[served.case]
+        compare(served.step, served.logits, None if expected is None else expected[served.token])
+    return errors
+
+
+def _prefixes(cases: Cases, text_kv: Sequence[LayerKV], shapes: Sequence[LayerShape]) -> list[list[LayerKV]]:
+    """Keys and values by layer of each prefix. The long text is the last one in ``text_kv``."""
+    n = len(cases.plain[0].ids)
+    text = [(k[-n:][: cases.split], v[-n:][: cases.split]) for k, v in text_kv]
+    return [text] + [random_kv(p, text_kv, shapes, seed) for seed, p in enumerate(cases.random)]
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference relative to that of the expected logits around their mean."""
+    got, expected = got.double(), expected.double()
+    size = (expected - expected.mean(-1, keepdim=True)).norm()
+    error = (got - expected).norm()
+    return 0.0 if not error else float((error / size).item()) if torch.isfinite(error) else float("inf")
