@@ -70,14 +70,20 @@ FAMILIES = {
 
 def make(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random model with logits far from uniform, so that rounding does not change the most likely token."""
+    model = randomize(FAMILIES[family], dtype=dtype, seed=seed)
+    if family == "gemma2":  # only eager attention has its soft cap
+        model.set_attn_implementation("eager")
+    return model
+
+
+def randomize(build, *, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A model that ``build`` makes, with noise on its weights."""
     torch.manual_seed(seed)
-    model = FAMILIES[family]().eval().to(dtype)
+    model = build().eval().to(dtype)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_((torch.randn(p.shape, generator=g) * (0.12 if p.dim() > 1 else 0.02)).to(dtype))
-    if family == "gemma2":  # only eager attention has its soft cap
-        model.set_attn_implementation("eager")
     return model
 
 

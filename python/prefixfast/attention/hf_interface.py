@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -57,7 +58,8 @@ def prefixfast_attention(
         module: Attention module; its ``layer_idx`` names the layer.
         query: Queries ``[1, HQ, N, D]``, after RoPE.
         key: Keys ``[1, H, N, D]``, after RoPE.
-        value: Values ``[1, H, N, D]``.
+        value: Values ``[1, H, N, Dv]``. Where Dv and D differ, the shorter ones are padded with zeros, which changes
+            neither scores nor outputs.
         attention_mask: Mask, which must be None. transformers builds none for this implementation, so that a mask comes
             from code of the model.
         scaling: Factor on the scores, ``D ** -0.5`` if None.
@@ -68,7 +70,7 @@ def prefixfast_attention(
         other: Other keywords of the model, refused unless they are known not to change the result.
 
     Returns:
-        Output ``[1, N, HQ, D]``, and None in place of attention weights.
+        Output ``[1, N, HQ, Dv]``, and None in place of attention weights.
 
     Raises:
         MissingPlanError: If there is no plan.
@@ -101,14 +103,24 @@ def prefixfast_attention(
         q, k, v = q[:count], k[:count], v[:count]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     options = (scale, plan.window(sliding_window), softcap or 0.0)
-    if plan.arena is not None:
+    qkv = pad_heads((q, k, v))
+    if plan.arena is not None and layer not in plan.arena.readers:
         assert plan.slots is not None
-        ops.kv_write(*plan.arena.layers[layer], k, v, plan.slots)
+        ops.kv_write(*plan.arena.layers[layer], *qkv[1:], plan.slots)
     if plan.decode is not None:
-        out = _decode_attention(plan, layer, q, options)
+        out = _decode_attention(plan, layer, qkv[0], options)
     else:
-        out = _packed_attention(plan, layer, (q, k, v), options)
+        out, lse = _packed_attention(plan, layer, qkv, options)
+        if plan.probe is not None:
+            plan.probe(AttentionCall(layer, q, k, v, lse, *options))
+    out = out[..., : v.shape[-1]]
     return (out if given == count else out.expand(given, -1, -1))[None], None
+
+
+def pad_heads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Tensors ``[..., dim]`` padded with zeros to their largest last dim; unchanged if they have one."""
+    dim = max(t.shape[-1] for t in tensors)
+    return tuple(t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in tensors)
 
 
 def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, int, float]) -> Tensor:
@@ -133,18 +145,18 @@ def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, i
 
 
 def _packed_attention(
-    plan: Plan, layer: int, qkv: tuple[Tensor, Tensor, Tensor], options: tuple[float, int, float]
-) -> Tensor:
-    """Output ``[N, HQ, D]`` of a packed forward; ``options`` are scale, window and soft cap."""
+    plan: Plan, layer: int, qkv: tuple[Tensor, ...], options: tuple[float, int, float]
+) -> tuple[Tensor, Tensor]:
+    """Output ``[N, HQ, D]`` and log-sum-exp of a packed forward; ``options`` are scale, window and soft cap."""
     assert plan.packed is not None
     q, k, v = qkv
     arena = None if plan.arena is None else plan.arena.layers[layer]
     prefix_k, prefix_v = arena or (None, None)
     if plan.prefix is not None and len(plan.prefix[layer][0]):
-        prefix_k, prefix_v = plan.prefix[layer]
+        prefix_k, prefix_v, _ = pad_heads((*plan.prefix[layer], q))
     if plan.key_slots is not None and arena is not None:
         k, v = arena
-    o, lse = ops.attn(
+    out: tuple[Tensor, Tensor] = ops.attn(
         q,
         k,
         v,
@@ -159,9 +171,7 @@ def _packed_attention(
         plan.backend.name,
         list(plan.backend.sizes),
     )
-    if plan.probe is not None:
-        plan.probe(AttentionCall(layer, q, k, v, lse, *options))
-    return o
+    return out
 
 
 AttentionInterface.register(NAME, prefixfast_attention)

@@ -36,12 +36,14 @@ class Arena:
 
     Attributes:
         layers: Keys and values of each layer, ``[arena rows, H, D]``. Prefix blocks, prompts and generated tokens are
-            rows of these tensors.
+            rows of these tensors. A layer that reads the keys of another layer has the tensors of that layer.
         table: Slot table, int32 ``[decode rows, Tmax]``: arena row of each token of each decode row.
+        readers: Layers that read the keys of another layer, and write none.
     """
 
     layers: Sequence[LayerKV]
     table: Tensor
+    readers: frozenset[int] = frozenset()
 
 
 class AttentionCall(NamedTuple):

@@ -128,7 +128,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _row_bytes(model: Model) -> int:
     """Bytes of the keys and values of one token in all layers."""
-    return sum(2 * s.num_kv_heads * s.head_dim for s in model.layers) * model.dtype.itemsize
+    return sum(s.row_numbers for s in model.layers) * model.dtype.itemsize
 
 
 def _engine(model: Model, setting: Setting) -> Engine:

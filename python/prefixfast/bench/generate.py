@@ -184,7 +184,7 @@ def _others(
 def _kv_cache_bytes(model: Model, length: int, work: Workload) -> int:
     """Bytes of the prefix and the tokens of every request."""
     rows = 256 + work.requests * (length + work.prompt + work.new + 64)
-    return rows * sum(2 * s.num_kv_heads * s.head_dim for s in model.layers) * model.dtype.itemsize
+    return rows * sum(s.row_numbers for s in model.layers) * model.dtype.itemsize
 
 
 def run(output: Path, settings: Settings) -> list[Point]:

@@ -17,6 +17,7 @@ from transformers import (
 
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.prefix_shape import own_layers
 from prefixfast.prefix.prefix import Prefix
 
 
@@ -92,9 +93,9 @@ def random_prefixes(model: Model, length: int, count: int) -> list[Prefix]:
     for i in range(count):
         g = torch.Generator().manual_seed(i)
         kv = {
-            f"self.{n}.{x}": torch.randn(length, s.num_kv_heads, s.head_dim, generator=g) * 0.5
-            for n, s in enumerate(model.layers)
-            for x in "kv"
+            f"self.{n}.{x}": torch.randn(length, *row, generator=g) * 0.5
+            for n in own_layers(model.layers)
+            for x, row in zip("kv", model.layers[n].row, strict=True)
         }
         out.append(Prefix(kv, pos_start=length))
     return out

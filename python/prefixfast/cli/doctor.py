@@ -103,7 +103,7 @@ def describe_backends(base: Model | None = None) -> dict[str, Any]:
     from prefixfast.model.prepack import prepack
 
     if base is not None:
-        device, dtype, dim, chosen = base.device, base.dtype, base.layers[0].head_dim, base.backend
+        device, dtype, dim, chosen = base.device, base.dtype, base.layers[0].attention_dim, base.backend
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype, dim = (torch.bfloat16 if device.type == "cuda" or has_fast_bf16() else torch.float32), HEAD_DIM
@@ -132,7 +132,7 @@ def describe_base(base: Model) -> dict[str, Any]:
     start = time.perf_counter()
     fingerprint = base.fingerprint
     seconds = time.perf_counter() - start
-    numbers = sum(2 * LENGTH * s.num_kv_heads * s.head_dim for s in base.layers)
+    numbers = LENGTH * sum(s.row_numbers for s in base.layers)
     heads = sorted({f"{s.num_heads} query and {s.num_kv_heads} kv heads of {s.head_dim}" for s in base.layers})
     return {
         "base": fingerprint["name"],

@@ -42,7 +42,7 @@ def explain(model: Model, loop: Loop, config: EngineConfig) -> EngineExplanation
         loop: Loop of the engine.
         config: Options of the engine.
     """
-    attention = explain_backends(model.backend, model.device, model.dtype, model.layers[0].head_dim)
+    attention = explain_backends(model.backend, model.device, model.dtype, model.layers[0].attention_dim)
     graphs = loop.runner.graphs
     failed = graphs is not None and not graphs.captures
     eager = loop.eager_reason or ("the capture of a CUDA graph failed, see the log" if failed else None)

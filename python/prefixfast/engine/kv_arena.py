@@ -8,7 +8,9 @@ from prefixfast.attention.plan import Arena
 from prefixfast.config import EngineConfig
 from prefixfast.errors import CapacityError
 from prefixfast.model.base import Model
+from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.memory import free_memory, in_large_pages
+from prefixfast.model.prefix_shape import by_source, readers
 
 DEFAULT_MAX_MODEL_LEN = 4096
 RESERVED_ROWS = 80  # the scheduler keeps a tail and a scratch row
@@ -17,7 +19,8 @@ DEFAULT_MAX_BYTES = 8 * 2**30  # on a CPU
 
 def bytes_per_row(model: Model) -> int:
     """Bytes of one token's keys and values in all layers."""
-    return sum(2 * s.num_kv_heads * s.head_dim for s in model.layers) * model.dtype.itemsize
+    own = [s for s in model.layers if s.source is None]
+    return sum(2 * s.num_kv_heads * s.attention_dim for s in own) * model.dtype.itemsize
 
 
 def num_arena_rows(model: Model, config: EngineConfig, max_model_len: int) -> int:
@@ -46,7 +49,7 @@ def num_arena_rows(model: Model, config: EngineConfig, max_model_len: int) -> in
 
 
 def make_arena(model: Model, arena_rows: int, decode_rows: int, max_len: int) -> Arena:
-    """Uninitialized keys and values of every layer, and an empty slot table.
+    """Uninitialized keys and values of every layer that has its own, and an empty slot table.
 
     Args:
         model: Base model.
@@ -55,8 +58,11 @@ def make_arena(model: Model, arena_rows: int, decode_rows: int, max_len: int) ->
         max_len: Number of columns of the slot table.
     """
 
-    def empty(heads: int, dim: int) -> torch.Tensor:
-        return in_large_pages(torch.empty(arena_rows, heads, dim, dtype=model.dtype, device=model.device))
+    def empty(s: LayerShape) -> torch.Tensor:
+        rows = arena_rows if s.source is None else 0
+        shape = (rows, s.num_kv_heads, s.attention_dim)
+        return in_large_pages(torch.empty(shape, dtype=model.dtype, device=model.device))
 
-    layers = [(empty(s.num_kv_heads, s.head_dim), empty(s.num_kv_heads, s.head_dim)) for s in model.layers]
-    return Arena(layers, torch.zeros(decode_rows, max_len, dtype=torch.int32, device=model.device))
+    layers = by_source(model.layers, [(empty(s), empty(s)) for s in model.layers])
+    table = torch.zeros(decode_rows, max_len, dtype=torch.int32, device=model.device)
+    return Arena(layers, table, readers(model.layers))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from prefixfast import _rust
 from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.errors import PrefixFastError
+from prefixfast.model.prefix_shape import filled_layers, seeing_layers
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
@@ -79,8 +80,9 @@ class PrefixCache:
         if number is None:
             number = self.numbers[prefix.digest] = next(self.next_number)
             self.has_new = True
-            count, own = len(self.loader.layers), prefix.layers
-            layers = None if len(own) == count else [i in own for i in range(count)]
+            shapes = self.loader.shapes
+            seeing = seeing_layers(shapes, filled_layers(prefix, shapes))
+            layers = None if len(seeing) == len(shapes) else [i in seeing for i in range(len(shapes))]
             self.scheduler.register_prefix(
                 number, prefix.length, prefix.pos_start, prefix.window == "slide", layers=layers
             )

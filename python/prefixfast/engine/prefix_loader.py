@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.model.dry_run import LayerShape
+from prefixfast.model.prefix_shape import own_layers
 from prefixfast.model.process import check_same_process, end_at_exit, process_id
 from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
@@ -74,7 +75,7 @@ class PrefixLoader:
 
     Args:
         layers: Keys and values ``[rows, H, D]`` of each layer of the arena.
-        shapes: Number and size of the heads of each layer.
+        shapes: Heads of each layer. Nothing is copied for a layer that reads the keys of another layer.
         host_bytes: Largest number of bytes of host memory for prefixes that were read from files. The most recently
             read prefix is held even if it is larger.
         dtype: Dtype of prefixes in host memory.
@@ -83,7 +84,8 @@ class PrefixLoader:
     def __init__(
         self, layers: Sequence[LayerKV], shapes: Sequence[LayerShape], host_bytes: int, dtype: torch.dtype
     ) -> None:
-        self.layers, self.shapes, self.host_bytes, self.dtype = layers, shapes, host_bytes, dtype
+        self.shapes, self.host_bytes, self.dtype = shapes, host_bytes, dtype
+        self.layers = [layers[i] for i in own_layers(shapes)]  # keys and values of each layer with its own
         self.host_cache: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, least recently used first
         self.host_cache_bytes = 0
         self.num_reads = 0  # prefixes read from files
@@ -206,7 +208,10 @@ class PrefixLoader:
                     self.stream.wait_event(event)
                 for target, source in zip(self.layers, self._host_kv(number, prefix), strict=True):
                     for arena, x in zip(target, source, strict=True):
-                        _copy(arena[row : row + len(x)], x)
+                        rows = arena[row : row + len(x)]
+                        if x.shape[2] < rows.shape[2]:
+                            rows.zero_()
+                        _copy(rows[..., : x.shape[2]], x)
                 if self.stream is not None:
                     self.stream.synchronize()
             done.put(FinishedLoad(number, None))
@@ -219,16 +224,16 @@ class PrefixLoader:
                 self._host_kv(number, prefix)
 
     def _host_kv(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
-        """Keys and values of every layer, those from files in the dtype of host memory."""
+        """Keys and values of every layer with its own, those from files in the dtype of host memory."""
         if isinstance(prefix, Prefix):
-            return kv_by_layer(prefix, self.shapes)
+            return self._own_kv(prefix)
         if (cached := self.host_cache.get(number)) is not None:
             self.host_cache.move_to_end(number)
             return cached
         pinned = self.layers[0][0].device.type == "cuda"
         layers = [
             (_host_copy(k, self.dtype, pinned=pinned), _host_copy(v, self.dtype, pinned=pinned))
-            for k, v in kv_by_layer(prefix.read(), self.shapes)
+            for k, v in self._own_kv(prefix.read())
         ]
         self.num_reads += 1
         if number not in self.cacheable:
@@ -238,6 +243,10 @@ class PrefixLoader:
         while self.host_cache_bytes > self.host_bytes and len(self.host_cache) > 1:
             self._remove(next(iter(self.host_cache)))
         return layers
+
+    def _own_kv(self, prefix: Prefix) -> list[LayerKV]:
+        kv = kv_by_layer(prefix, self.shapes)
+        return [kv[i] for i in own_layers(self.shapes)]
 
     def _remove(self, number: int) -> None:
         self.host_cache_bytes -= _nbytes(self.host_cache.pop(number, []))

@@ -16,6 +16,7 @@ from prefixfast.errors import ConfigError, warn_renamed
 from prefixfast.model.attach import Handle
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import Fingerprint, fingerprint
+from prefixfast.model.kv_layout import kv_layout
 from prefixfast.model.lm_head import Head, packed_hidden
 from prefixfast.model.packed_forward import packed_forward
 from prefixfast.model.prefix_shape import PrefixShape
@@ -82,7 +83,9 @@ class Model:
     @cached_property
     def fingerprint(self) -> Fingerprint:
         """Architecture and digests of tokenizer and weights, by which a prefix recognizes its base model."""
-        return fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
+        found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
+        layout = kv_layout(self.hf, self.layers)
+        return found if layout is None else {**found, "kv_layout": layout}
 
     def forward(self, plan: Plan, ids: Tensor) -> Tensor:
         """One packed forward pass.

@@ -39,8 +39,18 @@ class LayerShape:
     source: int | None = None
 
     @property
+    def attention_dim(self) -> int:
+        """Head dim of the attention operators, to which the shorter ones of keys and values are padded with zeros."""
+        return max(self.head_dim, self.value_dim)
+
+    @property
+    def row(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Shapes ``(H, D)`` of one row's keys and of its values."""
+        return (self.num_kv_heads, self.head_dim), (self.num_kv_heads, self.value_dim)
+
+    @property
     def row_numbers(self) -> int:
-        """Number of stored numbers of one row, 0 for a layer without keys of its own."""
+        """Number of stored numbers of one prefix row, 0 for a layer without keys of its own."""
         return self.num_kv_heads * (self.head_dim + self.value_dim) if self.source is None else 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import BaseMismatchError
+from prefixfast.errors import BaseMismatchError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +35,19 @@ SAMPLED_ROWS = 8
 _WARNED: set[tuple[str | None, str | None]] = set()  # pairs of different tokenizers that a warning has named
 
 
+class KVLayout(TypedDict):
+    """Shapes of the keys and values of a base model, and the rows of a PEFT adapter for it.
+
+    Attributes:
+        layers: Number of heads, head dim of the keys, head dim of the values, and the layer whose keys and values are
+            read, of each layer.
+        peft: Number of heads and head dim of the rows of a PEFT adapter, or the reason why PEFT cannot hold a prefix.
+    """
+
+    layers: list[list[int]]
+    peft: list[int] | str
+
+
 class Fingerprint(TypedDict, total=False):
     """Fingerprint of a base model; an imported PEFT adapter has the name only.
 
@@ -43,12 +56,38 @@ class Fingerprint(TypedDict, total=False):
         config: Values of the `FIELDS` of the configuration.
         tokenizer: Hex digest of the tokenizer, None without a tokenizer.
         weights: Hex digest of sampled weights, None for a base model in fp16.
+        kv_layout: Shapes of keys and values, absent if all layers are alike and PEFT has the same rows.
     """
 
     name: str
     config: dict[str, JSON]
     tokenizer: str | None
     weights: str | None
+    kv_layout: KVLayout
+
+
+def layout_of(base: Mapping[str, Any] | None) -> KVLayout | None:
+    """Valid ``kv_layout`` of a fingerprint, None without one.
+
+    Raises:
+        DataError: If the layout is damaged.
+    """
+    layout = (base or {}).get("kv_layout")
+    if layout is None:
+        return None
+    try:
+        layers, peft = layout["layers"], layout["peft"]
+        rows = [list(layer) for layer in layers]
+        valid = bool(rows) and all(len(row) == 4 for row in rows) and set(layout) == {"layers", "peft"}
+        valid = valid and all(type(n) is int and n >= 0 for row in rows for n in row)
+        valid = valid and all(row[3] <= i and rows[row[3]][3] == row[3] for i, row in enumerate(rows))
+        valid = valid and (isinstance(peft, str) or (len(peft) == 2 and all(type(n) is int and n > 0 for n in peft)))
+    except (TypeError, KeyError, IndexError):
+        valid = False
+    if not valid:
+        msg = f"base.kv_layout: expected heads, head dims and source of each layer and PEFT's rows, got {layout!r:.200}"
+        raise DataError(msg)
+    return {"layers": rows, "peft": peft if isinstance(peft, str) else list(peft)}
 
 
 def num_layers(base: Mapping[str, Any] | None) -> int | None:
@@ -68,7 +107,12 @@ def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
         tokenizer: `Tokenizer.digest_text` of the tokenizer, None without a tokenizer.
     """
     config = model.config.get_text_config()
-    fields = {f: getattr(config, f) for f in FIELDS if getattr(config, f, None) is not None}
+    by_layer = getattr(config, "per_layer_attributes", None) or set()  # reading one from the whole config raises
+    values = {
+        f: [getattr(layer, f, None) for layer in config.per_layer_config] if f in by_layer else getattr(config, f, None)
+        for f in FIELDS
+    }
+    fields = {f: value for f, value in values.items() if value is not None}
     return {
         "name": str(getattr(model, "name_or_path", "") or ""),
         "config": json.loads(json.dumps(fields, default=str)),

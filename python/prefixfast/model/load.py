@@ -143,7 +143,7 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
     ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # raises before the model is attached
     handle = attach(hf)
     try:
-        shapes = tuple((s.num_heads // s.num_kv_heads, s.head_dim) for s in handle.layers)
+        shapes = tuple((s.num_heads // s.num_kv_heads, s.attention_dim) for s in handle.layers)
         chosen = ops.choose_backend(backend, hf.device, hf.dtype, shapes, max(s.num_kv_heads for s in handle.layers))
     except ConfigError:
         handle.detach()

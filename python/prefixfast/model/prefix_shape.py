@@ -1,11 +1,18 @@
-"""`PrefixShape`, the attributes of a prefix that tell whether the prefix fits a base model."""
+"""`PrefixShape`, the attributes of a prefix that tell whether it fits a base model, and its rows in the base's layers.
+
+A layer can read the keys and values of an earlier layer (`LayerShape.source`). It then attends to the prefix rows of
+that layer, as it does with a cache that PEFT filled, and has none of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol, TypeVar
 
-from prefixfast.model.fingerprint import Fingerprint
+from prefixfast.model.dry_run import LayerShape
+from prefixfast.model.fingerprint import Fingerprint, num_layers
+
+T = TypeVar("T")
 
 
 class PrefixShape(Protocol):
@@ -22,3 +29,57 @@ class PrefixShape(Protocol):
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that have rows, ascending."""
+
+
+def source_of(shapes: Sequence[LayerShape]) -> list[int]:
+    """Layer whose keys and values each layer reads, itself for a layer with its own."""
+    return [i if s.source is None else s.source for i, s in enumerate(shapes)]
+
+
+def own_layers(shapes: Sequence[LayerShape]) -> tuple[int, ...]:
+    """Layers with keys and values of their own, ascending."""
+    return tuple(i for i, s in enumerate(shapes) if s.source is None)
+
+
+def readers(shapes: Sequence[LayerShape]) -> frozenset[int]:
+    """Layers that read the keys and values of another layer."""
+    return frozenset(i for i, s in enumerate(shapes) if s.source is not None)
+
+
+def by_source(shapes: Sequence[LayerShape], items: Sequence[T]) -> list[T]:
+    """One item for each layer, which is the item of the layer whose keys and values it reads."""
+    return [items[source] for source in source_of(shapes)]
+
+
+def seeing_layers(shapes: Sequence[LayerShape], layers: Collection[int]) -> tuple[int, ...]:
+    """Layers that attend to rows in ``layers``, ascending: these, and the layers that read their keys."""
+    return tuple(i for i, source in enumerate(source_of(shapes)) if source in layers)
+
+
+def filled_layers(prefix: PrefixShape, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
+    """Layers of a base model with rows of a prefix, ascending.
+
+    An adapter of PEFT has rows of one shape in every layer. PEFT cuts them to the heads of a layer, and leaves out the
+    layers that need larger rows and those that read the keys of another layer.
+    """
+    layers = tuple(i for i in prefix.layers if i < len(shapes) and shapes[i].source is None)
+    if not is_peft_table(prefix, shapes):
+        return layers
+    _, heads, dim = prefix.shapes["self.0.k"]
+    return tuple(i for i in layers if shapes[i].num_kv_heads <= heads and shapes[i].head_dim <= dim)
+
+
+def is_peft_table(prefix: PrefixShape, shapes: Sequence[LayerShape]) -> bool:
+    """Whether a prefix is the table of a PEFT adapter for a base model whose layers differ in their heads.
+
+    The rows of such a table are those of the widest layer. A prefix of prefixfast names its base model's configuration,
+    which an adapter of PEFT does not.
+    """
+    widest = max(s.head_dim for s in shapes)
+    return (
+        num_layers(prefix.base) is None
+        and len({(s.num_kv_heads, s.head_dim) for s in shapes}) > 1
+        and prefix.layers == tuple(range(len(shapes)))
+        and {shape[1:] for shape in prefix.shapes.values()} <= {(s.num_kv_heads, widest) for s in shapes}
+        and len(set(prefix.shapes.values())) == 1
+    )

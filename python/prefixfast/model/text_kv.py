@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prefixfast.attention.plan import NO_PREFIXES, Arena, LayerKV, PrefixRows, PrefixUse, training_plan
 from prefixfast.model.base import Model
+from prefixfast.model.prefix_shape import by_source, readers
 
 
 @torch.no_grad()
@@ -26,7 +27,8 @@ def text_kv(
         model: Base model.
         ids: Token ids of the text, at least one.
         length: Number of rows P.
-        before: Keys and values ``[rows, H, D]`` by layer of the prefixes before the text; empty without prefixes.
+        before: Keys and values ``[rows, H, D]`` by layer of the prefixes before the text; empty without prefixes. A
+            layer that reads the keys of another layer has the tensors of that layer, also in the result.
         rows: Place of each prefix in ``before``, from left to right.
 
     Returns:
@@ -40,18 +42,25 @@ def text_kv(
         np.array([length], np.int32), PrefixUse(indptr, number), rows, None, backend=model.backend, device=model.device
     )
 
-    def with_room(before: Tensor) -> Tensor:
-        return torch.cat([before, before.new_empty(first + length - len(before), *before.shape[1:])])
+    def with_room(i: int, j: int) -> Tensor:
+        s = model.layers[i]
+        rows = torch.zeros(first + length, s.num_kv_heads, s.attention_dim, dtype=model.dtype, device=model.device)
+        if before:
+            own = before[i][j]
+            rows[: len(own), :, : own.shape[2]] = own
+        return rows
 
-    empty = [torch.empty(0, s.num_kv_heads, s.head_dim, dtype=model.dtype, device=model.device) for s in model.layers]
-    layers = [(with_room(k), with_room(v)) for k, v in before or zip(empty, empty, strict=True)]
+    layers = by_source(model.layers, [(with_room(i, 0), with_room(i, 1)) for i in range(len(model.layers))])
+    arena = Arena(layers, torch.empty(0, dtype=torch.int32), readers(model.layers))
     slots = torch.arange(first, first + length, dtype=torch.int32, device=model.device)
     last = torch.tensor([length - 1], device=model.device)
-    model.forward(
-        replace(plan, arena=Arena(layers, torch.empty(0, dtype=torch.int32)), slots=slots, logits_at=last), tokens
-    )
+    model.forward(replace(plan, arena=arena, slots=slots, logits_at=last), tokens)
     dtype = parameter_dtype(model.dtype)
-    return [(k[first:].to(dtype), v[first:].to(dtype)) for k, v in layers]
+    made = [
+        (k[first:, :, : s.head_dim].to(dtype), v[first:, :, : s.value_dim].to(dtype))
+        for (k, v), s in zip(layers, model.layers, strict=True)
+    ]
+    return by_source(model.layers, made)
 
 
 def parameter_dtype(compute: torch.dtype) -> torch.dtype:

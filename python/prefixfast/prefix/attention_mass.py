@@ -38,7 +38,7 @@ def measure_prompt(
     """
     tokens = torch.tensor(ids, device=model.device)
     at = torch.arange(first, len(ids), device=model.device)
-    rows = row_table([prefix], len(model.layers))
+    rows = row_table([prefix], model.layers)
     lengths, indptr, used = np.array([len(ids)], np.int32), np.array([0, 1], np.int32), np.zeros(1, np.int32)
     plan = training_plan(lengths, PrefixUse(indptr, used), rows, kv, backend=model.backend, device=model.device)
     plan = plan.with_logits_at(at)
@@ -68,7 +68,8 @@ def prefix_mass(plan: Plan, call: AttentionCall) -> Tensor:
     seg[:, 3] = 0  # no keys of the sequence itself, so that only the prefix rows are left
     tables = list(packed._replace(seg=seg))
     options = (call.scale, call.window, call.softcap, True, False, "reference", list(plan.backend.sizes))
-    _, lse = ops.attn(call.q, call.k, call.k, *plan.prefix[call.layer], tables, None, None, *options)
+    rows = plan.prefix[call.layer][0]  # in place of the values, which the log-sum-exp does not depend on
+    _, lse = ops.attn(call.q, call.k, call.k, rows, rows, tables, None, None, *options)
     return (lse - call.lse).exp()
 
 

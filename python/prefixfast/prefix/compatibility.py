@@ -5,7 +5,7 @@ from __future__ import annotations
 from prefixfast.errors import BaseMismatchError, shown
 from prefixfast.model.base import Model
 from prefixfast.model.fingerprint import check_same_base, num_layers
-from prefixfast.model.prefix_shape import PrefixShape
+from prefixfast.model.prefix_shape import PrefixShape, filled_layers, is_peft_table, own_layers, readers
 
 
 def described(prefix: PrefixShape, names: object = None) -> str:
@@ -25,7 +25,8 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
     """Check that a prefix fits a base model.
 
     A prefix fits if its fingerprint is that of the base model, its layers exist in the base model, its heads have the
-    base model's shapes, and all of its layers have the same number of rows.
+    base model's shapes, and all of its layers have the same number of rows. The rows of a PEFT adapter can be wider
+    than those of a layer, and it has rows also for layers that read the keys of another layer; PEFT does not use these.
 
     Args:
         model: Base model.
@@ -39,14 +40,26 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
         >>> check_fits(base, prefix)
     """
     check_same_base(prefix.base, model.fingerprint, what)
-    expected = {f"self.{i}.{x}": (s.num_kv_heads, s.head_dim) for i, s in enumerate(model.layers) for x in "kv"}
+    if is_peft_table(prefix, model.layers) and filled_layers(prefix, model.layers):
+        return
+    expected = {
+        f"self.{i}.{x}": shape for i, s in enumerate(model.layers) for x, shape in zip("kv", s.row, strict=True)
+    }
     got = {name: shape[1:] for name, shape in prefix.shapes.items()}
+    if num_layers(prefix.base) is not None and (
+        dead := next((i for i in prefix.layers if i in readers(model.layers)), None)
+    ):
+        msg = (
+            f"{what}: layer {dead} of this base reads the keys of layer {model.layers[dead].source} and has no rows of "
+            "its own, but the prefix has rows there, which would have no effect; train it again"
+        )
+        raise BaseMismatchError(msg)
     wrong = min((name for name, shape in got.items() if expected.get(name) != shape), default=None)
     # A PEFT adapter of a smaller model has the first layers, and does not say how many layers its base model has.
     unknown = (
         num_layers(prefix.base) is None
         and prefix.layers == tuple(range(len(prefix.layers)))
-        and len(got) < len(expected)
+        and not set(own_layers(model.layers)) <= set(prefix.layers)
     )
     reasons = {
         f"{wrong}: {got.get(wrong or '')} where {expected.get(wrong or '')} is expected": wrong is not None,

@@ -18,7 +18,7 @@ from torch import Tensor
 from prefixfast.errors import DataError, shown
 from prefixfast.io.atomic import replace_folder, write_file
 from prefixfast.io.untrusted import read_json, read_tensors
-from prefixfast.model.fingerprint import num_layers
+from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
 from prefixfast.prefix.names import FIELD_NAMES, PrefixFields, file_key
 from prefixfast.prefix.validate import convention_error
@@ -61,7 +61,7 @@ def prefix_files(kv: Mapping[str, Tensor], digest: str, fields: PrefixFields) ->
         digest: Digest of the prefix, by which a reader notices that another program changed the tensors.
         fields: All attributes of the prefix other than its tensors.
     """
-    reason = peft.peft_incompatibility(kv, fields["pos_start"], fields["window"], num_layers(fields["base"]))
+    reason = peft.peft_incompatibility(kv, fields["pos_start"], fields["window"], fields["base"])
     if reason is None:
         tensor_files = adapter_files(kv, fields, adapter_type(fields))
     else:
@@ -83,9 +83,8 @@ def adapter_type(fields: PrefixFields) -> peft.PeftType:
 
 def adapter_files(kv: Mapping[str, Tensor], fields: PrefixFields, peft_type: peft.PeftType) -> dict[str, bytes]:
     """The two files of a PEFT adapter by name, for a prefix that PEFT can hold."""
-    base = fields["base"]
     frozen: Any = fields["training"].get("num_frozen_tokens", 0)
-    return peft.adapter_files(kv, base.get("name") if base else None, peft_type, frozen)
+    return peft.adapter_files(kv, fields["base"], peft_type, frozen)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -116,7 +115,7 @@ def read_folder(path: Path) -> FolderContent:
         fields, digest = read_meta(path / META)
         if (path / TENSORS).exists():
             return FolderContent(path / TENSORS, read_tensors(path / TENSORS), fields, digest)
-        return FolderContent(path / peft.WEIGHTS, peft.read(path)[0], fields, digest)
+        return FolderContent(path / peft.WEIGHTS, peft.cut(peft.read(path)[0], fields["base"]), fields, digest)
     if (path / peft.CONFIG).exists():
         kv, config = peft.read(path)
         return FolderContent(path / peft.WEIGHTS, kv, _adapter_fields(kv, config, path / peft.CONFIG), None)
@@ -155,6 +154,11 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
         if value is not None and not isinstance(value, kind):
             msg = f"{path.name}: {key}: expected {kind.__name__} or null, got {shown(value)}"
             raise DataError(msg, path=str(path))
+    try:
+        layout_of(meta["base"])
+    except DataError as e:
+        msg = f"{path.name}: {e}"
+        raise DataError(msg, path=str(path)) from e
     if error := convention_error(meta["pos_start"], meta["window"]):
         msg = f"{path.name}: {error}"
         raise DataError(msg, path=str(path))

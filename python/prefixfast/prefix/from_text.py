@@ -12,6 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import encode_text
 from prefixfast.errors import ConfigError, shown
 from prefixfast.model.base import Model
+from prefixfast.model.prefix_shape import own_layers
 from prefixfast.model.shared_base import borrowed
 from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
@@ -63,5 +64,6 @@ def text_prefix(
         training: dict[str, JSON] = {"text_tokens": len(ids), "num_trained": 0}
         if after:
             training["after"] = [p.digest for p in after]
-        tensors = {f"self.{i}.{x}": t.cpu() for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)}
+        own = own_layers(base.layers)
+        tensors = {f"self.{i}.{x}": t.cpu().contiguous() for i in own for x, t in zip("kv", kv[i], strict=True)}
         return tensors, {"pos_start": start + rows, "base": base.fingerprint, "training": training}

@@ -13,6 +13,7 @@ from torch import Tensor
 from prefixfast.attention.plan import LayerKV, PrefixRows, prefix_rows
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
+from prefixfast.model.prefix_shape import by_source, filled_layers, own_layers, seeing_layers
 from prefixfast.prefix.record import PrefixData
 from prefixfast.prefix.tensors import shared_tensors
 
@@ -20,26 +21,39 @@ from prefixfast.prefix.tensors import shared_tensors
 def kv_by_layer(prefix: PrefixData, shapes: Sequence[LayerShape]) -> list[LayerKV]:
     """Keys and values ``[P, H, D]`` of a prefix by layer of the base model; without rows in layers it leaves out.
 
-    The tensors are those of the prefix itself, which nobody may change.
+    The tensors are those of the prefix itself, which nobody may change. A layer that reads the keys of another layer has
+    the tensors of that layer.
 
     Args:
         prefix: Prefix.
         shapes: Heads of every layer of the base model.
     """
-    kv = shared_tensors(prefix.kv)
-    like = next(iter(kv.values()))
-    empty = [like.new_empty(0, s.num_kv_heads, s.head_dim) for s in shapes]
-    return [(kv.get(f"self.{i}.k", none), kv.get(f"self.{i}.v", none)) for i, none in enumerate(empty)]
+    kv, filled = shared_tensors(prefix.kv), filled_layers(prefix, shapes)
+    own = no_rows(shapes, next(iter(kv.values())))
+    for i in filled:
+        s = shapes[i]
+        k, v = kv[f"self.{i}.k"], kv[f"self.{i}.v"]
+        if (k.shape[1:], v.shape[1:]) != s.row:  # the table of a PEFT adapter
+            k, v = k[:, : s.num_kv_heads, : s.head_dim], v[:, : s.num_kv_heads, : s.value_dim]
+        own[i] = k, v
+    return by_source(shapes, own)
 
 
-def row_table(prefixes: Sequence[PrefixData], num_layers: int) -> PrefixRows:
+def no_rows(shapes: Sequence[LayerShape], like: Tensor) -> list[LayerKV]:
+    """Keys and values of 0 rows by layer, in the dtype and on the device of ``like``."""
+    return [(like.new_empty(0, *s.row[0]), like.new_empty(0, *s.row[1])) for s in shapes]
+
+
+def row_table(prefixes: Sequence[PrefixData], shapes: Sequence[LayerShape]) -> PrefixRows:
     """Place of each prefix's rows in the tensors that `concat_kv` makes of the prefixes.
 
     Args:
         prefixes: Prefixes from left to right.
-        num_layers: Number of layers of the base model.
+        shapes: Heads of every layer of the base model.
     """
-    return prefix_rows([(p.layers, p.length, p.pos_start, p.window == "slide") for p in prefixes], num_layers)
+    seeing = [seeing_layers(shapes, filled_layers(p, shapes)) for p in prefixes]
+    rows = [(layers, p.length, p.pos_start, p.window == "slide") for layers, p in zip(seeing, prefixes, strict=True)]
+    return prefix_rows(rows, len(shapes))
 
 
 def concat_kv(
@@ -53,15 +67,16 @@ def concat_kv(
         dtype: dtype of the result.
         device: Device of the result.
     """
-    none = [torch.empty(0, s.num_kv_heads, s.head_dim, dtype=dtype, device=device) for s in shapes]
+    none = no_rows(shapes, torch.empty(0, dtype=dtype, device=device))
     kvs = [kv_by_layer(p, shapes) for p in prefixes]
 
     def side(layer: int, j: int) -> Tensor:
-        return torch.cat([none[layer], *(kv[layer][j].detach().to(device, dtype) for kv in kvs)])
+        return torch.cat([none[layer][j], *(kv[layer][j].detach().to(device, dtype) for kv in kvs)])
 
-    return [(side(i, 0), side(i, 1)) for i in range(len(shapes))]
+    own = set(own_layers(shapes))
+    return by_source(shapes, [(side(i, 0), side(i, 1)) if i in own else none[i] for i in range(len(shapes))])
 
 
 def context(prefixes: Sequence[PrefixData], model: Model) -> tuple[list[LayerKV], PrefixRows]:
     """Keys and values of composed prefixes in the model's dtype, and the place of each prefix, for `text_kv`."""
-    return concat_kv(prefixes, model.layers, model.dtype, model.device), row_table(prefixes, len(model.layers))
+    return concat_kv(prefixes, model.layers, model.dtype, model.device), row_table(prefixes, model.layers)

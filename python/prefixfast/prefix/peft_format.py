@@ -24,6 +24,8 @@ from torch import Tensor
 
 from prefixfast.errors import DataError, shown
 from prefixfast.io.untrusted import read_json, read_tensors
+from prefixfast.model.fingerprint import layout_of, num_layers
+from prefixfast.prefix.names import layers_of
 
 PeftType = Literal["PREFIX_TUNING", "CARTRIDGE"]
 TYPES: tuple[PeftType, ...] = get_args(PeftType)
@@ -42,7 +44,7 @@ COMMON_CONFIG = {
 
 
 def peft_incompatibility(
-    kv: Mapping[str, Tensor], pos_start: int, window: str, num_layers: int | None = None
+    kv: Mapping[str, Tensor], pos_start: int, window: str, base: Mapping[str, Any] | None = None
 ) -> str | None:
     """Reason why PEFT cannot hold a prefix exactly, None if it can.
 
@@ -50,28 +52,99 @@ def peft_incompatibility(
         kv: Tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``.
         pos_start: Position of the first token after the prefix.
         window: Treatment of the prefix by sliding windows, ``"slide"`` or ``"always"``.
-        num_layers: Number of layers of the base model, None if unknown.
+        base: Fingerprint of the base model, None if unknown.
     """
-    shapes = {tuple(t.shape) for t in kv.values()}
-    layers = num_layers or len(kv) // 2
-    is_elsewhere = len(shapes) == 1 and pos_start != next(iter(shapes))[0]
+    layout = layout_of(base)
+    if layout is not None and isinstance(layout["peft"], str):
+        return layout["peft"]
+    expected = rows_by_layer(kv, base)
+    is_elsewhere = {pos_start} != {len(t) for t in kv.values()}
+    wide = next((i for i in layers_of(kv) if layout is not None and i not in expected), None)
     reasons = {
         "it has sites other than 'self'": any(not name.startswith("self.") for name in kv),
-        "its layers differ in shape": len(shapes) != 1,
+        f"PEFT has no rows for layer {wide}, whose heads are larger than the adapter's": wide is not None,
+        "PEFT has no rows for layer 0, whose heads are larger than the adapter's, and starts the text at position 0": (
+            layout is not None and 0 not in expected
+        ),
+        "its layers differ in shape": not _has_shapes(kv, expected),
         "its tensors differ in dtype": len({t.dtype for t in kv.values()}) != 1,
         "its numbers are fp64": any(t.dtype == torch.float64 for t in kv.values()),
-        "some layers have no prefix": set(kv) != {f"self.{i}.{x}" for i in range(layers) for x in "kv"},
+        "some layers have no prefix": set(kv) != {f"self.{i}.{x}" for i in expected for x in "kv"},
         "text starts at another position than the prefix's length": is_elsewhere,
         "sliding windows do not slide over it": window != "slide",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def to_table(kv: Mapping[str, Tensor]) -> Tensor:
-    """Table ``[P, L * 2 * H * D]`` of the tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``."""
-    layers = len(kv) // 2
-    stacked = torch.stack([kv[f"self.{i}.{x}"] for i in range(layers) for x in "kv"], 1)
-    return stacked.flatten(1).contiguous()
+def rows_by_layer(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> dict[int, tuple[int, int]]:
+    """Number of heads and head dim of each layer in which PEFT uses the rows of an adapter.
+
+    PEFT leaves out layers that read the keys of another layer, and layers whose heads are larger than the adapter's.
+
+    Args:
+        kv: Tensors by name, which give the heads where the fingerprint does not.
+        base: Fingerprint of the base model, None if unknown.
+    """
+    layout = layout_of(base)
+    if layout is None:
+        row = next(iter(kv.values())).shape[1:]
+        return dict.fromkeys(range(num_layers(base) or len(kv) // 2), (row[0], row[1]))
+    return {
+        i: (heads, dim)
+        for i, (heads, dim, _, source) in enumerate(layout["layers"])
+        if source == i and heads <= int(layout["peft"][0]) and dim <= int(layout["peft"][1])
+    }
+
+
+def _has_shapes(kv: Mapping[str, Tensor], expected: Mapping[int, tuple[int, int]]) -> bool:
+    """Whether all tensors have one length, and those of the expected layers the expected heads."""
+    named = {f"self.{i}.{x}": row for i, row in expected.items() for x in "kv"}
+    return len({len(t) for t in kv.values()}) == 1 and all(
+        t.shape[1:] == named.get(n, t.shape[1:]) for n, t in kv.items()
+    )
+
+
+def cut(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> dict[str, Tensor]:
+    """Rows that PEFT uses of an adapter's tensors, cut to the heads of each layer; all rows if the layers are alike.
+
+    Args:
+        kv: Tensors of all layers, as `read` gives them.
+        base: Fingerprint of the base model, None if unknown.
+    """
+    if layout_of(base) is None:
+        return dict(kv)
+    expected = rows_by_layer(kv, base)
+    return {
+        f"self.{i}.{x}": kv[f"self.{i}.{x}"][:, :heads, :dim].contiguous()
+        for i, (heads, dim) in expected.items()
+        for x in "kv"
+        if f"self.{i}.{x}" in kv
+    }
+
+
+def to_table(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None = None) -> Tensor:
+    """Table ``[P, L * 2 * H * D]`` of the tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``.
+
+    Numbers that PEFT does not use, of layers without rows or beyond the heads of a layer, are 0.
+
+    Args:
+        kv: Tensors by name.
+        base: Fingerprint of the base model, None if unknown.
+    """
+    first, (layers, heads, dim) = next(iter(kv.values())), _table_sizes(kv, base)
+    table = first.new_zeros(len(first), layers, 2, heads, dim)
+    for i in layers_of(kv):
+        for j, t in enumerate((kv[f"self.{i}.k"], kv[f"self.{i}.v"])):
+            table[:, i, j, : t.shape[1], : t.shape[2]] = t
+    return table.flatten(1)
+
+
+def _table_sizes(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> tuple[int, int, int]:
+    """Number of layers, of heads, and head dim of an adapter's table."""
+    if (layout := layout_of(base)) is not None:
+        return len(layout["layers"]), int(layout["peft"][0]), int(layout["peft"][1])
+    _, heads, dim = next(iter(kv.values())).shape
+    return len(kv) // 2, heads, dim
 
 
 def from_table(table: Tensor, num_layers: int, num_kv_heads: int) -> dict[str, Tensor]:
@@ -94,17 +167,20 @@ def from_table(table: Tensor, num_layers: int, num_kv_heads: int) -> dict[str, T
 
 
 def adapter_files(
-    kv: Mapping[str, Tensor], base_name: str | None, peft_type: PeftType = "PREFIX_TUNING", num_frozen: int = 0
+    kv: Mapping[str, Tensor],
+    base: Mapping[str, Any] | None,
+    peft_type: PeftType = "PREFIX_TUNING",
+    num_frozen: int = 0,
 ) -> dict[str, bytes]:
     """Files of an adapter folder by name.
 
     Args:
         kv: Tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``, for which `peft_incompatibility` is None.
-        base_name: Name of the base model, None if unknown.
+        base: Fingerprint of the base model, None if unknown.
         peft_type: Type of the adapter.
         num_frozen: Number of frozen leading rows, stored as ``num_frozen_tokens`` of a CARTRIDGE.
     """
-    length, heads, dim = kv["self.0.k"].shape
+    length, (layers, heads, dim) = len(next(iter(kv.values()))), _table_sizes(kv, base)
     of_type: dict[str, Any] = (
         {"num_frozen_tokens": num_frozen}
         if peft_type == "CARTRIDGE"
@@ -113,16 +189,16 @@ def adapter_files(
     config = {
         **COMMON_CONFIG,
         **of_type,
-        "base_model_name_or_path": base_name or None,
+        "base_model_name_or_path": (base or {}).get("name") or None,
         "num_attention_heads": heads,
-        "num_layers": len(kv) // 2,
+        "num_layers": layers,
         "num_virtual_tokens": length,
         "peft_type": peft_type,
         "token_dim": heads * dim,
     }
     return {
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
-        WEIGHTS: save({TABLE: to_table(kv)}, metadata={"format": "pt"}),
+        WEIGHTS: save({TABLE: to_table(kv, base)}, metadata={"format": "pt"}),
     }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import DataError, shown, warn_renamed
-from prefixfast.model.fingerprint import Fingerprint, num_layers
+from prefixfast.model.fingerprint import Fingerprint
 from prefixfast.prefix import peft_format
 from prefixfast.prefix.names import PrefixFields, Window, layers_of
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
@@ -147,9 +147,7 @@ class PrefixData:
     @property
     def peft_incompatibility(self) -> str | None:
         """Reason why PEFT cannot hold the prefix exactly, None if it can."""
-        return peft_format.peft_incompatibility(
-            shared_tensors(self.kv), self.pos_start, self.window, num_layers(self.base)
-        )
+        return peft_format.peft_incompatibility(shared_tensors(self.kv), self.pos_start, self.window, self.base)
 
     @property
     def requires(self) -> Requirements:

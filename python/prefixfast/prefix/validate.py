@@ -36,10 +36,10 @@ def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any) -> None:
             msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {shown(name)}"
             raise DataError(msg)
         other = kv.get(f"{parts[0]}.{parts[1]}.{'v' if parts[2] == 'k' else 'k'}")
-        if t.ndim != 3 or t.dtype not in DTYPES or other is None or other.shape != t.shape or 0 in t.shape:
+        if t.ndim != 3 or t.dtype not in DTYPES or other is None or other.shape[:2] != t.shape[:2] or 0 in t.shape:
             partner = None if other is None else list(other.shape)
             msg = (
-                f"{name}: expected a float [P, H, D] with a partner of the same shape, got {t.dtype} {list(t.shape)} "
+                f"{name}: expected a float [P, H, D] with a partner of the same P and H, got {t.dtype} {list(t.shape)} "
                 f"and {partner}"
             )
             raise DataError(msg)

@@ -15,9 +15,11 @@ from prefixfast.data.encode import vocabulary_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, is_text, shown
 from prefixfast.model.base import Model
+from prefixfast.model.dry_run import LayerShape
+from prefixfast.model.prefix_shape import filled_layers, own_layers
 from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
-from prefixfast.prefix.kv import context, kv_by_layer
+from prefixfast.prefix.kv import context, kv_by_layer, no_rows
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import InitName, PrefixGroup, PrefixJob
 
@@ -57,7 +59,7 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
     if options.init_text is not None and not any(job.init == "text" for job in jobs):
         msg = f"init_text: expected only with init='text', got init={shown(jobs[0].init)}"
         raise ConfigError(msg)
-    config = _check_layers(group.prefix_config, len(model.layers))
+    config = _check_layers(group.prefix_config, model.layers)
     prefixes = {job.name: job.init for job in jobs if isinstance(job.init, Prefix)}
     if not prefixes:
         if config.prefix_length == "text":
@@ -65,7 +67,8 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
         return config
     for name, prefix in prefixes.items():
         check_fits(model, prefix, f"init of {shown(name)}")
-    if len({(p.length, p.layers, p.pos_start, p.window) for p in prefixes.values()}) != 1:
+    kinds = {(p.length, filled_layers(p, model.layers), p.pos_start, p.window) for p in prefixes.values()}
+    if len(kinds) != 1:
         msg = (
             "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a "
             "run of their own"
@@ -94,19 +97,27 @@ def initial_kv(
             logger.info("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
         by_name["text"] = text_kv(model, ids, length, *context(after, model))
     if any(job.init == "zero" for job in jobs):
-        by_name["zero"] = [(torch.zeros(config.length, s.num_kv_heads, s.head_dim),) * 2 for s in model.layers]
+        none = no_rows(model.layers, torch.empty(0))
+        by_name["zero"] = [
+            (k.new_zeros(config.length, *k.shape[1:]), v.new_zeros(config.length, *v.shape[1:])) for k, v in none
+        ]
     prefixes = {id(job.init): job.init for job in jobs if isinstance(job.init, Prefix)}
     of_prefix = {i: kv_by_layer(p, model.layers) for i, p in prefixes.items()}
     return [of_prefix[id(job.init)] if isinstance(job.init, Prefix) else by_name[job.init] for job in jobs]
 
 
-def _check_layers(config: PrefixConfig, count: int) -> PrefixConfig:
-    """Check that the layers exist. All layers of the base model, and its only site, are both written as None."""
-    if config.layers is None or config.layers[-1] < count:
-        layers = None if config.layers == tuple(range(count)) else config.layers
-        return PrefixConfig.make(config, sites=None, layers=layers)
+def _check_layers(config: PrefixConfig, shapes: Sequence[LayerShape]) -> PrefixConfig:
+    """Check that the layers have keys. All such layers, and the only site, are both written as None."""
+    own, count = own_layers(shapes), len(shapes)
+    wrong = [i for i in config.layers or () if i not in own]
+    if not wrong:
+        return PrefixConfig.make(config, sites=None, layers=None if config.layers == own else config.layers)
     expected = f"numbers from 0 to {count - 1} (this base has {count} layers)"
-    msg = f"PrefixConfig.layers: expected {expected}, got {config.layers[-1]}"
+    if wrong[0] < count:
+        expected += (
+            f"; layer {wrong[0]} reads the keys of layer {shapes[wrong[0]].source} and sees the rows of that layer"
+        )
+    msg = f"PrefixConfig.layers: expected {expected}, got {wrong[0]}"
     raise ConfigError(msg)
 
 
@@ -131,7 +142,8 @@ def _adopt_conventions(model: Model, config: PrefixConfig, first: Prefix, explic
         got = f"pos_start {first.pos_start} of {first.length} rows"
         msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got {got}"
         raise ConfigError(msg)
-    layers = None if len(first.layers) == len(model.layers) else first.layers
+    filled = filled_layers(first, model.layers)
+    layers = None if filled == own_layers(model.layers) else filled
     adopted: dict[str, Any] = {
         "prefix_length": first.length,
         "layers": layers,

@@ -17,7 +17,9 @@ FIT_LEARNING_RATE = 1e-4
 
 
 class StackedMLP(nn.Module):
-    """n networks: embedding ``[P, E]``, linear layer to the hidden size, tanh, linear layer to ``2 * L * E``.
+    """n networks: embedding ``[P, E]``, linear layer to the hidden size, tanh, linear layer to the keys and values.
+
+    The last layer has the width of all keys and values of a row, ``2 * L * E`` where all layers have the same heads.
 
     A prefix with initial values starts as exactly these: the last layer of its network is zero, and the initial values
     are added to the output. With ``config.fit_steps`` the network is fitted to the initial values instead.
@@ -38,8 +40,8 @@ class StackedMLP(nn.Module):
     ) -> None:
         super().__init__()
         first = start[0][0]
-        self.heads = tuple(first.shape[1:])
-        drawn = {s: _draw_mlp(len(start), first[0].numel(), config, s) for s in set(seeds)}
+        self.heads = [t.shape[1:] for kv in start for t in kv]
+        drawn = {s: _draw_mlp(first[0].numel(), sum(h.numel() for h in self.heads), config, s) for s in set(seeds)}
         self.embedding, self.w1, self.b1, self.w2, self.b2 = (
             nn.Parameter(torch.stack([drawn[s][i] for s in seeds]).to(first.device, first.dtype)) for i in range(5)
         )
@@ -56,9 +58,10 @@ class StackedMLP(nn.Module):
     def forward(self) -> list[Tensor]:
         """Keys and values ``[n * P, H, D]`` by layer, in the order k0, v0, k1, ..."""
         flat = _run_mlp(self.embedding, self.w1, self.b1, self.w2, self.b2)
-        made = flat.flatten(0, 1).unflatten(1, (-1, *self.heads)).unbind(1)
+        parts = flat.flatten(0, 1).split([h.numel() for h in self.heads], 1)
+        made = [part.unflatten(1, h) for part, h in zip(parts, self.heads, strict=True)]
         if self.start is None:
-            return list(made)
+            return made
         has_init = self.has_init.repeat_interleave(self.embedding.shape[1])[:, None, None]
         start = (t for kv in self.start for t in kv)
         return [out + torch.where(has_init, first, 0) for out, first in zip(made, start, strict=True)]
@@ -74,8 +77,8 @@ class StackedMLP(nn.Module):
         first = {kind: i for i, kind in reversed(list(enumerate(kinds))) if bool(self.has_init[i])}
         numbers = torch.tensor(list(first.values()), device=self.has_init.device)
         p = self.embedding.shape[1]
-        by_layer = [t.unflatten(0, (-1, p))[numbers] for kv in start for t in kv]
-        goal = torch.stack(by_layer, 2).flatten(2)  # [kinds, P, 2 * L * E]
+        by_layer = [t.unflatten(0, (-1, p))[numbers].flatten(2) for kv in start for t in kv]
+        goal = torch.cat(by_layer, 2)  # [kinds, P, 2 * L * E]
         with torch.enable_grad():
             linear = [t.detach()[numbers].requires_grad_() for t in (self.w1, self.b1, self.w2, self.b2)]
             optimizer = torch.optim.Adam(linear, lr=FIT_LEARNING_RATE)
@@ -91,13 +94,13 @@ class StackedMLP(nn.Module):
                 own[self.has_init] = fitted.detach()[index]
 
 
-def _draw_mlp(num_layers: int, width: int, config: PrefixConfig, seed: int) -> tuple[Tensor, ...]:
+def _draw_mlp(width: int, out: int, config: PrefixConfig, seed: int) -> tuple[Tensor, ...]:
     """Random weights of one network, drawn in PEFT's order, so that equal seeds give equal weights."""
     dim, hidden = config.embedding_dim or width, config.encoder_hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         embedding, first = nn.Embedding(config.length, dim), nn.Linear(dim, hidden)
-        second = nn.Linear(hidden, 2 * num_layers * width)
+        second = nn.Linear(hidden, out)
     return tuple(t.detach() for t in (embedding.weight, first.weight.T, first.bias, second.weight.T, second.bias))
 
 

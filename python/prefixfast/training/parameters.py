@@ -24,8 +24,9 @@ from torch import Tensor
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
 from prefixfast.counter_rng import GOLDEN, mix
-from prefixfast.errors import ConfigError
 from prefixfast.model.dry_run import LayerShape
+from prefixfast.model.prefix_shape import own_layers, source_of
+from prefixfast.prefix.kv import no_rows
 from prefixfast.training.mlp import StackedMLP
 
 
@@ -58,8 +59,9 @@ class PrefixParameters:
         layers: Layers in which the prefixes lie, ascending.
         num_prefixes: Number of prefixes n.
         length: Number of rows P of a prefix.
+        source: Layer whose keys and values each layer of the base model reads.
         leaves: Keys and values ``[rows, H, D]`` by layer of the base model that the forward pass reads; those of
-            ``layers`` have ``requires_grad``.
+            ``layers``, and of the layers that read their keys, have ``requires_grad``.
         params: Tensors that the optimizer updates, each with its number of rows per prefix: P for keys and values, 1
             for stacked networks.
         seeds: Random seed of the dropout of each prefix, int64 ``[n]``.
@@ -74,6 +76,7 @@ class PrefixParameters:
     layers: tuple[int, ...]
     num_prefixes: int
     length: int
+    source: list[int]
     leaves: list[LayerKV]
     params: list[tuple[Tensor, int]]
     seeds: Tensor
@@ -101,14 +104,12 @@ class PrefixParameters:
             options: Options of the parameters.
             on_top_of: Keys and values ``[rows, H, D]`` by layer of the base model of a frozen prefix.
 
-        Raises:
-            ConfigError: If the MLP is trained and the layers have different shapes.
         """
         config, dtype, device = options.config, options.dtype, options.device
         n, p = len(init), config.length
         seeds = [options.seeds] * n if isinstance(options.seeds, int) else list(options.seeds)
-        layers = config.layers or tuple(range(len(shapes)))
-        empty = [(torch.empty(0, s.num_kv_heads, s.head_dim),) * 2 for s in shapes]
+        layers, source = config.layers or own_layers(shapes), source_of(shapes)
+        empty = no_rows(shapes, torch.empty(0))
         frozen_prefix = [(k.detach().to(device, dtype), v.detach().to(device, dtype)) for k, v in on_top_of or empty]
         shapes = tuple(shapes[i] for i in layers)
         of_layers = {id(kv): kv and [kv[i] for i in layers] for kv in init}  # equal initial values stay one object
@@ -123,13 +124,10 @@ class PrefixParameters:
         }
         if not options.uses_mlp:
             params = [(t.requires_grad_(), p) for kv in start for t in kv]
-            made = cls(layers, n, p, [], params, **common)
+            made = cls(layers, n, p, source, [], params, **common)
         else:
-            if len(set(shapes)) != 1:
-                msg = "reparameterization 'mlp': expected layers of one shape, got several; use 'none'"
-                raise ConfigError(msg)
             network = StackedMLP(init, start, config, seeds)
-            made = cls(layers, n, p, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
+            made = cls(layers, n, p, source, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
         if config.frozen_rows:
             made.frozen_values = [t.clone() for t in made.current()]
             made.num_frozen = config.frozen_rows
@@ -161,6 +159,7 @@ class PrefixParameters:
         self.leaves = list(self.frozen_prefix)
         for layer, kv in zip(self.layers, zip(leaves[::2], leaves[1::2], strict=True), strict=True):
             self.leaves[layer] = kv
+        self.leaves = [self.leaves[source] for source in self.source]
 
     def backward(self) -> None:
         """Carry the gradients of the leaves to the parameters, once a step after the last micro-batch."""
@@ -228,7 +227,7 @@ def _random_kv(shapes: tuple[LayerShape, ...], length: int, seed: int) -> list[L
     """Standard normal keys and values of one prefix, the distribution of PEFT's initialization."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(s: LayerShape) -> Tensor:
-        return torch.randn(length, s.num_kv_heads, s.head_dim, generator=generator)
+    def draw(heads: int, dim: int) -> Tensor:
+        return torch.randn(length, heads, dim, generator=generator)
 
-    return [(draw(s), draw(s)) for s in shapes]
+    return [(draw(s.num_kv_heads, s.head_dim), draw(s.num_kv_heads, s.value_dim)) for s in shapes]

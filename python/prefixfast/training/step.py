@@ -19,6 +19,7 @@ from torch import Tensor
 from prefixfast.attention.plan import LayerKV, PrefixUse, prefix_rows, training_plan
 from prefixfast.data.encode import Ints
 from prefixfast.model.base import Model
+from prefixfast.model.prefix_shape import filled_layers, seeing_layers
 from prefixfast.model.text_kv import parameter_dtype
 from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
@@ -99,9 +100,11 @@ class StepRunner:
         self.schedules = {kind: torch.tensor([k == kind for k in kinds]) for kind in set(kinds)}
         self.budget = TokenBudget(group.config.token_budget)
         layers, length, pos_start = self.params.layers, prefix_config.length, group.pos_start
-        rows = [(layers, length, pos_start, job.window == "slide") for job in group.jobs]
+        seeing = seeing_layers(model.layers, layers)
+        rows = [(seeing, length, pos_start, job.window == "slide") for job in group.jobs]
         if on_top_of is not None:
-            rows.append((on_top_of.layers, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
+            seeing = seeing_layers(model.layers, filled_layers(on_top_of, model.layers))
+            rows.append((seeing, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
         self.prefix_rows = prefix_rows(rows, len(model.layers))
         self.is_composed = on_top_of is not None
 

@@ -111,7 +111,11 @@ def test_gradients_of_the_layers_with_rows(model):
         at = torch.tensor([i for i, t in enumerate(row["labels"]) if t != -100])
         one = np.array([0, 1], np.int32), np.zeros(1, np.int32)
         plan = training_plan(
-            np.array([len(ids)], np.int32), PrefixUse(*one), row_table([start], 3), params.leaves, backend=model.backend
+            np.array([len(ids)], np.int32),
+            PrefixUse(*one),
+            row_table([start], model.layers),
+            params.leaves,
+            backend=model.backend,
         )
         total = total + torch.nn.functional.cross_entropy(model.forward(plan, ids)[at - 1], ids[at], reduction="sum")
     (total / sum(t != -100 for row in DATA["a"] for t in row["labels"])).backward()
