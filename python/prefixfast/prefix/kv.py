@@ -21,8 +21,8 @@ from prefixfast.prefix.tensors import shared_tensors
 def kv_by_layer(prefix: PrefixData, shapes: Sequence[LayerShape]) -> list[LayerKV]:
     """Keys and values ``[P, H, D]`` of a prefix by layer of the base model; without rows in layers it leaves out.
 
-    The tensors are those of the prefix itself, which nobody may change. A layer that reads the keys of another layer has
-    the tensors of that layer.
+    The tensors are those of the prefix itself, which nobody may change. A layer that reads the keys of another layer
+    has the tensors of that layer.
 
     Args:
         prefix: Prefix.
