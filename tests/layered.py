@@ -77,8 +77,9 @@ WITH_PEFT = {
 }
 # PEFT leaves the sliding layers out, which have more heads than its adapter. With the first layer among them, PEFT's
 # forward starts the text at position 0, and its `generate` at P.
+WIDE_FIRST = "gemma4, wide sliding layers"
 SKIPPED = {
-    "gemma4, wide sliding layers": _gemma4(num_kv_shared_layers=2, **WIDE),
+    WIDE_FIRST: _gemma4(num_kv_shared_layers=2, **WIDE),
     "gemma4, wide second layer": _gemma4(layer_types=[FULL, SLIDING, FULL, SLIDING, FULL, FULL], **WIDE),
 }
 # PEFT cannot hold prefixes of these.

@@ -90,7 +90,7 @@ def peft_model(base: PreTrainedModel, prefix: Prefix) -> tuple[Any, Tensor]:
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length)
     own: Any = get_peft_model(base, config)
     weight = own.prompt_encoder["default"].embedding.weight
-    weight.data = peft_format.to_table(prefix.kv).to(weight.dtype)
+    weight.data = peft_format.to_table(prefix.kv, prefix.base).to(weight.dtype)
     return own, weight
 
 
@@ -143,16 +143,15 @@ def mixed_by_hand(plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: T
     """
     ids = torch.tensor(prompts)
     count, length = len(prompts), prefixes[0].length
-    layers = plain.config.get_text_config().num_hidden_layers
     stacked = [
         [torch.stack([p.kv[f"self.{i}.{x}"].transpose(0, 1) for p in prefixes]).to(plain.dtype) for x in "kv"]
-        for i in range(layers)
+        for i in prefixes[0].layers
     ]
 
     @torch.inference_mode()
     def call() -> Tokens:
         cache = DynamicCache()
-        for i, (k, v) in enumerate(stacked):
+        for i, (k, v) in zip(prefixes[0].layers, stacked, strict=True):
             cache.update(k, v, i)
         out, token, seen = [], ids, length
         for _ in range(decoding.most):

@@ -95,7 +95,7 @@ class ExactScores:
         if text.prefix is not None:
             prefix = self.prefix(text.prefix)
             length = prefix.length
-            for i in range(hf.config.get_text_config().num_hidden_layers):
+            for i in prefix.layers:
                 k, v = (prefix.kv[f"self.{i}.{x}"].transpose(0, 1)[None].to(self.plain.dtype) for x in "kv")
                 cache.update(k.to(hf.dtype), v.to(hf.dtype), i)
         positions = torch.arange(length, length + ids.shape[1], device=hf.device)[None]

@@ -97,5 +97,5 @@ def random_prefixes(model: Model, length: int, count: int) -> list[Prefix]:
             for n in own_layers(model.layers)
             for x, row in zip("kv", model.layers[n].row, strict=True)
         }
-        out.append(Prefix(kv, pos_start=length))
+        out.append(Prefix(kv, pos_start=length, base=model.fingerprint))
     return out

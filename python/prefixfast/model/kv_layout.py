@@ -10,13 +10,15 @@ Source:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from prefixfast.attention import ops
-from prefixfast.attention.plan import plain_plan
+from prefixfast.attention.plan import AttentionCall, plain_plan
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import KVLayout
 
@@ -57,12 +59,37 @@ def _peft_rows(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> list[int
     return made
 
 
+class _StopForwardError(Exception):
+    """Ends a forward pass once every kind of layer has filled its cache."""
+
+
 @torch.no_grad()
 def _cache_difference(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> str | None:
-    """Reason why the cache that transformers fills is not the keys and values of the attention, None if it is."""
+    """Reason why the cache that transformers fills is not the keys and values of the attention, None if it is.
+
+    Layers of the same heads and the same class of cache fill it in the same way, so that the forward pass ends after
+    the first layer of each kind.
+    """
     ids = torch.ones(1, 1, dtype=torch.long, device=model.device)
-    plan = plain_plan([1], backend=ops.Backend("reference"), device=model.device)
     cache = DynamicCache(config=model.config)
+    kinds = {
+        i: (s.row, type(entry))
+        for i, (s, entry) in enumerate(zip(shapes, cache.layers, strict=False))
+        if s.source is None
+    }
+    cached: dict[int, Any] = {}
+
+    def probe(call: AttentionCall) -> None:
+        entry = cache.layers[call.layer] if call.layer < len(cache.layers) else None
+        tensors = [getattr(entry, name, None) for name in ("keys", "values")]
+        cached[call.layer] = tuple(
+            (t.shape[1], t.shape[-1]) if isinstance(t, Tensor) and t.dim() == 4 else None for t in tensors
+        )
+        if {kinds.get(i) for i in cached} >= set(kinds.values()):
+            raise _StopForwardError
+
+    plan = plain_plan([1], backend=ops.Backend("reference"), device=model.device)
+    plan = replace(plan, probe=probe)
     try:
         model(
             input_ids=ids,
@@ -72,16 +99,14 @@ def _cache_difference(model: PreTrainedModel, shapes: Sequence[LayerShape]) -> s
             use_cache=True,
             prefixfast=plan,
         )
+    except _StopForwardError:
+        pass
     except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as e:
         return f"the base does not run with a cache of transformers: {e}"
-    for i, s in enumerate(shapes):
-        entry: Any = cache.layers[i] if i < len(cache.layers) else None
-        tensors = [getattr(entry, name, None) for name in ("keys", "values")]
-        got = tuple(
-            (t.shape[1], t.shape[-1]) if isinstance(t, torch.Tensor) and t.dim() == 4 else None for t in tensors
-        )
-        if s.source is None and got != s.row:
-            return f"the cache of the base holds other tensors than its attention reads (layer {i}: {got}, not {s.row})"
+    for i, got in cached.items():
+        if shapes[i].source is None and got != shapes[i].row:
+            tensors = f"(layer {i}: {got}, not {shapes[i].row})"
+            return f"the cache of the base holds other tensors than its attention reads {tensors}"
     return None
 
 

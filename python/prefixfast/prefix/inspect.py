@@ -145,7 +145,7 @@ def inspect_prefix(
         kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_by_layer(prefix, base.layers)]
         measured = [measure_prompt(base, prefix, kv, ids, first) for ids, first in examples]
         count = sum(len(kl) for _, kl in measured)
-        if words and 0 not in prefix.layers:
+        if words and not len(kv[0][0]):
             logger.warning(
                 "inspect: no words, since they are found by the keys of layer 0, which the prefix leaves out"
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from prefixfast.model.fingerprint import num_layers
+from prefixfast.model.fingerprint import layout_of, num_layers
 from prefixfast.prefix.record import PrefixData
 
 CARD = "README.md"
@@ -89,7 +89,9 @@ def model_card(prefix: PrefixData, repo_id: str) -> str:
 
 
 def _layers(prefix: PrefixData) -> str:
-    if num_layers(prefix.base) in (None, len(prefix.layers)):
+    layout = layout_of(prefix.base)
+    own = num_layers(prefix.base) if layout is None else sum(row[3] == i for i, row in enumerate(layout["layers"]))
+    if own in (None, len(prefix.layers)):
         return f"{len(prefix.layers)} layers"
     return f"the layers {', '.join(map(str, prefix.layers))} (from 0)"
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from prefixfast.attention.plan import AttentionCall, plain_plan
 from prefixfast.model.base import Model
+from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.record import PrefixData
 
 TOKENS_PER_CHUNK = 4096
@@ -39,7 +40,7 @@ def nearest_tokens(
     Returns:
         Token ids and their cosines by row, nearest first.
     """
-    wanted = prefix.kv["self.0.k"].flatten(1)
+    wanted = kv_by_layer(prefix, model.layers)[0][0].flatten(1)
     start = prefix.pos_start - len(wanted)
     found: dict[int, list[tuple[int, float]]] = {}
     for position in sorted({max(0, start + row) for row in rows}):

@@ -26,7 +26,7 @@ from prefixfast import (
     score,
     train,
 )
-from token_rows import rows
+from token_rows import distance, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers")
 TEXT, PROMPT = list(range(40, 47)), [3, 90, 17, 55, 8, 21, 64]
@@ -136,6 +136,30 @@ def test_training_with_values_of_another_width(name):
                 for x, row in zip("kv", s.row, strict=True)
             }
             assert prefix.shapes == expected
+            found = prefix.inspect(base, [PROMPT], words=1, rows=[0])
+            assert 0 < found.mass.min() < found.mass.max() < 1
+    with load(layered.make(name)) as base:
+        near = Prefix.from_text(base, TEXT).inspect(base, [PROMPT], words=1).words
+        assert [found[0][0] for found in near.values()] == [f"#{t}" for t in TEXT]
+
+
+@pytest.mark.parametrize(
+    ("name", "searched"), [("gemma4, 2 shared", [0, 1, 2, 3, 4]), (layered.WIDE_FIRST, [])], ids=str
+)
+def test_words_of_an_adapter_of_peft(tmp_path, name, searched):
+    tiny.with_prefix(layered.make(name), tiny.peft_table(layered.make(name), 5, 1)).save_pretrained(tmp_path / "p")
+    with load(layered.make(name)) as base:
+        assert list(Prefix.from_pretrained(tmp_path / "p").inspect(base, [PROMPT], words=1).words) == searched
+
+
+@pytest.mark.parametrize("name", ["gemma3n, 2 shared", "gemma4, 2 shared", "deepseek_v3, short values"])
+def test_gradient_checkpointing_changes_nothing(name):
+    how = {**HOW, "init": "random", "reparameterization": "none"}
+    made = []
+    for checkpointing in (False, True):
+        with load(layered.make(name, dtype=torch.float64)) as base:
+            made.append(train(base, rows(1, 6), **how, gradient_checkpointing=checkpointing))
+    assert distance(*made) < 1e-12
 
 
 @pytest.mark.parametrize("layers", [[1], [3], [0, 2]], ids=str)
