@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixfast.bench.contenders import RunSettings
 from prefixfast.bench.generate_points import OURS, Point
 from prefixfast.bench.harness import best_of, cpu_name
-from prefixfast.bench.report import Report, markdown, print_report, write_report
+from prefixfast.bench.report import Report, markdown, print_report, settings_table, write_report
 
 
 def table(
@@ -76,14 +75,6 @@ def tables(points: Sequence[Point], rounds: int) -> list[tuple[str, str]]:
     return out
 
 
-def settings_table(points: Sequence[Point]) -> str:
-    """Markdown table of the settings under which each contender ran."""
-    fields = list(RunSettings.__dataclass_fields__)
-    lines = [f"| contender | {' | '.join(fields)} |", "| --- |" + " --- |" * len(fields)]
-    rows = dict.fromkeys((p.key.contender, *p.settings.row().values()) for p in points)
-    return "\n".join([*lines, *(f"| {' | '.join(map(str, row))} |" for row in rows)])
-
-
 def show(output: Path, points: Sequence[Point], head: Mapping[str, Any], rounds: int) -> None:
     """Print the tables and write ``throughput.png`` and ``report.html``."""
     title = f"{head['prompt']} prompt tokens, {head['new']} new, {head['model']}, {head['dtype']}, {cpu_name()}"
@@ -93,7 +84,7 @@ def show(output: Path, points: Sequence[Point], head: Mapping[str, Any], rounds:
     caption = "settings of the contenders" + (
         f"; fields of the base's generation_config that none uses: {aside}" if aside else ""
     )
-    shown = [*tables(points, rounds), (caption, settings_table(points))]
+    shown = [*tables(points, rounds), (caption, settings_table((p.key.contender, p.settings.row()) for p in points))]
     report = Report(heading, shown, output / "throughput.png", head["command"])
     write_report(output / "report.html", report)
     print_report(output, report)

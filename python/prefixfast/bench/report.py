@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +43,19 @@ def markdown(lines: Mapping[str, Mapping[int, str]], lengths: Sequence[int], cor
     for label, cells in lines.items():
         out.append(f"| {label} | " + " | ".join(cells.get(n, "") for n in lengths) + " |")
     return "\n".join(out)
+
+
+def settings_table(settings: Iterable[tuple[str, Mapping[str, object]]]) -> str:
+    """Markdown table of the settings under which each contender ran.
+
+    Args:
+        settings: Contender and values by name of the setting, of one or several runs of each.
+    """
+    found = list(settings)
+    names = list(found[0][1])
+    lines = [f"| contender | {' | '.join(names)} |", "| --- |" + " --- |" * len(names)]
+    rows = dict.fromkeys((contender, *map(str, values.values())) for contender, values in found)
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def plot_rates(lines: Mapping[str, Mapping[int, float]], path: Path, title: str, rate: str) -> None:

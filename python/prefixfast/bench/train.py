@@ -27,8 +27,8 @@ from prefixfast.bench.harness import (
     write_rows,
 )
 from prefixfast.bench.random_base import make_or_load, random_prefixes
-from prefixfast.bench.report import Report, markdown, plot_rates, print_report, write_report
-from prefixfast.bench.train_contenders import Run, Workload, ours, peft
+from prefixfast.bench.report import Report, markdown, plot_rates, print_report, settings_table, write_report
+from prefixfast.bench.train_contenders import Run, Workload, ours, peft, settings_of
 from prefixfast.errors import ConfigError
 from prefixfast.model.load import load
 
@@ -187,6 +187,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
     announce(hf.dtype, hf.device)
     with load(hf) as base:
         points = measure(Bases(base, plain), settings, work)
+        own = {OURS: settings_of(base, work), PEFT: settings_of(plain, work)}
     head = {
         "suite": "train",
         "model": name,
@@ -194,6 +195,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
         "examples": work.examples,
         "row_tokens": [work.shortest, work.longest],
         "command": settings.command,
+        "settings": {name: own[name] for name in dict.fromkeys(p.contender for p in points)},
     }
     write_rows(output / "results.jsonl", [head, *(p.row() for p in points)])
     _show(output, points, head, settings.rounds)
@@ -211,6 +213,7 @@ def _show(output: Path, points: Sequence[Point], head: Mapping[str, Any], rounds
     if rounds > 1:
         spread = table(points, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")
         tables.append(("median over best round", spread))
+    tables.append(("settings of the contenders", settings_table(head["settings"].items())))
     report = Report(f"Training versus prefix length: {title}", tables, output / "throughput.png", head["command"])
     write_report(output / "report.html", report)
     print_report(output, report)

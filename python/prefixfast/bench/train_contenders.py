@@ -6,7 +6,7 @@ import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ from prefixfast.training.callbacks import Callback
 from prefixfast.training.trainer import train
 
 RATE = 1e-2
+# Options of both contenders, none of which is left to a default.
+HOW: dict[str, Any] = {
+    "learning_rate": RATE,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "gradient_checkpointing": False,
+    "reparameterization": "none",
+    "prefix_dropout": 0.0,
+    "loss": "token_mean",
+}
 Rows = list[dict[str, list[int]]]
 
 
@@ -75,6 +87,17 @@ class _Clock(Callback):
         return Run(self.times[-1] - self.times[0], self.losses)
 
 
+def settings_of(model: Model | PreTrainedModel, work: Workload) -> dict[str, object]:
+    """Settings under which a contender trains, which the report and the results file show."""
+    if isinstance(model, Model):
+        attention = f"prefixfast, {model.backend.name}"
+    else:
+        attention = str(model.config._attn_implementation)
+    options = ", ".join(f"{name}={value}" for name, value in HOW.items())
+    dtype = str(model.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "attention": attention, "batch": work.examples, "options": f"AdamW, {options}"}
+
+
 def ours(model: Model, rows: Mapping[str, Rows], start: Mapping[str, Prefix], steps: int) -> Run:
     """Train all prefixes in the same batches with `prefixfast.train`."""
     clock, size = _Clock(), len(next(iter(rows.values())))
@@ -85,9 +108,9 @@ def ours(model: Model, rows: Mapping[str, Rows], start: Mapping[str, Prefix], st
         on_error="raise",
         batch_size=size,
         max_steps=steps + 1,
-        learning_rate=RATE,
         progress=False,
         callbacks=[clock],
+        **HOW,
     )
     return clock.run()
 
@@ -102,7 +125,8 @@ def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
 
     own, weight = peft_model(copy.deepcopy(plain), start)
     own.eval()
-    own.base_model.config.use_cache = False
+    own.get_base_model().gradient_checkpointing_disable()
+    own.get_base_model().config.use_cache = False
     width = max(len(r["input_ids"]) for r in rows)
     pad = [width - len(r["input_ids"]) for r in rows]
     batch = {
@@ -110,13 +134,13 @@ def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
         "attention_mask": torch.tensor([[1] * (width - n) + [0] * n for n in pad]),
         "labels": torch.tensor([r["labels"] + [-100] * n for r, n in zip(rows, pad, strict=True)]),
     }
-    optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps + 1)
+    optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=HOW["weight_decay"])
+    schedule = get_linear_schedule_with_warmup(optimizer, HOW["warmup_steps"], steps + 1)
     clock = _Clock()
     for step in range(steps + 1):
         loss = own(**batch).loss
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([weight], 1.0)
+        norm = torch.nn.utils.clip_grad_norm_([weight], HOW["max_grad_norm"])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -96,6 +96,11 @@ def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
     assert (
         head["command"] == "prefixfast bench train --lengths 2,4 --prefixes 1,2 --rounds 1 --dtype float32 --shape gpt2"
     )
+    assert list(head["settings"]) == [OURS, PEFT]
+    assert all("max_grad_norm=1.0" in s["options"] and s["dtype"] == "float32" for s in head["settings"].values())
+    assert f"| {PEFT} | float32 | sdpa | 10 |".replace("10", str(WORK.examples)) in done.out
+    assert "spread" not in done.out, "one round has none"
+    assert done.err.count("computing in float32 on cpu") == 1
     assert [(r["contender"], r["prefixes"]) for r in rows[:3]] == [(OURS, 1), (OURS, 2), (PEFT, 1)]
     assert (tmp_path / "throughput.png").read_bytes()[:4] == b"\x89PNG"
     assert "<h2>Command</h2>" in (tmp_path / "report.html").read_text()
