@@ -443,6 +443,7 @@ TABLES: dict[str, Table] = {
     "generate-gpt2-fp32": Table(("generate-gpt2-fp32.jsonl",), generation, "tokens/s, fp32"),
     "generate-gpt2-bf16": Table(("generate-gpt2-bf16.jsonl",), generation, "tokens/s, bf16"),
     "generate-llama-fp32": Table(("generate-llama-fp32.jsonl",), generation, "tokens/s, fp32"),
+    "generate-nlg-10m-fp32": Table(("generate-nlg-10m-fp32.jsonl",), generation, "tokens/s, fp32"),
     "users": Table(("e2e-users-smollm2.jsonl",), users, command=COMMANDS["users"]),
     "quality-smollm2": Table(
         ("quality-smollm2-text-*.json", "quality-smollm2-mlp-p*.json"),

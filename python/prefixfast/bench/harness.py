@@ -90,7 +90,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
 
 
 def environment() -> dict[str, Any]:
-    """Processor, GPU, threads, versions, commit and date of a measurement."""
+    """Processor, GPU, threads, scheduling class, versions, commit and date of a measurement."""
     packages = ("torch", "transformers", "peft", "prefixfast")
     return {
         "cpu": cpu_name(),
@@ -98,6 +98,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+        "real_time": hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
         "python": platform.python_version(),
         "versions": {p: version(p) for p in packages},
         "commit": _commit(),
