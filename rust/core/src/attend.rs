@@ -29,6 +29,7 @@ mod chunk;
 mod dispatch;
 mod key_copy;
 mod math;
+mod memory;
 mod online_softmax;
 mod openmp;
 mod output;
@@ -39,9 +40,11 @@ mod task;
 mod transposed;
 mod vector;
 
+use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use dispatch::{InstructionSet, SIMD_VARIABLE};
+pub use memory::SharedMemory;
 pub use openmp::use_runtime_of;
 
 use crate::error::{Error, Result};
@@ -69,13 +72,13 @@ impl Floats<'_> {
     }
 }
 
-/// Writable floats in memory.
+/// Writable floats in memory, which need not be initialized.
 #[derive(Debug)]
 pub enum FloatsMut<'a> {
     /// fp32.
-    F32(&'a mut [f32]),
+    F32(&'a mut [MaybeUninit<f32>]),
     /// Bits of bf16 numbers.
-    Bf16(&'a mut [u16]),
+    Bf16(&'a mut [MaybeUninit<u16>]),
 }
 
 /// Keys and values, shape `[rows, H, D]`, both of the same dtype.
@@ -84,16 +87,16 @@ pub enum KeysValues<'a> {
     /// fp32.
     F32 {
         /// Keys.
-        k: &'a [f32],
+        k: SharedMemory<'a, f32>,
         /// Values.
-        v: &'a [f32],
+        v: SharedMemory<'a, f32>,
     },
     /// Bits of bf16 numbers.
     Bf16 {
         /// Keys.
-        k: &'a [u16],
+        k: SharedMemory<'a, u16>,
         /// Values.
-        v: &'a [u16],
+        v: SharedMemory<'a, u16>,
     },
 }
 
@@ -177,7 +180,7 @@ pub struct DecodeOutputs<'a> {
     /// Attention output `[R, HQ, D]`.
     pub o: FloatsMut<'a>,
     /// Log-sum-exp of the scores `[R, HQ]`, natural logarithm.
-    pub lse: &'a mut [f32],
+    pub lse: &'a mut [MaybeUninit<f32>],
 }
 
 /// Computes the attention of one decode step.

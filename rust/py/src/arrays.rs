@@ -8,13 +8,18 @@ use pyo3::types::PyDict;
 
 use crate::error::raise;
 
-/// Memory of a contiguous array.
-pub(crate) fn slice<'a, T: Element, D: Dimension>(
+/// Copy of a contiguous array.
+///
+/// The caller releases the GIL while it works. A borrowed array could then be written to by another Python thread.
+pub(crate) fn values<T: Element + Copy, D: Dimension>(
     py: Python<'_>,
     name: &str,
-    array: &'a PyReadonlyArray<'_, T, D>,
-) -> PyResult<&'a [T]> {
-    array.as_slice().map_err(|_| not_contiguous(py, name))
+    array: &PyReadonlyArray<'_, T, D>,
+) -> PyResult<Vec<T>> {
+    array
+        .as_slice()
+        .map(<[T]>::to_vec)
+        .map_err(|_| not_contiguous(py, name))
 }
 
 /// Writable memory of a contiguous array.

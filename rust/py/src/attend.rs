@@ -4,10 +4,12 @@
 //! only caller, has checked.
 
 use std::ffi::CString;
+use std::mem::MaybeUninit;
 
 use prefixfast_core::Error;
 use prefixfast_core::attend::{
     self as core, DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues, Shape,
+    SharedMemory,
 };
 use pyo3::prelude::*;
 
@@ -45,11 +47,11 @@ unsafe fn slice<'a, T>((address, count): Memory) -> &'a [T] {
     unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), count) }
 }
 
-/// A tensor's memory as a writable slice.
+/// A tensor's memory as a writable slice. The memory need not be initialized.
 ///
 /// # Safety
-/// The requirements of `slice` hold, and nothing else refers to the memory.
-unsafe fn slice_mut<'a, T>((address, count): Memory) -> &'a mut [T] {
+/// The requirements of `std::slice::from_raw_parts_mut` hold. If there are no elements, any address is allowed.
+unsafe fn slice_mut<'a, T>((address, count): Memory) -> &'a mut [MaybeUninit<T>] {
     if count == 0 {
         return &mut [];
     }
@@ -60,19 +62,19 @@ unsafe fn slice_mut<'a, T>((address, count): Memory) -> &'a mut [T] {
 /// Keys and values from (address of the keys, address of the values, elements of each, whether they are bf16).
 ///
 /// # Safety
-/// The requirements of `slice` hold for both addresses and the element type.
+/// The requirements of `SharedMemory::new` hold for both addresses and the element type.
 unsafe fn keys_values<'a>((k, v, count, is_bf16): (usize, usize, usize, bool)) -> KeysValues<'a> {
     // SAFETY: the caller promises what `# Safety` demands.
     unsafe {
         if is_bf16 {
             KeysValues::Bf16 {
-                k: slice((k, count)),
-                v: slice((v, count)),
+                k: SharedMemory::new(std::ptr::with_exposed_provenance(k), count),
+                v: SharedMemory::new(std::ptr::with_exposed_provenance(v), count),
             }
         } else {
             KeysValues::F32 {
-                k: slice((k, count)),
-                v: slice((v, count)),
+                k: SharedMemory::new(std::ptr::with_exposed_provenance(k), count),
+                v: SharedMemory::new(std::ptr::with_exposed_provenance(v), count),
             }
         }
     }
@@ -119,8 +121,16 @@ pub(crate) fn attend_decode(
         .saturating_add(columns);
     // SAFETY: `prefixfast/attention/cpu_decode.py` takes these numbers from CPU tensors whose dtypes, shapes and
     // strides it has checked, and it holds the tensors until this call returns. Addresses are therefore aligned, and
-    // counts lie within their tensors. The outputs are newly allocated, so nothing else refers to them. No other thread
-    // writes to the inputs during the call, as every torch operator requires.
+    // counts lie within their tensors. The outputs are newly allocated, so nothing else refers to them.
+    // Queries and tables belong to the step of the thread that calls. Only this thread writes to them, before the call:
+    // `attention/plan.py` fills the slot table, and `engine/loop.py` makes a new buffer of tables for each step.
+    // Keys and values are shared with the thread of `engine/prefix_loader.py`, which copies prefixes into other rows of
+    // the arena at the same time. Nobody writes to the rows that the tables name. Own keys lie in rows that
+    // `schedule/admission.rs` gives to one request until its end, and `prefixfast::kv_write` of this thread has written
+    // them. A prefix's rows are in the tables only when the loader has finished with them (`prefix_ready`,
+    // `PrefixCache::are_ready`), and they are not given to another prefix while a running request uses them
+    // (`PrefixCache::start_running`). `engine/prefix_cache.py` clears the rows of evicted prefixes in this thread,
+    // between steps. `integrations/hf_generate.py` has an arena of its own, which one thread uses.
     let (inputs, output) = unsafe {
         let [block, use_indptr, uses, row_of, lens] = tables.map(|memory| slice(memory));
         let tables = DecodeTables {

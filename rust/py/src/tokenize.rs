@@ -5,7 +5,7 @@ use prefixfast_core::tokenize::{Ragged, Tokenizer as Core};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedStr;
 
-use crate::arrays::{array, slice};
+use crate::arrays::{array, values};
 use crate::detokenize::DetokenizeStream;
 use crate::error::{detached, guarded};
 
@@ -50,8 +50,8 @@ impl Tokenizer {
         indptr: PyReadonlyArray1<'_, i32>,
         skip_special_tokens: bool,
     ) -> PyResult<Vec<String>> {
-        let (ids, indptr) = (slice(py, "ids", &ids)?, slice(py, "indptr", &indptr)?);
-        detached(py, || self.0.decode_batch(ids, indptr, skip_special_tokens))
+        let (ids, indptr) = (values(py, "ids", &ids)?, values(py, "indptr", &indptr)?);
+        detached(py, || self.0.decode_batch(&ids, &indptr, skip_special_tokens))
     }
 
     /// Id of a token, None if there is no such token.

@@ -64,16 +64,8 @@ pub(super) fn attend_chunk_transposed<S: SimdOps, K: Element>(
         let [keys, values] = [&*state.copies[0], &*state.copies[1]];
         let offsets = &copied[..current.len()];
         let head_offset = part / query_vectors * CHUNK_KEYS * state.head_vectors * LANES;
-        let keys = ChunkView {
-            data: keys,
-            offsets,
-            head_offset,
-        };
-        let values = ChunkView {
-            data: values,
-            offsets,
-            head_offset,
-        };
+        let keys = ChunkView::of_copy(keys, offsets, head_offset);
+        let values = ChunkView::of_copy(values, offsets, head_offset);
         let softcap = state.softcap;
         transposed::attend_vector(simd, &mut state.transposed, part, softcap, keys, values);
     }
@@ -96,11 +88,10 @@ fn attend_copied<S: SimdOps>(
             &state.q[i * vectors..][..vectors],
             &mut state.o[i * vectors..][..vectors],
         );
-        let [k, v] = state.copies.each_ref().map(|data| ChunkView {
-            data,
-            offsets,
-            head_offset,
-        });
+        let [k, v] = state
+            .copies
+            .each_ref()
+            .map(|data| ChunkView::of_copy(data, offsets, head_offset));
         for j in (0..count).step_by(4) {
             scores[j..j + 4].copy_from_slice(&score_keys(simd, q, k, j));
         }
@@ -139,11 +130,9 @@ fn attend_in_place<S: SimdOps, K: Element>(
         for h in 0..heads {
             let head_offset = (state.heads.start + h) * head_dim;
             prefetch_head(simd, from, soon, head_offset, head_dim);
-            let keys = ChunkView {
-                data: memory.keys,
-                offsets,
-                head_offset,
-            };
+            // SAFETY: the offsets are those of rows of the plan (`ChunkOffsets`), and `attend_chunk` calls this
+            // function only for head dims that are multiples of `LANES`, which have `vectors` vectors.
+            let keys = unsafe { ChunkView::in_place(memory.keys, offsets, head_offset) };
             for i in h * group_size..(h + 1) * group_size {
                 let found = score_keys(simd, &q[i * vectors..][..vectors], keys, j);
                 scores[i][j..j + 4].copy_from_slice(&found);
@@ -162,11 +151,8 @@ fn attend_in_place<S: SimdOps, K: Element>(
         for h in 0..heads {
             let head_offset = (state.heads.start + h) * head_dim;
             prefetch_head(simd, from, soon, head_offset, head_dim);
-            let values = ChunkView {
-                data: memory.values,
-                offsets,
-                head_offset,
-            };
+            // SAFETY: as for the keys.
+            let values = unsafe { ChunkView::in_place(memory.values, offsets, head_offset) };
             for i in h * group_size..(h + 1) * group_size {
                 let weights = &scores[i][j..count.min(j + 4)];
                 accumulate_values(simd, weights, values, j, &mut o[i * vectors..][..vectors]);

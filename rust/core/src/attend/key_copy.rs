@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::memory::SharedMemory;
 use super::online_softmax::CHUNK_KEYS;
 use super::state::{CACHE_LINE, TaskState};
 use super::vector::{Element, LANES, SimdOps};
@@ -12,11 +13,13 @@ const PREFETCH_DISTANCE: usize = 12;
 /// Keys and values `[rows, H, D]` in memory.
 #[derive(Clone, Copy)]
 pub(super) struct KvMemory<'a, K> {
-    pub(super) keys: &'a [K],
-    pub(super) values: &'a [K],
+    pub(super) keys: SharedMemory<'a, K>,
+    pub(super) values: SharedMemory<'a, K>,
 }
 
 /// Offsets of the rows of a chunk and of the chunk that follows, in elements.
+///
+/// The rows are those of a [`Plan`](super::plan::Plan), so the tables of the call name them.
 #[derive(Clone, Copy)]
 pub(super) struct ChunkOffsets<'a> {
     pub(super) current: &'a [usize],
@@ -46,7 +49,7 @@ pub(super) fn copy_chunk<S: SimdOps, K: Element>(
 #[inline(always)]
 fn copy_heads<S: SimdOps, K: Element>(
     simd: S,
-    from: &[K],
+    from: SharedMemory<'_, K>,
     offsets: &[usize],
     (heads, head_dim): (&Range<usize>, usize),
     to: &mut [f32],
@@ -61,7 +64,9 @@ fn copy_heads<S: SimdOps, K: Element>(
                 head * head_dim,
                 head_dim,
             );
-            let (from, rest) = from[start + head * head_dim..][..head_dim].as_chunks::<LANES>();
+            // SAFETY: the offset is that of a row of the plan (`ChunkOffsets`), and the head lies in the row.
+            let row = unsafe { from.get(start + head * head_dim, head_dim) };
+            let (from, rest) = row.as_chunks::<LANES>();
             let to = &mut to[(h * CHUNK_KEYS + j) * width..][..width];
             let (to, tail) = to.split_at_mut(head_dim - rest.len());
             for (from, to) in from.iter().zip(to.as_chunks_mut().0) {
@@ -88,29 +93,29 @@ pub(super) fn prefetch_part<S: SimdOps, K: Element>(
     let heads = state.heads.start * state.head_dim..state.heads.end * state.head_dim;
     for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
         for memory in [memory.keys, memory.values] {
-            for_each_cache_line(&memory[start + heads.start..start + heads.end], |x| {
-                simd.prefetch(x);
-            });
+            prefetch_lines(simd, memory, start + heads.start, heads.len());
         }
     }
 }
 
 /// Prefetches one head of the first four rows at `offsets`.
 #[inline(always)]
-pub(super) fn prefetch_head<S: SimdOps, K>(
+pub(super) fn prefetch_head<S: SimdOps, K: Element>(
     simd: S,
-    memory: &[K],
+    memory: SharedMemory<'_, K>,
     offsets: &[usize],
     head_offset: usize,
     head_dim: usize,
 ) {
     for start in &offsets[..offsets.len().min(4)] {
-        for_each_cache_line(&memory[start + head_offset..][..head_dim], |x| simd.prefetch(x));
+        prefetch_lines(simd, memory, start + head_offset, head_dim);
     }
 }
 
-/// Calls `call` with one element of every cache line.
+/// Prefetches the cache lines of `count` elements from element `first` on.
 #[inline(always)]
-fn for_each_cache_line<K>(memory: &[K], call: impl Fn(&K)) {
-    memory.iter().step_by(CACHE_LINE / size_of::<K>()).for_each(call);
+fn prefetch_lines<S: SimdOps, K: Element>(simd: S, memory: SharedMemory<'_, K>, first: usize, count: usize) {
+    for i in (0..count).step_by(CACHE_LINE / size_of::<K>()) {
+        simd.prefetch(memory.address(first + i));
+    }
 }

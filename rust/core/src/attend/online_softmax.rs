@@ -4,6 +4,7 @@
 //! borders between chunks affect the rounding of a result.
 
 use super::math::{exp, tanh};
+use super::memory::SharedMemory;
 use super::vector::{Element, F32x16, LANES, SimdOps};
 
 /// Largest number of keys in a chunk.
@@ -14,18 +15,45 @@ pub(super) const CHUNK_KEYS: usize = 64;
 /// Row `j` starts at `data[offsets[j] + head_offset]`.
 #[derive(Clone, Copy)]
 pub(super) struct ChunkView<'a, K> {
-    pub(super) data: &'a [K],
+    data: SharedMemory<'a, K>,
     pub(super) offsets: &'a [usize],
-    pub(super) head_offset: usize,
+    head_offset: usize,
+}
+
+impl<'a> ChunkView<'a, f32> {
+    /// View of a task's own copy of a chunk.
+    #[inline(always)]
+    pub(super) fn of_copy(data: &'a [f32], offsets: &'a [usize], head_offset: usize) -> Self {
+        Self {
+            data: data.into(),
+            offsets,
+            head_offset,
+        }
+    }
 }
 
 impl<'a, K: Element> ChunkView<'a, K> {
+    /// View of a chunk in place.
+    ///
+    /// # Safety
+    /// The offsets are those of rows that the tables of the call name, and the head that begins at `head_offset` lies
+    /// in each row. Its dimension is a multiple of [`LANES`], and [`Self::row`] is called for no more vectors.
+    #[inline(always)]
+    pub(super) unsafe fn in_place(data: SharedMemory<'a, K>, offsets: &'a [usize], head_offset: usize) -> Self {
+        Self {
+            data,
+            offsets,
+            head_offset,
+        }
+    }
+
     /// The first `vectors` vectors of row `j`.
     #[inline(always)]
     pub(super) fn row(&self, j: usize, vectors: usize) -> &'a [[K; LANES]] {
-        self.data[self.offsets[j] + self.head_offset..][..vectors * LANES]
-            .as_chunks()
-            .0
+        // SAFETY: the data is a borrowed slice (`of_copy`), or the elements are part of a row that the tables name
+        // (`in_place`).
+        let row = unsafe { self.data.get(self.offsets[j] + self.head_offset, vectors * LANES) };
+        row.as_chunks().0
     }
 }
 

@@ -1,6 +1,7 @@
 //! Outputs of a decode step, written by all threads.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use super::online_softmax::SoftmaxState;
 use super::vector::F32x16;
@@ -9,14 +10,14 @@ use super::{DecodeOutputs, FloatsMut, Shape};
 /// Outputs that several threads write to, each thread the queries of its own tasks.
 pub(super) struct SharedOutput<'a> {
     o: OutputPointer,
-    lse: *mut f32,
+    lse: *mut MaybeUninit<f32>,
     shape: Shape,
-    memory: PhantomData<&'a mut [f32]>,
+    memory: PhantomData<&'a mut [MaybeUninit<f32>]>,
 }
 
 enum OutputPointer {
-    F32(*mut f32),
-    Bf16(*mut u16),
+    F32(*mut MaybeUninit<f32>),
+    Bf16(*mut MaybeUninit<u16>),
 }
 
 // SAFETY: the pointers come from exclusive borrows of plain numbers, and the borrows live as long as this value.
@@ -50,7 +51,7 @@ impl<'a> SharedOutput<'a> {
         // lie within the borrowed memory, whose sizes `check` has compared with the shape. The tasks partition the
         // pairs of row and kv head and each task runs once, so no other thread touches this query's part.
         let to = unsafe {
-            *self.lse.add(query) = softmax.max + softmax.sum.ln();
+            (*self.lse.add(query)).write(softmax.max + softmax.sum.ln());
             match self.o {
                 OutputPointer::F32(o) => {
                     FloatsMut::F32(std::slice::from_raw_parts_mut(o.add(query * head_dim), head_dim))
@@ -61,8 +62,11 @@ impl<'a> SharedOutput<'a> {
             }
         };
         match to {
-            FloatsMut::F32(to) => to.iter_mut().zip(values).for_each(|(to, x)| *to = x),
-            FloatsMut::Bf16(to) => to.iter_mut().zip(values).for_each(|(to, x)| *to = round_to_bf16(x)),
+            FloatsMut::F32(to) => to.iter_mut().zip(values).for_each(|(to, x)| _ = to.write(x)),
+            FloatsMut::Bf16(to) => to
+                .iter_mut()
+                .zip(values)
+                .for_each(|(to, x)| _ = to.write(round_to_bf16(x))),
         }
     }
 }

@@ -2,11 +2,13 @@
 
 mod case;
 
+use std::sync::atomic::{AtomicBool, AtomicPtr, Ordering};
+
 use super::plan::Plan;
 use super::vector::{LANES, Scalar, SimdOps};
-use super::{DecodeInputs, DecodeOutputs, FloatsMut, InstructionSet, KeysValues, decode, math};
+use super::{DecodeInputs, DecodeOutputs, FloatsMut, InstructionSet, KeysValues, SharedMemory, decode, math};
 use crate::error::Error;
-use case::{COLUMNS, Case};
+use case::{COLUMNS, Case, uninit};
 
 const HEADS: [(usize, usize, usize); 7] = [
     (4, 4, 64),
@@ -78,7 +80,10 @@ fn bf16_memory_gives_the_result_of_the_same_numbers_in_fp32() -> Result<(), Erro
         }
         let expected = case.run(1, instructions)?;
         let (mut o, mut lse) = (vec![0.0; case.q.len()], vec![0.0; 12]);
-        let bf16 = KeysValues::Bf16 { k: &k, v: &v };
+        let bf16 = KeysValues::Bf16 {
+            k: k.as_slice().into(),
+            v: v.as_slice().into(),
+        };
         for (own, prefix) in [(bf16, bf16), (case.inputs().own, bf16), (bf16, case.inputs().own)] {
             let inputs = DecodeInputs {
                 own,
@@ -88,8 +93,8 @@ fn bf16_memory_gives_the_result_of_the_same_numbers_in_fp32() -> Result<(), Erro
             decode(
                 &inputs,
                 DecodeOutputs {
-                    o: FloatsMut::F32(&mut o),
-                    lse: &mut lse,
+                    o: FloatsMut::F32(uninit(&mut o)),
+                    lse: uninit(&mut lse),
                 },
                 2,
                 instructions,
@@ -163,8 +168,8 @@ fn refuses_memory_of_the_wrong_size() -> Result<(), Error> {
         let result = decode(
             &case.inputs(),
             DecodeOutputs {
-                o: FloatsMut::F32(&mut o),
-                lse: &mut lse,
+                o: FloatsMut::F32(uninit(&mut o)),
+                lse: uninit(&mut lse),
             },
             1,
             instructions,
@@ -175,13 +180,61 @@ fn refuses_memory_of_the_wrong_size() -> Result<(), Error> {
     let result = decode(
         &case.inputs(),
         DecodeOutputs {
-            o: FloatsMut::F32(&mut [0.0; 95]),
-            lse: &mut [0.0; 6],
+            o: FloatsMut::F32(uninit(&mut [0.0; 95])),
+            lse: uninit(&mut [0.0; 6]),
         },
         1,
         instructions,
     );
     assert!(matches!(result, Err(Error::Config(_))), "short output");
+    Ok(())
+}
+
+#[test]
+fn other_rows_may_be_written_during_a_call() -> Result<(), Error> {
+    let case = Case::shared(24, (4, 2, 64));
+    let expected = case.run(2, InstructionSet::selected()?)?;
+    let (mut k, mut v) = (case.k.clone(), case.v.clone());
+    let size = k.len();
+    // The tables name the rows up to 93, 100 to 104 and those from 110 on.
+    let free = 95 * 128..99 * 128;
+    let (keys, values) = (k.as_mut_ptr(), v.as_mut_ptr());
+    // SAFETY: the vectors outlive the calls, and the loop below writes only to rows that the tables do not name.
+    let memory = unsafe {
+        KeysValues::F32 {
+            k: SharedMemory::new(keys, size),
+            v: SharedMemory::new(values, size),
+        }
+    };
+    let inputs = DecodeInputs {
+        own: memory,
+        prefix: memory,
+        ..case.inputs()
+    };
+    let stop = AtomicBool::new(false);
+    let writer = AtomicPtr::new(keys);
+    std::thread::scope(|scope| {
+        let (stop, writer, free) = (&stop, &writer, free.clone());
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                for i in free.clone() {
+                    // SAFETY: the element lies in the vector, in a row that only this thread accesses.
+                    unsafe { writer.load(Ordering::Relaxed).add(i).write(f32::NAN) };
+                }
+            }
+        });
+        let mut results = Vec::new();
+        for _ in 0..20 {
+            let (mut o, mut lse) = (vec![0.0; case.q.len()], vec![0.0; 96]);
+            let output = DecodeOutputs {
+                o: FloatsMut::F32(uninit(&mut o)),
+                lse: uninit(&mut lse),
+            };
+            results.push(decode(&inputs, output, 2, InstructionSet::all()[0]).map(|()| (o, lse)));
+        }
+        stop.store(true, Ordering::Relaxed);
+        assert!(results.into_iter().all(|result| result == Ok(expected.clone())));
+    });
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use numpy::{PyArray1, PyReadonlyArray1};
 use prefixfast_core::batch::pack as core;
 use pyo3::prelude::*;
 
-use crate::arrays::{array, count, slice};
+use crate::arrays::{array, count, values};
 use crate::error::detached;
 
 /// Micro-batches, and the loss weights of their examples.
@@ -32,10 +32,12 @@ pub(crate) fn pack(
     token_budget: i64,
     sequence_sum: bool,
 ) -> PyResult<Packing> {
+    let (lengths, targets) = (values(py, "lengths", &lengths)?, values(py, "targets", &targets)?);
+    let batch = values(py, "batch", &batch)?;
     let examples = core::Examples {
-        lengths: slice(py, "lengths", &lengths)?,
-        targets: slice(py, "targets", &targets)?,
-        batch: slice(py, "batch", &batch)?,
+        lengths: &lengths,
+        targets: &targets,
+        batch: &batch,
     };
     let budget = count(py, "token_budget", token_budget)? as u64;
     let packing = detached(py, || core::pack(examples, budget, sequence_sum))?;

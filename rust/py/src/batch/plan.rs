@@ -7,7 +7,7 @@ use prefixfast_core::batch::table_buffer::Section;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
-use crate::arrays::{array, count, sections, slice};
+use crate::arrays::{array, count, sections, values};
 use crate::error::{detached, raise};
 
 /// Tables of a packed forward.
@@ -43,18 +43,21 @@ pub(crate) fn plan_packed(
     tiles: (i64, i64, i64),
     buckets: i64,
 ) -> PyResult<PlanBuffer> {
-    let (rows, rest) = slice(py, "prefix_rows", &prefix_rows)?.as_chunks::<4>();
     let shape = prefix_rows.as_array().dim();
+    let prefix_rows = values(py, "prefix_rows", &prefix_rows)?;
+    let (rows, rest) = prefix_rows.as_chunks::<4>();
     if shape.1 != 4 || !rest.is_empty() {
         return Err(raise(
             py,
             &Error::Config(format!("prefix_rows has shape {shape:?}: expected four columns")),
         ));
     }
+    let (lengths, prefix) = (values(py, "lengths", &lengths)?, values(py, "prefix", &prefix)?);
+    let prefix_indptr = values(py, "prefix_indptr", &prefix_indptr)?;
     let inputs = core::PackedInputs {
-        lengths: slice(py, "lengths", &lengths)?,
-        prefix_indptr: slice(py, "prefix_indptr", &prefix_indptr)?,
-        prefix: slice(py, "prefix", &prefix)?,
+        lengths: &lengths,
+        prefix_indptr: &prefix_indptr,
+        prefix: &prefix,
         prefix_rows: rows,
         tiles: core::TileSizes {
             queries: count(py, "tiles", tiles.0)?,

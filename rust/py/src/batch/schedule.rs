@@ -242,16 +242,25 @@ impl Scheduler {
     /// Plans the next step and writes its tables into `out`.
     #[pyo3(signature = (out, now = 0.0))]
     fn plan_step(&mut self, py: Python<'_>, out: &Bound<'_, PyArray1<i32>>, now: f64) -> PyResult<StepHeader> {
-        let mut out = out.try_readwrite().map_err(|_| {
-            raise(
-                py,
-                &Error::Config(
-                    "out is not writable: expected an array that is not borrowed elsewhere; pass a new one".to_owned(),
-                ),
-            )
-        })?;
-        let out = slice_mut(py, "out", &mut out)?;
-        detached(py, || self.0.plan_step(microseconds(now), out)).map(StepHeader)
+        let borrow = || {
+            out.try_readwrite().map_err(|_| {
+                raise(
+                    py,
+                    &Error::Config(
+                        "out is not writable: expected an array that is not borrowed elsewhere; pass a new one"
+                            .to_owned(),
+                    ),
+                )
+            })
+        };
+        // The array is not borrowed while the GIL is released, because another Python thread could access it.
+        let room = slice_mut(py, "out", &mut borrow()?)?.len();
+        let header = detached(py, || self.0.plan_tables(microseconds(now), room))?;
+        let tables = self.0.step_tables();
+        if let Some(out) = slice_mut(py, "out", &mut borrow()?)?.get_mut(..tables.len()) {
+            out.copy_from_slice(tables);
+        }
+        Ok(StepHeader(header))
     }
 
     /// Ends the step. Its requests advance, and the finished ones free everything that they hold.

@@ -1,5 +1,7 @@
 //! Inputs for the tests, and an fp64 reference of the attention over them.
 
+use std::mem::MaybeUninit;
+
 use super::super::{
     DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues, Shape, decode,
 };
@@ -15,6 +17,13 @@ fn random(count: usize, seed: u64) -> Vec<f32> {
         u16::try_from(state >> 48).map_or(0.0, |bits| f32::from(bits) / 32768.0 - 1.0)
     };
     (0..count).map(|_| next()).collect()
+}
+
+/// Memory of outputs. [`decode`] writes only initialized numbers to it.
+pub(super) fn uninit(values: &mut [f32]) -> &mut [MaybeUninit<f32>] {
+    let start = values.as_mut_ptr().cast();
+    // SAFETY: `MaybeUninit<f32>` has the layout of `f32`, and the result borrows `values` exclusively.
+    unsafe { std::slice::from_raw_parts_mut(start, values.len()) }
 }
 
 /// Inputs of a decode step.
@@ -101,7 +110,10 @@ impl Case {
     }
 
     pub(super) fn inputs(&self) -> DecodeInputs<'_> {
-        let memory = KeysValues::F32 { k: &self.k, v: &self.v };
+        let memory = KeysValues::F32 {
+            k: self.k.as_slice().into(),
+            v: self.v.as_slice().into(),
+        };
         let Shape { heads, head_dim, .. } = self.shape;
         DecodeInputs {
             shape: self.shape,
@@ -128,8 +140,8 @@ impl Case {
         let mut o = vec![7.0; self.q.len()];
         let mut lse = vec![7.0; self.shape.rows * self.shape.heads];
         let output = DecodeOutputs {
-            o: FloatsMut::F32(&mut o),
-            lse: &mut lse,
+            o: FloatsMut::F32(uninit(&mut o)),
+            lse: uninit(&mut lse),
         };
         let result = decode(&self.inputs(), output, threads, instructions);
         assert!(
