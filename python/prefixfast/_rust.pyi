@@ -377,8 +377,8 @@ class Scheduler:
     Args:
         arena_rows: Number of rows of the arena, at least 80.
         max_rows: Number of decode rows.
-        max_batched_tokens: Largest number of tokens of a step, decode rows included, but at least 64 prompt tokens. A
-            prompt that does not fit is filled over several steps.
+        max_batched_tokens: Largest number of tokens of a step, in which each decode row counts one. A prompt that does
+            not fit is filled over several steps, and no more rows than tokens are decoded.
         tile_rows: Number of query rows of a prefill tile; 0 makes no tiles.
         buckets: Largest number of groups of similar length in the padded layout, at least 1.
         prefix_rows: Largest number of arena rows of all prefixes together. None is no limit.
@@ -512,8 +512,8 @@ class Scheduler:
                 deadline.
 
         Raises:
-            RequestError: If a number is out of range, the id is taken, an argument is not supported, or the request
-                needs more rows than there are.
+            RequestError: If a number is out of range, the id is taken, or an argument is not supported.
+            CapacityError: If the request needs more rows than there are.
             UnknownPrefixError: If a prefix is not registered.
         """
 

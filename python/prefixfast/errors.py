@@ -87,7 +87,63 @@ class RequestError(PrefixFastError, ValueError):
 
 
 class CapacityError(PrefixFastError, RuntimeError):
-    """Error of a buffer, a KV cache, a queue or a memory limit that is too small."""
+    """Error of a buffer, a KV cache, a queue or a memory limit that is too small.
+
+    Args:
+        message: Error message.
+        limit: Name of the limit, such as ``"arena_rows"``, None if it has none.
+        needed: Number that exceeds the limit.
+        available: Largest possible number.
+
+    Attributes:
+        limit: Name of the limit, such as ``"arena_rows"``, None if it has none.
+        needed: Number that exceeds the limit, None without one.
+        available: Largest possible number, None without one.
+    """
+
+    def __init__(
+        self, message: str, *, limit: str | None = None, needed: int | None = None, available: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.limit, self.needed, self.available = limit, needed, available
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the attributes too."""
+        return type(self), self.args, vars(self)
+
+
+# Messages of the limits of the Rust core, by their names.
+LIMITS = {
+    "decode_rows": "{needed} sequences of one request, expected at most {available}; lower num_beams or "
+    "num_return_sequences, or raise max_num_seqs and max_num_batched_tokens",
+    "arena_rows": "{needed} rows of the KV cache, expected at most {available}; shorten the prompt, lower "
+    "max_new_tokens, num_beams or num_return_sequences, or raise kv_cache_memory",
+    "prefix_rows": "{needed} rows of the KV cache for the prefixes of one request, expected at most {available}; raise "
+    "prefix_memory, or use shorter prefixes",
+    "table_entries": "tables of {needed} numbers, expected at most {available}; use fewer prefixes, or lower "
+    "max_num_batched_tokens",
+    "step_buffer": "a buffer of {available} int32 numbers, expected at least {needed}; make it buffer_len long",
+    "sequence_keys": "{needed} tokens and prefix rows of one sequence, expected at most {available}; shorten it",
+    "token_prefix_pairs": "{needed} pairs of a token and a prefix in one forward, expected at most {available}; make "
+    "the batch smaller",
+    "visible_prefix_rows": "{needed} prefix rows of the sequences of one forward, expected at most {available}; make "
+    "the batch smaller",
+    "padded_tokens": "{needed} padded tokens in one forward, expected at most {available}; make the batch smaller",
+    "token_ids": "{needed} token ids of the texts of one call, expected at most {available}; pass fewer texts at "
+    "a time",
+}
+
+
+def capacity_error(limit: str, needed: int, available: int) -> CapacityError:
+    """Error of a limit of the Rust core, which calls this function.
+
+    Args:
+        limit: Name of the limit, one of `LIMITS`.
+        needed: Number that exceeds the limit.
+        available: Largest possible number.
+    """
+    message = LIMITS[limit].format(needed=needed, available=available)
+    return CapacityError(message, limit=limit, needed=needed, available=available)
 
 
 def warn_renamed(old: str, new: str) -> None:

@@ -1,6 +1,7 @@
 """`plan_packed` and `Scheduler` against slow reference implementations, and hostile input."""
 
 import itertools
+import pickle
 from collections.abc import Sequence
 
 import numpy as np
@@ -67,7 +68,7 @@ def test_plan_packed_refuses() -> None:
     wrong: list[tuple[type[Exception], dict[str, object]]] = [
         (ConfigError, {"lengths": int32([0])}),
         (ConfigError, {"lengths": int32([-3])}),
-        (ConfigError, {"lengths": int32([2**31 - 1])}),
+        (CapacityError, {"lengths": int32([2**31 - 1])}),
         (ConfigError, {"lengths": int32([])}),
         (ConfigError, {"prefix_indptr": int32([])}),
         (ConfigError, {"prefix_indptr": int32([0, 2])}),
@@ -95,8 +96,9 @@ def test_plan_packed_refuses() -> None:
         plan_packed(**{**good, "prefix": int32([9])})
     assert str(caught.value).startswith("prefix 9 is not known")
     many = {**good, "lengths": int32([2**26, 1, 1]), "prefix_indptr": int32([0, 1, 1, 1]), "buckets": 1}
-    with pytest.raises(ConfigError, match="padded tokens"):
+    with pytest.raises(CapacityError, match="padded tokens") as too_many:
         plan_packed(**many)
+    assert (too_many.value.limit, too_many.value.needed) == ("padded_tokens", 3 * 2**26)
 
 
 ROWS = [20, 0, 5, 33]  # number of rows of each prefix
@@ -322,15 +324,21 @@ def test_scheduler_refuses() -> None:
     for change in [
         {"prompt_len": 0},
         {"prompt_len": -2},
-        {"prompt_len": 10_000},
         {"beams": 0},
-        {"beams": 5},
         {"max_new": -1},
-        {"max_new": 2**62},
         {"encoder_len": 3},
     ]:
         with pytest.raises(RequestError, match="1"):
             scheduler.add(**{"id": 1, "prefixes": [5], "prompt_len": 3, "beams": 1, "max_new": 2, **change})
+    for change, limit, needed, available in [
+        ({"prompt_len": 10_000}, "arena_rows", 10_032, 928),
+        ({"beams": 5}, "decode_rows", 5, 4),
+        ({"max_new": 2**62}, "arena_rows", 2**62 + 32, 928),
+    ]:
+        with pytest.raises(CapacityError) as caught:
+            scheduler.add(**{"id": 1, "prefixes": [5], "prompt_len": 3, "beams": 1, "max_new": 2, **change})
+        assert (caught.value.limit, caught.value.needed, caught.value.available) == (limit, needed, available)
+        assert pickle.loads(pickle.dumps(caught.value)).needed == needed
     with pytest.raises(UnknownPrefixError, match="prefix 6 is not known"):
         scheduler.add(1, [5, 6], 3, 1, 2)
     with pytest.raises(OverflowError):

@@ -155,7 +155,6 @@ CASES = {
         "'x'",
     ),
     "a mapping without names": (lambda w: w.generate([{"prompt": "a"}], {"y": w.good}), RequestError, "prefix"),
-    "one prefix twice": (lambda w: w.generate([OK], [[w.good, w.good]]), RequestError, "twice"),
     "a folder for a prefix": (lambda w: w.generate([OK], w.tmp), ConfigError, "from_pretrained"),
     "too long a prompt": (lambda w: w.generate([[5] * 40]), RequestError, "exceed"),
     "an empty prompt": (lambda w: w.generate([[]]), RequestError, "no tokens"),

@@ -47,8 +47,8 @@ class EngineConfig(Options):
     )
     max_num_batched_tokens: int = option(
         4096,
-        "largest number of tokens of a step, in which each decoding sequence counts one token; longer prompts are "
-        "prefilled over several steps",
+        "largest number of tokens of a step, in which each beam or sample that is decoded counts one token; longer "
+        "prompts are prefilled over several steps, and no more sequences than this number are decoded",
         Range(1, 2**24),
     )
     kv_cache_memory: int | None = option(

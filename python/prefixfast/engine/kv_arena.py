@@ -41,8 +41,8 @@ def num_arena_rows(model: Model, config: EngineConfig, max_model_len: int) -> in
     budget = config.kv_cache_memory or (share if model.device.type == "cuda" else min(share, DEFAULT_MAX_BYTES))
     if budget // row < RESERVED_ROWS + 16:
         msg = (
-            f"kv_cache_memory: {budget} bytes hold {budget // row} rows of {row} bytes, expected at least "
-            f"{RESERVED_ROWS + 16} rows; raise kv_cache_memory"
+            f"the KV cache of {budget} bytes holds {budget // row} rows of {row} bytes, expected at least "
+            f"{RESERVED_ROWS + 16} rows; raise kv_cache_memory, or gpu_memory_utilization where kv_cache_memory is None"
         )
         raise CapacityError(msg)
     return min(budget // row, RESERVED_ROWS + config.max_num_seqs * (max_model_len + DEFAULT_MAX_MODEL_LEN))

@@ -29,7 +29,7 @@ from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.engine.request import Request
 from prefixfast.engine.step_runner import StepRunner
 from prefixfast.engine.ticket import request_error
-from prefixfast.errors import CapacityError, RequestError
+from prefixfast.errors import CapacityError
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
@@ -120,13 +120,13 @@ class Loop:
                 priority=request.priority,
                 deadline=request.deadline,
             )
-        except RequestError as e:
-            reason = str(e).split(" can never run: ")[-1]
+        except CapacityError as e:
+            rows, prefix_rows = request.num_rows, sum(p.length for p in request.prefixes)
             msg = (
-                f"request {request.index} can never run: {reason}; raise max_num_seqs or kv_cache_memory, or lower "
-                "max_new_tokens or num_beams"
+                f"request {request.index} can never run: {len(request.ids)} prompt tokens, {rows} sequences of "
+                f"{request.params.max_new_tokens} new tokens and {prefix_rows} prefix rows need {e}"
             )
-            raise CapacityError(msg) from e
+            raise CapacityError(msg, limit=e.limit, needed=e.needed, available=e.available) from e
         self.requests[number] = request
 
     def cancel(self, number: int) -> None:

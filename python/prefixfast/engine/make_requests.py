@@ -90,6 +90,14 @@ def prefixes_and_tasks(
     assigned = assign_prefixes(batch, prefixes, store)
     for prefix in {id(p): p for own in assigned for p in own}.values():
         check_fits(model, prefix, described(prefix, prefixes))
+    for i, own in enumerate(assigned):
+        if text_positions(model, own) < 1:
+            start = max(p.pos_start for p in own)
+            msg = (
+                f"request {i}: its text starts at position {start} behind its prefixes, expected a position below "
+                f"{model.max_positions}, the base model's number of positions; use shorter prefixes"
+            )
+            raise RequestError(msg, index=i)
     return assigned, _tasks(batch, assigned)
 
 

@@ -92,7 +92,14 @@ class GroupTrainer:
     def _tokenize(self, group: PrefixGroup, failed: dict[str, str]) -> tuple[Dataset, Dataset | None]:
         """Training and held-out examples; the errors of prefixes go to ``failed`` if failures are isolated."""
         rows, before = self.job.rows, self.job.on_top_of
-        room = self.model.max_positions - max(group.pos_start, 0 if before is None else before.pos_start)
+        start = max(group.pos_start, 0 if before is None else before.pos_start)
+        room = self.model.max_positions - start
+        if room < 1:
+            msg = (
+                f"prefix_length: rows start at position {start} behind the prefix, expected a position below "
+                f"{self.model.max_positions}, the base model's number of positions; use a shorter prefix"
+            )
+            raise ConfigError(msg)
         limit = min(room, group.config.max_length or room)
         options = TokenizeOptions(self.job.task, limit, group.config.overflow)
         note = failed if self.job.isolate else None

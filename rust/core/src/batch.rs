@@ -7,6 +7,7 @@ pub mod free_list;
 mod int32;
 mod length_buckets;
 mod loss_weights;
+mod max_tree;
 pub mod pack;
 pub mod plan;
 pub mod schedule;

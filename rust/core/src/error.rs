@@ -5,6 +5,62 @@ use std::fmt;
 /// Result with an [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// What a request, a batch or a text can exceed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// Decode rows of a request.
+    DecodeRows,
+    /// Arena rows of a request, those of its prefixes included.
+    ArenaRows,
+    /// Arena rows of the prefixes of a request.
+    PrefixRows,
+    /// Keys that a query of a request sees, or int32 entries of a step's tables.
+    TableEntries,
+    /// int32 entries of the buffer for a step's tables.
+    StepBuffer,
+    /// Keys of a sequence of a packed forward, those of its prefixes included.
+    SequenceKeys,
+    /// Pairs of a token and a prefix of a packed forward.
+    TokenPrefixPairs,
+    /// Prefix rows that the sequences of a packed forward see.
+    VisiblePrefixRows,
+    /// Tokens of a packed forward in the padded layout.
+    PaddedTokens,
+    /// Token ids of one call.
+    TokenIds,
+}
+
+impl Limit {
+    /// Name of the limit.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::DecodeRows => "decode_rows",
+            Self::ArenaRows => "arena_rows",
+            Self::PrefixRows => "prefix_rows",
+            Self::TableEntries => "table_entries",
+            Self::StepBuffer => "step_buffer",
+            Self::SequenceKeys => "sequence_keys",
+            Self::TokenPrefixPairs => "token_prefix_pairs",
+            Self::VisiblePrefixRows => "visible_prefix_rows",
+            Self::PaddedTokens => "padded_tokens",
+            Self::TokenIds => "token_ids",
+        }
+    }
+
+    /// Refuses a number that exceeds the limit.
+    pub(crate) fn check(self, needed: usize, available: usize) -> Result<()> {
+        if needed > available {
+            return Err(Error::Capacity {
+                limit: self,
+                needed,
+                available,
+            });
+        }
+        Ok(())
+    }
+}
+
 /// Error of any operation of this crate. The message says what was expected, what came, and what to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Error {
@@ -16,8 +72,15 @@ pub enum Error {
     UnknownPrefix(i64),
     /// Wrong request, or one that can never be served.
     Request(String),
-    /// Buffer that is too small, or count that is too large.
-    Capacity(String),
+    /// Number that exceeds a limit. The caller knows which options change the limit.
+    Capacity {
+        /// What is exceeded.
+        limit: Limit,
+        /// Number that came. It saturates.
+        needed: usize,
+        /// Largest number that is possible, or the size of a buffer.
+        available: usize,
+    },
     /// Call that is not allowed in the current state.
     State(String),
 }
@@ -25,9 +88,12 @@ pub enum Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Config(text) | Self::Data(text) | Self::Request(text) | Self::Capacity(text) | Self::State(text) => {
-                f.write_str(text)
-            }
+            Self::Config(text) | Self::Data(text) | Self::Request(text) | Self::State(text) => f.write_str(text),
+            Self::Capacity {
+                limit,
+                needed,
+                available,
+            } => write!(f, "{}: {needed} needed, {available} available", limit.name()),
             Self::UnknownPrefix(prefix) => {
                 write!(
                     f,

@@ -23,4 +23,4 @@ pub mod linearize;
 pub mod thread_pool;
 pub mod tokenize;
 
-pub use error::{Error, Result};
+pub use error::{Error, Limit, Result};

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use rayon::prelude::*;
 
 use crate::detokenize::Stream;
-use crate::error::{Error, Result};
+use crate::error::{Error, Limit, Result};
 use crate::thread_pool::thread_pool;
 
 /// Smallest number of texts that is processed in parallel. For fewer, waking the threads costs more than it saves.
@@ -162,11 +162,10 @@ pub(crate) fn to_unsigned(ids: &[i32]) -> Result<Vec<u32>> {
 
 fn ragged(lists: &[Vec<u32>]) -> Result<Ragged> {
     let total = lists.iter().map(Vec::len).sum();
-    let too_many = || {
-        Error::Capacity(format!(
-            "{total} ids in one call: expected at most {}; pass fewer texts at a time",
-            i32::MAX
-        ))
+    let too_many = || Error::Capacity {
+        limit: Limit::TokenIds,
+        needed: total,
+        available: usize::try_from(i32::MAX).unwrap_or(usize::MAX),
     };
     let mut ids = Vec::with_capacity(total);
     let mut indptr = Vec::with_capacity(lists.len() + 1);

@@ -3,9 +3,9 @@
 
 use std::collections::BTreeSet;
 
-use prefixfast_core::Error;
 use prefixfast_core::batch::plan::{PackedInputs, TileSizes, plan_packed};
 use prefixfast_core::batch::table_buffer::{ALIGN, TableBuffer};
+use prefixfast_core::{Error, Limit};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -160,10 +160,6 @@ fn invalid_inputs_are_refused() {
     for wrong in [
         PackedInputs { lengths: &[0], ..good },
         PackedInputs {
-            lengths: &[i32::MAX],
-            ..good
-        },
-        PackedInputs {
             prefix_indptr: &[0],
             ..good
         },
@@ -187,6 +183,19 @@ fn invalid_inputs_are_refused() {
     ] {
         assert!(matches!(plan_packed(&wrong), Err(Error::Config(_))), "{wrong:?}");
     }
+    let long = PackedInputs {
+        lengths: &[i32::MAX],
+        ..good
+    };
+    let (needed, available) = (2_147_483_650, 2_147_483_647);
+    assert_eq!(
+        plan_packed(&long).err(),
+        Some(Error::Capacity {
+            limit: Limit::SequenceKeys,
+            needed,
+            available
+        })
+    );
     for prefix in [-1, 4] {
         assert_eq!(
             plan_packed(&PackedInputs {

@@ -5,9 +5,9 @@
 mod model;
 
 use model::Model;
-use prefixfast_core::Error;
 use prefixfast_core::batch::decode::DecodeSizes;
 use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig};
+use prefixfast_core::{Error, Limit};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
@@ -53,6 +53,7 @@ proptest! {
         users in 0..4_usize, fill in 1..40_usize, costs in prop::sample::select(vec![0_usize, 100, 100_000]),
         padded in any::<bool>(),
         prefix_rows in prop::sample::select(vec![usize::MAX, 160, 112]),
+        max_batched_tokens in prop::sample::select(vec![50, 8, 5]),
         layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 3)], 6),
         calls in prop::collection::vec(
             (
@@ -65,7 +66,7 @@ proptest! {
         let decode = DecodeSizes {
             users, fill, key_bytes: 512, part_bytes: costs, item_bytes: costs, launch_bytes: costs, padded,
         };
-        let config = SchedulerConfig { decode, prefix_rows, ..scheduler_config() };
+        let config = SchedulerConfig { decode, prefix_rows, max_batched_tokens, ..scheduler_config() };
         let mut model = Model::new(config, &[30, 16, 1, 0, 100, 47], layers);
         let mut id = 0;
         for (kind, prefixes, prompt_len, beams, max_new) in calls {
@@ -215,7 +216,10 @@ fn calls_out_of_order_are_refused() {
     assert!(matches!(scheduler.commit(&[1]), Err(Error::Request(_))));
 
     let mut out = vec![0; scheduler.buffer_len()];
-    assert!(matches!(scheduler.plan_step(0, &mut out[1..]), Err(Error::Capacity(_))));
+    assert!(matches!(
+        scheduler.plan_step(0, &mut out[1..]),
+        Err(Error::Capacity { .. })
+    ));
     assert_eq!((scheduler.num_waiting(), scheduler.num_running()), (1, 0));
     assert_eq!(scheduler.plan_step(0, &mut out).expect("a step").loads, [(9, 0)]);
     scheduler.prefix_ready(9).expect("it was loading");
@@ -263,14 +267,23 @@ fn own_prefixes_are_moved_if_the_arena_is_fragmented() {
 fn requests_that_never_fit_are_refused() {
     let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
     scheduler.register_prefix(0, 300, 300, true, &[]).expect("a new number");
+    for (wrong, limit, needed, available) in [
+        (request(1, &[0], 17, 1, 16), Limit::ArenaRows, 352, 320),
+        (request(1, &[], 320, 1, 1), Limit::ArenaRows, 336, 320),
+        (request(1, &[], 1, 8, 1), Limit::DecodeRows, 8, 7),
+        (request(1, &[], 1, 2, usize::MAX), Limit::ArenaRows, usize::MAX, 320),
+    ] {
+        let error = Error::Capacity {
+            limit,
+            needed,
+            available,
+        };
+        assert_eq!(scheduler.add(wrong), Err(error));
+    }
     for wrong in [
-        request(1, &[0], 17, 1, 16),
-        request(1, &[], 320, 1, 1),
-        request(1, &[], 1, 8, 1),
         request(1, &[], 0, 1, 1),
         request(1, &[], 1, 0, 1),
         request(1, &[], 1, 1, 0),
-        request(1, &[], 1, 2, usize::MAX),
     ] {
         assert!(
             matches!(scheduler.add(wrong.clone()), Err(Error::Request(_))),
@@ -291,7 +304,7 @@ proptest! {
     #[test]
     fn buffer_len_suffices(
         requests in prop::collection::vec((prop_oneof![1..9_usize, 1..400_usize], 1..9_usize), 1..40),
-        max_batched_tokens in 1..600_usize, tile_rows in 0..3_usize, buckets in 1..5_usize, prefixes in 0..4_usize,
+        max_batched_tokens in 8..600_usize, tile_rows in 0..3_usize, buckets in 1..5_usize, prefixes in 0..4_usize,
         users in 0..20_usize, fill in prop_oneof![1..9_usize, 1..900_usize], padded in any::<bool>(),
         layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 5)], 4),
     ) {

@@ -27,16 +27,26 @@ fn catch_panic<T>(work: impl FnOnce() -> prefixfast_core::Result<T>) -> prefixfa
 
 /// Python exception of an error.
 pub(crate) fn raise(py: Python<'_>, error: &Error) -> PyErr {
+    let errors = || py.import("prefixfast.errors");
     let name = match error {
         Error::Config(_) => "ConfigError",
         Error::Data(_) => "DataError",
         Error::UnknownPrefix(_) => "UnknownPrefixError",
         Error::Request(_) => "RequestError",
-        Error::Capacity(_) => "CapacityError",
+        Error::Capacity {
+            limit,
+            needed,
+            available,
+        } => {
+            let made = errors().and_then(|module| {
+                let arguments = (limit.name(), *needed, *available);
+                module.getattr("capacity_error")?.call1(arguments)
+            });
+            return made.map_or_else(|other| other, PyErr::from_value);
+        }
         Error::State(_) => "PrefixFastError",
     };
-    let made = py
-        .import("prefixfast.errors")
+    let made = errors()
         .and_then(|module| module.getattr(name))
         .and_then(|class| class.call1((error.to_string(),)));
     match made {

@@ -2,6 +2,11 @@
 
 use std::collections::BTreeMap;
 
+use super::max_tree::MaxTree;
+
+/// Consecutive units that share an entry of the tree of longest runs.
+const GROUP: usize = 64;
+
 /// Consecutive units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
@@ -16,6 +21,8 @@ pub struct Run {
 pub struct FreeList {
     /// Length of each free run by its start. No two runs touch.
     runs: BTreeMap<usize, usize>,
+    /// Longest free run that starts in each group, so that the search for a run does not visit shorter ones.
+    longest: MaxTree,
     /// Number of free units.
     count: usize,
 }
@@ -26,6 +33,7 @@ impl FreeList {
     pub fn new(size: usize) -> Self {
         let mut list = Self {
             runs: BTreeMap::new(),
+            longest: MaxTree::new(size.div_ceil(GROUP)),
             count: 0,
         };
         list.free(Run { start: 0, len: size });
@@ -40,7 +48,8 @@ impl FreeList {
 
     /// Allocates `len` consecutive units at the start of the lowest free run that is long enough.
     pub fn allocate_low(&mut self, len: usize) -> Option<Run> {
-        let (&start, &found) = self.runs.iter().find(|(_, found)| **found >= len)?;
+        let group = self.longest.first_at_least(len as u64)?;
+        let (&start, &found) = self.runs.range(group * GROUP..).find(|(_, found)| **found >= len)?;
         self.cut(start, found, Run { start, len });
         Some(Run { start, len })
     }
@@ -53,7 +62,11 @@ impl FreeList {
         if len == 0 || self.count < len {
             return None;
         }
-        if let Some((&start, &found)) = self.runs.iter().rev().find(|(_, found)| **found >= len) {
+        let end = self
+            .longest
+            .last_at_least(len as u64)
+            .map_or(0, |group| (group + 1) * GROUP);
+        if let Some((&start, &found)) = self.runs.range(..end).rev().find(|(_, found)| **found >= len) {
             let run = Run {
                 start: start + found - len,
                 len,
@@ -99,28 +112,46 @@ impl FreeList {
         if let Some((&start, &len)) = self.runs.range(..run.start).next_back()
             && start + len == run.start
         {
-            self.runs.remove(&start);
+            self.remove(start);
             merged = Run {
                 start,
                 len: len + run.len,
             };
         }
-        if let Some(len) = self.runs.remove(&(run.start + run.len)) {
-            merged.len += len;
-        }
-        self.runs.insert(merged.start, merged.len);
+        merged.len += self.remove(run.start + run.len);
+        self.insert(merged.start, merged.len);
     }
 
     /// Cuts `run` out of the free run of length `found` at `start`.
     fn cut(&mut self, start: usize, found: usize, run: Run) {
         self.count -= run.len;
-        self.runs.remove(&start);
+        self.remove(start);
         if run.start > start {
-            self.runs.insert(start, run.start - start);
+            self.insert(start, run.start - start);
         }
         let end = run.start + run.len;
         if start + found > end {
-            self.runs.insert(end, start + found - end);
+            self.insert(end, start + found - end);
         }
+    }
+
+    fn insert(&mut self, start: usize, len: usize) {
+        self.runs.insert(start, len);
+        self.update_longest(start / GROUP);
+    }
+
+    /// Removes the free run that starts at `start` and returns its length, 0 if there is none.
+    fn remove(&mut self, start: usize) -> usize {
+        let len = self.runs.remove(&start).unwrap_or(0);
+        if len > 0 {
+            self.update_longest(start / GROUP);
+        }
+        len
+    }
+
+    fn update_longest(&mut self, group: usize) {
+        let runs = self.runs.range(group * GROUP..(group + 1) * GROUP);
+        self.longest
+            .set(group, runs.map(|(_, len)| *len).max().unwrap_or(0) as u64);
     }
 }

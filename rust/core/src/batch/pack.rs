@@ -2,6 +2,7 @@
 
 use super::int32::to_i32;
 use super::loss_weights::loss_weights;
+use super::max_tree::MaxTree;
 use crate::error::{Error, Result};
 
 /// Examples of a step to pack.
@@ -56,14 +57,16 @@ pub fn pack(examples: Examples<'_>, token_budget: u64, sequence_sum: bool) -> Re
     let mut by_size: Vec<usize> = (0..batches.len()).collect();
     by_size.sort_by_key(|&number| std::cmp::Reverse(batches[number].tokens));
     let mut micro_batches: Vec<Vec<usize>> = Vec::new();
-    let mut budgets = BudgetTree::new(batches.len());
+    // Remaining tokens of each open micro-batch.
+    let mut budgets = MaxTree::new(batches.len());
     let (mut order, mut micro_indptr) = (Vec::with_capacity(lengths.len()), vec![0]);
     for number in by_size {
         let found = batches[number];
         if found.tokens > token_budget {
             // The largest batches come first, so these micro-batches are complete before any other is opened.
             split(found, lengths, token_budget, &mut order, &mut micro_indptr);
-        } else if let Some(micro_batch) = budgets.take(found.tokens) {
+        } else if let Some(micro_batch) = budgets.first_at_least(found.tokens) {
+            budgets.set(micro_batch, budgets.get(micro_batch) - found.tokens);
             micro_batches[micro_batch].push(number);
         } else {
             budgets.set(micro_batches.len(), token_budget - found.tokens);
@@ -149,47 +152,4 @@ fn split(batch: Batch, lengths: &[i32], token_budget: u64, order: &mut Vec<i32>,
         order.push(to_i32(example));
     }
     micro_indptr.push(to_i32(order.len()));
-}
-
-/// Remaining tokens of each open micro-batch in a tree of maxima, which finds the first one with enough in O(log n).
-struct BudgetTree {
-    leaves: usize,
-    tree: Vec<u64>,
-}
-
-impl BudgetTree {
-    fn new(max_micro_batches: usize) -> Self {
-        let leaves = max_micro_batches.next_power_of_two();
-        Self {
-            leaves,
-            tree: vec![0; 2 * leaves],
-        }
-    }
-
-    fn set(&mut self, leaf: usize, remaining: u64) {
-        let mut node = self.leaves + leaf;
-        self.tree[node] = remaining;
-        while node > 1 {
-            node /= 2;
-            self.tree[node] = self.tree[2 * node].max(self.tree[2 * node + 1]);
-        }
-    }
-
-    /// Takes `tokens`, at least 1, from the first micro-batch that has as many left, and returns its number.
-    fn take(&mut self, tokens: u64) -> Option<usize> {
-        if self.tree[1] < tokens {
-            return None;
-        }
-        let mut node = 1;
-        while node < self.leaves {
-            node = if self.tree[2 * node] >= tokens {
-                2 * node
-            } else {
-                2 * node + 1
-            };
-        }
-        let leaf = node - self.leaves;
-        self.set(leaf, self.tree[node] - tokens);
-        Some(leaf)
-    }
 }

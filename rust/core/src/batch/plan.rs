@@ -4,7 +4,7 @@ use super::block_tables::{PrefixBlock, QueryRun, push_block_tables};
 use super::int32::{to_i32, to_usize};
 use super::length_buckets::length_buckets;
 use super::table_buffer::TableBuffer;
-use crate::error::{Error, Result};
+use crate::error::{Error, Limit, Result};
 
 /// Largest number of entries of one table, 512 MiB of int32.
 const MAX_ENTRIES: usize = 1 << 27;
@@ -56,7 +56,8 @@ pub(crate) struct Sequence<'a> {
 /// prefixes.
 ///
 /// # Errors
-/// [`Error::Config`] for inputs that do not fit their description or need more entries than a table may have.
+/// [`Error::Config`] for inputs that do not fit their description. [`Error::Capacity`] for more entries than a table
+/// may have.
 /// [`Error::UnknownPrefix`] for a number that `prefix_rows` does not have.
 pub fn plan_packed(inputs: &PackedInputs<'_>) -> Result<(TableBuffer, i32)> {
     check(inputs)?;
@@ -245,36 +246,18 @@ fn gather_blocks(inputs: &PackedInputs<'_>) -> Result<(Vec<PrefixBlock>, Vec<usi
 }
 
 fn check_sizes(sequences: &[Sequence<'_>], max_buckets: usize) -> Result<()> {
-    let too_large = |what: &str, count: i64| {
-        Err(Error::Config(format!(
-            "{count} {what}: expected at most {MAX_ENTRIES} in one forward; make the batch smaller"
-        )))
-    };
-    let limit = i64::try_from(MAX_ENTRIES).unwrap_or(i64::MAX);
-    let (mut tokens, mut users, mut visible_rows) = (0_i64, 0_i64, 0_i64);
+    let max_keys = usize::try_from(i32::MAX).unwrap_or(usize::MAX);
+    let (mut pairs, mut visible_rows) = (0, 0);
     for sequence in sequences {
-        let reach = sequence
-            .blocks
-            .iter()
-            .fold(i64::from(sequence.len), |sum, block| sum + i64::from(block.rows));
-        if reach > i64::from(i32::MAX) {
-            return too_large("keys of one sequence", reach);
-        }
-        tokens += i64::from(sequence.len);
-        visible_rows += reach - i64::from(sequence.len);
-        users += i64::from(sequence.len) * i64::try_from(sequence.blocks.len()).unwrap_or(i64::MAX);
-        if tokens > limit || users > limit {
-            return too_large("tokens times prefixes", tokens.max(users));
-        }
-        if visible_rows > limit {
-            return too_large("prefix rows", visible_rows);
-        }
+        let len = to_usize(sequence.len);
+        let rows: usize = sequence.blocks.iter().map(|block| to_usize(block.rows)).sum();
+        Limit::SequenceKeys.check(len + rows, max_keys)?;
+        pairs += len * sequence.blocks.len().max(1);
+        visible_rows += rows;
+        Limit::TokenPrefixPairs.check(pairs, MAX_ENTRIES)?;
+        Limit::VisiblePrefixRows.check(visible_rows, MAX_ENTRIES)?;
     }
     let lengths: Vec<i32> = sequences.iter().map(|s| s.len).collect();
     let padded_tokens = length_buckets(&lengths, max_buckets).padded_tokens();
-    if padded_tokens > MAX_ENTRIES {
-        too_large("padded tokens", i64::try_from(padded_tokens).unwrap_or(i64::MAX))
-    } else {
-        Ok(())
-    }
+    Limit::PaddedTokens.check(padded_tokens, MAX_ENTRIES)
 }

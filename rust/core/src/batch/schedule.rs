@@ -47,10 +47,10 @@ const MAX_ROWS: usize = 1 << 30;
 pub struct SchedulerConfig {
     /// Number of arena rows, at least 80.
     pub arena_rows: usize,
-    /// Number of decode rows.
+    /// Number of decode rows. No more than `max_batched_tokens` of them are used.
     pub max_rows: usize,
-    /// Largest number of tokens per step, decode rows included. A prompt that is longer than the remaining budget is
-    /// prefilled in chunks over several steps.
+    /// Largest number of tokens per step. Each decode row counts as one token. A prompt that is longer than the
+    /// remaining budget is prefilled in chunks over several steps.
     pub max_batched_tokens: usize,
     /// Query rows per query tile of the prefill, 0 for no tile table.
     pub tile_rows: usize,
@@ -60,6 +60,13 @@ pub struct SchedulerConfig {
     pub prefix_rows: usize,
     /// Tile size and cost model of decode attention. The default disables the work tables.
     pub decode: DecodeSizes,
+}
+
+impl SchedulerConfig {
+    /// Number of decode rows that a step can compute.
+    fn usable_rows(&self) -> usize {
+        self.max_rows.min(self.max_batched_tokens)
+    }
 }
 
 /// A step that has been planned and not yet committed.
@@ -100,6 +107,8 @@ pub struct Scheduler {
     /// Free arena rows in units of [`UNIT`].
     arena: FreeList,
     decode_rows: FreeList,
+    /// Head of the queue if there was no room for it, until some may have become free.
+    blocked: Option<i64>,
     in_flight: Option<InFlightStep>,
     /// Memory for the tables of a step, reused from step to step.
     tables: TableBuffer,
@@ -141,7 +150,8 @@ impl Scheduler {
             prefix_cache: PrefixCache::default(),
             layer_sets: LayerSets::default(),
             arena: FreeList::new((config.arena_rows - RESERVED_ROWS) / UNIT),
-            decode_rows: FreeList::new(config.max_rows),
+            decode_rows: FreeList::new(config.usable_rows()),
+            blocked: None,
             in_flight: None,
             tables: TableBuffer::default(),
         })
@@ -194,6 +204,7 @@ impl Scheduler {
     /// is being loaded.
     pub fn forget_prefix(&mut self, prefix: i64) -> Result<()> {
         let layer_set = self.prefix_cache.forget(prefix, &mut self.arena)?;
+        self.blocked = None;
         self.layer_sets.release(layer_set);
         Ok(())
     }
@@ -203,14 +214,15 @@ impl Scheduler {
     /// # Errors
     /// [`Error::UnknownPrefix`] if the prefix is not registered. [`Error::State`] if it is not being loaded.
     pub fn prefix_ready(&mut self, prefix: i64) -> Result<()> {
+        self.blocked = None;
         self.prefix_cache.mark_ready(prefix)
     }
 
     /// Adds a request to the queue.
     ///
     /// # Errors
-    /// [`Error::Request`] for a number out of range, the id of a queued or running request, or a request that an empty
-    /// arena cannot hold. [`Error::UnknownPrefix`] for a prefix that is not registered.
+    /// [`Error::Request`] for a number out of range, or the id of a queued or running request. [`Error::Capacity`] for
+    /// a request that an empty arena cannot hold. [`Error::UnknownPrefix`] for a prefix that is not registered.
     pub fn add(&mut self, request: Request) -> Result<()> {
         if self.requests.contains_key(&request.id) {
             return Err(Error::Request(format!(

@@ -151,6 +151,7 @@ impl Model {
         if let Some(tables) = &header.prefill {
             self.check_prefill(&header.prefill_ids, &out, tables);
         }
+        self.check_token_budget(&header, &out);
         self.check_overlaps();
         let over = |id: &&i64| self.running[*id].steps >= self.running[*id].request.max_new.min(pick);
         let finished: Vec<i64> = header.decode_ids.iter().filter(over).copied().collect();
@@ -163,7 +164,7 @@ impl Model {
 
     /// Steps until every request has ended, then checks that nothing leaked.
     pub(crate) fn drain(&mut self) {
-        let most = 40 * (self.waiting.len() + self.running.len()) + 10;
+        let most = 200 * (self.waiting.len() + self.running.len()) + 10;
         for _ in 0..most {
             (0..self.loading.len()).for_each(|_| self.finish_load(0));
             self.step(usize::MAX);
@@ -349,6 +350,26 @@ impl Model {
             distinct.len(),
             "rows with the same prefixes are not neighbours"
         );
+    }
+
+    /// A step computes at most `max_batched_tokens` prompt tokens and decode rows together.
+    fn check_token_budget(&self, header: &StepHeader, out: &[i32]) {
+        let count = |tables: &Option<StepTables>, name: &str| {
+            tables.as_ref().map_or(0, |tables| {
+                let entries = table(out, &tables.views[0], name);
+                entries
+                    .iter()
+                    .filter(|entry| **entry != i32::try_from(self.config.arena_rows - 1).expect("small"))
+                    .count()
+            })
+        };
+        let (prompt, decoded) = (count(&header.prefill, "slots"), count(&header.decode, "slot"));
+        assert!(
+            prompt + decoded <= self.config.max_batched_tokens,
+            "{prompt} prompt tokens and {decoded} decode rows"
+        );
+        let running: usize = self.running.values().map(|running| running.request.beams).sum();
+        assert!(running <= self.config.max_rows, "{running} rows");
     }
 
     fn check_overlaps(&self) {

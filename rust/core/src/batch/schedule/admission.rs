@@ -5,49 +5,37 @@ use super::queue::PROMPT_COST;
 use super::request::{Phase, Request, RunningState, TrackedRequest};
 use super::step::StepHeader;
 use super::{MAX_ROWS, RESERVED_ROWS, Scheduler, UNIT};
-use crate::error::{Error, Result};
+use crate::error::{Limit, Result};
 
 impl Scheduler {
     /// Refuses a request that would not fit into an empty arena.
     pub(super) fn check_room(&self, request: &Request, prefix_units: usize) -> Result<()> {
-        let wrong = |text: String| Err(Error::Request(format!("request {} can never run: {text}", request.id)));
-        let (beams, max_rows) = (request.beams, self.config.max_rows);
-        if beams > max_rows {
-            return wrong(format!(
-                "it needs {beams} decode rows and there are {max_rows}; use fewer beams or raise max_rows"
-            ));
-        }
+        let rows = (self.config.arena_rows - RESERVED_ROWS) / UNIT * UNIT;
         let slots = request
             .num_slots()
-            .and_then(|slots| slots.checked_next_multiple_of(UNIT));
-        let needed = slots.and_then(|slots| slots.checked_add(prefix_units * UNIT));
-        let rows = (self.config.arena_rows - RESERVED_ROWS) / UNIT * UNIT;
-        if needed.is_none_or(|needed| needed > rows) {
-            let needed = needed.map_or_else(|| "more".to_owned(), |needed| needed.to_string());
-            return wrong(format!(
-                "{} prompt tokens, {beams} beams x {} new tokens and {} prefix rows, each rounded up to {UNIT}, need \
-                 {needed} arena rows and there are {rows}; shorten it or raise arena_rows",
-                request.prompt_len,
-                request.max_new,
-                prefix_units * UNIT
-            ));
-        }
-        let prefix_budget = self.config.prefix_rows / UNIT;
-        if prefix_units > prefix_budget {
-            return wrong(format!(
-                "its prefixes, each rounded up to {UNIT}, need {} arena rows and prefixes may hold {}; raise \
-                 prefix_memory",
-                prefix_units * UNIT,
-                prefix_budget * UNIT
-            ));
-        }
-        let reach = self.prefix_cache.total_rows(&request.prefixes) + request.prompt_len + request.max_new;
+            .and_then(|slots| slots.checked_next_multiple_of(UNIT))
+            .unwrap_or(usize::MAX);
+        let reach =
+            self.prefix_cache.total_rows(&request.prefixes) + request.prompt_len.min(rows) + request.max_new.min(rows);
         let mut maxima = self.maxima.clone();
         maxima.update(request);
-        if reach > MAX_ROWS || maxima.buffer_len(&self.config) > MAX_ROWS {
-            return wrong("its tables outgrow int32; use fewer prefixes or a smaller max_batched_tokens".to_owned());
-        }
-        Ok(())
+        let limits = [
+            (Limit::DecodeRows, request.beams, self.config.usable_rows()),
+            (Limit::ArenaRows, slots.saturating_add(prefix_units * UNIT), rows),
+            (
+                Limit::PrefixRows,
+                prefix_units * UNIT,
+                self.config.prefix_rows / UNIT * UNIT,
+            ),
+            (
+                Limit::TableEntries,
+                reach.max(maxima.buffer_len(&self.config)),
+                MAX_ROWS,
+            ),
+        ];
+        limits
+            .into_iter()
+            .try_for_each(|(limit, needed, available)| limit.check(needed, available))
     }
 
     /// Drops cancelled requests, and requests whose deadline has passed.
@@ -67,7 +55,12 @@ impl Scheduler {
     /// Admits requests from the head of the queue until one does not fit.
     pub(super) fn admit(&mut self, header: &mut StepHeader) {
         while let Some((id, position)) = self.queue.head() {
+            // A failed attempt may have visited every prefix in the arena, so it is not repeated in vain.
+            if self.blocked == Some(id) {
+                break;
+            }
             let Some(state) = self.allocate(id, header) else {
+                self.blocked = Some(id);
                 break;
             };
             self.queue.admit(position);
@@ -140,6 +133,7 @@ impl Scheduler {
         match phase {
             Phase::Waiting => self.queue.remove(position),
             Phase::Running(state) => {
+                self.blocked = None;
                 self.prefilling.remove(&state.admission);
                 self.decoding.remove(&(state.sort_key, position.arrival));
                 self.decode_rows.free(state.decode_rows);

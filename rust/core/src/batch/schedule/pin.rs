@@ -31,6 +31,7 @@ impl Scheduler {
     /// [`crate::Error::UnknownPrefix`] if the prefix is not registered.
     pub fn load_prefix(&mut self, prefix: i64) -> Result<Option<PrefixLoad>> {
         self.prefix_cache.state(prefix)?;
+        self.blocked = None;
         let request = PlacementRequest {
             prefixes: &[prefix],
             slot_units: 0,
@@ -61,6 +62,7 @@ impl Scheduler {
             return Ok(None);
         }
         self.prefix_cache.evict(prefix, &mut self.arena);
+        self.blocked = None;
         Ok(start.map(|unit| unit * UNIT))
     }
 

@@ -43,7 +43,13 @@ impl PrefixCache {
         } = request;
         let missing = self.missing(prefixes, evict_all);
         let added: usize = missing.iter().map(|(_, units)| units).sum();
-        if slot_units + added > arena.num_free() + self.evictable_units {
+        let evictable = self.evictable_units
+            - if evict_all {
+                0
+            } else {
+                self.own_evictable_units(prefixes)
+            };
+        if slot_units + added > arena.num_free() + evictable || self.used_units + added > prefix_budget + evictable {
             return None;
         }
         let candidates = self.evictable.iter().filter_map(|(_, prefix)| {
@@ -94,6 +100,18 @@ impl PrefixCache {
             }
         }
         missing
+    }
+
+    /// Units of those of a request's prefixes that are evictable.
+    fn own_evictable_units(&self, prefixes: &[i64]) -> usize {
+        let own = prefixes
+            .iter()
+            .enumerate()
+            .filter(|(at, prefix)| !prefixes[..*at].contains(prefix));
+        own.filter(|(_, prefix)| self.is_evictable(**prefix))
+            .filter_map(|(_, prefix)| self.ready_run(*prefix))
+            .map(|run| run.len)
+            .sum()
     }
 
     fn ready_run(&self, prefix: i64) -> Option<Run> {

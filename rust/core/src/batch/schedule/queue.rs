@@ -4,7 +4,7 @@
 //! received, and the tenant with the lowest counter goes next.
 
 use std::cmp::Reverse;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rustc_hash::FxHashMap;
 
@@ -35,8 +35,75 @@ pub(super) struct QueuePosition {
     pub(super) arrival: u64,
 }
 
-/// Request ids of one priority, by account and arrival.
-type PriorityLevel = BTreeMap<usize, BTreeMap<u64, i64>>;
+/// Order of service within a priority: service that the tenant received, and arrival of its first request.
+type ServiceKey = (u64, u64);
+
+/// Waiting requests of one priority and account.
+#[derive(Debug)]
+struct Waiting {
+    /// Request ids by arrival.
+    ids: BTreeMap<u64, i64>,
+    /// Key under which the account is in [`PriorityLevel::order`].
+    key: ServiceKey,
+}
+
+/// Waiting requests of one priority.
+#[derive(Debug, Default)]
+struct PriorityLevel {
+    by_account: FxHashMap<usize, Waiting>,
+    /// Accounts in the order of service by their keys at some earlier time. Keys only grow, so the first account is the
+    /// next one if its key is up to date.
+    order: BTreeSet<(ServiceKey, usize)>,
+}
+
+impl PriorityLevel {
+    fn insert(&mut self, account: usize, served: u64, arrival: u64, id: i64) {
+        let order = &mut self.order;
+        let waiting = self.by_account.entry(account).or_insert_with(|| {
+            let key = (served, arrival);
+            order.insert((key, account));
+            Waiting {
+                ids: BTreeMap::new(),
+                key,
+            }
+        });
+        waiting.ids.insert(arrival, id);
+    }
+
+    /// Removes a request. Returns false if there is none.
+    fn remove(&mut self, account: usize, arrival: u64) -> bool {
+        let Some(waiting) = self.by_account.get_mut(&account) else {
+            return false;
+        };
+        let is_removed = waiting.ids.remove(&arrival).is_some();
+        if waiting.ids.is_empty() {
+            self.order.remove(&(waiting.key, account));
+            self.by_account.remove(&account);
+        }
+        is_removed
+    }
+
+    /// Updates keys at the front of the order until the first one is up to date. Returns the number of visits.
+    ///
+    /// Each charge makes at most one key of a level old, so the visits of all calls are at most the charges and calls.
+    fn update_front(&mut self, accounts: &[Account]) -> usize {
+        let mut visited = 0;
+        while let Some(&(old, account)) = self.order.first() {
+            visited += 1;
+            let Some(waiting) = self.by_account.get_mut(&account) else {
+                break;
+            };
+            let arrival = waiting.ids.first_key_value().map_or(0, |(arrival, _)| *arrival);
+            waiting.key = (accounts[account].served, arrival);
+            if waiting.key == old {
+                break;
+            }
+            self.order.pop_first();
+            self.order.insert((waiting.key, account));
+        }
+        visited
+    }
+}
 
 /// Waiting requests, ordered by priority, then by the service that their tenant received, then by arrival.
 #[derive(Debug, Default)]
@@ -48,8 +115,8 @@ pub(super) struct Queue {
     account_of_tenant: FxHashMap<i64, usize>,
     /// Indices of unused accounts.
     free: Vec<usize>,
-    /// Number of accounts without requests.
-    num_idle: usize,
+    /// Service and index of the accounts without requests.
+    idle: BTreeSet<(u64, usize)>,
     /// Service of the tenant that was chosen last. A tenant who arrives starts here, without credit for the time
     /// before.
     floor: u64,
@@ -71,21 +138,19 @@ impl Queue {
         self.levels
             .entry(Reverse(priority))
             .or_default()
-            .entry(account)
-            .or_default()
-            .insert(arrival, id);
+            .insert(account, self.accounts[account].served, arrival, id);
         self.len += 1;
         position
     }
 
     /// Id and position of the request that goes next.
-    pub(super) fn head(&self) -> Option<(i64, QueuePosition)> {
-        let (&Reverse(priority), level) = self.levels.first_key_value()?;
-        let first = level.iter().filter_map(|(&account, ids)| {
-            let (&arrival, &id) = ids.first_key_value()?;
-            Some((self.accounts.get(account)?.served, arrival, account, id))
-        });
-        let (_, arrival, account, id) = first.min()?;
+    pub(super) fn head(&mut self) -> Option<(i64, QueuePosition)> {
+        let mut entry = self.levels.first_entry()?;
+        let Reverse(priority) = *entry.key();
+        let level = entry.get_mut();
+        level.update_front(&self.accounts);
+        let &(_, account) = level.order.first()?;
+        let (&arrival, &id) = level.by_account.get(&account)?.ids.first_key_value()?;
         let position = QueuePosition {
             priority,
             account,
@@ -107,13 +172,8 @@ impl Queue {
         let Some(level) = self.levels.get_mut(&Reverse(position.priority)) else {
             return;
         };
-        if let Some(ids) = level.get_mut(&position.account) {
-            self.len -= usize::from(ids.remove(&position.arrival).is_some());
-            if ids.is_empty() {
-                level.remove(&position.account);
-            }
-        }
-        if level.is_empty() {
+        self.len -= usize::from(level.remove(position.account, position.arrival));
+        if level.by_account.is_empty() {
             self.levels.remove(&Reverse(position.priority));
         }
     }
@@ -126,13 +186,20 @@ impl Queue {
     }
 
     /// Counts the end of a queued or running request of an account.
+    ///
+    /// Of too many idle accounts the one with the least service is forgotten, which restarts at the floor.
     pub(super) fn close(&mut self, account: usize) {
-        if let Some(account) = self.accounts.get_mut(account) {
-            account.num_requests -= 1;
-            self.num_idle += usize::from(account.num_requests == 0);
+        if let Some(found) = self.accounts.get_mut(account) {
+            found.num_requests -= 1;
+            if found.num_requests == 0 {
+                self.idle.insert((found.served, account));
+            }
         }
-        if self.num_idle > MAX_IDLE_ACCOUNTS {
-            self.forget_idle();
+        if self.idle.len() > MAX_IDLE_ACCOUNTS
+            && let Some((_, index)) = self.idle.pop_first()
+        {
+            self.account_of_tenant.remove(&self.accounts[index].tenant);
+            self.free.push(index);
         }
     }
 
@@ -148,40 +215,22 @@ impl Queue {
                 ..Account::default()
             };
             self.account_of_tenant.insert(tenant, index);
-            self.num_idle += 1;
             index
         });
         let account = &mut self.accounts[index];
         if account.num_requests == 0 {
+            self.idle.remove(&(account.served, index));
             account.served = account.served.max(self.floor);
-            self.num_idle -= 1;
         }
         account.num_requests += 1;
         index
-    }
-
-    /// Forgets the idle accounts that would restart at the floor anyway, and all idle accounts if those are too few.
-    fn forget_idle(&mut self) {
-        for floor in [self.floor, u64::MAX] {
-            if self.num_idle <= MAX_IDLE_ACCOUNTS / 2 {
-                return;
-            }
-            for (index, account) in self.accounts.iter().enumerate() {
-                if account.num_requests == 0
-                    && account.served <= floor
-                    && self.account_of_tenant.get(&account.tenant) == Some(&index)
-                {
-                    self.account_of_tenant.remove(&account.tenant);
-                    self.free.push(index);
-                    self.num_idle -= 1;
-                }
-            }
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cmp::Reverse;
+
     use super::{MAX_IDLE_ACCOUNTS, Queue};
 
     fn order(queue: &mut Queue, cost: u64) -> Vec<i64> {
@@ -219,6 +268,76 @@ mod tests {
             queue.push(id, 8, 0, id.unsigned_abs());
         }
         assert_eq!(order(&mut queue, 5), [11, 7, 12, 8, 13, 9, 10]);
+    }
+
+    #[test]
+    fn a_step_visits_no_more_tenants_than_it_serves() {
+        const TENANTS: i64 = 10_000;
+        const ROWS: usize = 64;
+        let mut queue = Queue::default();
+        for id in 0..2 * TENANTS {
+            queue.push(id, id % TENANTS, 0, id.unsigned_abs());
+        }
+        let mut running = std::collections::VecDeque::new();
+        let (mut visited, mut served) = (0, 0);
+        for _ in 0..1000 {
+            for account in &running {
+                queue.charge(*account, 2);
+                served += 1;
+            }
+            for _ in 0..4 {
+                let level = queue.levels.first_entry().unwrap_or_else(|| unreachable!()).into_mut();
+                visited += level.update_front(&queue.accounts);
+                let (_, position) = queue.head().unwrap_or_else(|| unreachable!());
+                queue.admit(position);
+                queue.charge(position.account, 40);
+                served += 1;
+                running.push_back(position.account);
+            }
+            if running.len() > ROWS {
+                running.drain(..4).for_each(|account| queue.close(account));
+            }
+        }
+        assert!(
+            queue.len() > 10_000 && visited <= 2 * served,
+            "{visited} visits of {served}"
+        );
+    }
+
+    #[test]
+    fn the_order_is_that_of_a_search_over_all_tenants() {
+        let mut queue = Queue::default();
+        let mut state = 1_u64;
+        let mut random = |below: u64| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 33) % below
+        };
+        let mut waiting: Vec<(i64, super::QueuePosition)> = Vec::new();
+        for arrival in 0..4000 {
+            let id = i64::try_from(arrival).unwrap_or(0);
+            let priority = i64::try_from(random(3)).unwrap_or(0);
+            let position = queue.push(id, i64::try_from(random(40)).unwrap_or(0), priority, arrival);
+            waiting.push((id, position));
+            queue.charge(waiting[0].1.account, random(9));
+            if random(5) == 0 {
+                let (id, position) = waiting.swap_remove(usize::try_from(random(waiting.len() as u64)).unwrap_or(0));
+                queue.remove(position);
+                queue.close(position.account);
+                assert!(id >= 0);
+            }
+            if random(2) == 0 || arrival > 3000 {
+                let served = |position: &super::QueuePosition| queue.accounts[position.account].served;
+                let key = |(_, p): &&(i64, super::QueuePosition)| (Reverse(p.priority), served(p), p.arrival);
+                let expected = waiting.iter().min_by_key(key).copied();
+                assert_eq!(queue.head(), expected);
+                if let Some((id, position)) = expected {
+                    queue.admit(position);
+                    queue.charge(position.account, random(50));
+                    queue.close(position.account);
+                    waiting.retain(|(other, _)| *other != id);
+                }
+            }
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::super::table_buffer::Section;
 use super::request::{Phase, Request, RunningState};
 use super::step_tables::{push_decode, push_prefill};
 use super::{InFlightStep, Scheduler};
-use crate::error::{Error, Result};
+use crate::error::{Error, Limit, Result};
 
 /// Sections of the tables of one forward, in the step's buffer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,19 +50,38 @@ pub(super) struct ScheduledRequest {
     pub(super) tokens: usize,
 }
 
-/// Smallest token budget of a step's prefill, however many rows decode.
-const MIN_PREFILL_TOKENS: usize = 64;
-
 impl Scheduler {
     /// Plans the next step and writes its tables into `out`.
     ///
     /// * `now`: time in microseconds of the caller's clock, compared with deadlines.
     ///
     /// # Errors
-    /// [`Error::Capacity`] if `out` is shorter than [`Scheduler::buffer_len`]. [`Error::State`] if the last step was
-    /// not committed, or if a request has used its `max_new` decode steps. Nothing has changed then.
+    /// Those of [`Scheduler::plan_tables`].
     pub fn plan_step(&mut self, now: i64, out: &mut [i32]) -> Result<StepHeader> {
-        self.check_step(out.len(), now)?;
+        let header = self.plan_tables(now, out.len())?;
+        let tables = self.step_tables();
+        if let Some(out) = out.get_mut(..tables.len()) {
+            out.copy_from_slice(tables);
+        }
+        Ok(header)
+    }
+
+    /// Tables of the last planned step.
+    #[must_use]
+    pub fn step_tables(&self) -> &[i32] {
+        &self.tables.data
+    }
+
+    /// Plans the next step. Its tables are [`Scheduler::step_tables`].
+    ///
+    /// * `now`: time in microseconds of the caller's clock, compared with deadlines.
+    /// * `room`: number of int32 entries of the buffer for the tables.
+    ///
+    /// # Errors
+    /// [`Error::Capacity`] if `room` is less than [`Scheduler::buffer_len`]. [`Error::State`] if the last step was
+    /// not committed, or if a request has used its `max_new` decode steps. Nothing has changed then.
+    pub fn plan_tables(&mut self, now: i64, room: usize) -> Result<StepHeader> {
+        self.check_step(room, now)?;
         let mut header = StepHeader::default();
         self.drop_ended(now, &mut header);
         self.admit(&mut header);
@@ -71,7 +90,7 @@ impl Scheduler {
             .values()
             .map(|id| ScheduledRequest { id: *id, tokens: 0 })
             .collect();
-        let prefill = self.choose_prefill(decode.len());
+        let prefill = self.choose_prefill();
         header.decode_ids = decode.iter().map(|request| request.id).collect();
         header.prefill_ids = prefill.iter().map(|request| request.id).collect();
         let mut tables = std::mem::take(&mut self.tables);
@@ -79,11 +98,10 @@ impl Scheduler {
         header.prefill = self.push_views(&prefill, &mut tables, false, push_prefill);
         let padded = self.config.decode.padded;
         header.decode = self.push_views(&decode, &mut tables, padded, push_decode);
-        let Some(out) = out.get_mut(..tables.data.len()) else {
+        if tables.data.len() > room {
             let text = "internal error: buffer_len was too small for a step; please report it";
             return Err(Error::State(text.to_owned()));
-        };
-        out.copy_from_slice(&tables.data);
+        }
         self.tables = tables;
         if header.prefill.is_some() || header.decode.is_some() {
             self.in_flight = Some(InFlightStep {
@@ -96,11 +114,7 @@ impl Scheduler {
 
     fn check_step(&self, len: usize, now: i64) -> Result<()> {
         let needed = self.buffer_len();
-        if len < needed {
-            return Err(Error::Capacity(format!(
-                "out holds {len} int32: expected at least {needed}; make it buffer_len long"
-            )));
-        }
+        Limit::StepBuffer.check(needed, len)?;
         if self.in_flight.is_some() {
             return Err(Error::State(
                 "the last step is not committed: expected commit after each plan_step; call it first".to_owned(),
@@ -129,15 +143,15 @@ impl Scheduler {
         }
     }
 
-    /// Chooses the prefill within the token budget that `decode_rows` decode rows leave, and sorts it by prefixes.
+    /// Chooses the prefill within the token budget that the decode leaves, and sorts it by prefixes.
     ///
-    /// Requests are taken in the order of admission, those with a partly filled prompt first. A prompt is cut only if
-    /// it comes first, so at most one request has a partly filled prompt.
-    fn choose_prefill(&self, decode_rows: usize) -> Vec<ScheduledRequest> {
-        let max_tokens = self.config.max_batched_tokens;
-        let mut left = max_tokens
-            .saturating_sub(decode_rows)
-            .max(MIN_PREFILL_TOKENS.min(max_tokens));
+    /// There are no more decode rows than tokens in the budget, and a request that is not decoded holds rows too, so
+    /// at least one token is left for it. Requests are taken in the order of admission, those with a partly filled
+    /// prompt first. A prompt is cut only if it comes first, so at most one request has a partly filled prompt.
+    fn choose_prefill(&self) -> Vec<ScheduledRequest> {
+        let rows = self.decoding.values().filter_map(|id| self.running(*id));
+        let decoded: usize = rows.map(|(request, _)| request.beams).sum();
+        let mut left = self.config.max_batched_tokens.saturating_sub(decoded);
         let mut chosen = Vec::new();
         let ready = |is_started: bool| {
             self.prefilling.iter().filter_map(move |(admission, id)| {
