@@ -40,6 +40,14 @@ LATENT = {
     "qk_nope_head_dim": 8,
     "first_k_dense_replace": 9,
 }
+HEADS = {
+    **tiny.GROUPED,
+    "head_dim": 8,
+    "num_attention_heads_per_layer": [4, 2, 4],
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": tiny.WINDOW,
+    "mlp_layer_types": ["dense"] * 3,
+}
 EXPERTS = {
     **tiny.TOKENS,
     "hidden_size": 32,
@@ -74,6 +82,7 @@ WITH_PEFT = {
     "gemma4, 2 shared": _gemma4(num_kv_shared_layers=2),
     "gemma4, none shared": _gemma4(num_kv_shared_layers=0),
     "gemma4, one head dim": _gemma4(num_kv_shared_layers=2, global_head_dim=8),
+    "laguna, fewer heads": _auto("laguna", **HEADS),
 }
 # PEFT leaves the sliding layers out, which have more heads than its adapter. With the first layer among them, PEFT's
 # forward starts the text at position 0, and its `generate` at P.

@@ -34,7 +34,8 @@ def measure_prompt(
         first: First position that is measured.
 
     Returns:
-        Attention mass ``[L, HQ]``, fp32, summed over the measured positions; and divergence ``[n]``, fp32, in nats.
+        Attention mass ``[L, HQ]``, fp32, summed over the measured positions, NaN beyond the heads of a layer; and
+        divergence ``[n]``, fp32, in nats.
     """
     tokens = torch.tensor(ids, device=model.device)
     at = torch.arange(first, len(ids), device=model.device)
@@ -51,7 +52,9 @@ def measure_prompt(
     p, q = model.forward(replace(plan, probe=probe), tokens), model.forward(alone, tokens)
     chunks = zip(p.split(POSITIONS_PER_CHUNK), q.split(POSITIONS_PER_CHUNK), strict=True)
     divergence = torch.cat([_divergence(a, b) for a, b in chunks])
-    return torch.stack([masses[i] for i in range(len(masses))]).float().cpu(), divergence.float().cpu()
+    by_layer = [masses[i] for i in range(len(masses))]
+    mass = torch.nn.utils.rnn.pad_sequence(by_layer, batch_first=True, padding_value=torch.nan)
+    return mass.float().cpu(), divergence.float().cpu()
 
 
 def prefix_mass(plan: Plan, call: AttentionCall) -> Tensor:

@@ -45,7 +45,7 @@ class Inspection:
 
     Attributes:
         mass: Share of attention that goes to the prefix (0 to 1), shape ``[L, HQ]``, fp32, mean over all measured
-            positions.
+            positions. NaN beyond the heads of a layer that has fewer than others.
         divergence: Divergence in nats of the next-token distribution at each measured position, one tensor ``[n]``,
             fp32, for each prompt. It is the Kullback-Leibler divergence KL(p || q), the sum over tokens of
             ``p * ln(p / q)``, of the distribution p with the prefix from the distribution q without it.
@@ -65,7 +65,8 @@ class Inspection:
         console = Console(file=out, width=TABLE_WIDTH, color_system=None, highlight=False, emoji=False)
         all_kl = torch.cat(self.divergence)
         table = Table("layer", "mean", "least", "head", "most", "head", title="attention mass on the prefix, %")
-        for layer, row in enumerate(self.mass):
+        for layer, padded in enumerate(self.mass):
+            row = padded[~padded.isnan()]
             mean, least, most = (f"{100 * x:.1f}" for x in (row.mean(), row.min(), row.max()))
             table.add_row(str(layer), mean, least, str(int(row.argmin())), most, str(int(row.argmax())))
         console.print(table)

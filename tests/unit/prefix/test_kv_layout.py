@@ -26,6 +26,10 @@ from prefixfast import (
     score,
     train,
 )
+from prefixfast.engine.kv_arena import bytes_per_row, make_arena
+from prefixfast.model.prefix_shape import own_layers
+from prefixfast.prefix.kv import kv_by_layer
+from prefixfast.training.estimate import estimate
 from token_rows import distance, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers")
@@ -187,6 +191,13 @@ def test_attention_mass_of_layers_that_share_is_that_of_peft(tmp_path):
     assert (got - expected).abs().max() < 1e-5
 
 
+def test_attention_mass_of_layers_with_fewer_heads_ends_in_nan():
+    with load(layered.make("laguna, fewer heads")) as base:
+        found = Prefix.from_text(base, TEXT).inspect(base, [PROMPT], words=0)
+    assert [int((~row.isnan()).sum()) for row in found.mass] == [4, 2, 4]
+    assert "nan" not in str(found)
+
+
 @pytest.mark.parametrize("name", SHARED)
 def test_stored_prefixes_and_adapters_serve_by_name(tmp_path, name):
     store = PrefixStore(tmp_path / "s")
@@ -203,6 +214,36 @@ def test_stored_prefixes_and_adapters_serve_by_name(tmp_path, name):
             assert len({t.data_ptr() for kv in engine.loop.arena.layers for t in kv}) == len(own), (
                 "no layer is kept twice"
             )
+
+
+@pytest.mark.parametrize("name", ["gemma3n, 2 shared", "gemma4, 2 shared", "deepseek_v3, short values"])
+def test_memory_and_estimates_count_the_layers_with_keys_of_their_own(name):
+    how = {**HOW, "init": "zero", "reparameterization": "none"}
+    with load(layered.make(name)) as base:
+        prefix = train(base, rows(1, 6), **how)
+        assert (
+            estimate(base, rows(1, 6), **how).stored_numbers
+            == prefix.num_stored
+            == 4 * sum(s.row_numbers for s in base.layers)
+        )
+        arena = make_arena(base, 96, 2, 8)
+        tensors = {t.data_ptr(): t.nbytes for kv in arena.layers for t in kv}
+        assert sum(tensors.values()) == 96 * bytes_per_row(base)
+
+
+def test_an_adapter_of_peft_composes_with_other_prefixes(tmp_path):
+    name = "gemma4, 2 shared"
+    tiny.with_prefix(layered.make(name), tiny.peft_table(layered.make(name), 5, 1)).save_pretrained(tmp_path / "p")
+    table = Prefix.from_pretrained(tmp_path / "p")
+    with load(layered.make(name)) as base:
+        kv = kv_by_layer(table, base.layers)
+        own = {f"self.{i}.{x}": t for i in own_layers(base.layers) for x, t in zip("kv", kv[i], strict=True)}
+        same, text = Prefix(own, pos_start=5, base=base.fingerprint), Prefix.from_text(base, TEXT)
+        for parts, expected in (([table, text], same.concat(text)), ([text, table], text.concat(same))):
+            logits = composed.logits(base, PROMPT, [expected])
+            assert composed.error(composed.logits(base, PROMPT, parts), logits) < 1e-5
+            made = generate([PROMPT] * 2, [parts, [expected]], model=base, max_new_tokens=8)
+            assert made[0].token_ids == made[1].token_ids
 
 
 def test_layers_without_keys_cannot_be_asked_for():
