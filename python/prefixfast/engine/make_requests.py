@@ -151,7 +151,8 @@ def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, .
         task = PLAIN
         if spec is not None:
             key = keys.get(id(spec)) or keys.setdefault(id(spec), json.dumps(dict(spec), sort_keys=True))
-            task = by_spec.get(key) or by_spec.setdefault(key, Task.from_spec(spec))
+            with request_error(i):
+                task = by_spec.get(key) or by_spec.setdefault(key, Task.from_spec(spec))
         if isinstance(item, Mapping):
             if unknown := set(item) - KNOWN_KEYS:
                 first = min(map(str, unknown))

@@ -75,9 +75,9 @@ class PrefixPinning:
         return self.driver.between_steps("resident", lambda: self.loop.prefix_cache.resident(row_bytes))
 
     def _find(self, prefix: Prefix | StoredPrefix | str) -> Prefix | StoredPrefix:
-        ((found, *more),) = assign_prefixes([[]], [prefix], self.store) if prefix else ((None,),)
-        if found is None or more:
+        (found,) = assign_prefixes([[]], [prefix], self.store)
+        if len(found) != 1:
             msg = f"prefix: expected one Prefix or name in the store, got {shown(prefix)}"
             raise ConfigError(msg)
-        check_fits(self.model, found, described(found))
-        return found
+        check_fits(self.model, found[0], described(found[0]))
+        return found[0]

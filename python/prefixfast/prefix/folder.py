@@ -7,6 +7,7 @@ A prefix is saved as a PEFT adapter folder whenever PEFT can hold it exactly, wi
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from prefixfast.io.atomic import replace_folder, write_file
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
-from prefixfast.prefix.names import FIELD_NAMES, PrefixFields, file_key
+from prefixfast.prefix.names import FIELD_NAMES, PrefixFields, base_error, file_key
 from prefixfast.prefix.validate import convention_error
 
 META, TENSORS = "prefixfast.json", "prefix.safetensors"
@@ -32,8 +33,7 @@ LOOKED_FOR = (
     f"{' or '.join(peft.TYPES)})"
 )
 TYPES_OF_KEYS = {"pos_start": int, "window": str, "digest": str, "decoding": dict, "training": dict}
-TYPES_OF_OPTIONAL_KEYS = {"base": dict, file_key("task"): dict, "not_peft_because": str}
-TYPES_OF_BASE_KEYS = {"name": str, "config": dict, "tokenizer": str, "weights": str}
+TYPES_OF_OPTIONAL_KEYS = {file_key("task"): dict, "not_peft_because": str}
 
 
 @dataclass(frozen=True)
@@ -111,12 +111,12 @@ def read_folder(path: Path) -> FolderContent:
         got = "this is a file, give the folder that holds it" if path.is_file() else "no such folder"
         msg = f"{path}: {got}; expected one with {LOOKED_FOR}"
         raise DataError(msg, path=str(path))
-    if (path / META).exists():
+    if os.path.lexists(path / META):  # a broken link is an error, not an absent file
         fields, digest = read_meta(path / META)
-        if (path / TENSORS).exists():
+        if os.path.lexists(path / TENSORS):
             return FolderContent(path / TENSORS, read_tensors(path / TENSORS), fields, digest)
         return FolderContent(path / peft.WEIGHTS, peft.cut(peft.read(path)[0], fields["base"]), fields, digest)
-    if (path / peft.CONFIG).exists():
+    if os.path.lexists(path / peft.CONFIG):
         kv, config = peft.read(path)
         return FolderContent(path / peft.WEIGHTS, kv, _adapter_fields(kv, config, path / peft.CONFIG), None)
     found = sorted(p.name for p in path.iterdir())
@@ -148,12 +148,13 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
             msg = f"{path.name}: {key}: expected {kind.__name__}, got {shown(meta[key])}"
             raise DataError(msg, path=str(path))
     optional = {k: (meta[k], kind) for k, kind in TYPES_OF_OPTIONAL_KEYS.items()}
-    if isinstance(meta["base"], dict):
-        optional |= {f"base.{k}": (meta["base"].get(k), kind) for k, kind in TYPES_OF_BASE_KEYS.items()}
     for key, (value, kind) in optional.items():
         if value is not None and not isinstance(value, kind):
             msg = f"{path.name}: {key}: expected {kind.__name__} or null, got {shown(value)}"
             raise DataError(msg, path=str(path))
+    if error := base_error(meta["base"]):
+        msg = f"{path.name}: {error}"
+        raise DataError(msg, path=str(path))
     try:
         layout_of(meta["base"])
     except DataError as e:

@@ -6,12 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, Required, TypeAlias, TypedDict
 
 from prefixfast.config.json_types import JSON
+from prefixfast.errors import shown
 
 if TYPE_CHECKING:
     from prefixfast.model.fingerprint import Fingerprint
 
 Window: TypeAlias = Literal["slide", "always"]
 FIELD_NAMES = ("pos_start", "window", "base", "task", "decoding", "training")
+
+TYPES_OF_BASE_KEYS = {"name": str, "config": dict, "tokenizer": str, "weights": str}
 
 
 class PrefixFields(TypedDict, total=False):
@@ -28,6 +31,18 @@ class PrefixFields(TypedDict, total=False):
 def file_key(field: str) -> str:
     """Key of a field in ``prefixfast.json`` and ``entry.json``; version 0.1.0 wrote the task as ``linearizer``."""
     return "linearizer" if field == "task" else field
+
+
+def base_error(base: object) -> str | None:
+    """Error message for a fingerprint of a base model from a file, None if its keys have the right types."""
+    if base is None:
+        return None
+    if not isinstance(base, dict):
+        return f"base: expected an object or null, got {shown(base)}"
+    for key, kind in TYPES_OF_BASE_KEYS.items():
+        if not isinstance(base.get(key), kind | None):
+            return f"base.{key}: expected {kind.__name__} or null, got {shown(base[key])}"
+    return None
 
 
 def layers_of(names: Iterable[str]) -> tuple[int, ...]:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
+from prefixfast.config.options import INT32_MAX, INT64_MAX
 from prefixfast.errors import ConfigError, DataError, shown, warn_renamed
 from prefixfast.io.untrusted import read_json
-from prefixfast.prefix.names import file_key, layers_of
+from prefixfast.prefix.names import base_error, file_key, layers_of
 from prefixfast.store.versions import version_folders
 
 if TYPE_CHECKING:
@@ -192,39 +193,57 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
     Raises:
         DataError: If a field is missing or wrong.
     """
-    try:
-        shapes = {str(n): (p, h, d) for n, (p, h, d) in found["shapes"].items()}
-        stored = StoredPrefix(
-            folder=folder,
-            shapes=shapes,
-            **{f: found[file_key(f)] for f in ("name", "nbytes", "created", *FIELDS)},
-        )
-        wrong = next((field for field, valid in _validity(stored).items() if not valid), None)
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        keys = ", ".join(map(file_key, FIELDS))
-        msg = f"{ENTRY}: expected name, shapes, nbytes, created and {keys}, got {shown(e)}; put the prefix again"
-        raise DataError(msg, path=str(folder / ENTRY)) from e
-    if wrong is not None:
-        msg = f"{ENTRY}: {file_key(wrong)}: got {shown(getattr(stored, wrong))}; put the prefix again"
+    error = None
+    for field, (expected, fits) in CHECKS.items():
+        key = file_key(field)
+        if key not in found or not fits(found[key]):
+            got = shown(found[key]) if key in found else "nothing"
+            error = f"{key}: expected {expected}, got {got}"
+            break
+    if error is None and not _is_name_of(found["name"], folder):
+        error = f"name: expected a string whose hash is that of the folder, got {shown(found['name'])}"
+    if error := error or base_error(found["base"]):
+        msg = f"{ENTRY}: {error}; put the prefix again"
         raise DataError(msg, path=str(folder / ENTRY))
-    return stored
+    values = {field: found[file_key(field)] for field in CHECKS}
+    values["shapes"] = {name: (p, h, d) for name, (p, h, d) in found["shapes"].items()}
+    return StoredPrefix(folder=folder, **values)
 
 
-def _validity(stored: StoredPrefix) -> dict[str, bool]:
-    """Whether each field is valid; an engine plans its memory by the entry, before it reads the tensors."""
-    sizes = [size for shape in stored.shapes.values() for size in shape]
-    return {
-        "name": _is_name_of(stored.name, stored.folder),
-        "shapes": bool(sizes) and all(type(size) is int and size > 0 for size in sizes),
-        "digest": isinstance(stored.digest, str) and re.fullmatch("[0-9a-f]{64}", stored.digest) is not None,
-        "pos_start": type(stored.pos_start) is int and stored.pos_start >= 0,
-        "window": stored.window in ("slide", "always"),
-        "base": stored.base is None or isinstance(stored.base, dict),
-        "task": stored.task is None or isinstance(stored.task, dict),
-        "decoding": isinstance(stored.decoding, dict),
-        "nbytes": type(stored.nbytes) is int and stored.nbytes > 0,
-        "created": isinstance(stored.created, str),
-    }
+def _are_shapes(value: Any) -> bool:
+    """Whether a value holds the shape of each tensor of a prefix, with as many keys as values in each layer."""
+    if not isinstance(value, dict) or not value or not all(map(TENSOR.fullmatch, value)):
+        return False
+    partners = [name[:-1] + ("v" if name[-1] == "k" else "k") for name in value]
+    if not all(
+        isinstance(s, list) and len(s) == 3 and all(_is_int(x, 1, INT32_MAX) for x in s) for s in value.values()
+    ):
+        return False
+    return all(p in value and value[p][0] == shape[0] for p, shape in zip(partners, value.values(), strict=True))
+
+
+def _is_int(value: Any, low: int, high: int) -> bool:
+    return type(value) is int and low <= value <= high
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+TENSOR = re.compile(r"(self|enc|cross)\.(0|[1-9][0-9]{0,5})\.[kv]")
+# Expected value and check of each field; an engine plans its memory by the entry, before it reads the tensors.
+CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "name": ("a string that is not empty", lambda x: isinstance(x, str) and bool(x)),
+    "shapes": ("the shape [P, H, D] of the keys and values of each layer", _are_shapes),
+    "digest": ("64 hexadecimal digits", _is_digest),
+    "pos_start": (f"a position from 0 to {INT32_MAX}", lambda x: _is_int(x, 0, INT32_MAX)),
+    "window": ("'slide' or 'always'", lambda x: isinstance(x, str) and x in ("slide", "always")),
+    "base": ("an object or null", lambda x: isinstance(x, dict | None)),
+    "task": ("an object or null", lambda x: isinstance(x, dict | None)),
+    "decoding": ("an object", lambda x: isinstance(x, dict)),
+    "nbytes": ("a number of bytes", lambda x: _is_int(x, 1, INT64_MAX)),
+    "created": ("a time", lambda x: isinstance(x, str)),
+}
 
 
 def _fields(prefix: Prefix) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def _check_layers(config: PrefixConfig, shapes: Sequence[LayerShape]) -> PrefixC
 
 
 def _init_text_ids(model: Model, options: InitOptions) -> list[int]:
-    text = options.init_text or options.task.init_text
+    text = options.task.init_text if options.init_text is None else options.init_text
     if not isinstance(text, str) or not is_text(text):
         msg = f"init_text: expected a string of Unicode text, got {shown(text)}"
         raise ConfigError(msg)
