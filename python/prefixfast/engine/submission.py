@@ -138,6 +138,9 @@ class RequestSubmission:
 
         Args:
             request: Ticket or stream of the request. A request that has ended is not changed.
+
+        Raises:
+            ConfigError: If ``request`` is neither.
         """
         given: object = request
         if not isinstance(given, Ticket | Stream):
