@@ -82,6 +82,15 @@ QWEN4 = {
     "ple_embed_dim": 32,
     "hc_lowrank": 4,
 }
+BYTES = {
+    "hidden_size": 32,
+    "hidden_size_global": 64,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "num_hidden_layers": 2,
+}
 INKLING = {
     "sliding_window_size": WINDOW,
     "rel_extent": 32,
@@ -92,6 +101,19 @@ INKLING = {
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 SHARED = {"layer_types": ALTERNATING, "num_kv_shared_layers": 2}
+DOTS = {
+    "num_key_value_heads": 4,
+    "index_topk": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_head_dim": 16,
+    "swa_v_head_dim": 16,
+}
 LATENT = {"num_key_value_heads": 4}  # multi-head latent attention makes keys and values for every head
 VISION = {
     "hidden_size": 16,
@@ -105,17 +127,24 @@ LINEAR = {"linear_head_dim": 8, "linear_num_heads": 4, "num_experts_per_token": 
 # Values by model type that differ from `SIZES`. None leaves a value to the configuration's default.
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), LATENT),
-    **dict.fromkeys(("longcat_flash", "minicpm3", "youtu", "dots3_note"), LATENT),
+    **dict.fromkeys(("longcat_flash", "minicpm3", "youtu"), LATENT),
     **dict.fromkeys(("gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), SHARED),
     "axk2": LATENT,
     "bailing_hybrid": LINEAR | {"layer_types": ["linear_attention", "full_attention"] * 2, "mlp_layer_types": None},
+    "blt": {
+        "vocab_size": None,
+        "encoder_hash_byte_group_vocab": VOCAB,
+        **dict.fromkeys(("patcher_config", "encoder_config", "decoder_config"), BYTES),
+        "global_config": BYTES | {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8},
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "ctrl": {"dff": 48},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 48, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots3_note_text": LATENT,
+    "dots3_note": DOTS | {"vision_config": {"adapter_out_dim": 32}, "audio_config": {"adapter_out_dim": 32}},
+    "dots3_note_text": DOTS,
     "ernie4_5_moe": {"moe_k": 2, "moe_num_shared_experts": 1},
     "falcon": {"head_dim": None},
     "gemma3": {"vision_config": VISION, "mm_tokens_per_image": 4},
@@ -127,6 +156,15 @@ OWN: dict[str, dict[str, Any]] = {
     "kimi_linear": LINEAR,
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 8},
+    "moss_transcribe_diarize": {
+        "audio_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_source_positions": 8,
+        }
+    },
     "musicgen": {"num_codebooks": 1},
     "musicgen_melody": {"num_codebooks": 1},
     "phi4_multimodal": {"vision_config": VISION, "audio_config": VISION},
@@ -169,9 +207,12 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "zaya": {"num_experts_per_tok": 1},
 }
+TEXT = {"moss_transcribe_diarize": "qwen3"}  # types of text models that a default configuration does not name
 # Types that are not built, with the reason.
 NOT_BUILT = {
-    "blt": "its nested configurations of bytes and patches",
+    "gemma3n": "its vision model needs the library timm",
+    "gemma4_assistant": "transformers 5.23 raises an error for every configuration of it",
+    "gemma4_unified_assistant": "transformers 5.23 raises an error for every configuration of it",
 }
 
 
@@ -186,7 +227,7 @@ def make_config(kind: str, **own: Any) -> PretrainedConfig:
     part = next((name for name in ("text_config", "decoder") if name in getattr(outer, "sub_configs", {})), None)
     if part is None:
         return outer(**known(outer, values))
-    text = type(getattr(outer(), part))
+    text = CONFIG_MAPPING[TEXT[kind]] if kind in TEXT else type(getattr(outer(), part))
     inner = text(**known(text, {k: v for k, v in values.items() if k not in PARTS}))
     if part == "decoder":  # the causal LM is the decoder alone
         return inner
