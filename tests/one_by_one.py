@@ -22,7 +22,8 @@ LENGTHS = (7, 4, 1, 36, 6, 27)  # prompts, some longer than the sliding windows 
 CHOICE = (0, 1, 2, 0, -1, 2)  # prefix of each prompt, -1 for none
 PREFIXES = (5, 3, 20)
 NEW = 6  # generated tokens
-Table = list[tuple[Tensor, Tensor]]  # keys and values [P, H, D] by layer
+LayerKV = tuple[Tensor, Tensor]
+Table = list[LayerKV | None]  # keys and values [P, H, D] by layer, None for a layer that reads those of another layer
 
 
 @dataclass
@@ -56,36 +57,46 @@ def prompts(vocab: int) -> list[Tensor]:
 
 def random_tables(model: Model) -> list[Table]:
     """Random prefixes with a strong effect."""
+    empty = concat_kv([], model.layers, model.dtype, model.device)
     tables = []
     for seed, rows in enumerate(PREFIXES):
         g = torch.Generator().manual_seed(seed + 1)
-        like = [(torch.empty(rows, *k.shape[1:]), torch.empty(rows, *v.shape[1:])) for k, v in _empty(model)]
-        tables.append(
-            [(torch.randn(k.shape, generator=g) * 0.7, torch.randn(v.shape, generator=g) * 0.7) for k, v in like]
-        )
-    return tables
+
+        def rand(like: Tensor, rows: int = rows, g: torch.Generator = g) -> Tensor:
+            return torch.randn(rows, *like.shape[1:], generator=g) * 0.7
+
+        tables.append([(rand(k), rand(v)) for k, v in empty])
+    return [own_rows(model, table) for table in tables]
 
 
-def _empty(model: Model) -> Table:
-    return concat_kv([], model.layers, model.dtype, model.device)
+def own_rows(model: Model, table: Sequence[LayerKV]) -> Table:
+    """The table without the layers that read the keys and values of another layer."""
+    return [None if s.source is not None else kv for kv, s in zip(table, model.layers, strict=True)]
 
 
 def as_prefix(table: Table, pos_start: int) -> Prefix:
-    """A table as a prefix of all layers."""
-    kv = {f"self.{i}.{x}": t for i, own in enumerate(table) for x, t in zip("kv", own, strict=True)}
+    """A table as a prefix."""
+    kv = {f"self.{i}.{x}": t for i, own in enumerate(table) if own for x, t in zip("kv", own, strict=True)}
     return Prefix(kv, pos_start=pos_start)
+
+
+def num_rows(table: Table) -> int:
+    """Number of rows of a table."""
+    return len(next(kv for kv in table if kv is not None)[0])
 
 
 def reference(model: PreTrainedModel, ids: Tensor, table: Table | None, pos_start: int | None = None) -> Tensor:
     """Logits ``[n, V]`` of one request by the model's own forward."""
     if table is None:
         return model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None], use_cache=False).logits[0]
-    rows, n = len(table[0][0]), len(ids)
+    rows, n = num_rows(table), len(ids)
     start = rows if pos_start is None else pos_start
-    cache = DynamicCache([tuple(t.transpose(0, 1)[None].to(model.dtype) for t in own) for own in table])
+    filled = [
+        (None, None) if own is None else tuple(t.transpose(0, 1)[None].to(model.dtype) for t in own) for own in table
+    ]
     return model(
         input_ids=ids[None],
-        past_key_values=cache,
+        past_key_values=DynamicCache(filled),
         attention_mask=torch.ones(1, rows + n, dtype=torch.long),
         position_ids=torch.arange(start, start + n)[None],
     ).logits[0]
@@ -93,9 +104,9 @@ def reference(model: PreTrainedModel, ids: Tensor, table: Table | None, pos_star
 
 def packed(
     model: Model, ids: list[Tensor], prefixes: list[Prefix], choice: Any, grad: bool = False
-) -> tuple[Tensor, Table]:
+) -> tuple[Tensor, list[LayerKV]]:
     """Logits ``[N, V]`` of all requests in one packed forward, and the prefix tensors."""
-    leaves = [
+    leaves: list[LayerKV] = [
         (k.requires_grad_(grad), v.requires_grad_(grad))
         for k, v in concat_kv(prefixes, model.layers, model.dtype, model.device)
     ]
@@ -104,7 +115,7 @@ def packed(
         np.cumsum([0, *map(len, used)], dtype=np.int32), np.array([c for own in used for c in own], np.int32)
     )
     lengths = np.array([len(i) for i in ids], np.int32)
-    plan = training_plan(lengths, use, row_table(prefixes, len(model.layers)), leaves, backend=model.backend)
+    plan = training_plan(lengths, use, row_table(prefixes, model.layers), leaves, backend=model.backend)
     return model.forward(plan, torch.cat(ids)), leaves
 
 
@@ -145,7 +156,7 @@ def _logits(model: Model, own: PreTrainedModel, ids: list[Tensor], tables: list[
     """Largest difference of the logits with prefixes, for both values of ``pos_start``."""
     worst = 0.0
     for zero in (False, True):
-        starts = [0 if zero else len(t[0][0]) for t in tables]
+        starts = [0 if zero else num_rows(t) for t in tables]
         got, _ = packed(model, ids, [as_prefix(t, s) for t, s in zip(tables, starts, strict=True)], CHOICE)
         for part, text, c in zip(got.split(LENGTHS), ids, CHOICE, strict=True):
             expected = reference(own, text, None if c < 0 else tables[c], None if c < 0 else starts[c])
@@ -157,7 +168,10 @@ def _gradients(model: Model, own: PreTrainedModel, ids: list[Tensor], tables: li
     """Largest difference of the prefixes' gradients."""
     g = torch.Generator().manual_seed(9)
     weights = [torch.rand(n, generator=g) for n in LENGTHS]
-    leaves = [[(k.clone().requires_grad_(), v.clone().requires_grad_()) for k, v in t] for t in tables]
+    leaves: list[Table] = [
+        [None if kv is None else (kv[0].clone().requires_grad_(), kv[1].clone().requires_grad_()) for kv in t]
+        for t in tables
+    ]
 
     def loss(logits: Tensor, text: Tensor, weight: Tensor) -> Tensor:
         return (F.cross_entropy(logits, text.roll(-1), reduction="none") * weight).sum()
@@ -165,14 +179,14 @@ def _gradients(model: Model, own: PreTrainedModel, ids: list[Tensor], tables: li
     for text, c, weight in zip(ids, CHOICE, weights, strict=True):
         if c >= 0:
             loss(reference(own, text, leaves[c]), text, weight).backward()
-    got, ours = packed(model, ids, [as_prefix(t, len(t[0][0])) for t in tables], CHOICE, grad=True)
+    got, ours = packed(model, ids, [as_prefix(t, num_rows(t)) for t in tables], CHOICE, grad=True)
     sum(loss(p, t, w) for p, t, w in zip(got.split(LENGTHS), ids, weights, strict=True)).backward()
-    largest = max(t.grad.abs().max().item() for table in leaves for kv in table for t in kv if t.grad is not None)
+    largest = max(t.grad.abs().max().item() for table in leaves for kv in table for t in kv or () if t.grad is not None)
     worst, at = 0.0, 0
     for table in leaves:
-        rows = len(table[0][0])
+        rows = num_rows(table)
         for layer, kv in enumerate(table):
-            for side, leaf in zip(ours[layer], kv, strict=True):
+            for side, leaf in zip(ours[layer], kv or (), strict=kv is not None):
                 expected = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                 worst = max(worst, (side.grad[at : at + rows] - expected).abs().max().item())
         at += rows
@@ -181,7 +195,7 @@ def _gradients(model: Model, own: PreTrainedModel, ids: list[Tensor], tables: li
 
 def _tokens(model: Model, own: PreTrainedModel, ids: list[Tensor], tables: list[Table]) -> int:
     """Number of requests with random prefixes whose greedy tokens differ."""
-    prefixes = [as_prefix(t, len(t[0][0])) for t in tables]
+    prefixes = [as_prefix(t, num_rows(t)) for t in tables]
     return _wrong_tokens(
         model,
         own,
@@ -253,4 +267,4 @@ def _text(model: Model, own: PreTrainedModel, ids: list[Tensor]) -> float:
 
 def text_prefix(model: Model, text: Tensor) -> Prefix:
     """Prefix of the keys and values of a text."""
-    return as_prefix(text_kv(model, text.tolist(), len(text)), len(text))
+    return as_prefix(own_rows(model, text_kv(model, text.tolist(), len(text))), len(text))
