@@ -21,7 +21,7 @@ from prefixfast.prefix.kv import concat_kv, row_table
 LENGTHS = (7, 4, 1, 36, 6, 27)  # prompts, some longer than the sliding windows of tiny models
 CHOICE = (0, 1, 2, 0, -1, 2)  # prefix of each prompt, -1 for none
 PREFIXES = (5, 3, 20)
-NEW = 6  # generated tokens
+NEW = 4  # generated tokens
 LayerKV = tuple[Tensor, Tensor]
 Table = list[LayerKV | None]  # keys and values [P, H, D] by layer, None for a layer that reads those of another layer
 

@@ -78,8 +78,8 @@ def test_every_type_is_right_or_refused_as_the_page_says():
     text = PAGE.read_text(encoding="utf8")
     counts = [sum(v.startswith(k) for v in found.values()) for k in (RIGHT, "refused", "not built")]
     table = (
-        f"transformers {transformers.__version__}: {counts[0]} types are right, {counts[1]} are refused, {counts[2]} are "
-        "not built by the test.\n\n| type | result |\n| --- | --- |\n"
+        f"transformers {transformers.__version__}: {counts[0]} types are right, {counts[1]} are refused, {counts[2]} "
+        "are not built by the test.\n\n| type | result |\n| --- | --- |\n"
     ) + "".join(f"| `{kind}` | {found[kind]} |\n" for kind in sorted(found))
     if os.environ.get("PREFIXFAST_WRITE_MODELS"):
         PAGE.write_text(BLOCK.sub(lambda _: table, text), encoding="utf8")

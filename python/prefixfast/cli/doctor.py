@@ -127,7 +127,7 @@ def describe_base(base: Model) -> dict[str, Any]:
     tested = (
         "parity with PEFT is tested"
         if kind in VERIFIED
-        else "not among the tested families; attaching left its logits unchanged"
+        else "not among the families tested with PEFT; the proof at load found the results of its own forward"
     )
     start = time.perf_counter()
     fingerprint = base.fingerprint

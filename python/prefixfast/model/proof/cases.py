@@ -17,8 +17,8 @@ from prefixfast.model.dry_run import LayerShape
 
 LONGEST_WINDOW = 512  # sliding windows up to here are computed with, longer ones are compared as numbers only
 TEXT, SHORT, ROWS = 68, 4, (5, 3)  # tokens of the long and the short text, rows of the random prefixes
-PREFIX = 44  # tokens of the long text that become a prefix
-AFTER = (11, 9, 6)  # tokens after the random prefixes
+PREFIX = 58  # tokens of the long text that become a prefix
+AFTER = (6, 5, 4)  # tokens after the random prefixes
 NEW = 2  # tokens of each sequence that decode steps compute
 
 
@@ -55,7 +55,7 @@ class Cases:
     """Sequences of the proof. Prefix 0 is the leading part of the first sequence, the others are random.
 
     Attributes:
-        plain: Sequences without a prefix: the long text, and a short one.
+        plain: Sequences without a prefix: the long text, and its first tokens.
         split: Number of tokens of the long text in prefix 0.
         after_text: The rest of the long text after prefix 0.
         random: Random prefixes.
@@ -97,21 +97,16 @@ def make_cases(model: PreTrainedModel, windows: Sequence[int]) -> Cases:
             ids[ids == padding] = (padding + 1) % vocab
         return ids.to(model.device)
 
-    short = max((w for w in windows if w <= LONGEST_WINDOW), default=0)
-    window_rows = max(1, min(short + SHORT, positions - AFTER[2])) if short else 2 * ROWS[0]
     text = tokens(TEXT)
     split = len(text) * PREFIX // TEXT
-    return Cases(
-        (Case("packed sequences", text), Case("packed sequences", tokens(SHORT))),
-        split,
-        Case("a prefix of a text", text[split:], 0),
-        (RandomPrefix(ROWS[0], ROWS[0]), RandomPrefix(ROWS[1], 0), RandomPrefix(window_rows, window_rows)),
-        (
-            Case("a prefix", tokens(AFTER[0]), 1),
-            Case("tokens at position 0 after a prefix", tokens(AFTER[1]), 2),
-            Case("a prefix longer than the sliding window" if short else "a longer prefix", tokens(AFTER[2]), 3),
-        ),
-    )
+    random = [RandomPrefix(ROWS[0], ROWS[0]), RandomPrefix(ROWS[1], 0)]
+    after = [Case("a prefix", tokens(AFTER[0]), 1), Case("tokens at position 0 after a prefix", tokens(AFTER[1]), 2)]
+    if short := max((w for w in windows if w <= LONGEST_WINDOW), default=0):
+        rows = max(1, min(short + SHORT, positions - AFTER[2]))
+        random.append(RandomPrefix(rows, rows))
+        after.append(Case("a prefix longer than the sliding window", tokens(AFTER[2]), 3))
+    plain = Case("packed sequences", text), Case("packed sequences", text[:SHORT])
+    return Cases(plain, split, Case("a prefix of a text", text[split:], 0), tuple(random), tuple(after))
 
 
 def random_kv(prefix: RandomPrefix, like: Sequence[LayerKV], shapes: Sequence[LayerShape], seed: int) -> list[LayerKV]:

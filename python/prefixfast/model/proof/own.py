@@ -68,12 +68,12 @@ def _all_logits(
     implementations: Sequence[str | None],
 ) -> list[Tensor | None]:
     with attention_of(model, implementations):
-        plain = [_logits(model, c.ids) for c in cases.plain]
+        text = _logits(model, cases.plain[0].ids)
         after = [
             _logits_after(model, c.ids, prefix, rows, shapes)
             for c, prefix, rows in zip(cases.after_random, cases.random, kv, strict=True)
         ]
-    return [*plain, plain[0][cases.split :], *after]
+    return [text, text[: len(cases.plain[1].ids)], text[cases.split :], *after]
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from prefixfast.attention.plan import (
 )
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.packed_forward import packed_forward
-from prefixfast.model.proof.cases import NEW, Case, Cases
+from prefixfast.model.proof.cases import NEW, Cases
 
 RESERVED_ROWS = 80  # arena rows that the scheduler keeps
 ROW_UNIT = 16  # the scheduler hands out arena rows in units of this size
@@ -68,13 +68,13 @@ class Packed:
         return Arena([kv for kv in layers if kv is not None], table)
 
     @torch.no_grad()
-    def texts(self, cases: Sequence[Case]) -> tuple[Tensor, list[LayerKV]]:
+    def texts(self, texts: Sequence[Tensor]) -> tuple[Tensor, list[LayerKV]]:
         """Logits ``[N, V]`` of packed sequences without prefixes, and the keys and values ``[N, H, D]`` by layer."""
-        lengths = [len(c.ids) for c in cases]
+        lengths = [len(ids) for ids in texts]
         plan = plain_plan(lengths, backend=self.backend, device=self.model.device)
         arena = self.arena(sum(lengths), torch.empty(0, dtype=torch.int32))
         slots = torch.arange(sum(lengths), dtype=torch.int32, device=self.model.device)
-        logits = packed_forward(self.model, replace(plan, arena=arena, slots=slots), torch.cat([c.ids for c in cases]))
+        logits = packed_forward(self.model, replace(plan, arena=arena, slots=slots), torch.cat(list(texts)))
         layers = [
             (k[..., : s.head_dim], v[..., : s.value_dim]) for (k, v), s in zip(arena.layers, self.shapes, strict=True)
         ]

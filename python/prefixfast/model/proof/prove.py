@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixfast.attention.ops import Backend
-from prefixfast.attention.plan import LayerKV
 from prefixfast.errors import ConfigError
 from prefixfast.model.dry_run import FAILURES, LayerShape
-from prefixfast.model.proof.cases import LONGEST_WINDOW, Cases, make_cases, random_kv
+from prefixfast.model.proof.cases import LONGEST_WINDOW, make_cases, random_kv
 from prefixfast.model.proof.own import own_logits
 from prefixfast.model.proof.packed import Packed
 from prefixfast.model.proof.precision import float32_weights
@@ -84,36 +83,25 @@ def _errors(
 ) -> dict[str, float]:
     """Largest relative error of each feature."""
     cases, packed = make_cases(model, windows), Packed(model, shapes, BACKEND)
-    together, text_kv = packed.texts(cases.plain[::-1])
-    kv = _prefixes(cases, text_kv, shapes)
-    expected_of = own_logits(model, cases, kv[1:], shapes, own)
-    errors: dict[str, float] = {}
-
-    def compare(name: str, got: Tensor, expected: Tensor | None) -> None:
-        if expected is not None:  # the model's cache has another form
-            errors[name] = max(errors.get(name, 0.0), relative_error(got, expected))
-
+    text, short = (c.ids for c in cases.plain)
+    together, text_kv = packed.texts([short, text[: cases.split]])
+    kv = [[(k[len(short) :], v[len(short) :]) for k, v in text_kv]]
+    kv += [random_kv(p, text_kv, shapes, seed) for seed, p in enumerate(cases.random)]
+    expected = own_logits(model, cases, kv[1:], shapes, own)
+    assert expected[0] is not None
     # The first of several packed sequences is computed right even if the model ignores position_ids.
-    for name, part, expected in zip(
-        (ONE, MANY), together.split([len(c.ids) for c in cases.plain[::-1]]), expected_of[1::-1], strict=True
-    ):
-        compare(name, part, expected)
+    found = [(ONE, together[: len(short)], expected[1]), (MANY, together[len(short) :], expected[0][: cases.split])]
     rest = cases.all[1:]
-    for case, part, expected in zip(
-        rest, packed.training(cases, kv).split([len(c.ids) for c in rest]), expected_of[1:], strict=True
-    ):
-        compare(case.name, part, expected)
+    parts = packed.training(cases, kv).split([len(c.ids) for c in rest])
+    found += [(c.name, part, wanted) for c, part, wanted in zip(rest, parts, expected[1:], strict=True)]
     for served in packed.engine(cases, kv):
-        expected = expected_of[served.case]
-        compare(served.step, served.logits, None if expected is None else expected[served.token])
+        of_case = expected[served.case]
+        found.append((served.step, served.logits, None if of_case is None else of_case[served.token]))
+    errors: dict[str, float] = {}
+    for name, got, wanted in found:
+        if wanted is not None:  # the model's cache has another form
+            errors[name] = max(errors.get(name, 0.0), relative_error(got, wanted))
     return errors
-
-
-def _prefixes(cases: Cases, text_kv: Sequence[LayerKV], shapes: Sequence[LayerShape]) -> list[list[LayerKV]]:
-    """Keys and values by layer of each prefix. The long text is the last one in ``text_kv``."""
-    n = len(cases.plain[0].ids)
-    text = [(k[-n:][: cases.split], v[-n:][: cases.split]) for k, v in text_kv]
-    return [text] + [random_kv(p, text_kv, shapes, seed) for seed, p in enumerate(cases.random)]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
