@@ -152,9 +152,9 @@ impl SimdOps for Avx512 {
         one!(_mm512_reduce_max_ps, x)
     }
     #[inline(always)]
-    fn prefetch<T>(self, address: *const T) {
+    fn prefetch<T>(self, x: &T) {
         // SAFETY: every CPU with AVX-512F has this instruction. A prefetch is a hint that is valid for any address and
         // has no effect on memory.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
     }
 }

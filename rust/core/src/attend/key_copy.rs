@@ -93,7 +93,8 @@ pub(super) fn prefetch_part<S: SimdOps, K: Element>(
     let heads = state.heads.start * state.head_dim..state.heads.end * state.head_dim;
     for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
         for memory in [memory.keys, memory.values] {
-            prefetch_lines(simd, memory, start + heads.start, heads.len());
+            // SAFETY: the offset is that of a row of the plan (`ChunkOffsets`), and the heads lie in the row.
+            prefetch_lines(simd, unsafe { memory.get(start + heads.start, heads.len()) });
         }
     }
 }
@@ -108,14 +109,15 @@ pub(super) fn prefetch_head<S: SimdOps, K: Element>(
     head_dim: usize,
 ) {
     for start in &offsets[..offsets.len().min(4)] {
-        prefetch_lines(simd, memory, start + head_offset, head_dim);
+        // SAFETY: the offset is that of a row of the plan (`ChunkOffsets`), and the head lies in the row.
+        prefetch_lines(simd, unsafe { memory.get(start + head_offset, head_dim) });
     }
 }
 
-/// Prefetches the cache lines of `count` elements from element `first` on.
+/// Prefetches the cache lines of a part of a row.
 #[inline(always)]
-fn prefetch_lines<S: SimdOps, K: Element>(simd: S, memory: SharedMemory<'_, K>, first: usize, count: usize) {
-    for i in (0..count).step_by(CACHE_LINE / size_of::<K>()) {
-        simd.prefetch(memory.address(first + i));
-    }
+fn prefetch_lines<S: SimdOps, K>(simd: S, row: &[K]) {
+    row.iter()
+        .step_by(CACHE_LINE / size_of::<K>())
+        .for_each(|x| simd.prefetch(x));
 }

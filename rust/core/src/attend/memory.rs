@@ -46,12 +46,6 @@ impl<'a, T> SharedMemory<'a, T> {
         // only a task without keys could ask for. A task has at least one key.
         unsafe { std::slice::from_raw_parts(self.start.add(first), count) }
     }
-
-    /// Address of element `index`, for a prefetch.
-    #[inline(always)]
-    pub(super) fn address(&self, index: usize) -> *const T {
-        self.start.wrapping_add(index)
-    }
 }
 
 impl<'a, T> From<&'a [T]> for SharedMemory<'a, T> {
