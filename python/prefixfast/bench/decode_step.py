@@ -3,7 +3,8 @@
 The settings alternate in rounds. The time of a step comes from runs without the profiler, the shares from one more
 pass under ``torch.profiler``. Two bounds stand beside the measured time, both relative to the median step without a
 prefix. ``floor_ms`` adds the time of reading the bytes of the distinct prefixes once. ``limit_ms`` adds 1.3 times the
-time of copying them. Bandwidths are the medians over the rounds.
+time of copying them. Bandwidths are the medians over the rounds. No time is reported if the tokens of requests with the
+same prompt and prefix differ between the settings.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
+from prefixfast.bench.decoding import Decoding
 from prefixfast.bench.engine_loop import add_requests
+from prefixfast.bench.exact_scores import ExactScores, Text, check_same_tokens
 from prefixfast.bench.harness import announce, progress, write_rows
 from prefixfast.bench.random_base import make, random_prefixes
 from prefixfast.bench.roofline import roofline
@@ -30,6 +34,7 @@ from prefixfast.model.load import load
 from prefixfast.model.memory import in_large_pages
 
 ROWS, PROMPT, NEW = 32, 40, 400
+COMPARED = 2  # requests whose tokens are compared
 
 
 class Setting(NamedTuple):
@@ -89,6 +94,9 @@ def run(output: Path, *, dtype: str, steps: int, rounds: int, command: str) -> l
         steps: Steps of each setting in a round.
         rounds: Number of repetitions.
         command: Command that repeats the measurement.
+
+    Raises:
+        WrongResultError: If tokens differ by more than rounding.
     """
     with contextlib.ExitStack() as stack:
         models = {packed: stack.enter_context(load(make("gpt2", dtype))) for packed in (True, False)}
@@ -97,6 +105,7 @@ def run(output: Path, *, dtype: str, steps: int, rounds: int, command: str) -> l
         stack.enter_context(torch.inference_mode())
         loops = {setting: _decoding_loop(engine, setting) for setting, engine in engines.items()}
         times = _measure(loops, models[True], steps, rounds)
+        _check_tokens(loops, models[True], make("gpt2", dtype))
         row_bytes = _row_bytes(models[True])
         rows = [_record(setting, loop, times, steps, row_bytes) for setting, loop in loops.items()]
     head = {
@@ -142,13 +151,34 @@ def _engine(model: Model, setting: Setting) -> Engine:
     )
 
 
+def _prompts(model: Model) -> list[list[int]]:
+    """Token ids of the prompts, the same for every setting."""
+    g = torch.Generator().manual_seed(0)
+    prompts: list[list[int]] = torch.randint(3, model.vocab_size, (ROWS, PROMPT), generator=g).tolist()
+    return prompts
+
+
+def _check_tokens(loops: dict[Setting, Loop], model: Model, plain: PreTrainedModel) -> None:
+    """Compare the tokens that the first `COMPARED` requests have so far in the settings of equal prefix length."""
+    for length in dict.fromkeys(setting.length for setting in loops):
+        prefixes = random_prefixes(model, length, COMPARED) if length else []
+        decoding = Decoding.exactly(NEW, model)
+        scores = ExactScores(plain, _prompts(model), prefixes.__getitem__, decoding)
+        texts = [
+            Text(str(setting), i, i % setting.distinct if length else None, tuple(sequences[0].token_ids))
+            for setting, loop in loops.items()
+            if setting.length == length
+            for i, sequences in enumerate(list(loop.outputs.sequences.values())[:COMPARED])
+        ]
+        check_same_tokens(texts, scores, f"P={length}")
+
+
 def _decoding_loop(engine: Engine, setting: Setting) -> Loop:
     """Loop of an engine in which all rows decode."""
-    g = torch.Generator().manual_seed(0)
-    prompts = torch.randint(3, engine.model.vocab_size, (ROWS, PROMPT), generator=g).tolist()
+    prompts = _prompts(engine.model)
     prefixes = random_prefixes(engine.model, setting.length, setting.distinct)
     chosen = [prefixes[i % setting.distinct] for i in range(ROWS)] if setting.length else None
-    params = GenerationParams(max_new_tokens=NEW, min_new_tokens=NEW)
+    params = GenerationParams(**Decoding.exactly(NEW, engine.model).params())
     add_requests(engine, prompts, chosen, params)
     while engine.loop.counts["decoded_rows"] < 2 * ROWS:
         engine.loop.step()

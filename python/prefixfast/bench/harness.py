@@ -74,7 +74,9 @@ def best_of(rounds: int) -> str:
 def announce(dtype: torch.dtype, device: torch.device) -> None:
     """Print compute dtype, device and number of threads of a run on standard error."""
     name = str(dtype).removeprefix("torch.")
-    print(f"computing in {name} on {device}, {torch.get_num_threads()} threads, {cpu_name()}", file=sys.stderr)
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
+    print(f"computing in {name} on {device}, {threads}, {cpu_name()}", file=sys.stderr)
 
 
 def progress(items: Iterable[T], label: str, unit: str, *, shown: bool = True) -> Iterable[T]:

@@ -39,6 +39,26 @@ def test_decode_step(cli, tmp_path, monkeypatch):
     assert "P=20, 2 distinct, weights packed" in done.out
 
 
+def test_a_decode_step_with_other_tokens_has_no_times(cli, tmp_path, monkeypatch):
+    """The engine without packed weights has another output layer."""
+    monkeypatch.setitem(random_base.SHAPES, "gpt2", random_base.SHAPES["gpt2"]._replace(fields=TINY))
+    monkeypatch.setattr(decode_step, "SETTINGS", (Setting(0, 0, True), Setting(0, 0, False)))
+    monkeypatch.setattr(decode_step, "NEW", 40)
+    monkeypatch.setattr(decode_step, "roofline", lambda *_: (1e9, 1e9))
+    right = decode_step._engine
+
+    def wrong(model, setting):
+        if not setting.packed:
+            model.hf.transformer.ln_f.weight.data.neg_()
+        return right(model, setting)
+
+    monkeypatch.setattr(decode_step, "_engine", wrong)
+    done = cli("bench", "decode-step", "-o", tmp_path / "out", "--steps", 2, "--rounds", 1)
+    assert done.code == 1
+    assert "P=0: Setting(length=0, distinct=0, packed=False): token " in done.err
+    assert "best" not in done.out
+
+
 @pytest.fixture
 def small_base(monkeypatch):
     monkeypatch.setattr(random_base, "SMALL", TINY | {"vocab_size": 8000})
