@@ -8,6 +8,7 @@ architectures.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,14 @@ class Handle:
 
 KEY = "_prefixfast_handle"
 _LOCK = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _LOCK
+    _LOCK = threading.RLock()  # another thread of the parent can hold the old one
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def attach(model: PreTrainedModel) -> Handle:

@@ -17,6 +17,7 @@ from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_choice, check_flag, shown
 from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.process import model_lock
 from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
@@ -155,7 +156,7 @@ def load_base(model: str | Path | PreTrainedModel | Model, config: TrainConfig) 
         ConfigError: If the model is unsupported, or is loaded already in another dtype.
     """
     how = {"dtype": config.dtype} if isinstance(model, str | Path) else {}
-    with borrowed(model, **how) as base:
+    with model_lock(), borrowed(model, **how) as base:
         if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:
             advice = "load it so, or leave dtype out"
             msg = f"dtype: the given model computes in {base.dtype}, got {shown(config.dtype)}; {advice}"

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.base import Model, compute_line
+from prefixfast.model.process import check_not_exiting
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.artifact import PrefixBuilder
 from prefixfast.training.best_state import BestState
@@ -132,6 +133,7 @@ class GroupTrainer:
             tqdm(total=total, initial=self.num_steps, desc="train", unit="step", disable=hidden) as bar,
         ):
             while self.is_active:
+                check_not_exiting()
                 loss = self._advance()
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
