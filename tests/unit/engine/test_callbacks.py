@@ -57,6 +57,7 @@ async def awaited(ticket):
 async def first_piece(stream):
     async for piece in stream:
         return piece
+    return None
 
 
 @pytest.fixture(params=["inline", "thread"])
