@@ -1,8 +1,9 @@
 """End processes while threads run models, and report how they ended.
 
-Run ``exits.py FOLDER ROUNDS SEED``. Each round forks one child for each scenario. The child starts its work, waits
-until the work is under way and, with a seed above 0, for a further random time. It then ends as a script does, with all
-of Python's finalization. The output is one JSON object with the statuses by scenario. A child that hangs is killed.
+Run ``exits.py FOLDER ROUNDS SEED NAMES``. Each round forks one child for each named scenario, by default for all. The
+child starts its work, waits until the work is under way and, with a seed above 0, for a further random time. It then
+ends as a script does, with all of Python's finalization. The output is one JSON object with the statuses by scenario. A
+child that hangs is killed.
 """
 
 from __future__ import annotations
@@ -164,29 +165,28 @@ SCENARIOS = {
 }
 
 
-def main(folder: Path, rounds: int, seed: int) -> bool:
-    """Run the scenarios. Returns whether this is the parent process."""
+def main(folder: Path, rounds: int, seed: int, names: list[str]) -> None:
+    """Run scenarios."""
     torch.set_num_threads(1)
     store = PrefixStore(folder / "store")
     for i in range(20):
         kv = {f"self.{layer}.{x}": torch.randn(50, 4, 8) for layer in range(3) for x in "kv"}
         store.put(f"p{i}", Prefix(kv, 50))
-    found: dict[str, list[int]] = {name: [] for name in SCENARIOS}
+    found: dict[str, list[int]] = {name: [] for name in names or SCENARIOS}
     for number in range(rounds):
-        for name, scenario in SCENARIOS.items():
+        for name in found:
             pid = os.fork()
             if pid == 0:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 signal.alarm(SECONDS)
-                scenario(folder)
+                SCENARIOS[name](folder)
                 started.wait()
                 if seed:
                     time.sleep(random.Random(f"{seed} {number} {name}").uniform(0, 0.1))
-                return False
+                return
             found[name].append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
     print(json.dumps(found))
-    return True
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
