@@ -29,6 +29,7 @@ __all__ = [
     "attend_decode",
     "attend_join",
     "attend_paths",
+    "digest",
     "pack",
     "plan_packed",
 ]
@@ -224,6 +225,16 @@ class Packing:
     @property
     def weight(self) -> NDArray[np.float64]:
         """Weight in the summed loss of each target token of an example, float64 ``[n]``, in the order of the input."""
+
+def digest(array: NDArray[np.uint8]) -> int:
+    """Digest of 64 bits of an array, for finding changed weights.
+
+    Arrays that differ in one word of 8 bytes have different digests. Other different arrays have equal digests with a
+    probability of about 2**-64. The array is read on the pool of threads of `Tokenizer`, with the GIL held.
+
+    Args:
+        array: Bytes, in contiguous memory.
+    """
 
 def pack(
     lengths: NDArray[np.int32],

@@ -192,7 +192,12 @@ class Engine(RequestSubmission, PrefixPinning):
         self.driver.check_callable("score")
         requests = make_score_requests(self.model, batch, prefixes, targets, end_token=end_token, store=self.store)
         budget = self.config.max_num_batched_tokens
-        return self.driver.between_steps("score", lambda: score_requests(self.model, requests, budget))
+
+        def job() -> list[Score]:
+            with self.model.run():
+                return score_requests(self.model, requests, budget)
+
+        return self.driver.between_steps("score", job)
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made, such as ``steps``, ``decoded_rows``, ``loads`` and ``evictions``."""

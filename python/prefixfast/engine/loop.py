@@ -7,6 +7,7 @@ ended with an end token is then decoded once more, and the extra token is droppe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from prefixfast.engine.step_runner import StepRunner
 from prefixfast.engine.ticket import request_error
 from prefixfast.errors import CapacityError
 from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.weights import recorded_state
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
@@ -77,6 +79,7 @@ class Loop:
         self.max_waiting = config.max_waiting
         self.batch = DecodeBatch(self.arena.table, [e for e in end_ids if 0 <= e < model.vocab_size])
         self.outputs = RunningSequences(model, self.batch.end_ids)
+        self.run, self.running = contextlib.ExitStack(), False  # a run lasts from the first request to the last
         self.requests: dict[int, Request] = {}  # waiting and running requests, by number
         self.first_row: dict[int, int] = {}  # first decode row of requests that have tokens
         self.unread: list[StepTokens] = []  # started steps whose tokens were not read yet
@@ -84,8 +87,9 @@ class Loop:
         self.errors: dict[int, BaseException] = {}  # errors of requests that were cancelled for them
         self.counts: Counter[str] = Counter()
         self.runner = StepRunner(model, self.arena, self.batch, max_model_len, self.counts)
+        self.compiled, self.captured = config.compile_decode, recorded_state(model.hf)
         if self.run_ahead:
-            self.runner.capture(compiled=config.compile_decode)
+            self.runner.capture(compiled=self.compiled)
 
     @property
     def busy(self) -> bool:
@@ -170,6 +174,8 @@ class Loop:
         Returns:
             Outputs of the requests that have ended, by request number.
         """
+        if not self.running:
+            self._begin_run()
         self._cancel_unloadable(self.prefix_cache.finish_loads(wait=False))
         # A new buffer in each step, since the device may still read the plans of earlier steps.
         pinned = self.model.device.type == "cuda"
@@ -211,6 +217,7 @@ class Loop:
         self.prefix_cache.trim(busy=bool(self.requests))
         if not self.requests:
             self.unread = []
+            self._end_run()
         return ended
 
     def restart(self) -> None:
@@ -232,7 +239,21 @@ class Loop:
         self._clear_requests()
         self.intact = True
 
+    def _begin_run(self) -> None:
+        """Begin a run with the weights as they are now."""
+        self.run.enter_context(self.model.run())
+        self.running = True
+        if self.run_ahead and (state := recorded_state(self.model.hf)) != self.captured:
+            self.runner.capture(compiled=self.compiled)  # a captured graph reads the old places and adapters
+            self.captured = state
+
+    def _end_run(self) -> None:
+        """End the run, so that the next request finds weights that were changed meanwhile."""
+        self.running = False
+        self.run.close()
+
     def _clear_requests(self) -> None:
+        self._end_run()
         for state in (self.requests, self.first_row, self.outputs, self.unread, self.committed, self.errors):
             state.clear()
         self.batch.processors.errors.clear()

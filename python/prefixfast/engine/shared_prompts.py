@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from prefixfast.engine.request import Request
 from prefixfast.model.base import Model
 from prefixfast.model.text_kv import text_kv
+from prefixfast.model.weights import content_state
 from prefixfast.prefix.kv import context
 from prefixfast.prefix.prefix import Prefix
 
@@ -29,6 +30,7 @@ class SharedPrompts:
     def __init__(self, model: Model, min_tokens: int) -> None:
         self.model, self.min_tokens = model, min_tokens
         # By digests of the requests' prefixes and bytes of the int32 tokens, the most recently used one last.
+        self.state: object = None  # state of the base in which the prompts were computed
         self.prompts: OrderedDict[tuple[Digests, bytes], Prefix] = OrderedDict()
 
     def split(self, requests: list[Request]) -> list[Request]:
@@ -40,6 +42,9 @@ class SharedPrompts:
         Returns:
             Requests in the same order. Requests without shared leading tokens are unchanged.
         """
+        if (state := content_state(self.model.hf)) != self.state:
+            self.prompts.clear()
+            self.state = state
         groups: dict[tuple[Digests, bytes], list[Request]] = defaultdict(list)
         for r in requests:
             if len(r.ids) > self.min_tokens:
@@ -61,7 +66,8 @@ class SharedPrompts:
     def _compute(self, request: Request, length: int) -> None:
         """Compute the keys and values of the first ``length`` prompt tokens of a request."""
         prefixes = [p if isinstance(p, Prefix) else p.read() for p in request.prefixes]
-        kv = text_kv(self.model, request.ids[:length].tolist(), length, *context(prefixes, self.model))
+        with self.model.run():
+            kv = text_kv(self.model, request.ids[:length].tolist(), length, *context(prefixes, self.model))
         pos = max((p.pos_start for p in prefixes), default=0) + length
         tensors = {f"self.{i}.{x}": t for i, pair in enumerate(kv) for x, t in zip("kv", pair, strict=True)}
         self.prompts[_digests(request), request.ids[:length].tobytes()] = Prefix(tensors, pos_start=pos)

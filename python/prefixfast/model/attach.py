@@ -131,7 +131,7 @@ def _replace_gelu(model: PreTrainedModel) -> list[Callable[[], None]]:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is NewGELUActivation:
-                setattr(parent, name, torch.nn.GELU(approximate="tanh"))
+                setattr(parent, name, torch.nn.GELU(approximate="tanh").eval())
 
                 def restore(parent: Any = parent, name: str = name, child: Any = child) -> None:
                     setattr(parent, name, child)

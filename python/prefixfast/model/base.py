@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +18,12 @@ from prefixfast.model.attach import Handle
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import Fingerprint, fingerprint
 from prefixfast.model.kv_layout import kv_layout
-from prefixfast.model.lm_head import Head, packed_hidden
-from prefixfast.model.packed_forward import packed_forward
+from prefixfast.model.lm_head import Head, find_head, packed_hidden
+from prefixfast.model.packed_forward import check_eval, packed_forward
 from prefixfast.model.prefix_shape import PrefixShape
 from prefixfast.model.prepack import Packed, prepack
 from prefixfast.model.tokenizer import Tokenizer
+from prefixfast.model.weights import recorded_state
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -47,6 +49,7 @@ class Model:
     head: Head | None
     closed: bool = False
     packed: Packed | None = None
+    _fingerprint: tuple[object, Fingerprint] | None = None
 
     def __repr__(self) -> str:
         """One line: class and name of the base model, dtype, device, number of layers, backend."""
@@ -80,12 +83,15 @@ class Model:
         """Number of rows of the input embedding."""
         return int(self.hf.get_input_embeddings().weight.shape[0])
 
-    @cached_property
+    @property
     def fingerprint(self) -> Fingerprint:
-        """Architecture and digests of tokenizer and weights, by which a prefix recognizes its base model."""
-        found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
-        layout = kv_layout(self.hf, self.layers)
-        return found if layout is None else {**found, "kv_layout": layout}
+        """Architecture and digests of tokenizer, weights and acting adapters, by which a prefix recognizes its base."""
+        state = recorded_state(self.hf)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
+            layout = kv_layout(self.hf, self.layers)
+            self._fingerprint = state, found if layout is None else {**found, "kv_layout": layout}
+        return self._fingerprint[1]
 
     def forward(self, plan: Plan, ids: Tensor) -> Tensor:
         """One packed forward pass.
@@ -131,6 +137,30 @@ class Model:
             self.packed = prepack(self.hf)
         return self.packed
 
+    def _follow_changes(self) -> None:
+        """Forget what a change of the weights or of the output layer since the last call has made wrong."""
+        self._fingerprint = None
+        if self.head is not None and not self.head.is_of(self.hf):
+            self.head = find_head(self.hf)
+
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """Context manager in which requests run. Weights that were changed before it are used as they are now.
+
+        Raises:
+            ConfigError: If a module is in training mode, for example a LoRA layer that was added after `load`.
+        """
+        check_eval(self.hf)
+        self._follow_changes()
+        packed = self.packed
+        if packed is not None:
+            packed.begin()
+        try:
+            yield
+        finally:
+            if packed is not None:
+                packed.end()
+
     def require_tokenizer(self) -> Tokenizer:
         """Tokenizer of the base model.
 
@@ -171,6 +201,7 @@ class Model:
         if self.closed:
             msg = "this base was closed: load it again"
             raise ConfigError(msg)
+        self._follow_changes()
         return self
 
     def close(self) -> None:

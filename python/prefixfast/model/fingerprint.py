@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from torch import Tensor
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import BaseMismatchError, DataError
+from prefixfast.model.adapters import adapters_digest, has_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,12 +59,15 @@ class Fingerprint(TypedDict, total=False):
         tokenizer: Hex digest of the tokenizer, None without a tokenizer.
         weights: Hex digest of sampled weights, None for a base model in fp16.
         kv_layout: Shapes of keys and values, absent if all layers are alike and PEFT has the same rows.
+        adapters: Hex digest of the adapters of PEFT that act in the layers, "none" if none acts. Absent for a base
+            model without adapters, and unknown if an earlier version made the fingerprint.
     """
 
     name: str
     config: dict[str, JSON]
     tokenizer: str | None
     weights: str | None
+    adapters: str
     kv_layout: KVLayout
 
 
@@ -113,12 +118,13 @@ def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
         for f in FIELDS
     }
     fields = {f: value for f, value in values.items() if value is not None}
-    return {
+    found: Fingerprint = {
         "name": str(getattr(model, "name_or_path", "") or ""),
         "config": json.loads(json.dumps(fields, default=str)),
         "tokenizer": None if tokenizer is None else _digest(tokenizer.encode()),
         "weights": None if model.dtype == torch.float16 else _weights(model),
     }
+    return {**found, "adapters": adapters_digest(model)} if has_adapters(model) else found
 
 
 def check_same_base(ours: Mapping[str, Any] | None, base: Mapping[str, Any], what: str) -> None:
@@ -137,17 +143,20 @@ def check_same_base(ours: Mapping[str, Any] | None, base: Mapping[str, Any], wha
     if ours is None:
         return
     tokenizers = ours.get("tokenizer"), base.get("tokenizer")
-    for key in ("config", "weights"):
+    for key in ("config", "adapters", "weights"):
         if ours.get(key) is None or base.get(key) is None or ours[key] == base[key]:
             continue
-        detail = f"{key} differ"
+        detail, advice = f"{key} differ", "load the base it was trained on"
+        if key == "adapters":
+            detail = "other adapters of PEFT act in its layers, or they are merged in one of the two"
+            advice = "set the base's adapters as they were in training"
         if key == "config":
             names = sorted(k for k in {*ours[key], *base[key]} if ours[key].get(k) != base[key].get(k))
             if not names:
                 continue
             detail = ", ".join(f"{n} is {ours[key].get(n)!r} there and {base[key].get(n)!r} here" for n in names)
         there, here = ours.get("name") or "unknown", base.get("name") or "this model"
-        msg = f"{what} was made for base {there!r}, not for {here!r}: {detail}; load the base it was trained on"
+        msg = f"{what} was made for base {there!r}, not for {here!r}: {detail}; {advice}"
         raise BaseMismatchError(msg)
     if None not in tokenizers and tokenizers[0] != tokenizers[1] and tokenizers not in _WARNED:
         _WARNED.add(tokenizers)
@@ -163,14 +172,20 @@ def _weights(model: PreTrainedModel) -> str:
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, embedding.shape[0] - 1, SAMPLED_ROWS, device=embedding.device).long()
     last = str(model.config.get_text_config().num_hidden_layers - 1)
-    parts = [embedding[rows]]
+    parts = [_plain(embedding)[rows]]
     for name, parameter in sorted(model.named_parameters()):
         layers = [p for p in name.split(".") if p.isdigit()]
         if not layers or layers[0] in ("0", last):
-            flat = parameter.detach().reshape(-1)
+            flat = _plain(parameter).reshape(-1)
             parts.append(flat[:: max(1, len(flat) // 256)])
     sampled = torch.cat([p.to(embedding.device, torch.bfloat16).reshape(-1) for p in parts])  # one copy to the host
     return _digest(sampled.cpu().view(torch.int16).numpy().tobytes())
+
+
+def _plain(parameter: Tensor) -> Tensor:
+    """Values of a parameter, dequantized if it is a quantized tensor such as those of torchao."""
+    values = parameter.detach()
+    return values.dequantize() if type(values) is not Tensor else values
 
 
 def _digest(data: bytes) -> str:

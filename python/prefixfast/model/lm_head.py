@@ -31,6 +31,10 @@ class Head:
     layer: nn.Linear
     softcap: float
 
+    def is_of(self, model: PreTrainedModel) -> bool:
+        """Whether this is still the output layer of a model, as `find_head` found it."""
+        return model.get_output_embeddings() is self.layer and _is_plain(self.layer)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, V]`` of hidden states ``[n, d]``."""
         out = self.layer(two_rows(hidden, 0))[: len(hidden)]
@@ -69,6 +73,16 @@ def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     return hidden[: len(ids)] if plan.logits_at is None else hidden[plan.logits_at]
 
 
+def _is_plain(layer: nn.Module | None) -> bool:
+    """Whether a layer is a linear layer without hooks whose weight is a plain tensor."""
+    return (
+        type(layer) is nn.Linear
+        and type(layer.weight.data) is Tensor
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+    )
+
+
 @torch.no_grad()
 def find_head(model: PreTrainedModel) -> Head | None:
     """Output layer of an attached model, None if the model's logits are not those of one linear layer.
@@ -80,7 +94,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
     ids = torch.arange(1, 9, device=model.device) % model.config.get_text_config().vocab_size
     plan = plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device)
     reason = f"its output layer is {type(layer).__name__}"
-    if type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks:
+    if _is_plain(layer):
         try:
             head = Head(layer, float(cap))
             expected, got = packed_forward(model, plan, ids), head.logits(packed_hidden(model, plan, ids))

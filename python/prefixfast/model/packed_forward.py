@@ -82,3 +82,12 @@ def check_attached(model: PreTrainedModel) -> None:
         )
         msg = f"this {type(model).__name__} cannot run a packed forward: it is {state}"
         raise ConfigError(msg)
+
+
+def check_eval(model: PreTrainedModel) -> None:
+    """Raise `ConfigError` if a module is in training mode, in which dropout would change the results."""
+    if (name := next((name for name, m in model.named_modules() if m.training), None)) is not None:
+        msg = (
+            f"this {type(model).__name__} cannot run: its module {name!r} is in training mode; call eval() on the model"
+        )
+        raise ConfigError(msg)

@@ -1,15 +1,17 @@
 """Copies of weights in the layout of a CPU's matrix products (oneDNN's packed format), beside the model's own weights.
 
 Only modules whose type is exactly ``nn.Linear`` or transformers' ``Conv1D`` get an instance ``forward``. Parameters,
-ties, hooks and ``state_dict`` stay as they are. The module's own forward runs where gradients are enabled, and after
-the weight has changed.
+ties, hooks and ``state_dict`` stay as they are. The copies are used between `Packed.begin` and `Packed.end` only, where
+an engine runs requests. `begin` compares the content of all weights with the copies, because a change through
+``Parameter.data`` leaves no other trace, and packs changed weights again.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,24 +20,91 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prefixfast.model.memory import free_memory
+from prefixfast.model.weights import content_digests, is_plain_cpu, version
 
 logger = logging.getLogger(__name__)
 MEMORY_SHARE = 0.5  # largest share of the free memory that the copies take
 
 
 @dataclass(frozen=True)
+class _Copy:
+    """Copy of one weight.
+
+    Attributes:
+        weight: Parameter. Tied modules share it.
+        values: The parameter's memory, which is held so that no other tensor gets its address.
+        version: Version of the parameter when it was packed or compared.
+        digest: Digest of the parameter's content.
+        packed: Content in the packed layout.
+    """
+
+    weight: Tensor
+    values: Tensor
+    version: int
+    digest: int
+    packed: Tensor
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether a module's weight is the one that was packed and has no recorded change since."""
+        return (
+            weight is self.weight
+            and version(weight) == self.version
+            and weight.data_ptr() == self.values.data_ptr()
+            and weight.dtype == self.values.dtype
+        )
+
+
+@dataclass
 class Packed:
     """Result of packing the weights of a model.
 
     Attributes:
         nbytes: Size of the copies in bytes.
         why_not: Reason why there are no copies, None if there are.
-        undo: Function that restores the modules.
+        modules: Modules with an instance ``forward``.
+        copies: Copy of each weight, by the id of the parameter.
+        users: Number of `begin` calls without their `end`.
     """
 
     nbytes: int
     why_not: str | None
-    undo: Callable[[], None]
+    modules: list[Any] = field(default_factory=list)
+    copies: dict[int, _Copy] = field(default_factory=dict)
+    users: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self) -> None:
+        """Use the copies until `end`, after changed weights were packed again."""
+        with self._lock:
+            self._refresh()
+            self.users += 1
+
+    def end(self) -> None:
+        """Use the modules' own forwards again, as soon as each `begin` had its `end`."""
+        with self._lock:
+            self.users -= 1
+
+    def undo(self) -> None:
+        """Restore the modules."""
+        for module in self.modules:
+            module.__dict__.pop("forward", None)
+
+    def _refresh(self) -> None:
+        """Compare the content of all weights, and pack those that have no copy with this content."""
+        conv = {id(m.weight): type(m) is Conv1D for m in self.modules}
+        weights = {id(m.weight): m.weight for m in self.modules if _is_packable(m.weight)}
+        copies, changed = {}, 0
+        for (key, weight), digest in zip(weights.items(), content_digests(list(weights.values())), strict=True):
+            values, old = weight.detach(), self.copies.get(key)
+            if old is not None and old.digest == digest and old.values.shape == values.shape:
+                packed = old.packed
+            else:
+                dense = values.t().contiguous() if conv[key] else values
+                packed, changed = torch.ops.mkldnn._reorder_linear_weight(dense), changed + 1
+            copies[key] = _Copy(weight, values, version(weight), digest, packed)
+        if self.copies and changed:
+            logger.info("%d weights have changed since they were packed and are packed again", changed)
+        self.copies = copies
 
 
 def prepack(model: nn.Module) -> Packed:
@@ -51,20 +120,17 @@ def prepack(model: nn.Module) -> Packed:
     why_not = _unsupported(modules) or _lack_of_memory(nbytes)
     if why_not is not None:
         logger.info("weights are not packed: %s", why_not)
-        return Packed(0, why_not, lambda: None)
-    shared: dict[int, Tensor] = {}  # packed weights by the id of the weight, so that tied weights share one copy
+        return Packed(0, why_not)
+    packed = Packed(nbytes, None, modules)
+    packed._refresh()
     for module in modules:
-        weight = module.weight
-        if id(weight) not in shared:
-            dense = weight.detach() if type(module) is nn.Linear else weight.detach().t().contiguous()
-            shared[id(weight)] = torch.ops.mkldnn._reorder_linear_weight(dense)
-        module.__dict__["forward"] = _forward(module, weight, shared[id(weight)])
+        module.__dict__["forward"] = _forward(module, packed)
+    return packed
 
-    def undo() -> None:
-        for module in modules:
-            module.__dict__.pop("forward", None)
 
-    return Packed(nbytes, None, undo)
+def _is_packable(weight: Tensor) -> bool:
+    """Whether the operators take a weight."""
+    return is_plain_cpu(weight) and weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def _unsupported(modules: list[Any]) -> str | None:
@@ -76,6 +142,8 @@ def _unsupported(modules: list[Any]) -> str | None:
         return "they are not all on the CPU and of one dtype"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {weight.dtype}"
+    if odd := next((m.weight for m in modules if not _is_packable(m.weight)), None):
+        return f"some are {type(odd.data).__name__} of strides {odd.stride()}, not plain contiguous tensors"
     if any("forward" in m.__dict__ for m in modules):
         return "another program has replaced forwards of this model"
     try:  # the operators are private to torch, so their presence and their result are checked
@@ -104,20 +172,17 @@ def _linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _forward(module: Any, weight: Tensor, packed: Tensor) -> Callable[[Tensor], Tensor]:
-    """A forward for a module that uses the packed weight as long as the module's weight is unchanged."""
+def _forward(module: Any, state: Packed) -> Callable[[Tensor], Tensor]:
+    """A forward for a module that uses the copy of its weight while the copies are in use and the copy is current."""
     own = type(module).forward
-    version = weight._version
 
     def forward(x: Tensor) -> Tensor:
-        same = (
-            module.weight is weight
-            and weight._version == version
-            and x.dtype == weight.dtype
-            and x.device.type == "cpu"
-        )
-        if torch.is_grad_enabled() or not same:
+        weight = module.weight
+        if not state.users or torch.is_grad_enabled():
             return own(module, x)
-        return _linear(x, packed, module.bias)
+        copy = state.copies.get(id(weight))
+        if copy is None or not copy.is_current(weight) or x.dtype != weight.dtype or x.device.type != "cpu":
+            return own(module, x)
+        return _linear(x, copy.packed, module.bias)
 
     return forward

@@ -33,7 +33,7 @@ def run_identity(
         j.name: {f: getattr(j.config, f) for f in PER_PREFIX if getattr(j.config, f) != getattr(config, f)}
         for j in jobs
     }
-    base = {k: v for k, v in model.fingerprint.items() if k in ("config", "weights")}
+    base = {k: v for k, v in model.fingerprint.items() if k in ("config", "weights", "adapters")}
     return {
         "base": base | {"dtype": str(model.dtype)},
         "data": {j.name: dataset.digest[j.source] for j in jobs},

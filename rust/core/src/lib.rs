@@ -3,6 +3,7 @@
 //! * [`attend`]: decode attention on CPUs.
 //! * [`tokenize`], [`detokenize`]: tokenization with the `tokenizers` crate, in parallel on the threads of
 //!   [`thread_pool`].
+//! * [`digest`]: digests of weights.
 //! * [`linearize`]: conversion of data tables to text.
 //! * [`batch`]: micro-batches for training, the scheduler for generation, and the tables that the attention kernels
 //!   read.
@@ -18,6 +19,7 @@
 pub mod attend;
 pub mod batch;
 pub mod detokenize;
+pub mod digest;
 pub mod error;
 pub mod linearize;
 pub mod thread_pool;

@@ -8,6 +8,7 @@ mod arrays;
 mod attend;
 mod batch;
 mod detokenize;
+mod digest;
 mod error;
 mod linearize;
 mod tokenize;
@@ -28,5 +29,6 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attend::attend_join, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_paths, module)?)?;
     module.add_function(wrap_pyfunction!(batch::pack::pack, module)?)?;
+    module.add_function(wrap_pyfunction!(digest::digest, module)?)?;
     module.add_function(wrap_pyfunction!(batch::plan::plan_packed, module)?)
 }
