@@ -58,7 +58,7 @@ def test_each_prefix_is_saved_at_its_own_best_step(model, mlp):
             eval_data=HELD_OUT[name],
             init=run[name],
             max_steps=1,
-            learning_rate=1e-300,
+            learning_rate=1e-37,
             metric_for_best_model="last",
         )
         assert again.training["metrics"]["eval_loss"] == pytest.approx(seen[best[name]], abs=1e-6)

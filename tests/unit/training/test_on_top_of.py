@@ -124,7 +124,7 @@ def test_frozen_rows_keep_their_values_and_the_others_learn(kind):
         start = train(
             model,
             rows(0, 4),
-            **{**how, "max_steps": 1, "learning_rate": 1e-300, "weight_decay": 0.0, "prefix_dropout": 0.0},
+            **{**how, "max_steps": 1, "learning_rate": 1e-37, "weight_decay": 0.0, "prefix_dropout": 0.0},
         )
         data = {"a": rows(0, 5), "b": rows(1, 4)}
         run = train(model, data, frozen_rows=2, **how)
