@@ -7,12 +7,13 @@ prefixes, requests or folders failed, 130 after an interrupt.
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from prefixfast.cli import bench, convert, data, doctor, generate, prefixes, score, train
 from prefixfast.cli.help import Command, Group
+from prefixfast.config.hints import HINTS
 from prefixfast.errors import PrefixFastError
 
 app = typer.Typer(
@@ -46,6 +47,14 @@ def _root(
     """Prefix-tuning of language models: train prefixes, generate with them, store and measure them."""
 
 
+def _suggest_known_flag(error: Any) -> None:
+    """Let the error of an unknown flag suggest the flag that does what the name means in another library."""
+    name = getattr(error, "option_name", "").lstrip("-").replace("-", "_")
+    flag = "--" + HINTS.get(name, name).split("=")[0].split(" ")[0].replace("_", "-")
+    if name in HINTS and any(flag in p.opts for p in error.ctx.command.params):
+        error.possibilities = [flag]
+
+
 def main() -> None:
     """Run the command line; an error that the user can mend is printed as one message, without a traceback."""
     try:
@@ -61,6 +70,7 @@ def main() -> None:
         sys.exit(e.exit_code)
     except Exception as e:
         if hasattr(e, "show"):  # a wrong command line
+            _suggest_known_flag(e)
             e.show()
             sys.exit(2)
         raise

@@ -13,7 +13,7 @@ import yaml
 
 from prefixfast.config import Options, unknown_option
 from prefixfast.errors import ConfigError, shown
-from prefixfast.io.yaml import read_yaml
+from prefixfast.io.yaml import read_yaml_file
 
 SECTIONS = {
     "PrefixConfig": "Prefix options (PrefixConfig)",
@@ -152,11 +152,7 @@ def _numbers(text: str, name: str) -> tuple[int, ...]:
 def _read(path: Path | None, known: set[str]) -> dict[str, Any]:
     if path is None:
         return {}
-    try:
-        values = read_yaml(path.read_text(encoding="utf8")) or {}
-    except (OSError, UnicodeDecodeError, ConfigError) as e:
-        msg = f"--config {path}: cannot be read: {e}"
-        raise ConfigError(msg) from e
+    values = read_yaml_file(path, f"--config {path}") or {}
     if not isinstance(values, dict):
         msg = f"--config {path}: expected a mapping of options, got {type(values).__name__}"
         raise ConfigError(msg)

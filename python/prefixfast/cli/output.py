@@ -35,7 +35,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: 
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*columns, title=title or None)
+    table = Table(*columns, title=Text(title) if title else None)
     for line in cells:
         table.add_row(*(Text(cell if len(cell) <= LONGEST else cell[: LONGEST - 1] + "…") for cell in line))
     Console().print(table)
@@ -59,9 +59,9 @@ def show_one(values: Mapping[str, Any], *, as_json: bool, title: str = "") -> No
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=title or None, show_header=False)
+        table = Table(title=Text(title) if title else None, show_header=False)
         for name, value in values.items():
-            table.add_row(name, Text(printable(value)))
+            table.add_row(Text(name), Text(printable(value)))
         Console().print(table)
 
 

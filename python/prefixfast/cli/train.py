@@ -16,7 +16,7 @@ from prefixfast.cli.options import flags
 from prefixfast.cli.output import SOME_FAILED
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
-from prefixfast.io.yaml import read_yaml
+from prefixfast.io.yaml import read_yaml, read_yaml_file
 
 DATA = typer.Argument(
     metavar="DATA...",
@@ -192,8 +192,4 @@ def _sweep(words: list[str]) -> dict[str, list[Any]]:
 
 def _overrides(path: Path) -> Any:
     """Contents of the YAML file of ``--overrides``."""
-    try:
-        return read_yaml(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, ConfigError) as e:
-        msg = f"--overrides {path}: cannot be read: {e}"
-        raise ConfigError(msg) from e
+    return read_yaml_file(path, f"--overrides {path}")

@@ -29,7 +29,7 @@ from prefixfast.engine.score import Score, score_requests
 from prefixfast.engine.score_inputs import make_score_requests
 from prefixfast.engine.stats import EngineStats, engine_stats
 from prefixfast.engine.submission import RequestSubmission
-from prefixfast.errors import check_choice, check_flag
+from prefixfast.errors import ConfigError, check_choice, check_flag, shown
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.model.process import check_num_threads
@@ -228,8 +228,18 @@ class Engine(RequestSubmission, PrefixPinning):
 
 
 def end_ids(hf: PreTrainedModel, tokenizer: Tokenizer | None) -> list[int]:
-    """End tokens of the base model's ``generation_config``, else the end token of its tokenizer."""
+    """End tokens of the base model's ``generation_config``, else the end token of its tokenizer.
+
+    Raises:
+        ConfigError: If the ``generation_config`` holds something else.
+    """
     found = getattr(getattr(hf, "generation_config", None), "eos_token_id", None)
     if found is None and tokenizer is not None:
         found = tokenizer.eos_id
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    if found is None:
+        return []
+    ids = [found] if isinstance(found, int) else found
+    if not isinstance(ids, list | tuple) or not all(type(i) is int for i in ids):
+        msg = f"generation_config.eos_token_id: expected a token id or a list of them, got {shown(found)}"
+        raise ConfigError(msg)
+    return list(ids)

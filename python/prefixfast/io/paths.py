@@ -29,5 +29,5 @@ def as_path(name: str, value: object) -> Path:
     except UnicodeEncodeError:
         pass
     expected = f"a path of names of 1 to {LONGEST_NAME} bytes, without NUL and half of a surrogate pair"
-    msg = f"{name}: expected {expected}, got {shown(value)}"
+    msg = f"{name}: expected {expected}, got {shown(value if text is None else text)}"
     raise ConfigError(msg)

@@ -7,7 +7,7 @@ from typing import Any
 
 from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
 from prefixfast.errors import ConfigError, did_you_mean, shown
-from prefixfast.io.yaml import read_yaml
+from prefixfast.io.yaml import read_yaml_file
 
 FOLDER = Path(__file__).parent / "recipes"
 OPTIONS = tuple(n for n in (*TrainConfig.names(), *PrefixConfig.names(), "init", "init_text") if n != "recipe")
@@ -38,11 +38,7 @@ def read_recipe(recipe: str, task: str) -> dict[str, Any]:
         msg = f"recipe: expected {', '.join(recipe_names())} or a .yaml file, got {shown(recipe)}"
         msg += f"; {hint}" if (hint := did_you_mean(recipe, recipe_names())) else ""
         raise ConfigError(msg)
-    try:
-        content = read_yaml(path.read_text(encoding="utf8"))
-    except (OSError, UnicodeDecodeError, ConfigError) as e:
-        msg = f"recipe {recipe}: cannot be read: {e}"
-        raise ConfigError(msg) from e
+    content = read_yaml_file(path, f"recipe {recipe}")
     options = _checked_options(content, (*OPTIONS, "tasks"), f"recipe {recipe}")
     tasks = options.pop("tasks", None) or {}
     if not isinstance(tasks, dict):
