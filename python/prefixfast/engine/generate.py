@@ -79,9 +79,8 @@ def generate(
         ([14, 0], True)
     """
     own, engine_fields = _split_fields(fields, GenerationParams.names(), "generate")
-    GenerationParams.make(
-        params, **cast("GenerationParamsFields", own)
-    )  # wrong options are found before the base loads
+    # Wrong options are found before the base is loaded.
+    GenerationParams.make(params, **cast("GenerationParamsFields", own))
     EngineConfig.make(**cast("EngineFields", engine_fields))
     with _engine(model, prefixes, batch, store, cast("EngineFields", engine_fields)) as engine:
         return engine.generate(
