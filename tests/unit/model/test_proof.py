@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import causal_lms
 import tiny
@@ -16,7 +17,7 @@ from prefixfast.attention import hf_interface, ops
 from prefixfast.attention.plan import Plan
 from prefixfast.model import packed_forward
 from prefixfast.model.attach import attach
-from prefixfast.model.proof import packed
+from prefixfast.model.proof import packed, serving
 from prefixfast.model.proof.precision import float32_weights
 
 LISTED = ("gpt2", "llama", "mistral", "gemma3")
@@ -68,14 +69,14 @@ def ignore_window_in_packed_forwards(monkeypatch: Any) -> None:
 
 def write_to_the_slot_before(monkeypatch: Any) -> None:
     """The key and value of a decode step land in the slot of the token before."""
-    real = packed.decode_plan
+    real = serving.decode_plan
 
     def decode_plan(*args: Any) -> Plan:
         plan = real(*args)
         assert plan.slots is not None
         return replace(plan, slots=plan.slots - 1)
 
-    monkeypatch.setattr(packed, "decode_plan", decode_plan)
+    monkeypatch.setattr(serving, "decode_plan", decode_plan)
 
 
 def double_scores(monkeypatch: Any) -> None:
@@ -96,8 +97,8 @@ def positions_from_zero(monkeypatch: Any) -> None:
 
 def forget_earlier_chunks(monkeypatch: Any) -> None:
     """A chunk of a prompt sees its own tokens only."""
-    real = packed.prefill_plan
-    monkeypatch.setattr(packed, "prefill_plan", lambda *args: replace(real(*args), key_slots=None))
+    real = serving.prefill_plan
+    monkeypatch.setattr(serving, "prefill_plan", lambda *args: replace(real(*args), key_slots=None))
 
 
 MISTAKES: list[tuple[str, Callable[[Any], None], str]] = [
@@ -207,6 +208,28 @@ def test_an_error_of_the_models_own_code_becomes_a_refusal(error, monkeypatch):
 
     monkeypatch.setattr(type(model.model), "forward", fail)
     assert type(error).__name__ in refusal(model)
+
+
+def test_the_decoder_of_a_saved_encoder_decoder_is_refused(tmp_path):
+    config = transformers.BartConfig(
+        vocab_size=tiny.VOCAB,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        encoder_ffn_dim=48,
+    )
+    transformers.BartForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "it is a part of an encoder-decoder model" in refusal(model)
+
+
+def test_a_model_without_a_number_of_positions_is_refused():
+    model = tiny.make("llama")
+    vars(model.config)["max_position_embeddings"] = None
+    assert "max_position_embeddings" in refusal(model)
 
 
 # ---- precision ----

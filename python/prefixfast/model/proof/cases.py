@@ -16,8 +16,8 @@ from prefixfast.attention.plan import LayerKV
 from prefixfast.model.dry_run import LayerShape
 
 LONGEST_WINDOW = 512  # sliding windows up to here are computed with, longer ones are compared as numbers only
-TEXT, SHORT, ROWS = 68, 4, (5, 3)  # tokens of the long and the short text, rows of the random prefixes
-PREFIX = 58  # tokens of the long text that become a prefix
+TEXT, SHORT, ROWS = 32, 4, (5, 3)  # tokens of the long and the short text, rows of the random prefixes
+PREFIX = 22  # tokens of the long text that become a prefix
 AFTER = (6, 5, 4)  # tokens after the random prefixes
 NEW = 2  # tokens of each sequence that decode steps compute
 

@@ -16,6 +16,7 @@ from prefixfast.model.proof.cases import LONGEST_WINDOW, make_cases, random_kv
 from prefixfast.model.proof.own import own_logits
 from prefixfast.model.proof.packed import Packed
 from prefixfast.model.proof.precision import float32_weights
+from prefixfast.model.proof.serving import serve
 from prefixfast.model.proof.windows import window_differences
 from prefixfast.model.supported_models import unsupported_layers
 
@@ -45,6 +46,9 @@ def prove(
         own: Attention implementation of each config before the model was attached.
     """
     what, remark = f"{type(model).__name__} ({model.config.model_type})", unsupported_layers(model)
+    if getattr(model.config.get_text_config(), "max_position_embeddings", None) is None:
+        msg = f"cannot attach {what}: its configuration has no max_position_embeddings, which limits prompts and texts"
+        raise ConfigError(msg)
     try:
         faults = _window_faults(model, windows) or _result_faults(model, shapes, windows, own)
     except FAILURES as e:
@@ -94,7 +98,7 @@ def _errors(
     rest = cases.all[1:]
     parts = packed.training(cases, kv).split([len(c.ids) for c in rest])
     found += [(c.name, part, wanted) for c, part, wanted in zip(rest, parts, expected[1:], strict=True)]
-    for served in packed.engine(cases, kv):
+    for served in serve(packed, cases, kv):
         of_case = expected[served.case]
         found.append((served.step, served.logits, None if of_case is None else of_case[served.token]))
     errors: dict[str, float] = {}
