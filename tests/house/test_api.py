@@ -29,7 +29,7 @@ FUNCTIONS = {
     "unload": lambda: ...,
     "train": lambda model, data, *, task=None, prefix_column=None, eval_data=None, init=ANY, init_text=None,
         on_top_of=None, objective="sft", sweep=None, overrides=None, store=None, output_dir=None, resume=False,
-        on_error="isolate", callbacks=(), prefix_config=None, config=None, **fields: ...,
+        overwrite=False, on_error="isolate", callbacks=(), prefix_config=None, config=None, **fields: ...,
     "generate": lambda batch, prefixes=None, *, model=None, store=None, params=None, on_error="raise",
         progress=None, **fields: ...,
     "score": lambda batch, prefixes=None, *, targets=None, model=None, store=None: ...,

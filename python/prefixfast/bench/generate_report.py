@@ -9,6 +9,7 @@ from typing import Any
 from prefixfast.bench.generate_points import OURS, Point
 from prefixfast.bench.harness import best_of, cpu_name
 from prefixfast.bench.report import Report, markdown, print_report, settings_table, write_report
+from prefixfast.io.figures import write_figure
 
 
 def table(
@@ -57,8 +58,7 @@ def plot(points: Sequence[Point], path: Path, title: str) -> None:
         axes.grid(visible=True, which="both", alpha=0.3)
         axes.legend(fontsize="x-small")
     figure.suptitle(title, fontsize="medium")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
 
 
 def tables(points: Sequence[Point], rounds: int) -> list[tuple[str, str]]:

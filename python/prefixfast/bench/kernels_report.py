@@ -8,6 +8,7 @@ from typing import Any
 
 from prefixfast.bench.attention_inputs import Shape
 from prefixfast.bench.harness import Timing
+from prefixfast.io.figures import write_figure
 
 BACKWARD_FACTOR = 3.5  # operations of forward and backward together, as a multiple of the forward's
 
@@ -79,5 +80,4 @@ def plot(points: list[Point], path: Path, title: str) -> None:
         ticks = [j + 0.4 for j in range(len(shapes))]
         axes.set_xticks(ticks, [s.name.replace(", ", "\n", 1) for s in shapes], fontsize="x-small")
         axes.legend(fontsize="x-small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from prefixfast.bench.harness import environment, version
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.figures import write_figure
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
   color: #1a1a1a; }
@@ -78,8 +79,7 @@ def plot_rates(lines: Mapping[str, Mapping[int, float]], path: Path, title: str,
     axes.set_title(title, fontsize="small")
     axes.grid(visible=True, alpha=0.3)
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path, dpi=130)
 
 
 def write_report(path: Path, report: Report) -> None:

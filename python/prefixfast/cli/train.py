@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ import typer
 
 from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import SOME_FAILED
+from prefixfast.cli.output import SOME_FAILED, printable
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml, read_yaml_file
@@ -59,6 +60,10 @@ DRY_RUN = typer.Option(
     help="Print parameters, memory and time, which is estimated from two measured steps, and write nothing.",
 )
 RESUME = typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
+OVERWRITE = typer.Option(
+    "--overwrite",
+    help="Replace the results of an earlier run in the output folder, each prefix when its new one is saved.",
+)
 INIT_WORDS = ("text", "random", "zero")
 EXAMPLE = """prefixfast train gpt2 rows.jsonl -o my-prefix --prefix-length 10
 prefixfast train gpt2 ann=ann.jsonl bob=bob.jsonl -o prefixes"""
@@ -69,7 +74,7 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
     from prefixfast.training.job import JobArguments, prepare
 
     arguments = _train_arguments(given)
-    kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "store")}
+    kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
     job = prepare(JobArguments(named_files(data), fields=fields, **kept))
     own = job.groups[0].prefix_config
     return {n: getattr(c, n) for c in (job.config, own) for n in c.names()}
@@ -93,6 +98,7 @@ def command(
     overrides: Annotated[Path | None, OVERRIDES] = None,
     store: Annotated[Path | None, STORE] = None,
     resume: Annotated[bool, RESUME] = False,
+    overwrite: Annotated[bool, OVERWRITE] = False,
     on_error: Annotated[Literal["isolate", "raise"], ON_ERROR] = "isolate",
     dry_run: Annotated[bool, DRY_RUN] = False,
     *,
@@ -118,6 +124,7 @@ def command(
             "overrides": overrides,
             "store": store,
             "resume": resume,
+            "overwrite": overwrite,
             "on_error": on_error,
         }
     )
@@ -130,14 +137,17 @@ def command(
     try:
         result = train(model, named_files(data), **arguments, **fields)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; --resume goes on from the checkpoint in {output}", err=True)
+        typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(output)}", err=True)
         raise
     metrics: Mapping[str, Any] = {"": result.training["metrics"]} if isinstance(result, Prefix) else result.metrics
     for name, values in metrics.items():
-        typer.echo(f"{output / name}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        typer.echo(
+            f"{printable(output / name)}: "
+            + ", ".join(f"{k} {math.nan if v is None else v:.4g}" for k, v in values.items())
+        )
     failed = {} if isinstance(result, Prefix) else result.failed
     for name, error in failed.items():
-        typer.echo(f"{name} failed: {error}", err=True)
+        typer.echo(f"{printable(name)} failed: {printable(error)}", err=True)
     if failed:
         raise typer.Exit(SOME_FAILED)
 
@@ -159,6 +169,7 @@ def _train_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
         "store": given["store"],
         "output_dir": given["output"],
         "resume": given["resume"],
+        "overwrite": given["overwrite"],
         "on_error": given["on_error"],
     }
 

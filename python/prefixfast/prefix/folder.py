@@ -6,7 +6,6 @@ A prefix is saved as a PEFT adapter folder whenever PEFT can hold it exactly, wi
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +15,9 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from prefixfast.errors import DataError, shown
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import replace_folder, write_file
+from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
@@ -73,7 +73,7 @@ def prefix_files(kv: Mapping[str, Tensor], digest: str, fields: PrefixFields) ->
         "not_peft_because": reason,
         **{KEYS[name]: value for name, value in values.items()},
     }
-    return {**tensor_files, META: json.dumps(meta, indent=2, sort_keys=True, ensure_ascii=False).encode()}
+    return {**tensor_files, META: json_bytes(meta, indent=2, sort_keys=True)}
 
 
 def adapter_type(fields: PrefixFields) -> peft.PeftType:
@@ -91,14 +91,29 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Replace the prefix in a folder by these files; other files in the folder stay.
 
     Raises:
+        ConfigError: If the folder holds a PEFT adapter of another type, which would be lost.
         OSError: If the files cannot be written. The old content is intact then.
     """
+    if kind := foreign_adapter(folder):
+        msg = f"{folder} holds a PEFT adapter of type {kind}, which the prefix would replace; give another folder"
+        raise ConfigError(msg)
 
     def write(target: Path) -> None:
         for name, data in files.items():
             write_file(target / name, data)
 
     replace_folder(folder, write, owned=OWNED)
+
+
+def foreign_adapter(folder: Path) -> str | None:
+    """Type of the PEFT adapter in a folder that is none of the types of a prefix, None without one."""
+    if (folder / META).exists():
+        return None
+    try:
+        found = read_json(folder / peft.CONFIG).get("peft_type")
+    except DataError:
+        return None
+    return None if found in peft.TYPES else f"{found!r:.80}"
 
 
 def read_folder(path: Path) -> FolderContent:

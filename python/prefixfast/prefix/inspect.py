@@ -24,7 +24,7 @@ from prefixfast.data.encode import Input, encode_examples, encode_prompts
 from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, RequestError, shown
-from prefixfast.io.atomic import replace_file
+from prefixfast.io.figures import write_figure
 from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.attention_mass import measure_prompt
@@ -92,7 +92,7 @@ class Inspection:
             ConfigError: If matplotlib is not installed, or the ending is another one.
         """
         target = Path(path)
-        if (kind := target.suffix.lower()) not in (".png", ".svg", ".pdf"):
+        if target.suffix.lower() not in (".png", ".svg", ".pdf"):
             msg = f"plot: expected a file ending in .png, .svg or .pdf, got {str(path)!r}"
             raise ConfigError(msg)
         try:
@@ -107,9 +107,7 @@ class Inspection:
         figure.colorbar(image, ax=left)
         right.hist(torch.cat(self.divergence).numpy(), bins=30)
         right.set(xlabel="divergence from the base (nats)", ylabel="positions", title="next-token distributions")
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=kind[1:], dpi=150)
-        replace_file(target, drawn.getvalue())
+        write_figure(figure, target, dpi=150)
 
 
 def inspect_prefix(

@@ -70,6 +70,7 @@ class Prefix(PrefixData):
                 atomically; other files stay.
 
         Raises:
+            ConfigError: If the folder holds a PEFT adapter that is no prefix, such as LoRA, which would be lost.
             OSError: If the files cannot be written. The old content of the folder is intact then.
 
         Example:
@@ -93,7 +94,8 @@ class Prefix(PrefixData):
                 imported CARTRIDGE and for a prefix with frozen rows, else ``"PREFIX_TUNING"``.
 
         Raises:
-            ConfigError: If PEFT cannot hold the prefix exactly, with the reason.
+            ConfigError: If PEFT cannot hold the prefix exactly, with the reason, or the folder holds a PEFT adapter
+                that is no prefix, such as LoRA, which would be lost.
             OSError: If the files cannot be written. The old content of the folder is intact then.
 
         Example:

@@ -34,6 +34,7 @@ class TrainArguments(TrainFields, total=False):
     store: PrefixStore | str | Path | None
     output_dir: str | Path | None
     resume: bool
+    overwrite: bool
     on_error: Literal["isolate", "raise"]
     callbacks: Sequence[Callback]
     prefix_config: PrefixConfig | Mapping[str, JSON] | None

@@ -29,7 +29,7 @@ class Checkpoint:
     Attributes:
         identity: Identity of the run: base model, data and options.
         state: State other than tensors: step, finished and failed prefixes, number of log lines.
-        tensors: Tensors by name; empty at the end of the run.
+        tensors: Tensors by name; empty before the first step.
     """
 
     identity: dict[str, Any]
@@ -48,6 +48,11 @@ class Checkpoint:
                 write_file(target / name, data)
 
         replace_folder(folder, fill, owned=frozenset((STATE, TENSORS)))
+
+    @property
+    def is_start(self) -> bool:
+        """Whether no step was taken; such a checkpoint only tells which run the folder belongs to."""
+        return bool(self.state["step"] == 0)
 
     @classmethod
     def read(cls, folder: Path) -> Checkpoint | None:
@@ -89,6 +94,6 @@ class Checkpoint:
             shown = "; ".join(found[:SHOWN_DIFFERENCES]) + (" ..." if len(found) > SHOWN_DIFFERENCES else "")
             msg = (
                 f"resume: {folder} is of another run: {shown}; "
-                "give the data and options of that run, another output_dir, or resume=False to start again"
+                "give the data and options of that run, another output_dir, or overwrite=True instead to start again"
             )
             raise ConfigError(msg)

@@ -18,7 +18,7 @@ from prefixfast.training.loop import GroupTrainer
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.resilience import gradient_checkpointing
 
-IGNORED_ARGUMENTS = ("output_dir", "resume", "progress")
+IGNORED_ARGUMENTS = ("output_dir", "resume", "overwrite", "progress")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     Args:
         model: Base model, as for `train`.
         data: Training rows, as for `train`.
-        arguments: Keyword arguments of `train`. ``output_dir``, ``resume`` and ``progress`` have no effect, and nothing
-            is put into ``store``.
+        arguments: Keyword arguments of `train`. ``output_dir``, ``resume``, ``overwrite`` and ``progress`` have no
+            effect, and nothing is put into ``store``.
 
     Raises:
         ConfigError: If options do not fit each other or the base model.

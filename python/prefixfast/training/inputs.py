@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from prefixfast.data.files import FileRow
@@ -10,7 +10,6 @@ from prefixfast.data.rows import Row, Rows, read_rows, row_error
 from prefixfast.errors import ConfigError, DataError, check_string, did_you_mean, shown
 
 SINGLE_NAME = "prefix"  # name of the prefix of plain rows in logs and in a store
-RESERVED_NAMES = ("", ".", "..", "log.jsonl", "failed.jsonl", "checkpoint")
 
 
 @dataclass(frozen=True)
@@ -129,11 +128,3 @@ def _read_eval_rows(
         msg = f"eval_data: expected the names of data, got {unmatched[:5]} in one of them only"
         raise ConfigError(msg)
     return found
-
-
-def check_folder_names(names: Iterable[str]) -> None:
-    """Raise `ConfigError` for the name of a prefix that cannot be a folder of ``output_dir``."""
-    for name in names:
-        if name in RESERVED_NAMES or {"/", "\\", "\0"} & set(name):
-            msg = f"prefix name {shown(name)} cannot be a folder of output_dir; rename it"
-            raise ConfigError(msg)

@@ -123,10 +123,12 @@ class GroupTrainer:
         is_restored = self._restore() if self.job.resume else False
         if is_restored and not self.is_active:
             return
+        folder = self.output.checkpoint_folder(self.number)
+        if not is_restored and folder is not None and self.config.save_steps:
+            self._start_checkpoint().write(folder)
         total = int(self.runner.total.max())
         self._log_start(total, is_restored)
         self.job.callbacks.call("on_train_begin", self.names, total)
-        folder = self.output.checkpoint_folder(self.number)
         hidden = None if progress is None else not progress
         with (
             defer_sigint(folder is not None) as interrupt,
@@ -241,7 +243,13 @@ class GroupTrainer:
                 self._fail(i, f"the prefix is not usable: {e}; lower learning_rate")
                 continue
             self.progress.active[i] = False
-            self.output.save_prefix(name, prefix, resumed=self.job.resume)
+            try:
+                self.output.save_prefix(name, prefix, resumed=self.job.resume)
+            except OSError as e:
+                if not self.job.isolate:
+                    raise
+                self._fail(i, f"the prefix cannot be saved: {e}")
+                continue
             self.prefixes[name] = prefix
             self.finished[name] = {"digest": prefix.digest, "metrics": metrics}
             if skipped := int(self.progress.num_skipped[i]):
@@ -280,6 +288,11 @@ class GroupTrainer:
             tensors |= {f"best.{n}": t for n, t in self.best.state().items()}
         return Checkpoint(self.identity, state, tensors)
 
+    def _start_checkpoint(self) -> Checkpoint:
+        """State before the first step, by which a run that is killed soon is told from others when it is resumed."""
+        state = {"step": 0, "log_lines": len(self.output.log), "finished": {}, "failed": {}}
+        return Checkpoint(self.identity, state, {})
+
     def _restore(self) -> bool:
         """Continue from the group's checkpoint; False without one."""
         folder = self.output.checkpoint_folder(self.number)
@@ -289,6 +302,9 @@ class GroupTrainer:
             self.output.drop_group_from_log(self.number)
             return False
         found.check_identity(self.identity, folder)
+        if found.is_start:
+            self.output.drop_group_from_log(self.number)
+            return False
         state, tensors, budget = found.state, found.tensors, self.runner.budget
         self.num_steps, self.finished = state["step"], state["finished"]
         if budget.is_auto:
@@ -312,8 +328,8 @@ class GroupTrainer:
         prefix = Prefix.from_pretrained(folder)
         if prefix.digest != self.finished[name]["digest"]:
             msg = (
-                f"{folder}: expected the prefix that this run finished; another one lies there: move it away and give "
-                "resume=False"
+                f"{folder}: expected the prefix that this run finished; another one lies there: give overwrite=True "
+                "instead of resume=True to start again and replace it"
             )
             raise DataError(msg, path=str(folder))
         self.prefixes[name] = prefix

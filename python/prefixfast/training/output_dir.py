@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.io.atomic import recover_folder, replace_file
+from prefixfast.io.json_lines import json_line
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
-
-LOG, FAILED, CHECKPOINT = "log.jsonl", "failed.jsonl", "checkpoint"
+from prefixfast.training.output_check import CHECKPOINT, FAILED, LOG, remove_checkpoints, remove_unfinished
 
 
 class OutputDir:
@@ -24,14 +23,17 @@ class OutputDir:
     Args:
         folder: Folder for prefixes, ``log.jsonl``, ``failed.jsonl`` and checkpoints; None writes nothing.
         store: Store that gets each finished prefix; None for no store.
+        names: Names of all prefixes of the run.
         is_single: Whether the folder is the folder of the one prefix, instead of holding a folder for each name.
 
     Attributes:
         log: Lines of the log.
     """
 
-    def __init__(self, folder: Path | None, store: PrefixStore | None, *, is_single: bool) -> None:
-        self.folder, self.store, self.is_single = folder, store, is_single
+    def __init__(
+        self, folder: Path | None, store: PrefixStore | None, names: Sequence[str] = (), *, is_single: bool
+    ) -> None:
+        self.folder, self.store, self.names, self.is_single = folder, store, names, is_single
         self.log: list[dict[str, JSON]] = []
         self._start = time.perf_counter()
 
@@ -40,7 +42,7 @@ class OutputDir:
 
         Args:
             resume: Whether the log of an earlier run is read. Otherwise the earlier log, failures and checkpoints are
-                removed.
+                removed; earlier prefixes stay until new ones are saved.
         """
         if self.folder is None:
             return
@@ -48,15 +50,9 @@ class OutputDir:
             recover_folder(self.folder)
             resume = (self.folder / CHECKPOINT).exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        patterns = (
-            (self.folder, ".*.tmp"),
-            (self.folder / CHECKPOINT, ".*.tmp"),
-            (self.folder.parent, f".{self.folder.name}.*.tmp"),
-        )
-        for left in (p for folder, pattern in patterns for p in folder.glob(pattern)):  # files of a killed run
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        remove_unfinished(self.folder, self.names, is_single=self.is_single)
         if not resume:
-            shutil.rmtree(self.folder / CHECKPOINT, ignore_errors=True)
+            remove_checkpoints(self.folder)
             (self.folder / FAILED).unlink(missing_ok=True)
         if not resume or not (self.folder / LOG).exists():
             replace_file(self.folder / LOG, b"")
@@ -81,7 +77,7 @@ class OutputDir:
     def _replace_log(self, lines: list[dict[str, JSON]]) -> None:
         self.log = lines
         if self.folder is not None:
-            replace_file(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            replace_file(self.folder / LOG, b"".join(map(json_line, lines)))
 
     def write_log(self, **values: JSON) -> dict[str, JSON]:
         """Add a line to the log.
@@ -95,8 +91,8 @@ class OutputDir:
         line: dict[str, JSON] = {"seconds": round(time.perf_counter() - self._start, 3), **values}
         self.log.append(line)
         if self.folder is not None:
-            with (self.folder / LOG).open("a", encoding="utf8") as f:
-                f.write(json.dumps(line) + "\n")
+            with (self.folder / LOG).open("ab") as f:
+                f.write(json_line(line))
         return line
 
     def checkpoint_folder(self, group: int) -> Path | None:
@@ -130,8 +126,8 @@ class OutputDir:
             failed: Error message of each failed prefix so far.
         """
         if self.folder is not None and failed:
-            lines = (json.dumps({"prefix": n, "error": text}, ensure_ascii=False) + "\n" for n, text in failed.items())
-            replace_file(self.folder / FAILED, "".join(lines).encode())
+            lines = (json_line({"prefix": name, "error": text}) for name, text in failed.items())
+            replace_file(self.folder / FAILED, b"".join(lines))
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, JSON]]:

@@ -11,6 +11,7 @@ from typing import Any
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.figures import write_figure
 from prefixfast.prefix.prefix import Prefix
 
 
@@ -118,7 +119,7 @@ class TrainRun(Mapping[str, Prefix]):
         for key, style in (("loss", "-"), ("eval_loss", "--")):
             for label, points in self._curves(key).items():
                 marker = "." if len(points) == 1 or key == "eval_loss" else ""
-                axes.plot(*zip(*points, strict=True), style, marker=marker, label=f"{label} {key}".strip())
+                axes.plot(*zip(*points, strict=True), style, marker=marker, label=printable(f"{label} {key}".strip()))
         axes.set(xlabel="step", ylabel="loss of a target token")
         if axes.lines:
             axes.legend(fontsize="small")
@@ -126,8 +127,7 @@ class TrainRun(Mapping[str, Prefix]):
         if kind not in figure.canvas.get_supported_filetypes():
             msg = f"plot: expected a file ending in .png, .svg or .pdf, got {shown(str(path))}"
             raise ConfigError(msg)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format=kind)
+        write_figure(figure, Path(path), dpi=100)
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write a Markdown report: a table of the metrics of each prefix, best first, and the failures.
@@ -149,7 +149,7 @@ class TrainRun(Mapping[str, Prefix]):
         if self.failed:
             rows = (f"| {_cell(n)} | {_cell(text)} |" for n, text in self.failed.items())
             lines += ["", "| failed | why |", "| --- | --- |", *rows]
-        replace_file(Path(path), ("\n".join(lines) + "\n").encode())
+        replace_file(Path(path), ("\n".join(lines) + "\n").encode("utf8", "backslashreplace"))
 
     def _loss_key(self, names: list[str]) -> str:
         """Metric that compares prefixes: ``eval_loss`` if all of them have one, else ``loss``."""
@@ -162,7 +162,8 @@ class TrainRun(Mapping[str, Prefix]):
         for line in lines:
             values = line.get(f"{key}_by_prefix") or ({"": line[key]} if key in line else {})
             for name, value in values.items():
-                found.setdefault(name, []).append((line["step"], value))
+                if value is not None:  # a number that is not finite
+                    found.setdefault(name, []).append((line["step"], value))
         return found
 
 

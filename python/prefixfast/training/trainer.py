@@ -17,9 +17,10 @@ from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.arguments import BaseModel, TrainArguments
 from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
-from prefixfast.training.inputs import SINGLE_NAME, check_folder_names
+from prefixfast.training.inputs import SINGLE_NAME
 from prefixfast.training.job import JobArguments, TrainJob, load_base, prepare
 from prefixfast.training.loop import GroupTrainer
+from prefixfast.training.output_check import check_output_folder
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.reporters import make_reporter
 from prefixfast.training.resilience import gradient_checkpointing
@@ -88,6 +89,7 @@ def train(
     store: PrefixStore | str | Path | None = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     on_error: Literal["isolate", "raise"] = "isolate",
     callbacks: Sequence[Callback] = (),
     prefix_config: PrefixConfig | Mapping[str, JSON] | None = None,
@@ -124,10 +126,15 @@ def train(
         store: `PrefixStore`, or its path, that gets each prefix when the prefix is finished. The prefix of plain rows
             gets the name ``"prefix"``.
         output_dir: Folder for the prefixes (the prefix itself, or one folder for each name), ``log.jsonl``,
-            ``failed.jsonl`` and checkpoints. None writes no files.
+            ``failed.jsonl`` and checkpoints. A folder with results of an earlier run is refused, unless ``resume`` or
+            ``overwrite`` is set. None writes no files.
         resume: Whether the run continues from the checkpoint in ``output_dir``, if there is one. On CPUs with the
             same instruction set and number of threads the result is bit-identical to that of an uninterrupted run.
-        on_error: Treatment of a prefix that fails because of its rows or its numbers, if several are trained.
+        overwrite: Whether the results of an earlier run in ``output_dir`` are replaced. Its log and checkpoints are
+            removed before the first step, and each of its prefixes is replaced when the new prefix of the same name is
+            saved. Prefixes of other names and files of other programs stay.
+        on_error: Treatment of a prefix that fails because of its rows or its numbers, or cannot be saved, if several
+            are trained.
             ``"isolate"`` reports the failure in `TrainRun.failed` and trains the others; ``"raise"`` raises the error.
         callbacks: Callbacks, objects with some of the hooks of `prefixfast.training.callbacks.Callback`.
         prefix_config: Options of what is learned, a `PrefixConfig` or a mapping.
@@ -140,7 +147,8 @@ def train(
         A `Prefix` for plain rows without a sweep; a `TrainRun`, a mapping of names to prefixes, otherwise.
 
     Raises:
-        ConfigError: If options do not fit each other or the base model, or the checkpoint belongs to another run.
+        ConfigError: If options do not fit each other or the base model, the checkpoint belongs to another run, or
+            ``output_dir`` holds an earlier run or cannot hold the prefixes.
         DataError: If rows are malformed and the failure is not isolated.
         BaseMismatchError: If a given prefix was made for another base model.
         CapacityError: If memory runs out on a single example.
@@ -186,20 +194,25 @@ def train(
     )
     is_single = job.rows.is_single and sweep is None
     folder = None if output_dir is None else as_path("output_dir", output_dir)
-    if resume and folder is None:
-        msg = "resume: expected output_dir beside it, where the checkpoint lies"
+    check_flag("overwrite", overwrite)
+    if resume and overwrite:
+        msg = "resume and overwrite: expected one of them, got both"
+        raise ConfigError(msg)
+    if (resume or overwrite) and folder is None:
+        msg = f"{'resume' if resume else 'overwrite'}: expected output_dir beside it, with the files of an earlier run"
         raise ConfigError(msg)
     if progress is not None:
         check_flag("progress", progress)
-    result = _run(model, job, OutputDir(folder, opened, is_single=is_single), progress)
+    names = [*dict.fromkeys([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])]
+    if folder is not None:
+        check_output_folder(folder, names, is_single=is_single, resume=resume, overwrite=overwrite)
+    result = _run(model, job, OutputDir(folder, opened, names, is_single=is_single), progress)
     return result.prefixes[SINGLE_NAME] if is_single else result
 
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | None) -> TrainRun:
     """Train all groups of a job."""
     folder = output.folder
-    if folder is not None and not output.is_single:
-        check_folder_names([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])
     if job.config.report_to != "none":
         reporter = make_reporter(job.config.report_to, None if folder is None else str(folder))
         job.callbacks.callbacks.append(reporter)

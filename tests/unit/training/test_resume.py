@@ -263,8 +263,9 @@ def test_resume_needs_output_dir_and_starts_without_a_checkpoint(model, tmp_path
 def test_a_new_run_removes_the_old_checkpoint(model, tmp_path):
     with pytest.raises(Cut):
         train(model, DATA, eval_data=HELD_OUT, output_dir=tmp_path, callbacks=[CutAt(9)], **HOW, **FLAT)
+    how = {**HOW, "seed": 3, "overwrite": True}
     with pytest.raises(Cut):
-        train(model, DATA, eval_data=HELD_OUT, output_dir=tmp_path, callbacks=[CutAt(1)], **{**HOW, "seed": 3}, **FLAT)
+        train(model, DATA, eval_data=HELD_OUT, output_dir=tmp_path, callbacks=[CutAt(1)], **how, **FLAT)
     run = train(model, DATA, eval_data=HELD_OUT, output_dir=tmp_path, resume=True, **{**HOW, "seed": 3}, **FLAT)
     assert digests(run) == digests(train(model, DATA, eval_data=HELD_OUT, **{**HOW, "seed": 3}, **FLAT))
 
