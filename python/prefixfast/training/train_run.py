@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError, shown
+from prefixfast.errors import ConfigError, printable, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.figures import write_figure
 from prefixfast.prefix.prefix import Prefix

@@ -228,4 +228,4 @@ def test_report_lists_the_best_prefix_first(run, tmp_path):
     order = [line.split("|")[1].strip() for line in lines if line.startswith(("| a ", "| b "))]
     assert order == sorted(run, key=lambda n: run.metrics[n]["eval_loss"])
     assert f"{run.metrics['a']['eval_loss']:.5g}" in next(line for line in lines if line.startswith("| a "))
-    assert any(line.startswith("| b\\|ad | ") and "below 101" in line for line in lines)
+    assert any(line.startswith("| b\\|ad | ") and "0 to 100" in line for line in lines)
