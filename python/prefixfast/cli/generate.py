@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,11 +9,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import SOME_FAILED
+from prefixfast.cli.output import SOME_FAILED, printable
+from prefixfast.cli.result_file import PARTIAL, ResultFile, check_ids
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import ConfigError, shown
 
 FORMATS = ".jsonl, .json, .csv or .parquet, each also with .gz"
+UNFINISHED = f"Until the end the results so far are in a file with the further ending {PARTIAL}."
 REQUEST_KEYS = "Targets are ignored. A row with a key that no format has is refused."
 PREFIX = typer.Option(
     help="Folder or hub id of the prefix of all rows. Several prefixes compose from left to right.",
@@ -35,7 +35,10 @@ EXAMPLE = "prefixfast generate requests.jsonl -o texts.jsonl --prefix my-prefix"
 def command(
     requests: Annotated[Path, typer.Argument(metavar="IN", help=f"File of rows ({FORMATS}). {REQUEST_KEYS}")],
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="File of JSON lines, one for each request, in the order of IN.")
+        Path,
+        typer.Option(
+            "-o", "--output", help=f"File of JSON lines, one for each request, in the order of IN. {UNFINISHED}"
+        ),
     ],
     prefix: Annotated[list[Path] | None, PREFIX] = None,
     prefixes: Annotated[Path | None, PREFIXES] = None,
@@ -52,18 +55,20 @@ def command(
     fields: dict[str, Any],
 ) -> None:
     """Generate text for every row, each with its own prefix, in one batch."""
-    from prefixfast import generate
     from prefixfast.data import read_rows
-    from prefixfast.io.atomic import replace_file
+    from prefixfast.engine.generate import generate_each
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(requests)
+    check_ids(rows)
     chosen = chosen_prefixes(rows, prefix, prefixes, store)
-    results = generate(rows, chosen, model=model, store=store, on_error=on_error, **fields)
-    lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results)
-    replace_file(output, "".join(line + "\n" for line in lines).encode())
+    with ResultFile(output) as file:
+        results = generate_each(file.add, rows, chosen, model=model, store=store, on_error=on_error, **fields)
+        file.finish(results)
     failed = sum(r.error is not None for r in results)
-    typer.echo(f"{output}: {len(results) - failed} texts" + (f", {failed} requests failed" if failed else ""))
+    typer.echo(
+        f"{printable(str(output))}: {len(results) - failed} texts" + (f", {failed} requests failed" if failed else "")
+    )
     if failed:
         raise typer.Exit(SOME_FAILED)
 

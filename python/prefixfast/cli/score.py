@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +10,8 @@ import typer
 
 from prefixfast.cli.generate import FORMATS, MODEL, PREFIX, PREFIXES, STORE, chosen_prefixes
 from prefixfast.cli.options import flags
+from prefixfast.cli.output import printable
+from prefixfast.cli.result_file import ResultFile, check_ids
 from prefixfast.config import EngineConfig
 
 EXAMPLE = "prefixfast score rows.jsonl -o scores.jsonl --prefix my-prefix"
@@ -42,14 +42,16 @@ def command(
     """
     from prefixfast import score
     from prefixfast.data import read_rows
-    from prefixfast.io.atomic import replace_file
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(rows_file)
+    check_ids(rows)
     chosen = chosen_prefixes(rows, prefix, prefixes, store)
-    results = score(rows, chosen, model=model, store=store, end_token=end_token, **fields)
-    lines = (json.dumps(dataclasses.asdict(r), ensure_ascii=False) for r in results)
-    replace_file(output, "".join(line + "\n" for line in lines).encode())
+    with ResultFile(output) as file:
+        results = score(rows, chosen, model=model, store=store, end_token=end_token, **fields)
+        file.finish(results)
     tokens = sum(len(r.token_ids) for r in results)
     mean = sum(r.logprob for r in results) / tokens
-    typer.echo(f"{output}: {len(results)} rows, {tokens} tokens, mean log-probability of a token {mean:.4f}")
+    typer.echo(
+        f"{printable(str(output))}: {len(results)} rows, {tokens} tokens, mean log-probability of a token {mean:.4f}"
+    )

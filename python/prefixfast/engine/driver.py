@@ -39,6 +39,7 @@ class LoopDriver:
         next_number: Iterator over request numbers.
         closed: Whether the engine is closed.
         interrupted: Whether a job in a caller's thread was interrupted, or runs.
+        on_result: Function that gets each result of `run` as soon as its request has ended, None for no function.
     """
 
     def __init__(self, model: Model, loop: Loop, num_threads: int | None) -> None:
@@ -49,6 +50,7 @@ class LoopDriver:
         self.process_id = process_id()
         self.next_number = itertools.count()
         self.closed = self.interrupted = False
+        self.on_result: Callable[[Generation | BaseException], None] | None = None
 
     def check_open(self) -> None:
         """Raise `ConfigError` if the engine is closed."""
@@ -156,7 +158,14 @@ class LoopDriver:
             self.loop.close()
 
     def _run_batch(self, requests: list[Request], bar: Any) -> list[Generation | BaseException]:
-        outputs = run_batch(self.loop, [(next(self.next_number), r) for r in requests], bar)
+        on_result = self.on_result
+
+        def report(output: RequestOutput) -> None:
+            assert on_result is not None
+            on_result(self.to_result(output))
+
+        numbered = [(next(self.next_number), r) for r in requests]
+        outputs = run_batch(self.loop, numbered, bar, None if on_result is None else report)
         texts = iter(self._decode([s.token_ids for output in outputs for s in output.sequences]))
         return [output.to_generation([next(texts) for _ in output.sequences]) for output in outputs]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
 
@@ -78,11 +78,59 @@ def generate(
         >>> [t.usage["prefix_rows"] for t in texts], len(texts[1].token_ids) <= 4
         ([14, 0], True)
     """
+    return generate_each(
+        None,
+        batch,
+        prefixes,
+        model=model,
+        store=store,
+        params=params,
+        logits_processor=logits_processor,
+        on_error=on_error,
+        progress=progress,
+        **fields,
+    )
+
+
+def generate_each(
+    on_result: Callable[[Generation], None] | None,
+    batch: Sequence[Input],
+    prefixes: Prefixes = None,
+    *,
+    model: str | Path | PreTrainedModel | PeftModel | Model | None = None,
+    store: PrefixStore | str | Path | None = None,
+    params: GenerationParams | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    on_error: Literal["raise", "return"] = "raise",
+    progress: bool | None = None,
+    **fields: Unpack[GenerationFields],
+) -> list[Generation]:
+    """Generate as `generate` does, and hand over each result as soon as its request has ended.
+
+    Args:
+        on_result: Function that is called with each text, in the order in which they end. An error that it raises ends
+            the call. None calls nothing.
+        batch: Argument of `generate`.
+        prefixes: Argument of `generate`.
+        model: Argument of `generate`.
+        store: Argument of `generate`.
+        params: Argument of `generate`.
+        logits_processor: Argument of `generate`.
+        on_error: Argument of `generate`.
+        progress: Argument of `generate`.
+        fields: Fields of `GenerationParams` and `EngineConfig`.
+    """
+
+    def report(result: Generation | BaseException) -> None:
+        if on_result is not None and isinstance(result, Generation):
+            on_result(result)
+
     own, engine_fields = _split_fields(fields, GenerationParams.names(), "generate")
     # Wrong options are found before the base is loaded.
     GenerationParams.make(params, **cast("GenerationParamsFields", own))
     EngineConfig.make(**cast("EngineFields", engine_fields))
     with _engine(model, prefixes, batch, store, cast("EngineFields", engine_fields)) as engine:
+        engine.driver.on_result = None if on_result is None else report
         return engine.generate(
             batch,
             prefixes,

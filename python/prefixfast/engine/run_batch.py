@@ -13,13 +13,19 @@ from prefixfast.engine.ticket import Ticket, request_error
 from prefixfast.model.process import check_not_exiting
 
 
-def run_batch(loop: Loop, requests: list[tuple[int, Request]], bar: Any) -> list[RequestOutput]:
+def run_batch(
+    loop: Loop,
+    requests: list[tuple[int, Request]],
+    bar: Any,
+    on_output: Callable[[RequestOutput], None] | None = None,
+) -> list[RequestOutput]:
     """Run steps of a loop until all requests have ended.
 
     Args:
         loop: Loop of the engine.
         requests: Requests with their numbers.
         bar: Progress bar, with a method ``update``.
+        on_output: Function that is called with each output as soon as its request has ended, between two steps.
 
     Returns:
         Outputs in the order of the requests. An error that concerns some of the requests is in their outputs, any other
@@ -38,6 +44,9 @@ def run_batch(loop: Loop, requests: list[tuple[int, Request]], bar: Any) -> list
                     ended[number] = RequestOutput(request, [], request_error(e))
             outputs = loop.step() if loop.busy else {}
             ended |= outputs
+            if on_output is not None:
+                for output in outputs.values():
+                    on_output(output)
             bar.update(len(outputs))
     except BaseException:
         loop.restart()

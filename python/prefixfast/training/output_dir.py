@@ -132,6 +132,6 @@ class OutputDir:
 
 def _read_lines(path: Path) -> Iterator[dict[str, JSON]]:
     """Lines of a log, without a last line that was cut while it was written."""
-    with contextlib.suppress(json.JSONDecodeError):
-        for line in path.read_text(encoding="utf8", errors="replace").splitlines():
+    with contextlib.suppress(ValueError):
+        for line in path.read_bytes().splitlines():  # those of a string would also end at U+2028 in a name
             yield json.loads(line)

@@ -123,7 +123,7 @@ def test_a_switch_can_be_turned_on_and_off(cli, folder, data, tmp_path, flag, va
 @pytest.mark.parametrize("value", ["true", "false", "never"])
 def test_early_stopping_takes_its_three_values(cli, folder, tmp_path, monkeypatch, value):
     seen = {}
-    monkeypatch.setattr("prefixfast.generate", lambda rows, prefixes, **how: seen.update(how) or [], raising=False)
+    monkeypatch.setattr("prefixfast.engine.generate.generate_each", lambda *_, **how: seen.update(how) or [])
     requests = write(tmp_path / "in.jsonl", [{"prompt": "a"}])
     assert (
         cli("generate", requests, "-o", tmp_path / "out.jsonl", "--model", folder, "--early-stopping", value).code == 0
