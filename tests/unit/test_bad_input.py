@@ -261,7 +261,9 @@ def test_a_full_disk_leaves_the_old_version(world, what, monkeypatch):
     acts = {
         "save": lambda prefix: prefix.save_pretrained(target),
         "put": lambda prefix: world.store.put("known", prefix),
-        "train": lambda prefix: world.train(init=prefix, prefix_length=prefix.length, output_dir=target),
+        "train": lambda prefix: world.train(
+            init=prefix, prefix_length=prefix.length, output_dir=target, overwrite=True
+        ),
     }
     acts[what](world.good)
     held = {"save": target, "put": world.store.path, "train": target}[what]

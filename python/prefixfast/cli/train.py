@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ from prefixfast.cli.output import SOME_FAILED, printable
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml, read_yaml_file
+
+if TYPE_CHECKING:
+    from prefixfast import Prefix, TrainRun
 
 DATA = typer.Argument(
     metavar="DATA...",
@@ -108,7 +111,7 @@ def command(
 
     The exit status is 3 if some prefixes failed, and 130 if the run was interrupted after a checkpoint.
     """
-    from prefixfast import Prefix, train
+    from prefixfast import train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = _train_arguments(
@@ -139,12 +142,17 @@ def command(
     except KeyboardInterrupt:
         typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(output)}", err=True)
         raise
+    _report(result, output)
+
+
+def _report(result: Prefix | TrainRun, output: Path) -> None:
+    """Print the metrics of each prefix and the failures; exit with 3 if some failed."""
+    from prefixfast import Prefix
+
     metrics: Mapping[str, Any] = {"": result.training["metrics"]} if isinstance(result, Prefix) else result.metrics
     for name, values in metrics.items():
-        typer.echo(
-            f"{printable(output / name)}: "
-            + ", ".join(f"{k} {math.nan if v is None else v:.4g}" for k, v in values.items())
-        )
+        shown = ", ".join(f"{k} {math.nan if v is None else v:.4g}" for k, v in values.items())
+        typer.echo(f"{printable(output / name)}: {shown}")
     failed = {} if isinstance(result, Prefix) else result.failed
     for name, error in failed.items():
         typer.echo(f"{printable(name)} failed: {printable(error)}", err=True)

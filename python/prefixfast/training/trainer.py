@@ -193,21 +193,30 @@ def train(
         )
     )
     is_single = job.rows.is_single and sweep is None
-    folder = None if output_dir is None else as_path("output_dir", output_dir)
-    check_flag("overwrite", overwrite)
-    if resume and overwrite:
-        msg = "resume and overwrite: expected one of them, got both"
-        raise ConfigError(msg)
-    if (resume or overwrite) and folder is None:
-        msg = f"{'resume' if resume else 'overwrite'}: expected output_dir beside it, with the files of an earlier run"
-        raise ConfigError(msg)
     if progress is not None:
         check_flag("progress", progress)
+    check_flag("overwrite", overwrite)
+    folder = None if output_dir is None else as_path("output_dir", output_dir)
+    output = _open_output(job, folder, opened, is_single=is_single, overwrite=overwrite)
+    result = _run(model, job, output, progress)
+    return result.prefixes[SINGLE_NAME] if is_single else result
+
+
+def _open_output(
+    job: TrainJob, folder: Path | None, store: PrefixStore | None, *, is_single: bool, overwrite: bool
+) -> OutputDir:
+    """Output of a job, whose folder is checked before the base model is loaded."""
+    if job.resume and overwrite:
+        msg = "resume and overwrite: expected one of them, got both"
+        raise ConfigError(msg)
+    if (job.resume or overwrite) and folder is None:
+        given = "resume" if job.resume else "overwrite"
+        msg = f"{given}: expected output_dir beside it, with the files of an earlier run"
+        raise ConfigError(msg)
     names = [*dict.fromkeys([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])]
     if folder is not None:
-        check_output_folder(folder, names, is_single=is_single, resume=resume, overwrite=overwrite)
-    result = _run(model, job, OutputDir(folder, opened, names, is_single=is_single), progress)
-    return result.prefixes[SINGLE_NAME] if is_single else result
+        check_output_folder(folder, names, is_single=is_single, resume=job.resume, overwrite=overwrite)
+    return OutputDir(folder, store, names, is_single=is_single)
 
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | None) -> TrainRun:
