@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefixfast import CapacityError, Engine, EngineConfig, GenerationParams
+from prefixfast import CapacityError, ConfigError, Engine, EngineConfig, GenerationParams, RequestError, train
 from prefixfast.errors import LIMITS, capacity_error
 
 REQUEST = st.tuples(
@@ -101,3 +101,19 @@ def test_an_error_names_the_request_and_what_helps(base, make_prefix):
     ):
         engine.generate([[5]], make_prefix(length=90), max_new_tokens=2)
     assert caught.value.limit == "prefix_rows"
+
+
+def test_prefixes_that_leave_no_position_for_text(base, make_prefix):
+    far = make_prefix(pos_start=200)
+    with Engine(base) as engine:
+        for call in (
+            lambda: engine.generate([[5], [6]], [None, far], max_new_tokens=1),
+            lambda: engine.score([[5], [6]], [None, far], targets=[[7], [8]]),
+        ):
+            with pytest.raises(RequestError, match="request 1: its text starts at position 200") as caught:
+                call()
+            assert caught.value.index == 1
+    data = [{"input_ids": [5, 6], "labels": [-100, 6]}]
+    with pytest.raises(ConfigError, match="rows start at position 200") as refused:
+        train(base, data, on_top_of=far, max_steps=1, prefix_length=2, init="random")
+    assert not re.search(r"-\d", str(refused.value))

@@ -275,3 +275,17 @@ def test_frozen_rows_are_saved_as_a_cartridge(tmp_path):
             assert torch.equal(again.kv[name][:2], t[:2])
             assert not torch.equal(again.kv[name][2:], t[2:])
             assert not torch.equal(free.kv[name][:2], t[:2])
+
+
+def test_training_on_top_of_the_prefix_that_it_starts_from():
+    with prefixfast.load(tiny.make("llama")) as model:
+        shared = base_prefix(model)
+        same = {**HOW, "prefix_length": shared.length, "init": shared, "on_top_of": shared, "max_steps": 1}
+        copy = train(model, rows(50, 4), **{**same, "learning_rate": 1e-12, "reparameterization": "none"})
+        data = [row["input_ids"] for row in rows(51, 3)]
+        targets = [[7, 8, 9]] * 3
+        composed, trained = (
+            prefixfast.score(data, [[shared, p]] * 3, targets=targets, model=model) for p in (shared, copy)
+        )
+        for a, b in zip(composed, trained, strict=True):
+            assert a.token_logprobs == pytest.approx(b.token_logprobs, abs=1e-4)
