@@ -388,8 +388,9 @@ class Scheduler:
     Args:
         arena_rows: Number of rows of the arena, at least 80.
         max_rows: Number of decode rows.
-        max_batched_tokens: Largest number of tokens of a step, in which each decode row counts one. A prompt that does
-            not fit is filled over several steps, and no more rows than tokens are decoded.
+        max_batched_tokens: Largest number of tokens of a step, in which each decode row counts one. At most three
+            quarters of this number of rows are decoded. A longer prompt is filled over several steps, in chunks whose
+            size does not depend on other requests.
         tile_rows: Number of query rows of a prefill tile; 0 makes no tiles.
         buckets: Largest number of groups of similar length in the padded layout, at least 1.
         prefix_rows: Largest number of arena rows of all prefixes together. None is no limit.

@@ -114,11 +114,11 @@ class CapacityError(PrefixFastError, RuntimeError):
 
 # Messages of the limits of the Rust core, by their names.
 LIMITS = {
-    "decode_rows": "{needed} sequences of one request, expected at most {available}; lower num_beams or "
+    "decode_rows": "{needed} sequences at a time, expected at most {available}; lower num_beams or "
     "num_return_sequences, or raise max_num_seqs and max_num_batched_tokens",
     "arena_rows": "{needed} rows of the KV cache, expected at most {available}; shorten the prompt, lower "
     "max_new_tokens, num_beams or num_return_sequences, or raise kv_cache_memory",
-    "prefix_rows": "{needed} rows of the KV cache for the prefixes of one request, expected at most {available}; raise "
+    "prefix_rows": "{needed} rows of the KV cache for prefixes, expected at most {available}; raise "
     "prefix_memory, or use shorter prefixes",
     "table_entries": "tables of {needed} numbers, expected at most {available}; use fewer prefixes, or lower "
     "max_num_batched_tokens",

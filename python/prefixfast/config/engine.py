@@ -48,7 +48,7 @@ class EngineConfig(Options):
     max_num_batched_tokens: int = option(
         4096,
         "largest number of tokens of a step, in which each beam or sample that is decoded counts one token; longer "
-        "prompts are prefilled over several steps, and no more sequences than this number are decoded",
+        "prompts are prefilled over several steps, and at most three quarters of this number of sequences are decoded",
         Range(1, 2**24),
     )
     kv_cache_memory: int | None = option(

@@ -47,7 +47,7 @@ const MAX_ROWS: usize = 1 << 30;
 pub struct SchedulerConfig {
     /// Number of arena rows, at least 80.
     pub arena_rows: usize,
-    /// Number of decode rows. No more than `max_batched_tokens` of them are used.
+    /// Number of decode rows. No more than three quarters of `max_batched_tokens` of them are used.
     pub max_rows: usize,
     /// Largest number of tokens per step. Each decode row counts as one token. A prompt that is longer than the
     /// remaining budget is prefilled in chunks over several steps.
@@ -63,9 +63,17 @@ pub struct SchedulerConfig {
 }
 
 impl SchedulerConfig {
-    /// Number of decode rows that a step can compute.
+    /// Number of decode rows that a step can compute. A quarter of the tokens is left for prompts.
     fn usable_rows(&self) -> usize {
-        self.max_rows.min(self.max_batched_tokens)
+        self.max_rows.min(self.max_batched_tokens - self.max_batched_tokens / 4)
+    }
+
+    /// Number of tokens of each chunk of a prompt but its last one.
+    ///
+    /// A request whose prompt is not complete holds a decode row that is not computed, so every step has room for a
+    /// chunk. Chunks of one size make the rounding of a request independent of the other requests.
+    fn chunk_tokens(&self) -> usize {
+        self.max_batched_tokens - self.usable_rows() + 1
     }
 }
 

@@ -145,13 +145,13 @@ impl Scheduler {
 
     /// Chooses the prefill within the token budget that the decode leaves, and sorts it by prefixes.
     ///
-    /// There are no more decode rows than tokens in the budget, and a request that is not decoded holds rows too, so
-    /// at least one token is left for it. Requests are taken in the order of admission, those with a partly filled
-    /// prompt first. A prompt is cut only if it comes first, so at most one request has a partly filled prompt.
+    /// Requests are taken in the order of admission, those with a partly filled prompt first. A prompt is cut only if
+    /// it comes first, so at most one request has a partly filled prompt.
     fn choose_prefill(&self) -> Vec<ScheduledRequest> {
         let rows = self.decoding.values().filter_map(|id| self.running(*id));
         let decoded: usize = rows.map(|(request, _)| request.beams).sum();
         let mut left = self.config.max_batched_tokens.saturating_sub(decoded);
+        let chunk_tokens = self.config.chunk_tokens();
         let mut chosen = Vec::new();
         let ready = |is_started: bool| {
             self.prefilling.iter().filter_map(move |(admission, id)| {
@@ -161,11 +161,12 @@ impl Scheduler {
             })
         };
         for (admission, id, request, state) in ready(true).chain(ready(false)) {
-            let missing = request.prompt_len - state.prefilled;
-            if left == 0 || missing > left && !chosen.is_empty() {
+            let next_border = (state.prefilled / chunk_tokens + 1).saturating_mul(chunk_tokens);
+            let end = request.prompt_len.min(next_border);
+            let tokens = end - state.prefilled;
+            if tokens > left || end < request.prompt_len && !chosen.is_empty() {
                 break;
             }
-            let tokens = missing.min(left);
             left -= tokens;
             chosen.push((&state.sort_key, admission, id, tokens));
         }
