@@ -15,7 +15,7 @@ from prefixfast.engine.loop import Loop
 from prefixfast.engine.output import RequestOutput
 from prefixfast.engine.request import Generation, Request
 from prefixfast.engine.run_batch import run_batch, wait_for_tickets
-from prefixfast.engine.ticket import Ticket
+from prefixfast.engine.ticket import Ticket, request_error
 from prefixfast.engine.worker import Worker
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
@@ -166,8 +166,11 @@ class LoopDriver:
 
         numbered = [(next(self.next_number), r) for r in requests]
         outputs = run_batch(self.loop, numbered, bar, None if on_result is None else report)
-        texts = iter(self._decode([s.token_ids for output in outputs for s in output.sequences]))
-        return [output.to_generation([next(texts) for _ in output.sequences]) for output in outputs]
+        try:  # all texts in one call, which is fast
+            texts = iter(self._decode([s.token_ids for output in outputs for s in output.sequences]))
+            return [output.to_generation([next(texts) for _ in output.sequences]) for output in outputs]
+        except Exception:  # of one request's tokens or text
+            return [self.to_result(output) for output in outputs]
 
     def _run_inline(self, job: Callable[[], T]) -> T:
         """Run a job in this thread, which has the lock. An interrupt can leave the loop in any state.
@@ -203,7 +206,10 @@ class LoopDriver:
         Args:
             output: Output of the request.
         """
-        return output.to_generation(self._decode([s.token_ids for s in output.sequences]))
+        try:
+            return output.to_generation(self._decode([s.token_ids for s in output.sequences]))
+        except Exception as e:  # for example of the task that cleans the text
+            return request_error(e)
 
     def _start_worker(self) -> Worker:
         # Without the lock, since a callback of a ticket can submit while another thread closes the engine.

@@ -287,7 +287,7 @@ class Loop:
         """End requests with an error at the next step."""
         for number in numbers:
             if number in self.requests:
-                self.errors[number] = request_error(error)
+                self.errors.setdefault(number, request_error(error))
                 self.scheduler.cancel(number)
 
     def _cancel_unloadable(self, loads: list[FinishedLoad]) -> None:
@@ -366,7 +366,8 @@ class Loop:
                         self.outputs.append(number, request, row - first, value, logprobs.get(place))
                         sequences = self.outputs.sequences[number] if self.outputs.finished(number) else None
                 except Exception as e:  # of the request's stream, its stop strings or its beams
-                    self.errors[number], sequences = request_error(e), []
+                    self.errors.setdefault(number, request_error(e))
+                    sequences = []
                 if sequences is not None:
                     # A logits processor can have failed at the last token.
                     error = self.errors.get(number)
