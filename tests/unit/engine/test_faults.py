@@ -194,8 +194,8 @@ def test_an_error_of_a_forward_ends_the_requests_of_this_forward(base, forward, 
         assert [g.token_ids for g in got if g.error is None] == [
             e for e, g in zip(expected, got, strict=True) if g.error is None
         ]
+        calls.clear()
         with pytest.raises(MemoryError, match="planted"):
-            calls.clear()
             engine.generate(prompts, progress=False, **NEW)
         monkeypatch.undo()
         assert [g.token_ids for g in engine.generate(prompts, progress=False, **NEW)] == expected

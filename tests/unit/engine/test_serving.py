@@ -82,25 +82,49 @@ def test_a_cancelled_beam_search_has_its_best_running_beam(base):
 
 
 def test_a_cancelled_task_cancels_its_request(engine):
-    async def wait_briefly():
-        await asyncio.wait_for(engine.agenerate([5, 6], max_new_tokens=62, min_new_tokens=62), 0.02)
+    entered, gate = asyncio.Event(), threading.Event()
 
-    with pytest.raises(TimeoutError):
-        asyncio.run(wait_briefly())
+    async def cancel_while_it_runs():
+        loop = asyncio.get_running_loop()
+
+        def wait(_, scores):
+            loop.call_soon_threadsafe(entered.set)
+            gate.wait(60)
+            return scores
+
+        how = {"max_new_tokens": 62, "min_new_tokens": 62}
+        task = asyncio.ensure_future(engine.agenerate([5, 6], logits_processor=[wait], **how))
+        await entered.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.set()
+
+    asyncio.run(cancel_while_it_runs())
     engine.generate([[7]], max_new_tokens=2)
     assert engine.stats()["cancelled"] == 1
     assert not engine.loop.busy
 
 
-def test_a_deadline_ends_waiting_and_running_requests(base):
+def test_a_deadline_ends_waiting_and_running_requests(base, monkeypatch):
+    """The clock of the loop stands still until the running request has tokens."""
+    now = time.monotonic()
     with Engine(base, max_num_seqs=1, max_model_len=64) as engine:
-        running = engine.submit([5, 6], max_new_tokens=62, min_new_tokens=62, timeout=0.05)
-        waiting = engine.submit([5, 6], max_new_tokens=4, timeout=0.0)
+
+        def late(input_ids, scores):
+            if input_ids.shape[1] == 10:  # eight tokens after the prompt
+                monkeypatch.setattr("prefixfast.engine.loop.time.monotonic", lambda: now + 100)
+            return scores
+
+        monkeypatch.setattr("prefixfast.engine.loop.time.monotonic", lambda: now)
+        long = {"max_new_tokens": 62, "min_new_tokens": 62}
+        running = engine.submit([5, 6], logits_processor=[late], timeout=50, **long)
+        waiting = engine.submit([5, 6], max_new_tokens=4, timeout=50)
         later = engine.submit([5, 6], max_new_tokens=4, min_new_tokens=4)
         assert waiting.result(60).finish_reason == "deadline"
         assert waiting.result().token_ids == []
         assert running.result(60).finish_reason == "deadline"
-        assert 0 < len(running.result().token_ids) < 62
+        assert 8 <= len(running.result().token_ids) < 12
         assert later.result(60).finish_reason == "length"
 
 
@@ -165,12 +189,29 @@ def test_a_batch_larger_than_the_queue_runs_in_steps_that_empty_it(base):
 
 
 def test_a_generate_that_waited_uses_a_worker_that_was_started_meanwhile(base):
+    class Watched:
+        """Lock that tells that a thread is about to wait for it."""
+
+        def __init__(self, lock):
+            self.lock, self.entered = lock, threading.Event()
+
+        def __enter__(self):
+            self.entered.set()
+            return self.lock.__enter__()
+
+        def __exit__(self, *error):
+            return self.lock.__exit__(*error)
+
+        def locked(self):
+            return self.lock.locked()
+
     with Engine(base, max_num_seqs=4, max_model_len=64) as engine:
-        results = []
-        with engine.driver.lock:  # as if another thread ran the loop
+        results, lock = [], engine.driver.lock
+        with lock:  # as if another thread ran the loop
+            engine.driver.lock = watched = Watched(lock)
             waiting = threading.Thread(target=lambda: results.append(engine.generate([[5, 6]] * 3, max_new_tokens=4)))
             waiting.start()
-            time.sleep(0.1)
+            assert watched.entered.wait(60)
             engine.driver.worker = Worker(engine.loop, engine.driver.to_result, None)
         tickets = [engine.submit([5, 6], max_new_tokens=4) for _ in range(20)]
         waiting.join(60)
