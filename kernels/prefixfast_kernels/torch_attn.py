@@ -1,8 +1,8 @@
 """The `torch` backend of packed attention: one call per prefix block and calls for the own keys, merged by log-sum-exp.
 
 A prefix block is read in place, once for all sequences that use it; no tensor of batch x P is built. Own keys of few
-sequences, and of all in inference, take one call per run of equal lengths, those of many sequences one call per length
-bucket.
+sequences take one call per run of equal lengths, those of many sequences one call per length bucket. Inference on a CPU
+takes one call per sequence and block, and one per run, so that a sequence has the same bits alone and in any batch.
 Specification: `reference.attn`.
 Shape letters: N packed tokens, HQ query heads, H kv heads, D head dim, P prefix rows, n sequences of a bucket,
 T padded length of a bucket, E users of a block.
@@ -60,8 +60,10 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions) -> 
         k, v = (t.index_select(0, last).to(q.dtype) for t in (inputs.k, inputs.v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
-    # In a bucket a sequence's last bits depend on the other lengths, which inference promises that they do not.
-    if tables.seg.shape[0] < MIN_SEQUENCES_FOR_BUCKETS or q.is_inference():
+    # In a bucket, and in a product with a block for several sequences, a sequence's last bits depend on the others.
+    # Inference on a CPU promises that they do not.
+    by_sequence = q.is_inference() and q.device.type == "cpu"
+    if tables.seg.shape[0] < MIN_SEQUENCES_FOR_BUCKETS or by_sequence:
         _own_fwd((o, lse), Qkv(q, k, v), _runs(tables), options)
     else:
         padded = Qkv(*(t.index_select(0, tables.gather) for t in (q, k, v)))
@@ -69,7 +71,11 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions) -> 
         _own_fwd((out, stat), padded, _buckets(tables), options)
         torch.index_select(out, 0, tables.scatter, out=o)
         torch.index_select(stat, 0, tables.scatter, out=lse)
-    merge_prefix_blocks((o, lse), q, (inputs.prefix_k, inputs.prefix_v), tables.blocks, options)
+    if not by_sequence:
+        merge_prefix_blocks((o, lse), q, (inputs.prefix_k, inputs.prefix_v), tables.blocks, options)
+    elif inputs.prefix_k is not None and inputs.prefix_v is not None:
+        source = inputs.prefix_k, inputs.prefix_v
+        _merge((o, lse), q, source, _blocks_by_sequence(tables, options.window, q), options)
     if slots is not None:
         _merge((o, lse), q, (inputs.k, inputs.v), _contexts(tables, slots, options.window, q), options)
     return o, lse
@@ -266,6 +272,20 @@ def _users_in_order(tables: BlockTables) -> Iterator[tuple[int, slice | Tensor, 
         first, last = int(users[0]), int(users[-1])
         is_run = last - first + 1 == len(users)  # users are ascending
         yield number % num_blocks, own, slice(first, last + 1) if is_run else users
+
+
+def _blocks_by_sequence(tables: PackedTables, window: int, like: Tensor) -> Iterator[_Block]:
+    """Prefix blocks of each segment by itself, from left to right."""
+    blocks, uses, starts = tables.block.tolist(), tables.use.tolist(), tables.use_indptr.tolist()
+    for (row, rows, _, keys), first, last in zip(tables.seg.tolist(), starts[:-1], starts[1:], strict=True):
+        for block, position, slides in uses[first:last]:
+            start, length = blocks[block]
+            mask = None
+            if window and slides:
+                key_pos = position + torch.arange(length, device=like.device)
+                query_pos = torch.arange(keys - rows, keys, device=like.device)
+                mask = _additive_mask((key_pos - query_pos[:, None] > -window)[None, None], like)
+            yield _Block(slice(start, start + length), slice(row, row + rows), mask)
 
 
 def _contexts(tables: PackedTables, slots: Tensor, window: int, like: Tensor) -> Iterator[_Block]:

@@ -24,6 +24,7 @@ from prefixfast.model.dry_run import LayerShape, dry_run
 from prefixfast.model.own_attention import foreign_attention
 from prefixfast.model.process import note_computing
 from prefixfast.model.proof.prove import prove
+from prefixfast.model.row_independence import dependent_rows, recorded_rows
 from prefixfast.model.supported_models import check_supported
 from prefixfast.model.weights import unusable_weights
 
@@ -95,7 +96,11 @@ def attach(model: PreTrainedModel) -> Handle:
             undo += [switch(model)]
             with private_configs(model):
                 undo += _replace_gelu(model)
-                layers, windows = dry_run(model)
+                with recorded_rows(model) as rows:
+                    layers, windows = dry_run(model)
+                if (reason := dependent_rows(rows)) is not None:
+                    msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): {reason}"
+                    raise ConfigError(msg)
                 prove(model, layers, windows, own)
         except BaseException:
             _run(undo)

@@ -142,7 +142,7 @@ def _unsupported(modules: list[Any]) -> str | None:
         return "they are not all on the CPU and of one dtype"
     if weight.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype {weight.dtype}"
-    if odd := next((m.weight for m in modules if not _is_packable(m.weight)), None):
+    if (odd := next((m.weight for m in modules if not _is_packable(m.weight)), None)) is not None:
         return f"some are {type(odd.data).__name__} of strides {odd.stride()}, not plain contiguous tensors"
     if any("forward" in m.__dict__ for m in modules):
         return "another program has replaced forwards of this model"

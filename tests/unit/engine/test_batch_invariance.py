@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import tiny
-from prefixfast import Engine
+from prefixfast import Engine, Prefix
 from prefixfast.model import lm_head, packed_forward
 from prefixfast.model.load import has_fast_bf16
 from prefixfast.model.prepack import prepack
@@ -38,26 +38,48 @@ def prompts() -> list[list[int]]:
     return [torch.randint(3, tiny.VOCAB, (n,), generator=g).tolist() for n in LENGTHS]
 
 
-def generated(engine: Engine, batch: list[list[int]]) -> list[object]:
+Chosen = list[list[Prefix]]
+
+
+def generated(engine: Engine, batch: list[list[int]], prefixes: Chosen) -> list[object]:
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": True, "seed": 3, "logprobs": 2}
-    return [g.logprobs for g in engine.generate(batch, **how)]
+    return [g.logprobs for g in engine.generate(batch, prefixes, **how)]
 
 
-def scored(engine: Engine, batch: list[list[int]]) -> list[object]:
-    return [s.token_logprobs for s in engine.score(batch, targets=[[7]] * len(batch))]
+def scored(engine: Engine, batch: list[list[int]], prefixes: Chosen) -> list[object]:
+    return [s.token_logprobs for s in engine.score(batch, prefixes, targets=[[7]] * len(batch))]
+
+
+def chosen_prefixes(engine: Engine) -> Chosen:
+    """No prefix, one of two, or both, in turn."""
+    g = torch.Generator().manual_seed(2)
+    made = []
+    for length in (5, 40):
+        shapes = {
+            f"self.{i}.{x}": (length, s.num_kv_heads, s.head_dim)
+            for i, s in enumerate(engine.model.layers)
+            for x in "kv"
+        }
+        made.append(Prefix({name: torch.randn(shape, generator=g) for name, shape in shapes.items()}, pos_start=length))
+    ways = [[], made[:1], made[1:], made, made[:1]]
+    return [ways[i % len(ways)] for i in range(len(LENGTHS))]
 
 
 def together_and_alone(base, run, **options) -> list[bool]:
     """Whether each request's numbers are the same in a batch, in the reversed batch and alone."""
     batch = prompts()
     with Engine(base, **{"max_num_seqs": 8, "max_model_len": 160, "kv_cache_memory": 2**24, **options}) as engine:
-        alone = [run(engine, [prompt])[0] for prompt in batch]
-        both, reverse = run(engine, batch), run(engine, batch[::-1])[::-1]
+        prefixes = chosen_prefixes(engine)
+        alone = [run(engine, [prompt], [own])[0] for prompt, own in zip(batch, prefixes, strict=True)]
+        both, reverse = run(engine, batch, prefixes), run(engine, batch[::-1], prefixes[::-1])[::-1]
     return [a == b == c for a, b, c in zip(alone, both, reverse, strict=True)]
 
 
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 16}, {"max_num_seqs": 3}], ids=str)
-@pytest.mark.parametrize("run", [generated, scored])
+@pytest.mark.parametrize(
+    ("run", "options"),
+    [(generated, {}), (generated, {"max_num_seqs": 3}), (scored, {}), (scored, {"max_num_batched_tokens": 16})],
+    ids=str,
+)
 def test_bits_are_the_same_alone_and_in_a_batch(base, run, options):
     assert all(together_and_alone(base, run, **options))
 
