@@ -131,7 +131,7 @@ def rm(
             receipt = {"name": name, **asdict(opened.delete(name))}
             receipts.append(receipt)  # in a loop, so that an error leaves the receipts of the earlier names
     finally:
-        show(receipts, ("name", "digests", "files", "bytes", "time"), as_json=as_json, title="deleted")
+        show(receipts, ("name", "digests", "files", "bytes", "time", "place"), as_json=as_json, title="deleted")
 
 
 @app.command("rollback", cls=Command, epilog="prefixfast prefixes rollback store ann --to 2")
@@ -159,13 +159,20 @@ def verify(
             show_default="no digest",
         ),
     ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Further folder to search for --absent, such as the output folder of a training run.",
+            show_default="the store only",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Read every version and compare it with the digest that was recorded when it was put into the store.
 
     The exit status is 3 if some versions are damaged.
     """
-    check = _open_existing(store).verify(absent=absent)
+    check = _open_existing(store).verify(absent=absent, also=also or ())
     problems = [asdict(d) for d in check.damaged] + [
         {"name": None, "path": p, "why": f"holds {absent}"} for p in check.holding
     ]
@@ -179,7 +186,10 @@ def verify(
             title=f"{check.versions} versions, {len(problems)} problems",
         )
     else:
-        typer.echo(f"{store}: {check.versions} versions, all whole" + (f"; nothing holds {absent}" if absent else ""))
+        typer.echo(f"{printable(store)}: {check.versions} versions, all whole")
+        if absent:
+            places = ", ".join(map(printable, check.searched))
+            typer.echo(f"nothing holds {absent} in {places}; other places were not searched, --also DIR adds one")
     _exit_if_failed(len(problems))
 
 

@@ -15,6 +15,8 @@ class Receipt:
         files: Number of deleted files.
         bytes: Size of the deleted files in bytes.
         time: Time of the deletion, UTC, ISO 8601.
+        place: Absolute path of the store, the only place from which files were deleted. Copies elsewhere, such as the
+            output folder of a training run with its checkpoints, exports and backups, stay.
     """
 
     name_sha256: str
@@ -22,6 +24,7 @@ class Receipt:
     files: int
     bytes: int
     time: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,15 @@ class Check:
     Attributes:
         versions: Number of versions that were read.
         damaged: Results of the versions that could not be read, or differ from their entry.
-        holding: Files and folders, relative to the store, that hold the digest that should be absent.
+        holding: Files and folders that hold the digest that should be absent, in the store relative to it.
+        searched: Absolute paths of all folders that were searched for the digest: the store, and those given by
+            ``also``. Empty without a digest.
     """
 
     versions: int
     damaged: tuple[Outcome, ...]
     holding: tuple[str, ...] = ()
+    searched: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

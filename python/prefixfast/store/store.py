@@ -21,7 +21,7 @@ from prefixfast.io.paths import as_path
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.import_export import check_export_arguments, export, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
-from prefixfast.store.verify import verify
+from prefixfast.store.verify import checked_places, verify
 from prefixfast.store.versions import publish_version, read_all, read_newest, remove_old_versions, version_folders
 from prefixfast.store.workspace import atomic_removal, sweep, workspace
 
@@ -249,7 +249,8 @@ class PrefixStore(Mapping[str, "Prefix"]):
             name: Name of the prefix.
 
         Returns:
-            Digests, number and size of the removed files. `verify` with ``absent`` proves that a digest is gone.
+            Digests, number and size of the removed files, and the folder of this store, since copies elsewhere stay.
+            `verify` with ``absent`` and ``also`` proves that a digest is gone from given places.
 
         Raises:
             ConfigError: If the store is read-only.
@@ -268,24 +269,27 @@ class PrefixStore(Mapping[str, "Prefix"]):
             self._raise_unknown(name)
         finally:
             self._names.pop(folder.name, None)
-        return Receipt(folder.name, digests, len(sizes), sum(sizes), datetime.now(UTC).isoformat(timespec="seconds"))
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return Receipt(folder.name, digests, len(sizes), sum(sizes), now, str(self.path))
 
     # ---- many at a time ----
 
-    def verify(self, *, absent: str | None = None) -> Check:
+    def verify(self, *, absent: str | None = None, also: Iterable[str | os.PathLike[str]] = ()) -> Check:
         """Read every version and compare it with its entry.
 
         Args:
             absent: Digest of a deleted prefix. Every file of the store is searched for the digest, and every folder
                 with tensors for the prefix. None skips the search.
+            also: Further folders to search, for example the output folder of a training run, which has copies of the
+                prefix and checkpoints.
 
         Returns:
-            Damaged versions, and files that hold the absent digest.
+            Damaged versions, files that hold the absent digest, and the folders that were searched.
 
         Raises:
-            ConfigError: If ``absent`` is not a digest.
+            ConfigError: If ``absent`` is not a digest, or ``also`` is given without it or has a path of no folder.
         """
-        return verify(self.path, self.folders(), absent)
+        return verify(self.path, self.folders(), absent, checked_places(also, absent))
 
     def import_dir(self, folder: str | os.PathLike[str]) -> list[Outcome]:
         """Put every adapter folder in a folder, of prefixfast or of PEFT.

@@ -15,8 +15,31 @@ from prefixfast.store.entry import read_entry
 from prefixfast.store.reports import Check, Outcome
 from prefixfast.store.versions import version_folders
 
+# Files of a training checkpoint. Its tensors are no prefix; the other file has the digest of each finished prefix.
+CHECKPOINT = {"state.json", "state.safetensors"}
 
-def verify(root: Path, names: Iterable[Path], absent: str | None) -> Check:
+
+def checked_places(also: Iterable[str | os.PathLike[str]], absent: str | None) -> list[Path]:
+    """Absolute paths of further folders to search for a digest.
+
+    Raises:
+        ConfigError: If there is no digest, or a path leads to no folder.
+    """
+    if isinstance(also, str | os.PathLike):
+        msg = f"also: expected a sequence of folders, got {str(also)!r:.200}; put it in a list"
+        raise ConfigError(msg)
+    places = [Path(place).absolute() for place in also]
+    if places and absent is None:
+        msg = "also: expected absent beside it, the digest to search for"
+        raise ConfigError(msg)
+    for place in places:
+        if not place.is_dir():
+            msg = f"also: expected a folder, got {str(place)!r:.200}"
+            raise ConfigError(msg)
+    return places
+
+
+def verify(root: Path, names: Iterable[Path], absent: str | None, also: Iterable[Path] = ()) -> Check:
     """Read every version of a store and compare it with its entry.
 
     Args:
@@ -24,6 +47,7 @@ def verify(root: Path, names: Iterable[Path], absent: str | None) -> Check:
         names: Folders of the names in the store.
         absent: Digest of a deleted prefix. Every file is searched for the digest, and every folder with tensors for
             the prefix. None skips the search.
+        also: Further folders to search.
 
     Raises:
         ConfigError: If ``absent`` is not a digest.
@@ -36,13 +60,15 @@ def verify(root: Path, names: Iterable[Path], absent: str | None) -> Check:
     if absent is None:
         return Check(len(folders), tuple(damaged))
     holding: list[str] = []
-    for path, why in _search(root, absent):
-        name = path.relative_to(root).as_posix()
-        if why is None:
-            holding.append(name)
-        elif name not in {d.path for d in damaged}:
-            damaged.append(Outcome(None, name, False, why))
-    return Check(len(folders), tuple(damaged), tuple(sorted(set(holding))))
+    places = [root, *(place for place in dict.fromkeys(also) if place != root)]
+    for place in places:
+        for path, why in _search(place, absent):
+            name = path.relative_to(root).as_posix() if place == root else str(path)
+            if why is None:
+                holding.append(name)
+            elif name not in {d.path for d in damaged}:
+                damaged.append(Outcome(None, name, False, why))
+    return Check(len(folders), tuple(damaged), tuple(sorted(set(holding))), tuple(map(str, places)))
 
 
 def _damage(root: Path, version: Path) -> Outcome | None:
@@ -72,7 +98,8 @@ def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
                     yield path, None
             except FileNotFoundError:  # removed by another process
                 continue
-        if any(n.endswith(".safetensors") for n in names):
+        tensor_files = {n for n in names if n.endswith(".safetensors")}
+        if tensor_files - (CHECKPOINT if set(names) >= CHECKPOINT else set()):
             before = identity(Path(folder))
             try:
                 if Prefix.from_pretrained(Path(folder)).digest == digest:

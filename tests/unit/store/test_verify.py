@@ -39,7 +39,7 @@ DAMAGE = {
     "no entry": ("entry.json", lambda p: p.unlink(), r"entry\.json is missing", True),
     "half an entry": ("entry.json", cut, r"entry\.json: expected JSON", True),
     "a list": ("entry.json", lambda p: p.write_text("[]"), "expected a JSON object", True),
-    "no fields": ("entry.json", lambda p: p.write_text('{"name": "a"}'), "expected name, shapes", True),
+    "no fields": ("entry.json", lambda p: p.write_text('{"name": "a"}'), r"entry\.json: shapes: expected", True),
     "deep": ("entry.json", lambda p: p.write_text('{"a":' * 100_000), r"entry\.json", True),
     "bytes": ("entry.json", lambda p: p.write_bytes(b"\xff\xfe"), r"entry\.json", True),
     "another's name": ("entry.json", change(name="b"), r"entry\.json: name: .*got 'b'", True),
@@ -178,3 +178,45 @@ def test_verify_finds_no_trace_of_an_absent_prefix(tmp_path):
     for wrong in ("", "abc", "G" * 64, prefix(1).digest.upper()):
         with pytest.raises(ConfigError, match="absent: expected the digest"):
             store.verify(absent=wrong)
+
+
+# ---- places ----
+
+
+def test_the_report_names_the_places_and_further_ones_are_searched(tmp_path):
+    store, one = PrefixStore(tmp_path / "s"), prefix(1)
+    store.put("a", one)
+    one.save_pretrained(tmp_path / "run" / "a")
+    checkpoint = tmp_path / "run" / "checkpoint" / "0"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"finished": {"a": {"digest": one.digest}}}))
+    (checkpoint / "state.safetensors").write_bytes(b"of another form")
+    assert store.delete("a").place == str(tmp_path / "s")
+    check = store.verify(absent=one.digest)
+    assert (check.ok, check.searched) == (True, (str(tmp_path / "s"),))
+    assert store.verify().searched == ()
+    check = store.verify(absent=one.digest, also=[tmp_path / "run"])
+    assert check.searched == (str(tmp_path / "s"), str(tmp_path / "run"))
+    assert check.damaged == ()
+    holding = {tmp_path / "run" / "a", tmp_path / "run" / "a" / "prefixfast.json", checkpoint / "state.json"}
+    assert set(check.holding) == set(map(str, holding))
+    shutil.rmtree(tmp_path / "run" / "a")
+    (checkpoint / "state.json").write_text("{}")
+    assert store.verify(absent=one.digest, also=[tmp_path / "run", tmp_path / "s"]).ok
+
+
+def test_a_place_that_cannot_be_searched_is_reported(tmp_path):
+    store = PrefixStore(tmp_path / "s")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"?")
+    check = store.verify(absent="0" * 64, also=[tmp_path / "base"])
+    assert (check.ok, [d.path for d in check.damaged]) == (False, [str(tmp_path / "base")])
+
+
+@pytest.mark.parametrize("also", ["run", ["nowhere"], [__file__]], ids=["a string", "nothing", "a file"])
+def test_places_are_folders_beside_a_digest(tmp_path, also):
+    store = PrefixStore(tmp_path)
+    with pytest.raises(ConfigError, match="also: expected a"):
+        store.verify(absent="0" * 64, also=also)
+    with pytest.raises(ConfigError, match="also: expected absent"):
+        store.verify(also=[tmp_path])
