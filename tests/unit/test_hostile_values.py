@@ -9,6 +9,7 @@ import pytest
 import hostile
 import tiny
 from prefixfast import (
+    CapacityError,
     ConfigError,
     Engine,
     EngineConfig,
@@ -295,3 +296,14 @@ def test_an_argument_of_train_is_refused_or_works(name, values, tmp_path, monkey
             for value in values:
                 row = {**rows[0], key: value}
                 refused(lambda row=row: train(base, **{**how, "data": [row]}), value=value)
+
+
+def test_an_engine_that_no_memory_holds_is_a_capacity_error(base, monkeypatch):
+    def empty(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("prefixfast.engine.kv_arena.torch.empty", empty)
+        with pytest.raises(CapacityError, match="max_num_seqs"):
+            Engine(base, max_num_seqs=2**16, kv_cache_memory=2**62)
+    Engine(base, max_num_seqs=2, max_model_len=32).close()

@@ -56,8 +56,21 @@ def make_arena(model: Model, arena_rows: int, decode_rows: int, max_len: int) ->
         arena_rows: Number of rows of each layer's keys and values.
         decode_rows: Number of rows of the slot table.
         max_len: Number of columns of the slot table.
-    """
 
+    Raises:
+        CapacityError: If the machine does not have the memory.
+    """
+    try:
+        return _allocated(model, arena_rows, decode_rows, max_len)
+    except RuntimeError as e:  # torch's error of the CPU's allocator, and the base class of that of a GPU
+        msg = (
+            f"the KV cache of {arena_rows} rows of {bytes_per_row(model)} bytes and the slot table of "
+            f"{decode_rows} times {max_len} numbers do not fit the memory; lower kv_cache_memory, max_num_seqs or max_model_len"
+        )
+        raise CapacityError(msg) from e
+
+
+def _allocated(model: Model, arena_rows: int, decode_rows: int, max_len: int) -> Arena:
     def empty(s: LayerShape) -> torch.Tensor:
         rows = arena_rows if s.source is None else 0
         shape = (rows, s.num_kv_heads, s.attention_dim)
