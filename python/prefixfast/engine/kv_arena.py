@@ -65,7 +65,8 @@ def make_arena(model: Model, arena_rows: int, decode_rows: int, max_len: int) ->
     except RuntimeError as e:  # torch's error of the CPU's allocator, and the base class of that of a GPU
         msg = (
             f"the KV cache of {arena_rows} rows of {bytes_per_row(model)} bytes and the slot table of "
-            f"{decode_rows} times {max_len} numbers do not fit the memory; lower kv_cache_memory, max_num_seqs or max_model_len"
+            f"{decode_rows} times {max_len} numbers do not fit the memory; lower kv_cache_memory, max_num_seqs or "
+            "max_model_len"
         )
         raise CapacityError(msg) from e
 
