@@ -134,7 +134,7 @@ def train_jobs(base: Any, setting: Setting, folder: Path | None, *, progress: bo
     Args:
         base: Attached base.
         setting: Amounts of training.
-        folder: Folder for the prefixes, None for none.
+        folder: Folder for the prefixes, in which those of an earlier demo are replaced; None for none.
         progress: Whether to show a progress bar; None shows one on a terminal.
 
     Returns:
@@ -142,7 +142,8 @@ def train_jobs(base: Any, setting: Setting, folder: Path | None, *, progress: bo
     """
     start = time.perf_counter()
     rows: dict[str, Any] = {job.name: job.rows("train", setting.train_rows, seed=0) for job in JOBS}
-    run = prefixfast.train(base, rows, task=setting.task, output_dir=folder, progress=progress, **setting.fields)
+    place: dict[str, Any] = {"output_dir": folder, "overwrite": folder is not None}  # a second demo replaces the first
+    run = prefixfast.train(base, rows, task=setting.task, progress=progress, **place, **setting.fields)
     return run, time.perf_counter() - start
 
 

@@ -49,6 +49,7 @@ def _train(run: Run, base: Model, row: MakeRow) -> Prefix:
         logging_steps=1,
         seed=0,
         output_dir=run.output / "prefix",
+        overwrite=True,  # of an earlier measurement, whose results file is replaced too
     )
 
 
