@@ -237,11 +237,14 @@ def test_a_model_without_a_number_of_positions_is_refused():
 
 def test_weights_in_half_precision_are_fp32_inside_and_come_back():
     model = tiny.make("llama", dtype=torch.bfloat16)
-    before = [p.data_ptr() for p in model.parameters()]
+    other = tiny.make("llama", dtype=torch.bfloat16)
+    other.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    before = [id(p) for p in model.parameters()]
     with float32_weights(model) as limit:
         assert limit < 1e-2
         assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert [p.data_ptr() for p in model.parameters()] == before
+        assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    assert [id(p) for p in model.parameters()] == before
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 

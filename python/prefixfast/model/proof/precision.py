@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefixfast.model.memory import free_memory
@@ -29,31 +29,28 @@ def float32_weights(model: PreTrainedModel) -> Iterator[float]:
     Yields:
         Largest relative error that is rounding.
     """
-    tensors: dict[int, Tensor] = {id(p): p for p in model.parameters()}
-    plain = all(type(t.data) is Tensor and (t.is_floating_point() or t.dtype == torch.bool) for t in tensors.values())
-    half = [t for t in tensors.values() if t.dtype in HALF]
-    size = 4 * sum(t.numel() for t in half)
-    if not half:
-        yield LIMIT if plain else HALF_LIMIT
-        return
+    weights = {id(p): p for p in model.parameters()}.values()
+    plain = all(type(t.data) is Tensor and (t.is_floating_point() or t.dtype == torch.bool) for t in weights)
+    size = 4 * sum(t.numel() for t in weights if t.dtype in HALF)
     if not plain or size > min(MOST_BYTES, free_memory(model.device) // 2):
         yield HALF_LIMIT
         return
-    buffers: list[tuple[dict[str, Any], str, Tensor]] = [
-        (m._buffers, name, b)
+    # Only this model's modules get the copies: another model, which may compute meanwhile, can have the same tensors.
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (owner, name, t)
         for m in model.modules()
-        for name, b in m._buffers.items()
-        if b is not None and b.dtype in HALF
+        for owner in (m._parameters, m._buffers)
+        for name, t in owner.items()
+        if t is not None and t.dtype in HALF
     ]
-    weights = [(t, t.data) for t in half]
+    copies: dict[int, Tensor] = {}
     try:
-        for t in half:
-            t.data = t.data.float()
-        for owner, name, b in buffers:
-            owner[name] = b.float()
+        for owner, name, t in places:
+            if id(t) not in copies:
+                made = t.detach().float()
+                copies[id(t)] = nn.Parameter(made, requires_grad=False) if isinstance(t, nn.Parameter) else made
+            owner[name] = copies[id(t)]
         yield LIMIT
     finally:
-        for t, data in weights:
-            t.data = data
-        for owner, name, b in buffers:
-            owner[name] = b
+        for owner, name, t in places:
+            owner[name] = t
