@@ -240,16 +240,18 @@ def test_weights_in_half_precision_are_fp32_inside_and_come_back():
     other = tiny.make("llama", dtype=torch.bfloat16)
     other.model.layers[0].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
     before = [id(p) for p in model.parameters()]
-    with float32_weights(model) as limit:
-        assert limit < 1e-2
+    with float32_weights(model) as precision:
+        assert precision.limit < 1e-2
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
     assert [id(p) for p in model.parameters()] == before
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_a_model_without_memory_for_a_copy_is_compared_in_its_own_dtype(monkeypatch):
+@pytest.mark.parametrize("unit", [1000, 40_000, 2**30])
+def test_a_model_without_memory_for_all_copies_is_compared_module_by_module(unit, monkeypatch):
     monkeypatch.setattr("prefixfast.model.proof.precision.free_memory", lambda _: 0)
+    monkeypatch.setattr("prefixfast.model.proof.precision.UNIT_BYTES", unit)
     model = tiny.make("llama", dtype=torch.bfloat16)
     attach(model).detach()
     drop_prefix(monkeypatch)

@@ -28,11 +28,13 @@ class Packed:
         model: Attached model.
         shapes: Heads of every layer.
         backend: Kernels that attention runs on.
+        dtype: Dtype of keys and values.
     """
 
     model: PreTrainedModel
     shapes: Sequence[LayerShape]
     backend: Backend
+    dtype: torch.dtype
 
     def arena(self, rows: int, table: Tensor) -> Arena:
         """Arena of zeros. A layer that reads the keys of another layer has the tensors of that layer.
@@ -44,7 +46,7 @@ class Packed:
 
         def zeros(s: LayerShape) -> Tensor:
             dim = max(s.head_dim, s.value_dim)
-            return torch.zeros(rows, s.num_kv_heads, dim, dtype=self.model.dtype, device=self.model.device)
+            return torch.zeros(rows, s.num_kv_heads, dim, dtype=self.dtype, device=self.model.device)
 
         own = [(zeros(s), zeros(s)) if s.source is None else None for s in self.shapes]
         layers = [own[i if s.source is None else s.source] for i, s in enumerate(self.shapes)]

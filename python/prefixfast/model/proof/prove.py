@@ -74,19 +74,18 @@ def _result_faults(
     model: PreTrainedModel, shapes: Sequence[LayerShape], windows: Sequence[int], own: Sequence[str | None]
 ) -> list[str]:
     """Features whose logits differ by more than rounding, and the probable cause."""
-    with float32_weights(model) as limit:
-        errors = _errors(model, shapes, windows, own)
+    with float32_weights(model) as (dtype, limit):
+        errors = _errors(Packed(model, shapes, BACKEND, dtype), windows, own)
     wrong = [name for name, e in errors.items() if not e < limit]
     causes = [cause for name, cause in CAUSES.items() if name in wrong][:1]
     logger.info("%s: relative errors %s, limit %.0e", type(model).__name__, errors, limit)
     return [f"{name} (relative error {errors[name]:.0e})" for name in wrong] + causes
 
 
-def _errors(
-    model: PreTrainedModel, shapes: Sequence[LayerShape], windows: Sequence[int], own: Sequence[str | None]
-) -> dict[str, float]:
+def _errors(packed: Packed, windows: Sequence[int], own: Sequence[str | None]) -> dict[str, float]:
     """Largest relative error of each feature."""
-    cases, packed = make_cases(model, windows), Packed(model, shapes, BACKEND)
+    model, shapes = packed.model, packed.shapes
+    cases = make_cases(model, windows)
     text, short = (c.ids for c in cases.plain)
     together, text_kv = packed.texts([short, text[: cases.split]])
     kv = [[(k[len(short) :], v[len(short) :]) for k, v in text_kv]]
