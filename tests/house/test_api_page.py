@@ -96,7 +96,7 @@ FUNCTIONS = {n: getattr(prefixfast, n) for n in prefixfast.__all__ if inspect.is
 
 
 # Members that a user of the public names does not call.
-INTERNAL = {"Model.handle", "Model.head", "Model.packed", "Model.prepack", "Model.opened", "Prefix.fields"}
+INTERNAL = {"Model.handle", "Model.head", "Model.packed", "Model.prepack", "Model.run", "Model.opened", "Prefix.fields"}
 # `TrainConfig.make` stands for the `make` of all option classes.
 MAKE = {"PrefixConfig.make", "GenerationParams.make", "EngineConfig.make"}
 # Names of version 0.1.0, which warn.
@@ -138,6 +138,7 @@ def test_every_public_name_is_in_an_example():
         for c in CLASSES
         if dataclasses.is_dataclass(c) and not issubclass(c, Options)
         for f in dataclasses.fields(c)
+        if not f.name.startswith("_")
     ]
     used = {*re.findall(r"\.(\w+)\b(?!\()", source)} | {
         n.split(".")[1] for n in INDIRECT if f".{n.split('.')[1]}(" in source

@@ -189,7 +189,7 @@ def test_wrong_targets_are_refused():
     ):
         with pytest.raises(error, match=r"target"):
             score(one, chosen[0], targets=targets, model=base)
-    with pytest.raises(RequestError, match="one target"):
+    with pytest.raises(RequestError, match="expected a row with a target"):
         score(one, chosen[0], model=base)
 
 
