@@ -53,8 +53,8 @@ class TrainConfig(Options):
     )
     token_budget: int | Literal["auto"] = option(
         "auto",
-        "largest number of tokens of a forward pass, which changes memory use and not results; 'auto' starts at 4096 "
-        "and halves the budget and repeats the step when memory runs out",
+        "largest number of tokens of a forward pass, which changes memory use, and results by rounding only; 'auto' "
+        "starts at 4096 and halves the budget and repeats the step when memory runs out",
         COUNT,
     )
     learning_rate: float | None = option(
