@@ -107,8 +107,8 @@ class GenerationParams(Options):
     )
     seed: int | None = option(
         None,
-        "random seed of sampling; on a CPU with prepacked weights and without share_prompts, a request with a seed gives "
-        "the same text alone and in any batch (docs/generation.md lists the limits); None draws one",
+        "random seed of sampling; on a CPU with prepacked weights and without share_prompts, a request with a seed "
+        "gives the same text alone and in any batch (docs/generation.md lists the limits); None draws one",
         SEED,
     )
     logprobs: int | None = option(
