@@ -72,7 +72,7 @@ def test_a_store_entry_has_the_keys_of_0_1_0(tmp_path, make_prefix):
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"), [({"linearizer": 5}, "linearizer: got 5"), ({}, "linearizer")], ids=["wrong", "missing"]
+    ("edit", "said"), [({"linearizer": 5}, "linearizer: .*got 5"), ({}, "linearizer")], ids=["wrong", "missing"]
 )
 def test_errors_name_the_key_of_the_file(tmp_path, make_prefix, edit, said):
     store = PrefixStore(tmp_path)
