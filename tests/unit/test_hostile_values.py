@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import get_args, get_type_hints
 
 import pytest
@@ -210,6 +211,29 @@ def test_calls_of_an_engine_refuse_what_they_do_not_expect(base, alone, values):
             for _, call in calls_of_an_engine(made, value):
                 refused(call, value=value)
             assert made.generate([[5, 6]], max_new_tokens=3, progress=False)[0].token_ids == alone
+
+
+def test_a_wait_refuses_what_is_no_time(engine, values):
+    ticket = engine.submit([5, 6], max_new_tokens=3)
+    for value in [*values, 1e300, "5", -1.0]:
+        for wait in (ticket.result, ticket.future.exception):
+            with contextlib.suppress(ConfigError, TimeoutError):
+                wait(value)
+    for value in ("5", 1e300, float("nan"), True):
+        with pytest.raises(ConfigError):
+            ticket.result(value)
+    assert ticket.result(timeout=20) is ticket.result(-1.0)
+
+
+@pytest.mark.parametrize("value", [5, "x", [1]], ids=ascii)
+def test_wrong_parameters_are_named_as_the_argument_is(engine, value):
+    for call in (
+        lambda: engine.generate([[5]], params=value, progress=False),
+        lambda: engine.submit([5], params=value),
+        lambda: engine.generate([{"input_ids": [5], "params": value}], progress=False),
+    ):
+        with pytest.raises(PrefixFastError, match="params: "):
+            call()
 
 
 def calls_without_an_engine(base, store, prefix, value):

@@ -21,6 +21,7 @@ from prefixfast import (
     PrefixStore,
     RequestError,
     TrainConfig,
+    TrainRun,
     UnknownPrefixError,
     generate,
     load,
@@ -193,6 +194,8 @@ def test_a_path_that_cannot_be_is_refused_before_any_work(base, make_prefix, tmp
         "to_peft": (lambda: prefix.to_peft(name), ConfigError),
         "load": (lambda: load(name), ConfigError),
         "from_pretrained": (lambda: Prefix.from_pretrained(name), DataError),
+        "report": (lambda: TrainRun({}, {}, []).report(name), ConfigError),
+        "plot": (lambda: TrainRun({}, {}, []).plot(f"{name}.png"), ConfigError),
         "recipe": (lambda: train(base, ROWS, recipe=f"{name}.yaml", progress=False), ConfigError),
     }
     for call, error in calls.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, Unpack
+from typing import Any, ClassVar, Literal, Self, Unpack
 
 from prefixfast.config.fields import GenerationParamsFields
 from prefixfast.config.json_types import JSON
@@ -39,6 +39,8 @@ class GenerationParams(Options):
         Traceback (most recent call last):
         prefixfast.errors.ConfigError: GenerationParams: unknown option 'max_tokens'; did you mean max_new_tokens?
     """
+
+    argument: ClassVar[str] = "params"
 
     max_new_tokens: int | None = option(
         None, "largest number of tokens to generate; None inherits, built-in 256", COUNT

@@ -11,7 +11,7 @@ import difflib
 import math
 import numbers
 from collections.abc import Mapping
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from prefixfast.config.hints import HINTS
 from prefixfast.config.json_types import JSON
@@ -75,7 +75,13 @@ def option(default: Any, help: str, within: Range | None = None) -> Any:
 
 
 class Options:
-    """Base class of the option dataclasses, with checked construction and updates."""
+    """Base class of the option dataclasses, with checked construction and updates.
+
+    Attributes:
+        argument: Name of the argument that takes an object of the class, for errors.
+    """
+
+    argument: ClassVar[str] = "config"
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -130,7 +136,7 @@ class Options:
         elif config is None or isinstance(config, Mapping):
             base = dict(config or {})
         else:
-            msg = f"config: expected a {cls.__name__} or a mapping, got {type(config).__name__}"
+            msg = f"{cls.argument}: expected a {cls.__name__} or a mapping, got {type(config).__name__}"
             raise ConfigError(msg)
         merged = base | dict(fields)
         for name in merged:

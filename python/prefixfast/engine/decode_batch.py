@@ -16,7 +16,7 @@ from prefixfast.engine.logits_processors import RowProcessors
 from prefixfast.engine.logprobs import StepLogprobs, step_logprobs
 from prefixfast.engine.request import Request
 from prefixfast.engine.sampler import Sampler
-from prefixfast.engine.search import BeamSearch, GreedySearch, argmax_rows, reorder_slot_table
+from prefixfast.engine.search import BeamSearch, GreedySearch, most_likely, reorder_slot_table
 from prefixfast.engine.transfer import HostCopy, to_device
 
 Numbers = NDArray[np.int64]
@@ -30,7 +30,7 @@ class StepTokens:
         numbers: Request numbers ``[S]``. A request with several samples occurs once per sample.
         rows: First decode row of each request or sample ``[S]``.
         num_beams: Number of beams of each request.
-        values: Tokens ``[S]``, or with beams whether each request has ended, bool ``[S]``.
+        values: Tokens ``[S]``, `NO_TOKEN` if none is possible. With beams whether each request has ended, bool ``[S]``.
         at_limit: Numbers of the requests that have all their tokens. Empty with beams, where it is unknown.
         logprobs: Log-probabilities, None if no row asked for them.
     """
@@ -124,7 +124,8 @@ class DecodeBatch:
         """Choose by greedy search or sampling, after the logits processors."""
         at = to_device(rows, logits.device)
         if self.is_greedy[rows].all():
-            self.next_token[at] = tokens = self.greedy.step(logits, at).tokens
+            tokens = self.greedy.step(logits, at).tokens
+            self.next_token[at] = tokens.clamp(min=0)
             return self.send(tokens, rows, 1)
         scores, limits = logits.float(), self.greedy.limits
         wanted = np.flatnonzero(self.num_logprobs[rows] >= 0)
@@ -132,17 +133,17 @@ class DecodeBatch:
         scores = scores.clone()  # a replayed CUDA graph returns its own memory
         self.processors.apply(scores, rows)
         limits.mask_end_tokens(scores[:, None], at)
-        tokens = argmax_rows(scores)
+        tokens = most_likely(scores)
         if len(sampled := np.flatnonzero(self.is_sampled[rows])):
             some = to_device(sampled, logits.device)
             tokens[some] = self.sampler.draw(scores[some], at[some], limits.count[at[some]])
         limits.count[at] += 1
-        self.processors.append(rows, tokens)
-        self.next_token[at] = tokens
+        self.next_token[at] = following = tokens.clamp(min=0)  # a row without a token ends when its tokens are read
+        self.processors.append(rows, following)
         sent = self.send(tokens, rows, 1)
         if logprobs is None:
             return sent
-        return replace(sent, logprobs=step_logprobs(logprobs, tokens, wanted, self.num_logprobs[rows[wanted]]))
+        return replace(sent, logprobs=step_logprobs(logprobs, following, wanted, self.num_logprobs[rows[wanted]]))
 
     def _choose_beams(self, logits: Tensor, rows: Numbers, k: int, length: int) -> StepTokens:
         """Advance requests with k beams, and let their rows continue the chosen beams."""

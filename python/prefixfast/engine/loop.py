@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -24,13 +25,13 @@ from prefixfast.config import EngineConfig
 from prefixfast.engine.cuda_graphs import eager_reason
 from prefixfast.engine.decode_batch import DecodeBatch, StepTokens
 from prefixfast.engine.kv_arena import bytes_per_row, make_arena, num_arena_rows
-from prefixfast.engine.output import OutputSequence, RequestOutput, RunningSequences
+from prefixfast.engine.output import NO_TOKEN_ERROR, OutputSequence, RequestOutput, RunningSequences
 from prefixfast.engine.prefix_cache import PrefixCache
 from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.engine.request import Request
 from prefixfast.engine.step_runner import StepRunner
 from prefixfast.engine.ticket import request_error
-from prefixfast.errors import CapacityError
+from prefixfast.errors import CapacityError, RequestError
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.weights import recorded_state
 from prefixfast.prefix.prefix import Prefix
@@ -376,11 +377,10 @@ class Loop:
 
     def _finished_beams(self, row: int, request: Request) -> list[OutputSequence]:
         """Sequences of a beam search that has ended."""
-        end_ids = self.batch.end_ids
-        return [
-            OutputSequence(ids, "stop" if ids and ids[-1] in end_ids else "length", score)
-            for ids, score in self._best_beams(row, request)
-        ]
+        end_ids, beams = self.batch.end_ids, self._best_beams(row, request)
+        if not all(score > -math.inf for _, score in beams):  # also NaN
+            raise RequestError(NO_TOKEN_ERROR)
+        return [OutputSequence(ids, "stop" if ids and ids[-1] in end_ids else "length", score) for ids, score in beams]
 
 
 def _tenant_number(name: str | None, prefixes: list[int]) -> int:

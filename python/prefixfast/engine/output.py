@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from prefixfast.data.encode import Input
 from prefixfast.engine.logprobs import TokenLogprob
 from prefixfast.engine.request import Generation, Request
+from prefixfast.engine.search import NO_TOKEN
 from prefixfast.engine.stop_strings import StopStrings
+from prefixfast.errors import RequestError
 from prefixfast.model.base import Model
+
+NO_TOKEN_ERROR = (
+    "no token is possible: the logits are NaN or all -infinity; use another dtype, prefix, logits processor or "
+    "bad_words_ids"
+)
 
 
 @dataclass
@@ -81,10 +88,15 @@ class RunningSequences:
             place: Place of the sequence in the request.
             token: Generated token.
             logprob: Log-probabilities at the token, None unless the request asked for them.
+
+        Raises:
+            RequestError: If no token was possible.
         """
         sequence = self.sequences[number][place]
         if sequence.finish_reason is not None:
             return
+        if token == NO_TOKEN:
+            raise RequestError(NO_TOKEN_ERROR)
         sequence.append(token, self.end_ids, request.params.max_new_tokens or 1)
         if logprob is not None:
             sequence.logprobs.append(logprob)

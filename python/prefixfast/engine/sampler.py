@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prefixfast.config import GenerationParams
 from prefixfast.counter_rng import uniform
+from prefixfast.engine.search import NO_TOKEN
 
 TOP_P_CANDIDATES = 1024  # most likely tokens that top-p looks at before it sorts the whole vocabulary
 CHUNK = 256  # entries of the vocabulary whose probabilities are summed before one of them is searched
@@ -60,13 +61,16 @@ class Sampler:
             counts: Number of generated tokens of each row ``[S]``.
 
         Returns:
-            Tokens ``[S]``.
+            Tokens ``[S]``, `NO_TOKEN` where no token is possible.
         """
         scores = scores / self.temperature[rows][:, None]
         scores = keep_top_k(scores, self.top_k[rows])
         scores = keep_top_p(scores, self.top_p[rows])
         scores = keep_min_p(scores, self.min_p[rows])
-        return sample_inverse_cdf(scores.softmax(-1), uniform(self.seed[rows], counts))
+        probability = scores.softmax(-1)
+        tokens = sample_inverse_cdf(probability, uniform(self.seed[rows], counts))
+        possible = probability.gather(1, tokens[:, None])[:, 0] > 0  # false for NaN
+        return tokens.masked_fill(~possible, NO_TOKEN)
 
 
 def keep_top_k(scores: Tensor, k: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import Example
 from prefixfast.engine.score_inputs import ScoreRequest
 from prefixfast.engine.search import argmax_rows
+from prefixfast.errors import RequestError
 from prefixfast.model.base import Model
 from prefixfast.model.lm_head import packed_hidden
 from prefixfast.model.process import check_not_exiting
@@ -63,6 +64,9 @@ def score_requests(model: Model, requests: Sequence[ScoreRequest], token_budget:
         model: Base model.
         requests: Checked requests.
         token_budget: Largest number of tokens of one forward. A longer example gets a forward of its own.
+
+    Raises:
+        RequestError: If a log-probability is NaN.
     """
     examples = [(r, e) for r in requests for e in r.examples]
     found: dict[int, list[tuple[NDArray[np.float64], NDArray[np.bool_]]]] = {r.index: [] for r in requests}
@@ -82,6 +86,9 @@ def _score(request: ScoreRequest, found: list[tuple[NDArray[np.float64], NDArray
     values, is_best = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
     ids = np.concatenate([e.ids[e.targets] for e in request.examples])
     first = request.examples[0]
+    if np.isnan(values).any():
+        msg = f"request {request.index}: its log-probabilities are NaN; use another dtype or prefix"
+        raise RequestError(msg, index=request.index)
     usage = {
         "prompt_tokens": len(first.ids) - len(first.targets),
         "completion_tokens": len(ids),

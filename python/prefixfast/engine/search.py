@@ -19,6 +19,7 @@ from prefixfast.config import GenerationParams
 
 IMPOSSIBLE = -1.0e9  # transformers' score of impossible beams
 CHUNK = 256  # entries of the vocabulary whose maximum is taken at once
+NO_TOKEN = -1  # choice of a row in which no token is possible
 EARLY_STOPPING = {False: 0, True: 1, "never": 2}
 
 
@@ -27,7 +28,7 @@ class Choice:
     """Tokens that a step has chosen.
 
     Attributes:
-        tokens: Next token of each row ``[S * K]``.
+        tokens: Next token of each row ``[S * K]``; `NO_TOKEN` in greedy search if none is possible.
         sources: Decode row that each row continues ``[S * K]``, None if each row continues itself.
         finished: Whether each request has ended, bool ``[S]``. None if the tokens alone tell: an end token, or the last
             token that is allowed.
@@ -95,7 +96,7 @@ class GreedySearch:
         scores = logits[:, None].float()
         self.limits.mask_end_tokens(scores, rows)
         self.limits.count[rows] += 1
-        return Choice(argmax_rows(scores[:, 0]), None, None)
+        return Choice(most_likely(scores[:, 0]), None, None)
 
 
 class BeamSearch:
@@ -236,6 +237,13 @@ def reorder_slot_table(table: Tensor, rows: Tensor, sources: Tensor, length: int
         length: Largest number of keys of a row.
     """
     table[rows, :length] = table[sources, :length]
+
+
+def most_likely(scores: Tensor) -> Tensor:
+    """Most likely token of each row of ``[S, V]``; `NO_TOKEN` if a score is NaN, or all are -inf."""
+    tokens = argmax_rows(scores)
+    largest = scores.gather(1, tokens[:, None])[:, 0]  # NaN counts as the largest
+    return tokens.masked_fill(~(largest > -torch.inf), NO_TOKEN)
 
 
 def argmax_rows(scores: Tensor) -> Tensor:

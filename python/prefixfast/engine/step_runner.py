@@ -136,7 +136,7 @@ class StepRunner:
             max_len: Largest number of tokens of a row, prefixes not counted.
 
         Returns:
-            Logits ``[n, V]``, and the tokens ``[n]`` if chosen.
+            Logits ``[n, V]``, and the tokens ``[n]`` if chosen, `NO_TOKEN` where none is possible.
         """
         plan = decode_plan(tables, layout, reach, max_len, self.arena, self.model.backend)
         assert plan.decode is not None
@@ -144,5 +144,6 @@ class StepRunner:
         logits = self.model.forward(plan, self.batch.next_token[rows])
         if not choose_tokens:
             return logits, None
-        tokens = self.batch.next_token[rows] = self.batch.greedy.step(logits, rows).tokens
+        tokens = self.batch.greedy.step(logits, rows).tokens
+        self.batch.next_token[rows] = tokens.clamp(min=0)
         return logits, tokens

@@ -18,11 +18,9 @@ from prefixfast.engine.request import Generation, Request
 from prefixfast.engine.request_factory import RequestFactory, call_params
 from prefixfast.engine.request_prefixes import PrefixLike
 from prefixfast.engine.stream import Stream, TextPieces
-from prefixfast.engine.ticket import Ticket
+from prefixfast.engine.ticket import Ticket, seconds
 from prefixfast.errors import ConfigError, RequestError, shown
 from prefixfast.model.base import Model
-
-MAX_TIMEOUT = 1e9  # seconds, about 30 years
 
 
 class SubmitFields(GenerationParamsFields, total=False):
@@ -183,12 +181,10 @@ class RequestSubmission:
 
 def _scheduled(request: Request, tenant: str | None, priority: int, timeout: float | None) -> Request:
     """The request with its tenant, priority and deadline."""
-    timeout, priority = plain_number(timeout), plain_number(priority)
-    in_time = isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 <= timeout <= MAX_TIMEOUT
+    timeout, priority = seconds(timeout, least=0), plain_number(priority)
     wrong = {
         ("tenant", "a string or None"): (tenant, not isinstance(tenant, str | None)),
         ("priority", "an integer of 32 bits"): (priority, type(priority) is not int or abs(priority) > INT32_MAX),
-        ("timeout", f"seconds from 0 to {MAX_TIMEOUT:g}, or None"): (timeout, timeout is not None and not in_time),
     }
     for (name, expected), (value, is_wrong) in wrong.items():
         if is_wrong:

@@ -8,9 +8,11 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, InvalidStateError
 from typing import Protocol
 
+from prefixfast.config.options import plain_number
 from prefixfast.engine.request import Generation
-from prefixfast.errors import RequestError
+from prefixfast.errors import ConfigError, RequestError, shown
 
+MAX_TIMEOUT = 1e9  # seconds, about 30 years
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ class GenerationFuture(Future[Generation]):
             timeout: Largest number of seconds to wait, None without a limit.
         """
         self.check_can_wait()
-        return super().result(timeout)
+        return super().result(seconds(timeout, least=-MAX_TIMEOUT))
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Wait for the error of the request, None without one.
@@ -54,7 +56,7 @@ class GenerationFuture(Future[Generation]):
             timeout: Largest number of seconds to wait, None without a limit.
         """
         self.check_can_wait()
-        return super().exception(timeout)
+        return super().exception(seconds(timeout, least=-MAX_TIMEOUT))
 
     def add_done_callback(self, fn: Callable[[Future[Generation]], object]) -> None:
         """Call a function with this future once the request has ended.
@@ -122,8 +124,8 @@ class Ticket:
         Raises:
             TimeoutError: If the request has not ended in time. It goes on.
             PrefixFastError: If the request failed.
-            ConfigError: In a callback or logits processor of the engine, or in a forked process, where the request
-                could not end.
+            ConfigError: If ``timeout`` is no number of seconds. In a callback or logits processor of the engine, or in
+                a forked process, where the request could not end.
         """
         return self.future.result(timeout)
 
@@ -138,6 +140,25 @@ class Ticket:
     def __await__(self) -> Generator[asyncio.Future[Generation], None, Generation]:
         self.future.check_can_wait()
         return asyncio.wrap_future(self.future).__await__()
+
+
+def seconds(timeout: object, *, least: float) -> float | None:
+    """Seconds of an argument ``timeout``, None without a limit.
+
+    Args:
+        timeout: Value of the argument.
+        least: Smallest number of seconds. Where it is below 0, a time that is over already counts as 0.
+
+    Raises:
+        ConfigError: If the value is no such number.
+    """
+    value = plain_number(timeout)
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= MAX_TIMEOUT:
+        return max(value, 0)
+    msg = f"timeout: expected seconds from {max(least, 0):g} to {MAX_TIMEOUT:g}, or None, got {shown(timeout)}"
+    raise ConfigError(msg)
 
 
 def request_error(error: BaseException) -> Exception:

@@ -25,6 +25,7 @@ from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, RequestError, shown
 from prefixfast.io.figures import write_figure
+from prefixfast.io.paths import as_path
 from prefixfast.model.base import Model
 from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.attention_mass import measure_prompt
@@ -89,9 +90,10 @@ class Inspection:
             path: Path of the image; its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
-            ConfigError: If matplotlib is not installed, or the ending is another one.
+            ConfigError: If matplotlib is not installed, the ending is another one, or the path cannot be one of a file.
+            OSError: If the file cannot be written.
         """
-        target = Path(path)
+        target = as_path("path", path)
         if target.suffix.lower() not in (".png", ".svg", ".pdf"):
             msg = f"plot: expected a file ending in .png, .svg or .pdf, got {str(path)!r}"
             raise ConfigError(msg)

@@ -66,8 +66,8 @@ def _copy(name: Any, given: Any) -> Tensor:
     if not isinstance(name, str):
         msg = f"tensor name: expected a string such as 'self.0.k', got {shown(name)}"
         raise DataError(msg)
-    if not isinstance(given, Tensor) or given.layout != torch.strided:
-        got = f"a tensor of layout {given.layout}" if isinstance(given, Tensor) else type(given).__name__
+    if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_meta:
+        got = f"a tensor {given.layout} on {given.device}" if isinstance(given, Tensor) else type(given).__name__
         msg = f"{name:.200}: expected a dense torch.Tensor, got {got}; torch.from_numpy makes one of a NumPy array"
         raise DataError(msg)
     return given.detach().clone(memory_format=torch.contiguous_format)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, printable, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.figures import write_figure
+from prefixfast.io.paths import as_path
 from prefixfast.prefix.prefix import Prefix
 
 
@@ -103,12 +103,14 @@ class TrainRun(Mapping[str, Prefix]):
             path: Path of the image; its ending chooses the format (``.png``, ``.svg``, ``.pdf``).
 
         Raises:
-            ConfigError: If matplotlib is not installed (``pip install 'prefixfast[train]'``), or does not know the
-                ending.
+            ConfigError: If matplotlib is not installed (``pip install 'prefixfast[train]'``), does not know the ending,
+                or the path cannot be one of a file.
+            OSError: If the file cannot be written.
 
         Example:
             >>> run.plot("losses.png")
         """
+        target = as_path("path", path)
         try:
             from matplotlib.figure import Figure
         except ImportError as e:
@@ -123,17 +125,21 @@ class TrainRun(Mapping[str, Prefix]):
         axes.set(xlabel="step", ylabel="loss of a target token")
         if axes.lines:
             axes.legend(fontsize="small")
-        kind = Path(path).suffix[1:].lower()
+        kind = target.suffix[1:].lower()
         if kind not in figure.canvas.get_supported_filetypes():
             msg = f"plot: expected a file ending in .png, .svg or .pdf, got {shown(str(path))}"
             raise ConfigError(msg)
-        write_figure(figure, Path(path), dpi=100)
+        write_figure(figure, target, dpi=100)
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write a Markdown report: a table of the metrics of each prefix, best first, and the failures.
 
         Args:
             path: Path of the file.
+
+        Raises:
+            ConfigError: If the path cannot be one of a file.
+            OSError: If the file cannot be written.
 
         Example:
             >>> run.report("report.md")
@@ -149,7 +155,7 @@ class TrainRun(Mapping[str, Prefix]):
         if self.failed:
             rows = (f"| {_cell(n)} | {_cell(text)} |" for n, text in self.failed.items())
             lines += ["", "| failed | why |", "| --- | --- |", *rows]
-        replace_file(Path(path), ("\n".join(lines) + "\n").encode("utf8", "backslashreplace"))
+        replace_file(as_path("path", path), ("\n".join(lines) + "\n").encode("utf8", "backslashreplace"))
 
     def _loss_key(self, names: list[str]) -> str:
         """Metric that compares prefixes: ``eval_loss`` if all of them have one, else ``loss``."""

@@ -32,6 +32,7 @@ BAD = {
     "a mapping": {5: 6},
     "fractions": [5.0, 6.0],
     "booleans": [True, False],
+    "a boolean among integers": [5, True],
     "nested": [[5, 6]],
     "ragged": [[5, 6], [7]],
     "negative": [-1],

@@ -163,3 +163,15 @@ def test_a_frozen_prefix_is_unchanged_by_the_training_on_top_of_it(base):
     new = train(base, rows, on_top_of=below, init=below, prefix_length=below.length, max_steps=2, progress=False)
     assert fresh_digest(below) == digest
     assert new.training["on_top_of"] == digest
+
+
+@pytest.mark.parametrize("name", ["base", "task", "decoding"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1}, b"x"], ids=str)
+def test_a_mapping_that_the_files_cannot_hold_is_refused_when_the_prefix_is_made(name, value):
+    with pytest.raises(DataError):
+        Prefix(given(), 3, **{name: {"temperature": value}})
+
+
+def test_tensors_without_numbers_are_refused():
+    with pytest.raises(DataError):
+        Prefix({n: t.to("meta") for n, t in given().items()}, 3)

@@ -47,6 +47,8 @@ def int_array(value: Any) -> NDArray[np.int64] | None:
     """A flat array of integers, int64; None if ``value`` is something else."""
     try:
         found = np.asarray(value) if isinstance(value, Sequence | np.ndarray) else np.zeros(())
+        if isinstance(value, list | tuple) and bool in set(map(type, value)):
+            return None  # numpy reads a boolean among integers as 0 or 1
         return found.astype(np.int64) if found.ndim == 1 and found.dtype.kind in "iu" else None
     except (ValueError, OverflowError):  # a ragged list, or a number beyond 64 bits
         return None
