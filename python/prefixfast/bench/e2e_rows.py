@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.data import read_rows
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 
 Row = dict[str, str]
 
@@ -28,7 +28,8 @@ def read_split(folder: Path, split: str, keys: tuple[str, ...] = ("mr", "ref")) 
     files = sorted(p for p in folder.glob("*") if p.is_file() and split in p.name)
     if not files:
         msg = (
-            f"E2E: expected a file of {split} rows in {str(folder)!r}, such as {split}set.csv or e2e_{split}.jsonl.gz, "
+            f"E2E: expected a file of {split} rows in {shown(str(folder))}, such as {split}set.csv or "
+            f"e2e_{split}.jsonl.gz, "
             "found none; the data set is at https://github.com/tuetschek/e2e-dataset"
         )
         raise ConfigError(msg)

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.prefix_shape import own_layers
 from prefixfast.prefix.prefix import Prefix
@@ -75,7 +75,7 @@ def load_plain(model: str, dtype: str) -> PreTrainedModel:
     try:
         hf: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype])
     except (OSError, ValueError) as e:
-        msg = f"model: expected a hub id or a folder of a causal language model, {model!r} cannot be loaded: {e}"
+        msg = f"model: expected a hub id or a folder of a causal language model, {shown(model)} cannot be loaded: {e}"
         raise ConfigError(msg) from e
     return hf
 

@@ -12,7 +12,7 @@ import typer
 from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.prefixes import Json
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from prefixfast.data.check_data import DataReport
@@ -91,7 +91,7 @@ def _tokenizer_and_sizes(model: str) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(model).get_text_config()
     except (OSError, ValueError) as e:
-        msg = f"model: the config of {model!r} cannot be loaded: {e}"
+        msg = f"model: the config of {shown(model)} cannot be loaded: {e}"
         raise ConfigError(msg) from e
     return {
         "tokenizer": Tokenizer.from_hf(read_tokenizer(model)),

@@ -15,7 +15,7 @@ from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import ConfigError, shown
 
 FORMATS = ".jsonl, .json, .csv or .parquet, each also with .gz"
-UNFINISHED = f"Until the end the results so far are in a file with the further ending {PARTIAL}."
+UNFINISHED = f"While the command runs, the results so far are in a file of this name with {PARTIAL} at its end."
 REQUEST_KEYS = "Targets are ignored. A row with a key that no format has is refused."
 PREFIX = typer.Option(
     help="Folder or hub id of the prefix of all rows. Several prefixes compose from left to right.",

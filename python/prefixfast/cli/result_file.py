@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 import typer
 
 from prefixfast.cli.output import printable
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.json_lines import json_line
 
@@ -41,7 +41,7 @@ class ResultFile:
     def __init__(self, path: Path) -> None:
         self.path, self.partial, self.count = path, path.with_name(path.name + PARTIAL), 0
         if path.is_dir():
-            msg = f"--output: expected a file, got the folder {str(path)!r}"
+            msg = f"--output: expected a file, got the folder {shown(str(path))}"
             raise ConfigError(msg)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.partial.is_file() and self.partial.stat().st_size == 0:
@@ -50,8 +50,8 @@ class ResultFile:
             self._file = self.partial.open("xb")
         except FileExistsError as e:
             msg = (
-                f"--output: {str(self.partial)!r} holds results of a run that was interrupted or is running; move it "
-                "away to keep them, or remove it"
+                f"--output: {shown(str(self.partial))} holds results of a run that was interrupted or is running; "
+                "move it away to keep them, or remove it"
             )
             raise ConfigError(msg) from e
 

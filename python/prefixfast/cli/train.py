@@ -151,8 +151,8 @@ def _report(result: Prefix | TrainRun, output: Path) -> None:
 
     metrics: Mapping[str, Any] = {"": result.training["metrics"]} if isinstance(result, Prefix) else result.metrics
     for name, values in metrics.items():
-        shown = ", ".join(f"{k} {math.nan if v is None else v:.4g}" for k, v in values.items())
-        typer.echo(f"{printable(output / name)}: {shown}")
+        text = ", ".join(f"{k} {math.nan if v is None else v:.4g}" for k, v in values.items())
+        typer.echo(f"{printable(output / name)}: {text}")
     failed = {} if isinstance(result, Prefix) else result.failed
     for name, error in failed.items():
         typer.echo(f"{printable(name)} failed: {printable(error)}", err=True)

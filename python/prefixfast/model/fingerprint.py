@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import BaseMismatchError, DataError
+from prefixfast.errors import BaseMismatchError, DataError, shown
 from prefixfast.model.adapters import adapters_digest, has_adapters
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def layout_of(base: Mapping[str, Any] | None) -> KVLayout | None:
     except (TypeError, KeyError, IndexError):
         valid = False
     if not valid:
-        msg = f"base.kv_layout: expected heads, head dims and source of each layer and PEFT's rows, got {layout!r:.200}"
+        msg = f"base.kv_layout: expected heads, head dims and source of each layer and PEFT's rows, got {shown(layout)}"
         raise DataError(msg)
     return {"layers": rows, "peft": peft if isinstance(peft, str) else list(peft)}
 
@@ -154,9 +154,10 @@ def check_same_base(ours: Mapping[str, Any] | None, base: Mapping[str, Any], wha
             names = sorted(k for k in {*ours[key], *base[key]} if ours[key].get(k) != base[key].get(k))
             if not names:
                 continue
-            detail = ", ".join(f"{n} is {ours[key].get(n)!r} there and {base[key].get(n)!r} here" for n in names)
+            pairs = ((n, shown(ours[key].get(n)), shown(base[key].get(n))) for n in names)
+            detail = ", ".join(f"{n} is {theirs} there and {mine} here" for n, theirs, mine in pairs)
         there, here = ours.get("name") or "unknown", base.get("name") or "this model"
-        msg = f"{what} was made for base {there!r}, not for {here!r}: {detail}; {advice}"
+        msg = f"{what} was made for base {shown(there)}, not for {shown(here)}: {detail}; {advice}"
         raise BaseMismatchError(msg)
     if None not in tokenizers and tokenizers[0] != tokenizers[1] and tokenizers not in _WARNED:
         _WARNED.add(tokenizers)

@@ -82,7 +82,7 @@ def load(
         hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
     except Exception as e:  # transformers and the libraries of quantized weights raise many kinds of errors
         install = f"; pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
-        msg = f"model: {str(model)!r} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}{install}"
+        msg = f"model: {shown(str(model))} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}{install}"
         raise ConfigError(msg) from e
     own = tokenizer if tokenizer is not None else read_tokenizer(model, **common)
     return _wrap(hf, own, backend)
@@ -91,11 +91,12 @@ def load(
 def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a ``.gguf`` file, with dequantized weights; quantized ones cannot backpropagate."""
     if not path.is_file():
-        msg = f"model: {str(path)!r}: there is no such file"
+        msg = f"model: {shown(str(path))}: there is no such file"
         raise ConfigError(msg)
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         msg = (
-            f"model: {str(path)!r}: reading a .gguf file needs {' and '.join(missing)}: pip install 'prefixfast[gguf]'"
+            f"model: {shown(str(path))}: reading a .gguf file needs {' and '.join(missing)}: "
+            "pip install 'prefixfast[gguf]'"
         )
         raise ConfigError(msg)
     unpacked = (
@@ -105,7 +106,7 @@ def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTra
         hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=compute, **unpacked)
         own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as e:  # transformers raises many kinds of errors for damaged files
-        msg = f"model: {str(path)!r} cannot be loaded: {type(e).__name__}: {e}"
+        msg = f"model: {shown(str(path))} cannot be loaded: {type(e).__name__}: {e}"
         raise ConfigError(msg) from e
     hf.name_or_path = hf.config._name_or_path = str(path)  # the name under which a prefix finds its base
     return hf, own

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prefixfast.attention.hf_interface import NAME
 from prefixfast.attention.plan import Plan
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 
 
 def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
@@ -88,6 +88,7 @@ def check_eval(model: PreTrainedModel) -> None:
     """Raise `ConfigError` if a module is in training mode, in which dropout would change the results."""
     if (name := next((name for name, m in model.named_modules() if m.training), None)) is not None:
         msg = (
-            f"this {type(model).__name__} cannot run: its module {name!r} is in training mode; call eval() on the model"
+            f"this {type(model).__name__} cannot run: its module {shown(name)} is in training mode; call eval() on the "
+            "model"
         )
         raise ConfigError(msg)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from prefixfast import _rust
 from prefixfast.config.json_types import JSONObject
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, shown
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ def read_tokenizer(name: str | Path, **how: Any) -> PreTrainedTokenizerBase:
             )
         else:
             reason = told
-        msg = f"model: the tokenizer of {str(name)!r} cannot be loaded: {reason}"
+        msg = f"model: the tokenizer of {shown(str(name))} cannot be loaded: {reason}"
         raise ConfigError(msg) from e
     return found
 

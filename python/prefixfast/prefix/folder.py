@@ -113,7 +113,7 @@ def foreign_adapter(folder: Path) -> str | None:
         found = read_json(folder / peft.CONFIG).get("peft_type")
     except DataError:
         return None
-    return None if found in peft.TYPES else f"{found!r:.80}"
+    return None if found in peft.TYPES else shown(found)
 
 
 def read_folder(path: Path) -> FolderContent:

@@ -95,7 +95,7 @@ class Inspection:
         """
         target = as_path("path", path)
         if target.suffix.lower() not in (".png", ".svg", ".pdf"):
-            msg = f"plot: expected a file ending in .png, .svg or .pdf, got {str(path)!r}"
+            msg = f"plot: expected a file ending in .png, .svg or .pdf, got {shown(str(path))}"
             raise ConfigError(msg)
         try:
             from matplotlib.figure import Figure

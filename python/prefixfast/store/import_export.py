@@ -39,10 +39,10 @@ def read_adapters(root: Path) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
     from prefixfast.prefix.prefix import Prefix
 
     if not root.is_dir():
-        msg = f"import: expected a folder of adapter folders, got {str(root)!r}"
+        msg = f"import: expected a folder of adapter folders, got {shown(str(root))}"
         raise ConfigError(msg)
     if is_adapter(root):
-        msg = f"import: {str(root)!r} is an adapter folder itself; put it under a name, or give the folder around it"
+        msg = f"import: {shown(str(root))} is an adapter folder itself; add it under a name, or give its parent"
         raise ConfigError(msg)
     seen: dict[str, str] = {}
     for folder in [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and (p.is_symlink() or p.is_dir())]:
@@ -67,10 +67,10 @@ def check_export_arguments(root: Path, store: Path, names: Iterable[str] | None)
         msg = f"names: expected a sequence of names, got {shown(names)}; put one name in a list"
         raise ConfigError(msg)
     if root.exists() and not root.is_dir():
-        msg = f"export: expected a folder or a path that does not exist, got {str(root)!r}"
+        msg = f"export: expected a folder or a path that does not exist, got {shown(str(root))}"
         raise ConfigError(msg)
     if root.resolve().is_relative_to(store.resolve()):
-        msg = f"export: {str(root)!r} lies in the store itself; export to a folder outside of it"
+        msg = f"export: {shown(str(root))} lies in the store itself; export to a folder outside of it"
         raise ConfigError(msg)
 
 
@@ -113,7 +113,7 @@ def exported_name(folder: Path) -> str | None:
         return None
     name = read_json(folder / ENTRY).get("name")
     if not isinstance(name, str) or not name:
-        msg = f"{ENTRY}: name: expected a string that is not empty, got {name!r:.200}"
+        msg = f"{ENTRY}: name: expected a string that is not empty, got {shown(name)}"
         raise DataError(msg, path=str(folder / ENTRY))
     return name
 

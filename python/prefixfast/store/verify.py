@@ -26,7 +26,7 @@ def checked_places(also: Iterable[str | os.PathLike[str]], absent: str | None) -
         ConfigError: If there is no digest, or a path leads to no folder.
     """
     if isinstance(also, str | os.PathLike):
-        msg = f"also: expected a sequence of folders, got {str(also)!r:.200}; put it in a list"
+        msg = f"also: expected a sequence of folders, got {shown(str(also))}; put it in a list"
         raise ConfigError(msg)
     places = [Path(place).absolute() for place in also]
     if places and absent is None:
@@ -34,7 +34,7 @@ def checked_places(also: Iterable[str | os.PathLike[str]], absent: str | None) -
         raise ConfigError(msg)
     for place in places:
         if not place.is_dir():
-            msg = f"also: expected a folder, got {str(place)!r:.200}"
+            msg = f"also: expected a folder, got {shown(str(place))}"
             raise ConfigError(msg)
     return places
 

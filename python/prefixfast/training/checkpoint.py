@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import read_stable, recover_folder, replace_folder, write_file
 from prefixfast.io.untrusted import read_json
 from prefixfast.training.identity import differences
@@ -69,7 +69,7 @@ class Checkpoint:
         found = read_json(folder / STATE)
         identity, state = found.get("identity"), found.get("state")
         if found.get("version") != VERSION or not isinstance(identity, dict) or not isinstance(state, dict):
-            got = f"version {found.get('version')!r}; remove {folder} to start again"
+            got = f"version {shown(found.get('version'))}; remove {folder} to start again"
             msg = f"{folder / STATE}: expected a checkpoint of version {VERSION}, got {got}"
             raise DataError(msg, path=str(folder / STATE))
         try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError, DataError
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.model.base import Model, compute_line
 from prefixfast.model.process import check_not_exiting
 from prefixfast.prefix.prefix import Prefix
@@ -263,7 +263,7 @@ class GroupTrainer:
         """End a prefix with an error, which is raised if failures are not isolated."""
         self.progress.active[i] = False
         if not self.job.isolate:
-            msg = f"prefix {self.names[i]!r}: {error}"
+            msg = f"prefix {shown(self.names[i])}: {error}"
             raise ConfigError(msg)
         self._note_failure(self.names[i], error)
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, shown
 from prefixfast.prefix.folder import foreign_adapter
 from prefixfast.store.import_export import is_adapter
 from prefixfast.training.checkpoint import STATE, TENSORS
@@ -43,10 +43,9 @@ def check_output_folder(folder: Path, names: Sequence[str], *, is_single: bool, 
     check_writable(folder.parent if is_single else folder, [t.name for t in targets])
     for target in targets:
         if os.path.lexists(target) and not target.is_dir():
-            msg = f"output_dir: expected a folder or nothing at {str(target)!r}, got a file; give another output_dir"
-            raise ConfigError(msg)
+            raise ConfigError(_got_file(target))
         if kind := foreign_adapter(target):
-            holds = f"{str(target)!r} holds a PEFT adapter of type {kind}, which the prefix would replace"
+            holds = f"{shown(str(target))} holds a PEFT adapter of type {kind}, which the prefix would replace"
             msg = f"output_dir: {holds}; give another output_dir"
             raise ConfigError(msg)
     if overwrite:
@@ -58,7 +57,7 @@ def check_output_folder(folder: Path, names: Sequence[str], *, is_single: bool, 
             if resume
             else "give --resume (resume=True) to continue that run, --overwrite (overwrite=True) to replace it"
         )
-        msg = f"output_dir: {str(folder)!r} holds {found} of an earlier run; {advice}, or another output_dir"
+        msg = f"output_dir: {shown(str(folder))} holds {found} of an earlier run; {advice}, or another output_dir"
         raise ConfigError(msg)
 
 
@@ -67,7 +66,7 @@ def check_folder_names(names: Sequence[str]) -> None:
     for name in names:
         is_temporary = name.startswith(".") and name.endswith((".tmp", ".previous"))
         if name in RESERVED_NAMES or {"/", "\\", "\0"} & set(name) or is_temporary:
-            msg = f"prefix name {name!r:.200} cannot be a folder of output_dir; rename it"
+            msg = f"prefix name {shown(name)} cannot be a folder of output_dir; rename it"
             raise ConfigError(msg)
 
 
@@ -82,19 +81,18 @@ def check_writable(root: Path, names: Sequence[str]) -> None:
     """
     existing = next((p for p in (root, *root.parents) if os.path.lexists(p)), root)
     if not existing.is_dir():
-        msg = f"output_dir: expected a folder or nothing at {str(existing)!r:.300}, got a file; give another output_dir"
-        raise ConfigError(msg)
+        raise ConfigError(_got_file(existing))
     try:
         probe = Path(tempfile.mkdtemp(dir=existing, prefix=".prefixfast-", suffix=".tmp"))
     except (OSError, ValueError) as e:
-        msg = f"output_dir: {str(root)!r:.300} cannot be written: {_reason(e)}; give another output_dir"
+        msg = f"output_dir: {shown(str(root))} cannot be written: {_reason(e)}; give another output_dir"
         raise ConfigError(msg) from e
     try:
         inner = probe / root.relative_to(existing)
         try:
             inner.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as e:
-            msg = f"output_dir: {str(root)!r:.300} cannot be made: {_reason(e)}; give another output_dir"
+            msg = f"output_dir: {shown(str(root))} cannot be made: {_reason(e)}; give another output_dir"
             raise ConfigError(msg) from e
         for name in (LOG, FAILED, CHECKPOINT):
             (inner / LONGEST_EXTRA.format(name)).mkdir()
@@ -102,7 +100,7 @@ def check_writable(root: Path, names: Sequence[str]) -> None:
             try:
                 (inner / LONGEST_EXTRA.format(name)).mkdir()
             except (OSError, ValueError) as e:
-                msg = f"prefix name {name!r:.200} cannot be a folder of {str(root)!r:.300}: {_reason(e)}; rename it"
+                msg = f"prefix name {shown(name)} cannot be a folder of {shown(str(root))}: {_reason(e)}; rename it"
                 raise ConfigError(msg) from e
     finally:
         shutil.rmtree(probe, ignore_errors=True)
@@ -112,8 +110,12 @@ def _resolved(folder: Path) -> Path:
     try:
         return folder.resolve()
     except (OSError, ValueError, RuntimeError) as e:  # NUL, too long, or a loop of links
-        msg = f"output_dir: {str(folder)!r:.300} cannot be a folder: {_reason(e)}; give another output_dir"
+        msg = f"output_dir: {shown(str(folder))} cannot be a folder: {_reason(e)}; give another output_dir"
         raise ConfigError(msg) from e
+
+
+def _got_file(path: Path) -> str:
+    return f"output_dir: expected a folder or nothing at {shown(str(path))}, got a file; give another output_dir"
 
 
 def _reason(e: Exception) -> str:
@@ -128,7 +130,7 @@ def _earlier(folder: Path, targets: Sequence[Path], *, resume: bool) -> str:
     if resume and any(checkpoint.glob(f"*/{STATE}")):
         return ""  # whose identity is compared with that of this run
     prefixes = [t.name for t in targets if is_adapter(t)]
-    found = ["the prefix " + ", ".join(map(repr, prefixes[:SHOWN]))] if prefixes else []
+    found = ["the prefix " + ", ".join(map(shown, prefixes[:SHOWN]))] if prefixes else []
     if not resume:
         found += ["a checkpoint"] if any(checkpoint.glob(f"*/{TENSORS}")) else []
         found += [LOG] if _has_content(folder / LOG) else []
@@ -147,38 +149,5 @@ def _warn_kept(folder: Path, targets: Sequence[Path]) -> None:
     inside = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     kept = [p.name for p in (folder, *inside) if p not in targets and is_adapter(p)]
     if kept:
-        logger.warning("overwrite: %s keeps %d prefixes that this run does not train: %s", folder, len(kept), kept[:5])
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove the checkpoints of an earlier run in an output folder; other files stay."""
-    checkpoint = folder / CHECKPOINT
-    for group in checkpoint.glob("*"):
-        if group.name.isdecimal() or group.name.endswith((".tmp", ".previous")):
-            for name in (STATE, TENSORS):
-                (group / name).unlink(missing_ok=True)
-            _remove_if_empty(group)
-    _remove_if_empty(checkpoint)
-
-
-def remove_unfinished(folder: Path, names: Sequence[str], *, is_single: bool) -> None:
-    """Remove the temporary files that a killed run left; files of other programs stay.
-
-    Args:
-        folder: Output folder.
-        names: Names of the prefixes of the run.
-        is_single: Whether the folder is the folder of the one prefix.
-    """
-    ours = {LOG, FAILED, *(() if is_single else names)}
-    places = [(folder, ours), (folder.parent, {folder.name} if is_single else set())]
-    numbers = {p.name.partition(".")[0] for p in (folder / CHECKPOINT).glob("[0-9]*")}
-    places.append((folder / CHECKPOINT, numbers | {str(i) for i in range(100)}))
-    for place, known in places:
-        for left in place.glob(".*.tmp"):
-            if left.name[1:-4].rpartition(".")[0] in known:
-                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+        names = ", ".join(map(shown, kept[:SHOWN]))
+        logger.warning("overwrite: %s keeps %d prefixes that this run does not train: %s", folder, len(kept), names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ from prefixfast.io.atomic import recover_folder, replace_file
 from prefixfast.io.json_lines import json_line
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
-from prefixfast.training.output_check import CHECKPOINT, FAILED, LOG, remove_checkpoints, remove_unfinished
+from prefixfast.training.checkpoint import STATE, TENSORS
+from prefixfast.training.output_check import CHECKPOINT, FAILED, LOG
 
 
 class OutputDir:
@@ -50,9 +52,9 @@ class OutputDir:
             recover_folder(self.folder)
             resume = (self.folder / CHECKPOINT).exists()
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.folder, self.names, is_single=self.is_single)
+        _remove_unfinished(self.folder, self.names, is_single=self.is_single)
         if not resume:
-            remove_checkpoints(self.folder)
+            _remove_checkpoints(self.folder)
             (self.folder / FAILED).unlink(missing_ok=True)
         if not resume or not (self.folder / LOG).exists():
             replace_file(self.folder / LOG, b"")
@@ -135,3 +137,37 @@ def _read_lines(path: Path) -> Iterator[dict[str, JSON]]:
     with contextlib.suppress(ValueError):
         for line in path.read_bytes().splitlines():  # those of a string would also end at U+2028 in a name
             yield json.loads(line)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of an earlier run in an output folder; other files stay."""
+    checkpoint = folder / CHECKPOINT
+    for group in checkpoint.glob("*"):
+        if group.name.isdecimal() or group.name.endswith((".tmp", ".previous")):
+            for name in (STATE, TENSORS):
+                (group / name).unlink(missing_ok=True)
+            _remove_if_empty(group)
+    _remove_if_empty(checkpoint)
+
+
+def _remove_unfinished(folder: Path, names: Sequence[str], *, is_single: bool) -> None:
+    """Remove the temporary files that a killed run left; files of other programs stay.
+
+    Args:
+        folder: Output folder.
+        names: Names of the prefixes of the run.
+        is_single: Whether the folder is the folder of the one prefix.
+    """
+    ours = {LOG, FAILED, *(() if is_single else names)}
+    places = [(folder, ours), (folder.parent, {folder.name} if is_single else set())]
+    numbers = {p.name.partition(".")[0] for p in (folder / CHECKPOINT).glob("[0-9]*")}
+    places.append((folder / CHECKPOINT, numbers | {str(i) for i in range(100)}))
+    for place, known in places:
+        for left in place.glob(".*.tmp"):
+            if left.name[1:-4].rpartition(".")[0] in known:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -134,8 +134,8 @@ def train(
             removed before the first step, and each of its prefixes is replaced when the new prefix of the same name is
             saved. Prefixes of other names and files of other programs stay.
         on_error: Treatment of a prefix that fails because of its rows or its numbers, or cannot be saved, if several
-            are trained.
-            ``"isolate"`` reports the failure in `TrainRun.failed` and trains the others; ``"raise"`` raises the error.
+            are trained. ``"isolate"`` reports the failure in `TrainRun.failed` and trains the others. ``"raise"``
+            raises the error.
         callbacks: Callbacks, objects with some of the hooks of `prefixfast.training.callbacks.Callback`.
         prefix_config: Options of what is learned, a `PrefixConfig` or a mapping.
         config: Options of how it is learned, a `TrainConfig` or a mapping.

@@ -21,7 +21,7 @@ from prefixfast.model.proof.cases import Cases
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedModel:
     """Attached model with its layers.
 
     Attributes:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from prefixfast.model.memory import free_memory
 
 HALF = (torch.bfloat16, torch.float16)
-MOST_BYTES = 8 * 2**30  # of copies of all weights at once; a larger model has copies of one module at a time
+MOST_BYTES = 8 * 2**30  # of copies of all weights at once; a larger model has copies of one unit at a time
 UNIT_BYTES = 2**30  # of copies of one unit, about those of a decoder layer of Llama 3 8B
 LIMIT, QUANTIZED_LIMIT = 1e-3, 5e-2  # relative errors
 
@@ -35,7 +35,7 @@ class Precision(NamedTuple):
 def float32_weights(model: PreTrainedModel) -> Iterator[Precision]:
     """Context manager in which a model computes in fp32 instead of half precision.
 
-    All weights are replaced by copies if there is memory, else those of each module while it runs. Quantized weights
+    All weights are replaced by copies if there is memory, else those of each unit while it runs. Quantized weights
     are not replaced.
 
     Args:

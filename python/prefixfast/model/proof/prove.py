@@ -14,7 +14,7 @@ from prefixfast.errors import ConfigError
 from prefixfast.model.dry_run import FAILURES, LayerShape
 from prefixfast.model.proof.cases import LONGEST_WINDOW, make_cases, random_kv
 from prefixfast.model.proof.own import own_logits
-from prefixfast.model.proof.packed import Packed
+from prefixfast.model.proof.packed import PackedModel
 from prefixfast.model.proof.precision import float32_weights
 from prefixfast.model.proof.serving import serve
 from prefixfast.model.proof.windows import window_differences
@@ -36,8 +36,7 @@ def prove(
 
     The model computes several packed sequences with different prefixes, by the plans of training and of the engine. Its
     own forward computes each sequence alone: a text and its continuation without a cache, and random prefixes in a
-    `DynamicCache` if the model's cache holds the keys and values of attention. Half precision is compared in fp32 if
-    there is memory for a copy.
+    `DynamicCache` if the model's cache holds the keys and values of attention. Half precision is compared in fp32.
 
     Args:
         model: Attached model.
@@ -75,14 +74,14 @@ def _result_faults(
 ) -> list[str]:
     """Features whose logits differ by more than rounding, and the probable cause."""
     with float32_weights(model) as (dtype, limit):
-        errors = _errors(Packed(model, shapes, BACKEND, dtype), windows, own)
+        errors = _errors(PackedModel(model, shapes, BACKEND, dtype), windows, own)
     wrong = [name for name, e in errors.items() if not e < limit]
     causes = [cause for name, cause in CAUSES.items() if name in wrong][:1]
-    logger.info("%s: relative errors %s, limit %.0e", type(model).__name__, errors, limit)
+    logger.debug("%s: relative errors %s, limit %.0e", type(model).__name__, errors, limit)
     return [f"{name} (relative error {errors[name]:.0e})" for name in wrong] + causes
 
 
-def _errors(packed: Packed, windows: Sequence[int], own: Sequence[str | None]) -> dict[str, float]:
+def _errors(packed: PackedModel, windows: Sequence[int], own: Sequence[str | None]) -> dict[str, float]:
     """Largest relative error of each feature."""
     model, shapes = packed.model, packed.shapes
     cases = make_cases(model, windows)

@@ -15,9 +15,9 @@ from prefixfast import _rust
 from prefixfast.attention.plan import LayerKV, Layout, decode_plan, host_table, prefill_plan
 from prefixfast.model.packed_forward import packed_forward
 from prefixfast.model.proof.cases import NEW, Cases
-from prefixfast.model.proof.packed import Packed
+from prefixfast.model.proof.packed import PackedModel
 
-RESERVED_ROWS = 80  # arena rows that the scheduler keeps
+RESERVED_ROWS = 80  # smallest arena of the scheduler, which keeps 64 of these rows free
 ROW_UNIT = 16  # the scheduler hands out arena rows in units of this size
 STEP_TOKENS = 28  # tokens of a step; the prompt of the long text is longer, so that it is filled over two steps
 
@@ -39,7 +39,7 @@ class Served(NamedTuple):
 
 
 @torch.no_grad()
-def serve(packed: Packed, cases: Cases, kv: Sequence[Sequence[LayerKV]]) -> list[Served]:
+def serve(packed: PackedModel, cases: Cases, kv: Sequence[Sequence[LayerKV]]) -> list[Served]:
     """Logits of all sequences from prefill and decode steps.
 
     Args:
@@ -53,7 +53,7 @@ def serve(packed: Packed, cases: Cases, kv: Sequence[Sequence[LayerKV]]) -> list
 class _Engine:
     """Scheduler and arena of one run."""
 
-    def __init__(self, packed: Packed, cases: Cases, kv: Sequence[Sequence[LayerKV]]) -> None:
+    def __init__(self, packed: PackedModel, cases: Cases, kv: Sequence[Sequence[LayerKV]]) -> None:
         self.packed, self.kv, self.ids = packed, kv, [c.ids for c in cases.all]
         self.prompts = [len(ids) - NEW for ids in self.ids]
         units = [p.rows for p in cases.prefixes] + [len(ids) + NEW for ids in self.ids]
