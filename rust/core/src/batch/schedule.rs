@@ -49,8 +49,8 @@ pub struct SchedulerConfig {
     pub arena_rows: usize,
     /// Number of decode rows. No more than three quarters of `max_batched_tokens` of them are used.
     pub max_rows: usize,
-    /// Largest number of tokens per step. Each decode row counts as one token. A prompt that is longer than the
-    /// remaining budget is prefilled in chunks over several steps.
+    /// Largest number of tokens per step. Each decode row counts as one token. A longer prompt is prefilled in chunks
+    /// of a fixed size over several steps.
     pub max_batched_tokens: usize,
     /// Query rows per query tile of the prefill, 0 for no tile table.
     pub tile_rows: usize,
