@@ -79,7 +79,7 @@ def prefixfast_attention(
     if prefixfast is None:
         msg = (
             "this model is attached to prefixfast: call it through prefixfast (train, generate, Model.forward), or "
-            "detach it first"
+            "close it first, and every other loaded model that shares its config or layers"
         )
         raise MissingPlanError(msg)
     if unknown := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
