@@ -154,6 +154,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("inkling_text", "inkling2_text"), INKLING),
     "internlm3": {"attention_bias": False},
     "kimi_linear": LINEAR,
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "n_groups": 1, "state_size": 8},
     "moss_transcribe_diarize": {
