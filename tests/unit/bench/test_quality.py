@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from prefixfast.bench import users
 from prefixfast.bench.quality import peft_run, prefixfast_run, settings
@@ -65,11 +67,14 @@ def test_prefixfast_and_peft_train_alike(cli, folder, data, tmp_path, setting):
 
 
 def test_a_few_steps_are_not_evaluated(cli, folder, data, tmp_path, setting):
+    """The norms and the number of threads of a run in fp64 do not outlive it."""
+    before = LlamaRMSNorm.forward, torch.get_num_threads()
     found = quality(cli, folder, data, tmp_path / "out", "--dtype", "float64", "--steps", 2)
     assert list(found) == [*RESULT, "cpu", "flags"]
     theirs = quality(cli, folder, data, tmp_path / "theirs", "--impl", "peft", "--dtype", "float64", "--steps", 2)
     assert len(found["losses"]) == 2
     assert found["losses"] == pytest.approx(theirs["losses"], rel=1e-6)
+    assert (LlamaRMSNorm.forward, torch.get_num_threads()) == before
 
 
 def test_the_base_alone(cli, folder, data, tmp_path, setting):

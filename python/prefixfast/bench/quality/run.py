@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -36,12 +37,10 @@ def run(settings: Run, implementation: Implementation, threads: int) -> dict[str
     """
     if settings.steps is None:
         _require_sacrebleu()
-    torch.set_num_threads(threads)
-    if settings.dtype == "float64":
-        compute_norms_in_fp64()
     announce(DTYPES[settings.dtype], torch.device("cpu"))
     head = {"impl": implementation, "setting": settings.name, "dtype": settings.dtype, "threads": threads}
-    result = head | IMPLEMENTATIONS[implementation](settings)
+    with _process_settings(settings.dtype, threads):
+        result = head | IMPLEMENTATIONS[implementation](settings)
     machine = environment()
     result |= {"cpu": machine["cpu"], "flags": " ".join(machine["cpu_flags"])}
     path = settings.output / "results.json"
@@ -53,15 +52,24 @@ def run(settings: Run, implementation: Implementation, threads: int) -> dict[str
     return result
 
 
-def compute_norms_in_fp64() -> None:
-    """Replace Llama's RMSNorm by one that does not round to fp32, so that a model in fp64 computes wholly in fp64."""
+@contextlib.contextmanager
+def _process_settings(dtype: str, threads: int) -> Iterator[None]:
+    """Context manager of a run's number of CPU threads and, in fp64, of norms that do not round to fp32."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return out
 
-    LlamaRMSNorm.forward = forward
+    before, norm = torch.get_num_threads(), LlamaRMSNorm.forward
+    torch.set_num_threads(threads)
+    if dtype == "float64":
+        LlamaRMSNorm.forward = forward
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        LlamaRMSNorm.forward = norm
 
 
 def _require_sacrebleu() -> None:
