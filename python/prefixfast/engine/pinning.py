@@ -9,7 +9,7 @@ from prefixfast.engine.kv_arena import bytes_per_row
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.prefix_cache import Resident
 from prefixfast.engine.request_prefixes import assign_prefixes
-from prefixfast.errors import ConfigError, UnknownPrefixError, shown
+from prefixfast.errors import ConfigError, UnknownPrefixError, did_you_mean, shown
 from prefixfast.model.base import Model
 from prefixfast.prefix.compatibility import check_fits, described
 from prefixfast.prefix.prefix import Prefix
@@ -65,6 +65,7 @@ class PrefixPinning:
         known = isinstance(prefix, str) and self.store is not None and prefix in self.store
         if isinstance(prefix, str) and not known and not re.fullmatch(r"[0-9a-f]{64}", prefix):
             msg = f"evict: expected a prefix, a name in the store or a digest of 64 hex digits, got {shown(prefix)}"
+            msg += f"; {hint}" if (hint := did_you_mean(prefix, self.store or ())) else ""
             raise UnknownPrefixError(msg)
         digest = self._find(prefix).digest if known or not isinstance(prefix, str) else prefix
         return self.driver.between_steps("evict", lambda: self.loop.evict(digest))

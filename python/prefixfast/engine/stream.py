@@ -105,7 +105,8 @@ class Stream:
             self._reader = reader
 
     def _stop_reading(self, reader: object) -> None:
-        self._ticket.cancel()
+        if not self._ticket.future.done():  # a stream that is freed at the end of the program has no engine to ask
+            self._ticket.cancel()
         if self._reader is reader:
             self._reader = None
 

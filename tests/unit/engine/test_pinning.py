@@ -111,6 +111,8 @@ def test_wrong_pins_are_refused(base, store, make_prefix):
             engine.pin("nobody")
         with pytest.raises(BaseMismatchError):
             engine.pin(make_prefix(dim=4))
+        with pytest.raises(UnknownPrefixError, match=r"did you mean .*user 1"):
+            engine.evict("usr 1")
         engine.unpin("user 0")
         assert engine.evict("0" * 64) is True, "an unknown prefix is gone already"
 
