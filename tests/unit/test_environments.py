@@ -90,6 +90,7 @@ def test_listing_a_store_imports_no_torch(tmp_path, make_prefix):
     assert run.stdout.strip() == "True True", run.stderr
 
 
+@pytest.mark.long  # measures time
 def test_the_package_is_imported_in_a_third_of_a_second():
     code = "import time; t = time.perf_counter(); import prefixfast; print(time.perf_counter() - t)"
     assert min(float(python(code).stdout) for _ in range(3)) < 0.3

@@ -206,10 +206,12 @@ def test_a_pending_eviction_is_carried_out(base, make_prefix, tmp_path, then):
     store = PrefixStore(tmp_path / "store")
     store.put("a", make_prefix(1))
     with Engine(base, store=store, **HOW) as engine:
-        ticket = engine.submit("ab", "a", **LONG)
+        gate = threading.Event()
+        ticket = engine.submit("ab", "a", logits_processor=[lambda _, scores: (gate.wait(60), scores)[1]], **LONG)
         while not engine.resident():
             time.sleep(0.01)
         assert engine.evict("a") is False
+        gate.set()
         if then == "unpin":
             engine.unpin("a")
         else:
@@ -321,9 +323,7 @@ def test_callbacks_of_tickets_cannot_wait_for_their_own_thread(base):
             seen.append(engine.submit("ab", max_new_tokens=1))
 
         engine.submit("ab", max_new_tokens=2).future.add_done_callback(callback)
-        for _ in range(500):
-            if len(seen) == 3:
-                break
+        while len(seen) < 3:
             time.sleep(0.01)
         assert ["callback" in s for s in seen[:2]] == [True, True]
         assert seen[2].result(60).finish_reason

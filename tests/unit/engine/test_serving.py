@@ -4,6 +4,7 @@ import asyncio
 import shutil
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -52,12 +53,29 @@ def test_submitted_requests_give_the_same_as_a_batch(base):
         assert [g.token_ids for g in asyncio.run(all_at_once())] == expected
 
 
+def gated(length: int) -> tuple[Callable[..., torch.Tensor], Callable[[Callable[[], None]], None]]:
+    """A logits processor that waits at a text of ``length`` tokens, and a function that acts while it waits."""
+    entered, gate = threading.Event(), threading.Event()
+
+    def wait(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[1] == length:
+            entered.set()
+            assert gate.wait(60)
+        return scores
+
+    def act(work: Callable[[], None]) -> None:
+        assert entered.wait(60)
+        work()
+        gate.set()
+
+    return wait, act
+
+
 def test_a_cancelled_request_has_its_tokens_so_far(engine):
     other = engine.submit([5, 6], max_new_tokens=40, min_new_tokens=40)
-    ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60)
-    while not engine.stats()["decode_steps"]:
-        time.sleep(0.001)
-    ticket.cancel()
+    cancel_at, reached = gated(4)
+    ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60, logits_processor=[cancel_at])
+    reached(ticket.cancel)
     got = ticket.result(60)
     assert got.finish_reason == "cancelled"
     assert len(got.token_ids) < 60
@@ -67,10 +85,9 @@ def test_a_cancelled_request_has_its_tokens_so_far(engine):
 
 def test_a_cancelled_beam_search_has_its_best_running_beam(base):
     with Engine(base, **SMALL) as engine:
-        ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60, num_beams=3)
-        while engine.stats()["decode_steps"] < 5:
-            time.sleep(0.001)
-        ticket.cancel()
+        cancel_at, reached = gated(8)
+        ticket = engine.submit([5, 6], max_new_tokens=60, min_new_tokens=60, num_beams=3, logits_processor=[cancel_at])
+        reached(ticket.cancel)
         got = ticket.result(60)
         assert got.finish_reason == "cancelled"
         assert 5 <= len(got.token_ids) < 60

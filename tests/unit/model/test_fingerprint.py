@@ -49,6 +49,7 @@ def large_tokenizer(size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core)
 
 
+@pytest.mark.long  # measures time
 def test_a_large_vocabulary_and_many_layers_take_little_time():
     """To serialize a tokenizer of 150,000 tokens alone takes longer than the limit."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -142,6 +143,7 @@ def weights(**how: Any) -> str:
         return base.fingerprint["weights"]
 
 
+@pytest.mark.long  # measures time
 def test_a_fingerprint_takes_little_time(base):
     assert quickest(lambda: make(base.hf, base.require_tokenizer().digest_text)) < LIMIT
 

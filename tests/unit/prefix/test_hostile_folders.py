@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,10 +141,8 @@ OURS: dict[str, Harm] = {
 
 
 def refused(folder: Path) -> str:
-    start = time.perf_counter()
     with pytest.raises(DataError) as caught:
         Prefix.from_pretrained(folder)
-    assert time.perf_counter() - start < 5
     assert caught.value.path is not None
     assert len(str(caught.value)) < 2000
     return str(caught.value)
