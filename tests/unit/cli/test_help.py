@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -68,7 +69,7 @@ def test_every_option_is_described_with_its_default(path, page):
 @pytest.mark.parametrize("command", CONFIGS)
 def test_every_field_of_the_option_dataclasses_is_a_flag(command, page):
     text = page((command,))
-    fields = {name: f for c in reversed(CONFIGS[command]) for name, f in c.__dataclass_fields__.items()}
+    fields = {f.name: f for c in reversed(CONFIGS[command]) for f in dataclasses.fields(c)}
     for name, field in fields.items():
         shown = entry(text, "--" + name.replace("_", "-"))
         assert re.sub(r"\s+", "", field.metadata["help"])[1:30] in re.sub(r"\s+", "", shown)
