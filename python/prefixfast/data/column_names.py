@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import MAX_SHOWN, shown
 
 LISTED = 30  # columns that an error names
@@ -16,7 +15,7 @@ def folded(name: str) -> str:
     return name.strip().casefold()
 
 
-def matching_columns(name: str, columns: Iterable[str]) -> list[str]:
+def matching_columns(name: str, columns: Iterable[object]) -> list[str]:
     """Columns that a name can mean.
 
     Args:
@@ -35,35 +34,20 @@ def matching_columns(name: str, columns: Iterable[str]) -> list[str]:
     return [name] if name in existing else [c for c in existing if folded(c) == folded(name)]
 
 
-def find_column(row: Row, number: int, name: str, use: str = "column") -> str:
-    """Key of the row that a name means.
-
-    Args:
-        row: Row.
-        number: Number of the row, for errors.
-        name: Name of the column, as a user gives it.
-        use: Use of the column, for errors.
-
-    Raises:
-        DataError: If the row has no such column, with the nearest one and those that exist, or several.
-    """
-    if name in row:
-        return name
-    found = matching_columns(name, row)
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise row_error(row, number, f"{use} {shown(name)}: expected one column of this name, got {listed(found)}")
-    hint = f"; {near}" if (near := nearest_column(name, row)) else ""
-    columns = listed(map(str, row)) if row else "none"
-    raise row_error(row, number, f"{use} {shown(name)}: expected a column of this name, got {columns}{hint}")
+def column_error(name: str, columns: Iterable[object]) -> str:
+    """Error message for a name that does not find exactly one column: the columns that exist, and the nearest ones."""
+    existing = [str(c) for c in columns]
+    if len(found := matching_columns(name, existing)) > 1:
+        return f"expected one column {shown(name)}, got {listed(found)}"
+    near = nearest_columns(name, existing)
+    hint = f"; did you mean {' or '.join(map(shown, near))}?" if near else ""
+    return f"expected a column {shown(name)}, got the columns {listed(existing) or 'of an empty row'}{hint}"
 
 
-def nearest_column(name: str, columns: Iterable[object]) -> str:
-    """Question that names the columns most similar to an unknown one without regard to case, empty if none is."""
-    by_folded = {folded(str(c)): str(c) for c in columns}
-    close = difflib.get_close_matches(folded(name)[:MAX_SHOWN], list(by_folded), n=3)
-    return f"did you mean {' or '.join(shown(by_folded[c]) for c in close)}?" if close else ""
+def nearest_columns(name: str, columns: Iterable[str]) -> list[str]:
+    """At most three columns whose names are most similar to a name, without regard to case and outer white space."""
+    by_folded = {folded(c): c for c in columns}
+    return [by_folded[c] for c in difflib.get_close_matches(folded(name)[:MAX_SHOWN], list(by_folded), n=3)]
 
 
 def listed(columns: Iterable[str]) -> str:

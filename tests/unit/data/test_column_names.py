@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prefixfast import DataError
-from prefixfast.data.column_names import find_column, matching_columns
+from prefixfast.data.column_names import column_error, matching_columns
 
 
 @pytest.mark.parametrize(
@@ -25,16 +24,10 @@ def test_match(name: str, columns: list[str], found: list[str]) -> None:
     assert matching_columns(name, columns) == found
 
 
-def test_column_of_a_row() -> None:
-    row = {"Product Name": "x", "Price ": 1}
-    assert find_column(row, 0, "product name") == "Product Name"
-    assert find_column(row, 0, "Price ") == "Price "
-    with pytest.raises(
-        DataError, match=r"^row 3: .*'prise'.*'Product Name', 'Price '; did you mean 'Price '\?"
-    ) as caught:
-        find_column(row, 3, "prise")
-    assert caught.value.line == 4
-    with pytest.raises(DataError, match="expected one column of this name, got 'A', ' a'"):
-        find_column({"A": 1, " a": 2}, 0, "a")
-    with pytest.raises(DataError, match="got none"):
-        find_column({}, 0, "a")
+def test_errors_name_the_columns_and_the_nearest() -> None:
+    columns = ["Product Name", "Price ", 7]
+    message = column_error("prise", columns)
+    assert "'prise'" in message and "'Product Name', 'Price ', '7'" in message and message.endswith("'Price '?")
+    assert "'A', ' a'" in column_error("a", ["A", " a"])
+    assert "empty" in column_error("a", [])
+    assert len(column_error("x" * 10**6, [f"{i:0300}" for i in range(1000)])) < 10_000
