@@ -27,7 +27,9 @@ def test_match(name: str, columns: list[str], found: list[str]) -> None:
 def test_errors_name_the_columns_and_the_nearest() -> None:
     columns = ["Product Name", "Price ", 7]
     message = column_error("prise", columns)
-    assert "'prise'" in message and "'Product Name', 'Price ', '7'" in message and message.endswith("'Price '?")
+    assert "'prise'" in message
+    assert "'Product Name', 'Price ', '7'" in message
+    assert message.endswith("'Price '?")
     assert "'A', ' a'" in column_error("a", ["A", " a"])
     assert "empty" in column_error("a", [])
     assert len(column_error("x" * 10**6, [f"{i:0300}" for i in range(1000)])) < 10_000
