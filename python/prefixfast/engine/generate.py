@@ -1,4 +1,7 @@
-"""`generate` and `score`, which make an engine for one call over the process's cached base model."""
+"""`generate` and `score`, which make an engine for one call over the process's cached base model.
+
+This module imports no torch, so that a wrong call is refused at once.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
-
-from transformers import LogitsProcessorList, PreTrainedModel
 
 from prefixfast.config import (
     EngineConfig,
@@ -19,18 +20,19 @@ from prefixfast.config import (
 )
 from prefixfast.config.fields import GenerationParamsFields
 from prefixfast.data.encode import Input
-from prefixfast.engine.engine import BASE_FIELDS, Engine
-from prefixfast.engine.request import Generation
 from prefixfast.engine.request_prefixes import Prefixes
-from prefixfast.engine.score import Score
 from prefixfast.errors import ConfigError
-from prefixfast.model.base import Model
-from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix, open_store
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import LogitsProcessorList, PreTrainedModel
+
+    from prefixfast.engine.engine import Engine
+    from prefixfast.engine.request import Generation
+    from prefixfast.engine.score import Score
+    from prefixfast.model.base import Model
 
 
 def generate(
@@ -122,7 +124,7 @@ def generate_each(
     """
 
     def report(result: Generation | BaseException) -> None:
-        if on_result is not None and isinstance(result, Generation):
+        if on_result is not None and not isinstance(result, BaseException):
             on_result(result)
 
     own, engine_fields = _split_fields(fields, GenerationParams.names(), "generate")
@@ -209,8 +211,11 @@ def _engine(
 ) -> Iterator[Engine]:
     """Context manager of an engine for one call."""
     opened = open_store(store, read_only=True)
-    base_fields: dict[str, Any] = {name: value for name, value in fields.items() if name in BASE_FIELDS}
     base = model if model is not None else _base_name(prefixes, batch, opened)
+    from prefixfast.engine.engine import BASE_FIELDS, Engine
+    from prefixfast.model.shared_base import borrowed
+
+    base_fields: dict[str, Any] = {name: value for name, value in fields.items() if name in BASE_FIELDS}
     with borrowed(base, **base_fields) as loaded, Engine(loaded, store=opened, **fields) as engine:
         yield engine
 

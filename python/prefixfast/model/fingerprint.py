@@ -1,4 +1,7 @@
-"""Fingerprint of a base model: architecture, digest of the tokenizer, digest of sampled weights."""
+"""Fingerprint of a base model: architecture, digest of the tokenizer, digest of sampled weights.
+
+torch is imported only to make one, since a prefix that is read has one.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,11 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
-import torch
-from torch import Tensor
-
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import BaseMismatchError, DataError, shown
-from prefixfast.model.adapters import adapters_digest, has_adapters
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -111,6 +111,10 @@ def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
         model: Base model.
         tokenizer: `Tokenizer.digest_text` of the tokenizer, None without a tokenizer.
     """
+    import torch
+
+    from prefixfast.model.adapters import adapters_digest, has_adapters
+
     config = model.config.get_text_config()
     by_layer = getattr(config, "per_layer_attributes", None) or set()  # reading one from the whole config raises
     values = {
@@ -167,9 +171,10 @@ def check_same_base(ours: Mapping[str, Any] | None, base: Mapping[str, Any], wha
         )
 
 
-@torch.no_grad()
 def _weights(model: PreTrainedModel) -> str:
     """Digest of sampled weights in bf16: embedding rows, the first and the last layer, and weights outside layers."""
+    import torch
+
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, embedding.shape[0] - 1, SAMPLED_ROWS, device=embedding.device).long()
     last = str(model.config.get_text_config().num_hidden_layers - 1)
@@ -185,8 +190,10 @@ def _weights(model: PreTrainedModel) -> str:
 
 def _plain(parameter: Tensor) -> Tensor:
     """Values of a parameter, dequantized if it is a quantized tensor such as those of torchao."""
+    import torch
+
     values = parameter.detach()
-    return values.dequantize() if type(values) is not Tensor else values
+    return values.dequantize() if type(values) is not torch.Tensor else values
 
 
 def _digest(data: bytes) -> str:

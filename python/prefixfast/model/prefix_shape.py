@@ -7,10 +7,12 @@ that layer, as it does with a cache that PEFT filled, and has none of its own.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import Fingerprint, num_layers
+
+if TYPE_CHECKING:
+    from prefixfast.model.dry_run import LayerShape
 
 T = TypeVar("T")
 

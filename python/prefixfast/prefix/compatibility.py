@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prefixfast.errors import BaseMismatchError, shown
-from prefixfast.model.base import Model
 from prefixfast.model.fingerprint import check_same_base, num_layers
 from prefixfast.model.prefix_shape import PrefixShape, filled_layers, is_peft_table, own_layers, readers
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
 
 
 def described(prefix: PrefixShape, names: object = None) -> str:

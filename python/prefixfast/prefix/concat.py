@@ -8,9 +8,7 @@ Sliding windows count rows, whose places are unchanged too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import BaseMismatchError, ConfigError
@@ -18,6 +16,9 @@ from prefixfast.model.fingerprint import check_same_base
 from prefixfast.prefix.names import PrefixFields
 from prefixfast.prefix.record import PrefixData
 from prefixfast.prefix.tensors import shared_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def concat_prefixes(parts: Sequence[PrefixData]) -> tuple[dict[str, Tensor], PrefixFields]:
@@ -27,6 +28,8 @@ def concat_prefixes(parts: Sequence[PrefixData]) -> tuple[dict[str, Tensor], Pre
         BaseMismatchError: If the prefixes have different base models, heads or head dimensions.
         ConfigError: If no single prefix is equivalent.
     """
+    import torch
+
     _check(parts)
     first = parts[0]
     bases = [p.base for p in parts if p.base is not None]

@@ -10,10 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import replace_folder, write_file
@@ -23,6 +20,9 @@ from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
 from prefixfast.prefix.names import FIELD_NAMES, PrefixFields, base_error, file_key
 from prefixfast.prefix.validate import convention_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 META, TENSORS = "prefixfast.json", "prefix.safetensors"
 OWNED = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
@@ -65,6 +65,8 @@ def prefix_files(kv: Mapping[str, Tensor], digest: str, fields: PrefixFields) ->
     if reason is None:
         tensor_files = adapter_files(kv, fields, adapter_type(fields))
     else:
+        from safetensors.torch import save
+
         tensor_files = {TENSORS: save({n: t.cpu() for n, t in kv.items()})}
     values: Mapping[str, Any] = fields
     meta = {

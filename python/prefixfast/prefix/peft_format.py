@@ -16,16 +16,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import torch
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefixfast.errors import DataError, shown
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of, num_layers
 from prefixfast.prefix.names import layers_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PeftType = Literal["PREFIX_TUNING", "CARTRIDGE"]
 TYPES: tuple[PeftType, ...] = get_args(PeftType)
@@ -68,7 +67,7 @@ def peft_incompatibility(
         ),
         "its layers differ in shape": not _has_shapes(kv, expected),
         "its tensors differ in dtype": len({t.dtype for t in kv.values()}) != 1,
-        "its numbers are fp64": any(t.dtype == torch.float64 for t in kv.values()),
+        "its numbers are fp64": any(str(t.dtype) == "torch.float64" for t in kv.values()),
         "some layers have no prefix": set(kv) != {f"self.{i}.{x}" for i in expected for x in "kv"},
         "text starts at another position than the prefix's length": is_elsewhere,
         "sliding windows do not slide over it": window != "slide",
@@ -180,6 +179,8 @@ def adapter_files(
         peft_type: Type of the adapter.
         num_frozen: Number of frozen leading rows, stored as ``num_frozen_tokens`` of a CARTRIDGE.
     """
+    from safetensors.torch import save
+
     length, (layers, heads, dim) = len(next(iter(kv.values()))), _table_sizes(kv, base)
     of_type: dict[str, Any] = (
         {"num_frozen_tokens": num_frozen}

@@ -12,18 +12,19 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypedDict, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import DataError, shown, warn_renamed
-from prefixfast.model.fingerprint import Fingerprint
 from prefixfast.prefix import peft_format
 from prefixfast.prefix.names import PrefixFields, Window, layers_of
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
 from prefixfast.prefix.validate import check_prefix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefixfast.model.fingerprint import Fingerprint
 
 READABLE_SINCE = ">=0.1.0"  # releases that read the folders of this one
 C = TypeVar("C", bound=type)
@@ -172,6 +173,8 @@ class PrefixData:
 
         The conventions are ``pos_start`` and ``window``. The task and the decoding defaults are not part of it.
         """
+        import torch
+
         sha = hashlib.sha256(json.dumps([self.pos_start, self.window]).encode())
         for name, t in sorted(shared_tensors(self.kv).items()):
             sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())

@@ -1,17 +1,17 @@
-"""`PrefixTensors`: the tensors of a prefix, which no caller can change."""
+"""`PrefixTensors`: the tensors of a prefix, which no caller can change. torch is imported only to copy one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.errors import DataError, shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-class PrefixTensors(Mapping[str, Tensor]):
+
+class PrefixTensors(Mapping[str, "Tensor"]):
     """Tensors by name, copied from the caller's; every access returns a copy.
 
     The digest of a prefix stays true only if nobody else holds its memory. torch has no read-only tensors, and a
@@ -63,11 +63,13 @@ def shared_tensors(kv: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _copy(name: Any, given: Any) -> Tensor:
     """Copy of a tensor in memory of its own, without a gradient."""
+    import torch
+
     if not isinstance(name, str):
         msg = f"tensor name: expected a string such as 'self.0.k', got {shown(name)}"
         raise DataError(msg)
-    if not isinstance(given, Tensor) or given.layout != torch.strided or given.is_meta:
-        got = f"a tensor {given.layout} on {given.device}" if isinstance(given, Tensor) else type(given).__name__
+    if not isinstance(given, torch.Tensor) or given.layout != torch.strided or given.is_meta:
+        got = f"a tensor {given.layout} on {given.device}" if isinstance(given, torch.Tensor) else type(given).__name__
         msg = f"{name:.200}: expected a dense torch.Tensor, got {got}; torch.from_numpy makes one of a NumPy array"
         raise DataError(msg)
     return given.detach().clone(memory_format=torch.contiguous_format)

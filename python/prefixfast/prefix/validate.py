@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.errors import DataError, shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 SITES = ("self", "enc", "cross")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 MAX_POSITION = 2**31 - 1
 MAX_LAYER_DIGITS = 6
 
@@ -36,7 +36,7 @@ def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any) -> None:
             msg = f"tensor name: expected {{{'|'.join(SITES)}}}.{{layer}}.{{k|v}}, got {shown(name)}"
             raise DataError(msg)
         other = kv.get(f"{parts[0]}.{parts[1]}.{'v' if parts[2] == 'k' else 'k'}")
-        if t.ndim != 3 or t.dtype not in DTYPES or other is None or other.shape[:2] != t.shape[:2] or 0 in t.shape:
+        if t.ndim != 3 or str(t.dtype) not in DTYPES or other is None or other.shape[:2] != t.shape[:2] or 0 in t.shape:
             partner = None if other is None else list(other.shape)
             msg = (
                 f"{name}: expected a float [P, H, D] with a partner of the same P and H, got {t.dtype} {list(t.shape)} "

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
 from prefixfast.config.json_types import JSON
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
-from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
 from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
 
-BaseModel: TypeAlias = str | Path | PreTrainedModel | Model
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prefixfast.model.base import Model
+
+BaseModel: TypeAlias = "str | Path | PreTrainedModel | Model"
 
 
 class TrainArguments(TrainFields, total=False):

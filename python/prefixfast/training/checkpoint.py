@@ -6,16 +6,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
 
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import read_stable, recover_folder, replace_folder, write_file
 from prefixfast.io.untrusted import read_json
 from prefixfast.training.identity import differences
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STATE, TENSORS = "state.json", "state.safetensors"
 VERSION = 1
@@ -41,6 +42,8 @@ class Checkpoint:
         state = {"version": VERSION, "identity": self.identity, "state": self.state}
         files = {STATE: json.dumps(state, sort_keys=True).encode()}
         if self.tensors:
+            from safetensors.torch import save
+
             files[TENSORS] = save({n: t.detach().cpu().contiguous().clone() for n, t in self.tensors.items()})
 
         def fill(target: Path) -> None:
@@ -66,6 +69,8 @@ class Checkpoint:
 
     @classmethod
     def _read(cls, folder: Path) -> Checkpoint:
+        from safetensors.torch import load
+
         found = read_json(folder / STATE)
         identity, state = found.get("identity"), found.get("state")
         if found.get("version") != VERSION or not isinstance(identity, dict) or not isinstance(state, dict):

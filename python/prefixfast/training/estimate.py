@@ -7,16 +7,17 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Unpack
-
-import torch
+from typing import TYPE_CHECKING, Any, Unpack
 
 from prefixfast.data.rows import Rows
 from prefixfast.training.arguments import AllTrainArguments, BaseModel
 from prefixfast.training.job import JobArguments, load_base, prepare
-from prefixfast.training.loop import GroupTrainer
 from prefixfast.training.output_dir import OutputDir
-from prefixfast.training.resilience import gradient_checkpointing
+
+if TYPE_CHECKING:
+    import torch
+
+    from prefixfast.training.loop import GroupTrainer
 
 IGNORED_ARGUMENTS = ("output_dir", "resume", "overwrite", "progress")
 
@@ -72,6 +73,9 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     of_job = {f.name for f in dataclasses.fields(JobArguments)}
     fields = {n: v for n, v in values.items() if n not in of_job}
     job = prepare(JobArguments(data, fields=fields, **{n: v for n, v in values.items() if n in of_job}))
+    from prefixfast.training.loop import GroupTrainer  # imports torch, which a refused call needs not wait for
+    from prefixfast.training.resilience import gradient_checkpointing
+
     measured: list[tuple[GroupTrainer, float]] = []
     with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
         job.check_model(base)
@@ -80,7 +84,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
             measured.append((trainer, _time_second_step(trainer)))
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
         on_gpu = base.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(base.device) if on_gpu else _peak_process_memory()
+        peak = _peak_gpu_memory(base.device) if on_gpu else _peak_process_memory()
     trainers = [trainer for trainer, _ in measured]
     largest = max(trainers, key=lambda t: sum(p.numel() for p, _ in t.runner.params.params))
     params, examples = largest.runner.params, trainers[0].runner.examples
@@ -108,8 +112,16 @@ def _time_second_step(trainer: GroupTrainer) -> float:
         start = time.perf_counter()
         trainer.runner.step(min(number, last), trainer.progress.active)
         if trainer.model.device.type == "cuda":
+            import torch
+
             torch.cuda.synchronize(trainer.model.device)
     return time.perf_counter() - start
+
+
+def _peak_gpu_memory(device: torch.device) -> int:
+    import torch
+
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _peak_process_memory() -> int:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.dataset import Dataset
 from prefixfast.training.groups import PER_PREFIX, PrefixGroup
 from prefixfast.training.job import TrainJob
 from prefixfast.training.settings import option_values
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
+    from prefixfast.training.dataset import Dataset
 
 # Options that do not change results, so that a run may be resumed with other values.
 IGNORED_OPTIONS = ("recipe", "token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")

@@ -1,4 +1,4 @@
-"""`TrainJob`: what a call of `train` asks for, checked before any base model is loaded."""
+"""`TrainJob`: what a call of `train` asks for, checked before torch is imported and any base model is loaded."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.config.json_types import JSON
@@ -16,17 +14,19 @@ from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_choice, check_flag, shown
-from prefixfast.model.base import DTYPES, Model
-from prefixfast.model.process import model_lock
-from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
-from prefixfast.training.init import InitOptions, resolve_config
 from prefixfast.training.inputs import TrainingRows, read_training_rows
 from prefixfast.training.settings import GivenOptions, resolve_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prefixfast.model.base import Model
+    from prefixfast.training.init import InitOptions
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,8 @@ class TrainJob:
     @property
     def init_options(self) -> InitOptions:
         """Options of the initial values."""
+        from prefixfast.training.init import InitOptions
+
         return InitOptions(self.task, self.init_text, self.explicit)
 
     def check_model(self, model: Model) -> None:
@@ -95,6 +97,8 @@ class TrainJob:
             ConfigError: If options do not fit the base model.
             BaseMismatchError: If a given prefix was made for another base model.
         """
+        from prefixfast.training.init import resolve_config
+
         for group in self.groups:
             resolve_config(model, group, self.init_options)
         if self.on_top_of is not None:
@@ -155,6 +159,10 @@ def load_base(model: str | Path | PreTrainedModel | Model, config: TrainConfig) 
     Raises:
         ConfigError: If the model is unsupported, or is loaded already in another dtype.
     """
+    from prefixfast.model.base import DTYPES
+    from prefixfast.model.process import model_lock
+    from prefixfast.model.shared_base import borrowed
+
     how = {"dtype": config.dtype} if isinstance(model, str | Path) else {}
     with model_lock(), borrowed(model, **how) as base:
         if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Unpack, overload
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
 from prefixfast.config.json_types import JSON
@@ -19,12 +19,13 @@ from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
 from prefixfast.training.inputs import SINGLE_NAME
 from prefixfast.training.job import JobArguments, TrainJob, load_base, prepare
-from prefixfast.training.loop import GroupTrainer
 from prefixfast.training.output_check import check_output_folder
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.reporters import make_reporter
-from prefixfast.training.resilience import gradient_checkpointing
 from prefixfast.training.train_run import TrainRun
+
+if TYPE_CHECKING:
+    from prefixfast.training.loop import GroupTrainer
 
 __all__ = ["TrainRun", "train"]
 
@@ -220,7 +221,10 @@ def _open_output(
 
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | None) -> TrainRun:
-    """Train all groups of a job."""
+    """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
+    from prefixfast.training.loop import GroupTrainer
+    from prefixfast.training.resilience import gradient_checkpointing
+
     folder = output.folder
     if job.config.report_to != "none":
         reporter = make_reporter(job.config.report_to, None if folder is None else str(folder))
