@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefixfast.config import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
+    from prefixfast.data.folder import Folder
     from prefixfast.engine.engine import Engine
     from prefixfast.engine.generate import generate, score
     from prefixfast.engine.logprobs import TokenLogprob
@@ -46,6 +47,7 @@ _HOME = {
     "DataError": "errors",
     "Engine": "engine.engine",
     "EngineConfig": "config",
+    "Folder": "data.folder",
     "Generation": "engine.request",
     "GenerationParams": "config",
     "HFCache": "integrations.hf_generate",
@@ -76,6 +78,7 @@ __all__ = [
     "DataError",
     "Engine",
     "EngineConfig",
+    "Folder",
     "Generation",
     "GenerationParams",
     "HFCache",

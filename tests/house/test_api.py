@@ -33,6 +33,7 @@ FUNCTIONS = {
     "generate": lambda batch, prefixes=None, *, model=None, store=None, params=None, on_error="raise",
         progress=None, **fields: ...,
     "score": lambda batch, prefixes=None, *, targets=None, model=None, store=None: ...,
+    "Folder": lambda path: ...,
     "Engine": lambda model, *, store=None, config=None, **fields: ...,
     "PrefixStore": lambda path, *, read_only=False, keep_versions=2: ...,
 }  # fmt: skip
@@ -45,6 +46,7 @@ MEMBERS = {
         "length requires digest nbytes num_stored num_trained save_pretrained from_pretrained push_to_hub "
         "to_peft from_text concat inspect"
     ),
+    "Folder": "__getitem__ __iter__ __len__ __contains__ keys items values",
     "PrefixStore": (
         "put get info versions rollback delete verify import_dir export_dir __getitem__ __iter__ __len__ "
         "__contains__ keys items values"
@@ -233,7 +235,7 @@ def test_errors_carry_path_line_and_index():
     assert (error.path, error.line, prefixfast.RequestError("m", index=2).index) == ("p", 3, 2)
 
 
-@pytest.mark.parametrize("name", ["PrefixStore", "TrainRun"])
+@pytest.mark.parametrize("name", ["Folder", "PrefixStore", "TrainRun"])
 def test_mappings(name):
     assert issubclass(getattr(prefixfast, name), Mapping)
 

@@ -201,6 +201,7 @@ ELSEWHERE = {"Prefix", "PrefixConfig", "TrainConfig", "TrainRun", "train"}
 SHOWN = {
     "Engine",
     "EngineConfig",
+    "Folder",
     "GenerationParams",
     "HFCache",
     "PrefixStore",

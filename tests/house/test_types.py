@@ -22,6 +22,7 @@ FINE = {
     "rows give a prefix": 'train(base, rows).save_pretrained("mill")',
     "a file gives a prefix": 'train("gpt2", "rows.jsonl", prefix_length=4, learning_rate=1e-3).digest',
     "a mapping gives a run": 'train(base, {"ann": rows})["ann"].save_pretrained("ann")',
+    "a folder gives a run": 'train("gpt2", Folder("users"), eval_data=Folder(Path("held-out")))["ann"].digest',
     "a column gives a run": 'train(base, rows, prefix_column="user").failed',
     "a sweep gives a run": 'train(base, rows, sweep={"learning_rate": [1e-3, 1e-2]}).best().save_pretrained("best")',
     "options as a dataclass": "train(base, rows, config=TrainConfig(max_steps=1), prefix_config=PrefixConfig())",

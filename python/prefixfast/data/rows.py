@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.files import FileRow, file_items
+from prefixfast.data.folder import folder_hint
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.paths import as_path
 
@@ -35,7 +36,10 @@ def read_rows(rows: Rows) -> list[Row]:
     """
     found: list[Any] = []  # items of an iterable can be anything
     if isinstance(rows, str | os.PathLike):
-        for item in file_items(_data_path(rows)):
+        path = _data_path(rows)
+        if hint := folder_hint(path):
+            raise DataError(hint, path=str(path))
+        for item in file_items(path):
             if isinstance(item, DataError):
                 raise item
             found.append(item)

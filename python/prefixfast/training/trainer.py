@@ -107,7 +107,7 @@ def train(
     Args:
         model: Base model: hub id, folder, Hugging Face model (attached during the run and then restored) or `Model`.
         data: Training rows: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, also ``.gz``), an iterable of
-            mappings, or a mapping of names to rows.
+            mappings, or a mapping of names to rows, such as a `Folder` of files.
         task: Task that turns rows into prompts and targets: name of a built-in task (``"e2e"``, ``"webnlg"``,
             ``"dart"``, ``"table"``, ``"summary"``, ``"xsum"``, ``"prompt"``, ``"messages"``, ``"text"``) or `Task`.
             None chooses the task by the keys of the rows.

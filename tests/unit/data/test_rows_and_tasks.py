@@ -225,7 +225,7 @@ def test_a_file_without_rows_is_refused_by_name(tmp_path, name, data):
 
 def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     (tmp_path / "a.jsonl").mkdir()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="got a folder"):
         read_rows(tmp_path / "a.jsonl")
 
 
