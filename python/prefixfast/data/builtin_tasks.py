@@ -7,7 +7,8 @@ from typing import Any
 
 from prefixfast import _rust
 from prefixfast.config.json_types import JSON
-from prefixfast.data.formats import FORMATS, INPUT_KEYS, TASK_BY_KEY, only_key
+from prefixfast.data.formats import FORMATS, INPUT_KEYS, TASK_BY_KEY
+from prefixfast.data.row_values import only_key
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, did_you_mean, is_text, shown

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypedDict
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.formats import check_text
+from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import DataError, shown
 

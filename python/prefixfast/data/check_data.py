@@ -13,9 +13,9 @@ import numpy as np
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.chat import split_conversation
 from prefixfast.data.corpora import task_items
-from prefixfast.data.encode import TOKENIZED_KEYS, Example, encode_examples
+from prefixfast.data.encode import Example, encode_examples
 from prefixfast.data.files import file_items
-from prefixfast.data.formats import CHAT_KEYS, FORMATS
+from prefixfast.data.formats import CHAT_KEYS, FORMATS, REQUEST_KEYS, TOKENIZED_KEYS
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import DataError, check_string
@@ -25,7 +25,7 @@ from prefixfast.model.tokenizer import Tokenizer
 ROWS_PER_CHUNK = 256
 PERCENTILES = (50, 90, 99, 100)
 ANY_ID = 2**31 - 1
-COMMON_KEYS = (*TOKENIZED_KEYS, "id", "prefix", "params")
+COMMON_KEYS = (*TOKENIZED_KEYS, *REQUEST_KEYS)
 Percentiles: TypeAlias = dict[str, int]
 
 

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 from prefixfast import _rust
 from prefixfast.config.json_types import JSON
 from prefixfast.data.chat import ChatTemplate, chat_pair, chat_text, is_conversation, split_conversation
-from prefixfast.data.formats import FORMATS, FormatName, only_key, references, text_value
+from prefixfast.data.formats import FORMATS, FormatName
+from prefixfast.data.row_values import only_key, references, text_value
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import ConfigError, DataError, check_flag, check_mapping, check_string, shown, suggestion
 

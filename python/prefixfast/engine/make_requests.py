@@ -9,8 +9,8 @@ from dataclasses import replace
 from prefixfast.config import GenerationParams
 from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import PLAIN, request_task
-from prefixfast.data.encode import TOKENIZED_KEYS, Input, encode_prompts, request_error
-from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS
+from prefixfast.data.encode import Input, encode_prompts, request_error
+from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, REQUEST_KEYS, TARGET_KEYS, TOKENIZED_KEYS
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
 from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes
@@ -21,7 +21,7 @@ from prefixfast.prefix.compatibility import check_fits, described
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
-KNOWN_KEYS = frozenset({*TOKENIZED_KEYS, "prefix", "id", "params", *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
+KNOWN_KEYS = frozenset({*TOKENIZED_KEYS, *REQUEST_KEYS, *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
 
 
 def make_requests(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.data.files import FileRow, Item, file_items, parse_item
-from prefixfast.data.formats import check_text
+from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError, shown
 

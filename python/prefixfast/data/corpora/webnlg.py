@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.data.files import FileRow, Item, decode_utf8, file_items, json_objects, parse_item, read_bytes
-from prefixfast.data.formats import check_text
+from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError, shown
 

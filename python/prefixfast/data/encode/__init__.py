@@ -6,10 +6,8 @@ Prompt and target are tokenized separately, so that training sees a prompt as ge
 from prefixfast.data.encode.examples import Example, encode_examples
 from prefixfast.data.encode.prompts import Input, encode_prompts, encode_target, encode_text, request_error
 from prefixfast.data.encode.token_ids import Ints, token_ids, vocabulary_error
-from prefixfast.data.encode.tokenized import TOKENIZED_KEYS
 
 __all__ = [
-    "TOKENIZED_KEYS",
     "Example",
     "Input",
     "Ints",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from prefixfast.data.chat import chat_options, chat_text, split_conversation
 from prefixfast.data.encode.token_ids import Ints, vocabulary_error
 from prefixfast.data.encode.tokenized import TARGETS, tokenized_row
-from prefixfast.data.formats import text_value
+from prefixfast.data.row_values import text_value
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError

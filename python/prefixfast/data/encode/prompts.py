@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode.token_ids import Ints, token_ids, vocabulary_error
-from prefixfast.data.encode.tokenized import TOKENIZED_KEYS, request_ids
+from prefixfast.data.encode.tokenized import request_ids
+from prefixfast.data.formats import TOKENIZED_KEYS
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, RequestError, is_text, shown

@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefixfast.data.encode.token_ids import Ints, int_array, vocabulary_error
+from prefixfast.data.formats import MASK_KEYS
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import shown
 
 IGNORED_LABEL = -100
-MASKS = ("completion_mask", "assistant_masks")  # 1 marks a target
-TARGETS = ("labels", *MASKS)
-TOKENIZED_KEYS = ("input_ids", *TARGETS, "attention_mask", "position_ids")
+TARGETS = ("labels", *MASK_KEYS)
 
 
 def tokenized_row(row: Row, number: int, vocab_size: int) -> tuple[Ints, NDArray[np.bool_]]:
@@ -45,7 +44,7 @@ def tokenized_row(row: Row, number: int, vocab_size: int) -> tuple[Ints, NDArray
         targets = np.ones(len(ids), bool)
         if row.get("labels") is not None:
             targets &= _labelled(row, number, ids, attended)
-        for key in MASKS:
+        for key in MASK_KEYS:
             if row.get(key) is not None:
                 targets &= _mask(row, number, key, len(ids))
     ids, targets = ids[attended], targets[attended]
