@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from prefixfast.config import GenerationParams
 from prefixfast.config.json_types import JSON
@@ -16,10 +17,12 @@ from prefixfast.engine.request import Request
 from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes
 from prefixfast.engine.sampling_params import ParamSources, base_defaults, check_params, resolve_params
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown, suggestion
-from prefixfast.model.base import Model
 from prefixfast.prefix.compatibility import check_fits, described
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
 
 KNOWN_KEYS = frozenset({*TOKENIZED_KEYS, *REQUEST_KEYS, *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
 

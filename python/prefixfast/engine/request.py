@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
-from transformers import LogitsProcessorList
+from typing import TYPE_CHECKING
 
 from prefixfast.config import GenerationParams
 from prefixfast.config.json_types import JSON
 from prefixfast.data.task import Task
-from prefixfast.engine.logprobs import TokenLogprob
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import LogitsProcessorList
+
+    from prefixfast.engine.logprobs import TokenLogprob
 
 
 @dataclass(frozen=True)

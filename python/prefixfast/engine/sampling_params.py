@@ -10,13 +10,15 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.config import GenerationParams
 from prefixfast.config.generation import CACHED_LENGTH
 from prefixfast.data.encode import Input, request_error
 from prefixfast.errors import ConfigError, RequestError, shown
-from prefixfast.model.base import Model
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
 
 logger = logging.getLogger(__name__)
 BUILT_IN = GenerationParams(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,9 +22,11 @@ from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, row_id, text_positions
 from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, check_flag, shown
-from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
 
 Targets = Sequence[str | Sequence[int]] | None
 
