@@ -7,9 +7,10 @@ from typing import Any
 
 from prefixfast import _rust
 from prefixfast.config.json_types import JSON
+from prefixfast.data.columns import has_own_columns, missing_columns
 from prefixfast.data.formats import FORMATS, INPUT_KEYS, TASK_BY_KEY
 from prefixfast.data.row_values import only_key
-from prefixfast.data.rows import Row
+from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, did_you_mean, is_text, shown
 
@@ -130,13 +131,19 @@ def request_task(task: Task, row: Row) -> Task:
     """Choose the task that reads one request.
 
     Args:
-        task: Task of the request's prefix, used if the row has an input key of that task's format.
+        task: Task of the request's prefix. It reads the row if the row has an input key of its format, or of a task of
+            columns, a column of its input.
         row: Row, whose keys choose the task otherwise.
 
     Raises:
         DataError: If the row has no input, or several.
     """
-    key = only_key(row, 0, (*INPUT_KEYS, "input_ids"))
+    if has_own_columns(task, row):
+        return task
+    known = (*INPUT_KEYS, "input_ids")
+    if task.format == "columns" and all(row.get(key) is None for key in known):
+        raise row_error(row, 0, missing_columns(task, row))
+    key = only_key(row, 0, known)
     if key in FORMATS[task.format].inputs:
         return task
     if key in ("prompt", "input_ids"):

@@ -44,10 +44,19 @@ def column_error(name: str, columns: Iterable[object]) -> str:
     return f"expected a column {shown(name)}, got the columns {listed(existing) or 'of an empty row'}{hint}"
 
 
-def nearest_columns(name: str, columns: Iterable[str]) -> list[str]:
-    """At most three columns whose names are most similar to a name, without regard to case and outer white space."""
+def nearest_columns(name: str, columns: Iterable[str], *, similarity: float = 0.6) -> list[str]:
+    """At most three columns whose names are most similar to a name, without regard to case and outer white space.
+
+    Args:
+        name: Name that a user gives.
+        columns: Names of the columns that exist.
+        similarity: Smallest ratio of equal characters, from 0 to 1.
+    """
     by_folded = {folded(c): c for c in columns}
-    return [by_folded[c] for c in difflib.get_close_matches(folded(name)[:MAX_SHOWN], list(by_folded), n=3)]
+    return [
+        by_folded[c]
+        for c in difflib.get_close_matches(folded(name)[:MAX_SHOWN], list(by_folded), n=3, cutoff=similarity)
+    ]
 
 
 def listed(columns: Iterable[str]) -> str:

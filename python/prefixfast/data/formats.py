@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-FormatName: TypeAlias = Literal["prompt", "table", "document", "messages", "text"]
+FormatName: TypeAlias = Literal["prompt", "table", "document", "messages", "text", "columns"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ FORMATS: dict[FormatName, Format] = {
     "document": Format(("document",), ("summary",), ("summary",)),
     "messages": Format(("messages",), (), ("messages",)),
     "text": Format(("text",), (), ("text",)),
+    "columns": Format((), (), ()),  # the task names the columns of inputs and targets
 }
 INPUT_KEYS = tuple(k for f in FORMATS.values() for k in f.inputs)
 TARGET_KEYS = tuple(k for f in FORMATS.values() for k in f.targets)

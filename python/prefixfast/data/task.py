@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 from prefixfast import _rust
 from prefixfast.config.json_types import JSON
 from prefixfast.data.chat import ChatTemplate, chat_pair, chat_text, is_conversation, split_conversation
+from prefixfast.data.column_text import fill_template, table_entries, template_columns
 from prefixfast.data.formats import FORMATS, FormatName
 from prefixfast.data.row_values import only_key, references, text_value
 from prefixfast.data.rows import Row, row_error
@@ -28,8 +29,8 @@ class Task:
     r"""How rows become prompts and targets.
 
     A task fits one row format. Rows with a table (key ``mr``, ``table`` or ``triples``) are first turned into text by
-    the linearizer. `prefixfast.data.TASKS` holds the built-in tasks, and `prefixfast.data.table_task` makes a task for
-    your own tables.
+    the linearizer. `prefixfast.data.TASKS` holds the built-in tasks. `prefixfast.data.table_task` makes a task for
+    your own tables, and `prefixfast.data.column_task` one for rows with columns of your own.
 
     Attributes:
         name: Name of the task, used in messages and recipes.
@@ -37,19 +38,22 @@ class Task:
             table.
         prompt: Template of the prompt. ``{src}`` stands for the linearized table, the document or the prompt, ``{eos}``
             for the model's end token. Conversations and rows with ``text`` do not use the template: the tokenizer's
-            chat template writes the former, and the latter are taken as they are.
-        target: Template of the target. ``{ref}`` stands for the reference, the summary or the completion. Training
-            appends the end token, unless the target ends with it.
+            chat template writes the former, and the latter are taken as they are. For the input ``"columns"`` without
+            a linearizer, ``{name}`` stands for the value in column ``name``.
+        target: Template of the target. ``{ref}`` stands for the reference, the summary or the completion. For the input
+            ``"columns"``, ``{name}`` stands for the value in column ``name``. Training appends the end token, unless
+            the target ends with it.
         strip: Whether leading and trailing white space is removed from generated text.
         init_text: Text whose keys and values a new prefix starts from.
         decoding: Default `GenerationParams` of prefixes that are trained on the task.
         bad_words: Strings that generation never produces. Training stores their tokens as ``bad_words_ids`` in the
             decoding defaults of the prefix.
-        input: Format of the rows: ``"prompt"``, ``"table"``, ``"document"``, ``"messages"`` or ``"text"``. None is
-            ``"table"`` if there is a linearizer, else ``"prompt"``.
+        input: Format of the rows: ``"prompt"``, ``"table"``, ``"document"``, ``"messages"``, ``"text"`` or
+            ``"columns"``. None is ``"table"`` if there is a linearizer, else ``"prompt"``.
         loss_on: Tokens of ``messages`` that count in the loss: ``"last"`` the last answer, ``"assistant"`` every turn
             that the chat template marks with ``{% generation %}``, ``"all"`` every token but the first. ``"auto"`` is
             ``"assistant"`` if the chat template has such marks, else ``"last"``.
+        columns: Columns that the linearizer writes as a table, for the input ``"columns"`` with a linearizer.
 
     Raises:
         ConfigError: If a field has a wrong value, or the linearizer does not match the format.
@@ -70,6 +74,7 @@ class Task:
     bad_words: Sequence[str] = ()
     input: FormatName | None = None
     loss_on: LossOn = "auto"
+    columns: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         texts = ("name", "prompt", "target", "init_text") + (() if self.linearizer is None else ("linearizer",))
@@ -77,20 +82,38 @@ class Task:
             check_string(f"task: {name}", getattr(self, name))
         check_flag(f"task {shown(self.name)}: strip", self.strip)
         check_mapping(f"task {shown(self.name)}: decoding", self.decoding)
-        if not isinstance(self.bad_words, list | tuple) or not all(isinstance(w, str) and w for w in self.bad_words):
-            msg = f"task {shown(self.name)}: bad_words: expected texts that are not empty, got {shown(self.bad_words)}"
-            raise ConfigError(msg)
-        object.__setattr__(self, "bad_words", tuple(self.bad_words))
+        for name in ("bad_words", "columns"):
+            texts = getattr(self, name)
+            if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
+                msg = f"task {shown(self.name)}: {name}: expected texts that are not empty, got {shown(texts)}"
+                raise ConfigError(msg)
+            object.__setattr__(self, name, tuple(texts))
         for name, known in (("input", (None, *FORMATS)), ("loss_on", get_args(LossOn))):
             if not isinstance(getattr(self, name), str | None) or getattr(self, name) not in known:
                 msg = f"task {shown(self.name)}: {name}: expected one of {known}, got {shown(getattr(self, name))}"
                 raise ConfigError(msg)
-        if (self.format == "table") != (self.linearizer is not None):
+        self._check_linearizer()
+
+    def _check_linearizer(self) -> None:
+        """Raise `ConfigError` if linearizer, columns and templates do not match the format."""
+        is_table = self.format == "table" or (self.format == "columns" and bool(self.columns))
+        if is_table != (self.linearizer is not None) or (self.columns and self.format != "columns"):
             msg = (
-                f"task {shown(self.name)}: expected a linearizer exactly for input 'table', got "
-                f"{shown(self.linearizer)} for '{self.format}'"
+                f"task {shown(self.name)}: expected a linearizer exactly for input 'table' and for columns of input "
+                f"'columns', got {shown(self.linearizer)} and columns {shown(self.columns)} for {shown(self.format)}"
             )
             raise ConfigError(msg)
+        if self.format == "columns":
+            for name in ("target",) if is_table else ("prompt", "target"):
+                try:
+                    found = template_columns(getattr(self, name))
+                except ConfigError as e:
+                    msg = f"task {shown(self.name)}: {name}: {e}"
+                    raise ConfigError(msg) from e
+                if not found:
+                    got = shown(getattr(self, name))
+                    msg = f"task {shown(self.name)}: {name}: expected at least one column in braces, got {got}"
+                    raise ConfigError(msg)
 
     @property
     def format(self) -> FormatName:
@@ -113,7 +136,7 @@ class Task:
             DataError: If a row has no input, with the row's number or line, or if messages end with the assistant's
                 message, which is no request.
         """
-        if self.format == "table":
+        if self.linearizer is not None:
             return [self._fill_prompt(source, eos) for source in self._linearize(rows)]
         return [self._prompt(row, i, eos, chat) for i, row in enumerate(rows)]
 
@@ -132,6 +155,13 @@ class Task:
         """
         if self.format == "text":
             return []
+        if self.format == "columns":
+            target = fill_template(self.target, row, number, "target")
+            if not target.strip():
+                names = ", ".join(map(shown, template_columns(self.target)))
+                msg = f"target: expected text in column {names}, got {shown(target)}; fill it in or leave the row out"
+                raise row_error(row, number, msg)
+            return [target]
         keys = FORMATS[self.format].targets
         refs = references(row, number) if self.format == "table" else [text_value(row, number, keys[0])]
         return refs if self.target == "{ref}" else [_fill(self.target, ref=r) for r in refs]
@@ -152,7 +182,7 @@ class Task:
         Raises:
             DataError: If a row is malformed, with its number or line.
         """
-        if self.format == "table":
+        if self.linearizer is not None:
             prompts = self.prompts(rows, eos)
             return [(prompt, self.targets(row, i)) for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True))]
         out = []
@@ -168,13 +198,20 @@ class Task:
         """Whether the tokenizer's chat template writes the row."""
         return self.format in ("prompt", "messages") and is_conversation(row)
 
+    def is_tokenized(self, row: Row) -> bool:
+        """Whether the row is read by its token ids, which only a task of columns does not do."""
+        return "input_ids" in row and self.format != "columns"
+
     def clean(self, text: str) -> str:
         """Generated text, without leading and trailing white space if ``strip`` is set."""
         return text.strip() if self.strip else text
 
     def spec(self) -> dict[str, JSON]:
         """Fields of the task as JSON values, stored as `Prefix.task`."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        fields: dict[str, JSON] = json.loads(json.dumps(dataclasses.asdict(self)))
+        if not self.columns:
+            del fields["columns"]  # earlier versions do not know the field
+        return fields
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, JSON]) -> Task:
@@ -195,7 +232,7 @@ class Task:
             msg = "task: name: expected str, got nothing"
             raise ConfigError(msg)
         for name, value in spec.items():
-            kind = {"decoding": Mapping, "strip": bool, "bad_words": Sequence}.get(name, str)
+            kind = {"decoding": Mapping, "strip": bool, "bad_words": Sequence, "columns": Sequence}.get(name, str)
             optional = name in ("linearizer", "input") and value is None
             if not isinstance(value, kind) and not optional:
                 msg = f"task: {name}: expected {kind.__name__.lower()}, got {shown(value)}"
@@ -206,7 +243,7 @@ class Task:
     def _linearize(self, rows: Sequence[Row]) -> list[str]:
         """Texts of the rows' tables. If the batch is refused, each table is tried alone to find the wrong one."""
         linearizer = _rust.Linearizer.from_spec(self.linearizer or "")
-        tables: list[Any] = [row[only_key(row, i, FORMATS["table"].inputs)] for i, row in enumerate(rows)]
+        tables: list[Any] = [self._table(row, i) for i, row in enumerate(rows)]
         try:
             return linearizer.linearize(tables)
         except (DataError, UnicodeEncodeError) as first:
@@ -220,7 +257,15 @@ class Task:
                     raise row_error(row, i, str(e).removeprefix("row 0: ")) from first
             raise
 
+    def _table(self, row: Row, number: int) -> Any:
+        """Table of a row, as the linearizer takes it."""
+        if self.format == "columns":
+            return table_entries(tuple(self.columns), row, number)
+        return row[only_key(row, number, FORMATS["table"].inputs)]
+
     def _prompt(self, row: Row, number: int, eos: str | None, chat: ChatTemplate | None) -> str:
+        if self.format == "columns":
+            return fill_template(self.prompt, row, number, "prompt")
         key = only_key(row, number, FORMATS[self.format].inputs)
         if self.is_chat(row):
             context, answer = split_conversation(row, number)

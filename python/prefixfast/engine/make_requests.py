@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 from prefixfast.config import GenerationParams
 from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import PLAIN, request_task
+from prefixfast.data.columns import RESERVED, content_keys, has_own_columns, missing_columns
 from prefixfast.data.encode import Input, encode_prompts, request_error
-from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, REQUEST_KEYS, TARGET_KEYS, TOKENIZED_KEYS
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
-from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes
+from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes, check_name, prefix_source
 from prefixfast.engine.sampling_params import ParamSources, base_defaults, check_params, resolve_params
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown, suggestion
 from prefixfast.prefix.compatibility import check_fits, described
@@ -24,7 +24,7 @@ from prefixfast.store import PrefixStore, StoredPrefix
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
 
-KNOWN_KEYS = frozenset({*TOKENIZED_KEYS, *REQUEST_KEYS, *INPUT_KEYS, *TARGET_KEYS, *CHAT_KEYS})
+KNOWN_KEYS = frozenset(RESERVED)
 
 
 def make_requests(
@@ -60,12 +60,11 @@ def make_requests(
     base = base_defaults(model)
     requests = []
     for i, (item, ids, own, task) in enumerate(zip(batch, prompts, assigned, tasks, strict=True)):
-        sources = ParamSources(params, item, [p.decoding for p in own], base)
+        sources = ParamSources(params, request_value(item, task, "params"), [p.decoding for p in own], base)
         resolved = resolve_params(sources, i, len(ids), min(max_model_len, text_positions(model, own)))
         check_params(resolved, i, model.vocab_size)
-        requests.append(
-            Request(index=i, id=row_id(item), ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task)
-        )
+        own_id = request_value(item, task, "id")
+        requests.append(Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task))
     return requests
 
 
@@ -101,7 +100,11 @@ def prefixes_and_tasks(
                 f"{model.max_positions}, the base model's number of positions; use shorter prefixes"
             )
             raise RequestError(msg, index=i)
-    return assigned, _tasks(batch, assigned)
+    tasks = _tasks(batch, assigned)
+    source = prefix_source(batch, prefixes, store)
+    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
+        check_name(item, i, source, is_text=isinstance(item, Mapping) and "prefix" in content_keys(task, item))
+    return assigned, tasks
 
 
 def text_positions(model: Model, prefixes: Sequence[Prefix | StoredPrefix]) -> int:
@@ -109,9 +112,9 @@ def text_positions(model: Model, prefixes: Sequence[Prefix | StoredPrefix]) -> i
     return model.max_positions - max((p.pos_start for p in prefixes), default=0)
 
 
-def row_id(item: Input) -> JSON:
-    """Value of the ``id`` key of a request, None without one."""
-    return item.get("id") if isinstance(item, Mapping) else None
+def request_value(item: Input, task: Task, key: str) -> JSON:
+    """Value of the ``id`` or ``params`` of a request, None without one, and if the task reads this column as text."""
+    return item.get(key) if isinstance(item, Mapping) and key not in content_keys(task, item) else None
 
 
 def make_good_requests(
@@ -157,9 +160,11 @@ def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, .
             with request_error(i):
                 task = by_spec.get(key) or by_spec.setdefault(key, Task.from_spec(spec))
         if isinstance(item, Mapping):
-            if unknown := set(item) - KNOWN_KEYS:
+            unknown = set() if has_own_columns(task, item) else set(item) - KNOWN_KEYS
+            if unknown:
                 first = min(map(str, unknown))
-                msg = f"request {i}: unknown key {shown(first)}; {suggestion(first, sorted(KNOWN_KEYS), listed=99)}"
+                known = f"unknown key {shown(first)}; {suggestion(first, sorted(KNOWN_KEYS), listed=99)}"
+                msg = f"request {i}: {missing_columns(task, item) if task.format == 'columns' else known}"
                 raise RequestError(msg, index=i)
             with request_error(i):
                 task = request_task(task, item)

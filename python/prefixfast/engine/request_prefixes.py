@@ -33,14 +33,7 @@ def assign_prefixes(
         ConfigError: If ``prefixes`` is something else, or does not have one entry per request.
         UnknownPrefixError: For a name that the store does not have.
     """
-    named = next((i for i, item in enumerate(batch) if isinstance(item, Mapping) and "prefix" in item), None)
-    source: object = store if named is not None and prefixes is None and store is not None else prefixes
-    if named is not None and not isinstance(source, Mapping):
-        msg = (
-            f"request {named}: its 'prefix' key needs prefixes to be a mapping of names to prefixes, or a store, got "
-            f"{type(source).__name__}"
-        )
-        raise RequestError(msg, index=named)
+    source: object = prefix_source(batch, prefixes, store)
     if source is None or isinstance(source, Prefix | StoredPrefix | str):
         return [_check_entry(source, i, store) for i in range(len(batch))]
     if isinstance(source, Mapping):
@@ -58,6 +51,39 @@ def assign_prefixes(
         )
         raise ConfigError(msg)
     return [_check_entry(entry, i, store) for i, entry in enumerate(source)]
+
+
+def prefix_source(batch: Sequence[Input], prefixes: Prefixes, store: PrefixStore | None) -> Prefixes | PrefixStore:
+    """Source of the prefixes of a batch: the store for rows with a ``prefix`` key without ``prefixes``, else these."""
+    is_named = any(isinstance(item, Mapping) and "prefix" in item for item in batch)
+    return store if is_named and prefixes is None and store is not None else prefixes
+
+
+def check_name(item: Input, index: int, source: object, *, is_text: bool) -> None:
+    """Check that the ``prefix`` key of a row has one meaning.
+
+    Args:
+        item: Request.
+        index: Place of the request in its batch.
+        source: Source of the prefixes of the batch.
+        is_text: Whether the task of the request's prefix reads the column ``prefix`` as text.
+
+    Raises:
+        RequestError: If the key is to name a prefix and no mapping has it, or if it is text that also names a prefix.
+    """
+    if not isinstance(item, Mapping) or "prefix" not in item or isinstance(source, Mapping) != is_text:
+        return
+    if is_text:
+        msg = (
+            f"request {index}: the prefix reads column 'prefix' as text, so that it cannot also name the prefix; pass "
+            "prefixes=[...] with one entry for each request"
+        )
+    else:
+        msg = (
+            f"request {index}: its 'prefix' key needs prefixes to be a mapping of names to prefixes, or a store, got "
+            f"{type(source).__name__}; remove or rename the column if it names no prefix"
+        )
+    raise RequestError(msg, index=index)
 
 
 def _by_name(item: Input, index: int, prefixes: Mapping[str, object]) -> object:

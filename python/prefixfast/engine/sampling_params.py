@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from prefixfast.config import GenerationParams
 from prefixfast.config.generation import CACHED_LENGTH
-from prefixfast.data.encode import Input, request_error
+from prefixfast.config.json_types import JSON
+from prefixfast.data.encode import request_error
 from prefixfast.errors import ConfigError, RequestError, shown
 
 if TYPE_CHECKING:
@@ -69,13 +70,13 @@ class ParamSources:
 
     Attributes:
         call: Parameters of the call.
-        item: Request as the caller gave it. A row can have a ``params`` key.
+        request: Parameters of the request, the ``params`` of a row; None for a request without them.
         prefixes: Default parameters of the request's prefixes. The last prefix takes precedence.
         base: Parameters of the base model's ``generation_config``.
     """
 
     call: GenerationParams
-    item: Input
+    request: JSON
     prefixes: Sequence[Mapping[str, Any]]
     base: GenerationParams
 
@@ -130,7 +131,7 @@ def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: in
         RequestError: If the parameters are invalid, contradict each other, or ask for more tokens than fit.
     """
     with request_error(index):
-        own: Any = sources.item.get("params") if isinstance(sources.item, Mapping) else None  # `make` checks the type
+        own: Any = sources.request  # `make` checks the type
         asked = sources.call if own is None else sources.call.over(GenerationParams.make(own))
         if (asked.num_beams or 1) > 1 and asked.do_sample:
             msg = f"do_sample=True with num_beams={asked.num_beams}: beam search does not sample; remove one of them"

@@ -19,7 +19,7 @@ from prefixfast.data.encode import (
     vocabulary_error,
 )
 from prefixfast.data.task import Task
-from prefixfast.engine.make_requests import prefixes_and_tasks, row_id, text_positions
+from prefixfast.engine.make_requests import prefixes_and_tasks, request_value, text_positions
 from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, check_flag, shown
 from prefixfast.prefix.prefix import Prefix
@@ -93,7 +93,7 @@ def make_score_requests(
             left = f"the base model has {room - 1} positions left for text"
             msg = f"request {i}: expected at most {room} tokens of prompt and target, got {longest}; {left}"
             raise RequestError(msg, index=i)
-        made.append(ScoreRequest(i, row_id(item), own, examples[i]))
+        made.append(ScoreRequest(i, request_value(item, tasks[i], "id"), own, examples[i]))
     return made
 
 
@@ -124,7 +124,7 @@ def _row_examples(
         if not isinstance(item, Mapping):
             msg = f"request {i}: expected a row with a target, or targets=[...], got {shown(item)}"
             raise RequestError(msg, index=i)
-        groups.setdefault((id(task), "input_ids" in item), []).append(i)
+        groups.setdefault((id(task), task.is_tokenized(item)), []).append(i)
     found: dict[int, list[Example]] = {i: [] for i in range(len(batch))}
     for (_, tokenized), places in groups.items():
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixfast.data.builtin_tasks import PLAIN, request_task
+from prefixfast.data.columns import has_own_columns, has_target
 from prefixfast.data.encode import Input, encode_examples, encode_prompts
-from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, RequestError, shown
 from prefixfast.io.figures import write_figure
@@ -187,10 +187,13 @@ def _encode(model: Model, prefix: PrefixData, prompt: Input, index: int) -> tupl
 
 def _encode_unchecked(model: Model, prefix: PrefixData, prompt: Input) -> tuple[list[int], int]:
     """Token ids as in training: the prompt by the prefix's task, then the first target if the row has one."""
-    if not isinstance(prompt, Mapping) or "input_ids" in prompt:
+    if not isinstance(prompt, Mapping):
         return encode_prompts(model, [prompt], [PLAIN])[0].tolist(), 0
-    task = request_task(PLAIN if prefix.task is None else Task.from_spec(prefix.task), prompt)
-    if task.format == "text" or not (set(prompt) & set(TARGET_KEYS)):
+    task = PLAIN if prefix.task is None else Task.from_spec(prefix.task)
+    if "input_ids" in prompt and not has_own_columns(task, prompt):
+        return encode_prompts(model, [prompt], [PLAIN])[0].tolist(), 0
+    task = request_task(task, prompt)
+    if task.format == "text" or not has_target(task, prompt):
         return encode_prompts(model, [prompt], [task])[0].tolist(), 0
     last = replace(task, loss_on="last")
     example = next(encode_examples(model.require_tokenizer(), model.vocab_size, [prompt], last))

@@ -27,6 +27,9 @@ class TrainArguments(TrainFields, total=False):
     """Keyword arguments of `train` that do not change the type of its result, and the fields of its options."""
 
     task: str | Task | Mapping[str, JSON] | None
+    prompt: str | None
+    target: str | None
+    table: Sequence[str] | None
     eval_data: Rows | Mapping[str, Rows] | None
     init: Init | None
     init_text: str | None

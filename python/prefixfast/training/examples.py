@@ -88,7 +88,7 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
     first, skipped, truncated = [0], 0, 0
     for name, rows in rows_by_name.items():
         with _error_with_name(name):
-            tokenizer = None if "input_ids" in rows[0] else model.require_tokenizer()
+            tokenizer = None if options.task.is_tokenized(rows[0]) else model.require_tokenizer()
             for example in encode_examples(tokenizer, model.vocab_size, rows, options.task):
                 fitted = apply_overflow(example, options.limit, options.overflow)
                 if fitted is None and options.overflow == "error":

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from prefixfast.data.columns import check_columns, reserved_notes
 from prefixfast.data.files import FileRow
+from prefixfast.data.join import sample_joins
 from prefixfast.data.rows import Row, Rows, read_rows, row_error
+from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_string, did_you_mean, shown
+
+logger = logging.getLogger(__name__)
 
 SINGLE_NAME = "prefix"  # name of the prefix of plain rows in logs and in a store
 
@@ -75,6 +82,31 @@ def read_training_rows(
         raise DataError(msg)
     is_single = not isinstance(data, Mapping) and prefix_column is None
     return TrainingRows(rows, eval_rows, is_single, failed, row_numbers)
+
+
+def check_task_rows(rows: TrainingRows, task: Task, *, isolate: bool) -> None:
+    """Check that the rows have the columns that the task reads, and log what a reader of the rows should know.
+
+    Args:
+        rows: Rows of the run. A prefix whose rows lack a column is moved to ``failed``.
+        task: Task of the rows.
+        isolate: Whether an error of one prefix among several is noted instead of raised.
+
+    Raises:
+        DataError: If a column is missing and the error is not isolated, or no prefix is left.
+    """
+    for name, own in list(rows.rows.items()):
+        try:
+            check_columns(task, own)
+        except DataError as e:
+            if not isolate or len(rows.rows) == 1:
+                raise
+            rows.failed[name] = str(e)
+            del rows.rows[name]
+    if notes := reserved_notes(task, itertools.chain.from_iterable(rows.rows.values())):
+        logger.info("%s", "; ".join(notes))
+    if warning := sample_joins(task, rows.rows.values()).warning():
+        logger.warning("%s", warning)
 
 
 def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], isolate: bool) -> dict[str, list[Row]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import find_task
+from prefixfast.data.columns import task_of_columns
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_choice, check_flag, shown
@@ -19,7 +20,7 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
-from prefixfast.training.inputs import TrainingRows, read_training_rows
+from prefixfast.training.inputs import TrainingRows, check_task_rows, read_training_rows
 from prefixfast.training.settings import GivenOptions, resolve_settings
 
 if TYPE_CHECKING:
@@ -35,6 +36,9 @@ class JobArguments:
 
     data: Rows | Mapping[str, Rows]
     task: str | Task | Mapping[str, JSON] | None = None
+    prompt: str | None = None
+    target: str | None = None
+    table: Sequence[str] | None = None
     prefix_column: str | None = None
     eval_data: Rows | Mapping[str, Rows] | None = None
     init: Init | None = None
@@ -122,8 +126,10 @@ def prepare(arguments: JobArguments) -> TrainJob:
     callbacks = CallbackList(a.callbacks)
     given = GivenOptions(a.config, a.prefix_config, a.fields, a.init, a.init_text)
     resolve_settings(given, "")  # report wrong options before the rows are read
+    given_task = task_of_columns(a.task, prompt=a.prompt, target=a.target, table=a.table)
     rows = read_training_rows(a.data, a.eval_data, a.prefix_column, isolate=a.on_error == "isolate")
-    task = _find_task(rows, a.task)
+    task = _find_task(rows, given_task)
+    check_task_rows(rows, task, isolate=a.on_error == "isolate")
     settings = resolve_settings(given, task.name)
     groups = make_groups(
         rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed

@@ -79,6 +79,9 @@ def train(
     data: Rows | Mapping[str, Rows],
     *,
     task: str | Task | Mapping[str, JSON] | None = None,
+    prompt: str | None = None,
+    target: str | None = None,
+    table: Sequence[str] | None = None,
     prefix_column: str | None = None,
     eval_data: Rows | Mapping[str, Rows] | None = None,
     init: Init | None = None,
@@ -111,6 +114,10 @@ def train(
         task: Task that turns rows into prompts and targets: name of a built-in task (``"e2e"``, ``"webnlg"``,
             ``"dart"``, ``"table"``, ``"summary"``, ``"xsum"``, ``"prompt"``, ``"messages"``, ``"text"``) or `Task`.
             None chooses the task by the keys of the rows.
+        prompt: Template of the prompt for rows with columns of your own, for example ``"{name}, {price} ->"``. With
+            ``target`` it takes the place of ``task``; `prefixfast.data.column_task` describes both.
+        target: Column of the target, or a template of columns.
+        table: Columns that are written as a table, in the place of ``prompt``.
         prefix_column: Key of plain rows whose value names the prefix that is trained on the row.
         eval_data: Held-out rows, for all prefixes or by name like ``data``. They are used for the choice of the best
             state, early stopping and `TrainRun.best`.
@@ -176,6 +183,9 @@ def train(
         JobArguments(
             data=data,
             task=task,
+            prompt=prompt,
+            target=target,
+            table=table,
             prefix_column=prefix_column,
             eval_data=eval_data,
             init=init,

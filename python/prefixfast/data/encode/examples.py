@@ -45,7 +45,7 @@ def encode_examples(
     are targets, as in TRL, since no token precedes the first.
 
     Args:
-        tokenizer: Tokenizer; None is allowed only for rows with ``input_ids``.
+        tokenizer: Tokenizer; None is allowed only for rows that are read by their ``input_ids``.
         vocab_size: Number of rows of the embedding, against which all token ids are checked.
         rows: Rows, at least one. Either all of them have ``input_ids`` or none.
         task: Task of the rows.
@@ -55,7 +55,7 @@ def encode_examples(
         DataError: If a row is malformed.
         ConfigError: If the chat template lacks the marks that the task's ``loss_on`` needs.
     """
-    if "input_ids" in rows[0]:
+    if task.is_tokenized(rows[0]):
         yield from (_encode_ids(row, i, vocab_size) for i, row in enumerate(rows))
         return
     assert tokenizer is not None

@@ -50,7 +50,7 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
     chats: dict[int, str] = {}  # the chat template has written the special tokens of these prompts
     by_task: dict[int, list[int]] = {}
     for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
-        if isinstance(item, Mapping) and "input_ids" not in item:
+        if isinstance(item, Mapping) and not task.is_tokenized(item):
             by_task.setdefault(id(task), []).append(i)
     for numbers in by_task.values():
         task = tasks[numbers[0]]
