@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
 from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import SOME_FAILED, printable
@@ -69,6 +70,7 @@ OVERWRITE = typer.Option(
 )
 INIT_WORDS = ("text", "random", "zero")
 EXAMPLE = """prefixfast train gpt2 rows.jsonl -o my-prefix --prefix-length 10
+prefixfast train gpt2 a.csv -o my-prefix --prompt '{name} ->' --target text
 prefixfast train gpt2 ann=ann.jsonl bob=bob.jsonl -o prefixes"""
 
 
@@ -92,6 +94,9 @@ def command(
         typer.Option("-o", "--output", help="Folder of the prefix; of several prefixes, the folder of their folders."),
     ],
     task: Annotated[str | None, TASK] = None,
+    prompt: Annotated[str | None, PROMPT] = None,
+    target: Annotated[str | None, TARGET] = None,
+    table: Annotated[str | None, TABLE] = None,
     prefix_column: Annotated[str | None, PREFIX_COLUMN] = None,
     eval_data: Annotated[list[str] | None, EVAL_DATA] = None,
     init: Annotated[str | None, INIT] = None,
@@ -111,26 +116,11 @@ def command(
 
     The exit status is 3 if some prefixes failed, and 130 if the run was interrupted after a checkpoint.
     """
+    given = {n: v for n, v in locals().items() if n not in ("model", "data", "dry_run", "fields")}
     from prefixfast import train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = _train_arguments(
-        {
-            "output": output,
-            "task": task,
-            "prefix_column": prefix_column,
-            "eval_data": eval_data,
-            "init": init,
-            "init_text": init_text,
-            "on_top_of": on_top_of,
-            "sweep": sweep,
-            "overrides": overrides,
-            "store": store,
-            "resume": resume,
-            "overwrite": overwrite,
-            "on_error": on_error,
-        }
-    )
+    arguments = _train_arguments(given)
     if dry_run:
         from prefixfast.training.estimate import estimate
 
@@ -167,6 +157,7 @@ def _train_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     init, on_top_of, overrides = given["init"], given["on_top_of"], given["overrides"]
     return {
         "task": given["task"],
+        **column_arguments(given["prompt"], given["target"], given["table"]),
         "prefix_column": given["prefix_column"],
         "eval_data": named_files(given["eval_data"]) if given["eval_data"] else None,
         "init": init if init is None or init in INIT_WORDS else Prefix.from_pretrained(init),

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from prefixfast import _rust
 from prefixfast.config.json_types import JSON
 from prefixfast.data.column_names import column_error, listed
-from prefixfast.data.column_text import find_columns, template_columns
+from prefixfast.data.column_text import cell_text, find_columns, template_columns
 from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS, TOKENIZED_KEYS
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
@@ -95,9 +95,7 @@ def column_task(
     )
 
 
-def task_of_columns(
-    task: TaskLike, *, prompt: str | None, target: str | None, table: Sequence[str] | None
-) -> TaskLike:
+def task_of_columns(task: TaskLike, *, prompt: str | None, target: str | None, table: Sequence[str] | None) -> TaskLike:
     """The task that ``prompt``, ``target`` and ``table`` make, or ``task`` without any of them.
 
     Raises:
@@ -139,9 +137,8 @@ def _joined(prompt: str, column: str) -> tuple[str, str]:
         msg = "target: expected the name of a column, or a template with columns in braces, got an empty string"
         raise ConfigError(msg)
     body = prompt.rstrip(" ")
-    if not body or body[-1].isspace():
-        return prompt, f"{{{column}}}"
-    return body, f"{prompt[len(body) :] or ' '}{{{column}}}"
+    gap = prompt[len(body) :] or ("" if body[-1:].isspace() else " ")
+    return body, f"{gap}{{{column}}}"
 
 
 def input_columns(task: Task) -> tuple[str, ...]:
@@ -173,11 +170,11 @@ def has_target(task: Task, row: Row) -> bool:
     if task.format != "columns":
         return any(key in row for key in TARGET_KEYS)
     keys = find_columns(template_columns(task.target), tuple(row))
-    return all(key is not None and row[key] is not None for key in keys)
+    return all(key is not None and (cell_text(row, 0, key) or "").strip() for key in keys)
 
 
 def check_columns(task: Task, rows: Sequence[Row]) -> None:
-    """Check that each column that a task of columns reads exists in some row, before any row is read.
+    """Check that each column that a task of columns reads exists in some row.
 
     Raises:
         DataError: If a column is missing, with the columns that exist and the nearest of them.

@@ -1,4 +1,4 @@
-"""The join of prompt and target, which are tokenized separately: whether a reader could tell where the target begins."""
+"""The join of prompt and target, which are tokenized separately: whether the two run together."""
 
 from __future__ import annotations
 

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from prefixfast.data.column_names import column_error
+from prefixfast.data.column_text import find_columns
 from prefixfast.data.columns import check_columns, reserved_notes
 from prefixfast.data.files import FileRow
 from prefixfast.data.join import sample_joins
 from prefixfast.data.rows import Row, Rows, read_rows, row_error
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, check_string, did_you_mean, shown
+from prefixfast.errors import ConfigError, DataError, check_string, shown
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ def read_training_rows(
     prefix_column: str | None,
     *,
     isolate: bool,
+    keep_column: bool = False,
 ) -> TrainingRows:
     """Read all rows of a run.
 
@@ -53,6 +56,7 @@ def read_training_rows(
         eval_data: Held-out rows for all prefixes, by the same names, or with the same column.
         prefix_column: Key of plain rows whose value names the row's prefix.
         isolate: Whether an error of one name's rows is noted in ``failed``, instead of raised.
+        keep_column: Whether rows keep the column of their prefix's name, for a task of columns that may read it.
 
     Raises:
         ConfigError: If the names of ``data`` and ``eval_data`` differ, or ``prefix_column`` is given with a mapping.
@@ -70,11 +74,15 @@ def read_training_rows(
             msg = "data: expected at least one name with rows, got an empty mapping"
             raise DataError(msg)
     elif prefix_column is not None:
-        rows, row_numbers = _split_by_column(read_rows(data), prefix_column)
+        rows, row_numbers = _split_by_column(read_rows(data), prefix_column, keep=keep_column)
     else:
         rows = {SINGLE_NAME: read_rows(data)}
     names = [*rows, *failed]
-    eval_rows = None if eval_data is None else _read_eval_rows(eval_data, names, prefix_column, failed, isolate)
+    eval_rows = (
+        None
+        if eval_data is None
+        else _read_eval_rows(eval_data, names, prefix_column, failed, isolate, keep=keep_column)
+    )
     rows = {n: r for n, r in rows.items() if n not in failed}
     if not rows:
         name, error = next(iter(failed.items()))
@@ -84,26 +92,19 @@ def read_training_rows(
     return TrainingRows(rows, eval_rows, is_single, failed, row_numbers)
 
 
-def check_task_rows(rows: TrainingRows, task: Task, *, isolate: bool) -> None:
+def check_task_rows(rows: TrainingRows, task: Task) -> None:
     """Check that the rows have the columns that the task reads, and log what a reader of the rows should know.
 
     Args:
-        rows: Rows of the run. A prefix whose rows lack a column is moved to ``failed``.
+        rows: Rows of the run.
         task: Task of the rows.
-        isolate: Whether an error of one prefix among several is noted instead of raised.
 
     Raises:
-        DataError: If a column is missing and the error is not isolated, or no prefix is left.
+        DataError: If no row has a column that a task of columns reads.
     """
-    for name, own in list(rows.rows.items()):
-        try:
-            check_columns(task, own)
-        except DataError as e:
-            if not isolate or len(rows.rows) == 1:
-                raise
-            rows.failed[name] = str(e)
-            del rows.rows[name]
-    if notes := reserved_notes(task, itertools.chain.from_iterable(rows.rows.values())):
+    every = list(itertools.chain.from_iterable(rows.rows.values()))
+    check_columns(task, every)
+    if notes := reserved_notes(task, every):
         logger.info("%s", "; ".join(notes))
     if warning := sample_joins(task, rows.rows.values()).warning():
         logger.warning("%s", warning)
@@ -128,18 +129,18 @@ def _name(key: object) -> str:
     return str(name)
 
 
-def _split_by_column(rows: list[Row], column: str) -> tuple[dict[str, list[Row]], dict[str, list[int]]]:
-    """Rows by the value of a column, without the column, and their numbers for rows that have no line."""
+def _split_by_column(rows: list[Row], column: str, *, keep: bool) -> tuple[dict[str, list[Row]], dict[str, list[int]]]:
+    """Rows by the value of a column, with or without the column, and their numbers for rows that have no line."""
     found: dict[str, list[Row]] = {}
     numbers: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        name = row.get(column)
-        hint = "" if column in row else did_you_mean(column, map(str, row))
+        (key,) = find_columns((column,), tuple(row))
+        if key is None:
+            raise row_error(row, i, f"prefix_column: {column_error(column, row)}")
+        name = row[key]
         if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
-            expected = "the name of the row's prefix (prefix_column)"
-            hint = hint or f"the row has {sorted(map(str, row))}"
-            raise row_error(row, i, f"{column}: expected {expected}, got {shown(name)}; {hint}")
-        own = {k: v for k, v in row.items() if k != column}
+            raise row_error(row, i, f"{key}: expected the name of the row's prefix (prefix_column), got {shown(name)}")
+        own = {k: v for k, v in row.items() if keep or k != key}
         found.setdefault(str(name), []).append(FileRow(own, row.path, row.line) if isinstance(row, FileRow) else own)
         if not isinstance(row, FileRow):
             numbers.setdefault(str(name), []).append(i + 1)
@@ -147,15 +148,21 @@ def _split_by_column(rows: list[Row], column: str) -> tuple[dict[str, list[Row]]
 
 
 def _read_eval_rows(
-    data: Rows | Mapping[str, Rows], names: list[str], column: str | None, failed: dict[str, str], isolate: bool
+    data: Rows | Mapping[str, Rows],
+    names: list[str],
+    column: str | None,
+    failed: dict[str, str],
+    isolate: bool,
+    *,
+    keep: bool,
 ) -> dict[str, list[Row]]:
     if isinstance(data, Mapping):
         found = _read_by_name(data, failed, isolate)
     else:
         rows = read_rows(data)
-        if column is None or not any(column in row for row in rows):
+        if column is None or all(find_columns((column,), tuple(row)) == (None,) for row in rows):
             return dict.fromkeys(names, rows)
-        found, _ = _split_by_column(rows, column)
+        found, _ = _split_by_column(rows, column, keep=keep)
     if unmatched := sorted(set(names) ^ {*found, *failed}):
         msg = f"eval_data: expected the names of data, got {unmatched[:5]} in one of them only"
         raise ConfigError(msg)

@@ -127,9 +127,11 @@ def prepare(arguments: JobArguments) -> TrainJob:
     given = GivenOptions(a.config, a.prefix_config, a.fields, a.init, a.init_text)
     resolve_settings(given, "")  # report wrong options before the rows are read
     given_task = task_of_columns(a.task, prompt=a.prompt, target=a.target, table=a.table)
-    rows = read_training_rows(a.data, a.eval_data, a.prefix_column, isolate=a.on_error == "isolate")
+    keeps = isinstance(given_task, Task) and given_task.format == "columns"  # which reads the columns that it names
+    isolate = a.on_error == "isolate"
+    rows = read_training_rows(a.data, a.eval_data, a.prefix_column, isolate=isolate, keep_column=keeps)
     task = _find_task(rows, given_task)
-    check_task_rows(rows, task, isolate=a.on_error == "isolate")
+    check_task_rows(rows, task)
     settings = resolve_settings(given, task.name)
     groups = make_groups(
         rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
