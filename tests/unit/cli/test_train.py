@@ -264,7 +264,7 @@ def test_an_interrupted_process_exits_with_130(folder, data, tmp_path):
         (("--on-top-of", "nowhere"), "nowhere: no such folder"),
         (("--recipe", "papers"), "recipe: expected default"),
         (("--early-stopping-patience", "2"), "expected eval_steps beside it"),
-        (("--prefix-column", "name"), "rows.jsonl:1: name: expected the name of the row's prefix"),
+        (("--prefix-column", "name"), "rows.jsonl:1: prefix_column: expected a column 'name', got the columns"),
     ],
 )
 def test_mistakes_are_one_message(cli, folder, data, tmp_path, arguments, message):
