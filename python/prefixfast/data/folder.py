@@ -9,14 +9,13 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from prefixfast.data.files import READERS
+from prefixfast.data.files import SPREADSHEETS, SUFFIXES
 from prefixfast.errors import DataError, is_text, printable, shown
 from prefixfast.io.paths import as_path
 
 logger = logging.getLogger(__name__)
 SHOWN = 10  # files in a message
 HIDDEN, FOLDER, NO_ROWS, NO_TEXT = "hidden", "a folder", "no file of rows", "its name is not UTF-8"
-TABLES = (".xlsx", ".xls", ".ods", ".numbers")  # tables that people keep rows in
 
 
 class Folder(Mapping[str, Path]):
@@ -146,7 +145,7 @@ def _no_rows(file: Path) -> str | None:
         return NO_TEXT
     if _stem(file.name) != file.name:
         return None
-    advice = f"; save it as {next(iter(READERS))} or .csv" if file.suffix.lower() in TABLES else ""
+    advice = f"; save it as {SUFFIXES[0]} or .csv" if file.suffix.lower() in SPREADSHEETS else ""
     return NO_ROWS + advice
 
 
@@ -154,11 +153,11 @@ def _stem(name: str) -> str:
     """A file's name without the suffix of a format of rows and ``.gz``; the whole name without such a suffix."""
     inner = name[: -len(".gz")] if name.lower().endswith(".gz") else name
     kind = Path(inner).suffix
-    return inner[: -len(kind)] if kind.lower() in READERS else name
+    return inner[: -len(kind)] if kind.lower() in SUFFIXES else name
 
 
 def _endings() -> str:
-    return f"{', '.join(READERS)} (also with .gz)"
+    return f"{', '.join(SUFFIXES)} (also with .gz)"
 
 
 def _some(skipped: Mapping[str, str]) -> str:

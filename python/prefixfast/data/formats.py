@@ -37,4 +37,6 @@ REQUEST_KEYS = ("prefix", "id", "params")
 CHAT_KEYS = ("tools", "chat_template_kwargs")
 MASK_KEYS = ("completion_mask", "assistant_masks")  # 1 marks a target
 TOKENIZED_KEYS = ("input_ids", "labels", *MASK_KEYS, "attention_mask", "position_ids")
+JSON_KEYS = ("messages", "table", "triples", "mr", "refs", "params", *CHAT_KEYS, *TOKENIZED_KEYS)  # lists or mappings
+KNOWN_KEYS = frozenset({*INPUT_KEYS, *TARGET_KEYS, *REQUEST_KEYS, *CHAT_KEYS, *TOKENIZED_KEYS})
 TASK_BY_KEY = {k: t for f in FORMATS.values() for k, t in zip(f.inputs, f.tasks, strict=True)}

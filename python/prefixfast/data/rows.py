@@ -8,38 +8,42 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.files import FileRow, file_items
+from prefixfast.data.files import FileRow, check_encoding, file_items
 from prefixfast.data.folder import folder_hint
-from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.errors import ConfigError, DataError, printable, shown
 from prefixfast.io.paths import as_path
 
 Row: TypeAlias = Mapping[str, JSON]
 Rows: TypeAlias = str | Path | Iterable[Row]
 
 
-def read_rows(rows: Rows) -> list[Row]:
+def read_rows(rows: Rows, encoding: str | None = None) -> list[Row]:
     """Read all rows of a file or an iterable.
 
     Args:
-        rows: Path of a ``.jsonl``, ``.json`` (a list of objects), ``.csv`` (with a header) or ``.parquet`` (needs
-            pyarrow) file, also with ``.gz``; or an iterable of mappings, such as a ``datasets.Dataset``.
+        rows: Path of a ``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet`` (needs pyarrow) file,
+            also with ``.gz``; or an iterable of mappings, such as a ``datasets.Dataset``.
+        encoding: Encoding of a text file, for example ``"cp1252"``. None takes the encoding of the file's byte order
+            mark, or UTF-8 without one.
 
     Returns:
         At least one row. Rows of a file keep its path and their line, which later errors of the row name.
 
     Raises:
+        ConfigError: If the encoding is unknown.
         DataError: If the file cannot be read, a row is malformed (with path and line), or there are no rows.
 
     Example:
         >>> read_rows([{"prompt": "2+2=", "completion": "4"}])
         [{'prompt': '2+2=', 'completion': '4'}]
     """
+    check_encoding(encoding)
     found: list[Any] = []  # items of an iterable can be anything
     if isinstance(rows, str | os.PathLike):
         path = _data_path(rows)
         if hint := folder_hint(path):
             raise DataError(hint, path=str(path))
-        for item in file_items(path):
+        for item in file_items(path, encoding):
             if isinstance(item, DataError):
                 raise item
             found.append(item)
@@ -53,8 +57,10 @@ def read_rows(rows: Rows) -> list[Row]:
                 msg = f"row {i}: expected a mapping, got {shown(row)}"
                 raise DataError(msg, line=i + 1)
     if not found:
-        msg = "expected at least one row, got none"
-        raise DataError(msg, path=str(rows) if isinstance(rows, str | Path) else None)
+        path_or_none = str(rows) if isinstance(rows, str | os.PathLike) else None
+        where = "" if path_or_none is None else f"{printable(path_or_none)}: "
+        msg = f"{where}expected at least one row, got none"
+        raise DataError(msg, path=path_or_none)
     return found
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from prefixfast.config import GenerationParams
 from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import PLAIN, request_task
-from prefixfast.data.columns import RESERVED, content_keys, has_own_columns, missing_columns
+from prefixfast.data.columns import content_keys, has_own_columns, missing_columns
 from prefixfast.data.encode import Input, encode_prompts, request_error
+from prefixfast.data.formats import KNOWN_KEYS
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
 from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes, check_name, prefix_source
@@ -23,8 +24,6 @@ from prefixfast.store import PrefixStore, StoredPrefix
 
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
-
-KNOWN_KEYS = frozenset(RESERVED)
 
 
 def make_requests(

@@ -187,8 +187,9 @@ def test_errors_name_the_line_of_a_malformed_entry(write, task, value, message):
 CUT = {
     "webnlg: cut": ("webnlg", json.dumps(WEBNLG)[:-1], "']}' at its end"),
     "webnlg: more": ("webnlg", json.dumps(WEBNLG)[:-1] + ', "x": 1}', "']}' at its end"),
-    "webnlg: other keys": ("webnlg", '{"rows": []}', "expected a JSON list of objects, got dict"),
-    "dart: an object": ("dart", '{"entries": []}', "expected a JSON list of objects, got dict"),
+    "webnlg: other keys": ("webnlg", '{"rows": []}', "at least one row"),
+    "webnlg: two lists": ("webnlg", '{"train": [{"a": "b"}], "dev": []}', "expected one list of rows, got the lists"),
+    "dart: an object": ("dart", '{"entries": []}', "expected rows, got the list entries"),
     "dart: cut": ("dart", json.dumps(DART)[:-1], "']' at its end"),
     "webnlg: empty": ("webnlg", '{"entries": []}', "at least one row"),
     "dart: empty": ("dart", "[]", "at least one row"),
@@ -205,7 +206,7 @@ def test_a_file_of_another_layout_is_refused(write, task, text, message):
 
 
 def test_a_bad_csv_row_and_a_bad_split(write):
-    with pytest.raises(DataError, match=r"a\.csv:4: expected 2 columns"):
+    with pytest.raises(DataError, match=r"a\.csv:4: expected 2 cells"):
         read_task("e2e", write("a.csv", E2E.replace(",Three.", "")), "dev")
     with pytest.raises(ConfigError, match="split: expected one of train, dev, test, got 'eval'"):
         read_task("e2e", write("b.csv", E2E), "eval")

@@ -23,9 +23,9 @@ from prefixfast.data.builtin_tasks import E2E, TASKS, find_task, table_task
 from prefixfast.data.rows import read_rows
 from prefixfast.data.task import Task
 
-ROWS = [{"prompt": "a\n£", "completion": 'é, "x"'}, {"prompt": "b", "completion": ""}]
+ROWS = [{"prompt": "a\n£", "completion": 'é, "x"'}, {"prompt": "b", "completion": "c"}]
 JSONL = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ROWS)
-CSV = 'prompt,completion\n"a\n£","é, ""x"""\nb,\n'
+CSV = 'prompt,completion\n"a\n£","é, ""x"""\nb,c\n'
 FILES = {
     "a.jsonl": JSONL,
     "blank.jsonl": "\n" + JSONL.replace("\n", "\n\n  \n"),
@@ -90,7 +90,10 @@ def test_objects_of_a_list_and_their_lines(tmp_path_factory, objects, spaces, in
     assert (rows, [r.line for r in rows]) == (objects, [2 * i + 1 for i in range(len(objects))])
 
 
-@given(st.lists(st.lists(st.text('ab,"\n é', max_size=5), min_size=2, max_size=2), min_size=1, max_size=6))
+CELLS = st.lists(st.text('ab,"\n é', max_size=5), min_size=2, max_size=2).filter(any)  # empty records are blank lines
+
+
+@given(st.lists(CELLS, min_size=1, max_size=6))
 @settings(derandomize=True, deadline=None)
 def test_records_of_a_table_and_their_lines(tmp_path_factory, records):
     out = io.StringIO(newline="")
@@ -102,7 +105,7 @@ def test_records_of_a_table_and_their_lines(tmp_path_factory, records):
     path = tmp_path_factory.getbasetemp() / "records.csv"
     path.write_text(out.getvalue(), encoding="utf8", newline="")
     rows = read_rows(path)
-    assert [[r["a"], r["b"]] for r in rows] == records
+    assert [[r["a"] or "", r["b"] or ""] for r in rows] == records
     assert [r.line for r in rows] == lines
 
 
@@ -136,7 +139,7 @@ MALFORMED = {
     "json: something after the list": ("a.json", b'[{"prompt": "a"}\n]\n{}', 2),
     "json: a key twice": ("a.json", b'[{"prompt": "a"},\n\n {"prompt": "b", "prompt": "c"}]', 3),
     "json: not UTF-8": ("a.json", b'[{"prompt": "a"},\n {"prompt": "\xff"}]', 2),
-    "json: no list": ("a.json", b'{"prompt": "a"}', 1),
+    "json: no object at all": ("a.json", b'"prompt"', 1),
 }
 
 
@@ -205,7 +208,7 @@ UNREADABLE = {
     "blank": ("a.jsonl", b"\n \n"),
     "empty list": ("a.json", b"[]"),
     "header only": ("a.csv", b"prompt,completion\n"),
-    "an object": ("a.json", b'{"prompt": "a"}'),
+    "a number": ("a.json", b"5"),
     "cut list": ("a.json", b'[{"prompt": "a"}'),
     "not UTF-8": ("a.jsonl", b'{"prompt": "\xff"}'),
     "no gzip": ("a.jsonl.gz", GOOD),

@@ -11,7 +11,7 @@ from prefixfast.errors import DataError
 
 
 def e2e_items(path: Path, *, join_references: bool) -> Iterator[Item]:
-    """Yield the rows of an E2E file; the columns ``MR`` and ``REF`` of the test file are written in lower case.
+    """Yield the rows of an E2E file.
 
     Args:
         path: Path of the file.
@@ -22,13 +22,12 @@ def e2e_items(path: Path, *, join_references: bool) -> Iterator[Item]:
         if isinstance(item, DataError):
             yield item
             continue
-        row = FileRow({k.lower() if k in ("MR", "REF") else k: v for k, v in item.items()}, item.path, item.line)
-        mr, ref = row.get("mr"), row.get("ref")
+        mr, ref = item.get("mr"), item.get("ref")
         if not join_references or not isinstance(mr, str) or not isinstance(ref, str):
-            yield row
+            yield item
         elif mr in joined:
             joined[mr][1].append(ref)
         else:
             refs: list[JSON] = [ref]
-            joined[mr] = FileRow({"mr": mr, "refs": refs}, row.path, row.line), refs
+            joined[mr] = FileRow({"mr": mr, "refs": refs}, item.path, item.line), refs
     yield from (row for row, _ in joined.values())

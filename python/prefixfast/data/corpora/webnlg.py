@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prefixfast.data.files import FileRow, Item, decode_utf8, file_items, json_objects, parse_item, read_bytes
+from prefixfast.data.files import FileRow, Item, file_items, json_objects, parse_item, read_text
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError, shown
@@ -24,7 +24,7 @@ def webnlg_items(path: Path, *, good_only: bool) -> Iterator[Item]:
         path: Path of the file.
         good_only: Whether lexicalisations without the comment "good", and entries without a good one, are left out.
     """
-    text = decode_utf8(read_bytes(path), str(path))
+    text = read_text(path)
     start = ENTRIES.match(text)
     if start is None:
         yield from file_items(path)  # a list of rows; this reader reports anything else

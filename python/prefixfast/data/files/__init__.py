@@ -1,0 +1,106 @@
+"""Readers of row files. A reader yields each row with its line, and a `DataError` in place of each malformed row."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prefixfast.data.files.delimited import delimited_items
+from prefixfast.data.files.encodings import as_utf8, check_encoding
+from prefixfast.data.files.items import FileRow, Item, parse_item
+from prefixfast.data.files.json_rows import json_items, json_objects
+from prefixfast.data.files.kinds import SPREADSHEETS, refused_content, refused_suffix
+from prefixfast.data.files.names import renaming
+from prefixfast.data.files.parquet import parquet_items
+from prefixfast.errors import DataError, printable
+from prefixfast.io.untrusted import file_size
+
+__all__ = [
+    "SPREADSHEETS",
+    "SUFFIXES",
+    "FileRow",
+    "Item",
+    "check_encoding",
+    "file_items",
+    "json_objects",
+    "parse_item",
+    "read_text",
+]
+TextReader = Callable[[bytes, str, str], Iterator[Item]]
+TEXT_READERS: dict[str, TextReader] = {
+    ".jsonl": json_items,
+    ".ndjson": json_items,
+    ".json": json_items,
+    ".csv": delimited_items,
+    ".tsv": delimited_items,
+}
+PARQUET = ".parquet"
+SUFFIXES = (*TEXT_READERS, PARQUET)
+
+
+def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
+    """Yield the rows of a file in order, and a `DataError` in place of each malformed row.
+
+    An error after which the rest of the file cannot be read is the last item.
+
+    Args:
+        path: Path of the file; its suffix, before ``.gz``, chooses the reader.
+        encoding: Encoding of a text file. None takes the encoding of the byte order mark, or UTF-8 without one.
+
+    Raises:
+        DataError: If the whole file cannot be read.
+        ConfigError: If the encoding is unknown.
+    """
+    check_encoding(encoding)
+    kind = _kind(path)
+    if kind not in SUFFIXES:
+        advice = refused_suffix(kind)
+        expected = f"expected a file ending in {', '.join(SUFFIXES)} (also with .gz)"
+        msg = f"{path}: {expected}" + (f", got {advice}" if advice else "")
+        raise DataError(msg, path=str(path))
+    raw = _read_bytes(path)
+    _check_content(raw, path, kind)
+    if kind == PARQUET:
+        items = parquet_items(raw, str(path))
+    else:
+        raw = as_utf8(raw, str(path), encoding)
+        items = TEXT_READERS[kind](raw, str(path), kind)
+    yield from map(renaming(), items)
+
+
+def read_text(path: Path) -> str:
+    """Text of a UTF-8 file, decompressed if the file's name ends in ``.gz``.
+
+    Raises:
+        DataError: If the file cannot be read, or the bytes are not UTF-8, with the line.
+    """
+    return as_utf8(_read_bytes(path), str(path)).decode()
+
+
+def _kind(path: Path) -> str:
+    """Suffix of a file in lower case, before ``.gz``."""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
+    return suffixes[-1] if suffixes else ""
+
+
+def _read_bytes(path: Path) -> bytes:
+    """Bytes of a file, decompressed if its name ends in ``.gz``.
+
+    Raises:
+        DataError: If the file cannot be read.
+    """
+    try:
+        file_size(path)
+        return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error, ValueError) as e:
+        msg = f"{printable(str(path))}: cannot be read: {e}"
+        raise DataError(msg, path=str(path)) from e
+
+
+def _check_content(raw: bytes, path: Path, kind: str) -> None:
+    """Raise `DataError` for content of another kind than the suffix says."""
+    if advice := refused_content(raw, path, kind):
+        msg = f"{path}: expected the content of a {kind} file, got {advice}"
+        raise DataError(msg, path=str(path))

@@ -1,0 +1,31 @@
+"""Rows of Parquet files, which pyarrow reads."""
+
+from __future__ import annotations
+
+import importlib
+import io
+from collections.abc import Iterator
+
+from prefixfast.data.files.items import FileRow, Item, malformed
+from prefixfast.errors import DataError
+
+
+def parquet_items(raw: bytes, path: str) -> Iterator[Item]:
+    """Yield the rows of a Parquet file with their numbers.
+
+    Raises:
+        DataError: If pyarrow is not installed.
+    """
+    try:
+        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as e:
+        msg = f"{path}: reading .parquet needs pyarrow: pip install 'prefixfast[data]', or write the rows as .jsonl"
+        raise DataError(msg, path=path) from e
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(io.BytesIO(raw)).iter_batches():
+            for value in batch.to_pylist():
+                number += 1
+                yield FileRow(value, path, number)
+    except (ValueError, OSError, arrow.ArrowException) as e:
+        yield malformed(path, number + 1, f"cannot be read: {e}")
