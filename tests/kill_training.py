@@ -7,6 +7,7 @@ saved a random number of steps, so that the kills hit all parts of a run on fast
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -20,12 +21,14 @@ import torch
 
 import prefixfast
 import tiny
+from prefixfast.store.runs import RUNS
 from prefixfast.training.trainer import train
 from token_rows import rows
 
 STEPS = 30  # steps of a whole run
 MOST_SAVED = 6  # a child is killed before it has saved this many steps
 DEADLINE = 300  # seconds without a saved step after which the script fails
+KINDS = ("several", "lone", "store")  # several prefixes, one, and several without an output folder
 DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4), "d": rows(3, 6)}
 OPTIONS = {
     "batch_size": 2,
@@ -44,29 +47,22 @@ OPTIONS = {
 }
 
 
-def run(model: prefixfast.Model, folder: Path, lone: bool) -> None:
-    """Train from the start or from the checkpoint in ``folder``: one prefix if ``lone``, otherwise several."""
-    if lone:
-        train(
-            model,
-            DATA["b"],
-            eval_data=rows(9, 3),
-            output_dir=folder / "out",
-            store=folder / "store",
-            resume=True,
-            **OPTIONS,
-        )
-        return
-    how = {**OPTIONS, "overrides": {"a": {"max_steps": 7}, "b": {"max_steps": 18}}, "eval_data": rows(9, 3)}
-    train(model, DATA, output_dir=folder / "out", store=folder / "store", resume=True, **how)
+def run(model: prefixfast.Model, folder: Path, kind: str) -> None:
+    """Train from the start or from the checkpoint in ``folder``."""
+    how = {**OPTIONS, "store": folder / "store", "eval_data": rows(9, 3), "resume": True}
+    if kind != "store":
+        how["output_dir"] = folder / "out"
+    if kind != "lone":
+        how["overrides"] = {"a": {"max_steps": 7}, "b": {"max_steps": 18}}
+    train(model, DATA["b"] if kind == "lone" else DATA, **how)
 
 
-def child(model: prefixfast.Model, folder: Path, lone: bool) -> int:
+def child(model: prefixfast.Model, folder: Path, kind: str) -> int:
     """Start `run` in a child process and return its process id."""
     pid = os.fork()
     if pid == 0:
         try:
-            run(model, folder, lone)
+            run(model, folder, kind)
             os._exit(0)
         except BaseException:
             import traceback
@@ -76,13 +72,13 @@ def child(model: prefixfast.Model, folder: Path, lone: bool) -> int:
     return pid
 
 
-def saved(out: Path) -> int:
-    """Step of the checkpoint below ``out``, 0 without a checkpoint."""
-    state = out / "out" / "checkpoint" / "0" / "state.json"
-    try:
-        return json.loads(state.read_text())["state"]["step"]
-    except FileNotFoundError:
-        return 0
+def saved(folder: Path) -> int:
+    """Step of the checkpoint of a run, 0 without a checkpoint."""
+    step = 0
+    for state in (*folder.glob("out/checkpoint/0/state.json"), *folder.glob(f"store/{RUNS}/*/checkpoint/0/state.json")):
+        with contextlib.suppress(FileNotFoundError):
+            step = max(step, json.loads(state.read_text())["state"]["step"])
+    return step
 
 
 def kill(pid: int, out: Path, steps: int, seconds: float) -> bool:
@@ -98,38 +94,39 @@ def kill(pid: int, out: Path, steps: int, seconds: float) -> bool:
     return os.waitpid(pid, 0)[1] == signal.SIGKILL
 
 
-def digests(folder: Path, lone: bool) -> dict[str, list[str]]:
+def digests(folder: Path, kind: str) -> dict[str, list[str]]:
     """Digests of each prefix in the output folder and in the store."""
     store = prefixfast.PrefixStore(folder / "store")
-    if lone:
+    if kind == "lone":
         return {"": [prefixfast.Prefix.from_pretrained(folder / "out").digest, store["prefix"].digest]}
-    return {n: [prefixfast.Prefix.from_pretrained(folder / "out" / n).digest, store[n].digest] for n in DATA}
+    saved_twice = [] if kind == "store" else [{n: prefixfast.Prefix.from_pretrained(folder / "out" / n) for n in DATA}]
+    return {n: [held[n].digest for held in (store, *saved_twice)] for n in DATA}
 
 
 def main(folder: Path, kills: int, seed: int) -> None:
-    """Kill ``kills`` children, in runs of several prefixes and of one in turn, and print the result."""
+    """Kill ``kills`` children in runs of each kind in turn, and print the result."""
     torch.set_num_threads(1)
     model = prefixfast.load(tiny.make("gpt2"))
     start, span, expected = time.perf_counter(), {}, {}
     # The first runs on a machine can take many times as long as later ones, so the second ones are timed.
-    for lone, name in ((False, "cold"), (True, "cold"), (False, "warm"), (True, "warm")):
-        begin, whole = time.perf_counter(), folder / f"whole-{lone}-{name}"
-        assert os.waitpid(child(model, whole, lone), 0)[1] == 0
-        span[lone], expected[lone] = time.perf_counter() - begin, digests(whole, lone)
-    chance, lone = random.Random(seed), False
+    for kind, name in itertools.product(KINDS, ("cold", "warm")):
+        begin, whole = time.perf_counter(), folder / f"whole-{kind}-{name}"
+        assert os.waitpid(child(model, whole, kind), 0)[1] == 0
+        span[kind], expected[kind] = time.perf_counter() - begin, digests(whole, kind)
+    chance = random.Random(seed)
     steps, equal, left = [], True, []
-    for number in itertools.count():
+    for number, kind in enumerate(itertools.cycle(KINDS)):
         if len(steps) == kills:
             break
         out = folder / f"run-{number}"
         for _ in range(min(4, kills - len(steps))):
-            more, seconds = chance.randrange(MOST_SAVED), chance.uniform(0, span[lone] * MOST_SAVED / STEPS)
-            if kill(child(model, out, lone), out, more, seconds):  # a child that ended before its kill does not count
+            more, seconds = chance.randrange(MOST_SAVED), chance.uniform(0, span[kind] * MOST_SAVED / STEPS)
+            if kill(child(model, out, kind), out, more, seconds):  # a child that ended before its kill does not count
                 steps.append(saved(out))
-        status = os.waitpid(child(model, out, lone), 0)[1]
-        equal &= status == 0 and digests(out, lone) == expected[lone]
+        status = os.waitpid(child(model, out, kind), 0)[1]
+        equal &= status == 0 and digests(out, kind) == expected[kind]
         left += [str(p) for p in (*(out / "out").rglob(".*"), *out.glob(".*"))]
-        lone = not lone
+        left += [str(p) for p in out.glob(f"store/{RUNS}/*/*") if p.name not in ("run.json", "log.jsonl")]
     seconds = round(time.perf_counter() - start, 1)
     print(json.dumps({"kills": len(steps), "equal": equal, "left": left, "steps": steps, "seconds": seconds}))
 

@@ -12,11 +12,14 @@ class Receipt:
     Attributes:
         name_sha256: Hex SHA-256 of the deleted name; the name itself is not stored.
         digests: Digests of the deleted versions, oldest first; None for a version whose entry could not be read.
-        files: Number of deleted files.
-        bytes: Size of the deleted files in bytes.
+        files: Number of files that were deleted, or replaced by files without the prefix.
+        bytes: Size of the deleted content in bytes.
         time: Time of the deletion, UTC, ISO 8601.
         place: Absolute path of the store, the only place from which files were deleted. Copies elsewhere, such as the
             output folder of a training run with its checkpoints, exports and backups, stay.
+        checkpoints: Number of checkpoints of training runs in the store from which the prefix was removed.
+        running: Names of the folders of runs that train the prefix now and were left alone. Such a run puts the prefix
+            into the store again; stop it and delete the name again.
     """
 
     name_sha256: str
@@ -25,6 +28,8 @@ class Receipt:
     bytes: int
     time: str
     place: str
+    checkpoints: int = 0
+    running: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

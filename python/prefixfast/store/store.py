@@ -2,7 +2,8 @@
 
 The folder ``{2 hex digits}/{SHA-256 of the name}/{version}/`` holds the files of `Prefix.save_pretrained` and
 ``entry.json``, which tells about a prefix without reading its tensors. A version is written in ``.prefixfast-work`` and
-renamed into place. A removed version is renamed to there first. This module imports no torch until tensors are read.
+renamed into place. A removed version is renamed to there first. `prefixfast.store.runs` describes the folders of
+training runs. This module imports no torch until tensors are read.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from prefixfast.io.paths import as_path
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.import_export import check_export_arguments, export, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
+from prefixfast.store.runs import is_mentioned, remove_names
 from prefixfast.store.verify import checked_places, verify
 from prefixfast.store.versions import publish_version, read_all, read_newest, remove_old_versions, version_folders
 from prefixfast.store.workspace import atomic_removal, sweep, workspace
@@ -243,7 +245,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
                     raise
 
     def delete(self, name: str) -> Receipt:
-        """Remove all versions of a name at once.
+        """Remove all versions of a name at once, and its rows from the checkpoints of training runs in the store.
 
         Args:
             name: Name of the prefix.
@@ -258,19 +260,21 @@ class PrefixStore(Mapping[str, "Prefix"]):
             OSError: If a file cannot be removed. The name is removed in any case, and the next writer tries again.
         """
         folder = self._writable(name)
-        if name not in self:
+        is_stored = name in self
+        if not is_stored and not is_mentioned(self.path, name):
             self._raise_unknown(name)
-        try:
-            with atomic_removal(folder, self.path / WORK) as gone:
-                sync_folder(folder.parent)
-                sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
-                digests = tuple(_digest(version) for version in version_folders(gone))
-        except FileNotFoundError:
-            self._raise_unknown(name)
-        finally:
-            self._names.pop(folder.name, None)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return Receipt(folder.name, digests, len(sizes), sum(sizes), now, str(self.path))
+        sizes, digests = self._remove(folder, name) if is_stored else ([], ())
+        removed = remove_names(self.path, [name])
+        return Receipt(
+            folder.name,
+            digests,
+            len(sizes) + removed.files,
+            sum(sizes) + removed.bytes,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            str(self.path),
+            removed.checkpoints,
+            removed.running,
+        )
 
     # ---- many at a time ----
 
@@ -337,6 +341,19 @@ class PrefixStore(Mapping[str, "Prefix"]):
         return [one if isinstance(one, Outcome) else export(self, one.name, root) for one in chosen]
 
     # ---- helpers ----
+
+    def _remove(self, folder: Path, name: str) -> tuple[list[int], tuple[str | None, ...]]:
+        """Remove the folder of a name; returns the sizes of the removed files and the digests of the versions."""
+        try:
+            with atomic_removal(folder, self.path / WORK) as gone:
+                sync_folder(folder.parent)
+                sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
+                digests = tuple(_digest(version) for version in version_folders(gone))
+        except FileNotFoundError:
+            self._raise_unknown(name)
+        finally:
+            self._names.pop(folder.name, None)
+        return sizes, digests
 
     def _import(self, name: str, folder: Path, prefix: Prefix) -> Outcome:
         if self._has(name, prefix):

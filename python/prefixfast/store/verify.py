@@ -13,10 +13,11 @@ from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import identity
 from prefixfast.store.entry import read_entry
 from prefixfast.store.reports import Check, Outcome
+from prefixfast.store.runs import STATE, TENSORS
 from prefixfast.store.versions import version_folders
 
 # Files of a training checkpoint. Its tensors are no prefix; the other file has the digest of each finished prefix.
-CHECKPOINT = {"state.json", "state.safetensors"}
+CHECKPOINT_FILES = {STATE, TENSORS}
 
 
 def checked_places(also: Iterable[str | os.PathLike[str]], absent: str | None) -> list[Path]:
@@ -99,7 +100,7 @@ def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
             except FileNotFoundError:  # removed by another process
                 continue
         tensor_files = {n for n in names if n.endswith(".safetensors")}
-        if tensor_files - (CHECKPOINT if set(names) >= CHECKPOINT else set()):
+        if tensor_files - (CHECKPOINT_FILES if set(names) >= CHECKPOINT_FILES else set()):
             before = identity(Path(folder))
             try:
                 if Prefix.from_pretrained(Path(folder)).digest == digest:

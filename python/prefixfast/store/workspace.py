@@ -13,7 +13,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from prefixfast.io.atomic import PATIENCE, STALE_SECONDS
@@ -47,12 +47,12 @@ def workspace(root: Path) -> Iterator[Path]:
         OSError: If the folder cannot be created.
     """
     root.mkdir(exist_ok=True)
-    folder, fd = _new_locked(root)
+    folder, fd = new_locked(root, lambda: secrets.token_hex(8))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        _close(fd)
+        unlock(fd)
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def atomic_removal(folder: Path, root: Path) -> Iterator[Path]:
         yield gone
         _remove(gone)
     finally:
-        _close(fd)
+        unlock(fd)
 
 
 def sweep(root: Path) -> int:
@@ -104,31 +104,31 @@ def sweep(root: Path) -> int:
 
 
 def _sweep(folder: Path) -> bool:
-    fd = _lock(folder)
+    fd = lock(folder)
     try:
         if fd is None and time.time() - folder.stat().st_mtime < STALE_SECONDS:
             return False
         shutil.rmtree(folder, ignore_errors=True)
     finally:
-        _close(fd)
+        unlock(fd)
     return not folder.exists()
 
 
 def _lock_current(folder: Path) -> int | None:
-    """Lock the folder that a path leads to now, as `_lock` does.
+    """Lock the folder that a path leads to now, as `lock` does.
 
     Between opening and locking, another process can remove the folder and a third one can make a new folder of the same
     path. A lock of the removed folder protects nothing.
     """
     while True:
-        fd = _lock(folder)
+        fd = lock(folder)
         try:
             if fd is None or os.path.samestat(os.fstat(fd), folder.stat()):
                 return fd
         except BaseException:
-            _close(fd)
+            unlock(fd)
             raise
-        _close(fd)
+        unlock(fd)
 
 
 def _remove(folder: Path) -> None:
@@ -143,21 +143,29 @@ def _remove(folder: Path) -> None:
             return
 
 
-def _new_locked(root: Path) -> tuple[Path, int | None]:
-    """A new folder in ``root`` and the descriptor of its lock."""
+def new_locked(root: Path, make_name: Callable[[], str]) -> tuple[Path, int | None]:
+    """Make a folder and lock it.
+
+    Args:
+        root: Folder of the new folder.
+        make_name: Function that makes a new name at each call.
+
+    Returns:
+        New folder, and the descriptor of its lock as of `lock`.
+    """
     while True:
-        folder = root / secrets.token_hex(8)
+        folder = root / make_name()
         folder.mkdir()
         try:
-            fd = _lock(folder)
+            fd = lock(folder)
         except (FileNotFoundError, BlockingIOError):  # another process swept the folder before it was locked
             continue
         if folder.exists():
             return folder, fd
-        _close(fd)
+        unlock(fd)
 
 
-def _lock(folder: Path) -> int | None:
+def lock(folder: Path) -> int | None:
     """Lock a folder until the descriptor is closed or the process ends.
 
     Returns:
@@ -180,6 +188,7 @@ def _lock(folder: Path) -> int | None:
     return fd
 
 
-def _close(fd: int | None) -> None:
+def unlock(fd: int | None) -> None:
+    """Give up a lock; None is that of a folder that cannot be locked."""
     if fd is not None:
         os.close(fd)

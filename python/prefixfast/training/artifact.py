@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from prefixfast.data.encode import vocabulary_error
 from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup, PrefixJob
+from prefixfast.training.identity import IDENTITY
 from prefixfast.training.job import TrainJob
 from prefixfast.training.settings import option_values
 
@@ -24,12 +26,14 @@ class PrefixBuilder:
         job: Training job, with the task and the frozen prefix.
         group: Group with resolved options.
         num_trained: Number of parameters that training adjusts for one prefix.
+        identities: Identity of the training of each prefix by name.
     """
 
     model: Model
     job: TrainJob
     group: PrefixGroup
     num_trained: int
+    identities: Mapping[str, str]
 
     def build(self, prefix_job: PrefixJob, kv: dict[str, Tensor], metrics: dict[str, float]) -> Prefix:
         """Make a prefix.
@@ -44,6 +48,7 @@ class PrefixBuilder:
         """
         prefix_config, task, before = self.group.prefix_config, self.job.task, self.job.on_top_of
         training: dict[str, JSON] = {"num_trained": self.num_trained, "metrics": metrics}
+        training[IDENTITY] = self.identities[prefix_job.name]
         if prefix_config.frozen_rows:
             training["num_frozen_tokens"] = prefix_config.frozen_rows  # such a prefix is a CARTRIDGE in PEFT
         training |= {"config": option_values(prefix_job.config), "prefix_config": option_values(prefix_config)}

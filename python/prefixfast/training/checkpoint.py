@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import read_stable, recover_folder, replace_folder, write_file
 from prefixfast.io.untrusted import read_json
+from prefixfast.store.runs import STATE, TENSORS
 from prefixfast.training.identity import differences
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-STATE, TENSORS = "state.json", "state.safetensors"
 VERSION = 1
 SHOWN_DIFFERENCES = 8
 
@@ -29,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         identity: Identity of the run: base model, data and options.
-        state: State other than tensors: step, finished and failed prefixes, number of log lines.
+        state: State other than tensors: names, step, finished and failed prefixes, number of log lines.
         tensors: Tensors by name; empty before the first step.
     """
 
@@ -83,6 +83,21 @@ class Checkpoint:
             msg = f"{folder / TENSORS}: cannot be read: {e}; remove {folder} to start again"
             raise DataError(msg, path=str(folder / TENSORS)) from e
         return cls(identity, state, tensors)
+
+    def only(self, names: Sequence[str], identity: Mapping[str, Any], num_lines: int) -> Checkpoint:
+        """State of some of the prefixes.
+
+        Args:
+            names: Names of the prefixes, in the order of the result.
+            identity: Identity of their group.
+            num_lines: Number of log lines of the run that continues.
+        """
+        held = self.state["names"]
+        rows = [held.index(name) for name in names]
+        tensors = {n: t.unflatten(0, (len(held), -1))[rows].flatten(0, 1) for n, t in self.tensors.items()}
+        of_names = {key: {n: v for n, v in self.state[key].items() if n in names} for key in ("finished", "failed")}
+        state = self.state | of_names | {"names": list(names), "log_lines": num_lines}
+        return Checkpoint(dict(identity), state, tensors)
 
     def check_identity(self, identity: Mapping[str, Any], folder: Path) -> None:
         """Check that the checkpoint belongs to a run.

@@ -73,14 +73,15 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     of_job = {f.name for f in dataclasses.fields(JobArguments)}
     fields = {n: v for n, v in values.items() if n not in of_job}
     job = prepare(JobArguments(data, fields=fields, **{n: v for n, v in values.items() if n in of_job}))
-    from prefixfast.training.loop import GroupTrainer  # imports torch, which a refused call needs not wait for
+    from prefixfast.training.group_data import tokenize_group  # imports torch, which a refused call needs not wait for
+    from prefixfast.training.loop import GroupTrainer
     from prefixfast.training.resilience import gradient_checkpointing
 
     measured: list[tuple[GroupTrainer, float]] = []
     with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
         job.check_model(base)
         for number in range(len(job.groups)):
-            trainer = GroupTrainer(base, job, number, OutputDir(None, None, is_single=True))
+            trainer = GroupTrainer(tokenize_group(base, job, number), number, OutputDir(None, None, is_single=True))
             measured.append((trainer, _time_second_step(trainer)))
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
         on_gpu = base.device.type == "cuda"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 # Options that do not change results, so that a run may be resumed with other values.
 IGNORED_OPTIONS = ("recipe", "token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
+IDENTITY = "identity"  # key of `Prefix.training` under which a run finds what an earlier run has finished
+SHARED_PARTS = ("base", "task", "prefix_config", "init_text", "on_top_of")  # the same for all prefixes of a group
 
 
 def run_identity(
@@ -48,6 +52,27 @@ def run_identity(
         "init_text": job.init_text,
         "on_top_of": None if job.on_top_of is None else job.on_top_of.digest,
     }
+
+
+def prefix_identities(identity: Mapping[str, Any]) -> dict[str, str]:
+    """Identity of the training of each prefix of a group: a digest of its base model, rows and options.
+
+    It is the same alone and among other prefixes, so that a run can tell which prefixes an earlier run has finished.
+
+    Args:
+        identity: Identity of the group, as `run_identity` makes it or as a checkpoint holds it.
+
+    Returns:
+        Hex SHA-256 by name.
+    """
+    shared = {part: identity[part] for part in SHARED_PARTS}
+    config = {name: value for name, value in identity["config"].items() if name not in IGNORED_OPTIONS}
+    found = {}
+    for name, digest in identity["data"].items():
+        own = {"data": digest, "eval_data": identity["eval_data"].get(name), "init": identity["init"][name]}
+        values = shared | own | {"config": config | identity["own config"].get(name, {})}
+        found[name] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return found
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ Shape letter: n prefixes of the group.
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,18 +17,15 @@ from tqdm.auto import tqdm
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError, shown
-from prefixfast.model.base import Model, compute_line
+from prefixfast.model.base import compute_line
 from prefixfast.model.process import check_not_exiting
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.artifact import PrefixBuilder
 from prefixfast.training.best_state import BestState
 from prefixfast.training.checkpoint import Checkpoint
-from prefixfast.training.dataset import Dataset, build_dataset
 from prefixfast.training.early_stopping import out_of_patience
-from prefixfast.training.examples import TokenizeOptions
-from prefixfast.training.groups import PrefixGroup
-from prefixfast.training.identity import run_identity
-from prefixfast.training.init import initial_kv, resolve_config
+from prefixfast.training.group_data import GroupData
+from prefixfast.training.init import initial_kv
 from prefixfast.training.job import TrainJob
 from prefixfast.training.metrics import prefix_metrics
 from prefixfast.training.output_dir import OutputDir
@@ -42,74 +38,45 @@ MAX_LOGGED_PREFIXES = 20  # largest group whose log lines hold the losses of eac
 
 
 class GroupTrainer:
-    """Trains one group of a job.
+    """Trains one group of prefixes.
 
     Args:
-        model: Base model.
-        job: Training job.
-        number: Number of the group in the job.
+        data: Group with its rows.
+        number: Number of the group in the run.
         output: Output folder and store.
 
     Attributes:
         prefixes: Finished prefixes by name.
         finished: Digest and metrics of each finished prefix by name.
         failed: Error message of each failed prefix by name.
+        resumed: Names of the prefixes that an earlier run has finished.
 
     Raises:
         ConfigError: If options do not fit the base model.
-        DataError: If rows are malformed and failures are not isolated, or no prefix is left.
         BaseMismatchError: If a given prefix was made for another base model.
     """
 
-    def __init__(self, model: Model, job: TrainJob, number: int, output: OutputDir) -> None:
-        self.model, self.job, self.number, self.output = model, job, number, output
+    def __init__(self, data: GroupData, number: int, output: OutputDir) -> None:
+        self.data, self.number, self.output = data, number, output
+        self.model, self.job, self.group = data.model, data.job, data.group
+        self.eval_dataset, self.config = data.eval_dataset, data.group.config
         self.prefixes: dict[str, Prefix] = {}
         self.finished: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
-        every, before = job.groups[number], [] if job.on_top_of is None else [job.on_top_of]
-        every = replace(every, prefix_config=resolve_config(model, every, job.init_options))
-        failed_sources: dict[str, str] = {}
-        dataset, self.eval_dataset = self._tokenize(every, failed_sources)
-        left = (self.eval_dataset or dataset).span
-        self.group = replace(every, jobs=tuple(j for j in every.jobs if j.source in left))
-        self.config = self.group.config
+        self.resumed: list[str] = []
+        before = [] if self.job.on_top_of is None else [self.job.on_top_of]
         jobs, prefix_config = self.group.jobs, self.group.prefix_config
         self.names = [j.name for j in jobs]
-        self.counts = [dataset.counts[j.source] for j in jobs]
-        self.identity = run_identity(model, job, self.group, dataset, self.eval_dataset)
-        init = initial_kv(model, jobs, prefix_config, job.init_options, before)
-        data = GroupExamples(dataset.examples, dataset.spans(j.source for j in jobs))
-        self.runner = StepRunner(model, self.group, init, data, job.on_top_of)
-        self.builder = PrefixBuilder(model, job, self.group, self.runner.params.num_trained)
+        self.counts = [data.dataset.counts[j.source] for j in jobs]
+        init = initial_kv(self.model, jobs, prefix_config, self.job.init_options, before)
+        examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.source for j in jobs))
+        self.runner = StepRunner(self.model, self.group, init, examples, self.job.on_top_of)
+        self.builder = PrefixBuilder(self.model, self.job, self.group, self.runner.params.num_trained, data.identities)
         self.num_steps = 0
         self.progress = GroupProgress.new(self.runner.total)
         keeps_best = self.eval_dataset is not None and self.config.metric_for_best_model != "last"
         self.best = BestState.new(self.runner.params.current() if keeps_best else [], len(jobs))
         self.patience = torch.tensor([j.config.early_stopping_patience or 0 for j in jobs])
-        for prefix_job in every.jobs:
-            if prefix_job.source in failed_sources:
-                self._note_failure(prefix_job.name, failed_sources[prefix_job.source])
-
-    def _tokenize(self, group: PrefixGroup, failed: dict[str, str]) -> tuple[Dataset, Dataset | None]:
-        """Training and held-out examples; the errors of prefixes go to ``failed`` if failures are isolated."""
-        rows, before = self.job.rows, self.job.on_top_of
-        start = max(group.pos_start, 0 if before is None else before.pos_start)
-        room = self.model.max_positions - start
-        if room < 1:
-            msg = (
-                f"prefix_length: rows start at position {start} behind the prefix, expected a position below "
-                f"{self.model.max_positions}, the base model's number of positions; use a shorter prefix"
-            )
-            raise ConfigError(msg)
-        limit = min(room, group.config.max_length or room)
-        options = TokenizeOptions(self.job.task, limit, group.config.overflow)
-        note = failed if self.job.isolate else None
-        sources = {j.source: rows.rows[j.source] for j in group.jobs}
-        dataset = build_dataset(self.model, sources, options, row_numbers=rows.row_numbers, failed=note)
-        if rows.eval_rows is None:
-            return dataset, None
-        held_out = {source: rows.eval_rows[source] for source in dataset.span}
-        return dataset, build_dataset(self.model, held_out, options, failed=note)
 
     def run(self, progress: bool | None) -> None:
         """Train until no prefix is active.
@@ -205,7 +172,7 @@ class GroupTrainer:
 
     def _write_log(self, result: StepResult, evaluated: Tensor | None) -> None:
         """Write the log lines of this step."""
-        group: dict[str, JSON] = {"group": self.number} if len(self.job.groups) > 1 else {}
+        group: dict[str, JSON] = {"group": self.number} if self.number or len(self.job.groups) > 1 else {}
         now = result.active
         if self.num_steps % self.config.logging_steps == 0 or not self.is_active:
             values: dict[str, JSON] = {
@@ -265,17 +232,13 @@ class GroupTrainer:
         if not self.job.isolate:
             msg = f"prefix {shown(self.names[i])}: {error}"
             raise ConfigError(msg)
-        self._note_failure(self.names[i], error)
-
-    def _note_failure(self, name: str, error: str) -> None:
-        logger.warning("prefix %r failed: %s", name, error)
-        self.failed[name] = self.job.rows.failed[name] = error
-        self.output.write_failed(self.job.rows.failed)
-        self.job.callbacks.call("on_prefix_failed", name, error)
+        self.failed[self.names[i]] = error
+        note_failure(self.job, self.output, self.names[i], error)
 
     def _checkpoint(self) -> Checkpoint:
         """State between two steps; without the large tensors once all prefixes have ended."""
         state = {
+            "names": self.names,
             "step": self.num_steps,
             "token_budget": self.runner.budget.tokens,
             "log_lines": len(self.output.log),
@@ -286,24 +249,17 @@ class GroupTrainer:
         if self.is_active:
             tensors |= {f"steps.{n}": t for n, t in self.runner.state().items()}
             tensors |= {f"best.{n}": t for n, t in self.best.state().items()}
-        return Checkpoint(self.identity, state, tensors)
+        return Checkpoint(self.data.identity, state, tensors)
 
     def _start_checkpoint(self) -> Checkpoint:
         """State before the first step, by which a run that is killed soon is told from others when it is resumed."""
-        state = {"step": 0, "log_lines": len(self.output.log), "finished": {}, "failed": {}}
-        return Checkpoint(self.identity, state, {})
+        state = {"names": self.names, "step": 0, "log_lines": len(self.output.log), "finished": {}, "failed": {}}
+        return Checkpoint(self.data.identity, state, {})
 
     def _restore(self) -> bool:
         """Continue from the group's checkpoint; False without one."""
-        folder = self.output.checkpoint_folder(self.number)
-        found = None if folder is None else Checkpoint.read(folder)
-        if folder is None or found is None:
-            logger.info("resume: there is no checkpoint in %s, starting at the first step", folder)
-            self.output.drop_group_from_log(self.number)
-            return False
-        found.check_identity(self.identity, folder)
-        if found.is_start:
-            self.output.drop_group_from_log(self.number)
+        found = self.output.read_checkpoint(self.number, self.data.identity)
+        if found is None:
             return False
         state, tensors, budget = found.state, found.tensors, self.runner.budget
         self.num_steps, self.finished = state["step"], state["finished"]
@@ -317,19 +273,22 @@ class GroupTrainer:
         for name, error in state["failed"].items():
             self.failed[name] = self.job.rows.failed[name] = error
         self.output.write_failed(self.job.rows.failed)
-        for name in self.finished:
-            self._reload_finished(name)
+        for name, about in self.finished.items():
+            self.prefixes[name] = self.output.read_finished(name, about["digest"])
+            self.resumed.append(name)
         return True
 
-    def _reload_finished(self, name: str) -> None:
-        """Read a prefix that an earlier run finished."""
-        folder = self.output.prefix_folder(name)
-        assert folder is not None
-        prefix = Prefix.from_pretrained(folder)
-        if prefix.digest != self.finished[name]["digest"]:
-            msg = (
-                f"{folder}: expected the prefix that this run finished; another one lies there: give overwrite=True "
-                "instead of resume=True to start again and replace it"
-            )
-            raise DataError(msg, path=str(folder))
-        self.prefixes[name] = prefix
+
+def note_failure(job: TrainJob, output: OutputDir, name: str, error: str) -> None:
+    """Report a prefix that ends without a result.
+
+    Args:
+        job: Training job.
+        output: Output folder and store.
+        name: Name of the prefix.
+        error: Error message.
+    """
+    logger.warning("prefix %r failed: %s", name, error)
+    job.rows.failed[name] = error
+    output.write_failed(job.rows.failed)
+    job.callbacks.call("on_prefix_failed", name, error)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from prefixfast.training.best_state import BestState
-from prefixfast.training.progress import GroupProgress
+if TYPE_CHECKING:
+    from prefixfast.prefix.prefix import Prefix
+    from prefixfast.training.best_state import BestState
+    from prefixfast.training.progress import GroupProgress
 
 
 def prefix_metrics(
@@ -30,3 +34,9 @@ def prefix_metrics(
         found["eval_loss"] = float(best.loss[i] if has_best else progress.eval_loss[i])
         found["best_step"] = float(best.step[i] if has_best else progress.num_done[i])
     return found | {name: float(count) for name, count in counts.items()}
+
+
+def stored_metrics(prefix: Prefix) -> dict[str, float]:
+    """Metrics that a saved prefix carries; a number that is not finite, which JSON cannot hold, is NaN."""
+    found: Any = prefix.training.get("metrics") or {}
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}

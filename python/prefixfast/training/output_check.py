@@ -12,9 +12,8 @@ from pathlib import Path
 from prefixfast.errors import ConfigError, shown
 from prefixfast.prefix.folder import foreign_adapter
 from prefixfast.store.import_export import is_adapter
-from prefixfast.training.checkpoint import STATE, TENSORS
+from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
 
-LOG, FAILED, CHECKPOINT = "log.jsonl", "failed.jsonl", "checkpoint"
 RESERVED_NAMES = ("", ".", "..", LOG, FAILED, CHECKPOINT)
 LONGEST_EXTRA = ".{}.xxxxxxxx.tmp"  # name of the folder in which a prefix folder is written
 SHOWN = 5  # names in a message

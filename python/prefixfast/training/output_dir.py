@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
+from prefixfast.errors import DataError
 from prefixfast.io.atomic import recover_folder, replace_file
 from prefixfast.io.json_lines import json_line
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
-from prefixfast.training.checkpoint import STATE, TENSORS
-from prefixfast.training.output_check import CHECKPOINT, FAILED, LOG
+from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
+from prefixfast.training.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from prefixfast.training.group_data import GroupData
+
+logger = logging.getLogger(__name__)
 
 
 class OutputDir:
@@ -30,6 +37,7 @@ class OutputDir:
 
     Attributes:
         log: Lines of the log.
+        unchanged: Prefixes by name that are not trained, since the store holds them with the same rows and options.
     """
 
     def __init__(
@@ -37,6 +45,7 @@ class OutputDir:
     ) -> None:
         self.folder, self.store, self.names, self.is_single = folder, store, names, is_single
         self.log: list[dict[str, JSON]] = []
+        self.unchanged: dict[str, Prefix] = {}
         self._start = time.perf_counter()
 
     def open(self, *, resume: bool) -> None:
@@ -58,7 +67,57 @@ class OutputDir:
             (self.folder / FAILED).unlink(missing_ok=True)
         if not resume or not (self.folder / LOG).exists():
             replace_file(self.folder / LOG, b"")
-        self.log = list(_read_lines(self.folder / LOG))
+        self.log = list(read_lines(self.folder / LOG))
+
+    def parts(self, data: GroupData, *, resume: bool) -> list[GroupData]:
+        """Groups that are trained one after the other in place of a group: here the group itself."""
+        return [data]
+
+    def read_checkpoint(self, number: int, identity: Mapping[str, Any]) -> Checkpoint | None:
+        """Read the checkpoint from which a group continues, and keep the lines of the log up to it.
+
+        Args:
+            number: Number of the group.
+            identity: Identity of the group.
+
+        Returns:
+            Checkpoint, None if the group starts at the first step.
+
+        Raises:
+            ConfigError: If the checkpoint is of another run.
+            DataError: If the checkpoint is damaged.
+        """
+        folder = self.checkpoint_folder(number)
+        found = None if folder is None else Checkpoint.read(folder)
+        if folder is None or found is None:
+            logger.info("resume: there is no checkpoint in %s, starting at the first step", folder)
+        else:
+            found.check_identity(identity, folder)
+            if not found.is_start:
+                return found
+        self.drop_group_from_log(number)
+        return None
+
+    def read_finished(self, name: str, digest: str) -> Prefix:
+        """Read a prefix that an earlier run finished.
+
+        Args:
+            name: Name of the prefix.
+            digest: Digest of the prefix.
+
+        Raises:
+            DataError: If the folder is damaged or holds another prefix.
+        """
+        folder = self.prefix_folder(name)
+        assert folder is not None
+        prefix = Prefix.from_pretrained(folder)
+        if prefix.digest != digest:
+            msg = (
+                f"{folder}: expected the prefix that this run finished; another one lies there: give overwrite=True "
+                "instead of resume=True to start again and replace it"
+            )
+            raise DataError(msg, path=str(folder))
+        return prefix
 
     def truncate_log(self, num_lines: int) -> None:
         """Keep the first lines of the log only.
@@ -121,6 +180,16 @@ class OutputDir:
         if not (resumed and name in self.store and self.store.info(name).digest == prefix.digest):
             self.store.put(name, prefix)
 
+    def end(self, finished: Sequence[str]) -> None:
+        """Remove what only an unfinished run needs; here nothing.
+
+        Args:
+            finished: Names of the prefixes that the run has saved.
+        """
+
+    def close(self) -> None:
+        """Let other processes use the files; here nothing."""
+
     def write_failed(self, failed: Mapping[str, str]) -> None:
         """Replace ``failed.jsonl``.
 
@@ -132,7 +201,7 @@ class OutputDir:
             replace_file(self.folder / FAILED, b"".join(lines))
 
 
-def _read_lines(path: Path) -> Iterator[dict[str, JSON]]:
+def read_lines(path: Path) -> Iterator[dict[str, JSON]]:
     """Lines of a log, without a last line that was cut while it was written."""
     with contextlib.suppress(ValueError):
         for line in path.read_bytes().splitlines():  # those of a string would also end at U+2028 in a name

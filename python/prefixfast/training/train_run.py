@@ -29,6 +29,7 @@ class TrainRun(Mapping[str, Prefix]):
         log: Lines of ``log.jsonl``.
         failed: Error message by name, for prefixes without a result.
         variants: Options that a sweep varies, by name, with the name of the rows under ``"of"``; empty without a sweep.
+        unchanged: Names of the prefixes that an earlier run had finished, so that a resumed run did not train them.
 
     Example:
         >>> run = train(base, rows, eval_data=rows, max_steps=2, sweep={"learning_rate": [1e-9, 1e-2]})
@@ -44,6 +45,7 @@ class TrainRun(Mapping[str, Prefix]):
     log: list[dict[str, JSON]]
     failed: dict[str, str] = field(default_factory=dict)
     variants: dict[str, dict[str, JSON | Prefix]] = field(default_factory=dict)
+    unchanged: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """One line with the numbers of trained and failed prefixes."""

@@ -10,7 +10,7 @@ from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
 from prefixfast.config.json_types import JSON
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, check_flag
+from prefixfast.errors import ConfigError, check_flag, shown
 from prefixfast.io.paths import as_path
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
@@ -19,9 +19,11 @@ from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
 from prefixfast.training.inputs import SINGLE_NAME
 from prefixfast.training.job import JobArguments, TrainJob, load_base, prepare
+from prefixfast.training.metrics import stored_metrics
 from prefixfast.training.output_check import check_output_folder
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.reporters import make_reporter
+from prefixfast.training.store_output import StoreOutput
 from prefixfast.training.train_run import TrainRun
 
 if TYPE_CHECKING:
@@ -132,12 +134,15 @@ def train(
         overrides: Options of single prefixes by name, for example ``{"ann": {"learning_rate": 1e-3}}``; options of
             `prefixfast.training.groups.PER_PREFIX` are possible.
         store: `PrefixStore`, or its path, that gets each prefix when the prefix is finished. The prefix of plain rows
-            gets the name ``"prefix"``.
+            gets the name ``"prefix"``. Without ``output_dir`` the store also holds ``log.jsonl``, ``failed.jsonl`` and
+            checkpoints of the run, in a folder of its own under ``.prefixfast-runs``.
         output_dir: Folder for the prefixes (the prefix itself, or one folder for each name), ``log.jsonl``,
             ``failed.jsonl`` and checkpoints. A folder with results of an earlier run is refused, unless ``resume`` or
-            ``overwrite`` is set. None writes no files.
+            ``overwrite`` is set. None writes no files but those of ``store``.
         resume: Whether the run continues from the checkpoint in ``output_dir``, if there is one. On CPUs with the
             same instruction set and number of threads the result is bit-identical to that of an uninterrupted run.
+            Without ``output_dir`` it continues from checkpoints in ``store``, and does not train a prefix that the
+            store already holds as its newest version of the same base model, rows and options.
         overwrite: Whether the results of an earlier run in ``output_dir`` are replaced. Its log and checkpoints are
             removed before the first step, and each of its prefixes is replaced when the new prefix of the same name is
             saved. Prefixes of other names and files of other programs stay.
@@ -220,19 +225,27 @@ def _open_output(
     if job.resume and overwrite:
         msg = "resume and overwrite: expected one of them, got both"
         raise ConfigError(msg)
-    if (job.resume or overwrite) and folder is None:
-        given = "resume" if job.resume else "overwrite"
-        msg = f"{given}: expected output_dir beside it, with the files of an earlier run"
+    if job.resume and folder is None and store is None:
+        msg = "resume: expected output_dir or store beside it, with the files of an earlier run"
+        raise ConfigError(msg)
+    if overwrite and folder is None:
+        msg = "overwrite: expected output_dir beside it; a store keeps an earlier prefix as a version"
+        raise ConfigError(msg)
+    if store is not None and store.read_only:
+        msg = f"store: expected one that can be written, got {shown(str(store.path))}, which was opened read-only"
         raise ConfigError(msg)
     names = [*dict.fromkeys([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])]
     if folder is not None:
         check_output_folder(folder, names, is_single=is_single, resume=job.resume, overwrite=overwrite)
+    elif store is not None:
+        return StoreOutput(store, names)
     return OutputDir(folder, store, names, is_single=is_single)
 
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | None) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
-    from prefixfast.training.loop import GroupTrainer
+    from prefixfast.training.group_data import tokenize_group
+    from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing
 
     folder = output.folder
@@ -240,29 +253,48 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | No
         reporter = make_reporter(job.config.report_to, None if folder is None else str(folder))
         job.callbacks.callbacks.append(reporter)
     trainers: list[GroupTrainer] = []
-    with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
-        job.check_model(base)
-        for number in range(len(job.groups)):
-            trainer = GroupTrainer(base, job, number, output)
-            if not trainers:  # the first group is checked completely before files of an earlier run are removed
-                output.open(resume=job.resume)
-                output.write_failed(job.rows.failed)
-            trainer.run(progress)
-            trainers.append(trainer)
-    result = _collect(trainers, job, output)
+    try:
+        with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
+            job.check_model(base)
+            for number in range(len(job.groups)):
+                data = tokenize_group(base, job, number)
+                for name, error in data.failed.items():
+                    note_failure(job, output, name, error)
+                for part in output.parts(data, resume=job.resume):
+                    trainer = GroupTrainer(part, len(trainers), output)
+                    if not trainers:  # the first group is checked completely before earlier files are removed
+                        output.open(resume=job.resume)
+                        output.write_failed(job.rows.failed)
+                    trainer.run(progress)
+                    trainers.append(trainer)
+        if not trainers and job.rows.failed:
+            output.open(resume=job.resume)
+            output.write_failed(job.rows.failed)
+        result = _collect(trainers, job, output)
+        output.end(list(result))
+    finally:
+        output.close()
     job.callbacks.call("on_train_end", result)
     return result
 
 
 def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir) -> TrainRun:
     """Result of all groups, in the order of the data."""
-    prefixes = {n: p for trainer in trainers for n, p in trainer.prefixes.items()}
+    prefixes = {n: p for trainer in trainers for n, p in trainer.prefixes.items()} | output.unchanged
     metrics = {n: finished["metrics"] for trainer in trainers for n, finished in trainer.finished.items()}
+    metrics |= {n: stored_metrics(p) for n, p in output.unchanged.items()}
     place = {name: i for i, name in enumerate(job.rows.rows)}
     jobs = sorted((j for group in job.groups for j in group.jobs), key=lambda j: place[j.source])
     order = [j.name for j in jobs if j.name in prefixes]
     if not (output.log and "metrics" in output.log[-1]):
         output.write_log(metrics={n: metrics[n] for n in order})
     variants: dict[str, dict[str, JSON | Prefix]] = {j.name: {"of": j.source, **j.variant} for j in jobs if j.variant}
-    failed = dict(job.rows.failed)
-    return TrainRun({n: prefixes[n] for n in order}, {n: metrics[n] for n in order}, output.log, failed, variants)
+    resumed = {*output.unchanged, *(name for trainer in trainers for name in trainer.resumed)}
+    return TrainRun(
+        prefixes={n: prefixes[n] for n in order},
+        metrics={n: metrics[n] for n in order},
+        log=output.log,
+        failed=dict(job.rows.failed),
+        variants=variants,
+        unchanged=tuple(n for n in order if n in resumed),
+    )

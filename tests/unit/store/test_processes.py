@@ -351,7 +351,7 @@ def test_files_of_others_are_never_swept(tmp_path, name):
 
 def test_without_locks_sweep_goes_by_age(tmp_path, monkeypatch):
     """Some network file systems have no locks."""
-    monkeypatch.setattr("prefixfast.store.workspace._lock", lambda folder: None)
+    monkeypatch.setattr("prefixfast.store.workspace.lock", lambda folder: None)
     long_ago = (time.time() - 3600,) * 2
     with workspace(tmp_path) as folder:
         assert sweep(tmp_path) == 0

@@ -254,7 +254,7 @@ def test_a_damaged_checkpoint_is_refused(model, tmp_path):
 
 
 def test_resume_needs_output_dir_and_starts_without_a_checkpoint(model, tmp_path):
-    with pytest.raises(ConfigError, match="expected output_dir beside it"):
+    with pytest.raises(ConfigError, match="expected output_dir or store"):
         train(model, DATA, resume=True, **HOW, **FLAT, eval_data=HELD_OUT)
     run = train(model, DATA, resume=True, output_dir=tmp_path / "new", eval_data=HELD_OUT, **HOW, **FLAT)
     assert len(run) == 3

@@ -1,0 +1,103 @@
+"""`GroupData`, a group of prefixes with its tokenized rows, and the identity of the training of each prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from prefixfast.errors import ConfigError
+from prefixfast.model.base import Model
+from prefixfast.training.dataset import Dataset, build_dataset
+from prefixfast.training.examples import TokenizeOptions
+from prefixfast.training.groups import PrefixGroup
+from prefixfast.training.identity import prefix_identities, run_identity
+from prefixfast.training.init import resolve_config
+from prefixfast.training.job import TrainJob
+
+
+@dataclass(frozen=True)
+class GroupData:
+    """A group of prefixes with its rows.
+
+    Attributes:
+        model: Base model.
+        job: Training job.
+        group: Group with resolved options, without the prefixes whose rows are wrong.
+        dataset: Tokenized training rows.
+        eval_dataset: Tokenized held-out rows, None without held-out rows.
+        failed: Error message of each prefix whose rows are wrong.
+    """
+
+    model: Model
+    job: TrainJob
+    group: PrefixGroup
+    dataset: Dataset
+    eval_dataset: Dataset | None
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Identity of the training of the group."""
+        return run_identity(self.model, self.job, self.group, self.dataset, self.eval_dataset)
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """Identity of the training of each prefix, in hex digits."""
+        return prefix_identities(self.identity)
+
+    def only(self, names: list[str]) -> GroupData:
+        """Some prefixes of the group, with the same tokenized rows.
+
+        Args:
+            names: Names of the prefixes, in the order of the result.
+        """
+        by_name = {j.name: j for j in self.group.jobs}
+        return replace(self, group=replace(self.group, jobs=tuple(by_name[n] for n in names)), failed={})
+
+
+def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
+    """Tokenize the rows of a group.
+
+    Args:
+        model: Base model.
+        job: Training job.
+        number: Number of the group in the job.
+
+    Raises:
+        ConfigError: If options do not fit the base model.
+        DataError: If rows are malformed and failures are not isolated, or no prefix is left.
+        BaseMismatchError: If a given prefix was made for another base model.
+    """
+    group = job.groups[number]
+    group = replace(group, prefix_config=resolve_config(model, group, job.init_options))
+    failed: dict[str, str] = {}
+    dataset, eval_dataset = _tokenize(model, job, group, failed)
+    left = (eval_dataset or dataset).span
+    jobs = tuple(j for j in group.jobs if j.source in left)
+    failed_names = {j.name: failed[j.source] for j in group.jobs if j.source in failed}
+    return GroupData(model, job, replace(group, jobs=jobs), dataset, eval_dataset, failed_names)
+
+
+def _tokenize(
+    model: Model, job: TrainJob, group: PrefixGroup, failed: dict[str, str]
+) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out examples; the errors of rows go to ``failed`` by source if failures are isolated."""
+    rows, before = job.rows, job.on_top_of
+    start = max(group.pos_start, 0 if before is None else before.pos_start)
+    room = model.max_positions - start
+    if room < 1:
+        msg = (
+            f"prefix_length: rows start at position {start} behind the prefix, expected a position below "
+            f"{model.max_positions}, the base model's number of positions; use a shorter prefix"
+        )
+        raise ConfigError(msg)
+    limit = min(room, group.config.max_length or room)
+    options = TokenizeOptions(job.task, limit, group.config.overflow)
+    note = failed if job.isolate else None
+    sources = {j.source: rows.rows[j.source] for j in group.jobs}
+    dataset = build_dataset(model, sources, options, row_numbers=rows.row_numbers, failed=note)
+    if rows.eval_rows is None:
+        return dataset, None
+    held_out = {source: rows.eval_rows[source] for source in dataset.span}
+    return dataset, build_dataset(model, held_out, options, failed=note)
