@@ -35,6 +35,10 @@ def command(
 
     For each operator the report names the backend and the reason why a faster one is unavailable.
     """
+    if model is not None:
+        from prefixfast.model.base_name import check_base_name
+
+        check_base_name(model)
     problem = rust_extension_error()
     values = describe_machine(problem)
     if model is not None and problem is None:

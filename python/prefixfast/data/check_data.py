@@ -13,7 +13,7 @@ import numpy as np
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.chat import split_conversation
 from prefixfast.data.corpora import task_items
-from prefixfast.data.encode import Example, encode_examples
+from prefixfast.data.encode import ANY_VOCABULARY, Example, encode_examples
 from prefixfast.data.files import file_items
 from prefixfast.data.formats import CHAT_KEYS, FORMATS, REQUEST_KEYS, TOKENIZED_KEYS
 from prefixfast.data.rows import Row
@@ -24,7 +24,6 @@ from prefixfast.model.tokenizer import Tokenizer
 
 ROWS_PER_CHUNK = 256
 PERCENTILES = (50, 90, 99, 100)
-ANY_ID = 2**31 - 1
 COMMON_KEYS = (*TOKENIZED_KEYS, *REQUEST_KEYS)
 Percentiles: TypeAlias = dict[str, int]
 
@@ -55,7 +54,7 @@ class BaseVocabulary:
     """
 
     tokenizer: Tokenizer | None = None
-    vocab_size: int = ANY_ID
+    vocab_size: int = ANY_VOCABULARY
     max_length: int | None = None
 
 

@@ -6,24 +6,15 @@ This module imports no torch, so that a wrong call is refused at once.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from prefixfast.config import (
-    EngineConfig,
-    EngineFields,
-    GenerationFields,
-    GenerationParams,
-    ScoreFields,
-    unknown_option,
-)
-from prefixfast.config.fields import GenerationParamsFields
+from prefixfast.config import GenerationFields, GenerationParams, ScoreFields
 from prefixfast.data.encode import Input
+from prefixfast.engine.call_checks import Call, CheckedCall, check_generate, check_score
 from prefixfast.engine.request_prefixes import Prefixes
-from prefixfast.errors import ConfigError
-from prefixfast.prefix.prefix import Prefix
-from prefixfast.store import PrefixStore, StoredPrefix, open_store
+from prefixfast.store import PrefixStore
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -127,11 +118,8 @@ def generate_each(
         if on_result is not None and not isinstance(result, BaseException):
             on_result(result)
 
-    own, engine_fields = _split_fields(fields, GenerationParams.names(), "generate")
-    # Wrong options are found before the base is loaded.
-    GenerationParams.make(params, **cast("GenerationParamsFields", own))
-    EngineConfig.make(**cast("EngineFields", engine_fields))
-    with _engine(model, prefixes, batch, store, cast("EngineFields", engine_fields)) as engine:
+    checked = check_generate(Call(batch, prefixes, model, store), params, on_error, fields)
+    with _engine(checked) as engine:
         engine.driver.on_result = None if on_result is None else report
         return engine.generate(
             batch,
@@ -140,7 +128,7 @@ def generate_each(
             logits_processor=logits_processor,
             on_error=on_error,
             progress=progress,
-            **cast("GenerationParamsFields", own),
+            **checked.own,
         )
 
 
@@ -182,60 +170,19 @@ def score(
         >>> len(found.token_logprobs), found.logprob < 0
         (6, True)
     """
-    _, engine_fields = _split_fields(fields, (), "score")
+    checked = check_score(Call(batch, prefixes, model, store), targets, fields, end_token=end_token)
     # Nothing is generated, so the KV arena is as small as possible.
-    small = engine_fields | {"kv_cache_memory": None, "max_num_seqs": 1, "max_model_len": 2}
-    with _engine(model, prefixes, batch, store, cast("EngineFields", small)) as engine:
+    with _engine(checked, kv_cache_memory=None, max_num_seqs=1, max_model_len=2) as engine:
         return engine.score(batch, prefixes, targets=targets, end_token=end_token)
 
 
-def _split_fields(
-    fields: Mapping[str, object], own: tuple[str, ...], function: str
-) -> tuple[dict[str, object], dict[str, object]]:
-    """Split keyword arguments into those named in ``own`` and fields of `EngineConfig`."""
-    known = (*own, *EngineConfig.names())
-    for name in fields:
-        if name not in known:
-            raise ConfigError(unknown_option(name, known, function))
-    mine = {name: value for name, value in fields.items() if name in own}
-    return mine, {name: value for name, value in fields.items() if name not in own}
-
-
 @contextlib.contextmanager
-def _engine(
-    model: str | Path | PreTrainedModel | PeftModel | Model | None,
-    prefixes: Prefixes,
-    batch: Sequence[Input],
-    store: PrefixStore | str | Path | None,
-    fields: EngineFields,
-) -> Iterator[Engine]:
+def _engine(checked: CheckedCall, **smaller: Any) -> Iterator[Engine]:
     """Context manager of an engine for one call."""
-    opened = open_store(store, read_only=True)
-    base = model if model is not None else _base_name(prefixes, batch, opened)
     from prefixfast.engine.engine import BASE_FIELDS, Engine
     from prefixfast.model.shared_base import borrowed
 
-    base_fields: dict[str, Any] = {name: value for name, value in fields.items() if name in BASE_FIELDS}
-    with borrowed(base, **base_fields) as loaded, Engine(loaded, store=opened, **fields) as engine:
+    fields: dict[str, Any] = {**checked.engine, **smaller}
+    base_fields = {name: value for name, value in fields.items() if name in BASE_FIELDS}
+    with borrowed(checked.model, **base_fields) as loaded, Engine(loaded, store=checked.store, **fields) as engine:
         yield engine
-
-
-def _base_name(prefixes: object, batch: Sequence[Input], store: PrefixStore | None) -> str:
-    """Name of the one base model that the prefixes were trained on."""
-    if prefixes is None and store is not None and isinstance(batch, Sequence):
-        prefixes = [row["prefix"] for row in batch if isinstance(row, Mapping) and row.get("prefix") in store]
-    if isinstance(prefixes, Mapping) and not isinstance(prefixes, PrefixStore):
-        prefixes = list(prefixes.values())
-    flat = [p for entry in _as_list(prefixes) for p in _as_list(entry)]
-    found = [store.info(p) if isinstance(p, str) and store is not None else p for p in flat]
-    names = {
-        str(p.base["name"]) for p in found if isinstance(p, Prefix | StoredPrefix) and p.base and p.base.get("name")
-    }
-    if len(names) != 1:
-        msg = f"model: expected a base model, or prefixes that name one, got {sorted(names) or 'none'}"
-        raise ConfigError(msg)
-    return names.pop()
-
-
-def _as_list(entry: object) -> list[object]:
-    return list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else [entry]

@@ -11,12 +11,19 @@ from prefixfast.config import GenerationParams
 from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import PLAIN, request_task
 from prefixfast.data.columns import content_keys, has_own_columns, missing_columns
-from prefixfast.data.encode import Input, encode_prompts, request_error
+from prefixfast.data.encode import Input, check_prompts, encode_prompts, request_error
 from prefixfast.data.formats import KNOWN_KEYS
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
 from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes, check_name, prefix_source
-from prefixfast.engine.sampling_params import ParamSources, base_defaults, check_params, resolve_params
+from prefixfast.engine.sampling_params import (
+    UNSET,
+    ParamSources,
+    base_defaults,
+    check_params,
+    given_params,
+    resolve_params,
+)
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown, suggestion
 from prefixfast.prefix.compatibility import check_fits, described
 from prefixfast.prefix.prefix import Prefix
@@ -84,11 +91,7 @@ def prefixes_and_tasks(
         UnknownPrefixError: For a name that the store does not have.
         BaseMismatchError: For a prefix of another base model.
     """
-    if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence) or (batch and isinstance(batch[0], int)):
-        got = "a flat list of ints" if isinstance(batch, list) else type(batch).__name__
-        msg = f"batch: expected a sequence of requests, got {got}; wrap one request in a list"
-        raise ConfigError(msg)
-    assigned = assign_prefixes(batch, prefixes, store)
+    assigned, tasks = check_batch(batch, prefixes, store)
     for prefix in {id(p): p for own in assigned for p in own}.values():
         check_fits(model, prefix, described(prefix, prefixes))
     for i, own in enumerate(assigned):
@@ -99,11 +102,69 @@ def prefixes_and_tasks(
                 f"{model.max_positions}, the base model's number of positions; use shorter prefixes"
             )
             raise RequestError(msg, index=i)
+    return assigned, tasks
+
+
+def check_batch(
+    batch: Sequence[Input],
+    prefixes: Prefixes,
+    store: PrefixStore | None,
+    types: tuple[type, ...] = (Prefix, StoredPrefix),
+) -> tuple[list[tuple[Prefix | StoredPrefix, ...]], list[Task]]:
+    """Prefixes and task of each request, checked as far as no base model is needed.
+
+    Args:
+        batch: Requests.
+        prefixes: Prefixes of the batch, as for `make_requests`.
+        store: Store of the prefixes that are given by name.
+        types: Types of a prefix, of which task and decoding defaults are read.
+
+    Raises:
+        RequestError: For a wrong request, with its place in the batch.
+        ConfigError: For arguments that do not fit each other.
+        UnknownPrefixError: For a name that the store does not have.
+    """
+    _check_sequence(batch)
+    assigned = assign_prefixes(batch, prefixes, store, types)
     tasks = _tasks(batch, assigned)
     source = prefix_source(batch, prefixes, store)
     for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
         check_name(item, i, source, is_text=isinstance(item, Mapping) and "prefix" in content_keys(task, item))
     return assigned, tasks
+
+
+def check_requests(
+    batch: Sequence[Input],
+    assigned: Sequence[tuple[Prefix | StoredPrefix, ...]],
+    tasks: Sequence[Task],
+    call: GenerationParams,
+) -> None:
+    """Check prompts and generation parameters of requests as far as no base model is needed.
+
+    Args:
+        batch: Requests.
+        assigned: Prefixes of each request.
+        tasks: Task of each request.
+        call: Generation parameters of the call.
+
+    Raises:
+        RequestError: For a wrong request, with its place in the batch.
+    """
+    check_prompts(batch, tasks)
+    met: set[tuple[int, ...]] = set()
+    for i, (item, own, task) in enumerate(zip(batch, assigned, tasks, strict=True)):
+        key, asked = tuple(map(id, own)), request_value(item, task, "params")
+        if key not in met or asked is not None:
+            given_params(ParamSources(call, asked, [p.decoding for p in own], UNSET), i)
+            met.add(key)
+
+
+def _check_sequence(batch: Sequence[Input]) -> None:
+    """Raise `ConfigError` for a batch that is one request, or no sequence."""
+    if isinstance(batch, str | Mapping) or not isinstance(batch, Sequence) or (batch and isinstance(batch[0], int)):
+        got = "a flat list of ints" if isinstance(batch, list) else type(batch).__name__
+        msg = f"batch: expected a sequence of requests, got {got}; wrap one request in a list"
+        raise ConfigError(msg)
 
 
 def text_positions(model: Model, prefixes: Sequence[Prefix | StoredPrefix]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from prefixfast.data.encode import Input
 from prefixfast.errors import ConfigError, RequestError, shown
@@ -17,7 +17,10 @@ Prefixes: TypeAlias = PrefixLike | Sequence[PrefixLike] | Mapping[str, PrefixLik
 
 
 def assign_prefixes(
-    batch: Sequence[Input], prefixes: Prefixes, store: PrefixStore | None
+    batch: Sequence[Input],
+    prefixes: Prefixes,
+    store: PrefixStore | None,
+    types: tuple[type, ...] = (Prefix, StoredPrefix),
 ) -> list[tuple[Prefix | StoredPrefix, ...]]:
     """Prefixes of each request, from left to right.
 
@@ -27,6 +30,7 @@ def assign_prefixes(
             left to right); or a mapping of names to entries for rows with a ``prefix`` key. None means no prefix, or
             the store for rows with a ``prefix`` key.
         store: Store of the prefixes that are given by name.
+        types: Types of a prefix.
 
     Raises:
         RequestError: For a wrong entry, or a row without a known name.
@@ -34,10 +38,10 @@ def assign_prefixes(
         UnknownPrefixError: For a name that the store does not have.
     """
     source: object = prefix_source(batch, prefixes, store)
-    if source is None or isinstance(source, Prefix | StoredPrefix | str):
-        return [_check_entry(source, i, store) for i in range(len(batch))]
+    if source is None or isinstance(source, (*types, str)):
+        return [_check_entry(source, i, store, types) for i in range(len(batch))]
     if isinstance(source, Mapping):
-        return [_check_entry(_by_name(item, i, source), i, store) for i, item in enumerate(batch)]
+        return [_check_entry(_by_name(item, i, source), i, store, types) for i, item in enumerate(batch)]
     if not isinstance(source, Sequence):
         msg = (
             "prefixes: expected a Prefix, a sequence with one entry per request, or a mapping, got "
@@ -50,7 +54,7 @@ def assign_prefixes(
             "for all requests without a list"
         )
         raise ConfigError(msg)
-    return [_check_entry(entry, i, store) for i, entry in enumerate(source)]
+    return [_check_entry(entry, i, store, types) for i, entry in enumerate(source)]
 
 
 def prefix_source(batch: Sequence[Input], prefixes: Prefixes, store: PrefixStore | None) -> Prefixes | PrefixStore:
@@ -96,16 +100,18 @@ def _by_name(item: Input, index: int, prefixes: Mapping[str, object]) -> object:
     return prefixes.info(name) if isinstance(prefixes, PrefixStore) else prefixes[name]
 
 
-def _check_entry(entry: object, index: int, store: PrefixStore | None) -> tuple[Prefix | StoredPrefix, ...]:
+def _check_entry(
+    entry: object, index: int, store: PrefixStore | None, types: tuple[type, ...]
+) -> tuple[Prefix | StoredPrefix, ...]:
     """Prefixes of one entry, with names looked up in the store."""
     parts: Sequence[object] = () if entry is None else (entry,)
     if isinstance(entry, Sequence) and not isinstance(entry, str):
         parts = entry
     if store is not None:
         parts = [store.info(part) if isinstance(part, str) else part for part in parts]
-    found: list[Prefix | StoredPrefix] = []
+    found: list[Any] = []
     for part in parts:
-        if not isinstance(part, Prefix | StoredPrefix):
+        if not isinstance(part, types):
             msg = (
                 f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {shown(part)}; read a "
                 "folder with Prefix.from_pretrained, or pass Engine(store=...) for names"

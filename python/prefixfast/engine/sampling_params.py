@@ -116,6 +116,28 @@ def _limited(p: GenerationParams) -> GenerationParams:
     )
 
 
+def given_params(sources: ParamSources, index: int) -> tuple[GenerationParams, GenerationParams]:
+    """Parameters that the call and the request ask for, and those that prefixes and base model have as defaults.
+
+    Args:
+        sources: Sources of the parameters.
+        index: Place of the request in the batch, for errors.
+
+    Raises:
+        RequestError: If a source is invalid, or call and request contradict each other.
+    """
+    with request_error(index):
+        own: Any = sources.request  # `make` checks the type
+        asked = sources.call if own is None else sources.call.over(GenerationParams.make(own))
+        if (asked.num_beams or 1) > 1 and asked.do_sample:
+            msg = f"do_sample=True with num_beams={asked.num_beams}: beam search does not sample; remove one of them"
+            raise ConfigError(msg)
+        loaded = sources.base
+        for decoding in filter(None, sources.prefixes):
+            loaded = _limited(GenerationParams.make(dict(decoding))).over(loaded)
+    return asked, loaded
+
+
 def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: int) -> GenerationParams:
     """Parameters of a request, with every field but ``seed`` and ``logprobs`` set.
 
@@ -130,15 +152,7 @@ def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: in
     Raises:
         RequestError: If the parameters are invalid, contradict each other, or ask for more tokens than fit.
     """
-    with request_error(index):
-        own: Any = sources.request  # `make` checks the type
-        asked = sources.call if own is None else sources.call.over(GenerationParams.make(own))
-        if (asked.num_beams or 1) > 1 and asked.do_sample:
-            msg = f"do_sample=True with num_beams={asked.num_beams}: beam search does not sample; remove one of them"
-            raise ConfigError(msg)
-        loaded = sources.base
-        for decoding in filter(None, sources.prefixes):
-            loaded = _limited(GenerationParams.make(dict(decoding))).over(loaded)
+    asked, loaded = given_params(sources, index)
     params = asked.over(loaded).over(BUILT_IN)
     if (params.num_beams or 1) > 1 and params.do_sample:
         msg = (

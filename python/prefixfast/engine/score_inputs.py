@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -12,12 +12,15 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import (
     Example,
     Input,
+    check_examples,
+    check_prompts,
     encode_examples,
     encode_prompts,
     encode_target,
     request_error,
     vocabulary_error,
 )
+from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, request_value, text_positions
 from prefixfast.engine.request_prefixes import Prefixes
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from prefixfast.model.base import Model
 
 Targets = Sequence[str | Sequence[int]] | None
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,7 @@ def make_score_requests(
     """
     check_flag("end_token", end_token)
     assigned, tasks = prefixes_and_tasks(model, batch, prefixes, store)
-    if targets is not None and (
-        isinstance(targets, str) or not isinstance(targets, Sequence) or len(targets) != len(batch)
-    ):
-        got = str(len(targets)) if isinstance(targets, list | tuple) else shown(targets)
-        msg = f"targets: expected one entry for each of the {len(batch)} requests, got {got}"
-        raise ConfigError(msg)
+    check_targets(batch, targets)
     if targets is None:
         examples = _row_examples(model, batch, tasks, end_token=end_token)
     else:
@@ -115,31 +114,76 @@ def _given_examples(
     return found
 
 
+def check_targets(batch: Sequence[Input], targets: Targets) -> None:
+    """Raise `ConfigError` if targets are given, but not one for each request."""
+    if targets is not None and (
+        isinstance(targets, str) or not isinstance(targets, Sequence) or len(targets) != len(batch)
+    ):
+        got = str(len(targets)) if isinstance(targets, list | tuple) else shown(targets)
+        msg = f"targets: expected one entry for each of the {len(batch)} requests, got {got}"
+        raise ConfigError(msg)
+
+
+def check_score_requests(batch: Sequence[Input], tasks: Sequence[Task], targets: Targets) -> None:
+    """Check prompts and targets as far as no base model is needed.
+
+    Args:
+        batch: Requests as the caller gave them.
+        tasks: Task of each request.
+        targets: Target of each request. None takes the targets of the rows.
+
+    Raises:
+        RequestError: For a wrong request, or one without a target.
+    """
+    if targets is not None:
+        check_prompts(batch, tasks)
+        return
+    for _ in _by_task(batch, tasks, lambda rows, task, _: check_examples(rows, task)):
+        pass
+
+
 def _row_examples(
     model: Model, batch: Sequence[Input], tasks: Sequence[Task], *, end_token: bool
 ) -> dict[int, list[Example]]:
-    """Examples of rows with their own targets, by request. Rows of one task are encoded together."""
+    """Examples of rows with their own targets, by request."""
+
+    def read(rows: list[Row], task: Task, tokenized: bool) -> list[Example]:
+        tokenizer = None if tokenized else model.require_tokenizer()
+        return list(encode_examples(tokenizer, model.vocab_size, rows, task, append_eos=end_token))
+
+    found: dict[int, list[Example]] = {i: [] for i in range(len(batch))}
+    for places, encoded in _by_task(batch, tasks, read):
+        for example in encoded:
+            found[places[example.row]].append(example)
+    return found
+
+
+def _by_task(
+    batch: Sequence[Input], tasks: Sequence[Task], read: Callable[[list[Row], Task, bool], T]
+) -> Iterator[tuple[list[int], T]]:
+    """Numbers of the rows of one task and what ``read`` makes of them, for each task.
+
+    Args:
+        batch: Requests, which must be rows.
+        tasks: Task of each request.
+        read: Function of rows, their task, and whether they hold token ids.
+    """
     groups: dict[tuple[int, bool], list[int]] = {}
     for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
         if not isinstance(item, Mapping):
             msg = f"request {i}: expected a row with a target, or targets=[...], got {shown(item)}"
             raise RequestError(msg, index=i)
         groups.setdefault((id(task), task.is_tokenized(item)), []).append(i)
-    found: dict[int, list[Example]] = {i: [] for i in range(len(batch))}
     for (_, tokenized), places in groups.items():
 
-        def encode(places: list[int], tokenized: bool = tokenized) -> Iterator[Example]:
+        def work(places: list[int], tokenized: bool = tokenized) -> T:
             rows: list[Any] = [batch[i] for i in places]
-            tokenizer = None if tokenized else model.require_tokenizer()
-            return encode_examples(tokenizer, model.vocab_size, rows, tasks[places[0]], append_eos=end_token)
+            return read(rows, tasks[places[0]], tokenized)
 
         try:
-            encoded = list(encode(places))
+            yield places, work(places)
         except PrefixFastError:  # each row is tried alone to find the wrong one
             for i in places:
                 with request_error(i):
-                    list(encode([i]))
+                    work([i])
             raise
-        for example in encoded:
-            found[places[example.row]].append(example)
-    return found

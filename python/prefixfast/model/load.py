@@ -15,6 +15,7 @@ from prefixfast.attention import ops
 from prefixfast.errors import ConfigError, check_flag, check_string, shown
 from prefixfast.model.attach import attach
 from prefixfast.model.base import DTYPES, Model
+from prefixfast.model.base_name import check_base_name
 from prefixfast.model.lm_head import find_head
 from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
@@ -72,6 +73,7 @@ def load(
         ops.choose_backend(backend, torch.device("cpu"), torch.float32, ())  # raises before the model is loaded
     if not isinstance(model, str | Path):
         return _wrap(model, tokenizer, backend)
+    check_base_name(model, local_files_only=local_files_only)
     where = find_device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     compute = _dtype(dtype, where)
@@ -90,9 +92,6 @@ def load(
 
 def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a ``.gguf`` file, with dequantized weights; quantized ones cannot backpropagate."""
-    if not path.is_file():
-        msg = f"model: {shown(str(path))}: there is no such file"
-        raise ConfigError(msg)
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         msg = (
             f"model: {shown(str(path))}: reading a .gguf file needs {' and '.join(missing)}: "

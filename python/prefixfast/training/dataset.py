@@ -13,6 +13,7 @@ from prefixfast.data.rows import Row
 from prefixfast.errors import DataError, shown
 from prefixfast.model.base import Model
 from prefixfast.training.examples import Examples, TokenizeOptions, concat_examples, tokenize_rows
+from prefixfast.training.inputs import number_in_data
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def build_dataset(
             try:
                 part = tokenize_rows(model, {name: rows}, options)
             except DataError as e:
-                error = _number_in_data(e, (row_numbers or {}).get(name))
+                error = number_in_data(e, (row_numbers or {}).get(name))
                 if failed is None:
                     raise error from e
                 failed[name] = str(error)
@@ -85,15 +86,6 @@ def build_dataset(
         {n: _counts(parts[i]) for n, i in part_of_name.items()},
         {n: _digest(parts[i]) for n, i in part_of_name.items()},
     )
-
-
-def _number_in_data(error: DataError, row_numbers: Sequence[int] | None) -> DataError:
-    """The error with the row's number in the whole data; rows of files already have a line."""
-    line = error.line
-    if row_numbers is None or error.path is not None or line is None or not 0 < line <= len(row_numbers):
-        return error
-    number = row_numbers[line - 1]
-    return DataError(f"{error} (row {number} of the data)", path=error.path, line=number)
 
 
 def _counts(part: Examples) -> dict[str, float]:

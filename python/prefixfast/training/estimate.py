@@ -7,9 +7,11 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from prefixfast.data.rows import Rows
+from prefixfast.model.base_name import check_base_name
 from prefixfast.training.arguments import AllTrainArguments, BaseModel
 from prefixfast.training.job import JobArguments, load_base, prepare
 from prefixfast.training.output_dir import OutputDir
@@ -73,6 +75,8 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     of_job = {f.name for f in dataclasses.fields(JobArguments)}
     fields = {n: v for n, v in values.items() if n not in of_job}
     job = prepare(JobArguments(data, fields=fields, **{n: v for n, v in values.items() if n in of_job}))
+    if isinstance(model, str | Path):
+        check_base_name(model)
     from prefixfast.training.group_data import tokenize_group  # imports torch, which a refused call needs not wait for
     from prefixfast.training.loop import GroupTrainer
     from prefixfast.training.resilience import gradient_checkpointing

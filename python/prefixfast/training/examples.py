@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -16,6 +15,7 @@ from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import DataError, shown
 from prefixfast.model.base import Model
+from prefixfast.training.inputs import error_with_name
 
 Overflow: TypeAlias = Literal["error", "truncate", "skip"]
 
@@ -87,7 +87,7 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
     found: list[Example] = []
     first, skipped, truncated = [0], 0, 0
     for name, rows in rows_by_name.items():
-        with _error_with_name(name):
+        with error_with_name(name):
             tokenizer = None if options.task.is_tokenized(rows[0]) else model.require_tokenizer()
             for example in encode_examples(tokenizer, model.vocab_size, rows, options.task):
                 fitted = apply_overflow(example, options.limit, options.overflow)
@@ -145,13 +145,3 @@ def apply_overflow(example: Example, limit: int, overflow: Overflow) -> Example 
     if excess >= example.targets[0]:
         return None
     return Example(example.ids[excess:], example.targets - excess, example.row)
-
-
-@contextlib.contextmanager
-def _error_with_name(name: str) -> Iterator[None]:
-    """Add the name of the prefix to errors of its rows."""
-    try:
-        yield
-    except DataError as e:
-        msg = f"prefix {shown(name)}, {e}"
-        raise DataError(msg, path=e.path, line=e.line) from e

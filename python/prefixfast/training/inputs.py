@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from prefixfast.data.column_names import column_error
 from prefixfast.data.column_text import find_columns
 from prefixfast.data.columns import check_columns, reserved_notes
+from prefixfast.data.encode import check_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.join import sample_joins
 from prefixfast.data.rows import Row, Rows, read_rows, row_error
@@ -108,6 +110,70 @@ def check_task_rows(rows: TrainingRows, task: Task) -> None:
         logger.info("%s", "; ".join(notes))
     if warning := sample_joins(task, rows.rows.values()).warning():
         logger.warning("%s", warning)
+
+
+def number_in_data(error: DataError, row_numbers: Sequence[int] | None) -> DataError:
+    """The error with the row's number in the whole data; rows of files already have a line."""
+    line = error.line
+    if row_numbers is None or error.path is not None or line is None or not 0 < line <= len(row_numbers):
+        return error
+    number = row_numbers[line - 1]
+    return DataError(f"{error} (row {number} of the data)", path=error.path, line=number)
+
+
+@contextlib.contextmanager
+def error_with_name(name: str) -> Iterator[None]:
+    """Add the name of the prefix to errors of its rows."""
+    try:
+        yield
+    except DataError as e:
+        msg = f"prefix {shown(name)}, {e}"
+        raise DataError(msg, path=e.path, line=e.line) from e
+
+
+def check_formats(rows: TrainingRows, task: Task, *, isolate: bool) -> TrainingRows:
+    """Check the format of all rows as far as no tokenizer is needed.
+
+    Args:
+        rows: Rows of the run.
+        task: Task of the rows.
+        isolate: Whether an error of one prefix's rows is noted in ``failed``, instead of raised.
+
+    Returns:
+        Rows of the prefixes whose format is right.
+
+    Raises:
+        DataError: If a row is malformed and ``isolate`` is not set, or no prefix is left.
+    """
+    met: dict[int, DataError | None] = {}  # by identity, since prefixes may share held-out rows
+    for by_name in (rows.rows, rows.eval_rows or {}):
+        for name, own in by_name.items():
+            if name in rows.failed:
+                continue
+            if id(own) not in met:
+                met[id(own)] = _format_error(name, own, task)
+            if (error := met[id(own)]) is None:
+                continue
+            numbers = rows.row_numbers.get(name) if by_name is rows.rows else None
+            numbered = number_in_data(error, numbers)
+            if not isolate:
+                raise numbered from error
+            rows.failed[name] = str(numbered)
+    left = {name: own for name, own in rows.rows.items() if name not in rows.failed}
+    if not left:
+        name, text = next(iter(rows.failed.items()))
+        msg = f"data: no prefix is left to train; of {shown(name)}: {text}"
+        raise DataError(msg)
+    return replace(rows, rows=left)
+
+
+def _format_error(name: str, rows: list[Row], task: Task) -> DataError | None:
+    try:
+        with error_with_name(name):
+            check_examples(rows, task)
+    except DataError as e:
+        return e
+    return None
 
 
 def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], isolate: bool) -> dict[str, list[Row]]:

@@ -20,7 +20,7 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
-from prefixfast.training.inputs import TrainingRows, check_task_rows, read_training_rows
+from prefixfast.training.inputs import TrainingRows, check_formats, check_task_rows, read_training_rows
 from prefixfast.training.settings import GivenOptions, resolve_settings
 
 if TYPE_CHECKING:
@@ -132,6 +132,7 @@ def prepare(arguments: JobArguments) -> TrainJob:
     rows = read_training_rows(a.data, a.eval_data, a.prefix_column, isolate=isolate, keep_column=keeps)
     task = _find_task(rows, given_task)
     check_task_rows(rows, task)
+    rows = check_formats(rows, task, isolate=isolate and not rows.is_single)
     settings = resolve_settings(given, task.name)
     groups = make_groups(
         rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed

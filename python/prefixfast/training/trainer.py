@@ -12,6 +12,7 @@ from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, check_flag, shown
 from prefixfast.io.paths import as_path
+from prefixfast.model.base_name import check_base_name
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.arguments import BaseModel, TrainArguments
@@ -183,6 +184,8 @@ def train(
     Source:
         Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190).
     """
+    if isinstance(model, str | Path) and Path(model).is_file():
+        check_base_name(model)  # first, since base and data may be swapped
     opened = open_store(store, read_only=False)
     job = prepare(
         JobArguments(
@@ -208,6 +211,8 @@ def train(
             fields=fields,
         )
     )
+    if isinstance(model, str | Path):
+        check_base_name(model)
     is_single = job.rows.is_single and sweep is None
     if progress is not None:
         check_flag("progress", progress)

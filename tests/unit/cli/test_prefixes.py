@@ -285,8 +285,9 @@ def test_doctor_of_a_base(cli, folder, base):
     assert told["prefix of 10, bytes in an engine"] == 4 * told["prefix of 10, numbers"]
 
 
-def test_doctor_of_no_base_says_what_it_knows(cli, tmp_path):
-    done = cli("doctor", tmp_path / "nothing")
+def test_doctor_of_a_base_that_does_not_load_says_what_it_knows(cli, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    done = cli("doctor", tmp_path)
     assert done.code == 1
     assert "rust extension\tloads" in done.out
     assert "cannot be loaded" in done.err

@@ -3,14 +3,24 @@
 Prompt and target are tokenized separately, so that training sees a prompt as generation does.
 """
 
-from prefixfast.data.encode.examples import Example, encode_examples
-from prefixfast.data.encode.prompts import Input, encode_prompts, encode_target, encode_text, request_error
-from prefixfast.data.encode.token_ids import Ints, token_ids, vocabulary_error
+from prefixfast.data.encode.examples import Example, check_examples, encode_examples
+from prefixfast.data.encode.prompts import (
+    Input,
+    check_prompts,
+    encode_prompts,
+    encode_target,
+    encode_text,
+    request_error,
+)
+from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, token_ids, vocabulary_error
 
 __all__ = [
+    "ANY_VOCABULARY",
     "Example",
     "Input",
     "Ints",
+    "check_examples",
+    "check_prompts",
     "encode_examples",
     "encode_prompts",
     "encode_target",

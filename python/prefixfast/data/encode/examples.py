@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prefixfast.data.chat import chat_options, chat_text, split_conversation
-from prefixfast.data.encode.token_ids import Ints, vocabulary_error
+from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, vocabulary_error
 from prefixfast.data.encode.tokenized import TARGETS, tokenized_row
 from prefixfast.data.row_values import text_value
 from prefixfast.data.rows import Row, row_error
@@ -63,6 +63,37 @@ def encode_examples(
         if error := vocabulary_error(example.ids, vocab_size):
             raise row_error(rows[example.row], example.row, error)
         yield example
+
+
+def check_examples(rows: Sequence[Row], task: Task) -> None:
+    """Check the format of training rows as far as no tokenizer is needed.
+
+    Args:
+        rows: Rows, at least one. Either all of them have ``input_ids`` or none.
+        task: Task of the rows.
+
+    Raises:
+        DataError: If a row is malformed.
+    """
+    if task.is_tokenized(rows[0]):
+        for i, row in enumerate(rows):
+            _encode_ids(row, i, ANY_VOCABULARY)
+    elif not any(map(task.is_chat, rows)):
+        task.pairs(rows, "")
+    else:
+        for i, row in enumerate(rows):
+            if task.is_chat(row):
+                split_conversation(row, i)
+                chat_options(row, i)
+            else:
+                _check_pair(row, i, task)
+
+
+def _check_pair(row: Row, number: int, task: Task) -> None:
+    try:
+        task.pairs([row], "")
+    except DataError as e:
+        raise (e if e.path is not None else row_error(row, number, str(e).removeprefix("row 0: "))) from e
 
 
 def _encode_texts(tokenizer: Tokenizer, rows: Sequence[Row], task: Task, *, append_eos: bool) -> Iterator[Example]:

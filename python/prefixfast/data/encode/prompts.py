@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.encode.token_ids import Ints, token_ids, vocabulary_error
+from prefixfast.data.chat import ChatTemplate
+from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, token_ids, vocabulary_error
 from prefixfast.data.encode.tokenized import request_ids
 from prefixfast.data.formats import TOKENIZED_KEYS
 from prefixfast.data.rows import Row
@@ -46,21 +47,9 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
         RequestError: If a prompt is not text, has no tokens, or has ids outside the vocabulary.
         ConfigError: If the base model has no tokenizer and a request needs one.
     """
-    texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
-    chats: dict[int, str] = {}  # the chat template has written the special tokens of these prompts
-    by_task: dict[int, list[int]] = {}
-    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
-        if isinstance(item, Mapping) and not task.is_tokenized(item):
-            by_task.setdefault(id(task), []).append(i)
-    for numbers in by_task.values():
-        task = tasks[numbers[0]]
-        for i, prompt in zip(numbers, _task_prompts(task, batch, numbers, model.require_tokenizer()), strict=True):
-            item = batch[i]
-            (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = prompt
+    texts, chats = _prompt_texts(batch, tasks, lambda: _TemplateParts.of(model.require_tokenizer()))
     out: dict[int, Ints] = {}
     for group in (texts, chats):
-        for i, prompt in group.items():
-            _check_unicode(prompt, i, "the prompt is no text")
         if group:
             encoded = model.require_tokenizer().encode(list(group.values()), add_special_tokens=group is texts)
             out |= zip(group, encoded, strict=True)
@@ -74,6 +63,65 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
     return [out[i] for i in range(len(batch))]
 
 
+def check_prompts(batch: Sequence[Input], tasks: Sequence[Task]) -> None:
+    """Check the prompts of requests as far as no base model is needed.
+
+    Args:
+        batch: Strings, lists of token ids, or rows.
+        tasks: Task of each request.
+
+    Raises:
+        RequestError: If a prompt is no text and no list of token ids, or a row is malformed.
+    """
+    texts, chats = _prompt_texts(batch, tasks, _TemplateParts)
+    for i, item in enumerate(batch):
+        if i not in texts and i not in chats:
+            _given_ids(item, i, ANY_VOCABULARY)
+
+
+def _no_template(messages: Sequence[Mapping[str, JSON]], **options: Any) -> str:
+    """Empty text in place of that of a chat template, for checks without a tokenizer."""
+    return ""
+
+
+class _TemplateParts(NamedTuple):
+    """End token and chat template of a tokenizer, which prompts contain; the defaults are those of a check."""
+
+    eos: str | None = ""
+    chat: ChatTemplate = _no_template
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> _TemplateParts:
+        return cls(tokenizer.eos, tokenizer.chat)
+
+
+def _prompt_texts(
+    batch: Sequence[Input], tasks: Sequence[Task], parts: Callable[[], _TemplateParts]
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Prompts of the requests that hold text, by number, and prompts that a chat template has written.
+
+    Args:
+        batch: Requests.
+        tasks: Task of each request.
+        parts: Function that returns what prompts contain of the tokenizer, called if there are rows with text.
+    """
+    texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
+    chats: dict[int, str] = {}
+    by_task: dict[int, list[int]] = {}
+    for i, (item, task) in enumerate(zip(batch, tasks, strict=True)):
+        if isinstance(item, Mapping) and not task.is_tokenized(item):
+            by_task.setdefault(id(task), []).append(i)
+    for numbers in by_task.values():
+        task = tasks[numbers[0]]
+        for i, prompt in zip(numbers, _task_prompts(task, batch, numbers, parts()), strict=True):
+            item = batch[i]
+            (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = prompt
+    for group in (texts, chats):
+        for i, prompt in group.items():
+            _check_unicode(prompt, i, "the prompt is no text")
+    return texts, chats
+
+
 def _given_ids(item: Any, index: int, vocab_size: int) -> Ints:
     """Token ids that a request holds, as a list or under ``input_ids``."""
     with request_error(index):
@@ -82,7 +130,7 @@ def _given_ids(item: Any, index: int, vocab_size: int) -> Ints:
     value = item["input_ids"] if isinstance(item, Mapping) else item
     found = token_ids(value, vocab_size)
     if found is None:
-        ids = f"a list of token ids from 0 to {vocab_size - 1}"
+        ids = "a list of token ids" + ("" if vocab_size == ANY_VOCABULARY else f" from 0 to {vocab_size - 1}")
         msg = f"request {index}: expected a string, {ids}, or a row, got {shown(value)}"
         raise RequestError(msg, index=index)
     return found
@@ -153,14 +201,14 @@ def encode_text(model: Model, source: str | Sequence[int] | Sequence[Mapping[str
     return ids
 
 
-def _task_prompts(task: Task, batch: Sequence[Any], numbers: list[int], tokenizer: Tokenizer) -> list[str]:
+def _task_prompts(task: Task, batch: Sequence[Any], numbers: list[int], parts: _TemplateParts) -> list[str]:
     """Prompts of requests of one task. If the batch is refused, each is tried alone to find the wrong one."""
     try:
-        return task.prompts([batch[i] for i in numbers], tokenizer.eos, tokenizer.chat)
+        return task.prompts([batch[i] for i in numbers], *parts)
     except (DataError, ConfigError):
         for i in numbers:
             with request_error(i):
-                task.prompts([batch[i]], tokenizer.eos, tokenizer.chat)
+                task.prompts([batch[i]], *parts)
         raise
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints: TypeAlias = NDArray[np.int32]
+ANY_VOCABULARY = 2**31 - 1  # number of tokens for a check without a base model, whose vocabulary is not known
 
 
 def token_ids(value: Any, vocab_size: int) -> Ints | None:
