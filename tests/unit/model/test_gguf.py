@@ -138,7 +138,7 @@ def test_a_missing_package_is_named(file, monkeypatch, missing):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="there is no such file"):
+    with pytest.raises(ConfigError, match="there is no such folder or file"):
         load(tmp_path / "x.gguf")
 
 
