@@ -211,8 +211,6 @@ def train(
             fields=fields,
         )
     )
-    if isinstance(model, str | Path):
-        check_base_name(model)
     is_single = job.rows.is_single and sweep is None
     if progress is not None:
         check_flag("progress", progress)
@@ -249,6 +247,8 @@ def _open_output(
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | None) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
+    if isinstance(model, str | Path):
+        check_base_name(model)
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing
