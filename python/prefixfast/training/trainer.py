@@ -184,8 +184,6 @@ def train(
     Source:
         Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190).
     """
-    if isinstance(model, str | Path) and Path(model).is_file():
-        check_base_name(model)  # first, since base and data may be swapped
     opened = open_store(store, read_only=False)
     job = prepare(
         JobArguments(
