@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+from unicodedata import category
 
 import typer
 
@@ -71,6 +72,11 @@ def printable(value: Any) -> str:
         return "-"
     text = json.dumps(value) if isinstance(value, (dict, list, tuple, bool)) else str(value)
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
+
+
+def printable_text(text: str) -> str:
+    """Text of several lines with an escape in place of each other control character, for a terminal."""
+    return "".join(c if c in "\n\t" or category(c) != "Cc" else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def in_bytes(count: int) -> str:

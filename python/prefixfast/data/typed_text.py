@@ -1,0 +1,59 @@
+"""The row that a typed text stands for, such as a line of a conversation or an argument of a command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from prefixfast.config.json_types import JSON
+from prefixfast.data.chat import Message
+from prefixfast.data.formats import FORMATS
+from prefixfast.data.rows import Row
+from prefixfast.data.task import Task
+from prefixfast.errors import DataError, shown
+
+
+def typed_row(text: str, task: Task, earlier: Sequence[Message] = ()) -> Row:
+    """Make the row of a typed text.
+
+    Args:
+        text: Text. For a task that reads tables it is a row as a JSON object, the table alone as JSON, or slots like
+            ``name[Blue Spice]``.
+        task: Task that reads the row. The text is the document, prompt or whole text of other formats.
+        earlier: Messages before the text, for the format ``"messages"``. The text is the user's next message.
+
+    Returns:
+        Row with an input and no target.
+
+    Raises:
+        DataError: If the text begins like JSON and is not JSON, for a task that reads tables.
+
+    Example:
+        >>> from prefixfast.data import TASKS
+        >>> typed_row("tea and rain", TASKS["summary"]), typed_row('{"name": "Ada"}', TASKS["table"])
+        ({'document': 'tea and rain'}, {'table': {'name': 'Ada'}})
+    """
+    if task.format == "messages":
+        return {"messages": [*earlier, {"role": "user", "content": text}]}
+    keys = FORMATS[task.format].inputs
+    if task.format != "table":
+        return {keys[0]: text}
+    value = _json_value(text)
+    if isinstance(value, dict) and any(key in value for key in keys):
+        return value
+    return {"mr": text} if value is None else {"table": value}
+
+
+def _json_value(text: str) -> JSON:
+    """Object or list that a text holds as JSON, None for a text that does not begin like one.
+
+    Raises:
+        DataError: If the text begins like JSON and is not JSON.
+    """
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        msg = f"expected a row as JSON, got {shown(text)}: {e}"
+        raise DataError(msg) from e
