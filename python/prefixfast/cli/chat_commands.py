@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prefixfast.cli.chat_session import ChatSession, chat_params, with_sampling
 from prefixfast.cli.output import printable
@@ -87,12 +87,20 @@ def _set(session: ChatSession, rest: str) -> bool:
         if not text.strip():
             msg = f"/set: expected an option and a value, such as temperature 0.7, got {shown(rest)}"
             raise ConfigError(msg)
-        value = None if text.strip() == NOTHING else read_yaml(text)
-        session.params = chat_params(session.params, **{name.replace("-", "_"): value})
+        session.params = chat_params(session.params, **{name.replace("-", "_"): _value(name, text.strip())})
     params = with_sampling(session.params)
     given = {n: v for n in params.names() if (v := getattr(params, n)) is not None}
     session.notify(", ".join(f"{n}: {printable(v)}" for n, v in given.items()) or "every option has its default")
     return True
+
+
+def _value(name: str, text: str) -> Any:
+    """Value of an option that is typed as in a YAML file."""
+    try:
+        return None if text == NOTHING else read_yaml(text)
+    except ConfigError as e:
+        msg = f"/set {printable(name)}: expected a value as in YAML, such as 0.7, true or [a, b], got {shown(text)}"
+        raise ConfigError(msg) from e
 
 
 def _help(session: ChatSession, _: str) -> bool:
@@ -110,7 +118,9 @@ COMMANDS = {
     "prefixes": ChatCommand("/prefixes", "List the prefixes; * marks those in use.", _list),
     "reset": ChatCommand("/reset", "Forget the conversation.", _reset),
     "set": ChatCommand(
-        "/set [OPTION VALUE]", f"Set an option of generation; {NOTHING} restores its default; alone it shows them.", _set
+        "/set [OPTION VALUE]",
+        f"Set an option of generation, {NOTHING} is its default; alone it shows them.",
+        _set,
     ),
     "help": ChatCommand("/help", "List the commands.", _help),
     "quit": ChatCommand("/quit", "End.", lambda *_: False),

@@ -76,7 +76,9 @@ def printable(value: Any) -> str:
 
 def printable_text(text: str) -> str:
     """Text of several lines with an escape in place of each other control character, for a terminal."""
-    return "".join(c if c in "\n\t" or category(c) != "Cc" else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(
+        c if c in "\n\t" or category(c) != "Cc" else c.encode("unicode_escape").decode("ascii") for c in text
+    )
 
 
 def in_bytes(count: int) -> str:

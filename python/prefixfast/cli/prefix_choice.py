@@ -1,4 +1,4 @@
-"""`PrefixChoice`, the prefixes that a command finds by what the user typed: names in a store, or folders and hub ids."""
+"""`PrefixChoice`, prefixes by what the user typed: names in a store, or folders and hub ids."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PrefixChoice:
             return Prefix.from_pretrained(name)
         except DataError as e:
             if self._read and not Path(name).exists():
-                msg = f"no prefix {shown(name)}; {suggestion(name, self._read)}"
+                msg = f"no prefix {shown(name)}; {suggestion(name, [Path(given).name for given in self._read])}"
                 raise UnknownPrefixError(msg) from e
             raise
 
@@ -87,7 +87,8 @@ class PrefixChoice:
         """
         if model is not None:
             return model
-        bases = {str(base["name"]) for name in names if (base := self.find(name).base) and base.get("name")}
+        found = [base["name"] for name in names if (base := self.find(name).base) is not None]
+        bases = {name for name in found if name}
         if len(bases) != 1:
             got = " and ".join(map(shown, sorted(bases))) or "no prefix that names one"
             msg = f"--model: expected a base model, or prefixes that name one, got {got}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from prefixfast.cli.typed_text import TextReader
     from prefixfast.data.rows import Row
     from prefixfast.data.task import Task
+    from prefixfast.engine.engine import Engine
     from prefixfast.engine.request import Generation
 
 BASE_ALONE = "the base alone"
@@ -172,7 +174,8 @@ def _show(answers: Sequence[Answer], per_text: int) -> None:
     by_text = [answers[i : i + per_text] for i in range(0, len(answers), per_text)]
     several = len(by_text) > 1
     headings = [*(["input"] if several else []), *(_heading(answer) for answer in by_text[0])]
-    console = Console()
+    size = shutil.get_terminal_size()
+    console = Console(width=size.columns, height=size.lines)  # a terminal without escapes has a width too
     if console.width // len(headings) < NARROWEST:
         for own in by_text:
             if several:
