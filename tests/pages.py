@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,10 +42,23 @@ def console(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE)
 
 
+def with_input(cli: Callable[..., Any], arguments: list[str]) -> Any:
+    """Result of a command whose last arguments can be ``< FILE``."""
+    if "<" not in arguments:
+        return cli(*arguments)
+    at, before = arguments.index("<"), sys.stdin
+    with Path(arguments[at + 1]).open(encoding="utf8") as sys.stdin:
+        try:
+            return cli(*arguments[:at])
+        finally:
+            sys.stdin = before
+
+
 def run_page(page: Path, cli: Callable[..., Any], watch: Profile | None = None) -> Run:
     """Run one block after the other, in one namespace and in the current folder.
 
-    ``$ cat FILE`` writes the file that the page shows; all other command lines are those of prefixfast.
+    ``$ cat FILE`` writes the file that the page shows; all other command lines are those of prefixfast, some with
+    ``< FILE`` at the end.
 
     Args:
         page: Page of the documentation.
@@ -65,11 +79,11 @@ def run_page(page: Path, cli: Callable[..., Any], watch: Profile | None = None) 
             found.examples, names = found.examples + done.attempted, case.globs
         for command, expected in console(text) if kind == "console" else ():
             found.lines += 1
-            program, *arguments = command.split()
+            program, *arguments = shlex.split(command)
             if program == "cat":
                 Path(arguments[0]).write_text(expected, encoding="utf8")
                 continue
-            ran = cli(*arguments)
+            ran = with_input(cli, arguments)
             if ran.code != 0 or not doctest.OutputChecker().check_output(expected, ran.out, FLAGS):
                 shown = f"$ {command}\nexit status {ran.code}\n{ran.err}expected\n{expected}got\n{ran.out}"
                 found.wrong.append(shown)

@@ -147,7 +147,10 @@ def _item(reader: TextReader, text: str | Row, task: Task) -> Row:
     """Request of a text or row, which keeps the parameters of a row."""
     if isinstance(text, str):
         return {"input_ids": reader.ids(text, task).tolist()}
-    own = {"params": text["params"]} if text.get("params") is not None else {}
+    from prefixfast.engine.make_requests import request_value
+
+    params = request_value(text, task, "params")
+    own = {} if params is None else {"params": params}
     return {"input_ids": reader.row_ids(text, task).tolist(), **own}
 
 

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import StoredPrefix
 
-TABLES = 'the prefix reads tables: give a row as JSON, such as {"table": {"name": "Ada", "born": "1815"}}'
-
 
 class TextReader:
     """Turns typed texts into token ids.
@@ -53,10 +51,12 @@ class TextReader:
         Args:
             task: Task that reads the texts.
         """
+        from prefixfast.data.typed_text import typed_form
+
         if task.format == "messages":
             return "the base's chat template writes the conversation"
-        if task.format == "table":
-            return TABLES
+        if form := typed_form(task):
+            return form
         if self.has_template and self.conversation is None:
             return "every text is a prompt of its own, as the prefix was trained; --conversation keeps the conversation"
         if self.has_template:
@@ -94,9 +94,10 @@ class TextReader:
 
     def _encode(self, make_row: Callable[[], Row], task: Task) -> Ints:
         from prefixfast.data.encode import encode_prompts
+        from prefixfast.data.typed_text import typed_form
 
         try:
             return encode_prompts(self.model, [make_row()], [task])[0]
         except (DataError, RequestError) as e:
             message = str(e).removeprefix("request 0: ")
-            raise RequestError(f"{message}; {TABLES}" if task.format == "table" else message) from e
+            raise RequestError(f"{message}; {form}" if (form := typed_form(task)) else message) from e

@@ -13,7 +13,7 @@ import tiny
 from prefixfast import Engine, GenerationParams, Prefix, PrefixStore, generate, load
 from prefixfast.cli.chat_session import ChatSession
 from prefixfast.cli.prefix_choice import PrefixChoice
-from prefixfast.data import TASKS
+from prefixfast.data import TASKS, column_task
 from prefixfast.errors import ConfigError
 from terminal import at_terminal
 
@@ -111,11 +111,17 @@ def test_a_chat_template_keeps_the_conversation(chat, chat_folder):
 def test_a_prefix_is_asked_as_it_was_trained(chat, chat_folder, make_prefix, tmp_path):
     """Only a prefix of messages, or without a task, is asked through the chat template."""
     tasks = {"plain": TASKS["prompt"], "said": TASKS["messages"], "sum": TASKS["summary"], "table": TASKS["table"]}
+    tasks |= {
+        "one": column_task(prompt="say {word}:", target="reply"),
+        "two": column_task(prompt="{word}, {n}:", target="reply"),
+    }
     rows = {
         "plain": ("ab", {"prompt": "ab"}),
         "said": ("ab", dialogue("ab")),
         "sum": ("ab", {"document": "ab"}),
         "table": ('{"a": "b"}', {"table": {"a": "b"}}),
+        "one": ("ab", {"word": "ab"}),
+        "two": ('{"Word": "ab", "n": 7}', {"word": "ab", "n": 7}),
         "peft": ("ab", dialogue("ab")),
     }
     for name, (line, row) in rows.items():
@@ -124,6 +130,9 @@ def test_a_prefix_is_asked_as_it_was_trained(chat, chat_folder, make_prefix, tmp
         prefix.save_pretrained(tmp_path / name)
         how = (*SIX, "--model", chat_folder, "--prefix", tmp_path / name)
         assert chat([line], *how).out == printed(answers([row], prefix, chat_folder)), name
+    wrong = chat(["ab", "[1]", '{"word": "ab"}'], "--model", chat_folder, "--prefix", tmp_path / "two")
+    assert (wrong.code, wrong.out) == (3, "")
+    assert wrong.err.count('such as {"word": "...", "n": "..."}') == 4  # the greeting and each line
     for flag, row in (("--no-conversation", {"prompt": "ab"}), ("--conversation", dialogue("ab"))):
         for name in ("plain", "said", "peft"):
             prefix = Prefix.from_pretrained(tmp_path / name)
