@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from typing import TypedDict
 
 import typer
 
@@ -25,7 +26,15 @@ TABLE = typer.Option(
 ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}
 
 
-def column_arguments(prompt: str | None, target: str | None, table: str | None) -> dict[str, str | list[str] | None]:
+class ColumnArguments(TypedDict):
+    """Arguments of `prefixfast.train` that map columns."""
+
+    prompt: str | None
+    target: str | None
+    table: list[str] | None
+
+
+def column_arguments(prompt: str | None, target: str | None, table: str | None) -> ColumnArguments:
     """Arguments of `prefixfast.train` from the values of the flags.
 
     Args:

@@ -1,4 +1,4 @@
-"""Command ``prefixfast data check TASK PATH``."""
+"""Command ``prefixfast data check PATH``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
 from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.prefixes import Json
@@ -17,7 +18,9 @@ from prefixfast.errors import ConfigError, shown
 if TYPE_CHECKING:
     from prefixfast.data.check_data import DataReport
 
-EXAMPLE = "prefixfast data check auto rows.jsonl --model gpt2"
+EXAMPLE = """prefixfast data check rows.jsonl --model gpt2
+prefixfast data check a.csv --prompt '{name}, {price} ->' --target text"""
+SHOWN = 240  # characters of a prompt or a target
 app = typer.Typer(cls=Group, help="Check data before training on it.", epilog=EXAMPLE, no_args_is_help=True)
 
 
@@ -28,15 +31,20 @@ def _group() -> None:
 
 @app.command("check", cls=Command, epilog=EXAMPLE)
 def check_rows(
-    task: Annotated[
-        str,
-        typer.Argument(
-            metavar="TASK",
-            help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages or text; "
-            "auto finds it from the rows' keys.",
-        ),
+    words: Annotated[
+        list[str],
+        typer.Argument(metavar="[TASK] PATH", help=f"File of rows ({FORMATS}), after the name of a task or without."),
     ],
-    path: Annotated[Path, typer.Argument(metavar="PATH", help=f"File of rows ({FORMATS}).")],
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages or text.",
+            show_default="the task that fits the rows' keys",
+        ),
+    ] = None,
+    prompt: Annotated[str | None, PROMPT] = None,
+    target: Annotated[str | None, TARGET] = None,
+    table: Annotated[str | None, TABLE] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -63,11 +71,12 @@ def check_rows(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List every problem of a file of rows with its line, the rows' lengths, and one example as the model reads it.
+    """List every problem of a file of rows with its line, the rows' lengths, and three rows as the model reads them.
 
     The exit status is 1 if there are problems.
     """
     from prefixfast.data.check_data import BaseVocabulary, check_data
+    from prefixfast.data.columns import task_of_columns
 
     if max_length is not None and model is None:
         msg = "--max-length: expected together with --model, whose tokens it counts"
@@ -75,11 +84,33 @@ def check_rows(
     base = _tokenizer_and_sizes(model) if model is not None else {}
     if max_length is not None:
         base["max_length"] = max_length
-    name = None if task == "auto" else task
-    report = check_data(name, path, split=split, base=BaseVocabulary(**base), max_errors=max_errors)
+    name, path = _task_and_path(words, task)
+    own = task_of_columns(name, **column_arguments(prompt, target, table))
+    report = check_data(own, path, split=split, base=BaseVocabulary(**base), max_errors=max_errors)
     typer.echo(json.dumps(dataclasses.asdict(report), ensure_ascii=False) if as_json else "\n".join(_lines(report)))
     if report.num_problems:
         raise typer.Exit(1)
+
+
+def _task_and_path(words: list[str], task: str | None) -> tuple[str | None, Path]:
+    """Task and path from the words of the command line and ``--task``; ``auto`` stands for no task.
+
+    Raises:
+        ConfigError: If there are more words or two tasks, or the words are in the wrong order.
+    """
+    from prefixfast.data import TASKS
+
+    names = ("auto", *TASKS)
+    if len(words) > 2 or (len(words) == 2 and task is not None):
+        got = " ".join(words) + ("" if task is None else f" beside --task {task}")
+        msg = f"PATH: expected one file, or one task and one file, got {got}"
+        raise ConfigError(msg)
+    if words[-1] in names and not Path(words[-1]).exists():
+        hint = f"; write {words[1]} {words[0]}" if len(words) == 2 else ""
+        msg = f"PATH: expected a file of rows, after the task if there is one, got the task {words[-1]}{hint}"
+        raise ConfigError(msg)
+    name = words[0] if len(words) == 2 else task
+    return None if name == "auto" else name, Path(words[-1])
 
 
 def _tokenizer_and_sizes(model: str) -> dict[str, Any]:
@@ -117,10 +148,17 @@ def _lines(report: DataReport) -> list[str]:
         out.append(f"  over {report.max_length} tokens: {report.too_long} examples")
     if report.unread:
         out.append(f"  unused columns: {', '.join(report.unread)}")
-    if report.example:
-        out += [
-            f"  line {report.example['line']} becomes",
-            f"    prompt {report.example['prompt']!r:.600}",
-            f"    target {report.example['target']!r:.600}",
-        ]
+    out += [f"  note: {note}" for note in report.notes]
+    out += [f"  warning: {warning}" for warning in report.warnings]
+    end = "" if report.tokens else "; the end token of the model follows the target"
+    out += [f"  rows as the model reads them, prompt + target{end}:"] if report.shown else []
+    for row in report.shown:
+        place = f"{row['which']} length" if row["which"] == "median" else row["which"]
+        out += [f"  {place}, line {row['line']}", f"    {_text(row['prompt'])} + {_text(row['target'])}"]
     return out
+
+
+def _text(text: str) -> str:
+    """A text in quotes; of a long one the start and the end."""
+    middle = "" if len(text) <= SHOWN else " ... "
+    return repr(text[: SHOWN // 2] + middle + text[-SHOWN // 2 :]) if middle else repr(text)

@@ -1,9 +1,9 @@
-"""Check of a row file before training: problems with their lines, lengths, and one example as the model sees it."""
+"""Check of a row file before training: problems with their lines, lengths, and examples as the model sees them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias, TypedDict
@@ -12,10 +12,11 @@ import numpy as np
 
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.chat import split_conversation
+from prefixfast.data.columns import TaskLike, check_columns, empty_values, reserved_notes, unread_columns
 from prefixfast.data.corpora import task_items
 from prefixfast.data.encode import ANY_VOCABULARY, Example, encode_examples
 from prefixfast.data.files import file_items
-from prefixfast.data.formats import CHAT_KEYS, FORMATS, REQUEST_KEYS, TOKENIZED_KEYS
+from prefixfast.data.join import Joins
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import DataError, check_string
@@ -23,8 +24,8 @@ from prefixfast.io.paths import as_path
 from prefixfast.model.tokenizer import Tokenizer
 
 ROWS_PER_CHUNK = 256
+SHOWN_ROWS = 3
 PERCENTILES = (50, 90, 99, 100)
-COMMON_KEYS = (*TOKENIZED_KEYS, *REQUEST_KEYS)
 Percentiles: TypeAlias = dict[str, int]
 
 
@@ -35,9 +36,10 @@ class Problem(TypedDict):
     message: str
 
 
-class ShownExample(TypedDict, total=False):
-    """An example: ``line`` of its row (None for a row without a line), and the text of ``prompt`` and ``target``."""
+class ShownExample(TypedDict):
+    """An example: ``which`` of the rows, ``line`` (None without one), and the text of ``prompt`` and ``target``."""
 
+    which: str
     line: int | None
     prompt: str
     target: str
@@ -75,7 +77,9 @@ class DataReport:
         max_length: Limit that ``too_long`` counts against, None without one.
         too_long: Number of examples with more than ``max_length`` tokens.
         unread: Columns that the task's format does not read.
-        example: Example of the first valid row.
+        warnings: Sentences on rows that training takes, but that are likely a mistake.
+        notes: Sentences on columns whose names have a meaning in other rows.
+        shown: Examples of the first valid row, of the row of median length and of the longest.
     """
 
     path: str
@@ -89,11 +93,13 @@ class DataReport:
     max_length: int | None = None
     too_long: int = 0
     unread: list[str] = field(default_factory=list)
-    example: ShownExample = field(default_factory=ShownExample)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    shown: list[ShownExample] = field(default_factory=list)
 
 
 def check_data(
-    task: str | Task | None,
+    task: TaskLike,
     path: str | Path,
     *,
     split: str | None = None,
@@ -115,6 +121,7 @@ def check_data(
     Raises:
         ConfigError: If the task or the split is unknown.
     """
+    task = Task.from_spec(task) if isinstance(task, Mapping) else task
     name = task.name if isinstance(task, Task) else "auto" if task is None else task
     check_string("task", name, "the name of a task, a Task or None")
     base, path = base or BaseVocabulary(), as_path("path", path)
@@ -161,15 +168,15 @@ class _Checker:
             self.report.problems.append({"line": error.line, "message": str(error)})
 
     def measure(self, rows: list[Row], task: Task) -> None:
-        """Fill the fields that need the task: examples, lengths, unread columns, and the first example."""
+        """Fill the fields that need the task: examples, lengths, columns, and the shown examples."""
         report, tokenizer = self.report, self.base.tokenizer
         report.task = task.name
-        row_format = FORMATS[task.format]
-        known = {*COMMON_KEYS, *row_format.inputs, *row_format.targets, *CHAT_KEYS}
-        report.unread = sorted({str(k) for row in rows for k in row} - known)
+        check_columns(task, rows)
+        report.unread, report.notes = unread_columns(task, rows), reserved_notes(task, rows)
         characters: dict[str, list[int]] = {"prompt": [], "target": []}
         tokens: dict[str, list[int]] = {"example": [], "target": []}
-        counted = tokenizer is not None or "input_ids" in rows[0]
+        counted = tokenizer is not None or task.is_tokenized(rows[0])
+        joins, sizes = Joins(), list[tuple[int, Row]]()
         for start in range(0, len(rows), ROWS_PER_CHUNK):
             for valid in self._valid_rows(rows[start : start + ROWS_PER_CHUNK], task):
                 targets, examples = valid["targets"], valid["examples"]
@@ -178,12 +185,19 @@ class _Checker:
                 report.examples += len(examples) if counted else max(1, len(targets))
                 tokens["example"] += (len(e.ids) for e in examples)
                 tokens["target"] += (len(e.targets) for e in examples)
-                if not report.example:
-                    report.example = _shown(tokenizer, valid)
+                joins.add(valid["prompt"], targets)
+                size = len(examples[0].ids) if examples else len(valid["prompt"]) + sum(map(len, targets[:1]))
+                sizes.append((size, valid["row"]))
         report.characters = {k: _percentiles(v) for k, v in characters.items() if any(v)}
         report.tokens = {k: _percentiles(v) for k, v in tokens.items() if v}
         limit = report.max_length
         report.too_long = sum(n > limit for n in tokens["example"]) if limit else 0
+        report.warnings = [*filter(None, [joins.warning()]), *empty_values(task, rows)]
+        report.shown = [
+            _shown(tokenizer, which, valid)
+            for which, row in _typical_rows(sizes).items()
+            for valid in self._read([row], task)
+        ]
 
     def _valid_rows(self, rows: Sequence[Row], task: Task) -> Iterator[_ValidRow]:
         """The valid rows of a chunk. If the chunk is refused, its rows are read one by one."""
@@ -197,7 +211,7 @@ class _Checker:
                 yield from self._valid_rows([row], task)
 
     def _read(self, rows: Sequence[Row], task: Task) -> list[_ValidRow]:
-        tokenizer, tokenized = self.base.tokenizer, "input_ids" in rows[0]
+        tokenizer, tokenized = self.base.tokenizer, task.is_tokenized(rows[0])
         texts: list[tuple[str, list[str]]] = [("", [])] * len(rows)
         if not tokenized:
             eos = "{eos}" if tokenizer is None else tokenizer.eos
@@ -219,16 +233,29 @@ class _Checker:
         ]
 
 
-def _shown(tokenizer: Tokenizer | None, valid: _ValidRow) -> ShownExample:
+def _typical_rows(sizes: list[tuple[int, Row]]) -> dict[str, Row]:
+    """The first row, the longest and the one of median length; a row that is two of them leaves room for another."""
+    by_size = sorted(range(len(sizes)), key=lambda i: sizes[i][0])
+    wanted = {"first": [0], "longest": by_size[-1:], "median": by_size[(len(by_size) - 1) // 2 :], "another": by_size}
+    found: dict[str, int] = {}
+    for which, places in wanted.items():
+        place = next((p for p in places if p < len(sizes) and p not in found.values()), None)
+        if place is not None and len(found) < SHOWN_ROWS:
+            found[which] = place
+    return {which: sizes[place][1] for which, place in found.items()}
+
+
+def _shown(tokenizer: Tokenizer | None, which: str, valid: _ValidRow) -> ShownExample:
     """The first example of a row: the text up to the first target and the rest, with special tokens."""
     line = getattr(valid["row"], "line", None)
     if tokenizer is None:
-        return {"line": line, "prompt": valid["prompt"], "target": valid["targets"][0] if valid["targets"] else ""}
+        target = valid["targets"][0] if valid["targets"] else ""
+        return {"which": which, "line": line, "prompt": valid["prompt"], "target": target}
     example = valid["examples"][0]
     at = int(example.targets[0])
     parts = [example.ids[:at].tolist(), example.ids[at:].tolist()]
     prompt, target = tokenizer.decode(parts, skip_special_tokens=False)
-    return {"line": line, "prompt": prompt, "target": target}
+    return {"which": which, "line": line, "prompt": prompt, "target": target}
 
 
 def _percentiles(values: list[int]) -> Percentiles:

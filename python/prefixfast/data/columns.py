@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
@@ -9,7 +10,7 @@ from prefixfast import _rust
 from prefixfast.config.json_types import JSON
 from prefixfast.data.column_names import column_error, listed
 from prefixfast.data.column_text import cell_text, find_columns, template_columns
-from prefixfast.data.formats import CHAT_KEYS, INPUT_KEYS, TARGET_KEYS, TOKENIZED_KEYS
+from prefixfast.data.formats import CHAT_KEYS, FORMATS, INPUT_KEYS, REQUEST_KEYS, TARGET_KEYS, TOKENIZED_KEYS
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, check_string, shown
@@ -188,6 +189,30 @@ def check_columns(task: Task, rows: Sequence[Row]) -> None:
                 raise row_error(rows[0], 0, f"{field}: {message}")
 
 
+def unread_columns(task: Task, rows: Iterable[Row]) -> list[str]:
+    """Columns that neither the task nor a request reads, in alphabetical order."""
+    own = FORMATS[task.format]
+    known = {*REQUEST_KEYS, *own.inputs, *own.targets}
+    if task.format != "columns":
+        known |= {*TOKENIZED_KEYS, *CHAT_KEYS}
+    found: set[str] = set()
+    for keys in dict.fromkeys(map(tuple, rows)):
+        found |= {str(k) for k in keys} - known - content_keys(task, dict.fromkeys(keys))
+    return sorted(found)
+
+
+def empty_values(task: Task, rows: Sequence[Row]) -> list[str]:
+    """Sentences on the columns of a prompt's template that are empty text in some rows."""
+    counts: Counter[str] = Counter()
+    if task.format == "columns" and not task.columns:
+        names = input_columns(task)
+        for row in rows:
+            keys = find_columns(names, tuple(row))
+            counts.update(k for k in keys if k is not None and isinstance(v := row[k], str) and not v.strip())
+    advice = "leave the rows out, fill them in, or use table, which leaves out empty values"
+    return [f"column {shown(k)} is empty in {n} of {len(rows)} rows; {advice}" for k, n in counts.items()]
+
+
 def reserved_notes(task: Task, rows: Iterable[Row]) -> list[str]:
     """Sentences on columns of rows whose names have a meaning in other rows.
 
@@ -203,5 +228,5 @@ def reserved_notes(task: Task, rows: Iterable[Row]) -> list[str]:
         own = content_keys(task, dict.fromkeys(keys))
         used |= own & RESERVED.keys()
         unused |= (RESERVED.keys() & {*keys}) - own
-    notes = [f"column {shown(k)} is text of the mapping here: it {RESERVED[k][0]}" for k in sorted(used)]
-    return notes + [f"column {shown(k)} is not in the mapping: it {RESERVED[k][1]}" for k in sorted(unused)]
+    notes = [f"column {shown(k)} is read by the mapping, so that it {RESERVED[k][0]}" for k in sorted(used)]
+    return notes + [f"column {shown(k)} is not in the mapping and {RESERVED[k][1]}" for k in sorted(unused)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from prefixfast.data.column_names import column_error
 from prefixfast.data.column_text import find_columns
-from prefixfast.data.columns import check_columns, reserved_notes
+from prefixfast.data.columns import check_columns, empty_values, reserved_notes
 from prefixfast.data.encode import check_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.join import sample_joins
@@ -108,7 +108,7 @@ def check_task_rows(rows: TrainingRows, task: Task) -> None:
     check_columns(task, every)
     if notes := reserved_notes(task, every):
         logger.info("%s", "; ".join(notes))
-    if warning := sample_joins(task, rows.rows.values()).warning():
+    for warning in filter(None, [sample_joins(task, rows.rows.values()).warning(), *empty_values(task, every)]):
         logger.warning("%s", warning)
 
 

@@ -1,4 +1,4 @@
-"""`check_data` and ``prefixfast data check``: problems with lines, lengths, one example, and exit codes."""
+"""`check_data` and ``prefixfast data check``: problems with lines, lengths, shown rows, and exit codes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tiny
 from oracles import ROOT
 from prefixfast import ConfigError, DataError
 from prefixfast.cli import main
+from prefixfast.data import column_task
 from prefixfast.data.check_data import BaseVocabulary, check_data
 from prefixfast.data.rows import read_rows
 from prefixfast.model.tokenizer import Tokenizer
@@ -78,7 +79,10 @@ def test_lengths_and_limits(tmp_path, tokenizer):
     totals = sorted(n + n % 7 + 1 for n in range(1, 101))  # with the end token
     assert report.tokens["example"] == {"50": totals[49], "90": totals[89], "99": totals[98], "100": totals[99]}
     assert report.too_long == sum(t > 60 for t in totals)
-    assert report.example == {"line": 1, "prompt": "p", "target": "c</s>"}
+    first, longest, median = report.shown
+    assert first == {"which": "first", "line": 1, "prompt": "p", "target": "c</s>"}
+    assert (longest["line"], longest["prompt"], longest["which"]) == (100, "p" * 100, "longest")
+    assert (median["which"], len(median["prompt"]) + median["line"] % 7 + 1) == ("median", totals[49])
 
 
 def test_files_of_several_chunks(tmp_path):
@@ -128,7 +132,7 @@ def test_the_example_is_the_text_that_the_model_sees(tmp_path, tokenizer, monkey
     for own in (None, Tokenizer.from_hf(tokenizer)):
         report = check_data(None if task == "auto" else task, path, base=BaseVocabulary(own, tiny.VOCAB))
         assert (report.num_problems, report.examples) == (0, examples)
-    assert {k: report.example[k] for k in shown} == shown
+    assert {k: report.shown[0][k] for k in shown} == shown
 
 
 def test_an_official_file(tmp_path):
@@ -139,7 +143,7 @@ def test_an_official_file(tmp_path):
     )
     report = check_data("dart", path, split="train")
     assert (report.rows, report.examples, report.num_problems) == (2, 1, 1)
-    assert report.example["prompt"] == " a : b : c {eos}"
+    assert report.shown[0]["prompt"] == " a : b : c {eos}"
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "empty.jsonl", "rows.txt"])
@@ -177,7 +181,7 @@ def test_the_command(cli, file, folder, tmp_path):
     assert code == 0
     assert "task prompt, 1 rows, 1 examples, 0 problems" in out
     assert "tokens of the example: 6 at 50 %" in out
-    assert "target '4</s>'" in out
+    assert "    '2+2=' + '4</s>'" in out.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -186,15 +190,126 @@ def test_the_command(cli, file, folder, tmp_path):
         (("prompt", "{file}", "--max-length", "10"), "--max-length: expected together with --model"),
         (("prompt", "{file}", "--model", "{file}/none"), "cannot be loaded"),
         (("e3e", "{file}"), "task: expected one of e2e"),
+        (("{file}", "prompt"), "got the task prompt; write prompt {file}"),
+        (("prompt",), "PATH: expected a file of rows, after the task if there is one, got the task prompt"),
+        (("prompt", "{file}", "{file}"), "PATH: expected one file, or one task and one file"),
+        (("prompt", "{file}", "--task", "prompt"), "beside --task prompt"),
+        (("prompt", "{file}", "--prompt", "{{x}}", "--target", "y"), "task: expected none beside prompt and target"),
+        (("{file}", "--prompt", "{{x}}"), "target: expected the column"),
+        (("{file}", "--target", "y"), "prompt and table: expected one of them"),
+        (("{file}", "--prompt", "{{x", "--target", "y"), "prompt: expected columns in braces"),
+        (("{file}", "--table", 'a,"b', "--target", "y"), "--table: expected names of columns with commas"),
         (("e2e", "{file}", "--split", "eval"), "split: expected one of train, dev, test, got 'eval'"),
     ],
 )
 def test_wrong_arguments_of_the_command(cli, file, arguments, message):
     code, _ = cli("data", "check", *(a.format(file=file) for a in arguments))
-    assert message in str(code)
+    assert message.format(file=file) in str(code)
 
 
 def test_torch_and_transformers_are_not_imported_without_a_base_model(file):
     call = f"from prefixfast.data.check_data import check_data; check_data('prompt', {str(file)!r})"
     code = f"import sys; {call}; assert not {{'torch', 'transformers'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={"PYTHONPATH": str(ROOT / "python"), "PATH": ""})
+
+
+PRODUCTS = """Name,price,text,id
+Mill,12,A {red} mill.,1
+Fan,,"A ""blue"" fan.",2
+Pump,7,,3
+Pump station,7,A pump.,4
+"""
+MAPPING = {"prompt": "{name}, {price} ->", "target": "text"}
+
+
+@pytest.fixture
+def products(tmp_path):
+    path = tmp_path / "products.csv"
+    path.write_text(PRODUCTS, encoding="utf8")
+    return path
+
+
+def test_rows_of_columns(products, tokenizer):
+    for own in (None, Tokenizer.from_hf(tokenizer)):
+        report = check_data(column_task(**MAPPING), products, base=BaseVocabulary(own))
+        end = "</s>" if own else ""
+        assert (report.task, report.rows, report.examples, [p["line"] for p in report.problems]) == (
+            "columns",
+            4,
+            3,
+            [4],
+        )
+        assert [(row["line"], row["prompt"], row["target"]) for row in report.shown] == [
+            (2, "Mill, 12 ->", f" A {{red}} mill.{end}"),
+            (5, "Pump station, 7 ->", f" A pump.{end}"),
+            (3, "Fan,  ->", f' A "blue" fan.{end}'),
+        ]
+        (warning,) = report.warnings
+        assert "'price' is empty in 1 of 4 rows" in warning
+        assert ["'text'" in note or "'id'" in note for note in report.notes] == [True, True]
+        assert report.unread == []
+    table = check_data(column_task(table=["name"], target="{text}").spec(), products)
+    assert (table.unread, table.warnings, table.shown[0]["prompt"]) == (["price"], [], "name : Mill\n")
+    missing = check_data(column_task(table=["name", "color"], target="text"), products)
+    assert (missing.num_problems, missing.examples) == (1, 0)
+    assert f"{products}:2: table: expected a column 'color'" in missing.problems[0]["message"]
+
+
+JOINS = {
+    "a template": (
+        MAPPING | {"prompt": "{price} {name}", "target": "{text}"},
+        "in 3 of 3 rows, as '12 Mill' and 'A {red} mill.'",
+    ),
+    "a column": (MAPPING | {"prompt": "{price} {name}"}, None),
+    "a separator": (MAPPING, None),
+}
+
+
+@pytest.mark.parametrize(("mapping", "message"), JOINS.values(), ids=JOINS)
+def test_prompt_and_target_that_run_together(products, mapping, message):
+    warnings = [w for w in check_data(column_task(**mapping), products).warnings if "run together" in w]
+    assert [message in w for w in warnings] == ([True] if message else [])
+
+
+def test_plain_rows_that_run_together(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": p, "completion": c} for p, c in (("2+2=", "4"), ("Q: a", "b"), ("Q: a ", "b"), ("Q", " b"))]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf8")
+    (warning,) = check_data(None, path).warnings
+    assert "in 1 of 4 rows, as 'Q: a' and 'b'" in warning
+
+
+def test_a_row_is_shown_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for count in (1, 2, 3, 9):
+        path.write_text('{"prompt": "ab", "completion": "c"}\n' * count, encoding="utf8")
+        shown = check_data(None, path).shown
+        assert len({row["line"] for row in shown}) == len({row["which"] for row in shown}) == min(3, count)
+        assert shown[0]["line"] == 1
+
+
+COMMANDS = {
+    "a path": ("{file}",),
+    "a task and a path": ("auto", "{file}"),
+    "a path and an option": ("{file}", "--task", "prompt"),
+    "an option and a path": ("--task", "auto", "{file}"),
+}
+
+
+@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
+def test_forms_of_the_command(cli, tmp_path, arguments):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps(GOOD[0]), encoding="utf8")
+    code, out = cli("data", "check", *(a.format(file=path) for a in arguments))
+    assert (code, "task prompt, 1 rows, 1 examples, 0 problems" in out) == (0, True)
+
+
+def test_the_command_with_columns(cli, products):
+    code, out = cli("data", "check", products, "--prompt", r"Name: {name}\n\\n", "--target", "text", "--max-errors", 0)
+    assert code == 1, "a row has no text"
+    assert r"    'Name: Mill\n\\n' + ' A {red} mill.'" in out.splitlines()
+    assert "warning" not in out
+    code, out = cli("data", "check", products, "--table", 'name, "price" ,id', "--target", "{text}", "--json")
+    report = json.loads(out)
+    assert report["shown"][0]["prompt"] == "Name : Mill | price : 12 | id : 1\n".replace("Name", "name")
+    assert [note.split("'")[1] for note in report["notes"]] == ["id", "text"]

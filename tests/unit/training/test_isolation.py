@@ -71,7 +71,11 @@ def test_values_of_the_column_may_be_numbers(model):
     [
         ({"data": {"a": rows(0, 2)}}, ConfigError, "leave one of them out"),
         ({"data": [{**r, "user": None} for r in rows(0, 2)]}, DataError, "row 0: user: expected the name"),
-        ({"data": [{**rows(0, 1)[0], "user": "a"}, rows(0, 1)[0]]}, DataError, "row 1: prefix_column: expected a column 'user'"),
+        (
+            {"data": [{**rows(0, 1)[0], "user": "a"}, rows(0, 1)[0]]},
+            DataError,
+            "row 1: prefix_column: .*'user'",
+        ),
         (
             {"data": tagged({"a": rows(0, 2)}), "eval_data": tagged({"b": rows(0, 2)})},
             ConfigError,
