@@ -81,7 +81,7 @@ def test_lengths_and_limits(tmp_path, tokenizer):
     assert report.too_long == sum(t > 60 for t in totals)
     first, longest, median = report.shown
     assert first == {"which": "first", "line": 1, "prompt": "p", "target": "c</s>"}
-    assert (longest["line"], longest["prompt"], longest["which"]) == (100, "p" * 100, "longest")
+    assert (longest["line"], longest["prompt"], longest["which"]) == (97, "p" * 97, "longest")
     assert (median["which"], len(median["prompt"]) + median["line"] % 7 + 1) == ("median", totals[49])
 
 
@@ -309,7 +309,7 @@ def test_the_command_with_columns(cli, products):
     assert code == 1, "a row has no text"
     assert r"    'Name: Mill\n\\n' + ' A {red} mill.'" in out.splitlines()
     assert "warning" not in out
-    code, out = cli("data", "check", products, "--table", 'name, "price" ,id', "--target", "{text}", "--json")
+    code, out = cli("data", "check", products, "--table", 'name,"price", id', "--target", "{text}", "--json")
     report = json.loads(out)
     assert report["shown"][0]["prompt"] == "Name : Mill | price : 12 | id : 1\n".replace("Name", "name")
     assert [note.split("'")[1] for note in report["notes"]] == ["id", "text"]
