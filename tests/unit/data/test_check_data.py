@@ -215,7 +215,7 @@ def test_torch_and_transformers_are_not_imported_without_a_base_model(file):
 
 PRODUCTS = """Name,price,text,id
 Mill,12,A {red} mill.,1
-Fan,,"A ""blue"" fan.",2
+Fan," ","A ""blue"" fan.",2
 Pump,7,,3
 Pump station,7,A pump.,4
 """
@@ -242,7 +242,7 @@ def test_rows_of_columns(products, tokenizer):
         assert [(row["line"], row["prompt"], row["target"]) for row in report.shown] == [
             (2, "Mill, 12 ->", f" A {{red}} mill.{end}"),
             (5, "Pump station, 7 ->", f" A pump.{end}"),
-            (3, "Fan,  ->", f' A "blue" fan.{end}'),
+            (3, "Fan,   ->", f' A "blue" fan.{end}'),
         ]
         (warning,) = report.warnings
         assert "'price' is empty in 1 of 4 rows" in warning
