@@ -5,23 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
 from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import SOME_FAILED, printable
+from prefixfast.cli.output import printable
+from prefixfast.cli.prefixes import Json
+from prefixfast.cli.train_summary import KeepRun, Summary
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml, read_yaml_file
-
-if TYPE_CHECKING:
-    from prefixfast import Prefix, TrainRun
 
 DATA = typer.Argument(
     metavar="DATA...",
@@ -109,6 +107,7 @@ def command(
     overwrite: Annotated[bool, OVERWRITE] = False,
     on_error: Annotated[Literal["isolate", "raise"], ON_ERROR] = "isolate",
     dry_run: Annotated[bool, DRY_RUN] = False,
+    as_json: Json = False,
     *,
     fields: dict[str, Any],
 ) -> None:
@@ -116,8 +115,8 @@ def command(
 
     The exit status is 3 if some prefixes failed, and 130 if the run was interrupted after a checkpoint.
     """
-    given = {n: v for n, v in locals().items() if n not in ("model", "data", "dry_run", "fields")}
-    from prefixfast import train
+    given = {n: v for n, v in locals().items() if n not in ("model", "data", "dry_run", "as_json", "fields")}
+    from prefixfast import TrainRun, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = _train_arguments(given)
@@ -127,27 +126,16 @@ def command(
         found = estimate(model, named_files(data), **arguments, **fields)
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
         return
+    kept: Any = KeepRun()  # a `Callback`, which only needs one of the hooks
+    files = named_files(data)
     try:
-        result = train(model, named_files(data), **arguments, **fields)
+        result = train(model, files, **arguments, callbacks=[kept], **fields)
     except KeyboardInterrupt:
         typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(output)}", err=True)
         raise
-    _report(result, output)
-
-
-def _report(result: Prefix | TrainRun, output: Path) -> None:
-    """Print the metrics of each prefix and the failures; exit with 3 if some failed."""
-    from prefixfast import Prefix
-
-    metrics: Mapping[str, Any] = {"": result.training["metrics"]} if isinstance(result, Prefix) else result.metrics
-    for name, values in metrics.items():
-        text = ", ".join(f"{k} {math.nan if v is None else v:.4g}" for k, v in values.items())
-        typer.echo(f"{printable(output / name)}: {text}")
-    failed = {} if isinstance(result, Prefix) else result.failed
-    for name, error in failed.items():
-        typer.echo(f"{printable(name)} failed: {printable(error)}", err=True)
-    if failed:
-        raise typer.Exit(SOME_FAILED)
+    by_name = files if isinstance(files, dict) else {"": files}
+    dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
+    Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype).show(as_json=as_json)
 
 
 def _train_arguments(given: Mapping[str, Any]) -> dict[str, Any]:

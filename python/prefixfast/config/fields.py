@@ -45,6 +45,7 @@ class TrainConfigFields(TypedDict, total=False):
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]
     shuffle: bool
     seed: int
+    eval_fraction: float
     eval_steps: int | None
     metric_for_best_model: Literal["auto", "eval_loss", "last"]
     early_stopping_patience: int | None

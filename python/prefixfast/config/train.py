@@ -16,9 +16,10 @@ from prefixfast.errors import ConfigError
 class TrainConfig(Options):
     """Options that say how a prefix is trained.
 
-    ``recipe``, ``dtype``, ``token_budget``, ``gradient_checkpointing``, ``save_steps``, ``logging_steps`` and
-    ``report_to`` are options of the whole run. Every other option means the same for a prefix that is trained alone and
-    for one that is trained among others: with ``batch_size=10`` each prefix takes 10 examples in a step.
+    ``recipe``, ``dtype``, ``token_budget``, ``gradient_checkpointing``, ``eval_fraction``, ``save_steps``,
+    ``logging_steps`` and ``report_to`` are options of the whole run. Every other option means the same for a prefix
+    that is trained alone and for one that is trained among others: with ``batch_size=10`` each prefix takes 10 examples
+    in a step.
 
     Example:
         >>> TrainConfig.make({"batch_size": 4}, max_steps=10).batch_size
@@ -96,13 +97,22 @@ class TrainConfig(Options):
     )
     shuffle: bool = option(True, "whether to draw a new order of the rows in every epoch")
     seed: int = option(0, "random seed of initialization, row order and dropout", SEED)
+    eval_fraction: float = option(
+        0.0,
+        "fraction of each prefix's rows that is held out of training for evaluation, in place of eval_data; 0 holds "
+        "out none",
+        Range(0, 1, below=True),
+    )
     eval_steps: int | None = option(
-        None, "number of steps between evaluations on eval_data; None evaluates at each prefix's last step only", COUNT
+        None,
+        "number of steps between evaluations on held-out rows; None evaluates before the first and after the last step "
+        "of each prefix only",
+        COUNT,
     )
     metric_for_best_model: Literal["auto", "eval_loss", "last"] = option(
         "auto",
-        "state of a prefix that training returns: 'eval_loss' the one of the lowest loss on eval_data, 'last' the one "
-        "of the last step; 'auto' is eval_loss if there is eval_data, else last",
+        "state of a prefix that training returns: 'eval_loss' the one of the lowest loss on held-out rows, 'last' the "
+        "one of the last step; 'auto' is eval_loss if there are held-out rows, else last",
     )
     early_stopping_patience: int | None = option(
         None,

@@ -7,7 +7,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from prefixfast.engine.run_batch import run_batch, wait_for_tickets
 from prefixfast.engine.ticket import Ticket, request_error
 from prefixfast.engine.worker import Worker
 from prefixfast.errors import ConfigError
+from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
 from prefixfast.model.process import check_not_exiting, check_same_process, model_lock, process_id
 
@@ -126,12 +127,12 @@ class LoopDriver:
         """
         return self._start_worker().submit(next(self.next_number), request, wait=wait)
 
-    def run(self, requests: list[Request], bar: Any) -> list[Generation | BaseException]:
+    def run(self, requests: list[Request], work: Progress) -> list[Generation | BaseException]:
         """Run requests and wait for their results.
 
         Args:
             requests: Requests.
-            bar: Progress bar, with a method ``update``.
+            work: Progress that counts the finished requests.
 
         Returns:
             Result or error of each request, in their order.
@@ -139,8 +140,8 @@ class LoopDriver:
         with self.lock:
             self.check_open()
             if self.worker is None:
-                return self._run_inline(lambda: self._run_batch(requests, bar))
-        return wait_for_tickets((partial(self.submit, r, wait=True) for r in requests), bar)
+                return self._run_inline(lambda: self._run_batch(requests, work))
+        return wait_for_tickets((partial(self.submit, r, wait=True) for r in requests), work)
 
     def close(self) -> None:
         """End the engine's thread, cancel its requests, and release the arena. Waits for a `run` of another thread.
@@ -157,7 +158,7 @@ class LoopDriver:
                 self.worker.end()
             self.loop.close()
 
-    def _run_batch(self, requests: list[Request], bar: Any) -> list[Generation | BaseException]:
+    def _run_batch(self, requests: list[Request], work: Progress) -> list[Generation | BaseException]:
         on_result = self.on_result
 
         def report(output: RequestOutput) -> None:
@@ -165,7 +166,7 @@ class LoopDriver:
             on_result(self.to_result(output))
 
         numbered = [(next(self.next_number), r) for r in requests]
-        outputs = run_batch(self.loop, numbered, bar, None if on_result is None else report)
+        outputs = run_batch(self.loop, numbered, work, None if on_result is None else report)
         try:  # all texts in one call, which is fast
             texts = iter(self._decode([s.token_ids for output in outputs for s in output.sequences]))
             return [output.to_generation([next(texts) for _ in output.sequences]) for output in outputs]

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
-from tqdm.auto import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from prefixfast.config import EngineConfig, EngineFields, GenerationParams
@@ -30,6 +29,7 @@ from prefixfast.engine.score_inputs import make_score_requests
 from prefixfast.engine.stats import EngineStats, engine_stats
 from prefixfast.engine.submission import RequestSubmission
 from prefixfast.errors import ConfigError, check_choice, check_flag, shown
+from prefixfast.io.progress import Progress, show_progress
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.model.process import check_num_threads
@@ -127,7 +127,8 @@ class Engine(RequestSubmission, PrefixPinning):
                 that the parameters ask for. Each one is called once per step and request, which is slow.
             on_error: Handling of a request that is wrong or fails: ``"raise"`` raises its error, ``"return"`` gives a
                 `Generation` with the ``error`` and runs the other requests.
-            progress: Whether to show a progress bar. None shows it if standard error is a terminal.
+            progress: Whether to report progress. None shows a bar on a terminal or in a notebook, and elsewhere a line
+                every 10 s. True shows the bar everywhere.
             fields: Fields of `GenerationParams`, which take precedence over ``params``.
 
         Returns:
@@ -145,13 +146,13 @@ class Engine(RequestSubmission, PrefixPinning):
         if progress is not None:
             check_flag("progress", progress)
         call, only_good = call_params(params, fields), on_error == "return"
-        requests, errors = self.requests.make(batch, prefixes, call, logits_processor, only_good=only_good)
-        for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:
-            logger.info("generating with %s", resolved)
-        with tqdm(
-            total=len(requests), desc="generate", unit="request", disable=None if progress is None else not progress
-        ) as bar:
-            results = self.driver.run(requests, bar)
+        with show_progress(progress):
+            with Progress("prepare requests"):
+                requests, errors = self.requests.make(batch, prefixes, call, logits_processor, only_good=only_good)
+            for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:
+                logger.info("generating with %s", resolved)
+            with Progress("generate", len(requests), "requests") as work:
+                results = self.driver.run(requests, work)
         if on_error == "raise":
             for result in results:
                 if isinstance(result, BaseException):
@@ -169,6 +170,7 @@ class Engine(RequestSubmission, PrefixPinning):
         *,
         targets: Sequence[str | Sequence[int]] | None = None,
         end_token: bool = False,
+        progress: bool | None = None,
     ) -> list[Score]:
         """Log-probabilities (natural log) of targets.
 
@@ -179,6 +181,8 @@ class Engine(RequestSubmission, PrefixPinning):
                 can be a name in the store, and None lets rows name theirs.
             targets: Target of each request, text or token ids. None takes the targets of the rows.
             end_token: Whether the end token after each target is scored too, as in training.
+            progress: Whether to report progress. None shows a bar on a terminal or in a notebook, and elsewhere a line
+                every 10 s. True shows the bar everywhere.
 
         Returns:
             One `Score` per request, in the order of the batch.
@@ -190,14 +194,20 @@ class Engine(RequestSubmission, PrefixPinning):
             ConfigError: For arguments that do not fit.
         """
         self.driver.check_callable("score")
-        requests = make_score_requests(self.model, batch, prefixes, targets, end_token=end_token, store=self.store)
-        budget = self.config.max_num_batched_tokens
+        if progress is not None:
+            check_flag("progress", progress)
+        with show_progress(progress):
+            with Progress("prepare requests"):
+                requests = make_score_requests(
+                    self.model, batch, prefixes, targets, end_token=end_token, store=self.store
+                )
+            with Progress("score", len(requests), "requests") as work:
 
-        def job() -> list[Score]:
-            with self.model.run():
-                return score_requests(self.model, requests, budget)
+                def job() -> list[Score]:
+                    with self.model.run():
+                        return score_requests(self.model, requests, self.config.max_num_batched_tokens, work)
 
-        return self.driver.between_steps("score", job)
+                return self.driver.between_steps("score", job)
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made, such as ``steps``, ``decoded_rows``, ``loads`` and ``evictions``."""

@@ -14,6 +14,8 @@ from prefixfast.config import GenerationFields, GenerationParams, ScoreFields
 from prefixfast.data.encode import Input
 from prefixfast.engine.call_checks import Call, CheckedCall, check_generate, check_score
 from prefixfast.engine.request_prefixes import Prefixes
+from prefixfast.errors import check_flag
+from prefixfast.io.progress import show_progress
 from prefixfast.store import PrefixStore
 
 if TYPE_CHECKING:
@@ -53,7 +55,8 @@ def generate(
             the parameters ask for. Each one is called once per step and request, which is slow.
         on_error: Handling of a request that is wrong or fails: ``"raise"`` raises its error, ``"return"`` gives a
             `Generation` with the ``error`` and runs the other requests.
-        progress: Whether to show a progress bar. None shows it if standard error is a terminal.
+        progress: Whether to report progress. None shows a bar on a terminal or in a notebook, and elsewhere a line
+            every 10 s. True shows the bar everywhere.
         fields: Fields of `GenerationParams` and `EngineConfig`; ``seed`` is that of `GenerationParams`.
 
     Returns:
@@ -119,7 +122,9 @@ def generate_each(
             on_result(result)
 
     checked = check_generate(Call(batch, prefixes, model, store), params, on_error, fields)
-    with _engine(checked) as engine:
+    if progress is not None:
+        check_flag("progress", progress)
+    with show_progress(progress), _engine(checked) as engine:
         engine.driver.on_result = None if on_result is None else report
         return engine.generate(
             batch,
@@ -127,7 +132,6 @@ def generate_each(
             params=params,
             logits_processor=logits_processor,
             on_error=on_error,
-            progress=progress,
             **checked.own,
         )
 
@@ -140,6 +144,7 @@ def score(
     model: str | Path | PreTrainedModel | PeftModel | Model | None = None,
     store: PrefixStore | str | Path | None = None,
     end_token: bool = False,
+    progress: bool | None = None,
     **fields: Unpack[ScoreFields],
 ) -> list[Score]:
     """Log-probabilities (natural log) of targets, each request with its own prefixes.
@@ -154,6 +159,8 @@ def score(
             prefixes name.
         store: Store of the prefixes that are given by name. A path is opened read-only.
         end_token: Whether the end token after each target is scored too, as in training.
+        progress: Whether to report progress. None shows a bar on a terminal or in a notebook, and elsewhere a line
+            every 10 s. True shows the bar everywhere.
         fields: Fields of `EngineConfig`.
 
     Returns:
@@ -172,7 +179,9 @@ def score(
     """
     checked = check_score(Call(batch, prefixes, model, store), targets, fields, end_token=end_token)
     # Nothing is generated, so the KV arena is as small as possible.
-    with _engine(checked, kv_cache_memory=None, max_num_seqs=1, max_model_len=2) as engine:
+    if progress is not None:
+        check_flag("progress", progress)
+    with show_progress(progress), _engine(checked, kv_cache_memory=None, max_num_seqs=1, max_model_len=2) as engine:
         return engine.score(batch, prefixes, targets=targets, end_token=end_token)
 
 

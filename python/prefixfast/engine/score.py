@@ -19,6 +19,7 @@ from prefixfast.data.encode import Example
 from prefixfast.engine.score_inputs import ScoreRequest
 from prefixfast.engine.search import argmax_rows
 from prefixfast.errors import RequestError
+from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
 from prefixfast.model.lm_head import packed_hidden
 from prefixfast.model.process import check_not_exiting
@@ -57,19 +58,21 @@ class Score:
 
 
 @torch.inference_mode()
-def score_requests(model: Model, requests: Sequence[ScoreRequest], token_budget: int) -> list[Score]:
+def score_requests(model: Model, requests: Sequence[ScoreRequest], token_budget: int, work: Progress) -> list[Score]:
     """Scores of requests, in their order.
 
     Args:
         model: Base model.
         requests: Checked requests.
         token_budget: Largest number of tokens of one forward. A longer example gets a forward of its own.
+        work: Progress that counts the finished requests.
 
     Raises:
         RequestError: If a log-probability is NaN.
     """
     examples = [(r, e) for r in requests for e in r.examples]
     found: dict[int, list[tuple[NDArray[np.float64], NDArray[np.bool_]]]] = {r.index: [] for r in requests}
+    last = np.cumsum([len(r.examples) for r in requests])  # number of examples up to the end of each request
     for part in _batches([len(e.ids) for _, e in examples], token_budget):
         check_not_exiting()
         logprobs, greedy = _target_logprobs(model, examples[part])
@@ -78,6 +81,8 @@ def score_requests(model: Model, requests: Sequence[ScoreRequest], token_budget:
             examples[part], np.split(logprobs, ends), np.split(greedy, ends), strict=True
         ):
             found[r.index].append((values, is_best))
+        num_ended = int(np.searchsorted(last, part.stop, "right"))
+        work.update(num_ended - work.done, tokens=sum(len(e.ids) for _, e in examples[part]))
     return [_score(r, found[r.index]) for r in requests]
 
 

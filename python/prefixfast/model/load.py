@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from prefixfast.attention import ops
 from prefixfast.errors import ConfigError, check_flag, check_string, shown
+from prefixfast.io.progress import Progress, draws_bars
 from prefixfast.model.attach import attach
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.base_name import check_base_name
@@ -78,16 +82,32 @@ def load(
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
     compute = _dtype(dtype, where)
     if Path(model).suffix.lower() == ".gguf":
-        hf, own = _from_gguf(Path(model), compute, tokenizer)
+        with _loading(str(model)):
+            hf, own = _from_gguf(Path(model), compute, tokenizer)
         return _wrap(hf.to(where), own, backend)
     try:
-        hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
+        with _loading(str(model)):
+            hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
     except Exception as e:  # transformers and the libraries of quantized weights raise many kinds of errors
         install = f"; pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
         msg = f"model: {shown(str(model))} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}{install}"
         raise ConfigError(msg) from e
     own = tokenizer if tokenizer is not None else read_tokenizer(model, **common)
     return _wrap(hf, own, backend)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Report that a base model is loaded; transformers draws its bars only where prefixfast draws its own."""
+    hidden = hf_logging.is_progress_bar_enabled() and not draws_bars()
+    if hidden:
+        hf_logging.disable_progress_bar()
+    try:
+        with Progress(f"load {name}"):
+            yield
+    finally:
+        if hidden:
+            hf_logging.enable_progress_bar()
 
 
 def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTrainedModel, Any]:
@@ -141,7 +161,8 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
         except ConfigError as e:
             logger.warning("%s; prompts must be token ids", e)
     ours = None if tokenizer is None else Tokenizer.from_hf(tokenizer)  # raises before the model is attached
-    handle = attach(hf)
+    with Progress(f"compare {type(hf).__name__} with its own forward"):
+        handle = attach(hf)
     try:
         shapes = tuple((s.num_heads // s.num_kv_heads, s.attention_dim) for s in handle.layers)
         chosen = ops.choose_backend(backend, hf.device, hf.dtype, shapes, max(s.num_kv_heads for s in handle.layers))

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from prefixfast.io.progress import Progress
 from prefixfast.model.memory import free_memory
 from prefixfast.model.weights import content_digests, is_plain_cpu, version
 
@@ -122,7 +123,8 @@ def prepack(model: nn.Module) -> Packed:
         logger.info("weights are not packed: %s", why_not)
         return Packed(0, why_not)
     packed = Packed(nbytes, None, modules)
-    packed._refresh()
+    with Progress("pack weights"):
+        packed._refresh()
     for module in modules:
         module.__dict__["forward"] = _forward(module, packed)
     return packed

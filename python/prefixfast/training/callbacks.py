@@ -57,10 +57,10 @@ class Callback:
         """
 
     def on_evaluate(self, step: int, losses: dict[str, float]) -> None:
-        """Called after an evaluation.
+        """Called after an evaluation, of which the first is before the first step.
 
         Args:
-            step: Number of the step, from 1.
+            step: Number of the step, from 1; 0 before the first step.
             losses: Evaluation losses by name, of the prefixes that were evaluated.
         """
 

@@ -19,7 +19,7 @@ from prefixfast.training.identity import differences
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 SHOWN_DIFFERENCES = 8
 
 

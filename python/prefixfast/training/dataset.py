@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from prefixfast.data.rows import Row
 from prefixfast.errors import DataError, shown
+from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
 from prefixfast.training.examples import Examples, TokenizeOptions, concat_examples, tokenize_rows
 from prefixfast.training.inputs import number_in_data
@@ -23,7 +24,7 @@ class Dataset:
     Attributes:
         examples: All examples.
         span: First example and end of the examples of each name. Names with the same list of rows share examples.
-        counts: Numbers of each name: ``examples``, ``skipped_rows`` and ``truncated_rows``.
+        counts: Numbers of each name: ``rows``, ``examples``, ``skipped_rows`` and ``truncated_rows``.
         digest: SHA-256 of the examples of each name, in hex digits.
     """
 
@@ -61,19 +62,21 @@ def build_dataset(
     parts: list[Examples] = []
     part_of_rows: dict[int, int] = {}
     part_of_name: dict[str, int] = {}
-    for name, rows in rows_by_name.items():
-        if id(rows) not in part_of_rows:
-            try:
-                part = tokenize_rows(model, {name: rows}, options)
-            except DataError as e:
-                error = number_in_data(e, (row_numbers or {}).get(name))
-                if failed is None:
-                    raise error from e
-                failed[name] = str(error)
-                continue
-            part_of_rows[id(rows)] = len(parts)
-            parts.append(part)
-        part_of_name[name] = part_of_rows[id(rows)]
+    with Progress("tokenize", sum(map(len, rows_by_name.values())), "rows") as work:
+        for name, rows in rows_by_name.items():
+            if id(rows) not in part_of_rows:
+                try:
+                    part = tokenize_rows(model, {name: rows}, options)
+                except DataError as e:
+                    error = number_in_data(e, (row_numbers or {}).get(name))
+                    if failed is None:
+                        raise error from e
+                    failed[name] = str(error)
+                    continue
+                part_of_rows[id(rows)] = len(parts)
+                parts.append(part)
+            part_of_name[name] = part_of_rows[id(rows)]
+            work.update(len(rows))
     if not parts:
         name, text = next(iter((failed or {}).items()))
         msg = f"data: no prefix is left to train; of {shown(name)}: {text}"
@@ -83,7 +86,7 @@ def build_dataset(
     return Dataset(
         concat_examples(parts),
         {n: spans[i] for n, i in part_of_name.items()},
-        {n: _counts(parts[i]) for n, i in part_of_name.items()},
+        {n: {"rows": len(rows_by_name[n])} | _counts(parts[i]) for n, i in part_of_name.items()},
         {n: _digest(parts[i]) for n, i in part_of_name.items()},
     )
 

@@ -46,6 +46,11 @@ class GroupData:
         """Identity of the training of each prefix, in hex digits."""
         return prefix_identities(self.identity)
 
+    @property
+    def rows_per_example(self) -> float:
+        """Mean number of rows of an example, less than 1 if rows have several references."""
+        return sum(c["rows"] for c in self.dataset.counts.values()) / len(self.dataset.examples.num_targets)
+
     def only(self, names: list[str]) -> GroupData:
         """Some prefixes of the group, with the same tokenized rows.
 
@@ -100,4 +105,4 @@ def _tokenize(
     if rows.eval_rows is None:
         return dataset, None
     held_out = {source: rows.eval_rows[source] for source in dataset.span}
-    return dataset, build_dataset(model, held_out, options, failed=note)
+    return dataset, build_dataset(model, held_out, options, row_numbers=rows.eval_row_numbers, failed=note)

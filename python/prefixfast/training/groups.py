@@ -12,7 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown, suggestion
 from prefixfast.prefix.names import Window
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.settings import TrainSettings
+from prefixfast.training.settings import TrainSettings, with_learning_rate
 
 InitName: TypeAlias = Literal["text", "random", "zero"]
 Init: TypeAlias = InitName | Prefix | Mapping[str, Prefix]
@@ -37,6 +37,7 @@ PER_PREFIX = (
 NOT_SWEPT = (
     "recipe",
     "dtype",
+    "eval_fraction",
     "report_to",
     "save_steps",
     "logging_steps",
@@ -131,7 +132,9 @@ def make_groups(
         config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})
         is_name = isinstance(init, str) and init in ("random", "zero")
         automatic = prefix_config.reparameterization == "auto" and is_name
-        shared = (common, prefix_config, prefix_config.reparameterization == "mlp" or automatic)
+        uses_mlp = prefix_config.reparameterization == "mlp" or automatic
+        common, config = (with_learning_rate(c, uses_mlp=uses_mlp) for c in (common, config))
+        shared = (common, prefix_config, uses_mlp)
         full_name = label if is_single and label else f"{name},{label}" if label else name
         jobs.setdefault(shared, []).append(PrefixJob(full_name, name, config, init, variant))
     return [PrefixGroup(*shared, tuple(own)) for shared, own in jobs.items()]

@@ -32,8 +32,9 @@ class TrainingRows:
         eval_rows: Held-out rows by prefix, None without held-out rows. Prefixes may share one list.
         is_single: Whether the run trains one prefix on plain rows.
         failed: Error message of each prefix that cannot be trained. The run adds prefixes that fail later.
-        row_numbers: Numbers, from 1, of each prefix's rows in the data that a ``prefix_column`` splits; only for rows
-            without a file.
+        row_numbers: Numbers, from 1, of each prefix's rows in the data that a ``prefix_column`` or ``eval_fraction``
+            splits.
+        eval_row_numbers: Numbers, from 1, of each prefix's held-out rows in the data that they were taken from.
     """
 
     rows: dict[str, list[Row]]
@@ -41,6 +42,7 @@ class TrainingRows:
     is_single: bool
     failed: dict[str, str]
     row_numbers: dict[str, list[int]] = field(default_factory=dict)
+    eval_row_numbers: dict[str, list[int]] = field(default_factory=dict)
 
 
 def read_training_rows(

@@ -20,6 +20,7 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
+from prefixfast.training.held_out import hold_out
 from prefixfast.training.inputs import TrainingRows, check_formats, check_task_rows, read_training_rows
 from prefixfast.training.settings import GivenOptions, resolve_settings
 
@@ -134,14 +135,20 @@ def prepare(arguments: JobArguments) -> TrainJob:
     check_task_rows(rows, task)
     rows = check_formats(rows, task, isolate=isolate and not rows.is_single)
     settings = resolve_settings(given, task.name)
+    if fraction := settings.config.eval_fraction:
+        if a.eval_data is not None:
+            msg = "eval_fraction and eval_data: expected one of them, got both"
+            raise ConfigError(msg)
+        rows = hold_out(rows, fraction, settings.config.seed, isolate=isolate)
     groups = make_groups(
         rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
     )
     configs = [job.config for group in groups for job in group.jobs]
-    if a.eval_data is None and any(
+    if rows.eval_rows is None and any(
         c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in configs
     ):
-        msg = "early_stopping_patience and metric_for_best_model='eval_loss': expected eval_data beside them"
+        names = "early_stopping_patience and metric_for_best_model='eval_loss'"
+        msg = f"{names}: expected eval_data or eval_fraction beside them"
         raise ConfigError(msg)
     return TrainJob(
         rows,

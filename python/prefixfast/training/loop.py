@@ -9,15 +9,15 @@ Shape letter: n prefixes of the group.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError, shown
-from prefixfast.model.base import compute_line
+from prefixfast.io.progress import Progress
 from prefixfast.model.process import check_not_exiting
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.artifact import PrefixBuilder
@@ -31,6 +31,7 @@ from prefixfast.training.metrics import prefix_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.progress import GroupProgress
 from prefixfast.training.resilience import defer_sigint
+from prefixfast.training.run_log import settings_line
 from prefixfast.training.step import GroupExamples, StepResult, StepRunner
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ class GroupTrainer:
         finished: Digest and metrics of each finished prefix by name.
         failed: Error message of each failed prefix by name.
         resumed: Names of the prefixes that an earlier run has finished.
+        num_taken: Number of examples of all steps since the run began or was resumed.
+        num_tokens: Number of tokens of these examples.
+        seconds: Time from the first of these steps to the end of the group in seconds, with evaluation and saving.
 
     Raises:
         ConfigError: If options do not fit the base model.
@@ -68,21 +72,24 @@ class GroupTrainer:
         jobs, prefix_config = self.group.jobs, self.group.prefix_config
         self.names = [j.name for j in jobs]
         self.counts = [data.dataset.counts[j.source] for j in jobs]
-        init = initial_kv(self.model, jobs, prefix_config, self.job.init_options, before)
-        examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.source for j in jobs))
-        self.runner = StepRunner(self.model, self.group, init, examples, self.job.on_top_of)
+        if self.eval_dataset is not None:
+            held_out = [self.eval_dataset.counts[j.source]["rows"] for j in jobs]
+            self.counts = [c | {"eval_rows": count} for c, count in zip(self.counts, held_out, strict=True)]
+        with Progress("make initial values"):
+            init = initial_kv(self.model, jobs, prefix_config, self.job.init_options, before)
+            examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.source for j in jobs))
+            self.runner = StepRunner(self.model, self.group, init, examples, self.job.on_top_of)
         self.builder = PrefixBuilder(self.model, self.job, self.group, self.runner.params.num_trained, data.identities)
-        self.num_steps = 0
+        self.num_steps = self.num_taken = self.num_tokens = 0
+        self.seconds = 0.0
+        self._losses: Tensor | None = None  # those of the last step, of the prefixes that took it
         self.progress = GroupProgress.new(self.runner.total)
         keeps_best = self.eval_dataset is not None and self.config.metric_for_best_model != "last"
         self.best = BestState.new(self.runner.params.current() if keeps_best else [], len(jobs))
         self.patience = torch.tensor([j.config.early_stopping_patience or 0 for j in jobs])
 
-    def run(self, progress: bool | None) -> None:
+    def run(self) -> None:
         """Train until no prefix is active.
-
-        Args:
-            progress: Whether a progress bar is shown; None shows it if standard error is a terminal.
 
         Raises:
             KeyboardInterrupt: If the user interrupts; with an output folder a checkpoint is written first.
@@ -94,18 +101,22 @@ class GroupTrainer:
         if not is_restored and folder is not None and self.config.save_steps:
             self._start_checkpoint().write(folder)
         total = int(self.runner.total.max())
-        self._log_start(total, is_restored)
+        resumed = f"; resumed after step {self.num_steps}" if is_restored else ""
+        logger.info("%s%s", settings_line(self.group, self.runner), resumed)
         self.job.callbacks.call("on_train_begin", self.names, total)
-        hidden = None if progress is None else not progress
+        start = time.perf_counter()
+        label = f"train group {self.number}" if self.number or len(self.job.groups) > 1 else "train"
         with (
             defer_sigint(folder is not None) as interrupt,
-            tqdm(total=total, initial=self.num_steps, desc="train", unit="step", disable=hidden) as bar,
+            Progress(label, total, "steps", initial=self.num_steps) as work,
         ):
+            work.details = self._details
+            if not is_restored:
+                self._evaluate_before()
             while self.is_active:
                 check_not_exiting()
-                loss = self._advance()
-                bar.update()
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                self._advance()
+                work.update(rows=self.runner.num_taken * self.data.rows_per_example, tokens=self.runner.num_tokens)
                 is_due = bool(self.config.save_steps) and self.num_steps % (self.config.save_steps or 1) == 0
                 if folder is not None and (interrupt.requested or is_due):
                     self._checkpoint().write(folder)
@@ -113,30 +124,37 @@ class GroupTrainer:
                     raise KeyboardInterrupt
         if folder is not None and (self.config.save_steps or folder.exists()):
             self._checkpoint().write(folder)
+        self.seconds = time.perf_counter() - start
 
     @property
     def is_active(self) -> bool:
         """Whether a prefix is still trained."""
         return bool(self.progress.active.any())
 
-    def _log_start(self, total: int, is_restored: bool) -> None:
-        params, examples = self.runner.params, self.runner.examples
-        kind = "mlp" if self.group.uses_mlp else "flat"
-        logger.info(
-            "training %d prefixes of %d rows (%s, %d numbers each) for up to %d steps: %d examples, longest %d tokens, "
-            "%d skipped, %d truncated, %s%s",
-            *(len(self.names), params.length, kind, params.num_trained, total),
-            *(len(examples.num_targets), examples.lengths.max(), examples.num_skipped, examples.num_truncated),
-            compute_line(self.runner.model),
-            f"; resumed after step {self.num_steps}" if is_restored else "",
-        )
+    def _details(self) -> str:
+        """Loss of the last step and number of prefixes that have ended, for reports of the progress."""
+        loss = [] if self._losses is None else [f"loss {float(self._losses.mean()):.3f}"]
+        finished = [f"{len(self.finished)} of {len(self.names)} prefixes finished"] if len(self.names) > 1 else []
+        failed = [f"{len(self.failed)} failed"] if self.failed else []
+        return ", ".join(loss + finished + failed)
 
-    def _advance(self) -> float:
-        """Take one step of all active prefixes, with everything that follows from it; returns their mean loss."""
+    def _evaluate_before(self) -> None:
+        """Evaluate every prefix before its first step. Best states and early stopping count later evaluations only."""
+        if self.eval_dataset is None:
+            return
+        due = self.progress.active
+        self.progress.eval_loss_before = self._eval_losses(due)
+        self._write_eval_line(due, self.progress.eval_loss_before)
+
+    def _advance(self) -> None:
+        """Take one step of all active prefixes, with everything that follows from it."""
         progress = self.progress
         result = self.runner.step(self.num_steps, progress.active)
         self.num_steps += 1
+        self.num_taken += self.runner.num_taken
+        self.num_tokens += self.runner.num_tokens
         now = result.active
+        self._losses = result.losses[now]
         progress.record(result)
         self.job.callbacks.call("on_step", self.num_steps, result.losses, result.grad_norms, now)
         for i in (now & progress.hopeless).nonzero()[:, 0].tolist():
@@ -149,7 +167,6 @@ class GroupTrainer:
             ends = ends | (now & out_of_patience(self.best.num_worse, self.patience))
         self._finish(ends & progress.active)
         self._write_log(result, evaluated)
-        return float(result.losses[now].mean())
 
     def _due(self, ends: Tensor) -> Tensor:
         """Prefixes to evaluate after this step, bool ``[n]``: all every ``eval_steps``, else those that end."""
@@ -162,17 +179,22 @@ class GroupTrainer:
         """Evaluate the prefixes that are due; returns them, or None if there are none."""
         if self.eval_dataset is None or not bool(due.any()):
             return None
-        spans = self.eval_dataset.spans(j.source for j in self.group.jobs)
-        loss = self.runner.evaluate(GroupExamples(self.eval_dataset.examples, spans), due)
+        loss = self._eval_losses(due)
         self.progress.eval_loss = torch.where(due, loss, self.progress.eval_loss)
         self.best.update(due, loss, self.num_steps, self.runner.params.current() if self.best.kv else [])
+        return due
+
+    def _eval_losses(self, due: Tensor) -> Tensor:
+        """Losses on the held-out rows ``[n]``, which count where ``due`` is set."""
+        assert self.eval_dataset is not None
+        spans = self.eval_dataset.spans(j.source for j in self.group.jobs)
+        loss = self.runner.evaluate(GroupExamples(self.eval_dataset.examples, spans), due)
         losses = {self.names[i]: float(loss[i]) for i in due.nonzero()[:, 0].tolist()}
         self.job.callbacks.call("on_evaluate", self.num_steps, losses)
-        return due
+        return loss
 
     def _write_log(self, result: StepResult, evaluated: Tensor | None) -> None:
         """Write the log lines of this step."""
-        group: dict[str, JSON] = {"group": self.number} if self.number or len(self.job.groups) > 1 else {}
         now = result.active
         if self.num_steps % self.config.logging_steps == 0 or not self.is_active:
             values: dict[str, JSON] = {
@@ -181,11 +203,13 @@ class GroupTrainer:
                 "prefixes": int(now.sum()),
                 "updated": int(result.updated.sum()),
             }
-            self._write_line(group | values | self._by_prefix("loss", now, result.losses))
+            self._write_line(values | self._by_prefix("loss", now, result.losses))
         if evaluated is not None:
-            losses = self.progress.eval_loss
-            mean: dict[str, JSON] = {"eval_loss": float(losses[evaluated].mean())}
-            self._write_line(group | mean | self._by_prefix("eval_loss", evaluated, losses))
+            self._write_eval_line(evaluated, self.progress.eval_loss)
+
+    def _write_eval_line(self, evaluated: Tensor, losses: Tensor) -> None:
+        mean: dict[str, JSON] = {"eval_loss": float(losses[evaluated].mean())}
+        self._write_line(mean | self._by_prefix("eval_loss", evaluated, losses))
 
     def _by_prefix(self, key: str, which: Tensor, values: Tensor) -> dict[str, JSON]:
         if not 1 < len(self.names) <= MAX_LOGGED_PREFIXES:
@@ -193,7 +217,8 @@ class GroupTrainer:
         return {f"{key}_by_prefix": {self.names[i]: float(values[i]) for i in which.nonzero()[:, 0].tolist()}}
 
     def _write_line(self, values: dict[str, JSON]) -> None:
-        self.job.callbacks.call("on_log", self.output.write_log(step=self.num_steps, **values))
+        group: dict[str, JSON] = {"group": self.number} if self.number or len(self.job.groups) > 1 else {}
+        self.job.callbacks.call("on_log", self.output.write_log(step=self.num_steps, **(group | values)))
 
     def _finish(self, ended: Tensor) -> None:
         """Save the prefixes that have ended, at their best or last state."""

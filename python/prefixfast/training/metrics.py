@@ -21,16 +21,19 @@ def prefix_metrics(
         progress: Progress of the prefixes of the group.
         best: Best states of the prefixes of the group.
         i: Number of the prefix in its group.
-        counts: Numbers of examples, of skipped rows and of truncated rows.
+        counts: Numbers of rows, held-out rows, examples, skipped rows and truncated rows.
         evaluated: Whether there are held-out rows.
 
     Returns:
-        ``loss``, ``steps``, ``skipped_steps`` and ``counts``; with held-out rows also ``eval_loss`` and ``best_step``.
+        ``first_loss``, ``loss``, ``steps``, ``skipped_steps`` and ``counts``; with held-out rows also
+        ``eval_loss_before``, ``eval_loss`` and ``best_step``.
     """
     steps, skipped = float(progress.num_done[i]), float(progress.num_skipped[i])
-    found = {"loss": float(progress.loss[i]), "steps": steps, "skipped_steps": skipped}
+    found = {"first_loss": float(progress.first_loss[i]), "loss": float(progress.loss[i])}
+    found |= {"steps": steps, "skipped_steps": skipped}
     if evaluated:
         has_best = best.has(i)
+        found["eval_loss_before"] = float(progress.eval_loss_before[i])
         found["eval_loss"] = float(best.loss[i] if has_best else progress.eval_loss[i])
         found["best_step"] = float(best.step[i] if has_best else progress.num_done[i])
     return found | {name: float(count) for name, count in counts.items()}

@@ -15,7 +15,9 @@ MAX_NONFINITE_STEPS = 10
 # Names of the tensors in checkpoints, by attribute.
 CHECKPOINT_NAMES = {
     "active": "active",
+    "first_loss": "first",
     "loss": "last",
+    "eval_loss_before": "evaluation before",
     "eval_loss": "evaluation",
     "num_skipped": "skipped",
     "num_nonfinite": "streak",
@@ -30,7 +32,9 @@ class GroupProgress:
     Attributes:
         total: Number of steps of each prefix, int64 ``[n]``.
         active: Prefixes that are still trained, bool ``[n]``.
+        first_loss: Training loss of the first step, fp64 ``[n]``.
         loss: Last training loss, fp64 ``[n]``.
+        eval_loss_before: Evaluation loss before the first step, fp64 ``[n]``.
         eval_loss: Last evaluation loss, fp64 ``[n]``.
         num_skipped: Number of steps without an update, int64 ``[n]``.
         num_nonfinite: Number of steps without an update since the last update, int64 ``[n]``.
@@ -39,7 +43,9 @@ class GroupProgress:
 
     total: Tensor
     active: Tensor
+    first_loss: Tensor
     loss: Tensor
+    eval_loss_before: Tensor
     eval_loss: Tensor
     num_skipped: Tensor
     num_nonfinite: Tensor
@@ -53,13 +59,14 @@ class GroupProgress:
             total: Number of steps of each prefix, int64 ``[n]``.
         """
         n = len(total)
-        loss, eval_loss = (torch.zeros(n, dtype=torch.float64) for _ in range(2))
-        skipped, nonfinite, done = (torch.zeros(n, dtype=torch.int64) for _ in range(3))
-        return cls(total, torch.ones(n, dtype=torch.bool), loss, eval_loss, skipped, nonfinite, done)
+        losses = (torch.zeros(n, dtype=torch.float64) for _ in range(4))
+        counts = (torch.zeros(n, dtype=torch.int64) for _ in range(3))
+        return cls(total, torch.ones(n, dtype=torch.bool), *losses, *counts)
 
     def record(self, result: StepResult) -> None:
         """Record the result of a step."""
         now = result.active
+        self.first_loss = torch.where(now & (self.num_done == 0), result.losses, self.first_loss)
         self.num_done += now
         self.loss = torch.where(now, result.losses, self.loss)
         self.num_skipped += now & ~result.updated

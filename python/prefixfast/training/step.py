@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV, PrefixUse, prefix_rows, training_plan
 from prefixfast.data.encode import Ints
+from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import filled_layers, seeing_layers
 from prefixfast.model.text_kv import parameter_dtype
@@ -29,8 +30,6 @@ from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 from prefixfast.training.parameters import ParameterOptions, PrefixParameters
 from prefixfast.training.resilience import TokenBudget
-
-DEFAULT_LEARNING_RATE = {"none": 5e-2, "mlp": 1e-3}
 
 
 class StepResult(NamedTuple):
@@ -71,6 +70,10 @@ class StepRunner:
         init: Initial keys and values by layer of each prefix, None for random ones.
         data: Training examples.
         on_top_of: Frozen prefix that every sequence attends to before its own prefix.
+
+    Attributes:
+        num_taken: Number of examples of the last step.
+        num_tokens: Number of tokens of the examples of the last step.
     """
 
     def __init__(
@@ -92,8 +95,7 @@ class StepRunner:
         self.params = PrefixParameters.make(model.layers, init, options, on_top_of=before)
         decay = _vector([c.weight_decay for c in configs])
         self.optimizer = PrefixAdamW(self.params.params, self.num_prefixes, weight_decay=decay)
-        default = DEFAULT_LEARNING_RATE["mlp" if group.uses_mlp else "none"]
-        self.peak = _vector([c.learning_rate or default for c in configs])
+        self.peak = _vector([c.learning_rate or 0.0 for c in configs])  # the groups hold no None
         self.warmup = _vector([c.warmup_steps for c in configs])
         self.max_norm = _vector([c.max_grad_norm for c in configs])
         kinds = [c.lr_scheduler_type for c in configs]
@@ -107,6 +109,8 @@ class StepRunner:
             rows.append((seeing, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
         self.prefix_rows = prefix_rows(rows, len(model.layers))
         self.is_composed = on_top_of is not None
+
+        self.num_taken = self.num_tokens = 0
 
     def step(self, number: int, active: Tensor) -> StepResult:
         """Take one optimizer step of every active prefix that has the step.
@@ -138,6 +142,8 @@ class StepRunner:
             weighted.sum().backward()
             losses.index_add_(0, micro.target_prefix.cpu(), weighted.detach().double().cpu())
         self.params.backward()
+        indptr = self.examples.indptr
+        self.num_taken, self.num_tokens = len(chosen), int((indptr[chosen + 1] - indptr[chosen]).sum())
         return losses
 
     @torch.no_grad()
@@ -159,10 +165,12 @@ class StepRunner:
             counts = [end - start for start, end in data.spans[numbers]]
             prefix = np.repeat(numbers, counts).astype(np.int32)
             total, count = (torch.zeros(self.num_prefixes, dtype=torch.float64) for _ in range(2))
-            for micro in self._micro_batches(data.examples, chosen, prefix):
-                where = micro.target_prefix.cpu()
-                total.index_add_(0, where, self._token_losses(micro).double().cpu())
-                count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
+            with Progress("evaluate", len(chosen), "examples") as work:
+                for micro in self._micro_batches(data.examples, chosen, prefix):
+                    where = micro.target_prefix.cpu()
+                    total.index_add_(0, where, self._token_losses(micro).double().cpu())
+                    count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
+                    work.update(len(micro.lengths), tokens=int(micro.lengths.sum()))
             return total / count
 
         return self.budget.run(run)

@@ -12,7 +12,38 @@ from prefixfast.errors import ConfigError, printable, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.figures import write_figure
 from prefixfast.io.paths import as_path
+from prefixfast.io.text import counted, duration, rate
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.advice import loss_advice
+
+
+@dataclass(frozen=True)
+class RunTotals:
+    """Base model, speed and time of a run.
+
+    A resumed run counts from the checkpoint on.
+
+    Attributes:
+        base: Name of the base model.
+        dtype: Compute dtype.
+        device: Device of the base model.
+        examples: Number of examples of all steps.
+        tokens: Number of tokens of these examples.
+        seconds: Time of steps, evaluations and saving in seconds, without loading and tokenization.
+    """
+
+    base: str = ""
+    dtype: str = ""
+    device: str = ""
+    examples: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        """One line of text."""
+        where = f"{printable(self.base)} in {self.dtype} on {self.device}"
+        speed = f", {rate(self.tokens / self.seconds)} tokens/s" if self.tokens else ""
+        return f"{where}, {duration(self.seconds)}{speed}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -24,12 +55,14 @@ class TrainRun(Mapping[str, Prefix]):
 
     Attributes:
         prefixes: Trained prefixes by name, in the order of the data.
-        metrics: Metrics by name: ``loss`` (last training loss), ``steps``, ``skipped_steps``, ``examples``,
-            ``skipped_rows``, ``truncated_rows``, and with held-out rows ``eval_loss`` and ``best_step``.
+        metrics: Metrics by name: ``first_loss`` and ``loss`` (training loss of the first and the last step), ``steps``,
+            ``skipped_steps``, ``rows``, ``examples``, ``skipped_rows``, ``truncated_rows``, and with held-out rows
+            ``eval_loss_before`` (before the first step), ``eval_loss``, ``best_step`` and ``eval_rows``.
         log: Lines of ``log.jsonl``.
         failed: Error message by name, for prefixes without a result.
         variants: Options that a sweep varies, by name, with the name of the rows under ``"of"``; empty without a sweep.
         unchanged: Names of the prefixes that an earlier run had finished, so that a resumed run did not train them.
+        totals: Base model, speed and time of the run.
 
     Example:
         >>> run = train(base, rows, eval_data=rows, max_steps=2, sweep={"learning_rate": [1e-9, 1e-2]})
@@ -46,10 +79,11 @@ class TrainRun(Mapping[str, Prefix]):
     failed: dict[str, str] = field(default_factory=dict)
     variants: dict[str, dict[str, JSON | Prefix]] = field(default_factory=dict)
     unchanged: tuple[str, ...] = ()
+    totals: RunTotals = field(default_factory=RunTotals)
 
     def __repr__(self) -> str:
         """One line with the numbers of trained and failed prefixes."""
-        return f"TrainRun({len(self.prefixes)} prefixes, {len(self.failed)} failed)"
+        return f"TrainRun({counted(len(self.prefixes), 'prefix', 'prefixes')}, {len(self.failed)} failed)"
 
     def __getitem__(self, name: str) -> Prefix:
         return self.prefixes[name]
@@ -133,8 +167,26 @@ class TrainRun(Mapping[str, Prefix]):
             raise ConfigError(msg)
         write_figure(figure, target, dpi=100)
 
+    def advice(self) -> dict[str, str]:
+        """What to try, by name, for prefixes whose loss training did not lower.
+
+        The loss on held-out rows counts if there are any, else the training loss of the last step against the first.
+
+        Example:
+            >>> "learning_rate=1e-09" in run.advice()
+            True
+        """
+        found = {}
+        for name, prefix in self.prefixes.items():
+            config = prefix.training.get("config")
+            if text := loss_advice(self.metrics[name], config if isinstance(config, Mapping) else {}):
+                found[name] = text
+        return found
+
     def report(self, path: str | os.PathLike[str]) -> None:
-        """Write a Markdown report: a table of the metrics of each prefix, best first, and the failures.
+        """Write a Markdown report: a table of the metrics of each prefix, best first, the failures and the advice.
+
+        ``print(run)`` prints the report, and a notebook shows it.
 
         Args:
             path: Path of the file.
@@ -146,8 +198,15 @@ class TrainRun(Mapping[str, Prefix]):
         Example:
             >>> run.report("report.md")
         """
+        replace_file(as_path("path", path), f"{self}\n".encode("utf8", "backslashreplace"))
+
+    def __str__(self) -> str:
+        """Report as Markdown."""
         columns = list(dict.fromkeys(k for m in self.metrics.values() for k in m))
-        lines = ["# Training", "", f"{len(self.prefixes)} prefixes trained, {len(self.failed)} failed.", ""]
+        trained = f"{counted(len(self.prefixes), 'prefix', 'prefixes')} trained, {len(self.failed)} failed"
+        lines = ["# Training", "", f"{trained}.", ""]
+        if self.totals.base:
+            lines += [f"{self.totals}.", ""]
         if self.metrics:
             key = self._loss_key(list(self.metrics))
             lines += ["| prefix | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
@@ -157,7 +216,11 @@ class TrainRun(Mapping[str, Prefix]):
         if self.failed:
             rows = (f"| {_cell(n)} | {_cell(text)} |" for n, text in self.failed.items())
             lines += ["", "| failed | why |", "| --- | --- |", *rows]
-        replace_file(as_path("path", path), ("\n".join(lines) + "\n").encode("utf8", "backslashreplace"))
+        if advice := self.advice():
+            lines += ["", *(f"* {_cell(name)}: {text}." for name, text in advice.items())]
+        return "\n".join(lines)
+
+    _repr_markdown_ = __str__
 
     def _loss_key(self, names: list[str]) -> str:
         """Metric that compares prefixes: ``eval_loss`` if all of them have one, else ``loss``."""

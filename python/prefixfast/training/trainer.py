@@ -12,6 +12,7 @@ from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, check_flag, shown
 from prefixfast.io.paths import as_path
+from prefixfast.io.progress import show_progress
 from prefixfast.model.base_name import check_base_name
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
@@ -25,9 +26,10 @@ from prefixfast.training.output_check import check_output_folder
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.reporters import make_reporter
 from prefixfast.training.store_output import StoreOutput
-from prefixfast.training.train_run import TrainRun
+from prefixfast.training.train_run import RunTotals, TrainRun
 
 if TYPE_CHECKING:
+    from prefixfast.model.base import Model
     from prefixfast.training.loop import GroupTrainer
 
 __all__ = ["TrainRun", "train"]
@@ -153,7 +155,8 @@ def train(
         callbacks: Callbacks, objects with some of the hooks of `prefixfast.training.callbacks.Callback`.
         prefix_config: Options of what is learned, a `PrefixConfig` or a mapping.
         config: Options of how it is learned, a `TrainConfig` or a mapping.
-        progress: Whether a progress bar is shown. None shows it if standard error is a terminal.
+        progress: Whether to report progress. None shows a bar on a terminal or in a notebook, and elsewhere a line
+            every 10 s. True shows the bar everywhere.
         fields: Fields of `TrainConfig` and `PrefixConfig`, which take precedence over ``config`` and
             ``prefix_config``.
 
@@ -185,37 +188,37 @@ def train(
         Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190).
     """
     opened = open_store(store, read_only=False)
-    job = prepare(
-        JobArguments(
-            data=data,
-            task=task,
-            prompt=prompt,
-            target=target,
-            table=table,
-            prefix_column=prefix_column,
-            eval_data=eval_data,
-            init=init,
-            init_text=init_text,
-            on_top_of=on_top_of,
-            objective=objective,
-            sweep=sweep,
-            overrides=overrides,
-            store=opened,
-            resume=resume,
-            on_error=on_error,
-            callbacks=callbacks,
-            prefix_config=prefix_config,
-            config=config,
-            fields=fields,
-        )
+    arguments = JobArguments(
+        data=data,
+        task=task,
+        prompt=prompt,
+        target=target,
+        table=table,
+        prefix_column=prefix_column,
+        eval_data=eval_data,
+        init=init,
+        init_text=init_text,
+        on_top_of=on_top_of,
+        objective=objective,
+        sweep=sweep,
+        overrides=overrides,
+        store=opened,
+        resume=resume,
+        on_error=on_error,
+        callbacks=callbacks,
+        prefix_config=prefix_config,
+        config=config,
+        fields=fields,
     )
-    is_single = job.rows.is_single and sweep is None
     if progress is not None:
         check_flag("progress", progress)
     check_flag("overwrite", overwrite)
-    folder = None if output_dir is None else as_path("output_dir", output_dir)
-    output = _open_output(job, folder, opened, is_single=is_single, overwrite=overwrite)
-    result = _run(model, job, output, progress)
+    with show_progress(progress):
+        job = prepare(arguments)
+        is_single = job.rows.is_single and sweep is None
+        folder = None if output_dir is None else as_path("output_dir", output_dir)
+        output = _open_output(job, folder, opened, is_single=is_single, overwrite=overwrite)
+        result = _run(model, job, output)
     return result.prefixes[SINGLE_NAME] if is_single else result
 
 
@@ -243,13 +246,14 @@ def _open_output(
     return OutputDir(folder, store, names, is_single=is_single)
 
 
-def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | None) -> TrainRun:
+def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
     if isinstance(model, str | Path):
         check_base_name(model)
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing
+    from prefixfast.training.run_log import log_result
 
     folder = output.folder
     if job.config.report_to != "none":
@@ -268,20 +272,21 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir, progress: bool | No
                     if not trainers:  # the first group is checked completely before earlier files are removed
                         output.open(resume=job.resume)
                         output.write_failed(job.rows.failed)
-                    trainer.run(progress)
+                    trainer.run()
                     trainers.append(trainer)
-        if not trainers and job.rows.failed:
-            output.open(resume=job.resume)
-            output.write_failed(job.rows.failed)
-        result = _collect(trainers, job, output)
+            if not trainers and job.rows.failed:
+                output.open(resume=job.resume)
+                output.write_failed(job.rows.failed)
+            result = _collect(trainers, job, output, base)
         output.end(list(result))
     finally:
         output.close()
+    log_result(result)
     job.callbacks.call("on_train_end", result)
     return result
 
 
-def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir) -> TrainRun:
+def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir, base: Model) -> TrainRun:
     """Result of all groups, in the order of the data."""
     prefixes = {n: p for trainer in trainers for n, p in trainer.prefixes.items()} | output.unchanged
     metrics = {n: finished["metrics"] for trainer in trainers for n, finished in trainer.finished.items()}
@@ -300,4 +305,16 @@ def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir)
         failed=dict(job.rows.failed),
         variants=variants,
         unchanged=tuple(n for n in order if n in resumed),
+        totals=_totals(trainers, base),
+    )
+
+
+def _totals(trainers: Sequence[GroupTrainer], base: Model) -> RunTotals:
+    return RunTotals(
+        base=str(getattr(base.hf, "name_or_path", "") or type(base.hf).__name__),
+        dtype=str(base.dtype).removeprefix("torch."),
+        device=str(base.device),
+        examples=sum(t.num_taken for t in trainers),
+        tokens=sum(t.num_tokens for t in trainers),
+        seconds=sum(t.seconds for t in trainers),
     )

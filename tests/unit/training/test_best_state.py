@@ -35,8 +35,11 @@ def model():
 
 
 def losses_by_step(log, name):
+    """Held-out losses after steps; the one before the first step is of step 0."""
     return {
-        line["step"]: line["eval_loss_by_prefix"][name] for line in log if name in line.get("eval_loss_by_prefix", {})
+        line["step"]: line["eval_loss_by_prefix"][name]
+        for line in log
+        if line.get("step") and name in line.get("eval_loss_by_prefix", {})
     }
 
 
@@ -145,9 +148,12 @@ def test_a_nan_loss_is_never_the_best():
     ("fields", "message"),
     [
         ({"early_stopping_patience": 2}, "expected eval_steps beside it"),
-        ({"early_stopping_patience": 2, "eval_steps": 1}, "expected eval_data beside them"),
-        ({"metric_for_best_model": "eval_loss"}, "expected eval_data beside them"),
-        ({"eval_steps": 1, "sweep": {"early_stopping_patience": [1, 2]}}, "expected eval_data beside them"),
+        ({"early_stopping_patience": 2, "eval_steps": 1}, "expected eval_data or eval_fraction beside them"),
+        ({"metric_for_best_model": "eval_loss"}, "expected eval_data or eval_fraction beside them"),
+        (
+            {"eval_steps": 1, "sweep": {"early_stopping_patience": [1, 2]}},
+            "expected eval_data or eval_fraction beside them",
+        ),
         ({"metric_for_best_model": "bleu"}, "metric_for_best_model: expected 'auto'"),
     ],
 )

@@ -64,6 +64,8 @@ def test_hooks_are_called_in_order(model):
     assert names == [
         "on_prefix_failed",
         "on_train_begin",
+        "on_evaluate",
+        "on_log",
         "on_step",
         "on_step",
         "on_evaluate",
@@ -89,6 +91,7 @@ def test_hooks_are_called_in_order(model):
     assert (step, float(losses[0])) == (4, run.metrics["a"]["loss"])
     assert losses.dtype == norms.dtype == torch.float64
     assert [(values[0], sorted(values[1])) for values in calls["on_evaluate"]] == [
+        (0, ["a", "b"]),
         (2, ["a", "b"]),
         (3, ["b"]),
         (4, ["a"]),
@@ -169,7 +172,8 @@ def test_reporters_get_the_log(model, monkeypatch, tmp_path, kind):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Sent))
     run = train(model, DATA, eval_data=rows(2, 3), report_to=kind, output_dir=tmp_path, **HOW)
     lines = [line for line in run.log if "step" in line]
-    assert ("loss", lines[0]["loss"], 2) in Sent.last.lines
+    assert ("eval_loss", lines[0]["eval_loss"], 0) in Sent.last.lines
+    assert ("loss", lines[1]["loss"], 2) in Sent.last.lines
     assert ("eval_loss_by_prefix/b", lines[-1]["eval_loss_by_prefix"]["b"], 4) in Sent.last.lines
     assert Sent.last.ended
 

@@ -198,7 +198,7 @@ def test_log_and_prefix_are_written(tmp_path):
     )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [2, 4, 6]
-    assert [x["step"] for x in lines if "eval_loss" in x] == [3, 6]
+    assert [x["step"] for x in lines if "eval_loss" in x] == [0, 3, 6]
     assert lines[-1]["metrics"].keys() == {"a", "b"}
     assert prefixfast.Prefix.from_pretrained(tmp_path / "b").digest == run["b"].digest
 

@@ -1,0 +1,185 @@
+"""Summary of ``prefixfast train``: what was trained, how its loss went, where it is and the command that uses it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from prefixfast.cli.output import SOME_FAILED, printable
+from prefixfast.io.text import counted, duration, rate
+
+if TYPE_CHECKING:
+    from prefixfast import TrainRun
+
+WIDTH = 80  # columns
+INDENT = " " * 12  # of everything behind the names
+PLOT = "loss.png"
+NO_PLOT = "not drawn: pip install 'prefixfast[train]' installs matplotlib"
+
+
+class KeepRun:
+    """Callback that keeps the result of a run, of which `train` returns a part if the run has one prefix."""
+
+    run: TrainRun
+
+    def on_train_end(self, run: TrainRun) -> None:
+        """Keep the result."""
+        self.run = run
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Summary of a finished run.
+
+    Attributes:
+        run: Result of the run.
+        output: Folder of the prefix, or of the folders of several prefixes; None if there is only a store.
+        store: Folder of the store, None without one.
+        is_single: Whether the output folder is that of the one prefix.
+        data: File of rows by the name of their prefix; a single file has the empty name.
+        dtype: Compute dtype that the user asked for, None for the default.
+    """
+
+    run: TrainRun
+    output: Path | None
+    store: Path | None
+    is_single: bool
+    data: Mapping[str, str]
+    dtype: str | None
+
+    def show(self, *, as_json: bool) -> None:
+        """Draw the plot, print the summary, and exit with 3 if some prefixes failed."""
+        plot = self._plot()
+        typer.echo(json.dumps(self.values(plot), indent=2) if as_json else "\n".join(self.lines(plot)))
+        for name, error in self.run.failed.items():
+            typer.echo(f"{printable(name)} failed: {printable(error)}", err=True)
+        if self.run.failed:
+            raise typer.Exit(SOME_FAILED)
+
+    def values(self, plot: Path | None) -> dict[str, Any]:
+        """Values of the JSON form.
+
+        Args:
+            plot: Path of the plot, None without one.
+        """
+        advice = self.run.advice()
+        prefixes = {
+            n: {"folder": _text(self._folder(n)), "metrics": m, "advice": advice.get(n)}
+            for n, m in self.run.metrics.items()
+        }
+        places = {"output": _text(self.output), "store": _text(self.store), "plot": _text(plot)}
+        own = {"prefixes": prefixes, "failed": self.run.failed, "next": shlex.join(self.next_command())}
+        return asdict(self.run.totals) | places | own
+
+    def lines(self, plot: Path | None) -> list[str]:
+        """Lines of the text form, of at most 80 columns except for long names.
+
+        Args:
+            plot: Path of the plot, None if matplotlib is missing or there is no output folder.
+        """
+        run, totals = self.run, self.run.totals
+        lines = [f"trained {counted(len(run), 'prefix', 'prefixes')} in {duration(totals.seconds)}"]
+        speed = f"{rate(totals.tokens / totals.seconds)} tokens/s" if totals.seconds else "finished in an earlier run"
+        lines += _entry("base", f"{printable(totals.base)}, {totals.dtype} on {totals.device}")
+        lines += _entry("rows", _rows(list(run.metrics.values())))
+        lines += _entry("speed", f"{_steps(list(run.metrics.values()))}, {speed}")
+        for name, metrics in run.metrics.items():
+            lines += _entry("loss", ("" if self.is_single else f"{printable(name)}: ") + _losses(metrics))
+        for name, text in run.advice().items():
+            lines += _entry("advice", ("" if self.is_single else f"{printable(name)}: ") + text)
+        for name, place in (("saved to", self.output), ("store", self.store)):
+            lines += [] if place is None else _entry(name, printable(place))
+        if self.output is not None and run.metrics:
+            lines += _entry("plot", NO_PLOT if plot is None else printable(plot))
+        return [*lines, *_command("next", self.next_command())]
+
+    def next_command(self) -> list[str]:
+        """Words of the command that generates with the first prefix, for the rows of its own file."""
+        name = next(iter(self.run), "")
+        source = str(self.run.variants.get(name, {}).get("of", name))
+        file = self.data.get(source) or next(iter(self.data.values()))
+        folder = self._folder(name)
+        prefix = ["--store", str(self.store)] if folder is None else ["--prefix", str(folder)]
+        dtype = [] if self.dtype is None else ["--dtype", self.dtype]
+        return ["prefixfast", "generate", file, "-o", "texts.jsonl", *prefix, *dtype]
+
+    def _folder(self, name: str) -> Path | None:
+        return self.output if self.output is None or self.is_single else self.output / name
+
+    def _plot(self) -> Path | None:
+        """Path of the drawn plot, None without matplotlib, an output folder or losses."""
+        if self.output is None or not self.run.metrics or importlib.util.find_spec("matplotlib") is None:
+            return None
+        self.run.plot(self.output / PLOT)
+        return self.output / PLOT
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _entry(name: str, text: str) -> list[str]:
+    """Lines of one entry. A word that is too long for a line, such as a path, is not broken."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=f"  {name}".ljust(len(INDENT)),
+        subsequent_indent=INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _command(name: str, words: Sequence[str]) -> Iterator[str]:
+    """Lines of a command for the shell; a long one goes on after a backslash, and a flag stays beside its value."""
+    parts: list[str] = []
+    for i, word in enumerate(map(shlex.quote, words)):
+        if i and words[i - 1].startswith("-"):
+            parts[-1] += f" {word}"
+        else:
+            parts.append(word)
+    line = f"  {name}".ljust(len(INDENT) - 1)
+    for i, part in enumerate(parts):
+        if i and len(line) + len(part) + 3 > WIDTH:
+            yield f"{line} \\"
+            line = f"{INDENT} "
+        line += f" {part}"
+    yield line
+
+
+def _rows(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Numbers of rows of all prefixes together."""
+    total = {k: sum(m.get(k, 0) for m in metrics) for k in ("rows", "examples", "skipped_rows", "truncated_rows")}
+    parts = [f"{total['rows']:g}"]
+    if total["examples"] != total["rows"]:
+        parts.append(counted(total["examples"], "example"))
+    parts += [f"{total[k]:g} {k.removesuffix('_rows')}" for k in ("skipped_rows", "truncated_rows")]
+    held_out = [m["eval_rows"] for m in metrics if "eval_rows" in m]
+    return ", ".join(parts) + (f"; held out: {sum(held_out):g}" if held_out else "")
+
+
+def _steps(metrics: Sequence[Mapping[str, float]]) -> str:
+    """Number of steps, or its range."""
+    steps = sorted({m["steps"] for m in metrics}) or [0]
+    return counted(steps[0], "step") if len(steps) == 1 else f"{steps[0]:g} to {steps[-1]:g} steps"
+
+
+def _losses(metrics: Mapping[str, Any]) -> str:
+    """Losses at the start and the end: those on held-out rows if there are any, else those of training."""
+    if "eval_loss" in metrics:
+        first, last = (_loss(metrics[k]) for k in ("eval_loss_before", "eval_loss"))
+        return f"{first} before and {last} after training, on held-out rows"
+    first, last = (_loss(metrics[k]) for k in ("first_loss", "loss"))
+    return f"{first} at the start, {last} at the end"
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"

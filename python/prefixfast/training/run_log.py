@@ -1,0 +1,68 @@
+"""Lines that a run logs: its prefixes, rows and options before the first step, and its result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+from prefixfast.io.text import counted
+from prefixfast.model.base import compute_line
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.groups import PrefixGroup
+from prefixfast.training.step import StepRunner
+from prefixfast.training.train_run import TrainRun
+
+logger = logging.getLogger(__name__)
+
+# Options that every start line shows, with the values that None and "auto" stand for.
+SHOWN_OPTIONS = ("learning_rate", "lr_scheduler_type", "batch_size", "seed")
+
+
+def settings_line(group: PrefixGroup, runner: StepRunner) -> str:
+    """What a group trains, on how many examples and with which options, in one line.
+
+    Args:
+        group: Group with resolved options.
+        runner: Parameters, steps and examples of the group.
+    """
+    params, examples, jobs = runner.params, runner.examples, group.jobs
+    prefixes = counted(len(jobs), "prefix", "prefixes")
+    each = "" if len(jobs) == 1 else " each"
+    inits = _distinct("a prefix" if isinstance(j.init, Prefix) else j.init for j in jobs)
+    options = (f"{n} {_distinct(getattr(j.config, n) for j in jobs)}" for n in SHOWN_OPTIONS)
+    parts = [
+        f"{counted(len(examples.num_targets), 'example')} of at most {counted(int(examples.lengths.max()), 'token')}",
+        *(f"{n} skipped" for n in [examples.num_skipped] if n),
+        *(f"{n} truncated" for n in [examples.num_truncated] if n),
+        f"init {inits}",
+        f"reparameterization {'mlp' if group.uses_mlp else 'none'}",
+        f"{counted(params.num_trained, 'number')}{each}",
+        *options,
+        compute_line(runner.model),
+    ]
+    steps = runner.total.tolist()
+    return (
+        f"training {prefixes} of {counted(params.length, 'prefix row')}{each} for {_distinct(steps)} "
+        f"{'step' if set(steps) == {1} else 'steps'}: {', '.join(parts)}"
+    )
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    """One value, or the range or the list of several."""
+    found = list(dict.fromkeys(values))
+    if len(found) > 1 and all(isinstance(v, int | float) for v in found):
+        return f"{min(found):g} to {max(found):g}"
+    return ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in found)
+
+
+def log_result(run: TrainRun) -> None:
+    """Log base model, time and speed of a run, and warn of losses that training did not lower."""
+    logger.info("trained %s: %s", counted(len(run), "prefix", "prefixes"), run.totals)
+    advice = run.advice()
+    if len(run) == 1:
+        for text in advice.values():
+            logger.warning("%s", text)
+    elif advice:
+        name, text = next(iter(advice.items()))
+        logger.warning("%d of %d prefixes: %s (prefix %r)", len(advice), len(run), text, name)
