@@ -16,6 +16,7 @@ from prefixfast.cli.generate import MODEL
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import SOME_FAILED, printable, printable_text
 from prefixfast.cli.prefix_choice import NAMES_OF_STORE, NamedStore, PrefixChoice
+from prefixfast.cli.read_prefix import loaded_base
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import PrefixFastError
 
@@ -58,7 +59,7 @@ def command(
     own = {name: value for name, value in fields.items() if name in GenerationParams.names()}
     params = chat_params(GenerationParams(), **own)
     config = EngineConfig.make(**{name: value for name, value in fields.items() if name not in own})
-    choice = PrefixChoice(prefix or [], store)
+    choice = PrefixChoice(prefix or [], store, model, fields)
     base = choice.base(prefix or [], model)
 
     from prefixfast.engine.engine import Engine
@@ -66,7 +67,7 @@ def command(
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # text that the encoding lacks is an error of one line, or escaped
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
-    with Engine(base, store=choice.store, config=config) as engine:
+    with loaded_base(base, fields) as loaded, Engine(loaded, store=choice.store, config=config) as engine:
         session = ChatSession(engine, choice, params, conversation, _notify)
         session.use((prefix or [])[:1])
         _notify(_greeting(engine, session))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixfast.cli.prefixes import Json, show_outcomes
+from prefixfast.cli.prefixes import BASE, Json, show_outcomes
 
 if TYPE_CHECKING:
     from prefixfast.store import Outcome
@@ -33,6 +33,7 @@ def command(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read each written folder and compare it with its source.")
     ] = False,
+    model: Annotated[str | None, BASE] = None,
     as_json: Json = False,
 ) -> None:
     """Convert adapter folders to folders of prefixfast, which PEFT also reads where it can hold the prefix.
@@ -42,7 +43,7 @@ def command(
     from prefixfast.errors import ConfigError, DataError, shown
 
     if not recursive:
-        done = convert_folder(source, target, verify=verify)
+        done = convert_folder(source, target, model, verify=verify)
         if not done.ok:
             raise DataError(done.why, path=str(source))
         show_outcomes([done], as_json=as_json)
@@ -57,29 +58,30 @@ def command(
     if not found:
         msg = f"SRC: no adapter folder in {source}; expected folders with adapter_config.json or prefixfast.json"
         raise ConfigError(msg)
-    outcomes = [convert_folder(folder, target / folder.relative_to(source), verify=verify) for folder in found]
+    outcomes = [convert_folder(folder, target / folder.relative_to(source), model, verify=verify) for folder in found]
     show_outcomes(outcomes, as_json=as_json)
 
 
-def convert_folder(source: Path, target: Path, *, verify: bool) -> Outcome:
+def convert_folder(source: Path, target: Path, model: str | None, *, verify: bool) -> Outcome:
     """Convert one folder and report how it went.
 
     Args:
         source: Folder to read.
         target: Folder to write.
+        model: Hub id or folder of the base of adapters with virtual tokens, None without one.
         verify: Whether to read the written folder and compare it with its source.
 
     Raises:
         OSError: If the folder cannot be written; an adapter that was in ``target`` is intact.
     """
-    from prefixfast.errors import DataError
+    from prefixfast.errors import BaseMismatchError, ConfigError, DataError
     from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import Outcome
 
     name = str(source)
     try:
-        prefix = Prefix.from_pretrained(source)
-    except (DataError, OSError) as e:
+        prefix = Prefix.from_pretrained(source, model=model)
+    except (DataError, BaseMismatchError, ConfigError, OSError) as e:
         return Outcome(name, str(target), False, str(e))
     prefix.save_pretrained(target)
     if verify:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ import typer
 
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import SOME_FAILED, printable
+from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.cli.result_file import PARTIAL, ResultFile, check_ids
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import ConfigError, shown
@@ -61,7 +63,7 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(requests)
     check_ids(rows)
-    chosen = chosen_prefixes(rows, prefix, prefixes, store)
+    chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)
     with ResultFile(output) as file:
         results = generate_each(file.add, rows, chosen, model=model, store=store, on_error=on_error, **fields)
         file.finish(results)
@@ -73,7 +75,14 @@ def command(
         raise typer.Exit(SOME_FAILED)
 
 
-def chosen_prefixes(rows: list[Any], prefix: list[Path] | None, prefixes: Path | None, store: Path | None) -> Any:
+def chosen_prefixes(
+    rows: list[Any],
+    prefix: list[Path] | None,
+    prefixes: Path | None,
+    store: Path | None,
+    model: str | None,
+    fields: Mapping[str, Any],
+) -> Any:
     """Prefixes that the flags name, in a form that `prefixfast.generate` takes.
 
     Args:
@@ -81,17 +90,17 @@ def chosen_prefixes(rows: list[Any], prefix: list[Path] | None, prefixes: Path |
         prefix: Value of ``--prefix``.
         prefixes: Value of ``--prefixes``.
         store: Value of ``--store``.
+        model: Value of ``--model``.
+        fields: Options of the engine.
 
     Raises:
         ConfigError: If more than one flag is given, or a row names no folder of ``--prefixes``.
     """
-    from prefixfast import Prefix
-
     if sum(map(bool, (prefix, prefixes, store))) > 1:
         msg = "expected one of --prefix, --prefixes and --store, got several"
         raise ConfigError(msg)
     if prefix:
-        return [[Prefix.from_pretrained(p) for p in prefix]] * len(rows)
+        return [[read_prefix(p, model, fields) for p in prefix]] * len(rows)
     if prefixes is None:
         return None
     names = {row.get("prefix") for row in rows}
@@ -99,4 +108,4 @@ def chosen_prefixes(rows: list[Any], prefix: list[Path] | None, prefixes: Path |
         got = shown(strange[0])
         msg = f"--prefixes: expected a 'prefix' key in every row that names a folder in {prefixes}, got {got}"
         raise ConfigError(msg)
-    return {n: Prefix.from_pretrained(prefixes / n) for n in sorted(map(str, names))}
+    return {n: read_prefix(prefixes / n, model, fields) for n in sorted(map(str, names))}

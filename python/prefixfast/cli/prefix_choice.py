@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, shown, suggestion
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class PrefixChoice:
     Args:
         names: Names in the store, or folders and hub ids without a store.
         store: Folder of the store, None without a store.
+        model: Base model that the user gave, None for the one that the prefixes name.
+        fields: Options of the command, of which those of the base are used for a PEFT adapter of virtual tokens.
 
     Raises:
         UnknownPrefixError: If the store does not have a name.
@@ -33,9 +36,16 @@ class PrefixChoice:
         ConfigError: If the folder of the store is none.
     """
 
-    def __init__(self, names: Sequence[str], store: Path | None) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        store: Path | None,
+        model: str | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> None:
         from prefixfast.store import open_store
 
+        self.model, self.fields = model, fields or {}
         self.store = open_store(store, read_only=True)
         self._read: dict[str, Prefix] = {}
         for name in names:
@@ -61,10 +71,8 @@ class PrefixChoice:
         return self._read[known]
 
     def _from_folder(self, name: str) -> Prefix:
-        from prefixfast.prefix.prefix import Prefix
-
         try:
-            return Prefix.from_pretrained(name)
+            return read_prefix(name, self.model, self.fields)
         except DataError as e:
             if self._read and not Path(name).exists():
                 msg = f"no prefix {shown(name)}; {suggestion(name, [Path(given).name for given in self._read])}"

@@ -26,6 +26,11 @@ app = typer.Typer(
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="Folder of the store.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+BASE = typer.Option(
+    "--model",
+    help="Hub id or folder of the base, which computes the keys and values of a PROMPT_TUNING or P_TUNING adapter.",
+    show_default="no base",
+)
 KeepVersions = Annotated[int, typer.Option(help="Number of versions of a name that the store keeps.")]
 
 
@@ -98,13 +103,14 @@ def add(
     store: Store,
     name: Name,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of a prefix or of a PEFT adapter.")],
+    model: Annotated[str | None, BASE] = None,
     keep_versions: KeepVersions = 2,
     as_json: Json = False,
 ) -> None:
     """Put a prefix into a store under a name, as the newest version of that name."""
     from prefixfast.prefix.prefix import Prefix
 
-    prefix = Prefix.from_pretrained(folder)
+    prefix = Prefix.from_pretrained(folder, model=model)
     _show_change(_open_to_write(store, keep_versions).put(name, prefix), as_json=as_json)
 
 
@@ -213,6 +219,7 @@ def export(
 def import_(
     store: Store,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of adapter folders.")],
+    model: Annotated[str | None, BASE] = None,
     keep_versions: KeepVersions = 2,
     as_json: Json = False,
 ) -> None:
@@ -220,7 +227,7 @@ def import_(
 
     The exit status is 3 if some folders cannot be read.
     """
-    show_outcomes(_open_to_write(store, keep_versions).import_dir(folder), as_json=as_json)
+    show_outcomes(_open_to_write(store, keep_versions).import_dir(folder, model=model), as_json=as_json)
 
 
 def show_outcomes(outcomes: list[Outcome], *, as_json: bool) -> None:

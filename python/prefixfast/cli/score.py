@@ -46,7 +46,7 @@ def command(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     rows = read_rows(rows_file)
     check_ids(rows)
-    chosen = chosen_prefixes(rows, prefix, prefixes, store)
+    chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)
     with ResultFile(output) as file:
         results = score(rows, chosen, model=model, store=store, end_token=end_token, **fields)
         file.finish(results)

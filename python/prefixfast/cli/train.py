@@ -16,6 +16,7 @@ from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import printable
 from prefixfast.cli.prefixes import Json
+from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.cli.train_summary import KeepRun, Summary
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
@@ -76,7 +77,7 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
     """All options of the run, the recipe's included."""
     from prefixfast.training.job import JobArguments, prepare
 
-    arguments = _train_arguments(given)
+    arguments = _train_arguments(given, fields)
     kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
     job = prepare(JobArguments(named_files(data), fields=fields, **kept))
     own = job.groups[0].prefix_config
@@ -115,11 +116,11 @@ def command(
 
     The exit status is 3 if some prefixes failed, and 130 if the run was interrupted after a checkpoint.
     """
-    given = {n: v for n, v in locals().items() if n not in ("model", "data", "dry_run", "as_json", "fields")}
+    given = {n: v for n, v in locals().items() if n not in ("data", "dry_run", "as_json", "fields")}
     from prefixfast import TrainRun, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    arguments = _train_arguments(given)
+    arguments = _train_arguments(given, fields)
     if dry_run:
         from prefixfast.training.estimate import estimate
 
@@ -138,19 +139,18 @@ def command(
     Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype).show(as_json=as_json)
 
 
-def _train_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `prefixfast.train` from the values of the flags."""
-    from prefixfast import Prefix
-
+def _train_arguments(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `prefixfast.train` from the values of the flags and the options."""
+    model = given["model"]
     init, on_top_of, overrides = given["init"], given["on_top_of"], given["overrides"]
     return {
         "task": given["task"],
         **column_arguments(given["prompt"], given["target"], given["table"]),
         "prefix_column": given["prefix_column"],
         "eval_data": named_files(given["eval_data"]) if given["eval_data"] else None,
-        "init": init if init is None or init in INIT_WORDS else Prefix.from_pretrained(init),
+        "init": init if init is None or init in INIT_WORDS else read_prefix(init, model, fields),
         "init_text": given["init_text"],
-        "on_top_of": None if on_top_of is None else Prefix.from_pretrained(on_top_of),
+        "on_top_of": None if on_top_of is None else read_prefix(on_top_of, model, fields),
         "sweep": _sweep(given["sweep"]) if given["sweep"] else None,
         "overrides": None if overrides is None else _overrides(overrides),
         "store": given["store"],

@@ -18,6 +18,7 @@ from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import printable, printable_text
 from prefixfast.cli.prefix_choice import NAMES_OF_STORE, NamedStore, PrefixChoice
+from prefixfast.cli.read_prefix import loaded_base
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.errors import DataError, shown
@@ -93,11 +94,11 @@ def command(
     params = GenerationParams.make(**own)
     config = EngineConfig.make(**{name: value for name, value in fields.items() if name not in own})
     rows = _read_small(text) if _is_file(text) else None
-    choice = PrefixChoice(prefix or [], store)
+    choice = PrefixChoice(prefix or [], store, model, fields)
 
     from prefixfast.engine.engine import Engine
 
-    with Engine(model, config=config) as engine:
+    with loaded_base(model, fields) as loaded, Engine(loaded, config=config) as engine:
         answers = _answers(engine, choice, text if rows is None else rows, prefix or [], params)
     if as_json:
         typer.echo(json.dumps([answer.record() for answer in answers], indent=2))

@@ -79,7 +79,7 @@ class PrefixLM(TemplateLM):
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
         model = load(pretrained, dtype=dtype, device=device) if isinstance(pretrained, str | Path) else load(pretrained)
-        self.prefix = Prefix.from_pretrained(prefix) if isinstance(prefix, str | Path) else prefix
+        self.prefix = Prefix.from_pretrained(prefix, model=model) if isinstance(prefix, str | Path) else prefix
         pos_start = 0 if self.prefix is None else self.prefix.pos_start
         self.max_length = min(max_length or model.max_positions, model.max_positions - pos_start)
         self.max_gen_toks = max_gen_toks

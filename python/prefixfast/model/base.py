@@ -98,7 +98,7 @@ class Model:
 
         Args:
             plan: Attention plan: sequences of the tokens, and the prefixes that each sequence sees.
-            ids: Token ids, int64 ``[N]``.
+            ids: Token ids, int64 ``[N]``, or embeddings of the tokens, ``[N, E]``.
 
         Returns:
             Logits ``[n, V]`` at the tokens ``plan.logits_at``, or ``[N, V]`` of all tokens, in the compute dtype.

@@ -19,7 +19,7 @@ def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     Args:
         model: Attached model.
         plan: Attention plan of the tokens.
-        ids: Token ids, int64 ``[N]``.
+        ids: Token ids, int64 ``[N]``, or embeddings of the tokens, ``[N, E]``.
 
     Returns:
         Logits ``[n, V]`` at the tokens ``plan.logits_at``, or ``[N, V]`` of all tokens if that is None.
@@ -30,7 +30,7 @@ def packed_forward(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     """
     check_attached(model)
     inputs = model_inputs(plan, ids)
-    count, given = len(ids), inputs["input_ids"].shape[1]
+    count, given = len(ids), inputs["attention_mask"].shape[1]
     if plan.logits_at is not None:
         inputs["logits_to_keep"] = at = two_rows(plan.logits_at, 0)
         count, given = len(plan.logits_at), len(at)
@@ -49,13 +49,13 @@ def model_inputs(plan: Plan, ids: Tensor) -> dict[str, Any]:
 
     Args:
         plan: Attention plan of the tokens.
-        ids: Token ids, int64 ``[N]``.
+        ids: Token ids, int64 ``[N]``, or embeddings of the tokens, ``[N, E]``.
     """
     tokens = two_rows(ids[None], 1)
     # Without a mask, GPT-2 searches the batch for padding, which is a host synchronization. The mask is not used.
     return {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
+        "inputs_embeds" if tokens.is_floating_point() else "input_ids": tokens,
+        "attention_mask": torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device),
         "position_ids": two_rows(plan.position_ids, 1),
         "use_cache": False,
         "prefixfast": plan,

@@ -1,4 +1,4 @@
-"""Keys and values that a base model computes for a text.
+"""Keys and values that a base model computes for a text or for embeddings.
 
 Shape letters: P rows of a prefix, L layers, H kv heads, D head dim.
 """
@@ -17,7 +17,6 @@ from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import by_source, readers
 
 
-@torch.no_grad()
 def text_kv(
     model: Model, ids: Sequence[int], length: int, before: Sequence[LayerKV] = (), rows: PrefixRows = NO_PREFIXES
 ) -> list[LayerKV]:
@@ -34,7 +33,25 @@ def text_kv(
     Returns:
         Keys and values ``[P, H, D]`` by layer, in fp32 (fp64 for a base in fp64).
     """
-    tokens = torch.tensor((list(ids) * length)[:length], device=model.device)
+    return tokens_kv(model, torch.tensor((list(ids) * length)[:length], device=model.device), before, rows)
+
+
+@torch.no_grad()
+def tokens_kv(
+    model: Model, tokens: Tensor, before: Sequence[LayerKV] = (), rows: PrefixRows = NO_PREFIXES
+) -> list[LayerKV]:
+    """Keys and values of tokens in the base model.
+
+    Args:
+        model: Base model.
+        tokens: Token ids, int64 ``[P]``, or embeddings ``[P, E]`` in the model's dtype.
+        before: Keys and values by layer of the prefixes before the tokens, as for `text_kv`.
+        rows: Place of each prefix in ``before``, from left to right.
+
+    Returns:
+        Keys and values ``[P, H, D]`` by layer, in fp32 (fp64 for a base in fp64).
+    """
+    length = len(tokens)
     number = np.arange(rows.table.shape[1], dtype=np.int32)
     first = int(rows.table[:, :, 1].sum(1).max(initial=0))
     indptr = np.array([0, len(number)], np.int32)

@@ -18,6 +18,7 @@ from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
+from prefixfast.prefix import peft_read
 from prefixfast.prefix.names import FIELD_NAMES, PrefixFields, base_error, file_key
 from prefixfast.prefix.validate import convention_error
 
@@ -30,7 +31,7 @@ VERSION = 1
 KEYS = {name: file_key(name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
 LOOKED_FOR = (
     f"{META} (a prefixfast prefix) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type "
-    f"{' or '.join(peft.TYPES)})"
+    f"{' or '.join((*peft.TYPES, *peft_read.EMBEDDING_TYPES))})"
 )
 TYPES_OF_KEYS = {"pos_start": int, "window": str, "digest": str, "decoding": dict, "training": dict}
 TYPES_OF_OPTIONAL_KEYS = {file_key("task"): dict, "not_peft_because": str}
@@ -118,8 +119,11 @@ def foreign_adapter(folder: Path) -> str | None:
     return None if found in peft.TYPES else shown(found)
 
 
-def read_folder(path: Path) -> FolderContent:
+def read_folder(path: Path) -> FolderContent | peft_read.VirtualTokens:
     """Read a folder of any supported format.
+
+    Returns:
+        Content of the folder, or the embeddings of an adapter whose keys and values a base model must compute.
 
     Raises:
         DataError: If the folder holds no prefix, or a file is damaged.
@@ -132,9 +136,11 @@ def read_folder(path: Path) -> FolderContent:
         fields, digest = read_meta(path / META)
         if os.path.lexists(path / TENSORS):
             return FolderContent(path / TENSORS, read_tensors(path / TENSORS), fields, digest)
-        return FolderContent(path / peft.WEIGHTS, peft.cut(peft.read(path)[0], fields["base"]), fields, digest)
+        return FolderContent(path / peft.WEIGHTS, peft.cut(peft_read.read(path)[0], fields["base"]), fields, digest)
     if os.path.lexists(path / peft.CONFIG):
-        kv, config = peft.read(path)
+        if (virtual := peft_read.read_virtual_tokens(path)) is not None:
+            return virtual
+        kv, config = peft_read.read(path)
         return FolderContent(path / peft.WEIGHTS, kv, _adapter_fields(kv, config, path / peft.CONFIG), None)
     found = sorted(p.name for p in path.iterdir())
     shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
@@ -190,10 +196,7 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
 
 def _adapter_fields(kv: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> PrefixFields:
     """Attributes of an imported PEFT adapter, from its configuration."""
-    name = config.get("base_model_name_or_path")
-    if name is not None and not isinstance(name, str):
-        msg = f"{path.name}: base_model_name_or_path: expected a name or null, got {shown(name)}"
-        raise DataError(msg, path=str(path))
+    name = peft_read.base_name(config, path)
     training: dict[str, Any] = {"imported_from": "peft"}
     if config["peft_type"] == "CARTRIDGE":
         training["num_frozen_tokens"] = config.get("num_frozen_tokens", 0)

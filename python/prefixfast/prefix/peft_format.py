@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from prefixfast.errors import DataError, shown
-from prefixfast.io.untrusted import read_json, read_tensors
+from prefixfast.errors import DataError
 from prefixfast.model.fingerprint import layout_of, num_layers
 from prefixfast.prefix.names import layers_of
 
@@ -29,8 +27,6 @@ if TYPE_CHECKING:
 PeftType = Literal["PREFIX_TUNING", "CARTRIDGE"]
 TYPES: tuple[PeftType, ...] = get_args(PeftType)
 CONFIG, WEIGHTS, TABLE = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
-PICKLE = "adapter_model.bin"
-SIZES = ("num_layers", "num_attention_heads", "num_virtual_tokens")
 COMMON_CONFIG = {
     "auto_mapping": None,
     "inference_mode": True,
@@ -201,54 +197,3 @@ def adapter_files(
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
         WEIGHTS: save({TABLE: to_table(kv, base)}, metadata={"format": "pt"}),
     }
-
-
-def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors and the configuration of an adapter folder.
-
-    Raises:
-        DataError: If the folder is not a decoder-only PREFIX_TUNING or CARTRIDGE adapter, or a file is damaged.
-    """
-    config = read_json(folder / CONFIG)
-    layers, heads, length = _read_sizes(config, folder / CONFIG)
-    if not (folder / WEIGHTS).exists() and (folder / PICKLE).exists():
-        msg = (
-            f"{PICKLE} is a pickle, which can run code when it is read; save the adapter again with PEFT's "
-            "safe_serialization=True"
-        )
-        raise DataError(msg, path=str(folder))
-    tensors = read_tensors(folder / WEIGHTS)
-    if set(tensors) != {TABLE}:
-        msg = f"expected the one tensor {shown(TABLE)}, got {sorted(tensors)}"
-        raise DataError(msg, path=str(folder / WEIGHTS))
-    if len(tensors[TABLE]) != length:
-        got = list(tensors[TABLE].shape)
-        msg = f"{WEIGHTS}: {TABLE}: expected {length} rows (num_virtual_tokens), got {got}; see {CONFIG}"
-        raise DataError(msg, path=str(folder / WEIGHTS))
-    try:
-        return from_table(tensors[TABLE], layers, heads), config
-    except DataError as e:
-        msg = f"{WEIGHTS}: {e}"
-        raise DataError(msg, path=str(folder / WEIGHTS)) from e
-
-
-def _read_sizes(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
-    """Numbers of layers, key-value heads and rows of a configuration, checked together with its type."""
-    peft_type, submodules, task = (config.get(k) for k in ("peft_type", "num_transformer_submodules", "task_type"))
-    if peft_type not in TYPES:
-        msg = f"peft_type: expected {' or '.join(TYPES)}, got {shown(peft_type)}"
-        raise DataError(msg, path=str(path))
-    if submodules not in (1, None) or task not in ("CAUSAL_LM", None):
-        expected = "a decoder-only adapter (task_type CAUSAL_LM, num_transformer_submodules 1)"
-        msg = f"expected {expected}, got {shown(task)} and {shown(submodules)}"
-        raise DataError(msg, path=str(path))
-    sizes = [config.get(k) for k in SIZES]
-    if not all(type(n) is int and n >= 1 for n in sizes):
-        msg = f"{', '.join(SIZES)}: expected numbers of at least 1, got {sizes}"
-        raise DataError(msg, path=str(path))
-    layers, heads, length = (int(n) for n in sizes if n is not None)
-    frozen = config.get("num_frozen_tokens", 0)
-    if type(frozen) is not int or not 0 <= frozen <= length:
-        msg = f"num_frozen_tokens: expected a number from 0 to {length} (num_virtual_tokens), got {shown(frozen)}"
-        raise DataError(msg, path=str(path))
-    return layers, heads, length

@@ -15,6 +15,7 @@ from prefixfast.prefix import folder as files
 from prefixfast.prefix.concat import concat_prefixes
 from prefixfast.prefix.hub import find_folder, push_to_hub
 from prefixfast.prefix.peft_format import TYPES, PeftType
+from prefixfast.prefix.peft_read import VirtualTokens, base_needed
 from prefixfast.prefix.record import PrefixData
 from prefixfast.prefix.tensors import shared_tensors
 
@@ -115,15 +116,24 @@ class Prefix(PrefixData):
 
     @classmethod
     def from_pretrained(
-        cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: str | Path | PreTrainedModel | Model | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
     ) -> Prefix:
         """Load a prefix from a local folder or from the Hugging Face hub.
 
-        The folder was saved by `save_pretrained`, or by PEFT as a decoder-only PREFIX_TUNING or CARTRIDGE adapter.
+        The folder was saved by `save_pretrained`, or by PEFT as a decoder-only adapter. An adapter of type
+        PREFIX_TUNING or CARTRIDGE holds keys and values. One of type PROMPT_TUNING or P_TUNING holds embeddings of
+        virtual tokens. Their keys and values are those of one forward of the base model, in its compute dtype.
 
         Args:
             path: Path of a folder. A string ``"name/repository"`` that is not a local folder is a hub id, of which only
                 JSON and safetensors files are downloaded.
+            model: Base model of a PROMPT_TUNING or P_TUNING adapter: hub id, folder, Hugging Face model or `Model`.
+                Other folders do not need it, and then it is not loaded.
             revision: Branch, tag or commit of a hub id.
             local_files_only: Whether a hub id is read from the local cache only.
 
@@ -131,9 +141,11 @@ class Prefix(PrefixData):
             Prefix of the class on which the method was called.
 
         Raises:
-            DataError: If the folder is missing or damaged, or holds something else; the message names the file, or
-                what was looked for.
-            ConfigError: If a revision is given for a local folder, or the hub cannot be reached.
+            DataError: If the folder is missing or damaged, holds something else, or holds virtual tokens and no
+                ``model`` is given; the message names the file, or what was looked for.
+            BaseMismatchError: If virtual tokens were made for a base model of other sizes.
+            ConfigError: If a revision is given for a local folder, the hub cannot be reached, or the results of virtual
+                tokens would not be PEFT's.
 
         Example:
             >>> prefix.save_pretrained("mill")
@@ -142,16 +154,28 @@ class Prefix(PrefixData):
         """
         folder = find_folder(path, revision, local_files_only=local_files_only)
         try:
-            return read_stable(folder, cls._read)
+            found = read_stable(folder, cls._read)
         except DataError:
             again = find_folder(path, revision, local_files_only=local_files_only)
             if folder.is_dir() or again == Path(path):
                 raise
-            return read_stable(again, cls._read)  # another process removed the download from the cache
+            found = read_stable(again, cls._read)  # another process removed the download from the cache
+        return found if isinstance(found, Prefix) else cls._of_virtual_tokens(found, model)
 
     @classmethod
-    def _read(cls, path: Path) -> Prefix:
+    def _of_virtual_tokens(cls, tokens: VirtualTokens, model: str | Path | PreTrainedModel | Model | None) -> Prefix:
+        from prefixfast.prefix.virtual_tokens import virtual_tokens_prefix
+
+        if model is None:
+            raise base_needed(tokens)
+        kv, fields = virtual_tokens_prefix(model, tokens)
+        return cls(kv, **fields)
+
+    @classmethod
+    def _read(cls, path: Path) -> Prefix | VirtualTokens:
         content = files.read_folder(path)
+        if isinstance(content, VirtualTokens):
+            return content
         try:
             prefix = cls(content.kv, **content.fields)
         except DataError as e:

@@ -11,12 +11,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.errors import BaseMismatchError, ConfigError, DataError, shown
 from prefixfast.io.untrusted import read_json
 from prefixfast.store.entry import ENTRY, name_hash
 from prefixfast.store.reports import Outcome
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prefixfast.model.base import Model
     from prefixfast.prefix.prefix import Prefix
 
 ADAPTER_FILES = ("adapter_config.json", "prefixfast.json")  # a prefix folder has at least one of them
@@ -24,11 +27,14 @@ PORTABLE = re.compile(r"[a-z0-9]([a-z0-9._-]{0,98}[a-z0-9_-])?")  # names that a
 RESERVED = {"con", "prn", "aux", "nul", *(f"{device}{i}" for device in ("com", "lpt") for i in range(10))}
 
 
-def read_adapters(root: Path) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
+def read_adapters(
+    root: Path, model: str | Path | PreTrainedModel | Model | None
+) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
     """Read the adapter folders in a folder, in the order of their names.
 
     Args:
         root: Folder of adapter folders.
+        model: Base model of adapters with virtual tokens, None without one.
 
     Yields:
         Name, folder and prefix of each adapter, or an `Outcome` with the reason why an adapter cannot be imported.
@@ -50,11 +56,11 @@ def read_adapters(root: Path) -> Iterator[tuple[str, Path, Prefix] | Outcome]:
         try:
             check_links_stay_inside(root, folder)
             name = exported_name(folder) or folder.name
-            prefix = Prefix.from_pretrained(folder)
+            prefix = Prefix.from_pretrained(folder, model=model)
             if name in seen:
                 msg = f"{seen[name]} has the same name; rename one of them"
                 raise DataError(msg)
-        except (DataError, OSError) as e:
+        except (DataError, BaseMismatchError, ConfigError, OSError) as e:
             yield Outcome(name, str(folder), False, str(e))
             continue
         seen[name] = folder.name

@@ -23,11 +23,14 @@ from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, 
 from prefixfast.store.import_export import check_export_arguments, export, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
 from prefixfast.store.runs import is_mentioned, remove_names
-from prefixfast.store.verify import checked_places, verify
+from prefixfast.store.verify import checked_places, removed_digest, verify
 from prefixfast.store.versions import publish_version, read_all, read_newest, remove_old_versions, version_folders
 from prefixfast.store.workspace import atomic_removal, sweep, workspace
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prefixfast.model.base import Model
     from prefixfast.prefix.prefix import Prefix
 
 WORK = ".prefixfast-work"
@@ -295,7 +298,9 @@ class PrefixStore(Mapping[str, "Prefix"]):
         """
         return verify(self.path, self.folders(), absent, checked_places(also, absent))
 
-    def import_dir(self, folder: str | os.PathLike[str]) -> list[Outcome]:
+    def import_dir(
+        self, folder: str | os.PathLike[str], *, model: str | Path | PreTrainedModel | Model | None = None
+    ) -> list[Outcome]:
         """Put every adapter folder in a folder, of prefixfast or of PEFT.
 
         An adapter that was exported from a store gets its name in that store, other adapters that of their folder. A
@@ -303,6 +308,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
 
         Args:
             folder: Folder of adapter folders. Links that lead out of the folder are refused.
+            model: Base model of PROMPT_TUNING and P_TUNING adapters, as `Prefix.from_pretrained` takes it.
 
         Returns:
             Result for each adapter folder, with the reason if it was not imported.
@@ -313,7 +319,8 @@ class PrefixStore(Mapping[str, "Prefix"]):
         """
         self._check_writable()
         return [
-            one if isinstance(one, Outcome) else self._import(*one) for one in read_adapters(as_path("folder", folder))
+            one if isinstance(one, Outcome) else self._import(*one)
+            for one in read_adapters(as_path("folder", folder), model)
         ]
 
     def export_dir(self, folder: str | os.PathLike[str], names: Iterable[str] | None = None) -> list[Outcome]:
@@ -348,7 +355,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
             with atomic_removal(folder, self.path / WORK) as gone:
                 sync_folder(folder.parent)
                 sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
-                digests = tuple(_digest(version) for version in version_folders(gone))
+                digests = tuple(removed_digest(version) for version in version_folders(gone))
         except FileNotFoundError:
             self._raise_unknown(name)
         finally:
@@ -387,12 +394,3 @@ class PrefixStore(Mapping[str, "Prefix"]):
         hint = did_you_mean(name, itertools.islice(self, NAMES_COMPARED))
         msg = f"no prefix is named {shown(name)} in {self.path}" + (f"; {hint}" if hint else "")
         raise UnknownPrefixError(msg)
-
-
-def _digest(version: Path) -> str | None:
-    """Digest in the entry of a version that was moved out of the folder of its name, None if it cannot be read."""
-    try:
-        found = json.loads((version / ENTRY).read_bytes())["digest"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return found if isinstance(found, str) else None

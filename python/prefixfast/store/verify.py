@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import identity
-from prefixfast.store.entry import read_entry
+from prefixfast.store.entry import ENTRY, read_entry
 from prefixfast.store.reports import Check, Outcome
 from prefixfast.store.runs import STATE, TENSORS
 from prefixfast.store.versions import version_folders
@@ -116,3 +117,12 @@ def _contains(path: Path, text: bytes) -> bool:
             return False
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return content.find(text) >= 0
+
+
+def removed_digest(version: Path) -> str | None:
+    """Digest in the entry of a version that was moved out of the folder of its name, None if it cannot be read."""
+    try:
+        found = json.loads((version / ENTRY).read_bytes())["digest"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) else None
