@@ -81,6 +81,7 @@ def run_page(page: Path, cli: Callable[..., Any], watch: Profile | None = None) 
             found.lines += 1
             program, *arguments = shlex.split(command)
             if program == "cat":
+                Path(arguments[0]).parent.mkdir(exist_ok=True)
                 Path(arguments[0]).write_text(expected, encoding="utf8")
                 continue
             ran = with_input(cli, arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
+from prefixfast.cli.data_folder import check_folder, problem_lines
 from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.prefixes import Json
+from prefixfast.cli.row_files import folder_at
 from prefixfast.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -33,7 +36,11 @@ def _group() -> None:
 def check_rows(
     words: Annotated[
         list[str],
-        typer.Argument(metavar="[TASK] PATH", help=f"File of rows ({FORMATS}), after the name of a task or without."),
+        typer.Argument(
+            metavar="[TASK] PATH",
+            help=f"File of rows ({FORMATS}), or a folder or glob pattern of such files, after the name of a task or "
+            "without.",
+        ),
     ],
     task: Annotated[
         str | None,
@@ -73,6 +80,8 @@ def check_rows(
 ) -> None:
     """List every problem of a file of rows with its line, the rows' lengths, and three rows as the model reads them.
 
+    A folder gets a line for each of its files instead, with the numbers of rows, examples and problems.
+
     The exit status is 1 if there are problems.
     """
     from prefixfast.data.check_data import BaseVocabulary, check_data
@@ -86,7 +95,11 @@ def check_rows(
         base["max_length"] = max_length
     name, path = _task_and_path(words, task)
     own = task_of_columns(name, **column_arguments(prompt, target, table))
-    report = check_data(own, path, split=split, base=BaseVocabulary(**base), max_errors=max_errors)
+    check = functools.partial(check_data, own, split=split, base=BaseVocabulary(**base), max_errors=max_errors)
+    if (folder := folder_at(path)) is not None:
+        check_folder(folder, check, as_json=as_json)
+        return
+    report = check(path)
     typer.echo(json.dumps(dataclasses.asdict(report), ensure_ascii=False) if as_json else "\n".join(_lines(report)))
     if report.num_problems:
         raise typer.Exit(1)
@@ -133,12 +146,7 @@ def _tokenizer_and_sizes(model: str) -> dict[str, Any]:
 
 def _lines(report: DataReport) -> list[str]:
     """Report as lines of text."""
-    out = []
-    for p in report.problems:
-        placed = p["line"] is None or f":{p['line']}: " in p["message"]
-        out.append(p["message"] if placed else f"{report.path}:{p['line']}: {p['message']}")
-    if (more := report.num_problems - len(report.problems)) > 0:
-        out.append(f"... and {more} more")
+    out = problem_lines(report)
     counts = f"{report.rows} rows, {report.examples} examples, {report.num_problems} problems"
     out.append(f"{report.path}: task {report.task}, {counts}")
     for unit, of in (("characters", report.characters), ("tokens", report.tokens)):

@@ -13,6 +13,7 @@ from prefixfast.cli.options import flags
 from prefixfast.cli.output import SOME_FAILED, printable
 from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.cli.result_file import PARTIAL, ResultFile, check_ids
+from prefixfast.cli.row_files import check_one_file
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import ConfigError, shown
 
@@ -61,6 +62,7 @@ def command(
     from prefixfast.engine.generate import generate_each
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_one_file(requests)
     rows = read_rows(requests)
     check_ids(rows)
     chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)

@@ -12,6 +12,7 @@ import typer
 from prefixfast.cli.generate import FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.output import SOME_FAILED, in_bytes, printable, show, show_one
+from prefixfast.cli.receipts import receipt_lines
 
 if TYPE_CHECKING:
     from prefixfast.store import Outcome, PrefixStore, StoredPrefix
@@ -121,10 +122,12 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Delete prefixes, all versions of each, and print a receipt for each."""
+    """Delete prefixes, all versions of each and their rows in checkpoints, and print a receipt for each."""
+    from prefixfast.store.runs import is_mentioned
+
     opened = _open_existing(store)
     for name in names:
-        if name not in opened:
+        if name not in opened and not is_mentioned(opened.path, name):
             opened.info(name)  # raises
     if not yes:
         if not sys.stdin.isatty():
@@ -137,7 +140,11 @@ def rm(
             receipt = {"name": name, **asdict(opened.delete(name))}
             receipts.append(receipt)  # in a loop, so that an error leaves the receipts of the earlier names
     finally:
-        show(receipts, ("name", "digests", "files", "bytes", "time", "place"), as_json=as_json, title="deleted")
+        if as_json:
+            show(receipts, (), as_json=True)
+        else:
+            for line in receipt_lines(receipts, store):
+                typer.echo(line)
 
 
 @app.command("rollback", cls=Command, epilog="prefixfast prefixes rollback store ann --to 2")

@@ -12,6 +12,7 @@ from prefixfast.cli.generate import FORMATS, MODEL, PREFIX, PREFIXES, STORE, cho
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import printable
 from prefixfast.cli.result_file import ResultFile, check_ids
+from prefixfast.cli.row_files import check_one_file
 from prefixfast.config import EngineConfig
 
 EXAMPLE = "prefixfast score rows.jsonl -o scores.jsonl --prefix my-prefix"
@@ -44,6 +45,7 @@ def command(
     from prefixfast.data import read_rows
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    check_one_file(rows_file)
     rows = read_rows(rows_file)
     check_ids(rows)
     chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)

@@ -17,6 +17,7 @@ from prefixfast.cli.options import flags
 from prefixfast.cli.output import printable
 from prefixfast.cli.prefixes import Json
 from prefixfast.cli.read_prefix import read_prefix
+from prefixfast.cli.row_files import named_files
 from prefixfast.cli.train_summary import KeepRun, Summary
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
@@ -24,7 +25,8 @@ from prefixfast.io.yaml import read_yaml, read_yaml_file
 
 DATA = typer.Argument(
     metavar="DATA...",
-    help=f"File of rows ({FORMATS}) of one prefix, or NAME=FILE for each of several prefixes.",
+    help=f"File of rows ({FORMATS}) of one prefix. A folder, a glob pattern or several files train one prefix for each "
+    "file, which is named by the file's stem or by NAME=FILE.",
 )
 TASK = typer.Option(
     help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages or text.",
@@ -34,7 +36,9 @@ PREFIX_COLUMN = typer.Option(
     help="Key of the rows that names their prefix; every value of it becomes a prefix.",
     show_default="one prefix for all rows",
 )
-EVAL_DATA = typer.Option(help="Held-out rows, in the form of DATA.", show_default="no evaluation")
+EVAL_DATA = typer.Option(
+    help="Held-out rows for all prefixes, or by the same names in a form of DATA.", show_default="no evaluation"
+)
 INIT = typer.Option(
     help="Initial values: text, random, zero, or the folder of a prefix.",
     show_default="init of the recipe; the default recipe has text",
@@ -52,8 +56,16 @@ SWEEP = typer.Option(
 OVERRIDES = typer.Option(
     help="YAML file that maps names of prefixes to options of their own.", show_default="the same options for all"
 )
+OUTPUT = typer.Option(
+    "-o",
+    "--output",
+    help="Folder of the prefix; of several prefixes, the folder of their folders. It may be left out beside --store.",
+    show_default="no folder",
+)
 STORE = typer.Option(
-    help="Folder of a store that each prefix is also put into when it finishes.", show_default="no store"
+    help="Folder of a store that gets each prefix when it finishes. Without -o the prefix of one file is named by the "
+    "file's stem, and the store keeps log and checkpoints of the run.",
+    show_default="no store",
 )
 ON_ERROR = typer.Option(
     help="Effect of a failed prefix among several: isolate reports it and trains the others, raise stops the run."
@@ -62,7 +74,11 @@ DRY_RUN = typer.Option(
     "--dry-run",
     help="Print parameters, memory and time, which is estimated from two measured steps, and write nothing.",
 )
-RESUME = typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
+RESUME = typer.Option(
+    "--resume",
+    help="Continue from the checkpoint in the output folder. Without one, continue from checkpoints in the store, and "
+    "train no prefix that the store holds of the same rows and options.",
+)
 OVERWRITE = typer.Option(
     "--overwrite",
     help="Replace the results of an earlier run in the output folder, each prefix when its new one is saved.",
@@ -70,7 +86,7 @@ OVERWRITE = typer.Option(
 INIT_WORDS = ("text", "random", "zero")
 EXAMPLE = """prefixfast train gpt2 rows.jsonl -o my-prefix --prefix-length 10
 prefixfast train gpt2 a.csv -o my-prefix --prompt '{name} ->' --target text
-prefixfast train gpt2 ann=ann.jsonl bob=bob.jsonl -o prefixes"""
+prefixfast train gpt2 users/ --store prefixes --resume"""
 
 
 def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mapping[str, Any]:
@@ -79,7 +95,7 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
 
     arguments = _train_arguments(given, fields)
     kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
-    job = prepare(JobArguments(named_files(data), fields=fields, **kept))
+    job = prepare(JobArguments(named_files(data, by_stem=_by_stem(given)), fields=fields, **kept))
     own = job.groups[0].prefix_config
     return {n: getattr(c, n) for c in (job.config, own) for n in c.names()}
 
@@ -88,10 +104,7 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of the base model.")],
     data: Annotated[list[str], DATA],
-    output: Annotated[
-        Path,
-        typer.Option("-o", "--output", help="Folder of the prefix; of several prefixes, the folder of their folders."),
-    ],
+    output: Annotated[Path | None, OUTPUT] = None,
     task: Annotated[str | None, TASK] = None,
     prompt: Annotated[str | None, PROMPT] = None,
     target: Annotated[str | None, TARGET] = None,
@@ -119,24 +132,33 @@ def command(
     given = {n: v for n, v in locals().items() if n not in ("data", "dry_run", "as_json", "fields")}
     from prefixfast import TrainRun, train
 
+    if output is None and store is None and not dry_run:
+        msg = "expected -o FOLDER for the prefix, --store STORE to keep it by its name, or both; got neither"
+        raise typer.BadParameter(msg, param_hint="--output")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     arguments = _train_arguments(given, fields)
+    files = named_files(data, by_stem=_by_stem(given))
     if dry_run:
         from prefixfast.training.estimate import estimate
 
-        found = estimate(model, named_files(data), **arguments, **fields)
+        found = estimate(model, files, **arguments, **fields)
         typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
         return
     kept: Any = KeepRun()  # a `Callback`, which only needs one of the hooks
-    files = named_files(data)
     try:
         result = train(model, files, **arguments, callbacks=[kept], **fields)
     except KeyboardInterrupt:
-        typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(output)}", err=True)
+        place = store if output is None else output
+        typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(str(place))}", err=True)
         raise
-    by_name = files if isinstance(files, dict) else {"": files}
+    by_name = files if isinstance(files, Mapping) else {"": files}
     dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
     Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype).show(as_json=as_json)
+
+
+def _by_stem(given: Mapping[str, Any]) -> bool:
+    """Whether one file is trained under its stem: where the store alone gets it, so that it needs a name."""
+    return given["output"] is None and given["store"] is not None and given["prefix_column"] is None
 
 
 def _train_arguments(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,17 +181,6 @@ def _train_arguments(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dic
         "overwrite": given["overwrite"],
         "on_error": given["on_error"],
     }
-
-
-def named_files(data: list[str]) -> str | dict[str, str]:
-    """The one file of ``data``, or the mapping of its NAME=FILE arguments."""
-    pairs = [d.partition("=") for d in data]
-    if len(data) == 1 and (not pairs[0][1] or Path(data[0]).exists()):
-        return data[0]
-    if any(not (name and sep and path) for name, sep, path in pairs) or len({p[0] for p in pairs}) != len(pairs):
-        msg = f"DATA: expected one file, or NAME=FILE with different names, got {' '.join(data)}"
-        raise ConfigError(msg)
-    return {name: path for name, _, path in pairs}
 
 
 def _sweep(words: list[str]) -> dict[str, list[Any]]:

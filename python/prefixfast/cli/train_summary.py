@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prefixfast.cli.output import SOME_FAILED, printable
+from prefixfast.cli.run_table import print_table
 from prefixfast.io.text import counted, duration, rate
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Summary:
         output: Folder of the prefix, or of the folders of several prefixes; None if there is only a store.
         store: Folder of the store, None without one.
         is_single: Whether the output folder is that of the one prefix.
-        data: File of rows by the name of their prefix; a single file has the empty name.
+        data: File of rows by the name of their prefix; a single file without a name has the empty name.
         dtype: Compute dtype that the user asked for, None for the default.
     """
 
@@ -52,14 +53,20 @@ class Summary:
     output: Path | None
     store: Path | None
     is_single: bool
-    data: Mapping[str, str]
+    data: Mapping[str, str | Path]
     dtype: str | None
 
     def show(self, *, as_json: bool) -> None:
-        """Draw the plot, print the summary, and exit with 3 if some prefixes failed."""
+        """Draw the plot, print the summary, and exit with 3 if some prefixes failed.
+
+        Several prefixes get a table on standard output. Their summary then goes to standard error.
+        """
         plot = self._plot()
-        typer.echo(json.dumps(self.values(plot), indent=2) if as_json else "\n".join(self.lines(plot)))
-        for name, error in self.run.failed.items():
+        if not (self.is_single or as_json):
+            print_table(self.run)
+        text = json.dumps(self.values(plot), indent=2) if as_json else "\n".join(self.lines(plot))
+        typer.echo(text, err=not (self.is_single or as_json))
+        for name, error in sorted(self.run.failed.items()):
             typer.echo(f"{printable(name)} failed: {printable(error)}", err=True)
         if self.run.failed:
             raise typer.Exit(SOME_FAILED)
@@ -76,7 +83,8 @@ class Summary:
             for n, m in self.run.metrics.items()
         }
         places = {"output": _text(self.output), "store": _text(self.store), "plot": _text(plot)}
-        own = {"prefixes": prefixes, "failed": self.run.failed, "next": shlex.join(self.next_command())}
+        own = {"prefixes": prefixes, "unchanged": list(self.run.unchanged), "failed": self.run.failed}
+        own["next"] = shlex.join(self.next_command())
         return asdict(self.run.totals) | places | own
 
     def lines(self, plot: Path | None) -> list[str]:
@@ -86,13 +94,16 @@ class Summary:
             plot: Path of the plot, None if matplotlib is missing or there is no output folder.
         """
         run, totals = self.run, self.run.totals
-        lines = [f"trained {counted(len(run), 'prefix', 'prefixes')} in {duration(totals.seconds)}"]
+        trained = len(run) - len(run.unchanged)
+        others = [(len(run.unchanged), "unchanged"), (len(run.failed), "failed")]
+        rest = "".join(f", {count} {what}" for count, what in others if count)
+        lines = [f"trained {counted(trained, 'prefix', 'prefixes')} in {duration(totals.seconds)}{rest}"]
         speed = f"{rate(totals.tokens / totals.seconds)} tokens/s" if totals.seconds else "finished in an earlier run"
         lines += _entry("base", f"{printable(totals.base)}, {totals.dtype} on {totals.device}")
         lines += _entry("rows", _rows(list(run.metrics.values())))
         lines += _entry("speed", f"{_steps(list(run.metrics.values()))}, {speed}")
-        for name, metrics in run.metrics.items():
-            lines += _entry("loss", ("" if self.is_single else f"{printable(name)}: ") + _losses(metrics))
+        for metrics in run.metrics.values() if self.is_single else ():
+            lines += _entry("loss", _losses(metrics))
         for name, text in run.advice().items():
             lines += _entry("advice", ("" if self.is_single else f"{printable(name)}: ") + text)
         for name, place in (("saved to", self.output), ("store", self.store)):
@@ -107,9 +118,9 @@ class Summary:
         source = str(self.run.variants.get(name, {}).get("of", name))
         file = self.data.get(source) or next(iter(self.data.values()))
         folder = self._folder(name)
-        prefix = ["--store", str(self.store)] if folder is None else ["--prefix", str(folder)]
+        prefix = ["--store", str(self.store), "--prefix", name] if folder is None else ["--prefix", str(folder)]
         dtype = [] if self.dtype is None else ["--dtype", self.dtype]
-        return ["prefixfast", "generate", file, "-o", "texts.jsonl", *prefix, *dtype]
+        return ["prefixfast", "generate", str(file), "-o", "texts.jsonl", *prefix, *dtype]
 
     def _folder(self, name: str) -> Path | None:
         return self.output if self.output is None or self.is_single else self.output / name

@@ -102,7 +102,7 @@ def add_file(files: dict[str, Path], name: str, file: Path) -> None:
         DataError: If the name has another file already, with both.
     """
     other = files.setdefault(name, file)
-    if other is not file:
+    if other != file:
         both = f"{printable(str(other))} and {printable(str(file))}"
         msg = f"{both} have one name, {shown(name)}; rename one of them, so that each prefix has a name of its own"
         raise DataError(msg, path=str(file))

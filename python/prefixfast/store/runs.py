@@ -176,7 +176,10 @@ def end_run(store: Path, run: RunFolder, finished: Sequence[str]) -> None:
             if not has_ended:
                 continue
             drop_from_checkpoints(other, finished)
+            for unfinished in other.glob(".*.tmp"):  # a file that a killed process was writing
+                _remove(unfinished, Removed())
             if not checkpoint_folders(other):
+                shutil.rmtree(other / CHECKPOINT, ignore_errors=True)
                 kept += 1
                 if kept >= KEPT:
                     shutil.rmtree(other, ignore_errors=True)
