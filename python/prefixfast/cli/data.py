@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 EXAMPLE = """prefixfast data check rows.jsonl --model gpt2
 prefixfast data check a.csv --prompt '{name}, {price} ->' --target text"""
 SHOWN = 240  # characters of a prompt or a target
+WORDS = typer.Argument(
+    metavar="[TASK] PATH",
+    help=f"File of rows ({FORMATS}), or a folder or glob pattern of such files, after the name of a task or without.",
+)
 app = typer.Typer(cls=Group, help="Check data before training on it.", epilog=EXAMPLE, no_args_is_help=True)
 
 
@@ -34,14 +38,7 @@ def _group() -> None:
 
 @app.command("check", cls=Command, epilog=EXAMPLE)
 def check_rows(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[TASK] PATH",
-            help=f"File of rows ({FORMATS}), or a folder or glob pattern of such files, after the name of a task or "
-            "without.",
-        ),
-    ],
+    words: Annotated[list[str], WORDS],
     task: Annotated[
         str | None,
         typer.Option(
