@@ -269,6 +269,7 @@ def calls_without_an_engine(base, store, prefix, value):
     yield lambda: PrefixStore(store.path, keep_versions=value)
     yield lambda: PrefixStore(store.path, read_only=value)
     yield lambda: read_rows(value)
+    yield lambda: read_rows(ROWS, encoding=value)
     yield lambda: find_task(value, ROWS[0])
     yield lambda: read_task(value, "no-file.csv", split="train")
     yield lambda: read_task("e2e", "no-file.csv", split=value)
@@ -295,6 +296,7 @@ ARGUMENTS = {
     "data": {},
     "task": {},
     "prefix_column": {},
+    "encoding": {},
     "eval_data": {},
     "init": {},
     "init_text": {"init": "text"},

@@ -12,7 +12,7 @@ import typer
 
 from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
 from prefixfast.cli.data_folder import check_folder, problem_lines
-from prefixfast.cli.generate import FORMATS
+from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.prefixes import Json
 from prefixfast.cli.row_files import folder_at
@@ -73,6 +73,7 @@ def check_rows(
             show_default="PATH is a file of rows",
         ),
     ] = None,
+    encoding: Annotated[str | None, ENCODING] = None,
     as_json: Json = False,
 ) -> None:
     """List every problem of a file of rows with its line, the rows' lengths, and three rows as the model reads them.
@@ -92,7 +93,8 @@ def check_rows(
         base["max_length"] = max_length
     name, path = _task_and_path(words, task)
     own = task_of_columns(name, **column_arguments(prompt, target, table))
-    check = functools.partial(check_data, own, split=split, base=BaseVocabulary(**base), max_errors=max_errors)
+    vocabulary = BaseVocabulary(**base)
+    check = functools.partial(check_data, own, split=split, base=vocabulary, max_errors=max_errors, encoding=encoding)
     if (folder := folder_at(path)) is not None:
         check_folder(folder, check, as_json=as_json)
         return

@@ -17,7 +17,7 @@ from prefixfast.cli.row_files import check_one_file
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.errors import ConfigError, shown
 
-FORMATS = ".jsonl, .json, .csv or .parquet, each also with .gz"
+FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, each also with .gz"
 UNFINISHED = f"While the command runs, the results so far are in a file of this name with {PARTIAL} at its end."
 REQUEST_KEYS = "Targets are ignored. A row with a key that no format has is refused."
 PREFIX = typer.Option(
@@ -26,6 +26,9 @@ PREFIX = typer.Option(
 )
 PREFIXES = typer.Option(
     help="Folder of prefix folders; the 'prefix' key of each row names one of them.", show_default="no folder"
+)
+ENCODING = typer.Option(
+    help="Encoding of text files, for example cp1252.", show_default="that of the byte order mark, or UTF-8"
 )
 STORE = typer.Option(
     help="Folder of a store; the 'prefix' key of each row names a prefix in it.", show_default="no store"
@@ -47,6 +50,7 @@ def command(
     prefixes: Annotated[Path | None, PREFIXES] = None,
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
+    encoding: Annotated[str | None, ENCODING] = None,
     on_error: Annotated[
         Literal["raise", "return"],
         typer.Option(
@@ -63,7 +67,7 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_one_file(requests)
-    rows = read_rows(requests)
+    rows = read_rows(requests, encoding)
     check_ids(rows)
     chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)
     with ResultFile(output) as file:

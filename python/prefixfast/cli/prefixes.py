@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixfast.cli.generate import FORMATS
+from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.output import SOME_FAILED, in_bytes, printable, show, show_one
 from prefixfast.cli.receipts import receipt_lines
@@ -77,6 +77,7 @@ def inspect(
         str | None,
         typer.Option(help="Hub id or folder of the base.", show_default="the base that the prefix names"),
     ] = None,
+    encoding: Annotated[str | None, ENCODING] = None,
     words: Annotated[
         int, typer.Option(help="Number of nearest words shown for each row of the prefix; 0 shows none.")
     ] = 3,
@@ -93,7 +94,7 @@ def inspect(
     if not base:
         msg = f"{shown(name)} does not name its base: give it with --model"
         raise ConfigError(msg)
-    found = prefix.inspect(str(base), read_rows(rows), words=words)
+    found = prefix.inspect(str(base), read_rows(rows, encoding), words=words)
     typer.echo(str(found))
     if plot is not None:
         found.plot(plot)

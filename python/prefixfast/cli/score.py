@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixfast.cli.generate import FORMATS, MODEL, PREFIX, PREFIXES, STORE, chosen_prefixes
+from prefixfast.cli.generate import ENCODING, FORMATS, MODEL, PREFIX, PREFIXES, STORE, chosen_prefixes
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import printable
 from prefixfast.cli.result_file import ResultFile, check_ids
@@ -28,6 +28,7 @@ def command(
     prefixes: Annotated[Path | None, PREFIXES] = None,
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
+    encoding: Annotated[str | None, ENCODING] = None,
     end_token: Annotated[
         bool,
         typer.Option("--end-token/--no-end-token", help="Score the end token after each target too, as training does."),
@@ -46,7 +47,7 @@ def command(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     check_one_file(rows_file)
-    rows = read_rows(rows_file)
+    rows = read_rows(rows_file, encoding)
     check_ids(rows)
     chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)
     with ResultFile(output) as file:

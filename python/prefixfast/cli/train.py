@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
-from prefixfast.cli.generate import FORMATS
+from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import printable
 from prefixfast.cli.prefixes import Json
@@ -110,6 +110,7 @@ def command(
     target: Annotated[str | None, TARGET] = None,
     table: Annotated[str | None, TABLE] = None,
     prefix_column: Annotated[str | None, PREFIX_COLUMN] = None,
+    encoding: Annotated[str | None, ENCODING] = None,
     eval_data: Annotated[list[str] | None, EVAL_DATA] = None,
     init: Annotated[str | None, INIT] = None,
     init_text: Annotated[str | None, INIT_TEXT] = None,
@@ -169,6 +170,7 @@ def _train_arguments(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dic
         "task": given["task"],
         **column_arguments(given["prompt"], given["target"], given["table"]),
         "prefix_column": given["prefix_column"],
+        "encoding": given["encoding"],
         "eval_data": named_files(given["eval_data"]) if given["eval_data"] else None,
         "init": init if init is None or init in INIT_WORDS else read_prefix(init, model, fields),
         "init_text": given["init_text"],

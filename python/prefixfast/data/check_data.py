@@ -19,7 +19,7 @@ from prefixfast.data.files import file_items
 from prefixfast.data.join import Joins
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
-from prefixfast.errors import DataError, check_string
+from prefixfast.errors import ConfigError, DataError, check_string
 from prefixfast.io.paths import as_path
 from prefixfast.model.tokenizer import Tokenizer
 
@@ -105,6 +105,7 @@ def check_data(
     split: str | None = None,
     base: BaseVocabulary | None = None,
     max_errors: int = 100,
+    encoding: str | None = None,
 ) -> DataReport:
     """Read a file as training does, and continue after an error, at which training stops.
 
@@ -114,22 +115,26 @@ def check_data(
         split: Split of an official file of the task, which is then read as by `read_task`. None reads a file of rows.
         base: Tokenizer and sizes of the base model. None counts characters only.
         max_errors: Largest number of problems to list; all problems are counted.
+        encoding: Encoding of a file of rows, as for `read_rows`. Official files are UTF-8.
 
     Returns:
         Report with the problems and the lengths.
 
     Raises:
-        ConfigError: If the task or the split is unknown.
+        ConfigError: If the task, the split or the encoding is unknown, or ``encoding`` is given with ``split``.
     """
     task = Task.from_spec(task) if isinstance(task, Mapping) else task
     name = task.name if isinstance(task, Task) else "auto" if task is None else task
     check_string("task", name, "the name of a task, a Task or None")
+    if split is not None and encoding is not None:
+        msg = "encoding: expected no split beside it, since official files are UTF-8"
+        raise ConfigError(msg)
     base, path = base or BaseVocabulary(), as_path("path", path)
     checker = _Checker(DataReport(str(path), name, max_length=base.max_length), base, max_errors)
     report = checker.report
     rows: list[Row] = []
     try:
-        for item in file_items(Path(path)) if split is None else task_items(name, Path(path), split):
+        for item in file_items(Path(path), encoding) if split is None else task_items(name, Path(path), split):
             report.rows += 1
             if isinstance(item, DataError):
                 checker.add_problem(item)

@@ -30,6 +30,7 @@ class TrainArguments(TrainFields, total=False):
     prompt: str | None
     target: str | None
     table: Sequence[str] | None
+    encoding: str | None
     eval_data: Rows | Mapping[str, Rows] | None
     init: Init | None
     init_text: str | None

@@ -45,54 +45,62 @@ class TrainingRows:
     eval_row_numbers: dict[str, list[int]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """How the rows of a run are read.
+
+    Attributes:
+        prefix_column: Key of plain rows whose value names the row's prefix.
+        isolate: Whether an error of one name's rows is noted as a failure, instead of raised.
+        keep_column: Whether rows keep the column of their prefix's name, for a task of columns that may read it.
+        encoding: Encoding of text files, None for that of their byte order mark or UTF-8.
+    """
+
+    prefix_column: str | None = None
+    isolate: bool = True
+    keep_column: bool = False
+    encoding: str | None = None
+
+
 def read_training_rows(
-    data: Rows | Mapping[str, Rows],
-    eval_data: Rows | Mapping[str, Rows] | None,
-    prefix_column: str | None,
-    *,
-    isolate: bool,
-    keep_column: bool = False,
+    data: Rows | Mapping[str, Rows], eval_data: Rows | Mapping[str, Rows] | None, options: ReadOptions
 ) -> TrainingRows:
     """Read all rows of a run.
 
     Args:
         data: Rows, or rows by name.
         eval_data: Held-out rows for all prefixes, by the same names, or with the same column.
-        prefix_column: Key of plain rows whose value names the row's prefix.
-        isolate: Whether an error of one name's rows is noted in ``failed``, instead of raised.
-        keep_column: Whether rows keep the column of their prefix's name, for a task of columns that may read it.
+        options: How the rows are read.
 
     Raises:
-        ConfigError: If the names of ``data`` and ``eval_data`` differ, or ``prefix_column`` is given with a mapping.
-        DataError: If rows cannot be read and ``isolate`` is not set, or no prefix has rows.
+        ConfigError: If the names of ``data`` and ``eval_data`` differ, ``prefix_column`` is given with a mapping, or$
+            the encoding is unknown.
+        DataError: If rows cannot be read and the error is not isolated, or no prefix has rows.
     """
     failed: dict[str, str] = {}
     row_numbers: dict[str, list[int]] = {}
-    check_string("prefix_column", "" if prefix_column is None else prefix_column, "the name of a column")
+    column = options.prefix_column
+    check_string("prefix_column", "" if column is None else column, "the name of a column")
     if isinstance(data, Mapping):
-        if prefix_column is not None:
+        if column is not None:
             msg = "prefix_column: expected plain rows beside it, got a mapping of names; leave one of them out"
             raise ConfigError(msg)
-        rows = _read_by_name(data, failed, isolate)
+        rows = _read_by_name(data, failed, options)
         if not data:
             msg = "data: expected at least one name with rows, got an empty mapping"
             raise DataError(msg)
-    elif prefix_column is not None:
-        rows, row_numbers = _split_by_column(read_rows(data), prefix_column, keep=keep_column)
+    elif column is not None:
+        rows, row_numbers = _split_by_column(read_rows(data, options.encoding), column, keep=options.keep_column)
     else:
-        rows = {SINGLE_NAME: read_rows(data)}
+        rows = {SINGLE_NAME: read_rows(data, options.encoding)}
     names = [*rows, *failed]
-    eval_rows = (
-        None
-        if eval_data is None
-        else _read_eval_rows(eval_data, names, prefix_column, failed, isolate, keep=keep_column)
-    )
+    eval_rows = None if eval_data is None else _read_eval_rows(eval_data, names, failed, options)
     rows = {n: r for n, r in rows.items() if n not in failed}
     if not rows:
         name, error = next(iter(failed.items()))
         msg = f"data: none of the {len(names)} prefixes has rows that can be read; of {shown(name)}: {error}"
         raise DataError(msg)
-    is_single = not isinstance(data, Mapping) and prefix_column is None
+    is_single = not isinstance(data, Mapping) and column is None
     return TrainingRows(rows, eval_rows, is_single, failed, row_numbers)
 
 
@@ -178,13 +186,13 @@ def _format_error(name: str, rows: list[Row], task: Task) -> DataError | None:
     return None
 
 
-def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], isolate: bool) -> dict[str, list[Row]]:
+def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], options: ReadOptions) -> dict[str, list[Row]]:
     found = {}
     for name, rows in data.items():
         try:
-            found[_name(name)] = read_rows(rows)
+            found[_name(name)] = read_rows(rows, options.encoding)
         except DataError as e:
-            if not isolate:
+            if not options.isolate:
                 raise
             failed[_name(name)] = str(e)
     return found
@@ -216,21 +224,16 @@ def _split_by_column(rows: list[Row], column: str, *, keep: bool) -> tuple[dict[
 
 
 def _read_eval_rows(
-    data: Rows | Mapping[str, Rows],
-    names: list[str],
-    column: str | None,
-    failed: dict[str, str],
-    isolate: bool,
-    *,
-    keep: bool,
+    data: Rows | Mapping[str, Rows], names: list[str], failed: dict[str, str], options: ReadOptions
 ) -> dict[str, list[Row]]:
+    column = options.prefix_column
     if isinstance(data, Mapping):
-        found = _read_by_name(data, failed, isolate)
+        found = _read_by_name(data, failed, options)
     else:
-        rows = read_rows(data)
+        rows = read_rows(data, options.encoding)
         if column is None or all(find_columns((column,), tuple(row)) == (None,) for row in rows):
             return dict.fromkeys(names, rows)
-        found, _ = _split_by_column(rows, column, keep=keep)
+        found, _ = _split_by_column(rows, column, keep=options.keep_column)
     if unmatched := sorted(set(names) ^ {*found, *failed}):
         msg = f"eval_data: expected the names of data, got {unmatched[:5]} in one of them only"
         raise ConfigError(msg)

@@ -21,7 +21,7 @@ from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
 from prefixfast.training.held_out import hold_out
-from prefixfast.training.inputs import TrainingRows, check_formats, check_task_rows, read_training_rows
+from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
 from prefixfast.training.settings import GivenOptions, resolve_settings
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class JobArguments:
     target: str | None = None
     table: Sequence[str] | None = None
     prefix_column: str | None = None
+    encoding: str | None = None
     eval_data: Rows | Mapping[str, Rows] | None = None
     init: Init | None = None
     init_text: str | None = None
@@ -129,17 +130,17 @@ def prepare(arguments: JobArguments) -> TrainJob:
     resolve_settings(given, "")  # report wrong options before the rows are read
     given_task = task_of_columns(a.task, prompt=a.prompt, target=a.target, table=a.table)
     keeps = isinstance(given_task, Task) and given_task.format == "columns"  # which reads the columns that it names
-    isolate = a.on_error == "isolate"
-    rows = read_training_rows(a.data, a.eval_data, a.prefix_column, isolate=isolate, keep_column=keeps)
+    options = ReadOptions(a.prefix_column, a.on_error == "isolate", keeps, a.encoding)
+    rows = read_training_rows(a.data, a.eval_data, options)
     task = _find_task(rows, given_task)
     check_task_rows(rows, task)
-    rows = check_formats(rows, task, isolate=isolate and not rows.is_single)
+    rows = check_formats(rows, task, isolate=options.isolate and not rows.is_single)
     settings = resolve_settings(given, task.name)
     if fraction := settings.config.eval_fraction:
         if a.eval_data is not None:
             msg = "eval_fraction and eval_data: expected one of them, got both"
             raise ConfigError(msg)
-        rows = hold_out(rows, fraction, settings.config.seed, isolate=isolate)
+        rows = hold_out(rows, fraction, settings.config.seed, isolate=options.isolate)
     groups = make_groups(
         rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
     )

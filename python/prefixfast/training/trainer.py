@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
 from prefixfast.config.json_types import JSON
@@ -88,6 +89,7 @@ def train(
     target: str | None = None,
     table: Sequence[str] | None = None,
     prefix_column: str | None = None,
+    encoding: str | None = None,
     eval_data: Rows | Mapping[str, Rows] | None = None,
     init: Init | None = None,
     init_text: str | None = None,
@@ -114,8 +116,8 @@ def train(
 
     Args:
         model: Base model: hub id, folder, Hugging Face model (attached during the run and then restored) or `Model`.
-        data: Training rows: a file (``.jsonl``, ``.json``, ``.csv``, ``.parquet``, also ``.gz``), an iterable of
-            mappings, or a mapping of names to rows, such as a `Folder` of files.
+        data: Training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``, also ``.gz``), an iterable
+            of mappings, or a mapping of names to rows, such as a `Folder` of files.
         task: Task that turns rows into prompts and targets: name of a built-in task (``"e2e"``, ``"webnlg"``,
             ``"dart"``, ``"table"``, ``"summary"``, ``"xsum"``, ``"prompt"``, ``"messages"``, ``"text"``) or `Task`.
             None chooses the task by the keys of the rows.
@@ -124,6 +126,8 @@ def train(
         target: Column of the target, or a template of columns.
         table: Columns that are written as a table, in the place of ``prompt``.
         prefix_column: Key of plain rows whose value names the prefix that is trained on the row.
+        encoding: Encoding of text files, for example ``"cp1252"``. None takes the encoding of a file's byte order mark,
+            or UTF-8 without one.
         eval_data: Held-out rows, for all prefixes or by name like ``data``. They are used for the choice of the best
             state, early stopping and `TrainRun.best`.
         init: Initial values: ``"text"`` (keys and values of a text in the base model), ``"random"``, ``"zero"``, a
@@ -188,28 +192,8 @@ def train(
         Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190).
     """
     opened = open_store(store, read_only=False)
-    arguments = JobArguments(
-        data=data,
-        task=task,
-        prompt=prompt,
-        target=target,
-        table=table,
-        prefix_column=prefix_column,
-        eval_data=eval_data,
-        init=init,
-        init_text=init_text,
-        on_top_of=on_top_of,
-        objective=objective,
-        sweep=sweep,
-        overrides=overrides,
-        store=opened,
-        resume=resume,
-        on_error=on_error,
-        callbacks=callbacks,
-        prefix_config=prefix_config,
-        config=config,
-        fields=fields,
-    )
+    given: dict[str, Any] = {**locals(), "store": opened}
+    arguments = JobArguments(**{f.name: given[f.name] for f in dataclasses.fields(JobArguments)})
     if progress is not None:
         check_flag("progress", progress)
     check_flag("overwrite", overwrite)

@@ -143,11 +143,11 @@ def test_a_folder_in_place_of_a_file_is_refused_with_advice(tmp_path, given):
 
 
 def test_a_file_that_vanishes_or_is_unreadable_fails_alone(tmp_path):
-    from prefixfast.training.inputs import read_training_rows
+    from prefixfast.training.inputs import ReadOptions, read_training_rows
 
     make(tmp_path, "ann.csv", "bob.csv", "eve.csv")
     (tmp_path / "link.csv").symlink_to(tmp_path / "nowhere")
     found = Folder(tmp_path)
     (tmp_path / "bob.csv").unlink()
-    rows = read_training_rows(found, None, None, isolate=True)
+    rows = read_training_rows(found, None, ReadOptions())
     assert (list(rows.rows), sorted(rows.failed), rows.is_single) == (["ann", "eve"], ["bob", "link"], False)
