@@ -52,7 +52,7 @@ def commands() -> str:
     rows = []
     for name, command in leaves(typer.main.get_command(app)):
         common = shared if any(p.name == "config_file" for p in command.params) else set()
-        arguments = "".join(f" {usage(p)}" for p in command.params if p.param_type_name == "argument")
+        arguments = "".join(f" {usage(p)}" for p in command.params if p.param_type_name == "argument" and not p.hidden)
         own = [
             max(p.opts, key=len)
             for p in command.params

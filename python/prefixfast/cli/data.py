@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 EXAMPLE = """prefixfast data check rows.jsonl --model gpt2
 prefixfast data check a.csv --prompt '{name}, {price} ->' --target text"""
 SHOWN = 240  # characters of a prompt or a target
-WORDS = typer.Argument(
-    metavar="[TASK] PATH",
-    help=f"File of rows ({FORMATS}), or a folder or glob pattern of such files, after the name of a task or without.",
+PATH = typer.Argument(
+    metavar="PATH",
+    help=f"File of rows ({FORMATS}), or a folder or glob pattern of such files. TASK PATH names a task too.",
 )
 app = typer.Typer(cls=Group, help="Check data before training on it.", epilog=EXAMPLE, no_args_is_help=True)
 
@@ -38,7 +37,8 @@ def _group() -> None:
 
 @app.command("check", cls=Command, epilog=EXAMPLE)
 def check_rows(
-    words: Annotated[list[str], WORDS],
+    path: Annotated[str, PATH],
+    second: Annotated[str | None, typer.Argument(hidden=True)] = None,
     task: Annotated[
         str | None,
         typer.Option(
@@ -91,8 +91,8 @@ def check_rows(
     base = _tokenizer_and_sizes(model) if model is not None else {}
     if max_length is not None:
         base["max_length"] = max_length
-    name, path = _task_and_path(words, task)
-    own = task_of_columns(name, **column_arguments(prompt, target, table))
+    name, path = (task, path) if second is None else _first_is_task(path, second, task)
+    own = task_of_columns(None if name == "auto" else name, **column_arguments(prompt, target, table))
     vocabulary = BaseVocabulary(**base)
     check = functools.partial(check_data, own, split=split, base=vocabulary, max_errors=max_errors, encoding=encoding)
     if (folder := folder_at(path)) is not None:
@@ -104,25 +104,21 @@ def check_rows(
         raise typer.Exit(1)
 
 
-def _task_and_path(words: list[str], task: str | None) -> tuple[str | None, Path]:
-    """Task and path from the words of the command line and ``--task``; ``auto`` stands for no task.
+def _first_is_task(first: str, second: str, task: str | None) -> tuple[str, str]:
+    """The task and the path of ``TASK PATH``.
 
     Raises:
-        ConfigError: If there are more words or two tasks, or the words are in the wrong order.
+        ConfigError: If there is a second task, or the two are in the wrong order.
     """
     from prefixfast.data import TASKS
 
-    names = ("auto", *TASKS)
-    if len(words) > 2 or (len(words) == 2 and task is not None):
-        got = " ".join(words) + ("" if task is None else f" beside --task {task}")
-        msg = f"PATH: expected one file, or one task and one file, got {got}"
+    if task is not None:
+        msg = f"--task: expected none beside TASK PATH, got {shown(task)} beside {shown(first)} {shown(second)}"
         raise ConfigError(msg)
-    if words[-1] in names and not Path(words[-1]).exists():
-        hint = f"; write {words[1]} {words[0]}" if len(words) == 2 else ""
-        msg = f"PATH: expected a file of rows, after the task if there is one, got the task {words[-1]}{hint}"
+    if first not in TASKS and second in ("auto", *TASKS):
+        msg = f"PATH: expected TASK PATH, got {first} {second}; write --task {second}, or the task first"
         raise ConfigError(msg)
-    name = words[0] if len(words) == 2 else task
-    return None if name == "auto" else name, Path(words[-1])
+    return first, second
 
 
 def _tokenizer_and_sizes(model: str) -> dict[str, Any]:

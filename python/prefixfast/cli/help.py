@@ -52,7 +52,10 @@ def _write_head(command: Any, ctx: Any, formatter: Any) -> None:
 
 
 def _usage_pieces(command: Any, ctx: Any) -> list[str]:
-    pieces = [command.options_metavar, *(_usage(p) for p in command.get_params(ctx) if _is_argument(p))]
+    pieces = [
+        command.options_metavar,
+        *(_usage(p) for p in command.get_params(ctx) if _is_argument(p) and not p.hidden),
+    ]
     return [*pieces, "COMMAND ..."] if hasattr(command, "commands") else pieces
 
 
