@@ -125,10 +125,10 @@ OPTION_FLAGS = {
     "score": ("EngineConfig",),
 }
 COMMANDS = {
-    "train": "model data --output --dry-run --config --print-config",
+    "train": "model data --prompt --target --table --output --dry-run --config --print-config",
     "generate": "requests --output --config --print-config",
     "score": "--output --config --print-config",
-    "data check": "task path",
+    "data check": "path --task --prompt --target --table",
     "doctor": "model",
     **{
         f"prefixes {name}": "store" for name in ("list", "show", "inspect", "add", "rm", "rollback", "verify", "export")
