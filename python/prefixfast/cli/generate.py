@@ -2,55 +2,53 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import SOME_FAILED, printable
-from prefixfast.cli.read_prefix import read_prefix
-from prefixfast.cli.result_file import PARTIAL, ResultFile, check_ids
-from prefixfast.cli.row_files import check_one_file
+from prefixfast.cli.output import QUIET, SOME_FAILED, printable, start_logging
+from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
+from prefixfast.cli.records import Records, generated
+from prefixfast.cli.requests import known_rows, read_input
+from prefixfast.cli.result_file import PARTIAL, STDOUT, check_ids, check_path, open_results
+from prefixfast.cli.result_formats import FORMATS as OUTPUT_FORMATS
 from prefixfast.config import EngineConfig, GenerationParams
-from prefixfast.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from prefixfast.engine.request import Generation
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, each also with .gz"
-UNFINISHED = f"While the command runs, the results so far are in a file of this name with {PARTIAL} at its end."
-REQUEST_KEYS = "Targets are ignored. A row with a key that no format has is refused."
-PREFIX = typer.Option(
-    help="Folder or hub id of the prefix of all rows. Several prefixes compose from left to right.",
-    show_default="no prefix",
+INPUT = f"File of rows ({FORMATS}), or - for JSON lines on standard input."
+UNFINISHED = f"While the command runs, its results are JSON lines in a file of this name with {PARTIAL} at its end."
+UNREAD = "Targets and columns that have no meaning are not read by the model."
+OUTPUT = typer.Option(
+    "-o",
+    "--output",
+    help=f"File with the columns of IN and the result of each row, in the order of IN, as {OUTPUT_FORMATS}. "
+    f"{UNFINISHED}",
+    show_default="JSON lines on standard output, as with -",
 )
-PREFIXES = typer.Option(
-    help="Folder of prefix folders; the 'prefix' key of each row names one of them.", show_default="no folder"
-)
+DETAILS = typer.Option("--details", help="Write all fields of each result: also token ids, digests and counts.")
+MODEL = typer.Option(help="Hub id or folder of the base.", show_default="the base that the prefixes name")
 ENCODING = typer.Option(
     help="Encoding of text files, for example cp1252.", show_default="that of the byte order mark, or UTF-8"
 )
-STORE = typer.Option(
-    help="Folder of a store; the 'prefix' key of each row names a prefix in it.", show_default="no store"
-)
-MODEL = typer.Option(help="Hub id or folder of the base.", show_default="the base that the prefixes name")
 EXAMPLE = "prefixfast generate requests.jsonl -o texts.jsonl --prefix my-prefix"
 
 
 @flags(GenerationParams, EngineConfig)
 def command(
-    requests: Annotated[Path, typer.Argument(metavar="IN", help=f"File of rows ({FORMATS}). {REQUEST_KEYS}")],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--output", help=f"File of JSON lines, one for each request, in the order of IN. {UNFINISHED}"
-        ),
-    ],
-    prefix: Annotated[list[Path] | None, PREFIX] = None,
+    requests: Annotated[Path, typer.Argument(metavar="IN", help=f"{INPUT} {UNREAD}")],
+    output: Annotated[Path, OUTPUT] = STDOUT,
+    prefix: Annotated[list[str] | None, PREFIX] = None,
     prefixes: Annotated[Path | None, PREFIXES] = None,
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
     encoding: Annotated[str | None, ENCODING] = None,
+    details: Annotated[bool, DETAILS] = False,
     on_error: Annotated[
         Literal["raise", "return"],
         typer.Option(
@@ -58,60 +56,56 @@ def command(
             "the other requests and exits with 3."
         ),
     ] = "raise",
+    quiet: Annotated[bool, QUIET] = False,
     *,
     fields: dict[str, Any],
 ) -> None:
     """Generate text for every row, each with its own prefix, in one batch."""
-    from prefixfast.data import read_rows
-    from prefixfast.engine.generate import generate_each
+    from prefixfast.engine.call_checks import Call, check_generate, check_options
+    from prefixfast.prefix.header import PrefixHeader
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    check_one_file(requests)
-    rows = read_rows(requests, encoding)
+    start_logging(quiet=quiet)
+    check_path(output)
+    check_options(fields)
+    rows = read_input(requests, encoding)
     check_ids(rows)
-    chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)
-    with ResultFile(output) as file:
-        results = generate_each(file.add, rows, chosen, model=model, store=store, on_error=on_error, **fields)
+    chosen = PrefixFlags(prefix, prefixes, store)
+    opened = chosen.open_store()
+    headers = chosen.headers(rows, opened)
+    known = known_rows(rows, headers, opened)
+    check_generate(Call(known, headers, model, opened, PrefixHeader), None, on_error, fields)
+    asked = {"logprobs": fields.get("logprobs") is not None or _any_logprobs(known), "errors": on_error == "return"}
+    makes = Records(rows, generated(**asked, details=details))
+    with open_results(output, makes, Records(rows, generated(**asked, details=True))) as file:
+        from prefixfast.engine import generate as engine
+
+        results = engine.generate_each(
+            file.add,
+            known,
+            read_prefixes(headers),
+            model=model,
+            store=opened,
+            on_error=on_error,
+            progress=False if quiet else None,
+            **fields,
+        )
         file.finish(results)
+    _report(results, output, quiet=quiet)
+
+
+def _any_logprobs(rows: Sequence[Any]) -> bool:
+    """Whether the ``params`` of a row ask for log-probabilities."""
+    return any(isinstance(own := row.get("params"), dict) and own.get("logprobs") is not None for row in rows)
+
+
+def _report(results: Sequence[Generation], output: Path, *, quiet: bool) -> None:
+    """Print one line with the numbers of texts, failures and texts that were cut; exit with 3 if some failed."""
     failed = sum(r.error is not None for r in results)
-    typer.echo(
-        f"{printable(str(output))}: {len(results) - failed} texts" + (f", {failed} requests failed" if failed else "")
-    )
+    cut = sum(r.finish_reason == "length" for r in results)
+    if not quiet:
+        counts = f"{len(results) - failed} texts" + (f", {failed} requests failed" if failed else "")
+        counts += f", {cut} cut at max_new_tokens" if cut else ""
+        is_stdout = output == STDOUT
+        typer.echo(f"{'standard output' if is_stdout else printable(str(output))}: {counts}", err=is_stdout)
     if failed:
         raise typer.Exit(SOME_FAILED)
-
-
-def chosen_prefixes(
-    rows: list[Any],
-    prefix: list[Path] | None,
-    prefixes: Path | None,
-    store: Path | None,
-    model: str | None,
-    fields: Mapping[str, Any],
-) -> Any:
-    """Prefixes that the flags name, in a form that `prefixfast.generate` takes.
-
-    Args:
-        rows: Rows of the requests.
-        prefix: Value of ``--prefix``.
-        prefixes: Value of ``--prefixes``.
-        store: Value of ``--store``.
-        model: Value of ``--model``.
-        fields: Options of the engine.
-
-    Raises:
-        ConfigError: If more than one flag is given, or a row names no folder of ``--prefixes``.
-    """
-    if sum(map(bool, (prefix, prefixes, store))) > 1:
-        msg = "expected one of --prefix, --prefixes and --store, got several"
-        raise ConfigError(msg)
-    if prefix:
-        return [[read_prefix(p, model, fields) for p in prefix]] * len(rows)
-    if prefixes is None:
-        return None
-    names = {row.get("prefix") for row in rows}
-    if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."]:
-        got = shown(strange[0])
-        msg = f"--prefixes: expected a 'prefix' key in every row that names a folder in {prefixes}, got {got}"
-        raise ConfigError(msg)
-    return {n: read_prefix(prefixes / n, model, fields) for n in sorted(map(str, names))}

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from unicodedata import category
 
 import typer
 
+QUIET = typer.Option("--quiet", "-q", help="Print errors, and on standard output only what was asked for.")
 LONGEST = 80  # characters of a cell on a terminal
 SOME_FAILED = 3  # exit status
+
+
+def start_logging(*, quiet: bool = False) -> None:
+    """Write log lines and warnings of the process to standard error, or none if ``quiet``."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if quiet:
+        logging.disable(logging.WARNING)
+        warnings.simplefilter("ignore")
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: bool, title: str = "") -> None:

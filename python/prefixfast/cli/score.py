@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from prefixfast.cli.generate import ENCODING, FORMATS, MODEL, PREFIX, PREFIXES, STORE, chosen_prefixes
+from prefixfast.cli.generate import DETAILS, ENCODING, FORMATS, MODEL, OUTPUT
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import printable
-from prefixfast.cli.result_file import ResultFile, check_ids
-from prefixfast.cli.row_files import check_one_file
+from prefixfast.cli.output import QUIET, printable, start_logging
+from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
+from prefixfast.cli.records import Records, scored
+from prefixfast.cli.requests import known_rows, read_input
+from prefixfast.cli.result_file import STDOUT, check_ids, check_path, open_results
 from prefixfast.config import EngineConfig
 
 EXAMPLE = "prefixfast score rows.jsonl -o scores.jsonl --prefix my-prefix"
+INPUT = f"File of rows with one target each ({FORMATS}), or - for JSON lines on standard input."
 
 
 @flags(EngineConfig)
 def command(
-    rows_file: Annotated[Path, typer.Argument(metavar="IN", help=f"File of rows with one target each ({FORMATS}).")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="File of JSON lines, one for each row, in the order of IN.")
-    ],
-    prefix: Annotated[list[Path] | None, PREFIX] = None,
+    rows_file: Annotated[Path, typer.Argument(metavar="IN", help=INPUT)],
+    output: Annotated[Path, OUTPUT] = STDOUT,
+    prefix: Annotated[list[str] | None, PREFIX] = None,
     prefixes: Annotated[Path | None, PREFIXES] = None,
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
     encoding: Annotated[str | None, ENCODING] = None,
+    details: Annotated[bool, DETAILS] = False,
     end_token: Annotated[
         bool,
         typer.Option("--end-token/--no-end-token", help="Score the end token after each target too, as training does."),
     ] = False,
+    quiet: Annotated[bool, QUIET] = False,
     *,
     fields: dict[str, Any],
 ) -> None:
@@ -42,19 +44,29 @@ def command(
     kv_cache_memory, gpu_memory_utilization, prefix_memory, host_prefix_memory, prefix_dtype, max_waiting,
     share_prompts, enforce_eager, compile_decode and seed.
     """
-    from prefixfast import score
-    from prefixfast.data import read_rows
+    from prefixfast.engine.call_checks import Call, check_options, check_score
+    from prefixfast.prefix.header import PrefixHeader
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    check_one_file(rows_file)
-    rows = read_rows(rows_file, encoding)
+    start_logging(quiet=quiet)
+    check_path(output)
+    check_options(fields)
+    rows = read_input(rows_file, encoding)
     check_ids(rows)
-    chosen = chosen_prefixes(rows, prefix, prefixes, store, model, fields)
-    with ResultFile(output) as file:
-        results = score(rows, chosen, model=model, store=store, end_token=end_token, **fields)
+    chosen = PrefixFlags(prefix, prefixes, store)
+    opened = chosen.open_store()
+    headers = chosen.headers(rows, opened)
+    known = known_rows(rows, headers, opened)
+    check_score(Call(known, headers, model, opened, PrefixHeader), None, fields, end_token=end_token)
+    with open_results(output, Records(rows, scored(details=details)), Records(rows, scored(details=True))) as file:
+        from prefixfast import score
+
+        results = score(known, read_prefixes(headers), model=model, store=opened, end_token=end_token, **fields)
         file.finish(results)
+    if quiet:
+        return
     tokens = sum(len(r.token_ids) for r in results)
     mean = sum(r.logprob for r in results) / tokens
-    typer.echo(
-        f"{printable(str(output))}: {len(results)} rows, {tokens} tokens, mean log-probability of a token {mean:.4f}"
-    )
+    is_stdout = output == STDOUT
+    place = "standard output" if is_stdout else printable(str(output))
+    counts = f"{len(results)} rows, {tokens} tokens, mean log-probability of a token {mean:.4f}"
+    typer.echo(f"{place}: {counts}", err=is_stdout)

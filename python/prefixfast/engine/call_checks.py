@@ -36,14 +36,20 @@ class Call:
         prefixes: Prefixes of the requests.
         model: Base model, None for the one that the prefixes name.
         store: Store of the prefixes that are given by name, its path, or None.
-        types: Types of a prefix. A type beside `PREFIX_TYPES` has the attributes ``base``, ``task`` and ``decoding``.
+        header: Further type of a prefix, for a check before prefixes are read. It has the attributes ``base``, ``task``
+            and ``decoding``. None accepts prefixes alone.
     """
 
     batch: Sequence[Input]
     prefixes: Prefixes
     model: str | Path | PreTrainedModel | PeftModel | Model | None
     store: PrefixStore | str | Path | None
-    types: tuple[type, ...] = PREFIX_TYPES
+    header: type | None = None
+
+    @property
+    def types(self) -> tuple[type, ...]:
+        """Types of a prefix."""
+        return PREFIX_TYPES if self.header is None else (*PREFIX_TYPES, self.header)
 
 
 @dataclass(frozen=True)
@@ -80,15 +86,26 @@ def check_generate(
         ConfigError: For arguments that do not fit.
         UnknownPrefixError: For a name that the store does not have.
     """
-    own, engine = _split_fields(fields, GenerationParams.names(), "generate")
+    own, engine = check_options(fields)
     made = GenerationParams.make(params, **cast("GenerationParamsFields", own))
-    EngineConfig.make(**cast("EngineFields", engine))
     check_choice("on_error", on_error, ("raise", "return"))
     opened = open_store(call.store, read_only=True)
     if on_error == "raise":
         assigned, tasks = check_batch(call.batch, call.prefixes, opened, call.types)
         check_requests(call.batch, assigned, tasks, made)
     return _checked(call, opened, own, engine)
+
+
+def check_options(fields: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """Split options into fields of `GenerationParams` and of `EngineConfig`, and check their values.
+
+    Raises:
+        ConfigError: If an option is unknown, or has a wrong value.
+    """
+    own, engine = _split_fields(fields, GenerationParams.names(), "generate")
+    GenerationParams.make(**cast("GenerationParamsFields", own))
+    EngineConfig.make(**cast("EngineFields", engine))
+    return own, engine
 
 
 def check_score(call: Call, targets: Targets, fields: Mapping[str, object], *, end_token: bool) -> CheckedCall:

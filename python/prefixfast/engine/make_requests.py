@@ -13,6 +13,7 @@ from prefixfast.data.builtin_tasks import PLAIN, request_task
 from prefixfast.data.columns import content_keys, has_own_columns, missing_columns
 from prefixfast.data.encode import Input, check_prompts, encode_prompts, request_error
 from prefixfast.data.formats import KNOWN_KEYS
+from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
 from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes, check_name, prefix_source
@@ -204,24 +205,44 @@ def make_good_requests(
     return good, errors
 
 
-def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
-    """Task of each request: the task of its last prefix, else the task that fits the row's keys.
+def prefix_tasks(assigned: Sequence[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
+    """Task of the last prefix of each request, or that of plain prompts. Requests of one task share one object.
 
-    Requests of one task share one object.
+    Args:
+        assigned: Prefixes of each request.
+
+    Raises:
+        RequestError: If a prefix holds a wrong task.
     """
     by_spec: dict[str, Task] = {}
     keys: dict[int, str] = {}  # by identity of the prefix's specification, since to write it takes longer
     tasks = []
-    for i, (item, prefixes) in enumerate(zip(batch, assigned, strict=True)):
+    for i, prefixes in enumerate(assigned):
         spec = next((p.task for p in reversed(prefixes) if p.task is not None), None)
         task = PLAIN
         if spec is not None:
             key = keys.get(id(spec)) or keys.setdefault(id(spec), json.dumps(dict(spec), sort_keys=True))
             with request_error(i):
                 task = by_spec.get(key) or by_spec.setdefault(key, Task.from_spec(spec))
+        tasks.append(task)
+    return tasks
+
+
+def unknown_keys(row: Row, task: Task) -> set[str]:
+    """Keys of a row that have no meaning; none of a row with columns that the task of its prefix reads."""
+    return set() if has_own_columns(task, row) else set(row) - KNOWN_KEYS
+
+
+def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
+    """Task of each request: the task of its last prefix, else the task that fits the row's keys.
+
+    Requests of one task share one object.
+    """
+    tasks = []
+    for i, (item, of_prefix) in enumerate(zip(batch, prefix_tasks(assigned), strict=True)):
+        task = of_prefix
         if isinstance(item, Mapping):
-            unknown = set() if has_own_columns(task, item) else set(item) - KNOWN_KEYS
-            if unknown:
+            if unknown := unknown_keys(item, task):
                 first = min(map(str, unknown))
                 known = f"unknown key {shown(first)}; {suggestion(first, sorted(KNOWN_KEYS), listed=99)}"
                 msg = f"request {i}: {missing_columns(task, item) if task.format == 'columns' else known}"

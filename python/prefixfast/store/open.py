@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from prefixfast.errors import ConfigError, shown
-from prefixfast.store.store import PrefixStore
+from prefixfast.store.store import BUCKETS, PrefixStore
+
+OWN_FOLDERS = ".prefixfast-"  # start of the names of a store's folders beside those of its prefixes
 
 
 def open_store(store: object, *, read_only: bool) -> PrefixStore | None:
@@ -24,3 +27,8 @@ def open_store(store: object, *, read_only: bool) -> PrefixStore | None:
         return PrefixStore(store, read_only=read_only)
     msg = f"store: expected a PrefixStore or the path of one, got {shown(store)}"
     raise ConfigError(msg)
+
+
+def is_store(folder: Path) -> bool:
+    """Whether a folder has content of a store; an empty folder has none."""
+    return any(p.name in BUCKETS or p.name.startswith(OWN_FOLDERS) for p in folder.iterdir() if p.is_dir())

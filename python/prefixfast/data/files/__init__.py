@@ -24,6 +24,7 @@ __all__ = [
     "Item",
     "check_encoding",
     "file_items",
+    "json_line_items",
     "json_objects",
     "parse_item",
     "read_text",
@@ -68,6 +69,17 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
         raw = as_utf8(raw, str(path), encoding)
         items = TEXT_READERS[kind](raw, str(path), kind)
     yield from map(renaming(), items)
+
+
+def json_line_items(raw: bytes, name: str, encoding: str | None = None) -> Iterator[Item]:
+    """Yield the rows of JSON lines that are no file, and a `DataError` in place of each malformed row.
+
+    Args:
+        raw: JSON lines, or a JSON list of objects.
+        name: Name of their source, for errors.
+        encoding: Encoding. None takes the encoding of the byte order mark, or UTF-8 without one.
+    """
+    yield from map(renaming(), json_items(as_utf8(raw, name, encoding), name, ".jsonl"))
 
 
 def read_text(path: Path) -> str:

@@ -1,0 +1,178 @@
+"""`PrefixFlags`, the prefixes that ``--prefix``, ``--prefixes`` and ``--store`` name for a file of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, shown
+
+if TYPE_CHECKING:
+    from prefixfast.store import PrefixStore
+
+PREFIX = typer.Option(
+    help="Folder or hub id of the prefix of all rows; with --store its name in the store. Several prefixes compose "
+    "from left to right.",
+    show_default="no prefix",
+)
+PREFIXES = typer.Option(
+    help="Folder of prefix folders; the 'prefix' key of each row names one of them.", show_default="no folder"
+)
+STORE = typer.Option(
+    help="Folder of a store; the 'prefix' key of each row, or --prefix, names a prefix in it.", show_default="no store"
+)
+NAMES_SHOWN = 5
+# Flag that takes what a folder is, by what it is.
+RIGHT_FLAG = {
+    "a prefix": "--prefix {path}",
+    "a folder of prefixes": "--prefixes {path} with a 'prefix' key in each row, or one of its folders with --prefix",
+    "a store": "--store {path} with a 'prefix' key in each row, or with --prefix NAME",
+}
+
+
+@dataclass(frozen=True)
+class PrefixFlags:
+    """Values of the flags.
+
+    Attributes:
+        prefix: Folders or hub ids, or names in the store, of ``--prefix``.
+        prefixes: Folder of ``--prefixes``.
+        store: Folder of ``--store``.
+    """
+
+    prefix: Sequence[str] | None
+    prefixes: Path | None
+    store: Path | None
+
+    def open_store(self) -> PrefixStore | None:
+        """Store of the flags, None without one.
+
+        Raises:
+            ConfigError: If the folder is missing, or is no store.
+        """
+        if self.prefixes is not None and (self.prefix or self.store is not None):
+            other = "--prefix" if self.prefix else "--store"
+            msg = f"expected either --prefixes or {other}, got both; --prefix and --store go together"
+            raise ConfigError(msg)
+        if self.store is None:
+            return None
+        from prefixfast.store import PrefixStore
+
+        opened = PrefixStore(self.store, read_only=True)
+        check_kind("--store", self.store, "a store")
+        return opened
+
+    def headers(self, rows: Sequence[Mapping[str, Any]], store: PrefixStore | None) -> Any:
+        """Headers of the prefixes, in a form that the checks of `generate` take.
+
+        Args:
+            rows: Rows of the requests.
+            store: Store of the flags.
+
+        Raises:
+            ConfigError: If a folder is something else, or a row names no folder of ``--prefixes``.
+            DataError: If a folder holds no prefix.
+            UnknownPrefixError: If the store does not have a name.
+        """
+        if self.prefix:
+            return [[_header(p) if store is None else _stored(store, p) for p in self.prefix]] * len(rows)
+        if self.prefixes is None:
+            return None
+        check_kind("--prefixes", self.prefixes, "a folder of prefixes")
+        names = {row.get("prefix") for row in rows if row.get("prefix") is not None} or {None}
+        if strange := [n for n in names if not isinstance(n, str) or Path(n).name != n or n == ".."]:
+            got = "no 'prefix' key" if strange[0] is None else shown(strange[0])
+            msg = f"--prefixes: expected a 'prefix' key in every row that names a folder in {self.prefixes}, got {got}"
+            raise ConfigError(msg)
+        return {n: _header(str(self.prefixes / n)) for n in sorted(map(str, names))}
+
+
+def read_prefixes(headers: Any) -> Any:
+    """The prefixes of headers, each of which is read once; prefixes of a store stay unread.
+
+    Args:
+        headers: Result of `PrefixFlags.headers`.
+    """
+    from prefixfast.prefix.header import PrefixHeader
+    from prefixfast.prefix.prefix import Prefix
+
+    found: dict[Path, Prefix] = {}
+
+    def read(entry: Any) -> Any:
+        if not isinstance(entry, PrefixHeader):
+            return entry
+        if entry.folder not in found:
+            found[entry.folder] = Prefix.from_pretrained(entry.folder)
+        return found[entry.folder]
+
+    if isinstance(headers, Mapping):
+        return {name: read(entry) for name, entry in headers.items()}
+    return [[read(entry) for entry in headers[0]]] * len(headers) if headers else headers
+
+
+def check_kind(flag: str, path: Path, expected: str) -> None:
+    """Check that the folder of a flag is not what another flag takes.
+
+    Args:
+        flag: Flag or argument, for the error.
+        path: Folder as the user gave it.
+        expected: Kind of folder that the flag takes, a key of `RIGHT_FLAG`.
+
+    Raises:
+        ConfigError: If the folder is missing, or is of another kind, with the flag that takes it.
+    """
+    if not path.is_dir():
+        got = "is a file" if path.exists() else "does not exist"
+        msg = f"{flag}: expected {expected}, got {shown(str(path))}, which {got}"
+        raise ConfigError(msg)
+    kind = kind_of(path)
+    if kind not in (expected, None):
+        msg = f"{flag}: expected {expected}, got {shown(str(path))}, which is {kind}: give {RIGHT_FLAG[kind]}"
+        raise ConfigError(msg.format(path=path))
+
+
+def kind_of(folder: Path) -> str | None:
+    """Kind of a folder, a key of `RIGHT_FLAG`; None for a folder without prefixes."""
+    from prefixfast.store.import_export import is_adapter
+    from prefixfast.store.open import is_store
+
+    if is_adapter(folder):
+        return "a prefix"
+    if is_store(folder):
+        return "a store"
+    return "a folder of prefixes" if _adapters(folder.iterdir()) else None
+
+
+def _adapters(folders: Iterable[Path]) -> list[str]:
+    from prefixfast.store.import_export import is_adapter
+
+    return sorted(f.name for f in folders if is_adapter(f))
+
+
+def _header(path: str) -> Any:
+    from prefixfast.prefix.header import read_header
+
+    try:
+        return read_header(path)
+    except DataError as e:
+        kind = kind_of(Path(path)) if Path(path).is_dir() else None
+        if kind in (None, "a prefix"):
+            raise
+        inside = _adapters(Path(path).iterdir())[:NAMES_SHOWN]
+        names = f" ({', '.join(map(shown, inside))})" if inside else ""
+        msg = f"--prefix: expected a prefix, got {shown(path)}, which is {kind}{names}: give {RIGHT_FLAG[str(kind)]}"
+        raise ConfigError(msg.format(path=path)) from e
+
+
+def _stored(store: PrefixStore, name: str) -> Any:
+    try:
+        return store.info(name)
+    except UnknownPrefixError as e:
+        if not Path(name).is_dir():
+            raise
+        msg = f"--prefix: {e}; there is a folder of this name, which is read without --store"
+        raise UnknownPrefixError(msg) from e

@@ -1,0 +1,113 @@
+"""Rows of ``generate`` and ``score``: read from a file or standard input, and without columns that have no meaning."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixfast.errors import DataError, PrefixFastError, shown
+
+if TYPE_CHECKING:
+    from prefixfast.data.rows import Row
+    from prefixfast.data.task import Task
+    from prefixfast.store import PrefixStore
+
+STDIN = Path("-")
+STDIN_NAME = "standard input"
+MEANINGS = ("prefix", "params", "chat_template_kwargs")  # keys whose misspelling would change results in silence
+ALIKE = 0.75  # smallest similarity of a misspelling
+
+logger = logging.getLogger(__name__)
+
+
+def read_input(path: Path, encoding: str | None = None) -> list[Row]:
+    """Rows of a file, or JSON lines of standard input for ``-``.
+
+    Args:
+        path: Path of the file.
+        encoding: Encoding of a text file, None for that of the byte order mark or UTF-8.
+
+    Raises:
+        DataError: If the rows cannot be read, or there are none.
+    """
+    from prefixfast.data import read_rows
+    from prefixfast.data.files import json_line_items
+
+    if path != STDIN:
+        return read_rows(path, encoding)
+    rows: list[Row] = []
+    for item in json_line_items(sys.stdin.buffer.read(), STDIN_NAME, encoding):
+        if isinstance(item, DataError):
+            raise item
+        rows.append(item)
+    if not rows:
+        msg = f"{STDIN_NAME}: expected at least one row as a JSON line, got none"
+        raise DataError(msg)
+    return rows
+
+
+def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> list[Row]:
+    """Rows without the columns that have no meaning, which are named in one log line.
+
+    Args:
+        rows: Rows of the input.
+        headers: Headers of their prefixes, as `PrefixFlags.headers` gives them.
+        store: Store of the prefixes that are given by name.
+
+    Raises:
+        DataError: If a column is the misspelling of a key that changes results.
+    """
+    from prefixfast.data.files import FileRow
+    from prefixfast.engine.make_requests import unknown_keys
+
+    found: list[Row] = []
+    left_out: dict[str, None] = {}
+    for i, (row, task) in enumerate(zip(rows, _row_tasks(rows, headers, store), strict=True)):
+        unknown = unknown_keys(row, task) if task.format != "columns" else set()
+        if not unknown:
+            found.append(row)
+            continue
+        _check_spelling(row, i, unknown)
+        left_out |= dict.fromkeys(key for key in row if key in unknown)
+        known = {key: value for key, value in row.items() if key not in unknown}
+        found.append(FileRow(known, row.path, row.line) if isinstance(row, FileRow) else known)
+    if left_out:
+        names = ", ".join(map(shown, left_out))
+        logger.info("columns that are copied to the output and not read by the model: %s", names)
+    return found
+
+
+def _row_tasks(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> list[Task]:
+    """Task of each row's prefix. A row with a wrong prefix has that of plain prompts, since its error comes later."""
+    from prefixfast.data.builtin_tasks import PLAIN
+    from prefixfast.engine.call_checks import PREFIX_TYPES
+    from prefixfast.engine.make_requests import prefix_tasks
+    from prefixfast.engine.request_prefixes import assign_prefixes
+    from prefixfast.prefix.header import PrefixHeader
+
+    types = (*PREFIX_TYPES, PrefixHeader)
+    try:
+        return prefix_tasks(assign_prefixes(rows, headers, store, types))
+    except PrefixFastError:
+        tasks = []
+        for i, row in enumerate(rows):
+            own = [headers[i]] if isinstance(headers, list) else headers
+            try:
+                tasks += prefix_tasks(assign_prefixes([row], own, store, types))
+            except PrefixFastError:
+                tasks.append(PLAIN)
+        return tasks
+
+
+def _check_spelling(row: Row, number: int, unknown: set[str]) -> None:
+    from prefixfast.data.rows import row_error
+
+    meanings = (*MEANINGS, "tools") if "messages" in row else MEANINGS
+    for key in sorted(map(str, unknown)):
+        for meant in difflib.get_close_matches(key, [m for m in meanings if m not in row], n=1, cutoff=ALIKE):
+            msg = f"unknown column {shown(key)}: did you mean {shown(meant)}? Rename it, or give it a less similar name"
+            raise row_error(row, number, msg)

@@ -1,0 +1,65 @@
+"""`PrefixHeader`, what the folder of a prefix says about it beside its tensors. It imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixfast.config.json_types import JSON
+from prefixfast.io.atomic import read_stable
+from prefixfast.io.untrusted import read_json
+from prefixfast.prefix import folder as files
+from prefixfast.prefix import peft_format as peft
+from prefixfast.prefix.hub import find_folder
+
+if TYPE_CHECKING:
+    from prefixfast.model.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True)
+class PrefixHeader:
+    """Attributes of a saved prefix, or of a PEFT adapter, that checks of a call need.
+
+    Attributes:
+        folder: Folder of the prefix.
+        base: Fingerprint of the base model, None if unknown.
+        task: Task that turns rows into prompts, None for plain prompts.
+        decoding: Default `GenerationParams` of the prefix.
+    """
+
+    folder: Path
+    base: Fingerprint | None = None
+    task: Mapping[str, JSON] | None = None
+    decoding: Mapping[str, JSON] | None = None
+
+
+def read_header(path: str | os.PathLike[str]) -> PrefixHeader:
+    """Read the header of a prefix.
+
+    Args:
+        path: Folder of a prefix or of a PEFT adapter, or a hub id, whose files are downloaded.
+
+    Raises:
+        DataError: If the folder is missing or damaged, or holds something else.
+        ConfigError: If the hub cannot be reached.
+    """
+    return read_stable(find_folder(path, None, local_files_only=False), _read)
+
+
+def _read(folder: Path) -> PrefixHeader:
+    if os.path.lexists(folder / files.META):
+        fields, _ = files.read_meta(folder / files.META)
+        if any(os.path.lexists(folder / name) for name in (files.TENSORS, peft.WEIGHTS)):
+            return PrefixHeader(folder, fields.get("base"), fields.get("task"), fields.get("decoding"))
+    elif os.path.lexists(folder / peft.CONFIG) and os.path.lexists(folder / peft.WEIGHTS):
+        config: dict[str, Any] = read_json(folder / peft.CONFIG)
+        name = config.get("base_model_name_or_path")
+        if config.get("peft_type") in peft.TYPES and isinstance(name, str | None):
+            return PrefixHeader(folder, {"name": name} if name else None)
+    # The folder is wrong, or holds embeddings of virtual tokens: its reader knows the error, and their base.
+    content: Any = files.read_folder(folder)
+    name = getattr(content, "base_name", None)
+    return PrefixHeader(folder, {"name": name} if name else None)
