@@ -73,10 +73,10 @@ def command(
     opened = chosen.open_store()
     headers = chosen.headers(rows, opened)
     known = known_rows(rows, headers, opened)
-    check_generate(Call(known, headers, model, opened, PrefixHeader), None, on_error, fields)
     asked = {"logprobs": fields.get("logprobs") is not None or _any_logprobs(known), "errors": on_error == "return"}
     makes = Records(rows, generated(**asked, details=details))
     with open_results(output, makes, Records(rows, generated(**asked, details=True))) as file:
+        check_generate(Call(known, headers, model, opened, PrefixHeader), None, on_error, fields)
         from prefixfast.engine import generate as engine
 
         results = engine.generate_each(

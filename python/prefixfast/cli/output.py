@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ def start_logging(*, quiet: bool = False) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if quiet:
         logging.disable(logging.WARNING)
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when transformers is imported
         warnings.simplefilter("ignore")
 
 

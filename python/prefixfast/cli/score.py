@@ -56,8 +56,8 @@ def command(
     opened = chosen.open_store()
     headers = chosen.headers(rows, opened)
     known = known_rows(rows, headers, opened)
-    check_score(Call(known, headers, model, opened, PrefixHeader), None, fields, end_token=end_token)
     with open_results(output, Records(rows, scored(details=details)), Records(rows, scored(details=True))) as file:
+        check_score(Call(known, headers, model, opened, PrefixHeader), None, fields, end_token=end_token)
         from prefixfast import score
 
         results = score(known, read_prefixes(headers), model=model, store=opened, end_token=end_token, **fields)

@@ -44,7 +44,7 @@ def test_a_config_file_that_cannot_be_read_is_named(cli, folder, rows, tmp_path,
     path = tmp_path / "[red]c.yaml"
     make(path)
     for command in (("generate", rows, "--model", folder, "--config"), ("train", folder, rows, "--config")):
-        made = cli(*command, path, "-o", tmp_path / "out")
+        made = cli(*command, path, "-o", tmp_path / "out.jsonl")
         assert made.code == 1
         assert f"{path}: cannot be read" in made.err
 
@@ -55,7 +55,7 @@ def test_a_config_file_that_cannot_be_read_is_named(cli, folder, rows, tmp_path,
 def test_a_config_file_with_wrong_content_is_named(cli, rows, tmp_path, content):
     path = tmp_path / "c.yaml"
     path.write_text(content)
-    made = cli("generate", rows, "-o", tmp_path / "o", "--model", tmp_path / "no-base", "--config", path)
+    made = cli("generate", rows, "-o", tmp_path / "o.jsonl", "--model", tmp_path / "no-base", "--config", path)
     assert made.code == 1
     assert "--config" in made.err or "temperature" in made.err
 

@@ -45,6 +45,7 @@ def test_train_then_generate(cli, folder, data, tmp_path):
         tmp_path / "out.jsonl",
         "--prefix",
         tmp_path / "p",
+        "--details",
         "--max-new-tokens",
         3,
         "--max-num-seqs",
@@ -52,7 +53,7 @@ def test_train_then_generate(cli, folder, data, tmp_path):
     )
     assert made.code == 0, made.err
     lines = read(tmp_path / "out.jsonl")
-    assert [(g["index"], g["id"], g["prefix_digest"]) for g in lines] == [
+    assert [(g["index"], g.get("id"), g["prefix_digest"]) for g in lines] == [
         (i, n, Prefix.from_pretrained(tmp_path / "p").digest) for i, n in ((0, 7), (1, None))
     ]
     assert all(1 <= len(g["token_ids"]) <= 3 for g in lines)
@@ -69,6 +70,7 @@ def test_several_prefixes_by_name(cli, folder, data, tmp_path):
         tmp_path / "out.jsonl",
         "--prefixes",
         tmp_path / "ps",
+        "--details",
         "--max-new-tokens",
         2,
         "--max-num-seqs",
@@ -168,9 +170,9 @@ MISTAKES = {
     "broken options file": ((*TRAIN, "--config", "{tmp}/broken.yaml"), 1, "--config {tmp}/broken.yaml: cannot be read"),
     "a list of options": ((*TRAIN, "--config", "{tmp}/list.yaml"), 1, "expected a mapping of options, got list"),
     "an unknown option in the file": ((*TRAIN, "--config", "{tmp}/lr.yaml"), 1, "lr.yaml"),
-    "generate: no such file": (("generate", "{tmp}/none.jsonl", "-o", "{tmp}/o"), 1, "{tmp}/none.jsonl"),
+    "generate: no such file": (("generate", "{tmp}/none.jsonl", "-o", "{tmp}/o.jsonl"), 1, "{tmp}/none.jsonl"),
     "generate: no model": (
-        ("generate", "{data}", "-o", "{tmp}/o"),
+        ("generate", "{data}", "-o", "{tmp}/o.jsonl"),
         1,
         "model: expected a base",
     ),
@@ -178,16 +180,16 @@ MISTAKES = {
     "generate: two ways": (
         (*GENERATE, "--prefix", "{tmp}/a", "--prefixes", "{tmp}"),
         1,
-        "expected one of --prefix, --prefixes and --store, got several",
+        "expected either --prefixes or --prefix, got both",
     ),
     "generate: rows name no prefix": ((*GENERATE, "--prefixes", "{tmp}"), 1, "--prefixes: expected"),
     "generate: a folder above": (
-        ("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"),
+        ("generate", "{tmp}/above.jsonl", "-o", "{tmp}/o.jsonl", "--model", "{folder}", "--prefixes", "{tmp}"),
         1,
         "got '..'",
     ),
     "generate: a long way": (
-        ("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o", "--model", "{folder}", "--prefixes", "{tmp}"),
+        ("generate", "{tmp}/far.jsonl", "-o", "{tmp}/o.jsonl", "--model", "{folder}", "--prefixes", "{tmp}"),
         1,
         "got 'x/y'",
     ),
@@ -277,7 +279,17 @@ def test_score_inspect_and_a_store_by_the_command_line(cli, folder, tmp_path, ma
     expected = score(["ab", "ef"], list(prefixes.values()), targets=["cd", "gh"], model=str(folder), dtype="float32")
     assert [r["logprob"] for r in lines] == [pytest.approx(s.logprob) for s in expected]
     assert [r["id"] for r in lines] == [1, 2]
-    how = ("--store", str(store.path), "--max-new-tokens", "3", "--max-num-seqs", "4", "--max-model-len", "64")
+    how = (
+        "--details",
+        "--store",
+        str(store.path),
+        "--max-new-tokens",
+        "3",
+        "--max-num-seqs",
+        "4",
+        "--max-model-len",
+        "64",
+    )
     assert cli("generate", str(file), "-o", str(out), *how).code == 0
     assert [json.loads(line)["prefix_digest"] for line in out.read_text().splitlines()] == [
         p.digest for p in prefixes.values()
@@ -290,7 +302,7 @@ def test_score_inspect_and_a_store_by_the_command_line(cli, folder, tmp_path, ma
     assert cli("generate", str(file), "-o", str(out), *how).code == 1
     both = cli("generate", str(file), "-o", str(out), *how, "--prefix", "x")
     assert both.code == 1
-    assert "got several" in both.err
+    assert "no prefix is named 'x'" in both.err
     seen = cli(
         "prefixes", "inspect", str(store.path), "a", str(file), "--words", "0", "--plot", str(tmp_path / "p.png")
     )
@@ -314,6 +326,7 @@ def test_words_and_strings_are_flags_that_come_several_times(cli, folder, tmp_pa
         "8",
         "--min-new-tokens",
         "8",
+        "--details",
     )
     assert cli(*common).code == 0
     free = json.loads(out.read_text())["token_ids"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from oracles import ROOT
+from prefixfast.cli.records import Records, generated
 from prefixfast.cli.result_file import ResultFile
 from prefixfast.engine import generate as module
 from prefixfast.errors import ConfigError
@@ -80,7 +81,7 @@ class Interrupt:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, os.strerror(28))], ids=["interrupt", "full disk"])
 def test_an_interrupted_run_keeps_what_is_finished_and_says_where(cli, folder, tmp_path, monkeypatch, error):
     rows = write(tmp_path / "in.jsonl", [{"prompt": a * 2, "id": a} for a in "abcde"])
-    command = ("generate", rows, "-o", tmp_path / "out.jsonl", "--model", folder, *FAST)
+    command = ("generate", rows, "-o", tmp_path / "out.jsonl", "--details", "--model", folder, *FAST)
     (tmp_path / "out.jsonl").write_text("earlier")
     with monkeypatch.context() as m:
         m.setattr(module, "generate_each", Interrupt(3, error))
@@ -117,13 +118,14 @@ def test_results_come_while_other_requests_run(folder):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from prefixfast.cli.records import Records, generated
 from prefixfast.cli.result_file import ResultFile
-from prefixfast.engine.score import Score
 import dataclasses
 @dataclasses.dataclass
 class Result:
     index: int
-file = ResultFile(Path(sys.argv[1]))
+makes = Records([{}] * 5, generated(logprobs=False, errors=False, details=True))
+file = ResultFile(Path(sys.argv[1]), makes, makes)
 for i in range(5):
     file.add(Result(i))
 os.kill(os.getpid(), signal.SIGKILL)
@@ -137,7 +139,9 @@ def test_a_killed_process_leaves_its_results(tmp_path):
     assert [line["index"] for line in read(tmp_path / "out.jsonl.partial")] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("where", ["folder", "file/out.jsonl", "n" * 250, "/proc/prefixfast/out.jsonl"], ids=ascii)
+@pytest.mark.parametrize(
+    "where", ["folder", "file/out.jsonl", "n" * 250 + ".jsonl", "/proc/prefixfast/out.jsonl"], ids=ascii
+)
 @pytest.mark.parametrize("command", ["generate", "score"])
 def test_an_output_that_cannot_be_written_is_an_error_before_any_work(cli, tmp_path, command, where):
     (tmp_path / "folder").mkdir()
@@ -150,9 +154,12 @@ def test_an_output_that_cannot_be_written_is_an_error_before_any_work(cli, tmp_p
 
 
 def test_an_empty_partial_file_is_no_result(tmp_path):
-    (tmp_path / "out.partial").touch()
-    with ResultFile(tmp_path / "out") as file:
+    out, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    makes = Records([], generated(logprobs=False, errors=False, details=False))
+    partial.touch()
+    with ResultFile(out, makes, makes) as file:
+        partial.write_text("{}")
         with pytest.raises(ConfigError, match="interrupted or is running"):
-            (tmp_path / "out.partial").write_text("{}") and ResultFile(tmp_path / "out")
+            ResultFile(out, makes, makes)
         file.finish([])
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
