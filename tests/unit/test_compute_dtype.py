@@ -37,7 +37,7 @@ def test_a_call_logs_its_dtype_once(call, dtype, caplog, tokenizer):
 @pytest.mark.parametrize("bf16", [False, True])
 def test_auto_says_what_it_is_and_why(folder, monkeypatch, caplog, bf16):
     monkeypatch.setattr(loading, "has_fast_bf16", lambda: bf16)
-    with caplog.at_level(logging.INFO), prefixfast.load(folder) as base:
+    with caplog.at_level(logging.DEBUG), prefixfast.load(folder) as base:
         assert base.dtype == (torch.bfloat16 if bf16 else torch.float32)
     name = "bfloat16" if bf16 else "float32"
     assert any(m.startswith(f"dtype 'auto' is {name}: this CPU has") for m in caplog.messages)

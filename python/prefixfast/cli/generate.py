@@ -82,7 +82,7 @@ def command(
         results = engine.generate_each(
             file.add,
             known,
-            read_prefixes(headers),
+            read_prefixes(headers, model, fields),
             model=model,
             store=opened,
             on_error=on_error,

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, shown
 
 if TYPE_CHECKING:
+    from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import PrefixStore
 
 PREFIX = typer.Option(
@@ -91,14 +93,15 @@ class PrefixFlags:
         return {n: _header(str(self.prefixes / n)) for n in sorted(map(str, names))}
 
 
-def read_prefixes(headers: Any) -> Any:
+def read_prefixes(headers: Any, model: str | None, fields: Mapping[str, Any]) -> Any:
     """The prefixes of headers, each of which is read once; prefixes of a store stay unread.
 
     Args:
         headers: Result of `PrefixFlags.headers`.
+        model: Hub id or folder of the base, None for the base that the prefixes name.
+        fields: Options of the command.
     """
     from prefixfast.prefix.header import PrefixHeader
-    from prefixfast.prefix.prefix import Prefix
 
     found: dict[Path, Prefix] = {}
 
@@ -106,7 +109,7 @@ def read_prefixes(headers: Any) -> Any:
         if not isinstance(entry, PrefixHeader):
             return entry
         if entry.folder not in found:
-            found[entry.folder] = Prefix.from_pretrained(entry.folder)
+            found[entry.folder] = read_prefix(entry.folder, model, fields)
         return found[entry.folder]
 
     if isinstance(headers, Mapping):

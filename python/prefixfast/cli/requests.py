@@ -34,10 +34,12 @@ def read_input(path: Path, encoding: str | None = None) -> list[Row]:
     Raises:
         DataError: If the rows cannot be read, or there are none.
     """
+    from prefixfast.cli.row_files import check_one_file
     from prefixfast.data import read_rows
     from prefixfast.data.files import json_line_items
 
     if path != STDIN:
+        check_one_file(path)
         return read_rows(path, encoding)
     rows: list[Row] = []
     for item in json_line_items(sys.stdin.buffer.read(), STDIN_NAME, encoding):

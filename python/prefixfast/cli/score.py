@@ -60,7 +60,15 @@ def command(
         check_score(Call(known, headers, model, opened, PrefixHeader), None, fields, end_token=end_token)
         from prefixfast import score
 
-        results = score(known, read_prefixes(headers), model=model, store=opened, end_token=end_token, **fields)
+        results = score(
+            known,
+            read_prefixes(headers, model, fields),
+            model=model,
+            store=opened,
+            end_token=end_token,
+            progress=False if quiet else None,
+            **fields,
+        )
         file.finish(results)
     if quiet:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +13,7 @@ import typer
 from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import printable
+from prefixfast.cli.output import QUIET, printable, start_logging
 from prefixfast.cli.prefixes import Json
 from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.cli.row_files import named_files
@@ -22,6 +21,7 @@ from prefixfast.cli.train_summary import KeepRun, Summary
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml, read_yaml_file
+from prefixfast.model.base_name import check_base_name
 
 DATA = typer.Argument(
     metavar="DATA...",
@@ -123,6 +123,7 @@ def command(
     on_error: Annotated[Literal["isolate", "raise"], ON_ERROR] = "isolate",
     dry_run: Annotated[bool, DRY_RUN] = False,
     as_json: Json = False,
+    quiet: Annotated[bool, QUIET] = False,
     *,
     fields: dict[str, Any],
 ) -> None:
@@ -130,13 +131,14 @@ def command(
 
     The exit status is 3 if some prefixes failed, and 130 if the run was interrupted after a checkpoint.
     """
-    given = {n: v for n, v in locals().items() if n not in ("data", "dry_run", "as_json", "fields")}
+    given = {n: v for n, v in locals().items() if n not in ("data", "dry_run", "as_json", "quiet", "fields")}
     from prefixfast import TrainRun, train
 
     if output is None and store is None and not dry_run:
         msg = "expected -o FOLDER for the prefix, --store STORE to keep it by its name, or both; got neither"
         raise typer.BadParameter(msg, param_hint="--output")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    start_logging(quiet=quiet)
+    check_order(model)
     arguments = _train_arguments(given, fields)
     files = named_files(data, by_stem=_by_stem(given))
     if dry_run:
@@ -147,14 +149,23 @@ def command(
         return
     kept: Any = KeepRun()  # a `Callback`, which only needs one of the hooks
     try:
-        result = train(model, files, **arguments, callbacks=[kept], **fields)
+        progress = False if quiet else None
+        result = train(model, files, **arguments, callbacks=[kept], progress=progress, **fields)
     except KeyboardInterrupt:
         place = store if output is None else output
         typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(str(place))}", err=True)
         raise
     by_name = files if isinstance(files, Mapping) else {"": files}
     dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
-    Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype).show(as_json=as_json)
+    Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype).show(
+        as_json=as_json, quiet=quiet
+    )
+
+
+def check_order(model: str) -> None:
+    """Raise `ConfigError` for a base that is a file of rows, since base and data may be swapped."""
+    if Path(model).is_file():
+        check_base_name(model)
 
 
 def _by_stem(given: Mapping[str, Any]) -> bool:

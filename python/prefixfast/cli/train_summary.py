@@ -56,16 +56,18 @@ class Summary:
     data: Mapping[str, str | Path]
     dtype: str | None
 
-    def show(self, *, as_json: bool) -> None:
-        """Draw the plot, print the summary, and exit with 3 if some prefixes failed.
+    def show(self, *, as_json: bool, quiet: bool) -> None:
+        """Draw the plot, print the summary unless ``quiet``, and exit with 3 if some prefixes failed.
 
         Several prefixes get a table on standard output. Their summary then goes to standard error.
         """
         plot = self._plot()
-        if not (self.is_single or as_json):
-            print_table(self.run)
-        text = json.dumps(self.values(plot), indent=2) if as_json else "\n".join(self.lines(plot))
-        typer.echo(text, err=not (self.is_single or as_json))
+        if as_json:
+            typer.echo(json.dumps(self.values(plot), indent=2))
+        elif not quiet:
+            if not self.is_single:
+                print_table(self.run)
+            typer.echo("\n".join(self.lines(plot)), err=not self.is_single)
         for name, error in sorted(self.run.failed.items()):
             typer.echo(f"{printable(name)} failed: {printable(error)}", err=True)
         if self.run.failed:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -26,6 +25,7 @@ from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.engine.sampling_params import warn_unsupported_defaults
 from prefixfast.engine.score import Score, score_requests
 from prefixfast.engine.score_inputs import make_score_requests
+from prefixfast.engine.settings_line import call_settings, generation_settings
 from prefixfast.engine.stats import EngineStats, engine_stats
 from prefixfast.engine.submission import RequestSubmission
 from prefixfast.errors import ConfigError, check_choice, check_flag, shown
@@ -102,7 +102,7 @@ class Engine(RequestSubmission, PrefixPinning):
         self.driver = LoopDriver(self.model, self.loop, self.config.num_threads)
         self.requests = RequestFactory(self.model, self.config, self.max_model_len, self.store, self.driver)
         warn_unsupported_defaults(self.model)
-        logger.info(memory_summary(self.model, self.loop, self.config))
+        logger.debug(memory_summary(self.model, self.loop, self.config))
 
     def generate(
         self,
@@ -149,8 +149,7 @@ class Engine(RequestSubmission, PrefixPinning):
         with show_progress(progress):
             with Progress("prepare requests"):
                 requests, errors = self.requests.make(batch, prefixes, call, logits_processor, only_good=only_good)
-            for resolved in list({replace(r.params, seed=None): None for r in requests})[:3]:
-                logger.info("generating with %s", resolved)
+            logger.info("%s", generation_settings(self.model, requests))
             with Progress("generate", len(requests), "requests") as work:
                 results = self.driver.run(requests, work)
         if on_error == "raise":
@@ -201,6 +200,7 @@ class Engine(RequestSubmission, PrefixPinning):
                 requests = make_score_requests(
                     self.model, batch, prefixes, targets, end_token=end_token, store=self.store
                 )
+            logger.info("%s", call_settings(self.model, requests))
             with Progress("score", len(requests), "requests") as work:
 
                 def job() -> list[Score]:

@@ -198,9 +198,9 @@ def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     slow = device.type == "cpu" and not has_fast_bf16()
     if isinstance(dtype, str) and dtype == "auto":
         if slow:
-            logger.info("dtype 'auto' is float32: this CPU has neither AVX512-BF16 nor AMX")
+            logger.debug("dtype 'auto' is float32: this CPU has neither AVX512-BF16 nor AMX")
         elif device.type == "cpu":
-            logger.info("dtype 'auto' is bfloat16: this CPU has AVX512-BF16 or AMX; results differ from float32's")
+            logger.debug("dtype 'auto' is bfloat16: this CPU has AVX512-BF16 or AMX; results differ from float32's")
         return torch.float32 if slow else torch.bfloat16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype) or chosen not in DTYPES.values():

@@ -94,7 +94,7 @@ def initial_kv(
         ids, length = _init_text_ids(model, options), config.length
         if len(ids) != length:
             change = "cut" if len(ids) > length else "repeated"
-            logger.info("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
+            logger.debug("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
         by_name["text"] = text_kv(model, ids, length, *context(after, model))
     if any(job.init == "zero" for job in jobs):
         none = no_rows(model.layers, torch.empty(0))
