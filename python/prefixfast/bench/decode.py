@@ -154,7 +154,7 @@ def run(output: Path, *, dtype: str, rounds: int, device: str = "auto") -> list[
     announce(chosen, where)
     _, bandwidth = roofline(where, chosen)
     rows: list[dict[str, Any]] = []
-    for shape in progress(GPU_SHAPES if where.type == "cuda" else CPU_SHAPES, "bench", "shape"):
+    for shape in progress(GPU_SHAPES if where.type == "cuda" else CPU_SHAPES, "bench", "shapes"):
         rows += measure(shape, chosen, where, rounds=rounds, bandwidth=bandwidth)
     write_rows(output / "decode.jsonl", [{"suite": "decode", "dtype": str(chosen), "device": str(where)}, *rows])
     print(table(rows))

@@ -189,7 +189,7 @@ def _measure(loops: dict[Setting, Loop], model: Model, steps: int, rounds: int) 
     """Time the steps of all settings, which alternate in rounds, and the bandwidths before each round."""
     times = Times({setting: [] for setting in loops})
     memory = in_large_pages(torch.empty(1 << 26)).fill_(1.0)
-    for _ in progress(range(rounds), "bench, decode steps", "round"):
+    for _ in progress(range(rounds), "bench, decode steps", "rounds"):
         times.copies.append(roofline(model.device, model.dtype)[1])
         times.reads.append(max(_read_bandwidth(memory) for _ in range(5)))
         for setting, loop in loops.items():

@@ -37,7 +37,7 @@ def run(output: Path, *, seconds: float, rounds: int, command: str) -> list[dict
     announce(base.dtype, base.device)
     rows: list[dict[str, Any]] = []
     with Engine(base, max_num_seqs=ROWS, max_model_len=PROMPT + TOKENS, max_waiting=1_000_000) as engine:
-        for number in progress(range(rounds), "bench, fairness", "round"):
+        for number in progress(range(rounds), "bench, fairness", "rounds"):
             rows += _round(engine, number, seconds)
     head = {"suite": "fairness", "command": command, "loud": LOUD, "shape": shape}
     write_rows(output / "results.jsonl", [head, *rows])

@@ -98,7 +98,7 @@ def measure(
         WrongResultError: If the tokens of two contenders differ, as `exact_scores` compares them.
     """
     points: list[Point] = []
-    for length in progress(lengths, f"bench, {work.requests} requests", "length", shown=shown):
+    for length in progress(lengths, f"bench, {work.requests} requests", "lengths", shown=shown):
         with _contenders(bases, length, distinct, work) as (found, scores):
             check_contenders(found, scores, f"P={length}")
             timings = alternate({key: c.call for key, c in found.items()}, rounds)

@@ -15,16 +15,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 
 from prefixfast.errors import PrefixFastError
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.progress import track
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -79,10 +79,12 @@ def announce(dtype: torch.dtype, device: torch.device) -> None:
     print(f"computing in {name} on {device}, {threads}, {cpu_name()}", file=sys.stderr)
 
 
-def progress(items: Iterable[T], label: str, unit: str, *, shown: bool = True) -> Iterable[T]:
-    """``items`` with a progress bar on a terminal; nothing is printed into a pipe."""
-    bar: Iterable[T] = tqdm(items, desc=label, unit=unit, disable=None if shown else True)
-    return bar
+def progress(items: Collection[T], label: str, unit: str, *, shown: bool = True) -> Iterator[T]:
+    """Yield ``items`` and report how many are finished: a bar on a terminal, a line every 10 s in a pipe."""
+    if not shown:
+        yield from items
+    else:
+        yield from track(items, label, len(items), unit)
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

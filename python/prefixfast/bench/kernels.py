@@ -162,7 +162,7 @@ def run(output: Path, *, dtype: str, rounds: int, device: str = "auto") -> list[
         check_kernels(where, (chosen,))
         print(f"correct on {len(CASES)} cases in {chosen}, {time.perf_counter() - start:.0f} s")
     shapes = GPU_SHAPES if where.type == "cuda" else CPU_SHAPES
-    points = [p for shape in progress(shapes, "bench", "shape") for p in measure(shape, chosen, where, rounds=rounds)]
+    points = [p for shape in progress(shapes, "bench", "shapes") for p in measure(shape, chosen, where, rounds=rounds)]
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else cpu_name()
     head = {"suite": "kernels", "dtype": str(chosen), "device": str(where)}
     write_rows(output / "results.jsonl", [head, *(p.row() for p in points)])

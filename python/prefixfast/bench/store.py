@@ -61,7 +61,7 @@ def _milliseconds(call: Callable[[], object]) -> float:
 def _filled(folder: str, count: int) -> tuple[PrefixStore, list[float]]:
     """Store of ``count`` prefixes, and the milliseconds of each `put`."""
     g, store, times = torch.Generator().manual_seed(0), PrefixStore(folder), []
-    for i in progress(range(count), "bench, filling the store", "prefix"):
+    for i in progress(range(count), "bench, filling the store", "prefixes"):
         kv = {f"self.{n}.{x}": torch.randn(SHAPE, generator=g) for n in range(LAYERS) for x in "kv"}
         prefix = Prefix(kv, pos_start=SHAPE[0])
         times.append(_milliseconds(lambda i=i, prefix=prefix: store.put(f"user {i}", prefix)))  # type: ignore[misc]
@@ -79,7 +79,7 @@ def _reads(store: PrefixStore, folder: str, stored: int, rounds: int) -> dict[st
         "scan": lambda: list(store.scan()),
     }
     times: dict[str, list[float]] = {name: [] for name in (*calls, "info", "get")}
-    for _ in progress(range(rounds), "bench, store", "round"):
+    for _ in progress(range(rounds), "bench, store", "rounds"):
         for name, call in calls.items():
             times[name].append(_milliseconds(call))
         times["info"] += [_milliseconds(lambda name=name: store.info(name)) for name in some]  # type: ignore[misc]

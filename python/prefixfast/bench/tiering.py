@@ -103,7 +103,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _filled_store(folder: str, count: int, shape: dict[str, int]) -> PrefixStore:
     store = PrefixStore(folder)
     size = (LENGTH, shape["n_head"], shape["n_embd"] // shape["n_head"])
-    for i in progress(range(count), "bench, filling the store", "prefix"):
+    for i in progress(range(count), "bench, filling the store", "prefixes"):
         kv = {f"self.{n}.{x}": torch.randn(size) for n in range(shape["n_layer"]) for x in "kv"}
         store.put(str(i), Prefix(kv, pos_start=LENGTH))
     return store
@@ -114,7 +114,7 @@ def _measure(engines: dict[str, Engine], names: list[str]) -> tuple[list[dict[st
     found: dict[str, list[float]] = {name: [] for name in engines}
     served: dict[str, list[Served]] = {name: [] for name in engines}
     _gaps(engines["all resident"], names, np.random.default_rng(1))  # makes all prefixes resident
-    for part in progress(np.array_split(np.array(names), ROUNDS), "bench, tiering", "round"):
+    for part in progress(np.array_split(np.array(names), ROUNDS), "bench, tiering", "rounds"):
         for name, engine in engines.items():
             seconds, own = _gaps(engine, part.tolist(), np.random.default_rng(2))
             found[name] += seconds

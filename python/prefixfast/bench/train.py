@@ -132,7 +132,7 @@ def measure(bases: Bases, settings: Settings, work: Workload, *, shown: bool = T
     model, plain, counts = bases.model, bases.plain, settings.counts
     rows = {f"{i:03}": work.rows(i, model.vocab_size) for i in range(max(counts))}
     tokens = [sum(len(r["input_ids"]) for r in own) for own in rows.values()]
-    for length in progress(settings.lengths, "bench, training", "length", shown=shown):
+    for length in progress(settings.lengths, "bench, training", "lengths", shown=shown):
         start = dict(zip(rows, random_prefixes(model, length, len(rows)), strict=True))
         calls: dict[tuple[str, int], Callable[[], Run]] = {
             (OURS, n): partial(ours, model, _first(rows, n), _first(start, n), work.steps) for n in counts

@@ -130,7 +130,7 @@ def _generate(base: Model, requests: list[str], chosen: list[Prefix]) -> Generat
         start = time.perf_counter()
         together = engine.generate(requests, chosen, **how)
         middle = time.perf_counter()
-        compared = progress(COMPARED, "bench, one request at a time", "request")
+        compared = progress(COMPARED, "bench, one request at a time", "requests")
         alone = [engine.generate([requests[i]], chosen[i], **how)[0] for i in compared]
         return Generated(together, alone, middle - start, time.perf_counter() - middle)
 
@@ -141,7 +141,7 @@ def _texts(
     """Texts of each compared request: in the batch, alone, and by transformers."""
     plain = load_plain(model, DTYPE).eval()
     texts = []
-    for i, alone in progress(list(zip(COMPARED, got.alone, strict=True)), "bench, transformers", "request"):
+    for i, alone in progress(list(zip(COMPARED, got.alone, strict=True)), "bench, transformers", "requests"):
         (theirs,) = mixed_by_hand(plain, [chosen[i]], [ids[i]], decoding)()
         ways = {"prefixfast, mixed batch": got.together[i].token_ids, "prefixfast, alone": alone.token_ids}
         ways["transformers"] = theirs

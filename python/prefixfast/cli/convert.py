@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefixfast.cli.prefixes import BASE, Json, show_outcomes
+from prefixfast.io.progress import track
 
 if TYPE_CHECKING:
     from prefixfast.store import Outcome
@@ -58,7 +59,8 @@ def command(
     if not found:
         msg = f"SRC: no adapter folder in {source}; expected folders with adapter_config.json or prefixfast.json"
         raise ConfigError(msg)
-    outcomes = [convert_folder(folder, target / folder.relative_to(source), model, verify=verify) for folder in found]
+    each = track(found, "convert", len(found), "folders")
+    outcomes = [convert_folder(folder, target / folder.relative_to(source), model, verify=verify) for folder in each]
     show_outcomes(outcomes, as_json=as_json)
 
 

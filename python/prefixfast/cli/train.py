@@ -17,7 +17,7 @@ from prefixfast.cli.output import QUIET, printable, start_logging
 from prefixfast.cli.prefixes import Json
 from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.cli.row_files import named_files
-from prefixfast.cli.train_summary import KeepRun, Summary
+from prefixfast.cli.train_summary import KeepRun, Summary, without_result_log
 from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml, read_yaml_file
@@ -90,14 +90,17 @@ prefixfast train gpt2 users/ --store prefixes --resume"""
 
 
 def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mapping[str, Any]:
-    """All options of the run, the recipe's included."""
+    """All options of the run: the recipe's, and in place of automatic ones the values that they stand for."""
+    from prefixfast.model.load import compute_dtype
     from prefixfast.training.job import JobArguments, prepare
 
     arguments = _train_arguments(given, fields)
     kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
     job = prepare(JobArguments(named_files(data, by_stem=_by_stem(given)), fields=fields, **kept))
-    own = job.groups[0].prefix_config
-    return {n: getattr(c, n) for c in (job.config, own) for n in c.names()}
+    group = job.groups[0]
+    values = {n: getattr(c, n) for c in (group.config, group.prefix_config) for n in c.names()}
+    dtype = compute_dtype(group.config.dtype)
+    return values | {"dtype": dtype, "reparameterization": "mlp" if group.uses_mlp else "none"}
 
 
 @flags(TrainConfig, PrefixConfig, resolve=resolved)
@@ -150,7 +153,8 @@ def command(
     kept: Any = KeepRun()  # a `Callback`, which only needs one of the hooks
     try:
         progress = False if quiet else None
-        result = train(model, files, **arguments, callbacks=[kept], progress=progress, **fields)
+        with without_result_log():
+            result = train(model, files, **arguments, callbacks=[kept], progress=progress, **fields)
     except KeyboardInterrupt:
         place = store if output is None else output
         typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(str(place))}", err=True)

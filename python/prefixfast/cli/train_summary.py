@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import logging
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +36,18 @@ class KeepRun:
     def on_train_end(self, run: TrainRun) -> None:
         """Keep the result."""
         self.run = run
+
+
+@contextlib.contextmanager
+def without_result_log() -> Iterator[None]:
+    """Context in which a run does not log its result, which the summary says."""
+    logger = logging.getLogger("prefixfast.training.result_log")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_string
 from prefixfast.io.paths import as_path
+from prefixfast.io.progress import Progress, track
 from prefixfast.model.tokenizer import Tokenizer
 
 ROWS_PER_CHUNK = 256
@@ -134,12 +135,13 @@ def check_data(
     report = checker.report
     rows: list[Row] = []
     try:
-        for item in file_items(Path(path), encoding) if split is None else task_items(name, Path(path), split):
-            report.rows += 1
-            if isinstance(item, DataError):
-                checker.add_problem(item)
-            else:
-                rows.append(item)
+        with Progress(f"read {path}"):
+            for item in file_items(Path(path), encoding) if split is None else task_items(name, Path(path), split):
+                report.rows += 1
+                if isinstance(item, DataError):
+                    checker.add_problem(item)
+                else:
+                    rows.append(item)
         if not report.rows:
             checker.add_problem(DataError("expected at least one row, got none"))
         if rows:
@@ -182,7 +184,8 @@ class _Checker:
         tokens: dict[str, list[int]] = {"example": [], "target": []}
         counted = tokenizer is not None or task.is_tokenized(rows[0])
         joins, sizes = Joins(), list[tuple[int, Row]]()
-        for start in range(0, len(rows), ROWS_PER_CHUNK):
+        starts = range(0, len(rows), ROWS_PER_CHUNK)
+        for start in track(starts, "check", len(starts), f"chunks of {ROWS_PER_CHUNK} rows"):
             for valid in self._valid_rows(rows[start : start + ROWS_PER_CHUNK], task):
                 targets, examples = valid["targets"], valid["examples"]
                 characters["prompt"].append(len(valid["prompt"]))

@@ -12,6 +12,7 @@ from prefixfast.data.files import FileRow, check_encoding, file_items
 from prefixfast.data.folder import folder_hint
 from prefixfast.errors import ConfigError, DataError, printable, shown
 from prefixfast.io.paths import as_path
+from prefixfast.io.progress import Progress
 
 Row: TypeAlias = Mapping[str, JSON]
 Rows: TypeAlias = str | Path | Iterable[Row]
@@ -43,10 +44,11 @@ def read_rows(rows: Rows, encoding: str | None = None) -> list[Row]:
         path = _data_path(rows)
         if hint := folder_hint(path):
             raise DataError(hint, path=str(path))
-        for item in file_items(path, encoding):
-            if isinstance(item, DataError):
-                raise item
-            found.append(item)
+        with Progress(f"read {path}"):
+            for item in file_items(path, encoding):
+                if isinstance(item, DataError):
+                    raise item
+                found.append(item)
     elif isinstance(rows, Mapping) or not _is_iterable(rows):
         msg = f"rows: expected a path or an iterable of mappings, got {shown(rows)}"
         raise DataError(msg)

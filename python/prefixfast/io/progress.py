@@ -67,7 +67,8 @@ class Progress:
         self.details: Callable[[], str] = str  # text of what a report also says, such as a loss
         self._start = self._last = 0.0
         self._interval = LINE_SECONDS
-        self._has_bar = self._has_lines = self._is_paused = False
+        self._has_bar = self._is_shown = False
+        self._part: Progress | None = None  # part of the work that runs now
         self._bar: Any = None
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -86,13 +87,14 @@ class Progress:
     def tick(self) -> None:
         """Report now if a report is due."""
         now = self.clock()
-        if self._is_paused or now - self._last < self._interval:
+        is_reported = self._part is not None and self._part._is_shown
+        if is_reported or now - self._last < self._interval:
             return
         self._last = now
+        self._is_shown = True
         if self._has_bar:
             self._show_bar()
         else:
-            self._has_lines = True
             _write(self._line())
 
     def _line(self) -> str:
@@ -134,7 +136,7 @@ class Progress:
         self._start = self._last = self.clock()
         self._outer = _current.get()
         if self._outer is not None:
-            self._outer._is_paused = True
+            self._outer._part = self
         self._token = _current.set(self)
         if _wanted.get() is not False and sys.stderr is not None:
             self._thread = threading.Thread(target=self._run, name="prefixfast-progress", daemon=True)
@@ -154,13 +156,13 @@ class Progress:
         if self._bar is not None:
             self._show_bar()
             self._bar.close()
-        elif self._has_lines and kind is None:
+        elif self._is_shown and kind is None:
             count = "" if self.total is None else f"{self.done} {self.unit}"
             spent = f"finished after {duration(self.clock() - self._start)}"
             _write(f"{self.label}: " + ", ".join(p for p in (count, self._text(), spent) if p))
         _current.reset(self._token)
         if self._outer is not None:
-            self._outer._is_paused = False
+            self._outer._part = None
 
 
 def track(items: Iterable[T], label: str, total: int, unit: str) -> Iterator[T]:

@@ -194,6 +194,11 @@ def has_fast_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def compute_dtype(name: str) -> str:
+    """Name of the compute dtype that `load` chooses for an option ``dtype`` on this machine."""
+    return str(_dtype(name, find_device("auto"))).removeprefix("torch.")
+
+
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     slow = device.type == "cpu" and not has_fast_bf16()
     if isinstance(dtype, str) and dtype == "auto":

@@ -7,13 +7,14 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixfast.errors import BaseMismatchError, ConfigError, DataError, shown
+from prefixfast.io.progress import track
 from prefixfast.io.untrusted import read_json
-from prefixfast.store.entry import ENTRY, name_hash
+from prefixfast.store.entry import ENTRY, StoredPrefix, name_hash
 from prefixfast.store.reports import Outcome
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def read_adapters(
         msg = f"import: {shown(str(root))} is an adapter folder itself; add it under a name, or give its parent"
         raise ConfigError(msg)
     seen: dict[str, str] = {}
-    for folder in [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and (p.is_symlink() or p.is_dir())]:
+    folders = [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and (p.is_symlink() or p.is_dir())]
+    for folder in track(folders, "import", len(folders), "folders"):
         name: str | None = None
         try:
             check_links_stay_inside(root, folder)
@@ -78,6 +80,18 @@ def check_export_arguments(root: Path, store: Path, names: Iterable[str] | None)
     if root.resolve().is_relative_to(store.resolve()):
         msg = f"export: {shown(str(root))} lies in the store itself; export to a folder outside of it"
         raise ConfigError(msg)
+
+
+def export_all(prefixes: Mapping[str, Prefix], chosen: Sequence[StoredPrefix | Outcome], root: Path) -> list[Outcome]:
+    """Write prefixes to folders in ``root``, and return the result of each.
+
+    Args:
+        prefixes: Prefixes by name.
+        chosen: Entries of the prefixes, or the result of a name that cannot be read.
+        root: Folder of the export.
+    """
+    each = track(chosen, "export", len(chosen), "prefixes")
+    return [one if isinstance(one, Outcome) else export(prefixes, one.name, root) for one in each]
 
 
 def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:

@@ -20,7 +20,7 @@ from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, check_
 from prefixfast.io.atomic import identity, sync_folder, write_file
 from prefixfast.io.paths import as_path
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
-from prefixfast.store.import_export import check_export_arguments, export, read_adapters
+from prefixfast.store.import_export import check_export_arguments, export_all, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
 from prefixfast.store.runs import is_mentioned, remove_names
 from prefixfast.store.verify import checked_places, removed_digest, verify
@@ -345,7 +345,7 @@ class PrefixStore(Mapping[str, "Prefix"]):
         check_export_arguments(root, self.path, names)
         chosen = list(self.scan()) if names is None else [self.info(name) for name in dict.fromkeys(names)]
         root.mkdir(parents=True, exist_ok=True)
-        return [one if isinstance(one, Outcome) else export(self, one.name, root) for one in chosen]
+        return export_all(self, chosen, root)
 
     # ---- helpers ----
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import identity
+from prefixfast.io.progress import Progress, track
 from prefixfast.store.entry import ENTRY, read_entry
 from prefixfast.store.reports import Check, Outcome
 from prefixfast.store.runs import STATE, TENSORS
@@ -58,18 +59,20 @@ def verify(root: Path, names: Iterable[Path], absent: str | None, also: Iterable
         msg = f"absent: expected the digest of a prefix (64 hexadecimal digits), got {shown(absent)}"
         raise ConfigError(msg)
     folders = [version for folder in names for version in version_folders(folder)]
-    damaged = [found for folder in folders if (found := _damage(root, folder)) is not None]
+    each = track(folders, "verify", len(folders), "versions")
+    damaged = [found for folder in each if (found := _damage(root, folder)) is not None]
     if absent is None:
         return Check(len(folders), tuple(damaged))
     holding: list[str] = []
     places = [root, *(place for place in dict.fromkeys(also) if place != root)]
-    for place in places:
-        for path, why in _search(place, absent):
-            name = path.relative_to(root).as_posix() if place == root else str(path)
-            if why is None:
-                holding.append(name)
-            elif name not in {d.path for d in damaged}:
-                damaged.append(Outcome(None, name, False, why))
+    with Progress("search for the deleted prefix"):
+        for place in places:
+            for path, why in _search(place, absent):
+                name = path.relative_to(root).as_posix() if place == root else str(path)
+                if why is None:
+                    holding.append(name)
+                elif name not in {d.path for d in damaged}:
+                    damaged.append(Outcome(None, name, False, why))
     return Check(len(folders), tuple(damaged), tuple(sorted(set(holding))), tuple(map(str, places)))
 
 

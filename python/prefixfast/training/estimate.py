@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from prefixfast.data.rows import Rows
+from prefixfast.io.progress import Progress
 from prefixfast.model.base_name import check_base_name
 from prefixfast.training.arguments import AllTrainArguments, BaseModel
 from prefixfast.training.job import JobArguments, load_base, prepare
@@ -86,7 +87,8 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
         job.check_model(base)
         for number in range(len(job.groups)):
             trainer = GroupTrainer(tokenize_group(base, job, number), number, OutputDir(None, None, is_single=True))
-            measured.append((trainer, _time_second_step(trainer)))
+            with Progress("measure two steps"):
+                measured.append((trainer, _time_second_step(trainer)))
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
         on_gpu = base.device.type == "cuda"
         peak = _peak_gpu_memory(base.device) if on_gpu else _peak_process_memory()

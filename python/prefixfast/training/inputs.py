@@ -17,6 +17,7 @@ from prefixfast.data.join import sample_joins
 from prefixfast.data.rows import Row, Rows, read_rows, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_string, shown
+from prefixfast.io.progress import track
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def _format_error(name: str, rows: list[Row], task: Task) -> DataError | None:
 
 def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], options: ReadOptions) -> dict[str, list[Row]]:
     found = {}
-    for name, rows in data.items():
+    for name, rows in track(data.items(), "read rows", len(data), "names"):
         try:
             found[_name(name)] = read_rows(rows, options.encoding)
         except DataError as e:

@@ -1,8 +1,7 @@
-"""Lines that a run logs: its prefixes, rows and options before the first step, and its result."""
+"""The line that a run logs before its first step: its prefixes, examples and options."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,9 +10,6 @@ from prefixfast.model.base import compute_line
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.step import StepRunner
-from prefixfast.training.train_run import TrainRun
-
-logger = logging.getLogger(__name__)
 
 # Options that every start line shows, with the values that None and "auto" stand for.
 SHOWN_OPTIONS = ("learning_rate", "lr_scheduler_type", "batch_size", "seed")
@@ -54,15 +50,3 @@ def _distinct(values: Iterable[Any]) -> str:
     if len(found) > 1 and all(isinstance(v, int | float) for v in found):
         return f"{min(found):g} to {max(found):g}"
     return ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in found)
-
-
-def log_result(run: TrainRun) -> None:
-    """Log base model, time and speed of a run, and warn of losses that training did not lower."""
-    logger.info("trained %s: %s", counted(len(run), "prefix", "prefixes"), run.totals)
-    advice = run.advice()
-    if len(run) == 1:
-        for text in advice.values():
-            logger.warning("%s", text)
-    elif advice:
-        name, text = next(iter(advice.items()))
-        logger.warning("%d of %d prefixes: %s (prefix %r)", len(advice), len(run), text, name)

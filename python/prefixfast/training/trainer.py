@@ -26,6 +26,7 @@ from prefixfast.training.metrics import stored_metrics
 from prefixfast.training.output_check import check_output_folder
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.reporters import make_reporter
+from prefixfast.training.result_log import log_result
 from prefixfast.training.store_output import StoreOutput
 from prefixfast.training.train_run import RunTotals, TrainRun
 
@@ -237,7 +238,6 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing
-    from prefixfast.training.run_log import log_result
 
     folder = output.folder
     if job.config.report_to != "none":

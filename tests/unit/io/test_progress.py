@@ -98,12 +98,22 @@ def test_a_part_of_the_work_reports_in_place_of_the_whole(clock, monkeypatch):
         with Progress("evaluate", 4, "examples", clock=clock) as part:
             part.update()
             clock.now = 10.0
-            whole.tick()
             part.tick()
+            whole.tick()
         clock.now = 20.0
         whole.tick()
     labels = [line.partition(":")[0] for line in stderr.getvalue().splitlines()]
     assert labels == ["evaluate", "evaluate", "train", "train"]
+
+
+def test_short_parts_do_not_keep_the_whole_from_its_reports(clock, monkeypatch):
+    stderr = stands_for_stderr(monkeypatch, io.StringIO())
+    with Progress("read rows", 3, "names", clock=clock) as whole:
+        for i in range(3):
+            with Progress(f"read {i}.csv", clock=clock):
+                at(clock, whole, 6.0 * i)
+            whole.update()
+    assert stderr.getvalue().splitlines()[0] == "read rows: 2 of 3 names, 6.0 s left"
 
 
 def test_an_error_ends_the_reports_without_the_word_finished(clock, monkeypatch):

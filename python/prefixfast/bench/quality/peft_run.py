@@ -111,7 +111,7 @@ def _train(model: Any, tokenizer: Any, run: Run) -> tuple[list[float], float]:
     model.train()
     batches = setting.batches(run.data)[: run.steps]
     start, losses = time.perf_counter(), []
-    for batch in progress(batches, "bench, training with PEFT", "step"):
+    for batch in progress(batches, "bench, training with PEFT", "steps"):
         loss = _loss(model, _collate(row, tokenizer, batch))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -145,7 +145,7 @@ def _generate(model: Any, tokenizer: Any, setting: Setting, prompts: list[str]) 
     decoding.apply(base)
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.eos_token
     texts: list[str] = []
-    for part in progress(list(_chunks(prompts, 20)), "bench, generating", "batch"):
+    for part in progress(list(_chunks(prompts, 20)), "bench, generating", "batches"):
         enc = tokenizer(part, return_tensors="pt", padding=True)
         ids = model.generate(**enc)
         texts += [tokenizer.decode(x[enc.input_ids.shape[1] :], skip_special_tokens=True).strip() for x in ids]
