@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 WIDTH = 80  # columns
 INDENT = " " * 12  # of everything behind the names
 PLOT = "loss.png"
+SHOWN_ADVICE = 3  # prefixes
 NO_PLOT = "not drawn: pip install 'prefixfast[train]' installs matplotlib"
 
 
@@ -120,13 +121,22 @@ class Summary:
         lines += _entry("speed", f"{_steps(list(run.metrics.values()))}, {speed}")
         for metrics in run.metrics.values() if self.is_single else ():
             lines += _entry("loss", _losses(metrics))
-        for name, text in run.advice().items():
-            lines += _entry("advice", ("" if self.is_single else f"{printable(name)}: ") + text)
+        lines += self._advice()
         for name, place in (("saved to", self.output), ("store", self.store)):
             lines += [] if place is None else _entry(name, printable(place))
         if self.output is not None and run.metrics:
             lines += _entry("plot", NO_PLOT if plot is None else printable(plot))
         return [*lines, *_command("next", self.next_command())]
+
+    def _advice(self) -> list[str]:
+        """What to try for the first prefixes whose loss did not fall, and the number of the others."""
+        found = self.run.advice()
+        lines: list[str] = []
+        for name, text in list(found.items())[:SHOWN_ADVICE]:
+            lines += _entry("advice", ("" if self.is_single else f"{printable(name)}: ") + text)
+        if (more := len(found) - SHOWN_ADVICE) > 0:
+            lines += _entry("", f"and {counted(more, 'prefix', 'prefixes')} more whose loss did not fall")
+        return lines
 
     def next_command(self) -> list[str]:
         """Words of the command that generates with the first prefix, for the rows of its own file."""

@@ -103,11 +103,13 @@ def test_several_prefixes_have_their_own_losses_files_and_folders(make_prefix):
     assert "2 prefixes in" in text
     assert "24, 30 examples" in text
     assert "30 to 40 steps" in text
-    assert "ann: 4.5 at the start, 0.25 at the end" in text
     assert "bob: the training loss rose" in " ".join(text.split())
     assert found.next_command()[2:] == ["ann.csv", "-o", "texts.jsonl", "--prefix", "users/ann"]
     in_store = summary(result, None, Path("shop"), data={"": "all.csv"})
-    assert in_store.next_command()[2:] == ["all.csv", "-o", "texts.jsonl", "--store", "shop"]
+    assert in_store.next_command()[2:] == ["all.csv", "-o", "texts.jsonl", "--store", "shop", "--prefix", "ann"]
+    many = summary(run(make_prefix, **{f"user{i}": METRICS | {"loss": 6.0} for i in range(30)}), Path("users"))
+    assert len(many.lines(None)) < 20
+    assert "and 27 prefixes more" in "\n".join(many.lines(None))
 
 
 def test_json_has_the_same_facts(make_prefix):
