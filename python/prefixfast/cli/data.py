@@ -42,7 +42,8 @@ def check_rows(
     task: Annotated[
         str | None,
         typer.Option(
-            help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages or text.",
+            help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages, text or "
+            "instruction.",
             show_default="the task that fits the rows' keys",
         ),
     ] = None,

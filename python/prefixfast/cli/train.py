@@ -29,7 +29,8 @@ DATA = typer.Argument(
     "file, which is named by the file's stem or by NAME=FILE.",
 )
 TASK = typer.Option(
-    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages or text.",
+    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages, text or "
+    "instruction.",
     show_default="the task that fits the rows' keys",
 )
 PREFIX_COLUMN = typer.Option(

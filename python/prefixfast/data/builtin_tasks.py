@@ -8,9 +8,10 @@ from typing import Any
 from prefixfast import _rust
 from prefixfast.config.json_types import JSON
 from prefixfast.data.columns import has_own_columns, missing_columns
-from prefixfast.data.formats import FORMATS, INPUT_KEYS, TASK_BY_KEY
+from prefixfast.data.formats import FORMATS, INPUT_KEYS, LAYOUTS, TARGET_KEYS, TASK_BY_KEY
+from prefixfast.data.layouts import recognized_layout
 from prefixfast.data.row_values import only_key
-from prefixfast.data.rows import Row, row_error
+from prefixfast.data.rows import Row, is_table_row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, did_you_mean, is_text, shown
 
@@ -91,6 +92,9 @@ TASKS = {
     "prompt": Task("prompt"),
     "messages": Task("messages", input="messages"),
     "text": Task("text", input="text", init_text="The following text"),
+    # No fixed sentences around the instruction, as Alpaca's code has them: they cost tokens in every request, and the
+    # prefix takes their place.
+    "instruction": Task("instruction", prompt="{src}\n", strip=True, input="instruction"),
 }
 PLAIN, STRIPPED = TASKS["prompt"], Task("prompt", strip=True)
 
@@ -119,12 +123,25 @@ def find_task(task: str | Task | Mapping[str, JSON] | None, row: Row) -> Task:
     if isinstance(task, Mapping):
         return Task.from_spec(task)
     if task is None:
-        task = TASK_BY_KEY[only_key(row, 0, INPUT_KEYS, " (or input_ids, or the argument task)")]
+        task = _task_name(row)
     if not isinstance(task, str) or task not in TASKS:
         hint = did_you_mean(task, TASKS)
         msg = f"task: expected one of {', '.join(TASKS)} or a Task, got {shown(task)}" + (f"; {hint}" if hint else "")
         raise ConfigError(msg)
     return TASKS[task]
+
+
+def _task_name(row: Row) -> str:
+    """Name of the task that the keys of a row choose."""
+    if (layout := recognized_layout(row)) is not None:
+        return layout.task
+    others = f"input_ids, {', '.join(LAYOUTS)}, or prompt and target (--prompt, --target) for columns of your own"
+    header = "; the first line of the file names the columns" if is_table_row(row) else ""
+    key = only_key(row, 0, INPUT_KEYS, f" (or {others}{header})")
+    if key == "text" and (targets := [k for k in TARGET_KEYS if row.get(k) is not None]):
+        advice = f"'{{text}}\\n' and target {targets[0]} to learn {targets[0]}, or task text to learn the text alone"
+        raise row_error(row, 0, f"expected text alone, got text and {targets[0]}; give prompt {advice}")
+    return TASK_BY_KEY[key]
 
 
 def request_task(task: Task, row: Row) -> Task:
@@ -140,6 +157,8 @@ def request_task(task: Task, row: Row) -> Task:
     """
     if has_own_columns(task, row):
         return task
+    if (layout := recognized_layout(row)) is not None:
+        return task if layout.format == task.format else TASKS[layout.task]
     known = (*INPUT_KEYS, "input_ids")
     if task.format == "columns" and all(row.get(key) is None for key in known):
         raise row_error(row, 0, missing_columns(task, row))

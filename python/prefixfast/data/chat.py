@@ -12,6 +12,15 @@ from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import DataError, shown
 
 Message: TypeAlias = Mapping[str, JSON]
+ROLES = {  # role by the ``from`` of ShareGPT's messages
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+}
 
 
 class ChatTemplate(Protocol):
@@ -44,8 +53,11 @@ class ChatOptions(TypedDict):
 
 def is_conversation(row: Row) -> bool:
     """Whether the input of the row is a list of messages."""
-    prompt = row.get("prompt")
-    return row.get("messages") is not None or (isinstance(prompt, Sequence) and not isinstance(prompt, str))
+    if row.get("messages") is not None:
+        return True
+    if (prompt := row.get("prompt")) is not None:
+        return isinstance(prompt, Sequence) and not isinstance(prompt, str)
+    return row.get("conversations") is not None
 
 
 def split_conversation(row: Row, number: int) -> tuple[list[Message], list[Message]]:
@@ -56,8 +68,8 @@ def split_conversation(row: Row, number: int) -> tuple[list[Message], list[Messa
     Raises:
         DataError: If the row holds something else than a list of messages.
     """
-    if row.get("messages") is not None:
-        every = read_messages(row, number, "messages")
+    if row.get("messages") is not None or row.get("prompt") is None:
+        every = read_messages(row, number, "conversations" if row.get("messages") is None else "messages")
         answered = every[-1]["role"] == "assistant"
         return (every[:-1], every[-1:]) if answered else (every, [])
     context = read_messages(row, number, "prompt")
@@ -82,11 +94,22 @@ def read_messages(row: Row, number: int, key: str) -> list[Message]:
         if not isinstance(message, Mapping):
             msg = f"{where}: expected a message with role and content, got {shown(message)}"
             raise row_error(row, number, msg)
+        if "role" not in message and "from" in message:
+            message = _sharegpt_message(row, number, where, message)
         check_text(row, number, f"{where}.role", message.get("role"))
         if message.get("content") is not None or not message.get("tool_calls"):
             check_text(row, number, f"{where}.content", message.get("content"))
         found.append(message)
-    return found
+    system = row.get("system") if key == "conversations" and found[0]["role"] != "system" else None
+    return [{"role": "system", "content": check_text(row, number, "system", system)}, *found] if system else found
+
+
+def _sharegpt_message(row: Row, number: int, where: str, message: Message) -> Message:
+    """A message with role and content of one with ``from`` and ``value``."""
+    speaker = message["from"]
+    if not isinstance(speaker, str) or speaker not in ROLES:
+        raise row_error(row, number, f"{where}.from: expected one of {', '.join(ROLES)}, got {shown(speaker)}")
+    return {"role": ROLES[speaker], "content": check_text(row, number, f"{where}.value", message.get("value"))}
 
 
 def chat_text(
@@ -139,7 +162,7 @@ def chat_pair(row: Row, number: int, template: ChatTemplate | None) -> tuple[str
     context, answer = split_conversation(row, number)
     if not answer or not context:
         of_messages = "messages that end with the assistant's, after at least one other"
-        what = of_messages if row.get("messages") is not None else "a completion"
+        what = "a completion" if row.get("messages") is None and row.get("prompt") is not None else of_messages
         msg = f"expected {what}, got {[m['role'] for m in (*context, *answer)]}"
         raise row_error(row, number, msg)
     prompt = chat_text(row, number, template, context, generation_prompt=True)

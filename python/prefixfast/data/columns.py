@@ -11,6 +11,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.column_names import column_error, listed
 from prefixfast.data.column_text import cell_text, find_columns, template_columns
 from prefixfast.data.formats import CHAT_KEYS, FORMATS, INPUT_KEYS, REQUEST_KEYS, TARGET_KEYS, TOKENIZED_KEYS
+from prefixfast.data.layouts import layout_keys, layout_targets
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, check_string, shown
@@ -169,7 +170,7 @@ def missing_columns(task: Task, row: Row) -> str:
 def has_target(task: Task, row: Row) -> bool:
     """Whether the row has a target: a key of one, or for a task of columns a value in each column of the target."""
     if task.format != "columns":
-        return any(key in row for key in TARGET_KEYS)
+        return any(key in row for key in (*TARGET_KEYS, *layout_targets(row, task.format)))
     keys = find_columns(template_columns(task.target), tuple(row))
     return all(key is not None and (cell_text(row, 0, key) or "").strip() for key in keys)
 
@@ -189,10 +190,10 @@ def check_columns(task: Task, rows: Sequence[Row]) -> None:
                 raise row_error(rows[0], 0, f"{field}: {message}")
 
 
-def unread_columns(task: Task, rows: Iterable[Row]) -> list[str]:
+def unread_columns(task: Task, rows: Sequence[Row]) -> list[str]:
     """Columns that neither the task nor a request reads, in alphabetical order."""
     own = FORMATS[task.format]
-    known = {*REQUEST_KEYS, *own.inputs, *own.targets}
+    known = {*REQUEST_KEYS, *own.inputs, *own.targets, *(layout_keys(rows[0], task.format) if rows else ())}
     if task.format != "columns":
         known |= {*TOKENIZED_KEYS, *CHAT_KEYS}
     found: set[str] = set()

@@ -81,6 +81,11 @@ def _is_iterable(value: object) -> bool:
     return True
 
 
+def is_table_row(row: Row) -> bool:
+    """Whether a row comes from a file of a table, whose first line names the columns."""
+    return isinstance(row, FileRow) and any(s in row.path.lower() for s in (".csv", ".tsv"))
+
+
 def row_error(row: Row, number: int, message: str) -> DataError:
     """Make the error of a malformed row.
 

@@ -17,7 +17,8 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.chat import ChatTemplate, chat_pair, chat_text, is_conversation, split_conversation
 from prefixfast.data.column_text import fill_template, table_entries, template_columns
 from prefixfast.data.formats import FORMATS, FormatName
-from prefixfast.data.row_values import only_key, references, text_value
+from prefixfast.data.layouts import input_key, input_text, target_text
+from prefixfast.data.row_values import only_key, references
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import ConfigError, DataError, check_flag, check_mapping, check_string, shown, suggestion
 
@@ -162,8 +163,7 @@ class Task:
                 msg = f"target: expected text in column {names}, got {shown(target)}; fill it in or leave the row out"
                 raise row_error(row, number, msg)
             return [target]
-        keys = FORMATS[self.format].targets
-        refs = references(row, number) if self.format == "table" else [text_value(row, number, keys[0])]
+        refs = references(row, number) if self.format == "table" else [target_text(row, number, self.format)]
         return refs if self.target == "{ref}" else [_fill(self.target, ref=r) for r in refs]
 
     def pairs(
@@ -266,17 +266,17 @@ class Task:
     def _prompt(self, row: Row, number: int, eos: str | None, chat: ChatTemplate | None) -> str:
         if self.format == "columns":
             return fill_template(self.prompt, row, number, "prompt")
-        key = only_key(row, number, FORMATS[self.format].inputs)
+        key = input_key(row, number, self.format)
         if self.is_chat(row):
             context, answer = split_conversation(row, number)
-            if answer and key == "messages":
+            if answer and key != "prompt":
                 msg = (
-                    "messages: expected a request, which ends before the answer, got the assistant's message as the "
+                    f"{key}: expected a request, which ends before the answer, got the assistant's message as the "
                     "last; leave it out"
                 )
                 raise row_error(row, number, msg)
             return chat_text(row, number, chat, context, generation_prompt=True)
-        source = text_value(row, number, key)
+        source = input_text(row, number, key)
         return source if self.format == "text" else self._fill_prompt(source, eos)
 
     def _fill_prompt(self, source: str, eos: str | None) -> str:

@@ -13,6 +13,7 @@ from prefixfast.data.builtin_tasks import PLAIN, request_task
 from prefixfast.data.columns import content_keys, has_own_columns, missing_columns
 from prefixfast.data.encode import Input, check_prompts, encode_prompts, request_error
 from prefixfast.data.formats import KNOWN_KEYS
+from prefixfast.data.layouts import request_layout_keys
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
@@ -230,7 +231,7 @@ def prefix_tasks(assigned: Sequence[tuple[Prefix | StoredPrefix, ...]]) -> list[
 
 def unknown_keys(row: Row, task: Task) -> set[str]:
     """Keys of a row that have no meaning; none of a row with columns that the task of its prefix reads."""
-    return set() if has_own_columns(task, row) else set(row) - KNOWN_KEYS
+    return set() if has_own_columns(task, row) else set(row) - KNOWN_KEYS - request_layout_keys(row)
 
 
 def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:

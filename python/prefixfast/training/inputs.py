@@ -14,6 +14,7 @@ from prefixfast.data.columns import check_columns, empty_values, reserved_notes
 from prefixfast.data.encode import check_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.join import sample_joins
+from prefixfast.data.layouts import layout_note
 from prefixfast.data.rows import Row, Rows, read_rows, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_string, shown
@@ -117,6 +118,8 @@ def check_task_rows(rows: TrainingRows, task: Task) -> None:
     """
     every = list(itertools.chain.from_iterable(rows.rows.values()))
     check_columns(task, every)
+    if note := layout_note(every, task.format):
+        logger.info("%s", note)
     if notes := reserved_notes(task, every):
         logger.info("%s", "; ".join(notes))
     for warning in filter(None, [sample_joins(task, rows.rows.values()).warning(), *empty_values(task, every)]):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from prefixfast.config.json_types import JSON
 from prefixfast.data.column_names import listed
 from prefixfast.data.files.items import FileRow, Item, malformed
-from prefixfast.data.formats import KNOWN_KEYS
+from prefixfast.data.formats import NAMED_KEYS
 from prefixfast.errors import shown
 
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
@@ -141,7 +141,7 @@ def _one_object(text: str, path: str, kind: str) -> Iterator[Item]:
 
 def _lists_of_rows(value: Mapping[str, JSON], kind: str) -> list[str]:
     """Keys of an object whose values are lists of objects; none if the object is a row itself."""
-    if any(k in KNOWN_KEYS and not isinstance(v, Mapping) for k, v in value.items()):
+    if any(k in NAMED_KEYS and not isinstance(v, Mapping) for k, v in value.items()):
         return []
     lists = {k: v for k, v in value.items() if isinstance(v, list) and all(isinstance(x, dict) for x in v)}
     return [k for k, v in lists.items() if v or kind == ".json"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from prefixfast.data.column_names import folded
 from prefixfast.data.files.items import FileRow, Item, malformed
-from prefixfast.data.formats import KNOWN_KEYS
+from prefixfast.data.formats import NAMED_KEYS
 from prefixfast.errors import shown
 
 
@@ -25,10 +25,10 @@ def known_names(names: Sequence[str]) -> dict[str, str] | str:
         {' Prompt ': 'prompt', 'Completion': 'completion'}
     """
     found: dict[str, str] = {}  # name by key
-    exact = KNOWN_KEYS.intersection(names)
+    exact = NAMED_KEYS.intersection(names)
     for name in names:
         key = folded(name)
-        if key not in KNOWN_KEYS or key in exact:
+        if key not in NAMED_KEYS or key in exact:
             continue
         if key in found:
             return f"the columns {shown(found[key])} and {shown(name)} are both read as {key}; rename one of them"

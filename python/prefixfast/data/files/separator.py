@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from prefixfast.data.column_names import folded
 from prefixfast.data.files.items import malformed
-from prefixfast.data.formats import KNOWN_KEYS
+from prefixfast.data.formats import NAMED_KEYS
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 SAMPLE_BYTES = 2**18
@@ -72,7 +72,7 @@ def _try(sample: str, separator: str) -> _Trial | None:
         return None
     counts = [n for n, _ in zip(map(len, records), range(SAMPLE_RECORDS), strict=False)]
     fitting = sum(n == len(header) for n in counts) / len(counts) if counts else 1.0
-    return _Trial(separator, fitting, sum(folded(name) in KNOWN_KEYS for name in header))
+    return _Trial(separator, fitting, sum(folded(name) in NAMED_KEYS for name in header))
 
 
 def _records(sample: str, separator: str) -> Iterator[list[str]]:
