@@ -10,6 +10,11 @@ import typer
 
 from prefixfast.errors import ConfigError, shown
 
+TASK = typer.Option(
+    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages, text or "
+    "instruction.",
+    show_default="the task that fits the rows' keys",
+)
 PROMPT = typer.Option(
     help=r"Prompt of each row, with columns in braces: '{name}, {price} ->'. \n is a line break, {{ a brace. Needs "
     "--target, and takes the place of --task.",

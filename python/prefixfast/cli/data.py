@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
+from prefixfast.cli.columns import PROMPT, TABLE, TARGET, TASK, column_arguments
 from prefixfast.cli.data_folder import check_folder, problem_lines
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.help import Command, Group
@@ -39,14 +39,7 @@ def _group() -> None:
 def check_rows(
     path: Annotated[str, PATH],
     second: Annotated[str | None, typer.Argument(hidden=True)] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages, text or "
-            "instruction.",
-            show_default="the task that fits the rows' keys",
-        ),
-    ] = None,
+    task: Annotated[str | None, TASK] = None,
     prompt: Annotated[str | None, PROMPT] = None,
     target: Annotated[str | None, TARGET] = None,
     table: Annotated[str | None, TABLE] = None,

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prefixfast.cli.columns import PROMPT, TABLE, TARGET, column_arguments
+from prefixfast.cli.columns import PROMPT, TABLE, TARGET, TASK, column_arguments
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import QUIET, printable, start_logging
@@ -27,11 +27,6 @@ DATA = typer.Argument(
     metavar="DATA...",
     help=f"File of rows ({FORMATS}) of one prefix. A folder, a glob pattern or several files train one prefix for each "
     "file, which is named by the file's stem or by NAME=FILE.",
-)
-TASK = typer.Option(
-    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages, text or "
-    "instruction.",
-    show_default="the task that fits the rows' keys",
 )
 PREFIX_COLUMN = typer.Option(
     help="Key of the rows that names their prefix; every value of it becomes a prefix.",

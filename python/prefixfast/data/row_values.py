@@ -39,7 +39,7 @@ def text_value(row: Row, number: int, key: str) -> str:
         DataError: If the string is missing, not a string, or not Unicode text.
     """
     if key in row and row[key] is None:
-        raise row_error(row, number, f"{key}: expected text, got no value; fill it in or leave the row out")
+        raise row_error(row, number, f"{key}: expected a string, got None (no value); fill it in or leave the row out")
     return check_text(row, number, key, row.get(key))
 
 

@@ -39,9 +39,8 @@ def test_every_command_reads_the_rows_of_the_encoding(cli, folder, western, tmp_
         seen = cli("prefixes", "inspect", out / "store", "p", data, *flag, "--words", 0)
         assert [r.code for r in (generated, scored, checked, seen)] == [0, 0, 0, 0]
         lines = [json.loads(line) for name in "gs" for line in (out / f"{name}.jsonl").read_text().splitlines()]
-        tokens = [line["token_ids"] for line in lines]
         report = json.loads(checked.out)
-        made[data.suffix] = Prefix.from_pretrained(out / "p").digest, tokens, report["characters"], seen.out
+        made[data.suffix] = Prefix.from_pretrained(out / "p").digest, lines, report["characters"], seen.out
     assert made[".csv"] == made[".jsonl"]
 
 

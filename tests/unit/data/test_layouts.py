@@ -101,7 +101,7 @@ WRONG = {
     "no answer": ({"question": "a"}, "expected one of the keys output, response, answer"),
     "an empty answer": ({"question": "a", "answer": None}, "expected one of the keys output, response, answer"),
     "two answers": ({"question": "a", "answer": "b", "response": "c"}, "remove all but one"),
-    "an empty completion": ({"prompt": "a", "completion": None}, "completion: expected text, got no value"),
+    "an empty completion": ({"prompt": "a", "completion": None}, "completion: expected a string, got None"),
 }
 
 
