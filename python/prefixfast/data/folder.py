@@ -145,7 +145,7 @@ def _no_rows(file: Path) -> str | None:
         return NO_TEXT
     if _stem(file.name) != file.name:
         return None
-    advice = f"; save it as {SUFFIXES[0]} or .csv" if file.suffix.lower() in SPREADSHEETS else ""
+    advice = "; save its sheet as .csv" if file.suffix.lower() in SPREADSHEETS else ""
     return NO_ROWS + advice
 
 

@@ -132,11 +132,12 @@ class GroupTrainer:
         return bool(self.progress.active.any())
 
     def _details(self) -> str:
-        """Loss of the last step and number of prefixes that have ended, for reports of the progress."""
+        """Loss of the last step and numbers of prefixes that have ended or are trained, for reports of the progress."""
         loss = [] if self._losses is None else [f"loss {float(self._losses.mean()):.3f}"]
-        finished = [f"{len(self.finished)} of {len(self.names)} prefixes finished"] if len(self.names) > 1 else []
-        failed = [f"{len(self.failed)} failed"] if self.failed else []
-        return ", ".join(loss + finished + failed)
+        active, every = int(self.progress.active.sum()), self.job.rows.failed
+        counts = [f"{len(self.finished)} of {len(self.names)} prefixes finished, {active} in training"]
+        failed = [f"{len(every)} failed"] if every else []
+        return ", ".join(loss + (counts if len(self.names) > 1 else []) + failed)
 
     def _evaluate_before(self) -> None:
         """Evaluate every prefix before its first step. Best states and early stopping count later evaluations only."""

@@ -1,0 +1,167 @@
+"""Forty users' files, two of them broken: one command, and one run for each file.
+
+Run ``python benches/system/forty_users.py -o forty-users.jsonl``. The base is the one in the package and the rows are
+made up, unless ``--base`` and ``--e2e`` name others. The runs alternate, and the single commands are split in two
+halves between them, so that a slow minute of the machine hits all of them. ``--singles 10`` runs ten of the forty
+single commands. CPU seconds count the threads of a process and depend less on other work of the machine than wall
+seconds do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from prefixfast.bench.e2e_rows import read_split
+from prefixfast.bench.harness import write_rows
+from prefixfast.demo import BASE
+from prefixfast.demo.corpus import draw_scene
+
+USERS, ROWS = 40, 20
+BROKEN = {"user38": 'mr,ref\n"name[The Mill, food[soup]\n', "user39": ""}
+OPTIONS = {"prefix_length": 10, "dtype": "float32", "task": "e2e"}
+
+
+@dataclass
+class Cost:
+    """Cost of processes: wall and CPU seconds, and peak memory in MiB of the largest of them."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    peak_mib: float = 0.0
+
+    def add(self, command: list[str], expected: int) -> None:
+        """Run a command and add its cost; its exit status must be the expected one."""
+        start = time.perf_counter()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        error = process.stderr.read().decode(errors="replace")
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != expected:
+            raise RuntimeError(f"{command}: exit status {process.returncode}\n{error}")
+        self.seconds += time.perf_counter() - start
+        self.cpu_seconds += used.ru_utime + used.ru_stime
+        self.peak_mib = max(self.peak_mib, used.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def write_users(folder: Path, e2e: Path | None) -> None:
+    """Write the users' files: disjoint rows of E2E, or made-up rows of the same form."""
+    rows = iter(read_split(e2e, "train") if e2e else made_up())
+    for i in range(USERS):
+        name = f"user{i:02d}"
+        if name in BROKEN:
+            (folder / f"{name}.csv").write_text(BROKEN[name])
+            continue
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf8") as f:
+            writer = csv.writer(f)
+            writer.writerow(("mr", "ref"))
+            writer.writerows((row["mr"], row["ref"]) for row, _ in zip(rows, range(ROWS), strict=False))
+
+
+def made_up() -> Iterator[dict[str, str]]:
+    """Rows of the form of E2E from the values of the demo."""
+    from random import Random
+
+    rng = Random(0)
+    while True:
+        table = draw_scene(rng, "restaurant", "train")
+        mr = ", ".join(f"{key}[{value}]" for key, value in table.items())
+        yield {"mr": mr, "ref": "We have " + ", ".join(table.values()) + "."}
+
+
+def size(folder: Path) -> tuple[int, int]:
+    """Number of files and bytes in a folder."""
+    files = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+    return len(files), sum(files)
+
+
+def flags() -> list[str]:
+    return [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def run_in_python(how: str, base: str, users: Path, store: Path) -> None:
+    """Train in this process: all files in one call, or one call for each file with the base loaded once."""
+    import prefixfast
+
+    model = prefixfast.load(base, dtype=OPTIONS["dtype"])
+    options = {name: value for name, value in OPTIONS.items() if name != "dtype"}
+    files = prefixfast.Folder(users)
+    if how == "one":
+        prefixfast.train(model, files, store=store, progress=False, **options)
+        return
+    for name, file in files.items():
+        try:
+            prefixfast.train(model, {name: file}, store=store, progress=False, **options)
+        except prefixfast.DataError:
+            assert name in BROKEN
+
+
+def measure(base: str, users: Path, work: Path, singles: int) -> list[dict[str, object]]:
+    """Costs of all ways, in turn; of the single commands the first ``singles`` are run, half of them in each turn."""
+    costs = {name: [Cost(), Cost()] for name in ("one command", "one call", "40 calls")} | {"single commands": [Cost()]}
+    cli = [sys.executable, "-m", "prefixfast", "train", base]
+    me = [sys.executable, __file__, "--base", base]
+    files = sorted(users.iterdir())
+    sizes: dict[str, tuple[int, int]] = {}
+    for turn in range(2):
+        stores = {name: work / f"{name} {turn if name != 'single commands' else ''}".strip() for name in costs}
+        costs["one command"][turn].add([*cli, str(users), "--store", str(stores["one command"]), *flags()], 3)
+        for name, how in (("one call", "one"), ("40 calls", "each")):
+            costs[name][turn].add([*me, "--run", how, "--users", str(users), "--store", str(stores[name])], 0)
+        for file in files[turn * singles // 2 : (turn + 1) * singles // 2]:
+            single = [*cli, str(file), "--store", str(stores["single commands"]), *flags()]
+            costs["single commands"][0].add(single, 1 if file.stem in BROKEN else 0)
+        sizes |= {name: size(store) for name, store in stores.items()}
+        print(f"turn {turn + 1} of 2 done", file=sys.stderr)
+    return [
+        {
+            "what": name,
+            "measured": singles if name == "single commands" else USERS,
+            "seconds": [round(c.seconds, 2) for c in own],
+            "cpu_seconds": [round(c.cpu_seconds, 2) for c in own],
+            "peak_mib": [round(c.peak_mib, 1) for c in own],
+            "files": sizes[name][0],
+            "bytes": sizes[name][1],
+        }
+        for name, own in costs.items()
+    ]
+
+
+def main() -> None:
+    """Parse the arguments, measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--base", default=str(BASE))
+    parser.add_argument("--e2e", type=Path)
+    parser.add_argument("--singles", type=int, default=USERS, help="single commands to run, at most 40")
+    parser.add_argument("--run", choices=("one", "each"), help=argparse.SUPPRESS)
+    parser.add_argument("--users", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.run:
+        run_in_python(given.run, given.base, given.users, given.store)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        users, work = Path(folder, "users"), Path(folder, "work")
+        users.mkdir()
+        work.mkdir()
+        write_users(users, given.e2e)
+        rows = measure(given.base, users, work, given.singles)
+    about = {"base": Path(given.base).name, "users": USERS, "broken": len(BROKEN), "rows": ROWS, **OPTIONS}
+    for row in rows:
+        print(json.dumps(row))
+    if given.output:
+        write_rows(given.output, [about, *rows])
+
+
+if __name__ == "__main__":
+    main()
