@@ -26,7 +26,7 @@ from prefixfast.bench.harness import write_rows
 from prefixfast.demo import BASE
 from prefixfast.demo.corpus import draw_scene
 
-USERS, ROWS = 40, 20
+USERS, ROWS = 40, 5
 BROKEN = {"user38": 'mr,ref\n"name[The Mill, food[soup]\n', "user39": ""}
 OPTIONS = {"prefix_length": 10, "dtype": "float32", "task": "e2e"}
 
@@ -73,7 +73,7 @@ def made_up() -> Iterator[dict[str, str]]:
 
     rng = Random(0)
     while True:
-        table = draw_scene(rng, "restaurant", "train")
+        table = draw_scene(rng, "eatery", "train")
         mr = ", ".join(f"{key}[{value}]" for key, value in table.items())
         yield {"mr": mr, "ref": "We have " + ", ".join(table.values()) + "."}
 
