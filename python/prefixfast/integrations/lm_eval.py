@@ -136,7 +136,8 @@ class PrefixLM(TemplateLM):
         self, requests: Sequence[TokenPair], disable_tqdm: bool = False, **other: Any
     ) -> list[tuple[float, bool]]:
         cut = [(context[-(self.max_length + 1 - len(target)) :], target) for _, context, target in requests]
-        scores = self.engine.score([c for c, _ in cut], self.prefix, targets=[target for _, target in cut])
+        targets, shown = [target for _, target in cut], False if disable_tqdm else None
+        scores = self.engine.score([c for c, _ in cut], self.prefix, targets=targets, progress=shown)
         found = [(s.logprob, s.is_greedy) for s in scores]
         for (texts, _, _), answer in zip(requests, found, strict=True):
             if texts is not None:
@@ -148,7 +149,7 @@ class PrefixLM(TemplateLM):
 
         Args:
             requests: Requests of lm-eval, each with one text.
-            disable_tqdm: Whether to hide progress bars; scores show none.
+            disable_tqdm: Whether to hide the progress.
         """
         windows: list[TokenPair] = []
         counts = []
@@ -160,7 +161,7 @@ class PrefixLM(TemplateLM):
             own: list[TokenPair] = [(None, *make_disjoint_window(window)) for window in cuts]
             windows += own
             counts.append(len(own))
-        found = iter(self._loglikelihood_tokens(windows))
+        found = iter(self._loglikelihood_tokens(windows, disable_tqdm))
         sums = [sum(next(found)[0] for _ in range(count)) for count in counts]
         for request, value in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
@@ -171,7 +172,7 @@ class PrefixLM(TemplateLM):
 
         Args:
             requests: Requests of lm-eval, each with a context and generation options.
-            disable_tqdm: Whether to hide the progress bar.
+            disable_tqdm: Whether to hide the progress.
         """
         batch: list[dict[str, Any]] = []
         for request in requests:
@@ -191,7 +192,7 @@ class PrefixLM(TemplateLM):
                 raise ConfigError(msg)
             ids = self.tok_encode(context)[-(self.max_length - new) :]
             batch.append({"input_ids": ids, "params": {**params, "max_new_tokens": new, "stop_strings": stops}})
-        results = self.engine.generate(batch, self.prefix, progress=not disable_tqdm)
+        results = self.engine.generate(batch, self.prefix, progress=False if disable_tqdm else None)
         texts = []
         for request, item, result in zip(requests, batch, results, strict=True):
             at = [result.text.find(s) for s in item["params"]["stop_strings"] if s in result.text]

@@ -88,7 +88,7 @@ class Progress:
         """Report now if a report is due."""
         now = self.clock()
         is_reported = self._part is not None and self._part._is_shown
-        if is_reported or now - self._last < self._interval:
+        if self._thread is None or is_reported or now - self._last < self._interval:
             return
         self._last = now
         self._is_shown = True
@@ -157,7 +157,7 @@ class Progress:
             self._show_bar()
             self._bar.close()
         elif self._is_shown and kind is None:
-            count = "" if self.total is None else f"{self.done} {self.unit}"
+            count = "" if self.total is None else f"{self.done} of {self.total} {self.unit}"
             spent = f"finished after {duration(self.clock() - self._start)}"
             _write(f"{self.label}: " + ", ".join(p for p in (count, self._text(), spent) if p))
         _current.reset(self._token)

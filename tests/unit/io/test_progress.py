@@ -61,7 +61,7 @@ def test_a_line_every_ten_seconds_says_units_details_rates_and_time_left(clock, 
         work.update(20)
         clock.now = 25.0
     assert stderr.getvalue().splitlines()[2:] == [
-        "train: 40 steps, loss 1.25, 8 rows/s, 600 tokens/s, finished after 25 s"
+        "train: 40 of 40 steps, loss 1.25, 8 rows/s, 600 tokens/s, finished after 25 s"
     ]
 
 
