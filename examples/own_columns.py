@@ -30,7 +30,7 @@ def write_csv(path: Path, split: str, count: int) -> None:
 def main() -> None:
     """Train, measure on held-out rows, generate for new rows, write them."""
     FOLDER.mkdir(exist_ok=True)
-    write_csv(FOLDER / "restaurants.csv", "train", 120)
+    write_csv(FOLDER / "restaurants.csv", "train", 48)
     write_csv(FOLDER / "new.csv", "heldout", 5)
 
     with prefixfast.load(BASE, dtype="float32") as base:
@@ -38,11 +38,13 @@ def main() -> None:
         prefix = prefixfast.train(
             base,
             FOLDER / "restaurants.csv",
-            prompt="{name}, {town}, near {near}, cook {cook} ->",
+            prompt="The name is {name}. The town is {town}. It is near {near}. The cook is {cook}.\n",
             target="description",
             eval_fraction=0.1,
             prefix_length=16,
-            max_steps=60,
+            max_steps=40,
+            batch_size=8,
+            learning_rate=0.2,
             progress=False,
         )
         prefix.save_pretrained(FOLDER / "restaurants")
@@ -56,6 +58,8 @@ def main() -> None:
         writer = csv.DictWriter(file, [*COLUMNS, "text"])
         writer.writeheader()
         writer.writerows(dict(row) | {"text": result.text} for row, result in zip(rows, results, strict=True))
+    losses = prefix.training["metrics"]
+    print(f"held-out loss {losses['eval_loss_before']:.2f} before, {losses['eval_loss']:.2f} after training")
     for result in results:
         print(result.text)
 

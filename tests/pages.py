@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import math
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d+\.\d+")
 FLAGS = doctest.ELLIPSIS | doctest.REPORT_NDIFF
 Profile = Callable[..., None]
 
@@ -89,3 +91,11 @@ def run_page(page: Path, cli: Callable[..., Any], watch: Profile | None = None) 
                 shown = f"$ {command}\nexit status {ran.code}\n{ran.err}expected\n{expected}got\n{ran.out}"
                 found.wrong.append(shown)
     return found
+
+
+def same(shown: str, printed: str) -> bool:
+    """Equality of two outputs; numbers with decimals may differ by 5 %, which covers the rounding of other CPUs."""
+    numbers = [list(map(float, NUMBER.findall(text))) for text in (shown, printed)]
+    if NUMBER.sub("#", shown) != NUMBER.sub("#", printed):
+        return False
+    return all(math.isclose(a, b, rel_tol=0.05) for a, b in zip(*numbers, strict=True))

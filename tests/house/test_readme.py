@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import subprocess
@@ -12,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from oracles import ROOT
+from pages import same
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf8")
 SNIPPET = re.compile(r"^```(sh|python)\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SNIPPETS = [match.groups() for match in SNIPPET.finditer(TEXT)]
-NUMBER = re.compile(r"\d+\.\d+")
 # Every Python process of a snippet imports this module first.
 NO_NETWORK = """
 import socket
@@ -39,14 +38,6 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     # One thread: a second one gains nothing on a base of this size and waits long on a busy machine.
     own = {"PYTHONPATH": paths, "PATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder), "OMP_NUM_THREADS": "1"}
     return os.environ | own
-
-
-def same(shown: str, printed: str) -> bool:
-    """Equality of two outputs; numbers with decimals may differ by 5 %, which covers the rounding of other CPUs."""
-    numbers = [list(map(float, NUMBER.findall(text))) for text in (shown, printed)]
-    if NUMBER.sub("#", shown) != NUMBER.sub("#", printed):
-        return False
-    return all(math.isclose(a, b, rel_tol=0.05) for a, b in zip(*numbers, strict=True))
 
 
 def test_the_comparison_finds_another_word_and_another_number():
