@@ -125,6 +125,7 @@ def describe_backends(base: Model | None = None) -> dict[str, Any]:
 
 def describe_base(base: Model) -> dict[str, Any]:
     """Properties of a base, and the size of a prefix for it."""
+    from prefixfast.model.base import describe_weights
     from prefixfast.model.supported_models import VERIFIED
 
     kind = base.hf.config.model_type
@@ -148,6 +149,7 @@ def describe_base(base: Model) -> dict[str, Any]:
         "positions": base.max_positions,
         "vocabulary": base.vocab_size,
         "tokenizer": "none: token ids only" if base.tokenizer is None else "yes",
+        "quantization": describe_weights(base),
         "fingerprint": fingerprint["weights"],
         "fingerprint, ms": round(1e3 * seconds, 1),
         f"prefix of {LENGTH}, numbers": numbers,

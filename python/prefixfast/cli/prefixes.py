@@ -301,7 +301,7 @@ def _details(stored: StoredPrefix) -> dict[str, Any]:
         "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in prefix.kv.values()}),
         "pos_start": stored.pos_start,
         "window": stored.window,
-        "base": stored.base,
+        "base": None if stored.base is None else {k: v for k, v in stored.base.items() if k != "sample"},
         "linearizer": stored.task,  # as in entry.json
         "decoding": dict(stored.decoding),
         "training": dict(prefix.training),

@@ -11,7 +11,13 @@ if TYPE_CHECKING:
     from prefixfast.model.base import Model
     from prefixfast.prefix.prefix import Prefix
 
-BASE_FIELDS = ("dtype", "device", "revision", "backend")  # options of the base that a command loads
+BASE_FIELDS = (
+    "dtype",
+    "device",
+    "revision",
+    "backend",
+    "allow_base_mismatch",
+)  # options of the base that a command loads
 
 
 def read_prefix(path: str | Path, model: str | None, fields: Mapping[str, Any]) -> Prefix:

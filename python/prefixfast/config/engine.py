@@ -10,6 +10,8 @@ from prefixfast.config.fields import EngineFields
 from prefixfast.config.json_types import JSON
 from prefixfast.config.options import BYTES, COUNT, COUNT_OR_ZERO, INT32_MAX, INT64_MAX, SEED, Options, Range, option
 
+BaseMismatch = Literal["quantized"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Options):
@@ -35,6 +37,11 @@ class EngineConfig(Options):
         "auto",
         "attention kernels of a base model that the engine loads: triton, torch, reference or auto; 'auto' chooses by "
         "device, dtype and head sizes",
+    )
+    allow_base_mismatch: Literal["quantized"] | None = option(
+        None,
+        "difference of the base model from that of a prefix that is a warning: 'quantized' accepts a quantized copy; "
+        "None accepts no difference",
     )
     max_model_len: int | None = option(
         None,

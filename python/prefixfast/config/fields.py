@@ -87,6 +87,7 @@ class _EngineOnlyFields(TypedDict, total=False):
     device: str
     revision: str | None
     backend: str
+    allow_base_mismatch: Literal["quantized"] | None
     max_model_len: int | None
     max_num_seqs: int
     max_num_batched_tokens: int

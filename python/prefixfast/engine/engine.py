@@ -41,7 +41,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-BASE_FIELDS = ("dtype", "device", "revision", "backend")  # fields of EngineConfig that load takes
+BASE_FIELDS = (
+    "dtype",
+    "device",
+    "revision",
+    "backend",
+    "allow_base_mismatch",
+)  # fields of EngineConfig that load takes
 
 
 class Engine(RequestSubmission, PrefixPinning):

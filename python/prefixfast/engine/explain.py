@@ -8,11 +8,14 @@ from prefixfast.attention.backend_support import explain_backends
 from prefixfast.config import EngineConfig
 from prefixfast.engine.kv_arena import bytes_per_row
 from prefixfast.engine.loop import Loop
-from prefixfast.model.base import Model, compute_line
+from prefixfast.model.base import Model, compute_line, describe_weights
 
 # Implementation of each operator, and after a semicolon the reason why no faster one is used. ``attn`` is attention of
-# a prefill, ``attn_decode`` attention of a decode step, and ``linear`` the matrix products of the base model.
-EngineExplanation = TypedDict("EngineExplanation", {"attn": str, "attn_decode": str, "decode step": str, "linear": str})
+# a prefill, ``attn_decode`` attention of a decode step, ``linear`` the matrix products of the base model, and
+# ``weights`` the quantization of its weights.
+EngineExplanation = TypedDict(
+    "EngineExplanation", {"attn": str, "attn_decode": str, "decode step": str, "linear": str, "weights": str}
+)
 
 
 def memory_summary(model: Model, loop: Loop, config: EngineConfig) -> str:
@@ -53,6 +56,7 @@ def explain(model: Model, loop: Loop, config: EngineConfig) -> EngineExplanation
         "attn_decode": attention["attn_decode"],
         "decode step": graph if eager is None else f"eager; {eager}",
         "linear": _linear(model),
+        "weights": describe_weights(model),
     }
 
 

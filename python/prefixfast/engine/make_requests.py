@@ -27,7 +27,7 @@ from prefixfast.engine.sampling_params import (
     resolve_params,
 )
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown, suggestion
-from prefixfast.prefix.compatibility import check_fits, described
+from prefixfast.prefix.compatibility import base_mismatch, check_fits, described
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
@@ -72,7 +72,8 @@ def make_requests(
         resolved = resolve_params(sources, i, len(ids), min(max_model_len, text_positions(model, own)))
         check_params(resolved, i, model.vocab_size)
         own_id = request_value(item, task, "id")
-        requests.append(Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task))
+        made = Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task)
+        requests.append(replace(made, base_mismatch=base_mismatch(model, own)))
     return requests
 
 

@@ -178,6 +178,7 @@ class RequestOutput:
             logprobs=None if r.params.logprobs is None else best.logprobs,
             prefix_digest="+".join(p.digest for p in prefixes) or None,
             usage=usage,
+            base_mismatch=r.base_mismatch,
         )
 
 

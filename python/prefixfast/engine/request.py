@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prefixfast.config import GenerationParams
+from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.json_types import JSON
 from prefixfast.data.task import Task
 from prefixfast.prefix.prefix import Prefix
@@ -37,6 +38,8 @@ class Generation:
         prefix_digest: Digests of the request's prefixes, joined by "+", None without a prefix.
         usage: Counts ``prompt_tokens``, ``completion_tokens`` (of all texts) and ``prefix_rows``, empty after an error.
         error: Error of the request as ``"class: message"`` if ``on_error="return"``, None without an error.
+        base_mismatch: ``"quantized"`` if a prefix was made for the base model before its quantization
+            (``allow_base_mismatch``), None without a mismatch.
     """
 
     index: int
@@ -50,6 +53,7 @@ class Generation:
     prefix_digest: str | None
     usage: dict[str, int]
     error: str | None = None
+    base_mismatch: BaseMismatch | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -75,6 +79,7 @@ class Request:
             deadline.
         shared_tokens: Number of leading prompt tokens in a shared prompt, whose keys and values are the last prefix.
         on_token: Function that the engine's thread calls with each token of the first text.
+        base_mismatch: Difference between the base model and those of the prefixes, None without one.
     """
 
     index: int
@@ -90,6 +95,7 @@ class Request:
     deadline: float | None = None
     shared_tokens: int = 0
     on_token: Callable[[int], None] | None = None
+    base_mismatch: BaseMismatch | None = None
 
     @property
     def is_beam_search(self) -> bool:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefixfast.attention.plan import Plan, PrefixUse, training_plan
+from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import Example
 from prefixfast.engine.score_inputs import ScoreRequest
@@ -45,6 +46,8 @@ class Score:
         is_greedy: Whether each target token is the most likely one.
         prefix_digest: Digests of the request's prefixes, joined by "+", None without a prefix.
         usage: Counts ``prompt_tokens``, ``completion_tokens`` and ``prefix_rows``.
+        base_mismatch: ``"quantized"`` if a prefix was made for the base model before its quantization
+            (``allow_base_mismatch``), None without a mismatch.
     """
 
     index: int
@@ -55,6 +58,7 @@ class Score:
     is_greedy: bool
     prefix_digest: str | None
     usage: dict[str, int]
+    base_mismatch: BaseMismatch | None = None
 
 
 @torch.inference_mode()
@@ -108,6 +112,7 @@ def _score(request: ScoreRequest, found: list[tuple[NDArray[np.float64], NDArray
         is_greedy=bool(is_best.all()),
         prefix_digest="+".join(p.digest for p in request.prefixes) or None,
         usage=usage,
+        base_mismatch=request.base_mismatch,
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import (
     Example,
@@ -25,6 +26,7 @@ from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, request_value, text_positions
 from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, check_flag, shown
+from prefixfast.prefix.compatibility import base_mismatch
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
 
@@ -44,12 +46,14 @@ class ScoreRequest:
         id: Value of the request's ``id`` key, None without one.
         prefixes: Prefixes from left to right.
         examples: Token ids and targets, at least one; a row with several references has one for each.
+        base_mismatch: Difference between the base model and those of the prefixes, None without one.
     """
 
     index: int
     id: JSON
     prefixes: tuple[Prefix | StoredPrefix, ...]
     examples: list[Example]
+    base_mismatch: BaseMismatch | None = None
 
 
 def make_score_requests(
@@ -92,7 +96,8 @@ def make_score_requests(
             left = f"the base model has {room - 1} positions left for text"
             msg = f"request {i}: expected at most {room} tokens of prompt and target, got {longest}; {left}"
             raise RequestError(msg, index=i)
-        made.append(ScoreRequest(i, request_value(item, tasks[i], "id"), own, examples[i]))
+        own_id = request_value(item, tasks[i], "id")
+        made.append(ScoreRequest(i, own_id, own, examples[i], base_mismatch(model, own)))
     return made
 
 

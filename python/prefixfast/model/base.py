@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan
+from prefixfast.config.engine import BaseMismatch
 from prefixfast.errors import ConfigError, warn_renamed
 from prefixfast.model.attach import Handle
 from prefixfast.model.dry_run import LayerShape
@@ -40,6 +41,10 @@ class Model:
         head: Output layer, None if the logits are not those of one linear layer.
         closed: Whether `close` was called.
         packed: Result of `prepack`, None before the first call.
+        quantization: Quantization of the weights, also of those that were dequantized when they were loaded. None if
+            they are not known to be quantized.
+        allow_base_mismatch: ``"quantized"`` if prefixes are accepted whose base model has the same weights before
+            quantization, None if no mismatch is accepted.
     """
 
     hf: PreTrainedModel
@@ -49,6 +54,8 @@ class Model:
     head: Head | None
     closed: bool = False
     packed: Packed | None = None
+    quantization: str | None = None
+    allow_base_mismatch: BaseMismatch | None = None
     _fingerprint: tuple[object, Fingerprint] | None = None
 
     def __repr__(self) -> str:
@@ -223,3 +230,9 @@ class Model:
 def compute_line(model: Model) -> str:
     """Compute dtype and device, as logs show them: ``computing in bfloat16 on cpu``."""
     return f"computing in {str(model.dtype).removeprefix('torch.')} on {model.device}"
+
+
+def describe_weights(model: Model) -> str:
+    """Quantization of a base model's weights, and whether prefixes of the base before quantization are accepted."""
+    accepted = "; prefixes of the base before quantization are accepted" if model.allow_base_mismatch else ""
+    return ("not quantized" if model.quantization is None else f"quantized: {model.quantization}") + accepted

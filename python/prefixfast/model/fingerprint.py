@@ -58,6 +58,8 @@ class Fingerprint(TypedDict, total=False):
         config: Values of the `FIELDS` of the configuration.
         tokenizer: Hex digest of the tokenizer, None without a tokenizer.
         weights: Hex digest of sampled weights, None for a base model in fp16.
+        sample: A few numbers of the same weights by kind and parameter, in base64, by which a quantized copy of the
+            base model is compared. Absent if an earlier version made the fingerprint.
         kv_layout: Shapes of keys and values, absent if all layers are alike and PEFT has the same rows.
         adapters: Hex digest of the adapters of PEFT that act in the layers, "none" if none acts. Absent for a base
             model without adapters, and unknown if an earlier version made the fingerprint.
@@ -67,6 +69,7 @@ class Fingerprint(TypedDict, total=False):
     config: dict[str, JSON]
     tokenizer: str | None
     weights: str | None
+    sample: dict[str, dict[str, str]]
     adapters: str
     kv_layout: KVLayout
 
@@ -114,6 +117,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
     import torch
 
     from prefixfast.model.adapters import adapters_digest, has_adapters
+    from prefixfast.model.quantized_copy import weight_sample
 
     config = model.config.get_text_config()
     by_layer = getattr(config, "per_layer_attributes", None) or set()  # reading one from the whole config raises
@@ -127,11 +131,19 @@ def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
         "config": json.loads(json.dumps(fields, default=str)),
         "tokenizer": None if tokenizer is None else _digest(tokenizer.encode()),
         "weights": None if model.dtype == torch.float16 else _weights(model),
+        "sample": weight_sample((name, _plain(parameter)) for name, parameter in _sampled_parameters(model)),
     }
     return {**found, "adapters": adapters_digest(model)} if has_adapters(model) else found
 
 
-def check_same_base(ours: Mapping[str, Any] | None, base: Mapping[str, Any], what: str) -> None:
+def check_same_base(
+    ours: Mapping[str, Any] | None,
+    base: Mapping[str, Any],
+    what: str,
+    quantization: str | None = None,
+    *,
+    allow_quantized: bool = False,
+) -> None:
     """Check that a prefix was made for a base model; a prefix without a fingerprint passes.
 
     A different tokenizer is a warning, once per pair of tokenizers: the prefix works with token ids of any tokenizer.
@@ -140,17 +152,28 @@ def check_same_base(ours: Mapping[str, Any] | None, base: Mapping[str, Any], wha
         ours: Fingerprint that the prefix holds, None if unknown.
         base: Fingerprint of the base model.
         what: Name of the prefix in the error's message.
+        quantization: Quantization of the base model, None if its weights are not quantized.
+        allow_quantized: Whether the base model may be a quantized copy of the prefix's, which is a warning then.
 
     Raises:
         BaseMismatchError: If the prefix was made for another base model.
     """
     if ours is None:
         return
+    from prefixfast.model.quantized_copy import copy_error, warn_copy
+
     tokenizers = ours.get("tokenizer"), base.get("tokenizer")
     for key in ("config", "adapters", "weights"):
         if ours.get(key) is None or base.get(key) is None or ours[key] == base[key]:
             continue
         detail, advice = f"{key} differ", "load the base it was trained on"
+        if key == "weights" and allow_quantized:
+            if (reason := copy_error(ours, base, quantization)) is None:
+                warn_copy(ours, base, quantization, what)
+                continue
+            detail = f"weights differ: {reason}"
+        elif key == "weights" and quantization is not None:
+            advice += f", or load(..., allow_base_mismatch='quantized') if this base ({quantization}) is a copy of it"
         if key == "adapters":
             detail = "other adapters of PEFT act in its layers, or they are merged in one of the two"
             advice = "set the base's adapters as they were in training"
@@ -177,15 +200,21 @@ def _weights(model: PreTrainedModel) -> str:
 
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, embedding.shape[0] - 1, SAMPLED_ROWS, device=embedding.device).long()
-    last = str(model.config.get_text_config().num_hidden_layers - 1)
     parts = [_plain(embedding)[rows]]
-    for name, parameter in sorted(model.named_parameters()):
-        layers = [p for p in name.split(".") if p.isdigit()]
-        if not layers or layers[0] in ("0", last):
-            flat = _plain(parameter).reshape(-1)
-            parts.append(flat[:: max(1, len(flat) // 256)])
+    for _, parameter in _sampled_parameters(model):
+        flat = _plain(parameter).reshape(-1)
+        parts.append(flat[:: max(1, len(flat) // 256)])
     sampled = torch.cat([p.to(embedding.device, torch.bfloat16).reshape(-1) for p in parts])  # one copy to the host
     return _digest(sampled.cpu().view(torch.int16).numpy().tobytes())
+
+
+def _sampled_parameters(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Parameters of the first and the last layer and outside of the layers, in the order of their names."""
+    last = str(model.config.get_text_config().num_hidden_layers - 1)
+    named = [
+        (name, parameter, [p for p in name.split(".") if p.isdigit()]) for name, parameter in model.named_parameters()
+    ]
+    return sorted((n, p) for n, p, layers in named if not layers or layers[0] in ("0", last))
 
 
 def _plain(parameter: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import transformers
@@ -15,12 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from prefixfast.attention import ops
-from prefixfast.errors import ConfigError, check_flag, check_string, shown
+from prefixfast.config.engine import BaseMismatch
+from prefixfast.errors import ConfigError, check_choice, check_flag, check_string, shown
 from prefixfast.io.progress import Progress, draws_bars
 from prefixfast.model.attach import attach
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.base_name import check_base_name
 from prefixfast.model.lm_head import find_head
+from prefixfast.model.quantized_copy import gguf_quantization, quantization_of
 from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ def load(
     backend: str = "auto",
     trust_remote_code: bool = False,
     local_files_only: bool = False,
+    allow_base_mismatch: BaseMismatch | None = None,
 ) -> Model:
     """Load a base model and attach it.
 
@@ -56,6 +59,9 @@ def load(
         backend: Attention kernels, ``"triton"``, ``"torch"``, ``"reference"`` or ``"auto"``.
         trust_remote_code: Whether code from the model's repository may run.
         local_files_only: Whether to read a hub id from the local cache without asking the hub.
+        allow_base_mismatch: Difference from the base model of a prefix that is a warning instead of an error.
+            ``"quantized"`` accepts prefixes of a base model of which this one is a quantized copy. None accepts no
+            difference.
 
     Returns:
         Attached and frozen base model, which is also a context manager.
@@ -68,7 +74,12 @@ def load(
         ...     model.dtype, model.vocab_size, len(model.layers)
         (torch.float32, 101, 3)
     """
+    if allow_base_mismatch is not None:
+        check_choice("allow_base_mismatch", allow_base_mismatch, get_args(BaseMismatch))
     if isinstance(model, Model):
+        if allow_base_mismatch not in (None, model.allow_base_mismatch):
+            msg = "allow_base_mismatch: this base was loaded without it; load it again with allow_base_mismatch"
+            raise ConfigError(msg)
         return model.opened()
     check_flag("trust_remote_code", trust_remote_code)
     check_flag("local_files_only", local_files_only)
@@ -76,7 +87,7 @@ def load(
     if not isinstance(backend, str) or backend not in ("auto", *ops.BACKENDS):
         ops.choose_backend(backend, torch.device("cpu"), torch.float32, ())  # raises before the model is loaded
     if not isinstance(model, str | Path):
-        return _wrap(model, tokenizer, backend)
+        return _wrap(model, tokenizer, backend, allow_base_mismatch)
     check_base_name(model, local_files_only=local_files_only)
     where = find_device(device)
     common = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_files_only}
@@ -84,7 +95,9 @@ def load(
     if Path(model).suffix.lower() == ".gguf":
         with _loading(str(model)):
             hf, own = _from_gguf(Path(model), compute, tokenizer)
-        return _wrap(hf.to(where), own, backend)
+        made = _wrap(hf.to(where), own, backend, allow_base_mismatch)
+        made.quantization = gguf_quantization(Path(model))
+        return made
     try:
         with _loading(str(model)):
             hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
@@ -93,7 +106,7 @@ def load(
         msg = f"model: {shown(str(model))} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}{install}"
         raise ConfigError(msg) from e
     own = tokenizer if tokenizer is not None else read_tokenizer(model, **common)
-    return _wrap(hf, own, backend)
+    return _wrap(hf, own, backend, allow_base_mismatch)
 
 
 @contextlib.contextmanager
@@ -149,7 +162,7 @@ def _inside_peft(model: Any) -> Any:
     return model.get_base_model()
 
 
-def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
+def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str, allow_base_mismatch: BaseMismatch | None) -> Model:
     """Attach a transformers model and make it a `Model`."""
     hf = _inside_peft(hf)
     if not isinstance(hf, PreTrainedModel):
@@ -169,7 +182,9 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str) -> Model:
     except ConfigError:
         handle.detach()
         raise
-    return Model(hf, chosen, handle, ours, find_head(hf))
+    made = Model(hf, chosen, handle, ours, find_head(hf))
+    made.quantization, made.allow_base_mismatch = quantization_of(hf), allow_base_mismatch
+    return made
 
 
 def find_device(name: str | torch.device) -> torch.device:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from prefixfast.config.engine import BaseMismatch
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.load import find_device, load
@@ -32,7 +33,13 @@ _CACHE_LOCK = threading.Lock()
 
 
 def check_base_fields(
-    model: Model, *, dtype: str = "auto", device: str = "auto", revision: str | None = None, backend: str = "auto"
+    model: Model,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    revision: str | None = None,
+    backend: str = "auto",
+    allow_base_mismatch: BaseMismatch | None = None,
 ) -> None:
     """Raise `ConfigError` if a loaded base model differs from the options of an engine.
 
@@ -42,11 +49,17 @@ def check_base_fields(
         device: Device, ``"auto"`` for any.
         revision: Revision of a hub id, not compared since a loaded model does not say its own.
         backend: Backend, ``"auto"`` for any.
+        allow_base_mismatch: Accepted difference from the base models of prefixes, None for that of the model.
     """
     if device != "auto":
         find_device(device)  # raises for a name that torch does not know
     name = next((n for n, d in DTYPES.items() if d == model.dtype), str(model.dtype))
-    have = {"dtype": (dtype, name), "device": (device, model.device.type), "backend": (backend, model.backend.name)}
+    have = {
+        "dtype": (dtype, name),
+        "device": (device, model.device.type),
+        "backend": (backend, model.backend.name),
+        "allow_base_mismatch": (allow_base_mismatch or "auto", model.allow_base_mismatch),
+    }
     for option, (wanted, got) in have.items():
         if wanted not in ("auto", got) and not (option == "device" and torch.device(wanted) == model.device):
             msg = f"{option}: this base was loaded with {got!r}, got {wanted!r}; load it again with {option}={wanted!r}"
@@ -62,8 +75,8 @@ def borrowed(model: str | Path | PreTrainedModel | PeftModel | Model, **how: Any
 
     Args:
         model: Base model, as `load` takes it.
-        how: Arguments ``dtype``, ``device``, ``revision`` and ``backend`` of `load` for a base model by name; the cache
-            holds the base model of one name and one set of these arguments.
+        how: Arguments ``dtype``, ``device``, ``revision``, ``backend`` and ``allow_base_mismatch`` of `load` for a base
+            model by name; the cache holds the base model of one name and one set of these arguments.
 
     Yields:
         Attached base model.

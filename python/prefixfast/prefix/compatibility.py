@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from prefixfast.config.engine import BaseMismatch
 from prefixfast.errors import BaseMismatchError, shown
 from prefixfast.model.fingerprint import check_same_base, num_layers
 from prefixfast.model.prefix_shape import PrefixShape, filled_layers, is_peft_table, own_layers, readers
@@ -25,6 +27,19 @@ def described(prefix: PrefixShape, names: object = None) -> str:
     return f"the prefix {shown(name)}" if name is not None else f"the prefix {getattr(prefix, 'digest', '')[:12]}"
 
 
+def base_mismatch(model: Model, prefixes: Sequence[PrefixShape]) -> BaseMismatch | None:
+    """Difference between a base model and those of prefixes that fit it, None if there is none.
+
+    Args:
+        model: Base model.
+        prefixes: Prefixes for which `check_fits` has passed.
+    """
+    if model.allow_base_mismatch is None:
+        return None
+    weights = {(p.base or {}).get("weights") for p in prefixes} - {None}
+    return "quantized" if weights - {model.fingerprint["weights"]} and model.fingerprint["weights"] else None
+
+
 def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> None:
     """Check that a prefix fits a base model.
 
@@ -43,7 +58,8 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
     Example:
         >>> check_fits(base, prefix)
     """
-    check_same_base(prefix.base, model.fingerprint, what)
+    allowed = model.allow_base_mismatch == "quantized"
+    check_same_base(prefix.base, model.fingerprint, what, model.quantization, allow_quantized=allowed)
     if is_peft_table(prefix, model.layers) and filled_layers(prefix, model.layers):
         return
     expected = {

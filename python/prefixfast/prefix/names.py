@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 Window: TypeAlias = Literal["slide", "always"]
 FIELD_NAMES = ("pos_start", "window", "base", "task", "decoding", "training")
 
-TYPES_OF_BASE_KEYS = {"name": str, "config": dict, "tokenizer": str, "weights": str}
+TYPES_OF_BASE_KEYS = {"name": str, "config": dict, "tokenizer": str, "weights": str, "sample": dict}
 
 
 class PrefixFields(TypedDict, total=False):
@@ -42,6 +42,9 @@ def base_error(base: object) -> str | None:
     for key, kind in TYPES_OF_BASE_KEYS.items():
         if not isinstance(base.get(key), kind | None):
             return f"base.{key}: expected {kind.__name__} or null, got {shown(base[key])}"
+    for kind, named in (base.get("sample") or {}).items():
+        if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
+            return f"base.sample.{kind}: expected texts by name, got {shown(named)}"
     return None
 
 

@@ -6,65 +6,21 @@ import importlib.util
 import logging
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 
 import tiny
 from composed import error, logits
 from prefixfast import ConfigError, Prefix, generate, load
+from quantized import write_gguf
 
 PROMPT = list(range(3, 20))
-
-
-def paired(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of query and key weights in llama.cpp's order, which interleaves the two halves that RoPE rotates."""
-    return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
-
-
-def write(path: Path, model, tokenizer, *, quantized: bool = False) -> None:
-    c = model.config
-    w = gguf.GGUFWriter(str(path), "llama")
-    w.add_context_length(c.max_position_embeddings)
-    w.add_embedding_length(c.hidden_size)
-    w.add_block_count(c.num_hidden_layers)
-    w.add_feed_forward_length(c.intermediate_size)
-    w.add_head_count(c.num_attention_heads)
-    w.add_head_count_kv(c.num_key_value_heads)
-    w.add_rope_dimension_count(c.hidden_size // c.num_attention_heads)
-    w.add_rope_freq_base(c.rope_parameters["rope_theta"])
-    w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_vocab_size(c.vocab_size)
-    w.add_tokenizer_model("gpt2")
-    w.add_tokenizer_pre("gpt-2")
-    tokens = tokenizer.convert_ids_to_tokens(list(range(c.vocab_size)))
-    w.add_token_list(tokens)
-    w.add_token_types([gguf.TokenType.CONTROL if i < 3 else gguf.TokenType.NORMAL for i in range(c.vocab_size)])
-    w.add_token_scores([0.0] * c.vocab_size)  # no merges, since the tokens have none that transformers could derive
-    w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            weight = paired(weight, c.num_attention_heads if "q_proj" in name else c.num_key_value_heads)
-        data, kind = weight.numpy().astype(np.float32), gguf.GGMLQuantizationType.Q8_0
-        if quantized and data.ndim == 2 and data.shape[1] % 32 == 0:
-            w.add_tensor(
-                names.get_name(name, try_suffixes=(".weight",)), gguf.quants.quantize(data, kind), raw_dtype=kind
-            )
-        else:
-            w.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, tokenizer) -> Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny llama.gguf"
-    write(path, tiny.make("llama"), tokenizer)
+    write_gguf(path, tiny.make("llama"), tokenizer)
     return path
 
 
@@ -116,7 +72,7 @@ def test_weights_are_dequantized_to_the_compute_dtype(file, dtype):
 
 
 def test_a_quantized_file_becomes_an_ordinary_model(tmp_path, tokenizer, caplog):
-    write(tmp_path / "x.gguf", tiny.make("llama"), tokenizer, quantized=True)
+    write_gguf(tmp_path / "x.gguf", tiny.make("llama"), tokenizer, quantized=True)
     with torch.no_grad():
         exact = tiny.make("llama")(input_ids=torch.tensor([PROMPT])).logits[0]
     with caplog.at_level(logging.WARNING), load(tmp_path / "x.gguf", dtype="float32") as base:

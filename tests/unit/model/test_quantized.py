@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import tiny
 from prefixfast import ConfigError, Engine, load
 from prefixfast.attention.plan import plain_plan
+from quantized import quantized_llama
 
 IDS = torch.arange(3, 20)
 
@@ -41,58 +42,12 @@ class Quantized(nn.Module):
         return F.linear(self.quantize(x), self.weight, self.bias)
 
 
-class Int8(Tensor):
-    """A weight in int8 with one scale for each row, which only linear products read, as in torchao."""
-
-    q: Tensor
-    scale: Tensor
-
-    @staticmethod
-    def __new__(cls, q: Tensor, scale: Tensor) -> Int8:
-        made = Tensor._make_wrapper_subclass(cls, q.shape, dtype=scale.dtype, device=q.device)
-        made.q, made.scale = q, scale
-        return made
-
-    @classmethod
-    def of(cls, t: Tensor) -> Int8:
-        scale = t.abs().amax(1, keepdim=True) / 127
-        return cls((t / scale).round().to(torch.int8), scale)
-
-    def dequantize(self) -> Tensor:
-        return self.q * self.scale
-
-    def __repr__(self) -> str:
-        return f"Int8({tuple(self.shape)})"
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear:
-            x, weight, bias = (*args, *(kwargs or {}).values(), None)[:3]
-            return F.linear(x, weight.dequantize(), bias)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(args[0].q, args[0].scale)
-        msg = f"Int8 has no {func}"
-        raise NotImplementedError(msg)
-
-
 def replaced(make: Callable[[nn.Linear], nn.Module]) -> Any:
     """A Llama whose second layer has other linear layers."""
     model = tiny.make("llama")
     mlp = model.model.layers[1].mlp
     mlp.gate_proj, mlp.down_proj = make(mlp.gate_proj), make(mlp.down_proj)
     return model.eval()
-
-
-def weights_only(kind: type = Int8) -> Any:
-    """A Llama with int8 weights in all linear layers."""
-    model = tiny.make("llama")
-    for layer in [m for m in model.modules() if type(m) is nn.Linear]:
-        layer.weight = nn.Parameter(kind.of(layer.weight.detach()), requires_grad=False)
-    return model
 
 
 def dynamic() -> Any:
@@ -110,7 +65,7 @@ BY_TENSOR = {
 BY_ROW = {
     "weights": lambda: replaced(lambda layer: Quantized(layer, lambda x: x)),
     "one scale for each token": lambda: replaced(lambda layer: Quantized(layer, lambda x: int8(x, -1))),
-    "tensor subclass": weights_only,
+    "tensor subclass": quantized_llama,
 }
 
 
@@ -142,7 +97,7 @@ def test_a_layer_with_independent_rows_gives_its_own_results(make):
 def test_quantized_bases_have_other_fingerprints_for_other_weights():
     prints = []
     for factor in (1.0, 1.5):
-        model = weights_only()
+        model = quantized_llama()
         model.lm_head.weight.data.scale.mul_(factor)
         with load(model) as base:
             prints.append(base.fingerprint["weights"])
