@@ -63,12 +63,15 @@ def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> 
     Raises:
         DataError: If a column is the misspelling of a key that changes results.
     """
+    from prefixfast.data.columns import has_own_columns
     from prefixfast.data.files import FileRow
+    from prefixfast.data.layouts import layout_note, recognized_layout
     from prefixfast.engine.make_requests import unknown_keys
 
     found: list[Row] = []
     left_out: dict[str, None] = {}
-    for i, (row, task) in enumerate(zip(rows, _row_tasks(rows, headers, store), strict=True)):
+    tasks = _row_tasks(rows, headers, store)
+    for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
         unknown = unknown_keys(row, task) if task.format != "columns" else set()
         if not unknown:
             found.append(row)
@@ -77,6 +80,9 @@ def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> 
         left_out |= dict.fromkeys(key for key in row if key in unknown)
         known = {key: value for key, value in row.items() if key not in unknown}
         found.append(FileRow(known, row.path, row.line) if isinstance(row, FileRow) else known)
+    layout = None if has_own_columns(tasks[0], rows[0]) else recognized_layout(rows[0])
+    if layout is not None and (note := layout_note(found, layout.format)):
+        logger.info("%s", note)
     if left_out:
         names = ", ".join(map(shown, left_out))
         logger.info("columns that are copied to the output and not read by the model: %s", names)

@@ -17,6 +17,7 @@ from prefixfast.data.corpora import task_items
 from prefixfast.data.encode import ANY_VOCABULARY, Example, encode_examples
 from prefixfast.data.files import file_items
 from prefixfast.data.join import Joins
+from prefixfast.data.layouts import layout_note
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_string
@@ -79,7 +80,8 @@ class DataReport:
         too_long: Number of examples with more than ``max_length`` tokens.
         unread: Columns that the task's format does not read.
         warnings: Sentences on rows that training takes, but that are likely a mistake.
-        notes: Sentences on columns whose names have a meaning in other rows.
+        notes: Sentences on columns whose names have a meaning in other rows, and on how rows of a public data set are
+            read.
         shown: Examples of the first valid row, of the row of median length and of the longest.
     """
 
@@ -180,6 +182,8 @@ class _Checker:
         report.task = task.name
         check_columns(task, rows)
         report.unread, report.notes = unread_columns(task, rows), reserved_notes(task, rows)
+        if note := layout_note(rows, task.format):
+            report.notes.append(note)
         characters: dict[str, list[int]] = {"prompt": [], "target": []}
         tokens: dict[str, list[int]] = {"example": [], "target": []}
         counted = tokenizer is not None or task.is_tokenized(rows[0])

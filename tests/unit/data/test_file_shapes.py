@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import logging
+import tracemalloc
 import zipfile
 
 import pytest
@@ -304,6 +305,28 @@ def test_an_encoding_that_does_not_exist(tmp_path, encoding):
         read_rows(tmp_path / "a.csv", encoding=encoding)
 
 
+def test_a_hundred_thousand_rows(tmp_path):
+    lines = (f"{i};What is {i}+1?, please;{i + 1};{i / 8:.2f}\r\n" for i in range(100_000))
+    (tmp_path / "a.csv").write_bytes(("number;prompt;completion;price\r\n" + "".join(lines)).encode())
+    rows = read_rows(tmp_path / "a.csv")
+    assert len(rows) == 100_000
+    assert all(r["prompt"] == f"What is {i}+1?, please" and r["completion"] == str(i + 1) for i, r in enumerate(rows))
+    assert (rows[-1].line, rows[-1]["price"]) == (100_001, "12499.88")
+
+
+def test_memory_of_reading_is_a_small_multiple_of_the_file(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"prompt,completion\n" + (b"word " * 60 + b"," + b"text " * 60 + b"\n") * 5_000)
+    tracemalloc.start()
+    try:
+        rows = read_rows(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == 5_000
+    assert peak < 4 * path.stat().st_size
+
+
 NAMES = st.text(" abé#", min_size=1, max_size=4).filter(str.strip)
 HEADERS = st.lists(NAMES, min_size=1, max_size=4, unique_by=lambda n: n.strip().casefold())
 
@@ -325,7 +348,7 @@ def tables(draw):
     st.booleans(),
     st.sampled_from(["", "-16"]),
 )
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=60)
 def test_tables_of_any_text_are_read_back(tmp_path_factory, table, separator, line_end, quotes, wide):
     header, records = table
     out = io.StringIO(newline="")
@@ -344,7 +367,7 @@ def test_tables_of_any_text_are_read_back(tmp_path_factory, table, separator, li
         max_size=4,
     )
 )
-@settings(derandomize=True, deadline=None, max_examples=100)
+@settings(derandomize=True, deadline=None, max_examples=60)
 def test_names_with_separators_are_read_or_refused(tmp_path_factory, records):
     """The true separator always fits, so that another one is never taken in its place."""
     for separator in ",;":

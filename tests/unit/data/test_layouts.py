@@ -166,6 +166,7 @@ def test_training_generation_score_and_check_read_them_alike(base, tmp_path, cap
     assert scores == [s.logprob for s in score(plain, prefix, model=base)]
     report = check_data(None, path)
     assert (report.task, report.num_problems, report.unread) == ("instruction", 0, ["note"])
+    assert ["instruction and input" in note for note in report.notes] == [True]
 
 
 def test_conversations_in_a_cell(tmp_path):
@@ -176,3 +177,14 @@ def test_conversations_in_a_cell(tmp_path):
     assert check_data(None, path).num_problems == 0
     (tmp_path / "a.json").write_text(json.dumps({"conversations": SHAREGPT}))
     assert read_rows(tmp_path / "a.json") == [row]
+
+
+def test_generate_says_how_rows_are_read(cli, folder, tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("Question,Answer,note\n2+2?,4,n\n")
+    how = ("-o", tmp_path / "out.jsonl", "--model", folder, "--max-new-tokens", 2)
+    with caplog.at_level(logging.INFO):
+        result = cli("generate", tmp_path / "a.csv", *how)
+    assert result.code == 0, result.err
+    assert "the input is question" in caplog.text
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert json.loads(line)["note"] == "n"
