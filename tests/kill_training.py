@@ -28,7 +28,7 @@ from token_rows import rows
 STEPS = 30  # steps of a whole run
 MOST_SAVED = 6  # a child is killed before it has saved this many steps
 DEADLINE = 300  # seconds without a saved step after which the script fails
-KINDS = ("several", "lone", "store")  # several prefixes, one, and several without an output folder
+KINDS = ("store", "several", "lone")  # several prefixes without an output folder, several, and one
 DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4), "d": rows(3, 6)}
 OPTIONS = {
     "batch_size": 2,
@@ -119,7 +119,7 @@ def main(folder: Path, kills: int, seed: int) -> None:
         if len(steps) == kills:
             break
         out = folder / f"run-{number}"
-        for _ in range(min(4, kills - len(steps))):
+        for _ in range(min(2, kills - len(steps))):
             more, seconds = chance.randrange(MOST_SAVED), chance.uniform(0, span[kind] * MOST_SAVED / STEPS)
             if kill(child(model, out, kind), out, more, seconds):  # a child that ended before its kill does not count
                 steps.append(saved(out))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 from prefixfast.bench.e2e_rows import read_split
 from prefixfast.bench.harness import write_rows
@@ -27,8 +29,8 @@ from prefixfast.demo import BASE
 from prefixfast.demo.corpus import draw_scene
 
 USERS, ROWS = 40, 5
-BROKEN = {"user38": 'mr,ref\n"name[The Mill, food[soup]\n', "user39": ""}
-OPTIONS = {"prefix_length": 10, "dtype": "float32", "task": "e2e"}
+BROKEN = {"user38": 'mr,ref\n"name[The Mill], food[soup]\n', "user39": ""}
+OPTIONS = {"prefix_length": 10, "dtype": "float32"}
 
 
 @dataclass
@@ -54,28 +56,26 @@ class Cost:
 
 
 def write_users(folder: Path, e2e: Path | None) -> None:
-    """Write the users' files: disjoint rows of E2E, or made-up rows of the same form."""
-    rows = iter(read_split(e2e, "train") if e2e else made_up())
+    """Write the users' files: disjoint rows of E2E, or made-up rows."""
+    rows = iter(read_split(e2e, "train")) if e2e else made_up()
     for i in range(USERS):
         name = f"user{i:02d}"
         if name in BROKEN:
             (folder / f"{name}.csv").write_text(BROKEN[name])
             continue
+        own = list(itertools.islice(rows, ROWS))
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf8") as f:
-            writer = csv.writer(f)
-            writer.writerow(("mr", "ref"))
-            writer.writerows((row["mr"], row["ref"]) for row, _ in zip(rows, range(ROWS), strict=False))
+            writer = csv.DictWriter(f, own[0], extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(own)
 
 
 def made_up() -> Iterator[dict[str, str]]:
-    """Rows of the form of E2E from the values of the demo."""
-    from random import Random
-
+    """Rows of the demo: what is known about an eatery, and its name."""
     rng = Random(0)
     while True:
-        table = draw_scene(rng, "eatery", "train")
-        mr = ", ".join(f"{key}[{value}]" for key, value in table.items())
-        yield {"mr": mr, "ref": "We have " + ", ".join(table.values()) + "."}
+        scene = draw_scene(rng, "eatery", "train")
+        yield {"prompt": f"{scene['cook']} cooks in {scene['town']} at", "completion": f" {scene['name']}."}
 
 
 def size(folder: Path) -> tuple[int, int]:
