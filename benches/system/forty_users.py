@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
@@ -105,35 +105,30 @@ def run_in_python(how: str, base: str, users: Path, store: Path) -> None:
             assert name in BROKEN
 
 
-def measure(base: str, users: Path, work: Path, singles: int) -> list[dict[str, object]]:
-    """Costs of all ways, in turn; of the single commands the first ``singles`` are run, half of them in each turn."""
-    costs = {name: [Cost(), Cost()] for name in ("one command", "one call", "40 calls")} | {"single commands": [Cost()]}
-    cli = [sys.executable, "-m", "prefixfast", "train", base]
-    me = [sys.executable, __file__, "--base", base]
-    files = sorted(users.iterdir())
-    sizes: dict[str, tuple[int, int]] = {}
+def measure(base: str, users: Path, work: Path, singles: int) -> Iterator[list[dict[str, object]]]:
+    """Measure all ways in turn, twice; yields the rows of the results so far after each measurement.
+
+    Of the single commands the first ``singles`` are run, half of them in each turn.
+    """
+    cli, me = [sys.executable, "-m", "prefixfast", "train", base], [sys.executable, __file__, "--base", base]
+    files, rows = sorted(users.iterdir()), dict[str, dict[str, object]]()
     for turn in range(2):
-        stores = {name: work / f"{name} {turn if name != 'single commands' else ''}".strip() for name in costs}
-        costs["one command"][turn].add([*cli, str(users), "--store", str(stores["one command"]), *flags()], 3)
-        for name, how in (("one call", "one"), ("40 calls", "each")):
-            costs[name][turn].add([*me, "--run", how, "--users", str(users), "--store", str(stores[name])], 0)
-        for file in files[turn * singles // 2 : (turn + 1) * singles // 2]:
-            single = [*cli, str(file), "--store", str(stores["single commands"]), *flags()]
-            costs["single commands"][0].add(single, 1 if file.stem in BROKEN else 0)
-        sizes |= {name: size(store) for name, store in stores.items()}
-        print(f"turn {turn + 1} of 2 done", file=sys.stderr)
-    return [
-        {
-            "what": name,
-            "measured": singles if name == "single commands" else USERS,
-            "seconds": [round(c.seconds, 2) for c in own],
-            "cpu_seconds": [round(c.cpu_seconds, 2) for c in own],
-            "peak_mib": [round(c.peak_mib, 1) for c in own],
-            "files": sizes[name][0],
-            "bytes": sizes[name][1],
-        }
-        for name, own in costs.items()
-    ]
+        half = files[turn * singles // 2 : (turn + 1) * singles // 2]
+        for name in ("one command", "single commands", "one call", "40 calls"):
+            cost, store = Cost(), work / f"{name} {turn}"
+            if name == "one command":
+                cost.add([*cli, str(users), "--store", str(store), *flags()], 3)
+            elif name == "single commands":
+                for file in half:
+                    single = [*cli, str(file), "--store", str(store), *flags()]
+                    cost.add(single, 1 if file.stem in BROKEN else 0)
+            else:
+                how = "one" if name == "one call" else "each"
+                cost.add([*me, "--run", how, "--users", str(users), "--store", str(store)], 0)
+            count, total = size(store)
+            runs = len(half) if name == "single commands" else 1
+            rows[store.name] = {"what": name, "turn": turn, "runs": runs, "files": count, "bytes": total} | asdict(cost)
+            yield list(rows.values())
 
 
 def main() -> None:
@@ -155,12 +150,11 @@ def main() -> None:
         users.mkdir()
         work.mkdir()
         write_users(users, given.e2e)
-        rows = measure(given.base, users, work, given.singles)
-    about = {"base": Path(given.base).name, "users": USERS, "broken": len(BROKEN), "rows": ROWS, **OPTIONS}
-    for row in rows:
-        print(json.dumps(row))
-    if given.output:
-        write_rows(given.output, [about, *rows])
+        about = {"base": Path(given.base).name, "users": USERS, "broken": len(BROKEN), "rows": ROWS, **OPTIONS}
+        for rows in measure(given.base, users, work, given.singles):
+            print(json.dumps(rows[-1]), flush=True)
+            if given.output:
+                write_rows(given.output, [{"settings": about}, *rows])
 
 
 if __name__ == "__main__":
