@@ -35,6 +35,8 @@ RIGHT_FLAG = {
     "a store": "--store {path} with a 'prefix' key in each row, or with --prefix NAME",
 }
 
+IMPORT = "`prefixfast prefixes add STORE NAME FOLDER` puts a prefix into a store, `prefixes import` those of a folder"
+
 
 @dataclass(frozen=True)
 class PrefixFlags:
@@ -90,7 +92,7 @@ class PrefixFlags:
             got = "no 'prefix' key" if strange[0] is None else shown(strange[0])
             msg = f"--prefixes: expected a 'prefix' key in every row that names a folder in {self.prefixes}, got {got}"
             raise ConfigError(msg)
-        return {n: _header(str(self.prefixes / n)) for n in sorted(map(str, names))}
+        return {n: _header(self.prefixes / n) for n in sorted(map(str, names))}
 
 
 def read_prefixes(headers: Any, model: str | None, fields: Mapping[str, Any]) -> Any:
@@ -134,8 +136,9 @@ def check_kind(flag: str, path: Path, expected: str) -> None:
         raise ConfigError(msg)
     kind = kind_of(path)
     if kind not in (expected, None):
-        msg = f"{flag}: expected {expected}, got {shown(str(path))}, which is {kind}: give {RIGHT_FLAG[kind]}"
-        raise ConfigError(msg.format(path=path))
+        advice = f"give {RIGHT_FLAG[kind]}" if flag.startswith("--") else IMPORT
+        msg = f"{flag}: expected {expected}, got {shown(str(path))}, which is {kind}: {advice.format(path=path)}"
+        raise ConfigError(msg)
 
 
 def kind_of(folder: Path) -> str | None:
@@ -156,7 +159,7 @@ def _adapters(folders: Iterable[Path]) -> list[str]:
     return sorted(f.name for f in folders if is_adapter(f))
 
 
-def _header(path: str) -> Any:
+def _header(path: str | Path) -> Any:
     from prefixfast.prefix.header import read_header
 
     try:
@@ -167,8 +170,9 @@ def _header(path: str) -> Any:
             raise
         inside = _adapters(Path(path).iterdir())[:NAMES_SHOWN]
         names = f" ({', '.join(map(shown, inside))})" if inside else ""
-        msg = f"--prefix: expected a prefix, got {shown(path)}, which is {kind}{names}: give {RIGHT_FLAG[str(kind)]}"
-        raise ConfigError(msg.format(path=path)) from e
+        advice = RIGHT_FLAG[str(kind)].format(path=path)
+        msg = f"--prefix: expected a prefix, got {shown(str(path))}, which is {kind}{names}: give {advice}"
+        raise ConfigError(msg) from e
 
 
 def _stored(store: PrefixStore, name: str) -> Any:

@@ -12,6 +12,7 @@ import typer
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.output import SOME_FAILED, in_bytes, printable, show, show_one
+from prefixfast.cli.prefix_flags import check_kind
 from prefixfast.cli.receipts import receipt_lines
 
 if TYPE_CHECKING:
@@ -37,12 +38,13 @@ KeepVersions = Annotated[int, typer.Option(help="Number of versions of a name th
 
 @app.command("list", cls=Command, epilog="prefixfast prefixes list store")
 def list_(store: Store, as_json: Json = False) -> None:
-    """List the newest version of every name.
+    """List the newest version of every name, sorted by name.
 
     The exit status is 3 if some versions cannot be read.
     """
     keys = ("name", "version", "length", "nbytes", "size", "base", "created", "digest", "problem")
-    rows = [dict.fromkeys(keys, None) | _summary(one) for one in _open(store).scan()]
+    found = [dict.fromkeys(keys, None) | _summary(one) for one in _open(store).scan()]
+    rows = sorted(found, key=lambda row: (row["name"] is None, row["name"] or row["problem"]))
     failed = sum(row["problem"] is not None for row in rows)
     columns = ("name", "version", "length", "size", "base", "created", *(("problem",) if failed else ()))
     show(rows, columns, as_json=as_json, title=f"{store}: {len(rows)} prefixes")
@@ -250,16 +252,14 @@ def _open(path: Path) -> PrefixStore:
     """Store to read."""
     from prefixfast.store import PrefixStore
 
-    return PrefixStore(path, read_only=True)
+    opened = PrefixStore(path, read_only=True)
+    check_kind("STORE", path, "a store")
+    return opened
 
 
 def _open_existing(path: Path, *, keep_versions: int = 2) -> PrefixStore:
     """Store to write to, which must exist."""
-    from prefixfast.errors import ConfigError, shown
-
-    if not path.is_dir():
-        msg = f"store: expected a directory, got {shown(str(path))}"
-        raise ConfigError(msg)
+    check_kind("STORE", path, "a store")
     return _open_to_write(path, keep_versions)
 
 
@@ -290,21 +290,22 @@ def _summary(stored: StoredPrefix | Outcome) -> dict[str, Any]:
 
 def _details(stored: StoredPrefix) -> dict[str, Any]:
     """All properties of a stored version."""
-    prefix = stored.read()
+    from prefixfast.prefix.header import stored_dtypes, stored_training
+
     shapes = {tuple(shape) for shape in stored.shapes.values()}
     return {
         **_summary(stored),
         "folder": str(stored.folder),
-        "numbers": prefix.num_stored,
-        "layers": list(prefix.layers),
+        "numbers": sum(p * h * d for p, h, d in stored.shapes.values()),
+        "layers": list(stored.layers),
         "shape": [list(shape) for shape in sorted(shapes)],
-        "dtype": sorted({str(t.dtype).removeprefix("torch.") for t in prefix.kv.values()}),
+        "dtype": stored_dtypes(stored.folder),
         "pos_start": stored.pos_start,
         "window": stored.window,
         "base": None if stored.base is None else {k: v for k, v in stored.base.items() if k != "sample"},
         "linearizer": stored.task,  # as in entry.json
         "decoding": dict(stored.decoding),
-        "training": dict(prefix.training),
+        "training": dict(stored_training(stored.folder)),
     }
 
 

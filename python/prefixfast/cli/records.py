@@ -47,7 +47,7 @@ def generated(*, logprobs: bool, errors: bool, details: bool) -> Fields:
     """
     asked = {"logprobs": logprobs or details, "error": errors or details}
     shown = ("text", *(name for name, wanted in asked.items() if wanted))
-    return Fields("text", shown, ("texts",), GENERATION_DETAILS if details else ())
+    return Fields("text", shown, ("texts", "base_mismatch"), GENERATION_DETAILS if details else ())
 
 
 def scored(*, details: bool) -> Fields:
@@ -56,14 +56,18 @@ def scored(*, details: bool) -> Fields:
     Args:
         details: Whether all fields are written.
     """
-    return Fields("logprob", ("logprob", "num_tokens", "is_greedy"), (), SCORE_DETAILS if details else ())
+    return Fields(
+        "logprob", ("logprob", "num_tokens", "is_greedy"), ("base_mismatch",), SCORE_DETAILS if details else ()
+    )
 
 
 def result_values(result: Generation | Score) -> dict[str, Any]:
-    """Values of a result by field; ``texts`` only if there are several, ``num_tokens`` for a score."""
+    """Values of a result by field, without optional fields that it does not have; ``num_tokens`` for a score."""
     values = dataclasses.asdict(result)
     if len(values.get("texts", ())) < 2:
         values.pop("texts", None)
+    if values.get("base_mismatch") is None:
+        values.pop("base_mismatch", None)
     if "token_logprobs" in values:
         values["num_tokens"] = len(values["token_ids"])
     return values

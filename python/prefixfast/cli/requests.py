@@ -66,14 +66,14 @@ def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> 
     from prefixfast.data.columns import has_own_columns
     from prefixfast.data.files import FileRow
     from prefixfast.data.layouts import layout_note, recognized_layout
-    from prefixfast.engine.make_requests import unknown_keys
+    from prefixfast.engine.make_requests import has_input, unknown_keys
 
     found: list[Row] = []
     left_out: dict[str, None] = {}
     tasks = _row_tasks(rows, headers, store)
     for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
         unknown = unknown_keys(row, task) if task.format != "columns" else set()
-        if not unknown:
+        if not unknown or not has_input(row):  # else the error of a row names all columns
             found.append(row)
             continue
         _check_spelling(row, i, unknown)

@@ -12,7 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import PLAIN, request_task
 from prefixfast.data.columns import content_keys, has_own_columns, missing_columns
 from prefixfast.data.encode import Input, check_prompts, encode_prompts, request_error
-from prefixfast.data.formats import KNOWN_KEYS
+from prefixfast.data.formats import INPUT_KEYS, KNOWN_KEYS
 from prefixfast.data.layouts import request_layout_keys
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
@@ -235,6 +235,11 @@ def unknown_keys(row: Row, task: Task) -> set[str]:
     return set() if has_own_columns(task, row) else set(row) - KNOWN_KEYS - request_layout_keys(row)
 
 
+def has_input(row: Row) -> bool:
+    """Whether a row has a key that can be the input of a request."""
+    return not {*INPUT_KEYS, "input_ids"}.isdisjoint(row) or bool(request_layout_keys(row))
+
+
 def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
     """Task of each request: the task of its last prefix, else the task that fits the row's keys.
 
@@ -245,6 +250,9 @@ def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, .
         task = of_prefix
         if isinstance(item, Mapping):
             if unknown := unknown_keys(item, task):
+                if task.format != "columns" and not has_input(item):
+                    with request_error(i):
+                        request_task(task, item)  # raises
                 first = min(map(str, unknown))
                 known = f"unknown key {shown(first)}; {suggestion(first, sorted(KNOWN_KEYS), listed=99)}"
                 msg = f"request {i}: {missing_columns(task, item) if task.format == 'columns' else known}"

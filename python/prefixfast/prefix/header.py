@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
+from prefixfast.errors import DataError
 from prefixfast.io.atomic import read_stable
 from prefixfast.io.untrusted import read_json
 from prefixfast.prefix import folder as files
@@ -17,6 +18,8 @@ from prefixfast.prefix.hub import find_folder
 
 if TYPE_CHECKING:
     from prefixfast.model.fingerprint import Fingerprint
+
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}  # by their names in the format
 
 
 @dataclass(frozen=True)
@@ -63,3 +66,35 @@ def _read(folder: Path) -> PrefixHeader:
     content: Any = files.read_folder(folder)
     name = getattr(content, "base_name", None)
     return PrefixHeader(folder, {"name": name} if name else None)
+
+
+def stored_training(folder: Path) -> Mapping[str, JSON]:
+    """Settings and metrics of the training of a saved prefix.
+
+    Args:
+        folder: Folder of the prefix.
+
+    Raises:
+        DataError: If the folder is damaged.
+    """
+    return files.read_meta(folder / files.META)[0].get("training", {})
+
+
+def stored_dtypes(folder: Path) -> list[str]:
+    """Names of the dtypes of a saved prefix, from the header of its tensor file.
+
+    Args:
+        folder: Folder of the prefix.
+
+    Raises:
+        DataError: If the tensor file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = next((p for name in (files.TENSORS, peft.WEIGHTS) if (p := folder / name).exists()), folder / peft.WEIGHTS)
+    try:
+        with safe_open(path, framework="numpy") as tensors:
+            return sorted({DTYPES.get(kind := tensors.get_slice(n).get_dtype(), kind) for n in tensors.keys()})  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        msg = f"{path.name}: expected a safetensors file, this one is missing, damaged or something else: {e}"
+        raise DataError(msg, path=str(path)) from e

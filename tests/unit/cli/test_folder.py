@@ -75,7 +75,8 @@ def test_a_folder_becomes_a_store_in_one_command(cli, folder, broken, tmp_path, 
 
     rows = tmp_path / "requests.jsonl"
     rows.write_text(json.dumps({"prompt": "a=", "prefix": "René"}) + "\n")
-    code, _, err = cli("generate", rows, "-o", tmp_path / "out.jsonl", "--store", store, "--max-new-tokens", 2)
+    how = ("--details", "--store", store, "--max-new-tokens", 2)
+    code, _, err = cli("generate", rows, "-o", tmp_path / "out.jsonl", *how)
     assert code == 0, err
     made = json.loads((tmp_path / "out.jsonl").read_text())
     assert made["prefix_digest"] == PrefixStore(store)["René"].digest

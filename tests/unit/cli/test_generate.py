@@ -139,7 +139,7 @@ TRAIN = ("train", "{folder}", "{data}", "-o", "{tmp}/p")
 GENERATE = ("generate", "{data}", "-o", "{tmp}/out.jsonl", "--model", "{folder}")
 MISTAKES = {
     "unknown flag": ((*TRAIN, "--max-step", "3"), 2, "No such option: --max-step"),
-    "no output": (("train", "{folder}", "{data}"), 2, "Missing option"),
+    "no output": (("train", "{folder}", "{data}"), 2, "expected -o FOLDER for the prefix"),
     "a word for a number": ((*TRAIN, "--batch-size", "ten"), 2, "Invalid value for '--batch-size'"),
     "an unknown choice": ((*TRAIN, "--overflow", "drop"), 2, "'drop' is not one of"),
     "unknown command": (("tune",), 2, "No such command 'tune'"),
@@ -152,16 +152,7 @@ MISTAKES = {
         1,
         "completion: expected a string",
     ),
-    "one name twice": (
-        ("train", "{folder}", "x={data}", "x={data}", "-o", "{tmp}/p"),
-        1,
-        "NAME=FILE with different names",
-    ),
-    "a name beside a file": (
-        ("train", "{folder}", "x={data}", "{data}", "-o", "{tmp}/p"),
-        1,
-        "NAME=FILE with different names",
-    ),
+    "one name twice": (("train", "{folder}", "x={data}", "x={tmp}/half.jsonl", "-o", "{tmp}/p"), 1, "'x'"),
     "a name that is no folder": (("train", "{folder}", "../x={data}", "-o", "{tmp}/p"), 1, "'../x' cannot be a folder"),
     "unknown task": ((*TRAIN, "--task", "nlg"), 1, "task: expected one of e2e, webnlg, dart"),
     "init of no folder": ((*TRAIN, "--init", "{tmp}/none"), 1, "{tmp}/none: no such folder"),

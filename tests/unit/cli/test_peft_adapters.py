@@ -44,13 +44,16 @@ def digest(adapters, base):
 @pytest.mark.parametrize("command", ["generate", "score"])
 def test_generate_and_score(cli, adapters, folder, rows, digest, tmp_path, command):
     out = tmp_path / "out.jsonl"
-    done = cli(command, rows, "-o", out, "--prefix", adapters / "named", *EXACT)  # the base that the adapter names
+    done = cli(
+        command, rows, "-o", out, "--details", "--prefix", adapters / "named", *EXACT
+    )  # the base that the adapter names
     assert done.code == 0, done.err
     assert read(out)["prefix_digest"] == digest["named"]
     asked = cli(command, rows, "-o", tmp_path / "none.jsonl", "--prefix", adapters / "nameless", *EXACT)
     assert asked.code == 1
     assert "--model" in asked.err
-    done = cli(command, rows, "-o", out, "--prefix", adapters / "nameless", "--model", folder, *EXACT)
+    how = ("--details", "--prefix", adapters / "nameless", "--model", folder)
+    done = cli(command, rows, "-o", out, *how, *EXACT)
     assert done.code == 0, done.err
     assert read(out)["prefix_digest"] == digest["nameless"]
 
