@@ -164,7 +164,8 @@ def _base_name(call: Call, store: PrefixStore | None) -> str:
     bases = [p.base for p in found if isinstance(p, call.types) and p.base]  # type: ignore[attr-defined]
     names = {str(base["name"]) for base in bases if base.get("name")}
     if len(names) != 1:
-        msg = f"model: expected a base model, or prefixes that name one, got {sorted(names) or 'none'}"
+        got = sorted(names) or "none"
+        msg = f"model: expected a base model, or prefixes that name one, got {got}; a command takes it with --model"
         raise ConfigError(msg)
     return names.pop()
 

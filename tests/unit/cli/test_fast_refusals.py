@@ -63,7 +63,7 @@ def place(tmp_path_factory, folder, base_of_module) -> Path:
         "beams.jsonl": [{**ROWS[0], "params": {"num_beams": 0}}],
         "misspelt.jsonl": [{**ROWS[0], "prefx": "mill"}],
         "untargeted.jsonl": [{"prompt": "a"}],
-        "other.jsonl": [{"article": "a", "price": 3}],
+        "other.jsonl": [{"shop_name": "a", "price": 3}],
         "id.jsonl": [{"prompt": "a", "id": float("nan")}],
         "columns.jsonl": [{"nam": "a"}],
     }.items():
