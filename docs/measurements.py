@@ -334,6 +334,28 @@ def users(found: list[Record]) -> Iterator[Cell]:
     yield row, "result", str(len(r["different"]))
 
 
+def forty_users(found: list[Record]) -> Iterator[Cell]:
+    """Cost of one run of forty users' files, and of single runs; of the turns of each the one with less CPU time."""
+    labels = {
+        "one command": "`prefixfast train MODEL users/ --store S`",
+        "single commands": "`prefixfast train MODEL users/NAME.csv --store S`, mean of {runs}, times 40",
+        "one call": "Python, `train(base, Folder('users'), store=S)`",
+        "40 calls": "Python, `train(base, {{name: file}}, store=S)` for each of the 40 files",
+    }
+    for what, label in labels.items():
+        turns = [r for r in found if r.get("what") == what]
+        if not turns:
+            continue
+        r = min(turns, key=lambda r: r["cpu_seconds"])
+        times = 40 / r["runs"] if what == "single commands" else 1
+        row = label.format(runs=r["runs"])
+        yield row, "CPU seconds", f"{r['cpu_seconds'] * times:.0f}"
+        yield row, "wall seconds", f"{r['seconds'] * times:.0f}"
+        yield row, "peak memory", f"{r['peak_mib']:.0f} MiB"
+        yield row, "files", f"{r['files'] * times:.0f}"
+        yield row, "KiB on disk", f"{r['bytes'] * times / 1024:.0f}"
+
+
 # Numbers of GPT-2 124M: weights of all matrix products, and keys and values of one prefix row (12 layers of width 768).
 GPT2_WEIGHTS, GPT2_PREFIX_NUMBERS = 12 * 12 * 768**2 + 50257 * 768, 12 * 2 * 768
 STEP_PARTS = {"products": "matrix products", "arena writes": "KV cache writes", "choosing": "choice of tokens"}
@@ -427,6 +449,7 @@ def figures(found: list[Record]) -> Iterator[Cell]:
 COMMANDS = {
     "quality": "prefixfast bench quality",
     "users": "prefixfast bench users MODEL DATA --steps 8",
+    "forty": "python benches/system/forty_users.py -o OUT.jsonl --singles 4",
 }
 BOTH = "(`--impl peft` for PEFT)"
 DECODE_STEP = "; ".join(
@@ -445,6 +468,7 @@ TABLES: dict[str, Table] = {
     "generate-llama-fp32": Table(("generate-llama-fp32.jsonl",), generation, "tokens/s, fp32"),
     "generate-nlg-10m-fp32": Table(("generate-nlg-10m-fp32.jsonl",), generation, "tokens/s, fp32"),
     "users": Table(("e2e-users-smollm2.jsonl",), users, command=COMMANDS["users"]),
+    "forty-users": Table(("forty-users.jsonl",), forty_users, command=COMMANDS["forty"]),
     "quality-smollm2": Table(
         ("quality-smollm2-text-*.json", "quality-smollm2-mlp-p*.json"),
         quality,
