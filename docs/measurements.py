@@ -390,6 +390,40 @@ STORE = {
 }
 
 
+def default_settings(found: list[Record]) -> Iterator[Cell]:
+    """Held-out loss of the default settings and of the best of the sweep, by base, initial values, task and rows."""
+    from prefixfast.config import TrainConfig
+    from prefixfast.training.defaults import num_steps
+
+    runs: dict[tuple[str, str, str, int], dict[tuple[float, int], list[float]]] = {}
+    for r in found:
+        cell = runs.setdefault((r["base"], r["init"], r["task"], r["rows"]), {})
+        cell.setdefault((r["rate"], r["steps"]), []).append(r["eval_loss"])
+    for (base, init, task, count), losses_of in runs.items():
+        losses = {setting: mean(losses) for setting, losses in losses_of.items()}
+        rate, of_default = DEFAULT_RATES[base, init], num_steps(TrainConfig(), -(-count // 10))
+        steps = min(of_default, max(n for _, n in losses))
+        own, equal = losses[rate, steps], min((v, r) for (r, n), v in losses.items() if n == steps)
+        best = min((v, r, n) for (r, n), v in losses.items())
+        row = f"{base}, init {init}: {NAMES[task]}, {count:,} rows"
+        seeds = len(losses_of[rate, steps])
+        yield row, "default", f"{rate:g}, {steps} steps: {own:.3f}" + (f" ({seeds} seeds)" if seeds > 1 else "")
+        yield row, "best rate", f"{equal[1]:g}: {equal[0]:.3f}"
+        yield row, "ratio", f"{own / equal[0]:.3f}"
+        yield row, "best of all", f"{best[1]:g}, {best[2]} steps: {best[0]:.3f}"
+        yield row, "ratio to it", f"{own / best[0]:.3f}"
+        yield row, "runs", str(sum(map(len, losses_of.values())))
+
+
+DEFAULT_RATES = {
+    ("nlg-10m", "text"): 0.15,
+    ("nlg-10m", "random"): 2.5e-3,
+    ("nlg-10m", "e2e-400"): 0.015,
+    ("SmolLM2-135M", "text"): 0.018,
+}
+NAMES = {"e2e": "E2E", "dart": "DART", "scitldr": "SciTLDR"}
+
+
 def figures(found: list[Record]) -> Iterator[Cell]:
     """The README's five figures."""
 
@@ -525,6 +559,12 @@ TABLES: dict[str, Table] = {
         ),
         "ms, 10,000 prefixes",
         "prefixfast bench store",
+    ),
+    "default-settings": Table(
+        ("default-settings-nlg10m.jsonl",),
+        default_settings,
+        "held-out loss",
+        "python benches/system/default_settings.py MODEL --data DATA -o OUT.jsonl",
     ),
     "fairness": Table(
         ("fairness.jsonl",), fairness, "factor of the others' time per token", "prefixfast bench fairness"

@@ -30,7 +30,7 @@ class TrainConfigFields(TypedDict, total=False):
 
     recipe: str
     loss: Literal["token_mean", "sequence_sum"]
-    num_train_epochs: float
+    num_train_epochs: float | None
     max_steps: int | None
     batch_size: int
     token_budget: int | Literal["auto"]

@@ -38,12 +38,15 @@ class TrainConfig(Options):
         "reduction of the loss over a batch: 'token_mean' the mean over target tokens, 'sequence_sum' the sum "
         "over the tokens of an example and mean over examples, as Li & Liang",
     )
-    num_train_epochs: float = option(
-        3.0, "number of passes over the rows; ignored if max_steps is set", Range(0, 1e7, above=True)
+    num_train_epochs: float | None = option(
+        None,
+        "number of passes over the rows, ignored if max_steps is set; None is 10 passes, but at least 80 and at most "
+        "400 steps, or 3 passes if these are more than 400 steps",
+        Range(0, 1e7, above=True),
     )
     max_steps: int | None = option(
         None,
-        "number of optimizer steps of each prefix; None is num_train_epochs times the steps of a pass",
+        "number of optimizer steps of each prefix; None is that of num_train_epochs",
         Range(1, 10**7),
     )
     batch_size: int = option(
@@ -60,7 +63,8 @@ class TrainConfig(Options):
     )
     learning_rate: float | None = option(
         None,
-        "peak learning rate; None is 5e-2 for reparameterization 'none' and 1e-3 for 'mlp'",
+        "peak learning rate; None is 1.5 divided by the number of layers of the base to the power 1.3, at most 0.15; a "
+        "tenth of that for a prefix as init, and a sixtieth for reparameterization 'mlp'",
         Range(0, 1e6, above=True),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(

@@ -17,6 +17,7 @@ from prefixfast import _rust
 from prefixfast.config import TrainConfig
 from prefixfast.data.encode import Ints
 from prefixfast.errors import ConfigError
+from prefixfast.training.defaults import num_steps
 from prefixfast.training.examples import Examples
 
 MAX_STEPS = 10**7  # the order of a whole run lies in memory
@@ -54,7 +55,7 @@ class BatchOrder:
         for (start, end), config in zip(spans, configs, strict=True):
             count = int(end - start)
             per_epoch = -(-count // config.batch_size)
-            total = config.max_steps or max(1, round(per_epoch * config.num_train_epochs))
+            total = num_steps(config, per_epoch)
             if sum(steps) + total > MAX_STEPS:
                 option = "max_steps" if config.max_steps else "num_train_epochs"
                 got = f"{option}={getattr(config, option)} gives a prefix {total} of them"

@@ -8,7 +8,9 @@ from typing import Any
 
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
+from prefixfast.model.prefix_shape import own_layers
 from prefixfast.training.dataset import Dataset, build_dataset
+from prefixfast.training.defaults import with_learning_rates
 from prefixfast.training.examples import TokenizeOptions
 from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.identity import prefix_identities, run_identity
@@ -75,7 +77,8 @@ def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
         BaseMismatchError: If a given prefix was made for another base model.
     """
     group = job.groups[number]
-    group = replace(group, prefix_config=resolve_config(model, group, job.init_options))
+    prefix_config = resolve_config(model, group, job.init_options)
+    group = with_learning_rates(replace(group, prefix_config=prefix_config), len(own_layers(model.layers)))
     failed: dict[str, str] = {}
     dataset, eval_dataset = _tokenize(model, job, group, failed)
     left = (eval_dataset or dataset).span

@@ -12,7 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown, suggestion
 from prefixfast.prefix.names import Window
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.settings import TrainSettings, with_learning_rate
+from prefixfast.training.settings import TrainSettings
 
 InitName: TypeAlias = Literal["text", "random", "zero"]
 Init: TypeAlias = InitName | Prefix | Mapping[str, Prefix]
@@ -63,6 +63,12 @@ class PrefixJob:
     config: TrainConfig
     init: Any
     variant: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate of a group with resolved options."""
+        assert self.config.learning_rate is not None
+        return self.config.learning_rate
 
     @property
     def window(self) -> Window:
@@ -133,7 +139,6 @@ def make_groups(
         is_name = isinstance(init, str) and init in ("random", "zero")
         automatic = prefix_config.reparameterization == "auto" and is_name
         uses_mlp = prefix_config.reparameterization == "mlp" or automatic
-        common, config = (with_learning_rate(c, uses_mlp=uses_mlp) for c in (common, config))
         shared = (common, prefix_config, uses_mlp)
         full_name = label if is_single and label else f"{name},{label}" if label else name
         jobs.setdefault(shared, []).append(PrefixJob(full_name, name, config, init, variant))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
 
 import torch
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
 from prefixfast.data.encode import vocabulary_error
-from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, is_text, shown
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
@@ -21,24 +18,10 @@ from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import context, kv_by_layer, no_rows
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.groups import InitName, PrefixGroup, PrefixJob
+from prefixfast.training.groups import PrefixGroup, PrefixJob
+from prefixfast.training.init_options import DIFFERENT_INIT, InitOptions
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class InitOptions:
-    """Options of the initial values.
-
-    Attributes:
-        task: Task, whose ``init_text`` is the default text.
-        init_text: Text of ``init="text"``, None for the task's.
-        explicit: Names of the options that the caller gave.
-    """
-
-    task: Task
-    init_text: str | None
-    explicit: frozenset[str]
 
 
 def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> PrefixConfig:
@@ -51,30 +34,17 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
         ConfigError: If options do not fit each other or the base model.
         BaseMismatchError: If a prefix in ``init`` was made for another base model.
     """
-    jobs = group.jobs
-    for job in jobs:
-        if not isinstance(job.init, Prefix) and not (isinstance(job.init, str) and job.init in get_args(InitName)):
-            msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {shown(job.init)}"
-            raise ConfigError(msg)
-    if options.init_text is not None and not any(job.init == "text" for job in jobs):
-        msg = f"init_text: expected only with init='text', got init={shown(jobs[0].init)}"
-        raise ConfigError(msg)
     config = _check_layers(group.prefix_config, model.layers)
-    prefixes = {job.name: job.init for job in jobs if isinstance(job.init, Prefix)}
+    prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
     if not prefixes:
         if config.prefix_length == "text":
             config = PrefixConfig.make(config, prefix_length=len(_init_text_ids(model, options)))
         return config
     for name, prefix in prefixes.items():
         check_fits(model, prefix, f"init of {shown(name)}")
-    kinds = {(p.length, filled_layers(p, model.layers), p.pos_start, p.window) for p in prefixes.values()}
-    if len(kinds) != 1:
-        msg = (
-            "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a "
-            "run of their own"
-        )
-        raise ConfigError(msg)
-    return _adopt_conventions(model, config, next(iter(prefixes.values())), options.explicit)
+    if len({filled_layers(p, model.layers) for p in prefixes.values()}) != 1:
+        raise ConfigError(DIFFERENT_INIT)
+    return _adopt_layers(model, config, next(iter(prefixes.values())), options.explicit)
 
 
 def initial_kv(
@@ -136,27 +106,12 @@ def _init_text_ids(model: Model, options: InitOptions) -> list[int]:
     return [int(i) for i in ids]
 
 
-def _adopt_conventions(model: Model, config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
-    """Take length, layers and positions from a prefix in ``init``; different explicit options are an error."""
-    if first.pos_start not in (0, first.length):
-        got = f"pos_start {first.pos_start} of {first.length} rows"
-        msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got {got}"
-        raise ConfigError(msg)
+def _adopt_layers(model: Model, config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
+    """Options with the layers of a prefix in ``init``; other explicit layers are an error."""
     filled = filled_layers(first, model.layers)
     layers = None if filled == own_layers(model.layers) else filled
-    adopted: dict[str, Any] = {
-        "prefix_length": first.length,
-        "layers": layers,
-        "pos_start": "after" if first.pos_start else "zero",
-    }
-    for name in explicit & set(adopted):
-        if getattr(config, name) != adopted[name]:
-            msg = f"{name}: the given init has {shown(adopted[name])}, got {shown(getattr(config, name))}; leave it out"
-            raise ConfigError(msg)
-    if "frozen_rows" not in explicit and (frozen := first.training.get("num_frozen_tokens", 0)):
-        logger.info(
-            "the first %d rows of the prefixes in init stay frozen (num_frozen_tokens); frozen_rows=0 trains them too",
-            frozen,
-        )
-        adopted["frozen_rows"] = frozen
-    return PrefixConfig.make(config, **adopted)
+    if "layers" in explicit and config.layers != layers:
+        found, got = (", ".join(map(str, x)) if x else "all" for x in (layers, config.layers))
+        msg = f"layers: the prefix in init has {found}, got {got}; leave it out, or choose other initial values"
+        raise ConfigError(msg)
+    return PrefixConfig.make(config, layers=layers)

@@ -21,6 +21,7 @@ from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
 from prefixfast.training.held_out import hold_out
+from prefixfast.training.init_options import InitOptions, adopt_init
 from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
 from prefixfast.training.settings import GivenOptions, resolve_settings
 
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prefixfast.model.base import Model
-    from prefixfast.training.init import InitOptions
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,6 @@ class TrainJob:
     @property
     def init_options(self) -> InitOptions:
         """Options of the initial values."""
-        from prefixfast.training.init import InitOptions
-
         return InitOptions(self.task, self.init_text, self.explicit)
 
     def check_model(self, model: Model) -> None:
@@ -144,6 +142,9 @@ def prepare(arguments: JobArguments) -> TrainJob:
     groups = make_groups(
         rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
     )
+    explicit = settings.explicit | {*(a.sweep or ())}
+    init_options = InitOptions(task, settings.init_text, explicit)
+    groups = [adopt_init(group, init_options) for group in groups]
     configs = [job.config for group in groups for job in group.jobs]
     if rows.eval_rows is None and any(
         c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in configs
@@ -157,7 +158,7 @@ def prepare(arguments: JobArguments) -> TrainJob:
         settings.config,
         groups,
         settings.init_text,
-        settings.explicit | {*(a.sweep or ())},
+        explicit,
         _find_frozen_prefix(a.on_top_of, a.store),
         a.on_error == "isolate" and not rows.is_single,
         callbacks,

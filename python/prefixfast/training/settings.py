@@ -13,7 +13,6 @@ from prefixfast.training.recipes import read_recipe
 
 # Options of the recipe that an option of the caller removes, because they would overrule it or do not fit it.
 REMOVED_BY = {"num_train_epochs": ("max_steps",), "reparameterization": ("fit_steps",), "init": ("init_text",)}
-DEFAULT_LEARNING_RATE = {"none": 5e-2, "mlp": 1e-3}
 O = TypeVar("O", bound=Options)
 
 
@@ -82,17 +81,6 @@ def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
     prefix_config = PrefixConfig.make({k: v for k, v in merged.items() if k in PrefixConfig.names()})
     init, init_text = merged.get("init", "text"), merged.get("init_text")
     return TrainSettings(config, prefix_config, init, init_text, frozenset(explicit))
-
-
-def with_learning_rate(config: TrainConfig, *, uses_mlp: bool) -> TrainConfig:
-    """Options with the default learning rate as a number in place of None.
-
-    Args:
-        config: Options of training.
-        uses_mlp: Whether the reparameterization MLP is trained.
-    """
-    default = DEFAULT_LEARNING_RATE["mlp" if uses_mlp else "none"]
-    return config if config.learning_rate is not None else TrainConfig.make(config, learning_rate=default)
 
 
 def option_values(config: Options) -> dict[str, Any]:

@@ -95,7 +95,7 @@ class StepRunner:
         self.params = PrefixParameters.make(model.layers, init, options, on_top_of=before)
         decay = _vector([c.weight_decay for c in configs])
         self.optimizer = PrefixAdamW(self.params.params, self.num_prefixes, weight_decay=decay)
-        self.peak = _vector([c.learning_rate or 0.0 for c in configs])  # the groups hold no None
+        self.peak = _vector([j.learning_rate for j in group.jobs])
         self.warmup = _vector([c.warmup_steps for c in configs])
         self.max_norm = _vector([c.max_grad_norm for c in configs])
         kinds = [c.lr_scheduler_type for c in configs]

@@ -1,0 +1,83 @@
+"""Options of the initial values of prefixes, and the checks of them that need no base model."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any, get_args
+
+from prefixfast.config import PrefixConfig
+from prefixfast.data.task import Task
+from prefixfast.errors import ConfigError, shown
+from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.groups import InitName, PrefixGroup
+
+logger = logging.getLogger(__name__)
+DIFFERENT_INIT = (
+    "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a run of "
+    "their own"
+)
+
+
+@dataclass(frozen=True)
+class InitOptions:
+    """Options of the initial values.
+
+    Attributes:
+        task: Task, whose ``init_text`` is the default text.
+        init_text: Text of ``init="text"``, None for the task's.
+        explicit: Names of the options that the caller gave.
+    """
+
+    task: Task
+    init_text: str | None
+    explicit: frozenset[str]
+
+
+def adopt_init(group: PrefixGroup, options: InitOptions) -> PrefixGroup:
+    """Check the initial values of a group, and take over the options of the prefixes among them.
+
+    Args:
+        group: Prefixes with the options of the caller.
+        options: Options of the initial values.
+
+    Returns:
+        The group. Layers of the prefixes are taken when the base model is known.
+
+    Raises:
+        ConfigError: If initial values are unknown, or do not fit each other or the options.
+    """
+    jobs, config = group.jobs, group.prefix_config
+    for job in jobs:
+        if not isinstance(job.init, Prefix) and not (isinstance(job.init, str) and job.init in get_args(InitName)):
+            msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {shown(job.init)}"
+            raise ConfigError(msg)
+    if options.init_text is not None and not any(job.init == "text" for job in jobs):
+        got = f"init={shown(jobs[0].init)}" if isinstance(jobs[0].init, str) else "a prefix as init"
+        msg = f"init_text: expected only with init='text', got {got}"
+        raise ConfigError(msg)
+    prefixes = [job.init for job in jobs if isinstance(job.init, Prefix)]
+    if len({(p.length, p.pos_start, p.window) for p in prefixes}) > 1:
+        raise ConfigError(DIFFERENT_INIT)
+    return replace(group, prefix_config=_adopted(config, prefixes[0], options.explicit)) if prefixes else group
+
+
+def _adopted(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
+    """Options with the length, positions and frozen rows of a prefix; another explicit length is an error."""
+    if first.pos_start not in (0, first.length):
+        got = f"pos_start {first.pos_start} of {first.length} rows"
+        msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got {got}"
+        raise ConfigError(msg)
+    adopted: dict[str, Any] = {"prefix_length": first.length, "pos_start": "after" if first.pos_start else "zero"}
+    for name, value in adopted.items():
+        if name in explicit and getattr(config, name) != value:
+            got = f"{shown(value)}, got {shown(getattr(config, name))}"
+            msg = f"{name}: the prefix in init has {got}; leave it out, or choose other initial values"
+            raise ConfigError(msg)
+    if "frozen_rows" not in explicit and (frozen := first.training.get("num_frozen_tokens", 0)):
+        logger.info(
+            "the first %d rows of the prefixes in init stay frozen (num_frozen_tokens); frozen_rows=0 trains them too",
+            frozen,
+        )
+        adopted["frozen_rows"] = frozen
+    return PrefixConfig.make(config, **adopted)
