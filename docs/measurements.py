@@ -403,11 +403,13 @@ def default_settings(found: list[Record]) -> Iterator[Cell]:
         losses = {setting: mean(losses) for setting, losses in losses_of.items()}
         rate, of_default = DEFAULT_RATES[base, init], num_steps(TrainConfig(), -(-count // 10))
         steps = min(of_default, max(n for _, n in losses))
-        own, equal = losses[rate, steps], min((v, r) for (r, n), v in losses.items() if n == steps)
+        as_long = {r: v for (r, n), v in losses.items() if n == steps}
+        # A default rate that was not run counts as the worse of the rates on both sides of it.
+        near = [rate] if rate in as_long else [max(r for r in as_long if r < rate), min(r for r in as_long if r > rate)]
+        own, equal = max(as_long[r] for r in near), min((v, r) for r, v in as_long.items())
         best = min((v, r, n) for (r, n), v in losses.items())
         row = f"{base}, init {init}: {NAMES[task]}, {count:,} rows"
-        seeds = len(losses_of[rate, steps])
-        yield row, "default", f"{rate:g}, {steps} steps: {own:.3f}" + (f" ({seeds} seeds)" if seeds > 1 else "")
+        yield row, "default", f"{' or '.join(f'{r:g}' for r in near)}, {steps} steps: {own:.3f}"
         yield row, "best rate", f"{equal[1]:g}: {equal[0]:.3f}"
         yield row, "ratio", f"{own / equal[0]:.3f}"
         yield row, "best of all", f"{best[1]:g}, {best[2]} steps: {best[0]:.3f}"
