@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixfast.cli.generate import FORMATS
+from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import printable, printable_text
 from prefixfast.cli.prefix_choice import NAMES_OF_STORE, NamedStore, PrefixChoice
@@ -80,6 +80,7 @@ def command(
         typer.Option(help=f"Folder or hub id of a prefix to compare. {NAMES_OF_STORE}", show_default="no prefix"),
     ] = None,
     store: NamedStore = None,
+    encoding: Annotated[str | None, ENCODING] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     *,
     fields: dict[str, Any],
@@ -93,7 +94,7 @@ def command(
     own = {name: value for name, value in fields.items() if name in GenerationParams.names()}
     params = GenerationParams.make(**own)
     config = EngineConfig.make(**{name: value for name, value in fields.items() if name not in own})
-    rows = _read_small(text) if _is_file(text) else None
+    rows = _read_small(text, encoding) if _is_file(text) else None
     choice = PrefixChoice(prefix or [], store)
 
     from prefixfast.engine.engine import Engine
@@ -115,7 +116,7 @@ def _is_file(text: str) -> bool:
     return FILE.fullmatch(text) is not None and (not re.search(r"\s", text) or Path(text).is_file())
 
 
-def _read_small(path: str) -> list[Row]:
+def _read_small(path: str, encoding: str | None) -> list[Row]:
     """Rows of a small file.
 
     Raises:
@@ -123,7 +124,7 @@ def _read_small(path: str) -> list[Row]:
     """
     from prefixfast.data import read_rows
 
-    rows = read_rows(path)
+    rows = read_rows(path, encoding)
     if len(rows) > MOST_ROWS:
         msg = f"{shown(path)}: expected at most {MOST_ROWS} rows, got {len(rows)}; prefixfast generate answers more"
         raise DataError(msg, path=path)

@@ -72,6 +72,9 @@ def test_rows_of_a_small_file_keep_their_own_parameters(cli, folder, prefixes, t
     records = json.loads(done.out)
     assert [r["text"] for r in records] == [str(g) for g in expected]
     assert [r["input"] for r in records] == ["ab", "ab", "cd", "cd"]
+    path.write_bytes('{"prompt": "ab£"}\n'.encode("cp1252"))
+    done = cli("try", folder, path, "--encoding", "cp1252", *FAST, "--json")
+    assert [r["input"] for r in json.loads(done.out)] == ["ab£"]
     path.write_text('{"prompt": "a"}\n' * 21)
     many = cli("try", folder, path)
     assert (many.code, "at most 20 rows, got 21" in many.err) == (1, True)
