@@ -121,6 +121,9 @@ class Summary:
         lines += _entry("speed", f"{_steps(list(run.metrics.values()))}, {speed}")
         for metrics in run.metrics.values() if self.is_single else ():
             lines += _entry("loss", _losses(metrics))
+        if len({str(v["of"]) for v in run.variants.values()}) == 1 and len(run):
+            best = run.best_name()
+            lines += _entry("best", f"{printable(best)}, {_losses(run.metrics[best])}")
         lines += self._advice()
         for name, place in (("saved to", self.output), ("store", self.store)):
             lines += [] if place is None else _entry(name, printable(place))
@@ -139,9 +142,11 @@ class Summary:
         return lines
 
     def next_command(self) -> list[str]:
-        """Words of the command that generates with the first prefix, for the rows of its own file."""
+        """Words of the command that generates with the first prefix or the best one of its sweep, for its own rows."""
         name = next(iter(self.run), "")
         source = str(self.run.variants.get(name, {}).get("of", name))
+        if name in self.run.variants:
+            name = self.run.best_name(source)
         file = self.data.get(source) or next(iter(self.data.values()))
         folder = self._folder(name)
         prefix = ["--store", str(self.store), "--prefix", name] if folder is None else ["--prefix", str(folder)]

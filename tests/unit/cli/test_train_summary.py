@@ -174,3 +174,13 @@ def test_the_printed_config_and_the_log_show_values_in_place_of_automatic_ones(c
     start = next(line for line in caplog.messages if line.startswith("training 1 prefix "))
     rate = f"learning_rate {saved['learning_rate']:g}"
     assert [w for w in (rate, "init text", "3 prefix rows", shown["text"]["dtype"]) if w not in start] == []
+
+
+def test_a_sweep_names_its_best_prefix_and_generates_with_it(make_prefix):
+    losses = {1: 1.5, 2: 0.5, 3: 0.9}
+    swept = {f"learning_rate={r}": METRICS | HELD_OUT | {"eval_loss": loss} for r, loss in losses.items()}
+    result = run(make_prefix, **swept)
+    result.variants.update({n: {"of": "prefix", "learning_rate": i + 1.0} for i, n in enumerate(swept)})
+    made = summary(result, Path("runs"), is_single=False)
+    assert "runs/learning_rate=2" in made.next_command()
+    assert any("best" in line and "learning_rate=2" in line and "0.5" in line for line in made.lines(None))
