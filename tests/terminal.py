@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -20,7 +21,7 @@ def at_terminal(
 
     Args:
         arguments: Arguments of the command.
-        steps: Texts to wait for in the new output, each with the keys to type then.
+        steps: Patterns to wait for in the new output, each with the keys to type then.
         columns: Width of the terminal.
 
     Returns:
@@ -45,8 +46,8 @@ def at_terminal(
     try:
         while data := _read(master):
             shown += data
-            if left and left[0][0].encode() in shown[at:]:
-                at = len(shown)
+            while left and (found := re.compile(left[0][0].encode(), re.DOTALL).search(shown, at)):
+                at = found.end()
                 os.write(master, left.pop(0)[1].encode())
         code = process.wait(60)
     finally:
