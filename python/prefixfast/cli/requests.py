@@ -65,7 +65,7 @@ def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> 
     """
     from prefixfast.data.columns import has_own_columns
     from prefixfast.data.files import FileRow
-    from prefixfast.data.layouts import layout_note, recognized_layout
+    from prefixfast.data.layouts import layout_note, request_layout
     from prefixfast.engine.make_requests import has_input, unknown_keys
 
     found: list[Row] = []
@@ -73,14 +73,14 @@ def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> 
     tasks = _row_tasks(rows, headers, store)
     for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
         unknown = unknown_keys(row, task) if task.format != "columns" else set()
-        if not unknown or not has_input(row):  # else the error of a row names all columns
+        if not unknown or not has_input(row, task):  # else the error of a row names all columns
             found.append(row)
             continue
         _check_spelling(row, i, unknown)
         left_out |= dict.fromkeys(key for key in row if key in unknown)
         known = {key: value for key, value in row.items() if key not in unknown}
         found.append(FileRow(known, row.path, row.line) if isinstance(row, FileRow) else known)
-    layout = None if has_own_columns(tasks[0], rows[0]) else recognized_layout(rows[0])
+    layout = None if has_own_columns(tasks[0], rows[0]) else request_layout(rows[0], tasks[0].format)
     if layout is not None and (note := layout_note(found, layout.format)):
         logger.info("%s", note)
     if left_out:

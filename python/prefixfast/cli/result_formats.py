@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.cli.records import Records
+from prefixfast.data.files import ListCell, MappingCell
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.json_lines import json_bytes
 
@@ -61,7 +62,9 @@ def _csv(makes: Records, records: Sequence[Record]) -> bytes:
 
 
 def _cell(value: Any) -> str:
-    """Text as it is, nothing for None, and JSON for other values."""
+    """Text and cells of the input as they are, nothing for None, and JSON for other values."""
+    if isinstance(value, ListCell | MappingCell):
+        return _encodable(value.text)
     if value is None or isinstance(value, str):
         return _encodable(value or "")
     return json_bytes(value, default=str).decode()

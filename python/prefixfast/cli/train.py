@@ -157,7 +157,7 @@ def command(
         raise
     by_name = files if isinstance(files, Mapping) else {"": files}
     dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
-    Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype).show(
+    Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype, encoding).show(
         as_json=as_json, quiet=quiet
     )
 

@@ -62,6 +62,7 @@ class Summary:
         is_single: Whether the output folder is that of the one prefix.
         data: File of rows by the name of their prefix; a single file without a name has the empty name.
         dtype: Compute dtype that the user asked for, None for the default.
+        encoding: Encoding of the files that the user gave, None for the default.
     """
 
     run: TrainRun
@@ -70,6 +71,7 @@ class Summary:
     is_single: bool
     data: Mapping[str, str | Path]
     dtype: str | None
+    encoding: str | None
 
     def show(self, *, as_json: bool, quiet: bool) -> None:
         """Draw the plot, print the summary unless ``quiet``, and exit with 3 if some prefixes failed.
@@ -150,8 +152,9 @@ class Summary:
         file = self.data.get(source) or next(iter(self.data.values()))
         folder = self._folder(name)
         prefix = ["--store", str(self.store), "--prefix", name] if folder is None else ["--prefix", str(folder)]
-        dtype = [] if self.dtype is None else ["--dtype", self.dtype]
-        return ["prefixfast", "generate", str(file), "-o", "texts.jsonl", *prefix, *dtype]
+        options = {"--encoding": self.encoding, "--dtype": self.dtype}
+        given = [word for flag, value in options.items() if value is not None for word in (flag, value)]
+        return ["prefixfast", "generate", str(file), "-o", "texts.jsonl", *prefix, *given]
 
     def _folder(self, name: str) -> Path | None:
         return self.output if self.output is None or self.is_single else self.output / name

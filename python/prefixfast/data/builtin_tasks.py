@@ -9,7 +9,7 @@ from prefixfast import _rust
 from prefixfast.config.json_types import JSON
 from prefixfast.data.columns import has_own_columns, missing_columns
 from prefixfast.data.formats import FORMATS, INPUT_KEYS, LAYOUTS, TARGET_KEYS, TASK_BY_KEY
-from prefixfast.data.layouts import recognized_layout
+from prefixfast.data.layouts import complete_layout, recognized_layout, request_layout
 from prefixfast.data.row_values import only_key
 from prefixfast.data.rows import Row, is_table_row, row_error
 from prefixfast.data.task import Task
@@ -141,6 +141,10 @@ def _task_name(row: Row) -> str:
     if key == "text" and (targets := [k for k in TARGET_KEYS if row.get(k) is not None]):
         advice = f"'{{text}}\\n' and target {targets[0]} to learn {targets[0]}, or task text to learn the text alone"
         raise row_error(row, 0, f"expected text alone, got text and {targets[0]}; give prompt {advice}")
+    if key == "text" and (both := complete_layout(row)) is not None:
+        target = next(k for k in both.targets if row.get(k) is not None)
+        advice = f"give task {both.task} to learn {target} from {both.key}, or task text to learn the text alone"
+        raise row_error(row, 0, f"expected text alone, got text, {both.key} and {target}; {advice}")
     return TASK_BY_KEY[key]
 
 
@@ -157,7 +161,7 @@ def request_task(task: Task, row: Row) -> Task:
     """
     if has_own_columns(task, row):
         return task
-    if (layout := recognized_layout(row)) is not None:
+    if (layout := request_layout(row, task.format)) is not None:
         return task if layout.format == task.format else TASKS[layout.task]
     known = (*INPUT_KEYS, "input_ids")
     if task.format == "columns" and all(row.get(key) is None for key in known):

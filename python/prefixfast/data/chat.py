@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypedDict
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.row_values import check_text
+from prefixfast.data.row_values import check_text, json_hint
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import DataError, shown
 
@@ -85,7 +85,7 @@ def read_messages(row: Row, number: int, key: str) -> list[Message]:
     value = row[key]
     if not isinstance(value, Sequence) or isinstance(value, str) or not value:
         both = " (prompt and completion are both strings or both lists of messages)"
-        hint = both if key in ("prompt", "completion") else ""
+        hint = both if key in ("prompt", "completion") else json_hint(value)
         msg = f'{key}: expected a list of messages like {{"role": "user", "content": "..."}}, got {shown(value)}{hint}'
         raise row_error(row, number, msg)
     found: list[Message] = []
@@ -142,7 +142,7 @@ def chat_options(row: Row, number: int) -> ChatOptions:
         try:
             tools = json.loads(tools)
         except ValueError as e:
-            msg = f"tools: expected a list, or one as JSON, got {shown(tools[:80])}: {e}"
+            msg = f"tools: expected a list, or one as JSON, got {shown(tools[:80])}: {e}{json_hint(tools)}"
             raise row_error(row, number, msg) from e
     if not isinstance(options, Mapping) or not isinstance(tools, list | None):
         msg = f"expected tools as a list and chat_template_kwargs as a mapping, got {shown(tools)} and {shown(options)}"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from prefixfast.data.column_names import column_error, matching_columns, nearest_columns
+from prefixfast.data.files import ListCell, MappingCell
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import ConfigError, shown
@@ -136,7 +137,7 @@ def _is_misspelt(name: str, columns: tuple[str, ...], keys: tuple[object, ...]) 
 def cell_text(row: Row, number: int, key: str) -> str | None:
     """Text of a value.
 
-    A string is its own text. A number and a boolean are written as in JSON (``12``, ``0.5``, ``true``), a decimal
+    A string is its own text, as is a cell of a table, whatever it holds. A number and a boolean are written as in JSON (``12``, ``0.5``, ``true``), a decimal
     number with its digits, a date in ISO form, and a list or mapping as JSON on one line.
 
     Args:
@@ -151,8 +152,8 @@ def cell_text(row: Row, number: int, key: str) -> str | None:
         DataError: If the value has no text.
     """
     value: object = row[key]
-    if isinstance(value, str):
-        return check_text(row, number, key, value)
+    if isinstance(value, str | ListCell | MappingCell):
+        return check_text(row, number, key, value if isinstance(value, str) else value.text)
     if callable(convert := getattr(value, "tolist", None)):  # a number or an array of numpy
         value = convert()
     is_nan = isinstance(value, float | decimal.Decimal) and math.isnan(value)

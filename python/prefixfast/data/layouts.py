@@ -23,15 +23,35 @@ def recognized_layout(row: Row) -> Layout | None:
     return _only_layout(row, list(LAYOUTS.values()))
 
 
+def complete_layout(row: Row) -> Layout | None:
+    """Layout of which a row has input and target, whatever other keys it has; None if there is none, or several."""
+    found = _only_layout(row, list(LAYOUTS.values()))
+    return found if found is not None and any(row.get(key) is not None for key in found.targets) else None
+
+
 def _only_layout(row: Row, layouts: Sequence[Layout]) -> Layout | None:
     found = [one for one in layouts if row.get(one.key) is not None]
     apart = [one for one in found if not any(one.key in other.parts for other in found if other is not one)]
     return apart[0] if len(apart) == 1 else None
 
 
-def request_layout_keys(row: Row) -> frozenset[str]:
+def request_layout(row: Row, row_format: FormatName) -> Layout | None:
+    """Layout by which a request is read: one of its prefix's format, else the one that shows the task; or None.
+
+    A public data set may hold the whole text of each row under ``text`` too. The prefix tells what is read.
+
+    Args:
+        row: Row.
+        row_format: Format of the task of the prefix.
+    """
+    own = layout_of(row, row_format)
+    others = {key for key in (*INPUT_KEYS, "input_ids") if row.get(key) is not None}
+    return own if own is not None and others <= {"text"} else recognized_layout(row)
+
+
+def request_layout_keys(row: Row, row_format: FormatName) -> frozenset[str]:
     """Keys that the layout of a request gives a meaning; empty for a row without a layout."""
-    layout = recognized_layout(row)
+    layout = request_layout(row, row_format)
     return frozenset() if layout is None else frozenset((*layout.parts, *layout.targets))
 
 

@@ -61,6 +61,13 @@ def check_text(row: Row, number: int, key: str, value: JSON) -> str:
     return value
 
 
+def json_hint(value: object) -> str:
+    """Advice for a text that looks like a list or mapping and is no JSON, as pandas writes one into a cell."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return ""
+    return "; a list or mapping in a cell is JSON, with double quotes: write it there with json.dumps"
+
+
 def references(row: Row, number: int) -> list[str]:
     """References of a table, from ``ref`` (a string) or ``refs`` (a list of strings).
 
@@ -71,6 +78,6 @@ def references(row: Row, number: int) -> list[str]:
         return [text_value(row, number, "ref")]
     refs = row["refs"]
     if not isinstance(refs, Sequence) or isinstance(refs, str) or not refs:
-        msg = f"refs: expected a list of strings, got {shown(refs)}"
+        msg = f"refs: expected a list of strings, got {shown(refs)}{json_hint(refs)}"
         raise row_error(row, number, msg)
     return [check_text(row, number, f"refs[{i}]", r) for i, r in enumerate(refs)]

@@ -18,7 +18,7 @@ from prefixfast.data.chat import ChatTemplate, chat_pair, chat_text, is_conversa
 from prefixfast.data.column_text import fill_template, table_entries, template_columns
 from prefixfast.data.formats import FORMATS, FormatName
 from prefixfast.data.layouts import input_key, input_text, target_text
-from prefixfast.data.row_values import only_key, references
+from prefixfast.data.row_values import json_hint, only_key, references
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import ConfigError, DataError, check_flag, check_mapping, check_string, shown, suggestion
 
@@ -254,7 +254,7 @@ class Task:
                     message = "the table: expected Unicode text, got half a surrogate pair"
                     raise row_error(row, i, message) from first
                 except DataError as e:
-                    raise row_error(row, i, str(e).removeprefix("row 0: ")) from first
+                    raise row_error(row, i, str(e).removeprefix("row 0: ") + json_hint(table)) from first
             raise
 
     def _table(self, row: Row, number: int) -> Any:

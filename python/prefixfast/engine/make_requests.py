@@ -232,12 +232,12 @@ def prefix_tasks(assigned: Sequence[tuple[Prefix | StoredPrefix, ...]]) -> list[
 
 def unknown_keys(row: Row, task: Task) -> set[str]:
     """Keys of a row that have no meaning; none of a row with columns that the task of its prefix reads."""
-    return set() if has_own_columns(task, row) else set(row) - KNOWN_KEYS - request_layout_keys(row)
+    return set() if has_own_columns(task, row) else set(row) - KNOWN_KEYS - request_layout_keys(row, task.format)
 
 
-def has_input(row: Row) -> bool:
-    """Whether a row has a key that can be the input of a request."""
-    return not {*INPUT_KEYS, "input_ids"}.isdisjoint(row) or bool(request_layout_keys(row))
+def has_input(row: Row, task: Task) -> bool:
+    """Whether a row has a key that can be the input of a request to a prefix of a task."""
+    return not {*INPUT_KEYS, "input_ids"}.isdisjoint(row) or bool(request_layout_keys(row, task.format))
 
 
 def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
@@ -250,7 +250,7 @@ def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, .
         task = of_prefix
         if isinstance(item, Mapping):
             if unknown := unknown_keys(item, task):
-                if task.format != "columns" and not has_input(item):
+                if task.format != "columns" and not has_input(item, task):
                     with request_error(i):
                         request_task(task, item)  # raises
                 first = min(map(str, unknown))

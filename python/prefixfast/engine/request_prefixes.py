@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from prefixfast.data.encode import Input
-from prefixfast.errors import ConfigError, RequestError, shown
+from prefixfast.errors import ConfigError, RequestError, shown, suggestion
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
+from prefixfast.store.store import NAMES_COMPARED
 
 OnePrefix: TypeAlias = Prefix | StoredPrefix | str
 PrefixLike: TypeAlias = OnePrefix | Sequence[OnePrefix] | None
@@ -94,8 +95,8 @@ def _by_name(item: Input, index: int, prefixes: Mapping[str, object]) -> object:
     """Entry that a row names by its ``prefix`` key."""
     name = item.get("prefix") if isinstance(item, Mapping) else None
     if not isinstance(name, str) or name not in prefixes:
-        known = [str(n) for n in itertools.islice(prefixes, 10)]
-        msg = f"request {index}: expected a 'prefix' key with one of {known}, got {shown(name)}"
+        hint = suggestion(name, sorted(map(str, itertools.islice(prefixes, NAMES_COMPARED))))
+        msg = f"request {index}: expected a 'prefix' key with the name of a prefix, got {shown(name)}; {hint}"
         raise RequestError(msg, index=index)
     return prefixes.info(name) if isinstance(prefixes, PrefixStore) else prefixes[name]
 

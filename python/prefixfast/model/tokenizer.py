@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Ids = NDArray[np.int32]
+SPACE = "\u2581"  # character of a space in the tokens of SentencePiece
 SAMPLED_TOKENS = 512  # tokens of the vocabulary that the digest covers
 SAMPLE = (
     " The Mill isn't 12,345.67 £ cheap;\n\tnaïve café — Ünïcode: Привет, 世界! 한국어 مرحبا 🙂 "
@@ -223,6 +224,26 @@ class Tokenizer:
         """
         ids, indptr = self.core.encode_batch(texts, add_special_tokens=add_special_tokens)
         return [ids[a:b] for a, b in itertools.pairwise(indptr)]
+
+    def encode_targets(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of texts that follow a prompt, without special tokens.
+
+        A tokenizer like that of Llama 2 writes a space before every text. It takes the place of a space that the text
+        begins with, so that one space follows the prompt.
+
+        Args:
+            texts: Texts.
+        """
+        if self._adds_second_space:
+            texts = [text[1:] if text.startswith(" ") and len(text) > 1 else text for text in texts]
+        return self.encode(texts, add_special_tokens=False)
+
+    @cached_property
+    def _adds_second_space(self) -> bool:
+        """Whether the tokenizer writes a space also before a text that begins with one."""
+        plain, spaced = (ids.tolist() for ids in self.encode(["a", " a"], add_special_tokens=False))
+        first = self.hf.convert_ids_to_tokens(plain[:1])
+        return first[:1] != [] and str(first[0]).startswith(SPACE) and plain != spaced
 
     def decode(self, sequences: Sequence[Sequence[int]], *, skip_special_tokens: bool = True) -> list[str]:
         """Texts of sequences of token ids.

@@ -6,20 +6,23 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+from prefixfast.data.formats import NAMED_KEYS, REQUEST_KEYS, TOKENIZED_KEYS
 from prefixfast.data.rows import Row
+from prefixfast.data.task import Task
 from prefixfast.errors import DataError, shown
 from prefixfast.io.text import counted
 from prefixfast.training.inputs import TrainingRows
 
 
-def hold_out(rows: TrainingRows, fraction: float, seed: int, *, isolate: bool) -> TrainingRows:
+def hold_out(rows: TrainingRows, task: Task, fraction: float, seed: int, *, isolate: bool) -> TrainingRows:
     """Take held-out rows from the rows of each prefix.
 
-    The choice depends on the seed and on the contents of the rows, not on their order. Equal rows stay together, as do
-    the references of a row, so that no held-out example is also a training example.
+    The choice depends on the seed and on what the task reads of the rows, not on their order. Rows that are equal in it
+    stay together, as do the references of a row, so that no held-out example is also a training example.
 
     Args:
-        rows: Rows without held-out rows.
+        rows: Rows without held-out rows, in the format of the task.
+        task: Task of the rows.
         fraction: Fraction of the rows of each prefix, rounded down to whole rows.
         seed: Seed of the choice.
         isolate: Whether the error of a prefix with too few rows is noted, instead of raised.
@@ -34,7 +37,7 @@ def hold_out(rows: TrainingRows, fraction: float, seed: int, *, isolate: bool) -
     failed = dict(rows.failed)
     for name, own in rows.rows.items():
         number_in_data = rows.row_numbers.get(name) or range(1, len(own) + 1)
-        chosen = _choose(own, fraction, seed)
+        chosen = _choose(_contents(own, task), fraction, seed)
         if not chosen:
             failed[name] = _too_few(own, fraction)
             if not isolate or rows.is_single:
@@ -51,12 +54,24 @@ def hold_out(rows: TrainingRows, fraction: float, seed: int, *, isolate: bool) -
     return replace(rows, rows=kept, eval_rows=held, row_numbers=numbers, eval_row_numbers=held_numbers)
 
 
-def _choose(rows: Sequence[Row], fraction: float, seed: int) -> set[int]:
+def _contents(rows: Sequence[Row], task: Task) -> list[str]:
+    """What the task reads of each row: prompt and targets, or the keys of a conversation or of token ids."""
+    texts = [i for i, row in enumerate(rows) if not (task.is_tokenized(row) or task.is_chat(row))]
+    pairs = dict(zip(texts, task.pairs([rows[i] for i in texts], "{eos}"), strict=True))
+    return [repr(pairs[i] if i in pairs else _read_items(row, task)) for i, row in enumerate(rows)]
+
+
+def _read_items(row: Row, task: Task) -> list[tuple[str, object]]:
+    keys = TOKENIZED_KEYS if task.is_tokenized(row) else NAMED_KEYS.difference(REQUEST_KEYS)
+    return sorted(((k, v) for k, v in row.items() if k in keys), key=lambda item: item[0])
+
+
+def _choose(contents: Sequence[str], fraction: float, seed: int) -> set[int]:
     """Numbers of the held-out rows; empty if the fraction is less than a row, or than each set of equal rows."""
-    wanted = int(len(rows) * fraction + 1e-9)  # 0.29 * 100 is less than 29 in fp64
+    wanted = int(len(contents) * fraction + 1e-9)  # 0.29 * 100 is less than 29 in fp64
     equal: dict[bytes, list[int]] = {}
-    for i, row in enumerate(rows):
-        equal.setdefault(_digest(row, seed), []).append(i)
+    for i, content in enumerate(contents):
+        equal.setdefault(_digest(content, seed), []).append(i)
     chosen: set[int] = set()
     for _, numbers in sorted(equal.items()):
         if len(chosen) + len(numbers) <= wanted:
@@ -64,8 +79,7 @@ def _choose(rows: Sequence[Row], fraction: float, seed: int) -> set[int]:
     return chosen
 
 
-def _digest(row: Row, seed: int) -> bytes:
-    content = repr(sorted(((str(k), v) for k, v in row.items()), key=lambda item: item[0]))
+def _digest(content: str, seed: int) -> bytes:
     return hashlib.sha256(f"{seed}:{content}".encode("utf8", "surrogatepass")).digest()
 
 

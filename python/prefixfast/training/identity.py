@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.defaults import num_steps
 from prefixfast.training.groups import PER_PREFIX, PrefixGroup
 from prefixfast.training.job import TrainJob
 from prefixfast.training.settings import option_values
@@ -35,10 +36,14 @@ def run_identity(
         eval_dataset: Tokenized held-out rows, None without held-out rows.
     """
     jobs, config = group.jobs, group.config
-    own = {
+    own: dict[str, dict[str, Any]] = {
         j.name: {f: getattr(j.config, f) for f in PER_PREFIX if getattr(j.config, f) != getattr(config, f)}
         for j in jobs
     }
+    for j in jobs:
+        if j.config.max_steps is None and j.config.num_train_epochs is None:  # the number of steps is a default
+            start, end = dataset.span[j.source]
+            own[j.name]["steps"] = num_steps(j.config, -(-(end - start) // j.config.batch_size))
     base = {k: v for k, v in model.fingerprint.items() if k in ("config", "weights", "adapters")}
     return {
         "base": base | {"dtype": str(model.dtype)},

@@ -138,7 +138,7 @@ def prepare(arguments: JobArguments) -> TrainJob:
         if a.eval_data is not None:
             msg = "eval_fraction and eval_data: expected one of them, got both"
             raise ConfigError(msg)
-        rows = hold_out(rows, fraction, settings.config.seed, isolate=options.isolate)
+        rows = hold_out(rows, task, fraction, settings.config.seed, isolate=options.isolate)
     groups = make_groups(
         rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
     )

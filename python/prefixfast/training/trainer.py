@@ -193,8 +193,7 @@ def train(
     Source:
         Li & Liang 2021, Prefix-Tuning: Optimizing Continuous Prompts for Generation (arXiv:2101.00190).
     """
-    opened = open_store(store, read_only=False)
-    given: dict[str, Any] = {**locals(), "store": opened}
+    given: dict[str, Any] = dict(locals())
     arguments = JobArguments(**{f.name: given[f.name] for f in dataclasses.fields(JobArguments)})
     if progress is not None:
         check_flag("progress", progress)
@@ -203,15 +202,16 @@ def train(
         job = prepare(arguments)
         is_single = job.rows.is_single and sweep is None
         folder = None if output_dir is None else as_path("output_dir", output_dir)
-        output = _open_output(job, folder, opened, is_single=is_single, overwrite=overwrite)
+        _check_output(job, folder, store, is_single=is_single, overwrite=overwrite)
+        if isinstance(model, str | Path):
+            check_base_name(model)
+        output = _open_output(job, folder, store, is_single=is_single)
         result = _run(model, job, output)
     return result.prefixes[SINGLE_NAME] if is_single else result
 
 
-def _open_output(
-    job: TrainJob, folder: Path | None, store: PrefixStore | None, *, is_single: bool, overwrite: bool
-) -> OutputDir:
-    """Output of a job, whose folder is checked before the base model is loaded."""
+def _check_output(job: TrainJob, folder: Path | None, store: object, *, is_single: bool, overwrite: bool) -> None:
+    """Check the output of a job before the base model is loaded and a folder is made."""
     if job.resume and overwrite:
         msg = "resume and overwrite: expected one of them, got both"
         raise ConfigError(msg)
@@ -221,21 +221,27 @@ def _open_output(
     if overwrite and folder is None:
         msg = "overwrite: expected output_dir beside it; a store keeps an earlier prefix as a version"
         raise ConfigError(msg)
-    if store is not None and store.read_only:
+    if isinstance(store, PrefixStore) and store.read_only:
         msg = f"store: expected one that can be written, got {shown(str(store.path))}, which was opened read-only"
         raise ConfigError(msg)
-    names = [*dict.fromkeys([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])]
     if folder is not None:
-        check_output_folder(folder, names, is_single=is_single, resume=job.resume, overwrite=overwrite)
-    elif store is not None:
-        return StoreOutput(store, names)
-    return OutputDir(folder, store, names, is_single=is_single)
+        check_output_folder(folder, _names(job), is_single=is_single, resume=job.resume, overwrite=overwrite)
+
+
+def _open_output(job: TrainJob, folder: Path | None, store: object, *, is_single: bool) -> OutputDir:
+    """Output of a job, whose store is made if it does not exist."""
+    opened = open_store(store, read_only=False)
+    if folder is None and opened is not None:
+        return StoreOutput(opened, _names(job))
+    return OutputDir(folder, opened, _names(job), is_single=is_single)
+
+
+def _names(job: TrainJob) -> list[str]:
+    return [*dict.fromkeys([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])]
 
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
-    if isinstance(model, str | Path):
-        check_base_name(model)
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing

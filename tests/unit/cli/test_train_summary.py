@@ -36,7 +36,7 @@ def run(make_prefix, **metrics) -> TrainRun:
 
 
 def summary(result: TrainRun, output: Path | None = Path("guests"), store: Path | None = None, **change) -> Summary:
-    values = {"is_single": len(result) == 1, "data": {"": "guests.csv"}, "dtype": None, **change}
+    values = {"is_single": len(result) == 1, "data": {"": "guests.csv"}, "dtype": None, "encoding": None, **change}
     return Summary(result, output, store, **values)
 
 
@@ -86,13 +86,16 @@ def test_no_line_is_longer_than_80_columns_except_for_a_single_long_name(make_pr
 
 @pytest.mark.parametrize("folder", ["guests", "a folder", "it's; rm -rf $HOME", "/deep" * 30])
 def test_the_command_is_quoted_for_the_shell_also_over_several_lines(make_prefix, folder):
-    found = summary(run(make_prefix, prefix=METRICS), Path(folder), data={"": "my rows.csv"}, dtype="bfloat16")
+    found = summary(
+        run(make_prefix, prefix=METRICS), Path(folder), data={"": "my rows.csv"}, dtype="bfloat16", encoding="cp1252"
+    )
     lines = found.lines(None)
     start = next(i for i, line in enumerate(lines) if line.startswith("  next"))
     words = in_shell("\n".join(lines[start:]))
     assert words[1:] == found.next_command()
     assert words[1:] == [
-        *("prefixfast", "generate", "my rows.csv", "-o", "texts.jsonl", "--prefix", folder, "--dtype", "bfloat16"),
+        *("prefixfast", "generate", "my rows.csv", "-o", "texts.jsonl", "--prefix", folder),
+        *("--encoding", "cp1252", "--dtype", "bfloat16"),
     ]
 
 

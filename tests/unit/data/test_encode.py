@@ -8,7 +8,9 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
@@ -20,6 +22,7 @@ import tiny
 from oracles import gpt2
 from prefixfast import ConfigError, DataError, GenerationParams, Prefix, RequestError, load, train
 from prefixfast.data.builtin_tasks import TASKS, find_task, request_task
+from prefixfast.data.columns import column_task
 from prefixfast.data.encode import Example, encode_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.rows import read_rows
@@ -583,3 +586,35 @@ def test_training_on_conversations_and_generating(base, tok, tmp_path):
         base.tokenizer = held
     assert request.task == TASKS["messages"]
     assert np.isfinite(prefix.training["metrics"]["loss"])
+
+
+def spaced(normalizer, pre_tokenizer=None) -> Tokenizer:
+    """A tokenizer of SentencePiece's kind for words of the letters a and b."""
+    vocab = {c: i for i, c in enumerate(["?", "▁", "a", "b", "-", ">", "▁a", "▁b", "▁▁", "->", "▁->"])}
+    merges = [("▁", "a"), ("▁", "b"), ("▁", "▁"), ("-", ">"), ("▁", "->")]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="?"))
+    if normalizer is not None:
+        made.normalizer = normalizer
+    if pre_tokenizer is not None:
+        made.pre_tokenizer = pre_tokenizer
+    return Tokenizer.from_hf(transformers.PreTrainedTokenizerFast(tokenizer_object=made))
+
+
+def llama2() -> Tokenizer:
+    n = tokenizers.normalizers
+    return spaced(n.Sequence([n.Prepend("▁"), n.Replace(" ", "▁")]))
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "always", "first", "never"])
+def test_one_space_stands_between_prompt_and_target_also_where_the_tokenizer_writes_one(name):
+    tokenizer = llama2() if name == "Llama 2" else spaced(None, tokenizers.pre_tokenizers.Metaspace("▁", name))
+    task = column_task(prompt="{x} ->", target="y")
+    (example,) = encode_examples(tokenizer, 100, [{"x": "b", "y": "a b"}], task)
+    tokens = tokenizer.hf.convert_ids_to_tokens(example.ids.tolist())
+    assert tokens == ["b" if name == "never" else "▁b", "▁->", "▁a", "▁b"]
+    two = {"x": "b", "y": " a"}
+    (example,) = encode_examples(tokenizer, 100, [two], task)
+    assert tokenizer.hf.convert_ids_to_tokens(example.ids.tolist())[-2:] == ["▁", "▁a"]
+    (without,) = tokenizer.encode_targets(["a"])
+    assert tokenizer.hf.convert_ids_to_tokens(without.tolist()) == ["a" if name == "never" else "▁a"]
+    assert [len(ids) for ids in tokenizer.encode_targets(["", " "])] == [0, 1]

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import logging
+import pickle
 import tracemalloc
 import zipfile
 
@@ -18,7 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefixfast import ConfigError, DataError
-from prefixfast.data import read_rows
+from prefixfast.cli.records import Records, generated
+from prefixfast.cli.result_formats import WRITERS
+from prefixfast.data import Task, column_task, find_task, read_rows
+from prefixfast.data.encode import check_examples
 
 PAIR = {"prompt": "Grüße", "completion": "à bientôt"}
 PAIRS = [PAIR]
@@ -380,3 +384,37 @@ def test_names_with_separators_are_read_or_refused(tmp_path_factory, records):
         except DataError:
             continue
         assert [[*row.values()] for row in rows] == records[1:]
+
+
+def test_a_column_of_ones_own_is_read_as_it_stands_where_its_name_is_that_of_a_list(tmp_path):
+    texts = ["[1.10, 2.0e3]", '{"k":"\\u00e9"}', "['a', 'b']", "[ ]"]
+    lines = "".join('"' + t.replace('"', '""') + '",x\n' for t in texts)
+    (tmp_path / "a.csv").write_text(f"Labels,note\n{lines}")
+    rows = read_rows(tmp_path / "a.csv")
+    task = column_task(prompt="{labels} ->", target="note")
+    assert task.prompts(rows, None) == [f"{t} ->" for t in texts]
+    assert rows[0]["labels"] == [1.1, 2000.0]
+    assert pickle.loads(pickle.dumps(rows))[0]["labels"].text == texts[0]
+    records = Records(rows, generated(logprobs=False, errors=False, details=False))
+    written = WRITERS[".csv"](records, [{**row, "text": "y"} for row in rows]).decode()
+    assert [r["labels"] for r in csv.DictReader(io.StringIO(written))] == texts
+
+
+LISTS_OF_PYTHON = {
+    "messages": "messages\n\"[{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': 'b'}]\"\n",
+    "conversations": "conversations\n\"[{'from': 'human', 'value': 'a'}]\"\n",
+    "references": "mr,refs\nname[A],\"['a', 'b']\"\n",
+    "table": "table,ref\n\"{'name': 'A'}\",x\n",
+    "token ids": 'input_ids,labels\n"[1 2]","[1, 2]"\n',
+    "labels": 'input_ids,labels\n"[1, 2]","[1 2]"\n',
+    "mask": 'input_ids,labels,attention_mask\n"[1, 2]","[1, 2]","[1 1]"\n',
+}
+
+
+@pytest.mark.parametrize("content", LISTS_OF_PYTHON.values(), ids=LISTS_OF_PYTHON)
+def test_a_list_as_python_writes_it_is_refused_with_the_form_to_write(tmp_path, content):
+    (tmp_path / "a.csv").write_text(content)
+    rows = read_rows(tmp_path / "a.csv")
+    task = Task("input_ids") if "input_ids" in rows[0] else find_task(None, rows[0])
+    with pytest.raises(DataError, match=r"json\.dumps"):
+        check_examples(rows, task)

@@ -188,3 +188,14 @@ def test_generate_says_how_rows_are_read(cli, folder, tmp_path, caplog):
     assert "the input is question" in caplog.text
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     assert json.loads(line)["note"] == "n"
+
+
+def test_a_row_with_its_whole_text_too_needs_the_task_and_its_prefix_keeps_it(base):
+    rows = [{"instruction": f"Say {a}.", "output": a, "text": f"### Say {a}. ### {a}"} for a in "abc"]
+    with pytest.raises(DataError, match=r"task instruction .* task text"):
+        find_task(None, rows[0])
+    how = {"prefix_length": 2, "max_steps": 2, "init": "random", "model": base, "progress": False}
+    prefix = train(data=rows, task="instruction", **how)
+    plain = [{"prompt": f"Say {a}.\n"} for a in "abc"]
+    found, expected = (generate(asked, prefix, model=base, max_new_tokens=3) for asked in (rows, plain))
+    assert [g.token_ids for g in found] == [g.token_ids for g in expected]

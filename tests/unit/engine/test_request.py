@@ -84,22 +84,32 @@ REQUESTS = {
     "no name": (
         [{"prompt": "x", "prefix": "a"}, {"prompt": "x"}],
         BY_NAME,
-        "expected a 'prefix' key with one of ['a', 'b'], got None",
+        "expected a 'prefix' key with the name of a prefix, got None; known are 'a', 'b'",
     ),
     "an unknown name": (
         [{"prompt": "x", "prefix": "a"}, {"prompt": "x", "prefix": "c"}],
         BY_NAME,
-        "expected a 'prefix' key with one of ['a', 'b'], got 'c'",
+        "expected a 'prefix' key with the name of a prefix, got 'c'; known are 'a', 'b'",
+    ),
+    "a misspelt name of many": (
+        [{"prompt": "x", "prefix": "user-7y"}, {"prompt": "x", "prefix": "user-7x"}],
+        {f"user-{i}{c}": PREFIX for i in range(99, 0, -1) for c in "ay"},
+        "got 'user-7x'; did you mean 'user-7",
+    ),
+    "another name of many": (
+        [{"prompt": "x", "prefix": "user-01"}, {"prompt": "x", "prefix": "zzz"}],
+        {f"user-{i:02}": PREFIX for i in range(99, 0, -1)},
+        "known are 'user-01', 'user-02', 'user-03'",
     ),
     "a list as name": (
         [{"prompt": "x", "prefix": "a"}, {"prompt": "x", "prefix": ["a"]}],
         BY_NAME,
-        "expected a 'prefix' key with one of ['a', 'b'], got ['a']",
+        "expected a 'prefix' key with the name of a prefix, got ['a']; known are 'a', 'b'",
     ),
     "no row but a mapping of prefixes": (
         [{"prompt": "x", "prefix": "a"}, OK],
         BY_NAME,
-        "expected a 'prefix' key with one of ['a', 'b'], got None",
+        "expected a 'prefix' key with the name of a prefix, got None; known are 'a', 'b'",
     ),
     "an unknown key": ([OK, {"prompt": "x", "promt": "y"}], None, "unknown key 'promt'; did you mean 'prompt'?"),
     "no input": ([OK, {"id": 5}], None, "expected one of the keys prompt, mr, table"),

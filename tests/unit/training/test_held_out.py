@@ -10,6 +10,7 @@ import torch
 import prefixfast
 import tiny
 from prefixfast import TrainConfig
+from prefixfast.data import TASKS, column_task
 from prefixfast.data.files import FileRow
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.training.advice import loss_advice
@@ -37,9 +38,9 @@ def model():
         yield loaded
 
 
-def held(own, fraction, seed=0):
+def held(own, fraction, seed=0, task=TASKS["prompt"]):
     """Kept and held-out rows of one prefix."""
-    split = hold_out(TrainingRows({"a": list(own)}, None, True, {}), fraction, seed, isolate=False)
+    split = hold_out(TrainingRows({"a": list(own)}, None, True, {}), task, fraction, seed, isolate=False)
     return split.rows["a"], split.eval_rows["a"]
 
 
@@ -52,6 +53,29 @@ def test_nothing_is_held_out_unasked(model):
     prefix = train(model, rows(0, 9), **HOW)
     assert prefix.training["metrics"]["examples"] == 9
     assert "eval_rows" not in prefix.training["metrics"]
+
+
+READ_ALIKE = {
+    "number of the row": ([{"id": i, "prompt": f"{i // 2}", "completion": "x"} for i in range(20)], TASKS["prompt"]),
+    "columns of one's own": (
+        [{"id": f"{i}", "note": f"n{i}", "Name": f"{i // 2}", "text": "x"} for i in range(20)],
+        column_task(prompt="{name} ->", target="text"),
+    ),
+    "references": ([{"table": {"a": f"{i // 2}"}, "refs": ["x", "y"], "id": i} for i in range(20)], TASKS["table"]),
+    "token ids": ([{"input_ids": [i // 2, 1], "labels": [-100, 1], "id": i} for i in range(20)], TASKS["prompt"]),
+    "conversations": (
+        [{"id": i, "prompt_id": f"p{i}", "messages": [{"role": "user", "content": f"{i // 2}"}]} for i in range(20)],
+        TASKS["messages"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("own", "task"), READ_ALIKE.values(), ids=READ_ALIKE)
+def test_rows_that_the_model_reads_alike_stay_together(own, task):
+    kept, out = held(own, 0.3, task=task)
+    assert len(out) == 6
+    number = {id(row): i // 2 for i, row in enumerate(own)}
+    assert {number[id(r)] for r in kept}.isdisjoint(number[id(r)] for r in out)
 
 
 @pytest.mark.parametrize(("count", "fraction", "expected"), [(100, 0.29, 29), (10, 0.1, 1), (7, 0.5, 3), (3, 0.99, 2)])

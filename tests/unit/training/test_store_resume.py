@@ -12,8 +12,9 @@ import torch
 import prefixfast
 import tiny
 from prefixfast import PrefixStore
-from prefixfast.errors import ConfigError
+from prefixfast.errors import ConfigError, PrefixFastError
 from prefixfast.store.runs import RUNS, RunFolder, run_folders
+from prefixfast.training import defaults
 from prefixfast.training.trainer import train
 from token_rows import rows
 
@@ -145,6 +146,20 @@ def test_other_options_are_trained_again(model, tmp_path, change):
     watch = Watch()
     run = train(model, data, store=tmp_path, resume=True, callbacks=[watch], **HOW | change)
     assert (list(watch.steps), run.unchanged) == (["a"], ())
+
+
+@pytest.mark.parametrize(("name", "value"), [("FEWEST_STEPS", 12), ("LARGEST", 0.02)])
+def test_other_defaults_of_a_later_version_are_trained_again(model, tmp_path, monkeypatch, name, value):
+    how = {n: v for n, v in HOW.items() if n not in ("max_steps", "learning_rate")}
+    monkeypatch.setattr(defaults, "FEWEST_STEPS", 10)
+    monkeypatch.setattr(defaults, "PASSES", 1)
+    data = {"a": DATA["a"]}
+    first = train(model, data, store=tmp_path, **how)
+    assert train(model, data, store=tmp_path, resume=True, **how).unchanged == ("a",)
+    monkeypatch.setattr(defaults, name, value)
+    later = train(model, data, store=tmp_path, resume=True, **how)
+    assert later.unchanged == ()
+    assert later["a"].digest != first["a"].digest
 
 
 def test_options_of_one_prefix_count_for_it_alone(model, tmp_path):
@@ -320,6 +335,22 @@ def test_what_the_options_need(model, tmp_path):
         train(model, DATA, store=tmp_path, overwrite=True, **HOW)
     with pytest.raises(ConfigError, match="opened read-only"):
         train(model, DATA, store=PrefixStore(tmp_path, read_only=True), **HOW)
+
+
+@pytest.mark.parametrize(
+    ("data", "how", "error"),
+    [
+        ([{"name": "a", "text": "b"}], {"prompt": "{nam} ->", "target": "text"}, "did you mean 'name'"),
+        ([{"prompt": "a"}], {}, "completion"),
+        ([{"prompt": "a", "completion": "b"}], {"max_steps": 0}, "max_steps"),
+        ([{"prompt": "a", "completion": "b"}], {"overwrite": True}, "overwrite"),
+        ([{"prompt": "a", "completion": "b"}], {"model": "no-such-folder/of/a/base"}, "no-such-folder"),
+    ],
+)
+def test_a_refused_run_makes_no_store(model, tmp_path, data, how, error):
+    with pytest.raises(PrefixFastError, match=error):
+        train(how.pop("model", model), data, store=tmp_path / "store", progress=False, **how)
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_name_of_a_folder_that_exists_is_no_name_of_a_run(tmp_path):

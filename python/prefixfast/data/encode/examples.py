@@ -117,16 +117,19 @@ def _encode_pairs(tokenizer: Tokenizer, rows: Sequence[Row], task: Task, eos: in
     pairs = task.pairs(rows, tokenizer.eos, tokenizer.chat)
     chats = [task.is_chat(row) for row in rows]
     prompts: dict[int, Ints] = {}
-    for chat in {*chats}:  # the chat template has written the special tokens already
+    encoded: dict[int, Iterator[Ints]] = {}
+    for chat in {*chats}:  # the chat template has written the special tokens and the space after the prompt already
         mine = [i for i, c in enumerate(chats) if c == chat]
         prompts |= zip(mine, tokenizer.encode([pairs[i][0] for i in mine], add_special_tokens=not chat), strict=True)
-    encoded = iter(tokenizer.encode([t for _, targets in pairs for t in targets], add_special_tokens=False))
+        texts = [target for i in mine for target in pairs[i][1]]
+        found = tokenizer.encode(texts, add_special_tokens=False) if chat else tokenizer.encode_targets(texts)
+        encoded[chat] = iter(found)
     for i, (row, (_, targets)) in enumerate(zip(rows, pairs, strict=True)):
         prompt = prompts[i]
         if not len(prompt):
             raise row_error(row, i, "the prompt has no tokens; the first target token needs one before it")
         for _ in targets:
-            target = next(encoded)
+            target = next(encoded[chats[i]])
             closed = chats[i] and not tokenizer.special_ids.isdisjoint(target.tolist())
             ids = np.concatenate([prompt, target if closed else _append_eos(target, eos)])
             yield _targets_from(row, i, ids, len(prompt))

@@ -149,7 +149,7 @@ def encode_target(model: Model, target: str | Sequence[int], index: int) -> Ints
     """
     if isinstance(target, str):
         _check_unicode(target, index, "target: it is no text")
-        ids = model.require_tokenizer().encode([target], add_special_tokens=False)[0]
+        ids = model.require_tokenizer().encode_targets([target])[0]
         if error := vocabulary_error(ids, model.vocab_size):
             msg = f"request {index}: target: {error}"
             raise RequestError(msg, index=index)

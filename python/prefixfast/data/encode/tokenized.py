@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from prefixfast.data.encode.token_ids import Ints, int_array, vocabulary_error
 from prefixfast.data.formats import MASK_KEYS
+from prefixfast.data.row_values import json_hint
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import shown
 
@@ -36,7 +37,11 @@ def tokenized_row(row: Row, number: int, vocab_size: int) -> tuple[Ints, NDArray
     ids = int_array(row.get("input_ids"))
     if ids is None or not len(ids):
         expected = f"a list of token ids below {vocab_size}"
-        raise row_error(row, number, f"input_ids: expected {expected}, got {shown(row.get('input_ids'))}")
+        raise row_error(
+            row,
+            number,
+            f"input_ids: expected {expected}, got {shown(row.get('input_ids'))}{json_hint(row.get('input_ids'))}",
+        )
     attended, targets = np.ones(len(ids), bool), np.zeros(len(ids), bool)
     if row.get("attention_mask") is not None:
         attended = _mask(row, number, "attention_mask", len(ids))
@@ -74,7 +79,7 @@ def _labelled(row: Row, number: int, ids: NDArray[np.int64], attended: NDArray[n
     """Places with a label, of which each must be the id at the same place."""
     labels = int_array(row["labels"])
     if labels is None or len(labels) != len(ids):
-        got = shown(row["labels"]) if labels is None else f"{len(labels)} labels"
+        got = shown(row["labels"]) + json_hint(row["labels"]) if labels is None else f"{len(labels)} labels"
         raise row_error(row, number, f"labels: expected one integer for each of the {len(ids)} input_ids, got {got}")
     mask = labels != IGNORED_LABEL
     if (wrong := np.flatnonzero(mask & (labels != ids))).size:
@@ -98,7 +103,8 @@ def _mask(row: Row, number: int, key: str, length: int) -> NDArray[np.bool_]:
     except (ValueError, OverflowError):
         found = np.zeros(())
     if found.shape != (length,) or found.dtype.kind not in "iub" or not np.isin(found, (0, 1)).all():
-        raise row_error(row, number, f"{key}: expected a 0 or 1 for each of the {length} input_ids, got {shown(value)}")
+        expected = f"{key}: expected a 0 or 1 for each of the {length} input_ids"
+        raise row_error(row, number, f"{expected}, got {shown(value)}{json_hint(value)}")
     return found.astype(bool)
 
 

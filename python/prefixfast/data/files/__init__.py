@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prefixfast.data.files.delimited import delimited_items
 from prefixfast.data.files.encodings import as_utf8, check_encoding
-from prefixfast.data.files.items import FileRow, Item, parse_item
+from prefixfast.data.files.items import FileRow, Item, ListCell, MappingCell, parse_item
 from prefixfast.data.files.json_rows import json_items, json_objects
 from prefixfast.data.files.kinds import SPREADSHEETS, refused_content, refused_suffix
 from prefixfast.data.files.names import renaming
@@ -22,6 +22,8 @@ __all__ = [
     "SUFFIXES",
     "FileRow",
     "Item",
+    "ListCell",
+    "MappingCell",
     "check_encoding",
     "file_items",
     "json_line_items",

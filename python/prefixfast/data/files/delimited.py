@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.files.items import FileRow, Item, malformed
+from prefixfast.data.files.items import FileRow, Item, json_cell, malformed
 from prefixfast.data.files.json_rows import parse_json
 from prefixfast.data.files.names import known_names
 from prefixfast.data.files.separator import find_separator
@@ -174,7 +174,7 @@ def _json_value(value: JSON) -> JSON:
     """List or mapping that a cell holds as JSON; other cells stay as they are, and the row's format checks them."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
-            return parse_json(value)
+            return json_cell(value, parse_json(value))
         except (ValueError, RecursionError):
             return value
     return value

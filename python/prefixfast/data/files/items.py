@@ -27,7 +27,42 @@ class FileRow(dict[str, JSON]):
         return FileRow, (dict(self), self.path, self.line)
 
 
+class ListCell(list[JSON]):
+    """A list that a cell of a table holds as JSON.
+
+    Attributes:
+        text: Text of the cell.
+    """
+
+    __slots__ = ("text",)
+    text: str
+
+
+class MappingCell(dict[str, JSON]):
+    """A mapping that a cell of a table holds as JSON.
+
+    Attributes:
+        text: Text of the cell.
+    """
+
+    __slots__ = ("text",)
+    text: str
+
+
 Item: TypeAlias = FileRow | DataError
+
+
+def json_cell(text: str, value: JSON) -> JSON:
+    """Value of a cell that keeps the cell's text, since a task of columns reads the text."""
+    found: ListCell | MappingCell
+    if isinstance(value, list):
+        found = ListCell(value)
+    elif isinstance(value, dict):
+        found = MappingCell(value)
+    else:
+        return value
+    found.text = text
+    return found
 
 
 def malformed(path: str, line: int, message: str) -> DataError:
