@@ -137,8 +137,8 @@ def _is_misspelt(name: str, columns: tuple[str, ...], keys: tuple[object, ...]) 
 def cell_text(row: Row, number: int, key: str) -> str | None:
     """Text of a value.
 
-    A string is its own text, as is a cell of a table, whatever it holds. A number and a boolean are written as in JSON (``12``, ``0.5``, ``true``), a decimal
-    number with its digits, a date in ISO form, and a list or mapping as JSON on one line.
+    A string is its own text, as is a cell of a table. A number and a boolean are written as in JSON (``12``, ``0.5``,
+    ``true``), a decimal number with its digits, a date in ISO form, and a list or mapping as JSON on one line.
 
     Args:
         row: Row.
