@@ -78,7 +78,9 @@ def command(
 
 
 def _greeting(engine: Engine, session: ChatSession) -> str:
-    name = printable(engine.model.fingerprint["name"])
+    from prefixfast.model.base import display_name
+
+    name = printable(display_name(engine.model))
     return f"{name}, {str(engine.model.dtype).removeprefix('torch.')}, {session.describe()}. /help lists the commands."
 
 

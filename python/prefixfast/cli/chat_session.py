@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.cli.output import printable
-from prefixfast.cli.typed_text import TextReader
+from prefixfast.cli.text_reader import TextReader
 from prefixfast.config import GenerationParams
+from prefixfast.engine.sampling_params import SAMPLING_FIELDS
 from prefixfast.errors import ConfigError, PrefixFastError, shown
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 LONGEST_ANSWER, ANSWER_SHARE = 256, 4  # an answer without max_new_tokens gets 256 tokens, at most 1/4 of the context
 SHOWN = 40  # characters of a dropped text in a notice
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "seed")
 REFUSED = {
     "num_beams": (1, "an answer is shown while it is generated"),
     "num_return_sequences": (1, "a text has one answer"),
@@ -58,7 +58,7 @@ def with_sampling(params: GenerationParams) -> GenerationParams:
 
 
 def _sampling_options(params: GenerationParams) -> list[str]:
-    return [name for name in SAMPLING if getattr(params, name) is not None]
+    return [name for name in SAMPLING_FIELDS if getattr(params, name) is not None]
 
 
 class ChatSession:

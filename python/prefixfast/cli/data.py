@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixfast.cli.columns import PROMPT, TABLE, TARGET, TASK, column_arguments
-from prefixfast.cli.data_folder import check_folder, problem_lines
+from prefixfast.cli.data_folder import all_counts, check_folder, problem_lines
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.help import Command, Group
 from prefixfast.cli.prefixes import Json
@@ -136,7 +136,7 @@ def _tokenizer_and_sizes(model: str) -> dict[str, Any]:
 def _lines(report: DataReport) -> list[str]:
     """Report as lines of text."""
     out = problem_lines(report)
-    counts = f"{report.rows} rows, {report.examples} examples, {report.num_problems} problems"
+    counts = all_counts(report.rows, report.examples, report.num_problems)
     out.append(f"{report.path}: task {report.task}, {counts}")
     for unit, of in (("characters", report.characters), ("tokens", report.tokens)):
         for name, at in of.items():

@@ -12,6 +12,7 @@ import typer
 
 from prefixfast.cli.output import printable, show
 from prefixfast.data.folder import Folder
+from prefixfast.io.text import counted
 
 if TYPE_CHECKING:
     from prefixfast.data.check_data import DataReport, Problem
@@ -42,14 +43,19 @@ def check_folder(folder: Folder, check: Callable[[Path], DataReport], *, as_json
         ]
         show(lines, COLUMNS, as_json=False)
         wrong = sum(r.num_problems > 0 for r in reports.values())
-        counts = f"{totals['rows']} rows, {totals['examples']} examples, {totals['num_problems']} problems"
-        typer.echo(f"{printable(str(folder.path))}: {len(reports)} files, {counts} in {wrong} files", err=True)
+        counts = f"{counted(len(reports), 'file')}, {all_counts(*totals.values())} in {counted(wrong, 'file')}"
+        typer.echo(f"{printable(str(folder.path))}: {counts}", err=True)
         for report in reports.values():
             warnings = [f"{printable(report.path)}: warning: {warning}" for warning in report.warnings]
             for line in problem_lines(report) + warnings:
                 typer.echo(line, err=True)
     if totals["num_problems"]:
         raise typer.Exit(1)
+
+
+def all_counts(rows: int, examples: int, problems: int) -> str:
+    """Numbers of rows, examples and problems as text."""
+    return f"{counted(rows, 'row')}, {counted(examples, 'example')}, {counted(problems, 'problem')}"
 
 
 def problem_lines(report: DataReport) -> list[str]:

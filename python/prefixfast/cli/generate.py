@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import QUIET, SOME_FAILED, printable, start_logging
+from prefixfast.cli.output import QUIET, SOME_FAILED, start_logging
 from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
 from prefixfast.cli.records import Records, generated
 from prefixfast.cli.requests import known_rows, read_input
-from prefixfast.cli.result_file import PARTIAL, STDOUT, check_ids, check_path, open_results
+from prefixfast.cli.result_file import PARTIAL, STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.cli.result_formats import FORMATS as OUTPUT_FORMATS
 from prefixfast.config import EngineConfig, GenerationParams
+from prefixfast.io.text import counted
 
 if TYPE_CHECKING:
     from prefixfast.engine.request import Generation
 
-FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, each also with .gz"
+FORMATS = ".csv, .tsv, .jsonl, .ndjson, .json or .parquet, each also with .gz"
 INPUT = f"File of rows ({FORMATS}), or - for JSON lines on standard input."
 UNFINISHED = f"While the command runs, its results are JSON lines in a file of this name with {PARTIAL} at its end."
 UNREAD = "Targets and columns that have no meaning are not read by the model."
@@ -103,9 +104,7 @@ def _report(results: Sequence[Generation], output: Path, *, quiet: bool) -> None
     failed = sum(r.error is not None for r in results)
     cut = sum(r.finish_reason == "length" for r in results)
     if not quiet:
-        counts = f"{len(results) - failed} texts" + (f", {failed} requests failed" if failed else "")
-        counts += f", {cut} cut at max_new_tokens" if cut else ""
-        is_stdout = output == STDOUT
-        typer.echo(f"{'standard output' if is_stdout else printable(str(output))}: {counts}", err=is_stdout)
+        counts = counted(len(results) - failed, "text") + (f", {counted(failed, 'request')} failed" if failed else "")
+        print_counts(output, counts + (f", {cut} cut at max_new_tokens" if cut else ""))
     if failed:
         raise typer.Exit(SOME_FAILED)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefixfast.cli.prefix_flags import PrefixFlags
-from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, shown, suggestion
+from prefixfast.errors import DataError, UnknownPrefixError, shown, suggestion
 
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
@@ -82,13 +82,9 @@ class PrefixChoice:
         """
         if model is not None:
             return model
-        found = [header.base["name"] for header in self._headers.values() if header.base is not None]
-        bases = {str(name) for name in found if name}
-        if len(bases) != 1:
-            got = " and ".join(map(shown, sorted(bases))) or "no prefix that names one"
-            msg = f"--model: expected a base model, or prefixes that name one, got {got}"
-            raise ConfigError(msg)
-        return bases.pop()
+        from prefixfast.engine.call_checks import only_base_name
+
+        return only_base_name(header.base for header in self._headers.values())
 
     def _header(self, name: str) -> Any:
         """Header of a folder or hub id, or the stored prefix of a name in the store."""

@@ -7,17 +7,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prefixfast.config.engine import BASE_FIELDS
+
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
     from prefixfast.prefix.prefix import Prefix
-
-BASE_FIELDS = (
-    "dtype",
-    "device",
-    "revision",
-    "backend",
-    "allow_base_mismatch",
-)  # options of the base that a command loads
 
 
 def read_prefix(path: str | Path, model: str | None, fields: Mapping[str, Any]) -> Prefix:

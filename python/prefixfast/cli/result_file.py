@@ -1,4 +1,4 @@
-"""Where a command that makes one result for each row puts them: a file, or standard output.
+"""Outputs of a command that makes one result for each row: a file, or standard output.
 
 An interrupted run keeps what it has: results are added to ``PATH.partial`` as they come.
 """
@@ -48,6 +48,17 @@ def open_results(path: Path, makes: Records, details: Records) -> ResultFile | S
         pairs = ", ".join(f"{shown(old)} as {shown(new)}" for old, new in makes.renamed.items())
         logger.info("columns with the name of a field of the results are written under another name: %s", pairs)
     return StandardOutput(makes) if path == STDOUT else ResultFile(path, makes, details)
+
+
+def print_counts(path: Path, counts: str) -> None:
+    """Print the last line of a command, on standard error if the results are on standard output.
+
+    Args:
+        path: Path of the results, or ``-`` for standard output.
+        counts: Numbers of the results.
+    """
+    is_stdout = path == STDOUT
+    typer.echo(f"{'standard output' if is_stdout else printable(str(path))}: {counts}", err=is_stdout)
 
 
 def check_path(path: Path) -> None:

@@ -79,7 +79,7 @@ def _txt(makes: Records, records: Sequence[Record]) -> bytes:
 
 
 WRITERS: dict[str, Callable[[Records, Sequence[Record]], bytes]] = {".jsonl": _jsonl, ".csv": _csv, ".txt": _txt}
-FORMATS = "JSON lines (.jsonl), a table (.csv) or the texts alone (.txt), each also with .gz"
+FORMATS = "JSON lines (.jsonl), a table (.csv) or the texts or log-probabilities alone (.txt), each also with .gz"
 
 
 def format_of(path: Path) -> str:

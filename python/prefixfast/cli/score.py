@@ -9,12 +9,13 @@ import typer
 
 from prefixfast.cli.generate import DETAILS, ENCODING, FORMATS, MODEL, OUTPUT
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import QUIET, printable, start_logging
+from prefixfast.cli.output import QUIET, start_logging
 from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
 from prefixfast.cli.records import Records, scored
 from prefixfast.cli.requests import known_rows, read_input
-from prefixfast.cli.result_file import STDOUT, check_ids, check_path, open_results
+from prefixfast.cli.result_file import STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.config import EngineConfig
+from prefixfast.io.text import counted
 
 EXAMPLE = "prefixfast score rows.jsonl -o scores.jsonl --prefix my-prefix"
 INPUT = f"File of rows with one target each ({FORMATS}), or - for JSON lines on standard input."
@@ -74,7 +75,5 @@ def command(
         return
     tokens = sum(len(r.token_ids) for r in results)
     mean = sum(r.logprob for r in results) / tokens
-    is_stdout = output == STDOUT
-    place = "standard output" if is_stdout else printable(str(output))
-    counts = f"{len(results)} rows, {tokens} tokens, mean log-probability of a token {mean:.4f}"
-    typer.echo(f"{place}: {counts}", err=is_stdout)
+    counts = f"{counted(len(results), 'row')}, {counted(tokens, 'token')}"
+    print_counts(output, f"{counts}, mean log-probability of a token {mean:.4f}")

@@ -36,7 +36,7 @@ EVAL_DATA = typer.Option(
     help="Held-out rows for all prefixes, or by the same names in a form of DATA.", show_default="no evaluation"
 )
 INIT = typer.Option(
-    help="Initial values: text, random, zero, or the folder of a prefix.",
+    help="Initial values: text, random, zero, or the folder or hub id of a prefix.",
     show_default="init of the recipe; the default recipe has text",
 )
 INIT_TEXT = typer.Option(

@@ -134,7 +134,7 @@ class Summary:
         return [*lines, *_command("next", self.next_command())]
 
     def _advice(self) -> list[str]:
-        """What to try for the first prefixes whose loss did not fall, and the number of the others."""
+        """Advice for the first prefixes whose loss did not fall, and the number of the others."""
         found = self.run.advice()
         lines: list[str] = []
         for name, text in list(found.items())[:SHOWN_ADVICE]:

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import indent
@@ -16,15 +16,17 @@ import typer
 
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.options import flags
-from prefixfast.cli.output import printable, printable_text
+from prefixfast.cli.output import printable, printable_text, show
 from prefixfast.cli.prefix_choice import NAMES_OF_STORE, NamedStore, PrefixChoice
+from prefixfast.cli.prefixes import Json
 from prefixfast.cli.read_prefix import loaded_base
 from prefixfast.config import EngineConfig, GenerationParams
+from prefixfast.data.files import SUFFIXES
 from prefixfast.data.formats import TARGET_KEYS
 from prefixfast.errors import DataError, shown
 
 if TYPE_CHECKING:
-    from prefixfast.cli.typed_text import TextReader
+    from prefixfast.cli.text_reader import TextReader
     from prefixfast.data.rows import Row
     from prefixfast.data.task import Task
     from prefixfast.engine.engine import Engine
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 BASE_ALONE = "the base alone"
 MOST_ROWS = 20  # rows of a file; more are a run of prefixfast generate
-FILE = re.compile(r".+\.(jsonl|json|csv|tsv|parquet)(\.gz)?")
+FILE = re.compile(rf".+({'|'.join(map(re.escape, SUFFIXES))})(\.gz)?")
 NARROWEST = 24  # characters of a column of the table
 EXAMPLE = 'prefixfast try gpt2 "Where is the inn?" --prefix mill --prefix inn'
 
@@ -81,7 +83,7 @@ def command(
     ] = None,
     store: NamedStore = None,
     encoding: Annotated[str | None, ENCODING] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     *,
     fields: dict[str, Any],
 ) -> None:
@@ -102,11 +104,8 @@ def command(
     with loaded_base(model, fields) as loaded, Engine(loaded, config=config) as engine:
         choice.model = engine.model
         answers = _answers(engine, choice, text if rows is None else rows, prefix or [], params)
-    if as_json:
-        typer.echo(json.dumps([answer.record() for answer in answers], indent=2))
-    elif not sys.stdout.isatty():
-        for line in (("input", "prefix", "text"), *_lines(answers)):
-            typer.echo("\t".join(line))
+    if as_json or not sys.stdout.isatty():
+        show([answer.record() for answer in answers], ("input", "prefix", "text"), as_json=as_json)
     else:
         _show(answers, 1 + len(prefix or []))
 
@@ -135,7 +134,7 @@ def _answers(
     engine: Engine, choice: PrefixChoice, asked: str | Sequence[Row], names: Sequence[str], params: GenerationParams
 ) -> list[Answer]:
     """Answers to a text or to rows, each by the base alone and with each prefix, in one batch."""
-    from prefixfast.cli.typed_text import TextReader
+    from prefixfast.cli.text_reader import TextReader
 
     reader, found = TextReader(engine.model, None), [choice.find(name) for name in names]
     texts = [asked] if isinstance(asked, str) else list(asked)
@@ -164,11 +163,6 @@ def _shown_input(text: str | Row) -> str:
     hidden = {"params", "prefix", "id", *TARGET_KEYS}
     values = [value for key, value in text.items() if key not in hidden and value is not None]
     return values[0] if len(values) == 1 and isinstance(values[0], str) else json.dumps(values, ensure_ascii=False)
-
-
-def _lines(answers: Sequence[Answer]) -> Iterator[tuple[str, str, str]]:
-    for answer in answers:
-        yield printable(answer.text), printable(answer.prefix), printable(answer.result.text)
 
 
 def _show(answers: Sequence[Answer], per_text: int) -> None:

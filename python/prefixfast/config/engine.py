@@ -11,6 +11,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.config.options import BYTES, COUNT, COUNT_OR_ZERO, INT32_MAX, INT64_MAX, SEED, Options, Range, option
 
 BaseMismatch = Literal["quantized"]
+BASE_FIELDS = ("dtype", "device", "revision", "backend", "allow_base_mismatch")  # fields that `load` takes
 
 
 @dataclass(frozen=True, kw_only=True)

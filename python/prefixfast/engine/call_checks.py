@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -13,7 +13,7 @@ from prefixfast.data.encode import Input
 from prefixfast.engine.make_requests import check_batch, check_requests
 from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.engine.score_inputs import Targets, check_score_requests, check_targets
-from prefixfast.errors import ConfigError, check_choice, check_flag
+from prefixfast.errors import ConfigError, check_choice, check_flag, shown
 from prefixfast.model.base_name import check_base_name
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix, open_store
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prefixfast.model.base import Model
+    from prefixfast.model.fingerprint import Fingerprint
 
 PREFIX_TYPES: tuple[type, ...] = (Prefix, StoredPrefix)
 
@@ -54,7 +55,7 @@ class Call:
 
 @dataclass(frozen=True)
 class CheckedCall:
-    """What the checks of a call have found.
+    """Findings of the checks of a call.
 
     Attributes:
         model: Base model, or its name.
@@ -161,10 +162,21 @@ def _base_name(call: Call, store: PrefixStore | None) -> str:
         prefixes = list(prefixes.values())
     flat = {id(p): p for entry in _as_list(prefixes) for p in _as_list(entry)}.values()
     found = [store.info(p) if isinstance(p, str) and store is not None else p for p in flat]
-    bases = [p.base for p in found if isinstance(p, call.types) and p.base]  # type: ignore[attr-defined]
-    names = {str(base["name"]) for base in bases if base.get("name")}
+    return only_base_name(p.base for p in found if isinstance(p, call.types))  # type: ignore[attr-defined]
+
+
+def only_base_name(bases: Iterable[Fingerprint | None]) -> str:
+    """Name of the one base model that fingerprints name.
+
+    Args:
+        bases: Fingerprints of the base models of prefixes, None for an unknown one.
+
+    Raises:
+        ConfigError: If they name no base model, or several.
+    """
+    names = {str(base["name"]) for base in bases if base and base.get("name")}
     if len(names) != 1:
-        got = sorted(names) or "none"
+        got = " and ".join(map(shown, sorted(names))) or "none"
         msg = f"model: expected a base model, or prefixes that name one, got {got}; a command takes it with --model"
         raise ConfigError(msg)
     return names.pop()

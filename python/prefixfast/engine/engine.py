@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from prefixfast.config import EngineConfig, EngineFields, GenerationParams
+from prefixfast.config.engine import BASE_FIELDS
 from prefixfast.config.fields import GenerationParamsFields
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import Input
@@ -41,13 +42,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
-BASE_FIELDS = (
-    "dtype",
-    "device",
-    "revision",
-    "backend",
-    "allow_base_mismatch",
-)  # fields of EngineConfig that load takes
 
 
 class Engine(RequestSubmission, PrefixPinning):

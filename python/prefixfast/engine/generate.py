@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from prefixfast.config import GenerationFields, GenerationParams, ScoreFields
+from prefixfast.config.engine import BASE_FIELDS
 from prefixfast.data.encode import Input
 from prefixfast.engine.call_checks import Call, CheckedCall, check_generate, check_score
 from prefixfast.engine.request_prefixes import Prefixes
@@ -188,7 +189,7 @@ def score(
 @contextlib.contextmanager
 def _engine(checked: CheckedCall, **smaller: Any) -> Iterator[Engine]:
     """Context manager of an engine for one call."""
-    from prefixfast.engine.engine import BASE_FIELDS, Engine
+    from prefixfast.engine.engine import Engine
     from prefixfast.model.shared_base import borrowed
 
     fields: dict[str, Any] = {**checked.engine, **smaller}

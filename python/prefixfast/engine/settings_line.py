@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from prefixfast.config import GenerationParams
 from prefixfast.engine.sampling_params import BUILT_IN, SAMPLING_FIELDS
 from prefixfast.io.text import counted
-from prefixfast.model.base import Model, compute_line
+from prefixfast.model.base import Model, compute_line, display_name
 
 if TYPE_CHECKING:
     from prefixfast.engine.request import Request
@@ -36,11 +36,10 @@ def call_settings(model: Model, requests: Sequence[Request] | Sequence[ScoreRequ
         model: Base model.
         requests: Requests.
     """
-    name = str(getattr(model.hf, "name_or_path", "") or "") or type(model.hf).__name__
     lengths = {p.digest: p.length for r in requests for p in r.prefixes}
     sizes = _several(dict.fromkeys(str(n) for n in sorted(lengths.values())))
     prefixes = f"{counted(len(lengths), 'prefix', 'prefixes')} of {sizes} rows" if lengths else "no prefix"
-    return f"{name}, {compute_line(model)}: {counted(len(requests), 'request')}, {prefixes}"
+    return f"{display_name(model)}, {compute_line(model)}: {counted(len(requests), 'request')}, {prefixes}"
 
 
 def decoding(params: GenerationParams) -> str:

@@ -227,6 +227,11 @@ class Model:
         self.close()
 
 
+def display_name(model: Model) -> str:
+    """Name of a base model, or its class if it has no name."""
+    return str(getattr(model.hf, "name_or_path", "") or type(model.hf).__name__)
+
+
 def compute_line(model: Model) -> str:
     """Compute dtype and device, as logs show them: ``computing in bfloat16 on cpu``."""
     return f"computing in {str(model.dtype).removeprefix('torch.')} on {model.device}"

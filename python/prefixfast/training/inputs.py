@@ -49,7 +49,7 @@ class TrainingRows:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How the rows of a run are read.
+    """Options of reading the rows of a run.
 
     Attributes:
         prefix_column: Key of plain rows whose value names the row's prefix.
@@ -72,10 +72,10 @@ def read_training_rows(
     Args:
         data: Rows, or rows by name.
         eval_data: Held-out rows for all prefixes, by the same names, or with the same column.
-        options: How the rows are read.
+        options: Options of reading.
 
     Raises:
-        ConfigError: If the names of ``data`` and ``eval_data`` differ, ``prefix_column`` is given with a mapping, or$
+        ConfigError: If the names of ``data`` and ``eval_data`` differ, ``prefix_column`` is given with a mapping, or
             the encoding is unknown.
         DataError: If rows cannot be read and the error is not isolated, or no prefix has rows.
     """

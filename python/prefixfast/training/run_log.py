@@ -16,7 +16,7 @@ SHOWN_OPTIONS = ("learning_rate", "lr_scheduler_type", "batch_size", "seed")
 
 
 def settings_line(group: PrefixGroup, runner: StepRunner) -> str:
-    """What a group trains, on how many examples and with which options, in one line.
+    """Prefixes, examples and options of a group in one line.
 
     Args:
         group: Group with resolved options.

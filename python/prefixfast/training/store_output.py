@@ -85,11 +85,13 @@ class StoreOutput(OutputDir):
                     names = [n for n in names if n not in own]
             self.unchanged |= {n: done[n] for n in names if n in done}
             names = [n for n in names if n not in done]
+            continued = sum(len(own) for own, _ in found)
             logger.info(
                 "resume: %d prefixes are in the store with the same rows and options, %d continue from a checkpoint, "
                 "%d start at the first step",
-                *(len(data.group.jobs) - len(names) - sum(len(own) for own, _ in found),),
-                *(sum(len(own) for own, _ in found), len(names)),
+                len(data.group.jobs) - continued - len(names),
+                continued,
+                len(names),
             )
         found += [(names, None)] if names else []
         for _, checkpoint in found:

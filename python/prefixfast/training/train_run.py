@@ -168,7 +168,7 @@ class TrainRun(Mapping[str, Prefix]):
         write_figure(figure, target, dpi=100)
 
     def advice(self) -> dict[str, str]:
-        """What to try, by name, for prefixes whose loss training did not lower.
+        """Advice by name for prefixes whose loss training did not lower.
 
         The loss on held-out rows counts if there are any, else the training loss of the last step against the first.
 

@@ -301,8 +301,10 @@ def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir,
 
 
 def _totals(trainers: Sequence[GroupTrainer], base: Model) -> RunTotals:
+    from prefixfast.model.base import display_name
+
     return RunTotals(
-        base=str(getattr(base.hf, "name_or_path", "") or type(base.hf).__name__),
+        base=display_name(base),
         dtype=str(base.dtype).removeprefix("torch."),
         device=str(base.device),
         examples=sum(t.num_taken for t in trainers),

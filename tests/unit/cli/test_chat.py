@@ -337,7 +337,7 @@ def test_a_choice_reads_folders_once_and_names_them_by_their_last_part(prefixes)
     choice = PrefixChoice(list(map(str, prefixes.values())), None)
     assert choice.find("ann") is choice.find(str(prefixes["ann"]))
     assert choice.names() == list(map(str, prefixes.values()))
-    with pytest.raises(ConfigError, match="--model: expected a base model"):
+    with pytest.raises(ConfigError, match="model: expected a base model"):
         PrefixChoice([], None).base(None)
     with pytest.raises(KeyError, match="ann"):
         choice.find("anm")

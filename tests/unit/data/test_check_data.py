@@ -179,7 +179,7 @@ def test_the_command(cli, file, folder, tmp_path):
     fine.write_text(json.dumps(GOOD[0]), encoding="utf8")
     code, out = cli("data", "check", "auto", fine, "--model", folder)
     assert code == 0
-    assert "task prompt, 1 rows, 1 examples, 0 problems" in out
+    assert "task prompt, 1 row, 1 example, 0 problems" in out
     assert "tokens of the example: 6 at 50 %" in out
     assert "    '2+2=' + '4</s>'" in out.splitlines()
 
@@ -299,7 +299,7 @@ def test_forms_of_the_command(cli, tmp_path, arguments):
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps(GOOD[0]), encoding="utf8")
     code, out = cli("data", "check", *(a.format(file=path) for a in arguments))
-    assert (code, "task prompt, 1 rows, 1 examples, 0 problems" in out) == (0, True)
+    assert (code, "task prompt, 1 row, 1 example, 0 problems" in out) == (0, True)
 
 
 def test_the_command_with_columns(cli, products):
