@@ -54,7 +54,7 @@ def at_terminal(
         process.kill()
         os.close(master)
     text = shown.decode().replace("\r\n", "\n")
-    assert not left, text
+    assert not left, f"exit status {code}: {text}"
     return code, text
 
 

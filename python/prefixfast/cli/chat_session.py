@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.cli.output import printable
 from prefixfast.cli.text_reader import TextReader
 from prefixfast.config import GenerationParams
-from prefixfast.engine.sampling_params import SAMPLING_FIELDS
 from prefixfast.errors import ConfigError, PrefixFastError, shown
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ def with_sampling(params: GenerationParams) -> GenerationParams:
 
 
 def _sampling_options(params: GenerationParams) -> list[str]:
+    from prefixfast.engine.sampling_params import SAMPLING_FIELDS
+
     return [name for name in SAMPLING_FIELDS if getattr(params, name) is not None]
 
 

@@ -16,12 +16,13 @@ from prefixfast.cli.requests import known_rows, read_input
 from prefixfast.cli.result_file import PARTIAL, STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.cli.result_formats import FORMATS as OUTPUT_FORMATS
 from prefixfast.config import EngineConfig, GenerationParams
+from prefixfast.data.files import SUFFIXES
 from prefixfast.io.text import counted
 
 if TYPE_CHECKING:
     from prefixfast.engine.request import Generation
 
-FORMATS = ".csv, .tsv, .jsonl, .ndjson, .json or .parquet, each also with .gz"
+FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, each also with .gz"
 INPUT = f"File of rows ({FORMATS}), or - for JSON lines on standard input."
 UNFINISHED = f"While the command runs, its results are JSON lines in a file of this name with {PARTIAL} at its end."
 UNREAD = "Targets and columns that have no meaning are not read by the model."

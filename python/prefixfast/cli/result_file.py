@@ -117,7 +117,7 @@ class ResultFile:
         records = [self.makes.record(r) for r in results]
         replace_file(self.path, file_content(self.path, self.makes, records))
         self._close()
-        if lost := left_out(self.path, self.makes):
+        if lost := left_out(self.path, self.makes, records):
             logger.info("%s holds the %s alone, without %s", self.path, self.makes.fields.main, ", ".join(lost))
         if format_of(self.path) == ".csv":
             _note_formulas(self.makes, records)

@@ -109,9 +109,16 @@ def file_content(path: Path, makes: Records, records: Sequence[Record]) -> bytes
     return gzip.compress(content, mtime=0) if path.suffix.lower() == ".gz" else content
 
 
-def left_out(path: Path, makes: Records) -> list[str]:
-    """Names of the values that the format of a file cannot hold."""
+def left_out(path: Path, makes: Records, records: Sequence[Record]) -> list[str]:
+    """Names of the values of records that the format of a file cannot hold.
+
+    Args:
+        path: Path of the file.
+        makes: Maker of the records.
+        records: All records.
+    """
     if format_of(path) != ".txt":
         return []
     columns = ["the columns of the input"] if makes.columns else []
-    return [*columns, *(n for n in makes.fields.names if n not in (makes.fields.main, "texts"))]
+    fields = makes.header(records)[len(makes.columns) :]
+    return [*columns, *(n for n in fields if n not in (makes.fields.main, "texts"))]

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from prefixfast.data.files import SPREADSHEETS, SUFFIXES
+from prefixfast.data.files import ENDINGS, SPREADSHEETS, SUFFIXES
 from prefixfast.errors import DataError, is_text, printable, shown
 from prefixfast.io.paths import as_path
 
@@ -60,7 +60,7 @@ class Folder(Mapping[str, Path]):
         left_out = _some(self.skipped)
         if not self._files:
             found = f"got none; left out: {left_out}" if left_out else "got none"
-            msg = f"{printable(str(self.path))}: expected files of rows ending in {_endings()}, {found}"
+            msg = f"{printable(str(self.path))}: expected files of rows ending in {ENDINGS}, {found}"
             raise DataError(msg, path=str(self.path))
         self._files = dict(sorted(self._files.items()))
         if left_out:
@@ -154,10 +154,6 @@ def _stem(name: str) -> str:
     inner = name[: -len(".gz")] if name.lower().endswith(".gz") else name
     kind = Path(inner).suffix
     return inner[: -len(kind)] if kind.lower() in SUFFIXES else name
-
-
-def _endings() -> str:
-    return f"{', '.join(SUFFIXES)} (also with .gz)"
 
 
 def _some(skipped: Mapping[str, str]) -> str:

@@ -268,7 +268,7 @@ def test_a_terminal_shows_a_prompt_ctrl_c_empties_the_line_or_stops_the_answer_a
 # ---- errors ----
 
 WRONG = {
-    "no base": ((), "--model: expected a base"),
+    "no base": ((), "model: expected a base"),
     "beams": (("--model", "x", "--num-beams", 3), "num_beams: expected 1"),
     "several texts": (("--model", "x", "--num-return-sequences", 2), "num_return_sequences: expected 1"),
     "no sampling": (("--model", "x", "--no-do-sample", "--top-p", 0.5), "top_p has no effect with do_sample=false"),

@@ -288,7 +288,7 @@ def test_score_inspect_and_a_store_by_the_command_line(cli, folder, tmp_path, ma
     file.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"prompt": "x", "prefix": "nobody"}]))
     some = cli("generate", str(file), "-o", str(out), *how, "--on-error", "return")
     assert some.code == 3
-    assert "1 requests failed" in some.out
+    assert "1 request failed" in some.out
     assert [json.loads(line)["error"] is None for line in out.read_text().splitlines()] == [True, True, False]
     assert cli("generate", str(file), "-o", str(out), *how).code == 1
     both = cli("generate", str(file), "-o", str(out), *how, "--prefix", "x")

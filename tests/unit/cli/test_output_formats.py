@@ -119,8 +119,11 @@ def test_no_column_is_lost_to_a_field(columns):
 
 def test_what_plain_text_cannot_hold_is_named(tmp_path, caplog):
     makes = Records([{"n": 1}], generated(logprobs=True, errors=True, details=False))
-    assert left_out(Path("o.txt"), makes) == ["the columns of the input", "logprobs", "error"]
-    assert left_out(Path("o.csv"), makes) == []
+    records = [makes.record(*results(["a"]))]
+    assert left_out(Path("o.txt"), makes, records) == ["the columns of the input", "logprobs", "error"]
+    other = records[0] | {"base_mismatch": "quantized"}
+    assert left_out(Path("o.txt"), makes, [other])[-1] == "base_mismatch"
+    assert left_out(Path("o.csv"), makes, records) == []
     with caplog.at_level("INFO"), ResultFile(tmp_path / "o.txt", makes, makes) as file:
         file.finish(results(["a"]))
     assert "logprobs, error" in caplog.text

@@ -18,6 +18,7 @@ from prefixfast.errors import DataError, printable
 from prefixfast.io.untrusted import file_size
 
 __all__ = [
+    "ENDINGS",
     "SPREADSHEETS",
     "SUFFIXES",
     "FileRow",
@@ -41,6 +42,7 @@ TEXT_READERS: dict[str, TextReader] = {
 }
 PARQUET = ".parquet"
 SUFFIXES = (*TEXT_READERS, PARQUET)
+ENDINGS = f"{', '.join(SUFFIXES)} (also with .gz)"
 
 
 def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
@@ -60,8 +62,7 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
     kind = _kind(path)
     if kind not in SUFFIXES:
         advice = refused_suffix(kind)
-        expected = f"expected a file ending in {', '.join(SUFFIXES)} (also with .gz)"
-        msg = f"{path}: {expected}" + (f", got {advice}" if advice else "")
+        msg = f"{path}: expected a file ending in {ENDINGS}" + (f", got {advice}" if advice else "")
         raise DataError(msg, path=str(path))
     raw = _read_bytes(path)
     _check_content(raw, path, kind)
