@@ -1,6 +1,7 @@
 """A company's files of many users become one store: train, generate by name, add a user, delete a user.
 
-``python examples/many_users.py`` makes six small files in ``many-users/users`` and a store in ``many-users/store``.
+``python examples/many_users.py`` makes seven small files, one of them wrong, in ``many-users/users``, and a
+store in ``many-users/store``.
 """
 
 from __future__ import annotations
