@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -50,6 +51,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
             main()
         except SystemExit as e:
             message, code = (e.code, 1) if isinstance(e.code, str) else ("", e.code or 0)
+        logging.disable(logging.NOTSET)  # --quiet is for a whole process
         captured = capfd.readouterr()
         return Result(code, captured.out, captured.err + message)
 

@@ -26,7 +26,7 @@ from prefixfast.engine.sampling_params import (
     given_params,
     resolve_params,
 )
-from prefixfast.errors import ConfigError, PrefixFastError, RequestError, shown, suggestion
+from prefixfast.errors import ConfigError, PrefixFastError, RequestError, did_you_mean, shown, suggestion
 from prefixfast.prefix.compatibility import base_mismatch, check_fits, described
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix
@@ -250,10 +250,11 @@ def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, .
         task = of_prefix
         if isinstance(item, Mapping):
             if unknown := unknown_keys(item, task):
-                if task.format != "columns" and not has_input(item, task):
+                misspelt = [key for key in sorted(map(str, unknown)) if did_you_mean(key, KNOWN_KEYS)]
+                if task.format != "columns" and not has_input(item, task) and not misspelt:
                     with request_error(i):
                         request_task(task, item)  # raises
-                first = min(map(str, unknown))
+                first = (misspelt or sorted(map(str, unknown)))[0]
                 known = f"unknown key {shown(first)}; {suggestion(first, sorted(KNOWN_KEYS), listed=99)}"
                 msg = f"request {i}: {missing_columns(task, item) if task.format == 'columns' else known}"
                 raise RequestError(msg, index=i)

@@ -222,7 +222,8 @@ def test_an_interrupt_stops_the_answer_and_not_the_program(chat, folder, monkeyp
     done = chat(["ab", "stop", "ab"], "--model", folder, *long)
     assert done.code == 0
     (whole,) = generate(["ab"], model=str(folder), max_new_tokens=100, min_new_tokens=100, dtype="float32")
-    assert done.out == printed([str(whole), "".join(pieces[:-1]), str(whole)])
+    # Python handles the signal before the fourth piece is printed or just after.
+    assert done.out in [printed([str(whole), "".join(begun), str(whole)]) for begun in (pieces[:-1], pieces)]
     assert "stopped" in done.err
 
 

@@ -255,6 +255,7 @@ def test_an_engine_explains_its_operators(base):
             "attn_decode": "rust (each row's keys read once, in place)",
             "decode step": "eager; CUDA graphs need a GPU",
             "linear": "prepacked for this CPU (oneDNN)",
+            "weights": "not quantized",
         }
     with Engine(prefixfast.load(tiny.make("gpt2"), backend="reference"), **SMALL, prepack=False) as engine:
         assert engine.explain() == {
@@ -262,6 +263,7 @@ def test_an_engine_explains_its_operators(base):
             "attn_decode": "reference (the specification, slow)",
             "decode step": "eager; CUDA graphs need a GPU",
             "linear": "torch; prepack=False",
+            "weights": "not quantized",
         }
     with Engine(tiny.make("gpt2").double(), **SMALL) as engine:
         explained = engine.explain()

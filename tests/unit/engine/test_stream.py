@@ -188,8 +188,10 @@ def test_errors_are_returned_beside_good_results(base, make_prefix, tmp_path):
             assert got[i].finish_reason == "error"
             assert got[i].error.startswith(kind)
             assert words in got[i].error
-        with pytest.raises(BaseMismatchError, match="other"):
+        with pytest.raises(RequestError, match="request 1: unknown key"):  # rows are checked before prefixes
             engine.generate(batch, prefixes, max_new_tokens=4)
+        with pytest.raises(BaseMismatchError, match="other"):
+            engine.generate(["ab", "x", *batch[2:]], prefixes, max_new_tokens=4)
         with pytest.raises(ConfigError, match="on_error"):
             engine.generate(["ab"], on_error="ignore")
         with pytest.raises(ConfigError, match="one entry for each"):

@@ -219,7 +219,7 @@ def test_an_adapter_of_a_middle_layer_is_told_apart():
 
 def test_fingerprints_of_bases_without_adapters_and_of_older_versions_are_as_before():
     plain = fingerprints(tiny.make("llama"), lambda m: None)[0]
-    assert sorted(plain) == ["config", "name", "tokenizer", "weights"]
+    assert sorted(plain) == ["config", "name", "sample", "tokenizer", "weights"]
     adapted = fingerprints(lora(), lambda m: None)[0]
     check_same_base({k: v for k, v in adapted.items() if k != "adapters"}, adapted, "it")
     with pytest.raises(BaseMismatchError):
