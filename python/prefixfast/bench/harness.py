@@ -84,7 +84,8 @@ def progress(items: Collection[T], label: str, unit: str, *, shown: bool = True)
     if not shown:
         yield from items
     else:
-        yield from track(items, label, len(items), unit)
+        with track(items, label, len(items), unit) as each:
+            yield from each
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:

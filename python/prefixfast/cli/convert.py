@@ -59,8 +59,8 @@ def command(
     if not found:
         msg = f"SRC: no adapter folder in {source}; expected folders with adapter_config.json or prefixfast.json"
         raise ConfigError(msg)
-    each = track(found, "convert", len(found), "folders")
-    outcomes = [convert_folder(folder, target / folder.relative_to(source), model, verify=verify) for folder in each]
+    with track(found, "convert", len(found), "folders") as each:
+        outcomes = [convert_folder(f, target / f.relative_to(source), model, verify=verify) for f in each]
     show_outcomes(outcomes, as_json=as_json)
 
 

@@ -12,7 +12,7 @@ from prefixfast.cli.options import flags
 from prefixfast.cli.output import QUIET, SOME_FAILED, start_logging
 from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
 from prefixfast.cli.records import Records, generated
-from prefixfast.cli.requests import known_rows, read_input
+from prefixfast.cli.requests import errors_by_place, known_rows, read_input
 from prefixfast.cli.result_file import PARTIAL, STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.cli.result_formats import FORMATS as OUTPUT_FORMATS
 from prefixfast.config import EngineConfig, GenerationParams
@@ -77,7 +77,8 @@ def command(
     known = known_rows(rows, headers, opened)
     asked = {"logprobs": fields.get("logprobs") is not None or _any_logprobs(known), "errors": on_error == "return"}
     makes = Records(rows, generated(**asked, details=details))
-    with open_results(output, makes, Records(rows, generated(**asked, details=True))) as file:
+    details_of = Records(rows, generated(**asked, details=True))
+    with open_results(output, makes, details_of) as file, errors_by_place(rows):
         check_generate(Call(known, headers, model, opened, PrefixHeader), None, on_error, fields)
         from prefixfast.engine import generate as engine
 

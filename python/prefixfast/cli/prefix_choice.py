@@ -67,6 +67,10 @@ class PrefixChoice:
             self._headers[known] = header
         return self._read[known]
 
+    def headers(self) -> list[Any]:
+        """Headers of the prefixes given at the start, in their order."""
+        return list(self._headers.values())
+
     def names(self) -> list[str]:
         """All names in the store, sorted, or the names given so far."""
         return list(self._headers) if self.store is None else sorted(self.store)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixfast.errors import DataError, PrefixFastError, shown
+from prefixfast.errors import DataError, PrefixFastError, RequestError, shown
 
 if TYPE_CHECKING:
     from prefixfast.data.rows import Row
@@ -72,7 +73,9 @@ def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> 
     left_out: dict[str, None] = {}
     tasks = _row_tasks(rows, headers, store)
     for i, (row, task) in enumerate(zip(rows, tasks, strict=True)):
-        unknown = unknown_keys(row, task) if task.format != "columns" else set()
+        beside = {"text"} if _has_text_beside(row, task) else set()
+        inputs = {key: value for key, value in row.items() if key not in beside}
+        unknown = beside | (unknown_keys(inputs, task) if task.format != "columns" else set())
         if not unknown or not has_input(row, task):  # else the error of a row names all columns
             found.append(row)
             continue
@@ -80,13 +83,39 @@ def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> 
         left_out |= dict.fromkeys(key for key in row if key in unknown)
         known = {key: value for key, value in row.items() if key not in unknown}
         found.append(FileRow(known, row.path, row.line) if isinstance(row, FileRow) else known)
-    layout = None if has_own_columns(tasks[0], rows[0]) else request_layout(rows[0], tasks[0].format)
+    layout = None if has_own_columns(tasks[0], rows[0]) else request_layout(found[0], tasks[0].format)
     if layout is not None and (note := layout_note(found, layout.format)):
         logger.info("%s", note)
     if left_out:
         names = ", ".join(map(shown, left_out))
         logger.info("columns that are copied to the output and not read by the model: %s", names)
     return found
+
+
+def _has_text_beside(row: Row, task: Task) -> bool:
+    """Whether the text of a row is a column beside its input, as in a file that `generate` has written."""
+    from prefixfast.data.formats import FORMATS, INPUT_KEYS
+    from prefixfast.data.layouts import recognized_layout
+
+    if row.get("text") is None or task.format == "columns" or "text" in FORMATS[task.format].inputs:
+        return False
+    others = {key: value for key, value in row.items() if key != "text" and value is not None}
+    return not {*INPUT_KEYS, "input_ids"}.isdisjoint(others) or recognized_layout(others) is not None
+
+
+@contextlib.contextmanager
+def errors_by_place(rows: Sequence[Row]) -> Iterator[None]:
+    """Context manager in which the error of a request begins with file and line of its row, if the row has them."""
+    from prefixfast.data.files import FileRow
+
+    try:
+        yield
+    except RequestError as e:
+        row, text = None if e.index is None else rows[e.index], str(e).removeprefix(f"request {e.index}: ")
+        if not isinstance(row, FileRow) or text == str(e):
+            raise
+        place = f"{row.path}:{row.line}: "
+        raise RequestError(place + text.removeprefix(place), index=e.index) from e
 
 
 def _row_tasks(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> list[Task]:

@@ -12,7 +12,7 @@ from prefixfast.cli.options import flags
 from prefixfast.cli.output import QUIET, start_logging
 from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
 from prefixfast.cli.records import Records, scored
-from prefixfast.cli.requests import known_rows, read_input
+from prefixfast.cli.requests import errors_by_place, known_rows, read_input
 from prefixfast.cli.result_file import STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.config import EngineConfig
 from prefixfast.io.text import counted
@@ -57,7 +57,8 @@ def command(
     opened = chosen.open_store()
     headers = chosen.headers(rows, opened)
     known = known_rows(rows, headers, opened)
-    with open_results(output, Records(rows, scored(details=details)), Records(rows, scored(details=True))) as file:
+    makes, details_of = (Records(rows, scored(details=all_fields)) for all_fields in (details, True))
+    with open_results(output, makes, details_of) as file, errors_by_place(rows):
         check_score(Call(known, headers, model, opened, PrefixHeader), None, fields, end_token=end_token)
         from prefixfast import score
 

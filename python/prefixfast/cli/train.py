@@ -138,8 +138,9 @@ def command(
         raise typer.BadParameter(msg, param_hint="--output")
     start_logging(quiet=quiet)
     check_order(model)
-    arguments = _train_arguments(given, fields)
     files = named_files(data, by_stem=_by_stem(given))
+    _check_before_reading(given, fields)
+    arguments = _train_arguments(given, fields)
     if dry_run:
         from prefixfast.training.estimate import estimate
 
@@ -157,15 +158,39 @@ def command(
         raise
     by_name = files if isinstance(files, Mapping) else {"": files}
     dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
-    Summary(kept.run, output, store, not isinstance(result, TrainRun), by_name, dtype, encoding).show(
-        as_json=as_json, quiet=quiet
-    )
+    is_single, by_rows = not isinstance(result, TrainRun), prefix_column == "prefix"
+    found = Summary(kept.run, output, store, is_single, by_name, dtype, encoding, by_rows)
+    found.show(as_json=as_json, quiet=quiet)
 
 
 def check_order(model: str) -> None:
     """Raise `ConfigError` for a base that is a file of rows, since base and data may be swapped."""
     if Path(model).is_file():
         check_base_name(model)
+
+
+def _check_before_reading(given: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Check options and folders without torch, which reads the prefixes of ``--init`` and ``--on-top-of``.
+
+    Raises:
+        ConfigError: If an option is wrong.
+        DataError: If a folder holds no prefix.
+    """
+    from prefixfast.prefix.header import read_header
+    from prefixfast.training.settings import GivenOptions, resolve_settings
+
+    folders = [path for path in (given["init"], given["on_top_of"]) if path not in (None, *INIT_WORDS)]
+    if not folders:
+        return
+    check_base_name(given["model"])
+    column_arguments(given["prompt"], given["target"], given["table"])
+    if given["sweep"]:
+        _sweep(given["sweep"])
+    if given["overrides"] is not None:
+        _overrides(given["overrides"])
+    resolve_settings(GivenOptions(fields=fields, init_text=given["init_text"]), "")
+    for folder in folders:
+        read_header(folder)
 
 
 def _by_stem(given: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import typer
 
 from prefixfast.cli.output import SOME_FAILED, printable
 from prefixfast.cli.run_table import print_table
-from prefixfast.io.text import counted, duration, rate
+from prefixfast.io.text import counted, duration, rate, whole
 
 if TYPE_CHECKING:
     from prefixfast import TrainRun
@@ -63,6 +63,8 @@ class Summary:
         data: File of rows by the name of their prefix; a single file without a name has the empty name.
         dtype: Compute dtype that the user asked for, None for the default.
         encoding: Encoding of the files that the user gave, None for the default.
+        rows_name_prefixes: Whether the ``prefix`` key of the rows names their prefixes, so that the next command reads
+            it.
     """
 
     run: TrainRun
@@ -72,6 +74,7 @@ class Summary:
     data: Mapping[str, str | Path]
     dtype: str | None
     encoding: str | None
+    rows_name_prefixes: bool = False
 
     def show(self, *, as_json: bool, quiet: bool) -> None:
         """Draw the plot, print the summary unless ``quiet``, and exit with 3 if some prefixes failed.
@@ -103,7 +106,7 @@ class Summary:
         }
         places = {"output": _text(self.output), "store": _text(self.store), "plot": _text(plot)}
         own = {"prefixes": prefixes, "unchanged": list(self.run.unchanged), "failed": self.run.failed}
-        own["next"] = shlex.join(self.next_command())
+        own["next"] = shlex.join(self.next_command()) if len(self.run) else None
         return asdict(self.run.totals) | places | own
 
     def lines(self, plot: Path | None) -> list[str]:
@@ -129,9 +132,9 @@ class Summary:
         lines += self._advice()
         for name, place in (("saved to", self.output), ("store", self.store)):
             lines += [] if place is None else _entry(name, printable(place))
-        if self.output is not None and run.metrics:
+        if self.output is not None and run.metrics and (plot is not None or not _has_matplotlib()):
             lines += _entry("plot", NO_PLOT if plot is None else printable(plot))
-        return [*lines, *_command("next", self.next_command())]
+        return [*lines, *(_command("next", self.next_command()) if len(run) else ())]
 
     def _advice(self) -> list[str]:
         """Advice for the first prefixes whose loss did not fall, and the number of the others."""
@@ -145,13 +148,15 @@ class Summary:
 
     def next_command(self) -> list[str]:
         """Words of the command that generates with the first prefix or the best one of its sweep, for its own rows."""
-        name = next(iter(self.run), "")
+        name = next(iter(self.run))
         source = str(self.run.variants.get(name, {}).get("of", name))
         if name in self.run.variants:
             name = self.run.best_name(source)
         file = self.data.get(source) or next(iter(self.data.values()))
         folder = self._folder(name)
         prefix = ["--store", str(self.store), "--prefix", name] if folder is None else ["--prefix", str(folder)]
+        if self.rows_name_prefixes and not self.run.variants and not self.run.failed:
+            prefix = ["--store", str(self.store)] if self.output is None else ["--prefixes", str(self.output)]
         options = {"--encoding": self.encoding, "--dtype": self.dtype}
         given = [word for flag, value in options.items() if value is not None for word in (flag, value)]
         return ["prefixfast", "generate", str(file), "-o", "texts.jsonl", *prefix, *given]
@@ -160,11 +165,19 @@ class Summary:
         return self.output if self.output is None or self.is_single else self.output / name
 
     def _plot(self) -> Path | None:
-        """Path of the drawn plot, None without matplotlib, an output folder or losses."""
-        if self.output is None or not self.run.metrics or importlib.util.find_spec("matplotlib") is None:
+        """Path of the drawn plot, None without matplotlib, an output folder or losses, or if drawing fails."""
+        if self.output is None or not self.run.metrics or not _has_matplotlib():
             return None
-        self.run.plot(self.output / PLOT)
+        try:
+            self.run.plot(self.output / PLOT)
+        except Exception as e:  # of matplotlib, its settings or the disk; the prefix is saved
+            logging.getLogger(__name__).warning("the plot was not drawn: %s", printable(e))
+            return None
         return self.output / PLOT
+
+
+def _has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _text(path: Path | None) -> str | None:
@@ -203,18 +216,18 @@ def _command(name: str, words: Sequence[str]) -> Iterator[str]:
 def _rows(metrics: Sequence[Mapping[str, float]]) -> str:
     """Numbers of rows of all prefixes together."""
     total = {k: sum(m.get(k, 0) for m in metrics) for k in ("rows", "examples", "skipped_rows", "truncated_rows")}
-    parts = [f"{total['rows']:g}"]
+    parts = [whole(total["rows"])]
     if total["examples"] != total["rows"]:
         parts.append(counted(total["examples"], "example"))
-    parts += [f"{total[k]:g} {k.removesuffix('_rows')}" for k in ("skipped_rows", "truncated_rows")]
+    parts += [f"{whole(total[k])} {k.removesuffix('_rows')}" for k in ("skipped_rows", "truncated_rows")]
     held_out = [m["eval_rows"] for m in metrics if "eval_rows" in m]
-    return ", ".join(parts) + (f"; held out: {sum(held_out):g}" if held_out else "")
+    return ", ".join(parts) + (f"; held out: {whole(sum(held_out))}" if held_out else "")
 
 
 def _steps(metrics: Sequence[Mapping[str, float]]) -> str:
     """Number of steps, or its range."""
     steps = sorted({m["steps"] for m in metrics}) or [0]
-    return counted(steps[0], "step") if len(steps) == 1 else f"{steps[0]:g} to {steps[-1]:g} steps"
+    return counted(steps[0], "step") if len(steps) == 1 else f"{whole(steps[0])} to {whole(steps[-1])} steps"
 
 
 def _losses(metrics: Mapping[str, Any]) -> str:

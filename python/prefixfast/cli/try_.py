@@ -20,6 +20,7 @@ from prefixfast.cli.output import printable, printable_text, show
 from prefixfast.cli.prefix_choice import NAMES_OF_STORE, NamedStore, PrefixChoice
 from prefixfast.cli.prefixes import Json
 from prefixfast.cli.read_prefix import loaded_base
+from prefixfast.cli.requests import known_rows
 from prefixfast.config import EngineConfig, GenerationParams
 from prefixfast.data.files import SUFFIXES
 from prefixfast.data.formats import TARGET_KEYS
@@ -98,6 +99,9 @@ def command(
     config = EngineConfig.make(**{name: value for name, value in fields.items() if name not in own})
     rows = _read_small(text, encoding) if _is_file(text) else None
     choice = PrefixChoice(prefix or [], store)
+    if rows is not None:
+        headers = choice.headers()[:1]
+        rows = known_rows(rows, [headers] * len(rows) if headers else None, None)
 
     from prefixfast.engine.engine import Engine
 

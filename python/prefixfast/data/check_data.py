@@ -189,17 +189,18 @@ class _Checker:
         counted = tokenizer is not None or task.is_tokenized(rows[0])
         joins, sizes = Joins(), list[tuple[int, Row]]()
         starts = range(0, len(rows), ROWS_PER_CHUNK)
-        for start in track(starts, "check", len(starts), f"chunks of {ROWS_PER_CHUNK} rows"):
-            for valid in self._valid_rows(rows[start : start + ROWS_PER_CHUNK], task):
-                targets, examples = valid["targets"], valid["examples"]
-                characters["prompt"].append(len(valid["prompt"]))
-                characters["target"] += map(len, targets)
-                report.examples += len(examples) if counted else max(1, len(targets))
-                tokens["example"] += (len(e.ids) for e in examples)
-                tokens["target"] += (len(e.targets) for e in examples)
-                joins.add(valid["prompt"], targets)
-                size = len(examples[0].ids) if examples else len(valid["prompt"]) + sum(map(len, targets[:1]))
-                sizes.append((size, valid["row"]))
+        with track(starts, "check", len(starts), f"chunks of {ROWS_PER_CHUNK} rows") as each:
+            for start in each:
+                for valid in self._valid_rows(rows[start : start + ROWS_PER_CHUNK], task):
+                    targets, examples = valid["targets"], valid["examples"]
+                    characters["prompt"].append(len(valid["prompt"]))
+                    characters["target"] += map(len, targets)
+                    report.examples += len(examples) if counted else max(1, len(targets))
+                    tokens["example"] += (len(e.ids) for e in examples)
+                    tokens["target"] += (len(e.targets) for e in examples)
+                    joins.add(valid["prompt"], targets)
+                    size = len(examples[0].ids) if examples else len(valid["prompt"]) + sum(map(len, targets[:1]))
+                    sizes.append((size, valid["row"]))
         report.characters = {k: _percentiles(v) for k, v in characters.items() if any(v)}
         report.tokens = {k: _percentiles(v) for k, v in tokens.items() if v}
         limit = report.max_length

@@ -14,7 +14,7 @@ from prefixfast.engine.make_requests import check_batch, check_requests
 from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.engine.score_inputs import Targets, check_score_requests, check_targets
 from prefixfast.errors import ConfigError, check_choice, check_flag, shown
-from prefixfast.model.base_name import check_base_name
+from prefixfast.model.base_name import check_base_name, different_bases
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, StoredPrefix, open_store
 
@@ -174,9 +174,9 @@ def only_base_name(bases: Iterable[Fingerprint | None]) -> str:
     Raises:
         ConfigError: If they name no base model, or several.
     """
-    names = {str(base["name"]) for base in bases if base and base.get("name")}
+    names = different_bases(str(base["name"]) for base in bases if base and base.get("name"))
     if len(names) != 1:
-        got = " and ".join(map(shown, sorted(names))) or "none"
+        got = " and ".join(map(shown, names)) or "none"
         msg = f"model: expected a base model, or prefixes that name one, got {got}; a command takes it with --model"
         raise ConfigError(msg)
     return names.pop()

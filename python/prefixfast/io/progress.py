@@ -114,6 +114,10 @@ class Progress:
         return ", ".join(p for p in (self.details(), *rates) if p)
 
     def _show_bar(self) -> None:
+        with contextlib.suppress(OSError, ValueError):  # as in _write
+            self._draw_bar()
+
+    def _draw_bar(self) -> None:
         if self._bar is None:
             from tqdm.auto import tqdm
 
@@ -155,7 +159,8 @@ class Progress:
             self._thread.join()
         if self._bar is not None:
             self._show_bar()
-            self._bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                self._bar.close()
         elif self._is_shown and kind is None:
             count = "" if self.total is None else f"{self.done} of {self.total} {self.unit}"
             spent = f"finished after {duration(self.clock() - self._start)}"
@@ -165,8 +170,11 @@ class Progress:
             self._outer._part = None
 
 
-def track(items: Iterable[T], label: str, total: int, unit: str) -> Iterator[T]:
-    """Yield items and report how many of them are finished.
+@contextlib.contextmanager
+def track(items: Iterable[T], label: str, total: int, unit: str) -> Iterator[Iterator[T]]:
+    """Context manager of an iterator over items that reports how many of them are finished.
+
+    An error in the work on an item ends the reports, also while its traceback is kept.
 
     Args:
         items: Items.
@@ -175,9 +183,13 @@ def track(items: Iterable[T], label: str, total: int, unit: str) -> Iterator[T]:
         unit: Name of the items in the plural.
     """
     with Progress(label, total, unit) as progress:
-        for item in items:
-            yield item
-            progress.update()
+
+        def each() -> Iterator[T]:
+            for item in items:
+                yield item
+                progress.update()
+
+        yield each()
 
 
 def draws_bars() -> bool:
@@ -188,8 +200,9 @@ def draws_bars() -> bool:
 
 def _is_terminal() -> bool:
     """Whether a bar can be drawn: on a terminal, or in a notebook with widgets."""
-    if sys.stderr is not None and sys.stderr.isatty():
-        return True
+    with contextlib.suppress(ValueError):  # of a standard error that was closed
+        if sys.stderr is not None and sys.stderr.isatty():
+            return True
     if "ipykernel" not in sys.modules:
         return False
     from tqdm.auto import tqdm

@@ -11,7 +11,12 @@ def counted(count: float, singular: str, plural: str | None = None) -> str:
         singular: Noun.
         plural: Noun for any number but one, None for the noun with an s.
     """
-    return f"{count:g} {singular if count == 1 else plural or f'{singular}s'}"
+    return f"{whole(count)} {singular if count == 1 else plural or f'{singular}s'}"
+
+
+def whole(count: float) -> str:
+    """Whole number with all of its digits, also if it is a float such as ``1234567.0``."""
+    return f"{count:.0f}"
 
 
 def duration(seconds: float) -> str:

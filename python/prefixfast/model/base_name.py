@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def check_base_name(model: str | Path, *, local_files_only: bool = False) -> Non
             "while online, or give a folder"
         )
         raise ConfigError(msg)
+
+
+def different_bases(names: Iterable[str]) -> list[str]:
+    """Names of base models without those that stand for the same existing folder or file, sorted.
+
+    Args:
+        names: Names that prefixes hold: hub ids, or paths of folders or files.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(set(names)):
+        found.setdefault(os.path.realpath(name) if Path(name).exists() else name, name)
+    return list(found.values())
 
 
 def _not_a_model(folder: Path) -> str:

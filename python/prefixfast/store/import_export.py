@@ -53,20 +53,21 @@ def read_adapters(
         raise ConfigError(msg)
     seen: dict[str, str] = {}
     folders = [p for p in sorted(root.iterdir()) if not p.name.startswith(".") and (p.is_symlink() or p.is_dir())]
-    for folder in track(folders, "import", len(folders), "folders"):
-        name: str | None = None
-        try:
-            check_links_stay_inside(root, folder)
-            name = exported_name(folder) or folder.name
-            prefix = Prefix.from_pretrained(folder, model=model)
-            if name in seen:
-                msg = f"{seen[name]} has the same name; rename one of them"
-                raise DataError(msg)
-        except (DataError, BaseMismatchError, ConfigError, OSError) as e:
-            yield Outcome(name, str(folder), False, str(e))
-            continue
-        seen[name] = folder.name
-        yield name, folder, prefix
+    with track(folders, "import", len(folders), "folders") as each:
+        for folder in each:
+            name: str | None = None
+            try:
+                check_links_stay_inside(root, folder)
+                name = exported_name(folder) or folder.name
+                prefix = Prefix.from_pretrained(folder, model=model)
+                if name in seen:
+                    msg = f"{seen[name]} has the same name; rename one of them"
+                    raise DataError(msg)
+            except (DataError, BaseMismatchError, ConfigError, OSError) as e:
+                yield Outcome(name, str(folder), False, str(e))
+                continue
+            seen[name] = folder.name
+            yield name, folder, prefix
 
 
 def check_export_arguments(root: Path, store: Path, names: Iterable[str] | None) -> None:
@@ -90,8 +91,8 @@ def export_all(prefixes: Mapping[str, Prefix], chosen: Sequence[StoredPrefix | O
         chosen: Entries of the prefixes, or the result of a name that cannot be read.
         root: Folder of the export.
     """
-    each = track(chosen, "export", len(chosen), "prefixes")
-    return [one if isinstance(one, Outcome) else export(prefixes, one.name, root) for one in each]
+    with track(chosen, "export", len(chosen), "prefixes") as each:
+        return [one if isinstance(one, Outcome) else export(prefixes, one.name, root) for one in each]
 
 
 def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:

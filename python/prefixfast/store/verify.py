@@ -59,8 +59,8 @@ def verify(root: Path, names: Iterable[Path], absent: str | None, also: Iterable
         msg = f"absent: expected the digest of a prefix (64 hexadecimal digits), got {shown(absent)}"
         raise ConfigError(msg)
     folders = [version for folder in names for version in version_folders(folder)]
-    each = track(folders, "verify", len(folders), "versions")
-    damaged = [found for folder in each if (found := _damage(root, folder)) is not None]
+    with track(folders, "verify", len(folders), "versions") as each:
+        damaged = [found for folder in each if (found := _damage(root, folder)) is not None]
     if absent is None:
         return Check(len(folders), tuple(damaged))
     holding: list[str] = []

@@ -133,6 +133,8 @@ def make_groups(
         init = variant.get("init", inits[name])
         of_prefix = {k: v for k, v in options.items() if k in PrefixConfig.names()}
         of_training = {k: v for k, v in options.items() if k in TrainConfig.names()}
+        if "num_train_epochs" in options:  # of this prefix, over the steps of the whole run
+            of_training.setdefault("max_steps", None)
         prefix_config = PrefixConfig.make(settings.prefix_config, **of_prefix)
         common = TrainConfig.make(settings.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
         config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})

@@ -192,13 +192,14 @@ def _format_error(name: str, rows: list[Row], task: Task) -> DataError | None:
 
 def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], options: ReadOptions) -> dict[str, list[Row]]:
     found = {}
-    for name, rows in track(data.items(), "read rows", len(data), "names"):
-        try:
-            found[_name(name)] = read_rows(rows, options.encoding)
-        except DataError as e:
-            if not options.isolate:
-                raise
-            failed[_name(name)] = str(e)
+    with track(data.items(), "read rows", len(data), "names") as each:
+        for name, rows in each:
+            try:
+                found[_name(name)] = read_rows(rows, options.encoding)
+            except DataError as e:
+                if not options.isolate:
+                    raise
+                failed[_name(name)] = str(e)
     return found
 
 

@@ -49,4 +49,4 @@ def _distinct(values: Iterable[Any]) -> str:
     found = list(dict.fromkeys(values))
     if len(found) > 1 and all(isinstance(v, int | float) for v in found):
         return f"{min(found):g} to {max(found):g}"
-    return ", ".join(f"{v:g}" if isinstance(v, int | float) else str(v) for v in found)
+    return ", ".join(f"{v:g}" if isinstance(v, float) else str(v) for v in found)

@@ -142,6 +142,9 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "earlier run": (("train", "base", "rows.jsonl", "-o", "prefixes/mill"), 1, "give --resume"),
     "both": ((*TRAIN, "--resume", "--overwrite"), 1, "resume and overwrite: expected one of them"),
     "init": ((*TRAIN, "--init", "none"), 1, "none: no such folder"),
+    "init and recipe": ((*TRAIN, "--init", "prefixes/mill", "--recipe", "papr"), 1, "did you mean 'paper'"),
+    "on top of and sweep": ((*TRAIN, "--on-top-of", "prefixes/mill", "--sweep", "a"), 1, "FIELD=VALUE"),
+    "init and base": (("train", "./none", "rows.jsonl", "-o", "out", "--init", "prefixes/mill"), 1, "no such folder"),
     "lora as init": ((*TRAIN, "--init", "lora"), 1, "got 'LORA'"),
     # generate
     "option": ((*GENERATE, "--max-new-tokens", "0"), 1, "max_new_tokens: expected at least 1"),

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from oracles import ROOT
-from prefixfast import Prefix
+from prefixfast import Prefix, load
+from prefixfast.model.base_name import different_bases
 
 ROWS = [{"prompt": f"{a}=", "completion": a * 3} for a in "abcd"]
 FAST = ("--max-steps", "2", "--batch-size", "2", "--prefix-length", "3", "--dtype", "float32")
@@ -328,3 +329,44 @@ def test_words_and_strings_are_flags_that_come_several_times(cli, folder, tmp_pa
     assert "--bad-words-ids: expected numbers with commas between them" in wrong.err
     assert cli(*common, "--stop-strings", "zz", "--do-sample", "--seed", "5", "--logprobs", "2").code == 0
     assert len(json.loads(out.read_text())["logprobs"][0]["top"]) == 2
+
+
+def test_prefixes_that_name_one_folder_by_different_paths_have_one_base(cli, folder, make_prefix, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    with load(folder, dtype="float32") as base:
+        fingerprint = base.fingerprint
+    for seed, (name, path) in enumerate({"ann": folder, "bob": tmp_path / "link"}.items()):
+        make_prefix(seed, base=fingerprint | {"name": str(path)}).save_pretrained(tmp_path / "all" / name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": "ab", "prefix": name}) + "\n" for name in ("ann", "bob")))
+    done = cli("generate", rows, "--prefixes", tmp_path / "all", "--max-new-tokens", 2, "--max-num-seqs", 2)
+    assert done.code == 0, done.err
+    assert len(done.out.splitlines()) == 2
+    assert different_bases([str(folder), str(tmp_path / "link"), "gpt2", "gpt2"]) == sorted([str(folder), "gpt2"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "ab", "text": "the last answer"},
+        {"instruction": "ab", "text": "the last answer"},
+        {"question": "ab", "answer": "c", "text": "the last answer"},
+    ],
+)
+def test_a_file_that_generate_wrote_is_read_again_by_its_input(cli, folder, tmp_path, row):
+    (tmp_path / "again.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "first.jsonl").write_text(json.dumps({k: v for k, v in row.items() if k != "text"}) + "\n")
+    found = {}
+    for name in ("first", "again"):
+        done = cli("generate", tmp_path / f"{name}.jsonl", "--model", folder, "--max-new-tokens", 4)
+        assert done.code == 0, done.err
+        found[name] = json.loads(done.out)
+    assert found["again"] == found["first"] | {"input_text": "the last answer"}
+
+
+def test_the_error_of_a_row_begins_with_its_file_and_line(cli, folder, tmp_path):
+    rows = tmp_path / "rows.csv"
+    rows.write_text("prompt\nab\n" + "a" * 500 + "\n")
+    done = cli("generate", rows, "--model", folder, "--max-new-tokens", 2)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith(f"prefixfast: {rows}:3: ")

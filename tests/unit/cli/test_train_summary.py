@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from prefixfast import Prefix, TrainRun
+from prefixfast.cli import train_summary
 from prefixfast.cli.train_summary import NO_PLOT, Summary
 from prefixfast.training.train_run import RunTotals
 
@@ -53,7 +54,7 @@ def data(tmp_path) -> Path:
     return path
 
 
-def test_the_lines_say_what_a_first_user_asks(make_prefix):
+def test_the_lines_say_what_a_first_user_asks(make_prefix, monkeypatch):
     lines = summary(run(make_prefix, prefix=METRICS | HELD_OUT)).lines(Path("guests/loss.png"))
     text = "\n".join(lines)
     for fact in (
@@ -66,6 +67,7 @@ def test_the_lines_say_what_a_first_user_asks(make_prefix):
         "prefixfast generate guests.csv -o texts.jsonl --prefix guests",
     ):
         assert fact in text
+    monkeypatch.setattr(train_summary, "_has_matplotlib", lambda: False)
     without = "\n".join(summary(run(make_prefix, prefix=METRICS)).lines(None))
     assert "4.5 at the start, 0.25 at the end" in without
     assert " ".join(NO_PLOT.split()) in " ".join(without.split())
@@ -75,7 +77,10 @@ def test_the_lines_say_what_a_first_user_asks(make_prefix):
 @pytest.mark.parametrize("folder", ["guests", "a folder/of ours", "/home/somebody/" + "deep/" * 25 + "guests"])
 def test_no_line_is_longer_than_80_columns_except_for_a_single_long_name(make_prefix, folder):
     found = summary(
-        run(make_prefix, prefix=METRICS | {"loss": 5.0}), Path(folder), Path("stores") / folder, dtype="float32"
+        run(make_prefix, prefix=METRICS | {"loss": 5.0}),
+        Path(folder),
+        Path("stores") / folder,
+        dtype="float32",
     )
     lines = found.lines(Path(folder) / "loss.png")
     too_long = [line for line in lines if len(line) > 80]
@@ -187,3 +192,48 @@ def test_a_sweep_names_its_best_prefix_and_generates_with_it(make_prefix):
     made = summary(result, Path("runs"), is_single=False)
     assert "runs/learning_rate=2" in made.next_command()
     assert any("best" in line and "learning_rate=2" in line and "0.5" in line for line in made.lines(None))
+
+
+def test_counts_of_a_million_and_more_have_all_digits(make_prefix):
+    many = METRICS | {"rows": 1234567.0, "examples": 1234568.0, "skipped_rows": 7654321.0, "steps": 1000001.0}
+    text = "\n".join(summary(run(make_prefix, prefix=many)).lines(None))
+    assert [n for n in ("1234567", "1234568 examples", "7654321 skipped", "1000001 steps") if n not in text] == []
+
+
+def test_a_run_in_which_every_prefix_failed_names_no_next_command(make_prefix):
+    failed = TrainRun({}, {}, [], failed={"ann": "no rows"}, totals=TOTALS)
+    found = summary(failed, Path("users"), data={"ann": "ann.csv"})
+    assert [line for line in found.lines(None) if "next" in line] == []
+    assert found.values(None)["next"] is None
+
+
+def test_rows_that_name_their_prefixes_are_given_back_with_all_of_these(make_prefix):
+    result = run(make_prefix, ann=METRICS, bob=METRICS)
+    how = {"data": {"": "all.csv"}, "rows_name_prefixes": True}
+    assert summary(result, Path("users"), **how).next_command()[-2:] == ["--prefixes", "users"]
+    assert summary(result, None, Path("shop"), **how).next_command()[-2:] == ["--store", "shop"]
+
+
+def test_the_next_command_repeats_the_encoding_and_reads_the_rows(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "prefix,prompt,completion\nann,M\u00fcg,a\nbob,C\u00fcp,b\n"
+    Path("rows.csv").write_bytes(text.encode("cp1252"))
+    how = ("--encoding", "cp1252", "--prefix-column", "prefix", "--json", "--max-steps", 1)
+    done = cli("train", folder, "rows.csv", "-o", "p", *FAST, *how)
+    assert done.code == 0, done.err
+    words = shlex.split(json.loads(done.out)["next"])
+    assert cli(*words[1:], "--max-new-tokens", 2, "--max-num-seqs", 2).code == 0
+    records = map(json.loads, Path("texts.jsonl").read_text(encoding="utf8").splitlines())
+    assert [record["prompt"] for record in records] == ["M\u00fcg", "C\u00fcp"]
+
+
+@pytest.mark.parametrize("error", [ValueError("backend"), OSError(28, "No space left on device")])
+def test_a_plot_that_cannot_be_drawn_loses_no_summary(cli, folder, data, tmp_path, monkeypatch, error):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(TrainRun, "plot", fail)
+    done = cli("train", folder, data, "-o", tmp_path / "p", *FAST, "--max-steps", 1, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["plot"] is None
+    assert Prefix.from_pretrained(tmp_path / "p").length == 3

@@ -126,3 +126,16 @@ def test_a_wrong_argument_is_one_message_before_the_base_is_loaded(cli, argument
     assert done.code == 1
     assert message in done.err
     assert len(done.err.splitlines()) == 1
+
+
+def test_a_misspelt_column_of_a_file_is_refused(cli, folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "ab", "prefx": "ann"}\n')
+    done = cli("try", folder, tmp_path / "rows.jsonl", *FAST)
+    assert done.code == 1
+    assert "rows.jsonl:1: unknown column 'prefx': did you mean 'prefix'" in done.err
+
+
+def test_a_column_without_a_meaning_is_not_part_of_the_input(cli, folder, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "ab", "shop": "mill"}\n')
+    done = cli("try", folder, tmp_path / "rows.jsonl", *FAST, "--json")
+    assert [record["input"] for record in json.loads(done.out)] == ["ab"]

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from prefixfast.io.progress import Progress, draws_bars, show_progress
+from prefixfast.io.progress import Progress, draws_bars, show_progress, track
 from prefixfast.io.text import counted, duration, rate
 
 
@@ -188,3 +188,37 @@ def test_times_rates_and_counts():
     ]
     assert [rate(x) for x in (0, 0.0123, 4.56, 1234.5)] == ["0", "0.012", "4.6", "1234"]
     assert [counted(n, "prefix", "prefixes") for n in (0, 1, 2)] == ["0 prefixes", "1 prefix", "2 prefixes"]
+
+
+def test_an_error_in_the_work_on_an_item_ends_the_reports_while_its_traceback_is_kept():
+    def work() -> None:
+        with track("abc", "read", 3, "files") as each:
+            for letter in each:
+                assert letter == "a"
+
+    before = threading.active_count()
+    with pytest.raises(AssertionError) as kept:
+        work()
+    assert threading.active_count() == before
+    with Progress("next") as following:
+        assert following._outer is None
+    assert kept.tb is not None
+
+
+def test_a_standard_error_that_was_closed_is_no_terminal(monkeypatch):
+    stands_for_stderr(monkeypatch, io.StringIO()).close()
+    assert not draws_bars()
+    with Progress("work") as progress:
+        progress.tick()
+
+
+def test_a_bar_on_a_broken_standard_error_does_not_end_the_work(clock, monkeypatch):
+    class Broken(Terminal):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    stands_for_stderr(monkeypatch, Broken())
+    with Progress("train", 4, "steps", clock=clock) as progress:
+        at(clock, progress, 1)
+        progress.update(4)
+    assert progress.done == 4

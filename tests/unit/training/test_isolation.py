@@ -195,6 +195,17 @@ def test_overrides_apply_to_one_prefix(model):
     assert run["bob"].training["config"]["seed"] == 5
 
 
+@pytest.mark.parametrize("given", [{"max_steps": 5}, {"recipe": "low-data", "prefix_length": 2, "fit_steps": 0}])
+def test_epochs_of_one_prefix_replace_the_steps_of_the_run(model, given):
+    how = {k: v for k, v in HOW.items() if k != "max_steps"} | {"batch_size": 2, "eval_steps": None} | given
+    data = {"ann": rows(0, 6), "bob": rows(1, 6)}
+    run = train(model, data, overrides={"bob": {"num_train_epochs": 1}}, **how)
+    assert run.metrics["bob"]["steps"] == 3
+    assert run.metrics["ann"]["steps"] == given.get("max_steps", 200)
+    swept = train(model, rows(0, 6), sweep={"num_train_epochs": [1, 2]}, **how)
+    assert [m["steps"] for m in swept.metrics.values()] == [3, 6]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
