@@ -159,8 +159,8 @@ def command(
     by_name = files if isinstance(files, Mapping) else {"": files}
     dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
     is_single, by_rows = not isinstance(result, TrainRun), prefix_column == "prefix"
-    found = Summary(kept.run, output, store, is_single, by_name, dtype, encoding, by_rows)
-    found.show(as_json=as_json, quiet=quiet)
+    summary = Summary(kept.run, output, store, is_single, by_name, dtype, encoding, by_rows)
+    summary.show(as_json=as_json, quiet=quiet)
 
 
 def check_order(model: str) -> None:

@@ -105,7 +105,7 @@ class Summary:
             for n, m in self.run.metrics.items()
         }
         places = {"output": _text(self.output), "store": _text(self.store), "plot": _text(plot)}
-        own = {"prefixes": prefixes, "unchanged": list(self.run.unchanged), "failed": self.run.failed}
+        own: dict[str, Any] = {"prefixes": prefixes, "unchanged": list(self.run.unchanged), "failed": self.run.failed}
         own["next"] = shlex.join(self.next_command()) if len(self.run) else None
         return asdict(self.run.totals) | places | own
 
