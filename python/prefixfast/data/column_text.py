@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from prefixfast.data.column_names import column_error, matching_columns, nearest_columns
 from prefixfast.data.files import ListCell, MappingCell
 from prefixfast.data.row_values import check_text
@@ -154,7 +156,9 @@ def cell_text(row: Row, number: int, key: str) -> str | None:
     value: object = row[key]
     if isinstance(value, str | ListCell | MappingCell):
         return check_text(row, number, key, value if isinstance(value, str) else value.text)
-    if callable(convert := getattr(value, "tolist", None)):  # a number or an array of numpy
+    if isinstance(value, np.floating):
+        value = float(str(value))  # the digits of its own precision
+    elif callable(convert := getattr(value, "tolist", None)):  # a number or an array of numpy
         value = convert()
     is_nan = isinstance(value, float | decimal.Decimal) and math.isnan(value)
     if value is None or is_nan or type(value).__name__ in ("NAType", "NaTType"):  # the missing values of pandas

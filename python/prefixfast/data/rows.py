@@ -17,6 +17,9 @@ from prefixfast.io.progress import Progress
 Row: TypeAlias = Mapping[str, JSON]
 Rows: TypeAlias = str | Path | Iterable[Row]
 
+# Calls by method that give the rows of a table of polars, pyarrow and pandas.
+TABLE_CALLS = {"to_dicts": "to_dicts()", "to_pylist": "to_pylist()", "to_dict": "to_dict('records')"}
+
 
 def read_rows(rows: Rows, encoding: str | None = None) -> list[Row]:
     """Read all rows of a file or an iterable.
@@ -56,7 +59,7 @@ def read_rows(rows: Rows, encoding: str | None = None) -> list[Row]:
         found = list(rows)
         for i, row in enumerate(found):
             if not isinstance(row, Mapping):
-                msg = f"row {i}: expected a mapping, got {shown(row)}"
+                msg = f"row {i}: expected a mapping, got {shown(row)}{_table_hint(rows)}"
                 raise DataError(msg, line=i + 1)
     if not found:
         path_or_none = str(rows) if isinstance(rows, str | os.PathLike) else None
@@ -71,6 +74,12 @@ def _data_path(path: str | os.PathLike[str]) -> Path:
         return as_path("rows", path)
     except ConfigError as e:
         raise DataError(str(e)) from e
+
+
+def _table_hint(rows: object) -> str:
+    """Advice for a table of a library, which does not give its rows as mappings."""
+    call = next((call for name, call in TABLE_CALLS.items() if hasattr(rows, name)), None)
+    return "" if call is None else f"; give {type(rows).__name__}.{call}, which are the rows of the table"
 
 
 def _is_iterable(value: object) -> bool:

@@ -85,8 +85,8 @@ def check_name(item: Input, index: int, source: object, *, is_text: bool) -> Non
         )
     else:
         msg = (
-            f"request {index}: its 'prefix' key needs prefixes to be a mapping of names to prefixes, or a store, got "
-            f"{type(source).__name__}; remove or rename the column if it names no prefix"
+            f"request {index}: the key 'prefix' of the row names its prefix, which needs prefixes to be a mapping of "
+            f"names to prefixes, or a store, got {type(source).__name__}; remove or rename the column if it names none"
         )
     raise RequestError(msg, index=index)
 

@@ -8,9 +8,9 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from prefixfast.data.column_names import column_error
+from prefixfast.data.column_names import column_error, listed
 from prefixfast.data.column_text import find_columns
-from prefixfast.data.columns import check_columns, empty_values, reserved_notes
+from prefixfast.data.columns import check_columns, empty_values, reserved_notes, unread_columns
 from prefixfast.data.encode import check_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.join import sample_joins
@@ -120,6 +120,8 @@ def check_task_rows(rows: TrainingRows, task: Task) -> None:
     check_columns(task, every)
     if note := layout_note(every, task.format):
         logger.info("%s", note)
+    elif task.format != "columns" and (unread := unread_columns(task, every)):
+        logger.info("columns that are not read: %s", listed(unread))
     if notes := reserved_notes(task, every):
         logger.info("%s", "; ".join(notes))
     for warning in filter(None, [sample_joins(task, rows.rows.values()).warning(), *empty_values(task, every)]):

@@ -271,3 +271,26 @@ def test_the_text_that_a_prefix_starts_from_names_the_target():
     assert column_task(prompt="{a}", target="short_description").init_text == "Write the short description:"
     assert column_task(table=["a"], target="{b}: {c_d}").init_text == "Write the b and c d:"
     assert column_task(prompt="{a}", target="b", init_text="Text").init_text == "Text"
+
+
+def test_a_number_of_fp32_has_the_digits_of_its_own_precision(tmp_path):
+    task = column_task(prompt="{p} ->", target="x")
+    values = [0.1, 2.5, 1234567.0, 3e-7]
+    expected = ["0.1 ->", "2.5 ->", "1234567.0 ->", "3e-07 ->"]
+    assert task.prompts([{"p": np.float32(v)} for v in values], None) == expected
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = arrow.table({"p": arrow.array([*values, None], arrow.float32()), "x": ["a"] * 5})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    rows = read_rows(tmp_path / "a.parquet")
+    assert task.prompts(rows[:-1], None) == expected
+    assert rows[-1]["p"] is None
+
+
+def test_a_table_of_a_library_is_refused_with_the_call_that_gives_its_rows():
+    frame = pandas.DataFrame({"name": ["a", "b"], "text": ["x", "y"]})
+    with pytest.raises(DataError, match=r"DataFrame\.to_dict\('records'\)"):
+        read_rows(frame)
+    assert read_rows(frame.to_dict("records")) == [{"name": "a", "text": "x"}, {"name": "b", "text": "y"}]
+    arrow = pytest.importorskip("pyarrow")
+    with pytest.raises(DataError, match=r"Table\.to_pylist\(\)"):
+        read_rows(arrow.Table.from_pandas(frame))

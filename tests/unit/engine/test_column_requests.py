@@ -67,7 +67,7 @@ REFUSED = {
     "only the target": ({"description": "x"}, "prompt: expected a column 'product_name'"),
     "an empty row": ({}, "prompt: expected a column 'product_name'"),
     "params of another type": (MILL | {"params": "greedy"}, "params: expected"),
-    "a prefix by name": (MILL | {"prefix": "mill"}, "its 'prefix' key needs prefixes to be a mapping"),
+    "a prefix by name": (MILL | {"prefix": "mill"}, "needs prefixes to be a mapping"),
 }
 
 

@@ -157,3 +157,16 @@ def test_a_checkpoint_of_another_mapping_is_refused(base, tmp_path):
 
 def test_the_names_of_the_package():
     assert prefixfast.data.column_task is column_task
+
+
+def test_columns_that_nothing_reads_are_named(base, caplog):
+    caplog.set_level(logging.INFO)
+    train(base, [{"text": "good", "label": "1", "Source": "web", "id": 3}], **FEW)
+    (found,) = (r.message for r in caplog.records if "'Source'" in r.message)
+    assert ("'label'" in found, "'text'" in found, "'id'" in found) == (True, False, False)
+
+
+def test_a_column_params_without_options_is_refused_with_what_to_do(base):
+    prefix = train(base, ROWS, **OWN, **FEW)
+    with pytest.raises(prefixfast.RequestError, match=r"params: .*rename the column"):
+        generate([{**ROWS[0], "params": "7B"}], prefix, model=base)

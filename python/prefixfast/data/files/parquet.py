@@ -6,8 +6,15 @@ import importlib
 import io
 from collections.abc import Iterator
 
+import numpy as np
+
 from prefixfast.data.files.items import FileRow, Item, malformed
 from prefixfast.errors import DataError
+
+
+def short_float(value: float) -> float:
+    """The number in fp64 with the fewest digits that are the same fp32 number, such as 0.1 for 0.10000000149."""
+    return float(str(np.float32(value)))
 
 
 def parquet_items(raw: bytes, path: str) -> Iterator[Item]:
@@ -24,8 +31,10 @@ def parquet_items(raw: bytes, path: str) -> Iterator[Item]:
     number = 0
     try:
         for batch in parquet.ParquetFile(io.BytesIO(raw)).iter_batches():
+            narrow = [f.name for f in batch.schema if f.type == arrow.float32()]
             for value in batch.to_pylist():
                 number += 1
+                value |= {name: short_float(value[name]) for name in narrow if value[name] is not None}
                 yield FileRow(value, path, number)
     except (ValueError, OSError, arrow.ArrowException) as e:
         yield malformed(path, number + 1, f"cannot be read: {e}")
