@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from prefixfast.data.formats import FORMATS, INPUT_KEYS, LAYOUTS, FormatName, Layout
+from prefixfast.data.formats import FORMATS, INPUT_KEYS, LAYOUTS, REQUEST_KEYS, FormatName, Layout
 from prefixfast.data.row_values import check_text, only_key, text_value
-from prefixfast.data.rows import Row
+from prefixfast.data.rows import Row, row_error
 
 
 def layout_of(row: Row, row_format: FormatName) -> Layout | None:
@@ -99,9 +99,21 @@ def target_text(row: Row, number: int, row_format: FormatName) -> str:
         DataError: If the target is missing or not a string, or the row has several targets of its layout.
     """
     if (layout := layout_of(row, row_format)) is not None:
-        return text_value(row, number, only_key(row, number, layout.targets))
+        hint = "" if any(k in row for k in layout.targets) else _other_target(layout.key, row)
+        return text_value(row, number, only_key(row, number, layout.targets, hint))
     keys = FORMATS[row_format].targets
+    if not any(k in row for k in keys):
+        key = input_key(row, number, row_format)
+        raise row_error(row, number, f"{keys[0]}: expected a string, got None{_other_target(key, row)}")
     return text_value(row, number, next((k for k in keys if row.get(k) is not None), keys[0]))
+
+
+def _other_target(key: str, row: Row) -> str:
+    """Advice for a row whose target has another key."""
+    others = ", ".join(sorted(str(k) for k in row if k != key and k not in REQUEST_KEYS))
+    if not others:
+        return ""
+    return f" (for a target in one of {others}, give prompt '{{{key}}}\\n' and target, with --prompt and --target)"
 
 
 def layout_note(rows: Iterable[Row], row_format: FormatName) -> str | None:

@@ -199,3 +199,13 @@ def test_a_row_with_its_whole_text_too_needs_the_task_and_its_prefix_keeps_it(ba
     plain = [{"prompt": f"Say {a}.\n"} for a in "abc"]
     found, expected = (generate(asked, prefix, model=base, max_new_tokens=3) for asked in (rows, plain))
     assert [g.token_ids for g in found] == [g.token_ids for g in expected]
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "q", "goal": "a"}, {"question": "q", "goal": "a"}, {"document": "q", "goal": "a", "id": 1}]
+)
+def test_a_target_of_another_name_is_refused_with_the_mapping_that_reads_it(row):
+    key = next(iter(row))
+    with pytest.raises(DataError, match=rf"goal, give prompt '\{{{key}\}}\\n' and target, with --prompt and --target"):
+        find_task(None, row).pairs([row], None)
+    assert column_task(prompt=f"{{{key}}}\n", target="goal").pairs([row], None) == [("q\n", ["a"])]
