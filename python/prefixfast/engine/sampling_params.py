@@ -129,8 +129,9 @@ def given_params(sources: ParamSources, index: int) -> tuple[GenerationParams, G
     with request_error(index):
         own: Any = sources.request  # `make` checks the type
         if isinstance(own, str):
-            msg = f"params: expected options of generation as a mapping (in a table as JSON), got {shown(own)}; "
-            raise ConfigError(f"{msg}remove or rename the column if it holds no such options")
+            expected = "params: expected options of generation as a mapping (in a table as JSON)"
+            msg = f"{expected}, got {shown(own)}; remove or rename the column if it holds no such options"
+            raise ConfigError(msg)
         asked = sources.call if own is None else sources.call.over(GenerationParams.make(own))
         if (asked.num_beams or 1) > 1 and asked.do_sample:
             msg = f"do_sample=True with num_beams={asked.num_beams}: beam search does not sample; remove one of them"
