@@ -30,7 +30,7 @@ def write_csv(path: Path, split: str, count: int) -> None:
 def main() -> None:
     """Train, measure on held-out rows, generate for new rows, write them."""
     FOLDER.mkdir(exist_ok=True)
-    write_csv(FOLDER / "restaurants.csv", "train", 48)
+    write_csv(FOLDER / "restaurants.csv", "train", 160)
     write_csv(FOLDER / "new.csv", "heldout", 5)
 
     with prefixfast.load(BASE, dtype="float32") as base:
@@ -42,9 +42,8 @@ def main() -> None:
             target="description",
             eval_fraction=0.1,
             prefix_length=16,
-            max_steps=40,
+            max_steps=100,
             batch_size=8,
-            learning_rate=0.2,
             progress=False,
         )
         prefix.save_pretrained(FOLDER / "restaurants")

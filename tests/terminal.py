@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import termios
@@ -38,7 +39,7 @@ def at_terminal(
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
     )
     os.close(slave)
     shown, at = b"", 0
@@ -56,6 +57,12 @@ def at_terminal(
     text = shown.decode().replace("\r\n", "\n")
     assert not left, f"exit status {code}: {text}"
     return code, text
+
+
+def _take_terminal() -> None:
+    """Make standard input the terminal of the new process, whose interrupts a background process would ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 def _read(master: int) -> bytes:

@@ -8,9 +8,8 @@ import functools
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
-
-import numpy as np
 
 from prefixfast.data.column_names import column_error, matching_columns, nearest_columns
 from prefixfast.data.files import ListCell, MappingCell
@@ -156,7 +155,8 @@ def cell_text(row: Row, number: int, key: str) -> str | None:
     value: object = row[key]
     if isinstance(value, str | ListCell | MappingCell):
         return check_text(row, number, key, value if isinstance(value, str) else value.text)
-    if isinstance(value, np.floating):
+    numpy = sys.modules.get("numpy")  # a number of numpy comes from an imported numpy
+    if numpy is not None and isinstance(value, numpy.floating):
         value = float(str(value))  # the digits of its own precision
     elif callable(convert := getattr(value, "tolist", None)):  # a number or an array of numpy
         value = convert()

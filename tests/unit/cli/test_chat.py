@@ -56,7 +56,9 @@ def chat(cli, monkeypatch):
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
         return cli("chat", *FAST, *arguments)
 
-    return run
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in processes that run in the background
+    yield run
+    signal.signal(signal.SIGINT, before)
 
 
 def printed(texts) -> str:
