@@ -6,14 +6,14 @@ import importlib
 import io
 from collections.abc import Iterator
 
-import numpy as np
-
 from prefixfast.data.files.items import FileRow, Item, malformed
 from prefixfast.errors import DataError
 
 
 def short_float(value: float) -> float:
     """The number in fp64 with the fewest digits that are the same fp32 number, such as 0.1 for 0.10000000149."""
+    import numpy as np  # the command line starts without it
+
     return float(str(np.float32(value)))
 
 
