@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from prefixfast.demo import BASE
 from prefixfast.demo.jobs import JOBS, Row
 
 NAMES = (
@@ -56,6 +57,8 @@ def tables(path: Path, rows: list[Row]) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     target.mkdir(parents=True, exist_ok=True)
+    if not (target / "base").exists():
+        (target / "base").symlink_to(BASE)
     restaurants(target)
     users(target / "users")
     tables(target / "train.jsonl", JOBS[1].rows("train", 300, seed=0))
