@@ -49,6 +49,32 @@ def users(folder: Path) -> None:
     (folder / "olga.csv").write_text("", encoding="utf-8")
 
 
+def adapters(folder: Path) -> None:
+    """Two adapters of PEFT, each trained for a few steps on rows of a job."""
+    import torch
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    kinds = {"invite": (PrefixTuningConfig, JOBS[1], 0.05), "notes": (PromptTuningConfig, JOBS[0], 0.3)}
+    for name, (config, job, rate) in kinds.items():
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
+            config(task_type="CAUSAL_LM", num_virtual_tokens=16),
+        )
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+        for row in job.rows("train", 120, seed=0):
+            prompt = " | ".join(f"{key} : {value}" for key, value in row["table"].items()) + "\n"
+            ids = tokenizer(prompt + row["ref"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+            labels = ids.clone()
+            labels[:, : len(tokenizer(prompt)["input_ids"])] = -100
+            model(input_ids=ids, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.save_pretrained(folder / name)
+
+
 def tables(path: Path, rows: list[Row]) -> None:
     """Write rows of a job as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -61,5 +87,6 @@ if __name__ == "__main__":
         (target / "base").symlink_to(BASE)
     restaurants(target)
     users(target / "users")
+    adapters(target / "adapters")
     tables(target / "train.jsonl", JOBS[1].rows("train", 300, seed=0))
     tables(target / "dev.jsonl", JOBS[1].rows("heldout", 20, seed=1))
