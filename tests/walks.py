@@ -13,7 +13,8 @@ from pathlib import Path
 from pages import blocks
 
 NUMBER = re.compile(r"\d+\.\d+(?:e[+-]\d+)?")
-GAP = re.compile(r"\.\.\.")
+GAP = re.compile(r"^\.\.\.\n|\.\.\.", re.MULTILINE)
+PROGRESS = re.compile(r"^\w[\w ]*: .*(?: left|finished after .*)\n", re.MULTILINE)  # a slow machine prints more lines
 COMMAND = re.compile(r"^\$ (.*\n(?:> .*\n)*)((?:(?!\$ ).*\n)*)", re.MULTILINE)
 
 
@@ -40,11 +41,18 @@ class Step:
 
 
 def same(expected: str, output: str) -> bool:
-    """Equality of two outputs; ``...`` is any text, and numbers with decimals may differ by 5 %."""
-    parts = [NUMBER.split(part) for part in GAP.split(expected)]
-    pattern = "(?:.*?)".join(f"({NUMBER.pattern})".join(map(re.escape, part)) for part in parts)
-    found = re.fullmatch(pattern, output, re.DOTALL)
-    shown = [n for part in GAP.split(expected) for n in NUMBER.findall(part)]
+    """Equality of two outputs without their progress lines.
+
+    ``...`` is any text, a line of it any number of lines, and numbers with decimals may differ by 5 %.
+    """
+    expected, output = PROGRESS.sub("", expected), PROGRESS.sub("", output)
+    pattern, shown, at = "", NUMBER.findall(GAP.sub("", expected)), 0
+    for gap in [*GAP.finditer(expected), None]:
+        text = expected[at : gap.start() if gap else None]
+        pattern += f"({NUMBER.pattern})".join(map(re.escape, NUMBER.split(text)))
+        pattern += "" if gap is None else "(?:.*\n)*?" if gap[0].endswith("\n") else "[^\n]*?"
+        at = gap.end() if gap else at
+    found = re.fullmatch(pattern, output)
     return found is not None and all(
         math.isclose(float(a), float(b), rel_tol=0.05) for a, b in zip(shown, found.groups(), strict=True)
     )

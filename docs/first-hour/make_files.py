@@ -64,7 +64,7 @@ def adapters(folder: Path) -> None:
             config(task_type="CAUSAL_LM", num_virtual_tokens=16),
         )
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-        for row in job.rows("train", 120, seed=0):
+        for row in job.rows("train", 240, seed=0):
             prompt = " | ".join(f"{key} : {value}" for key, value in row["table"].items()) + "\n"
             ids = tokenizer(prompt + row["ref"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
             labels = ids.clone()
