@@ -13,10 +13,10 @@ from pathlib import Path
 from prefixfast.demo import BASE
 from prefixfast.demo.jobs import JOBS, Row
 
-NAMES = (
-    "ada ana ann ben bob cara carl dan dora ed ella eva finn fred gina greta hal hugo ida igor "
-    "jan jill joe kai kate lena leo liv lou mara max mia ned nina olga otto paul rosa sam vera"
-).split()
+NAMES = """
+ada ana ann ben bob cara carl dan dora ed ella eva finn fred gina greta hal hugo ida igor
+jan jill joe kai kate lena leo liv lou mara max mia ned nina olga otto paul rosa sam vera
+""".split()  # noqa: SIM905
 PROMPTS = ("Close the letter.", "Answer the invitation.", "Say where you live.")
 
 
@@ -32,9 +32,9 @@ def restaurants(folder: Path) -> None:
     job = JOBS[0]
     header = ["No", "Name", "Town", "Cook", "Near", "Description"]
     known, new = job.rows("train", 600, seed=0), job.rows("heldout", 3, seed=1)
-    lines = [[str(i), *row["table"].values(), f"{row['ref']} – open daily"] for i, row in enumerate(known, 1)]
+    lines = [[str(i), *row["table"].values(), f"{row['ref']} \N{EN DASH} open daily"] for i, row in enumerate(known, 1)]
     for line in lines[1:]:
-        line[-1] = line[-1].removesuffix(" – open daily")
+        line[-1] = line[-1].removesuffix(" \N{EN DASH} open daily")
     write_csv(folder / "restaurants.csv", [header, *lines], separator=";", encoding="cp1252")
     write_csv(folder / "new.csv", [header[:-1], *([str(i), *row["table"].values()] for i, row in enumerate(new, 601))])
 
