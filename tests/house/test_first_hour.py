@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from oracles import ROOT
+from prefixfast.bench.harness import environment
 from walks import same, steps, walk
 
 PAGES = sorted((ROOT / "docs" / "first-hour").glob("*.md"))
@@ -93,6 +94,8 @@ def test_the_walk_prints_what_its_page_shows(page, env, files, tmp_path):
     done = list(walk(page, tmp_path, env))
     if os.environ.get("PREFIXFAST_WRITE_WALKS"):
         with RESULTS.open("a", encoding="utf-8") as file:
+            if not RESULTS.stat().st_size:
+                file.write(json.dumps({"environment": environment() | {"threads": 1}}) + "\n")
             for step in done:
                 line = {"walk": page.stem, "command": step.command, "seconds": round(step.seconds, 1)}
                 file.write(json.dumps(line) + "\n")

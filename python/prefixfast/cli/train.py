@@ -68,7 +68,8 @@ ON_ERROR = typer.Option(
 )
 DRY_RUN = typer.Option(
     "--dry-run",
-    help="Print parameters, memory and time, which is estimated from two measured steps, and write nothing.",
+    help="Print learning rate, steps, parameters, memory and time, which is estimated from two measured steps, and "
+    "write nothing.",
 )
 RESUME = typer.Option(
     "--resume",
@@ -86,7 +87,10 @@ prefixfast train gpt2 users/ --store prefixes --resume"""
 
 
 def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mapping[str, Any]:
-    """All options of the run: the recipe's, and in place of automatic ones the values that they stand for."""
+    """All options of the run, the recipe's included, with the dtype and reparameterization that automatic ones mean.
+
+    A learning rate and a number of steps of None stay None, since they follow the base model and the rows.
+    """
     from prefixfast.model.load import compute_dtype
     from prefixfast.training.job import JobArguments, prepare
 

@@ -35,6 +35,7 @@ class Estimate:
         examples: Number of examples of all prefixes.
         tokens: Number of tokens of all examples, each counted once.
         steps: Number of optimizer steps, summed over the groups.
+        learning_rates: Different peak learning rates of the prefixes, ascending.
         stored_numbers: Number of stored numbers of one prefix, in the largest group.
         trained_numbers: Number of parameters that training adjusts for one prefix, in the largest group.
         base_bytes: Size of the base model's parameters in bytes.
@@ -49,6 +50,7 @@ class Estimate:
     examples: int
     tokens: int
     steps: int
+    learning_rates: list[float]
     stored_numbers: int
     trained_numbers: int
     base_bytes: int
@@ -102,6 +104,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
         examples=len(examples.num_targets),
         tokens=len(examples.ids),
         steps=sum(steps),
+        learning_rates=sorted({rate for t in trainers for j in t.group.jobs if (rate := j.config.learning_rate)}),
         stored_numbers=sum(t.numel() for t in params.current()) // params.num_prefixes,
         trained_numbers=params.num_trained,
         base_bytes=base_bytes,

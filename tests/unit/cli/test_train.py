@@ -16,6 +16,7 @@ import yaml
 
 from oracles import ROOT
 from prefixfast import Prefix, PrefixConfig, PrefixStore, TrainConfig
+from prefixfast.training.defaults import default_learning_rate
 
 FAST = ("--max-steps", 2, "--batch-size", 2, "--prefix-length", 3, "--dtype", "float32")
 LETTERS = [{"prompt": f"{a}=", "completion": a * 3, "user": "xy"[i % 2]} for i, a in enumerate("abcd")]
@@ -130,6 +131,7 @@ def test_a_dry_run_writes_nothing(cli, folder, data, tmp_path):
     assert not (tmp_path / "p").exists()
     stored = 3 * 2 * 3 * 32
     assert (told["prefixes"], told["examples"], told["steps"], told["stored_numbers"]) == (2, 4, 50, stored)
+    assert told["learning_rates"] == [default_learning_rate("random", 3, uses_mlp=True)]
     assert told["trained_numbers"] == 3 * 32 + 32 * 512 + 512 + 512 * 192 + 192
     assert told["training_bytes"] == 2 * 4 * 4 * told["trained_numbers"]
     assert told["base_bytes"] > 100_000

@@ -15,6 +15,7 @@ import torch
 
 import prefixfast
 import tiny
+from cut_runs import Cut, CutAt
 from oracles import ROOT
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.training.trainer import train
@@ -44,21 +45,6 @@ FLAT = {"reparameterization": "none"}
 def model():
     with prefixfast.load(tiny.make("gpt2")) as loaded:
         yield loaded
-
-
-class Cut(Exception):
-    pass
-
-
-class CutAt:
-    """Ends a run after the update of a step and before its checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, step, losses, grad_norms, active):
-        if step == self.step:
-            raise Cut
 
 
 def digests(run) -> dict[str, str]:

@@ -11,6 +11,7 @@ import torch
 
 import prefixfast
 import tiny
+from cut_runs import Cut, CutAt
 from prefixfast import PrefixStore
 from prefixfast.errors import ConfigError, PrefixFastError
 from prefixfast.store.runs import RUNS, RunFolder, run_folders
@@ -42,21 +43,6 @@ def model():
 @pytest.fixture(scope="module")
 def whole(model):
     return train(model, DATA, **HOW, overrides={"a": {"max_steps": 5}})
-
-
-class Cut(Exception):
-    pass
-
-
-class CutAt:
-    """Ends a run after the update of a step and before its checkpoint."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, step, losses, grad_norms, active):
-        if step == self.step:
-            raise Cut
 
 
 class Watch:

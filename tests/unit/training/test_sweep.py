@@ -7,6 +7,7 @@ import torch
 
 import prefixfast
 import tiny
+from cut_runs import Cut
 from prefixfast.errors import ConfigError
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
@@ -124,10 +125,6 @@ def test_best_without_a_sweep(model):
     run = train(model, {"ann": rows(0, 4), "bob": rows(1, 4)}, **HOW)
     assert run.best() is run[min(run.metrics, key=lambda n: run.metrics[n]["loss"])]
     assert run.best("ann") is run["ann"]
-
-
-class Cut(Exception):
-    pass
 
 
 def test_a_sweep_resumes_in_its_group(model, tmp_path):
