@@ -1,0 +1,1 @@
+"""Metrics of generated text, one file for each metric or script."""

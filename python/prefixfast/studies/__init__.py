@@ -1,0 +1,1 @@
+"""Experiments that compare methods of training on the same rows."""
