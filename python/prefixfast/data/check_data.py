@@ -13,7 +13,7 @@ import numpy as np
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.chat import split_conversation
 from prefixfast.data.columns import TaskLike, check_columns, empty_values, reserved_notes, unread_columns
-from prefixfast.data.corpora import task_items
+from prefixfast.data.corpora import count_warning, task_items
 from prefixfast.data.encode import ANY_VOCABULARY, Example, encode_examples
 from prefixfast.data.files import file_items
 from prefixfast.data.join import Joins
@@ -146,6 +146,8 @@ def check_data(
                     rows.append(item)
         if not report.rows:
             checker.add_problem(DataError("expected at least one row, got none"))
+        if split is not None and (warning := count_warning(name, rows, split)):
+            report.warnings.append(warning)
         if rows:
             tokenized = "input_ids" in rows[0] and task is None
             checker.measure(rows, Task("input_ids") if tokenized else find_task(task, rows[0]))
@@ -205,7 +207,7 @@ class _Checker:
         report.tokens = {k: _percentiles(v) for k, v in tokens.items() if v}
         limit = report.max_length
         report.too_long = sum(n > limit for n in tokens["example"]) if limit else 0
-        report.warnings = [*filter(None, [joins.warning()]), *empty_values(task, rows)]
+        report.warnings += [*filter(None, [joins.warning()]), *empty_values(task, rows)]
         report.shown = [
             _shown(tokenizer, which, valid)
             for which, row in _typical_rows(sizes).items()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from prefixfast.data.corpora.dart import dart_items
-from prefixfast.data.corpora.e2e import e2e_items
-from prefixfast.data.corpora.webnlg import webnlg_items
+from prefixfast.data.corpora.corpus import CORPORA
 from prefixfast.data.files import Item, file_items
 from prefixfast.data.rows import Row
 from prefixfast.errors import DataError, check_choice, check_string
 from prefixfast.io.paths import as_path
 
+logger = logging.getLogger(__name__)
 SPLITS = ("train", "dev", "test")
 
 
@@ -48,6 +48,8 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
     if not rows:
         msg = f"{path}: expected at least one row, got none"
         raise DataError(msg, path=str(path))
+    if warning := count_warning(task, rows, split):
+        logger.warning("%s: %s", path, warning)
     return rows
 
 
@@ -55,12 +57,11 @@ def task_items(task: str, path: Path, split: str) -> Iterator[Item]:
     """Yield the rows that `read_task` reads, and a `DataError` in place of each malformed entry."""
     check_choice("split", split, SPLITS)
     check_string("task", task, "the name of a task")
-    is_json = ".json" in path.suffixes
-    if task == "webnlg" and is_json:
-        yield from webnlg_items(path, good_only=split == "train")
-    elif task == "dart" and is_json:
-        yield from dart_items(path)
-    elif task == "e2e":
-        yield from e2e_items(path, join_references=split != "train")
-    else:
-        yield from file_items(path)
+    corpus = CORPORA.get(task)
+    yield from file_items(path) if corpus is None else corpus.items(path, split)
+
+
+def count_warning(task: str, rows: Iterable[Row], split: str) -> str | None:
+    """Sentence on rows of a corpus that are not as many as its official file has; None for other tasks."""
+    corpus = CORPORA.get(task)
+    return None if corpus is None else corpus.count_warning(rows, split)

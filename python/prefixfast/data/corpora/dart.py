@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefixfast.data.corpora.official import Corpus, Counts
 from prefixfast.data.files import FileRow, Item, file_items, parse_item
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError, shown
 
 
-def dart_items(path: Path) -> Iterator[Item]:
+def dart_items(path: Path, split: str) -> Iterator[Item]:
     """Yield the rows of a DART file, with ``triples``, ``refs`` and the ``source`` of the first text."""
     for item in file_items(path):
         is_row = isinstance(item, DataError) or "triples" in item
@@ -32,3 +33,11 @@ def _parse_entry(item: FileRow) -> FileRow:
     refs = [check_text(item, 0, "text", n.get("text")) for n in notes]
     annotated = {"refs": refs, "source": notes[0].get("source")} if refs else {}
     return FileRow({"triples": triples} | annotated, item.path, item.line)
+
+
+DART = Corpus(
+    "dart",
+    "the repository Yale-LILY/dart, folder data/v1.1.1",
+    dart_items,
+    {"dev": (Counts(2768, 6980),)},
+)

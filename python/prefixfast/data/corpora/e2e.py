@@ -6,24 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
+from prefixfast.data.corpora.official import Corpus, Counts
 from prefixfast.data.files import FileRow, Item, file_items
 from prefixfast.errors import DataError
 
 
-def e2e_items(path: Path, *, join_references: bool) -> Iterator[Item]:
-    """Yield the rows of an E2E file.
-
-    Args:
-        path: Path of the file.
-        join_references: Whether rows of one meaning representation become one row with ``refs``.
-    """
+def e2e_items(path: Path, split: str) -> Iterator[Item]:
+    """Yield the rows of an E2E file; outside of training, rows of one meaning representation are one with ``refs``."""
     joined: dict[str, tuple[FileRow, list[JSON]]] = {}
     for item in file_items(path):
         if isinstance(item, DataError):
             yield item
             continue
         mr, ref = item.get("mr"), item.get("ref")
-        if not join_references or not isinstance(mr, str) or not isinstance(ref, str):
+        if split == "train" or not isinstance(mr, str) or not isinstance(ref, str):
             yield item
         elif mr in joined:
             joined[mr][1].append(ref)
@@ -31,3 +27,15 @@ def e2e_items(path: Path, *, join_references: bool) -> Iterator[Item]:
             refs: list[JSON] = [ref]
             joined[mr] = FileRow({"mr": mr, "refs": refs}, item.path, item.line), refs
     yield from (row for row, _ in joined.values())
+
+
+E2E = Corpus(
+    "e2e",
+    "the repository tuetschek/e2e-dataset",
+    e2e_items,
+    {
+        "train": (Counts(42061, 42061),),
+        "dev": (Counts(547, 4672),),
+        "test": (Counts(630, 4693, "testset_w_refs.csv"), Counts(630, 0, "testset.csv")),
+    },
+)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefixfast.data.corpora.official import Corpus
 from prefixfast.data.files import FileRow, Item, file_items, json_objects, parse_item, read_text
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
@@ -17,13 +18,15 @@ logger = logging.getLogger(__name__)
 ENTRIES = re.compile(r'\s*\{\s*"entries"\s*:\s*')
 
 
-def webnlg_items(path: Path, *, good_only: bool) -> Iterator[Item]:
+def webnlg_items(path: Path, split: str) -> Iterator[Item]:
     """Yield the rows of a WebNLG file, with ``triples``, ``refs``, ``category`` and ``id``.
 
-    Args:
-        path: Path of the file.
-        good_only: Whether lexicalisations without the comment "good", and entries without a good one, are left out.
+    In training, lexicalisations without the comment "good", and entries without a good one, are left out.
     """
+    good_only = split == "train"
+    if ".json" not in path.suffixes:
+        yield from file_items(path)
+        return
     text = read_text(path)
     start = ENTRIES.match(text)
     if start is None:
@@ -60,3 +63,6 @@ def _parse_entry(item: FileRow) -> FileRow:
     triples = [[check_text(item, 0, name, t.get(name)) for name in names] for t in statements]
     extra = {"category": entry.get("category"), "id": entry.get("eid", next(iter(item)))}
     return FileRow({"triples": triples, "lexicalisations": texts, **extra}, item.path, item.line)
+
+
+WEBNLG = Corpus("webnlg", "the repository of the WebNLG challenge, shimorina/webnlg-dataset", webnlg_items, {})
