@@ -64,7 +64,7 @@ class Corpus:
         if not official or any((one.rows, one.texts) == (found.rows, found.texts) for one in official):
             return None
         expected = ", or ".join(map(str, official))
-        return f"the {split} split of {self.name} has {expected}; got {found}, so that this is a part or another release"
+        return f"the {split} split of {self.name} has {expected}; got {found}, a part or another release"
 
 
 def _num_texts(row: Row) -> int:
