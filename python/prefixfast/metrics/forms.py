@@ -35,20 +35,22 @@ def check_texts(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
         ConfigError: If the numbers differ, if there is no text, or if a text has no reference.
     """
     if len(outputs) != len(references):
-        msg = (
-            f"expected the references of each text, got {len(outputs)} texts and {len(references)} lists of references"
-        )
+        msg = f"expected references of each text, got {len(outputs)} texts and {len(references)} lists of references"
         raise ConfigError(msg)
     if not outputs:
         msg = "expected at least one text to score, got none"
         raise ConfigError(msg)
     for number, (output, own) in enumerate(zip(outputs, references, strict=True), 1):
-        if not isinstance(output, str):
+        if not _is_text(output):
             msg = f"text {number}: expected a str, got {type(output).__name__}"
             raise ConfigError(msg)
-        if isinstance(own, str) or not own or not all(isinstance(r, str) for r in own):
+        if _is_text(own) or not own or not all(map(_is_text, own)):
             msg = f"text {number}: expected a list of at least one reference, each a str, got {own!r:.80}"
             raise ConfigError(msg)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
 
 
 def dart_forms(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> Forms:

@@ -1,4 +1,5 @@
 """Forms of texts before they are compared, against the files that WebNLG's script wrote."""
+# ruff: noqa: RUF001 - dashes and quotation marks are what is tested
 
 from __future__ import annotations
 
