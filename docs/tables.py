@@ -70,7 +70,7 @@ def usage(argument: Any) -> str:
     return shown if argument.required else f"[{shown}]"
 
 
-OPTIONS = ("PrefixConfig", "TrainConfig", "GenerationParams", "EngineConfig")
+OPTIONS = ("MethodConfig", "PrefixConfig", "TrainConfig", "GenerationParams", "EngineConfig")
 
 
 # ---- Markdown ----

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefixfast.config import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
+    from prefixfast.config import EngineConfig, GenerationParams, MethodConfig, PrefixConfig, TrainConfig
     from prefixfast.data.folder import Folder
     from prefixfast.engine.engine import Engine
     from prefixfast.engine.generate import generate, score
@@ -51,6 +51,7 @@ _HOME = {
     "Generation": "engine.request",
     "GenerationParams": "config",
     "HFCache": "integrations.hf_generate",
+    "MethodConfig": "config",
     "Model": "model.base",
     "Prefix": "prefix.prefix",
     "PrefixConfig": "config",
@@ -82,6 +83,7 @@ __all__ = [
     "Generation",
     "GenerationParams",
     "HFCache",
+    "MethodConfig",
     "Model",
     "Prefix",
     "PrefixConfig",

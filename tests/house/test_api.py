@@ -68,6 +68,7 @@ def listed(names: str, default: Any = ANY) -> dict[str, Any]:
 # ---- options with their defaults, and their literal values ----
 
 OPTIONS: dict[str, dict[str, Any]] = {
+    "MethodConfig": listed("adapter_size lora_rank lora_alpha num_examples") | {"method": "prefix"},
     "PrefixConfig": listed("embedding_dim sites layers")
     | {
         "prefix_length": 10,
@@ -120,7 +121,7 @@ ERRORS = {
     "CapacityError": RuntimeError,
 }
 OPTION_FLAGS = {
-    "train": ("TrainConfig", "PrefixConfig"),
+    "train": ("TrainConfig", "PrefixConfig", "MethodConfig"),
     "generate": ("GenerationParams", "EngineConfig"),
     "score": ("EngineConfig",),
 }

@@ -8,9 +8,9 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from prefixfast import ConfigError, EngineConfig, GenerationParams, PrefixConfig, TrainConfig
+from prefixfast import ConfigError, EngineConfig, GenerationParams, MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.config import EngineFields, GenerationFields, ScoreFields, TrainFields
-from prefixfast.config.fields import GenerationParamsFields, PrefixConfigFields, TrainConfigFields
+from prefixfast.config.fields import GenerationParamsFields, MethodConfigFields, PrefixConfigFields, TrainConfigFields
 
 CLASSES = (PrefixConfig, TrainConfig, GenerationParams, EngineConfig)
 UNKNOWN = [
@@ -210,10 +210,11 @@ def test_over_empty_parameters_changes_nothing():
 FIELDS = [
     (PrefixConfigFields, (PrefixConfig,)),
     (TrainConfigFields, (TrainConfig,)),
+    (MethodConfigFields, (MethodConfig,)),
     (GenerationParamsFields, (GenerationParams,)),
     (EngineFields, (EngineConfig,)),
     (ScoreFields, (EngineConfig,)),
-    (TrainFields, (PrefixConfig, TrainConfig)),
+    (TrainFields, (MethodConfig, PrefixConfig, TrainConfig)),
     (GenerationFields, (EngineConfig, GenerationParams)),
 ]
 # Values that the constructor takes although the field of the dataclass has a narrower type.

@@ -15,6 +15,7 @@ from prefixfast import (
     Engine,
     EngineConfig,
     GenerationParams,
+    MethodConfig,
     Prefix,
     PrefixConfig,
     PrefixFastError,
@@ -29,7 +30,7 @@ from prefixfast.data import TASKS, Task, find_task, read_rows, read_task, table_
 from prefixfast.data.check_data import check_data
 from prefixfast.errors import DataError
 
-CONFIGS = (GenerationParams, EngineConfig, TrainConfig, PrefixConfig)
+CONFIGS = (GenerationParams, EngineConfig, TrainConfig, PrefixConfig, MethodConfig)
 FIELDS = [pytest.param(c, n, id=f"{c.__name__}.{n}") for c in CONFIGS for n in c.names()]
 ROWS = [{"prompt": "ab", "completion": "cd"}]
 SAMPLED = {"do_sample": True}
@@ -133,7 +134,7 @@ def test_an_option_of_an_engine_is_refused_or_works(base, alone, values, name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [*TrainConfig.names(), *PrefixConfig.names()])
+@pytest.mark.parametrize("name", [*TrainConfig.names(), *PrefixConfig.names(), *MethodConfig.names()])
 def test_an_option_of_training_is_refused_or_works(base, name):
     common = {"init": "random", "prefix_length": 2, "max_steps": 1, "progress": False}
     for value in hostile.ALL:

@@ -16,6 +16,7 @@ from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml_file
 
 SECTIONS = {
+    "MethodConfig": "Method options (MethodConfig)",
     "PrefixConfig": "Prefix options (PrefixConfig)",
     "TrainConfig": "Training options (TrainConfig)",
     "GenerationParams": "Generation options (GenerationParams)",

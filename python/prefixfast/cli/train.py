@@ -18,7 +18,7 @@ from prefixfast.cli.prefixes import Json
 from prefixfast.cli.read_prefix import read_prefix
 from prefixfast.cli.row_files import named_files
 from prefixfast.cli.train_summary import KeepRun, Summary, without_result_log
-from prefixfast.config import PrefixConfig, TrainConfig
+from prefixfast.config import MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml, read_yaml_file
 from prefixfast.model.base_name import check_base_name
@@ -98,12 +98,13 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
     kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
     job = prepare(JobArguments(named_files(data, by_stem=_by_stem(given)), fields=fields, **kept))
     group = job.groups[0]
-    values = {n: getattr(c, n) for c in (group.config, group.prefix_config) for n in c.names()}
+    configs = (group.config, group.prefix_config, group.method_config)
+    values = {n: getattr(c, n) for c in configs for n in c.names()}
     dtype = compute_dtype(group.config.dtype)
     return values | {"dtype": dtype, "reparameterization": "mlp" if group.uses_mlp else "none"}
 
 
-@flags(TrainConfig, PrefixConfig, resolve=resolved)
+@flags(TrainConfig, PrefixConfig, MethodConfig, resolve=resolved)
 def command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of the base model.")],
     data: Annotated[list[str], DATA],

@@ -3,6 +3,7 @@
 from prefixfast.config.engine import EngineConfig
 from prefixfast.config.fields import EngineFields, GenerationFields, ScoreFields, TrainFields
 from prefixfast.config.generation import GenerationParams
+from prefixfast.config.method import MethodConfig
 from prefixfast.config.options import Options, unknown_option
 from prefixfast.config.prefix import PrefixConfig
 from prefixfast.config.train import TrainConfig
@@ -12,6 +13,7 @@ __all__ = [
     "EngineFields",
     "GenerationFields",
     "GenerationParams",
+    "MethodConfig",
     "Options",
     "PrefixConfig",
     "ScoreFields",

@@ -7,7 +7,9 @@ of the dataclasses convert sequences to tuples, and check every value.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, SupportsIndex, TypedDict
+from typing import Literal, SupportsIndex, TypeAlias, TypedDict
+
+MethodName: TypeAlias = Literal["prefix", "infix", "embedding", "prompt", "icl", "full", "top2", "adapter", "lora"]
 
 
 class PrefixConfigFields(TypedDict, total=False):
@@ -54,8 +56,18 @@ class TrainConfigFields(TypedDict, total=False):
     report_to: Literal["none", "tensorboard", "wandb"]
 
 
-class TrainFields(PrefixConfigFields, TrainConfigFields, total=False):
-    """Fields of `PrefixConfig` and `TrainConfig`."""
+class MethodConfigFields(TypedDict, total=False):
+    """Fields of `MethodConfig`."""
+
+    method: MethodName
+    adapter_size: float
+    lora_rank: int
+    lora_alpha: float | None
+    num_examples: int
+
+
+class TrainFields(MethodConfigFields, PrefixConfigFields, TrainConfigFields, total=False):
+    """Fields of `MethodConfig`, `PrefixConfig` and `TrainConfig`."""
 
 
 class GenerationParamsFields(TypedDict, total=False):

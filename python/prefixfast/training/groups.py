@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
+from prefixfast.config import MethodConfig, PrefixConfig, TrainConfig, unknown_option
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown, suggestion
 from prefixfast.prefix.names import Window
@@ -36,6 +36,7 @@ PER_PREFIX = (
 # Options of the whole run, which a sweep cannot vary.
 NOT_SWEPT = (
     "recipe",
+    "method",
     "dtype",
     "eval_fraction",
     "report_to",
@@ -83,12 +84,14 @@ class PrefixGroup:
     Attributes:
         config: Options of training that the prefixes share.
         prefix_config: Options of what is learned.
+        method_config: Options of the method.
         uses_mlp: Whether the reparameterization MLP is trained.
         jobs: Training of each prefix.
     """
 
     config: TrainConfig
     prefix_config: PrefixConfig
+    method_config: MethodConfig
     uses_mlp: bool
     jobs: tuple[PrefixJob, ...]
 
@@ -127,12 +130,13 @@ def make_groups(
         msg = "overrides: expected data by name beside it, got plain rows; give the options themselves"
         raise ConfigError(msg)
     inits = _init_by_name(settings.init, names)
-    jobs: dict[tuple[TrainConfig, PrefixConfig, bool], list[PrefixJob]] = {}
+    jobs: dict[tuple[TrainConfig, PrefixConfig, MethodConfig, bool], list[PrefixJob]] = {}
     for name, (label, variant) in itertools.product(names, _variants(sweep).items()):
         options = own_options.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
         init = variant.get("init", inits[name])
         of_prefix = {k: v for k, v in options.items() if k in PrefixConfig.names()}
         of_training = {k: v for k, v in options.items() if k in TrainConfig.names()}
+        of_method = {k: v for k, v in options.items() if k in MethodConfig.names()}
         if "num_train_epochs" in options:  # of this prefix, over the steps of the whole run
             of_training.setdefault("max_steps", None)
         prefix_config = PrefixConfig.make(settings.prefix_config, **of_prefix)
@@ -141,7 +145,8 @@ def make_groups(
         is_name = isinstance(init, str) and init in ("random", "zero")
         automatic = prefix_config.reparameterization == "auto" and is_name
         uses_mlp = prefix_config.reparameterization == "mlp" or automatic
-        shared = (common, prefix_config, uses_mlp)
+        method_config = MethodConfig.make(settings.method_config, **of_method)
+        shared = (common, prefix_config, method_config, uses_mlp)
         full_name = label if is_single and label else f"{name},{label}" if label else name
         jobs.setdefault(shared, []).append(PrefixJob(full_name, name, config, init, variant))
     return [PrefixGroup(*shared, tuple(own)) for shared, own in jobs.items()]
@@ -163,7 +168,8 @@ def _variants(sweep: Any) -> dict[str, dict[str, Any]]:
     """Every combination of a sweep by its label; without a sweep one empty combination under the empty label."""
     if sweep is None:
         return {"": {}}
-    known = tuple(n for n in (*TrainConfig.names(), *PrefixConfig.names(), "init") if n not in NOT_SWEPT)
+    names = (*TrainConfig.names(), *PrefixConfig.names(), *MethodConfig.names(), "init")
+    known = tuple(n for n in names if n not in NOT_SWEPT)
     for name, values in _checked_mapping(sweep, "sweep").items():
         if name not in known:
             raise ConfigError(unknown_option(str(name), known, "sweep"))

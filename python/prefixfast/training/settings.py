@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prefixfast.config import Options, PrefixConfig, TrainConfig, unknown_option
+from prefixfast.config import MethodConfig, Options, PrefixConfig, TrainConfig, unknown_option
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
 from prefixfast.training.recipes import read_recipe
@@ -23,6 +23,7 @@ class TrainSettings:
     Attributes:
         config: Options of training.
         prefix_config: Options of what is learned.
+        method_config: Options of the method.
         init: Initial values: ``"text"``, ``"random"``, ``"zero"``, a `Prefix`, or prefixes by name.
         init_text: Text of ``init="text"``, None for the task's.
         explicit: Names of the options that the caller gave.
@@ -30,6 +31,7 @@ class TrainSettings:
 
     config: TrainConfig
     prefix_config: PrefixConfig
+    method_config: MethodConfig
     init: Any
     init_text: str | None
     explicit: frozenset[str]
@@ -42,7 +44,7 @@ class GivenOptions:
     Attributes:
         config: `TrainConfig`, of which the fields that differ from the defaults count as given; mapping; or None.
         prefix_config: `PrefixConfig`, mapping or None, likewise.
-        fields: Fields of both, which take precedence over ``config`` and ``prefix_config``.
+        fields: Fields of both and of `MethodConfig`, which take precedence over ``config`` and ``prefix_config``.
         init: Initial values, None for the recipe's.
         init_text: Text of ``init="text"``, None for the recipe's.
     """
@@ -64,13 +66,17 @@ def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
     Raises:
         ConfigError: If an option is unknown or has a wrong value.
     """
-    known = (*TrainConfig.names(), *PrefixConfig.names())
+    known = (*TrainConfig.names(), *PrefixConfig.names(), *MethodConfig.names())
     for name in given.fields or {}:
         if name not in known:
             raise ConfigError(unknown_option(name, known, "train"))
     explicit = _given_values(TrainConfig, given.config) | _given_values(PrefixConfig, given.prefix_config)
     explicit |= given.fields or {}
     inits = {k: v for k, v in (("init", given.init), ("init_text", given.init_text)) if v is not None}
+    method_config = MethodConfig.make({k: v for k, v in explicit.items() if k in MethodConfig.names()})
+    if method_config.method != "prefix":
+        msg = f"method: expected 'prefix', got {method_config.method!r}"
+        raise ConfigError(msg)
     recipe: Any = {k: explicit[k] for k in ("recipe",) if k in explicit}
     preset = read_recipe(TrainConfig.make(recipe).recipe, task)
     for name in {*explicit, *inits}:
@@ -80,7 +86,7 @@ def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
     config = TrainConfig.make({k: v for k, v in merged.items() if k in TrainConfig.names()})
     prefix_config = PrefixConfig.make({k: v for k, v in merged.items() if k in PrefixConfig.names()})
     init, init_text = merged.get("init", "text"), merged.get("init_text")
-    return TrainSettings(config, prefix_config, init, init_text, frozenset(explicit))
+    return TrainSettings(config, prefix_config, method_config, init, init_text, frozenset(explicit))
 
 
 def option_values(config: Options) -> dict[str, Any]:

@@ -15,13 +15,17 @@ import typer
 
 import prefixfast
 from oracles import ROOT
-from prefixfast import EngineConfig, GenerationParams, PrefixConfig, TrainConfig
+from prefixfast import EngineConfig, GenerationParams, MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.cli import app
 from prefixfast.cli.help import commands
 
 ALL = dict(commands(typer.main.get_command(app)))
 LEAVES = {path: command for path, command in ALL.items() if not hasattr(command, "commands")}
-CONFIGS = {"train": (TrainConfig, PrefixConfig), "generate": (GenerationParams, EngineConfig), "score": (EngineConfig,)}
+CONFIGS = {
+    "train": (TrainConfig, PrefixConfig, MethodConfig),
+    "generate": (GenerationParams, EngineConfig),
+    "score": (EngineConfig,),
+}
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: " ".join(path) or "prefixfast")
 leaf = pytest.mark.parametrize("path", LEAVES, ids=" ".join)
 
