@@ -15,6 +15,10 @@ TASK = typer.Option(
     "instruction.",
     show_default="the task that fits the rows' keys",
 )
+SPLIT = typer.Option(
+    help="Split that a task's official file or folder holds: train, dev or test.",
+    show_default="files of rows",
+)
 PROMPT = typer.Option(
     help=r"Prompt of each row, with columns in braces: '{name}, {price} ->'. \n is a line break, {{ a brace. Needs "
     "--target, and takes the place of --task.",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixfast.cli.columns import PROMPT, TABLE, TARGET, TASK, column_arguments
+from prefixfast.cli.columns import PROMPT, SPLIT, TABLE, TARGET, TASK, column_arguments
 from prefixfast.cli.data_folder import all_counts, check_folder, problem_lines
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.help import Command, Group
@@ -60,13 +60,7 @@ def check_rows(
         ),
     ] = None,
     max_errors: Annotated[int, typer.Option(min=0, help="Number of problems to list; all are counted.")] = 100,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            help="Split of the task's official file (E2E .csv, WebNLG .json, DART .json): train, dev or test.",
-            show_default="PATH is a file of rows",
-        ),
-    ] = None,
+    split: Annotated[str | None, SPLIT] = None,
     encoding: Annotated[str | None, ENCODING] = None,
     as_json: Json = False,
 ) -> None:
@@ -89,7 +83,7 @@ def check_rows(
     own = task_of_columns(None if name == "auto" else name, **column_arguments(prompt, target, table))
     vocabulary = BaseVocabulary(**base)
     check = functools.partial(check_data, own, split=split, base=vocabulary, max_errors=max_errors, encoding=encoding)
-    if (folder := folder_at(path)) is not None:
+    if (folder := folder_at(path, official=split is not None)) is not None:
         check_folder(folder, check, as_json=as_json)
         return
     report = check(path)

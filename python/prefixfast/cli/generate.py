@@ -12,7 +12,7 @@ from prefixfast.cli.options import flags
 from prefixfast.cli.output import QUIET, SOME_FAILED, start_logging
 from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
 from prefixfast.cli.records import Records, generated
-from prefixfast.cli.requests import errors_by_place, known_rows, read_input
+from prefixfast.cli.requests import errors_by_place, known_rows, read_input, read_split
 from prefixfast.cli.result_file import PARTIAL, STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.cli.result_formats import FORMATS as OUTPUT_FORMATS
 from prefixfast.config import EngineConfig, GenerationParams
@@ -22,6 +22,11 @@ from prefixfast.io.text import counted
 if TYPE_CHECKING:
     from prefixfast.engine.request import Generation
 
+SPLIT = typer.Option(
+    help="Split that IN, an official file or folder of a corpus, holds: train, dev or test. The corpus is that of the "
+    "prefix's task, or else the one whose layout IN has.",
+    show_default="IN is a file of rows",
+)
 FORMATS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, each also with .gz"
 INPUT = f"File of rows ({FORMATS}), or - for JSON lines on standard input."
 UNFINISHED = f"While the command runs, its results are JSON lines in a file of this name with {PARTIAL} at its end."
@@ -50,6 +55,7 @@ def command(
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
     encoding: Annotated[str | None, ENCODING] = None,
+    split: Annotated[str | None, SPLIT] = None,
     details: Annotated[bool, DETAILS] = False,
     on_error: Annotated[
         Literal["raise", "return"],
@@ -69,9 +75,9 @@ def command(
     start_logging(quiet=quiet)
     check_path(output)
     check_options(fields)
-    rows = read_input(requests, encoding)
-    check_ids(rows)
     chosen = PrefixFlags(prefix, prefixes, store)
+    rows = read_input(requests, encoding) if split is None else read_split(requests, split, chosen, encoding)
+    check_ids(rows)
     opened = chosen.open_store()
     headers = chosen.headers(rows, opened)
     known = known_rows(rows, headers, opened)

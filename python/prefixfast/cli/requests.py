@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prefixfast.errors import DataError, PrefixFastError, RequestError, shown
+from prefixfast.errors import ConfigError, DataError, PrefixFastError, RequestError, shown
 
 if TYPE_CHECKING:
+    from prefixfast.cli.prefix_flags import PrefixFlags
     from prefixfast.data.rows import Row
     from prefixfast.data.task import Task
     from prefixfast.store import PrefixStore
@@ -51,6 +52,40 @@ def read_input(path: Path, encoding: str | None = None) -> list[Row]:
         msg = f"{STDIN_NAME}: expected at least one row as a JSON line, got none"
         raise DataError(msg)
     return rows
+
+
+def read_split(path: Path, split: str, chosen: PrefixFlags, encoding: str | None = None) -> list[Row]:
+    """Rows of a split's official file or folder, one for each input.
+
+    The corpus is that of the prefixes' task, else the one whose layout the file shows.
+
+    Args:
+        path: Path of the file or folder.
+        split: Split that it holds.
+        chosen: Flags of the prefixes.
+        encoding: Encoding of the flags, which official files do not have.
+
+    Raises:
+        ConfigError: If the split is unknown, or neither prefixes nor file show a corpus.
+        DataError: If the file cannot be read, or holds another split.
+    """
+    from prefixfast.cli.row_files import check_one_file
+    from prefixfast.data.splits import RowReader, corpus_of
+
+    if path == STDIN:
+        msg = f"--split: expected the path of an official file as IN, got {path} for {STDIN_NAME}"
+        raise ConfigError(msg)
+    check_one_file(path, official=True)
+    opened = chosen.open_store()
+    (task,) = _row_tasks([{}], chosen.headers([{}], opened), opened)
+    return RowReader(encoding, split, corpus_of(task, path)).read(path)
+
+
+def read_references(path: Path, split: str, chosen: PrefixFlags, encoding: str | None = None) -> list[Row]:
+    """Rows of `read_split` with one reference each."""
+    from prefixfast.data.splits import each_reference
+
+    return each_reference(read_split(path, split, chosen, encoding))
 
 
 def known_rows(rows: Sequence[Row], headers: Any, store: PrefixStore | None) -> list[Row]:

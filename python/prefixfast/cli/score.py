@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixfast.cli.generate import DETAILS, ENCODING, FORMATS, MODEL, OUTPUT
+from prefixfast.cli.generate import DETAILS, ENCODING, FORMATS, MODEL, OUTPUT, SPLIT
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import QUIET, start_logging
 from prefixfast.cli.prefix_flags import PREFIX, PREFIXES, STORE, PrefixFlags, read_prefixes
 from prefixfast.cli.records import Records, scored
-from prefixfast.cli.requests import errors_by_place, known_rows, read_input
+from prefixfast.cli.requests import errors_by_place, known_rows, read_input, read_references
 from prefixfast.cli.result_file import STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.config import EngineConfig
 from prefixfast.io.text import counted
@@ -30,6 +30,7 @@ def command(
     store: Annotated[Path | None, STORE] = None,
     model: Annotated[str | None, MODEL] = None,
     encoding: Annotated[str | None, ENCODING] = None,
+    split: Annotated[str | None, SPLIT] = None,
     details: Annotated[bool, DETAILS] = False,
     end_token: Annotated[
         bool,
@@ -41,6 +42,8 @@ def command(
 ) -> None:
     """Compute the log-probability of every row's target, each with its own prefix.
 
+    With --split each reference of an official file is a row of its own.
+
     Nothing is generated, so that these engine options do not change a score: max_model_len, max_num_seqs,
     kv_cache_memory, gpu_memory_utilization, prefix_memory, host_prefix_memory, prefix_dtype, max_waiting,
     share_prompts, enforce_eager, compile_decode and seed.
@@ -51,9 +54,9 @@ def command(
     start_logging(quiet=quiet)
     check_path(output)
     check_options(fields)
-    rows = read_input(rows_file, encoding)
-    check_ids(rows)
     chosen = PrefixFlags(prefix, prefixes, store)
+    rows = read_input(rows_file, encoding) if split is None else read_references(rows_file, split, chosen, encoding)
+    check_ids(rows)
     opened = chosen.open_store()
     headers = chosen.headers(rows, opened)
     known = known_rows(rows, headers, opened)

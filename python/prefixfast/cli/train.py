@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from prefixfast.cli.columns import PROMPT, TABLE, TARGET, TASK, column_arguments
+from prefixfast.cli.columns import PROMPT, SPLIT, TABLE, TARGET, TASK, column_arguments
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import QUIET, printable, start_logging
@@ -33,7 +33,8 @@ PREFIX_COLUMN = typer.Option(
     show_default="one prefix for all rows",
 )
 EVAL_DATA = typer.Option(
-    help="Held-out rows for all prefixes, or by the same names in a form of DATA.", show_default="no evaluation"
+    help="Held-out rows for all prefixes, or by the same names in a form of DATA. With --split the dev split.",
+    show_default="no evaluation",
 )
 INIT = typer.Option(
     help="Initial values: text, random, zero, or the folder or hub id of a prefix.",
@@ -96,7 +97,8 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
 
     arguments = _train_arguments(given, fields)
     kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
-    job = prepare(JobArguments(named_files(data, by_stem=_by_stem(given)), fields=fields, **kept))
+    files = named_files(data, by_stem=_by_stem(given), official=given["split"] is not None)
+    job = prepare(JobArguments(files, fields=fields, **kept))
     group = job.groups[0]
     configs = (group.config, group.prefix_config, group.method_config)
     values = {n: getattr(c, n) for c in configs for n in c.names()}
@@ -115,6 +117,7 @@ def command(
     table: Annotated[str | None, TABLE] = None,
     prefix_column: Annotated[str | None, PREFIX_COLUMN] = None,
     encoding: Annotated[str | None, ENCODING] = None,
+    split: Annotated[str | None, SPLIT] = None,
     eval_data: Annotated[list[str] | None, EVAL_DATA] = None,
     init: Annotated[str | None, INIT] = None,
     init_text: Annotated[str | None, INIT_TEXT] = None,
@@ -143,7 +146,7 @@ def command(
         raise typer.BadParameter(msg, param_hint="--output")
     start_logging(quiet=quiet)
     check_order(model)
-    files = named_files(data, by_stem=_by_stem(given))
+    files = named_files(data, by_stem=_by_stem(given), official=split is not None)
     _check_before_reading(given, fields)
     arguments = _train_arguments(given, fields)
     if dry_run:
@@ -205,14 +208,15 @@ def _by_stem(given: Mapping[str, Any]) -> bool:
 
 def _train_arguments(given: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `prefixfast.train` from the values of the flags and the options."""
-    model = given["model"]
+    model, eval_data = given["model"], given["eval_data"]
     init, on_top_of, overrides = given["init"], given["on_top_of"], given["overrides"]
     return {
         "task": given["task"],
         **column_arguments(given["prompt"], given["target"], given["table"]),
         "prefix_column": given["prefix_column"],
         "encoding": given["encoding"],
-        "eval_data": named_files(given["eval_data"]) if given["eval_data"] else None,
+        "split": given["split"],
+        "eval_data": named_files(eval_data, official=given["split"] is not None) if eval_data else None,
         "init": init if init is None or init in INIT_WORDS else read_prefix(init, model, fields),
         "init_text": given["init_text"],
         "on_top_of": None if on_top_of is None else read_prefix(on_top_of, model, fields),

@@ -13,14 +13,15 @@ import numpy as np
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.chat import split_conversation
 from prefixfast.data.columns import TaskLike, check_columns, empty_values, reserved_notes, unread_columns
-from prefixfast.data.corpora import count_warning, task_items
+from prefixfast.data.corpora import count_warning, other_split, task_items
 from prefixfast.data.encode import ANY_VOCABULARY, Example, encode_examples
 from prefixfast.data.files import file_items
 from prefixfast.data.join import Joins
 from prefixfast.data.layouts import layout_note
 from prefixfast.data.rows import Row
+from prefixfast.data.splits import RowReader
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, check_string
+from prefixfast.errors import DataError, check_string
 from prefixfast.io.paths import as_path
 from prefixfast.io.progress import Progress, track
 from prefixfast.model.tokenizer import Tokenizer
@@ -124,14 +125,13 @@ def check_data(
         Report with the problems and the lengths.
 
     Raises:
-        ConfigError: If the task, the split or the encoding is unknown, or ``encoding`` is given with ``split``.
+        ConfigError: If the task, the split or the encoding is unknown, the task has no official files, or ``encoding``
+            is given with ``split``.
     """
     task = Task.from_spec(task) if isinstance(task, Mapping) else task
     name = task.name if isinstance(task, Task) else "auto" if task is None else task
     check_string("task", name, "the name of a task, a Task or None")
-    if split is not None and encoding is not None:
-        msg = "encoding: expected no split beside it, since official files are UTF-8"
-        raise ConfigError(msg)
+    RowReader(encoding, split, task)  # reports a split that is unknown or does not fit
     base, path = base or BaseVocabulary(), as_path("path", path)
     checker = _Checker(DataReport(str(path), name, max_length=base.max_length), base, max_errors)
     report = checker.report
@@ -146,7 +146,9 @@ def check_data(
                     rows.append(item)
         if not report.rows:
             checker.add_problem(DataError("expected at least one row, got none"))
-        if split is not None and (warning := count_warning(name, rows, split)):
+        if split is not None and (error := other_split(name, rows, split)):
+            checker.add_problem(DataError(f"{path}: {error}"))
+        elif split is not None and (warning := count_warning(name, rows, split)):
             report.warnings.append(warning)
         if rows:
             tokenized = "input_ids" in rows[0] and task is None

@@ -15,7 +15,7 @@ class Format:
     Attributes:
         inputs: Keys for the input, of which a row has one.
         targets: Keys for the target, of which a training row has one; empty if the target is part of the input. Where
-            the targets are texts, the first key counts that the row has.
+            the targets are texts, the first key counts that the row has; ``refs`` holds several, and stands alone.
         tasks: Name of the task that reads a row with each input key if no task is named.
     """
 
@@ -27,7 +27,7 @@ class Format:
 FORMATS: dict[FormatName, Format] = {
     "prompt": Format(("prompt",), ("completion", "response"), ("prompt",)),
     "table": Format(("mr", "table", "triples"), ("ref", "refs"), ("e2e", "table", "dart")),
-    "document": Format(("document",), ("summary",), ("summary",)),
+    "document": Format(("document",), ("summary", "refs"), ("summary",)),
     "messages": Format(("messages",), (), ("messages",)),
     "text": Format(("text",), (), ("text",)),
     "instruction": Format((), (), ()),  # layouts name the keys

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.formats import FORMATS
+from prefixfast.data.formats import FORMATS, FormatName
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import shown
 
@@ -68,14 +68,19 @@ def json_hint(value: object) -> str:
     return "; a list or mapping in a cell is JSON, with double quotes: write it there with json.dumps"
 
 
-def references(row: Row, number: int) -> list[str]:
-    """References of a table, from ``ref`` (a string) or ``refs`` (a list of strings).
+def references(row: Row, number: int, row_format: FormatName = "table") -> list[str]:
+    """References of a row, from its only target (a string) or ``refs`` (a list of strings).
+
+    Args:
+        row: Row.
+        number: Number of the row, for errors.
+        row_format: Format with the key ``refs``, ``"table"`` or ``"document"``.
 
     Raises:
         DataError: If the row has no references.
     """
-    if only_key(row, number, FORMATS["table"].targets) == "ref":
-        return [text_value(row, number, "ref")]
+    if (key := only_key(row, number, FORMATS[row_format].targets)) != "refs":
+        return [text_value(row, number, key)]
     refs = row["refs"]
     if not isinstance(refs, Sequence) or isinstance(refs, str) or not refs:
         msg = f"refs: expected a list of strings, got {shown(refs)}{json_hint(refs)}"

@@ -163,7 +163,8 @@ class Task:
                 msg = f"target: expected text in column {names}, got {shown(target)}; fill it in or leave the row out"
                 raise row_error(row, number, msg)
             return [target]
-        refs = references(row, number) if self.format == "table" else [target_text(row, number, self.format)]
+        several = self.format == "table" or (self.format == "document" and row.get("refs") is not None)
+        refs = references(row, number, self.format) if several else [target_text(row, number, self.format)]
         return refs if self.target == "{ref}" else [_fill(self.target, ref=r) for r in refs]
 
     def pairs(

@@ -31,6 +31,7 @@ class TrainArguments(TrainFields, total=False):
     target: str | None
     table: Sequence[str] | None
     encoding: str | None
+    split: Literal["train", "dev", "test"] | None
     eval_data: Rows | Mapping[str, Rows] | None
     init: Init | None
     init_text: str | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefixfast.data.column_names import column_error, listed
@@ -15,7 +15,8 @@ from prefixfast.data.encode import check_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.join import sample_joins
 from prefixfast.data.layouts import layout_note
-from prefixfast.data.rows import Row, Rows, read_rows, row_error
+from prefixfast.data.rows import Row, Rows, row_error
+from prefixfast.data.splits import RowReader
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_string, shown
 from prefixfast.io.progress import track
@@ -55,13 +56,13 @@ class ReadOptions:
         prefix_column: Key of plain rows whose value names the row's prefix.
         isolate: Whether an error of one name's rows is noted as a failure, instead of raised.
         keep_column: Whether rows keep the column of their prefix's name, for a task of columns that may read it.
-        encoding: Encoding of text files, None for that of their byte order mark or UTF-8.
+        reader: Reader of rows and files.
     """
 
     prefix_column: str | None = None
     isolate: bool = True
     keep_column: bool = False
-    encoding: str | None = None
+    reader: RowReader = field(default_factory=RowReader)
 
 
 def read_training_rows(
@@ -75,8 +76,8 @@ def read_training_rows(
         options: Options of reading.
 
     Raises:
-        ConfigError: If the names of ``data`` and ``eval_data`` differ, ``prefix_column`` is given with a mapping, or
-            the encoding is unknown.
+        ConfigError: If the names of ``data`` and ``eval_data`` differ, ``prefix_column`` is given with a mapping, the
+            encoding is unknown, or a split is given for rows in memory.
         DataError: If rows cannot be read and the error is not isolated, or no prefix has rows.
     """
     failed: dict[str, str] = {}
@@ -87,14 +88,14 @@ def read_training_rows(
         if column is not None:
             msg = "prefix_column: expected plain rows beside it, got a mapping of names; leave one of them out"
             raise ConfigError(msg)
-        rows = _read_by_name(data, failed, options)
+        rows = _read_by_name(data, failed, options, options.reader.read)
         if not data:
             msg = "data: expected at least one name with rows, got an empty mapping"
             raise DataError(msg)
     elif column is not None:
-        rows, row_numbers = _split_by_column(read_rows(data, options.encoding), column, keep=options.keep_column)
+        rows, row_numbers = _split_by_column(options.reader.read(data), column, keep=options.keep_column)
     else:
-        rows = {SINGLE_NAME: read_rows(data, options.encoding)}
+        rows = {SINGLE_NAME: options.reader.read(data)}
     names = [*rows, *failed]
     eval_rows = None if eval_data is None else _read_eval_rows(eval_data, names, failed, options)
     rows = {n: r for n, r in rows.items() if n not in failed}
@@ -192,12 +193,14 @@ def _format_error(name: str, rows: list[Row], task: Task) -> DataError | None:
     return None
 
 
-def _read_by_name(data: Mapping[str, Rows], failed: dict[str, str], options: ReadOptions) -> dict[str, list[Row]]:
+def _read_by_name(
+    data: Mapping[str, Rows], failed: dict[str, str], options: ReadOptions, read: Callable[[Rows], list[Row]]
+) -> dict[str, list[Row]]:
     found = {}
     with track(data.items(), "read rows", len(data), "names") as each:
         for name, rows in each:
             try:
-                found[_name(name)] = read_rows(rows, options.encoding)
+                found[_name(name)] = read(rows)
             except DataError as e:
                 if not options.isolate:
                     raise
@@ -235,9 +238,9 @@ def _read_eval_rows(
 ) -> dict[str, list[Row]]:
     column = options.prefix_column
     if isinstance(data, Mapping):
-        found = _read_by_name(data, failed, options)
+        found = _read_by_name(data, failed, options, options.reader.held_out)
     else:
-        rows = read_rows(data, options.encoding)
+        rows = options.reader.held_out(data)
         if column is None or all(find_columns((column,), tuple(row)) == (None,) for row in rows):
             return dict.fromkeys(names, rows)
         found, _ = _split_by_column(rows, column, keep=options.keep_column)

@@ -13,6 +13,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.columns import task_of_columns
 from prefixfast.data.rows import Rows
+from prefixfast.data.splits import RowReader
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_choice, check_flag, shown
 from prefixfast.prefix.compatibility import check_fits
@@ -42,6 +43,7 @@ class JobArguments:
     table: Sequence[str] | None = None
     prefix_column: str | None = None
     encoding: str | None = None
+    split: str | None = None
     eval_data: Rows | Mapping[str, Rows] | None = None
     init: Init | None = None
     init_text: str | None = None
@@ -128,7 +130,8 @@ def prepare(arguments: JobArguments) -> TrainJob:
     resolve_settings(given, "")  # report wrong options before the rows are read
     given_task = task_of_columns(a.task, prompt=a.prompt, target=a.target, table=a.table)
     keeps = isinstance(given_task, Task) and given_task.format == "columns"  # which reads the columns that it names
-    options = ReadOptions(a.prefix_column, a.on_error == "isolate", keeps, a.encoding)
+    reader = RowReader(a.encoding, a.split, given_task)
+    options = ReadOptions(a.prefix_column, a.on_error == "isolate", keeps, reader)
     rows = read_training_rows(a.data, a.eval_data, options)
     task = _find_task(rows, given_task)
     check_task_rows(rows, task)

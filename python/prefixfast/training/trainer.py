@@ -91,6 +91,7 @@ def train(
     table: Sequence[str] | None = None,
     prefix_column: str | None = None,
     encoding: str | None = None,
+    split: Literal["train", "dev", "test"] | None = None,
     eval_data: Rows | Mapping[str, Rows] | None = None,
     init: Init | None = None,
     init_text: str | None = None,
@@ -130,6 +131,9 @@ def train(
         prefix_column: Key of plain rows whose value names the prefix that is trained on the row.
         encoding: Encoding of text files, for example ``"cp1252"``. None takes the encoding of a file's byte order mark,
             or UTF-8 without one.
+        split: Split, ``"train"``, ``"dev"`` or ``"test"``, that the official files in ``data`` hold. They are then read
+            as by `prefixfast.data.read_task`, and those in ``eval_data`` as the split ``"dev"``. None reads files of
+            rows.
         eval_data: Held-out rows, for all prefixes or by name like ``data``. They are used for the choice of the best
             state, early stopping and `TrainRun.best`.
         init: Initial values: ``"text"`` (keys and values of a text in the base model), ``"random"``, ``"zero"``, a

@@ -35,7 +35,8 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
 
     Raises:
         ConfigError: If the split is unknown.
-        DataError: If the file is malformed, with path and line.
+        DataError: If the file is malformed, with path and line, or has as many texts as the official file of another
+            split.
 
     Example:
         ``train(base, read_task("webnlg", "webnlg/train.json"), task="webnlg")``
@@ -47,6 +48,9 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
         rows.append(item)
     if not rows:
         msg = f"{path}: expected at least one row, got none"
+        raise DataError(msg, path=str(path))
+    if error := other_split(task, rows, split):
+        msg = f"{path}: {error}"
         raise DataError(msg, path=str(path))
     if warning := count_warning(task, rows, split):
         logger.warning("%s: %s", path, warning)
@@ -65,3 +69,9 @@ def count_warning(task: str, rows: Iterable[Row], split: str) -> str | None:
     """Sentence on rows of a corpus that are not as many as its official file has; None for other tasks."""
     corpus = CORPORA.get(task)
     return None if corpus is None else corpus.count_warning(rows, split)
+
+
+def other_split(task: str, rows: Iterable[Row], split: str) -> str | None:
+    """Sentence on rows of a corpus that are those of another split; None for other rows and tasks."""
+    corpus = CORPORA.get(task)
+    return None if corpus is None else corpus.other_split(rows, split)

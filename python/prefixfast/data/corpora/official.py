@@ -66,6 +66,19 @@ class Corpus:
         expected = ", or ".join(map(str, official))
         return f"the {split} split of {self.name} has {expected}; got {found}, a part or another release"
 
+    def other_split(self, rows: Iterable[Row], split: str) -> str | None:
+        """Sentence on rows that have as many texts as the official file of another split; None for other rows.
+
+        Args:
+            rows: Rows that the file gives.
+            split: Split as which the file was read.
+        """
+        texts = sum(map(_num_texts, rows))
+        splits = [name for name, official in self.counts.items() if texts and texts in (one.texts for one in official)]
+        if not splits or split in splits:
+            return None
+        return f"expected the {split} split of {self.name}, got {texts} texts, which is its {splits[0]} split"
+
 
 def _num_texts(row: Row) -> int:
     values = [row.get(key) for key in TEXT_KEYS]

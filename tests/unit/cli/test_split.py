@@ -1,0 +1,155 @@
+"""Official files named by their split, in `train`, `generate` and `score`, and in Python's `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from prefixfast import ConfigError, DataError, Prefix, load, train
+from prefixfast.data import read_task
+from prefixfast.data.builtin_tasks import TASKS
+from prefixfast.data.corpora import other_split
+from prefixfast.data.splits import RowReader, corpus_name, corpus_of, each_reference
+
+# Columns and order of devset.csv and testset_w_refs.csv in tuetschek/e2e-dataset.
+E2E = 'mr,ref\n"name[A], food[Thai]",A is Thai.\n"name[B]",B.\n"name[A], food[Thai]",Thai at A.\n'
+WEBNLG = {"entries": [{"1": {"modifiedtripleset": [{"subject": "s", "property": "p", "object": "o"}]}}]}
+DART = [{"tripleset": [["s", "P", "o"]], "annotations": [{"source": "x", "text": "S."}]}]
+FAST = ("--max-steps", "2", "--batch-size", "2", "--prefix-length", "3", "--dtype", "float32")
+FEW = ("--max-new-tokens", 3, "--num-beams", 1, "--max-num-seqs", 4)
+
+
+@pytest.fixture
+def e2e(tmp_path) -> Path:
+    path = tmp_path / "e2e.csv"
+    path.write_text(E2E)
+    return path
+
+
+@pytest.fixture
+def prefix(cli, folder, e2e, tmp_path) -> Path:
+    where = tmp_path / "p"
+    given = ("--task", "e2e", "--split", "train", "--eval-data", e2e)
+    done = cli("train", folder, e2e, "-o", where, *given, *FAST)
+    assert done.code == 0, done.err
+    return where
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_train_reads_the_split_and_its_held_out_rows_as_dev(folder, e2e, prefix):
+    found = Prefix.from_pretrained(prefix).training["metrics"]
+    assert (found["rows"], found["examples"], found["eval_rows"]) == (3, 3, 2)
+    with load(folder, dtype="float32") as base:
+        options = {"max_steps": 2, "batch_size": 2, "prefix_length": 3, "task": "e2e"}
+        rows, held_out = read_task("e2e", e2e, "train"), read_task("e2e", e2e, "dev")
+        by_rows = train(base, rows, eval_data=held_out, **options)
+        by_split = train(base, str(e2e), split="train", eval_data=e2e, **options)
+        in_memory = train(base, e2e, split="train", eval_data=held_out, **options)
+        several = train(base, {"a": e2e, "b": e2e}, split="dev", eval_data={"a": e2e, "b": held_out}, **options)
+    assert by_rows.digest == by_split.digest == in_memory.digest == Prefix.from_pretrained(prefix).digest
+    assert [several.metrics[n]["eval_rows"] for n in "ab"] == [2, 2]
+
+
+def test_generate_makes_one_text_for_each_input(cli, e2e, prefix, tmp_path):
+    out, plain = tmp_path / "o.jsonl", tmp_path / "o.txt"
+    for path in (out, plain):
+        done = cli("generate", e2e, "-o", path, "--split", "test", "--prefix", prefix, *FEW)
+        assert done.code == 0, done.err
+    made = lines(out)
+    assert [(r["mr"], r["refs"]) for r in made] == [
+        ("name[A], food[Thai]", ["A is Thai.", "Thai at A."]),
+        ("name[B]", ["B."]),
+    ]
+    assert plain.read_text().count("\n") == len(made)
+
+
+def test_score_scores_each_reference(cli, e2e, prefix, tmp_path):
+    scored, whole = tmp_path / "s.jsonl", tmp_path / "w.jsonl"
+    done = cli("score", e2e, "-o", scored, "--split", "test", "--prefix", prefix)
+    assert done.code == 0, done.err
+    assert [r["ref"] for r in lines(scored)] == ["A is Thai.", "Thai at A.", "B."]
+    assert "refs" not in lines(scored)[0]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in read_task("e2e", e2e, "test")))
+    assert cli("score", rows, "-o", whole, "--prefix", prefix).code == 0
+    first, second, third = [r["logprob"] for r in lines(scored)]
+    assert [r["logprob"] for r in lines(whole)] == pytest.approx([first + second, third], rel=1e-5)
+
+
+def test_the_file_shows_the_corpus_to_the_base_alone(cli, folder, e2e, tmp_path):
+    done = cli("generate", e2e, "-o", tmp_path / "o.jsonl", "--split", "dev", "--model", folder, *FEW)
+    assert done.code == 0, done.err
+    assert len(lines(tmp_path / "o.jsonl")) == 2
+    for name, text, corpus in (
+        ("a.json", json.dumps(WEBNLG), "webnlg"),
+        ("a.json", json.dumps(DART), "dart"),
+        ("b.csv", E2E, "e2e"),
+    ):
+        (tmp_path / name).write_text(text)
+        assert corpus_of(TASKS["prompt"], tmp_path / name) == corpus
+        assert corpus_of(TASKS["webnlg"], tmp_path / name) == "webnlg", "the task of the prefix comes first"
+    with pytest.raises(ConfigError, match="split: expected a task with official files"):
+        corpus_of(TASKS["prompt"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--split", "train"), "split: expected a task with official files beside it"),
+        (("--split", "train", "--task", "prompt"), "got the task 'prompt'"),
+        (("--split", "train", "--prompt", "{mr} ->", "--target", "ref"), "got the task 'columns'"),
+        (("--split", "eval", "--task", "e2e"), "split: expected one of train, dev, test, got 'eval'"),
+        (("--split", "train", "--task", "e2e", "--encoding", "cp1252"), "official files are UTF-8"),
+    ],
+)
+def test_a_split_without_official_files_is_refused(cli, folder, e2e, tmp_path, arguments, message):
+    done = cli("train", folder, e2e, "-o", tmp_path / "p", *arguments, *FAST)
+    assert (done.code, message in done.err) == (1, True), done.err
+    assert not (tmp_path / "p").exists()
+    checked = cli("data", "check", e2e, *arguments)
+    assert (checked.code, message in checked.err) == (1, True), checked.err
+
+
+def test_requests_that_are_no_official_file_are_refused(cli, e2e, prefix, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n')
+    for source, split, message in (
+        ("-", "test", "expected the path of an official file"),
+        (e2e, "eval", "split: expected one of train, dev, test"),
+        (tmp_path / "none.csv", "test", "none.csv"),
+        (tmp_path / "*.csv", "test", "a pattern"),
+    ):
+        for command in ("generate", "score"):
+            done = cli(command, source, "-o", tmp_path / "o.jsonl", "--split", split, "--prefix", prefix)
+            assert (done.code, message in done.err) == (1, True), done.err
+    with pytest.raises(ConfigError, match="split: expected the path of an official file"):
+        RowReader(split="train", task="e2e").read([{"mr": "name[A]", "ref": "A."}])
+
+
+def test_a_file_of_another_split_is_refused(tmp_path, cli):
+    path = tmp_path / "e2e.csv"
+    rows = ["mr,ref"] + [f"name[{i % 547}],text {i}." for i in range(4672)]
+    path.write_text("\n".join(rows) + "\n")
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match=f"the {split} split of e2e, got 4672 texts, which is its dev split"):
+            read_task("e2e", path, split)
+        assert "which is its dev split" in cli("data", "check", path, "--task", "e2e", "--split", split).out
+    assert len(read_task("e2e", path, "dev")) == 547
+    assert other_split("prompt", [{"prompt": "a"}], "train") is None
+
+
+def test_corpora_of_tasks_and_references():
+    own = dataclasses.replace(TASKS["dart"], prompt="{src} ->")
+    assert corpus_name(own) == corpus_name(own.spec()) == corpus_name("dart") == "dart"
+    rows = [{"document": "d", "refs": ["a", "b"]}, {"document": "e", "summary": "c"}, {"triples": [], "refs": ["f"]}]
+    assert each_reference(rows) == [
+        {"document": "d", "summary": "a"},
+        {"document": "d", "summary": "b"},
+        {"document": "e", "summary": "c"},
+        {"triples": [], "ref": "f"},
+    ]
