@@ -75,4 +75,3 @@ def _name(word: str) -> str | None:
     """NAME of a word NAME=FILE, None for other words."""
     name, sep, path = word.partition("=")
     return name if name and sep and path and not Path(word).exists() and not is_pattern(name) else None
-
