@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.columns import TaskLike
@@ -16,7 +17,7 @@ from prefixfast.data.files import SUFFIXES, FileRow, file_items, read_text
 from prefixfast.data.formats import FORMATS
 from prefixfast.data.rows import Row, Rows, read_rows
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, check_choice, shown
+from prefixfast.errors import ConfigError, check_choice, shown
 
 # Corpora by the first key that rows of their files have, beside WebNLG, whose files are XML or have entries.
 SHOWN_BY = {
@@ -72,7 +73,8 @@ class RowReader:
         if not isinstance(rows, str | os.PathLike):
             msg = f"split: expected the path of an official file beside it, got {shown(rows)}; read_task reads the rows"
             raise ConfigError(msg)
-        return read_task(corpus_name(self.task), Path(rows), self.split)
+        split: Any = self.split  # one of SPLITS
+        return read_task(corpus_name(self.task), Path(rows), split)
 
     def held_out(self, rows: Rows) -> list[Row]:
         """Read held-out rows: official files as the split ``"dev"``, and rows in memory as they are."""
@@ -118,8 +120,8 @@ def corpus_of(task: Task, path: Path) -> str:
         return corpus_name(task)
     if ".json" in kinds and ENTRIES.match(read_text(path)):
         return "webnlg"
-    first = next(iter(file_items(path)), {})
-    keys = {} if isinstance(first, DataError) else first
+    first = next(file_items(path), None)
+    keys = first if isinstance(first, FileRow) else {}
     return next((name for key, name in SHOWN_BY.items() if key in keys), None) or corpus_name(task)
 
 
