@@ -1,0 +1,192 @@
+"""LoRA layers of PEFT in an attached base model, which has its own modules back afterwards.
+
+Source:
+    Hu et al. 2021 (arXiv:2106.09685). PEFT 0.21.2 makes the layers and computes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prefixfast.config.json_types import JSON
+from prefixfast.errors import ConfigError, shown
+from prefixfast.model.adapters import has_adapters
+from prefixfast.model.base import Model
+from prefixfast.model.text_kv import parameter_dtype
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+NAME = "default"  # name of the adapter inside PEFT's layers
+ALL_LINEAR = "all-linear"  # PEFT's name of all linear layers but the output layer
+PARTS = ("lora_A", "lora_B")
+# Fields of a LoraConfig that say which layers are changed and by which factor.
+FIELDS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "fan_in_fan_out",
+    "use_rslora",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+
+def new_lora(model: Model, rank: int, alpha: float, seed: int) -> tuple[dict[str, Tensor], dict[str, JSON]]:
+    """Initial tensors of LoRA layers, and the fields of their configuration.
+
+    The layers are those that PEFT chooses for the family of the base model, which are projections of attention. A
+    family that PEFT does not know has LoRA in all linear layers but the output layer.
+
+    Args:
+        model: Base model.
+        rank: Rank of the layers.
+        alpha: Factor on the layers' output before it is divided by the rank.
+        seed: Random seed; the tensors are those of PEFT with it.
+
+    Returns:
+        Parameters by PEFT's names without ``base_model.model.``, in fp32 (fp64 for a base in fp64); and `FIELDS` that
+        differ from PEFT's defaults.
+
+    Raises:
+        ConfigError: If PEFT is not installed, or the base model has adapters already.
+    """
+    _require_peft()
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+
+    hf, scale = model.hf, int(alpha) if alpha == int(alpha) else alpha
+    target: Any = TARGETS.get(hf.config.model_type, ALL_LINEAR)
+    is_transposed = any(type(m) is Conv1D for m in hf.modules())
+    fields: dict[str, JSON] = {"r": rank, "lora_alpha": scale, "target_modules": target}
+    if is_transposed:
+        fields["fan_in_fan_out"] = True
+    with torch.random.fork_rng(devices=[]), _given_back(model):
+        torch.manual_seed(seed)
+        _inject(hf, fields, is_empty=False)
+        tensors: dict[str, Tensor] = {
+            f"{name}.{part}.weight": nn.Parameter(weight.detach().to(parameter_dtype(model.dtype), copy=True))
+            for (name, part), weight in _weights(hf).items()
+        }
+    return tensors, fields
+
+
+@contextlib.contextmanager
+def attached_lora(model: Model, tensors: Mapping[str, Tensor], fields: Mapping[str, JSON]) -> Iterator[None]:
+    """Context manager in which LoRA layers act in a base model.
+
+    The layers compute in the dtype of their tensors. Gradients flow to tensors that are parameters.
+
+    Args:
+        model: Base model.
+        tensors: Tensors by name, as `new_lora` gives them.
+        fields: Fields of the configuration.
+
+    Raises:
+        ConfigError: If PEFT is not installed, the base model has adapters already, or tensors do not fit it.
+    """
+    with _given_back(model):
+        try:
+            _inject(model.hf, fields, is_empty=True)
+        except (ValueError, TypeError) as e:
+            msg = f"PEFT cannot put these LoRA layers into a {type(model.hf).__name__}: {e}"
+            raise ConfigError(msg) from e
+        _assign(model.hf, tensors)
+        yield
+
+
+def _inject(hf: nn.Module, fields: Mapping[str, JSON], *, is_empty: bool) -> None:
+    """Put LoRA layers into a model, with weights on the meta device if they are empty."""
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns where a family has Conv1D beside Linear
+        inject_adapter_in_model(lora_config(fields), hf, NAME, low_cpu_mem_usage=is_empty)
+
+
+def lora_config(fields: Mapping[str, JSON], base_name: str | None = None) -> LoraConfig:
+    """PEFT's configuration of LoRA layers.
+
+    Args:
+        fields: Fields that differ from PEFT's defaults.
+        base_name: Name of the base model, for a saved configuration.
+
+    Raises:
+        ConfigError: If PEFT is not installed.
+    """
+    _require_peft()
+    from peft import LoraConfig
+
+    values: dict[str, Any] = dict(fields)
+    return LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=base_name, **values)
+
+
+def _require_peft() -> None:
+    """Raise `ConfigError` if PEFT is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        msg = "LoRA needs PEFT: pip install 'prefixfast[train]'"
+        raise ConfigError(msg)
+
+
+@contextlib.contextmanager
+def _given_back(model: Model) -> Iterator[None]:
+    """Context manager after which a model has its own modules, attributes and flags again."""
+    hf = model.hf
+    if has_adapters(hf):
+        msg = (
+            f"this {type(hf).__name__} has adapters of PEFT in its layers already; merge them (merge_and_unload), or "
+            "give the base without them"
+        )
+        raise ConfigError(msg)
+    children = [(m, dict(m._modules)) for m in hf.modules()]
+    trained = [(p, p.requires_grad) for p in hf.parameters()]
+    try:
+        yield
+    finally:
+        for module, own in children:
+            if module._modules != own:
+                module._modules.clear()
+                module._modules.update(own)
+        vars(hf).pop("peft_config", None)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+
+
+def _weights(hf: nn.Module) -> dict[tuple[str, str], Tensor]:
+    """Weight of each LoRA layer by its name and part."""
+    return {
+        (name, part): getattr(module, part)[NAME].weight
+        for name, module in hf.named_modules()
+        for part in PARTS
+        if NAME in getattr(module, part, ())
+    }
+
+
+def _assign(hf: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors into the LoRA layers of a model."""
+    places = _weights(hf)
+    expected = {f"{name}.{part}.weight": tuple(weight.shape) for (name, part), weight in places.items()}
+    got = {name: tuple(t.shape) for name, t in tensors.items()}
+    if got != expected:
+        wrong = next(name for name in (*got, *expected) if got.get(name) != expected.get(name))
+        msg = (
+            f"LoRA: {shown(wrong)} has the shape {got.get(wrong)}, and this {type(hf).__name__} takes "
+            f"{expected.get(wrong)}; give the base that it was trained on"
+        )
+        raise ConfigError(msg)
+    for name, part in places:
+        layer: Any = hf.get_submodule(name)
+        weight = tensors[f"{name}.{part}.weight"]
+        is_parameter = isinstance(weight, nn.Parameter)
+        getattr(layer, part)[NAME].weight = weight if is_parameter else nn.Parameter(weight, requires_grad=False)
+        layer.eval()
