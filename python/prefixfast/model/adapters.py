@@ -35,6 +35,12 @@ def has_adapters(model: nn.Module) -> bool:
     return next(_layers(model), None) is not None
 
 
+def adapter_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules of the adapters themselves, which are none of the base model's."""
+    parts = (part for _, layer in _layers(model) for part in _parts(layer) if isinstance(part, nn.ModuleDict))
+    return {module for part in parts for module in part.modules()}
+
+
 def acting_adapters(model: nn.Module) -> tuple[ActingAdapter, ...]:
     """Adapters that act in a model now, in the order of its modules."""
     found = []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prefixfast.io.progress import Progress
+from prefixfast.model.adapters import adapter_modules
 from prefixfast.model.memory import free_memory
 from prefixfast.model.weights import content_digests, is_plain_cpu, version
 
@@ -109,14 +110,15 @@ class Packed:
 
 
 def prepack(model: nn.Module) -> Packed:
-    """Pack the weights of every plain linear layer of a model on a CPU.
+    """Pack the weights of every plain linear layer of a model on a CPU, without the layers of PEFT's adapters.
 
     The weights must be fp32 or bf16, and the copies must fit in half of the free memory. Else nothing is packed.
 
     Args:
         model: Model with its weights on a CPU.
     """
-    modules: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D)]
+    added = adapter_modules(model)
+    modules: list[Any] = [m for m in model.modules() if type(m) in (nn.Linear, Conv1D) and m not in added]
     nbytes = sum(m.weight.numel() * m.weight.element_size() for m in {id(m.weight): m for m in modules}.values())
     why_not = _unsupported(modules) or _lack_of_memory(nbytes)
     if why_not is not None:

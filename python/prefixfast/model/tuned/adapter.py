@@ -52,10 +52,10 @@ def new_adapters(model: Model, width: int, seed: int) -> dict[str, Tensor]:
 
     Returns:
         For each layer i the tensors ``i.norm.weight`` and ``i.norm.bias`` ``[d]``, ``i.down.weight`` ``[m, d]``,
-        ``i.down.bias`` ``[m]``, ``i.up.weight`` ``[d, m]`` and ``i.up.bias`` ``[d]``, in fp32 (fp64 for a base in fp64).
+        ``i.down.bias`` ``[m]``, ``i.up.weight`` ``[d, m]`` and ``i.up.bias`` ``[d]``, in fp32 (fp64 for fp64).
     """
     d, generator = hidden_size(model), torch.Generator().manual_seed(seed)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for i in range(len(model.layers)):
         down, up = (torch.randn(shape, generator=generator) * DEVIATION for shape in ((width, d), (d, width)))
         norm = torch.ones(d), torch.zeros(d)
