@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from prefixfast.config.json_types import JSON
-from prefixfast.metrics.result import MetricValue
+from prefixfast.metrics.bleu import bleu, bleu_totto, multi_bleu, multi_bleu_lc
+from prefixfast.metrics.nist import nist
+from prefixfast.metrics.result import MetricValue, References, Tables, Texts
 
-Texts: TypeAlias = Sequence[str]
-References: TypeAlias = Sequence[Sequence[str]]
-Tables: TypeAlias = Sequence[Mapping[str, JSON]]
 MetricFunction: TypeAlias = Callable[[Texts, References, Tables | None], dict[str, MetricValue]]
 
 
@@ -34,7 +32,15 @@ class Metric:
     scores: tuple[str, ...]
 
 
-ALL: tuple[Metric, ...] = ()
+ALL: tuple[Metric, ...] = (
+    Metric("bleu", bleu, "BLEU of mteval-v13a, as E2E's script prints it", ("BLEU",)),
+    Metric("nist", nist, "NIST score of mteval-v13a, as E2E's script prints it", ("NIST",)),
+    Metric(
+        "multi_bleu_lc", multi_bleu_lc, "BLEU of multi-bleu.perl -lc, as WebNLG's script of 2017 prints it", ("BLEU",)
+    ),
+    Metric("multi_bleu", multi_bleu, "BLEU of multi-bleu.perl, as DART's script prints it", ("BLEU",)),
+    Metric("bleu_totto", bleu_totto, "BLEU of sacrebleu's command line, as ToTTo's script calls it", ("BLEU",)),
+)
 METRICS: dict[str, Metric] = {metric.name: metric for metric in ALL}
 
 # Metrics of each task, by the task's name, in the order of its official table.

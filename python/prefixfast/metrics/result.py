@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
+
+Texts: TypeAlias = Sequence[str]
+References: TypeAlias = Sequence[Sequence[str]]
+Tables: TypeAlias = Sequence[Mapping[str, JSON]]
 
 
 class MetricUnavailable(ConfigError):
