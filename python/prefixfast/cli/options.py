@@ -61,9 +61,8 @@ def flags(
             flagged = {n: _value(v, n, types[n]) for n in fields if (v := given.pop(n)) not in (None, [])}
             options = _read(path, set(fields)) | flagged
             if printed:
-                typer.echo(
-                    _as_yaml(configs, options if resolve is None else resolve(**given, fields=options)), nl=False
-                )
+                shown = options if resolve is None else resolve(**given, fields=options)
+                typer.echo(_as_yaml(configs, shown, None if resolve is None else set(shown)), nl=False)
             else:
                 function(**given, fields=options)
 
@@ -85,10 +84,11 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _as_yaml(configs: tuple[type[Options], ...], options: Mapping[str, Any]) -> str:
-    """YAML of all fields, which ``--config`` reads."""
+def _as_yaml(configs: tuple[type[Options], ...], options: Mapping[str, Any], only: set[str] | None) -> str:
+    """YAML of the fields in ``only``, None for all of them, which ``--config`` reads."""
     made = [c.make({n: v for n, v in options.items() if n in c.names()}) for c in configs]
-    return str(yaml.safe_dump({n: getattr(c, n) for c in made for n in c.names()}, sort_keys=False, allow_unicode=True))
+    values = {n: getattr(c, n) for c in made for n in c.names() if only is None or n in only}
+    return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, section: str) -> inspect.Parameter:

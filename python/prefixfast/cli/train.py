@@ -88,12 +88,13 @@ prefixfast train gpt2 users/ --store prefixes --resume"""
 
 
 def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mapping[str, Any]:
-    """All options of the run, the recipe's included, with the dtype and reparameterization that automatic ones mean.
+    """All options that the run reads, with those of the recipe, and the values that automatic ones mean.
 
     A learning rate and a number of steps of None stay None, since they follow the base model and the rows.
     """
     from prefixfast.model.load import compute_dtype
     from prefixfast.training.job import JobArguments, prepare
+    from prefixfast.training.method import METHODS
 
     arguments = _train_arguments(given, fields)
     kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
@@ -101,9 +102,13 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
     job = prepare(JobArguments(files, fields=fields, **kept))
     group = job.groups[0]
     configs = (group.config, group.prefix_config, group.method_config)
-    values = {n: getattr(c, n) for c in configs for n in c.names()}
-    dtype = compute_dtype(group.config.dtype)
-    return values | {"dtype": dtype, "reparameterization": "mlp" if group.uses_mlp else "none"}
+    reads = METHODS[group.method_config.method].reads | {"method"}
+    automatic = {
+        "dtype": compute_dtype(group.config.dtype),
+        "reparameterization": "mlp" if group.uses_mlp else "none",
+    }
+    values = {n: getattr(c, n) for c in configs for n in c.names()} | automatic
+    return {n: v for n, v in values.items() if n in reads}
 
 
 @flags(TrainConfig, PrefixConfig, MethodConfig, resolve=resolved)

@@ -1,72 +1,90 @@
-"""`PrefixBuilder`, which makes the prefix that a training run saves."""
+"""`ArtifactBuilder`, which makes the prefix or the weights that a training run saves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import vocabulary_error
-from prefixfast.model.base import Model
-from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.groups import PrefixGroup, PrefixJob
+from prefixfast.training.groups import PrefixJob
 from prefixfast.training.identity import IDENTITY
-from prefixfast.training.job import TrainJob
+from prefixfast.training.method import METHODS, Artifact, Trained
 from prefixfast.training.settings import option_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefixfast.data.task import Task
+    from prefixfast.model.base import Model
+    from prefixfast.model.fingerprint import Fingerprint
+    from prefixfast.training.group_data import GroupData
 
 
 @dataclass(frozen=True)
-class PrefixBuilder:
-    """Makes prefixes from trained tensors.
+class ArtifactBuilder:
+    """Makes prefixes, or weights, from trained tensors.
 
     Attributes:
-        model: Base model.
-        job: Training job, with the task and the frozen prefix.
-        group: Group with resolved options.
-        num_trained: Number of parameters that training adjusts for one prefix.
-        identities: Identity of the training of each prefix by name.
+        data: Group with its rows.
+        params: What is trained.
+        base: Fingerprint of the base model, taken before the base model was changed.
+        decoding: Default `GenerationParams` of the result.
     """
 
-    model: Model
-    job: TrainJob
-    group: PrefixGroup
-    num_trained: int
-    identities: Mapping[str, str]
+    data: GroupData
+    params: Trained
+    base: Fingerprint
+    decoding: dict[str, JSON]
 
-    def build(self, prefix_job: PrefixJob, kv: dict[str, Tensor], metrics: dict[str, float]) -> Prefix:
-        """Make a prefix.
+    @classmethod
+    def make(cls, data: GroupData, params: Trained) -> ArtifactBuilder:
+        """Builder of a group, before the base model is changed.
 
         Args:
-            prefix_job: Training of the prefix.
-            kv: Trained tensors by name.
+            data: Group with its rows.
+            params: What is trained.
+        """
+        return cls(data, params, data.model.fingerprint, _decoding(data.model, data.job.task))
+
+    def build(self, job: PrefixJob, tensors: dict[str, Tensor], metrics: dict[str, float]) -> Artifact:
+        """Make the result of one name.
+
+        Args:
+            job: Training of the name.
+            tensors: Trained tensors by name.
             metrics: Metrics of the training.
 
         Raises:
             DataError: If a tensor has numbers that are not finite.
         """
-        prefix_config, task, before = self.group.prefix_config, self.job.task, self.job.on_top_of
-        training: dict[str, JSON] = {"num_trained": self.num_trained, "metrics": metrics}
-        training[IDENTITY] = self.identities[prefix_job.name]
-        if prefix_config.frozen_rows:
-            training["num_frozen_tokens"] = prefix_config.frozen_rows  # such a prefix is a CARTRIDGE in PEFT
-        training |= {"config": option_values(prefix_job.config), "prefix_config": option_values(prefix_config)}
+        group, task, before = self.data.group, self.data.job.task, self.data.job.on_top_of
+        method = METHODS[group.method_config.method]
+        training: dict[str, JSON] = {"method": group.method_config.method, "num_trained": self.params.num_trained}
+        training |= {"metrics": metrics, IDENTITY: self.data.identities[job.name]}
+        training["config"] = option_values(job.config)
+        if method.makes_prefix:
+            training["prefix_config"] = option_values(group.prefix_config)
+            if group.prefix_config.frozen_rows:
+                training["num_frozen_tokens"] = group.prefix_config.frozen_rows  # such a prefix is a CARTRIDGE in PEFT
         if before is not None:
             training["on_top_of"] = before.digest
-        decoding: dict[str, JSON] = dict(task.decoding)
-        if task.bad_words and self.model.tokenizer is not None:
-            vocab_size = self.model.vocab_size  # a word with a further token cannot be generated
-            encoded = self.model.tokenizer.encode(list(task.bad_words), add_special_tokens=False)
-            decoding["bad_words_ids"] = [
-                ids.tolist() for ids in encoded if len(ids) and not vocabulary_error(ids, vocab_size)
-            ]
-        return Prefix(
-            kv,
-            self.group.pos_start,
-            prefix_job.window,
-            base=self.model.fingerprint,
-            task=None if task.name == "input_ids" else task.spec(),
-            decoding=decoding,
-            training=training,
-        )
+        fields: dict[str, Any] = {
+            "base": self.base,
+            "task": None if task.name == "input_ids" else task.spec(),
+            "decoding": self.decoding,
+            "training": training,
+        }
+        return self.params.build(tensors, job, fields)
+
+
+def _decoding(model: Model, task: Task) -> dict[str, JSON]:
+    """Decoding defaults of a task, with its bad words as token ids."""
+    decoding: dict[str, JSON] = dict(task.decoding)
+    if task.bad_words and model.tokenizer is not None:
+        vocab_size = model.vocab_size  # a word with a further token cannot be generated
+        encoded = model.tokenizer.encode(list(task.bad_words), add_special_tokens=False)
+        decoding["bad_words_ids"] = [
+            ids.tolist() for ids in encoded if len(ids) and not vocabulary_error(ids, vocab_size)
+        ]
+    return decoding

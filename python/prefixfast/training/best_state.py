@@ -16,8 +16,8 @@ class BestState:
         loss: Lowest evaluation loss, fp64 ``[n]``, infinite before the first evaluation.
         step: Number of steps at the lowest loss, int64 ``[n]``, 0 before the first evaluation.
         num_worse: Number of evaluations since then, int64 ``[n]``.
-        kv: Keys and values at the lowest loss, ``[n * P, H, D]`` each, in the order k0, v0, k1, ...; empty if the last
-            state is wanted.
+        kv: Tensors of the result at the lowest loss, ``[n * r, ...]`` each, such as keys and values in the order k0,
+            v0, k1, ...; empty if the last state is wanted.
     """
 
     loss: Tensor
@@ -44,7 +44,7 @@ class BestState:
             evaluated: Prefixes that were evaluated, bool ``[n]``.
             loss: Evaluation losses, fp64 ``[n]``, which count where ``evaluated`` is set.
             step: Number of finished steps.
-            flat: Keys and values that were evaluated, in the shapes of ``kv``.
+            flat: Tensors that were evaluated, in the shapes of ``kv``.
         """
         better = evaluated & (loss < self.loss)  # NaN is never better
         self.loss = torch.where(better, loss, self.loss)
@@ -52,7 +52,7 @@ class BestState:
         self.num_worse = torch.where(evaluated, torch.where(better, 0, self.num_worse + 1), self.num_worse)
         if self.kv and bool(better.any()):
             for own, now in zip(self.kv, flat, strict=True):
-                rows = better.to(now.device).repeat_interleave(len(now) // len(better))[:, None, None]
+                rows = better.to(now.device).repeat_interleave(len(now) // len(better)).view(-1, *[1] * (now.ndim - 1))
                 own.copy_(torch.where(rows, now, own))
 
     def has(self, i: int) -> bool:

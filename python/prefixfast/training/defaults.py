@@ -11,6 +11,7 @@ from typing import Any
 from prefixfast.config import TrainConfig
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup, PrefixJob
+from prefixfast.training.method import METHODS
 
 PASSES, FEWEST_PASSES = 10, 3
 FEWEST_STEPS, MANY_STEPS = 80, 400  # between which the steps of 10 passes are used
@@ -56,7 +57,8 @@ def with_learning_rates(group: PrefixGroup, num_layers: int) -> PrefixGroup:
     def resolved(job: PrefixJob) -> PrefixJob:
         if job.config.learning_rate is not None:
             return job
-        rate = default_learning_rate(job.init, num_layers, uses_mlp=group.uses_mlp)
+        of_method = METHODS[group.method_config.method].learning_rate
+        rate = of_method or default_learning_rate(job.init, num_layers, uses_mlp=group.uses_mlp)
         return replace(job, config=TrainConfig.make(job.config, learning_rate=rate))
 
     return replace(group, jobs=tuple(resolved(job) for job in group.jobs))

@@ -105,7 +105,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
         tokens=len(examples.ids),
         steps=sum(steps),
         learning_rates=sorted({rate for t in trainers for j in t.group.jobs if (rate := j.config.learning_rate)}),
-        stored_numbers=sum(t.numel() for t in params.current()) // params.num_prefixes,
+        stored_numbers=sum(t.numel() for t in params.current()) // len(largest.names),
         trained_numbers=params.num_trained,
         base_bytes=base_bytes,
         training_bytes=4 * sum(t.numel() * t.element_size() for t, _ in params.params),
@@ -118,14 +118,15 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
 def _time_second_step(trainer: GroupTrainer) -> float:
     """Seconds of the second step; the first step also pays for what is allocated once."""
     last = int(trainer.runner.total.max()) - 1
-    for number in range(2):
-        start = time.perf_counter()
-        trainer.runner.step(min(number, last), trainer.progress.active)
-        if trainer.model.device.type == "cuda":
-            import torch
+    with trainer.runner.params.applied():
+        for number in range(2):
+            start = time.perf_counter()
+            trainer.runner.step(min(number, last), trainer.progress.active)
+            if trainer.model.device.type == "cuda":
+                import torch
 
-            torch.cuda.synchronize(trainer.model.device)
-    return time.perf_counter() - start
+                torch.cuda.synchronize(trainer.model.device)
+        return time.perf_counter() - start
 
 
 def _peak_gpu_memory(device: torch.device) -> int:

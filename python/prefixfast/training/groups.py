@@ -12,6 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown, suggestion
 from prefixfast.prefix.names import Window
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.method import METHODS, check_read
 from prefixfast.training.settings import TrainSettings
 
 InitName: TypeAlias = Literal["text", "random", "zero"]
@@ -97,7 +98,9 @@ class PrefixGroup:
 
     @property
     def pos_start(self) -> int:
-        """Position of the first token after the prefix, once the length is resolved."""
+        """Position of the first token, once the length of the prefix is resolved."""
+        if not METHODS[self.method_config.method].makes_prefix:
+            return 0
         return self.prefix_config.length if self.prefix_config.pos_start == "after" else 0
 
 
@@ -130,7 +133,12 @@ def make_groups(
         msg = "overrides: expected data by name beside it, got plain rows; give the options themselves"
         raise ConfigError(msg)
     inits = _init_by_name(settings.init, names)
-    jobs: dict[tuple[TrainConfig, PrefixConfig, MethodConfig, bool], list[PrefixJob]] = {}
+    method = METHODS[settings.method_config.method]
+    check_read(settings.method_config.method, sweep or (), "sweep")
+    for own in own_options.values():
+        check_read(settings.method_config.method, own, "overrides")
+    jobs: dict[tuple[object, ...], list[PrefixJob]] = {}
+    groups: dict[tuple[object, ...], tuple[TrainConfig, PrefixConfig, MethodConfig, bool]] = {}
     for name, (label, variant) in itertools.product(names, _variants(sweep).items()):
         options = own_options.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
         init = variant.get("init", inits[name])
@@ -143,13 +151,15 @@ def make_groups(
         common = TrainConfig.make(settings.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
         config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})
         is_name = isinstance(init, str) and init in ("random", "zero")
-        automatic = prefix_config.reparameterization == "auto" and is_name
+        automatic = prefix_config.reparameterization == "auto" and is_name and method.makes_prefix
         uses_mlp = prefix_config.reparameterization == "mlp" or automatic
         method_config = MethodConfig.make(settings.method_config, **of_method)
         shared = (common, prefix_config, method_config, uses_mlp)
         full_name = label if is_single and label else f"{name},{label}" if label else name
-        jobs.setdefault(shared, []).append(PrefixJob(full_name, name, config, init, variant))
-    return [PrefixGroup(*shared, tuple(own)) for shared, own in jobs.items()]
+        key = (*shared, full_name if method.is_alone else None)
+        groups[key] = shared
+        jobs.setdefault(key, []).append(PrefixJob(full_name, name, config, init, variant))
+    return [PrefixGroup(*groups[key], tuple(own)) for key, own in jobs.items()]
 
 
 def _checked_overrides(overrides: Any, names: set[str]) -> dict[str, dict[str, Any]]:

@@ -11,6 +11,7 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.defaults import num_steps
 from prefixfast.training.groups import PER_PREFIX, PrefixGroup
 from prefixfast.training.job import TrainJob
+from prefixfast.training.method import method_options
 from prefixfast.training.settings import option_values
 
 if TYPE_CHECKING:
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
 # Options that do not change results, so that a run may be resumed with other values.
 IGNORED_OPTIONS = ("recipe", "token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 IDENTITY = "identity"  # key of `Prefix.training` under which a run finds what an earlier run has finished
-SHARED_PARTS = ("base", "task", "prefix_config", "init_text", "on_top_of")  # the same for all prefixes of a group
+SHARED_PARTS = (
+    "base",
+    "task",
+    "prefix_config",
+    "init_text",
+    "on_top_of",
+    "method",
+)  # the same for all prefixes of a group
 
 
 def run_identity(
@@ -56,6 +64,7 @@ def run_identity(
         "init": {j.name: j.init.digest if isinstance(j.init, Prefix) else j.init for j in jobs},
         "init_text": job.init_text,
         "on_top_of": None if job.on_top_of is None else job.on_top_of.digest,
+        **({} if group.method_config.method == "prefix" else {"method": method_options(group.method_config)}),
     }
 
 
@@ -70,7 +79,7 @@ def prefix_identities(identity: Mapping[str, Any]) -> dict[str, str]:
     Returns:
         Hex SHA-256 by name.
     """
-    shared = {part: identity[part] for part in SHARED_PARTS}
+    shared = {part: identity[part] for part in SHARED_PARTS if part in identity}  # method prefix has no part
     config = {name: value for name, value in identity["config"].items() if name not in IGNORED_OPTIONS}
     found = {}
     for name, digest in identity["data"].items():

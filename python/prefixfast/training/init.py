@@ -20,6 +20,7 @@ from prefixfast.prefix.kv import context, kv_by_layer, no_rows
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup, PrefixJob
 from prefixfast.training.init_options import DIFFERENT_INIT, InitOptions
+from prefixfast.training.method import METHODS
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
         ConfigError: If options do not fit each other or the base model.
         BaseMismatchError: If a prefix in ``init`` was made for another base model.
     """
+    if not METHODS[group.method_config.method].makes_prefix:
+        return group.prefix_config
     config = _check_layers(group.prefix_config, model.layers)
     prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
     if not prefixes:

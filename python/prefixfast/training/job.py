@@ -24,6 +24,7 @@ from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make
 from prefixfast.training.held_out import hold_out
 from prefixfast.training.init_options import InitOptions, adopt_init
 from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
+from prefixfast.training.method import check_read
 from prefixfast.training.settings import GivenOptions, resolve_settings
 
 if TYPE_CHECKING:
@@ -127,7 +128,9 @@ def prepare(arguments: JobArguments) -> TrainJob:
     check_flag("resume", a.resume)
     callbacks = CallbackList(a.callbacks)
     given = GivenOptions(a.config, a.prefix_config, a.fields, a.init, a.init_text)
-    resolve_settings(given, "")  # report wrong options before the rows are read
+    settings = resolve_settings(given, "")  # report wrong options before the rows are read
+    method = settings.method_config.method
+    check_read(method, [n for n in ("on_top_of", "store") if getattr(a, n) is not None])
     given_task = task_of_columns(a.task, prompt=a.prompt, target=a.target, table=a.table)
     keeps = isinstance(given_task, Task) and given_task.format == "columns"  # which reads the columns that it names
     reader = RowReader(a.encoding, a.split, given_task)

@@ -19,14 +19,13 @@ from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.progress import Progress
 from prefixfast.model.process import check_not_exiting
-from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.artifact import PrefixBuilder
+from prefixfast.training.artifact import ArtifactBuilder
 from prefixfast.training.best_state import BestState
 from prefixfast.training.checkpoint import Checkpoint
 from prefixfast.training.early_stopping import out_of_patience
 from prefixfast.training.group_data import GroupData
-from prefixfast.training.init import initial_kv
 from prefixfast.training.job import TrainJob
+from prefixfast.training.method import METHODS, Artifact
 from prefixfast.training.metrics import prefix_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.progress import GroupProgress
@@ -64,22 +63,20 @@ class GroupTrainer:
         self.data, self.number, self.output = data, number, output
         self.model, self.job, self.group = data.model, data.job, data.group
         self.eval_dataset, self.config = data.eval_dataset, data.group.config
-        self.prefixes: dict[str, Prefix] = {}
+        self.prefixes: dict[str, Artifact] = {}
         self.finished: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self.resumed: list[str] = []
-        before = [] if self.job.on_top_of is None else [self.job.on_top_of]
-        jobs, prefix_config = self.group.jobs, self.group.prefix_config
+        jobs, method = self.group.jobs, METHODS[self.group.method_config.method]
         self.names = [j.name for j in jobs]
         self.counts = [data.dataset.counts[j.source] for j in jobs]
         if self.eval_dataset is not None:
             held_out = [self.eval_dataset.counts[j.source]["rows"] for j in jobs]
             self.counts = [c | {"eval_rows": count} for c, count in zip(self.counts, held_out, strict=True)]
         with Progress("make initial values"):
-            init = initial_kv(self.model, jobs, prefix_config, self.job.init_options, before)
             examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.source for j in jobs))
-            self.runner = StepRunner(self.model, self.group, init, examples, self.job.on_top_of)
-        self.builder = PrefixBuilder(self.model, self.job, self.group, self.runner.params.num_trained, data.identities)
+            self.runner = StepRunner(self.model, self.group, method.make(data), examples)
+        self.builder = ArtifactBuilder.make(data, self.runner.params)
         self.num_steps = self.num_taken = self.num_tokens = 0
         self.seconds = 0.0
         self._losses: Tensor | None = None  # those of the last step, of the prefixes that took it
@@ -107,6 +104,7 @@ class GroupTrainer:
         start = time.perf_counter()
         label = f"train group {self.number}" if self.number or len(self.job.groups) > 1 else "train"
         with (
+            self.runner.params.applied(),
             defer_sigint(folder is not None) as interrupt,
             Progress(label, total, "steps", initial=self.num_steps) as work,
         ):

@@ -9,6 +9,7 @@ from prefixfast.io.text import counted
 from prefixfast.model.base import compute_line
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup
+from prefixfast.training.method import METHODS
 from prefixfast.training.step import StepRunner
 
 # Options that every start line shows, with the values that None and "auto" stand for.
@@ -23,25 +24,24 @@ def settings_line(group: PrefixGroup, runner: StepRunner) -> str:
         runner: Parameters, steps and examples of the group.
     """
     params, examples, jobs = runner.params, runner.examples, group.jobs
-    prefixes = counted(len(jobs), "prefix", "prefixes")
+    reads = METHODS[group.method_config.method].reads
     each = "" if len(jobs) == 1 else " each"
+    is_prefix = METHODS[group.method_config.method].makes_prefix
+    prefixes = f"{counted(len(jobs), 'prefix', 'prefixes')} of {params.description}{each}"
+    what = prefixes if is_prefix else params.description
     inits = _distinct("a prefix" if isinstance(j.init, Prefix) else j.init for j in jobs)
     options = (f"{n} {_distinct(getattr(j.config, n) for j in jobs)}" for n in SHOWN_OPTIONS)
     parts = [
         f"{counted(len(examples.num_targets), 'example')} of at most {counted(int(examples.lengths.max()), 'token')}",
         *(f"{n} skipped" for n in [examples.num_skipped] if n),
         *(f"{n} truncated" for n in [examples.num_truncated] if n),
-        f"init {inits}",
-        f"reparameterization {'mlp' if group.uses_mlp else 'none'}",
+        *([f"init {inits}", f"reparameterization {'mlp' if group.uses_mlp else 'none'}"] if "init" in reads else []),
         f"{counted(params.num_trained, 'number')}{each}",
         *options,
         compute_line(runner.model),
     ]
     steps = runner.total.tolist()
-    return (
-        f"training {prefixes} of {counted(params.length, 'prefix row')}{each} for {_distinct(steps)} "
-        f"{'step' if set(steps) == {1} else 'steps'}: {', '.join(parts)}"
-    )
+    return f"training {what} for {_distinct(steps)} {'step' if set(steps) == {1} else 'steps'}: {', '.join(parts)}"
 
 
 def _distinct(values: Iterable[Any]) -> str:

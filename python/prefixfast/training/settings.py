@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from prefixfast.config import MethodConfig, Options, PrefixConfig, TrainConfig, unknown_option
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
+from prefixfast.training.method import METHODS, check_read, read_preset
 from prefixfast.training.recipes import read_recipe
 
 # Options of the recipe that an option of the caller removes, because they would overrule it or do not fit it.
@@ -74,11 +75,13 @@ def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
     explicit |= given.fields or {}
     inits = {k: v for k, v in (("init", given.init), ("init_text", given.init_text)) if v is not None}
     method_config = MethodConfig.make({k: v for k, v in explicit.items() if k in MethodConfig.names()})
-    if method_config.method != "prefix":
-        msg = f"method: expected 'prefix', got {method_config.method!r}"
+    method = method_config.method
+    if method not in METHODS:
+        msg = f"method: expected one of {', '.join(METHODS)}, got {method!r}"
         raise ConfigError(msg)
+    check_read(method, [*explicit, *inits])
     recipe: Any = {k: explicit[k] for k in ("recipe",) if k in explicit}
-    preset = read_recipe(TrainConfig.make(recipe).recipe, task)
+    preset = read_preset(method, read_recipe(TrainConfig.make(recipe).recipe, task, method))
     for name in {*explicit, *inits}:
         for other in REMOVED_BY.get(name, ()):
             preset.pop(other, None)

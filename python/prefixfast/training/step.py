@@ -16,19 +16,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefixfast.attention.plan import LayerKV, PrefixUse, prefix_rows, training_plan
 from prefixfast.data.encode import Ints
 from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
-from prefixfast.model.prefix_shape import filled_layers, seeing_layers
-from prefixfast.model.text_kv import parameter_dtype
-from prefixfast.prefix.kv import kv_by_layer
-from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.batching import BatchOrder, MicroBatch, micro_batches
 from prefixfast.training.examples import Examples
 from prefixfast.training.groups import PrefixGroup
+from prefixfast.training.method import Trained
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
-from prefixfast.training.parameters import ParameterOptions, PrefixParameters
 from prefixfast.training.resilience import TokenBudget
 
 
@@ -67,9 +62,8 @@ class StepRunner:
     Args:
         model: Base model.
         group: Prefixes with resolved options.
-        init: Initial keys and values by layer of each prefix, None for random ones.
+        params: What is trained.
         data: Training examples.
-        on_top_of: Frozen prefix that every sequence attends to before its own prefix.
 
     Attributes:
         num_taken: Number of examples of the last step.
@@ -80,19 +74,15 @@ class StepRunner:
         self,
         model: Model,
         group: PrefixGroup,
-        init: Sequence[list[LayerKV] | None],
+        params: Trained,
         data: GroupExamples,
-        on_top_of: Prefix | None,
     ) -> None:
         self.model, self.config, self.examples = model, group.config, data.examples
         self.num_prefixes = len(group.jobs)
-        configs, prefix_config = [job.config for job in group.jobs], group.prefix_config
+        configs = [job.config for job in group.jobs]
         self.order = BatchOrder.draw(data.spans, configs)
         self.total = torch.from_numpy(self.order.total)
-        seeds = [c.seed for c in configs]
-        options = ParameterOptions(prefix_config, group.uses_mlp, seeds, parameter_dtype(model.dtype), model.device)
-        before = () if on_top_of is None else kv_by_layer(on_top_of, model.layers)
-        self.params = PrefixParameters.make(model.layers, init, options, on_top_of=before)
+        self.params = params
         decay = _vector([c.weight_decay for c in configs])
         self.optimizer = PrefixAdamW(self.params.params, self.num_prefixes, weight_decay=decay)
         self.peak = _vector([j.learning_rate for j in group.jobs])
@@ -101,15 +91,6 @@ class StepRunner:
         kinds = [c.lr_scheduler_type for c in configs]
         self.schedules = {kind: torch.tensor([k == kind for k in kinds]) for kind in set(kinds)}
         self.budget = TokenBudget(group.config.token_budget)
-        layers, length, pos_start = self.params.layers, prefix_config.length, group.pos_start
-        seeing = seeing_layers(model.layers, layers)
-        rows = [(seeing, length, pos_start, job.window == "slide") for job in group.jobs]
-        if on_top_of is not None:
-            seeing = seeing_layers(model.layers, filled_layers(on_top_of, model.layers))
-            rows.append((seeing, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
-        self.prefix_rows = prefix_rows(rows, len(model.layers))
-        self.is_composed = on_top_of is not None
-
         self.num_taken = self.num_tokens = 0
 
     def step(self, number: int, active: Tensor) -> StepResult:
@@ -183,15 +164,8 @@ class StepRunner:
 
     def _token_losses(self, micro: MicroBatch) -> Tensor:
         """Cross-entropy of every target token, ``[T]``."""
-        count, used = len(micro.lengths), micro.prefix
-        if self.is_composed:  # from left to right: the frozen prefix, which is the last in the leaves, and the own one
-            used = np.stack([np.full_like(used, self.num_prefixes), used], 1).reshape(-1)
-        indptr = np.arange(count + 1, dtype=np.int32) * (2 if self.is_composed else 1)
-        backend, device = self.model.backend, self.model.device
-        plan = training_plan(
-            micro.lengths, PrefixUse(indptr, used), self.prefix_rows, self.params.leaves, backend=backend, device=device
-        )
-        return self.model.losses(plan.with_logits_at(micro.logits_at), micro.ids, micro.targets)
+        plan = self.params.plan(micro).with_logits_at(micro.logits_at)
+        return self.model.losses(plan, micro.ids, micro.targets)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and optimizer state by name, for `load`."""

@@ -1,0 +1,1 @@
+"""Methods of adaptation, one module each, which share rows, order, loop, evaluation and resuming."""
