@@ -188,9 +188,7 @@ class PrefixParameters:
             flat: Tensors as `current` gives them.
             number: Number of the prefix.
         """
-        rows = slice(number * self.length, (number + 1) * self.length)
-        names = (f"self.{i}.{x}" for i in self.layers for x in "kv")
-        return {name: t[rows].cpu() for name, t in zip(names, flat, strict=True)}
+        return split_rows(self.layers, flat, self.length, number)
 
     def _flat(self) -> list[Tensor]:
         flat = [t for t, _ in self.params] if self.mlp is None else self.mlp()
@@ -216,6 +214,20 @@ class PrefixParameters:
             factor = (uniform >= self.dropout).to(t.dtype) / (1 - self.dropout)
             factors.append(torch.where(row < self.num_frozen, 1.0, factor).view(t.shape))
         return factors
+
+
+def split_rows(layers: Sequence[int], flat: Sequence[Tensor], length: int, number: int) -> dict[str, Tensor]:
+    """Keys and values of one prefix by name, on the CPU.
+
+    Args:
+        layers: Layers of the tensors, ascending.
+        flat: Keys and values ``[n * P, H, D]`` of all prefixes, in the order k0, v0, k1, ...
+        length: Number of rows P of a prefix.
+        number: Number of the prefix.
+    """
+    rows = slice(number * length, (number + 1) * length)
+    names = (f"self.{i}.{x}" for i in layers for x in "kv")
+    return {name: t[rows].cpu() for name, t in zip(names, flat, strict=True)}
 
 
 def _concat_layer(init: list[list[LayerKV]], layer: int, dtype: torch.dtype, device: torch.device) -> LayerKV:
