@@ -20,6 +20,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown
 from prefixfast.model.adapters import has_adapters
 from prefixfast.model.base import Model
+from prefixfast.model.lm_head import find_head
 from prefixfast.model.text_kv import parameter_dtype
 
 if TYPE_CHECKING:
@@ -28,19 +29,6 @@ if TYPE_CHECKING:
 NAME = "default"  # name of the adapter inside PEFT's layers
 ALL_LINEAR = "all-linear"  # PEFT's name of all linear layers but the output layer
 PARTS = ("lora_A", "lora_B")
-# Fields of a LoraConfig that say which layers are changed and by which factor.
-FIELDS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "use_rslora",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-)
 
 
 def new_lora(model: Model, rank: int, alpha: float, seed: int) -> tuple[dict[str, Tensor], dict[str, JSON]]:
@@ -56,8 +44,8 @@ def new_lora(model: Model, rank: int, alpha: float, seed: int) -> tuple[dict[str
         seed: Random seed; the tensors are those of PEFT with it.
 
     Returns:
-        Parameters by PEFT's names without ``base_model.model.``, in fp32 (fp64 for a base in fp64); and `FIELDS` that
-        differ from PEFT's defaults.
+        Parameters by PEFT's names without ``base_model.model.``, in fp32 (fp64 for a base in fp64); and the
+        fields that differ from PEFT's defaults.
 
     Raises:
         ConfigError: If PEFT is not installed, or the base model has adapters already.
@@ -102,6 +90,8 @@ def attached_lora(model: Model, tensors: Mapping[str, Tensor], fields: Mapping[s
             msg = f"PEFT cannot put these LoRA layers into a {type(model.hf).__name__}: {e}"
             raise ConfigError(msg) from e
         _assign(model.hf, tensors)
+        if model.head is not None and not model.head.is_of(model.hf):  # the output layer has LoRA itself
+            model.head = find_head(model.hf)
         yield
 
 
@@ -148,6 +138,7 @@ def _given_back(model: Model) -> Iterator[None]:
             "give the base without them"
         )
         raise ConfigError(msg)
+    head = model.head
     children = [(m, dict(m._modules)) for m in hf.modules()]
     trained = [(p, p.requires_grad) for p in hf.parameters()]
     try:
@@ -158,6 +149,7 @@ def _given_back(model: Model) -> Iterator[None]:
                 module._modules.clear()
                 module._modules.update(own)
         vars(hf).pop("peft_config", None)
+        model.head = head
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
 
