@@ -9,7 +9,8 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import vocabulary_error
 from prefixfast.training.groups import PrefixJob
 from prefixfast.training.identity import IDENTITY
-from prefixfast.training.method import METHODS, Artifact, Trained
+from prefixfast.training.method import METHODS
+from prefixfast.training.methods.trained import Artifact, Trained
 from prefixfast.training.settings import option_values
 
 if TYPE_CHECKING:

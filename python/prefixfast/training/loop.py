@@ -25,7 +25,7 @@ from prefixfast.training.checkpoint import Checkpoint
 from prefixfast.training.early_stopping import out_of_patience
 from prefixfast.training.group_data import GroupData
 from prefixfast.training.job import TrainJob
-from prefixfast.training.method import METHODS, Artifact
+from prefixfast.training.methods.trained import Artifact, make
 from prefixfast.training.metrics import prefix_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.progress import GroupProgress
@@ -67,7 +67,7 @@ class GroupTrainer:
         self.finished: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self.resumed: list[str] = []
-        jobs, method = self.group.jobs, METHODS[self.group.method_config.method]
+        jobs = self.group.jobs
         self.names = [j.name for j in jobs]
         self.counts = [data.dataset.counts[j.source] for j in jobs]
         if self.eval_dataset is not None:
@@ -75,7 +75,7 @@ class GroupTrainer:
             self.counts = [c | {"eval_rows": count} for c, count in zip(self.counts, held_out, strict=True)]
         with Progress("make initial values"):
             examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.source for j in jobs))
-            self.runner = StepRunner(self.model, self.group, method.make(data), examples)
+            self.runner = StepRunner(self.model, self.group, make(data), examples)
         self.builder = ArtifactBuilder.make(data, self.runner.params)
         self.num_steps = self.num_taken = self.num_tokens = 0
         self.seconds = 0.0

@@ -22,7 +22,7 @@ from prefixfast.model.base import Model
 from prefixfast.training.batching import BatchOrder, MicroBatch, micro_batches
 from prefixfast.training.examples import Examples
 from prefixfast.training.groups import PrefixGroup
-from prefixfast.training.method import Trained
+from prefixfast.training.methods.trained import Trained
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 from prefixfast.training.resilience import TokenBudget
 
