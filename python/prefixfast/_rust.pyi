@@ -128,7 +128,7 @@ class DetokenizeStream:
 
 @final
 class Linearizer:
-    """Converter of tables to text, made by `e2e`, `webnlg`, `dart`, `template` or `from_spec`."""
+    """Converter of tables to text, made by `e2e`, `webnlg`, `dart`, `totto`, `template` or `from_spec`."""
 
     @staticmethod
     def e2e() -> Linearizer:
@@ -151,6 +151,14 @@ class Linearizer:
 
         Args:
             lower: Whether relations are in Unicode's lower case, as the authors have them.
+        """
+
+    @staticmethod
+    def totto() -> Linearizer:
+        """The ToTTo authors' format of highlighted cells: ``<table> <cell> 1 <col_header> A </col_header> </cell> ...``.
+
+        A table is pairs with the keys ``page_title``, ``section_title``, ``cell``, ``col_header`` and ``row_header``.
+        The titles come first, and headers follow their cell.
         """
 
     @staticmethod

@@ -66,7 +66,7 @@ def check_rows(
 ) -> None:
     """List every problem of a file of rows with its line, the rows' lengths, and three rows as the model reads them.
 
-    A folder gets a line for each of its files instead, with the numbers of rows, examples and problems.
+    A folder of row files gets a line for each of its files instead, with the numbers of rows, examples and problems.
 
     The exit status is 1 if there are problems.
     """

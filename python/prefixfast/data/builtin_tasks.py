@@ -71,6 +71,7 @@ TABLE_TO_TEXT: dict[str, Any] = {
 E2E = Task("e2e", _rust.Linearizer.e2e().spec, **TABLE_TO_TEXT)
 WEBNLG = Task("webnlg", _rust.Linearizer.webnlg().spec, **TABLE_TO_TEXT)
 DART = Task("dart", _rust.Linearizer.dart().spec, **TABLE_TO_TEXT)
+TOTTO = Task("totto", _rust.Linearizer.totto().spec, **TABLE_TO_TEXT)  # the table is text as in Parikh et al. 2020
 SUMMARY = Task("summary", prompt="{src}\n", strip=True, init_text="Summarize the following text:", input="document")
 # Li & Liang's summaries on a decoder-only base: source, end token, target, end token. Decoding is that of BART in the
 # paper: at most 62 and at least 11 tokens, the begin and the end token included.
@@ -86,6 +87,7 @@ TASKS = {
     "e2e": E2E,
     "webnlg": WEBNLG,
     "dart": DART,
+    "totto": TOTTO,
     "table": table_task(),
     "summary": SUMMARY,
     "xsum": XSUM,

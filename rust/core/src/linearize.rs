@@ -2,6 +2,7 @@
 
 mod e2e;
 mod template;
+mod totto;
 mod triples;
 
 use serde_json::{Map, Value};
@@ -30,6 +31,8 @@ pub enum Linearizer {
     Webnlg(Webnlg),
     /// Format of the prefix-tuning authors for DART.
     Dart(Dart),
+    /// Format of the `ToTTo` authors for highlighted cells.
+    Totto,
     /// Custom template.
     Template(Template),
 }
@@ -55,6 +58,7 @@ impl Linearizer {
             "dart" => Self::Dart(Dart {
                 lower: take_bool(&mut fields, "lower", true)?,
             }),
+            "totto" => Self::Totto,
             "template" => Self::Template(Template::new(
                 &take_string(&mut fields, "item", template::ITEM)?,
                 &take_string(&mut fields, "separator", template::SEPARATOR)?,
@@ -63,8 +67,8 @@ impl Linearizer {
             )?),
             _ => {
                 return Err(Error::Config(format!(
-                    "linearizer style {style:?}: expected \"e2e\", \"webnlg\", \"dart\" or \"template\"; correct the \
-                     spec"
+                    "linearizer style {style:?}: expected \"e2e\", \"webnlg\", \"dart\", \"totto\" or \"template\"; \
+                     correct the spec"
                 )));
             }
         };
@@ -88,6 +92,7 @@ impl Linearizer {
                 serde_json::json!({"bare_first": bare_first, "leading_bar": leading_bar, "style": "webnlg"})
             }
             Self::Dart(Dart { lower }) => serde_json::json!({"lower": lower, "style": "dart"}),
+            Self::Totto => serde_json::json!({"style": "totto"}),
             Self::Template(template) => serde_json::json!({
                 "end": template.end, "item": template.item, "separator": template.separator, "start": template.start,
                 "style": "template",
@@ -105,6 +110,7 @@ impl Linearizer {
             Self::E2e => e2e::linearize(row, table),
             Self::Webnlg(webnlg) => webnlg.linearize(row, table),
             Self::Dart(dart) => dart.linearize(row, table),
+            Self::Totto => totto::linearize(row, table),
             Self::Template(template) => template.linearize(row, table),
         };
         tables.iter().enumerate().map(one).collect()

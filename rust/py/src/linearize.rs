@@ -36,6 +36,12 @@ impl Linearizer {
         Self(Core::Dart(Dart { lower }))
     }
 
+    /// Format of the `ToTTo` authors for highlighted cells.
+    #[staticmethod]
+    fn totto() -> Self {
+        Self(Core::Totto)
+    }
+
     /// Custom template for mappings and pairs.
     #[staticmethod]
     #[pyo3(signature = (*, item = "{key} : {value}", separator = " | ", start = "", end = ""))]

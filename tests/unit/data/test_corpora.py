@@ -87,7 +87,7 @@ def test_e2e(write, name):
 def test_webnlg(write, indent):
     path = write("a.json", json.dumps(WEBNLG, indent=indent))
     triples = [["A_A", "cityServed", '"B, C"'], ["A_A", "runwayLength", "2702.0"]]
-    first = {"triples": triples, "refs": ["A is B ."], "category": "Airport", "id": "Id1"}
+    first = {"triples": triples, "refs": ["A is B ."], "category": "Airport", "subset": "seen", "id": "Id1"}
     assert read_task("webnlg", path) == [first], "in training only what is good"
     every = read_task("webnlg", path, "test")
     assert every[0] == {**first, "refs": ["A is B .", "A B"]}

@@ -1,4 +1,4 @@
-"""The files of DART v1.1.1: a JSON list with ``tripleset`` and ``annotations``."""
+"""The files of DART v1.1.1: a JSON list with ``tripleset`` and ``annotations``, and XML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora.official import Corpus, Counts
+from prefixfast.data.corpora.triples_xml import XmlEntry, xml_entries
 from prefixfast.data.files import FileRow, Item, file_items, parse_item
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
@@ -14,10 +16,29 @@ from prefixfast.errors import DataError, shown
 
 
 def dart_items(path: Path, split: str) -> Iterator[Item]:
-    """Yield the rows of a DART file, with ``triples``, ``refs`` and the ``source`` of the first text."""
+    """Yield the rows of a DART file, with ``triples``, ``refs`` and the ``source`` of the first text.
+
+    Empty texts, of which the official test split has one, are left out.
+    """
+    if path.name.lower().endswith((".xml", ".xml.gz")):
+        for entry in xml_entries(path):
+            yield entry if isinstance(entry, DataError) else _xml_row(entry, path)
+        return
     for item in file_items(path):
         is_row = isinstance(item, DataError) or "triples" in item
         yield item if isinstance(item, DataError) or is_row else parse_item(_parse_entry, item)
+
+
+def _xml_row(entry: XmlEntry, path: Path) -> FileRow:
+    triples: list[JSON] = [list(t) for t in entry.triples]
+    texts = [(str(x["text"]), x.get("comment")) for x in entry.texts]
+    return FileRow({"triples": triples} | _annotated(texts), str(path), entry.line)
+
+
+def _annotated(texts: list[tuple[str, JSON]]) -> dict[str, JSON]:
+    """References and the source of the first one, from texts with their sources; empty without texts."""
+    kept = [(text, source) for text, source in texts if text.strip()]
+    return {"refs": [text for text, _ in kept], "source": kept[0][1]} if kept else {}
 
 
 def _parse_entry(item: FileRow) -> FileRow:
@@ -30,14 +51,17 @@ def _parse_entry(item: FileRow) -> FileRow:
     for triple in triples:
         for text in triple:
             check_text(item, 0, "tripleset", text)
-    refs = [check_text(item, 0, "text", n.get("text")) for n in notes]
-    annotated = {"refs": refs, "source": notes[0].get("source")} if refs else {}
-    return FileRow({"triples": triples} | annotated, item.path, item.line)
+    texts = [(check_text(item, 0, "text", n.get("text")), n.get("source")) for n in notes]
+    return FileRow({"triples": triples} | _annotated(texts), item.path, item.line)
 
 
 DART = Corpus(
     "dart",
     "the repository Yale-LILY/dart, folder data/v1.1.1",
     dart_items,
-    {"dev": (Counts(2768, 6980),)},
+    {
+        "train": (Counts(30526, None),),  # 62,659 texts with the empty ones, whose number is not given
+        "dev": (Counts(2768, 6980),),
+        "test": (Counts(5097, 12551),),
+    },
 )

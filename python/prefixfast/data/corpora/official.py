@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixfast.data.files import Item
-from prefixfast.data.rows import Row
+from prefixfast.data.files import Item, file_items
+from prefixfast.data.rows import Row, row_error
+from prefixfast.errors import DataError
 from prefixfast.io.text import counted
 
 TEXT_KEYS = ("ref", "refs", "summary", "summaries")  # keys of target texts in the rows of a corpus
@@ -19,17 +20,22 @@ class Counts:
 
     Attributes:
         rows: Number of rows.
-        texts: Number of target texts, 0 for a test split without texts.
+        texts: Number of target texts, 0 for a test split without texts; None where the authors do not give it.
         of: Name of the release or of the part, where a split has several.
     """
 
     rows: int
-    texts: int
+    texts: int | None
     of: str = ""
+
+    def fits(self, rows: int, texts: int) -> bool:
+        """Whether a file has these counts."""
+        return self.rows == rows and self.texts in (None, texts)
 
     def __str__(self) -> str:
         name = f" ({self.of})" if self.of else ""
-        return f"{counted(self.rows, 'row')} with {counted(self.texts, 'text')}{name}"
+        texts = "" if self.texts is None else f" with {counted(self.texts, 'text')}"
+        return f"{counted(self.rows, 'row')}{texts}{name}"
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,14 @@ class Corpus:
             split: Split of the file.
         """
         official = self.counts.get(split, ())
-        found = Counts(0, 0)
+        num_rows = num_texts = 0
         for row in rows:
-            found = Counts(found.rows + 1, found.texts + _num_texts(row))
-        if not official or any((one.rows, one.texts) == (found.rows, found.texts) for one in official):
+            num_rows, num_texts = num_rows + 1, num_texts + _num_texts(row)
+        if not official or any(one.fits(num_rows, num_texts) for one in official):
             return None
-        expected = ", or ".join(map(str, official))
-        return f"the {split} split of {self.name} has {expected}; got {found}, a part or another release"
+        nearest = min(official, key=lambda one: abs(one.rows - num_rows) + abs((one.texts or 0) - num_texts))
+        found = Counts(num_rows, num_texts)
+        return f"the {split} split of {self.name} has {nearest}; got {found}, a part or another release"
 
     def other_split(self, rows: Iterable[Row], split: str) -> str | None:
         """Sentence on rows that have as many texts as the official file of another split; None for other rows.
@@ -83,3 +90,17 @@ class Corpus:
 def _num_texts(row: Row) -> int:
     values = [row.get(key) for key in TEXT_KEYS]
     return sum(len(v) if isinstance(v, list) else int(isinstance(v, str)) for v in values)
+
+
+def row_items(path: Path, key: str) -> Iterator[Item]:
+    """Yield the rows of a file that is no official one: rows that have an input key already.
+
+    Args:
+        path: Path of the file.
+        key: Input key, without which a row is an entry of a damaged official file.
+    """
+    for item in file_items(path):
+        if isinstance(item, DataError) or key in item or "input_ids" in item:
+            yield item
+        else:
+            yield row_error(item, 0, f"expected an official entry, or a row with {key}, got the keys {sorted(item)}")

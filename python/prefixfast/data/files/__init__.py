@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +12,9 @@ from prefixfast.data.files.json_rows import json_items, json_objects
 from prefixfast.data.files.kinds import SPREADSHEETS, refused_content, refused_suffix
 from prefixfast.data.files.names import renaming
 from prefixfast.data.files.parquet import parquet_items
-from prefixfast.errors import DataError, printable
-from prefixfast.io.untrusted import file_size
+from prefixfast.data.files.raw import read_bytes
+from prefixfast.data.files.xml_tree import XmlElement, read_xml
+from prefixfast.errors import DataError
 
 __all__ = [
     "ENDINGS",
@@ -25,12 +24,14 @@ __all__ = [
     "Item",
     "ListCell",
     "MappingCell",
+    "XmlElement",
     "check_encoding",
     "file_items",
     "json_line_items",
     "json_objects",
     "parse_item",
     "read_text",
+    "read_xml",
 ]
 TextReader = Callable[[bytes, str, str], Iterator[Item]]
 TEXT_READERS: dict[str, TextReader] = {
@@ -64,7 +65,7 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
         advice = refused_suffix(kind)
         msg = f"{path}: expected a file ending in {ENDINGS}" + (f", got {advice}" if advice else "")
         raise DataError(msg, path=str(path))
-    raw = _read_bytes(path)
+    raw = read_bytes(path)
     _check_content(raw, path, kind)
     if kind == PARQUET:
         items = parquet_items(raw, str(path))
@@ -91,27 +92,13 @@ def read_text(path: Path) -> str:
     Raises:
         DataError: If the file cannot be read, or the bytes are not UTF-8, with the line.
     """
-    return as_utf8(_read_bytes(path), str(path)).decode()
+    return as_utf8(read_bytes(path), str(path)).decode()
 
 
 def _kind(path: Path) -> str:
     """Suffix of a file in lower case, before ``.gz``."""
     suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
     return suffixes[-1] if suffixes else ""
-
-
-def _read_bytes(path: Path) -> bytes:
-    """Bytes of a file, decompressed if its name ends in ``.gz``.
-
-    Raises:
-        DataError: If the file cannot be read.
-    """
-    try:
-        file_size(path)
-        return gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error, ValueError) as e:
-        msg = f"{printable(str(path))}: cannot be read: {e}"
-        raise DataError(msg, path=str(path)) from e
 
 
 def _check_content(raw: bytes, path: Path, kind: str) -> None:

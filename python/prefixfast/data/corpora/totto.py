@@ -1,0 +1,116 @@
+"""The files of ToTTo: JSON lines with a Wikipedia table, its highlighted cells, and sentences on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prefixfast.config.json_types import JSON
+from prefixfast.data.corpora.official import Corpus, Counts, row_items
+from prefixfast.data.files import FileRow, Item, parse_item
+from prefixfast.data.row_values import check_text
+from prefixfast.data.rows import row_error
+from prefixfast.errors import shown
+
+CELL = {"value": str, "is_header": bool, "column_span": int}
+ENTRY_KEYS = ("highlighted_cells", "sentence_annotations", "table_page_title", "example_id")
+TITLES = ("page_title", "section_title")
+WIDEST = 10_000  # columns that one cell may span
+Cells = list[list[dict[str, Any]]]
+
+
+def totto_items(path: Path, split: str) -> Iterator[Item]:
+    """Yield the rows of a ToTTo file, with ``table``, ``refs``, ``id`` and ``subset``.
+
+    The table is pairs: the titles, then each highlighted cell and the headers of its columns and row, by the rules of
+    Parikh et al. 2020. The subset is ``"overlap"`` or ``"non-overlap"`` in the files that mark it.
+    """
+    for item in row_items(path, "table"):
+        is_entry = any(key in item for key in ENTRY_KEYS) if isinstance(item, FileRow) else False
+        yield parse_item(_parse_entry, item) if isinstance(item, FileRow) and is_entry else item
+
+
+def _parse_entry(item: FileRow) -> FileRow:
+    pairs: list[JSON] = []
+    for name in TITLES:
+        title = item.get(f"table_{name}")
+        if title not in (None, ""):
+            pairs.append([name, check_text(item, 0, f"table_{name}", title)])
+    table = _checked_table(item)
+    starts = [_column_starts(row) for row in table]
+    for r, c in _checked_places(item, table):
+        pairs.append(["cell", table[r][c]["value"]])
+        pairs += [["col_header", text] for text in _column_headers(table, starts, r, c)]
+        pairs += [["row_header", cell["value"]] for cell in table[r][:c] if cell["is_header"]]
+    row: dict[str, JSON] = {"table": pairs}
+    notes: Any = item.get("sentence_annotations", [])
+    if not isinstance(notes, list) or not all(isinstance(n, dict) for n in notes):
+        raise row_error(item, 0, f"sentence_annotations: expected a list of objects, got {shown(notes)}")
+    if notes:
+        row["refs"] = [check_text(item, 0, "final_sentence", n.get("final_sentence")) for n in notes]
+    if (number := item.get("example_id")) is not None:
+        row["id"] = str(number)
+    if (overlap := item.get("overlap_subset")) is not None:
+        if not isinstance(overlap, bool):
+            raise row_error(item, 0, f"overlap_subset: expected true or false, got {shown(overlap)}")
+        row["subset"] = "overlap" if overlap else "non-overlap"
+    return FileRow(row, item.path, item.line)
+
+
+def _checked_table(item: FileRow) -> Cells:
+    table: Any = item.get("table")
+    if not isinstance(table, list) or not all(isinstance(row, list) for row in table):
+        raise row_error(item, 0, f"table: expected a list of lists of cells, got {shown(table)}")
+    for r, row in enumerate(table):
+        for c, cell in enumerate(row):
+            for name, kind in CELL.items():
+                value = cell.get(name) if isinstance(cell, dict) else None
+                if type(value) is not kind or (kind is int and not 0 <= value <= WIDEST):
+                    expected = f"0 to {WIDEST}" if kind is int else kind.__name__
+                    message = f"table[{r}][{c}]: expected {name} ({expected}), got {shown(cell)}"
+                    raise row_error(item, 0, message)
+            check_text(item, 0, f"table[{r}][{c}]", cell["value"])
+    return table
+
+
+def _checked_places(item: FileRow, table: Cells) -> list[list[int]]:
+    places: Any = item.get("highlighted_cells")
+    if not isinstance(places, list) or not places:
+        raise row_error(item, 0, f"highlighted_cells: expected at least one [row, column], got {shown(places)}")
+    for place in places:
+        fits = isinstance(place, list) and len(place) == 2 and all(type(n) is int and n >= 0 for n in place)
+        if not fits or place[0] >= len(table) or place[1] >= len(table[place[0]]):
+            raise row_error(item, 0, f"highlighted_cells: expected [row, column] of a cell, got {shown(place)}")
+    return places
+
+
+def _column_starts(row: list[dict[str, Any]]) -> list[int]:
+    """First column of each cell, and the column after the last one."""
+    starts = [0]
+    for cell in row:
+        starts.append(starts[-1] + cell["column_span"])
+    return starts
+
+
+def _column_headers(table: Cells, starts: list[list[int]], row: int, column: int) -> list[str]:
+    """Texts of the header cells above a cell that share a column with it; rows that a cell spans do not count."""
+    first, end = starts[row][column : column + 2]
+    return [
+        cell["value"]
+        for above, begins in zip(table[:row], starts, strict=False)
+        for cell, start, stop in zip(above, begins, begins[1:], strict=False)
+        if cell["is_header"] and start < end and stop > first
+    ]
+
+
+TOTTO = Corpus(
+    "totto",
+    "the repository google-research-datasets/ToTTo",
+    totto_items,
+    {
+        "train": (Counts(120761, 120761),),
+        "dev": (Counts(7700, None),),
+        "test": (Counts(7700, 0),),
+    },
+)
