@@ -113,9 +113,11 @@ def corpus_of(task: Task, path: Path) -> str:
     """
     if task.name in CORPORA:
         return task.name
-    if path.suffix.lower() == ".xml":
-        return "webnlg"
     kinds = {s.lower() for s in path.suffixes}
+    if ".xml" in kinds:
+        return "webnlg"
+    if ".txt" in kinds:
+        return "e2e"  # the texts of Li & Liang
     if path.is_dir() or kinds.isdisjoint(SUFFIXES):
         return corpus_name(task)
     if ".json" in kinds and ENTRIES.match(read_text(path)):
