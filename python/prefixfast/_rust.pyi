@@ -155,7 +155,7 @@ class Linearizer:
 
     @staticmethod
     def totto() -> Linearizer:
-        """The ToTTo authors' format of highlighted cells: ``<table> <cell> 1 <col_header> A </col_header> </cell> ...``.
+        """The ToTTo authors' format of highlighted cells: ``<table> <cell> 1 </cell> </table>``.
 
         A table is pairs with the keys ``page_title``, ``section_title``, ``cell``, ``col_header`` and ``row_header``.
         The titles come first, and headers follow their cell.

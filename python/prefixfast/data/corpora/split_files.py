@@ -37,7 +37,8 @@ def split_files(folder: Path, split: str, endings: tuple[str, ...]) -> list[Path
     found = [p for p in every if not others.intersection(WORDS.split(p.name.lower()))]
     if not found:
         got = f"{len(every)} files of other splits" if every else "none"
-        msg = f"{printable(str(folder))}: expected files of the split {split} ending in {' or '.join(endings)}, got {got}"
+        expected = f"files of the split {split} ending in {' or '.join(endings)}"
+        msg = f"{printable(str(folder))}: expected {expected}, got {got}"
         raise DataError(msg, path=str(folder))
     if len(found) < len(every):
         logger.info("%s: %d files of other splits are left out", folder, len(every) - len(found))

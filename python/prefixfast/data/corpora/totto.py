@@ -13,7 +13,7 @@ from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import shown
 
-CELL = {"value": str, "is_header": bool, "column_span": int}
+CELL: dict[str, type] = {"value": str, "is_header": bool, "column_span": int}
 ENTRY_KEYS = ("highlighted_cells", "sentence_annotations", "table_page_title", "example_id")
 TITLES = ("page_title", "section_title")
 WIDEST = 10_000  # columns that one cell may span
@@ -65,7 +65,7 @@ def _checked_table(item: FileRow) -> Cells:
     for r, row in enumerate(table):
         for c, cell in enumerate(row):
             for name, kind in CELL.items():
-                value = cell.get(name) if isinstance(cell, dict) else None
+                value: Any = cell.get(name) if isinstance(cell, dict) else None
                 if type(value) is not kind or (kind is int and not 0 <= value <= WIDEST):
                     expected = f"0 to {WIDEST}" if kind is int else kind.__name__
                     message = f"table[{r}][{c}]: expected {name} ({expected}), got {shown(cell)}"

@@ -57,7 +57,7 @@ def _entry(element: XmlElement, path: Path) -> XmlEntry:
     triples = [_triple(t, path) for t in _children(sets[0], "modifiedtripleset", ("mtriple",), path)]
     if not triples:
         raise _error(path, sets[0], "expected at least one element mtriple, got none")
-    texts: list[dict[str, JSON]] = [dict(p.attrib) | {"text": _text(p, path).strip()} for p in parts if p.tag == "lex"]
+    texts: list[dict[str, JSON]] = [{**p.attrib, "text": _text(p, path).strip()} for p in parts if p.tag == "lex"]
     return XmlEntry(element.line, dict(element.attrib), triples, texts)
 
 

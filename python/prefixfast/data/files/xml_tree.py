@@ -56,12 +56,13 @@ def read_xml(path: Path) -> XmlElement:
     parser = builder.parser = DefusedXMLParser(target=builder, encoding="utf-8", forbid_dtd=True)
     try:
         parser.feed(raw)
-        root: XmlElement = parser.close()
+        root = parser.close()
     except ParseError as e:
         raise malformed(name, e.position[0], f"expected XML, got {str(e).partition(':')[0]}") from e
     except DefusedXmlException as e:
-        refused = "expected XML without a document type, whose entities can expand or name other files; remove <!DOCTYPE"
+        refused = "expected XML without <!DOCTYPE, whose entities can expand or name other files; remove it"
         raise malformed(name, builder.current_line, refused) from e
+    assert isinstance(root, XmlElement)  # the builder makes no other
     return root
 
 
