@@ -56,18 +56,30 @@ def virtual_tokens_prefix(
             "num_trained": tokens.table.numel(),
         }
         fields: PrefixFields = {"pos_start": len(tokens.table), "base": base.fingerprint, "training": training}
-        table = tokens.table.to(base.device, base.dtype)
-        try:
-            kv, own = tokens_kv(base, table), own_layers(base.layers)
-            tensors = {f"self.{i}.{x}": t.cpu().contiguous() for i in own for x, t in zip("kv", kv[i], strict=True)}
-            error = _difference(base, table, PrefixData(tensors, **fields))
-        except FAILURES as e:
-            reason = f"its forward of embeddings fails: {type(e).__name__}: {e}"
-            raise ConfigError(_not_exact(base, tokens, reason)) from e
-        if not error < (HALF_LIMIT if base.dtype.itemsize == 2 else LIMIT):
-            reason = f"its results from token ids are not those from their embeddings (relative error {error:.0e})"
+        tensors, reason = embedded_tensors(base, tokens.table.to(base.device, base.dtype), fields)
+        if reason is not None:
             raise ConfigError(_not_exact(base, tokens, reason))
         return tensors, fields
+
+
+def embedded_tensors(base: Model, table: Tensor, fields: PrefixFields) -> tuple[dict[str, Tensor], str | None]:
+    """Tensors of the prefix of embeddings, and the reason why its results would not be theirs, None if they are.
+
+    Args:
+        base: Base model.
+        table: Embeddings ``[P, E]`` in the base model's dtype.
+        fields: Fields of the prefix.
+    """
+    tensors: dict[str, Tensor] = {}
+    try:
+        kv, own = tokens_kv(base, table), own_layers(base.layers)
+        tensors = {f"self.{i}.{x}": t.cpu().contiguous() for i in own for x, t in zip("kv", kv[i], strict=True)}
+        error = _difference(base, table, PrefixData(tensors, **fields))
+    except FAILURES as e:
+        return tensors, f"its forward of embeddings fails: {type(e).__name__}: {e}"
+    if not error < (HALF_LIMIT if base.dtype.itemsize == 2 else LIMIT):
+        return tensors, f"its results from token ids are not those from their embeddings (relative error {error:.0e})"
+    return tensors, None
 
 
 def _check_sizes(base: Model, tokens: VirtualTokens) -> None:

@@ -41,7 +41,7 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
     prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
     if not prefixes:
         if config.prefix_length == "text":
-            config = PrefixConfig.make(config, prefix_length=len(_init_text_ids(model, options)))
+            config = PrefixConfig.make(config, prefix_length=len(init_text_ids(model, options)))
         return config
     for name, prefix in prefixes.items():
         check_fits(model, prefix, f"init of {shown(name)}")
@@ -64,7 +64,7 @@ def initial_kv(
     """
     by_name: dict[str, list[LayerKV] | None] = {"random": None}
     if any(job.init == "text" for job in jobs):
-        ids, length = _init_text_ids(model, options), config.length
+        ids, length = init_text_ids(model, options), config.length
         if len(ids) != length:
             change = "cut" if len(ids) > length else "repeated"
             logger.debug("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
@@ -94,7 +94,12 @@ def _check_layers(config: PrefixConfig, shapes: Sequence[LayerShape]) -> PrefixC
     raise ConfigError(msg)
 
 
-def _init_text_ids(model: Model, options: InitOptions) -> list[int]:
+def init_text_ids(model: Model, options: InitOptions) -> list[int]:
+    """Token ids of the init text.
+
+    Raises:
+        ConfigError: If there is no text, or it has no tokens of the base model.
+    """
     text = options.task.init_text if options.init_text is None else options.init_text
     if not isinstance(text, str) or not is_text(text):
         msg = f"init_text: expected a string of Unicode text, got {shown(text)}"
