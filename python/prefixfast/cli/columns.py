@@ -11,8 +11,8 @@ import typer
 from prefixfast.errors import ConfigError, shown
 
 TASK = typer.Option(
-    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, prompt, messages, text or "
-    "instruction.",
+    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, cnn_dailymail, samsum, dialogsum, "
+    "prompt, messages, text or instruction.",
     show_default="the task that fits the rows' keys",
 )
 SPLIT = typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from prefixfast import _rust
@@ -83,6 +84,24 @@ XSUM = Task(
     decoding={"num_beams": 6, "max_new_tokens": 60, "min_new_tokens": 10, "length_penalty": 0.8},
     input="document",
 )
+# Decoding of BART's authors (fairseq, examples/bart/summarize.py).
+CNN_DAILYMAIL = Task(
+    "cnn_dailymail",
+    prompt="{src}{eos}",
+    strip=True,
+    init_text="summarize",
+    decoding={
+        "num_beams": 4,
+        "max_new_tokens": 140,
+        "min_new_tokens": 55,
+        "length_penalty": 2.0,
+        "no_repeat_ngram_size": 3,
+    },
+    input="document",
+)
+SAMSUM = Task("samsum", prompt="{src}\n", strip=True, init_text="Summarize the following dialogue:", input="document")
+# Decoding of the authors' baseline (cylnlp/dialogsum, Baseline/bart_train.py): at most 128 tokens with begin and end.
+DIALOGSUM = replace(SAMSUM, name="dialogsum", decoding={"num_beams": 5, "max_new_tokens": 126})
 TASKS = {
     "e2e": E2E,
     "webnlg": WEBNLG,
@@ -91,6 +110,9 @@ TASKS = {
     "table": table_task(),
     "summary": SUMMARY,
     "xsum": XSUM,
+    "cnn_dailymail": CNN_DAILYMAIL,
+    "samsum": SAMSUM,
+    "dialogsum": DIALOGSUM,
     "prompt": Task("prompt"),
     "messages": Task("messages", input="messages"),
     "text": Task("text", input="text", init_text="The following text"),

@@ -121,8 +121,8 @@ def train(
         data: Training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``, also ``.gz``), an iterable
             of mappings, or a mapping of names to rows, such as a `Folder` of files.
         task: Task that turns rows into prompts and targets: name of a built-in task (``"e2e"``, ``"webnlg"``,
-            ``"dart"``, ``"table"``, ``"summary"``, ``"xsum"``, ``"prompt"``, ``"messages"``, ``"text"``,
-            ``"instruction"``) or `Task`.
+            ``"dart"``, ``"table"``, ``"summary"``, ``"xsum"``, ``"cnn_dailymail"``, ``"samsum"``,
+            ``"dialogsum"``, ``"prompt"``, ``"messages"``, ``"text"``, ``"instruction"``) or `Task`.
             None chooses the task by the keys of the rows.
         prompt: Template of the prompt for rows with columns of your own, for example ``"{name}, {price} ->"``. With
             ``target`` it takes the place of ``task``; `prefixfast.data.column_task` describes both.

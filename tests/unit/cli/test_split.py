@@ -131,15 +131,18 @@ def test_requests_that_are_no_official_file_are_refused(cli, e2e, prefix, tmp_pa
         RowReader(split="train", task="e2e").read([{"mr": "name[A]", "ref": "A."}])
 
 
-def test_a_file_of_another_split_is_refused(tmp_path, cli):
+def test_a_file_of_another_split_is_refused(tmp_path, cli, caplog):
     path = tmp_path / "e2e.csv"
     rows = ["mr,ref"] + [f"name[{i % 547}],text {i}." for i in range(4672)]
     path.write_text("\n".join(rows) + "\n")
-    for split in ("train", "test"):
-        with pytest.raises(DataError, match=f"the {split} split of e2e, got 4672 texts, which is its dev split"):
-            read_task("e2e", path, split)
-        assert "which is its dev split" in cli("data", "check", path, "--task", "e2e", "--split", split).out
+    with pytest.raises(DataError, match="the train split of e2e, got 4672 texts, which is its dev split"):
+        read_task("e2e", path, "train")
+    checked = cli("data", "check", path, "--task", "e2e", "--split", "train")
+    assert (checked.code, "which is its dev split" in checked.out) == (1, True)
     assert len(read_task("e2e", path, "dev")) == 547
+    with caplog.at_level("WARNING"):
+        assert len(read_task("e2e", path, "test")) == 547
+    assert "the test split of e2e has" in caplog.text
     assert other_split("prompt", [{"prompt": "a"}], "train") is None
 
 

@@ -36,6 +36,16 @@ def test_the_built_in_recipes():
     )
 
 
+def test_the_paper_recipes_of_summaries():
+    got = chosen("xsum", recipe="paper")
+    config, prefix = got.config, got.prefix_config
+    assert (config.learning_rate, config.num_train_epochs, config.batch_size) == (5e-5, 30, 14)
+    assert (config.loss, config.max_length, config.overflow) == ("token_mean", 572, "truncate")
+    assert (prefix.prefix_length, prefix.encoder_hidden_size) == (100, 800)
+    few = chosen("xsum", recipe="low-data")
+    assert (few.init_text, few.config.warmup_steps, few.config.batch_size) == ("summarize", 100, 5)
+
+
 @pytest.mark.parametrize(
     ("task", "rate", "epochs", "batch", "length"),
     [("e2e", 8e-5, 5, 10, 5), ("webnlg", 5e-5, 5, 5, 5), ("dart", 5e-5, 10, 5, 10), ("prompt", 5e-5, 10, 5, 10)],

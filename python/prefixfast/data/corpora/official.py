@@ -74,7 +74,9 @@ class Corpus:
         return f"the {split} split of {self.name} has {nearest}; got {found}, a part or another release"
 
     def other_split(self, rows: Iterable[Row], split: str) -> str | None:
-        """Sentence on rows that have as many texts as the official file of another split; None for other rows.
+        """Sentence on rows with as many texts as an official file that is read otherwise; None for other rows.
+
+        Training files are read otherwise than those of dev and test.
 
         Args:
             rows: Rows that the file gives.
@@ -82,8 +84,8 @@ class Corpus:
         """
         texts = sum(map(_num_texts, rows))
         splits = [name for name, official in self.counts.items() if texts and texts in (one.texts for one in official)]
-        if not splits or split in splits:
-            return None
+        if not splits or split in splits or "train" not in (split, *splits):
+            return None  # dev and test are read alike
         return f"expected the {split} split of {self.name}, got {texts} texts, which is its {splits[0]} split"
 
 

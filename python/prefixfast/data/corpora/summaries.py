@@ -1,0 +1,154 @@
+"""Layouts that several corpora of summaries share: pairs of text files, rows of documents, and folders of both."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from prefixfast.data.column_names import listed
+from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, parse_item, read_text
+from prefixfast.data.row_values import check_text, text_value
+from prefixfast.data.rows import row_error
+from prefixfast.errors import DataError, printable
+
+logger = logging.getLogger(__name__)
+SPLIT_WORDS = {"train": ("train", "training"), "dev": ("dev", "val", "valid", "validation"), "test": ("test",)}
+SOURCE, TARGET = ".source", ".target"
+SHARD = re.compile(r"-\d{5}-of-\d{5}")  # in the name of a part of a split, as Hugging Face exports it
+LINE_END = re.compile(r"\r\n|\r|\n")
+SHOWN = 8  # files in a message
+
+
+def summary_items(
+    path: Path, split: str, parse: Callable[[FileRow], FileRow], endings: Sequence[str] = SUFFIXES
+) -> Iterator[Item]:
+    """Yield the rows of a file of summaries, of a ``.source`` file with its ``.target`` file, or of a folder of them.
+
+    In training, rows whose document or summary is empty are left out, as the loaders of the public corpora do.
+
+    Args:
+        path: Path of the file. In a folder, the file whose name has the word of the split is read.
+        split: Split that is read.
+        parse: Function that makes the row of an entry of a file of rows.
+        endings: Suffixes of files of rows.
+    """
+    for file in files_of_split(path, split, (*endings, SOURCE)) if path.is_dir() else [path]:
+        if _ending(file) in (SOURCE, TARGET):
+            items = pair_items(file)
+        else:
+            items = (item if isinstance(item, DataError) else parse_item(parse, item) for item in file_items(file))
+        yield from not_empty(items, file) if split == "train" else items
+
+
+def files_of_split(folder: Path, split: str, endings: Sequence[str]) -> list[Path]:
+    """Files of a split in a folder, or in its folder ``data``: one file, or the numbered parts of one.
+
+    Args:
+        folder: Folder.
+        split: Split, whose word stands in the name of its file: ``val.source``, ``dialogsum.dev.jsonl``.
+        endings: Suffixes of the files.
+
+    Raises:
+        DataError: If there is no such file, or several.
+    """
+    try:
+        inside = sorted(f for place in (folder, folder / "data") if place.is_dir() for f in place.iterdir())
+    except OSError as e:
+        msg = f"{printable(str(folder))}: cannot be read: {e}"
+        raise DataError(msg, path=str(folder)) from e
+    files = [f for f in inside if _ending(f) in endings and f.is_file() and not f.name.startswith(".")]
+    found = [f for f in files if not {*re.split(r"[._-]", f.name.lower())}.isdisjoint(SPLIT_WORDS[split])]
+    if len({(f.parent, SHARD.sub("", f.name)) for f in found}) != 1:
+        words, got = " or ".join(SPLIT_WORDS[split]), listed([f.name for f in (found or files or inside)[:SHOWN]])
+        expected = f"expected one file of the {split} split, with {words} in its name, ending in {', '.join(endings)}"
+        msg = f"{printable(str(folder))}: {expected}; got {got or 'an empty folder'}"
+        raise DataError(msg, path=str(folder))
+    return found
+
+
+def pair_items(path: Path) -> Iterator[Item]:
+    """Yield the rows of a ``.source`` file, one document a line, and the ``.target`` file with their summaries.
+
+    Args:
+        path: Path of either file, also with ``.gz``.
+
+    Raises:
+        DataError: If a file cannot be read, or the two differ in their number of lines.
+    """
+    source, target = (path.with_name(_other_ending(path.name, ending)) for ending in (SOURCE, TARGET))
+    documents, summaries = _lines(source), _lines(target)
+    if len(documents) != len(summaries):
+        counts = f"{len(documents)} lines, {target.name} has {len(summaries)}"
+        msg = f"{source}: expected as many lines as in {target.name}, got {counts}; is one of them truncated?"
+        raise DataError(msg, path=str(source), line=min(len(documents), len(summaries)) + 1)
+    for number, (document, summary) in enumerate(zip(documents, summaries, strict=True), 1):
+        yield FileRow({"document": document, "summary": summary}, str(source), number)
+
+
+def document_row(entry: FileRow, document: str, summary: str) -> FileRow:
+    """Row of an entry with its text under two keys. The other columns ride along.
+
+    Args:
+        entry: Entry of a file.
+        document: Key of the document.
+        summary: Key of the summary.
+
+    Raises:
+        DataError: If one of the two is not a text.
+    """
+    texts = {"document": _text(entry, document), "summary": _text(entry, summary)}
+    return FileRow(texts | {k: v for k, v in entry.items() if k not in (document, summary, *texts)}, *place(entry))
+
+
+def place(entry: FileRow) -> tuple[str, int]:
+    """Path and line of a row."""
+    return entry.path, entry.line
+
+
+def not_empty(items: Iterable[Item], path: Path) -> Iterator[Item]:
+    """Yield rows whose document and summary have text, and log the number of the others.
+
+    Args:
+        items: Rows with ``document`` and ``summary``.
+        path: Path of their file.
+    """
+    left_out = 0
+    for item in items:
+        texts = [] if isinstance(item, DataError) else [item.get("document"), item.get("summary")]
+        if any(isinstance(t, str) and not t.strip() for t in texts):
+            left_out += 1
+        else:
+            yield item
+    if left_out:
+        logger.info("%s: %d rows whose document or summary is empty are left out", path, left_out)
+
+
+def text_lines(text: str) -> list[str]:
+    """Lines of a text, which end as Python's text files end them."""
+    lines = LINE_END.split(text)
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def _text(entry: FileRow, key: str) -> str:
+    if key in entry and entry[key] is None:
+        return check_text(entry, 0, key, "")  # an empty cell of a table is None
+    if key not in entry:
+        raise row_error(entry, 0, f"expected the keys of the corpus, of which {key} is missing; got {listed(entry)}")
+    return text_value(entry, 0, key)
+
+
+def _lines(path: Path) -> list[str]:
+    return text_lines(read_text(path))
+
+
+def _ending(path: Path) -> str:
+    """Suffix of a file in lower case, before ``.gz``."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
+
+
+def _other_ending(name: str, ending: str) -> str:
+    packed = name[-3:] if name.lower().endswith(".gz") else ""
+    return Path(name.removesuffix(packed)).stem + ending + packed

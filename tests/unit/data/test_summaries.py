@@ -1,0 +1,291 @@
+"""Corpora of summaries in the layouts in which they are public: rows, counts, and damaged files."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import damaged
+from prefixfast import ConfigError, DataError
+from prefixfast.data import TASKS, find_task, read_task
+from prefixfast.data.corpora import count_warning
+from prefixfast.data.corpora.corpus import CORPORA, SUMMARIES
+
+D1, D2, S1, S2 = "The mill closed. It was old.", 'A "fan" spins, fast.', "The mill closed.", "Fans spin."
+ROWS: list[dict[str, Any]] = [{"document": D1, "summary": S1}, {"document": D2, "summary": S2}]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Files of a corpus, by their path in a folder.
+
+    Attributes:
+        task: Name of the corpus.
+        files: Content by path.
+        path: File or folder that is read, ``"."`` for the whole folder.
+        rows: Rows that the test split gives.
+        main: File that is damaged.
+    """
+
+    task: str
+    files: dict[str, bytes]
+    path: str
+    rows: list[dict[str, Any]]
+    main: str
+
+
+def lines(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def table(rows: list[dict[str, Any]]) -> bytes:
+    cells = [[str(v).replace('"', '""') for v in row.values()] for row in rows]
+    return "".join(",".join(f'"{c}"' for c in line) + "\n" for line in [list(rows[0]), *cells]).encode()
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), out)
+    return out.getvalue()
+
+
+def pair(name: str) -> dict[str, bytes]:
+    return {f"{name}.source": f"{D1}\n{D2}\n".encode(), f"{name}.target": f"{S1}\n{S2}\n".encode()}
+
+
+def with_ids(rows: list[dict[str, Any]], ids: list[str]) -> list[dict[str, Any]]:
+    return [{**row, "id": i} for row, i in zip(rows, ids, strict=True)]
+
+
+# Names of XiangLi1999/PrefixTuning, seq2seq/utils.py: xsum/{train,val,test}.{source,target}, read line by line. BART's
+# README (facebookresearch/fairseq, examples/bart/README.summarization.md) has the same names for both corpora.
+XSUM_PAIR = Layout("xsum", pair("xsum/test"), "xsum/test.source", ROWS, "xsum/test.source")
+CNN_PAIR = Layout("cnn_dailymail", pair("cnn_dm/test"), "cnn_dm", ROWS, "cnn_dm/test.target")
+# Features of the loader of XSum in huggingface/datasets, datasets/xsum/xsum.py: document, summary, id. The names of
+# parquet files are those of exports, such as test-00000-of-00001.parquet.
+XSUM_ROWS = with_ids(ROWS, ["1", "2"])
+# Files of EdinburghNLP/XSum: XSum-Dataset/scripts/parse-bbc-html-data.py writes BBCID.data, and the archive that the
+# loader above reads has BBCID.summary. Both are split by XSum-Dataset/XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json.
+SPLITS = json.dumps({"test": ["11", "12"], "validation": ["13"], "train": ["14"]}).encode()
+DATA = "[XSUM]URL[XSUM]\nhttp\n\n[XSUM]INTRODUCTION[XSUM]\n{}\n\n[XSUM]RESTBODY[XSUM]\nShare this with\n{}\n{}\n"
+SUMMARY = (
+    "[SN]URL[SN]\nhttp\n\n[SN]TITLE[SN]\nA title\n\n[SN]FIRST-SENTENCE[SN]\n{}\n\n[SN]RESTBODY[SN]\n{}\n\nEmail\n{}\n"
+)
+ARTICLES = [(S1, "The mill closed.", "It was old."), (S2, 'A "fan" spins,', "fast.")]
+TEXTS = with_ids([{"document": f"{a}\n{b}", "summary": s} for s, a, b in ARTICLES], ["11", "12"])
+SPLIT_NAME = "XSum-TRAINING-DEV-TEST-SPLIT-90-5-5.json"
+EXTRACTED = {f"bbc/{i}.data": DATA.format(*a).encode() for i, a in zip((11, 12), ARTICLES, strict=True)}
+ARCHIVE = {
+    f"bbc-summary-data/{i}.summary": SUMMARY.format(*a).encode() for i, a in zip((11, 12), ARTICLES, strict=True)
+}
+# Loader of CNN/DailyMail in huggingface/datasets, datasets/cnn_dailymail/cnn_dailymail.py, after make_datafiles.py of
+# abisee/cnn-dailymail: article, highlights and id of rows; stories, and url_lists/all_test.txt with their addresses.
+CNN_ROWS = [{"article": r["document"], "highlights": r["summary"], "id": i} for r, i in zip(ROWS, "ab", strict=True)]
+STORY = "{}\n\nA caption\n\n{}\n\n@highlight\n\n{}\n\n@highlight\n\nMore.\n"
+ADDRESSES = ("http://a/1", "http://a/2")
+HASHES = [hashlib.sha1(a.encode()).hexdigest() for a in ADDRESSES]
+STORIES = {
+    "cnn/url_lists/all_test.txt": "".join(f"{a}\n" for a in ADDRESSES).encode(),
+    **{f"cnn/stories/{h}.story": STORY.format(D1, D2, s).encode() for h, s in zip(HASHES, ("One", S2), strict=True)},
+}
+STORY_ROWS = with_ids([{"document": f"{D1} A caption . {D2}", "summary": f"{s}\nMore."} for s in ("One .", S2)], HASHES)
+# The list in faiazrahman/Multimodal-Content-Moderation, data/SAMSum/README.txt: id, summary and dialogue, with "\r\n".
+TALK = "Ann: Tea?\r\nBob: Yes :-)"
+SAMSUM_ROWS = [{"id": "13", "summary": S1, "dialogue": TALK}, {"id": "14", "summary": S2, "dialogue": D2}]
+SAMSUM_READ = [
+    {"document": TALK, "summary": S1, "id": "13"},
+    {"document": D2, "summary": S2, "id": "14"},
+]
+# cylnlp/dialogsum, DialogSum_Data/dialogsum.{train,dev,test}.jsonl, and tables with one summary a row.
+DIALOGUES = [
+    {"fname": f"test_{i}", "dialogue": d} | {f"{k}{n}": f"{k} {i}{n}" for n in (1, 2, 3) for k in ("summary", "topic")}
+    for i, d in enumerate((TALK, D2))
+]
+DIALOGUE_ROWS = [
+    {
+        "document": d,
+        "refs": [f"summary {i}{n}" for n in (1, 2, 3)],
+        "id": f"test_{i}",
+        "fname": f"test_{i}",
+        **{f"topic{n}": f"topic {i}{n}" for n in (1, 2, 3)},
+    }
+    for i, d in enumerate((TALK, D2))
+]
+FLAT = [
+    {"id": f"test_{i}_{n}", "dialogue": d, "summary": f"summary {i}{n}", "topic": "tea"}
+    for i, d in enumerate((TALK, D2))
+    for n in (1, 2, 3)
+]
+FLAT_ROWS = [
+    {"document": d, "id": f"test_{i}_1", "topic": "tea", "refs": [f"summary {i}{n}" for n in (1, 2, 3)]}
+    for i, d in enumerate((TALK, D2))
+]
+LAYOUTS = {
+    "xsum pair": XSUM_PAIR,
+    "xsum jsonl": Layout("xsum", {"x.jsonl": lines(XSUM_ROWS)}, "x.jsonl", XSUM_ROWS, "x.jsonl"),
+    "xsum csv": Layout("xsum", {"x.csv": table(XSUM_ROWS)}, "x.csv", XSUM_ROWS, "x.csv"),
+    "xsum parquet": Layout(
+        "xsum",
+        {f"data/{n}-00000-of-00001.parquet": parquet(XSUM_ROWS) for n in ("train", "validation", "test")},
+        ".",
+        XSUM_ROWS,
+        "data/test-00000-of-00001.parquet",
+    ),
+    "xsum articles": Layout("xsum", {**EXTRACTED, SPLIT_NAME: SPLITS}, "bbc", TEXTS, "bbc/12.data"),
+    "xsum archive": Layout("xsum", {**ARCHIVE, SPLIT_NAME: SPLITS}, ".", TEXTS, SPLIT_NAME),
+    "cnn_dailymail pair": CNN_PAIR,
+    "cnn_dailymail csv": Layout(
+        "cnn_dailymail", {"test.csv": table(CNN_ROWS)}, ".", with_ids(ROWS, ["a", "b"]), "test.csv"
+    ),
+    "cnn_dailymail jsonl": Layout(
+        "cnn_dailymail", {"c.jsonl": lines(CNN_ROWS)}, "c.jsonl", with_ids(ROWS, ["a", "b"]), "c.jsonl"
+    ),
+    "cnn_dailymail stories": Layout("cnn_dailymail", STORIES, "cnn", STORY_ROWS, f"cnn/stories/{HASHES[1]}.story"),
+    "cnn_dailymail list": Layout("cnn_dailymail", STORIES, "cnn/stories", STORY_ROWS, "cnn/url_lists/all_test.txt"),
+    "samsum": Layout(
+        "samsum", {"test.json": json.dumps(SAMSUM_ROWS, indent=2).encode()}, ".", SAMSUM_READ, "test.json"
+    ),
+    "dialogsum": Layout(
+        "dialogsum",
+        {"dialogsum.test.jsonl": lines(DIALOGUES), "dialogsum.hiddentest.dialogue.jsonl": b""},
+        ".",
+        DIALOGUE_ROWS,
+        "dialogsum.test.jsonl",
+    ),
+    "dialogsum csv": Layout("dialogsum", {"test.csv": table(FLAT)}, "test.csv", FLAT_ROWS, "test.csv"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_rows_of_a_layout(layout, tmp_path):
+    path = damaged.write_all(tmp_path / "c", layout.files) / layout.path
+    found = read_task(layout.task, path, "test")
+    assert found == layout.rows
+    assert all(Path(row.path).is_file() and row.line > 0 for row in found)
+    task = TASKS[layout.task]
+    (prompt, targets), *_ = task.pairs(found, "</s>")
+    assert prompt == layout.rows[0]["document"] + ("</s>" if "eos" in task.prompt else "\n")
+    assert targets == layout.rows[0].get("refs", [layout.rows[0].get("summary")])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_damaged_files_give_their_place_or_the_right_rows(layout, tmp_path):
+    read, seen = 0, 0
+    for what, files, whole in damaged.variants(layout.files, layout.main):
+        folder = damaged.write_all(tmp_path / str(seen), files)
+        seen += 1
+        try:
+            read += damaged.check_read(
+                lambda folder=folder: read_task(layout.task, folder / layout.path, "test"),
+                layout.task,
+                folder,
+                layout.rows if whole else None,
+            )
+        except BaseException as e:
+            raise AssertionError(what) from e
+    assert seen == 50
+    assert read < seen
+
+
+def test_training_leaves_out_empty_texts_and_keeps_references_apart(tmp_path, caplog):
+    (tmp_path / "train.source").write_text(f"{D1}\n\n{D2}\n")
+    (tmp_path / "train.target").write_text(f"{S1}\n{S1}\n{S2}\n")
+    with caplog.at_level("INFO"):
+        assert read_task("cnn_dailymail", tmp_path, "train") == ROWS
+    assert "1 rows whose document or summary is empty are left out" in caplog.text
+    (tmp_path / "flat.csv").write_bytes(table(FLAT))
+    assert [r["summary"] for r in read_task("dialogsum", tmp_path / "flat.csv")] == [r["summary"] for r in FLAT]
+    (tmp_path / "samsum.csv").write_text('id,dialogue,summary\n1,"",s\n2,d,s\n')
+    assert [r["id"] for r in read_task("samsum", tmp_path / "samsum.csv")] == ["2"]
+    assert [r["document"] for r in read_task("samsum", tmp_path / "samsum.csv", "dev")] == ["", "d"]
+
+
+def test_parts_of_a_split_and_compressed_pairs(tmp_path):
+    for i, row in enumerate(XSUM_ROWS):
+        (tmp_path / f"validation-0000{i}-of-00002.parquet").write_bytes(parquet([row]))
+    assert read_task("xsum", tmp_path, "dev") == XSUM_ROWS
+    for name, raw in pair("val").items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(raw))
+    assert read_task("xsum", tmp_path / "val.target.gz", "dev") == ROWS
+    with pytest.raises(DataError, match="expected one file of the dev split"):
+        read_task("xsum", tmp_path, "dev")
+
+
+def test_pairs_end_lines_as_python_does(tmp_path):
+    (tmp_path / "val.source").write_bytes("a\u2028b\r\n\x0cc\x1d".encode())
+    (tmp_path / "val.target").write_bytes(b"d\ne\n")
+    found = read_task("xsum", tmp_path, "dev")
+    assert found == [{"document": "a\u2028b", "summary": "d"}, {"document": "\x0cc\x1d", "summary": "e"}]
+    (tmp_path / "val.target").write_bytes(b"d\n")
+    with pytest.raises(DataError, match=r"got 2 lines, val\.target has 1") as caught:
+        read_task("xsum", tmp_path, "dev")
+    assert caught.value.line == 2
+
+
+def test_articles_without_a_list_and_without_files(tmp_path, caplog):
+    damaged.write_all(tmp_path / "x", EXTRACTED)
+    with pytest.raises(DataError, match=f"expected {SPLIT_NAME}"):
+        read_task("xsum", tmp_path / "x", "test")
+    (tmp_path / "x" / SPLIT_NAME).write_bytes(SPLITS)
+    with pytest.raises(DataError, match="expected files of the 1 documents that the split lists, got none"):
+        read_task("xsum", tmp_path / "x", "dev")
+    (tmp_path / "x" / "bbc" / "11.data").unlink()
+    assert read_task("xsum", tmp_path / "x", "test") == TEXTS[1:]
+    assert "1 documents that the split lists have no file" in caplog.text
+    assert read_task("xsum", tmp_path / "x" / "bbc" / "12.data", "test") == TEXTS[1:]
+    damaged.write_all(tmp_path / "s", {k: v for k, v in STORIES.items() if k.endswith(".story")})
+    with pytest.raises(DataError, match=r"url_lists/all_train\.txt of abisee/cnn-dailymail"):
+        read_task("cnn_dailymail", tmp_path / "s", "train")
+    assert (
+        read_task("cnn_dailymail", tmp_path / "s" / "cnn" / "stories" / f"{HASHES[0]}.story", "dev") == STORY_ROWS[:1]
+    )
+
+
+def test_the_hidden_test_of_dialogsum_has_no_summaries(tmp_path):
+    (tmp_path / "h.jsonl").write_bytes(lines([{"fname": "hiddentest_0", "dialogue": TALK}]))
+    assert read_task("dialogsum", tmp_path / "h.jsonl", "test") == [
+        {"document": TALK, "fname": "hiddentest_0", "id": "hiddentest_0"}
+    ]
+    (tmp_path / "h.jsonl").write_bytes(lines([{"fname": "test_0", "dialogue": TALK}]))
+    with pytest.raises(DataError, match=r"h\.jsonl:1: .*summary is missing"):
+        read_task("dialogsum", tmp_path / "h.jsonl", "test")
+
+
+@pytest.mark.parametrize("corpus", SUMMARIES, ids=lambda corpus: corpus.name)
+def test_official_counts(corpus):
+    assert CORPORA[corpus.name] is corpus
+    assert TASKS[corpus.name].format == "document"
+    for split, official in corpus.counts.items():
+        for counts in official:
+            if counts.rows > 20000:  # the numbers of XSum and CNN/DailyMail are those below
+                continue
+            each = counts.texts // counts.rows
+            rows = [{"refs": ["s"] * each} if each > 1 else {"summary": "s"} if each else {}] * counts.rows
+            assert count_warning(corpus.name, rows, split) is None
+            assert str(counts) in str(count_warning(corpus.name, rows[9:], split))
+            wrong = "dev" if split == "train" else "train"
+            assert (corpus.other_split(rows, wrong) is None) == (counts.texts == 0)
+    assert (CORPORA["xsum"].counts["train"][0].rows, CORPORA["cnn_dailymail"].counts["train"][0].rows) == (
+        204045,
+        287113,
+    )
+
+
+def test_documents_with_several_summaries():
+    row = {"document": "d", "refs": ["a", "b"]}
+    assert find_task(None, row).targets(row, 0) == ["a", "b"]
+    with pytest.raises(DataError, match="got summary and refs; remove all but one"):
+        find_task(None, row).targets({**row, "summary": "c"}, 0)
+    with pytest.raises(DataError, match="refs: expected a list of strings"):
+        find_task(None, row).targets({"document": "d", "refs": []}, 0)
+    with pytest.raises(ConfigError, match="split: expected one of train, dev, test"):
+        read_task("xsum", "none", "validation")  # type: ignore[arg-type]
