@@ -7,8 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
-from prefixfast.bench.harness import environment
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.environment import environment
 
 
 def main() -> None:

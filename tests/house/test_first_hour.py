@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from oracles import ROOT
-from prefixfast.bench.harness import environment
+from prefixfast.io.environment import environment
 from walks import same, steps, walk
 
 PAGES = sorted((ROOT / "docs" / "first-hour").glob("*.md"))

@@ -30,10 +30,11 @@ from prefixfast.bench.decoding import Decoding, set_aside
 from prefixfast.bench.exact_scores import ExactScores, Text, check_same_tokens
 from prefixfast.bench.generate_points import BY_HAND, ONE_BY_ONE, ONE_FOR_ALL, OURS, Key, Point
 from prefixfast.bench.generate_report import show
-from prefixfast.bench.harness import alternate, announce, progress, version, write_rows
+from prefixfast.bench.harness import alternate, announce, progress, write_rows
 from prefixfast.bench.random_base import make_or_load, random_prefixes
 from prefixfast.engine.engine import Engine
 from prefixfast.errors import ConfigError
+from prefixfast.io.environment import version
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.prefix.prefix import Prefix

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.bench.generate_points import OURS, Point
-from prefixfast.bench.harness import best_of, cpu_name
+from prefixfast.bench.harness import best_of
 from prefixfast.bench.report import Report, markdown, print_report, settings_table, write_report
+from prefixfast.io.environment import cpu_name
 from prefixfast.io.figures import write_figure
 
 

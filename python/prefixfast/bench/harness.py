@@ -6,13 +6,8 @@ names the machine, the versions and the commit.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
-import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -24,6 +19,7 @@ import torch
 
 from prefixfast.errors import PrefixFastError
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.environment import cpu_name, environment
 from prefixfast.io.progress import track
 
 K = TypeVar("K", bound=Hashable)
@@ -31,7 +27,6 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Largest relative error of an attention output that is still timed.
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
 
 class WrongResultError(PrefixFastError, RuntimeError):
@@ -94,52 +89,7 @@ def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype
     return where, DTYPES[dtype if dtype != "auto" else "bfloat16" if where.type == "cuda" else "float32"]
 
 
-def environment() -> dict[str, Any]:
-    """Processor, GPU, threads, scheduling class, versions, commit and date of a measurement."""
-    packages = ("torch", "transformers", "peft", "prefixfast")
-    return {
-        "cpu": cpu_name(),
-        "cpu_flags": [f for f in CPU_FLAGS if f in _cpuinfo().split()],
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "threads": torch.get_num_threads(),
-        "real_time": hasattr(os, "sched_getscheduler") and os.sched_getscheduler(0) in (os.SCHED_FIFO, os.SCHED_RR),
-        "python": platform.python_version(),
-        "versions": {p: version(p) for p in packages},
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def cpu_name() -> str:
-    """Model name of the processor."""
-    found = re.search(r"model name\s*: (.*)", _cpuinfo())
-    return found[1] if found else platform.processor()
-
-
-def version(package: str) -> str | None:
-    """Installed version of a package, None if it is absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write JSON lines; the first line holds the `environment`."""
     lines = [{"environment": environment()}, *rows]
     replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def _cpuinfo() -> str:
-    path = Path("/proc/cpuinfo")
-    return path.read_text(encoding="utf8") if path.exists() else ""
-
-
-def _commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -21,13 +21,13 @@ from prefixfast.bench.harness import (
     WrongResultError,
     alternate,
     announce,
-    cpu_name,
     device_and_dtype,
     progress,
     write_rows,
 )
 from prefixfast.bench.kernels_report import BACKWARD_FACTOR, Point, plot, table
 from prefixfast.bench.roofline import roofline, seconds_of, synchronized
+from prefixfast.io.environment import cpu_name
 from prefixfast_kernels.testing.packed_cases import CASES, OUTPUT_NAMES, output_errors, run_triton
 from prefixfast_kernels.testing.tolerance import FLOOR, relative_error, within_tolerance
 from prefixfast_kernels.tile_selection import tile_sizes

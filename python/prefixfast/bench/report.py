@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixfast.bench.harness import environment, version
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.environment import environment, version
 from prefixfast.io.figures import write_figure
 
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixfast.bench.harness import Timing, WrongResultError, alternate, best_of, cpu_name, write_rows
+from prefixfast.bench.harness import Timing, WrongResultError, alternate, best_of, write_rows
 from prefixfast.data import find_task, read_rows
 from prefixfast.errors import DataError
+from prefixfast.io.environment import cpu_name
 from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
 OURS, LISTS, ARRAYS, FAST = (

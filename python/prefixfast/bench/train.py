@@ -16,20 +16,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prefixfast.bench.contenders import Bases
-from prefixfast.bench.harness import (
-    Timing,
-    WrongResultError,
-    announce,
-    best_of,
-    cpu_name,
-    progress,
-    version,
-    write_rows,
-)
+from prefixfast.bench.harness import Timing, WrongResultError, announce, best_of, progress, write_rows
 from prefixfast.bench.random_base import make_or_load, random_prefixes
 from prefixfast.bench.report import Report, markdown, plot_rates, print_report, settings_table, write_report
 from prefixfast.bench.train_contenders import Run, Workload, ours, peft, settings_of
 from prefixfast.errors import ConfigError
+from prefixfast.io.environment import cpu_name, version
 from prefixfast.model.load import load
 
 OURS, PEFT = "prefixfast", "PEFT, one prefix after another"

@@ -18,9 +18,10 @@ from prefixfast.bench.contenders import mixed_by_hand
 from prefixfast.bench.decoding import Decoding
 from prefixfast.bench.e2e_rows import Row, read_split
 from prefixfast.bench.exact_scores import ExactScores, Text, check_same_tokens
-from prefixfast.bench.harness import announce, cpu_name, progress, write_rows
+from prefixfast.bench.harness import announce, progress, write_rows
 from prefixfast.bench.random_base import load_plain
 from prefixfast.engine.engine import Engine
+from prefixfast.io.environment import cpu_name
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.prefix.prefix import Prefix

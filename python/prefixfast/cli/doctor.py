@@ -73,7 +73,7 @@ def describe_machine(problem: str | None) -> dict[str, Any]:
     """
     import torch
 
-    from prefixfast.bench.harness import environment, version
+    from prefixfast.io.environment import environment, version
     from prefixfast.model.memory import free_memory
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -169,7 +169,7 @@ def _triton() -> str:
     """Version of Triton, and the reason why it is not used."""
     import torch
 
-    from prefixfast.bench.harness import version
+    from prefixfast.io.environment import version
 
     if importlib.util.find_spec("triton") is None:
         return "not installed: the torch backend serves every call"

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from prefixfast.bench.generate_points import Point
 from prefixfast.bench.generate_report import plot, table
-from prefixfast.bench.harness import cpu_name
 from prefixfast.demo.jobs import JOBS
 from prefixfast.demo.run import LIMITS, Report, Setting
+from prefixfast.io.environment import cpu_name
 
 WIDTH = 110
 LONGEST = 120  # characters of a sample without a prefix

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from prefixfast.bench.harness import announce, environment
+from prefixfast.bench.harness import announce
 from prefixfast.bench.quality import peft_run, prefixfast_run
 from prefixfast.bench.quality.settings import Run
 from prefixfast.errors import ConfigError
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.environment import environment
 from prefixfast.model.base import DTYPES
 
 Implementation = Literal["prefixfast", "peft", "none"]
