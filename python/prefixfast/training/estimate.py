@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from prefixfast.data.rows import Rows
+from prefixfast.io.environment import peak_memory
 from prefixfast.io.progress import Progress
 from prefixfast.model.base_name import check_base_name
 from prefixfast.training.arguments import AllTrainArguments, BaseModel
@@ -18,8 +18,6 @@ from prefixfast.training.job import JobArguments, load_base, prepare
 from prefixfast.training.output_dir import OutputDir
 
 if TYPE_CHECKING:
-    import torch
-
     from prefixfast.training.loop import GroupTrainer
 
 IGNORED_ARGUMENTS = ("output_dir", "resume", "overwrite", "progress")
@@ -92,8 +90,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
             with Progress("measure two steps"):
                 measured.append((trainer, _time_second_step(trainer)))
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
-        on_gpu = base.device.type == "cuda"
-        peak = _peak_gpu_memory(base.device) if on_gpu else _peak_process_memory()
+        peak = peak_memory(base.device)
     trainers = [trainer for trainer, _ in measured]
     largest = max(trainers, key=lambda t: sum(p.numel() for p, _ in t.runner.params.params))
     params, examples = largest.runner.params, trainers[0].runner.examples
@@ -127,19 +124,3 @@ def _time_second_step(trainer: GroupTrainer) -> float:
 
                 torch.cuda.synchronize(trainer.model.device)
         return time.perf_counter() - start
-
-
-def _peak_gpu_memory(device: torch.device) -> int:
-    import torch
-
-    return torch.cuda.max_memory_allocated(device)
-
-
-def _peak_process_memory() -> int:
-    """Largest memory use of this process in bytes; 0 where the system does not report it (Windows)."""
-    try:
-        import resource
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

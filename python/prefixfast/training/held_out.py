@@ -37,7 +37,7 @@ def hold_out(rows: TrainingRows, task: Task, fraction: float, seed: int, *, isol
     failed = dict(rows.failed)
     for name, own in rows.rows.items():
         number_in_data = rows.row_numbers.get(name) or range(1, len(own) + 1)
-        chosen = _choose(_contents(own, task), fraction, seed)
+        chosen = choose_held_out(_contents(own, task), fraction, seed)
         if not chosen:
             failed[name] = _too_few(own, fraction)
             if not isolate or rows.is_single:
@@ -66,8 +66,17 @@ def _read_items(row: Row, task: Task) -> list[tuple[str, object]]:
     return sorted(((k, v) for k, v in row.items() if k in keys), key=lambda item: item[0])
 
 
-def _choose(contents: Sequence[str], fraction: float, seed: int) -> set[int]:
-    """Numbers of the held-out rows; empty if the fraction is less than a row, or than each set of equal rows."""
+def choose_held_out(contents: Sequence[str], fraction: float, seed: int) -> set[int]:
+    """Choose held-out rows. The choice does not depend on the order of the rows, and equal rows stay together.
+
+    Args:
+        contents: Text by which rows are equal, for each row.
+        fraction: Fraction of the rows, rounded down to whole rows.
+        seed: Seed of the choice.
+
+    Returns:
+        Numbers of the held-out rows. They are empty if the fraction is less than a row, or than each set of equal rows.
+    """
     wanted = int(len(contents) * fraction + 1e-9)  # 0.29 * 100 is less than 29 in fp64
     equal: dict[bytes, list[int]] = {}
     for i, content in enumerate(contents):

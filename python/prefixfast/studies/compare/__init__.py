@@ -1,0 +1,1 @@
+"""Comparison of methods on one's own rows: quality, and what each method costs for a user."""

@@ -1,0 +1,185 @@
+"""One part of a comparison in a process of its own: train, generate, evaluate.
+
+A process of its own has a peak of memory of its own. ``python -m prefixfast.studies.compare.part`` reads the part from
+standard input and writes ``result.json`` into the part's folder. The end of standard input, which also comes when the
+parent process ends, interrupts it like Ctrl-C, so that training writes a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixfast.errors import DataError, PrefixFastError
+from prefixfast.io.atomic import replace_file
+from prefixfast.io.environment import environment, peak_memory
+from prefixfast.io.json_lines import json_bytes, json_line
+from prefixfast.studies.compare.rows import StudyRows, read_study_rows
+from prefixfast.studies.compare.study import Part
+from prefixfast.training.output_dir import CHECKPOINT, FAILED, LOG
+
+RESULT, OUTPUTS, MODEL = "result.json", "outputs.jsonl", "model"  # in the folder of a part
+
+
+def run_part(part: Part, folder: Path) -> dict[str, Any]:
+    """Train, generate and evaluate one part.
+
+    Args:
+        part: The part.
+        folder: Folder of the part, with the checkpoint of an interrupted run.
+
+    Returns:
+        Line of the results file.
+    """
+    import prefixfast
+
+    rows = read_study_rows(part.study)
+    if rows.digest() != part.rows:
+        msg = "compare: the rows have changed since the comparison started; start it again"
+        raise DataError(msg)
+    arguments, fields = part.split_arguments()
+    clock: Any = StepClock()
+    dtype = fields.pop("dtype", "auto")
+    start = time.perf_counter()
+    with prefixfast.load(part.study.model, dtype=dtype) as base:
+        loaded = time.perf_counter() - start
+        base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
+        tuned: Any = prefixfast.train(
+            base,
+            rows.train,
+            task=rows.task,
+            eval_data=rows.held_out,
+            output_dir=folder / MODEL,
+            resume=True,
+            callbacks=[clock],
+            **arguments,
+            **fields,
+        )
+        costs = training_costs(tuned, folder / MODEL, clock.seconds) | {"base_bytes": base_bytes, "load_seconds": loaded}
+        costs["train_peak_bytes"] = peak_memory(base.device)
+        texts, generation = _generate(part, rows, tuned, base)
+        dtype, device = str(base.dtype).removeprefix("torch."), str(base.device)
+        options = {n: tuned.training.get(n) for n in ("config", "prefix_config", "method_config", "method")}
+    lines = zip(rows.requests, texts, rows.references, strict=True)
+    keys = ("request", "text", "references")
+    replace_file(folder / OUTPUTS, b"".join(json_line(dict(zip(keys, line, strict=True))) for line in lines))
+    return {
+        **part.to_json()["variant"],
+        "label": part.variant.label,
+        "seed": part.seed,
+        "identity": part.identity,
+        "shared": part.shared,
+        "metrics": tuned.training["metrics"],
+        "quality": _evaluate(part, rows, texts),
+        "costs": costs | generation,
+        "counts": {"train_rows": len(rows.train), "held_out_rows": len(rows.held_out), "inputs": len(texts)},
+        "dtype": dtype,
+        "device": device,
+        "task": rows.task.name,
+        "study": part.to_json()["study"],
+        "options": options,
+        "environment": environment(),
+    }
+
+
+class StepClock:
+    """Callback that measures the seconds of every step, without evaluation."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._start = 0.0
+
+    def on_train_begin(self, names: list[str], total: int) -> None:
+        """Start the clock."""
+        self._start = time.perf_counter()
+
+    def on_evaluate(self, step: int, losses: Mapping[str, float]) -> None:
+        """Leave out the time of the evaluation."""
+        self._start = time.perf_counter()
+
+    def on_step(self, step: int, losses: Any, grad_norms: Any, active: Any) -> None:
+        """Note the seconds of the step."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._start)
+        self._start = now
+
+
+def training_costs(tuned: Any, folder: Path, step_seconds: Sequence[float]) -> dict[str, Any]:
+    """Numbers of parameters, bytes and seconds of a trained prefix or of trained weights.
+
+    The seconds of the training are those of all steps at the median of a step, which also holds for a resumed run and
+    on a machine that others disturb.
+
+    Args:
+        tuned: Result of `train`.
+        folder: Its output folder.
+        step_seconds: Seconds of each step that this process has taken.
+    """
+    steps = int(tuned.training["metrics"].get("steps", 0))
+    median = statistics.median(step_seconds) if step_seconds else None
+    others = {LOG, FAILED, RESULT}
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name not in others and CHECKPOINT not in f.parts]
+    return {
+        "num_trained": tuned.num_trained,
+        "num_stored": tuned.num_stored,
+        "memory_bytes": tuned.nbytes,
+        "disk_bytes": sum(f.stat().st_size for f in files),
+        "seconds_per_step": median,
+        "train_seconds": None if median is None else steps * median,
+    }
+
+
+def _generate(part: Part, rows: StudyRows, tuned: Any, base: Any) -> tuple[list[str], dict[str, Any]]:
+    """Text of each request, and the seconds and tokens of their generation."""
+    import prefixfast
+
+    start = time.perf_counter()
+    found = prefixfast.generate(rows.requests, tuned, model=base, **part.study.decoding)
+    seconds = time.perf_counter() - start
+    tokens = sum(g.usage["completion_tokens"] for g in found)
+    costs = {"generate_seconds": seconds, "generated_tokens": tokens, "generate_peak_bytes": peak_memory(base.device)}
+    return [g.text for g in found], costs | {"generate_seconds_per_text": seconds / len(found)}
+
+
+def _evaluate(part: Part, rows: StudyRows, texts: list[str]) -> dict[str, Any]:
+    """Scores of the texts, as `prefixfast.evaluate` gives them."""
+    from prefixfast import evaluate
+
+    return evaluate(texts, rows.references, task=rows.task.name, metrics=part.study.metrics).to_json()
+
+
+def main() -> None:
+    """Run the part on standard input, and write its result or its error."""
+    values = json.loads(sys.stdin.readline())
+    part, folder = Part.from_json(values["part"]), Path(values["folder"])
+    threading.Thread(target=_interrupt_at_end, daemon=True).start()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RESULT).unlink(missing_ok=True)
+    try:
+        result = run_part(part, folder)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        kind = "" if isinstance(e, PrefixFastError | OSError) else f"{type(e).__name__}: "
+        if kind:
+            traceback.print_exc()
+        result = {"error": f"{kind}{e}"}
+    replace_file(folder / RESULT, json_bytes(result))
+
+
+def _interrupt_at_end() -> None:
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

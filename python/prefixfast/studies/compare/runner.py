@@ -1,0 +1,136 @@
+"""Runs the parts of a comparison one after the other, each in a process of its own, and keeps their results."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefixfast.errors import DataError
+from prefixfast.io.atomic import replace_file
+from prefixfast.io.json_lines import json_line
+from prefixfast.studies.compare.part import RESULT
+from prefixfast.studies.compare.rows import StudyRows
+from prefixfast.studies.compare.study import Part, Study
+from prefixfast.studies.compare.variants import Variant
+
+RESULTS, FAILED, PARTS = "results.jsonl", "failed.jsonl", "parts"  # in the output folder
+
+
+def make_parts(study: Study, rows: StudyRows, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Part]:
+    """Parts of a comparison, those of the first seed first.
+
+    Args:
+        study: Settings of the comparison.
+        rows: Rows of the comparison.
+        variants: Compared methods.
+        seeds: Seeds of each method.
+    """
+    data = rows.digest()
+    shared = study.identity(data)
+    return [Part(study, shared, data, variant, seed) for seed in seeds for variant in variants]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Runs parts and writes their results into a folder.
+
+    Attributes:
+        output: Output folder.
+        report: Function that gets a line of text about each part.
+    """
+
+    output: Path
+    report: Callable[[str], None]
+
+    def run(self, parts: Sequence[Part]) -> dict[str, str]:
+        """Run the parts that the results file does not hold.
+
+        Args:
+            parts: Parts.
+
+        Returns:
+            Error message of each failed part by its label.
+
+        Raises:
+            KeyboardInterrupt: If the user interrupts. The running part has then written its checkpoint.
+        """
+        failed: dict[str, str] = {}
+        for number, part in enumerate(parts, 1):
+            where = f"part {number} of {len(parts)}, {part.label}"
+            lines = read_results(self.output)
+            if any(line["identity"] == part.identity for line in lines):
+                self.report(f"{where}: finished in an earlier run")
+                continue
+            self.report(where)
+            result = self._run_one(part)
+            if "error" in result:
+                failed[part.label] = result["error"]
+                self.report(f"{where} failed: {result['error']}")
+            else:
+                replace_file(self.output / RESULTS, b"".join(map(json_line, [*lines, result])))
+            lines_of_failed = (json_line({"part": name, "error": text}) for name, text in failed.items())
+            replace_file(self.output / FAILED, b"".join(lines_of_failed))
+        if not failed:
+            (self.output / FAILED).unlink(missing_ok=True)
+        return failed
+
+    def _run_one(self, part: Part) -> dict[str, Any]:
+        """Result of one part, or its error."""
+        folder = self.output / PARTS / part.folder_name
+        code = self._wait_for(part, folder)
+        if code in (130, -signal.SIGINT):
+            raise KeyboardInterrupt
+        path = folder / RESULT
+        if code or not path.exists():
+            why = f"was ended by signal {-code}, which the system also sends when memory runs out" if code < 0 else ""
+            return {"error": f"its process {why or f'ended with status {code}'}"}
+        result: dict[str, Any] = json.loads(path.read_bytes())
+        return result
+
+    def _wait_for(self, part: Part, folder: Path) -> int:
+        """Exit status of the process of a part."""
+        command = [sys.executable, "-m", "prefixfast.studies.compare.part"]
+        # A session of its own, so that Ctrl-C reaches the process once, by the end of its standard input.
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True) as process:
+            assert process.stdin is not None
+            try:
+                process.stdin.write(json_line({"part": part.to_json(), "folder": str(folder)}))
+                process.stdin.flush()
+                return process.wait()
+            except BrokenPipeError:  # it ended before it read
+                return process.wait()
+            finally:
+                process.stdin.close()
+                process.wait()
+
+
+def read_results(output: Path) -> list[dict[str, Any]]:
+    """Lines of the results file of a folder, none if there is no such file.
+
+    Args:
+        output: Output folder.
+
+    Raises:
+        DataError: If the file is damaged.
+    """
+    path = output / RESULTS
+    if not path.exists():
+        return []
+    return list(_lines(path))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            found = json.loads(line)
+            assert {"identity", "shared", "label"} <= set(found)
+        except (ValueError, TypeError, AssertionError) as e:
+            msg = f"{path}:{number}: expected a result of `prefixfast compare`; name another folder with -o"
+            raise DataError(msg, path=str(path), line=number) from e
+        yield found

@@ -1,0 +1,129 @@
+"""`Study`, the settings of a comparison, and its parts."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import prefixfast
+from prefixfast.studies.compare.variants import ARGUMENTS, Variant
+
+FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")  # of a base
+# Options that change no result, so that parts with other values are compared with each other.
+IGNORED_OPTIONS = ("token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings of a comparison, all of them values of JSON.
+
+    Attributes:
+        model: Hub id or folder of the base.
+        data: File of the training rows.
+        eval_data: File of the held-out rows, None if they are taken from ``data``.
+        reading: Arguments of `train` that say how rows are read and become text.
+        train: Options of training that all methods share.
+        decoding: Fields of `GenerationParams` of the call.
+        metrics: Names of metrics, None for those of the task.
+        max_rows: Largest number of training rows, None for all.
+        max_inputs: Largest number of held-out inputs, None for all.
+        eval_fraction: Fraction of the inputs that is held out without ``eval_data``.
+    """
+
+    model: str
+    data: str
+    eval_data: str | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Sequence[str] | None = None
+    max_rows: int | None = None
+    max_inputs: int | None = None
+    eval_fraction: float = 0.2
+
+    def identity(self, rows: str) -> str:
+        """Hex digest of what two parts share that are compared with each other.
+
+        Args:
+            rows: Digest of the rows.
+        """
+        shared = {"train": {k: v for k, v in self.train.items() if k not in IGNORED_OPTIONS}, "rows": rows}
+        shared |= {"decoding": dict(self.decoding), "metrics": self.metrics and list(self.metrics)}
+        return digest(shared | {"base": base_digest(self.model), "version": prefixfast.__version__})
+
+
+@dataclass(frozen=True)
+class Part:
+    """One training run of a comparison, with its evaluation.
+
+    Attributes:
+        study: Settings of the comparison.
+        shared: Identity of the comparison.
+        rows: Digest of the rows.
+        variant: Method with its options.
+        seed: Seed of initial values, row order and dropout.
+    """
+
+    study: Study
+    shared: str
+    rows: str
+    variant: Variant
+    seed: int
+
+    @property
+    def label(self) -> str:
+        """Name for people."""
+        return f"{self.variant.label}, seed {self.seed}"
+
+    @property
+    def identity(self) -> str:
+        """Hex digest of everything that changes the result."""
+        options = {k: v for k, v in self.variant.options.items() if k not in IGNORED_OPTIONS}
+        return digest({"shared": self.shared, "options": options, "seed": self.seed})
+
+    @property
+    def folder_name(self) -> str:
+        """Name of the part's folder."""
+        return f"{self.variant.name}-seed{self.seed}-{self.identity[:8]}"
+
+    def train_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of `train`, without rows and output folder."""
+        return {"save_steps": 50, **self.study.train, **self.variant.options, "seed": self.seed}
+
+    def split_arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of `train` that are no fields, and fields of the option classes."""
+        every = self.train_arguments()
+        own = {k: every.pop(k) for k in ARGUMENTS if k in every}
+        return own, every
+
+    def to_json(self) -> dict[str, Any]:
+        """Values of JSON from which `from_json` makes the part."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Part:
+        """Part of the values of `to_json`."""
+        return cls(**{**values, "study": Study(**values["study"]), "variant": Variant(**values["variant"])})
+
+
+def digest(value: Any) -> str:
+    """Hex digest of a value of JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf8", "surrogatepass")).hexdigest()
+
+
+def base_digest(model: str) -> str:
+    """Hex digest of the files of a base, or the hub id of one that is no folder or file here."""
+    path = Path(model)
+    if not path.exists():
+        return model
+    files = sorted({f for pattern in FILES for f in path.glob(pattern)}) if path.is_dir() else [path]
+    found = {}
+    for file in files:
+        with file.open("rb") as f:
+            found[file.name] = hashlib.file_digest(f, "sha256").hexdigest()
+    return digest(found)
