@@ -30,12 +30,13 @@ from prefixfast.training.output_dir import CHECKPOINT, FAILED, LOG
 RESULT, OUTPUTS, MODEL = "result.json", "outputs.jsonl", "model"  # in the folder of a part
 
 
-def run_part(part: Part, folder: Path) -> dict[str, Any]:
+def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str, Any]:
     """Train, generate and evaluate one part.
 
     Args:
         part: The part.
         folder: Folder of the part, with the checkpoint of an interrupted run.
+        progress: Whether to report progress, as for `train`.
 
     Returns:
         Line of the results file.
@@ -61,12 +62,13 @@ def run_part(part: Part, folder: Path) -> dict[str, Any]:
             output_dir=folder / MODEL,
             resume=True,
             callbacks=[clock],
+            progress=progress,
             **arguments,
             **fields,
         )
         costs = training_costs(tuned, folder / MODEL, clock.seconds) | {"base_bytes": base_bytes, "load_seconds": loaded}
         costs["train_peak_bytes"] = peak_memory(base.device)
-        texts, generation = _generate(part, rows, tuned, base)
+        texts, generation = _generate(part, rows, tuned, base, progress)
         dtype, device = str(base.dtype).removeprefix("torch."), str(base.device)
         options = {n: tuned.training.get(n) for n in ("config", "prefix_config", "method_config", "method")}
     lines = zip(rows.requests, texts, rows.references, strict=True)
@@ -138,12 +140,14 @@ def training_costs(tuned: Any, folder: Path, step_seconds: Sequence[float]) -> d
     }
 
 
-def _generate(part: Part, rows: StudyRows, tuned: Any, base: Any) -> tuple[list[str], dict[str, Any]]:
+def _generate(
+    part: Part, rows: StudyRows, tuned: Any, base: Any, progress: bool | None
+) -> tuple[list[str], dict[str, Any]]:
     """Text of each request, and the seconds and tokens of their generation."""
     import prefixfast
 
     start = time.perf_counter()
-    found = prefixfast.generate(rows.requests, tuned, model=base, **part.study.decoding)
+    found = prefixfast.generate(rows.requests, tuned, model=base, progress=progress, **part.study.decoding)
     seconds = time.perf_counter() - start
     tokens = sum(g.usage["completion_tokens"] for g in found)
     costs = {"generate_seconds": seconds, "generated_tokens": tokens, "generate_peak_bytes": peak_memory(base.device)}
@@ -165,7 +169,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
     try:
-        result = run_part(part, folder)
+        result = run_part(part, folder, values["progress"])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as e:

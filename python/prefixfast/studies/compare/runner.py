@@ -19,6 +19,7 @@ from prefixfast.studies.compare.rows import StudyRows
 from prefixfast.studies.compare.study import Part, Study
 from prefixfast.studies.compare.variants import Variant
 
+STDERR = 2  # file descriptor
 RESULTS, FAILED, PARTS = "results.jsonl", "failed.jsonl", "parts"  # in the output folder
 
 
@@ -43,10 +44,12 @@ class Runner:
     Attributes:
         output: Output folder.
         report: Function that gets a line of text about each part.
+        progress: Whether parts report their progress, None for `train`'s default.
     """
 
     output: Path
     report: Callable[[str], None]
+    progress: bool | None = None
 
     def run(self, parts: Sequence[Part]) -> dict[str, str]:
         """Run the parts that the results file does not hold.
@@ -97,10 +100,10 @@ class Runner:
         """Exit status of the process of a part."""
         command = [sys.executable, "-m", "prefixfast.studies.compare.part"]
         # A session of its own, so that Ctrl-C reaches the process once, by the end of its standard input.
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr, start_new_session=True) as process:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=STDERR, start_new_session=True) as process:
             assert process.stdin is not None
             try:
-                process.stdin.write(json_line({"part": part.to_json(), "folder": str(folder)}))
+                process.stdin.write(json_line({"part": part.to_json(), "folder": str(folder), "progress": self.progress}))
                 process.stdin.flush()
                 return process.wait()
             except BrokenPipeError:  # it ended before it read

@@ -1,0 +1,75 @@
+"""Plot of a comparison: loss and the first score against the bytes of one user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefixfast.errors import ConfigError
+from prefixfast.io.figures import write_figure
+from prefixfast.studies.compare.summary import LOSS, MethodResult, Summary
+from prefixfast.studies.compare.table import in_units
+
+MARKERS = "osD^vPX<>*hp"
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """Write the plot of a comparison, with a bar from the smallest to the largest value over the seeds.
+
+    Args:
+        summary: Summary of the comparison.
+        path: Path of the image.
+
+    Raises:
+        ConfigError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import FuncFormatter
+    except ImportError as e:
+        msg = "plot: matplotlib is not installed: pip install 'prefixfast[train]'"
+        raise ConfigError(msg) from e
+    names = [LOSS, *(n for n in summary.qualities if n != LOSS)][:2]
+    figure = Figure(figsize=(5 * len(names) + 1, 4.6), layout="constrained")
+    panels: Any = figure.subplots(1, len(names), squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        for i, method in enumerate(summary.methods):
+            if name in method.quality:
+                _point(axes, method, name, i)
+        axes.set(xlabel="bytes on disk for each user", ylabel=name, xscale="log")
+        axes.set_title(f"{name} ({'lower' if name == LOSS else 'higher'} is better)", fontsize="medium")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: in_units(value)))
+        axes.margins(x=0.12, y=0.15)
+        axes.grid(visible=True, which="major", alpha=0.3)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), fontsize="small")
+    figure.suptitle(_lines(summary.title), fontsize="small")
+    write_figure(figure, path, dpi=130)
+
+
+def _point(axes: Any, method: MethodResult, name: str, number: int) -> None:
+    """Mean of one method, with a bar over its seeds."""
+    spread = method.quality[name]
+    low, high = spread.mean - min(spread.values), max(spread.values) - spread.mean
+    axes.errorbar(
+        method.costs["disk bytes"].mean,
+        spread.mean,
+        yerr=[[low], [high]] if spread.deviation is not None else None,
+        fmt=MARKERS[number % len(MARKERS)],
+        color=f"C{number % 10}",
+        capsize=4,
+        markersize=7,
+        label=f"{method.label} ({_seeds(method.seeds)})",
+    )
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+
+
+def _lines(title: str) -> str:
+    """A title of two lines."""
+    parts = title.split(", ")
+    half = len(parts) // 2
+    return ", ".join(parts[:half]) + ",\n" + ", ".join(parts[half:])
