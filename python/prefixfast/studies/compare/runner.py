@@ -103,7 +103,9 @@ class Runner:
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=STDERR, start_new_session=True) as process:
             assert process.stdin is not None
             try:
-                process.stdin.write(json_line({"part": part.to_json(), "folder": str(folder), "progress": self.progress}))
+                process.stdin.write(
+                    json_line({"part": part.to_json(), "folder": str(folder), "progress": self.progress})
+                )
                 process.stdin.flush()
                 return process.wait()
             except BrokenPipeError:  # it ended before it read

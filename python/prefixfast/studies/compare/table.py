@@ -127,7 +127,9 @@ def _differences(summary: Summary) -> list[str]:
     for name in summary.qualities:
         pairs = "; ".join(f"{a} better than {b}" for a, b in summary.clear_differences(name))
         lines.append(f"* {name}: {pairs or 'none'}.")
-    head = f"Every seed of the one is better than every seed of the other, of methods with {FEWEST_SEEDS} seeds or more."
+    head = (
+        f"Every seed of the one is better than every seed of the other, of methods with {FEWEST_SEEDS} seeds or more."
+    )
     return [head, "\n".join(lines)]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from prefixfast.config import MethodConfig
 from prefixfast.errors import ConfigError, did_you_mean, shown
 from prefixfast.io.yaml import read_yaml
 
@@ -16,7 +17,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "adapter-3": {"method": "adapter", "adapter_size": 0.03},
     "adapter-0.1": {"method": "adapter", "adapter_size": 0.001},
 }
-METHODS = ("prefix", "infix", "embedding", "prompt", "icl", "full", "top2", "adapter", "lora")
+METHODS: tuple[str, ...] = get_args(get_type_hints(MethodConfig)["method"])
 NAMES = (*METHODS, *VARIANTS)
 ARGUMENTS = ("init", "init_text")  # of `train`, beside the fields of the option classes
 WORDS = ("text", "random", "zero")

@@ -1,0 +1,244 @@
+"""Command ``prefixfast compare ROWS``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from prefixfast.cli.columns import PROMPT, TABLE, TARGET, TASK, column_arguments
+from prefixfast.cli.generate import ENCODING, FORMATS
+from prefixfast.cli.options import flags
+from prefixfast.cli.output import QUIET, SOME_FAILED, printable, show, start_logging
+from prefixfast.cli.prefixes import Json
+from prefixfast.config import GenerationParams, TrainConfig
+from prefixfast.errors import ConfigError, shown
+from prefixfast.io.atomic import replace_file
+from prefixfast.io.text import counted, duration
+from prefixfast.model.base_name import check_base_name
+
+if TYPE_CHECKING:
+    from prefixfast.studies.compare.study import Part, Study
+    from prefixfast.studies.compare.summary import Summary
+
+EXAMPLE = """prefixfast compare rows.jsonl --model gpt2 -o comparison --methods prefix,lora
+prefixfast compare rows.jsonl --model gpt2 -o c --set prefix.prefix_length=20"""
+SHOWN_SCORES = 6  # columns of the table of quality; table.md has all scores
+GIGABYTE = 1e9
+MODEL = typer.Option(help="Hub id or folder of the base model.")
+METHODS = typer.Option(
+    help="Methods with commas between them: prefix, infix, embedding, prompt, icl, full, top2, adapter, lora, or "
+    "prefix-mlp (trained through the MLP), prefix-random (flat, random init), adapter-3 and adapter-0.1 (3 and 0.1 % "
+    "of the base's parameters)."
+)
+SETTINGS = typer.Option(
+    "--set", help="Option of one method as METHOD.OPTION=VALUE, as in lora.lora_rank=4.", show_default="no option"
+)
+SEEDS = typer.Option(help="Number of seeds of each method, counted from --seed.", min=1)
+OUTPUT = typer.Option(
+    "-o",
+    "--output",
+    help="Folder of results.jsonl, table.md, compare.png, and of what each method trains and generates. Parts that it "
+    "holds are not run again, and an interrupted one continues.",
+)
+EVAL_DATA = typer.Option(
+    help="File of held-out rows.", show_default="a fifth of the inputs, or --eval-fraction of them"
+)
+MAX_ROWS = typer.Option(help="Largest number of training rows, drawn at random.", min=1, show_default="all rows")
+MAX_INPUTS = typer.Option(
+    help="Largest number of held-out inputs, drawn at random, with all rows of each.", min=1, show_default="all inputs"
+)
+METRICS = typer.Option(help="Metrics with commas between them.", show_default="those of the task")
+MEMORY = typer.Option(help="Memory in GB (1e9 bytes), into which users are counted beside the base.", min=0)
+DRY_RUN = typer.Option(
+    "--dry-run", help="Print the parts and their times, estimated from two measured steps, and write nothing."
+)
+
+
+@flags(TrainConfig, GenerationParams)
+def command(
+    rows_file: Annotated[str, typer.Argument(metavar="ROWS", help=f"File of rows with input and target ({FORMATS}).")],
+    model: Annotated[str, MODEL],
+    output: Annotated[Path, OUTPUT] = Path("comparison"),
+    methods: Annotated[str, METHODS] = "prefix,lora,full",
+    seeds: Annotated[int, SEEDS] = 3,
+    settings: Annotated[list[str] | None, SETTINGS] = None,
+    task: Annotated[str | None, TASK] = None,
+    prompt: Annotated[str | None, PROMPT] = None,
+    target: Annotated[str | None, TARGET] = None,
+    table: Annotated[str | None, TABLE] = None,
+    encoding: Annotated[str | None, ENCODING] = None,
+    eval_data: Annotated[str | None, EVAL_DATA] = None,
+    max_rows: Annotated[int | None, MAX_ROWS] = None,
+    max_inputs: Annotated[int | None, MAX_INPUTS] = None,
+    metrics: Annotated[str | None, METRICS] = None,
+    memory: Annotated[float, MEMORY] = 16,
+    dry_run: Annotated[bool, DRY_RUN] = False,
+    as_json: Json = False,
+    quiet: Annotated[bool, QUIET] = False,
+    *,
+    fields: dict[str, Any],
+) -> None:
+    """Compare methods on the same rows: quality with its spread over seeds, and bytes and seconds of a user.
+
+    Each method and seed is a part, which trains, generates a text for each distinct held-out input and is evaluated in
+    a process of its own. The options below apply to all methods. The exit status is 3 if some parts failed.
+    """
+    given = dict(locals())
+    from prefixfast.studies.compare.rows import read_study_rows
+    from prefixfast.studies.compare.runner import make_parts
+    from prefixfast.studies.compare.variants import read_variants
+
+    start_logging(quiet=quiet)
+    check_base_name(model)
+    variants = read_variants(methods, settings or [])
+    study, first = _study(given, fields)
+    rows = read_study_rows(study)
+    parts = make_parts(study, rows, variants, range(first, first + seeds))
+    for part in parts[: len(variants)]:
+        _check(part, rows.task.name)
+    if dry_run:
+        _print_estimates(parts, as_json=as_json)
+        return
+    _run_and_show(parts, output, memory * GIGABYTE, as_json=as_json, quiet=quiet)
+
+
+def _study(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Study, int]:
+    """Settings of the comparison and the first seed."""
+    from prefixfast.studies.compare.study import Study
+
+    training = {n: v for n, v in fields.items() if n in TrainConfig.names()}
+    decoding = {n: v for n, v in fields.items() if n not in TrainConfig.names()}
+    GenerationParams.make(decoding)
+    config = TrainConfig.make(training)
+    first, fraction = training.pop("seed", config.seed), training.pop("eval_fraction", None)
+    if fraction and given["eval_data"] is not None:
+        msg = "--eval-fraction and --eval-data: expected one of them, got both"
+        raise ConfigError(msg)
+    metrics = given["metrics"]
+    study = Study(
+        model=given["model"],
+        data=given["rows_file"],
+        eval_data=given["eval_data"],
+        reading={
+            "task": given["task"],
+            "encoding": given["encoding"],
+            **column_arguments(given["prompt"], given["target"], given["table"]),
+        },
+        train=training,
+        decoding=decoding,
+        metrics=None if metrics is None else [name.strip() for name in metrics.split(",")],
+        max_rows=given["max_rows"],
+        max_inputs=given["max_inputs"],
+        **({"eval_fraction": fraction} if fraction else {}),
+    )
+    return study, first
+
+
+def _check(part: Part, task: str) -> None:
+    """Raise `ConfigError` for options that do not fit the method, before any part is run."""
+    from prefixfast.training.settings import GivenOptions, resolve_settings
+
+    arguments, fields = part.split_arguments()
+    try:
+        resolve_settings(GivenOptions(fields=fields, **arguments), task)
+    except ConfigError as e:
+        msg = f"method {shown(part.variant.name)}: {e}"
+        raise ConfigError(msg) from e
+
+
+def _print_estimates(parts: Sequence[Part], *, as_json: bool) -> None:
+    from prefixfast.studies.compare.estimate import estimate_parts
+    from prefixfast.studies.compare.table import in_units, number
+
+    found = estimate_parts(parts)
+    total = sum(e.get("train_seconds", 0) for e in found)
+    if as_json:
+        typer.echo(json.dumps({"parts": found, "train_seconds": total}, indent=2))
+        return
+    rows = [
+        {
+            "part": e["part"],
+            "steps": e.get("steps"),
+            "learning rate": e.get("learning_rate"),
+            "s/step": number(e["seconds_per_step"]) if "error" not in e else e["error"],
+            "train": duration(e["train_seconds"]) if "error" not in e else None,
+            "peak": in_units(e["peak_bytes"]) if "error" not in e else None,
+        }
+        for e in found
+    ]
+    show(rows, rows[0], as_json=False)
+    typer.echo(f"{counted(len(parts), 'part')}, {duration(total)} of training; evaluation and generation come on top")
+
+
+def _run_and_show(parts: Sequence[Part], output: Path, memory: float, *, as_json: bool, quiet: bool) -> None:
+    """Run the parts, print and write the results, and exit with 3 if some parts failed."""
+    from prefixfast.studies.compare.runner import RESULTS, Runner, read_results
+    from prefixfast.studies.compare.summary import summarize
+    from prefixfast.studies.compare.table import markdown
+
+    def report(line: str) -> None:
+        if not quiet:
+            typer.echo(printable(line), err=True)
+
+    try:
+        failed = Runner(output, report, False if quiet else None).run(parts)
+    except KeyboardInterrupt:
+        report(f"stopped; the same command goes on from the parts in {output}")
+        raise
+    lines = [line for line in read_results(output) if line["shared"] == parts[0].shared]
+    if lines:
+        summary = summarize(lines, parts[0].shared)
+        replace_file(output / "table.md", markdown(summary, memory).encode())
+        plot = _draw(summary, output / "compare.png")
+        files = {"results": output / RESULTS, "table": output / "table.md", "plot": plot}
+        _show(summary, memory, {n: None if f is None else str(f) for n, f in files.items()}, failed, as_json=as_json)
+    for label, error in failed.items():
+        typer.echo(f"{printable(label)} failed: {printable(error)}", err=True)
+    if failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _draw(summary: Summary, path: Path) -> Path | None:
+    """Path of the drawn plot, None without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from prefixfast.studies.compare.plot import plot
+
+    plot(summary, path)
+    return path
+
+
+def _show(
+    summary: Summary, memory: float, files: Mapping[str, str | None], failed: Mapping[str, str], *, as_json: bool
+) -> None:
+    from prefixfast.studies.compare.table import cost_rows, quality_rows
+
+    if as_json:
+        methods = [
+            {
+                "method": m.label,
+                "seeds": m.seeds,
+                "quality": {n: s.to_json() for n, s in m.quality.items()},
+                "costs": {n: s.to_json() for n, s in m.costs.items()},
+                "users": m.users(memory),
+            }
+            for m in summary.methods
+        ]
+        own = {"title": summary.title, "missing": dict(summary.missing), "failed": dict(failed), "methods": methods}
+        typer.echo(json.dumps(own | dict(files), indent=2))
+        return
+    typer.echo(printable(summary.title))
+    names = summary.qualities[:SHOWN_SCORES]
+    for rows in (quality_rows(summary, names), cost_rows(summary, memory)):
+        typer.echo()
+        show(rows, rows[0], as_json=False)
+    if all(len(m.seeds) == 1 for m in summary.methods):
+        typer.echo("\none seed: no spread")
+    typer.echo(
+        "\n" + ", ".join(printable(f) if f else "no plot (pip install 'prefixfast[train]')" for f in files.values())
+    )
