@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from prefixfast.cli.columns import PROMPT, TABLE, TARGET, TASK, column_arguments
+from prefixfast.cli.columns import PROMPT, SPLIT, TABLE, TARGET, TASK, column_arguments
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.options import flags
 from prefixfast.cli.output import QUIET, SOME_FAILED, printable, show, start_logging
@@ -72,6 +72,7 @@ def command(
     target: Annotated[str | None, TARGET] = None,
     table: Annotated[str | None, TABLE] = None,
     encoding: Annotated[str | None, ENCODING] = None,
+    split: Annotated[str | None, SPLIT] = None,
     eval_data: Annotated[str | None, EVAL_DATA] = None,
     max_rows: Annotated[int | None, MAX_ROWS] = None,
     max_inputs: Annotated[int | None, MAX_INPUTS] = None,
@@ -90,11 +91,12 @@ def command(
     """
     given = dict(locals())
     from prefixfast.studies.compare.rows import read_study_rows
-    from prefixfast.studies.compare.runner import make_parts
+    from prefixfast.studies.compare.runner import make_parts, read_results
     from prefixfast.studies.compare.variants import read_variants
 
     start_logging(quiet=quiet)
     check_base_name(model)
+    read_results(output)  # refused before any work if it holds something else
     variants = read_variants(methods, settings or [])
     study, first = _study(given, fields)
     rows = read_study_rows(study)
@@ -127,6 +129,7 @@ def _study(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Study, 
         reading={
             "task": given["task"],
             "encoding": given["encoding"],
+            "split": given["split"],
             **column_arguments(given["prompt"], given["target"], given["table"]),
         },
         train=training,

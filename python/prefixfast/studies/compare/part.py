@@ -23,9 +23,9 @@ from prefixfast.errors import DataError, PrefixFastError
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.environment import environment, peak_memory
 from prefixfast.io.json_lines import json_bytes, json_line
+from prefixfast.store.runs import CHECKPOINT, FAILED, LOG
 from prefixfast.studies.compare.rows import StudyRows, read_study_rows
 from prefixfast.studies.compare.study import Part
-from prefixfast.training.output_dir import CHECKPOINT, FAILED, LOG
 
 RESULT, OUTPUTS, MODEL = "result.json", "outputs.jsonl", "model"  # in the folder of a part
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefixfast.errors import DataError
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.json_lines import json_line
 from prefixfast.studies.compare.part import RESULT
@@ -19,6 +19,7 @@ from prefixfast.studies.compare.rows import StudyRows
 from prefixfast.studies.compare.study import Part, Study
 from prefixfast.studies.compare.variants import Variant
 
+KEYS = {"identity", "shared", "label", "seed", "metrics", "quality", "costs"}  # of each result
 STDERR = 2  # file descriptor
 RESULTS, FAILED, PARTS = "results.jsonl", "failed.jsonl", "parts"  # in the output folder
 
@@ -99,13 +100,12 @@ class Runner:
     def _wait_for(self, part: Part, folder: Path) -> int:
         """Exit status of the process of a part."""
         command = [sys.executable, "-m", "prefixfast.studies.compare.part"]
+        settings = {"part": part.to_json(), "folder": str(folder), "progress": self.progress}
         # A session of its own, so that Ctrl-C reaches the process once, by the end of its standard input.
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=STDERR, start_new_session=True) as process:
             assert process.stdin is not None
             try:
-                process.stdin.write(
-                    json_line({"part": part.to_json(), "folder": str(folder), "progress": self.progress})
-                )
+                process.stdin.write(json_line(settings))
                 process.stdin.flush()
                 return process.wait()
             except BrokenPipeError:  # it ended before it read
@@ -122,20 +122,23 @@ def read_results(output: Path) -> list[dict[str, Any]]:
         output: Output folder.
 
     Raises:
-        DataError: If the file is damaged.
+        ConfigError: If the folder is a file.
+        DataError: If a line is no result of a part.
     """
     path = output / RESULTS
-    if not path.exists():
-        return []
-    return list(_lines(path))
+    if output.exists() and not output.is_dir():
+        msg = f"-o: expected a folder or a path that does not exist, got the file {shown(str(output))}"
+        raise ConfigError(msg)
+    return list(_lines(path)) if path.exists() else []
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             found = json.loads(line)
-            assert {"identity", "shared", "label"} <= set(found)
-        except (ValueError, TypeError, AssertionError) as e:
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or not set(found) >= KEYS:
             msg = f"{path}:{number}: expected a result of `prefixfast compare`; name another folder with -o"
-            raise DataError(msg, path=str(path), line=number) from e
+            raise DataError(msg, path=str(path), line=number)
         yield found

@@ -52,7 +52,8 @@ class Study:
         Args:
             rows: Digest of the rows.
         """
-        shared = {"train": {k: v for k, v in self.train.items() if k not in IGNORED_OPTIONS}, "rows": rows}
+        training = {k: v for k, v in self.train.items() if k not in IGNORED_OPTIONS}
+        shared: dict[str, Any] = {"train": training, "rows": rows}
         shared |= {"decoding": dict(self.decoding), "metrics": self.metrics and list(self.metrics)}
         return digest(shared | {"base": base_digest(self.model), "version": prefixfast.__version__})
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefixfast.errors import ConfigError, shown
+from prefixfast.io.text import counted
 
 LOSS = "dev loss"
 FEWEST_SEEDS = 3  # of two methods, below which no difference between them is called clear
@@ -151,8 +152,9 @@ def _spreads(rows: Sequence[Mapping[str, float | None]]) -> dict[str, Spread]:
 def _title(lines: Sequence[Mapping[str, Any]]) -> str:
     first = lines[0]
     counts, machine = first["counts"], first["environment"]
-    rows = f"{counts['train_rows']} training rows, {counts['held_out_rows']} held-out rows of {counts['inputs']} inputs"
+    rows = f"{counted(counts['train_rows'], 'training row')}, {counted(counts['held_out_rows'], 'held-out row')}"
+    rows += f" of {counted(counts['inputs'], 'input')}"
     cpus = " and ".join(dict.fromkeys(line["environment"]["cpu"] for line in lines))
-    threads = " or ".join(dict.fromkeys(str(line["environment"]["threads"]) for line in lines))
-    where = f"{machine['gpu']}" if first["device"] != "cpu" else f"{cpus}, {threads} threads"
+    threads = " or ".join(dict.fromkeys(counted(line["environment"]["threads"], "thread") for line in lines))
+    where = f"{machine['gpu']}" if first["device"] != "cpu" else f"{cpus}, {threads}"
     return f"{first['study']['model']} in {first['dtype']}, task {first['task']}, {rows}, {where}"
