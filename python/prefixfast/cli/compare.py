@@ -146,7 +146,7 @@ def _check(part: Part, task: str) -> None:
     """Raise `ConfigError` for options that do not fit the method, before any part is run."""
     from prefixfast.training.settings import GivenOptions, resolve_settings
 
-    arguments, fields = part.split_arguments()
+    arguments, fields = part.train_arguments()
     try:
         resolve_settings(GivenOptions(fields=fields, **arguments), task)
     except ConfigError as e:

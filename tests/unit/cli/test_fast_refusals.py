@@ -57,6 +57,7 @@ def place(tmp_path_factory, folder, base_of_module) -> Path:
     (path / "base").symlink_to(folder)
     for name, rows in {
         "rows.jsonl": ROWS,
+        "pairs.jsonl": [{"prompt": f"{a}{b}=", "completion": a} for a in "abcd" for b in "efgh"],
         "bad.jsonl": [*ROWS, {"prompt": 1}],
         "named.jsonl": [{**ROWS[0], "prefix": "nobody"}],
         "params.jsonl": [{**ROWS[0], "params": {"max_token": 3}}],
@@ -200,6 +201,23 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "prefixes rollback": (("prefixes", "rollback", "shop", "mill"), 1, "no version before 1"),
     "prefixes add": (("prefixes", "add", "shop", "x", "none"), 1, "none: no such folder"),
     "command": (("tune",), 2, "No such command 'tune'"),
+}
+COMPARE = ("compare", "pairs.jsonl", "--model", "base", "-o", "out")
+REFUSED |= {
+    "compare method": ((*COMPARE, "--methods", "prefx"), 1, "did you mean 'prefix'"),
+    "compare option": ((*COMPARE, "--set", "prefix.prefix_lenth=3"), 1, "did you mean prefix_length"),
+    "compare value": (
+        (*COMPARE, "--methods", "prefix", "--set", "prefix.prefix_length=0"),
+        1,
+        "prefix_length: expected",
+    ),
+    "compare decoding": ((*COMPARE, "--num-beams", "0"), 1, "num_beams: expected"),
+    "compare rows": (("compare", "untargeted.jsonl", "--model", "base"), 1, "untargeted.jsonl:1: completion: expected"),
+    "compare few rows": (("compare", "rows.jsonl", "--model", "base"), 1, "give --eval-data"),
+    "compare no model": ((*COMPARE[:2], "--model", "bas/"), 1, "did you mean 'base'"),
+    "compare folder": ((*COMPARE[:4], "-o", "rows.jsonl"), 1, "expected a folder"),
+    "compare seeds": ((*COMPARE, "--seeds", "0"), 2, "--seeds"),
+    "compare both": ((*COMPARE, "--eval-data", "pairs.jsonl", "--eval-fraction", "0.5"), 1, "got both"),
 }
 DONE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "list": (("prefixes", "list", "shop"), 0, "inn"),

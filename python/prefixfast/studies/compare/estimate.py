@@ -25,7 +25,7 @@ def estimate_part(part: Part) -> dict[str, Any]:
     from prefixfast.training.estimate import estimate
 
     rows = read_study_rows(part.study)
-    arguments, fields = part.split_arguments()
+    arguments, fields = part.train_arguments()
     found = estimate(part.study.model, rows.train, task=rows.task, progress=False, **arguments, **fields)
     return {
         "steps": found.steps,

@@ -47,7 +47,7 @@ def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str
     if rows.digest() != part.rows:
         msg = "compare: the rows have changed since the comparison started; start it again"
         raise DataError(msg)
-    arguments, fields = part.split_arguments()
+    arguments, fields = part.train_arguments()
     clock: Any = StepClock()
     dtype = fields.pop("dtype", "auto")
     start = time.perf_counter()

@@ -12,8 +12,10 @@ from typing import Any
 
 import prefixfast
 from prefixfast.studies.compare.variants import ARGUMENTS, Variant
+from prefixfast.training.method import METHODS
 
 FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")  # of a base
+SAVE_STEPS = 50  # between checkpoints, of which a killed part loses the steps since the last
 # Options that change no result, so that parts with other values are compared with each other.
 IGNORED_OPTIONS = ("token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 
@@ -92,15 +94,16 @@ class Part:
         """Name of the part's folder."""
         return f"{self.variant.name}-seed{self.seed}-{self.identity[:8]}"
 
-    def train_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `train`, without rows and output folder."""
-        return {"save_steps": 50, **self.study.train, **self.variant.options, "seed": self.seed}
+    def train_arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Arguments of `train` that are no fields, and fields of the option classes, without those of the output.
 
-    def split_arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of `train` that are no fields, and fields of the option classes."""
-        every = self.train_arguments()
-        own = {k: every.pop(k) for k in ARGUMENTS if k in every}
-        return own, every
+        Of the options that all methods share, a method gets those that it reads.
+        """
+        own = self.variant.options
+        known = METHODS.get(own["method"])
+        shared = {"save_steps": SAVE_STEPS, **self.study.train}
+        every = {k: v for k, v in shared.items() if known is None or k in known.reads} | own | {"seed": self.seed}
+        return {k: every.pop(k) for k in ARGUMENTS if k in every}, every
 
     def to_json(self) -> dict[str, Any]:
         """Values of JSON from which `from_json` makes the part."""
