@@ -25,7 +25,7 @@ CONFIGS = {
     "train": (TrainConfig, PrefixConfig, MethodConfig),
     "generate": (GenerationParams, EngineConfig),
     "score": (EngineConfig,),
-    "compare": (GenerationParams, TrainConfig),
+    "compare": (TrainConfig, GenerationParams),
 }
 each = pytest.mark.parametrize("path", ALL, ids=lambda path: " ".join(path) or "prefixfast")
 leaf = pytest.mark.parametrize("path", LEAVES, ids=" ".join)
