@@ -17,7 +17,7 @@ import typer
 
 from prefixfast.cli.output import printable
 from prefixfast.cli.records import Records
-from prefixfast.cli.result_formats import FORMULA_STARTS, file_content, format_of, left_out, record_line
+from prefixfast.cli.result_formats import FORMULA_STARTS, LINE_BREAK, file_content, format_of, left_out, record_line
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
 
@@ -121,6 +121,8 @@ class ResultFile:
             logger.info("%s holds the %s alone, without %s", self.path, self.makes.fields.main, ", ".join(lost))
         if format_of(self.path) == ".csv":
             _note_formulas(self.makes, records)
+        if format_of(self.path) == ".txt":
+            _note_line_breaks(self.makes, records)
 
     def __enter__(self) -> Self:
         return self
@@ -181,11 +183,20 @@ class StandardOutput:
 
 def _note_formulas(makes: Records, records: Sequence[Mapping[str, Any]]) -> None:
     """Log how many texts of a table a spreadsheet would take for formulas; they are written as they are."""
-    main = makes.fields.main
-    texts = [text for r in records for text in r.get("texts", [r.get(main)])]
-    if count := sum(isinstance(t, str) and t.startswith(FORMULA_STARTS) for t in texts):
+    if count := sum(t.startswith(FORMULA_STARTS) for t in _texts(makes, records)):
         begins = ", ".join(FORMULA_STARTS)
         logger.info("%d texts begin with one of %s: import the column as text into a spreadsheet", count, begins)
+
+
+def _note_line_breaks(makes: Records, records: Sequence[Mapping[str, Any]]) -> None:
+    """Log how many texts of a file of plain text have line breaks, which are spaces there."""
+    if count := sum(LINE_BREAK.search(t) is not None for t in _texts(makes, records)):
+        logger.info("%d texts have line breaks, which are written as spaces: .jsonl and .csv keep them", count)
+
+
+def _texts(makes: Records, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = (text for r in records for text in r.get("texts", [r.get(makes.fields.main)]))
+    return [text for text in found if isinstance(text, str)]
 
 
 def check_ids(rows: Sequence[Row]) -> None:

@@ -19,7 +19,7 @@ from oracles import ROOT
 from prefixfast import PrefixStore
 from prefixfast.cli.records import Records, generated
 from prefixfast.cli.result_file import ResultFile, StandardOutput
-from prefixfast.cli.result_formats import escaped, file_content, format_of, left_out
+from prefixfast.cli.result_formats import file_content, format_of, left_out, one_line
 from prefixfast.data import read_rows
 from prefixfast.errors import ConfigError
 
@@ -60,11 +60,10 @@ def content(name: str, rows: list[dict], made: list[Any], **fields: bool) -> byt
     return file_content(Path(name), makes, [makes.record(r) for r in made])
 
 
-def unescaped(line: str) -> str:
-    return json.loads('"' + line.replace('"', '\\"') + '"', strict=False)
+LINES = ["plain", "", 'a "b", c', "two lines", "a\\nb", "\\", "cr lf ", "u v w  ", "=1+1", "é 世", "\t"]
 
 
-def test_every_text_comes_back_from_every_format(tmp_path):
+def test_every_text_comes_back_from_every_format():
     rows = [{"n": i, "note": text} for i, text in enumerate(TEXTS)]
     lines = content("o.jsonl", rows, results(TEXTS)).decode().split("\n")[:-1]
     assert [json.loads(line) for line in lines] == [{**r, "text": t} for r, t in zip(rows, TEXTS, strict=True)]
@@ -73,8 +72,8 @@ def test_every_text_comes_back_from_every_format(tmp_path):
     text = content("o.txt", rows, results(TEXTS)).decode()
     assert text.count("\n") == len(TEXTS)
     assert text.splitlines() == text.split("\n")[:-1], "no other character ends a line"
-    assert [unescaped(line) for line in text.splitlines()] == TEXTS
-    assert [unescaped(escaped(t)) for t in TEXTS] == TEXTS
+    assert text.splitlines() == LINES, "as official scorers read it"
+    assert [one_line(t) for t in TEXTS] == LINES
 
 
 def test_a_csv_is_read_by_this_package(tmp_path):
@@ -102,7 +101,7 @@ def test_several_texts_of_a_row():
         ["1", "a", "", "b\n"],
         ["2", "", "RequestError: x", ""],
     ]
-    assert content("o.txt", rows, made, errors=True) == b"a\nb\\n\n\n\n"
+    assert content("o.txt", rows, made, errors=True) == b"a\nb \n\n\n"
 
 
 @pytest.mark.parametrize("columns", [("text",), ("text", "input_text"), ("texts", "text_2"), ("Text", "score")])
@@ -135,6 +134,14 @@ def test_texts_that_a_spreadsheet_reads_as_formulas_are_unchanged_and_counted(tm
         file.finish(results(["=A1", "fine", "-1"]))
     assert (tmp_path / "o.csv").read_text() == "text\n=A1\nfine\n-1\n"
     assert "2 texts begin with" in caplog.text
+
+
+def test_line_breaks_of_plain_text_are_counted(tmp_path, caplog):
+    makes = Records([{}] * 4, generated(logprobs=False, errors=False, details=False))
+    with caplog.at_level("INFO"), ResultFile(tmp_path / "o.txt", makes, makes) as file:
+        file.finish(results(["a\nb", "fine", "", "c\u2028d"]))
+    assert (tmp_path / "o.txt").read_bytes() == b"a b\nfine\n\nc d\n"
+    assert "2 texts have line breaks" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["o", "o.json", "o.txt.bz2", "o.gz", ".jsonl/o.xml"])
@@ -184,7 +191,7 @@ def test_generate_writes_the_columns_and_the_text(cli, folder, rows, tmp_path, c
         assert "standard output: 2 texts" in done.err
     assert cli("generate", rows, "-o", tmp_path / "o.txt.gz", "--model", folder, *FAST).code == 0
     written = gzip.decompress((tmp_path / "o.txt.gz").read_bytes()).decode()
-    assert [unescaped(line) for line in written.splitlines()] == [r[3] for r in same[0]]
+    assert written.splitlines() == [one_line(r[3]) for r in same[0]]
 
 
 def test_score_writes_the_columns_and_the_numbers(cli, folder, rows, tmp_path):
