@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from prefixfast.metrics.bleu import bleu, bleu_totto, multi_bleu, multi_bleu_lc
+from prefixfast.metrics.coco import cider, meteor, rouge_l
 from prefixfast.metrics.nist import nist
 from prefixfast.metrics.result import MetricValue, References, Tables, Texts
 
