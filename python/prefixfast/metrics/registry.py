@@ -36,6 +36,9 @@ class Metric:
 ALL: tuple[Metric, ...] = (
     Metric("bleu", bleu, "BLEU of mteval-v13a, as E2E's script prints it", ("BLEU",)),
     Metric("nist", nist, "NIST score of mteval-v13a, as E2E's script prints it", ("NIST",)),
+    Metric("meteor", meteor, "METEOR 1.5 of PTB tokens, as E2E's script prints it", ("METEOR",)),
+    Metric("rouge_l", rouge_l, "ROUGE-L of COCO's captions, as E2E's script prints it", ("ROUGE_L",)),
+    Metric("cider", cider, "CIDEr of COCO's captions, as E2E's script prints it", ("CIDEr",)),
     Metric(
         "multi_bleu_lc", multi_bleu_lc, "BLEU of multi-bleu.perl -lc, as WebNLG's script of 2017 prints it", ("BLEU",)
     ),
