@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from prefixfast.model.shared_base import unload
     from prefixfast.prefix.compatibility import check_fits
     from prefixfast.prefix.prefix import Prefix
+    from prefixfast.prefix.tuned_weights import TunedWeights
     from prefixfast.store import PrefixStore
     from prefixfast.training.trainer import TrainRun, train
 
@@ -64,6 +65,7 @@ _HOME = {
     "TokenLogprob": "engine.logprobs",
     "TrainConfig": "config",
     "TrainRun": "training.trainer",
+    "TunedWeights": "prefix.tuned_weights",
     "UnknownPrefixError": "errors",
     "check_fits": "prefix.compatibility",
     "generate": "engine.generate",
@@ -96,6 +98,7 @@ __all__ = [
     "TokenLogprob",
     "TrainConfig",
     "TrainRun",
+    "TunedWeights",
     "UnknownPrefixError",
     "check_fits",
     "generate",

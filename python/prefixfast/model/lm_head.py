@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan, plain_plan
 from prefixfast.model.packed_forward import check_attached, model_inputs, packed_forward, two_rows
+from prefixfast.model.trained_head import trained_losses
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Head:
     def losses(self, hidden: Tensor, targets: Tensor, backend: str) -> Tensor:
         """Negative log-likelihood of target tokens, in nats; differentiable in ``hidden``.
 
+        A layer whose weight requires a gradient gets one.
+
         Args:
             hidden: Hidden states ``[n, d]``.
             targets: Ids of the target tokens, int64 ``[n]``.
@@ -51,6 +54,8 @@ class Head:
         Returns:
             Losses ``[n]`` in fp32 (fp64 for hidden states in fp64).
         """
+        if self.layer.weight.requires_grad and torch.is_grad_enabled():
+            return trained_losses(hidden, self.layer.weight, self.layer.bias, targets, self.softcap)
         return ops.cross_entropy(hidden, self.layer.weight, self.layer.bias, targets, self.softcap, backend)
 
 

@@ -25,8 +25,8 @@ from prefixfast.prefix.validate import convention_error
 if TYPE_CHECKING:
     from torch import Tensor
 
-META, TENSORS = "prefixfast.json", "prefix.safetensors"
-OWNED = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
+META, TENSORS, TUNED = "prefixfast.json", "prefix.safetensors", "tuned.safetensors"
+OWNED = frozenset({META, TENSORS, TUNED, peft.CONFIG, peft.WEIGHTS})
 VERSION = 1
 KEYS = {name: file_key(name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
 LOOKED_FOR = (
@@ -162,6 +162,10 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
     if type(meta.get("version")) is not int or meta["version"] != VERSION:
         got = meta.get("version")
         msg = f"{path.name}: expected version {VERSION}, got {shown(got)}; update prefixfast to read newer folders"
+        raise DataError(msg, path=str(path))
+    if "method" in meta:
+        got = f"weights of method {shown(meta['method'])}"
+        msg = f"{path.name}: expected a prefix, this folder holds {got}: read it with TunedWeights.from_pretrained"
         raise DataError(msg, path=str(path))
     if set(meta) != expected:
         msg = f"{path.name}: expected the keys {sorted(expected)}, got {sorted(meta)}"

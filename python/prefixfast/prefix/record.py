@@ -95,7 +95,7 @@ class PrefixData:
             if not isinstance(value, Mapping) and not (value is None and name in ("base", "task")):
                 msg = f"{name}: expected a mapping, got {shown(value)}"
                 raise DataError(msg)
-            object.__setattr__(self, name, None if value is None else _json_copy(name, value))
+            object.__setattr__(self, name, None if value is None else json_copy(name, value))
         check_prefix(shared_tensors(self.kv), self.pos_start, self.window)
         frozen = self.training.get("num_frozen_tokens", 0)
         if type(frozen) is not int or not 0 <= frozen <= self.length:
@@ -206,7 +206,7 @@ class PrefixData:
         return self.peft_incompatibility
 
 
-def _json_copy(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+def json_copy(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """Copy of a mapping that the files of a prefix can hold, and from which a reader gets an equal one."""
     try:
         json.dumps(dict(value), allow_nan=name == "training")  # losses of a run can be NaN; NaN equals nothing

@@ -134,7 +134,6 @@ def make_groups(
         raise ConfigError(msg)
     inits = _init_by_name(settings.init, names)
     method = METHODS[settings.method_config.method]
-    check_read(settings.method_config.method, sweep or (), "sweep")
     for own in own_options.values():
         check_read(settings.method_config.method, own, "overrides")
     jobs: dict[tuple[object, ...], list[PrefixJob]] = {}

@@ -131,6 +131,7 @@ def prepare(arguments: JobArguments) -> TrainJob:
     settings = resolve_settings(given, "")  # report wrong options before the rows are read
     method = settings.method_config.method
     check_read(method, [n for n in ("on_top_of", "store") if getattr(a, n) is not None])
+    check_read(method, a.sweep if isinstance(a.sweep, Mapping) else (), "sweep")
     given_task = task_of_columns(a.task, prompt=a.prompt, target=a.target, table=a.table)
     keeps = isinstance(given_task, Task) and given_task.format == "columns"  # which reads the columns that it names
     reader = RowReader(a.encoding, a.split, given_task)

@@ -16,6 +16,8 @@ from prefixfast.errors import DataError
 from prefixfast.io.atomic import recover_folder, replace_file
 from prefixfast.io.json_lines import json_line
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_folder import is_tuned
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
 from prefixfast.training.checkpoint import Checkpoint
@@ -98,7 +100,7 @@ class OutputDir:
         self.drop_group_from_log(number)
         return None
 
-    def read_finished(self, name: str, digest: str) -> Prefix:
+    def read_finished(self, name: str, digest: str) -> Prefix | TunedWeights:
         """Read a prefix that an earlier run finished.
 
         Args:
@@ -110,7 +112,7 @@ class OutputDir:
         """
         folder = self.prefix_folder(name)
         assert folder is not None
-        prefix = Prefix.from_pretrained(folder)
+        prefix = TunedWeights.from_pretrained(folder) if is_tuned(folder) else Prefix.from_pretrained(folder)
         if prefix.digest != digest:
             msg = (
                 f"{folder}: expected the prefix that this run finished; another one lies there: give overwrite=True "
@@ -164,18 +166,18 @@ class OutputDir:
         """Folder of a prefix, None without an output folder."""
         return None if self.folder is None else self.folder if self.is_single else self.folder / name
 
-    def save_prefix(self, name: str, prefix: Prefix, *, resumed: bool) -> None:
+    def save_prefix(self, name: str, prefix: Prefix | TunedWeights, *, resumed: bool) -> None:
         """Save a finished prefix to its folder and put it into the store.
 
         Args:
             name: Name of the prefix.
-            prefix: Trained prefix.
+            prefix: Trained prefix, or weights, which have no store.
             resumed: Whether the run was resumed, so that the store may hold the prefix already and no second version is
                 put.
         """
         if (folder := self.prefix_folder(name)) is not None:
             prefix.save_pretrained(folder)
-        if self.store is None:
+        if self.store is None or not isinstance(prefix, Prefix):
             return
         if not (resumed and name in self.store and self.store.info(name).digest == prefix.digest):
             self.store.put(name, prefix)

@@ -283,7 +283,7 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
 
 def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir, base: Model) -> TrainRun:
     """Result of all groups, in the order of the data."""
-    prefixes = {n: p for trainer in trainers for n, p in trainer.prefixes.items()} | output.unchanged
+    prefixes: dict[str, Any] = {n: p for trainer in trainers for n, p in trainer.prefixes.items()} | output.unchanged
     metrics = {n: finished["metrics"] for trainer in trainers for n, finished in trainer.finished.items()}
     metrics |= {n: stored_metrics(p) for n, p in output.unchanged.items()}
     place = {name: i for i, name in enumerate(job.rows.rows)}

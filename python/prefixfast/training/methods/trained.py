@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.training.method import METHODS
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
     from prefixfast.training.groups import PrefixJob
 
-Artifact: TypeAlias = Prefix
+Artifact: TypeAlias = Prefix | TunedWeights
 
 
 class Trained(Protocol):

@@ -1,0 +1,104 @@
+"""The folder of trained weights: ``tuned.safetensors`` and ``prefixfast.json``. torch is imported only for tensors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixfast.errors import DataError, shown
+from prefixfast.io.json_lines import json_bytes
+from prefixfast.io.untrusted import read_json, read_tensors
+from prefixfast.prefix.folder import META, TUNED, write_folder
+from prefixfast.prefix.names import base_error
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHODS = ("full", "top2", "adapter", "lora")  # whose results are weights
+FIELD_NAMES = ("method", "options", "base", "task", "decoding", "training")
+VERSION = 1
+KINDS: dict[str, tuple[type, ...]] = {
+    "method": (str,),
+    "options": (dict,),
+    "base": (dict, type(None)),
+    "task": (dict, type(None)),
+    "decoding": (dict,),
+    "training": (dict,),
+    "digest": (str,),
+}
+
+
+def write_tuned(folder: Path, tensors: Mapping[str, Tensor], digest: str, fields: Mapping[str, Any]) -> None:
+    """Replace the weights in a folder.
+
+    Args:
+        folder: Folder.
+        tensors: Tensors by name.
+        digest: Digest of the weights, by which a reader notices that another program changed the tensors.
+        fields: All attributes of the weights other than the tensors.
+    """
+    from safetensors.torch import save
+
+    meta = {"version": VERSION, "digest": digest, **fields}
+    own = {TUNED: save({n: t.cpu() for n, t in tensors.items()})}
+    write_folder(folder, {**own, META: json_bytes(meta, indent=2, sort_keys=True)})
+
+
+def read_tuned(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Read a folder of weights.
+
+    Returns:
+        Tensors by name, attributes other than the tensors, and digest.
+
+    Raises:
+        DataError: If the folder is damaged or holds something else.
+    """
+    if not path.is_dir():
+        got = "this is a file, give the folder that holds it" if path.is_file() else "no such folder"
+        msg = f"{path}: {got}; expected one with {META} and {TUNED}"
+        raise DataError(msg, path=str(path))
+    fields, digest = read_tuned_meta(path / META)
+    return read_tensors(path / TUNED), fields, digest
+
+
+def is_tuned(path: Path) -> bool:
+    """Whether a folder holds trained weights, and not a prefix."""
+    if not os.path.lexists(path / META):
+        return False
+    return "method" in read_json(path / META)
+
+
+def read_tuned_meta(path: Path) -> tuple[dict[str, Any], str]:
+    """Read and check ``prefixfast.json`` of weights.
+
+    Returns:
+        Attributes of the weights other than the tensors, and their digest.
+
+    Raises:
+        DataError: If the file is damaged, of a newer version, or describes something else.
+    """
+    meta = read_json(path)
+    if meta.get("version") != VERSION or type(meta["version"]) is not int:
+        got = shown(meta.get("version"))
+        msg = f"{path.name}: expected version {VERSION}, got {got}; update prefixfast to read newer folders"
+        raise DataError(msg, path=str(path))
+    if "method" not in meta:
+        msg = f"{path.name}: expected trained weights, this folder holds a prefix: read it with Prefix.from_pretrained"
+        raise DataError(msg, path=str(path))
+    if set(meta) != {"version", *KINDS}:
+        msg = f"{path.name}: expected the keys {sorted(('version', *KINDS))}, got {sorted(meta)}"
+        raise DataError(msg, path=str(path))
+    for key, kinds in KINDS.items():
+        if type(meta[key]) not in kinds:
+            msg = f"{path.name}: {key}: expected {kinds[0].__name__}, got {shown(meta[key])}"
+            raise DataError(msg, path=str(path))
+    trained = meta["training"].get("num_trained", 0)
+    if type(trained) is not int or trained < 0:
+        msg = f"{path.name}: training.num_trained: expected a number of at least 0, got {shown(trained)}"
+        raise DataError(msg, path=str(path))
+    if error := base_error(meta["base"]):
+        msg = f"{path.name}: {error}"
+        raise DataError(msg, path=str(path))
+    return {name: meta[name] for name in FIELD_NAMES}, meta["digest"]

@@ -1,0 +1,175 @@
+"""`TunedWeights`, trained weights of a base model or of small networks in its layers: saving and loading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefixfast.config.json_types import JSON
+from prefixfast.errors import DataError, shown
+from prefixfast.io.atomic import read_stable
+from prefixfast.io.paths import as_path
+from prefixfast.prefix import tuned_folder as files
+from prefixfast.prefix.folder import META
+from prefixfast.prefix.hub import find_folder
+from prefixfast.prefix.record import json_copy
+from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
+from prefixfast.prefix.validate import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prefixfast.model.fingerprint import Fingerprint
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TunedWeights:
+    """Weights that ``train(method="full")``, ``"top2"``, ``"adapter"`` or ``"lora"`` has trained.
+
+    `generate` and `score` take them in the place of the one prefix of all requests. They act in the base model for the
+    time of the call, which then has its own weights again.
+
+    Weights are immutable, as a `Prefix` is, and compared by their `digest`.
+
+    Attributes:
+        tensors: Tensors by name, of which every access returns a copy.
+        method: Method that trained them.
+        options: Options that they were made with.
+        base: Fingerprint of the base model.
+        task: Task that turns rows into prompts, as `Task.spec` gives it; None for plain prompts.
+        decoding: Default `GenerationParams`.
+        training: Settings, number of steps, final losses and cost of the training.
+
+    Raises:
+        DataError: If a tensor or attribute is not one that such weights can have.
+
+    Example:
+        >>> weights = train(base, rows, method="top2", max_steps=1)
+        >>> weights.method, weights.num_stored == weights.num_trained
+        ('top2', True)
+        >>> weights.save_pretrained("top2")
+        >>> TunedWeights.from_pretrained("top2").digest == weights.digest
+        True
+    """
+
+    tensors: Mapping[str, Tensor]
+    method: str
+    options: Mapping[str, JSON] = field(default_factory=dict)
+    base: Fingerprint | None = None
+    task: Mapping[str, JSON] | None = None
+    decoding: Mapping[str, JSON] = field(default_factory=dict)
+    training: Mapping[str, JSON] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tensors", PrefixTensors(self.tensors))
+        if self.method not in files.METHODS:
+            msg = f"method: expected one of {', '.join(files.METHODS)}, got {shown(self.method)}"
+            raise DataError(msg)
+        for name in ("options", "base", "task", "decoding", "training"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) and not (value is None and name in ("base", "task")):
+                msg = f"{name}: expected a mapping, got {shown(value)}"
+                raise DataError(msg)
+            object.__setattr__(self, name, None if value is None else json_copy(name, value))
+        if not self.tensors:
+            msg = "tensors: expected at least one, got none"
+            raise DataError(msg)
+        for name, t in shared_tensors(self.tensors).items():
+            if str(t.dtype) not in DTYPES:
+                msg = f"{name:.200}: expected a floating-point tensor, got {t.dtype}"
+                raise DataError(msg)
+            if not bool(t.isfinite().all()):
+                msg = f"{name:.200}: expected finite numbers, got NaN or infinity"
+                raise DataError(msg)
+
+    def __repr__(self) -> str:
+        """One line with method, number of numbers, base model, task and digest."""
+        about = {
+            "method": self.method,
+            "num_stored": self.num_stored,
+            "base": self.base.get("name") if self.base else None,
+            "task": (self.task or {}).get("name"),
+        }
+        described = ", ".join(f"{name}={value!r}" for name, value in about.items() if value is not None)
+        return f"{type(self).__name__}({described}, digest={self.digest[:12]!r})"
+
+    @property
+    def num_stored(self) -> int:
+        """Number of stored numbers."""
+        return sum(t.numel() for t in shared_tensors(self.tensors).values())
+
+    @property
+    def num_trained(self) -> int:
+        """Number of parameters that training adjusted."""
+        trained: Any = self.training.get("num_trained", self.num_stored)
+        return int(trained)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensors in bytes."""
+        return sum(t.numel() * t.element_size() for t in shared_tensors(self.tensors).values())
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of method, options and tensors, in hex digits."""
+        import torch
+
+        sha = hashlib.sha256(json.dumps([self.method, self.options], sort_keys=True).encode())
+        for name, t in sorted(shared_tensors(self.tensors).items()):
+            sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())
+            sha.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Attributes other than the tensors, as arguments of the constructor."""
+        return {name: getattr(self, name) for name in files.FIELD_NAMES}
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Save the weights to a folder as safetensors, beside ``prefixfast.json``.
+
+        Args:
+            folder: Path of the folder, which is created with its parents. A prefix or weights in the folder are
+                replaced atomically; other files stay.
+
+        Raises:
+            ConfigError: If the folder holds a PEFT adapter of another program, which would be lost.
+            OSError: If the files cannot be written. The old content of the folder is intact then.
+        """
+        files.write_tuned(as_path("folder", folder), shared_tensors(self.tensors), self.digest, self.fields)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
+    ) -> TunedWeights:
+        """Load weights from a local folder or from the Hugging Face hub.
+
+        Args:
+            path: Path of a folder, or a hub id ``"name/repository"``.
+            revision: Branch, tag or commit of a hub id.
+            local_files_only: Whether a hub id is read from the local cache only.
+
+        Raises:
+            DataError: If the folder is missing or damaged, or holds something else.
+            ConfigError: If a revision is given for a local folder, or the hub cannot be reached.
+        """
+        return read_stable(find_folder(path, revision, local_files_only=local_files_only), cls._read)
+
+    @classmethod
+    def _read(cls, path: Path) -> TunedWeights:
+        tensors, fields, digest = files.read_tuned(path)
+        try:
+            found = cls(tensors, **fields)
+        except DataError as e:
+            msg = f"{path.name}: {e}"
+            raise DataError(msg, path=str(path)) from e
+        if found.digest != digest:
+            msg = f"{path}: the tensors are not those that {META} describes: another program changed the folder"
+            raise DataError(msg, path=str(path))
+        return found

@@ -1,0 +1,75 @@
+"""`TrainedModules`, small networks in the layers of a base model, and what all trained weights have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from prefixfast.attention.plan import Plan, plain_plan
+from prefixfast.config.json_types import JSON
+from prefixfast.model.tuned.apply import tuned
+from prefixfast.prefix.tuned_weights import TunedWeights
+from prefixfast.training.batching import MicroBatch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from prefixfast.training.group_data import GroupData
+    from prefixfast.training.groups import PrefixJob
+
+
+class TrainedModules:
+    """Tensors of one name that act in the base model and get gradients there.
+
+    Args:
+        data: Group of one name.
+        tensors: Initial tensors by name, as the method stores them; gradients flow to them.
+        options: Options with which the tensors act.
+    """
+
+    def __init__(self, data: GroupData, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]) -> None:
+        self.model, self.method = data.model, data.group.method_config.method
+        self.tensors, self.options = dict(tensors), dict(options)
+        self.params = [(t, 1) for t in self.tensors.values()]
+
+    @property
+    def num_trained(self) -> int:
+        """Number of parameters that training adjusts."""
+        return sum(t.numel() for t in self.tensors.values())
+
+    @property
+    def description(self) -> str:
+        """Name of the method."""
+        return f"method {self.method}"
+
+    def applied(self) -> contextlib.AbstractContextManager[None]:
+        """Context manager in which the tensors act in the base model."""
+        for t in self.tensors.values():
+            t.requires_grad_()
+        return tuned(self.model, self.method, self.tensors, self.options)
+
+    def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
+        """Discard the gradients of an unfinished step."""
+        for t in self.tensors.values():
+            t.grad = None
+
+    def backward(self) -> None:
+        """Leave the gradients where they are, at the parameters."""
+
+    def plan(self, micro: MicroBatch) -> Plan:
+        """Attention plan without prefixes."""
+        return plain_plan(micro.lengths.tolist(), backend=self.model.backend, device=self.model.device)
+
+    def current(self) -> list[Tensor]:
+        """The tensors."""
+        return [t.detach() for t in self.tensors.values()]
+
+    def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
+        """The tensors by name, on the CPU."""
+        return {name: t.cpu() for name, t in zip(self.tensors, flat, strict=True)}
+
+    def build(self, tensors: dict[str, Tensor], job: PrefixJob, fields: dict[str, Any]) -> TunedWeights:
+        """Make the weights."""
+        return TunedWeights(tensors, self.method, self.options, **fields)
