@@ -10,6 +10,7 @@ from prefixfast.metrics.bleu import bleu, bleu_totto, multi_bleu, multi_bleu_lc
 from prefixfast.metrics.coco import cider, meteor, rouge_l
 from prefixfast.metrics.nist import nist
 from prefixfast.metrics.result import MetricValue, References, Tables, Texts
+from prefixfast.metrics.rouge import rouge
 
 MetricFunction: TypeAlias = Callable[[Texts, References, Tables | None], dict[str, MetricValue]]
 
@@ -44,6 +45,9 @@ ALL: tuple[Metric, ...] = (
     ),
     Metric("multi_bleu", multi_bleu, "BLEU of multi-bleu.perl, as DART's script prints it", ("BLEU",)),
     Metric("bleu_totto", bleu_totto, "BLEU of sacrebleu's command line, as ToTTo's script calls it", ("BLEU",)),
+    Metric(
+        "rouge", rouge, "ROUGE with stemmer, as the code of Li & Liang prints it", ("ROUGE-1", "ROUGE-2", "ROUGE-L")
+    ),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in ALL}
 
