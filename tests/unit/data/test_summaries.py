@@ -209,6 +209,17 @@ def test_training_leaves_out_empty_texts_and_keeps_references_apart(tmp_path, ca
     assert [r["document"] for r in read_task("samsum", tmp_path / "samsum.csv", "dev")] == ["", "d"]
 
 
+@pytest.mark.parametrize("task", ["xsum", "cnn_dailymail", "samsum", "dialogsum"])
+def test_files_of_rows(task, tmp_path):
+    rows = [*ROWS, {"document": TALK, "refs": [S1, S2]}]
+    (tmp_path / "r.jsonl").write_bytes(lines(rows))
+    assert read_task(task, tmp_path / "r.jsonl", "train") == read_task(task, tmp_path / "r.jsonl", "test") == rows
+    for wrong in ({"document": TALK, "refs": []}, {"document": 5, "refs": [S1]}, {"document": TALK, "text": S1}):
+        (tmp_path / "w.jsonl").write_bytes(lines([*ROWS, wrong]))
+        with pytest.raises(DataError, match=r"w\.jsonl:3: "):
+            read_task(task, tmp_path / "w.jsonl", "test")
+
+
 def test_parts_of_a_split_and_compressed_pairs(tmp_path):
     for i, row in enumerate(XSUM_ROWS):
         (tmp_path / f"validation-0000{i}-of-00002.parquet").write_bytes(parquet([row]))

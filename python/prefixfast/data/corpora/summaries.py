@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prefixfast.data.column_names import listed
 from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, parse_item, read_text
-from prefixfast.data.row_values import check_text, text_value
+from prefixfast.data.row_values import check_text, references, text_value
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError, printable
 
@@ -31,14 +31,14 @@ def summary_items(
     Args:
         path: Path of the file. In a folder, the file whose name has the word of the split is read.
         split: Split that is read.
-        parse: Function that makes the row of an entry of a file of rows.
+        parse: Function that makes the row of an entry. Entries with the key ``document`` are rows already.
         endings: Suffixes of files of rows.
     """
     for file in files_of_split(path, split, (*endings, SOURCE)) if path.is_dir() else [path]:
         if _ending(file) in (SOURCE, TARGET):
             items = pair_items(file)
         else:
-            items = (item if isinstance(item, DataError) else parse_item(parse, item) for item in file_items(file))
+            items = (_parsed(item, parse) for item in file_items(file))
         yield from not_empty(items, file) if split == "train" else items
 
 
@@ -129,6 +129,21 @@ def text_lines(text: str) -> list[str]:
     """Lines of a text, which end as Python's text files end them."""
     lines = LINE_END.split(text)
     return lines[:-1] if lines[-1] == "" else lines
+
+
+def _parsed(item: Item, parse: Callable[[FileRow], FileRow]) -> Item:
+    if isinstance(item, DataError):
+        return item
+    return parse_item(_own_row if "document" in item else parse, item)
+
+
+def _own_row(row: FileRow) -> FileRow:
+    """Row of a file of rows, which has the keys that `read_task` gives."""
+    if row.get("refs") is None:
+        return document_row(row, "document", "summary")
+    text_value(row, 0, "document")
+    references(row, 0, "document")
+    return row
 
 
 def _text(entry: FileRow, key: str) -> str:
