@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,15 @@ def test_users_with_other_tokens_have_no_speed(cli, folder, data, tmp_path, monk
     assert done.code == 1
     assert "users: transformers: token " in done.err
     assert "tokens/s" not in done.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_sacrebleu_nothing_is_trained(cli, folder, data, tmp_path, monkeypatch):
+    for name in ("sacrebleu", "sacrebleu.metrics"):
+        monkeypatch.setitem(sys.modules, name, None)
+    done = cli("bench", "quality", "smollm2-text", folder, data, "-o", tmp_path / "out")
+    assert done.code == 1
+    assert "pip install 'prefixfast[eval]'" in done.err
     assert not (tmp_path / "out").exists()
 
 

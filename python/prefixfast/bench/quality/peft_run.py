@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from prefixfast.bench.decoding import Decoding
 from prefixfast.bench.harness import progress
-from prefixfast.bench.quality.bleu import bleu
 from prefixfast.bench.quality.settings import ENCODER_HIDDEN_SIZE, MAX_NEW_TOKENS, PREFIX_LENGTH, MakeRow, Run, Setting
 from prefixfast.bench.random_base import load_plain
 from prefixfast.errors import ConfigError
+from prefixfast.metrics.bleu import bleu
 from prefixfast.model.tokenizer import Tokenizer
 
 
@@ -135,7 +135,11 @@ def _evaluate(model: Any, tokenizer: Any, run: Run) -> dict[str, Any]:
         total, count = total + model(**batch).loss.item() * n, count + n
     tables, references = setting.dev_tables(run.data)
     texts = _generate(model, tokenizer, setting, [row({"mr": mr, "ref": ""})["prompt"] for mr in tables])
-    return {"dev_loss": total / count, "bleu": bleu(texts, references), "texts": dict(zip(tables, texts, strict=True))}
+    return {
+        "dev_loss": total / count,
+        "bleu": 100 * bleu(texts, references)["BLEU"].value,
+        "texts": dict(zip(tables, texts, strict=True)),
+    }
 
 
 def _generate(model: Any, tokenizer: Any, setting: Setting, prompts: list[str]) -> list[str]:

@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 from prefixfast.bench.decoding import Decoding
-from prefixfast.bench.quality.bleu import bleu
 from prefixfast.bench.quality.settings import ENCODER_HIDDEN_SIZE, MAX_NEW_TOKENS, PREFIX_LENGTH, MakeRow, Run
 from prefixfast.data import read_rows
 from prefixfast.engine.generate import generate
+from prefixfast.metrics.bleu import bleu
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.prefix.prefix import Prefix
@@ -69,7 +69,7 @@ def _evaluate(run: Run, base: Model, prefix: Prefix, row: MakeRow) -> dict[str, 
     texts = texts_of(tables)
     result = {
         "dev_loss": metrics["eval_loss"],
-        "bleu": bleu(texts, references),
+        "bleu": 100 * bleu(texts, references)["BLEU"].value,
         "generate_seconds": time.perf_counter() - start,
         "texts": dict(zip(tables, texts, strict=True)),
     }

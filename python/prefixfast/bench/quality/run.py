@@ -12,9 +12,9 @@ import torch
 from prefixfast.bench.harness import announce
 from prefixfast.bench.quality import peft_run, prefixfast_run
 from prefixfast.bench.quality.settings import Run
-from prefixfast.errors import ConfigError
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.environment import environment
+from prefixfast.metrics.bleu import bleu
 from prefixfast.model.base import DTYPES
 
 Implementation = Literal["prefixfast", "peft", "none"]
@@ -34,10 +34,10 @@ def run(settings: Run, implementation: Implementation, threads: int) -> dict[str
         threads: Number of CPU threads.
 
     Raises:
-        ConfigError: If sacrebleu is missing, which the evaluation needs.
+        MetricUnavailable: If sacrebleu is missing, which the evaluation needs.
     """
     if settings.steps is None:
-        _require_sacrebleu()
+        bleu([""], [[""]])  # fails here, not after the training, if sacrebleu is missing
     announce(DTYPES[settings.dtype], torch.device("cpu"))
     head = {"impl": implementation, "setting": settings.name, "dtype": settings.dtype, "threads": threads}
     with _process_settings(settings.dtype, threads):
@@ -71,11 +71,3 @@ def _process_settings(dtype: str, threads: int) -> Iterator[None]:
     finally:
         torch.set_num_threads(before)
         LlamaRMSNorm.forward = norm
-
-
-def _require_sacrebleu() -> None:
-    try:
-        import sacrebleu  # noqa: F401
-    except ImportError as e:
-        msg = "quality: the evaluation needs sacrebleu: pip install 'prefixfast[eval]'"
-        raise ConfigError(msg) from e
