@@ -28,6 +28,7 @@ from prefixfast import (
 from prefixfast.config.options import Range
 from prefixfast.data import TASKS, Task, find_task, read_rows, read_task, table_task
 from prefixfast.data.check_data import check_data
+from prefixfast.data.splits import RowReader
 from prefixfast.errors import DataError
 
 CONFIGS = (GenerationParams, EngineConfig, TrainConfig, PrefixConfig, MethodConfig)
@@ -274,6 +275,9 @@ def calls_without_an_engine(base, store, prefix, value):
     yield lambda: find_task(value, ROWS[0])
     yield lambda: read_task(value, "no-file.csv", split="train")
     yield lambda: read_task("e2e", "no-file.csv", split=value)
+    yield lambda: RowReader(split="train", task=value)
+    yield lambda: RowReader(split=value, task="e2e")
+    yield lambda: RowReader(split="train", task="e2e").read(value)
     yield lambda: check_data(value, "no-file.jsonl")
     yield lambda: check_data("e2e", value)
     for name in ("item", "separator", "prompt", "target", "init_text"):
@@ -298,6 +302,7 @@ ARGUMENTS = {
     "task": {},
     "prefix_column": {},
     "encoding": {},
+    "split": {"task": "e2e"},
     "eval_data": {},
     "init": {},
     "init_text": {"init": "text"},

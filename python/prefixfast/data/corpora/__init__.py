@@ -1,4 +1,4 @@
-"""Official files of the paper's tasks: E2E as CSV, WebNLG 2017 and DART v1.1.1 as JSON."""
+"""Official files of public corpora, each in the layouts of its authors."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
     """Read the rows of a task's official file. Files of other tasks, and files of rows, are read as by `read_rows`.
 
     Args:
-        task: Name of the task. ``"e2e"`` reads a CSV file with the columns ``mr`` and ``ref``. ``"webnlg"`` reads the
-            JSON of the 2017 challenge (``modifiedtripleset``, ``lexicalisations``). ``"dart"`` reads the JSON of
-            v1.1.1 (``tripleset``, ``annotations``).
-        path: Path of the file, also with ``.gz``.
-        split: Split that the file holds. ``"train"`` keeps only the lexicalisations of WebNLG with the comment
-            "good", as Li & Liang trained. ``"dev"`` and ``"test"`` keep all of them, and join the E2E rows of one
-            meaning representation to one row with ``refs``, as evaluation needs them.
+        task: Name of the task: ``"e2e"``, ``"webnlg"``, ``"dart"``, ``"totto"``, ``"xsum"``, ``"cnn_dailymail"``,
+            ``"samsum"`` or ``"dialogsum"``. docs/rows.md lists the layouts of each.
+        path: Path of the file, also with ``.gz``, or of the folder of files.
+        split: Split that the file holds. ``"train"`` gives the authors' training examples, of WebNLG those with the
+            comment "good", as Li & Liang trained. ``"dev"`` and ``"test"`` give one row for each input, whose texts are
+            ``refs``, as evaluation needs them.
 
     Returns:
-        Rows with ``mr`` or ``triples``, and ``ref`` or ``refs``. WebNLG rows also have ``category`` and ``id``, DART
-        rows the ``source`` of their first text.
+        Rows with ``mr``, ``triples`` or ``table``, and ``ref`` or ``refs``, or with ``document``, and ``summary`` or
+        ``refs``. Other columns, such as ``category`` and ``id``, ride along.
 
     Raises:
         ConfigError: If the split is unknown.
