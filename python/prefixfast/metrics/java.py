@@ -66,7 +66,8 @@ def one_line(text: str) -> str:
 def ptb_lines(texts: Sequence[str]) -> list[str]:
     """Tokens of each text in lower case, with spaces between.
 
-    The tokenizer reads its standard input, so that nothing is written into the folder of the package.
+    The tokenizer reads its standard input, so that nothing is written into the folder of the package. It looks at the
+    next line before it splits off a period, so that the order of the texts is a part of the result.
 
     Args:
         texts: Texts.
@@ -75,14 +76,13 @@ def ptb_lines(texts: Sequence[str]) -> list[str]:
         MetricUnavailable: If Java or the package is missing, or if the tokenizer fails.
     """
     command = [java(), "-cp", str(jar(TOKENIZER_JAR)), "edu.stanford.nlp.process.PTBTokenizer"]
-    lines = "".join(f"{one_line(text)}\n" for text in texts)
     done = subprocess.run(
         [*command, "-preserveLines", "-lowerCase"],
-        input=lines.encode(errors="replace"),
+        input="\n".join(map(one_line, texts)).encode(errors="replace"),
         capture_output=True,
         check=False,
     )
-    found = done.stdout.decode().split("\n")[:-1]
+    found = done.stdout.decode().split("\n")
     if done.returncode or len(found) != len(texts):
         msg = f"the PTB tokenizer gave {len(found)} lines for {len(texts)} texts: {_end(done.stderr)}"
         raise MetricUnavailable(msg)

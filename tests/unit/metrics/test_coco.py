@@ -71,6 +71,14 @@ def test_a_text_is_one_line_of_the_tokenizer():
     breaks = "a\nb\rc\vd\fe\x85f\u2028g\u2029h\x1ci\r\nj"
     lines = java.ptb_lines([breaks, "", "a ||| B", "\N{NO-BREAK SPACE}", "Café 5\ud800", ""])
     assert lines == ["a b c d e f g h i j", "", "a | | | b", "", "café 5 ?", ""]
+    assert java.ptb_lines(["a", "b"]) == ["a", "b"]
+
+
+@needs_java
+def test_the_tokenizer_looks_at_the_next_text():
+    """Texts come in the order of the script, since a period after an abbreviation can depend on the next text."""
+    assert java.ptb_lines(["It is 5 m.", "Red pea"]) == ["it is 5 m.", "red pea"]
+    assert java.ptb_lines(["It is 5 m.", "The end"]) == ["it is 5 m .", "the end"]
 
 
 @needs_java
@@ -86,6 +94,18 @@ def test_meteor_in_a_folder_with_spaces(tmp_path, monkeypatch):
     monkeypatch.setattr(java, "jar", lambda name: folder / name if name == java.METEOR_JAR else real(name))
     found = meteor(["a kitty ||| sat\nhere", ""], [["a cat ||| sat here", "|||"], ["\n"]])["METEOR"]
     assert found.value == pytest.approx(0.44430433966616706, rel=1e-12)
+
+
+@needs_java
+@long
+def test_properties_of_meteor():
+    outputs, references = texts("plain")
+    score = value(meteor, outputs, references)
+    backwards = value(meteor, outputs[::-1], [own[::-1] for own in references[::-1]])
+    assert backwards == pytest.approx(score, rel=1e-12)
+    assert value(meteor, outputs, [[*own, own[0]] for own in references]) == pytest.approx(score, rel=1e-12)
+    assert value(meteor, outputs, [[o] for o in outputs]) == 1
+    assert value(meteor, [""] * len(outputs), references) == 0
 
 
 @pytest.fixture
@@ -173,7 +193,7 @@ def test_meteor_that_fails_is_ended(answer, message, monkeypatch, tmp_path):
 
 def test_a_tokenizer_that_fails(monkeypatch):
     monkeypatch.setattr(java, "java", lambda: "/bin/false" if Path("/bin/false").exists() else "false")
-    with pytest.raises(MetricUnavailable, match="0 lines for 1 texts: no message"):
+    with pytest.raises(MetricUnavailable, match="for 1 texts: no message"):
         java.ptb_lines(["a"])
 
 
