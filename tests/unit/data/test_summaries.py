@@ -196,6 +196,35 @@ def test_damaged_files_give_their_place_or_the_right_rows(layout, tmp_path):
     assert read < seen
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+LOOKS_LIKE_ROWS = {
+    "pointers": ("xsum", {"test.source": POINTER, "test.target": POINTER}, "test.source: .*a pointer of Git LFS"),
+    "a null": ("xsum", {"a.jsonl": b'{"document": "d", "summary": null}'}, "a.jsonl:1: summary: .* got None"),
+    "a header again": ("samsum", {"a.csv": table(SAMSUM_ROWS) * 2}, "a.csv:5: .* names of the columns again"),
+    "a null id": ("samsum", {"a.json": b'[{"id": [1], "dialogue": "d", "summary": "s"}]'}, "a.json:1: id: expected a"),
+    "twice": ("dialogsum", {"a.jsonl": lines(DIALOGUES[:1] * 2)}, "a.jsonl:2: id: .* got 'test_0' again"),
+    "two articles": (
+        "xsum",
+        {"11.data": EXTRACTED["bbc/11.data"] * 2, SPLIT_NAME: SPLITS},
+        "11.data:1: expected each section once, got URL again",
+    ),
+    "another corpus": ("samsum", {"a.csv": table(CNN_ROWS)}, "a.csv:2: .* of which dialogue is missing; got 'article'"),
+}
+
+
+@pytest.mark.parametrize(("task", "files", "message"), LOOKS_LIKE_ROWS.values(), ids=LOOKS_LIKE_ROWS)
+def test_damage_that_looks_like_rows_is_refused(task, files, message, tmp_path):
+    damaged.write_all(tmp_path / "c", files)
+    name = next(iter(files))
+    with pytest.raises(DataError, match=message):
+        read_task(task, tmp_path / "c" / ("" if name.endswith(".data") else name), "test")
+
+
+def test_a_document_that_is_listed_twice_is_read_once(tmp_path):
+    twice = {k: raw * 2 if k.endswith(".txt") else raw for k, raw in STORIES.items()}
+    assert read_task("cnn_dailymail", damaged.write_all(tmp_path / "c", twice) / "cnn", "test") == STORY_ROWS
+
+
 def test_training_leaves_out_empty_texts_and_keeps_references_apart(tmp_path, caplog):
     (tmp_path / "train.source").write_text(f"{D1}\n\n{D2}\n")
     (tmp_path / "train.target").write_text(f"{S1}\n{S1}\n{S2}\n")

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora.official import Corpus, Counts
-from prefixfast.data.corpora.summaries import document_row, place, summary_items
+from prefixfast.data.corpora.summaries import check_id, document_row, place, summary_items
 from prefixfast.data.files import FileRow, Item
 from prefixfast.data.row_values import check_text, text_value
+from prefixfast.data.rows import row_error
+from prefixfast.errors import shown
 
 NUMBERED = ("summary1", "summary2", "summary3")
 
@@ -23,20 +25,30 @@ def dialogsum_items(path: Path, split: str) -> Iterator[Item]:
     if split == "train":
         yield from items
         return
-    joined: dict[JSON, FileRow] = {}
+    groups: dict[JSON, list[FileRow]] = {}
     for item in items:
-        if not isinstance(item, FileRow) or "document" not in item:
+        if not isinstance(item, FileRow):
             yield item
-        elif (first := joined.get(item["document"])) is None:
-            joined[item["document"]] = item
+            continue
+        group = groups.setdefault(item["document"], [])
+        if (name := item.get("id")) is not None and name in (other.get("id") for other in group):
+            yield row_error(item, 0, f"id: expected another one for each row of a dialogue, got {shown(name)} again")
         else:
-            refs = [*_texts(first), *_texts(item)]
-            first.pop("summary", None)
-            first["refs"] = refs
-    yield from joined.values()
+            group.append(item)
+    yield from map(_joined, groups.values())
+
+
+def _joined(rows: list[FileRow]) -> FileRow:
+    """The row with the texts of all rows of one dialogue."""
+    first, *more = rows
+    if not more:
+        return first
+    texts: list[JSON] = [text for row in rows for text in _texts(row)]
+    return FileRow({k: v for k, v in first.items() if k != "summary"} | {"refs": texts}, *place(first))
 
 
 def _parse(entry: FileRow) -> FileRow:
+    check_id(entry, "fname")
     row = FileRow({"id": entry["fname"]} | entry, *place(entry)) if "fname" in entry and "id" not in entry else entry
     if NUMBERED[0] not in entry:
         return document_row(row, "dialogue", "summary")

@@ -41,7 +41,7 @@ def listed_items(stems: Iterable[str], files: Mapping[str, Path], folder: Path, 
         parse: Parser of the lines of a file.
     """
     missing, found = 0, False
-    for stem in stems:
+    for stem in dict.fromkeys(stems):
         if stem in files:
             found = True
             yield text_item(files[stem], parse)

@@ -10,7 +10,7 @@ from pathlib import Path
 from prefixfast.data.column_names import listed
 from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, parse_item, read_text
 from prefixfast.data.row_values import check_text, references, text_value
-from prefixfast.data.rows import row_error
+from prefixfast.data.rows import is_table_row, row_error
 from prefixfast.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,20 @@ def document_row(entry: FileRow, document: str, summary: str) -> FileRow:
         summary: Key of the summary.
 
     Raises:
-        DataError: If one of the two is not a text.
+        DataError: If one of the two is not a text, or the identifier is of another type than texts and integers.
     """
     texts = {"document": _text(entry, document), "summary": _text(entry, summary)}
+    if (texts["document"], texts["summary"]) == (document, summary):
+        raise row_error(entry, 0, "expected texts, got the names of the columns again; remove this line")
+    check_id(entry, "id")
     return FileRow(texts | {k: v for k, v in entry.items() if k not in (document, summary, *texts)}, *place(entry))
+
+
+def check_id(entry: FileRow, key: str) -> None:
+    """Raise `DataError` for an identifier that is no text and no integer; an entry may have none."""
+    value = entry.get(key)
+    if value is not None and type(value) is not int:
+        check_text(entry, 0, key, value)
 
 
 def place(entry: FileRow) -> tuple[str, int]:
@@ -147,8 +157,8 @@ def _own_row(row: FileRow) -> FileRow:
 
 
 def _text(entry: FileRow, key: str) -> str:
-    if key in entry and entry[key] is None:
-        return check_text(entry, 0, key, "")  # an empty cell of a table is None
+    if key in entry and entry[key] is None and is_table_row(entry):
+        return ""  # an empty cell of a table is None
     if key not in entry:
         raise row_error(entry, 0, f"expected the keys of the corpus, of which {key} is missing; got {listed(entry)}")
     return text_value(entry, 0, key)

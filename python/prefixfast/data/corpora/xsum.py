@@ -67,12 +67,14 @@ def _ids(folder: Path, split: str) -> list[str]:
 
 
 def _document_and_summary(lines: list[str]) -> tuple[str, str] | str:
-    """Document and summary of the sections of an article, or a message about the section that is missing."""
+    """Document and summary of the sections of an article, or a message about a wrong section."""
     sections: dict[str, list[str]] = {}
     lines_of: list[str] = []
     for line in lines:
         if mark := MARK.fullmatch(line.strip()):
-            lines_of = sections.setdefault(mark[1], [])
+            if mark[1] in sections:
+                return f"expected each section once, got {mark[1]} again; does the file hold two articles?"
+            lines_of = sections[mark[1]] = []
         elif line.strip() and line not in WEB_LINES:
             lines_of.append(line)
     summary = next((sections[name] for name in SUMMARY_MARKS if name in sections), None)

@@ -90,9 +90,12 @@ def read_text(path: Path) -> str:
     """Text of a UTF-8 file, decompressed if the file's name ends in ``.gz``.
 
     Raises:
-        DataError: If the file cannot be read, or the bytes are not UTF-8, with the line.
+        DataError: If the file cannot be read, its content is of a kind that is no text, or the bytes are not UTF-8,
+            with the line.
     """
-    return as_utf8(read_bytes(path), str(path)).decode()
+    raw = read_bytes(path)
+    _check_content(raw, path, _kind(path))
+    return as_utf8(raw, str(path)).decode()
 
 
 def _kind(path: Path) -> str:
