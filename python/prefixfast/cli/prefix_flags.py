@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from prefixfast.cli.read_prefix import read_prefix
+from prefixfast.cli.read_prefix import read_artifact
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, shown
 
 if TYPE_CHECKING:
     from prefixfast.prefix.prefix import Prefix
+    from prefixfast.prefix.tuned_weights import TunedWeights
     from prefixfast.store import PrefixStore
 
 PREFIX = typer.Option(
@@ -83,7 +84,9 @@ class PrefixFlags:
             UnknownPrefixError: If the store does not have a name.
         """
         if self.prefix:
-            return [[_header(p) if store is None else _stored(store, p) for p in self.prefix]] * len(rows)
+            own = [_header(p) if store is None else _stored(store, p) for p in self.prefix]
+            is_weights = len(own) == 1 and getattr(own[0], "method", None) is not None
+            return own[0] if is_weights else [own] * len(rows)
         if self.prefixes is None:
             return None
         check_kind("--prefixes", self.prefixes, "a folder of prefixes")
@@ -105,15 +108,17 @@ def read_prefixes(headers: Any, model: str | None, fields: Mapping[str, Any]) ->
     """
     from prefixfast.prefix.header import PrefixHeader
 
-    found: dict[Path, Prefix] = {}
+    found: dict[Path, Prefix | TunedWeights] = {}
 
     def read(entry: Any) -> Any:
         if not isinstance(entry, PrefixHeader):
             return entry
         if entry.folder not in found:
-            found[entry.folder] = read_prefix(entry.folder, model, fields)
+            found[entry.folder] = read_artifact(entry.folder, model, fields)
         return found[entry.folder]
 
+    if isinstance(headers, PrefixHeader):
+        return read(headers)
     if isinstance(headers, Mapping):
         return {name: read(entry) for name, entry in headers.items()}
     return [[read(entry) for entry in headers[0]]] * len(headers) if headers else headers

@@ -12,6 +12,21 @@ from prefixfast.config.engine import BASE_FIELDS
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
     from prefixfast.prefix.prefix import Prefix
+    from prefixfast.prefix.tuned_weights import TunedWeights
+
+
+def read_artifact(path: Path, model: str | None, fields: Mapping[str, Any]) -> Prefix | TunedWeights:
+    """Read a prefix as `read_prefix` does, or trained weights.
+
+    Args:
+        path: Folder.
+        model: Hub id or folder of the base, None for the base that the adapter names.
+        fields: Options of the command.
+    """
+    from prefixfast.prefix.tuned_folder import is_tuned
+    from prefixfast.prefix.tuned_weights import TunedWeights
+
+    return TunedWeights.from_pretrained(path) if is_tuned(path) else read_prefix(path, model, fields)
 
 
 def read_prefix(path: str | Path, model: str | None, fields: Mapping[str, Any]) -> Prefix:

@@ -16,6 +16,7 @@ from prefixfast.engine.score_inputs import Targets, check_score_requests, check_
 from prefixfast.errors import ConfigError, check_choice, check_flag, shown
 from prefixfast.model.base_name import check_base_name, different_bases
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, StoredPrefix, open_store
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from prefixfast.model.base import Model
     from prefixfast.model.fingerprint import Fingerprint
 
-PREFIX_TYPES: tuple[type, ...] = (Prefix, StoredPrefix)
+PREFIX_TYPES: tuple[type, ...] = (Prefix, StoredPrefix)  # which every request can have of its own
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,8 @@ def _base_name(call: Call, store: PrefixStore | None) -> str:
         prefixes = list(prefixes.values())
     flat = {id(p): p for entry in _as_list(prefixes) for p in _as_list(entry)}.values()
     found = [store.info(p) if isinstance(p, str) and store is not None else p for p in flat]
-    return only_base_name(p.base for p in found if isinstance(p, call.types))  # type: ignore[attr-defined]
+    types = (*call.types, TunedWeights)
+    return only_base_name(p.base for p in found if isinstance(p, types))  # type: ignore[attr-defined]
 
 
 def only_base_name(bases: Iterable[Fingerprint | None]) -> str:

@@ -16,11 +16,13 @@ from prefixfast.engine.output import RequestOutput
 from prefixfast.engine.request import Generation, Request
 from prefixfast.engine.run_batch import run_batch, wait_for_tickets
 from prefixfast.engine.ticket import Ticket, request_error
+from prefixfast.engine.weights import applied_weights
 from prefixfast.engine.worker import Worker
 from prefixfast.errors import ConfigError
 from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
 from prefixfast.model.process import check_not_exiting, check_same_process, model_lock, process_id
+from prefixfast.prefix.tuned_weights import TunedWeights
 
 T = TypeVar("T")
 
@@ -96,22 +98,26 @@ class LoopDriver:
             )
             raise ConfigError(msg)
 
-    def between_steps(self, method: str, job: Callable[[], T]) -> T:
+    def between_steps(self, method: str, job: Callable[[], T], weights: TunedWeights | None = None) -> T:
         """Run a function between two steps, in the thread that owns model and loop.
 
         Args:
             method: Name of the called method, for the error.
             job: Function that uses the model or the loop.
+            weights: Trained weights that act in the base model meanwhile.
 
         Raises:
-            ConfigError: If the engine is closed, in a logits processor, or in a forked process.
+            ConfigError: If the engine is closed, in a logits processor, in a forked process, or with weights beside
+                requests of other threads.
         """
         self.check_callable(method)
         if self.worker is None:
             with self.lock:
                 self.check_open()
                 if self.worker is None:
-                    return self._run_inline(job)
+                    with applied_weights(self.model, weights):
+                        return self._run_inline(job)
+        self._check_alone(weights)
         return self.worker.between_steps(job)
 
     def submit(self, request: Request, *, wait: bool = False) -> Ticket:
@@ -127,21 +133,38 @@ class LoopDriver:
         """
         return self._start_worker().submit(next(self.next_number), request, wait=wait)
 
-    def run(self, requests: list[Request], work: Progress) -> list[Generation | BaseException]:
+    def run(
+        self, requests: list[Request], work: Progress, weights: TunedWeights | None = None
+    ) -> list[Generation | BaseException]:
         """Run requests and wait for their results.
 
         Args:
             requests: Requests.
             work: Progress that counts the finished requests.
+            weights: Trained weights that act in the base model meanwhile.
 
         Returns:
             Result or error of each request, in their order.
+
+        Raises:
+            ConfigError: If there are weights, and the engine has a thread.
         """
         with self.lock:
             self.check_open()
             if self.worker is None:
-                return self._run_inline(lambda: self._run_batch(requests, work))
+                with applied_weights(self.model, weights):
+                    return self._run_inline(lambda: self._run_batch(requests, work))
+        self._check_alone(weights)
         return wait_for_tickets((partial(self.submit, r, wait=True) for r in requests), work)
+
+    def _check_alone(self, weights: TunedWeights | None) -> None:
+        """Raise `ConfigError` for trained weights where the engine's thread runs other requests on the base model."""
+        if weights is not None:
+            msg = (
+                f"prefixes: weights of method {weights.method!r} change the base for all requests, and this engine has "
+                "a thread for those of submit and stream; make another engine for the weights"
+            )
+            raise ConfigError(msg)
 
     def close(self) -> None:
         """End the engine's thread, cancel its requests, and release the arena. Waits for a `run` of another thread.

@@ -36,6 +36,7 @@ from prefixfast.model.load import load
 from prefixfast.model.process import check_num_threads
 from prefixfast.model.shared_base import check_base_fields
 from prefixfast.model.tokenizer import Tokenizer
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, open_store
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ class Engine(RequestSubmission, PrefixPinning):
             batch: Prompts, as strings, lists of token ids or rows. The target of a row is not read.
             prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
                 left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix
-                can be a name in the store, and None lets rows name theirs.
+                can be a name in the store, and None lets rows name theirs. `TunedWeights` act in the base model for
+                all requests of the call.
             params: Generation parameters.
             logits_processor: Logits processors of transformers or of your own, applied to every request after those
                 that the parameters ask for. Each one is called once per step and request, which is slow.
@@ -151,7 +153,7 @@ class Engine(RequestSubmission, PrefixPinning):
                 requests, errors = self.requests.make(batch, prefixes, call, logits_processor, only_good=only_good)
             logger.info("%s", generation_settings(self.model, requests))
             with Progress("generate", len(requests), "requests") as work:
-                results = self.driver.run(requests, work)
+                results = self.driver.run(requests, work, _weights(prefixes))
         if on_error == "raise":
             for result in results:
                 if isinstance(result, BaseException):
@@ -177,7 +179,8 @@ class Engine(RequestSubmission, PrefixPinning):
             batch: Prompts, as strings, lists of token ids or rows. Rows of all formats of training have their targets.
             prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
                 left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix
-                can be a name in the store, and None lets rows name theirs.
+                can be a name in the store, and None lets rows name theirs. `TunedWeights` act in the base model for
+                all requests of the call.
             targets: Target of each request, text or token ids. None takes the targets of the rows.
             end_token: Whether the end token after each target is scored too, as in training.
             progress: Whether to report progress. None shows a bar on a terminal or in a notebook, and elsewhere a line
@@ -207,7 +210,7 @@ class Engine(RequestSubmission, PrefixPinning):
                     with self.model.run():
                         return score_requests(self.model, requests, self.config.max_num_batched_tokens, work)
 
-                return self.driver.between_steps("score", job)
+                return self.driver.between_steps("score", job, _weights(prefixes))
 
     def stats(self) -> EngineStats:
         """Counters since the engine was made, such as ``steps``, ``decoded_rows``, ``loads`` and ``evictions``."""
@@ -235,6 +238,11 @@ class Engine(RequestSubmission, PrefixPinning):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _weights(prefixes: Prefixes) -> TunedWeights | None:
+    """Trained weights in the place of the one prefix of all requests, None for prefixes."""
+    return prefixes if isinstance(prefixes, TunedWeights) else None
 
 
 def end_ids(hf: PreTrainedModel, tokenizer: Tokenizer | None) -> list[int]:

@@ -47,7 +47,8 @@ def generate(
         batch: Prompts, as strings, lists of token ids or rows. The target of a row is not read.
         prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
             left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix can
-            be a name in the store, and None lets rows name theirs.
+            be a name in the store, and None lets rows name theirs. `TunedWeights` act in the base model for all
+            requests of the call.
         model: Base model: hub id, folder, Hugging Face model, PeftModel or `Model`. None takes the base model that the
             prefixes name.
         store: Store of the prefixes that are given by name. A path is opened read-only.
@@ -154,7 +155,8 @@ def score(
         batch: Prompts, as strings, lists of token ids or rows. Rows of all formats of training have their targets.
         prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
             left to right); or a mapping of names to entries for rows with a ``prefix`` key. With a store, a prefix can
-            be a name in the store, and None lets rows name theirs.
+            be a name in the store, and None lets rows name theirs. `TunedWeights` act in the base model for all
+            requests of the call.
         targets: Target of each request, text or token ids. None takes the targets of the rows.
         model: Base model: hub id, folder, Hugging Face model, PeftModel or `Model`. None takes the base model that the
             prefixes name.

@@ -88,7 +88,7 @@ class Loop:
         self.errors: dict[int, BaseException] = {}  # errors of requests that were cancelled for them
         self.counts: Counter[str] = Counter()
         self.runner = StepRunner(model, self.arena, self.batch, max_model_len, self.counts)
-        self.compiled, self.captured = config.compile_decode, recorded_state(model.hf)
+        self.compiled, self.captured = config.compile_decode, (recorded_state(model.hf), model.tuned)
         if self.run_ahead:
             self.runner.capture(compiled=self.compiled)
 
@@ -244,7 +244,7 @@ class Loop:
         """Begin a run with the weights as they are now."""
         self.run.enter_context(self.model.run())
         self.running = True
-        if self.run_ahead and (state := recorded_state(self.model.hf)) != self.captured:
+        if self.run_ahead and (state := (recorded_state(self.model.hf), self.model.tuned)) != self.captured:
             self.runner.capture(compiled=self.compiled)  # a captured graph reads the old places and adapters
             self.captured = state
 

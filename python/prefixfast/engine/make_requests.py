@@ -17,7 +17,15 @@ from prefixfast.data.layouts import request_layout_keys
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.engine.request import Request
-from prefixfast.engine.request_prefixes import Prefixes, assign_prefixes, check_name, prefix_source
+from prefixfast.engine.request_prefixes import (
+    Assigned,
+    Prefixes,
+    assign_prefixes,
+    attended,
+    check_name,
+    prefix_source,
+    weights_of,
+)
 from prefixfast.engine.sampling_params import (
     UNSET,
     ParamSources,
@@ -27,8 +35,9 @@ from prefixfast.engine.sampling_params import (
     resolve_params,
 )
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, did_you_mean, shown, suggestion
-from prefixfast.prefix.compatibility import base_mismatch, check_fits, described
+from prefixfast.prefix.compatibility import base_mismatch, check_base, check_fits, described
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, StoredPrefix
 
 if TYPE_CHECKING:
@@ -72,14 +81,14 @@ def make_requests(
         resolved = resolve_params(sources, i, len(ids), min(max_model_len, text_positions(model, own)))
         check_params(resolved, i, model.vocab_size)
         own_id = request_value(item, task, "id")
-        made = Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=own, params=resolved, task=task)
-        requests.append(replace(made, base_mismatch=base_mismatch(model, own)))
+        made = Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=attended(own), params=resolved, task=task)
+        requests.append(replace(made, weights=weights_of(own), base_mismatch=base_mismatch(model, own)))
     return requests
 
 
 def prefixes_and_tasks(
     model: Model, batch: Sequence[Input], prefixes: Prefixes, store: PrefixStore | None
-) -> tuple[list[tuple[Prefix | StoredPrefix, ...]], list[Task]]:
+) -> tuple[list[tuple[Assigned, ...]], list[Task]]:
     """Prefixes and task of each request of a batch.
 
     Args:
@@ -96,10 +105,13 @@ def prefixes_and_tasks(
     """
     assigned, tasks = check_batch(batch, prefixes, store)
     for prefix in {id(p): p for own in assigned for p in own}.values():
-        check_fits(model, prefix, described(prefix, prefixes))
+        if isinstance(prefix, TunedWeights):
+            check_base(model, prefix.base, f"the weights {prefix.digest[:12]}")
+        else:
+            check_fits(model, prefix, described(prefix, prefixes))
     for i, own in enumerate(assigned):
         if text_positions(model, own) < 1:
-            start = max(p.pos_start for p in own)
+            start = max(p.pos_start for p in attended(own))
             msg = (
                 f"request {i}: its text starts at position {start} behind its prefixes, expected a position below "
                 f"{model.max_positions}, the base model's number of positions; use shorter prefixes"
@@ -113,7 +125,7 @@ def check_batch(
     prefixes: Prefixes,
     store: PrefixStore | None,
     types: tuple[type, ...] = (Prefix, StoredPrefix),
-) -> tuple[list[tuple[Prefix | StoredPrefix, ...]], list[Task]]:
+) -> tuple[list[tuple[Assigned, ...]], list[Task]]:
     """Prefixes and task of each request, checked as far as no base model is needed.
 
     Args:
@@ -138,7 +150,7 @@ def check_batch(
 
 def check_requests(
     batch: Sequence[Input],
-    assigned: Sequence[tuple[Prefix | StoredPrefix, ...]],
+    assigned: Sequence[tuple[Assigned, ...]],
     tasks: Sequence[Task],
     call: GenerationParams,
 ) -> None:
@@ -170,9 +182,9 @@ def _check_sequence(batch: Sequence[Input]) -> None:
         raise ConfigError(msg)
 
 
-def text_positions(model: Model, prefixes: Sequence[Prefix | StoredPrefix]) -> int:
+def text_positions(model: Model, prefixes: Sequence[Assigned]) -> int:
     """Number of positions of the base model that prefixes leave for text."""
-    return model.max_positions - max((p.pos_start for p in prefixes), default=0)
+    return model.max_positions - max((p.pos_start for p in attended(prefixes)), default=0)
 
 
 def request_value(item: Input, task: Task, key: str) -> JSON:
@@ -207,7 +219,7 @@ def make_good_requests(
     return good, errors
 
 
-def prefix_tasks(assigned: Sequence[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
+def prefix_tasks(assigned: Sequence[tuple[Assigned, ...]]) -> list[Task]:
     """Task of the last prefix of each request, or that of plain prompts. Requests of one task share one object.
 
     Args:
@@ -240,7 +252,7 @@ def has_input(row: Row, task: Task) -> bool:
     return not {*INPUT_KEYS, "input_ids"}.isdisjoint(row) or bool(request_layout_keys(row, task.format))
 
 
-def _tasks(batch: Sequence[Input], assigned: list[tuple[Prefix | StoredPrefix, ...]]) -> list[Task]:
+def _tasks(batch: Sequence[Input], assigned: list[tuple[Assigned, ...]]) -> list[Task]:
     """Task of each request: the task of its last prefix, else the task that fits the row's keys.
 
     Requests of one task share one object.

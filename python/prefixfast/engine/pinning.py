@@ -8,7 +8,7 @@ from prefixfast.engine.driver import LoopDriver
 from prefixfast.engine.kv_arena import bytes_per_row
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.prefix_cache import Resident
-from prefixfast.engine.request_prefixes import assign_prefixes
+from prefixfast.engine.request_prefixes import assign_prefixes, attended
 from prefixfast.errors import ConfigError, UnknownPrefixError, did_you_mean, shown
 from prefixfast.model.base import Model
 from prefixfast.prefix.compatibility import check_fits, described
@@ -76,7 +76,7 @@ class PrefixPinning:
         return self.driver.between_steps("resident", lambda: self.loop.prefix_cache.resident(row_bytes))
 
     def _find(self, prefix: Prefix | StoredPrefix | str) -> Prefix | StoredPrefix:
-        (found,) = assign_prefixes([[]], [prefix], self.store)
+        found = attended(assign_prefixes([[]], [prefix], self.store)[0])
         if len(found) != 1:
             msg = f"prefix: expected one Prefix or name in the store, got {shown(prefix)}"
             raise ConfigError(msg)

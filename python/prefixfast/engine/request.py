@@ -11,6 +11,7 @@ from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.json_types import JSON
 from prefixfast.data.task import Task
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import StoredPrefix
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Request:
         shared_tokens: Number of leading prompt tokens in a shared prompt, whose keys and values are the last prefix.
         on_token: Function that the engine's thread calls with each token of the first text.
         base_mismatch: Difference between the base model and those of the prefixes, None without one.
+        weights: Trained weights of all requests of the call, None for those of the base model.
     """
 
     index: int
@@ -96,6 +98,7 @@ class Request:
     shared_tokens: int = 0
     on_token: Callable[[int], None] | None = None
     base_mismatch: BaseMismatch | None = None
+    weights: TunedWeights | None = None
 
     @property
     def is_beam_search(self) -> bool:

@@ -14,7 +14,7 @@ from prefixfast.data.encode import Input
 from prefixfast.engine.driver import LoopDriver
 from prefixfast.engine.make_requests import make_good_requests, make_requests
 from prefixfast.engine.request import Request
-from prefixfast.engine.request_prefixes import Prefixes, PrefixLike
+from prefixfast.engine.request_prefixes import Prefixes, PrefixLike, is_weights
 from prefixfast.engine.shared_prompts import SharedPrompts
 from prefixfast.errors import ConfigError, PrefixFastError
 from prefixfast.model.base import Model
@@ -98,7 +98,7 @@ class RequestFactory:
                 raise
             requests, errors = make_good_requests(batch, prefixes, make)
         requests = [replace(r, params=self._with_seed(r.params), processors=processors) for r in requests]
-        if (shared := self.shared_prompts) is not None:
+        if (shared := self.shared_prompts) is not None and not is_weights(prefixes):
             requests = self.driver.between_steps("share_prompts", lambda: shared.split(requests))
         return requests, errors
 

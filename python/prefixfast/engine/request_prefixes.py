@@ -9,12 +9,14 @@ from typing import Any, TypeAlias
 from prefixfast.data.encode import Input
 from prefixfast.errors import ConfigError, RequestError, shown, suggestion
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, StoredPrefix
 from prefixfast.store.store import NAMES_COMPARED
 
 OnePrefix: TypeAlias = Prefix | StoredPrefix | str
+Assigned: TypeAlias = Prefix | StoredPrefix | TunedWeights  # weights only alone and for all requests
 PrefixLike: TypeAlias = OnePrefix | Sequence[OnePrefix] | None
-Prefixes: TypeAlias = PrefixLike | Sequence[PrefixLike] | Mapping[str, PrefixLike]
+Prefixes: TypeAlias = PrefixLike | Sequence[PrefixLike] | Mapping[str, PrefixLike] | TunedWeights
 
 
 def assign_prefixes(
@@ -22,14 +24,14 @@ def assign_prefixes(
     prefixes: Prefixes,
     store: PrefixStore | None,
     types: tuple[type, ...] = (Prefix, StoredPrefix),
-) -> list[tuple[Prefix | StoredPrefix, ...]]:
+) -> list[tuple[Assigned, ...]]:
     """Prefixes of each request, from left to right.
 
     Args:
         batch: Requests.
         prefixes: One prefix for all requests; one entry per request (None, a prefix, or a sequence of prefixes from
             left to right); or a mapping of names to entries for rows with a ``prefix`` key. None means no prefix, or
-            the store for rows with a ``prefix`` key.
+            the store for rows with a ``prefix`` key. Trained weights act for all requests.
         store: Store of the prefixes that are given by name.
         types: Types of a prefix.
 
@@ -39,6 +41,8 @@ def assign_prefixes(
         UnknownPrefixError: For a name that the store does not have.
     """
     source: object = prefix_source(batch, prefixes, store)
+    if is_weights(source):
+        return [(source,)] * len(batch)  # type: ignore[list-item]
     if source is None or isinstance(source, (*types, str)):
         return [_check_entry(source, i, store, types) for i in range(len(batch))]
     if isinstance(source, Mapping):
@@ -56,6 +60,21 @@ def assign_prefixes(
         )
         raise ConfigError(msg)
     return [_check_entry(entry, i, store, types) for i, entry in enumerate(source)]
+
+
+def is_weights(given: object) -> bool:
+    """Whether something is trained weights, or the header of their folder, and no prefix."""
+    return isinstance(given, TunedWeights) or isinstance(getattr(given, "method", None), str)
+
+
+def attended(own: Sequence[Assigned]) -> tuple[Prefix | StoredPrefix, ...]:
+    """The prefixes of a request without trained weights."""
+    return tuple(p for p in own if not isinstance(p, TunedWeights))
+
+
+def weights_of(own: Sequence[Assigned]) -> TunedWeights | None:
+    """Trained weights of a request, None without any."""
+    return next((p for p in own if isinstance(p, TunedWeights)), None)
 
 
 def prefix_source(batch: Sequence[Input], prefixes: Prefixes, store: PrefixStore | None) -> Prefixes | PrefixStore:
@@ -101,9 +120,7 @@ def _by_name(item: Input, index: int, prefixes: Mapping[str, object]) -> object:
     return prefixes.info(name) if isinstance(prefixes, PrefixStore) else prefixes[name]
 
 
-def _check_entry(
-    entry: object, index: int, store: PrefixStore | None, types: tuple[type, ...]
-) -> tuple[Prefix | StoredPrefix, ...]:
+def _check_entry(entry: object, index: int, store: PrefixStore | None, types: tuple[type, ...]) -> tuple[Assigned, ...]:
     """Prefixes of one entry, with names looked up in the store."""
     parts: Sequence[object] = () if entry is None else (entry,)
     if isinstance(entry, Sequence) and not isinstance(entry, str):
@@ -112,6 +129,13 @@ def _check_entry(
         parts = [store.info(part) if isinstance(part, str) else part for part in parts]
     found: list[Any] = []
     for part in parts:
+        if is_weights(part):
+            method = getattr(part, "method", "")
+            msg = (
+                f"request {index}: prefix: weights of method {method!r} change the base for all requests: pass them "
+                "alone to generate or score, in the place of one prefix, and not with others, by name or to submit"
+            )
+            raise RequestError(msg, index=index)
         if not isinstance(part, types):
             msg = (
                 f"request {index}: prefix: expected a Prefix, None or a sequence of Prefix, got {shown(part)}; read a "

@@ -24,10 +24,11 @@ from prefixfast.data.encode import (
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, request_value, text_positions
-from prefixfast.engine.request_prefixes import Prefixes
+from prefixfast.engine.request_prefixes import Prefixes, attended, weights_of
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, check_flag, shown
 from prefixfast.prefix.compatibility import base_mismatch
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, StoredPrefix
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ScoreRequest:
         prefixes: Prefixes from left to right.
         examples: Token ids and targets, at least one; a row with several references has one for each.
         base_mismatch: Difference between the base model and those of the prefixes, None without one.
+        weights: Trained weights of all requests of the call, None for those of the base model.
     """
 
     index: int
@@ -54,6 +56,7 @@ class ScoreRequest:
     prefixes: tuple[Prefix | StoredPrefix, ...]
     examples: list[Example]
     base_mismatch: BaseMismatch | None = None
+    weights: TunedWeights | None = None
 
 
 def make_score_requests(
@@ -97,7 +100,8 @@ def make_score_requests(
             msg = f"request {i}: expected at most {room} tokens of prompt and target, got {longest}; {left}"
             raise RequestError(msg, index=i)
         own_id = request_value(item, tasks[i], "id")
-        made.append(ScoreRequest(i, own_id, own, examples[i], base_mismatch(model, own)))
+        mismatch = base_mismatch(model, own)
+        made.append(ScoreRequest(i, own_id, attended(own), examples[i], mismatch, weights_of(own)))
     return made
 
 

@@ -39,6 +39,8 @@ def call_settings(model: Model, requests: Sequence[Request] | Sequence[ScoreRequ
     lengths = {p.digest: p.length for r in requests for p in r.prefixes}
     sizes = _several(dict.fromkeys(str(n) for n in sorted(lengths.values())))
     prefixes = f"{counted(len(lengths), 'prefix', 'prefixes')} of {sizes} rows" if lengths else "no prefix"
+    weights = next((r.weights for r in requests if r.weights is not None), None)
+    prefixes = prefixes if weights is None else f"weights of method {weights.method}"
     return f"{display_name(model)}, {compute_line(model)}: {counted(len(requests), 'request')}, {prefixes}"
 
 

@@ -21,7 +21,7 @@ from prefixfast.attention.plan import Layout, Plan, decode_plan, host_table, pre
 from prefixfast.config import EngineConfig
 from prefixfast.engine.kv_arena import RESERVED_ROWS, bytes_per_row
 from prefixfast.engine.loop import Loop
-from prefixfast.engine.request_prefixes import assign_prefixes
+from prefixfast.engine.request_prefixes import assign_prefixes, attended, is_weights
 from prefixfast.engine.search import reorder_slot_table
 from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model.base import Model
@@ -260,7 +260,11 @@ class HFCache(Cache):
                 f"{requests}; set num_beams to that of generate"
             )
             raise ConfigError(msg)
-        assigned = assign_prefixes([[]] * requests, self.prefixes if each is None else each, None)
+        if is_weights(self.prefixes):
+            msg = "prefixes: expected prefixes, got TunedWeights, which this cache cannot use; give them to generate"
+            raise ConfigError(msg)
+        found = assign_prefixes([[]] * requests, self.prefixes if each is None else each, None)
+        assigned = [attended(own) for own in found]
         for prefix in {id(p): p for own in assigned for p in own}.values():
             check_fits(self.model, prefix)
         return [own for own in assigned for _ in range(count // requests)]

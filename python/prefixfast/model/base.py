@@ -40,6 +40,7 @@ class Model:
         tokenizer: Tokenizer, None if the base model was given as an object and no tokenizer was found.
         head: Output layer, None if the logits are not those of one linear layer.
         closed: Whether `close` was called.
+        tuned: Digest of the trained weights that act in the base model for the time of a call, None without any.
         packed: Result of `prepack`, None before the first call.
         quantization: Quantization of the weights, also of those that were dequantized when they were loaded. None if
             they are not known to be quantized.
@@ -53,6 +54,7 @@ class Model:
     tokenizer: Tokenizer | None
     head: Head | None
     closed: bool = False
+    tuned: str | None = None
     packed: Packed | None = None
     quantization: str | None = None
     allow_base_mismatch: BaseMismatch | None = None

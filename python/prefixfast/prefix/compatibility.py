@@ -12,6 +12,8 @@ from prefixfast.model.prefix_shape import PrefixShape, filled_layers, is_peft_ta
 
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
+    from prefixfast.model.fingerprint import Fingerprint
+    from prefixfast.prefix.tuned_weights import TunedWeights
 
 
 def described(prefix: PrefixShape, names: object = None) -> str:
@@ -27,7 +29,7 @@ def described(prefix: PrefixShape, names: object = None) -> str:
     return f"the prefix {shown(name)}" if name is not None else f"the prefix {getattr(prefix, 'digest', '')[:12]}"
 
 
-def base_mismatch(model: Model, prefixes: Sequence[PrefixShape]) -> BaseMismatch | None:
+def base_mismatch(model: Model, prefixes: Sequence[PrefixShape | TunedWeights]) -> BaseMismatch | None:
     """Difference between a base model and those of prefixes that fit it, None if there is none.
 
     Args:
@@ -38,6 +40,18 @@ def base_mismatch(model: Model, prefixes: Sequence[PrefixShape]) -> BaseMismatch
         return None
     weights = {(p.base or {}).get("weights") for p in prefixes} - {None}
     return "quantized" if weights - {model.fingerprint["weights"]} and model.fingerprint["weights"] else None
+
+
+def check_base(model: Model, base: Fingerprint | None, what: str) -> None:
+    """Raise `BaseMismatchError` if a fingerprint is that of another base model.
+
+    Args:
+        model: Base model.
+        base: Fingerprint that a prefix or weights hold, None if unknown.
+        what: Name of their owner in the error's message.
+    """
+    allowed = model.allow_base_mismatch == "quantized"
+    check_same_base(base, model.fingerprint, what, model.quantization, allow_quantized=allowed)
 
 
 def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> None:
@@ -58,8 +72,7 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
     Example:
         >>> check_fits(base, prefix)
     """
-    allowed = model.allow_base_mismatch == "quantized"
-    check_same_base(prefix.base, model.fingerprint, what, model.quantization, allow_quantized=allowed)
+    check_base(model, prefix.base, what)
     if is_peft_table(prefix, model.layers) and filled_layers(prefix, model.layers):
         return
     expected = {

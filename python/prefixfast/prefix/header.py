@@ -15,6 +15,7 @@ from prefixfast.io.untrusted import read_json
 from prefixfast.prefix import folder as files
 from prefixfast.prefix import peft_format as peft
 from prefixfast.prefix.hub import find_folder
+from prefixfast.prefix.tuned_folder import is_tuned, read_tuned_meta
 
 if TYPE_CHECKING:
     from prefixfast.model.fingerprint import Fingerprint
@@ -31,12 +32,14 @@ class PrefixHeader:
         base: Fingerprint of the base model, None if unknown.
         task: Task that turns rows into prompts, None for plain prompts.
         decoding: Default `GenerationParams` of the prefix.
+        method: Method of trained weights, None for a prefix.
     """
 
     folder: Path
     base: Fingerprint | None = None
     task: Mapping[str, JSON] | None = None
     decoding: Mapping[str, JSON] | None = None
+    method: str | None = None
 
 
 def read_header(path: str | os.PathLike[str]) -> PrefixHeader:
@@ -53,6 +56,9 @@ def read_header(path: str | os.PathLike[str]) -> PrefixHeader:
 
 
 def _read(folder: Path) -> PrefixHeader:
+    if is_tuned(folder):
+        about, _ = read_tuned_meta(folder / files.META)
+        return PrefixHeader(folder, **{n: about[n] for n in ("base", "task", "decoding", "method")})
     if os.path.lexists(folder / files.META):
         fields, _ = files.read_meta(folder / files.META)
         if any(os.path.lexists(folder / name) for name in (files.TENSORS, peft.WEIGHTS)):

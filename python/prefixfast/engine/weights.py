@@ -1,0 +1,34 @@
+"""Trained weights in the base model of an engine for the time of a call."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from prefixfast.model.base import Model
+from prefixfast.model.tuned.apply import tuned
+from prefixfast.prefix.tensors import shared_tensors
+from prefixfast.prefix.tuned_weights import TunedWeights
+
+
+@contextlib.contextmanager
+def applied_weights(model: Model, weights: TunedWeights | None) -> Iterator[None]:
+    """Context manager in which a base model has trained weights. It gives the base model back unchanged.
+
+    Args:
+        model: Base model, for which the weights were made.
+        weights: Trained weights, None for those of the base model.
+
+    Raises:
+        ConfigError: If the weights do not fit the base model.
+    """
+    if weights is None:
+        yield
+        return
+    tensors = {name: t.to(model.device) for name, t in shared_tensors(weights.tensors).items()}
+    with tuned(model, weights.method, tensors, weights.options):
+        model.tuned = weights.digest
+        try:
+            yield
+        finally:
+            model.tuned = None
