@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefixfast import ConfigError, DataError, Prefix, load, train
+from prefixfast.cli.result_formats import one_line
 from prefixfast.data import read_task
 from prefixfast.data.builtin_tasks import TASKS
 from prefixfast.data.corpora import other_split
@@ -66,7 +67,7 @@ def test_generate_makes_one_text_for_each_input(cli, e2e, prefix, tmp_path):
         ("name[A], food[Thai]", ["A is Thai.", "Thai at A."]),
         ("name[B]", ["B."]),
     ]
-    assert plain.read_text().count("\n") == len(made)
+    assert plain.read_text() == "".join(one_line(r["text"]) + "\n" for r in made), "for official scorers"
 
 
 def test_score_scores_each_reference(cli, e2e, prefix, tmp_path):
