@@ -83,6 +83,19 @@ def test_score_scores_each_reference(cli, e2e, prefix, tmp_path):
     assert [r["logprob"] for r in lines(whole)] == pytest.approx([first + second, third], rel=1e-5)
 
 
+def test_trained_weights_read_a_split_as_a_prefix_does(cli, folder, e2e, tmp_path):
+    weights, texts, scores = tmp_path / "w", tmp_path / "o.txt", tmp_path / "o.jsonl"
+    method = ("--method", "full", "--max-steps", 1, "--dtype", "float32")
+    for arguments in (
+        ("train", folder, e2e, "-o", weights, "--task", "e2e", "--split", "train", *method),
+        ("generate", e2e, "-o", texts, "--split", "test", "--prefix", weights, *FEW),
+        ("score", e2e, "-o", scores, "--split", "test", "--prefix", weights),
+    ):
+        done = cli(*arguments)
+        assert done.code == 0, done.err
+    assert (texts.read_text().count("\n"), len(lines(scores))) == (2, 3)
+
+
 def test_the_file_shows_the_corpus_to_the_base_alone(cli, folder, e2e, tmp_path):
     done = cli("generate", e2e, "-o", tmp_path / "o.jsonl", "--split", "dev", "--model", folder, *FEW)
     assert done.code == 0, done.err
