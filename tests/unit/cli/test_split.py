@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,22 +21,22 @@ E2E = 'mr,ref\n"name[A], food[Thai]",A is Thai.\n"name[B]",B.\n"name[A], food[Th
 WEBNLG = {"entries": [{"1": {"modifiedtripleset": [{"subject": "s", "property": "p", "object": "o"}]}}]}
 DART = [{"tripleset": [["s", "P", "o"]], "annotations": [{"source": "x", "text": "S."}]}]
 FAST = ("--max-steps", "2", "--batch-size", "2", "--prefix-length", "3", "--dtype", "float32")
+OPTIONS: dict[str, Any] = {"max_steps": 2, "batch_size": 2, "prefix_length": 3, "task": "e2e"}
 FEW = ("--max-new-tokens", 3, "--num-beams", 1, "--max-num-seqs", 4)
 
 
-@pytest.fixture
-def e2e(tmp_path) -> Path:
-    path = tmp_path / "e2e.csv"
+@pytest.fixture(scope="module")
+def e2e(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("e2e") / "e2e.csv"
     path.write_text(E2E)
     return path
 
 
-@pytest.fixture
-def prefix(cli, folder, e2e, tmp_path) -> Path:
-    where = tmp_path / "p"
-    given = ("--task", "e2e", "--split", "train", "--eval-data", e2e)
-    done = cli("train", folder, e2e, "-o", where, *given, *FAST)
-    assert done.code == 0, done.err
+@pytest.fixture(scope="module")
+def prefix(folder, e2e) -> Path:
+    where = e2e.parent / "p"
+    with load(folder, dtype="float32") as base:
+        train(base, e2e, split="train", eval_data=e2e, output_dir=where, **OPTIONS)
     return where
 
 
@@ -43,17 +44,18 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_train_reads_the_split_and_its_held_out_rows_as_dev(folder, e2e, prefix):
-    found = Prefix.from_pretrained(prefix).training["metrics"]
-    assert (found["rows"], found["examples"], found["eval_rows"]) == (3, 3, 2)
+def test_train_reads_the_split_and_its_held_out_rows_as_dev(cli, folder, e2e, prefix, tmp_path):
+    given = ("--task", "e2e", "--split", "train", "--eval-data", e2e)
+    done = cli("train", folder, e2e, "-o", tmp_path / "p", *given, *FAST)
+    assert done.code == 0, done.err
+    made, again = Prefix.from_pretrained(tmp_path / "p"), Prefix.from_pretrained(prefix)
+    assert [made.training["metrics"][n] for n in ("rows", "examples", "eval_rows")] == [3, 3, 2]
     with load(folder, dtype="float32") as base:
-        options = {"max_steps": 2, "batch_size": 2, "prefix_length": 3, "task": "e2e"}
         rows, held_out = read_task("e2e", e2e, "train"), read_task("e2e", e2e, "dev")
-        by_rows = train(base, rows, eval_data=held_out, **options)
-        by_split = train(base, str(e2e), split="train", eval_data=e2e, **options)
-        in_memory = train(base, e2e, split="train", eval_data=held_out, **options)
-        several = train(base, {"a": e2e, "b": e2e}, split="dev", eval_data={"a": e2e, "b": held_out}, **options)
-    assert by_rows.digest == by_split.digest == in_memory.digest == Prefix.from_pretrained(prefix).digest
+        by_rows = train(base, rows, eval_data=held_out, **OPTIONS)
+        in_memory = train(base, str(e2e), split="train", eval_data=held_out, **OPTIONS)
+        several = train(base, {"a": e2e, "b": e2e}, split="dev", eval_data={"a": e2e, "b": held_out}, **OPTIONS)
+    assert by_rows.digest == in_memory.digest == made.digest == again.digest
     assert [several.metrics[n]["eval_rows"] for n in "ab"] == [2, 2]
 
 
@@ -136,7 +138,7 @@ def test_requests_that_are_no_official_file_are_refused(cli, e2e, prefix, tmp_pa
         ("-", "test", "expected the path of an official file"),
         (e2e, "eval", "split: expected one of train, dev, test"),
         (tmp_path / "none.csv", "test", "none.csv"),
-        (tmp_path / "*.csv", "test", "a pattern"),
+        (e2e.parent / "*.csv", "test", "a pattern"),
     ):
         for command in ("generate", "score"):
             done = cli(command, source, "-o", tmp_path / "o.jsonl", "--split", split, "--prefix", prefix)
@@ -146,17 +148,16 @@ def test_requests_that_are_no_official_file_are_refused(cli, e2e, prefix, tmp_pa
 
 
 def test_a_file_of_another_split_is_refused(tmp_path, cli, caplog):
-    path = tmp_path / "e2e.csv"
-    rows = ["mr,ref"] + [f"name[{i % 547}],text {i}." for i in range(4672)]
-    path.write_text("\n".join(rows) + "\n")
-    with pytest.raises(DataError, match="the train split of e2e, got 4672 texts, which is its dev split"):
-        read_task("e2e", path, "train")
-    checked = cli("data", "check", path, "--task", "e2e", "--split", "train")
+    path = tmp_path / "dialogsum.jsonl"
+    path.write_text("".join(json.dumps({"dialogue": f"d{i}", "summary": "s"}) + "\n" for i in range(500)))
+    with pytest.raises(DataError, match="the train split of dialogsum, got 500 texts, which is its dev split"):
+        read_task("dialogsum", path, "train")
+    checked = cli("data", "check", path, "--task", "dialogsum", "--split", "train")
     assert (checked.code, "which is its dev split" in checked.out) == (1, True)
-    assert len(read_task("e2e", path, "dev")) == 547
-    with caplog.at_level("WARNING"):
-        assert len(read_task("e2e", path, "test")) == 547
-    assert "the test split of e2e has" in caplog.text
+    assert len(read_task("dialogsum", path, "dev")) == 500
+    assert not caplog.text
+    assert len(read_task("dialogsum", path, "test")) == 500
+    assert "the test split of dialogsum has" in caplog.text
     assert other_split("prompt", [{"prompt": "a"}], "train") is None
 
 
