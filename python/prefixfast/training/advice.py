@@ -17,6 +17,8 @@ def loss_advice(metrics: Mapping[str, float | None], config: Mapping[str, Any]) 
         metrics: Metrics of the prefix.
         config: Values of its `TrainConfig`.
     """
+    if metrics.get("steps") == 0:  # a method without training
+        return None
     first, last = (metrics.get(n) for n in ("first_loss", "loss"))
     kind, overfits, evaluated = "the training loss", False, "eval_loss" in metrics
     if evaluated:

@@ -48,13 +48,16 @@ class ArtifactBuilder:
         """
         return cls(data, params, data.model.fingerprint, _decoding(data.model, data.job.task))
 
-    def build(self, job: PrefixJob, tensors: dict[str, Tensor], metrics: dict[str, float]) -> Artifact:
+    def build(
+        self, job: PrefixJob, tensors: dict[str, Tensor], metrics: dict[str, float], cost: dict[str, JSON]
+    ) -> Artifact:
         """Make the result of one name.
 
         Args:
             job: Training of the name.
             tensors: Trained tensors by name.
             metrics: Metrics of the training.
+            cost: Seconds and memory of the training.
 
         Raises:
             DataError: If a tensor has numbers that are not finite.
@@ -62,7 +65,7 @@ class ArtifactBuilder:
         group, task, before = self.data.group, self.data.job.task, self.data.job.on_top_of
         method = METHODS[group.method_config.method]
         training: dict[str, JSON] = {"method": group.method_config.method, "num_trained": self.params.num_trained}
-        training |= {"metrics": metrics, IDENTITY: self.data.identities[job.name]}
+        training |= {"metrics": metrics, "cost": cost, IDENTITY: self.data.identities[job.name]}
         training["config"] = option_values(job.config)
         if method.makes_prefix:
             training["prefix_config"] = option_values(group.prefix_config)

@@ -55,7 +55,7 @@ def with_learning_rates(group: PrefixGroup, num_layers: int) -> PrefixGroup:
     """
 
     def resolved(job: PrefixJob) -> PrefixJob:
-        if job.config.learning_rate is not None:
+        if job.config.learning_rate is not None or not METHODS[group.method_config.method].is_trained:
             return job
         of_method = METHODS[group.method_config.method].learning_rate
         rate = of_method or default_learning_rate(job.init, num_layers, uses_mlp=group.uses_mlp)

@@ -115,6 +115,8 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
 def _time_second_step(trainer: GroupTrainer) -> float:
     """Seconds of the second step; the first step also pays for what is allocated once."""
     last = int(trainer.runner.total.max()) - 1
+    if last < 0:  # a method without steps
+        return 0.0
     with trainer.runner.params.applied():
         for number in range(2):
             start = time.perf_counter()

@@ -68,9 +68,8 @@ class PrefixJob:
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate of a group with resolved options."""
-        assert self.config.learning_rate is not None
-        return self.config.learning_rate
+        """Peak learning rate of a group with resolved options, 0 of a method without training."""
+        return self.config.learning_rate or 0.0
 
     @property
     def window(self) -> Window:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
-from prefixfast.data.encode import vocabulary_error
+from prefixfast.data.encode import encode_examples, vocabulary_error
 from prefixfast.errors import ConfigError, is_text, shown
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
@@ -38,6 +39,8 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
     if not METHODS[group.method_config.method].makes_prefix:
         return group.prefix_config
     config = _check_layers(group.prefix_config, model.layers)
+    if not METHODS[group.method_config.method].is_trained:
+        return PrefixConfig.make(config, prefix_length=len(text_ids(model, group, options)))
     prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
     if not prefixes:
         if config.prefix_length == "text":
@@ -92,6 +95,33 @@ def _check_layers(config: PrefixConfig, shapes: Sequence[LayerShape]) -> PrefixC
         )
     msg = f"PrefixConfig.layers: expected {expected}, got {wrong[0]}"
     raise ConfigError(msg)
+
+
+def text_ids(model: Model, group: PrefixGroup, options: InitOptions) -> list[int]:
+    """Token ids of the text of a method without training.
+
+    Args:
+        model: Base model.
+        group: Group of one name.
+        options: Options of the initial values, with the rows of the name.
+
+    Raises:
+        ConfigError: If the text is empty, or there are too few rows.
+        DataError: If a row is malformed.
+    """
+    if group.method_config.method == "prompt":
+        return init_text_ids(model, options)
+    job, count, task = group.jobs[0], group.method_config.num_examples, options.task
+    rows = options.rows[job.source]
+    if len(rows) < count:
+        msg = f"num_examples: expected at most the {len(rows)} rows of {shown(job.source)}, got {count}"
+        raise ConfigError(msg)
+    found: list[int] = []
+    for i in np.random.default_rng(job.config.seed).permutation(len(rows))[:count]:
+        tokenizer = None if task.is_tokenized(rows[i]) else model.require_tokenizer()
+        examples = encode_examples(tokenizer, model.vocab_size, [rows[i]], task, append_eos=True)
+        found += next(iter(examples)).ids.tolist()
+    return found
 
 
 def init_text_ids(model: Model, options: InitOptions) -> list[int]:

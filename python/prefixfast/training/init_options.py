@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from prefixfast.config import PrefixConfig
+from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, shown
 from prefixfast.prefix.prefix import Prefix
@@ -27,11 +29,13 @@ class InitOptions:
         task: Task, whose ``init_text`` is the default text.
         init_text: Text of ``init="text"``, None for the task's.
         explicit: Names of the options that the caller gave.
+        rows: Training rows by name, for a text of examples.
     """
 
     task: Task
     init_text: str | None
     explicit: frozenset[str]
+    rows: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
 
 def adopt_init(group: PrefixGroup, options: InitOptions) -> PrefixGroup:

@@ -92,7 +92,7 @@ class TrainJob:
     @property
     def init_options(self) -> InitOptions:
         """Options of the initial values."""
-        return InitOptions(self.task, self.init_text, self.explicit)
+        return InitOptions(self.task, self.init_text, self.explicit, self.rows.rows)
 
     def check_model(self, model: Model) -> None:
         """Check that all groups fit a base model, before the first group is trained.

@@ -9,6 +9,7 @@ Shape letter: n prefixes of the group.
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.io.environment import peak_memory
 from prefixfast.io.progress import Progress
 from prefixfast.model.process import check_not_exiting
 from prefixfast.training.artifact import ArtifactBuilder
@@ -79,6 +81,7 @@ class GroupTrainer:
         self.builder = ArtifactBuilder.make(data, self.runner.params)
         self.num_steps = self.num_taken = self.num_tokens = 0
         self.seconds = 0.0
+        self.step_seconds: list[float] = []
         self._losses: Tensor | None = None  # those of the last step, of the prefixes that took it
         self.progress = GroupProgress.new(self.runner.total)
         keeps_best = self.eval_dataset is not None and self.config.metric_for_best_model != "last"
@@ -111,6 +114,8 @@ class GroupTrainer:
             work.details = self._details
             if not is_restored:
                 self._evaluate_before()
+            if not total and self.is_active:
+                self._finish_untrained()
             while self.is_active:
                 check_not_exiting()
                 self._advance()
@@ -145,10 +150,19 @@ class GroupTrainer:
         self.progress.eval_loss_before = self._eval_losses(due)
         self._write_eval_line(due, self.progress.eval_loss_before)
 
+    def _finish_untrained(self) -> None:
+        """Finish the prefixes of a method without steps, with the losses of what a first step would train on."""
+        progress = self.progress
+        progress.first_loss = progress.loss = self.runner.first_losses()
+        progress.eval_loss = progress.eval_loss_before
+        self._finish(progress.active.clone())
+
     def _advance(self) -> None:
         """Take one step of all active prefixes, with everything that follows from it."""
         progress = self.progress
+        start = time.perf_counter()
         result = self.runner.step(self.num_steps, progress.active)
+        self.step_seconds.append(time.perf_counter() - start)
         self.num_steps += 1
         self.num_taken += self.runner.num_taken
         self.num_tokens += self.runner.num_tokens
@@ -229,7 +243,7 @@ class GroupTrainer:
             metrics = prefix_metrics(self.progress, self.best, i, self.counts[i], evaluated=evaluated)
             flat = self.best.kv if self.best.has(i) else current
             try:
-                prefix = self.builder.build(self.group.jobs[i], params.split(flat, i), metrics)
+                prefix = self.builder.build(self.group.jobs[i], params.split(flat, i), metrics, self._cost())
             except DataError as e:  # the parameters themselves are not finite
                 self._fail(i, f"the prefix is not usable: {e}; lower learning_rate")
                 continue
@@ -249,6 +263,11 @@ class GroupTrainer:
                     *(name, skipped, int(self.progress.num_done[i])),
                 )
             self.job.callbacks.call("on_prefix_end", name, prefix, metrics)
+
+    def _cost(self) -> dict[str, JSON]:
+        """Median of the seconds of a step, None without steps, and the largest memory use since the run began."""
+        seconds = statistics.median(self.step_seconds) if self.step_seconds else None
+        return {"seconds_per_step": seconds, "peak_bytes": peak_memory(self.model.device)}
 
     def _fail(self, i: int, error: str) -> None:
         """End a prefix with an error, which is raised if failures are not isolated."""

@@ -54,6 +54,8 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "prefix": Method("prefix", PREFIX_OPTIONS | TRAIN_OPTIONS),
+    "prompt": Method("text", UNTRAINED_OPTIONS | {"init_text", "store"}, is_trained=False),
+    "icl": Method("text", UNTRAINED_OPTIONS | {"num_examples", "store"}, is_trained=False),
     "full": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=5e-5),
     "top2": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=5e-5),
 }

@@ -41,6 +41,8 @@ def settings_line(group: PrefixGroup, runner: StepRunner) -> str:
         compute_line(runner.model),
     ]
     steps = runner.total.tolist()
+    if not any(steps):
+        return f"making {what} without training: {', '.join([parts[0], parts[-1]])}"
     return f"training {what} for {_distinct(steps)} {'step' if set(steps) == {1} else 'steps'}: {', '.join(parts)}"
 
 

@@ -22,6 +22,7 @@ from prefixfast.model.base import Model
 from prefixfast.training.batching import BatchOrder, MicroBatch, micro_batches
 from prefixfast.training.examples import Examples
 from prefixfast.training.groups import PrefixGroup
+from prefixfast.training.method import METHODS
 from prefixfast.training.methods.trained import Trained
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 from prefixfast.training.resilience import TokenBudget
@@ -82,6 +83,8 @@ class StepRunner:
         configs = [job.config for job in group.jobs]
         self.order = BatchOrder.draw(data.spans, configs)
         self.total = torch.from_numpy(self.order.total)
+        if not METHODS[group.method_config.method].is_trained:
+            self.total = torch.zeros_like(self.total)
         self.params = params
         decay = _vector([c.weight_decay for c in configs])
         self.optimizer = PrefixAdamW(self.params.params, self.num_prefixes, weight_decay=decay)
@@ -113,16 +116,27 @@ class StepRunner:
         norms, updated = self.optimizer.step(rate.to(device), now.to(device), self.max_norm)
         return StepResult(now, losses, norms.cpu(), updated.cpu())
 
+    @torch.no_grad()
+    def first_losses(self) -> Tensor:
+        """Losses of the examples of the first step, fp64 ``[n]``, of a method without steps."""
+        return self.budget.run(lambda: self._batch_losses(0, torch.ones_like(self.total, dtype=torch.bool)))
+
     def _compute_gradients(self, number: int, active: Tensor) -> Tensor:
         """Compute the gradients of the parameters; returns the losses ``[n]``. A second call starts from scratch."""
+        losses = self._batch_losses(number, active)
+        self.params.backward()
+        return losses
+
+    def _batch_losses(self, number: int, active: Tensor) -> Tensor:
+        """Losses ``[n]`` of the examples of a step, whose gradients flow back after each micro-batch."""
         chosen, prefix = self.order.at(number, active.numpy())
         self.params.refresh(np.full(self.num_prefixes, number, np.int64))
         losses = torch.zeros(self.num_prefixes, dtype=torch.float64)
         for micro in self._micro_batches(self.examples, chosen, prefix):
             weighted = self._token_losses(micro) * micro.weights.to(self.params.params[0][0].dtype)
-            weighted.sum().backward()
+            if torch.is_grad_enabled():
+                weighted.sum().backward()
             losses.index_add_(0, micro.target_prefix.cpu(), weighted.detach().double().cpu())
-        self.params.backward()
         indptr = self.examples.indptr
         self.num_taken, self.num_tokens = len(chosen), int((indptr[chosen + 1] - indptr[chosen]).sum())
         return losses

@@ -246,6 +246,7 @@ def _names(job: TrainJob) -> list[str]:
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
+    from prefixfast.io.environment import reset_peak_memory
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing
@@ -258,6 +259,7 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     try:
         with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
             job.check_model(base)
+            reset_peak_memory(base.device)
             for number in range(len(job.groups)):
                 data = tokenize_group(base, job, number)
                 for name, error in data.failed.items():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefixfast.attention.plan import Plan, PrefixUse, prefix_rows, training_plan
+from prefixfast.attention.plan import LayerKV, Plan, PrefixUse, prefix_rows, training_plan
 from prefixfast.io.text import counted
 from prefixfast.model.prefix_shape import filled_layers, seeing_layers
 from prefixfast.model.text_kv import parameter_dtype
@@ -29,12 +30,11 @@ class TrainedPrefixes:
 
     Args:
         data: Group with its rows.
+        init: Initial keys and values by layer of each prefix, None for random ones.
     """
 
-    def __init__(self, data: GroupData) -> None:
+    def __init__(self, data: GroupData, init: Sequence[list[LayerKV] | None]) -> None:
         model, group, on_top_of = data.model, data.group, data.job.on_top_of
-        after = [] if on_top_of is None else [on_top_of]
-        init = initial_kv(model, group.jobs, group.prefix_config, data.job.init_options, after)
         self.model, self.group, self.is_composed = model, group, on_top_of is not None
         seeds = [job.config.seed for job in group.jobs]
         dtype = parameter_dtype(model.dtype)
@@ -98,4 +98,6 @@ class TrainedPrefixes:
 
 def make(data: GroupData) -> TrainedPrefixes:
     """Initial prefixes of a group."""
-    return TrainedPrefixes(data)
+    after = [] if data.job.on_top_of is None else [data.job.on_top_of]
+    group = data.group
+    return TrainedPrefixes(data, initial_kv(data.model, group.jobs, group.prefix_config, data.job.init_options, after))
