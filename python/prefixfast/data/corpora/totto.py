@@ -33,9 +33,8 @@ def totto_items(path: Path, split: str) -> Iterator[Item]:
 def _parse_entry(item: FileRow) -> FileRow:
     pairs: list[JSON] = []
     for name in TITLES:
-        title = item.get(f"table_{name}")
-        if title not in (None, ""):
-            pairs.append([name, check_text(item, 0, f"table_{name}", title)])
+        if title := check_text(item, 0, f"table_{name}", item.get(f"table_{name}")):
+            pairs.append([name, title])
     table = _checked_table(item)
     starts = [_column_starts(row) for row in table]
     for r, c in _checked_places(item, table):
@@ -47,8 +46,12 @@ def _parse_entry(item: FileRow) -> FileRow:
     if not isinstance(notes, list) or not all(isinstance(n, dict) for n in notes):
         raise row_error(item, 0, f"sentence_annotations: expected a list of objects, got {shown(notes)}")
     if notes:
-        row["refs"] = [check_text(item, 0, "final_sentence", n.get("final_sentence")) for n in notes]
+        row["refs"] = texts = [check_text(item, 0, "final_sentence", n.get("final_sentence")) for n in notes]
+        if not all(map(str.strip, texts)):
+            raise row_error(item, 0, "final_sentence: expected a text, got an empty one")
     if (number := item.get("example_id")) is not None:
+        if type(number) is not int:
+            raise row_error(item, 0, f"example_id: expected a whole number, got {shown(number)}")
         row["id"] = str(number)
     if (overlap := item.get("overlap_subset")) is not None:
         if not isinstance(overlap, bool):
