@@ -3,6 +3,7 @@
 Each follows a public file, which its comment names by repository and path. The texts are written for these tests.
 """
 
+# ruff: noqa: RUF001
 from __future__ import annotations
 
 import json

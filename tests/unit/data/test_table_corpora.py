@@ -115,7 +115,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
 
 
 def test_a_flat_folder_is_read_by_the_names_of_its_files(tmp_path):
-    """znculee/webnlg2020, release_v2.1_constrained/1triples_Airport_dev_v2.1_constrained.xml"""
+    """znculee/webnlg2020, release_v2.1_constrained/1triples_Airport_dev_v2.1_constrained.xml is such a file."""
     text = fixtures.WEBNLG_2020.text
     for kind in ("train", "dev", "test"):
         path = tmp_path / f"1triples_Artist_{kind}_v2.1_constrained.xml"
