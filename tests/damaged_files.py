@@ -49,7 +49,7 @@ def _damaged_bytes(raw: bytes) -> Iterator[tuple[str, bytes]]:
 
 def _damaged_text(text: str) -> Iterator[tuple[str, str]]:
     lines = text.splitlines(keepends=True)
-    for kind, changed in {
+    yield from {
         "twice": text + text,
         "a line lost": "".join(lines[:1] + lines[2:]),
         "the first line lost": "".join(lines[1:]),
@@ -67,8 +67,7 @@ def _damaged_text(text: str) -> Iterator[tuple[str, str]]:
         "one column more": text.replace("\n", ",\n", 2),
         "bars": text.replace(" ", "||", 3),
         "half a surrogate pair": text + "\ud800",
-    }.items():
-        yield kind, changed
+    }.items()
 
 
 def _damaged_xml(text: str) -> Iterator[tuple[str, str]]:

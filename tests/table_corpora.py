@@ -43,10 +43,10 @@ E2E_DEV = Layout(
     "e2e",
     "dev",
     "devset.csv",
-    f'mr,ref\r\n"{MILL}","A pub, The Mill."\r\n"{INN}","Café Inn has a ""yes"" for children."\r\n"{MILL}",£20 or more.\r\n',
+    f'mr,ref\r\n"{MILL}","A pub, The Mill."\r\n"{INN}","A ""yes"" for children."\r\n"{MILL}",£20 or more.\r\n',
     [
         {"mr": MILL, "refs": ["A pub, The Mill.", "£20 or more."]},
-        {"mr": INN, "refs": ['Café Inn has a "yes" for children.']},
+        {"mr": INN, "refs": ['A "yes" for children.']},
     ],
 )
 # tuetschek/e2e-dataset, testset_w_refs.csv: header in quotes. trainset.csv has the same columns.
