@@ -31,10 +31,8 @@ def totto_items(path: Path, split: str) -> Iterator[Item]:
 
 
 def _parse_entry(item: FileRow) -> FileRow:
-    pairs: list[JSON] = []
-    for name in TITLES:
-        if title := check_text(item, 0, f"table_{name}", item.get(f"table_{name}")):
-            pairs.append([name, title])
+    titles = {name: check_text(item, 0, f"table_{name}", item.get(f"table_{name}")) for name in TITLES}
+    pairs: list[JSON] = [[name, title] for name, title in titles.items() if title]
     table = _checked_table(item)
     starts = [_column_starts(row) for row in table]
     for r, c in _checked_places(item, table):
