@@ -20,7 +20,7 @@ from prefixfast.cli.run_table import print_table
 from prefixfast.io.text import counted, duration, rate, whole
 
 if TYPE_CHECKING:
-    from prefixfast import TrainRun
+    from prefixfast import Prefix, TrainRun
 
 WIDTH = 80  # columns
 INDENT = " " * 12  # of everything behind the names
@@ -101,7 +101,7 @@ class Summary:
         """
         advice = self.run.advice()
         prefixes = {
-            n: {"folder": _text(self._folder(n)), "metrics": m, "advice": advice.get(n)}
+            n: {"folder": _text(self._folder(n)), "metrics": m, "advice": advice.get(n), **_costs(self.run[n])}
             for n, m in self.run.metrics.items()
         }
         places = {"output": _text(self.output), "store": _text(self.store), "plot": _text(plot)}
@@ -119,13 +119,14 @@ class Summary:
         trained = len(run) - len(run.unchanged)
         others = [(len(run.unchanged), "unchanged"), (len(run.failed), "failed")]
         rest = "".join(f", {count} {what}" for count, what in others if count)
-        lines = [f"trained {counted(trained, 'prefix', 'prefixes')} in {duration(totals.seconds)}{rest}"]
+        lines = [f"{self._what(trained)} in {duration(totals.seconds)}{rest}"]
         speed = f"{rate(totals.tokens / totals.seconds)} tokens/s" if totals.seconds else "finished in an earlier run"
         lines += _entry("base", f"{printable(totals.base)}, {totals.dtype} on {totals.device}")
         lines += _entry("rows", _rows(list(run.metrics.values())))
         lines += _entry("speed", f"{_steps(list(run.metrics.values()))}, {speed}")
-        for metrics in run.metrics.values() if self.is_single else ():
+        for name, metrics in run.metrics.items() if self.is_single else ():
             lines += _entry("loss", _losses(metrics))
+            lines += _sizes(run[name])
         if len({str(v["of"]) for v in run.variants.values()}) == 1 and len(run):
             best = run.best_name()
             lines += _entry("best", f"{printable(best)}, {_losses(run.metrics[best])}")
@@ -135,6 +136,14 @@ class Summary:
         if self.output is not None and run.metrics and (plot is not None or not _has_matplotlib()):
             lines += _entry("plot", NO_PLOT if plot is None else printable(plot))
         return [*lines, *(_command("next", self.next_command()) if len(run) else ())]
+
+    def _what(self, count: int) -> str:
+        """What was made, and how many of it."""
+        artifact = next(iter(self.run.prefixes.values()), None)
+        if artifact is not None and "method" in vars(artifact):
+            return f"trained weights of method {artifact.training['method']}, {counted(count, 'name')},"
+        is_made = artifact is not None and not artifact.num_trained
+        return f"{'made' if is_made else 'trained'} {counted(count, 'prefix', 'prefixes')}"
 
     def _advice(self) -> list[str]:
         """Advice for the first prefixes whose loss did not fall, and the number of the others."""
@@ -222,6 +231,22 @@ def _rows(metrics: Sequence[Mapping[str, float]]) -> str:
     parts += [f"{whole(total[k])} {k.removesuffix('_rows')}" for k in ("skipped_rows", "truncated_rows")]
     held_out = [m["eval_rows"] for m in metrics if "eval_rows" in m]
     return ", ".join(parts) + (f"; held out: {whole(sum(held_out))}" if held_out else "")
+
+
+def _costs(artifact: Prefix) -> dict[str, Any]:
+    """Numbers of stored and trained parameters, bytes, and the cost of the training."""
+    sizes = {n: getattr(artifact, n) for n in ("num_stored", "num_trained", "nbytes")}
+    return {"sizes": sizes, "cost": artifact.training.get("cost")}
+
+
+def _sizes(artifact: Prefix) -> list[str]:
+    """Entries of the sizes and the cost of a prefix or of weights."""
+    stored, trained, nbytes = map(whole, (artifact.num_stored, artifact.num_trained, artifact.nbytes))
+    lines = _entry("size", f"{stored} numbers in {nbytes} bytes, {trained} trained")
+    cost: Any = artifact.training.get("cost") or {}
+    parts = [f"{rate(s)} s a step"] if (s := cost.get("seconds_per_step")) is not None else []
+    parts += [f"{whole(b / 2**20)} MiB at the peak"] if (b := cost.get("peak_bytes")) else []
+    return [*lines, *(_entry("cost", ", ".join(parts)) if parts else [])]
 
 
 def _steps(metrics: Sequence[Mapping[str, float]]) -> str:

@@ -35,6 +35,7 @@ class Estimate:
         steps: Number of optimizer steps, summed over the groups.
         learning_rates: Different peak learning rates of the prefixes, ascending.
         stored_numbers: Number of stored numbers of one prefix, in the largest group.
+        stored_bytes: Size of these numbers in bytes.
         trained_numbers: Number of parameters that training adjusts for one prefix, in the largest group.
         base_bytes: Size of the base model's parameters in bytes.
         training_bytes: Size of the parameters, gradients and optimizer state of the largest group in bytes.
@@ -50,6 +51,7 @@ class Estimate:
     steps: int
     learning_rates: list[float]
     stored_numbers: int
+    stored_bytes: int
     trained_numbers: int
     base_bytes: int
     training_bytes: int
@@ -103,6 +105,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
         steps=sum(steps),
         learning_rates=sorted({rate for t in trainers for j in t.group.jobs if (rate := j.config.learning_rate)}),
         stored_numbers=sum(t.numel() for t in params.current()) // len(largest.names),
+        stored_bytes=sum(t.numel() * t.element_size() for t in params.current()) // len(largest.names),
         trained_numbers=params.num_trained,
         base_bytes=base_bytes,
         training_bytes=4 * sum(t.numel() * t.element_size() for t, _ in params.params),

@@ -129,6 +129,10 @@ class GroupTrainer:
             self._checkpoint().write(folder)
         self.seconds = time.perf_counter() - start
 
+    def free(self) -> None:
+        """Free parameters and optimizer state of a group that has ended; what it has made stays."""
+        del self.runner, self.best, self.builder
+
     @property
     def is_active(self) -> bool:
         """Whether a prefix is still trained."""

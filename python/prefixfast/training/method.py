@@ -76,7 +76,7 @@ def check_read(method: str, given: Iterable[str], what: str = "") -> None:
         what: Name of the argument that holds the options, empty for the arguments of `train`.
     """
     known = PREFIX_OPTIONS | TRAIN_OPTIONS | {*MethodConfig.names()} - {"method"}
-    for name in known.difference(METHODS[method].reads).intersection(given):
+    for name in sorted(known.difference(METHODS[method].reads).intersection(given)):
         readers = [other for other, m in METHODS.items() if name in m.reads]
         where = f"{what}: " if what else ""
         advice = f"it is an option of method {' and '.join(readers)}" if readers else "leave it out"

@@ -270,6 +270,7 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
                         output.open(resume=job.resume)
                         output.write_failed(job.rows.failed)
                     trainer.run()
+                    trainer.free()
                     trainers.append(trainer)
             if not trainers and job.rows.failed:
                 output.open(resume=job.resume)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -280,3 +282,42 @@ def test_embedding_dim_is_the_input_width_of_the_mlp():
         )
         > 1e-3
     )
+
+
+PAPER = {
+    # learning rate, epochs and batch of table 6
+    ("prefix", "e2e"): (8e-5, 5, 10, "sequence_sum"),
+    ("prefix", "webnlg"): (5e-5, 5, 5, "sequence_sum"),
+    ("prefix", "dart"): (5e-5, 10, 5, "sequence_sum"),
+    ("adapter", "e2e"): (5e-5, 5, 5, "token_mean"),
+    ("adapter", "webnlg"): (5e-5, 10, 5, "token_mean"),
+    ("adapter", "dart"): (5e-5, 5, 5, "token_mean"),
+    ("full", "e2e"): (5e-5, 5, 10, "token_mean"),
+    ("full", "webnlg"): (1e-5, 10, 6, "token_mean"),
+    ("full", "dart"): (1e-5, 10, 6, "token_mean"),
+    ("top2", "e2e"): (5e-5, 5, 10, "token_mean"),
+    ("top2", "webnlg"): (5e-5, 10, 9, "token_mean"),
+    ("top2", "dart"): (5e-5, 5, 5, "token_mean"),
+}
+
+
+@pytest.mark.parametrize(("method", "task"), PAPER)
+def test_the_paper_recipe_has_table_6_for_every_method(method, task):
+    found = read_recipe("paper", task, method)
+    names = ("learning_rate", "num_train_epochs", "batch_size", "loss")
+    assert tuple(found[n] for n in names) == PAPER[method, task]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("methods: [full]", "methods: expected a mapping of methods, got list"),
+        ("methods: {ful: {}}", "did you mean full"),
+        ("methods: {full: {lr: 1}}", "methods.full: unknown option 'lr'"),
+        ("methods: {full: {tasks: {e2e: {lr: 1}}}}", "methods.full: tasks.e2e: unknown option 'lr'"),
+    ],
+)
+def test_a_wrong_part_of_methods_is_refused(tmp_path, text, error):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(error)):
+        read_recipe(str(tmp_path / "own.yaml"), "e2e", "prefix")
