@@ -1,4 +1,4 @@
-"""Rewrite the generated blocks of README.md and docs/: tables of measurements, of options and of commands.
+"""Rewrite the generated blocks of README.md and docs/: tables of measurements, options, commands and corpora.
 
 A block lies between ``<!-- table: NAME -->`` and ``<!-- end -->``. ``python docs/tables.py`` rewrites all blocks,
 ``python docs/tables.py --check`` exits with 1 and names the blocks that are stale. Measurements come from
@@ -12,7 +12,7 @@ import dataclasses
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,21 @@ def usage(argument: Any) -> str:
     return shown if argument.required else f"[{shown}]"
 
 
+def corpora() -> str:
+    """Official counts of every corpus by split."""
+    from prefixfast.data.corpora.corpus import CORPORA
+
+    rows = [
+        [f"`{name}`", split, one.of, f"{one.rows:,}", "" if one.texts is None else f"{one.texts:,}"]
+        for name, corpus in CORPORA.items()
+        for split, counts in corpus.counts.items()
+        for one in counts
+    ]
+    return grid(["task", "split", "release or part", "rows", "texts"], rows, numbers=False)
+
+
 OPTIONS = ("MethodConfig", "PrefixConfig", "TrainConfig", "GenerationParams", "EngineConfig")
+OTHERS: dict[str, Callable[[], str]] = {"commands": commands, "corpora": corpora}
 
 
 # ---- Markdown ----
@@ -126,11 +140,11 @@ def block(name: str, root: Path, page: Path) -> str:
     """The text between the markers of one block."""
     if name in TABLES:
         return measured(name, root, page)
-    if name == "commands":
-        return commands()
+    if name in OTHERS:
+        return OTHERS[name]()
     if name in OPTIONS:
         return options(name)
-    sys.exit(f"{page}: unknown table {name!r}; known are {', '.join((*TABLES, *OPTIONS, 'commands'))}")
+    sys.exit(f"{page}: unknown table {name!r}; known are {', '.join((*TABLES, *OPTIONS, *OTHERS))}")
 
 
 def pages(root: Path) -> list[Path]:
@@ -160,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.exit(f"{page}: a block has no <!-- end -->")
         if new != text and not given.check:
             page.write_text(new, encoding="utf8")
-    if missing := [name for name in (*TABLES, *OPTIONS, "commands") if name not in seen]:
+    if missing := [name for name in (*TABLES, *OPTIONS, *OTHERS) if name not in seen]:
         sys.exit(f"no page shows the tables {', '.join(missing)}")
     if stale:
         print("\n".join(stale))

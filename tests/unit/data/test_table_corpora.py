@@ -14,7 +14,7 @@ import table_corpora as fixtures
 from oracles import SHARED
 from prefixfast import DataError
 from prefixfast.cli import main
-from prefixfast.data import TASKS, read_task
+from prefixfast.data import TASKS, read_rows, read_task
 from prefixfast.data.corpora.corpus import CORPORA, Counts
 from prefixfast.data.files.raw import ALWAYS_READ
 from table_corpora import LAYOUTS
@@ -217,8 +217,23 @@ def test_a_decompression_bomb_is_refused(tmp_path, name):
     task, _, name = name.partition(" ")
     path = tmp_path / name
     path.write_bytes(bomb(b"<benchmark>", b"</benchmark>"))
-    with pytest.raises(DataError, match=r"gz: expected at most 100 decompressed bytes for each byte"):
+    with pytest.raises(DataError, match=r"gz: expected at most 100 bytes for each of"):
         read_task(task, path)
+
+
+def test_a_bomb_of_cells_is_refused(tmp_path):
+    """Parquet stores a run of one value as its length, so that a few bytes are millions of rows."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    with parquet.ParquetWriter(path, arrow.schema([("prompt", arrow.string())]), compression="zstd") as writer:
+        values = arrow.DictionaryArray.from_arrays(arrow.array([0] * 2**20, arrow.int8()), ["x"])
+        table = arrow.table({"prompt": values.cast(arrow.string())})
+        for _ in range(65):
+            writer.write_table(table, row_group_size=2**20)
+    assert path.stat().st_size < 2**18
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    assert str(caught.value).startswith(f"{path}: expected at most 100 cells for each of")
 
 
 def test_texts_that_repeat_and_compress_well_are_read(tmp_path):

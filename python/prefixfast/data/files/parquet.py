@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 
 from prefixfast.data.files.items import FileRow, Item, malformed
+from prefixfast.data.files.raw import check_expansion
 from prefixfast.errors import DataError
 
 
@@ -30,11 +31,15 @@ def parquet_items(raw: bytes, path: str) -> Iterator[Item]:
         raise DataError(msg, path=path) from e
     number = 0
     try:
-        for batch in parquet.ParquetFile(io.BytesIO(raw)).iter_batches():
+        file = parquet.ParquetFile(io.BytesIO(raw))
+        check_expansion(path, len(raw), file.metadata.num_rows * file.metadata.num_columns, "cells")
+        for batch in file.iter_batches():
             narrow = [f.name for f in batch.schema if f.type == arrow.float32()]
             for value in batch.to_pylist():
                 number += 1
                 value |= {name: short_float(value[name]) for name in narrow if value[name] is not None}
                 yield FileRow(value, path, number)
+    except DataError as e:
+        yield e
     except (ValueError, OSError, arrow.ArrowException) as e:
         yield malformed(path, number + 1, f"cannot be read: {e}")
