@@ -12,7 +12,7 @@ import pytest
 from prefixfast import ConfigError, DataError, Prefix, load, train
 from prefixfast.cli.result_formats import one_line
 from prefixfast.data import read_task
-from prefixfast.data.builtin_tasks import TASKS
+from prefixfast.data.builtin_tasks import TASKS, find_task
 from prefixfast.data.corpora import other_split
 from prefixfast.data.splits import RowReader, corpus_name, corpus_of, each_reference
 
@@ -130,6 +130,16 @@ def test_a_split_without_official_files_is_refused(cli, folder, e2e, tmp_path, a
     assert not (tmp_path / "p").exists()
     checked = cli("data", "check", e2e, *arguments)
     assert (checked.code, message in checked.err) == (1, True), checked.err
+
+
+def test_official_files_without_a_split_are_named(cli, tmp_path):
+    files = {"a.json": json.dumps(WEBNLG), "d.json": json.dumps(DART), "x.source": "a", "s.story": "a", "w.xml": "<a/>"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        done = cli("data", "check", tmp_path / name)
+        assert (done.code, "public corpus; " in done.out, "split" in done.out) == (1, True, True), done.out
+    row = {"prompt": "a", "completion": "b", "tripleset": []}
+    assert find_task(None, row).name == "prompt"
 
 
 def test_requests_that_are_no_official_file_are_refused(cli, e2e, prefix, tmp_path):

@@ -19,7 +19,7 @@ PLAIN_TEXT = (
     "plain text without columns; name a table with a header .csv or .tsv, or write one text a line as "
     '{"text": "..."} into a .jsonl file'
 )
-CORPUS = "an XML file; name its task and split, for example --task webnlg --split train"
+CORPUS = "a file of a public corpus; name its task and split, for example --task webnlg --split train"
 SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 ADVICE_BY_SUFFIX = {
     **dict.fromkeys(SPREADSHEETS, SPREADSHEET),
@@ -27,7 +27,7 @@ ADVICE_BY_SUFFIX = {
     **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pdf", ".html", ".htm"), DOCUMENT),
     **dict.fromkeys((".arrow", ".feather"), ARROW),
     **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz"), PACKED),
-    ".xml": CORPUS,
+    **dict.fromkeys((".xml", ".source", ".target", ".story"), CORPUS),
     **dict.fromkeys((".pkl", ".pickle"), PICKLE),
     **dict.fromkeys((".db", ".sqlite", ".sqlite3"), DATABASE),
 }
