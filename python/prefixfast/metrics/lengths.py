@@ -1,0 +1,41 @@
+"""Lengths of texts, share of distinct n-grams, and share of empty texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from prefixfast.config.json_types import JSON
+from prefixfast.metrics.result import MetricValue
+
+SCORES = ("length", "reference length", "distinct-1", "distinct-2", "empty")
+TOOL = "words between white space, in lower case for distinct-n; distinct-n of Li et al. 2016 over all texts"
+
+
+def lengths(
+    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
+) -> dict[str, MetricValue]:
+    """Mean number of words, share of distinct words and pairs of words, and share of texts without a word.
+
+    Args:
+        outputs: Texts.
+        references: References of each text, whose mean number of words is given beside.
+        tables: Not read.
+    """
+    words = [text.lower().split() for text in outputs]
+    ours = sum(map(len, words)) / len(words)
+    theirs = [len(text.split()) for group in references for text in group]
+    values = {
+        "length": ours,
+        "reference length": sum(theirs) / len(theirs),
+        "distinct-1": _distinct(words, 1),
+        "distinct-2": _distinct(words, 2),
+        "empty": sum(not own for own in words) / len(words),
+    }
+    digits = dict(zip(SCORES, (2, 2, 4, 4, 4), strict=True))
+    return {name: MetricValue(value, f"{value:.{digits[name]}f}", TOOL) for name, value in values.items()}
+
+
+def _distinct(texts: Sequence[Sequence[str]], order: int) -> float:
+    """Number of different n-grams divided by the number of n-grams; 0 without any."""
+    grams = [tuple(words[i : i + order]) for words in texts for i in range(len(words) - order + 1)]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,0 +1,251 @@
+"""Readers of outputs and references, and the check that they belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from prefixfast.config.json_types import JSON
+from prefixfast.data.corpora import read_task, task_items
+from prefixfast.data.corpora.official import TEXT_KEYS
+from prefixfast.data.files import SUFFIXES, read_text
+from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, PLAIN_TEXT
+from prefixfast.data.formats import FORMATS
+from prefixfast.data.row_values import check_text, json_hint, only_key
+from prefixfast.data.rows import Row, read_rows, row_error
+from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.io.paths import as_path
+
+PathLike: TypeAlias = str | os.PathLike[str]
+OUTPUT_KEYS = ("text", "output", "prediction", "hypothesis")  # of rows; the first that a row has counts
+REFERENCE_KEYS = (*TEXT_KEYS, "highlights", "reference", "references")
+TABLE_KEYS = FORMATS["table"].inputs
+COMPARED_KEYS = ("id", *TABLE_KEYS, "document", "article", "dialogue")
+ROW_SUFFIXES = (*SUFFIXES, ".xml")
+
+
+class Output(NamedTuple):
+    """An output with its place, and the other columns of its row (empty without one)."""
+
+    text: str
+    place: str
+    row: Row
+
+
+class Reference(NamedTuple):
+    """The references of one text with their place, and the row that holds them (empty without one)."""
+
+    texts: list[str]
+    place: str
+    row: Row
+
+
+def read_outputs(outputs: Any) -> list[Output]:
+    """Outputs of any system.
+
+    Args:
+        outputs: Path of a file of rows, or of one text a line; or an iterable of texts, of rows, or of objects with
+            the text under ``text``, such as `Generation`.
+
+    Raises:
+        ConfigError: If the argument is none of these.
+        DataError: If a file or row is malformed, or its request failed, with the place.
+    """
+    if isinstance(outputs, str | os.PathLike):
+        path = as_path("outputs", outputs)
+        if not _has_rows(path):
+            return [Output(line, f"{path}:{i}", {}) for i, line in enumerate(_lines(path), 1)]
+        return [_row_output(row, i) for i, row in enumerate(read_rows(path))]
+    return [_output(value, i) for i, value in enumerate(_listed("outputs", outputs))]
+
+
+def read_references(references: Any, task: str, split: str | None) -> list[Reference]:
+    """References of the texts of a task.
+
+    Args:
+        references: Path of an official file, of a file of rows, or of a text file: one reference a line, or one group
+            of lines for each text, with an empty line between two. Or several paths (`pathlib.Path`) of text files
+            with one line for each text, or an iterable of rows, of texts, or of lists of texts.
+        task: Name of the task, whose official files are read.
+        split: Split of the official file; None reads it with one row for each input.
+
+    Raises:
+        ConfigError: If the argument is none of these, or a split is given for no official file.
+        DataError: If a file or row is malformed, or a text has no reference, with the place.
+    """
+    if isinstance(references, str | os.PathLike):
+        return _file_references(as_path("references", references), task, split)
+    if split is not None:
+        msg = f"split: expected none for references that are no official file, got {shown(split)}"
+        raise ConfigError(msg)
+    values = _listed("references", references)
+    if values and all(isinstance(value, os.PathLike) for value in values):
+        paths = [as_path("references", value) for value in values]
+        return _file_references(paths[0], task, None) if len(paths) == 1 else _parallel_references(paths)
+    return [_reference(value, i) for i, value in enumerate(values)]
+
+
+def check_pairs(outputs: Sequence[Output], references: Sequence[Reference]) -> None:
+    """Check that outputs and references are those of the same inputs, in the same order.
+
+    Raises:
+        DataError: If there are none, if their numbers differ, or if the id or the input of a pair differs.
+    """
+    if len(outputs) != len(references) or not outputs:
+        msg = f"expected one group of references for each output, got {len(outputs)} outputs and {len(references)} "
+        msg += "groups; each input has one output, and all its references are one group"
+        raise DataError(msg)
+    for output, reference in zip(outputs, references, strict=True):
+        for key in COMPARED_KEYS:
+            ours, theirs = output.row.get(key), reference.row.get(key)
+            if ours is not None and theirs is not None and not _same(ours, theirs):
+                msg = f"{output.place}: expected the {key} of the references at {reference.place}, {shown(theirs)}, "
+                msg += f"got {shown(ours)}; outputs and references are matched by position, so bring them in one order"
+                raise DataError(msg)
+
+
+def tables_of(rows: Iterable[Row]) -> list[Row] | None:
+    """The rows if each holds a table, None otherwise."""
+    found = list(rows)
+    return found if all(any(row.get(key) is not None for key in TABLE_KEYS) for row in found) else None
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    if isinstance(values, Mapping) or not isinstance(values, Iterable):
+        msg = f"{name}: expected a path, or a list of texts or rows, got {shown(values)}"
+        raise ConfigError(msg)
+    return list(values)
+
+
+def _has_rows(path: Path) -> bool:
+    """Whether a reader of rows reads the file, or refuses it with advice; any other file holds lines of text."""
+    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    return path.is_dir() or kind in ROW_SUFFIXES or ADVICE_BY_SUFFIX.get(kind, PLAIN_TEXT) != PLAIN_TEXT
+
+
+def _lines(path: Path) -> list[str]:
+    r"""Lines of a text file; only ``\n`` and ``\r\n`` end a line, as in the official scripts."""
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _output(value: Any, number: int) -> Output:
+    place = f"outputs: text {number}"
+    if isinstance(value, Mapping):
+        return _row_output(value, number)
+    if isinstance(value, str):
+        return Output(check_text({}, number, "outputs", value), place, {})
+    if isinstance(getattr(value, "text", None), str):  # a Generation; its class would import the engine
+        row = {"text": value.text, "id": getattr(value, "id", None), "error": getattr(value, "error", None)}
+        return _row_output(row, number)
+    msg = f"{place}: expected a string, a row or a Generation, got {shown(value)}"
+    raise DataError(msg)
+
+
+def _row_output(row: Row, number: int) -> Output:
+    if row.get("error") is not None:
+        raise row_error(row, number, f"expected a text, got the error of a failed request, {shown(row['error'])}")
+    key = next((k for k in OUTPUT_KEYS if row.get(k) is not None), OUTPUT_KEYS[0])
+    if row.get(key) is None:
+        msg = f"expected the output under one of the keys {', '.join(OUTPUT_KEYS)}, got the keys {sorted(row)}"
+        raise row_error(row, number, msg)
+    return Output(check_text(row, number, key, row[key]), _place(row, "outputs", number), row)
+
+
+def _place(row: Row, name: str, number: int) -> str:
+    return f"{row.path}:{row.line}" if hasattr(row, "path") and hasattr(row, "line") else f"{name}: row {number}"
+
+
+def _file_references(path: Path, task: str, split: str | None) -> list[Reference]:
+    is_authors = task == "e2e" and path.name.lower().endswith((".txt", ".txt.gz")) and _has_bars(path)
+    if _has_rows(path) or is_authors:
+        return [_reference(row, i) for i, row in enumerate(_official_rows(path, task, split))]
+    if split is not None:
+        msg = f"split: expected none for a file of plain references, got {shown(split)} for {path}"
+        raise ConfigError(msg)
+    lines = _lines(path)
+    if all(line.strip() for line in lines):
+        return [Reference([line], f"{path}:{i}", {}) for i, line in enumerate(lines, 1)]
+    return _groups(path, lines)
+
+
+def _official_rows(path: Path, task: str, split: str | None) -> list[Row]:
+    """Rows of an official file or a file of rows. Without a split their number is not compared with the official."""
+    if split is not None:
+        return read_task(task, path, split)  # type: ignore[arg-type]  # read_task checks the name
+    rows: list[Row] = []
+    for item in task_items(task, path, "test"):
+        if isinstance(item, DataError):
+            raise item
+        rows.append(item)
+    return rows
+
+
+def _has_bars(path: Path) -> bool:
+    """Whether each line is ``source||target``, as in the files of Li & Liang."""
+    return all("||" in line for line in _lines(path) if line.strip())
+
+
+def _groups(path: Path, lines: Sequence[str]) -> list[Reference]:
+    """Groups of lines with an empty line between two, as in the files of E2E's script."""
+    groups: list[Reference] = []
+    opened = False
+    for number, line in enumerate(lines, 1):
+        if line.strip() and opened:
+            groups[-1].texts.append(line)
+        elif line.strip():
+            groups.append(Reference([line], f"{path}:{number}", {}))
+        elif not opened and any(map(str.strip, lines[number:])):
+            msg = f"{path}:{number}: expected a reference, got an empty line; one empty line stands between two groups"
+            raise DataError(msg, path=str(path), line=number)
+        opened = bool(line.strip())
+    return groups
+
+
+def _parallel_references(paths: Sequence[Path]) -> list[Reference]:
+    """References of several files with one line for each text, empty where a text has no further reference."""
+    columns = [_lines(path) for path in paths]
+    longest = max(map(len, columns))
+    for path, column in zip(paths, columns, strict=True):
+        if len(column) == longest - 1 and read_text(path).endswith("\n"):
+            column.append("")  # files whose lines are joined have no line break after the last one
+        if len(column) != longest:
+            msg = f"{path}: expected {longest} lines as in the other files of references, got {len(column)}"
+            raise DataError(msg, path=str(path))
+    found = []
+    for number, row in enumerate(zip(*columns, strict=True), 1):
+        texts = [line for line in row if line.strip()]
+        if not texts:
+            msg = f"{paths[0]}:{number}: expected a reference of this text in one of the files, got empty lines"
+            raise DataError(msg, path=str(paths[0]), line=number)
+        found.append(Reference(texts, f"{paths[0]}:{number}", {}))
+    return found
+
+
+def _reference(value: Any, number: int) -> Reference:
+    place = f"references: text {number}"
+    if isinstance(value, Mapping):
+        key = only_key(value, number, REFERENCE_KEYS)
+        texts = _texts(value, number, key, value[key])
+        return Reference(texts, _place(value, "references", number), value)
+    return Reference(_texts({}, number, "references", value), place, {})
+
+
+def _texts(row: Row, number: int, key: str, value: JSON) -> list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not texts or (isinstance(value, str) and json_hint(value)):
+        msg = f"{key}: expected a text or a list of texts, got {shown(value)}{json_hint(value)}"
+        raise row_error(row, number, msg)
+    return [check_text(row, number, f"{key}[{i}]", text) for i, text in enumerate(texts)]
+
+
+def _same(ours: JSON, theirs: JSON) -> bool:
+    """Whether two values are equal but for white space, and for the type of a number in a cell of a table."""
+    if ours == theirs:
+        return True
+    pair = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (ours, theirs)]
+    return pair[0].split() == pair[1].split()
