@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         UnknownPrefixError,
     )
     from prefixfast.integrations.hf_generate import HFCache
+    from prefixfast.metrics.evaluate import evaluate
+    from prefixfast.metrics.result import Metrics, MetricValue
     from prefixfast.model.base import Model
     from prefixfast.model.load import load
     from prefixfast.model.shared_base import unload
@@ -53,6 +55,8 @@ _HOME = {
     "GenerationParams": "config",
     "HFCache": "integrations.hf_generate",
     "MethodConfig": "config",
+    "MetricValue": "metrics.result",
+    "Metrics": "metrics.result",
     "Model": "model.base",
     "Prefix": "prefix.prefix",
     "PrefixConfig": "config",
@@ -68,6 +72,7 @@ _HOME = {
     "TunedWeights": "prefix.tuned_weights",
     "UnknownPrefixError": "errors",
     "check_fits": "prefix.compatibility",
+    "evaluate": "metrics.evaluate",
     "generate": "engine.generate",
     "load": "model.load",
     "score": "engine.generate",
@@ -86,6 +91,8 @@ __all__ = [
     "GenerationParams",
     "HFCache",
     "MethodConfig",
+    "MetricValue",
+    "Metrics",
     "Model",
     "Prefix",
     "PrefixConfig",
@@ -101,6 +108,7 @@ __all__ = [
     "TunedWeights",
     "UnknownPrefixError",
     "check_fits",
+    "evaluate",
     "generate",
     "load",
     "score",

@@ -34,6 +34,7 @@ FUNCTIONS = {
     "generate": lambda batch, prefixes=None, *, model=None, store=None, params=None, on_error="raise",
         progress=None, **fields: ...,
     "score": lambda batch, prefixes=None, *, targets=None, model=None, store=None: ...,
+    "evaluate": lambda outputs, references, *, task, metrics=None, split=None: ...,
     "Folder": lambda path: ...,
     "Engine": lambda model, *, store=None, config=None, **fields: ...,
     "PrefixStore": lambda path, *, read_only=False, keep_versions=2: ...,
@@ -54,8 +55,12 @@ MEMBERS = {
     ),
     "TrainRun": "best plot report __getitem__ __iter__ __len__",
     "Generation": "__str__",
+    "Metrics": "__getitem__ __iter__ __len__ table to_json",
+    "MetricValue": "__str__",
 }
 FIELDS = {
+    "Metrics": "task num_texts values_by_name missing",
+    "MetricValue": "value text tool",
     "Prefix": "kv pos_start base task decoding training",
     "TrainRun": "failed metrics",
     "Generation": "index id text texts token_ids finish_reason score logprobs prefix_digest usage error",
@@ -130,6 +135,7 @@ COMMANDS = {
     "train": "model data --prompt --target --table --output --dry-run --config --print-config",
     "generate": "requests --output --config --print-config",
     "score": "--output --config --print-config",
+    "eval": "outputs references --task --metrics --split --output --json",
     "data check": "path --task --prompt --target --table",
     "doctor": "model",
     **{
@@ -237,7 +243,7 @@ def test_errors_carry_path_line_and_index():
     assert (error.path, error.line, prefixfast.RequestError("m", index=2).index) == ("p", 3, 2)
 
 
-@pytest.mark.parametrize("name", ["Folder", "PrefixStore", "TrainRun"])
+@pytest.mark.parametrize("name", ["Folder", "Metrics", "PrefixStore", "TrainRun"])
 def test_mappings(name):
     assert issubclass(getattr(prefixfast, name), Mapping)
 

@@ -207,6 +207,7 @@ SHOWN = {
     "PrefixStore",
     "Stream",
     "check_fits",
+    "evaluate",
     "generate",
     "load",
     "score",

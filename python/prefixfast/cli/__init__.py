@@ -1,4 +1,4 @@
-"""Command line ``prefixfast``: train, generate, score, compare, chat, try, convert, doctor, prefixes, data and bench.
+"""Command line ``prefixfast``: train, generate, score, eval, compare, chat, try, convert, doctor, prefixes, data, bench.
 
 Exit status: 0 for success, 1 for a problem that the message explains, 2 for a wrong command line, 3 if some of several
 prefixes, requests or folders failed, 130 after an interrupt.
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from prefixfast.cli import bench, chat, compare, convert, data, doctor, generate, prefixes, score, train, try_
+from prefixfast.cli import bench, chat, compare, convert, data, doctor, eval_, generate, prefixes, score, train, try_
 from prefixfast.cli.help import Command, Group
 from prefixfast.config.hints import HINTS
 from prefixfast.errors import PrefixFastError
@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (train, generate, score, compare, chat, try_, convert, doctor):
+for module in (train, generate, score, eval_, compare, chat, try_, convert, doctor):
     app.command(module.__name__.rpartition(".")[2].rstrip("_"), cls=Command, epilog=module.EXAMPLE)(module.command)
 for group in (prefixes, data, bench):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])

@@ -27,7 +27,9 @@ def start_logging(*, quiet: bool = False) -> None:
         warnings.simplefilter("ignore")
 
 
-def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: bool, title: str = "") -> None:
+def show(
+    rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: bool, title: str = "", longest: int = LONGEST
+) -> None:
     """Print rows.
 
     Args:
@@ -35,6 +37,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: 
         columns: Columns of the table and of the tab-separated lines.
         as_json: Whether to print JSON.
         title: Title of the table.
+        longest: Number of characters after which a cell of the table is cut.
     """
     columns = list(columns)
     if as_json:
@@ -51,7 +54,7 @@ def show(rows: Sequence[Mapping[str, Any]], columns: Iterable[str], *, as_json: 
 
     table = Table(*columns, title=Text(title) if title else None)
     for line in cells:
-        table.add_row(*(Text(cell if len(cell) <= LONGEST else cell[: LONGEST - 1] + "…") for cell in line))
+        table.add_row(*(Text(cell if len(cell) <= longest else cell[: longest - 1] + "…") for cell in line))
     Console().print(table)
 
 

@@ -118,20 +118,24 @@ def _chosen(task: str, metrics: Sequence[str] | None) -> dict[str, list[str]]:
 def _named(task: str, name: object) -> tuple[str, str | None]:
     """The metric of a name, and the score that is named (None for all scores of the metric).
 
-    The name of a score is looked for among the metrics of the task first, since scripts differ in what they call BLEU.
+    The task's own metrics come first, since scripts differ in what they call BLEU, then the case of the letters counts.
     """
-    if isinstance(name, str) and name in METRICS:
-        return name, None
     own = [m for m in TASK_METRICS[task] if m in METRICS]
-    for among in (own, METRICS):
-        found = [
-            (m, s) for m in among for s in METRICS[m].scores if isinstance(name, str) and s.lower() == name.lower()
-        ]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            msg = f"metrics: expected the name of one metric, got {shown(name)}, a score of "
-            raise ConfigError(msg + " and ".join(m for m, _ in found))
+    low = name.lower() if isinstance(name, str) else ""
+    found = [
+        [(m, None) for m in own if m == name],
+        [(m, s) for m in own for s in METRICS[m].scores if s.lower() == low],
+        [(m, None) for m in METRICS if m == name],
+        [(m, s) for m in METRICS for s in METRICS[m].scores if s == name],
+        [(m, None) for m in METRICS if m == low],
+        [(m, s) for m in METRICS for s in METRICS[m].scores if s.lower() == low],
+    ]
+    if single := [pairs[0] for pairs in found if len(pairs) == 1]:
+        return single[0]
+    if found[-1]:
+        several = " and ".join(m for m, _ in found[-1])
+        msg = f"metrics: expected the name of one metric, got {shown(name)}, a score of {several}"
+        raise ConfigError(msg)
     known = [*own, *(s for m in own for s in METRICS[m].scores)]
     msg = f"metrics: expected names of metrics or scores, got {shown(name)}; {suggestion(name, known, listed=30)}"
     raise ConfigError(msg)

@@ -7,8 +7,16 @@ from collections.abc import Mapping, Sequence
 from prefixfast.config.json_types import JSON
 from prefixfast.metrics.result import MetricValue
 
-SCORES = ("length", "reference length", "distinct-1", "distinct-2", "empty")
-TOOL = "words between white space, in lower case for distinct-n; distinct-n of Li et al. 2016 over all texts"
+LENGTH = "mean number of words between white space"
+DISTINCT = "different n-grams of words in lower case, over their number in all texts (Li et al. 2016)"
+TOOLS = {
+    "length": LENGTH,
+    "reference length": LENGTH,
+    "distinct-1": DISTINCT,
+    "distinct-2": DISTINCT,
+    "empty": "share of texts without a word",
+}
+SCORES = tuple(TOOLS)
 
 
 def lengths(
@@ -32,7 +40,7 @@ def lengths(
         "empty": sum(not own for own in words) / len(words),
     }
     digits = dict(zip(SCORES, (2, 2, 4, 4, 4), strict=True))
-    return {name: MetricValue(value, f"{value:.{digits[name]}f}", TOOL) for name, value in values.items()}
+    return {name: MetricValue(value, f"{value:.{digits[name]}f}", TOOLS[name]) for name, value in values.items()}
 
 
 def _distinct(texts: Sequence[Sequence[str]], order: int) -> float:

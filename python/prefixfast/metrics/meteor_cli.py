@@ -80,7 +80,9 @@ def _programs() -> tuple[str, Path]:
         MetricUnavailable: If one of them is missing.
     """
     java, found = shutil.which("java"), importlib.util.find_spec("pycocoevalcap")
-    program = Path(found.submodule_search_locations[0]) / PROGRAM if found and found.submodule_search_locations else None
+    program = (
+        Path(found.submodule_search_locations[0]) / PROGRAM if found and found.submodule_search_locations else None
+    )
     if program is None or not program.is_file():
         msg = "METEOR needs pycocoevalcap (101 MB): pip install 'prefixfast[meteor]'"
         raise MetricUnavailable(msg)

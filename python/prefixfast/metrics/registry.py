@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from prefixfast.metrics.bleu import bleu, bleu_totto, multi_bleu, multi_bleu_lc
+from prefixfast.metrics.chrf import chrf
 from prefixfast.metrics.coco import cider, meteor, rouge_l
+from prefixfast.metrics.lengths import SCORES as LENGTHS
+from prefixfast.metrics.lengths import lengths
+from prefixfast.metrics.meteor_cli import meteor_dart, meteor_webnlg
 from prefixfast.metrics.nist import nist
 from prefixfast.metrics.result import MetricValue, References, Tables, Texts
 from prefixfast.metrics.rouge import rouge
+from prefixfast.metrics.ter import ter, ter_webnlg
 
 MetricFunction: TypeAlias = Callable[[Texts, References, Tables | None], dict[str, MetricValue]]
 
@@ -48,15 +53,23 @@ ALL: tuple[Metric, ...] = (
     Metric(
         "rouge", rouge, "ROUGE with stemmer, as the code of Li & Liang prints it", ("ROUGE-1", "ROUGE-2", "ROUGE-L")
     ),
+    Metric(
+        "meteor_webnlg", meteor_webnlg, "METEOR 1.5 -l en -norm -r 3, as WebNLG's script of 2017 calls it", ("METEOR",)
+    ),
+    Metric("meteor_dart", meteor_dart, "METEOR 1.5 -l en -norm -r 8, as DART's script calls it", ("METEOR",)),
+    Metric("ter_webnlg", ter_webnlg, "TER of Tercom, as WebNLG's script of 2017 computes it", ("TER",)),
+    Metric("ter", ter, "TER of Tercom, as DART's script computes it", ("TER",)),
+    Metric("chrf", chrf, "chrF++ and chrF, as WebNLG's script of 2020 computes them", ("chrF++", "chrF")),
+    Metric("lengths", lengths, "Mean length, distinct n-grams and share of empty texts", LENGTHS),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in ALL}
 
 # Metrics of each task, by the task's name, in the order of its official table.
 TASK_METRICS: dict[str, tuple[str, ...]] = {
     "e2e": ("bleu", "nist", "meteor", "rouge_l", "cider", "slots", "lengths"),
-    "webnlg": ("multi_bleu_lc", "meteor_webnlg", "ter", "chrf", "slots", "lengths"),
+    "webnlg": ("multi_bleu_lc", "meteor_webnlg", "ter_webnlg", "chrf", "slots", "lengths"),
     "dart": ("multi_bleu", "meteor_dart", "ter", "moverscore", "bertscore", "bleurt", "slots", "lengths"),
-    "totto": ("bleu_totto", "ter", "chrf", "lengths"),
+    "totto": ("bleu_totto", "bleurt", "lengths"),
     **dict.fromkeys(("xsum", "cnn_dailymail", "samsum", "dialogsum", "summary"), ("rouge", "lengths")),
     "table": ("bleu", "chrf", "slots", "lengths"),
 }

@@ -202,11 +202,7 @@ def _shifts(output: Words, alignment: _Alignment, places: Places) -> list[list[S
                 break
             if not any(alignment.wrong_output[start : end + 1]):
                 continue
-            to = [
-                t
-                for t in places[words]
-                if not start <= place[t] <= end and abs(place[t] - start) <= MAX_DISTANCE
-            ]
+            to = [t for t in places[words] if not start <= place[t] <= end and abs(place[t] - start) <= MAX_DISTANCE]
             if not to:
                 break
             for t in to:

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora import read_task, task_items
+from prefixfast.data.corpora.corpus import CORPORA
 from prefixfast.data.corpora.official import TEXT_KEYS
 from prefixfast.data.files import SUFFIXES, read_text
 from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, PLAIN_TEXT
 from prefixfast.data.formats import FORMATS
 from prefixfast.data.row_values import check_text, json_hint, only_key
 from prefixfast.data.rows import Row, read_rows, row_error
-from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.errors import ConfigError, DataError, check_choice, shown
 from prefixfast.io.paths import as_path
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -78,13 +79,15 @@ def read_references(references: Any, task: str, split: str | None) -> list[Refer
     """
     if isinstance(references, str | os.PathLike):
         return _file_references(as_path("references", references), task, split)
+    values = _listed("references", references)
+    paths = [as_path("references", v) for v in values] if all(isinstance(v, os.PathLike) for v in values) else []
+    if len(paths) == 1:
+        return _file_references(paths[0], task, split)
     if split is not None:
         msg = f"split: expected none for references that are no official file, got {shown(split)}"
         raise ConfigError(msg)
-    values = _listed("references", references)
-    if values and all(isinstance(value, os.PathLike) for value in values):
-        paths = [as_path("references", value) for value in values]
-        return _file_references(paths[0], task, None) if len(paths) == 1 else _parallel_references(paths)
+    if paths:
+        return _parallel_references(paths)
     return [_reference(value, i) for i, value in enumerate(values)]
 
 
@@ -176,6 +179,7 @@ def _file_references(path: Path, task: str, split: str | None) -> list[Reference
 def _official_rows(path: Path, task: str, split: str | None) -> list[Row]:
     """Rows of an official file or a file of rows. Without a split their number is not compared with the official."""
     if split is not None:
+        check_choice("task", task, CORPORA)
         return read_task(task, path, split)  # type: ignore[arg-type]  # read_task checks the name
     rows: list[Row] = []
     for item in task_items(task, path, "test"):

@@ -72,6 +72,7 @@ def place(tmp_path_factory, folder, base_of_module) -> Path:
     (path / "empty.csv").write_text("")
     (path / "x.xlsx").write_bytes(b"PK\x03\x04")
     (path / "rows.txt").write_text("a\n")
+    (path / "two.txt").write_text("a\nb\n")
     (path / "recipe.yaml").write_text("learning_rat: 1\n")
     (path / "empty").mkdir()
     store = PrefixStore(path / "shop")
@@ -109,6 +110,7 @@ def base_of_module(folder):
 TRAIN = ("train", "base", "rows.jsonl", "-o", "out")
 GENERATE = ("generate", "rows.jsonl", "--model", "base")
 SCORE = ("score", "rows.jsonl", "--model", "base")
+EVAL = ("eval", "rows.txt", "rows.txt", "--task", "e2e")
 REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     # train
     "max steps": ((*TRAIN, "--max-steps", "0"), 1, "max_steps: expected at least 1, got 0"),
@@ -186,6 +188,16 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "score: suffix": ((*SCORE, "-o", "x.parquet"), 1, ".jsonl, .csv, .txt"),
     "score: option": ((*SCORE, "--max-num-batched-tokens", "0"), 1, "max_num_batched_tokens"),
     "score: base": (("score", "rows.jsonl", "--prefix", "prefixes/mill", "--model", "./none"), 1, "no such folder"),
+    # eval
+    "eval: task": (("eval", "rows.txt", "rows.txt", "--task", "e2"), 1, "task: expected one of e2e"),
+    "eval: no task": (("eval", "rows.txt", "rows.txt"), 2, "Missing option '--task'"),
+    "eval: metric": ((*EVAL, "--metrics", "BLEUE"), 1, "did you mean 'BLEU'"),
+    "eval: split": ((*EVAL, "--split", "dev"), 1, "split: expected none for a file of plain references"),
+    "eval: no file": (("eval", "none.txt", "rows.txt", "--task", "e2e"), 1, "none.txt: cannot be read"),
+    "eval: spreadsheet": (("eval", "x.xlsx", "rows.txt", "--task", "e2e"), 1, "x.xlsx"),
+    "eval: counts": (("eval", "two.txt", "rows.txt", "--task", "e2e"), 1, "got 2 outputs and 1 groups"),
+    "eval: output": ((*EVAL, "-o", "scores.txt"), 1, "--output: expected a file ending in .json"),
+    "eval: no key": (("eval", "other.jsonl", "rows.txt", "--task", "e2e"), 1, "other.jsonl:1: expected the output"),
     # others
     "doctor": (("doctor", "./none"), 1, "there is no such folder or file"),
     "convert": (("convert", "none", "out"), 1, "none: no such folder"),
@@ -223,6 +235,7 @@ DONE: dict[str, tuple[tuple[str, ...], int, str]] = {
     "list": (("prefixes", "list", "shop"), 0, "inn"),
     "show": (("prefixes", "show", "shop", "mill"), 0, "float32"),
     "check": (("data", "check", "auto", "rows.jsonl"), 0, "4 rows"),
+    "eval": ((*EVAL, "--metrics", "bleu,ter,chrf,lengths"), 0, "BLEU"),
     "version": (("--version",), 0, "prefixfast"),
 }
 
