@@ -1,4 +1,4 @@
-"""Command line ``prefixfast``: train, generate, score, eval, compare, chat, try, convert, doctor, prefixes, data, bench.
+"""Command line ``prefixfast``: train, generate, score, eval, compare, chat, try, convert, doctor and groups of others.
 
 Exit status: 0 for success, 1 for a problem that the message explains, 2 for a wrong command line, 3 if some of several
 prefixes, requests or folders failed, 130 after an interrupt.
