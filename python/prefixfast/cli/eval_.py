@@ -74,7 +74,7 @@ def command(
         typer.echo(json_bytes(found.to_json(), indent=2).decode())
         return
     rows = [{"score": n, "value": v.text, "tool": v.tool} for n, v in found.values_by_name.items()]
-    rows += [{"score": n, "value": None, "tool": f"missing: {reason}"} for n, reason in found.missing.items()]
+    rows += [{"score": n, "value": "-", "tool": f"missing: {reason}"} for n, reason in found.missing.items()]
     title = f"{task}, {counted(found.num_texts, 'text')}"
     show(rows, ("score", "value", "tool"), as_json=False, title=title, longest=LONGEST_TOOL)
     if output is not None and not quiet:

@@ -122,7 +122,7 @@ def _named(task: str, name: object) -> tuple[str, str | None]:
     """
     own = [m for m in TASK_METRICS[task] if m in METRICS]
     low = name.lower() if isinstance(name, str) else ""
-    found = [
+    found: list[list[tuple[str, str | None]]] = [
         [(m, None) for m in own if m == name],
         [(m, s) for m in own for s in METRICS[m].scores if s.lower() == low],
         [(m, None) for m in METRICS if m == name],
