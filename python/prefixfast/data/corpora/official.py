@@ -22,11 +22,13 @@ class Counts:
         rows: Number of rows.
         texts: Number of target texts, 0 for a test split without texts; None where the authors do not give it.
         of: Name of the release or of the part, where a split has several.
+        left_out: Number of texts that training leaves out, which the file read as another split has too.
     """
 
     rows: int
     texts: int | None
     of: str = ""
+    left_out: int = 0
 
     def fits(self, rows: int, texts: int) -> bool:
         """Whether a file has these counts."""
@@ -83,7 +85,11 @@ class Corpus:
             split: Split as which the file was read.
         """
         texts = sum(map(_num_texts, rows))
-        splits = [name for name, official in self.counts.items() if texts and texts in (one.texts for one in official)]
+        splits = [
+            name
+            for name, official in self.counts.items()
+            if any(texts and one.texts and texts in (one.texts, one.texts + one.left_out) for one in official)
+        ]
         if not splits or split in splits or "train" not in (split, *splits):
             return None  # dev and test are read alike
         return f"expected the {split} split of {self.name}, got {texts} texts, which is its {splits[0]} split"

@@ -144,8 +144,8 @@ WEBNLG = Corpus(
     webnlg_items,
     {
         "train": (
-            Counts(6935, 18025, "2017"),
-            Counts(13228, 35410, "2020, train and dev for the challenge"),
+            Counts(6935, 18025, "2017", left_out=77),
+            Counts(13228, 35410, "2020, train and dev for the challenge", left_out=5),
             Counts(5573, 14630, "release 3.0, Russian"),
             Counts(5585, 14612, "2020, train and dev for the challenge, Russian"),
         ),
