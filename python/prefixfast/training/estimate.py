@@ -91,11 +91,12 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
             trainer = GroupTrainer(tokenize_group(base, job, number), number, OutputDir(None, None, is_single=True))
             with Progress("measure two steps"):
                 measured.append((trainer, _time_second_step(trainer)))
+        trainers = [trainer for trainer, _ in measured]
+        largest = max(trainers, key=lambda t: sum(p.numel() for p, _ in t.runner.params.params))
+        params, examples = largest.runner.params, trainers[0].runner.examples
+        stored = params.current()
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
         peak = peak_memory(base.device)
-    trainers = [trainer for trainer, _ in measured]
-    largest = max(trainers, key=lambda t: sum(p.numel() for p, _ in t.runner.params.params))
-    params, examples = largest.runner.params, trainers[0].runner.examples
     steps = [int(t.runner.total.max()) for t in trainers]
     return Estimate(
         prefixes=sum(len(t.names) for t in trainers),
@@ -104,8 +105,8 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
         tokens=len(examples.ids),
         steps=sum(steps),
         learning_rates=sorted({rate for t in trainers for j in t.group.jobs if (rate := j.config.learning_rate)}),
-        stored_numbers=sum(t.numel() for t in params.current()) // len(largest.names),
-        stored_bytes=sum(t.numel() * t.element_size() for t in params.current()) // len(largest.names),
+        stored_numbers=sum(t.numel() for t in stored) // len(largest.names),
+        stored_bytes=sum(t.numel() * t.element_size() for t in stored) // len(largest.names),
         trained_numbers=params.num_trained,
         base_bytes=base_bytes,
         training_bytes=4 * sum(t.numel() * t.element_size() for t, _ in params.params),

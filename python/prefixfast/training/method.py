@@ -10,6 +10,7 @@ from prefixfast.config import MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
 
 PREFIX_OPTIONS = frozenset((*PrefixConfig.names(), "init", "init_text", "on_top_of", "store"))
+EMBEDDING_OPTIONS = frozenset(("prefix_length", "init", "init_text", "store"))
 TRAIN_OPTIONS = frozenset(TrainConfig.names())
 # Options of a method without steps: how rows are read and evaluated.
 UNTRAINED_OPTIONS = frozenset(
@@ -56,8 +57,11 @@ METHODS: dict[str, Method] = {
     "prefix": Method("prefix", PREFIX_OPTIONS | TRAIN_OPTIONS),
     "prompt": Method("text", UNTRAINED_OPTIONS | {"init_text", "store"}, is_trained=False),
     "icl": Method("text", UNTRAINED_OPTIONS | {"num_examples", "store"}, is_trained=False),
+    "embedding": Method("embedding", EMBEDDING_OPTIONS | TRAIN_OPTIONS, learning_rate=0.03),
     "full": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=5e-5),
     "top2": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=5e-5),
+    "adapter": Method("adapter", TRAIN_OPTIONS | {"adapter_size"}, makes_prefix=False, learning_rate=1e-3),
+    "lora": Method("lora", TRAIN_OPTIONS | {"lora_rank", "lora_alpha"}, makes_prefix=False, learning_rate=1e-3),
 }
 
 

@@ -21,6 +21,7 @@ from prefixfast.training.parameters import ParameterOptions, PrefixParameters
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prefixfast.training.embeddings import EmbeddingParameters
     from prefixfast.training.group_data import GroupData
     from prefixfast.training.groups import PrefixJob
 
@@ -30,19 +31,14 @@ class TrainedPrefixes:
 
     Args:
         data: Group with its rows.
-        init: Initial keys and values by layer of each prefix, None for random ones.
+        parameters: What is trained, from which the keys and values follow.
     """
 
-    def __init__(self, data: GroupData, init: Sequence[list[LayerKV] | None]) -> None:
+    def __init__(self, data: GroupData, parameters: PrefixParameters | EmbeddingParameters) -> None:
         model, group, on_top_of = data.model, data.group, data.job.on_top_of
         self.model, self.group, self.is_composed = model, group, on_top_of is not None
-        seeds = [job.config.seed for job in group.jobs]
-        dtype = parameter_dtype(model.dtype)
-        options = ParameterOptions(group.prefix_config, group.uses_mlp, seeds, dtype, model.device)
-        before = () if on_top_of is None else kv_by_layer(on_top_of, model.layers)
-        self.parameters = PrefixParameters.make(model.layers, init, options, on_top_of=before)
-        self.params = self.parameters.params
-        seeing = seeing_layers(model.layers, self.parameters.layers)
+        self.parameters, self.params = parameters, parameters.params
+        seeing = seeing_layers(model.layers, parameters.layers)
         length, pos_start = group.prefix_config.length, group.pos_start
         rows = [(seeing, length, pos_start, job.window == "slide") for job in group.jobs]
         if on_top_of is not None:
@@ -96,8 +92,24 @@ class TrainedPrefixes:
         return Prefix(tensors, self.group.pos_start, job.window, **fields)
 
 
+def prefix_parameters(data: GroupData, init: Sequence[list[LayerKV] | None]) -> PrefixParameters:
+    """Parameters of the prefixes of a group.
+
+    Args:
+        data: Group with its rows.
+        init: Initial keys and values by layer of each prefix, None for random ones.
+    """
+    model, group, on_top_of = data.model, data.group, data.job.on_top_of
+    seeds = [job.config.seed for job in group.jobs]
+    dtype = parameter_dtype(model.dtype)
+    options = ParameterOptions(group.prefix_config, group.uses_mlp, seeds, dtype, model.device)
+    before = () if on_top_of is None else kv_by_layer(on_top_of, model.layers)
+    return PrefixParameters.make(model.layers, init, options, on_top_of=before)
+
+
 def make(data: GroupData) -> TrainedPrefixes:
     """Initial prefixes of a group."""
     after = [] if data.job.on_top_of is None else [data.job.on_top_of]
     group = data.group
-    return TrainedPrefixes(data, initial_kv(data.model, group.jobs, group.prefix_config, data.job.init_options, after))
+    init = initial_kv(data.model, group.jobs, group.prefix_config, data.job.init_options, after)
+    return TrainedPrefixes(data, prefix_parameters(data, init))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from prefixfast.model.text_kv import text_kv
 from prefixfast.training.init import text_ids
-from prefixfast.training.methods.prefix import TrainedPrefixes
+from prefixfast.training.methods.prefix import TrainedPrefixes, prefix_parameters
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
@@ -28,4 +28,4 @@ class TextPrefix(TrainedPrefixes):
 def make(data: GroupData) -> TextPrefix:
     """Keys and values of the text of a group of one name."""
     ids = text_ids(data.model, data.group, data.job.init_options)
-    return TextPrefix(data, [text_kv(data.model, ids, len(ids))])
+    return TextPrefix(data, prefix_parameters(data, [text_kv(data.model, ids, len(ids))]))
