@@ -33,7 +33,7 @@ IN_THE_BASE = (
 )
 # Reasons why other types are not read, with advice.
 ADVICE = {
-    "LORA": IN_THE_BASE,
+    "LORA": "it is no prefix: TunedWeights.from_pretrained reads it, and generate and score take it as a prefix",
     "IA3": IN_THE_BASE,
     "MULTITASK_PROMPT_TUNING": (
         "its virtual tokens depend on the task_ids of a request, which a prefix does not have; train one prefix for "

@@ -1,4 +1,8 @@
-"""The folder of trained weights: ``tuned.safetensors`` and ``prefixfast.json``. torch is imported only for tensors."""
+"""The folder of trained weights: ``tuned.safetensors`` and ``prefixfast.json``. torch is imported only for tensors.
+
+LoRA is stored as an adapter of PEFT, which PEFT reads, beside ``prefixfast.json``. An adapter that PEFT has saved is
+read without that file.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,16 @@ from prefixfast.errors import DataError, shown
 from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.prefix.folder import META, TUNED, write_folder
+from prefixfast.prefix.lora_format import lora_files, read_lora
 from prefixfast.prefix.names import base_error
+from prefixfast.prefix.peft_format import CONFIG
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 METHODS = ("full", "top2", "adapter", "lora")  # whose results are weights
 FIELD_NAMES = ("method", "options", "base", "task", "decoding", "training")
+IMPORTED = {"imported_from": "peft"}
 VERSION = 1
 KINDS: dict[str, tuple[type, ...]] = {
     "method": (str,),
@@ -42,32 +49,40 @@ def write_tuned(folder: Path, tensors: Mapping[str, Tensor], digest: str, fields
     from safetensors.torch import save
 
     meta = {"version": VERSION, "digest": digest, **fields}
-    own = {TUNED: save({n: t.cpu() for n, t in tensors.items()})}
+    if fields["method"] == "lora":
+        own = lora_files(tensors, fields["options"], (fields["base"] or {}).get("name"))
+    else:
+        own = {TUNED: save({n: t.cpu() for n, t in tensors.items()})}
     write_folder(folder, {**own, META: json_bytes(meta, indent=2, sort_keys=True)})
 
 
-def read_tuned(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+def read_tuned(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
     """Read a folder of weights.
 
     Returns:
-        Tensors by name, attributes other than the tensors, and digest.
+        Tensors by name, attributes other than the tensors, and digest, None for an adapter that PEFT has saved.
 
     Raises:
         DataError: If the folder is damaged or holds something else.
     """
     if not path.is_dir():
         got = "this is a file, give the folder that holds it" if path.is_file() else "no such folder"
-        msg = f"{path}: {got}; expected one with {META} and {TUNED}"
+        msg = f"{path}: {got}; expected one with {META} and {TUNED}, or a LoRA adapter of PEFT"
         raise DataError(msg, path=str(path))
+    if not os.path.lexists(path / META) and os.path.lexists(path / CONFIG):
+        tensors, options, name = read_lora(path)
+        base = {"name": name} if name else None
+        return tensors, {"method": "lora", "options": options, "base": base, "training": IMPORTED}, None
     fields, digest = read_tuned_meta(path / META)
-    return read_tensors(path / TUNED), fields, digest
+    tensors = read_lora(path).tensors if fields["method"] == "lora" else read_tensors(path / TUNED)
+    return tensors, fields, digest
 
 
 def is_tuned(path: Path) -> bool:
-    """Whether a folder holds trained weights, and not a prefix."""
-    if not os.path.lexists(path / META):
-        return False
-    return "method" in read_json(path / META)
+    """Whether a folder holds trained weights, also LoRA that PEFT has saved, and not a prefix."""
+    if os.path.lexists(path / META):
+        return "method" in read_json(path / META)
+    return os.path.lexists(path / CONFIG) and read_json(path / CONFIG).get("peft_type") == "LORA"
 
 
 def read_tuned_meta(path: Path) -> tuple[dict[str, Any], str]:

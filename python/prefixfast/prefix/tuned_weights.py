@@ -134,6 +134,8 @@ class TunedWeights:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Save the weights to a folder as safetensors, beside ``prefixfast.json``.
 
+        LoRA is saved as an adapter that ``PeftModel.from_pretrained`` reads.
+
         Args:
             folder: Path of the folder, which is created with its parents. A prefix or weights in the folder are
                 replaced atomically; other files stay.
@@ -148,7 +150,7 @@ class TunedWeights:
     def from_pretrained(
         cls, path: str | os.PathLike[str], *, revision: str | None = None, local_files_only: bool = False
     ) -> TunedWeights:
-        """Load weights from a local folder or from the Hugging Face hub.
+        """Load weights from a local folder or from the Hugging Face hub, also LoRA that PEFT has trained.
 
         Args:
             path: Path of a folder, or a hub id ``"name/repository"``.
@@ -169,7 +171,7 @@ class TunedWeights:
         except DataError as e:
             msg = f"{path.name}: {e}"
             raise DataError(msg, path=str(path)) from e
-        if found.digest != digest:
+        if digest not in (None, found.digest):
             msg = f"{path}: the tensors are not those that {META} describes: another program changed the folder"
             raise DataError(msg, path=str(path))
         return found
