@@ -19,13 +19,19 @@ def damaged(name: str, text: str) -> dict[str, bytes]:
         name: Name of the file, whose ending says what is inside.
         text: Content of the sound file.
     """
-    found = dict(_damaged_bytes(text.encode()))
+    found = damaged_bytes(text.encode())
+    found |= {"UTF-16 without mark": text.encode("utf-16-le"), "Latin-1": text.encode("cp1252", "replace")}
     found |= {kind: changed.encode("utf8", "surrogatepass") for kind, changed in _damaged_text(text)}
     if name.endswith(".xml"):
         found |= {kind: changed.encode() for kind, changed in _damaged_xml(text)}
     if name.endswith((".json", ".jsonl")):
         found |= {kind: changed.encode() for kind, changed in _damaged_json(name, text)}
     return found
+
+
+def damaged_bytes(raw: bytes) -> dict[str, bytes]:
+    """Damaged contents of a file of any kind by what was done to it, at least 50."""
+    return dict(_damaged_bytes(raw))
 
 
 def _damaged_bytes(raw: bytes) -> Iterator[tuple[str, bytes]]:
@@ -35,11 +41,8 @@ def _damaged_bytes(raw: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"NUL at {eighth}/8", raw[:place] + b"\0" + raw[place:]
         yield f"no UTF-8 at {eighth}/8", raw[:place] + b"\xff" + raw[place:]
         yield f"a byte lost at {eighth}/8", raw[:place] + raw[place + 1 :]
-    for cut in range(1, 8):
+    for cut in range(1, 15):
         yield f"{cut} bytes cut", raw[:-cut]
-    text = raw.decode()
-    yield "UTF-16 without mark", text.encode("utf-16-le")
-    yield "Latin-1", text.encode("cp1252", "replace")
     yield "gzip under the plain name", gzip.compress(raw)
     yield "a zip", b"PK\x03\x04" + raw
     yield "a pointer of Git LFS", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"

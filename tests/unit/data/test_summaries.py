@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import io
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import damaged
+from damaged_files import damaged, damaged_bytes
 from prefixfast import ConfigError, DataError
 from prefixfast.data import TASKS, find_task, read_task
 from prefixfast.data.corpora import count_warning
@@ -167,7 +168,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_rows_of_a_layout(layout, tmp_path):
-    path = damaged.write_all(tmp_path / "c", layout.files) / layout.path
+    path = write_all(tmp_path / "c", layout.files) / layout.path
     found = read_task(layout.task, path, "test")
     assert found == layout.rows
     assert all(Path(row.path).is_file() and row.line > 0 for row in found)
@@ -177,23 +178,66 @@ def test_the_rows_of_a_layout(layout, tmp_path):
     assert targets == layout.rows[0].get("refs", [layout.rows[0].get("summary")])
 
 
+def write_all(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, raw in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(raw)
+    return folder
+
+
+def rows_or_place(layout: Layout, folder: Path, split: str) -> list[Any] | None:
+    """The rows of damaged files, which the task reads; None for an error, which names its place."""
+    error = None
+    try:
+        found = read_task(layout.task, folder / layout.path, split)
+    except DataError as e:
+        error = e
+    if error is not None:
+        assert str(error.path).startswith(str(folder)), error
+        assert str(error).startswith(str(error.path)), error
+        assert error.line is None or str(error).startswith(f"{error.path}:{error.line}: "), error
+        return None
+    for row in found:
+        texts = [row["document"], *row.get("refs", [row.get("summary")])]
+        assert all(isinstance(text, str) for text in texts), row
+        assert isinstance(row.get("id"), str | int | None), row
+    return found
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_damaged_files_give_their_place_or_the_right_rows(layout, tmp_path):
-    read, seen = 0, 0
-    for what, files, whole in damaged.variants(layout.files, layout.main):
-        folder = damaged.write_all(tmp_path / str(seen), files)
-        seen += 1
-        try:
-            read += damaged.check_read(
-                lambda folder=folder: read_task(layout.task, folder / layout.path, "test"),
-                layout.task,
-                folder,
-                layout.rows if whole else None,
-            )
-        except BaseException as e:
-            raise AssertionError(what) from e
-    assert seen == 50
-    assert read < seen
+def test_damaged_files_give_their_place_or_rows(layout, tmp_path):
+    folder, main = write_all(tmp_path / "c", layout.files), layout.main
+    raw = layout.files[main]
+    found = damaged_bytes(raw) if main.endswith(".parquet") else damaged(main, raw.decode())
+    assert len(found) >= 50
+    refused = 0
+    for what, changed in found.items():
+        (folder / main).write_bytes(changed)
+        for split in ("test", "train") if layout.path == main else ("test",):
+            try:
+                refused += rows_or_place(layout, folder, split) is None
+            except BaseException as e:
+                raise AssertionError(what) from e
+    assert refused >= 25, "most damage shows"
+    (folder / main).unlink()
+    left = rows_or_place(layout, folder, "test")
+    assert left is None or left == [r for r in layout.rows if r["id"] != Path(main).stem], "a crawl may miss documents"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_other_forms_of_the_same_text(layout, tmp_path):
+    folder, main = write_all(tmp_path / "c", layout.files), layout.main
+    if main.endswith(".parquet"):
+        return
+    text = layout.files[main].decode()
+    for form in (
+        codecs.BOM_UTF8 + text.encode(),
+        text.encode("utf-16"),
+        codecs.BOM_UTF16_BE + text.encode("utf-16-be"),
+    ):
+        (folder / main).write_bytes(form)
+        assert read_task(layout.task, folder / layout.path, "test") == layout.rows
 
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
@@ -214,7 +258,7 @@ LOOKS_LIKE_ROWS = {
 
 @pytest.mark.parametrize(("task", "files", "message"), LOOKS_LIKE_ROWS.values(), ids=LOOKS_LIKE_ROWS)
 def test_damage_that_looks_like_rows_is_refused(task, files, message, tmp_path):
-    damaged.write_all(tmp_path / "c", files)
+    write_all(tmp_path / "c", files)
     name = next(iter(files))
     with pytest.raises(DataError, match=message):
         read_task(task, tmp_path / "c" / ("" if name.endswith(".data") else name), "test")
@@ -222,7 +266,7 @@ def test_damage_that_looks_like_rows_is_refused(task, files, message, tmp_path):
 
 def test_a_document_that_is_listed_twice_is_read_once(tmp_path):
     twice = {k: raw * 2 if k.endswith(".txt") else raw for k, raw in STORIES.items()}
-    assert read_task("cnn_dailymail", damaged.write_all(tmp_path / "c", twice) / "cnn", "test") == STORY_ROWS
+    assert read_task("cnn_dailymail", write_all(tmp_path / "c", twice) / "cnn", "test") == STORY_ROWS
 
 
 def test_training_leaves_out_empty_texts_and_keeps_references_apart(tmp_path, caplog):
@@ -272,7 +316,7 @@ def test_pairs_end_lines_as_python_does(tmp_path):
 
 
 def test_articles_without_a_list_and_without_files(tmp_path, caplog):
-    damaged.write_all(tmp_path / "x", EXTRACTED)
+    write_all(tmp_path / "x", EXTRACTED)
     with pytest.raises(DataError, match=f"expected {SPLIT_NAME}"):
         read_task("xsum", tmp_path / "x", "test")
     (tmp_path / "x" / SPLIT_NAME).write_bytes(SPLITS)
@@ -282,7 +326,7 @@ def test_articles_without_a_list_and_without_files(tmp_path, caplog):
     assert read_task("xsum", tmp_path / "x", "test") == TEXTS[1:]
     assert "1 documents that the split lists have no file" in caplog.text
     assert read_task("xsum", tmp_path / "x" / "bbc" / "12.data", "test") == TEXTS[1:]
-    damaged.write_all(tmp_path / "s", {k: v for k, v in STORIES.items() if k.endswith(".story")})
+    write_all(tmp_path / "s", {k: v for k, v in STORIES.items() if k.endswith(".story")})
     with pytest.raises(DataError, match=r"url_lists/all_train\.txt of abisee/cnn-dailymail"):
         read_task("cnn_dailymail", tmp_path / "s", "train")
     assert (

@@ -81,8 +81,9 @@ def pair_items(path: Path) -> Iterator[Item]:
     documents, summaries = _lines(source), _lines(target)
     if len(documents) != len(summaries):
         counts = f"{len(documents)} lines, {target.name} has {len(summaries)}"
-        msg = f"{source}: expected as many lines as in {target.name}, got {counts}; is one of them truncated?"
-        raise DataError(msg, path=str(source), line=min(len(documents), len(summaries)) + 1)
+        line = min(len(documents), len(summaries)) + 1
+        msg = f"{source}:{line}: expected as many lines as in {target.name}, got {counts}; is one of them truncated?"
+        raise DataError(msg, path=str(source), line=line)
     for number, (document, summary) in enumerate(zip(documents, summaries, strict=True), 1):
         yield FileRow({"document": document, "summary": summary}, str(source), number)
 
