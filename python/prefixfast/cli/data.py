@@ -13,6 +13,7 @@ from prefixfast.cli.columns import PROMPT, SPLIT, TABLE, TARGET, TASK, column_ar
 from prefixfast.cli.data_folder import all_counts, check_folder, problem_lines
 from prefixfast.cli.generate import ENCODING, FORMATS
 from prefixfast.cli.help import Command, Group
+from prefixfast.cli.output import printable
 from prefixfast.cli.prefixes import Json
 from prefixfast.cli.row_files import folder_at
 from prefixfast.errors import ConfigError, shown
@@ -145,7 +146,8 @@ def _lines(report: DataReport) -> list[str]:
     out += [f"  rows as the model reads them, prompt + target{end}:"] if report.shown else []
     for row in report.shown:
         place = f"{row['which']} length" if row["which"] == "median" else row["which"]
-        out += [f"  {place}, line {row['line']}", f"    {_text(row['prompt'])} + {_text(row['target'])}"]
+        file = "" if row["path"] == report.path else f" of {printable(str(row['path']))}"  # a file of a folder
+        out += [f"  {place}, line {row['line']}{file}", f"    {_text(row['prompt'])} + {_text(row['target'])}"]
     return out
 
 

@@ -40,9 +40,10 @@ class Problem(TypedDict):
 
 
 class ShownExample(TypedDict):
-    """An example: ``which`` of the rows, ``line`` (None without one), and the text of ``prompt`` and ``target``."""
+    """An example: ``which`` of the rows, its file and ``line``, and the text of ``prompt`` and ``target``."""
 
     which: str
+    path: str | None
     line: int | None
     prompt: str
     target: str
@@ -264,15 +265,15 @@ def _typical_rows(sizes: list[tuple[int, Row]]) -> dict[str, Row]:
 
 def _shown(tokenizer: Tokenizer | None, which: str, valid: _ValidRow) -> ShownExample:
     """The first example of a row: the text up to the first target and the rest, with special tokens."""
-    line = getattr(valid["row"], "line", None)
+    path, line = getattr(valid["row"], "path", None), getattr(valid["row"], "line", None)
     if tokenizer is None:
         target = valid["targets"][0] if valid["targets"] else ""
-        return {"which": which, "line": line, "prompt": valid["prompt"], "target": target}
+        return {"which": which, "path": path, "line": line, "prompt": valid["prompt"], "target": target}
     example = valid["examples"][0]
     at = int(example.targets[0])
     parts = [example.ids[:at].tolist(), example.ids[at:].tolist()]
     prompt, target = tokenizer.decode(parts, skip_special_tokens=False)
-    return {"which": which, "line": line, "prompt": prompt, "target": target}
+    return {"which": which, "path": path, "line": line, "prompt": prompt, "target": target}
 
 
 def _percentiles(values: list[int]) -> Percentiles:

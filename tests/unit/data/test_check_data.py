@@ -80,7 +80,7 @@ def test_lengths_and_limits(tmp_path, tokenizer):
     assert report.tokens["example"] == {"50": totals[49], "90": totals[89], "99": totals[98], "100": totals[99]}
     assert report.too_long == sum(t > 60 for t in totals)
     first, longest, median = report.shown
-    assert first == {"which": "first", "line": 1, "prompt": "p", "target": "c</s>"}
+    assert first == {"which": "first", "path": str(path), "line": 1, "prompt": "p", "target": "c</s>"}
     assert (longest["line"], longest["prompt"], longest["which"]) == (97, "p" * 97, "longest")
     assert (median["which"], len(median["prompt"]) + median["line"] % 7 + 1) == ("median", totals[49])
 

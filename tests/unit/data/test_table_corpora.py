@@ -168,7 +168,7 @@ def test_the_training_file_as_another_split(tmp_path):
 
 
 def test_xml_without_a_split_says_what_to_give(tmp_path):
-    with pytest.raises(DataError, match=r"got an XML file; name its task and split, for example --task webnlg"):
+    with pytest.raises(DataError, match="--task webnlg --split train"):
         read_rows(fixtures.WEBNLG_2017.write(tmp_path))
 
 
@@ -300,5 +300,7 @@ def test_data_check(tmp_path, check, layout):
 def test_data_check_of_a_folder(tmp_path, check):
     code, report = check("webnlg", webnlg_folder(tmp_path), "--split", "train")
     assert (code, report["rows"], report["examples"]) == (0, 3, 3)
+    names = {f"{tmp_path}/train/1triples/{name}_train.xml" for name in ("Airport", "Food")}
+    assert names <= {row["path"] for row in report["shown"]}
     code, report = check("webnlg", webnlg_folder(tmp_path), "--split", "test")
     assert (code, report["num_problems"]) == (1, 1)
