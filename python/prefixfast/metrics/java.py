@@ -131,9 +131,11 @@ class Meteor:
         return answer
 
 
-@contextlib.contextmanager
-def meteor() -> Iterator[Meteor]:
-    """Context manager of METEOR for English with the script's normalization; the process ends with it.
+def meteor_command(*arguments: str) -> list[str]:
+    """Command that runs METEOR 1.5 for English with normalization, as all of the scripts do.
+
+    Args:
+        arguments: Files of texts and references, and further options.
 
     Raises:
         MetricUnavailable: If Java or the package is missing.
@@ -141,7 +143,18 @@ def meteor() -> Iterator[Meteor]:
     path = jar(METEOR_JAR)
     # METEOR itself finds its table of paraphrases only in a folder without spaces.
     table = path.parent / "data" / "paraphrase-en.gz"
-    command = [java(), "-Xmx2G", "-jar", str(path), "-", "-", "-stdio", "-l", "en", "-norm", "-a", str(table)]
+    options = ["-l", "en", "-norm", "-a", str(table)]
+    return [java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(path), *arguments, *options]
+
+
+@contextlib.contextmanager
+def meteor() -> Iterator[Meteor]:
+    """Context manager of METEOR in a process that answers lines; the process ends with it.
+
+    Raises:
+        MetricUnavailable: If Java or the package is missing.
+    """
+    command = meteor_command("-", "-", "-stdio")
     with tempfile.TemporaryFile() as errors:
         pipe = subprocess.PIPE
         process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=errors)

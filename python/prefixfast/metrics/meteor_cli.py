@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -11,9 +9,8 @@ from pathlib import Path
 
 from prefixfast.config.json_types import JSON
 from prefixfast.metrics.forms import Forms, dart_forms, webnlg_forms
+from prefixfast.metrics.java import meteor_command, package
 from prefixfast.metrics.result import MetricUnavailable, MetricValue
-
-PROGRAM = "meteor/meteor-1.5.jar"  # in pycocoevalcap
 
 
 def meteor_webnlg(
@@ -56,37 +53,16 @@ def _value(forms: Forms, num_references: int, form: str) -> MetricValue:
         num_references: Lines for each text in the file of references, of which some can be empty.
         form: Name of the form.
     """
-    java, program = _programs()
-    options = ["-l", "en", "-norm", "-r", str(num_references)]
     lines = [(own + [""] * num_references)[:num_references] for own in forms.references]
     with tempfile.TemporaryDirectory() as folder:
         texts, groups = Path(folder) / "outputs.txt", Path(folder) / "references.txt"
-        texts.write_text("".join(f"{text}\n" for text in forms.outputs), encoding="utf8")
-        groups.write_text("".join(f"{text}\n" for own in lines for text in own), encoding="utf8")
-        command = [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(program), str(texts), str(groups), *options]
+        texts.write_text("".join(f"{text}\n" for text in forms.outputs), encoding="utf8", errors="replace")
+        groups.write_text("".join(f"{text}\n" for own in lines for text in own), encoding="utf8", errors="replace")
+        command = meteor_command(str(texts), str(groups), "-r", str(num_references))
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf8", errors="replace", check=False)
     name, _, score = (done.stdout.strip().splitlines() or [""])[-1].rpartition(":")
     if done.returncode or name != "Final score":
         msg = f"METEOR: java ended with status {done.returncode}: {done.stderr.strip()[-300:] or 'no message'}"
         raise MetricUnavailable(msg)
     value = float(score)
-    return MetricValue(value, f"{value:.2f}", f"METEOR 1.5 (pycocoevalcap), {' '.join(options)}, {form}")
-
-
-def _programs() -> tuple[str, Path]:
-    """Paths of Java and of METEOR.
-
-    Raises:
-        MetricUnavailable: If one of them is missing.
-    """
-    java, found = shutil.which("java"), importlib.util.find_spec("pycocoevalcap")
-    program = (
-        Path(found.submodule_search_locations[0]) / PROGRAM if found and found.submodule_search_locations else None
-    )
-    if program is None or not program.is_file():
-        msg = "METEOR needs pycocoevalcap (101 MB): pip install 'prefixfast[meteor]'"
-        raise MetricUnavailable(msg)
-    if java is None:
-        msg = "METEOR needs Java, and no program java is on the path: install a Java runtime, such as OpenJDK 17"
-        raise MetricUnavailable(msg)
-    return java, program
+    return MetricValue(value, f"{value:.2f}", f"METEOR 1.5 -l en -norm -r {num_references} of {form}; {package()}")

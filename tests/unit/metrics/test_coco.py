@@ -41,7 +41,7 @@ def value(function, outputs, references) -> float:
     [
         ("plain", (meteor, rouge_l, cider)),
         ("edge", (rouge_l, cider)),
-        pytest.param("edge", (meteor,), marks=long),  # METEOR starts in 3 to 5 seconds
+        pytest.param("edge", (meteor,), marks=long),  # METEOR starts in about 5 seconds
     ],
 )
 def test_e2e_s_script(name, functions):

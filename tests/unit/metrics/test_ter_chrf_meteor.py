@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from metric_texts import FEW, PAIRS, TEXT
 from official import SCORES, TEXTS, part, texts
 from prefixfast.errors import ConfigError
-from prefixfast.metrics import meteor_cli
+from prefixfast.metrics import java, meteor_cli
 from prefixfast.metrics.chrf import chrf
 from prefixfast.metrics.meteor_cli import meteor_dart, meteor_webnlg
 from prefixfast.metrics.result import MetricUnavailable
@@ -182,13 +182,13 @@ def test_references_without_words_are_refused(function):
 
 
 def test_meteor_without_java(monkeypatch):
-    monkeypatch.setattr(meteor_cli.shutil, "which", lambda name: None)
-    with pytest.raises(MetricUnavailable, match=r"needs Java|needs pycocoevalcap"):
+    monkeypatch.setattr(java.shutil, "which", lambda name: None)
+    with pytest.raises(MetricUnavailable, match=r"install a Java runtime|needs pycocoevalcap"):
         meteor_dart(["a"], [["a"]], None)
 
 
 def test_meteor_without_pycocoevalcap(monkeypatch):
-    monkeypatch.setattr(meteor_cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(java.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MetricUnavailable, match=r"prefixfast\[meteor\]"):
         meteor_dart(["a"], [["a"]], None)
 
@@ -217,16 +217,17 @@ def test_the_files_of_meteor(monkeypatch, tmp_path):
     def run(command, **_):
         texts_file, groups = command[command.index("-jar") + 2 :][:2]
         seen.update(
-            options=command[-5:],
+            options=command[command.index("-r") :][:2],
             texts=Path(texts_file).read_text(encoding="utf8"),
             groups=Path(groups).read_text(encoding="utf8"),
         )
         return subprocess.CompletedProcess(command, 0, "Final score:  0.25\n", "")
 
-    jar = tmp_path / "meteor-1.5.jar"
-    monkeypatch.setattr(meteor_cli, "_programs", lambda: ("java", jar))
+    monkeypatch.setattr(java, "java", lambda: "java")
+    monkeypatch.setattr(java, "jar", lambda name: tmp_path / name)
+    monkeypatch.setattr(meteor_cli, "package", lambda: "pycocoevalcap")
     monkeypatch.setattr(meteor_cli.subprocess, "run", run)
     assert value(meteor_webnlg, ["Ça va\nbien.", ""], [["Oui.", "b", "c", "d"], ["e"]]) == 0.25
-    assert seen["options"] == ["-l", "en", "-norm", "-r", "3"]
+    assert seen["options"] == ["-r", "3"]
     assert seen["texts"] == "ca va bien .\n\n"
     assert seen["groups"] == "oui .\nb\nc\ne\n\n\n"
