@@ -96,7 +96,17 @@ FUNCTIONS = {n: getattr(prefixfast, n) for n in prefixfast.__all__ if inspect.is
 
 
 # Members that a user of the public names does not call.
-INTERNAL = {"Model.handle", "Model.head", "Model.packed", "Model.prepack", "Model.run", "Model.opened", "Prefix.fields"}
+INTERNAL = {
+    "Model.handle",
+    "Model.head",
+    "Model.tuned",
+    "Model.packed",
+    "Model.prepack",
+    "Model.run",
+    "Model.opened",
+    "Prefix.fields",
+    "TunedWeights.fields",
+}
 # `TrainConfig.make` stands for the `make` of all option classes.
 MAKE = {"MethodConfig.make", "PrefixConfig.make", "GenerationParams.make", "EngineConfig.make"}
 # Names of version 0.1.0, which warn.
@@ -197,7 +207,7 @@ def test_what_a_function_raises_itself_is_described(name):
 
 # ---- examples in docstrings; those of `Prefix` and of training run in tests/unit ----
 
-ELSEWHERE = {"MethodConfig", "Prefix", "PrefixConfig", "TrainConfig", "TrainRun", "train"}
+ELSEWHERE = {"MethodConfig", "Prefix", "PrefixConfig", "TrainConfig", "TrainRun", "TunedWeights", "train"}
 SHOWN = {
     "Engine",
     "EngineConfig",

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, SupportsIndex, TypeAlias, TypedDict
 
-MethodName: TypeAlias = Literal["prefix", "infix", "embedding", "prompt", "icl", "full", "top2", "adapter", "lora"]
+PrefixMethod: TypeAlias = Literal["prefix", "infix", "embedding", "prompt", "icl"]
+WeightsMethod: TypeAlias = Literal["full", "top2", "adapter", "lora"]
+MethodName: TypeAlias = Literal[PrefixMethod, WeightsMethod]
 
 
 class PrefixConfigFields(TypedDict, total=False):
@@ -56,18 +58,29 @@ class TrainConfigFields(TypedDict, total=False):
     report_to: Literal["none", "tensorboard", "wandb"]
 
 
-class MethodConfigFields(TypedDict, total=False):
-    """Fields of `MethodConfig`."""
+class _MethodOptionFields(TypedDict, total=False):
+    """Fields of `MethodConfig` without the method."""
 
-    method: MethodName
     adapter_size: float
     lora_rank: int
     lora_alpha: float | None
     num_examples: int
 
 
-class TrainFields(MethodConfigFields, PrefixConfigFields, TrainConfigFields, total=False):
+class MethodConfigFields(_MethodOptionFields, total=False):
+    """Fields of `MethodConfig`."""
+
+    method: MethodName
+
+
+class OptionFields(_MethodOptionFields, PrefixConfigFields, TrainConfigFields, total=False):
+    """Fields of `TrainFields` that do not change the type of the result of `train`."""
+
+
+class TrainFields(OptionFields, total=False):
     """Fields of `MethodConfig`, `PrefixConfig` and `TrainConfig`."""
+
+    method: MethodName
 
 
 class GenerationParamsFields(TypedDict, total=False):

@@ -38,7 +38,7 @@ class TunedWeights:
     Weights are immutable, as a `Prefix` is, and compared by their `digest`.
 
     Attributes:
-        tensors: Tensors by name, of which every access returns a copy.
+        tensors: Tensors ``[...]`` by name, in the shapes of the method. Every access returns a copy.
         method: Method that trained them.
         options: Options that they were made with.
         base: Fingerprint of the base model.

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
+from prefixfast.config import PrefixConfig, TrainConfig
+from prefixfast.config.fields import MethodName, OptionFields
 from prefixfast.config.json_types import JSON
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 BaseModel: TypeAlias = "str | Path | PreTrainedModel | Model"
 
 
-class TrainArguments(TrainFields, total=False):
+class TrainArguments(OptionFields, total=False):
     """Keyword arguments of `train` that do not change the type of its result, and the fields of its options."""
 
     task: str | Task | Mapping[str, JSON] | None
@@ -52,5 +53,6 @@ class TrainArguments(TrainFields, total=False):
 class AllTrainArguments(TrainArguments, total=False):
     """All keyword arguments of `train`."""
 
+    method: MethodName
     prefix_column: str | None
     sweep: Sweep | None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from prefixfast.config import PrefixConfig, TrainConfig, TrainFields
+from prefixfast.config.fields import MethodName, PrefixMethod, WeightsMethod
 from prefixfast.config.json_types import JSON
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
@@ -16,6 +17,7 @@ from prefixfast.io.paths import as_path
 from prefixfast.io.progress import show_progress
 from prefixfast.model.base_name import check_base_name
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.arguments import BaseModel, TrainArguments
 from prefixfast.training.callbacks import Callback
@@ -44,6 +46,7 @@ def train(
     *,
     prefix_column: None = None,
     sweep: Sweep | None = None,
+    method: MethodName = "prefix",
     **arguments: Unpack[TrainArguments],
 ) -> TrainRun: ...
 
@@ -55,6 +58,7 @@ def train(
     *,
     prefix_column: str,
     sweep: Sweep | None = None,
+    method: MethodName = "prefix",
     **arguments: Unpack[TrainArguments],
 ) -> TrainRun: ...
 
@@ -66,6 +70,7 @@ def train(
     *,
     prefix_column: None = None,
     sweep: Sweep,
+    method: MethodName = "prefix",
     **arguments: Unpack[TrainArguments],
 ) -> TrainRun: ...
 
@@ -77,8 +82,33 @@ def train(
     *,
     prefix_column: None = None,
     sweep: None = None,
+    method: PrefixMethod = "prefix",
     **arguments: Unpack[TrainArguments],
 ) -> Prefix: ...
+
+
+@overload
+def train(
+    model: BaseModel,
+    data: Rows,
+    *,
+    prefix_column: None = None,
+    sweep: None = None,
+    method: WeightsMethod,
+    **arguments: Unpack[TrainArguments],
+) -> TunedWeights: ...
+
+
+@overload
+def train(
+    model: BaseModel,
+    data: Rows,
+    *,
+    prefix_column: None = None,
+    sweep: None = None,
+    method: MethodName,
+    **arguments: Unpack[TrainArguments],
+) -> Prefix | TunedWeights: ...
 
 
 def train(
@@ -109,7 +139,7 @@ def train(
     config: TrainConfig | Mapping[str, JSON] | None = None,
     progress: bool | None = None,
     **fields: Unpack[TrainFields],
-) -> Prefix | TrainRun:
+) -> Prefix | TunedWeights | TrainRun:
     """Train one prefix, or many prefixes in the same batches, on a frozen base model.
 
     Plain rows train one prefix. A mapping of names to rows, or rows with a ``prefix_column``, trains one prefix for
@@ -167,11 +197,12 @@ def train(
         config: Options of how it is learned, a `TrainConfig` or a mapping.
         progress: Whether to report progress. None shows a bar on a terminal or in a notebook, and elsewhere a line
             every 10 s. True shows the bar everywhere.
-        fields: Fields of `TrainConfig` and `PrefixConfig`, which take precedence over ``config`` and
+        fields: Fields of `MethodConfig`, `TrainConfig` and `PrefixConfig`, which take precedence over ``config`` and
             ``prefix_config``.
 
     Returns:
-        A `Prefix` for plain rows without a sweep; a `TrainRun`, a mapping of names to prefixes, otherwise.
+        A `Prefix` for plain rows without a sweep; a `TrainRun`, a mapping of names to prefixes, otherwise. The methods
+        ``"full"``, ``"top2"``, ``"adapter"`` and ``"lora"`` give `TunedWeights` in the place of each `Prefix`.
 
     Raises:
         ConfigError: If options do not fit each other or the base model, the checkpoint belongs to another run, or
