@@ -279,6 +279,13 @@ def test_training_leaves_out_empty_texts_and_keeps_references_apart(tmp_path, ca
     assert [r["summary"] for r in read_task("dialogsum", tmp_path / "flat.csv")] == [r["summary"] for r in FLAT]
     (tmp_path / "samsum.csv").write_text('id,dialogue,summary\n1,"",s\n2,d,s\n')
     assert [r["id"] for r in read_task("samsum", tmp_path / "samsum.csv")] == ["2"]
+    exported = [{"id": "1", "dialogue": None, "summary": "s"}, *SAMSUM_ROWS]  # as one row of the public export is
+    (tmp_path / "train.parquet").write_bytes(parquet(exported))
+    (tmp_path / "samsum.jsonl").write_bytes(lines(exported))
+    for name in ("train.parquet", "samsum.jsonl"):
+        assert read_task("samsum", tmp_path / name) == SAMSUM_READ
+        with pytest.raises(DataError, match=":1: dialogue: expected a string, got None"):
+            read_task("samsum", tmp_path / name, "test")
     assert [r["document"] for r in read_task("samsum", tmp_path / "samsum.csv", "dev")] == ["", "d"]
 
 

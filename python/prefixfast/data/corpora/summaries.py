@@ -19,6 +19,7 @@ SOURCE, TARGET = ".source", ".target"
 SHARD = re.compile(r"-\d{5}-of-\d{5}")  # in the name of a part of a split, as Hugging Face exports it
 LINE_END = re.compile(r"\r\n|\r|\n")
 SHOWN = 8  # files in a message
+TEXT_KEYS = ("document", "article", "dialogue", "summary", "highlights")
 
 
 def summary_items(
@@ -38,7 +39,7 @@ def summary_items(
         if _ending(file) in (SOURCE, TARGET):
             items = pair_items(file)
         else:
-            items = (_parsed(item, parse) for item in file_items(file))
+            items = (_parsed(item, split, parse) for item in file_items(file))
         yield from not_empty(items, file) if split == "train" else items
 
 
@@ -142,9 +143,13 @@ def text_lines(text: str) -> list[str]:
     return lines[:-1] if lines[-1] == "" else lines
 
 
-def _parsed(item: Item, parse: Callable[[FileRow], FileRow]) -> Item:
+def _parsed(item: Item, split: str, parse: Callable[[FileRow], FileRow]) -> Item:
     if isinstance(item, DataError):
         return item
+    missing = [key for key in TEXT_KEYS if key in item and item[key] is None]
+    # Exports of SAMSum have one dialogue of None in training; a table has None in every empty cell.
+    if missing and split != "train" and item.get("refs") is None and not is_table_row(item):
+        return row_error(item, 0, f"{missing[0]}: expected a string, got None (no value)")
     return parse_item(_own_row if "document" in item else parse, item)
 
 
@@ -158,8 +163,8 @@ def _own_row(row: FileRow) -> FileRow:
 
 
 def _text(entry: FileRow, key: str) -> str:
-    if key in entry and entry[key] is None and is_table_row(entry):
-        return ""  # an empty cell of a table is None
+    if key in entry and entry[key] is None:
+        return ""
     if key not in entry:
         raise row_error(entry, 0, f"expected the keys of the corpus, of which {key} is missing; got {listed(entry)}")
     return text_value(entry, 0, key)
