@@ -16,7 +16,7 @@ from prefixfast.prefix.prefix import Prefix
 @torch.no_grad()
 def logits(base: Model, ids: Sequence[int], prefixes: Sequence[Prefix] = ()) -> torch.Tensor:
     """Logits ``[N, V]`` of tokens ``ids`` after ``prefixes``, composed left to right."""
-    leaves, rows = concat_kv(prefixes, base.layers, base.dtype, base.device), row_table(prefixes, base.layers)
+    leaves, rows = concat_kv(prefixes, base.layers, base.dtype, base.device), row_table(prefixes, base)
     used = np.arange(len(prefixes), dtype=np.int32)
     plan = training_plan(
         np.array([len(ids)], np.int32),

@@ -115,7 +115,7 @@ def packed(
         np.cumsum([0, *map(len, used)], dtype=np.int32), np.array([c for own in used for c in own], np.int32)
     )
     lengths = np.array([len(i) for i in ids], np.int32)
-    plan = training_plan(lengths, use, row_table(prefixes, model.layers), leaves, backend=model.backend)
+    plan = training_plan(lengths, use, row_table(prefixes, model), leaves, backend=model.backend)
     return model.forward(plan, torch.cat(ids)), leaves
 
 

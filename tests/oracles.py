@@ -166,47 +166,70 @@ def tile_starts(rows: int, height: int) -> range:
     return range(0, rows if height else 0, height or 1)
 
 
+def positions(places: Sequence[tuple[int, int]], split: int) -> tuple[int, int]:
+    """Position of the first token of a sequence, and number of positions before its last prompt token, ``split``.
+
+    Args:
+        places: Place and pos_start of each prefix of the sequence.
+        split: Index of the last prompt token.
+    """
+    gap = max((start for place, start in places if place), default=0)
+    if any(place == 2 for place, _ in places):
+        return -split, gap
+    return max((start for place, start in places if not place), default=0), gap
+
+
 def plan_packed(
     lengths: Sequence[int],
     prefixes: Sequence[Sequence[int]],
     prefix_rows: Sequence[Sequence[int]],
     tiles: Sequence[int],
     contexts: Sequence[int] | None = None,
+    splits: Sequence[int] | None = None,
 ) -> dict[str, list]:
     """Tables of a packed forward, except those of the padded layout.
 
     Args:
         lengths: Number of tokens of each sequence.
         prefixes: Prefixes of each sequence from left to right.
-        prefix_rows: First row, number of rows, pos_start and window flag of each prefix.
+        prefix_rows: First row, number of rows, pos_start, window flag and place of each prefix.
         tiles: Query tokens, keys and prefix rows of a tile.
         contexts: Number of tokens before those of each sequence; none by default.
+        splits: Index of the last prompt token of each sequence; 0 by default.
     """
-    before = contexts or [0] * len(lengths)
+    before, splits = contexts or [0] * len(lengths), splits or [0] * len(lengths)
     totals = [n + c for n, c in zip(lengths, before, strict=True)]
     firsts = [sum(lengths[:s]) for s in range(len(lengths))]
-    blocks = {number: (first, rows, slides) for number, (first, rows, _, slides) in enumerate(prefix_rows)}
-    queries = [
-        (first + t, c + t, used)
-        for first, n, c, used in zip(firsts, lengths, before, prefixes, strict=True)
-        for t in range(n)
+    blocks = {number: (first, rows, slides) for number, (first, rows, _, slides, _) in enumerate(prefix_rows)}
+    segments = []  # sequence, first query row, rows, position of the first query, prefixes
+    for s, (first, n, c, used, split) in enumerate(zip(firsts, lengths, before, prefixes, splits, strict=True)):
+        front = [p for p in used if not prefix_rows[p][4]]
+        cut = min(max(split - c, 0), n) if any(prefix_rows[p][4] and prefix_rows[p][1] for p in used) else 0
+        segments += [(s, first + a, b - a, c + a, own) for a, b, own in ((0, cut, front), (cut, n, used)) if b > a]
+    queries = [(row + t, pos + t, used) for _, row, n, pos, used in segments for t in range(n)]
+    starts = [
+        positions([(prefix_rows[p][4], prefix_rows[p][2]) for p in used], split)
+        for used, split in zip(prefixes, splits, strict=True)
     ]
-    starts = [max((prefix_rows[p][2] for p in used), default=0) for used in prefixes]
-    shown = sorted({p for used in prefixes for p in used if prefix_rows[p][1]})
+    seen = [used for *_, used in segments]
+    shown = sorted({p for used in seen for p in used if prefix_rows[p][1]})
+    own = [[i for i, segment in enumerate(segments) if segment[0] == s] for s in range(len(lengths))]
     return {
-        "seg": [
-            [first, n, sum(totals[:s]), totals[s]] for s, (first, n) in enumerate(zip(firsts, lengths, strict=True))
-        ],
-        "seg_pos": list(before),
-        **segment_uses(prefixes, blocks),
+        "seg": [[row, n, sum(totals[:s]), pos + n] for s, row, n, pos, _ in segments],
+        "seg_pos": [pos for _, _, _, pos, _ in segments],
+        **segment_uses(seen, blocks),
         **uses(queries, blocks),
-        "position_ids": [start + c + t for start, n, c in zip(starts, lengths, before, strict=True) for t in range(n)],
-        "tiles": [
-            [s, first + t]
-            for s, (first, n) in enumerate(zip(firsts, lengths, strict=True))
-            for t in tile_starts(n, tiles[0])
+        "position_ids": [
+            start + t + (gap if t >= split else 0)
+            for (start, gap), n, c, split in zip(starts, lengths, before, splits, strict=True)
+            for t in range(c, c + n)
         ],
-        "key_tiles": [[s, s + 1, key] for s, n in enumerate(lengths) for key in tile_starts(n, tiles[1])],
+        "tiles": [[i, row + t] for i, (_, row, n, _, _) in enumerate(segments) for t in tile_starts(n, tiles[0])],
+        "key_tiles": [
+            [numbers[0], numbers[-1] + 1, key]
+            for numbers, n in zip(own, lengths, strict=True)
+            for key in tile_starts(n, tiles[1])
+        ],
         "block_tiles": [[c, row] for c, p in enumerate(shown) for row in tile_starts(prefix_rows[p][1], tiles[2])],
     }
 

@@ -55,16 +55,17 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions) -> 
         Output ``[N, HQ, D]`` and the natural log-sum-exp ``[N, HQ]``.
     """
     q, k, v, slots = inputs.q, inputs.k, inputs.v, inputs.slots
+    sequences = _sequences(tables)
     if slots is not None:
-        last = torch.cat([slots[key + keys - rows : key + keys] for _, rows, key, keys in tables.seg.tolist()])
+        last = torch.cat([slots[key + keys - rows : key + keys] for _, rows, key, keys in sequences])
         k, v = (t.index_select(0, last).to(q.dtype) for t in (inputs.k, inputs.v))
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=accumulator(q.dtype), device=q.device)
     # In a bucket, and in a product with a block for several sequences, a sequence's last bits depend on the others.
     # Inference on a CPU promises that they do not.
     by_sequence = q.is_inference() and q.device.type == "cpu"
-    if tables.seg.shape[0] < MIN_SEQUENCES_FOR_BUCKETS or by_sequence:
-        _own_fwd((o, lse), Qkv(q, k, v), _runs(tables), options)
+    if len(sequences) < MIN_SEQUENCES_FOR_BUCKETS or by_sequence:
+        _own_fwd((o, lse), Qkv(q, k, v), _runs(sequences), options)
     else:
         padded = Qkv(*(t.index_select(0, tables.gather) for t in (q, k, v)))
         out, stat = torch.empty_like(padded.q), padded.q.new_empty(padded.q.shape[:2], dtype=lse.dtype)
@@ -77,7 +78,7 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions) -> 
         source = inputs.prefix_k, inputs.prefix_v
         _merge((o, lse), q, source, _blocks_by_sequence(tables, options.window, q), options)
     if slots is not None:
-        _merge((o, lse), q, (inputs.k, inputs.v), _contexts(tables, slots, options.window, q), options)
+        _merge((o, lse), q, (inputs.k, inputs.v), _contexts(sequences, slots, options.window, q), options)
     return o, lse
 
 
@@ -172,8 +173,9 @@ def attn_bwd(
 def _own_bwd(grad: OutputGrad, qkv: Qkv, tables: PackedTables, options: AttnOptions) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the attention over the own keys."""
     dq, dk, dv = grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in qkv]
-    if tables.seg.shape[0] < MIN_SEQUENCES_FOR_BUCKETS:
-        _own_bwd_batches(grads, grad, qkv, _runs(tables), options)
+    sequences = _sequences(tables)
+    if len(sequences) < MIN_SEQUENCES_FOR_BUCKETS:
+        _own_bwd_batches(grads, grad, qkv, _runs(sequences), options)
         return dq, dk, dv
     # Padding repeats a real token, so the gradient of its output must be zero.
     padded_do = grad.do.new_zeros(len(tables.gather), *grad.do.shape[1:])
@@ -209,9 +211,21 @@ def _batch(t: Tensor, n: int) -> Tensor:
     return t.unflatten(0, (n, -1)).transpose(1, 2)
 
 
-def _runs(tables: PackedTables) -> Iterator[tuple[slice, int, int]]:
+def _sequences(tables: PackedTables) -> list[tuple[int, int, int, int]]:
+    """First query row, query rows, first key and keys of each sequence, whose segments follow each other.
+
+    A sequence with an infix has two segments, which start at the same key.
+    """
+    found = []
+    for _, run in itertools.groupby(tables.seg.tolist(), key=lambda seg: seg[2]):
+        segs = list(run)
+        found.append((segs[0][0], sum(rows for _, rows, _, _ in segs), segs[0][2], segs[-1][3]))
+    return found
+
+
+def _runs(sequences: list[tuple[int, int, int, int]]) -> Iterator[tuple[slice, int, int]]:
     """Rows, number of sequences and length of each run of neighbouring sequences of one length."""
-    for length, run in itertools.groupby(tables.seg.tolist(), key=lambda seg: seg[1]):
+    for length, run in itertools.groupby(sequences, key=lambda sequence: sequence[1]):
         segs = list(run)
         yield slice(segs[0][0], segs[0][0] + len(segs) * length), len(segs), length
 
@@ -288,9 +302,9 @@ def _blocks_by_sequence(tables: PackedTables, window: int, like: Tensor) -> Iter
             yield _Block(slice(start, start + length), slice(row, row + rows), mask)
 
 
-def _contexts(tables: PackedTables, slots: Tensor, window: int, like: Tensor) -> Iterator[_Block]:
-    """Keys of each segment before its queries, as blocks of the arena."""
-    for row, rows, key, keys in tables.seg.tolist():
+def _contexts(sequences: list[tuple[int, int, int, int]], slots: Tensor, window: int, like: Tensor) -> Iterator[_Block]:
+    """Keys of each sequence before its queries, as blocks of the arena."""
+    for row, rows, key, keys in sequences:
         if context := keys - rows:
             mask = None
             if window:

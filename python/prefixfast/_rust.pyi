@@ -296,15 +296,19 @@ def plan_packed(
     *,
     tiles: tuple[int, int, int],
     buckets: int = 4,
+    last_prompt_token: NDArray[np.int32] | None = None,
 ) -> PlanBuffer:
-    """Tables of one packed forward pass of S sequences with N tokens in total.
+    """Tables of one packed forward pass of sequences with N tokens in total.
 
-    Columns of the tables:
+    A sequence has one segment. A sequence with an infix has a second one, from its last prompt token on, and its first
+    segment does not see the infix. The segments of a sequence start at the same key.
+
+    Columns of the tables, with S segments:
 
     - ``seg[S, 4]``: first query row, number of rows, first key row, number of keys.
-    - ``seg_pos[S]``: position of the first query relative to the segment's key 0, here 0.
+    - ``seg_pos[S]``: position of the first query relative to the segment's key 0.
     - ``use_indptr[S + 1]``, ``use[U, 3]``: block, position of the block's first row relative to key 0, slides. The
-      blocks of a sequence are in order from left to right and end right before key 0.
+      blocks of a segment are in order from left to right and end right before key 0.
     - ``block[C, 2]``: first prefix row, number of rows. Blocks ascend by prefix number, and blocks that are unused or
       have no rows are left out.
     - ``user_indptr[C + 1]``, ``user[*]``: query rows that use a block, ascending.
@@ -315,20 +319,25 @@ def plan_packed(
     - ``gather[*]``: token index at each place of the padded layouts of all buckets. Padding repeats the last token of
       the sequence.
     - ``scatter[N]``: place of each token in the padded layouts.
-    - ``position_ids[N]``: token position plus the largest ``pos_start`` of the sequence's prefixes.
+    - ``position_ids[N]``: index of the token in its sequence plus the largest ``pos_start`` of the prefixes at place 0,
+      from the last prompt token on also plus the largest ``pos_start`` of the others. A prefix at place 2 lets the
+      tokens before the last prompt token end at position -1.
     - ``tiles[n, 2]``: segment, first query row.
-    - ``key_tiles[n, 3]``: segment, next segment, first key relative to the segment's first key.
+    - ``key_tiles[n, 3]``: first segment, one past the last segment, first key relative to the segments' first key.
     - ``block_tiles[n, 2]``: block, first of its rows.
 
     Args:
-        lengths: Number of tokens of each sequence, at least 1, int32 ``[S]``.
-        prefix_indptr: Start of each sequence in ``prefix``, int32 ``[S + 1]``. A sequence has no, one or several
-            prefixes.
+        lengths: Number of tokens of each sequence, at least 1, int32 ``[sequences]``.
+        prefix_indptr: Start of each sequence in ``prefix``, int32 ``[sequences + 1]``. A sequence has no, one or
+            several prefixes.
         prefix: Numbers of the prefixes from left to right, int32 ``[U]``, which index rows of ``prefix_rows``.
-        prefix_rows: First row in the prefix tensor, number of rows, pos_start, slides (0 or 1), int32 ``[P, 4]``.
+        prefix_rows: First row in the prefix tensor, number of rows, pos_start, slides (0 or 1) and place of each
+            prefix, int32 ``[P, 5]``. Place 0 is before the first token, 1 and 2 are before the last prompt token.
         tiles: Number of query rows, keys and prefix rows of a tile; 0 makes no tiles of the kind.
         buckets: Largest number of groups of similar length in the padded layout, at least 1. The groups minimize
             padding.
+        last_prompt_token: Index of the last prompt token of each sequence, int32 ``[sequences]``. None is the first
+            token of each.
 
     Raises:
         ConfigError: If an array does not fit its description, or there are more entries than int32 can count.
@@ -427,7 +436,7 @@ class Scheduler:
         pad_decode: bool = False,
     ) -> Self: ...
     def register_prefix(
-        self, prefix: int, rows: int, pos_start: int, slides: bool, *, layers: list[bool] | None = None
+        self, prefix: int, rows: int, pos_start: int, slides: bool, *, place: int = 0, layers: list[bool] | None = None
     ) -> None:
         """Register a prefix, which is loaded when a request needs it.
 
@@ -436,6 +445,7 @@ class Scheduler:
             rows: Number of rows. A prefix of 0 rows is never loaded.
             pos_start: Position of the first token after the prefix.
             slides: Whether sliding windows hide rows of the prefix.
+            place: Place of the prefix in a sequence, as in `plan_packed`.
             layers: Whether each layer has the prefix. None is all layers.
 
         Raises:
@@ -568,7 +578,7 @@ class Scheduler:
         - ``row[n]``: decode row.
         - ``slot[n]``: arena row of the new token's key and value.
         - ``lens[n]``: number of keys, the new one included. The first decode step of a request has ``prompt_len + 1``.
-        - ``position_ids[n]``: ``lens - 1 + pos_start``.
+        - ``position_ids[n]``: position of the new token.
         - ``use_indptr[n + 1]``, ``use[U, 3]``, ``block[C, 2]``, ``user_indptr[C + 1]``, ``user_slides[*]``,
           ``span[C, 3]``: as in `plan_packed`.
         - ``user[*]``: numbers 0 to n - 1 of the rows that use a block.

@@ -28,6 +28,19 @@ CASES = {
     "none": ([Request(5), Request(8)], []),
     "longer": ([Request(40, ((0, True),))], [33]),
     "two orders": ([Request(7, ((0, True), (1, False))), Request(3, ((1, True), (0, True))), Request(4)], [6, 30]),
+    "few infixes": (
+        [
+            Request(9, ((0, True),), infix_at=6),
+            Request(5, ((1, True),)),
+            Request(9, ((1, False), (0, True)), infix_at=8),
+            Request(6, infix_at=3),
+        ],
+        [6, 3],
+    ),
+    "many infixes": (
+        [Request(2 + (5 * i) % 13, ((i % 2, True),) if i % 5 else (), infix_at=i % 2) for i in range(23)],
+        [17, 30],
+    ),
     "twice": ([Request(9, ((0, True), (0, True))), Request(3, ((0, True), (1, True), (0, False)))], [6, 3]),
 }
 HEADS = [(4, 4, 64), (6, 2, 80), (3, 1, 96), (9, 3, 128), (2, 2, 256)]

@@ -48,7 +48,7 @@ def packed(base, c: Case, prefixes: list[Prefix], *, grad: bool = False, drop: i
     leaves = [
         tuple(t.requires_grad_(grad) for t in kv) for kv in concat_kv(prefixes, base.layers, base.dtype, base.device)
     ]
-    rows = row_table(prefixes, base.layers)
+    rows = row_table(prefixes, base)
     used = [[i] if i >= 0 and i != drop else [] for i in c.choice]
     indptr = np.cumsum([0, *map(len, used)], dtype=np.int32)
     lens = np.array([len(p) for p in c.prompts], np.int32)

@@ -19,30 +19,39 @@ from prefixfast_kernels.tables import DecodeTables
 from prefixfast_kernels.testing.decode_work import with_work
 from prefixfast_kernels.tile_selection import NO_WORK, DecodeSizes
 
-PREFIX_ROWS = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]]
+PREFIX_ROWS = [
+    [0, 3, 3, 1, 0],
+    [16, 0, 7, 0, 0],
+    [32, 5, 0, 0, 0],
+    [48, 20, 20, 1, 0],
+    [80, 6, 6, 1, 1],
+    [96, 2, 9, 1, 2],
+]
 seeded = settings(derandomize=True, deadline=None, max_examples=100)
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 3), max_size=4)), max_size=12),
+    st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(0, 5), max_size=4), st.integers(0, 29)), max_size=12),
     st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
     st.integers(1, 5),
 )
 @seeded
-def test_plan_packed(sequences: list[tuple[int, list[int]]], tiles: tuple[int, int, int], buckets: int) -> None:
-    lengths, prefixes = [n for n, _ in sequences], [used for _, used in sequences]
+def test_plan_packed(sequences: list[tuple[int, list[int], int]], tiles: tuple[int, int, int], buckets: int) -> None:
+    lengths, prefixes = [n for n, *_ in sequences], [used for _, used, _ in sequences]
+    splits = [split % n for n, _, split in sequences]
     indptr = np.cumsum([0, *map(len, prefixes)])
     flat = int32([p for used in prefixes for p in used])
-    plan = plan_packed(int32(lengths), int32(indptr), flat, int32(PREFIX_ROWS, 4), tiles=tiles, buckets=buckets)
+    sizes = {"tiles": tiles, "buckets": buckets, "last_prompt_token": int32(splits)}
+    plan = plan_packed(int32(lengths), int32(indptr), flat, int32(PREFIX_ROWS, 5), **sizes)
     assert plan.buffer is plan.buffer
     assert plan.buffer.dtype == np.int32
     assert plan.buffer.flags.c_contiguous
     found = oracles.tables(plan.buffer, plan.sections)
-    for name, expected in oracles.plan_packed(lengths, prefixes, PREFIX_ROWS, tiles).items():
+    for name, expected in oracles.plan_packed(lengths, prefixes, PREFIX_ROWS, tiles, splits=splits).items():
         assert found.pop(name) == expected, name
     check_padded(lengths, buckets, found)
     assert not found
-    assert plan.reach == max((n + sum(PREFIX_ROWS[p][1] for p in used) for n, used in sequences), default=0)
+    assert plan.reach == max((n + sum(PREFIX_ROWS[p][1] for p in used) for n, used, _ in sequences), default=0)
 
 
 def check_padded(lengths: list[int], buckets: int, found: dict[str, list]) -> None:
@@ -62,7 +71,7 @@ def test_plan_packed_refuses() -> None:
         "lengths": int32([3]),
         "prefix_indptr": int32([0, 1]),
         "prefix": int32([0]),
-        "prefix_rows": int32(PREFIX_ROWS, 4),
+        "prefix_rows": int32(PREFIX_ROWS, 5),
         "tiles": (4, 4, 4),
     }
     wrong: list[tuple[type[Exception], dict[str, object]]] = [
@@ -73,17 +82,21 @@ def test_plan_packed_refuses() -> None:
         (ConfigError, {"prefix_indptr": int32([])}),
         (ConfigError, {"prefix_indptr": int32([0, 2])}),
         (ConfigError, {"prefix_indptr": int32([1, 1])}),
-        (ConfigError, {"prefix_rows": int32([[0, -1, 0, 0]], 4)}),
-        (ConfigError, {"prefix_rows": int32([[0, 1, 2**31 - 1, 0]], 4)}),
-        (ConfigError, {"prefix_rows": int32([[0, 1, 0, 2]], 4)}),
-        (ConfigError, {"prefix_rows": int32([0, 1, 2], 3)}),
-        (ConfigError, {"prefix_rows": int32(PREFIX_ROWS, 4)[:, ::-1]}),
+        (ConfigError, {"prefix_rows": int32([[0, -1, 0, 0, 0]], 5)}),
+        (ConfigError, {"prefix_rows": int32([[0, 1, 2**31 - 1, 0, 0]], 5)}),
+        (ConfigError, {"prefix_rows": int32([[0, 1, 0, 2, 0]], 5)}),
+        (ConfigError, {"prefix_rows": int32([[0, 1, 0, 1, 3]], 5)}),
+        (ConfigError, {"last_prompt_token": int32([3])}),
+        (ConfigError, {"last_prompt_token": int32([-1])}),
+        (ConfigError, {"last_prompt_token": int32([0, 0])}),
+        (ConfigError, {"prefix_rows": int32([0, 1, 2, 3], 4)}),
+        (ConfigError, {"prefix_rows": int32(PREFIX_ROWS, 5)[:, ::-1]}),
         (ConfigError, {"tiles": (1, -1, 1)}),
         (ConfigError, {"buckets": 0}),
         (ConfigError, {"buckets": -1}),
-        (UnknownPrefixError, {"prefix": int32([4])}),
+        (UnknownPrefixError, {"prefix": int32([6])}),
         (UnknownPrefixError, {"prefix": int32([-1])}),
-        (UnknownPrefixError, {"prefix_rows": np.zeros((0, 4), np.int32)}),
+        (UnknownPrefixError, {"prefix_rows": np.zeros((0, 5), np.int32)}),
         (TypeError, {"prefix_rows": int32(PREFIX_ROWS)}),
         (TypeError, {"lengths": np.array([3])}),
         (TypeError, {"tiles": (1.5, 1, 1)}),
@@ -102,6 +115,7 @@ def test_plan_packed_refuses() -> None:
 
 
 ROWS = [20, 0, 5, 33]  # number of rows of each prefix
+PLACES = [0, 0, 1, 2]  # place of each prefix, where drive is given no other
 LAYERS = 3
 SETS = st.lists(
     st.none() | st.lists(st.booleans(), min_size=LAYERS, max_size=LAYERS), min_size=4, max_size=4
@@ -112,11 +126,12 @@ def drive(
     work: list[tuple[int, list[int], int, int, int]],
     decode: DecodeSizes = NO_WORK,
     layers: Sequence[list[bool] | None] = (None,) * 4,
+    places: Sequence[int] = PLACES,
 ) -> None:
     """Serve requests and compare the prefix tables and decode work of each step with the references, in every layer."""
     scheduler = Scheduler(64 + 16 * 30, 8, 60, tile_rows=4, decode=decode)
     for prefix, n in enumerate(ROWS):
-        scheduler.register_prefix(prefix, n, 2 * n, prefix % 2 == 0, layers=layers[prefix])
+        scheduler.register_prefix(prefix, n, 2 * n, prefix % 2 == 0, place=places[prefix], layers=layers[prefix])
     known: dict[int, tuple[list[int], int, int, int]] = {}
     for id, (priority, prefixes, prompt_len, beams, max_new) in enumerate(work):
         scheduler.add(id, prefixes, prompt_len, beams, max_new, priority=priority, tenant=id)
@@ -136,8 +151,8 @@ def drive(
             {p: (row, n * has[p][layer], slides) for p, (row, n, slides) in blocks.items()} for layer in range(LAYERS)
         ]
         check_views(header, blocks, here, {id: known[id][0] for id in known})
-        check_prefill(header, out, known, here, filled)
-        check_decode(header, out, known, here, steps)
+        check_prefill(header, out, known, here, filled, places)
+        check_decode(header, out, known, here, steps, places)
         check_work(header, out, decode)
         steps |= {id: 0 for id in header.prefill_ids if len(filled[id]) == known[id][1]}
         scheduler.commit([id for id in header.decode_ids if steps[id] == known[id][3]])
@@ -168,7 +183,7 @@ def check_views(header: StepHeader, blocks: dict, here: list[dict], used: dict[i
 
 
 def check_prefill(
-    header: StepHeader, out: np.ndarray, known: dict, here: list[dict], filled: dict[int, list[int]]
+    header: StepHeader, out: np.ndarray, known: dict, here: list[dict], filled: dict[int, list[int]], places: list[int]
 ) -> None:
     if header.prefill is None:
         assert (header.prefill_ids, header.prefill_reach) == ([], 0)
@@ -185,8 +200,9 @@ def check_prefill(
         for id, n in zip(header.prefill_ids, lengths, strict=True):
             filled[id] = filled.get(id, [])[: before[id]] + list(itertools.islice(slots, n))
         assert found.pop("key_slots") == [slot for id in header.prefill_ids for slot in filled[id] if any(contexts)]
-        table = [[*blocks[p][:2], 2 * ROWS[p], blocks[p][2]] for p in blocks]
-        for name, expected in oracles.plan_packed(lengths, used, table, (4, 0, 0), contexts).items():
+        table = [[*blocks[p][:2], 2 * ROWS[p], blocks[p][2], places[p]] for p in blocks]
+        splits = [known[id][1] - 1 for id in header.prefill_ids]
+        for name, expected in oracles.plan_packed(lengths, used, table, (4, 0, 0), contexts, splits).items():
             assert found.pop(name) == expected, name
         check_padded(lengths, 4, found)
         ended = [len(filled[id]) == known[id][1] for id in header.prefill_ids]
@@ -196,7 +212,9 @@ def check_prefill(
     assert header.prefill_reach == max(reach)
 
 
-def check_decode(header: StepHeader, out: np.ndarray, known: dict, here: list[dict], steps: dict[int, int]) -> None:
+def check_decode(
+    header: StepHeader, out: np.ndarray, known: dict, here: list[dict], steps: dict[int, int], places: list[int]
+) -> None:
     if header.decode is None:
         assert (header.decode_ids, header.decode_reach) == ([], 0)
         return
@@ -207,7 +225,8 @@ def check_decode(header: StepHeader, out: np.ndarray, known: dict, here: list[di
         prefixes, prompt_len, beams, _ = known[id]
         for _ in range(beams):
             rows.append((len(rows), prompt_len + steps[id] - 1, prefixes))
-            positions.append(rows[-1][1] + max((2 * ROWS[p] for p in prefixes), default=0))
+            own = oracles.positions([(places[p], 2 * ROWS[p]) for p in prefixes], prompt_len - 1)
+            positions.append(rows[-1][1] + sum(own))
     for layer, blocks in enumerate(here):
         found = oracles.tables(out, view_of(header.decode, layer))
         expected = {

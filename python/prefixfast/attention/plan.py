@@ -17,8 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefixfast import _rust
+from prefixfast.attention.planner_tables import FIXED_INFIX as FIXED_INFIX
+from prefixfast.attention.planner_tables import FRONT as FRONT
+from prefixfast.attention.planner_tables import INFIX as INFIX
 from prefixfast.attention.planner_tables import NO_PREFIXES as NO_PREFIXES
 from prefixfast.attention.planner_tables import Layout as Layout
+from prefixfast.attention.planner_tables import PlannedPrefix as PlannedPrefix
 from prefixfast.attention.planner_tables import PrefixRows as PrefixRows
 from prefixfast.attention.planner_tables import host_table as host_table
 from prefixfast.attention.planner_tables import packed_tables
@@ -141,6 +145,7 @@ def training_plan(
     *,
     backend: Backend,
     device: torch.device | str = "cpu",
+    last_prompt_token: NDArray[np.int32] | None = None,
 ) -> Plan:
     """Plan of a packed forward whose keys are its own tokens, not rows of an arena.
 
@@ -152,8 +157,14 @@ def training_plan(
             prefixes.
         backend: Kernels that attention runs on.
         device: Device of the model.
+        last_prompt_token: Index of the last prompt token of each sequence, int32 ``[S]``, before which its infixes
+            stand. None without infixes.
     """
-    planned = [_rust.plan_packed(lengths, *used, table, tiles=backend.sizes[:3]) for table in rows.table]
+    assert last_prompt_token is not None or not rows.table[:, :, 4].any()
+    planned = [
+        _rust.plan_packed(lengths, *used, table, tiles=backend.sizes[:3], last_prompt_token=last_prompt_token)
+        for table in rows.table
+    ]
     buffers = [torch.from_numpy(view.buffer).to(device) for view in planned]
     positions = section(buffers[0], planned[0].sections["position_ids"])[None]
     depth = int(np.diff(used.indptr).max(initial=0))

@@ -35,12 +35,33 @@ class Layout(NamedTuple):
         return max(offset + rows * max(cols, 1) for view in self.views for offset, rows, cols in view.values())
 
 
+FRONT, INFIX, FIXED_INFIX = 0, 1, 2  # places of a prefix, as `_rust.plan_packed` numbers them
+
+
+class PlannedPrefix(NamedTuple):
+    """What a plan needs to know about a prefix.
+
+    Attributes:
+        layers: Layers in which the prefix lies.
+        length: Number of rows P.
+        pos_start: Position of the first token after the prefix.
+        slides: Whether sliding windows slide over the prefix.
+        place: Place of the prefix in a sequence, `FRONT`, `INFIX` or `FIXED_INFIX`.
+    """
+
+    layers: Sequence[int]
+    length: int
+    pos_start: int
+    slides: bool
+    place: int = FRONT
+
+
 class PrefixRows(NamedTuple):
     """Rows of prefixes in the tensor of each layer that holds all of them.
 
     Attributes:
-        table: Rows of each prefix, int32 ``[views, prefixes, 4]``: first row, number of rows (0 if the prefix leaves
-            the layer out), pos_start, 1 if sliding windows slide over the prefix.
+        table: Rows of each prefix, int32 ``[views, prefixes, 5]``: first row, number of rows (0 if the prefix leaves
+            the layer out), pos_start, 1 if sliding windows slide over the prefix, place of the prefix.
         view_of: View of each layer; empty for a single view.
     """
 
@@ -48,7 +69,7 @@ class PrefixRows(NamedTuple):
     view_of: Sequence[int] = ()
 
 
-NO_PREFIXES = PrefixRows(np.zeros((1, 0, 4), np.int32))
+NO_PREFIXES = PrefixRows(np.zeros((1, 0, 5), np.int32))
 
 
 def section(buffer: Tensor, place: Place) -> Tensor:
@@ -68,21 +89,21 @@ def packed_tables(buffer: Tensor, sections: Sections) -> PackedTables:
     return PackedTables(*(section(buffer, sections[name]) for name in PackedTables._fields))
 
 
-def prefix_rows(prefixes: Sequence[tuple[Sequence[int], int, int, bool]], num_layers: int) -> PrefixRows:
+def prefix_rows(prefixes: Sequence[PlannedPrefix], num_layers: int) -> PrefixRows:
     """Rows of prefixes that follow each other in every layer's tensor.
 
     Args:
-        prefixes: Layers, number of rows and pos_start of each prefix, and whether sliding windows slide over it.
+        prefixes: Prefixes in the order of their rows.
         num_layers: Number of layers of the base model.
     """
     if not prefixes:
         return NO_PREFIXES
-    has = np.array([np.isin(np.arange(num_layers), layers) for layers, *_ in prefixes])
+    has = np.array([np.isin(np.arange(num_layers), p.layers) for p in prefixes])
     kinds, view_of = np.unique(has, axis=1, return_inverse=True)
-    rows = kinds.T * np.array([rows for _, rows, *_ in prefixes], np.int64)  # [views, prefixes]
+    rows = kinds.T * np.array([p.length for p in prefixes], np.int64)  # [views, prefixes]
     same = [
         np.broadcast_to(np.array(column, np.int64), rows.shape)
-        for column in ([p[2] for p in prefixes], [p[3] for p in prefixes])
+        for column in ([p.pos_start for p in prefixes], [p.slides for p in prefixes], [p.place for p in prefixes])
     ]
     table = np.stack([rows.cumsum(1) - rows, rows, *same], 2).astype(np.int32)
     return PrefixRows(table, () if len(table) == 1 else view_of.reshape(-1).tolist())

@@ -302,6 +302,7 @@ def _details(stored: StoredPrefix) -> dict[str, Any]:
         "dtype": stored_dtypes(stored.folder),
         "pos_start": stored.pos_start,
         "window": stored.window,
+        "position": stored.position,
         "base": None if stored.base is None else {k: v for k, v in stored.base.items() if k != "sample"},
         "linearizer": stored.task,  # as in entry.json
         "decoding": dict(stored.decoding),

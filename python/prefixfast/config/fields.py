@@ -27,6 +27,7 @@ class PrefixConfigFields(TypedDict, total=False):
     frozen_rows: int
     fit_steps: int
     pos_start: Literal["after", "zero"]
+    position: Literal["prefix", "infix"]
 
 
 class TrainConfigFields(TypedDict, total=False):

@@ -66,6 +66,11 @@ class PrefixConfig(Options):
     pos_start: Literal["after", "zero"] = option(
         "after", "position of the first token: 'after' is P, as in PEFT, and 'zero' is 0"
     )
+    position: Literal["prefix", "infix"] = option(
+        "prefix",
+        "place of the prefix: 'prefix' is before the first token, 'infix' before the last prompt token, where earlier "
+        "tokens do not see it",
+    )
 
     def __post_init__(self) -> None:
         length: Any = self.prefix_length

@@ -75,7 +75,7 @@ class Loop:
         host_dtype = DTYPES.get(config.prefix_dtype, model.dtype)
         loader = PrefixLoader(self.arena.layers, model.layers, config.host_prefix_memory, host_dtype)
         self.scheduler = self._new_scheduler()
-        self.prefix_cache = PrefixCache(self.scheduler, loader)
+        self.prefix_cache = PrefixCache(self.scheduler, loader, model.handle.infix.place)
         self.intact = True
         self.max_waiting = config.max_waiting
         self.batch = DecodeBatch(self.arena.table, [e for e in end_ids if 0 <= e < model.vocab_size])
@@ -232,7 +232,7 @@ class Loop:
         old.loader.restart()
         old.clear_rows()
         scheduler = self._new_scheduler()
-        cache = PrefixCache(scheduler, old.loader)
+        cache = PrefixCache(scheduler, old.loader, old.infix_place)
         for prefix in old.pinned_prefixes():
             cache.set_pinned(prefix, True)
         self.scheduler, self.prefix_cache = scheduler, cache

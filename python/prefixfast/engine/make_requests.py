@@ -35,7 +35,14 @@ from prefixfast.engine.sampling_params import (
     resolve_params,
 )
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, did_you_mean, shown, suggestion
-from prefixfast.prefix.compatibility import base_mismatch, check_base, check_fits, described
+from prefixfast.prefix.compatibility import (
+    base_mismatch,
+    check_base,
+    check_composition,
+    check_fits,
+    described,
+    start_position,
+)
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, StoredPrefix
@@ -110,8 +117,10 @@ def prefixes_and_tasks(
         else:
             check_fits(model, prefix, described(prefix, prefixes))
     for i, own in enumerate(assigned):
+        with request_error(i):
+            check_composition(model, [p.position for p in attended(own)])
         if text_positions(model, own) < 1:
-            start = max(p.pos_start for p in attended(own))
+            start = start_position(attended(own))
             msg = (
                 f"request {i}: its text starts at position {start} behind its prefixes, expected a position below "
                 f"{model.max_positions}, the base model's number of positions; use shorter prefixes"
@@ -184,7 +193,7 @@ def _check_sequence(batch: Sequence[Input]) -> None:
 
 def text_positions(model: Model, prefixes: Sequence[Assigned]) -> int:
     """Number of positions of the base model that prefixes leave for text."""
-    return model.max_positions - max((p.pos_start for p in attended(prefixes)), default=0)
+    return model.max_positions - start_position(attended(prefixes))
 
 
 def request_value(item: Input, task: Task, key: str) -> JSON:

@@ -8,6 +8,7 @@ import logging
 from dataclasses import dataclass
 
 from prefixfast import _rust
+from prefixfast.attention.plan import FRONT
 from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.errors import PrefixFastError
 from prefixfast.model.prefix_shape import filled_layers, seeing_layers
@@ -48,10 +49,11 @@ class PrefixCache:
     Args:
         scheduler: Scheduler, which decides which prefixes are resident.
         loader: Loader that copies prefixes into the arena.
+        infix_place: Place of prefixes before the last prompt token in plans.
     """
 
-    def __init__(self, scheduler: _rust.Scheduler, loader: PrefixLoader) -> None:
-        self.scheduler, self.loader = scheduler, loader
+    def __init__(self, scheduler: _rust.Scheduler, loader: PrefixLoader, infix_place: int) -> None:
+        self.scheduler, self.loader, self.infix_place = scheduler, loader, infix_place
         self.numbers: dict[str, int] = {}  # by digest
         self.prefixes: dict[int, Prefix | StoredPrefix] = {}  # by number, the most recently used one last
         self.next_number = itertools.count()
@@ -83,9 +85,9 @@ class PrefixCache:
             shapes = self.loader.shapes
             seeing = seeing_layers(shapes, filled_layers(prefix, shapes))
             layers = None if len(seeing) == len(shapes) else [i in seeing for i in range(len(shapes))]
-            self.scheduler.register_prefix(
-                number, prefix.length, prefix.pos_start, prefix.window == "slide", layers=layers
-            )
+            place = self.infix_place if prefix.position == "infix" else FRONT
+            slides = prefix.window == "slide"
+            self.scheduler.register_prefix(number, prefix.length, prefix.pos_start, slides, place=place, layers=layers)
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
         self.prefixes[number] = self.prefixes.pop(number, prefix)

@@ -144,8 +144,16 @@ def _target_logprobs(
     starts = np.cumsum(lengths) - lengths
     at = np.concatenate([start + e.targets - 1 for start, (_, e) in zip(starts, examples, strict=True)])
     flat = np.array([n for numbers in used for n in numbers], np.int32)
-    rows = row_table(prefixes, model.layers)
-    plan = training_plan(lengths, PrefixUse(indptr, flat), rows, kv, backend=model.backend, device=model.device)
+    rows = row_table(prefixes, model)
+    plan = training_plan(
+        lengths,
+        PrefixUse(indptr, flat),
+        rows,
+        kv,
+        backend=model.backend,
+        device=model.device,
+        last_prompt_token=np.array([e.targets[0] - 1 for _, e in examples], np.int32),
+    )
     plan = plan.with_logits_at(torch.from_numpy(at).to(model.device))
     wanted = torch.from_numpy(np.concatenate([e.ids[e.targets] for _, e in examples]).astype(np.int64)).to(model.device)
     packed = _logits(model, plan, torch.from_numpy(ids.astype(np.int64)).to(model.device))

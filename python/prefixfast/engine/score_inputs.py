@@ -93,6 +93,10 @@ def make_score_requests(
         examples = _given_examples(model, batch, tasks, targets, end_token=end_token)
     made = []
     for i, (item, own) in enumerate(zip(batch, assigned, strict=True)):
+        if any(p.position == "infix" for p in attended(own)) and not all(e.has_one_target for e in examples[i]):
+            got = "an infix stands before the one target of a row, this row has targets in several places"
+            msg = f"request {i}: {got}; score its last turn"
+            raise RequestError(msg, index=i)
         # The last target is predicted, but takes no position.
         room = text_positions(model, own) + 1
         if (longest := max(len(e.ids) for e in examples[i])) > room:

@@ -47,7 +47,8 @@ class SharedPrompts:
             self.state = state
         groups: dict[tuple[Digests, bytes], list[Request]] = defaultdict(list)
         for r in requests:
-            if len(r.ids) > self.min_tokens:
+            # Leading tokens before an infix would be a prefix beside it, which not every base takes.
+            if len(r.ids) > self.min_tokens and all(p.position == "prefix" for p in r.prefixes):
                 groups[_digests(r), r.ids[: self.min_tokens].tobytes()].append(r)
         for (digests, _), group in groups.items():
             if len(group) > 1 and self._find(digests, group[0].ids, _common_length(group)) is None:

@@ -25,7 +25,7 @@ from prefixfast.engine.request_prefixes import assign_prefixes, attended, is_wei
 from prefixfast.engine.search import reorder_slot_table
 from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model.base import Model
-from prefixfast.prefix.compatibility import check_fits
+from prefixfast.prefix.compatibility import check_composition, check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
@@ -267,6 +267,8 @@ class HFCache(Cache):
         assigned = [attended(own) for own in found]
         for prefix in {id(p): p for own in assigned for p in own}.values():
             check_fits(self.model, prefix)
+        for own in assigned:
+            check_composition(self.model, [p.position for p in own])
         return [own for own in assigned for _ in range(count // requests)]
 
 

@@ -23,6 +23,7 @@ from prefixfast.model.attention_switch import configs_of, own_implementation, pr
 from prefixfast.model.dry_run import LayerShape, dry_run
 from prefixfast.model.own_attention import foreign_attention
 from prefixfast.model.process import note_computing
+from prefixfast.model.proof.infix import InfixSupport
 from prefixfast.model.proof.prove import prove
 from prefixfast.model.row_independence import dependent_rows, recorded_rows
 from prefixfast.model.supported_models import check_supported
@@ -38,12 +39,14 @@ class Handle:
     Attributes:
         model: Attached model.
         layers: Head counts of every attention layer, in the order of the layers.
+        infix: Place of prefixes before the last prompt token, or the reason why the model takes none.
         undo: Functions that restore the model, to be called from last to first.
         users: Number of `attach` calls without their `detach`.
     """
 
     model: PreTrainedModel
     layers: tuple[LayerShape, ...]
+    infix: InfixSupport
     undo: list[Callable[[], None]]
     users: int = 1
 
@@ -101,11 +104,11 @@ def attach(model: PreTrainedModel) -> Handle:
                 if (reason := dependent_rows(rows)) is not None:
                     msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): {reason}"
                     raise ConfigError(msg)
-                prove(model, layers, windows, own)
+                infix = prove(model, layers, windows, own)
         except BaseException:
             _run(undo)
             raise
-        model.__dict__[KEY] = handle = Handle(model, layers, undo)
+        model.__dict__[KEY] = handle = Handle(model, layers, infix, undo)
         return handle
 
 

@@ -32,6 +32,14 @@ class PrefixShape(Protocol):
     def layers(self) -> tuple[int, ...]:
         """Layers that have rows, ascending."""
 
+    @property
+    def pos_start(self) -> int:
+        """Position of the first token after the prefix."""
+
+    @property
+    def position(self) -> str:
+        """Place of the prefix in a sequence, ``"prefix"`` or ``"infix"``."""
+
 
 def source_of(shapes: Sequence[LayerShape]) -> list[int]:
     """Layer whose keys and values each layer reads, itself for a layer with its own."""

@@ -31,7 +31,7 @@ def measure_prompt(
         prefix: Prefix.
         kv: Keys and values of the prefix by layer, on the model's device.
         ids: Token ids of the prompt.
-        first: First position that is measured.
+        first: First position that is measured, for an infix that of the last prompt token.
 
     Returns:
         Attention mass ``[L, HQ]``, fp32, summed over the measured positions, NaN beyond the heads of a layer; and
@@ -39,9 +39,18 @@ def measure_prompt(
     """
     tokens = torch.tensor(ids, device=model.device)
     at = torch.arange(first, len(ids), device=model.device)
-    rows = row_table([prefix], model.layers)
+    rows = row_table([prefix], model)
     lengths, indptr, used = np.array([len(ids)], np.int32), np.array([0, 1], np.int32), np.zeros(1, np.int32)
-    plan = training_plan(lengths, PrefixUse(indptr, used), rows, kv, backend=model.backend, device=model.device)
+    last = np.array([first if prefix.position == "infix" else 0], np.int32)
+    plan = training_plan(
+        lengths,
+        PrefixUse(indptr, used),
+        rows,
+        kv,
+        backend=model.backend,
+        device=model.device,
+        last_prompt_token=last,
+    )
     plan = plan.with_logits_at(at)
     masses: dict[int, Tensor] = {}
 

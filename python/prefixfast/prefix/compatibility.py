@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from prefixfast.attention.plan import FIXED_INFIX
 from prefixfast.config.engine import BaseMismatch
-from prefixfast.errors import BaseMismatchError, shown
+from prefixfast.errors import BaseMismatchError, ConfigError, shown
 from prefixfast.model.fingerprint import check_same_base, num_layers
 from prefixfast.model.prefix_shape import PrefixShape, filled_layers, is_peft_table, own_layers, readers
 
@@ -54,6 +55,33 @@ def check_base(model: Model, base: Fingerprint | None, what: str) -> None:
     check_same_base(base, model.fingerprint, what, model.quantization, allow_quantized=allowed)
 
 
+def start_position(prefixes: Sequence[PrefixShape]) -> int:
+    """Number of positions that the composed prefixes of a request take from its text.
+
+    Of several prefixes before the same token the largest ``pos_start`` counts.
+    """
+    places = [(p.position, p.pos_start) for p in prefixes]
+    return sum(max((start for own, start in places if own == place), default=0) for place in ("prefix", "infix"))
+
+
+def check_composition(model: Model, positions: Iterable[str]) -> None:
+    """Check that prefixes can be composed in one request.
+
+    Args:
+        model: Base model.
+        positions: ``position`` of each prefix.
+
+    Raises:
+        ConfigError: If an infix and another prefix need different positions of the same tokens.
+    """
+    if model.handle.infix.place == FIXED_INFIX and len(set(positions)) > 1:
+        msg = (
+            "a prefix and an infix together: this base has RoPE and the stored keys of both have positions from 0 on, "
+            "but the prompt tokens between them cannot follow the one and precede the other; use one of them"
+        )
+        raise ConfigError(msg)
+
+
 def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> None:
     """Check that a prefix fits a base model.
 
@@ -73,6 +101,9 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
         >>> check_fits(base, prefix)
     """
     check_base(model, prefix.base, what)
+    if prefix.position == "infix" and (reason := model.handle.infix.refusal):
+        msg = f"{what} is an infix, which this base does not take: {reason}; train a prefix with position='prefix'"
+        raise BaseMismatchError(msg)
     if is_peft_table(prefix, model.layers) and filled_layers(prefix, model.layers):
         return
     expected = {

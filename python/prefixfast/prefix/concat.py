@@ -42,6 +42,7 @@ def concat_prefixes(parts: Sequence[PrefixData]) -> tuple[dict[str, Tensor], Pre
     fields: PrefixFields = {
         "pos_start": max(p.pos_start for p in parts),
         "window": first.window,
+        "position": first.position,
         "base": most_complete,
         "task": next((p.task for p in reversed(parts) if p.task is not None), None),
         "decoding": decoding,
@@ -74,10 +75,14 @@ def _difference(parts: Sequence[PrefixData], number: int) -> str | None:
     first, other = parts[0], parts[number]
     ours = shared_tensors(other.kv)
     windows = f"window is {other.window!r} in prefix {number} and {first.window!r} in prefix 0, and a prefix has one"
+    places = (
+        f"position is {other.position!r} in prefix {number} and {first.position!r} in prefix 0, and a prefix has one"
+    )
     dtypes = f"prefix {number} has numbers of another dtype than prefix 0, and converting them would change them"
     reasons = {
         f"prefix {number} lies in other layers than prefix 0": first.shapes.keys() != other.shapes.keys(),
         windows: other.window != first.window,
+        places: other.position != first.position,
         dtypes: any(n in ours and ours[n].dtype != t.dtype for n, t in shared_tensors(first.kv).items()),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

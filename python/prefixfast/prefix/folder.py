@@ -19,7 +19,7 @@ from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
 from prefixfast.prefix import peft_read
-from prefixfast.prefix.names import FIELD_NAMES, PrefixFields, base_error, file_key
+from prefixfast.prefix.names import FIELD_NAMES, UNWRITTEN, PrefixFields, base_error, file_key, written
 from prefixfast.prefix.validate import convention_error
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def prefix_files(kv: Mapping[str, Tensor], digest: str, fields: PrefixFields) ->
         digest: Digest of the prefix, by which a reader notices that another program changed the tensors.
         fields: All attributes of the prefix other than its tensors.
     """
-    reason = peft.peft_incompatibility(kv, fields["pos_start"], fields["window"], fields["base"])
+    reason = peft.NO_INFIX if fields["position"] == "infix" else None
+    reason = reason or peft.peft_incompatibility(kv, fields["pos_start"], fields["window"], fields["base"])
     if reason is None:
         tensor_files = adapter_files(kv, fields, adapter_type(fields))
     else:
@@ -74,7 +75,7 @@ def prefix_files(kv: Mapping[str, Tensor], digest: str, fields: PrefixFields) ->
         "version": VERSION,
         "digest": digest,
         "not_peft_because": reason,
-        **{KEYS[name]: value for name, value in values.items()},
+        **{KEYS[name]: value for name, value in written(values).items()},
     }
     return {**tensor_files, META: json_bytes(meta, indent=2, sort_keys=True)}
 
@@ -157,7 +158,7 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
     Raises:
         DataError: If the file is damaged, of a newer version, or holds keys or values that `prefix_files` never writes.
     """
-    meta = read_json(path)
+    meta = UNWRITTEN | read_json(path)
     expected = {"version", "digest", "not_peft_because", *KEYS.values()}
     if type(meta.get("version")) is not int or meta["version"] != VERSION:
         got = meta.get("version")
@@ -187,7 +188,7 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
     except DataError as e:
         msg = f"{path.name}: {e}"
         raise DataError(msg, path=str(path)) from e
-    if error := convention_error(meta["pos_start"], meta["window"]):
+    if error := convention_error(meta["pos_start"], meta["window"], meta["position"]):
         msg = f"{path.name}: {error}"
         raise DataError(msg, path=str(path))
     trained = meta["training"].get("num_trained", 0)

@@ -51,6 +51,9 @@ def text_prefix(
                 msg = f"after: expected a Prefix or a sequence of them, got {shown(prefix)} at {i}"
                 raise ConfigError(msg)
             check_fits(base, prefix, f"after: prefix {i}")
+            if prefix.position == "infix":
+                msg = f"after: expected prefixes before the first token, got an infix at {i}, which no prefix follows"
+                raise ConfigError(msg)
         ids = encode_text(base, text)
         rows = length or len(ids)
         start = max((p.pos_start for p in after), default=0)

@@ -171,9 +171,14 @@ def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> l
 
 
 def _encode(model: Model, prefix: PrefixData, prompt: Input, index: int) -> tuple[list[int], int]:
-    """Token ids of a prompt, and the first measured position: the one before the target, 0 without a target."""
+    """Token ids of a prompt, and the first measured position: the one before the target, 0 without a target.
+
+    Without a target an infix is measured at the last token, the only one that sees it.
+    """
     try:
         ids, first = _encode_unchecked(model, prefix, prompt)
+        if prefix.position == "infix" and not first:
+            first = len(ids) - 1
     except (DataError, ConfigError, RequestError) as e:
         msg = f"prompt {index}: {str(e).removeprefix('row 0: ').removeprefix('request 0: ')}"
         raise RequestError(msg, index=index) from e

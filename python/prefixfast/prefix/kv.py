@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prefixfast.attention.plan import LayerKV, PrefixRows, prefix_rows
+from prefixfast.attention.plan import FRONT, LayerKV, PlannedPrefix, PrefixRows, prefix_rows
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.prefix_shape import by_source, filled_layers, own_layers, seeing_layers
@@ -44,16 +44,29 @@ def no_rows(shapes: Sequence[LayerShape], like: Tensor) -> list[LayerKV]:
     return [(like.new_empty(0, *s.row[0]), like.new_empty(0, *s.row[1])) for s in shapes]
 
 
-def row_table(prefixes: Sequence[PrefixData], shapes: Sequence[LayerShape]) -> PrefixRows:
+def row_table(prefixes: Sequence[PrefixData], model: Model) -> PrefixRows:
     """Place of each prefix's rows in the tensors that `concat_kv` makes of the prefixes.
 
     Args:
         prefixes: Prefixes from left to right.
-        shapes: Heads of every layer of the base model.
+        model: Base model.
     """
-    seeing = [seeing_layers(shapes, filled_layers(p, shapes)) for p in prefixes]
-    rows = [(layers, p.length, p.pos_start, p.window == "slide") for layers, p in zip(seeing, prefixes, strict=True)]
-    return prefix_rows(rows, len(shapes))
+    shapes = model.layers
+    return prefix_rows(
+        [planned(p, seeing_layers(shapes, filled_layers(p, shapes)), model) for p in prefixes], len(shapes)
+    )
+
+
+def planned(prefix: PrefixData, layers: Sequence[int], model: Model) -> PlannedPrefix:
+    """What a plan needs to know about a prefix.
+
+    Args:
+        prefix: Prefix.
+        layers: Layers that attend to its rows.
+        model: Base model.
+    """
+    place = model.handle.infix.place if prefix.position == "infix" else FRONT
+    return PlannedPrefix(layers, prefix.length, prefix.pos_start, prefix.window == "slide", place)
 
 
 def concat_kv(
@@ -79,4 +92,4 @@ def concat_kv(
 
 def context(prefixes: Sequence[PrefixData], model: Model) -> tuple[list[LayerKV], PrefixRows]:
     """Keys and values of composed prefixes in the model's dtype, and the place of each prefix, for `text_kv`."""
-    return concat_kv(prefixes, model.layers, model.dtype, model.device), row_table(prefixes, model.layers)
+    return concat_kv(prefixes, model.layers, model.dtype, model.device), row_table(prefixes, model)

@@ -104,6 +104,7 @@ def _base_name(prefix: PrefixData) -> str | None:
 
 def _facts(prefix: PrefixData, metrics: Mapping[str, Any]) -> dict[str, str]:
     found = {
+        "stands before": "the first token" if prefix.position == "prefix" else "the last prompt token",
         "text starts at position": str(prefix.pos_start),
         "sliding windows": prefix.window,
         "numbers trained": f"{prefix.num_trained:,}",

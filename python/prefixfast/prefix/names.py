@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, Required, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Literal, Required, TypeAlias, TypedDict, TypeVar
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import shown
@@ -11,8 +11,11 @@ from prefixfast.errors import shown
 if TYPE_CHECKING:
     from prefixfast.model.fingerprint import Fingerprint
 
+T = TypeVar("T")
 Window: TypeAlias = Literal["slide", "always"]
-FIELD_NAMES = ("pos_start", "window", "base", "task", "decoding", "training")
+Position: TypeAlias = Literal["prefix", "infix"]
+FIELD_NAMES = ("pos_start", "window", "base", "task", "decoding", "training", "position")
+UNWRITTEN = {"position": "prefix"}  # values that files leave out, as those of version 0.1.0 do
 
 TYPES_OF_BASE_KEYS = {"name": str, "config": dict, "tokenizer": str, "weights": str, "sample": dict}
 
@@ -26,6 +29,12 @@ class PrefixFields(TypedDict, total=False):
     task: Mapping[str, JSON] | None
     decoding: Mapping[str, JSON]
     training: Mapping[str, JSON]
+    position: Position
+
+
+def written(values: Mapping[str, T]) -> dict[str, T]:
+    """Values by field without those that files leave out."""
+    return {name: value for name, value in values.items() if (name, value) not in UNWRITTEN.items()}
 
 
 def file_key(field: str) -> str:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PeftType = Literal["PREFIX_TUNING", "CARTRIDGE"]
 TYPES: tuple[PeftType, ...] = get_args(PeftType)
 CONFIG, WEIGHTS, TABLE = "adapter_config.json", "adapter_model.safetensors", "prompt_embeddings"
+NO_INFIX = "it stands before the last prompt token, and PEFT puts all rows before the first"
 COMMON_CONFIG = {
     "auto_mapping": None,
     "inference_mode": True,

@@ -48,6 +48,9 @@ class Prefix(PrefixData):
         task: Task that turns rows into prompts, as `Task.spec` gives it; None for plain prompts.
         decoding: Default `GenerationParams` of the prefix.
         training: Settings, number of steps and final losses of the training, or another origin.
+        position: Place of the prefix in a sequence. ``"prefix"``: before the first token. ``"infix"``: before the last
+            prompt token. Earlier prompt tokens do not see an infix, and the last one starts ``pos_start`` positions
+            after them.
 
     Raises:
         DataError: If a tensor or convention is not one that a prefix can have.

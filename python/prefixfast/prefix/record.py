@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import DataError, shown, warn_renamed
 from prefixfast.prefix import peft_format
-from prefixfast.prefix.names import PrefixFields, Window, layers_of
+from prefixfast.prefix.names import UNWRITTEN, Position, PrefixFields, Window, layers_of
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
 from prefixfast.prefix.validate import check_prefix
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from prefixfast.model.fingerprint import Fingerprint
 
-READABLE_SINCE = ">=0.1.0"  # releases that read the folders of this one
+READABLE_SINCE = {"prefix": ">=0.1.0", "infix": ">0.1.0"}  # releases that read the folders of this one
 C = TypeVar("C", bound=type)
 
 
@@ -78,6 +78,8 @@ class PrefixData:
         task: Task that turns rows into prompts, as `Task.spec` gives it; None for plain prompts.
         decoding: Default `GenerationParams` of the prefix.
         training: Settings, number of steps and final losses of the training, or another origin.
+        position: Place of the prefix in a sequence. ``"prefix"``: before the first token. ``"infix"``: before the last
+            prompt token, so that earlier tokens do not see it.
     """
 
     kv: Mapping[str, Tensor]
@@ -87,6 +89,7 @@ class PrefixData:
     task: Mapping[str, JSON] | None = None
     decoding: Mapping[str, JSON] = field(default_factory=dict)
     training: Mapping[str, JSON] = field(default_factory=dict)
+    position: Position = "prefix"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv", PrefixTensors(self.kv))
@@ -96,7 +99,7 @@ class PrefixData:
                 msg = f"{name}: expected a mapping, got {shown(value)}"
                 raise DataError(msg)
             object.__setattr__(self, name, None if value is None else json_copy(name, value))
-        check_prefix(shared_tensors(self.kv), self.pos_start, self.window)
+        check_prefix(shared_tensors(self.kv), self.pos_start, self.window, self.position)
         frozen = self.training.get("num_frozen_tokens", 0)
         if type(frozen) is not int or not 0 <= frozen <= self.length:
             expected = f"a number from 0 to the {self.length} rows"
@@ -107,6 +110,7 @@ class PrefixData:
         """One line with length, number of layers, base model, task and digest."""
         about = {
             "length": self.length,
+            "position": None if self.position == UNWRITTEN["position"] else self.position,
             "layers": len(self.layers),
             "base": self.base.get("name") if self.base else None,
             "task": (self.task or {}).get("name"),
@@ -148,6 +152,8 @@ class PrefixData:
     @property
     def peft_incompatibility(self) -> str | None:
         """Reason why PEFT cannot hold the prefix exactly, None if it can."""
+        if self.position == "infix":
+            return peft_format.NO_INFIX
         return peft_format.peft_incompatibility(shared_tensors(self.kv), self.pos_start, self.window, self.base)
 
     @property
@@ -164,18 +170,20 @@ class PrefixData:
             "base": (self.base.get("name") if self.base else None) or None,
             "dtype": ", ".join(dtypes),
             "positions": self.pos_start + 1,
-            "prefixfast": READABLE_SINCE,
+            "prefixfast": READABLE_SINCE[self.position],
         }
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of tensors and conventions, in hex digits.
 
-        The conventions are ``pos_start`` and ``window``. The task and the decoding defaults are not part of it.
+        The conventions are ``pos_start``, ``window`` and, of an infix, ``position``. The task and the decoding defaults
+        are not part of it.
         """
         import torch
 
-        sha = hashlib.sha256(json.dumps([self.pos_start, self.window]).encode())
+        conventions = [self.pos_start, self.window] + ([self.position] if self.position == "infix" else [])
+        sha = hashlib.sha256(json.dumps(conventions).encode())
         for name, t in sorted(shared_tensors(self.kv).items()):
             sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())
             sha.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -191,6 +199,7 @@ class PrefixData:
             "task": self.task,
             "decoding": self.decoding,
             "training": self.training,
+            "position": self.position,
         }
 
     @property

@@ -16,13 +16,14 @@ MAX_POSITION = 2**31 - 1
 MAX_LAYER_DIGITS = 6
 
 
-def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any) -> None:
+def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any, position: Any) -> None:
     """Check the tensors and conventions of a prefix.
 
     Args:
         kv: Tensors by name.
         pos_start: Position of the first token after the prefix.
         window: Treatment of the prefix by sliding windows.
+        position: Place of the prefix in a sequence.
 
     Raises:
         DataError: If a name, shape, dtype, number or convention is not one that a prefix can have.
@@ -46,12 +47,14 @@ def check_prefix(kv: Mapping[str, Tensor], pos_start: Any, window: Any) -> None:
         if not bool(t.isfinite().all()):
             msg = f"{name}: expected finite numbers, got NaN or infinity"
             raise DataError(msg)
-    if error := convention_error(pos_start, window):
+    if error := convention_error(pos_start, window, position):
         raise DataError(error)
 
 
-def convention_error(pos_start: Any, window: Any) -> str | None:
-    """Error message for wrong values of ``pos_start`` and ``window``, None if both are right."""
+def convention_error(pos_start: Any, window: Any, position: Any) -> str | None:
+    """Error message for wrong values of ``pos_start``, ``window`` and ``position``, None if all are right."""
+    if not isinstance(position, str) or position not in ("prefix", "infix"):
+        return f"expected position 'prefix' or 'infix', got {shown(position)}"
     if (
         type(pos_start) is int
         and 0 <= pos_start <= MAX_POSITION

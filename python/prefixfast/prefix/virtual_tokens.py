@@ -23,7 +23,7 @@ from prefixfast.errors import BaseMismatchError, ConfigError, shown
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import FAILURES
 from prefixfast.model.prefix_shape import own_layers
-from prefixfast.model.proof.prove import relative_error
+from prefixfast.model.proof.relative_error import relative_error
 from prefixfast.model.shared_base import borrowed
 from prefixfast.model.text_kv import tokens_kv
 from prefixfast.prefix.kv import concat_kv, row_table
@@ -114,7 +114,7 @@ def _difference(base: Model, table: Tensor, prefix: PrefixData) -> float:
     """
     ids = _text(base, min(TEXT, base.max_positions - len(table)))
     use = PrefixUse(np.array([0, 1], np.int32), np.array([0], np.int32))
-    rows, kv = row_table([prefix], base.layers), concat_kv([prefix], base.layers, base.dtype, base.device)
+    rows, kv = row_table([prefix], base), concat_kv([prefix], base.layers, base.dtype, base.device)
     after = training_plan(np.array([len(ids)], np.int32), use, rows, kv, backend=base.backend, device=base.device)
     together = plain_plan([len(table) + len(ids)], backend=base.backend, device=base.device)
     words = base.hf.get_input_embeddings()(ids[None])[0].to(table.dtype)

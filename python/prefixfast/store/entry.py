@@ -19,7 +19,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.config.options import INT32_MAX, INT64_MAX
 from prefixfast.errors import ConfigError, DataError, shown, warn_renamed
 from prefixfast.io.untrusted import read_json
-from prefixfast.prefix.names import base_error, file_key, layers_of
+from prefixfast.prefix.names import UNWRITTEN, base_error, file_key, layers_of, written
 from prefixfast.store.versions import version_folders
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int, int]
 ENTRY = "entry.json"
-FIELDS = ("digest", "pos_start", "window", "base", "task", "decoding")
+FIELDS = ("digest", "pos_start", "window", "base", "task", "decoding", "position")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +47,7 @@ class StoredPrefix:
         decoding: Default `GenerationParams` of the prefix.
         nbytes: Size of the tensors in bytes.
         created: Time of the put, UTC, ISO 8601.
+        position: Place of the prefix in a sequence, ``"prefix"`` or ``"infix"``.
     """
 
     name: str
@@ -60,6 +61,7 @@ class StoredPrefix:
     decoding: Mapping[str, JSON]
     nbytes: int
     created: str
+    position: str = "prefix"
 
     @property
     def linearizer(self) -> Mapping[str, JSON] | None:
@@ -144,7 +146,7 @@ def name_hash(name: str) -> str:
 def entry_bytes(name: str, prefix: Prefix) -> bytes:
     """Content of ``entry.json`` for a prefix that is put now."""
     about = {"name": name, "nbytes": prefix.nbytes, "created": datetime.now(UTC).isoformat(timespec="seconds")}
-    fields = {file_key(name): value for name, value in _fields(prefix).items()}
+    fields = {file_key(name): value for name, value in written(_fields(prefix)).items()}
     return json.dumps(about | fields, sort_keys=True).encode()
 
 
@@ -193,7 +195,7 @@ def parse_entry(found: dict[str, Any], folder: Path) -> StoredPrefix:
     Raises:
         DataError: If a field is missing or wrong.
     """
-    error = None
+    error, found = None, UNWRITTEN | found
     for field, (expected, fits) in CHECKS.items():
         key = file_key(field)
         if key not in found or not fits(found[key]):
@@ -243,6 +245,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "decoding": ("an object", lambda x: isinstance(x, dict)),
     "nbytes": ("a number of bytes", lambda x: _is_int(x, 1, INT64_MAX)),
     "created": ("a time", lambda x: isinstance(x, str)),
+    "position": ("'prefix' or 'infix'", lambda x: isinstance(x, str) and x in ("prefix", "infix")),
 }
 
 

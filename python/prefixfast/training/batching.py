@@ -100,6 +100,7 @@ class MicroBatch:
     Attributes:
         lengths: Number of input tokens of each sequence, int32 ``[S]``. The last token of an example, which is its last
             target, is no input.
+        last_prompt_token: Index of the token before the first target of each sequence, int32 ``[S]``.
         prefix: Prefix of each sequence, int32 ``[S]``.
         ids: Token ids of the input, int64 ``[N]``.
         logits_at: Input tokens that are followed by a target, int64 ``[T]``.
@@ -109,6 +110,7 @@ class MicroBatch:
     """
 
     lengths: Ints
+    last_prompt_token: Ints
     prefix: Ints
     ids: Tensor
     logits_at: Tensor
@@ -148,6 +150,7 @@ def micro_batches(
         at = examples.target_at[concat_ranges(examples.target_indptr[own], examples.target_indptr[own + 1])]
         yield MicroBatch(
             inputs,
+            (examples.target_at[examples.target_indptr[own]] - begin - 1).astype(np.int32),
             prefix[part],
             torch.from_numpy(examples.ids[concat_ranges(begin, end - 1)].astype(np.int64)).to(device),
             torch.from_numpy(at - 1 + np.repeat(offset - begin, count)).to(device),

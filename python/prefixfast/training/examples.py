@@ -17,6 +17,10 @@ from prefixfast.errors import DataError, shown
 from prefixfast.model.base import Model
 from prefixfast.training.inputs import error_with_name
 
+NO_INFIX = (
+    "an infix stands before the one target of a row, this row has targets in several places; set loss_on='last', or "
+    "train a prefix"
+)
 Overflow: TypeAlias = Literal["error", "truncate", "skip"]
 
 
@@ -28,11 +32,13 @@ class TokenizeOptions:
         task: Task of the rows.
         limit: Largest number of tokens of an example.
         overflow: Policy for examples with more tokens.
+        has_infix: Whether an infix stands before the last prompt token, so that the targets must follow each other.
     """
 
     task: Task
     limit: int
     overflow: Overflow = "error"
+    has_infix: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,8 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
         with error_with_name(name):
             tokenizer = None if options.task.is_tokenized(rows[0]) else model.require_tokenizer()
             for example in encode_examples(tokenizer, model.vocab_size, rows, options.task):
+                if options.has_infix and not example.has_one_target:
+                    raise row_error(rows[example.row], example.row, NO_INFIX)
                 fitted = apply_overflow(example, options.limit, options.overflow)
                 if fitted is None and options.overflow == "error":
                     advice = "shorten it, raise max_length, or set overflow='truncate' or 'skip'"

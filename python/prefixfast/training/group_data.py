@@ -92,7 +92,10 @@ def _tokenize(
 ) -> tuple[Dataset, Dataset | None]:
     """Training and held-out examples; the errors of rows go to ``failed`` by source if failures are isolated."""
     rows, before = job.rows, job.on_top_of
-    start = max(group.pos_start, 0 if before is None else before.pos_start)
+    starts = {"prefix": 0, "infix": 0} | {group.prefix_config.position: group.pos_start}
+    if before is not None:
+        starts[before.position] = max(starts[before.position], before.pos_start)
+    start = sum(starts.values())
     room = model.max_positions - start
     if room < 1:
         msg = (
@@ -101,7 +104,8 @@ def _tokenize(
         )
         raise ConfigError(msg)
     limit = min(room, group.config.max_length or room)
-    options = TokenizeOptions(job.task, limit, group.config.overflow)
+    has_infix = "infix" in (group.prefix_config.position, None if before is None else before.position)
+    options = TokenizeOptions(job.task, limit, group.config.overflow, has_infix=has_infix)
     note = failed if job.isolate else None
     sources = {j.source: rows.rows[j.source] for j in group.jobs}
     dataset = build_dataset(model, sources, options, row_numbers=rows.row_numbers, failed=note)

@@ -145,6 +145,8 @@ def make_groups(
         of_method = {k: v for k, v in options.items() if k in MethodConfig.names()}
         if "num_train_epochs" in options:  # of this prefix, over the steps of the whole run
             of_training.setdefault("max_steps", None)
+        if method.position is not None:
+            of_prefix["position"] = method.position
         prefix_config = PrefixConfig.make(settings.prefix_config, **of_prefix)
         common = TrainConfig.make(settings.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
         config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prefixfast.prefix.names import written
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.defaults import num_steps
 from prefixfast.training.groups import PER_PREFIX, PrefixGroup
@@ -60,7 +61,7 @@ def run_identity(
         "task": job.task.spec(),
         "config": option_values(config),
         "own config": {name: options for name, options in own.items() if options},
-        "prefix_config": option_values(group.prefix_config),
+        "prefix_config": written(option_values(group.prefix_config)),
         "init": {j.name: j.init.digest if isinstance(j.init, Prefix) else j.init for j in jobs},
         "init_text": job.init_text,
         "on_top_of": None if job.on_top_of is None else job.on_top_of.digest,

@@ -41,6 +41,9 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
     config = _check_layers(group.prefix_config, model.layers)
     if not METHODS[group.method_config.method].is_trained:
         return PrefixConfig.make(config, prefix_length=len(text_ids(model, group, options)))
+    if config.position == "infix" and (reason := model.handle.infix.refusal):
+        msg = f"position: this base takes no infix: {reason}; train a prefix with position='prefix'"
+        raise ConfigError(msg)
     prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
     if not prefixes:
         if config.prefix_length == "text":

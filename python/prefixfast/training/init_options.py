@@ -13,11 +13,12 @@ from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, shown
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import InitName, PrefixGroup
+from prefixfast.training.method import METHODS
 
 logger = logging.getLogger(__name__)
 DIFFERENT_INIT = (
-    "init: expected prefixes of one length, pos_start and window, in the same layers; train the others in a run of "
-    "their own"
+    "init: expected prefixes of one length, pos_start, window and position, in the same layers; train the others in a "
+    "run of their own"
 )
 
 
@@ -61,9 +62,11 @@ def adopt_init(group: PrefixGroup, options: InitOptions) -> PrefixGroup:
         msg = f"init_text: expected only with init='text', got {got}"
         raise ConfigError(msg)
     prefixes = [job.init for job in jobs if isinstance(job.init, Prefix)]
-    if len({(p.length, p.pos_start, p.window) for p in prefixes}) > 1:
+    if len({(p.length, p.pos_start, p.window, p.position) for p in prefixes}) > 1:
         raise ConfigError(DIFFERENT_INIT)
-    return replace(group, prefix_config=_adopted(config, prefixes[0], options.explicit)) if prefixes else group
+    is_chosen = METHODS[group.method_config.method].position is not None
+    explicit = options.explicit | ({"position"} if is_chosen else set())
+    return replace(group, prefix_config=_adopted(config, prefixes[0], explicit)) if prefixes else group
 
 
 def _adopted(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
@@ -73,6 +76,7 @@ def _adopted(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> P
         msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got {got}"
         raise ConfigError(msg)
     adopted: dict[str, Any] = {"prefix_length": first.length, "pos_start": "after" if first.pos_start else "zero"}
+    adopted["position"] = first.position
     for name, value in adopted.items():
         if name in explicit and getattr(config, name) != value:
             got = f"{shown(value)}, got {shown(getattr(config, name))}"

@@ -16,7 +16,7 @@ from prefixfast.data.rows import Rows
 from prefixfast.data.splits import RowReader
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_choice, check_flag, shown
-from prefixfast.prefix.compatibility import check_fits
+from prefixfast.prefix.compatibility import check_composition, check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
@@ -107,7 +107,9 @@ class TrainJob:
         from prefixfast.training.init import resolve_config
 
         for group in self.groups:
-            resolve_config(model, group, self.init_options)
+            position = resolve_config(model, group, self.init_options).position
+            if self.on_top_of is not None:
+                check_composition(model, (position, self.on_top_of.position))
         if self.on_top_of is not None:
             check_fits(model, self.on_top_of, "on_top_of")
 

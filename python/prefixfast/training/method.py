@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from prefixfast.config import MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
@@ -39,6 +39,7 @@ class Method:
             weights, which are trained one after the other.
         is_trained: Whether the method takes optimizer steps.
         learning_rate: Default of the peak learning rate, None for that of prefixes.
+        position: Place of the prefixes, None for the one of the options.
     """
 
     module: str
@@ -46,6 +47,7 @@ class Method:
     makes_prefix: bool = True
     is_trained: bool = True
     learning_rate: float | None = None
+    position: Literal["infix"] | None = None
 
     @property
     def is_alone(self) -> bool:
@@ -55,6 +57,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "prefix": Method("prefix", PREFIX_OPTIONS | TRAIN_OPTIONS),
+    "infix": Method("prefix", PREFIX_OPTIONS - {"position"} | TRAIN_OPTIONS, position="infix"),
     "prompt": Method("text", UNTRAINED_OPTIONS | {"init_text", "store"}, is_trained=False),
     "icl": Method("text", UNTRAINED_OPTIONS | {"num_examples", "store"}, is_trained=False),
     "embedding": Method("embedding", EMBEDDING_OPTIONS | TRAIN_OPTIONS, learning_rate=0.03),

@@ -9,6 +9,7 @@ mod length_buckets;
 mod loss_weights;
 mod max_tree;
 pub mod pack;
+pub mod place;
 pub mod plan;
 pub mod schedule;
 pub mod table_buffer;

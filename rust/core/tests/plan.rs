@@ -9,7 +9,15 @@ use prefixfast_core::{Error, Limit};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
 
-const PREFIX_ROWS: [[i32; 4]; 4] = [[0, 3, 3, 1], [16, 0, 7, 0], [32, 5, 0, 0], [48, 20, 20, 1]];
+/// First row, rows, `pos_start`, slides and place. The last two are infixes.
+const PREFIX_ROWS: [[i32; 5]; 6] = [
+    [0, 3, 3, 1, 0],
+    [16, 0, 7, 0, 0],
+    [32, 5, 0, 0, 0],
+    [48, 20, 20, 1, 0],
+    [80, 6, 6, 1, 1],
+    [96, 2, 9, 1, 2],
+];
 
 fn config() -> ProptestConfig {
     ProptestConfig {
@@ -33,14 +41,17 @@ fn rows<const C: usize>(tables: &TableBuffer, name: &str) -> Vec<[i32; C]> {
 }
 
 /// Entries of the user tables: query row, first row of the block, position of the block relative to the query, slides.
-fn naive_users(lengths: &[i32], prefixes: &[Vec<i32>]) -> BTreeSet<[i32; 4]> {
+fn naive_users(lengths: &[i32], prefixes: &[Vec<i32>], splits: &[i32]) -> BTreeSet<[i32; 4]> {
     let mut found = BTreeSet::new();
     let mut row = 0;
-    for (len, prefixes) in lengths.iter().zip(prefixes) {
+    for ((len, prefixes), split) in lengths.iter().zip(prefixes).zip(splits) {
         for query in 0..*len {
             let mut end = 0;
             for number in prefixes.iter().rev() {
-                let [first, rows, _, slides] = PREFIX_ROWS[at(*number)];
+                let [first, rows, _, slides, place] = PREFIX_ROWS[at(*number)];
+                if place > 0 && query < *split {
+                    continue;
+                }
                 end -= rows;
                 if rows > 0 {
                     found.insert([row + query, first, end - query, slides]);
@@ -76,11 +87,13 @@ proptest! {
 
     #[test]
     fn matches_the_naive_implementation(
-        sequences in prop::collection::vec((1..30_i32, prop::sample::subsequence(vec![0, 1, 2, 3], 0..4)), 0..20),
+        sequences in prop::collection::vec(
+            (1..30_i32, prop::sample::subsequence(vec![0, 4, 1, 2, 5, 3], 0..5), 0..30_i32), 0..20),
         queries in 0..9_usize, keys in 0..9_usize, block_rows in 0..9_usize, buckets in 1..6_usize,
     ) {
-        let lengths: Vec<i32> = sequences.iter().map(|(len, _)| *len).collect();
-        let prefixes: Vec<Vec<i32>> = sequences.into_iter().map(|(_, prefixes)| prefixes).collect();
+        let lengths: Vec<i32> = sequences.iter().map(|(len, ..)| *len).collect();
+        let splits: Vec<i32> = sequences.iter().map(|(len, _, split)| split % len).collect();
+        let prefixes: Vec<Vec<i32>> = sequences.into_iter().map(|(_, prefixes, _)| prefixes).collect();
         let mut indptr = vec![0];
         indptr.extend(prefixes.iter().scan(0, |sum, list| {
             *sum += i32::try_from(list.len()).expect("few");
@@ -89,6 +102,7 @@ proptest! {
         let prefix = prefixes.concat();
         let input = PackedInputs {
             lengths: &lengths,
+            last_prompt_token: &splits,
             prefix_indptr: &indptr,
             prefix: &prefix,
             prefix_rows: &PREFIX_ROWS,
@@ -97,7 +111,7 @@ proptest! {
         };
         let (tables, reach) = plan_packed(&input).expect("a plan");
         prop_assert!(tables.sections.iter().all(|section| section.offset % ALIGN == 0));
-        check_users(&tables, &naive_users(&lengths, &prefixes));
+        check_users(&tables, &naive_users(&lengths, &prefixes, &splits));
 
         let total = |list: &Vec<i32>| list.iter().map(|number| PREFIX_ROWS[at(*number)][1]).sum::<i32>();
         prop_assert_eq!(reach, lengths.iter().zip(&prefixes).map(|(len, list)| len + total(list)).max().unwrap_or(0));
@@ -124,8 +138,10 @@ proptest! {
         prop_assert!(tiled.iter().all(|count| *count == i32::from(queries > 0)));
         let mut tiled = vec![0; scatter.len()];
         for [segment, past, key] in rows::<3>(&tables, "key_tiles") {
-            let [_, _, start, count] = rows::<4>(&tables, "seg")[at(segment)];
-            prop_assert_eq!(past, segment + 1);
+            let seg = rows::<4>(&tables, "seg");
+            let [_, _, start, count] = seg[at(past) - 1];
+            prop_assert!(seg[at(segment)..at(past)].iter().all(|other| other[2] == start));
+            prop_assert!(seg.get(at(past)).is_none_or(|next| next[2] != start));
             let end = (key + i32::try_from(keys).expect("few")).min(count);
             tiled[at(start + key)..at(start + end)].iter_mut().for_each(|count| *count += 1);
         }
@@ -138,9 +154,22 @@ proptest! {
                 .collect::<Vec<_>>()
         }).collect();
         prop_assert_eq!(rows::<2>(&tables, "block_tiles"), expected);
-        let positions = lengths.iter().zip(&prefixes).flat_map(|(len, list)| {
-            let start = list.iter().map(|number| PREFIX_ROWS[at(*number)][2]).max().unwrap_or(0);
-            start..start + len
+        let mut row = 0;
+        for [first, count, key, keys] in rows::<4>(&tables, "seg") {
+            prop_assert_eq!((first, count > 0, keys), (row, true, first + count - key));
+            row += count;
+        }
+        let positions = lengths.iter().zip(&prefixes).zip(&splits).flat_map(|((len, list), split)| {
+            let largest = |places: &[i32]| {
+                let chosen = list.iter().map(|number| PREFIX_ROWS[at(*number)]).filter(|row| places.contains(&row[4]));
+                chosen.map(|row| row[2]).max().unwrap_or(0)
+            };
+            let is_fixed = list.contains(&5);
+            let (front, gap, split) = (largest(&[0]), largest(&[1, 2]), *split);
+            (0..*len).map(move |token| {
+                let start = if is_fixed { -split } else { front };
+                start + token + if token < split { 0 } else { gap }
+            })
         });
         prop_assert_eq!(table(&tables, "position_ids"), positions.collect::<Vec<_>>());
     }
@@ -150,6 +179,7 @@ proptest! {
 fn invalid_inputs_are_refused() {
     let good = PackedInputs {
         lengths: &[3],
+        last_prompt_token: &[0],
         prefix_indptr: &[0, 1],
         prefix: &[0],
         prefix_rows: &PREFIX_ROWS,
@@ -172,11 +202,27 @@ fn invalid_inputs_are_refused() {
             ..good
         },
         PackedInputs {
-            prefix_rows: &[[0, -1, 0, 0]],
+            prefix_rows: &[[0, -1, 0, 0, 0]],
             ..good
         },
         PackedInputs {
-            prefix_rows: &[[0, 1, 0, 2]],
+            prefix_rows: &[[0, 1, 0, 2, 0]],
+            ..good
+        },
+        PackedInputs {
+            prefix_rows: &[[0, 1, 0, 1, 3]],
+            ..good
+        },
+        PackedInputs {
+            last_prompt_token: &[3],
+            ..good
+        },
+        PackedInputs {
+            last_prompt_token: &[-1],
+            ..good
+        },
+        PackedInputs {
+            last_prompt_token: &[0, 0],
             ..good
         },
         PackedInputs { buckets: 0, ..good },
@@ -196,7 +242,7 @@ fn invalid_inputs_are_refused() {
             available
         })
     );
-    for prefix in [-1, 4] {
+    for prefix in [-1, 6] {
         assert_eq!(
             plan_packed(&PackedInputs {
                 prefix: &[prefix],

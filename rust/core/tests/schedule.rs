@@ -6,6 +6,7 @@ mod model;
 
 use model::Model;
 use prefixfast_core::batch::decode::DecodeSizes;
+use prefixfast_core::batch::place::Place;
 use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig};
 use prefixfast_core::{Error, Limit};
 use proptest::prelude::*;
@@ -187,10 +188,12 @@ fn requests_are_dropped_after_their_deadline() {
 #[test]
 fn calls_out_of_order_are_refused() {
     let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
-    scheduler.register_prefix(9, 20, 20, true, &[]).expect("a new number");
+    scheduler
+        .register_prefix(9, 20, 20, true, Place::Front, &[])
+        .expect("a new number");
     let needed = scheduler.buffer_len();
     assert!(matches!(
-        scheduler.register_prefix(9, 20, 20, true, &[true, false]),
+        scheduler.register_prefix(9, 20, 20, true, Place::Front, &[true, false]),
         Err(Error::Config(_))
     ));
     assert_eq!(
@@ -199,7 +202,7 @@ fn calls_out_of_order_are_refused() {
         "a refused registration changed the state"
     );
     scheduler
-        .register_prefix(7, 20, 20, true, &[true, false])
+        .register_prefix(7, 20, 20, true, Place::Front, &[true, false])
         .expect("a new number");
     assert_eq!(scheduler.buffer_len(), 2 * needed);
     scheduler.forget_prefix(7).expect("idle");
@@ -240,7 +243,7 @@ fn own_prefixes_are_moved_if_the_arena_is_fragmented() {
     let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
     for (prefix, units) in [(0, 4), (1, 8), (2, 11)] {
         scheduler
-            .register_prefix(prefix, 16 * units, 0, true, &[])
+            .register_prefix(prefix, 16 * units, 0, true, Place::Front, &[])
             .expect("a new number");
     }
     let mut steps = Vec::new();
@@ -266,7 +269,9 @@ fn own_prefixes_are_moved_if_the_arena_is_fragmented() {
 #[test]
 fn requests_that_never_fit_are_refused() {
     let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
-    scheduler.register_prefix(0, 300, 300, true, &[]).expect("a new number");
+    scheduler
+        .register_prefix(0, 300, 300, true, Place::Front, &[])
+        .expect("a new number");
     for (wrong, limit, needed, available) in [
         (request(1, &[0], 17, 1, 16), Limit::ArenaRows, 352, 320),
         (request(1, &[], 320, 1, 1), Limit::ArenaRows, 336, 320),
@@ -315,7 +320,7 @@ proptest! {
         };
         let mut scheduler = Scheduler::new(config).expect("a scheduler");
         for (prefix, layers) in (0..).zip(&layers) {
-            scheduler.register_prefix(prefix, 16, 16, true, layers).expect("a new number");
+            scheduler.register_prefix(prefix, 16, 16, true, Place::Front, layers).expect("a new number");
         }
         for (id, (prompt_len, beams)) in (0..).zip(requests) {
             scheduler.add(request(id, &[0, 1, 2, 3][..prefixes], prompt_len, beams, 2)).expect("room");
@@ -343,7 +348,7 @@ fn decoding(decode: DecodeSizes, rows: usize, num_prefixes: i64) -> Scheduler {
     let mut scheduler = Scheduler::new(config).expect("a scheduler");
     for prefix in 0..num_prefixes {
         scheduler
-            .register_prefix(prefix, 128, 128, true, &[])
+            .register_prefix(prefix, 128, 128, true, Place::Front, &[])
             .expect("a new number");
     }
     for id in 0..i64::try_from(rows).expect("small") {
@@ -378,7 +383,7 @@ const SIZES_8B: DecodeSizes = DecodeSizes {
 fn padded_tables_keep_their_layout_within_a_bucket_of_rows() {
     let mut scheduler = decoding(SIZES_8B, 64, 5);
     scheduler
-        .register_prefix(99, 8, 8, true, &[true, false, false])
+        .register_prefix(99, 8, 8, true, Place::Front, &[true, false, false])
         .expect("a new number");
     let mut layouts = Vec::new();
     for ended in 0..40 {
@@ -419,7 +424,7 @@ fn pinned_prefixes_are_evicted_last() {
     .expect("a scheduler");
     for prefix in 0..6 {
         scheduler
-            .register_prefix(prefix, 16, 16, true, &[])
+            .register_prefix(prefix, 16, 16, true, Place::Front, &[])
             .expect("a new number");
     }
     let load = |scheduler: &mut Scheduler, prefix| {

@@ -29,14 +29,14 @@ def packed(order: tuple[int, ...], window: int) -> list[torch.Tensor]:
     q = torch.randn(sum(tokens), 4, 16, generator=g)
     k, v = torch.randn(2, sum(tokens), 2, 16, generator=g)
     prefix_k, prefix_v = torch.randn(2, 100, 2, 16, generator=g)
-    table = sorted((order[p], STARTS[p], n, n, p % 2) for p, n in enumerate(LENGTHS))
+    table = sorted((order[p], STARTS[p], n, n, p % 2, 0) for p, n in enumerate(LENGTHS))
     numbers = [[order[p] for p in own] for own in COMPOSITIONS]
     indptr = [0, *itertools.accumulate(map(len, numbers))]
     plan = _rust.plan_packed(
         int32(tokens),
         int32(indptr),
         int32([n for own in numbers for n in own]),
-        int32([entry[1:] for entry in table], 4),
+        int32([entry[1:] for entry in table], 5),
         tiles=(0, 0, 0),
     )
     found = oracles.tables(plan.buffer, plan.sections)

@@ -113,7 +113,7 @@ def test_gradients_of_the_layers_with_rows(model):
         plan = training_plan(
             np.array([len(ids)], np.int32),
             PrefixUse(*one),
-            row_table([start], model.layers),
+            row_table([start], model),
             params.leaves,
             backend=model.backend,
         )

@@ -33,7 +33,7 @@ def loss_of(model, prefixes, data) -> float:
     """Mean loss of a target token with prefixes composed from left to right, with a plan built in this test."""
     before = np.cumsum([0, *(p.length for p in prefixes)])
     table = np.array(
-        [[s, p.length, p.pos_start, p.window == "slide"] for s, p in zip(before, prefixes, strict=False)], np.int32
+        [[s, p.length, p.pos_start, p.window == "slide", 0] for s, p in zip(before, prefixes, strict=False)], np.int32
     )
     arena = [
         tuple(torch.cat([kv_by_layer(p, model.layers)[i][j] for p in prefixes]) for j in (0, 1))

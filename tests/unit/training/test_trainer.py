@@ -90,7 +90,8 @@ def test_gradients_alone_and_among_others_in_fp32():
                 ParameterOptions(prefixfast.PrefixConfig(prefix_length=4), False, 0, torch.float32, model.device),
             )
             keep = np.ones(len(prefix), bool) if only is None else prefix == only
-            table = prefixfast.attention.plan.prefix_rows([(params.layers, 4, 4, True)] * USERS, len(model.layers))
+            own = prefixfast.attention.plan.PlannedPrefix(params.layers, 4, 4, True)
+            table = prefixfast.attention.plan.prefix_rows([own] * USERS, len(model.layers))
             for m in micro_batches(
                 examples, chosen[keep], prefix[keep], token_budget=200, sequence_sum=False, device=model.device
             ):

@@ -34,6 +34,11 @@ class Example(NamedTuple):
     row: int
     has_no_prompt: bool = False
 
+    @property
+    def has_one_target(self) -> bool:
+        """Whether the target tokens follow each other."""
+        return int(self.targets[-1] - self.targets[0]) == len(self.targets) - 1
+
 
 def encode_examples(
     tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Row], task: Task, *, append_eos: bool = True

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixfast.attention.ops import Backend
-from prefixfast.attention.plan import Arena, LayerKV, PrefixUse, plain_plan, prefix_rows, training_plan
+from prefixfast.attention.plan import Arena, LayerKV, PlannedPrefix, PrefixUse, plain_plan, prefix_rows, training_plan
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.packed_forward import packed_forward
 from prefixfast.model.proof.cases import Cases
@@ -53,10 +53,18 @@ class PackedModel:
         return Arena([kv for kv in layers if kv is not None], table)
 
     @torch.no_grad()
-    def texts(self, texts: Sequence[Tensor]) -> tuple[Tensor, list[LayerKV]]:
-        """Logits ``[N, V]`` of packed sequences without prefixes, and the keys and values ``[N, H, D]`` by layer."""
+    def texts(self, texts: Sequence[Tensor], starts: Sequence[int] | None = None) -> tuple[Tensor, list[LayerKV]]:
+        """Logits ``[N, V]`` of packed sequences without prefixes, and the keys and values ``[N, H, D]`` by layer.
+
+        Args:
+            texts: Token ids of each sequence.
+            starts: Position of the first token of each sequence, None for 0.
+        """
         lengths = [len(ids) for ids in texts]
         plan = plain_plan(lengths, backend=self.backend, device=self.model.device)
+        if starts is not None:
+            shift = torch.tensor(starts).repeat_interleave(torch.tensor(lengths))
+            plan = replace(plan, position_ids=plan.position_ids + shift.to(plan.position_ids))
         arena = self.arena(sum(lengths), torch.empty(0, dtype=torch.int32))
         slots = torch.arange(sum(lengths), dtype=torch.int32, device=self.model.device)
         logits = packed_forward(self.model, replace(plan, arena=arena, slots=slots), torch.cat(list(texts)))
@@ -74,7 +82,7 @@ class PackedModel:
             kv: Keys and values ``[P, H, D]`` by layer of each prefix.
         """
         layers = tuple(range(len(self.shapes)))
-        rows = prefix_rows([(layers, p.rows, p.pos_start, True) for p in cases.prefixes], len(layers))
+        rows = prefix_rows([PlannedPrefix(layers, p.rows, p.pos_start, True) for p in cases.prefixes], len(layers))
         prefix = [tuple(torch.cat([own[i][side] for own in kv]) for side in (0, 1)) for i in layers]
         used = [[] if c.prefix is None else [c.prefix] for c in cases.all[1:]]
         use = PrefixUse(

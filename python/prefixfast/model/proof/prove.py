@@ -5,17 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixfast.attention.ops import Backend
 from prefixfast.errors import ConfigError
 from prefixfast.model.dry_run import FAILURES, LayerShape
 from prefixfast.model.proof.cases import LONGEST_WINDOW, make_cases, random_kv
+from prefixfast.model.proof.infix import InfixSupport, infix_support
 from prefixfast.model.proof.own import own_logits
 from prefixfast.model.proof.packed import PackedModel
 from prefixfast.model.proof.precision import float32_weights
+from prefixfast.model.proof.relative_error import relative_error
 from prefixfast.model.proof.serving import serve
 from prefixfast.model.proof.windows import window_differences
 from prefixfast.model.supported_models import unsupported_layers
@@ -31,7 +31,7 @@ CAUSES = {
 
 def prove(
     model: PreTrainedModel, shapes: Sequence[LayerShape], windows: Sequence[int], own: Sequence[str | None]
-) -> None:
+) -> InfixSupport:
     """Raise `ConfigError` if an attached model gives other results than its own forward.
 
     The model computes several packed sequences with different prefixes, by the plans of training and of the engine. Its
@@ -43,13 +43,21 @@ def prove(
         shapes: Heads of every layer.
         windows: Sliding window that each layer passes to attention, 0 for none.
         own: Attention implementation of each config before the model was attached.
+
+    Returns:
+        How the model takes prefixes before the last prompt token.
     """
     what, remark = f"{type(model).__name__} ({model.config.model_type})", unsupported_layers(model)
     if getattr(model.config.get_text_config(), "max_position_embeddings", None) is None:
         msg = f"cannot attach {what}: its configuration has no max_position_embeddings, which limits prompts and texts"
         raise ConfigError(msg)
     try:
-        faults = _window_faults(model, windows) or _result_faults(model, shapes, windows, own)
+        faults = _window_faults(model, windows)
+        if not faults:
+            with float32_weights(model) as (dtype, limit):
+                packed = PackedModel(model, shapes, BACKEND, dtype)
+                faults = _result_faults(packed, windows, own, limit)
+                infix = infix_support(packed, windows, limit) if not faults else InfixSupport()
     except FAILURES as e:
         msg = f"cannot attach {what}: the comparison with its own forward fails: {type(e).__name__}: {e}{remark}"
         raise ConfigError(msg) from e
@@ -59,6 +67,7 @@ def prove(
             "transformers alone"
         )
         raise ConfigError(msg)
+    return infix
 
 
 def _window_faults(model: PreTrainedModel, windows: Sequence[int]) -> list[str]:
@@ -69,15 +78,12 @@ def _window_faults(model: PreTrainedModel, windows: Sequence[int]) -> list[str]:
     return found or []
 
 
-def _result_faults(
-    model: PreTrainedModel, shapes: Sequence[LayerShape], windows: Sequence[int], own: Sequence[str | None]
-) -> list[str]:
+def _result_faults(packed: PackedModel, windows: Sequence[int], own: Sequence[str | None], limit: float) -> list[str]:
     """Features whose logits differ by more than rounding, and the probable cause."""
-    with float32_weights(model) as (dtype, limit):
-        errors = _errors(PackedModel(model, shapes, BACKEND, dtype), windows, own)
+    errors = _errors(packed, windows, own)
     wrong = [name for name, e in errors.items() if not e < limit]
     causes = [cause for name, cause in CAUSES.items() if name in wrong][:1]
-    logger.debug("%s: relative errors %s, limit %.0e", type(model).__name__, errors, limit)
+    logger.debug("%s: relative errors %s, limit %.0e", type(packed.model).__name__, errors, limit)
     return [f"{name} (relative error {errors[name]:.0e})" for name in wrong] + causes
 
 
@@ -104,11 +110,3 @@ def _errors(packed: PackedModel, windows: Sequence[int], own: Sequence[str | Non
         if wanted is not None:  # the model's cache has another form
             errors[name] = max(errors.get(name, 0.0), relative_error(got, wanted))
     return errors
-
-
-def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference relative to that of the expected logits around their mean."""
-    got, expected = got.double(), expected.double()
-    size = (expected - expected.mean(-1, keepdim=True)).norm()
-    error = (got - expected).norm()
-    return 0.0 if not error else float((error / size).item()) if torch.isfinite(error) else float("inf")

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from prefixfast.attention.plan import LayerKV, Plan, PrefixUse, prefix_rows, training_plan
+from prefixfast.attention.plan import FRONT, LayerKV, Plan, PlannedPrefix, PrefixUse, prefix_rows, training_plan
 from prefixfast.io.text import counted
 from prefixfast.model.prefix_shape import filled_layers, seeing_layers
 from prefixfast.model.text_kv import parameter_dtype
-from prefixfast.prefix.kv import kv_by_layer
+from prefixfast.prefix.kv import kv_by_layer, planned
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.batching import MicroBatch
 from prefixfast.training.init import initial_kv
@@ -40,10 +40,11 @@ class TrainedPrefixes:
         self.parameters, self.params = parameters, parameters.params
         seeing = seeing_layers(model.layers, parameters.layers)
         length, pos_start = group.prefix_config.length, group.pos_start
-        rows = [(seeing, length, pos_start, job.window == "slide") for job in group.jobs]
+        place = model.handle.infix.place if group.prefix_config.position == "infix" else FRONT
+        rows = [PlannedPrefix(seeing, length, pos_start, job.window == "slide", place) for job in group.jobs]
         if on_top_of is not None:
             seeing = seeing_layers(model.layers, filled_layers(on_top_of, model.layers))
-            rows.append((seeing, on_top_of.length, on_top_of.pos_start, on_top_of.window == "slide"))
+            rows.append(planned(on_top_of, seeing, model))
         self.prefix_rows = prefix_rows(rows, len(model.layers))
 
     @property
@@ -74,9 +75,14 @@ class TrainedPrefixes:
         if self.is_composed:  # from left to right: the frozen prefix, which is the last in the leaves, and the own one
             used = np.stack([np.full_like(used, len(self.group.jobs)), used], 1).reshape(-1)
         use = PrefixUse(np.arange(count + 1, dtype=np.int32) * (2 if self.is_composed else 1), used)
-        backend, device = self.model.backend, self.model.device
         return training_plan(
-            micro.lengths, use, self.prefix_rows, self.parameters.leaves, backend=backend, device=device
+            micro.lengths,
+            use,
+            self.prefix_rows,
+            self.parameters.leaves,
+            backend=self.model.backend,
+            device=self.model.device,
+            last_prompt_token=micro.last_prompt_token,
         )
 
     def current(self) -> list[Tensor]:
@@ -89,7 +95,7 @@ class TrainedPrefixes:
 
     def build(self, tensors: dict[str, Tensor], job: PrefixJob, fields: dict[str, Any]) -> Prefix:
         """Make the prefix."""
-        return Prefix(tensors, self.group.pos_start, job.window, **fields)
+        return Prefix(tensors, self.group.pos_start, job.window, position=self.group.prefix_config.position, **fields)
 
 
 def prefix_parameters(data: GroupData, init: Sequence[list[LayerKV] | None]) -> PrefixParameters:
@@ -109,7 +115,7 @@ def prefix_parameters(data: GroupData, init: Sequence[list[LayerKV] | None]) -> 
 
 def make(data: GroupData) -> TrainedPrefixes:
     """Initial prefixes of a group."""
-    after = [] if data.job.on_top_of is None else [data.job.on_top_of]
-    group = data.group
+    group, frozen = data.group, data.job.on_top_of
+    after = [] if frozen is None or frozen.position == "infix" else [frozen]  # a text before an infix does not see it
     init = initial_kv(data.model, group.jobs, group.prefix_config, data.job.init_options, after)
     return TrainedPrefixes(data, prefix_parameters(data, init))

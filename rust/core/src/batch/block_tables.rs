@@ -1,6 +1,7 @@
 //! Block tables: which query rows see which prefix blocks. Packed forwards and decode steps share them.
 
 use super::int32::{to_i32, to_usize};
+use super::place::Place;
 use super::table_buffer::TableBuffer;
 
 /// Rows of one prefix in the tensor of keys that the kernels read.
@@ -14,6 +15,8 @@ pub(crate) struct PrefixBlock {
     pub(crate) rows: i32,
     /// 1 if the sliding window slides over the block, else 0.
     pub(crate) slides: i32,
+    /// Place of the prefix.
+    pub(crate) place: Place,
     /// Layer set of the prefix, as numbered by the scheduler.
     pub(crate) layer_set: usize,
 }

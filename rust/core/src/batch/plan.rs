@@ -1,8 +1,11 @@
 //! Tables of a packed forward: sequences of several prefixes, laid end to end in one batch without padding.
 
+use std::borrow::Cow;
+
 use super::block_tables::{PrefixBlock, QueryRun, push_block_tables};
 use super::int32::{to_i32, to_usize};
 use super::length_buckets::length_buckets;
+use super::place::{Place, Positions};
 use super::table_buffer::TableBuffer;
 use crate::error::{Error, Limit, Result};
 
@@ -14,13 +17,16 @@ const MAX_ENTRIES: usize = 1 << 27;
 pub struct PackedInputs<'a> {
     /// Tokens of each sequence, at least 1.
     pub lengths: &'a [i32],
+    /// Index of the last prompt token of each sequence, before which its infixes stand.
+    pub last_prompt_token: &'a [i32],
     /// Borders between the sequences in `prefix`. Sequence `s` uses
     /// `prefix[prefix_indptr[s]..prefix_indptr[s + 1]]`, from left to right.
     pub prefix_indptr: &'a [i32],
     /// Prefix numbers, which are indices into `prefix_rows`.
     pub prefix: &'a [i32],
-    /// First row in the prefix tensor, number of rows, `pos_start` and slides (0 or 1) of each prefix.
-    pub prefix_rows: &'a [[i32; 4]],
+    /// First row in the prefix tensor, number of rows, `pos_start`, slides (0 or 1) and number of the [`Place`] of each
+    /// prefix.
+    pub prefix_rows: &'a [[i32; 5]],
     /// Tile sizes of the kernels.
     pub tiles: TileSizes,
     /// Largest number of length buckets of the padded layout, at least 1.
@@ -45,9 +51,21 @@ pub(crate) struct Sequence<'a> {
     pub(crate) context: i32,
     /// Number of tokens of this forward.
     pub(crate) len: i32,
-    /// Position of the sequence's first token.
-    pub(crate) pos_start: i32,
+    pub(crate) positions: Positions,
     pub(crate) blocks: &'a [PrefixBlock],
+}
+
+/// A run of query rows of a sequence that see the same blocks. A sequence with an infix has up to two.
+#[derive(Debug)]
+struct Segment<'a> {
+    /// Number of the sequence.
+    sequence: usize,
+    /// First query row.
+    first: i32,
+    rows: i32,
+    /// Position of the first query row relative to the sequence's key 0.
+    position: i32,
+    blocks: Cow<'a, [PrefixBlock]>,
 }
 
 /// Makes the tables of a packed forward. Returns them and the reach.
@@ -61,12 +79,12 @@ pub(crate) struct Sequence<'a> {
 /// [`Error::UnknownPrefix`] for a number that `prefix_rows` does not have.
 pub fn plan_packed(inputs: &PackedInputs<'_>) -> Result<(TableBuffer, i32)> {
     check(inputs)?;
-    let (blocks, borders, starts) = gather_blocks(inputs)?;
+    let (blocks, borders, positions) = gather_blocks(inputs)?;
     let sequences: Vec<Sequence<'_>> = (0..inputs.lengths.len())
         .map(|s| Sequence {
             context: 0,
             len: inputs.lengths[s],
-            pos_start: starts[s],
+            positions: positions[s],
             blocks: &blocks[borders[s]..borders[s + 1]],
         })
         .collect();
@@ -84,23 +102,28 @@ pub(crate) fn push_packed(
     max_buckets: usize,
 ) -> i32 {
     let first_rows = first_rows(sequences);
-    let segments = || sequences.iter().zip(&first_rows);
-    let mut key = 0;
+    let segments = segments(sequences, &first_rows);
+    let first_keys: Vec<i32> = sequences
+        .iter()
+        .scan(0, |sum, s| {
+            *sum += s.context + s.len;
+            Some(*sum - s.context - s.len)
+        })
+        .collect();
     tables.push_rows(
         "seg",
-        segments().map(|(s, &first)| {
-            let keys = s.context + s.len;
-            key += keys;
-            [first, s.len, key - keys, keys]
-        }),
+        segments
+            .iter()
+            .map(|s| [s.first, s.rows, first_keys[s.sequence], s.position + s.rows]),
     );
-    tables.push("seg_pos", sequences.iter().map(|s| s.context));
-    let queries: Vec<QueryRun<'_>> = segments()
-        .map(|(s, &first)| QueryRun {
-            first,
-            rows: s.len,
-            position: s.context,
-            blocks: s.blocks,
+    tables.push("seg_pos", segments.iter().map(|s| s.position));
+    let queries: Vec<QueryRun<'_>> = segments
+        .iter()
+        .map(|s| QueryRun {
+            first: s.first,
+            rows: s.rows,
+            position: s.position,
+            blocks: &s.blocks,
         })
         .collect();
     push_block_tables(tables, &queries);
@@ -109,9 +132,9 @@ pub(crate) fn push_packed(
         "position_ids",
         sequences
             .iter()
-            .flat_map(|s| s.pos_start + s.context..s.pos_start + s.context + s.len),
+            .flat_map(|s| (s.context..s.context + s.len).map(|token| s.positions.at(token))),
     );
-    push_tiles(tables, sequences, &first_rows, tiles);
+    push_tiles(tables, sequences, &segments, tiles);
     sequences
         .iter()
         .map(|s| s.context + s.len + num_rows(s.blocks))
@@ -119,19 +142,51 @@ pub(crate) fn push_packed(
         .unwrap_or(0)
 }
 
+/// Segments of the sequences, in order.
+fn segments<'a>(sequences: &[Sequence<'a>], first_rows: &[i32]) -> Vec<Segment<'a>> {
+    let mut found = Vec::with_capacity(sequences.len());
+    for (sequence, (s, &first)) in sequences.iter().zip(first_rows).enumerate() {
+        let has_infix = s.blocks.iter().any(|block| block.place.is_infix());
+        // Number of rows before the split.
+        let before = (s.positions.split - s.context).clamp(0, s.len);
+        let mut push = |from: i32, rows: i32, blocks: Cow<'a, [PrefixBlock]>| {
+            if rows > 0 {
+                found.push(Segment {
+                    sequence,
+                    first: first + from,
+                    rows,
+                    position: s.context + from,
+                    blocks,
+                });
+            }
+        };
+        if has_infix && before > 0 {
+            let is_front = |block: &&PrefixBlock| !block.place.is_infix();
+            push(0, before, s.blocks.iter().filter(is_front).copied().collect());
+            push(before, s.len - before, Cow::Borrowed(s.blocks));
+        } else {
+            push(0, s.len, Cow::Borrowed(s.blocks));
+        }
+    }
+    found
+}
+
 /// Adds `tiles`, `key_tiles` and `block_tiles`. The keys of a sequence are its own tokens.
-fn push_tiles(tables: &mut TableBuffer, sequences: &[Sequence<'_>], first_rows: &[i32], tiles: TileSizes) {
-    let numbered = || sequences.iter().zip(first_rows).zip(0..);
+fn push_tiles(tables: &mut TableBuffer, sequences: &[Sequence<'_>], segments: &[Segment<'_>], tiles: TileSizes) {
+    let numbered = || segments.iter().zip(0..);
     tables.push_rows(
         "tiles",
-        numbered()
-            .flat_map(|((s, &first), number)| tile_starts(s.len, tiles.queries).map(move |row| [number, first + row])),
+        numbered().flat_map(|(s, number)| tile_starts(s.rows, tiles.queries).map(move |row| [number, s.first + row])),
     );
-    tables.push_rows(
-        "key_tiles",
-        numbered()
-            .flat_map(|((s, _), number)| tile_starts(s.len, tiles.keys).map(move |key| [number, number + 1, key])),
-    );
+    let mut key_tiles = Vec::new();
+    let mut first = 0;
+    for same in segments.chunk_by(|a, b| a.sequence == b.sequence) {
+        let end = first + to_i32(same.len());
+        let len = sequences[same[0].sequence].len;
+        key_tiles.extend(tile_starts(len, tiles.keys).map(|key| [first, end, key]));
+        first = end;
+    }
+    tables.push_rows("key_tiles", key_tiles);
     let blocks = tables.rows::<2>("block");
     tables.push_rows(
         "block_tiles",
@@ -204,8 +259,13 @@ fn check(inputs: &PackedInputs<'_>) -> Result<()> {
             inputs.prefix.len()
         ));
     }
+    let mut lengths = inputs.lengths.iter().zip(inputs.last_prompt_token);
+    if inputs.last_prompt_token.len() != inputs.lengths.len() || !lengths.all(|(len, last)| (0..*len).contains(last)) {
+        return wrong("last_prompt_token does not fit: expected the index of one token of each sequence".to_owned());
+    }
     for (number, row) in inputs.prefix_rows.iter().enumerate() {
-        let &[first, rows, pos_start, slides] = row;
+        let &[first, rows, pos_start, slides, place] = row;
+        Place::from_number(i64::from(place))?;
         let values = [first, rows, pos_start];
         if values.iter().any(|value| !(0..=1 << 30).contains(value)) || !matches!(slides, 0 | 1) {
             return wrong(format!(
@@ -217,32 +277,34 @@ fn check(inputs: &PackedInputs<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Non-empty blocks of all sequences, borders between the sequences, and `pos_start` of each sequence.
-fn gather_blocks(inputs: &PackedInputs<'_>) -> Result<(Vec<PrefixBlock>, Vec<usize>, Vec<i32>)> {
+/// Non-empty blocks of all sequences, borders between the sequences, and positions of each sequence.
+fn gather_blocks(inputs: &PackedInputs<'_>) -> Result<(Vec<PrefixBlock>, Vec<usize>, Vec<Positions>)> {
     let mut blocks = Vec::with_capacity(inputs.prefix.len());
-    let (mut borders, mut starts) = (vec![0], Vec::with_capacity(inputs.lengths.len()));
-    for pair in inputs.prefix_indptr.windows(2) {
-        let mut start = 0;
+    let (mut borders, mut positions) = (vec![0], Vec::with_capacity(inputs.lengths.len()));
+    for (pair, last) in inputs.prefix_indptr.windows(2).zip(inputs.last_prompt_token) {
+        let mut places = Vec::with_capacity(to_usize(pair[1] - pair[0]));
         for number in &inputs.prefix[to_usize(pair[0])..to_usize(pair[1])] {
             let row = usize::try_from(*number)
                 .ok()
                 .and_then(|number| inputs.prefix_rows.get(number));
-            let &[first, rows, pos_start, slides] = row.ok_or(Error::UnknownPrefix(i64::from(*number)))?;
-            start = start.max(pos_start);
+            let &[first, rows, pos_start, slides, place] = row.ok_or(Error::UnknownPrefix(i64::from(*number)))?;
+            let place = Place::from_number(i64::from(place))?;
+            places.push((place, pos_start));
             if rows > 0 {
                 blocks.push(PrefixBlock {
                     prefix: i64::from(*number),
                     first,
                     rows,
                     slides,
+                    place,
                     layer_set: 0,
                 });
             }
         }
         borders.push(blocks.len());
-        starts.push(start);
+        positions.push(Positions::new(places.into_iter(), *last));
     }
-    Ok((blocks, borders, starts))
+    Ok((blocks, borders, positions))
 }
 
 fn check_sizes(sequences: &[Sequence<'_>], max_buckets: usize) -> Result<()> {

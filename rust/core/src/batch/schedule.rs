@@ -22,6 +22,7 @@ use rustc_hash::FxHashMap;
 
 use super::decode::DecodeSizes;
 use super::free_list::FreeList;
+use super::place::Place;
 use super::table_buffer::TableBuffer;
 use crate::error::{Error, Result};
 use buffer_len::RequestMaxima;
@@ -171,6 +172,7 @@ impl Scheduler {
     /// * `rows`: number of rows.
     /// * `pos_start`: position of the first token after the prefix.
     /// * `slides`: whether the sliding window slides over the prefix.
+    /// * `place`: place of the prefix in a sequence.
     /// * `layers`: whether the prefix lies in each layer, empty for all layers.
     ///
     /// # Errors
@@ -182,6 +184,7 @@ impl Scheduler {
         rows: usize,
         pos_start: usize,
         slides: bool,
+        place: Place,
         layers: &[bool],
     ) -> Result<()> {
         for (name, value) in [("rows", rows), ("pos_start", pos_start)] {
@@ -199,6 +202,7 @@ impl Scheduler {
                 rows,
                 pos_start,
                 slides,
+                place,
                 layer_set,
             },
         );

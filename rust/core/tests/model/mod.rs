@@ -4,6 +4,7 @@ mod work;
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use prefixfast_core::batch::place::Place;
 use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig, StepHeader, StepTables};
 use prefixfast_core::batch::table_buffer::Section;
 
@@ -61,7 +62,7 @@ impl Model {
         let mut scheduler = Scheduler::new(config).expect("a scheduler");
         for ((prefix, rows), layers) in (0..).zip(rows).zip(&layers) {
             scheduler
-                .register_prefix(prefix, *rows, *rows, true, layers)
+                .register_prefix(prefix, *rows, *rows, true, Place::Front, layers)
                 .expect("a new number");
         }
         Self {

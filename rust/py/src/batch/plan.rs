@@ -33,7 +33,8 @@ impl PlanBuffer {
 
 /// Makes the tables of a packed forward.
 #[pyfunction]
-#[pyo3(signature = (lengths, prefix_indptr, prefix, prefix_rows, *, tiles, buckets = 4))]
+#[pyo3(signature = (lengths, prefix_indptr, prefix, prefix_rows, *, tiles, buckets = 4, last_prompt_token = None))]
+#[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub(crate) fn plan_packed(
     py: Python<'_>,
     lengths: PyReadonlyArray1<'_, i32>,
@@ -42,20 +43,27 @@ pub(crate) fn plan_packed(
     prefix_rows: PyReadonlyArray2<'_, i32>,
     tiles: (i64, i64, i64),
     buckets: i64,
+    last_prompt_token: Option<PyReadonlyArray1<'_, i32>>,
 ) -> PyResult<PlanBuffer> {
     let shape = prefix_rows.as_array().dim();
     let prefix_rows = values(py, "prefix_rows", &prefix_rows)?;
-    let (rows, rest) = prefix_rows.as_chunks::<4>();
-    if shape.1 != 4 || !rest.is_empty() {
+    let (rows, rest) = prefix_rows.as_chunks::<5>();
+    if shape.1 != 5 || !rest.is_empty() {
         return Err(raise(
             py,
-            &Error::Config(format!("prefix_rows has shape {shape:?}: expected four columns")),
+            &Error::Config(format!("prefix_rows has shape {shape:?}: expected five columns")),
         ));
     }
     let (lengths, prefix) = (values(py, "lengths", &lengths)?, values(py, "prefix", &prefix)?);
     let prefix_indptr = values(py, "prefix_indptr", &prefix_indptr)?;
+    let first_tokens = vec![0; lengths.len()];
+    let last_prompt_token = match &last_prompt_token {
+        Some(array) => values(py, "last_prompt_token", array)?,
+        None => first_tokens,
+    };
     let inputs = core::PackedInputs {
         lengths: &lengths,
+        last_prompt_token: &last_prompt_token,
         prefix_indptr: &prefix_indptr,
         prefix: &prefix,
         prefix_rows: rows,

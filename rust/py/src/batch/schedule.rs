@@ -3,6 +3,7 @@
 use numpy::{PyArray1, PyArrayMethods};
 use prefixfast_core::Error;
 use prefixfast_core::batch::decode::DecodeSizes;
+use prefixfast_core::batch::place::Place;
 use prefixfast_core::batch::schedule::{
     Request, Scheduler as Core, SchedulerConfig, StepHeader as CoreHeader, StepTables,
 };
@@ -139,7 +140,8 @@ impl Scheduler {
     }
 
     /// Registers a prefix. It is loaded when a request needs it.
-    #[pyo3(signature = (prefix, rows, pos_start, slides, *, layers = None))]
+    #[pyo3(signature = (prefix, rows, pos_start, slides, *, place = 0, layers = None))]
+    #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn register_prefix(
         &mut self,
         py: Python<'_>,
@@ -147,12 +149,14 @@ impl Scheduler {
         rows: i64,
         pos_start: i64,
         slides: bool,
+        place: i64,
         layers: Option<Vec<bool>>,
     ) -> PyResult<()> {
         let (rows, pos_start) = (count(py, "rows", rows)?, count(py, "pos_start", pos_start)?);
+        let layers = layers.as_deref().unwrap_or_default();
         guarded(py, || {
             self.0
-                .register_prefix(prefix, rows, pos_start, slides, layers.as_deref().unwrap_or_default())
+                .register_prefix(prefix, rows, pos_start, slides, Place::from_number(place)?, layers)
         })
     }
 

@@ -99,7 +99,7 @@ impl Scheduler {
             return None;
         };
         let sort_key = self.prefix_cache.start_running(prefixes);
-        let (blocks, pos_start) = self.prefix_cache.blocks(prefixes);
+        let (blocks, positions) = self.prefix_cache.blocks(prefixes, request.prompt_len);
         header
             .loads
             .extend(placement.loads.iter().map(|(prefix, run)| (*prefix, run.start * UNIT)));
@@ -111,7 +111,7 @@ impl Scheduler {
             decode_rows,
             slot_units: placement.slot_units,
             blocks,
-            pos_start,
+            positions,
             prefilled: 0,
             decode_steps: 0,
         })

@@ -25,20 +25,23 @@ impl RequestMaxima {
     pub(super) fn buffer_len(&self, config: &SchedulerConfig) -> usize {
         let tokens = self.prompt_len.max(config.max_batched_tokens);
         let sequences = tokens.min(config.max_rows);
+        // A sequence with an infix has two.
+        let segments = 2 * sequences;
         let padded_tokens = tokens
             .saturating_mul(ceil_root(tokens, config.buckets))
             .min(tokens.saturating_mul(sequences));
         let prefixes = self.prefixes;
         let tiles = tokens
             .checked_div(config.tile_rows)
-            .map_or(0, |tiles| 2 * (tiles + sequences));
+            .map_or(0, |tiles| 2 * (tiles + segments));
         // Per block use: use 3, block 2, user_indptr 1, span 3, and per token of the use: user, user_pos, user_slides.
         let block_tables = |queries: usize, tokens: usize| prefixes.saturating_mul(9 * queries + 3 * tokens);
-        // Per sequence: seg 4, seg_pos 1, use_indptr 1, chunk 4, logits_idx 1. Per token: scatter, position_ids, slots,
-        // and fill 3 per beam. key_slots: the one prompt that is split over steps, and the other tokens.
+        // Per segment: seg 4, seg_pos 1, use_indptr 1. Per sequence: chunk 4, logits_idx 1. Per token: scatter,
+        // position_ids, slots, and fill 3 per beam. key_slots: the one prompt that is split over steps, and the other
+        // tokens.
         let prefill = [
-            11 * sequences,
-            block_tables(sequences, tokens),
+            6 * segments + 5 * sequences,
+            block_tables(segments, tokens),
             4 * tokens + self.prompt_len,
             tokens.saturating_mul(3 * self.beams),
             padded_tokens,

@@ -151,6 +151,7 @@ impl LayerSets {
 
 #[cfg(test)]
 mod tests {
+    use super::super::super::place::Place;
     use super::{ALL_LAYERS, LayerSets, PrefixBlock};
 
     fn block(layer_set: usize) -> PrefixBlock {
@@ -159,6 +160,7 @@ mod tests {
             first: 0,
             rows: 1,
             slides: 1,
+            place: Place::Front,
             layer_set,
         }
     }

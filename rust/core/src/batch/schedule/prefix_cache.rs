@@ -8,6 +8,7 @@ use rustc_hash::FxHashMap;
 use super::super::block_tables::PrefixBlock;
 use super::super::free_list::{FreeList, Run};
 use super::super::int32::to_i32;
+use super::super::place::{Place, Positions};
 use super::UNIT;
 use crate::error::{Error, Result};
 
@@ -31,6 +32,7 @@ pub(super) struct CachedPrefix {
     pub(super) rows: usize,
     pos_start: usize,
     slides: bool,
+    place: Place,
     layer_set: usize,
     /// Number of queued and running requests that use it.
     num_requests: usize,
@@ -61,6 +63,7 @@ pub(super) struct PrefixSpec {
     pub(super) rows: usize,
     pub(super) pos_start: usize,
     pub(super) slides: bool,
+    pub(super) place: Place,
     pub(super) layer_set: usize,
 }
 
@@ -93,12 +96,14 @@ impl PrefixCache {
             rows,
             pos_start,
             slides,
+            place,
             layer_set,
         } = spec;
         let entry = CachedPrefix {
             rows,
             pos_start,
             slides,
+            place,
             layer_set,
             num_requests: 0,
             num_running: 0,
@@ -244,14 +249,14 @@ impl PrefixCache {
             .all(|prefix| self.prefixes.get(prefix).is_some_and(is_ready))
     }
 
-    /// Blocks of the prefixes that have room in the arena, and the position of the first token after all prefixes.
-    pub(super) fn blocks(&self, prefixes: &[i64]) -> (Vec<PrefixBlock>, i32) {
-        let (mut blocks, mut pos_start) = (Vec::new(), 0);
+    /// Blocks of the prefixes that have room in the arena, and the positions of the tokens of a request.
+    pub(super) fn blocks(&self, prefixes: &[i64], prompt_len: usize) -> (Vec<PrefixBlock>, Positions) {
+        let (mut blocks, mut places) = (Vec::new(), Vec::with_capacity(prefixes.len()));
         for prefix in prefixes {
             let Some(entry) = self.prefixes.get(prefix) else {
                 continue;
             };
-            pos_start = pos_start.max(to_i32(entry.pos_start));
+            places.push((entry.place, to_i32(entry.pos_start)));
             if let Location::Loading(run) | Location::Ready(run) = entry.location {
                 let (first, rows) = (to_i32(run.start * UNIT), to_i32(entry.rows));
                 blocks.push(PrefixBlock {
@@ -259,11 +264,15 @@ impl PrefixCache {
                     first,
                     rows,
                     slides: i32::from(entry.slides),
+                    place: entry.place,
                     layer_set: entry.layer_set,
                 });
             }
         }
-        (blocks, pos_start)
+        (
+            blocks,
+            Positions::new(places.into_iter(), to_i32(prompt_len.saturating_sub(1))),
+        )
     }
 
     /// Pins or unpins a prefix. A pinned prefix is evicted only after all unpinned ones.

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::super::block_tables::PrefixBlock;
 use super::super::free_list::Run;
 use super::super::int32::to_i32;
+use super::super::place::Positions;
 use super::UNIT;
 use super::prefix_cache::SortKey;
 use super::queue::QueuePosition;
@@ -86,8 +87,8 @@ pub(super) struct RunningState {
     pub(super) slot_units: Vec<Run>,
     /// Its prefixes in the arena, from left to right.
     pub(super) blocks: Vec<PrefixBlock>,
-    /// Position of its first token.
-    pub(super) pos_start: i32,
+    /// Positions of its tokens.
+    pub(super) positions: Positions,
     /// Number of prompt tokens whose keys and values are in the arena.
     pub(super) prefilled: usize,
     /// Number of completed decode steps.

@@ -83,7 +83,7 @@ pub(super) fn push_prefill(scheduler: &Scheduler, tables: &mut TableBuffer, memb
         .map(|member| Sequence {
             context: to_i32(member.state.prefilled),
             len: to_i32(member.tokens),
-            pos_start: member.state.pos_start,
+            positions: member.state.positions,
             blocks: &member.blocks,
         })
         .collect();
@@ -154,7 +154,7 @@ pub(super) fn push_decode(scheduler: &Scheduler, tables: &mut TableBuffer, membe
     tables.push("lens", beams().map(|(member, _)| len(member)));
     tables.push(
         "position_ids",
-        beams().map(|(member, _)| len(member) - 1 + member.state.pos_start),
+        beams().map(|(member, _)| member.state.positions.at(len(member) - 1)),
     );
     let queries: Vec<QueryRun<'_>> = beams()
         .enumerate()
