@@ -5,6 +5,7 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use prefixfast_core::batch::decode::DecodeSizes;
+use prefixfast_core::batch::place::Place;
 use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig};
 
 const REQUESTS: i64 = 1024;
@@ -47,7 +48,7 @@ fn running(buffer: &mut Vec<i32>, decode: DecodeSizes) -> Scheduler {
     let mut scheduler = Scheduler::new(config).expect("a scheduler");
     for prefix in 0..PREFIXES {
         scheduler
-            .register_prefix(prefix, 200, 200, true, &[])
+            .register_prefix(prefix, 200, 200, true, Place::Front, &[])
             .expect("a new number");
     }
     for id in 0..REQUESTS {
