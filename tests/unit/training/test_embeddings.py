@@ -9,7 +9,7 @@ import causal_lms
 import tiny
 from composed import error
 from prefixfast import load
-from prefixfast.attention.plan import PrefixUse, prefix_rows, training_plan
+from prefixfast.attention.plan import PlannedPrefix, PrefixUse, prefix_rows, training_plan
 from prefixfast.training.embeddings import EmbeddingParameters
 from prefixfast.training.resilience import gradient_checkpointing
 
@@ -31,7 +31,8 @@ def tables(hf):
 def packed_losses(base, params):
     """Losses of all texts in one packed forward, each behind the prefix of its user."""
     params.refresh(np.zeros(USERS, np.int64))
-    rows = prefix_rows([(tuple(range(len(base.layers))), LENGTH, LENGTH, True)] * USERS, len(base.layers))
+    own = PlannedPrefix(tuple(range(len(base.layers))), LENGTH, LENGTH, True)
+    rows = prefix_rows([own] * USERS, len(base.layers))
     use = PrefixUse(np.arange(USERS + 1, dtype=np.int32), np.arange(USERS, dtype=np.int32))
     lengths = np.array([len(t) - 1 for t in TEXTS], np.int32)
     plan = training_plan(lengths, use, rows, params.leaves, backend=base.backend)
