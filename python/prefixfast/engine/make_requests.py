@@ -12,7 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import PLAIN, request_task
 from prefixfast.data.columns import content_keys, has_own_columns, missing_columns
 from prefixfast.data.encode import Input, check_prompts, encode_prompts, request_error
-from prefixfast.data.formats import INPUT_KEYS, KNOWN_KEYS
+from prefixfast.data.formats import CORPUS_KEYS, INPUT_KEYS, KNOWN_KEYS
 from prefixfast.data.layouts import request_layout_keys
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
@@ -253,7 +253,9 @@ def prefix_tasks(assigned: Sequence[tuple[Assigned, ...]]) -> list[Task]:
 
 def unknown_keys(row: Row, task: Task) -> set[str]:
     """Keys of a row that have no meaning; none of a row with columns that the task of its prefix reads."""
-    return set() if has_own_columns(task, row) else set(row) - KNOWN_KEYS - request_layout_keys(row, task.format)
+    if has_own_columns(task, row):
+        return set()
+    return set(row) - KNOWN_KEYS - CORPUS_KEYS - request_layout_keys(row, task.format)
 
 
 def has_input(row: Row, task: Task) -> bool:

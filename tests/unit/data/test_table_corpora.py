@@ -17,6 +17,7 @@ from prefixfast.cli import main
 from prefixfast.data import TASKS, read_rows, read_task
 from prefixfast.data.corpora.corpus import CORPORA, Counts
 from prefixfast.data.files.raw import ALWAYS_READ
+from prefixfast.engine.make_requests import unknown_keys
 from table_corpora import LAYOUTS
 
 
@@ -33,6 +34,11 @@ def test_layout(tmp_path, layout, suffix):
     for row in rows:
         near = lines[row.line - 1]
         assert any(word in near for word in ("mr", "name", "<entry", "{", '"1"')), "the row names its line"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_are_requests(layout):
+    assert not [key for row in layout.rows for key in unknown_keys(row, TASKS[layout.task])]
 
 
 EOS = "<|endoftext|>"
