@@ -103,7 +103,7 @@ def _subsets(groups: Sequence[Reference]) -> dict[str, list[int]]:
 def _chosen(task: str, metrics: Sequence[str] | None) -> dict[str, list[str]]:
     """Names of the wanted scores of each metric, by the metric's name."""
     if metrics is None:
-        return {name: list(METRICS[name].scores) for name in TASK_METRICS[task] if name in METRICS}
+        return {name: list(METRICS[name].scores) for name in TASK_METRICS[task]}
     if isinstance(metrics, str | os.PathLike) or not isinstance(metrics, Iterable) or not metrics:
         msg = f"metrics: expected a list of at least one name, got {shown(metrics)}"
         raise ConfigError(msg)
@@ -120,7 +120,7 @@ def _named(task: str, name: object) -> tuple[str, str | None]:
 
     The task's own metrics come first, since scripts differ in what they call BLEU, then the case of the letters counts.
     """
-    own = [m for m in TASK_METRICS[task] if m in METRICS]
+    own = TASK_METRICS[task]
     low = name.lower() if isinstance(name, str) else ""
     found: list[list[tuple[str, str | None]]] = [
         [(m, None) for m in own if m == name],

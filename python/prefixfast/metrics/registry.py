@@ -12,9 +12,12 @@ from prefixfast.metrics.coco import cider, meteor, rouge_l
 from prefixfast.metrics.lengths import SCORES as LENGTHS
 from prefixfast.metrics.lengths import lengths
 from prefixfast.metrics.meteor_cli import meteor_dart, meteor_webnlg
+from prefixfast.metrics.neural import bertscore, bleurt, moverscore
 from prefixfast.metrics.nist import nist
 from prefixfast.metrics.result import MetricValue, References, Tables, Texts
 from prefixfast.metrics.rouge import rouge
+from prefixfast.metrics.slots import SCORES as SLOTS
+from prefixfast.metrics.slots import slots
 from prefixfast.metrics.ter import ter, ter_webnlg
 
 MetricFunction: TypeAlias = Callable[[Texts, References, Tables | None], dict[str, MetricValue]]
@@ -60,6 +63,10 @@ ALL: tuple[Metric, ...] = (
     Metric("ter_webnlg", ter_webnlg, "TER of Tercom, as WebNLG's script of 2017 computes it", ("TER",)),
     Metric("ter", ter, "TER of Tercom, as DART's script computes it", ("TER",)),
     Metric("chrf", chrf, "chrF++ and chrF, as WebNLG's script of 2020 computes them", ("chrF++", "chrF")),
+    Metric("moverscore", moverscore, "MoverScore, as DART's script calls it", ("MoverScore",)),
+    Metric("bertscore", bertscore, "F1 of BERTScore, as DART's script calls it", ("BERTScore",)),
+    Metric("bleurt", bleurt, "BLEURT, as DART's script calls it", ("BLEURT",)),
+    Metric("slots", slots, "Values of the tables that the texts say, leave out, and say of other tables", SLOTS),
     Metric("lengths", lengths, "Mean length, distinct n-grams and share of empty texts", LENGTHS),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in ALL}

@@ -1,0 +1,337 @@
+"""`evaluate` and `prefixfast eval`: forms of outputs and references, pairs, subsets, choice of metrics, gaps."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+import shared
+from prefixfast import ConfigError, DataError, Generation, evaluate
+from prefixfast.metrics import evaluate as module
+from prefixfast.metrics.registry import METRICS, TASK_METRICS
+from prefixfast.metrics.result import Metrics, MetricUnavailable, MetricValue
+
+LENGTHS = ["length", "reference length"]
+
+
+def lengths(outputs, references, task="e2e", split=None) -> tuple[float, float]:
+    found = evaluate(outputs, references, task=task, metrics=LENGTHS, split=split)
+    return found["length"], found["reference length"]
+
+
+def generation(text: str, **more) -> Generation:
+    return Generation(0, more.get("id"), text, [text], [], "stop", None, None, None, {}, more.get("error"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*_, **__):
+        pytest.fail("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Function that writes a file and returns its path."""
+
+    def make(name: str, text: str) -> Path:
+        (tmp_path / name).write_bytes(text.encode())
+        return tmp_path / name
+
+    return make
+
+
+# ---- tables of metrics ----
+
+
+def test_the_metrics_of_each_task_exist():
+    assert {name for names in TASK_METRICS.values() for name in names} <= set(METRICS)
+    assert all(metric.name == name and metric.scores for name, metric in METRICS.items())
+    for names in TASK_METRICS.values():
+        scores = [s for name in names for s in METRICS[name].scores]
+        assert len(scores) == len({s.lower() for s in scores})
+
+
+# ---- outputs ----
+
+TEXTS = ["a b", "c"]
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        TEXTS,
+        tuple(TEXTS),
+        [generation(t) for t in TEXTS],
+        [{"text": t, "output": "another column"} for t in TEXTS],
+        [{"prediction": t} for t in TEXTS],
+    ],
+    ids=["texts", "tuple", "generations", "rows", "rows of another system"],
+)
+def test_outputs(outputs):
+    assert lengths(outputs, TEXTS) == (1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "a b\nc\n"),
+        ("a.txt", "a b\r\nc"),
+        ("hypothesis", "a b\nc\n"),
+        ("team.test_beam", "a b\nc\n"),
+        ("a.jsonl", '{"text": "a b"}\n{"text": "c"}\n'),
+        ("a.csv", "id,text\n1,a b\n2,c\n"),
+        ("a.json", '[{"output": "a b"}, {"output": "c"}]'),
+    ],
+)
+def test_files_of_outputs(write, name, text):
+    assert lengths(write(name, text), TEXTS) == lengths(str(write(name, text)), TEXTS) == (1.5, 1.5)
+
+
+def test_lines_end_at_line_breaks_alone(write):
+    """Other readers end a line at these characters too, and would pair all later texts wrongly."""
+    assert lengths(write("a.txt", "a\x0cb\n\nc\u2028d\x85e\n"), ["x", "y", "z"])[0] == 5 / 3
+
+
+@pytest.mark.parametrize(
+    ("outputs", "error", "message"),
+    [
+        (3, ConfigError, "outputs: expected a path"),
+        ({"text": "a"}, ConfigError, "outputs: expected a path"),
+        ([1, "a"], DataError, "outputs: text 0: expected a string"),
+        ([{"txt": "a"}], DataError, "row 0: expected the output under one of"),
+        ([{"text": None}], DataError, "row 0: expected the output under one of"),
+        ([{"text": 3}], DataError, "text: expected a string, got 3"),
+        (["\ud800"], DataError, "half a surrogate pair"),
+        ([generation("", error="RequestError: too long")], DataError, "too long"),
+        ([{"text": "", "error": "too long"}], DataError, "too long"),
+        ("none.txt", DataError, "none.txt: cannot be read"),
+        ("none.xlsx", DataError, "spreadsheet"),
+        ([], DataError, "got 0 outputs and 1 groups"),
+    ],
+)
+def test_wrong_outputs(outputs, error, message):
+    with pytest.raises(error, match=message):
+        lengths(outputs, ["a"])
+
+
+# ---- references ----
+
+GROUPS = [["a b", "c d"], ["e"]]
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        GROUPS,
+        [{"refs": g} for g in GROUPS],
+        [{"refs": GROUPS[0]}, {"ref": "e"}],
+        [{"document": "x", "summaries": GROUPS[0]}, {"document": "y", "summary": "e"}],
+    ],
+)
+def test_references(references):
+    assert lengths(TEXTS, references) == (1.5, 5 / 3)
+
+
+@pytest.mark.parametrize(
+    ("files", "task"),
+    [
+        ({"groups.txt": "a b\nc d\n\ne\n"}, "e2e"),
+        ({"groups.txt": "a b\nc d\n\ne\n\n\n"}, "e2e"),
+        ({"r0": "a b\ne\n", "r1": "c d\n\n"}, "webnlg"),
+        ({"r0": "a b\ne", "r1": "c d\n"}, "webnlg"),  # lines are joined, so that the absent one has no line break
+        ({"a.csv": 'mr,ref\n"name[A], x[1]",a b\nname[B],e\n"name[A], x[1]",c d\n'}, "e2e"),
+        ({"a.jsonl": '{"mr": "name[A]", "refs": ["a b", "c d"]}\n{"mr": "name[B]", "ref": "e"}\n'}, "e2e"),
+        ({"src1_test.txt": "name : A||a b\nname : A||c d\nname : B||e\n"}, "e2e"),
+    ],
+)
+def test_files_of_references(write, files, task):
+    paths = [write(*file) for file in files.items()]
+    assert lengths(TEXTS, paths if len(paths) > 1 else paths[0], task) == (1.5, 5 / 3)
+    assert lengths(TEXTS, paths, task) == (1.5, 5 / 3)
+
+
+def test_a_file_of_one_reference_a_line(write):
+    assert lengths(TEXTS, write("r.txt", "a b c\nd\n")) == (1.5, 2)
+
+
+def test_a_split_is_that_of_the_official_file(write):
+    table = write("a.csv", "mr,ref\nname[A],a b\nname[A],c d\n")
+    assert lengths(["x"], table, split="dev") == (1, 2)
+    assert lengths(["x", "y"], table, split="train") == (1, 2)
+    for references in (["a"], write("r.txt", "a\n")):
+        with pytest.raises(ConfigError, match="split: expected none"):
+            lengths(["x"], references, split="dev")
+    with pytest.raises(ConfigError, match="task: expected one of"):
+        lengths(["x"], table, task="summary", split="dev")
+
+
+@pytest.mark.parametrize(
+    ("references", "error", "message"),
+    [
+        (3, ConfigError, "references: expected a path"),
+        (["a", []], DataError, "expected a text or a list of texts"),
+        (["a", [1]], DataError, r"references\[0\]: expected a string"),
+        (["a", {"mr": "x"}], DataError, "row 1: expected one of the keys ref, refs"),
+        (["a", {"ref": "x", "refs": ["y"]}], DataError, "remove all but one"),
+        (["a", {"refs": "['b', 'c']"}], DataError, "is JSON"),
+        (["a"], DataError, "got 2 outputs and 1 groups"),
+    ],
+)
+def test_wrong_references(references, error, message):
+    with pytest.raises(error, match=message):
+        lengths(TEXTS, references)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("a\n\n\nb\n",), r"r0.txt:3: expected a reference, got an empty line"),
+        (("\na\n\nb\n",), r"r0.txt:1: expected a reference, got an empty line"),
+        (("a\nb\n", "c\n\n\n\n"), "r0.txt: expected 4 lines as in the other files of references, got 2"),
+        (("a\n\n", "c\n\n"), "r0.txt:2: expected a reference of this text in one of the files"),
+    ],
+)
+def test_damaged_files_of_references(write, files, message):
+    with pytest.raises(DataError, match=message):
+        lengths(TEXTS, [write(f"r{i}.txt", text) for i, text in enumerate(files)])
+
+
+# ---- pairs ----
+
+ROWS = [{"id": 7, "mr": "name[A]", "ref": "a b"}, {"id": 8, "mr": "name[B]", "ref": "c"}]
+
+
+def test_equal_ids_and_inputs(write):
+    """A table holds numbers as text."""
+    same = [{"text": t, **{k: r[k] for k in ("id", "mr")}} for t, r in zip(TEXTS, ROWS, strict=True)]
+    assert lengths(same, ROWS) == (1.5, 1.5)
+    assert lengths(write("o.csv", "id,mr,text\n7,name[A],a b\n8,name[B],c\n"), ROWS) == (1.5, 1.5)
+    assert lengths([generation("a b", id=7), generation("c", id="8")], ROWS) == (1.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("key", "rows"),
+    [
+        ("id", [{"id": 7, "text": "a"}, {"id": 9, "text": "b"}]),
+        ("mr", [{"mr": "name[B]", "text": "a"}, {"mr": "name[A]", "text": "b"}]),
+    ],
+)
+def test_other_ids_and_inputs_are_refused(key, rows):
+    with pytest.raises(DataError, match=rf"outputs: row \d: expected the {key} of the references at references: row"):
+        lengths(rows, ROWS)
+
+
+def test_the_place_of_a_mismatch_in_files(write):
+    outputs = write("o.jsonl", '{"id": 7, "text": "a"}\n{"id": 9, "text": "b"}\n')
+    references = write("r.jsonl", "".join(json.dumps({"id": r["id"], "refs": [r["ref"]]}) + "\n" for r in ROWS))
+    with pytest.raises(DataError, match=r"o\.jsonl:2: expected the id of the references at .*r\.jsonl:2"):
+        lengths(outputs, references)
+
+
+# ---- subsets ----
+
+
+def test_seen_and_unseen_texts():
+    rows = [{"ref": "a", "subset": s} for s in ("unseen", "seen", "unseen")]
+    found = evaluate(["a", "a b", "a b c"], rows, task="webnlg", metrics=["length"])
+    assert dict(found) == {"length seen": 2, "length unseen": 2, "length": 2}
+    assert list(found) == ["length seen", "length unseen", "length"]
+    del rows[0]["subset"]
+    assert list(evaluate(["a"] * 3, rows, task="webnlg", metrics=["length"])) == ["length"]
+
+
+# ---- metrics ----
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "scores", "tool"),
+    [
+        ("e2e", "BLEU", ["BLEU"], "mteval"),
+        ("webnlg", "bleu", ["BLEU"], "-lc"),
+        ("dart", "BLEU", ["BLEU"], "multi-bleu"),
+        ("e2e", "TER", ["TER"], "DART"),
+        ("webnlg", "ter", ["TER"], "WebNLG"),
+        ("e2e", "chrF++", ["chrF++"], "nw:2"),
+        ("webnlg", "chrf", ["chrF++", "chrF"], "nw:"),
+        ("e2e", "Distinct-1", ["distinct-1"], "Li et al"),
+    ],
+)
+def test_names_of_metrics_and_scores(task, name, scores, tool):
+    found = evaluate(["a b c d e"], [["a b c d e"]], task=task, metrics=[name])
+    assert list(found) == scores
+    assert all(tool in value.tool for value in found.values_by_name.values())
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [(["BLUE"], "did you mean 'BLEU'"), ("BLEU", "a list of at least one name"), ([], "a list"), ([3], "got 3")],
+)
+def test_wrong_names(metrics, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate(["a"], ["a"], task="e2e", metrics=metrics)
+
+
+def test_a_missing_metric_is_a_named_gap(monkeypatch):
+    def gone(*_):
+        msg = "needs a thing"
+        raise MetricUnavailable(msg)
+
+    monkeypatch.setitem(module.METRICS, "chrf", dataclasses.replace(METRICS["chrf"], function=gone))
+    monkeypatch.setitem(module.TASK_METRICS, "table", ("chrf", "lengths"))
+    found = evaluate(["a"], ["a"], task="table")
+    assert found.missing == {"chrF++": "needs a thing", "chrF": "needs a thing"}
+    assert "chrF++" in found.table()
+    assert "needs a thing" in found.table()
+    with pytest.raises(MetricUnavailable, match="needs a thing"):
+        evaluate(["a"], ["a"], task="table", metrics=["chrF"])
+
+
+def test_tables_come_from_the_references_or_the_outputs():
+    rows = [{"mr": "name[Mill]", "text": "Mill"}]
+    for outputs, references in ((["Mill"], [{"mr": "name[Mill]", "ref": "x"}]), (rows, ["x"])):
+        assert evaluate(outputs, references, task="e2e", metrics=["slot coverage"])["slot coverage"] == 1
+
+
+def test_json_of_metrics():
+    found = Metrics("e2e", 2, {"A": MetricValue(0.123456, "0.12", "t 1")}, {"B": "no package"})
+    assert json.loads(json.dumps(found.to_json())) == {
+        "task": "e2e",
+        "num_texts": 2,
+        "scores": {"A": {"value": 0.123456, "text": "0.12", "tool": "t 1"}},
+        "missing": {"B": "no package"},
+    }
+    assert found.table().splitlines() == ["A  0.12  t 1", "B     -  no package"]
+
+
+# ---- command ----
+
+
+def test_the_scores_of_the_example(cli, tmp_path):
+    folder = shared.folder("metrics")
+    files = (folder / "example-hyp.txt", folder / "example-refs.txt")
+    done = cli("eval", *map(str, files), "--task", "e2e", "--metrics", "BLEU,NIST", "-o", str(tmp_path / "s.json"))
+    assert done.code == 0, done.err
+    assert [line.split("\t")[:2] for line in done.out.splitlines()[1:]] == [["BLEU", "0.7203"], ["NIST", "7.8212"]]
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert {name: score["text"] for name, score in written["scores"].items()} == {"BLEU": "0.7203", "NIST": "7.8212"}
+    printed = cli("eval", *map(str, files), "--task", "e2e", "--metrics", "BLEU,NIST", "--json")
+    assert json.loads(printed.out) == written
+
+
+def test_several_files_of_references(cli, write):
+    files = [write("o", "a b\nc\n"), write("r0", "a b\ne\n"), write("r1", "c d\n\n")]
+    done = cli("eval", *map(str, files), "--task", "webnlg", "--metrics", "reference length", "--json")
+    assert json.loads(done.out)["scores"]["reference length"]["value"] == 5 / 3
+
+
+def test_an_output_that_is_no_json_file(cli, write):
+    files = [str(write("o", "a\n")), str(write("r", "a\n"))]
+    done = cli("eval", *files, "--task", "e2e", "-o", "scores.csv")
+    assert done.code != 0
+    assert "expected a file ending in .json" in done.err + str(done.code)
