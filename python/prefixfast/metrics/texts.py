@@ -12,7 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora import read_task, task_items
 from prefixfast.data.corpora.corpus import CORPORA
 from prefixfast.data.corpora.official import TEXT_KEYS
-from prefixfast.data.files import SUFFIXES, read_text
+from prefixfast.data.files import SUFFIXES, file_items, read_text
 from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, PLAIN_TEXT
 from prefixfast.data.formats import FORMATS
 from prefixfast.data.row_values import check_text, json_hint, only_key
@@ -181,12 +181,24 @@ def _official_rows(path: Path, task: str, split: str | None) -> list[Row]:
     if split is not None:
         check_choice("task", task, CORPORA)
         return read_task(task, path, split)  # type: ignore[arg-type]  # read_task checks the name
+    if not path.is_dir() and _has_references_alone(path):
+        return read_rows(path)
     rows: list[Row] = []
     for item in task_items(task, path, "test"):
         if isinstance(item, DataError):
             raise item
         rows.append(item)
     return rows
+
+
+def _has_references_alone(path: Path) -> bool:
+    """Whether a file of rows holds references without inputs, which the readers of official files refuse."""
+    first = (
+        next(iter(file_items(path)), None)
+        if not path.name.lower().endswith((".xml", ".xml.gz", ".txt", ".txt.gz"))
+        else None
+    )
+    return isinstance(first, Mapping) and {*first} <= {"id", "subset", *REFERENCE_KEYS}
 
 
 def _has_bars(path: Path) -> bool:
