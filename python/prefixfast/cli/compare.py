@@ -29,6 +29,7 @@ EXAMPLE = """prefixfast compare rows.jsonl --model gpt2 -o comparison --methods 
 prefixfast compare rows.jsonl --model gpt2 -o c --set prefix.prefix_length=20"""
 SHOWN_SCORES = 6  # columns of the table of quality; table.md has all scores
 GIGABYTE = 1e9
+TIMES = ("train", "evaluate", "generate")  # of a part
 MODEL = typer.Option(help="Hub id or folder of the base model.")
 METHODS = typer.Option(
     help="Methods with commas between them: prefix, infix, embedding, prompt, icl, full, top2, adapter, lora, or "
@@ -55,7 +56,8 @@ MAX_INPUTS = typer.Option(
 METRICS = typer.Option(help="Metrics with commas between them.", show_default="those of the task")
 MEMORY = typer.Option(help="Memory in GB (1e9 bytes), into which users are counted beside the base.", min=0)
 DRY_RUN = typer.Option(
-    "--dry-run", help="Print the parts and their times, estimated from two measured steps, and write nothing."
+    "--dry-run",
+    help="Print the parts and their times, estimated from two steps and eight texts of the base, and write nothing.",
 )
 
 
@@ -155,27 +157,35 @@ def _check(part: Part, task: str) -> None:
 
 
 def _print_estimates(parts: Sequence[Part], *, as_json: bool) -> None:
+    """Print the estimated time of each part and of all parts."""
     from prefixfast.studies.compare.estimate import estimate_parts
     from prefixfast.studies.compare.table import in_units, number
 
     found = estimate_parts(parts)
-    total = sum(e.get("train_seconds", 0) for e in found)
+    total = sum(e.get(f"{what}_seconds", 0) for e in found for what in TIMES)
     if as_json:
-        typer.echo(json.dumps({"parts": found, "train_seconds": total}, indent=2))
+        typer.echo(json.dumps({"parts": found, "seconds": total}, indent=2))
         return
     rows = [
         {
             "part": e["part"],
-            "steps": e.get("steps"),
-            "learning rate": e.get("learning_rate"),
-            "s/step": number(e["seconds_per_step"]) if "error" not in e else e["error"],
-            "train": duration(e["train_seconds"]) if "error" not in e else None,
-            "peak": in_units(e["peak_bytes"]) if "error" not in e else None,
+            "steps": e["steps"],
+            "learning rate": e["learning_rate"],
+            "s/step": number(e["seconds_per_step"]),
+            **{what: duration(e[f"{what}_seconds"]) for what in TIMES},
+            "peak": in_units(e["peak_bytes"]),
         }
         for e in found
+        if "error" not in e
     ]
-    show(rows, rows[0], as_json=False)
-    typer.echo(f"{counted(len(parts), 'part')}, {duration(total)} of training; evaluation and generation come on top")
+    if rows:
+        show(rows, rows[0], as_json=False)
+    for e in found:
+        if "error" in e:
+            typer.echo(f"{e['part']} failed: {printable(e['error'])}", err=True)
+    typer.echo(f"{counted(len(parts), 'part')}, {duration(total)}; loading and metrics come on top")
+    if len(rows) < len(found):
+        raise typer.Exit(SOME_FAILED)
 
 
 def _run_and_show(parts: Sequence[Part], output: Path, memory: float, *, as_json: bool, quiet: bool) -> None:

@@ -20,6 +20,7 @@ from oracles import ROOT
 from prefixfast.data import TASKS
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.studies.compare import part as part_module
+from prefixfast.studies.compare.estimate import estimate_part
 from prefixfast.studies.compare.plot import plot
 from prefixfast.studies.compare.rows import read_study_rows
 from prefixfast.studies.compare.runner import FAILED, PARTS, RESULTS, Runner, make_parts, read_results
@@ -381,3 +382,11 @@ def test_an_interrupted_part_continues_from_its_checkpoint(folder, rows_file, tm
     assert cut["metrics"] == whole["metrics"]
     assert cut["quality"] == whole["quality"]
     assert TASKS["e2e"].name == cut["task"]
+
+
+def test_the_estimate_has_the_steps_and_the_rates_of_the_run(parts):
+    found = [estimate_part(part) for part in parts[:2]]
+    assert [e["steps"] for e in found] == [3, 3]
+    assert found[0]["learning_rate"] == pytest.approx(0.15)
+    assert found[1]["learning_rate"] == pytest.approx(0.15 / 60)
+    assert all(e[f"{what}_seconds"] > 0 for e in found for what in ("train", "evaluate", "generate"))

@@ -40,8 +40,8 @@ class StudyRows:
 
     def digest(self) -> str:
         """Hex digest of what the task reads of the rows."""
-        own = [[_input(self.task, r, i), _targets(self.task, r, i)] for i, r in enumerate(self.train)]
-        held = [[_input(self.task, r, i), _targets(self.task, r, i)] for i, r in enumerate(self.held_out)]
+        own = [[_input(self.task, r, i), targets(self.task, r, i)] for i, r in enumerate(self.train)]
+        held = [[_input(self.task, r, i), targets(self.task, r, i)] for i, r in enumerate(self.held_out)]
         return digest([self.task.spec(), own, held])
 
 
@@ -73,9 +73,24 @@ def read_study_rows(study: Study) -> StudyRows:
         by_input.setdefault(_input(task, row, i), []).append(i)
     kept = _sample(list(by_input.values()), study.max_inputs)
     requests = [_request(task, held_out[group[0]]) for group in kept]
-    refs = [list(dict.fromkeys(t for i in group for t in _targets(task, held_out[i], i))) for group in kept]
+    refs = [list(dict.fromkeys(t for i in group for t in targets(task, held_out[i], i))) for group in kept]
     evaluated = [held_out[i] for i in sorted(i for group in kept for i in group)]
     return StudyRows(task, _sample(rows, study.max_rows), evaluated, requests, refs)
+
+
+def targets(task: Task, row: Row, number: int) -> list[str]:
+    """References of a row, without what the task's template adds.
+
+    Args:
+        task: Task of the row.
+        row: Row.
+        number: Number of the row, for errors.
+    """
+    if task.is_chat(row):
+        return ["\n".join(str(m.get("content") or "") for m in split_conversation(row, number)[1])]
+    if task.format == "table":
+        return references(row, number)
+    return [task.clean(target) for target in task.targets(row, number)]
 
 
 def _sample(items: list[Any], most: int | None) -> list[Any]:
@@ -97,15 +112,6 @@ def _check_task(task: Task, rows: Sequence[Row]) -> None:
 def _input(task: Task, row: Row, number: int) -> str:
     """What the model reads of a row before its target, as far as no tokenizer is needed."""
     return digest(split_conversation(row, number)[0]) if task.is_chat(row) else task.prompts([row], "{eos}")[0]
-
-
-def _targets(task: Task, row: Row, number: int) -> list[str]:
-    """References of a row, without what the task's template adds."""
-    if task.is_chat(row):
-        return ["\n".join(str(m.get("content") or "") for m in split_conversation(row, number)[1])]
-    if task.format == "table":
-        return references(row, number)
-    return [task.clean(target) for target in task.targets(row, number)]
 
 
 def _request(task: Task, row: Row) -> Row:
