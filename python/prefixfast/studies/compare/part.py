@@ -19,14 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefixfast.data.formats import FORMATS
 from prefixfast.errors import DataError, PrefixFastError
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.environment import environment, peak_memory
 from prefixfast.io.json_lines import json_bytes, json_line
+from prefixfast.metrics.evaluate import evaluate
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG
-from prefixfast.studies.compare.rows import StudyRows, read_study_rows
+from prefixfast.studies.compare.rows import StudyRows, metrics_task, read_study_rows
 from prefixfast.studies.compare.study import Part
 
+TABLE_KEYS = (*FORMATS["table"].inputs, "subset")  # of a row, read by metrics
 RESULT, OUTPUTS, MODEL = "result.json", "outputs.jsonl", "model"  # in the folder of a part
 
 
@@ -159,12 +162,11 @@ def _generate(
 
 def _evaluate(part: Part, rows: StudyRows, texts: list[str]) -> dict[str, Any]:
     """Scores of the texts, as `prefixfast.evaluate` gives them."""
-    import sacrebleu
-
-    wide = max(map(len, rows.references))
-    columns = [[r[j] if j < len(r) else None for r in rows.references] for j in range(wide)]
-    value = float(sacrebleu.corpus_bleu(texts, columns).score)
-    return {"scores": {"BLEU": {"value": value, "text": f"{value:.2f}", "tool": "sacrebleu"}}, "missing": {}}
+    references: list[Any] = list(rows.references)
+    if rows.task.format == "table":  # rows with their tables, of which some metrics read the slots
+        tables = [{k: row[k] for k in TABLE_KEYS if row.get(k) is not None} for row in rows.requests]
+        references = [{**table, "refs": refs} for table, refs in zip(tables, rows.references, strict=True)]
+    return evaluate(texts, references, task=metrics_task(rows.task), metrics=part.study.metrics).to_json()
 
 
 def main() -> None:

@@ -51,7 +51,8 @@ def plot(summary: Summary, path: Path) -> None:
         axes.grid(visible=True, which="major", alpha=0.3)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize="small")
-    figure.suptitle(_lines(summary.title), fontsize="small")
+    bars = "\npoints are means, bars go from the smallest to the largest value of the seeds"
+    figure.suptitle(_lines(summary.title) + bars, fontsize="small")
     write_figure(figure, path, dpi=130)
 
 

@@ -43,11 +43,10 @@ def cost_rows(summary: Summary, memory: float, *, is_long: bool = False) -> list
             return "-"
         return _spread(found, write, is_long=True) if is_long and write is number else write(found.mean)
 
-    titles = {name: (name.replace("bytes", "size") if "bytes" in name else name) for name in WRITTEN}
     return [
         {
             "method": m.label,
-            **{titles[name]: cell(m, name, write) for name, write in WRITTEN.items()},
+            **{TITLES.get(name, name): cell(m, name, write) for name, write in WRITTEN.items()},
             f"users in {in_units(memory)}": f"{m.users(memory):,}",
         }
         for m in summary.methods
@@ -93,6 +92,7 @@ def _count(value: float) -> str:
     return _scaled(value).strip()
 
 
+TITLES = {"disk bytes": "disk size", "peak bytes": "peak memory"}  # of columns whose cells have a unit
 WRITTEN: dict[str, Callable[[float], str]] = {
     "trained": _count,
     "stored": _count,
@@ -125,8 +125,11 @@ def _differences(summary: Summary) -> list[str]:
         return [f"None: fewer than two methods have {counted(FEWEST_SEEDS, 'seed')} or more."]
     lines = []
     for name in summary.qualities:
-        pairs = "; ".join(f"{a} better than {b}" for a, b in summary.clear_differences(name))
-        lines.append(f"* {name}: {pairs or 'none'}.")
+        worse: dict[str, list[str]] = {}
+        for better, other in summary.clear_differences(name):
+            worse.setdefault(better, []).append(other)
+        found = "; ".join(f"{better} better than {', '.join(others)}" for better, others in worse.items())
+        lines.append(f"* {name}: {found or 'none'}.")
     head = (
         f"Every seed of the one is better than every seed of the other, of methods with {FEWEST_SEEDS} seeds or more."
     )
