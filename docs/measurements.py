@@ -61,7 +61,8 @@ def read(path: Path) -> Iterator[Record]:
     )
     shared: Record = {"file": path.name}
     for line in lines:
-        if path.suffix == ".jsonl" and ("suite" in line or "environment" in line):
+        is_settings = "suite" in line or ("environment" in line and "identity" not in line)  # a comparison's lines have both
+        if path.suffix == ".jsonl" and is_settings:
             shared |= line
         else:
             yield shared | line
@@ -484,6 +485,33 @@ def figures(found: list[Record]) -> Iterator[Cell]:
         )
 
 
+def compared(found: list[Record]) -> Iterator[Cell]:
+    """Quality and costs of the methods of a comparison, whose scores are those that every part has."""
+    from prefixfast.studies.compare.summary import summarize
+    from prefixfast.studies.compare.table import cost_rows, quality_rows
+
+    summary = summarize(found, found[0]["shared"])
+    names = [n for n in COMPARED if n in summary.qualities]
+    costs = {row["method"]: row for row in cost_rows(summary, 16e9)}
+    for row in quality_rows(summary, names):
+        for column in ("seeds", *names):
+            yield row["method"], column, row[column]
+        for column, text in costs[row["method"]].items():
+            if column not in ("method", "trained"):
+                yield row["method"], column, text
+
+
+def clear(found: list[Record]) -> Iterator[Cell]:
+    """Differences between methods that every seed shows."""
+    from prefixfast.studies.compare.summary import summarize
+
+    summary = summarize(found, found[0]["shared"])
+    for name in (n for n in COMPARED if n in summary.qualities):
+        pairs = "; ".join(f"{better} better than {other}" for better, other in summary.clear_differences(name))
+        yield name, "every seed of the one is better than every seed of the other", pairs or "none"
+
+
+COMPARED = ("dev loss", "BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 COMMANDS = {
     "quality": "prefixfast bench quality",
     "users": "prefixfast bench users MODEL DATA --steps 8",
