@@ -61,7 +61,9 @@ def read(path: Path) -> Iterator[Record]:
     )
     shared: Record = {"file": path.name}
     for line in lines:
-        is_settings = "suite" in line or ("environment" in line and "identity" not in line)  # a comparison's lines have both
+        is_settings = "suite" in line or (
+            "environment" in line and "identity" not in line
+        )  # a comparison's lines have both
         if path.suffix == ".jsonl" and is_settings:
             shared |= line
         else:

@@ -53,7 +53,9 @@ MAX_ROWS = typer.Option(help="Largest number of training rows, drawn at random."
 MAX_INPUTS = typer.Option(
     help="Largest number of held-out inputs, drawn at random, with all rows of each.", min=1, show_default="all inputs"
 )
-METRICS = typer.Option(help="Metrics with commas between them.", show_default="those of the task")
+METRICS = typer.Option(
+    help="Metrics or scores with commas between them, as in BLEU,TER.", show_default="those of the task"
+)
 MEMORY = typer.Option(help="Memory in GB (1e9 bytes), into which users are counted beside the base.", min=0)
 DRY_RUN = typer.Option(
     "--dry-run",
@@ -94,6 +96,7 @@ def command(
     given = dict(locals())
     from prefixfast.studies.compare.rows import read_study_rows
     from prefixfast.studies.compare.runner import make_parts, read_results
+    from prefixfast.studies.compare.scores import check_metrics
     from prefixfast.studies.compare.variants import read_variants
 
     start_logging(quiet=quiet)
@@ -103,6 +106,7 @@ def command(
     study, first = _study(given, fields)
     rows = read_study_rows(study)
     parts = make_parts(study, rows, variants, range(first, first + seeds))
+    check_metrics(study, rows)
     for part in parts[: len(variants)]:
         _check(part, rows.task.name)
     if dry_run:

@@ -223,6 +223,7 @@ REFUSED |= {
         1,
         "prefix_length: expected",
     ),
+    "compare metric": ((*COMPARE, "--metrics", "BLUE"), 1, "metrics: expected names of metrics"),
     "compare decoding": ((*COMPARE, "--num-beams", "0"), 1, "num_beams: expected"),
     "compare rows": (("compare", "untargeted.jsonl", "--model", "base"), 1, "untargeted.jsonl:1: completion: expected"),
     "compare few rows": (("compare", "rows.jsonl", "--model", "base"), 1, "give --eval-data"),

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prefixfast.metrics.evaluate import evaluate
 
 import prefixfast
 from oracles import ROOT
@@ -48,7 +49,8 @@ def rows_file(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def study(folder, rows_file) -> Study:
-    return Study(str(folder), str(rows_file), train=TRAIN, decoding={"max_new_tokens": 5, "num_beams": 1})
+    decoding = {"max_new_tokens": 5, "num_beams": 1}
+    return Study(str(folder), str(rows_file), train=TRAIN, decoding=decoding, metrics=["BLEU", "length"])
 
 
 @pytest.fixture
@@ -208,6 +210,9 @@ def test_a_part_is_what_train_and_generate_give(study, parts, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / part_module.OUTPUTS).read_text().splitlines()]
     assert [line["text"] for line in lines] == texts
     assert [line["references"] for line in lines] == rows.references
+    scores = result["quality"]["scores"]
+    found = evaluate(texts, rows.references, task="e2e", metrics=["BLEU", "length"])
+    assert {name: score["value"] for name, score in scores.items()} == dict(found)
     costs = result["costs"]
     assert (costs["num_trained"], costs["num_stored"]) == (alone.num_trained, alone.num_stored)
     assert costs["memory_bytes"] == alone.nbytes
@@ -342,7 +347,18 @@ def test_the_plot_is_an_image(summary, tmp_path):
 def test_the_command_runs_parts_in_processes_of_their_own(cli, folder, rows_file, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     words = ["compare", rows_file, "--model", folder, "-o", tmp_path / "out", "--seeds", "1", "--dtype", "float32"]
-    words += ["--methods", "prefix,prefix-mlp", "--max-steps", "2", "--max-new-tokens", "4", "--num-beams", "1"]
+    words += [
+        "--metrics",
+        "BLEU",
+        "--methods",
+        "prefix,prefix-mlp",
+        "--max-steps",
+        "2",
+        "--max-new-tokens",
+        "4",
+        "--num-beams",
+        "1",
+    ]
     words += ["--set", "prefix-mlp.prefix_length=9999"]  # more than the base has positions
     done = cli(*words, "--json")
     assert done.code == 3, done.err
@@ -365,6 +381,7 @@ def test_the_command_runs_parts_in_processes_of_their_own(cli, folder, rows_file
 def test_an_interrupted_part_continues_from_its_checkpoint(folder, rows_file, tmp_path, end):
     words = ["compare", rows_file, "--model", folder, "--methods", "prefix", "--seeds", "1", "--dtype", "float32"]
     words += ["--max-steps", "400", "--batch-size", "4", "--save-steps", "5", "--max-new-tokens", "4", "--quiet"]
+    words += ["--metrics", "BLEU,length"]
     command = [sys.executable, "-m", "prefixfast", *map(str, words)]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "-o", tmp_path / "whole"], env=env, check=True)

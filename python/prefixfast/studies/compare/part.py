@@ -19,17 +19,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixfast.data.formats import FORMATS
 from prefixfast.errors import DataError, PrefixFastError
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.environment import environment, peak_memory
 from prefixfast.io.json_lines import json_bytes, json_line
-from prefixfast.metrics.evaluate import evaluate
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG
-from prefixfast.studies.compare.rows import StudyRows, metrics_task, read_study_rows
+from prefixfast.studies.compare.rows import StudyRows, read_study_rows
+from prefixfast.studies.compare.scores import score_texts
 from prefixfast.studies.compare.study import Part
 
-TABLE_KEYS = (*FORMATS["table"].inputs, "subset")  # of a row, read by metrics
 RESULT, OUTPUTS, MODEL = "result.json", "outputs.jsonl", "model"  # in the folder of a part
 
 
@@ -87,7 +85,7 @@ def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str
         "identity": part.identity,
         "shared": part.shared,
         "metrics": tuned.training["metrics"],
-        "quality": _evaluate(part, rows, texts),
+        "quality": score_texts(part.study, rows, texts).to_json(),
         "costs": costs | generation,
         "counts": {"train_rows": len(rows.train), "held_out_rows": len(rows.held_out), "inputs": len(texts)},
         "dtype": dtype,
@@ -158,15 +156,6 @@ def _generate(
     tokens = sum(g.usage["completion_tokens"] for g in found)
     costs = {"generate_seconds": seconds, "generated_tokens": tokens, "generate_peak_bytes": peak_memory(base.device)}
     return [g.text for g in found], costs | {"generate_seconds_per_text": seconds / len(found)}
-
-
-def _evaluate(part: Part, rows: StudyRows, texts: list[str]) -> dict[str, Any]:
-    """Scores of the texts, as `prefixfast.evaluate` gives them."""
-    references: list[Any] = list(rows.references)
-    if rows.task.format == "table":  # rows with their tables, of which some metrics read the slots
-        tables = [{k: row[k] for k in TABLE_KEYS if row.get(k) is not None} for row in rows.requests]
-        references = [{**table, "refs": refs} for table, refs in zip(tables, rows.references, strict=True)]
-    return evaluate(texts, references, task=metrics_task(rows.task), metrics=part.study.metrics).to_json()
 
 
 def main() -> None:

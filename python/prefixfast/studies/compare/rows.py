@@ -12,7 +12,6 @@ from prefixfast.data.row_values import references
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
 from prefixfast.errors import DataError
-from prefixfast.metrics.registry import TASK_METRICS
 from prefixfast.studies.compare.study import Study, digest
 from prefixfast.training.held_out import choose_held_out
 from prefixfast.training.inputs import SINGLE_NAME
@@ -92,15 +91,6 @@ def targets(task: Task, row: Row, number: int) -> list[str]:
     if task.format == "table":
         return references(row, number)
     return [task.clean(target) for target in task.targets(row, number)]
-
-
-def metrics_task(task: Task) -> str:
-    """Task whose metrics score the texts, which for tasks without an official script are those of ``"table"``.
-
-    Args:
-        task: Task of the rows.
-    """
-    return task.name if task.name in TASK_METRICS else "table"
 
 
 def _sample(items: list[Any], most: int | None) -> list[Any]:
