@@ -50,7 +50,7 @@ def rows_file(tmp_path_factory) -> Path:
 @pytest.fixture
 def study(folder, rows_file) -> Study:
     decoding = {"max_new_tokens": 5, "num_beams": 1}
-    return Study(str(folder), str(rows_file), train=TRAIN, decoding=decoding, metrics=["BLEU", "length"])
+    return Study(str(folder), str(rows_file), train=TRAIN, decoding=decoding, metrics=["BLEU", "NIST"])
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_part_is_what_train_and_generate_give(study, parts, tmp_path):
     assert [line["text"] for line in lines] == texts
     assert [line["references"] for line in lines] == rows.references
     scores = result["quality"]["scores"]
-    found = evaluate(texts, rows.references, task="e2e", metrics=["BLEU", "length"])
+    found = evaluate(texts, rows.references, task="e2e", metrics=["BLEU", "NIST"])
     assert {name: score["value"] for name, score in scores.items()} == dict(found)
     costs = result["costs"]
     assert (costs["num_trained"], costs["num_stored"]) == (alone.num_trained, alone.num_stored)
@@ -381,7 +381,7 @@ def test_the_command_runs_parts_in_processes_of_their_own(cli, folder, rows_file
 def test_an_interrupted_part_continues_from_its_checkpoint(folder, rows_file, tmp_path, end):
     words = ["compare", rows_file, "--model", folder, "--methods", "prefix", "--seeds", "1", "--dtype", "float32"]
     words += ["--max-steps", "400", "--batch-size", "4", "--save-steps", "5", "--max-new-tokens", "4", "--quiet"]
-    words += ["--metrics", "BLEU,length"]
+    words += ["--metrics", "BLEU,NIST"]
     command = [sys.executable, "-m", "prefixfast", *map(str, words)]
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "-o", tmp_path / "whole"], env=env, check=True)
