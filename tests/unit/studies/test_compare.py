@@ -10,7 +10,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ import prefixfast
 from oracles import ROOT
 from prefixfast.data import TASKS
 from prefixfast.errors import ConfigError, DataError
+from prefixfast.store.workspace import lock, unlock
 from prefixfast.studies.compare import part as part_module
 from prefixfast.studies.compare.estimate import estimate_part
 from prefixfast.studies.compare.plot import plot
@@ -63,7 +66,7 @@ def in_process(monkeypatch):
     """Run parts in this process, and return the labels of those that ran. A part of seed 13 fails."""
     ran: list[str] = []
 
-    def wait_for(self, part: Part, folder: Path) -> int:
+    def wait_for(self, part: Part, folder: Path, held: tuple[int, ...]) -> int:
         ran.append(part.label)
         folder.mkdir(parents=True)
         failed = {"error": "the gradient was not finite"}
@@ -240,6 +243,19 @@ def test_a_rerun_skips_finished_parts_and_a_failed_one_stops_no_other(study, in_
     assert in_process == [p.label for p in parts]  # the second run has run none
     assert (tmp_path / RESULTS).read_bytes() == before
     assert not (tmp_path / FAILED).exists()
+
+
+def test_a_run_waits_for_another_one_in_the_same_folder(study, in_process, tmp_path):
+    parts = make_parts(study, read_study_rows(study), METHODS[:1], (0,))
+    held = lock(tmp_path)
+    told = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(Runner(tmp_path, lambda text: told.set()).run, parts)
+        assert told.wait(60)
+        assert in_process == []
+        unlock(held)
+        assert run.result(120) == {}
+    assert in_process == [parts[0].label]
 
 
 def test_a_file_that_holds_something_else_is_refused(tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +16,14 @@ from typing import Any
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.json_lines import json_line
+from prefixfast.store.workspace import lock, unlock
 from prefixfast.studies.compare.part import RESULT
 from prefixfast.studies.compare.rows import StudyRows
 from prefixfast.studies.compare.study import Part, Study
 from prefixfast.studies.compare.variants import Variant
 
 KEYS = {"identity", "shared", "label", "seed", "metrics", "quality", "costs"}  # of each result
+WAIT_SECONDS = 0.2  # between two attempts to lock the folder
 STDERR = 2  # file descriptor
 RESULTS, FAILED, PARTS = "results.jsonl", "failed.jsonl", "parts"  # in the output folder
 
@@ -64,6 +68,33 @@ class Runner:
         Raises:
             KeyboardInterrupt: If the user interrupts. The running part has then written its checkpoint.
         """
+        self.output.mkdir(parents=True, exist_ok=True)
+        with self._locked() as held:
+            return self._run(parts, held)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[tuple[int, ...]]:
+        """Descriptors of the folder's lock, for which this run waits if another one works in the folder.
+
+        The processes of the parts get them too, so that a part whose parent was killed keeps others from its files
+        while it writes its checkpoint.
+        """
+        is_told = False
+        while True:
+            try:
+                fd = lock(self.output)
+                break
+            except BlockingIOError:
+                if not is_told:
+                    self.report(f"waiting for another run in {self.output}")
+                is_told = True
+                time.sleep(WAIT_SECONDS)
+        try:
+            yield () if fd is None else (fd,)
+        finally:
+            unlock(fd)
+
+    def _run(self, parts: Sequence[Part], held: tuple[int, ...]) -> dict[str, str]:
         failed: dict[str, str] = {}
         for number, part in enumerate(parts, 1):
             where = f"part {number} of {len(parts)}, {part.label}"
@@ -72,7 +103,7 @@ class Runner:
                 self.report(f"{where}: finished in an earlier run")
                 continue
             self.report(where)
-            result = self._run_one(part)
+            result = self._run_one(part, held)
             if "error" in result:
                 failed[part.label] = result["error"]
                 self.report(f"{where} failed: {result['error']}")
@@ -84,10 +115,10 @@ class Runner:
             (self.output / FAILED).unlink(missing_ok=True)
         return failed
 
-    def _run_one(self, part: Part) -> dict[str, Any]:
+    def _run_one(self, part: Part, held: tuple[int, ...]) -> dict[str, Any]:
         """Result of one part, or its error."""
         folder = self.output / PARTS / part.folder_name
-        code = self._wait_for(part, folder)
+        code = self._wait_for(part, folder, held)
         if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt
         path = folder / RESULT
@@ -97,12 +128,13 @@ class Runner:
         result: dict[str, Any] = json.loads(path.read_bytes())
         return result
 
-    def _wait_for(self, part: Part, folder: Path) -> int:
+    def _wait_for(self, part: Part, folder: Path, held: tuple[int, ...]) -> int:
         """Exit status of the process of a part."""
         command = [sys.executable, "-m", "prefixfast.studies.compare.part"]
         settings = {"part": part.to_json(), "folder": str(folder), "progress": self.progress}
         # A session of its own, so that Ctrl-C reaches the process once, by the end of its standard input.
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=STDERR, start_new_session=True) as process:
+        how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": STDERR, "start_new_session": True, "pass_fds": held}
+        with subprocess.Popen(command, **how) as process:
             assert process.stdin is not None
             try:
                 process.stdin.write(json_line(settings))

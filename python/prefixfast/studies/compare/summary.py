@@ -136,7 +136,7 @@ def summarize(lines: Sequence[Mapping[str, Any]], shared: str) -> Summary:
 
 def _method(lines: Sequence[Mapping[str, Any]]) -> MethodResult:
     by_seed = sorted(lines, key=lambda line: line["seed"])
-    losses = [{LOSS: line["metrics"]["eval_loss"]} for line in by_seed]
+    losses = [{LOSS: line["metrics"].get("eval_loss")} for line in by_seed]
     scores = [{n: v["value"] for n, v in line["quality"]["scores"].items()} for line in by_seed]
     costs = [{title: line["costs"].get(name) for title, name in COSTS.items()} for line in by_seed]
     quality = _spreads([loss | score for loss, score in zip(losses, scores, strict=True)])
