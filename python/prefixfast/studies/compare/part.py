@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +47,6 @@ def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str
         msg = "compare: the rows have changed since the comparison started; start it again"
         raise DataError(msg)
     arguments, fields = part.train_arguments()
-    clock: Any = StepClock()
     dtype = fields.pop("dtype", "auto")
     start = time.perf_counter()
     with prefixfast.load(part.study.model, dtype=dtype) as base:
@@ -62,16 +59,14 @@ def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str
             eval_data=rows.held_out,
             output_dir=folder / MODEL,
             resume=True,
-            callbacks=[clock],
             progress=progress,
             **arguments,
             **fields,
         )
-        costs = training_costs(tuned, folder / MODEL, clock.seconds) | {
+        costs = training_costs(tuned, folder / MODEL) | {
             "base_bytes": base_bytes,
             "load_seconds": loaded,
         }
-        costs["train_peak_bytes"] = peak_memory(base.device)
         texts, generation = _generate(part, rows, tuned, base, progress)
         dtype, device = str(base.dtype).removeprefix("torch."), str(base.device)
         options = {n: tuned.training.get(n) for n in ("config", "prefix_config", "method_config", "method")}
@@ -97,29 +92,7 @@ def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str
     }
 
 
-class StepClock:
-    """Callback that measures the seconds of every step, without evaluation."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def on_train_begin(self, names: list[str], total: int) -> None:
-        """Start the clock."""
-        self._start = time.perf_counter()
-
-    def on_evaluate(self, step: int, losses: Mapping[str, float]) -> None:
-        """Leave out the time of the evaluation."""
-        self._start = time.perf_counter()
-
-    def on_step(self, step: int, losses: Any, grad_norms: Any, active: Any) -> None:
-        """Note the seconds of the step."""
-        now = time.perf_counter()
-        self.seconds.append(now - self._start)
-        self._start = now
-
-
-def training_costs(tuned: Any, folder: Path, step_seconds: Sequence[float]) -> dict[str, Any]:
+def training_costs(tuned: Any, folder: Path) -> dict[str, Any]:
     """Numbers of parameters, bytes and seconds of a trained prefix or of trained weights.
 
     The seconds of the training are those of all steps at the median of a step, which also holds for a resumed run and
@@ -128,10 +101,9 @@ def training_costs(tuned: Any, folder: Path, step_seconds: Sequence[float]) -> d
     Args:
         tuned: Result of `train`.
         folder: Its output folder.
-        step_seconds: Seconds of each step that this process has taken.
     """
-    steps = int(tuned.training["metrics"].get("steps", 0))
-    median = statistics.median(step_seconds) if step_seconds else None
+    steps, cost = int(tuned.training["metrics"]["steps"]), tuned.training["cost"]
+    median = cost["seconds_per_step"]
     others = {LOG, FAILED, RESULT}
     files = [f for f in folder.rglob("*") if f.is_file() and f.name not in others and CHECKPOINT not in f.parts]
     return {
@@ -141,6 +113,7 @@ def training_costs(tuned: Any, folder: Path, step_seconds: Sequence[float]) -> d
         "disk_bytes": sum(f.stat().st_size for f in files),
         "seconds_per_step": median,
         "train_seconds": None if median is None else steps * median,
+        "train_peak_bytes": cost["peak_bytes"],
     }
 
 
