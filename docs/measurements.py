@@ -488,7 +488,7 @@ def figures(found: list[Record]) -> Iterator[Cell]:
 
 
 def compared(found: list[Record]) -> Iterator[Cell]:
-    """Quality and costs of the methods of a comparison, whose scores are those that every part has."""
+    """Quality and sizes of the methods of a comparison."""
     from prefixfast.studies.compare.summary import summarize
     from prefixfast.studies.compare.table import cost_rows, quality_rows
 
@@ -496,11 +496,9 @@ def compared(found: list[Record]) -> Iterator[Cell]:
     names = [n for n in COMPARED if n in summary.qualities]
     costs = {row["method"]: row for row in cost_rows(summary, 16e9)}
     for row in quality_rows(summary, names):
-        for column in ("seeds", *names):
-            yield row["method"], column, row[column]
-        for column, text in costs[row["method"]].items():
-            if column not in ("method", "trained"):
-                yield row["method"], column, text
+        own = row | costs[row["method"]]
+        for column in ("seeds", *names, "trained", "disk size", "users in 16 GB"):
+            yield row["method"], column, own[column]
 
 
 def clear(found: list[Record]) -> Iterator[Cell]:
@@ -510,13 +508,15 @@ def clear(found: list[Record]) -> Iterator[Cell]:
     summary = summarize(found, found[0]["shared"])
     for name in (n for n in COMPARED if n in summary.qualities):
         pairs = "; ".join(f"{better} better than {other}" for better, other in summary.clear_differences(name))
-        yield name, "every seed of the one is better than every seed of the other", pairs or "none"
+        yield name, "differences that every seed shows", pairs or "none"
 
 
 COMPARED = ("dev loss", "BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
 COMMANDS = {
     "quality": "prefixfast bench quality",
     "users": "prefixfast bench users MODEL DATA --steps 8",
+    "compare": "prefixfast compare E2E_TRAIN --eval-data E2E_DEV --task e2e --model MODEL -o OUT --max-rows 300 "
+    "--num-train-epochs 3 --max-inputs 60 --methods prefix,prefix-mlp,full,lora --seeds 3",
     "forty": "python benches/system/forty_users.py -o OUT.jsonl",
 }
 BOTH = "(`--impl peft` for PEFT)"
@@ -536,6 +536,8 @@ TABLES: dict[str, Table] = {
     "generate-llama-fp32": Table(("generate-llama-fp32.jsonl",), generation, "tokens/s, fp32"),
     "generate-nlg-10m-fp32": Table(("generate-nlg-10m-fp32.jsonl",), generation, "tokens/s, fp32"),
     "users": Table(("e2e-users-smollm2.jsonl",), users, command=COMMANDS["users"]),
+    "choosing-nlg-10m": Table(("compare-nlg-10m.jsonl",), compared, "nlg-10m", command=COMMANDS["compare"]),
+    "choosing-nlg-10m-clear": Table(("compare-nlg-10m.jsonl",), clear, "nlg-10m", source=False),
     "forty-users": Table(("forty-users.jsonl",), forty_users, command=COMMANDS["forty"]),
     "quality-smollm2": Table(
         ("quality-smollm2-text-*.json", "quality-smollm2-mlp-p*.json"),
