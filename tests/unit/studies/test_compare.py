@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from prefixfast.metrics.evaluate import evaluate
 
 import prefixfast
 from oracles import ROOT
 from prefixfast.data import TASKS
 from prefixfast.errors import ConfigError, DataError
+from prefixfast.metrics.evaluate import evaluate
 from prefixfast.store.workspace import lock, unlock
 from prefixfast.studies.compare import part as part_module
 from prefixfast.studies.compare.estimate import estimate_part
@@ -360,36 +360,37 @@ def test_the_plot_is_an_image(summary, tmp_path):
 # ---- command ----
 
 
-def test_the_command_runs_parts_in_processes_of_their_own(cli, folder, rows_file, tmp_path, monkeypatch):
+@pytest.fixture
+def words(folder, rows_file, tmp_path) -> list:
+    """A short comparison on the command line."""
+    words = ["compare", rows_file, "--model", folder, "-o", tmp_path / "out", "--dtype", "float32", "--max-steps", "2"]
+    return [*words, "--metrics", "BLEU", "--max-new-tokens", "4", "--num-beams", "1", "--methods", "prefix"]
+
+
+def test_the_command_runs_a_part_in_a_process_of_its_own(cli, words, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = ["compare", rows_file, "--model", folder, "-o", tmp_path / "out", "--seeds", "1", "--dtype", "float32"]
-    words += [
-        "--metrics",
-        "BLEU",
-        "--methods",
-        "prefix,prefix-mlp",
-        "--max-steps",
-        "2",
-        "--max-new-tokens",
-        "4",
-        "--num-beams",
-        "1",
-    ]
-    words += ["--set", "prefix-mlp.prefix_length=9999"]  # more than the base has positions
-    done = cli(*words, "--json")
-    assert done.code == 3, done.err
-    found = json.loads(done.out)
-    assert [m["method"] for m in found["methods"]] == ["prefix"]
-    assert list(found["failed"]) == ["prefix-mlp (prefix_length=9999), seed 0"]
-    assert "9999" in found["failed"]["prefix-mlp (prefix_length=9999), seed 0"]
-    assert found["methods"][0]["quality"][LOSS]["mean"] > 0
+    done = cli(*words, "--seeds", "1")
+    assert done.code == 0, done.err
+    assert "one seed: no spread" in done.out
     results = (tmp_path / "out" / RESULTS).read_bytes()
-    assert json.loads(results)["environment"]["versions"]["prefixfast"] == prefixfast.__version__
-    again = cli(*words[:-2], "--methods", "prefix")
+    found = json.loads(results)
+    assert found["environment"]["versions"]["prefixfast"] == prefixfast.__version__
+    assert (found["study"]["model"], found["study"]["data"]) == ("tiny-gpt2", "rows.jsonl")
+    again = cli(*words, "--seeds", "1")
     assert again.code == 0, again.err
     assert "finished in an earlier run" in again.err
     assert (tmp_path / "out" / RESULTS).read_bytes() == results
     assert (tmp_path / "out" / "table.md").read_text().startswith("# Comparison")
+    assert (tmp_path / "out" / "compare.png").exists()
+
+
+def test_the_command_exits_with_3_if_a_part_failed(cli, words, in_process):
+    done = cli(*words, "--seed", "13", "--seeds", "2", "--json")
+    assert done.code == 3, done.err
+    found = json.loads(done.out)
+    assert found["failed"] == {"prefix, seed 13": "the gradient was not finite"}
+    assert [m["seeds"] for m in found["methods"]] == [[14]]
+    assert in_process == ["prefix, seed 13", "prefix, seed 14"]
 
 
 @pytest.mark.long

@@ -86,7 +86,7 @@ def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str
         "dtype": dtype,
         "device": device,
         "task": rows.task.name,
-        "study": part.to_json()["study"],
+        "study": part.study.settings(),
         "options": options,
         "environment": environment(),
     }

@@ -48,6 +48,11 @@ class Study:
     max_inputs: int | None = None
     eval_fraction: float = 0.2
 
+    def settings(self) -> dict[str, Any]:
+        """Fields as values of JSON, with the names of base and files instead of their paths on this machine."""
+        paths = {n: getattr(self, n) for n in ("model", "data", "eval_data")}
+        return dataclasses.asdict(self) | {n: Path(v).name if v and Path(v).exists() else v for n, v in paths.items()}
+
     def identity(self, rows: str) -> str:
         """Hex digest of what two parts share that are compared with each other.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prefixfast.errors import ConfigError, shown
@@ -158,5 +157,4 @@ def _title(lines: Sequence[Mapping[str, Any]]) -> str:
     cpus = " and ".join(dict.fromkeys(line["environment"]["cpu"] for line in lines))
     threads = " or ".join(dict.fromkeys(counted(line["environment"]["threads"], "thread") for line in lines))
     where = f"{machine['gpu']}" if first["device"] != "cpu" else f"{cpus}, {threads}"
-    model = Path(first["study"]["model"]).name or first["study"]["model"]
-    return f"{model} in {first['dtype']}, task {first['task']}, {rows}, {where}"
+    return f"{first['study']['model']} in {first['dtype']}, task {first['task']}, {rows}, {where}"
