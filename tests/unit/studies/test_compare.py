@@ -31,7 +31,7 @@ from prefixfast.studies.compare.runner import FAILED, PARTS, RESULTS, Runner, ma
 from prefixfast.studies.compare.study import Part, Study
 from prefixfast.studies.compare.summary import LOSS, Spread, summarize
 from prefixfast.studies.compare.table import cost_rows, in_units, markdown, number, quality_rows
-from prefixfast.studies.compare.variants import Variant, read_variants
+from prefixfast.studies.compare.variants import NAMES, Variant, read_variants
 
 TRAIN = {"max_steps": 3, "batch_size": 4, "dtype": "float32", "token_budget": 512}
 METHODS = (
@@ -223,6 +223,19 @@ def test_a_part_is_what_train_and_generate_give(study, parts, tmp_path):
     assert costs["disk_bytes"] == pytest.approx(sum(f.stat().st_size for f in (tmp_path / "alone").iterdir()), abs=99)
     assert 0 < costs["seconds_per_step"] <= costs["train_seconds"]
     assert costs["train_peak_bytes"] <= costs["generate_peak_bytes"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_has_a_part(study, name, tmp_path):
+    rows = read_study_rows(study)
+    small = {"prefix-mlp": {"encoder_hidden_size": 8}, "icl": {"num_examples": 1}}
+    part = make_parts(study, rows, [Variant(name, small.get(name, {}))], (0,))[0]
+    result = part_module.run_part(part, tmp_path, progress=False)
+    found = summarize([result], part.shared).methods[0]
+    assert found.quality[LOSS].mean > 0
+    assert found.costs["disk bytes"].mean >= found.costs["memory bytes"].mean > 0
+    assert ("s/step" in found.costs) == (name not in ("prompt", "icl"))  # which take no steps
+    assert found.costs["trained"].mean > 0 or name in ("prompt", "icl")
 
 
 def test_a_part_of_other_rows_is_refused(study, parts, tmp_path, rows_file):

@@ -105,9 +105,9 @@ class Part:
         Of the options that all methods share, a method gets those that it reads.
         """
         own = self.variant.options
-        known = METHODS.get(own["method"])
+        reads = METHODS[own["method"]].reads
         shared = {"save_steps": SAVE_STEPS, **self.study.train}
-        every = {k: v for k, v in shared.items() if known is None or k in known.reads} | own | {"seed": self.seed}
+        every = {k: v for k, v in shared.items() if k in reads} | own | {"seed": self.seed}
         return {k: every.pop(k) for k in ARGUMENTS if k in every}, every
 
     def to_json(self) -> dict[str, Any]:
