@@ -15,7 +15,7 @@ from prefixfast.io.untrusted import read_json
 from prefixfast.prefix import folder as files
 from prefixfast.prefix import peft_format as peft
 from prefixfast.prefix.hub import find_folder
-from prefixfast.prefix.tuned_folder import is_tuned, read_tuned_meta
+from prefixfast.prefix.tuned_folder import is_tuned, read_tuned_header
 
 if TYPE_CHECKING:
     from prefixfast.model.fingerprint import Fingerprint
@@ -57,8 +57,7 @@ def read_header(path: str | os.PathLike[str]) -> PrefixHeader:
 
 def _read(folder: Path) -> PrefixHeader:
     if is_tuned(folder):
-        about, _ = read_tuned_meta(folder / files.META)
-        return PrefixHeader(folder, **{n: about[n] for n in ("base", "task", "decoding", "method")})
+        return PrefixHeader(folder, **read_tuned_header(folder))
     if os.path.lexists(folder / files.META):
         fields, _ = files.read_meta(folder / files.META)
         if any(os.path.lexists(folder / name) for name in (files.TENSORS, peft.WEIGHTS)):

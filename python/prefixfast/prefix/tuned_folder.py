@@ -18,6 +18,7 @@ from prefixfast.prefix.folder import META, TUNED, write_folder
 from prefixfast.prefix.lora_format import lora_files, read_lora
 from prefixfast.prefix.names import base_error
 from prefixfast.prefix.peft_format import CONFIG
+from prefixfast.prefix.peft_read import base_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,6 +84,19 @@ def is_tuned(path: Path) -> bool:
     if os.path.lexists(path / META):
         return "method" in read_json(path / META)
     return os.path.lexists(path / CONFIG) and read_json(path / CONFIG).get("peft_type") == "LORA"
+
+
+def read_tuned_header(path: Path) -> dict[str, Any]:
+    """Attributes ``base``, ``task``, ``decoding`` and ``method`` of the weights in a folder, without the tensors.
+
+    Raises:
+        DataError: If the folder is damaged.
+    """
+    if os.path.lexists(path / META):
+        fields, _ = read_tuned_meta(path / META)
+        return {name: fields[name] for name in ("base", "task", "decoding", "method")}
+    name = base_name(read_json(path / CONFIG), path / CONFIG)
+    return {"base": {"name": name} if name else None, "task": None, "decoding": {}, "method": "lora"}
 
 
 def read_tuned_meta(path: Path) -> tuple[dict[str, Any], str]:

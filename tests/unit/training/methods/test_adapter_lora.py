@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 import causal_lms
 import dense
@@ -221,3 +221,27 @@ def test_a_lora_folder_of_peft_is_read_and_weights_that_do_not_fit_are_refused(t
 def test_a_base_without_blocks_is_refused():
     with pytest.raises(ConfigError, match="longcat_flash"):
         train(causal_lms.make("longcat_flash"), DATA, method="adapter", **HOW)
+
+
+def test_a_command_generates_with_lora_of_peft(tmp_path, folder, cli):
+    """The folder has no file of prefixfast."""
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4)).eval()
+    with torch.no_grad():
+        for p in (p for p in theirs.parameters() if p.requires_grad):
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    theirs.save_pretrained(tmp_path / "lora")
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "abc"}\n{"prompt": "de"}\n')
+    texts = {}
+    for name, given in (("with", ("--prefix", tmp_path / "lora")), ("without", ())):
+        how = ("--model", folder, "--max-new-tokens", 6, "--min-new-tokens", 6, "--dtype", "float32")
+        done = cli("generate", data, "-o", tmp_path / f"{name}.txt", *how, *given)
+        assert done.code == 0, done.err
+        texts[name] = (tmp_path / f"{name}.txt").read_text()
+    tuned = TunedWeights.from_pretrained(tmp_path / "lora")
+    ours = generate(["abc", "de"], tuned, model=folder, max_new_tokens=6, min_new_tokens=6, dtype="float32")
+    assert [" ".join(g.text.split("\n")) for g in ours] == texts["with"].split("\n")[:2]
+    assert texts["with"] != texts["without"]
