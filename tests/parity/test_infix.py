@@ -93,6 +93,19 @@ def test_a_mixed_packed_forward_equals_each_text_alone(pair, backend):
             assert error(t.grad, wanted) < 1e-6, (i, j)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_triton_equals_torch_through_a_model(family):
+    pytest.importorskip("triton")
+    runs = []
+    for backend in ("torch", "triton"):
+        with prefixfast.load(tiny.make(family), backend=backend) as base:
+            got, kv = packed(base, mixture(base), uses(base), grad=True)
+            got.logsumexp(-1).sum().backward()
+            runs.append([got, *(t.grad for pair in kv for t in pair)])
+    assert all(error(a, b) < 1e-5 for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.parametrize("mistake", ["seen by all", "one token late", "positions of a prefix"])
 def test_a_planted_mistake_is_found(pair, mistake):
     base, own = pair

@@ -92,7 +92,7 @@ def double_scores(monkeypatch: Any) -> None:
 def positions_from_zero(monkeypatch: Any) -> None:
     """Tokens after every prefix begin at position 0."""
     real = packed.prefix_rows
-    monkeypatch.setattr(packed, "prefix_rows", lambda rows, n: real([(a, b, 0, d) for a, b, _, d in rows], n))
+    monkeypatch.setattr(packed, "prefix_rows", lambda rows, n: real([r._replace(pos_start=0) for r in rows], n))
 
 
 def forget_earlier_chunks(monkeypatch: Any) -> None:
