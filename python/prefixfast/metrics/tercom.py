@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
 BEAM, MAX_SHIFT, MAX_DISTANCE = 20, 10, 50  # Tercom's limits: edits, and words of a shift and of its distance
@@ -35,6 +36,7 @@ class Shift(NamedTuple):
         return words[:start] + words[stop:further] + moved + words[further:]
 
 
+@lru_cache(maxsize=1 << 16)  # a subset is scored beside all texts
 def num_edits(output: Words, reference: Words) -> int:
     """Number of insertions, deletions, substitutions and shifts that Tercom counts.
 
