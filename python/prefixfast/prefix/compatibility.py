@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from prefixfast.attention.plan import FIXED_INFIX
 from prefixfast.config.engine import BaseMismatch
 from prefixfast.errors import BaseMismatchError, ConfigError, shown
 from prefixfast.model.fingerprint import check_same_base, num_layers
@@ -74,7 +73,7 @@ def check_composition(model: Model, positions: Iterable[str]) -> None:
     Raises:
         ConfigError: If an infix and another prefix need different positions of the same tokens.
     """
-    if model.handle.infix.place == FIXED_INFIX and len(set(positions)) > 1:
+    if model.handle.infix.has_fixed_positions and len(set(positions)) > 1:
         msg = (
             "a prefix and an infix together: this base has RoPE and the stored keys of both have positions from 0 on, "
             "but the prompt tokens between them cannot follow the one and precede the other; use one of them"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,8 @@ def place(tmp_path_factory, folder, base_of_module) -> Path:
     (path / "lora").mkdir()
     (path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "task_type": "CAUSAL_LM"}')
     (path / "lora" / "adapter_model.safetensors").write_bytes(b"")
+    shutil.copytree(path / "lora", path / "ia3")
+    (path / "ia3" / "adapter_config.json").write_text('{"peft_type": "IA3", "task_type": "CAUSAL_LM"}')
     return path
 
 
@@ -164,7 +167,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "no base": (("generate", "rows.jsonl"), 1, "model: expected a base model, or prefixes that name one"),
     "base": (("generate", "rows.jsonl", "--model", "./none"), 1, "there is no such folder or file"),
     "no prefix": ((*GENERATE, "--prefix", "none"), 1, "none: no such folder"),
-    "lora": ((*GENERATE, "--prefix", "lora"), 1, "got 'LORA'"),
+    "ia3": ((*GENERATE, "--prefix", "ia3"), 1, "got 'IA3'"),
     "empty folder": ((*GENERATE, "--prefix", "empty"), 1, "no prefix here"),
     "a folder of prefixes": ((*GENERATE, "--prefix", "prefixes"), 1, "('inn', 'mill'): give --prefixes prefixes"),
     "a store as prefix": ((*GENERATE, "--prefix", "shop"), 1, "which is a store: give --store shop"),

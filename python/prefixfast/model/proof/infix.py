@@ -46,6 +46,11 @@ class InfixSupport:
     place: int = INFIX
     refusal: str | None = None
 
+    @property
+    def has_fixed_positions(self) -> bool:
+        """Whether the stored keys of such a prefix have the positions 0 to P - 1."""
+        return self.place == FIXED_INFIX
+
 
 def infix_support(packed: PackedModel, windows: Sequence[int], limit: float) -> InfixSupport:
     """How a model takes prefixes before the last prompt token.
