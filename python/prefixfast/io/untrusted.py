@@ -70,11 +70,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(msg, path=str(path)) from e
 
 
-def file_size(path: Path) -> int:
-    """Size in bytes of a regular file; other kinds are refused, since opening a pipe would wait forever."""
+def file_size(path: Path, name: str | None = None) -> int:
+    """Size in bytes of a regular file; other kinds are refused, since opening a pipe would wait forever.
+
+    Args:
+        path: Path of the file.
+        name: Name of the file in the error, None for the last part of the path.
+    """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        msg = f"{path.name}: expected a regular file, got {_kind(found.st_mode)}"
+        msg = f"{path.name if name is None else name}: expected a regular file, got {_kind(found.st_mode)}"
         raise DataError(msg, path=str(path))
     return found.st_size
 

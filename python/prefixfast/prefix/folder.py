@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 META, TENSORS, TUNED = "prefixfast.json", "prefix.safetensors", "tuned.safetensors"
-OWNED = frozenset({META, TENSORS, TUNED, peft.CONFIG, peft.WEIGHTS})
+PREFIX_FILES = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
+OWNED = PREFIX_FILES | {TUNED}
 VERSION = 1
 KEYS = {name: file_key(name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
 LOOKED_FOR = (

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import write_file
 from prefixfast.io.paths import as_path
-from prefixfast.prefix.folder import OWNED, prefix_files
+from prefixfast.prefix.folder import PREFIX_FILES, prefix_files
 from prefixfast.prefix.model_card import CARD, model_card
 from prefixfast.prefix.record import PrefixData
 from prefixfast.prefix.tensors import shared_tensors
@@ -19,13 +20,20 @@ from prefixfast.prefix.tensors import shared_tensors
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def find_folder(path: str | os.PathLike[str], revision: str | None, *, local_files_only: bool) -> Path:
-    """Local folder of a path or hub id. Only the JSON and safetensors files of a prefix are downloaded.
+def find_folder(
+    path: str | os.PathLike[str],
+    revision: str | None,
+    *,
+    local_files_only: bool,
+    files: Set[str] = PREFIX_FILES,
+) -> Path:
+    """Local folder of a path or hub id. Only the named JSON and safetensors files are downloaded.
 
     Args:
         path: Local folder, or hub id ``"name/repository"`` if no such folder exists.
         revision: Branch, tag or commit of a hub id.
         local_files_only: Whether the hub id is read from the local cache only.
+        files: Names of the files of a repository that are downloaded.
 
     Raises:
         DataError: If the hub does not have the repository.
@@ -46,7 +54,7 @@ def find_folder(path: str | os.PathLike[str], revision: str | None, *, local_fil
     what = repr(path) + ("" if revision is None else f" at revision {shown(revision)}")
     how: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
-        return Path(snapshot_download(path, allow_patterns=sorted(OWNED), **how))
+        return Path(snapshot_download(path, allow_patterns=sorted(files), **how))
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as e:
         msg = (
             f"{what}: neither a folder here nor a repository on the hub: {_first_line(e)}; check the name, or log in "
@@ -92,7 +100,7 @@ def push_to_hub(
         for name, data in {**files, CARD: model_card(prefix, repo_id).encode()}.items():
             write_file(Path(folder, name), data)
         message = commit_message or f"Prefix {prefix.digest[:12]}"
-        other_form = sorted(OWNED - set(files))  # files of a prefix that PEFT can hold, or of one that it cannot
+        other_form = sorted(PREFIX_FILES - set(files))  # files of a prefix that PEFT can hold, or of one that it cannot
         try:
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)

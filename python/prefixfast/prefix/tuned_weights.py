@@ -16,7 +16,7 @@ from prefixfast.errors import DataError, shown
 from prefixfast.io.atomic import read_stable
 from prefixfast.io.paths import as_path
 from prefixfast.prefix import tuned_folder as files
-from prefixfast.prefix.folder import META
+from prefixfast.prefix.folder import META, OWNED
 from prefixfast.prefix.hub import find_folder
 from prefixfast.prefix.record import json_copy
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
@@ -161,7 +161,7 @@ class TunedWeights:
             DataError: If the folder is missing or damaged, or holds something else.
             ConfigError: If a revision is given for a local folder, or the hub cannot be reached.
         """
-        return read_stable(find_folder(path, revision, local_files_only=local_files_only), cls._read)
+        return read_stable(find_folder(path, revision, local_files_only=local_files_only, files=OWNED), cls._read)
 
     @classmethod
     def _read(cls, path: Path) -> TunedWeights:

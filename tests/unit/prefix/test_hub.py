@@ -12,7 +12,7 @@ import yaml
 from huggingface_hub import errors
 from safetensors.torch import load_file
 
-from prefixfast import ConfigError, DataError, Prefix
+from prefixfast import ConfigError, DataError, Prefix, TunedWeights
 from prefixfast.prefix.model_card import model_card
 
 META, OWN, CONFIG, WEIGHTS = "prefixfast.json", "prefix.safetensors", "adapter_config.json", "adapter_model.safetensors"
@@ -54,6 +54,12 @@ def test_a_hub_id_is_downloaded(hub, make_prefix):
 def test_only_json_and_safetensors_files_are_downloaded(hub):
     Prefix.from_pretrained("ann/mill")
     assert sorted(hub[0][1]["allow_patterns"]) == sorted([META, OWN, CONFIG, WEIGHTS])
+
+
+def test_trained_weights_are_downloaded_for_their_own_reader_only(hub):
+    with pytest.raises(DataError):
+        TunedWeights.from_pretrained("ann/mill")
+    assert sorted(hub[0][1]["allow_patterns"]) == sorted([META, OWN, CONFIG, WEIGHTS, "tuned.safetensors"])
 
 
 def test_a_local_folder_takes_precedence_over_a_hub_id(hub, make_prefix, tmp_path, monkeypatch):

@@ -230,7 +230,7 @@ def test_the_comparison_with_a_forward_of_the_embeddings_sees_a_wrong_position(c
 
 
 OTHER_TYPES = {
-    "LORA": "load(PeftModel.from_pretrained",
+    "LORA": "TunedWeights.from_pretrained reads it",
     "MULTITASK_PROMPT_TUNING": "task_ids",
     "ADAPTION_PROMPT": "run it with PEFT",
     "CPT": "Prefix.from_text",

@@ -22,7 +22,7 @@ def read_bytes(path: Path) -> bytes:
             100 times the size of the file.
     """
     try:
-        file_size(path)
+        file_size(path, printable(str(path)))
         return _decompressed(path) if path.suffix.lower() == ".gz" else path.read_bytes()
     except DataError:
         raise
