@@ -28,7 +28,7 @@ class ArtifactBuilder:
 
     Attributes:
         data: Group with its rows.
-        params: What is trained.
+        params: Parameters of the method.
         base: Fingerprint of the base model, taken before the base model was changed.
         decoding: Default `GenerationParams` of the result.
     """
@@ -44,7 +44,7 @@ class ArtifactBuilder:
 
         Args:
             data: Group with its rows.
-            params: What is trained.
+            params: Parameters of the method.
         """
         return cls(data, params, data.model.fingerprint, _decoding(data.model, data.job.task))
 

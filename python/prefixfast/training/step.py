@@ -63,7 +63,7 @@ class StepRunner:
     Args:
         model: Base model.
         group: Prefixes with resolved options.
-        params: What is trained.
+        params: Parameters of the method.
         data: Training examples.
 
     Attributes:

@@ -290,7 +290,7 @@ PAPER = {
     ("prefix", "webnlg"): (5e-5, 5, 5, "sequence_sum"),
     ("prefix", "dart"): (5e-5, 10, 5, "sequence_sum"),
     ("adapter", "e2e"): (5e-5, 5, 5, "token_mean"),
-    ("adapter", "webnlg"): (5e-5, 10, 5, "token_mean"),
+    ("adapter", "webnlg"): (5e-5, 5, 5, "token_mean"),
     ("adapter", "dart"): (5e-5, 5, 5, "token_mean"),
     ("full", "e2e"): (5e-5, 5, 10, "token_mean"),
     ("full", "webnlg"): (1e-5, 10, 6, "token_mean"),

@@ -31,7 +31,7 @@ class TrainedPrefixes:
 
     Args:
         data: Group with its rows.
-        parameters: What is trained, from which the keys and values follow.
+        parameters: Trained parameters, from which the keys and values are computed.
     """
 
     def __init__(self, data: GroupData, parameters: PrefixParameters | EmbeddingParameters) -> None:

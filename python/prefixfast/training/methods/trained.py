@@ -38,7 +38,7 @@ class Trained(Protocol):
 
     @property
     def description(self) -> str:
-        """What is trained, for the log: ``"10 prefix rows"``."""
+        """Description of the parameters for the log: ``"10 prefix rows"``."""
 
     def applied(self) -> AbstractContextManager[None]:
         """Context manager in which the base model has what is trained. It gives the base model back unchanged."""
