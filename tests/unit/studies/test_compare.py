@@ -28,6 +28,7 @@ from prefixfast.studies.compare.estimate import estimate_part
 from prefixfast.studies.compare.plot import plot
 from prefixfast.studies.compare.rows import read_study_rows
 from prefixfast.studies.compare.runner import FAILED, PARTS, RESULTS, Runner, make_parts, read_results
+from prefixfast.studies.compare.scores import score_texts
 from prefixfast.studies.compare.study import Part, Study
 from prefixfast.studies.compare.summary import LOSS, Spread, summarize
 from prefixfast.studies.compare.table import cost_rows, in_units, markdown, number, quality_rows
@@ -108,6 +109,18 @@ def test_rows_and_inputs_are_limited(study, rows_file):
     rows = read_study_rows(Study(study.model, str(rows_file), eval_data=str(rows_file), max_rows=7, max_inputs=3))
     assert (len(rows.train), len(rows.requests), len(rows.held_out)) == (7, 3, 6)
     assert {r["mr"] for r in rows.held_out} == {r["mr"] for r in rows.requests}
+
+
+def test_equal_references_count_as_often_as_in_evaluate(study, tmp_path):
+    """Official scripts count a reference once for each row, so that the effective length of BLEU depends on it."""
+    refs = ["The Mill is by the river.", "A mill.", "A mill."]
+    path = tmp_path / "dev.jsonl"
+    path.write_text("".join(json.dumps({"mr": mr, "ref": ref}) + "\n" for mr in TABLES[:2] for ref in refs))
+    held = Study(study.model, study.data, eval_data=str(path), metrics=["BLEU", "NIST", "length"])
+    rows, texts = read_study_rows(held), ["The Mill is here.", "A mill by the river."]
+    assert rows.references == [refs, refs]
+    expected = evaluate(texts, path, task="e2e", metrics=held.metrics)
+    assert dict(score_texts(held, rows, texts)) == dict(expected)
 
 
 def test_a_conversation_is_asked_without_its_answer(study, tmp_path):

@@ -29,7 +29,7 @@ class StudyRows:
         train: Training rows.
         held_out: Held-out rows, whose loss is measured.
         requests: One row for each distinct held-out input, without its target.
-        references: References of each request.
+        references: References of each request. Equal ones are kept, since official scripts count each.
     """
 
     task: Task
@@ -73,7 +73,7 @@ def read_study_rows(study: Study) -> StudyRows:
         by_input.setdefault(_input(task, row, i), []).append(i)
     kept = _sample(list(by_input.values()), study.max_inputs)
     requests = [_request(task, held_out[group[0]]) for group in kept]
-    refs = [list(dict.fromkeys(t for i in group for t in targets(task, held_out[i], i))) for group in kept]
+    refs = [[t for i in group for t in targets(task, held_out[i], i)] for group in kept]
     evaluated = [held_out[i] for i in sorted(i for group in kept for i in group)]
     return StudyRows(task, _sample(rows, study.max_rows), evaluated, requests, refs)
 
