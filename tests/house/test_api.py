@@ -60,7 +60,7 @@ MEMBERS = {
 }
 FIELDS = {
     "Metrics": "task num_texts values_by_name missing",
-    "MetricValue": "value text tool",
+    "MetricValue": "value text tool better",
     "Prefix": "kv pos_start base task decoding training",
     "TrainRun": "failed metrics",
     "Generation": "index id text texts token_ids finish_reason score logprobs prefix_digest usage error",

@@ -61,6 +61,7 @@ def command(
     from prefixfast.io.atomic import replace_file
     from prefixfast.io.json_lines import json_bytes
     from prefixfast.metrics.evaluate import evaluate
+    from prefixfast.metrics.result import ARROWS
 
     start_logging(quiet=quiet)
     if output is not None and (output.suffix.lower() != ".json" or output.is_dir()):
@@ -73,9 +74,14 @@ def command(
     if as_json:
         typer.echo(json_bytes(found.to_json(), indent=2).decode())
         return
-    rows = [{"score": n, "value": v.text, "tool": v.tool} for n, v in found.values_by_name.items()]
-    rows += [{"score": n, "value": "-", "tool": f"missing: {reason}"} for n, reason in found.missing.items()]
+    rows = [
+        {"score": n, "value": v.text, "better": ARROWS[v.better], "tool": v.tool}
+        for n, v in found.values_by_name.items()
+    ]
+    rows += [
+        {"score": n, "value": "-", "better": "", "tool": f"missing: {reason}"} for n, reason in found.missing.items()
+    ]
     title = f"{task}, {counted(found.num_texts, 'text')}"
-    show(rows, ("score", "value", "tool"), as_json=False, title=title, longest=LONGEST_TOOL)
+    show(rows, ("score", "value", "better", "tool"), as_json=False, title=title, longest=LONGEST_TOOL)
     if output is not None and not quiet:
         typer.echo(f"{printable(str(output))}: {counted(len(found), 'score')}", err=True)

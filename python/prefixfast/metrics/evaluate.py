@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -89,7 +90,11 @@ def _scores(
             [groups[i].texts for i in places],
             None if tables is None else [tables[i] for i in places],
         )
-        values |= {f"{name} {subset}".rstrip(): scores[name] for name in names}
+        values |= {
+            f"{s.name} {subset}".rstrip(): replace(scores[s.name], better=s.better)
+            for s in metric.scores
+            if s.name in names
+        }
     return values
 
 
@@ -103,7 +108,7 @@ def _subsets(groups: Sequence[Reference]) -> dict[str, list[int]]:
 def _chosen(task: str, metrics: Sequence[str] | None) -> dict[str, list[str]]:
     """Names of the wanted scores of each metric, by the metric's name."""
     if metrics is None:
-        return {name: list(METRICS[name].scores) for name in TASK_METRICS[task]}
+        return {name: list(METRICS[name].names) for name in TASK_METRICS[task]}
     if isinstance(metrics, str | os.PathLike) or not isinstance(metrics, Iterable) or not metrics:
         msg = f"metrics: expected a list of at least one name, got {shown(metrics)}"
         raise ConfigError(msg)
@@ -111,7 +116,7 @@ def _chosen(task: str, metrics: Sequence[str] | None) -> dict[str, list[str]]:
     for name in metrics:
         metric, score = _named(task, name)
         wanted = found.setdefault(metric, [])
-        wanted += [s for s in (METRICS[metric].scores if score is None else (score,)) if s not in wanted]
+        wanted += [s for s in (METRICS[metric].names if score is None else (score,)) if s not in wanted]
     return found
 
 
@@ -124,11 +129,11 @@ def _named(task: str, name: object) -> tuple[str, str | None]:
     low = name.lower() if isinstance(name, str) else ""
     found: list[list[tuple[str, str | None]]] = [
         [(m, None) for m in own if m == name],
-        [(m, s) for m in own for s in METRICS[m].scores if s.lower() == low],
+        [(m, s) for m in own for s in METRICS[m].names if s.lower() == low],
         [(m, None) for m in METRICS if m == name],
-        [(m, s) for m in METRICS for s in METRICS[m].scores if s == name],
+        [(m, s) for m in METRICS for s in METRICS[m].names if s == name],
         [(m, None) for m in METRICS if m == low],
-        [(m, s) for m in METRICS for s in METRICS[m].scores if s.lower() == low],
+        [(m, s) for m in METRICS for s in METRICS[m].names if s.lower() == low],
     ]
     if single := [pairs[0] for pairs in found if len(pairs) == 1]:
         return single[0]
@@ -136,6 +141,6 @@ def _named(task: str, name: object) -> tuple[str, str | None]:
         several = " and ".join(m for m, _ in found[-1])
         msg = f"metrics: expected the name of one metric, got {shown(name)}, a score of {several}"
         raise ConfigError(msg)
-    known = [*own, *(s for m in own for s in METRICS[m].scores)]
+    known = [*own, *(s for m in own for s in METRICS[m].names)]
     msg = f"metrics: expected names of metrics or scores, got {shown(name)}; {suggestion(name, known, listed=30)}"
     raise ConfigError(msg)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from prefixfast.config.json_types import JSON
-from prefixfast.metrics.result import MetricValue
+from prefixfast.metrics.result import MetricValue, Score
 
 LENGTH = "mean number of words between white space"
 DISTINCT = "different n-grams of words in lower case, over their number in all texts (Li et al. 2016)"
@@ -16,7 +16,13 @@ TOOLS = {
     "distinct-2": DISTINCT,
     "empty": "share of texts without a word",
 }
-SCORES = tuple(TOOLS)
+SCORES = (
+    Score("length", "words", None),
+    Score("reference length", "words", None),
+    Score("distinct-1", "0 to 1", None),  # few words are distinct in long texts, and all of them in noise
+    Score("distinct-2", "0 to 1", None),
+    Score("empty", "0 to 1", "lower"),
+)
 
 
 def lengths(
@@ -39,7 +45,7 @@ def lengths(
         "distinct-2": _distinct(words, 2),
         "empty": sum(not own for own in words) / len(words),
     }
-    digits = dict(zip(SCORES, (2, 2, 4, 4, 4), strict=True))
+    digits = dict(zip(TOOLS, (2, 2, 4, 4, 4), strict=True))
     return {name: MetricValue(value, f"{value:.{digits[name]}f}", TOOLS[name]) for name, value in values.items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
@@ -12,6 +12,8 @@ from prefixfast.errors import ConfigError
 Texts: TypeAlias = Sequence[str]
 References: TypeAlias = Sequence[Sequence[str]]
 Tables: TypeAlias = Sequence[Mapping[str, JSON]]
+Better: TypeAlias = Literal["higher", "lower"]
+ARROWS: dict[Better | None, str] = {"higher": "↑", "lower": "↓", None: ""}
 
 
 class MetricUnavailable(ConfigError):
@@ -26,14 +28,31 @@ class MetricValue:
         value: Score in full precision.
         text: Score with the digits that the official script prints.
         tool: Name, version and settings of what computed the score.
+        better: Better side of the score, None if it has none, such as a length.
     """
 
     value: float
     text: str
     tool: str
+    better: Better | None = None
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True)
+class Score:
+    """Description of a score.
+
+    Attributes:
+        name: Name without a subset.
+        unit: Unit, or smallest and largest value.
+        better: Better side, None if the score has none.
+    """
+
+    name: str
+    unit: str
+    better: Better | None = "higher"
 
 
 @dataclass(frozen=True)
@@ -64,15 +83,16 @@ class Metrics(Mapping[str, float]):
         return len(self.values_by_name)
 
     def table(self) -> str:
-        """Scores and missing metrics as lines of text, with the tool or the reason of each."""
-        lines = [(name, value.text, value.tool) for name, value in self.values_by_name.items()]
-        lines += [(name, "-", reason) for name, reason in self.missing.items()]
+        """Scores and missing metrics as lines of text, with the arrow of the better side, and the tool or the reason."""
+        lines = [(n, v.text, ARROWS[v.better], v.tool) for n, v in self.values_by_name.items()]
+        lines += [(name, "-", "", reason) for name, reason in self.missing.items()]
         wide = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
-        return "\n".join(f"{name:{wide[0]}}  {text:>{wide[1]}}  {tool}" for name, text, tool in lines)
+        return "\n".join(f"{n:{wide[0]}}  {text:>{wide[1]}} {arrow:1}  {tool}" for n, text, arrow, tool in lines)
 
     def to_json(self) -> dict[str, JSON]:
-        """Values that JSON holds: ``task``, ``num_texts``, ``scores``, each with its tool, and ``missing``."""
+        """Values that JSON holds: ``task``, ``num_texts``, ``scores``, each with tool and better side, ``missing``."""
         scores: dict[str, JSON] = {
-            n: {"value": v.value, "text": v.text, "tool": v.tool} for n, v in self.values_by_name.items()
+            n: {"value": v.value, "text": v.text, "tool": v.tool, "better": v.better}
+            for n, v in self.values_by_name.items()
         }
         return {"task": self.task, "num_texts": self.num_texts, "scores": scores, "missing": dict(self.missing)}

@@ -10,9 +10,13 @@ from typing import TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.metrics.e2e_phrases import PHRASES, YES_NO, is_yes
-from prefixfast.metrics.result import MetricUnavailable, MetricValue
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, Score
 
-SCORES = ("slot coverage", "omissions", "wrong slots")
+SCORES = (
+    Score("slot coverage", "0 to 1"),
+    Score("omissions", "values per text", "lower"),
+    Score("wrong slots", "values per text", "lower"),
+)
 MR_SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
 WORD = re.compile(r"[^\W_]+|[£$€%]")
 Phrase: TypeAlias = tuple[str, ...]
@@ -68,8 +72,8 @@ def slots(
         total += len(table)
         said += sum(is_said(slot, text) for slot in table)
         wrong += len(wrong_phrases(text, refs, table, others)) + _wrong_yes_no(text, refs, table)
-    values = dict(zip(SCORES, (said / total, (total - said) / len(outputs), wrong / len(outputs)), strict=True))
-    return {name: MetricValue(value, f"{value:.4f}", TOOL) for name, value in values.items()}
+    values = (said / total, (total - said) / len(outputs), wrong / len(outputs))
+    return {s.name: MetricValue(value, f"{value:.4f}", TOOL) for s, value in zip(SCORES, values, strict=True)}
 
 
 def words(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 import shared
 from prefixfast import ConfigError, DataError, Generation, evaluate
 from prefixfast.metrics import evaluate as module
-from prefixfast.metrics.registry import METRICS, TASK_METRICS
+from prefixfast.metrics.registry import METRICS, TASK_METRICS, better_side
 from prefixfast.metrics.result import Metrics, MetricUnavailable, MetricValue
 
 LENGTHS = ["length", "reference length"]
@@ -53,8 +53,26 @@ def test_the_metrics_of_each_task_exist():
     assert {name for names in TASK_METRICS.values() for name in names} <= set(METRICS)
     assert all(metric.name == name and metric.scores for name, metric in METRICS.items())
     for names in TASK_METRICS.values():
-        scores = [s for name in names for s in METRICS[name].scores]
+        scores = [s for name in names for s in METRICS[name].names]
         assert len(scores) == len({s.lower() for s in scores})
+
+
+SIDES = {
+    "higher": "BLEU NIST METEOR ROUGE_L CIDEr ROUGE-1 ROUGE-2 ROUGE-L chrF++ chrF MoverScore BERTScore BLEURT".split()
+    + ["slot coverage"],
+    "lower": ["TER", "omissions", "wrong slots", "empty"],
+    None: ["length", "reference length", "distinct-1", "distinct-2"],
+}
+
+
+def test_the_better_side_of_every_score():
+    found: dict = {}
+    for metric in METRICS.values():
+        for score in metric.scores:
+            found.setdefault(score.name, set()).add(score.better)
+            assert better_side(score.name) == better_side(f"{score.name} unseen topics") == score.better
+    assert found == {name: {side} for side, names in SIDES.items() for name in names}
+    assert better_side("lengthy") is better_side("BLEUX") is None
 
 
 # ---- outputs ----
@@ -242,6 +260,9 @@ def test_seen_and_unseen_texts():
     found = evaluate(["a", "a b", "a b c"], rows, task="webnlg", metrics=["length"])
     assert dict(found) == {"length seen": 2, "length unseen": 2, "length": 2}
     assert list(found) == ["length seen", "length unseen", "length"]
+    sides = evaluate(["a"] * 3, rows, task="webnlg", metrics=["TER", "chrF", "lengths"]).values_by_name
+    assert all(value.better == better_side(name) for name, value in sides.items())
+    assert (sides["TER seen"].better, sides["chrF unseen"].better, sides["length"].better) == ("lower", "higher", None)
     del rows[0]["subset"]
     assert list(evaluate(["a"] * 3, rows, task="webnlg", metrics=["length"])) == ["length"]
 
@@ -299,14 +320,14 @@ def test_tables_come_from_the_references_or_the_outputs():
 
 
 def test_json_of_metrics():
-    found = Metrics("e2e", 2, {"A": MetricValue(0.123456, "0.12", "t 1")}, {"B": "no package"})
+    found = Metrics("e2e", 2, {"A": MetricValue(0.123456, "0.12", "t 1", "lower")}, {"B": "no package"})
     assert json.loads(json.dumps(found.to_json())) == {
         "task": "e2e",
         "num_texts": 2,
-        "scores": {"A": {"value": 0.123456, "text": "0.12", "tool": "t 1"}},
+        "scores": {"A": {"value": 0.123456, "text": "0.12", "tool": "t 1", "better": "lower"}},
         "missing": {"B": "no package"},
     }
-    assert found.table().splitlines() == ["A  0.12  t 1", "B     -  no package"]
+    assert found.table().splitlines() == ["A  0.12 ↓  t 1", "B     -    no package"]
 
 
 # ---- command ----
@@ -317,7 +338,8 @@ def test_the_scores_of_the_example(cli, tmp_path):
     files = (folder / "example-hyp.txt", folder / "example-refs.txt")
     done = cli("eval", *map(str, files), "--task", "e2e", "--metrics", "BLEU,NIST", "-o", str(tmp_path / "s.json"))
     assert done.code == 0, done.err
-    assert [line.split("\t")[:2] for line in done.out.splitlines()[1:]] == [["BLEU", "0.7203"], ["NIST", "7.8212"]]
+    lines = [line.split("\t")[:3] for line in done.out.splitlines()]
+    assert lines == [["score", "value", "better"], ["BLEU", "0.7203", "↑"], ["NIST", "7.8212", "↑"]]
     written = json.loads((tmp_path / "s.json").read_text())
     assert {name: score["text"] for name, score in written["scores"].items()} == {"BLEU": "0.7203", "NIST": "7.8212"}
     printed = cli("eval", *map(str, files), "--task", "e2e", "--metrics", "BLEU,NIST", "--json")

@@ -22,6 +22,7 @@ from oracles import ROOT
 from prefixfast.data import TASKS
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.metrics.evaluate import evaluate
+from prefixfast.metrics.registry import better_side
 from prefixfast.store.workspace import lock, unlock
 from prefixfast.studies.compare import part as part_module
 from prefixfast.studies.compare.estimate import estimate_part
@@ -342,6 +343,24 @@ def test_differences_are_clear_if_every_seed_shows_them_and_there_are_three(summ
     text = markdown(summary, 16e9)
     assert f"* {LOSS}: full better than prefix." in text
     assert "* BLEU: none." in text
+
+
+@pytest.mark.parametrize("is_stored", [True, False], ids=["with sides", "of an earlier version"])
+def test_clear_differences_go_to_the_better_side(is_stored):
+    """Each score of the one method is lower than the other's."""
+    names = ["BLEU", "TER", "wrong slots", "wrong slots seen", "omissions unseen", "chrF++ seen", "empty", "length"]
+    lines = []
+    for label, value in (("low", 1.0), ("high", 2.0)):
+        for seed in range(3):
+            own = line(label, seed, value, value)
+            score = {"value": value + seed / 10, "text": "", "tool": "t"}
+            own["quality"]["scores"] = {n: score | ({"better": better_side(n)} if is_stored else {}) for n in names}
+            lines.append(own)
+    summary = summarize(lines, "s")
+    found = {name: summary.clear_differences(name) for name in (LOSS, *names)}
+    better = {name: pairs[0][0] for name, pairs in found.items() if pairs}
+    lower = dict.fromkeys((LOSS, "TER", "wrong slots", "wrong slots seen", "omissions unseen", "empty"), "low")
+    assert better == lower | {"BLEU": "high", "chrF++ seen": "high"}  # a length has no better side
 
 
 def test_users_that_fit_beside_the_base(summary):

@@ -9,10 +9,11 @@ from typing import Any
 
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.text import counted
+from prefixfast.metrics.registry import better_side
+from prefixfast.metrics.result import Better
 
 LOSS = "dev loss"
 FEWEST_SEEDS = 3  # of two methods, below which no difference between them is called clear
-LOWER_IS_BETTER = (LOSS, "TER", "omissions", "wrong slots")
 COSTS = {
     "trained": "num_trained",
     "stored": "num_stored",
@@ -88,11 +89,13 @@ class Summary:
         methods: Results of each method, in the order of the results.
         missing: Reason why a metric has no score, by the metric's name.
         title: Description of base, rows, dtype and machine.
+        better: Better side of loss and scores, by name.
     """
 
     methods: Sequence[MethodResult]
     missing: Mapping[str, str]
     title: str
+    better: Mapping[str, Better | None]
 
     @property
     def qualities(self) -> list[str]:
@@ -102,12 +105,14 @@ class Summary:
     def clear_differences(self, name: str) -> list[tuple[str, str]]:
         """Pairs of methods, the better first, of which every seed of the one is better than every seed of the other.
 
-        Methods with fewer than `FEWEST_SEEDS` seeds are in no pair.
+        Methods with fewer than `FEWEST_SEEDS` seeds are in no pair, nor is any in a score without a better side.
 
         Args:
             name: Name of the loss or of a score.
         """
-        sign = -1 if name.split(" ")[0] in LOWER_IS_BETTER or name in LOWER_IS_BETTER else 1
+        if (better := self.better.get(name)) is None:
+            return []
+        sign = 1 if better == "higher" else -1
         found = {m.label: [sign * v for v in m.quality[name].values] for m in self.methods if name in m.quality}
         able = {label: values for label, values in found.items() if len(values) >= FEWEST_SEEDS}
         return [(a, b) for a, x in able.items() for b, y in able.items() if min(x) > max(y)]
@@ -130,7 +135,10 @@ def summarize(lines: Sequence[Mapping[str, Any]], shared: str) -> Summary:
     labels = list(dict.fromkeys(line["label"] for line in own))
     methods = [_method([line for line in own if line["label"] == label]) for label in labels]
     missing = {name: reason for line in own for name, reason in line["quality"]["missing"].items()}
-    return Summary(methods, missing, _title(own))
+    scores = {name: score for line in own for name, score in line["quality"]["scores"].items()}
+    # A line that an earlier version wrote has no side.
+    sides = {n: s["better"] if "better" in s else better_side(n) for n, s in scores.items()}
+    return Summary(methods, missing, _title(own), {LOSS: "lower", **sides})
 
 
 def _method(lines: Sequence[Mapping[str, Any]]) -> MethodResult:
