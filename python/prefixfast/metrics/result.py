@@ -83,7 +83,7 @@ class Metrics(Mapping[str, float]):
         return len(self.values_by_name)
 
     def table(self) -> str:
-        """Scores and missing metrics as lines of text, with the arrow of the better side, and the tool or the reason."""
+        """Scores and missing metrics as lines of text, with the better side as an arrow, and the tool or the reason."""
         lines = [(n, v.text, ARROWS[v.better], v.tool) for n, v in self.values_by_name.items()]
         lines += [(name, "-", "", reason) for name, reason in self.missing.items()]
         wide = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
