@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefixfast import ConfigError, DataError, Prefix, load, train
+from prefixfast import ConfigError, DataError, Prefix, evaluate, load, train
 from prefixfast.cli.result_formats import one_line
 from prefixfast.data import read_task
 from prefixfast.data.builtin_tasks import TASKS, find_task
@@ -70,6 +70,27 @@ def test_generate_makes_one_text_for_each_input(cli, e2e, prefix, tmp_path):
         ("name[B]", ["B."]),
     ]
     assert plain.read_text() == "".join(one_line(r["text"]) + "\n" for r in made), "for official scorers"
+
+
+def test_texts_stand_in_the_order_of_the_inputs(cli, prefix, tmp_path):
+    """Rows of one reference and of several are mixed; `eval` matches texts and references by their place."""
+    given = [("A", {"ref": "a"}), ("B", {"refs": ["b", "c"]}), ("C", {}), ("A", {"ref": "d"}), ("D", {"ref": "e"})]
+    rows = [{"mr": f"name[{name}]", "id": f"{i}", **texts} for i, (name, texts) in enumerate(given)]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "o.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = cli("generate", path, "-o", out, "--split", "dev", "--prefix", prefix, *FEW)
+    assert done.code == 0, done.err
+    made = lines(out)
+    assert [(r["mr"][5], r["id"], r.get("refs")) for r in made] == [
+        ("A", "0", ["a", "d"]),
+        ("B", "1", ["b", "c"]),
+        ("C", "2", None),
+        ("D", "4", ["e"]),
+    ]
+    with_texts = [r for r in made if "refs" in r]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows if row["mr"] != "name[C]"))
+    scored = evaluate([{**r, "text": r["refs"][-1]} for r in with_texts], path, task="e2e", metrics=["BLEU"])
+    assert scored.num_texts == 3
 
 
 def test_score_scores_each_reference(cli, e2e, prefix, tmp_path):

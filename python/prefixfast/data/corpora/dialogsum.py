@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
+from prefixfast.data.corpora.joined_rows import join_inputs
 from prefixfast.data.corpora.official import Corpus, Counts
 from prefixfast.data.corpora.summaries import check_id, document_row, place, summary_items
 from prefixfast.data.files import FileRow, Item
@@ -22,29 +23,20 @@ def dialogsum_items(path: Path, split: str) -> Iterator[Item]:
     Outside of training, rows of one dialogue are one with ``refs``, as tables of the corpus have its test summaries.
     """
     items = summary_items(path, split, _parse_hidden if split == "test" else _parse)
-    if split == "train":
-        yield from items
-        return
-    groups: dict[JSON, list[FileRow]] = {}
+    yield from items if split == "train" else join_inputs(_once(items), "document", "document")
+
+
+def _once(items: Iterable[Item]) -> Iterator[Item]:
+    """Yield the rows, and an error in place of one whose dialogue had a row of the same identifier before."""
+    seen: set[tuple[JSON, JSON]] = set()
     for item in items:
-        if not isinstance(item, FileRow):
-            yield item
+        known = (item["document"], item["id"]) if isinstance(item, FileRow) and item.get("id") is not None else None
+        if isinstance(item, FileRow) and known in seen:
+            expected = "expected another one for each row of a dialogue"
+            yield row_error(item, 0, f"id: {expected}, got {shown(item['id'])} again")
             continue
-        group = groups.setdefault(item["document"], [])
-        if (name := item.get("id")) is not None and name in (other.get("id") for other in group):
-            yield row_error(item, 0, f"id: expected another one for each row of a dialogue, got {shown(name)} again")
-        else:
-            group.append(item)
-    yield from map(_joined, groups.values())
-
-
-def _joined(rows: list[FileRow]) -> FileRow:
-    """The row with the texts of all rows of one dialogue."""
-    first, *more = rows
-    if not more:
-        return first
-    texts: list[JSON] = [text for row in rows for text in _texts(row)]
-    return FileRow({k: v for k, v in first.items() if k != "summary"} | {"refs": texts}, *place(first))
+        seen |= {known} if known else set()
+        yield item
 
 
 def _parse(entry: FileRow) -> FileRow:
@@ -63,11 +55,6 @@ def _parse_hidden(entry: FileRow) -> FileRow:
         return _parse(entry)
     row = document_row(FileRow(entry | {"summary": ""}, *place(entry)), "dialogue", "summary")
     return FileRow({k: v for k, v in row.items() if k != "summary"} | {"id": entry["fname"]}, *place(entry))
-
-
-def _texts(row: FileRow) -> list[JSON]:
-    refs = row.get("refs")
-    return refs if isinstance(refs, list) else [row["summary"]] if "summary" in row else []
 
 
 DIALOGSUM = Corpus(

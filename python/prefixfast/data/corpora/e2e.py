@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora.e2e_source import source_items
+from prefixfast.data.corpora.joined_rows import join_inputs
 from prefixfast.data.corpora.official import Corpus, Counts, row_items
 from prefixfast.data.files import FileRow, Item
 from prefixfast.data.rows import row_error
@@ -15,23 +16,27 @@ from prefixfast.errors import DataError
 
 def e2e_items(path: Path, split: str) -> Iterator[Item]:
     """Yield the rows of an E2E file; outside of training, rows of one meaning representation are one with ``refs``."""
-    joined: dict[str, tuple[FileRow, list[JSON]]] = {}
     is_source = path.name.lower().endswith((".txt", ".txt.gz"))
-    for item in source_items(path) if is_source else row_items(path, "mr"):
-        if isinstance(item, DataError):
-            yield item
-            continue
-        mr, ref = item.get("mr"), item.get("ref")
-        if empty := [key for key in ("mr", "ref") if key in item and item[key] in (None, "")]:
-            yield row_error(item, 0, f"{empty[0]}: expected text, got an empty cell; leave the row out")
-        elif split == "train" or not isinstance(mr, str) or not isinstance(ref, str):
-            yield item
-        elif mr in joined:
-            joined[mr][1].append(ref)
-        else:
-            refs: list[JSON] = [ref]
-            joined[mr] = FileRow({"mr": mr, "refs": refs}, item.path, item.line), refs
-    yield from (row for row, _ in joined.values())
+    items = source_items(path) if is_source else map(_checked, row_items(path, "mr"))
+    yield from items if split == "train" else join_inputs(map(_with_refs, items), "mr", "table")
+
+
+def _checked(item: Item) -> Item:
+    """The row, or the error of an empty cell, with which a row would have no text or no input."""
+    if isinstance(item, DataError):
+        return item
+    empty = [k for k in ("mr", "ref") if k in item and item[k] in (None, "")]
+    if not empty or (empty == ["ref"] and item["ref"] is None and item.get("refs") is not None):
+        return item
+    return row_error(item, 0, f"{empty[0]}: expected text, got an empty cell; leave the row out")
+
+
+def _with_refs(item: Item) -> Item:
+    """The row with its only text as ``refs``."""
+    if isinstance(item, DataError) or not isinstance(ref := item.get("ref"), str) or item.get("refs") is not None:
+        return item
+    refs: list[JSON] = [ref]
+    return FileRow({k: v for k, v in item.items() if k not in ("ref", "refs")} | {"refs": refs}, item.path, item.line)
 
 
 E2E = Corpus(

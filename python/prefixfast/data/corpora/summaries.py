@@ -157,6 +157,7 @@ def _own_row(row: FileRow) -> FileRow:
     """Row of a file of rows, which has the keys that `read_task` gives."""
     if row.get("refs") is None:
         return document_row(row, "document", "summary")
+    check_id(row, "id")
     text_value(row, 0, "document")
     references(row, 0, "document")
     return row

@@ -1,0 +1,62 @@
+"""Rows of one input as one row with all its texts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+
+from prefixfast.config.json_types import JSON
+from prefixfast.data.files import FileRow, Item
+from prefixfast.data.formats import FORMATS, FormatName
+from prefixfast.data.row_values import references
+from prefixfast.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+def join_inputs(items: Iterable[Item], key: str, row_format: FormatName) -> Iterator[Item]:
+    """Yield one row for each input, in the order in which the inputs first occur.
+
+    The texts of several rows become ``refs``, in the order of the rows. The other columns are those of the first row.
+    Rows without an input stay as they are.
+
+    Args:
+        items: Rows, and a `DataError` in place of each malformed one.
+        key: Key of the input.
+        row_format: Format of the rows, ``"table"`` or ``"document"``.
+    """
+    groups: list[list[FileRow]] = []
+    group_by_input: dict[str, list[FileRow]] = {}
+    for item in items:
+        if isinstance(item, DataError):
+            yield item
+            continue
+        group: list[FileRow] = []
+        if (value := item.get(key)) is not None:
+            group = group_by_input.setdefault(value if isinstance(value, str) else json.dumps(value), group)
+        if not group:
+            groups.append(group)
+        group.append(item)
+    left_out: dict[str, None] = {}
+    for group in groups:
+        try:
+            yield _joined(group, FORMATS[row_format].targets, row_format, left_out)
+        except DataError as e:
+            yield e
+    if left_out:
+        names = ", ".join(left_out)
+        logger.info("rows of one input are one row; of the columns %s it has the values of the first row", names)
+
+
+def _joined(rows: list[FileRow], targets: tuple[str, ...], row_format: FormatName, left_out: dict[str, None]) -> FileRow:
+    """The row with the texts of all rows of one input; the columns with several values are added to ``left_out``."""
+    first, *more = rows
+    if not more:
+        return first
+    texts: list[JSON] = []
+    for row in rows:
+        texts += references(row, 0, row_format) if any(row.get(k) is not None for k in targets) else []
+        left_out |= dict.fromkeys(k for k, v in row.items() if k not in targets and v != first.get(k))
+    others = {k: v for k, v in first.items() if k not in targets}
+    return FileRow(others | ({"refs": texts} if texts else {}), first.path, first.line)
