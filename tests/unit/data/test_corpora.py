@@ -100,7 +100,7 @@ def test_webnlg(write, indent):
 
 
 def test_dart(write):
-    rows = read_task("dart", write("a.json.gz", json.dumps(DART, indent=2)))
+    rows = read_task("dart", write("a.json.gz", json.dumps(DART, indent=2)), "dev")
     assert rows[0] == {
         "triples": DART[0]["tripleset"],
         "refs": ["It joined.", "In 1973."],

@@ -116,7 +116,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path):
         assert [r["refs"] for r in read_task("webnlg", folder / split, split)] == expected
     with pytest.raises(DataError, match=r"expected files of the split test.*got 6 files of other splits"):
         read_task("webnlg", folder, "test")
-    with pytest.raises(DataError, match=r"ending in \.xml or \.xml\.gz, got none"):
+    with pytest.raises(DataError, match=r"ending in \.xml, got none"):
         read_task("webnlg", (tmp_path / "empty", (tmp_path / "empty").mkdir())[0], "test")
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from prefixfast.data.corpora.marked_texts import files_by_stem, find_below, listed_items, text_item
+from prefixfast.data.corpora.marked_texts import files_by_stem, find_near, listed_items, text_item
 from prefixfast.data.corpora.official import Corpus, Counts
 from prefixfast.data.corpora.summaries import document_row, not_empty, summary_items, text_lines
-from prefixfast.data.files import Item, read_text
+from prefixfast.data.files import Item, file_kind, read_text
 from prefixfast.errors import DataError, printable
 
 STORY, HIGHLIGHT = ".story", "@highlight"
@@ -23,7 +23,7 @@ def cnn_dailymail_items(path: Path, split: str) -> Iterator[Item]:
 
     The folder of stories holds the lists of addresses, or their folder ``url_lists``. They may also be beside it.
     """
-    if path.suffix == STORY:
+    if file_kind(path) == STORY:
         yield text_item(path, _article_and_highlights)
         return
     files = files_by_stem(path, [STORY]) if path.is_dir() else {}
@@ -41,7 +41,7 @@ def _stems(folder: Path, split: str) -> list[str]:
         DataError: If the list is missing, or cannot be read.
     """
     name = URL_LISTS[split]
-    path = find_below(folder, name) or find_below(folder, f"url_lists/{name}")
+    path = find_near(folder, name) or find_near(folder, f"url_lists/{name}")
     if path is None:
         msg = (
             f"{printable(str(folder))}: expected url_lists/{name} of abisee/cnn-dailymail beside the stories, got none"

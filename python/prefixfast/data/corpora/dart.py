@@ -8,25 +8,36 @@ from typing import Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora.official import Corpus, Counts
+from prefixfast.data.corpora.split_files import split_file
+from prefixfast.data.corpora.split_rows import own_row, with_texts
 from prefixfast.data.corpora.triples_xml import XmlEntry, xml_entries
-from prefixfast.data.files import FileRow, Item, file_items, parse_item
+from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, file_kind, parse_item
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError, shown
 
+XML = ".xml"
+
 
 def dart_items(path: Path, split: str) -> Iterator[Item]:
-    """Yield the rows of a DART file, with ``triples``, ``refs`` and the ``source`` of the first text.
+    """Yield the rows of a DART file, or of a folder of such files by split.
 
-    Empty texts, of which the official test split has one, are left out.
+    Rows have ``triples``, ``refs`` and the ``source`` of the first text. Empty texts, of which the official test split
+    has one, are left out, and in training entries without any other.
     """
-    if path.name.lower().endswith((".xml", ".xml.gz")):
+    for file in split_file(path, split, SUFFIXES, (XML,)):
+        items = _file_items(file, split)
+        yield from with_texts(items, file) if split == "train" else items
+
+
+def _file_items(path: Path, split: str) -> Iterator[Item]:
+    if file_kind(path) == XML:
         for entry in xml_entries(path):
             yield entry if isinstance(entry, DataError) else _xml_row(entry, path)
         return
     for item in file_items(path):
-        is_row = isinstance(item, DataError) or "triples" in item
-        yield item if isinstance(item, DataError) or is_row else parse_item(_parse_entry, item)
+        is_row = isinstance(item, FileRow) and "triples" in item
+        yield own_row(item, split) if is_row or isinstance(item, DataError) else parse_item(_parse_entry, item)
 
 
 def _xml_row(entry: XmlEntry, path: Path) -> FileRow:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.corpora.joined_rows import join_inputs
 from prefixfast.data.corpora.official import Corpus, Counts
+from prefixfast.data.corpora.split_rows import join_inputs
 from prefixfast.data.corpora.summaries import check_id, document_row, place, summary_items
 from prefixfast.data.files import FileRow, Item
 from prefixfast.data.row_values import check_text, text_value

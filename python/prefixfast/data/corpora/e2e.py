@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora.e2e_source import source_items
-from prefixfast.data.corpora.joined_rows import join_inputs
 from prefixfast.data.corpora.official import Corpus, Counts, row_items
-from prefixfast.data.files import FileRow, Item
+from prefixfast.data.corpora.split_files import split_file
+from prefixfast.data.corpora.split_rows import join_inputs
+from prefixfast.data.files import SUFFIXES, FileRow, Item, file_kind
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError
 
+TEXTS = ".txt"  # of Li & Liang
+
 
 def e2e_items(path: Path, split: str) -> Iterator[Item]:
-    """Yield the rows of an E2E file; outside of training, rows of one meaning representation are one with ``refs``."""
-    is_source = path.name.lower().endswith((".txt", ".txt.gz"))
-    items = source_items(path) if is_source else map(_checked, row_items(path, "mr"))
+    """Yield the rows of an E2E file, or of a folder of such files by split.
+
+    Outside of training, rows of one meaning representation are one with ``refs``.
+    """
+    files = split_file(path, split, SUFFIXES, (TEXTS,))
+    items = itertools.chain.from_iterable(map(_file_items, files))
     yield from items if split == "train" else join_inputs(map(_with_refs, items), "mr", "table")
+
+
+def _file_items(path: Path) -> Iterator[Item]:
+    yield from source_items(path) if file_kind(path) == TEXTS else map(_checked, row_items(path, "mr"))
 
 
 def _checked(item: Item) -> Item:

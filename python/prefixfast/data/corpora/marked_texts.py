@@ -6,8 +6,9 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from prefixfast.data.corpora.split_files import visible_files
 from prefixfast.data.corpora.summaries import text_lines
-from prefixfast.data.files import FileRow, Item, read_text
+from prefixfast.data.files import FileRow, Item, file_kind, read_text
 from prefixfast.errors import DataError, printable
 
 logger = logging.getLogger(__name__)
@@ -15,18 +16,30 @@ Parse = Callable[[list[str]], tuple[str, str] | str]
 
 
 def files_by_stem(folder: Path, endings: Iterable[str]) -> dict[str, Path]:
-    """Files below a folder by their stem.
+    """Files in a folder and the folders in it by their stem.
 
     Args:
         folder: Folder.
-        endings: Suffixes of the files.
+        endings: Suffixes of the files, before ``.gz``.
+
+    Raises:
+        DataError: If two files have one stem, of which one would be lost.
     """
-    return {f.stem: f for ending in endings for f in sorted(folder.rglob(f"*{ending}"))}
+    kinds, found = {*endings}, dict[str, Path]()
+    for file in visible_files(folder):
+        if file_kind(file) not in kinds:
+            continue
+        if (other := found.setdefault(_stem(file), file)) != file:
+            expected = f"expected one file of each document, got {other.relative_to(folder)} too"
+            msg = f"{printable(str(file))}: {expected}; give one of the two folders"
+            raise DataError(msg, path=str(file))
+    return found
 
 
-def find_below(folder: Path, name: str) -> Path | None:
-    """The file of a name in a folder, in the folders inside it or beside it; None without one."""
-    return next((f for place in (folder, folder.parent) for f in sorted(place.glob(f"{name}")) if f.is_file()), None)
+def find_near(folder: Path, name: str) -> Path | None:
+    """The file of a name in a folder or beside the folder; None without one."""
+    places = (folder, folder.resolve().parent)  # the parent of "." is "."
+    return next((place / name for place in places if (place / name).is_file()), None)
 
 
 def listed_items(stems: Iterable[str], files: Mapping[str, Path], folder: Path, parse: Parse) -> Iterator[Item]:
@@ -68,4 +81,9 @@ def text_item(path: Path, parse: Parse) -> Item:
     if isinstance(found, str):
         return DataError(f"{path}:1: {found}", path=str(path), line=1)
     document, summary = found
-    return FileRow({"document": document, "summary": summary, "id": path.stem}, str(path), 1)
+    return FileRow({"document": document, "summary": summary, "id": _stem(path)}, str(path), 1)
+
+
+def _stem(path: Path) -> str:
+    """A file's name without its suffix and ``.gz``."""
+    return path.name[: path.name.lower().rindex(file_kind(path))]

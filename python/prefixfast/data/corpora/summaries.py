@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from prefixfast.data.column_names import listed
-from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, parse_item, read_text
+from prefixfast.data.corpora.split_files import split_file
+from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, file_kind, parse_item, read_text
 from prefixfast.data.row_values import check_text, references, text_value
 from prefixfast.data.rows import is_table_row, row_error
-from prefixfast.errors import DataError, printable
+from prefixfast.errors import DataError
 
 logger = logging.getLogger(__name__)
-SPLIT_WORDS = {"train": ("train", "training"), "dev": ("dev", "val", "valid", "validation"), "test": ("test",)}
 SOURCE, TARGET = ".source", ".target"
-SHARD = re.compile(r"-\d{5}-of-\d{5}")  # in the name of a part of a split, as Hugging Face exports it
 LINE_END = re.compile(r"\r\n|\r|\n")
-SHOWN = 8  # files in a message
 TEXT_KEYS = ("document", "article", "dialogue", "summary", "highlights")
 
 
-def summary_items(
-    path: Path, split: str, parse: Callable[[FileRow], FileRow], endings: Sequence[str] = SUFFIXES
-) -> Iterator[Item]:
+def summary_items(path: Path, split: str, parse: Callable[[FileRow], FileRow]) -> Iterator[Item]:
     """Yield the rows of a file of summaries, of a ``.source`` file with its ``.target`` file, or of a folder of them.
 
     In training, rows whose document or summary is empty are left out, as the loaders of the public corpora do.
@@ -33,40 +29,13 @@ def summary_items(
         path: Path of the file. In a folder, the file whose name has the word of the split is read.
         split: Split that is read.
         parse: Function that makes the row of an entry. Entries with the key ``document`` are rows already.
-        endings: Suffixes of files of rows.
     """
-    for file in files_of_split(path, split, (*endings, SOURCE)) if path.is_dir() else [path]:
-        if _ending(file) in (SOURCE, TARGET):
+    for file in split_file(path, split, (*SUFFIXES, SOURCE)):
+        if file_kind(file) in (SOURCE, TARGET):
             items = pair_items(file)
         else:
             items = (_parsed(item, split, parse) for item in file_items(file))
         yield from not_empty(items, file) if split == "train" else items
-
-
-def files_of_split(folder: Path, split: str, endings: Sequence[str]) -> list[Path]:
-    """Files of a split in a folder, or in its folder ``data``: one file, or the numbered parts of one.
-
-    Args:
-        folder: Folder.
-        split: Split, whose word stands in the name of its file: ``val.source``, ``dialogsum.dev.jsonl``.
-        endings: Suffixes of the files.
-
-    Raises:
-        DataError: If there is no such file, or several.
-    """
-    try:
-        inside = sorted(f for place in (folder, folder / "data") if place.is_dir() for f in place.iterdir())
-    except OSError as e:
-        msg = f"{printable(str(folder))}: cannot be read: {e}"
-        raise DataError(msg, path=str(folder)) from e
-    files = [f for f in inside if _ending(f) in endings and f.is_file() and not f.name.startswith(".")]
-    found = [f for f in files if not {*re.split(r"[._-]", f.name.lower())}.isdisjoint(SPLIT_WORDS[split])]
-    if len({(f.parent, SHARD.sub("", f.name)) for f in found}) != 1:
-        words, got = " or ".join(SPLIT_WORDS[split]), listed([f.name for f in (found or files or inside)[:SHOWN]])
-        expected = f"expected one file of the {split} split, with {words} in its name, ending in {', '.join(endings)}"
-        msg = f"{printable(str(folder))}: {expected}; got {got or 'an empty folder'}"
-        raise DataError(msg, path=str(folder))
-    return found
 
 
 def pair_items(path: Path) -> Iterator[Item]:
@@ -78,8 +47,8 @@ def pair_items(path: Path) -> Iterator[Item]:
     Raises:
         DataError: If a file cannot be read, or the two differ in their number of lines.
     """
-    source, target = (path.with_name(_other_ending(path.name, ending)) for ending in (SOURCE, TARGET))
-    documents, summaries = _lines(source), _lines(target)
+    source, target = (_beside(path, ending) for ending in (SOURCE, TARGET))
+    documents, summaries = (text_lines(read_text(file)) for file in (source, target))
     if len(documents) != len(summaries):
         counts = f"{len(documents)} lines, {target.name} has {len(summaries)}"
         line = min(len(documents), len(summaries)) + 1
@@ -171,16 +140,10 @@ def _text(entry: FileRow, key: str) -> str:
     return text_value(entry, 0, key)
 
 
-def _lines(path: Path) -> list[str]:
-    return text_lines(read_text(path))
-
-
-def _ending(path: Path) -> str:
-    """Suffix of a file in lower case, before ``.gz``."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix
-
-
-def _other_ending(name: str, ending: str) -> str:
-    packed = name[-3:] if name.lower().endswith(".gz") else ""
-    return Path(name.removesuffix(packed)).stem + ending + packed
+def _beside(path: Path, ending: str) -> Path:
+    """The file of a pair with an ending, also in capitals or with ``.gz``; the expected path if there is none."""
+    if file_kind(path) == ending:
+        return path
+    expected = path.with_name(path.name[: path.name.lower().rindex(file_kind(path))] + ending)
+    names = (expected.name.lower(), f"{expected.name.lower()}.gz")
+    return next((f for f in sorted(path.parent.iterdir()) if f.name.lower() in names), expected)

@@ -8,7 +8,9 @@ from typing import Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora.official import Corpus, Counts, row_items
-from prefixfast.data.files import FileRow, Item, parse_item
+from prefixfast.data.corpora.split_files import split_file
+from prefixfast.data.corpora.split_rows import own_row, with_texts
+from prefixfast.data.files import SUFFIXES, FileRow, Item, parse_item
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import shown
@@ -20,14 +22,21 @@ Cells = list[list[dict[str, Any]]]
 
 
 def totto_items(path: Path, split: str) -> Iterator[Item]:
-    """Yield the rows of a ToTTo file, with ``table``, ``refs``, ``id`` and ``subset``.
+    """Yield the rows of a ToTTo file, or of a folder of such files by split.
 
-    The table is pairs: the titles, then each highlighted cell and the headers of its columns and row, by the rules of
-    Parikh et al. 2020. The subset is ``"overlap"`` or ``"non-overlap"`` in the files that mark it.
+    Rows have ``table``, ``refs``, ``id`` and ``subset``. The table is pairs: the titles, then each highlighted cell and
+    the headers of its columns and row, by the rules of Parikh et al. 2020. The subset is ``"overlap"`` or
+    ``"non-overlap"`` in the files that mark it.
     """
+    for file in split_file(path, split, SUFFIXES):
+        items = _file_items(file, split)
+        yield from with_texts(items, file) if split == "train" else items
+
+
+def _file_items(path: Path, split: str) -> Iterator[Item]:
     for item in row_items(path, "table"):
         is_entry = any(key in item for key in ENTRY_KEYS) if isinstance(item, FileRow) else False
-        yield parse_item(_parse_entry, item) if isinstance(item, FileRow) and is_entry else item
+        yield parse_item(_parse_entry, item) if isinstance(item, FileRow) and is_entry else own_row(item, split)
 
 
 def _parse_entry(item: FileRow) -> FileRow:

@@ -10,16 +10,17 @@ from typing import Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora.official import Corpus, Counts, row_items
-from prefixfast.data.corpora.split_files import split_files
+from prefixfast.data.corpora.split_files import split_file, split_files, visible_files
+from prefixfast.data.corpora.split_rows import with_texts
 from prefixfast.data.corpora.triples_xml import XmlEntry, xml_entries
-from prefixfast.data.files import FileRow, Item, json_objects, parse_item, read_text
+from prefixfast.data.files import FileRow, Item, file_kind, json_objects, parse_item, read_text
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError, shown
 
 logger = logging.getLogger(__name__)
 ENTRIES = re.compile(r'\s*\{\s*"entries"\s*:\s*')
-XML = (".xml", ".xml.gz")
+XML, JSON_KIND = ".xml", ".json"
 # Categories of the training splits; the test splits have others too. Entries of 2020 have the attribute shape.
 SEEN_2017 = frozenset(
     {
@@ -33,30 +34,47 @@ SEEN_2020 = SEEN_2017 | {"Artist", "Athlete", "CelestialBody", "Company", "MeanO
 def webnlg_items(path: Path, split: str) -> Iterator[Item]:
     """Yield the rows of a WebNLG file or folder, with ``triples``, ``refs``, ``category``, ``subset`` and ``id``.
 
+    A folder is read as all of its XML files of the split, or without any XML as the JSON file of the split.
+
     In training, lexicalisations with another comment than "good", and entries without any left, are left out. Where an
     entry has texts in another language beside its English ones, it is read in that language alone.
     """
-    if path.is_dir():
-        entries = _folder_entries(path, split)
-    elif path.name.lower().endswith(XML):
-        entries = _xml_rows(path)
-    elif ".json" in path.suffixes and (start := ENTRIES.match(text := read_text(path))) is not None:
-        objects = json_objects(text, str(path), start.end(), closing="}")
-        entries = (o if isinstance(o, DataError) else parse_item(_json_entry, o) for o in objects)
-    else:
-        yield from row_items(path, "triples")  # a file of rows; this reader reports anything else
+    kinds = {file_kind(f) for f in visible_files(path)} if path.is_dir() else {JSON_KIND}
+    if XML in kinds or JSON_KIND not in kinds:
+        yield from _rows(_folder_entries(path, split), split, path)
         return
+    for file in split_file(path, split, (JSON_KIND,)):
+        entries = _file_entries(file)
+        # Without official entries it is a file of rows, whose reader reports anything else.
+        yield from row_items(file, "triples") if entries is None else _rows(entries, split, file)
+
+
+def _file_entries(path: Path) -> Iterator[Item] | None:
+    """Entries of an official file; None for another file."""
+    if file_kind(path) == XML:
+        return _xml_rows(path)
+    if file_kind(path) != JSON_KIND or (start := ENTRIES.match(text := read_text(path))) is None:
+        return None
+    objects = json_objects(text, str(path), start.end(), closing="}")
+    return (o if isinstance(o, DataError) else parse_item(_json_entry, o) for o in objects)
+
+
+def _rows(entries: Iterator[Item], split: str, path: Path) -> Iterator[Item]:
+    """Rows of entries, in training with their texts of good quality alone."""
     left_out = 0
-    for entry in entries:
-        row = entry if isinstance(entry, DataError) else parse_item(_row, entry)
-        if isinstance(row, FileRow):
-            texts: Any = row.pop("texts")
-            kept = [x for x in texts if split != "train" or x.get("comment") in (None, "", "good")]
-            left_out += len(texts) - len(kept)
-            if split == "train" and not kept:
-                continue
-            row |= {"refs": [x["text"] for x in kept]} if kept else {}
-        yield row
+
+    def rows() -> Iterator[Item]:
+        nonlocal left_out
+        for entry in entries:
+            row = entry if isinstance(entry, DataError) else parse_item(_row, entry)
+            if isinstance(row, FileRow):
+                texts: Any = row.pop("texts")
+                kept = [x for x in texts if split != "train" or x.get("comment") in (None, "", "good")]
+                left_out += len(texts) - len(kept)
+                row |= {"refs": [x["text"] for x in kept]} if kept else {}
+            yield row
+
+    yield from with_texts(rows(), path) if split == "train" else rows()
     if left_out:
         logger.info('%s: %d lexicalisations without the comment "good" are left out', path, left_out)
 
@@ -64,7 +82,7 @@ def webnlg_items(path: Path, split: str) -> Iterator[Item]:
 def _folder_entries(folder: Path, split: str) -> Iterator[Item]:
     """Entries of all files, each once: a test folder holds one test several times, for example without its texts."""
     try:
-        files = split_files(folder, split, XML)
+        files = split_files(folder, split, (XML,))
     except DataError as e:
         yield e
         return

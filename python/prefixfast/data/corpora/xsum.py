@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from prefixfast.data.corpora.marked_texts import files_by_stem, find_below, listed_items, text_item
+from prefixfast.data.corpora.marked_texts import files_by_stem, find_near, listed_items, text_item
 from prefixfast.data.corpora.official import Corpus, Counts
 from prefixfast.data.corpora.summaries import document_row, not_empty, summary_items
-from prefixfast.data.files import Item, read_text
+from prefixfast.data.files import Item, file_kind, read_text
 from prefixfast.data.files.json_rows import parse_json
 from prefixfast.errors import DataError, printable, shown
 
@@ -31,7 +31,7 @@ def xsum_items(path: Path, split: str) -> Iterator[Item]:
 
     The folder of articles holds the files and the authors' list of splits, which may also be beside the folder.
     """
-    if path.suffix in ENDINGS:
+    if file_kind(path) in ENDINGS:
         yield text_item(path, _document_and_summary)
         return
     files = files_by_stem(path, ENDINGS) if path.is_dir() else {}
@@ -48,7 +48,7 @@ def _ids(folder: Path, split: str) -> list[str]:
     Raises:
         DataError: If the list of splits is missing or malformed.
     """
-    path = find_below(folder, SPLIT_FILE)
+    path = find_near(folder, SPLIT_FILE)
     if path is None:
         msg = (
             f"{printable(str(folder))}: expected {SPLIT_FILE} of EdinburghNLP/XSum in the folder or beside it, got none"

@@ -27,6 +27,7 @@ __all__ = [
     "XmlElement",
     "check_encoding",
     "file_items",
+    "file_kind",
     "json_line_items",
     "json_objects",
     "parse_item",
@@ -60,7 +61,7 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
         ConfigError: If the encoding is unknown.
     """
     check_encoding(encoding)
-    kind = _kind(path)
+    kind = file_kind(path)
     if kind not in SUFFIXES:
         advice = refused_suffix(kind)
         msg = f"{path}: expected a file ending in {ENDINGS}" + (f", got {advice}" if advice else "")
@@ -94,11 +95,11 @@ def read_text(path: Path) -> str:
             with the line.
     """
     raw = read_bytes(path)
-    _check_content(raw, path, _kind(path))
+    _check_content(raw, path, file_kind(path))
     return as_utf8(raw, str(path)).decode()
 
 
-def _kind(path: Path) -> str:
+def file_kind(path: Path) -> str:
     """Suffix of a file in lower case, before ``.gz``."""
     suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
     return suffixes[-1] if suffixes else ""

@@ -1,16 +1,18 @@
-"""Rows of one input as one row with all its texts."""
+"""Rows of a split: those of one input joined outside of training, those without texts left out of training."""
 
 from __future__ import annotations
 
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.files import FileRow, Item
 from prefixfast.data.formats import FORMATS, FormatName
 from prefixfast.data.row_values import references
 from prefixfast.errors import DataError
+from prefixfast.io.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,45 @@ def join_inputs(items: Iterable[Item], key: str, row_format: FormatName) -> Iter
         logger.info("rows of one input are one row; of the columns %s it has the values of the first row", names)
 
 
-def _joined(rows: list[FileRow], targets: tuple[str, ...], row_format: FormatName, left_out: dict[str, None]) -> FileRow:
+def own_row(item: Item, split: str) -> Item:
+    """The row of a file of rows, or the error of one that has no text in training."""
+    if isinstance(item, DataError) or split != "train" or "input_ids" in item:
+        return item
+    try:
+        references(item, 0)
+    except DataError as e:
+        return e
+    return item
+
+
+def with_texts(items: Iterable[Item], path: Path) -> Iterator[Item]:
+    """Yield the rows with texts, which training needs, and log the number of the others.
+
+    Args:
+        items: Rows of official entries, and a `DataError` in place of each malformed one.
+        path: Path of their file or folder.
+
+    Raises:
+        DataError: If there are rows, and none has texts.
+    """
+    left_out, is_any = 0, False
+    for item in items:
+        if isinstance(item, FileRow) and "refs" not in item and "ref" not in item:
+            left_out += 1
+        else:
+            is_any = True
+            yield item
+    if left_out and not is_any:
+        msg = f"{path}: expected texts in the train split, got {counted(left_out, 'entry', 'entries')} without texts"
+        raise DataError(msg, path=str(path))
+    if left_out:
+        what = counted(left_out, "entry without texts is", "entries without texts are")
+        logger.info("%s: %s left out", path, what)
+
+
+def _joined(
+    rows: list[FileRow], targets: tuple[str, ...], row_format: FormatName, left_out: dict[str, None]
+) -> FileRow:
     """The row with the texts of all rows of one input; the columns with several values are added to ``left_out``."""
     first, *more = rows
     if not more:
