@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -13,19 +15,29 @@ from prefixfast.data.corpora import read_task, task_items
 from prefixfast.data.corpora.corpus import CORPORA
 from prefixfast.data.corpora.official import TEXT_KEYS
 from prefixfast.data.files import SUFFIXES, file_items, read_text
-from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, PLAIN_TEXT
+from prefixfast.data.files.items import FileRow
+from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, CORPUS, JSON_TABLE, PLAIN_TEXT
 from prefixfast.data.formats import FORMATS
-from prefixfast.data.row_values import check_text, json_hint, only_key
-from prefixfast.data.rows import Row, read_rows, row_error
+from prefixfast.data.row_values import check_text, json_hint, only_key, text_value
+from prefixfast.data.rows import Row, is_table_row, read_rows, row_error
 from prefixfast.errors import ConfigError, DataError, check_choice, shown
 from prefixfast.io.paths import as_path
 
 PathLike: TypeAlias = str | os.PathLike[str]
-OUTPUT_KEYS = ("text", "output", "prediction", "hypothesis")  # of rows; the first that a row has counts
+OUTPUT_KEYS = ("text", "output", "prediction", "hypothesis")  # of rows, which have one of them
 REFERENCE_KEYS = (*TEXT_KEYS, "highlights", "reference", "references")
 TABLE_KEYS = FORMATS["table"].inputs
 COMPARED_KEYS = ("id", *TABLE_KEYS, "document", "article", "dialogue")
 ROW_SUFFIXES = (*SUFFIXES, ".xml")
+SOURCE, TARGET = ".source", ".target"  # of two files of a corpus with one document, and its summary, a line
+# Further suffixes of official files, by task.
+OFFICIAL_SUFFIXES: dict[str, tuple[str, ...]] = {
+    "xsum": (SOURCE, ".summary", ".data"),
+    "cnn_dailymail": (SOURCE, ".story"),
+    "samsum": (SOURCE,),
+    "dialogsum": (SOURCE,),
+}
+START = 1000  # characters of a text file in which a row shows its keys
 
 
 class Output(NamedTuple):
@@ -57,8 +69,8 @@ def read_outputs(outputs: Any) -> list[Output]:
     """
     if isinstance(outputs, str | os.PathLike):
         path = as_path("outputs", outputs)
-        if not _has_rows(path):
-            return [Output(line, f"{path}:{i}", {}) for i, line in enumerate(_lines(path), 1)]
+        if _is_text(path):
+            return [Output(line, f"{path}:{i}", {}) for i, line in enumerate(_lines(path, OUTPUT_KEYS), 1)]
         return [_row_output(row, i) for i, row in enumerate(read_rows(path))]
     return [_output(value, i) for i, value in enumerate(_listed("outputs", outputs))]
 
@@ -68,8 +80,9 @@ def read_references(references: Any, task: str, split: str | None) -> list[Refer
 
     Args:
         references: Path of an official file, of a file of rows, or of a text file: one reference a line, or one group
-            of lines for each text, with an empty line between two. Or several paths (`pathlib.Path`) of text files
-            with one line for each text, or an iterable of rows, of texts, or of lists of texts.
+            of lines for each text, with an empty line between two. A ``.target`` file without its ``.source`` file has
+            one reference a line, of which some can be empty. Or several paths (`pathlib.Path`) of text files with one
+            line for each text, or an iterable of rows, of texts, or of lists of texts.
         task: Name of the task, whose official files are read.
         split: Split of the official file; None reads it with one row for each input.
 
@@ -87,7 +100,7 @@ def read_references(references: Any, task: str, split: str | None) -> list[Refer
         msg = f"split: expected none for references that are no official file, got {shown(split)}"
         raise ConfigError(msg)
     if paths:
-        return _parallel_references(paths)
+        return _parallel_references(paths, task)
     return [_reference(value, i) for i, value in enumerate(values)]
 
 
@@ -98,8 +111,9 @@ def check_pairs(outputs: Sequence[Output], references: Sequence[Reference]) -> N
         DataError: If there are none, if their numbers differ, or if the id or the input of a pair differs.
     """
     if len(outputs) != len(references) or not outputs:
-        msg = f"expected one group of references for each output, got {len(outputs)} outputs and {len(references)} "
-        msg += "groups; each input has one output, and all its references are one group"
+        got = f"{len(outputs)} outputs{_source(outputs)} and {len(references)} groups{_source(references)}"
+        msg = f"expected one group of references for each output, got {got}; each input has one output, and all its "
+        msg += "references are one group"
         raise DataError(msg)
     for output, reference in zip(outputs, references, strict=True):
         for key in COMPARED_KEYS:
@@ -123,17 +137,70 @@ def _listed(name: str, values: Any) -> list[Any]:
     return list(values)
 
 
-def _has_rows(path: Path) -> bool:
-    """Whether a reader of rows reads the file, or refuses it with advice; any other file holds lines of text."""
+def _source(found: Sequence[Output] | Sequence[Reference]) -> str:
+    """Name of the file of outputs or references, empty for others."""
+    path = found[0].place.rpartition(":")[0] if found else ""
+    return f" in {path}" if path not in ("", "outputs", "references") else ""
+
+
+def _ending(path: Path) -> str:
+    """Suffix of a file in lower case, before ``.gz``."""
     suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    return path.is_dir() or kind in ROW_SUFFIXES or ADVICE_BY_SUFFIX.get(kind, PLAIN_TEXT) != PLAIN_TEXT
+    return suffixes[-1] if suffixes else ""
 
 
-def _lines(path: Path) -> list[str]:
-    r"""Lines of a text file; only ``\n`` and ``\r\n`` end a line, as in the official scripts."""
-    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+def _is_text(path: Path) -> bool:
+    """Whether a file holds lines of text. A reader of rows reads any other, or refuses it with advice."""
+    kind = _ending(path)
+    return not path.is_dir() and kind not in ROW_SUFFIXES and ADVICE_BY_SUFFIX.get(kind, CORPUS) in (CORPUS, PLAIN_TEXT)
+
+
+def _is_official(path: Path, task: str, split: str | None) -> bool:
+    """Whether the readers of rows and of official files read a file of references, or refuse it with advice."""
+    kind, suffixes = _ending(path), OFFICIAL_SUFFIXES.get(task, ())
+    if not _is_text(path) or kind in suffixes:
+        return True
+    if kind == TARGET:
+        return SOURCE in suffixes and (split is not None or _has_documents(path))
+    if task == "e2e" and kind == ".txt":
+        return _has_bars(path)
+    return ADVICE_BY_SUFFIX.get(kind) == CORPUS
+
+
+def _has_documents(path: Path) -> bool:
+    """Whether the ``.source`` file of a ``.target`` file is beside it."""
+    packed = path.suffix if path.suffix.lower() == ".gz" else ""
+    return path.with_name(Path(path.name.removesuffix(packed)).stem + SOURCE + packed).exists()
+
+
+def _lines(path: Path, keys: Sequence[str]) -> list[str]:
+    r"""Lines of a text file. ``\n`` and ``\r\n`` end a line, and no other character, as in JSON lines.
+
+    Args:
+        path: Path of the file.
+        keys: Keys of texts, of which a row would have one.
+
+    Raises:
+        DataError: If the file cannot be read, or holds rows in JSON.
+    """
+    text = read_text(path)
+    if JSON_TABLE.match(text[:START].encode()) and re.search(rf'"({"|".join(keys)})"\s*:', text[:START]):
+        msg = f"{path}: expected one text a line, got rows in JSON; name the file .json or .jsonl"
+        raise DataError(msg, path=str(path))
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     return lines if lines[-1] else lines[:-1]
+
+
+@contextlib.contextmanager
+def _named(name: str, row: Row) -> Iterator[None]:
+    """Context manager that puts the name of the argument before the error of a row that is in no file."""
+    try:
+        yield
+    except DataError as e:
+        if isinstance(row, FileRow):
+            raise
+        msg = f"{name}: {e}"
+        raise DataError(msg, line=e.line) from e
 
 
 def _output(value: Any, number: int) -> Output:
@@ -141,7 +208,8 @@ def _output(value: Any, number: int) -> Output:
     if isinstance(value, Mapping):
         return _row_output(value, number)
     if isinstance(value, str):
-        return Output(check_text({}, number, "outputs", value), place, {})
+        with _named("outputs", {}):
+            return Output(check_text({}, number, "text", value), place, {})
     if isinstance(getattr(value, "text", None), str):  # a Generation; its class would import the engine
         row = {"text": value.text, "id": getattr(value, "id", None), "error": getattr(value, "error", None)}
         return _row_output(row, number)
@@ -150,13 +218,21 @@ def _output(value: Any, number: int) -> Output:
 
 
 def _row_output(row: Row, number: int) -> Output:
-    if row.get("error") is not None:
-        raise row_error(row, number, f"expected a text, got the error of a failed request, {shown(row['error'])}")
-    key = next((k for k in OUTPUT_KEYS if row.get(k) is not None), OUTPUT_KEYS[0])
-    if row.get(key) is None:
-        msg = f"expected the output under one of the keys {', '.join(OUTPUT_KEYS)}, got the keys {sorted(row)}"
-        raise row_error(row, number, msg)
-    return Output(check_text(row, number, key, row[key]), _place(row, "outputs", number), row)
+    with _named("outputs", row):
+        if row.get("error") is not None:
+            raise row_error(row, number, f"expected a text, got the error of a failed request, {shown(row['error'])}")
+        return Output(_output_text(row, number), _place(row, "outputs", number), row)
+
+
+def _output_text(row: Row, number: int) -> str:
+    texts = [row[key] for key in OUTPUT_KEYS if row.get(key) is not None]
+    if not texts and (key := next((key for key in OUTPUT_KEYS if key in row), None)):
+        return "" if is_table_row(row) else text_value(row, number, key)  # a table has None in an empty cell
+    if len(texts) > 1 and all(text == texts[0] for text in texts):
+        key = next(key for key in OUTPUT_KEYS if row.get(key) is not None)
+    else:
+        key = only_key(row, number, OUTPUT_KEYS)
+    return check_text(row, number, key, row[key])
 
 
 def _place(row: Row, name: str, number: int) -> str:
@@ -164,14 +240,13 @@ def _place(row: Row, name: str, number: int) -> str:
 
 
 def _file_references(path: Path, task: str, split: str | None) -> list[Reference]:
-    is_authors = task == "e2e" and path.name.lower().endswith((".txt", ".txt.gz")) and _has_bars(path)
-    if _has_rows(path) or is_authors:
+    if _is_official(path, task, split):
         return [_reference(row, i) for i, row in enumerate(_official_rows(path, task, split))]
     if split is not None:
         msg = f"split: expected none for a file of plain references, got {shown(split)} for {path}"
         raise ConfigError(msg)
-    lines = _lines(path)
-    if all(line.strip() for line in lines):
+    lines = _lines(path, REFERENCE_KEYS)
+    if _ending(path) == TARGET or all(line.strip() for line in lines):
         return [Reference([line], f"{path}:{i}", {}) for i, line in enumerate(lines, 1)]
     return _groups(path, lines)
 
@@ -181,7 +256,7 @@ def _official_rows(path: Path, task: str, split: str | None) -> list[Row]:
     if split is not None:
         check_choice("task", task, CORPORA)
         return read_task(task, path, split)  # type: ignore[arg-type]  # read_task checks the name
-    if not path.is_dir() and _has_references_alone(path):
+    if not path.is_dir() and _ending(path) in SUFFIXES and _has_references_alone(path):
         return read_rows(path)
     rows: list[Row] = []
     for item in task_items(task, path, "test"):
@@ -193,17 +268,13 @@ def _official_rows(path: Path, task: str, split: str | None) -> list[Row]:
 
 def _has_references_alone(path: Path) -> bool:
     """Whether a file of rows holds references without inputs, which the readers of official files refuse."""
-    first = (
-        next(iter(file_items(path)), None)
-        if not path.name.lower().endswith((".xml", ".xml.gz", ".txt", ".txt.gz"))
-        else None
-    )
+    first = next(iter(file_items(path)), None)
     return isinstance(first, Mapping) and {*first} <= {"id", "subset", *REFERENCE_KEYS}
 
 
 def _has_bars(path: Path) -> bool:
     """Whether each line is ``source||target``, as in the files of Li & Liang."""
-    return all("||" in line for line in _lines(path) if line.strip())
+    return all("||" in line for line in _lines(path, REFERENCE_KEYS) if line.strip())
 
 
 def _groups(path: Path, lines: Sequence[str]) -> list[Reference]:
@@ -222,9 +293,14 @@ def _groups(path: Path, lines: Sequence[str]) -> list[Reference]:
     return groups
 
 
-def _parallel_references(paths: Sequence[Path]) -> list[Reference]:
+def _parallel_references(paths: Sequence[Path], task: str) -> list[Reference]:
     """References of several files with one line for each text, empty where a text has no further reference."""
-    columns = [_lines(path) for path in paths]
+    for path in paths:
+        if _ending(path) != TARGET and _is_official(path, task, None):
+            msg = f"{path}: expected a text file with one line for each text, as each of several files of references "
+            msg += "is, got a folder, a file of rows or an official file; give it alone"
+            raise DataError(msg, path=str(path))
+    columns = [_lines(path, REFERENCE_KEYS) for path in paths]
     longest = max(map(len, columns))
     for path, column in zip(paths, columns, strict=True):
         if len(column) == longest - 1 and read_text(path).endswith("\n"):
@@ -244,11 +320,13 @@ def _parallel_references(paths: Sequence[Path]) -> list[Reference]:
 
 def _reference(value: Any, number: int) -> Reference:
     place = f"references: text {number}"
-    if isinstance(value, Mapping):
-        key = only_key(value, number, REFERENCE_KEYS)
-        texts = _texts(value, number, key, value[key])
-        return Reference(texts, _place(value, "references", number), value)
-    return Reference(_texts({}, number, "references", value), place, {})
+    row: Row = value if isinstance(value, Mapping) else {}
+    with _named("references", row):
+        if isinstance(value, Mapping):
+            key = only_key(value, number, REFERENCE_KEYS)
+            texts = _texts(value, number, key, value[key])
+            return Reference(texts, _place(value, "references", number), value)
+        return Reference(_texts({}, number, "text", value), place, {})
 
 
 def _texts(row: Row, number: int, key: str, value: JSON) -> list[str]:
@@ -261,7 +339,22 @@ def _texts(row: Row, number: int, key: str, value: JSON) -> list[str]:
 
 def _same(ours: JSON, theirs: JSON) -> bool:
     """Whether two values are equal but for white space, and for the type of a number in a cell of a table."""
-    if ours == theirs:
-        return True
-    pair = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in (ours, theirs)]
-    return pair[0].split() == pair[1].split()
+    return _as_text(ours).split() == _as_text(theirs).split()
+
+
+def _as_text(value: Any) -> str:
+    """A value as `generate` writes it into a table; columns of Parquet files also have dates, and values of numpy."""
+    value = _plain(value)
+    if not isinstance(value, bool | int | float | Mapping | Sequence) or isinstance(value, str):
+        return str(value)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_plain)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value of numpy, a scalar or an array, as one of Python; any other value that JSON lacks as text."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return value if isinstance(value, bool | int | float | str | Mapping | Sequence) else str(value)

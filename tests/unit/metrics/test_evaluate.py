@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import gzip
 import json
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import shared
@@ -40,7 +43,8 @@ def write(tmp_path):
     """Function that writes a file and returns its path."""
 
     def make(name: str, text: str) -> Path:
-        (tmp_path / name).write_bytes(text.encode())
+        content = text.encode()
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         return tmp_path / name
 
     return make
@@ -86,10 +90,11 @@ TEXTS = ["a b", "c"]
         TEXTS,
         tuple(TEXTS),
         [generation(t) for t in TEXTS],
-        [{"text": t, "output": "another column"} for t in TEXTS],
+        [{"text": t, "output": t, "prediction": None} for t in TEXTS],
+        [{"text": t, "input": "another column"} for t in TEXTS],
         [{"prediction": t} for t in TEXTS],
     ],
-    ids=["texts", "tuple", "generations", "rows", "rows of another system"],
+    ids=["texts", "tuple", "generations", "equal columns", "rows", "rows of another system"],
 )
 def test_outputs(outputs):
     assert lengths(outputs, TEXTS) == (1.5, 1.5)
@@ -102,6 +107,9 @@ def test_outputs(outputs):
         ("a.txt", "a b\r\nc"),
         ("hypothesis", "a b\nc\n"),
         ("team.test_beam", "a b\nc\n"),
+        ("gen.target", "a b\nc\n"),
+        ("gen.source", "a b\nc\n"),
+        ("gen.story.gz", "a b\nc\n"),
         ("a.jsonl", '{"text": "a b"}\n{"text": "c"}\n'),
         ("a.csv", "id,text\n1,a b\n2,c\n"),
         ("a.json", '[{"output": "a b"}, {"output": "c"}]'),
@@ -122,8 +130,10 @@ def test_lines_end_at_line_breaks_alone(write):
         (3, ConfigError, "outputs: expected a path"),
         ({"text": "a"}, ConfigError, "outputs: expected a path"),
         ([1, "a"], DataError, "outputs: text 0: expected a string"),
-        ([{"txt": "a"}], DataError, "row 0: expected the output under one of"),
-        ([{"text": None}], DataError, "row 0: expected the output under one of"),
+        ([{"txt": "a"}], DataError, "outputs: row 0: expected one of the keys text, output"),
+        ([{"text": None}], DataError, "outputs: row 0: text: expected a string, got None"),
+        ([{"text": "the input", "prediction": "a"}], DataError, "got text and prediction; remove all but one"),
+        ([{"output": "a", "hypothesis": ""}], DataError, "got output and hypothesis; remove all but one"),
         ([{"text": 3}], DataError, "text: expected a string, got 3"),
         (["\ud800"], DataError, "half a surrogate pair"),
         ([generation("", error="RequestError: too long")], DataError, "too long"),
@@ -136,6 +146,34 @@ def test_lines_end_at_line_breaks_alone(write):
 def test_wrong_outputs(outputs, error, message):
     with pytest.raises(error, match=message):
         lengths(outputs, ["a"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.csv", "text,id\na b,1\n,2\n"),
+        ("a.csv", 'text\na b\n""\n'),
+        ("a.tsv.gz", "id\ttext\n1\ta b\n2\t\n"),
+        ("a.csv", "prediction,text,id\n,a b,1\n,,2\n"),
+        ("a.jsonl", '{"text": "a b"}\n{"text": ""}\n'),
+        ("a.txt", "a b\n\n"),
+    ],
+)
+def test_an_empty_output_is_a_text(write, name, text):
+    found = evaluate(write(name, text), ["a b", "c"], task="e2e", metrics=["length", "empty"])
+    assert dict(found) == {"length": 1, "empty": 0.5}
+
+
+@pytest.mark.parametrize("text", ['{"text": "a b"}\n{"text": "c"}\n', '[\n  {"id": 1, "output": "a b"},\n'])
+def test_rows_in_a_text_file_are_refused(write, text):
+    with pytest.raises(DataError, match=r"a\.txt: expected one text a line, got rows in JSON"):
+        lengths(write("a.txt", text), TEXTS)
+    with pytest.raises(DataError, match=r"r\.txt: expected one text a line, got rows in JSON"):
+        lengths(TEXTS, [write("r.txt", text.replace("text", "ref").replace("output", "ref")), write("s.txt", "a\n")])
+
+
+def test_texts_that_are_json_are_texts(write):
+    assert lengths(write("a.txt", '{"name": 1}\n[1, 2]\n'), TEXTS)[0] == 2
 
 
 # ---- references ----
@@ -178,6 +216,67 @@ def test_a_file_of_one_reference_a_line(write):
     assert lengths(TEXTS, write("r.txt", "a b c\nd\n")) == (1.5, 2)
 
 
+# Layouts of `SPLIT.source` and `SPLIT.target` of fairseq's and BART's authors, of EdinburghNLP/XSum and of
+# abisee/cnn-dailymail. The articles are invented.
+SUMMARY = "[SN]URL[SN]\nu\n[SN]FIRST-SENTENCE[SN]\na b\n[SN]RESTBODY[SN]\nlong text\n"
+STORY = "long text\n\n@highlight\n\na b.\n"
+
+
+@pytest.mark.parametrize("task", ["xsum", "cnn_dailymail", "samsum", "dialogsum", "summary", "e2e"])
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_target_file_alone_has_one_reference_a_line(write, task, end):
+    assert lengths(TEXTS, write(f"test.target{end}", "a b c\n\n"), task) == (1.5, 1.5)
+    with pytest.raises(DataError, match=r"got 2 outputs and 3 groups in .*test\.target"):
+        lengths(TEXTS, write(f"test.target{end}", "a\nb\nc\n"), task)
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_a_target_file_beside_its_source_file(write, split):
+    write("test.source", "one\ntwo\n")
+    path = write("test.target", "a b c\nd\n")
+    outputs = [{"document": d, "text": t} for d, t in zip(("one", "two"), TEXTS, strict=True)]
+    for references in (path, path.with_suffix(".source"), path.parent if split else path):
+        assert lengths(outputs, references, "xsum", split) == (1.5, 2)
+    with pytest.raises(DataError, match="expected the document of the references"):
+        lengths(outputs[::-1], path, "xsum", split)
+    assert lengths(outputs, path, "summary") == (1.5, 2)  # whose rows have no documents
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "task"), [("1.summary", SUMMARY, "xsum"), ("1.story", STORY, "cnn_dailymail")]
+)
+def test_a_file_of_one_document(write, name, text, task):
+    path = write(name, text)
+    assert lengths(["a"], path, task) == lengths(["a"], path, task, "test") == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["test.source", "1.story"])
+def test_files_of_documents_are_no_references(write, name):
+    with pytest.raises(DataError, match=name):
+        lengths(["a"], write(name, "a b\n"), "e2e")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "task"),
+    [
+        ("r.jsonl", '{"ref": "a b"}\n{"ref": "c"}\n', "e2e"),
+        ("r.csv", "ref\na b\nc\n", "e2e"),
+        ("r.parquet", "", "e2e"),
+        ("r.xml", "<benchmark></benchmark>", "webnlg"),
+        ("src1_test.txt", "name : A||a b\nname : B||e\n", "e2e"),
+        ("1.summary", SUMMARY, "xsum"),
+        ("r.docx", "", "e2e"),
+    ],
+)
+def test_each_of_several_files_of_references_is_text(cli, write, name, text, task):
+    paths = [write("r0.txt", "a b\nc\n"), write(name, text)]
+    for files in (paths, paths[::-1], [paths[0].parent, paths[0]]):
+        with pytest.raises(DataError, match=r"expected a text file with one line for each text.*; give it alone"):
+            lengths(TEXTS, files, task)
+    done = cli("eval", write("o.txt", "a b\nc\n"), *paths, "--task", task, "--metrics", "length")
+    assert (done.code, done.out) == (1, "")
+
+
 def test_a_split_is_that_of_the_official_file(write):
     table = write("a.csv", "mr,ref\nname[A],a b\nname[A],c d\n")
     assert lengths(["x"], table, split="dev") == (1, 2)
@@ -194,8 +293,8 @@ def test_a_split_is_that_of_the_official_file(write):
     [
         (3, ConfigError, "references: expected a path"),
         (["a", []], DataError, "expected a text or a list of texts"),
-        (["a", [1]], DataError, r"references\[0\]: expected a string"),
-        (["a", {"mr": "x"}], DataError, "row 1: expected one of the keys ref, refs"),
+        (["a", [1]], DataError, r"references: row 1: text\[0\]: expected a string"),
+        (["a", {"mr": "x"}], DataError, "references: row 1: expected one of the keys ref, refs"),
         (["a", {"ref": "x", "refs": ["y"]}], DataError, "remove all but one"),
         (["a", {"refs": "['b', 'c']"}], DataError, "is JSON"),
         (["a"], DataError, "got 2 outputs and 1 groups"),
@@ -231,6 +330,30 @@ def test_equal_ids_and_inputs(write):
     assert lengths(same, ROWS) == (1.5, 1.5)
     assert lengths(write("o.csv", "id,mr,text\n7,name[A],a b\n8,name[B],c\n"), ROWS) == (1.5, 1.5)
     assert lengths([generation("a b", id=7), generation("c", id="8")], ROWS) == (1.5, 1.5)
+
+
+DAY = datetime.date(2026, 11, 30)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (np.int64(7), "7"),
+        (np.float32(0.5), 0.5),
+        (DAY, "2026-11-30"),
+        (np.array([1, 2]), [1, 2]),
+        ([np.int64(1), DAY], '[1, "2026-11-30"]'),
+        (True, "true"),
+        (("a",), ["a"]),
+    ],
+)
+def test_ids_of_other_types(ours, theirs):
+    """Columns of Parquet files and of data sets hold such values; a table holds them as text."""
+    for pair in ((ours, theirs), (theirs, ours)):
+        outputs, references = ([{"id": value, key: "a"}] for value, key in zip(pair, ("text", "ref"), strict=True))
+        assert lengths(outputs, references) == (1, 1)
+        with pytest.raises(DataError, match="expected the id"):
+            lengths(outputs, [{"id": "8", "ref": "a"}])
 
 
 @pytest.mark.parametrize(

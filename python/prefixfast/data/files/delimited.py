@@ -29,8 +29,8 @@ CSV_ERRORS = (  # messages of the csv module
 def delimited_items(raw: bytes, path: str, kind: str) -> Iterator[Item]:
     """Yield the rows of a table with their lines.
 
-    A cell without characters is None, which counts as absent, and a record of such cells is a blank line. Cells under
-    keys of lists and mappings are read as JSON.
+    A cell without characters is None, which counts as absent, and a record of several such cells is a blank line. Cells
+    under keys of lists and mappings are read as JSON.
 
     Args:
         raw: Content of the file as UTF-8.
@@ -154,7 +154,7 @@ def _records(
             return
         if cells is None:
             return
-        if any(cells):
+        if any(cells) or len(cells) == 1:  # a cell of empty quotes is a row of a table of one column
             yield line, cells, "".join(kept)
 
 
