@@ -7,6 +7,7 @@ prefixes, requests or folders failed, 130 after an interrupt.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -55,13 +56,21 @@ def _suggest_known_flag(error: Any) -> None:
         error.possibilities = [flag]
 
 
+def _with_place(e: PrefixFastError) -> str:
+    """Message of an error, which begins with the path and line of its file."""
+    path, line, text = getattr(e, "path", None), getattr(e, "line", None), str(e)
+    where = ":".join(str(x) for x in (path, line) if x is not None)
+    if not where or where in text:
+        return text
+    return f"{where}: {text.removeprefix(f'{Path(str(path)).name}: ')}"
+
+
 def main() -> None:
     """Run the command line; an error that the user can mend is printed as one message, without a traceback."""
     try:
         sys.exit(app(prog_name="prefixfast", standalone_mode=False) or 0)
     except PrefixFastError as e:
-        where = ":".join(str(x) for x in (getattr(e, "path", None), getattr(e, "line", None)) if x is not None)
-        sys.exit(f"prefixfast: {where + ': ' if where and where not in str(e) else ''}{e}")
+        sys.exit(f"prefixfast: {_with_place(e)}")
     except OSError as e:  # such as a full disk or a missing permission
         sys.exit(f"prefixfast: {e}")
     except (typer.Abort, KeyboardInterrupt):

@@ -85,7 +85,10 @@ def convert_folder(source: Path, target: Path, model: str | None, *, verify: boo
         prefix = Prefix.from_pretrained(source, model=model)
     except (DataError, BaseMismatchError, ConfigError, OSError) as e:
         return Outcome(name, str(target), False, str(e))
-    prefix.save_pretrained(target)
+    try:
+        prefix.save_pretrained(target)
+    except ConfigError as e:  # something else lies there
+        return Outcome(name, str(target), False, str(e), prefix.digest)
     if verify:
         try:
             if Prefix.from_pretrained(target).digest != prefix.digest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 
@@ -21,6 +21,7 @@ from prefixfast.io.text import counted
 
 if TYPE_CHECKING:
     from prefixfast.engine.request import Generation
+    from prefixfast.engine.request_prefixes import Prefixes
 
 SPLIT = typer.Option(
     help="Split that IN, an official file or folder of a corpus, holds: train, dev or test. The corpus is that of the "
@@ -85,7 +86,7 @@ def command(
     makes = Records(rows, generated(**asked, details=details))
     details_of = Records(rows, generated(**asked, details=True))
     with open_results(output, makes, details_of) as file, errors_by_place(rows):
-        check_generate(Call(known, headers, model, opened, PrefixHeader), None, on_error, fields)
+        check_generate(Call(known, cast("Prefixes", headers), model, opened, PrefixHeader), None, on_error, fields)
         from prefixfast.engine import generate as engine
 
         results = engine.generate_each(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefixfast.cli.prefix_flags import PrefixFlags
+from prefixfast.cli.prefix_flags import Header, PrefixFlags, header_of
 from prefixfast.errors import DataError, UnknownPrefixError, shown, suggestion
 
 if TYPE_CHECKING:
@@ -34,14 +34,14 @@ class PrefixChoice:
 
     Raises:
         UnknownPrefixError: If the store does not have a name.
-        DataError: If a folder holds no prefix.
+        DataError: If a folder holds no prefix, or trained weights, which answer no single request.
         ConfigError: If the folder of the store is none.
     """
 
     def __init__(self, names: Sequence[str], store: Path | None) -> None:
         self.store = PrefixFlags(names, None, store).open_store()
         self.model: Model | None = None
-        self._headers = {name: self._header(name) for name in names}
+        self._headers = {name: header_of(name, self.store) for name in names}
         self._read: dict[str, Prefix] = {}
 
     def find(self, name: str) -> Prefix | StoredPrefix:
@@ -67,7 +67,7 @@ class PrefixChoice:
             self._headers[known] = header
         return self._read[known]
 
-    def headers(self) -> list[Any]:
+    def headers(self) -> list[Header]:
         """Headers of the prefixes given at the start, in their order."""
         return list(self._headers.values())
 
@@ -90,14 +90,10 @@ class PrefixChoice:
 
         return only_base_name(header.base for header in self._headers.values())
 
-    def _header(self, name: str) -> Any:
-        """Header of a folder or hub id, or the stored prefix of a name in the store."""
-        return PrefixFlags([name], None, None).headers([{}], self.store)[0][0]
-
-    def _new_header(self, name: str) -> Any:
+    def _new_header(self, name: str) -> Header:
         """Header of a folder that was not given before; a misspelt name is told from a missing folder."""
         try:
-            return self._header(name)
+            return header_of(name, self.store)
         except DataError as e:
             if self._headers and not Path(name).exists():
                 msg = f"no prefix {shown(name)}; {suggestion(name, [Path(given).name for given in self._headers])}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -16,6 +16,9 @@ from prefixfast.cli.requests import errors_by_place, known_rows, read_input, rea
 from prefixfast.cli.result_file import STDOUT, check_ids, check_path, open_results, print_counts
 from prefixfast.config import EngineConfig
 from prefixfast.io.text import counted
+
+if TYPE_CHECKING:
+    from prefixfast.engine.request_prefixes import Prefixes
 
 EXAMPLE = "prefixfast score rows.jsonl -o scores.jsonl --prefix my-prefix"
 INPUT = f"File of rows with one target each ({FORMATS}), or - for JSON lines on standard input."
@@ -62,7 +65,8 @@ def command(
     known = known_rows(rows, headers, opened)
     makes, details_of = (Records(rows, scored(details=all_fields)) for all_fields in (details, True))
     with open_results(output, makes, details_of) as file, errors_by_place(rows):
-        check_score(Call(known, headers, model, opened, PrefixHeader), None, fields, end_token=end_token)
+        call = Call(known, cast("Prefixes", headers), model, opened, PrefixHeader)
+        check_score(call, None, fields, end_token=end_token)
         from prefixfast import score
 
         results = score(

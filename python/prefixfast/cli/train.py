@@ -189,7 +189,7 @@ def _check_before_reading(given: Mapping[str, Any], fields: Mapping[str, Any]) -
         ConfigError: If an option is wrong.
         DataError: If a folder holds no prefix.
     """
-    from prefixfast.prefix.header import read_header
+    from prefixfast.prefix.header import check_is_prefix, read_header
     from prefixfast.training.settings import GivenOptions, resolve_settings
 
     folders = [path for path in (given["init"], given["on_top_of"]) if path not in (None, *INIT_WORDS)]
@@ -203,7 +203,7 @@ def _check_before_reading(given: Mapping[str, Any], fields: Mapping[str, Any]) -
         _overrides(given["overrides"])
     resolve_settings(GivenOptions(fields=fields, init_text=given["init_text"]), "")
     for folder in folders:
-        read_header(folder)
+        check_is_prefix(read_header(folder))
 
 
 def _by_stem(given: Mapping[str, Any]) -> bool:

@@ -19,7 +19,7 @@ from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
 from prefixfast.prefix import peft_read
-from prefixfast.prefix.names import FIELD_NAMES, UNWRITTEN, PrefixFields, base_error, file_key, written
+from prefixfast.prefix.names import FIELD_NAMES, UNWRITTEN, PrefixFields, base_error, file_key, no_prefix, written
 from prefixfast.prefix.validate import convention_error
 
 if TYPE_CHECKING:
@@ -166,8 +166,7 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
         msg = f"{path.name}: expected version {VERSION}, got {shown(got)}; update prefixfast to read newer folders"
         raise DataError(msg, path=str(path))
     if "method" in meta:
-        got = f"weights of method {shown(meta['method'])}"
-        msg = f"{path.name}: expected a prefix, this folder holds {got}: read it with TunedWeights.from_pretrained"
+        msg = f"{path.name}: {no_prefix(meta['method'])}"
         raise DataError(msg, path=str(path))
     if set(meta) != expected:
         msg = f"{path.name}: expected the keys {sorted(expected)}, got {sorted(meta)}"

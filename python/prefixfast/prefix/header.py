@@ -15,6 +15,7 @@ from prefixfast.io.untrusted import read_json
 from prefixfast.prefix import folder as files
 from prefixfast.prefix import peft_format as peft
 from prefixfast.prefix.hub import find_folder
+from prefixfast.prefix.names import no_prefix
 from prefixfast.prefix.tuned_folder import is_tuned, read_tuned_header
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class PrefixHeader:
 
 
 def read_header(path: str | os.PathLike[str]) -> PrefixHeader:
-    """Read the header of a prefix.
+    """Read the header of a prefix or of trained weights.
 
     Args:
         path: Folder of a prefix or of a PEFT adapter, or a hub id, whose files are downloaded.
@@ -53,6 +54,13 @@ def read_header(path: str | os.PathLike[str]) -> PrefixHeader:
         ConfigError: If the hub cannot be reached.
     """
     return read_stable(find_folder(path, None, local_files_only=False), _read)
+
+
+def check_is_prefix(header: PrefixHeader) -> None:
+    """Raise `DataError` for the header of trained weights where only a prefix can be used."""
+    if header.method is not None:
+        msg = f"{header.folder}: {no_prefix(header.method)}"
+        raise DataError(msg, path=str(header.folder))
 
 
 def _read(folder: Path) -> PrefixHeader:

@@ -17,6 +17,10 @@ Position: TypeAlias = Literal["prefix", "infix"]
 FIELD_NAMES = ("pos_start", "window", "base", "task", "decoding", "training", "position")
 UNWRITTEN = {"position": "prefix"}  # values that files leave out, as those of version 0.1.0 do
 
+WEIGHTS_USE = (
+    "they change the base for all requests: generate and score take them alone, with --prefix FOLDER of the command or "
+    "TunedWeights.from_pretrained in Python"
+)
 TYPES_OF_BASE_KEYS = {"name": str, "config": dict, "tokenizer": str, "weights": str, "sample": dict}
 
 
@@ -55,6 +59,15 @@ def base_error(base: object) -> str | None:
         if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
             return f"base.sample.{kind}: expected texts by name, got {shown(named)}"
     return None
+
+
+def no_prefix(method: object) -> str:
+    """Error message for trained weights in the place of a prefix.
+
+    Args:
+        method: Method that trained them.
+    """
+    return f"expected a prefix, this folder holds weights of method {shown(method)}; {WEIGHTS_USE}"
 
 
 def layers_of(names: Iterable[str]) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefixfast.errors import DataError, shown
 from prefixfast.io.untrusted import read_json, read_tensors
+from prefixfast.prefix.names import WEIGHTS_USE
 from prefixfast.prefix.peft_format import CONFIG, TABLE, TYPES, WEIGHTS, from_table
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ IN_THE_BASE = (
 )
 # Reasons why other types are not read, with advice.
 ADVICE = {
-    "LORA": "it is no prefix: TunedWeights.from_pretrained reads it, and generate and score take it as a prefix",
+    "LORA": f"it holds weights, no prefix; {WEIGHTS_USE}",
     "IA3": IN_THE_BASE,
     "MULTITASK_PROMPT_TUNING": (
         "its virtual tokens depend on the task_ids of a request, which a prefix does not have; train one prefix for "

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar, overload
 from prefixfast.errors import ConfigError, DataError, UnknownPrefixError, check_flag, did_you_mean, shown
 from prefixfast.io.atomic import identity, sync_folder, write_file
 from prefixfast.io.paths import as_path
+from prefixfast.prefix.names import WEIGHTS_USE
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.import_export import check_export_arguments, export_all, read_adapters
 from prefixfast.store.reports import Check, Outcome, Receipt
@@ -196,11 +197,13 @@ class PrefixStore(Mapping[str, "Prefix"]):
             OSError: If a write fails, for example on a full disk; all earlier versions are intact.
         """
         from prefixfast.prefix.prefix import Prefix
+        from prefixfast.prefix.tuned_weights import TunedWeights
 
         folder = self._writable(name)
         kind: type = type(prefix)
         if not issubclass(kind, Prefix):
-            msg = f"prefix: expected a Prefix, got {kind.__name__}; Prefix.from_pretrained reads a folder"
+            advice = WEIGHTS_USE if issubclass(kind, TunedWeights) else "Prefix.from_pretrained reads a folder"
+            msg = f"prefix: expected a Prefix, got {kind.__name__}; {advice}"
             raise ConfigError(msg)
         entry = entry_bytes(name, prefix)
         with workspace(self.path / WORK) as work:

@@ -93,6 +93,8 @@ def _damage(root: Path, version: Path) -> Outcome | None:
 def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
     """Files and folders that hold a digest, each with None, and paths that cannot be searched, with the reason."""
     from prefixfast.prefix.prefix import Prefix
+    from prefixfast.prefix.tuned_folder import is_tuned
+    from prefixfast.prefix.tuned_weights import TunedWeights
 
     for folder, _, names in os.walk(root):
         for path in (Path(folder, n) for n in names):
@@ -107,7 +109,8 @@ def _search(root: Path, digest: str) -> Iterator[tuple[Path, str | None]]:
         if tensor_files - (CHECKPOINT_FILES if set(names) >= CHECKPOINT_FILES else set()):
             before = identity(Path(folder))
             try:
-                if Prefix.from_pretrained(Path(folder)).digest == digest:
+                kind = TunedWeights if is_tuned(Path(folder)) else Prefix
+                if kind.from_pretrained(Path(folder)).digest == digest:
                     yield Path(folder), None
             except DataError as e:
                 if identity(Path(folder)) == before is not None:  # else another process has removed or replaced it

@@ -151,7 +151,8 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "init and recipe": ((*TRAIN, "--init", "prefixes/mill", "--recipe", "papr"), 1, "did you mean 'paper'"),
     "on top of and sweep": ((*TRAIN, "--on-top-of", "prefixes/mill", "--sweep", "a"), 1, "FIELD=VALUE"),
     "init and base": (("train", "./none", "rows.jsonl", "-o", "out", "--init", "prefixes/mill"), 1, "no such folder"),
-    "lora as init": ((*TRAIN, "--init", "lora"), 1, "got 'LORA'"),
+    "lora as init": ((*TRAIN, "--init", "lora"), 1, "weights of method 'lora'"),
+    "lora to try": (("try", "./none", "a", "--prefix", "lora"), 1, "weights of method 'lora'"),
     # generate
     "option": ((*GENERATE, "--max-new-tokens", "0"), 1, "max_new_tokens: expected at least 1"),
     "engine option": ((*GENERATE, "--max-num-seqs", "0"), 1, "max_num_seqs: expected at least 1"),
