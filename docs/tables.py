@@ -83,8 +83,63 @@ def corpora() -> str:
     return grid(["task", "split", "release or part", "rows", "texts"], rows, numbers=False)
 
 
+def methods() -> str:
+    """What each method trains and gives, its own options and its default learning rate."""
+    from prefixfast.config import MethodConfig
+    from prefixfast.training.method import METHODS
+
+    own = [n for n in MethodConfig.names() if n != "method"]
+    rows = [
+        [
+            f"`{name}`",
+            TRAINED[name],
+            "`Prefix`" if method.makes_prefix else "`TunedWeights`",
+            ", ".join(f"`{n}`" for n in own if n in method.reads),
+            (f"{method.learning_rate:g}".replace("e-0", "e-") if method.learning_rate else OF_KEYS)
+            if method.is_trained
+            else "",
+        ]
+        for name, method in METHODS.items()
+    ]
+    return grid(["method", "what is trained", "result", "own options", "default learning rate"], rows, numbers=False)
+
+
+def paper() -> str:
+    """Learning rate, epochs and batch size of the recipe ``paper`` by method and task."""
+    from prefixfast.training.settings import GivenOptions, resolve_settings
+
+    def cell(task: str, own: dict[str, Any]) -> str:
+        config = resolve_settings(GivenOptions(fields={"recipe": "paper", **own}), task).config
+        rate = f"{config.learning_rate:g}".replace("e-0", "e-")
+        return f"{rate}, {config.num_train_epochs}, {config.batch_size}"
+
+    rows = [[name, *(cell(task, own) for task in PAPER_TASKS.values())] for name, own in PAPER_ROWS.items()]
+    return grid(["method", *PAPER_TASKS], rows, numbers=False)
+
+
+PAPER_TASKS = {"E2E": "e2e", "WebNLG": "webnlg", "DART": "dart", "XSum": "xsum"}
+PAPER_ROWS: dict[str, dict[str, Any]] = {
+    "`prefix`": {},
+    "`full`": {"method": "full"},
+    "`top2`": {"method": "top2"},
+    "`adapter`, 3 %": {"method": "adapter", "adapter_size": 0.03},
+    "`adapter`, 0.1 %": {"method": "adapter", "adapter_size": 0.001},
+    "`lora`": {"method": "lora"},
+}
+OF_KEYS = "[that of keys and values](#default-settings)"
+TRAINED = {
+    "prefix": "keys and values of every layer (the default method)",
+    "infix": "the same, before the last prompt token",
+    "embedding": "embeddings of virtual tokens, from which the base computes keys and values",
+    "prompt": "nothing: the keys and values of the init text",
+    "icl": "nothing: the keys and values of training examples, which the seed draws",
+    "full": "all weights of the base",
+    "top2": "the last two blocks, the last norm and the output layer, also where it is tied to the embedding",
+    "adapter": "bottleneck adapters after the blocks",
+    "lora": "low-rank updates, which PEFT computes",
+}
 OPTIONS = ("MethodConfig", "PrefixConfig", "TrainConfig", "GenerationParams", "EngineConfig")
-OTHERS: dict[str, Callable[[], str]] = {"commands": commands, "corpora": corpora}
+OTHERS: dict[str, Callable[[], str]] = {"commands": commands, "corpora": corpora, "methods": methods, "paper": paper}
 
 
 # ---- Markdown ----

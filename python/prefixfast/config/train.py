@@ -63,8 +63,9 @@ class TrainConfig(Options):
     )
     learning_rate: float | None = option(
         None,
-        "peak learning rate; None is 1.5 divided by the number of layers of the base to the power 1.3, at most 0.15; a "
-        "tenth of that for a prefix as init, and a sixtieth for reparameterization 'mlp'",
+        "peak learning rate; None is the default of the method, for keys and values 1.5 divided by the number of "
+        "layers of the base to the power 1.3, at most 0.15, a tenth of that for a prefix as init, and a sixtieth for "
+        "reparameterization 'mlp'; --dry-run prints it",
         Range(0, 1e6, above=True),
     )
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = option(

@@ -16,7 +16,10 @@ _PAIRS = """
 ‐ - ‑ - ‒ - – - — -- ― -- ‘ ' ’ ' ‚ , “ " ” " „ ,, † + ‡ ++ • * … ... ′ ' ″ '' ‹ < › > € EUR → - ™ (tm)
 """
 _FORMS = dict(zip(_PAIRS.split()[::2], _PAIRS.split()[1::2], strict=True))
-_FORMS |= {"¼": " 1/4", "½": " 1/2", "¾": " 3/4", "\N{SOFT HYPHEN}": ""}
+_FORMS |= {"¼": " 1/4", "½": " 1/2", "¾": " 3/4", "\N{MINUS SIGN}": "-"}
+_FORMS |= {"\N{THIN SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{ZERO WIDTH SPACE}": " "}
+# The replacement character stands for half a character, with which a generated text can end.
+_FORMS |= dict.fromkeys(("\N{SOFT HYPHEN}", "\N{ZERO WIDTH NO-BREAK SPACE}", "\N{REPLACEMENT CHARACTER}"), "")
 _LATIN = (range(0xA0, 0x250), range(0x300, 0x363), range(0x1E00, 0x1E9B), range(0x1EA0, 0x1F00))
 
 

@@ -137,7 +137,8 @@ def make_groups(
         check_read(settings.method_config.method, own, "overrides")
     jobs: dict[tuple[object, ...], list[PrefixJob]] = {}
     groups: dict[tuple[object, ...], tuple[TrainConfig, PrefixConfig, MethodConfig, bool]] = {}
-    for name, (label, variant) in itertools.product(names, _variants(sweep).items()):
+    variants = [(label, variant, _of_variant(settings, variant)) for label, variant in _variants(sweep).items()]
+    for name, (label, variant, base) in itertools.product(names, variants):
         options = own_options.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
         init = variant.get("init", inits[name])
         of_prefix = {k: v for k, v in options.items() if k in PrefixConfig.names()}
@@ -147,19 +148,25 @@ def make_groups(
             of_training.setdefault("max_steps", None)
         if method.position is not None:
             of_prefix["position"] = method.position
-        prefix_config = PrefixConfig.make(settings.prefix_config, **of_prefix)
-        common = TrainConfig.make(settings.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
+        prefix_config = PrefixConfig.make(base.prefix_config, **of_prefix)
+        common = TrainConfig.make(base.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
         config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})
         is_name = isinstance(init, str) and init in ("random", "zero")
         automatic = prefix_config.reparameterization == "auto" and is_name and method.makes_prefix
         uses_mlp = prefix_config.reparameterization == "mlp" or automatic
-        method_config = MethodConfig.make(settings.method_config, **of_method)
+        method_config = MethodConfig.make(base.method_config, **of_method)
         shared = (common, prefix_config, method_config, uses_mlp)
         full_name = label if is_single and label else f"{name},{label}" if label else name
         key = (*shared, full_name if method.is_alone else None)
         groups[key] = shared
         jobs.setdefault(key, []).append(PrefixJob(full_name, name, config, init, variant))
     return [PrefixGroup(*groups[key], tuple(own)) for key, own in jobs.items()]
+
+
+def _of_variant(settings: TrainSettings, variant: Mapping[str, Any]) -> TrainSettings:
+    """Settings of a variant of a sweep, whose values of the recipe can depend on an option that it varies."""
+    options = {k: v for k, v in variant.items() if k not in (*PER_PREFIX, "init")}
+    return settings.varied(options) if options else settings
 
 
 def _checked_overrides(overrides: Any, names: set[str]) -> dict[str, dict[str, Any]]:

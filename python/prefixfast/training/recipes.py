@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from prefixfast.config import PrefixConfig, TrainConfig, unknown_option
+from prefixfast.config import MethodConfig, PrefixConfig, TrainConfig, unknown_option
 from prefixfast.config.fields import MethodName
 from prefixfast.errors import ConfigError, did_you_mean, shown
 from prefixfast.io.yaml import read_yaml_file
 
 FOLDER = Path(__file__).parent / "recipes"
-OPTIONS = tuple(n for n in (*TrainConfig.names(), *PrefixConfig.names(), "init", "init_text") if n != "recipe")
+FIELDS = (*TrainConfig.names(), *PrefixConfig.names(), *MethodConfig.names())
+OPTIONS = tuple(n for n in (*FIELDS, "init", "init_text") if n not in ("recipe", "method"))
 
 
 def recipe_names() -> list[str]:
@@ -19,40 +20,71 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
-def read_recipe(recipe: str, task: str, method: str = "prefix") -> dict[str, Any]:
+def read_recipe(recipe: str, task: str, method: str = "prefix", adapter_size: float | None = None) -> dict[str, Any]:
     """Read the options of a recipe.
 
     Args:
-        recipe: Name of a built-in recipe, or path of a ``.yaml`` file. A file holds fields of `TrainConfig` and
-            `PrefixConfig`, ``init`` and ``init_text``; the mapping ``tasks`` holds, by task name, options that replace
-            them for a task. The mapping ``methods`` holds, by name of a method, further options and a mapping
-            ``tasks`` of its own.
+        recipe: Name of a built-in recipe, or path of a ``.yaml`` file. A file holds fields of `TrainConfig`,
+            `PrefixConfig` and `MethodConfig` but ``method``, ``init`` and ``init_text``. The mapping ``tasks`` holds,
+            by task name, options that replace them for a task. The mapping ``methods`` holds, by name of a method,
+            further options and a mapping ``tasks`` of its own. That of ``adapter`` can hold ``sizes``, a mapping from
+            ``adapter_size`` to options and ``tasks`` of that size.
         task: Name of the task.
         method: Name of the method.
+        adapter_size: Size of the adapters that the caller gave, None for that of the recipe.
 
     Returns:
         Values by option.
 
     Raises:
-        ConfigError: If the recipe or one of its options is unknown, or the file cannot be read.
+        ConfigError: If the recipe or one of its options is unknown, the file cannot be read, or it has no values for
+            the size of the adapters.
     """
     path = FOLDER / f"{recipe}.yaml" if recipe in recipe_names() else Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         msg = f"recipe: expected {', '.join(recipe_names())} or a .yaml file, got {shown(recipe)}"
         msg += f"; {hint}" if (hint := did_you_mean(recipe, recipe_names())) else ""
         raise ConfigError(msg)
-    content = read_yaml_file(path, f"recipe {recipe}")
-    options = _checked_options(content, (*OPTIONS, "tasks", "methods"), f"recipe {recipe}")
-    by_method = _mapping(options.pop("methods", None), f"recipe {recipe}: methods", "methods")
-    found = _of_task(options, task, f"recipe {recipe}")
+    where = f"recipe {recipe}"
+    options = _checked_options(read_yaml_file(path, where), (*OPTIONS, "tasks", "methods"), where)
+    by_method = _mapping(options.pop("methods", None), f"{where}: methods", "methods")
+    found = _of_task(options, task, where)
     for name, own in by_method.items():
-        where = f"recipe {recipe}: methods.{name}"
         if name not in get_args(MethodName):
-            raise ConfigError(unknown_option(str(name), get_args(MethodName), f"recipe {recipe}: methods"))
-        of_method = _of_task(_checked_options(own, (*OPTIONS, "tasks"), where), task, where)
+            raise ConfigError(unknown_option(str(name), get_args(MethodName), f"{where}: methods"))
+        place = f"{where}: methods.{name}"
+        own_options = _checked_options(own, (*OPTIONS, "tasks", *(("sizes",) if name == "adapter" else ())), place)
+        by_size = _by_size(own_options.pop("sizes", None), task, f"{place}.sizes")
+        of_method = _of_task(own_options, task, place)
         if name == method:
             found |= of_method
+            found |= _of_size(by_size, adapter_size or found.get("adapter_size"), where) if by_size else {}
     return found
+
+
+def _by_size(content: Any, task: str, where: str) -> dict[float, dict[str, Any]]:
+    """Options of a task for each size of the adapters."""
+    found = {}
+    for size, own in _mapping(content, where, "values of adapter_size").items():
+        if not isinstance(size, int | float) or isinstance(size, bool):
+            msg = f"{where}: expected values of adapter_size, got {shown(size)}"
+            raise ConfigError(msg)
+        found[float(size)] = _of_task(
+            _checked_options(own, (*OPTIONS, "tasks"), f"{where}.{size}"), task, f"{where}.{size}"
+        )
+    return found
+
+
+def _of_size(by_size: dict[float, dict[str, Any]], size: float | None, where: str) -> dict[str, Any]:
+    """Options of the size of the adapters, None for the default size."""
+    size = MethodConfig().adapter_size if size is None else size
+    if size not in by_size:
+        msg = (
+            f"adapter_size: {where} has values for {' and '.join(map(str, by_size))}, got {size}; give one of them, or "
+        )
+        msg += "options of your own without the recipe"
+        raise ConfigError(msg)
+    return by_size[size]
 
 
 def _of_task(options: dict[str, Any], task: str, where: str) -> dict[str, Any]:

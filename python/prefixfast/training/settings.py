@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from prefixfast.config import MethodConfig, Options, PrefixConfig, TrainConfig, unknown_option
@@ -12,30 +12,7 @@ from prefixfast.errors import ConfigError
 from prefixfast.training.method import METHODS, check_read, read_preset
 from prefixfast.training.recipes import read_recipe
 
-# Options of the recipe that an option of the caller removes, because they would overrule it or do not fit it.
-REMOVED_BY = {"num_train_epochs": ("max_steps",), "reparameterization": ("fit_steps",), "init": ("init_text",)}
 O = TypeVar("O", bound=Options)
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Resolved options of a run.
-
-    Attributes:
-        config: Options of training.
-        prefix_config: Options of what is learned.
-        method_config: Options of the method.
-        init: Initial values: ``"text"``, ``"random"``, ``"zero"``, a `Prefix`, or prefixes by name.
-        init_text: Text of ``init="text"``, None for the task's.
-        explicit: Names of the options that the caller gave.
-    """
-
-    config: TrainConfig
-    prefix_config: PrefixConfig
-    method_config: MethodConfig
-    init: Any
-    init_text: str | None
-    explicit: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -57,6 +34,42 @@ class GivenOptions:
     init_text: str | None = None
 
 
+@dataclass(frozen=True)
+class TrainSettings:
+    """Resolved options of a run.
+
+    Attributes:
+        config: Options of training.
+        prefix_config: Options of what is learned.
+        method_config: Options of the method.
+        init: Initial values: ``"text"``, ``"random"``, ``"zero"``, a `Prefix`, or prefixes by name.
+        init_text: Text of ``init="text"``, None for the task's.
+        explicit: Names of the options that the caller gave.
+        given: Options of the caller.
+        task: Name of the task.
+    """
+
+    config: TrainConfig
+    prefix_config: PrefixConfig
+    method_config: MethodConfig
+    init: Any
+    init_text: str | None
+    explicit: frozenset[str]
+    given: GivenOptions
+    task: str
+
+    def varied(self, options: Mapping[str, Any]) -> TrainSettings:
+        """Settings in which the caller gives further options, as a variant of a sweep does.
+
+        Args:
+            options: Fields of the option classes.
+
+        Raises:
+            ConfigError: If the recipe has no values for them.
+        """
+        return resolve_settings(replace(self.given, fields={**(self.given.fields or {}), **options}), self.task)
+
+
 def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
     """Resolve the options of a run. Options of the caller take precedence over those of the recipe.
 
@@ -74,22 +87,32 @@ def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
     explicit = _given_values(TrainConfig, given.config) | _given_values(PrefixConfig, given.prefix_config)
     explicit |= given.fields or {}
     inits = {k: v for k, v in (("init", given.init), ("init_text", given.init_text)) if v is not None}
-    method_config = MethodConfig.make({k: v for k, v in explicit.items() if k in MethodConfig.names()})
-    method = method_config.method
+    own_method = {k: v for k, v in explicit.items() if k in MethodConfig.names()}
+    method = MethodConfig.make(own_method).method
     if method not in METHODS:
         msg = f"method: expected one of {', '.join(METHODS)}, got {method!r}"
         raise ConfigError(msg)
     check_read(method, [*explicit, *inits])
-    recipe: Any = {k: explicit[k] for k in ("recipe",) if k in explicit}
-    preset = read_preset(method, read_recipe(TrainConfig.make(recipe).recipe, task, method))
-    for name in {*explicit, *inits}:
-        for other in REMOVED_BY.get(name, ()):
-            preset.pop(other, None)
-    merged = preset | explicit | inits
+    recipe = TrainConfig.make({k: explicit[k] for k in ("recipe",) if k in explicit}).recipe
+    preset = read_preset(method, read_recipe(recipe, task, method, own_method.get("adapter_size")))
+    own = explicit | inits
+    merged = {k: v for k, v in preset.items() if k not in _overruled(preset, own)} | own
     config = TrainConfig.make({k: v for k, v in merged.items() if k in TrainConfig.names()})
     prefix_config = PrefixConfig.make({k: v for k, v in merged.items() if k in PrefixConfig.names()})
+    method_config = MethodConfig.make({k: v for k, v in merged.items() if k in MethodConfig.names()})
     init, init_text = merged.get("init", "text"), merged.get("init_text")
-    return TrainSettings(config, prefix_config, method_config, init, init_text, frozenset(explicit))
+    return TrainSettings(config, prefix_config, method_config, init, init_text, frozenset(explicit), given, task)
+
+
+def _overruled(preset: Mapping[str, Any], own: Mapping[str, Any]) -> set[str]:
+    """Options of a recipe that would overrule options of the caller, or that do not fit them."""
+    found = {"max_steps"} if "num_train_epochs" in own else set()
+    of_recipe = preset.get("init", "text"), preset.get("reparameterization")
+    if own.get("init", of_recipe[0]) != of_recipe[0]:
+        found.add("init_text")
+    if of_recipe[1] is not None and own.get("reparameterization", of_recipe[1]) != of_recipe[1]:
+        found |= {"fit_steps", "learning_rate"}  # an MLP has a far lower rate than keys and values
+    return found
 
 
 def option_values(config: Options) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def test_dart_forms_are_those_of_its_reference_files():
 def test_ascii_forms_of_unidecode():
     text = "Şiłøæ “ğ” ’ £€ → … İ ạ e\N{COMBINING ACUTE ACCENT} ¼"
     assert ascii_form(text) == 'Siloae "g" \' PSEUR - ... I a e  1/4'
+    assert ascii_form("half\N{REPLACEMENT CHARACTER} \N{MINUS SIGN}5\N{THIN SPACE}m") == "half -5 m"
 
 
 def test_other_characters_need_unidecode(monkeypatch):

@@ -14,12 +14,14 @@ from prefixfast.errors import ConfigError
 from prefixfast.io.yaml import read_yaml
 from prefixfast.model.text_kv import text_kv
 from prefixfast.training import mlp
+from prefixfast.training.job import JobArguments, prepare
 from prefixfast.training.parameters import ParameterOptions, PrefixParameters
 from prefixfast.training.recipes import read_recipe, recipe_names
 from prefixfast.training.settings import GivenOptions, resolve_settings
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
+E2E_ROWS = [{"mr": "name[Alimentum], area[city centre]", "ref": "Alimentum is in the city centre."}] * 3
 TEXT_ROWS = [{"prompt": f"{a}=", "completion": a * 3} for a in "abcd"]
 
 
@@ -48,19 +50,10 @@ def test_the_paper_recipes_of_summaries():
     assert (few.init_text, few.config.warmup_steps, few.config.batch_size) == ("summarize", 100, 5)
 
 
-@pytest.mark.parametrize(
-    ("task", "rate", "epochs", "batch", "length"),
-    [("e2e", 8e-5, 5, 10, 5), ("webnlg", 5e-5, 5, 5, 5), ("dart", 5e-5, 10, 5, 10), ("prompt", 5e-5, 10, 5, 10)],
-)
-def test_the_paper_recipe_by_task(task, rate, epochs, batch, length):
-    got = chosen(task, recipe="paper")
+def test_the_paper_recipe_beside_its_table():
+    got = chosen("prompt", recipe="paper")
     config = got.config
-    assert (config.learning_rate, config.num_train_epochs, config.batch_size, got.prefix_config.prefix_length) == (
-        rate,
-        epochs,
-        batch,
-        length,
-    )
+    assert (config.learning_rate, config.num_train_epochs, config.batch_size) == (5e-5, 10, 5), "defaults of A.2"
     assert (config.loss, config.warmup_steps, config.weight_decay, config.max_grad_norm, config.lr_scheduler_type) == (
         "sequence_sum",
         0,
@@ -74,6 +67,7 @@ def test_the_paper_recipe_by_task(task, rate, epochs, batch, length):
         512,
         101,
     )
+    assert got.prefix_config.prefix_length == 10
 
 
 def test_the_low_data_recipe():
@@ -284,28 +278,121 @@ def test_embedding_dim_is_the_input_width_of_the_mlp():
     )
 
 
-PAPER = {
-    # learning rate, epochs and batch of table 6
-    ("prefix", "e2e"): (8e-5, 5, 10, "sequence_sum"),
-    ("prefix", "webnlg"): (5e-5, 5, 5, "sequence_sum"),
-    ("prefix", "dart"): (5e-5, 10, 5, "sequence_sum"),
-    ("adapter", "e2e"): (5e-5, 5, 5, "token_mean"),
-    ("adapter", "webnlg"): (5e-5, 5, 5, "token_mean"),
-    ("adapter", "dart"): (5e-5, 5, 5, "token_mean"),
-    ("full", "e2e"): (5e-5, 5, 10, "token_mean"),
-    ("full", "webnlg"): (1e-5, 10, 6, "token_mean"),
-    ("full", "dart"): (1e-5, 10, 6, "token_mean"),
-    ("top2", "e2e"): (5e-5, 5, 10, "token_mean"),
-    ("top2", "webnlg"): (5e-5, 10, 9, "token_mean"),
-    ("top2", "dart"): (5e-5, 5, 5, "token_mean"),
-}
+# Rows of table 6 of Li & Liang (ACL 2021, appendix A) in the order of the paper: learning rate, epochs, batch size,
+# prefix length.
+TABLE_6 = """
+prefix         e2e    8e-05  5 10   5
+prefix         webnlg 5e-05  5  5   5
+prefix         dart   5e-05 10  5  10
+prefix         xsum   5e-05 30 14 100
+adapter(3%)    e2e    5e-05  5  5   -
+adapter(0.1%)  e2e    8e-05 10  5   -
+adapter(3%)    webnlg 5e-05  5  5   -
+adapter(0.1%)  webnlg 5e-05 10  5   -
+adapter(3%)    dart   5e-05  5  5   -
+adapter(0.1%)  dart   8e-05  5  5   -
+full           e2e    5e-05  5 10   -
+full           webnlg 1e-05 10  6   -
+full           dart   1e-05 10  6   -
+top2           e2e    5e-05  5 10   -
+top2           webnlg 5e-05 10  9   -
+top2           dart   5e-05  5  5   -
+"""
 
 
-@pytest.mark.parametrize(("method", "task"), PAPER)
-def test_the_paper_recipe_has_table_6_for_every_method(method, task):
-    found = read_recipe("paper", task, method)
-    names = ("learning_rate", "num_train_epochs", "batch_size", "loss")
-    assert tuple(found[n] for n in names) == PAPER[method, task]
+@pytest.mark.parametrize("row", TABLE_6.strip().splitlines(), ids=lambda row: "-".join(row.split()[:2]))
+def test_the_paper_recipe_is_table_6(row):
+    name, task, rate, epochs, batch, length = row.split()
+    method, _, size = name.partition("(")
+    own = {"method": method} | ({"adapter_size": float(size.rstrip("%)")) / 100} if size else {})
+    got = chosen(task, recipe="paper", **own)
+    config = got.config
+    assert (config.learning_rate, config.num_train_epochs, config.batch_size) == (float(rate), int(epochs), int(batch))
+    assert config.loss == ("sequence_sum" if method == "prefix" and task != "xsum" else "token_mean")
+    if length != "-":
+        assert got.prefix_config.prefix_length == int(length)
+    if size:
+        assert got.method_config.adapter_size == own["adapter_size"]
+
+
+def test_adapters_of_the_paper_have_two_sizes():
+    assert (
+        chosen("e2e", recipe="paper", method="adapter").config
+        == chosen("e2e", recipe="paper", method="adapter", adapter_size=0.03).config
+    )
+    with pytest.raises(ConfigError, match=re.escape("recipe paper has values for 0.03 and 0.001, got 0.01")):
+        chosen("e2e", recipe="paper", method="adapter", adapter_size=0.01)
+    assert chosen("e2e", recipe="low-data", method="adapter", adapter_size=0.01).method_config.adapter_size == 0.01
+
+
+def test_lora_of_the_paper_recipe_is_that_of_hu_et_al():
+    """The command for GPT-2 medium on E2E in the code of Hu et al. 2021 (examples/NLG of microsoft/LoRA)."""
+    command = "--clip 0.0 --lr 0.0002 --weight_decay 0.01 --warmup_step 500 --max_epoch 5 --lora_dim 4 --lora_alpha 32"
+    words = command.split()
+    theirs = {k: float(v) for k, v in zip(words[::2], words[1::2], strict=True)}
+    got = chosen("e2e", recipe="paper", method="lora")
+    config, method = got.config, got.method_config
+    assert theirs == {
+        "--clip": config.max_grad_norm,
+        "--lr": config.learning_rate,
+        "--weight_decay": config.weight_decay,
+        "--warmup_step": config.warmup_steps,
+        "--max_epoch": config.num_train_epochs,
+        "--lora_dim": method.lora_rank,
+        "--lora_alpha": method.lora_alpha,
+    }
+    assert (config.batch_size, config.lr_scheduler_type) == (8, "linear")
+    assert chosen("e2e", recipe="paper", method="lora", lora_rank=8).method_config.lora_rank == 8
+
+
+@pytest.mark.parametrize("recipe", ["paper", "low-data"])
+def test_rates_of_an_mlp_are_for_an_mlp_alone(recipe):
+    """The rate of an MLP changes embeddings, or keys and values themselves, by too little to learn anything."""
+    assert chosen("e2e", recipe=recipe).config.learning_rate < 1e-4
+    assert chosen("e2e", recipe=recipe, reparameterization="mlp").config.learning_rate < 1e-4
+    assert chosen("e2e", recipe=recipe, method="infix").config.learning_rate < 1e-4
+    assert chosen("e2e", recipe=recipe, method="embedding").config.learning_rate is None
+    assert chosen("e2e", recipe=recipe, reparameterization="none").config.learning_rate is None
+    assert chosen("e2e", recipe=recipe, reparameterization="none", learning_rate=0.1).config.learning_rate == 0.1
+    assert chosen("e2e", recipe="low-data", reparameterization="mlp").prefix_config.fit_steps == 500
+    assert chosen("xsum", recipe="low-data", init="text").init_text == "summarize"
+
+
+def test_the_low_data_recipe_of_full_fine_tuning():
+    got = chosen("xsum", recipe="low-data", method="full").config
+    assert (got.batch_size, got.num_train_epochs, got.max_steps, got.loss) == (6, 3, None, "token_mean")
+    assert chosen("xsum", recipe="low-data").config.num_train_epochs == 20
+
+
+def test_a_recipe_file_with_options_of_methods(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "num_examples: 2\nadapter_size: 0.5\nmethods:\n  adapter:\n    sizes:\n      0.5: {batch_size: 3}\n"
+        "      0.25:\n        tasks: {dart: {batch_size: 4}}\n"
+    )
+    got = chosen("e2e", recipe=str(path), method="adapter")
+    assert (got.method_config.adapter_size, got.config.batch_size) == (0.5, 3)
+    assert chosen("dart", recipe=str(path), method="adapter", adapter_size=0.25).config.batch_size == 4
+    assert chosen("e2e", recipe=str(path), method="icl").method_config.num_examples == 2
+    assert chosen("e2e", recipe=str(path)).method_config.num_examples == 4, "prefix does not read it"
+
+
+def test_a_sweep_has_the_values_of_each_variant():
+    """Values of the recipe that depend on an option follow the variant of a sweep."""
+
+    def variants(**sweep):
+        fields = {"recipe": "paper", **({"method": "adapter"} if "adapter_size" in sweep else {})}
+        job = prepare(JobArguments(E2E_ROWS, task="e2e", sweep=sweep, fields=fields))
+        return [j.config for group in job.groups for j in group.jobs]
+
+    assert [(c.learning_rate, c.num_train_epochs) for c in variants(adapter_size=[0.03, 0.001])] == [
+        (5e-5, 5),
+        (8e-5, 10),
+    ]
+    assert [c.learning_rate for c in variants(reparameterization=["none", "mlp"])] == [None, 8e-5]
+    assert [c.learning_rate for c in variants(learning_rate=[1e-2, 1e-3])] == [1e-2, 1e-3]
+    with pytest.raises(ConfigError, match="recipe paper has values for"):
+        variants(adapter_size=[0.03, 0.02])
 
 
 @pytest.mark.parametrize(
@@ -315,9 +402,15 @@ def test_the_paper_recipe_has_table_6_for_every_method(method, task):
         ("methods: {ful: {}}", "did you mean full"),
         ("methods: {full: {lr: 1}}", "methods.full: unknown option 'lr'"),
         ("methods: {full: {tasks: {e2e: {lr: 1}}}}", "methods.full: tasks.e2e: unknown option 'lr'"),
+        ("methods: {full: {sizes: {}}}", "methods.full: unknown option 'sizes'"),
+        ("methods: {adapter: {sizes: [1]}}", "methods.adapter.sizes: expected a mapping of values of adapter_size"),
+        ("methods: {adapter: {sizes: {big: {}}}}", "methods.adapter.sizes: expected values of adapter_size, got 'big'"),
+        ("methods: {adapter: {sizes: {0.1: {lr: 1}}}}", "methods.adapter.sizes.0.1: unknown option 'lr'"),
+        ("method: full", "unknown option 'method'"),
+        ("lora_rank: 0", "lora_rank: expected at least 1"),
     ],
 )
 def test_a_wrong_part_of_methods_is_refused(tmp_path, text, error):
     (tmp_path / "own.yaml").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(error)):
-        read_recipe(str(tmp_path / "own.yaml"), "e2e", "prefix")
+        chosen("e2e", recipe=str(tmp_path / "own.yaml"), method="lora")
