@@ -18,6 +18,7 @@ from prefixfast.cli.prefixes import Json
 from prefixfast.config import GenerationParams, TrainConfig
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.paths import check_not_input
 from prefixfast.io.text import counted, duration
 from prefixfast.model.base_name import check_base_name
 
@@ -57,6 +58,7 @@ METRICS = typer.Option(
     help="Metrics or scores with commas between them, as in BLEU,TER.", show_default="those of the task"
 )
 MEMORY = typer.Option(help="Memory in GB (1e9 bytes), into which users are counted beside the base.", min=0)
+TABLE_FILE, PLOT_FILE = "table.md", "compare.png"  # in the output folder
 DRY_RUN = typer.Option(
     "--dry-run",
     help="Print the parts and their times, estimated from two steps and eight texts of the base, and write nothing.",
@@ -95,11 +97,13 @@ def command(
     """
     given = dict(locals())
     from prefixfast.studies.compare.rows import read_study_rows
-    from prefixfast.studies.compare.runner import make_parts, read_results
+    from prefixfast.studies.compare.runner import FAILED, RESULTS, make_parts, read_results
     from prefixfast.studies.compare.scores import check_metrics
     from prefixfast.studies.compare.variants import read_variants
 
     start_logging(quiet=quiet)
+    written = [output / name for name in (RESULTS, FAILED, TABLE_FILE, PLOT_FILE)]
+    check_not_input("--output", written, filter(None, (rows_file, eval_data)))
     check_base_name(model)
     read_results(output)  # refused before any work if it holds something else
     variants = read_variants(methods, settings or [])
@@ -210,9 +214,9 @@ def _run_and_show(parts: Sequence[Part], output: Path, memory: float, *, as_json
     lines = [line for line in read_results(output) if line["shared"] == parts[0].shared]
     if lines:
         summary = summarize(lines, parts[0].shared)
-        replace_file(output / "table.md", markdown(summary, memory).encode())
-        plot = _draw(summary, output / "compare.png")
-        files = {"results": output / RESULTS, "table": output / "table.md", "plot": plot}
+        replace_file(output / TABLE_FILE, markdown(summary, memory).encode())
+        plot = _draw(summary, output / PLOT_FILE)
+        files = {"results": output / RESULTS, "table": output / TABLE_FILE, "plot": plot}
         _show(summary, memory, {n: None if f is None else str(f) for n, f in files.items()}, failed, as_json=as_json)
     for label, error in failed.items():
         typer.echo(f"{printable(label)} failed: {printable(error)}", err=True)

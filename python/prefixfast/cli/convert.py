@@ -43,6 +43,9 @@ def command(
     """
     from prefixfast.errors import ConfigError, DataError, shown
 
+    if target.exists() and source.exists() and target.samefile(source):
+        msg = f"DST: {shown(str(target))} is SRC, which it would replace; give another folder"
+        raise ConfigError(msg)
     if not recursive:
         done = convert_folder(source, target, model, verify=verify)
         if not done.ok:

@@ -10,6 +10,7 @@ import typer
 from prefixfast.cli.output import QUIET, printable, show, start_logging
 from prefixfast.cli.prefixes import Json
 from prefixfast.errors import ConfigError, shown
+from prefixfast.io.paths import check_not_input
 from prefixfast.io.text import counted
 
 EXAMPLE = """prefixfast eval texts.txt references.txt --task e2e
@@ -67,6 +68,8 @@ def command(
     if output is not None and (output.suffix.lower() != ".json" or output.is_dir()):
         msg = f"--output: expected a file ending in .json, got {shown(str(output))}"
         raise ConfigError(msg)
+    if output is not None:
+        check_not_input("--output", [output], [outputs, *references])
     names = None if metrics is None else [name.strip() for name in metrics.split(",")]
     found = evaluate(outputs, references, task=task, metrics=names, split=split)  # type: ignore[arg-type]
     if output is not None:

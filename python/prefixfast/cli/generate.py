@@ -74,7 +74,7 @@ def command(
     from prefixfast.prefix.header import PrefixHeader
 
     start_logging(quiet=quiet)
-    check_path(output)
+    check_path(output, requests)
     check_options(fields)
     chosen = PrefixFlags(prefix, prefixes, store)
     rows = read_input(requests, encoding) if split is None else read_split(requests, split, chosen, encoding)

@@ -20,6 +20,7 @@ from prefixfast.cli.records import Records
 from prefixfast.cli.result_formats import FORMULA_STARTS, LINE_BREAK, file_content, format_of, left_out, record_line
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
+from prefixfast.io.paths import check_not_input
 
 if TYPE_CHECKING:
     from prefixfast.data.rows import Row
@@ -61,17 +62,22 @@ def print_counts(path: Path, counts: str) -> None:
     typer.echo(f"{'standard output' if is_stdout else printable(str(path))}: {counts}", err=is_stdout)
 
 
-def check_path(path: Path) -> None:
-    """Check the suffix of an output, and that it is no folder.
+def check_path(path: Path, requests: Path | None = None) -> None:
+    """Check the suffix of an output, and that it is no folder and not the input.
+
+    Args:
+        path: Path of the output, or ``-`` for standard output.
+        requests: Path of the input, None if it was checked before.
 
     Raises:
-        ConfigError: If the suffix is unknown, or the path is a folder.
+        ConfigError: If the suffix is unknown, or the path is a folder or the input.
     """
     if path.is_dir():
         msg = f"--output: expected a file, got the folder {shown(str(path))}"
         raise ConfigError(msg)
     if path != STDOUT:
         format_of(path)
+        check_not_input("--output", [path], [] if requests is None else [requests])
 
 
 class ResultFile:

@@ -55,7 +55,7 @@ def command(
     from prefixfast.prefix.header import PrefixHeader
 
     start_logging(quiet=quiet)
-    check_path(output)
+    check_path(output, rows_file)
     check_options(fields)
     chosen = PrefixFlags(prefix, prefixes, store)
     rows = read_input(rows_file, encoding) if split is None else read_references(rows_file, split, chosen, encoding)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from prefixfast.cli.row_files import named_files
 from prefixfast.cli.train_summary import KeepRun, Summary, without_result_log
 from prefixfast.config import MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError, shown
+from prefixfast.io.paths import check_not_input
 from prefixfast.io.yaml import read_yaml, read_yaml_file
 from prefixfast.model.base_name import check_base_name
 
@@ -152,6 +154,7 @@ def command(
     start_logging(quiet=quiet)
     check_order(model)
     files = named_files(data, by_stem=_by_stem(given), official=split is not None)
+    _check_output(output, [files, *([] if eval_data is None else [named_files(eval_data, official=split is not None)])])
     _check_before_reading(given, fields)
     arguments = _train_arguments(given, fields)
     if dry_run:
@@ -174,6 +177,15 @@ def command(
     is_single, by_rows = not isinstance(result, TrainRun), prefix_column == "prefix"
     summary = Summary(kept.run, output, store, is_single, by_name, dtype, encoding, by_rows)
     summary.show(as_json=as_json, quiet=quiet)
+
+
+def _check_output(output: Path | None, inputs: Sequence[str | Mapping[str, str | Path]]) -> None:
+    """Raise `ConfigError` if the run would replace a file of rows with its log or its list of failures."""
+    from prefixfast.store.runs import FAILED, LOG
+
+    paths = [p for files in inputs for p in (files.values() if isinstance(files, Mapping) else (files,))]
+    if output is not None:
+        check_not_input("--output", [output / LOG, output / FAILED], filter(os.path.isfile, paths))
 
 
 def check_order(model: str) -> None:

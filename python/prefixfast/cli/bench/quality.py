@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from prefixfast.cli.bench.options import OUTPUT, check_known
+from prefixfast.io.paths import check_not_input
 
 Base = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder of the base.")]
 Data = Annotated[
@@ -85,5 +86,6 @@ def quality(
     from prefixfast.bench.quality.settings import SETTINGS, Run
 
     check_known("SETTING", setting, SETTINGS)
+    check_not_input("--output", [output / "results.json"], [] if texts is None else [texts])
     settings = Run(name=setting, model=model, data=data, output=output, steps=steps, dtype=dtype, texts=texts)
     run(settings, impl, threads)

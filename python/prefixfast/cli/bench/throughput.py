@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from prefixfast.cli.bench.options import OUTPUT, Model, Rounds, Shape, check_known, spelt, whole_numbers
+from prefixfast.io.paths import check_not_input
 
 Output = Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.jsonl, throughput.png and report.html.")]
 
@@ -103,5 +104,6 @@ def tokenize(
     """Measure the tokenization of many short texts, against transformers and tokenizers."""
     from prefixfast.bench.tokenize import Settings, run
 
+    check_not_input("--output", [output / "results.jsonl"], [data])
     command = spelt("tokenize", tokenizer, data, task=task, rounds=rounds)
     run(output, Settings(tokenizer=tokenizer, data=data, task=task, rounds=rounds, command=command))
