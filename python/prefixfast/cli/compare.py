@@ -12,7 +12,7 @@ import typer
 
 from prefixfast.cli.columns import PROMPT, SPLIT, TABLE, TARGET, TASK, column_arguments
 from prefixfast.cli.generate import ENCODING, FORMATS
-from prefixfast.cli.options import flags
+from prefixfast.cli.options import flags, words_of
 from prefixfast.cli.output import QUIET, SOME_FAILED, printable, show, start_logging
 from prefixfast.cli.prefixes import Json
 from prefixfast.config import GenerationParams, TrainConfig
@@ -37,6 +37,7 @@ METHODS = typer.Option(
     "prefix-mlp (trained through the MLP), prefix-random (flat, random init), adapter-3 and adapter-0.1 (3 and 0.1 % "
     "of the base's parameters)."
 )
+METHODS_BY_DEFAULT = ["prefix,lora,full"]
 SETTINGS = typer.Option(
     "--set", help="Option of one method as METHOD.OPTION=VALUE, as in lora.lora_rank=4.", show_default="no option"
 )
@@ -70,7 +71,7 @@ def command(
     rows_file: Annotated[str, typer.Argument(metavar="ROWS", help=f"File of rows with input and target ({FORMATS}).")],
     model: Annotated[str, MODEL],
     output: Annotated[Path, OUTPUT] = Path("comparison"),
-    methods: Annotated[str, METHODS] = "prefix,lora,full",
+    methods: Annotated[list[str], METHODS] = METHODS_BY_DEFAULT,
     seeds: Annotated[int, SEEDS] = 3,
     settings: Annotated[list[str] | None, SETTINGS] = None,
     task: Annotated[str | None, TASK] = None,
@@ -82,7 +83,7 @@ def command(
     eval_data: Annotated[str | None, EVAL_DATA] = None,
     max_rows: Annotated[int | None, MAX_ROWS] = None,
     max_inputs: Annotated[int | None, MAX_INPUTS] = None,
-    metrics: Annotated[str | None, METRICS] = None,
+    metrics: Annotated[list[str] | None, METRICS] = None,
     memory: Annotated[float, MEMORY] = 16,
     dry_run: Annotated[bool, DRY_RUN] = False,
     as_json: Json = False,
@@ -106,7 +107,7 @@ def command(
     check_not_input("--output", written, filter(None, (rows_file, eval_data)))
     check_base_name(model)
     read_results(output)  # refused before any work if it holds something else
-    variants = read_variants(methods, settings or [])
+    variants = read_variants(",".join(methods), settings or [])
     study, first = _study(given, fields)
     rows = read_study_rows(study)
     parts = make_parts(study, rows, variants, range(first, first + seeds))
@@ -144,7 +145,7 @@ def _study(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Study, 
         },
         train=training,
         decoding=decoding,
-        metrics=None if metrics is None else [name.strip() for name in metrics.split(",")],
+        metrics=words_of(metrics) if metrics else None,
         max_rows=given["max_rows"],
         max_inputs=given["max_inputs"],
         **({"eval_fraction": fraction} if fraction else {}),

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from prefixfast.cli.options import words_of
 from prefixfast.cli.output import QUIET, printable, show, start_logging
 from prefixfast.cli.prefixes import Json
 from prefixfast.errors import ConfigError, shown
@@ -33,7 +34,7 @@ def command(
         ),
     ],
     metrics: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="Names of metrics or scores with commas between them, as in BLEU,NIST.",
             show_default="all metrics of the task",
@@ -70,7 +71,7 @@ def command(
         raise ConfigError(msg)
     if output is not None:
         check_not_input("--output", [output], [outputs, *references])
-    names = None if metrics is None else [name.strip() for name in metrics.split(",")]
+    names = words_of(metrics) if metrics else None
     found = evaluate(outputs, references, task=task, metrics=names, split=split)  # type: ignore[arg-type]
     if output is not None:
         replace_file(output, json_bytes(found.to_json(), indent=2) + b"\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -32,6 +32,15 @@ PRINT_CONFIG = Annotated[
     bool,
     typer.Option("--print-config", help="Print the options of the sections below as YAML for --config, and exit."),
 ]
+
+
+def words_of(values: Sequence[str]) -> list[str]:
+    """Words of an option that takes a list with commas, and can be given several times.
+
+    Args:
+        values: Value of each occurrence of the option.
+    """
+    return [word.strip() for value in values for word in value.split(",")]
 
 
 def flags(
@@ -97,7 +106,7 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, section: str) -> inspec
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None) and get_origin(k) is not Literal]
     kind, metavar = next(iter(kinds), str), None
     if _is_numbers(kind):
-        kind, metavar = str, "<int,int,...>"
+        kind, metavar = list[str], "<int,int,...>"
     elif get_origin(kind) is tuple:
         kind = list[str]  # a flag that can be given several times
     elif choices and (not kinds or get_origin(hint) is Literal):
@@ -133,20 +142,21 @@ def _value(value: Any, name: str, hint: Any) -> Any:
     and a boolean or a number are possible.
     """
     if isinstance(value, list):
+        if any(_is_numbers(kind) for kind in get_args(hint)):
+            return _numbers(value, name)
         nested = any(get_origin(kind) is tuple and _is_numbers(get_args(kind)[0]) for kind in get_args(hint))
-        return tuple(_numbers(v, name) if nested else v for v in value)
-    if any(_is_numbers(kind) for kind in get_args(hint)):
-        return _numbers(value, name)
+        return tuple(_numbers([v], name) if nested else v for v in value)
     if not isinstance(value, str):
         return value
     return int(value) if value.isdecimal() else {"true": True, "false": False}.get(value, value)
 
 
-def _numbers(text: str, name: str) -> tuple[int, ...]:
+def _numbers(values: Sequence[str], name: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(map(int, words_of(values)))
     except ValueError as e:
-        msg = f"--{name.replace('_', '-')}: expected numbers with commas between them, got {shown(text)}"
+        given = ",".join(values)
+        msg = f"--{name.replace('_', '-')}: expected numbers with commas between them, got {shown(given)}"
         raise ConfigError(msg) from e
 
 

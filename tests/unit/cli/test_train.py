@@ -274,3 +274,11 @@ def test_mistakes_are_one_message(cli, folder, data, tmp_path, arguments, messag
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("words", [("--layers", "0,1"), ("--layers", "0", "--layers", "1"), ("--layers=1, 0",)])
+def test_an_option_with_commas_can_be_given_several_times(cli, folder, tmp_path, words):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    done = cli("train", folder, tmp_path / "rows.jsonl", "-o", tmp_path / "p", "--print-config", *words)
+    assert done.code == 0, done.err
+    assert sorted(yaml.safe_load(done.out)["layers"]) == [0, 1]

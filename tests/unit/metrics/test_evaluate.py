@@ -469,6 +469,13 @@ def test_the_scores_of_the_example(cli, tmp_path):
     assert json.loads(printed.out) == written
 
 
+def test_an_option_with_commas_can_be_given_several_times(cli, write):
+    words = ("eval", write("o", "a\n"), write("r", "a\n"), "--task", "e2e")
+    done = cli(*words, "--metrics", "length, BLEU", "--metrics", "NIST")
+    assert done.code == 0, done.err
+    assert [line.split("\t")[0] for line in done.out.splitlines()] == ["score", "length", "BLEU", "NIST"]
+
+
 def test_several_files_of_references(cli, write):
     files = [write("o", "a b\nc\n"), write("r0", "a b\ne\n"), write("r1", "c d\n\n")]
     done = cli("eval", *map(str, files), "--task", "webnlg", "--metrics", "reference length", "--json")

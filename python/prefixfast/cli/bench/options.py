@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated
 
 import typer
 
+from prefixfast.cli.options import words_of
 from prefixfast.errors import shown
 
 OUTPUT = ("-o", "--output")
@@ -36,16 +37,16 @@ def check_known(option: str, value: str, known: Collection[str]) -> None:
         raise typer.BadParameter(msg, param_hint=option)
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
-    """Whole numbers of a list with commas.
+def whole_numbers(option: str, values: Sequence[str]) -> list[int]:
+    """Whole numbers of an option that takes a list with commas, and can be given several times.
 
     Raises:
         BadParameter: If a part is not a whole number.
     """
     try:
-        return [int(part) for part in text.split(",")]
+        return list(map(int, words_of(values)))
     except ValueError as e:
-        msg = f"expected whole numbers with commas between them, got {shown(text)}"
+        msg = f"expected whole numbers with commas between them, got {shown(','.join(values))}"
         raise typer.BadParameter(msg, param_hint=option) from e
 
 

@@ -19,12 +19,12 @@ def generate(
     shape: Shape = "gpt2",
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32, bfloat16, float16 or float64.")] = "float32",
     lengths: Annotated[
-        str, typer.Option(help="Prefix lengths; 0 measures without a prefix. llama takes up to 4096.")
-    ] = "0,10,100,200,512",
-    distinct: Annotated[str, typer.Option(help="Numbers of distinct prefixes in the batch.")] = "1,4,32",
+        list[str], typer.Option(help="Prefix lengths; 0 measures without a prefix. llama takes up to 4096.")
+    ] = ("0,10,100,200,512",),
+    distinct: Annotated[list[str], typer.Option(help="Numbers of distinct prefixes in the batch.")] = ("1,4,32",),
     requests: Annotated[
-        str, typer.Option(help="Numbers of requests in the batch; each makes a table and a panel of the plot.")
-    ] = "32",
+        list[str], typer.Option(help="Numbers of requests in the batch; each makes a table and a panel of the plot.")
+    ] = ("32",),
     rounds: Rounds = 3,
 ) -> None:
     """Measure the throughput of generation by prefix length, number of distinct prefixes and batch size.
@@ -37,7 +37,8 @@ def generate(
 
     check_known("--shape", shape, SHAPES)
     check_known("--dtype", dtype, DTYPES)
-    options = {"lengths": lengths, "distinct": distinct, "requests": requests, "rounds": rounds, "dtype": dtype}
+    lists = {"lengths": lengths, "distinct": distinct, "requests": requests}
+    options = {**{n: ",".join(v) for n, v in lists.items()}, "rounds": rounds, "dtype": dtype}
     settings = Settings(
         model=model,
         shape=shape,
@@ -56,8 +57,8 @@ def train(
     model: Model = None,
     shape: Shape = "gpt2",
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
-    lengths: Annotated[str, typer.Option(help="Prefix lengths.")] = "10,100,200",
-    prefixes: Annotated[str, typer.Option(help="Numbers of prefixes that are trained at once.")] = "1,8",
+    lengths: Annotated[list[str], typer.Option(help="Prefix lengths.")] = ("10,100,200",),
+    prefixes: Annotated[list[str], typer.Option(help="Numbers of prefixes that are trained at once.")] = ("1,8",),
     rounds: Rounds = 2,
 ) -> None:
     """Measure the throughput of training by prefix length and number of prefixes at once.
@@ -69,7 +70,8 @@ def train(
 
     check_known("--shape", shape, SHAPES)
     check_known("--dtype", dtype, LIMIT)
-    options = {"lengths": lengths, "prefixes": prefixes, "rounds": rounds, "dtype": dtype}
+    lists = {"lengths": lengths, "prefixes": prefixes}
+    options = {**{n: ",".join(v) for n, v in lists.items()}, "rounds": rounds, "dtype": dtype}
     settings = Settings(
         model=model,
         shape=shape,
