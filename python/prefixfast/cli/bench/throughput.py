@@ -10,6 +10,9 @@ import typer
 from prefixfast.cli.bench.options import OUTPUT, Model, Rounds, Shape, check_known, spelt, whole_numbers
 from prefixfast.io.paths import check_not_input
 
+# Values of options with commas, which can be given several times.
+LENGTHS, DISTINCT, REQUESTS = ["0,10,100,200,512"], ["1,4,32"], ["32"]
+TRAINED_LENGTHS, COUNTS = ["10,100,200"], ["1,8"]
 Output = Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.jsonl, throughput.png and report.html.")]
 
 
@@ -20,11 +23,11 @@ def generate(
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32, bfloat16, float16 or float64.")] = "float32",
     lengths: Annotated[
         list[str], typer.Option(help="Prefix lengths; 0 measures without a prefix. llama takes up to 4096.")
-    ] = ("0,10,100,200,512",),
-    distinct: Annotated[list[str], typer.Option(help="Numbers of distinct prefixes in the batch.")] = ("1,4,32",),
+    ] = LENGTHS,
+    distinct: Annotated[list[str], typer.Option(help="Numbers of distinct prefixes in the batch.")] = DISTINCT,
     requests: Annotated[
         list[str], typer.Option(help="Numbers of requests in the batch; each makes a table and a panel of the plot.")
-    ] = ("32",),
+    ] = REQUESTS,
     rounds: Rounds = 3,
 ) -> None:
     """Measure the throughput of generation by prefix length, number of distinct prefixes and batch size.
@@ -57,8 +60,8 @@ def train(
     model: Model = None,
     shape: Shape = "gpt2",
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
-    lengths: Annotated[list[str], typer.Option(help="Prefix lengths.")] = ("10,100,200",),
-    prefixes: Annotated[list[str], typer.Option(help="Numbers of prefixes that are trained at once.")] = ("1,8",),
+    lengths: Annotated[list[str], typer.Option(help="Prefix lengths.")] = TRAINED_LENGTHS,
+    prefixes: Annotated[list[str], typer.Option(help="Numbers of prefixes that are trained at once.")] = COUNTS,
     rounds: Rounds = 2,
 ) -> None:
     """Measure the throughput of training by prefix length and number of prefixes at once.
