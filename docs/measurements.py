@@ -428,6 +428,19 @@ DEFAULT_RATES = {
     ("nlg-10m", "e2e-400"): 0.015,
     ("SmolLM2-135M", "text"): 0.018,
 }
+
+
+def method_rates(found: list[Record]) -> Iterator[Cell]:
+    """Held-out loss of each method at the rates of a sweep, with its default and the best rate."""
+    from prefixfast.training.method import METHODS
+
+    for method in dict.fromkeys(r["method"] for r in found):
+        losses = {r["rate"]: r["eval_loss"] for r in found if r["method"] == method}
+        default = METHODS[method].learning_rate
+        yield f"`{method}`", "default", f"{default:g}: {losses[default]:.3f}"
+        yield f"`{method}`", "other rates", ", ".join(f"{r:g}: {v:.3f}" for r, v in losses.items() if r != default)
+
+
 NAMES = {"e2e": "E2E", "dart": "DART", "scitldr": "SciTLDR"}
 
 
@@ -601,6 +614,13 @@ TABLES: dict[str, Table] = {
         default_settings,
         "held-out loss",
         "python benches/system/default_settings.py MODEL --data DATA -o OUT.jsonl",
+    ),
+    "method-rates": Table(
+        ("method-rates-smollm2.jsonl",),
+        method_rates,
+        "held-out loss",
+        "prefixfast train MODEL ROWS --task e2e --eval-data HELD_OUT --num-train-epochs 2 --method METHOD "
+        "--learning-rate RATE -o OUT",
     ),
     "fairness": Table(
         ("fairness.jsonl",), fairness, "factor of the others' time per token", "prefixfast bench fairness"

@@ -61,10 +61,10 @@ METHODS: dict[str, Method] = {
     "prompt": Method("text", UNTRAINED_OPTIONS | {"init_text", "store"}, is_trained=False),
     "icl": Method("text", UNTRAINED_OPTIONS | {"num_examples", "store"}, is_trained=False),
     "embedding": Method("embedding", EMBEDDING_OPTIONS | TRAIN_OPTIONS, learning_rate=0.03),
-    "full": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=5e-5),
-    "top2": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=5e-5),
-    "adapter": Method("adapter", TRAIN_OPTIONS | {"adapter_size"}, makes_prefix=False, learning_rate=1e-3),
-    "lora": Method("lora", TRAIN_OPTIONS | {"lora_rank", "lora_alpha"}, makes_prefix=False, learning_rate=1e-3),
+    "full": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=1e-4),
+    "top2": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=1e-3),
+    "adapter": Method("adapter", TRAIN_OPTIONS | {"adapter_size"}, makes_prefix=False, learning_rate=3e-3),
+    "lora": Method("lora", TRAIN_OPTIONS | {"lora_rank", "lora_alpha"}, makes_prefix=False, learning_rate=5e-3),
 }
 
 

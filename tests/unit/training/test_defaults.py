@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from prefixfast import TrainConfig
 from prefixfast.demo import BASE
 from prefixfast.demo.jobs import JOBS
 from prefixfast.training.defaults import default_learning_rate, num_steps
+from prefixfast.training.method import METHODS
 from token_rows import rows
 
 HOW = {"max_steps": 1, "prefix_length": 3, "progress": False}
@@ -108,3 +111,15 @@ def test_50_rows_of_a_real_task(task, monkeypatch):
     name = {"scitldr": "summary"}.get(task, task)
     with prefixfast.load(shared.folder("lm", "nlg-10m")) as base:
         assert ratio(base, cell.rows, cell.held_out, RATES, name) <= TOLERANCE
+
+
+def test_the_default_rates_of_methods_are_near_the_best_of_their_sweep():
+    """Measured on SmolLM2 (benches/results); a default that was not measured fails."""
+    lines = (ROOT / "benches" / "results" / "method-rates-smollm2.jsonl").read_text().splitlines()
+    runs = [r for r in map(json.loads, lines) if "method" in r]
+    changing = {name for name, m in METHODS.items() if not m.makes_prefix}
+    assert {r["method"] for r in runs} == changing
+    for name in changing:
+        losses = {r["rate"]: r["eval_loss"] for r in runs if r["method"] == name}
+        assert len(losses) >= 3
+        assert losses[METHODS[name].learning_rate] <= 1.02 * min(losses.values())
