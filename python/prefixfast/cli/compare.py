@@ -21,22 +21,20 @@ from prefixfast.io.atomic import replace_file
 from prefixfast.io.paths import check_not_input
 from prefixfast.io.text import counted, duration
 from prefixfast.model.base_name import check_base_name
+from prefixfast.studies.compare.variants import METHOD_NAMES, VARIANTS
 
 if TYPE_CHECKING:
-    from prefixfast.studies.compare.study import Part, Study
+    from prefixfast.studies.compare.study import Study, StudyRun
     from prefixfast.studies.compare.summary import Summary
 
 EXAMPLE = """prefixfast compare rows.jsonl --model gpt2 -o comparison --methods prefix,lora
 prefixfast compare rows.jsonl --model gpt2 -o c --set prefix.prefix_length=20"""
 SHOWN_SCORES = 6  # columns of the table of quality; table.md has all scores
 GIGABYTE = 1e9
-TIMES = ("train", "evaluate", "generate")  # of a part
+TIMES = ("train", "evaluate", "generate")  # of a run
 MODEL = typer.Option(help="Hub id or folder of the base model.")
-METHODS = typer.Option(
-    help="Methods with commas between them: prefix, infix, embedding, prompt, icl, full, top2, adapter, lora, or "
-    "prefix-mlp (trained through the MLP), prefix-random (flat, random init), adapter-3 and adapter-0.1 (3 and 0.1 % "
-    "of the base's parameters)."
-)
+NAMED = ", ".join(f"{name} ({', '.join(f'{k} {v}' for k, v in own.items())})" for name, own in VARIANTS.items())
+METHODS = typer.Option(help=f"Methods with commas between them: {', '.join(METHOD_NAMES)}, or with options {NAMED}.")
 METHODS_BY_DEFAULT = ["prefix,lora,full"]
 SETTINGS = typer.Option(
     "--set", help="Option of one method as METHOD.OPTION=VALUE, as in lora.lora_rank=4.", show_default="no option"
@@ -45,7 +43,7 @@ SEEDS = typer.Option(help="Number of seeds of each method, counted from --seed."
 OUTPUT = typer.Option(
     "-o",
     "--output",
-    help="Folder of results.jsonl, table.md, compare.png, and of what each method trains and generates. Parts that it "
+    help="Folder of results.jsonl, table.md, compare.png, and of what each method trains and generates. Runs that it "
     "holds are not run again, and an interrupted one continues.",
 )
 EVAL_DATA = typer.Option(
@@ -62,7 +60,7 @@ MEMORY = typer.Option(help="Memory in GB (1e9 bytes), into which users are count
 TABLE_FILE, PLOT_FILE = "table.md", "compare.png"  # in the output folder
 DRY_RUN = typer.Option(
     "--dry-run",
-    help="Print the parts and their times, estimated from two steps and eight texts of the base, and write nothing.",
+    help="Print the runs and their times, estimated from two steps and eight texts of the base, and write nothing.",
 )
 
 
@@ -93,12 +91,12 @@ def command(
 ) -> None:
     """Compare methods on the same rows: quality with its spread over seeds, and bytes and seconds of a user.
 
-    Each method and seed is a part, which trains, generates a text for each distinct held-out input and is evaluated in
-    a process of its own. The options below apply to all methods. The exit status is 3 if some parts failed.
+    Each method and seed is a run, which trains, generates a text for each distinct held-out input and is evaluated in
+    a process of its own. The options below apply to all methods. The exit status is 3 if some runs failed.
     """
     given = dict(locals())
     from prefixfast.studies.compare.rows import read_study_rows
-    from prefixfast.studies.compare.runner import FAILED, RESULTS, make_parts, read_results
+    from prefixfast.studies.compare.runner import FAILED, RESULTS, make_runs, read_results
     from prefixfast.studies.compare.scores import check_metrics
     from prefixfast.studies.compare.variants import read_variants
 
@@ -110,14 +108,14 @@ def command(
     variants = read_variants(",".join(methods), settings or [])
     study, first = _study(given, fields)
     rows = read_study_rows(study)
-    parts = make_parts(study, rows, variants, range(first, first + seeds))
+    runs = make_runs(study, rows, variants, range(first, first + seeds))
     check_metrics(study, rows)
-    for part in parts[: len(variants)]:
-        _check(part, rows.task.name)
+    for run in runs[: len(variants)]:
+        _check(run, rows.task.name)
     if dry_run:
-        _print_estimates(parts, as_json=as_json)
+        _print_estimates(runs, as_json=as_json)
         return
-    _run_and_show(parts, output, memory * GIGABYTE, as_json=as_json, quiet=quiet)
+    _run_and_show(runs, output, memory * GIGABYTE, as_json=as_json, quiet=quiet)
 
 
 def _study(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Study, int]:
@@ -153,31 +151,31 @@ def _study(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Study, 
     return study, first
 
 
-def _check(part: Part, task: str) -> None:
-    """Raise `ConfigError` for options that do not fit the method, before any part is run."""
+def _check(run: StudyRun, task: str) -> None:
+    """Raise `ConfigError` for options that do not fit the method, before any run starts."""
     from prefixfast.training.settings import GivenOptions, resolve_settings
 
-    arguments, fields = part.train_arguments()
+    arguments, fields = run.train_arguments()
     try:
         resolve_settings(GivenOptions(fields=fields, **arguments), task)
     except ConfigError as e:
-        msg = f"method {shown(part.variant.name)}: {e}"
+        msg = f"method {shown(run.variant.name)}: {e}"
         raise ConfigError(msg) from e
 
 
-def _print_estimates(parts: Sequence[Part], *, as_json: bool) -> None:
-    """Print the estimated time of each part and of all parts."""
-    from prefixfast.studies.compare.estimate import estimate_parts
+def _print_estimates(runs: Sequence[StudyRun], *, as_json: bool) -> None:
+    """Print the estimated time of each run and of all runs."""
+    from prefixfast.studies.compare.estimate import estimate_runs
     from prefixfast.studies.compare.table import in_units, number
 
-    found = estimate_parts(parts)
+    found = estimate_runs(runs)
     total = sum(e.get(f"{what}_seconds", 0) for e in found for what in TIMES)
     if as_json:
-        typer.echo(json.dumps({"parts": found, "seconds": total}, indent=2))
+        typer.echo(json.dumps({"runs": found, "seconds": total}, indent=2))
         return
     rows = [
         {
-            "part": e["part"],
+            "run": e["run"],
             "steps": e["steps"],
             "learning rate": e["learning_rate"],
             "s/step": number(e["seconds_per_step"]),
@@ -191,14 +189,14 @@ def _print_estimates(parts: Sequence[Part], *, as_json: bool) -> None:
         show(rows, rows[0], as_json=False)
     for e in found:
         if "error" in e:
-            typer.echo(f"{e['part']} failed: {printable(e['error'])}", err=True)
-    typer.echo(f"{counted(len(parts), 'part')}, {duration(total)}; loading and metrics come on top")
+            typer.echo(f"{e['run']} failed: {printable(e['error'])}", err=True)
+    typer.echo(f"{counted(len(runs), 'run')}, {duration(total)}; loading and metrics come on top")
     if len(rows) < len(found):
         raise typer.Exit(SOME_FAILED)
 
 
-def _run_and_show(parts: Sequence[Part], output: Path, memory: float, *, as_json: bool, quiet: bool) -> None:
-    """Run the parts, print and write the results, and exit with 3 if some parts failed."""
+def _run_and_show(runs: Sequence[StudyRun], output: Path, memory: float, *, as_json: bool, quiet: bool) -> None:
+    """Carry out the runs, print and write the results, and exit with 3 if some runs failed."""
     from prefixfast.studies.compare.runner import RESULTS, Runner, read_results
     from prefixfast.studies.compare.summary import summarize
     from prefixfast.studies.compare.table import markdown
@@ -208,13 +206,13 @@ def _run_and_show(parts: Sequence[Part], output: Path, memory: float, *, as_json
             typer.echo(printable(line), err=True)
 
     try:
-        failed = Runner(output, report, False if quiet else None).run(parts)
+        failed = Runner(output, report, False if quiet else None).run(runs)
     except KeyboardInterrupt:
-        report(f"stopped; the same command goes on from the parts in {output}")
+        report(f"stopped; the same command goes on from the runs in {output}")
         raise
-    lines = [line for line in read_results(output) if line["shared"] == parts[0].shared]
+    lines = [line for line in read_results(output) if line["shared"] == runs[0].shared]
     if lines:
-        summary = summarize(lines, parts[0].shared)
+        summary = summarize(lines, runs[0].shared)
         replace_file(output / TABLE_FILE, markdown(summary, memory).encode())
         plot = _draw(summary, output / PLOT_FILE)
         files = {"results": output / RESULTS, "table": output / TABLE_FILE, "plot": plot}

@@ -1,4 +1,4 @@
-"""Comparison of methods: rows, parts, results, tables and the command."""
+"""Comparison of methods: rows, runs, results, tables and the command."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from prefixfast.errors import ConfigError, DataError
 from prefixfast.metrics.evaluate import evaluate
 from prefixfast.metrics.registry import better_side
 from prefixfast.store.workspace import lock, unlock
-from prefixfast.studies.compare import part as part_module
-from prefixfast.studies.compare.estimate import estimate_part
+from prefixfast.studies.compare import run as run_module
+from prefixfast.studies.compare.estimate import estimate_run
 from prefixfast.studies.compare.plot import plot
 from prefixfast.studies.compare.rows import read_study_rows
-from prefixfast.studies.compare.runner import FAILED, PARTS, RESULTS, Runner, make_parts, read_results
+from prefixfast.studies.compare.runner import FAILED, RESULTS, RUNS, Runner, make_runs, read_results
 from prefixfast.studies.compare.scores import score_texts
-from prefixfast.studies.compare.study import Part, Study
+from prefixfast.studies.compare.study import Study, StudyRun
 from prefixfast.studies.compare.summary import LOSS, Spread, summarize
 from prefixfast.studies.compare.table import cost_rows, in_units, markdown, number, quality_rows
 from prefixfast.studies.compare.variants import NAMES, Variant, read_variants
@@ -59,21 +59,21 @@ def study(folder, rows_file) -> Study:
 
 
 @pytest.fixture
-def parts(study) -> list[Part]:
-    return make_parts(study, read_study_rows(study), METHODS, range(2))
+def runs(study) -> list[StudyRun]:
+    return make_runs(study, read_study_rows(study), METHODS, range(2))
 
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Run parts in this process, and return the labels of those that ran. A part of seed 13 fails."""
+    """Carry out runs in this process, and return the labels of those that ran. A run of seed 13 fails."""
     ran: list[str] = []
 
-    def wait_for(self, part: Part, folder: Path, held: tuple[int, ...]) -> int:
-        ran.append(part.label)
+    def wait_for(self, run: StudyRun, folder: Path, held: tuple[int, ...]) -> int:
+        ran.append(run.label)
         folder.mkdir(parents=True)
         failed = {"error": "the gradient was not finite"}
-        result = failed if part.seed == 13 else part_module.run_part(part, folder, progress=False)
-        (folder / part_module.RESULT).write_text(json.dumps(result))
+        result = failed if run.seed == 13 else run_module.train_and_evaluate(run, folder, progress=False)
+        (folder / run_module.RESULT).write_text(json.dumps(result))
         return 0
 
     monkeypatch.setattr(Runner, "_wait_for", wait_for)
@@ -179,35 +179,35 @@ def test_wrong_methods_are_refused(names, settings, message):
         read_variants(names, settings)
 
 
-def test_what_changes_the_result_changes_the_identity(study, parts, rows_file, tmp_path):
-    def first(**changes) -> Part:
+def test_what_changes_the_result_changes_the_identity(study, runs, rows_file, tmp_path):
+    def first(**changes) -> StudyRun:
         changed = dataclasses.replace(study, **changes)
-        return make_parts(changed, read_study_rows(changed), METHODS, range(1))[0]
+        return make_runs(changed, read_study_rows(changed), METHODS, range(1))[0]
 
     copy = tmp_path / "copy"
     copy.mkdir()
     for file in Path(study.model).iterdir():
         (copy / file.name).write_bytes(file.read_bytes())
-    assert first(model=str(copy)).identity == parts[0].identity  # the same files in another place
+    assert first(model=str(copy)).identity == runs[0].identity  # the same files in another place
     (copy / "config.json").write_text((copy / "config.json").read_text().replace("}", " }"))
     others = [
         first(model=str(copy)),
         first(train={**TRAIN, "max_steps": 4}),
         first(decoding={"max_new_tokens": 6}),
         first(max_rows=7),
-        *parts[1:],
+        *runs[1:],
     ]
-    assert len({p.identity for p in (parts[0], *others)}) == len(others) + 1
-    assert first(train={**TRAIN, "save_steps": 2, "token_budget": 64}).identity == parts[0].identity
-    assert Part.from_json(json.loads(json.dumps(parts[0].to_json()))).identity == parts[0].identity
+    assert len({p.identity for p in (runs[0], *others)}) == len(others) + 1
+    assert first(train={**TRAIN, "save_steps": 2, "token_budget": 64}).identity == runs[0].identity
+    assert StudyRun.from_json(json.loads(json.dumps(runs[0].to_json()))).identity == runs[0].identity
 
 
-# ---- parts ----
+# ---- runs ----
 
 
-def test_a_part_is_what_train_and_generate_give(study, parts, tmp_path):
-    rows, part = read_study_rows(study), parts[1]
-    result = part_module.run_part(part, tmp_path, progress=False)
+def test_a_run_is_what_train_and_generate_give(study, runs, tmp_path):
+    rows, run = read_study_rows(study), runs[1]
+    result = run_module.train_and_evaluate(run, tmp_path, progress=False)
     with prefixfast.load(study.model, dtype="float32") as base:
         alone = prefixfast.train(
             base,
@@ -224,7 +224,7 @@ def test_a_part_is_what_train_and_generate_give(study, parts, tmp_path):
         )
         texts = [g.text for g in prefixfast.generate(rows.requests, alone, model=base, **study.decoding)]
     assert result["metrics"] == alone.training["metrics"]
-    lines = [json.loads(line) for line in (tmp_path / part_module.OUTPUTS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / run_module.OUTPUTS).read_text().splitlines()]
     assert [line["text"] for line in lines] == texts
     assert [line["references"] for line in lines] == rows.references
     scores = result["quality"]["scores"]
@@ -240,49 +240,49 @@ def test_a_part_is_what_train_and_generate_give(study, parts, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_method_has_a_part(study, name, tmp_path):
+def test_every_method_has_a_run(study, name, tmp_path):
     rows = read_study_rows(study)
     small = {"prefix-mlp": {"encoder_hidden_size": 8}, "icl": {"num_examples": 1}}
-    part = make_parts(study, rows, [Variant(name, small.get(name, {}))], (0,))[0]
-    result = part_module.run_part(part, tmp_path, progress=False)
-    found = summarize([result], part.shared).methods[0]
+    run = make_runs(study, rows, [Variant(name, small.get(name, {}))], (0,))[0]
+    result = run_module.train_and_evaluate(run, tmp_path, progress=False)
+    found = summarize([result], run.shared).methods[0]
     assert found.quality[LOSS].mean > 0
     assert found.costs["disk bytes"].mean >= found.costs["memory bytes"].mean > 0
     assert ("s/step" in found.costs) == (name not in ("prompt", "icl"))  # which take no steps
     assert found.costs["trained"].mean > 0 or name in ("prompt", "icl")
 
 
-def test_a_part_of_other_rows_is_refused(study, parts, tmp_path, rows_file):
-    part = dataclasses.replace(parts[0], rows="0" * 64)
+def test_a_run_of_other_rows_is_refused(study, runs, tmp_path, rows_file):
+    run = dataclasses.replace(runs[0], rows="0" * 64)
     with pytest.raises(DataError, match="rows have changed"):
-        part_module.run_part(part, tmp_path)
+        run_module.train_and_evaluate(run, tmp_path)
 
 
-def test_a_rerun_skips_finished_parts_and_a_failed_one_stops_no_other(study, in_process, tmp_path):
-    parts = make_parts(study, read_study_rows(study), METHODS[:1], (13, 0))
+def test_a_rerun_skips_finished_runs_and_a_failed_one_stops_no_other(study, in_process, tmp_path):
+    runs = make_runs(study, read_study_rows(study), METHODS[:1], (13, 0))
     lines: list[str] = []
-    failed = Runner(tmp_path, lines.append).run(parts)
-    assert failed == {parts[0].label: "the gradient was not finite"}
-    assert json.loads((tmp_path / FAILED).read_text()) == {"part": parts[0].label, "error": failed[parts[0].label]}
+    failed = Runner(tmp_path, lines.append).run(runs)
+    assert failed == {runs[0].label: "the gradient was not finite"}
+    assert json.loads((tmp_path / FAILED).read_text()) == {"run": runs[0].label, "error": failed[runs[0].label]}
     assert [r["seed"] for r in read_results(tmp_path)] == [0]
     before = (tmp_path / RESULTS).read_bytes()
-    assert Runner(tmp_path, lines.append).run(parts[1:]) == {}
-    assert in_process == [p.label for p in parts]  # the second run has run none
+    assert Runner(tmp_path, lines.append).run(runs[1:]) == {}
+    assert in_process == [p.label for p in runs]  # the second run has run none
     assert (tmp_path / RESULTS).read_bytes() == before
     assert not (tmp_path / FAILED).exists()
 
 
 def test_a_run_waits_for_another_one_in_the_same_folder(study, in_process, tmp_path):
-    parts = make_parts(study, read_study_rows(study), METHODS[:1], (0,))
+    runs = make_runs(study, read_study_rows(study), METHODS[:1], (0,))
     held = lock(tmp_path)
     told = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        run = pool.submit(Runner(tmp_path, lambda text: told.set()).run, parts)
+        run = pool.submit(Runner(tmp_path, lambda text: told.set()).run, runs)
         assert told.wait(60)
         assert in_process == []
         unlock(held)
         assert run.result(120) == {}
-    assert in_process == [parts[0].label]
+    assert in_process == [runs[0].label]
 
 
 def test_a_file_that_holds_something_else_is_refused(tmp_path):
@@ -334,7 +334,7 @@ def test_mean_and_spread_over_seeds(summary):
         "values": [2.0, 2.1, 2.3],
     }
     assert summary.methods[2].quality[LOSS].to_json() == {"mean": 1.0, "values": [1.0]}  # one seed has no spread
-    assert "s/step" not in summary.methods[0].costs  # which no part has measured
+    assert "s/step" not in summary.methods[0].costs  # which no run has measured
 
 
 def test_differences_are_clear_if_every_seed_shows_them_and_there_are_three(summary):
@@ -412,7 +412,7 @@ def words(folder, rows_file, tmp_path) -> list:
     return [*words, "--metrics", "BLEU", "--max-new-tokens", "4", "--num-beams", "1", "--methods", "prefix"]
 
 
-def test_the_command_runs_a_part_in_a_process_of_its_own(cli, words, tmp_path, monkeypatch):
+def test_the_command_has_a_run_in_a_process_of_its_own(cli, words, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     done = cli(*words, "--seeds", "1")
     assert done.code == 0, done.err
@@ -423,13 +423,13 @@ def test_the_command_runs_a_part_in_a_process_of_its_own(cli, words, tmp_path, m
     assert (found["study"]["model"], found["study"]["data"]) == ("tiny-gpt2", "rows.jsonl")
     again = cli(*words, "--seeds", "1")
     assert again.code == 0, again.err
-    assert "finished in an earlier run" in again.err
+    assert "finished before" in again.err
     assert (tmp_path / "out" / RESULTS).read_bytes() == results
     assert (tmp_path / "out" / "table.md").read_text().startswith("# Comparison")
     assert (tmp_path / "out" / "compare.png").exists()
 
 
-def test_the_command_exits_with_3_if_a_part_failed(cli, words, in_process):
+def test_the_command_exits_with_3_if_a_run_failed(cli, words, in_process):
     done = cli(*words, "--seed", "13", "--seeds", "2", "--json")
     assert done.code == 3, done.err
     found = json.loads(done.out)
@@ -440,7 +440,7 @@ def test_the_command_exits_with_3_if_a_part_failed(cli, words, in_process):
 
 @pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_part_continues_from_its_checkpoint(folder, rows_file, tmp_path, end):
+def test_an_interrupted_run_continues_from_its_checkpoint(folder, rows_file, tmp_path, end):
     words = ["compare", rows_file, "--model", folder, "--methods", "prefix", "--seeds", "1", "--dtype", "float32"]
     words += ["--max-steps", "400", "--batch-size", "4", "--save-steps", "5", "--max-new-tokens", "4", "--quiet"]
     words += ["--metrics", "BLEU,NIST"]
@@ -448,7 +448,7 @@ def test_an_interrupted_part_continues_from_its_checkpoint(folder, rows_file, tm
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, "-o", tmp_path / "whole"], env=env, check=True)
     with subprocess.Popen([*command, "-o", tmp_path / "cut"], env=env) as process:
-        logs = tmp_path / "cut" / PARTS
+        logs = tmp_path / "cut" / RUNS
         while sum(len(p.read_bytes().splitlines()) for p in logs.glob("*/model/log.jsonl")) < 4:
             assert process.poll() is None
             time.sleep(0.01)
@@ -463,8 +463,8 @@ def test_an_interrupted_part_continues_from_its_checkpoint(folder, rows_file, tm
     assert TASKS["e2e"].name == cut["task"]
 
 
-def test_the_estimate_has_the_steps_and_the_rates_of_the_run(parts):
-    found = [estimate_part(part) for part in parts[:2]]
+def test_the_estimate_has_the_steps_and_the_rates_of_the_run(runs):
+    found = [estimate_run(run) for run in runs[:2]]
     assert [e["steps"] for e in found] == [3, 3]
     assert found[0]["learning_rate"] == pytest.approx(0.15)
     assert found[1]["learning_rate"] == pytest.approx(0.15 / 60)

@@ -17,7 +17,7 @@ from prefixfast.training.held_out import choose_held_out
 from prefixfast.training.inputs import SINGLE_NAME
 from prefixfast.training.job import JobArguments, prepare
 
-SPLIT_SEED = 0  # of the choice of rows, the same for all parts
+SPLIT_SEED = 0  # of the choice of rows, the same for all runs
 
 
 @dataclass(frozen=True)

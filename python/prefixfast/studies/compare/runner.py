@@ -1,4 +1,4 @@
-"""Runs the parts of a comparison one after the other, each in a process of its own, and keeps their results."""
+"""Carries out the runs of a comparison one after the other, each in a process of its own, and keeps their results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.json_lines import json_line
 from prefixfast.store.workspace import lock, unlock
-from prefixfast.studies.compare.part import RESULT
 from prefixfast.studies.compare.rows import StudyRows
-from prefixfast.studies.compare.study import Part, Study
+from prefixfast.studies.compare.run import RESULT
+from prefixfast.studies.compare.study import Study, StudyRun
 from prefixfast.studies.compare.variants import Variant
 
 KEYS = {"identity", "shared", "label", "seed", "metrics", "quality", "costs"}  # of each result
 WAIT_SECONDS = 0.2  # between two attempts to lock the folder
 STDERR = 2  # file descriptor
-RESULTS, FAILED, PARTS = "results.jsonl", "failed.jsonl", "parts"  # in the output folder
+RESULTS, FAILED, RUNS = "results.jsonl", "failed.jsonl", "runs"  # in the output folder
 
 
-def make_parts(study: Study, rows: StudyRows, variants: Sequence[Variant], seeds: Sequence[int]) -> list[Part]:
-    """Parts of a comparison, those of the first seed first.
+def make_runs(study: Study, rows: StudyRows, variants: Sequence[Variant], seeds: Sequence[int]) -> list[StudyRun]:
+    """Runs of a comparison, those of the first seed first.
 
     Args:
         study: Settings of the comparison.
@@ -39,44 +39,44 @@ def make_parts(study: Study, rows: StudyRows, variants: Sequence[Variant], seeds
     """
     data = rows.digest()
     shared = study.identity(data)
-    return [Part(study, shared, data, variant, seed) for seed in seeds for variant in variants]
+    return [StudyRun(study, shared, data, variant, seed) for seed in seeds for variant in variants]
 
 
 @dataclass(frozen=True)
 class Runner:
-    """Runs parts and writes their results into a folder.
+    """Carries out runs and writes their results into a folder.
 
     Attributes:
         output: Output folder.
-        report: Function that gets a line of text about each part.
-        progress: Whether parts report their progress, None for `train`'s default.
+        report: Function that gets a line of text about each run.
+        progress: Whether runs report their progress, None for `train`'s default.
     """
 
     output: Path
     report: Callable[[str], None]
     progress: bool | None = None
 
-    def run(self, parts: Sequence[Part]) -> dict[str, str]:
-        """Run the parts that the results file does not hold.
+    def run(self, runs: Sequence[StudyRun]) -> dict[str, str]:
+        """Carry out the runs that the results file does not hold.
 
         Args:
-            parts: Parts.
+            runs: Runs.
 
         Returns:
-            Error message of each failed part by its label.
+            Error message of each failed run by its label.
 
         Raises:
-            KeyboardInterrupt: If the user interrupts. The running part has then written its checkpoint.
+            KeyboardInterrupt: If the user interrupts. The current run has then written its checkpoint.
         """
         self.output.mkdir(parents=True, exist_ok=True)
         with self._locked() as held:
-            return self._run(parts, held)
+            return self._run(runs, held)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[tuple[int, ...]]:
         """Descriptors of the folder's lock, for which this run waits if another one works in the folder.
 
-        The processes of the parts get them too, so that a part whose parent was killed keeps others from its files
+        The processes of the runs get them too, so that a run whose parent was killed keeps others from its files
         while it writes its checkpoint.
         """
         is_told = False
@@ -94,31 +94,31 @@ class Runner:
         finally:
             unlock(fd)
 
-    def _run(self, parts: Sequence[Part], held: tuple[int, ...]) -> dict[str, str]:
+    def _run(self, runs: Sequence[StudyRun], held: tuple[int, ...]) -> dict[str, str]:
         failed: dict[str, str] = {}
-        for number, part in enumerate(parts, 1):
-            where = f"part {number} of {len(parts)}, {part.label}"
+        for number, run in enumerate(runs, 1):
+            where = f"run {number} of {len(runs)}, {run.label}"
             lines = read_results(self.output)
-            if any(line["identity"] == part.identity for line in lines):
-                self.report(f"{where}: finished in an earlier run")
+            if any(line["identity"] == run.identity for line in lines):
+                self.report(f"{where}: finished before")
                 continue
             self.report(where)
-            result = self._run_one(part, held)
+            result = self._run_one(run, held)
             if "error" in result:
-                failed[part.label] = result["error"]
+                failed[run.label] = result["error"]
                 self.report(f"{where} failed: {result['error']}")
             else:
                 replace_file(self.output / RESULTS, b"".join(map(json_line, [*lines, result])))
-            lines_of_failed = (json_line({"part": name, "error": text}) for name, text in failed.items())
-            replace_file(self.output / FAILED, b"".join(lines_of_failed))
+            failed_lines = (json_line({"run": name, "error": text}) for name, text in failed.items())
+            replace_file(self.output / FAILED, b"".join(failed_lines))
         if not failed:
             (self.output / FAILED).unlink(missing_ok=True)
         return failed
 
-    def _run_one(self, part: Part, held: tuple[int, ...]) -> dict[str, Any]:
-        """Result of one part, or its error."""
-        folder = self.output / PARTS / part.folder_name
-        code = self._wait_for(part, folder, held)
+    def _run_one(self, run: StudyRun, held: tuple[int, ...]) -> dict[str, Any]:
+        """Result of one run, or its error."""
+        folder = self.output / RUNS / run.folder_name
+        code = self._wait_for(run, folder, held)
         if code in (130, -signal.SIGINT):
             raise KeyboardInterrupt
         path = folder / RESULT
@@ -128,10 +128,10 @@ class Runner:
         result: dict[str, Any] = json.loads(path.read_bytes())
         return result
 
-    def _wait_for(self, part: Part, folder: Path, held: tuple[int, ...]) -> int:
-        """Exit status of the process of a part."""
-        command = [sys.executable, "-m", "prefixfast.studies.compare.part"]
-        settings = {"part": part.to_json(), "folder": str(folder), "progress": self.progress}
+    def _wait_for(self, run: StudyRun, folder: Path, held: tuple[int, ...]) -> int:
+        """Exit status of the process of a run."""
+        command = [sys.executable, "-m", "prefixfast.studies.compare.run"]
+        settings = {"run": run.to_json(), "folder": str(folder), "progress": self.progress}
         # A session of its own, so that Ctrl-C reaches the process once, by the end of its standard input.
         how: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": STDERR, "start_new_session": True, "pass_fds": held}
         with subprocess.Popen(command, **how) as process:
@@ -155,7 +155,7 @@ def read_results(output: Path) -> list[dict[str, Any]]:
 
     Raises:
         ConfigError: If the folder is a file.
-        DataError: If a line is no result of a part.
+        DataError: If a line is no result of a run.
     """
     path = output / RESULTS
     if output.exists() and not output.is_dir():

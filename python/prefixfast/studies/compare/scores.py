@@ -1,4 +1,4 @@
-"""Scores of the texts of a part."""
+"""Scores of the texts of a run."""
 
 from __future__ import annotations
 

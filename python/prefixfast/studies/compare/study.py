@@ -1,4 +1,4 @@
-"""`Study`, the settings of a comparison, and its parts."""
+"""`Study`, the settings of a comparison, and its runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prefixfast.studies.compare.variants import ARGUMENTS, Variant
 from prefixfast.training.method import METHODS
 
 FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")  # of a base
-SAVE_STEPS = 50  # between checkpoints, of which a killed part loses the steps since the last
-# Options that change no result, so that parts with other values are compared with each other.
+SAVE_STEPS = 50  # between checkpoints, of which a killed run loses the steps since the last
+# Options that change no result, so that runs with other values are compared with each other.
 IGNORED_OPTIONS = ("token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 
 
@@ -54,7 +54,7 @@ class Study:
         return dataclasses.asdict(self) | {n: Path(v).name if v and Path(v).exists() else v for n, v in paths.items()}
 
     def identity(self, rows: str) -> str:
-        """Hex digest of what two parts share that are compared with each other.
+        """Hex digest of what two runs share that are compared with each other.
 
         Args:
             rows: Digest of the rows.
@@ -66,8 +66,8 @@ class Study:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One training run of a comparison, with its evaluation.
+class StudyRun:
+    """One training run of a comparison, with its evaluation: a method and a seed.
 
     Attributes:
         study: Settings of the comparison.
@@ -96,7 +96,7 @@ class Part:
 
     @property
     def folder_name(self) -> str:
-        """Name of the part's folder."""
+        """Name of the run's folder."""
         return f"{self.variant.name}-seed{self.seed}-{self.identity[:8]}"
 
     def train_arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -111,12 +111,12 @@ class Part:
         return {k: every.pop(k) for k in ARGUMENTS if k in every}, every
 
     def to_json(self) -> dict[str, Any]:
-        """Values of JSON from which `from_json` makes the part."""
+        """Values of JSON from which `from_json` makes the run."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Part:
-        """Part of the values of `to_json`."""
+    def from_json(cls, values: Mapping[str, Any]) -> StudyRun:
+        """Run of the values of `to_json`."""
         return cls(**{**values, "study": Study(**values["study"]), "variant": Variant(**values["variant"])})
 
 

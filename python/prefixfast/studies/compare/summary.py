@@ -119,14 +119,14 @@ class Summary:
 
 
 def summarize(lines: Sequence[Mapping[str, Any]], shared: str) -> Summary:
-    """Summary of the parts of one comparison.
+    """Summary of the runs of one comparison.
 
     Args:
         lines: Lines of the results file. Those of other rows, bases or options are left out.
         shared: Identity of the comparison.
 
     Raises:
-        ConfigError: If no part has finished.
+        ConfigError: If no run has finished.
     """
     own = [line for line in lines if line["shared"] == shared]
     if not own:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
-from prefixfast.config import MethodConfig
+from prefixfast.config.fields import MethodName
 from prefixfast.errors import ConfigError, did_you_mean, shown
 from prefixfast.io.yaml import read_yaml
 
@@ -14,11 +14,10 @@ from prefixfast.io.yaml import read_yaml
 VARIANTS: dict[str, dict[str, Any]] = {
     "prefix-mlp": {"method": "prefix", "init": "random", "reparameterization": "mlp"},
     "prefix-random": {"method": "prefix", "init": "random", "reparameterization": "none"},
-    "adapter-3": {"method": "adapter", "adapter_size": 0.03},
     "adapter-0.1": {"method": "adapter", "adapter_size": 0.001},
 }
-METHODS: tuple[str, ...] = get_args(get_type_hints(MethodConfig)["method"])
-NAMES = (*METHODS, *VARIANTS)
+METHOD_NAMES: tuple[str, ...] = get_args(MethodName)
+NAMES = (*METHOD_NAMES, *VARIANTS)
 ARGUMENTS = ("init", "init_text")  # of `train`, beside the fields of the option classes
 WORDS = ("text", "random", "zero")
 

@@ -1,7 +1,7 @@
-"""One part of a comparison in a process of its own: train, generate, evaluate.
+"""One run of a comparison in a process of its own: train, generate, evaluate.
 
-A process of its own has a peak of memory of its own. ``python -m prefixfast.studies.compare.part`` reads the part from
-standard input and writes ``result.json`` into the part's folder. The end of standard input, which also comes when the
+A process of its own has a peak of memory of its own. ``python -m prefixfast.studies.compare.run`` reads the run from
+standard input and writes ``result.json`` into the run's folder. The end of standard input, which also comes when the
 parent process ends, interrupts it like Ctrl-C, so that training writes a checkpoint.
 """
 
@@ -24,34 +24,35 @@ from prefixfast.io.json_lines import json_bytes, json_line
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG
 from prefixfast.studies.compare.rows import StudyRows, read_study_rows
 from prefixfast.studies.compare.scores import score_texts
-from prefixfast.studies.compare.study import Part
+from prefixfast.studies.compare.study import StudyRun
 
-RESULT, OUTPUTS, MODEL = "result.json", "outputs.jsonl", "model"  # in the folder of a part
+RESULT, OUTPUTS, MODEL = "result.json", "outputs.jsonl", "model"  # in the folder of a run
 
 
-def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str, Any]:
-    """Train, generate and evaluate one part.
+def train_and_evaluate(run: StudyRun, folder: Path, progress: bool | None = None) -> dict[str, Any]:
+    """Train, generate and evaluate as a run says.
 
     Args:
-        part: The part.
-        folder: Folder of the part, with the checkpoint of an interrupted run.
+        run: Run.
+        folder: Folder of the run, with the checkpoint of an interrupted run.
         progress: Whether to report progress, as for `train`.
 
     Returns:
         Line of the results file.
+
+    Raises:
+        DataError: If the rows are not those of the run.
     """
     import prefixfast
 
-    rows = read_study_rows(part.study)
-    if rows.digest() != part.rows:
+    rows = read_study_rows(run.study)
+    if rows.digest() != run.rows:
         msg = "compare: the rows have changed since the comparison started; start it again"
         raise DataError(msg)
-    arguments, fields = part.train_arguments()
-    dtype = fields.pop("dtype", "auto")
+    arguments, fields = run.train_arguments()
     start = time.perf_counter()
-    with prefixfast.load(part.study.model, dtype=dtype) as base:
+    with prefixfast.load(run.study.model, dtype=fields.pop("dtype", "auto")) as base:
         loaded = time.perf_counter() - start
-        base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
         tuned: Any = prefixfast.train(
             base,
             rows.train,
@@ -64,31 +65,37 @@ def run_part(part: Part, folder: Path, progress: bool | None = None) -> dict[str
             **fields,
         )
         costs = training_costs(tuned, folder / MODEL) | {
-            "base_bytes": base_bytes,
+            "base_bytes": sum(p.numel() * p.element_size() for p in base.hf.parameters()),
             "load_seconds": loaded,
         }
-        texts, generation = _generate(part, rows, tuned, base, progress)
-        dtype, device = str(base.dtype).removeprefix("torch."), str(base.device)
-        options = {n: tuned.training.get(n) for n in ("config", "prefix_config", "method_config", "method")}
+        texts, generation = _generate(run, rows, tuned, base, progress)
+        device = {"dtype": str(base.dtype).removeprefix("torch."), "device": str(base.device)}
     lines = zip(rows.requests, texts, rows.references, strict=True)
     keys = ("request", "text", "references")
     replace_file(folder / OUTPUTS, b"".join(json_line(dict(zip(keys, line, strict=True))) for line in lines))
     return {
-        **part.to_json()["variant"],
-        "label": part.variant.label,
-        "seed": part.seed,
-        "identity": part.identity,
-        "shared": part.shared,
+        **_description(run, rows),
         "metrics": tuned.training["metrics"],
-        "quality": score_texts(part.study, rows, texts).to_json(),
+        "quality": score_texts(run.study, rows, texts).to_json(),
         "costs": costs | generation,
-        "counts": {"train_rows": len(rows.train), "held_out_rows": len(rows.held_out), "inputs": len(texts)},
-        "dtype": dtype,
-        "device": device,
-        "task": rows.task.name,
-        "study": part.study.settings(),
-        "options": options,
+        **device,
+        "options": {n: tuned.training.get(n) for n in ("config", "prefix_config", "method_config", "method")},
         "environment": environment(),
+    }
+
+
+def _description(run: StudyRun, rows: StudyRows) -> dict[str, Any]:
+    """Entries of a run in the results file that are known before it."""
+    counts = {"train_rows": len(rows.train), "held_out_rows": len(rows.held_out), "inputs": len(rows.requests)}
+    return {
+        **run.to_json()["variant"],
+        "label": run.variant.label,
+        "seed": run.seed,
+        "identity": run.identity,
+        "shared": run.shared,
+        "counts": counts,
+        "task": rows.task.name,
+        "study": run.study.settings(),
     }
 
 
@@ -118,13 +125,13 @@ def training_costs(tuned: Any, folder: Path) -> dict[str, Any]:
 
 
 def _generate(
-    part: Part, rows: StudyRows, tuned: Any, base: Any, progress: bool | None
+    run: StudyRun, rows: StudyRows, tuned: Any, base: Any, progress: bool | None
 ) -> tuple[list[str], dict[str, Any]]:
     """Text of each request, and the seconds and tokens of their generation."""
     import prefixfast
 
     start = time.perf_counter()
-    found = prefixfast.generate(rows.requests, tuned, model=base, progress=progress, **part.study.decoding)
+    found = prefixfast.generate(rows.requests, tuned, model=base, progress=progress, **run.study.decoding)
     seconds = time.perf_counter() - start
     tokens = sum(g.usage["completion_tokens"] for g in found)
     costs = {"generate_seconds": seconds, "generated_tokens": tokens, "generate_peak_bytes": peak_memory(base.device)}
@@ -132,14 +139,14 @@ def _generate(
 
 
 def main() -> None:
-    """Run the part on standard input, and write its result or its error."""
+    """Carry out the run on standard input, and write its result or its error."""
     values = json.loads(sys.stdin.readline())
-    part, folder = Part.from_json(values["part"]), Path(values["folder"])
+    run, folder = StudyRun.from_json(values["run"]), Path(values["folder"])
     threading.Thread(target=_interrupt_at_end, daemon=True).start()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
     try:
-        result = run_part(part, folder, values["progress"])
+        result = train_and_evaluate(run, folder, values["progress"])
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as e:
