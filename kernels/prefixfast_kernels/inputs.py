@@ -92,7 +92,7 @@ class OutputGrad(NamedTuple):
 
 
 class NeedsGrad(NamedTuple):
-    """Which gradients a backward computes.
+    """Gradients that a backward computes.
 
     Attributes:
         own: Whether q, k or v needs a gradient. Layer 0 above a frozen embedding does not.

@@ -39,7 +39,7 @@ FRONT, INFIX, FIXED_INFIX = 0, 1, 2  # places of a prefix, as `_rust.plan_packed
 
 
 class PlannedPrefix(NamedTuple):
-    """What a plan needs to know about a prefix.
+    """Prefix as a plan sees it.
 
     Attributes:
         layers: Layers in which the prefix lies.

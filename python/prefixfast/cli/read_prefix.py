@@ -1,4 +1,4 @@
-"""`read_prefix`, which reads the folder of a prefix for a command, also one of virtual tokens with their base."""
+"""`read_prefix` and `read_artifact`, which read folders of prefixes, of virtual tokens and of weights for a command."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class Summary:
         return [*lines, *(_command("next", self.next_command()) if len(run) else ())]
 
     def _what(self, count: int) -> str:
-        """What was made, and how many of it."""
+        """Kind and number of what was made."""
         artifact = next(iter(self.run.prefixes.values()), None)
         if artifact is not None and "method" in vars(artifact):
             return f"trained weights of method {artifact.training['method']}, {counted(count, 'name')},"

@@ -43,7 +43,7 @@ class Range:
     advice: str = ""
 
     def expected(self, value: float) -> str | None:
-        """What was expected in place of a number, None for a number in the range."""
+        """Description of the range in place of a number, None for a number in the range."""
         if not (value > self.low if self.above else value >= self.low):
             return f"{'more than' if self.above else 'at least'} {_digits(self.low)}{self.advice}"
         if not (value < self.high if self.below else value <= self.high):

@@ -27,7 +27,7 @@ LossOn = Literal["auto", "last", "assistant", "all"]
 
 @dataclass(frozen=True)
 class Task:
-    r"""How rows become prompts and targets.
+    r"""Rule that turns rows into prompts and targets.
 
     A task fits one row format. Rows with a table (key ``mr``, ``table`` or ``triples``) are first turned into text by
     the linearizer. `prefixfast.data.TASKS` holds the built-in tasks. `prefixfast.data.table_task` makes a task for

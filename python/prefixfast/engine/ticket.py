@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class RequestOwner(Protocol):
-    """What a ticket asks of the engine's thread."""
+    """Owner of the requests, as a ticket sees it."""
 
     def cancel(self, ticket: Ticket) -> None:
         """End the request of a ticket at the next step."""

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
@@ -64,39 +59,3 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` count from now on, where the system can.
-
-    Args:
-        device: Device of the base model.
-    """
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with contextlib.suppress(OSError):  # systems other than Linux, and processes without the permission
-        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Largest memory use in bytes: of the GPU's allocator, else of this process. 0 where no system reports it.
-
-    Args:
-        device: Device of the base model.
-    """
-    if device.type == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # `getrusage` would also count the process that started this one
-        return int(status.read_text(encoding="utf8").partition("VmHWM:")[2].split()[0]) * 1024
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -37,8 +37,8 @@ ADULTS = ("adult", "adults")
 WINDOW = 5  # words before a mention in which a negation counts
 
 
-def is_yes(name: str, words: Sequence[str]) -> bool | None:
-    """What a text says of a slot of yes or no; None if it says nothing.
+def said_yes_or_no(name: str, words: Sequence[str]) -> bool | None:
+    """Yes or no that a text says of a slot, None if it says neither.
 
     Args:
         name: Name of the slot, one of `YES_NO`.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from prefixfast.config.json_types import JSON
-from prefixfast.metrics.e2e_phrases import PHRASES, YES_NO, is_yes
+from prefixfast.metrics.e2e_phrases import PHRASES, YES_NO, said_yes_or_no
 from prefixfast.metrics.result import MetricUnavailable, MetricValue, Score
 
 SCORES = (
@@ -123,7 +123,7 @@ def _pairs_of(item: JSON) -> Iterator[tuple[JSON, JSON]]:
 def is_said(slot: Slot, text: str) -> bool:
     """Whether a text says the value of a slot."""
     if slot.name in YES_NO:
-        return is_yes(slot.name, words(text)) == (slot.value == "yes")
+        return said_yes_or_no(slot.name, words(text)) == (slot.value == "yes")
     said = words(text)
     return any(_place(phrase, said) >= 0 for phrase in slot.phrases)
 
@@ -162,8 +162,8 @@ def _wrong_yes_no(text: str, references: Sequence[str], table: Sequence[Slot]) -
     known = {slot.name: slot.value == "yes" for slot in table}
     wrong = 0
     for name in YES_NO:
-        said = is_yes(name, words(text))
-        allowed = [known.get(name), *(is_yes(name, words(reference)) for reference in references)]
+        said = said_yes_or_no(name, words(text))
+        allowed = [known.get(name), *(said_yes_or_no(name, words(reference)) for reference in references)]
         wrong += said is not None and said not in allowed
     return wrong
 

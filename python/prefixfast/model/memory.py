@@ -1,7 +1,8 @@
-"""Free memory of a device, and large memory pages."""
+"""Free and peak memory of a device, and large memory pages."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -60,3 +61,35 @@ def _container_available() -> int | None:
         return None
     cached = re.search(r"^inactive_file (\d+)$", stat, re.MULTILINE)
     return None if most == "max" else max(0, int(most) - int(now) + (int(cached[1]) if cached else 0))
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` count from now on, where the system can.
+
+    Args:
+        device: Device of the base model.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):  # systems other than Linux, and processes without the permission
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf8")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Largest memory use in bytes: of the GPU's allocator, else of this process. 0 where no system reports it.
+
+    Args:
+        device: Device of the base model.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # `getrusage` would also count the process that started this one
+        return int(status.read_text(encoding="utf8").partition("VmHWM:")[2].split()[0]) * 1024
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

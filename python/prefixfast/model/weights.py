@@ -1,4 +1,4 @@
-"""Where a model's weights lie, and whether they have changed."""
+"""Places of a model's weights in memory, and changes of the weights."""
 
 from __future__ import annotations
 

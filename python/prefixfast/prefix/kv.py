@@ -58,7 +58,7 @@ def row_table(prefixes: Sequence[PrefixData], model: Model) -> PrefixRows:
 
 
 def planned(prefix: PrefixData, layers: Sequence[int], model: Model) -> PlannedPrefix:
-    """What a plan needs to know about a prefix.
+    """The `PlannedPrefix` of a prefix.
 
     Args:
         prefix: Prefix.

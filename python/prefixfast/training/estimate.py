@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from prefixfast.data.rows import Rows
-from prefixfast.io.environment import peak_memory
 from prefixfast.io.progress import Progress
 from prefixfast.model.base_name import check_base_name
 from prefixfast.training.arguments import AllTrainArguments, BaseModel
@@ -80,6 +79,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     job = prepare(JobArguments(data, fields=fields, **{n: v for n, v in values.items() if n in of_job}))
     if isinstance(model, str | Path):
         check_base_name(model)
+    from prefixfast.model.memory import peak_memory
     from prefixfast.training.group_data import tokenize_group  # imports torch, which a refused call needs not wait for
     from prefixfast.training.loop import GroupTrainer
     from prefixfast.training.resilience import gradient_checkpointing

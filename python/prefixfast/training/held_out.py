@@ -55,7 +55,7 @@ def hold_out(rows: TrainingRows, task: Task, fraction: float, seed: int, *, isol
 
 
 def _contents(rows: Sequence[Row], task: Task) -> list[str]:
-    """What the task reads of each row: prompt and targets, or the keys of a conversation or of token ids."""
+    """Content of each row that the task reads: prompt and targets, or keys of a conversation or of token ids."""
     texts = [i for i, row in enumerate(rows) if not (task.is_tokenized(row) or task.is_chat(row))]
     pairs = dict(zip(texts, task.pairs([rows[i] for i in texts], "{eos}"), strict=True))
     return [repr(pairs[i] if i in pairs else _read_items(row, task)) for i, row in enumerate(rows)]

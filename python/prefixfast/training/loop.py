@@ -18,8 +18,8 @@ from torch import Tensor
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, DataError, shown
-from prefixfast.io.environment import peak_memory
 from prefixfast.io.progress import Progress
+from prefixfast.model.memory import peak_memory
 from prefixfast.model.process import check_not_exiting
 from prefixfast.training.artifact import ArtifactBuilder
 from prefixfast.training.best_state import BestState

@@ -65,7 +65,7 @@ class StoreOutput(OutputDir):
         replace_file(self.folder / LOG, b"")
 
     def prefix_folder(self, name: str) -> Path | None:
-        """None, since the store alone holds the prefix."""
+        """No folder, since the store alone holds the prefix."""
         return None
 
     def parts(self, data: GroupData, *, resume: bool) -> list[GroupData]:

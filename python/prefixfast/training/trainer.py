@@ -277,7 +277,7 @@ def _names(job: TrainJob) -> list[str]:
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
-    from prefixfast.io.environment import reset_peak_memory
+    from prefixfast.model.memory import reset_peak_memory
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing

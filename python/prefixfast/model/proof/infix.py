@@ -34,7 +34,7 @@ FEWEST = 3  # tokens of a text with a source, an infix and a rest
 
 @dataclass(frozen=True)
 class InfixSupport:
-    """How a model takes prefixes before the last prompt token.
+    """Treatment of prefixes before the last prompt token by a model.
 
     Attributes:
         place: Place of such a prefix in a plan. `FIXED_INFIX` for scores that depend on distances alone (RoPE): the
@@ -53,7 +53,7 @@ class InfixSupport:
 
 
 def infix_support(packed: PackedModel, windows: Sequence[int], limit: float) -> InfixSupport:
-    """How a model takes prefixes before the last prompt token.
+    """Treatment of prefixes before the last prompt token by a model.
 
     Args:
         packed: Attached model.

@@ -110,7 +110,7 @@ def _check_task(task: Task, rows: Sequence[Row]) -> None:
 
 
 def _input(task: Task, row: Row, number: int) -> str:
-    """What the model reads of a row before its target, as far as no tokenizer is needed."""
+    """Text that the model reads of a row before its target, as far as no tokenizer is needed."""
     return digest(split_conversation(row, number)[0]) if task.is_chat(row) else task.prompts([row], "{eos}")[0]
 
 

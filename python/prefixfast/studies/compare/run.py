@@ -19,7 +19,7 @@ from typing import Any
 
 from prefixfast.errors import DataError, PrefixFastError
 from prefixfast.io.atomic import replace_file
-from prefixfast.io.environment import environment, peak_memory
+from prefixfast.io.environment import environment
 from prefixfast.io.json_lines import json_bytes, json_line
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG
 from prefixfast.studies.compare.rows import StudyRows, read_study_rows
@@ -129,6 +129,7 @@ def _generate(
 ) -> tuple[list[str], dict[str, Any]]:
     """Text of each request, and the seconds and tokens of their generation."""
     import prefixfast
+    from prefixfast.model.memory import peak_memory
 
     start = time.perf_counter()
     found = prefixfast.generate(rows.requests, tuned, model=base, progress=progress, **run.study.decoding)

@@ -1,4 +1,4 @@
-"""`Trained`, what the loop needs of a method, and `make`, which makes it for a group."""
+"""`Trained`, the state of a method as the loop sees it, and `make`, which makes it for a group."""
 
 from __future__ import annotations
 
