@@ -1,4 +1,4 @@
-"""Command ``prefixfast eval HYP REF --task NAME``."""
+"""Command ``prefixfast eval OUTPUTS REFERENCES --task NAME``."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from prefixfast.io.text import counted
 
 EXAMPLE = """prefixfast eval texts.txt references.txt --task e2e
 prefixfast eval texts.jsonl testset_w_refs.csv --task e2e --metrics BLEU,NIST"""
-HYP = """Outputs of any system: a file of rows with the output under 'text', as prefixfast generate writes, or a file
-with one text a line."""
+OUTPUTS = """Outputs of any system: a file of rows with the output under 'text', as prefixfast generate writes, or a
+file with one text a line."""
 LONGEST_TOOL = 600  # characters
-REF = """References: an official file of the task, a file of rows, a text file with one reference a line or with an
-empty line between the references of two texts, or several text files with one line for each text."""
+REFERENCES = """References: an official file of the task, a file of rows, a text file with one reference a line or
+with an empty line between the references of two texts, or several text files with one line for each
+text."""
 
 
 def command(
-    outputs: Annotated[Path, typer.Argument(metavar="HYP", help=HYP)],
-    references: Annotated[list[Path], typer.Argument(metavar="REF...", help=REF)],
+    outputs: Annotated[Path, typer.Argument(metavar="OUTPUTS", help=OUTPUTS)],
+    references: Annotated[list[Path], typer.Argument(metavar="REFERENCES...", help=REFERENCES)],
     task: Annotated[
         str,
         typer.Option(

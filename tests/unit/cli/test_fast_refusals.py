@@ -199,9 +199,9 @@ REFUSED: dict[str, tuple[tuple[str, ...], int, str]] = {
     "eval: split": ((*EVAL, "--split", "dev"), 1, "split: expected none for a file of plain references"),
     "eval: no file": (("eval", "none.txt", "rows.txt", "--task", "e2e"), 1, "none.txt: cannot be read"),
     "eval: spreadsheet": (("eval", "x.xlsx", "rows.txt", "--task", "e2e"), 1, "x.xlsx"),
-    "eval: counts": (("eval", "two.txt", "rows.txt", "--task", "e2e"), 1, "got 2 outputs and 1 groups"),
+    "eval: counts": (("eval", "two.txt", "rows.txt", "--task", "e2e"), 1, "got 2 outputs in two.txt and 1 groups"),
     "eval: output": ((*EVAL, "-o", "scores.txt"), 1, "--output: expected a file ending in .json"),
-    "eval: no key": (("eval", "other.jsonl", "rows.txt", "--task", "e2e"), 1, "other.jsonl:1: expected the output"),
+    "eval: no key": (("eval", "other.jsonl", "rows.txt", "--task", "e2e"), 1, "other.jsonl:1: expected one of"),
     # others
     "doctor": (("doctor", "./none"), 1, "there is no such folder or file"),
     "convert": (("convert", "none", "out"), 1, "none: no such folder"),
