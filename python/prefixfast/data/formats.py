@@ -76,7 +76,8 @@ CHAT_KEYS = ("tools", "chat_template_kwargs")
 MASK_KEYS = ("completion_mask", "assistant_masks")  # 1 marks a target
 TOKENIZED_KEYS = ("input_ids", "labels", *MASK_KEYS, "attention_mask", "position_ids")
 JSON_KEYS = ("messages", "conversations", "table", "triples", "mr", "refs", "params", *CHAT_KEYS, *TOKENIZED_KEYS)
-CORPUS_KEYS = frozenset({"category", "subset", "shape", "lang", "source", "fname", "topic"})  # of official files
+TOPIC_KEYS = ("topic", "topic1", "topic2", "topic3")  # DialogSum has one for each summary
+CORPUS_KEYS = frozenset({"category", "subset", "shape", "lang", "source", "fname", *TOPIC_KEYS})  # of official files
 KNOWN_KEYS = frozenset({*INPUT_KEYS, *TARGET_KEYS, *REQUEST_KEYS, *CHAT_KEYS, *TOKENIZED_KEYS})
 NAMED_KEYS = KNOWN_KEYS | {*LAYOUT_KEYS}  # names of columns with a meaning in some row
 TASK_BY_KEY = {k: t for f in FORMATS.values() for k, t in zip(f.inputs, f.tasks, strict=True)}

@@ -18,8 +18,7 @@ import pytest
 from damaged_files import damaged, damaged_bytes
 from prefixfast import ConfigError, DataError
 from prefixfast.data import TASKS, find_task, read_task
-from prefixfast.data.corpora import count_warning
-from prefixfast.data.corpora.corpus import CORPORA, SUMMARIES
+from prefixfast.engine.make_requests import unknown_keys
 
 D1, D2, S1, S2 = "The mill closed. It was old.", 'A "fan" spins, fast.', "The mill closed.", "Fans spin."
 ROWS: list[dict[str, Any]] = [{"document": D1, "summary": S1}, {"document": D2, "summary": S2}]
@@ -172,6 +171,7 @@ def test_the_rows_of_a_layout(layout, tmp_path):
     found = read_task(layout.task, path, "test")
     assert found == layout.rows
     assert all(Path(row.path).is_file() and row.line > 0 for row in found)
+    assert not [key for row in found for key in unknown_keys(row, TASKS[layout.task])], "rows are requests"
     task = TASKS[layout.task]
     (prompt, targets), *_ = task.pairs(found, "</s>")
     assert prompt == layout.rows[0]["document"] + ("</s>" if "eos" in task.prompt else "\n")
@@ -349,26 +349,6 @@ def test_the_hidden_test_of_dialogsum_has_no_summaries(tmp_path):
     (tmp_path / "h.jsonl").write_bytes(lines([{"fname": "test_0", "dialogue": TALK}]))
     with pytest.raises(DataError, match=r"h\.jsonl:1: .*summary is missing"):
         read_task("dialogsum", tmp_path / "h.jsonl", "test")
-
-
-@pytest.mark.parametrize("corpus", SUMMARIES, ids=lambda corpus: corpus.name)
-def test_official_counts(corpus):
-    assert CORPORA[corpus.name] is corpus
-    assert TASKS[corpus.name].format == "document"
-    for split, official in corpus.counts.items():
-        for counts in official:
-            if counts.rows > 20000:  # the numbers of XSum and CNN/DailyMail are those below
-                continue
-            each = counts.texts // counts.rows
-            rows = [{"refs": ["s"] * each} if each > 1 else {"summary": "s"} if each else {}] * counts.rows
-            assert count_warning(corpus.name, rows, split) is None
-            assert f"the {split} split of {corpus.name}" in str(count_warning(corpus.name, rows[9:], split))
-            wrong = "dev" if split == "train" else "train"
-            assert (corpus.other_split(rows, wrong) is None) == (counts.texts == 0)
-    assert (CORPORA["xsum"].counts["train"][0].rows, CORPORA["cnn_dailymail"].counts["train"][0].rows) == (
-        204045,
-        287113,
-    )
 
 
 def test_documents_with_several_summaries():

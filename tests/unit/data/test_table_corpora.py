@@ -165,14 +165,6 @@ def test_counts_of_whole_files_and_of_parts(tmp_path, caplog):
     assert "547 rows with 4672 texts; got 2 rows with 3 texts" in caplog.text
 
 
-def test_the_training_file_as_another_split(tmp_path):
-    """Training leaves 77 texts of WebNLG 2017 out; as another split, the file has them too."""
-    for texts in (18025, 18102):
-        message = CORPORA["webnlg"].other_split([{"triples": [], "refs": ["x"] * texts}], "dev")
-        assert message.endswith("which is its train split")
-    assert CORPORA["webnlg"].other_split([{"triples": [], "refs": ["x"] * 18025}], "train") is None
-
-
 def test_xml_without_a_split_says_what_to_give(tmp_path):
     with pytest.raises(DataError, match="--task webnlg --split train"):
         read_rows(fixtures.WEBNLG_2017.write(tmp_path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
     Args:
         task: Name of the task: ``"e2e"``, ``"webnlg"``, ``"dart"``, ``"totto"``, ``"xsum"``, ``"cnn_dailymail"``,
             ``"samsum"`` or ``"dialogsum"``. docs/rows.md lists the layouts of each.
-        path: Path of the file, also with ``.gz``, or of the folder of files.
+        path: Path of the file, also with ``.gz``, or of the folder that holds the file of each split.
         split: Split that the file holds. ``"train"`` gives the authors' training examples, of WebNLG those with the
             comment "good", as Li & Liang trained. ``"dev"`` and ``"test"`` give one row for each input, whose texts are
             ``refs``, as evaluation needs them.
@@ -34,8 +34,7 @@ def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"
 
     Raises:
         ConfigError: If the split is unknown.
-        DataError: If the file is malformed, with path and line, or has as many texts as the official file of another
-            split.
+        DataError: If the file is malformed, with path and line, or is the official file of another split.
 
     Example:
         ``train(base, read_task("webnlg", "webnlg/train.json"), task="webnlg")``
@@ -64,13 +63,13 @@ def task_items(task: str, path: Path, split: str) -> Iterator[Item]:
     yield from file_items(path) if corpus is None else corpus.items(path, split)
 
 
-def count_warning(task: str, rows: Iterable[Row], split: str) -> str | None:
+def count_warning(task: str, rows: Sequence[Row], split: str) -> str | None:
     """Sentence on rows of a corpus that are not as many as its official file has; None for other tasks."""
     corpus = CORPORA.get(task)
     return None if corpus is None else corpus.count_warning(rows, split)
 
 
-def other_split(task: str, rows: Iterable[Row], split: str) -> str | None:
+def other_split(task: str, rows: Sequence[Row], split: str) -> str | None:
     """Sentence on rows of a corpus that are those of another split; None for other rows and tasks."""
     corpus = CORPORA.get(task)
     return None if corpus is None else corpus.other_split(rows, split)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from prefixfast.data.files import Item, file_items
+from prefixfast.data.corpora.split_files import splits_in
+from prefixfast.data.files import FileRow, Item, file_items
+from prefixfast.data.formats import INPUT_KEYS
 from prefixfast.data.rows import Row, row_error
 from prefixfast.errors import DataError
 from prefixfast.io.text import counted
@@ -23,16 +25,22 @@ class Counts:
         texts: Number of target texts, 0 for a test split without texts; None where the authors do not give it.
         of: Name of the release or of the part, where a split has several.
         left_out: Number of texts that training leaves out, which the file read as another split has too.
+        lang: Language of the texts, as in the column ``lang`` of their rows; empty for English.
     """
 
     rows: int
     texts: int | None
     of: str = ""
     left_out: int = 0
+    lang: str = ""
 
     def fits(self, rows: int, texts: int) -> bool:
         """Whether a file has these counts."""
         return self.rows == rows and self.texts in (None, texts)
+
+    def has_texts(self, texts: int) -> bool:
+        """Whether a file with so many texts is this one, also if it is read as another split."""
+        return bool(texts and self.texts) and texts in (self.texts, (self.texts or 0) + self.left_out)
 
     def __str__(self) -> str:
         name = f" ({self.of})" if self.of else ""
@@ -58,7 +66,7 @@ class Corpus:
     items: Callable[[Path, str], Iterator[Item]]
     counts: Mapping[str, tuple[Counts, ...]]
 
-    def count_warning(self, rows: Iterable[Row], split: str) -> str | None:
+    def count_warning(self, rows: Sequence[Row], split: str) -> str | None:
         """Sentence on counts that no whole official file of the split has; None for counts of one.
 
         Args:
@@ -66,38 +74,63 @@ class Corpus:
             split: Split of the file.
         """
         official = self.counts.get(split, ())
-        num_rows = num_texts = 0
-        for row in rows:
-            num_rows, num_texts = num_rows + 1, num_texts + _num_texts(row)
-        if not official or any(one.fits(num_rows, num_texts) for one in official):
+        found = Counts(len(rows), _num_texts(rows))
+        if not official or any(one.fits(found.rows, found.texts or 0) for one in official):
             return None
-        nearest = min(official, key=lambda one: abs(one.rows - num_rows) + abs((one.texts or 0) - num_texts))
-        found = Counts(num_rows, num_texts)
-        return f"the {split} split of {self.name} has {nearest}; got {found}, a part or another release"
+        if (other := self._split_of_texts(rows, split)) is not None and not _tell(rows, split):
+            return f"got {found} for the {split} split of {self.name}, as many as its {other} split; is it that split?"
+        alike = [one for one in official if (one.texts == 0) == (found.texts == 0)] or official
+        languages = {row.get("lang") or "" for row in rows}  # of the texts; rows without texts name none
+        named = [one for one in alike if found.texts == 0 or one.lang in languages] or alike
+        expected = " or ".join(map(str, named))
+        return f"the {split} split of {self.name} has {expected}; got {found}, a part or another release"
 
-    def other_split(self, rows: Iterable[Row], split: str) -> str | None:
-        """Sentence on rows with as many texts as an official file that is read otherwise; None for other rows.
+    def other_split(self, rows: Sequence[Row], split: str) -> str | None:
+        """Sentence on the rows of an official file that is read otherwise; None for other rows.
 
-        Training files are read otherwise than those of dev and test.
+        Training files are read otherwise than those of dev and test. A part of a split can have as many texts as
+        another split by chance. The rows are those of the other split if they have as many inputs too, if their
+        identifiers or the name of their file say so, or if the other split is that of training, the largest.
 
         Args:
             rows: Rows that the file gives.
             split: Split as which the file was read.
         """
-        texts = sum(map(_num_texts, rows))
-        splits = [
-            name
-            for name, official in self.counts.items()
-            if any(texts and one.texts and texts in (one.texts, one.texts + one.left_out) for one in official)
-        ]
-        if not splits or split in splits or "train" not in (split, *splits):
-            return None  # dev and test are read alike
-        return f"expected the {split} split of {self.name}, got {texts} texts, which is its {splits[0]} split"
+        if (other := self._split_of_texts(rows, split)) is None:
+            return None
+        texts, inputs = _num_texts(rows), _num_inputs(rows)
+        releases = [one for one in self.counts[other] if one.has_texts(texts)]
+        has_inputs = any(one.rows <= inputs <= one.rows + one.left_out for one in releases)
+        if other != "train" and not (has_inputs and inputs != texts) and not _tell(rows, other):
+            return None
+        return f"expected the {split} split of {self.name}, got {counted(texts, 'text')}, which is its {other} split"
+
+    def _split_of_texts(self, rows: Sequence[Row], split: str) -> str | None:
+        """Another split that is read otherwise and has as many texts; None where the split itself has as many."""
+        texts = _num_texts(rows)
+        splits = [name for name, official in self.counts.items() if any(one.has_texts(texts) for one in official)]
+        is_other = splits and split not in splits and "train" in (split, *splits)  # dev and test are read alike
+        return splits[0] if is_other else None
 
 
-def _num_texts(row: Row) -> int:
-    values = [row.get(key) for key in TEXT_KEYS]
+def _num_texts(rows: Iterable[Row]) -> int:
+    values = [row.get(key) for row in rows for key in TEXT_KEYS]
     return sum(len(v) if isinstance(v, list) else int(isinstance(v, str)) for v in values)
+
+
+def _num_inputs(rows: Iterable[Row]) -> int:
+    """Number of inputs, of which rows with one text each can have the same."""
+    inputs = [None if "refs" in row else next((str(row[k]) for k in INPUT_KEYS if k in row), None) for row in rows]
+    return inputs.count(None) + len({*inputs} - {None})
+
+
+def _tell(rows: Iterable[Row], split: str) -> bool:
+    """Whether identifiers such as ``dev_12``, or the names of the files, are those of one split."""
+    named = [(row.path if isinstance(row, FileRow) else "", row.get("id"), row.get("fname")) for row in rows]
+    return any(
+        {*column} != {None} and all(splits_in(Path(str(n)).name) == {split} for n in {*column})
+        for column in zip(*named, strict=True)
+    )
 
 
 def row_items(path: Path, key: str) -> Iterator[Item]:

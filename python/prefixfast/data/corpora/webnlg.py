@@ -164,15 +164,15 @@ WEBNLG = Corpus(
         "train": (
             Counts(6935, 18025, "2017", left_out=77),
             Counts(13228, 35410, "2020, train and dev for the challenge", left_out=5),
-            Counts(5573, 14630, "release 3.0, Russian"),
-            Counts(5585, 14612, "2020, train and dev for the challenge, Russian"),
+            Counts(5573, 14630, "release 3.0, Russian", lang="ru"),
+            Counts(5585, 14612, "2020, train and dev for the challenge, Russian", lang="ru"),
         ),
         "dev": (
             Counts(872, 2268, "2017"),
             Counts(1667, 4464, "release 3.0"),
             Counts(1669, 4468, "2020, train and dev for the challenge"),
-            Counts(790, 2065, "release 3.0, Russian"),
-            Counts(793, 2068, "2020, train and dev for the challenge, Russian"),
+            Counts(790, 2065, "release 3.0, Russian", lang="ru"),
+            Counts(793, 2068, "2020, train and dev for the challenge, Russian", lang="ru"),
         ),
         "test": (
             Counts(1862, 4928, "2017"),
@@ -181,8 +181,8 @@ WEBNLG = Corpus(
             Counts(971, 2495, "2017, seen categories"),
             Counts(1779, 5150, "2020"),
             Counts(1779, 0, "2020 without texts"),
-            Counts(1102, 2780, "2020, Russian"),
-            Counts(1102, 0, "2020 without texts, Russian"),
+            Counts(1102, 2780, "2020, Russian", lang="ru"),
+            Counts(1102, 0, "2020 without texts, Russian", lang="ru"),
         ),
     },
 )
