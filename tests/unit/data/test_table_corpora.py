@@ -232,21 +232,6 @@ def test_a_decompression_bomb_is_refused(tmp_path, name):
         read_task(task, path)
 
 
-def test_a_bomb_of_cells_is_refused(tmp_path):
-    """Parquet stores a run of one value as its length, so that a few bytes are millions of rows."""
-    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    path = tmp_path / "a.parquet"
-    with parquet.ParquetWriter(path, arrow.schema([("prompt", arrow.string())]), compression="zstd") as writer:
-        values = arrow.DictionaryArray.from_arrays(arrow.array([0] * 2**20, arrow.int8()), ["x"])
-        table = arrow.table({"prompt": values.cast(arrow.string())})
-        for _ in range(65):
-            writer.write_table(table, row_group_size=2**20)
-    assert path.stat().st_size < 2**18
-    with pytest.raises(DataError) as caught:
-        read_rows(path)
-    assert str(caught.value).startswith(f"{path}: expected at most 100 cells for each of")
-
-
 def test_texts_that_repeat_and_compress_well_are_read(tmp_path):
     path = tmp_path / "a.csv.gz"
     text = b"mr,ref\n" + b'"name[A]",x\n' * 30_000

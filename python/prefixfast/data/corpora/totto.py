@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from prefixfast.data.corpora.official import Corpus, Counts, row_items
 from prefixfast.data.corpora.split_files import split_file
 from prefixfast.data.corpora.split_rows import own_row, with_texts
 from prefixfast.data.files import SUFFIXES, FileRow, Item, parse_item
+from prefixfast.data.files.raw import Expansion
 from prefixfast.data.row_values import check_text
 from prefixfast.data.rows import row_error
 from prefixfast.errors import shown
@@ -18,6 +21,7 @@ from prefixfast.errors import shown
 ENTRY_KEYS = ("highlighted_cells", "sentence_annotations", "table_page_title", "example_id")
 TITLES = ("page_title", "section_title")
 WIDEST = 10_000  # columns that one cell may span
+PAIR_BYTES = 64  # of a pair in memory, at least
 Cells = list[list[dict[str, Any]]]
 
 
@@ -34,20 +38,26 @@ def totto_items(path: Path, split: str) -> Iterator[Item]:
 
 
 def _file_items(path: Path, split: str) -> Iterator[Item]:
+    pairs = Expansion.of_file(path)
     for item in row_items(path, "table"):
         is_entry = any(key in item for key in ENTRY_KEYS) if isinstance(item, FileRow) else False
-        yield parse_item(_parse_entry, item) if isinstance(item, FileRow) and is_entry else own_row(item, split)
+        parse = partial(_parse_entry, expansion=pairs)
+        yield parse_item(parse, item) if isinstance(item, FileRow) and is_entry else own_row(item, split)
 
 
-def _parse_entry(item: FileRow) -> FileRow:
+def _parse_entry(item: FileRow, expansion: Expansion) -> FileRow:
     titles = {name: check_text(item, 0, f"table_{name}", item.get(f"table_{name}")) for name in TITLES}
     pairs: list[JSON] = [[name, title] for name, title in titles.items() if title]
     table = _checked_table(item)
     starts = [_column_starts(row) for row in table]
+    header_rows = [r for r, row in enumerate(table) if any(cell["is_header"] for cell in row)]
     for r, c in _checked_places(item, table):
-        pairs.append(["cell", table[r][c]["value"]])
-        pairs += [["col_header", text] for text in _column_headers(table, starts, r, c)]
-        pairs += [["row_header", cell["value"]] for cell in table[r][:c] if cell["is_header"]]
+        above = header_rows[: bisect_left(header_rows, r)]
+        found: list[JSON] = [["cell", table[r][c]["value"]]]
+        found += [["col_header", text] for text in _column_headers(table, starts, above, r, c)]
+        found += [["row_header", cell["value"]] for cell in table[r][:c] if cell["is_header"]]
+        expansion.add(PAIR_BYTES * len(found) + len(above))  # each cell can have all headers, or search all rows
+        pairs += found
     row: dict[str, JSON] = {"table": pairs}
     notes: Any = item.get("sentence_annotations", [])
     if not isinstance(notes, list) or not all(isinstance(n, dict) for n in notes):
@@ -106,15 +116,23 @@ def _column_starts(row: list[dict[str, Any]]) -> list[int]:
     return starts
 
 
-def _column_headers(table: Cells, starts: list[list[int]], row: int, column: int) -> list[str]:
-    """Texts of the header cells above a cell that share a column with it; rows that a cell spans do not count."""
+def _column_headers(table: Cells, starts: list[list[int]], header_rows: list[int], row: int, column: int) -> list[str]:
+    """Texts of the header cells above a cell that share a column with it; rows that a cell spans do not count.
+
+    Args:
+        table: Table.
+        starts: First column of each cell of a row, and the column after the last one, for each row.
+        header_rows: Rows above the cell with a header.
+        row: Row of the cell.
+        column: Place of the cell in its row.
+    """
     first, end = starts[row][column : column + 2]
-    return [
-        cell["value"]
-        for above, begins in zip(table[:row], starts, strict=False)
-        for cell, start, stop in zip(above, begins, begins[1:], strict=False)
-        if cell["is_header"] and start < end and stop > first
-    ]
+    found = []
+    for above in header_rows:
+        own, begins = table[above], starts[above]
+        cells = own[bisect_right(begins, first) - 1 : bisect_left(begins, end, hi=len(own))]
+        found += [cell["value"] for cell in cells if cell["is_header"]]
+    return found
 
 
 TOTTO = Corpus(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from prefixfast.data.files.delimited import delimited_items
@@ -12,7 +12,7 @@ from prefixfast.data.files.json_rows import json_items, json_objects
 from prefixfast.data.files.kinds import SPREADSHEETS, refused_content, refused_suffix
 from prefixfast.data.files.names import renaming
 from prefixfast.data.files.parquet import parquet_items
-from prefixfast.data.files.raw import read_bytes
+from prefixfast.data.files.raw import ROW_BYTES, Expansion, read_bytes
 from prefixfast.data.files.xml_tree import XmlElement, read_xml
 from prefixfast.errors import DataError
 
@@ -73,7 +73,7 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
     else:
         raw = as_utf8(raw, str(path), encoding)
         items = TEXT_READERS[kind](raw, str(path), kind)
-    yield from map(renaming(), items)
+    yield from map(renaming(), _few_rows(items, path))
 
 
 def json_line_items(raw: bytes, name: str, encoding: str | None = None) -> Iterator[Item]:
@@ -103,6 +103,22 @@ def file_kind(path: Path) -> str:
     """Suffix of a file in lower case, before ``.gz``."""
     suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
     return suffixes[-1] if suffixes else ""
+
+
+def _few_rows(items: Iterable[Item], path: Path) -> Iterator[Item]:
+    """Yield the rows of a file, and the error of a compressed file with more rows than its size allows.
+
+    A row takes far more memory than the few bytes that it can have in a file.
+    """
+    expansion = Expansion.of_file(path)
+    for item in items:
+        if path.suffix.lower() == ".gz":
+            try:
+                expansion.add(ROW_BYTES)
+            except DataError as e:
+                yield e
+                return
+        yield item
 
 
 def _check_content(raw: bytes, path: Path, kind: str) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 import io
 from collections.abc import Iterator
+from typing import Any
 
 from prefixfast.data.files.items import FileRow, Item, malformed
-from prefixfast.data.files.raw import check_expansion
+from prefixfast.data.files.raw import CELL_BYTES, ROW_BYTES, Expansion
 from prefixfast.errors import DataError
+
+MANY_ROWS, FEW_ROWS = 2**16, 2**8  # read at once
+TEXT_BUFFERS = 3  # of an array of texts: which are there, where each begins, and the texts
 
 
 def short_float(value: float) -> float:
@@ -32,8 +36,15 @@ def parquet_items(raw: bytes, path: str) -> Iterator[Item]:
     number = 0
     try:
         file = parquet.ParquetFile(io.BytesIO(raw))
-        check_expansion(path, len(raw), file.metadata.num_rows * file.metadata.num_columns, "cells")
-        for batch in file.iter_batches():
+        _check_sizes(file, path, len(raw))
+        # A text that is stored once for many rows stays so until its size in all rows is known. pyarrow cannot do this
+        # for texts in lists, structures and maps, of which few rows are read at once.
+        columns = [file.schema.column(i) for i in range(len(file.schema))]
+        texts = [c.name for c in columns if c.physical_type == "BYTE_ARRAY" and c.name == c.path]
+        file = parquet.ParquetFile(io.BytesIO(raw), read_dictionary=texts)
+        expansion = Expansion(path, len(raw))
+        for batch in file.iter_batches(FEW_ROWS if any(c.name != c.path for c in columns) else MANY_ROWS):
+            expansion.add(ROW_BYTES * batch.num_rows + sum(map(_num_bytes, batch.columns)))
             narrow = [f.name for f in batch.schema if f.type == arrow.float32()]
             for value in batch.to_pylist():
                 number += 1
@@ -43,3 +54,21 @@ def parquet_items(raw: bytes, path: str) -> Iterator[Item]:
         yield e
     except (ValueError, OSError, arrow.ArrowException) as e:
         yield malformed(path, number + 1, f"cannot be read: {e}")
+
+
+def _check_sizes(file: Any, path: str, size: int) -> None:
+    """Raise `DataError` for the sizes of a decompression bomb in the metadata, before any page is decompressed."""
+    expansion = Expansion(path, size)
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        for place in range(group.num_columns):
+            chunk, width = group.column(place), max(CELL_BYTES, file.schema.column(place).length or 0)
+            expansion.add(max(chunk.total_uncompressed_size, chunk.num_values * width))
+
+
+def _num_bytes(array: Any) -> int:
+    """Bytes of the values of an array, each counted in every row."""
+    if not hasattr(array, "dictionary") or array.type.value_type.num_buffers < TEXT_BUFFERS:
+        return int(array.nbytes)
+    lengths = importlib.import_module("pyarrow.compute").binary_length(array.dictionary)
+    return int(lengths.take(array.indices).sum().as_py() or 0)

@@ -11,7 +11,7 @@ from xml.etree.ElementTree import Element, ParseError, TreeBuilder  # classes on
 from prefixfast.data.files.encodings import as_utf8
 from prefixfast.data.files.items import malformed
 from prefixfast.data.files.kinds import refused_content
-from prefixfast.data.files.raw import read_bytes
+from prefixfast.data.files.raw import ELEMENT_BYTES, Expansion, read_bytes
 from prefixfast.errors import DataError, shown
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ class XmlElement(Element):
         line: Line on which the element begins, counted from 1.
     """
 
-    line = 1
+    __slots__ = ("line",)
+    line: int
 
 
 def read_xml(path: Path) -> XmlElement:
@@ -37,7 +38,7 @@ def read_xml(path: Path) -> XmlElement:
 
     Raises:
         DataError: If the file is no well-formed XML, with its line, has a document type (entities that expand or name
-            other files), is nested too deep, or defusedxml is not installed.
+            other files), is nested too deep, has more elements than its size allows, or defusedxml is not installed.
     """
     name = str(path)
     try:
@@ -52,7 +53,7 @@ def read_xml(path: Path) -> XmlElement:
         raise DataError(msg, path=name)
     raw = as_utf8(raw, name)
     _check_declaration(raw, name)
-    builder = _Builder(name)
+    builder = _Builder(Expansion.of_file(path))
     parser = builder.parser = DefusedXMLParser(target=builder, encoding="utf-8", forbid_dtd=True)
     try:
         parser.feed(raw)
@@ -67,13 +68,13 @@ def read_xml(path: Path) -> XmlElement:
 
 
 class _Builder(TreeBuilder):
-    """Builder of elements that know their lines."""
+    """Builder of elements that know their lines. An element takes far more memory than its few bytes in the file."""
 
     parser: DefusedXMLParser
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, expansion: Expansion) -> None:
         super().__init__(element_factory=XmlElement)
-        self.path, self.depth = path, 0
+        self.expansion, self.depth = expansion, 0
 
     @property
     def current_line(self) -> int:
@@ -81,12 +82,13 @@ class _Builder(TreeBuilder):
         return int(self.parser.parser.CurrentLineNumber)
 
     def start(self, tag: Any, attrs: dict[Any, Any], /) -> Element:
+        self.expansion.add(ELEMENT_BYTES * (1 + len(attrs)))
         element = super().start(tag, attrs)
         element.line = self.current_line  # type: ignore[attr-defined]
         self.depth += 1
         if self.depth > DEEPEST:
             message = f"expected at most {DEEPEST} elements inside each other, got more"
-            raise malformed(self.path, self.current_line, message)
+            raise malformed(self.expansion.name, self.current_line, message)
         return element
 
     def end(self, tag: str, /) -> Element:
