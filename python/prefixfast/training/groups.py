@@ -132,35 +132,43 @@ def make_groups(
         msg = "overrides: expected data by name beside it, got plain rows; give the options themselves"
         raise ConfigError(msg)
     inits = _init_by_name(settings.init, names)
-    method = METHODS[settings.method_config.method]
     for own in own_options.values():
         check_read(settings.method_config.method, own, "overrides")
+    is_alone = METHODS[settings.method_config.method].is_alone
     jobs: dict[tuple[object, ...], list[PrefixJob]] = {}
     groups: dict[tuple[object, ...], tuple[TrainConfig, PrefixConfig, MethodConfig, bool]] = {}
     variants = [(label, variant, _of_variant(settings, variant)) for label, variant in _variants(sweep).items()]
     for name, (label, variant, base) in itertools.product(names, variants):
         options = own_options.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
         init = variant.get("init", inits[name])
-        of_prefix = {k: v for k, v in options.items() if k in PrefixConfig.names()}
-        of_training = {k: v for k, v in options.items() if k in TrainConfig.names()}
-        of_method = {k: v for k, v in options.items() if k in MethodConfig.names()}
+        shared = _shared_options(base, options, init)
+        own_training = {k: v for k, v in options.items() if k in PER_PREFIX}
         if "num_train_epochs" in options:  # of this prefix, over the steps of the whole run
-            of_training.setdefault("max_steps", None)
-        if method.position is not None:
-            of_prefix["position"] = method.position
-        prefix_config = PrefixConfig.make(base.prefix_config, **of_prefix)
-        common = TrainConfig.make(base.config, **{k: v for k, v in of_training.items() if k not in PER_PREFIX})
-        config = TrainConfig.make(common, **{k: v for k, v in of_training.items() if k in PER_PREFIX})
-        is_name = isinstance(init, str) and init in ("random", "zero")
-        automatic = prefix_config.reparameterization == "auto" and is_name and method.makes_prefix
-        uses_mlp = prefix_config.reparameterization == "mlp" or automatic
-        method_config = MethodConfig.make(base.method_config, **of_method)
-        shared = (common, prefix_config, method_config, uses_mlp)
+            own_training.setdefault("max_steps", None)
         full_name = label if is_single and label else f"{name},{label}" if label else name
-        key = (*shared, full_name if method.is_alone else None)
+        key = (*shared, full_name if is_alone else None)
         groups[key] = shared
+        config = TrainConfig.make(shared[0], **own_training)
         jobs.setdefault(key, []).append(PrefixJob(full_name, name, config, init, variant))
     return [PrefixGroup(*groups[key], tuple(own)) for key, own in jobs.items()]
+
+
+def _shared_options(
+    base: TrainSettings, options: Mapping[str, Any], init: Any
+) -> tuple[TrainConfig, PrefixConfig, MethodConfig, bool]:
+    """Options that a prefix shares with its batches, and whether they train the MLP."""
+    method = METHODS[base.method_config.method]
+    of_prefix = {k: v for k, v in options.items() if k in PrefixConfig.names()}
+    if method.position is not None:
+        of_prefix["position"] = method.position
+    prefix_config = PrefixConfig.make(base.prefix_config, **of_prefix)
+    of_training = {k: v for k, v in options.items() if k in TrainConfig.names() and k not in PER_PREFIX}
+    of_method = {k: v for k, v in options.items() if k in MethodConfig.names()}
+    is_name = isinstance(init, str) and init in ("random", "zero")
+    automatic = prefix_config.reparameterization == "auto" and is_name and method.makes_prefix
+    uses_mlp = prefix_config.reparameterization == "mlp" or automatic
+    method_config = MethodConfig.make(base.method_config, **of_method)
+    return TrainConfig.make(base.config, **of_training), prefix_config, method_config, uses_mlp
 
 
 def _of_variant(settings: TrainSettings, variant: Mapping[str, Any]) -> TrainSettings:

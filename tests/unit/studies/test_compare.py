@@ -469,3 +469,13 @@ def test_the_estimate_has_the_steps_and_the_rates_of_the_run(runs):
     assert found[0]["learning_rate"] == pytest.approx(0.15)
     assert found[1]["learning_rate"] == pytest.approx(0.15 / 60)
     assert all(e[f"{what}_seconds"] > 0 for e in found for what in ("train", "evaluate", "generate"))
+
+
+def test_the_estimate_reads_the_recipe(study, tmp_path):
+    (tmp_path / "small.yaml").write_text("batch_size: 2\nmax_steps: 2\n")
+    training = {"dtype": "float32", "token_budget": 512, "recipe": str(tmp_path / "small.yaml")}
+    study = dataclasses.replace(study, train=training)
+    found = estimate_run(make_runs(study, read_study_rows(study), METHODS[:1], (0,))[0])
+    assert found["steps"] == 2
+    # Four examples of the two held-out tables, twice in batches of two, with half the time of a step each.
+    assert found["evaluate_seconds"] == pytest.approx(2 * found["seconds_per_step"])
