@@ -10,11 +10,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import replace_folder, write_file
 from prefixfast.io.json_lines import json_bytes
+from prefixfast.io.tensors import write_tensors
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of
 from prefixfast.prefix import peft_format as peft
@@ -34,8 +35,17 @@ LOOKED_FOR = (
     f"{META} (a prefixfast prefix) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type "
     f"{' or '.join((*peft.TYPES, *peft_read.EMBEDDING_TYPES))})"
 )
-TYPES_OF_KEYS = {"pos_start": int, "window": str, "digest": str, "decoding": dict, "training": dict}
-TYPES_OF_OPTIONAL_KEYS = {file_key("task"): dict, "not_peft_because": str}
+NULL = type(None)
+Kind: TypeAlias = Literal["prefix", "weights"]
+TYPES_OF_KEYS: dict[str, tuple[type, ...]] = {
+    "pos_start": (int,),
+    "window": (str,),
+    "digest": (str,),
+    "decoding": (dict,),
+    "training": (dict,),
+    file_key("task"): (dict, NULL),
+    "not_peft_because": (str, NULL),
+}
 
 
 @dataclass(frozen=True)
@@ -92,33 +102,56 @@ def adapter_files(kv: Mapping[str, Tensor], fields: PrefixFields, peft_type: pef
     return peft.adapter_files(kv, fields["base"], peft_type, frozen)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Replace the prefix in a folder by these files; other files in the folder stay.
+def write_folder(
+    folder: Path, files: Mapping[str, bytes | Mapping[str, Tensor]], kind: Kind, *, overwrite: bool = False
+) -> None:
+    """Replace the prefix or the weights in a folder by these files; other files in the folder stay.
+
+    Args:
+        folder: Folder.
+        files: Content of each file by its name: bytes, or the tensors of a safetensors file.
+        kind: Kind of the content. A folder of the other kind is replaced only with ``overwrite``.
+        overwrite: Whether a folder of the other kind is replaced too.
 
     Raises:
-        ConfigError: If the folder holds a PEFT adapter of another type, which would be lost.
+        ConfigError: If the folder holds the other kind or a PEFT adapter of another type, which would be lost.
         OSError: If the files cannot be written. The old content is intact then.
     """
-    if kind := foreign_adapter(folder):
-        msg = f"{folder} holds a PEFT adapter of type {kind}, which the prefix would replace; give another folder"
+    if held := other_content(folder, kind, overwrite=overwrite):
+        msg = f"{folder} holds {held}, which the {kind} would replace; give another folder"
         raise ConfigError(msg)
 
     def write(target: Path) -> None:
-        for name, data in files.items():
-            write_file(target / name, data)
+        for name, content in files.items():
+            if isinstance(content, bytes):
+                write_file(target / name, content)
+            else:
+                write_tensors(target / name, content)
 
     replace_folder(folder, write, owned=OWNED)
 
 
-def foreign_adapter(folder: Path) -> str | None:
-    """Type of the PEFT adapter in a folder that is none of the types of a prefix, None without one."""
-    if (folder / META).exists():
-        return None
+def other_content(folder: Path, kind: Kind, *, overwrite: bool = False) -> str | None:
+    """Description of what a folder holds and a write must not replace, None if nothing is in the way.
+
+    Args:
+        folder: Folder, which may not exist.
+        kind: Kind of what is written.
+        overwrite: Whether the other kind is replaced. An adapter of another program never is.
+    """
     try:
-        found = read_json(folder / peft.CONFIG).get("peft_type")
+        if (folder / META).exists():
+            method = read_json(folder / META).get("method")
+            held: Kind = "prefix" if method is None else "weights"
+            text = "a prefix" if method is None else f"weights of method {shown(method)}"
+        else:
+            found = read_json(folder / peft.CONFIG).get("peft_type")
+            if found not in peft.TYPES:
+                return f"a PEFT adapter of type {shown(found)}"
+            held, text = "prefix", f"a PEFT adapter of type {found}"
     except DataError:
         return None
-    return None if found in peft.TYPES else shown(found)
+    return None if overwrite or held == kind else text
 
 
 def read_folder(path: Path) -> FolderContent | peft_read.VirtualTokens:
@@ -159,30 +192,7 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
     Raises:
         DataError: If the file is damaged, of a newer version, or holds keys or values that `prefix_files` never writes.
     """
-    meta = UNWRITTEN | read_json(path)
-    expected = {"version", "digest", "not_peft_because", *KEYS.values()}
-    if type(meta.get("version")) is not int or meta["version"] != VERSION:
-        got = meta.get("version")
-        msg = f"{path.name}: expected version {VERSION}, got {shown(got)}; update prefixfast to read newer folders"
-        raise DataError(msg, path=str(path))
-    if "method" in meta:
-        msg = f"{path.name}: {no_prefix(meta['method'])}"
-        raise DataError(msg, path=str(path))
-    if set(meta) != expected:
-        msg = f"{path.name}: expected the keys {sorted(expected)}, got {sorted(meta)}"
-        raise DataError(msg, path=str(path))
-    for key, kind in TYPES_OF_KEYS.items():
-        if type(meta[key]) is not kind:
-            msg = f"{path.name}: {key}: expected {kind.__name__}, got {shown(meta[key])}"
-            raise DataError(msg, path=str(path))
-    optional = {k: (meta[k], kind) for k, kind in TYPES_OF_OPTIONAL_KEYS.items()}
-    for key, (value, kind) in optional.items():
-        if value is not None and not isinstance(value, kind):
-            msg = f"{path.name}: {key}: expected {kind.__name__} or null, got {shown(value)}"
-            raise DataError(msg, path=str(path))
-    if error := base_error(meta["base"]):
-        msg = f"{path.name}: {error}"
-        raise DataError(msg, path=str(path))
+    meta = checked_meta(path, UNWRITTEN | read_json(path), TYPES_OF_KEYS, "prefix")
     try:
         layout_of(meta["base"])
     except DataError as e:
@@ -191,12 +201,46 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
     if error := convention_error(meta["pos_start"], meta["window"], meta["position"]):
         msg = f"{path.name}: {error}"
         raise DataError(msg, path=str(path))
-    trained = meta["training"].get("num_trained", 0)
-    if type(trained) is not int or trained < 0:
-        msg = f"{path.name}: training.num_trained: expected a number of at least 0, got {shown(trained)}"
-        raise DataError(msg, path=str(path))
     fields: Any = {name: meta[key] for name, key in KEYS.items()}
     return fields, meta["digest"]
+
+
+def checked_meta(path: Path, meta: dict[str, Any], types: Mapping[str, tuple[type, ...]], kind: Kind) -> dict[str, Any]:
+    """Check what ``prefixfast.json`` of prefixes and of weights have in common.
+
+    Args:
+        path: Path of the file, for errors.
+        meta: Content of the file.
+        types: Types by key, of all keys but ``version``, ``base`` and ``position``. NoneType is null.
+        kind: Kind of the folder.
+
+    Returns:
+        The content.
+
+    Raises:
+        DataError: If the file is of a newer version or of another kind, or a key is missing, unknown or of another
+            type.
+    """
+    error = None
+    keys = {"version", "base", *types, *(UNWRITTEN if kind == "prefix" else ())}
+    if type(meta.get("version")) is not int or meta["version"] != VERSION:
+        got = shown(meta.get("version"))
+        error = f"expected version {VERSION}, got {got}; update prefixfast to read newer folders"
+    elif "method" in meta and kind == "prefix":
+        error = no_prefix(meta["method"])
+    elif "method" not in meta and kind == "weights":
+        error = "expected trained weights, this folder holds a prefix: read it with Prefix.from_pretrained"
+    elif set(meta) != keys:
+        error = f"expected the keys {sorted(keys)}, got {sorted(meta)}"
+    elif wrong := next((key for key, known in types.items() if type(meta[key]) not in known), None):
+        names = " or ".join("null" if t is NULL else t.__name__ for t in types[wrong])
+        error = f"{wrong}: expected {names}, got {shown(meta[wrong])}"
+    elif type(trained := meta["training"].get("num_trained", 0)) is not int or trained < 0:
+        error = f"training.num_trained: expected a number of at least 0, got {shown(trained)}"
+    if error := error or base_error(meta["base"]):
+        msg = f"{path.name}: {error}"
+        raise DataError(msg, path=str(path))
+    return meta
 
 
 def _adapter_fields(kv: Mapping[str, Tensor], config: Mapping[str, Any], path: Path) -> PrefixFields:

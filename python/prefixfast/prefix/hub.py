@@ -12,7 +12,7 @@ from typing import Any
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import write_file
 from prefixfast.io.paths import as_path
-from prefixfast.prefix.folder import PREFIX_FILES, prefix_files
+from prefixfast.prefix.folder import OWNED, PREFIX_FILES, prefix_files
 from prefixfast.prefix.model_card import CARD, model_card
 from prefixfast.prefix.record import PrefixData
 from prefixfast.prefix.tensors import shared_tensors
@@ -75,7 +75,7 @@ def find_folder(
 def push_to_hub(
     prefix: PrefixData, repo_id: str, *, private: bool | None, token: str | None, commit_message: str | None
 ) -> str:
-    """Upload the files and the model card of a prefix in one commit, which replaces any prefix in the repository.
+    """Upload the files and the model card of a prefix in one commit, in place of those in the repository.
 
     Args:
         prefix: Prefix.
@@ -100,7 +100,7 @@ def push_to_hub(
         for name, data in {**files, CARD: model_card(prefix, repo_id).encode()}.items():
             write_file(Path(folder, name), data)
         message = commit_message or f"Prefix {prefix.digest[:12]}"
-        other_form = sorted(PREFIX_FILES - set(files))  # files of a prefix that PEFT can hold, or of one that it cannot
+        other_form = sorted(OWNED - set(files))  # of a prefix that PEFT can hold, of one that it cannot, or of weights
         try:
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)

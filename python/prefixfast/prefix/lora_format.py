@@ -29,22 +29,22 @@ PLAIN_PATTERN = re.compile(
     r"[\w.^$\\-]+"
 )  # keys of patterns without repetition, which PEFT takes as regular expressions
 INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")  # initial values that leave the base as it is
-# Fields that do not change the result of a trained adapter. Target modules are those of the tensors.
+ALL_LINEAR = "all-linear"  # PEFT's name of all linear layers but the output layer
+# Fields that select layers. An adapter of PEFT has those of its tensors.
+SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+# Fields that do not change the result of a trained adapter.
 HARMLESS = frozenset(
     {
         *COMMON_CONFIG,
+        *SELECTORS,
         "base_model_name_or_path",
         "eva_config",
-        "exclude_modules",
         "init_lora_weights",
-        "layers_pattern",
-        "layers_to_transform",
         "lora_dropout",
         "megatron_core",
         "peft_type",
         "qalora_group_size",
         "runtime_config",
-        "target_modules",
     }
 ) - {"modules_to_save"}
 NUMBERS: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
@@ -59,11 +59,13 @@ class LoraFolder(NamedTuple):
         tensors: Tensors by PEFT's names without ``base_model.model.``.
         fields: Fields of the configuration that change the result.
         base_name: Name of the base model, None if the adapter does not say it.
+        written: Fields that change the result, with the selection of layers as the configuration writes it.
     """
 
     tensors: dict[str, Tensor]
     fields: dict[str, JSON]
     base_name: str | None
+    written: dict[str, JSON]
 
 
 def lora_files(tensors: Mapping[str, Tensor], fields: Mapping[str, JSON], name: str | None) -> dict[str, bytes]:
@@ -98,9 +100,46 @@ def read_lora(folder: Path) -> LoraFolder:
         msg = f"{CONFIG}: expected peft_type LORA and task_type CAUSAL_LM, got {got}"
         raise DataError(msg, path=str(path))
     tensors = _read_tensors(folder)
-    fields = _read_fields(config, path)
+    try:
+        fields, written = result_fields(config), written_options(config)
+    except DataError as e:
+        msg = f"{CONFIG}: {e}"
+        raise DataError(msg, path=str(path)) from e
     fields["target_modules"] = sorted({n.rsplit(".", 2)[0] for n in tensors})
-    return LoraFolder(tensors, fields, base_name(config, path))
+    return LoraFolder(tensors, fields, base_name(config, path), written)
+
+
+def check_options(options: Mapping[str, JSON]) -> None:
+    """Check the options of LoRA weights, which PEFT gets as fields of its configuration.
+
+    Raises:
+        DataError: If one is unknown, missing or wrong.
+    """
+    targets = options.get("target_modules")
+    is_list = isinstance(targets, list) and bool(targets) and all(isinstance(t, str) and t for t in targets)
+    try:
+        if targets != ALL_LINEAR and not is_list:
+            msg = f"target_modules: expected names of layers or {ALL_LINEAR!r}, got {shown(targets)}"
+            raise DataError(msg)
+        if unknown := set(options) - {*result_fields(options), "target_modules"}:
+            name = min(unknown)
+            msg = f"{shown(name)}: {shown(options[name])} is no option of LoRA; leave it out"
+            raise DataError(msg)
+    except DataError as e:
+        msg = f"options: {e}"
+        raise DataError(msg) from e
+
+
+def written_options(fields: Mapping[str, Any]) -> dict[str, JSON]:
+    """Fields that change the result, with those that select layers. Names of layers are sorted, as PEFT's are a set.
+
+    Raises:
+        DataError: If a field is not known to be computed right.
+    """
+    chosen = {name: fields[name] for name in SELECTORS if fields.get(name) not in (None, [], {})}
+    if isinstance(names := chosen.get("target_modules"), list):
+        chosen["target_modules"] = sorted(map(str, names))
+    return result_fields(fields) | chosen
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -122,13 +161,17 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return inner
 
 
-def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, JSON]:
-    """Fields that change the result; a field that is not known to be computed right is refused."""
+def result_fields(config: Mapping[str, Any]) -> dict[str, JSON]:
+    """Fields of a configuration that change the result, without those that select layers.
+
+    Raises:
+        DataError: If a field is not known to be computed right.
+    """
     fields: dict[str, JSON] = {}
     if config.get("init_lora_weights") not in INITIAL:
         got = shown(config["init_lora_weights"])
-        msg = f"{CONFIG}: init_lora_weights {got} changes the base model itself, which is not read from an adapter"
-        raise DataError(msg, path=str(path))
+        msg = f"init_lora_weights {got} changes the base model itself, which is not read from an adapter"
+        raise DataError(msg)
     for name, value in config.items():
         if name in HARMLESS or value in (None, False, "none") or value in ([], {}):
             continue
@@ -136,12 +179,12 @@ def _read_fields(config: Mapping[str, Any], path: Path) -> dict[str, JSON]:
         is_right = is_number or (name in FLAGS and value is True) or (name in PATTERNS and _is_pattern(name, value))
         if not is_right:
             known = ", ".join((*NUMBERS, *FLAGS, *PATTERNS))
-            msg = f"{CONFIG}: {shown(name)}: {shown(value)} is not read; expected values of {known} alone"
-            raise DataError(msg, path=str(path))
+            msg = f"{shown(name)}: {shown(value)} is not read; expected values of {known} alone"
+            raise DataError(msg)
         fields[name] = value
     if missing := [name for name in NUMBERS if name not in fields]:
-        msg = f"{CONFIG}: expected {' and '.join(missing)}, got none"
-        raise DataError(msg, path=str(path))
+        msg = f"expected {' and '.join(missing)}, got none"
+        raise DataError(msg)
     return fields
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.errors import ConfigError, DataError, check_flag, shown
 from prefixfast.io.atomic import read_stable
 from prefixfast.io.paths import as_path
 from prefixfast.prefix import folder as files
@@ -63,7 +63,7 @@ class Prefix(PrefixData):
         (2688, 0, 10752, 'float32')
     """
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Save the prefix to a folder.
 
         The folder is a PEFT adapter folder whenever PEFT can hold the prefix exactly. Otherwise the key
@@ -72,9 +72,11 @@ class Prefix(PrefixData):
         Args:
             folder: Path of the folder, which is created with its parents. A prefix in the folder is replaced
                 atomically; other files stay.
+            overwrite: Whether trained weights in the folder, which `TunedWeights` has saved, are replaced too.
 
         Raises:
-            ConfigError: If the folder holds a PEFT adapter that is no prefix, such as LoRA, which would be lost.
+            ConfigError: If the folder holds trained weights, or a PEFT adapter of another program that is no prefix,
+                such as LoRA, which would be lost.
             OSError: If the files cannot be written. The old content of the folder is intact then.
 
         Example:
@@ -82,9 +84,9 @@ class Prefix(PrefixData):
             >>> sorted(os.listdir("mill"))
             ['adapter_config.json', 'adapter_model.safetensors', 'prefixfast.json']
         """
-        files.write_folder(
-            as_path("folder", folder), files.prefix_files(shared_tensors(self.kv), self.digest, self.fields)
-        )
+        check_flag("overwrite", overwrite)
+        own = files.prefix_files(shared_tensors(self.kv), self.digest, self.fields)
+        files.write_folder(as_path("folder", folder), own, "prefix", overwrite=overwrite)
 
     def to_peft(self, folder: str | os.PathLike[str], *, peft_type: PeftType | None = None) -> None:
         """Save the prefix as a PEFT adapter, without the data that only prefixfast reads.
@@ -98,8 +100,8 @@ class Prefix(PrefixData):
                 imported CARTRIDGE and for a prefix with frozen rows, else ``"PREFIX_TUNING"``.
 
         Raises:
-            ConfigError: If PEFT cannot hold the prefix exactly, with the reason, or the folder holds a PEFT adapter
-                that is no prefix, such as LoRA, which would be lost.
+            ConfigError: If PEFT cannot hold the prefix exactly, with the reason, or the folder holds trained weights or
+                a PEFT adapter that is no prefix, such as LoRA, which would be lost.
             OSError: If the files cannot be written. The old content of the folder is intact then.
 
         Example:
@@ -115,7 +117,8 @@ class Prefix(PrefixData):
             raise ConfigError(msg)
         fields = self.fields
         chosen = peft_type or files.adapter_type(fields)
-        files.write_folder(as_path("folder", folder), files.adapter_files(shared_tensors(self.kv), fields, chosen))
+        own = files.adapter_files(shared_tensors(self.kv), fields, chosen)
+        files.write_folder(as_path("folder", folder), own, "prefix")
 
     @classmethod
     def from_pretrained(

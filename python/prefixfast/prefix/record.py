@@ -5,7 +5,6 @@ Shape letters: P prefix rows, H key-value heads, D head dimension.
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
@@ -18,6 +17,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.errors import DataError, shown, warn_renamed
 from prefixfast.prefix import peft_format
 from prefixfast.prefix.names import UNWRITTEN, Position, PrefixFields, Window, layers_of
+from prefixfast.prefix.stored_tensors import StoredTensors
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
 from prefixfast.prefix.validate import check_prefix
 
@@ -63,7 +63,7 @@ def _accept_linearizer(cls: C) -> C:
 
 @_accept_linearizer
 @dataclass(frozen=True, eq=False, repr=False)
-class PrefixData:
+class PrefixData(StoredTensors):
     """Tensors and conventions of a prefix. Immutable; two prefixes are compared by their `digest`.
 
     The prefix holds copies of the given tensors and mappings, and every access to a tensor of ``kv`` returns a copy.
@@ -93,12 +93,7 @@ class PrefixData:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kv", PrefixTensors(self.kv))
-        for name in ("base", "task", "decoding", "training"):
-            value = getattr(self, name)
-            if not isinstance(value, Mapping) and not (value is None and name in ("base", "task")):
-                msg = f"{name}: expected a mapping, got {shown(value)}"
-                raise DataError(msg)
-            object.__setattr__(self, name, None if value is None else json_copy(name, value))
+        self._copy_mappings(("base", "task", "decoding", "training"))
         check_prefix(shared_tensors(self.kv), self.pos_start, self.window, self.position)
         frozen = self.training.get("num_frozen_tokens", 0)
         if type(frozen) is not int or not 0 <= frozen <= self.length:
@@ -108,15 +103,8 @@ class PrefixData:
 
     def __repr__(self) -> str:
         """One line with length, number of layers, base model, task and digest."""
-        about = {
-            "length": self.length,
-            "position": None if self.position == UNWRITTEN["position"] else self.position,
-            "layers": len(self.layers),
-            "base": self.base.get("name") if self.base else None,
-            "task": (self.task or {}).get("name"),
-        }
-        described = ", ".join(f"{name}={value!r}" for name, value in about.items() if value is not None)
-        return f"{type(self).__name__}({described}, digest={self.digest[:12]!r})"
+        position = None if self.position == UNWRITTEN["position"] else self.position
+        return self._described(length=self.length, position=position, layers=len(self.layers))
 
     @property
     def length(self) -> int:
@@ -129,20 +117,8 @@ class PrefixData:
         return {name: (len(t), t.shape[1], t.shape[2]) for name, t in shared_tensors(self.kv).items()}
 
     @property
-    def num_stored(self) -> int:
-        """Number of stored numbers, about 0.1 % of the base model's for the paper's prefixes."""
-        return sum(t.numel() for t in shared_tensors(self.kv).values())
-
-    @property
-    def num_trained(self) -> int:
-        """Number of parameters that training adjusted; with an MLP many more than `num_stored`."""
-        trained: Any = self.training.get("num_trained", self.num_stored)
-        return int(trained)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensors in bytes."""
-        return sum(t.numel() * t.element_size() for t in shared_tensors(self.kv).values())
+    def _stored(self) -> Mapping[str, Tensor]:
+        return shared_tensors(self.kv)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -213,13 +189,3 @@ class PrefixData:
         """Name of `peft_incompatibility` in version 0.1.0; deprecated."""
         warn_renamed("Prefix.not_peft_because", "Prefix.peft_incompatibility")
         return self.peft_incompatibility
-
-
-def json_copy(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy of a mapping that the files of a prefix can hold, and from which a reader gets an equal one."""
-    try:
-        json.dumps(dict(value), allow_nan=name == "training")  # losses of a run can be NaN; NaN equals nothing
-    except (TypeError, ValueError, RecursionError) as e:
-        msg = f"{name}: expected finite numbers and other values that JSON can hold, got {shown(value)}: {e}"
-        raise DataError(msg) from e
-    return copy.deepcopy(dict(value))

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.errors import DataError, shown
 from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.untrusted import read_json, read_tensors
-from prefixfast.prefix.folder import META, TUNED, write_folder
-from prefixfast.prefix.lora_format import lora_files, read_lora
-from prefixfast.prefix.names import base_error
+from prefixfast.prefix.folder import META, NULL, TUNED, VERSION, checked_meta, write_folder
+from prefixfast.prefix.lora_format import check_options, lora_files, read_lora, written_options
 from prefixfast.prefix.peft_format import CONFIG
 from prefixfast.prefix.peft_read import base_name
 
@@ -26,19 +25,19 @@ if TYPE_CHECKING:
 METHODS = ("full", "top2", "adapter", "lora")  # whose results are weights
 FIELD_NAMES = ("method", "options", "base", "task", "decoding", "training")
 IMPORTED = {"imported_from": "peft"}
-VERSION = 1
-KINDS: dict[str, tuple[type, ...]] = {
+TYPES_OF_KEYS: dict[str, tuple[type, ...]] = {
     "method": (str,),
     "options": (dict,),
-    "base": (dict, type(None)),
-    "task": (dict, type(None)),
+    "task": (dict, NULL),
     "decoding": (dict,),
     "training": (dict,),
     "digest": (str,),
 }
 
 
-def write_tuned(folder: Path, tensors: Mapping[str, Tensor], digest: str, fields: Mapping[str, Any]) -> None:
+def write_tuned(
+    folder: Path, tensors: Mapping[str, Tensor], digest: str, fields: Mapping[str, Any], *, overwrite: bool
+) -> None:
     """Replace the weights in a folder.
 
     Args:
@@ -46,15 +45,14 @@ def write_tuned(folder: Path, tensors: Mapping[str, Tensor], digest: str, fields
         tensors: Tensors by name.
         digest: Digest of the weights, by which a reader notices that another program changed the tensors.
         fields: All attributes of the weights other than the tensors.
+        overwrite: Whether a prefix in the folder is replaced too.
     """
-    from safetensors.torch import save
-
-    meta = {"version": VERSION, "digest": digest, **fields}
+    meta = json_bytes({"version": VERSION, "digest": digest, **fields}, indent=2, sort_keys=True)
     if fields["method"] == "lora":
-        own = lora_files(tensors, fields["options"], (fields["base"] or {}).get("name"))
+        adapter = lora_files(tensors, fields["options"], (fields["base"] or {}).get("name"))
+        write_folder(folder, {**adapter, META: meta}, "weights", overwrite=overwrite)
     else:
-        own = {TUNED: save({n: t.cpu() for n, t in tensors.items()})}
-    write_folder(folder, {**own, META: json_bytes(meta, indent=2, sort_keys=True)})
+        write_folder(folder, {TUNED: tensors, META: meta}, "weights", overwrite=overwrite)
 
 
 def read_tuned(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | None]:
@@ -71,12 +69,27 @@ def read_tuned(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], str | Non
         msg = f"{path}: {got}; expected one with {META} and {TUNED}, or a LoRA adapter of PEFT"
         raise DataError(msg, path=str(path))
     if not os.path.lexists(path / META) and os.path.lexists(path / CONFIG):
-        tensors, options, name = read_lora(path)
-        base = {"name": name} if name else None
-        return tensors, {"method": "lora", "options": options, "base": base, "training": IMPORTED}, None
-    fields, digest = read_tuned_meta(path / META)
-    tensors = read_lora(path).tensors if fields["method"] == "lora" else read_tensors(path / TUNED)
-    return tensors, fields, digest
+        found = read_lora(path)
+        base = {"name": found.base_name} if found.base_name else None
+        fields = {"method": "lora", "options": found.fields, "base": base, "training": IMPORTED}
+        return found.tensors, fields, None
+    own, digest = read_tuned_meta(path / META)
+    if own["method"] != "lora":
+        return read_tensors(path / TUNED), own, digest
+    found = read_lora(path)
+    try:
+        check_options(own["options"])
+    except DataError as e:
+        msg = f"{META}: {e}"
+        raise DataError(msg, path=str(path / META)) from e
+    if written_options(own["options"]) != found.written:
+        got = f"{shown(found.written)} and {shown(own['options'])}"
+        msg = (
+            f"{CONFIG} and {META} have different options, {got}: another program changed the folder; delete {META} to "
+            "read it as a PEFT adapter"
+        )
+        raise DataError(msg, path=str(path / CONFIG))
+    return found.tensors, own, digest
 
 
 def is_tuned(path: Path) -> bool:
@@ -108,26 +121,5 @@ def read_tuned_meta(path: Path) -> tuple[dict[str, Any], str]:
     Raises:
         DataError: If the file is damaged, of a newer version, or describes something else.
     """
-    meta = read_json(path)
-    if meta.get("version") != VERSION or type(meta["version"]) is not int:
-        got = shown(meta.get("version"))
-        msg = f"{path.name}: expected version {VERSION}, got {got}; update prefixfast to read newer folders"
-        raise DataError(msg, path=str(path))
-    if "method" not in meta:
-        msg = f"{path.name}: expected trained weights, this folder holds a prefix: read it with Prefix.from_pretrained"
-        raise DataError(msg, path=str(path))
-    if set(meta) != {"version", *KINDS}:
-        msg = f"{path.name}: expected the keys {sorted(('version', *KINDS))}, got {sorted(meta)}"
-        raise DataError(msg, path=str(path))
-    for key, kinds in KINDS.items():
-        if type(meta[key]) not in kinds:
-            msg = f"{path.name}: {key}: expected {kinds[0].__name__}, got {shown(meta[key])}"
-            raise DataError(msg, path=str(path))
-    trained = meta["training"].get("num_trained", 0)
-    if type(trained) is not int or trained < 0:
-        msg = f"{path.name}: training.num_trained: expected a number of at least 0, got {shown(trained)}"
-        raise DataError(msg, path=str(path))
-    if error := base_error(meta["base"]):
-        msg = f"{path.name}: {error}"
-        raise DataError(msg, path=str(path))
+    meta = checked_meta(path, read_json(path), TYPES_OF_KEYS, "weights")
     return {name: meta[name] for name in FIELD_NAMES}, meta["digest"]

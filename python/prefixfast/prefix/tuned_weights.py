@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import DataError, shown
+from prefixfast.errors import DataError, check_flag, shown
 from prefixfast.io.atomic import read_stable
 from prefixfast.io.paths import as_path
 from prefixfast.prefix import tuned_folder as files
 from prefixfast.prefix.folder import META, OWNED
 from prefixfast.prefix.hub import find_folder
-from prefixfast.prefix.record import json_copy
+from prefixfast.prefix.lora_format import check_options
+from prefixfast.prefix.stored_tensors import StoredTensors
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
 from prefixfast.prefix.validate import DTYPES
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TunedWeights:
+class TunedWeights(StoredTensors):
     """Weights that ``train(method="full")``, ``"top2"``, ``"adapter"`` or ``"lora"`` has trained.
 
     `generate` and `score` take them in the place of the one prefix of all requests. They act in the base model for the
@@ -71,12 +72,9 @@ class TunedWeights:
         if self.method not in files.METHODS:
             msg = f"method: expected one of {', '.join(files.METHODS)}, got {shown(self.method)}"
             raise DataError(msg)
-        for name in ("options", "base", "task", "decoding", "training"):
-            value = getattr(self, name)
-            if not isinstance(value, Mapping) and not (value is None and name in ("base", "task")):
-                msg = f"{name}: expected a mapping, got {shown(value)}"
-                raise DataError(msg)
-            object.__setattr__(self, name, None if value is None else json_copy(name, value))
+        self._copy_mappings(("options", "base", "task", "decoding", "training"))
+        if self.method == "lora":
+            check_options(self.options)
         if not self.tensors:
             msg = "tensors: expected at least one, got none"
             raise DataError(msg)
@@ -90,30 +88,11 @@ class TunedWeights:
 
     def __repr__(self) -> str:
         """One line with method, number of numbers, base model, task and digest."""
-        about = {
-            "method": self.method,
-            "num_stored": self.num_stored,
-            "base": self.base.get("name") if self.base else None,
-            "task": (self.task or {}).get("name"),
-        }
-        described = ", ".join(f"{name}={value!r}" for name, value in about.items() if value is not None)
-        return f"{type(self).__name__}({described}, digest={self.digest[:12]!r})"
+        return self._described(method=self.method, num_stored=self.num_stored)
 
     @property
-    def num_stored(self) -> int:
-        """Number of stored numbers."""
-        return sum(t.numel() for t in shared_tensors(self.tensors).values())
-
-    @property
-    def num_trained(self) -> int:
-        """Number of parameters that training adjusted."""
-        trained: Any = self.training.get("num_trained", self.num_stored)
-        return int(trained)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensors in bytes."""
-        return sum(t.numel() * t.element_size() for t in shared_tensors(self.tensors).values())
+    def _stored(self) -> Mapping[str, Tensor]:
+        return shared_tensors(self.tensors)
 
     @cached_property
     def digest(self) -> str:
@@ -131,20 +110,23 @@ class TunedWeights:
         """Attributes other than the tensors, as arguments of the constructor."""
         return {name: getattr(self, name) for name in files.FIELD_NAMES}
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Save the weights to a folder as safetensors, beside ``prefixfast.json``.
 
         LoRA is saved as an adapter that ``PeftModel.from_pretrained`` reads.
 
         Args:
-            folder: Path of the folder, which is created with its parents. A prefix or weights in the folder are
-                replaced atomically; other files stay.
+            folder: Path of the folder, which is created with its parents. Weights in the folder are replaced
+                atomically; other files stay.
+            overwrite: Whether a prefix in the folder is replaced too.
 
         Raises:
-            ConfigError: If the folder holds a PEFT adapter of another program, which would be lost.
+            ConfigError: If the folder holds a prefix, or a PEFT adapter of another program, which would be lost.
             OSError: If the files cannot be written. The old content of the folder is intact then.
         """
-        files.write_tuned(as_path("folder", folder), shared_tensors(self.tensors), self.digest, self.fields)
+        check_flag("overwrite", overwrite)
+        path = as_path("folder", folder)
+        files.write_tuned(path, self._stored, self.digest, self.fields, overwrite=overwrite)
 
     @classmethod
     def from_pretrained(

@@ -112,10 +112,10 @@ def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:
         if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or exported_name(target) != name):
             msg = f"{target} is in the way: it is not an export of this name; remove it or export to another folder"
             raise DataError(msg)
-    except (DataError, KeyError) as e:
+        files = prefix_files(shared_tensors(prefix.kv), prefix.digest, prefix.fields)
+        write_folder(target, files | {ENTRY: json.dumps({"name": name}).encode()}, "prefix")
+    except (DataError, KeyError, ConfigError) as e:
         return Outcome(name, str(target), False, str(e))
-    files = prefix_files(shared_tensors(prefix.kv), prefix.digest, prefix.fields)
-    write_folder(target, files | {ENTRY: json.dumps({"name": name}).encode()})
     return Outcome(name, str(target), True, "", prefix.digest)
 
 

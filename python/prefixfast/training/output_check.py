@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prefixfast.errors import ConfigError, shown
-from prefixfast.prefix.folder import foreign_adapter
+from prefixfast.prefix.folder import other_content
 from prefixfast.store.import_export import is_adapter
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
 
@@ -43,9 +43,8 @@ def check_output_folder(folder: Path, names: Sequence[str], *, is_single: bool, 
     for target in targets:
         if os.path.lexists(target) and not target.is_dir():
             raise ConfigError(_got_file(target))
-        if kind := foreign_adapter(target):
-            holds = f"{shown(str(target))} holds a PEFT adapter of type {kind}, which the prefix would replace"
-            msg = f"output_dir: {holds}; give another output_dir"
+        if held := other_content(target, "prefix", overwrite=True):
+            msg = f"output_dir: {shown(str(target))} holds {held}, which would be lost; give another output_dir"
             raise ConfigError(msg)
     if overwrite:
         _warn_kept(folder, targets)

@@ -176,7 +176,7 @@ class OutputDir:
                 put.
         """
         if (folder := self.prefix_folder(name)) is not None:
-            prefix.save_pretrained(folder)
+            prefix.save_pretrained(folder, overwrite=True)  # the folder is checked before the run begins
         if self.store is None or not isinstance(prefix, Prefix):
             return
         if not (resumed and name in self.store and self.store.info(name).digest == prefix.digest):

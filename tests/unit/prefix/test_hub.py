@@ -16,6 +16,7 @@ from prefixfast import ConfigError, DataError, Prefix, TunedWeights
 from prefixfast.prefix.model_card import model_card
 
 META, OWN, CONFIG, WEIGHTS = "prefixfast.json", "prefix.safetensors", "adapter_config.json", "adapter_model.safetensors"
+TUNED = "tuned.safetensors"
 SECRET = "the patient's name is Alice"
 TRAINED: dict[str, Any] = {
     "base": {"name": "HuggingFaceTB/SmolLM2-135M", "config": {}, "tokenizer": None, "weights": None},
@@ -59,7 +60,7 @@ def test_only_json_and_safetensors_files_are_downloaded(hub):
 def test_trained_weights_are_downloaded_for_their_own_reader_only(hub):
     with pytest.raises(DataError):
         TunedWeights.from_pretrained("ann/mill")
-    assert sorted(hub[0][1]["allow_patterns"]) == sorted([META, OWN, CONFIG, WEIGHTS, "tuned.safetensors"])
+    assert sorted(hub[0][1]["allow_patterns"]) == sorted([META, OWN, CONFIG, WEIGHTS, TUNED])
 
 
 def test_a_local_folder_takes_precedence_over_a_hub_id(hub, make_prefix, tmp_path, monkeypatch):
@@ -162,7 +163,7 @@ def test_a_pushed_prefix_is_the_saved_folder_and_a_card(pushed, make_prefix, tmp
     assert pushed.calls["token"] == "t"
     assert pushed.calls["create"] == ("ann/mill", {"private": True, "exist_ok": True})
     assert (pushed.calls["upload"]["repo_id"], pushed.calls["upload"]["commit_message"]) == ("ann/mill", "first")
-    assert pushed.calls["upload"]["delete_patterns"] == [OWN]
+    assert pushed.calls["upload"]["delete_patterns"] == [OWN, TUNED]
     card = pushed.files.pop("README.md")
     for name, data in pushed.files.items():
         (tmp_path / name).write_bytes(data)
@@ -174,7 +175,7 @@ def test_a_pushed_prefix_is_the_saved_folder_and_a_card(pushed, make_prefix, tmp
 def test_a_prefix_that_is_no_adapter_replaces_one(pushed, make_prefix):
     make_prefix(pos_start=0).push_to_hub("ann/mill")
     assert sorted(pushed.files) == ["README.md", OWN, META]
-    assert pushed.calls["upload"]["delete_patterns"] == [CONFIG, WEIGHTS]
+    assert pushed.calls["upload"]["delete_patterns"] == [CONFIG, WEIGHTS, TUNED]
 
 
 @pytest.mark.parametrize("repo_id", ["mill", "", "a/b/c", "../x", "ann/", 5, None, "ann/mi ll"])

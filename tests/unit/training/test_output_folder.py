@@ -258,10 +258,10 @@ def test_a_file_in_the_place_of_a_prefix_is_refused_before_any_step(base, tmp_pa
 def test_a_prefix_that_cannot_be_saved_does_not_lose_the_others(base, tmp_path, monkeypatch):
     real = Prefix.save_pretrained
 
-    def save(prefix: Prefix, folder: Path) -> None:
+    def save(prefix: Prefix, folder: Path, **how: bool) -> None:
         if Path(folder).name == "x":
             raise OSError(28, os.strerror(28))
-        real(prefix, folder)
+        real(prefix, folder, **how)
 
     monkeypatch.setattr(Prefix, "save_pretrained", save)
     run = train(base, TWO, output_dir=tmp_path / "a", **HOW)

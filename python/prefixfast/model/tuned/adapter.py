@@ -105,7 +105,7 @@ def _names(layer: int) -> list[str]:
 def _check_shapes(model: Model, tensors: Mapping[str, Tensor]) -> None:
     """Raise an error if tensors are not those of adapters of one width for a base model."""
     d, num_layers = hidden_size(model), len(model.layers)
-    width = len(tensors.get("0.down.bias", ()))
+    width = tensors["0.down.bias"].numel() if "0.down.bias" in tensors else 0
     shapes = ((d,), (d,), (width, d), (width,), (d, width), (d,))
     expected = {name: shape for i in range(num_layers) for name, shape in zip(_names(i), shapes, strict=True)}
     got = {name: tuple(t.shape) for name, t in tensors.items()}

@@ -62,6 +62,8 @@ def new_lora(model: Model, rank: int, alpha: float, seed: int) -> tuple[dict[str
     with torch.random.fork_rng(devices=[]), _given_back(model):
         torch.manual_seed(seed)
         _inject(hf, fields, is_empty=False)
+        if isinstance(target, str) and target != ALL_LINEAR:  # a pattern, which other programs need not read
+            fields["target_modules"] = sorted({name for name, _ in _weights(hf)})
         tensors: dict[str, Tensor] = {
             f"{name}.{part}.weight": nn.Parameter(weight.detach().to(parameter_dtype(model.dtype), copy=True))
             for (name, part), weight in _weights(hf).items()
@@ -130,7 +132,7 @@ def _require_peft() -> None:
 
 @contextlib.contextmanager
 def _given_back(model: Model) -> Iterator[None]:
-    """Context manager after which a model has its own modules, attributes and flags again."""
+    """Context manager after which a model has its own modules, configuration, attributes and flags again."""
     hf = model.hf
     if has_adapters(hf):
         msg = (
@@ -141,6 +143,8 @@ def _given_back(model: Model) -> Iterator[None]:
     head = model.head
     children = [(m, dict(m._modules)) for m in hf.modules()]
     trained = [(p, p.requires_grad) for p in hf.parameters()]
+    configs = {id(c): c for m in hf.modules() if (c := getattr(m, "config", None)) is not None}
+    values = [(c, dict(vars(c))) for c in configs.values()]
     try:
         yield
     finally:
@@ -149,6 +153,9 @@ def _given_back(model: Model) -> Iterator[None]:
                 module._modules.clear()
                 module._modules.update(own)
         vars(hf).pop("peft_config", None)
+        for config, own_values in values:
+            vars(config).clear()
+            vars(config).update(own_values)
         model.head = head
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
