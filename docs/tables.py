@@ -80,7 +80,7 @@ def corpora() -> str:
         for split, counts in corpus.counts.items()
         for one in counts
     ]
-    return grid(["task", "split", "release or part", "rows", "texts"], rows, numbers=False)
+    return grid(["task", "split", "release or subset", "rows", "texts"], rows, numbers=False)
 
 
 def methods() -> str:

@@ -277,7 +277,7 @@ def test_data_check(tmp_path, check, layout):
     without = [i for i, row in enumerate(layout.rows) if not {"ref", "refs"} & set(row)]
     assert (report["task"], report["rows"], report["num_problems"]) == (layout.task, len(layout.rows), len(without))
     assert code == bool(without)
-    assert any("a part or another release" in w for w in report["warnings"])
+    assert any("part of the file or another release" in w for w in report["warnings"])
 
 
 def test_data_check_of_a_folder(tmp_path, check):

@@ -23,7 +23,7 @@ class Counts:
     Attributes:
         rows: Number of rows.
         texts: Number of target texts, 0 for a test split without texts; None where the authors do not give it.
-        of: Name of the release or of the part, where a split has several.
+        of: Name of the release or of the subset, where a split has several.
         left_out: Number of texts that training leaves out, which the file read as another split has too.
         lang: Language of the texts, as in the column ``lang`` of their rows; empty for English.
     """
@@ -58,7 +58,7 @@ class Corpus:
         items: Reader of a file or folder of one split (``"train"``, ``"dev"``, ``"test"``). It yields the rows, and a
             `DataError` in place of each malformed entry. Rows of ``"train"`` are the authors' training examples. Those
             of ``"dev"`` and ``"test"`` are one for each input, with the texts in the order of the file.
-        counts: Official counts by split, several where releases or parts differ.
+        counts: Official counts by split, several where releases or subsets differ.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Corpus:
         languages = {row.get("lang") or "" for row in rows}  # of the texts; rows without texts name none
         named = [one for one in alike if found.texts == 0 or one.lang in languages] or alike
         expected = " or ".join(map(str, named))
-        return f"the {split} split of {self.name} has {expected}; got {found}, a part or another release"
+        return f"the {split} split of {self.name} has {expected}; got {found}, part of the file or another release"
 
     def other_split(self, rows: Sequence[Row], split: str) -> str | None:
         """Sentence on the rows of an official file that is read otherwise; None for other rows.
