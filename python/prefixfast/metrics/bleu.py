@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from prefixfast.metrics.forms import NUM_REFERENCES, Forms, check_texts, dart_forms, webnlg_forms
 from prefixfast.metrics.mteval import mteval_tokens
-from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Tables, Texts
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
 
 class _Counts(NamedTuple):
@@ -29,13 +29,8 @@ class _Counts(NamedTuple):
         return math.exp(min(0.0, 1 - self.reference_len / self.output_len)) if self.output_len else 0.0
 
 
-def bleu(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def bleu(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """BLEU of mteval-v13a between 0 and 1, as E2E's script prints it.
-
-    Args:
-        outputs: Outputs.
-        references: References of each output.
-        tables: Unused.
 
     Raises:
         MetricUnavailable: If sacrebleu is missing.
@@ -56,13 +51,10 @@ def bleu(outputs: Texts, references: References, tables: Tables | None = None) -
     return {"BLEU": MetricValue(value, f"{value:.4f}", f"mteval-v13a: lower case, smoothed; {_version()}")}
 
 
-def multi_bleu_lc(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def multi_bleu_lc(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """BLEU of ``multi-bleu.perl -lc`` in percent, as WebNLG's script of 2017 computes it.
 
-    Args:
-        outputs: Outputs.
-        references: References of each output, of which the first three count.
-        tables: Unused.
+    The first three references of a text count.
 
     Raises:
         MetricUnavailable: If sacrebleu is missing, or a character needs Unidecode, which is missing.
@@ -73,13 +65,10 @@ def multi_bleu_lc(outputs: Texts, references: References, tables: Tables | None 
     return {"BLEU": _multi_bleu(lower, wide, "multi-bleu.perl -lc: ASCII, lower case, 3 references")}
 
 
-def multi_bleu(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def multi_bleu(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """BLEU of ``multi-bleu.perl`` in percent, as DART's script computes it.
 
-    Args:
-        outputs: Outputs.
-        references: References of each output, of which the first three count.
-        tables: Unused.
+    The first three references of a text count.
 
     Raises:
         MetricUnavailable: If sacrebleu is missing.
@@ -88,13 +77,10 @@ def multi_bleu(outputs: Texts, references: References, tables: Tables | None = N
     return {"BLEU": _multi_bleu(forms, NUM_REFERENCES, "multi-bleu.perl: form of DART's files, 3 references")}
 
 
-def bleu_totto(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def bleu_totto(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """BLEU of sacrebleu's command line in percent, as ToTTo's script calls it, without its detokenizer.
 
-    Args:
-        outputs: Outputs.
-        references: References of each output. The script fills up to three references with the text ``<null>``.
-        tables: Unused.
+    The script fills up to three references with the text ``<null>``.
 
     Raises:
         MetricUnavailable: If sacrebleu is missing.

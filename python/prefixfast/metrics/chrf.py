@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from prefixfast.config.json_types import JSON
-from prefixfast.metrics.result import MetricUnavailable, MetricValue
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
 WORD_ORDERS = {"chrF++": 2, "chrF": 0}
 
 
-def chrf(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def chrf(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """F scores (beta 2) of 1 to 6 characters, for chrF++ of 1 and 2 words too, against the best reference of each text.
 
-    Args:
-        outputs: Texts.
-        references: References of each text, of which empty ones are left out.
-        tables: Not read.
+    Empty references are left out.
 
     Raises:
         MetricUnavailable: If sacrebleu is not installed.

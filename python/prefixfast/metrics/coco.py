@@ -9,7 +9,7 @@ from typing import NamedTuple
 from prefixfast.metrics.forms import check_texts
 from prefixfast.metrics.java import meteor as meteor_process
 from prefixfast.metrics.java import package, ptb_lines
-from prefixfast.metrics.result import MetricValue, References, Tables, Texts
+from prefixfast.metrics.result import MetricValue, References, Scores, Tables, Texts
 
 _PUNCTUATION = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:-;", "--", "..."))
 
@@ -26,13 +26,8 @@ class Captions(NamedTuple):
     references: dict[int, list[str]]
 
 
-def meteor(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def meteor(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """METEOR 1.5 between 0 and 1.
-
-    Args:
-        outputs: Outputs.
-        references: References of each output.
-        tables: Unused.
 
     Raises:
         MetricUnavailable: If Java or pycocoevalcap is missing.
@@ -47,13 +42,8 @@ def meteor(outputs: Texts, references: References, tables: Tables | None = None)
     return {"METEOR": _value(float(answers[-1]), "METEOR 1.5 -l en -norm of PTB tokens")}
 
 
-def rouge_l(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def rouge_l(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """ROUGE-L between 0 and 1, the mean over texts, with the best precision and the best recall over references.
-
-    Args:
-        outputs: Outputs.
-        references: References of each output.
-        tables: Unused.
 
     Raises:
         MetricUnavailable: If Java or pycocoevalcap is missing.
@@ -63,13 +53,8 @@ def rouge_l(outputs: Texts, references: References, tables: Tables | None = None
     return {"ROUGE_L": _value(value, "ROUGE-L of COCO's captions, beta 1.2, of PTB tokens")}
 
 
-def cider(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def cider(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """CIDEr between 0 and 10. Its weights come from the references of all texts, so that of one text it is 0.
-
-    Args:
-        outputs: Outputs.
-        references: References of each output.
-        tables: Unused.
 
     Raises:
         MetricUnavailable: If Java or pycocoevalcap is missing.

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, check_choice, shown, suggestion
 from prefixfast.metrics.registry import METRICS, TASK_METRICS, Metric
-from prefixfast.metrics.result import Metrics, MetricUnavailable, MetricValue
-from prefixfast.metrics.texts import Output, Reference, check_pairs, read_outputs, read_references, tables_of
+from prefixfast.metrics.result import Metrics, MetricUnavailable, MetricValue, Scores, Tables
+from prefixfast.metrics.texts import Reference, check_pairs, read_outputs, read_references, tables_of
 
 if TYPE_CHECKING:
     from prefixfast.engine.request import Generation
+
+logger = logging.getLogger(__name__)
+MOST_SUBSETS = 20  # each is scored by every metric, of which some start a program
 
 
 def evaluate(
@@ -45,7 +49,8 @@ def evaluate(
 
     Returns:
         Scores by name. Where each row of the references has a ``subset``, such as ``"seen"`` and ``"unseen"`` in
-        WebNLG, the scores of each subset have its name at their end, and those of all texts have none.
+        WebNLG, the scores of each subset have its name at their end, and those of all texts have none. More than 20
+        subsets have no scores of their own.
 
     Raises:
         ConfigError: If the task or a metric is unknown, or a named metric cannot be computed on this machine.
@@ -62,58 +67,71 @@ def evaluate(
     texts = read_outputs(outputs)
     groups = read_references(references, task, split)
     check_pairs(texts, groups)
-    tables = tables_of(r.row for r in groups) or tables_of(o.row for o in texts)
+    rows = tables_of(r.row for r in groups) or tables_of(o.row for o in texts)
+    every = _Texts([o.text for o in texts], [r.texts for r in groups], None if rows is None else Tables(rows, rows))
+    subsets = {name: every.of(places) for name, places in _subsets(groups).items()}
     values: dict[str, MetricValue] = {}
     missing: dict[str, str] = {}
     for metric, names in chosen.items():
         try:
-            values |= _scores(METRICS[metric], names, texts, groups, tables)
+            whole = every.scores(METRICS[metric])
         except MetricUnavailable as e:
             if metrics is not None:
                 raise
             missing |= dict.fromkeys(names, str(e))
+            continue
+        for subset, own in subsets.items():
+            try:
+                values |= {
+                    f"{name} {subset}": score for name, score in own.scores(METRICS[metric]).items() if name in names
+                }
+            except MetricUnavailable as e:  # such as references without words in this subset
+                missing |= {f"{name} {subset}": str(e) for name in names}
+        values |= {name: score for name, score in whole.items() if name in names}
     return Metrics(task, len(texts), values, missing)
 
 
-def _scores(
-    metric: Metric,
-    names: Sequence[str],
-    texts: Sequence[Output],
-    groups: Sequence[Reference],
-    tables: Sequence[Mapping[str, JSON]] | None,
-) -> dict[str, MetricValue]:
-    """Scores of each subset, and of all texts."""
-    values: dict[str, MetricValue] = {}
-    for subset, places in _subsets(groups).items():
-        scores = metric.function(
-            [texts[i].text for i in places],
-            [groups[i].texts for i in places],
-            None if tables is None else [tables[i] for i in places],
-        )
-        values |= {
-            f"{s.name} {subset}".rstrip(): replace(scores[s.name], better=s.better)
-            for s in metric.scores
-            if s.name in names
-        }
-    return values
+class _Texts(NamedTuple):
+    """Outputs with their references and tables."""
+
+    outputs: list[str]
+    references: list[list[str]]
+    tables: Tables | None
+
+    def of(self, places: Sequence[int]) -> _Texts:
+        """Some of the texts, by their numbers."""
+        tables = None if self.tables is None else self.tables.of(places)
+        return _Texts([self.outputs[i] for i in places], [self.references[i] for i in places], tables)
+
+    def scores(self, metric: Metric) -> Scores:
+        """Scores of a metric with their better sides."""
+        found = metric.function(*self)
+        return {score.name: replace(found[score.name], better=score.better) for score in metric.scores}
 
 
 def _subsets(groups: Sequence[Reference]) -> dict[str, list[int]]:
-    """Places of the texts of each subset by its name, and of all texts under an empty name, which comes last."""
+    """Places of the texts of each subset by its name; none if a text has no subset, or if there are many."""
     marks = [group.row.get("subset") for group in groups]
-    named = sorted({m for m in marks if isinstance(m, str)}) if all(isinstance(m, str) for m in marks) else []
-    return {name: [i for i, m in enumerate(marks) if m == name] for name in named} | {"": list(range(len(groups)))}
+    names = sorted({mark for mark in marks if isinstance(mark, str)})
+    if not all(isinstance(mark, str) for mark in marks):
+        return {}
+    if len(names) > MOST_SUBSETS:
+        logger.warning("rows have %d subsets; scores of subsets are computed for at most %d", len(names), MOST_SUBSETS)
+        return {}
+    return {name: [i for i, mark in enumerate(marks) if mark == name] for name in names}
 
 
 def _chosen(task: str, metrics: Sequence[str] | None) -> dict[str, list[str]]:
     """Names of the wanted scores of each metric, by the metric's name."""
     if metrics is None:
         return {name: list(METRICS[name].names) for name in TASK_METRICS[task]}
-    if isinstance(metrics, str | os.PathLike) or not isinstance(metrics, Iterable) or not metrics:
+    is_list = isinstance(metrics, Iterable) and not isinstance(metrics, str | os.PathLike)
+    wanted_names = list(metrics) if is_list else []
+    if not wanted_names:
         msg = f"metrics: expected a list of at least one name, got {shown(metrics)}"
         raise ConfigError(msg)
     found: dict[str, list[str]] = {}
-    for name in metrics:
+    for name in wanted_names:
         metric, score = _named(task, name)
         wanted = found.setdefault(metric, [])
         wanted += [s for s in (METRICS[metric].names if score is None else (score,)) if s not in wanted]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from prefixfast.config.json_types import JSON
-from prefixfast.metrics.result import MetricValue, Score
+from prefixfast.metrics.result import MetricValue, References, Score, Scores, Tables, Texts
 
 LENGTH = "mean number of words between white space"
 DISTINCT = "different n-grams of words in lower case, over their number in all texts (Li et al. 2016)"
@@ -25,16 +24,8 @@ SCORES = (
 )
 
 
-def lengths(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
-    """Mean number of words, share of distinct words and pairs of words, and share of texts without a word.
-
-    Args:
-        outputs: Texts.
-        references: References of each text, whose mean number of words is given beside.
-        tables: Not read.
-    """
+def lengths(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
+    """Mean number of words, share of distinct words and pairs of words, and share of texts without a word."""
     words = [text.lower().split() for text in outputs]
     ours = sum(map(len, words)) / len(words)
     theirs = [len(text.split()) for group in references for text in group]

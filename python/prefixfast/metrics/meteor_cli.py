@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prefixfast.config.json_types import JSON
 from prefixfast.metrics.forms import Forms, dart_forms, webnlg_forms
 from prefixfast.metrics.java import meteor_command, package
-from prefixfast.metrics.result import MetricUnavailable, MetricValue
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
 
-def meteor_webnlg(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def meteor_webnlg(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """METEOR of WebNLG's script of 2017 (``-l en -norm -r 3``), on texts in ASCII.
 
-    Args:
-        outputs: Texts.
-        references: References of each text, of which the first three count.
-        tables: Not read.
+    The first three references of a text count.
 
     Raises:
         MetricUnavailable: If Java, pycocoevalcap or Unidecode is needed and missing.
@@ -29,15 +22,10 @@ def meteor_webnlg(
     return {"METEOR": _value(webnlg_forms(outputs, references), 3, "texts in WebNLG's form")}
 
 
-def meteor_dart(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def meteor_dart(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """METEOR of DART's script (``-l en -norm -r 8``).
 
-    Args:
-        outputs: Texts.
-        references: References of each text, of which the first three count.
-        tables: Not read.
+    The first three references of a text count.
 
     Raises:
         MetricUnavailable: If Java or pycocoevalcap is missing.

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prefixfast.config.json_types import JSON
 from prefixfast.metrics.forms import dart_forms
-from prefixfast.metrics.result import MetricUnavailable, MetricValue
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
 BERTSCORE_MODEL, BERTSCORE_LAYER = "roberta-large", 17  # bert-score's defaults for English
 MOVERSCORE_MODEL = "distilbert-base-uncased"  # the default of moverscore_v2
@@ -19,15 +18,8 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 CHECKPOINT = "BLEURT_CHECKPOINT"  # environment variable
 
 
-def bertscore(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def bertscore(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """Mean F1 of BERTScore against the best of the first three references (``bert-score --lang en``).
-
-    Args:
-        outputs: Texts.
-        references: References of each text.
-        tables: Not read.
 
     Raises:
         MetricUnavailable: If bert-score or the weights of roberta-large are not on this machine.
@@ -44,15 +36,8 @@ def bertscore(
     return {"BERTScore": _value([float(x) for x in scores], tool)}
 
 
-def moverscore(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def moverscore(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """Mean MoverScore (version 2, single words, idf of the texts) against the first reference of each text.
-
-    Args:
-        outputs: Texts.
-        references: References of each text.
-        tables: Not read.
 
     Raises:
         MetricUnavailable: If moverscore or the weights of distilbert-base-uncased are not on this machine.
@@ -70,18 +55,11 @@ def moverscore(
     return {"MoverScore": _value(scores, tool)}
 
 
-def bleurt(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def bleurt(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """Mean BLEURT against the first reference of each text.
 
     The environment variable ``BLEURT_CHECKPOINT`` names the folder of a checkpoint. Without it the test checkpoint
     inside the package is used, as by DART's script.
-
-    Args:
-        outputs: Texts.
-        references: References of each text.
-        tables: Not read.
 
     Raises:
         MetricUnavailable: If bleurt or its checkpoint is not on this machine.

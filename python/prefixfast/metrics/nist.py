@@ -9,21 +9,15 @@ from typing import TypeAlias
 
 from prefixfast.metrics.forms import check_texts
 from prefixfast.metrics.mteval import mteval_tokens
-from prefixfast.metrics.result import MetricValue, References, Tables, Texts
+from prefixfast.metrics.result import MetricValue, References, Scores, Tables, Texts
 
 Ngram: TypeAlias = tuple[str, ...]
 MAX_ORDER = 5
 _PENALTY = -math.log(0.5) / math.log(1.5) ** 2  # an output of two thirds of the length has half the score
 
 
-def nist(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
-    """NIST score with 5-grams in lower case.
-
-    Args:
-        outputs: Outputs.
-        references: References of each output.
-        tables: Unused.
-    """
+def nist(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
+    """NIST score with 5-grams in lower case."""
     check_texts(outputs, references)
     words = [mteval_tokens(o) for o in outputs]
     reference_words = [[mteval_tokens(r) for r in own] for own in references]

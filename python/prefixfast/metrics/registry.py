@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 from prefixfast.metrics.bleu import bleu, bleu_totto, multi_bleu, multi_bleu_lc
 from prefixfast.metrics.chrf import chrf
@@ -14,13 +12,11 @@ from prefixfast.metrics.lengths import lengths
 from prefixfast.metrics.meteor_cli import meteor_dart, meteor_webnlg
 from prefixfast.metrics.neural import bertscore, bleurt, moverscore
 from prefixfast.metrics.nist import nist
-from prefixfast.metrics.result import Better, MetricValue, References, Score, Tables, Texts
+from prefixfast.metrics.result import Better, MetricFunction, Score
 from prefixfast.metrics.rouge import rouge
 from prefixfast.metrics.slots import SCORES as SLOTS
 from prefixfast.metrics.slots import slots
 from prefixfast.metrics.ter import ter, ter_webnlg
-
-MetricFunction: TypeAlias = Callable[[Texts, References, Tables | None], dict[str, MetricValue]]
 
 
 @dataclass(frozen=True)
@@ -29,9 +25,7 @@ class Metric:
 
     Attributes:
         name: Name of the metric, a key of `METRICS`.
-        function: Function of the texts, the references of each text, and the rows of the tables that the texts
-            describe (None without tables). It returns scores by name, and raises `MetricUnavailable` if this machine
-            lacks what it needs.
+        function: Function that computes the scores.
         title: Description with the official script whose numbers the metric gives.
         scores: Scores of ``function``.
     """

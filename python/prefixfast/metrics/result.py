@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError
 
 Texts: TypeAlias = Sequence[str]
 References: TypeAlias = Sequence[Sequence[str]]
-Tables: TypeAlias = Sequence[Mapping[str, JSON]]
 Better: TypeAlias = Literal["higher", "lower"]
 ARROWS: dict[Better | None, str] = {"higher": "↑", "lower": "↓", None: ""}
 
 
 class MetricUnavailable(ConfigError):
-    """Error of a metric whose library, program or weights are missing on this machine."""
+    """Error of a metric whose library, program or weights are missing, or of texts that have no such score."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,47 @@ class MetricValue:
 
     def __str__(self) -> str:
         return self.text
+
+
+Scores: TypeAlias = dict[str, MetricValue]  # by name
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Tables that texts describe.
+
+    Attributes:
+        rows: Rows with ``mr``, ``triples`` or ``table``, one for each text.
+        all_rows: Rows of all texts of the evaluation, of which ``rows`` can be those of a subset.
+    """
+
+    rows: Sequence[Mapping[str, JSON]]
+    all_rows: Sequence[Mapping[str, JSON]]
+
+    def of(self, places: Sequence[int]) -> Tables:
+        """Tables of some of the texts.
+
+        Args:
+            places: Numbers of the texts, from 0.
+        """
+        return Tables([self.rows[i] for i in places], self.all_rows)
+
+
+class MetricFunction(Protocol):
+    """Function that computes the scores of a metric."""
+
+    def __call__(self, outputs: Texts, references: References, tables: Tables | None = None, /) -> Scores:
+        """Scores of texts.
+
+        Args:
+            outputs: Texts.
+            references: References of each text, at least one.
+            tables: Tables that the texts describe, None without tables. Metrics that compare texts do not read them.
+
+        Raises:
+            MetricUnavailable: If the machine lacks what the metric needs, or the texts have no score.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -8,23 +8,18 @@ from collections.abc import Iterator
 from importlib.metadata import version
 
 from prefixfast.metrics.forms import check_texts
-from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Tables, Texts
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
 SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 SEED = 0  # of the resampled texts; the authors' code has none, so that its last digits change from run to run
 
 
-def rouge(outputs: Texts, references: References, tables: Tables | None = None) -> dict[str, MetricValue]:
+def rouge(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """F-measures in percent, with stemmed words and without sentence breaks.
 
     A text with several references has the best F-measure of each score. The score of all texts is the median of the
     means of 1,000 resamples of the texts, which is near their mean. Words are runs of the letters a to z and of digits,
     so that texts of another alphabet score 0.
-
-    Args:
-        outputs: Outputs.
-        references: References of each output.
-        tables: Unused.
 
     Raises:
         MetricUnavailable: If rouge-score is missing.

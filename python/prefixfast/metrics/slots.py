@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from prefixfast.config.json_types import JSON
 from prefixfast.metrics.e2e_phrases import PHRASES, YES_NO, said_yes_or_no
-from prefixfast.metrics.result import MetricUnavailable, MetricValue, Score
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Score, Scores, Tables, Texts
 
 SCORES = (
     Score("slot coverage", "0 to 1"),
@@ -20,7 +20,13 @@ SCORES = (
 MR_SLOT = re.compile(r"([^\[\],]+)\[([^\]]*)\]")
 WORD = re.compile(r"[^\W_]+|[£$€%]")
 Phrase: TypeAlias = tuple[str, ...]
-TOOL = "values and phrases as whole words, without case, accents and punctuation"
+WORDS = "values as whole words, without case, accents and punctuation"
+TOOLS = (
+    f"share of the tables' values that the texts say; {WORDS}",
+    f"mean number of values of its table that a text leaves out; {WORDS}",
+    f"mean number of values of other tables that a text says; {WORDS}",
+)
+PLACEHOLDER = re.compile(r"\[[A-Z_]+\]")  # subject or object of DART that is no value, such as [TABLECONTEXT]
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,13 @@ class Slot:
         return tuple(tuple(p.split()) for p in (self.value, *PHRASES.get((self.name, self.value), ())))
 
 
-def slots(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def slots(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """Share of the tables' values that the texts say, values left out per text, and wrong values per text.
 
-    A wrong value is one of another table of the set that the text says, and neither its own table nor one of its
-    references. Values without a word of three characters are no wrong values, since they are part of other values.
-
-    Args:
-        outputs: Texts.
-        references: References of each text.
-        tables: Rows with ``mr``, ``triples`` or ``table``.
+    A wrong value is one of another table of the evaluation, also of another subset, that the text says. It is neither a
+    value of the text's own table nor a part of one, and none of the text's references says it. Values without a word of
+    three characters are no wrong values, since they are part of other values. The rows of the tables have ``mr``,
+    ``triples`` or ``table``.
 
     Raises:
         MetricUnavailable: If there are no tables, or a table cannot be split into values.
@@ -62,18 +63,20 @@ def slots(
     if tables is None:
         msg = "slots need rows with mr, triples or table as references, and these have none"
         raise MetricUnavailable(msg)
-    own = [table_slots(row) for row in tables]
+    own = [table_slots(row) for row in tables.rows]
     if not any(own):
         msg = "slots need tables with values, and these are empty"
         raise MetricUnavailable(msg)
-    others = {p for table in own for slot in table for p in slot.phrases if any(len(word) > 2 for word in p)}
+    every = [slot for row in tables.all_rows for slot in table_slots(row)]
+    others = {p for slot in every for p in slot.phrases if any(len(word) > 2 for word in p)}
     total = said = wrong = 0
     for text, refs, table in zip(outputs, references, own, strict=True):
         total += len(table)
         said += sum(is_said(slot, text) for slot in table)
         wrong += len(wrong_phrases(text, refs, table, others)) + _wrong_yes_no(text, refs, table)
     values = (said / total, (total - said) / len(outputs), wrong / len(outputs))
-    return {s.name: MetricValue(value, f"{value:.4f}", TOOL) for s, value in zip(SCORES, values, strict=True)}
+    found = zip(SCORES, values, TOOLS, strict=True)
+    return {score.name: MetricValue(value, f"{value:.4f}", tool) for score, value, tool in found}
 
 
 def words(text: str) -> list[str]:
@@ -83,7 +86,7 @@ def words(text: str) -> list[str]:
 
 
 def table_slots(row: Mapping[str, JSON]) -> list[Slot]:
-    """Different slots of a table, without empty values.
+    """Different slots of a table, without empty values and placeholders.
 
     Args:
         row: Row with ``mr`` (text or pairs), ``triples`` (lists of subject, relation, object) or ``table`` (a mapping
@@ -103,7 +106,9 @@ def table_slots(row: Mapping[str, JSON]) -> list[Slot]:
         msg = f"slots need tables of values, and this one is {value!r:.80}"
         raise MetricUnavailable(msg)
     found = (
-        Slot(" ".join(str(name).casefold().split()), " ".join(words(str(v)))) for name, v in pairs if v is not None
+        Slot(" ".join(str(name).casefold().split()), " ".join(words(str(v))))
+        for name, v in pairs
+        if v is not None and not PLACEHOLDER.fullmatch(str(v))
     )
     return list(dict.fromkeys(slot for slot in found if slot.value))
 
@@ -129,7 +134,7 @@ def is_said(slot: Slot, text: str) -> bool:
 
 
 def wrong_phrases(text: str, references: Sequence[str], table: Sequence[Slot], others: set[Phrase]) -> set[Phrase]:
-    """Phrases of other tables in a text that are in none of its references and in no phrase of its own table.
+    """Phrases of other tables in a text that none of its references and no phrase of its own table contains.
 
     Args:
         text: Text.
@@ -138,10 +143,11 @@ def wrong_phrases(text: str, references: Sequence[str], table: Sequence[Slot], o
         others: Phrases of all tables.
     """
     said: list[str] = words(text)
-    for phrase in sorted((p for slot in table for p in slot.phrases), key=len, reverse=True):
+    own = sorted((p for slot in table for p in slot.phrases), key=len, reverse=True)
+    for phrase in own:
         while (at := _place(phrase, said)) >= 0:
             said[at : at + len(phrase)] = [""]
-    allowed = [words(reference) for reference in references]
+    allowed = [*own, *(tuple(words(reference)) for reference in references)]
     found: set[Phrase] = set()
     longest = max(map(len, others), default=0)
     at = 0
@@ -149,7 +155,7 @@ def wrong_phrases(text: str, references: Sequence[str], table: Sequence[Slot], o
         sizes = range(min(longest, len(said) - at), 0, -1)
         size = next((n for n in sizes if tuple(said[at : at + n]) in others), 0)
         phrase = tuple(said[at : at + size])
-        if size and not any(_place(phrase, reference) >= 0 for reference in allowed):
+        if size and not any(_place(phrase, source) >= 0 for source in allowed):
             found.add(phrase)
         at += size or 1
     return found

@@ -2,46 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-from prefixfast.config.json_types import JSON
-from prefixfast.errors import ConfigError
 from prefixfast.metrics.forms import Forms, dart_forms, webnlg_forms
-from prefixfast.metrics.result import MetricValue
+from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 from prefixfast.metrics.tercom import num_edits
 
 TOOL = "port of Tercom 0.7.25 (beam 20, shifts of 10 words over 50)"
 
 
-def ter(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def ter(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """TER as DART's script computes it: edits to the nearest reference, over the mean length of the references.
 
-    Args:
-        outputs: Texts.
-        references: References of each text, of which the first three count.
-        tables: Not read.
+    The first three references of a text count.
 
     Raises:
-        ConfigError: If no reference has a word.
+        MetricUnavailable: If no reference has a word.
     """
     return {"TER": _value(dart_forms(outputs, references), "texts in DART's form, three references")}
 
 
-def ter_webnlg(
-    outputs: Sequence[str], references: Sequence[Sequence[str]], tables: Sequence[Mapping[str, JSON]] | None
-) -> dict[str, MetricValue]:
+def ter_webnlg(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """TER as WebNLG's script of 2017 computes it, on texts in ASCII.
 
-    Args:
-        outputs: Texts.
-        references: References of each text, of which the first three count.
-        tables: Not read.
+    The first three references of a text count.
 
     Raises:
-        ConfigError: If no reference has a word.
-        MetricUnavailable: If a character needs Unidecode, which is not installed.
+        MetricUnavailable: If no reference has a word, or a character needs Unidecode, which is not installed.
     """
     return {"TER": _value(webnlg_forms(outputs, references), "texts in WebNLG's form, three references")}
 
@@ -54,5 +39,5 @@ def _value(forms: Forms, form: str) -> MetricValue:
         words += sum(map(len, texts)) / len(texts)
     if not words:
         msg = "TER: expected a reference with a word, got empty references"
-        raise ConfigError(msg)
+        raise MetricUnavailable(msg)
     return MetricValue(edits / words, f"{edits / words:.2f}", f"{TOOL}, {form}")

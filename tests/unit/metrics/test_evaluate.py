@@ -390,6 +390,40 @@ def test_seen_and_unseen_texts():
     assert list(evaluate(["a"] * 3, rows, task="webnlg", metrics=["length"])) == ["length"]
 
 
+def test_wrong_slots_of_a_subset_are_those_of_all_tables():
+    rows = [{"mr": f"name[{n}]", "ref": "x", "subset": s} for n, s in (("Mill", "seen"), ("Fan", "unseen"))]
+    found = evaluate(["Fan", "Mill"], rows, task="e2e", metrics=["wrong slots"])
+    assert dict(found) == {"wrong slots seen": 1, "wrong slots unseen": 1, "wrong slots": 1}
+
+
+def test_a_subset_without_a_score_is_a_named_gap():
+    rows = [{"ref": "a b", "subset": "seen"}, {"ref": "", "subset": "unseen"}]
+    for metrics in (["TER", "length"], None):
+        found = evaluate(["a b", "c"], rows, task="dart", metrics=metrics)
+        assert {"TER", "TER seen", "length unseen"} <= {*found}
+        assert "a reference with a word" in found.missing["TER unseen"]
+    none = evaluate(["a b"], [[""]], task="dart")
+    assert "a reference with a word" in none.missing["TER"]
+    assert "length" in none
+
+
+def test_a_column_of_many_values_is_no_subset():
+    counted, lengths_of = [], METRICS["lengths"].function
+
+    def count(outputs, references, tables=None):
+        counted.append(len(outputs))
+        return lengths_of(outputs, references, tables)
+
+    metric = dataclasses.replace(METRICS["lengths"], function=count)
+    for number, calls in ((20, 21), (21, 1)):
+        rows = [{"ref": "a", "subset": f"s{i}"} for i in range(number)]
+        counted.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(module.METRICS, "lengths", metric)
+            assert evaluate(["a"] * number, rows, task="e2e", metrics=["length"])["length"] == 1
+        assert len(counted) == calls
+
+
 # ---- metrics ----
 
 
@@ -419,6 +453,13 @@ def test_names_of_metrics_and_scores(task, name, scores, tool):
 def test_wrong_names(metrics, message):
     with pytest.raises(ConfigError, match=message):
         evaluate(["a"], ["a"], task="e2e", metrics=metrics)
+
+
+def test_names_are_those_of_any_iterable():
+    assert list(evaluate(["a"], ["a"], task="e2e", metrics=(n for n in ("length", "empty")))) == ["length", "empty"]
+    for metrics in (iter(()), {}, 3, b""):
+        with pytest.raises(ConfigError, match="metrics: expected a list of at least one name"):
+            evaluate(["a"], ["a"], task="e2e", metrics=metrics)
 
 
 def test_a_missing_metric_is_a_named_gap(monkeypatch):
