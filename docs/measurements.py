@@ -529,7 +529,8 @@ COMMANDS = {
     "quality": "prefixfast bench quality",
     "users": "prefixfast bench users MODEL DATA --steps 8",
     "compare": "prefixfast compare E2E_TRAIN --eval-data E2E_DEV --task e2e --model MODEL -o OUT --max-rows 300 "
-    "--num-train-epochs 3 --max-inputs 60 --methods prefix,prefix-mlp,full,lora --seeds 3",
+    "--num-train-epochs 3 --max-inputs 60 --methods prefix,prefix-mlp,full,lora --seeds 3 "
+    "(`--methods top2,adapter --seeds 1` for these two)",
     "forty": "python benches/system/forty_users.py -o OUT.jsonl",
 }
 BOTH = "(`--impl peft` for PEFT)"
