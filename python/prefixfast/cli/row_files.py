@@ -67,6 +67,7 @@ def check_one_file(path: Path, *, official: bool = False) -> None:
     if is_pattern(path) or (path.is_dir() and not official):
         got = "a folder" if path.is_dir() else "a pattern"
         advice = "put the rows into one file, in which the key 'prefix' of each row names its prefix in --store"
+        advice += ", or name the split that the folder of a corpus holds, with --split" if path.is_dir() else ""
         msg = f"IN: expected one file of rows, got {got}, {shown(str(path))}; {advice}"
         raise ConfigError(msg)
 

@@ -154,7 +154,8 @@ def command(
     start_logging(quiet=quiet)
     check_order(model)
     files = named_files(data, by_stem=_by_stem(given), official=split is not None)
-    _check_output(output, [files, *([] if eval_data is None else [named_files(eval_data, official=split is not None)])])
+    held_out = {} if eval_data is None else _by_name(named_files(eval_data, official=split is not None))
+    _check_output(output, [files, held_out])
     _check_before_reading(given, fields)
     arguments = _train_arguments(given, fields)
     if dry_run:
@@ -172,11 +173,16 @@ def command(
         place = store if output is None else output
         typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(str(place))}", err=True)
         raise
-    by_name = files if isinstance(files, Mapping) else {"": files}
     dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
     is_single, by_rows = not isinstance(result, TrainRun), prefix_column == "prefix"
-    summary = Summary(kept.run, output, store, is_single, by_name, dtype, encoding, by_rows)
+    own = (dtype, encoding, by_rows, split, held_out)
+    summary = Summary(kept.run, output, store, is_single, _by_name(files), *own)
     summary.show(as_json=as_json, quiet=quiet)
+
+
+def _by_name(files: str | Mapping[str, str | Path]) -> Mapping[str, str | Path]:
+    """Files by the name of their prefix; a single file without a name has the empty name."""
+    return {"": files} if isinstance(files, str) else files
 
 
 def _check_output(output: Path | None, inputs: Sequence[str | Mapping[str, str | Path]]) -> None:

@@ -9,7 +9,7 @@ import logging
 import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +65,8 @@ class Summary:
         encoding: Encoding of the files that the user gave, None for the default.
         rows_name_prefixes: Whether the ``prefix`` key of the rows names their prefixes, so that the next command reads
             it.
+        split: Split of the files of an official corpus, None for files of rows.
+        held_out: Files of held-out rows, as ``data``. With a split they are read as the split ``"dev"``.
     """
 
     run: TrainRun
@@ -75,6 +77,8 @@ class Summary:
     dtype: str | None
     encoding: str | None
     rows_name_prefixes: bool = False
+    split: str | None = None
+    held_out: Mapping[str, str | Path] = field(default_factory=dict)
 
     def show(self, *, as_json: bool, quiet: bool) -> None:
         """Draw the plot, print the summary unless ``quiet``, and exit with 3 if some prefixes failed.
@@ -156,19 +160,24 @@ class Summary:
         return lines
 
     def next_command(self) -> list[str]:
-        """Words of the command that generates with the first prefix or the best one of its sweep, for its own rows."""
+        """Words of the command that generates with the first prefix or the best one of its sweep.
+
+        It reads the prefix's own rows, or of an official corpus the held-out split if there is one.
+        """
         name = next(iter(self.run))
         source = str(self.run.variants.get(name, {}).get("of", name))
         if name in self.run.variants:
             name = self.run.best_name(source)
-        file = self.data.get(source) or next(iter(self.data.values()))
+        files, split = (self.held_out, "dev") if self.split and self.held_out else (self.data, self.split)
+        file = files.get(source) or next(iter(files.values()))
         folder = self._folder(name)
         prefix = ["--store", str(self.store), "--prefix", name] if folder is None else ["--prefix", str(folder)]
         if self.rows_name_prefixes and not self.run.variants and not self.run.failed:
             prefix = ["--store", str(self.store)] if self.output is None else ["--prefixes", str(self.output)]
-        options = {"--encoding": self.encoding, "--dtype": self.dtype}
+        options = {"--split": split, "--encoding": self.encoding, "--dtype": self.dtype}
         given = [word for flag, value in options.items() if value is not None for word in (flag, value)]
-        return ["prefixfast", "generate", str(file), "-o", "texts.jsonl", *prefix, *given]
+        texts = "texts.jsonl" if split is None else "texts.txt"  # official scorers read one text a line
+        return ["prefixfast", "generate", str(file), "-o", texts, *prefix, *given]
 
     def _folder(self, name: str) -> Path | None:
         return self.output if self.output is None or self.is_single else self.output / name

@@ -160,7 +160,9 @@ def _task_name(row: Row) -> str:
     if (layout := recognized_layout(row)) is not None:
         return layout.task
     if "tripleset" in row and all(row.get(key) is None for key in INPUT_KEYS):
-        raise row_error(row, 0, "expected a row, got an entry of a public corpus; give task dart and its split")
+        raise row_error(
+            row, 0, "expected a row, got an entry of a public corpus; give its split, and in training task dart"
+        )
     others = f"input_ids, {', '.join(LAYOUTS)}, or prompt and target (--prompt, --target) for columns of your own"
     header = "; the first line of the file names the columns" if is_table_row(row) else ""
     key = only_key(row, 0, INPUT_KEYS, f" (or {others}{header})")

@@ -139,7 +139,8 @@ def check_data(
     rows: list[Row] = []
     try:
         with Progress(f"read {path}"):
-            for item in file_items(Path(path), encoding) if split is None else task_items(name, Path(path), split):
+            own = file_items(path, encoding, has_option=True) if split is None else None
+            for item in task_items(name, path, split or "train") if own is None else own:
                 report.rows += 1
                 if isinstance(item, DataError):
                     checker.add_problem(item)

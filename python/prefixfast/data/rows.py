@@ -48,7 +48,7 @@ def read_rows(rows: Rows, encoding: str | None = None) -> list[Row]:
         if hint := folder_hint(path):
             raise DataError(hint, path=str(path))
         with Progress(f"read {path}"):
-            for item in file_items(path, encoding):
+            for item in file_items(path, encoding, has_option=True):
                 if isinstance(item, DataError):
                     raise item
                 found.append(item)

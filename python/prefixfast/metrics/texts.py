@@ -14,12 +14,11 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora import read_task, task_items
 from prefixfast.data.corpora.corpus import CORPORA
 from prefixfast.data.corpora.official import TEXT_KEYS
-from prefixfast.data.files import SUFFIXES, file_items, read_text
-from prefixfast.data.files.items import FileRow
-from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, CORPUS, JSON_TABLE, PLAIN_TEXT
+from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, file_kind, read_text
+from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, CORPUS_BY_SUFFIX, JSON_TABLE, PLAIN_TEXT
 from prefixfast.data.formats import FORMATS
 from prefixfast.data.row_values import check_text, json_hint, only_key, text_value
-from prefixfast.data.rows import Row, is_table_row, read_rows, row_error
+from prefixfast.data.rows import Row, is_table_row, row_error
 from prefixfast.errors import ConfigError, DataError, check_choice, shown
 from prefixfast.io.paths import as_path
 
@@ -71,7 +70,7 @@ def read_outputs(outputs: Any) -> list[Output]:
         path = as_path("outputs", outputs)
         if _is_text(path):
             return [Output(line, f"{path}:{i}", {}) for i, line in enumerate(_lines(path, OUTPUT_KEYS), 1)]
-        return [_row_output(row, i) for i, row in enumerate(read_rows(path))]
+        return [_row_output(row, i) for i, row in enumerate(_rows(file_items(path)))]
     return [_output(value, i) for i, value in enumerate(_listed("outputs", outputs))]
 
 
@@ -143,28 +142,23 @@ def _source(found: Sequence[Output] | Sequence[Reference]) -> str:
     return f" in {path}" if path not in ("", "outputs", "references") else ""
 
 
-def _ending(path: Path) -> str:
-    """Suffix of a file in lower case, before ``.gz``."""
-    suffixes = [s.lower() for s in path.suffixes if s.lower() != ".gz"]
-    return suffixes[-1] if suffixes else ""
-
-
 def _is_text(path: Path) -> bool:
     """Whether a file holds lines of text. A reader of rows reads any other, or refuses it with advice."""
-    kind = _ending(path)
-    return not path.is_dir() and kind not in ROW_SUFFIXES and ADVICE_BY_SUFFIX.get(kind, CORPUS) in (CORPUS, PLAIN_TEXT)
+    kind = file_kind(path)
+    is_known = kind in ROW_SUFFIXES or ADVICE_BY_SUFFIX.get(kind, PLAIN_TEXT) != PLAIN_TEXT
+    return not path.is_dir() and (kind in CORPUS_BY_SUFFIX or not is_known) and kind not in ROW_SUFFIXES
 
 
 def _is_official(path: Path, task: str, split: str | None) -> bool:
     """Whether the readers of rows and of official files read a file of references, or refuse it with advice."""
-    kind, suffixes = _ending(path), OFFICIAL_SUFFIXES.get(task, ())
+    kind, suffixes = file_kind(path), OFFICIAL_SUFFIXES.get(task, ())
     if not _is_text(path) or kind in suffixes:
         return True
     if kind == TARGET:
         return SOURCE in suffixes and (split is not None or _has_documents(path))
     if task == "e2e" and kind == ".txt":
         return _has_bars(path)
-    return ADVICE_BY_SUFFIX.get(kind) == CORPUS
+    return kind in CORPUS_BY_SUFFIX
 
 
 def _has_documents(path: Path) -> bool:
@@ -246,7 +240,7 @@ def _file_references(path: Path, task: str, split: str | None) -> list[Reference
         msg = f"split: expected none for a file of plain references, got {shown(split)} for {path}"
         raise ConfigError(msg)
     lines = _lines(path, REFERENCE_KEYS)
-    if _ending(path) == TARGET or all(line.strip() for line in lines):
+    if file_kind(path) == TARGET or all(line.strip() for line in lines):
         return [Reference([line], f"{path}:{i}", {}) for i, line in enumerate(lines, 1)]
     return _groups(path, lines)
 
@@ -256,10 +250,15 @@ def _official_rows(path: Path, task: str, split: str | None) -> list[Row]:
     if split is not None:
         check_choice("task", task, CORPORA)
         return read_task(task, path, split)  # type: ignore[arg-type]  # read_task checks the name
-    if not path.is_dir() and _ending(path) in SUFFIXES and _has_references_alone(path):
-        return read_rows(path)
+    if not path.is_dir() and file_kind(path) in SUFFIXES and _has_references_alone(path):
+        return _rows(file_items(path))
+    return _rows(task_items(task, path, "test"))
+
+
+def _rows(items: Iterable[Item]) -> list[Row]:
+    """Rows of a file; the first malformed one is raised."""
     rows: list[Row] = []
-    for item in task_items(task, path, "test"):
+    for item in items:
         if isinstance(item, DataError):
             raise item
         rows.append(item)
@@ -296,7 +295,7 @@ def _groups(path: Path, lines: Sequence[str]) -> list[Reference]:
 def _parallel_references(paths: Sequence[Path], task: str) -> list[Reference]:
     """References of several files with one line for each text, empty where a text has no further reference."""
     for path in paths:
-        if _ending(path) != TARGET and _is_official(path, task, None):
+        if file_kind(path) != TARGET and _is_official(path, task, None):
             msg = f"{path}: expected a text file with one line for each text, as each of several files of references "
             msg += "is, got a folder, a file of rows or an official file; give it alone"
             raise DataError(msg, path=str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def test_train_reads_the_split_and_its_held_out_rows_as_dev(cli, folder, e2e, pr
         several = train(base, {"a": e2e, "b": e2e}, split="dev", eval_data={"a": e2e, "b": held_out}, **OPTIONS)
     assert by_rows.digest == in_memory.digest == made.digest == again.digest
     assert [several.metrics[n]["eval_rows"] for n in "ab"] == [2, 2]
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_next_command_of_a_split_runs(cli, folder, tmp_path, monkeypatch, held_out):
+    """A folder of a corpus, whose held-out split is read if there is one."""
+    monkeypatch.chdir(tmp_path)
+    corpus = tmp_path / "my e2e"
+    corpus.mkdir()
+    (corpus / "trainset.csv").write_text(E2E)
+    (corpus / "devset.csv").write_text('mr,ref\n"name[C]",C.\n"name[C]",See.\n')
+    given = ("--task", "e2e", "--split", "train", *(("--eval-data", "my e2e") if held_out else ()))
+    done = cli("train", folder, "my e2e", "-o", "p", *given, *FAST, "--json")
+    assert done.code == 0, done.err
+    words = shlex.split(json.loads(done.out)["next"])
+    assert cli(*words[1:], *FEW).code == 0
+    assert Path("texts.txt").read_text().count("\n") == (1 if held_out else 3)
+    refused = cli("generate", "my e2e", "-o", "o.jsonl", "--prefix", "p")
+    assert (refused.code, "--split" in refused.err) == (1, True)
 
 
 def test_generate_makes_one_text_for_each_input(cli, e2e, prefix, tmp_path):
@@ -152,12 +171,19 @@ def test_a_split_without_official_files_is_refused(cli, folder, e2e, tmp_path, a
     assert (checked.code, message in checked.err) == (1, True), checked.err
 
 
-def test_official_files_without_a_split_are_named(cli, tmp_path):
+def test_the_advice_for_an_official_file_without_a_split_names_options_that_exist(cli, folder, tmp_path):
+    """The advised options make an error of the file's own out of the advice; `generate` has no --task."""
     files = {"a.json": json.dumps(WEBNLG), "d.json": json.dumps(DART), "x.source": "a", "s.story": "a", "w.xml": "<a/>"}
     for name, text in files.items():
-        (tmp_path / name).write_text(text)
-        done = cli("data", "check", tmp_path / name)
-        assert (done.code, "public corpus; " in done.out, "split" in done.out) == (1, True, True), done.out
+        path = tmp_path / name
+        path.write_text(text)
+        checked = cli("data", "check", path)
+        assert ("a public corpus; " in checked.out, "split" in checked.out) == (True, True), checked.out
+        made = cli("generate", path, "-o", tmp_path / "o.jsonl", "--model", folder)
+        assert name == "d.json" or "a public corpus; " in made.err, made.err
+        if "--task" in checked.out:
+            task = checked.out.partition("--task ")[2].partition(")")[0].split()[0]
+            assert "public corpus; " not in cli("data", "check", path, "--task", task, "--split", "test").out
     row = {"prompt": "a", "completion": "b", "tripleset": []}
     assert find_task(None, row).name == "prompt"
 

@@ -47,7 +47,7 @@ SUFFIXES = (*TEXT_READERS, PARQUET)
 ENDINGS = f"{', '.join(SUFFIXES)} (also with .gz)"
 
 
-def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
+def file_items(path: Path, encoding: str | None = None, *, has_option: bool = False) -> Iterator[Item]:
     """Yield the rows of a file in order, and a `DataError` in place of each malformed row.
 
     An error after which the rest of the file cannot be read is the last item.
@@ -55,6 +55,7 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
     Args:
         path: Path of the file; its suffix, before ``.gz``, chooses the reader.
         encoding: Encoding of a text file. None takes the encoding of the byte order mark, or UTF-8 without one.
+        has_option: Whether the user can name an encoding, which an error then advises.
 
     Raises:
         DataError: If the whole file cannot be read.
@@ -63,7 +64,7 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
     check_encoding(encoding)
     kind = file_kind(path)
     if kind not in SUFFIXES:
-        advice = refused_suffix(kind)
+        advice = "a folder" if path.is_dir() else refused_suffix(kind)
         msg = f"{path}: expected a file ending in {ENDINGS}" + (f", got {advice}" if advice else "")
         raise DataError(msg, path=str(path))
     raw = read_bytes(path)
@@ -71,7 +72,7 @@ def file_items(path: Path, encoding: str | None = None) -> Iterator[Item]:
     if kind == PARQUET:
         items = parquet_items(raw, str(path))
     else:
-        raw = as_utf8(raw, str(path), encoding)
+        raw = as_utf8(raw, str(path), encoding, has_option=has_option)
         items = TEXT_READERS[kind](raw, str(path), kind)
     yield from map(renaming(), _few_rows(items, path))
 
@@ -84,7 +85,7 @@ def json_line_items(raw: bytes, name: str, encoding: str | None = None) -> Itera
         name: Name of their source, for errors.
         encoding: Encoding. None takes the encoding of the byte order mark, or UTF-8 without one.
     """
-    yield from map(renaming(), json_items(as_utf8(raw, name, encoding), name, ".jsonl"))
+    yield from map(renaming(), json_items(as_utf8(raw, name, encoding, has_option=True), name, ".jsonl"))
 
 
 def read_text(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+import re
 
 from prefixfast.data.files.items import malformed
 from prefixfast.errors import ConfigError, DataError, check_string, shown
@@ -22,6 +23,8 @@ MAX_SUGGESTED = 3
 SAMPLE_BYTES = 40  # bytes of a line on each side of the first wrong byte in an error
 FOREIGN_SHARE = 0.3  # share of letters beyond ASCII in a text of another script than the Latin, at least
 ASCII = bytes(range(128))
+FEWEST_NULS = 0.3  # share of the bytes of a text in Latin letters in UTF-16, at least
+CONTROL = re.compile(rb"[\x01-\x08\x0b\x0c\x0e-\x1f]")
 
 
 def check_encoding(encoding: str | None) -> None:
@@ -37,13 +40,14 @@ def check_encoding(encoding: str | None) -> None:
         raise ConfigError(msg) from e
 
 
-def as_utf8(raw: bytes, path: str, encoding: str | None = None) -> bytes:
+def as_utf8(raw: bytes, path: str, encoding: str | None = None, *, has_option: bool = False) -> bytes:
     """The bytes of a text file as UTF-8 without byte order mark.
 
     Args:
         raw: Content of the file.
         path: Path of the file, for errors.
         encoding: Encoding of the text. None takes the encoding of the byte order mark, or UTF-8 without one.
+        has_option: Whether the user can name an encoding, which an error then advises.
 
     Raises:
         DataError: If the bytes are not text of that encoding, with the line and encodings of the whole file, or hold a
@@ -60,13 +64,16 @@ def as_utf8(raw: bytes, path: str, encoding: str | None = None) -> bytes:
         found = body if used == "utf-8" else text.encode()
     except UnicodeError as e:
         place = int(getattr(e, "start", 0))
-        raise (_not_utf8(body, path, place) if used == "utf-8" else _not_decoded(body, path, used, place)) from e
+        is_utf8 = used == "utf-8"
+        error = _not_utf8(body, path, place, has_option) if is_utf8 else _not_decoded(body, path, used, place)
+        raise error from e
     if encoding and used != "utf-8" and used not in WIDE and not body.isascii() and _is_utf8(body):
         logger.warning("%s is read as %s, but all of it is UTF-8 too; is the encoding right?", path, encoding)
     if b"\0" in found:
         wide = _wide_encoding(body)
         nul = "expected text, got a NUL character; the file is damaged or no text"
-        message = f"expected UTF-8, got a text for {_flag(wide)}" if wide else nul
+        advice = f"give {_flag(wide)}" if has_option else "convert it to UTF-8"
+        message = f"expected UTF-8, got a text in {wide}; {advice}" if wide else nul
         raise malformed(path, 1 if wide else line_at(found, found.index(b"\0")), message)
     return found
 
@@ -84,12 +91,13 @@ def _not_decoded(raw: bytes, path: str, encoding: str, place: int) -> DataError:
     return malformed(path, line_at(raw, place), f"expected {encoding}, got {got}; {hint}")
 
 
-def _not_utf8(raw: bytes, path: str, place: int) -> DataError:
+def _not_utf8(raw: bytes, path: str, place: int, has_option: bool) -> DataError:
     """Error of bytes that are not UTF-8, which names the encodings that decode all of them."""
+    name_of, end_of = (_flag, "") if has_option else (str, "; convert the file to UTF-8")
     expected = f"expected UTF-8, got the byte 0x{raw[place]:02x}"
     line = line_at(raw, place)
     if wide := _wide_encoding(raw):
-        return malformed(path, line, f"{expected}; the whole file can be read with {_flag(wide)}")
+        return malformed(path, line, f"{expected}; the whole file can be read with {name_of(wide)}{end_of}")
     text = raw.decode(errors="replace")
     wrong = text.count("\N{REPLACEMENT CHARACTER}")
     if len(text) - len(text.encode("ascii", "ignore")) > 2 * wrong:
@@ -104,9 +112,9 @@ def _not_utf8(raw: bytes, path: str, place: int) -> DataError:
             raw.decode(name)
         except UnicodeDecodeError:
             continue
-        suggested.append(f"{_flag(name)}, which reads {shown(raw[start:end].decode(name, 'ignore'))}")
+        suggested.append(f"{name_of(name)}, which reads {shown(raw[start:end].decode(name, 'ignore'))}")
     advice = ", or ".join(suggested[:MAX_SUGGESTED])
-    hint = f"the whole file can be read with {advice}" if advice else "is the file text?"
+    hint = f"the whole file can be read with {advice}{end_of}" if advice else "is the file text?"
     return malformed(path, line, f"{expected}; {hint}")
 
 
@@ -128,6 +136,9 @@ def _is_utf8(raw: bytes) -> bool:
 def _wide_encoding(raw: bytes) -> str | None:
     """UTF-16 or UTF-32 that decodes all bytes to a text without NUL characters, None if neither does."""
     found = {}
+    text_of_bytes = raw.replace(b"\0", b"")
+    if len(raw) - len(text_of_bytes) < FEWEST_NULS * len(raw) and _is_utf8(text_of_bytes) and not CONTROL.search(raw):
+        return None  # a text of single bytes with some NUL characters; letters of other scripts have control characters
     for name in WIDE if b"\0" in raw else ():
         try:
             text = raw.decode(name)

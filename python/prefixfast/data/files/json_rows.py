@@ -130,7 +130,9 @@ def _one_object(text: str, path: str, kind: str) -> Iterator[Item]:
         yield from json_objects(text, path, _place_of_value(text, start, lists[0]), closing=None)
     elif lists:
         several = f"expected one list of rows, got the lists {listed(lists)}; write each list into a file of its own"
-        official = f"expected rows, got the list {lists[0]} of a public corpus; give its task and split"
+        official = (
+            f"expected rows, got the list {lists[0]} of a public corpus; give its split, and in training its task"
+        )
         yield malformed(path, line, several if len(lists) > 1 else official)
     elif isinstance(value, dict) and _is_columns(value, kind):
         message = "expected rows, got columns; with pandas write them by to_json(PATH, orient='records', lines=True)"

@@ -19,7 +19,8 @@ PLAIN_TEXT = (
     "plain text without columns; name a table with a header .csv or .tsv, or write one text a line as "
     '{"text": "..."} into a .jsonl file'
 )
-CORPUS = "a file of a public corpus; name its task and split, for example --task webnlg --split train"
+CORPUS = "a file of a public corpus; name its split (--split test), and in training its task too (--task {})"
+CORPUS_BY_SUFFIX = {".xml": "webnlg", ".source": "xsum", ".target": "xsum", ".story": "cnn_dailymail"}
 SPREADSHEETS = (".xlsx", ".xlsm", ".xls", ".ods", ".numbers")
 ADVICE_BY_SUFFIX = {
     **dict.fromkeys(SPREADSHEETS, SPREADSHEET),
@@ -27,7 +28,7 @@ ADVICE_BY_SUFFIX = {
     **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pdf", ".html", ".htm"), DOCUMENT),
     **dict.fromkeys((".arrow", ".feather"), ARROW),
     **dict.fromkeys((".zip", ".bz2", ".xz", ".zst", ".7z", ".rar", ".tar", ".tgz"), PACKED),
-    **dict.fromkeys((".xml", ".source", ".target", ".story"), CORPUS),
+    **{suffix: CORPUS.format(task) for suffix, task in CORPUS_BY_SUFFIX.items()},
     **dict.fromkeys((".pkl", ".pickle"), PICKLE),
     **dict.fromkeys((".db", ".sqlite", ".sqlite3"), DATABASE),
 }
