@@ -72,7 +72,7 @@ def as_utf8(raw: bytes, path: str, encoding: str | None = None, *, has_option: b
     if b"\0" in found:
         wide = _wide_encoding(body)
         nul = "expected text, got a NUL character; the file is damaged or no text"
-        advice = f"give {_flag(wide)}" if has_option else "convert it to UTF-8"
+        advice = f"give {_flag(wide)}" if has_option and wide else "convert it to UTF-8"
         message = f"expected UTF-8, got a text in {wide}; {advice}" if wide else nul
         raise malformed(path, 1 if wide else line_at(found, found.index(b"\0")), message)
     return found
