@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.atomic import read_stable, recover_folder, replace_folder, write_file
-from prefixfast.io.untrusted import read_json
+from prefixfast.io.tensors import write_tensors
+from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.store.runs import STATE, TENSORS
 from prefixfast.training.identity import differences
 
@@ -40,15 +39,11 @@ class Checkpoint:
     def write(self, folder: Path) -> None:
         """Replace the checkpoint in a folder atomically."""
         state = {"version": VERSION, "identity": self.identity, "state": self.state}
-        files = {STATE: json.dumps(state, sort_keys=True).encode()}
-        if self.tensors:
-            from safetensors.torch import save
-
-            files[TENSORS] = save({n: t.detach().cpu().contiguous().clone() for n, t in self.tensors.items()})
 
         def fill(target: Path) -> None:
-            for name, data in files.items():
-                write_file(target / name, data)
+            write_file(target / STATE, json.dumps(state, sort_keys=True).encode())
+            if self.tensors:
+                write_tensors(target / TENSORS, self.tensors)
 
         replace_folder(folder, fill, owned=frozenset((STATE, TENSORS)))
 
@@ -69,8 +64,6 @@ class Checkpoint:
 
     @classmethod
     def _read(cls, folder: Path) -> Checkpoint:
-        from safetensors.torch import load
-
         found = read_json(folder / STATE)
         identity, state = found.get("identity"), found.get("state")
         if found.get("version") != VERSION or not isinstance(identity, dict) or not isinstance(state, dict):
@@ -78,9 +71,9 @@ class Checkpoint:
             msg = f"{folder / STATE}: expected a checkpoint of version {VERSION}, got {got}"
             raise DataError(msg, path=str(folder / STATE))
         try:
-            tensors = load((folder / TENSORS).read_bytes()) if (folder / TENSORS).exists() else {}
-        except (OSError, SafetensorError) as e:
-            msg = f"{folder / TENSORS}: cannot be read: {e}; remove {folder} to start again"
+            tensors = read_tensors(folder / TENSORS) if (folder / TENSORS).exists() else {}
+        except DataError as e:
+            msg = f"{folder}: {e}; remove {folder} to start again"
             raise DataError(msg, path=str(folder / TENSORS)) from e
         return cls(identity, state, tensors)
 
