@@ -73,7 +73,7 @@ class Checkpoint:
         try:
             tensors = read_tensors(folder / TENSORS) if (folder / TENSORS).exists() else {}
         except DataError as e:
-            msg = f"{folder}: {e}; remove {folder} to start again"
+            msg = f"{folder}: cannot be read: {e}; remove {folder} to start again"
             raise DataError(msg, path=str(folder / TENSORS)) from e
         return cls(identity, state, tensors)
 
