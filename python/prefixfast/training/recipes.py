@@ -77,7 +77,7 @@ def _by_size(content: Any, task: str, where: str) -> dict[float, dict[str, Any]]
 
 def _of_size(by_size: dict[float, dict[str, Any]], size: float | None, where: str) -> dict[str, Any]:
     """Options of the size of the adapters, None for the default size."""
-    size = MethodConfig().adapter_size if size is None else size
+    size = MethodConfig.make({} if size is None else {"adapter_size": size}).adapter_size
     if size not in by_size:
         msg = (
             f"adapter_size: {where} has values for {' and '.join(map(str, by_size))}, got {size}; give one of them, or "

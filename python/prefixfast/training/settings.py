@@ -107,12 +107,16 @@ def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
 def _overruled(preset: Mapping[str, Any], own: Mapping[str, Any]) -> set[str]:
     """Options of a recipe that would overrule options of the caller, or that do not fit them."""
     found = {"max_steps"} if "num_train_epochs" in own else set()
-    of_recipe = preset.get("init", "text"), preset.get("reparameterization")
-    if own.get("init", of_recipe[0]) != of_recipe[0]:
+    if _is_another(own, "init", preset.get("init", "text")):
         found.add("init_text")
-    if of_recipe[1] is not None and own.get("reparameterization", of_recipe[1]) != of_recipe[1]:
+    if "reparameterization" in preset and _is_another(own, "reparameterization", preset["reparameterization"]):
         found |= {"fit_steps", "learning_rate"}  # an MLP has a far lower rate than keys and values
     return found
+
+
+def _is_another(own: Mapping[str, Any], name: str, of_recipe: object) -> bool:
+    """Whether the caller gave another value than the recipe; a value can be of any type before it is checked."""
+    return name in own and not (isinstance(own[name], str) and own[name] == of_recipe)
 
 
 def option_values(config: Options) -> dict[str, Any]:

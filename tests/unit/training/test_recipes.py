@@ -373,6 +373,9 @@ def test_a_recipe_file_with_options_of_methods(tmp_path):
     got = chosen("e2e", recipe=str(path), method="adapter")
     assert (got.method_config.adapter_size, got.config.batch_size) == (0.5, 3)
     assert chosen("dart", recipe=str(path), method="adapter", adapter_size=0.25).config.batch_size == 4
+    path.write_text(path.read_text().replace("adapter_size: 0.5", "adapter_size: [1]"))
+    with pytest.raises(ConfigError, match=r"adapter_size: expected float, got \[1\]"):
+        chosen("e2e", recipe=str(path), method="adapter")
     assert chosen("e2e", recipe=str(path), method="icl").method_config.num_examples == 2
     assert chosen("e2e", recipe=str(path)).method_config.num_examples == 4, "prefix does not read it"
 
