@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from prefixfast.metrics.forms import check_texts
 from prefixfast.metrics.java import meteor as meteor_process
-from prefixfast.metrics.java import package, ptb_lines
+from prefixfast.metrics.java import package, ptb_lines, running
 from prefixfast.metrics.result import MetricValue, References, Scores, Tables, Texts
 
 _PUNCTUATION = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-", *".?!,:-;", "--", "..."))
@@ -33,13 +33,14 @@ def meteor(outputs: Texts, references: References, tables: Tables | None = None)
         MetricUnavailable: If Java or pycocoevalcap is missing.
     """
     captions = _captions(outputs, references)
-    with meteor_process() as process:
+    with running("METEOR"), meteor_process() as process:
         stats = [
             process.ask(" ||| ".join(("SCORE", *captions.references[i], output.replace("  ", " "))))
             for i, (output,) in captions.outputs.items()
         ]
         answers = [process.ask(" ||| ".join(("EVAL", *stats))), *(process.read() for _ in stats)]
-    return {"METEOR": _value(float(answers[-1]), "METEOR 1.5 -l en -norm of PTB tokens")}
+        value = float(answers[-1])
+    return {"METEOR": _value(value, "METEOR 1.5 -l en -norm of PTB tokens")}
 
 
 def rouge_l(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:

@@ -9,14 +9,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
+from prefixfast.io.environment import version
 from prefixfast.metrics.result import MetricUnavailable
 
 TOKENIZER_JAR = "tokenizer/stanford-corenlp-3.4.1.jar"
 METEOR_JAR = "meteor/meteor-1.5.jar"
+# Java takes the sign of decimals, and the letters of lower case, from the language of its environment.
+LANGUAGE = ("-Duser.language=en", "-Duser.country=US")
 _LINE_BREAKS = re.compile("[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")  # a superset of what either program takes for one
 
 
@@ -51,7 +53,26 @@ def jar(name: str) -> Path:
 
 def package() -> str:
     """Name and version of the package of the programs."""
-    return f"pycocoevalcap {version('pycocoevalcap')}"
+    return f"pycocoevalcap {version('pycocoevalcap') or 'of unknown version'}"
+
+
+@contextlib.contextmanager
+def running(name: str) -> Iterator[None]:
+    """Context manager of work with a program, which can fail to start, to answer, or to find space for its files.
+
+    Args:
+        name: Name of the program.
+
+    Raises:
+        MetricUnavailable: If the system refuses a file or process, or the program answers with no text or number.
+    """
+    try:
+        yield
+    except MetricUnavailable:
+        raise
+    except (OSError, ValueError) as e:  # a wrong encoding is a ValueError too
+        msg = f"{name} cannot run: {e}"
+        raise MetricUnavailable(msg) from e
 
 
 def one_line(text: str) -> str:
@@ -75,14 +96,15 @@ def ptb_lines(texts: Sequence[str]) -> list[str]:
     Raises:
         MetricUnavailable: If Java or the package is missing, or if the tokenizer fails.
     """
-    command = [java(), "-cp", str(jar(TOKENIZER_JAR)), "edu.stanford.nlp.process.PTBTokenizer"]
-    done = subprocess.run(
-        [*command, "-preserveLines", "-lowerCase"],
-        input="\n".join(map(one_line, texts)).encode(errors="replace"),
-        capture_output=True,
-        check=False,
-    )
-    found = done.stdout.decode().split("\n")
+    command = [java(), *LANGUAGE, "-cp", str(jar(TOKENIZER_JAR)), "edu.stanford.nlp.process.PTBTokenizer"]
+    with running("the PTB tokenizer"):
+        done = subprocess.run(
+            [*command, "-preserveLines", "-lowerCase"],
+            input="\n".join(map(one_line, texts)).encode(errors="replace"),
+            capture_output=True,
+            check=False,
+        )
+        found = done.stdout.decode().split("\n")
     if done.returncode or len(found) != len(texts):
         msg = f"the PTB tokenizer gave {len(found)} lines for {len(texts)} texts: {_end(done.stderr)}"
         raise MetricUnavailable(msg)
@@ -144,7 +166,7 @@ def meteor_command(*arguments: str) -> list[str]:
     # METEOR itself finds its table of paraphrases only in a folder without spaces.
     table = path.parent / "data" / "paraphrase-en.gz"
     options = ["-l", "en", "-norm", "-a", str(table)]
-    return [java(), "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(path), *arguments, *options]
+    return [java(), *LANGUAGE, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(path), *arguments, *options]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from prefixfast.metrics.forms import Forms, dart_forms, webnlg_forms
-from prefixfast.metrics.java import meteor_command, package
+from prefixfast.metrics.java import meteor_command, package, running
 from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
 
@@ -42,15 +42,15 @@ def _value(forms: Forms, num_references: int, form: str) -> MetricValue:
         form: Name of the form.
     """
     lines = [(own + [""] * num_references)[:num_references] for own in forms.references]
-    with tempfile.TemporaryDirectory() as folder:
+    with running("METEOR"), tempfile.TemporaryDirectory() as folder:
         texts, groups = Path(folder) / "outputs.txt", Path(folder) / "references.txt"
         texts.write_text("".join(f"{text}\n" for text in forms.outputs), encoding="utf8", errors="replace")
         groups.write_text("".join(f"{text}\n" for own in lines for text in own), encoding="utf8", errors="replace")
         command = meteor_command(str(texts), str(groups), "-r", str(num_references))
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf8", errors="replace", check=False)
-    name, _, score = (done.stdout.strip().splitlines() or [""])[-1].rpartition(":")
-    if done.returncode or name != "Final score":
-        msg = f"METEOR: java ended with status {done.returncode}: {done.stderr.strip()[-300:] or 'no message'}"
-        raise MetricUnavailable(msg)
-    value = float(score)
+        name, _, score = (done.stdout.strip().splitlines() or [""])[-1].rpartition(":")
+        if done.returncode or name != "Final score":
+            msg = f"METEOR: java ended with status {done.returncode}: {done.stderr.strip()[-300:] or 'no message'}"
+            raise MetricUnavailable(msg)
+        value = float(score)
     return MetricValue(value, f"{value:.2f}", f"METEOR 1.5 -l en -norm -r {num_references} of {form}; {package()}")

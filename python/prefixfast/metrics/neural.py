@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefixfast.errors import PrefixFastError
 from prefixfast.metrics.forms import dart_forms
 from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
@@ -18,6 +20,23 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 CHECKPOINT = "BLEURT_CHECKPOINT"  # environment variable
 
 
+@contextlib.contextmanager
+def _optional(metric: str) -> Iterator[None]:
+    """Context manager of a metric whose package or weights can fail in any way.
+
+    Raises:
+        MetricUnavailable: If they fail, with their error.
+    """
+    try:
+        yield
+    except PrefixFastError:
+        raise
+    except Exception as e:
+        msg = f"{metric} failed: {type(e).__name__}: {e}"
+        raise MetricUnavailable(msg) from e
+
+
+@_optional("BERTScore")
 def bertscore(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """Mean F1 of BERTScore against the best of the first three references (``bert-score --lang en``).
 
@@ -36,6 +55,7 @@ def bertscore(outputs: Texts, references: References, tables: Tables | None = No
     return {"BERTScore": _value([float(x) for x in scores], tool)}
 
 
+@_optional("MoverScore")
 def moverscore(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """Mean MoverScore (version 2, single words, idf of the texts) against the first reference of each text.
 
@@ -55,6 +75,7 @@ def moverscore(outputs: Texts, references: References, tables: Tables | None = N
     return {"MoverScore": _value(scores, tool)}
 
 
+@_optional("BLEURT")
 def bleurt(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
     """Mean BLEURT against the first reference of each text.
 
@@ -65,14 +86,14 @@ def bleurt(outputs: Texts, references: References, tables: Tables | None = None)
         MetricUnavailable: If bleurt or its checkpoint is not on this machine.
     """
     if (package := importlib.util.find_spec("bleurt")) is None:
-        msg = "BLEURT needs the package of google-research/bleurt with TensorFlow, which is not installed"
+        msg = "BLEURT needs google-research/bleurt, which is not installed: clone it, then pip install ./bleurt"
         raise MetricUnavailable(msg)
     inside = Path((package.submodule_search_locations or [""])[0]) / "test_checkpoint"
     checkpoint = Path(os.environ.get(CHECKPOINT, inside))
     if not checkpoint.is_dir():
         msg = f"BLEURT needs a checkpoint, and {checkpoint} is no folder: set {CHECKPOINT} to the folder of one"
         raise MetricUnavailable(msg)
-    library = _library("bleurt.score", "BLEURT", "install google-research/bleurt with TensorFlow")
+    library = _library("bleurt.score", "BLEURT", "clone google-research/bleurt, then pip install ./bleurt")
     forms = dart_forms(outputs, references)
     scores = library.BleurtScorer(str(checkpoint)).score(
         references=[own[0] for own in forms.references], candidates=forms.outputs

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Iterator
-from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
+from prefixfast.io.environment import version
 from prefixfast.metrics.forms import check_texts
 from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 
+if TYPE_CHECKING:
+    import numpy as np
+
 SCORES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 SEED = 0  # of the resampled texts; the authors' code has none, so that its last digits change from run to run
+NUM_SAMPLES = 1000  # the default of rouge-score's BootstrapAggregator
 
 
 def rouge(outputs: Texts, references: References, tables: Tables | None = None) -> Scores:
@@ -26,29 +29,31 @@ def rouge(outputs: Texts, references: References, tables: Tables | None = None) 
     """
     check_texts(outputs, references)
     try:
-        scorers, scoring = (importlib.import_module(f"rouge_score.{name}") for name in ("rouge_scorer", "scoring"))
+        scorers, tokenizers = (importlib.import_module(f"rouge_score.{n}") for n in ("rouge_scorer", "tokenizers"))
     except ImportError as e:
         msg = "ROUGE needs rouge-score: pip install 'prefixfast[eval]'"
         raise MetricUnavailable(msg) from e
-    scorer = scorers.RougeScorer(list(SCORES), use_stemmer=True)
-    aggregator = scoring.BootstrapAggregator()
-    for output, own in zip(outputs, references, strict=True):
-        aggregator.add_scores(scorer.score_multi(own, output))
-    with _numpy_seed(SEED):
-        found = aggregator.aggregate()
-    values = {name: 100 * float(found[key].mid.fmeasure) for key, name in SCORES.items()}
-    tool = f"rouge-score {version('rouge-score')}: stemmer, median of 1000 bootstrap samples, seed {SEED}"
+    import numpy as np  # the command line starts without it
+
+    # Without a tokenizer rouge-score logs a line in each call.
+    scorer = scorers.RougeScorer(list(SCORES), tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True))
+    found = [scorer.score_multi(own, output) for output, own in zip(outputs, references, strict=True)]
+    generator = np.random.RandomState(SEED)  # rouge-score takes numpy's global one, which threads share
+    values = {name: 100 * _median([scores[key] for scores in found], generator) for key, name in SCORES.items()}
+    tool = f"rouge-score {version('rouge-score') or 'of unknown version'}: stemmer, median of {NUM_SAMPLES} bootstrap "
+    tool += f"samples, seed {SEED}"
     return {name: MetricValue(value, f"{value:.4f}", tool) for name, value in values.items()}
 
 
-@contextlib.contextmanager
-def _numpy_seed(seed: int) -> Iterator[None]:
-    """Context manager of numpy's global generator, which the aggregator uses; its state comes back."""
-    import numpy as np  # the command line starts without it
+def _median(scores: list[Any], generator: np.random.RandomState) -> float:
+    """Median F-measure of the means of resampled texts, as rouge-score's BootstrapAggregator draws them.
 
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
+    Args:
+        scores: Precision, recall and F-measure of each text.
+        generator: Generator of random numbers.
+    """
+    import numpy as np
+
+    matrix, numbers = np.vstack(scores), np.arange(len(scores))
+    means = [matrix[generator.choice(numbers, size=len(scores))].mean(axis=0)[2] for _ in range(NUM_SAMPLES)]
+    return float(np.percentile(means, 50))

@@ -8,6 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from official import SCORES, TEXTS, texts
 from prefixfast.errors import ConfigError
 from prefixfast.metrics import coco, java
 from prefixfast.metrics.coco import cider, meteor, rouge_l
+from prefixfast.metrics.evaluate import evaluate
 from prefixfast.metrics.result import MetricUnavailable
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java")
@@ -44,7 +46,9 @@ def value(function, outputs, references) -> float:
         pytest.param("edge", (meteor,), marks=long),  # METEOR starts in about 5 seconds
     ],
 )
-def test_e2e_s_script(name, functions):
+def test_e2e_s_script(name, functions, monkeypatch):
+    """Also where Java takes a decimal comma from LANG=de_DE.UTF-8, which these options stand for."""
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de -Duser.country=DE")
     found = printed(functions, *texts(name))
     assert found == {k: SCORES[name]["e2e"][k] for k in found}
 
@@ -189,6 +193,44 @@ def test_meteor_that_fails_is_ended(answer, message, monkeypatch, tmp_path):
     with pytest.raises(MetricUnavailable, match=message):
         meteor(["a"], [["a"]])
     assert [p.poll() is not None and p.stdin.closed and p.stdout.closed for p in started] == [True]
+
+
+# Programs that no shell starts, and answers that are no text or no number.
+BROKEN = {
+    "of another system": b"\x7fELF none",
+    "bytes": b"#!/bin/sh\nprintf '\\377\\n'",
+    "no number": b"#!/bin/sh\n" + b"echo 'Final score: x'\n" * 9,
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("task", ["e2e", "webnlg"])
+def test_a_java_that_cannot_run_is_a_named_gap(name, task, monkeypatch, tmp_path):
+    coco._tokenized.cache_clear()
+    program = tmp_path / "java"
+    program.write_bytes(BROKEN[name])
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    if name == "no number":
+        monkeypatch.setattr(coco, "ptb_lines", list)
+    found = evaluate(["a"], ["a"], task=task)
+    assert "METEOR" in found.missing
+    assert {"BLEU", "length"} <= {*found}
+
+
+@pytest.mark.parametrize("task", ["e2e", "webnlg"])
+def test_no_folder_for_temporary_files_is_a_named_gap(task, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    monkeypatch.setattr(coco, "ptb_lines", list)
+    coco._tokenized.cache_clear()
+    found = evaluate(["b"], ["b"], task=task)
+    assert "METEOR" in found.missing
+    assert "BLEU" in found
+
+
+def test_a_package_without_metadata(monkeypatch):
+    monkeypatch.setattr(java, "version", lambda package: None)
+    assert java.package() == "pycocoevalcap of unknown version"
 
 
 def test_a_tokenizer_that_fails(monkeypatch):

@@ -92,6 +92,16 @@ def test_weights_are_not_downloaded(installed, monkeypatch, function, model, abs
     assert installed == []
 
 
+def test_packages_that_fail_are_named_gaps(installed, monkeypatch):
+    def fail(*_, **__):
+        msg = "weights of another shape"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(sys.modules["bert_score"], "score", fail)
+    with pytest.raises(MetricUnavailable, match="BERTScore failed: RuntimeError: weights of another shape"):
+        bertscore(OUTPUTS, REFERENCES)
+
+
 def test_missing_packages_are_named_gaps(monkeypatch):
     for name in ("bert_score", "moverscore_v2", "bleurt", "bleurt.score"):
         monkeypatch.setitem(sys.modules, name, None)

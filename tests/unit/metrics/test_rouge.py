@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from official import texts
 from prefixfast.errors import ConfigError
 from prefixfast.metrics import rouge as module
 from prefixfast.metrics.result import MetricUnavailable
-from prefixfast.metrics.rouge import rouge
+from prefixfast.metrics.rouge import SCORES, rouge
 
 # Printed by `calculate_rouge` of XiangLi1999/PrefixTuning, seq2seq/utils.py at 6519d30e, for the first references,
 # with rouge-score 0.1.2 after `numpy.random.seed(0)`.
@@ -26,9 +27,7 @@ PRINTED = {
 
 @pytest.fixture
 def few_samples(monkeypatch) -> None:
-    from rouge_score import scoring
-
-    monkeypatch.setattr(scoring.BootstrapAggregator.__init__, "__defaults__", (0.95, 20))
+    monkeypatch.setattr(module, "NUM_SAMPLES", 20)
 
 
 def values(outputs, references) -> list[float]:
@@ -36,11 +35,40 @@ def values(outputs, references) -> list[float]:
 
 
 @pytest.mark.parametrize("name", PRINTED)
-def test_the_authors_code(name, capfd):
+def test_the_authors_code(name, caplog):
     outputs, references = texts(name)
-    found = rouge(outputs, [own[:1] for own in references])
+    with caplog.at_level("INFO"):
+        found = rouge(outputs, [own[:1] for own in references])
     assert {k: v.text for k, v in found.items()} == PRINTED[name]
-    assert capfd.readouterr().err == ""
+    assert caplog.records == []  # rouge-score logs a line unless it is given a tokenizer
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_resamples_of_the_library(name):
+    from rouge_score import rouge_scorer, scoring
+
+    outputs, references = texts(name)
+    scorer, aggregator = rouge_scorer.RougeScorer(list(SCORES), use_stemmer=True), scoring.BootstrapAggregator()
+    for output, own in zip(outputs, references, strict=True):
+        aggregator.add_scores(scorer.score_multi(own, output))
+    state = np.random.get_state()
+    np.random.seed(0)
+    expected = {SCORES[k]: 100 * v.mid.fmeasure for k, v in aggregator.aggregate().items()}
+    np.random.set_state(state)
+    assert {k: v.value for k, v in rouge(outputs, references).items()} == expected
+
+
+def test_threads_have_the_same_scores():
+    outputs, references = texts("plain")
+    alone = rouge(outputs, references)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: rouge(outputs, references), range(12))) == [alone] * 12
+
+
+def test_a_library_without_metadata(monkeypatch):
+    """Such as that of a checkout on the path of modules."""
+    monkeypatch.setattr(module, "version", lambda package: None)
+    assert "of unknown version" in rouge(["a"], [["a"]])["ROUGE-1"].tool
 
 
 def test_the_same_scores_each_time_and_numpy_s_generator_as_it_was():
