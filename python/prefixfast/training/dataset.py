@@ -33,6 +33,13 @@ class Dataset:
     counts: dict[str, dict[str, float]]
     digest: dict[str, str]
 
+    @classmethod
+    def empty(cls) -> Dataset:
+        """Data set without names, of a group whose rows are all wrong."""
+        none = np.empty(0, np.int32)
+        zero = np.zeros(1, np.int64)
+        return cls(Examples(none, zero, none, np.empty(0, np.int64), zero), {}, {}, {})
+
     def spans(self, names: Iterable[str]) -> NDArray[np.int64]:
         """First example and end of the examples of ``n`` names, int64 ``[n, 2]``."""
         return np.array([self.span[n] for n in names], np.int64).reshape(-1, 2)
@@ -78,9 +85,7 @@ def build_dataset(
             part_of_name[name] = part_of_rows[id(rows)]
             work.update(len(rows))
     if not parts:
-        name, text = next(iter((failed or {}).items()))
-        msg = f"data: no prefix is left to train; of {shown(name)}: {text}"
-        raise DataError(msg)
+        raise none_left(failed or {})
     ends = np.cumsum([len(p.num_targets) for p in parts]).tolist()
     spans = list(zip([0, *ends], ends, strict=False))
     return Dataset(
@@ -89,6 +94,16 @@ def build_dataset(
         {n: {"rows": len(rows_by_name[n])} | _counts(parts[i]) for n, i in part_of_name.items()},
         {n: _digest(parts[i]) for n, i in part_of_name.items()},
     )
+
+
+def none_left(failed: Mapping[str, str]) -> DataError:
+    """Error of a run without a name that can be trained.
+
+    Args:
+        failed: Error message by name, at least one.
+    """
+    name, text = next(iter(failed.items()))
+    return DataError(f"data: no prefix is left to train; of {shown(name)}: {text}")
 
 
 def _counts(part: Examples) -> dict[str, float]:

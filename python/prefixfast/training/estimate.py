@@ -80,6 +80,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     if isinstance(model, str | Path):
         check_base_name(model)
     from prefixfast.model.memory import peak_memory
+    from prefixfast.training.dataset import none_left
     from prefixfast.training.group_data import tokenize_group  # imports torch, which a refused call needs not wait for
     from prefixfast.training.loop import GroupTrainer
     from prefixfast.training.resilience import gradient_checkpointing
@@ -88,9 +89,15 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
         job.check_model(base)
         for number in range(len(job.groups)):
-            trainer = GroupTrainer(tokenize_group(base, job, number), number, OutputDir(None, None, is_single=True))
+            group = tokenize_group(base, job, number)
+            job.rows.failed.update(group.failed)
+            if not group.group.jobs:
+                continue
+            trainer = GroupTrainer(group, number, OutputDir(None, None, is_single=True))
             with Progress("measure two steps"):
                 measured.append((trainer, _time_second_step(trainer)))
+        if not measured:
+            raise none_left(job.rows.failed)
         trainers = [trainer for trainer, _ in measured]
         largest = max(trainers, key=lambda t: sum(p.numel() for p, _ in t.runner.params.params))
         params, examples = largest.runner.params, trainers[0].runner.examples

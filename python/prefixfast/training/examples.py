@@ -18,9 +18,9 @@ from prefixfast.model.base import Model
 from prefixfast.training.inputs import error_with_name
 
 NO_INFIX = (
-    "an infix stands before the one target of a row, this row has targets in several places; set loss_on='last', or "
-    "train a prefix"
+    "an infix stands before the one target of a row, this row has targets in several places; {}, or train a prefix"
 )
+TOO_LONG = "raise max_length"
 Overflow: TypeAlias = Literal["error", "truncate", "skip"]
 
 
@@ -33,12 +33,14 @@ class TokenizeOptions:
         limit: Largest number of tokens of an example.
         overflow: Policy for examples with more tokens.
         has_infix: Whether an infix stands before the last prompt token, so that the targets must follow each other.
+        advice: What raises the limit, for the error of a longer example; None if nothing does.
     """
 
     task: Task
     limit: int
     overflow: Overflow = "error"
     has_infix: bool = False
+    advice: str | None = TOO_LONG
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,13 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
             tokenizer = None if options.task.is_tokenized(rows[0]) else model.require_tokenizer()
             for example in encode_examples(tokenizer, model.vocab_size, rows, options.task):
                 if options.has_infix and not example.has_one_target:
-                    raise row_error(rows[example.row], example.row, NO_INFIX)
+                    is_tokenized = options.task.is_tokenized(rows[example.row])
+                    advice = "label the last of them alone" if is_tokenized else "set loss_on='last'"
+                    raise row_error(rows[example.row], example.row, NO_INFIX.format(advice))
                 fitted = apply_overflow(example, options.limit, options.overflow)
                 if fitted is None and options.overflow == "error":
-                    advice = "shorten it, raise max_length, or set overflow='truncate' or 'skip'"
-                    msg = f"{len(example.ids)} tokens, at most {options.limit} fit; {advice}"
-                    raise row_error(rows[example.row], example.row, msg)
+                    error = too_long(example, options.limit, options.advice)
+                    raise row_error(rows[example.row], example.row, error)
                 skipped += fitted is None
                 truncated += fitted is not None and fitted is not example
                 found += [] if fitted is None else [fitted]
@@ -126,6 +129,18 @@ def concat_examples(parts: Sequence[Examples]) -> Examples:
     target_at = np.concatenate([p.target_at + start for p, start in zip(parts, starts, strict=True)])
     skipped, truncated = (sum(getattr(p, name) for p in parts) for name in ("num_skipped", "num_truncated"))
     return Examples(ids, indptr, num_targets, target_at, first, skipped, truncated)
+
+
+def too_long(example: Example, limit: int, advice: str | None) -> str:
+    """Error message for an example that does not fit.
+
+    Args:
+        example: Example.
+        limit: Largest number of tokens.
+        advice: What raises the limit, None if nothing does.
+    """
+    choices = ", ".join(("shorten it", *(() if advice is None else (advice,))))
+    return f"{len(example.ids)} tokens, at most {limit} fit; {choices}, or set overflow='truncate' or 'skip'"
 
 
 def apply_overflow(example: Example, limit: int, overflow: Overflow) -> Example | None:

@@ -6,16 +6,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from prefixfast.errors import ConfigError
+from prefixfast.config import PrefixConfig
+from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import own_layers
 from prefixfast.training.dataset import Dataset, build_dataset
 from prefixfast.training.defaults import with_learning_rates
-from prefixfast.training.examples import TokenizeOptions
+from prefixfast.training.examples import TOO_LONG, TokenizeOptions
 from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.identity import prefix_identities, run_identity
-from prefixfast.training.init import resolve_config
+from prefixfast.training.init import resolve_config, text_ids
 from prefixfast.training.job import TrainJob
+from prefixfast.training.method import METHODS
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class GroupData:
         group: Group with resolved options, without the prefixes whose rows are wrong.
         dataset: Tokenized training rows.
         eval_dataset: Tokenized held-out rows, None without held-out rows.
-        failed: Error message of each prefix whose rows are wrong.
+        failed: Error message of each prefix whose rows are wrong. A group of one such name has no jobs and no rows.
     """
 
     model: Model
@@ -76,11 +78,21 @@ def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
         DataError: If rows are malformed and failures are not isolated, or no prefix is left.
         BaseMismatchError: If a given prefix was made for another base model.
     """
-    group = job.groups[number]
+    group, failed = job.groups[number], dict[str, str]()
+    method = METHODS[group.method_config.method]
     prefix_config = resolve_config(model, group, job.init_options)
-    group = with_learning_rates(replace(group, prefix_config=prefix_config), len(own_layers(model.layers)))
-    failed: dict[str, str] = {}
-    dataset, eval_dataset = _tokenize(model, job, group, failed)
+    try:
+        if not method.is_trained:
+            length = len(text_ids(model, group, job.init_options))
+            prefix_config = PrefixConfig.make(prefix_config, prefix_length=length)
+        group = with_learning_rates(replace(group, prefix_config=prefix_config), len(own_layers(model.layers)))
+        dataset, eval_dataset = _tokenize(model, job, group, failed)
+    except DataError as e:
+        if not (job.isolate and method.is_alone):
+            raise
+        (alone,) = group.jobs
+        own = {alone.name: failed.get(alone.source, str(e))}
+        return GroupData(model, job, replace(group, jobs=()), Dataset.empty(), None, own)
     left = (eval_dataset or dataset).span
     jobs = tuple(j for j in group.jobs if j.source in left)
     failed_names = {j.name: failed[j.source] for j in group.jobs if j.source in failed}
@@ -97,15 +109,17 @@ def _tokenize(
         starts[before.position] = max(starts[before.position], before.pos_start)
     start = sum(starts.values())
     room = model.max_positions - start
+    advice = METHODS[group.method_config.method].shorten
     if room < 1:
         msg = (
-            f"prefix_length: rows start at position {start} behind the prefix, expected a position below "
-            f"{model.max_positions}, the base model's number of positions; use a shorter prefix"
+            f"rows start at position {start} behind the prefix, expected a position below {model.max_positions}, the "
+            f"base model's number of positions; {advice}"
         )
         raise ConfigError(msg)
     limit = min(room, group.config.max_length or room)
+    advice = TOO_LONG if limit == group.config.max_length else advice
     has_infix = "infix" in (group.prefix_config.position, None if before is None else before.position)
-    options = TokenizeOptions(job.task, limit, group.config.overflow, has_infix=has_infix)
+    options = TokenizeOptions(job.task, limit, group.config.overflow, has_infix=has_infix, advice=advice)
     note = failed if job.isolate else None
     sources = {j.source: rows.rows[j.source] for j in group.jobs}
     dataset = build_dataset(model, sources, options, row_numbers=rows.row_numbers, failed=note)

@@ -11,7 +11,8 @@ import torch
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
 from prefixfast.data.encode import encode_examples, vocabulary_error
-from prefixfast.errors import ConfigError, is_text, shown
+from prefixfast.data.rows import row_error
+from prefixfast.errors import ConfigError, DataError, is_text, shown
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.prefix_shape import filled_layers, own_layers
@@ -19,8 +20,10 @@ from prefixfast.model.text_kv import text_kv
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import context, kv_by_layer, no_rows
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.examples import TOO_LONG, apply_overflow, too_long
 from prefixfast.training.groups import PrefixGroup, PrefixJob
 from prefixfast.training.init_options import DIFFERENT_INIT, InitOptions
+from prefixfast.training.inputs import error_with_name
 from prefixfast.training.method import METHODS
 
 logger = logging.getLogger(__name__)
@@ -39,10 +42,11 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
     if not METHODS[group.method_config.method].makes_prefix:
         return group.prefix_config
     config = _check_layers(group.prefix_config, model.layers)
-    if not METHODS[group.method_config.method].is_trained:
-        return PrefixConfig.make(config, prefix_length=len(text_ids(model, group, options)))
+    if not METHODS[group.method_config.method].is_trained:  # whose length is that of its text
+        return config
     if config.position == "infix" and (reason := model.handle.infix.refusal):
-        msg = f"position: this base takes no infix: {reason}; train a prefix with position='prefix'"
+        option = "position" if METHODS[group.method_config.method].position is None else "method"
+        msg = f"{option}: this base takes no infix: {reason}; train a prefix with {option}='prefix'"
         raise ConfigError(msg)
     prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
     if not prefixes:
@@ -109,22 +113,39 @@ def text_ids(model: Model, group: PrefixGroup, options: InitOptions) -> list[int
         options: Options of the initial values, with the rows of the name.
 
     Raises:
-        ConfigError: If the text is empty, or there are too few rows.
-        DataError: If a row is malformed.
+        ConfigError: If the init text is empty or too long.
+        DataError: If a row is malformed or too long, or there are too few rows.
     """
-    if group.method_config.method == "prompt":
-        return init_text_ids(model, options)
-    job, count, task = group.jobs[0], group.method_config.num_examples, options.task
-    rows = options.rows[job.source]
-    if len(rows) < count:
-        msg = f"num_examples: expected at most the {len(rows)} rows of {shown(job.source)}, got {count}"
-        raise ConfigError(msg)
-    found: list[int] = []
-    for i in np.random.default_rng(job.config.seed).permutation(len(rows))[:count]:
+    method, (job, *_) = group.method_config.method, group.jobs
+    ids = init_text_ids(model, options) if method == "prompt" else _example_ids(model, group, options)
+    if len(ids) >= model.max_positions:
+        what = "init_text has" if method == "prompt" else f"the examples of {shown(job.source)} have"
+        limit, advice = model.max_positions, METHODS[method].shorten
+        msg = f"{what} {len(ids)} tokens, expected fewer than {limit}, the base's number of positions; {advice}"
+        raise ConfigError(msg) if method == "prompt" else DataError(msg)
+    return ids
+
+
+def _example_ids(model: Model, group: PrefixGroup, options: InitOptions) -> list[int]:
+    """Token ids of the training examples that the seed draws from the rows that the overflow policy leaves."""
+    (job, *_), count, task = group.jobs, group.method_config.num_examples, options.task
+    rows, limit = options.rows[job.source], min(model.max_positions, group.config.max_length or model.max_positions)
+    found: list[list[int]] = []
+    for i in np.random.default_rng(job.config.seed).permutation(len(rows)):
+        if len(found) == count:
+            break
         tokenizer = None if task.is_tokenized(rows[i]) else model.require_tokenizer()
-        examples = encode_examples(tokenizer, model.vocab_size, [rows[i]], task, append_eos=True)
-        found += next(iter(examples)).ids.tolist()
-    return found
+        example = next(iter(encode_examples(tokenizer, model.vocab_size, [rows[i]], task)))
+        if (fitted := apply_overflow(example, limit, group.config.overflow)) is not None:
+            found.append(fitted.ids.tolist())
+        elif group.config.overflow == "error":
+            with error_with_name(job.source):
+                raise row_error(rows[i], int(i), too_long(example, limit, TOO_LONG))
+    if len(found) < count:
+        expected = f"at most the {len(found)} rows of {shown(job.source)} that have at most {limit} tokens"
+        msg = f"num_examples: expected {expected}, got {count}"
+        raise DataError(msg)
+    return [token for ids in found for token in ids]
 
 
 def init_text_ids(model: Model, options: InitOptions) -> list[int]:

@@ -10,9 +10,10 @@ from typing import Any, get_args
 from prefixfast.config import PrefixConfig
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, shown
+from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import InitName, PrefixGroup
+from prefixfast.training.inputs import TrainingRows
 from prefixfast.training.method import METHODS
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,36 @@ def adopt_init(group: PrefixGroup, options: InitOptions) -> PrefixGroup:
     is_chosen = METHODS[group.method_config.method].position is not None
     explicit = options.explicit | ({"position"} if is_chosen else set())
     return replace(group, prefix_config=_adopted(config, prefixes[0], explicit)) if prefixes else group
+
+
+def with_enough_rows(groups: Sequence[PrefixGroup], rows: TrainingRows, *, isolate: bool) -> list[PrefixGroup]:
+    """Groups that have the training examples of their text.
+
+    Args:
+        groups: Groups of a run.
+        rows: Rows of the run, whose failures get those of names with too few rows.
+        isolate: Whether the failure of a name is noted, instead of raised.
+
+    Raises:
+        ConfigError: If a name has too few rows and ``isolate`` is not set.
+        DataError: If no name has enough rows.
+    """
+    kept: list[PrefixGroup] = []
+    for group in groups:
+        job, count = group.jobs[0], group.method_config.num_examples
+        own = len(rows.rows[job.source])
+        if group.method_config.method != "icl" or count <= own:
+            kept.append(group)
+            continue
+        msg = f"num_examples: expected at most the {own} rows of {shown(job.source)}, got {count}"
+        if not isolate:
+            raise ConfigError(msg)
+        rows.failed[job.name] = msg
+    if not kept:
+        name, text = next(iter(rows.failed.items()))
+        msg = f"data: no prefix is left to train; of {shown(name)}: {text}"
+        raise DataError(msg)
+    return kept
 
 
 def _adopted(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:

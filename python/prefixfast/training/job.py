@@ -22,7 +22,7 @@ from prefixfast.store import PrefixStore, open_store
 from prefixfast.training.callbacks import Callback, CallbackList
 from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make_groups
 from prefixfast.training.held_out import hold_out
-from prefixfast.training.init_options import InitOptions, adopt_init
+from prefixfast.training.init_options import InitOptions, adopt_init, with_enough_rows
 from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
 from prefixfast.training.method import check_read
 from prefixfast.training.settings import GivenOptions, resolve_settings
@@ -154,6 +154,7 @@ def prepare(arguments: JobArguments) -> TrainJob:
     explicit = settings.explicit | {*(a.sweep or ())}
     init_options = InitOptions(task, settings.init_text, explicit)
     groups = [adopt_init(group, init_options) for group in groups]
+    groups = with_enough_rows(groups, rows, isolate=options.isolate and not rows.is_single)
     configs = [job.config for group in groups for job in group.jobs]
     if rows.eval_rows is None and any(
         c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in configs

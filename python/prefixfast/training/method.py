@@ -27,6 +27,13 @@ UNTRAINED_OPTIONS = frozenset(
     )
 )
 
+# Advice by the option that decides how many positions a prefix takes.
+SHORTEN = {
+    "prefix_length": "use a shorter prefix (prefix_length)",
+    "init_text": "give a shorter init_text",
+    "num_examples": "lower num_examples",
+}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -53,6 +60,11 @@ class Method:
     def is_alone(self) -> bool:
         """Whether each name is a group of its own."""
         return not (self.makes_prefix and self.is_trained)
+
+    @property
+    def shorten(self) -> str | None:
+        """Advice that makes the result take fewer positions, with an option that the method reads; None of weights."""
+        return next((advice for name, advice in SHORTEN.items() if name in self.reads), None)
 
 
 METHODS: dict[str, Method] = {

@@ -278,6 +278,7 @@ def _names(job: TrainJob) -> list[str]:
 def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
     from prefixfast.model.memory import reset_peak_memory
+    from prefixfast.training.dataset import none_left
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
     from prefixfast.training.resilience import gradient_checkpointing
@@ -295,7 +296,7 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
                 data = tokenize_group(base, job, number)
                 for name, error in data.failed.items():
                     note_failure(job, output, name, error)
-                for part in output.parts(data, resume=job.resume):
+                for part in output.parts(data, resume=job.resume) if data.group.jobs else ():
                     trainer = GroupTrainer(part, len(trainers), output)
                     if not trainers:  # the first group is checked completely before earlier files are removed
                         output.open(resume=job.resume)
@@ -303,6 +304,8 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
                     trainer.run()
                     trainer.free()
                     trainers.append(trainer)
+            if not trainers and not output.unchanged:
+                raise none_left(job.rows.failed)
             if not trainers and job.rows.failed:
                 output.open(resume=job.resume)
                 output.write_failed(job.rows.failed)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import tiny
-from prefixfast import ConfigError, Prefix, generate, load, score, train
+from prefixfast import ConfigError, DataError, Prefix, generate, load, score, train
+from prefixfast.training.estimate import estimate
 from token_rows import rows
 
 ROWS = [{"prompt": f"{i} + {i} =", "completion": f" {2 * i}"} for i in range(6)]
@@ -72,3 +73,64 @@ def test_more_examples_than_rows_and_options_of_training_are_refused():
         }.items():
             with pytest.raises(ConfigError, match=f"{name}: method 'icl' does not read it"):
                 train(base, rows(0, 5), method="icl", **{name: value})
+
+
+def test_a_name_whose_rows_make_no_text_does_not_stop_the_others(base):
+    long = [{"prompt": "word " * 40, "completion": " x"}] * 4
+    data = {"ann": ROWS, "few": ROWS[:1], "long": long, "bob": ROWS[::-1]}
+    run = train(base, data, method="icl", num_examples=2)
+    assert list(run) == ["ann", "bob"]
+    assert "at most the 1 rows of 'few', got 2" in run.failed["few"]
+    assert "tokens" in run.failed["long"]
+    assert run["bob"].digest == train(base, ROWS[::-1], method="icl", num_examples=2).digest
+    for on_error, names in (("raise", ("ann", "few")), ("raise", ("ann", "long")), ("isolate", ("few", "long"))):
+        with pytest.raises((ConfigError, DataError), match=names[-1] if on_error == "raise" else "no prefix is left"):
+            train(base, {n: data[n] for n in names}, method="icl", num_examples=2, on_error=on_error)
+    told = estimate(base, data, method="icl", num_examples=2)
+    assert (told.prefixes, set(told.failed)) == (2, {"few", "long"})
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "prompt"])
+def test_a_name_with_rows_that_are_too_long_does_not_stop_the_others(base, tmp_path, method):
+    data = {"long": [{"prompt": "word " * 90, "completion": " x"}], "ann": ROWS}
+    steps = {} if method == "prompt" else {"max_steps": 1}
+    run = train(base, data, method=method, output_dir=tmp_path, **steps)
+    assert (list(run), list(run.failed)) == (["ann"], ["long"])
+    assert "long" in (tmp_path / "failed.jsonl").read_text()
+    with pytest.raises(DataError, match="no prefix is left"):
+        train(base, dict.fromkeys("ab", data["long"]), method=method, **steps)
+
+
+@pytest.mark.parametrize("overflow", ["skip", "truncate"])
+def test_the_text_of_examples_has_the_length_limit(base, overflow):
+    data = [*ROWS[:2], {"prompt": "ab " * 30, "completion": " x"}, *ROWS[2:4]]
+    made = train(base, data, method="icl", num_examples=4, max_length=20, overflow=overflow)
+    assert made.training["metrics"]["skipped_rows"] + made.training["metrics"]["truncated_rows"] == 1
+    if overflow == "skip":
+        drawn = [i for i in np.random.default_rng(made.training["config"]["seed"]).permutation(5) if i != 2]
+        own = base.require_tokenizer()
+        texts = [data[i]["prompt"] + data[i]["completion"] for i in drawn]
+        ids = [token for text in texts for token in [*own.encode([text])[0].tolist(), own.eos_id]]
+        assert made.digest == Prefix.from_text(base, ids).digest
+        with pytest.raises(DataError, match="at most the 4 rows"):
+            train(base, data, method="icl", num_examples=5, max_length=20, overflow=overflow)
+    else:
+        assert made.length <= 4 * 20
+        assert made.length > train(base, ROWS[:4], method="icl", num_examples=4).length
+    with pytest.raises(DataError, match="at most 20 fit; shorten it, raise max_length"):
+        train(base, data, method="icl", num_examples=5, max_length=20)
+
+
+def test_advice_names_an_option_that_the_method_reads(base):
+    long = [{"prompt": "word " * 9, "completion": " x"}] * 4
+    with pytest.raises(DataError, match="lower num_examples"):
+        train(base, long, method="icl", num_examples=4)
+    with pytest.raises(ConfigError, match="give a shorter init_text"):
+        train(base, ROWS, method="prompt", init_text="word " * 90)
+    with pytest.raises(DataError, match="shorten it, or set overflow"):
+        train(base, [{"prompt": "word " * 90, "completion": " x"}], method="top2", max_steps=1)
+    with pytest.raises(DataError, match=r"shorten it, use a shorter prefix \(prefix_length\), or set overflow"):
+        train(base, [{"prompt": "word " * 90, "completion": " x"}], max_steps=1)
+    split = [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}]
+    with pytest.raises(DataError, match="label the last of them alone"):
+        train(base, split, method="infix", prefix_length=2, max_steps=1)
