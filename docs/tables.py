@@ -138,8 +138,34 @@ TRAINED = {
     "adapter": "bottleneck adapters after the blocks",
     "lora": "low-rank updates, which PEFT computes",
 }
+
+
+def metrics() -> str:
+    """Scores of every metric with their units, better sides and tasks."""
+    from prefixfast.metrics.registry import METRICS
+    from prefixfast.metrics.result import ARROWS
+    from prefixfast.metrics.tasks import TASK_METRICS
+
+    rows = []
+    for metric in METRICS.values():
+        units = [f"{score.unit} {ARROWS[score.better]}".strip() for score in metric.scores]
+        if len(set(units)) > 1:
+            units = [f"`{score.name}` {unit}" for score, unit in zip(metric.scores, units, strict=True)]
+        tasks = [f"`{task}`" for task, names in TASK_METRICS.items() if metric.name in names]
+        shown = "all" if len(tasks) == len(TASK_METRICS) else ", ".join(tasks)
+        scores = ", ".join(f"`{name}`" for name in metric.names)
+        rows.append([f"`{metric.name}`", scores, metric.title, ", ".join(dict.fromkeys(units)), shown])
+    return grid(["metric", "scores", "script", "unit, better side", "tasks"], rows, numbers=False)
+
+
 OPTIONS = ("MethodConfig", "PrefixConfig", "TrainConfig", "GenerationParams", "EngineConfig")
-OTHERS: dict[str, Callable[[], str]] = {"commands": commands, "corpora": corpora, "methods": methods, "paper": paper}
+OTHERS: dict[str, Callable[[], str]] = {
+    "commands": commands,
+    "corpora": corpora,
+    "metrics": metrics,
+    "methods": methods,
+    "paper": paper,
+}
 
 
 # ---- Markdown ----

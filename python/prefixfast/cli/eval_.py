@@ -13,11 +13,16 @@ from prefixfast.cli.prefixes import Json
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.paths import check_not_input
 from prefixfast.io.text import counted
+from prefixfast.metrics.tasks import TASK_METRICS
 
 EXAMPLE = """prefixfast eval texts.txt references.txt --task e2e
 prefixfast eval texts.jsonl testset_w_refs.csv --task e2e --metrics BLEU,NIST"""
 OUTPUTS = """Outputs of any system: a file of rows with the output under 'text', as prefixfast generate writes, or a
 file with one text a line."""
+OF_TASKS = "; ".join(
+    f"{', '.join(task for task, own in TASK_METRICS.items() if own == names)}: {', '.join(names)}"
+    for names in dict.fromkeys(TASK_METRICS.values())
+)
 LONGEST_TOOL = 600  # characters
 REFERENCES = """References: an official file of the task, a file of rows, a text file with one reference a line or
 with an empty line between the references of two texts, or several text files with one line for each
@@ -29,15 +34,13 @@ def command(
     references: Annotated[list[Path], typer.Argument(metavar="REFERENCES...", help=REFERENCES)],
     task: Annotated[
         str,
-        typer.Option(
-            help="Task, which chooses the metrics: e2e, webnlg, dart, totto, xsum, cnn_dailymail, samsum, dialogsum, "
-            "summary or table."
-        ),
+        typer.Option(help=f"Task, which chooses the metrics: {', '.join(TASK_METRICS)}."),
     ],
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            help="Names of metrics or scores with commas between them, as in BLEU,NIST.",
+            help="Names of metrics or scores with commas between them, as in BLEU,NIST. Each task has metrics of its "
+            f"own, and those of other tasks can be named too. Metrics by task: {OF_TASKS}.",
             show_default="all metrics of the task",
         ),
     ] = None,

@@ -1,4 +1,4 @@
-"""Tables of all metrics, and of the metrics of each task."""
+"""Table of all metrics."""
 
 from __future__ import annotations
 
@@ -100,16 +100,6 @@ ALL: tuple[Metric, ...] = (
     Metric("lengths", lengths, "Mean length, distinct n-grams and share of empty texts", LENGTHS),
 )
 METRICS: dict[str, Metric] = {metric.name: metric for metric in ALL}
-
-# Metrics of each task, by the task's name, in the order of its official table.
-TASK_METRICS: dict[str, tuple[str, ...]] = {
-    "e2e": ("bleu", "nist", "meteor", "rouge_l", "cider", "slots", "lengths"),
-    "webnlg": ("multi_bleu_lc", "meteor_webnlg", "ter_webnlg", "chrf", "slots", "lengths"),
-    "dart": ("multi_bleu", "meteor_dart", "ter", "moverscore", "bertscore", "bleurt", "slots", "lengths"),
-    "totto": ("bleu_totto", "bleurt", "lengths"),
-    **dict.fromkeys(("xsum", "cnn_dailymail", "samsum", "dialogsum", "summary"), ("rouge", "lengths")),
-    "table": ("bleu", "chrf", "slots", "lengths"),
-}
 
 
 def better_side(name: str) -> Better | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prefixfast.io.progress import track
 from prefixfast.metrics.forms import Forms, dart_forms, webnlg_forms
 from prefixfast.metrics.result import MetricUnavailable, MetricValue, References, Scores, Tables, Texts
 from prefixfast.metrics.tercom import num_edits
@@ -33,10 +34,11 @@ def ter_webnlg(outputs: Texts, references: References, tables: Tables | None = N
 
 def _value(forms: Forms, form: str) -> MetricValue:
     edits, words = 0, 0.0
-    for output, own in zip(forms.outputs, forms.references, strict=True):
-        texts = [tuple(text.split()) for text in own]
-        edits += min(num_edits(tuple(output.split()), text) for text in texts)
-        words += sum(map(len, texts)) / len(texts)
+    with track(zip(forms.outputs, forms.references, strict=True), "TER", len(forms.outputs), "texts") as each:
+        for output, own in each:
+            texts = [tuple(text.split()) for text in own]
+            edits += min(num_edits(tuple(output.split()), text) for text in texts)
+            words += sum(map(len, texts)) / len(texts)
     if not words:
         msg = "TER: expected a reference with a word, got empty references"
         raise MetricUnavailable(msg)

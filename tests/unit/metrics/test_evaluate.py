@@ -15,8 +15,9 @@ import pytest
 import shared
 from prefixfast import ConfigError, DataError, Generation, evaluate
 from prefixfast.metrics import evaluate as module
-from prefixfast.metrics.registry import METRICS, TASK_METRICS, better_side
+from prefixfast.metrics.registry import METRICS, better_side
 from prefixfast.metrics.result import Metrics, MetricUnavailable, MetricValue
+from prefixfast.metrics.tasks import TASK_METRICS
 
 LENGTHS = ["length", "reference length"]
 

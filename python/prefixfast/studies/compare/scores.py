@@ -8,8 +8,8 @@ from typing import Any
 
 from prefixfast.data.formats import FORMATS
 from prefixfast.metrics.evaluate import evaluate
-from prefixfast.metrics.registry import TASK_METRICS
 from prefixfast.metrics.result import Metrics
+from prefixfast.metrics.tasks import TASK_METRICS
 from prefixfast.studies.compare.rows import StudyRows
 from prefixfast.studies.compare.study import Study
 
