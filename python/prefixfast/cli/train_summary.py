@@ -110,7 +110,7 @@ class Summary:
         }
         places = {"output": _text(self.output), "store": _text(self.store), "plot": _text(plot)}
         own: dict[str, Any] = {"prefixes": prefixes, "unchanged": list(self.run.unchanged), "failed": self.run.failed}
-        own["next"] = shlex.join(self.next_command()) if len(self.run) else None
+        own["next"] = shlex.join(self.next_command()) or None
         return asdict(self.run.totals) | places | own
 
     def lines(self, plot: Path | None) -> list[str]:
@@ -127,7 +127,7 @@ class Summary:
         speed = f"{rate(totals.tokens / totals.seconds)} tokens/s" if totals.seconds else "finished in an earlier run"
         lines += _entry("base", f"{printable(totals.base)}, {totals.dtype} on {totals.device}")
         lines += _entry("rows", _rows(list(run.metrics.values())))
-        lines += _entry("speed", f"{_steps(list(run.metrics.values()))}, {speed}")
+        lines += _entry("speed", f"{_steps(list(run.metrics.values()))}, {speed}") if self._has_steps else []
         for name, metrics in run.metrics.items() if self.is_single else ():
             lines += _entry("loss", _losses(metrics))
             lines += _sizes(run[name])
@@ -137,9 +137,15 @@ class Summary:
         lines += self._advice()
         for name, place in (("saved to", self.output), ("store", self.store)):
             lines += [] if place is None else _entry(name, printable(place))
-        if self.output is not None and run.metrics and (plot is not None or not _has_matplotlib()):
+        if self.output is not None and self._has_steps and (plot is not None or not _has_matplotlib()):
             lines += _entry("plot", NO_PLOT if plot is None else printable(plot))
-        return [*lines, *(_command("next", self.next_command()) if len(run) else ())]
+        words = self.next_command()
+        return [*lines, *(_command("next", words) if words else ())]
+
+    @property
+    def _has_steps(self) -> bool:
+        """Whether training took steps, which methods without training do not."""
+        return any(metrics.get("steps") for metrics in self.run.metrics.values())
 
     def _what(self, count: int) -> str:
         """Kind and number of what was made."""
@@ -162,9 +168,12 @@ class Summary:
     def next_command(self) -> list[str]:
         """Words of the command that generates with the first prefix or the best one of its sweep.
 
-        It reads the prefix's own rows, or of an official corpus the held-out split if there is one.
+        It reads the prefix's own rows, or of an official corpus the held-out split if there is one. There are no words
+        without a prefix, or for weights whose names stand in the rows: weights act for all rows of a command.
         """
-        name = next(iter(self.run))
+        name = next(iter(self.run), None)
+        if name is None or (self.rows_name_prefixes and "method" in vars(self.run[name])):
+            return []
         source = str(self.run.variants.get(name, {}).get("of", name))
         if name in self.run.variants:
             name = self.run.best_name(source)
@@ -184,7 +193,7 @@ class Summary:
 
     def _plot(self) -> Path | None:
         """Path of the drawn plot, None without matplotlib, an output folder or losses, or if drawing fails."""
-        if self.output is None or not self.run.metrics or not _has_matplotlib():
+        if self.output is None or not self._has_steps or not _has_matplotlib():
             return None
         try:
             self.run.plot(self.output / PLOT)
@@ -265,7 +274,10 @@ def _steps(metrics: Sequence[Mapping[str, float]]) -> str:
 
 
 def _losses(metrics: Mapping[str, Any]) -> str:
-    """Losses at the start and the end: those on held-out rows if there are any, else those of training."""
+    """Losses at the start and the end, or the one without steps: on held-out rows if there are any."""
+    if metrics.get("steps") == 0:
+        key, rows = ("eval_loss", "held-out") if "eval_loss" in metrics else ("loss", "training")
+        return f"{_loss(metrics[key])} on {rows} rows"
     if "eval_loss" in metrics:
         first, last = (_loss(metrics[k]) for k in ("eval_loss_before", "eval_loss"))
         return f"{first} before and {last} after training, on held-out rows"

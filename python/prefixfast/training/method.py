@@ -27,6 +27,11 @@ UNTRAINED_OPTIONS = frozenset(
     )
 )
 
+# Reasons why weights have no such option, with advice.
+WEIGHTS_ADVICE = {
+    "store": "a store holds prefixes, and weights act for all requests; save them to output_dir instead",
+    "on_top_of": "weights act in the base for all requests, and stand behind no prefix; train a prefix instead",
+}
 # Advice by the option that decides how many positions a prefix takes.
 SHORTEN = {
     "prefix_length": "use a shorter prefix (prefix_length)",
@@ -98,7 +103,10 @@ def check_read(method: str, given: Iterable[str], what: str = "") -> None:
     for name in sorted(known.difference(METHODS[method].reads).intersection(given)):
         readers = [other for other, m in METHODS.items() if name in m.reads]
         where = f"{what}: " if what else ""
-        advice = f"it is an option of method {' and '.join(readers)}" if readers else "leave it out"
+        several = f"{'methods' if len(readers) > 1 else 'method'} {', '.join(readers)}"
+        advice = f"it is an option of the {several}" if readers else "leave it out"
+        if not METHODS[method].makes_prefix:
+            advice = WEIGHTS_ADVICE.get(name, advice)
         msg = f"{where}{name}: method {method!r} does not read it; {advice}"
         raise ConfigError(msg)
 

@@ -56,6 +56,28 @@ def test_a_file_with_options_of_a_method_is_printed_and_read(cli, folder, data, 
     assert cli("train", folder, data, "-o", tmp_path / "p", "--config", tmp_path / "own.yaml").code == 0
 
 
+@pytest.mark.parametrize("method", ["prompt", "icl"])
+def test_a_method_without_steps_has_no_speed_plot_or_loss_after_training(cli, folder, data, tmp_path, method):
+    code, out, err = cli("train", folder, data, "-o", tmp_path / "p", "--method", method, "--dtype", "float32")
+    assert code == 0, err
+    assert [word for word in ("speed", "plot", "after training", "at the end") if word in out] == []
+    assert "on training rows" in out
+    assert not (tmp_path / "p" / "loss.png").exists()
+    held = ("--eval-data", data, "--overwrite")
+    code, out, err = cli("train", folder, data, "-o", tmp_path / "p", "--method", method, "--dtype", "float32", *held)
+    assert (code, "on held-out rows" in out, "before" in out) == (0, True, False), err
+
+
+def test_weights_of_names_in_the_rows_have_no_next_command(cli, folder, tmp_path):
+    data, how = tmp_path / "rows.jsonl", ("--max-steps", 1, "--dtype", "float32")
+    data.write_text("".join(json.dumps(r | {"prefix": "ab"[i % 2]}) + "\n" for i, r in enumerate(ROWS)))
+    for method, has_next in (("prefix", True), ("top2", False)):
+        column = ("--prefix-column", "prefix", "--method", method, "-o", tmp_path / method, "--json")
+        code, out, err = cli("train", folder, data, *column, *how)
+        assert code == 0, err
+        assert (json.loads(out)["next"] is not None) == has_next
+
+
 def test_an_option_that_the_method_does_not_read_is_refused(cli, folder, data, tmp_path):
     code, _, err = cli("train", folder, data, "-o", tmp_path / "p", "--method", "full", "--prefix-length", 3)
     assert code == 1

@@ -121,6 +121,19 @@ def test_the_text_of_examples_has_the_length_limit(base, overflow):
         train(base, data, method="icl", num_examples=5, max_length=20)
 
 
+def test_weights_have_reasons_against_a_store_and_a_frozen_prefix(base, tmp_path):
+    shared = Prefix.from_text(base, "ab")
+    cases = {"store": (tmp_path / "s", "a store holds prefixes"), "on_top_of": (shared, "act in the base")}
+    for name, (value, reason) in cases.items():
+        with pytest.raises(ConfigError, match=f"{name}: method 'lora' does not read it; .*{reason}"):
+            train(base, ROWS, method="lora", **{name: value})
+        assert not (tmp_path / "s").exists()
+    with pytest.raises(ConfigError, match=r"of the methods prefix, infix$"):
+        train(base, ROWS, method="icl", on_top_of=shared)
+    with pytest.raises(ConfigError, match=r"of the method icl$"):
+        train(base, ROWS, num_examples=2)
+
+
 def test_advice_names_an_option_that_the_method_reads(base):
     long = [{"prompt": "word " * 9, "completion": " x"}] * 4
     with pytest.raises(DataError, match="lower num_examples"):
