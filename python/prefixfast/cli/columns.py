@@ -8,11 +8,12 @@ from typing import TypedDict
 
 import typer
 
+from prefixfast.data.builtin_tasks import TASKS
 from prefixfast.errors import ConfigError, shown
 
+*NAMES, LAST_NAME = TASKS
 TASK = typer.Option(
-    help="Task that turns rows into text: e2e, webnlg, dart, table, summary, xsum, cnn_dailymail, samsum, dialogsum, "
-    "prompt, messages, text or instruction.",
+    help=f"Task that turns rows into text: {', '.join(NAMES)} or {LAST_NAME}.",
     show_default="the task that fits the rows' keys",
 )
 SPLIT = typer.Option(

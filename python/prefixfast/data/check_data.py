@@ -16,6 +16,7 @@ from prefixfast.data.columns import TaskLike, check_columns, empty_values, reser
 from prefixfast.data.corpora import count_warning, other_split, task_items
 from prefixfast.data.encode import ANY_VOCABULARY, Example, encode_examples
 from prefixfast.data.files import file_items
+from prefixfast.data.formats import FORMATS
 from prefixfast.data.join import Joins
 from prefixfast.data.layouts import layout_note
 from prefixfast.data.rows import Row
@@ -114,6 +115,8 @@ def check_data(
 ) -> DataReport:
     """Read a file as training does, and continue after an error, at which training stops.
 
+    A row without a target is a problem, except in the splits dev and test, of which generation reads it.
+
     Args:
         task: Task as for `train`. None chooses the task by the keys of the first row.
         path: Path of the file.
@@ -134,8 +137,8 @@ def check_data(
     check_string("task", name, "the name of a task, a Task or None")
     RowReader(encoding, split, task)  # reports a split that is unknown or does not fit
     base, path = base or BaseVocabulary(), as_path("path", path)
-    checker = _Checker(DataReport(str(path), name, max_length=base.max_length), base, max_errors)
-    report = checker.report
+    report = DataReport(str(path), name, max_length=base.max_length)
+    checker = _Checker(report, base, max_errors, reads_requests=split not in (None, "train"))
     rows: list[Row] = []
     try:
         with Progress(f"read {path}"):
@@ -171,10 +174,17 @@ class _ValidRow(TypedDict):
 
 
 class _Checker:
-    """Fills a report."""
+    """Fills a report.
 
-    def __init__(self, report: DataReport, base: BaseVocabulary, max_errors: int) -> None:
+    Attributes:
+        num_requests: Number of rows without a target, where these are no problem.
+    """
+
+    def __init__(
+        self, report: DataReport, base: BaseVocabulary, max_errors: int, *, reads_requests: bool = False
+    ) -> None:
         self.report, self.base, self.max_errors = report, base, max_errors
+        self.reads_requests, self.num_requests = reads_requests, 0
 
     def add_problem(self, error: DataError) -> None:
         """Count a problem, and list it if the list is not full."""
@@ -201,10 +211,13 @@ class _Checker:
                     targets, examples = valid["targets"], valid["examples"]
                     characters["prompt"].append(len(valid["prompt"]))
                     characters["target"] += map(len, targets)
-                    report.examples += len(examples) if counted else max(1, len(targets))
+                    if self._is_request(valid["row"], task):
+                        self.num_requests += 1
+                    else:
+                        report.examples += len(examples) if counted else max(1, len(targets))
+                        joins.add(valid["prompt"], targets)
                     tokens["example"] += (len(e.ids) for e in examples)
                     tokens["target"] += (len(e.targets) for e in examples)
-                    joins.add(valid["prompt"], targets)
                     size = len(examples[0].ids) if examples else len(valid["prompt"]) + sum(map(len, targets[:1]))
                     sizes.append((size, valid["row"]))
         report.characters = {k: _percentiles(v) for k, v in characters.items() if any(v)}
@@ -212,6 +225,9 @@ class _Checker:
         limit = report.max_length
         report.too_long = sum(n > limit for n in tokens["example"]) if limit else 0
         report.warnings += [*filter(None, [joins.warning()]), *empty_values(task, rows)]
+        if self.num_requests:
+            have = f"{self.num_requests} of {len(rows)} rows have no texts"
+            report.warnings.append(f"{have}; generate reads them, but eval and training need texts")
         report.shown = [
             _shown(tokenizer, which, valid)
             for which, row in _typical_rows(sizes).items()
@@ -234,7 +250,10 @@ class _Checker:
         texts: list[tuple[str, list[str]]] = [("", [])] * len(rows)
         if not tokenized:
             eos = "{eos}" if tokenizer is None else tokenizer.eos
-            plain = [i for i, row in enumerate(rows) if not task.is_chat(row)]
+            plain = [i for i, row in enumerate(rows) if not (task.is_chat(row) or self._is_request(row, task))]
+            for i, row in enumerate(rows):
+                if self._is_request(row, task):
+                    texts[i] = task.prompts([row], eos)[0], []
             for i, pair in zip(plain, task.pairs([rows[i] for i in plain], eos), strict=True):
                 texts[i] = pair
             for i, row in enumerate(rows):
@@ -243,13 +262,21 @@ class _Checker:
                     texts[i] = "\n".join(str(m.get("content") or "") for part in parts for m in part), []
         examples: list[list[Example]] = [[] for _ in rows]
         if tokenized or tokenizer is not None:
-            encoded = encode_examples(tokenizer, self.base.vocab_size, rows, task)
+            trained = [i for i, row in enumerate(rows) if not self._is_request(row, task)]
+            encoded = (
+                encode_examples(tokenizer, self.base.vocab_size, [rows[i] for i in trained], task) if trained else []
+            )
             for number, found in itertools.groupby(encoded, key=lambda e: e.row):
-                examples[number] = list(found)
+                examples[trained[number]] = list(found)
         return [
             {"row": row, "prompt": prompt, "targets": targets, "examples": own}
             for row, (prompt, targets), own in zip(rows, texts, examples, strict=True)
         ]
+
+    def _is_request(self, row: Row, task: Task) -> bool:
+        """Whether a row has no target, and is read for generation alone."""
+        targets = FORMATS[task.format].targets
+        return self.reads_requests and bool(targets) and all(row.get(key) is None for key in targets)
 
 
 def _typical_rows(sizes: list[tuple[int, Row]]) -> dict[str, Row]:
@@ -267,7 +294,7 @@ def _typical_rows(sizes: list[tuple[int, Row]]) -> dict[str, Row]:
 def _shown(tokenizer: Tokenizer | None, which: str, valid: _ValidRow) -> ShownExample:
     """The first example of a row: the text up to the first target and the rest, with special tokens."""
     path, line = getattr(valid["row"], "path", None), getattr(valid["row"], "line", None)
-    if tokenizer is None:
+    if tokenizer is None or not valid["examples"]:
         target = valid["targets"][0] if valid["targets"] else ""
         return {"which": which, "path": path, "line": line, "prompt": valid["prompt"], "target": target}
     example = valid["examples"][0]

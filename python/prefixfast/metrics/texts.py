@@ -14,6 +14,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.corpora import read_task, task_items
 from prefixfast.data.corpora.corpus import CORPORA
 from prefixfast.data.corpora.official import TEXT_KEYS
+from prefixfast.data.corpora.summaries import SOURCE, TARGET, pair_file
 from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, file_kind, read_text
 from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, CORPUS_BY_SUFFIX, JSON_TABLE, PLAIN_TEXT
 from prefixfast.data.formats import FORMATS
@@ -28,7 +29,6 @@ REFERENCE_KEYS = (*TEXT_KEYS, "highlights", "reference", "references")
 TABLE_KEYS = FORMATS["table"].inputs
 COMPARED_KEYS = ("id", *TABLE_KEYS, "document", "article", "dialogue")
 ROW_SUFFIXES = (*SUFFIXES, ".xml")
-SOURCE, TARGET = ".source", ".target"  # of two files of a corpus with one document, and its summary, a line
 # Further suffixes of official files, by task.
 OFFICIAL_SUFFIXES: dict[str, tuple[str, ...]] = {
     "xsum": (SOURCE, ".summary", ".data"),
@@ -155,16 +155,10 @@ def _is_official(path: Path, task: str, split: str | None) -> bool:
     if not _is_text(path) or kind in suffixes:
         return True
     if kind == TARGET:
-        return SOURCE in suffixes and (split is not None or _has_documents(path))
+        return SOURCE in suffixes and (split is not None or pair_file(path, SOURCE).exists())
     if task == "e2e" and kind == ".txt":
         return _has_bars(path)
     return kind in CORPUS_BY_SUFFIX
-
-
-def _has_documents(path: Path) -> bool:
-    """Whether the ``.source`` file of a ``.target`` file is beside it."""
-    packed = path.suffix if path.suffix.lower() == ".gz" else ""
-    return path.with_name(Path(path.name.removesuffix(packed)).stem + SOURCE + packed).exists()
 
 
 def _lines(path: Path, keys: Sequence[str]) -> list[str]:

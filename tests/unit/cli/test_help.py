@@ -18,6 +18,8 @@ from oracles import ROOT
 from prefixfast import EngineConfig, GenerationParams, MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.cli import app
 from prefixfast.cli.help import commands
+from prefixfast.data import TASKS
+from prefixfast.metrics.registry import TASK_METRICS
 
 ALL = dict(commands(typer.main.get_command(app)))
 LEAVES = {path: command for path, command in ALL.items() if not hasattr(command, "commands")}
@@ -103,6 +105,13 @@ def test_the_pages_of_groups_list_their_commands(page):
         if hasattr(command, "commands"):
             shown = page(path).partition("\nCommands:\n")[2]
             assert set(re.findall(r"^  ([a-z-]+)  ", shown, re.MULTILINE)) == set(command.commands)
+
+
+@pytest.mark.parametrize("path", [("train",), ("data", "check"), ("compare",), ("eval",)], ids=" ".join)
+def test_the_help_of_a_task_names_every_task(path):
+    names = TASK_METRICS if path == ("eval",) else TASKS
+    (option,) = (p for p in LEAVES[path].params if "--task" in p.opts)
+    assert {*names} <= {*re.findall(r"\w+", option.help)}
 
 
 def test_version(cli):

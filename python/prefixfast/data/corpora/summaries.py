@@ -47,7 +47,7 @@ def pair_items(path: Path) -> Iterator[Item]:
     Raises:
         DataError: If a file cannot be read, or the two differ in their number of lines.
     """
-    source, target = (_beside(path, ending) for ending in (SOURCE, TARGET))
+    source, target = (pair_file(path, ending) for ending in (SOURCE, TARGET))
     documents, summaries = (text_lines(read_text(file)) for file in (source, target))
     if len(documents) != len(summaries):
         counts = f"{len(documents)} lines, {target.name} has {len(summaries)}"
@@ -56,6 +56,23 @@ def pair_items(path: Path) -> Iterator[Item]:
         raise DataError(msg, path=str(source), line=line)
     for number, (document, summary) in enumerate(zip(documents, summaries, strict=True), 1):
         yield FileRow({"document": document, "summary": summary}, str(source), number)
+
+
+def pair_file(path: Path, ending: str) -> Path:
+    """The file of a pair with an ending, also in capitals or with ``.gz``; the path where it is expected without one.
+
+    Args:
+        path: Path of either file.
+        ending: `SOURCE` or `TARGET`.
+    """
+    if file_kind(path) == ending:
+        return path
+    expected = path.with_name(path.name[: path.name.lower().rindex(file_kind(path))] + ending)
+    if expected.exists():
+        return expected
+    names = (expected.name.lower(), f"{expected.name.lower()}.gz")
+    inside = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    return next((file for file in inside if file.name.lower() in names), expected)
 
 
 def document_row(entry: FileRow, document: str, summary: str) -> FileRow:
@@ -138,12 +155,3 @@ def _text(entry: FileRow, key: str) -> str:
     if key not in entry:
         raise row_error(entry, 0, f"expected the keys of the corpus, of which {key} is missing; got {listed(entry)}")
     return text_value(entry, 0, key)
-
-
-def _beside(path: Path, ending: str) -> Path:
-    """The file of a pair with an ending, also in capitals or with ``.gz``; the expected path if there is none."""
-    if file_kind(path) == ending:
-        return path
-    expected = path.with_name(path.name[: path.name.lower().rindex(file_kind(path))] + ending)
-    names = (expected.name.lower(), f"{expected.name.lower()}.gz")
-    return next((f for f in sorted(path.parent.iterdir()) if f.name.lower() in names), expected)

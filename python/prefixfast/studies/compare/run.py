@@ -8,6 +8,7 @@ parent process ends, interrupts it like Ctrl-C, so that training writes a checkp
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -143,6 +144,7 @@ def main() -> None:
     """Carry out the run on standard input, and write its result or its error."""
     values = json.loads(sys.stdin.readline())
     run, folder = StudyRun.from_json(values["run"]), Path(values["folder"])
+    logging.getLogger("prefixfast.data").setLevel(logging.ERROR)  # the comparison itself has warned of its rows
     threading.Thread(target=_interrupt_at_end, daemon=True).start()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
