@@ -99,7 +99,7 @@ FUNCTIONS = {n: getattr(prefixfast, n) for n in prefixfast.__all__ if inspect.is
 INTERNAL = {
     "Model.handle",
     "Model.head",
-    "Model.tuned",
+    "Model.guard",
     "Model.packed",
     "Model.prepack",
     "Model.run",

@@ -37,7 +37,8 @@ class LoopDriver:
 
     Attributes:
         worker: Engine's thread, None until the first request is submitted.
-        lock: Lock of whoever runs the loop, or starts the worker.
+        lock: Lock of whoever runs the loop, or starts the worker. A thread that runs the loop has the guard of the base
+            model before.
         owner: Id of the thread that runs the loop without a worker. Valid only while the lock is taken.
         next_number: Iterator over request numbers.
         closed: Whether the engine is closed.
@@ -107,18 +108,14 @@ class LoopDriver:
             weights: Trained weights that act in the base model meanwhile.
 
         Raises:
-            ConfigError: If the engine is closed, in a logits processor, in a forked process, or with weights beside
-                requests of other threads.
+            ConfigError: If the engine is closed, in a logits processor, in a forked process, or with weights while an
+                engine with a thread uses the base model.
         """
         self.check_callable(method)
-        if self.worker is None:
-            with self.lock:
-                self.check_open()
-                if self.worker is None:
-                    with applied_weights(self.model, weights):
-                        return self._run_inline(job)
-        self._check_alone(weights)
-        return self.worker.between_steps(job)
+        with self._turn(weights) as worker:
+            if worker is None:
+                return self._run_inline(job)
+        return worker.between_steps(job)
 
     def submit(self, request: Request, *, wait: bool = False) -> Ticket:
         """Queue a request for the engine's thread, which is started by the first request.
@@ -147,24 +144,35 @@ class LoopDriver:
             Result or error of each request, in their order.
 
         Raises:
-            ConfigError: If there are weights, and the engine has a thread.
+            ConfigError: If the engine is closed, or for weights while an engine with a thread uses the base model.
         """
-        with self.lock:
-            self.check_open()
-            if self.worker is None:
-                with applied_weights(self.model, weights):
-                    return self._run_inline(lambda: self._run_batch(requests, work))
-        self._check_alone(weights)
+        with self._turn(weights) as worker:
+            if worker is None:
+                return self._run_inline(lambda: self._run_batch(requests, work))
         return wait_for_tickets((partial(self.submit, r, wait=True) for r in requests), work)
 
-    def _check_alone(self, weights: TunedWeights | None) -> None:
-        """Raise `ConfigError` for trained weights where the engine's thread runs other requests on the base model."""
-        if weights is not None:
-            msg = (
-                f"prefixes: weights of method {weights.method!r} change the base for all requests, and this engine has "
-                "a thread for those of submit and stream; make another engine for the weights"
-            )
-            raise ConfigError(msg)
+    @contextlib.contextmanager
+    def _turn(self, weights: TunedWeights | None) -> Iterator[Worker | None]:
+        """Context manager in which this thread runs the loop, unless the engine's thread does, which is yielded.
+
+        The guard of the base model comes before the lock. Nobody waits for the guard while it has the lock, so that
+        threads that run engines inside each other's steps never wait for each other.
+        """
+        if self.worker is not None and weights is None:
+            yield self.worker
+            return
+        with applied_weights(self.model, weights):
+            # With weights no other thread runs the loop, and one that has the lock closes it or starts the worker.
+            has_lock = self.lock.acquire(blocking=weights is None)
+            try:
+                self.check_open()
+                if weights is not None and (not has_lock or self.worker is not None):
+                    msg = "submit has started a thread of this engine meanwhile; load the base again for the weights"
+                    raise ConfigError(msg)
+                yield self.worker
+            finally:
+                if has_lock:
+                    self.lock.release()
 
     def close(self) -> None:
         """End the engine's thread, cancel its requests, and release the arena. Waits for a `run` of another thread.
@@ -216,6 +224,7 @@ class LoopDriver:
                 self.interrupted = False
                 return result
         finally:
+            self.loop.end_run()
             self.owner = None
 
     def _repair(self) -> None:

@@ -88,7 +88,7 @@ class Loop:
         self.errors: dict[int, BaseException] = {}  # errors of requests that were cancelled for them
         self.counts: Counter[str] = Counter()
         self.runner = StepRunner(model, self.arena, self.batch, max_model_len, self.counts)
-        self.compiled, self.captured = config.compile_decode, (recorded_state(model.hf), model.tuned)
+        self.compiled, self.captured = config.compile_decode, (recorded_state(model.hf), model.guard.acting)
         if self.run_ahead:
             self.runner.capture(compiled=self.compiled)
 
@@ -218,7 +218,7 @@ class Loop:
         self.prefix_cache.trim(busy=bool(self.requests))
         if not self.requests:
             self.unread = []
-            self._end_run()
+            self.end_run()
         return ended
 
     def restart(self) -> None:
@@ -244,17 +244,17 @@ class Loop:
         """Begin a run with the weights as they are now."""
         self.run.enter_context(self.model.run())
         self.running = True
-        if self.run_ahead and (state := (recorded_state(self.model.hf), self.model.tuned)) != self.captured:
-            self.runner.capture(compiled=self.compiled)  # a captured graph reads the old places and adapters
+        if self.run_ahead and (state := (recorded_state(self.model.hf), self.model.guard.acting)) != self.captured:
+            self.runner.capture(compiled=self.compiled)  # a captured graph reads the places of the old tensors
             self.captured = state
 
-    def _end_run(self) -> None:
+    def end_run(self) -> None:
         """End the run, so that the next request finds weights that were changed meanwhile."""
         self.running = False
         self.run.close()
 
     def _clear_requests(self) -> None:
-        self._end_run()
+        self.end_run()
         for state in (self.requests, self.first_row, self.outputs, self.unread, self.committed, self.errors):
             state.clear()
         self.batch.processors.errors.clear()

@@ -42,7 +42,9 @@ class SharedPrompts:
         Returns:
             Requests in the same order. Requests without shared leading tokens are unchanged.
         """
-        if (state := content_state(self.model.hf)) != self.state:
+        with self.model.guard.running():
+            state = content_state(self.model.hf)
+        if state != self.state:
             self.prompts.clear()
             self.state = state
         groups: dict[tuple[Digests, bytes], list[Request]] = defaultdict(list)

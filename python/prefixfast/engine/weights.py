@@ -13,22 +13,19 @@ from prefixfast.prefix.tuned_weights import TunedWeights
 
 @contextlib.contextmanager
 def applied_weights(model: Model, weights: TunedWeights | None) -> Iterator[None]:
-    """Context manager in which a base model has trained weights. It gives the base model back unchanged.
+    """Context manager in which a base model runs with trained weights. It gives the base model back unchanged.
 
     Args:
         model: Base model, for which the weights were made.
         weights: Trained weights, None for those of the base model.
 
     Raises:
-        ConfigError: If the weights do not fit the base model.
+        ConfigError: If the weights do not fit the base model, or cannot act in it now.
     """
     if weights is None:
-        yield
+        with model.guard.running():
+            yield
         return
     tensors = {name: t.to(model.device) for name, t in shared_tensors(weights.tensors).items()}
     with tuned(model, weights.method, tensors, weights.options):
-        model.tuned = weights.digest
-        try:
-            yield
-        finally:
-            model.tuned = None
+        yield

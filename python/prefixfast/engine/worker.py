@@ -28,6 +28,8 @@ T = TypeVar("T")
 class Worker:
     """Thread that runs the steps of a loop while there are requests.
 
+    Trained weights cannot act in the base model as long as there is the thread, whose requests need not end.
+
     Args:
         loop: Loop, which only this thread uses from now on.
         to_result: Function that makes the result, or the error, of a request that has ended.
@@ -51,8 +53,13 @@ class Worker:
         self.in_queue = 0  # waiting requests of the scheduler, which only this thread may ask
         self.closing = self.stepping = False
         self.process_id = process_id()
+        loop.model.guard.add_engine()
         self.thread = threading.Thread(target=self._run, name="prefixfast-engine", daemon=True)
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:  # this process can start no more threads
+            loop.model.guard.remove_engine()
+            raise
         end_at_exit(self)
 
     def submit(self, number: int, request: Request, *, wait: bool = False) -> Ticket:
@@ -157,6 +164,8 @@ class Worker:
         except BaseException as e:
             logger.exception("the engine's thread failed")
             error = e
+        self.loop.end_run()
+        self.loop.model.guard.remove_engine()
         with self.lock:
             self.closing = True
             jobs, left = list(self.jobs), [ticket for ticket, request in self.inbox if request is not None]

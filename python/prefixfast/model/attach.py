@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.activations import NewGELUActivation
 from prefixfast.errors import ConfigError
 from prefixfast.model.attention_switch import configs_of, own_implementation, private_configs, switch
 from prefixfast.model.dry_run import LayerShape, dry_run
+from prefixfast.model.guard import BaseGuard
 from prefixfast.model.own_attention import foreign_attention
 from prefixfast.model.process import note_computing
 from prefixfast.model.proof.infix import InfixSupport
@@ -42,6 +43,7 @@ class Handle:
         infix: Place of prefixes before the last prompt token, or the reason why the model takes none.
         undo: Functions that restore the model, to be called from last to first.
         users: Number of `attach` calls without their `detach`.
+        guard: Guard that keeps changes of the model and runs of other threads apart.
     """
 
     model: PreTrainedModel
@@ -49,6 +51,7 @@ class Handle:
     infix: InfixSupport
     undo: list[Callable[[], None]]
     users: int = 1
+    guard: BaseGuard = field(default_factory=BaseGuard)
 
     def detach(self) -> None:
         """Detach once; the last user restores attention, activations, training flags and ``requires_grad``."""

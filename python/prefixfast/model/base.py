@@ -18,6 +18,7 @@ from prefixfast.errors import ConfigError, warn_renamed
 from prefixfast.model.attach import Handle
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import Fingerprint, fingerprint
+from prefixfast.model.guard import BaseGuard
 from prefixfast.model.kv_layout import kv_layout
 from prefixfast.model.lm_head import Head, find_head, packed_hidden
 from prefixfast.model.packed_forward import check_eval, packed_forward
@@ -40,7 +41,6 @@ class Model:
         tokenizer: Tokenizer, None if the base model was given as an object and no tokenizer was found.
         head: Output layer, None if the logits are not those of one linear layer.
         closed: Whether `close` was called.
-        tuned: Digest of the trained weights that act in the base model for the time of a call, None without any.
         packed: Result of `prepack`, None before the first call.
         quantization: Quantization of the weights, also of those that were dequantized when they were loaded. None if
             they are not known to be quantized.
@@ -54,7 +54,6 @@ class Model:
     tokenizer: Tokenizer | None
     head: Head | None
     closed: bool = False
-    tuned: str | None = None
     packed: Packed | None = None
     quantization: str | None = None
     allow_base_mismatch: BaseMismatch | None = None
@@ -83,6 +82,11 @@ class Model:
         return self.handle.layers
 
     @property
+    def guard(self) -> BaseGuard:
+        """Guard of the base model, which keeps trained weights of one thread out of the runs of the others."""
+        return self.handle.guard
+
+    @property
     def max_positions(self) -> int:
         """Number of positions of the base model."""
         return int(self.hf.config.get_text_config().max_position_embeddings)
@@ -94,13 +98,19 @@ class Model:
 
     @property
     def fingerprint(self) -> Fingerprint:
-        """Architecture and digests of tokenizer, weights and acting adapters, by which a prefix recognizes its base."""
-        state = recorded_state(self.hf)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
-            layout = kv_layout(self.hf, self.layers)
-            self._fingerprint = state, found if layout is None else {**found, "kv_layout": layout}
-        return self._fingerprint[1]
+        """Architecture and digests of tokenizer, weights and acting adapters, by which a prefix recognizes its base.
+
+        Raises:
+            ConfigError: If trained weights act in the base model in this thread.
+        """
+        with self.guard.running():
+            self.guard.check_unchanged()
+            state, kept = recorded_state(self.hf), self._fingerprint
+            if kept is None or kept[0] != state:
+                found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
+                layout = kv_layout(self.hf, self.layers)
+                self._fingerprint = kept = state, found if layout is None else {**found, "kv_layout": layout}
+            return kept[1]
 
     def forward(self, plan: Plan, ids: Tensor) -> Tensor:
         """One packed forward pass.
@@ -156,19 +166,22 @@ class Model:
     def run(self) -> Iterator[None]:
         """Context manager in which requests run. Weights that were changed before it are used as they are now.
 
+        It waits while trained weights of another thread act in the base model, and these wait for its end.
+
         Raises:
             ConfigError: If a module is in training mode, for example a LoRA layer that was added after `load`.
         """
-        check_eval(self.hf)
-        self._follow_changes()
-        packed = self.packed
-        if packed is not None:
-            packed.begin()
-        try:
-            yield
-        finally:
+        with self.guard.running():
+            check_eval(self.hf)
+            self._follow_changes()
+            packed = self.packed
             if packed is not None:
-                packed.end()
+                packed.begin()
+            try:
+                yield
+            finally:
+                if packed is not None:
+                    packed.end()
 
     def require_tokenizer(self) -> Tokenizer:
         """Tokenizer of the base model.
@@ -210,7 +223,8 @@ class Model:
         if self.closed:
             msg = "this base was closed: load it again"
             raise ConfigError(msg)
-        self._follow_changes()
+        with self.guard.running():
+            self._follow_changes()
         return self
 
     def close(self) -> None:

@@ -182,7 +182,8 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str, allow_base_mismatch
     except ConfigError:
         handle.detach()
         raise
-    made = Model(hf, chosen, handle, ours, find_head(hf))
+    with handle.guard.running():
+        made = Model(hf, chosen, handle, ours, find_head(hf))
     made.quantization, made.allow_base_mismatch = quantization_of(hf), allow_base_mismatch
     return made
 

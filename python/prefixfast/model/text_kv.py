@@ -71,7 +71,8 @@ def tokens_kv(
     arena = Arena(layers, torch.empty(0, dtype=torch.int32), readers(model.layers))
     slots = torch.arange(first, first + length, dtype=torch.int32, device=model.device)
     last = torch.tensor([length - 1], device=model.device)
-    model.forward(replace(plan, arena=arena, slots=slots, logits_at=last), tokens)
+    with model.guard.running():
+        model.forward(replace(plan, arena=arena, slots=slots, logits_at=last), tokens)
     dtype = parameter_dtype(model.dtype)
     made = [
         (k[first:, :, : s.head_dim].to(dtype), v[first:, :, : s.value_dim].to(dtype))

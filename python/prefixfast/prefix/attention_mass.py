@@ -58,7 +58,8 @@ def measure_prompt(
         masses[call.layer] = prefix_mass(plan, call)[first:].sum(0)
 
     alone = plain_plan([len(ids)], backend=model.backend, device=model.device).with_logits_at(at)
-    p, q = model.forward(replace(plan, probe=probe), tokens), model.forward(alone, tokens)
+    with model.guard.running():
+        p, q = model.forward(replace(plan, probe=probe), tokens), model.forward(alone, tokens)
     chunks = zip(p.split(POSITIONS_PER_CHUNK), q.split(POSITIONS_PER_CHUNK), strict=True)
     divergence = torch.cat([_divergence(a, b) for a, b in chunks])
     by_layer = [masses[i] for i in range(len(masses))]

@@ -80,7 +80,8 @@ def _first_layer_keys(model: Model, tokens: Tensor, position: int) -> Tensor:
     plan = plain_plan([1] * len(tokens), backend=model.backend, device=model.device)
     plan = replace(plan, position_ids=torch.full_like(plan.position_ids, position), probe=probe)
     try:
-        model.forward(plan, tokens)
+        with model.guard.running():
+            model.forward(plan, tokens)
     except _StopForwardError:
         return seen[0]
     msg = "the first layer's attention was never reached"

@@ -117,9 +117,10 @@ def _difference(base: Model, table: Tensor, prefix: PrefixData) -> float:
     rows, kv = row_table([prefix], base), concat_kv([prefix], base.layers, base.dtype, base.device)
     after = training_plan(np.array([len(ids)], np.int32), use, rows, kv, backend=base.backend, device=base.device)
     together = plain_plan([len(table) + len(ids)], backend=base.backend, device=base.device)
-    words = base.hf.get_input_embeddings()(ids[None])[0].to(table.dtype)
-    expected = base.forward(together, torch.cat([table, words]))[len(table) :]
-    return relative_error(base.forward(after, ids), expected)
+    with base.guard.running():
+        words = base.hf.get_input_embeddings()(ids[None])[0].to(table.dtype)
+        expected = base.forward(together, torch.cat([table, words]))[len(table) :]
+        return relative_error(base.forward(after, ids), expected)
 
 
 def _not_exact(base: Model, tokens: VirtualTokens, reason: str) -> str:

@@ -30,12 +30,14 @@ class ArtifactBuilder:
         data: Group with its rows.
         params: Parameters of the method.
         base: Fingerprint of the base model, taken before the base model was changed.
+        identities: Identity of the training of each name, also taken before.
         decoding: Default `GenerationParams` of the result.
     """
 
     data: GroupData
     params: Trained
     base: Fingerprint
+    identities: dict[str, str]
     decoding: dict[str, JSON]
 
     @classmethod
@@ -46,7 +48,7 @@ class ArtifactBuilder:
             data: Group with its rows.
             params: Parameters of the method.
         """
-        return cls(data, params, data.model.fingerprint, _decoding(data.model, data.job.task))
+        return cls(data, params, data.model.fingerprint, data.identities, _decoding(data.model, data.job.task))
 
     def build(
         self, job: PrefixJob, tensors: dict[str, Tensor], metrics: dict[str, float], cost: dict[str, JSON]
@@ -65,7 +67,7 @@ class ArtifactBuilder:
         group, task, before = self.data.group, self.data.job.task, self.data.job.on_top_of
         method = METHODS[group.method_config.method]
         training: dict[str, JSON] = {"method": group.method_config.method, "num_trained": self.params.num_trained}
-        training |= {"metrics": metrics, "cost": cost, IDENTITY: self.data.identities[job.name]}
+        training |= {"metrics": metrics, "cost": cost, IDENTITY: self.identities[job.name]}
         training["config"] = option_values(job.config)
         if method.makes_prefix:
             training["prefix_config"] = option_values(group.prefix_config)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.prefix.tuned_weights import TunedWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 class Callback:
     """Base class of callbacks. Override the hooks that you need; the others do nothing.
 
-    A hook that raises ends the run with its error. The base model is then detached and restored as usual, and the last
-    checkpoint stays. Any object with some of the hooks works in place of a subclass.
+    A hook finds the base model as it was before the run, so that `generate` and `score` work in it as after the run. A
+    hook that raises ends the run with its error. The base model is then detached and restored as
+    usual, and the last checkpoint stays. Any object with some of the hooks works in place of a subclass.
 
     Shape letter: n prefixes of the group.
 
@@ -64,12 +66,12 @@ class Callback:
             losses: Evaluation losses by name, of the prefixes that were evaluated.
         """
 
-    def on_prefix_end(self, name: str, prefix: Prefix, metrics: dict[str, float]) -> None:
+    def on_prefix_end(self, name: str, prefix: Prefix | TunedWeights, metrics: dict[str, float]) -> None:
         """Called when a prefix is finished and saved.
 
         Args:
             name: Name of the prefix.
-            prefix: Trained prefix.
+            prefix: Trained prefix, or the weights of a method that trains weights.
             metrics: Metrics of the prefix, as in `TrainRun.metrics`.
         """
 
@@ -116,6 +118,16 @@ class CallbackList:
                 msg = f"callbacks[{i}]: expected an object with some of {', '.join(HOOKS)}, got {got}"
                 raise ConfigError(msg)
         self.callbacks = list(callbacks)
+
+    def has(self, hook: str) -> bool:
+        """Whether a callback has a hook, other than the empty one of `Callback`.
+
+        Args:
+            hook: Name of the hook.
+        """
+        own = (getattr(callback, hook, None) for callback in self.callbacks)
+        empty = (None, getattr(Callback, hook))
+        return any(getattr(function, "__func__", function) not in empty for function in own)
 
     def call(self, hook: str, *values: Any) -> None:
         """Call one hook of every callback that has it.

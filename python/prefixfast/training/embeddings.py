@@ -107,7 +107,7 @@ class EmbeddingParameters:
 
         model, (table, _) = self.model, self.params[0]
         check_attached(model.hf)
-        with contextlib.suppress(_StopForwardError):
+        with model.guard.running(), contextlib.suppress(_StopForwardError):
             model.hf.base_model(**model_inputs(replace(self._plan, probe=probe), table.to(model.dtype)))
         return [t.to(table.dtype) for i in self.layers for t in found[i]]
 

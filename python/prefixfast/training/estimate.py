@@ -85,7 +85,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     from prefixfast.training.loop import GroupTrainer
     from prefixfast.training.resilience import gradient_checkpointing
 
-    measured: list[tuple[GroupTrainer, float]] = []
+    measured: list[_Measured] = []
     with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
         job.check_model(base)
         for number in range(len(job.groups)):
@@ -95,31 +95,73 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
                 continue
             trainer = GroupTrainer(group, number, OutputDir(None, None, is_single=True))
             with Progress("measure two steps"):
-                measured.append((trainer, _time_second_step(trainer)))
+                measured.append(_measure(trainer))
+            trainer.free()
         if not measured:
             raise none_left(job.rows.failed)
-        trainers = [trainer for trainer, _ in measured]
-        largest = max(trainers, key=lambda t: sum(p.numel() for p, _ in t.runner.params.params))
-        params, examples = largest.runner.params, trainers[0].runner.examples
-        stored = params.current()
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())
         peak = peak_memory(base.device)
-    steps = [int(t.runner.total.max()) for t in trainers]
+    largest = max(measured, key=lambda m: m.group_numbers)
+    examples = {key: counts for m in measured for key, counts in m.examples.items()}
     return Estimate(
-        prefixes=sum(len(t.names) for t in trainers),
+        prefixes=sum(m.prefixes for m in measured),
         failed=dict(job.rows.failed),
-        examples=len(examples.num_targets),
-        tokens=len(examples.ids),
-        steps=sum(steps),
-        learning_rates=sorted({rate for t in trainers for j in t.group.jobs if (rate := j.config.learning_rate)}),
-        stored_numbers=sum(t.numel() for t in stored) // len(largest.names),
-        stored_bytes=sum(t.numel() * t.element_size() for t in stored) // len(largest.names),
-        trained_numbers=params.num_trained,
+        examples=sum(count for count, _ in examples.values()),
+        tokens=sum(tokens for _, tokens in examples.values()),
+        steps=sum(m.steps for m in measured),
+        learning_rates=sorted({rate for m in measured for rate in m.learning_rates}),
+        stored_numbers=largest.stored_numbers,
+        stored_bytes=largest.stored_bytes,
+        trained_numbers=largest.trained_numbers,
         base_bytes=base_bytes,
-        training_bytes=4 * sum(t.numel() * t.element_size() for t, _ in params.params),
+        training_bytes=largest.training_bytes,
         peak_bytes=peak,
-        seconds_per_step=max(seconds for _, seconds in measured),
-        seconds=sum(count * seconds for count, (_, seconds) in zip(steps, measured, strict=True)),
+        seconds_per_step=max(m.seconds_per_step for m in measured),
+        seconds=sum(m.steps * m.seconds_per_step for m in measured),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Numbers of one group, as in `Estimate`. Its tensors are freed before the next group.
+
+    Attributes:
+        examples: Number of examples and of their tokens, by the id of the rows, which names and groups can share.
+        group_numbers: Number of numbers that the optimizer updates in the whole group.
+    """
+
+    prefixes: int
+    examples: dict[int, tuple[int, int]]
+    learning_rates: list[float]
+    steps: int
+    group_numbers: int
+    stored_numbers: int
+    stored_bytes: int
+    trained_numbers: int
+    training_bytes: int
+    seconds_per_step: float
+
+
+def _measure(trainer: GroupTrainer) -> _Measured:
+    """Numbers of a group, with the time of its second step."""
+    seconds, runner, prefixes = _time_second_step(trainer), trainer.runner, len(trainer.names)
+    own, stored = [t for t, _ in runner.params.params], runner.params.current()
+    # The parameter, its gradient and two moments; a method without steps has none of them.
+    training_bytes = 4 * sum(t.numel() * t.element_size() for t in own) if runner.params.num_trained else 0
+    jobs, spans, indptr = trainer.group.jobs, trainer.data.dataset.span, runner.examples.indptr
+    rows = trainer.job.rows.rows
+    by_rows = {id(rows[j.source]): spans[j.source] for j in jobs}
+    return _Measured(
+        prefixes=prefixes,
+        examples={key: (end - start, int(indptr[end] - indptr[start])) for key, (start, end) in by_rows.items()},
+        learning_rates=[rate for j in jobs if (rate := j.config.learning_rate)],
+        steps=int(runner.total.max()),
+        group_numbers=sum(t.numel() for t in own),
+        stored_numbers=sum(t.numel() for t in stored) // prefixes,
+        stored_bytes=sum(t.numel() * t.element_size() for t in stored) // prefixes,
+        trained_numbers=runner.params.num_trained,
+        training_bytes=training_bytes,
+        seconds_per_step=seconds,
     )
 
 

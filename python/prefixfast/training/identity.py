@@ -12,7 +12,7 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.defaults import num_steps
 from prefixfast.training.groups import PER_PREFIX, PrefixGroup
 from prefixfast.training.job import TrainJob
-from prefixfast.training.method import method_options
+from prefixfast.training.method import METHODS, method_options
 from prefixfast.training.settings import option_values
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def run_identity(
         dataset: Tokenized training rows.
         eval_dataset: Tokenized held-out rows, None without held-out rows.
     """
-    jobs, config = group.jobs, group.config
+    jobs, config, method = group.jobs, group.config, group.method_config
     own: dict[str, dict[str, Any]] = {
         j.name: {f: getattr(j.config, f) for f in PER_PREFIX if getattr(j.config, f) != getattr(config, f)}
         for j in jobs
@@ -65,7 +65,8 @@ def run_identity(
         "init": {j.name: j.init.digest if isinstance(j.init, Prefix) else j.init for j in jobs},
         "init_text": job.init_text,
         "on_top_of": None if job.on_top_of is None else job.on_top_of.digest,
-        **({} if group.method_config.method == "prefix" else {"method": method_options(group.method_config)}),
+        # The options of prefixes say all of methods prefix and infix.
+        **({} if METHODS[method.method].module == "prefix" else {"method": method_options(method)}),
     }
 
 

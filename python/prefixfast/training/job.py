@@ -24,7 +24,7 @@ from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make
 from prefixfast.training.held_out import hold_out
 from prefixfast.training.init_options import InitOptions, adopt_init, with_enough_rows
 from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
-from prefixfast.training.method import check_read
+from prefixfast.training.method import METHODS, check_read
 from prefixfast.training.settings import GivenOptions, resolve_settings
 
 if TYPE_CHECKING:
@@ -88,6 +88,11 @@ class TrainJob:
     isolate: bool
     callbacks: CallbackList
     resume: bool
+
+    @property
+    def makes_weights(self) -> bool:
+        """Whether a group trains weights that act in the base model itself."""
+        return not all(METHODS[group.method_config.method].makes_prefix for group in self.groups)
 
     @property
     def init_options(self) -> InitOptions:

@@ -21,6 +21,7 @@ from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.progress import Progress
 from prefixfast.model.memory import peak_memory
 from prefixfast.model.process import check_not_exiting
+from prefixfast.training.applied import Applied
 from prefixfast.training.artifact import ArtifactBuilder
 from prefixfast.training.best_state import BestState
 from prefixfast.training.checkpoint import Checkpoint
@@ -78,6 +79,7 @@ class GroupTrainer:
         with Progress("make initial values"):
             examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.source for j in jobs))
             self.runner = StepRunner(self.model, self.group, make(data), examples)
+        self.applied = Applied(self.runner.params, self.model.guard)
         self.builder = ArtifactBuilder.make(data, self.runner.params)
         self.num_steps = self.num_taken = self.num_tokens = 0
         self.seconds = 0.0
@@ -107,7 +109,7 @@ class GroupTrainer:
         start = time.perf_counter()
         label = f"train group {self.number}" if self.number or len(self.job.groups) > 1 else "train"
         with (
-            self.runner.params.applied(),
+            self.applied,
             defer_sigint(folder is not None) as interrupt,
             Progress(label, total, "steps", initial=self.num_steps) as work,
         ):
@@ -117,8 +119,10 @@ class GroupTrainer:
             if not total and self.is_active:
                 self._finish_untrained()
             while self.is_active:
+                self.applied.put_in()
                 check_not_exiting()
                 self._advance()
+                self.applied.let_others_in()
                 work.update(rows=self.runner.num_taken * self.data.rows_per_example, tokens=self.runner.num_tokens)
                 is_due = bool(self.config.save_steps) and self.num_steps % (self.config.save_steps or 1) == 0
                 if folder is not None and (interrupt.requested or is_due):
@@ -131,7 +135,7 @@ class GroupTrainer:
 
     def free(self) -> None:
         """Free parameters and optimizer state of a group that has ended; what it has made stays."""
-        del self.runner, self.best, self.builder
+        del self.runner, self.applied, self.best, self.builder
 
     @property
     def is_active(self) -> bool:
@@ -157,6 +161,7 @@ class GroupTrainer:
     def _finish_untrained(self) -> None:
         """Finish the prefixes of a method without steps, with the losses of what a first step would train on."""
         progress = self.progress
+        self.applied.put_in()
         progress.first_loss = progress.loss = self.runner.first_losses()
         progress.eval_loss = progress.eval_loss_before
         self._finish(progress.active.clone())
@@ -173,7 +178,7 @@ class GroupTrainer:
         now = result.active
         self._losses = result.losses[now]
         progress.record(result)
-        self.job.callbacks.call("on_step", self.num_steps, result.losses, result.grad_norms, now)
+        self._call_hook("on_step", self.num_steps, result.losses, result.grad_norms, now)
         for i in (now & progress.hopeless).nonzero()[:, 0].tolist():
             count = int(progress.num_nonfinite[i])
             advice = "lower learning_rate, or train in another dtype"
@@ -205,9 +210,10 @@ class GroupTrainer:
         """Losses on the held-out rows ``[n]``, which count where ``due`` is set."""
         assert self.eval_dataset is not None
         spans = self.eval_dataset.spans(j.source for j in self.group.jobs)
+        self.applied.put_in()
         loss = self.runner.evaluate(GroupExamples(self.eval_dataset.examples, spans), due)
         losses = {self.names[i]: float(loss[i]) for i in due.nonzero()[:, 0].tolist()}
-        self.job.callbacks.call("on_evaluate", self.num_steps, losses)
+        self._call_hook("on_evaluate", self.num_steps, losses)
         return loss
 
     def _write_log(self, result: StepResult, evaluated: Tensor | None) -> None:
@@ -235,7 +241,7 @@ class GroupTrainer:
 
     def _write_line(self, values: dict[str, JSON]) -> None:
         group: dict[str, JSON] = {"group": self.number} if self.number or len(self.job.groups) > 1 else {}
-        self.job.callbacks.call("on_log", self.output.write_log(step=self.num_steps, **(group | values)))
+        self._call_hook("on_log", self.output.write_log(step=self.num_steps, **(group | values)))
 
     def _finish(self, ended: Tensor) -> None:
         """Save the prefixes that have ended, at their best or last state."""
@@ -266,12 +272,18 @@ class GroupTrainer:
                     "prefix %r: %d of %d steps were skipped because the gradient was not finite",
                     *(name, skipped, int(self.progress.num_done[i])),
                 )
-            self.job.callbacks.call("on_prefix_end", name, prefix, metrics)
+            self._call_hook("on_prefix_end", name, prefix, metrics)
 
     def _cost(self) -> dict[str, JSON]:
         """Median of the seconds of a step, None without steps, and the largest memory use since the run began."""
         seconds = statistics.median(self.step_seconds) if self.step_seconds else None
         return {"seconds_per_step": seconds, "peak_bytes": peak_memory(self.model.device)}
+
+    def _call_hook(self, hook: str, *values: Any) -> None:
+        """Call a hook of the callbacks, which finds the base model as it was before the run."""
+        if self.job.callbacks.has(hook):
+            self.applied.take_out()
+            self.job.callbacks.call(hook, *values)
 
     def _fail(self, i: int, error: str) -> None:
         """End a prefix with an error, which is raised if failures are not isolated."""
@@ -280,6 +292,7 @@ class GroupTrainer:
             msg = f"prefix {shown(self.names[i])}: {error}"
             raise ConfigError(msg)
         self.failed[self.names[i]] = error
+        self.applied.take_out()
         note_failure(self.job, self.output, self.names[i], error)
 
     def _checkpoint(self) -> Checkpoint:

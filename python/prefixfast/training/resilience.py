@@ -8,10 +8,13 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -143,17 +146,48 @@ def gradient_checkpointing(model: Model, enabled: bool) -> Iterator[None]:
         got = type(model.hf).__name__
         msg = f"gradient_checkpointing: {got} has no layers that transformers can checkpoint; leave it out"
         raise ConfigError(msg)
-    patched = [vars(layer).get("forward") for layer in layers]  # hooks of accelerate replace the method on the object
-    for layer in layers:
-        layer.forward = functools.partial(_checkpointed, layer.forward)
+    if not enabled:
+        yield
+        return
+    with _LOCK:
+        patch = _PATCHES.setdefault(model.hf, _Patch([(layer, vars(layer).get("forward")) for layer in layers]))
+        if not patch.users:
+            for layer in layers:
+                layer.forward = functools.partial(_checkpointed, layer.forward)
+        patch.users += 1
     try:
         yield
     finally:
-        for layer, before in zip(layers, patched, strict=True):
+        with _LOCK:
+            patch.users -= 1
+            if not patch.users:
+                patch.undo()
+                del _PATCHES[model.hf]
+
+
+@dataclass
+class _Patch:
+    """Layers of a base model with a forward of their own, which all runs that train on it share.
+
+    Attributes:
+        layers: Layers with the forward that was set on the object before, for example by accelerate, None for none.
+        users: Number of runs.
+    """
+
+    layers: list[tuple[GradientCheckpointingLayer, Any]]
+    users: int = 0
+
+    def undo(self) -> None:
+        """Give the layers their forwards back."""
+        for layer, before in self.layers:
             if before is None:
                 del layer.forward
             else:
                 layer.forward = before
+
+
+_PATCHES: WeakKeyDictionary[nn.Module, _Patch] = WeakKeyDictionary()
+_LOCK = threading.Lock()
 
 
 def _checkpointed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

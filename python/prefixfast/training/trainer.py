@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -289,7 +290,11 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
         job.callbacks.callbacks.append(reporter)
     trainers: list[GroupTrainer] = []
     try:
-        with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
+        with (
+            load_base(model, job.config) as base,
+            base.guard.training() if job.makes_weights else contextlib.nullcontext(),
+            gradient_checkpointing(base, job.config.gradient_checkpointing),
+        ):
             job.check_model(base)
             reset_peak_memory(base.device)
             for number in range(len(job.groups)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -25,10 +26,11 @@ METHODS: dict[str, Apply] = {
 }
 
 
-def tuned(
-    model: Model, method: str, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]
-) -> AbstractContextManager[None]:
+@contextlib.contextmanager
+def tuned(model: Model, method: str, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]) -> Iterator[None]:
     """Context manager in which a base model has trained weights. It gives the base model back unchanged.
+
+    It waits until no other thread runs the base model, and the runs of other threads wait for its end.
 
     Args:
         model: Base model.
@@ -37,6 +39,15 @@ def tuned(
         options: Options that the weights were made with.
 
     Raises:
-        ConfigError: If the weights do not fit the base model.
+        ConfigError: If the weights do not fit the base model, other trained weights act in it, this thread runs it, or
+            an engine with a thread of its own uses it.
     """
-    return METHODS[method](model, tensors, options)
+    guard = model.guard
+    with guard.changing():
+        guard.check_unchanged()
+        with METHODS[method](model, tensors, options):
+            guard.acting = tuple((t.data_ptr(), tuple(t.shape), t.dtype) for t in tensors.values())
+            try:
+                yield
+            finally:
+                guard.acting = None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefixfast.model.text_kv import parameter_dtype
-from prefixfast.model.tuned.full import all_weights, replaced_weights, top_weights
+from prefixfast.model.tuned.apply import tuned
+from prefixfast.model.tuned.full import all_weights, top_weights
 from prefixfast.training.methods.weights import TrainedModules
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class TrainedBase(TrainedModules):
     def applied(self) -> Iterator[None]:
         """Context manager in which the base model has the masters, or rounded copies, and gets gradients."""
         hooks = []
-        with replaced_weights(self.model, self.tensors):
+        with tuned(self.model, self.method, self.tensors, self.options):
             for p, (master, _) in zip(self.weights.values(), self.params, strict=True):
                 p.requires_grad_(True)
                 hooks.append(p.register_post_accumulate_grad_hook(_carried_to(master)))

@@ -58,8 +58,8 @@ class TrainedPrefixes:
         return counted(self.parameters.length, "prefix row")
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
-        """Context manager that leaves the base model as it is."""
-        return contextlib.nullcontext()
+        """Context manager in which the base model runs as it is."""
+        return self.model.guard.running()
 
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
         """Compute the keys and values of the next forward pass."""

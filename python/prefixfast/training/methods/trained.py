@@ -41,7 +41,11 @@ class Trained(Protocol):
         """Description of the parameters for the log: ``"10 prefix rows"``."""
 
     def applied(self) -> AbstractContextManager[None]:
-        """Context manager in which the base model has what is trained. It gives the base model back unchanged."""
+        """Context manager in which the base model has what is trained. It gives the base model back unchanged.
+
+        No other thread changes the base model meanwhile, and none runs it where its weights are trained. It can be
+        entered again.
+        """
 
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
         """Bring the parameters into the next forward pass, and discard gradients of an unfinished step.
@@ -87,6 +91,9 @@ def make(data: GroupData) -> Trained:
     Args:
         data: Group with its rows.
     """
-    name = METHODS[data.group.method_config.method].module
-    found: Trained = importlib.import_module(f"prefixfast.training.methods.{name}").make(data)
+    method, guard = METHODS[data.group.method_config.method], data.model.guard
+    module = importlib.import_module(f"prefixfast.training.methods.{method.module}")
+    # Methods that make weights look into the base model with hooks, flags and layers of their own.
+    with guard.running() if method.makes_prefix else guard.changing():
+        found: Trained = module.make(data)
     return found

@@ -69,7 +69,7 @@ def test_results_are_those_of_a_model_that_has_the_weights(base, weights, tuned_
             assert texts(engine.generate(PROMPTS, weights, **how)) == expected
             assert texts(engine.generate(PROMPTS, **how)) == alone
         engine.submit(PROMPTS[0], max_new_tokens=2).result()
-        with pytest.raises(ConfigError, match="make another engine"):
+        with pytest.raises(ConfigError, match="engine with a thread"):
             engine.generate(PROMPTS, weights, **how)
 
 
