@@ -24,6 +24,10 @@ from prefixfast.model.base import Model
 from prefixfast.model.process import check_not_exiting, check_same_process, model_lock, process_id
 from prefixfast.prefix.tuned_weights import TunedWeights
 
+BUSY_ERROR = (
+    "this engine has just been closed or given a thread by submit; make another engine, or load the base again for the "
+    "weights"
+)
 T = TypeVar("T")
 
 
@@ -161,18 +165,13 @@ class LoopDriver:
         if self.worker is not None and weights is None:
             yield self.worker
             return
-        with applied_weights(self.model, weights):
-            # With weights no other thread runs the loop, and one that has the lock closes it or starts the worker.
-            has_lock = self.lock.acquire(blocking=weights is None)
-            try:
-                self.check_open()
-                if weights is not None and (not has_lock or self.worker is not None):
-                    msg = "submit has started a thread of this engine meanwhile; load the base again for the weights"
-                    raise ConfigError(msg)
-                yield self.worker
-            finally:
-                if has_lock:
-                    self.lock.release()
+        # With weights no other thread runs the loop, and one that has the lock closes it or starts the worker.
+        lock = self.lock if weights is None else _free(self.lock)
+        with applied_weights(self.model, weights), lock:
+            self.check_open()
+            if weights is not None and self.worker is not None:
+                raise ConfigError(BUSY_ERROR)
+            yield self.worker
 
     def close(self) -> None:
         """End the engine's thread, cancel its requests, and release the arena. Waits for a `run` of another thread.
@@ -258,6 +257,17 @@ class LoopDriver:
     def _decode(self, tokens: list[list[int]]) -> list[str]:
         """Texts of token ids, empty for a base model without a tokenizer."""
         return self.model.tokenizer.decode(tokens) if self.model.tokenizer is not None else [""] * len(tokens)
+
+
+@contextlib.contextmanager
+def _free(lock: threading.Lock) -> Iterator[None]:
+    """Context manager of a lock that raises `ConfigError` instead of waiting."""
+    if not lock.acquire(blocking=False):
+        raise ConfigError(BUSY_ERROR)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager
