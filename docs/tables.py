@@ -72,10 +72,10 @@ def usage(argument: Any) -> str:
 
 def corpora() -> str:
     """Official counts of every corpus by split."""
-    from prefixfast.data.corpora.corpus import CORPORA
+    from prefixfast.data.corpora import CORPORA
 
     rows = [
-        [f"`{name}`", split, one.of, f"{one.rows:,}", "" if one.texts is None else f"{one.texts:,}"]
+        [f"`{name}`", split, one.release, f"{one.rows:,}", "" if one.texts is None else f"{one.texts:,}"]
         for name, corpus in CORPORA.items()
         for split, counts in corpus.counts.items()
         for one in counts

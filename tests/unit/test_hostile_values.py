@@ -28,7 +28,7 @@ from prefixfast import (
 from prefixfast.config.options import Range
 from prefixfast.data import TASKS, Task, find_task, read_rows, read_task, table_task
 from prefixfast.data.check_data import check_data
-from prefixfast.data.splits import RowReader
+from prefixfast.data.row_reader import RowReader
 from prefixfast.errors import DataError
 
 CONFIGS = (GenerationParams, EngineConfig, TrainConfig, PrefixConfig, MethodConfig)

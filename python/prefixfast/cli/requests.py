@@ -70,7 +70,7 @@ def read_split(path: Path, split: str, chosen: PrefixFlags, encoding: str | None
         DataError: If the file cannot be read, or holds another split.
     """
     from prefixfast.cli.row_files import check_one_file
-    from prefixfast.data.splits import RowReader, corpus_of
+    from prefixfast.data.row_reader import RowReader, corpus_of
 
     if path == STDIN:
         msg = f"--split: expected the path of an official file as IN, got {path} for {STDIN_NAME}"
@@ -83,7 +83,7 @@ def read_split(path: Path, split: str, chosen: PrefixFlags, encoding: str | None
 
 def read_references(path: Path, split: str, chosen: PrefixFlags, encoding: str | None = None) -> list[Row]:
     """Rows of `read_split` with one reference each."""
-    from prefixfast.data.splits import each_reference
+    from prefixfast.data.row_reader import each_reference
 
     return each_reference(read_split(path, split, chosen, encoding))
 

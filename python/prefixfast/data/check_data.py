@@ -19,8 +19,8 @@ from prefixfast.data.files import file_items
 from prefixfast.data.formats import FORMATS
 from prefixfast.data.join import Joins
 from prefixfast.data.layouts import layout_note
+from prefixfast.data.row_reader import RowReader
 from prefixfast.data.rows import Row
-from prefixfast.data.splits import RowReader
 from prefixfast.data.task import Task
 from prefixfast.errors import DataError, check_string
 from prefixfast.io.paths import as_path

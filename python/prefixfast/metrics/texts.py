@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.corpora import read_task, task_items
-from prefixfast.data.corpora.corpus import CORPORA
-from prefixfast.data.corpora.official import TEXT_KEYS
+from prefixfast.data.corpora import CORPORA, read_task, task_items
+from prefixfast.data.corpora.corpus import TEXT_KEYS
 from prefixfast.data.corpora.summaries import SOURCE, TARGET, pair_file
 from prefixfast.data.files import SUFFIXES, FileRow, Item, file_items, file_kind, read_text
 from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, CORPUS_BY_SUFFIX, JSON_TABLE, PLAIN_TEXT

@@ -15,8 +15,8 @@ from prefixfast.data.encode import check_examples
 from prefixfast.data.files import FileRow
 from prefixfast.data.join import sample_joins
 from prefixfast.data.layouts import layout_note
+from prefixfast.data.row_reader import RowReader
 from prefixfast.data.rows import Row, Rows, row_error
-from prefixfast.data.splits import RowReader
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_string, shown
 from prefixfast.io.progress import track

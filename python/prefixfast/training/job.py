@@ -12,8 +12,8 @@ from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.columns import task_of_columns
+from prefixfast.data.row_reader import RowReader
 from prefixfast.data.rows import Rows
-from prefixfast.data.splits import RowReader
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, DataError, check_choice, check_flag, shown
 from prefixfast.prefix.compatibility import check_composition, check_fits

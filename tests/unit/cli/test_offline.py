@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prefixfast.data.corpora.corpus import CORPORA
+from prefixfast.data.corpora import CORPORA
 
 TRIPLES = [{"subject": "Fan", "property": "colour", "object": "red"}]
 ENTRY = {"modifiedtripleset": TRIPLES, "category": "Food", "eid": "Id1"}

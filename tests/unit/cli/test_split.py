@@ -14,7 +14,7 @@ from prefixfast import ConfigError, DataError, Prefix, evaluate, load, train
 from prefixfast.cli.result_formats import one_line
 from prefixfast.data import read_task
 from prefixfast.data.builtin_tasks import TASKS, find_task
-from prefixfast.data.splits import RowReader, corpus_name, corpus_of, each_reference
+from prefixfast.data.row_reader import RowReader, corpus_name, corpus_of, each_reference
 
 # Columns and order of devset.csv and testset_w_refs.csv in tuetschek/e2e-dataset.
 E2E = 'mr,ref\n"name[A], food[Thai]",A is Thai.\n"name[B]",B.\n"name[A], food[Thai]",Thai at A.\n'

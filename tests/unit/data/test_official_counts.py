@@ -8,8 +8,7 @@ import pytest
 
 from prefixfast import DataError
 from prefixfast.data import TASKS, read_task
-from prefixfast.data.corpora import count_warning, other_split
-from prefixfast.data.corpora.corpus import CORPORA
+from prefixfast.data.corpora import CORPORA, count_warning, other_split
 from prefixfast.data.files import FileRow
 
 MOST = 20_000  # rows of a split that a test makes
@@ -34,7 +33,7 @@ def rows_of(task: str, counts: Any, *, as_train: bool = False) -> list[dict[str,
     return [{key: f"{i}", **lang, **({"refs": ["x"] * size} if size else {})} for i, size in enumerate(sizes)]
 
 
-@pytest.mark.parametrize(("task", "split", "counts"), WHOLE, ids=[f"{t} {s} {c.of}" for t, s, c in WHOLE])
+@pytest.mark.parametrize(("task", "split", "counts"), WHOLE, ids=[f"{t} {s} {c.release}" for t, s, c in WHOLE])
 def test_whole_files_and_parts(task, split, counts):
     rows = rows_of(task, counts, as_train=split == "train")
     assert count_warning(task, rows, split) is None

@@ -15,7 +15,8 @@ from oracles import SHARED
 from prefixfast import DataError
 from prefixfast.cli import main
 from prefixfast.data import TASKS, read_task
-from prefixfast.data.corpora.corpus import CORPORA, Counts
+from prefixfast.data.corpora import CORPORA
+from prefixfast.data.corpora.corpus import Counts
 from prefixfast.data.files.raw import ALWAYS_READ
 from prefixfast.engine.make_requests import unknown_keys
 from table_corpora import LAYOUTS

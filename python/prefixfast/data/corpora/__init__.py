@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from prefixfast.data.corpora.corpus import CORPORA
+from prefixfast.data.corpora.cnn_dailymail import CNN_DAILYMAIL
+from prefixfast.data.corpora.corpus import Corpus
+from prefixfast.data.corpora.dart import DART
+from prefixfast.data.corpora.dialogsum import DIALOGSUM
+from prefixfast.data.corpora.e2e import E2E
+from prefixfast.data.corpora.samsum import SAMSUM
+from prefixfast.data.corpora.totto import TOTTO
+from prefixfast.data.corpora.webnlg import WEBNLG
+from prefixfast.data.corpora.xsum import XSUM
 from prefixfast.data.files import Item, file_items
 from prefixfast.data.rows import Row
 from prefixfast.errors import DataError, check_choice, check_string
@@ -15,6 +23,9 @@ from prefixfast.io.paths import as_path
 
 logger = logging.getLogger(__name__)
 SPLITS = ("train", "dev", "test")
+CORPORA: dict[str, Corpus] = {
+    corpus.name: corpus for corpus in (E2E, WEBNLG, DART, TOTTO, XSUM, CNN_DAILYMAIL, SAMSUM, DIALOGSUM)
+}
 
 
 def read_task(task: str, path: str | Path, split: Literal["train", "dev", "test"] = "train") -> list[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.corpora.official import Corpus, Counts
+from prefixfast.data.corpora.corpus import Corpus, Counts
 from prefixfast.data.corpora.split_files import split_file
 from prefixfast.data.corpora.split_rows import own_row, with_texts
 from prefixfast.data.corpora.triples_xml import XmlEntry, xml_entries

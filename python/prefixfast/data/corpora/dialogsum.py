@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.corpora.official import Corpus, Counts
+from prefixfast.data.corpora.corpus import Corpus, Counts
 from prefixfast.data.corpora.split_rows import join_inputs
 from prefixfast.data.corpora.summaries import check_id, document_row, place, summary_items
 from prefixfast.data.files import FileRow, Item

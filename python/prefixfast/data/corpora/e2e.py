@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
+from prefixfast.data.corpora.corpus import Corpus, Counts
 from prefixfast.data.corpora.e2e_source import source_items
-from prefixfast.data.corpora.official import Corpus, Counts, row_items
 from prefixfast.data.corpora.split_files import split_file
-from prefixfast.data.corpora.split_rows import join_inputs
+from prefixfast.data.corpora.split_rows import join_inputs, row_items
 from prefixfast.data.files import SUFFIXES, FileRow, Item, file_kind
 from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from prefixfast.data.corpora.official import Corpus, Counts
+from prefixfast.data.corpora.corpus import Corpus, Counts
 from prefixfast.data.corpora.summaries import document_row, summary_items
 from prefixfast.data.files import Item
 

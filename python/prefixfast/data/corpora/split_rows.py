@@ -1,4 +1,4 @@
-"""Rows of a split: those of one input joined outside of training, those without texts left out of training."""
+"""Rows of a split: those of files of rows, one for each input outside of training, those with texts in training."""
 
 from __future__ import annotations
 
@@ -8,13 +8,28 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.files import FileRow, Item
+from prefixfast.data.files import FileRow, Item, file_items
 from prefixfast.data.formats import FORMATS, FormatName
 from prefixfast.data.row_values import references
+from prefixfast.data.rows import row_error
 from prefixfast.errors import DataError
 from prefixfast.io.text import counted
 
 logger = logging.getLogger(__name__)
+
+
+def row_items(path: Path, key: str) -> Iterator[Item]:
+    """Yield the rows of a file that is no official one: rows that have an input key already.
+
+    Args:
+        path: Path of the file.
+        key: Input key, without which a row is an entry of a damaged official file.
+    """
+    for item in file_items(path):
+        if isinstance(item, DataError) or key in item or "input_ids" in item:
+            yield item
+        else:
+            yield row_error(item, 0, f"expected an official entry, or a row with {key}, got the keys {sorted(item)}")
 
 
 def join_inputs(items: Iterable[Item], key: str, row_format: FormatName) -> Iterator[Item]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.corpora.official import Corpus, Counts, row_items
+from prefixfast.data.corpora.corpus import Corpus, Counts
 from prefixfast.data.corpora.split_files import split_file
-from prefixfast.data.corpora.split_rows import own_row, with_texts
+from prefixfast.data.corpora.split_rows import own_row, row_items, with_texts
 from prefixfast.data.files import SUFFIXES, FileRow, Item, parse_item
 from prefixfast.data.files.raw import Expansion
 from prefixfast.data.row_values import check_text

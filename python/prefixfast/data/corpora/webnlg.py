@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.data.corpora.official import Corpus, Counts, row_items
+from prefixfast.data.corpora.corpus import Corpus, Counts
 from prefixfast.data.corpora.split_files import split_file, split_files, visible_files
-from prefixfast.data.corpora.split_rows import with_texts
+from prefixfast.data.corpora.split_rows import row_items, with_texts
 from prefixfast.data.corpora.triples_xml import XmlEntry, xml_entries
 from prefixfast.data.files import FileRow, Item, file_kind, json_objects, parse_item, read_text
 from prefixfast.data.row_values import check_text

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from prefixfast.data.corpora.marked_texts import files_by_stem, find_near, listed_items, text_item
-from prefixfast.data.corpora.official import Corpus, Counts
+from prefixfast.data.corpora.article_files import files_by_stem, find_near, listed_items, text_item
+from prefixfast.data.corpora.corpus import Corpus, Counts
 from prefixfast.data.corpora.summaries import document_row, not_empty, summary_items
 from prefixfast.data.files import Item, file_kind, read_text
 from prefixfast.data.files.json_rows import parse_json

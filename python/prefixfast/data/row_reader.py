@@ -10,8 +10,7 @@ from typing import Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.columns import TaskLike
-from prefixfast.data.corpora import SPLITS, read_task
-from prefixfast.data.corpora.corpus import CORPORA
+from prefixfast.data.corpora import CORPORA, SPLITS, read_task
 from prefixfast.data.corpora.webnlg import ENTRIES
 from prefixfast.data.files import SUFFIXES, FileRow, file_items, read_text
 from prefixfast.data.formats import FORMATS
@@ -20,7 +19,7 @@ from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError, check_choice, shown
 
 # Corpora by the first key that rows of their files have, beside WebNLG, whose files are XML or have entries.
-SHOWN_BY = {
+CORPUS_BY_KEY = {
     "mr": "e2e",
     "tripleset": "dart",
     "highlighted_cells": "totto",
@@ -124,7 +123,7 @@ def corpus_of(task: Task, path: Path) -> str:
         return "webnlg"
     first = next(file_items(path), None)
     keys = first if isinstance(first, FileRow) else {}
-    return next((name for key, name in SHOWN_BY.items() if key in keys), None) or corpus_name(task)
+    return next((name for key, name in CORPUS_BY_KEY.items() if key in keys), None) or corpus_name(task)
 
 
 def each_reference(rows: list[Row]) -> list[Row]:
