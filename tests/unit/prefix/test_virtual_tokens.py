@@ -230,7 +230,7 @@ def test_the_comparison_with_a_forward_of_the_embeddings_sees_a_wrong_position(c
 
 
 OTHER_TYPES = {
-    "LORA": "TunedWeights.from_pretrained reads it",
+    "LORA": "TunedWeights.from_pretrained in Python",
     "MULTITASK_PROMPT_TUNING": "task_ids",
     "ADAPTION_PROMPT": "run it with PEFT",
     "CPT": "Prefix.from_text",
