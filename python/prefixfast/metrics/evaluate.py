@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, check_choice, shown, suggestion
+from prefixfast.metrics.outputs import read_outputs
+from prefixfast.metrics.pairs import check_pairs, tables_of
+from prefixfast.metrics.references import Reference, read_references
 from prefixfast.metrics.registry import METRICS, Metric
 from prefixfast.metrics.result import Metrics, MetricUnavailable, MetricValue, Scores, Tables
 from prefixfast.metrics.tasks import TASK_METRICS
-from prefixfast.metrics.texts import Reference, check_pairs, read_outputs, read_references, tables_of
 
 if TYPE_CHECKING:
     from prefixfast.engine.request import Generation
