@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self, Unpack
+from typing import ClassVar, Literal, Self, Unpack
 
 from prefixfast.config.fields import MethodConfigFields
 from prefixfast.config.json_types import JSON
@@ -16,12 +16,14 @@ class MethodConfig(Options):
     """Options that say by which method a base model is adapted.
 
     Every method trains on the same rows in the same order, with the same evaluation. An option that the method does not
-    read is refused.
+    read is refused. No argument takes an object of this class. Its fields are keyword arguments of `train`.
 
     Example:
         >>> MethodConfig(method="lora").lora_rank
         8
     """
+
+    argument: ClassVar[None] = None
 
     method: Literal["prefix", "infix", "embedding", "prompt", "icl", "full", "top2", "adapter", "lora"] = option(
         "prefix",

@@ -78,10 +78,11 @@ class Options:
     """Base class of the option dataclasses, with checked construction and updates.
 
     Attributes:
-        argument: Name of the argument that takes an object of the class, for errors.
+        argument: Name of the argument that takes an object of the class, for errors. None if only its fields are
+            arguments, of `train`.
     """
 
-    argument: ClassVar[str] = "config"
+    argument: ClassVar[str | None] = "config"
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -136,7 +137,7 @@ class Options:
         elif config is None or isinstance(config, Mapping):
             base = dict(config or {})
         else:
-            msg = f"{cls.argument}: expected a {cls.__name__} or a mapping, got {type(config).__name__}"
+            msg = f"{cls.argument or cls.__name__}: expected a {cls.__name__} or a mapping, got {type(config).__name__}"
             raise ConfigError(msg)
         merged = base | dict(fields)
         for name in merged:
@@ -155,13 +156,19 @@ def unknown_option(name: object, known: tuple[str, ...], what: str) -> str:
     """
     text = name if isinstance(name, str) else str(shown(name))
     hint = HINTS.get(text)
-    if hint is None or hint.split("=")[0].split(" ")[0] not in known:
+    if hint is not None and hint.split("=")[0].split(" ")[0] not in known:
+        hint = None
+    owners = [
+        f"an option of {c.__name__}" if c.argument else "a keyword argument of train"
+        for c in Options.__subclasses__()
+        if text in c.names()
+    ]
+    if hint is None and not owners:
         hint = " or ".join(difflib.get_close_matches(text, known, n=3)) or None
-    owners = [c.__name__ for c in Options.__subclasses__() if text in c.names()]
     if hint is not None:
         advice = f"did you mean {hint}?"
     elif owners:
-        advice = f"it is an option of {' and '.join(owners)}"
+        advice = f"it is {' and '.join(owners)}"
     else:
         advice = f"known are {', '.join(known)}"
     return f"{what}: unknown option {shown(text)}; {advice}"

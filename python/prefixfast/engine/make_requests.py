@@ -113,7 +113,7 @@ def prefixes_and_tasks(
     assigned, tasks = check_batch(batch, prefixes, store)
     for prefix in {id(p): p for own in assigned for p in own}.values():
         if isinstance(prefix, TunedWeights):
-            check_base(model, prefix.base, f"the weights {prefix.digest[:12]}")
+            check_base(model, prefix.base, f"the set of weights {prefix.digest[:12]}")
         else:
             check_fits(model, prefix, described(prefix, prefixes))
     for i, own in enumerate(assigned):

@@ -43,6 +43,7 @@ class Handle:
         infix: Place of prefixes before the last prompt token, or the reason why the model takes none.
         undo: Functions that restore the model, to be called from last to first.
         users: Number of `attach` calls without their `detach`.
+        blocks: Transformer blocks, once they were checked.
         guard: Guard that keeps changes of the model and runs of other threads apart.
     """
 
@@ -51,6 +52,7 @@ class Handle:
     infix: InfixSupport
     undo: list[Callable[[], None]]
     users: int = 1
+    blocks: list[torch.nn.Module] | None = None
     guard: BaseGuard = field(default_factory=BaseGuard)
 
     def detach(self) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prefixfast.config.json_types import JSON
 from prefixfast.model.tuned.adapter import attached_adapters
-from prefixfast.model.tuned.full import replaced_weights
+from prefixfast.model.tuned.full import TOP_BLOCKS, all_weights, block_weights, replaced_weights
 from prefixfast.model.tuned.lora import attached_lora
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 Apply = Callable[["Model", Mapping[str, "Tensor"], Mapping[str, JSON]], AbstractContextManager[None]]
 METHODS: dict[str, Apply] = {
-    "full": lambda model, tensors, _: replaced_weights(model, tensors),
-    "top2": lambda model, tensors, _: replaced_weights(model, tensors),
+    "full": lambda model, tensors, _: replaced_weights(model, tensors, all_weights(model)),
+    "top2": lambda model, tensors, _: replaced_weights(model, tensors, block_weights(model, TOP_BLOCKS)),
     "adapter": lambda model, tensors, _: attached_adapters(model, tensors),
     "lora": attached_lora,
 }

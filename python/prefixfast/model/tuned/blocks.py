@@ -24,8 +24,8 @@ NUM_TOKENS = 8  # length of the text of the check
 def decoder_blocks(model: Model) -> list[nn.Module]:
     """Transformer blocks in the order of the layers.
 
-    A forward pass checks that each block returns the hidden states ``[1, N, d]`` alone, that the next block gets what
-    the block returns, and that the logits follow from the output of the last block.
+    Forward passes check that each block returns the hidden states ``[1, N, d]`` alone, that the next block gets what
+    the block returns, and that the logits follow from the output of the last block. An attached model is checked once.
 
     Args:
         model: Attached base model.
@@ -38,8 +38,11 @@ def decoder_blocks(model: Model) -> list[nn.Module]:
     if len(found) != 1:
         raise ConfigError(_unsuitable(hf, f"it has no list of modules with one module for each of {num_layers} layers"))
     blocks = list(found[0])
+    if model.handle.blocks == blocks:
+        return blocks
     if (reason := _broken_chain(model, blocks)) is not None:
         raise ConfigError(_unsuitable(hf, reason))
+    model.handle.blocks = blocks
     return blocks
 
 

@@ -7,7 +7,7 @@ given back unchanged to the bit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from prefixfast.model.base import Model
 from prefixfast.model.packed_forward import packed_forward
 from prefixfast.model.tuned.blocks import decoder_blocks
 
+TOP_BLOCKS = 2  # blocks of method top2
 NUM_TOKENS = 8  # length of the text that shows which weights follow the blocks
 
 
@@ -72,8 +73,19 @@ def _after(model: Model, block: nn.Module) -> set[int]:
     return {id(p) for p, grad in zip(parameters, grads, strict=True) if grad is not None}
 
 
+def block_weights(model: Model, count: int) -> list[str]:
+    """Names of the parameters of the last transformer blocks.
+
+    Args:
+        model: Base model.
+        count: Number of blocks.
+    """
+    own = {id(p) for block in decoder_blocks(model)[-count:] for p in block.parameters()}
+    return [name for name, p in model.hf.named_parameters() if id(p) in own]
+
+
 @contextlib.contextmanager
-def replaced_weights(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def replaced_weights(model: Model, tensors: Mapping[str, Tensor], needed: Iterable[str] = ()) -> Iterator[None]:
     """Context manager in which parameters of a base model have other values.
 
     A tensor of the parameter's dtype and device is used without a copy.
@@ -81,9 +93,10 @@ def replaced_weights(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[No
     Args:
         model: Base model.
         tensors: Values by the name of the parameter, in its shape.
+        needed: Names that ``tensors`` must have.
 
     Raises:
-        ConfigError: If the base model has no such parameters, or of other shapes.
+        ConfigError: If the base model has no such parameters, or of other shapes, or a needed one is missing.
     """
     named = all_weights(model)
     for name, t in tensors.items():
@@ -92,6 +105,9 @@ def replaced_weights(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[No
             has = "has no such weight" if own is None else f"has the shape {own}"
             msg = f"weights: {shown(name)} of shape {tuple(t.shape)} does not fit: this {type(model.hf).__name__} {has}"
             raise ConfigError(msg)
+    if missing := [name for name in needed if name not in tensors]:
+        msg = f"weights: {len(missing)} that the method trains are missing, first {missing[0]!r}; give all of them"
+        raise ConfigError(msg)
     before = {name: named[name].data for name in tensors}
     flags = {name: named[name].requires_grad for name in tensors}
     try:

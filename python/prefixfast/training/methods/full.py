@@ -14,7 +14,7 @@ import torch
 
 from prefixfast.model.text_kv import parameter_dtype
 from prefixfast.model.tuned.apply import tuned
-from prefixfast.model.tuned.full import all_weights, top_weights
+from prefixfast.model.tuned.full import TOP_BLOCKS, all_weights, top_weights
 from prefixfast.training.methods.weights import TrainedModules
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from prefixfast.training.group_data import GroupData
-
-TOP_BLOCKS = 2
 
 
 class TrainedBase(TrainedModules):

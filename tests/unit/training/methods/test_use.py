@@ -14,6 +14,7 @@ from prefixfast import (
     ConfigError,
     DataError,
     Engine,
+    MethodConfig,
     Prefix,
     RequestError,
     TunedWeights,
@@ -22,6 +23,7 @@ from prefixfast import (
     score,
     train,
 )
+from prefixfast.model.tuned import blocks
 from token_rows import rows
 
 DATA = rows(0, 6)
@@ -171,3 +173,34 @@ def test_a_damaged_folder_is_refused(base, tmp_path, name):
 def test_weights_that_do_not_fit_the_base_are_refused(base, tensors):
     with pytest.raises(ConfigError, match="does not fit"):
         generate(PROMPTS, TunedWeights(tensors, "full"), model=base, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("method", ["full", "top2"])
+def test_a_part_of_the_weights_is_refused(base, method):
+    weights = train(base, DATA, method=method, **HOW)
+    tensors = dict(weights.tensors)
+    tensors.pop("transformer.h.2.mlp.c_fc.weight")
+    with pytest.raises(ConfigError, match="are missing"):
+        generate(PROMPTS, TunedWeights(tensors, method), model=base, max_new_tokens=2)
+
+
+def test_adapters_are_checked_once_for_a_base(monkeypatch):
+    with load(tiny.make("gpt2")) as model:
+        weights = train(model, DATA, method="adapter", **HOW)
+        expected = texts(generate(PROMPTS, weights, model=model, max_new_tokens=4))
+        monkeypatch.setattr(blocks, "packed_forward", None)
+        assert texts(generate(PROMPTS, weights, model=model, max_new_tokens=4)) == expected
+
+
+@pytest.mark.parametrize("name", MethodConfig.names())
+def test_options_of_methods_are_keyword_arguments_only(name):
+    for argument in ("config", "prefix_config"):
+        with pytest.raises(ConfigError, match="keyword argument of train"):
+            train("nowhere", DATA, **{argument: {name: getattr(MethodConfig(), name)}})
+
+
+def test_infix_by_method_and_by_position_are_one_training(base):
+    how = HOW | {"prefix_length": 2, "init": "random"}
+    by_method, by_position = train(base, DATA, method="infix", **how), train(base, DATA, position="infix", **how)
+    assert by_method.digest == by_position.digest
+    assert by_method.training["identity"] == by_position.training["identity"]
