@@ -19,7 +19,7 @@ from prefixfast import EngineConfig, GenerationParams, MethodConfig, PrefixConfi
 from prefixfast.cli import app
 from prefixfast.cli.help import commands
 from prefixfast.data import TASKS
-from prefixfast.metrics.registry import TASK_METRICS
+from prefixfast.metrics.tasks import TASK_METRICS
 
 ALL = dict(commands(typer.main.get_command(app)))
 LEAVES = {path: command for path, command in ALL.items() if not hasattr(command, "commands")}
