@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from prefixfast.model.base import Model
-from prefixfast.model.tuned.apply import tuned
+from prefixfast.model.tuned.apply import applied
 from prefixfast.prefix.tensors import shared_tensors
 from prefixfast.prefix.tuned_weights import TunedWeights
 
@@ -27,5 +27,5 @@ def applied_weights(model: Model, weights: TunedWeights | None) -> Iterator[None
             yield
         return
     tensors = {name: t.to(model.device) for name, t in shared_tensors(weights.tensors).items()}
-    with tuned(model, weights.method, tensors, weights.options):
+    with applied(model, weights.method, tensors, weights.options):
         yield

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from prefixfast.model.guard import BaseGuard
-    from prefixfast.training.methods.trained import Trained
+    from prefixfast.training.methods.state import MethodState
 
 
 class Applied:
@@ -20,7 +20,7 @@ class Applied:
         guard: Guard of the base model.
     """
 
-    def __init__(self, params: Trained, guard: BaseGuard) -> None:
+    def __init__(self, params: MethodState, guard: BaseGuard) -> None:
         self.params, self.guard = params, guard
         self._context = contextlib.ExitStack()
         self._is_in = False

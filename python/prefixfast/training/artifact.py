@@ -10,7 +10,7 @@ from prefixfast.data.encode import vocabulary_error
 from prefixfast.training.groups import PrefixJob
 from prefixfast.training.identity import IDENTITY
 from prefixfast.training.method import METHODS
-from prefixfast.training.methods.trained import Artifact, Trained
+from prefixfast.training.methods.state import Artifact, MethodState
 from prefixfast.training.settings import option_values
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ class ArtifactBuilder:
     """
 
     data: GroupData
-    params: Trained
+    params: MethodState
     base: Fingerprint
     identities: dict[str, str]
     decoding: dict[str, JSON]
 
     @classmethod
-    def make(cls, data: GroupData, params: Trained) -> ArtifactBuilder:
+    def make(cls, data: GroupData, params: MethodState) -> ArtifactBuilder:
         """Builder of a group, before the base model is changed.
 
         Args:

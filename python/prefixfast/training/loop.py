@@ -28,7 +28,7 @@ from prefixfast.training.checkpoint import Checkpoint
 from prefixfast.training.early_stopping import out_of_patience
 from prefixfast.training.group_data import GroupData
 from prefixfast.training.job import TrainJob
-from prefixfast.training.methods.trained import Artifact, make
+from prefixfast.training.methods.state import Artifact, make
 from prefixfast.training.metrics import prefix_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.progress import GroupProgress

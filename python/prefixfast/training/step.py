@@ -23,7 +23,7 @@ from prefixfast.training.batching import BatchOrder, MicroBatch, micro_batches
 from prefixfast.training.examples import Examples
 from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.method import METHODS
-from prefixfast.training.methods.trained import Trained
+from prefixfast.training.methods.state import MethodState
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 from prefixfast.training.resilience import TokenBudget
 
@@ -75,7 +75,7 @@ class StepRunner:
         self,
         model: Model,
         group: PrefixGroup,
-        params: Trained,
+        params: MethodState,
         data: GroupExamples,
     ) -> None:
         self.model, self.config, self.examples = model, group.config, data.examples

@@ -13,7 +13,7 @@ import tiny
 from composed import error
 from prefixfast import DataError, load
 from prefixfast.attention.plan import plain_plan
-from prefixfast.model.tuned.lora import attached_lora, new_lora
+from prefixfast.model.tuned.lora import applied_lora, new_lora
 from prefixfast.prefix.lora_format import lora_files, read_lora
 
 IDS = torch.tensor([1, *range(3, 20)])
@@ -47,7 +47,7 @@ def ours(family, tensors, fields):
     """Logits ``[N, V]`` and losses ``[N - 1]`` with an adapter."""
     with load(tiny.make(family)) as base:
         plan = plain_plan([len(IDS)], backend=base.backend)
-        with attached_lora(base, tensors, fields), torch.no_grad():
+        with applied_lora(base, tensors, fields), torch.no_grad():
             losses = base.losses(plan.with_logits_at(torch.arange(len(IDS) - 1)), IDS, IDS[1:])
             return base.forward(plan, IDS), losses
 

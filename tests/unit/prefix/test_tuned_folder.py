@@ -155,12 +155,12 @@ def test_a_pattern_of_layers_is_stored_as_names(monkeypatch, tmp_path):
 
 
 def test_a_base_is_given_back_with_its_configuration():
-    from prefixfast.model.tuned.lora import attached_lora
+    from prefixfast.model.tuned.lora import applied_lora
 
     with load(tiny.make("llama")) as own:
         before, right = own.hf.config.to_dict(), score(rows(0, 2), model=own)[0].logprob
         fields = LORA | {"layer_replication": [[0, 2], [1, 3]]}
-        with pytest.raises(ConfigError), attached_lora(own, {"model.x.lora_A.weight": torch.zeros(2, 2)}, fields):
+        with pytest.raises(ConfigError), applied_lora(own, {"model.x.lora_A.weight": torch.zeros(2, 2)}, fields):
             pass
         assert own.hf.config.to_dict() == before
         assert error(torch.tensor(score(rows(0, 2), model=own)[0].logprob), torch.tensor(right)) == 0

@@ -64,7 +64,7 @@ def new_adapters(model: Model, width: int, seed: int) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def attached_adapters(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def applied_adapters(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Context manager in which the output of every transformer block passes through its adapter.
 
     The adapters compute in the dtype of their tensors, to which gradients flow.

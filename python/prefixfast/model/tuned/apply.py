@@ -1,4 +1,4 @@
-"""`tuned`, trained weights of any method in an attached base model for the time of a call."""
+"""`applied`, trained weights of any method in an attached base model for the time of a call."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from prefixfast.config.json_types import JSON
-from prefixfast.model.tuned.adapter import attached_adapters
-from prefixfast.model.tuned.full import TOP_BLOCKS, all_weights, block_weights, replaced_weights
-from prefixfast.model.tuned.lora import attached_lora
+from prefixfast.model.tuned.adapter import applied_adapters
+from prefixfast.model.tuned.full import TOP_BLOCKS, all_weights, applied_full, block_weights
+from prefixfast.model.tuned.lora import applied_lora
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from prefixfast.model.base import Model
 
 Apply = Callable[["Model", Mapping[str, "Tensor"], Mapping[str, JSON]], AbstractContextManager[None]]
-METHODS: dict[str, Apply] = {
-    "full": lambda model, tensors, _: replaced_weights(model, tensors, all_weights(model)),
-    "top2": lambda model, tensors, _: replaced_weights(model, tensors, block_weights(model, TOP_BLOCKS)),
-    "adapter": lambda model, tensors, _: attached_adapters(model, tensors),
-    "lora": attached_lora,
+APPLY_BY_METHOD: dict[str, Apply] = {
+    "full": lambda model, tensors, _: applied_full(model, tensors, all_weights(model)),
+    "top2": lambda model, tensors, _: applied_full(model, tensors, block_weights(model, TOP_BLOCKS)),
+    "adapter": lambda model, tensors, _: applied_adapters(model, tensors),
+    "lora": applied_lora,
 }
 
 
 @contextlib.contextmanager
-def tuned(model: Model, method: str, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]) -> Iterator[None]:
+def applied(model: Model, method: str, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]) -> Iterator[None]:
     """Context manager in which a base model has trained weights. It gives the base model back unchanged.
 
     It waits until no other thread runs the base model, and the runs of other threads wait for its end.
@@ -45,7 +45,7 @@ def tuned(model: Model, method: str, tensors: Mapping[str, Tensor], options: Map
     guard = model.guard
     with guard.changing():
         guard.check_unchanged()
-        with METHODS[method](model, tensors, options):
+        with APPLY_BY_METHOD[method](model, tensors, options):
             guard.acting = tuple((t.data_ptr(), tuple(t.shape), t.dtype) for t in tensors.values())
             try:
                 yield

@@ -85,7 +85,7 @@ def block_weights(model: Model, count: int) -> list[str]:
 
 
 @contextlib.contextmanager
-def replaced_weights(model: Model, tensors: Mapping[str, Tensor], needed: Iterable[str] = ()) -> Iterator[None]:
+def applied_full(model: Model, tensors: Mapping[str, Tensor], needed: Iterable[str] = ()) -> Iterator[None]:
     """Context manager in which parameters of a base model have other values.
 
     A tensor of the parameter's dtype and device is used without a copy.

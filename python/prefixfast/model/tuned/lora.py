@@ -72,7 +72,7 @@ def new_lora(model: Model, rank: int, alpha: float, seed: int) -> tuple[dict[str
 
 
 @contextlib.contextmanager
-def attached_lora(model: Model, tensors: Mapping[str, Tensor], fields: Mapping[str, JSON]) -> Iterator[None]:
+def applied_lora(model: Model, tensors: Mapping[str, Tensor], fields: Mapping[str, JSON]) -> Iterator[None]:
     """Context manager in which LoRA layers act in a base model.
 
     The layers compute in the dtype of their tensors. Gradients flow to tensors that are parameters.

@@ -18,13 +18,13 @@ from prefixfast.errors import ConfigError, shown
 from prefixfast.prefix.virtual_tokens import embedded_tensors
 from prefixfast.training.embeddings import EmbeddingParameters
 from prefixfast.training.init import init_text_ids
-from prefixfast.training.methods.prefix import TrainedPrefixes
+from prefixfast.training.methods.prefix import PrefixState
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
 
 
-def make(data: GroupData) -> TrainedPrefixes:
+def make(data: GroupData) -> PrefixState:
     """Initial embeddings of a group.
 
     Raises:
@@ -38,7 +38,7 @@ def make(data: GroupData) -> TrainedPrefixes:
     if reason is not None:
         msg = f"method 'embedding' does not work with a {type(model.hf).__name__}: {reason}; train a prefix"
         raise ConfigError(msg)
-    return TrainedPrefixes(data, EmbeddingParameters(model, tables))
+    return PrefixState(data, EmbeddingParameters(model, tables))
 
 
 @torch.no_grad()

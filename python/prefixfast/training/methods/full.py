@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from prefixfast.model.text_kv import parameter_dtype
-from prefixfast.model.tuned.apply import tuned
+from prefixfast.model.tuned.apply import applied
 from prefixfast.model.tuned.full import TOP_BLOCKS, all_weights, top_weights
-from prefixfast.training.methods.weights import TrainedModules
+from prefixfast.training.methods.weights import WeightsState
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
 
 
-class TrainedBase(TrainedModules):
+class BaseState(WeightsState):
     """Weights of the base model.
 
     Args:
@@ -45,7 +45,7 @@ class TrainedBase(TrainedModules):
     def applied(self) -> Iterator[None]:
         """Context manager in which the base model has the masters, or rounded copies, and gets gradients."""
         hooks = []
-        with tuned(self.model, self.method, self.tensors, self.options):
+        with applied(self.model, self.method, self.tensors, self.options):
             for p, (master, _) in zip(self.weights.values(), self.params, strict=True):
                 p.requires_grad_(True)
                 hooks.append(p.register_post_accumulate_grad_hook(_carried_to(master)))
@@ -86,7 +86,7 @@ def _carried_to(master: Tensor) -> Callable[[Tensor], None]:
     return carry
 
 
-def make(data: GroupData) -> TrainedBase:
+def make(data: GroupData) -> BaseState:
     """Weights of the base model that a method trains."""
     is_full = data.group.method_config.method == "full"
-    return TrainedBase(data, all_weights(data.model) if is_full else top_weights(data.model, TOP_BLOCKS))
+    return BaseState(data, all_weights(data.model) if is_full else top_weights(data.model, TOP_BLOCKS))

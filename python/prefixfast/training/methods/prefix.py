@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prefixfast.training.groups import PrefixJob
 
 
-class TrainedPrefixes:
+class PrefixState:
     """Keys and values of the n prefixes of a group.
 
     Args:
@@ -113,9 +113,9 @@ def prefix_parameters(data: GroupData, init: Sequence[list[LayerKV] | None]) -> 
     return PrefixParameters.make(model.layers, init, options, on_top_of=before)
 
 
-def make(data: GroupData) -> TrainedPrefixes:
+def make(data: GroupData) -> PrefixState:
     """Initial prefixes of a group."""
     group, frozen = data.group, data.job.on_top_of
     after = [] if frozen is None or frozen.position == "infix" else [frozen]  # a text before an infix does not see it
     init = initial_kv(data.model, group.jobs, group.prefix_config, data.job.init_options, after)
-    return TrainedPrefixes(data, prefix_parameters(data, init))
+    return PrefixState(data, prefix_parameters(data, init))

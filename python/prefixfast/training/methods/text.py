@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from prefixfast.model.text_kv import text_kv
 from prefixfast.training.init import text_ids
-from prefixfast.training.methods.prefix import TrainedPrefixes, prefix_parameters
+from prefixfast.training.methods.prefix import PrefixState, prefix_parameters
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
 
 
-class TextPrefix(TrainedPrefixes):
+class TextPrefix(PrefixState):
     """Keys and values of a text, which no training adjusts."""
 
     @property

@@ -1,4 +1,4 @@
-"""`TrainedModules`, small networks in the layers of a base model, and what all trained weights have in common."""
+"""`WeightsState`, small networks in the layers of a base model, and what all trained weights have in common."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefixfast.attention.plan import Plan, plain_plan
 from prefixfast.config.json_types import JSON
-from prefixfast.model.tuned.apply import tuned
+from prefixfast.model.tuned.apply import applied
 from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.training.batching import MicroBatch
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prefixfast.training.groups import PrefixJob
 
 
-class TrainedModules:
+class WeightsState:
     """Tensors of one name that act in the base model and get gradients there.
 
     Args:
@@ -48,7 +48,7 @@ class TrainedModules:
         """Context manager in which the tensors act in the base model."""
         for t in self.tensors.values():
             t.requires_grad_()
-        return tuned(self.model, self.method, self.tensors, self.options)
+        return applied(self.model, self.method, self.tensors, self.options)
 
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
         """Discard the gradients of an unfinished step."""

@@ -9,7 +9,7 @@ import tiny
 from composed import error
 from prefixfast import ConfigError, load
 from prefixfast.attention.plan import plain_plan
-from prefixfast.model.tuned.adapter import attached_adapters, bottleneck_width, new_adapters
+from prefixfast.model.tuned.adapter import applied_adapters, bottleneck_width, new_adapters
 from prefixfast.model.tuned.blocks import decoder_blocks
 
 LIMITS = {"gpt2": 1e-9, "llama": 1e-5}  # transformers computes Llama's norms and angles in fp32
@@ -36,7 +36,7 @@ def test_logits_and_gradients_are_those_of_a_dense_model(family):
     weights = {n: t.clone() for n, t in hf.state_dict().items()}
     with load(hf) as base:
         adapters = random_adapters(base)
-        with attached_adapters(base, adapters):
+        with applied_adapters(base, adapters):
             got = packed_logits(base, TEXTS)
         (got.square().sum()).backward()
         ours = {n: t.grad for n, t in adapters.items()}
@@ -79,7 +79,7 @@ def test_the_initial_values_are_those_of_the_public_code():
 def test_a_base_in_bf16_has_adapters_in_fp32_and_computes_in_bf16():
     with load(tiny.make("llama", dtype=torch.bfloat16)) as base:
         adapters = random_adapters(base)
-        with attached_adapters(base, adapters):
+        with applied_adapters(base, adapters):
             got = packed_logits(base, TEXTS)
         assert got.dtype == torch.bfloat16
         got.float().square().mean().backward()
@@ -89,14 +89,14 @@ def test_a_base_in_bf16_has_adapters_in_fp32_and_computes_in_bf16():
 def test_the_base_has_no_hooks_after_an_error():
     with load(tiny.make("gpt2")) as base:
         adapters, before = new_adapters(base, 3, 0), packed_logits(base, TEXTS)
-        with pytest.raises(ZeroDivisionError), attached_adapters(base, adapters):
+        with pytest.raises(ZeroDivisionError), applied_adapters(base, adapters):
             raise ZeroDivisionError
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.hf.modules())
         assert torch.equal(packed_logits(base, TEXTS), before)
         wrong = {**adapters, "1.up.weight": adapters["1.up.weight"][:-1]}
-        with pytest.raises(ConfigError, match=r"1\.up\.weight"), attached_adapters(base, wrong):
+        with pytest.raises(ConfigError, match=r"1\.up\.weight"), applied_adapters(base, wrong):
             pass
-        with pytest.raises(ConfigError), attached_adapters(base, {}):
+        with pytest.raises(ConfigError), applied_adapters(base, {}):
             pass
 
 
@@ -113,7 +113,7 @@ def test_blocks_of_further_families_are_found(kind):
     """A block whose attention does not read what the block before it returns would leave a gradient at zero."""
     with load(causal_lms.make(kind)) as base:
         adapters = random_adapters(base, 2)
-        with attached_adapters(base, adapters):
+        with applied_adapters(base, adapters):
             packed_logits(base, TEXTS).float().square().sum().backward()
         assert len(decoder_blocks(base)) == len(base.layers)
         assert all(bool(t.grad.abs().sum() > 0) for n, t in adapters.items() if n.endswith("up.weight"))

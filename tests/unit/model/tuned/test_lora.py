@@ -11,7 +11,7 @@ import tiny
 from composed import error
 from prefixfast import ConfigError, load
 from prefixfast.attention.plan import plain_plan
-from prefixfast.model.tuned.lora import attached_lora, new_lora
+from prefixfast.model.tuned.lora import applied_lora, new_lora
 
 TEXTS = [list(range(3, 12)), [5, 60, 61, 62], [7, 8]]
 RANK, ALPHA, SEED = 4, 12, 7
@@ -60,7 +60,7 @@ def test_initial_values_logits_and_gradients_are_those_of_peft(family):
                 t.add_(noise(n, t))
                 own[names[n]].copy_(t)
         plain = packed_logits(base)
-        with attached_lora(base, tensors, fields):
+        with applied_lora(base, tensors, fields):
             got = packed_logits(base)
         got.square().sum().backward()
     expected = torch.cat([theirs(input_ids=torch.tensor([t])).logits[0] for t in TEXTS])
@@ -75,7 +75,7 @@ def test_a_family_that_peft_does_not_know_has_lora_in_all_linear_layers():
         tensors, fields = new_lora(base, RANK, ALPHA, SEED)
         linear = {n for n, m in base.hf.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"}
         assert {n.rsplit(".", 2)[0] for n in tensors} == linear
-        with attached_lora(base, tensors, fields):
+        with applied_lora(base, tensors, fields):
             pass
 
 
@@ -87,19 +87,19 @@ def test_the_base_has_its_own_modules_back_also_after_errors():
         attached, logits = snapshot(hf), packed_logits(base)
         tensors, fields = new_lora(base, RANK, ALPHA, SEED)
         assert snapshot(hf) == attached
-        with attached_lora(base, tensors, fields):
+        with applied_lora(base, tensors, fields):
             assert snapshot(hf) != attached
             packed_logits(base)
         assert snapshot(hf) == attached
-        with pytest.raises(ZeroDivisionError), attached_lora(base, tensors, fields):
+        with pytest.raises(ZeroDivisionError), applied_lora(base, tensors, fields):
             raise ZeroDivisionError
         assert snapshot(hf) == attached
         name, t = next(iter(tensors.items()))
         for wrong in ({**tensors, name: t[:, :-1]}, {n: u for n, u in tensors.items() if n != name}, {"x": t}):
-            with pytest.raises(ConfigError, match=r"LoRA"), attached_lora(base, wrong, fields):
+            with pytest.raises(ConfigError, match=r"LoRA"), applied_lora(base, wrong, fields):
                 pass
             assert snapshot(hf) == attached
-        with pytest.raises(ConfigError), attached_lora(base, tensors, {**fields, "target_modules": ["absent"]}):
+        with pytest.raises(ConfigError), applied_lora(base, tensors, {**fields, "target_modules": ["absent"]}):
             pass
         assert snapshot(hf) == attached
         assert torch.equal(packed_logits(base), logits)
@@ -122,7 +122,7 @@ def test_a_base_in_bf16_has_lora_in_fp32_and_computes_as_peft():
                 t.add_(noise(n, t))
                 own[f"base_model.model.{n}"].copy_(t)
         plain = packed_logits(base)
-        with attached_lora(base, tensors, fields):
+        with applied_lora(base, tensors, fields):
             got = packed_logits(base)
         got.float().square().mean().backward()
         assert got.dtype == torch.bfloat16
@@ -136,7 +136,7 @@ def test_weights_are_packed_without_the_lora_layers():
     one, two = (tiny.make("llama", dtype=torch.bfloat16) for _ in range(2))
     with load(one) as base, load(two) as other:
         tensors, fields = new_lora(base, RANK, ALPHA, SEED)
-        with attached_lora(base, tensors, fields):
+        with applied_lora(base, tensors, fields):
             packed = base.prepack()
         plain = other.prepack()
         assert (packed.why_not, packed.nbytes, len(packed.modules)) == (None, plain.nbytes, len(plain.modules))

@@ -1,4 +1,4 @@
-"""`Trained`, the state of a method as the loop sees it, and `make`, which makes it for a group."""
+"""`MethodState`, the state of a method as the loop sees it, and `make`, which makes it for a group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Artifact: TypeAlias = Prefix | TunedWeights
 
 
-class Trained(Protocol):
+class MethodState(Protocol):
     """The state that a method trains: n prefixes, or the weights of one name.
 
     Attributes:
@@ -85,7 +85,7 @@ class Trained(Protocol):
         """
 
 
-def make(data: GroupData) -> Trained:
+def make(data: GroupData) -> MethodState:
     """Initial state of a group.
 
     Args:
@@ -95,5 +95,5 @@ def make(data: GroupData) -> Trained:
     module = importlib.import_module(f"prefixfast.training.methods.{method.module}")
     # Methods that make weights look into the base model with hooks, flags and layers of their own.
     with guard.running() if method.makes_prefix else guard.changing():
-        found: Trained = module.make(data)
+        found: MethodState = module.make(data)
     return found
