@@ -80,8 +80,8 @@ class LoopDriver:
     def check_outside(self, method: str, *, waits: bool) -> None:
         """Raise `ConfigError` in code that the engine calls, where the method could never return.
 
-        That is a logits processor, or a signal handler that interrupts a step. It is also a callback of a ticket for a
-        method that waits.
+        That is a logits processor, or a signal handler that interrupts a step. For a method that waits it is also a
+        callback of a ticket, and a run with trained weights, for whose end the engine's thread waits.
 
         Args:
             method: Name of the called method, for the error.
@@ -102,6 +102,8 @@ class LoopDriver:
                 "there, or another thread"
             )
             raise ConfigError(msg)
+        if waits and worker is not None:
+            self.model.guard.check_not_changing()
 
     def between_steps(self, method: str, job: Callable[[], T], weights: TunedWeights | None = None) -> T:
         """Run a function between two steps, in the thread that owns model and loop.
@@ -163,6 +165,7 @@ class LoopDriver:
         threads that run engines inside each other's steps never wait for each other.
         """
         if self.worker is not None and weights is None:
+            self.model.guard.check_not_changing()
             yield self.worker
             return
         # With weights no other thread runs the loop, and one that has the lock closes it or starts the worker.

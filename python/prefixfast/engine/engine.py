@@ -88,7 +88,8 @@ class Engine(RequestSubmission, PrefixPinning):
         self.model = load(model, **base_fields) if isinstance(model, str | Path) else load(model)
         try:
             check_base_fields(self.model, **base_fields)
-            self._allocate()
+            with self.model.guard.running():  # copies and graphs of weights are those of one state
+                self._allocate()
         except BaseException:
             if self._owns_model:
                 self.model.close()

@@ -20,9 +20,11 @@ def applied_weights(model: Model, weights: TunedWeights | None) -> Iterator[None
         weights: Trained weights, None for those of the base model.
 
     Raises:
-        ConfigError: If the weights do not fit the base model, or cannot act in it now.
+        ConfigError: If the weights do not fit the base model, or cannot act in it now, or others act in it in this
+            thread.
     """
     if weights is None:
+        model.guard.check_not_changing()
         with model.guard.running():
             yield
         return

@@ -127,9 +127,10 @@ class Worker:
         """Raise `ConfigError` where waiting for a request would never end.
 
         Raises:
-            ConfigError: In this thread, or in a forked process.
+            ConfigError: In this thread, in a forked process, or in a run with trained weights.
         """
         check_same_process(self.process_id, "engine")
+        self.loop.model.guard.check_not_changing()
         if self.is_current_thread():
             msg = (
                 "a logits processor and a callback of a ticket run in the engine's own thread and cannot wait for a "

@@ -94,6 +94,19 @@ class BaseGuard:
             )
             raise ConfigError(msg)
 
+    def check_not_changing(self) -> None:
+        """Raise `ConfigError` if this thread has put trained weights into the base model.
+
+        Threads of engines wait for their end, and other calls would run with them.
+        """
+        own = self._own()
+        if own is not None and own.is_exclusive:
+            msg = (
+                "trained weights act in this base until the call that put them in ends, and this call comes from a "
+                "logits processor or a callback inside it; load the base again for this call, or make it afterwards"
+            )
+            raise ConfigError(msg)
+
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
         """Context manager of a training run that changes the base model in its steps.

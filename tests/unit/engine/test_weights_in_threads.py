@@ -103,6 +103,7 @@ USES = {
     "a prefix of a text": lambda base, made: Prefix.from_text(base, [4, 5]).digest,
     "fingerprint": lambda base, made: base.fingerprint,
     "load": lambda base, made: type(load(base.hf).head),
+    "make an engine": lambda base, made: captured_state(base),
 }
 
 
@@ -111,6 +112,12 @@ def in_engine(base, *, starts_thread=False):
         if starts_thread:
             return [engine.submit(p, **NEW).result(60).token_ids for p in PROMPTS]
         return texts(engine.generate(PROMPTS, **NEW)), [s.logprob for s in engine.score(DATA)]
+
+
+def captured_state(base):
+    """State of the base model in which an engine made its copies and graphs."""
+    with Engine(base) as engine:
+        return engine.loop.captured
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -234,6 +241,44 @@ def test_calls_that_would_wait_for_themselves_are_refused(unchanged, made):
         scores = refused(lambda: other.score(DATA, weights))
         assert tokens(base, logits_processor=scores) == expected[0]
     assert len(errors) == 4 * NEW["max_new_tokens"] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_calls_inside_a_run_with_weights_do_not_run_with_them(unchanged, made, threads, method):
+    """The thread of the engine, which another thread starts meanwhile, waits for the end of the run."""
+    base, weights, refused, gate = unchanged, made[method], [], Gate()
+    expected, plain = tokens(base, weights), tokens(base)
+    with Engine(base) as inline, Engine(base) as threaded:
+        calls = {
+            "generate": lambda: tokens(base),
+            "score": lambda: logprobs(base),
+            "train": lambda: train(base, DATA, method="lora", **HOW),
+            "generate inline": lambda: inline.generate(PROMPTS, **NEW),
+            "score inline": lambda: inline.score(DATA),
+            "generate in a thread": lambda: threaded.generate(PROMPTS, **NEW),
+            "score in a thread": lambda: threaded.score(DATA),
+            "close": threaded.close,
+            "result": lambda: ticket.result(60),
+            "stream": lambda: next(iter(threaded.stream(PROMPTS[0], **NEW))),
+        }
+
+        def process(ids, logits):
+            gate(ids, logits)
+            for name, call in calls.items():
+                with pytest.raises(ConfigError):
+                    call()
+                refused.append(name)
+            return logits
+
+        run = threads.submit(tokens, base, weights, logits_processor=[process])
+        assert gate.entered.wait(60)
+        ticket = threaded.submit(PROMPTS[0], **NEW)
+        wait_until(lambda: base.guard.is_awaited)
+        gate.opened.set()
+        assert run.result(60) == expected
+        assert {*refused} == {*calls}
+        assert ticket.result(60).token_ids == plain[0]
+        assert texts(threaded.generate(PROMPTS, **NEW)) == texts(inline.generate(PROMPTS, **NEW)) == plain
 
 
 def test_engines_that_run_inside_each_other_do_not_wait_for_each_other(unchanged, made, threads):

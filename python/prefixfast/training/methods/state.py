@@ -95,5 +95,6 @@ def make(data: GroupData) -> MethodState:
     module = importlib.import_module(f"prefixfast.training.methods.{method.module}")
     # Methods that make weights look into the base model with hooks, flags and layers of their own.
     with guard.running() if method.makes_prefix else guard.changing():
+        guard.check_unchanged()
         found: MethodState = module.make(data)
     return found
