@@ -500,18 +500,24 @@ def figures(found: list[Record]) -> Iterator[Cell]:
         )
 
 
-def compared(found: list[Record]) -> Iterator[Cell]:
-    """Quality and sizes of the methods of a comparison."""
+def compared_quality(found: list[Record]) -> Iterator[Cell]:
+    """Loss and scores of the methods of a comparison."""
     from prefixfast.studies.compare.summary import summarize
-    from prefixfast.studies.compare.table import cost_rows, quality_rows
+    from prefixfast.studies.compare.table import quality_rows
 
     summary = summarize(found, found[0]["shared"])
     names = [n for n in COMPARED if n in summary.qualities]
-    costs = {row["method"]: row for row in cost_rows(summary, 16e9)}
     for row in quality_rows(summary, names):
-        own = row | costs[row["method"]]
-        for column in ("seeds", *names, "trained", "disk size", "users in 16 GB"):
-            yield row["method"], column, own[column]
+        yield from ((row["method"], column, row[column]) for column in ("seeds", *names))
+
+
+def compared_costs(found: list[Record]) -> Iterator[Cell]:
+    """Sizes, seconds and memory of the methods of a comparison."""
+    from prefixfast.studies.compare.summary import summarize
+    from prefixfast.studies.compare.table import cost_rows
+
+    for row in cost_rows(summarize(found, found[0]["shared"]), 16e9):
+        yield from ((row["method"], column, text) for column, text in row.items() if column != "method")
 
 
 def clear(found: list[Record]) -> Iterator[Cell]:
@@ -524,13 +530,11 @@ def clear(found: list[Record]) -> Iterator[Cell]:
         yield name, "differences that every seed shows", pairs or "none"
 
 
-COMPARED = ("dev loss", "BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr")
+COMPARED = ("dev loss", "BLEU", "NIST", "METEOR", "ROUGE_L", "CIDEr", "omissions")
 COMMANDS = {
     "quality": "prefixfast bench quality",
     "users": "prefixfast bench users MODEL DATA --steps 8",
-    "compare": "prefixfast compare E2E_TRAIN --eval-data E2E_DEV --task e2e --model MODEL -o OUT --max-rows 300 "
-    "--num-train-epochs 3 --max-inputs 60 --methods prefix,prefix-mlp,full,lora --seeds 3 "
-    "(`--methods top2,adapter --seeds 1` for these two)",
+    "compare": "benches/system/choosing.sh MODEL E2E_FOLDER OUT",
     "forty": "python benches/system/forty_users.py -o OUT.jsonl",
 }
 BOTH = "(`--impl peft` for PEFT)"
@@ -550,8 +554,9 @@ TABLES: dict[str, Table] = {
     "generate-llama-fp32": Table(("generate-llama-fp32.jsonl",), generation, "tokens/s, fp32"),
     "generate-nlg-10m-fp32": Table(("generate-nlg-10m-fp32.jsonl",), generation, "tokens/s, fp32"),
     "users": Table(("e2e-users-smollm2.jsonl",), users, command=COMMANDS["users"]),
-    "choosing-nlg-10m": Table(("compare-nlg-10m.jsonl",), compared, "nlg-10m", command=COMMANDS["compare"]),
-    "choosing-nlg-10m-clear": Table(("compare-nlg-10m.jsonl",), clear, "nlg-10m", source=False),
+    "choosing-smollm2": Table(("compare-smollm2.jsonl",), compared_quality, "SmolLM2", source=False),
+    "choosing-smollm2-costs": Table(("compare-smollm2.jsonl",), compared_costs, "SmolLM2", command=COMMANDS["compare"]),
+    "choosing-smollm2-clear": Table(("compare-smollm2.jsonl",), clear, "SmolLM2", source=False),
     "forty-users": Table(("forty-users.jsonl",), forty_users, command=COMMANDS["forty"]),
     "quality-smollm2": Table(
         ("quality-smollm2-text-*.json", "quality-smollm2-mlp-p*.json"),

@@ -233,6 +233,7 @@ class Rows:
         return index if many(self.ours) == self.expected else -1
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on one core
 def test_works_in_forked_data_loaders() -> None:
     data = pytest.importorskip("torch.utils.data")
     loader = data.DataLoader(Rows(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)

@@ -154,20 +154,25 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        try:
+            self._stop.set()
+            if self._thread is not None:
+                self._thread.join()
+            self._report_end(is_finished=kind is None)
+        finally:  # also after Ctrl-C during the end itself
+            _current.reset(self._token)
+            if self._outer is not None:
+                self._outer._part = None
+
+    def _report_end(self, *, is_finished: bool) -> None:
         if self._bar is not None:
             self._show_bar()
             with contextlib.suppress(OSError, ValueError):
                 self._bar.close()
-        elif self._is_shown and kind is None:
+        elif self._is_shown and is_finished:
             count = "" if self.total is None else f"{self.done} of {self.total} {self.unit}"
             spent = f"finished after {duration(self.clock() - self._start)}"
             _write(f"{self.label}: " + ", ".join(p for p in (count, self._text(), spent) if p))
-        _current.reset(self._token)
-        if self._outer is not None:
-            self._outer._part = None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
 
 RESERVED_NAMES = ("", ".", "..", LOG, FAILED, CHECKPOINT)
 LONGEST_EXTRA = ".{}.xxxxxxxx.tmp"  # name of the folder in which a prefix folder is written
+PROBE = "prefixfast-probe"  # start of the name of the folder that a check makes and removes
 SHOWN = 5  # names in a message
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ def check_writable(root: Path, names: Sequence[str]) -> None:
     if not existing.is_dir():
         raise ConfigError(_got_file(existing))
     try:
-        probe = Path(tempfile.mkdtemp(dir=existing, prefix=".prefixfast-", suffix=".tmp"))
+        probe = Path(tempfile.mkdtemp(dir=existing, prefix=f".{PROBE}.", suffix=".tmp"))
     except (OSError, ValueError) as e:
         msg = f"output_dir: {shown(str(root))} cannot be written: {_reason(e)}; give another output_dir"
         raise ConfigError(msg) from e

@@ -21,6 +21,7 @@ from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
 from prefixfast.training.checkpoint import Checkpoint
+from prefixfast.training.output_check import PROBE
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
@@ -229,7 +230,7 @@ def _remove_unfinished(folder: Path, names: Sequence[str], *, is_single: bool) -
         names: Names of the prefixes of the run.
         is_single: Whether the folder is the folder of the one prefix.
     """
-    ours = {LOG, FAILED, *(() if is_single else names)}
+    ours = {LOG, FAILED, PROBE, *(() if is_single else names)}
     places = [(folder, ours), (folder.parent, {folder.name} if is_single else set())]
     numbers = {p.name.partition(".")[0] for p in (folder / CHECKPOINT).glob("[0-9]*")}
     places.append((folder / CHECKPOINT, numbers | {str(i) for i in range(100)}))

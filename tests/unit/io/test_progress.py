@@ -205,6 +205,18 @@ def test_an_error_in_the_work_on_an_item_ends_the_reports_while_its_traceback_is
     assert kept.tb is not None
 
 
+def test_an_interrupt_at_the_end_of_the_work_leaves_no_work_behind(monkeypatch):
+    def interrupted(self: Progress) -> str:
+        raise KeyboardInterrupt
+
+    work = Progress("work")
+    with pytest.raises(KeyboardInterrupt), work:
+        work._is_shown = True
+        monkeypatch.setattr(Progress, "_text", interrupted)
+    with Progress("next") as following:
+        assert following._outer is None
+
+
 def test_a_standard_error_that_was_closed_is_no_terminal(monkeypatch):
     stands_for_stderr(monkeypatch, io.StringIO()).close()
     assert not draws_bars()

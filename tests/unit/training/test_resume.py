@@ -18,6 +18,7 @@ import tiny
 from cut_runs import Cut, CutAt
 from oracles import ROOT
 from prefixfast.errors import ConfigError, DataError
+from prefixfast.training import output_check
 from prefixfast.training.trainer import train
 from token_rows import rows
 
@@ -128,6 +129,19 @@ def test_finished_prefixes_are_not_trained_again(model, tmp_path):
     assert seen == []
     assert digests(again) == {n: store[n].digest for n in DATA}
     assert not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_the_probe_of_a_killed_run_is_removed(model, tmp_path, monkeypatch):
+    """Killed between making the folder that shows whether names can be written, and removing it."""
+    out, how = tmp_path / "out", {**HOW, **FLAT, "eval_data": HELD_OUT}
+    with pytest.raises(Cut):
+        train(model, DATA, output_dir=out, callbacks=[CutAt(2)], **how)
+    with monkeypatch.context() as patched:
+        patched.setattr(output_check.shutil, "rmtree", lambda *_, **__: None)
+        output_check.check_writable(out, list(DATA))
+    assert len(list(out.glob(".*.tmp"))) == 1
+    train(model, DATA, output_dir=out, resume=True, **how)
+    assert not list(out.rglob("*.tmp"))
 
 
 def test_failures_are_kept_in_the_checkpoint(model, tmp_path):
