@@ -209,10 +209,12 @@ def test_an_interrupt_at_the_end_of_the_work_leaves_no_work_behind(monkeypatch):
     def interrupted(self: Progress) -> str:
         raise KeyboardInterrupt
 
-    work = Progress("work")
-    with pytest.raises(KeyboardInterrupt), work:
-        work._is_shown = True
-        monkeypatch.setattr(Progress, "_text", interrupted)
+    work = Progress("work").__enter__()
+    work._is_shown = True
+    with monkeypatch.context() as patched:
+        patched.setattr(Progress, "_text", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            work.__exit__(None, None, None)
     with Progress("next") as following:
         assert following._outer is None
 
