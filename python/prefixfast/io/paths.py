@@ -45,7 +45,8 @@ def check_not_input(name: str, written: Iterable[Path], inputs: Iterable[str | P
     Raises:
         ConfigError: If a written file is an input, also under another name, or lies in a folder that is an input.
     """
-    sources = [Path(path) for path in inputs if os.path.exists(path)]  # noqa: PTH110 - `Path.exists` raises for a long name
+    # `Path.exists` raises for a long name.
+    sources = [Path(path) for path in inputs if os.path.exists(path)]  # noqa: PTH110
     for output in filter(os.path.exists, written):
         for source in sources:
             if output.samefile(source) or source.resolve() in output.resolve().parents:

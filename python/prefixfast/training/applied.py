@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Applied:
-    """What is trained, in the base model or out of it.
+    """Trained state of a method, in the base model or out of it.
 
     It stays in from step to step. Code of the user and other threads find the base model as it was.
 
     Args:
-        params: What is trained.
+        params: Trained state of the method.
         guard: Guard of the base model.
     """
 

@@ -33,7 +33,7 @@ class TokenizeOptions:
         limit: Largest number of tokens of an example.
         overflow: Policy for examples with more tokens.
         has_infix: Whether an infix stands before the last prompt token, so that the targets must follow each other.
-        advice: What raises the limit, for the error of a longer example; None if nothing does.
+        advice: Option that raises the limit, for the error of a longer example; None if no option does.
     """
 
     task: Task
@@ -137,7 +137,7 @@ def too_long(example: Example, limit: int, advice: str | None) -> str:
     Args:
         example: Example.
         limit: Largest number of tokens.
-        advice: What raises the limit, None if nothing does.
+        advice: Option that raises the limit, None if no option does.
     """
     choices = ", ".join(("shorten it", *(() if advice is None else (advice,))))
     return f"{len(example.ids)} tokens, at most {limit} fit; {choices}, or set overflow='truncate' or 'skip'"

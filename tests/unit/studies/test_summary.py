@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 
 import pytest
 
+from oracles import ROOT
 from prefixfast.metrics.registry import better_side
 from prefixfast.studies.compare.plot import plot
 from prefixfast.studies.compare.summary import LOSS, Spread, summarize
@@ -116,3 +118,19 @@ def test_one_value_has_no_deviation():
 def test_the_plot_is_an_image(summary, tmp_path):
     plot(summary, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_page_of_choosing_a_method_concludes():
+    """Its sentences about LoRA and about the order of the methods, from the committed results."""
+    path = ROOT / "benches" / "results" / "compare-smollm2.jsonl"
+    lines = [json.loads(found) for found in path.read_text().splitlines()]
+    found = summarize(lines, lines[0]["shared"])
+    clear = {name: set(found.clear_differences(name)) for name in found.qualities}
+    prefixes = ("prefix", "prefix-mlp")
+    assert {("full", "lora"), ("lora", "prefix-mlp"), ("prefix-mlp", "prefix")} <= clear[LOSS]
+    for name in (LOSS, "METEOR", "omissions"):
+        assert {("lora", prefix) for prefix in prefixes} <= clear[name]
+    for name in ("BLEU", "NIST", "ROUGE_L", "CIDEr"):
+        assert not any({better, other} <= {"full", "lora", "prefix-mlp"} for better, other in clear[name])
+    size = {m.label: m.costs["memory bytes"].mean for m in found.methods}
+    assert size["lora"] == 4 * size["prefix"]
