@@ -10,11 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 from prefixfast.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -84,6 +88,23 @@ class BaseGuard:
             raise ConfigError(msg)
         with self._hold(is_exclusive=True):
             yield
+
+    @contextlib.contextmanager
+    def acting_until(self, restore: Callable[[], None], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+        """Context manager at whose end a changed base model is given back.
+
+        If the restoring is interrupted, every later use of the base model is refused.
+
+        Args:
+            restore: Function that gives the base model back.
+            tensors: Tensors that act in the base model until then.
+        """
+        self.acting = tuple((t.data_ptr(), tuple(t.shape), t.dtype) for t in tensors)
+        try:
+            yield
+        finally:
+            restore()
+            self.acting = None
 
     def check_unchanged(self) -> None:
         """Raise `ConfigError` if trained weights act in the base model, for the thread that runs or changes it."""
@@ -183,6 +204,9 @@ class BaseGuard:
                 "this process was forked while another thread had trained weights in this base; load it again, or "
                 "start processes with 'spawn'"
             )
+            raise ConfigError(msg)
+        if self.acting is not None and not any(other.is_exclusive and other.is_active for other in self._holds):
+            msg = "an interrupt left trained weights in this base while they were taken out; load it again"
             raise ConfigError(msg)
         if hold.is_exclusive:
             self._check_no_engine()

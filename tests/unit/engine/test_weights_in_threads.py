@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils.hooks import RemovableHandle
 
 import tiny
 from prefixfast import ConfigError, Engine, Prefix, generate, load, score, train
@@ -315,6 +316,31 @@ def test_an_interrupted_run_does_not_keep_weights_out(unchanged, made, threads):
             engine.generate(PROMPTS, logits_processor=[interrupt], **NEW)
         assert threads.submit(tokens, base, weights).result(60) == expected
         assert texts(engine.generate(PROMPTS, weights, **NEW)) == expected
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_base_whose_restoring_was_interrupted_is_refused(made, method, monkeypatch):
+    """Weights that Ctrl-C leaves in the base act in no later call."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    weights = made[method]
+    place = (RemovableHandle, "remove") if method == "adapter" else (torch.nn.Parameter, "requires_grad_")
+    with load(tiny.make("gpt2")) as own:
+        alone = tokens(own)
+        with engine_weights.applied_weights(own, weights):
+            pass
+        assert tokens(own) == alone
+        with monkeypatch.context() as patched:
+            acting = engine_weights.applied_weights(own, weights)
+            acting.__enter__()
+            patched.setattr(*place, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                acting.__exit__(None, None, None)
+        for call in (lambda: tokens(own), lambda: tokens(own, weights), lambda: score(DATA, model=own)):
+            with pytest.raises(ConfigError, match="load it again"):
+                call()
 
 
 def test_the_number_of_tokens_does_not_change_the_use_of_the_guard(unchanged, monkeypatch):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
@@ -78,14 +79,20 @@ def applied_adapters(model: Model, tensors: Mapping[str, Tensor]) -> Iterator[No
     """
     blocks = decoder_blocks(model)
     _check_shapes(model, tensors)
-    with contextlib.ExitStack() as hooks:
+    hooks: list[RemovableHandle] = []
+
+    def restore() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    with model.guard.acting_until(restore, tensors.values()):
         for i, block in enumerate(blocks):
             own = [tensors[name] for name in _names(i)]
 
-            def hook(_: nn.Module, args: object, output: Tensor, own: list[Tensor] = own) -> Tensor:
+            def adapted(_: nn.Module, args: object, output: Tensor, own: list[Tensor] = own) -> Tensor:
                 return _adapt(output, own)
 
-            hooks.callback(block.register_forward_hook(hook).remove)
+            hooks.append(block.register_forward_hook(adapted))
         yield
 
 

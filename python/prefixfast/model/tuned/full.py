@@ -110,13 +110,15 @@ def applied_full(model: Model, tensors: Mapping[str, Tensor], needed: Iterable[s
         raise ConfigError(msg)
     before = {name: named[name].data for name in tensors}
     flags = {name: named[name].requires_grad for name in tensors}
-    try:
-        with torch.inference_mode(mode=False):
-            for name, t in tensors.items():
-                named[name].data = t.detach().to(before[name].device, before[name].dtype)
-        yield
-    finally:
+
+    def restore() -> None:
         for name, data in before.items():
             named[name].data = data
             named[name].requires_grad_(flags[name])
             named[name].grad = None
+
+    with model.guard.acting_until(restore, tensors.values()):
+        with torch.inference_mode(mode=False):
+            for name, t in tensors.items():
+                named[name].data = t.detach().to(before[name].device, before[name].dtype)
+        yield

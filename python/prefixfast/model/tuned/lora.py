@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -85,7 +85,7 @@ def applied_lora(model: Model, tensors: Mapping[str, Tensor], fields: Mapping[st
     Raises:
         ConfigError: If PEFT is not installed, the base model has adapters already, or tensors do not fit it.
     """
-    with _given_back(model):
+    with _given_back(model, tensors.values()):
         try:
             _inject(model.hf, fields, is_empty=True)
         except (ValueError, TypeError) as e:
@@ -131,8 +131,13 @@ def _require_peft() -> None:
 
 
 @contextlib.contextmanager
-def _given_back(model: Model) -> Iterator[None]:
-    """Context manager after which a model has its own modules, configuration, attributes and flags again."""
+def _given_back(model: Model, tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Context manager after which a model has its own modules, configuration, attributes and flags again.
+
+    Args:
+        model: Base model.
+        tensors: Tensors that act in it until then.
+    """
     hf = model.hf
     if has_adapters(hf):
         msg = (
@@ -145,9 +150,8 @@ def _given_back(model: Model) -> Iterator[None]:
     trained = [(p, p.requires_grad) for p in hf.parameters()]
     configs = {id(c): c for m in hf.modules() if (c := getattr(m, "config", None)) is not None}
     values = [(c, dict(vars(c))) for c in configs.values()]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, own in children:
             if module._modules != own:
                 module._modules.clear()
@@ -159,6 +163,9 @@ def _given_back(model: Model) -> Iterator[None]:
         model.head = head
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
+
+    with model.guard.acting_until(restore, tensors):
+        yield
 
 
 def _weights(hf: nn.Module) -> dict[tuple[str, str], Tensor]:
