@@ -297,6 +297,8 @@ def plan_packed(
     tiles: tuple[int, int, int],
     buckets: int = 4,
     last_prompt_token: NDArray[np.int32] | None = None,
+    key_lengths: NDArray[np.int32] | None = None,
+    padded: bool = True,
 ) -> PlanBuffer:
     """Tables of one packed forward pass of sequences with N tokens in total.
 
@@ -315,7 +317,8 @@ def plan_packed(
     - ``user_pos[*]``, ``user_slides[*]``: position of the block's first row relative to that query's own position,
       slides.
     - ``span[C, 3]``: first user row, count, 1 if the users are consecutive rows, else 0.
-    - ``bucket[B, 2]``: number of sequences, padded length; ascending by length.
+    - ``bucket[B, 2]``: number of sequences, padded length; ascending by length. Empty without ``padded``, as are the
+      next two.
     - ``gather[*]``: token index at each place of the padded layouts of all buckets. Padding repeats the last token of
       the sequence.
     - ``scatter[N]``: place of each token in the padded layouts.
@@ -338,6 +341,10 @@ def plan_packed(
             padding.
         last_prompt_token: Index of the last prompt token of each sequence, int32 ``[sequences]``. None is the first
             token of each.
+        key_lengths: Number of keys of each sequence, at least 1, int32 ``[sequences]``, if the keys are not its tokens,
+            as in cross-attention. The keys of a sequence follow those of the one before it. Its prefixes are at place
+            0, and key 0 has the position of its first query. None is the tokens.
+        padded: Whether to make the padded layouts.
 
     Raises:
         ConfigError: If an array does not fit its description, or there are more entries than int32 can count.

@@ -128,6 +128,8 @@ LIMITS = {
     "the batch smaller",
     "visible_prefix_rows": "{needed} prefix rows of the sequences of one forward, expected at most {available}; make "
     "the batch smaller",
+    "packed_keys": "{needed} keys of the sequences of one forward, expected at most {available}; make the batch "
+    "smaller",
     "padded_tokens": "{needed} padded tokens in one forward, expected at most {available}; make the batch smaller",
     "token_ids": "{needed} token ids of the texts of one call, expected at most {available}; pass fewer texts at "
     "a time",

@@ -7,7 +7,7 @@ padding mask would have been dropped silently.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,11 @@ from transformers import AttentionInterface
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import AttentionCall, Plan
+from prefixfast.attention.seq2seq_plan import Seq2SeqPlan
+from prefixfast.config.sites import Site
 
 NAME = "prefixfast"
+TAG = "_prefixfast_site"  # attribute of each attention module of an attached encoder-decoder base, a `SiteTag`
 # Keywords that models pass and that do not change the result here. Any other keyword that is set is refused, because it
 # might change the result.
 HARMLESS = frozenset(
@@ -35,6 +38,20 @@ HARMLESS = frozenset(
 )
 
 
+class SiteTag(NamedTuple):
+    """Place of an attention module in an encoder-decoder base.
+
+    Attributes:
+        site: Kind of attention.
+        layer: Index of the layer in its stack.
+        bias: Position bias ``[HQ, 2 * maxd + 1]`` by clamped (key position - query position), fp32, or None.
+    """
+
+    site: Site
+    layer: int
+    bias: Tensor | None
+
+
 class MissingPlanError(RuntimeError):
     """Attention was called without a plan."""
 
@@ -47,7 +64,7 @@ def prefixfast_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    prefixfast: Plan | None = None,
+    prefixfast: Plan | Seq2SeqPlan | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **other: Any,
@@ -55,10 +72,12 @@ def prefixfast_attention(
     """Attention of one module over its layer's prefix blocks and its own keys.
 
     Args:
-        module: Attention module; its ``layer_idx`` names the layer.
+        module: Attention module. Its `SiteTag` names the kind of attention and the layer, or else its ``layer_idx`` the
+            layer of a decoder-only base.
         query: Queries ``[1, HQ, N, D]``, after RoPE.
-        key: Keys ``[1, H, N, D]``, after RoPE.
-        value: Values ``[1, H, N, Dv]``. Where Dv and D differ, the shorter ones are padded with zeros, which changes
+        key: Keys ``[1, H, M, D]``, after RoPE. M is N but for cross-attention, whose decode steps read the arena and no
+            given key.
+        value: Values ``[1, H, M, Dv]``. Where Dv and D differ, the shorter ones are padded with zeros, which changes
             neither scores nor outputs.
         attention_mask: Mask, which must be None. transformers builds none for this implementation, so that a mask comes
             from code of the model.
@@ -82,13 +101,11 @@ def prefixfast_attention(
             "close it first, and every other loaded model that shares its config or layers"
         )
         raise MissingPlanError(msg)
+    tag: SiteTag | None = module.__dict__.get(TAG)
+    plan = _plan_of(module, tag, prefixfast, other)
     if unknown := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
         names = ", ".join(sorted(unknown))
         msg = f"{type(module).__name__} passes {names} to attention, which prefixfast does not compute"
-        raise RuntimeError(msg)
-    is_causal = other.get("is_causal")
-    if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
-        msg = f"{type(module).__name__}.is_causal is False, and prefixfast computes causal attention only"
         raise RuntimeError(msg)
     if attention_mask is not None:
         msg = f"{type(module).__name__} passes a mask of its own to attention, which prefixfast does not apply"
@@ -96,25 +113,48 @@ def prefixfast_attention(
     if dropout:
         msg = "attention dropout is on: prefixfast runs the frozen base in eval mode; call model.eval()"
         raise RuntimeError(msg)
-    plan, layer = prefixfast, int(module.layer_idx)  # type: ignore[arg-type]
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, D], views
+    site, layer, bias = tag or ("self", int(module.layer_idx), None)  # type: ignore[arg-type]
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, D], views
     given, count = len(q), plan.position_ids.shape[1]
+    num_keys = count if plan.num_keys is None else plan.num_keys
     if given != count:  # the model was given a single token twice
-        q, k, v = q[:count], k[:count], v[:count]
+        q = q[:count]
+    if len(k) != num_keys:
+        k, v = k[:num_keys], v[:num_keys]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     options = (scale, plan.window(sliding_window), softcap or 0.0)
     qkv = pad_heads((q, k, v))
-    if plan.arena is not None and layer not in plan.arena.readers:
-        assert plan.slots is not None
+    if plan.slots is not None and plan.arena is not None and layer not in plan.arena.readers:
         ops.kv_write(*plan.arena.layers[layer], *qkv[1:], plan.slots)
     if plan.decode is not None:
-        out = _decode_attention(plan, layer, qkv[0], options)
+        out = _decode_attention(plan, layer, qkv[0], options, bias)
     else:
-        out, lse = _packed_attention(plan, layer, qkv, options)
+        out, lse = _packed_attention(plan, layer, qkv, options, bias)
         if plan.probe is not None:
-            plan.probe(AttentionCall(layer, q, k, v, lse, *options))
+            plan.probe(AttentionCall(layer, q, k, v, lse, *options, site))
     out = out[..., : v.shape[-1]]
     return (out if given == count else out.expand(given, -1, -1))[None], None
+
+
+def _plan_of(module: torch.nn.Module, tag: SiteTag | None, plan: Plan | Seq2SeqPlan, other: dict[str, Any]) -> Plan:
+    """Plan of the module's kind of attention. The keywords that it settles leave ``other``."""
+    if isinstance(plan, Seq2SeqPlan):
+        if tag is not None:
+            # The bias of T5 is in the tag. Its modules hand on a marker of fewer dims in its place.
+            position_bias = other.get("position_bias")
+            if position_bias is not None and position_bias.dim() < 4:
+                del other["position_bias"]
+            return plan.at(tag.site)
+    elif tag is None:
+        is_causal = other.get("is_causal")
+        if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+            msg = f"{type(module).__name__}.is_causal is False, and prefixfast computes causal attention only"
+            raise RuntimeError(msg)
+        return plan
+    kinds = ("a decoder-only", "an encoder-decoder")
+    base, made = kinds if tag is None else kinds[::-1]
+    msg = f"{type(module).__name__} belongs to {base} base, and the plan of this forward was made for {made} base"
+    raise RuntimeError(msg)
 
 
 def pad_heads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -123,7 +163,9 @@ def pad_heads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in tensors)
 
 
-def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, int, float]) -> Tensor:
+def _decode_attention(
+    plan: Plan, layer: int, q: Tensor, options: tuple[float, int, float], bias: Tensor | None
+) -> Tensor:
     """Output ``[R, HQ, D]`` of a decode step; ``options`` are scale, window and soft cap."""
     assert plan.arena is not None
     assert plan.decode is not None
@@ -135,7 +177,7 @@ def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, i
         None,
         arena.table,
         tables,
-        None,
+        bias,
         plan.max_len,
         *options,
         plan.backend.name,
@@ -145,7 +187,7 @@ def _decode_attention(plan: Plan, layer: int, q: Tensor, options: tuple[float, i
 
 
 def _packed_attention(
-    plan: Plan, layer: int, qkv: tuple[Tensor, ...], options: tuple[float, int, float]
+    plan: Plan, layer: int, qkv: tuple[Tensor, ...], options: tuple[float, int, float], bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Output ``[N, HQ, D]`` and log-sum-exp of a packed forward; ``options`` are scale, window and soft cap."""
     assert plan.packed is not None
@@ -164,10 +206,10 @@ def _packed_attention(
         prefix_v,
         list(plan.packed[plan.view(layer)]),
         plan.key_slots,
-        None,
+        bias,
         *options,
-        True,
-        True,
+        plan.causal,
+        plan.square,
         plan.backend.name,
         list(plan.backend.sizes),
     )

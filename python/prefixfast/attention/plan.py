@@ -28,6 +28,7 @@ from prefixfast.attention.planner_tables import host_table as host_table
 from prefixfast.attention.planner_tables import packed_tables
 from prefixfast.attention.planner_tables import prefix_rows as prefix_rows
 from prefixfast.attention.planner_tables import section as section
+from prefixfast.config.sites import Site
 from prefixfast_kernels.tables import DecodeTables, PackedTables
 from prefixfast_kernels.tile_selection import Backend
 
@@ -43,11 +44,14 @@ class Arena:
             rows of these tensors. A layer that reads the keys of another layer has the tensors of that layer.
         table: Slot table, int32 ``[decode rows, Tmax]``: arena row of each token of each decode row.
         readers: Layers that read the keys of another layer, and write none.
+        encoder_layers: Keys and values of the prefixes of each encoder layer, views of ``layers`` with the encoder's
+            heads. Empty for a decoder-only base.
     """
 
     layers: Sequence[LayerKV]
     table: Tensor
     readers: frozenset[int] = frozenset()
+    encoder_layers: Sequence[LayerKV] = ()
 
 
 class AttentionCall(NamedTuple):
@@ -56,12 +60,13 @@ class AttentionCall(NamedTuple):
     Attributes:
         layer: Index of the layer.
         q: Queries ``[N, HQ, D]``, after RoPE.
-        k: Keys ``[N, H, D]``, after RoPE.
-        v: Values ``[N, H, D]``.
+        k: Keys ``[M, H, D]``, after RoPE. M is N but for cross-attention.
+        v: Values ``[M, H, D]``.
         lse: Natural log-sum-exp of all scores ``[N, HQ]``.
         scale: Factor on the scores.
         window: Sliding window in tokens, 0 for none.
         softcap: Cap of the scores, 0 for none.
+        site: Kind of attention.
     """
 
     layer: int
@@ -72,11 +77,12 @@ class AttentionCall(NamedTuple):
     scale: float
     window: int
     softcap: float
+    site: Site = "self"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One packed forward or decode step.
+    """One packed forward or decode step. An encoder-decoder base has one plan for each kind of attention.
 
     Attributes:
         position_ids: Positions of the tokens, ``[1, N]`` or, in decode, ``[1, R]``.
@@ -95,6 +101,9 @@ class Plan:
         logits_at: Indices of the tokens whose logits are computed, ``[n]``, or None for all tokens.
         probe: Function called after every attention of a packed forward, or None. An exception that it raises ends the
             forward.
+        causal: Whether keys after the query are hidden.
+        square: Whether the queries of each sequence are its last keys.
+        num_keys: Number M of keys of a packed forward whose keys are not its tokens, else None.
     """
 
     position_ids: Tensor
@@ -110,6 +119,9 @@ class Plan:
     max_len: int = 0
     logits_at: Tensor | None = None
     probe: Callable[[AttentionCall], None] | None = None
+    causal: bool = True
+    square: bool = True
+    num_keys: int | None = None
 
     def window(self, sliding_window: int | None) -> int:
         """Sliding window of a layer in tokens if it can hide a key in this forward, else 0."""
@@ -137,6 +149,34 @@ class PrefixUse(NamedTuple):
     numbers: NDArray[np.int32]
 
 
+class SitePrefixes(NamedTuple):
+    """Prefixes of a batch in one kind of attention.
+
+    Attributes:
+        rows: Rows of each prefix, made by `prefix_rows`.
+        kv: Keys and values of the prefixes for each layer, ``[sum P, H, D]``, to which gradients flow. None without
+            prefixes.
+    """
+
+    rows: PrefixRows
+    kv: Sequence[LayerKV] | None
+
+
+class AttentionKind(NamedTuple):
+    """Keys and mask of one kind of attention in a packed forward.
+
+    Attributes:
+        causal: Whether keys after the query are hidden.
+        key_lengths: Number of keys of each sequence, int32 ``[S]``, if they are not its tokens, else None.
+        last_prompt_token: Index of the last prompt token of each sequence, int32 ``[S]``, before which its infixes
+            stand. None without infixes.
+    """
+
+    causal: bool = True
+    key_lengths: NDArray[np.int32] | None = None
+    last_prompt_token: NDArray[np.int32] | None = None
+
+
 def training_plan(
     lengths: NDArray[np.int32],
     used: PrefixUse,
@@ -160,9 +200,41 @@ def training_plan(
         last_prompt_token: Index of the last prompt token of each sequence, int32 ``[S]``, before which its infixes
             stand. None without infixes.
     """
-    assert last_prompt_token is not None or not rows.table[:, :, 4].any()
+    kind = AttentionKind(last_prompt_token=last_prompt_token)
+    return packed_plan(lengths, used, SitePrefixes(rows, prefix), kind, backend=backend, device=device)
+
+
+def packed_plan(
+    lengths: NDArray[np.int32],
+    used: PrefixUse,
+    prefixes: SitePrefixes,
+    kind: AttentionKind,
+    *,
+    backend: Backend,
+    device: torch.device | str,
+) -> Plan:
+    """Plan of one kind of attention of a packed forward without an arena.
+
+    Args:
+        lengths: Number of queries of each sequence, int32 ``[S]``.
+        used: Prefixes that each sequence sees.
+        prefixes: Rows, keys and values of the prefixes.
+        kind: Keys and mask.
+        backend: Kernels that attention runs on.
+        device: Device of the model.
+    """
+    rows = prefixes.rows
+    assert kind.last_prompt_token is not None or not rows.table[:, :, 4].any()
     planned = [
-        _rust.plan_packed(lengths, *used, table, tiles=backend.sizes[:3], last_prompt_token=last_prompt_token)
+        _rust.plan_packed(
+            lengths,
+            *used,
+            table,
+            tiles=backend.sizes[:3],
+            last_prompt_token=kind.last_prompt_token,
+            key_lengths=kind.key_lengths,
+            padded=kind.causal,
+        )
         for table in rows.table
     ]
     buffers = [torch.from_numpy(view.buffer).to(device) for view in planned]
@@ -171,7 +243,15 @@ def training_plan(
     backend = replace(backend, sizes=backend.sizes._replace(depth=depth))
     packed = [packed_tables(buffer, view.sections) for buffer, view in zip(buffers, planned, strict=True)]
     return Plan(
-        positions, backend, max(view.reach for view in planned), packed=packed, view_of=rows.view_of, prefix=prefix
+        positions,
+        backend,
+        max(view.reach for view in planned),
+        packed=packed,
+        view_of=rows.view_of,
+        prefix=prefixes.kv,
+        causal=kind.causal,
+        square=kind.key_lengths is None,
+        num_keys=None if kind.key_lengths is None else int(kind.key_lengths.sum()),
     )
 
 

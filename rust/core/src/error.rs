@@ -24,6 +24,8 @@ pub enum Limit {
     TokenPrefixPairs,
     /// Prefix rows that the sequences of a packed forward see.
     VisiblePrefixRows,
+    /// Keys of all sequences of a packed forward, without those of their prefixes.
+    PackedKeys,
     /// Tokens of a packed forward in the padded layout.
     PaddedTokens,
     /// Token ids of one call.
@@ -43,6 +45,7 @@ impl Limit {
             Self::SequenceKeys => "sequence_keys",
             Self::TokenPrefixPairs => "token_prefix_pairs",
             Self::VisiblePrefixRows => "visible_prefix_rows",
+            Self::PackedKeys => "packed_keys",
             Self::PaddedTokens => "padded_tokens",
             Self::TokenIds => "token_ids",
         }

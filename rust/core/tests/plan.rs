@@ -108,6 +108,8 @@ proptest! {
             prefix_rows: &PREFIX_ROWS,
             tiles: TileSizes { queries, keys, prefix_rows: block_rows },
             buckets,
+            key_lengths: None,
+            padded: true,
         };
         let (tables, reach) = plan_packed(&input).expect("a plan");
         prop_assert!(tables.sections.iter().all(|section| section.offset % ALIGN == 0));
@@ -175,17 +177,85 @@ proptest! {
     }
 }
 
+proptest! {
+    #![proptest_config(config())]
+
+    /// Cross-attention: each sequence reads a number of keys of its own. Encoder: the keys are the tokens, and no
+    /// padded layout is made.
+    #[test]
+    fn given_keys_match_the_naive_implementation(
+        sequences in prop::collection::vec(
+            (1..30_i32, 1..40_i32, prop::sample::subsequence(vec![0, 1, 2, 3], 0..4)), 0..20),
+        given in any::<bool>(), queries in 0..9_usize, keys in 0..9_usize,
+    ) {
+        let lengths: Vec<i32> = sequences.iter().map(|(len, ..)| *len).collect();
+        let key_lengths: Vec<i32> = sequences.iter().map(|(len, keys, _)| if given { *keys } else { *len }).collect();
+        let prefixes: Vec<Vec<i32>> = sequences.into_iter().map(|(.., prefixes)| prefixes).collect();
+        let mut indptr = vec![0];
+        for list in &prefixes {
+            indptr.push(indptr[indptr.len() - 1] + i32::try_from(list.len()).expect("few"));
+        }
+        let zeros = vec![0; lengths.len()];
+        let own = PackedInputs {
+            lengths: &lengths,
+            last_prompt_token: &zeros,
+            prefix_indptr: &indptr,
+            prefix: &prefixes.concat(),
+            prefix_rows: &PREFIX_ROWS[..4],
+            tiles: TileSizes { queries, keys, prefix_rows: 4 },
+            buckets: 3,
+            key_lengths: None,
+            padded: true,
+        };
+        let input = PackedInputs { key_lengths: given.then_some(&key_lengths), padded: false, ..own };
+        let (tables, reach) = plan_packed(&input).expect("a plan");
+        let (mut row, mut key) = (0, 0);
+        let (mut expected, mut key_tiles) = (Vec::new(), Vec::new());
+        for ((len, keys_here), number) in lengths.iter().zip(&key_lengths).zip(0..) {
+            expected.push([row, *len, key, *keys_here]);
+            if keys > 0 {
+                key_tiles.extend((0..*keys_here).step_by(keys).map(|tile| [number, number + 1, tile]));
+            }
+            row += len;
+            key += keys_here;
+        }
+        prop_assert_eq!(rows::<4>(&tables, "seg"), expected);
+        prop_assert_eq!(rows::<3>(&tables, "key_tiles"), key_tiles);
+        prop_assert!(["bucket", "gather", "scatter"].iter().all(|name| table(&tables, name).is_empty()));
+        let total = |list: &Vec<i32>| list.iter().map(|number| PREFIX_ROWS[at(*number)][1]).sum::<i32>();
+        let longest = key_lengths.iter().zip(&prefixes).map(|(keys, list)| keys + total(list)).max();
+        prop_assert_eq!(reach, longest.unwrap_or(0));
+        // The other tables are those of the same queries with keys of their own.
+        let (causal, _) = plan_packed(&own).expect("a plan");
+        for section in &causal.sections {
+            if !["seg", "key_tiles", "bucket", "gather", "scatter"].contains(&section.name) {
+                prop_assert_eq!(table(&tables, section.name), table(&causal, section.name), "{}", section.name);
+            }
+        }
+        prop_assert_eq!(tables.sections.len(), causal.sections.len());
+    }
+}
+
+/// Inputs of one sequence with one prefix.
+const GOOD: PackedInputs<'static> = PackedInputs {
+    lengths: &[3],
+    last_prompt_token: &[0],
+    prefix_indptr: &[0, 1],
+    prefix: &[0],
+    prefix_rows: &PREFIX_ROWS,
+    tiles: TileSizes {
+        queries: 0,
+        keys: 0,
+        prefix_rows: 0,
+    },
+    buckets: 4,
+    key_lengths: None,
+    padded: true,
+};
+
 #[test]
 fn invalid_inputs_are_refused() {
-    let good = PackedInputs {
-        lengths: &[3],
-        last_prompt_token: &[0],
-        prefix_indptr: &[0, 1],
-        prefix: &[0],
-        prefix_rows: &PREFIX_ROWS,
-        tiles: TileSizes::default(),
-        buckets: 4,
-    };
+    let good = GOOD;
     assert!(plan_packed(&good).is_ok());
     for wrong in [
         PackedInputs { lengths: &[0], ..good },
@@ -252,4 +322,53 @@ fn invalid_inputs_are_refused() {
             Some(Error::UnknownPrefix(i64::from(prefix)))
         );
     }
+}
+
+#[test]
+fn invalid_keys_are_refused() {
+    let good = PackedInputs {
+        key_lengths: Some(&[3]),
+        prefix_rows: PREFIX_ROWS.first_chunk::<4>().expect("rows"),
+        ..GOOD
+    };
+    assert!(plan_packed(&good).is_ok());
+    for wrong in [
+        PackedInputs {
+            key_lengths: Some(&[]),
+            ..good
+        },
+        PackedInputs {
+            key_lengths: Some(&[0]),
+            ..good
+        },
+        PackedInputs {
+            key_lengths: Some(&[3, 3]),
+            ..good
+        },
+        PackedInputs {
+            prefix_rows: &[[0, 1, 0, 1, 1]],
+            ..good
+        },
+    ] {
+        assert!(matches!(plan_packed(&wrong), Err(Error::Config(_))), "{wrong:?}");
+    }
+    let wide = PackedInputs {
+        lengths: &[1, 1],
+        last_prompt_token: &[0, 0],
+        prefix_indptr: &[0, 0, 0],
+        prefix: &[],
+        prefix_rows: &[],
+        key_lengths: Some(&[1 << 30, 1 << 30]),
+        padded: false,
+        ..good
+    };
+    let (limit, needed, available) = (Limit::PackedKeys, 1 << 30, 1 << 27);
+    assert_eq!(
+        plan_packed(&wide).err(),
+        Some(Error::Capacity {
+            limit,
+            needed,
+            available
+        })
+    );
 }

@@ -58,7 +58,7 @@ def ignore_window_in_decode(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         hf_interface,
         "_decode_attention",
-        lambda plan, layer, q, options: real(plan, layer, q, (options[0], 0, options[2])),
+        lambda plan, layer, q, options, bias: real(plan, layer, q, (options[0], 0, options[2]), bias),
     )
 
 
@@ -85,7 +85,7 @@ def double_scores(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         hf_interface,
         "_packed_attention",
-        lambda plan, layer, qkv, options: real(plan, layer, qkv, (2 * options[0], *options[1:])),
+        lambda plan, layer, qkv, options, bias: real(plan, layer, qkv, (2 * options[0], *options[1:]), bias),
     )
 
 

@@ -31,6 +31,10 @@ pub struct PackedInputs<'a> {
     pub tiles: TileSizes,
     /// Largest number of length buckets of the padded layout, at least 1.
     pub buckets: usize,
+    /// Number of keys of each sequence, at least 1, if the keys are not its tokens.
+    pub key_lengths: Option<&'a [i32]>,
+    /// Whether to make the padded layout. Its tables are empty otherwise.
+    pub padded: bool,
 }
 
 /// Tile sizes of the kernels. 0 disables the tile table of a kind.
@@ -44,6 +48,15 @@ pub struct TileSizes {
     pub prefix_rows: usize,
 }
 
+/// Keys that a sequence reads besides its prefix blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Keys {
+    /// Its own tokens, the earlier ones included.
+    Own,
+    /// Keys of the forward that are not its tokens, as in cross-attention. They have no positions.
+    Given(i32),
+}
+
 /// One sequence of a packed forward.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sequence<'a> {
@@ -51,8 +64,19 @@ pub(crate) struct Sequence<'a> {
     pub(crate) context: i32,
     /// Number of tokens of this forward.
     pub(crate) len: i32,
+    pub(crate) keys: Keys,
     pub(crate) positions: Positions,
     pub(crate) blocks: &'a [PrefixBlock],
+}
+
+impl Sequence<'_> {
+    /// Number of keys besides the prefix blocks.
+    fn num_keys(&self) -> i32 {
+        match self.keys {
+            Keys::Own => self.context + self.len,
+            Keys::Given(keys) => keys,
+        }
+    }
 }
 
 /// A run of query rows of a sequence that see the same blocks. A sequence with an infix has up to two.
@@ -63,6 +87,8 @@ struct Segment<'a> {
     /// First query row.
     first: i32,
     rows: i32,
+    /// Number of keys.
+    keys: i32,
     /// Position of the first query row relative to the sequence's key 0.
     position: i32,
     blocks: Cow<'a, [PrefixBlock]>,
@@ -84,37 +110,41 @@ pub fn plan_packed(inputs: &PackedInputs<'_>) -> Result<(TableBuffer, i32)> {
         .map(|s| Sequence {
             context: 0,
             len: inputs.lengths[s],
+            keys: inputs.key_lengths.map_or(Keys::Own, |keys| Keys::Given(keys[s])),
             positions: positions[s],
             blocks: &blocks[borders[s]..borders[s + 1]],
         })
         .collect();
-    check_sizes(&sequences, inputs.buckets)?;
+    let buckets = inputs.padded.then_some(inputs.buckets);
+    check_sizes(&sequences, buckets)?;
     let mut tables = TableBuffer::default();
-    let reach = push_packed(&mut tables, &sequences, inputs.tiles, inputs.buckets);
+    let reach = push_packed(&mut tables, &sequences, inputs.tiles, buckets);
     Ok((tables, reach))
 }
 
 /// Adds the tables of a packed forward, whose sizes have been checked, and returns its reach.
+///
+/// * `max_buckets`: largest number of length buckets of the padded layout, `None` for no padded layout.
 pub(crate) fn push_packed(
     tables: &mut TableBuffer,
     sequences: &[Sequence<'_>],
     tiles: TileSizes,
-    max_buckets: usize,
+    max_buckets: Option<usize>,
 ) -> i32 {
     let first_rows = first_rows(sequences);
     let segments = segments(sequences, &first_rows);
     let first_keys: Vec<i32> = sequences
         .iter()
         .scan(0, |sum, s| {
-            *sum += s.context + s.len;
-            Some(*sum - s.context - s.len)
+            *sum += s.num_keys();
+            Some(*sum - s.num_keys())
         })
         .collect();
     tables.push_rows(
         "seg",
         segments
             .iter()
-            .map(|s| [s.first, s.rows, first_keys[s.sequence], s.position + s.rows]),
+            .map(|s| [s.first, s.rows, first_keys[s.sequence], s.keys]),
     );
     tables.push("seg_pos", segments.iter().map(|s| s.position));
     let queries: Vec<QueryRun<'_>> = segments
@@ -137,7 +167,7 @@ pub(crate) fn push_packed(
     push_tiles(tables, sequences, &segments, tiles);
     sequences
         .iter()
-        .map(|s| s.context + s.len + num_rows(s.blocks))
+        .map(|s| s.num_keys() + num_rows(s.blocks))
         .max()
         .unwrap_or(0)
 }
@@ -155,6 +185,10 @@ fn segments<'a>(sequences: &[Sequence<'a>], first_rows: &[i32]) -> Vec<Segment<'
                     sequence,
                     first: first + from,
                     rows,
+                    keys: match s.keys {
+                        Keys::Own => s.context + from + rows,
+                        Keys::Given(keys) => keys,
+                    },
                     position: s.context + from,
                     blocks,
                 });
@@ -171,7 +205,7 @@ fn segments<'a>(sequences: &[Sequence<'a>], first_rows: &[i32]) -> Vec<Segment<'
     found
 }
 
-/// Adds `tiles`, `key_tiles` and `block_tiles`. The keys of a sequence are its own tokens.
+/// Adds `tiles`, `key_tiles` and `block_tiles`. Key tiles do not cover the keys of earlier tokens.
 fn push_tiles(tables: &mut TableBuffer, sequences: &[Sequence<'_>], segments: &[Segment<'_>], tiles: TileSizes) {
     let numbered = || segments.iter().zip(0..);
     tables.push_rows(
@@ -182,8 +216,9 @@ fn push_tiles(tables: &mut TableBuffer, sequences: &[Sequence<'_>], segments: &[
     let mut first = 0;
     for same in segments.chunk_by(|a, b| a.sequence == b.sequence) {
         let end = first + to_i32(same.len());
-        let len = sequences[same[0].sequence].len;
-        key_tiles.extend(tile_starts(len, tiles.keys).map(|key| [first, end, key]));
+        let sequence = &sequences[same[0].sequence];
+        let keys = sequence.num_keys() - sequence.context;
+        key_tiles.extend(tile_starts(keys, tiles.keys).map(|key| [first, end, key]));
         first = end;
     }
     tables.push_rows("key_tiles", key_tiles);
@@ -218,8 +253,19 @@ pub(crate) fn first_rows(sequences: &[Sequence<'_>]) -> Vec<i32> {
 
 /// Adds `bucket`, `gather` and `scatter`, the padded layout of the sequences in length buckets.
 ///
-/// A sequence is padded by repeating its last token.
-fn push_padded_layout(tables: &mut TableBuffer, sequences: &[Sequence<'_>], first_rows: &[i32], max_buckets: usize) {
+/// A sequence is padded by repeating its last token. The tables are empty without `max_buckets`.
+fn push_padded_layout(
+    tables: &mut TableBuffer,
+    sequences: &[Sequence<'_>],
+    first_rows: &[i32],
+    max_buckets: Option<usize>,
+) {
+    let Some(max_buckets) = max_buckets else {
+        tables.push_rows::<2>("bucket", []);
+        tables.push("gather", []);
+        tables.push("scatter", []);
+        return;
+    };
     let lengths: Vec<i32> = sequences.iter().map(|s| s.len).collect();
     let layout = length_buckets(&lengths, max_buckets);
     tables.push_rows("bucket", layout.buckets.iter().copied());
@@ -259,6 +305,14 @@ fn check(inputs: &PackedInputs<'_>) -> Result<()> {
             inputs.prefix.len()
         ));
     }
+    if let Some(keys) = inputs.key_lengths
+        && (keys.len() != inputs.lengths.len() || keys.iter().any(|keys| *keys < 1))
+    {
+        return wrong(format!(
+            "key_lengths does not fit: expected {} numbers of keys of 1 or more, one for each sequence",
+            inputs.lengths.len()
+        ));
+    }
     let mut lengths = inputs.lengths.iter().zip(inputs.last_prompt_token);
     if inputs.last_prompt_token.len() != inputs.lengths.len() || !lengths.all(|(len, last)| (0..*len).contains(last)) {
         return wrong("last_prompt_token does not fit: expected the index of one token of each sequence".to_owned());
@@ -266,6 +320,12 @@ fn check(inputs: &PackedInputs<'_>) -> Result<()> {
     for (number, row) in inputs.prefix_rows.iter().enumerate() {
         let &[first, rows, pos_start, slides, place] = row;
         Place::from_number(i64::from(place))?;
+        if inputs.key_lengths.is_some() && place != 0 {
+            return wrong(format!(
+                "prefix {number} stands at place {place}: expected 0 (before the first token) where key_lengths is \
+                 given, because the last prompt token is not among the keys"
+            ));
+        }
         let values = [first, rows, pos_start];
         if values.iter().any(|value| !(0..=1 << 30).contains(value)) || !matches!(slides, 0 | 1) {
             return wrong(format!(
@@ -307,18 +367,24 @@ fn gather_blocks(inputs: &PackedInputs<'_>) -> Result<(Vec<PrefixBlock>, Vec<usi
     Ok((blocks, borders, positions))
 }
 
-fn check_sizes(sequences: &[Sequence<'_>], max_buckets: usize) -> Result<()> {
+fn check_sizes(sequences: &[Sequence<'_>], max_buckets: Option<usize>) -> Result<()> {
     let max_keys = usize::try_from(i32::MAX).unwrap_or(usize::MAX);
-    let (mut pairs, mut visible_rows) = (0, 0);
+    let (mut pairs, mut visible_rows, mut all_keys) = (0, 0, 0);
     for sequence in sequences {
         let len = to_usize(sequence.len);
         let rows: usize = sequence.blocks.iter().map(|block| to_usize(block.rows)).sum();
-        Limit::SequenceKeys.check(len + rows, max_keys)?;
+        let keys = to_usize(sequence.num_keys());
+        Limit::SequenceKeys.check(keys + rows, max_keys)?;
+        all_keys += keys;
         pairs += len * sequence.blocks.len().max(1);
         visible_rows += rows;
         Limit::TokenPrefixPairs.check(pairs, MAX_ENTRIES)?;
         Limit::VisiblePrefixRows.check(visible_rows, MAX_ENTRIES)?;
+        Limit::PackedKeys.check(all_keys, MAX_ENTRIES)?;
     }
+    let Some(max_buckets) = max_buckets else {
+        return Ok(());
+    };
     let lengths: Vec<i32> = sequences.iter().map(|s| s.len).collect();
     let padded_tokens = length_buckets(&lengths, max_buckets).padded_tokens();
     Limit::PaddedTokens.check(padded_tokens, MAX_ENTRIES)

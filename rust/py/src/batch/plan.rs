@@ -33,7 +33,10 @@ impl PlanBuffer {
 
 /// Makes the tables of a packed forward.
 #[pyfunction]
-#[pyo3(signature = (lengths, prefix_indptr, prefix, prefix_rows, *, tiles, buckets = 4, last_prompt_token = None))]
+#[pyo3(signature = (
+    lengths, prefix_indptr, prefix, prefix_rows, *, tiles, buckets = 4, last_prompt_token = None, key_lengths = None,
+    padded = true
+))]
 #[expect(clippy::too_many_arguments, reason = "the arguments of the Python function")]
 pub(crate) fn plan_packed(
     py: Python<'_>,
@@ -44,6 +47,8 @@ pub(crate) fn plan_packed(
     tiles: (i64, i64, i64),
     buckets: i64,
     last_prompt_token: Option<PyReadonlyArray1<'_, i32>>,
+    key_lengths: Option<PyReadonlyArray1<'_, i32>>,
+    padded: bool,
 ) -> PyResult<PlanBuffer> {
     let shape = prefix_rows.as_array().dim();
     let prefix_rows = values(py, "prefix_rows", &prefix_rows)?;
@@ -61,6 +66,10 @@ pub(crate) fn plan_packed(
         Some(array) => values(py, "last_prompt_token", array)?,
         None => first_tokens,
     };
+    let key_lengths = match &key_lengths {
+        Some(array) => Some(values(py, "key_lengths", array)?),
+        None => None,
+    };
     let inputs = core::PackedInputs {
         lengths: &lengths,
         last_prompt_token: &last_prompt_token,
@@ -73,6 +82,8 @@ pub(crate) fn plan_packed(
             prefix_rows: count(py, "tiles", tiles.2)?,
         },
         buckets: count(py, "buckets", buckets)?,
+        key_lengths: key_lengths.as_deref(),
+        padded,
     };
     let (tables, reach) = detached(py, || core::plan_packed(&inputs))?;
     Ok(PlanBuffer {

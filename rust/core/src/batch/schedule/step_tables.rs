@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use super::super::block_tables::{PrefixBlock, QueryRun, push_block_tables};
 use super::super::decode::{PaddingRow, StepBounds, push_decode_work};
 use super::super::int32::to_i32;
-use super::super::plan::{Sequence, TileSizes, first_rows, num_rows, push_packed};
+use super::super::plan::{Keys, Sequence, TileSizes, first_rows, num_rows, push_packed};
 use super::super::table_buffer::TableBuffer;
 use super::Scheduler;
 use super::request::{Request, RunningState};
@@ -83,6 +83,7 @@ pub(super) fn push_prefill(scheduler: &Scheduler, tables: &mut TableBuffer, memb
         .map(|member| Sequence {
             context: to_i32(member.state.prefilled),
             len: to_i32(member.tokens),
+            keys: Keys::Own,
             positions: member.state.positions,
             blocks: &member.blocks,
         })
@@ -91,7 +92,7 @@ pub(super) fn push_prefill(scheduler: &Scheduler, tables: &mut TableBuffer, memb
         queries: scheduler.config.tile_rows,
         ..TileSizes::default()
     };
-    let reach = push_packed(tables, &sequences, tiles, scheduler.config.buckets);
+    let reach = push_packed(tables, &sequences, tiles, Some(scheduler.config.buckets));
     let chunk = |member: &Member<'_>| {
         [
             to_i32(member.state.decode_rows.start),
