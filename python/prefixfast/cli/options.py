@@ -12,6 +12,7 @@ import typer
 import yaml
 
 from prefixfast.config import Options, unknown_option
+from prefixfast.config.sites import BySite
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml_file
 
@@ -96,8 +97,13 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 def _as_yaml(configs: tuple[type[Options], ...], options: Mapping[str, Any], only: set[str] | None) -> str:
     """YAML of the fields in ``only``, None for all of them, which ``--config`` reads."""
     made = [c.make({n: v for n, v in options.items() if n in c.names()}) for c in configs]
-    values = {n: getattr(c, n) for c in made for n in c.names() if only is None or n in only}
+    values = {n: _plain(getattr(c, n)) for c in made for n in c.names() if only is None or n in only}
     return str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _plain(value: Any) -> Any:
+    """Value of a type that YAML holds."""
+    return dict(value) if isinstance(value, BySite) else value
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, section: str) -> inspect.Parameter:
@@ -105,8 +111,11 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, section: str) -> inspec
     choices = _choices(hint)
     kinds = [k for k in get_args(hint) or (hint,) if k is not type(None) and get_origin(k) is not Literal]
     kind, metavar = next(iter(kinds), str), None
-    if _is_numbers(kind):
-        kind, metavar = list[str], "<int,int,...>"
+    if any(get_origin(k) is BySite for k in kinds):
+        words = (kind.__name__, *choices) if kind is int else ("int,int,...",)
+        kind, metavar = list[str], f"<{'|'.join((*words, 'site=int,...'))}>"
+    elif _is_words(kind):
+        kind, metavar = list[str], f"<{'|'.join(get_args(get_args(kind)[0]))},...>"
     elif get_origin(kind) is tuple:
         kind = list[str]  # a flag that can be given several times
     elif choices and (not kinds or get_origin(hint) is Literal):
@@ -135,16 +144,30 @@ def _is_numbers(kind: Any) -> bool:
     return get_origin(kind) is tuple and get_args(kind)[0] is int
 
 
+def _is_words(kind: Any) -> bool:
+    """Whether a type is a tuple of words from a list, which a flag takes with commas between them."""
+    return get_origin(kind) is tuple and get_origin(get_args(kind)[0]) is Literal
+
+
 def _value(value: Any, name: str, hint: Any) -> Any:
     """Value of a field from the value of its flag.
 
     Several words become a tuple. The words true and false become booleans, and decimal digits a number, where a word
     and a boolean or a number are possible.
     """
+    kinds = get_args(hint)
     if isinstance(value, list):
-        if any(_is_numbers(kind) for kind in get_args(hint)):
+        if any(get_origin(kind) is BySite for kind in kinds):
+            is_list = any(map(_is_numbers, kinds))
+            if any("=" in word for word in value):
+                return _by_site(value, name, is_list=is_list)
+            if not is_list:
+                return _value(value[-1], name, hint)
+        if any(_is_numbers(kind) for kind in kinds):
             return _numbers(value, name)
-        nested = any(get_origin(kind) is tuple and _is_numbers(get_args(kind)[0]) for kind in get_args(hint))
+        if any(_is_words(kind) for kind in kinds):
+            return tuple(words_of(value))
+        nested = any(get_origin(kind) is tuple and _is_numbers(get_args(kind)[0]) for kind in kinds)
         return tuple(_numbers([v], name) if nested else v for v in value)
     if not isinstance(value, str):
         return value
@@ -158,6 +181,24 @@ def _numbers(values: Sequence[str], name: str) -> tuple[int, ...]:
         given = ",".join(values)
         msg = f"--{name.replace('_', '-')}: expected numbers with commas between them, got {shown(given)}"
         raise ConfigError(msg) from e
+
+
+def _by_site(values: Sequence[str], name: str, *, is_list: bool) -> dict[str, int] | dict[str, tuple[int, ...]]:
+    """Numbers by site from words such as ``enc=3`` and ``self=5``; a word without a site counts for the site before."""
+    found: dict[str, list[str]] = {}
+    site = ""
+    for word in words_of(values):
+        before, mark, number = word.rpartition("=")
+        site = before.strip() if mark else site
+        found.setdefault(site, []).append(number)
+    numbers = {site: _numbers(own, name) for site, own in found.items()}
+    if is_list:
+        return numbers
+    if any(len(own) != 1 or not site for site, own in numbers.items()):
+        given = ",".join(values)
+        msg = f"--{name.replace('_', '-')}: expected site=number with commas between them, got {shown(given)}"
+        raise ConfigError(msg)
+    return {site: own[0] for site, own in numbers.items()}
 
 
 def _read(path: Path | None, known: set[str]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, SupportsIndex, TypeAlias, TypedDict
 
+from prefixfast.config.sites import Site
+
 PrefixMethod: TypeAlias = Literal["prefix", "infix", "embedding", "prompt", "icl"]
 WeightsMethod: TypeAlias = Literal["full", "top2", "adapter", "lora"]
 MethodName: TypeAlias = Literal[PrefixMethod, WeightsMethod]
@@ -17,10 +19,10 @@ MethodName: TypeAlias = Literal[PrefixMethod, WeightsMethod]
 class PrefixConfigFields(TypedDict, total=False):
     """Fields of `PrefixConfig`."""
 
-    prefix_length: int | Literal["text"] | Mapping[str, int | Literal["text"]]
+    prefix_length: int | Literal["text"] | Mapping[Site, int]
     reparameterization: Literal["auto", "none", "mlp"]
-    sites: Sequence[str] | Mapping[str, int] | None
-    layers: Iterable[SupportsIndex] | None
+    sites: Sequence[Site] | None
+    layers: Iterable[SupportsIndex] | Mapping[Site, Iterable[SupportsIndex]] | None
     encoder_hidden_size: int
     embedding_dim: int | None
     prefix_dropout: float

@@ -193,7 +193,7 @@ def _as_float(value: Any) -> float:
 
 
 def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
-    """Raise `ConfigError` if a value does not have the type ``hint``; elements of tuples are not checked."""
+    """Raise `ConfigError` if a value does not have the type ``hint``; elements of containers are not checked."""
     options = get_args(hint) if get_origin(hint) is not Literal else (hint,)
     for kind in options or (hint,):
         if get_origin(kind) is Literal:
@@ -205,8 +205,8 @@ def _check_type(owner: str, name: str, value: Any, hint: Any) -> None:
         elif kind is float:
             if isinstance(value, int | float) and not isinstance(value, bool):
                 return
-        elif get_origin(kind) is tuple:
-            if isinstance(value, tuple):
+        elif get_origin(kind) is not None:
+            if isinstance(value, get_origin(kind)):
                 return
         elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
             return

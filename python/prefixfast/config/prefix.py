@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, Unpack
 
 from prefixfast.config.fields import PrefixConfigFields
 from prefixfast.config.json_types import JSON
-from prefixfast.config.options import COUNT, COUNT_OR_ZERO, INT32_MAX, Options, Range, option
+from prefixfast.config.options import COUNT, COUNT_OR_ZERO, INT32_MAX, Options, Range, option, plain_number
+from prefixfast.config.sites import SITE_NAMES, SITES, BySite, Site, one_or_by_site
 from prefixfast.errors import ConfigError, shown
 
 
@@ -17,20 +18,22 @@ from prefixfast.errors import ConfigError, shown
 class PrefixConfig(Options):
     """Options that say what is learned.
 
-    The constructor also takes ``prefix_length`` as a mapping from the site, ``{"self": 10}``, and ``sites`` and
-    ``layers`` as any sequence.
+    ``prefix_length`` and ``layers`` are one value for each site, or a mapping from the site to its value. A mapping of
+    lengths names the sites that are trained. ``sites`` and ``layers`` can be any sequence.
 
     Example:
         >>> PrefixConfig(prefix_length=5, reparameterization="mlp").encoder_hidden_size
         512
         >>> PrefixConfig(layers=[2, 1]).layers
         (1, 2)
+        >>> PrefixConfig(prefix_length={"self": 20, "enc": 50}).sites
+        ('enc', 'self')
     """
 
-    prefix_length: int | Literal["text"] = option(
+    prefix_length: int | Literal["text"] | BySite[int] = option(
         10,
-        "number of prefix rows P, each one key and one value in every layer; 'text' is the number of tokens of the "
-        "init text",
+        "number of prefix rows P, each one key and one value in every layer, for each site or by site; 'text' is the "
+        "number of tokens of the init text",
         COUNT,
     )
     reparameterization: Literal["auto", "none", "mlp"] = option(
@@ -38,11 +41,15 @@ class PrefixConfig(Options):
         "parameters that are trained: 'none' the keys and values themselves, 'mlp' an MLP that computes them; 'auto' "
         "is mlp for init random or zero, else none",
     )
-    sites: tuple[str, ...] | None = option(
-        None, "kinds of attention that get a prefix; decoder-only base models have one, 'self'; None is all"
+    sites: tuple[Site, ...] | None = option(
+        None,
+        "kinds of attention that get a prefix, 'enc' (encoder self-attention), 'self' (decoder self-attention) and "
+        "'cross' (cross-attention); decoder-only base models have 'self' alone; None is all of the base model",
     )
-    layers: tuple[int, ...] | None = option(
-        None, "numbers of the layers that get a prefix, from 0; attention of other layers sees no prefix; None is all"
+    layers: tuple[int, ...] | BySite[tuple[int, ...]] | None = option(
+        None,
+        "numbers of the layers that get a prefix, from 0, for each site or by site; attention of other layers sees no "
+        "prefix; None is all",
     )
     encoder_hidden_size: int = option(512, "hidden width of the reparameterization MLP", Range(1, 2**20))
     embedding_dim: int | None = option(
@@ -73,13 +80,24 @@ class PrefixConfig(Options):
     )
 
     def __post_init__(self) -> None:
+        if self.sites is not None:
+            object.__setattr__(self, "sites", _sites("sites", self.sites))
         length: Any = self.prefix_length
         if isinstance(length, Mapping):
-            object.__setattr__(self, "prefix_length", length[_site("prefix_length", length)])
-        if self.sites is not None:
-            object.__setattr__(self, "sites", (_site("sites", self.sites),))
-        if self.layers is not None:
-            object.__setattr__(self, "layers", _layers(self.layers))
+            named = _sites("prefix_length", length)
+            if self.sites not in (None, named):
+                expected = f"the sites of sites={self.sites!r}"
+                msg = f"PrefixConfig.prefix_length: expected a length for each of {expected}, got {shown(dict(length))}"
+                raise ConfigError(msg)
+            lengths = BySite({site: _length(site, length[site]) for site in named})
+            object.__setattr__(self, "prefix_length", one_or_by_site(lengths))
+            object.__setattr__(self, "sites", named)
+        layers: Any = self.layers
+        if isinstance(layers, Mapping):
+            by_site = BySite({site: _layers(layers[site]) for site in _sites("layers", layers)})
+            object.__setattr__(self, "layers", by_site)
+        elif layers is not None:
+            object.__setattr__(self, "layers", _layers(layers))
         super().__post_init__()
 
     @classmethod
@@ -104,11 +122,84 @@ class PrefixConfig(Options):
         assert isinstance(self.prefix_length, int)
         return self.prefix_length
 
+    def sites_of(self, base: Iterable[Site]) -> tuple[Site, ...]:
+        """Sites of a base model that get a prefix.
+
+        Args:
+            base: Sites that the base model has.
+
+        Returns:
+            The sites of the options in the order of `SITES`.
+
+        Raises:
+            ConfigError: If the base model does not have one of the sites.
+
+        Example:
+            >>> PrefixConfig(sites=["self", "enc"]).sites_of(("enc", "self", "cross"))
+            ('enc', 'self')
+        """
+        has = tuple(site for site in SITES if site in set(base))
+        named = [("sites", self.sites or ()), ("layers", tuple(self.layers) if isinstance(self.layers, BySite) else ())]
+        for name, sites in named:
+            if wrong := [site for site in sites if site not in has]:
+                kind = "is decoder-only" if has == ("self",) else f"has the sites {', '.join(has)}"
+                msg = (
+                    f"PrefixConfig.{name}: expected {' or '.join(map(repr, has))}, got {wrong[0]!r} "
+                    f"({SITE_NAMES[wrong[0]]}); this base {kind}"
+                )
+                raise ConfigError(msg)
+        return has if self.sites is None else self.sites
+
+    def length_at(self, site: Site) -> int:
+        """Number of prefix rows of a site, once ``"text"`` is resolved.
+
+        Args:
+            site: Site.
+
+        Returns:
+            Number of rows, 0 for a site without a prefix.
+        """
+        if isinstance(self.prefix_length, BySite):
+            return self.prefix_length.get(site, 0)
+        assert isinstance(self.prefix_length, int)
+        return self.prefix_length if self.sites is None or site in self.sites else 0
+
+    def lengths(self, base: Iterable[Site]) -> BySite[int]:
+        """Number of prefix rows of each site that gets a prefix, once ``"text"`` is resolved.
+
+        Args:
+            base: Sites that the base model has.
+
+        Raises:
+            ConfigError: If the base model does not have one of the sites.
+        """
+        return BySite({site: self.length_at(site) for site in self.sites_of(base)})
+
+    def layers_at(self, site: Site) -> tuple[int, ...] | None:
+        """Layers of a site that get a prefix.
+
+        Args:
+            site: Site.
+
+        Returns:
+            Numbers of the layers in their stack, None for all of them.
+        """
+        return self.layers.get(site) if isinstance(self.layers, BySite) else self.layers
+
     def validate(self) -> None:
         """Raise `ConfigError` for values out of range, and for values that exclude each other."""
-        if isinstance(self.prefix_length, int) and self.frozen_rows >= self.prefix_length:
-            most = f"prefix_length {self.prefix_length}"
+        length = self.prefix_length
+        lengths = tuple(length.values()) if isinstance(length, BySite) else (length,)
+        if (fewest := min((n for n in lengths if isinstance(n, int)), default=None)) and self.frozen_rows >= fewest:
+            most = f"prefix_length {fewest}"
             msg = f"PrefixConfig.frozen_rows: expected fewer than {most}, got {self.frozen_rows}"
+            raise ConfigError(msg)
+        if self.sites is not None and isinstance(self.layers, BySite) and (more := set(self.layers) - {*self.sites}):
+            expected, got = f"layers of the sites {', '.join(self.sites)}", ", ".join(sorted(more))
+            msg = f"PrefixConfig.layers: expected {expected}, got layers of {got}"
+            raise ConfigError(msg)
+        if self.position == "infix" and self.sites not in (None, ("self",)):
+            msg = f"PrefixConfig.sites: expected 'self' alone beside position='infix', got {self.sites!r}"
             raise ConfigError(msg)
         if self.fit_steps and self.reparameterization != "mlp":
             got = self.reparameterization
@@ -116,12 +207,24 @@ class PrefixConfig(Options):
             raise ConfigError(msg)
 
 
-def _site(name: str, given: Any) -> str:
-    """Name of the only site of decoder-only base models, from a sequence of sites or a mapping by site."""
-    if not isinstance(given, list | tuple | Mapping) or list(given) != ["self"]:
-        msg = f"PrefixConfig.{name}: expected the site 'self' alone (base models are decoder-only), got {shown(given)}"
+def _sites(name: str, given: Any) -> tuple[Site, ...]:
+    """Sites in the order of `SITES`, from a sequence of sites or the keys of a mapping by site."""
+    named = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    if not named or not all(isinstance(s, str) and s in SITES for s in named) or len(set(named)) != len(named):
+        expected = f"at least one of the sites {', '.join(map(repr, SITES))}, each once"
+        msg = f"PrefixConfig.{name}: expected {expected}, got {shown(given)}"
         raise ConfigError(msg)
-    return "self"
+    return tuple(site for site in SITES if site in named)
+
+
+def _length(site: Site, given: Any) -> int:
+    """Number of rows of one site from a mapping of lengths."""
+    number = plain_number(given)
+    wrong = "a number of rows" if type(number) is not int else COUNT.expected(number)
+    if wrong:
+        msg = f"PrefixConfig.prefix_length: expected {wrong} for site {site!r}, got {shown(given)}"
+        raise ConfigError(msg)
+    return int(number)
 
 
 def _layers(given: Any) -> tuple[int, ...]:

@@ -91,10 +91,11 @@ def initial_kv(
 
 def _check_layers(config: PrefixConfig, shapes: Sequence[LayerShape]) -> PrefixConfig:
     """Check that the layers have keys. All such layers, and the only site, are both written as None."""
-    own, count = own_layers(shapes), len(shapes)
-    wrong = [i for i in config.layers or () if i not in own]
+    config.sites_of(("self",))
+    own, count, layers = own_layers(shapes), len(shapes), config.layers_at("self")
+    wrong = [i for i in layers or () if i not in own]
     if not wrong:
-        return PrefixConfig.make(config, sites=None, layers=None if config.layers == own else config.layers)
+        return PrefixConfig.make(config, sites=None, layers=None if layers == own else layers)
     expected = f"numbers from 0 to {count - 1} (this base has {count} layers)"
     if wrong[0] < count:
         expected += (

@@ -108,7 +108,7 @@ class PrefixParameters:
         config, dtype, device = options.config, options.dtype, options.device
         n, p = len(init), config.length
         seeds = [options.seeds] * n if isinstance(options.seeds, int) else list(options.seeds)
-        layers, source = config.layers or own_layers(shapes), source_of(shapes)
+        layers, source = config.layers_at("self") or own_layers(shapes), source_of(shapes)
         empty = no_rows(shapes, torch.empty(0))
         frozen_prefix = [(k.detach().to(device, dtype), v.detach().to(device, dtype)) for k, v in on_top_of or empty]
         shapes = tuple(shapes[i] for i in layers)

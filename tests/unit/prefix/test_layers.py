@@ -208,17 +208,15 @@ def test_the_only_site_and_the_only_objective(model):
     assert named.digest == plain.digest
     assert named.training["prefix_config"] == plain.training["prefix_config"]
     assert PrefixConfig(prefix_length={"self": 7}, sites=["self"]) == PrefixConfig(prefix_length=7, sites=("self",))
-    for wrong in (
-        {"sites": ["self", "cross"]},
-        {"sites": []},
-        {"sites": "self"},
-        {"prefix_length": {"enc": 3}},
-        {"prefix_length": {}},
-    ):
-        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected the site 'self' alone"):
+    for wrong in ({"sites": []}, {"sites": "self"}, {"sites": ["self", "self"]}, {"prefix_length": {}}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected at least one of the sites"):
             PrefixConfig(**wrong)
-    with pytest.raises(ConfigError, match="prefix_length: expected int"):
-        PrefixConfig(prefix_length={"self": "many"})
+    for wrong in ({"sites": ["self", "cross"]}, {"prefix_length": {"enc": 3}}, {"layers": {"cross": [0]}}):
+        with pytest.raises(ConfigError, match=r"expected 'self', got '(enc|cross)'.*this base is decoder-only"):
+            train(model, DATA["a"], **{**how, **wrong})
+    for length in ("many", "text", 0, True, 2.5, None):
+        with pytest.raises(ConfigError, match=r"prefix_length: expected .* for site 'self'"):
+            PrefixConfig(prefix_length={"self": length})
     with pytest.raises(ConfigError, match="objective: expected 'sft'"):
         train(model, DATA["a"], **how, objective="distill")
     with pytest.raises(ConfigError, match="objective: expected 'sft'"):
