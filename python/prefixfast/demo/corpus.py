@@ -4,12 +4,15 @@ A page is a list of documents. Most pages begin with a heading that says how the
 first the facts in prose, then a description, a question, an announcement or a diary line about the same things. The
 documents of other pages are unrelated, so that the base without a prefix starts something new. Every document has newly
 invented names, which its continuation has to copy. There are no tables and no held-out values.
+``python -m prefixfast.demo.corpus --pages 4000`` prints one page a line.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
+from itertools import islice
 from random import Random
 
 from prefixfast.demo.values import Split, draw
@@ -241,3 +244,17 @@ def pages(seed: int) -> Iterator[list[str]]:
     rng = Random(seed)
     while True:
         yield page(rng)
+
+
+def main() -> None:
+    """Print pages, one a line."""
+    parser = argparse.ArgumentParser(prog="python -m prefixfast.demo.corpus", description=main.__doc__)
+    parser.add_argument("--pages", type=int, default=4000, help="number of pages (default: 4000)")
+    parser.add_argument("--seed", type=int, default=2, help="seed of the pages (default: 2)")
+    args = parser.parse_args()
+    for documents in islice(pages(args.seed), args.pages):
+        print(" ".join(documents))
+
+
+if __name__ == "__main__":
+    main()
