@@ -47,6 +47,8 @@ class TrainConfigFields(TypedDict, total=False):
     weight_decay: float
     max_grad_norm: float
     max_length: int | None
+    max_source_length: int | None
+    max_target_length: int | None
     overflow: Literal["error", "truncate", "skip"]
     gradient_checkpointing: bool
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]

@@ -85,10 +85,23 @@ class TrainConfig(Options):
         "largest number of tokens of an example; None is the number of positions that the base model has for text",
         Range(2, INT32_MAX),
     )
+    max_source_length: int | None = option(
+        None,
+        "largest number of tokens of the text that an encoder-decoder base model reads, special tokens included; None "
+        "is the number of its encoder's positions",
+        Range(1, INT32_MAX),
+    )
+    max_target_length: int | None = option(
+        None,
+        "largest number of tokens of the target of an encoder-decoder base model, end token included; None is the "
+        "number of positions that its decoder has for text",
+        Range(1, INT32_MAX),
+    )
     overflow: Literal["error", "truncate", "skip"] = option(
         "error",
         "treatment of examples longer than max_length: 'error' raises, 'truncate' cuts the start of the prompt, 'skip' "
-        "leaves the example out and counts it",
+        "leaves the example out and counts it; for an encoder-decoder base model, of texts longer than "
+        "max_source_length or max_target_length, whose end 'truncate' cuts before the end token",
     )
     gradient_checkpointing: bool = option(
         False,

@@ -222,8 +222,25 @@ class Tokenizer:
         Returns:
             Token ids int32 of each text, as views of one array.
         """
+        if add_special_tokens and self._has_languages and len(texts):
+            return [np.array(ids, np.int32) for ids in self.hf(list(texts)).input_ids]
         ids, indptr = self.core.encode_batch(texts, add_special_tokens=add_special_tokens)
         return [ids[a:b] for a, b in itertools.pairwise(indptr)]
+
+    def encode_labels(self, texts: Sequence[str]) -> list[Ids]:
+        """Token ids of texts that a decoder writes behind its start token, with the tokenizer's special tokens.
+
+        Args:
+            texts: Texts.
+        """
+        if self._has_languages and len(texts):
+            return [np.array(ids, np.int32) for ids in self.hf(text_target=list(texts)).input_ids]
+        return self.encode(texts)
+
+    @cached_property
+    def _has_languages(self) -> bool:
+        """Whether the special tokens depend on languages that the user sets, and differ in texts and in targets."""
+        return hasattr(self.hf, "_switch_to_target_mode")
 
     def encode_targets(self, texts: Sequence[str]) -> list[Ids]:
         """Token ids of texts that follow a prompt, without special tokens.

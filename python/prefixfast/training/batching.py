@@ -107,6 +107,9 @@ class MicroBatch:
         targets: Token ids of the targets, int64 ``[T]``.
         weights: Weight of each target token in the summed loss, fp64 ``[T]``.
         target_prefix: Prefix of each target token, int64 ``[T]``.
+        encoder_lengths: Number of tokens of each sequence's encoder text, int32 ``[S]``; None for a decoder-only base
+            model.
+        encoder_ids: Token ids of the encoder's texts, int64 ``[M]``, likewise.
     """
 
     lengths: Ints
@@ -117,6 +120,13 @@ class MicroBatch:
     targets: Tensor
     weights: Tensor
     target_prefix: Tensor
+    encoder_lengths: Ints | None = None
+    encoder_ids: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of input tokens, those of the encoder included."""
+        return len(self.ids) + (0 if self.encoder_ids is None else len(self.encoder_ids))
 
 
 def micro_batches(
@@ -134,13 +144,12 @@ def micro_batches(
         examples: All examples.
         chosen: Numbers of the examples to pack.
         prefix: Prefix of each chosen example, non-decreasing.
-        token_budget: Largest number of tokens of a forward pass.
+        token_budget: Largest number of tokens of a forward pass, those of an encoder included.
         sequence_sum: Whether the loss is the paper's sum over tokens and mean over rows, instead of the token mean.
         device: Device of the tensors.
     """
-    lengths = (examples.indptr[chosen + 1] - examples.indptr[chosen]).astype(np.int32)
-    num_targets = examples.num_targets[chosen]
-    packing = _rust.pack(lengths, num_targets, prefix, token_budget=token_budget, sequence_sum=sequence_sum)
+    sizes, num_targets = examples.sizes[chosen], examples.num_targets[chosen]
+    packing = _rust.pack(sizes, num_targets, prefix, token_budget=token_budget, sequence_sum=sequence_sum)
     for a, b in zip(packing.micro_indptr[:-1], packing.micro_indptr[1:], strict=True):
         part = packing.order[a:b]
         own = chosen[part]
@@ -157,7 +166,19 @@ def micro_batches(
             torch.from_numpy(examples.ids[at].astype(np.int64)).to(device),
             torch.from_numpy(np.repeat(packing.weight[part], count)).to(device),
             torch.from_numpy(np.repeat(prefix[part], count).astype(np.int64)).to(device),
+            *_encoder_texts(examples, own, device),
         )
+
+
+def _encoder_texts(
+    examples: Examples, own: NDArray[np.int64], device: torch.device
+) -> tuple[Ints | None, Tensor | None]:
+    """Lengths and token ids of the encoder's texts of examples, None for a decoder-only base model."""
+    if (indptr := examples.encoder_indptr) is None or examples.encoder_ids is None:
+        return None, None
+    begin, end = indptr[own], indptr[own + 1]
+    ids = examples.encoder_ids[concat_ranges(begin, end)].astype(np.int64)
+    return (end - begin).astype(np.int32), torch.from_numpy(ids).to(device)
 
 
 def concat_ranges(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -116,6 +116,7 @@ def _counts(part: Examples) -> dict[str, float]:
 
 def _digest(part: Examples) -> str:
     sha = hashlib.sha256()
-    for array in (part.ids, part.lengths, part.num_targets, part.target_at):
+    arrays = (part.ids, part.lengths, part.num_targets, part.target_at, part.encoder_ids, part.encoder_lengths)
+    for array in (a for a in arrays if a is not None):
         sha.update(len(array).to_bytes(8, "little") + np.ascontiguousarray(array, "<i8").tobytes())
     return sha.hexdigest()

@@ -148,12 +148,12 @@ def _measure(trainer: GroupTrainer) -> _Measured:
     own, stored = [t for t, _ in runner.params.params], runner.params.current()
     # The parameter, its gradient and two moments; a method without steps has none of them.
     training_bytes = 4 * sum(t.numel() * t.element_size() for t in own) if runner.params.num_trained else 0
-    jobs, spans, indptr = trainer.group.jobs, trainer.data.dataset.span, runner.examples.indptr
+    jobs, spans, sizes = trainer.group.jobs, trainer.data.dataset.span, runner.examples.sizes
     rows = trainer.job.rows.rows
     by_rows = {id(rows[j.source]): spans[j.source] for j in jobs}
     return _Measured(
         prefixes=prefixes,
-        examples={key: (end - start, int(indptr[end] - indptr[start])) for key, (start, end) in by_rows.items()},
+        examples={key: (end - start, int(sizes[start:end].sum())) for key, (start, end) in by_rows.items()},
         learning_rates=[rate for j in jobs if (rate := j.config.learning_rate)],
         steps=int(runner.total.max()),
         group_numbers=sum(t.numel() for t in own),

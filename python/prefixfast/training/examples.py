@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixfast.data.encode import Example, Ints, encode_examples
+from prefixfast.data.encode import Example, Ints, decoder_of, encode_examples
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import DataError, shown
 from prefixfast.model.base import Model
 from prefixfast.training.inputs import error_with_name
+from prefixfast.training.text_limits import TextLimits, special_ids
 
 NO_INFIX = (
     "an infix stands before the one target of a row, this row has targets in several places; {}, or train a prefix"
@@ -30,10 +31,11 @@ class TokenizeOptions:
 
     Attributes:
         task: Task of the rows.
-        limit: Largest number of tokens of an example.
+        limit: Largest number of tokens of an example of a decoder-only base model.
         overflow: Policy for examples with more tokens.
         has_infix: Whether an infix stands before the last prompt token, so that the targets must follow each other.
         advice: Option that raises the limit, for the error of a longer example; None if no option does.
+        texts: Limits of the texts of an encoder-decoder base model, None for a decoder-only one.
     """
 
     task: Task
@@ -41,6 +43,7 @@ class TokenizeOptions:
     overflow: Overflow = "error"
     has_infix: bool = False
     advice: str | None = TOO_LONG
+    texts: TextLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Examples:
         first: Offsets of the prefixes, int64 ``[n + 1]``. Prefix i has the examples ``first[i]`` to ``first[i + 1]``.
         num_skipped: Number of rows that ``overflow="skip"`` left out.
         num_truncated: Number of rows that ``overflow="truncate"`` shortened.
+        encoder_ids: Token ids of the encoder's texts of all examples, int32; None for a decoder-only base model.
+        encoder_indptr: Offsets of the examples in ``encoder_ids``, int64 ``[X + 1]``; None for a decoder-only one.
     """
 
     ids: Ints
@@ -68,11 +73,24 @@ class Examples:
     first: NDArray[np.int64]
     num_skipped: int = 0
     num_truncated: int = 0
+    encoder_ids: Ints | None = None
+    encoder_indptr: NDArray[np.int64] | None = None
 
     @property
     def lengths(self) -> Ints:
-        """Number of tokens of each example, int32 ``[X]``."""
+        """Number of tokens of each example, int32 ``[X]``; those of the decoder alone, if there is an encoder."""
         return np.diff(self.indptr).astype(np.int32)
+
+    @property
+    def encoder_lengths(self) -> Ints | None:
+        """Number of tokens of each encoder's text, int32 ``[X]``; None for a decoder-only base model."""
+        return None if self.encoder_indptr is None else np.diff(self.encoder_indptr).astype(np.int32)
+
+    @cached_property
+    def sizes(self) -> Ints:
+        """Number of tokens of each example, those of the encoder included, int32 ``[X]``."""
+        encoder = self.encoder_lengths
+        return self.lengths if encoder is None else self.lengths + encoder
 
     @cached_property
     def target_indptr(self) -> NDArray[np.int64]:
@@ -93,18 +111,19 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
         DataError: If a row is malformed or too long, with the name of the prefix and the row's line or number.
     """
     found: list[Example] = []
-    first, skipped, truncated = [0], 0, 0
+    first, skipped, truncated, decoder = [0], 0, 0, decoder_of(model)
     for name, rows in rows_by_name.items():
         with error_with_name(name):
             tokenizer = None if options.task.is_tokenized(rows[0]) else model.require_tokenizer()
-            for example in encode_examples(tokenizer, model.vocab_size, rows, options.task):
+            for example in encode_examples(tokenizer, model.vocab_size, rows, options.task, decoder=decoder):
                 if options.has_infix and not example.has_one_target:
                     is_tokenized = options.task.is_tokenized(rows[example.row])
                     advice = "label the last of them alone" if is_tokenized else "set loss_on='last'"
                     raise row_error(rows[example.row], example.row, NO_INFIX.format(advice))
-                fitted = apply_overflow(example, options.limit, options.overflow)
+                fitted = _fitted(model, example, options)
                 if fitted is None and options.overflow == "error":
-                    error = too_long(example, options.limit, options.advice)
+                    error = options.texts and options.texts.too_long(example)
+                    error = error or too_long(example, options.limit, options.advice)
                     raise row_error(rows[example.row], example.row, error)
                 skipped += fitted is None
                 truncated += fitted is not None and fitted is not example
@@ -113,22 +132,45 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
             msg = f"prefix {shown(name)}: no rows are left (overflow={shown(options.overflow)} left out {skipped})"
             raise DataError(msg)
         first.append(len(found))
-    indptr = np.concatenate([[0], np.cumsum([len(e.ids) for e in found], dtype=np.int64)])
     counts = np.array([len(e.targets) for e in found], np.int32)
+    ids, indptr = _ragged([e.ids for e in found])
     target_at = np.concatenate([e.targets for e in found]) + np.repeat(indptr[:-1], counts)
-    ids = np.concatenate([e.ids for e in found])
-    return Examples(ids, indptr, counts, target_at, np.array(first, np.int64), skipped, truncated)
+    texts = [e.encoder_ids for e in found if e.encoder_ids is not None]
+    encoder = _ragged(texts) if texts else (None, None)
+    return Examples(ids, indptr, counts, target_at, np.array(first, np.int64), skipped, truncated, *encoder)
+
+
+def _ragged(parts: Sequence[Ints]) -> tuple[Ints, NDArray[np.int64]]:
+    """Concatenation of arrays, and the offset of each."""
+    return np.concatenate(parts), _offsets([np.array([len(p) for p in parts])])
+
+
+def _fitted(model: Model, example: Example, options: TokenizeOptions) -> Example | None:
+    """The example as the overflow policy leaves it, None for nothing."""
+    if (decoder := decoder_of(model)) is None or options.texts is None:
+        return apply_overflow(example, options.limit, options.overflow)
+    if options.texts.too_long(example) is None:
+        return example
+    return options.texts.cut(example, decoder, special_ids(model)) if options.overflow == "truncate" else None
 
 
 def concat_examples(parts: Sequence[Examples]) -> Examples:
     """Concatenate the examples of several prefixes."""
     first = np.concatenate([[0], np.cumsum([len(p.num_targets) for p in parts])]).astype(np.int64)
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate([p.lengths for p in parts]), dtype=np.int64)])
     ids, num_targets = (np.concatenate([getattr(p, name) for p in parts]) for name in ("ids", "num_targets"))
+    indptr = _offsets([p.lengths for p in parts])
+    texts = [p.encoder_ids for p in parts if p.encoder_ids is not None]
+    lengths = [own for p in parts if (own := p.encoder_lengths) is not None]
     starts = np.cumsum([0, *(len(p.ids) for p in parts[:-1])])
     target_at = np.concatenate([p.target_at + start for p, start in zip(parts, starts, strict=True)])
     skipped, truncated = (sum(getattr(p, name) for p in parts) for name in ("num_skipped", "num_truncated"))
-    return Examples(ids, indptr, num_targets, target_at, first, skipped, truncated)
+    encoder = (np.concatenate(texts), _offsets(lengths)) if texts else (None, None)
+    return Examples(ids, indptr, num_targets, target_at, first, skipped, truncated, *encoder)
+
+
+def _offsets(lengths: Sequence[NDArray[np.integer[Any]]]) -> NDArray[np.int64]:
+    """Offsets of the items of several ragged arrays in their concatenation."""
+    return np.concatenate([[0], np.cumsum(np.concatenate(lengths), dtype=np.int64)])
 
 
 def too_long(example: Example, limit: int, advice: str | None) -> str:

@@ -18,6 +18,7 @@ from prefixfast.training.identity import prefix_identities, run_identity
 from prefixfast.training.init import resolve_config, text_ids
 from prefixfast.training.job import TrainJob
 from prefixfast.training.method import METHODS
+from prefixfast.training.text_limits import text_limits
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _tokenize(
     limit = min(room, group.config.max_length or room)
     advice = TOO_LONG if limit == group.config.max_length else advice
     has_infix = "infix" in (group.prefix_config.position, None if before is None else before.position)
-    options = TokenizeOptions(job.task, limit, group.config.overflow, has_infix=has_infix, advice=advice)
+    texts = text_limits(model, group.config, room, METHODS[group.method_config.method].shorten)
+    options = TokenizeOptions(job.task, limit, group.config.overflow, has_infix=has_infix, advice=advice, texts=texts)
     note = failed if job.isolate else None
     sources = {j.source: rows.rows[j.source] for j in group.jobs}
     dataset = build_dataset(model, sources, options, row_numbers=rows.row_numbers, failed=note)

@@ -14,6 +14,7 @@ from prefixfast.training.groups import PER_PREFIX, PrefixGroup
 from prefixfast.training.job import TrainJob
 from prefixfast.training.method import METHODS, method_options
 from prefixfast.training.settings import option_values
+from prefixfast.training.text_limits import SEQ2SEQ_LIMITS
 
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
@@ -59,7 +60,8 @@ def run_identity(
         "data": {j.name: dataset.digest[j.source] for j in jobs},
         "eval_data": {} if eval_dataset is None else {j.name: eval_dataset.digest[j.source] for j in jobs},
         "task": job.task.spec(),
-        "config": option_values(config),
+        # Without limits that are None, a run of version 0.1.0 can be resumed.
+        "config": {n: v for n, v in option_values(config).items() if v is not None or n not in SEQ2SEQ_LIMITS},
         "own config": {name: options for name, options in own.items() if options},
         "prefix_config": written(option_values(group.prefix_config)),
         "init": {j.name: j.init.digest if isinstance(j.init, Prefix) else j.init for j in jobs},

@@ -110,7 +110,10 @@ class TrainJob:
             BaseMismatchError: If a given prefix was made for another base model.
         """
         from prefixfast.training.init import resolve_config
+        from prefixfast.training.text_limits import check_lengths
 
+        for group in self.groups:
+            check_lengths(model, group.config, self.explicit)
         for group in self.groups:
             position = resolve_config(model, group, self.init_options).position
             if self.on_top_of is not None:

@@ -32,7 +32,7 @@ def settings_line(group: PrefixGroup, runner: StepRunner) -> str:
     inits = _distinct("a prefix" if isinstance(j.init, Prefix) else j.init for j in jobs)
     options = (f"{n} {_distinct(getattr(j.config, n) for j in jobs)}" for n in SHOWN_OPTIONS)
     parts = [
-        f"{counted(len(examples.num_targets), 'example')} of at most {counted(int(examples.lengths.max()), 'token')}",
+        f"{counted(len(examples.num_targets), 'example')} of at most {counted(int(examples.sizes.max()), 'token')}",
         *(f"{n} skipped" for n in [examples.num_skipped] if n),
         *(f"{n} truncated" for n in [examples.num_truncated] if n),
         *([f"init {inits}"] if "init" in reads else []),

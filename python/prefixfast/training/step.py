@@ -137,8 +137,7 @@ class StepRunner:
             if torch.is_grad_enabled():
                 weighted.sum().backward()
             losses.index_add_(0, micro.target_prefix.cpu(), weighted.detach().double().cpu())
-        indptr = self.examples.indptr
-        self.num_taken, self.num_tokens = len(chosen), int((indptr[chosen + 1] - indptr[chosen]).sum())
+        self.num_taken, self.num_tokens = len(chosen), int(self.examples.sizes[chosen].sum())
         return losses
 
     @torch.no_grad()
@@ -165,7 +164,7 @@ class StepRunner:
                     where = micro.target_prefix.cpu()
                     total.index_add_(0, where, self._token_losses(micro).double().cpu())
                     count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
-                    work.update(len(micro.lengths), tokens=int(micro.lengths.sum()))
+                    work.update(len(micro.lengths), tokens=micro.num_tokens)
             return total / count
 
         return self.budget.run(run)

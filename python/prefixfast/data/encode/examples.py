@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from prefixfast.data.chat import chat_options, chat_text, split_conversation
-from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, vocabulary_error
-from prefixfast.data.encode.tokenized import TARGETS, tokenized_row
+from prefixfast.data.encode.example import Example
+from prefixfast.data.encode.seq2seq import DecoderTokens, encode_seq2seq
+from prefixfast.data.encode.token_ids import Ints, vocabulary_error
+from prefixfast.data.encode.tokenized import check_has_targets, check_tokenized, tokenized_row
 from prefixfast.data.row_values import text_value
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
@@ -18,30 +19,14 @@ from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.tokenizer import Tokenizer
 
 
-class Example(NamedTuple):
-    """One tokenized training example.
-
-    Attributes:
-        ids: Token ids, int32.
-        targets: Indices of the target tokens in ``ids``, int64, ascending, at least 1.
-        row: Number of the row.
-        has_no_prompt: Whether the targets begin with the row's first tokens, so that truncation removes the end of the
-            example instead of the start of its prompt.
-    """
-
-    ids: Ints
-    targets: NDArray[np.int64]
-    row: int
-    has_no_prompt: bool = False
-
-    @property
-    def has_one_target(self) -> bool:
-        """Whether the target tokens follow each other."""
-        return int(self.targets[-1] - self.targets[0]) == len(self.targets) - 1
-
-
 def encode_examples(
-    tokenizer: Tokenizer | None, vocab_size: int, rows: Sequence[Row], task: Task, *, append_eos: bool = True
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    rows: Sequence[Row],
+    task: Task,
+    *,
+    append_eos: bool = True,
+    decoder: DecoderTokens | None = None,
 ) -> Iterator[Example]:
     """Yield the examples of rows in order, one for each reference of a row.
 
@@ -55,11 +40,15 @@ def encode_examples(
         rows: Rows, at least one. Either all of them have ``input_ids`` or none.
         task: Task of the rows.
         append_eos: Whether the end token follows a target that does not end with it.
+        decoder: Tokens of the decoder of an encoder-decoder base model, None for a decoder-only one.
 
     Raises:
-        DataError: If a row is malformed.
+        DataError: If a row is malformed, or is none of an encoder-decoder base model.
         ConfigError: If the chat template lacks the marks that the task's ``loss_on`` needs.
     """
+    if decoder is not None:
+        yield from encode_seq2seq(tokenizer, vocab_size, decoder, rows, task, append_eos=append_eos)
+        return
     if task.is_tokenized(rows[0]):
         yield from (_encode_ids(row, i, vocab_size) for i, row in enumerate(rows))
         return
@@ -71,7 +60,7 @@ def encode_examples(
 
 
 def check_examples(rows: Sequence[Row], task: Task) -> None:
-    """Check the format of training rows as far as no tokenizer is needed.
+    """Check the format of training rows as far as no base model is needed.
 
     Args:
         rows: Rows, at least one. Either all of them have ``input_ids`` or none.
@@ -82,7 +71,8 @@ def check_examples(rows: Sequence[Row], task: Task) -> None:
     """
     if task.is_tokenized(rows[0]):
         for i, row in enumerate(rows):
-            _encode_ids(row, i, ANY_VOCABULARY)
+            check_has_targets(row, i)
+            check_tokenized(row, i)
     elif not any(map(task.is_chat, rows)):
         task.pairs(rows, "")
     else:
@@ -167,9 +157,7 @@ def _encode_conversation(tokenizer: Tokenizer, row: Row, number: int, eos: int |
 
 def _encode_ids(row: Row, number: int, vocab_size: int) -> Example:
     """A row with ``input_ids`` and its targets."""
-    if all(row.get(key) is None for key in TARGETS):
-        got = sorted(map(str, row))
-        raise row_error(row, number, f"expected input_ids and one of the keys {', '.join(TARGETS)}, got {got}")
+    check_has_targets(row, number)
     ids, mask = tokenized_row(row, number, vocab_size)
     if not mask[1:].any():
         raise row_error(row, number, "labels: expected at least one target after the first token, got -100 everywhere")

@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import numpy as np
+
 from prefixfast.config.json_types import JSON
 from prefixfast.data.chat import ChatTemplate
+from prefixfast.data.encode.seq2seq import DecoderTokens, check_is_pair, encode_labels, encoder_text
 from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, token_ids, vocabulary_error
-from prefixfast.data.encode.tokenized import request_ids
+from prefixfast.data.encode.tokenized import check_tokenized, encoder_row, padded_ids, request_ids
 from prefixfast.data.formats import TOKENIZED_KEYS
 from prefixfast.data.rows import Row
 from prefixfast.data.task import Task
@@ -35,6 +38,8 @@ def request_error(index: int) -> Iterator[None]:
 def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) -> list[Ints]:
     """Token ids of the prompt of each request. Rows of one task are linearized and tokenized together.
 
+    The prompt of an encoder-decoder base model is the text of its encoder.
+
     Args:
         model: Base model.
         batch: Strings, lists of token ids, or rows. The target of a row is not read.
@@ -47,7 +52,13 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
         RequestError: If a prompt is not text, has no tokens, or has ids outside the vocabulary.
         ConfigError: If the base model has no tokenizer and a request needs one.
     """
-    texts, chats = _prompt_texts(batch, tasks, lambda: _TemplateParts.of(model.require_tokenizer()))
+    decoder = decoder_of(model)
+    texts, chats = _prompt_texts(
+        batch,
+        tasks,
+        lambda: _TemplateParts.of(model.require_tokenizer()) if decoder is None else _TemplateParts(),
+        has_encoder=decoder is not None,
+    )
     out: dict[int, Ints] = {}
     for group in (texts, chats):
         if group:
@@ -55,7 +66,7 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
             out |= zip(group, encoded, strict=True)
     for i, item in enumerate(batch):
         if i not in out:
-            out[i] = _given_ids(item, i, model.vocab_size)
+            out[i] = _given_ids(item, i, model.vocab_size, request_ids if decoder is None else encoder_row)
         error = vocabulary_error(out[i], model.vocab_size) if len(out[i]) else "the prompt has no tokens"
         if error:
             msg = f"request {i}: {error}"
@@ -76,7 +87,13 @@ def check_prompts(batch: Sequence[Input], tasks: Sequence[Task]) -> None:
     texts, chats = _prompt_texts(batch, tasks, _TemplateParts)
     for i, item in enumerate(batch):
         if i not in texts and i not in chats:
-            _given_ids(item, i, ANY_VOCABULARY)
+            _given_ids(item, i, ANY_VOCABULARY, _checked_ids)
+
+
+def decoder_of(model: Model) -> DecoderTokens | None:
+    """Tokens of the decoder of an encoder-decoder base model, None for a decoder-only one."""
+    found: DecoderTokens | None = getattr(model, "seq2seq", None)
+    return found
 
 
 def _no_template(messages: Sequence[Mapping[str, JSON]], **options: Any) -> str:
@@ -96,7 +113,11 @@ class _TemplateParts(NamedTuple):
 
 
 def _prompt_texts(
-    batch: Sequence[Input], tasks: Sequence[Task], parts: Callable[[], _TemplateParts]
+    batch: Sequence[Input],
+    tasks: Sequence[Task],
+    parts: Callable[[], _TemplateParts],
+    *,
+    has_encoder: bool = False,
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Prompts of the requests that hold text, by number, and prompts that a chat template has written.
 
@@ -104,6 +125,10 @@ def _prompt_texts(
         batch: Requests.
         tasks: Task of each request.
         parts: Function that returns what prompts contain of the tokenizer, called if there are rows with text.
+        has_encoder: Whether the prompts are texts of an encoder, which reads no conversations.
+
+    Raises:
+        RequestError: If a row is malformed.
     """
     texts = {i: item for i, item in enumerate(batch) if isinstance(item, str)}
     chats: dict[int, str] = {}
@@ -113,8 +138,13 @@ def _prompt_texts(
             by_task.setdefault(id(task), []).append(i)
     for numbers in by_task.values():
         task = tasks[numbers[0]]
+        if has_encoder:
+            _check_are_pairs(task, batch, numbers)
         for i, prompt in zip(numbers, _task_prompts(task, batch, numbers, parts()), strict=True):
             item = batch[i]
+            if has_encoder:
+                texts[i] = encoder_text(prompt, task)
+                continue
             (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = prompt
     for group in (texts, chats):
         for i, prompt in group.items():
@@ -122,11 +152,11 @@ def _prompt_texts(
     return texts, chats
 
 
-def _given_ids(item: Any, index: int, vocab_size: int) -> Ints:
-    """Token ids that a request holds, as a list or under ``input_ids``."""
+def _given_ids(item: Any, index: int, vocab_size: int, read: Callable[[Row, int, int], Ints]) -> Ints:
+    """Token ids that a request holds, as a list or under ``input_ids``; ``read`` takes them from a row with masks."""
     with request_error(index):
         if isinstance(item, Mapping) and any(item.get(key) is not None for key in TOKENIZED_KEYS[1:]):
-            return request_ids(item, 0, vocab_size)
+            return read(item, 0, vocab_size)
     value = item["input_ids"] if isinstance(item, Mapping) else item
     found = token_ids(value, vocab_size)
     if found is None:
@@ -139,6 +169,8 @@ def _given_ids(item: Any, index: int, vocab_size: int) -> Ints:
 def encode_target(model: Model, target: str | Sequence[int], index: int) -> Ints:
     """Token ids of a target, int32, without an end token.
 
+    Special tokens that a tokenizer puts before the labels of an encoder-decoder base model are part of a target.
+
     Args:
         model: Base model.
         target: String, or token ids that are used unchanged.
@@ -147,16 +179,22 @@ def encode_target(model: Model, target: str | Sequence[int], index: int) -> Ints
     Raises:
         RequestError: If the target is not text, or has ids outside the vocabulary.
     """
+    decoder = decoder_of(model)
+    vocab_size = model.vocab_size if decoder is None else decoder.vocab_size
     if isinstance(target, str):
         _check_unicode(target, index, "target: it is no text")
-        ids = model.require_tokenizer().encode_targets([target])[0]
-        if error := vocabulary_error(ids, model.vocab_size):
+        tokenizer = model.require_tokenizer()
+        if decoder is None:
+            ids = tokenizer.encode_targets([target])[0]
+        else:
+            ids = encode_labels(tokenizer, [target], append_eos=False)[0]
+        if error := vocabulary_error(ids, vocab_size):
             msg = f"request {index}: target: {error}"
             raise RequestError(msg, index=index)
         return ids
-    found = token_ids(target, model.vocab_size)
+    found = token_ids(target, vocab_size)
     if found is None:
-        last = model.vocab_size - 1
+        last = vocab_size - 1
         msg = f"request {index}: target: expected a string or a list of token ids from 0 to {last}, got {shown(target)}"
         raise RequestError(msg, index=index)
     return found
@@ -210,6 +248,19 @@ def _task_prompts(task: Task, batch: Sequence[Any], numbers: list[int], parts: _
             with request_error(i):
                 task.prompts([batch[i]], *parts)
         raise
+
+
+def _check_are_pairs(task: Task, batch: Sequence[Any], numbers: list[int]) -> None:
+    """Raise `RequestError` for a row that is no text of an encoder."""
+    for i in numbers:
+        with request_error(i):
+            check_is_pair(batch[i], 0, task)
+
+
+def _checked_ids(row: Row, number: int, vocab_size: int) -> Ints:
+    """Token ids of a request whose kind of base model is not known: those with its targets."""
+    check_tokenized(row, number)
+    return padded_ids(row, number, vocab_size)[0].astype(np.int32)
 
 
 def _check_unicode(value: str, index: int, message: str) -> None:

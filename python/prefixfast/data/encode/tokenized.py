@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixfast.data.encode.token_ids import Ints, int_array, vocabulary_error
+from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, int_array, vocabulary_error
 from prefixfast.data.formats import MASK_KEYS
 from prefixfast.data.row_values import json_hint
 from prefixfast.data.rows import Row, row_error
@@ -34,6 +34,89 @@ def tokenized_row(row: Row, number: int, vocab_size: int) -> tuple[Ints, NDArray
     Raises:
         DataError: If a value is not a flat list of numbers of the right length and range.
     """
+    ids, attended = padded_ids(row, number, vocab_size)
+    targets = np.zeros(len(ids), bool)
+    if any(row.get(key) is not None for key in TARGETS):
+        targets = np.ones(len(ids), bool)
+        if row.get("labels") is not None:
+            targets &= _labelled(row, number, ids, attended)
+        for key in MASK_KEYS:
+            if row.get(key) is not None:
+                targets &= _mask(row, number, key, len(ids))
+    return _attended_ids(row, number, ids, attended, vocab_size), targets[attended]
+
+
+def check_tokenized(row: Row, number: int) -> None:
+    """Check a row with ``input_ids`` as far as the kind of the base model is not needed.
+
+    Labels have the length of ``input_ids`` for a decoder-only base model, and a length of their own otherwise.
+
+    Raises:
+        DataError: If a value is not a flat list of numbers, or its labels have no target.
+    """
+    ids, attended = padded_ids(row, number, ANY_VOCABULARY)
+    for key in MASK_KEYS:
+        if row.get(key) is not None:
+            _mask(row, number, key, len(ids))
+    if row.get("labels") is not None:
+        label_row(row, number, ANY_VOCABULARY)
+    _attended_ids(row, number, ids, attended, ANY_VOCABULARY)
+
+
+def check_has_targets(row: Row, number: int) -> None:
+    """Raise `DataError` for a training row without any of the keys of targets."""
+    if all(row.get(key) is None for key in TARGETS):
+        got = sorted(map(str, row))
+        raise row_error(row, number, f"expected input_ids and one of the keys {', '.join(TARGETS)}, got {got}")
+
+
+def encoder_row(row: Row, number: int, vocab_size: int) -> Ints:
+    """Token ids that an encoder reads, int32: ``input_ids`` without padding.
+
+    Args:
+        row: Row with ``input_ids``.
+        number: Number of the row, for errors.
+        vocab_size: Number of rows of the encoder's embedding.
+
+    Raises:
+        DataError: If the row is malformed, or has masks of targets.
+    """
+    for key in MASK_KEYS:
+        if row.get(key) is not None:
+            msg = f"{key}: the targets of an encoder-decoder base are labels, with a length of their own; leave it out"
+            raise row_error(row, number, msg)
+    return _attended_ids(row, number, *padded_ids(row, number, vocab_size), vocab_size)
+
+
+def label_row(row: Row, number: int, vocab_size: int) -> NDArray[np.int64]:
+    """Labels of a row, which can have another length than its ``input_ids``.
+
+    Args:
+        row: Row with ``labels``.
+        number: Number of the row, for errors.
+        vocab_size: Number of rows of the decoder's embedding.
+
+    Returns:
+        Labels, int64, of which one at least is not -100.
+
+    Raises:
+        DataError: If they are not a flat list of token ids and -100.
+    """
+    given = row.get("labels")
+    labels = int_array(given)
+    if labels is None:
+        expected = "labels: expected a list of token ids and -100"
+        raise row_error(row, number, f"{expected}, got {shown(given)}{json_hint(given)}")
+    own = labels[labels != IGNORED_LABEL]
+    if error := vocabulary_error(own, vocab_size):
+        raise row_error(row, number, f"labels: {error}")
+    if not len(own):
+        raise row_error(row, number, "labels: expected at least one target, got -100 everywhere")
+    return labels
+
+
+def padded_ids(row: Row, number: int, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """``input_ids`` with padding, int64 ``[N]``, and the places that are none, bool ``[N]``."""
     ids = int_array(row.get("input_ids"))
     if ids is None or not len(ids):
         expected = f"a list of token ids below {vocab_size}"
@@ -42,23 +125,21 @@ def tokenized_row(row: Row, number: int, vocab_size: int) -> tuple[Ints, NDArray
             number,
             f"input_ids: expected {expected}, got {shown(row.get('input_ids'))}{json_hint(row.get('input_ids'))}",
         )
-    attended, targets = np.ones(len(ids), bool), np.zeros(len(ids), bool)
+    attended = np.ones(len(ids), bool)
     if row.get("attention_mask") is not None:
         attended = _mask(row, number, "attention_mask", len(ids))
-    if any(row.get(key) is not None for key in TARGETS):
-        targets = np.ones(len(ids), bool)
-        if row.get("labels") is not None:
-            targets &= _labelled(row, number, ids, attended)
-        for key in MASK_KEYS:
-            if row.get(key) is not None:
-                targets &= _mask(row, number, key, len(ids))
-    ids, targets = ids[attended], targets[attended]
+    return ids, attended
+
+
+def _attended_ids(row: Row, number: int, ids: NDArray[np.int64], attended: NDArray[np.bool_], vocab_size: int) -> Ints:
+    """Checked token ids without padding."""
+    ids = ids[attended]
     if error := vocabulary_error(ids, vocab_size):
         raise row_error(row, number, f"input_ids: {error}")
     if not len(ids):
         raise row_error(row, number, "attention_mask: expected at least one 1, got padding alone")
     _check_positions(row, number, attended)
-    return ids.astype(np.int32), targets
+    return ids.astype(np.int32)
 
 
 def request_ids(row: Row, number: int, vocab_size: int) -> Ints:
