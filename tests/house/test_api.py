@@ -92,7 +92,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     | {"recipe": "default", "loss": "token_mean", "token_budget": "auto", "overflow": "error"},
     "GenerationParams": listed(
         "max_new_tokens min_new_tokens num_beams do_sample temperature top_k top_p min_p repetition_penalty "
-        "no_repeat_ngram_size length_penalty early_stopping "
+        "no_repeat_ngram_size length_penalty early_stopping encoder_no_repeat_ngram_size "
+        "forced_bos_token_id forced_eos_token_id decoder_start_token_id "
         "bad_words_ids stop_strings num_return_sequences seed logprobs",
         None,
     ),

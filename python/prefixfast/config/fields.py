@@ -101,7 +101,12 @@ class GenerationParamsFields(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     no_repeat_ngram_size: int | None
+    encoder_no_repeat_ngram_size: int | None
     bad_words_ids: Sequence[Sequence[int]] | None
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | None
+    decoder_start_token_id: int | None
+    max_source_length: int | None
     stop_strings: str | Sequence[str] | None
     length_penalty: float | None
     early_stopping: Literal[True, False, "never"] | None

@@ -22,6 +22,7 @@ from prefixfast.config.options import (
 )
 from prefixfast.errors import is_text
 
+TOKEN_OR_NONE = Range(-1, INT32_MAX)
 CACHED_LENGTH = 64  # largest number of bad words and stop strings of parameters whose merge is cached
 
 
@@ -88,8 +89,37 @@ class GenerationParams(Options):
         "built-in 0",
         COUNT_OR_ZERO,
     )
+    encoder_no_repeat_ngram_size: int | None = option(
+        None,
+        "length in tokens of sequences of the encoder's text, or of a decoder-only base's prompt, that do not occur in "
+        "the text; 0 turns it off; None inherits, built-in 0",
+        COUNT_OR_ZERO,
+    )
     bad_words_ids: tuple[tuple[int, ...], ...] | None = option(
         None, "sequences of token ids that are never generated; None inherits, built-in none"
+    )
+    forced_bos_token_id: int | None = option(
+        None,
+        "token that is always generated first, for encoder-decoder bases; -1 forces none; None inherits, built-in -1",
+        TOKEN_OR_NONE,
+    )
+    forced_eos_token_id: int | None = option(
+        None,
+        "token that is always generated as the last of max_new_tokens, for encoder-decoder bases; -1 forces none; None "
+        "inherits, built-in -1",
+        TOKEN_OR_NONE,
+    )
+    decoder_start_token_id: int | None = option(
+        None,
+        "token that the decoder starts from, for encoder-decoder bases, some of which start from the language of the "
+        "text; None inherits that of the base",
+        COUNT_OR_ZERO,
+    )
+    max_source_length: int | None = option(
+        None,
+        "largest number of tokens of the encoder's text, for encoder-decoder bases; a longer text loses its end but "
+        "keeps its last special tokens; None inherits, built-in no truncation",
+        COUNT,
     )
     stop_strings: tuple[str, ...] | None = option(
         None, "strings that end the text where the first of them is complete, and stay in it; None inherits"

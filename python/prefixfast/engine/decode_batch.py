@@ -93,6 +93,8 @@ class DecodeBatch:
         self.num_logprobs[rows] = -1 if p.logprobs is None else p.logprobs
         self.has_processors[rows] = has_processors = self.processors.start(rows, request)
         self.is_greedy[rows] = not (p.do_sample or has_processors or p.logprobs is not None or request.is_beam_search)
+        if request.processors:  # these limits are among the processors, so that the caller's can change the scores
+            p = replace(p, min_new_tokens=0, forced_bos_token_id=None, forced_eos_token_id=None)
         if request.is_beam_search:
             self.beam_search(len(rows)).start(row, p)
             return rows
@@ -132,7 +134,7 @@ class DecodeBatch:
         logprobs = scores[to_device(wanted, logits.device)].log_softmax(-1) if len(wanted) else None
         scores = scores.clone()  # a replayed CUDA graph returns its own memory
         self.processors.apply(scores, rows)
-        limits.mask_end_tokens(scores[:, None], at)
+        limits.apply(scores[:, None], at)
         tokens = most_likely(scores)
         if len(sampled := np.flatnonzero(self.is_sampled[rows])):
             some = to_device(sampled, logits.device)

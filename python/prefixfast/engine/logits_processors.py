@@ -1,7 +1,7 @@
 """Logits processors of requests: transformers' own ones for the request's parameters, and the caller's.
 
 Each processor is called once per step for each request that has it, which is slow. The minimum number of new tokens
-applies to all requests at once, in `search`.
+and forced tokens apply to all requests at once, in `search`.
 
 Shape letters: R decode rows of the engine, n rows of a step, V vocabulary.
 """
@@ -16,6 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
     NoBadWordsLogitsProcessor,
@@ -46,12 +49,28 @@ def processors_of(request: Request, end_ids: Tensor) -> LogitsProcessorList:
         processors.append(RepetitionPenaltyLogitsProcessor(float(p.repetition_penalty or 1.0)))
     if p.no_repeat_ngram_size:
         processors.append(NoRepeatNGramLogitsProcessor(p.no_repeat_ngram_size))
+    if p.encoder_no_repeat_ngram_size:
+        text = request.prompt_ids if request.encoder_ids is None else request.encoder_ids
+        encoder_ids = torch.from_numpy(text).long().to(end_ids.device)
+        processors.append(EncoderNoRepeatNGramLogitsProcessor(p.encoder_no_repeat_ngram_size, encoder_ids))
     if words := [list(word) for word in p.bad_words_ids or () if len(word) > 1]:
         processors.append(NoBadWordsLogitsProcessor(words))
     if request.processors:
         if p.min_new_tokens and len(end_ids):
             processors.append(MinNewTokensLengthLogitsProcessor(len(request.prompt_ids), p.min_new_tokens, end_ids))
+        processors.extend(_forced_tokens(request))
         processors.extend(request.processors)
+    return processors
+
+
+def _forced_tokens(request: Request) -> LogitsProcessorList:
+    """Processors of a request's forced tokens, whose scores the caller's processors see."""
+    p, processors = request.params, LogitsProcessorList()
+    if p.forced_bos_token_id not in (None, -1):
+        processors.append(ForcedBOSTokenLogitsProcessor(p.forced_bos_token_id))
+    if p.forced_eos_token_id not in (None, -1):
+        max_length = len(request.prompt_ids) + (p.max_new_tokens or 1)
+        processors.append(ForcedEOSTokenLogitsProcessor(max_length, p.forced_eos_token_id))
     return processors
 
 

@@ -32,6 +32,7 @@ from prefixfast.engine.sampling_params import (
     base_defaults,
     check_params,
     given_params,
+    is_encoder_decoder,
     resolve_params,
 )
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, did_you_mean, shown, suggestion
@@ -86,7 +87,7 @@ def make_requests(
     for i, (item, ids, own, task) in enumerate(zip(batch, prompts, assigned, tasks, strict=True)):
         sources = ParamSources(params, request_value(item, task, "params"), [p.decoding for p in own], base)
         resolved = resolve_params(sources, i, len(ids), min(max_model_len, text_positions(model, own)))
-        check_params(resolved, i, model.vocab_size)
+        check_params(resolved, i, model.vocab_size, encoder_decoder=is_encoder_decoder(model))
         own_id = request_value(item, task, "id")
         made = Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=attended(own), params=resolved, task=task)
         requests.append(replace(made, weights=weights_of(own), base_mismatch=base_mismatch(model, own)))

@@ -69,10 +69,11 @@ class Request:
         id: Value of the request's ``id`` key, None without one.
         ids: Prompt token ids that the engine computes for this request, int32. The leading tokens of a shared prompt
             are left out.
-        prompt_ids: All prompt token ids, int32.
+        prompt_ids: All prompt token ids, int32. Those of an encoder-decoder base are the decoder's start token.
         prefixes: Prefixes from left to right.
         params: Generation parameters. Only ``seed`` and ``logprobs`` may be None.
         task: Task that cleans the generated text.
+        encoder_ids: Token ids of the encoder's text, int32, at least one; None for a decoder-only base.
         processors: The caller's own logits processors.
         tenant: Name of the tenant. None groups requests by their first prefix.
         priority: Priority; requests of a higher priority are scheduled first.
@@ -91,6 +92,7 @@ class Request:
     prefixes: tuple[Prefix | StoredPrefix, ...]
     params: GenerationParams
     task: Task
+    encoder_ids: NDArray[np.int32] | None = None
     processors: LogitsProcessorList | None = None
     tenant: str | None = None
     priority: int = 0

@@ -33,7 +33,10 @@ BUILT_IN = GenerationParams(
     min_p=0.0,
     repetition_penalty=1.0,
     no_repeat_ngram_size=0,
+    encoder_no_repeat_ngram_size=0,
     bad_words_ids=(),
+    forced_bos_token_id=-1,
+    forced_eos_token_id=-1,
     stop_strings=(),
     length_penalty=1.0,
     early_stopping=False,
@@ -62,6 +65,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beam_groups": (None, 1),
     "sequence_bias": (None,),
 }
+# Those that decoding has for encoder-decoder bases.
+SEQ2SEQ_SUPPORTED = ("forced_bos_token_id", "forced_eos_token_id", "min_length")
+# Parameters of encoder-decoder bases, with the values that ask for nothing.
+SEQ2SEQ_ONLY: dict[str, tuple[int | None, ...]] = {
+    "forced_bos_token_id": (None, -1),
+    "forced_eos_token_id": (None, -1),
+    "decoder_start_token_id": (None,),
+    "max_source_length": (None,),
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,9 @@ class ParamSources:
 def warn_unsupported_defaults(model: Model) -> None:
     """Log a warning with the unsupported fields of the base model's ``generation_config`` that change results."""
     config = getattr(model.hf, "generation_config", None)
-    found = {n: v for n, neutral in UNSUPPORTED.items() if (v := getattr(config, n, None)) not in neutral}
+    supported = SEQ2SEQ_SUPPORTED if is_encoder_decoder(model) else ()
+    values = {n: getattr(config, n, None) for n in UNSUPPORTED if n not in supported}
+    found = {n: v for n, v in values.items() if v not in UNSUPPORTED[n]}
     if found:
         fields = ", ".join(f"{n}={shown(v)}" for n, v in found.items())
         logger.warning("fields of the base model's generation_config that are not supported: %s", fields)
@@ -97,6 +111,9 @@ def base_defaults(model: Model) -> GenerationParams:
     """
     config = getattr(model.hf, "generation_config", None)
     found = {n: v for n in GenerationParams.names() if (v := getattr(config, n, None)) is not None}
+    found = {n: v for n, v in found.items() if n not in SEQ2SEQ_ONLY}
+    if is_encoder_decoder(model):
+        found = _seq2seq_defaults(model, config) | found
     for name, value in list(found.items()):
         try:
             GenerationParams(**{name: value})
@@ -104,6 +121,37 @@ def base_defaults(model: Model) -> GenerationParams:
             logger.warning("invalid value in the base model's generation_config is ignored: %s", e)
             del found[name]
     return _limited(GenerationParams(**found)) if found else UNSET
+
+
+def is_encoder_decoder(model: Model) -> bool:
+    """Whether a base model has an encoder and a decoder."""
+    return bool(model.hf.config.is_encoder_decoder)
+
+
+def _seq2seq_defaults(model: Model, config: Any) -> dict[str, Any]:
+    """Defaults of an encoder-decoder base under the names of `GenerationParams`, those that it does not give left out.
+
+    Its lengths count the decoder's start token.
+    """
+    start = getattr(config, "decoder_start_token_id", None)
+    found = {
+        "max_new_tokens": _one_less(getattr(config, "max_length", None)),
+        "min_new_tokens": _one_less(getattr(config, "min_length", None)),
+        "forced_bos_token_id": getattr(config, "forced_bos_token_id", None),
+        "forced_eos_token_id": _only_id(getattr(config, "forced_eos_token_id", None)),
+        "decoder_start_token_id": getattr(model.hf.config, "decoder_start_token_id", None) if start is None else start,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _one_less(length: Any) -> Any:
+    """Number of new tokens of a length that counts the start token; a value that is no length unchanged."""
+    return max(0, length - 1) if type(length) is int else length
+
+
+def _only_id(ids: Any) -> Any:
+    """The id of a list of one; other values unchanged."""
+    return ids[0] if isinstance(ids, list) and len(ids) == 1 else ids
 
 
 def _limited(p: GenerationParams) -> GenerationParams:
@@ -143,7 +191,7 @@ def given_params(sources: ParamSources, index: int) -> tuple[GenerationParams, G
 
 
 def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: int) -> GenerationParams:
-    """Parameters of a request, with every field but ``seed`` and ``logprobs`` set.
+    """Parameters of a request, with every field that has a built-in default set.
 
     A ``max_new_tokens`` that neither call nor request gives is cut to what fits.
 
@@ -187,31 +235,44 @@ def _with_lengths(params: GenerationParams, most: int, least: int) -> Generation
     return replace(params, max_new_tokens=most, min_new_tokens=least)
 
 
-def check_params(params: GenerationParams, index: int, vocab_size: int) -> None:
-    """Refuse combinations of parameters of which one has no effect.
+def check_params(params: GenerationParams, index: int, vocab_size: int, *, encoder_decoder: bool = False) -> None:
+    """Refuse parameters that do not work with each other or with the base model.
 
     Args:
         params: Resolved parameters.
         index: Place of the request in the batch, for errors.
-        vocab_size: Number of tokens of the base model.
+        vocab_size: Number of tokens that the base model can generate.
+        encoder_decoder: Whether the base model has an encoder and a decoder.
 
     Raises:
-        RequestError: For such a combination.
+        RequestError: For such parameters.
     """
     find = _conflict if len(params.bad_words_ids or ()) < CACHED_LENGTH else _conflict.__wrapped__
-    conflict = find(replace(params, seed=None) if params.seed is not None else params, vocab_size)
+    unseeded = replace(params, seed=None) if params.seed is not None else params
+    conflict = find(unseeded, vocab_size, encoder_decoder=encoder_decoder)
     if conflict is not None:
         msg = f"request {index}: {conflict}"
         raise RequestError(msg, index=index)
 
 
 @functools.lru_cache(512)
-def _conflict(p: GenerationParams, vocab_size: int) -> str | None:
-    """Error message for a combination of parameters that does not work, None if all work."""
+def _conflict(p: GenerationParams, vocab_size: int, *, encoder_decoder: bool) -> str | None:
+    """Error message for parameters that do not work, None if all work."""
     beams, texts = p.num_beams or 1, p.num_return_sequences or 1
     largest = max((i for word in p.bad_words_ids or () for i in word), default=0)
     several = texts > 1 and beams == 1 and not p.do_sample
-    conflicts = {
+    unknown = {
+        f"{name}: expected a token id below {vocab_size}, got {value}": (value or 0) >= vocab_size
+        for name in ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id")
+        for value in [getattr(p, name)]
+    }
+    without_encoder = {
+        f"{name}={value}: expected an encoder-decoder base, got a decoder-only one; remove {name}": not encoder_decoder
+        and value not in neutral
+        for name, neutral in SEQ2SEQ_ONLY.items()
+        for value in [getattr(p, name)]
+    }
+    conflicts = without_encoder | {
         f"num_return_sequences={texts}: greedy search has one text; set do_sample=True or num_beams={texts}": several,
         f"num_return_sequences={texts}: expected at most num_beams={beams}": beams > 1 and texts > beams,
         "stop_strings with beams are not supported; set num_beams=1": beams > 1 and p.stop_strings,
@@ -223,4 +284,4 @@ def _conflict(p: GenerationParams, vocab_size: int) -> str | None:
         and abs(p.length_penalty or 0) * math.log(p.max_new_tokens or 1) > LOG_FP32_MAX,
         f"bad_words_ids: expected token ids below {vocab_size}, got {largest}": largest >= vocab_size,
     }
-    return next((text for text, holds in conflicts.items() if holds), None)
+    return next((text for text, holds in (conflicts | unknown).items() if holds), None)

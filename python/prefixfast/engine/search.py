@@ -40,18 +40,44 @@ class Choice:
 
 
 class _LengthLimits:
-    """Smallest and largest number of new tokens, and the number of tokens so far, by first row of each request."""
+    """Smallest and largest number of new tokens, tokens that are forced there, and the number of tokens so far.
+
+    All of them are kept by the first row of each request.
+    """
 
     def __init__(self, rows: int, end_ids: Tensor) -> None:
         self.end_ids = end_ids
-        self.max_new, self.min_new, self.count = (
-            torch.zeros(rows, dtype=torch.int64, device=end_ids.device) for _ in range(3)
+        self.max_new, self.min_new, self.count, self.first, self.last = (
+            torch.full((rows,), number, dtype=torch.int64, device=end_ids.device)
+            for number in (0, 0, 0, NO_TOKEN, NO_TOKEN)
         )
+        self.forces = False  # whether a request ever forced a token, which those of decoder-only bases never do
 
     def set_row(self, row: int, params: GenerationParams) -> None:
         self.max_new[row] = params.max_new_tokens or 1
         self.min_new[row] = params.min_new_tokens or 0
         self.count[row] = 0
+        forced = [
+            NO_TOKEN if token is None else token for token in (params.forced_bos_token_id, params.forced_eos_token_id)
+        ]
+        self.forces = self.forces or max(forced) != NO_TOKEN
+        if self.forces:
+            self.first[row], self.last[row] = forced
+
+    def apply(self, scores: Tensor, rows: Tensor) -> None:
+        """Leave the end tokens out of scores ``[S, K or 1, V]`` where they are too early, and all but a forced token.
+
+        A forced token has the score 0 and all others have -inf, as in transformers.
+        """
+        self.mask_end_tokens(scores, rows)
+        if self.forces:
+            count = self.count[rows]
+            forced = torch.where(count + 1 == self.max_new[rows], self.last[rows], NO_TOKEN)
+            # The last token takes precedence over the first one where a request has one token.
+            forced = torch.where((count == 0) & (forced == NO_TOKEN), self.first[rows], forced)
+            at = (forced != NO_TOKEN).nonzero()[:, 0]
+            scores[at] = -torch.inf
+            scores[at, :, forced[at]] = 0.0
 
     def mask_end_tokens(self, scores: Tensor, rows: Tensor) -> None:
         """Set the scores of end tokens in ``[S, K or 1, V]`` to -inf for requests below their minimum length."""
@@ -94,7 +120,7 @@ class GreedySearch:
             rows: Decode rows ``[S]``.
         """
         scores = logits[:, None].float()
-        self.limits.mask_end_tokens(scores, rows)
+        self.limits.apply(scores, rows)
         self.limits.count[rows] += 1
         return Choice(most_likely(scores[:, 0]), None, None)
 
@@ -152,7 +178,7 @@ class BeamSearch:
         logp = logits.view(num, k, -1).float().log_softmax(-1)
         if process is not None:
             process(logp.view(num * k, -1))
-        self.limits.mask_end_tokens(logp, rows)
+        self.limits.apply(logp, rows)
         total = (logp + self.running_score[rows][:, :, None]).view(num, -1)
         value, index = total.topk(self.num_candidates)
         parent, token = index // logp.shape[-1], index % logp.shape[-1]
