@@ -87,7 +87,7 @@ def peft_model(base: PreTrainedModel, prefix: Prefix) -> tuple[Any, Tensor]:
     """
     from peft import PrefixTuningConfig, get_peft_model
 
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=prefix.length_at("self"))
     own: Any = get_peft_model(base, config)
     weight = own.prompt_encoder["default"].embedding.weight
     weight.data = peft_format.to_table(prefix.kv, prefix.base).to(weight.dtype)
@@ -142,7 +142,7 @@ def mixed_by_hand(plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: T
         Function that returns the tokens ``[B, new]``.
     """
     ids = torch.tensor(prompts)
-    count, length = len(prompts), prefixes[0].length
+    count, length = len(prompts), prefixes[0].length_at("self")
     stacked = [
         [torch.stack([p.kv[f"self.{i}.{x}"].transpose(0, 1) for p in prefixes]).to(plain.dtype) for x in "kv"]
         for i in prefixes[0].layers

@@ -94,7 +94,7 @@ class ExactScores:
         cache, length = DynamicCache(), 0
         if text.prefix is not None:
             prefix = self.prefix(text.prefix)
-            length = prefix.length
+            length = prefix.length_at("self")
             for i in prefix.layers:
                 k, v = (prefix.kv[f"self.{i}.{x}"].transpose(0, 1)[None].to(self.plain.dtype) for x in "kv")
                 cache.update(k.to(hf.dtype), v.to(hf.dtype), i)

@@ -113,7 +113,7 @@ class ChatSession:
     def describe(self) -> str:
         """One line: prefixes in use, and how a text becomes a prompt."""
         found = self._prefixes(self.names)
-        rows = sum(p.length for p in found)
+        rows = sum(p.num_rows for p in found)
         used = f"prefix {' + '.join(map(printable, self.names))} ({rows} prefix rows)" if found else "no prefix"
         return f"{used}; {self.reader.describe(self.reader.task(found))}"
 

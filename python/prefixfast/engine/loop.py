@@ -126,7 +126,7 @@ class Loop:
                 deadline=request.deadline,
             )
         except CapacityError as e:
-            rows, prefix_rows = request.num_rows, sum(p.length for p in request.prefixes)
+            rows, prefix_rows = request.num_rows, sum(p.num_rows for p in request.prefixes)
             msg = (
                 f"request {request.index} can never run: {len(request.ids)} prompt tokens, {rows} sequences of "
                 f"{request.params.max_new_tokens} new tokens and {prefix_rows} prefix rows need {e}"

@@ -164,7 +164,7 @@ class RequestOutput:
         usage = {
             "prompt_tokens": len(r.prompt_ids),
             "completion_tokens": sum(len(s.token_ids) for s in self.sequences),
-            "prefix_rows": sum(p.length for p in prefixes),
+            "prefix_rows": sum(p.num_rows for p in prefixes),
         }
         clean = [r.task.clean(text) for text in texts]
         return Generation(

@@ -87,7 +87,9 @@ class PrefixCache:
             layers = None if len(seeing) == len(shapes) else [i in seeing for i in range(len(shapes))]
             place = self.infix_place if prefix.position == "infix" else FRONT
             slides = prefix.window == "slide"
-            self.scheduler.register_prefix(number, prefix.length, prefix.pos_start, slides, place=place, layers=layers)
+            self.scheduler.register_prefix(
+                number, prefix.num_rows, prefix.pos_start, slides, place=place, layers=layers
+            )
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
         self.prefixes[number] = self.prefixes.pop(number, prefix)
@@ -146,10 +148,10 @@ class PrefixCache:
         for number in list(self.pending_eviction):
             start, requests = self.scheduler.prefix_state(number)
             if start is not None and not requests:
-                self.evicting = start, self.prefixes[number].length
+                self.evicting = start, self.prefixes[number].num_rows
             row = None if requests else self.scheduler.evict_prefix(number)
             if row is not None:
-                self._clear(row, self.prefixes[number].length)
+                self._clear(row, self.prefixes[number].num_rows)
             elif requests or start is not None:
                 continue
             self.pending_eviction.discard(number)
@@ -162,7 +164,7 @@ class PrefixCache:
             with contextlib.suppress(PrefixFastError):  # forgotten by the scheduler already
                 start, _ = self.scheduler.prefix_state(number)
                 if start is not None:
-                    self._clear(start, prefix.length)
+                    self._clear(start, prefix.num_rows)
 
     def pinned_prefixes(self) -> list[Prefix | StoredPrefix]:
         """Pinned prefixes."""
@@ -183,7 +185,7 @@ class PrefixCache:
             start, requests = self.scheduler.prefix_state(number)
             if start is not None:
                 name = prefix.name if isinstance(prefix, StoredPrefix) else None
-                rows, pinned = prefix.length, number in self.pinned
+                rows, pinned = prefix.num_rows, number in self.pinned
                 found.append(Resident(name, prefix.digest, rows, rows * row_bytes, pinned, requests))
         return found
 

@@ -101,7 +101,7 @@ def _score(request: ScoreRequest, found: list[tuple[NDArray[np.float64], NDArray
     usage = {
         "prompt_tokens": len(first.ids) - len(first.targets),
         "completion_tokens": len(ids),
-        "prefix_rows": sum(p.length for p in request.prefixes),
+        "prefix_rows": sum(p.num_rows for p in request.prefixes),
     }
     return Score(
         index=request.index,

@@ -36,7 +36,7 @@ def call_settings(model: Model, requests: Sequence[Request] | Sequence[ScoreRequ
         model: Base model.
         requests: Requests.
     """
-    lengths = {p.digest: p.length for r in requests for p in r.prefixes}
+    lengths = {p.digest: p.num_rows for r in requests for p in r.prefixes}
     sizes = _several(dict.fromkeys(str(n) for n in sorted(lengths.values())))
     prefixes = f"{counted(len(lengths), 'prefix', 'prefixes')} of {sizes} rows" if lengths else "no prefix"
     weights = next((r.weights for r in requests if r.weights is not None), None)

@@ -84,8 +84,8 @@ class SharedPrompts:
             return request
         self.prompts.move_to_end(key)
         prefix = self.prompts[key]
-        ids, prefixes = request.ids[prefix.length :], (*request.prefixes, prefix)
-        return replace(request, ids=ids, prefixes=prefixes, shared_tokens=prefix.length)
+        ids, prefixes = request.ids[prefix.length_at("self") :], (*request.prefixes, prefix)
+        return replace(request, ids=ids, prefixes=prefixes, shared_tokens=prefix.length_at("self"))
 
 
 def _digests(request: Request) -> Digests:

@@ -230,7 +230,7 @@ class HFCache(Cache):
         count = len(lengths)
         assigned = self._row_prefixes(count)
         distinct = {p.digest: p for own in assigned for p in own}.values()
-        units = sum(-(-p.length // ROW_UNIT) for p in distinct) + count * -(-(self.max_len + ROW_UNIT) // ROW_UNIT)
+        units = sum(-(-p.num_rows // ROW_UNIT) for p in distinct) + count * -(-(self.max_len + ROW_UNIT) // ROW_UNIT)
         config = EngineConfig(
             max_num_seqs=count,
             max_num_batched_tokens=sum(lengths) + count,

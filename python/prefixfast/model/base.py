@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan
 from prefixfast.config.engine import BaseMismatch
+from prefixfast.config.sites import Site
 from prefixfast.errors import ConfigError, warn_renamed
 from prefixfast.model.attach import Handle
 from prefixfast.model.dry_run import LayerShape
@@ -75,6 +76,11 @@ class Model:
     def dtype(self) -> torch.dtype:
         """Compute dtype."""
         return self.hf.dtype
+
+    @property
+    def sites(self) -> Mapping[Site, tuple[LayerShape, ...]]:
+        """Head counts of every attention layer by site; a decoder-only base has the site ``self`` alone."""
+        return {"self": self.layers}
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:

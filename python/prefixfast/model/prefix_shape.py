@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from prefixfast.config.sites import Site
 from prefixfast.model.fingerprint import Fingerprint, num_layers
 
 if TYPE_CHECKING:
@@ -29,8 +30,18 @@ class PrefixShape(Protocol):
         """Shape ``(P, H, D)`` of each tensor."""
 
     @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites that have rows, in the order of `SITES`."""
+
+    @property
     def layers(self) -> tuple[int, ...]:
-        """Layers that have rows, ascending."""
+        """Layers of site ``self`` that have rows, ascending."""
+
+    def length_at(self, site: Site) -> int:
+        """Number of rows of a site, 0 for a site without rows."""
+
+    def layers_at(self, site: Site) -> tuple[int, ...]:
+        """Layers of a site that have rows, ascending."""
 
     @property
     def pos_start(self) -> int:
@@ -66,14 +77,19 @@ def seeing_layers(shapes: Sequence[LayerShape], layers: Collection[int]) -> tupl
     return tuple(i for i, source in enumerate(source_of(shapes)) if source in layers)
 
 
-def filled_layers(prefix: PrefixShape, shapes: Sequence[LayerShape]) -> tuple[int, ...]:
-    """Layers of a base model with rows of a prefix, ascending.
+def filled_layers(prefix: PrefixShape, shapes: Sequence[LayerShape], site: Site = "self") -> tuple[int, ...]:
+    """Layers of a base model with rows of a prefix at a site, ascending.
 
     An adapter of PEFT has rows of one shape in every layer. PEFT cuts them to the heads of a layer, and leaves out the
     layers that need larger rows and those that read the keys of another layer.
+
+    Args:
+        prefix: Prefix, or its entry in a store.
+        shapes: Heads of every layer of the site.
+        site: Site.
     """
-    layers = tuple(i for i in prefix.layers if i < len(shapes) and shapes[i].source is None)
-    if not is_peft_table(prefix, shapes):
+    layers = tuple(i for i in prefix.layers_at(site) if i < len(shapes) and shapes[i].source is None)
+    if site != "self" or not is_peft_table(prefix, shapes):
         return layers
     _, heads, dim = prefix.shapes["self.0.k"]
     return tuple(i for i in layers if shapes[i].num_kv_heads <= heads and shapes[i].head_dim <= dim)

@@ -154,7 +154,7 @@ def inspect_prefix(
         near = nearest_tokens(base, prefix, chosen, words) if words else {}
         texts = {row: [(_token_text(base, token), cosine) for token, cosine in found] for row, found in near.items()}
         mass = torch.stack([mass for mass, _ in measured]).sum(0) / count
-        return Inspection(mass, [kl for _, kl in measured], texts, prefix.length)
+        return Inspection(mass, [kl for _, kl in measured], texts, prefix.length_at("self"))
 
 
 def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> list[int]:
@@ -163,9 +163,10 @@ def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> l
         msg = f"words: expected a number of at least 0, got {shown(words)}"
         raise ConfigError(msg)
     given: Any = rows
-    chosen = list(range(min(DEFAULT_ROWS, prefix.length))) if rows is None else given
-    if not isinstance(chosen, Sequence) or not all(type(r) is int and 0 <= r < prefix.length for r in chosen):
-        msg = f"rows: expected numbers from 0 to {prefix.length - 1}, got {shown(chosen)}"
+    length = prefix.length_at("self")
+    chosen = list(range(min(DEFAULT_ROWS, length))) if rows is None else given
+    if not isinstance(chosen, Sequence) or not all(type(r) is int and 0 <= r < length for r in chosen):
+        msg = f"rows: expected numbers from 0 to {length - 1}, got {shown(chosen)}"
         raise ConfigError(msg)
     return list(chosen)
 

@@ -5,12 +5,13 @@ Shape letters: P prefix rows, L layers, H key-value heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from prefixfast.attention.plan import FRONT, LayerKV, PlannedPrefix, PrefixRows, prefix_rows
+from prefixfast.attention.plan import FRONT, LayerKV, PlannedPrefix, PrefixRows, SitePrefixes, prefix_rows
+from prefixfast.config.sites import Site
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.prefix_shape import by_source, filled_layers, own_layers, seeing_layers
@@ -18,21 +19,22 @@ from prefixfast.prefix.record import PrefixData
 from prefixfast.prefix.tensors import shared_tensors
 
 
-def kv_by_layer(prefix: PrefixData, shapes: Sequence[LayerShape]) -> list[LayerKV]:
-    """Keys and values ``[P, H, D]`` of a prefix by layer of the base model; without rows in layers it leaves out.
+def kv_by_layer(prefix: PrefixData, shapes: Sequence[LayerShape], site: Site = "self") -> list[LayerKV]:
+    """Keys and values ``[P, H, D]`` of a prefix by layer of a site; without rows in layers it leaves out.
 
     The tensors are those of the prefix itself, which nobody may change. A layer that reads the keys of another layer
     has the tensors of that layer.
 
     Args:
         prefix: Prefix.
-        shapes: Heads of every layer of the base model.
+        shapes: Heads of every layer of the site.
+        site: Site.
     """
-    kv, filled = shared_tensors(prefix.kv), filled_layers(prefix, shapes)
+    kv, filled = shared_tensors(prefix.kv), filled_layers(prefix, shapes, site)
     own = no_rows(shapes, next(iter(kv.values())))
     for i in filled:
         s = shapes[i]
-        k, v = kv[f"self.{i}.k"], kv[f"self.{i}.v"]
+        k, v = kv[f"{site}.{i}.k"], kv[f"{site}.{i}.v"]
         if (k.shape[1:], v.shape[1:]) != s.row:  # the table of a PEFT adapter
             k, v = k[:, : s.num_kv_heads, : s.head_dim], v[:, : s.num_kv_heads, : s.value_dim]
         own[i] = k, v
@@ -44,44 +46,51 @@ def no_rows(shapes: Sequence[LayerShape], like: Tensor) -> list[LayerKV]:
     return [(like.new_empty(0, *s.row[0]), like.new_empty(0, *s.row[1])) for s in shapes]
 
 
-def row_table(prefixes: Sequence[PrefixData], model: Model) -> PrefixRows:
+def row_table(prefixes: Sequence[PrefixData], model: Model, site: Site = "self") -> PrefixRows:
     """Place of each prefix's rows in the tensors that `concat_kv` makes of the prefixes.
 
     Args:
         prefixes: Prefixes from left to right.
         model: Base model.
+        site: Site of the rows.
     """
-    shapes = model.layers
-    return prefix_rows(
-        [planned(p, seeing_layers(shapes, filled_layers(p, shapes)), model) for p in prefixes], len(shapes)
-    )
+    shapes = model.sites[site]
+    seeing = [seeing_layers(shapes, filled_layers(p, shapes, site)) for p in prefixes]
+    rows = [planned(p, layers, model, site) for p, layers in zip(prefixes, seeing, strict=True)]
+    return prefix_rows(rows, len(shapes))
 
 
-def planned(prefix: PrefixData, layers: Sequence[int], model: Model) -> PlannedPrefix:
-    """The `PlannedPrefix` of a prefix.
+def planned(prefix: PrefixData, layers: Sequence[int], model: Model, site: Site = "self") -> PlannedPrefix:
+    """The `PlannedPrefix` of a prefix at a site.
 
     Args:
         prefix: Prefix.
-        layers: Layers that attend to its rows.
+        layers: Layers of the site that attend to its rows.
         model: Base model.
+        site: Site.
     """
     place = model.handle.infix.place if prefix.position == "infix" else FRONT
-    return PlannedPrefix(layers, prefix.length, prefix.pos_start, prefix.window == "slide", place)
+    return PlannedPrefix(layers, prefix.length_at(site), prefix.pos_start, prefix.window == "slide", place)
 
 
 def concat_kv(
-    prefixes: Sequence[PrefixData], shapes: Sequence[LayerShape], dtype: torch.dtype, device: torch.device
+    prefixes: Sequence[PrefixData],
+    shapes: Sequence[LayerShape],
+    dtype: torch.dtype,
+    device: torch.device,
+    site: Site = "self",
 ) -> list[LayerKV]:
     """Keys and values of several prefixes, concatenated by layer; a prefix adds no rows to a layer it leaves out.
 
     Args:
         prefixes: Prefixes from left to right.
-        shapes: Heads of every layer of the base model.
+        shapes: Heads of every layer of the site.
         dtype: dtype of the result.
         device: Device of the result.
+        site: Site.
     """
     none = no_rows(shapes, torch.empty(0, dtype=dtype, device=device))
-    kvs = [kv_by_layer(p, shapes) for p in prefixes]
+    kvs = [kv_by_layer(p, shapes, site) for p in prefixes]
 
     def side(layer: int, j: int) -> Tensor:
         return torch.cat([none[layer][j], *(kv[layer][j].detach().to(device, dtype) for kv in kvs)])
@@ -90,6 +99,27 @@ def concat_kv(
     return by_source(shapes, [(side(i, 0), side(i, 1)) if i in own else none[i] for i in range(len(shapes))])
 
 
-def context(prefixes: Sequence[PrefixData], model: Model) -> tuple[list[LayerKV], PrefixRows]:
-    """Keys and values of composed prefixes in the model's dtype, and the place of each prefix, for `text_kv`."""
-    return concat_kv(prefixes, model.layers, model.dtype, model.device), row_table(prefixes, model)
+def context(prefixes: Sequence[PrefixData], model: Model, site: Site = "self") -> tuple[list[LayerKV], PrefixRows]:
+    """Keys and values of composed prefixes in the model's dtype, and the place of each prefix, for `text_kv`.
+
+    Args:
+        prefixes: Prefixes from left to right.
+        model: Base model.
+        site: Site.
+    """
+    kv = concat_kv(prefixes, model.sites[site], model.dtype, model.device, site)
+    return kv, row_table(prefixes, model, site)
+
+
+def site_prefixes(prefixes: Sequence[PrefixData], model: Model) -> Mapping[Site, SitePrefixes]:
+    """Rows, keys and values of the prefixes of a batch at each site of the base model, for a plan without an arena.
+
+    Args:
+        prefixes: Prefixes in the order of their numbers in the batch. A prefix has 0 rows at a site that it leaves out.
+        model: Base model.
+    """
+    found: dict[Site, SitePrefixes] = {}
+    for site in model.sites:
+        kv, rows = context(prefixes, model, site)
+        found[site] = SitePrefixes(rows, kv if prefixes else None)
+    return found

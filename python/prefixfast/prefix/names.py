@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal, Required, TypeAlias, TypedDict, TypeVar
 
 from prefixfast.config.json_types import JSON
+from prefixfast.config.sites import Site
 from prefixfast.errors import shown
 
 if TYPE_CHECKING:
@@ -70,6 +71,6 @@ def no_prefix(method: object) -> str:
     return f"expected a prefix, this folder holds weights of method {shown(method)}; {WEIGHTS_USE}"
 
 
-def layers_of(names: Iterable[str]) -> tuple[int, ...]:
-    """Layers of site ``self`` among the names of tensors, ascending."""
-    return tuple(sorted({int(name.split(".")[1]) for name in names if name.startswith("self.")}))
+def layers_of(names: Iterable[str], site: Site = "self") -> tuple[int, ...]:
+    """Layers of a site among the names of tensors, ascending."""
+    return tuple(sorted({int(name.split(".")[1]) for name in names if name.startswith(f"{site}.")}))

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import DataError, shown, warn_renamed
 from prefixfast.prefix import peft_format
-from prefixfast.prefix.names import UNWRITTEN, Position, PrefixFields, Window, layers_of
+from prefixfast.prefix.names import UNWRITTEN, Position, PrefixFields, Window
+from prefixfast.prefix.site_rows import SiteRows
 from prefixfast.prefix.stored_tensors import StoredTensors
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
 from prefixfast.prefix.validate import check_prefix
@@ -63,7 +64,7 @@ def _accept_linearizer(cls: C) -> C:
 
 @_accept_linearizer
 @dataclass(frozen=True, eq=False, repr=False)
-class PrefixData(StoredTensors):
+class PrefixData(SiteRows, StoredTensors):
     """Tensors and conventions of a prefix. Immutable; two prefixes are compared by their `digest`.
 
     The prefix holds copies of the given tensors and mappings, and every access to a tensor of ``kv`` returns a copy.
@@ -96,8 +97,8 @@ class PrefixData(StoredTensors):
         self._copy_mappings(("base", "task", "decoding", "training"))
         check_prefix(shared_tensors(self.kv), self.pos_start, self.window, self.position)
         frozen = self.training.get("num_frozen_tokens", 0)
-        if type(frozen) is not int or not 0 <= frozen <= self.length:
-            expected = f"a number from 0 to the {self.length} rows"
+        if type(frozen) is not int or not 0 <= frozen <= (rows := min(map(self.length_at, self.sites))):
+            expected = f"a number from 0 to the {rows} rows"
             msg = f"training: num_frozen_tokens: expected {expected}, got {shown(frozen)}"
             raise DataError(msg)
 
@@ -107,11 +108,6 @@ class PrefixData(StoredTensors):
         return self._described(length=self.length, position=position, layers=len(self.layers))
 
     @property
-    def length(self) -> int:
-        """Number of rows P of the longest layer."""
-        return max(len(t) for t in shared_tensors(self.kv).values())
-
-    @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
         """Shape ``(P, H, D)`` of each tensor."""
         return {name: (len(t), t.shape[1], t.shape[2]) for name, t in shared_tensors(self.kv).items()}
@@ -119,11 +115,6 @@ class PrefixData(StoredTensors):
     @property
     def _stored(self) -> Mapping[str, Tensor]:
         return shared_tensors(self.kv)
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers of site ``self`` that have rows, ascending. In the other layers the text attends to itself only."""
-        return layers_of(self.kv)
 
     @property
     def peft_incompatibility(self) -> str | None:

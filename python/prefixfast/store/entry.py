@@ -19,7 +19,8 @@ from prefixfast.config.json_types import JSON
 from prefixfast.config.options import INT32_MAX, INT64_MAX
 from prefixfast.errors import ConfigError, DataError, shown, warn_renamed
 from prefixfast.io.untrusted import read_json
-from prefixfast.prefix.names import UNWRITTEN, base_error, file_key, layers_of, written
+from prefixfast.prefix.names import UNWRITTEN, base_error, file_key, written
+from prefixfast.prefix.site_rows import SiteRows
 from prefixfast.store.versions import version_folders
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ FIELDS = ("digest", "pos_start", "window", "base", "task", "decoding", "position
 
 
 @dataclass(frozen=True, eq=False)
-class StoredPrefix:
+class StoredPrefix(SiteRows):
     """One version of a prefix in a store, without its tensors; `read` reads them.
 
     Attributes:
@@ -73,16 +74,6 @@ class StoredPrefix:
     def version(self) -> int:
         """Number of the version; the largest number is the newest version."""
         return int(self.folder.name)
-
-    @property
-    def length(self) -> int:
-        """Number of rows P of the longest layer."""
-        return max(p for p, _, _ in self.shapes.values())
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        """Layers of site ``self`` that have rows, ascending."""
-        return layers_of(self.shapes)
 
     def read(self) -> Prefix:
         """Read the prefix, from another version with the same digest if this version was replaced.

@@ -102,7 +102,7 @@ def with_enough_rows(groups: Sequence[PrefixGroup], rows: TrainingRows, *, isola
 
 def _adopted(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
     """Options with the length, positions and frozen rows of a prefix; another explicit length is an error."""
-    if first.pos_start not in (0, first.length):
+    if first.pos_start not in (0, first.length_at("self")):
         got = f"pos_start {first.pos_start} of {first.length} rows"
         msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got {got}"
         raise ConfigError(msg)
