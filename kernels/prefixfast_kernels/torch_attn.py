@@ -1,18 +1,19 @@
 """The `torch` backend of packed attention: one call per prefix block and calls for the own keys, merged by log-sum-exp.
 
 A prefix block is read in place, once for all sequences that use it; no tensor of batch x P is built. Own keys of few
-sequences take one call per run of equal lengths, those of many sequences one call per length bucket. Inference on a CPU
-takes one call per sequence and block, and one per run, so that a sequence has the same bits alone and in any batch.
+sequences take one call per run of equal lengths, those of many causal sequences one call per length bucket. A padded
+key would be visible without causality, so non-causal attention has no buckets. Inference on a CPU takes one call per
+sequence and block, and one per run, so that a sequence has the same bits alone and in any batch.
 Specification: `reference.attn`.
-Shape letters: N packed tokens, HQ query heads, H kv heads, D head dim, P prefix rows, n sequences of a bucket,
-T padded length of a bucket, E users of a block.
+Shape letters: N packed queries, M keys, HQ query heads, H kv heads, D head dim, P prefix rows, n sequences of a run or
+bucket, T queries and S keys of each, E users of a block.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch import Tensor
 from prefixfast_kernels.inputs import AttnGrads, AttnInputs, AttnOptions, NeedsGrad, OutputGrad
 from prefixfast_kernels.reference import accumulator
 from prefixfast_kernels.tables import BlockTables, PackedTables
+from prefixfast_kernels.torch_blocks import Block, blocks_by_sequence, contexts, prefix_blocks
+from prefixfast_kernels.torch_mask import Mask, run_mask
 from prefixfast_kernels.torch_sdpa_lse import Qkv, sdpa_lse_bwd, sdpa_lse_fwd
 
 # Below this many sequences, one call per run of equal lengths (views, no padding) is faster on CPUs than padded
@@ -27,29 +30,35 @@ from prefixfast_kernels.torch_sdpa_lse import Qkv, sdpa_lse_bwd, sdpa_lse_fwd
 MIN_SEQUENCES_FOR_BUCKETS = 16
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Consecutive keys that several query rows see, a prefix block or the context of a continued prompt.
+class _Run(NamedTuple):
+    """Neighbouring sequences with equally many queries and equally many keys.
 
     Attributes:
-        rows: Rows of the key tensor.
-        users: Query rows that see the keys.
-        mask: Additive mask ``[1, 1, E, keys]``, or None.
+        queries: Query rows.
+        keys: Key rows.
+        n: Number of sequences.
+        shape: Number of queries and number of keys of each sequence.
+        first: Position of the first key of a sequence relative to its first query.
     """
 
-    rows: slice | Tensor
-    users: slice | Tensor
-    mask: Tensor | None
+    queries: slice
+    keys: slice
+    n: int
+    shape: tuple[int, int]
+    first: int = 0
 
 
-def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions) -> tuple[Tensor, Tensor]:
-    """Forward of `reference.attn` for causal self-attention.
+def attn_fwd(
+    inputs: AttnInputs, tables: PackedTables, options: AttnOptions, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Forward of `reference.attn`.
 
     Args:
-        inputs: Queries, keys, values and prefix rows. Keys are ``[N, H, D]``, or an arena ``[arena rows, H, D]`` of any
+        inputs: Queries, keys, values and prefix rows. Keys are ``[M, H, D]``, or an arena ``[arena rows, H, D]`` of any
             float dtype with ``slots``. Prefix rows may have any float dtype; they are cast block by block.
-        tables: Tables in which the queries of a segment are its last keys.
-        options: Scale, window, soft cap.
+        tables: Tables in which, for causal attention, the queries of a segment are its last keys.
+        options: Scale, window, soft cap, causality. Keys in the slot table are for causal attention.
+        bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
 
     Returns:
         Output ``[N, HQ, D]`` and the natural log-sum-exp ``[N, HQ]``.
@@ -64,33 +73,35 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions) -> 
     # In a bucket, and in a product with a block for several sequences, a sequence's last bits depend on the others.
     # Inference on a CPU promises that they do not.
     by_sequence = q.is_inference() and q.device.type == "cpu"
-    if len(sequences) < MIN_SEQUENCES_FOR_BUCKETS or by_sequence:
-        _own_fwd((o, lse), Qkv(q, k, v), _runs(sequences), options)
+    if _takes_runs(sequences, options) or by_sequence:
+        _own_fwd((o, lse), Qkv(q, k, v), _runs(sequences, tables, options), options, bias)
     else:
         padded = Qkv(*(t.index_select(0, tables.gather) for t in (q, k, v)))
         out, stat = torch.empty_like(padded.q), padded.q.new_empty(padded.q.shape[:2], dtype=lse.dtype)
-        _own_fwd((out, stat), padded, _buckets(tables), options)
+        _own_fwd((out, stat), padded, _buckets(tables), options, bias)
         torch.index_select(out, 0, tables.scatter, out=o)
         torch.index_select(stat, 0, tables.scatter, out=lse)
     if not by_sequence:
-        merge_prefix_blocks((o, lse), q, (inputs.prefix_k, inputs.prefix_v), tables.blocks, options)
+        merge_prefix_blocks((o, lse), q, (inputs.prefix_k, inputs.prefix_v), tables.blocks, options, bias)
     elif inputs.prefix_k is not None and inputs.prefix_v is not None:
         source = inputs.prefix_k, inputs.prefix_v
-        _merge((o, lse), q, source, _blocks_by_sequence(tables, options.window, q), options)
+        _merge((o, lse), q, source, blocks_by_sequence(tables, options.window, bias, q), options)
     if slots is not None:
-        _merge((o, lse), q, (inputs.k, inputs.v), _contexts(sequences, slots, options.window, q), options)
+        _merge((o, lse), q, (inputs.k, inputs.v), contexts(sequences, slots, options.window, bias, q), options)
     return o, lse
 
 
 def _own_fwd(
-    out: tuple[Tensor, Tensor], qkv: Qkv, batches: Iterable[tuple[slice, int, int]], options: AttnOptions
+    out: tuple[Tensor, Tensor], qkv: Qkv, runs: Iterable[_Run], options: AttnOptions, bias: Tensor | None
 ) -> None:
-    """Write the attention of each batch over its own keys to ``out``, output and log-sum-exp."""
-    for rows, n, length in batches:
-        own = Qkv(*(_batch(t[rows], n) for t in qkv))
-        results = sdpa_lse_fwd(own, _window_mask(length, options, qkv.q), options, causal=True)
+    """Write the attention of each run over its own keys to ``out``, output and log-sum-exp."""
+    for run in runs:
+        if not run.shape[1]:  # torch's operator divides by the number of keys
+            out[0][run.queries], out[1][run.queries] = 0.0, -torch.inf
+            continue
+        results = sdpa_lse_fwd(_own(qkv, run), _own_mask(run, options, bias, qkv.q), options, causal=options.causal)
         for t, result in zip(out, results, strict=True):
-            _batch(t[rows], n).copy_(result)
+            _batch(t[run.queries], run.n).copy_(result)
 
 
 def merge_prefix_blocks(
@@ -99,6 +110,7 @@ def merge_prefix_blocks(
     prefix: tuple[Tensor | None, Tensor | None],
     tables: BlockTables,
     options: AttnOptions,
+    bias: Tensor | None = None,
 ) -> None:
     """Merge attention over the prefix blocks into ``out``, in place.
 
@@ -108,14 +120,15 @@ def merge_prefix_blocks(
         prefix: Prefix keys and values ``[rows, H, D]``; None, None without prefixes.
         tables: Prefix blocks and the queries that see them.
         options: Scale, window, soft cap.
+        bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
     """
     prefix_k, prefix_v = prefix
     if prefix_k is not None and prefix_v is not None:
-        _merge(out, q, (prefix_k, prefix_v), _prefix_blocks(tables, options.window, q), options)
+        _merge(out, q, (prefix_k, prefix_v), prefix_blocks(tables, options.window, bias, q), options)
 
 
 def _merge(
-    out: tuple[Tensor, Tensor], q: Tensor, source: tuple[Tensor, Tensor], blocks: Iterable[_Block], options: AttnOptions
+    out: tuple[Tensor, Tensor], q: Tensor, source: tuple[Tensor, Tensor], blocks: Iterable[Block], options: AttnOptions
 ) -> None:
     o, lse = out
     for block in blocks:
@@ -124,7 +137,10 @@ def _merge(
         po, pl = po[0].transpose(0, 1), pl[0].T  # [E, HQ, D], [E, HQ]
         own_o, own_l = o[block.users], lse[block.users]
         both = torch.logaddexp(pl, own_l)
-        merged = po * (pl - both).exp()[..., None] + own_o * (own_l - both).exp()[..., None]
+        base = both
+        if block.mask is not None and block.mask.blind is not None:  # with no visible key so far, -inf - -inf is NaN
+            base = both.clamp(min=torch.finfo(both.dtype).min)
+        merged = po * (pl - base).exp()[..., None] + own_o * (own_l - base).exp()[..., None]
         o[block.users] = merged.to(o.dtype)
         lse[block.users] = both
 
@@ -135,6 +151,7 @@ def attn_bwd(
     tables: PackedTables,
     options: AttnOptions,
     needs: NeedsGrad,
+    bias: Tensor | None = None,
 ) -> AttnGrads:
     """Gradients of `attn_fwd` without ``slots``.
 
@@ -144,6 +161,7 @@ def attn_bwd(
         tables: Tables of the forward.
         options: Options of the forward.
         needs: Gradients to compute.
+        bias: Position bias of the forward ``[HQ, 2 * maxd + 1]``, or None. It has no gradient.
 
     Returns:
         Gradients, None where not needed. A block's gradient is the sum over all its users, in the dtype of
@@ -152,12 +170,12 @@ def attn_bwd(
     q, k, v, prefix_k, prefix_v, _ = inputs
     dq = dk = dv = dpk = dpv = None
     if needs.own:
-        dq, dk, dv = _own_bwd(grad, Qkv(q, k, v), tables, options)
+        dq, dk, dv = _own_bwd(grad, Qkv(q, k, v), tables, options, bias)
     if needs.prefix and prefix_k is not None and prefix_v is not None:
         dpk, dpv = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
     if prefix_k is None or prefix_v is None:
         return AttnGrads(dq, dk, dv, dpk, dpv)
-    for block in _prefix_blocks(tables.blocks, options.window, q):
+    for block in prefix_blocks(tables.blocks, options.window, bias, q):
         keys, values = (_as_heads(t[block.rows].to(q.dtype)) for t in (prefix_k, prefix_v))
         users = block.users
         block_grad = OutputGrad(_as_heads(grad.do[users]), _as_heads(grad.o[users]), grad.lse[users].T[None])
@@ -170,35 +188,59 @@ def attn_bwd(
     return AttnGrads(dq, dk, dv, dpk, dpv)
 
 
-def _own_bwd(grad: OutputGrad, qkv: Qkv, tables: PackedTables, options: AttnOptions) -> tuple[Tensor, Tensor, Tensor]:
+def _own_bwd(
+    grad: OutputGrad, qkv: Qkv, tables: PackedTables, options: AttnOptions, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the attention over the own keys."""
-    dq, dk, dv = grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in qkv]
     sequences = _sequences(tables)
-    if len(sequences) < MIN_SEQUENCES_FOR_BUCKETS:
-        _own_bwd_batches(grads, grad, qkv, _runs(sequences), options)
+    if _takes_runs(sequences, options):
+        make = torch.empty if options.causal else torch.zeros
+        dq, dk, dv = (make(t.shape, dtype=t.dtype, device=t.device) for t in qkv)
+        _own_bwd_runs((dq, dk, dv), grad, qkv, _runs(sequences, tables, options), options, bias)
         return dq, dk, dv
     # Padding repeats a real token, so the gradient of its output must be zero.
     padded_do = grad.do.new_zeros(len(tables.gather), *grad.do.shape[1:])
     padded_do.index_copy_(0, tables.scatter.long(), grad.do)
     padded = OutputGrad(padded_do, *(t.index_select(0, tables.gather) for t in grad[1:]))
     padded_qkv = Qkv(*(t.index_select(0, tables.gather) for t in qkv))
-    results = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in padded_qkv]
-    _own_bwd_batches(results, padded, padded_qkv, _buckets(tables), options)
-    for out, source in zip(grads, results, strict=True):
-        torch.index_select(source, 0, tables.scatter, out=out)
+    results = tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in padded_qkv)
+    _own_bwd_runs(results, padded, padded_qkv, _buckets(tables), options, bias)
+    dq, dk, dv = (t.index_select(0, tables.scatter) for t in results)
     return dq, dk, dv
 
 
-def _own_bwd_batches(
-    out: list[Tensor], grad: OutputGrad, qkv: Qkv, batches: Iterable[tuple[slice, int, int]], options: AttnOptions
+def _own_bwd_runs(
+    out: tuple[Tensor, ...],
+    grad: OutputGrad,
+    qkv: Qkv,
+    runs: Iterable[_Run],
+    options: AttnOptions,
+    bias: Tensor | None,
 ) -> None:
-    """Write dq, dk and dv of each batch to ``out``."""
-    for rows, n, length in batches:
-        own_grad = OutputGrad(*(_batch(t[rows], n) for t in grad))
-        own = Qkv(*(_batch(t[rows], n) for t in qkv))
-        results = sdpa_lse_bwd(own_grad, own, _window_mask(length, options, qkv.q), options, causal=True)
-        for t, result in zip(out, results, strict=True):
-            _batch(t[rows], n).copy_(result)
+    """Write dq, dk and dv of each run to ``out``, which is zero for non-causal attention."""
+    for run in runs:
+        if not run.shape[1]:
+            continue
+        own_grad = OutputGrad(*(_batch(t[run.queries], run.n) for t in grad))
+        mask = _own_mask(run, options, bias, qkv.q)
+        results = sdpa_lse_bwd(own_grad, _own(qkv, run), mask, options, causal=options.causal)
+        for t, rows, result in zip(out, (run.queries, run.keys, run.keys), results, strict=True):
+            to = _batch(t[rows], run.n)
+            # Without causality, the two segments of a sequence with an infix share keys.
+            to.copy_(result) if options.causal else to.add_(result)
+
+
+def _own(qkv: Qkv, run: _Run) -> Qkv:
+    """Queries, keys and values of a run."""
+    return Qkv(*(_batch(t[rows], run.n) for t, rows in zip(qkv, (run.queries, run.keys, run.keys), strict=True)))
+
+
+def _own_mask(run: _Run, options: AttnOptions, bias: Tensor | None, like: Tensor) -> Mask | None:
+    """Mask of a run's queries over its own keys."""
+    hides = options.window and run.shape[0] - run.first > options.window
+    return run_mask(
+        run.first, run.shape, options.window if hides else 0, bias, accumulator(like.dtype), like.device
+    )
 
 
 def _as_heads(t: Tensor) -> Tensor:
@@ -223,97 +265,38 @@ def _sequences(tables: PackedTables) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def _runs(sequences: list[tuple[int, int, int, int]]) -> Iterator[tuple[slice, int, int]]:
-    """Rows, number of sequences and length of each run of neighbouring sequences of one length."""
-    for length, run in itertools.groupby(sequences, key=lambda sequence: sequence[1]):
-        segs = list(run)
-        yield slice(segs[0][0], segs[0][0] + len(segs) * length), len(segs), length
+def _takes_runs(sequences: list[tuple[int, int, int, int]], options: AttnOptions) -> bool:
+    """Whether own keys take one call per run instead of one per bucket."""
+    return len(sequences) < MIN_SEQUENCES_FOR_BUCKETS or not options.causal
 
 
-def _buckets(tables: PackedTables) -> Iterator[tuple[slice, int, int]]:
-    """Place in the padded layout, number of sequences and padded length of each bucket."""
+def _runs(
+    sequences: list[tuple[int, int, int, int]], tables: PackedTables, options: AttnOptions
+) -> Iterator[_Run]:
+    """Runs of the sequences, or of the segments if the attention is non-causal."""
+    if options.causal:
+        for length, run in itertools.groupby(sequences, key=lambda sequence: sequence[1]):
+            segs = list(run)
+            rows = slice(segs[0][0], segs[0][0] + len(segs) * length)
+            yield _Run(rows, rows, len(segs), (length, length))
+        return
+    last: _Run | None = None
+    for (row, rows, key, keys), pos in zip(tables.seg.tolist(), tables.seg_pos.tolist(), strict=True):
+        own = _Run(slice(row, row + rows), slice(key, key + keys), 1, (rows, keys), -pos)
+        if last is not None and last[3:] == own[3:] and (last.queries.stop, last.keys.stop) == (row, key):
+            queries, keys_ = slice(last.queries.start, row + rows), slice(last.keys.start, key + keys)
+            own = own._replace(queries=queries, keys=keys_, n=last.n + 1)
+        elif last is not None:
+            yield last
+        last = own
+    if last is not None:
+        yield last
+
+
+def _buckets(tables: PackedTables) -> Iterator[_Run]:
+    """Buckets of the padded layout."""
     start = 0
     for n, length in tables.bucket.tolist():
-        yield slice(start, start + n * length), n, length
+        rows = slice(start, start + n * length)
+        yield _Run(rows, rows, n, (length, length))
         start += n * length
-
-
-def _window_mask(length: int, options: AttnOptions, like: Tensor) -> Tensor | None:
-    """Additive mask ``[1, 1, T, T]`` of the sliding window, None if the window hides nothing."""
-    if not options.window or length <= options.window:
-        return None
-    pos = torch.arange(length, device=like.device)
-    return _additive_mask((pos[:, None] - pos[None] < options.window)[None, None], like)
-
-
-def _prefix_blocks(tables: BlockTables, window: int, like: Tensor) -> Iterator[_Block]:
-    """Prefix blocks with their users and window masks; a query comes to its blocks from left to right."""
-    blocks = tables.block.tolist()
-    for block, entries, users in _users_in_order(tables):
-        start, length = blocks[block]
-        mask = None
-        if window:  # a row of a sliding block is hidden once it lies `window` or more tokens before the query
-            pos = tables.user_pos[entries, None] + torch.arange(length, device=like.device)
-            mask = _additive_mask(((pos > -window) | (tables.user_slides[entries, None] == 0))[None, None], like)
-        yield _Block(slice(start, start + length), users, mask)
-
-
-def _users_in_order(tables: BlockTables) -> Iterator[tuple[int, slice | Tensor, slice | Tensor]]:
-    """Block, entries of the user tables, and query rows of groups in which no query row occurs twice.
-
-    A block has one group for each place that it takes in compositions. The order of a query's groups is that of its
-    composition and does not depend on the numbers of the blocks.
-    """
-    if len(tables.use) == 0:
-        return
-    if int(tables.use_indptr.diff().max()) <= 1:
-        spans, starts = tables.span.tolist(), tables.user_indptr.tolist()
-        for block, ((first, count, consecutive), a) in enumerate(zip(spans, starts[:-1], strict=True)):
-            own = slice(a, a + count)
-            yield block, own, slice(first, first + count) if consecutive else tables.user[own]
-        return
-    # The place of an entry is the rank of its position among the entries of its query row.
-    key, order = ((tables.user.long() << 32) + tables.user_pos).sort()
-    row = key + (1 << 31) >> 32
-    place = torch.empty_like(row)
-    place[order] = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
-    num_blocks = len(tables.block)
-    block_of = torch.repeat_interleave(tables.user_indptr.diff())
-    groups, entries = (place * num_blocks + block_of).sort(stable=True)
-    numbers, counts = groups.unique_consecutive(return_counts=True)
-    for number, own in zip(numbers.tolist(), entries.split(counts.tolist()), strict=True):
-        users = tables.user[own]
-        first, last = int(users[0]), int(users[-1])
-        is_run = last - first + 1 == len(users)  # users are ascending
-        yield number % num_blocks, own, slice(first, last + 1) if is_run else users
-
-
-def _blocks_by_sequence(tables: PackedTables, window: int, like: Tensor) -> Iterator[_Block]:
-    """Prefix blocks of each segment by itself, from left to right."""
-    blocks, uses, starts = tables.block.tolist(), tables.use.tolist(), tables.use_indptr.tolist()
-    for (row, rows, _, keys), first, last in zip(tables.seg.tolist(), starts[:-1], starts[1:], strict=True):
-        for block, position, slides in uses[first:last]:
-            start, length = blocks[block]
-            mask = None
-            if window and slides:
-                key_pos = position + torch.arange(length, device=like.device)
-                query_pos = torch.arange(keys - rows, keys, device=like.device)
-                mask = _additive_mask((key_pos - query_pos[:, None] > -window)[None, None], like)
-            yield _Block(slice(start, start + length), slice(row, row + rows), mask)
-
-
-def _contexts(sequences: list[tuple[int, int, int, int]], slots: Tensor, window: int, like: Tensor) -> Iterator[_Block]:
-    """Keys of each sequence before its queries, as blocks of the arena."""
-    for row, rows, key, keys in sequences:
-        if context := keys - rows:
-            mask = None
-            if window:
-                key_pos = torch.arange(context, device=like.device)
-                query_pos = torch.arange(context, keys, device=like.device)
-                mask = _additive_mask((key_pos - query_pos[:, None] > -window)[None, None], like)
-            yield _Block(slots[key : key + context], slice(row, row + rows), mask)
-
-
-def _additive_mask(seen: Tensor, like: Tensor) -> Tensor:
-    """Mask of 0 where ``seen`` and -inf elsewhere, in the dtype of ``like``."""
-    return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prefixfast_kernels.inputs import AttnOptions, OutputGrad
 from prefixfast_kernels.reference import accumulator
+from prefixfast_kernels.torch_mask import Mask
 
 _flash_fwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -34,13 +35,12 @@ class Qkv(NamedTuple):
     v: Tensor
 
 
-def sdpa_lse_fwd(qkv: Qkv, mask: Tensor | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:
+def sdpa_lse_fwd(qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:
     """Attention of one rectangular batch.
 
     Args:
         qkv: Queries, keys and values.
-        mask: Additive mask ``[1 or B, 1, T, S]`` of 0 and -inf in the dtype of ``q``, or None. It includes the sliding
-            window.
+        mask: Mask of the queries over the keys, or None. It includes the sliding window and the position bias.
         options: Scale and soft cap; window and causality of the options are ignored.
         causal: Whether keys after the query are hidden (top-left aligned, T == S).
 
@@ -57,14 +57,13 @@ def sdpa_lse_fwd(qkv: Qkv, mask: Tensor | None, options: AttnOptions, *, causal:
         weights = (scores - lse[..., None]).exp().to(q.dtype)
         o = torch.matmul(weights, v[:, :, None]).flatten(1, 2)
         lse = lse.flatten(1, 2)
-    if mask is not None:  # the operators leave NaN in rows without visible keys
-        blind = mask.isneginf().all(-1)
-        o, lse = o.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
+    if mask is not None and mask.blind is not None:  # the operators leave NaN in rows without visible keys
+        o, lse = o.masked_fill(mask.blind[..., None], 0.0), lse.masked_fill(mask.blind, -torch.inf)
     return o, lse
 
 
 def sdpa_lse_bwd(
-    grad: OutputGrad, qkv: Qkv, mask: Tensor | None, options: AttnOptions, *, causal: bool
+    grad: OutputGrad, qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of one part of a merged attention.
 
@@ -72,7 +71,7 @@ def sdpa_lse_bwd(
         grad: Gradient of the merged output ``[B, HQ, T, D]``, the merged output, and the merged log-sum-exp
             ``[B, HQ, T]``.
         qkv: Queries, keys and values of the part.
-        mask: Additive mask ``[1 or B, 1, T, S]`` of the forward, or None.
+        mask: Mask of the forward, or None.
         options: Scale and soft cap; window and causality of the options are ignored.
         causal: Whether keys after the query are hidden (top-left aligned, T == S).
 
@@ -101,21 +100,24 @@ def sdpa_lse_bwd(
     return torch.matmul(ds, k[:, :, None]).flatten(1, 2), torch.matmul(ds.transpose(-1, -2), grouped_q).sum(2), dv
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, options: AttnOptions, *, causal: bool) -> Tensor:
-    """Scores ``[B, H, G, T, S]`` in the accumulator's dtype, -inf where a key is hidden."""
+def _scores(q: Tensor, k: Tensor, mask: Mask | None, options: AttnOptions, *, causal: bool) -> Tensor:
+    """Scores ``[B, H, G, T, S]`` in the accumulator's dtype, -inf where a key is hidden.
+
+    The derivative of a soft cap needs scores without a position bias, so no call has both.
+    """
     dtype = accumulator(q.dtype)
     grouped = q.unflatten(1, (k.shape[1], -1)).to(dtype)
     scores = torch.matmul(grouped, k[:, :, None].transpose(-1, -2).to(dtype)) * options.scale
     if options.softcap:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if mask is not None:
-        scores = scores + mask[:, :, None]
+        scores = scores + mask.added.expand(-1, q.shape[1], -1, -1).unflatten(1, scores.shape[1:3])
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, -torch.inf)
     return scores
 
 
-def _flash_mask(mask: Tensor | None, q: Tensor) -> Tensor | None:
-    """Mask as the flash operator takes it: in the dtype of ``q``, with every size except the heads' expanded."""
-    return None if mask is None else mask.to(q.dtype).expand(q.shape[0], 1, q.shape[2], mask.shape[-1])
+def _flash_mask(mask: Mask | None, q: Tensor) -> Tensor | None:
+    """Mask as the flash operator takes it, with every size expanded."""
+    return None if mask is None else mask.added.expand(*q.shape[:3], -1)

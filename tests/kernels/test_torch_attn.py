@@ -199,12 +199,3 @@ def test_decode_equals_reference(heads, window, softcap, dtype, monkeypatch):
     assert within_tolerance(got, same_dtype, FLOOR[dtype]), (got, same_dtype)
 
 
-def test_an_unsupported_call_runs_on_the_reference_and_is_logged(caplog):
-    p = make_problem([Request(5)], [], (2, 2, 16))
-    backends.log_fallback.cache_clear()
-    bias = torch.zeros(2, 5, dtype=torch.float64)
-    options = (p.scale, 0, 0.0, True, True, "torch", NO_TILES)
-    o, _ = ops.attn(p.q, p.k, p.v, None, None, list(p.tables), None, bias, *options)
-    expected, _ = reference.attn(AttnInputs(p.q, p.k, p.v), p.tables, AttnOptions(p.scale))
-    assert torch.allclose(o, expected)
-    assert "position bias" in caplog.text

@@ -28,6 +28,7 @@ class PackedProblem:
         tables: Tables of the problem.
         scale: Factor on the scores.
         slots: Rows of ``k`` in which the keys lie, or None if they lie in order.
+        bias: Position bias ``[HQ, 2 * maxd + 1]``, or None.
     """
 
     q: Tensor
@@ -39,6 +40,7 @@ class PackedProblem:
     tables: PackedTables
     scale: float
     slots: Tensor | None = None
+    bias: Tensor | None = None
 
     @property
     def inputs(self) -> AttnInputs:
@@ -46,11 +48,12 @@ class PackedProblem:
         return AttnInputs(self.q, self.k, self.v, self.prefix_k, self.prefix_v, self.slots)
 
     def cast(self, dtype: torch.dtype) -> PackedProblem:
-        """The same problem in another dtype. The prefix stays in at least fp32, as trained prefixes do."""
+        """The same problem in another dtype. Prefix and bias stay in at least fp32, as trained prefixes do."""
         own = torch.promote_types(dtype, torch.float32)
         q, k, v, do = (t.to(dtype) for t in (self.q, self.k, self.v, self.do))
         pk, pv = (t.to(dtype).to(own) for t in (self.prefix_k, self.prefix_v))
-        return replace(self, q=q, k=k, v=v, do=do, prefix_k=pk, prefix_v=pv)
+        bias = None if self.bias is None else self.bias.to(own)
+        return replace(self, q=q, k=k, v=v, do=do, prefix_k=pk, prefix_v=pv, bias=bias)
 
     def to(self, device: torch.device | str) -> PackedProblem:
         """The same problem on another device."""
@@ -69,6 +72,7 @@ def make_problem(
     *,
     sizes: TileSizes = SMALL_TILES,
     arena: bool = False,
+    max_distance: int = 0,
     seed: int = 0,
 ) -> PackedProblem:
     """A random problem.
@@ -80,6 +84,7 @@ def make_problem(
         heads: Query heads, kv heads and head dim.
         sizes: Tile sizes that the tables are cut into.
         arena: Whether the keys lie scattered among unused rows, with ``slots``.
+        max_distance: Largest distance of the position bias, 0 for no bias.
         seed: Seed of the random numbers.
     """
     num_heads, num_kv_heads, head_dim = heads
@@ -88,7 +93,7 @@ def make_problem(
     for length in block_lengths:
         blocks.append((row, length))
         row += length + 3
-    n, m = sum(r.length for r in requests), sum(r.cached + r.length for r in requests)
+    n, m = sum(r.length for r in requests), sum(r.num_keys for r in requests)
     slots = torch.randperm(m + 9, generator=g)[:m].int() if arena else None
     keys = (m + 9 if arena else m, num_kv_heads, head_dim)
     prefix = (max(row, 1), num_kv_heads, head_dim)
@@ -97,4 +102,7 @@ def make_problem(
         torch.randn(*shape, generator=g, dtype=torch.float64)
         for shape in (queries, keys, keys, prefix, prefix, queries)
     )
-    return PackedProblem(q, k, v, pk, pv, do, packed_tables(requests, blocks, sizes), head_dim**-0.5, slots)
+    bias = None
+    if max_distance:
+        bias = torch.randn(num_heads, 2 * max_distance + 1, generator=g, dtype=torch.float64)
+    return PackedProblem(q, k, v, pk, pv, do, packed_tables(requests, blocks, sizes), head_dim**-0.5, slots, bias)

@@ -26,12 +26,19 @@ class Request:
         blocks: Prefix blocks from left to right, as (block number, whether sliding windows slide over it).
         cached: Number of keys before the first query, for a later chunk of a prompt.
         infix_at: Number of leading tokens that see none of the blocks, for a source before an infix.
+        keys: Number of keys where these are not the query tokens, as in cross-attention; 0 for self-attention.
     """
 
     length: int
     blocks: tuple[tuple[int, bool], ...] = ()
     cached: int = 0
     infix_at: int = 0
+    keys: int = 0
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys."""
+        return self.keys or self.cached + self.length
 
 
 @dataclass(frozen=True)
@@ -59,11 +66,15 @@ def make_segments(requests: list[Request], blocks: list[tuple[int, int]]) -> lis
     """Segments of packed requests: one for each request, two for a request with an infix."""
     out, row, key = [], 0, 0
     for r in requests:
+        if r.keys:
+            out.append(Segment(row, r.length, key, r.keys, 0, block_uses(r, blocks)))
+            row, key = row + r.length, key + r.keys
+            continue
         cuts = [(0, r.infix_at, False)] if r.infix_at else []
         for start, end, sees in [*cuts, (r.infix_at, r.length, True)]:
             uses = block_uses(r, blocks) if sees else []
             out.append(Segment(row + start, end - start, key, r.cached + end, r.cached + start, uses))
-        row, key = row + r.length, key + r.cached + r.length
+        row, key = row + r.length, key + r.num_keys
     return out
 
 

@@ -15,6 +15,7 @@ from prefixfast.attention.backends import Unsupported, describe_choice
 from prefixfast_kernels.inputs import AttnInputs, AttnOptions, DecodeInputs
 from prefixfast_kernels.tile_selection import Backend, TileSizes
 
+BIAS_WITH_CAP = "a position bias with a soft cap"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,11 +43,12 @@ def packed_unsupported(
         backward: Whether the call is a backward.
     """
     q, k, v = inputs[:3]
+    in_slots = inputs.slots is not None
     torch_reasons = {
-        "non-causal attention": not options.causal,
-        "gradients of keys in the slot table": backward and inputs.slots is not None,
-        "a position bias": has_bias,
-        "segments whose queries are not their last keys": not square,
+        "gradients of keys in the slot table": backward and in_slots,
+        "non-causal attention over keys in the slot table": not options.causal and in_slots,
+        "causal segments whose queries are not their last keys": options.causal and not square,
+        BIAS_WITH_CAP: has_bias and options.softcap > 0,
     }
     triton_reasons = {
         "a position bias": has_bias,
@@ -57,11 +59,14 @@ def packed_unsupported(
     return {"triton": _holding(triton_reasons), "torch": _holding(torch_reasons)}
 
 
-def decode_unsupported(inputs: DecodeInputs, *, has_work: bool, has_bias: bool = False) -> Unsupported:
+def decode_unsupported(
+    inputs: DecodeInputs, options: AttnOptions, *, has_work: bool, has_bias: bool = False
+) -> Unsupported:
     """Reasons why a call of `attn_decode` is unsupported, by backend.
 
     Args:
         inputs: Queries, arena and prefix rows of the call.
+        options: Scale, window, soft cap.
         has_work: Whether the tables have the work of the Triton kernel.
         has_bias: Whether there is a position bias.
     """
@@ -71,7 +76,7 @@ def decode_unsupported(inputs: DecodeInputs, *, has_work: bool, has_bias: bool =
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "tables without work": not has_work,
     }
-    unsupported = {"triton": _holding(triton_reasons), "torch": _holding({"a position bias": has_bias})}
+    unsupported = {"triton": _holding(triton_reasons), "torch": _holding({BIAS_WITH_CAP: has_bias and options.softcap > 0})}
     if q.device.type == "cpu":
         unsupported["rust"] = cpu_decode.unsupported(inputs, has_bias=has_bias)
     return unsupported
@@ -94,7 +99,7 @@ def explain_backends(backend: Backend, device: torch.device, dtype: torch.dtype,
     x = torch.empty(1, 1, head_dim, dtype=dtype, device=device)
     unsupported = {
         "attn": packed_unsupported(AttnInputs(x, x, x), AttnOptions(1.0), backend.sizes),
-        "attn_decode": decode_unsupported(DecodeInputs(x, x, x, x), has_work=backend.decode.users > 0),
+        "attn_decode": decode_unsupported(DecodeInputs(x, x, x, x), AttnOptions(1.0), has_work=backend.decode.users > 0),
         "cross_entropy": cross_entropy_unsupported(dtype),
     }
     return {op: describe_choice(backend.name, device, reasons) for op, reasons in unsupported.items()}

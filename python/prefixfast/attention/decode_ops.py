@@ -82,7 +82,7 @@ def attn_decode(
     inputs = DecodeInputs(q, k_arena, v_arena, slot_table, prefix_k, prefix_v)
     step, options = DecodeTables(*tables), AttnOptions(scale, window, softcap)
     has_work = bool(users) and len(step.work) > 0
-    unsupported = decode_unsupported(inputs, has_work=has_work, has_bias=bias is not None)
+    unsupported = decode_unsupported(inputs, options, has_work=has_work, has_bias=bias is not None)
     chosen = select_backend("attn_decode", backend, q.device, unsupported)
     if chosen == "triton":
         from prefixfast_kernels import prefix_decode  # triton is installed on machines with a GPU only
@@ -92,7 +92,7 @@ def attn_decode(
     if chosen == "rust":
         return cpu_decode.decode(inputs, step, options)
     if chosen == "torch":
-        return decode_fwd(inputs, step, max_len, options)
+        return decode_fwd(inputs, step, max_len, options, bias)
     return reference.attn_decode(inputs, step, options, bias)
 
 

@@ -70,7 +70,7 @@ def attn(
         with torch.cuda.device_of(q):  # Triton launches on the current device
             return prefix_fwd.attn_fwd(inputs, packed, options, tile_sizes)
     if chosen == "torch":
-        return torch_attn.attn_fwd(inputs, packed, options)
+        return torch_attn.attn_fwd(inputs, packed, options, bias)
     return reference.attn(inputs, packed, options, bias)
 
 
@@ -141,7 +141,7 @@ def attn_bwd(
         with torch.cuda.device_of(q):
             grads = prefix_bwd.attn_bwd(grad, inputs, packed, options, tile_sizes, groups)
     else:
-        grads = torch_attn.attn_bwd(grad, inputs, packed, options, groups)
+        grads = torch_attn.attn_bwd(grad, inputs, packed, options, groups, bias)
     return [q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)]
 
 
