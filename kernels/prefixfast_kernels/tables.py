@@ -85,7 +85,8 @@ class DecodeTables(NamedTuple):
 
     Attributes:
         row: Row of the slot table that each query reads, ``[R]``.
-        lens: Keys of each row, ``[R]``, the new key included.
+        lens: Own keys of each row, ``[R]``, the new key included. A row whose keys are all in blocks has 0, as in
+            cross-attention.
         work: Work items of the Triton kernel, ``[W, 6]``; empty for other backends. Items with a count of 0
             (third column) do nothing.
             A group item reads rows of a block for some of its users: block, offset of the first user in ``user``,

@@ -140,7 +140,7 @@ pub struct DecodeTables<'a> {
     pub slot_table_shape: [usize; 3],
     /// Slot table row of each query row, `[R]`.
     pub row: &'a [i32],
-    /// Number of own keys of each query row, at least 1, `[R]`.
+    /// Number of own keys of each query row, `[R]`. A row that sees a block may have none.
     pub lens: &'a [i32],
     /// First prefix row and number of rows of each block, `[C]`.
     pub block: &'a [[i32; 2]],

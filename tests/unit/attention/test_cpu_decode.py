@@ -226,7 +226,7 @@ def put_slot(value):
 INVALID = {
     "slot beyond the arena": (put_slot(10**6), "arena row 1000000"),
     "negative slot": (put_slot(-1), "arena row -1"),
-    "no keys": (put("lens", at(0), 0), "0 keys"),
+    "neither keys nor blocks": (put("lens", at(2), 0), "0 keys and sees no block"),
     "negative length": (put("lens", at(3), -7), "-7 keys"),
     "more keys than columns": (put("lens", at(0), 200), "200 keys"),
     "row beyond the table": (put("row", at(1), 9), "row 9 of the slot table"),
@@ -267,6 +267,18 @@ def test_invalid_arguments_are_refused(invalid):
 def test_slots_before_the_window_are_not_read():
     step = make(*CASES["none"], heads=(4, 2, 16), window=20)
     assert all(torch.equal(a, b) for a, b in zip(run_rust(put_slot(-1)(step)), run_rust(step), strict=True))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_rows_without_own_keys_see_their_blocks_alone(path):
+    """Cross-attention, whose keys are blocks that the beams of a request share."""
+    for lens in ([0, 0, 0, 4, 0, 0, 0], [0, 5, 0, 1, 70, 0, 0]):
+        step = make(*CASES["composed"], heads=(6, 2, 80))
+        lens = torch.tensor(lens, dtype=torch.int32)
+        step = replace(step, tables=step.tables._replace(lens=torch.minimum(lens, step.tables.lens)))
+        step.tables.lens[2] = 2  # the row without blocks
+        got, same_dtype = errors(step, path=path)
+        assert within_tolerance(got, same_dtype, FLOOR[torch.float32]), (got, same_dtype)
 
 
 def test_no_rows():

@@ -43,7 +43,7 @@ impl<'a, T> SharedMemory<'a, T> {
         assert!(first <= self.len && count <= self.len - first);
         // SAFETY: the assertion keeps the elements in the memory of `new`, and the caller promises that they belong to
         // rows that nobody writes to during `'a`. Without elements, `count` is 0 and `start` may be dangling, which
-        // only a task without keys could ask for. A task has at least one key.
+        // only a chunk without keys could ask for. A chunk has at least one key.
         unsafe { std::slice::from_raw_parts(self.start.add(first), count) }
     }
 }

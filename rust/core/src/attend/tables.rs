@@ -64,6 +64,9 @@ pub(super) fn block_uses(
                 first: first_visible(pos, *slides != 0, window).min(blocks[block].rows),
             });
         }
+        if lens[i] == 0 && out.len() == begin {
+            return mismatch(&format!("row {i} has 0 keys and sees no block, expected one of the two"));
+        }
         row.uses = begin..out.len();
     }
     Ok(out)
@@ -112,8 +115,8 @@ pub(super) fn rows_and_slots(
                 tables.row[i]
             ));
         };
-        let Some(length) = index_below(tables.lens[i], columns + 1).filter(|n| *n > 0) else {
-            return mismatch(&format!("row {i} has {} keys, expected 1 to {columns}", tables.lens[i]));
+        let Some(length) = index_below(tables.lens[i], columns + 1) else {
+            return mismatch(&format!("row {i} has {} keys, expected 0 to {columns}", tables.lens[i]));
         };
         let hidden = if window == 0 { 0 } else { length.saturating_sub(window) };
         let begin = out.len();

@@ -44,6 +44,27 @@ fn matches_the_fp64_reference() -> Result<(), Error> {
 }
 
 #[test]
+fn rows_without_own_keys_see_their_blocks_alone() -> Result<(), Error> {
+    for instructions in InstructionSet::all() {
+        for (rows, heads) in [(3, (4, 4, 64)), (24, (4, 2, 80)), (20, (2, 1, 3))] {
+            let base = Case::shared(rows, heads);
+            let case = Case {
+                lens: base.lens.iter().map(|n| if *n == 20 { 20 } else { 0 }).collect(),
+                ..base
+            };
+            let (o, lse) = case.run(2, instructions)?;
+            assert!(case.error(&o, &lse) < 2e-5, "{} {heads:?}", instructions.name());
+            let numbers = heads.0 * heads.2;
+            for i in [0, 1, 2] {
+                let alone = case.alone(i).run(1, instructions)?;
+                assert_eq!((&o[i * numbers..][..numbers], &lse[i * heads.0..][..heads.0]), (&*alone.0, &*alone.1));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
 fn the_reference_detects_wrong_inputs() -> Result<(), Error> {
     let case = Case::new(6, 2, 64);
     let (o, lse) = case.run(1, InstructionSet::selected()?)?;
@@ -114,7 +135,7 @@ fn refuses_invalid_tables_and_writes_nothing() -> Result<(), Error> {
     let changes: [Change<'_>; 17] = [
         ("slot beyond the arena", &|c| c.table[165] = 400),
         ("negative slot", &|c| c.table[165] = -1),
-        ("no keys", &|c| c.lens[1] = 0),
+        ("neither keys nor blocks", &|c| c.lens[1] = 0),
         ("negative length", &|c| c.lens[1] = -5),
         ("more keys than columns", &|c| c.lens[0] = 81),
         ("row beyond the table", &|c| c.row[0] = 3),
