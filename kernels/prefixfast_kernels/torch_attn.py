@@ -238,9 +238,7 @@ def _own(qkv: Qkv, run: _Run) -> Qkv:
 def _own_mask(run: _Run, options: AttnOptions, bias: Tensor | None, like: Tensor) -> Mask | None:
     """Mask of a run's queries over its own keys."""
     hides = options.window and run.shape[0] - run.first > options.window
-    return run_mask(
-        run.first, run.shape, options.window if hides else 0, bias, accumulator(like.dtype), like.device
-    )
+    return run_mask(run.first, run.shape, options.window if hides else 0, bias, accumulator(like.dtype), like.device)
 
 
 def _as_heads(t: Tensor) -> Tensor:
@@ -270,9 +268,7 @@ def _takes_runs(sequences: list[tuple[int, int, int, int]], options: AttnOptions
     return len(sequences) < MIN_SEQUENCES_FOR_BUCKETS or not options.causal
 
 
-def _runs(
-    sequences: list[tuple[int, int, int, int]], tables: PackedTables, options: AttnOptions
-) -> Iterator[_Run]:
+def _runs(sequences: list[tuple[int, int, int, int]], tables: PackedTables, options: AttnOptions) -> Iterator[_Run]:
     """Runs of the sequences, or of the segments if the attention is non-causal."""
     if options.causal:
         for length, run in itertools.groupby(sequences, key=lambda sequence: sequence[1]):

@@ -1,4 +1,4 @@
-"""Blocks of keys that the `torch` backend merges by log-sum-exp: prefix blocks and the contexts of continued prompts."""
+"""Blocks of keys that the `torch` backend merges by log-sum-exp: prefix blocks, and contexts of continued prompts."""
 
 from __future__ import annotations
 

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from prefixfast.attention import backends, cpu_decode, ops
-from prefixfast_kernels import reference
-from prefixfast_kernels.inputs import AttnInputs, AttnOptions
+from prefixfast.attention import cpu_decode, ops
 from prefixfast_kernels.tables import PackedTables
 from prefixfast_kernels.testing.packed_problem import PackedProblem, make_problem
 from prefixfast_kernels.testing.tables import Request, decode_tables
@@ -197,5 +195,3 @@ def test_decode_equals_reference(heads, window, softcap, dtype, monkeypatch):
     exact = run("reference", torch.float64)
     got, same_dtype = (relative_errors(run(backend, dtype), exact) for backend in ("torch", "reference"))
     assert within_tolerance(got, same_dtype, FLOOR[dtype]), (got, same_dtype)
-
-

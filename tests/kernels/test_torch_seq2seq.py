@@ -90,9 +90,7 @@ def test_a_segment_without_keys_gives_zero():
 def test_a_sequence_alone_gives_the_bits_of_the_batch(causal, separate, dtype):
     lengths, keys = [1, 2, 2, 33, 1, 64, 64, 200, 3] * 2, [2, 1, 1, 40, 1, 64, 64, 130, 300] * 2
     rows = zip(lengths, keys, strict=True)
-    requests = [
-        Request(n, [A + B, A, (), B, B][i % 5], keys=m if separate else 0) for i, (n, m) in enumerate(rows)
-    ]
+    requests = [Request(n, [A + B, A, (), B, B][i % 5], keys=m if separate else 0) for i, (n, m) in enumerate(rows)]
     options = {"causal": causal, "square": not separate}
     with torch.inference_mode():
         p = make_problem(requests, [7, 40], (4, 2, 64), max_distance=9).cast(dtype)

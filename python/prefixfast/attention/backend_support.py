@@ -76,7 +76,10 @@ def decode_unsupported(
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "tables without work": not has_work,
     }
-    unsupported = {"triton": _holding(triton_reasons), "torch": _holding({BIAS_WITH_CAP: has_bias and options.softcap > 0})}
+    unsupported = {
+        "triton": _holding(triton_reasons),
+        "torch": _holding({BIAS_WITH_CAP: has_bias and options.softcap > 0}),
+    }
     if q.device.type == "cpu":
         unsupported["rust"] = cpu_decode.unsupported(inputs, has_bias=has_bias)
     return unsupported
@@ -99,7 +102,9 @@ def explain_backends(backend: Backend, device: torch.device, dtype: torch.dtype,
     x = torch.empty(1, 1, head_dim, dtype=dtype, device=device)
     unsupported = {
         "attn": packed_unsupported(AttnInputs(x, x, x), AttnOptions(1.0), backend.sizes),
-        "attn_decode": decode_unsupported(DecodeInputs(x, x, x, x), AttnOptions(1.0), has_work=backend.decode.users > 0),
+        "attn_decode": decode_unsupported(
+            DecodeInputs(x, x, x, x), AttnOptions(1.0), has_work=backend.decode.users > 0
+        ),
         "cross_entropy": cross_entropy_unsupported(dtype),
     }
     return {op: describe_choice(backend.name, device, reasons) for op, reasons in unsupported.items()}
