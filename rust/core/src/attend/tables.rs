@@ -65,7 +65,9 @@ pub(super) fn block_uses(
             });
         }
         if lens[i] == 0 && out.len() == begin {
-            return mismatch(&format!("row {i} has 0 keys and sees no block, expected one of the two"));
+            return mismatch(&format!(
+                "row {i} has 0 keys and sees no block, expected one of the two"
+            ));
         }
         row.uses = begin..out.len();
     }

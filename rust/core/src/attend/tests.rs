@@ -57,7 +57,10 @@ fn rows_without_own_keys_see_their_blocks_alone() -> Result<(), Error> {
             let numbers = heads.0 * heads.2;
             for i in [0, 1, 2] {
                 let alone = case.alone(i).run(1, instructions)?;
-                assert_eq!((&o[i * numbers..][..numbers], &lse[i * heads.0..][..heads.0]), (&*alone.0, &*alone.1));
+                assert_eq!(
+                    (&o[i * numbers..][..numbers], &lse[i * heads.0..][..heads.0]),
+                    (&*alone.0, &*alone.1)
+                );
             }
         }
     }
