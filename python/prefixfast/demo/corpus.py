@@ -223,18 +223,19 @@ def note(rng: Random) -> str:
     return facts(rng, scene) if pick < 0.65 else write_up(rng, kind, rng.choice(REGISTERS), scene)
 
 
+def heading_and_text(rng: Random) -> tuple[str, str]:
+    """Facts under a heading, and the text about them that the heading announces."""
+    kind, register = rng.choice(list(SCENES)), rng.choice(REGISTERS)
+    scene = draw_scene(rng, kind, "train")
+    heading = expand(rng, _HEADING + _ABOUT[register], scene)
+    return f"{heading} {facts(rng, scene)}", write_up(rng, kind, register, scene)
+
+
 def page(rng: Random) -> list[str]:
     """Documents of one page, which follow each other in a training window."""
     pick = rng.random()
     if pick < 0.8:
-        kind, register = rng.choice(list(SCENES)), rng.choice(REGISTERS)
-        scene = draw_scene(rng, kind, "train")
-        heading = expand(rng, _HEADING + _ABOUT[register], scene)
-        return [
-            f"{heading} {facts(rng, scene)}",
-            write_up(rng, kind, register, scene),
-            *([note(rng)] if pick < 0.4 else []),
-        ]
+        return [*heading_and_text(rng), *([note(rng)] if pick < 0.4 else [])]
     opening = [expand(rng, _UNRELATED, {})] if pick < 0.87 else []
     return [" ".join([*opening, note(rng)]), note(rng)]
 

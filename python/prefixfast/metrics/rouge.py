@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.io.environment import version
@@ -28,21 +29,33 @@ def rouge(outputs: Texts, references: References, tables: Tables | None = None) 
         MetricUnavailable: If rouge-score is missing.
     """
     check_texts(outputs, references)
-    try:
-        scorers, tokenizers = (importlib.import_module(f"rouge_score.{n}") for n in ("rouge_scorer", "tokenizers"))
-    except ImportError as e:
-        msg = "ROUGE needs rouge-score: pip install 'prefixfast[eval]'"
-        raise MetricUnavailable(msg) from e
+    scorer = new_scorer(tuple(SCORES))
     import numpy as np  # the command line starts without it
 
-    # Without a tokenizer rouge-score logs a line in each call.
-    scorer = scorers.RougeScorer(list(SCORES), tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True))
     found = [scorer.score_multi(own, output) for output, own in zip(outputs, references, strict=True)]
     generator = np.random.RandomState(SEED)  # rouge-score takes numpy's global one, which threads share
     values = {name: 100 * _median([scores[key] for scores in found], generator) for key, name in SCORES.items()}
     tool = f"rouge-score {version('rouge-score') or 'of unknown version'}: stemmer, median of {NUM_SAMPLES} bootstrap "
     tool += f"samples, seed {SEED}"
     return {name: MetricValue(value, f"{value:.4f}", tool) for name, value in values.items()}
+
+
+def new_scorer(names: Sequence[str]) -> Any:
+    """Scorer of rouge-score with stemmed words.
+
+    Args:
+        names: Names of scores in rouge-score, such as those of `SCORES`.
+
+    Raises:
+        MetricUnavailable: If rouge-score is missing.
+    """
+    try:
+        scorers, tokenizers = (importlib.import_module(f"rouge_score.{n}") for n in ("rouge_scorer", "tokenizers"))
+    except ImportError as e:
+        msg = "ROUGE needs rouge-score: pip install 'prefixfast[eval]'"
+        raise MetricUnavailable(msg) from e
+    # Without a tokenizer rouge-score logs a line in each call.
+    return scorers.RougeScorer(list(names), tokenizer=tokenizers.DefaultTokenizer(use_stemmer=True))
 
 
 def _median(scores: list[Any], generator: np.random.RandomState) -> float:

@@ -171,11 +171,10 @@ def test_time_ends_a_run_and_counts_over_all_calls(material, tmp_path):
 
 
 def test_the_loss_falls_and_is_logged(material, tmp_path):
-    run = training(material, tmp_path, steps=50)
+    run = training(material, tmp_path, steps=100)
     run.run()
-    (line,) = (json.loads(line) for line in (tmp_path / LOG).read_text().splitlines())
-    assert line["step"] == 50
-    assert line["loss"] < math.log(SHAPE.vocab) - 0.5
+    first, last = (json.loads(line) for line in (tmp_path / LOG).read_text().splitlines())
+    assert last["loss"] < first["loss"] < math.log(SHAPE.vocab) + 0.1
     assert (tmp_path / CHECKPOINT).exists()
 
 
