@@ -89,8 +89,8 @@ class Settings:
 
     def parts(self, seeds: Sequence[int]) -> list[Part]:
         """All parts, those of the first seed first."""
-        prefix = {"prefix_length": self.prefix_length, "learning_rate": self.prefix_rate}
-        trained = {
+        prefix: dict[str, Any] = {"prefix_length": self.prefix_length, "learning_rate": self.prefix_rate}
+        trained: dict[str, dict[str, Any]] = {
             "prefix, three sites": prefix,
             "prefix, decoder only": prefix | {"sites": ("self",)},
             "prefix, encoder only": prefix | {"sites": ("enc",)},
@@ -191,7 +191,8 @@ class Study:
         """Texts of a part with a base, and the figures of its training."""
         import prefixfast
 
-        settings, tuned, found = self.settings, None, {}
+        settings, tuned = self.settings, None
+        found: dict[str, Any] = {}
         with load(settings.base, dtype=settings.dtype) as base:
             if part.options is not None:
                 cpu = time.process_time()
@@ -207,21 +208,16 @@ class Study:
         import prefixfast
 
         rows = [{"document": row["document"], "summary": row["summary"]} for row in self.train]
-        settings = self.settings
-        return prefixfast.train(
-            base,
-            rows,
-            task="xsum",
-            seed=part.seed,
-            num_train_epochs=settings.epochs,
-            max_source_length=settings.max_source_length,
-            max_target_length=60,
-            overflow="truncate",
-            output_dir=self.output / part.key.replace(", ", "-").replace(" ", "-"),
-            resume=True,
-            progress=False,
+        how: dict[str, Any] = {
+            "seed": part.seed,
+            "num_train_epochs": self.settings.epochs,
+            "max_source_length": self.settings.max_source_length,
+            "max_target_length": 60,
+            "overflow": "truncate",
+            "output_dir": self.output / part.key.replace(", ", "-").replace(" ", "-"),
             **(part.options or {}),
-        )
+        }
+        return prefixfast.train(base, rows, task="xsum", resume=True, progress=False, **how)
 
 
 def main() -> None:
