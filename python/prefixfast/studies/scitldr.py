@@ -165,7 +165,8 @@ class Study:
 
     def _carry_out(self, part: Part) -> dict[str, Any]:
         cpu, wall = time.process_time(), time.perf_counter()
-        documents, found = [row["document"] for row in self.test], {}
+        documents = [row["document"] for row in self.test]
+        found: dict[str, Any] = {}
         if part.name == "lead-1":
             texts = [sentences(d)[0] for d in documents]
         elif part.name == "copy":
