@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import NewGELUActivation
 
+from prefixfast.config.sites import BySite, Site
 from prefixfast.errors import ConfigError
 from prefixfast.model.attention_switch import configs_of, own_implementation, private_configs, switch
 from prefixfast.model.dry_run import LayerShape, dry_run
@@ -39,7 +40,7 @@ class Handle:
 
     Attributes:
         model: Attached model.
-        layers: Head counts of every attention layer, in the order of the layers.
+        sites: Head counts of every attention layer by site, in the order of the layers.
         infix: Place of prefixes before the last prompt token, or the reason why the model takes none.
         undo: Functions that restore the model, to be called from last to first.
         users: Number of `attach` calls without their `detach`.
@@ -48,7 +49,7 @@ class Handle:
     """
 
     model: PreTrainedModel
-    layers: tuple[LayerShape, ...]
+    sites: Mapping[Site, tuple[LayerShape, ...]]
     infix: InfixSupport
     undo: list[Callable[[], None]]
     users: int = 1
@@ -113,7 +114,7 @@ def attach(model: PreTrainedModel) -> Handle:
         except BaseException:
             _run(undo)
             raise
-        model.__dict__[KEY] = handle = Handle(model, layers, infix, undo)
+        model.__dict__[KEY] = handle = Handle(model, BySite({"self": layers}), infix, undo)
         return handle
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prefixfast.attention import ops
 from prefixfast.attention.plan import Plan
+from prefixfast.attention.seq2seq_plan import Seq2SeqPlan
 from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.sites import Site
 from prefixfast.errors import ConfigError, warn_renamed
@@ -25,6 +26,7 @@ from prefixfast.model.lm_head import Head, find_head, packed_hidden
 from prefixfast.model.packed_forward import check_eval, packed_forward
 from prefixfast.model.prefix_shape import PrefixShape
 from prefixfast.model.prepack import Packed, prepack
+from prefixfast.model.seq2seq.tokens import Seq2Seq
 from prefixfast.model.tokenizer import Tokenizer
 from prefixfast.model.weights import recorded_state
 
@@ -47,6 +49,7 @@ class Model:
             they are not known to be quantized.
         allow_base_mismatch: ``"quantized"`` if prefixes are accepted whose base model has the same weights before
             quantization, None if no mismatch is accepted.
+        seq2seq: Tokens and positions of an encoder-decoder base, None for a decoder-only one.
     """
 
     hf: PreTrainedModel
@@ -58,6 +61,7 @@ class Model:
     packed: Packed | None = None
     quantization: str | None = None
     allow_base_mismatch: BaseMismatch | None = None
+    seq2seq: Seq2Seq | None = None
     _fingerprint: tuple[object, Fingerprint] | None = None
 
     def __repr__(self) -> str:
@@ -80,12 +84,12 @@ class Model:
     @property
     def sites(self) -> Mapping[Site, tuple[LayerShape, ...]]:
         """Head counts of every attention layer by site; a decoder-only base has the site ``self`` alone."""
-        return {"self": self.layers}
+        return self.handle.sites
 
     @property
     def layers(self) -> tuple[LayerShape, ...]:
-        """Head counts of every attention layer."""
-        return self.handle.layers
+        """Head counts of every attention layer; of the decoder's self-attention in an encoder-decoder base."""
+        return self.sites["self"]
 
     @property
     def guard(self) -> BaseGuard:
@@ -118,12 +122,15 @@ class Model:
                 self._fingerprint = kept = state, found if layout is None else {**found, "kv_layout": layout}
             return kept[1]
 
-    def forward(self, plan: Plan, ids: Tensor) -> Tensor:
+    def forward(self, plan: Plan | Seq2SeqPlan, ids: Tensor, encoder_ids: Tensor | None = None) -> Tensor:
         """One packed forward pass.
 
         Args:
             plan: Attention plan: sequences of the tokens, and the prefixes that each sequence sees.
-            ids: Token ids, int64 ``[N]``, or embeddings of the tokens, ``[N, E]``.
+            ids: Token ids, int64 ``[N]``, of the decoder in an encoder-decoder base. A decoder-only base also takes
+                embeddings of the tokens, ``[N, E]``.
+            encoder_ids: Token ids of the encoder, int64 ``[M]``. None for a decoder-only base, and in a decode step,
+                where the encoder does not run.
 
         Returns:
             Logits ``[n, V]`` at the tokens ``plan.logits_at``, or ``[N, V]`` of all tokens, in the compute dtype.
@@ -131,15 +138,37 @@ class Model:
         Raises:
             ConfigError: If the Hugging Face model is detached or in training mode.
         """
+        assert isinstance(plan, Plan)
         return packed_forward(self.hf, plan, ids)
 
-    def losses(self, plan: Plan, ids: Tensor, targets: Tensor) -> Tensor:
+    def hidden(self, plan: Plan | Seq2SeqPlan, ids: Tensor, encoder_ids: Tensor | None = None) -> Tensor:
+        """Last hidden states of one packed forward pass.
+
+        Args:
+            plan: Attention plan.
+            ids: Token ids, as `forward` takes them.
+            encoder_ids: Token ids of the encoder, as `forward` takes them.
+
+        Returns:
+            Hidden states ``[n, d]`` at the tokens ``plan.logits_at``, or ``[N, d]`` of all tokens, in the compute
+            dtype.
+
+        Raises:
+            ConfigError: If the Hugging Face model is detached or in training mode.
+        """
+        assert isinstance(plan, Plan)
+        return packed_hidden(self.hf, plan, ids)
+
+    def losses(
+        self, plan: Plan | Seq2SeqPlan, ids: Tensor, targets: Tensor, encoder_ids: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy of target tokens, in nats, from one packed forward pass.
 
         Args:
             plan: Attention plan with ``logits_at`` ``[n]``, the tokens that predict the targets.
             ids: Token ids, int64 ``[N]``.
             targets: Ids of the target tokens, int64 ``[n]``.
+            encoder_ids: Token ids of the encoder, as `forward` takes them.
 
         Returns:
             Losses ``[n]`` in fp32 (fp64 for a base model in fp64).
@@ -148,8 +177,8 @@ class Model:
             ConfigError: If the Hugging Face model is detached or in training mode.
         """
         if self.head is not None:
-            return self.head.losses(packed_hidden(self.hf, plan, ids), targets, self.backend.name)
-        logits = self.forward(plan, ids)
+            return self.head.losses(self.hidden(plan, ids, encoder_ids), targets, self.backend.name)
+        logits = self.forward(plan, ids, encoder_ids)
         return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
 
     def prepack(self) -> Packed:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from prefixfast.config.json_types import JSON
+from prefixfast.config.sites import Site
 from prefixfast.errors import BaseMismatchError, DataError, shown
 
 if TYPE_CHECKING:
@@ -33,6 +34,29 @@ FIELDS = (
     "rope_parameters",
     "sliding_window",
 )
+SEQ2SEQ_FIELDS = (  # further fields of encoder-decoder models
+    "is_encoder_decoder",
+    "encoder_layers",
+    "decoder_layers",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "encoder_ffn_dim",
+    "decoder_ffn_dim",
+    "num_layers",
+    "num_decoder_layers",
+    "d_kv",
+    "d_ff",
+    "feed_forward_proj",
+    "relative_attention_num_buckets",
+    "relative_attention_max_distance",
+    "decoder_start_token_id",
+    "scale_embedding",
+)
+# Fields with the number of layers, by site. The number of hidden layers of an encoder-decoder model is its encoder's.
+DEPTHS: dict[Site, tuple[str, ...]] = {
+    "enc": ("encoder_layers", "num_layers"),
+    **dict.fromkeys(("self", "cross"), ("decoder_layers", "num_decoder_layers")),
+}
 SAMPLED_ROWS = 8
 _WARNED: set[tuple[str | None, str | None]] = set()  # pairs of different tokenizers that a warning has named
 
@@ -98,10 +122,22 @@ def layout_of(base: Mapping[str, Any] | None) -> KVLayout | None:
     return {"layers": rows, "peft": peft if isinstance(peft, str) else list(peft)}
 
 
-def num_layers(base: Mapping[str, Any] | None) -> int | None:
-    """Number of layers of the base model with this fingerprint, None if the fingerprint does not say."""
-    count = ((base or {}).get("config") or {}).get("num_hidden_layers")
-    return count if type(count) is int else None
+def is_seq2seq(base: Mapping[str, Any] | None) -> bool:
+    """Whether a fingerprint is that of an encoder-decoder model."""
+    return ((base or {}).get("config") or {}).get("is_encoder_decoder") is True
+
+
+def num_layers(base: Mapping[str, Any] | None, site: Site = "self") -> int | None:
+    """Number of layers of the base model with this fingerprint, None if the fingerprint does not say.
+
+    Args:
+        base: Fingerprint.
+        site: Kind of attention whose layers are counted.
+    """
+    config = (base or {}).get("config") or {}
+    fields = DEPTHS[site] if is_seq2seq(base) else ("num_hidden_layers",)
+    counts = [config[name] for name in fields if type(config.get(name)) is int]
+    return counts[0] if counts else None
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
@@ -123,7 +159,7 @@ def fingerprint(model: PreTrainedModel, tokenizer: str | None) -> Fingerprint:
     by_layer = getattr(config, "per_layer_attributes", None) or set()  # reading one from the whole config raises
     values = {
         f: [getattr(layer, f, None) for layer in config.per_layer_config] if f in by_layer else getattr(config, f, None)
-        for f in FIELDS
+        for f in (*FIELDS, *(SEQ2SEQ_FIELDS if model.config.is_encoder_decoder else ()))
     }
     fields = {f: value for f, value in values.items() if value is not None}
     found: Fingerprint = {
@@ -210,11 +246,16 @@ def _weights(model: PreTrainedModel) -> str:
 
 def _sampled_parameters(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
     """Parameters of the first and the last layer and outside of the layers, in the order of their names."""
-    last = str(model.config.get_text_config().num_hidden_layers - 1)
-    named = [
-        (name, parameter, [p for p in name.split(".") if p.isdigit()]) for name, parameter in model.named_parameters()
-    ]
-    return sorted((n, p) for n, p, layers in named if not layers or layers[0] in ("0", last))
+    config = model.config
+    last, decoder_last = config.get_text_config().num_hidden_layers - 1, -1
+    if config.is_encoder_decoder:
+        decoder_last = next(getattr(config, n) for n in DEPTHS["self"] if getattr(config, n, None) is not None) - 1
+
+    def is_sampled(parts: list[str]) -> bool:
+        layer = next((int(part) for part in parts if part.isdigit()), 0)
+        return layer in (0, decoder_last if config.is_encoder_decoder and "decoder" in parts else last)
+
+    return sorted((n, p) for n, p in model.named_parameters() if is_sampled(n.split(".")))
 
 
 def _plain(parameter: Tensor) -> Tensor:

@@ -177,8 +177,9 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str, allow_base_mismatch
     with Progress(f"compare {type(hf).__name__} with its own forward"):
         handle = attach(hf)
     try:
-        shapes = tuple((s.num_heads // s.num_kv_heads, s.attention_dim) for s in handle.layers)
-        chosen = ops.choose_backend(backend, hf.device, hf.dtype, shapes, max(s.num_kv_heads for s in handle.layers))
+        layers = [s for of_site in handle.sites.values() for s in of_site]
+        shapes = tuple((s.num_heads // s.num_kv_heads, s.attention_dim) for s in layers)
+        chosen = ops.choose_backend(backend, hf.device, hf.dtype, shapes, max(s.num_kv_heads for s in layers))
     except ConfigError:
         handle.detach()
         raise

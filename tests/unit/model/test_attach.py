@@ -119,7 +119,7 @@ def test_an_attached_model_refuses_calls_without_a_plan(how):
 
 def test_layer_shapes_are_those_of_the_model():
     handle = attach(tiny.make("qwen3"))
-    assert [(s.num_heads, s.num_kv_heads, s.head_dim) for s in handle.layers] == [(4, 2, 16)] * 3
+    assert [(s.num_heads, s.num_kv_heads, s.head_dim) for s in handle.sites["self"]] == [(4, 2, 16)] * 3
     handle.detach()
 
 
