@@ -84,7 +84,7 @@ class EmbeddingParameters:
         """
         return self._compute()
 
-    def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
+    def split(self, flat: Sequence[Tensor], number: int) -> dict[str, Tensor]:
         """Keys and values of one prefix by name, on the CPU; they can be views of ``flat``.
 
         Args:

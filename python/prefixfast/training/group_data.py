@@ -86,7 +86,7 @@ def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
         if not method.is_trained:
             length = len(text_ids(model, group, job.init_options))
             prefix_config = PrefixConfig.make(prefix_config, prefix_length=length)
-        group = with_learning_rates(replace(group, prefix_config=prefix_config), len(own_layers(model.layers)))
+        group = with_learning_rates(replace(group, prefix_config=prefix_config), _depth(model, prefix_config))
         dataset, eval_dataset = _tokenize(model, job, group, failed)
     except DataError as e:
         if not (job.isolate and method.is_alone):
@@ -98,6 +98,15 @@ def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
     jobs = tuple(j for j in group.jobs if j.source in left)
     failed_names = {j.name: failed[j.source] for j in group.jobs if j.source in failed}
     return GroupData(model, job, replace(group, jobs=jobs), dataset, eval_dataset, failed_names)
+
+
+def _depth(model: Model, config: PrefixConfig) -> int:
+    """Number of layers with prefixes that follow each other in the base model: those of its one or two stacks."""
+    stacks = {
+        "encoder" if site == "enc" else "decoder": own_layers(model.sites[site])
+        for site in config.sites_of(model.sites)
+    }
+    return sum(map(len, stacks.values()))
 
 
 def _tokenize(

@@ -100,7 +100,7 @@ class PrefixGroup:
         """Position of the first token, once the length of the prefix is resolved."""
         if not METHODS[self.method_config.method].makes_prefix:
             return 0
-        return self.prefix_config.length if self.prefix_config.pos_start == "after" else 0
+        return self.prefix_config.length_at("self") if self.prefix_config.pos_start == "after" else 0
 
 
 def make_groups(

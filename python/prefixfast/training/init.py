@@ -1,22 +1,23 @@
-"""Initial values of prefixes: length, positions, and keys and values from a text, a prefix, zeros or random numbers."""
+"""Initial values of prefixes: lengths, positions, and keys and values from a text, a prefix, zeros or random numbers."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
+from prefixfast.config.sites import BySite, Site, one_or_by_site
 from prefixfast.data.encode import encode_examples, vocabulary_error
 from prefixfast.data.rows import row_error
 from prefixfast.errors import ConfigError, DataError, is_text, shown
 from prefixfast.model.base import Model
-from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.prefix_shape import filled_layers, own_layers
-from prefixfast.model.text_kv import text_kv
+from prefixfast.model.text_kv import seq2seq_text_kv, text_kv
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import context, kv_by_layer, no_rows
 from prefixfast.prefix.prefix import Prefix
@@ -24,30 +25,30 @@ from prefixfast.training.examples import TOO_LONG, apply_overflow, too_long
 from prefixfast.training.groups import PrefixGroup, PrefixJob
 from prefixfast.training.init_options import DIFFERENT_INIT, InitOptions
 from prefixfast.training.inputs import error_with_name
-from prefixfast.training.method import METHODS
+from prefixfast.training.method import METHODS, check_seq2seq_method
 
 logger = logging.getLogger(__name__)
 
 
 def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> PrefixConfig:
-    """Resolve the length, layers and positions of a group's prefixes.
+    """Resolve the sites, lengths, layers and positions of a group's prefixes.
 
     They are those of the prefixes in ``init``, or the length is the number of tokens of the init text, or they are
     those of the options.
 
     Raises:
-        ConfigError: If options do not fit each other or the base model.
+        ConfigError: If the method or options do not fit each other or the base model.
         BaseMismatchError: If a prefix in ``init`` was made for another base model.
     """
-    if not METHODS[group.method_config.method].makes_prefix:
+    method = METHODS[group.method_config.method]
+    if model.seq2seq is not None:
+        check_seq2seq_method(group.method_config.method)
+    if not method.makes_prefix:
         return group.prefix_config
-    config = _check_layers(group.prefix_config, model.layers)
-    if not METHODS[group.method_config.method].is_trained:  # whose length is that of its text
+    config = resolve_sites(model, group.prefix_config)
+    if not method.is_trained:  # whose length is that of its text
         return config
-    if config.position == "infix" and (reason := model.handle.infix.refusal):
-        option = "position" if METHODS[group.method_config.method].position is None else "method"
-        msg = f"{option}: this base takes no infix: {reason}; train a prefix with {option}='prefix'"
-        raise ConfigError(msg)
+    _check_position(model, config, "position" if method.position is None else "method")
     prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
     if not prefixes:
         if config.prefix_length == "text":
@@ -55,54 +56,95 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
         return config
     for name, prefix in prefixes.items():
         check_fits(model, prefix, f"init of {shown(name)}")
-    if len({filled_layers(p, model.layers) for p in prefixes.values()}) != 1:
+    if len({tuple(_filled(p, model).items()) for p in prefixes.values()}) != 1:
         raise ConfigError(DIFFERENT_INIT)
     return _adopt_layers(model, config, next(iter(prefixes.values())), options.explicit)
 
 
 def initial_kv(
     model: Model, jobs: Sequence[PrefixJob], config: PrefixConfig, options: InitOptions, after: Sequence[Prefix]
-) -> list[list[LayerKV] | None]:
-    """Initial keys and values by layer of each prefix, None for random ones. Equal ones are one object.
+) -> dict[Site, list[list[LayerKV] | None]]:
+    """Initial keys and values by layer of each prefix at each site, None for random ones. Equal ones are one object.
 
     Args:
         model: Base model.
         jobs: Training of each prefix.
         config: Resolved options of what is learned.
         options: Options of the initial values.
-        after: Prefixes that the init text follows.
+        after: Prefixes that the init text of a decoder-only base model follows.
     """
-    by_name: dict[str, list[LayerKV] | None] = {"random": None}
-    if any(job.init == "text" for job in jobs):
-        ids, length = init_text_ids(model, options), config.length
-        if len(ids) != length:
-            change = "cut" if len(ids) > length else "repeated"
-            logger.debug("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
-        by_name["text"] = text_kv(model, ids, length, *context(after, model))
-    if any(job.init == "zero" for job in jobs):
-        none = no_rows(model.layers, torch.empty(0))
-        by_name["zero"] = [
-            (k.new_zeros(config.length, *k.shape[1:]), v.new_zeros(config.length, *v.shape[1:])) for k, v in none
-        ]
-    prefixes = {id(job.init): job.init for job in jobs if isinstance(job.init, Prefix)}
-    of_prefix = {i: kv_by_layer(p, model.layers) for i, p in prefixes.items()}
-    return [of_prefix[id(job.init)] if isinstance(job.init, Prefix) else by_name[job.init] for job in jobs]
+    lengths = config.lengths(model.sites)
+    inits = {id(job.init): job.init for job in jobs}
+    named = {i: _values(model, init, lengths, options, after) for i, init in inits.items() if init != "random"}
+    return {site: [named[id(job.init)][site] if id(job.init) in named else None for job in jobs] for site in lengths}
 
 
-def _check_layers(config: PrefixConfig, shapes: Sequence[LayerShape]) -> PrefixConfig:
-    """Check that the layers have keys. All such layers, and the only site, are both written as None."""
-    config.sites_of(("self",))
-    own, count, layers = own_layers(shapes), len(shapes), config.layers_at("self")
-    wrong = [i for i in layers or () if i not in own]
-    if not wrong:
-        return PrefixConfig.make(config, sites=None, layers=None if layers == own else layers)
-    expected = f"numbers from 0 to {count - 1} (this base has {count} layers)"
+def _values(
+    model: Model, init: Any, lengths: BySite[int], options: InitOptions, after: Sequence[Prefix]
+) -> Mapping[Site, list[LayerKV]]:
+    """Keys and values by layer of one init, by site."""
+    if isinstance(init, Prefix):
+        return {site: kv_by_layer(init, model.sites[site], site) for site in lengths}
+    if init == "zero":
+        none = {site: no_rows(model.sites[site], torch.empty(0)) for site in lengths}
+        return {
+            site: [(k.new_zeros(n, *k.shape[1:]), v.new_zeros(n, *v.shape[1:])) for k, v in none[site]]
+            for site, n in lengths.items()
+        }
+    ids = init_text_ids(model, options)
+    for length in sorted({n for n in lengths.values() if n != len(ids)}):
+        change = "cut" if len(ids) > length else "repeated"
+        logger.debug("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
+    if model.seq2seq is None:
+        return {"self": text_kv(model, ids, lengths["self"], *context(after, model))}
+    return seq2seq_text_kv(model, ids, model.seq2seq.decoder_ids(np.array(ids, np.int32)).tolist(), lengths)
+
+
+def resolve_sites(model: Model, config: PrefixConfig) -> PrefixConfig:
+    """Options whose sites and layers the base model has. All sites, and all layers with keys, are written as None.
+
+    Args:
+        model: Base model.
+        config: Options of the caller.
+
+    Raises:
+        ConfigError: If the base model does not have a site or a layer.
+    """
+    sites = config.sites_of(model.sites)
+    layers = {site: _check_layers(config.layers_at(site), model, site) for site in sites}
+    every = {site: own_layers(model.sites[site]) for site in sites}
+    return PrefixConfig.make(
+        config,
+        sites=None if sites == tuple(model.sites) else sites,
+        layers=None if layers == every else one_or_by_site(layers),
+    )
+
+
+def _check_layers(given: tuple[int, ...] | None, model: Model, site: Site) -> tuple[int, ...]:
+    """Layers of a site, which have keys of their own; None is all of them."""
+    shapes = model.sites[site]
+    own, count = own_layers(shapes), len(shapes)
+    if not (wrong := [i for i in given or () if i not in own]):
+        return given or own
+    where = "this base" if len(model.sites) == 1 else f"site {site!r} of this base"
+    expected = f"numbers from 0 to {count - 1} ({where} has {count} layers)"
     if wrong[0] < count:
         expected += (
             f"; layer {wrong[0]} reads the keys of layer {shapes[wrong[0]].source} and sees the rows of that layer"
         )
     msg = f"PrefixConfig.layers: expected {expected}, got {wrong[0]}"
     raise ConfigError(msg)
+
+
+def _check_position(model: Model, config: PrefixConfig, option: str) -> None:
+    """Raise `ConfigError` for a place or a position that the base model does not have; ``option`` names the place."""
+    if config.position == "infix" and (reason := model.handle.infix.refusal):
+        msg = f"{option}: this base takes no infix: {reason}; train a prefix with {option}='prefix'"
+        raise ConfigError(msg)
+    if config.pos_start == "zero" and model.seq2seq is not None and model.seq2seq.has_distances:
+        reason = "the positions of this base are distances between tokens, and prefix rows stand right before the text"
+        msg = f"pos_start: expected 'after', got 'zero': {reason}"
+        raise ConfigError(msg)
 
 
 def text_ids(model: Model, group: PrefixGroup, options: InitOptions) -> list[int]:
@@ -159,7 +201,8 @@ def init_text_ids(model: Model, options: InitOptions) -> list[int]:
     if not isinstance(text, str) or not is_text(text):
         msg = f"init_text: expected a string of Unicode text, got {shown(text)}"
         raise ConfigError(msg)
-    (ids,) = model.require_tokenizer().encode([text])
+    # Special tokens of an encoder's text are none of an instruction.
+    (ids,) = model.require_tokenizer().encode([text], add_special_tokens=model.seq2seq is None)
     if not len(ids):
         msg = f"init_text: expected at least one token, got {shown(text)}"
         raise ConfigError(msg)
@@ -169,12 +212,23 @@ def init_text_ids(model: Model, options: InitOptions) -> list[int]:
     return [int(i) for i in ids]
 
 
+def _filled(prefix: Prefix, model: Model) -> dict[Site, tuple[int, ...]]:
+    """Layers with rows of a prefix, by site."""
+    return {site: filled_layers(prefix, model.sites[site], site) for site in model.sites if prefix.length_at(site)}
+
+
 def _adopt_layers(model: Model, config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
     """Options with the layers of a prefix in ``init``; other explicit layers are an error."""
-    filled = filled_layers(first, model.layers)
-    layers = None if filled == own_layers(model.layers) else filled
-    if "layers" in explicit and config.layers != layers:
-        found, got = (", ".join(map(str, x)) if x else "all" for x in (layers, config.layers))
+    adopted = resolve_sites(model, PrefixConfig.make(config, layers=_filled(first, model)))
+    if "layers" in explicit and config.layers != adopted.layers:
+        found, got = map(_shown_layers, (adopted.layers, config.layers))
         msg = f"layers: the prefix in init has {found}, got {got}; leave it out, or choose other initial values"
         raise ConfigError(msg)
-    return PrefixConfig.make(config, layers=layers)
+    return adopted
+
+
+def _shown_layers(layers: tuple[int, ...] | BySite[tuple[int, ...]] | None) -> str:
+    """Layers as an error shows them."""
+    if isinstance(layers, BySite):
+        return "; ".join(f"{site} {_shown_layers(own)}" for site, own in layers.items())
+    return "all" if layers is None else ", ".join(map(str, layers))

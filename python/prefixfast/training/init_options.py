@@ -101,15 +101,16 @@ def with_enough_rows(groups: Sequence[PrefixGroup], rows: TrainingRows, *, isola
 
 
 def _adopted(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> PrefixConfig:
-    """Options with the length, positions and frozen rows of a prefix; another explicit length is an error."""
-    if first.pos_start not in (0, first.length_at("self")):
-        got = f"pos_start {first.pos_start} of {first.length} rows"
+    """Options with the lengths, sites, positions and frozen rows of a prefix; another explicit length is an error."""
+    after = first.length_at("self")
+    if first.pos_start not in (0, after):
+        got = f"pos_start {first.pos_start} of {after} rows"
         msg = f"init: expected prefixes whose text starts at 0 or after the prefix, got {got}"
         raise ConfigError(msg)
-    adopted: dict[str, Any] = {"prefix_length": first.length, "pos_start": "after" if first.pos_start else "zero"}
-    adopted["position"] = first.position
+    adopted: dict[str, Any] = {"prefix_length": first.length, "sites": first.sites}
+    adopted |= {"pos_start": "after" if first.pos_start == after else "zero", "position": first.position}
     for name, value in adopted.items():
-        if name in explicit and getattr(config, name) != value:
+        if name in explicit and getattr(config, name) not in (value, None):
             got = f"{shown(value)}, got {shown(getattr(config, name))}"
             msg = f"{name}: the prefix in init has {got}; leave it out, or choose other initial values"
             raise ConfigError(msg)

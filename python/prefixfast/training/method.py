@@ -84,6 +84,24 @@ METHODS: dict[str, Method] = {
     "lora": Method("lora", TRAIN_OPTIONS | {"lora_rank", "lora_alpha"}, makes_prefix=False, learning_rate=5e-3),
 }
 
+# Reasons why a method does not train an encoder-decoder base model.
+SEQ2SEQ_REFUSALS = {
+    "infix": "an infix stands before the last prompt token, and the prompt of such a base is its encoder's text",
+    "embedding": "an encoder's virtual tokens attend to its text, so that their keys and values differ from text to text",
+    "prompt": "a text before the encoder's text attends to it, so that its keys and values differ from text to text",
+    "icl": "examples before the encoder's text attend to it, so that their keys and values differ from text to text",
+    "top2": "it is a baseline for models of one stack, and an encoder-decoder base has two",
+    "adapter": "its layers are placed in the blocks of decoder-only models",
+}
+
+
+def check_seq2seq_method(method: str) -> None:
+    """Raise `ConfigError` for a method that does not train an encoder-decoder base model."""
+    if reason := SEQ2SEQ_REFUSALS.get(method):
+        left = ", ".join(m for m in METHODS if m not in SEQ2SEQ_REFUSALS)
+        msg = f"method: {method!r} does not work with an encoder-decoder base: {reason}; choose one of {left}"
+        raise ConfigError(msg)
+
 
 def method_options(config: MethodConfig) -> dict[str, Any]:
     """The method and the options of it that the method reads."""

@@ -26,7 +26,7 @@ class StackedMLP(nn.Module):
 
     Args:
         init: Initial keys and values by layer of each prefix, None for a random start. Equal ones are one object.
-        start: Keys and values ``[n * P, H, D]`` by layer, which hold those of ``init`` and give dtype and device.
+        start: Keys and values ``[n * P, H, D]`` by layer, which hold those of ``init`` and give P, dtype and device.
         config: Options of what is learned.
         seeds: Random seed of each prefix.
     """
@@ -41,7 +41,8 @@ class StackedMLP(nn.Module):
         super().__init__()
         first = start[0][0]
         self.heads = [t.shape[1:] for kv in start for t in kv]
-        drawn = {s: _draw_mlp(first[0].numel(), sum(h.numel() for h in self.heads), config, s) for s in set(seeds)}
+        sizes = len(first) // len(seeds), first[0].numel(), sum(h.numel() for h in self.heads)
+        drawn = {s: _draw_mlp(*sizes, config, s) for s in set(seeds)}
         self.embedding, self.w1, self.b1, self.w2, self.b2 = (
             nn.Parameter(torch.stack([drawn[s][i] for s in seeds]).to(first.device, first.dtype)) for i in range(5)
         )
@@ -94,12 +95,12 @@ class StackedMLP(nn.Module):
                 own[self.has_init] = fitted.detach()[index]
 
 
-def _draw_mlp(width: int, out: int, config: PrefixConfig, seed: int) -> tuple[Tensor, ...]:
+def _draw_mlp(length: int, width: int, out: int, config: PrefixConfig, seed: int) -> tuple[Tensor, ...]:
     """Random weights of one network, drawn in PEFT's order, so that equal seeds give equal weights."""
     dim, hidden = config.embedding_dim or width, config.encoder_hidden_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        embedding, first = nn.Embedding(config.length, dim), nn.Linear(dim, hidden)
+        embedding, first = nn.Embedding(length, dim), nn.Linear(dim, hidden)
         second = nn.Linear(hidden, out)
     return tuple(t.detach() for t in (embedding.weight, first.weight.T, first.bias, second.weight.T, second.bias))
 

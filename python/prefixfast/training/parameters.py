@@ -1,4 +1,4 @@
-"""The trained parameters of all prefixes of a run, and the keys and values that the forward pass reads.
+"""The trained parameters of all prefixes of a run at one site, and the keys and values that the forward pass reads.
 
 The forward pass reads 2L leaf tensors ``[rows, H, D]``, the keys and values of each layer. They hold the rows of prefix
 i at ``i * P`` to ``(i + 1) * P``, and after them the rows of a frozen prefix, if there is one. A layer that a prefix
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
 from prefixfast.config import PrefixConfig
+from prefixfast.config.sites import SITES, Site
 from prefixfast.counter_rng import GOLDEN, mix
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.prefix_shape import own_layers, source_of
@@ -35,11 +36,11 @@ class ParameterOptions:
     """Options of the parameters of a group of prefixes.
 
     Attributes:
-        config: Options of what is learned: length, layers, MLP, dropout, frozen rows.
+        config: Options of what is learned: length and layers of each site, MLP, dropout, frozen rows.
         uses_mlp: Whether the reparameterization MLP is trained instead of the keys and values. With initial values the
             network starts as exactly these, or close to them with ``config.fit_steps``.
         seeds: Random seed of each prefix, or one for all. Random numbers are drawn as for a single prefix with the
-            seed, so that a prefix starts with the same values alone and among others.
+            seed, so that a prefix starts with the same values alone and among others. Each site has numbers of its own.
         dtype: dtype of the parameters.
         device: Device of the parameters.
     """
@@ -53,9 +54,10 @@ class ParameterOptions:
 
 @dataclass
 class PrefixParameters:
-    """The trained parameters of n prefixes of equal length.
+    """The trained parameters of n prefixes of equal length at one site.
 
     Attributes:
+        site: Kind of attention that sees the prefixes.
         layers: Layers in which the prefixes lie, ascending.
         num_prefixes: Number of prefixes n.
         length: Number of rows P of a prefix.
@@ -73,6 +75,7 @@ class PrefixParameters:
             ones; 0 rows without one.
     """
 
+    site: Site
     layers: tuple[int, ...]
     num_prefixes: int
     length: int
@@ -95,20 +98,22 @@ class PrefixParameters:
         options: ParameterOptions,
         *,
         on_top_of: Sequence[LayerKV] = (),
+        site: Site = "self",
     ) -> PrefixParameters:
         """Make the parameters of ``len(init)`` prefixes.
 
         Args:
-            shapes: Heads of every layer of the base model.
+            shapes: Heads of every layer of the site in the base model.
             init: Initial keys and values ``[P, H, D]`` by layer of the base model of each prefix, None for random ones.
             options: Options of the parameters.
             on_top_of: Keys and values ``[rows, H, D]`` by layer of the base model of a frozen prefix.
-
+            site: Kind of attention that sees the prefixes.
         """
         config, dtype, device = options.config, options.dtype, options.device
-        n, p = len(init), config.length
+        n, p = len(init), config.length_at(site)
         seeds = [options.seeds] * n if isinstance(options.seeds, int) else list(options.seeds)
-        layers, source = config.layers_at("self") or own_layers(shapes), source_of(shapes)
+        seeds = [_site_seed(seed, site) for seed in seeds]
+        layers, source = config.layers_at(site) or own_layers(shapes), source_of(shapes)
         empty = no_rows(shapes, torch.empty(0))
         frozen_prefix = [(k.detach().to(device, dtype), v.detach().to(device, dtype)) for k, v in on_top_of or empty]
         shapes = tuple(shapes[i] for i in layers)
@@ -124,10 +129,10 @@ class PrefixParameters:
         }
         if not options.uses_mlp:
             params = [(t.requires_grad_(), p) for kv in start for t in kv]
-            made = cls(layers, n, p, source, [], params, **common)
+            made = cls(site, layers, n, p, source, [], params, **common)
         else:
             network = StackedMLP(init, start, config, seeds)
-            made = cls(layers, n, p, source, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
+            made = cls(site, layers, n, p, source, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
         if config.frozen_rows:
             made.frozen_values = [t.clone() for t in made.current()]
             made.num_frozen = config.frozen_rows
@@ -181,14 +186,14 @@ class PrefixParameters:
         """
         return [t.detach() for t in self._flat()]
 
-    def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
+    def split(self, flat: Sequence[Tensor], number: int) -> dict[str, Tensor]:
         """Tensors of one prefix by name, on the CPU; they can be views of ``flat``.
 
         Args:
             flat: Tensors as `current` gives them.
             number: Number of the prefix.
         """
-        return split_rows(self.layers, flat, self.length, number)
+        return split_rows(self.layers, flat, self.length, number, self.site)
 
     def _flat(self) -> list[Tensor]:
         flat = [t for t, _ in self.params] if self.mlp is None else self.mlp()
@@ -216,7 +221,9 @@ class PrefixParameters:
         return factors
 
 
-def split_rows(layers: Sequence[int], flat: Sequence[Tensor], length: int, number: int) -> dict[str, Tensor]:
+def split_rows(
+    layers: Sequence[int], flat: Sequence[Tensor], length: int, number: int, site: Site = "self"
+) -> dict[str, Tensor]:
     """Keys and values of one prefix by name, on the CPU.
 
     Args:
@@ -224,10 +231,18 @@ def split_rows(layers: Sequence[int], flat: Sequence[Tensor], length: int, numbe
         flat: Keys and values ``[n * P, H, D]`` of all prefixes, in the order k0, v0, k1, ...
         length: Number of rows P of a prefix.
         number: Number of the prefix.
+        site: Kind of attention that sees the prefixes.
     """
     rows = slice(number * length, (number + 1) * length)
-    names = (f"self.{i}.{x}" for i in layers for x in "kv")
+    names = (f"{site}.{i}.{x}" for i in layers for x in "kv")
     return {name: t[rows].cpu() for name, t in zip(names, flat, strict=True)}
+
+
+def _site_seed(seed: int, site: Site) -> int:
+    """Seed of the random numbers of a site. That of the decoder's self-attention is the seed itself."""
+    if site == "self":
+        return seed
+    return int(np.random.SeedSequence([seed, SITES.index(site)]).generate_state(1, np.uint64)[0] >> 2)
 
 
 def _concat_layer(init: list[list[LayerKV]], layer: int, dtype: torch.dtype, device: torch.device) -> LayerKV:

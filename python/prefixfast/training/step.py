@@ -178,7 +178,7 @@ class StepRunner:
     def _token_losses(self, micro: MicroBatch) -> Tensor:
         """Cross-entropy of every target token, ``[T]``."""
         plan = self.params.plan(micro).with_logits_at(micro.logits_at)
-        return self.model.losses(plan, micro.ids, micro.targets)
+        return self.model.losses(plan, micro.ids, micro.targets, micro.encoder_ids)
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and optimizer state by name, for `load`."""

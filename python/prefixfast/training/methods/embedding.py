@@ -19,6 +19,7 @@ from prefixfast.prefix.virtual_tokens import embedded_tensors
 from prefixfast.training.embeddings import EmbeddingParameters
 from prefixfast.training.init import init_text_ids
 from prefixfast.training.methods.prefix import PrefixState
+from prefixfast.training.prefix_sites import TrainedPrefixes
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
@@ -38,7 +39,7 @@ def make(data: GroupData) -> PrefixState:
     if reason is not None:
         msg = f"method 'embedding' does not work with a {type(model.hf).__name__}: {reason}; train a prefix"
         raise ConfigError(msg)
-    return PrefixState(data, EmbeddingParameters(model, tables))
+    return PrefixState(data, TrainedPrefixes({"self": EmbeddingParameters(model, tables)}))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prefixfast.attention.plan import Plan
+    from prefixfast.attention.seq2seq_plan import Seq2SeqPlan
     from prefixfast.training.batching import MicroBatch
     from prefixfast.training.group_data import GroupData
     from prefixfast.training.groups import PrefixJob
@@ -58,7 +59,7 @@ class MethodState(Protocol):
     def backward(self) -> None:
         """Carry gradients to the parameters, once a step after the last micro-batch."""
 
-    def plan(self, micro: MicroBatch) -> Plan:
+    def plan(self, micro: MicroBatch) -> Plan | Seq2SeqPlan:
         """Attention plan of a micro-batch."""
 
     def current(self) -> list[Tensor]:

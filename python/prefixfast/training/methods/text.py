@@ -28,4 +28,4 @@ class TextPrefix(PrefixState):
 def make(data: GroupData) -> TextPrefix:
     """Keys and values of the text of a group of one name."""
     ids = text_ids(data.model, data.group, data.job.init_options)
-    return TextPrefix(data, prefix_parameters(data, [text_kv(data.model, ids, len(ids))]))
+    return TextPrefix(data, prefix_parameters(data, {"self": [text_kv(data.model, ids, len(ids))]}))
