@@ -70,11 +70,11 @@ class TokenBudget:
             msg = f"memory ran out with token_budget={self.tokens}: {advice} ({reason})"
             raise CapacityError(msg)
         if batch is None or len(batch.lengths) == 1:
-            what = "the prefixes themselves" if batch is None else f"one example of {int(batch.lengths[0]) + 1} tokens"
+            what = "the prefixes themselves" if batch is None else f"one example of {batch.num_tokens + 1} tokens"
             advice = "train fewer prefixes at once, use gradient_checkpointing=True, or a shorter max_length"
             msg = f"memory ran out on {what}: {advice} ({reason})"
             raise CapacityError(msg)
-        self.tokens = max(1, min(self.tokens, int(batch.lengths.sum()) + len(batch.lengths)) // 2)
+        self.tokens = max(1, min(self.tokens, batch.num_tokens + len(batch.lengths)) // 2)
         logger.warning("memory ran out: the step is repeated with token_budget=%d", self.tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

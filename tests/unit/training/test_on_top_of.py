@@ -204,8 +204,8 @@ class Limit:
     def __init__(self, original, tokens: int, error: Exception) -> None:
         self.original, self.tokens, self.error, self.seen, self.refused = original, tokens, error, [], 0
 
-    def __call__(self, plan, ids, targets):
-        losses = self.original(plan, ids, targets)
+    def __call__(self, plan, ids, *rest):
+        losses = self.original(plan, ids, *rest)
         if len(ids) > self.tokens:
             self.refused += 1
             raise self.error

@@ -229,10 +229,10 @@ def test_options_without_effect_on_results_may_change(model, tmp_path):
 def test_a_halved_budget_stays_halved(model, tmp_path, monkeypatch):
     original = type(model).losses
 
-    def limited(self, plan, ids, targets):
+    def limited(self, plan, ids, *rest):
         if len(ids) > 15:
             raise torch.OutOfMemoryError("out of memory")
-        return original(self, plan, ids, targets)
+        return original(self, plan, ids, *rest)
 
     how = {**HOW, **FLAT, "eval_data": HELD_OUT, "batch_size": 4, "max_steps": 8}
     with monkeypatch.context() as patch:

@@ -92,8 +92,7 @@ def check_prompts(batch: Sequence[Input], tasks: Sequence[Task]) -> None:
 
 def decoder_of(model: Model) -> DecoderTokens | None:
     """Tokens of the decoder of an encoder-decoder base model, None for a decoder-only one."""
-    found: DecoderTokens | None = getattr(model, "seq2seq", None)
-    return found
+    return model.seq2seq
 
 
 def _no_template(messages: Sequence[Mapping[str, JSON]], **options: Any) -> str:
