@@ -67,7 +67,7 @@ MAKE: dict[str, tuple[str, dict[str, Any], int]] = {
     "mbart": ("MBart", {**BART, "scale_embedding": True}, 25),
     "plbart": ("PLBart", BART, 13),
     "pegasus": ("Pegasus", BART, 21),
-    "marian": ("Marian", BART, 24),
+    "marian": ("Marian", BART, 20),
     "blenderbot": ("Blenderbot", BART, 22),
     "blenderbot-small": ("BlenderbotSmall", BART, 22),
     "m2m_100": ("M2M100", BART, 16),

@@ -3,14 +3,15 @@
 Attaching freezes the model, switches every sub-model to the attention implementation ``"prefixfast"`` and replaces
 NewGELU, which is eight operations, by one operator. A dry run shows that every layer reaches prefixfast's attention
 function, and a proof compares the results with those of the model's own forward. This module has no code for single
-architectures.
+architectures. The encoder-decoder ones that need code have it in `prefixfast.model.seq2seq.families`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,9 @@ from prefixfast.model.process import note_computing
 from prefixfast.model.proof.infix import InfixSupport
 from prefixfast.model.proof.prove import prove
 from prefixfast.model.row_independence import dependent_rows, recorded_rows
+from prefixfast.model.seq2seq.dry_run import seq2seq_dry_run
+from prefixfast.model.seq2seq.families import FAMILIES
+from prefixfast.model.seq2seq.site_modules import set_tags, site_modules
 from prefixfast.model.supported_models import check_supported
 from prefixfast.model.weights import unusable_weights
 
@@ -46,6 +50,7 @@ class Handle:
         users: Number of `attach` calls without their `detach`.
         blocks: Transformer blocks, once they were checked.
         guard: Guard that keeps changes of the model and runs of other threads apart.
+        refresh: Function that reads again what was made of the weights.
     """
 
     model: PreTrainedModel
@@ -55,6 +60,7 @@ class Handle:
     users: int = 1
     blocks: list[torch.nn.Module] | None = None
     guard: BaseGuard = field(default_factory=BaseGuard)
+    refresh: Callable[[], None] = lambda: None
 
     def detach(self) -> None:
         """Detach once; the last user restores attention, activations, training flags and ``requires_grad``."""
@@ -66,6 +72,7 @@ class Handle:
 
 
 KEY = "_prefixfast_handle"
+NO_INFIX = "its prompt is the encoder's text, so that no prompt token stands right before the answer"
 _LOCK = threading.RLock()
 
 
@@ -78,10 +85,11 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def attach(model: PreTrainedModel) -> Handle:
-    """Attach a decoder-only model.
+    """Attach a model.
 
     Args:
-        model: Causal language model that calls transformers' attention interface.
+        model: Causal language model, or encoder-decoder model with a language head, that calls transformers' attention
+            interface.
 
     Returns:
         Handle of the attachment. A model that is attached already returns the same handle.
@@ -105,17 +113,46 @@ def attach(model: PreTrainedModel) -> Handle:
             undo += [switch(model)]
             with private_configs(model):
                 undo += _replace_gelu(model)
-                with recorded_rows(model) as rows:
-                    layers, windows = dry_run(model)
-                if (reason := dependent_rows(rows)) is not None:
-                    msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): {reason}"
-                    raise ConfigError(msg)
-                infix = prove(model, layers, windows, own)
+                make = _seq2seq_handle if model.config.is_encoder_decoder else _decoder_handle
+                handle = make(model, own, undo)
         except BaseException:
             _run(undo)
             raise
-        model.__dict__[KEY] = handle = Handle(model, BySite({"self": layers}), infix, undo)
+        model.__dict__[KEY] = handle
         return handle
+
+
+def _decoder_handle(model: PreTrainedModel, own: Sequence[str | None], undo: list[Callable[[], None]]) -> Handle:
+    """Handle of a decoder-only model, after its proof.
+
+    Args:
+        model: Switched model.
+        own: Attention implementation of each config before the switch.
+        undo: Functions that restore the model.
+    """
+    with _independent_rows(model):
+        layers, windows = dry_run(model)
+    return Handle(model, BySite({"self": layers}), prove(model, layers, windows, own), undo)
+
+
+def _seq2seq_handle(model: PreTrainedModel, own: Sequence[str | None], undo: list[Callable[[], None]]) -> Handle:
+    """Handle of an encoder-decoder model, after its proof; the arguments are those of `_decoder_handle`."""
+    modules = site_modules(model)
+    undo.append(set_tags(modules))
+    refresh = FAMILIES[model.config.model_type].hook(model, modules, undo)
+    with _independent_rows(model):
+        sites = seq2seq_dry_run(model, modules)
+    return Handle(model, sites, InfixSupport(refusal=NO_INFIX), undo, refresh=refresh)
+
+
+@contextlib.contextmanager
+def _independent_rows(model: PreTrainedModel) -> Iterator[None]:
+    """Context manager of a forward, after which a model whose layers mix the rows of a batch is refused."""
+    with recorded_rows(model) as rows:
+        yield
+    if (reason := dependent_rows(rows)) is not None:
+        msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): {reason}"
+        raise ConfigError(msg)
 
 
 def _run(undo: list[Callable[[], None]]) -> None:

@@ -26,6 +26,9 @@ from prefixfast.model.lm_head import Head, find_head, packed_hidden
 from prefixfast.model.packed_forward import check_eval, packed_forward
 from prefixfast.model.prefix_shape import PrefixShape
 from prefixfast.model.prepack import Packed, prepack
+from prefixfast.model.seq2seq.families import FAMILIES
+from prefixfast.model.seq2seq.head import find_seq2seq_head
+from prefixfast.model.seq2seq.stacks import seq2seq_hidden
 from prefixfast.model.seq2seq.tokens import Seq2Seq
 from prefixfast.model.tokenizer import Tokenizer
 from prefixfast.model.weights import recorded_state
@@ -98,12 +101,14 @@ class Model:
 
     @property
     def max_positions(self) -> int:
-        """Number of positions of the base model."""
+        """Number of positions of the base model, of the decoder in an encoder-decoder base."""
+        if self.seq2seq is not None:
+            return FAMILIES[self.hf.config.model_type].positions(self.hf.get_decoder())
         return int(self.hf.config.get_text_config().max_position_embeddings)
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of the input embedding."""
+        """Number of rows of the input embedding, of the encoder's in an encoder-decoder base."""
         return int(self.hf.get_input_embeddings().weight.shape[0])
 
     @property
@@ -118,7 +123,7 @@ class Model:
             state, kept = recorded_state(self.hf), self._fingerprint
             if kept is None or kept[0] != state:
                 found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)
-                layout = kv_layout(self.hf, self.layers)
+                layout = None if self.seq2seq is not None else kv_layout(self.hf, self.layers)
                 self._fingerprint = kept = state, found if layout is None else {**found, "kv_layout": layout}
             return kept[1]
 
@@ -138,7 +143,9 @@ class Model:
         Raises:
             ConfigError: If the Hugging Face model is detached or in training mode.
         """
-        assert isinstance(plan, Plan)
+        if isinstance(plan, Seq2SeqPlan):
+            assert self.head is not None
+            return self.head.logits(self.hidden(plan, ids, encoder_ids))
         return packed_forward(self.hf, plan, ids)
 
     def hidden(self, plan: Plan | Seq2SeqPlan, ids: Tensor, encoder_ids: Tensor | None = None) -> Tensor:
@@ -156,7 +163,8 @@ class Model:
         Raises:
             ConfigError: If the Hugging Face model is detached or in training mode.
         """
-        assert isinstance(plan, Plan)
+        if isinstance(plan, Seq2SeqPlan):
+            return seq2seq_hidden(self.hf, plan, ids, encoder_ids)
         return packed_hidden(self.hf, plan, ids)
 
     def losses(
@@ -194,8 +202,9 @@ class Model:
     def _follow_changes(self) -> None:
         """Forget what a change of the weights or of the output layer since the last call has made wrong."""
         self._fingerprint = None
+        self.handle.refresh()
         if self.head is not None and not self.head.is_of(self.hf):
-            self.head = find_head(self.hf)
+            self.head = (find_head if self.seq2seq is None else find_seq2seq_head)(self.hf)
 
     @contextlib.contextmanager
     def run(self) -> Iterator[None]:

@@ -27,18 +27,25 @@ class Head:
     Attributes:
         layer: Module of the layer.
         softcap: Soft cap of the logits, 0 for none.
+        scale: Factor on the hidden states.
+        bias: Bias of the logits ``[V]`` beside that of the layer, or None.
     """
 
     layer: nn.Linear
     softcap: float
+    scale: float = 1.0
+    bias: Tensor | None = None
 
     def is_of(self, model: PreTrainedModel) -> bool:
         """Whether this is still the output layer of a model, as `find_head` found it."""
-        return model.get_output_embeddings() is self.layer and _is_plain(self.layer)
+        own = logits_bias(model)
+        is_same = own is self.bias or (own is not None and self.bias is not None and own.is_set_to(self.bias))
+        return is_same and model.get_output_embeddings() is self.layer and is_plain(self.layer)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, V]`` of hidden states ``[n, d]``."""
-        out = self.layer(two_rows(hidden, 0))[: len(hidden)]
+        out = self.layer(two_rows(self._scaled(hidden), 0))[: len(hidden)]
+        out = out if self.bias is None else out + self.bias
         return self.softcap * torch.tanh(out / self.softcap) if self.softcap else out
 
     def losses(self, hidden: Tensor, targets: Tensor, backend: str) -> Tensor:
@@ -54,9 +61,14 @@ class Head:
         Returns:
             Losses ``[n]`` in fp32 (fp64 for hidden states in fp64).
         """
+        hidden, biases = self._scaled(hidden), [b for b in (self.layer.bias, self.bias) if b is not None]
+        bias = biases[0] + biases[1] if len(biases) > 1 else next(iter(biases), None)
         if self.layer.weight.requires_grad and torch.is_grad_enabled():
-            return trained_losses(hidden, self.layer.weight, self.layer.bias, targets, self.softcap)
-        return ops.cross_entropy(hidden, self.layer.weight, self.layer.bias, targets, self.softcap, backend)
+            return trained_losses(hidden, self.layer.weight, bias, targets, self.softcap)
+        return ops.cross_entropy(hidden, self.layer.weight, bias, targets, self.softcap, backend)
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self.scale == 1.0 else hidden * self.scale
 
 
 def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
@@ -78,7 +90,7 @@ def packed_hidden(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Tensor:
     return hidden[: len(ids)] if plan.logits_at is None else hidden[plan.logits_at]
 
 
-def _is_plain(layer: nn.Module | None) -> bool:
+def is_plain(layer: nn.Module | None) -> bool:
     """Whether a layer is a linear layer without hooks whose weight is a plain tensor."""
     return (
         type(layer) is nn.Linear
@@ -86,6 +98,12 @@ def _is_plain(layer: nn.Module | None) -> bool:
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
     )
+
+
+def logits_bias(model: PreTrainedModel) -> Tensor | None:
+    """Bias ``[V]`` that an encoder-decoder model adds to its logits, None for none."""
+    bias = getattr(model, "final_logits_bias", None)
+    return bias[0] if isinstance(bias, Tensor) else None
 
 
 @torch.no_grad()
@@ -99,7 +117,7 @@ def find_head(model: PreTrainedModel) -> Head | None:
     ids = torch.arange(1, 9, device=model.device) % model.config.get_text_config().vocab_size
     plan = plain_plan([len(ids)], backend=ops.Backend("reference"), device=model.device)
     reason = f"its output layer is {type(layer).__name__}"
-    if _is_plain(layer):
+    if is_plain(layer):
         try:
             head = Head(layer, float(cap))
             expected, got = packed_forward(model, plan, ids), head.logits(packed_hidden(model, plan, ids))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from prefixfast.attention import ops
@@ -23,6 +23,8 @@ from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.base_name import check_base_name
 from prefixfast.model.lm_head import find_head
 from prefixfast.model.quantized_copy import gguf_quantization, quantization_of
+from prefixfast.model.seq2seq.facts import seq2seq_facts
+from prefixfast.model.seq2seq.head import find_seq2seq_head
 from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
@@ -100,13 +102,23 @@ def load(
         return made
     try:
         with _loading(str(model)):
-            hf = AutoModelForCausalLM.from_pretrained(model, dtype=compute, **common).to(where)
+            auto = AutoModelForSeq2SeqLM if _is_seq2seq(model, common) else AutoModelForCausalLM
+            hf = auto.from_pretrained(model, dtype=compute, **common).to(where)
     except Exception as e:  # transformers and the libraries of quantized weights raise many kinds of errors
         install = f"; pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
         msg = f"model: {shown(str(model))} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}{install}"
         raise ConfigError(msg) from e
     own = tokenizer if tokenizer is not None else read_tokenizer(model, **common)
     return _wrap(hf, own, backend, allow_base_mismatch)
+
+
+def _is_seq2seq(name: str | Path, common: dict[str, Any]) -> bool:
+    """Whether a base model is an encoder-decoder one by its configuration."""
+    try:
+        config = AutoConfig.from_pretrained(name, **common)
+    except Exception:  # an adapter's folder has none; the errors of others come again with the weights
+        return False
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 @contextlib.contextmanager
@@ -138,7 +150,10 @@ def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTra
         hf = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=compute, **unpacked)
         own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as e:  # transformers raises many kinds of errors for damaged files
-        msg = f"model: {shown(str(path))} cannot be loaded: {type(e).__name__}: {e}"
+        reason = f"{type(e).__name__}: {e}"
+        if _is_seq2seq(path.parent, {"gguf_file": path.name}):
+            reason = "it is an encoder-decoder model, which is loaded from a folder of transformers or a hub id only"
+        msg = f"model: {shown(str(path))} cannot be loaded: {reason}"
         raise ConfigError(msg) from e
     hf.name_or_path = hf.config._name_or_path = str(path)  # the name under which a prefix finds its base
     return hf, own
@@ -180,11 +195,13 @@ def _wrap(hf: PreTrainedModel, tokenizer: Any, backend: str, allow_base_mismatch
         layers = [s for of_site in handle.sites.values() for s in of_site]
         shapes = tuple((s.num_heads // s.num_kv_heads, s.attention_dim) for s in layers)
         chosen = ops.choose_backend(backend, hf.device, hf.dtype, shapes, max(s.num_kv_heads for s in layers))
-    except ConfigError:
+        with handle.guard.running():
+            facts = seq2seq_facts(hf) if hf.config.is_encoder_decoder else None
+            head = find_head(hf) if facts is None else find_seq2seq_head(hf)
+    except BaseException:
         handle.detach()
         raise
-    with handle.guard.running():
-        made = Model(hf, chosen, handle, ours, find_head(hf))
+    made = Model(hf, chosen, handle, ours, head, seq2seq=facts)
     made.quantization, made.allow_base_mismatch = quantization_of(hf), allow_base_mismatch
     return made
 

@@ -20,7 +20,12 @@ from prefixfast.model.attention_switch import configs_of, own_implementation
 
 FOLDER = str(Path(transformers.__file__).parent)
 # Functions that a modeling file defines or imports, and that its attention modules look up in the file.
-LOOKED_UP = ("eager_attention_forward", "create_causal_mask", "create_sliding_window_causal_mask")
+LOOKED_UP = (
+    "eager_attention_forward",
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "create_bidirectional_mask",
+)
 
 
 def foreign_attention(model: PreTrainedModel) -> str | None:

@@ -179,15 +179,15 @@ REFUSED = {
         "needs ALiBi biases",
     ),
     "falcon": (sized("Falcon"), OWN),
-    "t5": (
-        lambda: transformers.T5ForConditionalGeneration(
-            transformers.T5Config(vocab_size=101, d_model=32, d_ff=48, d_kv=8, num_layers=2)
-        ),
-        "encoder-decoder",
+    "mvp": (
+        lambda: transformers.MvpForConditionalGeneration(transformers.MvpConfig(vocab_size=tiny.VOCAB, **BART)),
+        OWN,
     ),
-    "bart": (
-        lambda: transformers.BartForConditionalGeneration(transformers.BartConfig(vocab_size=tiny.VOCAB, **BART)),
-        "encoder-decoder models are not supported",
+    "whisper": (
+        lambda: transformers.WhisperForConditionalGeneration(
+            transformers.WhisperConfig(vocab_size=tiny.VOCAB, pad_token_id=0, **BART)
+        ),
+        "it is none of the encoder-decoder models bart, ",
     ),
     "upcast": (
         lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**tiny.GPT2, reorder_and_upcast_attn=True)),
