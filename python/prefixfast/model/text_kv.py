@@ -5,7 +5,7 @@ Shape letters: P rows of a prefix, L layers, H kv heads, D head dim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from prefixfast.attention.plan import NO_PREFIXES, Arena, LayerKV, PrefixRows, PrefixUse, training_plan
+from prefixfast.attention.seq2seq_plan import plain_seq2seq_plan
+from prefixfast.config.sites import SITES, BySite, Site
 from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import by_source, readers
 
@@ -79,6 +81,46 @@ def tokens_kv(
         for (k, v), s in zip(layers, model.layers, strict=True)
     ]
     return by_source(model.layers, made)
+
+
+def seq2seq_text_kv(
+    model: Model, encoder_ids: Sequence[int], decoder_ids: Sequence[int], lengths: Mapping[Site, int]
+) -> Mapping[Site, list[LayerKV]]:
+    """Keys and values of texts in an encoder-decoder base; a shorter text is repeated, a longer one cut to P tokens.
+
+    Encoder and cross rows are those of the encoder's text, and decoder rows those of the decoder's text after it.
+
+    Args:
+        model: Base model.
+        encoder_ids: Token ids of the encoder's text, at least one.
+        decoder_ids: Token ids of the decoder's text, at least one.
+        lengths: Number of rows P of each site that is wanted.
+
+    Returns:
+        Keys and values ``[P, H, D]`` by layer of each site, in fp32 (fp64 for a base in fp64).
+    """
+
+    def resized(ids: Sequence[int], site: Site) -> list[int]:
+        return (list(ids) * lengths[site])[: lengths[site]]
+
+    dtype, made = parameter_dtype(model.dtype), {}
+    for site in lengths:
+        texts = list(encoder_ids), list(decoder_ids[:1])
+        texts = (texts[0], resized(decoder_ids, site)) if site == "self" else (resized(encoder_ids, site), texts[1])
+        made[site] = [(k.to(dtype), v.to(dtype)) for k, v in _site_kv(model, *texts)[site]]
+    return BySite(made)
+
+
+@torch.no_grad()
+def _site_kv(model: Model, encoder_ids: list[int], decoder_ids: list[int]) -> Mapping[Site, list[LayerKV]]:
+    """Keys and values ``[tokens, H, D]`` by layer of each site in one forward without prefixes."""
+    found: dict[Site, dict[int, LayerKV]] = {site: {} for site in SITES}
+    plan = plain_seq2seq_plan(
+        [len(decoder_ids)], [len(encoder_ids)], backend=model.backend, device=model.device
+    ).with_probe(lambda call: found[call.site].update({call.layer: (call.k, call.v)}))
+    with model.guard.running():
+        model.hidden(plan, *(torch.tensor(ids, device=model.device) for ids in (decoder_ids, encoder_ids)))
+    return {site: [layers[i] for i in range(len(layers))] for site, layers in found.items()}
 
 
 def parameter_dtype(compute: torch.dtype) -> torch.dtype:

@@ -17,7 +17,7 @@ from prefixfast.data.rows import row_error
 from prefixfast.errors import ConfigError, DataError, is_text, shown
 from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import filled_layers, own_layers
-from prefixfast.model.text_kv import text_kv
+from prefixfast.model.text_kv import seq2seq_text_kv, text_kv
 from prefixfast.prefix.compatibility import check_fits
 from prefixfast.prefix.kv import context, kv_by_layer, no_rows
 from prefixfast.prefix.prefix import Prefix
@@ -97,8 +97,6 @@ def _values(
         logger.debug("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
     if model.seq2seq is None:
         return {"self": text_kv(model, ids, lengths["self"], *context(after, model))}
-    from prefixfast.model.text_kv import seq2seq_text_kv  # type: ignore[attr-defined]
-
     return seq2seq_text_kv(model, ids, model.seq2seq.decoder_ids(np.array(ids, np.int32)).tolist(), lengths)
 
 
