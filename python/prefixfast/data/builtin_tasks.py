@@ -74,8 +74,9 @@ WEBNLG = Task("webnlg", _rust.Linearizer.webnlg().spec, **TABLE_TO_TEXT)
 DART = Task("dart", _rust.Linearizer.dart().spec, **TABLE_TO_TEXT)
 TOTTO = Task("totto", _rust.Linearizer.totto().spec, **TABLE_TO_TEXT)  # the table is text as in Parikh et al. 2020
 SUMMARY = Task("summary", prompt="{src}\n", strip=True, init_text="Summarize the following text:", input="document")
-# Li & Liang's summaries on a decoder-only base: source, end token, target, end token. Decoding is that of BART in the
-# paper: at most 62 and at least 11 tokens, the begin and the end token included.
+# Li & Liang's summaries. On a decoder-only base: source, end token, target, end token. Decoding is that of BART in the
+# paper: at most 62 and at least 11 tokens, of which the start token counts in both, and the begin token is part of the
+# target of an encoder-decoder base alone.
 XSUM = Task(
     "xsum",
     prompt="{src}{eos}",
@@ -83,25 +84,33 @@ XSUM = Task(
     init_text="summarize",
     decoding={"num_beams": 6, "max_new_tokens": 60, "min_new_tokens": 10, "length_penalty": 0.8},
     input="document",
+    encoder_decoding={"num_beams": 6, "max_new_tokens": 61, "min_new_tokens": 10, "length_penalty": 0.8},
 )
-# Decoding of BART's authors (fairseq, examples/bart/summarize.py).
+# Decoding of BART's authors (fairseq, examples/bart/summarize.py). A target of BART also has a begin token.
+BART_CNN: dict[str, Any] = {
+    "num_beams": 4,
+    "max_new_tokens": 140,
+    "min_new_tokens": 55,
+    "length_penalty": 2.0,
+    "no_repeat_ngram_size": 3,
+}
 CNN_DAILYMAIL = Task(
     "cnn_dailymail",
     prompt="{src}{eos}",
     strip=True,
     init_text="summarize",
-    decoding={
-        "num_beams": 4,
-        "max_new_tokens": 140,
-        "min_new_tokens": 55,
-        "length_penalty": 2.0,
-        "no_repeat_ngram_size": 3,
-    },
+    decoding=BART_CNN,
+    encoder_decoding=BART_CNN | {"max_new_tokens": 141},
     input="document",
 )
 SAMSUM = Task("samsum", prompt="{src}\n", strip=True, init_text="Summarize the following dialogue:", input="document")
 # Decoding of the authors' baseline (cylnlp/dialogsum, Baseline/bart_train.py): at most 128 tokens with begin and end.
-DIALOGSUM = replace(SAMSUM, name="dialogsum", decoding={"num_beams": 5, "max_new_tokens": 126})
+DIALOGSUM = replace(
+    SAMSUM,
+    name="dialogsum",
+    decoding={"num_beams": 5, "max_new_tokens": 126},
+    encoder_decoding={"num_beams": 5, "max_new_tokens": 127},
+)
 TASKS = {
     "e2e": E2E,
     "webnlg": WEBNLG,

@@ -55,6 +55,7 @@ class Task:
             that the chat template marks with ``{% generation %}``, ``"all"`` every token but the first. ``"auto"`` is
             ``"assistant"`` if the chat template has such marks, else ``"last"``.
         columns: Columns that the linearizer writes as a table, for the input ``"columns"`` with a linearizer.
+        encoder_decoding: Default `GenerationParams` of prefixes of encoder-decoder base models, None for ``decoding``.
 
     Raises:
         ConfigError: If a field has a wrong value, or the linearizer does not match the format.
@@ -76,6 +77,7 @@ class Task:
     input: FormatName | None = None
     loss_on: LossOn = "auto"
     columns: Sequence[str] = ()
+    encoder_decoding: Mapping[str, JSON] | None = None
 
     def __post_init__(self) -> None:
         texts = ("name", "prompt", "target", "init_text") + (() if self.linearizer is None else ("linearizer",))
@@ -83,6 +85,8 @@ class Task:
             check_string(f"task: {name}", getattr(self, name))
         check_flag(f"task {shown(self.name)}: strip", self.strip)
         check_mapping(f"task {shown(self.name)}: decoding", self.decoding)
+        if self.encoder_decoding is not None:
+            check_mapping(f"task {shown(self.name)}: encoder_decoding", self.encoder_decoding)
         for name in ("bad_words", "columns"):
             texts = getattr(self, name)
             if not isinstance(texts, list | tuple) or not all(isinstance(t, str) and t for t in texts):
@@ -208,11 +212,16 @@ class Task:
         return text.strip() if self.strip else text
 
     def spec(self) -> dict[str, JSON]:
-        """Fields of the task as JSON values, stored as `Prefix.task`."""
+        """Fields of the task as JSON values."""
         fields: dict[str, JSON] = json.loads(json.dumps(dataclasses.asdict(self)))
-        if not self.columns:
-            del fields["columns"]  # earlier versions do not know the field
+        for name in ("columns", "encoder_decoding"):
+            if not getattr(self, name):
+                del fields[name]  # earlier versions do not know the field
         return fields
+
+    def stored_spec(self) -> dict[str, JSON]:
+        """`spec` as it is stored as `Prefix.task`, beside the prefix's own defaults of generation."""
+        return dataclasses.replace(self, encoder_decoding=None).spec()
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, JSON]) -> Task:
@@ -233,8 +242,9 @@ class Task:
             msg = "task: name: expected str, got nothing"
             raise ConfigError(msg)
         for name, value in spec.items():
-            kind = {"decoding": Mapping, "strip": bool, "bad_words": Sequence, "columns": Sequence}.get(name, str)
-            optional = name in ("linearizer", "input") and value is None
+            kinds = {"strip": bool, "bad_words": Sequence, "columns": Sequence}
+            kind = Mapping if name in ("decoding", "encoder_decoding") else kinds.get(name, str)
+            optional = name in ("linearizer", "input", "encoder_decoding") and value is None
             if not isinstance(value, kind) and not optional:
                 msg = f"task: {name}: expected {kind.__name__.lower()}, got {shown(value)}"
                 raise ConfigError(msg)

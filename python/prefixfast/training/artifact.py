@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import vocabulary_error
 from prefixfast.training.groups import PrefixJob
@@ -77,18 +79,34 @@ class ArtifactBuilder:
             training["on_top_of"] = before.digest
         fields: dict[str, Any] = {
             "base": self.base,
-            "task": None if task.name == "input_ids" else task.spec(),
-            "decoding": self.decoding,
+            "task": None if task.name == "input_ids" else task.stored_spec(),
+            "decoding": self.decoding | self._own_decoding(job),
             "training": training,
         }
         return self.params.build(tensors, job, fields)
 
+    def _own_decoding(self, job: PrefixJob) -> dict[str, JSON]:
+        """Decoding defaults that follow from the options and the rows of one name."""
+        decoder, config, found = self.data.model.seq2seq, self.data.group.config, dict[str, JSON]()
+        if decoder is None:
+            return found
+        if config.overflow == "truncate" and config.max_source_length is not None:
+            found["max_source_length"] = config.max_source_length
+        if decoder.wraps:  # the language of the target, which labels end with, is the start token
+            examples, (start, end) = self.data.dataset.examples, self.data.dataset.span[job.source]
+            starts = np.unique(examples.ids[examples.indptr[start:end]])
+            if len(starts) == 1:
+                found["decoder_start_token_id"] = int(starts[0])
+        return found
+
 
 def _decoding(model: Model, task: Task) -> dict[str, JSON]:
     """Decoding defaults of a task, with its bad words as token ids."""
-    decoding: dict[str, JSON] = dict(task.decoding)
+    own = task.decoding if model.seq2seq is None or task.encoder_decoding is None else task.encoder_decoding
+    decoding: dict[str, JSON] = dict(own)
     if task.bad_words and model.tokenizer is not None:
-        vocab_size = model.vocab_size  # a word with a further token cannot be generated
+        # A word with a further token cannot be generated.
+        vocab_size = model.vocab_size if model.seq2seq is None else model.seq2seq.vocab_size
         encoded = model.tokenizer.encode(list(task.bad_words), add_special_tokens=False)
         decoding["bad_words_ids"] = [
             ids.tolist() for ids in encoded if len(ids) and not vocabulary_error(ids, vocab_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -17,7 +17,10 @@ from prefixfast.training.job import JobArguments, load_base, prepare
 from prefixfast.training.output_dir import OutputDir
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from prefixfast.training.loop import GroupTrainer
+    from prefixfast.training.methods.state import MethodState
 
 IGNORED_ARGUMENTS = ("output_dir", "resume", "overwrite", "progress")
 
@@ -36,6 +39,8 @@ class Estimate:
         stored_numbers: Number of stored numbers of one prefix, in the largest group.
         stored_bytes: Size of these numbers in bytes.
         trained_numbers: Number of parameters that training adjusts for one prefix, in the largest group.
+        sites: Numbers of one prefix in the largest group by site, ``rows``, ``stored_numbers``, ``trained_numbers`` and
+            ``training_bytes``; empty for a method that trains weights.
         base_bytes: Size of the base model's parameters in bytes.
         training_bytes: Size of the parameters, gradients and optimizer state of the largest group in bytes.
         peak_bytes: Largest memory use of the measured steps in bytes: of the GPU's allocator, else of this process.
@@ -52,6 +57,7 @@ class Estimate:
     stored_numbers: int
     stored_bytes: int
     trained_numbers: int
+    sites: dict[str, dict[str, int]]
     base_bytes: int
     training_bytes: int
     peak_bytes: int
@@ -87,7 +93,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
 
     measured: list[_Measured] = []
     with load_base(model, job.config) as base, gradient_checkpointing(base, job.config.gradient_checkpointing):
-        job.check_model(base)
+        job = job.for_model(base)
         for number in range(len(job.groups)):
             group = tokenize_group(base, job, number)
             job.rows.failed.update(group.failed)
@@ -113,6 +119,7 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
         stored_numbers=largest.stored_numbers,
         stored_bytes=largest.stored_bytes,
         trained_numbers=largest.trained_numbers,
+        sites=largest.sites,
         base_bytes=base_bytes,
         training_bytes=largest.training_bytes,
         peak_bytes=peak,
@@ -138,6 +145,7 @@ class _Measured:
     stored_numbers: int
     stored_bytes: int
     trained_numbers: int
+    sites: dict[str, dict[str, int]]
     training_bytes: int
     seconds_per_step: float
 
@@ -146,8 +154,7 @@ def _measure(trainer: GroupTrainer) -> _Measured:
     """Numbers of a group, with the time of its second step."""
     seconds, runner, prefixes = _time_second_step(trainer), trainer.runner, len(trainer.names)
     own, stored = [t for t, _ in runner.params.params], runner.params.current()
-    # The parameter, its gradient and two moments; a method without steps has none of them.
-    training_bytes = 4 * sum(t.numel() * t.element_size() for t in own) if runner.params.num_trained else 0
+    training_bytes = _training_bytes(own) if runner.params.num_trained else 0
     jobs, spans, sizes = trainer.group.jobs, trainer.data.dataset.span, runner.examples.sizes
     rows = trainer.job.rows.rows
     by_rows = {id(rows[j.source]): spans[j.source] for j in jobs}
@@ -160,9 +167,31 @@ def _measure(trainer: GroupTrainer) -> _Measured:
         stored_numbers=sum(t.numel() for t in stored) // prefixes,
         stored_bytes=sum(t.numel() * t.element_size() for t in stored) // prefixes,
         trained_numbers=runner.params.num_trained,
+        sites=_sites(runner.params, prefixes),
         training_bytes=training_bytes,
         seconds_per_step=seconds,
     )
+
+
+def _training_bytes(tensors: Sequence[Tensor]) -> int:
+    """Size of parameters, their gradients and two moments in bytes."""
+    return 4 * sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _sites(state: MethodState, count: int) -> dict[str, dict[str, int]]:
+    """Numbers of one of ``count`` prefixes, by site."""
+    from prefixfast.training.methods.prefix import PrefixState
+
+    by_site = state.parameters.by_site if isinstance(state, PrefixState) else {}
+    return {
+        site: {
+            "rows": own.length,
+            "stored_numbers": sum(t.numel() for t in own.current()) // count,
+            "trained_numbers": own.num_trained if state.num_trained else 0,
+            "training_bytes": _training_bytes([t for t, _ in own.params]) // count if state.num_trained else 0,
+        }
+        for site, own in by_site.items()
+    }
 
 
 def _time_second_step(trainer: GroupTrainer) -> float:

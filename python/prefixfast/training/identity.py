@@ -59,7 +59,7 @@ def run_identity(
         "base": base | {"dtype": str(model.dtype)},
         "data": {j.name: dataset.digest[j.source] for j in jobs},
         "eval_data": {} if eval_dataset is None else {j.name: eval_dataset.digest[j.source] for j in jobs},
-        "task": job.task.spec(),
+        "task": job.task.stored_spec(),
         # Without limits that are None, a run of version 0.1.0 can be resumed.
         "config": {n: v for n, v in option_values(config).items() if v is not None or n not in SEQ2SEQ_LIMITS},
         "own config": {name: options for name, options in own.items() if options},

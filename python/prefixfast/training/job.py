@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from prefixfast.training.held_out import hold_out
 from prefixfast.training.init_options import InitOptions, adopt_init, with_enough_rows
 from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
 from prefixfast.training.method import METHODS, check_read
-from prefixfast.training.settings import GivenOptions, resolve_settings
+from prefixfast.training.settings import BaseKind, GivenOptions, TrainSettings, resolve_settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +76,8 @@ class TrainJob:
         isolate: Whether the failure of one prefix is noted instead of raised.
         callbacks: Callbacks of the run.
         resume: Whether the run continues from a checkpoint, if there is one.
+        arguments: Arguments of the call.
+        given: Options that the caller gave.
     """
 
     rows: TrainingRows
@@ -88,6 +90,8 @@ class TrainJob:
     isolate: bool
     callbacks: CallbackList
     resume: bool
+    arguments: JobArguments
+    given: GivenOptions
 
     @property
     def makes_weights(self) -> bool:
@@ -99,8 +103,8 @@ class TrainJob:
         """Options of the initial values."""
         return InitOptions(self.task, self.init_text, self.explicit, self.rows.rows)
 
-    def check_model(self, model: Model) -> None:
-        """Check that all groups fit a base model, before the first group is trained.
+    def for_model(self, model: Model) -> TrainJob:
+        """The job with the recipe's options for the kind of a base model, checked before the first group is trained.
 
         Args:
             model: Base model.
@@ -109,12 +113,20 @@ class TrainJob:
             ConfigError: If options do not fit the base model.
             BaseMismatchError: If a given prefix was made for another base model.
         """
+        job = self
+        if model.seq2seq is not None:
+            settings = resolve_settings(self.given, self.task.name, BaseKind(True, not model.seq2seq.has_distances))
+            groups, explicit = _groups(self.arguments, settings, self.rows, self.task)
+            job = replace(self, config=settings.config, groups=groups, init_text=settings.init_text, explicit=explicit)
+        job._check_model(model)
+        return job
+
+    def _check_model(self, model: Model) -> None:
         from prefixfast.training.init import resolve_config
         from prefixfast.training.text_limits import check_lengths
 
         for group in self.groups:
             check_lengths(model, group.config, self.explicit)
-        for group in self.groups:
             position = resolve_config(model, group, self.init_options).position
             if self.on_top_of is not None:
                 check_composition(model, (position, self.on_top_of.position))
@@ -156,20 +168,7 @@ def prepare(arguments: JobArguments) -> TrainJob:
             msg = "eval_fraction and eval_data: expected one of them, got both"
             raise ConfigError(msg)
         rows = hold_out(rows, task, fraction, settings.config.seed, isolate=options.isolate)
-    groups = make_groups(
-        rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
-    )
-    explicit = settings.explicit | {*(a.sweep or ())}
-    init_options = InitOptions(task, settings.init_text, explicit)
-    groups = [adopt_init(group, init_options) for group in groups]
-    groups = with_enough_rows(groups, rows, isolate=options.isolate and not rows.is_single)
-    configs = [job.config for group in groups for job in group.jobs]
-    if rows.eval_rows is None and any(
-        c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in configs
-    ):
-        names = "early_stopping_patience and metric_for_best_model='eval_loss'"
-        msg = f"{names}: expected eval_data or eval_fraction beside them"
-        raise ConfigError(msg)
+    groups, explicit = _groups(a, settings, rows, task)
     return TrainJob(
         rows,
         task,
@@ -181,7 +180,30 @@ def prepare(arguments: JobArguments) -> TrainJob:
         a.on_error == "isolate" and not rows.is_single,
         callbacks,
         a.resume,
+        a,
+        given,
     )
+
+
+def _groups(
+    a: JobArguments, settings: TrainSettings, rows: TrainingRows, task: Task
+) -> tuple[list[PrefixGroup], frozenset[str]]:
+    """Groups of a call, and the names of the options that the caller gave."""
+    groups = make_groups(
+        rows.rows, settings, overrides=a.overrides, sweep=a.sweep, is_single=rows.is_single, failed=rows.failed
+    )
+    explicit = settings.explicit | {*(a.sweep or ())}
+    init_options = InitOptions(task, settings.init_text, explicit)
+    groups = [adopt_init(group, init_options) for group in groups]
+    groups = with_enough_rows(groups, rows, isolate=a.on_error == "isolate" and not rows.is_single)
+    configs = [job.config for group in groups for job in group.jobs]
+    if rows.eval_rows is None and any(
+        c.metric_for_best_model == "eval_loss" or c.early_stopping_patience for c in configs
+    ):
+        names = "early_stopping_patience and metric_for_best_model='eval_loss'"
+        msg = f"{names}: expected eval_data or eval_fraction beside them"
+        raise ConfigError(msg)
+    return groups, explicit
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from prefixfast.io.yaml import read_yaml_file
 
 FOLDER = Path(__file__).parent / "recipes"
 FIELDS = (*TrainConfig.names(), *PrefixConfig.names(), *MethodConfig.names())
+SEQ2SEQ = "encoder_decoder"  # key of a task's options for encoder-decoder base models
 OPTIONS = tuple(n for n in (*FIELDS, "init", "init_text") if n not in ("recipe", "method"))
 
 
@@ -20,18 +21,27 @@ def recipe_names() -> list[str]:
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
-def read_recipe(recipe: str, task: str, method: str = "prefix", adapter_size: float | None = None) -> dict[str, Any]:
+def read_recipe(
+    recipe: str,
+    task: str,
+    method: str = "prefix",
+    adapter_size: float | None = None,
+    *,
+    is_seq2seq: bool = False,
+) -> dict[str, Any]:
     """Read the options of a recipe.
 
     Args:
         recipe: Name of a built-in recipe, or path of a ``.yaml`` file. A file holds fields of `TrainConfig`,
             `PrefixConfig` and `MethodConfig` but ``method``, ``init`` and ``init_text``. The mapping ``tasks`` holds,
-            by task name, options that replace them for a task. The mapping ``methods`` holds, by name of a method,
+            by task name, options that replace them for a task, and under ``encoder_decoder`` options of the task for
+            encoder-decoder base models. The mapping ``methods`` holds, by name of a method,
             further options and a mapping ``tasks`` of its own. That of ``adapter`` can hold ``sizes``, a mapping from
             ``adapter_size`` to options and ``tasks`` of that size.
         task: Name of the task.
         method: Name of the method.
         adapter_size: Size of the adapters that the caller gave, None for that of the recipe.
+        is_seq2seq: Whether the base model is an encoder-decoder model.
 
     Returns:
         Values by option.
@@ -48,14 +58,14 @@ def read_recipe(recipe: str, task: str, method: str = "prefix", adapter_size: fl
     where = f"recipe {recipe}"
     options = _checked_options(read_yaml_file(path, where), (*OPTIONS, "tasks", "methods"), where)
     by_method = _mapping(options.pop("methods", None), f"{where}: methods", "methods")
-    found = _of_task(options, task, where)
+    found = _of_task(options, task, where, is_seq2seq=is_seq2seq)
     for name, own in by_method.items():
         if name not in get_args(MethodName):
             raise ConfigError(unknown_option(str(name), get_args(MethodName), f"{where}: methods"))
         place = f"{where}: methods.{name}"
         own_options = _checked_options(own, (*OPTIONS, "tasks", *(("sizes",) if name == "adapter" else ())), place)
         by_size = _by_size(own_options.pop("sizes", None), task, f"{place}.sizes")
-        of_method = _of_task(own_options, task, place)
+        of_method = _of_task(own_options, task, place, is_seq2seq=is_seq2seq)
         if name == method:
             found |= of_method
             found |= _of_size(by_size, adapter_size or found.get("adapter_size"), where) if by_size else {}
@@ -69,9 +79,9 @@ def _by_size(content: Any, task: str, where: str) -> dict[float, dict[str, Any]]
         if not isinstance(size, int | float) or isinstance(size, bool):
             msg = f"{where}: expected values of adapter_size, got {shown(size)}"
             raise ConfigError(msg)
-        found[float(size)] = _of_task(
-            _checked_options(own, (*OPTIONS, "tasks"), f"{where}.{size}"), task, f"{where}.{size}"
-        )
+        place = f"{where}.{size}"
+        options = _checked_options(own, (*OPTIONS, "tasks"), place)
+        found[float(size)] = _of_task(options, task, place, is_seq2seq=False)  # which have no adapters
     return found
 
 
@@ -87,10 +97,15 @@ def _of_size(by_size: dict[float, dict[str, Any]], size: float | None, where: st
     return by_size[size]
 
 
-def _of_task(options: dict[str, Any], task: str, where: str) -> dict[str, Any]:
-    """Options with those of a task in place of the common ones."""
+def _of_task(options: dict[str, Any], task: str, where: str, *, is_seq2seq: bool) -> dict[str, Any]:
+    """Options with those of a task, for the kind of base model, in place of the common ones."""
     tasks = _mapping(options.pop("tasks", None), f"{where}: tasks", "task names")
-    by_task = {name: _checked_options(own, OPTIONS, f"{where}: tasks.{name}") for name, own in tasks.items()}
+    by_task: dict[str, dict[str, Any]] = {}
+    for name, given in tasks.items():
+        place = f"{where}: tasks.{name}"
+        own = _checked_options(given, (*OPTIONS, SEQ2SEQ), place)
+        section = _checked_options(own.pop(SEQ2SEQ, None), OPTIONS, f"{place}.{SEQ2SEQ}")
+        by_task[name] = own | section if is_seq2seq else own
     return options | by_task.get(task, {})
 
 

@@ -35,6 +35,22 @@ class GivenOptions:
 
 
 @dataclass(frozen=True)
+class BaseKind:
+    """Kind of a base model, by which recipes differ.
+
+    Attributes:
+        is_seq2seq: Whether the model has an encoder and a decoder.
+        has_positions: Whether tokens have positions, instead of distances.
+    """
+
+    is_seq2seq: bool = False
+    has_positions: bool = True
+
+
+DECODER_ONLY = BaseKind()
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Resolved options of a run.
 
@@ -47,6 +63,7 @@ class TrainSettings:
         explicit: Names of the options that the caller gave.
         given: Options of the caller.
         task: Name of the task.
+        kind: Kind of the base model.
     """
 
     config: TrainConfig
@@ -57,6 +74,7 @@ class TrainSettings:
     explicit: frozenset[str]
     given: GivenOptions
     task: str
+    kind: BaseKind
 
     def varied(self, options: Mapping[str, Any]) -> TrainSettings:
         """Settings in which the caller gives further options, as a variant of a sweep does.
@@ -67,15 +85,17 @@ class TrainSettings:
         Raises:
             ConfigError: If the recipe has no values for them.
         """
-        return resolve_settings(replace(self.given, fields={**(self.given.fields or {}), **options}), self.task)
+        given = replace(self.given, fields={**(self.given.fields or {}), **options})
+        return resolve_settings(given, self.task, self.kind)
 
 
-def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
+def resolve_settings(given: GivenOptions, task: str, kind: BaseKind = DECODER_ONLY) -> TrainSettings:
     """Resolve the options of a run. Options of the caller take precedence over those of the recipe.
 
     Args:
         given: Options of the caller.
         task: Name of the task, for recipes that differ by task.
+        kind: Kind of the base model, for recipes that differ by it.
 
     Raises:
         ConfigError: If an option is unknown or has a wrong value.
@@ -94,14 +114,17 @@ def resolve_settings(given: GivenOptions, task: str) -> TrainSettings:
         raise ConfigError(msg)
     check_read(method, [*explicit, *inits])
     recipe = TrainConfig.make({k: explicit[k] for k in ("recipe",) if k in explicit}).recipe
-    preset = read_preset(method, read_recipe(recipe, task, method, own_method.get("adapter_size")))
+    options = read_recipe(recipe, task, method, own_method.get("adapter_size"), is_seq2seq=kind.is_seq2seq)
+    if not kind.has_positions:
+        options.pop("pos_start", None)
+    preset = read_preset(method, options)
     own = explicit | inits
     merged = {k: v for k, v in preset.items() if k not in _overruled(preset, own)} | own
     config = TrainConfig.make({k: v for k, v in merged.items() if k in TrainConfig.names()})
     prefix_config = PrefixConfig.make({k: v for k, v in merged.items() if k in PrefixConfig.names()})
     method_config = MethodConfig.make({k: v for k, v in merged.items() if k in MethodConfig.names()})
     init, init_text = merged.get("init", "text"), merged.get("init_text")
-    return TrainSettings(config, prefix_config, method_config, init, init_text, frozenset(explicit), given, task)
+    return TrainSettings(config, prefix_config, method_config, init, init_text, frozenset(explicit), given, task, kind)
 
 
 def _overruled(preset: Mapping[str, Any], own: Mapping[str, Any]) -> set[str]:

@@ -295,7 +295,7 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
             base.guard.training() if job.makes_weights else contextlib.nullcontext(),
             gradient_checkpointing(base, job.config.gradient_checkpointing),
         ):
-            job.check_model(base)
+            job = job.for_model(base)
             reset_peak_memory(base.device)
             for number in range(len(job.groups)):
                 data = tokenize_group(base, job, number)
