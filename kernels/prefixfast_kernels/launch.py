@@ -65,17 +65,31 @@ def option_args(options: AttnOptions, dtype: torch.dtype) -> dict[str, Any]:
     return {"scale": options.scale, "softcap": options.softcap, "window": options.window, **flags, **compute}
 
 
+def bias_args(bias: Tensor | None, unread: Tensor) -> dict[str, Any]:
+    """Position bias ``[HQ, 2 * maxd + 1]`` in fp32, and whether there is one; ``unread`` (fp32) stands in for none."""
+    if bias is None:
+        return {"BIAS_TABLE": unread, "max_distance": 0, "BIAS": False}
+    return {"BIAS_TABLE": bias.float().contiguous(), "max_distance": bias.shape[1] // 2, "BIAS": True}
+
+
 def decode_option_args(options: AttnOptions, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments as `option_args`, without causality: all keys of a row come before its query."""
     return {name: value for name, value in option_args(options, dtype).items() if name != "CAUSAL"}
 
 
 def tile_args(
-    kernel: str, q: Tensor, k: Tensor, sizes: TileSizes, options: AttnOptions, *, fused: bool = False
+    kernel: str,
+    q: Tensor,
+    k: Tensor,
+    sizes: TileSizes,
+    options: AttnOptions,
+    *,
+    fused: bool = False,
+    biased: bool = False,
 ) -> dict[str, Any]:
     """Tile sizes and compile options of one packed kernel."""
     group = q.shape[1] // k.shape[1]
-    masked = options.window > 0 or options.softcap > 0
+    masked = options.window > 0 or options.softcap > 0 or biased
     config = packed_config(q.device, q.shape[2], q.dtype).compile_config(kernel, group, masked=masked, fused=fused)
     over_queries = kernel in ("prefix_fwd", "prefix_bwd_dq")
     keys = {"prefix_bwd_kv": sizes.keys, "prefix_bwd_block": sizes.rows}.get(kernel, config.inner)
@@ -83,14 +97,14 @@ def tile_args(
     return {"BM": tile_rows(tokens, group), "BN": padded_size(keys), "TOKENS": tokens, **config.launch_options()}
 
 
-def decode_tile_args(q: Tensor, k: Tensor, users: int, options: AttnOptions) -> dict[str, Any]:
+def decode_tile_args(q: Tensor, k: Tensor, users: int, options: AttnOptions, *, biased: bool = False) -> dict[str, Any]:
     """Tile sizes and compile options of `prefix_decode`.
 
     BM is the number of rows of a group's tile, BH that of a row's tile (its query heads of one kv head), BN the number
     of keys.
     """
     group = q.shape[1] // k.shape[1]
-    masked = options.window > 0 or options.softcap > 0
+    masked = options.window > 0 or options.softcap > 0 or biased
     config = decode_config(q.device, q.shape[2], q.dtype).compile_config(group, masked=masked)
     return {"BM": tile_rows(users, group), "BH": padded_size(group), "BN": config.inner, **config.launch_options()}
 

@@ -58,7 +58,8 @@ class _Work(NamedTuple):
 
     def tile_args(self, kernel: str, *, fused: bool = False) -> dict[str, Any]:
         """Tile sizes and compile options of a kernel."""
-        return launch.tile_args(kernel, self.tensors["q"], self.tensors["k"], self.sizes, self.options, fused=fused)
+        q, k, biased = self.tensors["q"], self.tensors["k"], bool(self.shared["BIAS"])
+        return launch.tile_args(kernel, q, k, self.sizes, self.options, fused=fused, biased=biased)
 
 
 def attn_bwd(
@@ -68,6 +69,7 @@ def attn_bwd(
     options: AttnOptions,
     sizes: TileSizes,
     needs: NeedsGrad,
+    bias: Tensor | None = None,
 ) -> AttnGrads:
     """Gradients of `prefix_fwd.attn_fwd`; equal inputs give equal bits.
 
@@ -78,12 +80,13 @@ def attn_bwd(
         options: Options of the forward.
         sizes: Tile sizes that the tables were cut into.
         needs: Gradients to compute.
+        bias: Position bias of the forward ``[HQ, 2 * maxd + 1]``, or None. It has no gradient.
 
     Returns:
         Gradients, None where not needed. A block's gradient is the sum over all its users, in the dtype of
         ``prefix_k``.
     """
-    work = _prepare(grad, inputs, tables, options, sizes, needs)
+    work = _prepare(grad, inputs, tables, options, sizes, needs, bias)
     prefix_k, prefix_v = inputs.prefix_k, inputs.prefix_v
     dpk = dpv = dq = dk = dv = None
     if needs.prefix and prefix_k is not None and prefix_v is not None:
@@ -102,6 +105,7 @@ def _prepare(
     options: AttnOptions,
     sizes: TileSizes,
     needs: NeedsGrad,
+    bias: Tensor | None,
 ) -> _Work:
     """Run `prefix_bwd_delta` and collect what the other kernels share."""
     o, lse = grad.o, grad.lse
@@ -121,10 +125,12 @@ def _prepare(
         BM=rows,
         **config.launch_options(),
     )
-    shared = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, **launch.option_args(options, q.dtype), **heads}
+    shared = {"Q": q, "DO": do, "LSE": lse, "DELTA": delta, **heads}
+    shared |= launch.option_args(options, q.dtype) | launch.bias_args(bias, lse)
     has_prefix = inputs.prefix_k is not None and len(tables.use) > 0
     one_tile = sizes.depth <= 1 and len(tables.block_tiles) == len(tables.block)  # of prefix rows for every query
-    fits = q.shape[2] <= 128 and not options.window and not options.softcap  # else the fused kernels spill
+    # Other fused kernels spill.
+    fits = q.shape[2] <= 128 and not options.window and not options.softcap and bias is None
     fused = one_tile and fits and has_prefix and needs.own and needs.prefix
     part = torch.empty(q.shape if fused else 1, dtype=torch.float32, device=q.device)
     tensors = {"q": q, "k": k, "v": v, "pk": pk, "pv": pv, "do": do}

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from prefixfast_kernels.tile_ops import (
     LOG2E,
+    biased,
     key_range,
     key_rows,
     load_query_tile,
@@ -40,13 +41,15 @@ def prefix_bwd_delta(
 @triton.jit
 def add_dq(
     dq, q, do, lse2, delta, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
-    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    UP: tl.constexpr,
+    BIAS_TABLE, max_distance, head, qpos, kpos,
+    D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """Add the part of one key tile to dQ ``[BM, DP]`` (without the scale)."""
     k = load_rows(K, rows, live, stride_k, D, DP, MASK, UP)
     v = load_rows(V, rows, live, stride_v, D, DP, MASK, UP)
     s = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    s = biased(s, BIAS_TABLE, max_distance, head[:, None], kpos[None, :] - qpos[:, None], BIAS)
     p = tl.exp2(s - lse2[:, None])
     if MASK:
         p = tl.where(seen, p, 0.0)
@@ -57,13 +60,13 @@ def add_dq(
 
 @triton.jit
 def prefix_bwd_dq(
-    Q, K, V, PK, PV, DO, LSE, DELTA, DQ, PART, TILES, SEG, SEG_POS, USE_INDPTR, USE, BLOCK, SLOTS,
-    scale, softcap, window,
+    Q, K, V, PK, PV, DO, LSE, DELTA, DQ, PART, TILES, SEG, SEG_POS, USE_INDPTR, USE, BLOCK, SLOTS, BIAS_TABLE,
+    scale, softcap, window, max_distance,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     stride_dot, stride_doh, stride_dqt, stride_dqh,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr,
-    FUSED: tl.constexpr, ARENA: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    PREFIX: tl.constexpr, FUSED: tl.constexpr, ARENA: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """DQ of one tile of at most TOKENS query tokens, one kv head.
 
@@ -93,9 +96,9 @@ def prefix_bwd_dq(
             block = tl.load(USE + 3 * u)
             start = tl.load(BLOCK + 2 * block)
             length = tl.load(BLOCK + 2 * block + 1)
+            at = tl.load(USE + 3 * u + 1)
             lo = 0
             if WINDOW:
-                at = tl.load(USE + 3 * u + 1)
                 slides = tl.load(USE + 3 * u + 2)
                 lo = tl.where(slides != 0, tl.maximum(pos - window + 1 - at, 0) // BN * BN, 0)
             for j in range(lo, length, BN):
@@ -104,7 +107,8 @@ def prefix_bwd_dq(
                     seen = seen & ((slides == 0) | ((at + j + n)[None, :] > (qpos - window)[:, None]))
                 dq = add_dq(
                     dq, q, do, lse2, delta, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt,
-                    scale, softcap, D, DP, True, SOFTCAP, PRECISION, UP)
+                    scale, softcap, BIAS_TABLE, max_distance, head, qpos, at + j + n,
+                    D, DP, True, SOFTCAP, BIAS, PRECISION, UP)
 
     Kh = K + hk.to(tl.int64) * stride_kh
     Vh = V + hk.to(tl.int64) * stride_vh
@@ -113,12 +117,12 @@ def prefix_bwd_dq(
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, False)
         dq = add_dq(
             dq, q, do, lse2, delta, Kh, Vh, at, live, live, stride_kt, stride_vt,
-            scale, softcap, D, DP, False, SOFTCAP, PRECISION, UP)
+            scale, softcap, BIAS_TABLE, max_distance, head, qpos, j + n, D, DP, False, SOFTCAP, BIAS, PRECISION, UP)
     for j in range(full, hi, BN):
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, True)
         seen = visible_keys(j + n, hi, qpos, window, BM, BN, CAUSAL, WINDOW)
         dq = add_dq(
             dq, q, do, lse2, delta, Kh, Vh, at, j + n < hi, seen, stride_kt, stride_vt,
-            scale, softcap, D, DP, True, SOFTCAP, PRECISION, UP)
+            scale, softcap, BIAS_TABLE, max_distance, head, qpos, j + n, D, DP, True, SOFTCAP, BIAS, PRECISION, UP)
     store_rows(DQ + far * stride_dqh, dq * scale, qrow, live, stride_dqt, D, DP)
 # fmt: on

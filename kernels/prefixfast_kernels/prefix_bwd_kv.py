@@ -10,16 +10,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from prefixfast_kernels.tile_ops import LOG2E, load_rows, log2_scores, softcap_grad, store_rows
+from prefixfast_kernels.tile_ops import LOG2E, biased, load_rows, log2_scores, softcap_grad, store_rows
 
 
 # fmt: off
 @triton.jit
 def add_dkv(
     dk, dv, k, v, Q, DO, LSE, DELTA, qrow, head, live, seen, stride_qt, stride_qh, stride_dot, stride_doh,
-    scale, softcap,
-    HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    UP: tl.constexpr,
+    scale, softcap, BIAS_TABLE, max_distance, qpos, kpos,
+    HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """Add the part of one query tile to dK (without the scale) and dV ``[BN, DP]``.
 
@@ -32,6 +32,7 @@ def add_dkv(
     lse2 = tl.load(LSE + stat, mask=live, other=0.0) * LOG2E
     delta = tl.load(DELTA + stat, mask=live, other=0.0)
     s = log2_scores(tl.dot(k, tl.trans(q), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    s = biased(s, BIAS_TABLE, max_distance, head[None, :], kpos[:, None] - qpos[None, :], BIAS)
     p = tl.where(seen, tl.exp2(s - lse2[None, :]), 0.0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - delta[None, :])
@@ -42,12 +43,12 @@ def add_dkv(
 
 @triton.jit
 def prefix_bwd_kv(
-    Q, K, V, DO, LSE, DELTA, DK, DV, KEY_TILES, SEG, SEG_POS, SLOTS,
-    scale, softcap, window,
+    Q, K, V, DO, LSE, DELTA, DK, DV, KEY_TILES, SEG, SEG_POS, SLOTS, BIAS_TABLE,
+    scale, softcap, window, max_distance,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_dot, stride_doh, stride_dkt, stride_dkh,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, ARENA: tl.constexpr,
-    PRECISION: tl.constexpr, UP: tl.constexpr,
+    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    ARENA: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """DK and dV of one tile of BN keys, one kv head, over every segment that sees the keys."""
     t = tl.program_id(0)
@@ -90,7 +91,8 @@ def prefix_bwd_kv(
                 seen = seen & (kpos[:, None] > (pos + token - window)[None, :])
             dk, dv, _ = add_dkv(
                 dk, dv, k, v, Q, DO, LSE, DELTA, row + token, head, live, seen, stride_qt, stride_qh, stride_dot,
-                stride_doh, scale, softcap, HQ, D, DP, SOFTCAP, PRECISION, UP)
+                stride_doh, scale, softcap, BIAS_TABLE, max_distance, pos + token, kpos,
+                HQ, D, DP, SOFTCAP, BIAS, PRECISION, UP)
     store_rows(DK + hk64 * stride_dkh, dk * scale, krow, inside, stride_dkt, D, DP)
     store_rows(DV + hk64 * stride_dkh, dv, krow, inside, stride_dkt, D, DP)
 
@@ -98,11 +100,11 @@ def prefix_bwd_kv(
 @triton.jit
 def prefix_bwd_block(
     Q, PK, PV, DO, LSE, DELTA, PARTS_K, PARTS_V, PART, BLOCK_TILES, BLOCK, USER_INDPTR, USER, USER_POS, USER_SLIDES,
-    scale, softcap, window,
+    BIAS_TABLE, scale, softcap, window, max_distance,
     stride_qt, stride_qh, stride_pkt, stride_pkh, stride_pvt, stride_pvh, stride_dot, stride_doh,
     HQ: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, FUSED: tl.constexpr,
-    PRECISION: tl.constexpr, UP: tl.constexpr,
+    BN: tl.constexpr, TOKENS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    FUSED: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """DK and dV of one tile of prefix rows, one kv head, over one slice of the block's users.
 
@@ -135,13 +137,13 @@ def prefix_bwd_block(
         live = (user < hi) & (r // G < TOKENS)
         row = tl.load(USER + user, mask=live, other=0)
         seen = live[None, :] & inside[:, None]
+        pos = tl.load(USER_POS + user, mask=live, other=0)
         if WINDOW:
-            pos = tl.load(USER_POS + user, mask=live, other=0)
             slides = tl.load(USER_SLIDES + user, mask=live, other=0)
             seen = seen & ((slides == 0)[None, :] | (pos[None, :] + n[:, None] > -window))
         dk, dv, ds = add_dkv(
             dk, dv, k, v, Q, DO, LSE, DELTA, row, head, live, seen, stride_qt, stride_qh, stride_dot, stride_doh,
-            scale, softcap, HQ, D, DP, SOFTCAP, PRECISION, UP)
+            scale, softcap, BIAS_TABLE, max_distance, -pos, n, HQ, D, DP, SOFTCAP, BIAS, PRECISION, UP)
         if FUSED:
             dq = tl.dot(tl.trans(ds).to(k.dtype), k, input_precision=PRECISION)
             store_rows(PART + head[:, None].to(tl.int64) * D, dq, row, live, HQ * D, D, DP)

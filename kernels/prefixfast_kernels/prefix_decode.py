@@ -34,9 +34,9 @@ def store_partial_sum(PART, STAT, acc, m, l, at, live, D: tl.constexpr, DP: tl.c
 @triton.jit
 def run_group_item(
     Q, K, V, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count, lo, hi, part,
-    scale, softcap, window, stride_qt, stride_qh, stride_kt, stride_vt,
+    BIAS_TABLE, scale, softcap, window, max_distance, stride_qt, stride_qh, stride_kt, stride_vt,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """Attention over rows ``lo`` to ``hi`` of a block for ``count`` of its users.
 
@@ -53,9 +53,10 @@ def run_group_item(
     acc = tl.zeros([BM, DP], tl.float32)
     start = tl.load(BLOCK + 2 * block)
     begin = lo
+    pos = tl.load(USER_POS + first + i // G, mask=live, other=0)
     if WINDOW:  # the first visible row of the block differs between users
         slides = tl.load(USER_SLIDES + first + i // G, mask=live, other=0)
-        from_row = tl.where(slides != 0, 1 - window - tl.load(USER_POS + first + i // G, mask=live, other=0), 0)
+        from_row = tl.where(slides != 0, 1 - window - pos, 0)
         begin = tl.maximum(lo, tl.min(tl.where(live, from_row, hi), 0))
     for j in range(begin, hi, BN):
         here = j + n < hi
@@ -64,17 +65,18 @@ def run_group_item(
             seen = seen & ((j + n)[None, :] >= from_row[:, None])
         acc, m, l = online_softmax_update(
             acc, m, l, q, K, V, start + j + n, here, seen, stride_kt, stride_vt,
-            scale, softcap, D, DP, True, WINDOW, SOFTCAP, PRECISION, UP)
+            scale, softcap, BIAS_TABLE, max_distance, head, -pos, j + n,
+            D, DP, True, WINDOW, SOFTCAP, BIAS, PRECISION, UP)
     store_partial_sum(PART, STAT, acc, m, l, (part + i // G) * HQ + head, live, D, DP)
 
 
 @triton.jit
 def run_row_item(
     Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, GROUPED, hk, r, lo, hi, part,
-    scale, softcap, window, stride_table,
+    BIAS_TABLE, scale, softcap, window, max_distance, stride_table,
     stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """Attention of one row over keys ``lo`` to ``hi`` of those that it reads by itself.
 
@@ -89,21 +91,25 @@ def run_row_item(
     l = tl.zeros([BH], tl.float32)
     acc = tl.zeros([BH, DP], tl.float32)
     own = tl.load(LENS + r)
+    qpos = i * 0 + own - 1
+    table = tl.where(live, head, 0)  # a head beyond the last one has no row in the bias
     base = lo * 0  # keys of the blocks before the current one
     for u in range(tl.load(USE_INDPTR + r), tl.load(USE_INDPTR + r + 1)):
         block = tl.load(USE + 3 * u)
         start = tl.load(BLOCK + 2 * block)
         length = tl.where(tl.load(GROUPED + block) != 0, 0, tl.load(BLOCK + 2 * block + 1))
+        pos = tl.load(USE + 3 * u + 1)
         begin = tl.maximum(lo - base, 0)
         if WINDOW:
             slides = tl.load(USE + 3 * u + 2) != 0
-            begin = tl.where(slides, tl.maximum(begin, own - window - tl.load(USE + 3 * u + 1)), begin)
+            begin = tl.where(slides, tl.maximum(begin, own - window - pos), begin)
         end = tl.minimum(hi - base, length)
         for j in range(begin, end, BN):
             here = j + n < end
             acc, m, l = online_softmax_update(
                 acc, m, l, q, PK, PV, start + j + n, here, here[None, :], stride_pkt, stride_pvt,
-                scale, softcap, D, DP, True, False, SOFTCAP, PRECISION, UP)
+                scale, softcap, BIAS_TABLE, max_distance, table, qpos, pos + j + n,
+                D, DP, True, False, SOFTCAP, BIAS, PRECISION, UP)
         base += length
     begin = tl.maximum(lo - base, 0)
     if WINDOW:
@@ -115,7 +121,8 @@ def run_row_item(
         at = tl.load(slots + j + n, mask=here, other=0)
         acc, m, l = online_softmax_update(
             acc, m, l, q, K, V, at, here, here[None, :], stride_kt, stride_vt,
-            scale, softcap, D, DP, True, False, SOFTCAP, PRECISION, UP)
+            scale, softcap, BIAS_TABLE, max_distance, table, qpos, j + n,
+            D, DP, True, False, SOFTCAP, BIAS, PRECISION, UP)
     if part >= 0:
         store_partial_sum(PART, STAT, acc, m, l, part * HQ + head, live, D, DP)
     else:
@@ -125,12 +132,12 @@ def run_row_item(
 @triton.jit
 def prefix_decode(
     Q, K, V, PK, PV, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR, USE, BLOCK, USER, USER_POS, USER_SLIDES,
-    WORK, GROUPED, scale, softcap, window, stride_table,
+    WORK, GROUPED, BIAS_TABLE, scale, softcap, window, max_distance, stride_table,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     stride_ot, stride_oh,
     HQ: tl.constexpr, H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    BH: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    UP: tl.constexpr,
+    BH: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """Run one work item for one kv head. Programs of an item's kv heads follow each other, as their keys in memory."""
     w = WORK + 6 * (tl.program_id(0) // H)
@@ -148,14 +155,15 @@ def prefix_decode(
     if block >= 0:
         run_group_item(
             Q, PK + pk_head, PV + pv_head, PART, STAT, BLOCK, USER, USER_POS, USER_SLIDES, hk, block, first, count,
-            lo, hi, part, scale, softcap, window, stride_qt, stride_qh, stride_pkt, stride_pvt,
-            HQ, G, D, DP, BM, BN, WINDOW, SOFTCAP, PRECISION, UP)
+            lo, hi, part, BIAS_TABLE, scale, softcap, window, max_distance,
+            stride_qt, stride_qh, stride_pkt, stride_pvt,
+            HQ, G, D, DP, BM, BN, WINDOW, SOFTCAP, BIAS, PRECISION, UP)
     elif count > 0:
         run_row_item(
             Q, K + k_head, V + v_head, PK + pk_head, PV + pv_head, O, LSE, PART, STAT, TABLE, ROW, LENS, USE_INDPTR,
-            USE, BLOCK, GROUPED, hk, first, lo, hi, part, scale, softcap, window, stride_table,
-            stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
-            HQ, G, D, DP, BH, BN, WINDOW, SOFTCAP, PRECISION, UP)
+            USE, BLOCK, GROUPED, hk, first, lo, hi, part, BIAS_TABLE, scale, softcap, window, max_distance,
+            stride_table, stride_qt, stride_qh, stride_kt, stride_vt, stride_pkt, stride_pvt, stride_ot, stride_oh,
+            HQ, G, D, DP, BH, BN, WINDOW, SOFTCAP, BIAS, PRECISION, UP)
 
 
 @triton.jit
@@ -189,7 +197,13 @@ def decode_combine(
 # fmt: on
 
 
-def attn_decode(inputs: DecodeInputs, tables: DecodeTables, options: AttnOptions, users: int) -> tuple[Tensor, Tensor]:
+def attn_decode(
+    inputs: DecodeInputs,
+    tables: DecodeTables,
+    options: AttnOptions,
+    users: int,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Forward of `reference.attn_decode` in one launch, or in two if the tables name partial sums.
 
     No table is read on the host, so a captured graph serves other tables of the same shapes.
@@ -200,6 +214,7 @@ def attn_decode(inputs: DecodeInputs, tables: DecodeTables, options: AttnOptions
         tables: Tables whose ``work`` was made for groups of at most ``users`` rows.
         options: Scale, window, soft cap.
         users: Largest number of rows in a group's tile.
+        bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
 
     Returns:
         Output ``[R, HQ, D]`` and the natural log-sum-exp ``[R, HQ]`` (fp32). A row without visible keys gives 0 and
@@ -231,7 +246,8 @@ def attn_decode(inputs: DecodeInputs, tables: DecodeTables, options: AttnOptions
         **heads,
         H=k.shape[1],
         **launch.decode_option_args(options, q.dtype),
-        **launch.decode_tile_args(q, k, users, options),
+        **launch.bias_args(bias, lse),
+        **launch.decode_tile_args(q, k, users, options, biased=bias is not None),
     )
     if parts:
         combine = launch.combine_args(q)

@@ -30,13 +30,13 @@ from prefixfast_kernels.tile_selection import TileSizes
 # fmt: off
 @triton.jit
 def prefix_fwd(
-    Q, K, V, PK, PV, O, LSE, TILES, SEG, SEG_POS, USE_INDPTR, USE, BLOCK, SLOTS,
-    scale, softcap, window,
+    Q, K, V, PK, PV, O, LSE, TILES, SEG, SEG_POS, USE_INDPTR, USE, BLOCK, SLOTS, BIAS_TABLE,
+    scale, softcap, window, max_distance,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     stride_ot, stride_oh,
     HQ: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, PREFIX: tl.constexpr,
-    ARENA: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
+    TOKENS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    PREFIX: tl.constexpr, ARENA: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """Output of one tile of at most TOKENS query tokens, one kv head."""
     t = tl.program_id(0)
@@ -57,8 +57,8 @@ def prefix_fwd(
             length = tl.load(BLOCK + 2 * block + 1)
             lo = 0
             full = length // BN * BN
+            at = tl.load(USE + 3 * u + 1)
             if WINDOW:  # every tile is masked, from the first row that the first query may see
-                at = tl.load(USE + 3 * u + 1)
                 slides = tl.load(USE + 3 * u + 2)
                 full = tl.where(slides != 0, tl.maximum(pos - window + 1 - at, 0) // BN * BN, 0)
                 for j in range(full, length, BN):
@@ -66,17 +66,20 @@ def prefix_fwd(
                     seen = ((j + n) < length)[None, :] & in_window
                     acc, m, l = online_softmax_update(
                         acc, m, l, q, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt,
-                        scale, softcap, D, DP, True, True, SOFTCAP, PRECISION, UP)
+                        scale, softcap, BIAS_TABLE, max_distance, head, qpos, at + j + n,
+                        D, DP, True, True, SOFTCAP, BIAS, PRECISION, UP)
             else:
                 for j in range(lo, full, BN):
                     acc, m, l = online_softmax_update(
                         acc, m, l, q, PKh, PVh, start + j + n, live, live, stride_pkt, stride_pvt,
-                        scale, softcap, D, DP, False, False, SOFTCAP, PRECISION, UP)
+                        scale, softcap, BIAS_TABLE, max_distance, head, qpos, at + j + n,
+                        D, DP, False, False, SOFTCAP, BIAS, PRECISION, UP)
                 for j in range(full, length, BN):
                     seen = tl.broadcast_to(((j + n) < length)[None, :], (BM, BN))
                     acc, m, l = online_softmax_update(
                         acc, m, l, q, PKh, PVh, start + j + n, j + n < length, seen, stride_pkt, stride_pvt,
-                        scale, softcap, D, DP, True, True, SOFTCAP, PRECISION, UP)
+                        scale, softcap, BIAS_TABLE, max_distance, head, qpos, at + j + n,
+                        D, DP, True, True, SOFTCAP, BIAS, PRECISION, UP)
 
     Kh = K + hk.to(tl.int64) * stride_kh
     Vh = V + hk.to(tl.int64) * stride_vh
@@ -85,19 +88,27 @@ def prefix_fwd(
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, False)
         acc, m, l = online_softmax_update(
             acc, m, l, q, Kh, Vh, at, live, live, stride_kt, stride_vt,
-            scale, softcap, D, DP, False, False, SOFTCAP, PRECISION, UP)
+            scale, softcap, BIAS_TABLE, max_distance, head, qpos, j + n,
+            D, DP, False, False, SOFTCAP, BIAS, PRECISION, UP)
     for j in range(full, hi, BN):
         at = key_rows(SLOTS, key0, j + n, hi, ARENA, True)
         seen = visible_keys(j + n, hi, qpos, window, BM, BN, CAUSAL, WINDOW)
         acc, m, l = online_softmax_update(
             acc, m, l, q, Kh, Vh, at, j + n < hi, seen, stride_kt, stride_vt,
-            scale, softcap, D, DP, True, True, SOFTCAP, PRECISION, UP)
+            scale, softcap, BIAS_TABLE, max_distance, head, qpos, j + n,
+            D, DP, True, True, SOFTCAP, BIAS, PRECISION, UP)
 
     store_output(O, LSE, acc, m, l, qrow, head, live, stride_ot, stride_oh, HQ, D, DP)
 # fmt: on
 
 
-def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions, sizes: TileSizes) -> tuple[Tensor, Tensor]:
+def attn_fwd(
+    inputs: AttnInputs,
+    tables: PackedTables,
+    options: AttnOptions,
+    sizes: TileSizes,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Forward of `reference.attn` in one launch.
 
     Args:
@@ -106,6 +117,7 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions, siz
         tables: Tables whose ``tiles`` were made for ``sizes``.
         options: Scale, window, soft cap, causality.
         sizes: Tile sizes that the tables were cut into.
+        bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
 
     Returns:
         Output ``[N, HQ, D]`` and the natural log-sum-exp ``[N, HQ]`` (fp32). Query rows that belong to no tile are not
@@ -130,7 +142,8 @@ def attn_fwd(inputs: AttnInputs, tables: PackedTables, options: AttnOptions, siz
         **launch.stride_args(q=q, k=k, v=v, pk=pk, pv=pv, o=o),
         **launch.head_args(q, k),
         **launch.option_args(options, q.dtype),
-        **launch.tile_args("prefix_fwd", q, k, sizes, options),
+        **launch.bias_args(bias, lse),
+        **launch.tile_args("prefix_fwd", q, k, sizes, options, biased=bias is not None),
         PREFIX=len(tables.use) > 0,
         ARENA=slots is not None,
     )

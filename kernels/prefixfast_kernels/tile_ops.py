@@ -61,6 +61,18 @@ def softcap_grad(ds, s, softcap, SOFTCAP: tl.constexpr):
     return ds
 
 
+@triton.jit
+def biased(s, BIAS_TABLE, max_distance, head, distance, BIAS: tl.constexpr):
+    """Scores (in units of log 2) plus the position bias of heads ``head`` at distances ``distance``.
+
+    Scores, heads and distances have shapes that broadcast to that of the scores.
+    """
+    if BIAS:
+        column = tl.minimum(tl.maximum(distance, -max_distance), max_distance) + max_distance
+        s += tl.load(BIAS_TABLE + (head * (2 * max_distance + 1) + column)) * LOG2E
+    return s
+
+
 # fmt: off
 @triton.jit
 def load_query_tile(TILES, SEG, SEG_POS, t, hk, G: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr):
@@ -120,16 +132,19 @@ def visible_keys(key, hi, qpos, window, BM: tl.constexpr, BN: tl.constexpr, CAUS
 @triton.jit
 def online_softmax_update(
     acc, m, l, q, K, V, rows, live, seen, stride_k, stride_v, scale, softcap,
+    BIAS_TABLE, max_distance, head, qpos, kpos,
     D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, MAY_SEE_NONE: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr, UP: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
     """Add one key tile to the online softmax of a query tile: ``acc [BM, DP]``, maximum ``m`` and sum ``l`` ``[BM]``.
 
     MASK: only the ``live`` key rows are read, and ``seen [BM, BN]`` says which keys each query sees.
     MAY_SEE_NONE: a query may see no key of the tile.
+    BIAS: the position bias of heads ``head [BM]`` at distances ``kpos - qpos``, ``[BN]`` and ``[BM]``, is added.
     """
     k = load_rows(K, rows, live, stride_k, D, DP, MASK, UP).to(q.dtype)
     s = log2_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap, SOFTCAP)
+    s = biased(s, BIAS_TABLE, max_distance, head[:, None], kpos[None, :] - qpos[:, None], BIAS)
     if MASK:
         s = tl.where(seen, s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1))

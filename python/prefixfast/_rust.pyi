@@ -664,6 +664,7 @@ def attend_decode(
     softcap: float,
     threads: int,
     path: str | None,
+    bias: tuple[int, int, int] | None,
 ) -> None:
     """Attention of one decode step of R rows, HQ query heads, H kv heads and head dim D.
 
@@ -680,16 +681,17 @@ def attend_decode(
         prefix: Addresses of the prefixes' keys and values ``[*, H, D]``, number of elements of each, and whether the
             dtype is bf16 instead of fp32. The prefixes can be in the arena.
         table: Address of the int32 slot table, number of rows, number of columns, stride of rows in elements.
-        tables: Address and number of entries of the int32 tables ``block``, ``user_indptr``, ``user``, ``user_pos``,
-            ``user_slides``, ``row`` and ``lens``.
+        tables: Address and number of entries of the int32 tables ``block``, ``use_indptr``, ``use``, ``row`` and
+            ``lens``.
         scale: Factor of the scores.
         window: Sliding window in tokens, 0 for none.
         softcap: Soft cap of the scores, 0 for none.
         threads: Largest number of threads.
         path: Instruction set, one of `attend_paths`. None is that of the environment variable PREFIXFAST_SIMD, else the
             fastest.
+        bias: Address of the position bias ``[HQ, 2 * maxd + 1]`` in fp32, number of elements, and maxd. None for none.
 
     Raises:
-        ConfigError: If sizes do not fit, a table has a row that does not exist, a row has no keys, or the CPU does not
-            have the instruction set. Nothing is written.
+        ConfigError: If sizes do not fit, a table has a row that does not exist, a row has neither own keys nor blocks,
+            there are both a bias and a soft cap, or the CPU does not have the instruction set. Nothing is written.
     """

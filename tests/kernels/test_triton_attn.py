@@ -75,6 +75,20 @@ SMALL = Case(
 )
 
 
+def test_the_bias_has_its_right_place_in_every_kernel():
+    """A shifted, dropped or exchanged bias changes the output and all gradients."""
+    case, sizes = dataclasses.replace(SMALL, window=0, causal=False, max_distance=25), TileSizes(8, 16, 16, depth=2)
+    good, same_dtype = output_errors(case, torch.float32, sizes, run_triton)
+    assert within_tolerance(good, same_dtype, FLOOR[torch.float32])
+    for change in (lambda b: b.roll(1, 1), lambda b: b.roll(1, 0), lambda b: b.flip(1), lambda _: None):
+
+        def run(p, case, sizes, change=change):
+            return run_triton(dataclasses.replace(p, bias=change(p.bias)), case, sizes)
+
+        bad, _ = output_errors(case, torch.float32, sizes, run)
+        assert min(bad) > 0.01
+
+
 def changed(p: PackedProblem, **tables) -> PackedProblem:
     """The problem with some tables replaced."""
     return dataclasses.replace(p, tables=p.tables._replace(**tables))

@@ -150,6 +150,18 @@ def test_wrong_tables_are_out_of_tolerance(mistake):
     assert not within_tolerance(*output_errors(SMALL, torch.float32, "grouped", run), floor)
 
 
+@pytest.mark.parametrize("mode", ["grouped", "inline"])
+def test_a_wrong_bias_is_out_of_tolerance(mode):
+    case = dataclasses.replace(SMALL, window=0, max_distance=60)
+    for change in (lambda b: b.roll(1, 1), lambda b: b.roll(1, 0), lambda b: b.flip(1), lambda _: None):
+
+        def run(p, change=change):
+            return run_triton(dataclasses.replace(p, bias=change(p.bias)))
+
+        bad, _ = output_errors(case, torch.float32, mode, run)
+        assert min(bad) > 0.01
+
+
 # ---- other tables of the same shapes ----
 
 

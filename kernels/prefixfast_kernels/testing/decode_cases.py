@@ -48,6 +48,7 @@ class Case:
         window: Sliding window in tokens, 0 for none.
         softcap: Cap of the scores, 0 for none.
         separate: Whether the prefix rows lie in tensors of their own, in fp32, instead of in the arena.
+        max_distance: Largest distance of the position bias, 0 for no bias.
     """
 
     lens: tuple[int, ...]
@@ -57,6 +58,7 @@ class Case:
     window: int = 0
     softcap: float = 0.0
     separate: bool = False
+    max_distance: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class DecodeProblem:
         tables: Tables of the step.
         options: Scale, window, soft cap.
         users: Largest number of rows in a group's tile that the tables were made for.
+        bias: Position bias ``[HQ, 2 * maxd + 1]``, or None.
     """
 
     q: Tensor
@@ -86,6 +89,7 @@ class DecodeProblem:
     tables: DecodeTables
     options: AttnOptions
     users: int
+    bias: Tensor | None = None
 
     @property
     def inputs(self) -> DecodeInputs:
@@ -93,11 +97,12 @@ class DecodeProblem:
         return DecodeInputs(self.q, self.k_arena, self.v_arena, self.slot_table, self.prefix_k, self.prefix_v)
 
     def cast(self, dtype: torch.dtype) -> DecodeProblem:
-        """The same step in another dtype. Separate prefix rows stay in at least fp32."""
+        """The same step in another dtype. Separate prefix rows and the bias stay in at least fp32."""
         own = torch.promote_types(dtype, torch.float32)
         q, k, v = (t.to(dtype) for t in (self.q, self.k_arena, self.v_arena))
         pk, pv = (None if t is None else t.to(dtype).to(own) for t in (self.prefix_k, self.prefix_v))
-        return replace(self, q=q, k_arena=k, v_arena=v, prefix_k=pk, prefix_v=pv)
+        bias = None if self.bias is None else self.bias.to(own)
+        return replace(self, q=q, k_arena=k, v_arena=v, prefix_k=pk, prefix_v=pv, bias=bias)
 
     def to(self, device: torch.device | str) -> DecodeProblem:
         """The same step on another device."""
@@ -132,7 +137,10 @@ def make_problem(case: Case, sizes: DecodeSizes, *, seed: int = 0) -> DecodeProb
     plain = decode_tables(list(case.lens), [Request(0, sees) for sees in case.sees], blocks)._replace(row=order.int())
     own_k, own_v = (pk, pv) if case.separate else (None, None)
     options = AttnOptions(d**-0.5, case.window, case.softcap)
-    return DecodeProblem(q, k, v, table, own_k, own_v, with_work(plain, sizes), options, sizes.users)
+    bias = None
+    if case.max_distance:
+        bias = torch.randn(hq, 2 * case.max_distance + 1, generator=g, dtype=torch.float64)
+    return DecodeProblem(q, k, v, table, own_k, own_v, with_work(plain, sizes), options, sizes.users, bias)
 
 
 def case_sizes(case: Case, dtype: torch.dtype, device: torch.device | str, mode: str) -> DecodeSizes:
@@ -148,6 +156,8 @@ def _cases() -> dict[str, Case]:
     ragged = (1, 200, 17, 64, 65, 130, 3, 90)
     mixed = (see(0), see(0), see(1), (), see(2, 0), see(1, 0, slides=False), ((2, False), (1, True)), see(2))
     apart = tuple(see(i) for i in range(len(ragged)))
+    # Beams of three requests, without own keys: prefix blocks, then the encoder rows of the request.
+    beams = (*(see(0, 1),) * 3, *(see(0, 2),) * 2, *(see(3),) * 3)
     many = tuple(1 + (37 * i) % 90 for i in range(40))
     return {
         "one for all": Case(ragged, (see(0),) * 8, (300,), (4, 2, 64)),
@@ -171,6 +181,10 @@ def _cases() -> dict[str, Case]:
         "window and cap": Case(ragged, mixed, (40, 130, 7), (4, 2, 128), window=33, softcap=3.0),
         "separate": Case(ragged, mixed, (40, 300, 7), (4, 2, 64), separate=True),
         "separate, window": Case(ragged, mixed, (40, 130, 7), (4, 2, 64), window=60, separate=True),
+        "cross": Case((0,) * 8, beams, (40, 300, 7, 130), (4, 4, 64)),
+        "cross, some rows have keys": Case((0, 70, 0, 1, 0, 0, 5, 0), beams, (40, 130, 7, 65), (4, 2, 80)),
+        "bias": Case(ragged, mixed, (40, 300, 7), (3, 3, 64), max_distance=128),
+        "bias, window": Case(ragged, mixed, (40, 130, 7), (4, 2, 64), window=60, max_distance=20),
         "dim 16": Case(ragged, mixed, (40, 100, 7), (4, 2, 16)),
         "dim 32": Case(ragged, mixed, (40, 100, 7), (2, 2, 32)),
         "dim 80": Case(ragged, mixed, (40, 100, 7), (2, 2, 80)),
@@ -187,7 +201,7 @@ Run = Callable[[DecodeProblem], tuple[Tensor, Tensor]]
 
 def run_reference(p: DecodeProblem) -> tuple[Tensor, Tensor]:
     """Outputs of the specification in the dtype of ``p``."""
-    return reference.attn_decode(p.inputs, p.tables, p.options)
+    return reference.attn_decode(p.inputs, p.tables, p.options, p.bias)
 
 
 def run_triton(p: DecodeProblem) -> tuple[Tensor, Tensor]:
@@ -195,7 +209,7 @@ def run_triton(p: DecodeProblem) -> tuple[Tensor, Tensor]:
     from prefixfast_kernels.prefix_decode import attn_decode  # triton is not installed everywhere
 
     with nan_filled_empty():
-        return attn_decode(p.inputs, p.tables, p.options, p.users)
+        return attn_decode(p.inputs, p.tables, p.options, p.users, p.bias)
 
 
 def output_errors(

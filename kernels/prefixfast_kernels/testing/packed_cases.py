@@ -33,6 +33,7 @@ class Case:
         softcap: Cap of the scores, 0 for none.
         causal: Whether keys after the query are hidden.
         arena: Whether the keys lie in an arena.
+        max_distance: Largest distance of the position bias, 0 for no bias.
     """
 
     requests: tuple[Request, ...]
@@ -42,6 +43,7 @@ class Case:
     softcap: float = 0.0
     causal: bool = True
     arena: bool = False
+    max_distance: int = 0
 
     @property
     def depth(self) -> int:
@@ -50,7 +52,8 @@ class Case:
 
     def problem(self, sizes: TileSizes) -> PackedProblem:
         """Random problem of the case, with tables cut into ``sizes``."""
-        return make_problem(list(self.requests), list(self.blocks), self.heads, sizes=sizes, arena=self.arena)
+        given = {"arena": self.arena, "max_distance": self.max_distance}
+        return make_problem(list(self.requests), list(self.blocks), self.heads, sizes=sizes, **given)
 
     def options(self, scale: float) -> AttnOptions:
         """Options of the attention."""
@@ -77,6 +80,12 @@ CHUNKS = (
     Request(70, ((1, False),)),
     Request(20, cached=7),
 )
+CROSS = tuple(
+    Request(n, sees, keys=m)
+    for n, m, sees in zip(
+        (5, 70, 1, 33), (133, 4, 18, 64), (((0, True),), ((1, True), (0, True)), (), ((0, True),)), strict=True
+    )
+)
 CASES = {
     "one for all": Case(_each(LONG, 0), (300,), (4, 2, 64)),
     "one each": Case(EACH, (10, 100, 33), (3, 3, 64)),
@@ -98,6 +107,13 @@ CASES = {
     "dim 128": Case(_each((200, 20), 0), (200,), (8, 2, 128)),
     "dim 256": Case(_each((100, 9), 0), (70,), (4, 1, 256)),
     "dim 256, window and cap": Case(_each((70, 9), 0), (20,), (2, 1, 256), window=33, softcap=5.0),
+    "encoder": Case(EACH, (10, 100, 33), (4, 2, 64), causal=False),
+    "cross": Case(CROSS, (40, 100), (3, 3, 64), causal=False),
+    "cross, causal": Case(CROSS, (40, 100), (4, 2, 64)),
+    "bias": Case(COMPOSED, (40, 200, 7), (2, 2, 64), max_distance=128),
+    "bias, encoder": Case(EACH, (10, 100, 33), (2, 2, 128), causal=False, max_distance=20),
+    "bias, cross": Case(CROSS, (40, 100), (4, 2, 80), causal=False, max_distance=9),
+    "bias, chunks in the arena, window": Case(CHUNKS, (48, 129), (2, 1, 64), arena=True, window=30, max_distance=70),
     "five heads each": Case(_each((60, 9), 0), (70,), (10, 2, 64)),
 }
 
@@ -108,7 +124,7 @@ def run_reference(p: PackedProblem, case: Case) -> list[Tensor]:
     """Outputs and gradients of the specification in the dtype of ``p``, in the order of `OUTPUT_NAMES`."""
     leaves = p.leaves()
     q, k, v, pk, pv = leaves
-    o, lse = reference.attn(AttnInputs(q, k, v, pk, pv, p.slots), p.tables, case.options(p.scale))
+    o, lse = reference.attn(AttnInputs(q, k, v, pk, pv, p.slots), p.tables, case.options(p.scale), p.bias)
     grads = torch.autograd.grad(o, leaves, p.do, allow_unused=True)
     filled = (torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True))
     return [o.detach(), lse.detach(), *filled]
@@ -121,8 +137,8 @@ def run_triton(p: PackedProblem, case: Case, sizes: TileSizes) -> list[Tensor]:
 
     options = case.options(p.scale)
     with nan_filled_empty():
-        o, lse = attn_fwd(p.inputs, p.tables, options, sizes)
-        grads = attn_bwd(OutputGrad(p.do, o, lse), p.inputs, p.tables, options, sizes, NeedsGrad())
+        o, lse = attn_fwd(p.inputs, p.tables, options, sizes, p.bias)
+        grads = attn_bwd(OutputGrad(p.do, o, lse), p.inputs, p.tables, options, sizes, NeedsGrad(), p.bias)
     return [o, lse, *(g for g in grads if g is not None)]
 
 

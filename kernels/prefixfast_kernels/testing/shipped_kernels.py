@@ -56,6 +56,7 @@ PLAIN_FLAGS: dict[str, Any] = {
     "CAUSAL": True,
     "WINDOW": False,
     "SOFTCAP": False,
+    "BIAS": False,
     "PREFIX": True,
     "ARENA": False,
     "FUSED": False,
@@ -68,13 +69,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "window and cap": {"WINDOW": True, "SOFTCAP": True},
     "arena": {"ARENA": True},
     "not causal": {"CAUSAL": False},
+    "bias": {"BIAS": True, "G": 1},
+    "bias, not causal": {"BIAS": True, "G": 1, "CAUSAL": False},
     "G = 1": {"G": 1},
     "G = 3": {"G": 3},
     "G = 8": {"G": 8},
     "no gradient": {"GRAD": False, "SOFTCAP": True},
     "fp32 prefix": {"PREFIX_FP32": True},
 }
-FP32_POINTERS = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV", "LOGITS", "LOSSES", "STAT")
+FP32_POINTERS = ("LSE", "DELTA", "PART", "PARTS_K", "PARTS_V", "DPK", "DPV", "LOGITS", "LOSSES", "STAT", "BIAS_TABLE")
 PACKED_TABLES = (
     "TILES",
     "SEG",
@@ -129,11 +132,11 @@ class Kernel(NamedTuple):
         """Tile size and compile options that the launcher uses."""
         if self.name in CHIP_INDEPENDENT:
             return CHIP_INDEPENDENT[self.name]
-        window, softcap, fused = (bool(self.flags.get(flag)) for flag in ("WINDOW", "SOFTCAP", "FUSED"))
+        window, softcap, bias, fused = (bool(self.flags.get(f)) for f in ("WINDOW", "SOFTCAP", "BIAS", "FUSED"))
         if self.name == "prefix_decode":
-            return DECODE_CONFIGS[self.config_key].compile_config(self.group, masked=window)
+            return DECODE_CONFIGS[self.config_key].compile_config(self.group, masked=window or bias)
         config = PACKED_CONFIGS[self.config_key]
-        return config.compile_config(self.name, self.group, masked=window or softcap, fused=fused)
+        return config.compile_config(self.name, self.group, masked=window or softcap or bias, fused=fused)
 
 
 def _constants(kernel: Kernel) -> dict[str, Any]:
@@ -225,7 +228,10 @@ def _ships(kernel: Kernel) -> bool:
         return variant == "plain" and dtype != "fp16"
     if name == "softmax_grad":  # logits are fp32 and have no head dim
         return dtype == "fp32" and head_dim == 64 and variant in ("plain", "no gradient")
-    if variant != "plain" and (variant == "no gradient" or not set(FUNCTIONS[name].arg_names) & set(flags)):
+    parameters = set(FUNCTIONS[name].arg_names)
+    if variant.startswith("bias"):  # models with a bias have no groups and head dims of a power of two
+        return head_dim in COMMON_HEAD_DIMS and dtype != "fp16" and parameters >= set(flags)
+    if variant != "plain" and (variant == "no gradient" or not parameters & set(flags)):
         return False
     if variant == "fused" and head_dim > 128:
         return False

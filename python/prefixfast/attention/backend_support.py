@@ -51,7 +51,7 @@ def packed_unsupported(
         BIAS_WITH_CAP: has_bias and options.softcap > 0,
     }
     triton_reasons = {
-        "a position bias": has_bias,
+        BIAS_WITH_CAP: has_bias and options.softcap > 0,
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "keys of another dtype than the queries": not q.dtype == k.dtype == v.dtype,
         "tables without tiles": not sizes.tokens,
@@ -71,17 +71,15 @@ def decode_unsupported(
         has_bias: Whether there is a position bias.
     """
     q = inputs.q
+    torch_reasons = {BIAS_WITH_CAP: has_bias and options.softcap > 0}
     triton_reasons = {
-        "a position bias": has_bias,
+        BIAS_WITH_CAP: has_bias and options.softcap > 0,
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "tables without work": not has_work,
     }
-    unsupported = {
-        "triton": _holding(triton_reasons),
-        "torch": _holding({BIAS_WITH_CAP: has_bias and options.softcap > 0}),
-    }
+    unsupported = {"triton": _holding(triton_reasons), "torch": _holding(torch_reasons)}
     if q.device.type == "cpu":
-        unsupported["rust"] = cpu_decode.unsupported(inputs, has_bias=has_bias)
+        unsupported["rust"] = cpu_decode.unsupported(inputs) + _holding(torch_reasons)
     return unsupported
 
 

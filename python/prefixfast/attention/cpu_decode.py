@@ -45,18 +45,11 @@ def _joined_openmp() -> bool:
     return reason is None
 
 
-def unsupported(inputs: DecodeInputs, *, has_bias: bool) -> list[str]:
-    """Reasons why this call is unsupported; empty if supported.
-
-    Args:
-        inputs: Queries, arena and prefix rows of the call.
-        has_bias: Whether there is a position bias.
-    """
+def unsupported(inputs: DecodeInputs) -> list[str]:
+    """Reasons why a call with these queries, arena and prefix rows is unsupported; empty if supported."""
     q, pairs = inputs.q, ((inputs.k_arena, inputs.v_arena), inputs.prefix)
     if _rust() is None:
         return ["calls without the Rust extension (`make` builds it)"]
-    if has_bias:
-        return ["a position bias"]
     if q.dtype not in IS_BF16:
         return [f"{q.dtype}"]
     if any(k.dtype not in IS_BF16 or k.dtype != v.dtype for k, v in pairs):
@@ -69,7 +62,12 @@ def unsupported(inputs: DecodeInputs, *, has_bias: bool) -> list[str]:
 
 
 def decode(
-    inputs: DecodeInputs, tables: DecodeTables, options: AttnOptions, *, path: str | None = None
+    inputs: DecodeInputs,
+    tables: DecodeTables,
+    options: AttnOptions,
+    bias: Tensor | None = None,
+    *,
+    path: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`reference.attn_decode` on the CPU, with keys and values read in place.
 
@@ -78,6 +76,7 @@ def decode(
             contiguous, read as they are; the slot table, int32, with the entries of a row next to each other.
         tables: Tables of the step. A row's prefix blocks are read in the order of its uses.
         options: Scale, window, soft cap.
+        bias: Position bias ``[HQ, 2 * maxd + 1]`` in fp32, contiguous, without a soft cap, or None.
         path: Name of the vector instructions, one of ``_rust.attend_paths()``. None takes those of the environment
             variable ``PREFIXFAST_SIMD``, or the fastest.
 
@@ -86,14 +85,15 @@ def decode(
         depends on no other row, to the bit.
 
     Raises:
-        ConfigError: If shapes do not match, a table has another dtype, an entry names no row, a row has no keys, or
-            ``path`` is unknown.
+        ConfigError: If shapes do not match, a table has another dtype, an entry names no row, a row has neither own
+            keys nor blocks, there are both a bias and a soft cap, or ``path`` is unknown.
     """
     q, (prefix_k, prefix_v) = inputs.q, inputs.prefix
     k_arena, v_arena, slot_table = inputs.k_arena, inputs.v_arena, inputs.slot_table
     num_rows, num_heads, head_dim = q.shape
     read = [getattr(tables, name) for name in TABLES]
     _check_arguments(inputs, read)
+    bias_memory = None if bias is None else _bias_memory(bias, num_heads)
     if q.stride(2) != 1:
         q = q.contiguous()
     row_stride, head_stride, _ = q.stride()
@@ -114,8 +114,25 @@ def decode(
         options.softcap,
         torch.get_num_threads() if _joined_openmp() else 1,
         path,
+        bias_memory,
     )
     return o, lse
+
+
+def _bias_memory(bias: Tensor, num_heads: int) -> tuple[int, int, int]:
+    """Address, number of elements and largest distance of a position bias.
+
+    Raises:
+        ConfigError: If the bias is not what Rust reads.
+    """
+    fits = bias.dim() == 2 and len(bias) == num_heads and bias.shape[1] % 2 == 1
+    if not fits or bias.dtype != torch.float32 or not bias.is_contiguous() or not bias.is_cpu:
+        msg = (
+            f"position bias {list(bias.shape)} of {bias.dtype} on {bias.device}: expected contiguous torch.float32 "
+            f"[{num_heads}, 2 * distances + 1] on the CPU"
+        )
+        raise ConfigError(msg)
+    return bias.data_ptr(), bias.numel(), bias.shape[1] // 2
 
 
 def _check_arguments(inputs: DecodeInputs, tables: list[Tensor]) -> None:

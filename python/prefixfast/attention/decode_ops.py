@@ -88,9 +88,9 @@ def attn_decode(
         from prefixfast_kernels import prefix_decode  # triton is installed on machines with a GPU only
 
         with torch.cuda.device_of(q):  # Triton launches on the current device
-            return prefix_decode.attn_decode(inputs, step, options, users)
+            return prefix_decode.attn_decode(inputs, step, options, users, bias)
     if chosen == "rust":
-        return cpu_decode.decode(inputs, step, options)
+        return cpu_decode.decode(inputs, step, options, bias)
     if chosen == "torch":
         return decode_fwd(inputs, step, max_len, options, bias)
     return reference.attn_decode(inputs, step, options, bias)

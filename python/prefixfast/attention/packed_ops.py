@@ -68,7 +68,7 @@ def attn(
         from prefixfast_kernels import prefix_fwd  # triton is installed on machines with a GPU only
 
         with torch.cuda.device_of(q):  # Triton launches on the current device
-            return prefix_fwd.attn_fwd(inputs, packed, options, tile_sizes)
+            return prefix_fwd.attn_fwd(inputs, packed, options, tile_sizes, bias)
     if chosen == "torch":
         return torch_attn.attn_fwd(inputs, packed, options, bias)
     return reference.attn(inputs, packed, options, bias)
@@ -139,7 +139,7 @@ def attn_bwd(
         from prefixfast_kernels import prefix_bwd  # triton is installed on machines with a GPU only
 
         with torch.cuda.device_of(q):
-            grads = prefix_bwd.attn_bwd(grad, inputs, packed, options, tile_sizes, groups)
+            grads = prefix_bwd.attn_bwd(grad, inputs, packed, options, tile_sizes, groups, bias)
     else:
         grads = torch_attn.attn_bwd(grad, inputs, packed, options, groups, bias)
     return [q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)]

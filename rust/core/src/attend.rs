@@ -25,6 +25,7 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod bias;
 mod chunk;
 mod dispatch;
 mod key_copy;
@@ -43,6 +44,7 @@ mod vector;
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+pub use bias::Bias;
 pub use dispatch::{InstructionSet, SIMD_VARIABLE};
 pub use memory::SharedMemory;
 pub use openmp::use_runtime_of;
@@ -172,6 +174,8 @@ pub struct DecodeInputs<'a> {
     pub window: usize,
     /// Bound of the scores, applied as `softcap * tanh(score / softcap)`. 0 means no bound.
     pub softcap: f32,
+    /// Position bias of the scores, which excludes a bound.
+    pub bias: Option<Bias<'a>>,
 }
 
 /// Outputs of [`decode`].
@@ -245,6 +249,17 @@ fn check(inputs: &DecodeInputs<'_>, output: &DecodeOutputs<'_>) -> Result<()> {
             "{} query elements with strides {row} and {head}: expected enough for {rows} rows of {heads} heads",
             inputs.q.len()
         ));
+    }
+    if let Some(Bias { table, max_distance }) = inputs.bias {
+        let columns = max_distance.checked_mul(2).and_then(|n| n.checked_add(1));
+        if inputs.softcap > 0.0 || columns.and_then(|n| n.checked_mul(heads)) != Some(table.len()) {
+            return wrong(format!(
+                "a position bias of {} numbers up to distance {max_distance} with a bound of {}: expected {heads} rows \
+                 of all distances, and no bound",
+                table.len(),
+                inputs.softcap
+            ));
+        }
     }
     for [k, v] in [inputs.own.lens(), inputs.prefix.lens()] {
         if k != v || !k.is_multiple_of(kv_heads * head_dim) {

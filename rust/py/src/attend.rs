@@ -8,8 +8,8 @@ use std::mem::MaybeUninit;
 
 use prefixfast_core::Error;
 use prefixfast_core::attend::{
-    self as core, DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues, Shape,
-    SharedMemory,
+    self as core, Bias, DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues,
+    Shape, SharedMemory,
 };
 use pyo3::prelude::*;
 
@@ -82,7 +82,7 @@ unsafe fn keys_values<'a>((k, v, count, is_bf16): (usize, usize, usize, bool)) -
 
 /// Computes the attention of one decode step.
 #[pyfunction]
-#[pyo3(signature = (shape, q, out, own, prefix, table, tables, scale, window, softcap, threads, path))]
+#[pyo3(signature = (shape, q, out, own, prefix, table, tables, scale, window, softcap, threads, path, bias))]
 #[expect(
     clippy::too_many_arguments,
     reason = "called once per layer and step; building a Python object would cost more than the rest of the call"
@@ -101,6 +101,7 @@ pub(crate) fn attend_decode(
     softcap: f32,
     threads: usize,
     path: Option<&str>,
+    bias: Option<(usize, usize, usize)>,
 ) -> PyResult<()> {
     let instructions = guarded(py, || path.map_or_else(InstructionSet::selected, InstructionSet::named))?;
     let (rows, heads, kv_heads, head_dim) = shape;
@@ -122,7 +123,8 @@ pub(crate) fn attend_decode(
     // SAFETY: `prefixfast/attention/cpu_decode.py` takes these numbers from CPU tensors whose dtypes, shapes and
     // strides it has checked, and it holds the tensors until this call returns. Addresses are therefore aligned, and
     // counts lie within their tensors. The outputs are newly allocated, so nothing else refers to them.
-    // Queries and tables belong to the step of the thread that calls. Only this thread writes to them, before the call:
+    // Queries and tables belong to the step of the thread that calls. Only this thread writes to them, before the call
+    // (nobody writes to a bias after `model/` has made it):
     // `attention/plan.py` fills the slot table, and `engine/loop.py` makes a new buffer of tables for each step.
     // Keys and values are shared with the thread of `engine/prefix_loader.py`, which copies prefixes into other rows of
     // the arena at the same time. Nobody writes to the rows that the tables name. Own keys lie in rows that
@@ -161,6 +163,10 @@ pub(crate) fn attend_decode(
             scale,
             window,
             softcap,
+            bias: bias.map(|(address, count, max_distance)| Bias {
+                table: slice((address, count)),
+                max_distance,
+            }),
         };
         let o = if is_bf16 {
             FloatsMut::Bf16(slice_mut((out.0, sizes.1)))

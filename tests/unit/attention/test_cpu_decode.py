@@ -36,6 +36,7 @@ class Step:
     slot_table: torch.Tensor
     tables: DecodeTables
     options: AttnOptions
+    bias: torch.Tensor | None = None
 
     def inputs(self, dtype=torch.float32, arena=None, prefix=None):
         """Inputs rounded to the dtypes of queries, arena and prefix; the last two default to that of the queries."""
@@ -48,7 +49,7 @@ def widen(inputs):
     return DecodeInputs(*(t.double() if t.is_floating_point() else t for t in inputs))
 
 
-def make(lens, requests, block_lengths, *, heads, window=0, softcap=0.0, seed=0):
+def make(lens, requests, block_lengths, *, heads, window=0, softcap=0.0, max_distance=0, seed=0):
     hq, h, d = heads
     g = torch.Generator().manual_seed(seed)
     blocks, row = [], 2
@@ -64,23 +65,26 @@ def make(lens, requests, block_lengths, *, heads, window=0, softcap=0.0, seed=0)
     for r, own in zip(rows.tolist(), slots, strict=True):
         table[r, : len(own)] = own
     tables = decode_tables(lens, requests, blocks)._replace(row=rows)
-    return Step(q, k, v, table, tables, AttnOptions(d**-0.5, window, softcap))
+    bias = torch.randn(hq, 2 * max_distance + 1, generator=g) if max_distance else None
+    return Step(q, k, v, table, tables, AttnOptions(d**-0.5, window, softcap), bias)
 
 
 def run_rust(step, inputs=None, **kwargs):
-    return cpu_decode.decode(step.inputs() if inputs is None else inputs, step.tables, step.options, **kwargs)
+    inputs = step.inputs() if inputs is None else inputs
+    return cpu_decode.decode(inputs, step.tables, step.options, step.bias, **kwargs)
 
 
 def run_reference(step, inputs=None):
     """Outputs of the specification, in fp64 unless ``inputs`` are given."""
-    return reference.attn_decode(step.inputs(torch.float64) if inputs is None else inputs, step.tables, step.options)
+    inputs = step.inputs(torch.float64) if inputs is None else inputs
+    return reference.attn_decode(inputs, step.tables, step.options, step.bias)
 
 
 def errors(step, *dtypes, path=None, tables=None):
     """Errors of (o, lse) against fp64 on the same rounded numbers: of Rust, and of the reference in the same dtype."""
     inputs = step.inputs(*dtypes)
     exact = run_reference(step, widen(inputs))
-    got = cpu_decode.decode(inputs, step.tables if tables is None else tables, step.options, path=path)
+    got = cpu_decode.decode(inputs, step.tables if tables is None else tables, step.options, step.bias, path=path)
     assert got[0].dtype == inputs.q.dtype
     assert got[1].dtype == torch.float32
     return relative_errors(got, exact), relative_errors(run_reference(step, inputs), exact)
@@ -249,6 +253,14 @@ INVALID = {
     "keys of other heads": (lambda s: replace(s, k=s.k[:, :1].contiguous()), "expected both"),
     "fewer values": (lambda s: replace(s, v=s.v[:-1]), "expected both"),
     "another head dim": (lambda s: replace(s, q=s.q[..., :8]), "expected both"),
+    "a bias of fewer heads": (lambda s: replace(s, bias=torch.zeros(3, 5)), "position bias"),
+    "a bias of an even number of distances": (lambda s: replace(s, bias=torch.zeros(4, 6)), "position bias"),
+    "a bias of another dtype": (lambda s: replace(s, bias=torch.zeros(4, 5).double()), "position bias"),
+    "a strided bias": (lambda s: replace(s, bias=torch.zeros(5, 4).T), "position bias"),
+    "a bias with a soft cap": (
+        lambda s: replace(s, bias=torch.zeros(4, 5), options=s.options._replace(softcap=2.0)),
+        "a position bias of 20 numbers",
+    ),
     "heads that do not group": (lambda s: replace(s, q=s.q[:, :3]), "3 query heads and 2 kv heads"),
 }
 
@@ -267,6 +279,34 @@ def test_invalid_arguments_are_refused(invalid):
 def test_slots_before_the_window_are_not_read():
     step = make(*CASES["none"], heads=(4, 2, 16), window=20)
     assert all(torch.equal(a, b) for a, b in zip(run_rust(put_slot(-1)(step)), run_rust(step), strict=True))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("max_distance", [1, 40, 400])
+def test_a_position_bias(max_distance, path):
+    for heads, window, dtype in (((4, 4, 64), 0, torch.float32), ((6, 2, 80), 30, torch.bfloat16)):
+        for case in ("composed", "long", "twice the same"):
+            step, floor = make(*CASES[case], heads=heads, window=window, max_distance=max_distance), FLOOR[dtype]
+            got, same_dtype = errors(step, dtype, path=path)
+            assert within_tolerance(got, same_dtype, floor), (heads, case, got, same_dtype)
+
+
+BIAS_MISTAKES = {
+    "off by one": lambda s: s.bias.roll(1, 1),
+    "of another head": lambda s: s.bias.roll(1, 0),
+    "dropped": lambda _: None,
+    "of the other direction": lambda s: s.bias.flip(1).contiguous(),
+}
+
+
+@pytest.mark.parametrize("mistake", BIAS_MISTAKES)
+def test_a_wrong_bias_is_out_of_tolerance(mistake):
+    step = make(*CASES["composed"], heads=(4, 2, 16), max_distance=20)
+    exact = run_reference(step)
+    assert max(relative_errors(run_rust(step), exact)) < 1e-5
+    assert max(relative_errors(run_rust(replace(step, bias=BIAS_MISTAKES[mistake](step))), exact)) > 1e-2
+    nearer = step.tables._replace(use=step.tables.use + torch.tensor([0, 1, 0], dtype=torch.int32))
+    assert max(relative_errors(run_rust(replace(step, tables=nearer)), exact)) > 1e-2
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -293,21 +333,21 @@ def test_no_rows():
 # ---- the operator ----
 
 
-def operator_args(step, *, dtype=torch.float32, bias=None, backend="auto", prefix=True):
+def operator_args(step, *, dtype=torch.float32, backend="auto", prefix=True):
     """Arguments of `ops.attn_decode`."""
     q, k, v, slot_table, pk, pv = step.inputs(dtype)
     scale, window, softcap, _ = step.options
     pair = (pk, pv) if prefix else (None, None)
     max_len = int(step.tables.lens.max())
-    return q, k, v, *pair, slot_table, list(step.tables), bias, max_len, scale, window, softcap, backend, 0
+    return q, k, v, *pair, slot_table, list(step.tables), step.bias, max_len, scale, window, softcap, backend, 0
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_the_operator_runs_in_rust(backend, monkeypatch):
-    step = make(*CASES["composed"], heads=(4, 2, 16))
     monkeypatch.setattr(decode_ops, "decode_fwd", None)
-    expected = run_rust(step)
-    for prefix in (True, False):
+    for prefix, max_distance in ((True, 0), (False, 0), (True, 9)):
+        step = make(*CASES["composed"], heads=(4, 2, 16), max_distance=max_distance)
+        expected = run_rust(step)
         got = ops.attn_decode(*operator_args(step, backend=backend, prefix=prefix))
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
@@ -321,7 +361,11 @@ def test_the_reference_backend_does_not_run_in_rust(monkeypatch):
     ("reason", "kwargs", "change"),
     [
         ("torch.float64", {"dtype": torch.float64}, lambda s: s),
-        ("a position bias", {"bias": torch.zeros(4, 5)}, lambda s: s),
+        (
+            "a position bias with a soft cap",
+            {},
+            lambda s: make(*CASES["none"], heads=(4, 2, 16), max_distance=9, softcap=2.0),
+        ),
         ("not contiguous", {}, lambda s: replace(s, k=s.k.transpose(0, 1).contiguous().transpose(0, 1))),
         ("head dims over 256", {}, lambda s: make(*CASES["one row"], heads=(2, 1, 272))),
     ],

@@ -26,8 +26,15 @@ pub(super) fn attend_chunk<S: SimdOps, K: Element>(
 ) {
     if users.len() < MIN_ROWS_TO_COPY && state.head_dim.is_multiple_of(LANES) {
         for user in users.iter().filter(|u| u.first_in_chunk(start) < current.len()) {
-            let current = &current[user.first_in_chunk(start)..];
-            attend_in_place(simd, state, memory, ChunkOffsets { current, next }, user.row);
+            let first = user.first_in_chunk(start);
+            let (current, distance) = (&current[first..], user.distance_of(start + first));
+            attend_in_place(
+                simd,
+                state,
+                memory,
+                ChunkOffsets { current, next },
+                (user.row, distance),
+            );
         }
         return;
     }
@@ -39,8 +46,15 @@ pub(super) fn attend_chunk<S: SimdOps, K: Element>(
         prefetch_part(simd, state, memory, next, part, parts);
         let user = users[part % users.len()];
         if user.first_in_chunk(start) < current.len() {
-            let copied = &copied[user.first_in_chunk(start)..current.len()];
-            attend_copied(simd, state, copied, (user.row, part / users.len()), &mut scores);
+            let first = user.first_in_chunk(start);
+            let (copied, distance) = (&copied[first..current.len()], user.distance_of(start + first));
+            attend_copied(
+                simd,
+                state,
+                copied,
+                (user.row, part / users.len(), distance),
+                &mut scores,
+            );
         }
     }
 }
@@ -71,13 +85,14 @@ pub(super) fn attend_chunk_transposed<S: SimdOps, K: Element>(
     }
 }
 
-/// Attention of the queries of one row and kv head over keys of the copied chunk.
+/// Attention of the queries of one row and kv head over keys of the copied chunk, the first of them at a distance from
+/// the query.
 #[inline(always)]
 fn attend_copied<S: SimdOps>(
     simd: S,
     state: &mut TaskState<'_>,
     offsets: &[usize],
-    (row, h): (usize, usize),
+    (row, h, distance): (usize, usize, i64),
     scores: &mut [f32; CHUNK_KEYS],
 ) {
     let (vectors, count) = (state.head_vectors, offsets.len());
@@ -95,12 +110,19 @@ fn attend_copied<S: SimdOps>(
         for j in (0..count).step_by(4) {
             scores[j..j + 4].copy_from_slice(&score_keys(simd, q, k, j));
         }
+        if let Some(bias) = state.bias {
+            bias.add(
+                (state.heads.start + h) * state.group_size + i - first,
+                distance,
+                &mut scores[..count],
+            );
+        }
         update_softmax(simd, scores, count, state.softcap, &mut state.softmax[i], o);
         accumulate_values(simd, &scores[..count], v, 0, o);
     }
 }
 
-/// Attention of the queries of one row over a chunk in place.
+/// Attention of the queries of one row over a chunk in place, whose first key is at a distance from the query.
 ///
 /// Four keys at a time are read for all heads, so that memory is read in order, while the next four are prefetched.
 #[inline(always)]
@@ -109,7 +131,7 @@ fn attend_in_place<S: SimdOps, K: Element>(
     state: &mut TaskState<'_>,
     memory: KvMemory<'_, K>,
     ChunkOffsets { current: offsets, next }: ChunkOffsets<'_>,
-    row: usize,
+    (row, distance): (usize, i64),
 ) {
     let (heads, group_size, vectors, head_dim) =
         (state.heads.len(), state.group_size, state.head_vectors, state.head_dim);
@@ -140,6 +162,10 @@ fn attend_in_place<S: SimdOps, K: Element>(
         }
     }
     for (i, o) in o.chunks_exact_mut(vectors).enumerate() {
+        if let Some(bias) = state.bias {
+            let head = state.heads.start * group_size + i;
+            bias.add(head, distance, &mut scores[i][..count]);
+        }
         update_softmax(simd, &mut scores[i], count, state.softcap, &mut softmax[i], o);
     }
     for j in (0..count).step_by(4) {

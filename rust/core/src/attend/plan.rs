@@ -43,6 +43,8 @@ pub(super) struct BlockUse {
     pub(super) block: usize,
     /// First row of the block that the query sees. Earlier rows lie outside of its sliding window.
     pub(super) first: usize,
+    /// Position of the block's first row relative to the query.
+    pub(super) distance: i64,
 }
 
 /// A prefix block in the prefix tensor.
@@ -125,28 +127,30 @@ impl Plan {
 
     /// Runs of rows with the same first block, and the cost of each run's keys. A row without blocks is a run of its
     /// own.
-    fn runs(&self) -> Vec<(Range<usize>, usize)> {
+    pub(super) fn runs(&self) -> Vec<(Range<usize>, usize)> {
         let uses = |row: &QueryRow| &self.uses[row.uses.clone()];
         let mut runs: Vec<(Range<usize>, usize)> = Vec::with_capacity(self.rows.len());
+        let mut before: &[BlockUse] = &[];
         for (i, row) in self.rows.iter().enumerate() {
-            let mut cost = MEMORY_READ_COST * row.slots.len()
-                + uses(row)
-                    .iter()
-                    .map(|u| self.blocks[u.block].rows - u.first)
-                    .sum::<usize>();
-            let first = uses(row).first().map(|u| u.block);
+            let own = uses(row);
+            let continues = own
+                .first()
+                .is_some_and(|u| before.first().is_some_and(|b| b.block == u.block));
+            let mut cost = MEMORY_READ_COST * row.slots.len();
+            for (place, u) in own.iter().enumerate() {
+                let rows = self.blocks[u.block].rows;
+                // Rows of a run that see a block at the same place are neighbours and read it from memory once.
+                let is_read = continues && before.get(place).is_some_and(|b| b.block == u.block);
+                cost += rows - u.first + if is_read { 0 } else { MEMORY_READ_COST * rows };
+            }
             match runs.last_mut() {
-                Some((run, run_cost))
-                    if first.is_some() && first == uses(&self.rows[run.start]).first().map(|u| u.block) =>
-                {
+                Some((run, run_cost)) if continues => {
                     run.end += 1;
                     *run_cost += cost;
                 }
-                _ => {
-                    cost += MEMORY_READ_COST * uses(row).iter().map(|u| self.blocks[u.block].rows).sum::<usize>();
-                    runs.push((i..i + 1, cost));
-                }
+                _ => runs.push((i..i + 1, cost)),
             }
+            before = own;
         }
         runs
     }

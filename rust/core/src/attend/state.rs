@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::bias::Bias;
 use super::online_softmax::{CHUNK_KEYS, SoftmaxState};
 use super::transposed::{TransposedQueries, num_query_vectors};
 use super::vector::{F32x16, LANES};
@@ -32,6 +33,7 @@ pub(super) struct TaskState<'a> {
     pub(super) head_vectors: usize,
     /// Bound of the scores, 0 for none.
     pub(super) softcap: f32,
+    pub(super) bias: Option<Bias<'a>>,
     /// Queries multiplied by the softmax scale, `head_vectors` vectors each.
     pub(super) q: &'a mut [F32x16],
     /// Sum of `exp(score - max) * value` of each query, `head_vectors` vectors each.
@@ -48,7 +50,7 @@ impl<'a> TaskState<'a> {
     /// State without any keys, in memory that is reused from call to call.
     pub(super) fn new(
         shape: TaskShape,
-        softcap: f32,
+        (softcap, bias): (f32, Option<Bias<'a>>),
         floats: &'a mut Vec<f32>,
         softmax: &'a mut Vec<SoftmaxState>,
     ) -> Self {
@@ -82,6 +84,7 @@ impl<'a> TaskState<'a> {
             head_dim,
             head_vectors,
             softcap,
+            bias,
             q: q.as_chunks_mut().0,
             o: o.as_chunks_mut().0,
             softmax,
@@ -105,6 +108,8 @@ pub(super) struct BlockUser {
     pub(super) row: usize,
     /// First row of the block that this row sees.
     pub(super) first: usize,
+    /// Position of the block's first row relative to the query.
+    pub(super) distance: i64,
 }
 
 impl BlockUser {
@@ -113,5 +118,9 @@ impl BlockUser {
     /// * `start`: index of the chunk's first key in the block.
     pub(super) fn first_in_chunk(&self, start: usize) -> usize {
         self.first.max(start) - start
+    }
+    /// Position of row `row` of the block relative to the query.
+    pub(super) fn distance_of(&self, row: usize) -> i64 {
+        self.distance.saturating_add_unsigned(row as u64)
     }
 }

@@ -62,6 +62,7 @@ pub(super) fn block_uses(
             out.push(BlockUse {
                 block,
                 first: first_visible(pos, *slides != 0, window).min(blocks[block].rows),
+                distance: pos,
             });
         }
         if lens[i] == 0 && out.len() == begin {

@@ -89,7 +89,7 @@ fn run_generic<S: SimdOps>(
         group_size,
         head_dim: shape.head_dim,
     };
-    let mut state = TaskState::new(task_shape, inputs.softcap, floats, softmax);
+    let mut state = TaskState::new(task_shape, (inputs.softcap, inputs.bias), floats, softmax);
     let (vectors, first_head, num_heads) = (
         state.head_vectors,
         task.heads.start * group_size,
@@ -106,6 +106,7 @@ fn run_generic<S: SimdOps>(
             block: u.block,
             row,
             first: u.first,
+            distance: u.distance,
         }));
     }
     users.sort_unstable();
@@ -186,7 +187,8 @@ fn attend_blocks<S: SimdOps, K: Element>(
                 current: &current[..count],
                 next: &next[..next_count],
             };
-            if !is_transposed && start >= first_seen_by_all && transposed::pays_off(users, state.group_size) {
+            let pays_off = state.bias.is_none() && transposed::pays_off(users, state.group_size);
+            if !is_transposed && start >= first_seen_by_all && pays_off {
                 is_transposed = true;
                 transposed::transpose(state, users);
             }
@@ -215,15 +217,14 @@ fn attend_own_keys<S: SimdOps, K: Element>(
     task: &Task,
 ) {
     for (i, row) in plan.rows[task.rows.clone()].iter().enumerate() {
-        let (slots, user) = (
-            &plan.slots[row.slots.clone()],
-            BlockUser {
-                place: 0,
-                block: 0,
-                row: i,
-                first: 0,
-            },
-        );
+        let slots = &plan.slots[row.slots.clone()];
+        let mut user = BlockUser {
+            place: 0,
+            block: 0,
+            row: i,
+            first: 0,
+            distance: 1_i64.saturating_sub_unsigned(slots.len() as u64), // the last key is the query's own
+        };
         let mut current = [0; CHUNK_KEYS];
         let mut next = [0; CHUNK_KEYS];
         let mut count = slot_offsets(slots, 0, stride, &mut next);
@@ -237,6 +238,7 @@ fn attend_own_keys<S: SimdOps, K: Element>(
             };
             attend_chunk(simd, state, memory, offsets, 0, &[user]);
             start += count;
+            user.distance += count as i64;
             count = next_count;
         }
     }

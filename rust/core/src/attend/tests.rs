@@ -68,6 +68,140 @@ fn rows_without_own_keys_see_their_blocks_alone() -> Result<(), Error> {
 }
 
 #[test]
+fn results_without_a_bias_keep_their_bits() -> Result<(), Error> {
+    // FNV-1a of the outputs. The log-sum-exp is left out, because `ln` belongs to the system's library.
+    let recorded = [
+        ("avx512", 0x4052_3dcc_8a01_87a2),
+        ("avx2", 0x4052_3dcc_8a01_87a2),
+        ("scalar", 0x09a8_29e2_2495_f65b),
+    ];
+    for instructions in InstructionSet::all() {
+        let mut hash = 0xcbf2_9ce4_8422_2325_u64;
+        for (rows, heads) in [(3, (4, 4, 64)), (24, (4, 2, 80)), (20, (2, 1, 3)), (5, (7, 1, 256))] {
+            for (window, softcap) in [(0, 0.0), (100, 0.0), (120, 2.0)] {
+                let case = Case {
+                    window,
+                    softcap,
+                    ..Case::shared(rows, heads)
+                };
+                for byte in case
+                    .run(2, instructions)?
+                    .0
+                    .iter()
+                    .flat_map(|x| x.to_bits().to_le_bytes())
+                {
+                    hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
+                }
+            }
+        }
+        assert!(
+            recorded.contains(&(instructions.name(), hash)),
+            "{}: {hash:#x}",
+            instructions.name()
+        );
+    }
+    Ok(())
+}
+
+/// Largest distances of a bias: none, less and more than the keys of a block.
+const DISTANCES: [usize; 3] = [1, 30, 400];
+
+#[test]
+fn a_bias_matches_the_fp64_reference_alone_and_in_a_batch() -> Result<(), Error> {
+    for instructions in InstructionSet::all() {
+        for (i, heads) in HEADS.into_iter().enumerate() {
+            let (rows, max_distance) = ([3, 24, 20][i % 3], DISTANCES[i % 2 + usize::from(i > 3)]);
+            for window in [0, 100] {
+                let case = Case {
+                    window,
+                    ..Case::shared(rows, heads).with_bias(max_distance)
+                };
+                let (o, lse) = case.run(2, instructions)?;
+                let error = case.error(&o, &lse);
+                assert!(
+                    error < 2e-5,
+                    "{} {heads:?}, window {window}: {error}",
+                    instructions.name()
+                );
+                let numbers = heads.0 * heads.2;
+                for i in (0..rows).step_by(5) {
+                    let alone = case.alone(i).run(1, instructions)?;
+                    assert_eq!(
+                        (&o[i * numbers..][..numbers], &lse[i * heads.0..][..heads.0]),
+                        (&*alone.0, &*alone.1)
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_reference_detects_a_wrong_bias() -> Result<(), Error> {
+    let case = Case::new(6, 2, 64).with_bias(30);
+    let (o, lse) = case.run(1, InstructionSet::selected()?)?;
+    let with = |change: &dyn Fn(&mut Case)| {
+        let mut other = Case::new(6, 2, 64).with_bias(30);
+        change(&mut other);
+        other.error(&o, &lse)
+    };
+    assert!(with(&|_| ()) < 2e-5);
+    assert!(with(&|c| c.bias.rotate_left(1)) > 1e-3, "off by one");
+    assert!(with(&|c| c.bias.rotate_left(61)) > 1e-3, "another head");
+    assert!(
+        with(&|c| c.uses.iter_mut().for_each(|u| u[1] += 1)) > 1e-3,
+        "a prefix one token nearer"
+    );
+    assert!(with(&|c| c.bias.clear()) > 1e-3, "dropped");
+    Ok(())
+}
+
+#[test]
+fn refuses_a_bias_of_the_wrong_size_or_with_a_soft_cap() -> Result<(), Error> {
+    let instructions = InstructionSet::selected()?;
+    let changes: [Change<'_>; 4] = [
+        ("short", &|c| c.bias.truncate(120)),
+        ("another distance", &|c| c.max_distance = 29),
+        ("far too large a distance", &|c| c.max_distance = usize::MAX),
+        ("cap", &|c| c.softcap = 1.0),
+    ];
+    for (name, change) in changes {
+        let mut case = Case::new(2, 2, 16).with_bias(30);
+        change(&mut case);
+        assert!(matches!(case.run(1, instructions), Err(Error::Config(_))), "{name}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_block_that_is_new_in_a_run_costs_its_read() -> Result<(), Error> {
+    // Rows 0 and 1 share both blocks, and row 2 sees a second block of its own.
+    let case = Case {
+        block: vec![[0, 40], [50, 80], [150, 80]],
+        use_indptr: vec![0, 2, 4, 6],
+        uses: vec![[0, -40, 0], [1, 0, 0], [0, -40, 0], [1, 0, 0], [0, -40, 0], [2, 0, 0]],
+        lens: vec![0; 3],
+        ..Case::new(2, 2, 16)
+    };
+    let cost = |case: &Case| -> Result<Vec<usize>, Error> {
+        Ok(Plan::new(&case.inputs(), 1)?
+            .runs()
+            .into_iter()
+            .map(|(_, cost)| cost)
+            .collect())
+    };
+    let own = 3 * (40 + 80);
+    assert_eq!(cost(&case)?, [own + 4 * (40 + 80 + 80)]);
+    let shared = Case {
+        uses: [[0, -40, 0], [1, 0, 0]].repeat(3),
+        ..case
+    };
+    assert_eq!(cost(&shared)?, [own + 4 * (40 + 80)]);
+    Ok(())
+}
+
+#[test]
 fn the_reference_detects_wrong_inputs() -> Result<(), Error> {
     let case = Case::new(6, 2, 64);
     let (o, lse) = case.run(1, InstructionSet::selected()?)?;

@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use super::super::{
-    DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues, Shape, decode,
+    Bias, DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues, Shape, decode,
 };
 use crate::error::Error;
 
@@ -43,6 +43,9 @@ pub(super) struct Case {
     pub(super) uses: Vec<[i32; 3]>,
     pub(super) window: usize,
     pub(super) softcap: f32,
+    /// Numbers of the position bias, empty for none.
+    pub(super) bias: Vec<f32>,
+    pub(super) max_distance: usize,
 }
 
 const ARENA_ROWS: usize = 400;
@@ -69,6 +72,17 @@ impl Case {
             uses: vec![[0, -95, 1], [1, -5, 1], [0, -90, 0]],
             window: 0,
             softcap: 0.0,
+            bias: Vec::new(),
+            max_distance: 0,
+        }
+    }
+
+    /// The same inputs with a random position bias.
+    pub(super) fn with_bias(self, max_distance: usize) -> Self {
+        Self {
+            bias: random(self.shape.heads * (2 * max_distance + 1), 5),
+            max_distance,
+            ..self
         }
     }
 
@@ -105,6 +119,7 @@ impl Case {
             block: self.block.clone(),
             use_indptr: vec![0, i32::try_from(uses.len()).unwrap_or(i32::MAX)],
             uses: uses.to_vec(),
+            bias: self.bias.clone(),
             ..*self
         }
     }
@@ -133,6 +148,10 @@ impl Case {
             scale: 0.3,
             window: self.window,
             softcap: self.softcap,
+            bias: (!self.bias.is_empty()).then_some(Bias {
+                table: &self.bias,
+                max_distance: self.max_distance,
+            }),
         }
     }
 
@@ -151,15 +170,20 @@ impl Case {
         result.map(|()| (o, lse))
     }
 
-    /// Arena rows that a query row sees, in the order of the keys.
-    fn visible_rows(&self, row: usize) -> Vec<usize> {
+    /// Arena rows that a query row sees and their positions relative to the query, in the order of the keys.
+    fn visible_rows(&self, row: usize) -> Vec<(usize, i32)> {
         let mut out = Vec::new();
         let index = |x: i32| usize::try_from(x).unwrap_or(usize::MAX);
         for [block, pos, slides] in &self.uses[index(self.use_indptr[row])..index(self.use_indptr[row + 1])] {
             let [start, rows] = self.block[index(*block)];
             let hidden =
                 |j: &i32| self.window > 0 && *slides == 1 && index(self.lens[row] - 1 - pos - j) >= self.window;
-            out.extend((0..rows).filter(|j| !hidden(j)).map(|j| index(start + j)));
+            let position = |j: i32| pos + j - (self.lens[row] - 1);
+            out.extend(
+                (0..rows)
+                    .filter(|j| !hidden(j))
+                    .map(|j| (index(start + j), position(j))),
+            );
         }
         let length = index(self.lens[row]);
         let from = if self.window == 0 {
@@ -170,9 +194,18 @@ impl Case {
         out.extend(
             self.table[index(self.row[row]) * COLUMNS..][from..length]
                 .iter()
-                .map(|s| index(*s)),
+                .zip((0..=self.lens[row] - 1).skip(from))
+                .map(|(s, j)| (index(*s), j - (self.lens[row] - 1))),
         );
         out
+    }
+
+    /// Bias of a query head at a distance.
+    fn bias_of(&self, head: usize, distance: i32) -> f64 {
+        let furthest = i32::try_from(self.max_distance).unwrap_or(i32::MAX);
+        let column = usize::try_from(distance.clamp(-furthest, furthest) + furthest).unwrap_or(usize::MAX);
+        let row = self.bias.get(head * (2 * self.max_distance + 1)..).unwrap_or(&[]);
+        row.get(column).copied().map_or(0.0, f64::from)
     }
 
     /// Largest difference of the outputs from an fp64 computation.
@@ -190,7 +223,7 @@ impl Case {
             let slots = self.visible_rows(row);
             let scores: Vec<f64> = slots
                 .iter()
-                .map(|s| {
+                .map(|(s, distance)| {
                     let dot: f64 = query
                         .iter()
                         .zip(&self.k[offset(*s)..])
@@ -200,7 +233,7 @@ impl Case {
                     if cap > 0.0 {
                         cap * (dot * f64::from(0.3_f32) / cap).tanh()
                     } else {
-                        dot * f64::from(0.3_f32)
+                        dot * f64::from(0.3_f32) + self.bias_of(h, *distance)
                     }
                 })
                 .collect();
@@ -210,7 +243,7 @@ impl Case {
                 let all: f64 = slots
                     .iter()
                     .zip(&scores)
-                    .map(|(slot, s)| s.exp() * f64::from(self.v[offset(*slot) + d]))
+                    .map(|((slot, _), s)| s.exp() * f64::from(self.v[offset(*slot) + d]))
                     .sum();
                 worst = worst.max((f64::from(o[(row * heads + h) * head_dim + d]) - all / sum).abs());
             }
