@@ -52,8 +52,8 @@ class Case:
 
     def problem(self, sizes: TileSizes) -> PackedProblem:
         """Random problem of the case, with tables cut into ``sizes``."""
-        given = {"arena": self.arena, "max_distance": self.max_distance}
-        return make_problem(list(self.requests), list(self.blocks), self.heads, sizes=sizes, **given)
+        requests, blocks = list(self.requests), list(self.blocks)
+        return make_problem(requests, blocks, self.heads, sizes=sizes, arena=self.arena, max_distance=self.max_distance)
 
     def options(self, scale: float) -> AttnOptions:
         """Options of the attention."""
