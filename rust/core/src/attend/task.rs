@@ -238,7 +238,7 @@ fn attend_own_keys<S: SimdOps, K: Element>(
             };
             attend_chunk(simd, state, memory, offsets, 0, &[user]);
             start += count;
-            user.distance += count as i64;
+            user.distance = user.distance_of(count);
             count = next_count;
         }
     }

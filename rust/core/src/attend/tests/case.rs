@@ -194,7 +194,7 @@ impl Case {
         out.extend(
             self.table[index(self.row[row]) * COLUMNS..][from..length]
                 .iter()
-                .zip((0..=self.lens[row] - 1).skip(from))
+                .zip((0..self.lens[row]).skip(from))
                 .map(|(s, j)| (index(*s), j - (self.lens[row] - 1))),
         );
         out
