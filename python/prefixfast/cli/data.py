@@ -55,8 +55,9 @@ def check_rows(
         int | None,
         typer.Option(
             min=2,
-            help="Number of tokens above which an example counts as too long. Needs --model. In training the "
-            "prefix takes positions too, so that an example that fits here can be too long there.",
+            help="Number of tokens above which an example, or the text of an encoder, counts as too long. Needs "
+            "--model. In training the prefix takes positions too, so that an example that fits here can be too long "
+            "there.",
             show_default="all positions of the model",
         ),
     ] = None,
@@ -114,17 +115,22 @@ def _tokenizer_and_sizes(model: str) -> dict[str, Any]:
     """Tokenizer, vocabulary size and positions of a base, without its weights."""
     from transformers import AutoConfig
 
+    from prefixfast.model.seq2seq.facts import config_facts
     from prefixfast.model.tokenizer import Tokenizer, read_tokenizer
 
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
+        config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as e:
         msg = f"model: the config of {shown(model)} cannot be loaded: {e}"
         raise ConfigError(msg) from e
+    decoder = config_facts(config) if config.is_encoder_decoder else None
+    config = config.get_text_config()
+    positions = config.max_position_embeddings if decoder is None else decoder.encoder_positions
     return {
         "tokenizer": Tokenizer.from_hf(read_tokenizer(model)),
         "vocab_size": int(config.vocab_size),
-        "max_length": int(config.max_position_embeddings),
+        "max_length": None if decoder is not None and decoder.has_distances else int(positions),
+        "decoder": decoder,
     }
 
 
@@ -137,7 +143,8 @@ def _lines(report: DataReport) -> list[str]:
         for name, at in of.items():
             out.append(f"  {unit} of the {name}: " + ", ".join(f"{v} at {p} %" for p, v in at.items()))
     if report.tokens and report.max_length:
-        out.append(f"  over {report.max_length} tokens: {report.too_long} examples")
+        what = "examples" if "example" in report.tokens else "texts of the encoder"
+        out.append(f"  over {report.max_length} tokens: {report.too_long} {what}")
     if report.unread:
         out.append(f"  unused columns: {', '.join(report.unread)}")
     out += [f"  note: {note}" for note in report.notes]

@@ -14,7 +14,7 @@ from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.chat import split_conversation
 from prefixfast.data.columns import TaskLike, check_columns, empty_values, reserved_notes, unread_columns
 from prefixfast.data.corpora import count_warning, other_split, task_items
-from prefixfast.data.encode import ANY_VOCABULARY, Example, encode_examples
+from prefixfast.data.encode import ANY_VOCABULARY, DecoderTokens, Example, encode_examples
 from prefixfast.data.files import file_items
 from prefixfast.data.formats import FORMATS
 from prefixfast.data.join import Joins
@@ -57,12 +57,15 @@ class BaseVocabulary:
     Attributes:
         tokenizer: Tokenizer that counts tokens and writes conversations; None counts characters only.
         vocab_size: Number of tokens of the vocabulary, against which ``input_ids`` are checked.
-        max_length: Largest number of tokens of an example; None for no limit.
+        max_length: Largest number of tokens of an example, for an encoder-decoder base model those of the encoder's
+            text; None for no limit.
+        decoder: Tokens of the decoder of an encoder-decoder base model, None for a decoder-only one.
     """
 
     tokenizer: Tokenizer | None = None
     vocab_size: int = ANY_VOCABULARY
     max_length: int | None = None
+    decoder: DecoderTokens | None = None
 
 
 @dataclass
@@ -78,9 +81,10 @@ class DataReport:
         problems: First problems, in the order of their lines.
         characters: Percentiles 50, 90, 99 and 100 of the lengths of ``prompt`` and ``target`` in characters. All
             messages of a conversation count as prompt.
-        tokens: Percentiles of the lengths of ``example`` and ``target`` in tokens; empty without a tokenizer.
+        tokens: Percentiles of the lengths of ``example``, of ``source`` for an encoder-decoder base model, and of
+            ``target`` in tokens; empty without a tokenizer.
         max_length: Limit that ``too_long`` counts against, None without one.
-        too_long: Number of examples with more than ``max_length`` tokens.
+        too_long: Number of examples, or of texts of an encoder, with more than ``max_length`` tokens.
         unread: Columns that the task's format does not read.
         warnings: Sentences on rows that training takes, but that are likely a mistake.
         notes: Sentences on columns whose names have a meaning in other rows, and on how rows of a public data set are
@@ -201,7 +205,8 @@ class _Checker:
         if note := layout_note(rows, task.format):
             report.notes.append(note)
         characters: dict[str, list[int]] = {"prompt": [], "target": []}
-        tokens: dict[str, list[int]] = {"example": [], "target": []}
+        whole = "example" if self.base.decoder is None else "source"
+        tokens: dict[str, list[int]] = {whole: [], "target": []}
         counted = tokenizer is not None or task.is_tokenized(rows[0])
         joins, sizes = Joins(), list[tuple[int, Row]]()
         starts = range(0, len(rows), ROWS_PER_CHUNK)
@@ -216,14 +221,14 @@ class _Checker:
                     else:
                         report.examples += len(examples) if counted else max(1, len(targets))
                         joins.add(valid["prompt"], targets)
-                    tokens["example"] += (len(e.ids) for e in examples)
+                    tokens[whole] += (len(e.ids if e.encoder_ids is None else e.encoder_ids) for e in examples)
                     tokens["target"] += (len(e.targets) for e in examples)
                     size = len(examples[0].ids) if examples else len(valid["prompt"]) + sum(map(len, targets[:1]))
                     sizes.append((size, valid["row"]))
         report.characters = {k: _percentiles(v) for k, v in characters.items() if any(v)}
         report.tokens = {k: _percentiles(v) for k, v in tokens.items() if v}
         limit = report.max_length
-        report.too_long = sum(n > limit for n in tokens["example"]) if limit else 0
+        report.too_long = sum(n > limit for n in tokens[whole]) if limit else 0
         report.warnings += [*filter(None, [joins.warning()]), *empty_values(task, rows)]
         if self.num_requests:
             have = f"{self.num_requests} of {len(rows)} rows have no texts"
@@ -249,7 +254,7 @@ class _Checker:
         tokenizer, tokenized = self.base.tokenizer, task.is_tokenized(rows[0])
         texts: list[tuple[str, list[str]]] = [("", [])] * len(rows)
         if not tokenized:
-            eos = "{eos}" if tokenizer is None else tokenizer.eos
+            eos = "" if self.base.decoder is not None else "{eos}" if tokenizer is None else tokenizer.eos
             plain = [i for i, row in enumerate(rows) if not (task.is_chat(row) or self._is_request(row, task))]
             for i, row in enumerate(rows):
                 if self._is_request(row, task):
@@ -263,10 +268,9 @@ class _Checker:
         examples: list[list[Example]] = [[] for _ in rows]
         if tokenized or tokenizer is not None:
             trained = [i for i, row in enumerate(rows) if not self._is_request(row, task)]
-            encoded = (
-                encode_examples(tokenizer, self.base.vocab_size, [rows[i] for i in trained], task) if trained else []
-            )
-            for number, found in itertools.groupby(encoded, key=lambda e: e.row):
+            own = [rows[i] for i in trained]
+            encoded = encode_examples(tokenizer, self.base.vocab_size, own, task, decoder=self.base.decoder)
+            for number, found in itertools.groupby(encoded if own else (), key=lambda e: e.row):
                 examples[trained[number]] = list(found)
         return [
             {"row": row, "prompt": prompt, "targets": targets, "examples": own}
@@ -299,7 +303,8 @@ def _shown(tokenizer: Tokenizer | None, which: str, valid: _ValidRow) -> ShownEx
         return {"which": which, "path": path, "line": line, "prompt": valid["prompt"], "target": target}
     example = valid["examples"][0]
     at = int(example.targets[0])
-    parts = [example.ids[:at].tolist(), example.ids[at:].tolist()]
+    source = example.ids[:at] if example.encoder_ids is None else example.encoder_ids
+    parts = [source.tolist(), example.ids[at:].tolist()]
     prompt, target = tokenizer.decode(parts, skip_special_tokens=False)
     return {"which": which, "path": path, "line": line, "prompt": prompt, "target": target}
 

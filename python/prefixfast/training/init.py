@@ -97,6 +97,16 @@ def _values(
         logger.debug("init text has %d tokens: %s to the prefix's %d rows", len(ids), change, length)
     if model.seq2seq is None:
         return {"self": text_kv(model, ids, lengths["self"], *context(after, model))}
+    rooms = {
+        "enc": model.seq2seq.encoder_positions,
+        "self": model.max_positions,
+        "cross": model.seq2seq.encoder_positions,
+    }
+    for site, n in lengths.items():
+        if n > rooms[site]:
+            expected = f"at most {rooms[site]} rows of site {site!r} beside init='text', the positions of a text"
+            msg = f"prefix_length: expected {expected}, got {n}; use a shorter prefix, or init='random'"
+            raise ConfigError(msg)
     return seq2seq_text_kv(model, ids, model.seq2seq.decoder_ids(np.array(ids, np.int32)).tolist(), lengths)
 
 

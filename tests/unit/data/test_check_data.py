@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from transformers import BartConfig, LEDConfig, T5Config
 
 import tiny
 from oracles import ROOT
@@ -203,6 +204,29 @@ def test_the_command(cli, file, folder, tmp_path):
 def test_wrong_arguments_of_the_command(cli, file, arguments, message):
     code, _ = cli("data", "check", *(a.format(file=file) for a in arguments))
     assert message.format(file=file) in str(code)
+
+
+@pytest.mark.parametrize(("config", "too_long"), [(BartConfig, 1), (T5Config, None)])
+def test_texts_of_encoder_decoder_bases_are_counted_apart(cli, tmp_path, tokenizer, config, too_long):
+    config(vocab_size=tiny.VOCAB, max_position_embeddings=9).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = [{"document": "d" * n, "summary": "s" * m} for n, m in ((10, 3), (4, 9), (3, 1))]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"document": "d"}])), encoding="utf8")
+    code, out = cli("data", "check", tmp_path / "a.jsonl", "--model", tmp_path / "base", "--json")
+    report = json.loads(out)
+    assert (code, report["num_problems"], report["examples"]) == (1, 1, 3)
+    assert report["tokens"]["source"] == {"50": 4, "90": 10, "99": 10, "100": 10}
+    assert report["tokens"]["target"] == {"50": 4, "90": 10, "99": 10, "100": 10}
+    assert report["max_length"] == (too_long and 9)
+    assert report["too_long"] == (too_long or 0)
+    assert (report["shown"][0]["prompt"], report["shown"][0]["target"]) == ("d" * 10, "sss</s>")
+
+
+def test_data_of_bases_that_are_not_computed_is_refused(cli, tmp_path, tokenizer, file):
+    LEDConfig(vocab_size=tiny.VOCAB).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    code, _ = cli("data", "check", file, "--model", tmp_path / "base")
+    assert "among bart" in str(code)
 
 
 def test_torch_and_transformers_are_not_imported_without_a_base_model(file):

@@ -41,6 +41,8 @@ class Decoder:
     wraps: bool = False
     vocab_size: int = tiny.VOCAB
     encoder_positions: int = 160
+    pad: int = PAD
+    skips_pads: bool = False
 
     def decoder_ids(self, labels):
         first = labels[-1] if self.wraps else START
@@ -202,6 +204,28 @@ def test_labels_give_the_losses_of_hugging_face(wraps):
 def test_wrong_token_ids_are_named(row, match):
     with pytest.raises(DataError, match=match):
         encoded(None, row, task="prompt")
+
+
+@pytest.mark.parametrize(
+    ("row", "is_right"),
+    [
+        ({"input_ids": [5, PAD], "labels": [6]}, False),
+        ({"input_ids": [5, PAD], "attention_mask": [1, 0], "labels": [6, PAD]}, True),
+        ({"input_ids": [5], "labels": [6, -100, 7]}, False),
+        ({"input_ids": [5], "labels": [6, PAD, 7]}, False),
+        ({"input_ids": [5], "labels": [6, 7, -100]}, True),
+    ],
+)
+def test_padding_that_takes_no_position_is_refused_inside_a_text(row, is_right):
+    assert encoded(None, row, task="prompt")
+    if is_right:
+        assert encoded(None, row, task="prompt", decoder=Decoder(skips_pads=True))
+        return
+    with pytest.raises(DataError, match="padding token 0 inside a text"):
+        encoded(None, row, task="prompt", decoder=Decoder(skips_pads=True))
+    if PAD in row["input_ids"]:
+        with pytest.raises(RequestError, match="padding token 0 inside a text"):
+            encode_prompts(fake(skips_pads=True), [row["input_ids"]], [TASKS["prompt"]])
 
 
 def test_a_decoder_only_base_keeps_the_check_of_equal_lengths():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import tiny
 from cut_runs import Cut, CutAt
 from prefixfast import ConfigError, DataError, Prefix, PrefixConfig, load
 from prefixfast.training.estimate import estimate
@@ -15,12 +16,14 @@ from prefixfast.training.job import JobArguments, prepare
 from prefixfast.training.loop import GroupTrainer
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.trainer import train
-from seq2seq import FAST, LENGTHS, NAMES, SITES, SUBSETS, VOCAB, brute_force, make_seq2seq
+from seq2seq import FAST, LENGTHS, NAMES, SITES, SUBSETS, VOCAB, attention_modules, brute_force, make_seq2seq
 
 WRAPS = ("mbart", "plbart")
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
 FLAT = {"init": "random", "reparameterization": "none", "learning_rate": 1e-2}
 STILL = {**FLAT, "learning_rate": 1e-15, "max_steps": 1}
+TEXT = {"reparameterization": "none", "learning_rate": 1e-15, "max_steps": 1}
+XSUM = [{"document": "the mill", "summary": "a mill"}]
 
 
 def rows(seed: int, count: int = 5) -> list[dict[str, list[int]]]:
@@ -198,6 +201,52 @@ def test_zero_and_flat_start_values(bases):
     assert all(float(t.abs().max()) < 1e-9 for t in got.kv.values())
 
 
+@pytest.fixture(scope="module")
+def worded(tokenizer):
+    """BART-shaped base with a tokenizer, and the same model without prefixfast."""
+    with load(make_seq2seq("bart", vocab_size=tiny.VOCAB), tokenizer=tokenizer) as model:
+        yield model, make_seq2seq("bart", vocab_size=tiny.VOCAB)
+
+
+def test_init_text_is_read_by_encoder_and_decoder(worded):
+    model, hf = worded
+    ids = model.tokenizer.hf("mill").input_ids
+    got = train(model, XSUM, init_text="mill", prefix_length={"enc": 6, "self": 3, "cross": 2}, **TEXT)
+    kept = {n: [] for n in got.kv}
+    modules = attention_modules(hf)
+    for encoder, decoder, site in ((ids + ids[:2], [2], "enc"), (ids, [2, *ids[:2]], "self"), (ids[:2], [2], "cross")):
+        hooks = [
+            getattr(m, f"{x}_proj").register_forward_hook(lambda _, __, out, n=f"{site}.{i}.{x}": kept[n].append(out))
+            for i, m in enumerate(modules[site])
+            for x in "kv"
+        ]
+        with torch.no_grad():
+            hf(input_ids=torch.tensor([encoder]), decoder_input_ids=torch.tensor([decoder]), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+    for name, (out,) in kept.items():
+        assert torch.allclose(got.kv[name].flatten(1), out[0], atol=1e-5), name
+    by_text = train(model, XSUM, init_text="mill", prefix_length="text", **TEXT)
+    assert (by_text.length, by_text.sites, by_text.pos_start) == (4, SITES, 4)
+    with pytest.raises(ConfigError, match="at most 64 rows of site 'enc' beside init='text'"):
+        train(model, XSUM, init_text="mill", prefix_length={"enc": 65, "self": 3}, **TEXT)
+
+
+def test_rows_of_texts_give_the_losses_of_the_tokenizers_labels(worded):
+    model, hf = worded
+    data = [*XSUM, {"document": "an inn by the river ", "refs": ["inn", " the river\n"]}]
+    got = train(model, data, eval_data=data, prefix_length=LENGTHS, task="xsum", **STILL)
+    eos = model.tokenizer.hf.eos_token_id
+    texts = [(row["document"].strip(), t.strip()) for row in data for t in row.get("refs", [row.get("summary")])]
+    encoded = [
+        {k: model.tokenizer.hf(t).input_ids for k, t in zip(("input_ids", "labels"), x, strict=True)} for x in texts
+    ]
+    with torch.no_grad():
+        losses = [oracle_losses(hf, r | {"labels": [*r["labels"], eos]}, got.kv, got.pos_start) for r in encoded]
+    assert got.training["metrics"]["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+    assert got.decoding["max_new_tokens"] == 61
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_lowers_the_loss_and_gives_the_base_back(dtype):
     hf = make_seq2seq("bart").to(dtype)
@@ -269,8 +318,6 @@ def test_a_wrapping_base_keeps_the_language_of_its_targets(bases):
 
 
 # ---- recipe and estimate ----
-
-XSUM = [{"document": "the mill", "summary": "a mill"}]
 
 
 def resolved(model, **how):

@@ -10,7 +10,7 @@ import numpy as np
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.chat import ChatTemplate
-from prefixfast.data.encode.seq2seq import DecoderTokens, check_is_pair, encode_labels, encoder_text
+from prefixfast.data.encode.seq2seq import DecoderTokens, check_is_pair, encode_labels, encoder_text, pad_error
 from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, token_ids, vocabulary_error
 from prefixfast.data.encode.tokenized import check_tokenized, encoder_row, padded_ids, request_ids
 from prefixfast.data.formats import TOKENIZED_KEYS
@@ -68,6 +68,7 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
         if i not in out:
             out[i] = _given_ids(item, i, model.vocab_size, request_ids if decoder is None else encoder_row)
         error = vocabulary_error(out[i], model.vocab_size) if len(out[i]) else "the prompt has no tokens"
+        error = error or (decoder and pad_error(decoder, out[i]))
         if error:
             msg = f"request {i}: {error}"
             raise RequestError(msg, index=i)

@@ -26,6 +26,14 @@ class DecoderTokens(Protocol):
         """Number of rows of the decoder's embedding."""
 
     @property
+    def pad(self) -> int:
+        """Id of the padding token."""
+
+    @property
+    def skips_pads(self) -> bool:
+        """Whether padding tokens inside a text take no position."""
+
+    @property
     def encoder_positions(self) -> int:
         """Number of positions of the encoder."""
 
@@ -58,7 +66,11 @@ def encode_seq2seq(
     if task.is_tokenized(rows[0]):
         for i, row in enumerate(rows):
             given = label_row(row, i, decoder.vocab_size)
-            yield labelled_example(decoder, encoder_row(row, i, vocab_size), given, i)
+            example = labelled_example(decoder, encoder_row(row, i, vocab_size), given, i)
+            for ids in (example.encoder_ids, example.ids[:-1]):
+                if ids is not None and (error := pad_error(decoder, ids)):
+                    raise row_error(row, i, error)
+            yield example
         return
     assert tokenizer is not None
     for i, row in enumerate(rows):
@@ -89,6 +101,14 @@ def labelled_example(decoder: DecoderTokens, encoder_ids: Ints, labels: NDArray[
     """
     targets = 1 + np.flatnonzero(labels != IGNORED_LABEL)
     return Example(decoder.decoder_ids(labels[: targets[-1]].astype(np.int32)), targets, row, encoder_ids=encoder_ids)
+
+
+def pad_error(decoder: DecoderTokens, ids: Ints) -> str | None:
+    """Error message for token ids whose positions the base model would count otherwise, None if there are none."""
+    if not decoder.skips_pads or decoder.pad not in ids:
+        return None
+    advice = "leave it out, and -100 between labels"
+    return f"the padding token {decoder.pad} inside a text takes no position in this base; {advice}"
 
 
 def encode_labels(tokenizer: Tokenizer, texts: Sequence[str], *, append_eos: bool = True) -> list[Ints]:

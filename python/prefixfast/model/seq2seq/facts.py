@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from prefixfast.errors import ConfigError, shown
 from prefixfast.model.seq2seq.families import FAMILIES
+from prefixfast.model.seq2seq.family import UNBOUNDED
 from prefixfast.model.seq2seq.tokens import Seq2Seq
 
 
@@ -32,6 +33,32 @@ def seq2seq_facts(model: PreTrainedModel) -> Seq2Seq:
         family.has_distances,
         _token(model, "forced_bos_token_id"),
         _token(model, "forced_eos_token_id"),
+        family.skips_pads,
+    )
+
+
+def config_facts(config: PretrainedConfig) -> Seq2Seq:
+    """Tokens and positions of an encoder-decoder model by its config alone, for checks of rows without the weights.
+
+    Raises:
+        ConfigError: If prefixfast does not compute models of its type.
+    """
+    if (family := FAMILIES.get(config.model_type)) is None:
+        expected = f"expected an encoder-decoder model among {', '.join(FAMILIES)}"
+        msg = f"model: {expected}, got the type {shown(config.model_type)}"
+        raise ConfigError(msg)
+    pad: int = next((i for i in (config.pad_token_id, config.eos_token_id) if isinstance(i, int)), 0)
+    start = getattr(config, "decoder_start_token_id", None)
+    return Seq2Seq(
+        pad if start is None else start,
+        family.wraps,
+        pad,
+        int(getattr(config, "decoder_vocab_size", None) or config.vocab_size),
+        UNBOUNDED if family.has_distances else int(config.max_position_embeddings),
+        family.has_distances,
+        None,
+        None,
+        family.skips_pads,
     )
 
 

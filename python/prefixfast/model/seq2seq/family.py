@@ -27,9 +27,11 @@ class Family:
         positions: Function that gives the number of positions of the encoder or of the decoder.
         has_distances: Whether positions are distances between tokens.
         wraps: Whether the last label is the first decoder token in training.
+        skips_pads: Whether padding tokens inside a text take no position.
     """
 
     hook: Callable[[PreTrainedModel, Sequence[SiteModule], Undo], Callable[[], None]]
     positions: Callable[[Any], int]
     has_distances: bool = False
     wraps: bool = False
+    skips_pads: bool = False

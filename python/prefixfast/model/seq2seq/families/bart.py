@@ -57,3 +57,4 @@ def _num_positions(stack: Any) -> int:
 
 BART = Family(_hook, _num_positions)
 WRAPPING_BART = Family(_hook, _num_positions, wraps=True)
+M2M100 = Family(_hook, _num_positions, skips_pads=True)
