@@ -68,7 +68,8 @@ def encode_prompts(model: Model, batch: Sequence[Input], tasks: Sequence[Task]) 
         if i not in out:
             out[i] = _given_ids(item, i, model.vocab_size, request_ids if decoder is None else encoder_row)
         error = vocabulary_error(out[i], model.vocab_size) if len(out[i]) else "the prompt has no tokens"
-        error = error or (decoder and pad_error(decoder, out[i]))
+        if not error and decoder is not None:
+            error = pad_error(decoder, out[i])
         if error:
             msg = f"request {i}: {error}"
             raise RequestError(msg, index=i)
