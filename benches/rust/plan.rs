@@ -25,6 +25,7 @@ fn request(id: i64) -> Request {
     Request {
         id,
         prefixes: [id % PREFIXES].into(),
+        encoder_len: 0,
         prompt_len: 40,
         beams: 1,
         max_new: 1 << 20,

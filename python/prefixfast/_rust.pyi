@@ -393,6 +393,31 @@ class StepHeader:
         """Layouts of the decode tables in ``out``, one per view, and the view of each layer; None without a decode."""
 
     @property
+    def encoder(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
+        """Layouts of the encoder's tables in ``out``, one per view, and the view of each encoder layer.
+
+        None without a prefill, and for a decoder-only base. Encoder layers of different folds are in different views.
+        """
+
+    @property
+    def cross(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
+        """Layouts of the tables of the prefill's cross-attention in ``out``, one per view, and the view of each layer.
+
+        None without a prefill, and for a decoder-only base.
+        """
+
+    @property
+    def decode_cross(self) -> tuple[list[dict[str, tuple[int, int, int]]], list[int]] | None:
+        """Layouts of the tables of the decode's cross-attention in ``out``, one per view, and the view of each layer.
+
+        None without a decode, and for a decoder-only base.
+        """
+
+    @property
+    def encoder_reach(self) -> int:
+        """Largest number of keys that a query of the encoder or of cross-attention can see, 0 without an encoder."""
+
+    @property
     def prefill_reach(self) -> int:
         """Largest number of keys that a prefill query can see, 0 without a prefill."""
 
@@ -425,6 +450,9 @@ class Scheduler:
             padded sizes depend on the next power of two of the rows (at most ``max_rows``) and on the largest number of
             prefixes of a request so far. Needs ``decode``. Padding rows have one key, in the scratch slot. Their
             ``row`` is ``max_rows``, so the slot table needs that row too.
+        encoder_folds: Fold of each encoder layer of an encoder-decoder base, None for a decoder-only base. The prefix
+            rows of encoder layer i lie in the tensors of one decoder layer, which several encoder layers share where
+            the encoder is deeper. Those of fold f follow those of fold f - 1. Needs steps without ``pad_decode``.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -441,22 +469,36 @@ class Scheduler:
         prefix_rows: int | None = None,
         decode: Sequence[int] | None = None,
         pad_decode: bool = False,
+        encoder_folds: Sequence[int] | None = None,
     ) -> Self: ...
     def register_prefix(
-        self, prefix: int, rows: int, pos_start: int, slides: bool, *, place: int = 0, layers: list[bool] | None = None
+        self,
+        prefix: int,
+        rows: int,
+        pos_start: int,
+        slides: bool,
+        *,
+        place: int = 0,
+        layers: list[bool] | None = None,
+        sites: Sequence[tuple[int, int, list[bool] | None]] | None = None,
     ) -> None:
         """Register a prefix, which is loaded when a request needs it.
 
         Args:
-            prefix: Number that the caller chooses for the prefix.
-            rows: Number of rows. A prefix of 0 rows is never loaded.
+            prefix: Number that the caller chooses for the prefix, at least 0 for an encoder-decoder base.
+            rows: Number of arena rows, those of all sites together. A prefix of 0 rows is never loaded.
             pos_start: Position of the first token after the prefix.
             slides: Whether sliding windows hide rows of the prefix.
             place: Place of the prefix in a sequence, as in `plan_packed`.
             layers: Whether each layer has the prefix. None is all layers.
+            sites: First row relative to the prefix's first arena row, number of rows in each layer, and whether each
+                layer has them (None is all layers), for the decoder's self-attention, cross-attention and the encoder,
+                in this order. First rows are multiples of 16, and the encoder has its rows once for each fold. None is
+                ``rows`` rows of the decoder's self-attention.
 
         Raises:
-            ConfigError: If the number is taken, a value is out of range, or ``layers`` has another length than before.
+            ConfigError: If the number is taken, a value is out of range, ``layers`` has another length than before, or
+                ``sites`` overlap, exceed ``rows``, or are given for a decoder-only base.
         """
 
     def forget_prefix(self, prefix: int) -> None:
@@ -538,10 +580,12 @@ class Scheduler:
         Args:
             id: Number that no queued or running request has.
             prefixes: Numbers of the prefixes from left to right: none, one or several.
-            prompt_len: Number of prompt tokens, at least 1.
+            prompt_len: Number of prompt tokens, at least 1. They are the decoder's.
             beams: Number of decode rows, at least 1.
             max_new: Largest number of decode steps, at least 1.
-            encoder_len: Number of encoder tokens; must be 0, since encoders are not supported.
+            encoder_len: Number of encoder tokens, at least 1 for an encoder-decoder base, else 0. The request holds as
+                many arena rows for its keys and values of cross-attention. They are computed with the prompt in one
+                step.
             tenant: Number of the tenant. Within a priority, the tenant that was served least is next, where a prompt
                 token counts 1 and a generated token of a row 2. Within a tenant, the first request is next.
             priority: Priority of the request; requests with a higher number are first.
@@ -549,8 +593,9 @@ class Scheduler:
                 deadline.
 
         Raises:
-            RequestError: If a number is out of range, the id is taken, or an argument is not supported.
-            CapacityError: If the request needs more rows than there are.
+            RequestError: If a number is out of range, or the id is taken.
+            CapacityError: If the request needs more rows than there are, or its encoder tokens and prompt do not fit
+                one step.
             UnknownPrefixError: If a prefix is not registered.
         """
 
@@ -592,6 +637,15 @@ class Scheduler:
         - ``user_pos[*]``: position of the use minus ``lens - 1``.
         - ``work[W, 6]``, ``grouped[C]``, ``part_indptr[n + 1]``, ``part[*]``: work items of
           `prefixfast_kernels.tables.DecodeTables`. They are empty for a scheduler without ``decode``.
+
+        An encoder-decoder base has more tables. Those of the encoder are those of `plan_packed` over the encoder tokens
+        of the prefill's requests. Those of the prefill's cross-attention have the queries of the prefill, the encoder
+        tokens as keys, and:
+
+        - ``slots[M]``: arena row of each encoder token. The rows of a request are consecutive.
+
+        Those of the decode's cross-attention are ``row``, ``lens`` and the block and work tables of the decode.
+        ``lens`` is 0, and the last block of a row is that of the encoder rows of its request.
 
         Padded tables end in padding rows, in blocks without rows or users, and in work items without rows. The layout
         of the padded part of ``out`` depends only on its bucket and on the ``layers`` of registered prefixes.

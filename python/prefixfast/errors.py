@@ -120,6 +120,8 @@ LIMITS = {
     "max_new_tokens, num_beams or num_return_sequences, or raise kv_cache_memory",
     "prefix_rows": "{needed} rows of the KV cache for prefixes, expected at most {available}; raise "
     "prefix_memory, or use shorter prefixes",
+    "encoder_tokens": "{needed} tokens of the encoder and the decoder's prompt, which one step computes, expected at "
+    "most {available}; shorten the text, or raise max_num_batched_tokens",
     "table_entries": "tables of {needed} numbers, expected at most {available}; use fewer prefixes, or lower "
     "max_num_batched_tokens",
     "step_buffer": "a buffer of {available} int32 numbers, expected at least {needed}; make it buffer_len long",

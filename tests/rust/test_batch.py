@@ -348,10 +348,12 @@ def test_scheduler_refuses() -> None:
         {"prompt_len": -2},
         {"beams": 0},
         {"max_new": -1},
-        {"encoder_len": 3},
+        {"encoder_len": -3},
     ]:
         with pytest.raises(RequestError, match="1"):
             scheduler.add(**{"id": 1, "prefixes": [5], "prompt_len": 3, "beams": 1, "max_new": 2, **change})
+    with pytest.raises(RequestError, match="encoder_len of request 1 is 3: expected 0"):
+        scheduler.add(1, [5], 3, 1, 2, encoder_len=3)
     for change, limit, needed, available in [
         ({"prompt_len": 10_000}, "arena_rows", 10_032, 928),
         ({"beams": 5}, "decode_rows", 5, 4),

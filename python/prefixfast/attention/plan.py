@@ -24,8 +24,8 @@ from prefixfast.attention.planner_tables import NO_PREFIXES as NO_PREFIXES
 from prefixfast.attention.planner_tables import Layout as Layout
 from prefixfast.attention.planner_tables import PlannedPrefix as PlannedPrefix
 from prefixfast.attention.planner_tables import PrefixRows as PrefixRows
+from prefixfast.attention.planner_tables import decode_tables, packed_tables
 from prefixfast.attention.planner_tables import host_table as host_table
-from prefixfast.attention.planner_tables import packed_tables
 from prefixfast.attention.planner_tables import prefix_rows as prefix_rows
 from prefixfast.attention.planner_tables import section as section
 from prefixfast.config.sites import Site
@@ -304,7 +304,7 @@ def decode_plan(tables: Tensor, layout: Layout, reach: int, max_len: int, arena:
         arena: Keys, values and slot table of the engine.
         backend: Kernels that attention runs on.
     """
-    views = [DecodeTables(*(section(tables, places[name]) for name in DecodeTables._fields)) for places in layout.views]
+    views = [decode_tables(tables, view) for view in layout.views]
     places = layout.views[0]
     slots = section(tables, places["slot"])
     arena.table[views[0].row.long(), views[0].lens.long() - 1] = slots

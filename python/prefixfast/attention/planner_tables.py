@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefixfast_kernels.tables import PackedTables
+from prefixfast_kernels.tables import DecodeTables, PackedTables
 
 Place = tuple[int, int, int]  # offset, rows and columns (0 for a vector) of a table in a buffer
 Sections = Mapping[str, Place]  # place of each table by its name
@@ -87,6 +87,11 @@ def host_table(buffer: NDArray[np.int32], place: Place) -> NDArray[np.int32]:
 def packed_tables(buffer: Tensor, sections: Sections) -> PackedTables:
     """Packed tables of a planner's buffer, as views."""
     return PackedTables(*(section(buffer, sections[name]) for name in PackedTables._fields))
+
+
+def decode_tables(buffer: Tensor, sections: Sections) -> DecodeTables:
+    """Decode tables of a planner's buffer, as views."""
+    return DecodeTables(*(section(buffer, sections[name]) for name in DecodeTables._fields))
 
 
 def prefix_rows(prefixes: Sequence[PlannedPrefix], num_layers: int) -> PrefixRows:

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from prefixfast.attention.plan import (
     NO_PREFIXES,
+    Arena,
     AttentionCall,
     AttentionKind,
     Plan,
     PrefixUse,
     SitePrefixes,
+    decode_plan,
     packed_plan,
+    prefill_plan,
 )
-from prefixfast.attention.planner_tables import PrefixRows
+from prefixfast.attention.planner_tables import Layout, PrefixRows, decode_tables, packed_tables, section
 from prefixfast.config.sites import SITES, Site
 from prefixfast_kernels.tables import DecodeTables
 from prefixfast_kernels.tile_selection import Backend
@@ -146,4 +149,78 @@ def plain_seq2seq_plan(
         NO_SITE_PREFIXES,
         backend=backend,
         device=device,
+    )
+
+
+def seq2seq_prefill_plan(
+    tables: Tensor, layouts: Mapping[Site, Layout], reach: int, arena: Arena, backend: Backend
+) -> Seq2SeqPlan:
+    """Plan of the encoder tokens and the decoder's prompt tokens of an engine step.
+
+    The arena row of each decoder token is written to the slot table. The rows of the encoder tokens, which
+    cross-attention writes, are not in the slot table. Later decode steps see them as blocks.
+
+    Args:
+        tables: Buffer of the planner on the model's device, int32.
+        layouts: Place of each table in the buffer, for each site.
+        reach: Largest number of keys that one query can see.
+        arena: Keys, values and slot table of the engine.
+        backend: Kernels that attention runs on.
+    """
+    decoder = prefill_plan(tables, layouts["self"], reach, arena, backend)
+    cross, encoder = layouts["cross"], layouts["enc"]
+    slots = section(tables, cross.views[0]["slots"])
+    return Seq2SeqPlan(
+        decoder,
+        Plan(
+            decoder.position_ids,
+            backend,
+            reach,
+            packed=[packed_tables(tables, view) for view in cross.views],
+            view_of=cross.view_of,
+            arena=arena,
+            slots=slots,
+            causal=False,
+            square=False,
+            num_keys=len(slots),
+        ),
+        Plan(
+            section(tables, encoder.views[0]["position_ids"])[None],
+            backend,
+            reach,
+            packed=[packed_tables(tables, view) for view in encoder.views],
+            view_of=encoder.view_of,
+            arena=Arena(arena.encoder_layers, arena.table),
+            causal=False,
+        ),
+    )
+
+
+def seq2seq_decode_plan(
+    tables: Tensor, layouts: Mapping[Site, Layout], reach: int, max_len: int, arena: Arena, backend: Backend
+) -> Seq2SeqPlan:
+    """Plan of the next decoder token of every running row. The arena row of each token is written to the slot table.
+
+    Args:
+        tables: Buffer of the planner on the model's device, int32.
+        layouts: Place of each table in the buffer, for the sites ``"self"`` and ``"cross"``.
+        reach: Largest number of keys that one query can see.
+        max_len: Length of the longest row of the step in decoder tokens.
+        arena: Keys, values and slot table of the engine.
+        backend: Kernels that attention runs on.
+    """
+    decoder = decode_plan(tables, layouts["self"], reach, max_len, arena, backend)
+    cross = layouts["cross"]
+    return Seq2SeqPlan(
+        decoder,
+        Plan(
+            decoder.position_ids,
+            backend,
+            reach,
+            decode=[decode_tables(tables, view) for view in cross.views],
+            view_of=cross.view_of,
+            arena=arena,
+            causal=False,
+            square=False,
+        ),
     )

@@ -14,6 +14,8 @@ pub enum Limit {
     ArenaRows,
     /// Arena rows of the prefixes of a request.
     PrefixRows,
+    /// Tokens of the encoder and of the prompt of a request, which one step computes.
+    EncoderTokens,
     /// Keys that a query of a request sees, or int32 entries of a step's tables.
     TableEntries,
     /// int32 entries of the buffer for a step's tables.
@@ -40,6 +42,7 @@ impl Limit {
             Self::DecodeRows => "decode_rows",
             Self::ArenaRows => "arena_rows",
             Self::PrefixRows => "prefix_rows",
+            Self::EncoderTokens => "encoder_tokens",
             Self::TableEntries => "table_entries",
             Self::StepBuffer => "step_buffer",
             Self::SequenceKeys => "sequence_keys",

@@ -37,6 +37,7 @@ fn request(id: i64, prefixes: &[i64], prompt_len: usize, beams: usize, max_new: 
     Request {
         id,
         prefixes: prefixes.into(),
+        encoder_len: 0,
         prompt_len,
         beams,
         max_new,

@@ -54,6 +54,18 @@ impl FreeList {
         Some(Run { start, len })
     }
 
+    /// Allocates `len` consecutive units at the end of the highest free run that is long enough.
+    pub fn allocate_high_run(&mut self, len: usize) -> Option<Run> {
+        let end = (self.longest.last_at_least(len as u64)? + 1) * GROUP;
+        let (&start, &found) = self.runs.range(..end).rev().find(|(_, found)| **found >= len)?;
+        let run = Run {
+            start: start + found - len,
+            len,
+        };
+        self.cut(start, found, run);
+        Some(run)
+    }
+
     /// Allocates `len` units from the top, highest first.
     ///
     /// The units are the end of the highest free run that is long enough. If no run is, they are the highest free
@@ -62,16 +74,7 @@ impl FreeList {
         if len == 0 || self.count < len {
             return None;
         }
-        let end = self
-            .longest
-            .last_at_least(len as u64)
-            .map_or(0, |group| (group + 1) * GROUP);
-        if let Some((&start, &found)) = self.runs.range(..end).rev().find(|(_, found)| **found >= len) {
-            let run = Run {
-                start: start + found - len,
-                len,
-            };
-            self.cut(start, found, run);
+        if let Some(run) = self.allocate_high_run(len) {
             return Some(vec![run]);
         }
         let mut runs = Vec::new();

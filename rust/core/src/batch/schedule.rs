@@ -12,6 +12,7 @@ mod placement;
 mod prefix_cache;
 mod queue;
 mod request;
+mod sites;
 mod step;
 mod step_tables;
 
@@ -22,16 +23,17 @@ use rustc_hash::FxHashMap;
 
 use super::decode::DecodeSizes;
 use super::free_list::FreeList;
-use super::place::Place;
 use super::table_buffer::TableBuffer;
 use crate::error::{Error, Result};
 use buffer_len::RequestMaxima;
 use layer_sets::LayerSets;
 pub use pin::PrefixLoad;
-use prefix_cache::{PrefixCache, PrefixSpec, SortKey};
+use prefix_cache::{PrefixCache, SortKey};
 use queue::{Queue, TOKEN_COST};
 pub use request::Request;
 use request::{Phase, TrackedRequest};
+use sites::{BySite, site_layer_sets};
+pub use sites::{PrefixPart, PrefixShape};
 use step::ScheduledRequest;
 pub use step::{StepHeader, StepTables};
 
@@ -112,7 +114,8 @@ pub struct Scheduler {
     /// Requests to drop at the next step.
     cancelled: BTreeSet<i64>,
     prefix_cache: PrefixCache,
-    layer_sets: LayerSets,
+    /// Layer sets of each site.
+    layer_sets: BySite<LayerSets>,
     /// Free arena rows in units of [`UNIT`].
     arena: FreeList,
     decode_rows: FreeList,
@@ -124,11 +127,37 @@ pub struct Scheduler {
 }
 
 impl Scheduler {
-    /// Scheduler without requests and prefixes.
+    /// Scheduler of a decoder-only base, without requests and prefixes.
     ///
     /// # Errors
     /// [`Error::Config`] for a size out of range.
     pub fn new(config: SchedulerConfig) -> Result<Self> {
+        Self::with_layer_sets(config, site_layer_sets(None))
+    }
+
+    /// Scheduler of an encoder-decoder base, without requests and prefixes.
+    ///
+    /// * `encoder_folds`: fold of each encoder layer. The prefix rows of layers of fold `f` follow those of fold
+    ///   `f - 1`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a size out of range, no encoder layer, or padded decode steps.
+    pub fn with_encoder(config: SchedulerConfig, encoder_folds: Vec<usize>) -> Result<Self> {
+        if encoder_folds.is_empty() || encoder_folds.iter().any(|fold| *fold >= encoder_folds.len()) {
+            return Err(Error::Config(format!(
+                "encoder_folds is {encoder_folds:?}: expected the fold of each encoder layer, less than their number"
+            )));
+        }
+        if config.decode.padded {
+            return Err(Error::Config(
+                "pad_decode is set: expected decode steps without padding for an encoder-decoder base; leave it out"
+                    .to_owned(),
+            ));
+        }
+        Self::with_layer_sets(config, site_layer_sets(Some(encoder_folds)))
+    }
+
+    fn with_layer_sets(config: SchedulerConfig, layer_sets: BySite<LayerSets>) -> Result<Self> {
         let ranges = [
             ("arena_rows", config.arena_rows, RESERVED_ROWS + UNIT),
             ("max_rows", config.max_rows, 1),
@@ -157,68 +186,13 @@ impl Scheduler {
             decoding: BTreeMap::new(),
             cancelled: BTreeSet::new(),
             prefix_cache: PrefixCache::default(),
-            layer_sets: LayerSets::default(),
+            layer_sets,
             arena: FreeList::new((config.arena_rows - RESERVED_ROWS) / UNIT),
             decode_rows: FreeList::new(config.usable_rows()),
             blocked: None,
             in_flight: None,
             tables: TableBuffer::default(),
         })
-    }
-
-    /// Registers a prefix. It is loaded when a request needs it. A prefix of 0 rows is never loaded.
-    ///
-    /// * `prefix`: new number of the prefix.
-    /// * `rows`: number of rows.
-    /// * `pos_start`: position of the first token after the prefix.
-    /// * `slides`: whether the sliding window slides over the prefix.
-    /// * `place`: place of the prefix in a sequence.
-    /// * `layers`: whether the prefix lies in each layer, empty for all layers.
-    ///
-    /// # Errors
-    /// [`Error::Config`] if the number is already registered, a value exceeds 2**30, or `layers` has another length
-    /// than that of earlier prefixes.
-    pub fn register_prefix(
-        &mut self,
-        prefix: i64,
-        rows: usize,
-        pos_start: usize,
-        slides: bool,
-        place: Place,
-        layers: &[bool],
-    ) -> Result<()> {
-        for (name, value) in [("rows", rows), ("pos_start", pos_start)] {
-            if value > MAX_ROWS {
-                return Err(Error::Config(format!(
-                    "{name} of prefix {prefix} is {value}: expected at most {MAX_ROWS}"
-                )));
-            }
-        }
-        self.prefix_cache.check_new(prefix)?;
-        let layer_set = self.layer_sets.add(layers)?;
-        self.prefix_cache.register(
-            prefix,
-            PrefixSpec {
-                rows,
-                pos_start,
-                slides,
-                place,
-                layer_set,
-            },
-        );
-        Ok(())
-    }
-
-    /// Forgets a prefix and frees its arena rows.
-    ///
-    /// # Errors
-    /// [`Error::UnknownPrefix`] if the prefix is not registered. [`Error::State`] while a request uses the prefix or it
-    /// is being loaded.
-    pub fn forget_prefix(&mut self, prefix: i64) -> Result<()> {
-        let layer_set = self.prefix_cache.forget(prefix, &mut self.arena)?;
-        self.blocked = None;
-        self.layer_sets.release(layer_set);
-        Ok(())
     }
 
     /// Marks the load of a prefix as complete.
@@ -242,7 +216,7 @@ impl Scheduler {
                 request.id
             )));
         }
-        request.check_numbers()?;
+        request.check_numbers(self.has_encoder())?;
         let prefix_units = self.prefix_cache.num_units(&request.prefixes)?;
         self.check_room(&request, prefix_units)?;
         self.maxima.update(&request);
@@ -312,16 +286,6 @@ impl Scheduler {
             self.release(*id);
         }
         Ok(())
-    }
-
-    /// Number of int32 entries that suffice for the next step.
-    ///
-    /// It grows with the largest requests so far and with the number of views of the registered prefixes.
-    #[must_use]
-    pub fn buffer_len(&self) -> usize {
-        self.maxima
-            .buffer_len(&self.config)
-            .saturating_mul(self.layer_sets.views().count())
     }
 
     /// Number of queued requests.

@@ -5,7 +5,7 @@ use prefixfast_core::Error;
 use prefixfast_core::batch::decode::DecodeSizes;
 use prefixfast_core::batch::place::Place;
 use prefixfast_core::batch::schedule::{
-    Request, Scheduler as Core, SchedulerConfig, StepHeader as CoreHeader, StepTables,
+    PrefixPart, PrefixShape, Request, Scheduler as Core, SchedulerConfig, StepHeader as CoreHeader, StepTables,
 };
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -67,6 +67,37 @@ impl StepHeader {
         layout(py, self.0.decode.as_ref())
     }
 
+    /// Sections of the encoder's tables by view, and the view of each encoder layer. None without a prefill.
+    #[getter]
+    fn encoder<'py>(&self, py: Python<'py>) -> PyResult<Option<Layout<'py>>> {
+        layout(py, self.0.encoder.as_ref())
+    }
+
+    /// Sections of the cross-attention's tables of the prefill by view, and the view of each layer. None without one.
+    #[getter]
+    fn cross<'py>(&self, py: Python<'py>) -> PyResult<Option<Layout<'py>>> {
+        layout(py, self.0.cross.as_ref())
+    }
+
+    /// Sections of the cross-attention's tables of the decode by view, and the view of each layer. None without one.
+    #[getter]
+    fn decode_cross<'py>(&self, py: Python<'py>) -> PyResult<Option<Layout<'py>>> {
+        layout(py, self.0.decode_cross.as_ref())
+    }
+
+    /// Largest number of keys that a query of the encoder or of cross-attention can see, 0 for a decoder-only base.
+    #[getter]
+    fn encoder_reach(&self) -> i32 {
+        let CoreHeader {
+            encoder,
+            cross,
+            decode_cross,
+            ..
+        } = &self.0;
+        let reaches = [encoder, cross, decode_cross].map(|tables| reach(tables.as_ref()));
+        reaches.into_iter().max().unwrap_or(0)
+    }
+
     /// Largest number of keys that a prefill query can see, 0 without a prefill.
     #[getter]
     fn prefill_reach(&self) -> i32 {
@@ -79,6 +110,9 @@ impl StepHeader {
         reach(self.0.decode.as_ref())
     }
 }
+
+/// First row relative to the prefix's own, number of rows, and whether each layer has them, of a prefix at one site.
+type SiteRows = (i64, i64, Option<Vec<bool>>);
 
 /// Sections of the tables of each view, and the view of each layer.
 type Layout<'py> = (Vec<Bound<'py, PyDict>>, Vec<usize>);
@@ -104,7 +138,7 @@ impl Scheduler {
     #[new]
     #[pyo3(signature = (
         arena_rows, max_rows, max_batched_tokens, *, tile_rows = 0, buckets = 4, prefix_rows = None, decode = None,
-        pad_decode = false
+        pad_decode = false, encoder_folds = None
     ))]
     #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn new(
@@ -117,6 +151,7 @@ impl Scheduler {
         prefix_rows: Option<i64>,
         decode: Option<[i64; 6]>,
         pad_decode: bool,
+        encoder_folds: Option<Vec<i64>>,
     ) -> PyResult<Self> {
         let [users, fill, key_bytes, part_bytes, item_bytes, launch_bytes] = decode.unwrap_or_default();
         let config = SchedulerConfig {
@@ -136,11 +171,24 @@ impl Scheduler {
                 padded: pad_decode,
             },
         };
-        guarded(py, || Core::new(config)).map(Self)
+        let folds: Option<Vec<usize>> = match encoder_folds {
+            Some(folds) => Some(
+                folds
+                    .into_iter()
+                    .map(|fold| count(py, "encoder_folds", fold))
+                    .collect::<PyResult<_>>()?,
+            ),
+            None => None,
+        };
+        guarded(py, || match folds {
+            Some(folds) => Core::with_encoder(config, folds),
+            None => Core::new(config),
+        })
+        .map(Self)
     }
 
     /// Registers a prefix. It is loaded when a request needs it.
-    #[pyo3(signature = (prefix, rows, pos_start, slides, *, place = 0, layers = None))]
+    #[pyo3(signature = (prefix, rows, pos_start, slides, *, place = 0, layers = None, sites = None))]
     #[expect(clippy::too_many_arguments, reason = "the arguments of the Python method")]
     fn register_prefix(
         &mut self,
@@ -151,12 +199,37 @@ impl Scheduler {
         slides: bool,
         place: i64,
         layers: Option<Vec<bool>>,
+        sites: Option<[SiteRows; 3]>,
     ) -> PyResult<()> {
         let (rows, pos_start) = (count(py, "rows", rows)?, count(py, "pos_start", pos_start)?);
-        let layers = layers.as_deref().unwrap_or_default();
+        let Some(sites) = sites else {
+            let layers = layers.as_deref().unwrap_or_default();
+            return guarded(py, || {
+                self.0
+                    .register_prefix(prefix, rows, pos_start, slides, Place::from_number(place)?, layers)
+            });
+        };
+        let mut parts = [PrefixPart::default(); 3];
+        for (part, (offset, rows, layers)) in parts.iter_mut().zip(&sites) {
+            *part = PrefixPart {
+                offset: count(py, "offset", *offset)?,
+                rows: count(py, "rows", *rows)?,
+                layers: layers.as_deref().unwrap_or_default(),
+            };
+        }
         guarded(py, || {
-            self.0
-                .register_prefix(prefix, rows, pos_start, slides, Place::from_number(place)?, layers)
+            let shape = PrefixShape {
+                rows,
+                pos_start,
+                slides,
+                place: Place::from_number(place)?,
+            };
+            if layers.is_some() {
+                return Err(Error::Config(format!(
+                    "layers and sites of prefix {prefix} are both given: expected one of them; give layers with sites"
+                )));
+            }
+            self.0.register_parts(prefix, shape, parts)
         })
     }
 
@@ -204,14 +277,6 @@ impl Scheduler {
         priority: i64,
         deadline: Option<f64>,
     ) -> PyResult<()> {
-        if encoder_len != 0 {
-            return Err(raise(
-                py,
-                &Error::Request(format!(
-                    "request {id}: encoder-decoder requests are not supported yet: expected encoder_len 0; leave it out"
-                )),
-            ));
-        }
         let number = |name: &str, value: i64| {
             usize::try_from(value).map_err(|_| {
                 raise(
@@ -223,6 +288,7 @@ impl Scheduler {
         let request = Request {
             id,
             prefixes: prefixes.into(),
+            encoder_len: number("encoder_len", encoder_len)?,
             prompt_len: number("prompt_len", prompt_len)?,
             beams: number("beams", beams)?,
             max_new: number("max_new", max_new)?,

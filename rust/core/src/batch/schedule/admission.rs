@@ -1,8 +1,14 @@
 //! Admission of requests into the running set, and their release.
 
+use super::super::block_tables::PrefixBlock;
+use super::super::free_list::Run;
+use super::super::int32::to_i32;
+use super::super::place::Place;
+use super::layer_sets::ALL_LAYERS;
 use super::placement::PlacementRequest;
 use super::queue::PROMPT_COST;
 use super::request::{Phase, Request, RunningState, TrackedRequest};
+use super::sites::Site;
 use super::step::StepHeader;
 use super::{MAX_ROWS, RESERVED_ROWS, Scheduler, UNIT};
 use crate::error::{Limit, Result};
@@ -15,13 +21,20 @@ impl Scheduler {
             .num_slots()
             .and_then(|slots| slots.checked_next_multiple_of(UNIT))
             .unwrap_or(usize::MAX);
-        let reach =
-            self.prefix_cache.total_rows(&request.prefixes) + request.prompt_len.min(rows) + request.max_new.min(rows);
+        let encoder_rows = request.encoder_len.checked_next_multiple_of(UNIT).unwrap_or(usize::MAX);
+        let reach = self.prefix_cache.total_rows(&request.prefixes)
+            + request.prompt_len.min(rows)
+            + request.max_new.min(rows)
+            + request.encoder_len.min(rows);
         let mut maxima = self.maxima.clone();
         maxima.update(request);
         let limits = [
             (Limit::DecodeRows, request.beams, self.config.usable_rows()),
-            (Limit::ArenaRows, slots.saturating_add(prefix_units * UNIT), rows),
+            (
+                Limit::ArenaRows,
+                slots.saturating_add(encoder_rows).saturating_add(prefix_units * UNIT),
+                rows,
+            ),
             (
                 Limit::PrefixRows,
                 prefix_units * UNIT,
@@ -29,10 +42,14 @@ impl Scheduler {
             ),
             (
                 Limit::TableEntries,
-                reach.max(maxima.buffer_len(&self.config)),
+                reach.max(maxima.buffer_len(&self.config, self.has_encoder())),
                 MAX_ROWS,
             ),
         ];
+        if self.has_encoder() {
+            let tokens = request.encoder_len.saturating_add(request.prompt_len);
+            Limit::EncoderTokens.check(tokens, self.config.chunk_tokens())?;
+        }
         limits
             .into_iter()
             .try_for_each(|(limit, needed, available)| limit.check(needed, available))
@@ -66,7 +83,8 @@ impl Scheduler {
             self.queue.admit(position);
             self.prefilling.insert(state.admission, id);
             if let Some(entry) = self.requests.get_mut(&id) {
-                let prompt = u64::try_from(entry.request.prompt_len).unwrap_or(u64::MAX);
+                let prompt = entry.request.encoder_len + entry.request.prompt_len;
+                let prompt = u64::try_from(prompt).unwrap_or(u64::MAX);
                 self.queue.charge(position.account, prompt.saturating_mul(PROMPT_COST));
                 entry.phase = Phase::Running(state);
             }
@@ -78,6 +96,7 @@ impl Scheduler {
         let is_alone = self.num_running() == 0;
         let request = &self.requests.get(&id)?.request;
         let slot_units = request.num_slots()?.div_ceil(UNIT);
+        let encoder_units = request.encoder_len.div_ceil(UNIT);
         let decode_rows = self.decode_rows.allocate_low(request.beams)?;
         let prefixes = &*request.prefixes;
         let prefix_budget = self.config.prefix_rows / UNIT;
@@ -85,6 +104,7 @@ impl Scheduler {
             let request = PlacementRequest {
                 prefixes,
                 slot_units,
+                encoder_units,
                 evict_all,
             };
             self.prefix_cache.place(request, &mut self.arena, prefix_budget)
@@ -99,17 +119,22 @@ impl Scheduler {
             return None;
         };
         let sort_key = self.prefix_cache.start_running(prefixes);
-        let (blocks, positions) = self.prefix_cache.blocks(prefixes, request.prompt_len);
+        let (mut blocks, positions) = self.prefix_cache.blocks(prefixes, request.prompt_len);
         header
             .loads
             .extend(placement.loads.iter().map(|(prefix, run)| (*prefix, run.start * UNIT)));
         header.evictions.extend(placement.evictions);
         self.admissions += 1;
+        if let Some(run) = placement.encoder_run {
+            let block = encoder_block(self.admissions, run, request.encoder_len);
+            blocks.at_mut(Site::Cross).push(block);
+        }
         Some(RunningState {
             admission: self.admissions,
             sort_key,
             decode_rows,
             slot_units: placement.slot_units,
+            encoder_run: placement.encoder_run,
             blocks,
             positions,
             prefilled: 0,
@@ -137,12 +162,26 @@ impl Scheduler {
                 self.prefilling.remove(&state.admission);
                 self.decoding.remove(&(state.sort_key, position.arrival));
                 self.decode_rows.free(state.decode_rows);
-                for run in state.slot_units {
+                for run in state.slot_units.into_iter().chain(state.encoder_run) {
                     self.arena.free(run);
                 }
                 self.prefix_cache.stop_running(&request.prefixes);
             }
         }
         self.prefix_cache.remove_request(&request.prefixes);
+    }
+}
+
+/// Block of the encoder rows of a request, which its decode rows see in cross-attention as they see a prefix.
+///
+/// Its number is negative, so that no prefix has it.
+fn encoder_block(admission: u64, run: Run, rows: usize) -> PrefixBlock {
+    PrefixBlock {
+        prefix: i64::MIN.saturating_add_unsigned(admission),
+        first: to_i32(run.start * UNIT),
+        rows: to_i32(rows),
+        slides: 0,
+        place: Place::Front,
+        layer_set: ALL_LAYERS,
     }
 }

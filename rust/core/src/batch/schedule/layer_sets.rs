@@ -1,12 +1,15 @@
 //! Layer sets: in which layers each prefix lies, and which layers can share their tables.
 //!
-//! A prefix may leave layers out. Layers in which the same prefixes lie form a view and read the same tables.
+//! A prefix may leave layers out. Layers in which the same prefixes lie form a view and read the same tables. The
+//! layers of a deep encoder lie in the tensors of fewer decoder layers. Encoder layers of one tensor have different
+//! folds, each with prefix rows of its own, and layers of different folds are in different views.
 
 use std::borrow::Cow;
 
 use rustc_hash::FxHashMap;
 
 use super::super::block_tables::PrefixBlock;
+use super::super::int32::to_i32;
 use crate::error::{Error, Result};
 
 /// Number of the layer set that contains every layer.
@@ -47,16 +50,33 @@ impl LayerViews {
 pub(super) struct LayerSets {
     /// Layer set `i + 1` at index `i`.
     partial: Vec<LayerSet>,
+    /// Fold of each layer, empty for a decoder.
+    folds: Vec<usize>,
     /// Views that all sets in use tell apart.
     views: LayerViews,
 }
 
 impl LayerSets {
-    /// Counts one more prefix with the given layers and returns the number of its layer set.
-    ///
-    /// * `layers`: whether the prefix lies in each layer, empty for all layers.
-    pub(super) fn add(&mut self, layers: &[bool]) -> Result<usize> {
-        if let Some(known) = self.partial.first().map(|set| set.layers.len())
+    /// Layer sets of an encoder whose layers have the given folds.
+    pub(super) fn with_folds(folds: Vec<usize>) -> Self {
+        let mut sets = Self {
+            folds,
+            ..Self::default()
+        };
+        sets.update_views();
+        sets
+    }
+
+    /// Number of folds, `None` for a decoder.
+    pub(super) fn num_folds(&self) -> Option<usize> {
+        self.folds.iter().max().map(|fold| fold + 1)
+    }
+
+    /// Refuses `layers` of another length than the number of layers, as far as it is known.
+    pub(super) fn check(&self, layers: &[bool]) -> Result<()> {
+        let first = self.partial.first().map(|set| set.layers.len());
+        let known = self.num_folds().map(|_| self.folds.len()).or(first);
+        if let Some(known) = known
             && !layers.is_empty()
             && layers.len() != known
         {
@@ -65,6 +85,14 @@ impl LayerSets {
                 layers.len(),
             )));
         }
+        Ok(())
+    }
+
+    /// Counts one more prefix with the given layers and returns the number of its layer set.
+    ///
+    /// * `layers`: whether the prefix lies in each layer, empty for all layers.
+    pub(super) fn add(&mut self, layers: &[bool]) -> Result<usize> {
+        self.check(layers)?;
         if layers.iter().all(|has_layer| *has_layer) {
             return Ok(ALL_LAYERS);
         }
@@ -102,7 +130,8 @@ impl LayerSets {
 
     fn update_views(&mut self) {
         let in_use = |set: &usize| self.partial[*set - 1].num_prefixes > 0;
-        let in_use: Vec<usize> = (1..=self.partial.len()).filter(in_use).collect();
+        let mut in_use: Vec<usize> = (1..=self.partial.len()).filter(in_use).collect();
+        in_use.push(ALL_LAYERS);
         self.views = self.views_of(&in_use);
     }
 
@@ -111,18 +140,25 @@ impl LayerSets {
         &self.views
     }
 
-    /// Views that the given sets tell apart.
+    /// Views that the given sets tell apart. Without a set there is one view.
     pub(super) fn views_of(&self, sets: &[usize]) -> LayerViews {
         let partial: Vec<&[bool]> = sets
             .iter()
             .filter(|set| **set != ALL_LAYERS)
             .map(|set| self.partial[*set - 1].layers.as_slice())
             .collect();
+        let is_folded = self.folds.iter().any(|fold| *fold > 0) && !sets.is_empty();
+        let num_layers = if is_folded {
+            self.folds.len()
+        } else {
+            partial.first().map_or(0, |layers| layers.len())
+        };
         let mut views = LayerViews::default();
         let mut view_by_column = FxHashMap::default();
-        for layer in 0..partial.first().map_or(0, |layers| layers.len()) {
+        for layer in 0..num_layers {
             let column: Vec<bool> = partial.iter().map(|layers| layers[layer]).collect();
-            let view = *view_by_column.entry(column).or_insert(views.first_layer.len());
+            let fold = if is_folded { self.folds[layer] } else { 0 };
+            let view = *view_by_column.entry((fold, column)).or_insert(views.first_layer.len());
             if view == views.first_layer.len() {
                 views.first_layer.push(layer);
             }
@@ -131,7 +167,7 @@ impl LayerSets {
         views
     }
 
-    /// Those of `blocks` that lie in the layers of a view.
+    /// Those of `blocks` that lie in the layers of a view, with the rows of the view's fold.
     pub(super) fn visible<'a>(
         &self,
         views: &LayerViews,
@@ -141,7 +177,17 @@ impl LayerSets {
         let is_visible = |block: &PrefixBlock| {
             block.layer_set == ALL_LAYERS || self.partial[block.layer_set - 1].layers[views.first_layer[view]]
         };
-        if blocks.iter().all(is_visible) {
+        let fold = views.first_layer.get(view).and_then(|layer| self.folds.get(*layer));
+        let fold = fold.copied().unwrap_or(0);
+        if fold > 0 {
+            let visible = blocks.iter().copied().filter(is_visible);
+            visible
+                .map(|block| PrefixBlock {
+                    first: block.first + to_i32(fold) * block.rows,
+                    ..block
+                })
+                .collect()
+        } else if blocks.iter().all(is_visible) {
             Cow::Borrowed(blocks)
         } else {
             blocks.iter().copied().filter(is_visible).collect()
@@ -192,6 +238,32 @@ mod tests {
         );
         assert_eq!(sets.views_of(&[ALL_LAYERS, 2]).of_layer(), [0, 1, 0, 1]);
         assert_eq!(sets.views_of(&[ALL_LAYERS]).count(), 1);
+    }
+
+    #[test]
+    fn layers_of_different_folds_are_in_different_views() {
+        let mut sets = LayerSets::with_folds(vec![0, 0, 1, 1, 2]);
+        assert_eq!((sets.num_folds(), LayerSets::default().num_folds()), (Some(3), None));
+        assert!(sets.check(&[true; 4]).is_err() && sets.check(&[true; 5]).is_ok());
+        let first_rows = |sets: &LayerSets| -> Vec<Vec<(usize, i32)>> {
+            let numbers = |view| {
+                let blocks = [block(ALL_LAYERS), block(1)];
+                let visible = sets.visible(sets.views(), view, &blocks);
+                visible.iter().map(|block| (block.layer_set, block.first)).collect()
+            };
+            (0..sets.views().count()).map(numbers).collect()
+        };
+        assert_eq!(sets.views().of_layer(), [0, 0, 1, 1, 2]);
+        assert_eq!(sets.add(&[true, false, true, true, false]), Ok(1));
+        assert_eq!(sets.views().of_layer(), [0, 1, 2, 2, 3]);
+        assert_eq!(
+            first_rows(&sets),
+            [vec![(0, 0), (1, 0)], vec![(0, 0)], vec![(0, 1), (1, 1)], vec![(0, 2)]]
+        );
+        assert_eq!(sets.views_of(&[]).count(), 1, "no prefix is in use");
+        assert_eq!(sets.views_of(&[ALL_LAYERS]).count(), 3);
+        let shallow = LayerSets::with_folds(vec![0, 0]);
+        assert_eq!((shallow.num_folds(), shallow.views().count()), (Some(1), 1));
     }
 
     #[test]

@@ -35,6 +35,7 @@ impl Scheduler {
         let request = PlacementRequest {
             prefixes: &[prefix],
             slot_units: 0,
+            encoder_units: 0,
             evict_all: false,
         };
         let placement = self

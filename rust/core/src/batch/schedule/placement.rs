@@ -9,6 +9,8 @@ pub(super) struct PlacementRequest<'a> {
     pub(super) prefixes: &'a [i64],
     /// Number of arena units for the request's tokens.
     pub(super) slot_units: usize,
+    /// Number of consecutive arena units for the request's encoder rows.
+    pub(super) encoder_units: usize,
     /// Whether to evict every evictable prefix, including those of the request itself. Then only prefixes that are
     /// being loaded can be in the way.
     pub(super) evict_all: bool,
@@ -23,6 +25,8 @@ pub(super) struct Placement {
     pub(super) evictions: Vec<i64>,
     /// Arena units for the request's tokens.
     pub(super) slot_units: Vec<Run>,
+    /// Arena units for the request's encoder rows.
+    pub(super) encoder_run: Option<Run>,
 }
 
 impl PrefixCache {
@@ -39,6 +43,7 @@ impl PrefixCache {
         let PlacementRequest {
             prefixes,
             slot_units,
+            encoder_units,
             evict_all,
         } = request;
         let missing = self.missing(prefixes, evict_all);
@@ -49,7 +54,9 @@ impl PrefixCache {
             } else {
                 self.own_evictable_units(prefixes)
             };
-        if slot_units + added > arena.num_free() + evictable || self.used_units + added > prefix_budget + evictable {
+        if slot_units + encoder_units + added > arena.num_free() + evictable
+            || self.used_units + added > prefix_budget + evictable
+        {
             return None;
         }
         let candidates = self.evictable.iter().filter_map(|(_, prefix)| {
@@ -61,7 +68,7 @@ impl PrefixCache {
         }
         let is_within_budget = self.used_units + added <= prefix_budget + attempt.evicted_units();
         let Some(placement) = is_within_budget
-            .then(|| attempt.allocate(&missing, slot_units))
+            .then(|| attempt.allocate(&missing, encoder_units, slot_units))
             .flatten()
         else {
             attempt.undo();
@@ -141,13 +148,23 @@ impl<'a, C: Iterator<Item = (i64, Run)>> Attempt<'a, C> {
         }
     }
 
-    /// Allocates one run for each of `missing` (prefix, units), then `slot_units` units in any number of runs.
-    fn allocate(&mut self, missing: &[(i64, usize)], slot_units: usize) -> Option<Placement> {
+    /// Allocates one run for each of `missing` (prefix, units), then one run of `encoder_units`, then `slot_units`
+    /// units in any number of runs.
+    ///
+    /// Encoder rows come from the top, as slots do, so that the room for prefixes stays whole. They come before the
+    /// slots, which do not need to be consecutive.
+    fn allocate(&mut self, missing: &[(i64, usize)], encoder_units: usize, slot_units: usize) -> Option<Placement> {
         let mut loads = Vec::with_capacity(missing.len());
         for (prefix, units) in missing {
             let runs = self.evict_until(|arena| arena.allocate_low(*units).map(|run| vec![run]))?;
             loads.extend(runs.first().map(|run| (*prefix, *run)));
         }
+        let encoder_run = match encoder_units {
+            0 => None,
+            _ => self
+                .evict_until(|arena| arena.allocate_high_run(encoder_units).map(|run| vec![run]))?
+                .pop(),
+        };
         let slot_units = match slot_units {
             0 => Vec::new(),
             _ => self.evict_until(|arena| arena.allocate_high(slot_units))?,
@@ -157,6 +174,7 @@ impl<'a, C: Iterator<Item = (i64, Run)>> Attempt<'a, C> {
             loads,
             evictions,
             slot_units,
+            encoder_run,
         })
     }
 

@@ -10,6 +10,7 @@ use super::super::free_list::{FreeList, Run};
 use super::super::int32::to_i32;
 use super::super::place::{Place, Positions};
 use super::UNIT;
+use super::sites::{BySite, SITES, SiteBlocks, SiteRows};
 use crate::error::{Error, Result};
 
 /// Location of a prefix in the arena.
@@ -29,11 +30,12 @@ pub(super) type SortKey = Arc<[u64]>;
 /// A registered prefix.
 #[derive(Debug)]
 pub(super) struct CachedPrefix {
+    /// Number of arena rows, those of all sites together.
     pub(super) rows: usize,
     pos_start: usize,
     slides: bool,
     place: Place,
-    layer_set: usize,
+    sites: BySite<SiteRows>,
     /// Number of queued and running requests that use it.
     num_requests: usize,
     /// Number of running requests that use it. While there are any, it cannot be evicted.
@@ -58,13 +60,13 @@ impl CachedPrefix {
 }
 
 /// Description of a prefix at its registration.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct PrefixSpec {
     pub(super) rows: usize,
     pub(super) pos_start: usize,
     pub(super) slides: bool,
     pub(super) place: Place,
-    pub(super) layer_set: usize,
+    pub(super) sites: BySite<SiteRows>,
 }
 
 /// All registered prefixes.
@@ -97,14 +99,14 @@ impl PrefixCache {
             pos_start,
             slides,
             place,
-            layer_set,
+            sites,
         } = spec;
         let entry = CachedPrefix {
             rows,
             pos_start,
             slides,
             place,
-            layer_set,
+            sites,
             num_requests: 0,
             num_running: 0,
             in_use_since: 0,
@@ -115,8 +117,8 @@ impl PrefixCache {
         self.prefixes.insert(prefix, entry);
     }
 
-    /// Forgets a prefix and returns its layer set.
-    pub(super) fn forget(&mut self, prefix: i64, arena: &mut FreeList) -> Result<usize> {
+    /// Forgets a prefix and returns its rows at each site.
+    pub(super) fn forget(&mut self, prefix: i64, arena: &mut FreeList) -> Result<BySite<SiteRows>> {
         let entry = self.entry(prefix)?;
         if entry.num_requests > 0 {
             return Err(Error::State(format!(
@@ -129,10 +131,12 @@ impl PrefixCache {
                 "prefix {prefix} is being loaded: expected a prefix whose load has ended; call prefix_ready first"
             )));
         }
-        let layer_set = entry.layer_set;
         self.evict(prefix, arena);
-        self.prefixes.remove(&prefix);
-        Ok(layer_set)
+        Ok(self
+            .prefixes
+            .remove(&prefix)
+            .map(|entry| entry.sites)
+            .unwrap_or_default())
     }
 
     /// Marks the load of a prefix as complete.
@@ -167,7 +171,7 @@ impl PrefixCache {
         Ok(units)
     }
 
-    /// Rows of the prefixes, each prefix counted as often as it occurs.
+    /// Rows of the prefixes at all sites, each prefix counted as often as it occurs.
     pub(super) fn total_rows(&self, prefixes: &[i64]) -> usize {
         prefixes
             .iter()
@@ -249,24 +253,29 @@ impl PrefixCache {
             .all(|prefix| self.prefixes.get(prefix).is_some_and(is_ready))
     }
 
-    /// Blocks of the prefixes that have room in the arena, and the positions of the tokens of a request.
-    pub(super) fn blocks(&self, prefixes: &[i64], prompt_len: usize) -> (Vec<PrefixBlock>, Positions) {
-        let (mut blocks, mut places) = (Vec::new(), Vec::with_capacity(prefixes.len()));
+    /// Blocks of the prefixes that have room in the arena, and the positions of the decoder's tokens of a request.
+    pub(super) fn blocks(&self, prefixes: &[i64], prompt_len: usize) -> (SiteBlocks, Positions) {
+        let (mut blocks, mut places) = (SiteBlocks::default(), Vec::with_capacity(prefixes.len()));
         for prefix in prefixes {
             let Some(entry) = self.prefixes.get(prefix) else {
                 continue;
             };
             places.push((entry.place, to_i32(entry.pos_start)));
-            if let Location::Loading(run) | Location::Ready(run) = entry.location {
-                let (first, rows) = (to_i32(run.start * UNIT), to_i32(entry.rows));
-                blocks.push(PrefixBlock {
-                    prefix: *prefix,
-                    first,
-                    rows,
-                    slides: i32::from(entry.slides),
-                    place: entry.place,
-                    layer_set: entry.layer_set,
-                });
+            let (Location::Loading(run) | Location::Ready(run)) = entry.location else {
+                continue;
+            };
+            for site in SITES {
+                let here = entry.sites.at(site);
+                if here.rows > 0 {
+                    blocks.at_mut(site).push(PrefixBlock {
+                        prefix: *prefix,
+                        first: to_i32(run.start * UNIT + here.offset),
+                        rows: to_i32(here.rows),
+                        slides: i32::from(entry.slides),
+                        place: entry.place,
+                        layer_set: here.layer_set,
+                    });
+                }
             }
         }
         (

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use super::super::block_tables::PrefixBlock;
 use super::super::free_list::Run;
 use super::super::int32::to_i32;
 use super::super::place::Positions;
 use super::UNIT;
 use super::prefix_cache::SortKey;
 use super::queue::QueuePosition;
+use super::sites::SiteBlocks;
 use crate::error::{Error, Result};
 
 /// A generation request.
@@ -18,7 +18,9 @@ pub struct Request {
     pub id: i64,
     /// Numbers of its prefixes, from left to right.
     pub prefixes: Arc<[i64]>,
-    /// Number of prompt tokens, at least 1.
+    /// Number of encoder tokens, 0 for a decoder-only base.
+    pub encoder_len: usize,
+    /// Number of prompt tokens, at least 1. They are the decoder's.
     pub prompt_len: usize,
     /// Number of decode rows, at least 1.
     pub beams: usize,
@@ -33,13 +35,24 @@ pub struct Request {
 }
 
 impl Request {
-    /// Number of arena rows for its tokens: those of the prompt, and `max_new` per beam.
+    /// Number of arena rows for its decoder tokens: those of the prompt, and `max_new` per beam.
     pub(super) fn num_slots(&self) -> Option<usize> {
         self.beams.checked_mul(self.max_new)?.checked_add(self.prompt_len)
     }
 
-    /// Refuses lengths and counts of 0.
-    pub(super) fn check_numbers(&self) -> Result<()> {
+    /// Refuses lengths and counts of 0, and a number of encoder tokens that does not fit the kind of the base.
+    pub(super) fn check_numbers(&self, has_encoder: bool) -> Result<()> {
+        if has_encoder != (self.encoder_len > 0) {
+            let expected = if has_encoder {
+                "1 or more, because the scheduler serves an encoder-decoder base; give the tokens of the encoder"
+            } else {
+                "0, because the scheduler serves a decoder-only base; leave it out"
+            };
+            return Err(Error::Request(format!(
+                "encoder_len of request {} is {}: expected {expected}",
+                self.id, self.encoder_len
+            )));
+        }
         for (name, value) in [
             ("prompt_len", self.prompt_len),
             ("beams", self.beams),
@@ -83,11 +96,13 @@ pub(super) struct RunningState {
     pub(super) admission: u64,
     pub(super) sort_key: SortKey,
     pub(super) decode_rows: Run,
-    /// Arena units for its tokens.
+    /// Arena units for its decoder tokens.
     pub(super) slot_units: Vec<Run>,
+    /// Arena units for the keys and values of its encoder tokens in cross-attention.
+    pub(super) encoder_run: Option<Run>,
     /// Its prefixes in the arena, from left to right.
-    pub(super) blocks: Vec<PrefixBlock>,
-    /// Positions of its tokens.
+    pub(super) blocks: SiteBlocks,
+    /// Positions of its decoder tokens.
     pub(super) positions: Positions,
     /// Number of prompt tokens whose keys and values are in the arena.
     pub(super) prefilled: usize,

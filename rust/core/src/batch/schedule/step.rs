@@ -2,7 +2,8 @@
 
 use super::super::table_buffer::Section;
 use super::request::{Phase, Request, RunningState};
-use super::step_tables::{push_decode, push_prefill};
+use super::sites::Site;
+use super::step_tables::{push_cross, push_decode, push_decode_cross, push_encoder, push_prefill};
 use super::{InFlightStep, Scheduler};
 use crate::error::{Error, Limit, Result};
 
@@ -40,6 +41,12 @@ pub struct StepHeader {
     pub prefill: Option<StepTables>,
     /// Tables of the decode, `None` without one.
     pub decode: Option<StepTables>,
+    /// Tables of the encoder, beside the prefill of an encoder-decoder base.
+    pub encoder: Option<StepTables>,
+    /// Tables of cross-attention, beside the prefill of an encoder-decoder base.
+    pub cross: Option<StepTables>,
+    /// Tables of cross-attention, beside the decode of an encoder-decoder base.
+    pub decode_cross: Option<StepTables>,
 }
 
 /// A request of a step.
@@ -95,9 +102,16 @@ impl Scheduler {
         header.prefill_ids = prefill.iter().map(|request| request.id).collect();
         let mut tables = std::mem::take(&mut self.tables);
         tables.clear();
-        header.prefill = self.push_views(&prefill, &mut tables, false, push_prefill);
         let padded = self.config.decode.padded;
-        header.decode = self.push_views(&decode, &mut tables, padded, push_decode);
+        header.prefill = self.push_views(&prefill, &mut tables, Site::Decoder, false, push_prefill);
+        if self.has_encoder() {
+            header.encoder = self.push_views(&prefill, &mut tables, Site::Encoder, false, push_encoder);
+            header.cross = self.push_views(&prefill, &mut tables, Site::Cross, false, push_cross);
+        }
+        header.decode = self.push_views(&decode, &mut tables, Site::Decoder, padded, push_decode);
+        if self.has_encoder() {
+            header.decode_cross = self.push_views(&decode, &mut tables, Site::Cross, false, push_decode_cross);
+        }
         if tables.data.len() > room {
             let text = "internal error: buffer_len was too small for a step; please report it";
             return Err(Error::State(text.to_owned()));
@@ -146,7 +160,7 @@ impl Scheduler {
     /// Chooses the prefill within the token budget that the decode leaves, and sorts it by prefixes.
     ///
     /// Requests are taken in the order of admission, those with a partly filled prompt first. A prompt is cut only if
-    /// it comes first, so at most one request has a partly filled prompt.
+    /// it comes first, so at most one request has a partly filled prompt. A request with encoder tokens is not cut.
     fn choose_prefill(&self) -> Vec<ScheduledRequest> {
         let rows = self.decoding.values().filter_map(|id| self.running(*id));
         let decoded: usize = rows.map(|(request, _)| request.beams).sum();
@@ -164,10 +178,11 @@ impl Scheduler {
             let next_border = (state.prefilled / chunk_tokens + 1).saturating_mul(chunk_tokens);
             let end = request.prompt_len.min(next_border);
             let tokens = end - state.prefilled;
-            if tokens > left || end < request.prompt_len && !chosen.is_empty() {
+            let cost = tokens + request.encoder_len;
+            if cost > left || end < request.prompt_len && !chosen.is_empty() {
                 break;
             }
-            left -= tokens;
+            left -= cost;
             chosen.push((&state.sort_key, admission, id, tokens));
         }
         chosen.sort_unstable();

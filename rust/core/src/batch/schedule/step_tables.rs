@@ -5,11 +5,13 @@ use std::borrow::Cow;
 use super::super::block_tables::{PrefixBlock, QueryRun, push_block_tables};
 use super::super::decode::{PaddingRow, StepBounds, push_decode_work};
 use super::super::int32::to_i32;
+use super::super::place::Positions;
 use super::super::plan::{Keys, Sequence, TileSizes, first_rows, num_rows, push_packed};
 use super::super::table_buffer::TableBuffer;
-use super::Scheduler;
 use super::request::{Request, RunningState};
+use super::sites::Site;
 use super::step::{ScheduledRequest, StepTables};
+use super::{Scheduler, UNIT};
 
 /// A request of a step with everything that its tables depend on.
 #[derive(Debug)]
@@ -25,6 +27,7 @@ pub(super) struct Member<'a> {
 impl Scheduler {
     /// Adds the tables of all views, or nothing and returns `None` if there are no requests.
     ///
+    /// * `site`: kind of attention, whose prefix rows the members see.
     /// * `all_prefixes`: whether to make the views of all registered prefixes instead of those of the step's own, so
     ///   that the layout of the tables seldom changes.
     /// * `push`: function that adds the tables of one view and returns their reach.
@@ -32,6 +35,7 @@ impl Scheduler {
         &self,
         requests: &[ScheduledRequest],
         tables: &mut TableBuffer,
+        site: Site,
         all_prefixes: bool,
         push: impl Fn(&Self, &mut TableBuffer, &[Member<'_>]) -> i32,
     ) -> Option<StepTables> {
@@ -44,19 +48,20 @@ impl Scheduler {
                 request,
                 state,
                 tokens,
-                blocks: Cow::Borrowed(&state.blocks),
+                blocks: Cow::Borrowed(state.blocks.at(site)),
             })
         });
         let mut members: Vec<Member<'_>> = found.collect();
-        let all_views = self.layer_sets.views();
+        let layer_sets = self.layer_sets.at(site);
+        let all_views = layer_sets.views();
         let views = if all_prefixes || all_views.of_layer().is_empty() {
             Cow::Borrowed(all_views)
         } else {
-            let blocks = members.iter().flat_map(|member| &member.state.blocks);
+            let blocks = members.iter().flat_map(|member| member.state.blocks.at(site));
             let mut sets: Vec<usize> = blocks.map(|block| block.layer_set).collect();
             sets.sort_unstable();
             sets.dedup();
-            Cow::Owned(self.layer_sets.views_of(&sets))
+            Cow::Owned(layer_sets.views_of(&sets))
         };
         let mut out = StepTables {
             views: Vec::with_capacity(views.count()),
@@ -66,13 +71,35 @@ impl Scheduler {
         for view in 0..views.count() {
             if !out.view_of.is_empty() {
                 for member in &mut members {
-                    member.blocks = self.layer_sets.visible(&views, view, &member.state.blocks);
+                    member.blocks = layer_sets.visible(&views, view, member.state.blocks.at(site));
                 }
             }
             out.reach = push(self, tables, &members).max(out.reach);
             out.views.push(std::mem::take(&mut tables.sections));
         }
         Some(out)
+    }
+
+    /// Query tiles of a prefill.
+    fn query_tiles(&self) -> TileSizes {
+        TileSizes {
+            queries: self.config.tile_rows,
+            ..TileSizes::default()
+        }
+    }
+
+    /// Adds the work tables of a decode whose rows see at most `blocks` blocks each.
+    fn push_work(&self, tables: &mut TableBuffer, blocks: usize) {
+        let config = &self.config;
+        let padding = PaddingRow {
+            row: config.max_rows,
+            slot: config.arena_rows - 1,
+        };
+        let bounds = StepBounds {
+            rows: config.max_rows,
+            prefixes: blocks,
+        };
+        push_decode_work(tables, &config.decode, bounds, padding);
     }
 }
 
@@ -88,11 +115,12 @@ pub(super) fn push_prefill(scheduler: &Scheduler, tables: &mut TableBuffer, memb
             blocks: &member.blocks,
         })
         .collect();
-    let tiles = TileSizes {
-        queries: scheduler.config.tile_rows,
-        ..TileSizes::default()
-    };
-    let reach = push_packed(tables, &sequences, tiles, Some(scheduler.config.buckets));
+    let reach = push_packed(
+        tables,
+        &sequences,
+        scheduler.query_tiles(),
+        Some(scheduler.config.buckets),
+    );
     let chunk = |member: &Member<'_>| {
         [
             to_i32(member.state.decode_rows.start),
@@ -135,6 +163,71 @@ pub(super) fn push_prefill(scheduler: &Scheduler, tables: &mut TableBuffer, memb
     reach
 }
 
+/// Adds the tables of the encoder of a prefill, whose positions count from 0. Returns the reach.
+pub(super) fn push_encoder(scheduler: &Scheduler, tables: &mut TableBuffer, members: &[Member<'_>]) -> i32 {
+    let sequences: Vec<Sequence<'_>> = members
+        .iter()
+        .map(|member| Sequence {
+            context: 0,
+            len: to_i32(member.request.encoder_len),
+            keys: Keys::Own,
+            positions: Positions::default(),
+            blocks: &member.blocks,
+        })
+        .collect();
+    push_packed(tables, &sequences, scheduler.query_tiles(), None)
+}
+
+/// Adds the tables of the cross-attention of a prefill, and `slots`, the arena rows of the encoder's tokens. Returns
+/// the reach.
+pub(super) fn push_cross(scheduler: &Scheduler, tables: &mut TableBuffer, members: &[Member<'_>]) -> i32 {
+    let sequences: Vec<Sequence<'_>> = members
+        .iter()
+        .map(|member| Sequence {
+            context: 0,
+            len: to_i32(member.tokens),
+            keys: Keys::Given(to_i32(member.request.encoder_len)),
+            positions: member.state.positions,
+            // The last block is that of the encoder rows, which this forward writes.
+            blocks: &member.blocks[..member.blocks.len() - 1],
+        })
+        .collect();
+    let reach = push_packed(tables, &sequences, scheduler.query_tiles(), None);
+    let slots = members.iter().flat_map(|Member { request, state, .. }| {
+        let first = state.encoder_run.map_or(0, |run| run.start * UNIT);
+        (first..first + request.encoder_len).map(to_i32)
+    });
+    tables.push("slots", slots);
+    reach
+}
+
+/// Adds `row`, `lens`, the block tables and the work tables of the cross-attention of a decode. No row has keys besides
+/// its blocks, the last of which is that of its encoder rows. Returns the reach.
+pub(super) fn push_decode_cross(scheduler: &Scheduler, tables: &mut TableBuffer, members: &[Member<'_>]) -> i32 {
+    let rows = members.iter().flat_map(|Member { request, state, .. }| {
+        let first = state.decode_rows.start;
+        (first..first + request.beams).map(to_i32)
+    });
+    tables.push("row", rows);
+    let count = members.iter().map(|member| member.request.beams).sum();
+    tables.push("lens", std::iter::repeat_n(0, count));
+    let blocks = members
+        .iter()
+        .flat_map(|member| (0..member.request.beams).map(|_| &*member.blocks));
+    let queries: Vec<QueryRun<'_>> = (0..)
+        .zip(blocks)
+        .map(|(first, blocks)| QueryRun {
+            first,
+            rows: 1,
+            position: 0,
+            blocks,
+        })
+        .collect();
+    push_block_tables(tables, &queries);
+    scheduler.push_work(tables, scheduler.maxima.prefixes + 1);
+    members.iter().map(|member| num_rows(&member.blocks)).max().unwrap_or(0)
+}
+
 /// Adds `row`, `slot`, `lens`, `position_ids`, the block tables and the work tables of a decode. Returns the reach.
 pub(super) fn push_decode(scheduler: &Scheduler, tables: &mut TableBuffer, members: &[Member<'_>]) -> i32 {
     let beams = || {
@@ -167,16 +260,7 @@ pub(super) fn push_decode(scheduler: &Scheduler, tables: &mut TableBuffer, membe
         })
         .collect();
     push_block_tables(tables, &queries);
-    let config = &scheduler.config;
-    let padding = PaddingRow {
-        row: config.max_rows,
-        slot: config.arena_rows - 1,
-    };
-    let bounds = StepBounds {
-        rows: config.max_rows,
-        prefixes: scheduler.maxima.prefixes,
-    };
-    push_decode_work(tables, &config.decode, bounds, padding);
+    scheduler.push_work(tables, scheduler.maxima.prefixes);
     members
         .iter()
         .map(|member| len(member) + num_rows(&member.blocks))
