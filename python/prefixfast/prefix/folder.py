@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 META, TENSORS, TUNED = "prefixfast.json", "prefix.safetensors", "tuned.safetensors"
 PREFIX_FILES = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
 OWNED = PREFIX_FILES | {TUNED}
-VERSION = 1
+VERSIONS = {"prefix": (1, 2), "weights": (1,)}  # versions that can be read, by kind
 KEYS = {name: file_key(name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
 LOOKED_FOR = (
     f"{META} (a prefixfast prefix) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type "
@@ -83,7 +83,7 @@ def prefix_files(kv: Mapping[str, Tensor], digest: str, fields: PrefixFields) ->
         tensor_files = {TENSORS: save({n: t.cpu() for n, t in kv.items()})}
     values: Mapping[str, Any] = fields
     meta = {
-        "version": VERSION,
+        "version": 1 if all(name.startswith("self.") for name in kv) else 2,  # 0.1.0 knows no other sites
         "digest": digest,
         "not_peft_because": reason,
         **{KEYS[name]: value for name, value in written(values).items()},
@@ -99,7 +99,8 @@ def adapter_type(fields: PrefixFields) -> peft.PeftType:
 def adapter_files(kv: Mapping[str, Tensor], fields: PrefixFields, peft_type: peft.PeftType) -> dict[str, bytes]:
     """The two files of a PEFT adapter by name, for a prefix that PEFT can hold."""
     frozen: Any = fields["training"].get("num_frozen_tokens", 0)
-    return peft.adapter_files(kv, fields["base"], peft_type, frozen)
+    seq2seq = peft.is_seq2seq(fields["base"], fields["training"])
+    return peft.adapter_files(kv, fields["base"], peft_type, frozen, seq2seq=seq2seq)
 
 
 def write_folder(
@@ -223,9 +224,9 @@ def checked_meta(path: Path, meta: dict[str, Any], types: Mapping[str, tuple[typ
     """
     error = None
     keys = {"version", "base", *types, *(UNWRITTEN if kind == "prefix" else ())}
-    if type(meta.get("version")) is not int or meta["version"] != VERSION:
-        got = shown(meta.get("version"))
-        error = f"expected version {VERSION}, got {got}; update prefixfast to read newer folders"
+    if type(meta.get("version")) is not int or meta["version"] not in VERSIONS[kind]:
+        known, got = " or ".join(map(str, VERSIONS[kind])), shown(meta.get("version"))
+        error = f"expected version {known}, got {got}; update prefixfast to read newer folders"
     elif "method" in meta and kind == "prefix":
         error = no_prefix(meta["method"])
     elif "method" not in meta and kind == "weights":
@@ -249,4 +250,6 @@ def _adapter_fields(kv: Mapping[str, Tensor], config: Mapping[str, Any], path: P
     training: dict[str, Any] = {"imported_from": "peft"}
     if config["peft_type"] == "CARTRIDGE":
         training["num_frozen_tokens"] = config.get("num_frozen_tokens", 0)
+    if (submodules := peft_read.submodules_of(config)) is not None:
+        training[peft.SUBMODULES] = submodules
     return {"pos_start": len(kv["self.0.k"]), "base": {"name": name} if name else None, "training": training}

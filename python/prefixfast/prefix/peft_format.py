@@ -1,8 +1,12 @@
-"""PEFT adapters of decoder-only models that hold keys and values: PREFIX_TUNING and CARTRIDGE.
+"""PEFT adapters that hold keys and values of self-attention: PREFIX_TUNING and CARTRIDGE.
 
 Both store one table ``prompt_embeddings`` of shape ``[P, L * 2 * H * D]``. Row p, viewed as ``[L, 2, H, D]``, holds key
 and value of every layer. The text starts at position P, and keys are stored after RoPE. A CARTRIDGE has
 ``num_frozen_tokens``, the number of leading rows that training does not change.
+
+An adapter of an encoder-decoder model (task_type SEQ_2_SEQ_LM) has rows for the decoder's self-attention alone. With
+``num_transformer_submodules`` 1 layer l of the decoder reads pair l of the table. With 2, the default of PEFT, the
+table is doubled and read four by four, so that layer l reads pair ``2 l mod L``. The other pairs have no effect.
 
 Shape letters: P prefix rows, L layers, H key-value heads, D head dimension.
 
@@ -18,6 +22,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from prefixfast.errors import DataError
+from prefixfast.model import fingerprint
 from prefixfast.model.fingerprint import layout_of, num_layers
 from prefixfast.prefix.names import layers_of
 
@@ -35,8 +40,8 @@ COMMON_CONFIG = {
     "num_transformer_submodules": 1,
     "peft_version": "0.21.2",
     "revision": None,
-    "task_type": "CAUSAL_LM",
 }
+SUBMODULES = "peft_submodules"  # key of Prefix.training: num_transformer_submodules of an encoder-decoder adapter
 
 
 def peft_incompatibility(
@@ -70,6 +75,16 @@ def peft_incompatibility(
         "sliding windows do not slide over it": window != "slide",
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def is_seq2seq(base: Mapping[str, Any] | None, training: Mapping[str, Any]) -> bool:
+    """Whether a prefix is one of an encoder-decoder model.
+
+    Args:
+        base: Fingerprint of the base model, None if unknown.
+        training: Origin of the prefix, which names the layout of an imported adapter.
+    """
+    return fingerprint.is_seq2seq(base) or SUBMODULES in training
 
 
 def rows_by_layer(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> dict[int, tuple[int, int]]:
@@ -143,13 +158,14 @@ def _table_sizes(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> tu
     return len(kv) // 2, heads, dim
 
 
-def from_table(table: Tensor, num_layers: int, num_kv_heads: int) -> dict[str, Tensor]:
-    """Tensors of a table, the inverse of `to_table`.
+def from_table(table: Tensor, num_layers: int, num_kv_heads: int, submodules: int = 1) -> dict[str, Tensor]:
+    """Tensors of a table; with one submodule the inverse of `to_table`.
 
     Args:
         table: Table ``[P, L * 2 * H * D]``.
         num_layers: Number of layers L.
         num_kv_heads: Number of key-value heads H.
+        submodules: ``num_transformer_submodules`` of the adapter. With 2, layer l has pair ``2 l mod L``.
 
     Raises:
         DataError: If the table's width is not a multiple of ``L * 2 * H``.
@@ -159,7 +175,11 @@ def from_table(table: Tensor, num_layers: int, num_kv_heads: int) -> dict[str, T
         msg = f"{TABLE}: expected {expected}, got {list(table.shape)}"
         raise DataError(msg)
     parts = table.unflatten(1, (num_layers, 2, num_kv_heads, -1))
-    return {f"self.{i}.{x}": parts[:, i, j].contiguous() for i in range(num_layers) for j, x in enumerate("kv")}
+    return {
+        f"self.{i}.{x}": parts[:, submodules * i % num_layers, j].contiguous()
+        for i in range(num_layers)
+        for j, x in enumerate("kv")
+    }
 
 
 def adapter_files(
@@ -167,6 +187,8 @@ def adapter_files(
     base: Mapping[str, Any] | None,
     peft_type: PeftType = "PREFIX_TUNING",
     num_frozen: int = 0,
+    *,
+    seq2seq: bool = False,
 ) -> dict[str, bytes]:
     """Files of an adapter folder by name.
 
@@ -175,6 +197,7 @@ def adapter_files(
         base: Fingerprint of the base model, None if unknown.
         peft_type: Type of the adapter.
         num_frozen: Number of frozen leading rows, stored as ``num_frozen_tokens`` of a CARTRIDGE.
+        seq2seq: Whether the base model is an encoder-decoder model.
     """
     from safetensors.torch import save
 
@@ -192,6 +215,7 @@ def adapter_files(
         "num_layers": layers,
         "num_virtual_tokens": length,
         "peft_type": peft_type,
+        "task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
         "token_dim": heads * dim,
     }
     return {

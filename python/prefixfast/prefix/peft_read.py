@@ -95,13 +95,13 @@ def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read the tensors and the configuration of an adapter folder with keys and values.
 
     Raises:
-        DataError: If the folder is not a decoder-only PREFIX_TUNING or CARTRIDGE adapter, or a file is damaged.
+        DataError: If the folder is not a PREFIX_TUNING or CARTRIDGE adapter, or a file is damaged.
     """
     config = read_json(folder / CONFIG)
     layers, heads, length = _read_sizes(config, folder / CONFIG)
     table = _read_table(folder, length)
     try:
-        return from_table(table, layers, heads), config
+        return from_table(table, layers, heads, submodules_of(config) or 1), config
     except DataError as e:
         msg = f"{WEIGHTS}: {e}"
         raise DataError(msg, path=str(folder / WEIGHTS)) from e
@@ -117,7 +117,12 @@ def read_virtual_tokens(folder: Path) -> VirtualTokens | None:
     peft_type = config.get("peft_type")
     if not isinstance(peft_type, str) or peft_type not in EMBEDDING_TYPES:
         return None
-    _check_decoder_only(config, path)
+    if _check_task(config, path):
+        msg = (
+            f"{peft_type} of an encoder-decoder model: the encoder reads its virtual tokens together with the text, so "
+            "that their keys differ from text to text and no prefix holds them; run it with PEFT, or train a prefix"
+        )
+        raise DataError(msg, path=str(path))
     length, dim = _positive(config, ("num_virtual_tokens", "token_dim"), path)
     (layers,) = _positive(config, ("num_layers",), path) if config.get("num_layers") is not None else (None,)
     table = _read_table(folder, length)
@@ -171,7 +176,7 @@ def _read_sizes(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
         known = " or ".join(TYPES if peft_type in EMBEDDING_TYPES else (*TYPES, *EMBEDDING_TYPES))
         msg = f"peft_type: expected {known}, got {shown(peft_type)}" + (f": {advice}" if advice else "")
         raise DataError(msg, path=str(path))
-    _check_decoder_only(config, path)
+    _check_task(config, path)
     layers, heads, length = _positive(config, SIZES, path)
     frozen = config.get("num_frozen_tokens", 0)
     if type(frozen) is not int or not 0 <= frozen <= length:
@@ -180,13 +185,23 @@ def _read_sizes(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
     return layers, heads, length
 
 
-def _check_decoder_only(config: Mapping[str, Any], path: Path) -> None:
-    """Raise `DataError` if an adapter is not for a decoder-only language model."""
+def submodules_of(config: Mapping[str, Any]) -> int | None:
+    """Number of submodules by which an encoder-decoder adapter lays out its table, None for a decoder-only adapter."""
+    if config.get("task_type") != "SEQ_2_SEQ_LM":
+        return None
+    return 2 if config.get("num_transformer_submodules") is None else int(config["num_transformer_submodules"])
+
+
+def _check_task(config: Mapping[str, Any], path: Path) -> bool:
+    """Whether an adapter is for an encoder-decoder model; others than language models raise `DataError`."""
     submodules, task = config.get("num_transformer_submodules"), config.get("task_type")
-    if submodules not in (1, None) or task not in ("CAUSAL_LM", None):
-        expected = "a decoder-only adapter (task_type CAUSAL_LM, num_transformer_submodules 1)"
-        msg = f"expected {expected}, got {shown(task)} and {shown(submodules)}"
+    known = {"SEQ_2_SEQ_LM": (1, 2, None), "CAUSAL_LM": (1, None), None: (1, None)}
+    allowed = known.get(task, ()) if isinstance(task, str | None) else ()
+    if type(submodules) not in (int, type(None)) or submodules not in allowed:
+        expected = "task_type CAUSAL_LM with num_transformer_submodules 1, or SEQ_2_SEQ_LM with 1 or 2"
+        msg = f"expected {expected}, got {shown(task)} with {shown(submodules)}"
         raise DataError(msg, path=str(path))
+    return task == "SEQ_2_SEQ_LM"
 
 
 def _positive(config: Mapping[str, Any], names: tuple[str, ...], path: Path) -> list[int]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from prefixfast.model.fingerprint import Fingerprint
 
-READABLE_SINCE = {"prefix": ">=0.1.0", "infix": ">0.1.0"}  # releases that read the folders of this one
+READABLE = (">=0.1.0", ">0.1.0")  # releases that read the folders of this one: of prefixes of 0.1.0, of others
 C = TypeVar("C", bound=type)
 
 
@@ -124,6 +124,10 @@ class PrefixData(SiteRows, StoredTensors):
         return peft_format.peft_incompatibility(shared_tensors(self.kv), self.pos_start, self.window, self.base)
 
     @property
+    def _is_seq2seq(self) -> bool:
+        return peft_format.is_seq2seq(self.base, self.training)
+
+    @property
     def requires(self) -> Requirements:
         """Requirements for the use of the prefix.
 
@@ -137,7 +141,7 @@ class PrefixData(SiteRows, StoredTensors):
             "base": (self.base.get("name") if self.base else None) or None,
             "dtype": ", ".join(dtypes),
             "positions": self.pos_start + 1,
-            "prefixfast": READABLE_SINCE[self.position],
+            "prefixfast": READABLE[self.position == "infix" or self.sites != ("self",) or self._is_seq2seq],
         }
 
     @cached_property

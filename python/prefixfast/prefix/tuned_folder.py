@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.errors import DataError, shown
 from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.untrusted import read_json, read_tensors
-from prefixfast.prefix.folder import META, NULL, TUNED, VERSION, checked_meta, write_folder
+from prefixfast.prefix.folder import META, NULL, TUNED, VERSIONS, checked_meta, write_folder
 from prefixfast.prefix.lora_format import check_options, lora_files, read_lora, written_options
 from prefixfast.prefix.peft_format import CONFIG
 from prefixfast.prefix.peft_read import base_name
@@ -47,7 +47,7 @@ def write_tuned(
         fields: All attributes of the weights other than the tensors.
         overwrite: Whether a prefix in the folder is replaced too.
     """
-    meta = json_bytes({"version": VERSION, "digest": digest, **fields}, indent=2, sort_keys=True)
+    meta = json_bytes({"version": VERSIONS["weights"][-1], "digest": digest, **fields}, indent=2, sort_keys=True)
     if fields["method"] == "lora":
         adapter = lora_files(tensors, fields["options"], (fields["base"] or {}).get("name"))
         write_folder(folder, {**adapter, META: meta}, "weights", overwrite=overwrite)
