@@ -47,6 +47,8 @@ def list_(store: Store, as_json: Json = False) -> None:
     rows = sorted(found, key=lambda row: (row["name"] is None, row["name"] or row["problem"]))
     failed = sum(row["problem"] is not None for row in rows)
     columns = ("name", "version", "length", "size", "base", "created", *(("problem",) if failed else ()))
+    if not as_json:
+        rows = [row | {"length": _by_site(row["length"])} for row in rows]
     show(rows, columns, as_json=as_json, title=f"{store}: {len(rows)} prefixes")
     _exit_if_failed(failed)
 
@@ -293,11 +295,14 @@ def _details(stored: StoredPrefix) -> dict[str, Any]:
     from prefixfast.prefix.header import stored_dtypes, stored_training
 
     shapes = {tuple(shape) for shape in stored.shapes.values()}
+    by_site = {site: list(stored.layers_at(site)) for site in stored.sites}
     return {
         **_summary(stored),
         "folder": str(stored.folder),
         "numbers": sum(p * h * d for p, h, d in stored.shapes.values()),
-        "layers": list(stored.layers),
+        "sites": list(stored.sites),
+        "rows": stored.num_rows,
+        "layers": by_site["self"] if stored.sites == ("self",) else by_site,
         "shape": [list(shape) for shape in sorted(shapes)],
         "dtype": stored_dtypes(stored.folder),
         "pos_start": stored.pos_start,
@@ -308,6 +313,11 @@ def _details(stored: StoredPrefix) -> dict[str, Any]:
         "decoding": dict(stored.decoding),
         "training": dict(stored_training(stored.folder)),
     }
+
+
+def _by_site(value: Any) -> Any:
+    """Values by site in one line of text; other values unchanged."""
+    return ", ".join(f"{site} {own}" for site, own in value.items()) if isinstance(value, dict) else value
 
 
 def _exit_if_failed(failed: int) -> None:

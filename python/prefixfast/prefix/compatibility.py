@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from prefixfast.config.engine import BaseMismatch
+from prefixfast.config.sites import SITE_NAMES, Site
 from prefixfast.errors import BaseMismatchError, ConfigError, shown
 from prefixfast.model.fingerprint import check_same_base, num_layers
 from prefixfast.model.prefix_shape import PrefixShape, filled_layers, is_peft_table, own_layers, readers
@@ -84,9 +85,10 @@ def check_composition(model: Model, positions: Iterable[str]) -> None:
 def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> None:
     """Check that a prefix fits a base model.
 
-    A prefix fits if its fingerprint is that of the base model, its layers exist in the base model, its heads have the
-    base model's shapes, and all of its layers have the same number of rows. The rows of a PEFT adapter can be wider
-    than those of a layer, and it has rows also for layers that read the keys of another layer; PEFT does not use these.
+    A prefix fits if its fingerprint is that of the base model, its sites and layers exist in the base model, its heads
+    have the base model's shapes, and all of its layers at a site have the same number of rows. The rows of a PEFT
+    adapter can be wider than those of a layer, and it has rows also for layers that read the keys of another layer and,
+    of an encoder-decoder model, for layers beyond the decoder's; PEFT does not use these.
 
     Args:
         model: Base model.
@@ -105,35 +107,48 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
         raise BaseMismatchError(msg)
     if is_peft_table(prefix, model.layers) and filled_layers(prefix, model.layers):
         return
-    expected = {
-        f"self.{i}.{x}": shape for i, s in enumerate(model.layers) for x, shape in zip("kv", s.row, strict=True)
-    }
-    got = {name: shape[1:] for name, shape in prefix.shapes.items()}
-    if num_layers(prefix.base) is not None and (
-        dead := next((i for i in prefix.layers if i in readers(model.layers)), None)
-    ):
+    for site in prefix.sites:
+        _check_site(model, prefix, site, what)
+
+
+def _check_site(model: Model, prefix: PrefixShape, site: Site, what: str) -> None:
+    """Raise `BaseMismatchError` if the rows of one site are not those of the base model."""
+    if site not in model.sites:
+        kind = "is decoder-only" if len(model.sites) == 1 else f"has the sites {', '.join(model.sites)}"
+        msg = f"{what} has rows for {SITE_NAMES[site]} (site {site!r}), and this base {kind}; {_origin(prefix)}"
+        raise BaseMismatchError(msg)
+    shapes, layers = model.sites[site], prefix.layers_at(site)
+    if num_layers(prefix.base) is not None and (dead := next((i for i in layers if i in readers(shapes)), None)):
         msg = (
-            f"{what}: layer {dead} of this base reads the keys of layer {model.layers[dead].source} and has no rows of "
+            f"{what}: layer {dead} of this base reads the keys of layer {shapes[dead].source} and has no rows of "
             "its own, but the prefix has rows there, which would have no effect; train it again"
         )
         raise BaseMismatchError(msg)
-    wrong = min((name for name, shape in got.items() if expected.get(name) != shape), default=None)
+    expected = {f"{site}.{i}.{x}": shape for i, s in enumerate(shapes) for x, shape in zip("kv", s.row, strict=True)}
+    own = {name: shape for name, shape in prefix.shapes.items() if name.startswith(f"{site}.")}
+    got = {name: shape[1:] for name, shape in own.items()}
+    is_first_layers = num_layers(prefix.base) is None and layers == tuple(range(len(layers)))
+    # A PEFT adapter of an encoder-decoder model has as many layers as the encoder; PEFT drops those beyond the decoder.
+    is_longer = is_first_layers and len(model.sites) > 1 and len(layers) > len(shapes)
+    beyond = {f"{site}.{i}.{x}" for i in range(len(shapes), len(layers)) for x in "kv"} if is_longer else set()
+    wrong = min((name for name, shape in got.items() if expected.get(name) != shape and name not in beyond), default="")
     # A PEFT adapter of a smaller model has the first layers, and does not say how many layers its base model has.
-    unknown = (
-        num_layers(prefix.base) is None
-        and prefix.layers == tuple(range(len(prefix.layers)))
-        and not set(own_layers(model.layers)) <= set(prefix.layers)
-    )
+    unknown = is_first_layers and not set(own_layers(shapes)) <= set(layers)
     reasons = {
-        f"{wrong}: {got.get(wrong or '')} where {expected.get(wrong or '')} is expected": wrong is not None,
+        f"{wrong}: {got.get(wrong, '')} where {expected.get(wrong, '')} is expected": bool(wrong),
         "the first ones, and it does not say for how many it was made": unknown,
-        "of different lengths": len({shape[0] for shape in prefix.shapes.values()}) != 1,
+        "of different lengths": len({shape[0] for shape in own.values()}) != 1,
     }
     if reason := next((text for text, holds in reasons.items() if holds), None):
-        named = (prefix.base or {}).get("name")
-        trained = f"it was made for base {shown(named)}" if named else "was it trained on another model?"
+        first = f"{site}.0.k"
         msg = (
-            f"{what}: expected one length and layers of [P, H, D] as this base has {len(model.layers)} of "
-            f"(self.0.k: {expected['self.0.k']}), got {len(got) // 2} layers, {reason}; {trained}"
+            f"{what}: expected one length and layers of [P, H, D] as this base has {len(shapes)} of "
+            f"({first}: {expected[first]}), got {len(got) // 2} layers, {reason}; {_origin(prefix)}"
         )
         raise BaseMismatchError(msg)
+
+
+def _origin(prefix: PrefixShape) -> str:
+    """Text about the base model of a prefix for errors."""
+    named = (prefix.base or {}).get("name")
+    return f"it was made for base {shown(named)}" if named else "was it trained on another model?"

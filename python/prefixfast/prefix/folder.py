@@ -6,6 +6,7 @@ A prefix is saved as a PEFT adapter folder whenever PEFT can hold it exactly, wi
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +19,15 @@ from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.tensors import write_tensors
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.model.fingerprint import layout_of
+from prefixfast.prefix import authors_format, peft_read
 from prefixfast.prefix import peft_format as peft
-from prefixfast.prefix import peft_read
 from prefixfast.prefix.names import FIELD_NAMES, UNWRITTEN, PrefixFields, base_error, file_key, no_prefix, written
 from prefixfast.prefix.validate import convention_error
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger(__name__)
 META, TENSORS, TUNED = "prefixfast.json", "prefix.safetensors", "tuned.safetensors"
 PREFIX_FILES = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
 OWNED = PREFIX_FILES | {TUNED}
@@ -33,7 +35,8 @@ VERSIONS = {"prefix": (1, 2), "weights": (1,)}  # versions that can be read, by 
 KEYS = {name: file_key(name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
 LOOKED_FOR = (
     f"{META} (a prefixfast prefix) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type "
-    f"{' or '.join((*peft.TYPES, *peft_read.EMBEDDING_TYPES))})"
+    f"{' or '.join((*peft.TYPES, *peft_read.EMBEDDING_TYPES))}) or {authors_format.WEIGHTS} with "
+    f"{authors_format.CONFIG} (a BART checkpoint of Li & Liang's code)"
 )
 NULL = type(None)
 Kind: TypeAlias = Literal["prefix", "weights"]
@@ -172,12 +175,17 @@ def read_folder(path: Path) -> FolderContent | peft_read.VirtualTokens:
         fields, digest = read_meta(path / META)
         if os.path.lexists(path / TENSORS):
             return FolderContent(path / TENSORS, read_tensors(path / TENSORS), fields, digest)
-        return FolderContent(path / peft.WEIGHTS, peft.cut(peft_read.read(path)[0], fields["base"]), fields, digest)
+        kv = peft.cut(peft_read.read(path)[0], fields["base"])
+        kv = peft.without_spare_layer(kv, fields["base"], fields["training"])
+        return FolderContent(path / peft.WEIGHTS, kv, fields, digest)
     if os.path.lexists(path / peft.CONFIG):
         if (virtual := peft_read.read_virtual_tokens(path)) is not None:
             return virtual
         kv, config = peft_read.read(path)
         return FolderContent(path / peft.WEIGHTS, kv, _adapter_fields(kv, config, path / peft.CONFIG), None)
+    if authors_format.is_authors(path):
+        kv, fields = authors_format.read_authors(path)
+        return FolderContent(path / authors_format.WEIGHTS, kv, fields, None)
     found = sorted(p.name for p in path.iterdir())
     shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
     msg = f"{path}: no prefix here: looked for {LOOKED_FOR}, found {shown or 'nothing'}"
@@ -251,5 +259,11 @@ def _adapter_fields(kv: Mapping[str, Tensor], config: Mapping[str, Any], path: P
     if config["peft_type"] == "CARTRIDGE":
         training["num_frozen_tokens"] = config.get("num_frozen_tokens", 0)
     if (submodules := peft_read.submodules_of(config)) is not None:
-        training[peft.SUBMODULES] = submodules
+        training |= {peft.SUBMODULES: submodules, peft.NUM_LAYERS: config["num_layers"]}
+        if submodules == 1:
+            logger.warning(
+                "%s: the decoder's self-attention alone sees these rows here; PEFT with transformers 5 shows them, and "
+                "all tokens of the decoder, to cross-attention too (num_transformer_submodules 1)",
+                path.parent,
+            )
     return {"pos_start": len(kv["self.0.k"]), "base": {"name": name} if name else None, "training": training}

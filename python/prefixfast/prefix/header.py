@@ -14,6 +14,7 @@ from prefixfast.io.atomic import read_stable
 from prefixfast.io.untrusted import read_json
 from prefixfast.prefix import folder as files
 from prefixfast.prefix import peft_format as peft
+from prefixfast.prefix.authors_format import base_of, is_authors
 from prefixfast.prefix.hub import find_folder
 from prefixfast.prefix.names import no_prefix
 from prefixfast.prefix.tuned_folder import is_tuned, read_tuned_header
@@ -75,6 +76,9 @@ def _read(folder: Path) -> PrefixHeader:
         name = config.get("base_model_name_or_path")
         if config.get("peft_type") in peft.TYPES and isinstance(name, str | None):
             return PrefixHeader(folder, {"name": name} if name else None)
+    elif is_authors(folder):
+        base = base_of(folder)
+        return PrefixHeader(folder, {"name": base} if base else None)
     # The folder is wrong, or holds embeddings of virtual tokens: its reader knows the error, and their base.
     content: Any = files.read_folder(folder)
     name = getattr(content, "base_name", None)

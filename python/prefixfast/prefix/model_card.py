@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
+from prefixfast.config.sites import SITE_NAMES, Site
 from prefixfast.model.fingerprint import layout_of, num_layers
-from prefixfast.prefix.record import PrefixData
+from prefixfast.prefix.record import PrefixData, is_seq2seq
 
 CARD = "README.md"
 BASE_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -23,8 +24,7 @@ TEMPLATE = """---
 
 # {title}
 
-A learned prefix (prefix-tuning, [Li & Liang 2021](https://arxiv.org/abs/2101.00190)): {length} rows of keys and \
-values for each of {layers},
+A learned prefix (prefix-tuning, [Li & Liang 2021](https://arxiv.org/abs/2101.00190)): {rows},
 {stored:,} numbers, for the frozen base {base}.
 
 ## Use
@@ -47,9 +47,9 @@ The repository is also a PEFT adapter:
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{repo_id}")
+model = PeftModel.from_pretrained({auto}.from_pretrained("{model}"), "{repo_id}")
 ```
 """
 
@@ -66,19 +66,19 @@ def model_card(prefix: PrefixData, repo_id: str) -> str:
     front: dict[str, Any] = {
         "library_name": "prefixfast",
         "tags": [*([] if incompatibility else ["peft"]), "prefix-tuning"],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text2text-generation" if is_seq2seq(prefix) else "text-generation",
     }
     if name is not None:
         front["base_model"] = name
     metrics = prefix.training.get("metrics")
     model = name or "the base model"
     facts = _facts(prefix, metrics if isinstance(metrics, Mapping) else {})
-    use_in_peft = PEFT_USE.format(model=model, repo_id=repo_id)
+    auto = f"AutoModelFor{'Seq2Seq' if is_seq2seq(prefix) else 'Causal'}LM"
+    use_in_peft = PEFT_USE.format(model=model, repo_id=repo_id, auto=auto)
     return TEMPLATE.format(
         front=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
         title=repo_id.split("/")[-1],
-        length=prefix.length,
-        layers=_layers(prefix),
+        rows=_rows(prefix),
         stored=prefix.num_stored,
         base=f"`{name}`" if name else "that it was trained on (its name is not known)",
         repo_id=repo_id,
@@ -88,12 +88,23 @@ def model_card(prefix: PrefixData, repo_id: str) -> str:
     )
 
 
-def _layers(prefix: PrefixData) -> str:
-    layout = layout_of(prefix.base)
-    own = num_layers(prefix.base) if layout is None else sum(row[3] == i for i, row in enumerate(layout["layers"]))
-    if own in (None, len(prefix.layers)):
-        return f"{len(prefix.layers)} layers"
-    return f"the layers {', '.join(map(str, prefix.layers))} (from 0)"
+def _rows(prefix: PrefixData) -> str:
+    """Number of rows and layers of each site."""
+    if prefix.sites == ("self",) and not is_seq2seq(prefix):
+        return f"{prefix.length} rows of keys and values for each of {_layers(prefix, 'self')}"
+    parts = [
+        f"{prefix.length_at(site)} rows of keys and values of {SITE_NAMES[site]} for each of {_layers(prefix, site)}"
+        for site in prefix.sites
+    ]
+    return ",\n".join(parts)
+
+
+def _layers(prefix: PrefixData, site: Site) -> str:
+    layout, layers = layout_of(prefix.base), prefix.layers_at(site)
+    own = sum(row[3] == i for i, row in enumerate(layout["layers"])) if layout else num_layers(prefix.base, site)
+    return (
+        f"{len(layers)} layers" if own in (None, len(layers)) else f"the layers {', '.join(map(str, layers))} (from 0)"
+    )
 
 
 def _base_name(prefix: PrefixData) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, Required, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Required, TypeAlias, TypedDict, TypeVar
 
 from prefixfast.config.json_types import JSON
 from prefixfast.config.sites import Site
@@ -69,6 +69,12 @@ def no_prefix(method: object) -> str:
         method: Method that trained them.
     """
     return f"expected a prefix, this folder holds weights of method {shown(method)}; {WEIGHTS_USE}"
+
+
+def site_of(name: str) -> Site:
+    """Site of a tensor's name, which has been checked."""
+    site: Any = name.partition(".")[0]
+    return site
 
 
 def layers_of(names: Iterable[str], site: Site = "self") -> tuple[int, ...]:

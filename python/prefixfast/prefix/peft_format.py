@@ -5,8 +5,10 @@ and value of every layer. The text starts at position P, and keys are stored aft
 ``num_frozen_tokens``, the number of leading rows that training does not change.
 
 An adapter of an encoder-decoder model (task_type SEQ_2_SEQ_LM) has rows for the decoder's self-attention alone. With
-``num_transformer_submodules`` 1 layer l of the decoder reads pair l of the table. With 2, the default of PEFT, the
-table is doubled and read four by four, so that layer l reads pair ``2 l mod L``. The other pairs have no effect.
+``num_transformer_submodules`` 2, the default, PEFT doubles the table and reads it four by four, so that layer l of the
+decoder reads pair ``2 l mod L``. With an odd L every layer has a pair of its own, which is how adapters are written
+here. With ``num_transformer_submodules`` 1 layer l reads pair l. PEFT 0.21.2 with transformers 5 then has one cache for
+self-attention and cross-attention, whose queries see the prefix and all tokens of the decoder, later ones included.
 
 Shape letters: P prefix rows, L layers, H key-value heads, D head dimension.
 
@@ -37,11 +39,11 @@ COMMON_CONFIG = {
     "auto_mapping": None,
     "inference_mode": True,
     "modules_to_save": None,
-    "num_transformer_submodules": 1,
     "peft_version": "0.21.2",
     "revision": None,
 }
-SUBMODULES = "peft_submodules"  # key of Prefix.training: num_transformer_submodules of an encoder-decoder adapter
+# Keys of Prefix.training for an encoder-decoder adapter, which does not name the layers of its base model.
+SUBMODULES, NUM_LAYERS = "peft_submodules", "peft_layers"
 
 
 def peft_incompatibility(
@@ -133,7 +135,23 @@ def cut(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> dict[str, T
     }
 
 
-def to_table(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None = None) -> Tensor:
+def without_spare_layer(
+    kv: Mapping[str, Tensor], base: Mapping[str, Any] | None, training: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Tensors of an adapter that was written here, without the pair that makes its number of layers odd.
+
+    Args:
+        kv: Tensors of all pairs, as `read` gives them.
+        base: Fingerprint of the base model, None if unknown.
+        training: Origin of the prefix, which has the number of layers of an imported adapter.
+    """
+    if not is_seq2seq(base, training):
+        return dict(kv)
+    count = num_layers(base) or training.get(NUM_LAYERS)
+    return {name: t for name, t in kv.items() if count is None or int(name.split(".")[1]) < count}
+
+
+def to_table(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None = None, *, seq2seq: bool = False) -> Tensor:
     """Table ``[P, L * 2 * H * D]`` of the tensors ``self.{layer}.k`` and ``.v`` of shape ``[P, H, D]``.
 
     Numbers that PEFT does not use, of layers without rows or beyond the heads of a layer, are 0.
@@ -141,17 +159,22 @@ def to_table(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None = None) ->
     Args:
         kv: Tensors by name.
         base: Fingerprint of the base model, None if unknown.
+        seq2seq: Whether the base model is an encoder-decoder model.
     """
-    first, (layers, heads, dim) = next(iter(kv.values())), _table_sizes(kv, base)
+    first, (layers, heads, dim) = next(iter(kv.values())), _table_sizes(kv, base, seq2seq=seq2seq)
     table = first.new_zeros(len(first), layers, 2, heads, dim)
     for i in layers_of(kv):
         for j, t in enumerate((kv[f"self.{i}.k"], kv[f"self.{i}.v"])):
-            table[:, i, j, : t.shape[1], : t.shape[2]] = t
+            table[:, (1 + seq2seq) * i % layers, j, : t.shape[1], : t.shape[2]] = t
     return table.flatten(1)
 
 
-def _table_sizes(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> tuple[int, int, int]:
+def _table_sizes(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None, *, seq2seq: bool) -> tuple[int, int, int]:
     """Number of layers, of heads, and head dim of an adapter's table."""
+    if seq2seq:
+        count = len(kv) // 2
+        _, heads, dim = next(iter(kv.values())).shape
+        return count + 1 - count % 2, heads, dim
     if (layout := layout_of(base)) is not None:
         return len(layout["layers"]), int(layout["peft"][0]), int(layout["peft"][1])
     _, heads, dim = next(iter(kv.values())).shape
@@ -159,7 +182,7 @@ def _table_sizes(kv: Mapping[str, Tensor], base: Mapping[str, Any] | None) -> tu
 
 
 def from_table(table: Tensor, num_layers: int, num_kv_heads: int, submodules: int = 1) -> dict[str, Tensor]:
-    """Tensors of a table; with one submodule the inverse of `to_table`.
+    """Tensors of a table, the inverse of `to_table` but for the pair that makes the number of layers odd.
 
     Args:
         table: Table ``[P, L * 2 * H * D]``.
@@ -201,7 +224,7 @@ def adapter_files(
     """
     from safetensors.torch import save
 
-    length, (layers, heads, dim) = len(next(iter(kv.values()))), _table_sizes(kv, base)
+    length, (layers, heads, dim) = len(next(iter(kv.values()))), _table_sizes(kv, base, seq2seq=seq2seq)
     of_type: dict[str, Any] = (
         {"num_frozen_tokens": num_frozen}
         if peft_type == "CARTRIDGE"
@@ -213,6 +236,7 @@ def adapter_files(
         "base_model_name_or_path": (base or {}).get("name") or None,
         "num_attention_heads": heads,
         "num_layers": layers,
+        "num_transformer_submodules": 1 + seq2seq,
         "num_virtual_tokens": length,
         "peft_type": peft_type,
         "task_type": "SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
@@ -220,5 +244,5 @@ def adapter_files(
     }
     return {
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),
-        WEIGHTS: save({TABLE: to_table(kv, base)}, metadata={"format": "pt"}),
+        WEIGHTS: save({TABLE: to_table(kv, base, seq2seq=seq2seq)}, metadata={"format": "pt"}),
     }

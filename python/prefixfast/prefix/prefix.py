@@ -131,9 +131,12 @@ class Prefix(PrefixData):
     ) -> Prefix:
         """Load a prefix from a local folder or from the Hugging Face hub.
 
-        The folder was saved by `save_pretrained`, or by PEFT as a decoder-only adapter. An adapter of type
-        PREFIX_TUNING or CARTRIDGE holds keys and values. One of type PROMPT_TUNING or P_TUNING holds embeddings of
-        virtual tokens. Their keys and values are those of one forward of the base model, in its compute dtype.
+        The folder was saved by `save_pretrained` or by PEFT, or is a BART checkpoint of Li & Liang's code. An adapter
+        of type PREFIX_TUNING or CARTRIDGE holds keys and values, of an encoder-decoder base those of the decoder's
+        self-attention. One of type PROMPT_TUNING or P_TUNING of a decoder-only base holds embeddings of virtual
+        tokens. Their keys and values are those of one forward of the base model, in its compute dtype. A checkpoint of
+        Li & Liang holds an MLP for each site, whose output is taken. It is a pickle, which torch's weights-only loader
+        reads in a process with limited memory.
 
         Args:
             path: Path of a folder. A string ``"name/repository"`` that is not a local folder is a hub id, of which only

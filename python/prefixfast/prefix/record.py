@@ -96,8 +96,8 @@ class PrefixData(SiteRows, StoredTensors):
         object.__setattr__(self, "kv", PrefixTensors(self.kv))
         self._copy_mappings(("base", "task", "decoding", "training"))
         check_prefix(shared_tensors(self.kv), self.pos_start, self.window, self.position)
-        frozen = self.training.get("num_frozen_tokens", 0)
-        if type(frozen) is not int or not 0 <= frozen <= (rows := min(map(self.length_at, self.sites))):
+        frozen, rows = self.training.get("num_frozen_tokens", 0), min(map(self.length_at, self.sites))
+        if type(frozen) is not int or not 0 <= frozen <= rows:
             expected = f"a number from 0 to the {rows} rows"
             msg = f"training: num_frozen_tokens: expected {expected}, got {shown(frozen)}"
             raise DataError(msg)
@@ -124,10 +124,6 @@ class PrefixData(SiteRows, StoredTensors):
         return peft_format.peft_incompatibility(shared_tensors(self.kv), self.pos_start, self.window, self.base)
 
     @property
-    def _is_seq2seq(self) -> bool:
-        return peft_format.is_seq2seq(self.base, self.training)
-
-    @property
     def requires(self) -> Requirements:
         """Requirements for the use of the prefix.
 
@@ -141,7 +137,7 @@ class PrefixData(SiteRows, StoredTensors):
             "base": (self.base.get("name") if self.base else None) or None,
             "dtype": ", ".join(dtypes),
             "positions": self.pos_start + 1,
-            "prefixfast": READABLE[self.position == "infix" or self.sites != ("self",) or self._is_seq2seq],
+            "prefixfast": READABLE[self.position == "infix" or is_seq2seq(self)],
         }
 
     @cached_property
@@ -184,3 +180,8 @@ class PrefixData(SiteRows, StoredTensors):
         """Name of `peft_incompatibility` in version 0.1.0; deprecated."""
         warn_renamed("Prefix.not_peft_because", "Prefix.peft_incompatibility")
         return self.peft_incompatibility
+
+
+def is_seq2seq(prefix: PrefixData) -> bool:
+    """Whether a prefix is known to be one of an encoder-decoder base."""
+    return prefix.sites != ("self",) or peft_format.is_seq2seq(prefix.base, prefix.training)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from prefixfast.config.sites import BySite, Site, one_or_by_site
-from prefixfast.prefix.names import layers_of
+from prefixfast.prefix.names import layers_of, site_of
 
 
 class SiteRows:
@@ -22,9 +22,9 @@ class SiteRows:
     @cached_property
     def _rows(self) -> BySite[int]:
         """Number of rows of the longest layer at each site that has rows."""
-        rows: dict[str, int] = {}
+        rows: dict[Site, int] = {}
         for name, (length, _, _) in self.shapes.items():
-            site = name.partition(".")[0]
+            site = site_of(name)
             rows[site] = max(length, rows.get(site, 0))
         return BySite(rows)
 

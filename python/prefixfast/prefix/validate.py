@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prefixfast.config.sites import SITES
 from prefixfast.errors import DataError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SITES = ("self", "enc", "cross")
 DTYPES = ("torch.float32", "torch.bfloat16", "torch.float16", "torch.float64")
 MAX_POSITION = 2**31 - 1
 MAX_LAYER_DIGITS = 6

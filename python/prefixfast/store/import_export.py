@@ -120,8 +120,10 @@ def export(prefixes: Mapping[str, Prefix], name: str, root: Path) -> Outcome:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder has the files of an adapter."""
-    return any((folder / name).exists() for name in ADAPTER_FILES)
+    """Whether a folder has the files of an adapter, or of a checkpoint of Li & Liang's code."""
+    from prefixfast.prefix.authors_format import is_authors
+
+    return any((folder / name).exists() for name in ADAPTER_FILES) or is_authors(folder)
 
 
 def exported_name(folder: Path) -> str | None:

@@ -298,7 +298,7 @@ ADAPTER = {
     "pickle only": (pickle_only, "adapter_model.bin"),
     "other peft_type": (json_with(CONFIG, peft_type="LORA"), CONFIG),
     "no peft_type": (json_with(CONFIG, peft_type="delete"), CONFIG),
-    "encoder-decoder task": (json_with(CONFIG, task_type="SEQ_2_SEQ_LM"), CONFIG),
+    "task of classes": (json_with(CONFIG, task_type="SEQ_CLS"), CONFIG),
     "two submodules": (json_with(CONFIG, num_transformer_submodules=2), CONFIG),
     "layers: a word": (json_with(CONFIG, num_layers="three"), CONFIG),
     "layers: null": (json_with(CONFIG, num_layers=None), CONFIG),

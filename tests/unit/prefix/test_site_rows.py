@@ -4,46 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
-from dataclasses import dataclass, field
-from typing import Any
 
 import pytest
 import torch
 
 from prefixfast import DataError, Prefix, PrefixStore
 from prefixfast.config.sites import SITES, BySite
-from prefixfast.model.dry_run import LayerShape
 from prefixfast.prefix.kv import site_prefixes
-
-HEADS = {"enc": (3, 4), "self": (2, 6), "cross": (2, 6)}
-DEPTH = {"enc": 3, "self": 2, "cross": 2}
-
-
-def make_prefix(lengths: dict[str, int], seed: int = 0, **how: Any) -> Prefix:
-    """A random prefix with rows at some sites."""
-    g = torch.Generator().manual_seed(seed)
-    kv = {
-        f"{site}.{i}.{x}": torch.randn(rows, *HEADS[site], generator=g)
-        for site, rows in lengths.items()
-        for i in range(DEPTH[site])
-        for x in "kv"
-    }
-    return Prefix(kv, **{"pos_start": lengths.get("self", 0), **how})
-
-
-def shape(heads: int, dim: int) -> LayerShape:
-    return LayerShape(num_heads=heads, num_kv_heads=heads, head_dim=dim, value_dim=dim)
-
-
-@dataclass
-class FakeModel:
-    """The attributes of a base model that the tables of prefixes read."""
-
-    sites: dict[str, list[LayerShape]] = field(
-        default_factory=lambda: {site: [shape(*HEADS[site])] * DEPTH[site] for site in SITES}
-    )
-    dtype: torch.dtype = torch.float32
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+from sites import FakeModel, make_prefix
 
 
 def test_a_prefix_tells_its_sites_lengths_and_layers(tmp_path):

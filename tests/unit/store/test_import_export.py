@@ -182,7 +182,7 @@ REFUSED = {
     ),
     "weights cut": (break_weights, "damaged"),
     "another kind of adapter": (config(peft_type="LORA"), "LORA"),
-    "an encoder's": (config(task_type="SEQ_2_SEQ_LM"), "decoder-only"),
+    "a classifier's": (config(task_type="SEQ_CLS"), "task_type CAUSAL_LM"),
     "a wrong size": (config(num_virtual_tokens=4), "num_virtual_tokens"),
     "a configuration that is a list": (
         lambda p: ((p / "prefixfast.json").unlink(), (p / "adapter_config.json").write_text("[]")),
