@@ -321,7 +321,7 @@ OURS = {
     "overwritten by another program": (each(lambda t: t + 1), META),
     "unknown key": (json_with(META, extra=1), META),
     "missing key": (json_with(META, window="delete"), META),
-    "newer version": (json_with(META, version=2), META),
+    "newer version": (json_with(META, version=3), META),
     "no version": (json_with(META, version="delete"), META),
     "window": (json_with(META, window="sometimes"), META),
     "pos_start negative": (json_with(META, pos_start=-1), META),
