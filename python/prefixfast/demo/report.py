@@ -11,19 +11,21 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from prefixfast.bench.generate import Workload
 from prefixfast.bench.generate_points import Point
 from prefixfast.bench.generate_report import plot, table
-from prefixfast.demo.jobs import JOBS
-from prefixfast.demo.run import LIMITS, Report, Setting
+from prefixfast.demo.run import Report, Setting
 from prefixfast.io.environment import cpu_name
 
 WIDTH = 110
 LONGEST = 120  # characters of a sample without a prefix
+NUMBERS = {2: "two", 3: "three"}
 FIGURES = {
     "coverage": "table values in the text, own prefix",
     "form": "texts in the job's form, own prefix",
     "form with another's prefix": "texts in the job's form, another job's prefix",
     "base coverage": "table values in the text, no prefix",
+    "base form": "texts in the job's form, no prefix",
 }
 
 
@@ -38,13 +40,13 @@ class Printer:
         self.output = output
         self.console = Console(width=WIDTH, highlight=False)
 
-    def plan(self, model: str | None, size: int, compute: str, setting: Setting) -> None:
+    def plan(self, name: str, size: int, compute: str, setting: Setting) -> None:
         """Print base, compute dtype and jobs."""
-        name = model or "the embedded Llama"
         self._print(f"Base: {name}, {size / 1e6:.1f} million parameters, all of them frozen, {compute}.")
         steps, rows = setting.fields["max_steps"], setting.train_rows
-        self._print(f"Training three prefixes in the same batches, {steps} steps, {rows:,} rows each:")
-        for job in JOBS:
+        count = NUMBERS[len(setting.jobs)]
+        self._print(f"Training {count} prefixes in the same batches, {steps} steps, {rows:,} rows each:")
+        for job in setting.jobs:
             self._print(f"  {job.name:9} {job.about}")
 
     def training(self, run: Any, seconds: float, size: int) -> None:
@@ -53,8 +55,8 @@ class Printer:
         losses = ", ".join(f"{name} {m['loss']:.2f}" for name, m in run.metrics.items())
         share = f"{100 * prefix.num_stored / size:.2g} % of the base"
         self._print(
-            f"Trained in {seconds:.0f} s. Each prefix has {prefix.length} rows, {prefix.num_stored:,} numbers "
-            f"({share}). Final loss: {losses}."
+            f"Trained in {seconds:.0f} s. Each prefix has {_rows(prefix)}, {prefix.num_stored:,} numbers ({share}). "
+            f"Final loss: {losses}."
         )
 
     def samples(self, report: Report, count: int) -> None:
@@ -68,7 +70,7 @@ class Printer:
         out.add_column("job")
         for heading in ("table", "text with the job's prefix", "text with another job's prefix", "text without prefix"):
             out.add_column(heading, ratio=1, overflow="fold")
-        for job in JOBS:
+        for job in report.jobs:
             for s in [s for s in report.samples if s.job is job][:count]:
                 values = "\n".join(f"{k}: {v}" for k, v in s.row["table"].items())
                 plain = textwrap.shorten(s.base, LONGEST, placeholder=" ...")
@@ -77,18 +79,17 @@ class Printer:
 
     def figures(self, report: Report) -> None:
         """Print shares over all held-out rows, with their limits."""
-        out = Table("share of the held-out rows", *(job.name for job in JOBS), "limit")
+        out = Table("share of the held-out rows", *(job.name for job in report.jobs), "limit")
         for column in out.columns[1:]:
             column.justify = "right"
-        by_job = [report.of(job) for job in JOBS]
-        for name, (limit, at_least) in LIMITS.items():
+        by_job = [report.of(job) for job in report.jobs]
+        for name, (limit, at_least) in report.limits.items():
             shares = (f"{figures[name]:.3f}" for figures in by_job)
             out.add_row(FIGURES[name], *shares, f"{'at least' if at_least else 'at most'} {limit:.2f}")
         self.console.print(out)
 
-    def throughput(self, points: Sequence[Point], setting: Setting) -> None:
+    def throughput(self, points: Sequence[Point], work: Workload) -> None:
         """Print tokens a second by prefix length and write the plot."""
-        work = setting.work
         title = f"{work.requests} requests, {work.new} new tokens each, float32, {cpu_name()}"
         against = " against PEFT" if find_spec("peft") else " (pip install peft to compare with it)"
         self._print(f"\nThroughput of generation{against}, tokens/s by prefix length P; {title}:")
