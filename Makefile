@@ -8,6 +8,7 @@ PY := $(VENV)/bin/python
 PYTHON ?= python3
 RUST := $(shell find rust -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock
 MODEL ?=
+ENCDEC ?=
 NEWER_PYTHON := install Python 3.11 or newer, or run make PYTHON=/path/to/python
 REQUIREMENTS := 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 	print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")'
@@ -37,8 +38,8 @@ $(VENV)/.built: $(VENV)/.ready $(RUST)
 		|| { cat $(VENV)/build.log; exit 1; }
 	@touch $@
 
-demo: $(VENV)/.built ## train three prefixes at once, generate one mixed batch (MODEL=folder or hub id for a real base)
-	@$(PY) -m prefixfast.demo $(if $(MODEL),--model $(MODEL))
+demo: $(VENV)/.built ## train prefixes at once, generate one mixed batch (MODEL=folder or hub id, ENCDEC=1 for a BART)
+	@$(PY) -m prefixfast.demo $(if $(MODEL),--model $(MODEL)) $(if $(ENCDEC),--seq2seq)
 
 test: lint ## lint, then the fast tests
 	cargo test -q --workspace

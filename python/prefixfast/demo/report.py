@@ -107,11 +107,39 @@ class Printer:
         if find_spec("matplotlib"):
             plot(points, self.output / "throughput.png", title)
 
-    def files(self) -> None:
-        """Print the files that were written."""
-        self._print(f"\nPrefixes, as PEFT adapter folders: {self.output / 'prefixes'}")
-        path = self.output / "throughput.png"
-        self._print(f"Plot: {path}" if find_spec("matplotlib") else "No plot: pip install matplotlib")
+    def costs(self, run: Any, base: Any, tokens: float) -> None:
+        """Print the memory of each prefix, and of the keys and values of a request's table.
+
+        Args:
+            run: Trained prefixes by job.
+            base: Attached encoder-decoder base.
+            tokens: Mean number of tokens of a table.
+        """
+        layers = base.sites["cross"]
+        table = tokens * sum(shape.row_numbers for shape in layers) * base.dtype.itemsize
+        self._print("\nMemory beside the base:")
+        for name, prefix in run.items():
+            self._print(f"  prefix {name:9} {prefix.nbytes / 1e3:5.0f} kB: {_rows(prefix)}, read by all its requests")
+        self._print(f"  a table of {tokens:.0f} tokens {table / 1e3:5.0f} kB: computed once, read by all beams")
+
+    def files(self, *, has_plot: bool) -> None:
+        """Print the files that were written.
+
+        Args:
+            has_plot: Whether the throughput was measured.
+        """
+        kind = "as PEFT adapter folders" if has_plot else "as folders"
+        self._print(f"\nPrefixes, {kind}: {self.output / 'prefixes'}")
+        if has_plot:
+            path = self.output / "throughput.png"
+            self._print(f"Plot: {path}" if find_spec("matplotlib") else "No plot: pip install matplotlib")
 
     def _print(self, text: str) -> None:
         self.console.print(text, markup=False)
+
+
+def _rows(prefix: Any) -> str:
+    """Number of rows, at each site where there are several."""
+    if len(prefix.sites) == 1:
+        return f"{prefix.num_rows} rows"
+    return f"{' + '.join(str(prefix.length_at(site)) for site in prefix.sites)} rows ({', '.join(prefix.sites)})"

@@ -69,15 +69,18 @@ class Setting:
 
 SMALL = {"prefix_length": 16, "max_steps": 220, "batch_size": 12, "learning_rate": 5e-2, "warmup_steps": 10}
 REAL = {"prefix_length": 10, "max_steps": 60, "batch_size": 8, "learning_rate": 5e-2, "warmup_steps": 5}
+# Amounts by the base, that of the package or another one, and whether it is an encoder-decoder model.
 SETTINGS = {
-    "embedded": Setting(
+    ("embedded", False): Setting(
         TASK, 4000, SMALL, 40, Workload(requests=24, prompt=24, new=24, one_by_one=3), (0, 16, 64, 128, 256), 2
     ),
-    "real": Setting(REAL_TASK, 1000, REAL, 12, Workload(requests=16, prompt=24, new=12, one_by_one=1), (0, 64, 256), 1),
-    "seq2seq": Setting(
+    ("real", False): Setting(
+        REAL_TASK, 1000, REAL, 12, Workload(requests=16, prompt=24, new=12, one_by_one=1), (0, 64, 256), 1
+    ),
+    ("embedded", True): Setting(
         SEQ2SEQ_TASK, 4000, SMALL, 40, jobs=JOBS[:2], decoding={"num_beams": 4}, limits=SEQ2SEQ_LIMITS
     ),
-    "real seq2seq": Setting(REAL_TASK, 1000, REAL, 12, jobs=JOBS[:2], decoding={"num_beams": 4}),
+    ("real", True): Setting(REAL_TASK, 1000, REAL, 12, jobs=JOBS[:2], decoding={"num_beams": 4}),
 }
 
 
@@ -112,6 +115,7 @@ class Report:
         generate_seconds: Seconds of the mixed batch.
         tokens: Generated tokens of the mixed batch.
         limits: Limits of the figures.
+        prompt_tokens: Mean number of tokens of a table.
     """
 
     samples: list[Sample]
@@ -119,6 +123,7 @@ class Report:
     generate_seconds: float
     tokens: int
     limits: Limits
+    prompt_tokens: float
 
     def of(self, job: Job) -> dict[str, float]:
         """Figures of one job, shares from 0 to 1."""
@@ -189,7 +194,9 @@ def generate_all(base: Any, prefixes: Mapping[str, Any], setting: Setting, train
         Sample(job, row, texts[i], texts[n + i], others[job.name], texts[2 * n + i])
         for i, (job, row) in enumerate(held)
     ]
-    return Report(samples, train_seconds, seconds, sum(g.usage["completion_tokens"] for g in out), setting.limits)
+    counts = {name: sum(g.usage[name] for g in out) for name in ("completion_tokens", "prompt_tokens")}
+    mean = counts["prompt_tokens"] / len(out)
+    return Report(samples, train_seconds, seconds, counts["completion_tokens"], setting.limits, mean)
 
 
 def measure_throughput(model: str, setting: Setting, work: Workload) -> list[Point]:

@@ -29,6 +29,7 @@ PLAIN_PATTERN = re.compile(
     r"[\w.^$\\-]+"
 )  # keys of patterns without repetition, which PEFT takes as regular expressions
 INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")  # initial values that leave the base as it is
+CAUSAL_TASK, SEQ2SEQ_TASK = TASK_TYPES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 ALL_LINEAR = "all-linear"  # PEFT's name of all linear layers but the output layer
 # Fields that select layers. An adapter of PEFT has those of its tensors.
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -68,17 +69,21 @@ class LoraFolder(NamedTuple):
     written: dict[str, JSON]
 
 
-def lora_files(tensors: Mapping[str, Tensor], fields: Mapping[str, JSON], name: str | None) -> dict[str, bytes]:
+def lora_files(
+    tensors: Mapping[str, Tensor], fields: Mapping[str, JSON], name: str | None, *, is_seq2seq: bool = False
+) -> dict[str, bytes]:
     """Files of an adapter folder by name.
 
     Args:
         tensors: Tensors by PEFT's names without ``base_model.model.``.
         fields: Fields of the configuration that change the result.
         name: Name of the base model, None if unknown.
+        is_seq2seq: Whether the base model is an encoder-decoder model.
     """
     from safetensors.torch import save
 
     common = {key: value for key, value in COMMON_CONFIG.items() if key != "num_transformer_submodules"}
+    common["task_type"] = SEQ2SEQ_TASK if is_seq2seq else CAUSAL_TASK
     config = {**common, "peft_type": "LORA", "base_model_name_or_path": name or None, **fields}
     outer = {OUTER + n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     return {
@@ -95,9 +100,9 @@ def read_lora(folder: Path) -> LoraFolder:
     """
     path = folder / CONFIG
     config = read_json(path)
-    if config.get("peft_type") != "LORA" or config.get("task_type") not in ("CAUSAL_LM", None):
+    if config.get("peft_type") != "LORA" or config.get("task_type") not in (*TASK_TYPES, None):
         got = f"{shown(config.get('peft_type'))} and {shown(config.get('task_type'))}"
-        msg = f"{CONFIG}: expected peft_type LORA and task_type CAUSAL_LM, got {got}"
+        msg = f"{CONFIG}: expected peft_type LORA and task_type {' or '.join(TASK_TYPES)}, got {got}"
         raise DataError(msg, path=str(path))
     tensors = _read_tensors(folder)
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.errors import DataError, shown
 from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.untrusted import read_json, read_tensors
+from prefixfast.model.fingerprint import is_seq2seq
 from prefixfast.prefix.folder import META, NULL, TUNED, VERSIONS, checked_meta, write_folder
 from prefixfast.prefix.lora_format import check_options, lora_files, read_lora, written_options
 from prefixfast.prefix.peft_format import CONFIG
@@ -49,7 +50,8 @@ def write_tuned(
     """
     meta = json_bytes({"version": VERSIONS["weights"][-1], "digest": digest, **fields}, indent=2, sort_keys=True)
     if fields["method"] == "lora":
-        adapter = lora_files(tensors, fields["options"], (fields["base"] or {}).get("name"))
+        base = fields["base"]
+        adapter = lora_files(tensors, fields["options"], (base or {}).get("name"), is_seq2seq=is_seq2seq(base))
         write_folder(folder, {**adapter, META: meta}, "weights", overwrite=overwrite)
     else:
         write_folder(folder, {TUNED: tensors, META: meta}, "weights", overwrite=overwrite)

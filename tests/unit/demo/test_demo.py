@@ -62,7 +62,7 @@ def test_the_demo_prints_its_report_alone(tmp_path, monkeypatch):
         "from prefixfast.demo.__main__ import main\n"
         "fields = {'prefix_length': 4, 'max_steps': 2, 'batch_size': 2, 'learning_rate': 5e-2}\n"
         "work = Workload(requests=2, prompt=4, new=3, one_by_one=1)\n"
-        "run.SETTINGS['embedded'] = run.Setting(run.TASK, 20, fields, 1, work, (0, 4), 1)\n"
+        "run.SETTINGS['embedded', False] = run.Setting(run.TASK, 20, fields, 1, work, (0, 4), 1)\n"
         "typer.run(main)\n"
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT / "python"), "OMP_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def test_the_demo_prints_its_report_alone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_figures_of_the_demo_are_within_their_limits(seed):
     torch.set_num_threads(2)
-    setting = SETTINGS["embedded"]
+    setting = SETTINGS["embedded", False]
     with load(BASE, dtype="float32") as base:
         run, seconds = train_jobs(base, dataclasses.replace(setting, fields={**setting.fields, "seed": seed}), None)
         report = generate_all(base, run, setting, seconds)

@@ -16,6 +16,7 @@ app = typer.Typer(
 for name, command, example in (
     ("generate", throughput.generate, "--model gpt2 --lengths 0,100,200 --rounds 3"),
     ("train", throughput.train, "--model gpt2 --lengths 10,100 --prefixes 1,8"),
+    ("seq2seq", throughput.seq2seq, "--dtype bfloat16"),
     ("tokenize", throughput.tokenize, "gpt2 rows.jsonl"),
     ("kernels", attention.kernels, "--dtype bfloat16"),
     ("decode", attention.decode, "--dtype bfloat16"),

@@ -1,4 +1,4 @@
-"""Suites of throughput: ``generate``, ``train`` and ``tokenize``."""
+"""Suites of throughput: ``generate``, ``train``, ``seq2seq`` and ``tokenize``."""
 
 from __future__ import annotations
 
@@ -85,6 +85,23 @@ def train(
         command=spelt("train", **options, model=model, shape=None if model else shape),
     )
     run(output, settings)
+
+
+def seq2seq(
+    output: Annotated[Path, typer.Option(*OUTPUT, help="Folder for results.jsonl.")] = Path("bench-seq2seq"),
+    dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
+    rounds: Rounds = 2,
+) -> None:
+    """Measure an encoder-decoder base: beam search of 32 users with own prefixes, and training.
+
+    The base has the shape of BART-base and random weights. The contender is PEFT, if it is installed, whose prefixes
+    are in the decoder alone.
+    """
+    from prefixfast.bench.seq2seq import Settings, run
+    from prefixfast.bench.train import LIMIT
+
+    check_known("--dtype", dtype, LIMIT)
+    run(output, Settings(dtype=dtype, rounds=rounds, command=spelt("seq2seq", dtype=dtype, rounds=rounds)))
 
 
 def tokenize(

@@ -34,6 +34,12 @@ def decoder_blocks(model: Model) -> list[nn.Module]:
         ConfigError: If the base model has no such blocks.
     """
     hf, num_layers = model.hf, len(model.layers)
+    if model.seq2seq is not None:
+        msg = (
+            f"{type(hf).__name__} has an encoder and a decoder, and methods top2 and adapter change the blocks of a "
+            "decoder alone; use method prefix, full or lora"
+        )
+        raise ConfigError(msg)
     found = [m for m in hf.modules() if isinstance(m, nn.ModuleList) and _is_of_layers(m, num_layers)]
     if len(found) != 1:
         raise ConfigError(_unsuitable(hf, f"it has no list of modules with one module for each of {num_layers} layers"))

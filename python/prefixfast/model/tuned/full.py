@@ -24,17 +24,26 @@ NUM_TOKENS = 8  # length of the text that shows which weights follow the blocks
 
 
 def all_weights(model: Model) -> dict[str, nn.Parameter]:
-    """All parameters of a base model by name; tied ones have one name.
+    """Parameters of a base model by name; tied ones have one name.
+
+    Positions that are no learned embedding are left out. Sinusoids are constants, and attention reads T5's bias of
+    distances from a table that has no gradient.
 
     Raises:
         ConfigError: If a weight is quantized.
     """
-    named = dict(model.hf.named_parameters())
+    fixed = {id(p) for name, m in model.hf.named_modules() if _is_fixed(name, m) for p in m.parameters()}
+    named = {name: p for name, p in model.hf.named_parameters() if id(p) not in fixed}
     for name, p in named.items():
         if type(p.data) is not Tensor or not p.is_floating_point():
             msg = f"the weight {name} of this {type(model.hf).__name__} is quantized; load the base without it"
             raise ConfigError(msg)
     return named
+
+
+def _is_fixed(name: str, module: nn.Module) -> bool:
+    """Whether the weights of a module are positions that are no learned embedding."""
+    return "Sinusoidal" in type(module).__name__ or name.endswith("relative_attention_bias")
 
 
 def top_weights(model: Model, count: int) -> dict[str, nn.Parameter]:

@@ -106,12 +106,11 @@ def _inject(hf: nn.Module, fields: Mapping[str, JSON], *, is_empty: bool) -> Non
         inject_adapter_in_model(lora_config(fields), hf, NAME, low_cpu_mem_usage=is_empty)
 
 
-def lora_config(fields: Mapping[str, JSON], base_name: str | None = None) -> LoraConfig:
+def lora_config(fields: Mapping[str, JSON]) -> LoraConfig:
     """PEFT's configuration of LoRA layers.
 
     Args:
         fields: Fields that differ from PEFT's defaults.
-        base_name: Name of the base model, for a saved configuration.
 
     Raises:
         ConfigError: If PEFT is not installed.
@@ -120,7 +119,7 @@ def lora_config(fields: Mapping[str, JSON], base_name: str | None = None) -> Lor
     from peft import LoraConfig
 
     values: dict[str, Any] = dict(fields)
-    return LoraConfig(task_type="CAUSAL_LM", base_model_name_or_path=base_name, **values)
+    return LoraConfig(**values)
 
 
 def _require_peft() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.attention.plan import Plan, plain_plan
+from prefixfast.attention.seq2seq_plan import Seq2SeqPlan, plain_seq2seq_plan
 from prefixfast.config.json_types import JSON
 from prefixfast.model.tuned.apply import applied
 from prefixfast.prefix.tuned_weights import TunedWeights
@@ -58,9 +59,13 @@ class WeightsState:
     def backward(self) -> None:
         """Leave the gradients where they are, at the parameters."""
 
-    def plan(self, micro: MicroBatch) -> Plan:
+    def plan(self, micro: MicroBatch) -> Plan | Seq2SeqPlan:
         """Attention plan without prefixes."""
-        return plain_plan(micro.lengths.tolist(), backend=self.model.backend, device=self.model.device)
+        lengths, texts = micro.lengths.tolist(), micro.encoder_lengths
+        backend, device = self.model.backend, self.model.device
+        if texts is None:
+            return plain_plan(lengths, backend=backend, device=device)
+        return plain_seq2seq_plan(lengths, texts.tolist(), backend=backend, device=device)
 
     def current(self) -> list[Tensor]:
         """The tensors."""
