@@ -102,7 +102,7 @@ def test_peft_reads_what_is_written(tmp_path, family):
         {"lora_alpha": "8"},
         {"peft_type": "IA3"},
         {"peft_type": ["LORA"]},
-        {"task_type": "SEQ_2_SEQ_LM"},
+        {"task_type": "SEQ_CLS"},
         {"a field of a later version": 1},
         {"base_model_name_or_path": 3},
     ],
