@@ -104,7 +104,7 @@ def test_the_pages_of_groups_list_their_commands(page):
     for path, command in ALL.items():
         if hasattr(command, "commands"):
             shown = page(path).partition("\nCommands:\n")[2]
-            assert set(re.findall(r"^  ([a-z-]+)  ", shown, re.MULTILINE)) == set(command.commands)
+            assert set(re.findall(r"^  ([a-z0-9-]+)  ", shown, re.MULTILINE)) == set(command.commands)
 
 
 @pytest.mark.parametrize("path", [("train",), ("data", "check"), ("compare",), ("eval",)], ids=" ".join)
