@@ -222,7 +222,12 @@ def run(output: Path, settings: Settings, work: Workload | None = None, **shape:
     with load(hf) as model:
         generation, about = measure_generation(model, plain, work, settings.rounds)
         points = generation + measure_training(model, plain, work, settings)
-    head = {"suite": "seq2seq", "model": DESCRIPTION, "dtype": settings.dtype, "command": settings.command}
+    head: dict[str, Any] = {
+        "suite": "seq2seq",
+        "model": DESCRIPTION,
+        "dtype": settings.dtype,
+        "command": settings.command,
+    }
     head |= {"work": asdict(work), "engine": about}
     write_rows(output / "results.jsonl", [head, *(p.row() for p in points)])
     _show(points, work, settings)
