@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from prefixfast import _rust
+from prefixfast.model.python_tokenizer import TextStream
 
 
 class StopStrings:
@@ -16,9 +16,7 @@ class StopStrings:
         special_ids: Special tokens whose own text contains a stop string. They have no text in ``stream``.
     """
 
-    def __init__(
-        self, stream: _rust.DetokenizeStream, strings: Sequence[str], special_ids: Collection[int] = ()
-    ) -> None:
+    def __init__(self, stream: TextStream, strings: Sequence[str], special_ids: Collection[int] = ()) -> None:
         self.stream, self.strings, self.special_ids = stream, strings, special_ids
         self.longest = max(map(len, strings))
         self.tail = ""

@@ -8,10 +8,10 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
-from prefixfast import _rust
 from prefixfast.engine.request import Generation
 from prefixfast.engine.ticket import Ticket
 from prefixfast.errors import ConfigError
+from prefixfast.model.python_tokenizer import TextStream
 
 
 class TextPieces:
@@ -22,7 +22,7 @@ class TextPieces:
         strip: Whether leading and trailing white space is removed. White space is then held back until text follows.
     """
 
-    def __init__(self, stream: _rust.DetokenizeStream, *, strip: bool) -> None:
+    def __init__(self, stream: TextStream, *, strip: bool) -> None:
         self.stream, self.strip, self.held_space, self.has_text = stream, strip, "", False
 
     def push(self, token: int) -> str:

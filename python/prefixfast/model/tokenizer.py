@@ -1,4 +1,7 @@
-"""`Tokenizer`, the Rust tokenizer of a ``tokenizer.json`` with the special tokens and the chat template of a model."""
+"""`Tokenizer`, the tokenizer of a model with its special tokens and its chat template.
+
+The Rust tokenizer reads a ``tokenizer.json``. A tokenizer of transformers without such a form runs in Python.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from prefixfast import _rust
 from prefixfast.config.json_types import JSONObject
 from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.model.python_tokenizer import PythonTokenizer, TextStream, TokenizerCore
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,26 +84,30 @@ class Tokenizer:
 
     Attributes:
         hf: Hugging Face tokenizer, for its chat template and its settings.
-        core: Rust tokenizer.
+        core: Rust tokenizer, or one in Python for a tokenizer without a ``tokenizer.json`` form.
     """
 
     hf: PreTrainedTokenizerBase
-    core: _rust.Tokenizer
+    core: TokenizerCore
 
     @classmethod
     def from_hf(cls, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-        """Wrap a fast Hugging Face tokenizer.
+        """Wrap a Hugging Face tokenizer.
 
         Args:
-            tokenizer: Hugging Face tokenizer.
+            tokenizer: Hugging Face tokenizer. One without a ``tokenizer.json`` form is slower.
 
         Raises:
-            ConfigError: If the tokenizer has no ``tokenizer.json`` form.
+            ConfigError: If it is no tokenizer of transformers.
         """
+        from transformers import PreTrainedTokenizerBase
+
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None and isinstance(tokenizer, PreTrainedTokenizerBase):
+            return cls(tokenizer, PythonTokenizer(tokenizer))
         if backend is None:
             got = type(tokenizer).__name__
-            msg = f"tokenizer: expected a fast one (with a tokenizer.json), got {got}; load it with AutoTokenizer"
+            msg = f"tokenizer: expected a tokenizer of transformers, got {got}; load it with AutoTokenizer"
             raise ConfigError(msg)
         return cls(tokenizer, _rust.Tokenizer(backend.to_str()))
 
@@ -273,6 +281,6 @@ class Tokenizer:
         flat = np.fromiter((t for s in sequences for t in s), dtype=np.int32, count=int(indptr[-1]))
         return self.core.decode_batch(flat, indptr, skip_special_tokens=skip_special_tokens)
 
-    def stream(self) -> _rust.DetokenizeStream:
+    def stream(self) -> TextStream:
         """Decoder of one growing sequence of token ids, without special tokens."""
         return self.core.stream(skip_special_tokens=True)
