@@ -229,7 +229,8 @@ class _Checker:
         report.tokens = {k: _percentiles(v) for k, v in tokens.items() if v}
         limit = report.max_length
         report.too_long = sum(n > limit for n in tokens[whole]) if limit else 0
-        report.warnings += [*filter(None, [joins.warning()]), *empty_values(task, rows)]
+        together = joins.warning() if self.base.decoder is None else ""  # an encoder reads the prompt alone
+        report.warnings += [*filter(None, [together]), *empty_values(task, rows)]
         if self.num_requests:
             have = f"{self.num_requests} of {len(rows)} rows have no texts"
             report.warnings.append(f"{have}; generate reads them, but eval and training need texts")

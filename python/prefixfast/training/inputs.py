@@ -13,7 +13,6 @@ from prefixfast.data.column_text import find_columns
 from prefixfast.data.columns import check_columns, empty_values, reserved_notes, unread_columns
 from prefixfast.data.encode import check_examples
 from prefixfast.data.files import FileRow
-from prefixfast.data.join import sample_joins
 from prefixfast.data.layouts import layout_note
 from prefixfast.data.row_reader import RowReader
 from prefixfast.data.rows import Row, Rows, row_error
@@ -125,7 +124,7 @@ def check_task_rows(rows: TrainingRows, task: Task) -> None:
         logger.info("columns that are not read: %s", listed(unread))
     if notes := reserved_notes(task, every):
         logger.info("%s", "; ".join(notes))
-    for warning in filter(None, [sample_joins(task, rows.rows.values()).warning(), *empty_values(task, every)]):
+    for warning in empty_values(task, every):
         logger.warning("%s", warning)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.config.json_types import JSON
 from prefixfast.data.builtin_tasks import find_task
 from prefixfast.data.columns import task_of_columns
+from prefixfast.data.join import sample_joins
 from prefixfast.data.row_reader import RowReader
 from prefixfast.data.rows import Rows
 from prefixfast.data.task import Task
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prefixfast.model.base import Model
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,8 @@ class TrainJob:
             settings = resolve_settings(self.given, self.task.name, BaseKind(True, not model.seq2seq.has_distances))
             groups, explicit = _groups(self.arguments, settings, self.rows, self.task)
             job = replace(self, config=settings.config, groups=groups, init_text=settings.init_text, explicit=explicit)
+        elif warning := sample_joins(self.task, self.rows.rows.values()).warning():  # they follow each other in a text
+            logger.warning("%s", warning)
         job._check_model(model)
         return job
 
