@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from prefixfast import Prefix
+from prefixfast.attention.plan import PrefixUse
+from prefixfast.attention.seq2seq_plan import seq2seq_training_plan
 from prefixfast.config.sites import SITES
 from prefixfast.model.dry_run import LayerShape
+from prefixfast.prefix.kv import site_prefixes
 
 HEADS = {"enc": (3, 4), "self": (2, 6), "cross": (2, 6)}
 DEPTH = {"enc": 3, "self": 2, "cross": 2}
@@ -40,3 +44,12 @@ class FakeModel:
     )
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@torch.no_grad()
+def packed_logits(model: Any, prefixes: list[Prefix], encoder_ids: torch.Tensor, decoder_ids: torch.Tensor) -> Any:
+    """Logits ``[T, V]`` of one request of an encoder-decoder base by one packed forward; prefixes from the left."""
+    use = PrefixUse(np.array([0, len(prefixes)], np.int32), np.arange(len(prefixes), dtype=np.int32))
+    counts = [np.array([len(ids)], np.int32) for ids in (decoder_ids, encoder_ids)]
+    plan = seq2seq_training_plan(*counts, use, site_prefixes(prefixes, model), backend=model.backend)
+    return model.forward(plan, decoder_ids, encoder_ids)

@@ -82,7 +82,7 @@ CACHED = {
     for owner in c.__mro__
     if owner.__module__.startswith("prefixfast")
     for n, m in vars(owner).items()
-    if isinstance(m, cached_property)
+    if isinstance(m, cached_property) and n[0] != "_"
 }
 PROPERTIES = CACHED | {
     f"{c.__name__}.{n}"

@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefixfast.attention.plan import NO_PREFIXES, Arena, LayerKV, PrefixRows, PrefixUse, training_plan
-from prefixfast.attention.seq2seq_plan import plain_seq2seq_plan
+from prefixfast.attention.plan import (
+    NO_PREFIXES,
+    Arena,
+    LayerKV,
+    PrefixRows,
+    PrefixUse,
+    SitePrefixes,
+    training_plan,
+)
+from prefixfast.attention.seq2seq_plan import NO_SITE_PREFIXES, seq2seq_training_plan
 from prefixfast.config.sites import SITES, BySite, Site
 from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import by_source, readers
@@ -84,7 +92,11 @@ def tokens_kv(
 
 
 def seq2seq_text_kv(
-    model: Model, encoder_ids: Sequence[int], decoder_ids: Sequence[int], lengths: Mapping[Site, int]
+    model: Model,
+    encoder_ids: Sequence[int],
+    decoder_ids: Sequence[int],
+    lengths: Mapping[Site, int],
+    before: Mapping[Site, SitePrefixes] = NO_SITE_PREFIXES,
 ) -> Mapping[Site, list[LayerKV]]:
     """Keys and values of texts in an encoder-decoder base; a shorter text is repeated, a longer one cut to P tokens.
 
@@ -95,6 +107,7 @@ def seq2seq_text_kv(
         encoder_ids: Token ids of the encoder's text, at least one.
         decoder_ids: Token ids of the decoder's text, at least one.
         lengths: Number of rows P of each site that is wanted.
+        before: Prefixes that the texts attend to.
 
     Returns:
         Keys and values ``[P, H, D]`` by layer of each site, in fp32 (fp64 for a base in fp64).
@@ -107,16 +120,24 @@ def seq2seq_text_kv(
     for site in lengths:
         texts = list(encoder_ids), list(decoder_ids[:1])
         texts = (texts[0], resized(decoder_ids, site)) if site == "self" else (resized(encoder_ids, site), texts[1])
-        made[site] = [(k.to(dtype), v.to(dtype)) for k, v in _site_kv(model, *texts)[site]]
+        made[site] = [(k.to(dtype), v.to(dtype)) for k, v in _site_kv(model, *texts, before)[site]]
     return BySite(made)
 
 
 @torch.no_grad()
-def _site_kv(model: Model, encoder_ids: list[int], decoder_ids: list[int]) -> Mapping[Site, list[LayerKV]]:
-    """Keys and values ``[tokens, H, D]`` by layer of each site in one forward without prefixes."""
+def _site_kv(
+    model: Model, encoder_ids: list[int], decoder_ids: list[int], before: Mapping[Site, SitePrefixes]
+) -> Mapping[Site, list[LayerKV]]:
+    """Keys and values ``[tokens, H, D]`` by layer of each site in one forward."""
     found: dict[Site, dict[int, LayerKV]] = {site: {} for site in SITES}
-    plan = plain_seq2seq_plan(
-        [len(decoder_ids)], [len(encoder_ids)], backend=model.backend, device=model.device
+    number = np.arange(before["self"].rows.table.shape[1], dtype=np.int32)
+    plan = seq2seq_training_plan(
+        np.array([len(decoder_ids)], np.int32),
+        np.array([len(encoder_ids)], np.int32),
+        PrefixUse(np.array([0, len(number)], np.int32), number),
+        before,
+        backend=model.backend,
+        device=model.device,
     ).with_probe(lambda call: found[call.site].update({call.layer: (call.k, call.v)}))
     with model.guard.running():
         model.hidden(plan, *(torch.tensor(ids, device=model.device) for ids in (decoder_ids, encoder_ids)))

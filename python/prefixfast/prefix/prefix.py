@@ -212,6 +212,10 @@ class Prefix(PrefixData):
 
         Generation from a prompt with the prefix is equal to generation from text and prompt together.
 
+        The encoder of an encoder-decoder base reads the text. The prefix has rows for the sites ``enc`` and ``cross``,
+        and the decoder's text starts at position 0. An encoder reads in both directions, so that the rows are those of
+        the text without the prompt.
+
         Args:
             model: Base model: hub id, folder, Hugging Face model or `Model`.
             text: Text of the prefix. A string is tokenized as a prompt is, with the begin token if the tokenizer adds

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, EncoderDecoderCache
 
 import seq2seq
-from prefixfast import ConfigError, DataError, Prefix
-from sites import make_prefix
+from prefixfast import BaseMismatchError, ConfigError, DataError, Prefix, check_fits, load
+from sites import make_prefix, packed_logits
 
 CONFIG, WEIGHTS, META = "adapter_config.json", "adapter_model.safetensors", "prefixfast.json"
 KINDS = {"PREFIX_TUNING": PrefixTuningConfig, "CARTRIDGE": CartridgeConfig}
@@ -80,6 +80,9 @@ def test_adapters_of_both_layouts_give_their_logits(tmp_path, caplog, name, dept
         assert torch.equal(prefix.kv[f"self.{i}.k"], table[:, pair, 0])
         assert torch.equal(prefix.kv[f"self.{i}.v"], table[:, pair, 1])
     expected = peft_logits(theirs)
+    with load(make(name, depths)) as base:
+        check_fits(base, prefix)
+        assert torch.allclose(packed_logits(base, [prefix], SOURCE, TARGET), expected, atol=5e-5)
     assert torch.allclose(oracle_logits(name, depths, prefix), expected, atol=5e-5)
     moved = Prefix({n: prefix.kv[n.replace("self.0", "self.1")] for n in prefix.kv}, pos_start=5)
     assert not torch.allclose(oracle_logits(name, depths, moved), expected, atol=1e-3)
@@ -105,11 +108,19 @@ def test_a_decoder_prefix_gives_its_logits_in_peft(tmp_path, name, kind):
     expected = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2, "num_layers": 3, "token_dim": heads * dim}
     assert expected.items() <= config.items()
     theirs = PeftModel.from_pretrained(make(name, depths), tmp_path / "p").eval()
+    with load(make(name, depths)) as base:
+        assert torch.allclose(packed_logits(base, [prefix], SOURCE, TARGET), peft_logits(theirs), atol=5e-5)
     assert torch.allclose(peft_logits(theirs), oracle_logits(name, depths, prefix), atol=5e-5)
     made = theirs.generate(input_ids=SOURCE[None], attention_mask=torch.ones(1, 7, dtype=torch.long), max_new_tokens=6)
     with seq2seq.oracle(hf, prefix):
         alone = hf.generate(input_ids=SOURCE[None], max_new_tokens=6, use_cache=False)
     assert made.tolist() == alone.tolist()
+
+
+def test_an_adapter_of_fewer_layers_than_the_decoder_is_refused(tmp_path):
+    adapter(tmp_path, "bart", (2, 2))
+    with load(make("bart", (2, 4))) as base, pytest.raises(BaseMismatchError, match="for how many it was made"):
+        check_fits(base, Prefix.from_pretrained(tmp_path))
 
 
 def test_frozen_rows_of_an_encoder_decoder_cartridge_are_kept(tmp_path):
