@@ -63,11 +63,13 @@ def command(
     base = choice.base(model)
 
     from prefixfast.engine.engine import Engine
+    from prefixfast.engine.seq2seq_prompts import check_decoder_only
 
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):  # text that the encoding lacks is an error of one line, or escaped
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     with loaded_base(base, fields) as loaded, Engine(loaded, config=config) as engine:
+        check_decoder_only(loaded, "chat", "it reads one text and writes another; use prefixfast try or generate")
         choice.model = loaded
         session = ChatSession(engine, choice, params, conversation, _notify)
         session.use((prefix or [])[:1])

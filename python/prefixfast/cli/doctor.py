@@ -137,16 +137,17 @@ def describe_base(base: Model) -> dict[str, Any]:
     start = time.perf_counter()
     fingerprint = base.fingerprint
     seconds = time.perf_counter() - start
-    numbers = LENGTH * sum(s.row_numbers for s in base.layers)
-    heads = sorted({f"{s.num_heads} query and {s.num_kv_heads} kv heads of {s.head_dim}" for s in base.layers})
+    layers = [s for shapes in base.sites.values() for s in shapes]
+    numbers = LENGTH * sum(s.row_numbers for s in layers)
+    heads = sorted({f"{s.num_heads} query and {s.num_kv_heads} kv heads of {s.head_dim}" for s in layers})
     return {
         "base": fingerprint["name"],
         "family": f"{kind}: {tested}",
         "parameters": base.hf.num_parameters(),
         "dtype": str(base.dtype).removeprefix("torch."),
-        "layers": len(base.layers),
+        "layers": len(base.layers) if base.seq2seq is None else {site: len(s) for site, s in base.sites.items()},
         "heads": heads,
-        "positions": base.max_positions,
+        "positions": base.max_positions if base.seq2seq is None else _positions(base),
         "vocabulary": base.vocab_size,
         "tokenizer": "none: token ids only" if base.tokenizer is None else "yes",
         "quantization": describe_weights(base),
@@ -155,6 +156,27 @@ def describe_base(base: Model) -> dict[str, Any]:
         f"prefix of {LENGTH}, numbers": numbers,
         f"prefix of {LENGTH}, bytes as trained (fp32)": 4 * numbers,
         f"prefix of {LENGTH}, bytes in an engine": base.dtype.itemsize * numbers,
+        **(_describe_cross(base) if base.seq2seq is not None else {}),
+    }
+
+
+def _positions(base: Model) -> str:
+    """Positions of an encoder-decoder base."""
+    assert base.seq2seq is not None
+    if base.seq2seq.has_distances:
+        return "distances between tokens, without a limit"
+    return f"{base.seq2seq.encoder_positions} of the encoder, {base.max_positions} of the decoder"
+
+
+def _describe_cross(base: Model) -> dict[str, Any]:
+    """What a text of an encoder-decoder base takes in an engine."""
+    from prefixfast.engine.explain import SOURCE_LENGTH
+    from prefixfast.engine.kv_arena import bytes_per_row, cross_rows
+
+    rows = cross_rows(SOURCE_LENGTH)
+    return {
+        f"source text of {SOURCE_LENGTH}, rows in an engine": rows,
+        f"source text of {SOURCE_LENGTH}, bytes in an engine": rows * bytes_per_row(base),
     }
 
 

@@ -37,6 +37,8 @@ def eager_reason(model: Model, config: EngineConfig) -> str | None:
     """
     if config.enforce_eager:
         return "enforce_eager=True"
+    if model.seq2seq is not None:
+        return "encoder-decoder bases run their decode steps eagerly"
     if model.device.type != "cuda":
         return "CUDA graphs need a GPU"
     return None if model.backend.decode.users else "only the triton kernels read their tables on the device"

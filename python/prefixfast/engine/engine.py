@@ -26,6 +26,7 @@ from prefixfast.engine.request_prefixes import Prefixes
 from prefixfast.engine.sampling_params import warn_unsupported_defaults
 from prefixfast.engine.score import Score, score_requests
 from prefixfast.engine.score_inputs import make_score_requests
+from prefixfast.engine.seq2seq_prompts import check_engine_options
 from prefixfast.engine.settings_line import call_settings, generation_settings
 from prefixfast.engine.stats import EngineStats, engine_stats
 from prefixfast.engine.submission import RequestSubmission
@@ -97,6 +98,7 @@ class Engine(RequestSubmission, PrefixPinning):
 
     def _allocate(self) -> None:
         check_num_threads(self.config.num_threads)
+        check_engine_options(self.model, self.config.share_prompts)
         self.max_model_len = min(self.config.max_model_len or DEFAULT_MAX_MODEL_LEN, self.model.max_positions)
         if self.config.prepack and self.model.device.type == "cpu":
             self.model.prepack()

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 from prefixfast.attention.backend_support import explain_backends
 from prefixfast.config import EngineConfig
-from prefixfast.engine.kv_arena import bytes_per_row
+from prefixfast.engine.arena_sites import ROW_UNIT
+from prefixfast.engine.kv_arena import bytes_per_row, cross_rows
 from prefixfast.engine.loop import Loop
 from prefixfast.model.base import Model, compute_line, describe_weights
 
 # Implementation of each operator, and after a semicolon the reason why no faster one is used. ``attn`` is attention of
 # a prefill, ``attn_decode`` attention of a decode step, ``linear`` the matrix products of the base model, and
-# ``weights`` the quantization of its weights.
+# ``weights`` the quantization of its weights. An encoder-decoder base also has ``encoder``, how its encoder runs, and
+# ``cross``, the memory of a request's keys and values of cross-attention.
 EngineExplanation = TypedDict(
-    "EngineExplanation", {"attn": str, "attn_decode": str, "decode step": str, "linear": str, "weights": str}
+    "EngineExplanation",
+    {
+        "attn": str,
+        "attn_decode": str,
+        "decode step": str,
+        "linear": str,
+        "weights": str,
+        "encoder": NotRequired[str],
+        "cross": NotRequired[str],
+    },
 )
+
+SOURCE_LENGTH = 512  # tokens of the text whose size is reported
 
 
 def memory_summary(model: Model, loop: Loop, config: EngineConfig) -> str:
@@ -51,13 +64,43 @@ def explain(model: Model, loop: Loop, config: EngineConfig) -> EngineExplanation
     eager = loop.eager_reason or ("the capture of a CUDA graph failed, see the log" if failed else None)
     compiled = ", compiled" if config.compile_decode else ""
     graph = f"CUDA graph for each number of rows, started one step ahead{compiled}"
-    return {
+    found: EngineExplanation = {
         "attn": attention["attn"],
         "attn_decode": attention["attn_decode"],
         "decode step": graph if eager is None else f"eager; {eager}",
         "linear": _linear(model),
         "weights": describe_weights(model),
     }
+    if model.seq2seq is not None:
+        found["encoder"] = (
+            f"runs once for each request, on texts of at most {max_source_tokens(config)} tokens; "
+            "max_num_batched_tokens less the sequences that are decoded beside it and the decoder's start token"
+        )
+        found["cross"] = describe_cross(model)
+    return found
+
+
+def max_source_tokens(config: EngineConfig) -> int:
+    """Largest number of tokens of a text for the encoder, which is not cut over several steps.
+
+    Args:
+        config: Options of the engine.
+    """
+    tokens = config.max_num_batched_tokens
+    return tokens - min(config.max_num_seqs, tokens - tokens // 4)
+
+
+def describe_cross(model: Model) -> str:
+    """Arena rows and bytes of the keys and values that the decoder reads of a request's text, which its beams share.
+
+    Args:
+        model: Encoder-decoder base.
+    """
+    rows, size = cross_rows(SOURCE_LENGTH), bytes_per_row(model)
+    return (
+        f"{ROW_UNIT} rows of {size} bytes for each {ROW_UNIT} tokens of a text or part of them, computed once for each "
+        f"request and shared by its beams; {SOURCE_LENGTH} tokens take {rows} rows, {rows * size} bytes"
+    )
 
 
 def _linear(model: Model) -> str:

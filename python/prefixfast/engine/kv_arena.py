@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from prefixfast.attention.plan import Arena
+from prefixfast.attention.plan import Arena, LayerKV
 from prefixfast.config import EngineConfig
-from prefixfast.errors import CapacityError
+from prefixfast.config.sites import SITE_NAMES
+from prefixfast.engine.arena_sites import ROW_UNIT
+from prefixfast.errors import CapacityError, ConfigError
 from prefixfast.model.base import Model
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.memory import free_memory, in_large_pages
@@ -18,9 +22,18 @@ DEFAULT_MAX_BYTES = 8 * 2**30  # on a CPU
 
 
 def bytes_per_row(model: Model) -> int:
-    """Bytes of one token's keys and values in all layers."""
+    """Bytes of one arena row in all layers: keys and values of one token."""
     own = [s for s in model.layers if s.source is None]
     return sum(2 * s.num_kv_heads * s.attention_dim for s in own) * model.dtype.itemsize
+
+
+def cross_rows(num_tokens: int) -> int:
+    """Number of arena rows of a request's keys and values of cross-attention.
+
+    Args:
+        num_tokens: Number of tokens of the encoder's text.
+    """
+    return -(-num_tokens // ROW_UNIT) * ROW_UNIT
 
 
 def num_arena_rows(model: Model, config: EngineConfig, max_model_len: int) -> int:
@@ -59,7 +72,9 @@ def make_arena(model: Model, arena_rows: int, decode_rows: int, max_len: int) ->
 
     Raises:
         CapacityError: If the machine does not have the memory.
+        ConfigError: If the rows of an encoder-decoder base differ in width.
     """
+    check_widths(model)
     try:
         return _allocated(model, arena_rows, decode_rows, max_len)
     except RuntimeError as e:  # torch's error of the CPU's allocator, and the base class of that of a GPU
@@ -79,4 +94,52 @@ def _allocated(model: Model, arena_rows: int, decode_rows: int, max_len: int) ->
 
     layers = by_source(model.layers, [(empty(s), empty(s)) for s in model.layers])
     table = torch.zeros(decode_rows, max_len, dtype=torch.int32, device=model.device)
-    return Arena(layers, table, readers(model.layers))
+    return Arena(layers, table, readers(model.layers), encoder_layers(layers, model))
+
+
+def check_widths(model: Model) -> None:
+    """Check that rows of every site fit the same arena tensors.
+
+    Raises:
+        ConfigError: If cross-attention has other heads than the decoder's self-attention, or the encoder has rows of
+            another width.
+    """
+    for site, shapes in model.sites.items():
+        for i, shape in enumerate(shapes):
+            own = model.layers[i % len(model.layers)]
+            same = shape.row == own.row if site == "cross" else _width(shape) == _width(own)
+            if not same:
+                msg = (
+                    f"cannot make an engine for this base: expected {SITE_NAMES[site]} of layer {i} with rows of "
+                    f"{own.row}, as in the decoder's self-attention, got {shape.row}; the KV arena holds all of them "
+                    "in the same tensors"
+                )
+                raise ConfigError(msg)
+
+
+def _width(shape: LayerShape) -> int:
+    return shape.num_kv_heads * shape.attention_dim
+
+
+def encoder_layers(layers: Sequence[LayerKV], model: Model) -> list[LayerKV]:
+    """Arena tensors of each encoder layer, which are those of the decoder's layers in turn; empty without an encoder.
+
+    Args:
+        layers: Keys and values of each decoder layer.
+        model: Base model.
+    """
+    found = []
+    for i, shape in enumerate(model.sites.get("enc", ())):
+        k, v = (t.view(len(t), shape.num_kv_heads, shape.attention_dim) for t in layers[i % len(layers)])
+        found.append((k, v))
+    return found
+
+
+def encoder_folds(model: Model) -> list[int] | None:
+    """Fold of each encoder layer, the number of encoder layers before it in the same arena tensors; None without one.
+
+    Args:
+        model: Base model.
+    """
+    shapes = model.sites.get("enc")
+    return None if shapes is None else [i // len(model.layers) for i in range(len(shapes))]

@@ -22,13 +22,15 @@ from torch import Tensor
 from prefixfast import _rust
 from prefixfast.attention.plan import Arena
 from prefixfast.config import EngineConfig
+from prefixfast.engine.arena_sites import ArenaSites
 from prefixfast.engine.cuda_graphs import eager_reason
 from prefixfast.engine.decode_batch import DecodeBatch, StepTokens
-from prefixfast.engine.kv_arena import bytes_per_row, make_arena, num_arena_rows
+from prefixfast.engine.kv_arena import bytes_per_row, encoder_folds, make_arena, num_arena_rows
 from prefixfast.engine.output import NO_TOKEN_ERROR, OutputSequence, RequestOutput, RunningSequences
 from prefixfast.engine.prefix_cache import PrefixCache
 from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.engine.request import Request
+from prefixfast.engine.sampling_params import num_output_tokens
 from prefixfast.engine.step_runner import StepRunner
 from prefixfast.engine.ticket import request_error
 from prefixfast.errors import CapacityError, RequestError
@@ -71,14 +73,15 @@ class Loop:
             prefix_rows=prefix_rows,
             decode=model.backend.decode,
             pad_decode=self.run_ahead,
+            encoder_folds=encoder_folds(model),
         )
         host_dtype = DTYPES.get(config.prefix_dtype, model.dtype)
-        loader = PrefixLoader(self.arena.layers, model.layers, config.host_prefix_memory, host_dtype)
+        loader = PrefixLoader(ArenaSites(self.arena, model.sites), config.host_prefix_memory, host_dtype)
         self.scheduler = self._new_scheduler()
         self.prefix_cache = PrefixCache(self.scheduler, loader, model.handle.infix.place)
         self.intact = True
         self.max_waiting = config.max_waiting
-        self.batch = DecodeBatch(self.arena.table, [e for e in end_ids if 0 <= e < model.vocab_size])
+        self.batch = DecodeBatch(self.arena.table, [e for e in end_ids if 0 <= e < num_output_tokens(model)])
         self.outputs = RunningSequences(model, self.batch.end_ids)
         self.run, self.running = contextlib.ExitStack(), False  # a run lasts from the first request to the last
         self.requests: dict[int, Request] = {}  # waiting and running requests, by number
@@ -121,14 +124,20 @@ class Loop:
                 len(request.ids),
                 request.num_rows,
                 request.params.max_new_tokens,
+                encoder_len=request.encoder_len,
                 tenant=_tenant_number(request.tenant, prefixes),
                 priority=request.priority,
                 deadline=request.deadline,
             )
         except CapacityError as e:
             rows, prefix_rows = request.num_rows, sum(p.num_rows for p in request.prefixes)
+            prompt = (
+                f"{request.encoder_len} tokens for the encoder"
+                if request.encoder_len
+                else f"{len(request.ids)} prompt tokens"
+            )
             msg = (
-                f"request {request.index} can never run: {len(request.ids)} prompt tokens, {rows} sequences of "
+                f"request {request.index} can never run: {prompt}, {rows} sequences of "
                 f"{request.params.max_new_tokens} new tokens and {prefix_rows} prefix rows need {e}"
             )
             raise CapacityError(msg, limit=e.limit, needed=e.needed, available=e.available) from e

@@ -32,9 +32,9 @@ from prefixfast.engine.sampling_params import (
     base_defaults,
     check_params,
     given_params,
-    is_encoder_decoder,
     resolve_params,
 )
+from prefixfast.engine.seq2seq_prompts import decoder_prompt, encoder_prompt
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, did_you_mean, shown, suggestion
 from prefixfast.prefix.compatibility import (
     base_mismatch,
@@ -86,10 +86,15 @@ def make_requests(
     requests = []
     for i, (item, ids, own, task) in enumerate(zip(batch, prompts, assigned, tasks, strict=True)):
         sources = ParamSources(params, request_value(item, task, "params"), [p.decoding for p in own], base)
-        resolved = resolve_params(sources, i, len(ids), min(max_model_len, text_positions(model, own)))
-        check_params(resolved, i, model.vocab_size, encoder_decoder=is_encoder_decoder(model))
+        prompt_len, encoder_ids = (len(ids), None) if model.seq2seq is None else (1, ids)
+        resolved = resolve_params(sources, i, prompt_len, min(max_model_len, text_positions(model, own)))
+        check_params(resolved, i, model)
+        if encoder_ids is not None:
+            encoder_ids = encoder_prompt(model, encoder_ids, resolved, i)
+            ids = decoder_prompt(resolved, i)
         own_id = request_value(item, task, "id")
         made = Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=attended(own), params=resolved, task=task)
+        made = replace(made, encoder_ids=encoder_ids)
         requests.append(replace(made, weights=weights_of(own), base_mismatch=base_mismatch(model, own)))
     return requests
 

@@ -162,7 +162,7 @@ class RequestOutput:
         # The last prefix of a request with shared leading tokens is a part of its prompt.
         prefixes = r.prefixes[: -1 if r.shared_tokens else None]
         usage = {
-            "prompt_tokens": len(r.prompt_ids),
+            "prompt_tokens": r.num_prompt_tokens,
             "completion_tokens": sum(len(s.token_ids) for s in self.sequences),
             "prefix_rows": sum(p.num_rows for p in prefixes),
         }

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from prefixfast import _rust
 from prefixfast.attention.plan import FRONT
+from prefixfast.engine.arena_sites import PrefixRun
 from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
 from prefixfast.errors import PrefixFastError
-from prefixfast.model.prefix_shape import filled_layers, seeing_layers
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
@@ -25,7 +25,8 @@ class Resident:
     Attributes:
         name: Name of the prefix in the store, None if it was passed as an object.
         digest: Digest of the prefix.
-        rows: Number of rows of the KV arena, one per row P of the prefix's longest layer.
+        rows: Number of rows of the KV arena, one per row P of the prefix's longest layer. An encoder-decoder base has
+            rows for each site, and a few between sites.
         nbytes: Bytes of these rows in all layers, including layers that the prefix does not have.
         pinned: Whether the prefix is pinned.
         requests: Number of waiting and running requests that use the prefix.
@@ -56,6 +57,7 @@ class PrefixCache:
         self.scheduler, self.loader, self.infix_place = scheduler, loader, infix_place
         self.numbers: dict[str, int] = {}  # by digest
         self.prefixes: dict[int, Prefix | StoredPrefix] = {}  # by number, the most recently used one last
+        self.runs: dict[int, PrefixRun] = {}  # by number
         self.next_number = itertools.count()
         self.load_errors: dict[int, BaseException] = {}  # by number: the arena rows of these prefixes are invalid
         self.has_new, self.next_trim = False, MAX_PREFIXES + 1
@@ -82,18 +84,22 @@ class PrefixCache:
         if number is None:
             number = self.numbers[prefix.digest] = next(self.next_number)
             self.has_new = True
-            shapes = self.loader.shapes
-            seeing = seeing_layers(shapes, filled_layers(prefix, shapes))
-            layers = None if len(seeing) == len(shapes) else [i in seeing for i in range(len(shapes))]
-            place = self.infix_place if prefix.position == "infix" else FRONT
-            slides = prefix.window == "slide"
-            self.scheduler.register_prefix(
-                number, prefix.num_rows, prefix.pos_start, slides, place=place, layers=layers
-            )
+            self._register(number, prefix)
             if isinstance(prefix, StoredPrefix):
                 self.loader.prefetch(number, prefix)
         self.prefixes[number] = self.prefixes.pop(number, prefix)
         return number
+
+    def _register(self, number: int, prefix: Prefix | StoredPrefix) -> None:
+        """Tell the scheduler about a new prefix."""
+        run = self.runs[number] = self.loader.places.run(prefix)
+        place = self.infix_place if prefix.position == "infix" else FRONT
+        slides, (own, *others) = prefix.window == "slide", run.sites.values()
+        if others:
+            sites = [own, *others]
+            self.scheduler.register_prefix(number, run.rows, prefix.pos_start, slides, place=place, sites=sites)
+        else:
+            self.scheduler.register_prefix(number, run.rows, prefix.pos_start, slides, place=place, layers=own.layers)
 
     def set_pinned(self, prefix: Prefix | StoredPrefix, pinned: bool) -> tuple[int, int]:
         """Pin a prefix and load it if there is room, or unpin it.
@@ -148,10 +154,10 @@ class PrefixCache:
         for number in list(self.pending_eviction):
             start, requests = self.scheduler.prefix_state(number)
             if start is not None and not requests:
-                self.evicting = start, self.prefixes[number].num_rows
+                self.evicting = start, self.runs[number].rows
             row = None if requests else self.scheduler.evict_prefix(number)
             if row is not None:
-                self._clear(row, self.prefixes[number].num_rows)
+                self.loader.places.clear(row, self.runs[number].rows)
             elif requests or start is not None:
                 continue
             self.pending_eviction.discard(number)
@@ -159,20 +165,16 @@ class PrefixCache:
 
     def clear_rows(self) -> None:
         """Set the rows of all prefixes in the KV arena to zero. No load may run."""
-        self._clear(*self.evicting)
-        for number, prefix in self.prefixes.items():
+        self.loader.places.clear(*self.evicting)
+        for number in self.prefixes:
             with contextlib.suppress(PrefixFastError):  # forgotten by the scheduler already
                 start, _ = self.scheduler.prefix_state(number)
                 if start is not None:
-                    self._clear(start, prefix.num_rows)
+                    self.loader.places.clear(start, self.runs[number].rows)
 
     def pinned_prefixes(self) -> list[Prefix | StoredPrefix]:
         """Pinned prefixes."""
         return [self.prefixes[number] for number in self.pinned if number in self.prefixes]
-
-    def _clear(self, row: int, count: int) -> None:
-        for t in (t for kv in self.loader.layers for t in kv):
-            t[row : row + count].zero_()
 
     def resident(self, row_bytes: int) -> list[Resident]:
         """Prefixes in the arena, or on their way there, in the order of their registration.
@@ -185,7 +187,7 @@ class PrefixCache:
             start, requests = self.scheduler.prefix_state(number)
             if start is not None:
                 name = prefix.name if isinstance(prefix, StoredPrefix) else None
-                rows, pinned = prefix.num_rows, number in self.pinned
+                rows, pinned = self.runs[number].rows, number in self.pinned
                 found.append(Resident(name, prefix.digest, rows, rows * row_bytes, pinned, requests))
         return found
 
@@ -227,6 +229,7 @@ class PrefixCache:
         with contextlib.suppress(PrefixFastError):
             self.scheduler.forget_prefix(number)
             self.numbers.pop(self.prefixes.pop(number).digest)
+            self.runs.pop(number, None)
             self.load_errors.pop(number, None)
             self.pinned.discard(number)
             self.pending_eviction.discard(number)

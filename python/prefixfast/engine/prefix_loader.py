@@ -8,7 +8,7 @@ import logging
 import queue
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
-from prefixfast.model.dry_run import LayerShape
-from prefixfast.model.prefix_shape import own_layers
+from prefixfast.engine.arena_sites import ArenaSites
 from prefixfast.model.process import check_same_process, end_at_exit, process_id
-from prefixfast.prefix.kv import kv_by_layer
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
@@ -74,18 +72,14 @@ class PrefixLoader:
     """Copies prefixes into free arena rows, and holds copies of stored prefixes in host memory.
 
     Args:
-        layers: Keys and values ``[rows, H, D]`` of each layer of the arena.
-        shapes: Heads of each layer. Nothing is copied for a layer that reads the keys of another layer.
+        places: Places of prefixes in the arena. Nothing is copied for a layer that reads the keys of another layer.
         host_bytes: Largest number of bytes of host memory for prefixes that were read from files. The most recently
             read prefix is held even if it is larger.
         dtype: Dtype of prefixes in host memory.
     """
 
-    def __init__(
-        self, layers: Sequence[LayerKV], shapes: Sequence[LayerShape], host_bytes: int, dtype: torch.dtype
-    ) -> None:
-        self.shapes, self.host_bytes, self.dtype = shapes, host_bytes, dtype
-        self.layers = [layers[i] for i in own_layers(shapes)]  # keys and values of each layer with its own
+    def __init__(self, places: ArenaSites, host_bytes: int, dtype: torch.dtype) -> None:
+        self.places, self.host_bytes, self.dtype = places, host_bytes, dtype
         self.host_cache: OrderedDict[int, list[LayerKV]] = OrderedDict()  # by number, least recently used first
         self.host_cache_bytes = 0
         self.num_reads = 0  # prefixes read from files
@@ -96,7 +90,7 @@ class PrefixLoader:
         self.done: queue.SimpleQueue[FinishedLoad] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
         self.process_id = process_id()
-        device = layers[0][0].device
+        device = places.device
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def load(self, number: int, prefix: Prefix | StoredPrefix, row: int) -> None:
@@ -179,7 +173,7 @@ class PrefixLoader:
     def close(self) -> None:
         """End the thread, and release the arena and all copies in host memory."""
         self.end()
-        self.layers = []
+        self.places.release()
         self.host_cache.clear()
 
     def _submit(self, jobs: deque[Callable[[], None]], job: Callable[[], None]) -> None:
@@ -206,12 +200,10 @@ class PrefixLoader:
             with torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
                 if event is not None and self.stream is not None:
                     self.stream.wait_event(event)
-                for target, source in zip(self.layers, self._host_kv(number, prefix), strict=True):
-                    for arena, x in zip(target, source, strict=True):
-                        rows = arena[row : row + len(x)]
-                        if x.shape[2] < rows.shape[2]:
-                            rows.zero_()
-                        _copy(rows[..., : x.shape[2]], x)
+                for rows, x in self.places.targets(self.places.run(prefix), row, self._host_kv(number, prefix)):
+                    if x.shape[2] < rows.shape[2]:
+                        rows.zero_()
+                    _copy(rows[..., : x.shape[2]], x)
                 if self.stream is not None:
                     self.stream.synchronize()
             done.put(FinishedLoad(number, None))
@@ -224,16 +216,16 @@ class PrefixLoader:
                 self._host_kv(number, prefix)
 
     def _host_kv(self, number: int, prefix: Prefix | StoredPrefix) -> list[LayerKV]:
-        """Keys and values of every layer with its own, those from files in the dtype of host memory."""
+        """Keys and values of the layers with their own, those from files in the dtype of host memory."""
         if isinstance(prefix, Prefix):
-            return self._own_kv(prefix)
+            return self.places.kv(prefix)
         if (cached := self.host_cache.get(number)) is not None:
             self.host_cache.move_to_end(number)
             return cached
-        pinned = self.layers[0][0].device.type == "cuda"
+        pinned = self.places.device.type == "cuda"
         layers = [
             (_host_copy(k, self.dtype, pinned=pinned), _host_copy(v, self.dtype, pinned=pinned))
-            for k, v in self._own_kv(prefix.read())
+            for k, v in self.places.kv(prefix.read())
         ]
         self.num_reads += 1
         if number not in self.cacheable:
@@ -243,10 +235,6 @@ class PrefixLoader:
         while self.host_cache_bytes > self.host_bytes and len(self.host_cache) > 1:
             self._remove(next(iter(self.host_cache)))
         return layers
-
-    def _own_kv(self, prefix: Prefix) -> list[LayerKV]:
-        kv = kv_by_layer(prefix, self.shapes)
-        return [kv[i] for i in own_layers(self.shapes)]
 
     def _remove(self, number: int) -> None:
         self.host_cache_bytes -= _nbytes(self.host_cache.pop(number, []))

@@ -103,6 +103,16 @@ class Request:
     weights: TunedWeights | None = None
 
     @property
+    def encoder_len(self) -> int:
+        """Number of tokens of the encoder's text, 0 for a decoder-only base."""
+        return 0 if self.encoder_ids is None else len(self.encoder_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Number of tokens of the encoder's text, or of the prompt of a decoder-only base."""
+        return self.encoder_len or len(self.prompt_ids)
+
+    @property
     def is_beam_search(self) -> bool:
         """Whether the request is a beam search."""
         return (self.params.num_beams or 1) > 1

@@ -96,7 +96,7 @@ class ParamSources:
 def warn_unsupported_defaults(model: Model) -> None:
     """Log a warning with the unsupported fields of the base model's ``generation_config`` that change results."""
     config = getattr(model.hf, "generation_config", None)
-    supported = SEQ2SEQ_SUPPORTED if is_encoder_decoder(model) else ()
+    supported = SEQ2SEQ_SUPPORTED if model.seq2seq is not None else ()
     values = {n: getattr(config, n, None) for n in UNSUPPORTED if n not in supported}
     found = {n: v for n, v in values.items() if v not in UNSUPPORTED[n]}
     if found:
@@ -112,7 +112,7 @@ def base_defaults(model: Model) -> GenerationParams:
     config = getattr(model.hf, "generation_config", None)
     found = {n: v for n in GenerationParams.names() if (v := getattr(config, n, None)) is not None}
     found = {n: v for n, v in found.items() if n not in SEQ2SEQ_ONLY}
-    if is_encoder_decoder(model):
+    if model.seq2seq is not None:
         found = _seq2seq_defaults(model, config) | found
     for name, value in list(found.items()):
         try:
@@ -123,9 +123,9 @@ def base_defaults(model: Model) -> GenerationParams:
     return _limited(GenerationParams(**found)) if found else UNSET
 
 
-def is_encoder_decoder(model: Model) -> bool:
-    """Whether a base model has an encoder and a decoder."""
-    return bool(model.hf.config.is_encoder_decoder)
+def num_output_tokens(model: Model) -> int:
+    """Number of tokens that a base model can generate."""
+    return model.vocab_size if model.seq2seq is None else model.seq2seq.vocab_size
 
 
 def _seq2seq_defaults(model: Model, config: Any) -> dict[str, Any]:
@@ -235,21 +235,20 @@ def _with_lengths(params: GenerationParams, most: int, least: int) -> Generation
     return replace(params, max_new_tokens=most, min_new_tokens=least)
 
 
-def check_params(params: GenerationParams, index: int, vocab_size: int, *, encoder_decoder: bool = False) -> None:
+def check_params(params: GenerationParams, index: int, model: Model) -> None:
     """Refuse parameters that do not work with each other or with the base model.
 
     Args:
         params: Resolved parameters.
         index: Place of the request in the batch, for errors.
-        vocab_size: Number of tokens that the base model can generate.
-        encoder_decoder: Whether the base model has an encoder and a decoder.
+        model: Base model.
 
     Raises:
         RequestError: For such parameters.
     """
     find = _conflict if len(params.bad_words_ids or ()) < CACHED_LENGTH else _conflict.__wrapped__
     unseeded = replace(params, seed=None) if params.seed is not None else params
-    conflict = find(unseeded, vocab_size, encoder_decoder=encoder_decoder)
+    conflict = find(unseeded, num_output_tokens(model), encoder_decoder=model.seq2seq is not None)
     if conflict is not None:
         msg = f"request {index}: {conflict}"
         raise RequestError(msg, index=index)

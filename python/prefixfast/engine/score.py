@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefixfast.attention.plan import Plan, PrefixUse, training_plan
+from prefixfast.attention.seq2seq_plan import Seq2SeqPlan, seq2seq_training_plan
 from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import Example
@@ -22,9 +23,9 @@ from prefixfast.engine.search import argmax_rows
 from prefixfast.errors import RequestError
 from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
-from prefixfast.model.lm_head import packed_hidden
 from prefixfast.model.process import check_not_exiting
-from prefixfast.prefix.kv import concat_kv, row_table
+from prefixfast.prefix.kv import concat_kv, row_table, site_prefixes
+from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
 LOGITS_ROWS = 256  # rows of logits computed at once
@@ -77,7 +78,7 @@ def score_requests(model: Model, requests: Sequence[ScoreRequest], token_budget:
     examples = [(r, e) for r in requests for e in r.examples]
     found: dict[int, list[tuple[NDArray[np.float64], NDArray[np.bool_]]]] = {r.index: [] for r in requests}
     last = np.cumsum([len(r.examples) for r in requests])  # number of examples up to the end of each request
-    for part in _batches([len(e.ids) for _, e in examples], token_budget):
+    for part in _batches([e.num_tokens for _, e in examples], token_budget):
         check_not_exiting()
         logprobs, greedy = _target_logprobs(model, examples[part])
         ends = np.cumsum([len(e.targets) for _, e in examples[part]])[:-1]
@@ -86,7 +87,7 @@ def score_requests(model: Model, requests: Sequence[ScoreRequest], token_budget:
         ):
             found[r.index].append((values, is_best))
         num_ended = int(np.searchsorted(last, part.stop, "right"))
-        work.update(num_ended - work.done, tokens=sum(len(e.ids) for _, e in examples[part]))
+        work.update(num_ended - work.done, tokens=sum(e.num_tokens for _, e in examples[part]))
     return [_score(r, found[r.index]) for r in requests]
 
 
@@ -99,7 +100,7 @@ def _score(request: ScoreRequest, found: list[tuple[NDArray[np.float64], NDArray
         msg = f"request {request.index}: its log-probabilities are NaN; use another dtype or prefix"
         raise RequestError(msg, index=request.index)
     usage = {
-        "prompt_tokens": len(first.ids) - len(first.targets),
+        "prompt_tokens": len(first.ids) - len(first.targets) if first.encoder_ids is None else len(first.encoder_ids),
         "completion_tokens": len(ids),
         "prefix_rows": sum(p.num_rows for p in request.prefixes),
     }
@@ -132,31 +133,16 @@ def _target_logprobs(
     model: Model, examples: Sequence[tuple[ScoreRequest, Example]]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Log-probability of each target token of one packed forward, and whether the token is the most likely one."""
-    distinct = {p.digest: p for r, _ in examples for p in r.prefixes}
-    number = {digest: i for i, digest in enumerate(distinct)}
-    prefixes = [p.read() if isinstance(p, StoredPrefix) else p for p in distinct.values()]
-    kv = concat_kv(prefixes, model.layers, model.dtype, model.device) if prefixes else None
-    used = [[number[p.digest] for p in r.prefixes] for r, _ in examples]
-    indptr = np.cumsum([0, *map(len, used)]).astype(np.int32)
     # The last target is predicted, but is no input. Each target is predicted at the token before it.
     lengths = np.array([len(e.ids) - 1 for _, e in examples], np.int32)
     ids = np.concatenate([e.ids[:-1] for _, e in examples])
     starts = np.cumsum(lengths) - lengths
     at = np.concatenate([start + e.targets - 1 for start, (_, e) in zip(starts, examples, strict=True)])
-    flat = np.array([n for numbers in used for n in numbers], np.int32)
-    rows = row_table(prefixes, model)
-    plan = training_plan(
-        lengths,
-        PrefixUse(indptr, flat),
-        rows,
-        kv,
-        backend=model.backend,
-        device=model.device,
-        last_prompt_token=np.array([e.targets[0] - 1 for _, e in examples], np.int32),
-    )
-    plan = plan.with_logits_at(torch.from_numpy(at).to(model.device))
+    plan = _plan(model, examples, lengths).with_logits_at(torch.from_numpy(at).to(model.device))
     wanted = torch.from_numpy(np.concatenate([e.ids[e.targets] for _, e in examples]).astype(np.int64)).to(model.device)
-    packed = _logits(model, plan, torch.from_numpy(ids.astype(np.int64)).to(model.device))
+    texts = [e.encoder_ids for _, e in examples if e.encoder_ids is not None]
+    encoder_ids = torch.from_numpy(np.concatenate(texts).astype(np.int64)).to(model.device) if texts else None
+    packed = _logits(model, plan, torch.from_numpy(ids.astype(np.int64)).to(model.device), encoder_ids)
     logprobs, greedy = [], []
     for logits, target in zip(packed, wanted.split(LOGITS_ROWS), strict=True):
         exact = logits.double() if logits.dtype == torch.float64 else logits.float()
@@ -165,8 +151,34 @@ def _target_logprobs(
     return torch.cat(logprobs).numpy(), torch.cat(greedy).numpy()
 
 
-def _logits(model: Model, plan: Plan, ids: Tensor) -> Iterator[Tensor]:
+def _plan(
+    model: Model, examples: Sequence[tuple[ScoreRequest, Example]], lengths: NDArray[np.int32]
+) -> Plan | Seq2SeqPlan:
+    """Plan of the packed forward of examples with ``lengths`` tokens, of the decoder in an encoder-decoder base."""
+    distinct = {p.digest: p for r, _ in examples for p in r.prefixes}
+    number = {digest: i for i, digest in enumerate(distinct)}
+    prefixes: list[Prefix] = [p.read() if isinstance(p, StoredPrefix) else p for p in distinct.values()]
+    used = [[number[p.digest] for p in r.prefixes] for r, _ in examples]
+    flat = np.array([n for numbers in used for n in numbers], np.int32)
+    use = PrefixUse(np.cumsum([0, *map(len, used)]).astype(np.int32), flat)
+    backend, device = model.backend, model.device
+    if model.seq2seq is not None:
+        encoder_lengths = np.array([len(e.encoder_ids) for _, e in examples if e.encoder_ids is not None], np.int32)
+        sites = site_prefixes(prefixes, model)
+        return seq2seq_training_plan(lengths, encoder_lengths, use, sites, backend=backend, device=device)
+    return training_plan(
+        lengths,
+        use,
+        row_table(prefixes, model),
+        concat_kv(prefixes, model.layers, model.dtype, device) if prefixes else None,
+        backend=backend,
+        device=device,
+        last_prompt_token=np.array([e.targets[0] - 1 for _, e in examples], np.int32),
+    )
+
+
+def _logits(model: Model, plan: Plan | Seq2SeqPlan, ids: Tensor, encoder_ids: Tensor | None) -> Iterator[Tensor]:
     """Logits ``[LOGITS_ROWS, V]`` at the plan's places. A known output head computes them one part at a time."""
     if model.head is None:
-        return iter(model.forward(plan, ids).split(LOGITS_ROWS))
-    return map(model.head.logits, packed_hidden(model.hf, plan, ids).split(LOGITS_ROWS))
+        return iter(model.forward(plan, ids, encoder_ids).split(LOGITS_ROWS))
+    return map(model.head.logits, model.hidden(plan, ids, encoder_ids).split(LOGITS_ROWS))

@@ -15,16 +15,22 @@ from prefixfast.data.encode import (
     Input,
     check_examples,
     check_prompts,
+    decoder_of,
     encode_examples,
+    encode_labels,
     encode_prompts,
     encode_target,
+    labelled_example,
+    num_trailing,
     request_error,
+    special_ids,
     vocabulary_error,
 )
-from prefixfast.data.rows import Row
+from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, request_value, text_positions
 from prefixfast.engine.request_prefixes import Prefixes, attended, weights_of
+from prefixfast.engine.seq2seq_prompts import check_encoder_positions
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, check_flag, shown
 from prefixfast.prefix.compatibility import base_mismatch
 from prefixfast.prefix.prefix import Prefix
@@ -103,6 +109,9 @@ def make_score_requests(
             left = f"the base model has {room - 1} positions left for text"
             msg = f"request {i}: expected at most {room} tokens of prompt and target, got {longest}; {left}"
             raise RequestError(msg, index=i)
+        for example in examples[i]:
+            if example.encoder_ids is not None:
+                check_encoder_positions(model, len(example.encoder_ids), i, "shorten the text")
         own_id = request_value(item, tasks[i], "id")
         mismatch = base_mismatch(model, own)
         made.append(ScoreRequest(i, own_id, attended(own), examples[i], mismatch, weights_of(own)))
@@ -113,6 +122,8 @@ def _given_examples(
     model: Model, batch: Sequence[Input], tasks: Sequence[Task], targets: Sequence[Any], *, end_token: bool
 ) -> dict[int, list[Example]]:
     """Examples of prompts with a target that the caller gives, by request."""
+    if decoder_of(model) is not None:
+        return _labelled_examples(model, batch, tasks, targets, end_token=end_token)
     end = model.require_tokenizer().eos_id if end_token else None
     found = {}
     for i, (prompt, target) in enumerate(zip(encode_prompts(model, batch, tasks), targets, strict=True)):
@@ -125,6 +136,50 @@ def _given_examples(
         whole = np.concatenate([prompt, ids])
         found[i] = [Example(whole, np.arange(len(prompt), len(whole)), 0)]
     return found
+
+
+def _labelled_examples(
+    model: Model, batch: Sequence[Input], tasks: Sequence[Task], targets: Sequence[Any], *, end_token: bool
+) -> dict[int, list[Example]]:
+    """Examples of the texts of an encoder with labels that the caller gives, by request.
+
+    Token ids are labels as Hugging Face models take them.
+    """
+    decoder, found = decoder_of(model), {}
+    assert decoder is not None
+    for i, (source, target) in enumerate(zip(encode_prompts(model, batch, tasks), targets, strict=True)):
+        ids = encode_target(model, target, i)
+        error = vocabulary_error(ids, decoder.vocab_size)
+        if error or not len(ids):
+            msg = f"request {i}: target: {error or f'expected at least one token, got {shown(target)}'}"
+            raise RequestError(msg, index=i)
+        if isinstance(target, str):
+            (whole,) = encode_labels(model.require_tokenizer(), [target])
+            example = labelled_example(decoder, source, whole, i)
+            found[i] = [example if end_token else without_end(example, special_ids(model))]
+            continue
+        end = model.require_tokenizer().eos_id if end_token else None
+        found[i] = [labelled_example(decoder, source, ids if end is None else np.append(ids, np.int32(end)), i)]
+    return found
+
+
+def without_end(example: Example, special: frozenset[int]) -> Example:
+    """An example of an encoder-decoder base without the special tokens that end its labels.
+
+    The start token can be one of them, so that the labels are encoded with them first.
+
+    Args:
+        example: Example of a text.
+        special: Ids of the special tokens.
+
+    Raises:
+        DataError: If the labels have no other tokens.
+    """
+    length = len(example.ids) - num_trailing(example.ids[1:], special)
+    targets = example.targets[example.targets < length]
+    if not len(targets):
+        raise row_error({}, example.row, "the target has no tokens but special ones")
+    return example._replace(ids=example.ids[:length], targets=targets)
 
 
 def check_targets(batch: Sequence[Input], targets: Targets) -> None:
@@ -161,8 +216,11 @@ def _row_examples(
     """Examples of rows with their own targets, by request."""
 
     def read(rows: list[Row], task: Task, tokenized: bool) -> list[Example]:
-        tokenizer = None if tokenized else model.require_tokenizer()
-        return list(encode_examples(tokenizer, model.vocab_size, rows, task, append_eos=end_token))
+        tokenizer, decoder = None if tokenized else model.require_tokenizer(), decoder_of(model)
+        append_eos = end_token or decoder is not None
+        found = list(encode_examples(tokenizer, model.vocab_size, rows, task, append_eos=append_eos, decoder=decoder))
+        keeps_end = end_token or decoder is None or tokenized
+        return found if keeps_end else [without_end(e, special_ids(model)) for e in found]
 
     found: dict[int, list[Example]] = {i: [] for i in range(len(batch))}
     for places, encoded in _by_task(batch, tasks, read):

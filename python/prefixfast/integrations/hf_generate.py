@@ -9,36 +9,38 @@ Shape letters: B rows of the batch (one per beam), T tokens of the padded prompt
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from prefixfast.attention.plan import Layout, Plan, decode_plan, host_table, prefill_plan
 from prefixfast.config import EngineConfig
+from prefixfast.engine.arena_sites import ROW_UNIT, prefix_run
 from prefixfast.engine.kv_arena import RESERVED_ROWS, bytes_per_row
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.request_prefixes import assign_prefixes, attended, is_weights
 from prefixfast.engine.search import reorder_slot_table
 from prefixfast.errors import CapacityError, ConfigError
+from prefixfast.integrations.hf_seq2seq import Forwards, beam_decode, beam_prefill, texts_of
 from prefixfast.model.base import Model
 from prefixfast.prefix.compatibility import check_composition, check_fits
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
 
-ROW_UNIT = 16  # the scheduler hands out arena rows in units of this size
 RowPrefixes: TypeAlias = Prefix | Sequence[Prefix | Sequence[Prefix] | None] | None
 
 
 class HFCache(Cache):
     """Cache for ``model.hf.generate(..., past_key_values=cache)`` that makes generation see the prefixes.
 
-    Sampling, beams, logits processors and stopping criteria are those of transformers. A batch is padded on the left
-    and has an ``attention_mask``. A cache serves one call of ``generate``. Close the cache to free its memory, or use
-    it as a context manager.
+    Sampling, beams, logits processors and stopping criteria are those of transformers. A batch is padded on the left,
+    for an encoder-decoder base on the right, and has an ``attention_mask``. A cache serves one call of ``generate``.
+    Close the cache to free its memory, or use it as a context manager.
 
     Args:
         model: Base model from `load`.
@@ -46,11 +48,13 @@ class HFCache(Cache):
             prefixes from left to right).
         num_beams: Number of rows that ``generate`` makes of each row of ``input_ids``: its ``num_beams``, or its
             ``num_return_sequences`` without beams.
-        max_len: Largest number of prompt and generated tokens, prefix rows not counted.
+        max_len: Largest number of prompt and generated tokens, prefix rows not counted; for an encoder-decoder base of
+            the decoder's tokens.
 
     Raises:
-        ConfigError: For prefixes that do not fit the batch, a batch padded on the right, or a forward that is neither a
-            whole prompt nor one more token (a used cache, ``prefill_chunk_size``).
+        ConfigError: For prefixes that do not fit the batch, a batch padded on the other side, or a forward that is
+            neither a whole prompt nor one more token (a used cache, ``prefill_chunk_size``); for an encoder-decoder
+            base a decoder prompt of more than the start token.
         BaseMismatchError: For a prefix of another base model.
         CapacityError: For a prompt or a text longer than ``max_len``.
 
@@ -87,12 +91,14 @@ class HFCache(Cache):
             return cache._unpack_output(out) if is_own else None
 
         self._plan: Plan | None = None
-        hooks = (
-            model.hf.register_forward_pre_hook(before, with_kwargs=True),
-            model.hf.register_forward_hook(after, with_kwargs=True),
-        )
+        self._states: Tensor | None = None  # what the encoder of an encoder-decoder base returned
         self._loops: list[Loop] = []
-        self._finalizer = weakref.finalize(self, _free, hooks, self._loops)
+        if model.seq2seq is None:
+            pre = model.hf.register_forward_pre_hook(before, with_kwargs=True)
+            undo = [pre.remove, model.hf.register_forward_hook(after, with_kwargs=True).remove]
+        else:
+            undo = [Forwards.open(model.hf).close]
+        self._finalizer = weakref.finalize(self, _free, undo, self._loops)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of tokens so far, prefix rows not counted.
@@ -136,6 +142,43 @@ class HFCache(Cache):
         """Free the memory, and remove the hooks. A second call does nothing."""
         self._finalizer()
         self.loop = None
+
+    def _serves(self, hf: PreTrainedModel) -> bool:
+        """Whether the cache runs the forwards of a model itself, as those of an encoder-decoder base.
+
+        Args:
+            hf: Hugging Face model.
+        """
+        return self.model.hf is hf and self.model.seq2seq is not None and self._finalizer.alive
+
+    def _forward(self, kwargs: dict[str, Any]) -> Seq2SeqLMOutput:
+        """Output of an encoder-decoder base with logits ``[B, 1, V]`` of the next tokens.
+
+        Args:
+            kwargs: Keyword arguments of the model's forward.
+        """
+        ids = kwargs["decoder_input_ids"]
+        if not self.length:
+            mask = kwargs.get("decoder_attention_mask")
+            if ids.shape[1] != 1 or (mask is not None and not bool(mask.all())):
+                msg = (
+                    f"HFCache: expected the decoder to begin with its start token, got {ids.shape[1]} decoder tokens; "
+                    "leave decoder_input_ids and decoder_attention_mask out"
+                )
+                raise ConfigError(msg)
+            self._states = kwargs["encoder_outputs"][0]
+            texts = texts_of(self._states, kwargs.get("attention_mask"), self.num_beams)
+            self.loop = self._make_loop([1] * len(texts), [len(text) for text in texts])
+            logits, self.rows = beam_prefill(self.model, self.loop, texts, ids)
+            self.length = 1
+        else:
+            if kwargs["encoder_outputs"][0] is not self._states:
+                msg = "HFCache: expected the texts of the first call, got others; use a new cache for each generate"
+                raise ConfigError(msg)
+            loop = self._check_decode(ids, None)
+            logits = beam_decode(self.model, loop, ids[:, -1], self.rows)
+            self.length += 1
+        return Seq2SeqLMOutput(logits=logits[:, None], past_key_values=self)
 
     def __enter__(self) -> Self:
         return self
@@ -197,6 +240,27 @@ class HFCache(Cache):
 
     def _decode(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Plan]:
         """Tokens and plan of one more token per row ``[B, 1]``."""
+        loop = self._check_decode(ids, mask)
+        buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
+        header = loop.scheduler.plan_step(buffer.numpy())
+        assert header.decode is not None
+        layout = Layout(*header.decode)
+        self.order = torch.tensor(header.decode_ids)
+        longest = int(host_table(buffer.numpy(), layout.views[0]["lens"]).max())
+        plan = decode_plan(
+            buffer.to(self.model.device), layout, header.decode_reach, longest, loop.arena, self.model.backend
+        )
+        loop.scheduler.commit([])
+        self.length += 1
+        return ids[self.order.to(ids.device), -1], plan
+
+    def _check_decode(self, ids: Tensor, mask: Tensor | None) -> Loop:
+        """Loop of the cache, if ``ids`` ``[B, 1]`` are one more token per row.
+
+        Raises:
+            ConfigError: For other numbers of tokens or rows.
+            CapacityError: For more than ``max_len`` tokens.
+        """
         loop = self.loop
         assert loop is not None
         if ids.shape[1] != 1 or (mask is not None and mask.shape[1] != self.length + 1):
@@ -212,28 +276,26 @@ class HFCache(Cache):
                 f"{self.length + 1} for {ids.shape[0]}; raise max_len"
             )
             raise CapacityError(msg)
-        buffer = torch.empty(loop.scheduler.buffer_len, dtype=torch.int32)
-        header = loop.scheduler.plan_step(buffer.numpy())
-        assert header.decode is not None
-        layout = Layout(*header.decode)
-        self.order = torch.tensor(header.decode_ids)
-        longest = int(host_table(buffer.numpy(), layout.views[0]["lens"]).max())
-        plan = decode_plan(
-            buffer.to(self.model.device), layout, header.decode_reach, longest, loop.arena, self.model.backend
-        )
-        loop.scheduler.commit([])
-        self.length += 1
-        return ids[self.order.to(ids.device), -1], plan
+        return loop
 
-    def _make_loop(self, lengths: list[int]) -> Loop:
-        """Loop with the prefixes in its KV arena and one request for each row of the batch."""
-        count = len(lengths)
-        assigned = self._row_prefixes(count)
+    def _make_loop(self, lengths: list[int], encoder_lengths: list[int] | None = None) -> Loop:
+        """Loop with the prefixes in its KV arena and one request for each row of the batch, or for each text.
+
+        Args:
+            lengths: Number of prompt tokens of each request.
+            encoder_lengths: Number of tokens of each text of an encoder-decoder base, whose beams are one request.
+        """
+        beams = 1 if encoder_lengths is None else self.num_beams
+        count = len(lengths) * beams
+        assigned = self._row_prefixes(count)[::beams]
         distinct = {p.digest: p for own in assigned for p in own}.values()
-        units = sum(-(-p.num_rows // ROW_UNIT) for p in distinct) + count * -(-(self.max_len + ROW_UNIT) // ROW_UNIT)
+        runs = [prefix_run(p, self.model.sites).rows for p in distinct] + (encoder_lengths or [])
+        units = sum(-(-n // ROW_UNIT) for n in runs) + count * -(-(self.max_len + ROW_UNIT) // ROW_UNIT)
+        tokens = sum(lengths) + count
         config = EngineConfig(
             max_num_seqs=count,
-            max_num_batched_tokens=sum(lengths) + count,
+            # All texts are prefilled in one step, of which decode rows could take three quarters.
+            max_num_batched_tokens=tokens if encoder_lengths is None else 4 * (tokens + sum(encoder_lengths)),
             kv_cache_memory=bytes_per_row(self.model) * (RESERVED_ROWS + ROW_UNIT * units),
             enforce_eager=True,
         )
@@ -246,8 +308,10 @@ class HFCache(Cache):
             for failed in cache.finish_loads(wait=True):
                 assert failed.error is not None
                 raise failed.error
-        for row, (length, own) in enumerate(zip(lengths, assigned, strict=True)):
-            loop.scheduler.add(row, [cache.number_of(p) for p in own], length, 1, self.max_len - length + 1)
+        each = zip(lengths, encoder_lengths or [0] * len(lengths), assigned, strict=True)
+        for number, (length, encoder_len, own) in enumerate(each):
+            numbers, new = [cache.number_of(p) for p in own], self.max_len - length + 1
+            loop.scheduler.add(number, numbers, length, beams, new, encoder_len=encoder_len)
         return loop
 
     def _row_prefixes(self, count: int) -> list[tuple[Prefix | StoredPrefix, ...]]:
@@ -272,9 +336,9 @@ class HFCache(Cache):
         return [own for own in assigned for _ in range(count // requests)]
 
 
-def _free(hooks: Sequence[Any], loops: list[Loop]) -> None:
+def _free(undo: Sequence[Callable[[], None]], loops: list[Loop]) -> None:
     """Remove the hooks and close the loops, also of a cache that is dropped without `HFCache.close`."""
-    for hook in hooks:
-        hook.remove()
+    for remove in undo:
+        remove()
     while loops:
         loops.pop().close()

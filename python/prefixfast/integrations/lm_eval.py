@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefixfast.engine.engine import Engine
+from prefixfast.engine.seq2seq_prompts import check_decoder_only
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
@@ -53,7 +54,7 @@ class PrefixLM(TemplateLM):
             forms its batches by tokens.
 
     Raises:
-        ConfigError: For an unknown option, or a base model that cannot be loaded.
+        ConfigError: For an unknown option, an encoder-decoder base model, or one that cannot be loaded.
 
     Example:
         >>> model = PrefixLM(base, prefix)  # for lm_eval.simple_evaluate(model=model, tasks=["lambada_openai"])
@@ -79,6 +80,7 @@ class PrefixLM(TemplateLM):
         if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
             device = "auto"
         model = load(pretrained, dtype=dtype, device=device) if isinstance(pretrained, str | Path) else load(pretrained)
+        check_decoder_only(model, "lm-eval", "its tasks score the continuation of a text; use prefixfast eval")
         self.prefix = Prefix.from_pretrained(prefix, model=model) if isinstance(prefix, str | Path) else prefix
         pos_start = 0 if self.prefix is None else self.prefix.pos_start
         self.max_length = min(max_length or model.max_positions, model.max_positions - pos_start)

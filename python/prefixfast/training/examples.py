@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from prefixfast.data.encode import Example, Ints, decoder_of, encode_examples
+from prefixfast.data.encode import Example, Ints, decoder_of, encode_examples, special_ids
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.errors import DataError, shown
 from prefixfast.model.base import Model
 from prefixfast.training.inputs import error_with_name
-from prefixfast.training.text_limits import TextLimits, special_ids
+from prefixfast.training.text_limits import TextLimits
 
 NO_INFIX = (
     "an infix stands before the one target of a row, this row has targets in several places; {}, or train a prefix"

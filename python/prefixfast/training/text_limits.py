@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from prefixfast.config import TrainConfig
-from prefixfast.data.encode import DecoderTokens, Example, decoder_of, labelled_example, num_trailing
+from prefixfast.data.encode import DecoderTokens, Example, decoder_of, kept, labelled_example
 from prefixfast.data.encode.tokenized import IGNORED_LABEL
 from prefixfast.errors import ConfigError
 from prefixfast.model.base import Model
@@ -72,20 +70,6 @@ class TextLimits:
         return labelled_example(decoder, source, labels, example.row)
 
 
-def kept(ids: NDArray[np.integer[Any]], limit: int, special: frozenset[int]) -> NDArray[np.int64]:
-    """Places of the tokens that stay in a text of at most ``limit`` tokens, as a tokenizer truncates.
-
-    Args:
-        ids: Token ids.
-        limit: Largest number of tokens, at least 1.
-        special: Ids of the special tokens, of which those at the end stay.
-    """
-    if len(ids) <= limit:
-        return np.arange(len(ids))
-    last = min(num_trailing(ids, special), limit)
-    return np.concatenate([np.arange(limit - last), np.arange(len(ids) - last, len(ids))])
-
-
 def text_limits(model: Model, config: TrainConfig, room: int, shorten: str | None) -> TextLimits | None:
     """Limits of an encoder-decoder base model, None for a decoder-only one.
 
@@ -126,12 +110,3 @@ def check_lengths(model: Model, config: TrainConfig, explicit: Collection[str]) 
         if name in explicit and getattr(config, name) is not None:
             msg = f"{name}: this base is {kind}; give {' and '.join(LIMITS[kind])} in its place"
             raise ConfigError(msg)
-
-
-def special_ids(model: Model) -> frozenset[int]:
-    """Ids of the special tokens of a base model: those of its tokenizer, or without one its end tokens."""
-    if model.tokenizer is not None:
-        return model.tokenizer.special_ids
-    settings = getattr(model.hf, "generation_config", None) or model.hf.config
-    end = settings.eos_token_id
-    return frozenset(end if isinstance(end, list) else () if end is None else (end,))

@@ -115,7 +115,12 @@ def test_a_sample_takes_a_forced_token():
 def model(config, **generation) -> Model:
     made = GenerationConfig.from_model_config(config)
     made.update(**generation)
-    return cast("Model", SimpleNamespace(hf=SimpleNamespace(config=config, generation_config=made)))
+    return cast(
+        "Model",
+        SimpleNamespace(
+            hf=SimpleNamespace(config=config, generation_config=made), seq2seq=config.is_encoder_decoder or None
+        ),
+    )
 
 
 def test_defaults_of_a_base_are_those_of_its_generation_config(caplog):

@@ -14,7 +14,14 @@ from prefixfast.data.encode.prompts import (
     encode_text,
     request_error,
 )
-from prefixfast.data.encode.seq2seq import DecoderTokens, encode_labels, labelled_example, num_trailing
+from prefixfast.data.encode.seq2seq import (
+    DecoderTokens,
+    encode_labels,
+    kept,
+    labelled_example,
+    num_trailing,
+    special_ids,
+)
 from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, token_ids, vocabulary_error
 
 __all__ = [
@@ -31,9 +38,11 @@ __all__ = [
     "encode_prompts",
     "encode_target",
     "encode_text",
+    "kept",
     "labelled_example",
     "num_trailing",
     "request_error",
+    "special_ids",
     "token_ids",
     "vocabulary_error",
 ]

@@ -30,6 +30,11 @@ class Example(NamedTuple):
     encoder_ids: Ints | None = None
 
     @property
+    def num_tokens(self) -> int:
+        """Number of tokens, those of the encoder's text included."""
+        return len(self.ids) + (0 if self.encoder_ids is None else len(self.encoder_ids))
+
+    @property
     def has_one_target(self) -> bool:
         """Whether the target tokens follow each other."""
         return int(self.targets[-1] - self.targets[0]) == len(self.targets) - 1

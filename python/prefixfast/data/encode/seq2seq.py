@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,9 @@ from prefixfast.data.encode.tokenized import IGNORED_LABEL, encoder_row, label_r
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
 
 ADVICE = "an encoder-decoder base reads one text and writes another; give rows with prompt and completion"
 
@@ -137,6 +140,29 @@ def num_trailing(ids: NDArray[np.integer[Any]], special: frozenset[int]) -> int:
     while count < len(ids) and int(ids[len(ids) - 1 - count]) in special:
         count += 1
     return count
+
+
+def kept(ids: NDArray[np.integer[Any]], limit: int, special: frozenset[int]) -> NDArray[np.int64]:
+    """Places of the tokens that stay in a text of at most ``limit`` tokens, as a tokenizer truncates.
+
+    Args:
+        ids: Token ids.
+        limit: Largest number of tokens, at least 1.
+        special: Ids of the special tokens, of which those at the end stay.
+    """
+    if len(ids) <= limit:
+        return np.arange(len(ids))
+    last = min(num_trailing(ids, special), limit)
+    return np.concatenate([np.arange(limit - last), np.arange(len(ids) - last, len(ids))])
+
+
+def special_ids(model: Model) -> frozenset[int]:
+    """Ids of the special tokens of a base model: those of its tokenizer, or without one its end tokens."""
+    if model.tokenizer is not None:
+        return model.tokenizer.special_ids
+    settings = getattr(model.hf, "generation_config", None) or model.hf.config
+    end = settings.eos_token_id
+    return frozenset(end if isinstance(end, list) else () if end is None else (end,))
 
 
 def encoder_text(prompt: str, task: Task) -> str:
