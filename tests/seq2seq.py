@@ -81,11 +81,13 @@ DISTANCES = ("t5", "flan-t5", "mt5", "umt5")  # positions are distances
 FAST = ("bart", "m2m_100", "t5", "umt5")  # one of each kind of code; the others are long tests
 
 
-def make_seq2seq(name: str, **config: Any) -> PreTrainedModel:
+def make_seq2seq(name: str, *, spread: float = 1.0, **config: Any) -> PreTrainedModel:
     """A random model in fp32 whose texts have many different tokens.
 
     Args:
         name: One of `NAMES`.
+        spread: Factor on the random numbers of the weights. A smaller one makes rounding errors smaller, and texts
+            repeat tokens.
         config: Values of the configuration that differ from those of the shape.
     """
     kind, values, seed = MAKE[name]
@@ -97,7 +99,7 @@ def make_seq2seq(name: str, **config: Any) -> PreTrainedModel:
         for parameter, p in model.named_parameters():
             if "embed_positions" in parameter and name in ("pegasus", "marian"):
                 continue  # sinusoids
-            values = torch.randn(p.shape, generator=g) * _scale(parameter, p, name in DISTANCES)
+            values = torch.randn(p.shape, generator=g) * _scale(parameter, p, name in DISTANCES) * spread
             p.copy_(p + values if p.dim() == 1 else values)
         for buffer, b in model.named_buffers():
             if buffer == "final_logits_bias":
