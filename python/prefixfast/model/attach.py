@@ -28,10 +28,12 @@ from prefixfast.model.own_attention import foreign_attention
 from prefixfast.model.process import note_computing
 from prefixfast.model.proof.infix import InfixSupport
 from prefixfast.model.proof.prove import prove
+from prefixfast.model.proof.seq2seq import prove_seq2seq
 from prefixfast.model.row_independence import dependent_rows, recorded_rows
 from prefixfast.model.seq2seq.dry_run import seq2seq_dry_run
 from prefixfast.model.seq2seq.families import FAMILIES
 from prefixfast.model.seq2seq.site_modules import set_tags, site_modules
+from prefixfast.model.seq2seq.supported import check_seq2seq_supported
 from prefixfast.model.supported_models import check_supported
 from prefixfast.model.weights import unusable_weights
 
@@ -102,7 +104,7 @@ def attach(model: PreTrainedModel) -> Handle:
         if isinstance(found, Handle) and found.model is model:
             found.users += 1
             return found
-        check_supported(model)
+        (check_seq2seq_supported if model.config.is_encoder_decoder else check_supported)(model)
         note_computing()
         if (reason := unusable_weights(model) or foreign_attention(model)) is not None:
             msg = f"cannot attach {type(model).__name__} ({model.config.model_type}): {reason}"
@@ -113,8 +115,10 @@ def attach(model: PreTrainedModel) -> Handle:
             undo += [switch(model)]
             with private_configs(model):
                 undo += _replace_gelu(model)
-                make = _seq2seq_handle if model.config.is_encoder_decoder else _decoder_handle
-                handle = make(model, own, undo)
+                if model.config.is_encoder_decoder:
+                    handle = _seq2seq_handle(model, undo)
+                else:
+                    handle = _decoder_handle(model, own, undo)
         except BaseException:
             _run(undo)
             raise
@@ -135,13 +139,19 @@ def _decoder_handle(model: PreTrainedModel, own: Sequence[str | None], undo: lis
     return Handle(model, BySite({"self": layers}), prove(model, layers, windows, own), undo)
 
 
-def _seq2seq_handle(model: PreTrainedModel, own: Sequence[str | None], undo: list[Callable[[], None]]) -> Handle:
-    """Handle of an encoder-decoder model, after its proof; the arguments are those of `_decoder_handle`."""
+def _seq2seq_handle(model: PreTrainedModel, undo: list[Callable[[], None]]) -> Handle:
+    """Handle of an encoder-decoder model, after its proof.
+
+    Args:
+        model: Switched model.
+        undo: Functions that restore the model.
+    """
     modules = site_modules(model)
     undo.append(set_tags(modules))
     refresh = FAMILIES[model.config.model_type].hook(model, modules, undo)
     with _independent_rows(model):
         sites = seq2seq_dry_run(model, modules)
+    prove_seq2seq(model, sites)
     return Handle(model, sites, InfixSupport(refusal=NO_INFIX), undo, refresh=refresh)
 
 

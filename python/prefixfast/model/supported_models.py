@@ -7,7 +7,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prefixfast.errors import ConfigError
-from prefixfast.model.seq2seq.families import FAMILIES
 
 # Architectures whose parity with PEFT is tested in tests/parity.
 VERIFIED = frozenset(
@@ -15,17 +14,7 @@ VERIFIED = frozenset(
 )
 OWN_ATTENTION = "it computes attention in its own code, outside transformers' attention interface"
 CROSS_ATTENTION = ("encoder_attn", "cross_attn", "crossattention", "EncDecAttention")  # modules of several families
-COUPLED_TOKENS = "its router gives each expert a limited number of tokens, so that requests would change each other"
-UNPROVEN_CROSS = "its cross-attention is windowed or shares scores with self-attention, which is not shown to be right"
-SPEECH = "its encoder reads speech"
-# Reasons by model type, of encoder-decoder models and of others.
-REFUSED_SEQ2SEQ = {
-    **dict.fromkeys(("bigbird_pegasus", "fsmt", "led", "longt5", "mvp", "pegasus_x", "prophetnet"), OWN_ATTENTION),
-    **dict.fromkeys(("nllb-moe", "switch_transformers"), COUPLED_TOKENS),
-    **dict.fromkeys(("t5gemma", "t5gemma2"), UNPROVEN_CROSS),
-    **dict.fromkeys(("seamless_m4t", "seamless_m4t_v2"), SPEECH),
-    "encoder-decoder": "its encoder and its decoder are models of any two kinds",
-}
+# Reasons by model type.
 REFUSED = {
     **dict.fromkeys(("gptj", "gpt_neo", "codegen", "falcon", "xglm"), OWN_ATTENTION),
     **dict.fromkeys(("bloom", "mpt"), OWN_ATTENTION + " and needs ALiBi biases"),
@@ -33,15 +22,11 @@ REFUSED = {
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Raise `ConfigError` if the configuration of a model is known to be unsupported."""
+    """Raise `ConfigError` if the configuration of a decoder-only model is known to be unsupported."""
     config = model.config
     kind = config.model_type
     reason = None
-    if config.is_encoder_decoder:
-        if kind not in FAMILIES:
-            unknown = f"it is none of the encoder-decoder models {', '.join(sorted(FAMILIES))}"
-            reason = REFUSED_SEQ2SEQ.get(kind, unknown)
-    elif kind in REFUSED:
+    if kind in REFUSED:
         reason = REFUSED[kind]
     elif found := cross_attention(model):
         reason = (
