@@ -131,7 +131,7 @@ def prefixfast_attention(
     else:
         out, lse = _packed_attention(plan, layer, qkv, options, bias)
         if plan.probe is not None:
-            plan.probe(AttentionCall(layer, q, k, v, lse, *options, site))
+            plan.probe(AttentionCall(layer, q, k, v, lse, *options, site, bias))
     out = out[..., : v.shape[-1]]
     return (out if given == count else out.expand(given, -1, -1))[None], None
 

@@ -67,6 +67,7 @@ class AttentionCall(NamedTuple):
         window: Sliding window in tokens, 0 for none.
         softcap: Cap of the scores, 0 for none.
         site: Kind of attention.
+        bias: Position bias ``[HQ, 2 * maxd + 1]`` by clamped (key position - query position), None without one.
     """
 
     layer: int
@@ -78,6 +79,7 @@ class AttentionCall(NamedTuple):
     window: int
     softcap: float
     site: Site = "self"
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)

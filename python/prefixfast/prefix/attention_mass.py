@@ -1,70 +1,103 @@
 """Measurements of a prefix's effect on one prompt: attention mass on the prefix, and divergence of the predictions.
 
-Shape letters: L layers, HQ query heads, N prompt tokens, n measured positions, V vocabulary tokens.
+Shape letters: L layers, HQ query heads, N tokens of a site's queries, n measured positions, V vocabulary tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prefixfast.attention import ops
-from prefixfast.attention.plan import AttentionCall, LayerKV, Plan, PrefixUse, plain_plan, training_plan
+from prefixfast.attention.plan import AttentionCall, Plan, PrefixUse, plain_plan, training_plan
+from prefixfast.attention.seq2seq_plan import Seq2SeqPlan, plain_seq2seq_plan, seq2seq_training_plan
+from prefixfast.config.sites import BySite, Site
 from prefixfast.model.base import Model
-from prefixfast.prefix.kv import row_table
+from prefixfast.prefix.inspected_text import InspectedText
+from prefixfast.prefix.kv import site_prefixes
 from prefixfast.prefix.record import PrefixData
 
 POSITIONS_PER_CHUNK = 256  # positions whose distributions over the vocabulary are in memory at once
 
 
+class Measured(NamedTuple):
+    """Effect of a prefix on one prompt.
+
+    Attributes:
+        mass: Attention mass ``[L, HQ]`` of each site, fp32, summed over the measured queries, NaN beyond the heads of a
+            layer.
+        counts: Number of measured queries of each site.
+        divergence: Divergence ``[n]``, fp32, in nats.
+    """
+
+    mass: BySite[Tensor]
+    counts: BySite[int]
+    divergence: Tensor
+
+
 @torch.no_grad()
-def measure_prompt(
-    model: Model, prefix: PrefixData, kv: list[LayerKV], ids: list[int], first: int
-) -> tuple[Tensor, Tensor]:
+def measure_prompt(model: Model, prefix: PrefixData, text: InspectedText) -> Measured:
     """Measure the effect of a prefix on a prompt.
+
+    All tokens of an encoder are queries of its site; at the other sites they are the tokens from the first measured
+    position on.
 
     Args:
         model: Base model.
         prefix: Prefix.
-        kv: Keys and values of the prefix by layer, on the model's device.
-        ids: Token ids of the prompt.
-        first: First position that is measured, for an infix that of the last prompt token.
-
-    Returns:
-        Attention mass ``[L, HQ]``, fp32, summed over the measured positions, NaN beyond the heads of a layer; and
-        divergence ``[n]``, fp32, in nats.
+        text: Tokens of the prompt.
     """
-    tokens = torch.tensor(ids, device=model.device)
-    at = torch.arange(first, len(ids), device=model.device)
-    rows = row_table([prefix], model)
-    lengths, indptr, used = np.array([len(ids)], np.int32), np.array([0, 1], np.int32), np.zeros(1, np.int32)
-    last = np.array([first if prefix.position == "infix" else 0], np.int32)
-    plan = training_plan(
-        lengths,
-        PrefixUse(indptr, used),
-        rows,
-        kv,
-        backend=model.backend,
-        device=model.device,
-        last_prompt_token=last,
-    )
-    plan = plan.with_logits_at(at)
-    masses: dict[int, Tensor] = {}
+    tokens = torch.tensor(text.ids, device=model.device)
+    at = torch.arange(text.first, len(text.ids), device=model.device)
+    found: dict[Site, dict[int, Tensor]] = {site: {} for site in prefix.sites}
 
     def probe(call: AttentionCall) -> None:
-        masses[call.layer] = prefix_mass(plan, call)[first:].sum(0)
+        if call.site in found:
+            first = 0 if call.site == "enc" else text.first
+            own = plan if isinstance(plan, Plan) else plan.at(call.site)
+            found[call.site][call.layer] = prefix_mass(own, call)[first:].sum(0)
 
-    alone = plain_plan([len(ids)], backend=model.backend, device=model.device).with_logits_at(at)
+    plan, alone = (made.with_logits_at(at) for made in _plans(model, prefix, text))
+    probed = replace(plan, probe=probe) if isinstance(plan, Plan) else plan.with_probe(probe)
+    encoder_ids = None if text.encoder_ids is None else torch.tensor(text.encoder_ids, device=model.device)
     with model.guard.running():
-        p, q = model.forward(replace(plan, probe=probe), tokens), model.forward(alone, tokens)
+        p, q = model.forward(probed, tokens, encoder_ids), model.forward(alone, tokens, encoder_ids)
     chunks = zip(p.split(POSITIONS_PER_CHUNK), q.split(POSITIONS_PER_CHUNK), strict=True)
     divergence = torch.cat([_divergence(a, b) for a, b in chunks])
-    by_layer = [masses[i] for i in range(len(masses))]
-    mass = torch.nn.utils.rnn.pad_sequence(by_layer, batch_first=True, padding_value=torch.nan)
-    return mass.float().cpu(), divergence.float().cpu()
+    masses = {site: [layers[i] for i in range(len(layers))] for site, layers in found.items()}
+    padded = {
+        site: torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=torch.nan).float().cpu()
+        for site, own in masses.items()
+    }
+    counts = {site: len(text.encoder_ids or ()) if site == "enc" else len(at) for site in found}
+    return Measured(BySite(padded), BySite(counts), divergence.float().cpu())
+
+
+def _plans(model: Model, prefix: PrefixData, text: InspectedText) -> tuple[Plan | Seq2SeqPlan, Plan | Seq2SeqPlan]:
+    """Plans of a prompt with the prefix and alone."""
+    how: PlanOptions = {"backend": model.backend, "device": model.device}
+    lengths = np.array([len(text.ids)], np.int32)
+    use = PrefixUse(np.array([0, 1], np.int32), np.zeros(1, np.int32))
+    prefixes = site_prefixes([prefix], model)
+    if text.encoder_ids is not None:
+        encoder_lengths = np.array([len(text.encoder_ids)], np.int32)
+        plan = seq2seq_training_plan(lengths, encoder_lengths, use, prefixes, **how)
+        return plan, plain_seq2seq_plan(lengths.tolist(), encoder_lengths.tolist(), **how)
+    last = np.array([text.first if prefix.position == "infix" else 0], np.int32)
+    return training_plan(lengths, use, *prefixes["self"], **how, last_prompt_token=last), plain_plan(
+        lengths.tolist(), **how
+    )
+
+
+class PlanOptions(TypedDict):
+    """Arguments that all plans of a model have."""
+
+    backend: ops.Backend
+    device: torch.device
 
 
 def prefix_mass(plan: Plan, call: AttentionCall) -> Tensor:
@@ -73,8 +106,7 @@ def prefix_mass(plan: Plan, call: AttentionCall) -> Tensor:
     The share is ``exp(lse of the prefix rows - lse of all keys)``, from the log-sum-exp of the scores.
     """
     assert plan.packed is not None
-    assert plan.prefix is not None
-    if not len(plan.prefix[call.layer][0]):  # the prefix leaves this layer out
+    if plan.prefix is None or not len(plan.prefix[call.layer][0]):  # the prefix leaves this layer out
         return torch.zeros_like(call.lse)
     packed = plan.packed[plan.view(call.layer)]
     seg = packed.seg.clone()
@@ -82,7 +114,7 @@ def prefix_mass(plan: Plan, call: AttentionCall) -> Tensor:
     tables = list(packed._replace(seg=seg))
     options = (call.scale, call.window, call.softcap, True, False, "reference", list(plan.backend.sizes))
     rows = plan.prefix[call.layer][0]  # in place of the values, which the log-sum-exp does not depend on
-    _, lse = ops.attn(call.q, call.k, call.k, rows, rows, tables, None, None, *options)
+    _, lse = ops.attn(call.q, call.k, call.k, rows, rows, tables, None, call.bias, *options)
     return (lse - call.lse).exp()
 
 

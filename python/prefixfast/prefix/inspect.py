@@ -9,9 +9,9 @@ import io
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from rich.console import Console
@@ -19,22 +19,23 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefixfast.data.builtin_tasks import PLAIN, request_task
-from prefixfast.data.columns import has_own_columns, has_target
-from prefixfast.data.encode import Input, encode_examples, encode_prompts
-from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, RequestError, shown
+from prefixfast.config.sites import SITE_NAMES, BySite, Site
+from prefixfast.data.encode import Input
+from prefixfast.errors import ConfigError, shown
 from prefixfast.io.figures import write_figure
 from prefixfast.io.paths import as_path
 from prefixfast.model.base import Model
+from prefixfast.model.prefix_shape import filled_layers
 from prefixfast.model.shared_base import borrowed
 from prefixfast.prefix.attention_mass import measure_prompt
 from prefixfast.prefix.compatibility import check_fits
-from prefixfast.prefix.kv import kv_by_layer
+from prefixfast.prefix.inspected_text import inspected_text
 from prefixfast.prefix.nearest_tokens import nearest_tokens
 from prefixfast.prefix.record import PrefixData
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Words: TypeAlias = dict[int, list[tuple[str, float]]]
 DEFAULT_ROWS = 16  # number of rows whose nearest tokens are searched by default
 TABLE_WIDTH = 100
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands in the text of a token that is only a part of a character
@@ -46,42 +47,54 @@ class Inspection:
 
     Attributes:
         mass: Share of attention that goes to the prefix (0 to 1), shape ``[L, HQ]``, fp32, mean over all measured
-            positions. NaN beyond the heads of a layer that has fewer than others.
+            positions. NaN beyond the heads of a layer that has fewer than others. For an encoder-decoder base it is a
+            mapping from each site of the prefix, and the positions of ``enc`` are all tokens of the encoder.
         divergence: Divergence in nats of the next-token distribution at each measured position, one tensor ``[n]``,
             fp32, for each prompt. It is the Kullback-Leibler divergence KL(p || q), the sum over tokens of
             ``p * ln(p / q)``, of the distribution p with the prefix from the distribution q without it.
         words: Nearest vocabulary tokens by prefix row, as text and cosine, nearest first. Empty for a prefix that
-            leaves layer 0 out. `prefixfast.prefix.nearest_tokens` defines the measure.
-        length: Number of rows P.
+            leaves layer 0 out. For an encoder-decoder base it is a mapping from the sites ``enc`` and ``self``; a row
+            of cross-attention is no token's key. `prefixfast.prefix.nearest_tokens` defines the measure.
+        length: Number of rows P, by site if the sites differ.
     """
 
-    mass: Tensor
+    mass: Tensor | BySite[Tensor]
     divergence: list[Tensor]
-    words: dict[int, list[tuple[str, float]]]
-    length: int
+    words: Words | BySite[Words]
+    length: int | BySite[int]
 
     def __str__(self) -> str:
         """Tables of mass, divergence and nearest tokens."""
         out = io.StringIO()
         console = Console(file=out, width=TABLE_WIDTH, color_system=None, highlight=False, emoji=False)
         all_kl = torch.cat(self.divergence)
-        table = Table("layer", "mean", "least", "head", "most", "head", title="attention mass on the prefix, %")
-        for layer, padded in enumerate(self.mass):
-            row = padded[~padded.isnan()]
-            mean, least, most = (f"{100 * x:.1f}" for x in (row.mean(), row.min(), row.max()))
-            table.add_row(str(layer), mean, least, str(int(row.argmin())), most, str(int(row.argmax())))
-        console.print(table)
+        for site, mass in _by_site(self.mass).items():
+            title = f"attention mass{self._where(site)} on the prefix, %"
+            table = Table("layer", "mean", "least", "head", "most", "head", title=title)
+            for layer, padded in enumerate(mass):
+                row = padded[~padded.isnan()]
+                mean, least, most = (f"{100 * x:.1f}" for x in (row.mean(), row.min(), row.max()))
+                table.add_row(str(layer), mean, least, str(int(row.argmin())), most, str(int(row.argmax())))
+            console.print(table)
         console.print(
             f"divergence from the base over {len(all_kl)} positions of {len(self.divergence)} prompts: "
             f"mean {all_kl.mean():.3f}, median {all_kl.median():.3f}, most {all_kl.max():.3f} nats"
         )
-        if self.words:
-            title = f"words of {len(self.words)} of {self.length} rows"
-            near = Table("row", "nearest tokens (cosine of first-layer keys)", title=title)
-            for row_number, found in self.words.items():
-                near.add_row(str(row_number), ", ".join(f"{word!r} {cosine:.2f}" for word, cosine in found))
-            console.print(near, markup=False)
+        for site, words in _by_site(self.words).items():
+            if words:
+                rows = _by_site(self.length).get(site, self.length)
+                title = f"words of {len(words)} of {rows} rows{self._where(site)}"
+                near = Table("row", "nearest tokens (cosine of first-layer keys)", title=title)
+                for row_number, found in words.items():
+                    near.add_row(str(row_number), ", ".join(f"{word!r} {cosine:.2f}" for word, cosine in found))
+                console.print(near, markup=False)
+        if "cross" in _by_site(self.mass) and any(_by_site(self.words).values()):
+            console.print("rows of cross-attention have no words, since they are no token's keys")
         return out.getvalue()
+
+    def _where(self, site: Site) -> str:
+        """Name of a site after a noun, empty for a decoder-only base, which has one site."""
+        return f" of {SITE_NAMES[site]}" if isinstance(self.mass, BySite) else ""
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw attention mass by layer and head, and a histogram of the divergences, to an image file.
@@ -102,11 +115,13 @@ class Inspection:
         except ImportError as e:
             msg = "plot needs matplotlib: pip install 'prefixfast[train]'"
             raise ConfigError(msg) from e
-        figure = Figure(figsize=(9, 4), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        image = left.imshow(self.mass.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
-        left.set(xlabel="head", ylabel="layer", title="attention mass on the prefix")
-        figure.colorbar(image, ax=left)
+        masses = _by_site(self.mass)
+        figure = Figure(figsize=(4.5 * (1 + len(masses)), 4), layout="constrained")
+        *left, right = figure.subplots(1, 1 + len(masses))
+        for axes, (site, mass) in zip(left, masses.items(), strict=True):
+            image = axes.imshow(mass.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
+            axes.set(xlabel="head", ylabel="layer", title=f"attention mass{self._where(site)}\non the prefix")
+            figure.colorbar(image, ax=axes)
         right.hist(torch.cat(self.divergence).numpy(), bins=30)
         right.set(xlabel="divergence from the base (nats)", ylabel="positions", title="next-token distributions")
         write_figure(figure, target, dpi=150)
@@ -142,19 +157,32 @@ def inspect_prefix(
         raise ConfigError(msg)
     with borrowed(model) as base:
         check_fits(base, prefix)
-        examples = [_encode(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
-        kv = [(k.to(base.device), v.to(base.device)) for k, v in kv_by_layer(prefix, base.layers)]
-        measured = [measure_prompt(base, prefix, kv, ids, first) for ids, first in examples]
-        count = sum(len(kl) for _, kl in measured)
-        if words and not len(kv[0][0]):
-            logger.warning(
-                "inspect: no words, since they are found by the keys of layer 0, which the prefix leaves out"
-            )
-            words = 0
-        near = nearest_tokens(base, prefix, chosen, words) if words else {}
-        texts = {row: [(_token_text(base, token), cosine) for token, cosine in found] for row, found in near.items()}
-        mass = torch.stack([mass for mass, _ in measured]).sum(0) / count
-        return Inspection(mass, [kl for _, kl in measured], texts, prefix.length_at("self"))
+        texts = [inspected_text(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
+        measured = [measure_prompt(base, prefix, text) for text in texts]
+        mass = {
+            site: torch.stack([one.mass[site] for one in measured]).sum(0) / sum(one.counts[site] for one in measured)
+            for site in prefix.sites
+        }
+        near = {site: _words(base, prefix, chosen, words, site) for site in prefix.sites if site != "cross"}
+        divergence = [one.divergence for one in measured]
+        if base.seq2seq is not None:
+            return Inspection(BySite(mass), divergence, BySite(near), prefix.length)
+        return Inspection(mass["self"], divergence, near["self"], prefix.length)
+
+
+def _words(model: Model, prefix: PrefixData, rows: Sequence[int], count: int, site: Site) -> Words:
+    """Texts and cosines of the nearest tokens of rows of one site."""
+    if count and 0 not in filled_layers(prefix, model.sites[site], site):
+        logger.warning("inspect: no words, since they are found by the keys of layer 0, which the prefix leaves out")
+        return {}
+    here = [row for row in rows if row < prefix.length_at(site)]
+    near = nearest_tokens(model, prefix, here, count, site) if count else {}
+    return {row: [(_token_text(model, token), cosine) for token, cosine in found] for row, found in near.items()}
+
+
+def _by_site(value: T | BySite[T]) -> BySite[T]:
+    """Values by site; a value of a decoder-only base is that of self-attention."""
+    return value if isinstance(value, BySite) else BySite({"self": value})
 
 
 def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> list[int]:
@@ -163,47 +191,12 @@ def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> l
         msg = f"words: expected a number of at least 0, got {shown(words)}"
         raise ConfigError(msg)
     given: Any = rows
-    length = prefix.length_at("self")
+    length = max(prefix.length_at("enc"), prefix.length_at("self"))
     chosen = list(range(min(DEFAULT_ROWS, length))) if rows is None else given
     if not isinstance(chosen, Sequence) or not all(type(r) is int and 0 <= r < length for r in chosen):
         msg = f"rows: expected numbers from 0 to {length - 1}, got {shown(chosen)}"
         raise ConfigError(msg)
     return list(chosen)
-
-
-def _encode(model: Model, prefix: PrefixData, prompt: Input, index: int) -> tuple[list[int], int]:
-    """Token ids of a prompt, and the first measured position: the one before the target, 0 without a target.
-
-    Without a target an infix is measured at the last token, the only one that sees it.
-    """
-    try:
-        ids, first = _encode_unchecked(model, prefix, prompt)
-        if prefix.position == "infix" and not first:
-            first = len(ids) - 1
-    except (DataError, ConfigError, RequestError) as e:
-        msg = f"prompt {index}: {str(e).removeprefix('row 0: ').removeprefix('request 0: ')}"
-        raise RequestError(msg, index=index) from e
-    room = model.max_positions - prefix.pos_start
-    if not 0 < len(ids) <= room or first < 0:
-        expected = f"1 to {room} tokens (the base's positions less the prefix), the first of them none of the target"
-        msg = f"prompt {index}: expected {expected}, got {len(ids)}"
-        raise RequestError(msg, index=index)
-    return ids, first
-
-
-def _encode_unchecked(model: Model, prefix: PrefixData, prompt: Input) -> tuple[list[int], int]:
-    """Token ids as in training: the prompt by the prefix's task, then the first target if the row has one."""
-    if not isinstance(prompt, Mapping):
-        return encode_prompts(model, [prompt], [PLAIN])[0].tolist(), 0
-    task = PLAIN if prefix.task is None else Task.from_spec(prefix.task)
-    if "input_ids" in prompt and not has_own_columns(task, prompt):
-        return encode_prompts(model, [prompt], [PLAIN])[0].tolist(), 0
-    task = request_task(task, prompt)
-    if task.format == "text" or not has_target(task, prompt):
-        return encode_prompts(model, [prompt], [task])[0].tolist(), 0
-    last = replace(task, loss_on="last")
-    example = next(encode_examples(model.require_tokenizer(), model.vocab_size, [prompt], last))
-    return example.ids[:-1].tolist(), int(example.targets[0]) - 1
 
 
 def _token_text(model: Model, token: int) -> str:

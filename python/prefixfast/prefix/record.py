@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from prefixfast.config.json_types import JSON
+from prefixfast.config.sites import BySite
 from prefixfast.errors import DataError, shown, warn_renamed
 from prefixfast.prefix import peft_format
 from prefixfast.prefix.names import UNWRITTEN, Position, PrefixFields, Window
@@ -105,7 +106,10 @@ class PrefixData(SiteRows, StoredTensors):
     def __repr__(self) -> str:
         """One line with length, number of layers, base model, task and digest."""
         position = None if self.position == UNWRITTEN["position"] else self.position
-        return self._described(length=self.length, position=position, layers=len(self.layers))
+        length = dict(self.length) if isinstance(self.length, BySite) else self.length
+        layers = {site: len(self.layers_at(site)) for site in self.sites}
+        own = layers["self"] if self.sites == ("self",) else layers
+        return self._described(length=length, position=position, layers=own)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:

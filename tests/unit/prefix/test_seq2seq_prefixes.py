@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import seq2seq
-from prefixfast import BaseMismatchError, ConfigError, Prefix, check_fits, load
+from prefixfast import BaseMismatchError, ConfigError, Prefix, RequestError, check_fits, load
+from prefixfast.config.sites import SITES
 from seq2seq import FAST, random_prefix, random_texts
 from sites import packed_logits
 
@@ -100,3 +101,118 @@ def test_a_prefix_carries_the_fingerprint_of_its_base(models, tmp_path):
     config = {**prefix.base["config"], "decoder_layers": 7, "num_decoder_layers": 7}
     with pytest.raises(BaseMismatchError, match="decoder_layers is 7 there"):
         check_fits(base, Prefix(prefix.kv, pos_start=0, base={**prefix.base, "config": config}))
+
+
+# ---- inspection ----
+
+LENGTHS = {"enc": 3, "self": 5, "cross": 2}
+
+
+def oracle_mass(hf: Any, prefix: Prefix, source: torch.Tensor, decoder: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Attention mass ``[L, HQ, T]`` on the prefix rows by site, from the weights of the brute-force attention."""
+    found: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
+    own = torch.Tensor.softmax
+
+    def softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        weights = own(scores, dim)
+        if scores.dim() == 4:
+            order.append(weights[0])
+        return weights
+
+    order: list[torch.Tensor] = []
+    with torch.no_grad(), seq2seq.oracle(hf, prefix), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "softmax", softmax)
+        hf(input_ids=source[None], decoder_input_ids=decoder[None], use_cache=False)
+    modules = seq2seq.attention_modules(hf)
+    names = ["enc"] * len(modules["enc"]) + ["self", "cross"] * len(modules["self"])
+    for site, weights in zip(names, order, strict=True):
+        found[site].append(weights[..., : prefix.length_at(site)].sum(-1))
+    return {site: torch.stack(own) for site, own in found.items()}
+
+
+def test_mass_and_divergence_equal_those_of_brute_force(models):
+    base, hf = models
+    prefix = random_prefix(hf, LENGTHS, pos_start=5)
+    start = base.seq2seq.start
+    rows = [
+        {"input_ids": SOURCE.tolist(), "labels": TARGET.tolist()},
+        {"input_ids": MORE.tolist(), "labels": RULES.tolist()},
+    ]
+    found = prefix.inspect(base, [*rows, RULES.tolist()], words=0)
+    pairs = [(SOURCE, [start, *TARGET[:-1].tolist()]), (MORE, [start, *RULES[:-1].tolist()]), (RULES, [start])]
+    masses = [oracle_mass(hf, prefix, source, torch.tensor(decoder)) for source, decoder in pairs]
+    for site in SITES:
+        expected = torch.cat([mass[site] for mass in masses], -1).mean(-1)
+        assert found.mass[site].shape == expected.shape
+        assert (found.mass[site] - expected).abs().max() < 1e-5
+        assert 0.01 < expected.mean() < 0.99
+    for (source, decoder), got in zip(pairs, found.divergence, strict=True):
+        with torch.no_grad():
+            p, q = (
+                seq2seq.logits_of(hf, source, torch.tensor(decoder), kv, at).double().log_softmax(-1)
+                for kv, at in ((dict(prefix.kv), 5), ({}, 0))
+            )
+        expected = (p.exp() * (p - q)).sum(-1)
+        assert got.shape == expected.shape == (len(decoder),)
+        assert ((got - expected).abs() / expected.clamp_min(1)).max() < 1e-4
+    assert found.length == prefix.length
+    decoder_only = prefix.inspect(base, rows, words=0).mass
+    assert list(decoder_only) == list(SITES)
+    encoder = Prefix({n: t for n, t in prefix.kv.items() if n.startswith("enc")}, pos_start=0)
+    assert list(encoder.inspect(base, rows, words=0).mass) == ["enc"]
+
+
+def test_words_of_a_text_are_its_tokens(models, tmp_path):
+    base, hf = models
+    text = Prefix.from_text(base, RULES.tolist())
+    found = text.inspect(base, [SOURCE.tolist()], words=2)
+    assert {site: [*words] for site, words in found.words.items()} == {"enc": list(range(len(RULES)))}
+    for row, near in found.words["enc"].items():
+        assert near[0][0] == f"#{int(RULES[row])}"
+        assert near[0][1] == pytest.approx(1, abs=1e-4)
+    shown = str(found)
+    for words in (
+        "attention mass of encoder self-attention on the prefix",
+        "attention mass of cross-attention on the prefix",
+        "words of 7 of 7 rows of encoder self-attention",
+        "rows of cross-attention have no words",
+    ):
+        assert words in " ".join(shown.split())
+    found.plot(tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 1000
+    rows = random_prefix(hf, LENGTHS, pos_start=5).inspect(base, [SOURCE.tolist()], words=1, rows=[0, 4]).words
+    assert {site: [*words] for site, words in rows.items()} == {"enc": [0], "self": [0, 4]}
+    cross = random_prefix(hf, {"cross": 2}, pos_start=0)
+    assert cross.inspect(base, [SOURCE.tolist()]).words == {}
+
+
+def test_decoder_rows_are_compared_with_keys_at_their_positions(models):
+    base, hf = models
+    tokens = RULES[:3]
+    found: dict[str, torch.Tensor] = {}
+    module = seq2seq.attention_modules(hf)["self"][0]
+    projection = getattr(module, "k_proj", None) or module.k
+    hook = projection.register_forward_hook(lambda _, __, out: found.update(k=out[0]))
+    with torch.no_grad():
+        hf(input_ids=SOURCE[None], decoder_input_ids=tokens[None], use_cache=False)
+    hook.remove()
+    prefix = random_prefix(hf, {"self": 3}, pos_start=3)
+    kv = {**prefix.kv, "self.0.k": found["k"].unflatten(-1, seq2seq.heads(module))}
+    words = Prefix(kv, pos_start=3).inspect(base, [SOURCE.tolist()], words=1).words["self"]
+    assert [words[i][0][0] for i in range(3)] == [f"#{int(t)}" for t in tokens]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([5] * 65, "at most 64 tokens for the encoder, got 65"),
+        ({"input_ids": [5], "labels": [6] * 61}, "expected 1 to 59 tokens"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "prompt 0"),
+        ([500], "prompt 0"),
+    ],
+)
+def test_wrong_prompts_of_an_inspection_are_refused(prompt, message):
+    hf = seq2seq.make_seq2seq("bart")
+    prefix = random_prefix(hf, {"self": 5}, pos_start=5)
+    with load(hf) as base, pytest.raises((RequestError, ConfigError), match=message):
+        prefix.inspect(base, [prompt])

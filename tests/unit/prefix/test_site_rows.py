@@ -23,6 +23,7 @@ def test_a_prefix_tells_its_sites_lengths_and_layers(tmp_path):
         assert [found.length_at(s) for s in SITES] == [3, 5, 2]
         assert [found.layers_at(s) for s in SITES] == [(0, 1, 2), (0, 1), (0, 1)]
         assert (found.num_rows, found.layers) == (10, (0, 1))
+    assert "length={'enc': 3, 'self': 5, 'cross': 2}, layers={'enc': 3, 'self': 2, 'cross': 2}" in repr(prefix)
     encoder = make_prefix({"enc": 4})
     assert (encoder.sites, encoder.length, encoder.num_rows, encoder.layers) == (("enc",), 4, 4, ())
     assert (encoder.length_at("self"), encoder.layers_at("cross")) == (0, ())
