@@ -89,8 +89,9 @@ def tile_args(
 ) -> dict[str, Any]:
     """Tile sizes and compile options of one packed kernel."""
     group = q.shape[1] // k.shape[1]
-    masked = options.window > 0 or options.softcap > 0 or biased
-    config = packed_config(q.device, q.shape[2], q.dtype).compile_config(kernel, group, masked=masked, fused=fused)
+    masked = options.window > 0 or options.softcap > 0
+    configs = packed_config(q.device, q.shape[2], q.dtype)
+    config = configs.compile_config(kernel, group, masked=masked, fused=fused, biased=biased)
     over_queries = kernel in ("prefix_fwd", "prefix_bwd_dq")
     keys = {"prefix_bwd_kv": sizes.keys, "prefix_bwd_block": sizes.rows}.get(kernel, config.inner)
     tokens = sizes.tokens if over_queries else max(1, config.inner // group)
@@ -104,8 +105,8 @@ def decode_tile_args(q: Tensor, k: Tensor, users: int, options: AttnOptions, *, 
     of keys.
     """
     group = q.shape[1] // k.shape[1]
-    masked = options.window > 0 or options.softcap > 0 or biased
-    config = decode_config(q.device, q.shape[2], q.dtype).compile_config(group, masked=masked)
+    masked = options.window > 0 or options.softcap > 0
+    config = decode_config(q.device, q.shape[2], q.dtype).compile_config(group, masked=masked, biased=biased)
     return {"BM": tile_rows(users, group), "BH": padded_size(group), "BN": config.inner, **config.launch_options()}
 
 

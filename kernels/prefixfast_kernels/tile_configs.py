@@ -53,8 +53,8 @@ class PackedConfig:
         bm: Rows of a query tile.
         keys: Keys of a tile in the backward.
         rows: Prefix rows of a tile in the backward.
-        kernels: Configurations by (kernel, case). The case is ``""``, or ``"masked"`` (window or soft cap) or
-            ``"fused"`` if that case needs a configuration of its own.
+        kernels: Configurations by (kernel, case). The case is ``""``, or ``"masked"`` (window or soft cap), ``"fused"``
+            or ``"biased"`` (position bias) if that case needs a configuration of its own.
     """
 
     bm: int
@@ -62,7 +62,9 @@ class PackedConfig:
     rows: int
     kernels: dict[tuple[str, str], CompileConfig]
 
-    def compile_config(self, kernel: str, group: int, *, masked: bool = False, fused: bool = False) -> CompileConfig:
+    def compile_config(
+        self, kernel: str, group: int, *, masked: bool = False, fused: bool = False, biased: bool = False
+    ) -> CompileConfig:
         """Configuration of a kernel for one case.
 
         Args:
@@ -71,16 +73,18 @@ class PackedConfig:
                 rows by it takes registers, as masks do.
             masked: Whether there is a window or a soft cap.
             fused: Whether `prefix_bwd_block` computes the prefix part of dQ.
+            biased: Whether there is a position bias. Without a configuration of its own, it counts as masked.
         """
-        case = "fused" if fused else "masked" if masked or group & (group - 1) else ""
-        return self.kernels.get((kernel, case), self.kernels[kernel, ""])
+        case = "fused" if fused else "masked" if masked or biased or group & (group - 1) else ""
+        config = self.kernels.get((kernel, case), self.kernels[kernel, ""])
+        return self.kernels.get((kernel, "biased"), config) if biased else config
 
 
-Cases = tuple[tuple[int, int, int], ...]  # (inner, warps, stages) of the plain, the masked and the fused case
+Cases = tuple[tuple[int, int, int], ...]  # (inner, warps, stages) of the plain, masked, fused and biased case
 
 
 def _packed(tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block: Cases) -> PackedConfig:
-    """Configurations of all packed kernels; the masked and the fused case are left out where they equal the plain one.
+    """Configurations of all packed kernels; the last cases are left out where they equal what they fall back to.
 
     Args:
         tile: Rows of a query tile, keys of a tile and prefix rows of a tile in the backward.
@@ -89,7 +93,7 @@ def _packed(tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block:
         kv: Cases of `prefix_bwd_kv`.
         block: Cases of `prefix_bwd_block`.
     """
-    names = ("", "masked", "fused")
+    names = ("", "masked", "fused", "biased")
     by_kernel = zip(KERNELS, (fwd, dq, kv, block), strict=True)
     kernels = {
         (kernel, name): CompileConfig(*case)
@@ -111,14 +115,18 @@ PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
     ("sm90", 64, 2): _packed((128, 64, 64), ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 3), (64, 8, 2)), ((64, 8, 3),)),
     ("sm90", 128, 2): _packed(
         (128, 64, 64),
-        ((64, 8, 3),),
+        ((64, 8, 3), (64, 8, 3), (64, 8, 3), (32, 8, 3)),
         ((64, 8, 3), (32, 8, 2)),
         ((64, 8, 2), (32, 8, 2)),
         ((64, 8, 3), (64, 8, 3), (32, 8, 2)),
     ),
     ("sm90", 256, 2): _packed((128, 32, 32), ((32, 8, 2),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (64, 8, 2))),
     ("sm100", 64, 2): _packed(
-        (128, 64, 64), ((64, 8, 3),), ((64, 4, 3), (64, 8, 3), (64, 8, 3)), ((32, 8, 3), (64, 8, 2)), ((64, 8, 3),)
+        (128, 64, 64),
+        ((64, 8, 3), (64, 8, 3), (64, 8, 3), (64, 8, 2)),
+        ((64, 4, 3), (64, 8, 3), (64, 8, 3), (32, 8, 3)),
+        ((32, 8, 3), (64, 8, 2)),
+        ((64, 8, 3),),
     ),
     ("sm100", 128, 2): _packed(
         (128, 64, 64), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (32, 8, 2)), ((64, 4, 3), (64, 8, 3), (64, 8, 3))
@@ -141,7 +149,9 @@ PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
     ("sm90", 64, 4): _packed(
         (32, 32, 32), ((32, 4, 2),), ((32, 8, 2), (32, 4, 2), (32, 4, 2)), ((16, 4, 2), (16, 8, 2)), ((16, 4, 2),)
     ),
-    ("sm90", 128, 4): _packed((32, 16, 16), ((16, 8, 2),), ((16, 8, 2), (16, 4, 2)), ((16, 4, 2),), ((16, 8, 2),)),
+    ("sm90", 128, 4): _packed(
+        (32, 16, 16), ((16, 8, 2),), ((16, 8, 2), (16, 4, 2), (16, 8, 2), (16, 8, 2)), ((16, 4, 2),), ((16, 8, 2),)
+    ),
     ("sm90", 256, 4): _packed((16, 16, 16), ((16, 8, 2),), ((16, 8, 2),), ((16, 8, 3), (16, 8, 1)), ((16, 8, 2),)),
     ("sm100", 64, 4): _packed(
         (32, 32, 32), ((32, 4, 2),), ((32, 8, 2), (32, 8, 2), (32, 4, 2)), ((16, 4, 2),), ((16, 4, 2),)
@@ -160,16 +170,23 @@ class DecodeConfig:
 
     Attributes:
         bm: Rows of a group's tile (rows of the step x query heads of a kv head).
-        cases: Configuration of the plain case and, if it differs, of the masked case (window or soft cap, or a group
-            that is no power of two).
+        cases: Configuration of the plain case and, if they differ, of the masked case (window or soft cap, or a group
+            that is no power of two) and of the biased case (position bias).
     """
 
     bm: int
     cases: tuple[CompileConfig, ...]
 
-    def compile_config(self, group: int, *, masked: bool = False) -> CompileConfig:
-        """Configuration for ``group`` query heads of a kv head, ``masked`` with a window or a soft cap."""
-        return self.cases[-1 if masked or group & (group - 1) else 0]
+    def compile_config(self, group: int, *, masked: bool = False, biased: bool = False) -> CompileConfig:
+        """Configuration for ``group`` query heads of a kv head.
+
+        Args:
+            group: Query heads of a kv head.
+            masked: Whether there is a window or a soft cap.
+            biased: Whether there is a position bias.
+        """
+        case = 2 if biased else 1 if masked or group & (group - 1) else 0
+        return self.cases[min(case, len(self.cases) - 1)]
 
 
 def _decode(bm: int, *cases: tuple[int, int, int]) -> DecodeConfig:

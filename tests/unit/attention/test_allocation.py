@@ -13,7 +13,8 @@ from prefixfast.attention import cpu_decode, decode_ops
 from prefixfast.prefix import peft_format
 from prefixfast.prefix.prefix import Prefix
 from prefixfast_kernels import torch_attn
-from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
+from prefixfast_kernels.inputs import AttnOptions, DecodeInputs, NeedsGrad, OutputGrad
+from prefixfast_kernels.testing.packed_problem import make_problem
 from prefixfast_kernels.testing.tables import Request, decode_tables
 
 P, ROWS = 120, 24
@@ -99,6 +100,36 @@ def test_decode_in_rust_allocates_only_its_output():
     with LargestAllocation() as largest:
         cpu_decode.decode(DecodeInputs(q, k, v, slot_table), tables, AttnOptions(0.25))
     assert largest.numel == q.numel()
+
+
+@pytest.mark.parametrize("decode", [cpu_decode.decode, None], ids=["rust", "torch"])
+def test_cross_attention_in_decode_allocates_nothing_of_rows_times_source(decode):
+    """The beams of a request read its encoder rows as a block, in place."""
+    beams, requests, source = 6, 5, 90
+    rows, blocks = beams * requests, [(3, P), *[(200 + i * source, source) for i in range(requests)]]
+    k, v = torch.randn(2, 200 + requests * source, 2, 16).unbind()
+    q, slot_table = torch.randn(rows, 4, 16), torch.zeros(rows, 4, dtype=torch.int32)
+    sees = [Request(0, ((0, True), (1 + i // beams, False))) for i in range(rows)]
+    inputs, tables = DecodeInputs(q, k, v, slot_table), decode_tables([0] * rows, sees, blocks)
+    with LargestAllocation() as largest:
+        if decode is None:
+            decode_ops.decode_fwd(inputs, tables, 0, AttnOptions(0.25))
+        else:
+            decode(inputs, tables, AttnOptions(0.25))
+    assert 0 < largest.numel <= q.numel()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_encoder_and_cross_attention_allocate_nothing_of_sequences_times_prefix(inference):
+    for keys in (0, 7):
+        requests = [Request(5 + i % 2, ((i % 2, True),), keys=keys) for i in range(ROWS)]
+        options = AttnOptions(0.25, causal=False)
+        with torch.inference_mode(inference):
+            p = make_problem(requests, [P, P], (4, 2, 16)).cast(torch.float32)
+            with LargestAllocation() as largest:
+                o, lse = torch_attn.attn_fwd(p.inputs, p.tables, options)
+                torch_attn.attn_bwd(OutputGrad(p.do, o, lse), p.inputs, p.tables, options, NeedsGrad())
+        assert 0 < largest.numel < ROWS * P * 2 * 16
 
 
 def test_an_expansion_inside_a_kernel_is_found(monkeypatch):
