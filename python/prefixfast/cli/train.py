@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ from prefixfast.errors import ConfigError, shown
 from prefixfast.io.paths import check_not_input
 from prefixfast.io.yaml import read_yaml, read_yaml_file
 from prefixfast.model.base_name import check_base_name
+
+if TYPE_CHECKING:
+    from prefixfast.training.settings import BaseKind
 
 DATA = typer.Argument(
     metavar="DATA...",
@@ -92,7 +95,8 @@ prefixfast train gpt2 users/ --store prefixes --resume"""
 def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mapping[str, Any]:
     """All options that the run reads, with those of the recipe, and the values that automatic ones mean.
 
-    A learning rate and a number of steps of None stay None, since they follow the base model and the rows.
+    A learning rate and a number of steps of None stay None, since they follow the base model and the rows. Options of a
+    recipe for encoder-decoder bases count if the config of the base can be read.
     """
     from prefixfast.model.load import compute_dtype
     from prefixfast.training.job import JobArguments, prepare
@@ -101,7 +105,7 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
     arguments = _train_arguments(given, fields)
     kept = {k: v for k, v in arguments.items() if k not in ("output_dir", "resume", "overwrite", "store")}
     files = named_files(data, by_stem=_by_stem(given), official=given["split"] is not None)
-    job = prepare(JobArguments(files, fields=fields, **kept))
+    job = prepare(JobArguments(files, fields=fields, **kept)).for_kind(_kind(given["model"]))
     group = job.groups[0]
     configs = (group.config, group.prefix_config, group.method_config)
     reads = METHODS[group.method_config.method].reads | {"method"}
@@ -178,6 +182,21 @@ def command(
     own = (dtype, encoding, by_rows, split, held_out)
     summary = Summary(kept.run, output, store, is_single, _by_name(files), *own)
     summary.show(as_json=as_json, quiet=quiet)
+
+
+def _kind(model: str) -> BaseKind:
+    """Kind of a base by its config; decoder-only if it cannot be read."""
+    from transformers import AutoConfig
+
+    from prefixfast.model.seq2seq.families import FAMILIES
+    from prefixfast.training.settings import BaseKind
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError):
+        return BaseKind()
+    family = FAMILIES.get(config.model_type) if config.is_encoder_decoder else None
+    return BaseKind() if family is None else BaseKind(True, not family.has_distances)
 
 
 def _by_name(files: str | Mapping[str, str | Path]) -> Mapping[str, str | Path]:

@@ -120,13 +120,24 @@ class TrainJob:
         """
         job = self
         if model.seq2seq is not None:
-            settings = resolve_settings(self.given, self.task.name, BaseKind(True, not model.seq2seq.has_distances))
-            groups, explicit = _groups(self.arguments, settings, self.rows, self.task)
-            job = replace(self, config=settings.config, groups=groups, init_text=settings.init_text, explicit=explicit)
+            job = self.for_kind(BaseKind(True, not model.seq2seq.has_distances))
         elif warning := sample_joins(self.task, self.rows.rows.values()).warning():  # they follow each other in a text
             logger.warning("%s", warning)
         job._check_model(model)
         return job
+
+    def for_kind(self, kind: BaseKind) -> TrainJob:
+        """The job with the recipe's options for a kind of base model.
+
+        Args:
+            kind: Kind of the base model.
+
+        Raises:
+            ConfigError: If options do not fit each other.
+        """
+        settings = resolve_settings(self.given, self.task.name, kind)
+        groups, explicit = _groups(self.arguments, settings, self.rows, self.task)
+        return replace(self, config=settings.config, groups=groups, init_text=settings.init_text, explicit=explicit)
 
     def _check_model(self, model: Model) -> None:
         from prefixfast.training.init import resolve_config

@@ -68,7 +68,8 @@ class PrefixState:
         lengths = self.parameters.lengths
         if tuple(lengths) == ("self",):
             return counted(lengths["self"], "prefix row")
-        return "prefix rows " + ", ".join(f"{site} {length}" for site, length in lengths.items())
+        by_site = ", ".join(f"{site} {length}" for site, length in lengths.items())
+        return f"{counted(sum(lengths.values()), 'prefix row')} ({by_site})"
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
         """Context manager in which the base model runs as it is."""
