@@ -111,13 +111,23 @@ def _copied_while_running(model: PreTrainedModel) -> Iterator[None]:
         yield unit.register_forward_hook(lambda *_: running.pop(unit).close(), always_call=True)
 
     with contextlib.ExitStack() as hooks:
-        for unit, members in _units(model):
+        for unit, members in _units_of_calls(model):
             if isinstance(unit, nn.Embedding):
                 hooks.callback(unit.register_forward_hook(lambda _, __, out: out.float()).remove)
                 continue
             for handle in hook(unit, members):
                 hooks.callback(handle.remove)
         yield
+
+
+def _units_of_calls(model: PreTrainedModel) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Units of the modules that are called from outside, which in an encoder-decoder model are its stacks too."""
+    if not model.config.is_encoder_decoder:
+        yield from _units(model)
+        return
+    yield model, [model]
+    for part in (model.get_encoder(), model.get_decoder(), model.get_output_embeddings()):
+        yield from _units(part)
 
 
 def _units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

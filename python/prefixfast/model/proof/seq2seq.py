@@ -58,9 +58,10 @@ def prove_seq2seq(model: PreTrainedModel, sites: Mapping[Site, Sequence[LayerSha
         if positions(stack) < least:
             msg = f"{what}: expected at least {least} positions of {type(stack).__name__}, got {positions(stack)}"
             raise ConfigError(msg)
+    head = find_seq2seq_head(model)  # while its layer has no hooks of `float32_weights`
     try:
         with float32_weights(model) as (dtype, limit):
-            packed = PackedSeq2Seq(model, sites, find_seq2seq_head(model), BACKEND, dtype)
+            packed = PackedSeq2Seq(model, sites, head, BACKEND, dtype)
             errors: dict[str, float] = {}
             for name, got, expected in _compared(packed, facts):
                 errors[name] = max(errors.get(name, 0.0), relative_error(got, expected))

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prefixfast import ConfigError
+from prefixfast.attention.plan import plain_plan
 from prefixfast.attention.seq2seq_plan import plain_seq2seq_plan
 from prefixfast.model.attach import attach
 from prefixfast.model.load import load
@@ -206,6 +207,28 @@ def test_a_wrapping_model_needs_no_start():
     with load(make_seq2seq("mbart", decoder_start_token_id=None)) as model:
         assert model.seq2seq.start is None
         assert model.seq2seq.decoder_ids([7, 8, 4]).tolist() == [4, 7, 8, 4]
+
+
+def test_vocabularies_of_encoder_and_decoder_may_differ():
+    sizes = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 70}
+    own = make_seq2seq("marian", **sizes)
+    with load(make_seq2seq("marian", **sizes)) as model, torch.no_grad():
+        assert (model.vocab_size, model.seq2seq.vocab_size) == (99, 70)
+        [got] = packed(model, [ENCODER], [DECODER % 70])
+        torch.testing.assert_close(got, logits_of(own, ENCODER, DECODER % 70, {}, 0), atol=1e-4, rtol=1e-4)
+
+
+def test_attention_of_another_program_is_refused(monkeypatch):
+    hf = make_seq2seq("t5")
+    file = "transformers.models.t5.modeling_t5.create_bidirectional_mask"
+    monkeypatch.setattr(file, lambda **_: None)
+    with pytest.raises(ConfigError, match=r"has replaced .*create_bidirectional_mask"):
+        load(hf)
+
+
+def test_a_plan_of_a_decoder_only_base_is_refused():
+    with load(make_seq2seq("bart")) as model, pytest.raises(RuntimeError):
+        model.forward(plain_plan([3], backend=model.backend), torch.tensor([5, 6, 7]))
 
 
 def test_a_saved_model_is_loaded_by_its_kind(tmp_path):

@@ -208,6 +208,16 @@ def test_a_planted_mistake_is_refused_in_half_precision(name, plant, monkeypatch
     assert "its results differ from its own forward" in refusal(make_seq2seq(name).to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("unit", [15_000, 2**30])  # layers of a block, and whole stacks
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_model_without_memory_for_all_copies_is_compared_module_by_module(name, unit, monkeypatch):
+    monkeypatch.setattr("prefixfast.model.proof.precision.free_memory", lambda _: 0)
+    monkeypatch.setattr("prefixfast.model.proof.precision.UNIT_BYTES", unit)
+    attach(make_seq2seq(name).to(torch.bfloat16)).detach()
+    swap_self_and_cross(monkeypatch)
+    assert "a prefix at three sites" in refusal(make_seq2seq(name).to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("error", [KeyError("x"), AttributeError("x"), IndexError("x")], ids=repr)
 def test_an_error_of_the_models_own_code_becomes_a_refusal(error, monkeypatch):
     model = make_seq2seq("bart")
