@@ -34,7 +34,10 @@ GIGABYTE = 1e9
 TIMES = ("train", "evaluate", "generate")  # of a run
 MODEL = typer.Option(help="Hub id or folder of the base model.")
 NAMED = ", ".join(f"{name} ({', '.join(f'{k} {v}' for k, v in own.items())})" for name, own in VARIANTS.items())
-METHODS = typer.Option(help=f"Methods with commas between them: {', '.join(METHOD_NAMES)}, or with options {NAMED}.")
+METHODS = typer.Option(
+    help=f"Methods with commas between them: {', '.join(METHOD_NAMES)}, or with options {NAMED}. Encoder-decoder bases "
+    "have prefix, full and lora."
+)
 METHODS_BY_DEFAULT = ["prefix,lora,full"]
 SETTINGS = typer.Option(
     "--set", help="Option of one method as METHOD.OPTION=VALUE, as in lora.lora_rank=4.", show_default="no option"
@@ -110,8 +113,7 @@ def command(
     rows = read_study_rows(study)
     runs = make_runs(study, rows, variants, range(first, first + seeds))
     check_metrics(study, rows)
-    for run in runs[: len(variants)]:
-        _check(run, rows.task.name)
+    _check(runs[: len(variants)], rows.task.name)
     if dry_run:
         _print_estimates(runs, as_json=as_json)
         return
@@ -151,16 +153,22 @@ def _study(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Study, 
     return study, first
 
 
-def _check(run: StudyRun, task: str) -> None:
-    """Raise `ConfigError` for options that do not fit the method, before any run starts."""
+def _check(runs: Sequence[StudyRun], task: str) -> None:
+    """Raise `ConfigError` for options and a base that do not fit the method, before any run starts."""
+    from prefixfast.model.load import is_seq2seq_base
+    from prefixfast.training.method import check_seq2seq_method
     from prefixfast.training.settings import GivenOptions, resolve_settings
 
-    arguments, fields = run.train_arguments()
-    try:
-        resolve_settings(GivenOptions(fields=fields, **arguments), task)
-    except ConfigError as e:
-        msg = f"method {shown(run.variant.name)}: {e}"
-        raise ConfigError(msg) from e
+    is_seq2seq = is_seq2seq_base(runs[0].study.model)
+    for run in runs:
+        if is_seq2seq:
+            check_seq2seq_method(run.variant.options["method"])
+        arguments, fields = run.train_arguments()
+        try:
+            resolve_settings(GivenOptions(fields=fields, **arguments), task)
+        except ConfigError as e:
+            msg = f"method {shown(run.variant.name)}: {e}"
+            raise ConfigError(msg) from e
 
 
 def _print_estimates(runs: Sequence[StudyRun], *, as_json: bool) -> None:

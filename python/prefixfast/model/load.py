@@ -102,7 +102,7 @@ def load(
         return made
     try:
         with _loading(str(model)):
-            auto = AutoModelForSeq2SeqLM if _is_seq2seq(model, common) else AutoModelForCausalLM
+            auto = AutoModelForSeq2SeqLM if is_seq2seq_base(model, **common) else AutoModelForCausalLM
             hf = auto.from_pretrained(model, dtype=compute, **common).to(where)
     except Exception as e:  # transformers and the libraries of quantized weights raise many kinds of errors
         install = f"; pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
@@ -112,8 +112,13 @@ def load(
     return _wrap(hf, own, backend, allow_base_mismatch)
 
 
-def _is_seq2seq(name: str | Path, common: dict[str, Any]) -> bool:
-    """Whether a base model is an encoder-decoder one by its configuration."""
+def is_seq2seq_base(name: str | Path, **common: Any) -> bool:
+    """Whether a base model is an encoder-decoder one by its configuration.
+
+    Args:
+        name: Hub id or local folder.
+        common: Arguments of ``from_pretrained``.
+    """
     try:
         config = AutoConfig.from_pretrained(name, **common)
     except Exception:  # an adapter's folder has none; the errors of others come again with the weights
@@ -151,7 +156,7 @@ def _from_gguf(path: Path, compute: torch.dtype, tokenizer: Any) -> tuple[PreTra
         own = tokenizer if tokenizer is not None else AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     except Exception as e:  # transformers raises many kinds of errors for damaged files
         reason = f"{type(e).__name__}: {e}"
-        if _is_seq2seq(path.parent, {"gguf_file": path.name}):
+        if is_seq2seq_base(path.parent, gguf_file=path.name):
             reason = "it is an encoder-decoder model, which is loaded from a folder of transformers or a hub id only"
         msg = f"model: {shown(str(path))} cannot be loaded: {reason}"
         raise ConfigError(msg) from e

@@ -14,6 +14,7 @@ import pytest
 import prefixfast
 from oracles import ROOT
 from prefixfast.data import TASKS
+from prefixfast.demo import SEQ2SEQ_BASE
 from prefixfast.studies.compare.runner import RESULTS, RUNS, read_results
 
 
@@ -50,6 +51,30 @@ def test_the_command_exits_with_3_if_a_run_failed(cli, words, in_process):
     assert found["failed"] == {"prefix, seed 13": "the gradient was not finite"}
     assert [m["seeds"] for m in found["methods"]] == [[14]]
     assert in_process == ["prefix, seed 13", "prefix, seed 14"]
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    path = tmp_path_factory.mktemp("documents") / "rows.jsonl"
+    names = ("Mill", "Inn", "Bar", "Pub", "Den", "Hall")
+    rows = [{"document": f"The {name} is near. It is old.", "summary": f"The {name} is old."} for name in names]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_encoder_decoder_bases_have_three_methods(cli, documents, tmp_path, in_process):
+    words = ["compare", documents, "--model", SEQ2SEQ_BASE, "-o", tmp_path / "out", "--seeds", "1", "--max-steps", "2"]
+    words += ["--max-source-length", "32", "--batch-size", "4", "--max-new-tokens", "4", "--metrics", "ROUGE", "--json"]
+    done = cli(*words)
+    assert done.code == 0, done.err
+    assert [m["method"] for m in json.loads(done.out)["methods"]] == ["prefix", "lora", "full"]
+    assert len(in_process) == 3
+    for name, reason in (("infix", "its encoder's text"), ("adapter", "decoder-only"), ("prompt", "attend")):
+        refused = cli(*words, "--methods", f"full,{name}")
+        assert refused.code == 1
+        assert name in refused.err
+        assert reason in refused.err
+    assert len(in_process) == 3, "nothing was trained"
 
 
 @pytest.mark.long
