@@ -102,7 +102,15 @@ def prefixfast_attention(
         )
         raise MissingPlanError(msg)
     tag: SiteTag | None = module.__dict__.get(TAG)
-    plan = _plan_of(module, tag, prefixfast, other)
+    site: Site = "self"
+    if tag is None and isinstance(prefixfast, Plan):
+        plan, layer, bias = prefixfast, int(module.layer_idx), None  # type: ignore[arg-type]
+        is_causal = other.get("is_causal")
+        if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
+            msg = f"{type(module).__name__}.is_causal is False, and prefixfast computes causal attention only"
+            raise RuntimeError(msg)
+    else:
+        plan, site, layer, bias = _tagged(module, tag, prefixfast, other)
     if unknown := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
         names = ", ".join(sorted(unknown))
         msg = f"{type(module).__name__} passes {names} to attention, which prefixfast does not compute"
@@ -113,13 +121,12 @@ def prefixfast_attention(
     if dropout:
         msg = "attention dropout is on: prefixfast runs the frozen base in eval mode; call model.eval()"
         raise RuntimeError(msg)
-    site, layer, bias = tag or ("self", int(module.layer_idx), None)  # type: ignore[arg-type]
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, D], views
     given, count = len(q), plan.position_ids.shape[1]
-    num_keys = count if plan.num_keys is None else plan.num_keys
     if given != count:  # the model was given a single token twice
         q = q[:count]
-    if len(k) != num_keys:
+    if plan.num_keys is not None or given != count:  # or a single encoder token
+        num_keys = count if plan.num_keys is None else plan.num_keys
         k, v = k[:num_keys], v[:num_keys]
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
     options = (scale, plan.window(sliding_window), softcap or 0.0)
@@ -136,25 +143,24 @@ def prefixfast_attention(
     return (out if given == count else out.expand(given, -1, -1))[None], None
 
 
-def _plan_of(module: torch.nn.Module, tag: SiteTag | None, plan: Plan | Seq2SeqPlan, other: dict[str, Any]) -> Plan:
-    """Plan of the module's kind of attention. The keywords that it settles leave ``other``."""
-    if isinstance(plan, Seq2SeqPlan):
-        if tag is not None:
-            # The bias of T5 is in the tag. Its modules hand on a marker of fewer dims in its place.
-            position_bias = other.get("position_bias")
-            if position_bias is not None and position_bias.dim() < 4:
-                del other["position_bias"]
-            return plan.at(tag.site)
-    elif tag is None:
-        is_causal = other.get("is_causal")
-        if (getattr(module, "is_causal", True) if is_causal is None else is_causal) is False:
-            msg = f"{type(module).__name__}.is_causal is False, and prefixfast computes causal attention only"
-            raise RuntimeError(msg)
-        return plan
-    kinds = ("a decoder-only", "an encoder-decoder")
-    base, made = kinds if tag is None else kinds[::-1]
-    msg = f"{type(module).__name__} belongs to {base} base, and the plan of this forward was made for {made} base"
-    raise RuntimeError(msg)
+def _tagged(
+    module: torch.nn.Module, tag: SiteTag | None, plan: Plan | Seq2SeqPlan, other: dict[str, Any]
+) -> tuple[Plan, Site, int, Tensor | None]:
+    """Plan, site, layer and bias of a module of an encoder-decoder base. The keywords that they settle leave ``other``.
+
+    Raises:
+        RuntimeError: If either the module or the plan is that of a decoder-only base.
+    """
+    if tag is None or isinstance(plan, Plan):
+        kinds = ("a decoder-only", "an encoder-decoder")
+        base, made = kinds if tag is None else kinds[::-1]
+        msg = f"{type(module).__name__} belongs to {base} base, and the plan of this forward was made for {made} base"
+        raise RuntimeError(msg)
+    # The bias of T5 is in the tag. Its modules hand on a marker of fewer dims in its place.
+    position_bias = other.get("position_bias")
+    if position_bias is not None and position_bias.dim() < 4:
+        del other["position_bias"]
+    return plan.at(tag.site), *tag
 
 
 def pad_heads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
