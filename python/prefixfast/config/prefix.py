@@ -116,12 +116,6 @@ class PrefixConfig(Options):
         """
         return cls._replaced(config, fields)
 
-    @property
-    def length(self) -> int:
-        """``prefix_length``, for objects in which it is a number."""
-        assert isinstance(self.prefix_length, int)
-        return self.prefix_length
-
     def sites_of(self, base: Iterable[Site]) -> tuple[Site, ...]:
         """Sites of a base model that get a prefix.
 

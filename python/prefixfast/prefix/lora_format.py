@@ -46,6 +46,7 @@ HARMLESS = frozenset(
         "peft_type",
         "qalora_group_size",
         "runtime_config",
+        "task_type",
     }
 ) - {"modules_to_save"}
 NUMBERS: dict[str, tuple[type, ...]] = {"r": (int,), "lora_alpha": (int, float)}
@@ -82,9 +83,14 @@ def lora_files(
     """
     from safetensors.torch import save
 
-    common = {key: value for key, value in COMMON_CONFIG.items() if key != "num_transformer_submodules"}
-    common["task_type"] = SEQ2SEQ_TASK if is_seq2seq else CAUSAL_TASK
-    config = {**common, "peft_type": "LORA", "base_model_name_or_path": name or None, **fields}
+    task = SEQ2SEQ_TASK if is_seq2seq else CAUSAL_TASK
+    config = {
+        **COMMON_CONFIG,
+        "task_type": task,
+        "peft_type": "LORA",
+        "base_model_name_or_path": name or None,
+        **fields,
+    }
     outer = {OUTER + n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     return {
         CONFIG: json.dumps(config, indent=2, sort_keys=True).encode(),

@@ -84,6 +84,12 @@ def embedded_tensors(base: Model, table: Tensor, fields: PrefixFields) -> tuple[
 
 def _check_sizes(base: Model, tokens: VirtualTokens) -> None:
     """Raise an error if virtual tokens do not fit a base model."""
+    if base.seq2seq is not None:
+        msg = (
+            f"{tokens.path}: the {tokens.peft_type} adapter is one of a decoder-only base, this base has an encoder; "
+            "give the base that it was trained on"
+        )
+        raise BaseMismatchError(msg)
     embedding = base.hf.get_input_embeddings()
     length, dim = tokens.table.shape
     sizes = {

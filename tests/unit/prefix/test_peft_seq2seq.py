@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import CartridgeConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import DynamicCache, EncoderDecoderCache
 
 import seq2seq
+import tiny
 from prefixfast import BaseMismatchError, ConfigError, DataError, Prefix, check_fits, load
 from sites import make_prefix, packed_logits
 
@@ -172,6 +173,13 @@ def test_other_layouts_are_refused(tmp_path, change):
     (tmp_path / CONFIG).write_text(json.dumps({**config, **change}), encoding="utf8")
     with pytest.raises(DataError, match="expected task_type CAUSAL_LM with num_transformer_submodules 1, or SEQ_2_SEQ"):
         Prefix.from_pretrained(tmp_path)
+
+
+def test_virtual_tokens_of_a_decoder_only_base_do_not_fit(tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    get_peft_model(tiny.make("gpt2"), config).save_pretrained(tmp_path)
+    with load(make("bart", (2, 2))) as base, pytest.raises(BaseMismatchError, match="this base has an encoder"):
+        Prefix.from_pretrained(tmp_path, model=base)
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", "P_TUNING"])

@@ -103,6 +103,13 @@ def test_a_prefix_carries_the_fingerprint_of_its_base(models, tmp_path):
         check_fits(base, Prefix(prefix.kv, pos_start=0, base={**prefix.base, "config": config}))
 
 
+def test_an_infix_is_refused_by_name(models):
+    base, hf = models
+    infix = Prefix(random_prefix(hf, {"self": 5}, pos_start=5).kv, pos_start=5, position="infix")
+    with pytest.raises(BaseMismatchError, match="is an infix, which this base does not take"):
+        check_fits(base, infix)
+
+
 # ---- inspection ----
 
 LENGTHS = {"enc": 3, "self": 5, "cross": 2}

@@ -32,7 +32,7 @@ def make(data: GroupData) -> PrefixState:
         ConfigError: If initial values are not those of embeddings, or the results of the base model do not follow from
             embeddings alone.
     """
-    model, length = data.model, data.group.prefix_config.length
+    model, length = data.model, data.group.prefix_config.length_at("self")
     tables = [_initial_table(data, job.init, job.config.seed) for job in data.group.jobs]
     table = tables[0].to(model.device, model.dtype)
     _, reason = embedded_tensors(model, table, {"pos_start": length})
@@ -45,7 +45,7 @@ def make(data: GroupData) -> PrefixState:
 @torch.no_grad()
 def _initial_table(data: GroupData, init: object, seed: int) -> Tensor:
     """Initial embeddings ``[P, d]`` of one prefix."""
-    model, length = data.model, data.group.prefix_config.length
+    model, length = data.model, data.group.prefix_config.length_at("self")
     embedding = model.hf.get_input_embeddings()
     if init == "text":
         ids = init_text_ids(model, data.job.init_options)
