@@ -107,6 +107,26 @@ def test_rows_of_every_site_are_read(name):
             assert abs(got.logprobs[0].logprob - bare) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "config",
+    [{"encoder_attention_heads": 2}, {"encoder_layers": 5}, {"encoder_layers": 1, "decoder_layers": 3}],
+    ids=["other heads", "three folds", "a deep decoder"],
+)
+def test_encoders_of_another_shape_than_the_decoder(config):
+    s = Setup("bart", **config)
+    how = {"logprobs": 0, "max_new_tokens": NEW}
+    with engine(s.base) as made:
+        got = made.generate([t.tolist() for t in s.texts], s.prefixes, **how)
+        swapped = made.generate([s.texts[0].tolist()], s.prefixes[2], **how)[0]
+    assert [g.token_ids for g in got] == [s.alone(t, p) for t, p in zip(s.texts, s.prefixes, strict=True)]
+    for g, text, prefix in zip((got[0], swapped), (s.texts[0],) * 2, (s.prefixes[0], s.prefixes[2]), strict=True):
+        ids = torch.tensor([2, *g.token_ids[:-1]])
+        with torch.no_grad():
+            logp = seq2seq.logits_of(s.hf, text, ids, dict(prefix.kv), prefix.pos_start).log_softmax(-1)
+        expected = logp[range(len(ids)), g.token_ids].tolist()
+        assert [t.logprob for t in g.logprobs] == pytest.approx(expected, abs=2e-5)
+
+
 @pytest.mark.parametrize("name", LATE)
 def test_requests_that_come_and_go(name):
     """Few decode rows, a small step and a small arena: requests wait, prefixes are evicted and rows are reused."""

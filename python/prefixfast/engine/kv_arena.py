@@ -39,7 +39,8 @@ def cross_rows(num_tokens: int) -> int:
 def num_arena_rows(model: Model, config: EngineConfig, max_model_len: int) -> int:
     """Number of arena rows that fit the memory.
 
-    At most the rows that all decode rows use at full length, each with a long prefix of its own.
+    At most the rows that all decode rows use at full length, each with a long prefix and, in an encoder-decoder base, a
+    long text of its own.
 
     Args:
         model: Base model.
@@ -58,7 +59,8 @@ def num_arena_rows(model: Model, config: EngineConfig, max_model_len: int) -> in
             f"{RESERVED_ROWS + 16} rows; raise kv_cache_memory, or gpu_memory_utilization where kv_cache_memory is None"
         )
         raise CapacityError(msg)
-    return min(budget // row, RESERVED_ROWS + config.max_num_seqs * (max_model_len + DEFAULT_MAX_MODEL_LEN))
+    source = 0 if model.seq2seq is None else cross_rows(config.max_num_batched_tokens)
+    return min(budget // row, RESERVED_ROWS + config.max_num_seqs * (max_model_len + DEFAULT_MAX_MODEL_LEN + source))
 
 
 def make_arena(model: Model, arena_rows: int, decode_rows: int, max_len: int) -> Arena:

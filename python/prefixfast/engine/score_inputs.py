@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from prefixfast.config import GenerationParams
 from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import (
@@ -30,7 +31,8 @@ from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, request_value, text_positions
 from prefixfast.engine.request_prefixes import Prefixes, attended, weights_of
-from prefixfast.engine.seq2seq_prompts import check_encoder_positions
+from prefixfast.engine.sampling_params import UNSET, ParamSources, given_params
+from prefixfast.engine.seq2seq_prompts import encoder_prompt
 from prefixfast.errors import ConfigError, PrefixFastError, RequestError, check_flag, shown
 from prefixfast.prefix.compatibility import base_mismatch
 from prefixfast.prefix.prefix import Prefix
@@ -109,13 +111,19 @@ def make_score_requests(
             left = f"the base model has {room - 1} positions left for text"
             msg = f"request {i}: expected at most {room} tokens of prompt and target, got {longest}; {left}"
             raise RequestError(msg, index=i)
-        for example in examples[i]:
-            if example.encoder_ids is not None:
-                check_encoder_positions(model, len(example.encoder_ids), i, "shorten the text")
+        if model.seq2seq is not None:
+            _, loaded = given_params(ParamSources(UNSET, None, [p.decoding for p in own], UNSET), i)
+            examples[i] = [_with_encoder_prompt(model, e, loaded, i) for e in examples[i]]
         own_id = request_value(item, tasks[i], "id")
         mismatch = base_mismatch(model, own)
         made.append(ScoreRequest(i, own_id, attended(own), examples[i], mismatch, weights_of(own)))
     return made
+
+
+def _with_encoder_prompt(model: Model, example: Example, params: GenerationParams, index: int) -> Example:
+    """The example with the text that the encoder reads, which a prefix's ``max_source_length`` cuts."""
+    assert example.encoder_ids is not None
+    return example._replace(encoder_ids=encoder_prompt(model, example.encoder_ids, params, index))
 
 
 def _given_examples(

@@ -29,26 +29,13 @@ def encoder_prompt(model: Model, ids: Ints, params: GenerationParams, index: int
     assert model.seq2seq is not None
     if params.max_source_length is not None:
         ids = ids[kept(ids, params.max_source_length, special_ids(model))]
-    check_encoder_positions(model, len(ids), index, "shorten the text or set max_source_length")
-    return ids
-
-
-def check_encoder_positions(model: Model, count: int, index: int, advice: str) -> None:
-    """Check that the encoder has as many positions as a text has tokens.
-
-    Args:
-        model: Encoder-decoder base.
-        count: Number of tokens.
-        index: Place of the request in the batch, for errors.
-        advice: What to do, for the error.
-
-    Raises:
-        RequestError: If it has fewer.
-    """
-    assert model.seq2seq is not None
-    if count > (most := model.seq2seq.encoder_positions):
-        msg = f"request {index}: the encoder reads at most {most} tokens, the text has {count}; {advice}"
+    if len(ids) > (most := model.seq2seq.encoder_positions):
+        msg = (
+            f"request {index}: the encoder reads at most {most} tokens, the text has {len(ids)}; shorten the text, or "
+            "generate with max_source_length"
+        )
         raise RequestError(msg, index=index)
+    return ids
 
 
 def decoder_prompt(params: GenerationParams, index: int) -> Ints:

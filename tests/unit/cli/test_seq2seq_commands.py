@@ -8,7 +8,7 @@ import pytest
 
 import seq2seq
 import tiny
-from prefixfast import Prefix, generate, load, score
+from prefixfast import Engine, Prefix, generate, load, score
 from prefixfast.engine.kv_arena import bytes_per_row
 
 FAST = ("--dtype", "float32", "--max-new-tokens", 6, "--max-num-seqs", 4)
@@ -76,3 +76,11 @@ def test_chat_is_refused_by_name(cli, bart):
     done = cli("chat", "--model", bart, *FAST)
     assert done.code == 1
     assert "chat: expected a decoder-only base, got an encoder-decoder one (bart)" in done.err
+
+
+def test_a_stream_has_the_text_of_the_result(bart, prefix):
+    own = Prefix.from_pretrained(prefix)
+    with Engine(str(bart), dtype="float32", max_num_seqs=2) as engine:
+        expected = engine.generate(["abc"], own, max_new_tokens=6)[0].text
+        assert "".join(engine.stream("abc", own, max_new_tokens=6)) == expected
+        assert "".join(engine.stream("abc", own, max_new_tokens=6, forced_bos_token_id=40)) != expected

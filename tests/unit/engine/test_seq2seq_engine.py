@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 import torch
 
 import seq2seq
-from prefixfast import CapacityError, ConfigError, Engine, Prefix, RequestError, load
+from prefixfast import CapacityError, ConfigError, Engine, Model, Prefix, RequestError, load
 from prefixfast.engine.arena_sites import prefix_run
 from prefixfast.engine.explain import SOURCE_LENGTH, max_source_tokens
-from prefixfast.engine.kv_arena import bytes_per_row, cross_rows
+from prefixfast.engine.kv_arena import bytes_per_row, check_widths, cross_rows
 from prefixfast.store import PrefixStore
 
 TEXT = [5, 6, 7, 8, 9]
@@ -112,7 +116,7 @@ class _Fails:
         raise ZeroDivisionError
 
 
-def test_too_long_texts(bart):
+def test_too_long_texts(bart, prefix):
     positions = bart.seq2seq.encoder_positions
     with engine(bart) as made:
         with pytest.raises(
@@ -124,8 +128,12 @@ def test_too_long_texts(bart):
         assert cut.token_ids == made.generate([[5, 6, 7] * 3], max_new_tokens=4)[0].token_ids
         (kept,) = made.generate([[5, 6, 7, 8, 2]], max_source_length=3, max_new_tokens=4)
         assert kept.token_ids == made.generate([[5, 6, 2]], max_new_tokens=4)[0].token_ids, "the end token stays"
-        with pytest.raises(RequestError, match="the encoder reads at most"):
+        with pytest.raises(RequestError, match="request 0: the encoder reads at most"):
             made.score([[5] * (positions + 1)], targets=[[5]])
+        short = Prefix(dict(prefix.kv), pos_start=5, decoding={"max_source_length": 9})
+        cut, whole = made.score([[5, 6, 7] * 30, [5, 6, 7] * 3], short, targets=[[5], [5]])
+        assert cut.token_logprobs == pytest.approx(whole.token_logprobs, abs=1e-6)
+        assert cut.usage["prompt_tokens"] == 9
     with engine(bart, max_num_batched_tokens=20) as made:
         most = max_source_tokens(made.config)
         assert made.generate([[5] * most], max_new_tokens=2)
@@ -179,3 +187,15 @@ def test_streams_and_tickets(bart, prefix):
         ticket = made.submit(TEXT, prefix, max_new_tokens=6)
         assert ticket.result(60).token_ids == expected.token_ids
         assert np.array_equal(ticket.result(60).usage["prefix_rows"], prefix.num_rows)
+
+
+def test_a_base_with_rows_of_several_widths_is_refused(bart):
+    shape = bart.layers[0]
+    for site, other in (("cross", replace(shape, num_kv_heads=2)), ("enc", replace(shape, num_kv_heads=5))):
+        sites = {**bart.sites, site: (*bart.sites[site][:-1], other)}
+        model = cast("Model", SimpleNamespace(sites=sites, layers=bart.layers))
+        with pytest.raises(ConfigError, match=r"with rows of .* as in the decoder's self-attention"):
+            check_widths(model)
+    check_widths(bart)
+    same_width = replace(shape, num_kv_heads=2, head_dim=16, value_dim=16)
+    check_widths(cast("Model", SimpleNamespace(sites={**bart.sites, "enc": (same_width,)}, layers=bart.layers)))
