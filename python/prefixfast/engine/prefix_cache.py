@@ -198,7 +198,7 @@ class PrefixCache:
             loads: Prefix number and first arena row of each load.
         """
         for number, row in loads:
-            self.loader.load(number, self.prefixes[number], row)
+            self.loader.load(number, self.prefixes[number], self.runs[number], row)
 
     def finish_loads(self, *, wait: bool) -> list[FinishedLoad]:
         """Tell the scheduler which loads have finished.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
-from prefixfast.engine.arena_sites import ArenaSites
+from prefixfast.engine.arena_sites import ArenaSites, PrefixRun
 from prefixfast.model.process import check_same_process, end_at_exit, process_id
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import StoredPrefix
@@ -93,12 +93,13 @@ class PrefixLoader:
         device = places.device
         self.stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def load(self, number: int, prefix: Prefix | StoredPrefix, row: int) -> None:
+    def load(self, number: int, prefix: Prefix | StoredPrefix, run: PrefixRun, row: int) -> None:
         """Start to copy a prefix into the arena. `finished` reports the end.
 
         Args:
             number: Number of the prefix.
             prefix: Prefix, or its entry in a store.
+            run: Run of arena rows that the prefix takes.
             row: First arena row.
         """
         event = None
@@ -108,7 +109,7 @@ class PrefixLoader:
         self.num_loading += 1
         done = self.done  # a load that `restart` drops must not report to its successor
         try:
-            self._submit(self.jobs.loads, lambda: self._load(number, prefix, row, event, done))
+            self._submit(self.jobs.loads, lambda: self._load(number, prefix, run, row, event, done))
         except RuntimeError as e:  # the system has no thread left
             done.put(FinishedLoad(number, e))
 
@@ -192,6 +193,7 @@ class PrefixLoader:
         self,
         number: int,
         prefix: Prefix | StoredPrefix,
+        run: PrefixRun,
         row: int,
         event: torch.cuda.Event | None,
         done: queue.SimpleQueue[FinishedLoad],
@@ -200,7 +202,7 @@ class PrefixLoader:
             with torch.cuda.stream(self.stream) if self.stream is not None else contextlib.nullcontext():
                 if event is not None and self.stream is not None:
                     self.stream.wait_event(event)
-                for rows, x in self.places.targets(self.places.run(prefix), row, self._host_kv(number, prefix)):
+                for rows, x in self.places.targets(run, row, self._host_kv(number, prefix)):
                     if x.shape[2] < rows.shape[2]:
                         rows.zero_()
                     _copy(rows[..., : x.shape[2]], x)

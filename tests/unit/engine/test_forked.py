@@ -111,7 +111,7 @@ def test_a_cache_of_the_parent_is_refused(base, make_prefix):
 
         def work():
             with pytest.raises(ConfigError, match="'spawn'"):
-                cache.loop.prefix_cache.loader.load(0, make_prefix(), 0)
+                cache.loop.prefix_cache.loader.load(0, make_prefix(), cache.loop.prefix_cache.runs[0], 0)
 
         in_child(work)
 
