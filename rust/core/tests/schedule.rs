@@ -7,7 +7,7 @@ mod model;
 use model::Model;
 use prefixfast_core::batch::decode::DecodeSizes;
 use prefixfast_core::batch::place::Place;
-use prefixfast_core::batch::schedule::{Request, Scheduler, SchedulerConfig};
+use prefixfast_core::batch::schedule::{PrefixPart, PrefixShape, Request, Scheduler, SchedulerConfig};
 use prefixfast_core::{Error, Limit};
 use proptest::prelude::*;
 use proptest::test_runner::RngSeed;
@@ -313,18 +313,31 @@ proptest! {
         max_batched_tokens in 8..600_usize, tile_rows in 0..3_usize, buckets in 1..5_usize, prefixes in 0..4_usize,
         users in 0..20_usize, fill in prop_oneof![1..9_usize, 1..900_usize], padded in any::<bool>(),
         layers in prop::collection::vec(prop_oneof![Just(Vec::new()), prop::collection::vec(any::<bool>(), 5)], 4),
+        folds in prop_oneof![Just(None), Just(Some(vec![0; 5])), Just(Some(vec![0, 0, 1, 1, 2]))],
     ) {
+        let padded = padded && folds.is_none();
         let decode = DecodeSizes { users, fill, key_bytes: 1, padded, ..DecodeSizes::default() };
         let arena_rows = 1 << 20;
         let config = SchedulerConfig {
             arena_rows, max_rows: 40, max_batched_tokens, tile_rows, buckets, prefix_rows: arena_rows, decode,
         };
-        let mut scheduler = Scheduler::new(config).expect("a scheduler");
+        let has_encoder = folds.is_some();
+        let mut scheduler = folds.map_or_else(|| Scheduler::new(config), |folds| Scheduler::with_encoder(config, folds))
+            .expect("a scheduler");
         for (prefix, layers) in (0..).zip(&layers) {
-            scheduler.register_prefix(prefix, 16, 16, true, Place::Front, layers).expect("a new number");
+            if has_encoder {
+                let shape = PrefixShape { rows: 80, pos_start: 16, slides: true, place: Place::Front };
+                let parts = [0, 16, 32].map(|offset| PrefixPart { offset, rows: 16, layers });
+                scheduler.register_parts(prefix, shape, parts).expect("a new number");
+            } else {
+                scheduler.register_prefix(prefix, 16, 16, true, Place::Front, layers).expect("a new number");
+            }
         }
-        for (id, (prompt_len, beams)) in (0..).zip(requests) {
-            scheduler.add(request(id, &[0, 1, 2, 3][..prefixes], prompt_len, beams, 2)).expect("room");
+        for (id, (len, beams)) in (0..).zip(requests) {
+            let (encoder_len, prompt_len) = if has_encoder { (len, 1 + len % 3) } else { (0, len) };
+            let request = request(id, &[0, 1, 2, 3][..prefixes], prompt_len, beams, 2);
+            let is_added = scheduler.add(Request { encoder_len, ..request }).is_ok();
+            prop_assert!(is_added || has_encoder && encoder_len + prompt_len > max_batched_tokens / 4);
         }
         let mut out = vec![0; scheduler.buffer_len()];
         while scheduler.num_waiting() + scheduler.num_running() > 0 {
