@@ -14,7 +14,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import seq2seq
 import tiny
-from prefixfast import BaseMismatchError, ConfigError, DataError, Prefix, check_fits, load
+from prefixfast import BaseMismatchError, ConfigError, DataError, Prefix, check_fits, generate, load
 from sites import make_prefix, packed_logits
 
 CONFIG, WEIGHTS, META = "adapter_config.json", "adapter_model.safetensors", "prefixfast.json"
@@ -101,21 +101,25 @@ def test_adapters_of_both_layouts_give_their_logits(tmp_path, caplog, name, dept
 def test_a_decoder_prefix_gives_its_logits_in_peft(tmp_path, name, kind):
     depths = (3, 2)
     hf = make(name, depths)
-    prefix = seq2seq.random_prefix(hf, {"self": 5}, pos_start=5)
-    prefix = Prefix(prefix.kv, pos_start=5, base={"name": "b", "config": {"is_encoder_decoder": True}})
+    with load(make(name, depths)) as base:
+        kv = seq2seq.random_kv(hf, {"self": 5})
+        prefix = Prefix(kv, pos_start=5, base=base.fingerprint)
+        logits = packed_logits(base, [prefix], SOURCE, TARGET)
+        text = generate([SOURCE.tolist()], prefix, model=base, max_new_tokens=6)[0].token_ids
     prefix.to_peft(tmp_path / "p", peft_type=kind)
     config = json.loads((tmp_path / "p" / CONFIG).read_text(encoding="utf8"))
     heads, dim = prefix.shapes["self.0.k"][1:]
     expected = {"task_type": "SEQ_2_SEQ_LM", "num_transformer_submodules": 2, "num_layers": 3, "token_dim": heads * dim}
     assert expected.items() <= config.items()
     theirs = PeftModel.from_pretrained(make(name, depths), tmp_path / "p").eval()
-    with load(make(name, depths)) as base:
-        assert torch.allclose(packed_logits(base, [prefix], SOURCE, TARGET), peft_logits(theirs), atol=5e-5)
+    assert torch.allclose(logits, peft_logits(theirs), atol=5e-5)
     assert torch.allclose(peft_logits(theirs), oracle_logits(name, depths, prefix), atol=5e-5)
     made = theirs.generate(input_ids=SOURCE[None], attention_mask=torch.ones(1, 7, dtype=torch.long), max_new_tokens=6)
     with seq2seq.oracle(hf, prefix):
         alone = hf.generate(input_ids=SOURCE[None], max_new_tokens=6, use_cache=False)
     assert made.tolist() == alone.tolist()
+    assert made[0, 1:].tolist()[: len(text)] == text
+    assert len(text) == 6 or made[0, 1 + len(text)] in (hf.config.eos_token_id, hf.config.pad_token_id)
 
 
 def test_an_adapter_of_fewer_layers_than_the_decoder_is_refused(tmp_path):
