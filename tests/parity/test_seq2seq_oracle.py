@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import seq2seq
-from seq2seq import LENGTHS, NAMES, brute_force, counted, logits_of, make_seq2seq, random_kv, random_texts
+from seq2seq import FAST, LENGTHS, NAMES, brute_force, counted, logits_of, make_seq2seq, random_kv, random_texts
 
 ENCODER, DECODER = random_texts([9, 6])
 
@@ -36,7 +36,7 @@ def test_every_tensor_and_the_position_change_the_logits(name):
     assert moved == 0 if name in seq2seq.DISTANCES else moved > 1e-2
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.long) for n in NAMES])
 @torch.no_grad()
 def test_texts_have_different_tokens(name):
     hf = make_seq2seq(name)

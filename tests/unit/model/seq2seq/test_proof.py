@@ -194,11 +194,8 @@ MISTAKES: list[tuple[str, Callable[[Any], None], str]] = [
 
 @pytest.mark.parametrize(("name", "plant", "named"), MISTAKES, ids=lambda x: getattr(x, "__name__", str(x)))
 def test_a_planted_mistake_is_refused(name, plant, named, monkeypatch):
-    model = make_seq2seq(name)
     plant(monkeypatch)
-    assert named in refusal(model)
-    monkeypatch.undo()
-    attach(model).detach()
+    assert named in refusal(make_seq2seq(name))
 
 
 @pytest.mark.parametrize("plant", [swap_self_and_cross, neighbours_encoder_in_decode, write_to_the_slot_before])
