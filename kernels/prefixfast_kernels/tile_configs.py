@@ -106,7 +106,11 @@ def _packed(tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block:
 # Keys: chip, padded head dim, bytes of an element. Candidates were compiled from large to small until nothing spilled.
 PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
     ("sm80", 64, 2): _packed(
-        (128, 64, 64), ((64, 8, 3), (64, 8, 2)), ((64, 8, 3),), ((32, 8, 2), (32, 8, 1)), ((32, 8, 3),)
+        (128, 64, 64),
+        ((64, 8, 3), (64, 8, 2)),
+        ((64, 8, 3), (64, 8, 3), (64, 8, 3), (64, 8, 2)),
+        ((32, 8, 2), (32, 8, 1)),
+        ((32, 8, 3),),
     ),
     ("sm80", 128, 2): _packed(
         (128, 64, 64), ((32, 8, 1),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (64, 8, 3), (32, 8, 2))
