@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import seq2seq
-from parity.test_seq2seq_generate import LATE, NEW, engine, setup
+from parity.test_seq2seq_generate import NEW, engine, of_families, setup
 from prefixfast import CapacityError, ConfigError, HFCache
 from prefixfast.integrations.hf_seq2seq import DIGIT, DIGITS, ids_of, states_of
 
@@ -32,8 +32,7 @@ def theirs_cut(out, ends):
     return [next((r[: i + 1] for i, t in enumerate(r) if t in ends), r) for r in rows]
 
 
-@pytest.mark.parametrize("case", HOW)
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize(("name", "case"), of_families(list(HOW), ("beams",)))
 def test_generate_on_the_cache_gives_the_tokens_of_the_engine_and_of_the_oracle(name, case):
     s, how = setup(name), HOW[case]
     beams = how["num_beams"]
