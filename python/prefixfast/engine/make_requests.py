@@ -87,15 +87,26 @@ def make_requests(
     for i, (item, ids, own, task) in enumerate(zip(batch, prompts, assigned, tasks, strict=True)):
         sources = ParamSources(params, request_value(item, task, "params"), [p.decoding for p in own], base)
         prompt_len, encoder_ids = (len(ids), None) if model.seq2seq is None else (1, ids)
-        resolved = resolve_params(sources, i, prompt_len, min(max_model_len, text_positions(model, own)))
+        limit, has_encoder = min(max_model_len, text_positions(model, own)), model.seq2seq is not None
+        resolved = resolve_params(sources, i, prompt_len, limit, has_encoder=has_encoder)
         check_params(resolved, i, model)
         if encoder_ids is not None:
             encoder_ids = encoder_prompt(model, encoder_ids, resolved, i)
             ids = decoder_prompt(resolved, i)
         own_id = request_value(item, task, "id")
-        made = Request(index=i, id=own_id, ids=ids, prompt_ids=ids, prefixes=attended(own), params=resolved, task=task)
-        made = replace(made, encoder_ids=encoder_ids)
-        requests.append(replace(made, weights=weights_of(own), base_mismatch=base_mismatch(model, own)))
+        made = Request(
+            index=i,
+            id=own_id,
+            ids=ids,
+            prompt_ids=ids,
+            prefixes=attended(own),
+            params=resolved,
+            task=task,
+            encoder_ids=encoder_ids,
+            weights=weights_of(own),
+            base_mismatch=base_mismatch(model, own),
+        )
+        requests.append(made)
     return requests
 
 

@@ -190,7 +190,9 @@ def given_params(sources: ParamSources, index: int) -> tuple[GenerationParams, G
     return asked, loaded
 
 
-def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: int) -> GenerationParams:
+def resolve_params(
+    sources: ParamSources, index: int, prompt_len: int, limit: int, *, has_encoder: bool = False
+) -> GenerationParams:
     """Parameters of a request, with every field that has a built-in default set.
 
     A ``max_new_tokens`` that neither call nor request gives is cut to what fits.
@@ -200,6 +202,7 @@ def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: in
         index: Place of the request in the batch, for errors.
         prompt_len: Number of prompt tokens.
         limit: Largest number of prompt and generated tokens.
+        has_encoder: Whether the prompt is the decoder's start token.
 
     Raises:
         RequestError: If the parameters are invalid, contradict each other, or ask for more tokens than fit.
@@ -218,10 +221,9 @@ def resolve_params(sources: ParamSources, index: int, prompt_len: int, limit: in
     room = limit - prompt_len
     if room < 1 or (asked.max_new_tokens or 0) > room:
         new = asked.max_new_tokens or "at least 1"
-        msg = (
-            f"request {index}: {prompt_len} prompt tokens and {new} new ones exceed the limit of {limit}; "
-            "shorten the prompt or lower max_new_tokens"
-        )
+        prompt = "the decoder's start token" if has_encoder else f"{prompt_len} prompt tokens"
+        advice = "lower max_new_tokens" if has_encoder else "shorten the prompt or lower max_new_tokens"
+        msg = f"request {index}: {prompt} and {new} new ones exceed the limit of {limit}; {advice}"
         raise RequestError(msg, index=index)
     assert params.max_new_tokens is not None
     most = min(params.max_new_tokens, room)

@@ -130,6 +130,11 @@ def test_too_long_texts(bart, prefix):
         assert kept.token_ids == made.generate([[5, 6, 2]], max_new_tokens=4)[0].token_ids, "the end token stays"
         with pytest.raises(RequestError, match="request 0: the encoder reads at most"):
             made.score([[5] * (positions + 1)], targets=[[5]])
+        with pytest.raises(
+            RequestError, match=r"the decoder's start token and 16 new ones exceed the limit of 16; lower"
+        ):
+            made.generate([TEXT], max_new_tokens=16)
+        assert len(made.generate([TEXT], max_new_tokens=15, min_new_tokens=15)[0].token_ids) == 15
         short = Prefix(dict(prefix.kv), pos_start=5, decoding={"max_source_length": 9})
         cut, whole = made.score([[5, 6, 7] * 30, [5, 6, 7] * 3], short, targets=[[5], [5]])
         assert cut.token_logprobs == pytest.approx(whole.token_logprobs, abs=1e-6)
