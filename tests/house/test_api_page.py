@@ -99,6 +99,7 @@ FUNCTIONS = {n: getattr(prefixfast, n) for n in prefixfast.__all__ if inspect.is
 INTERNAL = {
     "Model.handle",
     "Model.head",
+    "Model.hidden",
     "Model.guard",
     "Model.packed",
     "Model.prepack",
