@@ -78,21 +78,27 @@ def generate(engine: Engine, sources: list[list[int]], prefixes: Sequence[Prefix
     return Texts([g.token_ids for g in found], Seconds.now().since(start))
 
 
-def peft_model(plain: PreTrainedModel, prefix: Prefix) -> tuple[Any, Tensor]:
+def peft_model(plain: PreTrainedModel, prefix: Prefix, pairs: int = 1) -> tuple[Any, Tensor]:
     """Copy of a base inside PEFT's prefix-tuning, and PEFT's table, which holds the decoder rows of ``prefix``.
 
-    The configuration is PEFT's default for such models, in which layer l reads the pair of keys and values with the
-    number that `table_pair` gives. With ``num_transformer_submodules=1`` PEFT 0.21.2 mixes keys of cross-attention into
-    the cache of self-attention.
+    In PEFT's default configuration for such models, layer l reads the pair of keys and values with the number that
+    `table_pair` gives. With ``num_transformer_submodules=1`` PEFT 0.21.2 mixes keys of cross-attention into the cache
+    of self-attention.
+
+    Args:
+        plain: Base of transformers.
+        prefix: Prefix.
+        pairs: Pairs of the table for each layer. With 1, PEFT's default, half of the layers share their pair with
+            another one. With 2 each layer has its own, and every other pair is not read.
     """
     from peft import PrefixTuningConfig, get_peft_model
 
-    length, num_layers = prefix.length_at("self"), len(prefix.layers)
+    length, num_layers = prefix.length_at("self"), pairs * len(prefix.layers)
     config = PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=length, num_layers=num_layers)
     own: Any = get_peft_model(copy.deepcopy(plain), config).eval()
     weight = own.prompt_encoder["default"].embedding.weight
     table = torch.zeros(length, num_layers, 2, *prefix.kv["self.0.k"].shape[1:])
-    for i in range(num_layers):
+    for i in prefix.layers:
         for j, x in enumerate("kv"):
             table[:, table_pair(i, num_layers), j] = prefix.kv[f"self.{i}.{x}"]
     weight.data = table.flatten(1).to(weight.dtype)
@@ -134,7 +140,7 @@ def train_peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) ->
     """Train one prefix with PEFT in the usual loop: a padded batch, AdamW, clipping and a linear schedule."""
     from transformers import get_linear_schedule_with_warmup
 
-    own, weight = peft_model(plain, start)
+    own, weight = peft_model(plain, start, pairs=2)
     own.get_base_model().config.use_cache = False
     batch = {
         "input_ids": _padded([r["input_ids"] for r in rows], plain.config.pad_token_id),

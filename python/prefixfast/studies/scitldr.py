@@ -23,13 +23,13 @@ import torch
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.environment import environment
-from prefixfast.io.json_lines import json_bytes
+from prefixfast.io.json_lines import json_line
 from prefixfast.metrics.rouge import new_scorer, rouge
 from prefixfast.model.load import load
 from prefixfast.studies.denoising.corpus import held_out_sentences, sentences, unseen
 
 Row = dict[str, Any]
-RESULTS = "results.json"
+RESULTS = "results.jsonl"
 DECODING = {
     "num_beams": 4,
     "min_new_tokens": 5,
@@ -127,7 +127,7 @@ class Study:
     """The study in a folder.
 
     Args:
-        output: Folder for ``results.json`` and the trained prefixes and weights.
+        output: Folder for ``results.jsonl`` and the trained prefixes and weights.
         data: Folder with ``scitldr/``.
         settings: Settings.
 
@@ -139,29 +139,29 @@ class Study:
         self.output, self.settings = output, settings
         self.train = read_rows(data, "train")[: settings.train_rows]
         self.test = read_rows(data, "test")[: settings.test_rows]
-        self.results: dict[str, Any] = {"settings": asdict(settings), "parts": {}}
+        self.head: dict[str, Any] = {"suite": "scitldr", "settings": asdict(settings), "environment": environment()}
+        self.parts: dict[str, Any] = {}
         if (path := output / RESULTS).exists():
-            found = json.loads(path.read_bytes())
-            if found["settings"] != self.results["settings"]:
-                expected = shown(found["settings"])
+            head, *parts = map(json.loads, path.read_text(encoding="utf8").splitlines())
+            if head["settings"] != self.head["settings"]:
+                expected = shown(head["settings"])
                 msg = f"{path}: expected the settings of its results, {expected}, got others; give another folder"
                 raise ConfigError(msg)
-            self.results = found
+            self.head, self.parts = head, {part["part"]: part for part in parts}
 
     def run(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """Carry out the parts that have no results, write each result, and return all results.
+        """Carry out the parts that have no results, write each result, and return all results by part.
 
         Args:
             parts: Parts.
         """
         for part in parts:
-            if part.key not in self.results["parts"]:
+            if part.key not in self.parts:
                 print(f"{time.strftime('%H:%M:%S')} {part.key}", flush=True)
-                found = self._carry_out(part)
-                self.results["parts"][part.key] = found
-                replace_file(self.output / RESULTS, json_bytes(self.results, indent=1) + b"\n")
+                self.parts[part.key] = found = {"part": part.key, "name": part.name, **self._carry_out(part)}
+                replace_file(self.output / RESULTS, b"".join(map(json_line, [self.head, *self.parts.values()])))
                 print("  " + ", ".join(f"{k} {v:.2f}" for k, v in found["rouge"].items()), flush=True)
-        return self.results
+        return self.parts
 
     def _carry_out(self, part: Part) -> dict[str, Any]:
         cpu, wall = time.process_time(), time.perf_counter()
@@ -184,8 +184,7 @@ class Study:
             "mean_words": round(sum(len(t.split()) for t in texts) / len(texts), 2),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "wall_seconds": round(time.perf_counter() - wall, 1),
-            "texts": texts[:5],
-            "environment": environment(),
+            "texts": texts[:3],
         }
 
     def _generate(self, part: Part, documents: list[str]) -> tuple[list[str], dict[str, Any]]:

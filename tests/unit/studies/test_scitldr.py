@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+import prefixfast
+from prefixfast.demo import SEQ2SEQ_BASE
 from prefixfast.errors import ConfigError
 from prefixfast.metrics.rouge import rouge
 from prefixfast.studies.scitldr import RESULTS, Part, Settings, Study, best_references, read_rows
@@ -39,6 +41,10 @@ def settings(**fields):
     return Settings(**shown | {"prefix_rate": 0.1, "full_rate": 0.1, "dtype": "float32"} | fields)
 
 
+def results(path):
+    return [json.loads(line) for line in (path / RESULTS).read_text().splitlines()]
+
+
 def test_training_rows_that_are_versions_of_test_documents_are_left_out(data):
     assert read_rows(data, "train") == ROWS["train"][1:]
     assert read_rows(data, "test") == ROWS["test"]
@@ -65,18 +71,16 @@ def test_the_reference_with_the_best_rouge_1_counts_for_all_scores():
 
 def test_parts_without_a_base_are_written_at_once_and_once(data, tmp_path, monkeypatch):
     parts = [Part("lead-1"), Part("copy")]
-    study = Study(tmp_path, data, settings())
-    study.run(parts[:1])
-    first = json.loads((tmp_path / RESULTS).read_text())
-    lead = first["parts"]["lead-1"]
+    Study(tmp_path, data, settings()).run(parts[:1])
+    head, lead = results(tmp_path)
+    assert head["settings"]["max_source_length"] == 30
     assert lead["rouge"] == {"ROUGE-1": 100.0, "ROUGE-2": 100.0, "ROUGE-L": 100.0}
     assert lead["rows"] == {"train": 0, "test": 2}
     again = Study(tmp_path, data, settings())
     monkeypatch.setattr("prefixfast.studies.scitldr.sentences", lambda text: pytest.fail("lead-1 again"))
     again.run(parts)
-    both = json.loads((tmp_path / RESULTS).read_text())
-    assert both["parts"]["lead-1"] == lead
-    assert both["parts"]["copy"]["rouge"]["ROUGE-1"] < 100
+    assert results(tmp_path)[:2] == [head, lead]
+    assert results(tmp_path)[2]["rouge"]["ROUGE-1"] < 100
     with pytest.raises(ConfigError, match="another folder"):
         Study(tmp_path, data, settings(epochs=2))
 
@@ -88,3 +92,15 @@ def test_each_seed_has_its_own_parts():
     assert parts[3].seed == 4
     assert [p.options.get("sites") for p in parts[3:7]] == [None, ("self",), ("enc",), None]
     assert parts[6].options["method"] == "full"
+
+
+def test_parts_with_a_base_train_and_generate(data, tmp_path):
+    study = Study(tmp_path, data, settings(base=str(SEQ2SEQ_BASE)))
+    chosen = {p.name: p for p in study.settings.parts([1])}
+    names = ("no prefix", "prefix, encoder only", "full fine-tuning")
+    found = study.run([chosen[name] for name in names])
+    assert [found[chosen[name].key]["rows"]["train"] for name in names] == [0, 1, 1]
+    assert all(len(part["texts"]) == 2 and part["seed"] in (None, 1) for part in found.values())
+    prefix = prefixfast.Prefix.from_pretrained(tmp_path / "prefix-encoder-only-seed-1")
+    assert (prefix.sites, prefix.length_at("enc")) == (("enc",), 2)
+    assert found[chosen["prefix, encoder only"].key]["num_trained"] == prefix.num_trained
