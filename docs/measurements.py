@@ -326,6 +326,35 @@ def fairness(found: list[Record]) -> Iterator[Cell]:
             yield name, heading, f"{value:.1f}"
 
 
+def seq2seq(kind: str) -> Callable[[list[Record]], Iterator[Cell]]:
+    """Throughput of an encoder-decoder base by contender and dtype, and its ratio to PEFT's."""
+
+    def cells(found: list[Record]) -> Iterator[Cell]:
+        own = [r for r in found if r["kind"] == kind]
+        peft = {r["dtype"]: r["tokens_per_cpu_second"] for r in own if r["contender"].startswith("PEFT")}
+        for r in own:
+            rate, dtype = r["tokens_per_cpu_second"], short(r["dtype"])
+            yield r["contender"], dtype, f"{rate:.1f}"
+            yield r["contender"], f"{dtype}, against PEFT", f"{rate / peft[r['dtype']]:.1f}"
+
+    return cells
+
+
+def scitldr(found: list[Record]) -> Iterator[Cell]:
+    """Scores of summaries, as means over the seeds with their range."""
+    by_name: dict[str, list[Record]] = {}
+    for r in found:
+        by_name.setdefault(r["name"], []).append(r)
+    for name, own in by_name.items():
+        for score in own[0]["rouge"]:
+            values = [r["rouge"][score] for r in own]
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            yield name, score, f"{mean(values):.1f}{spread}"
+        yield name, "words", f"{mean(r['mean_words'] for r in own):.0f}"
+        trained = own[0].get("num_trained")
+        yield name, "trained parameters", f"{trained:,}" if trained else ""
+
+
 def users(found: list[Record]) -> Iterator[Cell]:
     """Throughput of many users' prefixes, and requests whose tokens depend on the batch."""
     (r,) = found
@@ -627,6 +656,15 @@ TABLES: dict[str, Table] = {
         "held-out loss",
         "prefixfast train MODEL ROWS --task e2e --eval-data HELD_OUT --num-train-epochs 2 --method METHOD "
         "--learning-rate RATE -o OUT",
+    ),
+    "seq2seq-generate": Table(("seq2seq-fp32.jsonl", "seq2seq-bf16.jsonl"), seq2seq("generate"), "tokens/s"),
+    "seq2seq-train": Table(("seq2seq-fp32.jsonl", "seq2seq-bf16.jsonl"), seq2seq("train"), "tokens/s"),
+    "scitldr": Table(
+        ("scitldr.jsonl",),
+        scitldr,
+        "SciTLDR test",
+        "python -m prefixfast.studies.scitldr OUT --data DATA --base BASE --epochs 2 --max-source-length 384 "
+        "--prefix-length 30 --prefix-rate 0.1",
     ),
     "fairness": Table(
         ("fairness.jsonl",), fairness, "factor of the others' time per token", "prefixfast bench fairness"
