@@ -335,7 +335,7 @@ def seq2seq(kind: str) -> Callable[[list[Record]], Iterator[Cell]]:
         for r in own:
             rate, dtype = r["tokens_per_cpu_second"], short(r["dtype"])
             yield r["contender"], dtype, f"{rate:.1f}"
-            yield r["contender"], f"{dtype}, against PEFT", f"{rate / peft[r['dtype']]:.1f}"
+            yield r["contender"], f"{dtype}, against PEFT", f"{rate / peft[r['dtype']]:.2f}"
 
     return cells
 
