@@ -217,7 +217,11 @@ def test_the_launcher_reads_no_table(monkeypatch):
     assert first == second == third
     assert [len(kernel) for kernel in first] == [1, 1]
     plain = launch.decode_tile_args
-    monkeypatch.setattr(launch, "decode_tile_args", lambda q, *rest: plain(q, *rest) | {"longest": int(q.sum())})
+
+    def reads_a_table(q, *rest, **options):
+        return plain(q, *rest, **options) | {"longest": int(q.sum())}
+
+    monkeypatch.setattr(launch, "decode_tile_args", reads_a_table)
     with pytest.raises(RuntimeError, match="meta"):
         record_launches(monkeypatch, steps_of_one_bucket()[0])
 

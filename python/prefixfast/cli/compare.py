@@ -155,20 +155,23 @@ def _study(given: Mapping[str, Any], fields: Mapping[str, Any]) -> tuple[Study, 
 
 def _check(runs: Sequence[StudyRun], task: str) -> None:
     """Raise `ConfigError` for options and a base that do not fit the method, before any run starts."""
-    from prefixfast.model.load import is_seq2seq_base
-    from prefixfast.training.method import check_seq2seq_method
     from prefixfast.training.settings import GivenOptions, resolve_settings
 
-    is_seq2seq = is_seq2seq_base(runs[0].study.model)
     for run in runs:
-        if is_seq2seq:
-            check_seq2seq_method(run.variant.options["method"])
         arguments, fields = run.train_arguments()
         try:
             resolve_settings(GivenOptions(fields=fields, **arguments), task)
         except ConfigError as e:
             msg = f"method {shown(run.variant.name)}: {e}"
             raise ConfigError(msg) from e
+
+    # The kind of the base comes last, since reading it imports transformers.
+    from prefixfast.model.load import is_seq2seq_base
+    from prefixfast.training.method import check_seq2seq_method
+
+    if is_seq2seq_base(runs[0].study.model):
+        for run in runs:
+            check_seq2seq_method(run.variant.options["method"])
 
 
 def _print_estimates(runs: Sequence[StudyRun], *, as_json: bool) -> None:

@@ -135,7 +135,7 @@ def _check_site(model: Model, prefix: PrefixShape, site: Site, what: str) -> Non
     # A PEFT adapter of a smaller model has the first layers, and does not say how many layers its base model has.
     unknown = is_first_layers and not set(own_layers(shapes)) <= set(layers)
     reasons = {
-        f"{wrong}: {got.get(wrong, '')} where {expected.get(wrong, '')} is expected": bool(wrong),
+        f"{wrong}: {got.get(wrong)} where {expected.get(wrong, 'no layer')} is expected": bool(wrong),
         "the first ones, and it does not say for how many it was made": unknown,
         "of different lengths": len({shape[0] for shape in own.values()}) != 1,
     }

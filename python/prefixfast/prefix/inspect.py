@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -34,7 +34,6 @@ from prefixfast.prefix.nearest_tokens import nearest_tokens
 from prefixfast.prefix.record import PrefixData
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 Words: TypeAlias = dict[int, list[tuple[str, float]]]
 DEFAULT_ROWS = 16  # number of rows whose nearest tokens are searched by default
 TABLE_WIDTH = 100
@@ -42,36 +41,72 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands in the text of a token that 
 
 
 @dataclass(frozen=True, eq=False)
+class SiteInspection:
+    """Effect of the rows of a prefix at one site.
+
+    Attributes:
+        mass: Share of attention that goes to the prefix (0 to 1), shape ``[L, HQ]``, fp32, mean over all measured
+            positions, which are all tokens of the encoder for ``enc``. NaN beyond the heads of a layer that has fewer
+            than others.
+        words: Nearest vocabulary tokens by prefix row, as text and cosine, nearest first. Empty for a prefix that
+            leaves layer 0 out, and for ``cross``, whose rows are no token's keys. `prefixfast.prefix.nearest_tokens`
+            defines the measure.
+    """
+
+    mass: Tensor
+    words: Words
+
+
+@dataclass(frozen=True, eq=False)
 class Inspection:
     """Effect of a prefix on its base model over some prompts. ``print`` shows it as tables, `plot` as an image.
 
     Attributes:
-        mass: Share of attention that goes to the prefix (0 to 1), shape ``[L, HQ]``, fp32, mean over all measured
-            positions. NaN beyond the heads of a layer that has fewer than others. For an encoder-decoder base it is a
-            mapping from each site of the prefix, and the positions of ``enc`` are all tokens of the encoder.
+        sites: Attention mass and nearest words for each site of the prefix. A decoder-only base has the site ``self``.
         divergence: Divergence in nats of the next-token distribution at each measured position, one tensor ``[n]``,
             fp32, for each prompt. It is the Kullback-Leibler divergence KL(p || q), the sum over tokens of
             ``p * ln(p / q)``, of the distribution p with the prefix from the distribution q without it.
-        words: Nearest vocabulary tokens by prefix row, as text and cosine, nearest first. Empty for a prefix that
-            leaves layer 0 out. For an encoder-decoder base it is a mapping from the sites ``enc`` and ``self``; a row
-            of cross-attention is no token's key. `prefixfast.prefix.nearest_tokens` defines the measure.
         length: Number of rows P, by site if the sites differ.
     """
 
-    mass: Tensor | BySite[Tensor]
+    sites: BySite[SiteInspection]
     divergence: list[Tensor]
-    words: Words | BySite[Words]
     length: int | BySite[int]
+
+    @property
+    def mass(self) -> Tensor:
+        """Attention mass of the decoder's self-attention.
+
+        Raises:
+            ConfigError: If the prefix has no rows there.
+        """
+        return self._decoder().mass
+
+    @property
+    def words(self) -> Words:
+        """Nearest words of the rows of the decoder's self-attention.
+
+        Raises:
+            ConfigError: If the prefix has no rows there.
+        """
+        return self._decoder().words
+
+    def _decoder(self) -> SiteInspection:
+        if "self" in self.sites:
+            return self.sites["self"]
+        first = next(iter(self.sites))
+        msg = f"this prefix has no rows of the site 'self', but of {', '.join(self.sites)}; read sites[{first!r}]"
+        raise ConfigError(msg)
 
     def __str__(self) -> str:
         """Tables of mass, divergence and nearest tokens."""
         out = io.StringIO()
         console = Console(file=out, width=TABLE_WIDTH, color_system=None, highlight=False, emoji=False)
         all_kl = torch.cat(self.divergence)
-        for site, mass in _by_site(self.mass).items():
+        for site, found in self.sites.items():
             title = f"attention mass{self._where(site)} on the prefix, %"
             table = Table("layer", "mean", "least", "head", "most", "head", title=title)
-            for layer, padded in enumerate(mass):
+            for layer, padded in enumerate(found.mass):
                 row = padded[~padded.isnan()]
                 mean, least, most = (f"{100 * x:.1f}" for x in (row.mean(), row.min(), row.max()))
                 table.add_row(str(layer), mean, least, str(int(row.argmin())), most, str(int(row.argmax())))
@@ -80,21 +115,21 @@ class Inspection:
             f"divergence from the base over {len(all_kl)} positions of {len(self.divergence)} prompts: "
             f"mean {all_kl.mean():.3f}, median {all_kl.median():.3f}, most {all_kl.max():.3f} nats"
         )
-        for site, words in _by_site(self.words).items():
-            if words:
-                rows = _by_site(self.length).get(site, self.length)
-                title = f"words of {len(words)} of {rows} rows{self._where(site)}"
+        for site, found in self.sites.items():
+            if found.words:
+                rows = self.length[site] if isinstance(self.length, BySite) else self.length
+                title = f"words of {len(found.words)} of {rows} rows{self._where(site)}"
                 near = Table("row", "nearest tokens (cosine of first-layer keys)", title=title)
-                for row_number, found in words.items():
-                    near.add_row(str(row_number), ", ".join(f"{word!r} {cosine:.2f}" for word, cosine in found))
+                for row_number, words in found.words.items():
+                    near.add_row(str(row_number), ", ".join(f"{word!r} {cosine:.2f}" for word, cosine in words))
                 console.print(near, markup=False)
-        if "cross" in _by_site(self.mass) and any(_by_site(self.words).values()):
+        if "cross" in self.sites and any(found.words for found in self.sites.values()):
             console.print("rows of cross-attention have no words, since they are no token's keys")
         return out.getvalue()
 
     def _where(self, site: Site) -> str:
-        """Name of a site after a noun, empty for a decoder-only base, which has one site."""
-        return f" of {SITE_NAMES[site]}" if isinstance(self.mass, BySite) else ""
+        """Name of a site after a noun, empty if self-attention of the decoder is the only one."""
+        return "" if list(self.sites) == ["self"] else f" of {SITE_NAMES[site]}"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw attention mass by layer and head, and a histogram of the divergences, to an image file.
@@ -115,11 +150,10 @@ class Inspection:
         except ImportError as e:
             msg = "plot needs matplotlib: pip install 'prefixfast[train]'"
             raise ConfigError(msg) from e
-        masses = _by_site(self.mass)
-        figure = Figure(figsize=(4.5 * (1 + len(masses)), 4), layout="constrained")
-        *left, right = figure.subplots(1, 1 + len(masses))
-        for axes, (site, mass) in zip(left, masses.items(), strict=True):
-            image = axes.imshow(mass.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
+        figure = Figure(figsize=(4.5 * (1 + len(self.sites)), 4), layout="constrained")
+        *left, right = figure.subplots(1, 1 + len(self.sites))
+        for axes, (site, found) in zip(left, self.sites.items(), strict=True):
+            image = axes.imshow(found.mass.numpy(), aspect="auto", vmin=0, vmax=1, cmap="viridis")
             axes.set(xlabel="head", ylabel="layer", title=f"attention mass{self._where(site)}\non the prefix")
             figure.colorbar(image, ax=axes)
         right.hist(torch.cat(self.divergence).numpy(), bins=30)
@@ -159,15 +193,12 @@ def inspect_prefix(
         check_fits(base, prefix)
         texts = [inspected_text(base, prefix, prompt, i) for i, prompt in enumerate(prompts)]
         measured = [measure_prompt(base, prefix, text) for text in texts]
-        mass = {
-            site: torch.stack([one.mass[site] for one in measured]).sum(0) / sum(one.counts[site] for one in measured)
-            for site in prefix.sites
-        }
-        near = {site: _words(base, prefix, chosen, words, site) for site in prefix.sites if site != "cross"}
-        divergence = [one.divergence for one in measured]
-        if base.seq2seq is not None:
-            return Inspection(BySite(mass), divergence, BySite(near), prefix.length)
-        return Inspection(mass["self"], divergence, near["self"], prefix.length)
+        sites: dict[Site, SiteInspection] = {}
+        for site in prefix.sites:
+            mass = torch.stack([one.mass[site] for one in measured]).sum(0) / sum(one.counts[site] for one in measured)
+            near = {} if site == "cross" else _words(base, prefix, chosen, words, site)
+            sites[site] = SiteInspection(mass, near)
+        return Inspection(BySite(sites), [one.divergence for one in measured], prefix.length)
 
 
 def _words(model: Model, prefix: PrefixData, rows: Sequence[int], count: int, site: Site) -> Words:
@@ -178,11 +209,6 @@ def _words(model: Model, prefix: PrefixData, rows: Sequence[int], count: int, si
     here = [row for row in rows if row < prefix.length_at(site)]
     near = nearest_tokens(model, prefix, here, count, site) if count else {}
     return {row: [(_token_text(model, token), cosine) for token, cosine in found] for row, found in near.items()}
-
-
-def _by_site(value: T | BySite[T]) -> BySite[T]:
-    """Values by site; a value of a decoder-only base is that of self-attention."""
-    return value if isinstance(value, BySite) else BySite({"self": value})
 
 
 def _check_rows(prefix: PrefixData, words: int, rows: Sequence[int] | None) -> list[int]:

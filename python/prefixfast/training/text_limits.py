@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from prefixfast.config import TrainConfig
 from prefixfast.data.encode import DecoderTokens, Example, decoder_of, kept, labelled_example
 from prefixfast.data.encode.tokenized import IGNORED_LABEL
 from prefixfast.errors import ConfigError
-from prefixfast.model.base import Model
+
+if TYPE_CHECKING:
+    from prefixfast.model.base import Model
 
 SEQ2SEQ_LIMITS = ("max_source_length", "max_target_length")
 LIMITS = {"decoder-only": ("max_length",), "encoder-decoder": SEQ2SEQ_LIMITS}  # options by kind of base model

@@ -10,9 +10,10 @@ from matplotlib.image import imread
 
 import tiny
 from prefixfast import BaseMismatchError, ConfigError, Prefix, RequestError, load
+from prefixfast.config.sites import BySite
 from prefixfast.data.builtin_tasks import table_task
 from prefixfast.prefix import peft_format as layout
-from prefixfast.prefix.inspect import Inspection
+from prefixfast.prefix.inspect import Inspection, SiteInspection
 
 FAMILIES = ("gpt2", "llama", "qwen3", "mistral", "gemma2", "gemma3")
 PROMPTS = [
@@ -135,7 +136,7 @@ def test_print(base):
 
 def test_markup_in_words_is_not_interpreted():
     words = [("[red]", 1.0), ("[/]", 0.5), (":smile:", 0.25)]
-    shown = str(Inspection(torch.ones(1, 1), [torch.zeros(1)], {0: words}, 1))
+    shown = str(Inspection(BySite({"self": SiteInspection(torch.ones(1, 1), {0: words})}), [torch.zeros(1)], 1))
     assert all(f"{word!r} {cosine:.2f}" in shown for word, cosine in words)
 
 

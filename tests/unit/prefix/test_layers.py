@@ -319,7 +319,7 @@ def test_check_fits_distinguishes_fewer_layers_from_a_smaller_base_model(model):
     check_fits(
         model, dataclasses.replace(prefix, base=None, kv={n.replace(".0.", ".2."): t for n, t in prefix.kv.items()})
     )
-    with pytest.raises(BaseMismatchError, match=r"self\.3\.k: \(2, 8\) where None is expected"):
+    with pytest.raises(BaseMismatchError, match=r"self\.3\.k: \(2, 8\) where no layer is expected"):
         check_fits(model, dataclasses.replace(prefix, kv={n.replace(".1.", ".3."): t for n, t in prefix.kv.items()}))
     with pytest.raises(BaseMismatchError, match="different lengths"):
         check_fits(

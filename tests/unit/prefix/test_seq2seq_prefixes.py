@@ -150,8 +150,8 @@ def test_mass_and_divergence_equal_those_of_brute_force(models):
     masses = [oracle_mass(hf, prefix, source, torch.tensor(decoder)) for source, decoder in pairs]
     for site in SITES:
         expected = torch.cat([mass[site] for mass in masses], -1).mean(-1)
-        assert found.mass[site].shape == expected.shape
-        assert (found.mass[site] - expected).abs().max() < 1e-5
+        assert found.sites[site].mass.shape == expected.shape
+        assert (found.sites[site].mass - expected).abs().max() < 1e-5
         assert 0.01 < expected.mean() < 0.99
     for (source, decoder), got in zip(pairs, found.divergence, strict=True):
         with torch.no_grad():
@@ -163,18 +163,21 @@ def test_mass_and_divergence_equal_those_of_brute_force(models):
         assert got.shape == expected.shape == (len(decoder),)
         assert ((got - expected).abs() / expected.clamp_min(1)).max() < 1e-4
     assert found.length == prefix.length
-    decoder_only = prefix.inspect(base, rows, words=0).mass
-    assert list(decoder_only) == list(SITES)
+    assert list(found.sites) == list(SITES)
+    assert found.mass is found.sites["self"].mass
     encoder = Prefix({n: t for n, t in prefix.kv.items() if n.startswith("enc")}, pos_start=0)
-    assert list(encoder.inspect(base, rows, words=0).mass) == ["enc"]
+    at_encoder = encoder.inspect(base, rows, words=0)
+    assert list(at_encoder.sites) == ["enc"]
+    with pytest.raises(ConfigError, match="enc"):
+        _ = at_encoder.mass
 
 
 def test_words_of_a_text_are_its_tokens(models, tmp_path):
     base, hf = models
     text = Prefix.from_text(base, RULES.tolist())
     found = text.inspect(base, [SOURCE.tolist()], words=2)
-    assert {site: [*words] for site, words in found.words.items()} == {"enc": list(range(len(RULES)))}
-    for row, near in found.words["enc"].items():
+    assert {site: [*one.words] for site, one in found.sites.items()} == {"enc": list(range(len(RULES))), "cross": []}
+    for row, near in found.sites["enc"].words.items():
         assert near[0][0] == f"#{int(RULES[row])}"
         assert near[0][1] == pytest.approx(1, abs=1e-4)
     shown = str(found)
@@ -187,10 +190,10 @@ def test_words_of_a_text_are_its_tokens(models, tmp_path):
         assert words in " ".join(shown.split())
     found.plot(tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 1000
-    rows = random_prefix(hf, LENGTHS, pos_start=5).inspect(base, [SOURCE.tolist()], words=1, rows=[0, 4]).words
-    assert {site: [*words] for site, words in rows.items()} == {"enc": [0], "self": [0, 4]}
+    rows = random_prefix(hf, LENGTHS, pos_start=5).inspect(base, [SOURCE.tolist()], words=1, rows=[0, 4]).sites
+    assert {site: [*one.words] for site, one in rows.items()} == {"enc": [0], "self": [0, 4], "cross": []}
     cross = random_prefix(hf, {"cross": 2}, pos_start=0)
-    assert cross.inspect(base, [SOURCE.tolist()]).words == {}
+    assert cross.inspect(base, [SOURCE.tolist()]).sites["cross"].words == {}
 
 
 def test_decoder_rows_are_compared_with_keys_at_their_positions(models):
@@ -205,7 +208,7 @@ def test_decoder_rows_are_compared_with_keys_at_their_positions(models):
     hook.remove()
     prefix = random_prefix(hf, {"self": 3}, pos_start=3)
     kv = {**prefix.kv, "self.0.k": found["k"].unflatten(-1, seq2seq.heads(module))}
-    words = Prefix(kv, pos_start=3).inspect(base, [SOURCE.tolist()], words=1).words["self"]
+    words = Prefix(kv, pos_start=3).inspect(base, [SOURCE.tolist()], words=1).words
     assert [words[i][0][0] for i in range(3)] == [f"#{int(t)}" for t in tokens]
 
 
