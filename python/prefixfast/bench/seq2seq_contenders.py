@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from prefixfast.bench.seq2seq_inputs import Rows, Workload, table_pair
+from prefixfast.bench.step_clock import StepClock
 from prefixfast.bench.train_contenders import HOW, RATE
 from prefixfast.engine.engine import Engine
 from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.callbacks import Callback
 from prefixfast.training.trainer import train
 
 IGNORED = -100
@@ -51,22 +51,10 @@ class Losses(NamedTuple):
     values: list[float]
     seconds: Seconds
 
-
-class _Clock(Callback):
-    """Training callback that records the end and the loss of each step."""
-
-    def __init__(self) -> None:
-        self.times: list[Seconds] = []
-        self.losses: list[float] = []
-
-    def on_step(self, step: int, losses: Tensor, grad_norms: Tensor, active: Tensor) -> None:
-        """Record one step, as `prefixfast.training.callbacks.Callback` describes."""
-        self.losses.append(float(losses[0]))
-        self.times.append(Seconds.now())
-
-    def run(self) -> Losses:
-        """The recorded run."""
-        return Losses(self.losses, self.times[-1].since(self.times[0]))
+    @classmethod
+    def of(cls, clock: StepClock[Seconds]) -> Losses:
+        """The run that a clock recorded."""
+        return cls(clock.losses, clock.times[-1].since(clock.times[0]))
 
 
 def generate(engine: Engine, sources: list[list[int]], prefixes: Sequence[Prefix], work: Workload) -> Texts:
@@ -130,10 +118,10 @@ def peft_generate(own: Any, sources: list[list[int]], work: Workload) -> Texts:
 
 def train_ours(model: Model, rows: Rows, start: Prefix, steps: int) -> Losses:
     """Train one prefix with `prefixfast.train`."""
-    clock = _Clock()
+    clock = StepClock(Seconds.now)
     how: dict[str, Any] = {**HOW, "batch_size": len(rows), "max_steps": steps + 1, "callbacks": [clock]}
     train(model, {"own": rows}, init={"own": start}, on_error="raise", progress=False, **how)
-    return clock.run()
+    return Losses.of(clock)
 
 
 def train_peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Losses:
@@ -149,7 +137,7 @@ def train_peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) ->
     }
     optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=HOW["weight_decay"])
     schedule = get_linear_schedule_with_warmup(optimizer, HOW["warmup_steps"], steps + 1)
-    clock = _Clock()
+    clock = StepClock(Seconds.now)
     for step in range(steps + 1):
         loss = own(**batch).loss
         loss.backward()
@@ -158,7 +146,7 @@ def train_peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) ->
         schedule.step()
         optimizer.zero_grad()
         clock.on_step(step + 1, loss.detach()[None], norm[None], torch.ones(1, dtype=torch.bool))
-    return clock.run()
+    return Losses.of(clock)
 
 
 def _padded(rows: Sequence[list[int]], value: int) -> Tensor:

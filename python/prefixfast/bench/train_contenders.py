@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefixfast.bench.contenders import peft_model
+from prefixfast.bench.step_clock import StepClock
 from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.callbacks import Callback
 from prefixfast.training.trainer import train
 
 RATE = 1e-2
@@ -69,22 +68,10 @@ class Run(NamedTuple):
     seconds: float
     losses: list[float]
 
-
-class _Clock(Callback):
-    """Training callback that records the end and the loss of each step."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-        self.losses: list[float] = []
-
-    def on_step(self, step: int, losses: Tensor, grad_norms: Tensor, active: Tensor) -> None:
-        """Record one step, as `prefixfast.training.callbacks.Callback` describes."""
-        self.losses.append(float(losses[0]))
-        self.times.append(time.perf_counter())
-
-    def run(self) -> Run:
-        """The recorded run."""
-        return Run(self.times[-1] - self.times[0], self.losses)
+    @classmethod
+    def of(cls, clock: StepClock[float]) -> Run:
+        """The run that a clock recorded."""
+        return cls(clock.times[-1] - clock.times[0], clock.losses)
 
 
 def settings_of(model: Model | PreTrainedModel, work: Workload) -> dict[str, object]:
@@ -100,7 +87,7 @@ def settings_of(model: Model | PreTrainedModel, work: Workload) -> dict[str, obj
 
 def ours(model: Model, rows: Mapping[str, Rows], start: Mapping[str, Prefix], steps: int) -> Run:
     """Train all prefixes in the same batches with `prefixfast.train`."""
-    clock, size = _Clock(), len(next(iter(rows.values())))
+    clock, size = StepClock(time.perf_counter), len(next(iter(rows.values())))
     train(
         model,
         dict(rows),
@@ -112,7 +99,7 @@ def ours(model: Model, rows: Mapping[str, Rows], start: Mapping[str, Prefix], st
         callbacks=[clock],
         **HOW,
     )
-    return clock.run()
+    return Run.of(clock)
 
 
 def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
@@ -136,7 +123,7 @@ def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
     }
     optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=HOW["weight_decay"])
     schedule = get_linear_schedule_with_warmup(optimizer, HOW["warmup_steps"], steps + 1)
-    clock = _Clock()
+    clock = StepClock(time.perf_counter)
     for step in range(steps + 1):
         loss = own(**batch).loss
         loss.backward()
@@ -145,4 +132,4 @@ def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
         schedule.step()
         optimizer.zero_grad()
         clock.on_step(step + 1, loss.detach()[None], norm[None], torch.ones(1, dtype=torch.bool))
-    return clock.run()
+    return Run.of(clock)
