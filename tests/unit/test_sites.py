@@ -53,6 +53,7 @@ def test_lengths_layers_and_sites_of_a_config():
     assert PrefixConfig(prefix_length=7).lengths(ENCDEC) == BySite.of(7, SITES)
     assert PrefixConfig(prefix_length=7).lengths(("self",)) == {"self": 7}
     assert PrefixConfig(layers=[1]).layers_at("cross") == (1,)
+    assert PrefixConfig(sites="self") == PrefixConfig(sites=["self"])
     assert PrefixConfig.make(each, prefix_length=6).lengths(ENCDEC) == BySite.of(6, SITES)
 
 
@@ -64,6 +65,7 @@ def test_lengths_layers_and_sites_of_a_config():
         ({"prefix_length": {"decoder": 3}}, "prefix_length"),
         ({"sites": ["enc", "enc"]}, "sites"),
         ({"sites": 3}, "sites"),
+        ({"sites": "enc,self"}, "sites"),
         ({"sites": [["enc"]]}, "sites"),
         ({"layers": {"enc": []}}, "layers"),
         ({"layers": {"enc": [0]}, "sites": ["self"]}, "layers"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from prefixfast.cli.options import flags, words_of
 from prefixfast.cli.output import QUIET, SOME_FAILED, printable, show, start_logging
 from prefixfast.cli.prefixes import Json
 from prefixfast.config import GenerationParams, TrainConfig
+from prefixfast.config.sites import SITES
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.paths import check_not_input
@@ -36,7 +38,7 @@ MODEL = typer.Option(help="Hub id or folder of the base model.")
 NAMED = ", ".join(f"{name} ({', '.join(f'{k} {v}' for k, v in own.items())})" for name, own in VARIANTS.items())
 METHODS = typer.Option(
     help=f"Methods with commas between them: {', '.join(METHOD_NAMES)}, or with options {NAMED}. Encoder-decoder bases "
-    "have prefix, full and lora."
+    "have the methods prefix, full and lora, and they alone have the sites enc and cross."
 )
 METHODS_BY_DEFAULT = ["prefix,lora,full"]
 SETTINGS = typer.Option(
@@ -157,21 +159,32 @@ def _check(runs: Sequence[StudyRun], task: str) -> None:
     """Raise `ConfigError` for options and a base that do not fit the method, before any run starts."""
     from prefixfast.training.settings import GivenOptions, resolve_settings
 
+    settings = []
     for run in runs:
         arguments, fields = run.train_arguments()
-        try:
-            resolve_settings(GivenOptions(fields=fields, **arguments), task)
-        except ConfigError as e:
-            msg = f"method {shown(run.variant.name)}: {e}"
-            raise ConfigError(msg) from e
+        with _named(run):
+            settings.append(resolve_settings(GivenOptions(fields=fields, **arguments), task))
 
     # The kind of the base comes last, since reading it imports transformers.
     from prefixfast.model.load import is_seq2seq_base
     from prefixfast.training.method import check_seq2seq_method
 
-    if is_seq2seq_base(runs[0].study.model):
-        for run in runs:
-            check_seq2seq_method(run.variant.options["method"])
+    is_seq2seq = is_seq2seq_base(runs[0].study.model)
+    for run, found in zip(runs, settings, strict=True):
+        with _named(run):
+            found.prefix_config.sites_of(SITES if is_seq2seq else ("self",))
+            if is_seq2seq:
+                check_seq2seq_method(run.variant.options["method"])
+
+
+@contextlib.contextmanager
+def _named(run: StudyRun) -> Iterator[None]:
+    """Context manager whose `ConfigError` names the compared method."""
+    try:
+        yield
+    except ConfigError as e:
+        msg = f"method {shown(run.variant.name)}: {e}"
+        raise ConfigError(msg) from e
 
 
 def _print_estimates(runs: Sequence[StudyRun], *, as_json: bool) -> None:

@@ -100,7 +100,8 @@ def convert_folder(source: Path, target: Path, model: str | None, *, verify: boo
             return Outcome(name, str(target), False, f"the written folder cannot be read: {e}", prefix.digest)
     if (target / "adapter_config.json").exists():
         return Outcome(name, str(target), True, "PEFT reads it too", prefix.digest)
-    return Outcome(name, str(target), True, "only prefixfast reads it: PEFT cannot hold this prefix", prefix.digest)
+    why = f"only prefixfast reads it: {prefix.peft_incompatibility}"
+    return Outcome(name, str(target), True, why, prefix.digest)
 
 
 def adapter_folders(root: Path) -> list[Path]:

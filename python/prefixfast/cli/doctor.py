@@ -129,11 +129,12 @@ def describe_base(base: Model) -> dict[str, Any]:
     from prefixfast.model.supported_models import VERIFIED
 
     kind = base.hf.config.model_type
-    tested = (
-        "parity with PEFT is tested"
-        if kind in VERIFIED
-        else "not among the families tested with PEFT; the proof at load found the results of its own forward"
-    )
+    if base.seq2seq is not None:  # `load` takes the types alone that the tests compare
+        tested = "logits and gradients of prefixes at its sites are tested"
+    elif kind in VERIFIED:
+        tested = "parity with PEFT is tested"
+    else:
+        tested = "not among the families tested with PEFT; the proof at load found the results of its own forward"
     start = time.perf_counter()
     fingerprint = base.fingerprint
     seconds = time.perf_counter() - start

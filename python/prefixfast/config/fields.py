@@ -21,7 +21,7 @@ class PrefixConfigFields(TypedDict, total=False):
 
     prefix_length: int | Literal["text"] | Mapping[Site, int]
     reparameterization: Literal["auto", "none", "mlp"]
-    sites: Sequence[Site] | None
+    sites: Site | Sequence[Site] | None
     layers: Iterable[SupportsIndex] | Mapping[Site, Iterable[SupportsIndex]] | None
     encoder_hidden_size: int
     embedding_dim: int | None

@@ -19,7 +19,7 @@ class PrefixConfig(Options):
     """Options that say what is learned.
 
     ``prefix_length`` and ``layers`` are one value for each site, or a mapping from the site to its value. A mapping of
-    lengths names the sites that are trained. ``sites`` and ``layers`` can be any sequence.
+    lengths names the sites that are trained. ``sites`` is one site or a sequence of sites, ``layers`` any sequence.
 
     Example:
         >>> PrefixConfig(prefix_length=5, reparameterization="mlp").encoder_hidden_size
@@ -202,8 +202,8 @@ class PrefixConfig(Options):
 
 
 def _sites(name: str, given: Any) -> tuple[Site, ...]:
-    """Sites in the order of `SITES`, from a sequence of sites or the keys of a mapping by site."""
-    named = [] if isinstance(given, str) or not isinstance(given, Iterable) else list(given)
+    """Sites in the order of `SITES`, from one site, a sequence of sites or the keys of a mapping by site."""
+    named = [given] if isinstance(given, str) else list(given) if isinstance(given, Iterable) else []
     if not named or not all(isinstance(s, str) and s in SITES for s in named) or len(set(named)) != len(named):
         expected = f"at least one of the sites {', '.join(map(repr, SITES))}, each once"
         msg = f"PrefixConfig.{name}: expected {expected}, got {shown(given)}"
@@ -230,6 +230,7 @@ def _layers(given: Any) -> tuple[int, ...]:
     except (TypeError, ValueError):
         numbers = []
     if not numbers or numbers[0] < 0 or numbers[-1] > INT32_MAX or len(set(numbers)) != len(numbers):
-        msg = f"PrefixConfig.layers: expected at least one layer number, from 0 and each once, got {shown(given)}"
+        expected = "a list of at least one layer number, from 0 and each once"
+        msg = f"PrefixConfig.layers: expected {expected}, got {shown(given)}"
         raise ConfigError(msg)
     return tuple(numbers)

@@ -72,10 +72,7 @@ def explain(model: Model, loop: Loop, config: EngineConfig) -> EngineExplanation
         "weights": describe_weights(model),
     }
     if model.seq2seq is not None:
-        found["encoder"] = (
-            f"runs once for each request, on texts of at most {max_source_tokens(config)} tokens; "
-            "max_num_batched_tokens less the sequences that are decoded beside it and the decoder's start token"
-        )
+        found["encoder"] = _encoder(model.seq2seq.encoder_positions, max_source_tokens(config))
         found["cross"] = describe_cross(model)
     return found
 
@@ -88,6 +85,13 @@ def max_source_tokens(config: EngineConfig) -> int:
     """
     tokens = config.max_num_batched_tokens
     return tokens - min(config.max_num_seqs, tokens - tokens // 4)
+
+
+def _encoder(positions: int, most: int) -> str:
+    """Limit of the encoder's texts, which are those of the base model and of a step."""
+    step = "max_num_batched_tokens less the sequences that a step decodes"
+    limit, reason = (positions, "the positions of the encoder") if positions <= most else (most, step)
+    return f"runs once for each request, on texts of at most {limit} tokens; {reason}"
 
 
 def describe_cross(model: Model) -> str:

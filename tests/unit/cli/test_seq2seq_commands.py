@@ -72,6 +72,15 @@ def test_doctor(cli, bart):
     assert found["prefix of 10, numbers"] == 10 * (3 + 2 + 2) * 2 * 4 * 8
 
 
+def test_compare_refuses_sites_that_the_base_does_not_have(cli, folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"document": f"mill {i}", "summary": f"m {i}"}) + "\n" for i in range(5)))
+    words = ("--model", folder, "-o", tmp_path / "out", "--metrics", "lengths", "--dry-run")
+    done = cli("compare", rows, *words, "--methods", "prefix,prefix-enc")
+    assert done.code == 1
+    assert "method 'prefix-enc': PrefixConfig.sites: expected 'self', got 'enc'" in done.err
+
+
 def test_chat_is_refused_by_name(cli, bart):
     done = cli("chat", "--model", bart, *FAST)
     assert done.code == 1

@@ -83,6 +83,9 @@ def test_cross_rows_are_those_that_a_request_takes(bart):
         text = made.explain()
     assert f"{SOURCE_LENGTH} tokens take {rows} rows, {rows * size} bytes" in text["cross"]
     assert f"at most {64 - 8} tokens" in text["encoder"]
+    positions = bart.seq2seq.encoder_positions
+    with engine(bart, max_num_batched_tokens=2 * positions) as made:
+        assert f"at most {positions} tokens; the positions" in made.explain()["encoder"]
     # An arena that holds exactly these rows and one unit of the decoder takes the text, and none more. The last 64 rows
     # are never used.
     for length, fits in ((48, True), (49, False)):

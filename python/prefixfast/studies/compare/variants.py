@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from prefixfast.config.fields import MethodName
+from prefixfast.config.sites import SITES
 from prefixfast.errors import ConfigError, did_you_mean, shown
 from prefixfast.io.yaml import read_yaml
 
@@ -14,6 +15,7 @@ from prefixfast.io.yaml import read_yaml
 VARIANTS: dict[str, dict[str, Any]] = {
     "prefix-mlp": {"method": "prefix", "init": "random", "reparameterization": "mlp"},
     "prefix-random": {"method": "prefix", "init": "random", "reparameterization": "none"},
+    **{f"prefix-{site}": {"method": "prefix", "sites": site} for site in SITES},
     "adapter-0.1": {"method": "adapter", "adapter_size": 0.001},
 }
 METHOD_NAMES: tuple[str, ...] = get_args(MethodName)

@@ -66,7 +66,7 @@ class PrefixState:
     def description(self) -> str:
         """Number of prefix rows, of each site of an encoder-decoder base model."""
         lengths = self.parameters.lengths
-        if tuple(lengths) == ("self",):
+        if self.model.seq2seq is None:
             return counted(lengths["self"], "prefix row")
         by_site = ", ".join(f"{site} {length}" for site, length in lengths.items())
         return f"{counted(sum(lengths.values()), 'prefix row')} ({by_site})"
