@@ -98,15 +98,14 @@ def tile_args(
     return {"BM": tile_rows(tokens, group), "BN": padded_size(keys), "TOKENS": tokens, **config.launch_options()}
 
 
-def decode_tile_args(q: Tensor, k: Tensor, users: int, options: AttnOptions, *, biased: bool = False) -> dict[str, Any]:
+def decode_tile_args(q: Tensor, k: Tensor, users: int) -> dict[str, Any]:
     """Tile sizes and compile options of `prefix_decode`.
 
     BM is the number of rows of a group's tile, BH that of a row's tile (its query heads of one kv head), BN the number
     of keys.
     """
     group = q.shape[1] // k.shape[1]
-    masked = options.window > 0 or options.softcap > 0
-    config = decode_config(q.device, q.shape[2], q.dtype).compile_config(group, masked=masked, biased=biased)
+    config = decode_config(q.device, q.shape[2], q.dtype).config
     return {"BM": tile_rows(users, group), "BH": padded_size(group), "BN": config.inner, **config.launch_options()}
 
 

@@ -247,7 +247,7 @@ def attn_decode(
         H=k.shape[1],
         **launch.decode_option_args(options, q.dtype),
         **launch.bias_args(bias, lse),
-        **launch.decode_tile_args(q, k, users, options, biased=bias is not None),
+        **launch.decode_tile_args(q, k, users),
     )
     if parts:
         combine = launch.combine_args(q)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 CHIPS = ("sm80", "sm90", "sm100", "gfx942")
 KERNELS = ("prefix_fwd", "prefix_bwd_dq", "prefix_bwd_kv", "prefix_bwd_block")
+MAX_BIASED_HEAD_DIM = 128  # larger head dims are not compiled with a position bias, because no model has them
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ class PackedConfig:
         return self.kernels.get((kernel, "biased"), config) if biased else config
 
 
-Cases = tuple[tuple[int, int, int], ...]  # (inner, warps, stages) of the plain, masked, fused and biased case
+Case = tuple[int, int, int]  # inner, warps, stages
+Cases = tuple[Case, ...]  # the plain, the masked and the fused case
 
 
-def _packed(tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block: Cases) -> PackedConfig:
-    """Configurations of all packed kernels; the last cases are left out where they equal what they fall back to.
+def _packed(
+    tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block: Cases, biased: dict[str, Case] | None = None
+) -> PackedConfig:
+    """Configurations of all packed kernels; the masked and the fused case are left out where they equal the plain one.
 
     Args:
         tile: Rows of a query tile, keys of a tile and prefix rows of a tile in the backward.
@@ -92,14 +96,16 @@ def _packed(tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block:
         dq: Cases of `prefix_bwd_dq`.
         kv: Cases of `prefix_bwd_kv`.
         block: Cases of `prefix_bwd_block`.
+        biased: Biased cases by kernel, for the kernels that spill with a position bias in the masked case.
     """
-    names = ("", "masked", "fused", "biased")
+    names = ("", "masked", "fused")
     by_kernel = zip(KERNELS, (fwd, dq, kv, block), strict=True)
     kernels = {
         (kernel, name): CompileConfig(*case)
         for kernel, cases in by_kernel
         for name, case in zip(names, cases, strict=False)
     }
+    kernels |= {(kernel, "biased"): CompileConfig(*case) for kernel, case in (biased or {}).items()}
     return PackedConfig(*tile, kernels)
 
 
@@ -108,46 +114,62 @@ PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
     ("sm80", 64, 2): _packed(
         (128, 64, 64),
         ((64, 8, 3), (64, 8, 2)),
-        ((64, 8, 3), (64, 8, 3), (64, 8, 3), (64, 8, 2)),
+        ((64, 8, 3),),
         ((32, 8, 2), (32, 8, 1)),
         ((32, 8, 3),),
+        biased={"prefix_bwd_dq": (64, 8, 2)},
     ),
     ("sm80", 128, 2): _packed(
         (128, 64, 64),
         ((32, 8, 1),),
-        ((32, 8, 2), (32, 8, 2), (32, 8, 2), (16, 8, 2)),
+        ((32, 8, 2),),
         ((32, 8, 2),),
         ((64, 8, 3), (64, 8, 3), (32, 8, 2)),
+        biased={"prefix_bwd_dq": (16, 8, 2)},
     ),
     ("sm80", 256, 2): _packed((64, 32, 64), ((32, 8, 2),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 2), (64, 8, 3))),
     ("sm90", 64, 2): _packed((128, 64, 64), ((64, 8, 3),), ((64, 8, 3),), ((64, 8, 3), (64, 8, 2)), ((64, 8, 3),)),
     ("sm90", 128, 2): _packed(
         (128, 64, 64),
-        ((64, 8, 3), (64, 8, 3), (64, 8, 3), (32, 8, 3)),
+        ((64, 8, 3),),
         ((64, 8, 3), (32, 8, 2)),
         ((64, 8, 2), (32, 8, 2)),
         ((64, 8, 3), (64, 8, 3), (32, 8, 2)),
+        biased={"prefix_fwd": (32, 8, 3)},
     ),
     ("sm90", 256, 2): _packed((128, 32, 32), ((32, 8, 2),), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (64, 8, 2))),
     ("sm100", 64, 2): _packed(
         (128, 64, 64),
-        ((64, 8, 3), (64, 8, 3), (64, 8, 3), (64, 8, 2)),
-        ((64, 4, 3), (64, 8, 3), (64, 8, 3), (32, 8, 3)),
+        ((64, 8, 3),),
+        ((64, 4, 3), (64, 8, 3), (64, 8, 3)),
         ((32, 8, 3), (64, 8, 2)),
         ((64, 8, 3),),
+        biased={"prefix_fwd": (64, 8, 2), "prefix_bwd_dq": (32, 8, 3)},
     ),
     ("sm100", 128, 2): _packed(
         (128, 64, 64), ((32, 8, 2),), ((32, 8, 2),), ((64, 8, 3), (32, 8, 2)), ((64, 4, 3), (64, 8, 3), (64, 8, 3))
     ),
     ("sm100", 256, 2): _packed((64, 32, 64), ((32, 8, 1), (32, 8, 2)), ((64, 8, 1),), ((32, 8, 2),), ((32, 8, 2),)),
     ("gfx942", 64, 2): _packed(
-        (128, 64, 64), ((64, 8, 3),), ((64, 8, 2), (64, 4, 3)), ((64, 4, 1),), ((64, 4, 2), (64, 4, 1), (64, 4, 2))
+        (128, 64, 64),
+        ((64, 8, 3),),
+        ((64, 8, 2), (64, 4, 3)),
+        ((64, 4, 1),),
+        ((64, 4, 2), (64, 4, 1), (64, 4, 2)),
+        biased={"prefix_fwd": (64, 8, 2)},
     ),
     ("gfx942", 128, 2): _packed(
         (128, 64, 64), ((32, 8, 2),), ((32, 4, 3),), ((32, 4, 2), (32, 4, 1)), ((32, 4, 3), (32, 4, 2), (32, 4, 2))
     ),
     ("gfx942", 256, 2): _packed((64, 64, 64), ((32, 8, 2),), ((32, 4, 1),), ((16, 4, 1),), ((16, 4, 2),)),
-    ("sm80", 64, 4): _packed((32, 32, 32), ((16, 4, 2),), ((16, 4, 2), (16, 16, 2)), ((16, 8, 2),), ((16, 4, 2),)),
+    ("sm80", 64, 4): _packed(
+        (32, 32, 32),
+        ((16, 4, 2),),
+        ((16, 4, 2), (16, 16, 2)),
+        ((16, 8, 2),),
+        ((16, 4, 2),),
+        biased={"prefix_fwd": (16, 16, 2)},
+    ),
     ("sm80", 128, 4): _packed(
         (16, 16, 16), ((16, 8, 2), (16, 4, 2)), ((16, 8, 2), (16, 8, 1)), ((16, 8, 1), (16, 16, 1)), ((16, 4, 2),)
     ),
@@ -158,7 +180,12 @@ PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
         (32, 32, 32), ((32, 4, 2),), ((32, 8, 2), (32, 4, 2), (32, 4, 2)), ((16, 4, 2), (16, 8, 2)), ((16, 4, 2),)
     ),
     ("sm90", 128, 4): _packed(
-        (32, 16, 16), ((16, 8, 2),), ((16, 8, 2), (16, 4, 2), (16, 8, 2), (16, 8, 2)), ((16, 4, 2),), ((16, 8, 2),)
+        (32, 16, 16),
+        ((16, 8, 2),),
+        ((16, 8, 2), (16, 4, 2)),
+        ((16, 4, 2),),
+        ((16, 8, 2),),
+        biased={"prefix_bwd_dq": (16, 8, 2)},
     ),
     ("sm90", 256, 4): _packed((16, 16, 16), ((16, 8, 2),), ((16, 8, 2),), ((16, 8, 3), (16, 8, 1)), ((16, 8, 2),)),
     ("sm100", 64, 4): _packed(
@@ -174,35 +201,23 @@ PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Configurations of `prefix_decode` for one chip, head dim and element size.
+    """Configuration of `prefix_decode` for one chip, head dim and element size, with and without masks and a bias.
 
     Attributes:
         bm: Rows of a group's tile (rows of the step x query heads of a kv head).
-        cases: Configuration of the plain case and, if they differ, of the masked case (window or soft cap, or a group
-            that is no power of two) and of the biased case (position bias).
+        config: Keys of a tile, and compile options.
     """
 
     bm: int
-    cases: tuple[CompileConfig, ...]
-
-    def compile_config(self, group: int, *, masked: bool = False, biased: bool = False) -> CompileConfig:
-        """Configuration for ``group`` query heads of a kv head.
-
-        Args:
-            group: Query heads of a kv head.
-            masked: Whether there is a window or a soft cap.
-            biased: Whether there is a position bias.
-        """
-        case = 2 if biased else 1 if masked or group & (group - 1) else 0
-        return self.cases[min(case, len(self.cases) - 1)]
+    config: CompileConfig
 
 
-def _decode(bm: int, *cases: tuple[int, int, int]) -> DecodeConfig:
-    return DecodeConfig(bm, tuple(CompileConfig(*case) for case in cases))
+def _decode(bm: int, config: Case) -> DecodeConfig:
+    return DecodeConfig(bm, CompileConfig(*config))
 
 
-# Keys: chip, padded head dim, bytes of an element. Values: rows of a group's tile, then (keys of a tile, warps, stages)
-# of each case. Candidates were compiled from large to small until nothing spilled.
+# Keys: chip, padded head dim, bytes of an element. Values: rows of a group's tile, (keys of a tile, warps, stages).
+# Candidates were compiled from large to small until nothing spilled.
 DECODE_CONFIGS: dict[tuple[str, int, int], DecodeConfig] = {
     ("sm80", 64, 2): _decode(64, (32, 4, 3)),
     ("sm80", 128, 2): _decode(64, (32, 4, 3)),

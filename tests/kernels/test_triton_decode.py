@@ -11,7 +11,6 @@ import torch
 from prefixfast.attention import ops
 from prefixfast.errors import ConfigError
 from prefixfast_kernels import launch, tile_selection
-from prefixfast_kernels.inputs import AttnOptions
 from prefixfast_kernels.testing.decode_cases import (
     CASES,
     MODES,
@@ -72,7 +71,7 @@ def test_cases_repeat_every_loop_and_merge():
     case = CASES["one for all"]
     q, k = torch.empty(1, 4, 64, dtype=torch.float16), torch.empty(1, 2, 64, dtype=torch.float16)
     problems = {mode: make_problem(case, case_sizes(case, torch.float16, "cpu", mode)) for mode in MODES}
-    keys = launch.decode_tile_args(q, k, problems["grouped"].users, AttnOptions(1.0))["BN"]
+    keys = launch.decode_tile_args(q, k, problems["grouped"].users)["BN"]
     assert min(case.blocks[0], max(case.lens)) // keys >= 3
     assert len(problems["inline"].tables.work) == len(case.lens), "whole rows"
     assert len(problems["inline"].tables.part) == 0, "one launch"

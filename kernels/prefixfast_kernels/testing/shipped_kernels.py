@@ -134,7 +134,7 @@ class Kernel(NamedTuple):
             return CHIP_INDEPENDENT[self.name]
         window, softcap, bias, fused = (bool(self.flags.get(f)) for f in ("WINDOW", "SOFTCAP", "BIAS", "FUSED"))
         if self.name == "prefix_decode":
-            return DECODE_CONFIGS[self.config_key].compile_config(self.group, masked=window, biased=bias)
+            return DECODE_CONFIGS[self.config_key].config
         config = PACKED_CONFIGS[self.config_key]
         masked = window or softcap
         return config.compile_config(self.name, self.group, masked=masked, fused=fused, biased=bias)

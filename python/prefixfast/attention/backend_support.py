@@ -13,9 +13,11 @@ import torch
 from prefixfast.attention import cpu_decode
 from prefixfast.attention.backends import Unsupported, describe_choice
 from prefixfast_kernels.inputs import AttnInputs, AttnOptions, DecodeInputs
+from prefixfast_kernels.tile_configs import MAX_BIASED_HEAD_DIM
 from prefixfast_kernels.tile_selection import Backend, TileSizes
 
 BIAS_WITH_CAP = "a position bias with a soft cap"
+BIAS_WITH_LARGE_HEADS = f"a position bias with a head dim above {MAX_BIASED_HEAD_DIM}"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,6 +54,7 @@ def packed_unsupported(
     }
     triton_reasons = {
         BIAS_WITH_CAP: has_bias and options.softcap > 0,
+        BIAS_WITH_LARGE_HEADS: has_bias and q.shape[2] > MAX_BIASED_HEAD_DIM,
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "keys of another dtype than the queries": not q.dtype == k.dtype == v.dtype,
         "tables without tiles": not sizes.tokens,
@@ -74,6 +77,7 @@ def decode_unsupported(
     torch_reasons = {BIAS_WITH_CAP: has_bias and options.softcap > 0}
     triton_reasons = {
         BIAS_WITH_CAP: has_bias and options.softcap > 0,
+        BIAS_WITH_LARGE_HEADS: has_bias and q.shape[2] > MAX_BIASED_HEAD_DIM,
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "tables without work": not has_work,
     }

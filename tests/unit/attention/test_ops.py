@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from prefixfast.attention import backends, ops
+from prefixfast.attention.backend_support import decode_unsupported, packed_unsupported
 from prefixfast.errors import ConfigError
 from prefixfast_kernels import tile_selection
+from prefixfast_kernels.inputs import AttnInputs, AttnOptions, DecodeInputs
 from prefixfast_kernels.testing.packed_cases import CASES
 from prefixfast_kernels.testing.packed_problem import make_problem
 from prefixfast_kernels.testing.tables import Request
@@ -95,6 +97,20 @@ def test_a_backend_requested_by_name_does_not_fall_back(change):
     tensors = [t.to(dtype) for t in (p.q, p.k, p.v, p.prefix_k, p.prefix_v)]
     with pytest.raises(ConfigError, match="backend 'triton': attn does not support"):
         ops.attn(*tensors, *arguments)
+
+
+@pytest.mark.parametrize(("head_dim", "has_bias"), [(128, True), (256, True), (256, False)])
+def test_triton_refuses_a_position_bias_at_head_dims_that_are_not_compiled(head_dim, has_bias):
+    pytest.importorskip("triton")
+    from prefixfast_kernels.testing.shipped_kernels import shipped_kernels
+
+    compiled = {k.head_dim for k in shipped_kernels() if k.variant.startswith("bias")}
+    x, options = torch.empty(1, 1, head_dim), AttnOptions(1.0)
+    for unsupported in (
+        packed_unsupported(AttnInputs(x, x, x), options, SIZES, has_bias=has_bias),
+        decode_unsupported(DecodeInputs(x, x, x, x), options, has_work=True, has_bias=has_bias),
+    ):
+        assert bool(unsupported["triton"]) == (has_bias and head_dim not in compiled)
 
 
 def test_a_call_unsupported_by_torch_runs_on_the_reference_and_is_logged(caplog):
