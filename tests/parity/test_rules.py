@@ -86,6 +86,24 @@ def test_logits_processors_are_those_of_transformers(family, name, beams):
     assert got != free, "the logits processor must change the tokens"
 
 
+@pytest.mark.parametrize(("family", "size"), [("gpt2", 1), ("llama", 2)])
+def test_sequences_of_the_prompt_do_not_occur_in_the_text_as_in_transformers(family, size):
+    """Prompts that end with the text of the bare prompt, which the model would go on to repeat."""
+    base, prompts, chosen, theirs = setup(family)
+    with Engine(base, max_num_seqs=16, max_model_len=64) as engine:
+        before = engine.generate([p.tolist() for p in prompts], chosen, max_new_tokens=6)
+        prompts = [torch.cat([p, torch.tensor(g.token_ids)]) for p, g in zip(prompts, before, strict=True)]
+        for beams in (1, 3):
+            how = {"max_new_tokens": NEW, "num_beams": beams}
+            free = engine.generate([p.tolist() for p in prompts], chosen, **how)
+            how["encoder_no_repeat_ngram_size"] = size
+            got = engine.generate([p.tolist() for p in prompts], chosen, **how)
+            assert [g.token_ids for g in got] == [
+                theirs_alone(m, p, **how)[0] for m, p in zip(theirs, prompts, strict=True)
+            ]
+            assert sum(g.token_ids != f.token_ids for g, f in zip(got, free, strict=True)) >= 2
+
+
 def test_requests_with_and_without_logits_processors_share_a_batch():
     base, prompts, chosen, theirs = setup("llama")
     each = [

@@ -84,7 +84,7 @@ def together_and_alone(base, run, **options) -> list[bool]:
         (scored, {}),
         (scored, {"max_num_batched_tokens": 16}),
     ],
-    ids=str,
+    ids=lambda x: getattr(x, "__name__", str(x)),
 )
 def test_bits_are_the_same_alone_and_in_a_batch(base, run, options):
     assert all(together_and_alone(base, run, **options))

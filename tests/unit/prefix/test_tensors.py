@@ -166,7 +166,9 @@ def test_a_frozen_prefix_is_unchanged_by_the_training_on_top_of_it(base):
 
 
 @pytest.mark.parametrize("name", ["base", "task", "decoding"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), object(), {1}, b"x"], ids=str)
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), object(), {1}, b"x"], ids=["nan", "infinity", "object", "set", "bytes"]
+)
 def test_a_mapping_that_the_files_cannot_hold_is_refused_when_the_prefix_is_made(name, value):
     with pytest.raises(DataError):
         Prefix(given(), 3, **{name: {"temperature": value}})
