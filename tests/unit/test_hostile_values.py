@@ -101,27 +101,40 @@ def test_every_option_with_numbers_has_a_range_that_its_tensors_hold(cls, name):
             cls(**{name: beyond})
 
 
+def options_of_generation(name, value):
+    return {"max_new_tokens": 3, **BESIDE.get(name, {}), name: value}
+
+
 @pytest.mark.parametrize("name", GenerationParams.names())
-@pytest.mark.parametrize("place", ["call", "params", "decoding"])
-def test_an_option_of_generation_fails_its_own_request(engine, alone, make_prefix, values, name, place):
+def test_an_option_of_generation_fails_its_own_call(engine, alone, values, name):
     for value in values:
-        options = {"max_new_tokens": 3, **BESIDE.get(name, {}), name: value}
-        shown = hostile.name_of(value)
-        if place == "call":
-            refused(lambda options=options: engine.generate([[5, 6]], progress=False, **options), value=value)
-            assert engine.generate([[5, 6]], max_new_tokens=3, progress=False)[0].token_ids == alone, shown
-            continue
-        prefixes, row = None, {"input_ids": [5, 6], "params": options}
-        if place == "decoding":
+        options = options_of_generation(name, value)
+        refused(lambda options=options: engine.generate([[5, 6]], progress=False, **options), value=value)
+    assert engine.generate([[5, 6]], max_new_tokens=3, progress=False)[0].token_ids == alone
+
+
+@pytest.mark.parametrize("name", GenerationParams.names())
+@pytest.mark.parametrize("place", ["params", "decoding"])
+def test_an_option_of_generation_fails_its_own_request(engine, alone, make_prefix, values, name, place):
+    """All values in one batch, between two requests without them."""
+    rows, prefixes, shown = [[5, 6]], [None], [""]
+    for value in values:
+        options, row, prefix = options_of_generation(name, value), [5, 6], None
+        if place == "params":
+            row = {"input_ids": [5, 6], "params": options}
+        else:
             try:
-                prefixes, row = [None, make_prefix(decoding=options)], [5, 6]
+                prefix = make_prefix(decoding=options)
             except DataError:  # the prefix is refused, since no file can hold the value
                 continue
-        call = {} if name == "max_new_tokens" else {"max_new_tokens": 3}
-        good, bad = engine.generate([[5, 6], row], prefixes, on_error="return", progress=False, **call)
-        assert good.error is None, shown
-        assert good.token_ids[:3] == alone, shown
-        assert bad.error is None or bad.error.startswith(("RequestError: request 1", "CapacityError: ")), shown
+        rows, prefixes, shown = [*rows, row], [*prefixes, prefix], [*shown, hostile.name_of(value)]
+    call = {} if name == "max_new_tokens" else {"max_new_tokens": 3}
+    made = engine.generate([*rows, [5, 6]], [*prefixes, None], on_error="return", progress=False, **call)
+    for good in (made[0], made[-1]):
+        assert good.error is None
+        assert good.token_ids[:3] == alone
+    for i, bad in enumerate(made[1:-1], start=1):
+        assert bad.error is None or bad.error.startswith((f"RequestError: request {i}", "CapacityError: ")), shown[i]
 
 
 @pytest.mark.parametrize("name", EngineConfig.names())
