@@ -117,22 +117,27 @@ MISTAKES = {
 }
 
 
+SMALL_SIZES = TileSizes(8, 16, 16, depth=1)
+
+
+def test_right_results_are_within_tolerance():
+    good, same_dtype = output_errors(SMALL, torch.float32, SMALL_SIZES, run_triton)
+    assert within_tolerance(good, same_dtype, FLOOR[torch.float32])
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_wrong_results_are_out_of_tolerance(mistake, monkeypatch):
-    case, sizes = SMALL, TileSizes(8, 16, 16, depth=1)
 
     def run(p, case, sizes):
         got = run_triton(MISTAKES[mistake](p), case, sizes)
         return [t / (0.6931 if i == 1 and mistake == "log to base 2" else 1) for i, t in enumerate(got)]
 
-    good, same_dtype = output_errors(case, torch.float32, sizes, run_triton)
-    assert within_tolerance(good, same_dtype, FLOOR[torch.float32])
     if mistake == "gradient of one slice":
         from prefixfast_kernels import prefix_bwd
 
         real = prefix_bwd.prefix_bwd_sum
         monkeypatch.setattr(prefix_bwd, "prefix_bwd_sum", _HalfSum(real))
-    bad, same_dtype = output_errors(case, torch.float32, sizes, run)
+    bad, same_dtype = output_errors(SMALL, torch.float32, SMALL_SIZES, run)
     assert not within_tolerance(bad, same_dtype, FLOOR[torch.float32])
 
 
@@ -150,9 +155,8 @@ class _HalfSum:
 
 
 def test_equal_inputs_give_equal_bits():
-    case, sizes = SMALL, TileSizes(8, 16, 16, depth=1)
-    p = case.problem(sizes).cast(torch.float16)
-    first, second = (run_triton(p, case, sizes) for _ in range(2))
+    p = SMALL.problem(SMALL_SIZES).cast(torch.float16)
+    first, second = (run_triton(p, SMALL, SMALL_SIZES) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

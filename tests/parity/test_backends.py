@@ -12,7 +12,9 @@ from prefixfast.prefix import peft_format as layout
 from prefixfast.training.trainer import train
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", *(pytest.param(f, marks=pytest.mark.long) for f in ("llama", "gemma3")), "gemma2"]
+)
 def test_triton_equals_torch_through_a_model(family):
     pytest.importorskip("triton")
     c = case(lambda: tiny.make(family), vocab=tiny.VOCAB, longest=2 * tiny.WINDOW)

@@ -39,9 +39,17 @@ def logits_and_gradients(make, c, weights, sets):
     return torch.cat(out), grads
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton", "reference"])
+FAMILIES = [("gpt2", SETS), ("gpt2", LOWEST), ("llama", SETS), ("mistral", SETS), ("gemma2", SETS)]
+
+
 @pytest.mark.parametrize(
-    ("family", "sets"), [("gpt2", SETS), ("gpt2", LOWEST), ("llama", SETS), ("mistral", SETS), ("gemma2", SETS)]
+    ("family", "sets", "backend"),
+    [
+        # The interpreter takes 4 to 8 seconds for a case.
+        pytest.param(*own, b, marks=pytest.mark.long if b == "triton" and own not in (FAMILIES[1], FAMILIES[4]) else ())
+        for own in FAMILIES
+        for b in ("torch", "triton", "reference")
+    ],
 )
 def test_logits_and_gradients_equal_peft(family, sets, backend):
     if backend == "triton":

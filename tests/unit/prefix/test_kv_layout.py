@@ -43,8 +43,9 @@ def own_logits(model, ids: list[int]) -> torch.Tensor:
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize("name", layered.MODELS)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((n, "torch") for n in layered.MODELS), *((n, "reference") for n in SHARED)]
+)
 def test_a_prefix_from_a_text_is_the_text(name, backend):
     model = layered.make(name)
     expected = own_logits(model, TEXT + PROMPT)
