@@ -4,10 +4,11 @@ The tests cover all shapes, dtypes and instruction sets, wrong tables that must 
 that must be refused.
 """
 
-import os
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -395,47 +396,77 @@ def test_the_operator_is_registered_properly():
 
 # ---- threads and instructions ----
 
+# Forks a process for each case, which then reads its environment. Only the first one has to import torch.
 PROGRAM = """
-import logging, sys
+import json, logging, os, sys, traceback
 import torch
 from prefixfast.attention import cpu_decode
 from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
 from prefixfast_kernels.testing.tables import Request, decode_tables
-torch.set_num_threads(2)
-logging.basicConfig(level=logging.WARNING)
-g = torch.Generator().manual_seed(0)
-q, k, v = torch.randn(2, 4, 64, generator=g), *torch.randn(2, 300, 4, 64, generator=g).unbind()
-slot_table = torch.arange(200, dtype=torch.int32).view(2, 100)
-tables = decode_tables([100, 90], [Request(0, ((0, True),))] * 2, [(200, 99)])
-o, _ = cpu_decode.decode(DecodeInputs(q, k, v, slot_table), tables, AttnOptions(0.125))
-torch.save(o, sys.argv[1])
+
+def decode(path):
+    torch.set_num_threads(2)
+    logging.basicConfig(level=logging.WARNING)
+    g = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(2, 4, 64, generator=g), *torch.randn(2, 300, 4, 64, generator=g).unbind()
+    slot_table = torch.arange(200, dtype=torch.int32).view(2, 100)
+    tables = decode_tables([100, 90], [Request(0, ((0, True),))] * 2, [(200, 99)])
+    o, _ = cpu_decode.decode(DecodeInputs(q, k, v, slot_table), tables, AttnOptions(0.125))
+    torch.save(o, path)
+
+for number, (env, torch_file) in enumerate(json.loads(sys.argv[1])):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(f"{number}.err", os.O_WRONLY | os.O_CREAT), 2)
+        os.environ.update(env)
+        torch._C.__file__ = torch_file or torch._C.__file__
+        try:
+            decode(f"{number}.pt")
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
+UNKNOWN = ("", "AVX2", "sse9")
+NOWHERE = "/nowhere/at/all.so"
 
 
-def run_in_child(path, env, program=PROGRAM):
-    run = subprocess.run(
-        [sys.executable, "-c", program, str(path)],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return run.returncode, run.stderr
+class Child(NamedTuple):
+    """Exit code and standard error of a process, and its output of decode attention if it has one."""
+
+    code: int
+    text: str
+    o: torch.Tensor | None
 
 
-def test_the_environment_variable_selects_the_instructions(tmp_path):
+@pytest.fixture(scope="module")
+def children(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Child]:
+    """Processes by the instructions in their environment, without any, and where torch's file is not found."""
+    folder = tmp_path_factory.mktemp("children")
+    cases = {name: ({"PREFIXFAST_SIMD": name}, "") for name in (*PATHS, *UNKNOWN)}
+    cases |= {"free": ({}, ""), NOWHERE: ({}, NOWHERE)}
+    command = [sys.executable, "-c", PROGRAM, json.dumps(list(cases.values()))]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
     found = {}
-    for name in PATHS:
-        code, text = run_in_child(tmp_path / name, {"PREFIXFAST_SIMD": name})
-        assert (code, text) == (0, "")
-        found[name] = torch.load(tmp_path / name)
-    assert all(relative_error(o, found["scalar"]) < 1e-5 for o in found.values())
-    assert not torch.equal(found[PATHS[0]], found["scalar"]) or len(PATHS) == 1
+    for number, (name, code) in enumerate(zip(cases, run.stdout.split(), strict=True)):
+        path = folder / f"{number}.pt"
+        text = (folder / f"{number}.err").read_text(encoding="utf8")
+        found[name] = Child(int(code), text, torch.load(path) if path.exists() else None)
+    return found
 
 
-@pytest.mark.parametrize("name", ["", "AVX2", "sse9"])
-def test_unknown_instructions_are_an_error(name, tmp_path):
-    code, text = run_in_child(tmp_path / "o", {"PREFIXFAST_SIMD": name})
+def test_the_environment_variable_selects_the_instructions(children):
+    assert [children[name][:2] for name in PATHS] == [(0, "")] * len(PATHS)
+    exact = children["scalar"].o
+    assert all(relative_error(children[name].o, exact) < 1e-5 for name in PATHS)
+    assert not torch.equal(children[PATHS[0]].o, exact) or len(PATHS) == 1
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_instructions_are_an_error(name, children):
+    code, text, _ = children[name]
     assert code == 1
     assert (
         f'ConfigError: environment variable PREFIXFAST_SIMD: instructions "{name}": this machine has {", ".join(PATHS)}'
@@ -443,14 +474,11 @@ def test_unknown_instructions_are_an_error(name, tmp_path):
     )
 
 
-def test_without_torchs_threads_it_runs_on_one_thread(tmp_path):
-    code, text = run_in_child(
-        tmp_path / "o", {}, PROGRAM.replace("torch.set_num_threads(2)", "torch._C.__file__ = '/nowhere/at/all.so'")
-    )
+def test_without_torchs_threads_it_runs_on_one_thread(children):
+    code, text, o = children[NOWHERE]
     assert code == 0
-    assert text.count("decode attention runs on one thread: /nowhere/at/all.so is not loaded") == 1
-    run_in_child(tmp_path / "p", {})
-    assert torch.equal(torch.load(tmp_path / "o"), torch.load(tmp_path / "p"))
+    assert text.count(f"decode attention runs on one thread: {NOWHERE} is not loaded") == 1
+    assert torch.equal(o, children["free"].o)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's OpenMP runtime is found on Linux only")
