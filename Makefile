@@ -41,10 +41,9 @@ $(VENV)/.built: $(VENV)/.ready $(RUST)
 demo: $(VENV)/.built ## train prefixes at once, generate one mixed batch (MODEL=folder or hub id, ENCDEC=1 for a BART)
 	@$(PY) -m prefixfast.demo $(if $(MODEL),--model $(MODEL)) $(if $(ENCDEC),--seq2seq)
 
-# Two processes: most tests are bound by one core. Tests of one file share fixtures, so they stay in one process.
 test: lint ## lint, then the fast tests
 	cargo test -q --workspace
-	$(PY) -m pytest -n 2 --dist loadfile --deselect tests/rust/test_stubs.py
+	$(PY) -m pytest
 
 test-long: $(VENV)/.built ## the tests that take minutes each (real weights)
 	$(PY) -m pytest -m long
