@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 
 import pytest
 import torch
 
 import seq2seq
+import tiny
 from parity.test_seq2seq_generate import NEW, engine, of_families, setup
-from prefixfast import CapacityError, ConfigError, HFCache
+from prefixfast import CapacityError, ConfigError, HFCache, load
 from prefixfast.integrations.hf_seq2seq import DIGIT, DIGITS, ids_of, states_of
 
 HOW = {
@@ -102,6 +104,44 @@ def test_what_the_cache_does_not_take_is_refused():
     states = torch.randn(1, 4, 32)
     with HFCache(s.base) as cache, pytest.raises(ConfigError, match="pass input_ids to generate"):
         hf(encoder_outputs=(states,), decoder_input_ids=torch.tensor([[2]]), past_key_values=cache)
+
+
+def test_texts_that_the_encoder_does_not_read_as_transformers_does_are_refused():
+    base, how = setup("bart").base, {"max_new_tokens": 2, "do_sample": False}
+    longest = torch.full((1, seq2seq.POSITIONS), 5)
+    with HFCache(base, max_len=9) as cache:
+        assert base.hf.generate(input_ids=longest, past_key_values=cache, **how).shape == (1, 3)
+    longer = torch.cat([longest, longest[:, :1]], 1)
+    with HFCache(base) as cache, pytest.raises(CapacityError, match=f"at most {seq2seq.POSITIONS} tokens"):
+        base.hf.generate(input_ids=longer, past_key_values=cache, **how)
+    with HFCache(base) as cache, pytest.raises(ConfigError, match="at least one token"):
+        base.hf.generate(input_ids=longest[:, :0], past_key_values=cache, **how)
+    for more in ({"decoder_input_ids": torch.tensor([[2]])}, {"labels": torch.tensor([[2]])}):
+        with HFCache(base) as cache, pytest.raises(ConfigError, match="expected a forward of generate"):
+            base.hf(input_ids=longest, past_key_values=cache, **more)
+    base = setup("m2m_100").base
+    ids = torch.tensor([[5, base.seq2seq.pad, 6]])
+    with HFCache(base) as cache, pytest.raises(ConfigError, match="padding token"):
+        base.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
+
+
+@pytest.mark.parametrize("make", [functools.partial(tiny.make, "gpt2"), functools.partial(seq2seq.make_seq2seq, "bart")])
+def test_a_cache_of_a_closed_base_changes_nothing(make):
+    hf, ids, how = make(), torch.tensor([[5, 6, 7]]), {"max_new_tokens": 4, "do_sample": False}
+    expected = hf.generate(input_ids=ids, **how)
+    base = load(hf)
+    with HFCache(base, max_len=9) as cache:
+        base.close()
+        with pytest.raises(ConfigError, match="this base was closed"):
+            hf.generate(input_ids=ids, past_key_values=cache, **how)
+        assert torch.equal(hf.generate(input_ids=ids, **how), expected)
+
+
+@pytest.mark.parametrize("number", [0, -1, 1.5, True, "4", None])
+@pytest.mark.parametrize("option", ["num_beams", "max_len"])
+def test_counts_of_a_cache_are_numbers_from_1(option, number):
+    with pytest.raises(ConfigError, match=f"{option}: expected a number of at least 1"):
+        HFCache(setup("bart").base, **{option: number})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import seq2seq
-from prefixfast import Engine, Model, Prefix, load
+from prefixfast import Engine, Model, Prefix, generate, load
 from prefixfast.engine.engine import end_ids
 
 NEW = 14
@@ -264,3 +264,14 @@ def test_scores_are_log_probabilities_of_the_oracle(name):
         assert score.token_logprobs == pytest.approx(logp[range(len(target)), target].tolist(), abs=2e-5)
         assert score.usage["prompt_tokens"] == len(text)
         assert score.token_ids == target
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"decoder_start_token_id": 1}])
+def test_a_padding_token_in_the_answer_takes_no_position_in_m2m100(how):
+    s = setup("m2m_100")
+    pad, text = s.base.seq2seq.pad, s.texts[0]
+    how = {"forced_bos_token_id": pad, "max_new_tokens": 6, **how}
+    (got,) = generate([text.tolist()], model=s.base, **how)
+    expected = s.hf.generate(input_ids=text[None], do_sample=False, **how)[0, 1:].tolist()
+    assert got.token_ids == expected[: len(got.token_ids)]
+    assert got.token_ids[0] == pad

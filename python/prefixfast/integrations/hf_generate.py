@@ -25,8 +25,8 @@ from prefixfast.engine.kv_arena import RESERVED_ROWS, bytes_per_row
 from prefixfast.engine.loop import Loop
 from prefixfast.engine.request_prefixes import assign_prefixes, attended, is_weights
 from prefixfast.engine.search import reorder_slot_table
-from prefixfast.errors import CapacityError, ConfigError
-from prefixfast.integrations.hf_seq2seq import Forwards, beam_decode, beam_prefill, texts_of
+from prefixfast.errors import CapacityError, ConfigError, shown
+from prefixfast.integrations.hf_seq2seq import NO_TOKENS, Forwards, beam_decode, beam_prefill, check_texts, texts_of
 from prefixfast.model.base import Model
 from prefixfast.prefix.compatibility import check_composition, check_fits
 from prefixfast.prefix.prefix import Prefix
@@ -54,9 +54,10 @@ class HFCache(Cache):
     Raises:
         ConfigError: For prefixes that do not fit the batch, a batch padded on the other side, or a forward that is
             neither a whole prompt nor one more token (a used cache, ``prefill_chunk_size``); for an encoder-decoder
-            base a decoder prompt of more than the start token.
+            base a decoder prompt of more than the start token. If the base was closed.
         BaseMismatchError: For a prefix of another base model.
-        CapacityError: For a prompt or a text longer than ``max_len``.
+        CapacityError: For a prompt or a text longer than ``max_len``, or a text of more tokens than the encoder has
+            positions.
 
     Example:
         >>> tokens = {"input_ids": torch.tensor([[87, 72, 68]] * 2)}
@@ -70,6 +71,10 @@ class HFCache(Cache):
 
     def __init__(self, model: Model, prefixes: RowPrefixes = None, *, num_beams: int = 1, max_len: int = 1024) -> None:
         super().__init__(layers=[])
+        for name, number in (("num_beams", num_beams), ("max_len", max_len)):
+            if type(number) is not int or number < 1:
+                msg = f"HFCache: {name}: expected a number of at least 1, got {shown(number)}"
+                raise ConfigError(msg)
         self.model, self.prefixes, self.num_beams = model, prefixes, num_beams
         self.max_len = min(max_len, model.max_positions)
         self.loop: Loop | None = None
@@ -157,7 +162,11 @@ class HFCache(Cache):
         Args:
             kwargs: Keyword arguments of the model's forward.
         """
-        ids = kwargs["decoder_input_ids"]
+        self._check_open()
+        ids, outputs = kwargs.get("decoder_input_ids"), kwargs.get("encoder_outputs")
+        if ids is None or outputs is None:
+            msg = "HFCache: expected a forward of generate, got one without encoder_outputs and decoder_input_ids"
+            raise ConfigError(msg)
         if not self.length:
             mask = kwargs.get("decoder_attention_mask")
             if ids.shape[1] != 1 or (mask is not None and not bool(mask.all())):
@@ -166,19 +175,26 @@ class HFCache(Cache):
                     "leave decoder_input_ids and decoder_attention_mask out"
                 )
                 raise ConfigError(msg)
-            self._states = kwargs["encoder_outputs"][0]
+            self._states = outputs[0]
             texts = texts_of(self._states, kwargs.get("attention_mask"), self.num_beams)
+            check_texts(self.model, texts)
             self.loop = self._make_loop([1] * len(texts), [len(text) for text in texts])
             logits, self.rows = beam_prefill(self.model, self.loop, texts, ids)
             self.length = 1
         else:
-            if kwargs["encoder_outputs"][0] is not self._states:
+            if outputs[0] is not self._states:
                 msg = "HFCache: expected the texts of the first call, got others; use a new cache for each generate"
                 raise ConfigError(msg)
             loop = self._check_decode(ids, None)
             logits = beam_decode(self.model, loop, ids[:, -1], self.rows)
             self.length += 1
         return Seq2SeqLMOutput(logits=logits[:, None], past_key_values=self)
+
+    def _check_open(self) -> None:
+        """Raise `ConfigError` if the base was closed, whose forward would not see the prefixes."""
+        if self.model.closed:
+            msg = "HFCache: this base was closed: load it again, and make a new cache"
+            raise ConfigError(msg)
 
     def __enter__(self) -> Self:
         return self
@@ -188,6 +204,7 @@ class HFCache(Cache):
 
     def _pack_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the packed forward in place of those of ``generate``."""
+        self._check_open()
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:
             msg = "HFCache: expected input_ids, got inputs_embeds"
@@ -212,6 +229,8 @@ class HFCache(Cache):
     def _prefill(self, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Plan]:
         """Packed tokens and plan of the prompts ``[B, T]``."""
         count, padded = ids.shape
+        if not padded:
+            raise ConfigError(NO_TOKENS)
         seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         if seen.shape != ids.shape or not bool(seen[:, -1].all()) or bool((seen[:, 1:] < seen[:, :-1]).any()):
             msg = (

@@ -24,13 +24,16 @@ from prefixfast import _rust
 from prefixfast.attention.plan import Layout, host_table
 from prefixfast.attention.seq2seq_plan import seq2seq_decode_plan, seq2seq_prefill_plan
 from prefixfast.config.sites import Site
+from prefixfast.data.encode.seq2seq import pad_error
 from prefixfast.engine.loop import Loop
-from prefixfast.errors import ConfigError
+from prefixfast.errors import CapacityError, ConfigError
+from prefixfast.model.attach import KEY
 from prefixfast.model.base import Model
 
 if TYPE_CHECKING:
     from torch import nn
 
+NO_TOKENS = "HFCache: expected at least one token in each row of input_ids, got none"
 DIGITS, DIGIT = 5, 64  # a token is five digits, so that 16-bit floats hold it exactly
 
 
@@ -78,9 +81,11 @@ def texts_of(states: Tensor, mask: Tensor | None, num_beams: int) -> list[Tensor
         num_beams: Number of rows of each text.
 
     Raises:
-        ConfigError: If the batch is padded on the left, or neighbouring rows are not beams of one text.
+        ConfigError: If the batch is padded on the left or has no tokens, or neighbouring rows are not beams of one text.
     """
     ids = ids_of(states)
+    if not ids.shape[1]:
+        raise ConfigError(NO_TOKENS)
     seen = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     if seen.shape != ids.shape or not bool(seen[:, 0].all()) or bool((seen[:, 1:] > seen[:, :-1]).any()):
         msg = (
@@ -97,6 +102,27 @@ def texts_of(states: Tensor, mask: Tensor | None, num_beams: int) -> list[Tensor
         )
         raise ConfigError(msg)
     return [row[row >= 0] for row in ids[::num_beams]]
+
+
+def check_texts(model: Model, texts: list[Tensor]) -> None:
+    """Check that the encoder of a base reads texts as transformers does.
+
+    Args:
+        model: Encoder-decoder base.
+        texts: Token ids of each text.
+
+    Raises:
+        CapacityError: If a text has more tokens than the encoder has positions.
+        ConfigError: If a text has padding tokens in a base that gives them no position.
+    """
+    assert model.seq2seq is not None
+    longest, most = max(map(len, texts)), model.seq2seq.encoder_positions
+    if longest > most:
+        msg = f"HFCache: the encoder reads at most {most} tokens, a text has {longest}; truncate it"
+        raise CapacityError(msg)
+    if error := next((found for text in texts if (found := pad_error(model.seq2seq, text.cpu().numpy()))), None):
+        msg = f"HFCache: {error}"
+        raise ConfigError(msg)
 
 
 def beam_prefill(model: Model, loop: Loop, texts: list[Tensor], start: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
@@ -220,11 +246,11 @@ def _with_caches(hf: PreTrainedModel, own: Callable[..., Any]) -> Callable[..., 
 
 
 def _tokens_only(hf: PreTrainedModel, own: Callable[..., Any]) -> Callable[..., Any]:
-    """Forward of an encoder, which returns its tokens unless it runs in a packed forward."""
+    """Forward of an encoder, which returns its tokens unless it runs in a packed forward or its base was closed."""
 
     @functools.wraps(own)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("prefixfast") is not None:
+        if kwargs.get("prefixfast") is not None or KEY not in hf.__dict__:
             return own(*args, **kwargs)
         ids = args[0] if args else kwargs.get("input_ids")
         if ids is None:

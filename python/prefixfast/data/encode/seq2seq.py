@@ -110,8 +110,7 @@ def pad_error(decoder: DecoderTokens, ids: Ints) -> str | None:
     """Error message for token ids whose positions the base model would count otherwise, None if there are none."""
     if not decoder.skips_pads or decoder.pad not in ids:
         return None
-    advice = "leave it out, and -100 between labels"
-    return f"the padding token {decoder.pad} inside a text takes no position in this base; {advice}"
+    return f"the padding token {decoder.pad} inside a text takes no position in this base; leave it out"
 
 
 def encode_labels(tokenizer: Tokenizer, texts: Sequence[str], *, append_eos: bool = True) -> list[Ints]:

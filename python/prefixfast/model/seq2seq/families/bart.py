@@ -1,7 +1,8 @@
 """BART and its relatives: tables of positions, which packed sequences read at positions of their own.
 
 The table is learned or sinusoidal. Its own forward counts the tokens of the packed sequence and fails beyond its last
-row; that of M2M100 grows the table for good. The forward is therefore replaced, not hooked.
+row; that of M2M100 grows the table for good. The forward is therefore replaced, not hooked. M2M100 adds no position to a
+padding token.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ def _replace_forward(embedding: Any) -> Callable[[], None]:
         if positions is None:
             return own(*args, **kwargs)
         table, offset = _table(embedding)
-        return F.embedding(positions + offset, table)
+        rows = positions + offset
+        if _is_m2m100(embedding):
+            ids, padding = args[0], embedding.padding_idx
+            rows = rows.masked_fill(ids == padding, padding)
+        return F.embedding(rows, table)
 
     embedding.__dict__["forward"] = forward
 
@@ -45,9 +50,13 @@ def _replace_forward(embedding: Any) -> Callable[[], None]:
 
 def _table(embedding: Any) -> tuple[Tensor, int]:
     """Rows of an embedding of positions, and the row of position 0."""
-    if hasattr(embedding, "make_weights"):  # M2M100
+    if _is_m2m100(embedding):
         return embedding.weights, embedding.padding_idx + 1
     return embedding.weight, getattr(embedding, "offset", 0)
+
+
+def _is_m2m100(embedding: Any) -> bool:
+    return hasattr(embedding, "make_weights")
 
 
 def _num_positions(stack: Any) -> int:
