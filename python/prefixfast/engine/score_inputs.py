@@ -27,6 +27,7 @@ from prefixfast.data.encode import (
     special_ids,
     vocabulary_error,
 )
+from prefixfast.data.encode.seq2seq import pad_error
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.engine.make_requests import prefixes_and_tasks, request_value, text_positions
@@ -157,7 +158,7 @@ def _labelled_examples(
     assert decoder is not None
     for i, (source, target) in enumerate(zip(encode_prompts(model, batch, tasks), targets, strict=True)):
         ids = encode_target(model, target, i)
-        error = vocabulary_error(ids, decoder.vocab_size)
+        error = vocabulary_error(ids, decoder.vocab_size) or pad_error(decoder, ids)
         if error or not len(ids):
             msg = f"request {i}: target: {error or f'expected at least one token, got {shown(target)}'}"
             raise RequestError(msg, index=i)

@@ -8,6 +8,7 @@ The child writes a safetensors file, which is the only thing that the caller rea
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -102,5 +103,9 @@ def _limit(extra: int) -> None:
 if __name__ == "__main__":
     try:
         main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
+    except pickle.UnpicklingError as e:  # torch's text advises to run the code
+        parts = (part.strip() for part in str(e).split("\n\n"))
+        reason = next((part for part in parts if part.startswith(("Trying", "Unsupported"))), "no pickle of tensors")
+        sys.exit(" ".join(f"it holds other things than tensors: {reason}".split()))
     except Exception as e:  # the last line of the error is the reason that the caller shows
         sys.exit(" ".join(f"{type(e).__name__}: {e}".split()))

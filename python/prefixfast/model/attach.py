@@ -146,9 +146,13 @@ def _seq2seq_handle(model: PreTrainedModel, undo: list[Callable[[], None]]) -> H
         model: Switched model.
         undo: Functions that restore the model.
     """
-    modules = site_modules(model)
+    modules, kind = site_modules(model), model.config.model_type
     undo.append(set_tags(modules))
-    refresh = FAMILIES[model.config.model_type].hook(model, modules, undo)
+    try:
+        refresh = FAMILIES[kind].hook(model, modules, undo)
+    except AttributeError as e:
+        msg = f"cannot attach {type(model).__name__} ({kind}): its modules are not those of the type {kind}: {e}"
+        raise ConfigError(msg) from e
     with _independent_rows(model):
         sites = seq2seq_dry_run(model, modules)
     prove_seq2seq(model, sites)

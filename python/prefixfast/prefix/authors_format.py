@@ -101,13 +101,16 @@ def _tensors(found: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[di
     if other := sorted(name for name in found if not name.startswith(tuple(known))):
         msg = f"expected only the tensors of {', '.join(known)}, got {shown(other[0])}"
         raise DataError(msg)
+    if integer := next((name for name, t in found.items() if not t.is_floating_point()), None):
+        msg = f"{integer}: expected floating-point numbers, got {found[integer].dtype}"
+        raise DataError(msg)
     kv: dict[str, Tensor] = {}
     for site, (embedding, mlp) in MODULES.items():
         own = {name: t.float() for name, t in found.items() if name.startswith((f"{embedding}.", f"{mlp}."))}
         if not own:
             continue
         if site == "enc" and config.get("encoder_layers", layers) != layers:
-            got = f"{config['encoder_layers']} encoder and {layers} decoder layers"
+            got = f"{shown(config['encoder_layers'])} encoder and {layers} decoder layers"
             msg = f"{mlp}: expected as many encoder layers as decoder layers, for which it is made, got {got}"
             raise DataError(msg)
         rows = _rows(own, embedding, mlp, config["preseqlen"], 2 * config["d_model"] * layers)

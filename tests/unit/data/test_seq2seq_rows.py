@@ -46,7 +46,7 @@ class Decoder:
 
     def decoder_ids(self, labels):
         first = labels[-1] if self.wraps else START
-        return np.array([first, *np.where(labels == -100, PAD, labels)], np.int32)
+        return np.array([first, *np.where(labels == -100, self.pad, labels)], np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +226,42 @@ def test_padding_that_takes_no_position_is_refused_inside_a_text(row, is_right):
     if PAD in row["input_ids"]:
         with pytest.raises(RequestError, match="padding token 0 inside a text"):
             encode_prompts(fake(skips_pads=True), [row["input_ids"]], [TASKS["prompt"]])
+
+
+def test_padding_that_takes_no_position_is_refused_in_texts_too(tok):
+    decoder = Decoder(skips_pads=True)
+    for row in ({"prompt": "a<pad>b", "completion": "c"}, {"prompt": "a", "completion": "b<pad>c"}):
+        assert encoded(tok, row, task="prompt")
+        with pytest.raises(DataError, match="padding token 0 inside a text"):
+            encoded(tok, row, task="prompt", decoder=decoder)
+
+
+def test_labels_without_a_padding_token_in_the_embedding():
+    decoder = Decoder(pad=tiny.VOCAB)
+    assert encoded(None, {"input_ids": [5], "labels": [6, 7, -100]}, task="prompt", decoder=decoder)
+    with pytest.raises(DataError, match=f"padding token {tiny.VOCAB}, which the base's embedding lacks"):
+        encoded(None, {"input_ids": [5], "labels": [6, -100, 7]}, task="prompt", decoder=decoder)
+
+
+@pytest.mark.parametrize(
+    ("given", "is_right"),
+    [
+        ({"decoder_input_ids": [START, 6, PAD]}, True),
+        ({"decoder_input_ids": [START, 6]}, True),
+        ({"decoder_input_ids": [START]}, False),
+        ({"decoder_input_ids": [4, 6]}, False),
+        ({"decoder_input_ids": [[START, 6]]}, False),
+        ({"decoder_attention_mask": [1, 1, 0]}, True),
+        ({"decoder_attention_mask": [1, 0]}, False),
+    ],
+)
+def test_inputs_of_the_decoder_are_those_of_the_labels(given, is_right):
+    row = {"input_ids": [5], "labels": [6, 7, -100], **given}
+    if is_right:
+        assert encoded(None, row, task="prompt")
+        return
+    with pytest.raises(DataError, match=rf"{next(iter(given))}: expected the ones that the labels give"):
+        encoded(None, row, task="prompt")
 
 
 def test_a_decoder_only_base_keeps_the_check_of_equal_lengths():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prefixfast.data.encode.example import Example
 from prefixfast.data.encode.token_ids import Ints, vocabulary_error
-from prefixfast.data.encode.tokenized import IGNORED_LABEL, encoder_row, label_row
+from prefixfast.data.encode.tokenized import IGNORED_LABEL, check_decoder_inputs, encoder_row, label_row
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
 from prefixfast.model.tokenizer import Tokenizer
@@ -70,10 +70,8 @@ def encode_seq2seq(
         for i, row in enumerate(rows):
             given = label_row(row, i, decoder.vocab_size)
             example = labelled_example(decoder, encoder_row(row, i, vocab_size), given, i)
-            for ids in (example.encoder_ids, example.ids[:-1]):
-                if ids is not None and (error := pad_error(decoder, ids)):
-                    raise row_error(row, i, error)
-            yield example
+            check_decoder_inputs(row, i, example.ids[:-1])
+            yield _without_pads(decoder, example, row)
         return
     assert tokenizer is not None
     for i, row in enumerate(rows):
@@ -90,7 +88,7 @@ def encode_seq2seq(
             error = vocabulary_error(source, vocab_size) or vocabulary_error(labels, decoder.vocab_size)
             if error or not len(labels):
                 raise row_error(row, i, error or "the target has no tokens")
-            yield labelled_example(decoder, source, labels, i)
+            yield _without_pads(decoder, labelled_example(decoder, source, labels, i), row)
 
 
 def labelled_example(decoder: DecoderTokens, encoder_ids: Ints, labels: NDArray[np.integer[Any]], row: int) -> Example:
@@ -106,11 +104,25 @@ def labelled_example(decoder: DecoderTokens, encoder_ids: Ints, labels: NDArray[
     return Example(decoder.decoder_ids(labels[: targets[-1]].astype(np.int32)), targets, row, encoder_ids=encoder_ids)
 
 
+def _without_pads(decoder: DecoderTokens, example: Example, row: Row) -> Example:
+    """The example, if the base model reads its padding tokens as others; else `DataError` is raised."""
+    for ids in (example.encoder_ids, example.ids[:-1]):
+        if ids is not None and (error := pad_error(decoder, ids)):
+            raise row_error(row, example.row, error)
+    return example
+
+
 def pad_error(decoder: DecoderTokens, ids: Ints) -> str | None:
-    """Error message for token ids whose positions the base model would count otherwise, None if there are none."""
-    if not decoder.skips_pads or decoder.pad not in ids:
+    """Error message for padding tokens that the base model does not read as other tokens, None if there are none."""
+    if decoder.pad not in ids:
         return None
-    return f"the padding token {decoder.pad} inside a text takes no position in this base; leave it out"
+    if decoder.skips_pads:
+        token = f"the padding token {decoder.pad} inside a text takes no position in this base"
+        return f"{token}, and -100 between labels is one; leave it out"
+    if not 0 <= decoder.pad < decoder.vocab_size:
+        token = f"the padding token {decoder.pad}, which the base's embedding lacks"
+        return f"labels: -100 between labels counts as {token}; leave it out"
+    return None
 
 
 def encode_labels(tokenizer: Tokenizer, texts: Sequence[str], *, append_eos: bool = True) -> list[Ints]:

@@ -38,6 +38,8 @@ def vocabulary_error(ids: NDArray[np.integer[Any]], vocab_size: int) -> str | No
     wrong = ids[(ids < 0) | (ids >= vocab_size)]
     if not len(wrong):
         return None
+    if wrong[0] < 0:
+        return f"expected token ids of at least 0, got {int(wrong[0])}"
     return (
         f"token id {int(wrong[0])} is not in the base model's embedding, which has the ids 0 to {vocab_size - 1}; "
         "give other ids, or call resize_token_embeddings if tokens were added to the tokenizer"

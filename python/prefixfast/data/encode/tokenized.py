@@ -115,6 +115,27 @@ def label_row(row: Row, number: int, vocab_size: int) -> NDArray[np.int64]:
     return labels
 
 
+def check_decoder_inputs(row: Row, number: int, ids: Ints) -> None:
+    """Check that inputs of the decoder that a row has beside its labels are those that the labels give.
+
+    Args:
+        row: Row with ``labels``.
+        number: Number of the row, for errors.
+        ids: Inputs of the decoder by the labels, int32 ``[n]``. Later ones change nothing.
+
+    Raises:
+        DataError: If ``decoder_input_ids`` or ``decoder_attention_mask`` are others.
+    """
+    expected = {"decoder_input_ids": ids, "decoder_attention_mask": np.ones_like(ids)}
+    for name, values in expected.items():
+        if row.get(name) is None:
+            continue
+        given = int_array(row[name])
+        if given is None or given[: len(ids)].tolist() != values.tolist():
+            msg = f"{name}: expected the ones that the labels give ({shown(values.tolist())}), got {shown(row[name])}"
+            raise row_error(row, number, f"{msg}; leave it out")
+
+
 def padded_ids(row: Row, number: int, vocab_size: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """``input_ids`` with padding, int64 ``[N]``, and the places that are none, bool ``[N]``."""
     ids = int_array(row.get("input_ids"))

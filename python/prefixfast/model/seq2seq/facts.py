@@ -24,11 +24,15 @@ def seq2seq_facts(model: PreTrainedModel) -> Seq2Seq:
         missing = "pad_token_id" if pad is None else "decoder_start_token_id"
         msg = f"{_name(model)}: expected {missing} in its generation config or its config, got None"
         raise ConfigError(msg)
+    vocab_size = len(model.get_decoder().embed_tokens.weight)
+    if start is not None and not 0 <= start < vocab_size:
+        msg = f"{_name(model)}: decoder_start_token_id: expected a token id below {vocab_size}, got {start}"
+        raise ConfigError(msg)
     return Seq2Seq(
         start,
         family.wraps,
         pad,
-        len(model.get_decoder().embed_tokens.weight),
+        vocab_size,
         family.positions(model.get_encoder()),
         family.has_distances,
         _token(model, "forced_bos_token_id"),

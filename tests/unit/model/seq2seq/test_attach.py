@@ -184,7 +184,18 @@ def with_a_further_attention() -> Any:
     return hf
 
 
+def named(own: str, kind: str) -> Any:
+    hf = make_seq2seq(own)
+    hf.config.model_type = kind
+    return hf
+
+
 REASONS = [
+    (lambda: make_seq2seq("bart").get_encoder(), "it has no output layer; give the whole model"),
+    (lambda: make_seq2seq("t5").get_decoder(), "it has no output layer; give the whole model"),
+    (lambda: named("bart", "t5"), "its modules are not those of the type t5"),
+    (lambda: named("t5", "bart"), "its modules are not those of the type bart"),
+    (lambda: make_seq2seq("bart", decoder_start_token_id=99), "decoder_start_token_id: expected a token id below 99"),
     (without_start, "expected decoder_start_token_id in its generation config or its config"),
     (without_head, "it has no output layer"),
     (with_a_hook_on_the_head, "its output layer is Linear, or has hooks"),

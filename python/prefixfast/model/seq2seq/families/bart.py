@@ -1,8 +1,8 @@
 """BART and its relatives: tables of positions, which packed sequences read at positions of their own.
 
 The table is learned or sinusoidal. Its own forward counts the tokens of the packed sequence and fails beyond its last
-row; that of M2M100 grows the table for good. The forward is therefore replaced, not hooked. M2M100 adds no position to a
-padding token.
+row; that of M2M100 grows the table for good. The forward is therefore replaced, not hooked. A padding token has no
+position in M2M100.
 """
 
 from __future__ import annotations
