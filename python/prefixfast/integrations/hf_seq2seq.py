@@ -81,7 +81,7 @@ def texts_of(states: Tensor, mask: Tensor | None, num_beams: int) -> list[Tensor
         num_beams: Number of rows of each text.
 
     Raises:
-        ConfigError: If the batch is padded on the left or has no tokens, or neighbouring rows are not beams of one text.
+        ConfigError: If the batch is empty or padded on the left, or neighbouring rows are not beams of one text.
     """
     ids = ids_of(states)
     if not ids.shape[1]:
