@@ -23,7 +23,7 @@ from prefixfast_kernels.reference import accumulator
 from prefixfast_kernels.tables import BlockTables, PackedTables
 from prefixfast_kernels.torch_blocks import Block, blocks_by_sequence, contexts, prefix_blocks
 from prefixfast_kernels.torch_mask import Mask, run_mask
-from prefixfast_kernels.torch_sdpa_lse import Qkv, sdpa_lse_bwd, sdpa_lse_fwd
+from prefixfast_kernels.torch_sdpa_lse import Qkv, SdpaLse, sdpa_lse_bwd, sdpa_lse_fwd
 
 # Below this many sequences, one call per run of equal lengths (views, no padding) is faster on CPUs than padded
 # buckets.
@@ -49,7 +49,11 @@ class _Run(NamedTuple):
 
 
 def attn_fwd(
-    inputs: AttnInputs, tables: PackedTables, options: AttnOptions, bias: Tensor | None = None
+    inputs: AttnInputs,
+    tables: PackedTables,
+    options: AttnOptions,
+    bias: Tensor | None = None,
+    inference: SdpaLse = sdpa_lse_fwd,
 ) -> tuple[Tensor, Tensor]:
     """Forward of `reference.attn`.
 
@@ -59,6 +63,7 @@ def attn_fwd(
         tables: Tables in which, for causal attention, the queries of a segment are its last keys.
         options: Scale, window, soft cap, causality. Keys in the slot table are for causal attention.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
+        inference: Function for rectangular batches in inference on a CPU.
 
     Returns:
         Output ``[N, HQ, D]`` and the natural log-sum-exp ``[N, HQ]``.
@@ -73,33 +78,40 @@ def attn_fwd(
     # In a bucket, and in a product with a block for several sequences, a sequence's last bits depend on the others.
     # Inference on a CPU promises that they do not.
     by_sequence = q.is_inference() and q.device.type == "cpu"
+    attend = inference if by_sequence else sdpa_lse_fwd
     if _takes_runs(sequences, options) or by_sequence:
-        _own_fwd((o, lse), Qkv(q, k, v), _runs(sequences, tables, options), options, bias)
+        _own_fwd((o, lse), Qkv(q, k, v), _runs(sequences, tables, options), options, bias, attend)
     else:
         padded = Qkv(*(t.index_select(0, tables.gather) for t in (q, k, v)))
         out, stat = torch.empty_like(padded.q), padded.q.new_empty(padded.q.shape[:2], dtype=lse.dtype)
-        _own_fwd((out, stat), padded, _buckets(tables), options, bias)
+        _own_fwd((out, stat), padded, _buckets(tables), options, bias, attend)
         torch.index_select(out, 0, tables.scatter, out=o)
         torch.index_select(stat, 0, tables.scatter, out=lse)
     if not by_sequence:
         merge_prefix_blocks((o, lse), q, (inputs.prefix_k, inputs.prefix_v), tables.blocks, options, bias)
     elif inputs.prefix_k is not None and inputs.prefix_v is not None:
         source = inputs.prefix_k, inputs.prefix_v
-        _merge((o, lse), q, source, blocks_by_sequence(tables, options.window, bias, q), options)
+        _merge((o, lse), q, source, blocks_by_sequence(tables, options.window, bias, q), options, attend)
     if slots is not None:
-        _merge((o, lse), q, (inputs.k, inputs.v), contexts(sequences, slots, options.window, bias, q), options)
+        blocks = contexts(sequences, slots, options.window, bias, q)
+        _merge((o, lse), q, (inputs.k, inputs.v), blocks, options, attend)
     return o, lse
 
 
 def _own_fwd(
-    out: tuple[Tensor, Tensor], qkv: Qkv, runs: Iterable[_Run], options: AttnOptions, bias: Tensor | None
+    out: tuple[Tensor, Tensor],
+    qkv: Qkv,
+    runs: Iterable[_Run],
+    options: AttnOptions,
+    bias: Tensor | None,
+    attend: SdpaLse,
 ) -> None:
     """Write the attention of each run over its own keys to ``out``, output and log-sum-exp."""
     for run in runs:
         if not run.shape[1]:  # torch's operator divides by the number of keys
             out[0][run.queries], out[1][run.queries] = 0.0, -torch.inf
             continue
-        results = sdpa_lse_fwd(_own(qkv, run), _own_mask(run, options, bias, qkv.q), options, causal=options.causal)
+        results = attend(_own(qkv, run), _own_mask(run, options, bias, qkv.q), options, causal=options.causal)
         for t, result in zip(out, results, strict=True):
             _batch(t[run.queries], run.n).copy_(result)
 
@@ -124,16 +136,21 @@ def merge_prefix_blocks(
     """
     prefix_k, prefix_v = prefix
     if prefix_k is not None and prefix_v is not None:
-        _merge(out, q, (prefix_k, prefix_v), prefix_blocks(tables, options.window, bias, q), options)
+        _merge(out, q, (prefix_k, prefix_v), prefix_blocks(tables, options.window, bias, q), options, sdpa_lse_fwd)
 
 
 def _merge(
-    out: tuple[Tensor, Tensor], q: Tensor, source: tuple[Tensor, Tensor], blocks: Iterable[Block], options: AttnOptions
+    out: tuple[Tensor, Tensor],
+    q: Tensor,
+    source: tuple[Tensor, Tensor],
+    blocks: Iterable[Block],
+    options: AttnOptions,
+    attend: SdpaLse,
 ) -> None:
     o, lse = out
     for block in blocks:
         keys, values = (_as_heads(t[block.rows].to(q.dtype)) for t in source)
-        po, pl = sdpa_lse_fwd(Qkv(_as_heads(q[block.users]), keys, values), block.mask, options, causal=False)
+        po, pl = attend(Qkv(_as_heads(q[block.users]), keys, values), block.mask, options, causal=False)
         po, pl = po[0].transpose(0, 1), pl[0].T  # [E, HQ, D], [E, HQ]
         own_o, own_l = o[block.users], lse[block.users]
         both = torch.logaddexp(pl, own_l)

@@ -8,7 +8,7 @@ Shape letters: B batch, HQ query heads, H kv heads, G queries per kv head, T que
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ class Qkv(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
+
+
+class SdpaLse(Protocol):
+    """A function that computes what `sdpa_lse_fwd` does, perhaps faster."""
+
+    def __call__(self, qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:
+        """Attention of one rectangular batch, as `sdpa_lse_fwd` describes it."""
 
 
 def sdpa_lse_fwd(qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:

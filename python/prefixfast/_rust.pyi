@@ -27,8 +27,10 @@ __all__ = [
     "StepHeader",
     "Tokenizer",
     "attend_decode",
+    "attend_dense",
     "attend_join",
     "attend_paths",
+    "best_tokens",
     "digest",
     "pack",
     "plan_packed",
@@ -233,6 +235,67 @@ class Packing:
     @property
     def weight(self) -> NDArray[np.float64]:
         """Weight in the summed loss of each target token of an example, float64 ``[n]``, in the order of the input."""
+
+def attend_dense(
+    shape: tuple[int, int, int, int],
+    lens: tuple[int, int],
+    tensors: Sequence[tuple[int, int, tuple[int, int, int]]],
+    is_bf16: bool,
+    out: tuple[int, int],
+    scale: float,
+    causal: bool,
+    threads: int,
+    path: str | None,
+) -> None:
+    """Attention of T queries over S keys in each of B sequences, with HQ query heads, H kv heads and head dim D.
+
+    The addresses are not checked. The only caller is `prefixfast.attention.cpu_dense`.
+
+    Args:
+        shape: B, HQ, H and D, with D at most 256.
+        lens: T and S, not 0.
+        tensors: Queries ``[B, HQ, T, D]``, keys and values ``[B, H, S, D]``, each as the address, the number of
+            elements from there on, and the strides in elements of sequences, heads and rows.
+        is_bf16: Whether the dtype of all tensors is bf16 instead of fp32.
+        out: Addresses of the output ``[B, HQ, T, D]`` in that dtype and of the log-sum-exp ``[B, HQ, T]`` in fp32, both
+            contiguous.
+        scale: Factor of the scores.
+        causal: Whether query i sees the first i + 1 keys instead of all.
+        threads: Largest number of threads.
+        path: Instruction set, one of `attend_paths`. None is that of the environment variable PREFIXFAST_SIMD, else the
+            fastest.
+
+    Raises:
+        ConfigError: If sizes do not fit, or the CPU does not have the instruction set. Nothing is written.
+    """
+
+def best_tokens(
+    logits: tuple[int, int],
+    is_bf16: bool,
+    vocab: int,
+    count: int,
+    out: tuple[int, int, int],
+    threads: int,
+    path: str | None,
+) -> None:
+    """Most likely tokens of rows of logits ``[R, V]``, with their log-probabilities over all V tokens.
+
+    The addresses are not checked. The only caller is `prefixfast.engine.best_tokens`.
+
+    Args:
+        logits: Address of the logits ``[R, V]`` and number of elements.
+        is_bf16: Whether the logits are bf16 instead of fp32.
+        vocab: V.
+        count: Tokens of a row to find, 1 to V.
+        out: Addresses of the log-probabilities ``[R, count]`` in fp32 and of the tokens ``[R, count]`` in int64, and
+            number of elements of each. The most likely token of a row is the first, the smallest of equal ones.
+        threads: Largest number of threads.
+        path: Instruction set, one of `attend_paths`. None is that of the environment variable PREFIXFAST_SIMD, else the
+            fastest.
+
+    Raises:
+        ConfigError: If sizes do not fit, or the CPU does not have the instruction set. Nothing is written.
+    """
 
 def digest(array: NDArray[np.uint8]) -> int:
     """Digest of 64 bits of an array, for finding changed weights.

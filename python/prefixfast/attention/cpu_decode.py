@@ -45,6 +45,11 @@ def _joined_openmp() -> bool:
     return reason is None
 
 
+def num_threads() -> int:
+    """Number of threads of a call of the Rust core, which are those of torch."""
+    return torch.get_num_threads() if _joined_openmp() else 1
+
+
 def unsupported(inputs: DecodeInputs) -> list[str]:
     """Reasons why a call with these queries, arena and prefix rows is unsupported; empty if supported."""
     q, pairs = inputs.q, ((inputs.k_arena, inputs.v_arena), inputs.prefix)
@@ -112,7 +117,7 @@ def decode(
         options.scale,
         options.window,
         options.softcap,
-        torch.get_num_threads() if _joined_openmp() else 1,
+        num_threads(),
         path,
         bias_memory,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefixfast.attention import cpu_dense
 from prefixfast.attention.backend_support import packed_unsupported
 from prefixfast.attention.backends import select_backend
 from prefixfast_kernels import reference, torch_attn
@@ -70,7 +71,7 @@ def attn(
         with torch.cuda.device_of(q):  # Triton launches on the current device
             return prefix_fwd.attn_fwd(inputs, packed, options, tile_sizes, bias)
     if chosen == "torch":
-        return torch_attn.attn_fwd(inputs, packed, options, bias)
+        return torch_attn.attn_fwd(inputs, packed, options, bias, cpu_dense.sdpa_lse)
     return reference.attn(inputs, packed, options, bias)
 
 

@@ -4,7 +4,7 @@ The state of all requests lies in tensors over the R decode rows, at the first r
 needs no loop over requests.
 
 Shape letters: R decode rows of the engine, S requests of a step, K beams, V vocabulary, L largest number of new tokens
-of a request, E end tokens.
+of a request, E end tokens, C candidates.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prefixfast.config import GenerationParams
+from prefixfast.engine.best_tokens import best_tokens
 
 IMPOSSIBLE = -1.0e9  # transformers' score of impossible beams
 CHUNK = 256  # entries of the vocabulary whose maximum is taken at once
@@ -71,13 +72,27 @@ class _LengthLimits:
         """
         self.mask_end_tokens(scores, rows)
         if self.forces:
-            count = self.count[rows]
-            forced = torch.where(count + 1 == self.max_new[rows], self.last[rows], NO_TOKEN)
-            # The last token takes precedence over the first one where a request has one token.
-            forced = torch.where((count == 0) & (forced == NO_TOKEN), self.first[rows], forced)
-            at = (forced != NO_TOKEN).nonzero()[:, 0]
+            at, forced = self._forced(rows)
             scores[at] = -torch.inf
-            scores[at, :, forced[at]] = 0.0
+            scores[at, :, forced] = 0.0
+
+    def apply_to_best(self, scores: Tensor, tokens: Tensor, rows: Tensor) -> None:
+        """Do the same as `apply` with the best tokens ``[S, K, C]`` of beams and their scores, in place."""
+        too_short = self.count[rows] < self.min_new[rows]
+        scores.masked_fill_(too_short[:, None, None] & torch.isin(tokens, self.end_ids), -torch.inf)
+        if self.forces:
+            at, forced = self._forced(rows)
+            scores[at] = -torch.inf
+            scores[at, :, 0], tokens[at, :, 0] = 0.0, forced[:, None]
+
+    def _forced(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Requests whose next token is forced, as places in ``rows``, and their tokens."""
+        count = self.count[rows]
+        forced = torch.where(count + 1 == self.max_new[rows], self.last[rows], NO_TOKEN)
+        # The last token takes precedence over the first one where a request has one token.
+        forced = torch.where((count == 0) & (forced == NO_TOKEN), self.first[rows], forced)
+        at = (forced != NO_TOKEN).nonzero()[:, 0]
+        return at, forced[at]
 
     def mask_end_tokens(self, scores: Tensor, rows: Tensor) -> None:
         """Set the scores of end tokens in ``[S, K or 1, V]`` to -inf for requests below their minimum length."""
@@ -174,14 +189,14 @@ class BeamSearch:
             rows: First decode row of each request ``[S]``.
             process: Function that applies logits processors to log-probabilities ``[S * K, V]`` in place.
         """
-        num, k = len(rows), self.k
-        logp = logits.view(num, k, -1).float().log_softmax(-1)
-        if process is not None:
-            process(logp.view(num * k, -1))
-        self.limits.apply(logp, rows)
-        total = (logp + self.running_score[rows][:, :, None]).view(num, -1)
+        num, k, vocab = len(rows), self.k, logits.shape[-1]
+        # The best candidates of a request are among the best of each beam. An end token can turn out to be too early.
+        most = min(self.num_candidates + len(self.limits.end_ids), vocab)
+        logp, tokens = (t.view(num, k, most) for t in _best_of_each(logits, most, process))
+        self.limits.apply_to_best(logp, tokens, rows)
+        total = (logp + self.running_score[rows][:, :, None]).flatten(1)
         value, index = total.topk(self.num_candidates)
-        parent, token = index // logp.shape[-1], index % logp.shape[-1]
+        parent, token = index // most, _gather(tokens.flatten(1), index)
         count = self.limits.count[rows]
         length = int(count.max()) + 1
         candidates = _gather(self.running_tokens[rows, :, :length], parent).scatter_(
@@ -251,6 +266,16 @@ class BeamSearch:
         length = int(self.limits.count[row])
         score = float(self.running_score[row, 0] / max(length, 1) ** self.length_penalty[row])
         return [(self.running_tokens[row, 0, :length].tolist(), score)]
+
+
+def _best_of_each(logits: Tensor, count: int, process: Callable[[Tensor], None] | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and tokens of the ``count`` best tokens of each row, after logits processors."""
+    if process is None:
+        return best_tokens(logits, count)
+    logp = logits.float().log_softmax(-1)
+    process(logp)
+    found = logp.topk(count)
+    return found.values, found.indices
 
 
 def reorder_slot_table(table: Tensor, rows: Tensor, sources: Tensor, length: int) -> None:

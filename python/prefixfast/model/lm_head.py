@@ -45,7 +45,8 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, V]`` of hidden states ``[n, d]``."""
         out = self.layer(two_rows(self._scaled(hidden), 0))[: len(hidden)]
-        out = out if self.bias is None else out + self.bias
+        if self.bias is not None:  # in place without gradients, since another tensor [n, V] costs as much as the sum
+            out = out.add_(self.bias) if out.is_inference() else out + self.bias
         return self.softcap * torch.tanh(out / self.softcap) if self.softcap else out
 
     def losses(self, hidden: Tensor, targets: Tensor, backend: str) -> Tensor:

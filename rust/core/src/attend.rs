@@ -1,4 +1,5 @@
-//! Decode attention on CPUs: one query token per row over its prefix blocks and its own keys in the arena.
+//! Attention on CPUs. Decode attention has one query token per row, over its prefix blocks and its own keys in the
+//! arena. Attention of many queries over the same keys is in `dense`.
 //!
 //! Keys and values are read where they lie and are neither gathered nor expanded. The softmax is computed online, in
 //! one pass over the row's prefix blocks, in the order of the row's composition, and then over its own keys, whose
@@ -22,29 +23,31 @@
 )]
 
 #[cfg(target_arch = "x86_64")]
-mod avx2;
+pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(crate) mod avx512;
 mod bias;
 mod chunk;
-mod dispatch;
+mod dense;
+pub(crate) mod dispatch;
 mod key_copy;
-mod math;
+pub(crate) mod math;
 mod memory;
 mod online_softmax;
-mod openmp;
+pub(crate) mod openmp;
 mod output;
 mod plan;
 mod state;
 mod tables;
 mod task;
 mod transposed;
-mod vector;
+pub(crate) mod vector;
 
 use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use bias::Bias;
+pub use dense::{DenseInputs, Strided, attend_dense};
 pub use dispatch::{InstructionSet, SIMD_VARIABLE};
 pub use memory::SharedMemory;
 pub use openmp::use_runtime_of;
@@ -66,7 +69,7 @@ pub enum Floats<'a> {
 }
 
 impl Floats<'_> {
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         match self {
             Self::F32(x) => x.len(),
             Self::Bf16(x) => x.len(),

@@ -1,6 +1,7 @@
 //! Core of prefixfast, independent of Python and of tensor libraries.
 //!
 //! * [`attend`]: decode attention on CPUs.
+//! * [`best_tokens`]: the most likely tokens of rows of logits on CPUs.
 //! * [`tokenize`], [`detokenize`]: tokenization with the `tokenizers` crate, in parallel on the threads of
 //!   [`thread_pool`].
 //! * [`digest`]: digests of weights.
@@ -8,7 +9,8 @@
 //! * [`batch`]: micro-batches for training, the scheduler for generation, and the tables that the attention kernels
 //!   read.
 //!
-//! No input causes a panic. Every failure is an [`Error`]. Only [`attend`] contains unsafe code.
+//! No input causes a panic. Every failure is an [`Error`]. Only [`attend`] and [`best_tokens`] contain unsafe
+//! code.
 
 #![deny(unsafe_code)]
 
@@ -18,6 +20,8 @@
 )]
 pub mod attend;
 pub mod batch;
+#[expect(unsafe_code, reason = "functions that are compiled for vector instructions")]
+pub mod best_tokens;
 pub mod detokenize;
 pub mod digest;
 pub mod error;

@@ -1,15 +1,15 @@
-//! Bindings of decode attention on CPUs: `attend_decode`, `attend_paths` and `attend_join`.
+//! Bindings of attention on CPUs: `attend_decode`, `attend_dense`, `attend_paths` and `attend_join`.
 //!
-//! Tensors are passed as addresses, which `prefixfast/attention/cpu_decode.py`, the
-//! only caller, has checked.
+//! Tensors are passed as addresses, which the only callers, `prefixfast/attention/cpu_decode.py` and `cpu_dense.py`
+//! beside it, have checked.
 
 use std::ffi::CString;
 use std::mem::MaybeUninit;
 
 use prefixfast_core::Error;
 use prefixfast_core::attend::{
-    self as core, Bias, DecodeInputs, DecodeOutputs, DecodeTables, Floats, FloatsMut, InstructionSet, KeysValues,
-    Shape, SharedMemory,
+    self as core, Bias, DecodeInputs, DecodeOutputs, DecodeTables, DenseInputs, Floats, FloatsMut, InstructionSet,
+    KeysValues, Shape, SharedMemory, Strided,
 };
 use pyo3::prelude::*;
 
@@ -33,13 +33,13 @@ pub(crate) fn attend_join(library: String) -> Option<String> {
 }
 
 /// Address of a tensor's first element, and number of elements from there on.
-type Memory = (usize, usize);
+pub(crate) type Memory = (usize, usize);
 
 /// A tensor's memory as a slice.
 ///
 /// # Safety
 /// The requirements of `std::slice::from_raw_parts` hold. If there are no elements, any address is allowed.
-unsafe fn slice<'a, T>((address, count): Memory) -> &'a [T] {
+pub(crate) unsafe fn slice<'a, T>((address, count): Memory) -> &'a [T] {
     if count == 0 {
         return &[];
     }
@@ -51,7 +51,7 @@ unsafe fn slice<'a, T>((address, count): Memory) -> &'a [T] {
 ///
 /// # Safety
 /// The requirements of `std::slice::from_raw_parts_mut` hold. If there are no elements, any address is allowed.
-unsafe fn slice_mut<'a, T>((address, count): Memory) -> &'a mut [MaybeUninit<T>] {
+pub(crate) unsafe fn slice_mut<'a, T>((address, count): Memory) -> &'a mut [MaybeUninit<T>] {
     if count == 0 {
         return &mut [];
     }
@@ -182,4 +182,62 @@ pub(crate) fn attend_decode(
         )
     };
     detached(py, || core::decode(&inputs, output, threads, instructions))
+}
+
+/// Computes the attention of all queries of sequences over the keys of their sequence.
+#[pyfunction]
+#[pyo3(signature = (shape, lens, tensors, is_bf16, out, scale, causal, threads, path))]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a Python object for the arguments would have no other use"
+)]
+pub(crate) fn attend_dense(
+    py: Python<'_>,
+    shape: [usize; 4],
+    lens: [usize; 2],
+    tensors: [(usize, usize, [usize; 3]); 3],
+    is_bf16: bool,
+    out: (usize, usize),
+    scale: f32,
+    causal: bool,
+    threads: usize,
+    path: Option<&str>,
+) -> PyResult<()> {
+    let instructions = guarded(py, || path.map_or_else(InstructionSet::selected, InstructionSet::named))?;
+    let ([batch, heads, _, dim], [queries, _]) = (shape, lens);
+    let Some(rows) = batch.checked_mul(heads).and_then(|n| n.checked_mul(queries)) else {
+        let text = format!("{batch} x {heads} x {queries} queries: expected a number that memory can hold");
+        return Err(raise(py, &Error::Config(text)));
+    };
+    // SAFETY: `prefixfast/attention/cpu_dense.py` takes these numbers from CPU tensors of one dtype, and it holds the
+    // tensors until this call returns. Addresses are therefore aligned, and counts lie within their tensors. The
+    // outputs are newly allocated, so nothing else refers to them. Queries, keys and values belong to the forward of
+    // the thread that calls, or are the arena's rows of one prefix, which nobody writes to while a running request uses
+    // it (see `attend_decode`). The slices end with the last of these rows.
+    let (inputs, o, lse) = unsafe {
+        let [q, k, v] = tensors.map(|(address, count, strides)| {
+            let data = if is_bf16 {
+                Floats::Bf16(slice((address, count)))
+            } else {
+                Floats::F32(slice((address, count)))
+            };
+            Strided { data, strides }
+        });
+        let inputs = DenseInputs {
+            shape,
+            lens,
+            q,
+            k,
+            v,
+            scale,
+            causal,
+        };
+        let o = if is_bf16 {
+            FloatsMut::Bf16(slice_mut((out.0, rows.saturating_mul(dim))))
+        } else {
+            FloatsMut::F32(slice_mut((out.0, rows.saturating_mul(dim))))
+        };
+        (inputs, o, slice_mut((out.1, rows)))
+    };
+    detached(py, || core::attend_dense(&inputs, o, lse, threads, instructions))
 }

@@ -7,6 +7,7 @@
 mod arrays;
 mod attend;
 mod batch;
+mod best_tokens;
 mod detokenize;
 mod digest;
 mod error;
@@ -26,8 +27,10 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<batch::schedule::Scheduler>()?;
     module.add_class::<batch::schedule::StepHeader>()?;
     module.add_function(wrap_pyfunction!(attend::attend_decode, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::attend_dense, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_join, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_paths, module)?)?;
+    module.add_function(wrap_pyfunction!(best_tokens::best_tokens, module)?)?;
     module.add_function(wrap_pyfunction!(batch::pack::pack, module)?)?;
     module.add_function(wrap_pyfunction!(digest::digest, module)?)?;
     module.add_function(wrap_pyfunction!(batch::plan::plan_packed, module)?)

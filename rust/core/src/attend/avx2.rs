@@ -18,7 +18,7 @@ use super::vector::{F32x16, LANES, SimdOps};
 
 /// Proof that the CPU has AVX2 and FMA. [`Avx2::new`] is the only way to make a value.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2(());
+pub(crate) struct Avx2(());
 
 impl Avx2 {
     /// `None` on a CPU without these instructions.

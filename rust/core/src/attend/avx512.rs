@@ -20,7 +20,7 @@ use super::vector::{F32x16, LANES, SimdOps};
 ///
 /// The bf16 dot products of AVX512-BF16 are not used, because they would round queries and softmax weights to 8 bits.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(());
+pub(crate) struct Avx512(());
 
 impl Avx512 {
     /// `None` on a CPU without these instructions.

@@ -14,10 +14,10 @@ pub const SIMD_VARIABLE: &str = "PREFIXFAST_SIMD";
 
 /// An instruction set that this CPU has.
 #[derive(Clone, Copy)]
-pub struct InstructionSet(pub(super) Kind);
+pub struct InstructionSet(pub(crate) Kind);
 
 #[derive(Clone, Copy)]
-pub(super) enum Kind {
+pub(crate) enum Kind {
     #[cfg(target_arch = "x86_64")]
     Avx512(Avx512),
     #[cfg(target_arch = "x86_64")]

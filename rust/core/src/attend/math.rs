@@ -7,7 +7,7 @@ use super::vector::SimdOps;
 /// The result is 0 where it would be subnormal, and NaN for NaN. The method is that of Cephes' `expf`, a polynomial of
 /// r in x = n ln 2 + r.
 #[inline(always)]
-pub(super) fn exp<S: SimdOps>(simd: S, x: S::Vector) -> S::Vector {
+pub(crate) fn exp<S: SimdOps>(simd: S, x: S::Vector) -> S::Vector {
     const MIN_NORMAL_LOG: f32 = -87.336_54;
     let low = simd.splat(MIN_NORMAL_LOG);
     let y = simd.max(low, x);

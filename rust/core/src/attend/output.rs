@@ -72,7 +72,7 @@ impl<'a> SharedOutput<'a> {
 }
 
 /// Bits of the nearest bf16, with ties to even.
-fn round_to_bf16(x: f32) -> u16 {
+pub(super) fn round_to_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1));
     let kept = if x.is_nan() { 0x7fc0_0000 } else { rounded };

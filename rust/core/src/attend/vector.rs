@@ -5,17 +5,17 @@
 //! those instructions (`task::run`).
 
 /// Floats per vector, the same on every instruction set.
-pub(super) const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// One vector in memory.
-pub(super) type F32x16 = [f32; LANES];
+pub(crate) type F32x16 = [f32; LANES];
 
 /// Order in which the 16 lanes of a vector are added, the same for every instruction set.
 ///
 /// Each row of four is added as `(a + b) + (c + d)`. The four row sums are added the same way.
-pub(super) const SUM_ORDER: [[usize; 4]; 4] = [[0, 8, 4, 12], [2, 10, 6, 14], [1, 9, 5, 13], [3, 11, 7, 15]];
+pub(crate) const SUM_ORDER: [[usize; 4]; 4] = [[0, 8, 4, 12], [2, 10, 6, 14], [1, 9, 5, 13], [3, 11, 7, 15]];
 
 /// Operations on vectors of 16 floats.
-pub(super) trait SimdOps: Copy {
+pub(crate) trait SimdOps: Copy {
     /// A vector in registers.
     type Vector: Copy;
     /// Number of vectors of 16 floats that the registers of the CPU can hold.
@@ -53,7 +53,7 @@ pub(super) trait SimdOps: Copy {
 }
 
 /// Element type of keys and values in memory: `f32`, or `u16` for the bits of a bf16.
-pub(super) trait Element: Copy {
+pub(crate) trait Element: Copy {
     fn load<S: SimdOps>(simd: S, x: &[Self; LANES]) -> S::Vector;
     fn to_f32(self) -> f32;
 }
@@ -82,7 +82,7 @@ impl Element for u16 {
 
 /// Portable loops, which the compiler vectorizes with the baseline instructions of the target.
 #[derive(Clone, Copy)]
-pub(super) struct Scalar;
+pub(crate) struct Scalar;
 
 #[inline(always)]
 fn map2(a: F32x16, b: F32x16, op: impl Fn(f32, f32) -> f32) -> F32x16 {

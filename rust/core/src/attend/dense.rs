@@ -1,0 +1,377 @@
+//! Attention of all queries of a sequence over the same keys, in the prefill of prompts and of encoders.
+//!
+//! 16 queries lie in the lanes of a vector, so that scores, softmax and output need no sum over lanes. The operations on
+//! a query depend on its keys and their order alone, not on the queries beside it.
+//!
+//! Shape letters: B sequences, T queries and S keys of each, HQ query heads, H kv heads, D head dim.
+
+mod chunk;
+
+use std::cell::RefCell;
+use std::mem::MaybeUninit;
+use std::sync::Mutex;
+
+use super::dispatch::Kind;
+use super::output::round_to_bf16;
+use super::vector::{Element, F32x16, LANES, Scalar, SimdOps};
+use super::{Floats, FloatsMut, InstructionSet, MAX_HEAD_DIM, openmp};
+use crate::error::{Error, Result};
+use chunk::{add_values, hide_later_keys, score_chunk, update_softmax};
+
+/// Vectors of queries that are processed together.
+const VECTORS: usize = 4;
+/// Queries that are processed together.
+const QUERIES: usize = VECTORS * LANES;
+/// Keys of one update of the softmax.
+const KEYS: usize = 64;
+/// Keys, or dims of the values, of one tile of a product.
+const TILE: usize = 4;
+
+/// One number, or one of 16, for each of [`QUERIES`] queries.
+type PerQuery = [F32x16; VECTORS];
+
+/// A tensor in memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Strided<'a> {
+    /// Elements from the first one on.
+    pub data: Floats<'a>,
+    /// Elements from one sequence, one head and one row to the next. The dims of a row are contiguous.
+    pub strides: [usize; 3],
+}
+
+/// Inputs of [`attend_dense`].
+#[derive(Debug, Clone, Copy)]
+pub struct DenseInputs<'a> {
+    /// B, HQ, H and D.
+    pub shape: [usize; 4],
+    /// T and S, not 0.
+    pub lens: [usize; 2],
+    /// Queries `[B, HQ, T, D]`.
+    pub q: Strided<'a>,
+    /// Keys `[B, H, S, D]`.
+    pub k: Strided<'a>,
+    /// Values `[B, H, S, D]`.
+    pub v: Strided<'a>,
+    /// Factor of the scores.
+    pub scale: f32,
+    /// Whether query `i` sees the first `i + 1` keys instead of all.
+    pub causal: bool,
+}
+
+/// Computes the attention of every query over the keys of its sequence.
+///
+/// * `o`: output `[B, HQ, T, D]`, contiguous.
+/// * `lse`: log-sum-exp of the scores `[B, HQ, T]`, natural logarithm.
+///
+/// # Errors
+/// [`Error::Config`] if sizes do not fit each other. Nothing is written then.
+pub fn attend_dense(
+    inputs: &DenseInputs<'_>,
+    o: FloatsMut<'_>,
+    lse: &mut [MaybeUninit<f32>],
+    threads: usize,
+    instructions: InstructionSet,
+) -> Result<()> {
+    let len = match &o {
+        FloatsMut::F32(o) => o.len(),
+        FloatsMut::Bf16(o) => o.len(),
+    };
+    check(inputs, len, lse.len())?;
+    match o {
+        FloatsMut::F32(o) => of_heads(inputs, o, lse, threads, instructions, |x| x),
+        FloatsMut::Bf16(o) => of_heads(inputs, o, lse, threads, instructions, round_to_bf16),
+    }
+}
+
+fn check(inputs: &DenseInputs<'_>, o: usize, lse: usize) -> Result<()> {
+    let ([batch, heads, kv_heads, dim], [queries, keys]) = (inputs.shape, inputs.lens);
+    let wrong = |what: &str| Err(Error::Config(format!("attention: {what}")));
+    if [batch, heads, kv_heads, dim, queries, keys].contains(&0)
+        || dim > MAX_HEAD_DIM
+        || !heads.is_multiple_of(kv_heads)
+    {
+        return wrong(&format!(
+            "{batch} sequences of {queries} queries and {keys} keys, {heads} query heads and {kv_heads} kv heads of \
+             {dim}: expected none of them to be 0, query heads a multiple of kv heads, and a head dim of at most \
+             {MAX_HEAD_DIM}"
+        ));
+    }
+    let size = |sizes: &[usize]| sizes.iter().try_fold(1_usize, |n, m| n.checked_mul(*m));
+    let rows = size(&[batch, heads, queries]);
+    if rows != Some(lse) || rows.and_then(|n| n.checked_mul(dim)) != Some(o) {
+        return wrong(&format!(
+            "outputs of {o} and {lse} elements: expected those of {batch} x {heads} x {queries}"
+        ));
+    }
+    for (tensor, heads, rows) in [
+        (inputs.q, heads, queries),
+        (inputs.k, kv_heads, keys),
+        (inputs.v, kv_heads, keys),
+    ] {
+        let [a, b, c] = tensor.strides;
+        let last = [(a, batch), (b, heads), (c, rows)]
+            .iter()
+            .try_fold(dim, |n, (stride, count)| n.checked_add(stride.checked_mul(count - 1)?));
+        if last.is_none_or(|n| n > tensor.data.len()) {
+            return wrong(&format!(
+                "{} elements with strides {:?}: expected enough for {batch} x {heads} x {rows} rows of {dim}",
+                tensor.data.len(),
+                tensor.strides
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn of_heads<T: Send>(
+    inputs: &DenseInputs<'_>,
+    o: &mut [MaybeUninit<T>],
+    lse: &mut [MaybeUninit<f32>],
+    threads: usize,
+    instructions: InstructionSet,
+    convert: fn(f32) -> T,
+) -> Result<()> {
+    let ([batch, heads, _, dim], [queries, _]) = (inputs.shape, inputs.lens);
+    let outputs = o.chunks_exact_mut(queries * dim).zip(lse.chunks_exact_mut(queries));
+    let parts = Mutex::new((0..batch * heads).zip(outputs));
+    let next = || parts.lock().ok().and_then(|mut parts| parts.next());
+    openmp::run_on_threads(threads.min(batch * heads), &|| {
+        SCRATCH.with_borrow_mut(|scratch| {
+            while let Some((part, (o, lse))) = next() {
+                let place = [part / heads, part % heads];
+                for (block, (o, lse)) in o.chunks_mut(QUERIES * dim).zip(lse.chunks_mut(QUERIES)).enumerate() {
+                    let block = Block {
+                        place,
+                        first: block * QUERIES,
+                        count: lse.len(),
+                    };
+                    match instructions.0 {
+                        #[cfg(target_arch = "x86_64")]
+                        // SAFETY: the value in `Kind::Avx512` proves that the CPU has the enabled instructions.
+                        Kind::Avx512(simd) => unsafe { of_block_avx512(simd, inputs, block, scratch) },
+                        #[cfg(target_arch = "x86_64")]
+                        // SAFETY: the value in `Kind::Avx2` proves that the CPU has the enabled instructions.
+                        Kind::Avx2(simd) => unsafe { of_block_avx2(simd, inputs, block, scratch) },
+                        Kind::Scalar => of_block(Scalar, inputs, block, scratch),
+                    }
+                    write(scratch, dim, (o, lse), convert);
+                }
+            }
+        });
+    })
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::EMPTY) };
+}
+
+/// Memory of a thread, reused from call to call because fresh memory costs page faults.
+struct Scratch {
+    /// Keys and values of one head in fp32, `[S, D]`, with both padded by zeros to multiples of [`TILE`].
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    /// Queries times the scale, and sums of weighted values, `[D, QUERIES]`.
+    q: Vec<PerQuery>,
+    o: Vec<PerQuery>,
+    /// Scores, then weights of one chunk of keys.
+    scores: Vec<PerQuery>,
+    /// Largest score, and sum of the weights relative to it.
+    max: PerQuery,
+    sum: PerQuery,
+    /// Vectors with queries, at most [`VECTORS`].
+    vectors: usize,
+}
+
+impl Scratch {
+    const EMPTY: Self = Self {
+        keys: Vec::new(),
+        values: Vec::new(),
+        q: Vec::new(),
+        o: Vec::new(),
+        scores: Vec::new(),
+        max: [[0.0; LANES]; VECTORS],
+        sum: [[0.0; LANES]; VECTORS],
+        vectors: 0,
+    };
+}
+
+/// Neighbouring queries of one head.
+#[derive(Clone, Copy)]
+struct Block {
+    /// Sequence and query head.
+    place: [usize; 2],
+    /// First query.
+    first: usize,
+    /// Number of queries, at most [`QUERIES`].
+    count: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn of_block_avx512(simd: super::avx512::Avx512, inputs: &DenseInputs<'_>, block: Block, scratch: &mut Scratch) {
+    of_block(simd, inputs, block, scratch);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn of_block_avx2(simd: super::avx2::Avx2, inputs: &DenseInputs<'_>, block: Block, scratch: &mut Scratch) {
+    of_block(simd, inputs, block, scratch);
+}
+
+#[inline(always)]
+fn of_block<S: SimdOps>(simd: S, inputs: &DenseInputs<'_>, block: Block, scratch: &mut Scratch) {
+    let ([_, heads, kv_heads, dim], [_, keys]) = (inputs.shape, inputs.lens);
+    let ([sequence, head], width) = (block.place, dim.next_multiple_of(TILE));
+    if block.first == 0 {
+        let place = [sequence, head / (heads / kv_heads)];
+        for (from, to) in [(inputs.k, &mut scratch.keys), (inputs.v, &mut scratch.values)] {
+            copy_rows(simd, from, place, keys, (dim, width), to);
+        }
+    }
+    load_queries(inputs, block, width, &mut scratch.q);
+    scratch.o.clear();
+    scratch.o.resize(width, [[0.0; LANES]; VECTORS]);
+    scratch.max = [[f32::NEG_INFINITY; LANES]; VECTORS];
+    scratch.sum = [[0.0; LANES]; VECTORS];
+    scratch.vectors = block.count.div_ceil(LANES);
+    let seen = if inputs.causal {
+        keys.min(block.first + block.count)
+    } else {
+        keys
+    };
+    for first in (0..seen).step_by(KEYS) {
+        let count = KEYS.min(seen - first);
+        score_chunk(simd, scratch, first, count, width);
+        if inputs.causal && first + count > block.first + 1 {
+            hide_later_keys(simd, &mut scratch.scores, first, block.first);
+        }
+        update_softmax(simd, scratch, count);
+        add_values(simd, scratch, first, count, width);
+    }
+}
+
+/// Copies the rows of one head to fp32.
+#[inline(always)]
+fn copy_rows<S: SimdOps>(
+    simd: S,
+    from: Strided<'_>,
+    [sequence, head]: [usize; 2],
+    rows: usize,
+    (dim, width): (usize, usize),
+    to: &mut Vec<f32>,
+) {
+    to.clear();
+    to.resize(rows.next_multiple_of(TILE) * width, 0.0);
+    let start = sequence * from.strides[0] + head * from.strides[1];
+    for (row, to) in to.chunks_exact_mut(width).take(rows).enumerate() {
+        let start = start + row * from.strides[2];
+        match from.data {
+            Floats::F32(x) => copy_row(simd, &x[start..start + dim], to),
+            Floats::Bf16(x) => copy_row(simd, &x[start..start + dim], to),
+        }
+    }
+}
+
+#[inline(always)]
+fn copy_row<S: SimdOps, K: Element>(simd: S, from: &[K], to: &mut [f32]) {
+    let (whole, rest) = from.as_chunks::<LANES>();
+    let (to, tail) = to.split_at_mut(from.len() - rest.len());
+    for (from, to) in whole.iter().zip(to.as_chunks_mut().0) {
+        simd.store(K::load(simd, from), to);
+    }
+    for (from, to) in rest.iter().zip(tail) {
+        *to = from.to_f32();
+    }
+}
+
+/// Writes the queries of a block times the scale to `q`. Those that the block lacks are 0.
+#[inline(always)]
+fn load_queries(inputs: &DenseInputs<'_>, block: Block, width: usize, q: &mut Vec<PerQuery>) {
+    let (dim, [a, b, c]) = (inputs.shape[3], inputs.q.strides);
+    q.clear();
+    q.resize(width, [[0.0; LANES]; VECTORS]);
+    for i in 0..block.count {
+        let start = block.place[0] * a + block.place[1] * b + (block.first + i) * c;
+        let (vector, lane) = (i / LANES, i % LANES);
+        let mut set = |d: usize, x: f32| q[d][vector][lane] = x * inputs.scale;
+        match inputs.q.data {
+            Floats::F32(x) => x[start..start + dim].iter().enumerate().for_each(|(d, x)| set(d, *x)),
+            Floats::Bf16(x) => x[start..start + dim]
+                .iter()
+                .enumerate()
+                .for_each(|(d, x)| set(d, x.to_f32())),
+        }
+    }
+}
+
+/// Writes output and log-sum-exp of a block. A query whose weights sum to 0 gets 0 and -inf.
+fn write<T>(
+    scratch: &Scratch,
+    dim: usize,
+    (o, lse): (&mut [MaybeUninit<T>], &mut [MaybeUninit<f32>]),
+    convert: fn(f32) -> T,
+) {
+    for (i, (o, lse)) in o.chunks_exact_mut(dim).zip(lse).enumerate() {
+        let (n, lane) = (i / LANES, i % LANES);
+        let (max, sum) = (scratch.max[n][lane], scratch.sum[n][lane]);
+        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
+        for (to, from) in o.iter_mut().zip(&scratch.o) {
+            to.write(convert(from[n][lane] * inverse));
+        }
+        lse.write(max + sum.ln());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Attends with tensors of the given numbers of elements.
+    fn attend(shape: [usize; 4], lens: [usize; 2], strides: [usize; 3], [q, kv, o, lse]: [usize; 4]) -> Result<()> {
+        let (q, kv) = (vec![0.5; q], vec![0.5; kv]);
+        let (mut o, mut lse) = (vec![MaybeUninit::new(0.0); o], vec![MaybeUninit::new(0.0); lse]);
+        let keys = Strided {
+            data: Floats::F32(&kv),
+            strides,
+        };
+        let queries = Strided {
+            data: Floats::F32(&q),
+            strides,
+        };
+        let inputs = DenseInputs {
+            shape,
+            lens,
+            q: queries,
+            k: keys,
+            v: keys,
+            scale: 1.0,
+            causal: false,
+        };
+        attend_dense(&inputs, FloatsMut::F32(&mut o), &mut lse, 1, InstructionSet::all()[0])
+    }
+
+    #[test]
+    fn sizes_that_do_not_fit_are_refused() {
+        let (shape, strides) = ([1, 2, 1, 8], [80, 40, 8]);
+        assert_eq!(attend(shape, [5, 3], strides, [80, 24, 80, 10]), Ok(()));
+        for (shape, lens, strides, sizes) in [
+            (shape, [5, 3], strides, [79, 24, 80, 10]),
+            (shape, [5, 3], strides, [80, 23, 80, 10]),
+            (shape, [5, 3], strides, [80, 24, 79, 10]),
+            (shape, [5, 3], strides, [80, 24, 80, 11]),
+            (shape, [5, 3], [80, 41, 8], [80, 24, 80, 10]),
+            (shape, [5, 3], [80, usize::MAX, 8], [80, 24, 80, 10]),
+            (shape, [5, 0], strides, [80, 24, 80, 10]),
+            (shape, [0, 3], strides, [80, 24, 0, 0]),
+            ([1, 2, 0, 8], [5, 3], strides, [80, 24, 80, 10]),
+            ([1, 3, 2, 8], [5, 3], strides, [800, 800, 120, 15]),
+            ([1, 2, 1, 300], [5, 3], strides, [8000, 8000, 3000, 10]),
+        ] {
+            let got = attend(shape, lens, strides, sizes);
+            assert!(
+                matches!(got, Err(Error::Config(_))),
+                "{shape:?} {lens:?} {strides:?} {sizes:?}"
+            );
+        }
+    }
+}
