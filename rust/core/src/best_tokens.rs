@@ -49,8 +49,8 @@ pub fn best_tokens(
         && rows.checked_mul(vocab) == Some(logits.len());
     if !fits {
         return Err(Error::Config(format!(
-            "best tokens: {} logits of a vocabulary of {vocab}, {} log-probabilities and {} tokens: expected whole rows \
-             of logits, and 1 to {vocab} best ones for each, got {count}",
+            "best tokens: {} logits of a vocabulary of {vocab}, {} log-probabilities and {} tokens: expected whole \
+             rows of logits, and 1 to {vocab} best ones for each, got {count}",
             logits.len(),
             out.logprobs.len(),
             out.tokens.len()
@@ -69,10 +69,8 @@ fn of_rows<K: Element + Sync>(
     threads: usize,
     instructions: InstructionSet,
 ) -> Result<()> {
-    let outputs = out
-        .logprobs
-        .chunks_exact_mut(count)
-        .zip(out.tokens.chunks_exact_mut(count));
+    let BestTokens { logprobs, tokens } = out;
+    let outputs = logprobs.chunks_exact_mut(count).zip(tokens.chunks_exact_mut(count));
     let rows = Mutex::new(logits.chunks_exact(vocab).zip(outputs));
     let next = || rows.lock().ok().and_then(|mut rows| rows.next());
     openmp::run_on_threads(threads, &|| {

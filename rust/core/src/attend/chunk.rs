@@ -1,16 +1,22 @@
 //! Attention over one chunk of at most 64 keys, by all queries of a task that see the chunk.
 //!
-//! A single row reads the keys in place. Several rows read a copy in fp32, so that each key is converted and fetched
-//! from memory once. Many queries read the copy in transposed form (`transposed`).
+//! A single row reads the keys in place, and so do several rows with AVX-512, four at a time. Other rows read a copy in
+//! fp32, so that each key is converted and fetched from memory once. Many queries read the copy in transposed form
+//! (`transposed`).
 
 use super::key_copy::{ChunkOffsets, KvMemory, copy_chunk, prefetch_head, prefetch_part, row_offsets};
-use super::online_softmax::{CHUNK_KEYS, ChunkView, accumulate_values, score_keys, update_softmax};
+use super::online_softmax::{
+    CHUNK_KEYS, ChunkView, accumulate_values, add_weighted_values, score_keys, score_keys_by_rows, update_softmax,
+};
 use super::state::{BlockUser, TaskState};
 use super::transposed;
 use super::vector::{Element, LANES, SimdOps};
 
 /// Smallest number of rows for which a chunk is copied.
 const MIN_ROWS_TO_COPY: usize = 2;
+
+/// Rows that read a chunk in place together. Their results for four vectors fit in half of AVX-512's registers.
+pub(super) const ROWS_IN_PLACE: usize = 4;
 
 /// Attention of `users` over one chunk.
 ///
@@ -24,6 +30,21 @@ pub(super) fn attend_chunk<S: SimdOps, K: Element>(
     start: usize,
     users: &[BlockUser],
 ) {
+    let sees_all = |u: &BlockUser| u.first_in_chunk(start) == 0;
+    if users.len() > 1 && state.head_dim.is_multiple_of(LANES) && S::NUM_REGISTERS >= 32 && users.iter().all(sees_all) {
+        let offsets = ChunkOffsets { current, next };
+        let (groups, rest) = users.as_chunks::<ROWS_IN_PLACE>();
+        for users in groups {
+            attend_rows_in_place(simd, state, memory, offsets, start, users);
+        }
+        match *rest {
+            [a, b, c] => attend_rows_in_place(simd, state, memory, offsets, start, &[a, b, c]),
+            [a, b] => attend_rows_in_place(simd, state, memory, offsets, start, &[a, b]),
+            [a] => attend_in_place(simd, state, memory, offsets, (a.row, a.distance_of(start))),
+            _ => {}
+        }
+        return;
+    }
     if users.len() < MIN_ROWS_TO_COPY && state.head_dim.is_multiple_of(LANES) {
         for user in users.iter().filter(|u| u.first_in_chunk(start) < current.len()) {
             let first = user.first_in_chunk(start);
@@ -182,6 +203,81 @@ fn attend_in_place<S: SimdOps, K: Element>(
             for i in h * group_size..(h + 1) * group_size {
                 let weights = &scores[i][j..count.min(j + 4)];
                 accumulate_values(simd, weights, values, j, &mut o[i * vectors..][..vectors]);
+            }
+        }
+    }
+}
+
+/// Attention of the queries of `R` rows, all of which see the whole chunk, over the chunk in place.
+///
+/// Results are those of [`attend_in_place`] for each row. Each key and value is loaded and converted once.
+#[inline(always)]
+fn attend_rows_in_place<S: SimdOps, K: Element, const R: usize>(
+    simd: S,
+    state: &mut TaskState<'_>,
+    memory: KvMemory<'_, K>,
+    ChunkOffsets { current: offsets, next }: ChunkOffsets<'_>,
+    start: usize,
+    users: &[BlockUser; R],
+) {
+    let (heads, group_size, vectors, head_dim) =
+        (state.heads.len(), state.group_size, state.head_vectors, state.head_dim);
+    let queries_of_row = heads * group_size;
+    let scores = state.scores.as_chunks_mut::<CHUNK_KEYS>().0;
+    let count = offsets.len();
+    for j in (0..count).step_by(4) {
+        let (soon, from) = if j + 4 < count {
+            (&offsets[j + 4..], memory.keys)
+        } else {
+            (offsets, memory.values)
+        };
+        for h in 0..heads {
+            let head_offset = (state.heads.start + h) * head_dim;
+            prefetch_head(simd, from, soon, head_offset, head_dim);
+            // SAFETY: the offsets are those of rows of the plan (`ChunkOffsets`), and `attend_chunk` calls this
+            // function only for head dims that are multiples of `LANES`, which have `vectors` vectors.
+            let keys = unsafe { ChunkView::in_place(memory.keys, offsets, head_offset) };
+            for i in h * group_size..(h + 1) * group_size {
+                let mut q = [&state.q[..0]; R];
+                for (q, user) in q.iter_mut().zip(users) {
+                    *q = &state.q[(user.row * queries_of_row + i) * vectors..][..vectors];
+                }
+                let found = score_keys_by_rows(simd, q, keys, j);
+                for (r, found) in found.iter().enumerate() {
+                    scores[r * queries_of_row + i][j..j + 4].copy_from_slice(found);
+                }
+            }
+        }
+    }
+    for (r, user) in users.iter().enumerate() {
+        for i in 0..queries_of_row {
+            let (query, scores) = (user.row * queries_of_row + i, &mut scores[r * queries_of_row + i]);
+            if let Some(bias) = state.bias {
+                let head = state.heads.start * group_size + i;
+                bias.add(head, user.distance_of(start), &mut scores[..count]);
+            }
+            let o = &mut state.o[query * vectors..][..vectors];
+            update_softmax(simd, scores, count, state.softcap, &mut state.softmax[query], o);
+        }
+    }
+    for j in (0..count).step_by(4) {
+        let (soon, from) = if j + 4 < count {
+            (&offsets[j + 4..], memory.values)
+        } else {
+            (next, memory.keys)
+        };
+        for h in 0..heads {
+            let head_offset = (state.heads.start + h) * head_dim;
+            prefetch_head(simd, from, soon, head_offset, head_dim);
+            // SAFETY: as for the keys.
+            let values = unsafe { ChunkView::in_place(memory.values, offsets, head_offset) };
+            for i in h * group_size..(h + 1) * group_size {
+                let (mut weights, mut at) = ([&scores[0][..0]; R], [0; R]);
+                for (r, user) in users.iter().enumerate() {
+                    weights[r] = &scores[r * queries_of_row + i][j..count.min(j + 4)];
+                    at[r] = (user.row * queries_of_row + i) * vectors;
+                }
+                add_weighted_values::<S, K, R>(simd, weights, values, j, state.o, (at, vectors));
             }
         }
     }

@@ -1,7 +1,7 @@
 //! Attention of all queries of a sequence over the same keys, in the prefill of prompts and of encoders.
 //!
-//! 16 queries lie in the lanes of a vector, so that scores, softmax and output need no sum over lanes. The operations on
-//! a query depend on its keys and their order alone, not on the queries beside it.
+//! 16 queries lie in the lanes of a vector, so that scores, softmax and output need no sum over lanes. The operations
+//! on a query depend on its keys and their order alone, not on the queries beside it.
 //!
 //! Shape letters: B sequences, T queries and S keys of each, HQ query heads, H kv heads, D head dim.
 

@@ -92,6 +92,39 @@ pub(super) fn score_keys<S: SimdOps, K: Element>(simd: S, q: &[F32x16], keys: Ch
     simd.reduce_sum4(sums)
 }
 
+/// Scores of keys `j..j + 4` by the queries of `R` rows, each to the bit as [`score_keys`] computes them.
+#[inline(always)]
+pub(super) fn score_keys_by_rows<S: SimdOps, K: Element, const R: usize>(
+    simd: S,
+    q: [&[F32x16]; R],
+    keys: ChunkView<'_, K>,
+    j: usize,
+) -> [[f32; 4]; R] {
+    let (last, n) = (keys.offsets.len() - 1, q[0].len());
+    let (a, b) = (keys.row(j, n), keys.row((j + 1).min(last), n));
+    let (c, d) = (keys.row((j + 2).min(last), n), keys.row((j + 3).min(last), n));
+    let mut sums = [[simd.splat(0.0); 4]; R];
+    for i in 0..n {
+        let keys = [
+            K::load(simd, &a[i]),
+            K::load(simd, &b[i]),
+            K::load(simd, &c[i]),
+            K::load(simd, &d[i]),
+        ];
+        for r in 0..R {
+            let x = simd.load(&q[r][i]);
+            for t in 0..4 {
+                sums[r][t] = simd.fma(x, keys[t], sums[r][t]);
+            }
+        }
+    }
+    let mut found = [[0.0; 4]; R];
+    for r in 0..R {
+        found[r] = simd.reduce_sum4(sums[r]);
+    }
+    found
+}
+
 /// Replaces the first `count` scores of a chunk by `exp(score - max)` for the new maximum, and rescales the query's
 /// softmax state and output to that maximum.
 ///
@@ -189,6 +222,65 @@ fn accumulate_tile<S: SimdOps, K: Element, const N: usize>(
     }
     for i in 0..N {
         simd.store(sums[i], &mut o[i]);
+    }
+}
+
+/// Adds `weights[r][i] * values[j + i]` to the outputs of `R` rows, each to the bit as [`accumulate_values`] does.
+///
+/// * `at`: place of each row's first vector in `o`.
+#[inline(always)]
+pub(super) fn add_weighted_values<S: SimdOps, K: Element, const R: usize>(
+    simd: S,
+    weights: [&[f32]; R],
+    values: ChunkView<'_, K>,
+    j: usize,
+    o: &mut [F32x16],
+    (at, vectors): ([usize; R], usize),
+) {
+    let mut first = 0;
+    while first + 4 <= vectors {
+        add_tile::<S, K, R, 4>(simd, weights, values, j, o, (at, first, vectors));
+        first += 4;
+    }
+    while first < vectors {
+        add_tile::<S, K, R, 1>(simd, weights, values, j, o, (at, first, vectors));
+        first += 1;
+    }
+}
+
+/// Adds to `N` vectors of each row, from vector `first` on.
+#[inline(always)]
+fn add_tile<S: SimdOps, K: Element, const R: usize, const N: usize>(
+    simd: S,
+    weights: [&[f32]; R],
+    values: ChunkView<'_, K>,
+    j: usize,
+    o: &mut [F32x16],
+    (at, first, vectors): ([usize; R], usize, usize),
+) {
+    let mut sums = [[simd.splat(0.0); N]; R];
+    for r in 0..R {
+        for (n, sum) in sums[r].iter_mut().enumerate() {
+            *sum = simd.load(&o[at[r] + first + n]);
+        }
+    }
+    for (i, _) in weights[0].iter().enumerate() {
+        let row = &values.row(j + i, vectors)[first..first + N];
+        let mut value = [simd.splat(0.0); N];
+        for n in 0..N {
+            value[n] = K::load(simd, &row[n]);
+        }
+        for r in 0..R {
+            let weight = simd.splat(weights[r][i]);
+            for n in 0..N {
+                sums[r][n] = simd.fma(weight, value[n], sums[r][n]);
+            }
+        }
+    }
+    for r in 0..R {
+        for (n, sum) in sums[r].iter().enumerate() {
+            simd.store(*sum, &mut o[at[r] + first + n]);
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::bias::Bias;
+use super::chunk::ROWS_IN_PLACE;
 use super::online_softmax::{CHUNK_KEYS, SoftmaxState};
 use super::transposed::{TransposedQueries, num_query_vectors};
 use super::vector::{F32x16, LANES};
@@ -39,7 +40,7 @@ pub(super) struct TaskState<'a> {
     /// Sum of `exp(score - max) * value` of each query, `head_vectors` vectors each.
     pub(super) o: &'a mut [F32x16],
     pub(super) softmax: &'a mut [SoftmaxState],
-    /// Scores of one row, `[kv heads, group size, CHUNK_KEYS]`.
+    /// Scores of the rows that read a chunk in place, `[ROWS_IN_PLACE, kv heads, group size, CHUNK_KEYS]`.
     pub(super) scores: &'a mut [f32],
     /// Copy of a chunk's keys and one of its values in fp32, `[kv heads, CHUNK_KEYS, head_vectors * 16]`.
     pub(super) copies: [&'a mut [f32]; 2],
@@ -63,7 +64,7 @@ impl<'a> TaskState<'a> {
         let (head_vectors, queries) = (head_dim.div_ceil(LANES), rows * heads.len() * group_size);
         let query_floats = queries * head_vectors * LANES;
         let copy_floats = heads.len() * CHUNK_KEYS * head_vectors * LANES;
-        let score_floats = heads.len() * group_size * CHUNK_KEYS;
+        let score_floats = ROWS_IN_PLACE * heads.len() * group_size * CHUNK_KEYS;
         let query_vectors = heads.len() * num_query_vectors(rows, group_size);
         let transposed_floats = TransposedQueries::buffer_floats(query_vectors, head_vectors);
         let total = 2 * (query_floats + copy_floats) + score_floats + transposed_floats + CACHE_LINE;
