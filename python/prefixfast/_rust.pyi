@@ -705,10 +705,11 @@ class Scheduler:
         of the prefill's requests. Those of the prefill's cross-attention have the queries of the prefill, the encoder
         tokens as keys, and:
 
-        - ``slots[M]``: arena row of each encoder token. The rows of a request are consecutive.
+        - ``slots[M]``: arena row of each encoder token. The rows of a request are at most 4 runs, all but the last of
+          which have a multiple of 64 rows.
 
         Those of the decode's cross-attention are ``row``, ``lens`` and the block and work tables of the decode.
-        ``lens`` is 0, and the last block of a row is that of the encoder rows of its request.
+        ``lens`` is 0, and the last blocks of a row are those of the encoder rows of its request, one for each run.
 
         Padded tables end in padding rows, in blocks without rows or users, and in work items without rows. The layout
         of the padded part of ``out`` depends only on its bucket and on the ``layers`` of registered prefixes.

@@ -50,6 +50,7 @@ pub use bias::Bias;
 pub use dense::{DenseInputs, Strided, attend_dense};
 pub use dispatch::{InstructionSet, SIMD_VARIABLE};
 pub use memory::SharedMemory;
+pub(crate) use online_softmax::CHUNK_KEYS;
 pub use openmp::use_runtime_of;
 
 use crate::error::{Error, Result};

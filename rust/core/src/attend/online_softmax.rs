@@ -8,7 +8,7 @@ use super::memory::SharedMemory;
 use super::vector::{Element, F32x16, LANES, SimdOps};
 
 /// Largest number of keys in a chunk.
-pub(super) const CHUNK_KEYS: usize = 64;
+pub(crate) const CHUNK_KEYS: usize = 64;
 
 /// Keys or values of one head in a chunk.
 ///

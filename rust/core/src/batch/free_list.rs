@@ -93,6 +93,46 @@ impl FreeList {
         Some(runs)
     }
 
+    /// Allocates `len` units in at most `max_runs` runs, all but the last of which are multiples of `multiple` units.
+    ///
+    /// The units are the end of the highest free run that is long enough. If no run is, they are the ends of the fewest
+    /// free runs that suffice, the longest ones. The one with the largest remainder comes last. No other choice holds
+    /// more, because a run that is shorter by a multiple loses at least as much as any remainder gains.
+    pub fn allocate_few(&mut self, len: usize, multiple: usize, max_runs: usize) -> Option<Vec<Run>> {
+        if len == 0 || self.count < len {
+            return None;
+        }
+        if let Some(run) = self.allocate_high_run(len) {
+            return Some(vec![run]);
+        }
+        let mut longest: Vec<(usize, usize)> = self.runs.iter().map(|(start, found)| (*found, *start)).collect();
+        longest.sort_unstable_by(|a, b| b.cmp(a));
+        let remainder = |(found, _): &(usize, usize)| found % multiple;
+        let holds_len = |runs: &&[(usize, usize)]| {
+            let whole: usize = runs.iter().map(|run| run.0 - remainder(run)).sum();
+            whole + runs.iter().map(remainder).max().unwrap_or(0) >= len
+        };
+        let counts = 1..=longest.len().min(max_runs);
+        let mut chosen = counts.map(|count| &longest[..count]).find(holds_len)?.to_vec();
+        chosen.sort_by_key(remainder);
+        let mut missing = len;
+        let runs = chosen.into_iter().map(|(found, start)| {
+            let len = if found < missing {
+                found - found % multiple
+            } else {
+                missing
+            };
+            missing -= len;
+            let run = Run {
+                start: start + found - len,
+                len,
+            };
+            self.cut(start, found, run);
+            run
+        });
+        Some(runs.collect())
+    }
+
     /// Allocates exactly `run`. Returns false and allocates nothing unless all of its units are free.
     pub fn allocate_exact(&mut self, run: Run) -> bool {
         let Some((&start, &found)) = self.runs.range(..=run.start).next_back() else {

@@ -5,7 +5,7 @@ use super::super::free_list::Run;
 use super::super::int32::to_i32;
 use super::super::place::Place;
 use super::layer_sets::ALL_LAYERS;
-use super::placement::PlacementRequest;
+use super::placement::{MAX_ENCODER_RUNS, PlacementRequest};
 use super::queue::PROMPT_COST;
 use super::request::{Phase, Request, RunningState, TrackedRequest};
 use super::sites::Site;
@@ -125,16 +125,14 @@ impl Scheduler {
             .extend(placement.loads.iter().map(|(prefix, run)| (*prefix, run.start * UNIT)));
         header.evictions.extend(placement.evictions);
         self.admissions += 1;
-        if let Some(run) = placement.encoder_run {
-            let block = encoder_block(self.admissions, run, request.encoder_len);
-            blocks.at_mut(Site::Cross).push(block);
-        }
+        let encoder_blocks = encoder_blocks(self.admissions, &placement.encoder_runs, request.encoder_len);
+        blocks.at_mut(Site::Cross).extend(encoder_blocks);
         Some(RunningState {
             admission: self.admissions,
             sort_key,
             decode_rows,
             slot_units: placement.slot_units,
-            encoder_run: placement.encoder_run,
+            encoder_runs: placement.encoder_runs,
             blocks,
             positions,
             prefilled: 0,
@@ -162,7 +160,7 @@ impl Scheduler {
                 self.prefilling.remove(&state.admission);
                 self.decoding.remove(&(state.sort_key, position.arrival));
                 self.decode_rows.free(state.decode_rows);
-                for run in state.slot_units.into_iter().chain(state.encoder_run) {
+                for run in state.slot_units.into_iter().chain(state.encoder_runs) {
                     self.arena.free(run);
                 }
                 self.prefix_cache.stop_running(&request.prefixes);
@@ -172,16 +170,22 @@ impl Scheduler {
     }
 }
 
-/// Block of the encoder rows of a request, which its decode rows see in cross-attention as they see a prefix.
+/// Blocks of the encoder rows of a request, one for each run, which its decode rows see in cross-attention as they see
+/// prefixes.
 ///
-/// Its number is negative, so that no prefix has it.
-fn encoder_block(admission: u64, run: Run, rows: usize) -> PrefixBlock {
-    PrefixBlock {
-        prefix: i64::MIN.saturating_add_unsigned(admission),
-        first: to_i32(run.start * UNIT),
-        rows: to_i32(rows),
-        slides: 0,
-        place: Place::Front,
-        layer_set: ALL_LAYERS,
-    }
+/// Their numbers are negative, so that no prefix has them.
+fn encoder_blocks(admission: u64, runs: &[Run], rows: usize) -> impl Iterator<Item = PrefixBlock> {
+    let first_number = i64::MIN.saturating_add_unsigned(admission * MAX_ENCODER_RUNS as u64);
+    runs.iter().zip(first_number..).scan(rows, |left, (run, prefix)| {
+        let rows = (run.len * UNIT).min(*left);
+        *left -= rows;
+        Some(PrefixBlock {
+            prefix,
+            first: to_i32(run.start * UNIT),
+            rows: to_i32(rows),
+            slides: 0,
+            place: Place::Front,
+            layer_set: ALL_LAYERS,
+        })
+    })
 }

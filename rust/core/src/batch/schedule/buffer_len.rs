@@ -1,6 +1,7 @@
 //! Upper bound of the length of a step's table buffer.
 
 use super::super::table_buffer::ALIGN;
+use super::placement::MAX_ENCODER_RUNS;
 use super::sites::Site;
 use super::{Request, Scheduler, SchedulerConfig};
 
@@ -99,7 +100,8 @@ impl RequestMaxima {
             tokens.saturating_mul(3 * self.beams),
             padded_tokens,
         ]);
-        // Per row: row, slot, lens, position_ids, use_indptr. The encoder rows of a request are one more block.
+        // Per row: row, slot, lens, position_ids, use_indptr. The encoder rows of a request are up to
+        // `MAX_ENCODER_RUNS` more blocks.
         let decode = |blocks: usize| {
             sum([
                 5 * config.max_rows,
@@ -111,7 +113,7 @@ impl RequestMaxima {
         MaxEntries {
             decoder: sum([fixed, 2 * config.buckets, prefill, decode(prefixes)]),
             encoder: sum([fixed, packed]),
-            cross: sum([fixed, packed, tokens, decode(prefixes + 1)]),
+            cross: sum([fixed, packed, tokens, decode(prefixes + MAX_ENCODER_RUNS)]),
         }
     }
 }

@@ -99,7 +99,7 @@ pub(super) struct RunningState {
     /// Arena units for its decoder tokens.
     pub(super) slot_units: Vec<Run>,
     /// Arena units for the keys and values of its encoder tokens in cross-attention.
-    pub(super) encoder_run: Option<Run>,
+    pub(super) encoder_runs: Vec<Run>,
     /// Its prefixes in the arena, from left to right.
     pub(super) blocks: SiteBlocks,
     /// Positions of its decoder tokens.

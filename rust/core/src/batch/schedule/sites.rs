@@ -56,7 +56,7 @@ pub struct PrefixPart<'a> {
     pub layers: &'a [bool],
 }
 
-/// Prefix blocks that a request sees at each site. Those of cross-attention end with the block of its encoder rows.
+/// Prefix blocks that a request sees at each site. Those of cross-attention end with the blocks of its encoder rows.
 pub(super) type SiteBlocks = BySite<Vec<PrefixBlock>>;
 
 /// Numbers of a prefix that do not depend on the site.

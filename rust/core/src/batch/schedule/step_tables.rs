@@ -8,6 +8,7 @@ use super::super::int32::to_i32;
 use super::super::place::Positions;
 use super::super::plan::{Keys, Sequence, TileSizes, first_rows, num_rows, push_packed};
 use super::super::table_buffer::TableBuffer;
+use super::placement::MAX_ENCODER_RUNS;
 use super::request::{Request, RunningState};
 use super::sites::Site;
 use super::step::{ScheduledRequest, StepTables};
@@ -188,21 +189,22 @@ pub(super) fn push_cross(scheduler: &Scheduler, tables: &mut TableBuffer, member
             len: to_i32(member.tokens),
             keys: Keys::Given(to_i32(member.request.encoder_len)),
             positions: member.state.positions,
-            // The last block is that of the encoder rows, which this forward writes.
-            blocks: &member.blocks[..member.blocks.len() - 1],
+            // The last blocks are those of the encoder rows, which this forward writes.
+            blocks: &member.blocks[..member.blocks.len() - member.state.encoder_runs.len()],
         })
         .collect();
     let reach = push_packed(tables, &sequences, scheduler.query_tiles(), None);
     let slots = members.iter().flat_map(|Member { request, state, .. }| {
-        let first = state.encoder_run.map_or(0, |run| run.start * UNIT);
-        (first..first + request.encoder_len).map(to_i32)
+        let runs = state.encoder_runs.iter();
+        let rows = runs.flat_map(|run| run.start * UNIT..(run.start + run.len) * UNIT);
+        rows.take(request.encoder_len).map(to_i32)
     });
     tables.push("slots", slots);
     reach
 }
 
 /// Adds `row`, `lens`, the block tables and the work tables of the cross-attention of a decode. No row has keys besides
-/// its blocks, the last of which is that of its encoder rows. Returns the reach.
+/// its blocks, the last of which are those of its encoder rows. Returns the reach.
 pub(super) fn push_decode_cross(scheduler: &Scheduler, tables: &mut TableBuffer, members: &[Member<'_>]) -> i32 {
     let rows = members.iter().flat_map(|Member { request, state, .. }| {
         let first = state.decode_rows.start;
@@ -224,7 +226,7 @@ pub(super) fn push_decode_cross(scheduler: &Scheduler, tables: &mut TableBuffer,
         })
         .collect();
     push_block_tables(tables, &queries);
-    scheduler.push_work(tables, scheduler.maxima.prefixes + 1);
+    scheduler.push_work(tables, scheduler.maxima.prefixes + MAX_ENCODER_RUNS);
     members.iter().map(|member| num_rows(&member.blocks)).max().unwrap_or(0)
 }
 
