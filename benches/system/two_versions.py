@@ -1,10 +1,11 @@
 """Decoder-only models in two versions of prefixfast: decode steps, training, generation, loads and imports.
 
-Run ``python benches/system/two_versions.py BEFORE AFTER -o OUT.jsonl``, where ``BEFORE`` and ``AFTER`` are source trees
-whose extension is built. Each version runs in a process of its own, and only one of the two works at a time. A round
-measures before, after, after, before, so that a machine that becomes slower adds the same to both. The ratio of a round
-is the time after over the time before. CPU seconds depend less on other work of the machine than wall seconds do. The
-same tree given twice shows the spread that the machine alone causes.
+Run ``python benches/system/two_versions.py BEFORE AFTER -o OUT.jsonl``, where ``BEFORE`` and ``AFTER`` are source
+trees whose extension is built. Each version runs in a process of its own, and only one of the two works at a time. A
+round measures before, after, after, before, so that a machine that becomes slower adds the same to both. The ratio of
+a round is the time after over the time before. Two processes of one version differ by up to 4 %, which no number of
+rounds averages out, so that each case is measured in several pairs of processes. CPU seconds depend less on other
+work of the machine than wall seconds do. The same tree given twice shows the spread that the machine alone causes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Self
 
 ROWS, PROMPT, NEW = 32, 40, 200
 STEPS, TRAIN_STEPS, LOADS = 8, 2, 200  # decode steps, training steps and loads of a prefix of one measurement
@@ -199,6 +201,11 @@ def serve() -> None:
 # ---- comparison ----
 
 
+def commit_of(tree: Path) -> str:
+    """Commit of a source tree."""
+    return subprocess.check_output(["git", "-C", tree, "rev-parse", "--short", "HEAD"], text=True).strip()
+
+
 class Version:
     """Process that measures the version of a source tree."""
 
@@ -208,11 +215,19 @@ class Version:
         Args:
             tree: Folder of the source tree.
         """
-        self.commit = subprocess.check_output(["git", "-C", tree, "rev-parse", "--short", "HEAD"], text=True).strip()
         env = {**os.environ, "PYTHONPATH": str(tree.resolve() / "python")}
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--serve"], env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
+
+    def __enter__(self) -> Self:
+        """The version itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait()
 
     def measure(self, case: str) -> tuple[float, float]:
         """CPU and wall seconds of one measurement."""
@@ -237,26 +252,32 @@ def cases(model: str) -> Iterator[list[object]]:
     yield from (["imports", module] for module in ("prefixfast", "prefixfast.engine.engine"))
 
 
-def compare(versions: list[Version], case: list[object], rounds: int) -> dict[str, object]:
-    """Record of one case: ratios of CPU and wall seconds, after over before, and the CPU milliseconds of both."""
-    line, seconds = json.dumps(case), list[list[tuple[float, float]]]()
-    for version in versions:
-        version.measure(line)
-    for _ in range(rounds):
-        seconds.append([versions[i].measure(line) for i in (0, 1, 1, 0)])
-    record: dict[str, object] = {"kind": case[0], "arguments": [Path(str(x)).name for x in case[1:]], "rounds": rounds}
+def compare(trees: list[Path], case: list[object], restarts: int, rounds: int) -> dict[str, object]:
+    """Record of one case: ratios of CPU and wall seconds, after over before, and the milliseconds of both."""
+    line, seconds, medians = json.dumps(case), list[list[tuple[float, float]]](), []
+    for _ in range(restarts):
+        with contextlib.ExitStack() as stack:
+            versions = [stack.enter_context(Version(tree)) for tree in trees]
+            for version in versions:
+                version.measure(line)
+            own = [[versions[i].measure(line) for i in (0, 1, 1, 0)] for _ in range(rounds)]
+        seconds += own
+        medians.append(round(statistics.median(ratios(own, 0)), 4))
+    record: dict[str, object] = {"kind": case[0], "arguments": [Path(str(x)).name for x in case[1:]]}
     for clock, name in enumerate(("cpu", "wall")):
-        times = [[t[clock] for t in r] for r in seconds]
-        ratios = sorted((after + again) / (first + last) for first, after, again, last in times)
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        record[f"{name}_ratio"] = {
-            key: round(value, 4)
-            for key, value in zip(("min", "q1", "median", "q3", "max"), (ratios[0], low, middle, high, ratios[-1]))
-        }
+        found = sorted(ratios(seconds, clock))
+        low, middle, high = statistics.quantiles(found, n=4, method="inclusive")
+        spread = {"min": found[0], "q1": low, "median": middle, "q3": high, "max": found[-1]}
+        record[f"{name}_ratio"] = {key: round(value, 4) for key, value in spread.items()}
         record[f"{name}_ms"] = [
-            round(1e3 * statistics.median(t[i] for t in times for i in own), 3) for own in ((0, 3), (1, 2))
+            round(1e3 * statistics.median(r[i][clock] for r in seconds for i in own), 3) for own in ((0, 3), (1, 2))
         ]
-    return record
+    return record | {"cpu_ratio_by_process": medians}
+
+
+def ratios(rounds: list[list[tuple[float, float]]], clock: int) -> list[float]:
+    """Seconds of a clock after over those before, by round."""
+    return [(r[1][clock] + r[2][clock]) / (r[0][clock] + r[3][clock]) for r in rounds]
 
 
 def main() -> None:
@@ -266,18 +287,24 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", default="nlg-10m", help="folder of a small base")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--restarts", type=int, default=3, help="pairs of processes")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each pair")
     parser.add_argument("--only", default="", help="kind, or its first arguments, as in 'decode gpt2 float32'")
     given = parser.parse_args()
     from prefixfast.bench.harness import write_rows
 
-    versions = [Version(given.before), Version(given.after)]
-    command = f"python benches/system/two_versions.py BEFORE AFTER -o OUT.jsonl --rounds {given.rounds} --model MODEL"
-    head = {"suite": "two_versions", "command": command, "before": versions[0].commit, "after": versions[1].commit}
+    trees = [given.before, given.after]
+    options = f"--restarts {given.restarts} --rounds {given.rounds} --model {Path(given.model).name}"
+    head = {
+        "suite": "two_versions",
+        "command": f"python benches/system/two_versions.py BEFORE AFTER -o OUT.jsonl {options}",
+        "before": commit_of(given.before),
+        "after": commit_of(given.after),
+    }
     rows = [head]
     for case in cases(given.model):
         if " ".join(map(str, case)).startswith(given.only):
-            rows.append(compare(versions, case, given.rounds))
+            rows.append(compare(trees, case, given.restarts, given.rounds))
             print(json.dumps(rows[-1]), flush=True)
             write_rows(given.output, rows)
 

@@ -217,6 +217,26 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(name):
     assert len({tuple(g.token_ids) for g in alone}) == len(alone)
 
 
+def test_encoder_rows_in_several_runs_give_the_same_bits():
+    """Pinned prefixes leave two holes of 80 rows and one of 64 to a text of 150 tokens, in which 64, 64 and 22 lie."""
+    base = load(seq2seq.make_seq2seq("bart", **WIDE["bart"], max_position_embeddings=256))
+    pins = [seq2seq.random_prefix(base.hf, {"self": 80}, pos_start=80, seed=i) for i in range(5)]
+    text = [5 + i % 90 for i in range(150)]
+    options = {"max_num_batched_tokens": 256, "max_model_len": 16}
+    row_bytes = 2 * sum(x.num_kv_heads * x.head_dim for x in base.layers) * 4
+    with engine(base, **options) as roomy, engine(base, kv_cache_memory=(64 + 464) * row_bytes, **options) as made:
+        for pin in pins:
+            made.pin(pin)
+            made.generate([[5]], pin, max_new_tokens=1)
+        for pin in pins[1::2]:
+            made.unpin(pin)
+            made.evict(pin)
+        for how in ({"logprobs": 2}, {"num_beams": 2}):
+            (expected,), (got,) = (e.generate([text], pins[0], max_new_tokens=NEW, **how) for e in (roomy, made))
+            assert (got.token_ids, got.logprobs) == (expected.token_ids, expected.logprobs)
+        assert made.stats()["evictions"] == 0, "the pinned prefixes stay where they are"
+
+
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_several_samples_share_one_encoder_run(name):
     s = setup(name)

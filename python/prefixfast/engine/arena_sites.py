@@ -54,8 +54,10 @@ class PrefixRun(NamedTuple):
 
 
 class _Lane(NamedTuple):
-    """Arena tensors in which the rows of one layer lie, and the layer's fold."""
+    """A layer of a site with keys of its own, the arena tensors in which its rows lie, and its fold."""
 
+    site: Site
+    layer: int
     kv: LayerKV
     fold: int
 
@@ -90,14 +92,16 @@ class ArenaSites:
 
     def __init__(self, arena: Arena, sites: Mapping[Site, Sequence[LayerShape]]) -> None:
         self.sites, depth = sites, len(arena.layers)
-        parts = [site for site in PARTS if site in sites]
-        tensors = {site: arena.encoder_layers if site == "enc" else arena.layers for site in parts}
-        self.lanes = {site: [_Lane(tensors[site][i], i // depth) for i in own_layers(sites[site])] for site in parts}
-        self.layers = [lane.kv for lane in self.lanes["self"]]  # keys and values of each layer with its own
+        self.parts = [site for site in PARTS if site in sites]
+        tensors = {site: arena.encoder_layers if site == "enc" else arena.layers for site in self.parts}
+        self.lanes = [
+            _Lane(site, i, tensors[site][i], i // depth) for site in self.parts for i in own_layers(sites[site])
+        ]
+        self.layers = [lane.kv for lane in self.lanes if lane.site == "self"]  # keys and values of the arena
 
     def release(self) -> None:
         """Drop the tensors of the arena."""
-        self.layers, self.lanes = [], {}
+        self.layers, self.lanes = [], []
 
     @property
     def device(self) -> torch.device:
@@ -118,8 +122,8 @@ class ArenaSites:
         Args:
             prefix: Prefix.
         """
-        kvs = {site: kv_by_layer(prefix, self.sites[site], site) for site in self.lanes}
-        return [kv[i] for site, kv in kvs.items() for i in own_layers(self.sites[site])]
+        kvs = {site: kv_by_layer(prefix, self.sites[site], site) for site in self.parts}
+        return [kvs[lane.site][lane.layer] for lane in self.lanes]
 
     def targets(self, run: PrefixRun, first_row: int, kv: Sequence[LayerKV]) -> Iterator[tuple[Tensor, Tensor]]:
         """Arena rows of a prefix, and the tensors to copy into them.
@@ -132,10 +136,10 @@ class ArenaSites:
         Yields:
             Rows ``[P, H, D]`` of the arena, and the prefix's keys or values, whose D can be smaller.
         """
-        lanes = [(site, lane) for site, lanes in self.lanes.items() for lane in lanes]
-        for (site, lane), source in zip(lanes, kv, strict=True):
-            start = first_row + run.sites[site].offset + lane.fold * run.sites[site].rows
-            for arena, x in zip(lane.kv, source, strict=True):
+        for (site, _, tensors, fold), source in zip(self.lanes, kv, strict=True):
+            rows = run.sites[site]
+            start = first_row + rows.offset + fold * rows.rows
+            for arena, x in zip(tensors, source, strict=True):
                 yield arena[start : start + len(x)], x
 
     def clear(self, first_row: int, count: int) -> None:

@@ -28,6 +28,11 @@ class SiteRows:
             rows[site] = max(length, rows.get(site, 0))
         return BySite(rows)
 
+    @cached_property
+    def _layers(self) -> BySite[tuple[int, ...]]:
+        """Layers that have rows at each site, ascending. A load into an arena reads them, so they are found once."""
+        return BySite({site: layers_of(self.shapes, site) for site in self._rows})
+
     @property
     def sites(self) -> tuple[Site, ...]:
         """Sites that have rows, in the order of `SITES`."""
@@ -68,4 +73,4 @@ class SiteRows:
         Returns:
             Numbers of the layers in their stack, ascending.
         """
-        return layers_of(self.shapes, site)
+        return self._layers.get(site, ())

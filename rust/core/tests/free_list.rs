@@ -29,7 +29,7 @@ fn free_runs(used: &[bool]) -> Vec<usize> {
     runs
 }
 
-/// Whether some choice of at most three of the free runs holds `len` units, where runs but the last hold multiples of 4.
+/// Whether some choice of at most three of the free runs holds `len` units. All but the last hold multiples of 4.
 fn fits_few(runs: &[usize], len: usize) -> bool {
     let floor = |at: usize| runs[at] / 4 * 4;
     let all = || 0..runs.len();

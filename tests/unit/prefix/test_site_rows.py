@@ -11,6 +11,7 @@ import torch
 from prefixfast import DataError, Prefix, PrefixStore
 from prefixfast.config.sites import SITES, BySite
 from prefixfast.prefix.kv import site_prefixes
+from prefixfast.prefix.site_rows import SiteRows
 from sites import FakeModel, make_prefix
 
 
@@ -30,6 +31,23 @@ def test_a_prefix_tells_its_sites_lengths_and_layers(tmp_path):
     assert make_prefix({"enc": 4, "cross": 4}).length == 4
     some = Prefix({n: t for n, t in prefix.kv.items() if n.startswith("cross.1")}, pos_start=0)
     assert (some.layers_at("cross"), some.length) == ((1,), 2)
+
+
+def test_shapes_are_read_once_for_all_questions():
+    """A load into the KV arena asks for the layers of each site, and reading all shapes takes microseconds."""
+
+    class Counted(SiteRows):
+        reads = 0
+
+        @property
+        def shapes(self) -> dict[str, tuple[int, int, int]]:
+            self.reads += 1
+            return {f"{site}.{i}.{x}": (4, 1, 8) for site in ("self", "enc") for i in range(2) for x in "kv"}
+
+    counted = Counted()
+    answers = [(counted.layers_at(s), counted.length_at(s), counted.layers, counted.num_rows) for s in SITES * 5]
+    assert answers[:3] == answers[3:6] == [((0, 1), 4, (0, 1), 8), ((0, 1), 4, (0, 1), 8), ((), 0, (0, 1), 8)]
+    assert counted.reads == 3, "lengths, and the layers of two sites"
 
 
 def test_frozen_rows_count_for_each_site():
