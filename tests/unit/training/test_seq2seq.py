@@ -44,10 +44,10 @@ def bases():
     """Function that loads a base once; its second value is the same model without prefixfast."""
     made = {}
 
-    def get(name):
-        if name not in made:
-            made[name] = load(make_seq2seq(name)), make_seq2seq(name)
-        return made[name]
+    def get(name, dtype=torch.float32):
+        if (name, dtype) not in made:
+            made[name, dtype] = load(make_seq2seq(name).to(dtype)), make_seq2seq(name).to(dtype)
+        return made[name, dtype]
 
     yield get
     for model, _ in made.values():
@@ -90,18 +90,31 @@ def gradients(model, data, **how):
     return [(state.split(state.current(), i), state.split(grads, i)) for i in range(len(trainer.names))]
 
 
+def oracle_gradients(hf, own, kv):
+    """Gradients of the tensors of a prefix by name, for the mean loss of rows."""
+    leaves = {n: t.clone().to(hf.dtype).requires_grad_() for n, t in kv.items()}
+    torch.cat([oracle_losses(hf, row, leaves, LENGTHS["self"]) for row in own]).mean().backward()
+    return {n: t.grad for n, t in leaves.items()}
+
+
+def largest(these, those):
+    """Largest difference of two sets of gradients by name, by the largest gradient of the tensor or 1."""
+    return max((((t - those[n]).abs().max()) / max(1, those[n].abs().max())).item() for n, t in these.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_are_those_of_the_oracle(bases, name):
-    model, hf = bases(name)
+def test_gradients_are_those_of_the_oracle(bases, name, dtype):
+    model, hf = bases(name, dtype)
+    _, exact = bases(name, torch.float64)
     data = {"a": rows(0, 4), "b": rows(1, 3)}
     found = gradients(model, data, prefix_length=LENGTHS, batch_size=9, token_budget=50, **STILL)
     for own, (kv, grads) in zip(data.values(), found, strict=True):
-        leaves = {n: t.clone().requires_grad_() for n, t in kv.items()}
-        torch.cat([oracle_losses(hf, row, leaves, LENGTHS["self"]) for row in own]).mean().backward()
+        expected, truth = oracle_gradients(hf, own, kv), oracle_gradients(exact, own, kv)
+        rounding = largest(expected, truth)  # of transformers, 2e-5 in fp32 for PLBart, whose random layers amplify it
         assert set(grads) == {f"{site}.{i}.{x}" for site in SITES for i in range(2 + (site == "enc")) for x in "kv"}
-        for tensor, grad in grads.items():
-            assert (grad - leaves[tensor].grad).abs().max() <= 1e-5 * max(1, leaves[tensor].grad.abs().max())
-            assert leaves[tensor].grad.abs().max() > 1e-4
+        assert largest(grads, expected) <= (1e-11 if dtype == torch.float64 else 1e-5 + 5 * rounding)
+        assert all(t.abs().max() > 1e-4 for t in expected.values())
     leaves = {n.replace("cross", "x"): t for n, t in found[0][0].items()}  # a planted swap of two sites
     swapped = {n.replace("self", "cross").replace("x.", "self."): t.clone().requires_grad_() for n, t in leaves.items()}
     torch.cat([oracle_losses(hf, row, swapped, LENGTHS["self"]) for row in data["a"]]).mean().backward()
