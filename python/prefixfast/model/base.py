@@ -26,6 +26,7 @@ from prefixfast.model.lm_head import Head, find_head, packed_hidden
 from prefixfast.model.packed_forward import check_eval, packed_forward
 from prefixfast.model.prefix_shape import PrefixShape
 from prefixfast.model.prepack import Packed, prepack
+from prefixfast.model.seq2seq.facts import seq2seq_facts
 from prefixfast.model.seq2seq.families import FAMILIES
 from prefixfast.model.seq2seq.head import find_seq2seq_head
 from prefixfast.model.seq2seq.stacks import seq2seq_hidden
@@ -200,8 +201,10 @@ class Model:
         return self.packed
 
     def _follow_changes(self) -> None:
-        """Forget what a change of the weights or of the output layer since the last call has made wrong."""
+        """Forget what a change of the model since the last call has made wrong: weights, output layer, tokens."""
         self._fingerprint = None
+        if self.seq2seq is not None:
+            self.seq2seq = seq2seq_facts(self.hf)
         self.handle.refresh()
         if self.head is not None and not self.head.is_of(self.hf):
             self.head = (find_head if self.seq2seq is None else find_seq2seq_head)(self.hf)

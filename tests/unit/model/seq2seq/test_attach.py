@@ -138,6 +138,15 @@ def test_weights_that_change_between_calls_are_followed(name, change):
         assert (before - expected).abs().max() > 1e-2
 
 
+def test_tokens_that_change_after_load_are_followed():
+    hf = make_seq2seq("bart")
+    with load(hf) as model:
+        hf.resize_token_embeddings(50, mean_resizing=False)
+        hf.generation_config.decoder_start_token_id = 7
+        with model.run():
+            assert (model.seq2seq.vocab_size, model.seq2seq.start) == (50, 7)
+
+
 @torch.no_grad()
 def test_two_models_with_one_config_are_attached_at_once():
     first = make_seq2seq("t5")
