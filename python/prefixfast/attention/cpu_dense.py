@@ -17,15 +17,18 @@ from prefixfast_kernels.inputs import AttnOptions
 from prefixfast_kernels.torch_mask import Mask
 from prefixfast_kernels.torch_sdpa_lse import Qkv, sdpa_lse_fwd
 
-MIN_QUERIES, MIN_SCORES = 16, 4096  # about as many as Rust needs to be faster than torch
+MIN_QUERIES, MIN_SCORES, MIN_KEYS = 16, 4096, 64  # about as many as Rust needs to be faster than torch
 
 
 def sdpa_lse(qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:
     """`sdpa_lse_fwd` without gradients, in Rust where that is the faster way."""
     q, k, _ = qkv
     is_plain = mask is None and not options.softcap and q.dtype in IS_BF16 and q.shape[3] <= MAX_HEAD_DIM
-    is_large = q.shape[2] >= MIN_QUERIES and q.shape[2] * k.shape[2] >= MIN_SCORES
-    if not (is_plain and is_large and _is_fast()):
+    num_queries, num_keys = q.shape[2], k.shape[2]
+    is_large = num_queries >= MIN_QUERIES and num_queries * num_keys >= MIN_SCORES
+    # A product of one row takes torch twice as long in bf16, as at the decoder's start token over a text.
+    is_start = q.dtype == torch.bfloat16 and num_queries == 1 and num_keys >= MIN_KEYS
+    if not (is_plain and (is_large or is_start) and _is_fast()):
         return sdpa_lse_fwd(qkv, mask, options, causal=causal)
     return dense(qkv, options.scale, causal=causal)
 

@@ -85,6 +85,28 @@ class Seq2SeqPlan:
         """Tables of the decoder's self-attention in a decode step, or None in a packed forward."""
         return self.decoder.decode
 
+    def encoder_parts(self, most: int) -> list[tuple[slice, Seq2SeqPlan]]:
+        """Plans of the encoder over some of its texts each, for attention that goes from sequence to sequence.
+
+        Args:
+            most: Largest number of tokens of a part that has several texts.
+
+        Returns:
+            Tokens and plan of each part, in order. Together they have every text once.
+        """
+        assert self.encoder is not None
+        assert self.encoder.packed is not None
+        segments, parts = self.encoder.packed[0].seg.tolist(), []
+        first = 0
+        for i, (row, rows, _, _) in enumerate(segments):
+            is_last = i + 1 == len(segments)
+            start = segments[first][0]
+            if is_last or row + rows + segments[i + 1][1] - start > most:
+                tokens = slice(start, row + rows)
+                parts.append((tokens, replace(self, encoder=_texts(self.encoder, slice(first, i + 1), tokens))))
+                first = i + 1
+        return parts
+
     def with_logits_at(self, index: Tensor) -> Seq2SeqPlan:
         """The same plan with logits of the decoder's tokens ``index`` ``[n]`` only."""
         return replace(self, decoder=self.decoder.with_logits_at(index))
@@ -93,6 +115,18 @@ class Seq2SeqPlan:
         """The same plan with a function that is called after every attention of a packed forward."""
         encoder = None if self.encoder is None else replace(self.encoder, probe=probe)
         return Seq2SeqPlan(replace(self.decoder, probe=probe), replace(self.cross, probe=probe), encoder)
+
+
+def _texts(plan: Plan, texts: slice, tokens: slice) -> Plan:
+    """Plan of some texts of an encoder. Its tables of blocks and tiles stay those of all texts."""
+    assert plan.packed is not None
+    packed = []
+    for tables in plan.packed:
+        seg = tables.seg[texts].clone()
+        seg[:, [0, 2]] -= tokens.start
+        borders = tables.use_indptr[texts.start : texts.stop + 1]
+        packed.append(tables._replace(seg=seg, seg_pos=tables.seg_pos[texts], use_indptr=borders))
+    return replace(plan, position_ids=plan.position_ids[:, tokens], packed=packed)
 
 
 def seq2seq_training_plan(

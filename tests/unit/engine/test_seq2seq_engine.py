@@ -15,6 +15,7 @@ from prefixfast import CapacityError, ConfigError, Engine, Model, Prefix, Reques
 from prefixfast.engine.arena_sites import prefix_run
 from prefixfast.engine.explain import SOURCE_LENGTH, max_source_tokens
 from prefixfast.engine.kv_arena import bytes_per_row, check_widths, cross_rows
+from prefixfast.model.seq2seq import stacks
 from prefixfast.store import PrefixStore
 
 TEXT = [5, 6, 7, 8, 9]
@@ -117,6 +118,23 @@ def test_rows_are_freed_however_a_request_ends(bart, prefix):
 class _Fails:
     def __call__(self, ids, scores):
         raise ZeroDivisionError
+
+
+def test_parts_of_an_encoder_forward_change_no_bit(bart, prefix, monkeypatch):
+    texts, prefixes = [[5, 6, 7], [8], [9, 5, 6, 4, 4, 7], [6, 5], [7]], [None, prefix, prefix, None, None]
+    found, forwards = [], []
+    for most in (1024, 7, 1):
+        monkeypatch.setattr(stacks, "PART_TOKENS", most)
+        with engine(bart) as made:
+            made.pin(prefix)
+            made.generate([TEXT], prefix, max_new_tokens=1)  # which waits for the prefix
+            with seq2seq.counted(bart.hf) as counts:
+                rows = made.generate([{"input_ids": t} for t in texts], prefixes, max_new_tokens=6, logprobs=1)
+            found.append([(g.token_ids, g.logprobs) for g in rows])
+            forwards.append((counts["encoder"], counts["cross"]))
+    num_layers = len(bart.sites["cross"])
+    assert forwards == [(1, num_layers), (2, num_layers), (5, num_layers)]
+    assert found[0] == found[1] == found[2]
 
 
 def test_too_long_texts(bart, prefix):

@@ -6,6 +6,7 @@ Shape letters: M encoder tokens, N decoder tokens, d hidden size.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -13,6 +14,9 @@ from prefixfast.attention.seq2seq_plan import Seq2SeqPlan
 from prefixfast.model.packed_forward import check_attached, two_rows
 from prefixfast.model.seq2seq.cross_cache import CrossCache
 from prefixfast.model.seq2seq.positions import packed_positions
+
+# Tokens of an encoder's forward on a CPU. Their feed-forward states stay in the caches, and their memory is reused.
+PART_TOKENS = 1024
 
 
 def seq2seq_hidden(model: PreTrainedModel, plan: Seq2SeqPlan, ids: Tensor, encoder_ids: Tensor | None) -> Tensor:
@@ -60,6 +64,17 @@ def encoder_states(model: PreTrainedModel, plan: Seq2SeqPlan, encoder_ids: Tenso
         plan: Attention plans of the tokens.
         encoder_ids: Token ids, int64 ``[M]``.
     """
+    assert plan.encoder is not None
+    if plan.encoder.arena is not None and plan.backend.name == "torch" and model.device.type == "cpu":
+        parts = plan.encoder_parts(PART_TOKENS)
+        if len(parts) > 1:
+            found = [_states(model, own, encoder_ids[tokens])[:, : tokens.stop - tokens.start] for tokens, own in parts]
+            return torch.cat(found, 1)
+    return _states(model, plan, encoder_ids)
+
+
+def _states(model: PreTrainedModel, plan: Seq2SeqPlan, encoder_ids: Tensor) -> Tensor:
+    """States of the encoder in one forward."""
     assert plan.encoder is not None
     with packed_positions(two_rows(plan.encoder.position_ids, 1)):
         states: Tensor = model.get_encoder()(
