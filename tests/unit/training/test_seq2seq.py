@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 
 import tiny
 from cut_runs import Cut, CutAt
-from prefixfast import ConfigError, DataError, Prefix, PrefixConfig, load
+from prefixfast import ConfigError, DataError, Prefix, PrefixConfig, generate, load
+from prefixfast.data import TASKS
 from prefixfast.training.estimate import estimate
 from prefixfast.training.group_data import tokenize_group
 from prefixfast.training.job import JobArguments, prepare
@@ -377,6 +378,28 @@ def test_a_prefix_of_the_paper_has_its_decoding(bases, tokenizer):
     decoding = {"num_beams": 6, "max_new_tokens": 61, "min_new_tokens": 10, "length_penalty": 0.8}
     assert got.decoding == decoding | {"max_source_length": 512}
     assert "encoder_decoding" not in got.task
+
+
+# transformers' `min_length` and `max_length` of BART on these summaries. Both count the start token.
+PUBLISHED = {"xsum": (11, 62), "cnn_dailymail": (56, 142), "dialogsum": (0, 128)}
+
+
+@pytest.mark.parametrize("task", [name for name, own in TASKS.items() if own.encoder_decoding is not None])
+def test_texts_of_a_summary_prefix_have_the_lengths_of_transformers(task):
+    shortest, longest = PUBLISHED[task]
+    ids, counts = [[5, 6]], []
+    with load(make_seq2seq("bart", max_position_embeddings=160, d_model=16)) as model:
+        how = {**STILL, "prefix_length": 2, "progress": False}
+        prefix = train(model, [{"input_ids": [5, 6], "labels": [7, 2]}], task=task, **how)
+        for ends in (50.0, -50.0):  # texts that end as soon as they can, and texts that never end
+            plain = make_seq2seq("bart", max_position_embeddings=160, d_model=16)
+            for hf in (model.hf, plain):
+                hf.final_logits_bias[:, 2] = ends
+            (got,) = generate(ids, prefix, model=model, num_beams=1, progress=False)
+            out = plain.generate(input_ids=torch.tensor(ids), min_length=shortest, max_length=longest, num_beams=1)
+            assert len(got.token_ids) == out.shape[1] - 1, "the start token is not generated"
+            counts.append(len(got.token_ids))
+    assert counts == [max(shortest, 1), longest - 1]
 
 
 def test_the_estimate_counts_each_site(bases):
