@@ -6,6 +6,8 @@ import importlib.util
 import logging
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
@@ -109,4 +111,24 @@ def test_a_truncated_file_is_refused(file, tmp_path):
     data = file.read_bytes()
     (tmp_path / "x.gguf").write_bytes(data[: len(data) // 2])
     with pytest.raises(ConfigError, match="cannot be loaded"):
+        load(tmp_path / "x.gguf")
+
+
+def test_an_encoder_decoder_file_is_refused_with_the_reason(tmp_path):
+    w = gguf.GGUFWriter(str(tmp_path / "x.gguf"), "t5")
+    w.add_context_length(64)
+    w.add_block_count(1)
+    w.add_embedding_length(16)
+    w.add_feed_forward_length(16)
+    w.add_head_count(2)
+    w.add_key_length(8)
+    w.add_relative_attn_buckets_count(8)
+    w.add_decoder_start_token_id(0)
+    w.add_vocab_size(32)
+    w.add_tensor("token_embd.weight", np.zeros((32, 16), np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    with pytest.raises(ConfigError, match="it is an encoder-decoder model, which is loaded from a folder of transform"):
         load(tmp_path / "x.gguf")
