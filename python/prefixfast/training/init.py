@@ -19,7 +19,7 @@ from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import filled_layers, own_layers
 from prefixfast.model.text_kv import seq2seq_text_kv, text_kv
 from prefixfast.prefix.compatibility import check_fits
-from prefixfast.prefix.kv import context, kv_by_layer, no_rows
+from prefixfast.prefix.kv import context, kv_by_layer, no_rows, site_prefixes
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.examples import TOO_LONG, apply_overflow, too_long
 from prefixfast.training.groups import PrefixGroup, PrefixJob
@@ -71,7 +71,7 @@ def initial_kv(
         jobs: Training of each prefix.
         config: Resolved options of what is learned.
         options: Options of the initial values.
-        after: Prefixes that the init text of a decoder-only base model follows.
+        after: Prefixes that the init text follows.
     """
     lengths = config.lengths(model.sites)
     inits = {id(job.init): job.init for job in jobs}
@@ -99,7 +99,7 @@ def _values(
         return {"self": text_kv(model, ids, lengths["self"], *context(after, model))}
     rooms = {
         "enc": model.seq2seq.encoder_positions,
-        "self": model.max_positions,
+        "self": model.max_positions - max((p.pos_start for p in after), default=0),
         "cross": model.seq2seq.encoder_positions,
     }
     for site, n in lengths.items():
@@ -107,7 +107,8 @@ def _values(
             expected = f"at most {rooms[site]} rows of site {site!r} beside init='text', the positions of a text"
             msg = f"prefix_length: expected {expected}, got {n}; use a shorter prefix, or init='random'"
             raise ConfigError(msg)
-    return seq2seq_text_kv(model, ids, model.seq2seq.decoder_ids(np.array(ids, np.int32)).tolist(), lengths)
+    decoder_ids = model.seq2seq.decoder_ids(np.array(ids, np.int32)).tolist()
+    return seq2seq_text_kv(model, ids, decoder_ids, lengths, site_prefixes(after, model))
 
 
 def resolve_sites(model: Model, config: PrefixConfig) -> PrefixConfig:

@@ -225,28 +225,53 @@ def worded(tokenizer):
         yield model, make_seq2seq("bart", vocab_size=tiny.VOCAB)
 
 
+def projections(hf, encoder, decoder, site, frozen=None):
+    """Keys and values that a base computes of two texts at a site, by the names of a prefix's tensors."""
+    kept, kv = {}, {} if frozen is None else dict(frozen.kv)
+    hooks = [
+        getattr(m, f"{x}_proj").register_forward_hook(
+            lambda _, __, out, n=f"{site}.{i}.{x}": kept.update({n: out[0].unflatten(-1, (4, -1))})
+        )
+        for i, m in enumerate(attention_modules(hf)[site])
+        for x in "kv"
+    ]
+    with torch.no_grad(), brute_force(hf, kv, 0 if frozen is None else frozen.pos_start):
+        hf(input_ids=torch.tensor([encoder]), decoder_input_ids=torch.tensor([decoder]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return kept
+
+
 def test_init_text_is_read_by_encoder_and_decoder(worded):
     model, hf = worded
     ids = model.tokenizer.hf("mill").input_ids
-    got = train(model, XSUM, init_text="mill", prefix_length={"enc": 6, "self": 3, "cross": 2}, **TEXT)
-    kept = {n: [] for n in got.kv}
-    modules = attention_modules(hf)
-    for encoder, decoder, site in ((ids + ids[:2], [2], "enc"), (ids, [2, *ids[:2]], "self"), (ids[:2], [2], "cross")):
-        hooks = [
-            getattr(m, f"{x}_proj").register_forward_hook(lambda _, __, out, n=f"{site}.{i}.{x}": kept[n].append(out))
-            for i, m in enumerate(modules[site])
-            for x in "kv"
-        ]
-        with torch.no_grad():
-            hf(input_ids=torch.tensor([encoder]), decoder_input_ids=torch.tensor([decoder]), use_cache=False)
-        for hook in hooks:
-            hook.remove()
-    for name, (out,) in kept.items():
-        assert torch.allclose(got.kv[name].flatten(1), out[0], atol=1e-5), name
+    lengths = {"enc": 6, "self": 3, "cross": 2}
+    frozen = train(model, rows(0), prefix_length=LENGTHS, seed=1, **STILL)
+    found = []
+    for below in (None, frozen):
+        got = train(model, XSUM, init_text="mill", prefix_length=lengths, on_top_of=below, **TEXT)
+        expected = projections(hf, ids + ids[:2], [2], "enc", below)
+        expected |= projections(hf, ids, [2, *ids[:2]], "self", below)
+        expected |= projections(hf, ids[:2], [2], "cross", below)
+        assert got.kv.keys() == expected.keys()
+        for name, t in expected.items():
+            assert torch.allclose(got.kv[name], t, atol=1e-5), (name, below)
+        found.append(got)
+    alone, behind = found
+    for name in ("enc.1.k", "self.0.k", "self.1.v", "cross.0.v"):  # layer 0 of the encoder reads the text alone
+        assert (alone.kv[name] - behind.kv[name]).abs().max() > 1e-2, name
+
+
+def test_init_text_needs_room(worded):
+    model, _ = worded
     by_text = train(model, XSUM, init_text="mill", prefix_length="text", **TEXT)
     assert (by_text.length, by_text.sites, by_text.pos_start) == (4, SITES, 4)
     with pytest.raises(ConfigError, match="at most 64 rows of site 'enc' beside init='text'"):
         train(model, XSUM, init_text="mill", prefix_length={"enc": 65, "self": 3}, **TEXT)
+    with pytest.raises(ConfigError, match="at most 59 rows of site 'self' beside init='text'"):
+        frozen = train(model, rows(0), prefix_length=LENGTHS, **STILL)
+        short = [{"document": "a", "summary": "b"}]
+        train(model, short, init_text="mill", prefix_length={"enc": 1, "self": 60}, on_top_of=frozen, **TEXT)
 
 
 def test_rows_of_texts_give_the_losses_of_the_tokenizers_labels(worded):
