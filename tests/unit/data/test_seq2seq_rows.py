@@ -13,8 +13,10 @@ from tokenizers import processors
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    MBart50Tokenizer,
     MBartConfig,
     MBartForConditionalGeneration,
+    MBartTokenizer,
     NllbTokenizer,
 )
 from transformers.models.mbart.modeling_mbart import shift_tokens_right as wrapped
@@ -126,6 +128,29 @@ def test_targets_are_tokenized_in_the_language_of_targets():
         assert ids[1:] == made(text_target="b").input_ids
         assert second in ids
         assert first not in ids
+
+
+@pytest.mark.parametrize("kind", [MBartTokenizer, MBart50Tokenizer])
+def test_language_and_end_tokens_are_those_of_mbarts_tokenizers(kind):
+    """A text of mBART ends with the end token and the language, and one of mBART-50 stands between the two."""
+    languages = ["en_XX", "de_DE"]
+    words = ["<s>", "<pad>", "</s>", "<unk>", "\u2581", "\u2581a", "\u2581b", "c", *languages, "<mask>"]
+    made = kind(vocab=[(word, -float(i > 3)) for i, word in enumerate(words)])
+    ours, end = Tokenizer.from_hf(made), made.eos_token_id
+    for made.src_lang, made.tgt_lang in (languages, languages[::-1]):
+        expected = made("ac b", text_target="b c")
+        decoder = Decoder(wraps=True, vocab_size=len(made), pad=made.pad_token_id)
+        ((source, ids, targets),) = encoded(ours, {"prompt": "ac b", "completion": "b c"}, decoder=decoder)
+        assert source == expected["input_ids"]
+        assert ids[1:] == expected["labels"]
+        assert ids[:-1] == wrapped(torch.tensor([ids[1:]]), made.pad_token_id)[0].tolist()
+        assert targets == list(range(1, len(ids)))
+        read, written = made.convert_tokens_to_ids([made.src_lang, made.tgt_lang])
+        if kind is MBartTokenizer:
+            assert (source[-2:], ids[0], ids[-2:]) == ([end, read], written, [end, written])
+        else:
+            assert (source[0], source[-1], ids[:2], ids[-1]) == (read, end, [end, written], end)
+        assert made.unk_token_id not in source + ids
 
 
 @pytest.mark.parametrize(

@@ -268,9 +268,9 @@ def test_init_text_needs_room(worded):
     assert (by_text.length, by_text.sites, by_text.pos_start) == (4, SITES, 4)
     with pytest.raises(ConfigError, match="at most 64 rows of site 'enc' beside init='text'"):
         train(model, XSUM, init_text="mill", prefix_length={"enc": 65, "self": 3}, **TEXT)
+    frozen = train(model, rows(0), prefix_length=LENGTHS, **STILL)
+    short = [{"document": "a", "summary": "b"}]
     with pytest.raises(ConfigError, match="at most 59 rows of site 'self' beside init='text'"):
-        frozen = train(model, rows(0), prefix_length=LENGTHS, **STILL)
-        short = [{"document": "a", "summary": "b"}]
         train(model, short, init_text="mill", prefix_length={"enc": 1, "self": 60}, on_top_of=frozen, **TEXT)
 
 
