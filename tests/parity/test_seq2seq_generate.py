@@ -107,7 +107,7 @@ def test_tokens_are_those_of_transformers(name, case):
     with engine(s.base) as made:
         got = made.generate([t.tolist() for t in s.texts], s.prefixes, max_new_tokens=NEW, **how)
     assert [g.token_ids for g in got] == expected
-    assert len({t for row in expected for t in row}) > 2, "texts of one token show little"
+    assert len({t for row in expected for t in row}) >= 8, "texts of one token show little"
     assert [g.usage["prompt_tokens"] for g in got] == list(LENGTHS)
     assert [g.usage["prefix_rows"] for g in got] == [10, 0, 18, 4, 10]
 
