@@ -60,8 +60,8 @@ T5 = {
     "relative_attention_max_distance": 12,
 }
 GATED = {**T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-# Class, configuration and seed. Most seeds give models that repeat one token; with these, five greedy texts of 14 tokens
-# have 12 to 29 different ones.
+# Class, configuration and seed. Most seeds give models that repeat one token. With these, five greedy texts of 14
+# tokens have 12 to 29 different ones.
 MAKE: dict[str, tuple[str, dict[str, Any], int]] = {
     "bart": ("Bart", BART, 23),
     "mbart": ("MBart", {**BART, "scale_embedding": True}, 25),
