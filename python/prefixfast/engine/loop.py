@@ -8,7 +8,6 @@ ended with an end token is then decoded once more, and the extra token is droppe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
 import time
 from collections import Counter
@@ -29,11 +28,12 @@ from prefixfast.engine.kv_arena import bytes_per_row, encoder_folds, make_arena,
 from prefixfast.engine.output import NO_TOKEN_ERROR, OutputSequence, RequestOutput, RunningSequences
 from prefixfast.engine.prefix_cache import PrefixCache
 from prefixfast.engine.prefix_loader import FinishedLoad, PrefixLoader
+from prefixfast.engine.queue_request import queue_request
 from prefixfast.engine.request import Request
 from prefixfast.engine.sampling_params import num_output_tokens
 from prefixfast.engine.step_runner import StepRunner
 from prefixfast.engine.ticket import request_error
-from prefixfast.errors import CapacityError, RequestError
+from prefixfast.errors import RequestError
 from prefixfast.model.base import DTYPES, Model
 from prefixfast.model.weights import recorded_state
 from prefixfast.prefix.prefix import Prefix
@@ -116,31 +116,7 @@ class Loop:
             CapacityError: If the request can never run.
         """
         prefixes = [self.prefix_cache.number_of(p) for p in request.prefixes]
-        assert request.params.max_new_tokens is not None
-        try:
-            self.scheduler.add(
-                number,
-                prefixes,
-                len(request.ids),
-                request.num_rows,
-                request.params.max_new_tokens,
-                encoder_len=request.encoder_len,
-                tenant=_tenant_number(request.tenant, prefixes),
-                priority=request.priority,
-                deadline=request.deadline,
-            )
-        except CapacityError as e:
-            rows, prefix_rows = request.num_rows, sum(p.num_rows for p in request.prefixes)
-            prompt = (
-                f"{request.encoder_len} tokens for the encoder"
-                if request.encoder_len
-                else f"{len(request.ids)} prompt tokens"
-            )
-            msg = (
-                f"request {request.index} can never run: {prompt}, {rows} sequences of "
-                f"{request.params.max_new_tokens} new tokens and {prefix_rows} prefix rows need {e}"
-            )
-            raise CapacityError(msg, limit=e.limit, needed=e.needed, available=e.available) from e
+        queue_request(self.scheduler, number, request, prefixes)
         self.requests[number] = request
 
     def cancel(self, number: int) -> None:
@@ -390,10 +366,3 @@ class Loop:
         if not all(score > -math.inf for _, score in beams):  # also NaN
             raise RequestError(NO_TOKEN_ERROR)
         return [OutputSequence(ids, "stop" if ids and ids[-1] in end_ids else "length", score) for ids, score in beams]
-
-
-def _tenant_number(name: str | None, prefixes: list[int]) -> int:
-    """Number of a tenant: below those of prefixes for a named tenant, else the number of the first prefix, or -1."""
-    if name is None:
-        return prefixes[0] if prefixes else -1
-    return -2 - int.from_bytes(hashlib.blake2b(name.encode("utf8", "surrogatepass"), digest_size=7).digest())

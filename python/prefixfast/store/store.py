@@ -22,11 +22,12 @@ from prefixfast.io.paths import as_path
 from prefixfast.prefix.names import WEIGHTS_USE
 from prefixfast.store.entry import ENTRY, StoredPrefix, entry_bytes, name_hash, parse_entry, read_entry, read_name
 from prefixfast.store.import_export import check_export_arguments, export_all, read_adapters
+from prefixfast.store.removal import RemovedVersions, remove_versions
 from prefixfast.store.reports import Check, Outcome, Receipt
 from prefixfast.store.runs import is_mentioned, remove_names
-from prefixfast.store.verify import checked_places, removed_digest, verify
+from prefixfast.store.verify import checked_places, verify
 from prefixfast.store.versions import publish_version, read_all, read_newest, remove_old_versions, version_folders
-from prefixfast.store.workspace import atomic_removal, sweep, workspace
+from prefixfast.store.workspace import sweep, workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -269,13 +270,16 @@ class PrefixStore(Mapping[str, "Prefix"]):
         is_stored = name in self
         if not is_stored and not is_mentioned(self.path, name):
             self._raise_unknown(name)
-        sizes, digests = self._remove(folder, name) if is_stored else ([], ())
+        self._names.pop(folder.name, None)
+        gone = remove_versions(folder, self.path / WORK) if is_stored else RemovedVersions()
+        if gone is None:  # another process was faster
+            self._raise_unknown(name)
         removed = remove_names(self.path, [name])
         return Receipt(
             folder.name,
-            digests,
-            len(sizes) + removed.files,
-            sum(sizes) + removed.bytes,
+            gone.digests,
+            gone.files + removed.files,
+            gone.bytes + removed.bytes,
             datetime.now(UTC).isoformat(timespec="seconds"),
             str(self.path),
             removed.checkpoints,
@@ -351,19 +355,6 @@ class PrefixStore(Mapping[str, "Prefix"]):
         return export_all(self, chosen, root)
 
     # ---- helpers ----
-
-    def _remove(self, folder: Path, name: str) -> tuple[list[int], tuple[str | None, ...]]:
-        """Remove the folder of a name; returns the sizes of the removed files and the digests of the versions."""
-        try:
-            with atomic_removal(folder, self.path / WORK) as gone:
-                sync_folder(folder.parent)
-                sizes = [p.lstat().st_size for p in gone.rglob("*") if not p.is_dir()]
-                digests = tuple(removed_digest(version) for version in version_folders(gone))
-        except FileNotFoundError:
-            self._raise_unknown(name)
-        finally:
-            self._names.pop(folder.name, None)
-        return sizes, digests
 
     def _import(self, name: str, folder: Path, prefix: Prefix) -> Outcome:
         if self._has(name, prefix):

@@ -187,6 +187,30 @@ fn requests_are_dropped_after_their_deadline() {
 }
 
 #[test]
+fn prefixes_need_room_in_the_views_in_which_they_lie() {
+    let buffer_len = |layers: &[Vec<bool>], prefixes: &[i64]| {
+        let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
+        for (number, layers) in (0..).zip(layers) {
+            scheduler
+                .register_prefix(number, 20, 20, true, Place::Front, layers)
+                .expect("a new number");
+        }
+        scheduler.add(request(1, prefixes, 3, 1, 9)).expect("room");
+        scheduler.buffer_len()
+    };
+    let [none, all] = [buffer_len(&[], &[]), buffer_len(&[vec![], vec![]], &[0, 1])];
+    for (layers, views, shared) in [
+        ([vec![true, false], vec![false, true]], 2, 1),
+        ([vec![true, false, false], vec![false, true, false]], 3, 1),
+        ([vec![true, true, false], vec![false, true, true]], 3, 2),
+    ] {
+        let expected = views * none + shared * (all - none) + views * 6;
+        assert_eq!(buffer_len(&layers, &[0, 1]), expected, "{layers:?}");
+    }
+    assert_eq!(buffer_len(&[vec![true, false], vec![]], &[0, 1]), 2 * all);
+}
+
+#[test]
 fn calls_out_of_order_are_refused() {
     let mut scheduler = Scheduler::new(scheduler_config()).expect("a scheduler");
     scheduler

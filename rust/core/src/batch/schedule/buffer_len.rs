@@ -2,12 +2,14 @@
 
 use super::super::table_buffer::ALIGN;
 use super::placement::MAX_ENCODER_RUNS;
-use super::sites::Site;
+use super::sites::{SITES, Site};
 use super::{Request, Scheduler, SchedulerConfig};
 
 /// Upper bound of the number of tables of a prefill and a decode of one site together. Each table may leave a gap
 /// before it.
 const MAX_SECTIONS: usize = 40;
+/// int32 entries of a work item of a decode.
+const WORK_ITEM: usize = 6;
 
 /// Largest sizes of all requests so far.
 #[derive(Debug, Clone, Default)]
@@ -34,28 +36,41 @@ impl Scheduler {
     /// It grows with the largest requests so far and with the number of views of the registered prefixes.
     #[must_use]
     pub fn buffer_len(&self) -> usize {
-        let entries = self.maxima.entries(&self.config);
-        let views = |site| self.layer_sets.at(site).views().count();
-        let decoder = entries.decoder.saturating_mul(views(Site::Decoder));
-        if !self.has_encoder() {
-            return decoder;
-        }
-        sum([
-            decoder,
-            entries.encoder.saturating_mul(views(Site::Encoder)),
-            entries.cross.saturating_mul(views(Site::Cross)),
-        ])
+        let entries = |site: Site| {
+            let layer_sets = self.layer_sets.at(site);
+            let (views, shared) = (layer_sets.views().count(), layer_sets.max_views_of_a_set());
+            self.maxima.entries(&self.config, site).of_views(views, shared)
+        };
+        let sites = SITES.into_iter().take(if self.has_encoder() { SITES.len() } else { 1 });
+        sum(sites.map(entries))
     }
 }
 
-/// int32 entries that the tables of one view never exceed in any step.
+/// int32 entries that the tables of a site never exceed in any step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct MaxEntries {
-    /// Prefill and decode of the decoder's self-attention.
-    decoder: usize,
-    /// Prefill of the encoder.
-    encoder: usize,
-    /// Prefill and decode of cross-attention.
-    cross: usize,
+    /// Entries of a view that no prefix adds to.
+    view: usize,
+    /// Entries of a view in which all prefixes of all requests lie, beyond those of `view`.
+    prefixes: usize,
+}
+
+impl MaxEntries {
+    /// Entries of `views` views if a prefix lies in at most `shared` of them.
+    ///
+    /// A prefix adds the same number of entries to each view in which it lies, and none to the others. The entries of
+    /// all prefixes in all views are therefore at most `shared` times those in one view. A step that leaves some layer
+    /// sets out has coarser views. A prefix does not lie in more of them, because each of its coarser views contains a
+    /// finer one in which it lies. The number of work items of a decode is rounded up in each view.
+    fn of_views(self, views: usize, shared: usize) -> usize {
+        let all = sum([self.view, self.prefixes]).saturating_mul(views);
+        let split = [
+            self.view.saturating_mul(views),
+            self.prefixes.saturating_mul(shared),
+            views * WORK_ITEM,
+        ];
+        all.min(sum(split))
+    }
 }
 
 impl RequestMaxima {
@@ -67,17 +82,11 @@ impl RequestMaxima {
 
     /// int32 entries that the tables of one view of each site never exceed in any step. The result saturates.
     pub(super) fn buffer_len(&self, config: &SchedulerConfig, has_encoder: bool) -> usize {
-        let MaxEntries {
-            decoder,
-            encoder,
-            cross,
-        } = self.entries(config);
-        sum([decoder]
-            .into_iter()
-            .chain([encoder, cross].into_iter().filter(|_| has_encoder)))
+        let sites = SITES.into_iter().take(if has_encoder { SITES.len() } else { 1 });
+        sum(sites.map(|site| self.entries(config, site).of_views(1, 1)))
     }
 
-    fn entries(&self, config: &SchedulerConfig) -> MaxEntries {
+    fn entries(&self, config: &SchedulerConfig, site: Site) -> MaxEntries {
         let tokens = self.prompt_len.max(config.max_batched_tokens);
         let sequences = tokens.min(config.max_rows);
         // A sequence with an infix has two.
@@ -90,7 +99,8 @@ impl RequestMaxima {
             .checked_div(config.tile_rows)
             .map_or(0, |tiles| 2 * (tiles + segments));
         // Per segment: seg 4, seg_pos 1, use_indptr 1. Per token: position_ids.
-        let packed = sum([6 * segments, block_tables(prefixes, segments, tokens), tokens, tiles]);
+        let packed = sum([6 * segments, tokens, tiles]);
+        let packed_blocks = block_tables(prefixes, segments, tokens);
         // Per sequence: chunk 4, logits_idx 1. Per token: scatter, slots, and fill 3 per beam. key_slots: the one
         // prompt that is split over steps, and the other tokens.
         let prefill = sum([
@@ -100,8 +110,7 @@ impl RequestMaxima {
             tokens.saturating_mul(3 * self.beams),
             padded_tokens,
         ]);
-        // Per row: row, slot, lens, position_ids, use_indptr. The encoder rows of a request are up to
-        // `MAX_ENCODER_RUNS` more blocks.
+        // Per row: row, slot, lens, position_ids, use_indptr.
         let decode = |blocks: usize| {
             sum([
                 5 * config.max_rows,
@@ -109,11 +118,20 @@ impl RequestMaxima {
                 config.decode.max_entries(config.max_rows, blocks),
             ])
         };
-        let fixed = MAX_SECTIONS * ALIGN + 4;
+        // Padded tables have the same size in all views.
+        let decode = |own: usize| {
+            let view = decode(if config.decode.padded { own + prefixes } else { own });
+            [view, decode(own + prefixes).saturating_sub(view)]
+        };
+        let (packed, [decode_view, decode_prefixes]) = match site {
+            Site::Decoder => (sum([prefill, 2 * config.buckets]), decode(0)),
+            // The blocks of a request's encoder rows lie in every view.
+            Site::Cross => (sum([packed, tokens]), decode(MAX_ENCODER_RUNS)),
+            Site::Encoder => (packed, [0, 0]),
+        };
         MaxEntries {
-            decoder: sum([fixed, 2 * config.buckets, prefill, decode(prefixes)]),
-            encoder: sum([fixed, packed]),
-            cross: sum([fixed, packed, tokens, decode(prefixes + MAX_ENCODER_RUNS)]),
+            view: sum([MAX_SECTIONS * ALIGN + 4, packed, decode_view]),
+            prefixes: sum([packed_blocks, decode_prefixes]),
         }
     }
 }

@@ -54,6 +54,8 @@ pub(super) struct LayerSets {
     folds: Vec<usize>,
     /// Views that all sets in use tell apart.
     views: LayerViews,
+    /// Number of prefixes that lie in all layers.
+    num_full: usize,
 }
 
 impl LayerSets {
@@ -94,6 +96,7 @@ impl LayerSets {
     pub(super) fn add(&mut self, layers: &[bool]) -> Result<usize> {
         self.check(layers)?;
         if layers.iter().all(|has_layer| *has_layer) {
+            self.num_full += 1;
             return Ok(ALL_LAYERS);
         }
         let is_same = |set: &LayerSet| set.num_prefixes > 0 && set.layers == layers;
@@ -120,7 +123,9 @@ impl LayerSets {
 
     /// Counts one prefix less with the layer set `set`.
     pub(super) fn release(&mut self, set: usize) {
-        if set != ALL_LAYERS {
+        if set == ALL_LAYERS {
+            self.num_full -= 1;
+        } else {
             self.partial[set - 1].num_prefixes -= 1;
             if self.partial[set - 1].num_prefixes == 0 {
                 self.update_views();
@@ -138,6 +143,22 @@ impl LayerSets {
     /// Views that the sets of all registered prefixes tell apart.
     pub(super) fn views(&self) -> &LayerViews {
         &self.views
+    }
+
+    /// Largest number of views in which one registered prefix lies, 1 without a prefix.
+    pub(super) fn max_views_of_a_set(&self) -> usize {
+        if self.num_full > 0 || self.views.first_layer.is_empty() {
+            return self.views.count();
+        }
+        let in_use = self.partial.iter().filter(|set| set.num_prefixes > 0);
+        let views = |set: &LayerSet| {
+            self.views
+                .first_layer
+                .iter()
+                .filter(|layer| set.layers[**layer])
+                .count()
+        };
+        in_use.map(views).max().unwrap_or(1)
     }
 
     /// Views that the given sets tell apart. Without a set there is one view.
@@ -272,8 +293,12 @@ mod tests {
         for layers in [[true, false, false], [true, false, false], [true, true, false]] {
             assert!(sets.add(&layers).is_ok());
         }
+        assert_eq!(sets.max_views_of_a_set(), 2);
         sets.release(1);
         assert_eq!(sets.views().of_layer(), [0, 1, 2], "one prefix of the set is left");
+        assert_eq!((sets.add(&[]), sets.max_views_of_a_set()), (Ok(ALL_LAYERS), 3));
+        sets.release(ALL_LAYERS);
+        assert_eq!(sets.max_views_of_a_set(), 2);
         sets.release(1);
         assert_eq!(sets.views().of_layer(), [0, 0, 1]);
         assert_eq!(
@@ -287,7 +312,6 @@ mod tests {
         );
         sets.release(1);
         sets.release(2);
-        sets.release(ALL_LAYERS);
         assert_eq!((sets.views().count(), sets.views().of_layer().len()), (1, 0));
     }
 }
