@@ -53,7 +53,7 @@ def test_pinned_prefixes_are_loaded_and_evicted_ones_are_gone(bart, prefix):
         assert (resident.rows, resident.pinned) == (run.rows, True)
         assert resident.nbytes == run.rows * bytes_per_row(bart)
         views = arena_rows(made, prefix)
-        assert all(t.abs().sum() > 0 for t in views)
+        assert all(t.nan_to_num().any() for t in views)  # rows between two sites hold what the memory held before
         made.unpin(prefix)
         assert made.evict(prefix)
         assert all(t.eq(0).all() for t in views), "keys of every site are personal data"
