@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import typer
+from transformers import MBartTokenizer
 
+import tiny
 from oracles import ROOT
 from pages import blocks, run_page
 from prefixfast import unload
 from prefixfast.cli import app
+from seq2seq import make_seq2seq
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 RUN = [p for p in PAGES if p.name != "api.md" and any(kind in ("pycon", "console") for kind, *_ in blocks(p))]
@@ -19,11 +22,32 @@ OTHERS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md
 COMMANDS = ROOT / "docs" / "command-line.md"
 
 
+@pytest.fixture(scope="module")
+def seq2seq_bases(tmp_path_factory, tokenizer):
+    """Folder with encoder-decoder bases: a BART of the tokenizer of the other bases, and an mBART of its own."""
+    path = tmp_path_factory.mktemp("seq2seq")
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": tiny.EOS, "decoder_start_token_id": tiny.EOS}
+    make_seq2seq("bart", vocab_size=tiny.VOCAB, **ids).save_pretrained(path / "tiny-bart")
+    tokenizer.save_pretrained(path / "tiny-bart")
+    words = ("the", "house", "is", "sold", "das", "haus", "ist", "verkauft", "la", "maison", "est", "vendue")
+    pieces = [(f"\u2581{word}", -1.0) for word in words]
+    special = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    languages = MBartTokenizer(
+        vocab=[*special, *pieces, ("en_XX", 0.0), ("de_DE", 0.0), ("fr_XX", 0.0), ("<mask>", 0.0)]
+    )
+    ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "forced_eos_token_id": 2}
+    make_seq2seq("mbart", vocab_size=len(languages), **ids).save_pretrained(path / "tiny-mbart")
+    languages.save_pretrained(path / "tiny-mbart")
+    return path
+
+
 @pytest.fixture
-def here(folder, tmp_path, monkeypatch):
-    """A folder with a base in it is the current one."""
+def here(folder, seq2seq_bases, tmp_path, monkeypatch):
+    """A folder with bases in it is the current one."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny-gpt2").symlink_to(folder)
+    for base in seq2seq_bases.iterdir():
+        (tmp_path / base.name).symlink_to(base)
     yield tmp_path
     unload()
 
