@@ -130,7 +130,7 @@ def churn(tmp_path, operations, names):
 
 
 def test_every_output_is_that_of_its_prefix(tmp_path):
-    churn(tmp_path, 1500, 100)
+    churn(tmp_path, 600, 60)
 
 
 @pytest.mark.long

@@ -32,8 +32,7 @@ COMMON = {
 }
 
 
-@pytest.mark.parametrize("reparameterization", ["none", "mlp"])
-@pytest.mark.parametrize("loss", ["token_mean", "sequence_sum"])
+@pytest.mark.parametrize(("reparameterization", "loss"), [("none", "token_mean"), ("mlp", "sequence_sum")])
 def test_a_prefix_alone_equals_the_prefix_among_fifty_others_in_fp64(reparameterization, loss):
     model = tiny.make("gpt2", dtype=torch.float64)
     how = {
