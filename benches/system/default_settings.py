@@ -11,7 +11,7 @@ The folder of data holds files such as ``e2e/e2e_train.jsonl.gz``, ``dart/dart_d
 ``scitldr/scitldr_train.jsonl.gz``. Rows are in a fixed random order, 100 rows are held out, and a row is an input with
 one reference. E2E has its train rows and its dev rows. DART has no train file there: 100 entries of its dev file are
 held out with their first reference, and every reference of the others is a row. SciTLDR holds out 100 dev entries
-likewise, and every summary of its other entries is a row; documents are cut to their first 40 words.
+likewise, and every summary of its other entries is a row; documents are cut to their first words, 40 or ``--words``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from prefixfast.data import read_rows
 Row = dict[str, Any]
 NUM_HELD_OUT, NUM_WORDS = 100, 40
 TASKS = ("e2e", "dart", "scitldr")
-KEY = ("base", "dtype", "task", "rows", "init", "rate", "steps", "seed", "options")
+KEY = ("base", "dtype", "task", "rows", "init", "rate", "steps", "seed", "options", "words")
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,12 @@ class Cell:
     held_out: list[Row]
 
 
-def read_cell(data: Path, task: str, count: int) -> Cell:
+def read_cell(data: Path, task: str, count: int, words: int) -> Cell:
     """First ``count`` training rows of a task in a fixed random order, and its held-out rows."""
-    train, held_out = {"e2e": _e2e, "dart": _dart, "scitldr": _scitldr}[task](data / task, random.Random(0))
+    rng = random.Random(0)
+    train, held_out = (
+        _scitldr(data / task, rng, words) if task == "scitldr" else {"e2e": _e2e, "dart": _dart}[task](data / task, rng)
+    )
     if len(train) < count or len(held_out) < NUM_HELD_OUT:
         msg = f"{task}: expected {count} rows and {NUM_HELD_OUT} held out, got {len(train)} and {len(held_out)}"
         raise ValueError(msg)
@@ -79,13 +82,13 @@ def _dart(folder: Path, rng: random.Random) -> tuple[list[Row], list[Row]]:
     return _shuffled(pairs, rng), [{"triples": e["triples"], "refs": e["refs"][:1]} for e in held_out]
 
 
-def _scitldr(folder: Path, rng: random.Random) -> tuple[list[Row], list[Row]]:
+def _scitldr(folder: Path, rng: random.Random, words: int) -> tuple[list[Row], list[Row]]:
     entries = {s: _shuffled(read_rows(folder / f"scitldr_{s}.jsonl.gz"), rng) for s in ("train", "dev", "test")}
     held_out, rest = entries["dev"][:NUM_HELD_OUT], entries["dev"][NUM_HELD_OUT:]
 
     def pairs(rows: list[Row]) -> Iterator[Row]:
         for row in rows:
-            document = " ".join(row["document"].split()[:NUM_WORDS])
+            document = " ".join(row["document"].split()[:words])
             yield from ({"document": document, "summary": s} for s in row.get("summaries") or [row["summary"]])
 
     held = [next(pairs([row])) for row in held_out]
@@ -124,7 +127,7 @@ class Recorder:
 def run_cell(model: prefixfast.Model, data: Path, lines: list[Row], output: Path) -> None:
     """Train a prefix for each line; all lines have one task, number of rows and initial values."""
     first = lines[0]
-    cell = read_cell(data, first["task"], first["rows"])
+    cell = read_cell(data, first["task"], first["rows"], first["words"])
     names = [f"{i}" for i in range(len(lines))]
     init: Any = first["init"]
     prefixfast.train(
@@ -148,7 +151,7 @@ def overrides(line: Row) -> Row:
 
 def key(line: Row) -> str:
     """Identity of a run."""
-    return json.dumps([line[name] for name in KEY])
+    return json.dumps([({"words": NUM_WORDS} | line)[name] for name in KEY])
 
 
 def table(lines: list[Row]) -> Iterator[str]:
@@ -179,6 +182,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     parser.add_argument("--rows", nargs="+", type=int, default=[50, 400, 4000])
+    parser.add_argument("--words", type=int, default=NUM_WORDS, help="words of a document of SciTLDR")
     parser.add_argument("--init", default="text", help="text, random or the folder of a prefix")
     parser.add_argument("--rates", nargs="+", type=number, default=["default"])
     parser.add_argument("--steps", nargs="+", type=number, default=["default"])
@@ -193,7 +197,13 @@ def main() -> None:
     done = {key(line) for line in lines}
     torch.set_num_threads(1)
     model = prefixfast.load(args.model, dtype=args.dtype)
-    common = {"base": Path(args.model).name, "dtype": args.dtype, "init": args.init, "options": args.options}
+    common = {
+        "base": Path(args.model).name,
+        "dtype": args.dtype,
+        "init": args.init,
+        "options": args.options,
+        "words": args.words,
+    }
     for count, task in itertools.product(args.rows, args.tasks):
         grid = itertools.product(args.seeds, args.steps, args.rates)
         wanted = [

@@ -107,11 +107,12 @@ def resolved(data: list[str], *, fields: dict[str, Any], **given: Any) -> Mappin
     files = named_files(data, by_stem=_by_stem(given), official=given["split"] is not None)
     job = prepare(JobArguments(files, fields=fields, **kept)).for_kind(_kind(given["model"]))
     group = job.groups[0]
-    configs = (group.config, group.prefix_config, group.method_config)
+    typical = min(group.jobs, key=lambda own: len(own.own))  # one without options of its own, if there is one
+    configs = (group.config, typical.prefix_config, group.method_config)
     reads = METHODS[group.method_config.method].reads | {"method"}
     automatic = {
         "dtype": compute_dtype(group.config.dtype),
-        "reparameterization": "mlp" if group.uses_mlp else "none",
+        "reparameterization": "mlp" if typical.uses_mlp else "none",
     }
     values = {n: getattr(c, n) for c in configs for n in c.names()} | automatic
     return {n: v for n, v in values.items() if n in reads}

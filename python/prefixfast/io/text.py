@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 
 def counted(count: float, singular: str, plural: str | None = None) -> str:
     """Number with its noun, such as ``1 prefix`` or ``2 prefixes``.
@@ -12,6 +14,12 @@ def counted(count: float, singular: str, plural: str | None = None) -> str:
         plural: Noun for any number but one, None for the noun with an s.
     """
     return f"{whole(count)} {singular if count == 1 else plural or f'{singular}s'}"
+
+
+def span(numbers: Collection[int]) -> str:
+    """The number that all are, or the smallest and the largest: ``4``, ``4 to 9``."""
+    low, high = min(numbers), max(numbers)
+    return whole(low) if low == high else f"{whole(low)} to {whole(high)}"
 
 
 def whole(count: float) -> str:

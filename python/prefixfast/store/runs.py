@@ -22,14 +22,15 @@ from prefixfast.errors import DataError
 from prefixfast.io.atomic import STALE_SECONDS, recover_folder, replace_file, replace_folder, write_file
 from prefixfast.io.json_lines import json_bytes
 from prefixfast.io.untrusted import read_json
-from prefixfast.store.tensor_rows import select_rows
+from prefixfast.store.tensor_rows import OWNERS, kept_owners, select_rows
 from prefixfast.store.workspace import lock, new_locked, unlock
 
 RUNS = ".prefixfast-runs"
 RUN, LOG, FAILED, CHECKPOINT = "run.json", "log.jsonl", "failed.jsonl", "checkpoint"
 STATE, TENSORS = "state.json", "state.safetensors"  # files of a checkpoint
 KEPT = 20  # ended runs whose log is kept
-BY_NAME = ("data", "eval_data", "own config", "init")  # parts of a checkpoint's identity that are mappings of names
+# Parts of a checkpoint's identity that are mappings of names.
+BY_NAME = ("data", "eval_data", "own config", "own prefix_config", "init")
 LOGGED_BY_NAME = ("loss_by_prefix", "eval_loss_by_prefix", "metrics")  # values of log lines that are mappings of names
 
 
@@ -213,9 +214,11 @@ def _replace_checkpoint(
         for name in names:
             if isinstance(part, dict):
                 part.pop(name, None)
-    files = {STATE: json.dumps(whole | {"state": state | {"names": [held[i] for i in keep]}}).encode()}
+    owners = state.get(OWNERS, {})
+    left = {"names": [held[i] for i in keep], OWNERS: kept_owners(len(held), keep, owners)}
+    files = {STATE: json.dumps(whole | {"state": state | left}).encode()}
     if (folder / TENSORS).exists():
-        files[TENSORS] = select_rows((folder / TENSORS).read_bytes(), len(held), keep)
+        files[TENSORS] = select_rows((folder / TENSORS).read_bytes(), len(held), keep, owners)
 
     def fill(target: Path) -> None:
         for name, data in files.items():

@@ -53,12 +53,12 @@ class ArtifactBuilder:
         return cls(data, params, data.model.fingerprint, data.identities, _decoding(data.model, data.job.task))
 
     def build(
-        self, job: PrefixJob, tensors: dict[str, Tensor], metrics: dict[str, float], cost: dict[str, JSON]
+        self, number: int, tensors: dict[str, Tensor], metrics: dict[str, float], cost: dict[str, JSON]
     ) -> Artifact:
         """Make the result of one name.
 
         Args:
-            job: Training of the name.
+            number: Number of the name in its group.
             tensors: Trained tensors by name.
             metrics: Metrics of the training.
             cost: Seconds and memory of the training.
@@ -67,14 +67,15 @@ class ArtifactBuilder:
             DataError: If a tensor has numbers that are not finite.
         """
         group, task, before = self.data.group, self.data.job.task, self.data.job.on_top_of
-        method = METHODS[group.method_config.method]
-        training: dict[str, JSON] = {"method": group.method_config.method, "num_trained": self.params.num_trained}
+        method, job = METHODS[group.method_config.method], group.jobs[number]
+        trained = self.params.num_trained(number)
+        training: dict[str, JSON] = {"method": group.method_config.method, "num_trained": trained}
         training |= {"metrics": metrics, "cost": cost, IDENTITY: self.identities[job.name]}
         training["config"] = option_values(job.config)
         if method.makes_prefix:
-            training["prefix_config"] = option_values(group.prefix_config)
-            if group.prefix_config.frozen_rows:
-                training["num_frozen_tokens"] = group.prefix_config.frozen_rows  # such a prefix is a CARTRIDGE in PEFT
+            training["prefix_config"] = option_values(job.prefix_config)
+            if job.prefix_config.frozen_rows:
+                training["num_frozen_tokens"] = job.prefix_config.frozen_rows  # such a prefix is a CARTRIDGE in PEFT
         if before is not None:
             training["on_top_of"] = before.digest
         fields: dict[str, Any] = {
@@ -93,7 +94,7 @@ class ArtifactBuilder:
         if config.overflow == "truncate" and config.max_source_length is not None:
             found["max_source_length"] = config.max_source_length
         if decoder.wraps:  # the language of the target, which labels end with, is the start token
-            examples, (start, end) = self.data.dataset.examples, self.data.dataset.span[job.source]
+            examples, (start, end) = self.data.dataset.examples, self.data.dataset.span[job.name]
             starts = np.unique(examples.ids[examples.indptr[start:end]])
             if len(starts) == 1:
                 found["decoder_start_token_id"] = int(starts[0])

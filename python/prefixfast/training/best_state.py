@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from prefixfast.training.prefix_tensor import PrefixTensor
 
 
 @dataclass
@@ -16,17 +19,17 @@ class BestState:
         loss: Lowest evaluation loss, fp64 ``[n]``, infinite before the first evaluation.
         step: Number of steps at the lowest loss, int64 ``[n]``, 0 before the first evaluation.
         num_worse: Number of evaluations since then, int64 ``[n]``.
-        kv: Tensors of the result at the lowest loss, ``[n * r, ...]`` each, such as keys and values in the order k0,
-            v0, k1, ...; empty if the last state is wanted.
+        kv: Tensors of the result at the lowest loss, such as keys and values in the order k0, v0, k1, ..., each with
+            the prefixes that have rows in it; empty if the last state is wanted.
     """
 
     loss: Tensor
     step: Tensor
     num_worse: Tensor
-    kv: list[Tensor]
+    kv: list[PrefixTensor]
 
     @classmethod
-    def new(cls, flat: list[Tensor], count: int) -> BestState:
+    def new(cls, flat: Sequence[PrefixTensor], count: int) -> BestState:
         """State before the first evaluation.
 
         Args:
@@ -35,9 +38,9 @@ class BestState:
         """
         loss = torch.full((count,), torch.inf, dtype=torch.float64)
         step, num_worse = (torch.zeros(count, dtype=torch.int64) for _ in range(2))
-        return cls(loss, step, num_worse, [torch.zeros_like(t) for t in flat])
+        return cls(loss, step, num_worse, [t._replace(tensor=torch.zeros_like(t.tensor)) for t in flat])
 
-    def update(self, evaluated: Tensor, loss: Tensor, step: int, flat: list[Tensor]) -> None:
+    def update(self, evaluated: Tensor, loss: Tensor, step: int, flat: Sequence[PrefixTensor]) -> None:
         """Record an evaluation.
 
         Args:
@@ -51,9 +54,8 @@ class BestState:
         self.step = torch.where(better, step, self.step)
         self.num_worse = torch.where(evaluated, torch.where(better, 0, self.num_worse + 1), self.num_worse)
         if self.kv and bool(better.any()):
-            for own, now in zip(self.kv, flat, strict=True):
-                rows = better.to(now.device).repeat_interleave(len(now) // len(better)).view(-1, *[1] * (now.ndim - 1))
-                own.copy_(torch.where(rows, now, own))
+            for own, (now, _) in zip(self.kv, flat, strict=True):
+                own.tensor.copy_(torch.where(own.by_row(better.to(now.device)), now, own.tensor))
 
     def has(self, i: int) -> bool:
         """Whether prefix ``i`` has a best state."""
@@ -61,8 +63,12 @@ class BestState:
 
     def state(self) -> dict[str, Tensor]:
         """Tensors by name, for `load`; the names are those of checkpoints."""
-        kv = {f"kept.{i}": t for i, t in enumerate(self.kv)}
+        kv = {name: t.tensor for name, t in self.named().items()}
         return {"loss": self.loss, "step": self.step, "waited": self.num_worse, **kv}
+
+    def named(self) -> dict[str, PrefixTensor]:
+        """Tensors ``kv`` by their names in `state`."""
+        return {f"kept.{i}": t for i, t in enumerate(self.kv)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore the tensors of `state`."""

@@ -13,6 +13,7 @@ from prefixfast.io.atomic import read_stable, recover_folder, replace_folder, wr
 from prefixfast.io.tensors import write_tensors
 from prefixfast.io.untrusted import read_json, read_tensors
 from prefixfast.store.runs import STATE, TENSORS
+from prefixfast.store.tensor_rows import OWNERS, kept_owners, kept_rows
 from prefixfast.training.identity import differences
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ class Checkpoint:
 
     Attributes:
         identity: Identity of the run: base model, data and options.
-        state: State other than tensors: names, step, finished and failed prefixes, number of log lines.
+        state: State other than tensors: names, step, finished and failed prefixes, number of log lines, and the
+            prefixes with rows in each tensor that does not have rows of all of them.
         tensors: Tensors by name; empty before the first step.
     """
 
@@ -86,9 +88,14 @@ class Checkpoint:
             num_lines: Number of log lines of the run that continues.
         """
         held = self.state["names"]
-        rows = [held.index(name) for name in names]
-        tensors = {n: t.unflatten(0, (len(held), -1))[rows].flatten(0, 1) for n, t in self.tensors.items()}
+        keep, owners = [held.index(name) for name in names], self.state.get(OWNERS, {})
+        kept = kept_rows(self.tensors, len(held), keep, owners)
+        tensors = {
+            rows.name: self.tensors[n].unflatten(0, (rows.num_prefixes, -1))[rows.keep].flatten(0, 1)
+            for n, rows in kept.items()
+        }
         of_names = {key: {n: v for n, v in self.state[key].items() if n in names} for key in ("finished", "failed")}
+        of_names[OWNERS] = kept_owners(len(held), keep, owners)
         state = self.state | of_names | {"names": list(names), "log_lines": num_lines}
         return Checkpoint(dict(identity), state, tensors)
 

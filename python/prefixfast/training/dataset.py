@@ -45,10 +45,24 @@ class Dataset:
         return np.array([self.span[n] for n in names], np.int64).reshape(-1, 2)
 
 
+@dataclass(frozen=True)
+class NamedRows:
+    """Rows that one prefix is trained on.
+
+    Attributes:
+        name: Name of the rows, for errors.
+        rows: Rows.
+        options: Options of tokenization. Prefixes with the same ones, and the same list of rows, share examples.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    options: TokenizeOptions
+
+
 def build_dataset(
     model: Model,
-    rows_by_name: Mapping[str, Sequence[Row]],
-    options: TokenizeOptions,
+    rows_by_name: Mapping[str, NamedRows],
     *,
     row_numbers: Mapping[str, Sequence[int]] | None = None,
     failed: dict[str, str] | None = None,
@@ -58,32 +72,37 @@ def build_dataset(
     Args:
         model: Base model with its tokenizer.
         rows_by_name: Rows by prefix name.
-        options: Task, length limit and overflow policy.
-        row_numbers: Numbers, from 1, of each prefix's rows in the whole data, for errors. None if the rows of a prefix
-            are not picked from larger data.
+        row_numbers: Numbers, from 1, of the rows in the whole data by the name of the rows, for errors. None if the
+            rows of a prefix are not picked from larger data.
         failed: Dictionary to which the error of a prefix with wrong rows is added. None raises the error.
 
     Raises:
         DataError: If a row is malformed or too long and ``failed`` is None, or no prefix is left.
     """
     parts: list[Examples] = []
-    part_of_rows: dict[int, int] = {}
+    digests: list[str] = []
+    found: dict[tuple[int, int], int | str] = {}  # number of the part, or the error, by rows and options
+    keys = {name: (id(own.rows), id(own.options)) for name, own in rows_by_name.items()}
     part_of_name: dict[str, int] = {}
-    with Progress("tokenize", sum(map(len, rows_by_name.values())), "rows") as work:
-        for name, rows in rows_by_name.items():
-            if id(rows) not in part_of_rows:
+    total = sum({keys[name]: len(own.rows) for name, own in rows_by_name.items()}.values())
+    with Progress("tokenize", total, "rows") as work:
+        for name, own in rows_by_name.items():
+            if (key := keys[name]) not in found:
                 try:
-                    part = tokenize_rows(model, {name: rows}, options)
+                    part = tokenize_rows(model, {own.name: own.rows}, own.options)
                 except DataError as e:
-                    error = number_in_data(e, (row_numbers or {}).get(name))
+                    error = number_in_data(e, (row_numbers or {}).get(own.name))
                     if failed is None:
                         raise error from e
-                    failed[name] = str(error)
-                    continue
-                part_of_rows[id(rows)] = len(parts)
-                parts.append(part)
-            part_of_name[name] = part_of_rows[id(rows)]
-            work.update(len(rows))
+                    found[key] = str(error)
+                else:
+                    found[key] = _number_of(part, parts, digests)
+                work.update(len(own.rows))
+            known = found[key]
+            if isinstance(known, int):
+                part_of_name[name] = known
+            elif failed is not None:
+                failed[name] = known
     if not parts:
         raise none_left(failed or {})
     ends = np.cumsum([len(p.num_targets) for p in parts]).tolist()
@@ -91,9 +110,20 @@ def build_dataset(
     return Dataset(
         concat_examples(parts),
         {n: spans[i] for n, i in part_of_name.items()},
-        {n: {"rows": len(rows_by_name[n])} | _counts(parts[i]) for n, i in part_of_name.items()},
-        {n: _digest(parts[i]) for n, i in part_of_name.items()},
+        {n: {"rows": len(rows_by_name[n].rows)} | _counts(parts[i]) for n, i in part_of_name.items()},
+        {n: digests[i] for n, i in part_of_name.items()},
     )
+
+
+def _number_of(part: Examples, parts: list[Examples], digests: list[str]) -> int:
+    """Number of a part, which is that of an equal one; other parts are added."""
+    digest = _digest(part)
+    for i, (own, other) in enumerate(zip(digests, parts, strict=True)):
+        if own == digest and _counts(part) == _counts(other):
+            return i
+    parts.append(part)
+    digests.append(digest)
+    return len(parts) - 1
 
 
 def none_left(failed: Mapping[str, str]) -> DataError:

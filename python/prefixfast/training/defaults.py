@@ -5,10 +5,11 @@ docs/training.md shows the measurements that they follow.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from prefixfast.config import TrainConfig
+from prefixfast.config import PrefixConfig, TrainConfig
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup, PrefixJob
 from prefixfast.training.method import METHODS
@@ -46,19 +47,19 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
-def with_learning_rates(group: PrefixGroup, num_layers: int) -> PrefixGroup:
+def with_learning_rates(group: PrefixGroup, num_layers: Mapping[PrefixConfig, int]) -> PrefixGroup:
     """A group in which every prefix has a learning rate.
 
     Args:
         group: Prefixes with the options of the caller.
-        num_layers: Number of layers of the base model with keys of their own.
+        num_layers: Number of layers of the base model with keys of their own, by what is learned.
     """
 
     def resolved(job: PrefixJob) -> PrefixJob:
         if job.config.learning_rate is not None or not METHODS[group.method_config.method].is_trained:
             return job
         of_method = METHODS[group.method_config.method].learning_rate
-        rate = of_method or default_learning_rate(job.init, num_layers, uses_mlp=group.uses_mlp)
+        rate = of_method or default_learning_rate(job.init, num_layers[job.prefix_config], uses_mlp=job.uses_mlp)
         return replace(job, config=TrainConfig.make(job.config, learning_rate=rate))
 
     return replace(group, jobs=tuple(resolved(job) for job in group.jobs))

@@ -38,13 +38,13 @@ class EmbeddingParameters:
         layers: Layers in which the prefixes lie, ascending.
         length: Number of virtual tokens P of a prefix.
         leaves: Keys and values ``[n * P, H, D]`` by layer of the base model that the forward pass reads.
-        params: Embeddings ``[n * P, d]`` with their number of rows per prefix.
+        params: Embeddings ``[n * P, d]``, a list of one tensor.
     """
 
     def __init__(self, model: Model, tables: Sequence[Tensor]) -> None:
         self.model, self.layers, self.length = model, own_layers(model.layers), len(tables[0])
         table = torch.cat([t.detach().to(model.device, parameter_dtype(model.dtype)) for t in tables])
-        self.params = [(table.requires_grad_(), self.length)]
+        self.params = [table.requires_grad_()]
         self.leaves: list[LayerKV] = []
         self._plan = plain_plan([self.length] * len(tables), backend=model.backend, device=model.device)
         self._computed: list[Tensor] = []
@@ -52,7 +52,7 @@ class EmbeddingParameters:
     @property
     def num_trained(self) -> int:
         """Number of parameters that training adjusts for one prefix."""
-        return self.length * self.params[0][0].shape[1]
+        return self.length * self.params[0].shape[1]
 
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
         """Compute the leaves of the next forward pass, and discard gradients of an unfinished step.
@@ -61,7 +61,7 @@ class EmbeddingParameters:
             steps: Number of the step of each prefix, which changes nothing.
             dropout: Whether dropout is applied, of which embeddings have none.
         """
-        self.params[0][0].grad = None
+        self.params[0].grad = None
         self._computed = self._compute()
         leaves = [t.detach().requires_grad_() for t in self._computed]
         by_layer = dict(zip(self.layers, zip(leaves[::2], leaves[1::2], strict=True), strict=True))
@@ -105,7 +105,7 @@ class EmbeddingParameters:
             if len(found) == len(self.layers):
                 raise _StopForwardError
 
-        model, (table, _) = self.model, self.params[0]
+        model, table = self.model, self.params[0]
         check_attached(model.hf)
         with model.guard.running(), contextlib.suppress(_StopForwardError):
             model.hf.base_model(**model_inputs(replace(self._plan, probe=probe), table.to(model.dtype)))

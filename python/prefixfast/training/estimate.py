@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from prefixfast.training.loop import GroupTrainer
     from prefixfast.training.methods.state import MethodState
+    from prefixfast.training.prefix_tensor import PrefixTensor
 
 IGNORED_ARGUMENTS = ("output_dir", "resume", "overwrite", "progress")
 
@@ -36,10 +37,10 @@ class Estimate:
         tokens: Number of tokens of all examples, each counted once.
         steps: Number of optimizer steps, summed over the groups.
         learning_rates: Different peak learning rates of the prefixes, ascending.
-        stored_numbers: Number of stored numbers of one prefix, in the largest group.
+        stored_numbers: Number of stored numbers of the largest prefix of the largest group.
         stored_bytes: Size of these numbers in bytes.
-        trained_numbers: Number of parameters that training adjusts for one prefix, in the largest group.
-        sites: Numbers of one prefix in the largest group by site, ``rows``, ``stored_numbers``, ``trained_numbers`` and
+        trained_numbers: Number of parameters that training adjusts for this prefix.
+        sites: Numbers of this prefix by site, ``rows``, ``stored_numbers``, ``trained_numbers`` and
             ``training_bytes``; empty for a method that trains weights.
         base_bytes: Size of the base model's parameters in bytes.
         training_bytes: Size of the parameters, gradients and optimizer state of the largest group in bytes.
@@ -153,22 +154,24 @@ class _Measured:
 def _measure(trainer: GroupTrainer) -> _Measured:
     """Numbers of a group, with the time of its second step."""
     seconds, runner, prefixes = _time_second_step(trainer), trainer.runner, len(trainer.names)
-    own, stored = [t for t, _ in runner.params.params], runner.params.current()
-    training_bytes = _training_bytes(own) if runner.params.num_trained else 0
+    state, stored = runner.params, runner.params.current()
+    own = [t.tensor for t in state.params]
+    numbers = _numbers(stored, prefixes)
+    largest = max(range(prefixes), key=lambda i: (numbers[i], state.num_trained(i)))
     jobs, spans, sizes = trainer.group.jobs, trainer.data.dataset.span, runner.examples.sizes
     rows = trainer.job.rows.rows
-    by_rows = {id(rows[j.source]): spans[j.source] for j in jobs}
+    by_rows = {id(rows[j.source]): spans[j.name] for j in jobs}
     return _Measured(
         prefixes=prefixes,
         examples={key: (end - start, int(sizes[start:end].sum())) for key, (start, end) in by_rows.items()},
         learning_rates=[rate for j in jobs if (rate := j.config.learning_rate)],
         steps=int(runner.total.max()),
         group_numbers=sum(t.numel() for t in own),
-        stored_numbers=sum(t.numel() for t in stored) // prefixes,
-        stored_bytes=sum(t.numel() * t.element_size() for t in stored) // prefixes,
-        trained_numbers=runner.params.num_trained,
-        sites=_sites(runner.params, prefixes),
-        training_bytes=training_bytes,
+        stored_numbers=numbers[largest],
+        stored_bytes=_numbers(stored, prefixes, in_bytes=True)[largest],
+        trained_numbers=state.num_trained(largest),
+        sites=_sites(state, largest),
+        training_bytes=_training_bytes(own) if state.num_trained(largest) else 0,
         seconds_per_step=seconds,
     )
 
@@ -178,19 +181,32 @@ def _training_bytes(tensors: Sequence[Tensor]) -> int:
     return 4 * sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _sites(state: MethodState, count: int) -> dict[str, dict[str, int]]:
-    """Numbers of one of ``count`` prefixes, by site."""
+def _numbers(tensors: Sequence[PrefixTensor], count: int, *, in_bytes: bool = False) -> list[int]:
+    """Number of numbers, or of bytes, of each of ``count`` prefixes."""
+    found = [0] * count
+    for t, owners in tensors:
+        numbers = range(count) if owners is None else owners.tolist()
+        for i in numbers:
+            found[i] += t.numel() // len(numbers) * (t.element_size() if in_bytes else 1)
+    return found
+
+
+def _sites(state: MethodState, number: int) -> dict[str, dict[str, int]]:
+    """Numbers of the prefix with a number, by site."""
     from prefixfast.training.methods.prefix import PrefixState
 
-    by_site = state.parameters.by_site if isinstance(state, PrefixState) else {}
+    if not isinstance(state, PrefixState):
+        return {}
+    block, is_trained = state.block(number), bool(state.num_trained(number))
+    count = len(block.numbers)
     return {
         site: {
             "rows": own.length,
             "stored_numbers": sum(t.numel() for t in own.current()) // count,
-            "trained_numbers": own.num_trained if state.num_trained else 0,
-            "training_bytes": _training_bytes([t for t, _ in own.params]) // count if state.num_trained else 0,
+            "trained_numbers": own.num_trained if is_trained else 0,
+            "training_bytes": _training_bytes(own.params) // count if is_trained else 0,
         }
-        for site, own in by_site.items()
+        for site, own in block.by_site.items()
     }
 
 

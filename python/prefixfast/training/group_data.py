@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from prefixfast.config import PrefixConfig
+from prefixfast.data.rows import Row
 from prefixfast.errors import ConfigError, DataError
 from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import own_layers
-from prefixfast.training.dataset import Dataset, build_dataset
+from prefixfast.training.dataset import Dataset, NamedRows, build_dataset
 from prefixfast.training.defaults import with_learning_rates
 from prefixfast.training.examples import TOO_LONG, TokenizeOptions
-from prefixfast.training.groups import PrefixGroup
+from prefixfast.training.groups import PrefixGroup, PrefixJob
 from prefixfast.training.identity import prefix_identities, run_identity
-from prefixfast.training.init import resolve_config, text_ids
+from prefixfast.training.init import resolve_group, text_ids
 from prefixfast.training.job import TrainJob
 from prefixfast.training.method import METHODS
 from prefixfast.training.text_limits import text_limits
@@ -81,23 +83,30 @@ def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
     """
     group, failed = job.groups[number], dict[str, str]()
     method = METHODS[group.method_config.method]
-    prefix_config = resolve_config(model, group, job.init_options)
+    group = resolve_group(model, group, job.init_options)
     try:
         if not method.is_trained:
             length = len(text_ids(model, group, job.init_options))
-            prefix_config = PrefixConfig.make(prefix_config, prefix_length=length)
-        group = with_learning_rates(replace(group, prefix_config=prefix_config), _depth(model, prefix_config))
+            group = _with_length(group, length)
+        depths = {j.prefix_config: _depth(model, j.prefix_config) for j in group.jobs}
+        group = with_learning_rates(group, depths)
         dataset, eval_dataset = _tokenize(model, job, group, failed)
     except DataError as e:
         if not (job.isolate and method.is_alone):
             raise
         (alone,) = group.jobs
-        own = {alone.name: failed.get(alone.source, str(e))}
+        own = {alone.name: failed.get(alone.name, str(e))}
         return GroupData(model, job, replace(group, jobs=()), Dataset.empty(), None, own)
     left = (eval_dataset or dataset).span
-    jobs = tuple(j for j in group.jobs if j.source in left)
-    failed_names = {j.name: failed[j.source] for j in group.jobs if j.source in failed}
-    return GroupData(model, job, replace(group, jobs=jobs), dataset, eval_dataset, failed_names)
+    jobs = tuple(j for j in group.jobs if j.name in left)
+    return GroupData(model, job, replace(group, jobs=jobs), dataset, eval_dataset, failed)
+
+
+def _with_length(group: PrefixGroup, length: int) -> PrefixGroup:
+    """A group of one name whose prefix has the length of its text."""
+    (alone,) = group.jobs
+    config = PrefixConfig.make(alone.prefix_config, prefix_length=length)
+    return replace(group, jobs=(replace(alone, prefix_config=config),))
 
 
 def _depth(model: Model, config: PrefixConfig) -> int:
@@ -112,14 +121,30 @@ def _depth(model: Model, config: PrefixConfig) -> int:
 def _tokenize(
     model: Model, job: TrainJob, group: PrefixGroup, failed: dict[str, str]
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out examples; the errors of rows go to ``failed`` by source if failures are isolated."""
-    rows, before = job.rows, job.on_top_of
-    starts = {"prefix": 0, "infix": 0} | {group.prefix_config.position: group.pos_start}
+    """Training and held-out examples; the errors of rows go to ``failed`` by name if failures are isolated."""
+    rows, makes_prefix = job.rows, METHODS[group.method_config.method].makes_prefix
+    starts = {j.name: j.pos_start if makes_prefix else 0 for j in group.jobs}
+    options = {start: _options(model, job, group, start) for start in dict.fromkeys(starts.values())}
+    note = failed if job.isolate else None
+
+    def named(rows_of: Mapping[str, Sequence[Row]], jobs: Iterable[PrefixJob]) -> dict[str, NamedRows]:
+        return {j.name: NamedRows(j.source, rows_of[j.source], options[starts[j.name]]) for j in jobs}
+
+    dataset = build_dataset(model, named(rows.rows, group.jobs), row_numbers=rows.row_numbers, failed=note)
+    if rows.eval_rows is None:
+        return dataset, None
+    held_out = named(rows.eval_rows, (j for j in group.jobs if j.name in dataset.span))
+    return dataset, build_dataset(model, held_out, row_numbers=rows.eval_row_numbers, failed=note)
+
+
+def _options(model: Model, job: TrainJob, group: PrefixGroup, pos_start: int) -> TokenizeOptions:
+    """Options of tokenization of the prefixes whose text starts at a position."""
+    before, advice = job.on_top_of, METHODS[group.method_config.method].shorten
+    starts = {"prefix": 0, "infix": 0} | {group.position: pos_start}
     if before is not None:
         starts[before.position] = max(starts[before.position], before.pos_start)
     start = sum(starts.values())
     room = model.max_positions - start
-    advice = METHODS[group.method_config.method].shorten
     if room < 1:
         msg = (
             f"rows start at position {start} behind the prefix, expected a position below {model.max_positions}, the "
@@ -127,14 +152,8 @@ def _tokenize(
         )
         raise ConfigError(msg)
     limit = min(room, group.config.max_length or room)
-    advice = TOO_LONG if limit == group.config.max_length else advice
-    has_infix = "infix" in (group.prefix_config.position, None if before is None else before.position)
-    texts = text_limits(model, group.config, room, METHODS[group.method_config.method].shorten)
-    options = TokenizeOptions(job.task, limit, group.config.overflow, has_infix=has_infix, advice=advice, texts=texts)
-    note = failed if job.isolate else None
-    sources = {j.source: rows.rows[j.source] for j in group.jobs}
-    dataset = build_dataset(model, sources, options, row_numbers=rows.row_numbers, failed=note)
-    if rows.eval_rows is None:
-        return dataset, None
-    held_out = {source: rows.eval_rows[source] for source in dataset.span}
-    return dataset, build_dataset(model, held_out, options, row_numbers=rows.eval_row_numbers, failed=note)
+    texts = text_limits(model, group.config, room, advice)
+    has_infix = "infix" in (group.position, None if before is None else before.position)
+    if limit == group.config.max_length:
+        advice = TOO_LONG
+    return TokenizeOptions(job.task, limit, group.config.overflow, has_infix=has_infix, advice=advice, texts=texts)

@@ -12,7 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.errors import ConfigError, shown, suggestion
 from prefixfast.prefix.names import Window
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.method import METHODS, check_read
+from prefixfast.training.method import METHODS, Method, check_read
 from prefixfast.training.settings import TrainSettings
 
 InitName: TypeAlias = Literal["text", "random", "zero"]
@@ -20,8 +20,8 @@ Init: TypeAlias = InitName | Prefix | Mapping[str, Prefix]
 Sweep: TypeAlias = Mapping[str, Sequence[JSON | Prefix]]
 Overrides: TypeAlias = Mapping[str, Mapping[str, JSON]]
 
-# Options that may differ between the prefixes of a batch.
-PER_PREFIX = (
+# Options of training that may differ between the prefixes of a batch.
+OF_TRAINING = (
     "learning_rate",
     "seed",
     "num_train_epochs",
@@ -34,6 +34,8 @@ PER_PREFIX = (
     "shuffle",
     "early_stopping_patience",
 )
+# Options that may differ between the prefixes of a batch. An infix needs rows that are read in another way.
+PER_PREFIX = (*OF_TRAINING, *(name for name in PrefixConfig.names() if name != "position"))
 # Options of the whole run, which a sweep cannot vary.
 NOT_SWEPT = (
     "recipe",
@@ -56,20 +58,31 @@ class PrefixJob:
         name: Name of the prefix in the result.
         source: Name whose rows the prefix is trained on.
         config: Options of training.
+        prefix_config: Options of what is learned.
+        uses_mlp: Whether the reparameterization MLP is trained.
         init: Initial values: ``"text"``, ``"random"``, ``"zero"`` or a `Prefix`.
+        own: Names of the options that the caller gave for this prefix alone.
         variant: Options that the sweep varies, with the values of this prefix.
     """
 
     name: str
     source: str
     config: TrainConfig
+    prefix_config: PrefixConfig
+    uses_mlp: bool
     init: Any
+    own: frozenset[str] = frozenset()
     variant: dict[str, Any] = field(default_factory=dict)
 
     @property
     def learning_rate(self) -> float:
         """Peak learning rate of a group with resolved options, 0 of a method without training."""
         return self.config.learning_rate or 0.0
+
+    @property
+    def pos_start(self) -> int:
+        """Position of the first token, once the length of the prefix is resolved."""
+        return self.prefix_config.length_at("self") if self.prefix_config.pos_start == "after" else 0
 
     @property
     def window(self) -> Window:
@@ -83,24 +96,28 @@ class PrefixGroup:
 
     Attributes:
         config: Options of training that the prefixes share.
-        prefix_config: Options of what is learned.
         method_config: Options of the method.
-        uses_mlp: Whether the reparameterization MLP is trained.
         jobs: Training of each prefix.
     """
 
     config: TrainConfig
-    prefix_config: PrefixConfig
     method_config: MethodConfig
-    uses_mlp: bool
     jobs: tuple[PrefixJob, ...]
 
     @property
-    def pos_start(self) -> int:
-        """Position of the first token, once the length of the prefix is resolved."""
-        if not METHODS[self.method_config.method].makes_prefix:
-            return 0
-        return self.prefix_config.length_at("self") if self.prefix_config.pos_start == "after" else 0
+    def position(self) -> str:
+        """Place of the prefixes, ``"prefix"`` or ``"infix"``."""
+        return self.jobs[0].prefix_config.position
+
+    def blocks(self) -> list[list[int]]:
+        """Numbers of the prefixes, ascending, by what is learned of them.
+
+        A subset of the prefixes has its blocks in the same order.
+        """
+        numbers: dict[tuple[PrefixConfig, bool], list[int]] = {}
+        for i, job in enumerate(self.jobs):
+            numbers.setdefault((job.prefix_config, job.uses_mlp), []).append(i)
+        return [numbers[kind] for kind in sorted(numbers, key=repr)]
 
 
 def make_groups(
@@ -134,46 +151,46 @@ def make_groups(
     inits = _init_by_name(settings.init, names)
     for own in own_options.values():
         check_read(settings.method_config.method, own, "overrides")
-    is_alone = METHODS[settings.method_config.method].is_alone
+    method = METHODS[settings.method_config.method]
     jobs: dict[tuple[object, ...], list[PrefixJob]] = {}
-    groups: dict[tuple[object, ...], tuple[TrainConfig, PrefixConfig, MethodConfig, bool]] = {}
-    variants = [(label, variant, _of_variant(settings, variant)) for label, variant in _variants(sweep).items()]
-    for name, (label, variant, base) in itertools.product(names, variants):
-        options = own_options.get(name, {}) | {k: v for k, v in variant.items() if k != "init"}
+    groups: dict[tuple[object, ...], tuple[TrainConfig, MethodConfig]] = {}
+    variants = _variants(sweep)
+    for name, (label, variant) in itertools.product(names, variants.items()):
+        own = own_options.get(name, {})
+        options = own | {k: v for k, v in variant.items() if k != "init"}
         init = variant.get("init", inits[name])
-        shared = _shared_options(base, options, init)
-        own_training = {k: v for k, v in options.items() if k in PER_PREFIX}
+        base = _varied(settings, options)
+        own_training = {k: v for k, v in options.items() if k in OF_TRAINING}
         if "num_train_epochs" in options:  # of this prefix, over the steps of the whole run
             own_training.setdefault("max_steps", None)
         full_name = label if is_single and label else f"{name},{label}" if label else name
-        key = (*shared, full_name if is_alone else None)
+        config, what = TrainConfig.make(base.config, **own_training), base.prefix_config
+        if method.position is not None:
+            what = PrefixConfig.make(what, position=method.position)
+        shared = _shared(base.config, settings.config), base.method_config
+        key = (*shared, what.position, full_name if method.is_alone else None)
         groups[key] = shared
-        config = TrainConfig.make(shared[0], **own_training)
-        jobs.setdefault(key, []).append(PrefixJob(full_name, name, config, init, variant))
+        uses_mlp = _uses_mlp(what, init, method)
+        job = PrefixJob(full_name, name, config, what, uses_mlp, init, frozenset(own), variant)
+        jobs.setdefault(key, []).append(job)
     return [PrefixGroup(*groups[key], tuple(own)) for key, own in jobs.items()]
 
 
-def _shared_options(
-    base: TrainSettings, options: Mapping[str, Any], init: Any
-) -> tuple[TrainConfig, PrefixConfig, MethodConfig, bool]:
-    """Options that a prefix shares with its batches, and whether they train the MLP."""
-    method = METHODS[base.method_config.method]
-    of_prefix = {k: v for k, v in options.items() if k in PrefixConfig.names()}
-    if method.position is not None:
-        of_prefix["position"] = method.position
-    prefix_config = PrefixConfig.make(base.prefix_config, **of_prefix)
-    of_training = {k: v for k, v in options.items() if k in TrainConfig.names() and k not in PER_PREFIX}
-    of_method = {k: v for k, v in options.items() if k in MethodConfig.names()}
-    is_name = isinstance(init, str) and init in ("random", "zero")
-    automatic = prefix_config.reparameterization == "auto" and is_name and method.makes_prefix
-    uses_mlp = prefix_config.reparameterization == "mlp" or automatic
-    method_config = MethodConfig.make(base.method_config, **of_method)
-    return TrainConfig.make(base.config, **of_training), prefix_config, method_config, uses_mlp
+def _shared(config: TrainConfig, of_run: TrainConfig) -> TrainConfig:
+    """Options of training that a prefix shares with its batches; the others have the values of the run."""
+    return config if config is of_run else TrainConfig.make(config, **{n: getattr(of_run, n) for n in OF_TRAINING})
 
 
-def _of_variant(settings: TrainSettings, variant: Mapping[str, Any]) -> TrainSettings:
-    """Settings of a variant of a sweep, whose values of the recipe can depend on an option that it varies."""
-    options = {k: v for k, v in variant.items() if k not in (*PER_PREFIX, "init")}
+def _uses_mlp(config: PrefixConfig, init: Any, method: Method) -> bool:
+    """Whether a prefix trains the reparameterization MLP."""
+    is_drawn = isinstance(init, str) and init in ("random", "zero")
+    is_automatic = config.reparameterization == "auto" and is_drawn and method.makes_prefix
+    return config.reparameterization == "mlp" or is_automatic
+
+
+def _varied(settings: TrainSettings, own: Mapping[str, Any]) -> TrainSettings:
+    """Settings of one prefix, whose values of the recipe can depend on options of its own."""
+    options = {k: v for k, v in own.items() if k not in OF_TRAINING}
     return settings.varied(options) if options else settings
 
 

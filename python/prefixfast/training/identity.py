@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prefixfast.prefix.names import written
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.defaults import num_steps
-from prefixfast.training.groups import PER_PREFIX, PrefixGroup
+from prefixfast.training.groups import OF_TRAINING, PrefixGroup
 from prefixfast.training.job import TrainJob
 from prefixfast.training.method import METHODS, method_options
 from prefixfast.training.settings import option_values
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Options that do not change results, so that a run may be resumed with other values.
 IGNORED_OPTIONS = ("recipe", "token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
+OWN = "own prefix_config"  # part with the options of `PrefixConfig` in which prefixes differ from the first, by name
 IDENTITY = "identity"  # key of `Prefix.training` under which a run finds what an earlier run has finished
 SHARED_PARTS = (
     "base",
@@ -47,23 +48,29 @@ def run_identity(
     """
     jobs, config, method = group.jobs, group.config, group.method_config
     own: dict[str, dict[str, Any]] = {
-        j.name: {f: getattr(j.config, f) for f in PER_PREFIX if getattr(j.config, f) != getattr(config, f)}
+        j.name: {f: getattr(j.config, f) for f in OF_TRAINING if getattr(j.config, f) != getattr(config, f)}
         for j in jobs
     }
+    learned = {kind: written(option_values(kind)) for kind in dict.fromkeys(j.prefix_config for j in jobs)}
+    first = next(iter(learned.values()))
+    own_learned = {j.name: {f: v for f, v in learned[j.prefix_config].items() if v != first[f]} for j in jobs}
+    own_learned = {name: options for name, options in own_learned.items() if options}
     for j in jobs:
         if j.config.max_steps is None and j.config.num_train_epochs is None:  # the number of steps is a default
-            start, end = dataset.span[j.source]
+            start, end = dataset.span[j.name]
             own[j.name]["steps"] = num_steps(j.config, -(-(end - start) // j.config.batch_size))
     base = {k: v for k, v in model.fingerprint.items() if k in ("config", "weights", "adapters")}
     return {
         "base": base | {"dtype": str(model.dtype)},
-        "data": {j.name: dataset.digest[j.source] for j in jobs},
-        "eval_data": {} if eval_dataset is None else {j.name: eval_dataset.digest[j.source] for j in jobs},
+        "data": {j.name: dataset.digest[j.name] for j in jobs},
+        "eval_data": {} if eval_dataset is None else {j.name: eval_dataset.digest[j.name] for j in jobs},
         "task": job.task.stored_spec(),
         # Without limits that are None, a run of version 0.1.0 can be resumed.
         "config": {n: v for n, v in option_values(config).items() if v is not None or n not in SEQ2SEQ_LIMITS},
         "own config": {name: options for name, options in own.items() if options},
-        "prefix_config": written(option_values(group.prefix_config)),
+        "prefix_config": first,
+        # A run whose prefixes all have the same options has no such part, as in version 0.1.0.
+        **({OWN: own_learned} if own_learned else {}),
         "init": {j.name: j.init.digest if isinstance(j.init, Prefix) else j.init for j in jobs},
         "init_text": job.init_text,
         "on_top_of": None if job.on_top_of is None else job.on_top_of.digest,
@@ -89,6 +96,7 @@ def prefix_identities(identity: Mapping[str, Any]) -> dict[str, str]:
     for name, digest in identity["data"].items():
         own = {"data": digest, "eval_data": identity["eval_data"].get(name), "init": identity["init"][name]}
         values = shared | own | {"config": config | identity["own config"].get(name, {})}
+        values["prefix_config"] = shared["prefix_config"] | identity.get(OWN, {}).get(name, {})
         found[name] = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
     return found
 

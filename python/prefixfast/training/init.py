@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,18 @@ from prefixfast.prefix.kv import context, kv_by_layer, no_rows, site_prefixes
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.examples import TOO_LONG, apply_overflow, too_long
 from prefixfast.training.groups import PrefixGroup, PrefixJob
-from prefixfast.training.init_options import DIFFERENT_INIT, InitOptions
+from prefixfast.training.init_options import InitOptions
 from prefixfast.training.inputs import error_with_name
-from prefixfast.training.method import METHODS, check_seq2seq_method
+from prefixfast.training.method import METHODS, Method, check_seq2seq_method
 
 logger = logging.getLogger(__name__)
 
 
-def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> PrefixConfig:
-    """Resolve the sites, lengths, layers and positions of a group's prefixes.
+def resolve_group(model: Model, group: PrefixGroup, options: InitOptions) -> PrefixGroup:
+    """A group with the sites, lengths, layers and positions of its prefixes.
 
-    They are those of the prefixes in ``init``, or the length is the number of tokens of the init text, or they are
-    those of the options.
+    They are those of the prefix in ``init``, or the length is the number of tokens of the init text, or they are those
+    of the options.
 
     Raises:
         ConfigError: If the method or options do not fit each other or the base model.
@@ -44,21 +45,30 @@ def resolve_config(model: Model, group: PrefixGroup, options: InitOptions) -> Pr
     if model.seq2seq is not None:
         check_seq2seq_method(group.method_config.method)
     if not method.makes_prefix:
-        return group.prefix_config
-    config = resolve_sites(model, group.prefix_config)
+        return group
+    option = "position" if method.position is None else "method"
+    found: dict[PrefixConfig, PrefixConfig] = {}
+    jobs = []
+    for job in group.jobs:
+        config = found.get(job.prefix_config)
+        if config is None:
+            config = found[job.prefix_config] = _resolved(model, job.prefix_config, method, option, options)
+        if isinstance(job.init, Prefix) and method.is_trained:
+            check_fits(model, job.init, f"init of {shown(job.name)}")
+            config = _adopt_layers(model, config, job.init, options.explicit | job.own)
+        jobs.append(replace(job, prefix_config=config))
+    return replace(group, jobs=tuple(jobs))
+
+
+def _resolved(model: Model, given: PrefixConfig, method: Method, option: str, options: InitOptions) -> PrefixConfig:
+    """Options with sites, layers and a length that the base model has; ``option`` names the place in errors."""
+    config = resolve_sites(model, given)
     if not method.is_trained:  # whose length is that of its text
         return config
-    _check_position(model, config, "position" if method.position is None else "method")
-    prefixes = {job.name: job.init for job in group.jobs if isinstance(job.init, Prefix)}
-    if not prefixes:
-        if config.prefix_length == "text":
-            config = PrefixConfig.make(config, prefix_length=len(init_text_ids(model, options)))
-        return config
-    for name, prefix in prefixes.items():
-        check_fits(model, prefix, f"init of {shown(name)}")
-    if len({tuple(_filled(p, model).items()) for p in prefixes.values()}) != 1:
-        raise ConfigError(DIFFERENT_INIT)
-    return _adopt_layers(model, config, next(iter(prefixes.values())), options.explicit)
+    _check_position(model, config, option)
+    if config.prefix_length == "text":
+        config = PrefixConfig.make(config, prefix_length=len(init_text_ids(model, options)))
+    return config
 
 
 def initial_kv(

@@ -17,9 +17,8 @@ from prefixfast.training.inputs import TrainingRows
 from prefixfast.training.method import METHODS
 
 logger = logging.getLogger(__name__)
-DIFFERENT_INIT = (
-    "init: expected prefixes of one length, pos_start, window and position, in the same layers; train the others in a "
-    "run of their own"
+DIFFERENT_PLACES = (
+    "init: expected prefixes of one position, 'prefix' or 'infix'; train the others in a run of their own"
 )
 
 
@@ -53,7 +52,7 @@ def adopt_init(group: PrefixGroup, options: InitOptions) -> PrefixGroup:
     Raises:
         ConfigError: If initial values are unknown, or do not fit each other or the options.
     """
-    jobs, config = group.jobs, group.prefix_config
+    jobs = group.jobs
     for job in jobs:
         if not isinstance(job.init, Prefix) and not (isinstance(job.init, str) and job.init in get_args(InitName)):
             msg = f"init: expected 'text', 'random', 'zero', a Prefix or a mapping of them, got {shown(job.init)}"
@@ -62,12 +61,23 @@ def adopt_init(group: PrefixGroup, options: InitOptions) -> PrefixGroup:
         got = f"init={shown(jobs[0].init)}" if isinstance(jobs[0].init, str) else "a prefix as init"
         msg = f"init_text: expected only with init='text', got {got}"
         raise ConfigError(msg)
-    prefixes = [job.init for job in jobs if isinstance(job.init, Prefix)]
-    if len({(p.length, p.pos_start, p.window, p.position) for p in prefixes}) > 1:
-        raise ConfigError(DIFFERENT_INIT)
     is_chosen = METHODS[group.method_config.method].position is not None
     explicit = options.explicit | ({"position"} if is_chosen else set())
-    return replace(group, prefix_config=_adopted(config, prefixes[0], explicit)) if prefixes else group
+    adopted = [
+        replace(job, prefix_config=_adopted(job.prefix_config, job.init, explicit | job.own))
+        if isinstance(job.init, Prefix)
+        else job
+        for job in jobs
+    ]
+    if len({job.prefix_config.position for job in adopted}) > 1:
+        raise ConfigError(DIFFERENT_PLACES)
+    frozen = {job.prefix_config.frozen_rows for job in adopted if isinstance(job.init, Prefix)} - {0}
+    for count in sorted(frozen if "frozen_rows" not in explicit else ()):
+        logger.info(
+            "the first %d rows of the prefixes in init stay frozen (num_frozen_tokens); frozen_rows=0 trains them too",
+            count,
+        )
+    return replace(group, jobs=tuple(adopted))
 
 
 def with_enough_rows(groups: Sequence[PrefixGroup], rows: TrainingRows, *, isolate: bool) -> list[PrefixGroup]:
@@ -115,9 +125,5 @@ def _adopted(config: PrefixConfig, first: Prefix, explicit: frozenset[str]) -> P
             msg = f"{name}: the prefix in init has {got}; leave it out, or choose other initial values"
             raise ConfigError(msg)
     if "frozen_rows" not in explicit and (frozen := first.training.get("num_frozen_tokens", 0)):
-        logger.info(
-            "the first %d rows of the prefixes in init stay frozen (num_frozen_tokens); frozen_rows=0 trains them too",
-            frozen,
-        )
         adopted["frozen_rows"] = frozen
     return PrefixConfig.make(config, **adopted)

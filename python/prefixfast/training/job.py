@@ -140,12 +140,12 @@ class TrainJob:
         return replace(self, config=settings.config, groups=groups, init_text=settings.init_text, explicit=explicit)
 
     def _check_model(self, model: Model) -> None:
-        from prefixfast.training.init import resolve_config
+        from prefixfast.training.init import resolve_group
         from prefixfast.training.text_limits import check_lengths
 
         for group in self.groups:
             check_lengths(model, group.config, self.explicit)
-            position = resolve_config(model, group, self.init_options).position
+            position = resolve_group(model, group, self.init_options).position
             if self.on_top_of is not None:
                 check_composition(model, (position, self.on_top_of.position))
         if self.on_top_of is not None:

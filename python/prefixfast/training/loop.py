@@ -21,6 +21,7 @@ from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.progress import Progress
 from prefixfast.model.memory import peak_memory
 from prefixfast.model.process import check_not_exiting
+from prefixfast.store.tensor_rows import OWNERS
 from prefixfast.training.applied import Applied
 from prefixfast.training.artifact import ArtifactBuilder
 from prefixfast.training.best_state import BestState
@@ -72,12 +73,12 @@ class GroupTrainer:
         self.resumed: list[str] = []
         jobs = self.group.jobs
         self.names = [j.name for j in jobs]
-        self.counts = [data.dataset.counts[j.source] for j in jobs]
+        self.counts = [data.dataset.counts[j.name] for j in jobs]
         if self.eval_dataset is not None:
-            held_out = [self.eval_dataset.counts[j.source]["rows"] for j in jobs]
+            held_out = [self.eval_dataset.counts[j.name]["rows"] for j in jobs]
             self.counts = [c | {"eval_rows": count} for c, count in zip(self.counts, held_out, strict=True)]
         with Progress("make initial values"):
-            examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.source for j in jobs))
+            examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.name for j in jobs))
             self.runner = StepRunner(self.model, self.group, make(data), examples)
         self.applied = Applied(self.runner.params, self.model.guard)
         self.builder = ArtifactBuilder.make(data, self.runner.params)
@@ -209,7 +210,7 @@ class GroupTrainer:
     def _eval_losses(self, due: Tensor) -> Tensor:
         """Losses on the held-out rows ``[n]``, which count where ``due`` is set."""
         assert self.eval_dataset is not None
-        spans = self.eval_dataset.spans(j.source for j in self.group.jobs)
+        spans = self.eval_dataset.spans(j.name for j in self.group.jobs)
         self.applied.put_in()
         loss = self.runner.evaluate(GroupExamples(self.eval_dataset.examples, spans), due)
         losses = {self.names[i]: float(loss[i]) for i in due.nonzero()[:, 0].tolist()}
@@ -253,7 +254,7 @@ class GroupTrainer:
             metrics = prefix_metrics(self.progress, self.best, i, self.counts[i], evaluated=evaluated)
             flat = self.best.kv if self.best.has(i) else current
             try:
-                prefix = self.builder.build(self.group.jobs[i], params.split(flat, i), metrics, self._cost())
+                prefix = self.builder.build(i, params.split(flat, i), metrics, self._cost())
             except DataError as e:  # the parameters themselves are not finite
                 self._fail(i, f"the prefix is not usable: {e}; lower learning_rate")
                 continue
@@ -304,12 +305,19 @@ class GroupTrainer:
             "log_lines": len(self.output.log),
             "finished": self.finished,
             "failed": self.failed,
+            OWNERS: self._owners(),
         }
         tensors = self.progress.state()
         if self.is_active:
             tensors |= {f"steps.{n}": t for n, t in self.runner.state().items()}
             tensors |= {f"best.{n}": t for n, t in self.best.state().items()}
         return Checkpoint(self.data.identity, state, tensors)
+
+    def _owners(self) -> dict[str, list[int]]:
+        """Prefixes with rows in each tensor of a checkpoint that does not have rows of all of them."""
+        named = {f"steps.{n}": t for n, t in self.runner.named().items()}
+        named |= {f"best.{n}": t for n, t in self.best.named().items()}
+        return {n: t.owners.tolist() for n, t in named.items() if t.owners is not None}
 
     def _start_checkpoint(self) -> Checkpoint:
         """State before the first step, by which a run that is killed soon is told from others when it is resumed."""
@@ -327,6 +335,9 @@ class GroupTrainer:
             budget.tokens = min(budget.tokens, state["token_budget"])
         self.progress.load(tensors)
         if self.is_active:
+            if state.get(OWNERS, {}) != self._owners():
+                msg = "resume: the checkpoint has the prefixes in another order; give overwrite=True to start again"
+                raise DataError(msg)
             self.output.truncate_log(state["log_lines"])
             for prefix, target in (("steps.", self.runner), ("best.", self.best)):
                 target.load({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})

@@ -1,16 +1,19 @@
 """`PrefixAdamW`, AdamW over many prefixes in shared tensors, with the result of torch.optim.AdamW on each prefix alone.
 
-Shape letters: n prefixes, r rows of one prefix in a tensor (P for keys and values, 1 for a stacked network).
+Shape letters: n prefixes, m of them with rows in a tensor, r rows of one prefix in it (P for keys and values, 1 for a
+stacked network).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from prefixfast.training.prefix_tensor import PrefixTensor
 
 BETAS = (0.9, 0.999)  # decay rates of the two moments, torch's defaults
 EPS = 1e-8  # added to the denominator, torch's default
@@ -18,10 +21,9 @@ EPS = 1e-8  # added to the denominator, torch's default
 
 @dataclass
 class _Moments:
-    """A parameter ``[n * r, ...]``, its r, and its first and second moment."""
+    """A parameter ``[m * r, ...]``, and its first and second moment."""
 
-    param: Tensor
-    rows: int
+    param: PrefixTensor
     mean: Tensor
     square: Tensor
 
@@ -30,8 +32,8 @@ class PrefixAdamW:
     """AdamW with a step count, learning rate, gradient clipping and activity for each prefix.
 
     Args:
-        params: Tensors ``[n * r, ...]`` and their r. The rows ``i * r`` to ``(i + 1) * r`` belong to prefix i. All
-            tensors of a prefix share its gradient norm.
+        params: Tensors ``[m * r, ...]``, each with the prefixes that have rows in it. All tensors of a prefix share its
+            gradient norm.
         num_prefixes: Number of prefixes n.
         weight_decay: Decoupled weight decay, one for all prefixes or fp64 ``[n]``.
 
@@ -40,11 +42,11 @@ class PrefixAdamW:
     """
 
     def __init__(
-        self, params: list[tuple[Tensor, int]], num_prefixes: int, *, weight_decay: float | Tensor = 0.0
+        self, params: Sequence[PrefixTensor], num_prefixes: int, *, weight_decay: float | Tensor = 0.0
     ) -> None:
-        self.moments = [_Moments(p, r, torch.zeros_like(p), torch.zeros_like(p)) for p, r in params]
+        self.moments = [_Moments(p, torch.zeros_like(p.tensor), torch.zeros_like(p.tensor)) for p in params]
         self.num_prefixes = num_prefixes
-        self.steps = torch.zeros(num_prefixes, dtype=torch.float64, device=params[0][0].device)
+        self.steps = torch.zeros(num_prefixes, dtype=torch.float64, device=params[0].tensor.device)
         self.weight_decay = torch.as_tensor(weight_decay, dtype=torch.float64, device=self.steps.device)
         self._decays = bool((self.weight_decay != 0).any())
 
@@ -73,21 +75,20 @@ class PrefixAdamW:
         size, root = rate / (1 - beta1**safe), (1 - beta2**safe).sqrt()
         on_size = updated.to(torch.float64)
         for s in self.moments:
-            grad, shape = s.param.grad, (-1, *[1] * (s.param.ndim - 1))
-            if grad is None:
+            param = s.param.tensor
+            if param.grad is None:
                 continue
 
-            def by_row(x: Tensor, s: _Moments = s, shape: tuple[int, ...] = shape) -> Tensor:
-                return x.to(s.param.dtype).repeat_interleave(s.rows).view(shape)
+            def by_row(x: Tensor, s: _Moments = s) -> Tensor:
+                return s.param.by_row(x.to(s.param.tensor.dtype))
 
-            on = updated.repeat_interleave(s.rows).view(shape)
-            grad = torch.where(on, grad * by_row(clip), 0.0)
+            grad = torch.where(s.param.by_row(updated), param.grad * by_row(clip), 0.0)
             s.mean.lerp_(grad, by_row(on_size * (1 - beta1)))
             s.square.lerp_(grad * grad, by_row(on_size * (1 - beta2)))
             if self._decays:
-                s.param.mul_(by_row(1 - rate * self.weight_decay))
-            s.param.sub_(by_row(size) * s.mean / (s.square.sqrt() / by_row(root) + EPS))
-            s.param.grad = None
+                param.mul_(by_row(1 - rate * self.weight_decay))
+            param.sub_(by_row(size) * s.mean / (s.square.sqrt() / by_row(root) + EPS))
+            param.grad = None
         return norm, updated
 
     def state(self) -> dict[str, Tensor]:
@@ -104,8 +105,9 @@ class PrefixAdamW:
         """Gradient norm of each prefix, fp64 ``[n]``, from sums over the prefix's own rows alone."""
         total = torch.zeros(self.num_prefixes, dtype=torch.float64, device=self.steps.device)
         for s in self.moments:
-            if s.param.grad is not None:
-                total += s.param.grad.reshape(self.num_prefixes, -1).square().sum(1, dtype=torch.float64)
+            if (grad := s.param.tensor.grad) is not None:
+                own = grad.reshape(len(s.param.own(total)), -1).square().sum(1, dtype=torch.float64)
+                total = total + own if s.param.owners is None else total.index_add(0, s.param.owners, own)
         return total.sqrt()
 
 

@@ -64,8 +64,8 @@ class PrefixParameters:
         source: Layer whose keys and values each layer of the base model reads.
         leaves: Keys and values ``[rows, H, D]`` by layer of the base model that the forward pass reads; those of
             ``layers``, and of the layers that read their keys, have ``requires_grad``.
-        params: Tensors that the optimizer updates, each with its number of rows per prefix: P for keys and values, 1
-            for stacked networks.
+        params: Tensors that the optimizer updates, with P rows per prefix for keys and values and 1 for
+            stacked networks.
         seeds: Random seed of the dropout of each prefix, int64 ``[n]``.
         dropout: Share of keys and values that is dropped in training.
         mlp: Reparameterization networks, None if keys and values are trained themselves.
@@ -81,7 +81,7 @@ class PrefixParameters:
     length: int
     source: list[int]
     leaves: list[LayerKV]
-    params: list[tuple[Tensor, int]]
+    params: list[Tensor]
     seeds: Tensor
     dropout: float = 0.0
     mlp: StackedMLP | None = None
@@ -128,11 +128,11 @@ class PrefixParameters:
             "frozen_prefix": frozen_prefix,
         }
         if not options.uses_mlp:
-            params = [(t.requires_grad_(), p) for kv in start for t in kv]
+            params = [t.requires_grad_() for kv in start for t in kv]
             made = cls(site, layers, n, p, source, [], params, **common)
         else:
             network = StackedMLP(init, start, config, seeds)
-            made = cls(site, layers, n, p, source, [], [(t, 1) for t in network.parameters()], mlp=network, **common)
+            made = cls(site, layers, n, p, source, [], [*network.parameters()], mlp=network, **common)
         if config.frozen_rows:
             made.frozen_values = [t.clone() for t in made.current()]
             made.num_frozen = config.frozen_rows
@@ -142,7 +142,7 @@ class PrefixParameters:
     @property
     def num_trained(self) -> int:
         """Number of parameters that training adjusts for one prefix."""
-        every = sum(t.numel() for t, _ in self.params) // self.num_prefixes
+        every = sum(t.numel() for t in self.params) // self.num_prefixes
         return every if self.mlp is not None else every * (self.length - self.num_frozen) // self.length
 
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
@@ -152,14 +152,14 @@ class PrefixParameters:
             steps: Number of the step of each prefix, int64 ``[n]``, which decides its dropout.
             dropout: Whether dropout is applied; evaluation turns it off.
         """
-        for t, _ in self.params:
+        for t in self.params:
             t.grad = None
         flat = self._flat()
         if self.dropout and dropout:
             flat = [t * factor for t, factor in zip(flat, self._dropout_factors(flat, steps), strict=True)]
         frozen = (t for i in self.layers for t in self.frozen_prefix[i])
         flat = [torch.cat([t, b]) if len(b) else t for t, b in zip(flat, frozen, strict=True)]
-        self._computed = [] if all(t is own for t, (own, _) in zip(flat, self.params, strict=False)) else flat
+        self._computed = [] if all(t is own for t, own in zip(flat, self.params, strict=False)) else flat
         leaves = [t.detach().requires_grad_() for t in flat] if self._computed else flat
         self.leaves = list(self.frozen_prefix)
         for layer, kv in zip(self.layers, zip(leaves[::2], leaves[1::2], strict=True), strict=True):
@@ -196,7 +196,7 @@ class PrefixParameters:
         return split_rows(self.layers, flat, self.length, number, self.site)
 
     def _flat(self) -> list[Tensor]:
-        flat = [t for t, _ in self.params] if self.mlp is None else self.mlp()
+        flat = self.params if self.mlp is None else self.mlp()
         if not self.num_frozen:
             return flat
         is_frozen = torch.arange(self.length, device=flat[0].device) < self.num_frozen

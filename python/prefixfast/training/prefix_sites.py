@@ -1,4 +1,10 @@
-"""The trained parameters of all prefixes of a run, at every site of the base model that gets a prefix."""
+"""The trained parameters of the prefixes of a run, at every site of the base model that gets a prefix.
+
+Prefixes of which the same is learned form a block, whose parameters lie in the same tensors. Blocks can have other
+sites, layers and numbers of rows. `SiteLeaves` puts their keys and values after each other for the forward pass.
+
+Shape letters: m prefixes of a block, P rows of a prefix, H key-value heads, D head dimension.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +12,27 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from prefixfast.attention.plan import LayerKV
-from prefixfast.config.sites import SITES, BySite, Site
+from prefixfast.config.sites import SITES, Site
 
 
 class SiteParameters(Protocol):
-    """The trained parameters of n prefixes of equal length at one site.
+    """The trained parameters of m prefixes of equal length at one site.
 
     Attributes:
         layers: Layers in which the prefixes lie, ascending.
         length: Number of rows P of a prefix.
         leaves: Keys and values ``[rows, H, D]`` by layer of the base model that the forward pass reads.
-        params: Tensors that the optimizer updates, each with its number of rows per prefix.
+        params: Tensors that the optimizer updates, each with equally many rows of every prefix.
     """
 
     layers: tuple[int, ...]
     length: int
     leaves: list[LayerKV]
-    params: list[tuple[Tensor, int]]
+    params: list[Tensor]
 
     @property
     def num_trained(self) -> int:
@@ -38,48 +45,50 @@ class SiteParameters(Protocol):
         """Carry the gradients of the leaves to the parameters, once a step after the last micro-batch."""
 
     def current(self) -> list[Tensor]:
-        """Current keys and values ``[n * P, H, D]`` of ``layers``, in the order k0, v0, k1, ..."""
+        """Current keys and values ``[m * P, H, D]`` of ``layers``, in the order k0, v0, k1, ..."""
 
     def split(self, flat: Sequence[Tensor], number: int) -> dict[str, Tensor]:
         """Keys and values of one prefix by name, from those of `current`."""
 
 
 class TrainedPrefixes:
-    """The trained parameters of n prefixes at several sites.
+    """The trained parameters of a block of m prefixes at several sites.
 
     A prefix has one gradient norm, one learning rate and one update over all of its sites.
 
     Args:
+        numbers: Numbers of the prefixes in their group, ascending.
         by_site: Parameters by site, at least one.
 
     Attributes:
+        numbers: Numbers of the prefixes in their group, int64 ``[m]``.
         by_site: Parameters by site, in the order of `SITES`.
-        params: Tensors of all sites that the optimizer updates, each with its number of rows per prefix.
+        params: Tensors of all sites that the optimizer updates.
     """
 
-    def __init__(self, by_site: Mapping[Site, SiteParameters]) -> None:
+    def __init__(self, numbers: Sequence[int], by_site: Mapping[Site, SiteParameters]) -> None:
+        self.numbers = np.array(numbers, np.int64)
         self.by_site = {site: by_site[site] for site in SITES if site in by_site}
-        self.params = [pair for own in self.by_site.values() for pair in own.params]
+        self.params = [t for own in self.by_site.values() for t in own.params]
 
     @property
     def num_trained(self) -> int:
         """Number of parameters that training adjusts for one prefix."""
         return sum(own.num_trained for own in self.by_site.values())
 
-    @property
-    def lengths(self) -> BySite[int]:
-        """Number of rows of a prefix at each site."""
-        return BySite({site: own.length for site, own in self.by_site.items()})
+    def length_at(self, site: Site) -> int:
+        """Number of rows of a prefix at a site, 0 at a site without rows."""
+        return self.by_site[site].length if site in self.by_site else 0
 
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
         """Compute the leaves of the next forward pass, and discard gradients of an unfinished step.
 
         Args:
-            steps: Number of the step of each prefix, int64 ``[n]``, which decides its dropout.
+            steps: Number of the step of each prefix of the group, int64 ``[n]``, which decides its dropout.
             dropout: Whether dropout is applied; evaluation turns it off.
         """
         for own in self.by_site.values():
-            own.refresh(steps, dropout=dropout)
+            own.refresh(steps[self.numbers], dropout=dropout)
 
     def backward(self) -> None:
         """Carry the gradients of the leaves to the parameters, once a step after the last micro-batch."""
@@ -87,7 +96,7 @@ class TrainedPrefixes:
             own.backward()
 
     def current(self) -> list[Tensor]:
-        """Current keys and values of all prefixes, those of each site after each other."""
+        """Current keys and values of the block's prefixes, those of each site after each other."""
         return [t for own in self.by_site.values() for t in own.current()]
 
     def split(self, flat: Sequence[Tensor], number: int) -> dict[str, Tensor]:
@@ -95,7 +104,7 @@ class TrainedPrefixes:
 
         Args:
             flat: Tensors as `current` gives them.
-            number: Number of the prefix.
+            number: Number of the prefix in the block.
         """
         found: dict[str, Tensor] = {}
         start = 0
@@ -104,3 +113,47 @@ class TrainedPrefixes:
             found |= own.split(flat[start:end], number)
             start = end
         return found
+
+
+class SiteLeaves:
+    """The keys and values of several blocks of prefixes at one site, after each other in the tensor of each layer.
+
+    Args:
+        blocks: Parameters of each block that has rows at the site.
+        frozen: Keys and values ``[rows, H, D]`` by layer of the base model of a frozen prefix, which come last; 0 rows
+            without one.
+        source: Layer whose keys and values each layer of the base model reads.
+
+    Attributes:
+        leaves: Keys and values ``[rows, H, D]`` by layer of the base model that the forward pass reads. Those of layers
+            with trained rows have ``requires_grad``.
+    """
+
+    def __init__(self, blocks: Sequence[SiteParameters], frozen: Sequence[LayerKV], source: Sequence[int]) -> None:
+        self.blocks, self.frozen, self.source = list(blocks), list(frozen), list(source)
+        self.layers = sorted({i for own in self.blocks for i in own.layers})
+        self.leaves: list[LayerKV] = list(self.frozen)
+
+    def refresh(self) -> None:
+        """Join the current leaves of the blocks."""
+        joined = list(self.frozen)
+        for layer in self.layers:
+            keys, values = (
+                torch.cat([own.leaves[layer][x].detach() for own in self._at(layer)] + [self.frozen[layer][x]])
+                for x in (0, 1)
+            )
+            joined[layer] = keys.requires_grad_(), values.requires_grad_()
+        self.leaves = [joined[source] for source in self.source]
+
+    def backward(self) -> None:
+        """Carry the gradients to the leaves of the blocks, once a step after the last micro-batch."""
+        for layer in self.layers:
+            for x, joined in enumerate(self.leaves[layer]):
+                end = 0
+                for own in self._at(layer):
+                    leaf = own.leaves[layer][x]
+                    start, end = end, end + len(leaf)
+                    leaf.grad = None if joined.grad is None else joined.grad[start:end]
+
+    def _at(self, layer: int) -> list[SiteParameters]:
+        return [own for own in self.blocks if layer in own.layers]

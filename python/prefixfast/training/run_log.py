@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from prefixfast.io.text import counted
+from prefixfast.io.text import counted, span
 from prefixfast.model.base import compute_line
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixGroup
@@ -26,6 +26,8 @@ def settings_line(group: PrefixGroup, runner: StepRunner) -> str:
     params, examples, jobs = runner.params, runner.examples, group.jobs
     reads = METHODS[group.method_config.method].reads
     each = "" if len(jobs) == 1 else " each"
+    networks = _distinct("mlp" if job.uses_mlp else "none" for job in jobs)
+    numbers = [params.num_trained(i) for i in range(len(jobs))]
     is_prefix = METHODS[group.method_config.method].makes_prefix
     prefixes = f"{counted(len(jobs), 'prefix', 'prefixes')} of {params.description}{each}"
     what = prefixes if is_prefix else params.description
@@ -36,8 +38,8 @@ def settings_line(group: PrefixGroup, runner: StepRunner) -> str:
         *(f"{n} skipped" for n in [examples.num_skipped] if n),
         *(f"{n} truncated" for n in [examples.num_truncated] if n),
         *([f"init {inits}"] if "init" in reads else []),
-        *([f"reparameterization {'mlp' if group.uses_mlp else 'none'}"] if "reparameterization" in reads else []),
-        f"{counted(params.num_trained, 'number')}{each}",
+        *([f"reparameterization {networks}"] if "reparameterization" in reads else []),
+        f"{span(numbers)} {'number' if {*numbers} == {1} else 'numbers'}{each}",
         *options,
         compute_line(runner.model),
     ]

@@ -25,6 +25,7 @@ from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.method import METHODS
 from prefixfast.training.methods.state import MethodState
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
+from prefixfast.training.prefix_tensor import PrefixTensor
 from prefixfast.training.resilience import TokenBudget
 
 
@@ -133,7 +134,7 @@ class StepRunner:
         self.params.refresh(np.full(self.num_prefixes, number, np.int64))
         losses = torch.zeros(self.num_prefixes, dtype=torch.float64)
         for micro in self._micro_batches(self.examples, chosen, prefix):
-            weighted = self._token_losses(micro) * micro.weights.to(self.params.params[0][0].dtype)
+            weighted = self._token_losses(micro) * micro.weights.to(self.params.params[0].tensor.dtype)
             if torch.is_grad_enabled():
                 weighted.sum().backward()
             losses.index_add_(0, micro.target_prefix.cpu(), weighted.detach().double().cpu())
@@ -182,8 +183,13 @@ class StepRunner:
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and optimizer state by name, for `load`."""
-        own = {f"param.{i}": t for i, (t, _) in enumerate(self.params.params)}
+        own = {f"param.{i}": t.tensor for i, t in enumerate(self.params.params)}
         return own | {f"optimizer.{n}": t for n, t in self.optimizer.state().items()}
+
+    def named(self) -> dict[str, PrefixTensor]:
+        """Tensors of `state` that hold rows of prefixes, by their names there."""
+        kinds = ("param", "optimizer.mean", "optimizer.square")
+        return {f"{kind}.{i}": t for i, t in enumerate(self.params.params) for kind in kinds}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load, save
 
 from prefixfast.errors import DataError
-from prefixfast.store.tensor_rows import select_rows
+from prefixfast.store.tensor_rows import kept_owners, select_rows
 
 TENSORS = {
     "two rows": torch.arange(24, dtype=torch.float32).view(6, 2, 2),
@@ -25,6 +25,23 @@ def test_rows_are_those_of_the_prefixes(keep):
         expected = tensor.unflatten(0, (3, -1))[keep].flatten(0, 1)
         assert torch.equal(found[name], expected)
         assert found[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected", "owners"),
+    [
+        ([0, 2], {"x.0": [0, 1], "x.1": [3, 4]}, {"x.0": [0], "x.1": [1]}),
+        ([2, 1], {"x.0": [3, 4, 2, 9]}, {}),
+        ([0], {"x.0": [0, 1]}, {}),
+    ],
+)
+def test_tensors_of_some_prefixes_are_numbered_again(keep, expected, owners):
+    held = {"x.0": [0], "x.1": [1, 2]}
+    tensors = {"x.0": torch.tensor([0, 1]), "x.1": torch.tensor([2, 9, 3, 4]), "y": torch.arange(3)}
+    found = load(select_rows(save(tensors), 3, keep, held))
+    assert found.pop("y").tolist() == keep
+    assert {name: t.tolist() for name, t in found.items()} == expected
+    assert kept_owners(3, keep, held) == owners
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from prefixfast.errors import ConfigError
 from prefixfast.training.batching import BatchOrder
 from prefixfast.training.best_state import BestState
 from prefixfast.training.early_stopping import out_of_patience
+from prefixfast.training.prefix_tensor import PrefixTensor
 from prefixfast.training.trainer import train
 from token_rows import distance, rows
 
@@ -134,13 +135,15 @@ def test_evaluation_does_not_change_training(model):
 
 
 def test_a_nan_loss_is_never_the_best():
-    best = BestState.new([torch.zeros(4, 1, 1)], 2)
+    of_both, of_the_second = PrefixTensor(torch.zeros(4, 1, 1)), PrefixTensor(torch.zeros(3, 1), torch.tensor([1]))
+    best = BestState.new([of_both, of_the_second], 2)
     everyone = torch.tensor([True, True])
-    best.update(everyone, torch.tensor([2.0, torch.nan], dtype=torch.float64), 1, [torch.ones(4, 1, 1)])
-    best.update(everyone, torch.tensor([3.0, 1.0], dtype=torch.float64), 2, [torch.full((4, 1, 1), 2.0)])
-    assert best.step.tolist() == [1, 2]
-    assert best.kv[0].flatten().tolist() == [1, 1, 2, 2]
-    assert out_of_patience(best.num_worse, torch.tensor([1, 1])).tolist() == [True, False]
+    for step, losses in ((1, [2.0, torch.nan]), (2, [3.0, 1.0]), (3, [1.0, 2.0])):
+        now = [t._replace(tensor=torch.full_like(t.tensor, step)) for t in best.kv]
+        best.update(everyone, torch.tensor(losses, dtype=torch.float64), step, now)
+    assert best.step.tolist() == [3, 2]
+    assert [t.tensor.flatten().tolist() for t in best.kv] == [[3, 3, 2, 2], [2, 2, 2]]
+    assert out_of_patience(best.num_worse, torch.tensor([1, 1])).tolist() == [False, True]
     assert out_of_patience(best.num_worse, torch.tensor([0, 0])).tolist() == [False, False]
 
 

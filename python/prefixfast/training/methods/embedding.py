@@ -23,6 +23,7 @@ from prefixfast.training.prefix_sites import TrainedPrefixes
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
+    from prefixfast.training.groups import PrefixJob
 
 
 def make(data: GroupData) -> PrefixState:
@@ -32,27 +33,29 @@ def make(data: GroupData) -> PrefixState:
         ConfigError: If initial values are not those of embeddings, or the results of the base model do not follow from
             embeddings alone.
     """
-    model, length = data.model, data.group.prefix_config.length_at("self")
-    tables = [_initial_table(data, job.init, job.config.seed) for job in data.group.jobs]
-    table = tables[0].to(model.device, model.dtype)
-    _, reason = embedded_tensors(model, table, {"pos_start": length})
-    if reason is not None:
-        msg = f"method 'embedding' does not work with a {type(model.hf).__name__}: {reason}; train a prefix"
-        raise ConfigError(msg)
-    return PrefixState(data, TrainedPrefixes({"self": EmbeddingParameters(model, tables)}))
+    model, jobs = data.model, data.group.jobs
+    blocks = []
+    for numbers in data.group.blocks():
+        tables = [_initial_table(data, jobs[i]) for i in numbers]
+        _, reason = embedded_tensors(model, tables[0].to(model.device, model.dtype), {"pos_start": len(tables[0])})
+        if reason is not None:
+            msg = f"method 'embedding' does not work with a {type(model.hf).__name__}: {reason}; train a prefix"
+            raise ConfigError(msg)
+        blocks.append(TrainedPrefixes(numbers, {"self": EmbeddingParameters(model, tables)}))
+    return PrefixState(data, blocks)
 
 
 @torch.no_grad()
-def _initial_table(data: GroupData, init: object, seed: int) -> Tensor:
+def _initial_table(data: GroupData, job: PrefixJob) -> Tensor:
     """Initial embeddings ``[P, d]`` of one prefix."""
-    model, length = data.model, data.group.prefix_config.length_at("self")
+    model, init, length = data.model, job.init, job.prefix_config.length_at("self")
     embedding = model.hf.get_input_embeddings()
     if init == "text":
         ids = init_text_ids(model, data.job.init_options)
         made: Tensor = embedding(torch.tensor((ids * length)[:length], device=model.device))
         return made
     if init == "random":
-        return torch.randn(length, embedding.weight.shape[1], generator=torch.Generator().manual_seed(seed))
+        return torch.randn(length, embedding.weight.shape[1], generator=torch.Generator().manual_seed(job.config.seed))
     got = shown(init) if isinstance(init, str) else type(init).__name__
     msg = f"init: method 'embedding' starts with 'text' or 'random', got {got}"
     raise ConfigError(msg)

@@ -7,7 +7,7 @@ trained its parameters point at the masters, or in 16 bits at rounded copies of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,7 @@ from prefixfast.model.text_kv import parameter_dtype
 from prefixfast.model.tuned.apply import applied
 from prefixfast.model.tuned.full import TOP_BLOCKS, all_weights, top_weights
 from prefixfast.training.methods.weights import WeightsState
+from prefixfast.training.prefix_tensor import PrefixTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,7 +40,7 @@ class BaseState(WeightsState):
         self.weights = weights
         self.dtypes = {name: p.dtype for name, p in weights.items()}
         # The optimizer takes tensors of at least one dimension; these share the memory of the masters.
-        self.params = [(t.view(-1) if t.ndim == 0 else t, 1) for t in masters.values()]
+        self.params = [PrefixTensor(t.view(-1) if t.ndim == 0 else t) for t in masters.values()]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
@@ -63,15 +64,15 @@ class BaseState(WeightsState):
             if p.dtype != master.dtype:
                 p.copy_(master.view(p.shape))
 
-    def current(self) -> list[Tensor]:
+    def current(self) -> list[PrefixTensor]:
         """The weights in the base model's dtype, in which they are evaluated and stored."""
         dtypes = self.dtypes.values()
-        return [t.to(dtype) for (t, _), dtype in zip(self.params, dtypes, strict=True)]
+        return [PrefixTensor(t.to(dtype)) for (t, _), dtype in zip(self.params, dtypes, strict=True)]
 
-    def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
+    def split(self, flat: Sequence[PrefixTensor], number: int) -> dict[str, Tensor]:
         """The weights by name, on the CPU."""
         shaped = zip(self.tensors, flat, self.weights.values(), strict=True)
-        return {name: t.view(p.shape).cpu() for name, t, p in shaped}
+        return {name: t.view(p.shape).cpu() for name, (t, _), p in shaped}
 
 
 def _carried_to(master: Tensor) -> Callable[[Tensor], None]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.training.method import METHODS
+from prefixfast.training.prefix_tensor import PrefixTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,15 +29,14 @@ class MethodState(Protocol):
     """The state that a method trains: n prefixes, or the weights of one name.
 
     Attributes:
-        params: Tensors that the optimizer updates, each with its number of rows of each prefix; weights of one name
-            have 1.
+        params: Tensors that the optimizer updates, each with the prefixes that have rows in it. Those of weights belong
+            to one name.
     """
 
-    params: list[tuple[Tensor, int]]
+    params: list[PrefixTensor]
 
-    @property
-    def num_trained(self) -> int:
-        """Number of parameters that training adjusts for one name."""
+    def num_trained(self, number: int) -> int:
+        """Number of parameters that training adjusts for a name with a number."""
 
     @property
     def description(self) -> str:
@@ -62,10 +63,10 @@ class MethodState(Protocol):
     def plan(self, micro: MicroBatch) -> Plan | Seq2SeqPlan:
         """Attention plan of a micro-batch."""
 
-    def current(self) -> list[Tensor]:
+    def current(self) -> list[PrefixTensor]:
         """Tensors of the result, of all names; they can be views of the parameters."""
 
-    def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
+    def split(self, flat: Sequence[PrefixTensor], number: int) -> dict[str, Tensor]:
         """Tensors of one name by their names in the result, on the CPU; they can be views of ``flat``.
 
         Args:

@@ -19,8 +19,7 @@ if TYPE_CHECKING:
 class TextPrefix(PrefixState):
     """Keys and values of a text, which no training adjusts."""
 
-    @property
-    def num_trained(self) -> int:
+    def num_trained(self, number: int) -> int:
         """Zero."""
         return 0
 
@@ -28,4 +27,5 @@ class TextPrefix(PrefixState):
 def make(data: GroupData) -> TextPrefix:
     """Keys and values of the text of a group of one name."""
     ids = text_ids(data.model, data.group, data.job.init_options)
-    return TextPrefix(data, prefix_parameters(data, {"self": [text_kv(data.model, ids, len(ids))]}))
+    block = prefix_parameters(data, [0], {"self": [text_kv(data.model, ids, len(ids))]}, is_only=True)
+    return TextPrefix(data, [block])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.attention.plan import Plan, plain_plan
@@ -12,6 +12,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.model.tuned.apply import applied
 from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.training.batching import MicroBatch
+from prefixfast.training.prefix_tensor import PrefixTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +34,9 @@ class WeightsState:
     def __init__(self, data: GroupData, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]) -> None:
         self.model, self.method = data.model, data.group.method_config.method
         self.tensors, self.options = dict(tensors), dict(options)
-        self.params = [(t, 1) for t in self.tensors.values()]
+        self.params = [PrefixTensor(t) for t in self.tensors.values()]
 
-    @property
-    def num_trained(self) -> int:
+    def num_trained(self, number: int) -> int:
         """Number of parameters that training adjusts."""
         return sum(t.numel() for t in self.tensors.values())
 
@@ -67,13 +67,13 @@ class WeightsState:
             return plain_plan(lengths, backend=backend, device=device)
         return plain_seq2seq_plan(lengths, texts.tolist(), backend=backend, device=device)
 
-    def current(self) -> list[Tensor]:
+    def current(self) -> list[PrefixTensor]:
         """The tensors."""
-        return [t.detach() for t in self.tensors.values()]
+        return [PrefixTensor(t.detach()) for t in self.tensors.values()]
 
-    def split(self, flat: list[Tensor], number: int) -> dict[str, Tensor]:
+    def split(self, flat: Sequence[PrefixTensor], number: int) -> dict[str, Tensor]:
         """The tensors by name, on the CPU."""
-        return {name: t.cpu() for name, t in zip(self.tensors, flat, strict=True)}
+        return {name: t.cpu() for name, (t, _) in zip(self.tensors, flat, strict=True)}
 
     def build(self, tensors: dict[str, Tensor], job: PrefixJob, fields: dict[str, Any]) -> TunedWeights:
         """Make the weights."""
