@@ -210,7 +210,7 @@ def test_epochs_of_one_prefix_replace_the_steps_of_the_run(model, given):
     ("overrides", "message"),
     [
         ({"anm": {"seed": 1}}, "did you mean 'ann'"),
-        ({"ann": {"prefix_length": 3}}, "unknown option 'prefix_length'"),
+        ({"ann": {"loss": "token_mean"}}, "unknown option 'loss'"),
         ({"ann": {"seed": "x"}}, "TrainConfig.seed"),
         ({"ann": 3}, "expected a mapping"),
         ([("ann", {})], "expected a mapping"),

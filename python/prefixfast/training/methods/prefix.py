@@ -82,7 +82,7 @@ class PrefixState:
         sites = [site for site in self.model.sites if any(site in block.by_site for block in self.blocks)]
         by_site = {site: span([block.length_at(site) for block in self.blocks]) for site in sites}
         rows = [sum(own.length for own in block.by_site.values()) for block in self.blocks]
-        total = f"{span(rows)} {'prefix row' if rows == [1] else 'prefix rows'}"
+        total = f"{span(rows)} {'prefix row' if {*rows} == {1} else 'prefix rows'}"
         if self.model.seq2seq is None:
             return total
         return f"{total} ({', '.join(f'{site} {length}' for site, length in by_site.items())})"

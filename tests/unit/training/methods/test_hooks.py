@@ -107,7 +107,7 @@ def test_weights_stay_in_the_base_from_step_to_step_without_a_hook(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", [{"method": "full"}, {"method": "lora"}, {"init": "random", "sweep": {"prefix_length": [2, 3, 4]}}]
+    "how", [{"method": "full"}, {"method": "lora"}, {"init": "random", "sweep": {"max_length": [30, 40, 50]}}]
 )
 def test_a_dry_run_frees_each_group_before_the_next(how, monkeypatch):
     made, make = [], loop.make
