@@ -225,7 +225,7 @@ def test_a_single_prefix_resumes(model, tmp_path):
 
 
 def test_a_sweep_resumes(model, tmp_path):
-    how = {"sweep": {"prefix_length": [2, 3], "seed": [0, 1]}}
+    how = {"sweep": {"max_length": [30, 40], "prefix_length": [2, 3]}}
     whole = train(model, DATA["b"], **HOW, **how)
     with pytest.raises(Cut):
         train(model, DATA["b"], store=tmp_path, callbacks=[CutSecond()], **HOW, **how)
