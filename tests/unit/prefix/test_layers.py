@@ -183,13 +183,9 @@ def test_initial_values(model, tokenizer, folder):
         assert train(base, data, init=part, layers=[1], max_steps=1, progress=False).digest == more.digest
         with pytest.raises(ConfigError, match=r"layers: the prefix in init has 1, got 0, 1"):
             train(base, data, init=part, layers=[0, 1], progress=False)
-        with pytest.raises(ConfigError, match="in the same layers"):
-            train(
-                base,
-                {"x": data, "y": data},
-                init={"x": part, "y": dataclasses.replace(whole, kv={n: whole.kv[n] for n in names(0)})},
-                progress=False,
-            )
+        init = {"x": part, "y": dataclasses.replace(whole, kv={n: whole.kv[n] for n in names(0)})}
+        both = train(base, {"x": data, "y": data}, init=init, max_steps=1, progress=False)
+        assert [p.layers for p in both.values()] == [(1,), (0,)]
 
 
 def test_wrong_layers(model):
