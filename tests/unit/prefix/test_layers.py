@@ -190,7 +190,7 @@ def test_initial_values(model, tokenizer, folder):
 
 def test_wrong_layers(model):
     for wrong in ([], [-1], [0, 0], [1, "2"], ["0"], [None], [True], "01", 3, [1.0]):
-        with pytest.raises(ConfigError, match=r"PrefixConfig\.layers: expected at least one layer number"):
+        with pytest.raises(ConfigError, match=r"PrefixConfig\.layers: expected a list of at least one layer number"):
             PrefixConfig(layers=wrong)
     assert PrefixConfig(layers=range(2, 4)).layers == PrefixConfig(layers=np.array([3, 2])).layers == (2, 3)
     with pytest.raises(ConfigError, match=r"expected numbers from 0 to 2 \(this base has 3 layers\), got 3"):
@@ -204,7 +204,7 @@ def test_the_only_site_and_the_only_objective(model):
     assert named.digest == plain.digest
     assert named.training["prefix_config"] == plain.training["prefix_config"]
     assert PrefixConfig(prefix_length={"self": 7}, sites=["self"]) == PrefixConfig(prefix_length=7, sites=("self",))
-    for wrong in ({"sites": []}, {"sites": "self"}, {"sites": ["self", "self"]}, {"prefix_length": {}}):
+    for wrong in ({"sites": []}, {"sites": ["self", "self"]}, {"prefix_length": {}}):
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))}: expected at least one of the sites"):
             PrefixConfig(**wrong)
     for wrong in ({"sites": ["self", "cross"]}, {"prefix_length": {"enc": 3}}, {"layers": {"cross": [0]}}):
