@@ -43,7 +43,7 @@ demo: $(VENV)/.built ## train prefixes at once, generate one mixed batch (MODEL=
 
 test: lint ## lint, then the fast tests
 	cargo test -q --workspace
-	$(PY) -m pytest
+	$(PY) -m pytest --deselect tests/rust/test_stubs.py # lint has run it
 
 test-long: $(VENV)/.built ## the tests that take minutes each (real weights)
 	$(PY) -m pytest -m long

@@ -43,7 +43,7 @@ def count_steps(engine: Engine) -> list[tuple[int, int]]:
     return steps
 
 
-@pytest.mark.parametrize("limits", [(4, 64), (16, 12), (8, 24), (64, 6)], ids=str)
+@pytest.mark.parametrize("limits", [(4, 64), pytest.param((16, 12), marks=pytest.mark.long), (8, 24), (64, 6)], ids=str)
 def test_limits_hold_in_every_step(base, make_prefix, limits):
     sequences, tokens = limits
     prefixes = [None, make_prefix(1), make_prefix(2, length=9)]

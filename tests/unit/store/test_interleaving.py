@@ -96,7 +96,7 @@ def export_all(store: PrefixStore, stays: bool) -> None:
 OPERATIONS = (put_mine, delete_all, read, read_by_entry, list_versions, roll_back, list_all, verify, export_all)
 
 
-@pytest.mark.parametrize("stride", [12, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_change_in_the_middle_of_an_operation(tmp_path, operation, change, stride):
