@@ -89,19 +89,32 @@ def all_logits(model: Model, kvs: Sequence[KV], starts: Sequence[int], used: Seq
     return list(model.forward(plan, torch.cat(decoder), torch.cat(encoder)).split(DECODER_LENGTHS))
 
 
+USED = [[0], [], [1], [0], [0], []]  # prefixes of each request
+
+
+def prefixes_of(hf: PreTrainedModel, number: int, sites: Sequence[str]) -> tuple[list[KV], list[int]]:
+    """Tensors and first decoder positions of two prefixes, of which the first one has all of the sites."""
+    kvs = [random_kv(hf, {s: LENGTHS[s] for s in sites}, seed=7 + number), random_kv(hf, {"cross": 4})]
+    return kvs, [LENGTHS["self"] if "self" in sites else 0, 0]
+
+
+def oracle_logits(hf: PreTrainedModel, kvs: Sequence[KV], starts: Sequence[int]) -> list[Tensor]:
+    """Logits of each request alone by the oracle."""
+    return [
+        logits_of(hf, e, d, *((kvs[own[0]], starts[own[0]]) if own else ({}, 0)))
+        for e, d, own in zip(*texts(), USED, strict=True)
+    ]
+
+
 def check(name: str, subsets: Sequence[Sequence[str]], backend: str) -> None:
     """Two prefixes at each subset of the sites and requests without one, packed and mixed."""
     hf, own = make(name), make(name)
-    encoder, decoder = texts()
     with load(hf, backend=backend) as model, torch.no_grad():
         for number, sites in enumerate(subsets):
-            kvs = [random_kv(own, {s: LENGTHS[s] for s in sites}, seed=7 + number), random_kv(own, {"cross": 4})]
-            starts = [LENGTHS["self"] if "self" in sites else 0, 0]
-            used = [[0], [], [1], [0], [0], []]
-            got = all_logits(model, kvs, starts, used)
-            for part, e, d, prefixes in zip(got, encoder, decoder, used, strict=True):
-                kv, start = (kvs[prefixes[0]], starts[prefixes[0]]) if prefixes else ({}, 0)
-                assert relative(part, logits_of(own, e, d, kv, start)) < 1e-5, (sites, prefixes)
+            kvs, starts = prefixes_of(own, number, sites)
+            got = all_logits(model, kvs, starts, USED)
+            for part, expected, prefixes in zip(got, oracle_logits(own, kvs, starts), USED, strict=True):
+                assert relative(part, expected) < 1e-5, (sites, prefixes)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -124,22 +137,18 @@ def check_gradients(name: str, subsets: Sequence[Sequence[str]], backend: str) -
     hf, own = make(name), make(name)
     encoder, decoder = texts()
     own.requires_grad_(False)
-    used = [[0], [], [1], [0], [0], []]
     targets = random_texts(DECODER_LENGTHS, seed=3)
     with load(hf, backend=backend) as model:
         for number, sites in enumerate(subsets):
-            made = [random_kv(own, {s: LENGTHS[s] for s in sites}, seed=7 + number), random_kv(own, {"cross": 4})]
-            starts = [LENGTHS["self"] if "self" in sites else 0, 0]
+            made, starts = prefixes_of(own, number, sites)
             ours, theirs = ([{n: t.clone().requires_grad_() for n, t in kv.items()} for kv in made] for _ in range(2))
-            plan = plan_of(model, ours, starts, used).with_logits_at(torch.arange(sum(DECODER_LENGTHS)))
+            plan = plan_of(model, ours, starts, USED).with_logits_at(torch.arange(sum(DECODER_LENGTHS)))
             losses = model.losses(plan, torch.cat(decoder), torch.cat(targets), torch.cat(encoder))
             losses.sum().backward()
-            expected = []
-            for e, d, wanted, prefixes in zip(encoder, decoder, targets, used, strict=True):
-                kv, start = (theirs[prefixes[0]], starts[prefixes[0]]) if prefixes else ({}, 0)
-                expected.append(F.cross_entropy(logits_of(own, e, d, kv, start), wanted, reduction="none"))
-            torch.cat(expected).sum().backward()
-            assert relative(losses.detach(), torch.cat(expected).detach()) < 1e-5
+            logits = torch.cat(oracle_logits(own, theirs, starts))
+            expected = F.cross_entropy(logits, torch.cat(targets), reduction="none")
+            expected.sum().backward()
+            assert relative(losses.detach(), expected.detach()) < 1e-5
             largest = max(t.grad.abs().max() for kv in theirs for t in kv.values())
             for mine, reference in zip(ours, theirs, strict=True):
                 for tensor in reference:

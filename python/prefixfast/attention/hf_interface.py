@@ -111,16 +111,7 @@ def prefixfast_attention(
             raise RuntimeError(msg)
     else:
         plan, site, layer, bias = _tagged(module, tag, prefixfast, other)
-    if unknown := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
-        names = ", ".join(sorted(unknown))
-        msg = f"{type(module).__name__} passes {names} to attention, which prefixfast does not compute"
-        raise RuntimeError(msg)
-    if attention_mask is not None:
-        msg = f"{type(module).__name__} passes a mask of its own to attention, which prefixfast does not apply"
-        raise RuntimeError(msg)
-    if dropout:
-        msg = "attention dropout is on: prefixfast runs the frozen base in eval mode; call model.eval()"
-        raise RuntimeError(msg)
+    _check_call(module, attention_mask, dropout, other)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, D], views
     given, count = len(q), plan.position_ids.shape[1]
     if given != count:  # the model was given a single token twice
@@ -141,6 +132,20 @@ def prefixfast_attention(
             plan.probe(AttentionCall(layer, q, k, v, lse, *options, site, bias))
     out = out[..., : v.shape[-1]]
     return (out if given == count else out.expand(given, -1, -1))[None], None
+
+
+def _check_call(module: torch.nn.Module, attention_mask: Tensor | None, dropout: float, other: dict[str, Any]) -> None:
+    """Raise `RuntimeError` for a keyword, a mask or a dropout that the attention function does not compute."""
+    if unknown := {k for k, v in other.items() if v is not None and v is not False and k not in HARMLESS}:
+        names = ", ".join(sorted(unknown))
+        msg = f"{type(module).__name__} passes {names} to attention, which prefixfast does not compute"
+        raise RuntimeError(msg)
+    if attention_mask is not None:
+        msg = f"{type(module).__name__} passes a mask of its own to attention, which prefixfast does not apply"
+        raise RuntimeError(msg)
+    if dropout:
+        msg = "attention dropout is on: prefixfast runs the frozen base in eval mode; call model.eval()"
+        raise RuntimeError(msg)
 
 
 def _tagged(
