@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 CHIPS = ("sm80", "sm90", "sm100", "gfx942")
 KERNELS = ("prefix_fwd", "prefix_bwd_dq", "prefix_bwd_kv", "prefix_bwd_block")
-MAX_BIASED_HEAD_DIM = 128  # larger head dims are not compiled with a position bias, because no model has them
+MAX_BIASED_HEAD_DIM = 128  # the position bias is compiled for powers of two up to this, as models with one have
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,14 @@ PACKED_CONFIGS: dict[tuple[str, int, int], PackedConfig] = {
     ("sm100", 64, 4): _packed(
         (32, 32, 32), ((32, 4, 2),), ((32, 8, 2), (32, 8, 2), (32, 4, 2)), ((16, 4, 2),), ((16, 4, 2),)
     ),
-    ("sm100", 128, 4): _packed((32, 16, 16), ((16, 8, 2),), ((16, 8, 2),), ((16, 4, 2),), ((16, 4, 2), (16, 8, 2))),
+    ("sm100", 128, 4): _packed(
+        (32, 16, 16),
+        ((16, 8, 2),),
+        ((16, 8, 2),),
+        ((16, 4, 2),),
+        ((16, 4, 2), (16, 8, 2)),
+        biased={"prefix_fwd": (32, 16, 2)},
+    ),
     ("sm100", 256, 4): _packed((16, 16, 16), ((16, 8, 2),), ((16, 8, 2),), ((16, 8, 1), (16, 8, 3)), ((16, 8, 2),)),
     ("gfx942", 64, 4): _packed((32, 32, 32), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),)),
     ("gfx942", 128, 4): _packed((32, 16, 16), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),), ((16, 4, 2),)),

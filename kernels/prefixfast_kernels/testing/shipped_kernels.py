@@ -71,6 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "not causal": {"CAUSAL": False},
     "bias": {"BIAS": True, "G": 1},
     "bias, not causal": {"BIAS": True, "G": 1, "CAUSAL": False},
+    "bias, arena": {"BIAS": True, "G": 1, "ARENA": True},
     "G = 1": {"G": 1},
     "G = 3": {"G": 3},
     "G = 8": {"G": 8},
@@ -231,6 +232,8 @@ def _ships(kernel: Kernel) -> bool:
         return dtype == "fp32" and head_dim == 64 and variant in ("plain", "no gradient")
     parameters = set(FUNCTIONS[name].arg_names)
     if variant.startswith("bias"):  # models with a bias have no groups and head dims of a power of two
+        if flags.get("ARENA") and name != "prefix_fwd":  # a prefill that continues prompts has no gradient
+            return False
         return head_dim in COMMON_HEAD_DIMS and dtype != "fp16" and parameters >= set(flags)
     if variant != "plain" and (variant == "no gradient" or not parameters & set(flags)):
         return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from prefixfast.attention import cpu_decode
 from prefixfast.attention.backends import Unsupported, describe_choice
@@ -17,12 +18,22 @@ from prefixfast_kernels.tile_configs import MAX_BIASED_HEAD_DIM
 from prefixfast_kernels.tile_selection import Backend, TileSizes
 
 BIAS_WITH_CAP = "a position bias with a soft cap"
-BIAS_WITH_LARGE_HEADS = f"a position bias with a head dim above {MAX_BIASED_HEAD_DIM}"
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _holding(reasons: Mapping[str, bool]) -> list[str]:
     return [reason for reason, holds in reasons.items() if holds]
+
+
+def _bias_unsupported_by_triton(q: Tensor, k: Tensor, options: AttnOptions) -> dict[str, bool]:
+    """Reasons why the Triton kernels do not take a position bias: no model needs it, and it is not compiled."""
+    head_dim = q.shape[2]
+    return {
+        BIAS_WITH_CAP: options.softcap > 0,
+        "a position bias with a sliding window": options.window > 0,
+        "a position bias with grouped query heads": q.shape[1] != k.shape[1],
+        f"a position bias at head dim {head_dim}": head_dim & (head_dim - 1) > 0 or head_dim > MAX_BIASED_HEAD_DIM,
+    }
 
 
 def packed_unsupported(
@@ -53,8 +64,7 @@ def packed_unsupported(
         BIAS_WITH_CAP: has_bias and options.softcap > 0,
     }
     triton_reasons = {
-        BIAS_WITH_CAP: has_bias and options.softcap > 0,
-        BIAS_WITH_LARGE_HEADS: has_bias and q.shape[2] > MAX_BIASED_HEAD_DIM,
+        **(_bias_unsupported_by_triton(q, k, options) if has_bias else {}),
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "keys of another dtype than the queries": not q.dtype == k.dtype == v.dtype,
         "tables without tiles": not sizes.tokens,
@@ -76,8 +86,7 @@ def decode_unsupported(
     q = inputs.q
     torch_reasons = {BIAS_WITH_CAP: has_bias and options.softcap > 0}
     triton_reasons = {
-        BIAS_WITH_CAP: has_bias and options.softcap > 0,
-        BIAS_WITH_LARGE_HEADS: has_bias and q.shape[2] > MAX_BIASED_HEAD_DIM,
+        **(_bias_unsupported_by_triton(q, inputs.k_arena, options) if has_bias else {}),
         f"{q.dtype}": q.dtype not in TRITON_DTYPES,
         "tables without work": not has_work,
     }

@@ -99,18 +99,27 @@ def test_a_backend_requested_by_name_does_not_fall_back(change):
         ops.attn(*tensors, *arguments)
 
 
-@pytest.mark.parametrize(("head_dim", "has_bias"), [(128, True), (256, True), (256, False)])
-def test_triton_refuses_a_position_bias_at_head_dims_that_are_not_compiled(head_dim, has_bias):
-    pytest.importorskip("triton")
-    from prefixfast_kernels.testing.shipped_kernels import shipped_kernels
+BIASED = {"head_dim": 64, "heads": 2, "window": 0}
+NOT_COMPILED = {
+    "head dim 96": {"head_dim": 96},
+    "head dim 256": {"head_dim": 256},
+    "grouped query heads": {"heads": 4},
+    "a sliding window": {"window": 9},
+}
 
-    compiled = {k.head_dim for k in shipped_kernels() if k.variant.startswith("bias")}
-    x, options = torch.empty(1, 1, head_dim), AttnOptions(1.0)
-    for unsupported in (
-        packed_unsupported(AttnInputs(x, x, x), options, SIZES, has_bias=has_bias),
-        decode_unsupported(DecodeInputs(x, x, x, x), options, has_work=True, has_bias=has_bias),
-    ):
-        assert bool(unsupported["triton"]) == (has_bias and head_dim not in compiled)
+
+@pytest.mark.parametrize("reason", [None, "head dim 128", *NOT_COMPILED])
+def test_triton_takes_a_position_bias_where_it_is_compiled(reason):
+    given = BIASED | ({"head_dim": 128} if reason == "head dim 128" else NOT_COMPILED.get(reason, {}))
+    q, k = torch.empty(1, given["heads"], given["head_dim"]), torch.empty(1, 2, given["head_dim"])
+    options = AttnOptions(1.0, given["window"])
+    for has_bias in (False, True):
+        for unsupported in (
+            packed_unsupported(AttnInputs(q, k, k), options, SIZES, has_bias=has_bias),
+            decode_unsupported(DecodeInputs(q, k, k, k), options, has_work=True, has_bias=has_bias),
+        ):
+            refused = has_bias and reason in NOT_COMPILED
+            assert [reason in text for text in unsupported["triton"]] == [True] * refused
 
 
 def test_a_call_unsupported_by_torch_runs_on_the_reference_and_is_logged(caplog):
