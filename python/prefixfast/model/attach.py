@@ -22,7 +22,7 @@ from transformers.activations import NewGELUActivation
 from prefixfast.config.sites import BySite, Site
 from prefixfast.errors import ConfigError
 from prefixfast.model.attention_switch import configs_of, own_implementation, private_configs, switch
-from prefixfast.model.dry_run import LayerShape, dry_run
+from prefixfast.model.dry_run import FAILURES, LayerShape, dry_run
 from prefixfast.model.guard import BaseGuard
 from prefixfast.model.own_attention import foreign_attention
 from prefixfast.model.process import note_computing
@@ -150,8 +150,9 @@ def _seq2seq_handle(model: PreTrainedModel, undo: list[Callable[[], None]]) -> H
     undo.append(set_tags(modules))
     try:
         refresh = FAMILIES[kind].hook(model, modules, undo)
-    except AttributeError as e:
-        msg = f"cannot attach {type(model).__name__} ({kind}): its modules are not those of the type {kind}: {e}"
+    except FAILURES as e:
+        reason = f"its positions are not those of the type {kind}: {type(e).__name__}: {e}"
+        msg = f"cannot attach {type(model).__name__} ({kind}): {reason}"
         raise ConfigError(msg) from e
     with _independent_rows(model):
         sites = seq2seq_dry_run(model, modules)

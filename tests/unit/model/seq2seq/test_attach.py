@@ -74,7 +74,7 @@ def test_a_family_whose_hook_fails_leaves_nothing_behind(name, monkeypatch):
         raise KeyError
 
     monkeypatch.setattr("prefixfast.model.attach.FAMILIES", {hf.config.model_type: type(family)(hook, lambda _: 1)})
-    with pytest.raises(KeyError):
+    with pytest.raises(ConfigError, match="its positions are not those of the type"):
         attach(hf)
     assert state(hf) == before
 
@@ -202,8 +202,9 @@ def named(own: str, kind: str) -> Any:
 REASONS = [
     (lambda: make_seq2seq("bart").get_encoder(), "it has no output layer; give the whole model"),
     (lambda: make_seq2seq("t5").get_decoder(), "it has no output layer; give the whole model"),
-    (lambda: named("bart", "t5"), "its modules are not those of the type t5"),
-    (lambda: named("t5", "bart"), "its modules are not those of the type bart"),
+    (lambda: named("bart", "t5"), "its positions are not those of the type t5"),
+    (lambda: named("t5", "bart"), "its positions are not those of the type bart"),
+    (lambda: make_seq2seq("t5", relative_attention_num_buckets=2), "its positions are not those of the type t5"),
     (lambda: make_seq2seq("bart", decoder_start_token_id=99), "decoder_start_token_id: expected a token id below 99"),
     (without_start, "expected decoder_start_token_id in its generation config or its config"),
     (without_head, "it has no output layer"),
