@@ -304,6 +304,29 @@ def planning(found: list[Record]) -> Iterator[Cell]:
         yield from ((PLANNING[name], heading, f"{v:.0f}") for heading, v in zip(headings, values, strict=True))
 
 
+VERSION_CASES = {
+    "decode": "decode step of 32 rows, {0}, {1}, P = {2}, {3} a request",
+    "generate": "`generate`, 32 tokens for 32 rows, {0}, {1}, P = {2}, {3} a request",
+    "train": "training step of {3} prefixes, {0}, {1}, P = {2}",
+    "load_prefix": "load of a prefix into the KV cache, {0}, {1}, P = {2}",
+    "load_base": "`load`, {0}, {1}",
+    "imports": "`import {0}`",
+}
+
+
+def two_versions(found: list[Record]) -> Iterator[Cell]:
+    """Ratio of CPU time after a change to that before, by case."""
+    sequences = {"1": "1 sequence", "4": "4 beams"}
+    for r in found:
+        words = [{"float32": "fp32", "bfloat16": "bf16", "gpt2": "GPT-2 124M"}.get(x, x) for x in r["arguments"]]
+        if r["kind"] in ("decode", "generate"):
+            words[3] = sequences[words[3]]
+        row, ratio = VERSION_CASES[r["kind"]].format(*words), r["cpu_ratio"]
+        yield row, "median", f"{ratio['median']:.2f}"
+        yield row, "quartiles", f"{ratio['q1']:.2f} to {ratio['q3']:.2f}"
+        yield row, "range", f"{ratio['min']:.2f} to {ratio['max']:.2f}"
+
+
 def tiering(found: list[Record]) -> Iterator[Cell]:
     """Time between two tokens with all prefixes resident and with few."""
     *both, ratio = found
@@ -659,6 +682,7 @@ TABLES: dict[str, Table] = {
     ),
     "seq2seq-generate": Table(("seq2seq-*.jsonl",), seq2seq("generate"), "tokens/s"),
     "seq2seq-train": Table(("seq2seq-*.jsonl",), seq2seq("train"), "tokens/s"),
+    "two-versions": Table(("two-versions.jsonl",), two_versions, "CPU time after / before"),
     "scitldr": Table(
         ("scitldr.jsonl",),
         scitldr,

@@ -241,15 +241,14 @@ class Version:
 
 def cases(model: str) -> Iterator[list[object]]:
     """All kinds with their arguments."""
-    for dtype in ("float32", "bfloat16"):
-        for length in (10, 200):
-            yield from (["decode", "gpt2", dtype, length, beams] for beams in (1, 4))
-        yield from (["decode", model, dtype, 10, beams] for beams in (1, 4))
-        yield from (["generate", model, dtype, 10, beams] for beams in (1, 4))
-        yield ["train", model, dtype, 10, 16]
-        yield from (["load_prefix", shape, dtype, length] for shape in ("gpt2", model) for length in (10, 200))
-        yield ["load_base", model, dtype]
+    yield from (["load_prefix", shape, "float32", length] for shape in ("gpt2", model) for length in (10, 200))
     yield from (["imports", module] for module in ("prefixfast", "prefixfast.engine.engine"))
+    yield ["load_base", model, "float32"]
+    for dtype in ("float32", "bfloat16"):
+        yield from ([kind, model, dtype, 10, beams] for kind in ("decode", "generate") for beams in (1, 4))
+        yield ["train", model, dtype, 10, 16]
+    for dtype in ("float32", "bfloat16"):
+        yield from (["decode", "gpt2", dtype, length, beams] for length in (10, 200) for beams in (1, 4))
 
 
 def compare(trees: list[Path], case: list[object], restarts: int, rounds: int) -> dict[str, object]:
@@ -287,8 +286,8 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--model", default="nlg-10m", help="folder of a small base")
-    parser.add_argument("--restarts", type=int, default=3, help="pairs of processes")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds of each pair")
+    parser.add_argument("--restarts", type=int, default=2, help="pairs of processes")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each pair")
     parser.add_argument("--only", default="", help="kind, or its first arguments, as in 'decode gpt2 float32'")
     given = parser.parse_args()
     from prefixfast.bench.harness import write_rows
