@@ -118,7 +118,7 @@ class Seq2SeqPlan:
 
 
 def _texts(plan: Plan, texts: slice, tokens: slice) -> Plan:
-    """Plan of some texts of an encoder. Its tables of blocks and tiles stay those of all texts."""
+    """Plan of some sources. Its tables of blocks and tiles stay those of all sources."""
     assert plan.packed is not None
     packed = []
     for tables in plan.packed:

@@ -55,9 +55,9 @@ def check_rows(
         int | None,
         typer.Option(
             min=2,
-            help="Number of tokens above which an example, or the text of an encoder, counts as too long. Needs "
-            "--model. In training the prefix takes positions too, so that an example that fits here can be too long "
-            "there.",
+            help="Number of tokens above which an example, or the source of an encoder-decoder base, counts as too "
+            "long. Needs --model. In training the prefix takes positions too, so that an example that fits here can "
+            "be too long there.",
             show_default="all positions of the model",
         ),
     ] = None,
@@ -143,7 +143,7 @@ def _lines(report: DataReport) -> list[str]:
         for name, at in of.items():
             out.append(f"  {unit} of the {name}: " + ", ".join(f"{v} at {p} %" for p, v in at.items()))
     if report.tokens and report.max_length:
-        what = "examples" if "example" in report.tokens else "texts of the encoder"
+        what = "examples" if "example" in report.tokens else "sources"
         out.append(f"  over {report.max_length} tokens: {report.too_long} {what}")
     if report.unread:
         out.append(f"  unused columns: {', '.join(report.unread)}")

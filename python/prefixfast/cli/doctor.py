@@ -170,7 +170,7 @@ def _positions(base: Model) -> str:
 
 
 def _describe_cross(base: Model) -> dict[str, Any]:
-    """What a text of an encoder-decoder base takes in an engine."""
+    """Memory of a source of an encoder-decoder base in an engine."""
     from prefixfast.engine.explain import SOURCE_LENGTH
     from prefixfast.engine.kv_arena import bytes_per_row, cross_rows
 

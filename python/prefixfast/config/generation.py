@@ -91,7 +91,7 @@ class GenerationParams(Options):
     )
     encoder_no_repeat_ngram_size: int | None = option(
         None,
-        "length in tokens of sequences of the encoder's text, or of a decoder-only base's prompt, that do not occur in "
+        "length in tokens of sequences of the source, or of a decoder-only base's prompt, that do not occur in "
         "the text; 0 turns it off; None inherits, built-in 0",
         COUNT_OR_ZERO,
     )
@@ -117,7 +117,7 @@ class GenerationParams(Options):
     )
     max_source_length: int | None = option(
         None,
-        "largest number of tokens of the encoder's text, for encoder-decoder bases; a longer text loses its end but "
+        "largest number of tokens of the source, the text that the encoder reads; a longer one loses its end but "
         "keeps its last special tokens; None inherits, built-in no truncation",
         COUNT,
     )

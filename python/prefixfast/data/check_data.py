@@ -57,8 +57,8 @@ class BaseVocabulary:
     Attributes:
         tokenizer: Tokenizer that counts tokens and writes conversations; None counts characters only.
         vocab_size: Number of tokens of the vocabulary, against which ``input_ids`` are checked.
-        max_length: Largest number of tokens of an example, for an encoder-decoder base model those of the encoder's
-            text; None for no limit.
+        max_length: Largest number of tokens of an example, for an encoder-decoder base model those of the
+            source; None for no limit.
         decoder: Tokens of the decoder of an encoder-decoder base model, None for a decoder-only one.
     """
 
@@ -84,7 +84,8 @@ class DataReport:
         tokens: Percentiles of the lengths of ``example``, of ``source`` for an encoder-decoder base model, and of
             ``target`` in tokens; empty without a tokenizer.
         max_length: Limit that ``too_long`` counts against, None without one.
-        too_long: Number of examples, or of texts of an encoder, with more than ``max_length`` tokens.
+        too_long: Number of examples, or of sources of an encoder-decoder base model, with more than ``max_length``
+            tokens.
         unread: Columns that the task's format does not read.
         warnings: Sentences on rows that training takes, but that are likely a mistake.
         notes: Sentences on columns whose names have a meaning in other rows, and on how rows of a public data set are

@@ -78,7 +78,7 @@ def explain(model: Model, loop: Loop, config: EngineConfig) -> EngineExplanation
 
 
 def max_source_tokens(config: EngineConfig) -> int:
-    """Largest number of tokens of a text for the encoder, which is not cut over several steps.
+    """Largest number of tokens of a source, which is not cut over several steps.
 
     Args:
         config: Options of the engine.
@@ -88,14 +88,14 @@ def max_source_tokens(config: EngineConfig) -> int:
 
 
 def _encoder(positions: int, most: int) -> str:
-    """Limit of the encoder's texts, which are those of the base model and of a step."""
+    """Largest number of tokens of a source, by the positions of the encoder and the tokens of a step."""
     step = "max_num_batched_tokens less the sequences that a step decodes"
     limit, reason = (positions, "the positions of the encoder") if positions <= most else (most, step)
     return f"runs once for each request, on texts of at most {limit} tokens; {reason}"
 
 
 def describe_cross(model: Model) -> str:
-    """Arena rows and bytes of the keys and values that the decoder reads of a request's text, which its beams share.
+    """Arena rows and bytes of the keys and values that the decoder reads of a request's source, which its beams share.
 
     Args:
         model: Encoder-decoder base.

@@ -31,7 +31,7 @@ def cross_rows(num_tokens: int) -> int:
     """Number of arena rows of a request's keys and values of cross-attention.
 
     Args:
-        num_tokens: Number of tokens of the encoder's text.
+        num_tokens: Number of tokens of the source.
     """
     return -(-num_tokens // ROW_UNIT) * ROW_UNIT
 

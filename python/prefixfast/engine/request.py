@@ -73,7 +73,7 @@ class Request:
         prefixes: Prefixes from left to right.
         params: Generation parameters. Only ``seed`` and ``logprobs`` may be None.
         task: Task that cleans the generated text.
-        encoder_ids: Token ids of the encoder's text, int32, at least one; None for a decoder-only base.
+        encoder_ids: Token ids of the source, int32, at least one; None for a decoder-only base.
         processors: The caller's own logits processors.
         tenant: Name of the tenant. None groups requests by their first prefix.
         priority: Priority; requests of a higher priority are scheduled first.
@@ -104,12 +104,12 @@ class Request:
 
     @property
     def encoder_len(self) -> int:
-        """Number of tokens of the encoder's text, 0 for a decoder-only base."""
+        """Number of tokens of the source, 0 for a decoder-only base."""
         return 0 if self.encoder_ids is None else len(self.encoder_ids)
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Number of tokens of the encoder's text, or of the prompt of a decoder-only base."""
+        """Number of tokens of the source, or of the prompt of a decoder-only base."""
         return self.encoder_len or len(self.prompt_ids)
 
     @property

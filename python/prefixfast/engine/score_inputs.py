@@ -150,7 +150,7 @@ def _given_examples(
 def _labelled_examples(
     model: Model, batch: Sequence[Input], tasks: Sequence[Task], targets: Sequence[Any], *, end_token: bool
 ) -> dict[int, list[Example]]:
-    """Examples of the texts of an encoder with labels that the caller gives, by request.
+    """Examples of sources with labels that the caller gives, by request.
 
     Token ids are labels as Hugging Face models take them.
     """

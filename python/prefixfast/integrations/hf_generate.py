@@ -302,7 +302,7 @@ class HFCache(Cache):
 
         Args:
             lengths: Number of prompt tokens of each request.
-            encoder_lengths: Number of tokens of each text of an encoder-decoder base, whose beams are one request.
+            encoder_lengths: Number of tokens of each source of an encoder-decoder base, whose beams are one request.
         """
         beams = 1 if encoder_lengths is None else self.num_beams
         count = len(lengths) * beams

@@ -74,7 +74,7 @@ class Handle:
 
 
 KEY = "_prefixfast_handle"
-NO_INFIX = "its prompt is the encoder's text, so that no prompt token stands right before the answer"
+NO_INFIX = "its prompt is the source, which the encoder reads, so that no prompt token stands right before the answer"
 _LOCK = threading.RLock()
 
 

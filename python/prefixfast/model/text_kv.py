@@ -100,11 +100,11 @@ def seq2seq_text_kv(
 ) -> Mapping[Site, list[LayerKV]]:
     """Keys and values of texts in an encoder-decoder base; a shorter text is repeated, a longer one cut to P tokens.
 
-    Encoder and cross rows are those of the encoder's text, and decoder rows those of the decoder's text after it.
+    Encoder and cross rows are those of the source, and decoder rows those of the decoder's text after it.
 
     Args:
         model: Base model.
-        encoder_ids: Token ids of the encoder's text, at least one.
+        encoder_ids: Token ids of the source, at least one.
         decoder_ids: Token ids of the decoder's text, at least one.
         lengths: Number of rows P of each site that is wanted.
         before: Prefixes that the texts attend to.

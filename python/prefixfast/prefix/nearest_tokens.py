@@ -4,7 +4,7 @@ A prefix row holds keys and values of every layer, and only its key in the first
 a token's key depends on the token and its position alone there. The measure is the cosine between two vectors
 ``[H * D]``: the row's first-layer key over all key-value heads, and the key that a token of the vocabulary has at the
 row's position, after RoPE and norms. Row i of P stands at position ``pos_start - P + i``, at least 0. Row i of the site
-``enc`` stands at position i, since an encoder's texts and those that become prefixes start at 0. A row that
+``enc`` stands at position i, since sources and the texts that become prefixes start at 0. A row that
 `Prefix.from_text` made from a text has cosine 1 with that text's token. A row of cross-attention is no token's key.
 
 Shape letters: P prefix rows, H key-value heads, D head dimension, n tokens.

@@ -107,9 +107,9 @@ class MicroBatch:
         targets: Token ids of the targets, int64 ``[T]``.
         weights: Weight of each target token in the summed loss, fp64 ``[T]``.
         target_prefix: Prefix of each target token, int64 ``[T]``.
-        encoder_lengths: Number of tokens of each sequence's encoder text, int32 ``[S]``; None for a decoder-only base
+        encoder_lengths: Number of tokens of each sequence's source, int32 ``[S]``; None for a decoder-only base
             model.
-        encoder_ids: Token ids of the encoder's texts, int64 ``[M]``, likewise.
+        encoder_ids: Token ids of the sources, int64 ``[M]``, likewise.
     """
 
     lengths: Ints
@@ -173,7 +173,7 @@ def micro_batches(
 def _encoder_texts(
     examples: Examples, own: NDArray[np.int64], device: torch.device
 ) -> tuple[Ints | None, Tensor | None]:
-    """Lengths and token ids of the encoder's texts of examples, None for a decoder-only base model."""
+    """Lengths and token ids of the sources of examples, None for a decoder-only base model."""
     if (indptr := examples.encoder_indptr) is None or examples.encoder_ids is None:
         return None, None
     begin, end = indptr[own], indptr[own + 1]

@@ -62,7 +62,7 @@ class Examples:
         first: Offsets of the prefixes, int64 ``[n + 1]``. Prefix i has the examples ``first[i]`` to ``first[i + 1]``.
         num_skipped: Number of rows that ``overflow="skip"`` left out.
         num_truncated: Number of rows that ``overflow="truncate"`` shortened.
-        encoder_ids: Token ids of the encoder's texts of all examples, int32; None for a decoder-only base model.
+        encoder_ids: Token ids of the sources of all examples, int32; None for a decoder-only base model.
         encoder_indptr: Offsets of the examples in ``encoder_ids``, int64 ``[X + 1]``; None for a decoder-only one.
     """
 
@@ -83,7 +83,7 @@ class Examples:
 
     @property
     def encoder_lengths(self) -> Ints | None:
-        """Number of tokens of each encoder's text, int32 ``[X]``; None for a decoder-only base model."""
+        """Number of tokens of each source, int32 ``[X]``; None for a decoder-only base model."""
         return None if self.encoder_indptr is None else np.diff(self.encoder_indptr).astype(np.int32)
 
     @cached_property

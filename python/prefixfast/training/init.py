@@ -222,7 +222,7 @@ def init_text_ids(model: Model, options: InitOptions) -> list[int]:
     if not isinstance(text, str) or not is_text(text):
         msg = f"init_text: expected a string of Unicode text, got {shown(text)}"
         raise ConfigError(msg)
-    # Special tokens of an encoder's text are none of an instruction.
+    # An init text is an instruction, which has no special tokens.
     (ids,) = model.require_tokenizer().encode([text], add_special_tokens=model.seq2seq is None)
     if not len(ids):
         msg = f"init_text: expected at least one token, got {shown(text)}"

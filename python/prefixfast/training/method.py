@@ -86,10 +86,10 @@ METHODS: dict[str, Method] = {
 
 # Reasons why a method does not train an encoder-decoder base model.
 SEQ2SEQ_REFUSALS = {
-    "infix": "an infix stands before the last prompt token, and the prompt of such a base is its encoder's text",
+    "infix": "an infix stands before the last prompt token, and its encoder reads the whole prompt",
     "embedding": "virtual tokens of an encoder attend to its text, so that their keys differ from text to text",
-    "prompt": "a text before the encoder's text attends to it, so that its keys and values differ from text to text",
-    "icl": "examples before the encoder's text attend to it, so that their keys and values differ from text to text",
+    "prompt": "a text before the source attends to it, so that its keys and values differ from text to text",
+    "icl": "examples before the source attend to it, so that their keys and values differ from text to text",
     "top2": "it is a baseline for models of one stack, and an encoder-decoder base has two",
     "adapter": "its layers are placed in the blocks of decoder-only models",
 }

@@ -1,4 +1,4 @@
-"""Limits of the texts of encoder-decoder base models: the encoder's text and the target are cut separately."""
+"""Limits of the texts of encoder-decoder base models: source and target are cut separately."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextLimits:
     """Largest numbers of tokens of the texts of an example.
 
     Attributes:
-        source: Largest number of tokens of the encoder's text.
+        source: Largest number of tokens of the source.
         target: Largest number of labels.
         source_advice: Option that raises ``source``, for the error of a longer text; None if no option does.
         target_advice: Option that raises ``target``, likewise.
@@ -40,7 +40,7 @@ class TextLimits:
         """Error message for an example that does not fit, None for one that does."""
         assert example.encoder_ids is not None
         sides = (
-            ("the encoder's text", len(example.encoder_ids), self.source, self.source_advice),
+            ("the source", len(example.encoder_ids), self.source, self.source_advice),
             ("the target", len(example.ids) - 1, self.target, self.target_advice),
         )
         for what, count, limit, advice in sides:

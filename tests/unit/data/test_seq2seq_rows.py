@@ -326,7 +326,7 @@ def test_a_cut_target_of_a_wrapping_base_starts_with_its_new_last_label():
 @pytest.mark.parametrize(
     ("limits", "match"),
     [
-        (TextLimits(4, 99, "raise max_source_length", None), "encoder's text has 5 tokens, at most 4 .*max_source"),
+        (TextLimits(4, 99, "raise max_source_length", None), "the source has 5 tokens, at most 4 .*max_source"),
         (TextLimits(99, 2, None, "raise max_target_length"), "target has 3 tokens, at most 2 .*max_target"),
     ],
 )

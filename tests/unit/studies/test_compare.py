@@ -69,7 +69,7 @@ def test_encoder_decoder_bases_have_three_methods(cli, documents, tmp_path, in_p
     assert done.code == 0, done.err
     assert [m["method"] for m in json.loads(done.out)["methods"]] == ["prefix", "lora", "full"]
     assert len(in_process) == 3
-    for name, reason in (("infix", "its encoder's text"), ("adapter", "decoder-only"), ("prompt", "attend")):
+    for name, reason in (("infix", "its encoder reads"), ("adapter", "decoder-only"), ("prompt", "attend")):
         refused = cli(*words, "--methods", f"full,{name}")
         assert refused.code == 1
         assert name in refused.err

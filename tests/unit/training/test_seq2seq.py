@@ -326,7 +326,7 @@ def test_options_of_encoder_decoder_bases_are_refused_on_decoder_only_ones(base,
 def test_texts_longer_than_the_positions_are_refused_and_truncation_fits_them(bases):
     model, hf = bases("bart")
     long = [{"input_ids": [5] * 65, "labels": [6] * 4}, {"input_ids": [5] * 64, "labels": [6] * 60}]
-    with pytest.raises(DataError, match="encoder's text has 65 tokens, at most 64 fit; shorten it, or"):
+    with pytest.raises(DataError, match="the source has 65 tokens, at most 64 fit; shorten it, or"):
         train(model, long[:1], prefix_length=5, **STILL)
     with pytest.raises(DataError, match=r"target has 60 tokens, at most 59 fit; .*prefix_length"):
         train(model, long[1:], prefix_length=5, **STILL)

@@ -20,7 +20,8 @@ class Example(NamedTuple):
         row: Number of the row.
         has_no_prompt: Whether the targets begin with the row's first tokens, so that truncation removes the end of the
             example instead of the start of its prompt.
-        encoder_ids: Token ids of the encoder's text, int32, at least one; None for a decoder-only base model.
+        encoder_ids: Token ids of the source, which the encoder reads, int32, at least one; None for a decoder-only base
+            model.
     """
 
     ids: Ints
@@ -31,7 +32,7 @@ class Example(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Number of tokens, those of the encoder's text included."""
+        """Number of tokens, those of the source included."""
         return len(self.ids) + (0 if self.encoder_ids is None else len(self.encoder_ids))
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from prefixfast.config.json_types import JSON
 from prefixfast.data.chat import ChatTemplate
-from prefixfast.data.encode.seq2seq import DecoderTokens, check_is_pair, encode_labels, encoder_text, pad_error
+from prefixfast.data.encode.seq2seq import DecoderTokens, check_is_pair, encode_labels, pad_error, source_text
 from prefixfast.data.encode.token_ids import ANY_VOCABULARY, Ints, token_ids, vocabulary_error
 from prefixfast.data.encode.tokenized import check_tokenized, encoder_row, padded_ids, request_ids
 from prefixfast.data.formats import TOKENIZED_KEYS
@@ -126,7 +126,7 @@ def _prompt_texts(
         batch: Requests.
         tasks: Task of each request.
         parts: Function that returns what prompts contain of the tokenizer, called if there are rows with text.
-        has_encoder: Whether the prompts are texts of an encoder, which reads no conversations.
+        has_encoder: Whether the prompts are sources of an encoder-decoder base, which reads no conversations.
 
     Raises:
         RequestError: If a row is malformed.
@@ -144,7 +144,7 @@ def _prompt_texts(
         for i, prompt in zip(numbers, _task_prompts(task, batch, numbers, parts()), strict=True):
             item = batch[i]
             if has_encoder:
-                texts[i] = encoder_text(prompt, task)
+                texts[i] = source_text(prompt, task)
                 continue
             (chats if isinstance(item, Mapping) and task.is_chat(item) else texts)[i] = prompt
     for group in (texts, chats):
@@ -252,7 +252,7 @@ def _task_prompts(task: Task, batch: Sequence[Any], numbers: list[int], parts: _
 
 
 def _check_are_pairs(task: Task, batch: Sequence[Any], numbers: list[int]) -> None:
-    """Raise `RequestError` for a row that is no text of an encoder."""
+    """Raise `RequestError` for a row that is no source of an encoder-decoder base."""
     for i in numbers:
         with request_error(i):
             check_is_pair(batch[i], 0, task)

@@ -77,7 +77,7 @@ def encode_seq2seq(
     for i, row in enumerate(rows):
         check_is_pair(row, i, task)
     pairs = task.pairs(rows, "")
-    sources = tokenizer.encode([encoder_text(prompt, task) for prompt, _ in pairs])
+    sources = tokenizer.encode([source_text(prompt, task) for prompt, _ in pairs])
     texts = [target.strip() if task.strip else target for _, targets in pairs for target in targets]
     encoded = iter(encode_labels(tokenizer, texts, append_eos=append_eos))
     for i, (row, source, (_, targets)) in enumerate(zip(rows, sources, pairs, strict=True)):
@@ -96,7 +96,7 @@ def labelled_example(decoder: DecoderTokens, encoder_ids: Ints, labels: NDArray[
 
     Args:
         decoder: Tokens of the decoder.
-        encoder_ids: Token ids of the encoder's text, int32, at least one.
+        encoder_ids: Token ids of the source, int32, at least one.
         labels: Token ids that the decoder predicts, -100 where it predicts none. One at least is another number.
         row: Number of the row.
     """
@@ -176,8 +176,8 @@ def special_ids(model: Model) -> frozenset[int]:
     return frozenset(end if isinstance(end, list) else () if end is None else (end,))
 
 
-def encoder_text(prompt: str, task: Task) -> str:
-    """Text of the encoder. Prompts of ``{"prompt"}`` rows and of templates of columns are used as typed.
+def source_text(prompt: str, task: Task) -> str:
+    """Source of a row. Prompts of ``{"prompt"}`` rows and of templates of columns are used as typed.
 
     Args:
         prompt: Prompt that the task writes, without an end token.
