@@ -35,8 +35,6 @@ def seq2seq_facts(model: PreTrainedModel) -> Seq2Seq:
         vocab_size,
         family.positions(model.get_encoder()),
         family.has_distances,
-        _token(model, "forced_bos_token_id"),
-        _token(model, "forced_eos_token_id"),
         family.skips_pads,
     )
 
@@ -60,8 +58,6 @@ def config_facts(config: PretrainedConfig) -> Seq2Seq:
         int(getattr(config, "decoder_vocab_size", None) or config.vocab_size),
         UNBOUNDED if family.has_distances else int(config.max_position_embeddings),
         family.has_distances,
-        None,
-        None,
         family.skips_pads,
     )
 

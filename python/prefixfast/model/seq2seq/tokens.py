@@ -22,8 +22,6 @@ class Seq2Seq:
         vocab_size: Number of rows of the decoder's embedding.
         encoder_positions: Number of positions of the encoder.
         has_distances: Whether positions are distances between tokens (T5), so that there is no first position.
-        forced_bos: Id of the token that generation gives first by default, None for none.
-        forced_eos: Id of the token that generation gives last by default, None for none.
         skips_pads: Whether padding tokens inside a text take no position (M2M100), so that rows cannot have them.
     """
 
@@ -33,8 +31,6 @@ class Seq2Seq:
     vocab_size: int
     encoder_positions: int
     has_distances: bool
-    forced_bos: int | None
-    forced_eos: int | None
     skips_pads: bool = False
 
     def decoder_ids(self, labels: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int32]:

@@ -31,7 +31,7 @@ def shifted(hf: Any, labels: list[int]) -> list[int]:
 def test_decoder_ids_are_the_shifted_labels_of_transformers(name):
     hf = seq2seq.make_seq2seq(name)
     config = hf.config
-    facts = Seq2Seq(config.decoder_start_token_id, name in WRAPPING, config.pad_token_id, 99, 64, False, None, None)
+    facts = Seq2Seq(config.decoder_start_token_id, name in WRAPPING, config.pad_token_id, 99, 64, False)
     for labels in LABELS:
         ids = facts.decoder_ids(labels)
         assert ids.dtype == np.int32
