@@ -101,7 +101,9 @@ def cross_entropy_unsupported(dtype: torch.dtype) -> Unsupported:
     return {"triton": _holding({f"{dtype}": dtype == torch.float64})}
 
 
-def explain_backends(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
+def explain_backends(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, *, has_bias: bool = False
+) -> dict[str, str]:
     """Backend that each operator of a model runs on, and why no faster one, by operator.
 
     Args:
@@ -109,12 +111,13 @@ def explain_backends(backend: Backend, device: torch.device, dtype: torch.dtype,
         device: Device of the model.
         dtype: Compute dtype of the model.
         head_dim: Head dim of the model.
+        has_bias: Whether the model's attention has a position bias.
     """
     x = torch.empty(1, 1, head_dim, dtype=dtype, device=device)
     unsupported = {
-        "attn": packed_unsupported(AttnInputs(x, x, x), AttnOptions(1.0), backend.sizes),
+        "attn": packed_unsupported(AttnInputs(x, x, x), AttnOptions(1.0), backend.sizes, has_bias=has_bias),
         "attn_decode": decode_unsupported(
-            DecodeInputs(x, x, x, x), AttnOptions(1.0), has_work=backend.decode.users > 0
+            DecodeInputs(x, x, x, x), AttnOptions(1.0), has_work=backend.decode.users > 0, has_bias=has_bias
         ),
         "cross_entropy": cross_entropy_unsupported(dtype),
     }

@@ -58,7 +58,9 @@ def explain(model: Model, loop: Loop, config: EngineConfig) -> EngineExplanation
         loop: Loop of the engine.
         config: Options of the engine.
     """
-    attention = explain_backends(model.backend, model.device, model.dtype, model.layers[0].attention_dim)
+    has_bias = model.seq2seq is not None and model.seq2seq.has_distances
+    dim = model.layers[0].attention_dim
+    attention = explain_backends(model.backend, model.device, model.dtype, dim, has_bias=has_bias)
     graphs = loop.runner.graphs
     failed = graphs is not None and not graphs.captures
     eager = loop.eager_reason or ("the capture of a CUDA graph failed, see the log" if failed else None)

@@ -1,7 +1,10 @@
 """The custom operators: registration, tracing by torch.compile, choice of the backend and fallback."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prefixfast.attention import backends, ops
 from prefixfast.attention.backend_support import decode_unsupported, packed_unsupported
@@ -120,6 +123,16 @@ def test_triton_takes_a_position_bias_where_it_is_compiled(reason):
         ):
             refused = has_bias and reason in NOT_COMPILED
             assert [reason in text for text in unsupported["triton"]] == [True] * refused
+
+
+def test_a_report_names_torch_where_triton_does_not_take_a_position_bias():
+    backend = ops.choose_backend("triton", torch.device("cpu"), torch.bfloat16, ((1, 96),))
+    for has_bias, head_dim, chosen in ((True, 96, "torch"), (False, 96, "triton"), (True, 64, "triton")):
+        with FakeTensorMode():  # tensors of a device that need not be there
+            found = ops.explain_backends(
+                replace(backend, name="auto"), torch.device("cuda"), torch.bfloat16, head_dim, has_bias=has_bias
+            )
+        assert [found[op].split()[0] for op in ("attn", "attn_decode")] == [chosen] * 2
 
 
 def test_a_call_unsupported_by_torch_runs_on_the_reference_and_is_logged(caplog):
