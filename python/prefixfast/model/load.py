@@ -105,8 +105,10 @@ def load(
             auto = AutoModelForSeq2SeqLM if is_seq2seq_base(model, **common) else AutoModelForCausalLM
             hf = auto.from_pretrained(model, dtype=compute, **common).to(where)
     except Exception as e:  # transformers and the libraries of quantized weights raise many kinds of errors
-        install = f"; pip install {e.name}" if isinstance(e, ModuleNotFoundError) else ""
-        msg = f"model: {shown(str(model))} cannot be loaded: {type(e).__name__}: {' '.join(str(e).split())}{install}"
+        hints = [f"pip install {e.name}"] if isinstance(e, ModuleNotFoundError) else []
+        hints += [] if Path(model).exists() else [f"there is no folder {shown(str(model))} here"]
+        why = "; ".join([f"{type(e).__name__}: {' '.join(str(e).split())}", *hints])
+        msg = f"model: {shown(str(model))} cannot be loaded: {why}"
         raise ConfigError(msg) from e
     own = tokenizer if tokenizer is not None else read_tokenizer(model, **common)
     return _wrap(hf, own, backend, allow_base_mismatch)

@@ -14,7 +14,8 @@ import transformers
 
 import tiny
 from prefixfast import ConfigError, load
-from prefixfast.model import tokenizer
+from prefixfast.model import base_name, tokenizer
+from prefixfast.model import load as load_module
 
 QUANTIZED = {  # library that is missing, and its entry of the config
     "optimum": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False},
@@ -42,6 +43,18 @@ def test_quantized_weights_without_their_library_name_it(plain, library):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": QUANTIZED[library]}))
     with pytest.raises(ConfigError, match=rf"cannot be loaded: .*pip install .*{library}"):
         load(plain, dtype="float32")
+
+
+def test_a_name_that_the_hub_does_not_answer_for_is_no_folder_either(plain, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(load_module, "is_seq2seq_base", unreachable)
+    monkeypatch.setattr(base_name, "_is_offline", lambda: False)
+    with pytest.raises(ConfigError, match=r"no network; there is no folder 'no-such-folder' here$"):
+        load("no-such-folder")
+    with pytest.raises(ConfigError, match=r"no network$"):
+        load(plain)
 
 
 def test_a_folder_without_a_tokenizer_says_so(plain):
