@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
@@ -306,6 +307,16 @@ def logits_of(
     """Logits ``[T, V]`` of one request by the oracle."""
     with brute_force(hf, kv, pos_start):
         return hf(input_ids=encoder_ids[None], decoder_input_ids=decoder_ids[None], use_cache=False).logits[0]
+
+
+def rows(seed: int, count: int = 5) -> list[dict[str, list[int]]]:
+    """Random rows of token ids and labels of lengths of their own."""
+    g = np.random.default_rng(seed)
+    sizes = zip(g.integers(1, 9, count), g.integers(1, 7, count), strict=True)
+    return [
+        {k: g.integers(3, VOCAB, int(n)).tolist() for k, n in zip(("input_ids", "labels"), s, strict=True)}
+        for s in sizes
+    ]
 
 
 @contextlib.contextmanager

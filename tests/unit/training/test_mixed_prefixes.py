@@ -15,7 +15,7 @@ from prefixfast import ConfigError, PrefixStore, load
 from prefixfast.training.estimate import estimate
 from prefixfast.training.methods import prefix as method
 from prefixfast.training.trainer import train
-from seq2seq import SITES, VOCAB, make_seq2seq
+from seq2seq import SITES, make_seq2seq, rows
 from token_rows import distance
 from token_rows import rows as decoder_rows
 
@@ -32,15 +32,6 @@ KINDS = {
     "mlp": dict.fromkeys(OWN, "mlp"),
     "both": {"three": "mlp", "decoder": "none", "encoder": "auto", "again": "none"},
 }
-
-
-def rows(seed: int, count: int = 5) -> list[dict[str, list[int]]]:
-    g = np.random.default_rng(seed)
-    sizes = zip(g.integers(1, 9, count), g.integers(1, 7, count), strict=True)
-    return [
-        {k: g.integers(3, VOCAB, int(n)).tolist() for k, n in zip(("input_ids", "labels"), s, strict=True)}
-        for s in sizes
-    ]
 
 
 DATA = {name: rows(i, 3 + i) for i, name in enumerate(OWN)}

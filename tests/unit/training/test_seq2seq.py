@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -17,7 +16,7 @@ from prefixfast.training.job import JobArguments, prepare
 from prefixfast.training.loop import GroupTrainer
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.trainer import train
-from seq2seq import FAST, LENGTHS, NAMES, SITES, SUBSETS, VOCAB, attention_modules, brute_force, make_seq2seq
+from seq2seq import FAST, LENGTHS, NAMES, SITES, SUBSETS, attention_modules, brute_force, make_seq2seq, rows
 
 WRAPS = ("mbart", "plbart")
 FAMILIES = [name if name in FAST else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
@@ -25,15 +24,6 @@ FLAT = {"init": "random", "reparameterization": "none", "learning_rate": 1e-2}
 STILL = {**FLAT, "learning_rate": 1e-15, "max_steps": 1}
 TEXT = {"reparameterization": "none", "learning_rate": 1e-15, "max_steps": 1}
 XSUM = [{"document": "the mill", "summary": "a mill"}]
-
-
-def rows(seed: int, count: int = 5) -> list[dict[str, list[int]]]:
-    g = np.random.default_rng(seed)
-    sizes = zip(g.integers(1, 9, count), g.integers(1, 7, count), strict=True)
-    return [
-        {k: g.integers(3, VOCAB, int(n)).tolist() for k, n in zip(("input_ids", "labels"), s, strict=True)}
-        for s in sizes
-    ]
 
 
 def lengths_of(sites) -> dict[str, int]:
