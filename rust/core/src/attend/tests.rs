@@ -3,6 +3,7 @@
 mod bits;
 mod case;
 mod math;
+mod reads;
 mod reference;
 mod refusals;
 mod tasks;
