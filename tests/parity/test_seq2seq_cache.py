@@ -124,6 +124,11 @@ def test_texts_that_the_encoder_does_not_read_as_transformers_does_are_refused()
         base.hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
 
 
+def test_empty_prompts_of_a_decoder_only_base_are_refused():
+    with load(tiny.make("gpt2")) as base, HFCache(base) as cache, pytest.raises(ConfigError, match="at least one token"):
+        base.hf(input_ids=torch.zeros(2, 0, dtype=torch.int64), past_key_values=cache)
+
+
 @pytest.mark.parametrize(("make", "name"), [(tiny.make, "gpt2"), (seq2seq.make_seq2seq, "bart")])
 def test_a_cache_of_a_closed_base_changes_nothing(make, name):
     hf, ids, how = make(name), torch.tensor([[5, 6, 7]]), {"max_new_tokens": 4, "do_sample": False}

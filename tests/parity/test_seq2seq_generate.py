@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import seq2seq
-from prefixfast import Engine, Model, Prefix, generate, load
+from prefixfast import Engine, Model, Prefix, RequestError, generate, load
 from prefixfast.engine.engine import end_ids
 
 NEW = 14
@@ -284,6 +284,25 @@ def test_scores_are_log_probabilities_of_the_oracle(name):
         assert score.token_logprobs == pytest.approx(logp[range(len(target)), target].tolist(), abs=2e-5)
         assert score.usage["prompt_tokens"] == len(text)
         assert score.token_ids == target
+
+
+def test_a_padding_token_in_a_target_is_scored_where_the_base_reads_it():
+    s = setup("bart")
+    pad, text = s.base.seq2seq.pad, s.texts[0]
+    with torch.no_grad():
+        target = [5, pad, 6]
+        read = torch.tensor([[s.base.seq2seq.start, *target[:-1]]])
+        logp = s.hf(input_ids=text[None], decoder_input_ids=read).logits[0].log_softmax(-1)
+    with engine(s.base) as made:
+        (got,) = made.score([text.tolist()], targets=[target])
+    assert got.token_logprobs == pytest.approx(logp[range(3), target].tolist(), abs=2e-5)
+    s = setup("m2m_100")
+    pad = s.base.seq2seq.pad
+    with engine(s.base) as made:
+        (last,) = made.score([text.tolist()], targets=[[5, pad]])  # which the decoder does not read
+        assert last.token_ids == [5, pad]
+        with pytest.raises(RequestError, match=f"request 0: target: the padding token {pad} inside a text"):
+            made.score([text.tolist()], targets=[target])
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"decoder_start_token_id": 1}])

@@ -14,6 +14,7 @@ from prefixfast.config.json_types import JSON
 from prefixfast.data.encode import (
     Example,
     Input,
+    Ints,
     check_examples,
     check_prompts,
     decoder_of,
@@ -158,18 +159,26 @@ def _labelled_examples(
     assert decoder is not None
     for i, (source, target) in enumerate(zip(encode_prompts(model, batch, tasks), targets, strict=True)):
         ids = encode_target(model, target, i)
-        error = vocabulary_error(ids, decoder.vocab_size) or pad_error(decoder, ids)
+        error = vocabulary_error(ids, decoder.vocab_size)
+        if not error and len(ids):
+            example = _labelled_example(model, source, target, ids, i, end_token=end_token)
+            found[i], error = [example], pad_error(decoder, example.ids[:-1])
         if error or not len(ids):
             msg = f"request {i}: target: {error or f'expected at least one token, got {shown(target)}'}"
             raise RequestError(msg, index=i)
-        if isinstance(target, str):
-            (whole,) = encode_labels(model.require_tokenizer(), [target])
-            example = labelled_example(decoder, source, whole, i)
-            found[i] = [example if end_token else without_end(example, special_ids(model))]
-            continue
-        end = model.require_tokenizer().eos_id if end_token else None
-        found[i] = [labelled_example(decoder, source, ids if end is None else np.append(ids, np.int32(end)), i)]
     return found
+
+
+def _labelled_example(model: Model, source: Ints, target: Any, ids: Ints, index: int, *, end_token: bool) -> Example:
+    """Example of a source and a target, whose own tokens are ``ids``."""
+    decoder = decoder_of(model)
+    assert decoder is not None
+    if isinstance(target, str):
+        (whole,) = encode_labels(model.require_tokenizer(), [target])
+        example = labelled_example(decoder, source, whole, index)
+        return example if end_token else without_end(example, special_ids(model))
+    end = model.require_tokenizer().eos_id if end_token else None
+    return labelled_example(decoder, source, ids if end is None else np.append(ids, np.int32(end)), index)
 
 
 def without_end(example: Example, special: frozenset[int]) -> Example:

@@ -56,7 +56,8 @@ class GroupData:
     @property
     def rows_per_example(self) -> float:
         """Mean number of rows of an example, less than 1 if rows have several references."""
-        return sum(c["rows"] for c in self.dataset.counts.values()) / len(self.dataset.examples.num_targets)
+        counts = [self.dataset.counts[job.name] for job in self.group.jobs]
+        return sum(c["rows"] for c in counts) / sum(c["examples"] for c in counts)
 
     def only(self, names: list[str]) -> GroupData:
         """Some prefixes of the group, with the same tokenized rows.

@@ -105,7 +105,8 @@ class GroupTrainer:
             self._start_checkpoint().write(folder)
         total = int(self.runner.total.max())
         resumed = f"; resumed after step {self.num_steps}" if is_restored else ""
-        logger.info("%s%s", settings_line(self.group, self.runner), resumed)
+        active = self.progress.active.nonzero()[:, 0].tolist()
+        logger.info("%s%s", settings_line(self.data, self.runner, active), resumed)
         self.job.callbacks.call("on_train_begin", self.names, total)
         start = time.perf_counter()
         label = f"train group {self.number}" if self.number or len(self.job.groups) > 1 else "train"

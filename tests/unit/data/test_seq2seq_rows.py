@@ -25,7 +25,7 @@ import tiny
 from prefixfast import DataError, RequestError
 from prefixfast.data.builtin_tasks import TASKS, find_task
 from prefixfast.data.columns import column_task
-from prefixfast.data.encode import check_examples, encode_examples, encode_prompts, encode_target
+from prefixfast.data.encode import check_examples, encode_examples, encode_prompts, encode_target, vocabulary_error
 from prefixfast.data.task import Task
 from prefixfast.model.tokenizer import Tokenizer
 from prefixfast.training.batching import micro_batches
@@ -259,6 +259,20 @@ def test_padding_that_takes_no_position_is_refused_in_texts_too(tok):
         assert encoded(tok, row, task="prompt")
         with pytest.raises(DataError, match="padding token 0 inside a text"):
             encoded(tok, row, task="prompt", decoder=decoder)
+
+
+@pytest.mark.parametrize("wrong", [-1, -100, tiny.VOCAB])
+def test_only_ids_beyond_the_embedding_get_the_advice_to_enlarge_it(wrong):
+    """An id below 0 is no token that a larger embedding has, such as -100 of labels in a place of its own."""
+    errors = [vocabulary_error(np.array([5, wrong]), tiny.VOCAB)]
+    for row in ({"input_ids": [5, wrong], "labels": [6]}, {"input_ids": [5], "labels": [wrong, 6]}):
+        if (wrong, len(row["labels"])) != (-100, 2):  # -100 is a place without a target
+            with pytest.raises(DataError) as found:
+                encoded(None, row, task="prompt")
+            errors.append(str(found.value))
+    for error in errors:
+        assert str(wrong) in error
+        assert ("resize_token_embeddings" in error) == (wrong > 0)
 
 
 def test_labels_without_a_padding_token_in_the_embedding():

@@ -13,6 +13,8 @@ import pytest
 
 import prefixfast
 from oracles import ROOT
+from prefixfast import Prefix
+from prefixfast.config.sites import SITES
 from prefixfast.data import TASKS
 from prefixfast.demo import SEQ2SEQ_BASE
 from prefixfast.studies.compare.runner import RESULTS, RUNS, read_results
@@ -75,6 +77,18 @@ def test_encoder_decoder_bases_have_three_methods(cli, documents, tmp_path, in_p
         assert name in refused.err
         assert reason in refused.err
     assert len(in_process) == 3, "nothing was trained"
+
+
+def test_each_site_of_an_encoder_decoder_base_is_compared(cli, documents, tmp_path, in_process):
+    words = ["compare", documents, "--model", SEQ2SEQ_BASE, "-o", tmp_path / "out", "--seeds", "1", "--max-steps", "1"]
+    words += ["--max-source-length", "16", "--max-new-tokens", "2", "--metrics", "lengths"]
+    done = cli(*words, "--num-beams", "1", "--methods", "prefix,prefix-self,prefix-enc,prefix-cross")
+    assert done.code == 0, done.err
+    made = [Prefix.from_pretrained(found.parent) for found in (tmp_path / "out").rglob("prefixfast.json")]
+    assert len(in_process) == len(made) == 4
+    length = made[0].length_at(made[0].sites[0])
+    expected = {SITES: 3 * length, **{(site,): length for site in SITES}}
+    assert {p.sites: p.num_rows for p in made} == expected
 
 
 @pytest.mark.long

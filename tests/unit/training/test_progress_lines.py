@@ -71,9 +71,12 @@ def test_the_rows_of_the_rate_are_rows_and_not_examples(folder):
             seen.append(module._current.get())
 
     own = [{"mr": "name[a]", "refs": ["bc", "de"]}, {"mr": "name[b]", "refs": ["cd", "ef"]}]
-    prefixfast.train(str(folder), own, task="e2e", callbacks=[See()], dtype="float32", progress=False, **HOW)
+    how = {"task": "e2e", "callbacks": [See()], "dtype": "float32", "progress": False, **HOW}
+    prefixfast.train(str(folder), own, **how)
     assert seen[0].label == "train"
     assert seen[0].amounts["rows"] == pytest.approx(3)  # 3 steps of 2 examples, which are one row each
+    prefixfast.train(str(folder), {"a": own, "b": [dict(row) for row in own]}, **how)  # which share examples
+    assert seen[-1].amounts["rows"] == pytest.approx(6)
 
 
 def test_generation_and_scores_say_requests_and_tokens(model, due, make_prefix):

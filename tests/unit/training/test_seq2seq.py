@@ -339,6 +339,30 @@ def test_a_wrapping_base_keeps_the_language_of_its_targets(bases):
     assert "decoder_start_token_id" not in got["two"].decoding
 
 
+def test_the_start_line_has_the_rows_of_each_site(bases, caplog):
+    caplog.set_level("INFO")
+    for how, found in (({"sites": "self"}, "3 prefix rows (self 3)"), ({}, "9 prefix rows (enc 3, self 3, cross 3)")):
+        train(bases("bart")[0], rows(0), prefix_length=3, **how, **STILL)
+        assert found in caplog.text
+
+
+def test_users_of_one_batch_write_in_the_languages_of_their_targets(bases):
+    model, hf = bases("mbart")
+    languages = {"ann": 90, "bob": 91, "eve": 90}
+    data = {name: [{"input_ids": [5, 6], "labels": [7, 8, 2, end]}] for name, end in languages.items()}
+    run = train(model, data, **STILL)
+    assert {name: run[name].decoding["decoder_start_token_id"] for name in run} == languages
+    requests = [{"input_ids": [5, 6, 7], "prefix": name} for name in languages]
+    for got, (name, start) in zip(generate(requests, run, model=model, max_new_tokens=1), languages.items(), strict=True):
+        own = run[name]
+        with brute_force(hf, own.kv, own.pos_start), torch.no_grad():
+            logits = hf(input_ids=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[start]]), use_cache=False)
+        assert got.token_ids == [int(logits.logits[0, 0].argmax())]
+    forced = {"forced_bos_token_id": 92}
+    (own,) = generate([{**requests[0], "params": forced}], run, model=model, max_new_tokens=2)
+    assert own.token_ids[0] == 92
+
+
 # ---- recipe and estimate ----
 
 

@@ -123,6 +123,34 @@ def test_only_new_and_changed_rows_are_trained(model, tmp_path):
     assert again.unchanged == ()  # the newest version is of other rows
 
 
+def started(caplog) -> str:
+    """Line that the last run has logged before its first step."""
+    lines = [r.getMessage() for r in caplog.records if r.name == "prefixfast.training.loop" and r.levelname == "INFO"]
+    return next(line for line in reversed(lines) if line.startswith("training "))
+
+
+def test_the_start_line_counts_what_is_trained(model, tmp_path, caplog):
+    caplog.set_level("INFO")
+    data = {"a": DATA["a"], "b": DATA["b"], "equal": [dict(row) for row in DATA["a"]]}
+    how = HOW | {"overflow": "skip", "max_length": 30}
+    long = [{"input_ids": [5] * 31, "labels": [-100] + [5] * 30}]
+    train(model, data, store=tmp_path / "store", **how)
+    assert "training 3 prefixes" in started(caplog)
+    assert f"{len(DATA['a']) + len(DATA['b'])} examples" in started(caplog)
+    data |= {"b": rows(8, 3) + long, "d": rows(9, 4)}
+    train(model, data, store=tmp_path / "store", resume=True, **how)
+    assert "training 2 prefixes" in started(caplog)
+    assert "7 examples" in started(caplog)
+    assert "1 skipped" in started(caplog)
+    # A group that continues in an output folder has all of its prefixes, of which one ended at step 5.
+    folder = {"output_dir": tmp_path / "out", "overrides": {"a": {"max_steps": 5}}}
+    with pytest.raises(Cut):
+        train(model, DATA, callbacks=[CutAt(7)], **folder, **HOW)
+    train(model, DATA, resume=True, **folder, **HOW)
+    assert "training 2 prefixes" in started(caplog)
+    assert f"{len(DATA['b']) + len(DATA['c'])} examples" in started(caplog)
+
+
 @pytest.mark.parametrize(
     "change", [{"learning_rate": 1e-3}, {"prefix_length": 4}, {"seed": 1}, {"init": "zero"}, {"max_steps": 3}]
 )

@@ -76,12 +76,12 @@ class PrefixState:
         """Block of a prefix with a number."""
         return self.blocks[self._block_of[number][0]]
 
-    @property
-    def description(self) -> str:
-        """Number of prefix rows, of each site of an encoder-decoder base model."""
-        sites = [site for site in self.model.sites if any(site in block.by_site for block in self.blocks)]
-        by_site = {site: span([block.length_at(site) for block in self.blocks]) for site in sites}
-        rows = [sum(own.length for own in block.by_site.values()) for block in self.blocks]
+    def describe(self, numbers: Sequence[int]) -> str:
+        """Number of rows of some prefixes, of each site of an encoder-decoder base model."""
+        blocks = [self.block(i) for i in numbers]
+        sites = [site for site in self.model.sites if any(site in block.by_site for block in blocks)]
+        by_site = {site: span([block.length_at(site) for block in blocks]) for site in sites}
+        rows = [sum(own.length for own in block.by_site.values()) for block in blocks]
         total = f"{span(rows)} {'prefix row' if {*rows} == {1} else 'prefix rows'}"
         if self.model.seq2seq is None:
             return total

@@ -38,9 +38,8 @@ class MethodState(Protocol):
     def num_trained(self, number: int) -> int:
         """Number of parameters that training adjusts for a name with a number."""
 
-    @property
-    def description(self) -> str:
-        """Description of the parameters for the log: ``"10 prefix rows"``."""
+    def describe(self, numbers: Sequence[int]) -> str:
+        """Description of the parameters of some names for the log: ``"10 prefix rows"``."""
 
     def applied(self) -> AbstractContextManager[None]:
         """Context manager in which the base model has what is trained. It gives the base model back unchanged.

@@ -40,8 +40,7 @@ class WeightsState:
         """Number of parameters that training adjusts."""
         return sum(t.numel() for t in self.tensors.values())
 
-    @property
-    def description(self) -> str:
+    def describe(self, numbers: Sequence[int]) -> str:
         """Name of the method."""
         return f"method {self.method}"
 
