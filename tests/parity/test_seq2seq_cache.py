@@ -125,8 +125,9 @@ def test_texts_that_the_encoder_does_not_read_as_transformers_does_are_refused()
 
 
 def test_empty_prompts_of_a_decoder_only_base_are_refused():
-    with load(tiny.make("gpt2")) as base, HFCache(base) as cache, pytest.raises(ConfigError, match="at least one token"):
-        base.hf(input_ids=torch.zeros(2, 0, dtype=torch.int64), past_key_values=cache)
+    empty = torch.zeros(2, 0, dtype=torch.int64)
+    with load(tiny.make("gpt2")) as base, HFCache(base) as cache, pytest.raises(ConfigError, match="at least one"):
+        base.hf(input_ids=empty, past_key_values=cache)
 
 
 @pytest.mark.parametrize(("make", "name"), [(tiny.make, "gpt2"), (seq2seq.make_seq2seq, "bart")])

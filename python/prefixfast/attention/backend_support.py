@@ -11,8 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prefixfast.attention import cpu_decode
-from prefixfast.attention.backends import Unsupported, describe_choice
+from prefixfast.attention import cpu_decode, cpu_dense
+from prefixfast.attention.backends import DESCRIPTIONS, Unsupported, describe_choice
 from prefixfast_kernels.inputs import AttnInputs, AttnOptions, DecodeInputs
 from prefixfast_kernels.tile_configs import MAX_BIASED_HEAD_DIM
 from prefixfast_kernels.tile_selection import Backend, TileSizes
@@ -121,4 +121,7 @@ def explain_backends(
         ),
         "cross_entropy": cross_entropy_unsupported(dtype),
     }
-    return {op: describe_choice(backend.name, device, reasons) for op, reasons in unsupported.items()}
+    descriptions = dict.fromkeys(unsupported, DESCRIPTIONS)
+    if device.type == "cpu" and cpu_dense.is_used(dtype, head_dim):
+        descriptions["attn"] = DESCRIPTIONS | {"torch": f"{DESCRIPTIONS['torch']}, long texts in rust"}
+    return {op: describe_choice(backend.name, device, unsupported[op], descriptions[op]) for op in unsupported}

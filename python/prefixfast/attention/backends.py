@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+from collections.abc import Mapping
 
 import torch
 
@@ -112,10 +113,10 @@ def first_supported(name: str, device: torch.device, unsupported: Unsupported) -
     return None, refused
 
 
-def describe_choice(name: str, device: torch.device, unsupported: Unsupported) -> str:
+def describe_choice(name: str, device: torch.device, unsupported: Unsupported, descriptions: Mapping[str, str]) -> str:
     """Backend that runs a call, and why no faster backend does."""
     chosen, refused = first_supported(name, device, unsupported)
     why = [f"{backend} does not support {reason}" for backend, reason in refused.items()]
     if name != "auto" and device.type == "cuda":
         why.append(f"backend={name!r} was requested")
-    return f"{chosen} ({DESCRIPTIONS[chosen or name]})" + (f"; {', '.join(why)}" if why else "")
+    return f"{chosen} ({descriptions[chosen or name]})" + (f"; {', '.join(why)}" if why else "")

@@ -23,14 +23,24 @@ MIN_QUERIES, MIN_SCORES, MIN_KEYS = 16, 4096, 64  # about as many as Rust needs 
 def sdpa_lse(qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:
     """`sdpa_lse_fwd` without gradients, in Rust where that is the faster way."""
     q, k, _ = qkv
-    is_plain = mask is None and not options.softcap and q.dtype in IS_BF16 and q.shape[3] <= MAX_HEAD_DIM
+    is_plain = mask is None and not options.softcap and is_used(q.dtype, q.shape[3])
     num_queries, num_keys = q.shape[2], k.shape[2]
     is_large = num_queries >= MIN_QUERIES and num_queries * num_keys >= MIN_SCORES
     # A product of one row takes torch twice as long in bf16, as at the decoder's start token over a text.
     is_start = q.dtype == torch.bfloat16 and num_queries == 1 and num_keys >= MIN_KEYS
-    if not (is_plain and (is_large or is_start) and _is_fast()):
+    if not (is_plain and (is_large or is_start)):
         return sdpa_lse_fwd(qkv, mask, options, causal=causal)
     return dense(qkv, options.scale, causal=causal)
+
+
+def is_used(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether `sdpa_lse` runs in Rust for long texts without a mask.
+
+    Args:
+        dtype: Dtype of queries, keys and values.
+        head_dim: Head dim.
+    """
+    return dtype in IS_BF16 and head_dim <= MAX_HEAD_DIM and _is_fast()
 
 
 @functools.cache

@@ -98,3 +98,18 @@ def test_inference_over_many_queries_calls_rust_and_training_does_not(monkeypatc
     slow = ops.attn(q, q, q, *args)[0]
     assert len(calls) == 2
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("is_fast", [False, True])
+def test_a_report_names_rust_where_long_texts_call_it(monkeypatch, is_fast):
+    calls, cpu, backend = [], torch.device("cpu"), ops.Backend("torch")
+    monkeypatch.setattr(cpu_dense, "dense", lambda qkv, *_, **__: calls.append(qkv) or sdpa_lse_fwd(*call, causal=True))
+    monkeypatch.setattr(cpu_dense, "_is_fast", lambda: is_fast)
+    for dtype, head_dim in ((torch.float32, 64), (torch.bfloat16, 64), (torch.float64, 64), (torch.float32, 257)):
+        qkv = Qkv(*(t.to(dtype) for t in random((1, 70, 70, 2, 1, head_dim))))
+        call = (qkv, None, AttnOptions(0.125))
+        calls.clear()
+        cpu_dense.sdpa_lse(*call, causal=True)
+        found = ops.explain_backends(backend, cpu, dtype, head_dim)
+        assert ("rust" in found["attn"].partition(";")[0]) == bool(calls)
+        assert bool(calls) == (is_fast and dtype != torch.float64 and head_dim == 64)

@@ -13,6 +13,7 @@ import prefixfast
 import tiny
 from mixes import prefixes_of, requests
 from prefixfast import Engine, PrefixStore
+from prefixfast.attention import cpu_dense
 from prefixfast.engine.worker import Worker
 from prefixfast.errors import CapacityError, ConfigError, DataError, UnknownPrefixError
 
@@ -249,9 +250,10 @@ def test_an_error_in_a_step_fails_every_request_and_the_engine_goes_on(engine, m
 
 
 def test_an_engine_explains_its_operators(base):
+    in_rust = ", long texts in rust" if cpu_dense.is_used(torch.float32, 8) else ""
     with Engine(base, **SMALL) as engine:
         assert engine.explain() == {
-            "attn": "torch (grouped by prefix and merged)",
+            "attn": f"torch (grouped by prefix and merged{in_rust})",
             "attn_decode": "rust (each row's keys read once, in place)",
             "decode step": "eager; CUDA graphs need a GPU",
             "linear": "prepacked for this CPU (oneDNN)",
@@ -267,6 +269,7 @@ def test_an_engine_explains_its_operators(base):
         }
     with Engine(tiny.make("gpt2").double(), **SMALL) as engine:
         explained = engine.explain()
+        assert explained["attn"] == "torch (grouped by prefix and merged)"
         assert explained["attn_decode"] == "torch (grouped by prefix and merged); rust does not support torch.float64"
         assert explained["linear"] == "torch; dtype torch.float64"
 

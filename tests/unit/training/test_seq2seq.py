@@ -353,7 +353,8 @@ def test_users_of_one_batch_write_in_the_languages_of_their_targets(bases):
     run = train(model, data, **STILL)
     assert {name: run[name].decoding["decoder_start_token_id"] for name in run} == languages
     requests = [{"input_ids": [5, 6, 7], "prefix": name} for name in languages]
-    for got, (name, start) in zip(generate(requests, run, model=model, max_new_tokens=1), languages.items(), strict=True):
+    results = generate(requests, run, model=model, max_new_tokens=1)
+    for got, (name, start) in zip(results, languages.items(), strict=True):
         own = run[name]
         with brute_force(hf, own.kv, own.pos_start), torch.no_grad():
             logits = hf(input_ids=torch.tensor([[5, 6, 7]]), decoder_input_ids=torch.tensor([[start]]), use_cache=False)
