@@ -6,11 +6,12 @@ A message says what was expected, what came and what to do. The Rust core raises
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import reprlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 __all__ = [
     "BaseMismatchError",
@@ -148,6 +149,21 @@ def capacity_error(limit: str, needed: int, available: int) -> CapacityError:
     """
     message = LIMITS[limit].format(needed=needed, available=available)
     return CapacityError(message, limit=limit, needed=needed, available=available)
+
+
+@contextlib.contextmanager
+def named_errors(name: str, kind: type[PrefixFastError]) -> Iterator[None]:
+    """Context manager that puts a name before the message of an error.
+
+    Args:
+        name: Name of what is wrong, with the punctuation behind it.
+        kind: Class of the errors. Others pass unchanged.
+    """
+    try:
+        yield
+    except kind as e:
+        e.args = (f"{name}{e}",)
+        raise
 
 
 def warn_renamed(old: str, new: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from prefixfast.cli.output import QUIET, SOME_FAILED, printable, show, start_log
 from prefixfast.cli.prefixes import Json
 from prefixfast.config import GenerationParams, TrainConfig
 from prefixfast.config.sites import SITES
-from prefixfast.errors import ConfigError, shown
+from prefixfast.errors import ConfigError, named_errors, shown
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.paths import check_not_input
 from prefixfast.io.text import counted, duration
@@ -177,14 +177,9 @@ def _check(runs: Sequence[StudyRun], task: str) -> None:
                 check_seq2seq_method(run.variant.options["method"])
 
 
-@contextlib.contextmanager
-def _named(run: StudyRun) -> Iterator[None]:
+def _named(run: StudyRun) -> contextlib.AbstractContextManager[None]:
     """Context manager whose `ConfigError` names the compared method."""
-    try:
-        yield
-    except ConfigError as e:
-        msg = f"method {shown(run.variant.name)}: {e}"
-        raise ConfigError(msg) from e
+    return named_errors(f"method {shown(run.variant.name)}: ", ConfigError)
 
 
 def _print_estimates(runs: Sequence[StudyRun], *, as_json: bool) -> None:
@@ -211,9 +206,7 @@ def _print_estimates(runs: Sequence[StudyRun], *, as_json: bool) -> None:
     ]
     if rows:
         show(rows, rows[0], as_json=False)
-    for e in found:
-        if "error" in e:
-            typer.echo(f"{e['run']} failed: {printable(e['error'])}", err=True)
+    _print_failed({e["run"]: e["error"] for e in found if "error" in e})
     typer.echo(f"{counted(len(runs), 'run')}, {duration(total)}; loading and metrics come on top")
     if len(rows) < len(found):
         raise typer.Exit(SOME_FAILED)
@@ -241,10 +234,19 @@ def _run_and_show(runs: Sequence[StudyRun], output: Path, memory: float, *, as_j
         plot = _draw(summary, output / PLOT_FILE)
         files = {"results": output / RESULTS, "table": output / TABLE_FILE, "plot": plot}
         _show(summary, memory, {n: None if f is None else str(f) for n, f in files.items()}, failed, as_json=as_json)
-    for label, error in failed.items():
-        typer.echo(f"{printable(label)} failed: {printable(error)}", err=True)
+    _print_failed(failed)
     if failed:
         raise typer.Exit(SOME_FAILED)
+
+
+def _print_failed(failed: Mapping[str, str]) -> None:
+    """Print each error once, with the runs that it ended."""
+    runs: dict[str, list[str]] = {}
+    for label, error in failed.items():
+        runs.setdefault(error, []).append(label)
+    for error, labels in runs.items():
+        others = f" and {counted(len(labels) - 1, 'other run')}" if len(labels) > 1 else ""
+        typer.echo(f"{printable(labels[0])}{others} failed: {printable(error)}", err=True)
 
 
 def _draw(summary: Summary, path: Path) -> Path | None:

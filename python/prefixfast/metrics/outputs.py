@@ -15,7 +15,7 @@ from prefixfast.metrics.text_files import (
     is_text_file,
     item_rows,
     listed_values,
-    named_errors,
+    row_errors,
     row_place,
     text_file_lines,
 )
@@ -55,7 +55,7 @@ def _output(value: Any, number: int) -> Output:
     if isinstance(value, Mapping):
         return _row_output(value, number)
     if isinstance(value, str):
-        with named_errors("outputs", {}):
+        with row_errors("outputs", {}):
             return Output(check_text({}, number, "text", value), place, {})
     if isinstance(getattr(value, "text", None), str):  # a Generation; its class would import the engine
         row = {"text": value.text, "id": getattr(value, "id", None), "error": getattr(value, "error", None)}
@@ -65,7 +65,7 @@ def _output(value: Any, number: int) -> Output:
 
 
 def _row_output(row: Row, number: int) -> Output:
-    with named_errors("outputs", row):
+    with row_errors("outputs", row):
         if row.get("error") is not None:
             raise row_error(row, number, f"expected a text, got the error of a failed request, {shown(row['error'])}")
         return Output(_output_text(row, number), row_place(row, "outputs", number), row)

@@ -21,7 +21,7 @@ from prefixfast.metrics.text_files import (
     is_text_file,
     item_rows,
     listed_values,
-    named_errors,
+    row_errors,
     row_place,
     text_file_lines,
 )
@@ -162,7 +162,7 @@ def _parallel_references(paths: Sequence[Path], task: str) -> list[Reference]:
 def _reference(value: Any, number: int) -> Reference:
     place = f"references: text {number}"
     row: Row = value if isinstance(value, Mapping) else {}
-    with named_errors("references", row):
+    with row_errors("references", row):
         if isinstance(value, Mapping):
             key = only_key(value, number, REFERENCE_KEYS)
             texts = _texts(value, number, key, value[key])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefixfast.data.files import SUFFIXES, FileRow, Item, file_kind, read_text
 from prefixfast.data.files.kinds import ADVICE_BY_SUFFIX, CORPUS_BY_SUFFIX, JSON_TABLE, PLAIN_TEXT
 from prefixfast.data.rows import Row
-from prefixfast.errors import ConfigError, DataError, shown
+from prefixfast.errors import ConfigError, DataError, named_errors, shown
 
 ROW_SUFFIXES = (*SUFFIXES, ".xml")
 START = 1000  # characters of a text file in which a row shows its keys
@@ -68,21 +68,14 @@ def item_rows(items: Iterable[Item]) -> list[Row]:
     return rows
 
 
-@contextlib.contextmanager
-def named_errors(name: str, row: Row) -> Iterator[None]:
+def row_errors(name: str, row: Row) -> contextlib.AbstractContextManager[None]:
     """Context manager that puts the name of the argument before the error of a row that is in no file.
 
     Args:
         name: Name of the argument.
         row: Row, empty for a text.
     """
-    try:
-        yield
-    except DataError as e:
-        if isinstance(row, FileRow):
-            raise
-        msg = f"{name}: {e}"
-        raise DataError(msg, line=e.line) from e
+    return contextlib.nullcontext() if isinstance(row, FileRow) else named_errors(f"{name}: ", DataError)
 
 
 def row_place(row: Row, name: str, number: int) -> str:

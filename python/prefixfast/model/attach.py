@@ -13,7 +13,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from transformers import PreTrainedModel
@@ -119,6 +119,7 @@ def attach(model: PreTrainedModel) -> Handle:
                     handle = _seq2seq_handle(model, undo)
                 else:
                     handle = _decoder_handle(model, own, undo)
+            undo += _refuse_copies(model)
         except BaseException:
             _run(undo)
             raise
@@ -189,6 +190,19 @@ def _freeze(model: PreTrainedModel) -> list[Callable[[], None]]:
     model.eval()
     model.requires_grad_(False)
     return [restore]
+
+
+def _refuse_copies(model: PreTrainedModel) -> list[Callable[[], None]]:
+    """Refuse deep copies and pickles, whose forward would need a handle; returns functions that allow them again."""
+    name = type(model).__name__
+
+    def refuse(protocol: SupportsIndex) -> NoReturn:
+        msg = f"{name}: expected a model that is not attached to copy or pickle; do it before load, or close the base"
+        raise ConfigError(msg)
+
+    attributes, method = vars(model), "__reduce_ex__"  # which both read from the object
+    attributes[method] = refuse
+    return [lambda: attributes.pop(method, None)]
 
 
 def _replace_gelu(model: PreTrainedModel) -> list[Callable[[], None]]:

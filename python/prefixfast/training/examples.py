@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from prefixfast.data.encode import Example, Ints, decoder_of, encode_examples, special_ids
 from prefixfast.data.rows import Row, row_error
 from prefixfast.data.task import Task
-from prefixfast.errors import DataError, shown
+from prefixfast.errors import DataError, named_errors, shown
 from prefixfast.model.base import Model
-from prefixfast.training.inputs import error_with_name
 from prefixfast.training.text_limits import TextLimits
 
 NO_INFIX = (
@@ -113,7 +112,7 @@ def tokenize_rows(model: Model, rows_by_name: Mapping[str, Sequence[Row]], optio
     found: list[Example] = []
     first, skipped, truncated, decoder = [0], 0, 0, decoder_of(model)
     for name, rows in rows_by_name.items():
-        with error_with_name(name):
+        with named_errors(f"prefix {shown(name)}, ", DataError):
             tokenizer = None if options.task.is_tokenized(rows[0]) else model.require_tokenizer()
             for example in encode_examples(tokenizer, model.vocab_size, rows, options.task, decoder=decoder):
                 if options.has_infix and not example.has_one_target:

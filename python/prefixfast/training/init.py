@@ -15,7 +15,7 @@ from prefixfast.config import PrefixConfig
 from prefixfast.config.sites import BySite, Site, one_or_by_site
 from prefixfast.data.encode import encode_examples, vocabulary_error
 from prefixfast.data.rows import row_error
-from prefixfast.errors import ConfigError, DataError, is_text, shown
+from prefixfast.errors import ConfigError, DataError, is_text, named_errors, shown
 from prefixfast.model.base import Model
 from prefixfast.model.prefix_shape import filled_layers, own_layers
 from prefixfast.model.text_kv import seq2seq_text_kv, text_kv
@@ -25,7 +25,6 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.examples import TOO_LONG, apply_overflow, too_long
 from prefixfast.training.groups import PrefixGroup, PrefixJob
 from prefixfast.training.init_options import InitOptions
-from prefixfast.training.inputs import error_with_name
 from prefixfast.training.method import METHODS, Method, check_seq2seq_method
 
 logger = logging.getLogger(__name__)
@@ -203,7 +202,7 @@ def _example_ids(model: Model, group: PrefixGroup, options: InitOptions) -> list
         if (fitted := apply_overflow(example, limit, group.config.overflow)) is not None:
             found.append(fitted.ids.tolist())
         elif group.config.overflow == "error":
-            with error_with_name(job.source):
+            with named_errors(f"prefix {shown(job.source)}, ", DataError):
                 raise row_error(rows[i], int(i), too_long(example, limit, TOO_LONG))
     if len(found) < count:
         expected = f"at most the {len(found)} rows of {shown(job.source)} that have at most {limit} tokens"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from prefixfast.data.column_names import column_error, listed
@@ -17,7 +16,7 @@ from prefixfast.data.layouts import layout_note
 from prefixfast.data.row_reader import RowReader
 from prefixfast.data.rows import Row, Rows, row_error
 from prefixfast.data.task import Task
-from prefixfast.errors import ConfigError, DataError, check_string, shown
+from prefixfast.errors import ConfigError, DataError, check_string, named_errors, shown
 from prefixfast.io.progress import track
 
 logger = logging.getLogger(__name__)
@@ -137,16 +136,6 @@ def number_in_data(error: DataError, row_numbers: Sequence[int] | None) -> DataE
     return DataError(f"{error} (row {number} of the data)", path=error.path, line=number)
 
 
-@contextlib.contextmanager
-def error_with_name(name: str) -> Iterator[None]:
-    """Add the name of the prefix to errors of its rows."""
-    try:
-        yield
-    except DataError as e:
-        msg = f"prefix {shown(name)}, {e}"
-        raise DataError(msg, path=e.path, line=e.line) from e
-
-
 def check_formats(rows: TrainingRows, task: Task, *, isolate: bool) -> TrainingRows:
     """Check the format of all rows as far as no tokenizer is needed.
 
@@ -185,7 +174,7 @@ def check_formats(rows: TrainingRows, task: Task, *, isolate: bool) -> TrainingR
 
 def _format_error(name: str, rows: list[Row], task: Task) -> DataError | None:
     try:
-        with error_with_name(name):
+        with named_errors(f"prefix {shown(name)}, ", DataError):
             check_examples(rows, task)
     except DataError as e:
         return e

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -11,8 +13,9 @@ import torch
 import transformers
 from torch import nn
 
+import seq2seq
 import tiny
-from prefixfast import ConfigError
+from prefixfast import ConfigError, load
 from prefixfast.attention.hf_interface import HARMLESS, prefixfast_attention
 from prefixfast.attention.plan import plain_plan
 from prefixfast.model.attach import attach
@@ -97,6 +100,17 @@ def test_attaching_twice_needs_detaching_twice():
     assert packed(model, IDS[0]).isfinite().all()
     first.detach()
     assert state(model) == before
+
+
+@pytest.mark.parametrize("of", [copy.deepcopy, pickle.dumps], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("make", "name"), [(tiny.make, "gpt2"), (seq2seq.make_seq2seq, "t5")])
+def test_a_copy_of_an_attached_model_is_refused(make, name, of):
+    hf = make(name)
+    with load(hf) as model:
+        for attached in (hf, model):
+            with pytest.raises(ConfigError, match="not attached to copy or pickle"):
+                of(attached)
+    assert of(hf)
 
 
 def test_a_model_can_be_attached_again():

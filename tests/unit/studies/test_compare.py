@@ -17,6 +17,7 @@ from prefixfast import Prefix
 from prefixfast.config.sites import SITES
 from prefixfast.data import TASKS
 from prefixfast.demo import SEQ2SEQ_BASE
+from prefixfast.studies.compare import estimate
 from prefixfast.studies.compare.runner import RESULTS, RUNS, read_results
 
 
@@ -53,6 +54,17 @@ def test_the_command_exits_with_3_if_a_run_failed(cli, words, in_process):
     assert found["failed"] == {"prefix, seed 13": "the gradient was not finite"}
     assert [m["seeds"] for m in found["methods"]] == [[14]]
     assert in_process == ["prefix, seed 13", "prefix, seed 14"]
+
+
+def test_an_error_of_several_runs_is_said_once(cli, words, tmp_path, in_process, monkeypatch):
+    error, several = "the gradient was not finite", ("--seed", "13", "--seeds", "1", "--methods", "prefix-mlp")
+    done = cli(*words, *several)
+    assert (done.code, len(in_process)) == (3, 2)
+    assert done.err.count(error) == 2, "when it happens, and behind the tables"
+    assert cli(*words, *several, "-o", tmp_path / "other", "--quiet").err.count(error) == 1
+    monkeypatch.setattr(estimate, "_in_own_process", lambda run: {"error": error})
+    done = cli(*words, "--seeds", "3", "--dry-run")
+    assert (done.code, done.err.count(error)) == (3, 1)
 
 
 @pytest.fixture(scope="module")

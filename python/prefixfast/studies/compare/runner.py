@@ -105,8 +105,9 @@ class Runner:
             self.report(where)
             result = self._run_one(run, held)
             if "error" in result:
-                failed[run.label] = result["error"]
-                self.report(f"{where} failed: {result['error']}")
+                error = result["error"]
+                self.report(f"{where} failed" + (f": {error}" if error not in failed.values() else ", as before"))
+                failed[run.label] = error
             else:
                 replace_file(self.output / RESULTS, b"".join(map(json_line, [*lines, result])))
             failed_lines = (json_line({"run": name, "error": text}) for name, text in failed.items())
