@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ from prefixfast.errors import ConfigError, shown
 from prefixfast.io.paths import check_not_input
 from prefixfast.io.yaml import read_yaml, read_yaml_file
 from prefixfast.model.base_name import check_base_name
+from prefixfast.training.ranks import rank_and_size
 
 if TYPE_CHECKING:
     from prefixfast.training.settings import BaseKind
@@ -148,6 +150,8 @@ def command(
 ) -> None:
     """Train one prefix, or several in the same batches, on a frozen base.
 
+    Under torchrun or accelerate launch all processes train together, and the first one prints.
+
     The exit status is 3 if some prefixes failed, and 130 if the run was interrupted after a checkpoint.
     """
     given = {n: v for n, v in locals().items() if n not in ("data", "dry_run", "as_json", "quiet", "fields")}
@@ -156,7 +160,8 @@ def command(
     if output is None and store is None and not dry_run:
         msg = "expected -o FOLDER for the prefix, --store STORE to keep it by its name, or both; got neither"
         raise typer.BadParameter(msg, param_hint="--output")
-    start_logging(quiet=quiet)
+    is_first = rank_and_size()[0] == 0  # of the processes that train together
+    start_logging(quiet=quiet or not is_first)
     check_order(model)
     files = named_files(data, by_stem=_by_stem(given), official=split is not None)
     held_out = {} if eval_data is None else _by_name(named_files(eval_data, official=split is not None))
@@ -164,25 +169,38 @@ def command(
     _check_before_reading(given, fields)
     arguments = _train_arguments(given, fields)
     if dry_run:
-        from prefixfast.training.estimate import estimate
-
-        found = estimate(model, files, **arguments, **fields)
-        typer.echo(json.dumps(dataclasses.asdict(found), indent=2))
+        if is_first:
+            _print_estimate(model, files, arguments | fields)
         return
     kept: Any = KeepRun()  # a `Callback`, which only needs one of the hooks
-    try:
-        progress = False if quiet else None
-        with without_result_log():
-            result = train(model, files, **arguments, callbacks=[kept], progress=progress, **fields)
-    except KeyboardInterrupt:
-        place = store if output is None else output
-        typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(str(place))}", err=True)
-        raise
+    progress = False if quiet else None
+    with _said_how_to_resume(store if output is None else output), without_result_log():
+        result = train(model, files, **arguments, callbacks=[kept], progress=progress, **fields)
+    if not is_first:
+        return
     dtype = None if fields.get("dtype") in (None, "auto") else str(fields["dtype"])
     is_single, by_rows = not isinstance(result, TrainRun), prefix_column == "prefix"
     own = (dtype, encoding, by_rows, split, held_out)
     summary = Summary(kept.run, output, store, is_single, _by_name(files), *own)
     summary.show(as_json=as_json, quiet=quiet)
+
+
+def _print_estimate(model: str, files: str | Mapping[str, str | Path], arguments: Mapping[str, Any]) -> None:
+    """Print the estimate of ``--dry-run``."""
+    from prefixfast.training.estimate import estimate
+
+    typer.echo(json.dumps(dataclasses.asdict(estimate(model, files, **arguments)), indent=2))
+
+
+@contextlib.contextmanager
+def _said_how_to_resume(place: Path | None) -> Iterator[None]:
+    """Context manager that says after an interrupt where a run goes on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if rank_and_size()[0] == 0:
+            typer.echo(f"stopped; --resume goes on from the checkpoint in {printable(str(place))}", err=True)
+        raise
 
 
 def _kind(model: str) -> BaseKind:

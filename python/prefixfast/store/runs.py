@@ -78,20 +78,40 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def ended_run(folder: Path) -> Iterator[bool]:
+def ended_run(folder: Path, *, shared: bool = False) -> Iterator[bool]:
     """Context manager that locks the folder of a run whose process has ended.
+
+    Args:
+        folder: Folder of the run.
+        shared: Whether processes that continue other prefixes of the run can have the folder too.
 
     Yields:
         Whether the process has ended. Without locks of folders, a process counts as ended when it has written nothing
         for `STALE_SECONDS`.
     """
     try:
-        fd = lock(folder)
+        fd = lock(folder, shared=shared)
     except OSError:  # a running process has the lock, or the folder was removed
         yield False
         return
     try:
         yield folder.is_dir() and (fd is not None or _seconds_since_write(folder) > STALE_SECONDS)
+    finally:
+        unlock(fd)
+
+
+@contextlib.contextmanager
+def one_at_a_time(store: Path) -> Iterator[None]:
+    """Context manager that waits until no other process takes over or removes checkpoints of earlier runs.
+
+    Args:
+        store: Directory of the store.
+    """
+    root = store / RUNS
+    root.mkdir(exist_ok=True)
+    fd = lock(root, wait=True)
+    try:
+        yield
     finally:
         unlock(fd)
 
@@ -169,6 +189,12 @@ def end_run(store: Path, run: RunFolder, finished: Sequence[str]) -> None:
         finished: Names of the prefixes that the run has put into the store.
     """
     shutil.rmtree(run.path / CHECKPOINT, ignore_errors=True)
+    with one_at_a_time(store):
+        _end_earlier(store, run, finished)
+
+
+def _end_earlier(store: Path, run: RunFolder, finished: Sequence[str]) -> None:
+    """Remove what a finished run makes useless of the runs that have ended before."""
     kept = 0
     for other in run_folders(store):
         if other == run.path:

@@ -165,21 +165,26 @@ def new_locked(root: Path, make_name: Callable[[], str]) -> tuple[Path, int | No
         unlock(fd)
 
 
-def lock(folder: Path) -> int | None:
+def lock(folder: Path, *, shared: bool = False, wait: bool = False) -> int | None:
     """Lock a folder until the descriptor is closed or the process ends.
+
+    Args:
+        folder: Folder to lock.
+        shared: Whether other processes can have the lock too, if they share it.
+        wait: Whether to wait while another process has the lock.
 
     Returns:
         Descriptor of the lock, None where folders cannot be locked (Windows, some network file systems).
 
     Raises:
-        BlockingIOError: If another process has the lock.
+        BlockingIOError: If another process has the lock, without ``wait``.
         OSError: If the folder does not exist.
     """
     if sys.platform == "win32":
         return None
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except OSError as e:
         os.close(fd)
         if e.errno in LOCKED:

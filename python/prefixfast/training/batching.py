@@ -110,6 +110,8 @@ class MicroBatch:
         encoder_lengths: Number of tokens of each sequence's source, int32 ``[S]``; None for a decoder-only base
             model.
         encoder_ids: Token ids of the sources, int64 ``[M]``, likewise.
+        is_filler: Whether the result does not count, since the process has no examples left and runs in step with
+            others.
     """
 
     lengths: Ints
@@ -122,11 +124,43 @@ class MicroBatch:
     target_prefix: Tensor
     encoder_lengths: Ints | None = None
     encoder_ids: Tensor | None = None
+    is_filler: bool = False
 
     @property
     def num_tokens(self) -> int:
         """Number of input tokens, those of the encoder included."""
         return len(self.ids) + (0 if self.encoder_ids is None else len(self.encoder_ids))
+
+
+@dataclass(frozen=True)
+class Share:
+    """The examples of a step that one of several processes takes.
+
+    Attributes:
+        rank: Number of the process, from 0.
+        size: Number of processes.
+        is_in_step: Whether all processes run the same number of forward passes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    is_in_step: bool = False
+
+    def indices(self, sizes: Ints, rank: int) -> NDArray[np.int64]:
+        """Indices of the examples of a process, ascending. All processes get about the same number of tokens.
+
+        Args:
+            sizes: Number of tokens of each example, int32 ``[X]``.
+            rank: Number of the process.
+        """
+        if self.size == 1:
+            return np.arange(len(sizes))
+        place = np.arange(len(sizes)) % (2 * self.size)  # from the largest to the smallest, forth and back
+        owner = np.where(place < self.size, place, 2 * self.size - 1 - place)
+        return np.sort(np.argsort(-sizes, kind="stable")[owner == rank])
+
+
+EVERYTHING = Share()
 
 
 def micro_batches(
@@ -137,6 +171,7 @@ def micro_batches(
     token_budget: int,
     sequence_sum: bool,
     device: torch.device,
+    share: Share = EVERYTHING,
 ) -> Iterator[MicroBatch]:
     """Pack examples into forward passes.
 
@@ -147,11 +182,25 @@ def micro_batches(
         token_budget: Largest number of tokens of a forward pass, those of an encoder included.
         sequence_sum: Whether the loss is the paper's sum over tokens and mean over rows, instead of the token mean.
         device: Device of the tensors.
+        share: Examples of this process. The weights of target tokens are those among all chosen examples.
     """
     sizes, num_targets = examples.sizes[chosen], examples.num_targets[chosen]
-    packing = _rust.pack(sizes, num_targets, prefix, token_budget=token_budget, sequence_sum=sequence_sum)
-    for a, b in zip(packing.micro_indptr[:-1], packing.micro_indptr[1:], strict=True):
-        part = packing.order[a:b]
+
+    def pack(own: NDArray[np.int64]) -> tuple[NDArray[np.float64], list[NDArray[np.int64]]]:
+        found = _rust.pack(
+            sizes[own], num_targets[own], prefix[own], token_budget=token_budget, sequence_sum=sequence_sum
+        )
+        return found.weight, np.split(own[found.order], found.micro_indptr[1:-1]) if len(own) else []
+
+    weight, parts = pack(np.arange(len(chosen)))
+    num_fillers = 0
+    if share.size > 1:
+        _, parts = pack(share.indices(sizes, share.rank))
+        if share.is_in_step:
+            counts = [len(pack(share.indices(sizes, rank))[1]) for rank in range(share.size)]
+            num_fillers = max(counts) - len(parts)
+    for number, part in enumerate([*parts, *[np.zeros(1, np.int64)] * num_fillers]):
+        is_filler = number >= len(parts)
         own = chosen[part]
         begin, end, count = examples.indptr[own], examples.indptr[own + 1], num_targets[part]
         inputs = (end - begin - 1).astype(np.int32)
@@ -164,9 +213,10 @@ def micro_batches(
             torch.from_numpy(examples.ids[concat_ranges(begin, end - 1)].astype(np.int64)).to(device),
             torch.from_numpy(at - 1 + np.repeat(offset - begin, count)).to(device),
             torch.from_numpy(examples.ids[at].astype(np.int64)).to(device),
-            torch.from_numpy(np.repeat(packing.weight[part], count)).to(device),
+            torch.from_numpy(np.repeat(weight[part] * (not is_filler), count)).to(device),
             torch.from_numpy(np.repeat(prefix[part], count).astype(np.int64)).to(device),
             *_encoder_texts(examples, own, device),
+            is_filler,
         )
 
 

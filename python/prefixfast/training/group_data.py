@@ -33,7 +33,7 @@ class GroupData:
         group: Group with resolved options, without the prefixes whose rows are wrong.
         dataset: Tokenized training rows.
         eval_dataset: Tokenized held-out rows, None without held-out rows.
-        failed: Error message of each prefix whose rows are wrong. A group of one such name has no jobs and no rows.
+        failed: Error message of each prefix whose rows are wrong. A group without another name has no jobs and no rows.
     """
 
     model: Model
@@ -93,10 +93,9 @@ def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
         group = with_learning_rates(group, depths)
         dataset, eval_dataset = _tokenize(model, job, group, failed)
     except DataError as e:
-        if not (job.isolate and method.is_alone):
+        if not (job.isolate and (method.is_alone or job.team.size > 1)):
             raise
-        (alone,) = group.jobs
-        own = {alone.name: failed.get(alone.name, str(e))}
+        own = {j.name: failed.get(j.name, str(e)) for j in group.jobs}
         return GroupData(model, job, replace(group, jobs=()), Dataset.empty(), None, own)
     left = (eval_dataset or dataset).span
     jobs = tuple(j for j in group.jobs if j.name in left)

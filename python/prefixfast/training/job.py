@@ -27,6 +27,7 @@ from prefixfast.training.held_out import hold_out
 from prefixfast.training.init_options import InitOptions, adopt_init, with_enough_rows
 from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
 from prefixfast.training.method import METHODS, check_read
+from prefixfast.training.ranks import ALONE, Ranks
 from prefixfast.training.settings import BaseKind, GivenOptions, TrainSettings, resolve_settings
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class TrainJob:
         resume: Whether the run continues from a checkpoint, if there is one.
         arguments: Arguments of the call.
         given: Options that the caller gave.
+        ranks: Processes that divide the examples of each step.
+        team: Processes that divide the prefixes.
     """
 
     rows: TrainingRows
@@ -97,6 +100,8 @@ class TrainJob:
     resume: bool
     arguments: JobArguments
     given: GivenOptions
+    ranks: Ranks = ALONE
+    team: Ranks = ALONE
 
     @property
     def makes_weights(self) -> bool:

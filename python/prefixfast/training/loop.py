@@ -65,7 +65,7 @@ class GroupTrainer:
 
     def __init__(self, data: GroupData, number: int, output: OutputDir) -> None:
         self.data, self.number, self.output = data, number, output
-        self.model, self.job, self.group = data.model, data.job, data.group
+        self.model, self.job, self.group, self.ranks = data.model, data.job, data.group, data.job.ranks
         self.eval_dataset, self.config = data.eval_dataset, data.group.config
         self.prefixes: dict[str, Artifact] = {}
         self.finished: dict[str, dict[str, Any]] = {}
@@ -79,7 +79,7 @@ class GroupTrainer:
             self.counts = [c | {"eval_rows": count} for c, count in zip(self.counts, held_out, strict=True)]
         with Progress("make initial values"):
             examples = GroupExamples(data.dataset.examples, data.dataset.spans(j.name for j in jobs))
-            self.runner = StepRunner(self.model, self.group, make(data), examples)
+            self.runner = StepRunner(self.model, self.group, make(data), examples, self.ranks)
         self.applied = Applied(self.runner.params, self.model.guard)
         self.builder = ArtifactBuilder.make(data, self.runner.params)
         self.num_steps = self.num_taken = self.num_tokens = 0
@@ -108,11 +108,11 @@ class GroupTrainer:
         active = self.progress.active.nonzero()[:, 0].tolist()
         logger.info("%s%s", settings_line(self.data, self.runner, active), resumed)
         self.job.callbacks.call("on_train_begin", self.names, total)
-        start = time.perf_counter()
+        start, saves = time.perf_counter(), self.ranks.any(folder is not None)
         label = f"train group {self.number}" if self.number or len(self.job.groups) > 1 else "train"
         with (
             self.applied,
-            defer_sigint(folder is not None) as interrupt,
+            defer_sigint(saves) as interrupt,
             Progress(label, total, "steps", initial=self.num_steps) as work,
         ):
             work.details = self._details
@@ -127,9 +127,10 @@ class GroupTrainer:
                 self.applied.let_others_in()
                 work.update(rows=self.runner.num_taken * self.data.rows_per_example, tokens=self.runner.num_tokens)
                 is_due = bool(self.config.save_steps) and self.num_steps % (self.config.save_steps or 1) == 0
-                if folder is not None and (interrupt.requested or is_due):
+                is_interrupted = self.ranks.any(interrupt.requested)
+                if folder is not None and (is_interrupted or is_due):
                     self._checkpoint().write(folder)
-                if interrupt.requested:
+                if is_interrupted:
                     raise KeyboardInterrupt
         if folder is not None and (self.config.save_steps or folder.exists()):
             self._checkpoint().write(folder)
@@ -260,12 +261,8 @@ class GroupTrainer:
                 self._fail(i, f"the prefix is not usable: {e}; lower learning_rate")
                 continue
             self.progress.active[i] = False
-            try:
-                self.output.save_prefix(name, prefix, resumed=self.job.resume)
-            except OSError as e:
-                if not self.job.isolate:
-                    raise
-                self._fail(i, f"the prefix cannot be saved: {e}")
+            if error := self.ranks.first(lambda name=name, prefix=prefix: self._save(name, prefix)):  # type: ignore[misc]
+                self._fail(i, error)
                 continue
             self.prefixes[name] = prefix
             self.finished[name] = {"digest": prefix.digest, "metrics": metrics}
@@ -275,6 +272,16 @@ class GroupTrainer:
                     *(name, skipped, int(self.progress.num_done[i])),
                 )
             self._call_hook("on_prefix_end", name, prefix, metrics)
+
+    def _save(self, name: str, prefix: Artifact) -> str:
+        """Save a prefix that has ended; returns the error of an isolated failure, which is empty without one."""
+        try:
+            self.output.save_prefix(name, prefix, resumed=self.job.resume)
+        except OSError as e:
+            if not self.job.isolate:
+                raise
+            return f"the prefix cannot be saved: {e}"
+        return ""
 
     def _cost(self) -> dict[str, JSON]:
         """Median of the seconds of a step, None without steps, and the largest memory use since the run began."""
@@ -327,7 +334,8 @@ class GroupTrainer:
 
     def _restore(self) -> bool:
         """Continue from the group's checkpoint; False without one."""
-        found = self.output.read_checkpoint(self.number, self.data.identity)
+        identity = self.data.identity
+        found = self.ranks.first(lambda: self.output.read_checkpoint(self.number, identity))
         if found is None:
             return False
         state, tensors, budget = found.state, found.tensors, self.runner.budget
@@ -345,9 +353,9 @@ class GroupTrainer:
         for name, error in state["failed"].items():
             self.failed[name] = self.job.rows.failed[name] = error
         self.output.write_failed(self.job.rows.failed)
-        for name, about in self.finished.items():
-            self.prefixes[name] = self.output.read_finished(name, about["digest"])
-            self.resumed.append(name)
+        self.resumed += self.finished
+        read = self.output.read_finished
+        self.prefixes |= self.ranks.first(lambda: {n: read(n, about["digest"]) for n, about in self.finished.items()})
         return True
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from torch import Tensor
 from prefixfast.data.encode import Ints
 from prefixfast.io.progress import Progress
 from prefixfast.model.base import Model
-from prefixfast.training.batching import BatchOrder, MicroBatch, micro_batches
+from prefixfast.training.batching import BatchOrder, MicroBatch, Share, micro_batches
 from prefixfast.training.examples import Examples
 from prefixfast.training.groups import PrefixGroup
 from prefixfast.training.method import METHODS
 from prefixfast.training.methods.state import MethodState
 from prefixfast.training.optimizer import PrefixAdamW, learning_rates
 from prefixfast.training.prefix_tensor import PrefixTensor
+from prefixfast.training.ranks import ALONE, Ranks
 from prefixfast.training.resilience import TokenBudget
 
 
@@ -66,6 +67,7 @@ class StepRunner:
         group: Prefixes with resolved options.
         params: Parameters of the method.
         data: Training examples.
+        ranks: Processes that divide the examples of each step.
 
     Attributes:
         num_taken: Number of examples of the last step.
@@ -78,7 +80,9 @@ class StepRunner:
         group: PrefixGroup,
         params: MethodState,
         data: GroupExamples,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks, self.share = ranks, Share(ranks.rank, ranks.size)
         self.model, self.config, self.examples = model, group.config, data.examples
         self.num_prefixes = len(group.jobs)
         configs = [job.config for job in group.jobs]
@@ -108,6 +112,9 @@ class StepRunner:
             CapacityError: If memory runs out on a single example, or with an explicit token budget.
         """
         losses = self.budget.run(lambda: self._compute_gradients(number, active))
+        if self.ranks.size > 1:
+            params = [p.tensor for p in self.params.params]
+            self.ranks.sum_([losses, *(_with_gradient(p) for p in params)])
         now = active & (number < self.total)
         done = torch.full_like(self.total, number)
         rate = torch.zeros(self.num_prefixes, dtype=torch.float64)
@@ -120,7 +127,9 @@ class StepRunner:
     @torch.no_grad()
     def first_losses(self) -> Tensor:
         """Losses of the examples of the first step, fp64 ``[n]``, of a method without steps."""
-        return self.budget.run(lambda: self._batch_losses(0, torch.ones_like(self.total, dtype=torch.bool)))
+        losses = self.budget.run(lambda: self._batch_losses(0, torch.ones_like(self.total, dtype=torch.bool)))
+        self.ranks.sum_([losses])
+        return losses
 
     def _compute_gradients(self, number: int, active: Tensor) -> Tensor:
         """Compute the gradients of the parameters; returns the losses ``[n]``. A second call starts from scratch."""
@@ -153,7 +162,7 @@ class StepRunner:
             Mean loss of a target token, fp64 ``[n]``, which counts where ``due`` is set.
         """
 
-        def run() -> Tensor:
+        def run() -> tuple[Tensor, Tensor]:
             self.params.refresh(np.zeros(self.num_prefixes, np.int64), dropout=False)
             numbers = due.nonzero()[:, 0].numpy()
             chosen = np.concatenate([np.arange(*data.spans[i]) for i in numbers])
@@ -162,19 +171,22 @@ class StepRunner:
             total, count = (torch.zeros(self.num_prefixes, dtype=torch.float64) for _ in range(2))
             with Progress("evaluate", len(chosen), "examples") as work:
                 for micro in self._micro_batches(data.examples, chosen, prefix):
-                    where = micro.target_prefix.cpu()
-                    total.index_add_(0, where, self._token_losses(micro).double().cpu())
+                    where, losses = micro.target_prefix.cpu(), self._token_losses(micro)
+                    if micro.is_filler:
+                        continue
+                    total.index_add_(0, where, losses.double().cpu())
                     count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
                     work.update(len(micro.lengths), tokens=micro.num_tokens)
-            return total / count
+            return total, count
 
-        return self.budget.run(run)
+        total, count = self.budget.run(run)
+        self.ranks.sum_([total, count])
+        return total / count
 
     def _micro_batches(self, examples: Examples, chosen: NDArray[np.int64], prefix: Ints) -> Iterator[MicroBatch]:
-        is_sum, tokens = self.config.loss == "sequence_sum", self.budget.tokens
-        return self.budget.watch(
-            micro_batches(examples, chosen, prefix, token_budget=tokens, sequence_sum=is_sum, device=self.model.device)
-        )
+        is_sum, tokens, device = self.config.loss == "sequence_sum", self.budget.tokens, self.model.device
+        how: dict[str, Any] = {"token_budget": tokens, "sequence_sum": is_sum, "device": device}
+        return self.budget.watch(micro_batches(examples, chosen, prefix, **how, share=self.share))
 
     def _token_losses(self, micro: MicroBatch) -> Tensor:
         """Cross-entropy of every target token, ``[T]``."""
@@ -196,6 +208,13 @@ class StepRunner:
         """Restore the tensors of `state`."""
         for name, own in self.state().items():
             own.copy_(state[name])
+
+
+def _with_gradient(param: Tensor) -> Tensor:
+    """Gradient of a parameter, which is made if the examples of this process have given none."""
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
 
 
 def _vector(values: Sequence[float]) -> Tensor:

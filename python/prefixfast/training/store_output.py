@@ -26,6 +26,7 @@ from prefixfast.store.runs import (
     drop_from_checkpoints,
     end_run,
     ended_run,
+    one_at_a_time,
     run_folders,
 )
 from prefixfast.training.checkpoint import VERSION, Checkpoint
@@ -106,7 +107,7 @@ class StoreOutput(OutputDir):
         """Names that continue from each checkpoint of a run, whose folder then stays locked."""
         found: list[tuple[list[str], Path]] = []
         with contextlib.ExitStack() as lock:
-            if lock.enter_context(ended_run(run)):
+            if lock.enter_context(ended_run(run, shared=True)):
                 for folder in checkpoint_folders(run):
                     taken = {n for own, _ in found for n in own}
                     if usable := _usable(folder, data, {*names} - taken, done):
@@ -118,10 +119,16 @@ class StoreOutput(OutputDir):
     def read_checkpoint(self, number: int, identity: Mapping[str, Any]) -> Checkpoint | None:
         """Take over the checkpoint of an earlier run, with the lines of its log."""
         folder, own = self._earlier.get(number), self.checkpoint_folder(number)
-        found = None if folder is None else Checkpoint.read(folder)
-        if folder is None or found is None or own is None:
+        if folder is None or own is None:
             return None
-        run, names = folder.parent.parent, list(identity["data"])
+        with one_at_a_time(self.root):
+            return self._take_over(folder, own, number, identity)
+
+    def _take_over(self, folder: Path, own: Path, number: int, identity: Mapping[str, Any]) -> Checkpoint | None:
+        """Move the prefixes of a group from an earlier checkpoint to its own; None if another process has done so."""
+        found, run, names = Checkpoint.read(folder), folder.parent.parent, list(identity["data"])
+        if found is None or not {*names} <= {*found.state["names"]}:
+            return None
         group: dict[str, JSON] = {"group": number} if number else {}
         earlier = int(folder.name)
         for line in list(read_lines(run / LOG))[: found.state["log_lines"]]:

@@ -25,17 +25,17 @@ from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
 from prefixfast.training.inputs import SINGLE_NAME
 from prefixfast.training.job import JobArguments, TrainJob, load_base, prepare
-from prefixfast.training.metrics import stored_metrics
 from prefixfast.training.output_check import check_output_folder
 from prefixfast.training.output_dir import OutputDir
+from prefixfast.training.ranks import join_ranks, rank_and_size
 from prefixfast.training.reporters import make_reporter
 from prefixfast.training.result_log import log_result
+from prefixfast.training.shares import divide, own_part
 from prefixfast.training.store_output import StoreOutput
-from prefixfast.training.train_run import RunTotals, TrainRun
+from prefixfast.training.train_run import TrainRun
 
 if TYPE_CHECKING:
-    from prefixfast.model.base import Model
-    from prefixfast.training.loop import GroupTrainer
+    from prefixfast.training.group_data import GroupData
 
 __all__ = ["TrainRun", "train"]
 
@@ -234,15 +234,18 @@ def train(
     if progress is not None:
         check_flag("progress", progress)
     check_flag("overwrite", overwrite)
-    with show_progress(progress):
+    with show_progress(progress if rank_and_size()[0] == 0 else False):
         job = prepare(arguments)
         is_single = job.rows.is_single and sweep is None
         folder = None if output_dir is None else as_path("output_dir", output_dir)
-        _check_output(job, folder, store, is_single=is_single, overwrite=overwrite)
         if isinstance(model, str | Path):
             check_base_name(model)
-        output = _open_output(job, folder, store, is_single=is_single)
-        result = _run(model, job, output)
+        ranks = join_ranks()
+        with ranks.together():
+            ranks.first(lambda: _check_output(job, folder, store, is_single=is_single, overwrite=overwrite))
+            work = divide(job, ranks, into_store_alone=store is not None and folder is None)
+            output = _open_output(work, folder, store, is_single=is_single)
+            result = _run(model, work, output)
     return result.prefixes[SINGLE_NAME] if is_single else result
 
 
@@ -265,7 +268,9 @@ def _check_output(job: TrainJob, folder: Path | None, store: object, *, is_singl
 
 
 def _open_output(job: TrainJob, folder: Path | None, store: object, *, is_single: bool) -> OutputDir:
-    """Output of a job, whose store is made if it does not exist."""
+    """Output of a job, whose store is made if it does not exist. Processes of one batch write the same files once."""
+    if not job.ranks.is_first:
+        return OutputDir(None, None, _names(job), is_single=is_single)
     opened = open_store(store, read_only=False)
     if folder is None and opened is not None:
         return StoreOutput(opened, _names(job))
@@ -276,9 +281,23 @@ def _names(job: TrainJob) -> list[str]:
     return [*dict.fromkeys([*(j.name for group in job.groups for j in group.jobs), *job.rows.failed])]
 
 
+def _parts(data: GroupData, output: OutputDir, job: TrainJob) -> list[GroupData]:
+    """Groups that are trained in place of a group, which the first of several processes reads from the files."""
+
+    def read() -> tuple[list[list[str]], dict[str, Prefix]]:
+        parts = output.parts(data, resume=job.resume)
+        return [[j.name for j in part.group.jobs] for part in parts], output.unchanged
+
+    if job.ranks.size == 1:
+        return output.parts(data, resume=job.resume)
+    names, output.unchanged = job.ranks.first(read)
+    return [data.only(own) for own in names]
+
+
 def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
     from prefixfast.model.memory import reset_peak_memory
+    from prefixfast.training.collect import collect, join_runs
     from prefixfast.training.dataset import none_left
     from prefixfast.training.group_data import tokenize_group
     from prefixfast.training.loop import GroupTrainer, note_failure
@@ -295,13 +314,17 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
             base.guard.training() if job.makes_weights else contextlib.nullcontext(),
             gradient_checkpointing(base, job.config.gradient_checkpointing),
         ):
-            job = job.for_model(base)
+            whole = job.for_model(base)
+            job = own_part(whole)
+            output.names = _names(job)
             reset_peak_memory(base.device)
             for number in range(len(job.groups)):
                 data = tokenize_group(base, job, number)
+                if job.ranks.size > 1:
+                    job.ranks.check_same(repr(data.identities), "data and options")
                 for name, error in data.failed.items():
                     note_failure(job, output, name, error)
-                for part in output.parts(data, resume=job.resume) if data.group.jobs else ():
+                for part in _parts(data, output, job) if data.group.jobs else ():
                     trainer = GroupTrainer(part, len(trainers), output)
                     if not trainers:  # the first group is checked completely before earlier files are removed
                         output.open(resume=job.resume)
@@ -309,51 +332,19 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
                     trainer.run()
                     trainer.free()
                     trainers.append(trainer)
-            if not trainers and not output.unchanged:
+            if not trainers and not output.unchanged and job.team.size == 1:
                 raise none_left(job.rows.failed)
             if not trainers and job.rows.failed:
                 output.open(resume=job.resume)
                 output.write_failed(job.rows.failed)
-            result = _collect(trainers, job, output, base)
+            result = collect(trainers, job, output, base)
         output.end(list(result))
     finally:
         output.close()
-    log_result(result)
+    if job.team.size > 1:
+        assert output.store is not None
+        result = join_runs(result, whole, job.team, output.store)
+    if job.team.is_first and job.ranks.is_first:
+        log_result(result)
     job.callbacks.call("on_train_end", result)
     return result
-
-
-def _collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir, base: Model) -> TrainRun:
-    """Result of all groups, in the order of the data."""
-    prefixes: dict[str, Any] = {n: p for trainer in trainers for n, p in trainer.prefixes.items()} | output.unchanged
-    metrics = {n: finished["metrics"] for trainer in trainers for n, finished in trainer.finished.items()}
-    metrics |= {n: stored_metrics(p) for n, p in output.unchanged.items()}
-    place = {name: i for i, name in enumerate(job.rows.rows)}
-    jobs = sorted((j for group in job.groups for j in group.jobs), key=lambda j: place[j.source])
-    order = [j.name for j in jobs if j.name in prefixes]
-    if not (output.log and "metrics" in output.log[-1]):
-        output.write_log(metrics={n: metrics[n] for n in order})
-    variants: dict[str, dict[str, JSON | Prefix]] = {j.name: {"of": j.source, **j.variant} for j in jobs if j.variant}
-    resumed = {*output.unchanged, *(name for trainer in trainers for name in trainer.resumed)}
-    return TrainRun(
-        prefixes={n: prefixes[n] for n in order},
-        metrics={n: metrics[n] for n in order},
-        log=output.log,
-        failed=dict(job.rows.failed),
-        variants=variants,
-        unchanged=tuple(n for n in order if n in resumed),
-        totals=_totals(trainers, base),
-    )
-
-
-def _totals(trainers: Sequence[GroupTrainer], base: Model) -> RunTotals:
-    from prefixfast.model.base import display_name
-
-    return RunTotals(
-        base=display_name(base),
-        dtype=str(base.dtype).removeprefix("torch."),
-        device=str(base.device),
-        examples=sum(t.num_taken for t in trainers),
-        tokens=sum(t.num_tokens for t in trainers),
-        seconds=sum(t.seconds for t in trainers),
-    )

@@ -1,0 +1,192 @@
+"""Runs of `train` in one and in two processes. ``rank_cases.py FOLDER CASE...`` pickles the result of each case.
+
+The results of a case are lists by number of processes and rank. Prefixes are tensors by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import pickle
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import prefixfast
+import tiny
+from cut_runs import Cut, CutAt
+from prefixfast.store.runs import run_folders
+from prefixfast.training.ranks import Ranks
+from prefixfast.training.step import StepRunner
+from prefixfast.training.trainer import train
+from processes import together
+from token_rows import rows
+
+DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4)}
+HOW: dict[str, Any] = {
+    "batch_size": 3,
+    "prefix_length": 3,
+    "learning_rate": 3e-2,
+    "init": "random",
+    "max_steps": 8,
+    "prefix_dropout": 0.2,
+    "max_grad_norm": 0.5,
+    "save_steps": 2,
+    "logging_steps": 1,
+    "progress": False,
+}
+MLP = {"reparameterization": "mlp", "encoder_hidden_size": 16}
+HELD_OUT = {"eval_data": rows(9, 5), "eval_steps": 2, "early_stopping_patience": 2}
+Plan = tuple[str, int, int]
+SHORT: list[Plan] = [("output_dir", 2, 1), ("store", 1, 2)]
+LONG: list[Plan] = [("output_dir", 1, 3), ("output_dir", 3, 2), ("store", 2, 1), ("store", 2, 3), ("store", 3, 2)]
+Case = Callable[[Any, Path], Any]
+
+
+def tensors(run: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of the prefixes of a run, or of its weights."""
+    return {name: dict(p.kv if hasattr(p, "kv") else p.tensors) for name, p in run.items()}
+
+
+def about(run: Any) -> dict[str, Any]:
+    """What the processes return."""
+    return {
+        "kv": tensors(run),
+        "metrics": run.metrics,
+        "failed": run.failed,
+        "unchanged": run.unchanged,
+        "examples": run.totals.examples,
+    }
+
+
+def files(folder: Path) -> list[str]:
+    """Names of the files of a folder, those of runs in a store without the folder of the run."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def batches(model: Any, folder: Path) -> Any:
+    """Rows of each step divided, in an output folder, with all options that randomness or sums go into."""
+
+    def work(size: int) -> Any:
+        how = {**HOW, **MLP, **HELD_OUT, "overrides": {"a": {"max_steps": 5}}}
+        data = {**DATA, "one": rows(7, 1)}  # a step of which one process has no row
+        run = train(model, data, output_dir=folder / f"out-{size}", token_budget=40, **how)
+        return about(run) | {"log": (folder / f"out-{size}" / "log.jsonl").read_text()}
+
+    found = {size: together(size, lambda size=size: work(size), folder / str(size)) for size in (1, 2)}
+    return {"runs": found, "files": {size: files(folder / f"out-{size}") for size in (1, 2)}}
+
+
+def resumed(model: Any, folder: Path, plans: Sequence[Plan]) -> Any:
+    """Runs that end after step 5 and go on with other numbers of processes, and the whole run of one process.
+
+    One prefix has a token that the base does not know, so that a process that trains it alone has none.
+
+    Args:
+        model: Base model.
+        folder: Folder for files.
+        plans: Name of the argument for the folder, and the numbers of processes before and after.
+    """
+    data = {**DATA, "lost": [{"input_ids": [200, 200], "labels": [-100, 200]}]}
+
+    def work(where: dict[str, Path], **how: Any) -> Any:
+        return about(train(model, data, **where, **HOW, **how))
+
+    found: dict[str, Any] = {"whole": together(1, lambda: work({}), folder / "whole"), "left": {}, "runs": {}}
+    for plan in plans:
+        argument, before, after = plan
+        place = folder / "-".join(map(str, plan))
+        where = {argument: place / "out"}
+        cut = together(before, lambda where=where: work(where, callbacks=[CutAt(5)]), place / "cut")
+        assert all("Cut" in text for text in cut), cut
+        found["runs"][plan] = together(after, lambda where=where: work(where, resume=True), place / "resumed")
+        found["left"][plan] = [name for name in files(place / "out") if "checkpoint" in name]
+    return found
+
+
+def prefixes(model: Any, folder: Path) -> Any:
+    """Prefixes divided, into one store; the rows of one are malformed."""
+
+    def work(size: int) -> Any:
+        counts = {"sums": 0, "steps": 0}
+        step, add = StepRunner.step, Ranks.sum_
+
+        def counted_step(self: Any, *args: Any) -> Any:
+            counts["steps"] += 1
+            return step(self, *args)
+
+        def counted_sum(self: Any, tensors: Any) -> None:
+            counts["sums"] += self.size > 1
+            add(self, tensors)
+
+        StepRunner.step, Ranks.sum_ = counted_step, counted_sum  # type: ignore[method-assign]
+        data = {**DATA, "bad": [{"input_ids": []}], "two": rows(5, 2)}
+        return about(train(model, data, store=folder / f"store-{size}", **HOW)) | counts
+
+    found = {size: together(size, lambda size=size: work(size), folder / str(size)) for size in (1, 2)}
+    stores = {size: prefixfast.PrefixStore(folder / f"store-{size}") for size in found}
+    ran = {
+        size: [json.loads((run / "run.json").read_text())["names"] for run in run_folders(s.path)]
+        for size, s in stores.items()
+    }
+    return {"runs": found, "stored": {size: tensors(s) for size, s in stores.items()}, "names": ran}
+
+
+def failures(model: Any, folder: Path) -> Any:
+    """A failure of one process, in a step, in a callback and in its data."""
+
+    def in_step() -> Any:
+        step = StepRunner._batch_losses
+
+        def fails(self: Any, number: int, active: Any) -> Any:
+            if self.ranks.rank == 1 and number == 3:
+                msg = "memory is broken"
+                raise ValueError(msg)
+            return step(self, number, active)
+
+        StepRunner._batch_losses = fails  # type: ignore[method-assign]
+        return train(model, DATA, **HOW)
+
+    def in_callback() -> Any:
+        return train(model, DATA, callbacks=[CutAt(8)], **HOW)
+
+    def other_data() -> Any:
+        import os
+
+        return train(model, rows(int(os.environ["RANK"]), 5), **HOW)
+
+    def again() -> Any:
+        """The processes go on after a failure."""
+        import contextlib
+
+        with contextlib.suppress(Cut, prefixfast.PrefixFastError):
+            in_callback()
+        return len(train(model, DATA, **HOW))
+
+    works = {"step": in_step, "callback": in_callback, "data": other_data, "again": again}
+    return {name: together(2, work, folder / name) for name, work in works.items()}
+
+
+CASES: dict[str, Case] = {
+    "batches": batches,
+    "prefixes": prefixes,
+    "failures": failures,
+    "resumed": functools.partial(resumed, plans=SHORT),
+    "resumed_long": functools.partial(resumed, plans=LONG),
+}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    """Run cases."""
+    torch.set_num_threads(1)
+    model = prefixfast.load(tiny.make("gpt2", dtype=torch.float64))
+    for name in names:
+        found = CASES[name](model, folder / name)
+        (folder / f"{name}.pickle").write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
