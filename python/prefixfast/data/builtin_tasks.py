@@ -75,22 +75,23 @@ DART = Task("dart", _rust.Linearizer.dart().spec, **TABLE_TO_TEXT)
 TOTTO = Task("totto", _rust.Linearizer.totto().spec, **TABLE_TO_TEXT)  # the table is text as in Parikh et al. 2020
 SUMMARY = Task("summary", prompt="{src}\n", strip=True, init_text="Summarize the following text:", input="document")
 # Li & Liang's summaries. On a decoder-only base: source, end token, target, end token. Decoding is that of BART in the
-# paper: at most 62 and at least 11 tokens, of which the start token counts in both, and the begin token is part of the
-# target of an encoder-decoder base alone.
+# paper: at most 62 tokens with start, begin and end token, and at least 11 with start and begin token before the end
+# token. The start token is none of the new tokens, and targets of decoder-only bases have no begin token.
 XSUM = Task(
     "xsum",
     prompt="{src}{eos}",
     strip=True,
     init_text="summarize",
-    decoding={"num_beams": 6, "max_new_tokens": 60, "min_new_tokens": 10, "length_penalty": 0.8},
+    decoding={"num_beams": 6, "max_new_tokens": 60, "min_new_tokens": 9, "length_penalty": 0.8},
     input="document",
     encoder_decoding={"num_beams": 6, "max_new_tokens": 61, "min_new_tokens": 10, "length_penalty": 0.8},
 )
-# Decoding of BART's authors (fairseq, examples/bart/summarize.py). A target of BART also has a begin token.
+# Decoding of BART's authors (fairseq, examples/bart/summarize.py: min_len=55, max_len_b=140). Both lengths count the
+# begin token and not the end token.
 BART_CNN: dict[str, Any] = {
     "num_beams": 4,
     "max_new_tokens": 140,
-    "min_new_tokens": 55,
+    "min_new_tokens": 54,
     "length_penalty": 2.0,
     "no_repeat_ngram_size": 3,
 }
@@ -100,7 +101,7 @@ CNN_DAILYMAIL = Task(
     strip=True,
     init_text="summarize",
     decoding=BART_CNN,
-    encoder_decoding=BART_CNN | {"max_new_tokens": 141},
+    encoder_decoding=BART_CNN | {"max_new_tokens": 141, "min_new_tokens": 55},
     input="document",
 )
 SAMSUM = Task("samsum", prompt="{src}\n", strip=True, init_text="Summarize the following dialogue:", input="document")

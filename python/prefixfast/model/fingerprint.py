@@ -231,15 +231,24 @@ def check_same_base(
 
 
 def _weights(model: PreTrainedModel) -> str:
-    """Digest of sampled weights in bf16: embedding rows, the first and the last layer, and weights outside layers."""
+    """Digest of sampled weights in bf16: embedding rows, the first and the last layer, and weights outside layers.
+
+    Of an encoder-decoder model it has all layers, and the bias of the logits. Prefixes that 0.1.0 has made for
+    decoder-only models hold the digest without layers in between.
+    """
     import torch
+
+    from prefixfast.model.lm_head import logits_bias
 
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, embedding.shape[0] - 1, SAMPLED_ROWS, device=embedding.device).long()
     parts = [_plain(embedding)[rows]]
-    for _, parameter in _sampled_parameters(model):
+    is_seq2seq = bool(model.config.is_encoder_decoder)
+    for _, parameter in sorted(model.named_parameters()) if is_seq2seq else _sampled_parameters(model):
         flat = _plain(parameter).reshape(-1)
         parts.append(flat[:: max(1, len(flat) // 256)])
+    if is_seq2seq and (bias := logits_bias(model)) is not None:
+        parts.append(bias)  # whole, since few tokens have one
     sampled = torch.cat([p.to(embedding.device, torch.bfloat16).reshape(-1) for p in parts])  # one copy to the host
     return _digest(sampled.cpu().view(torch.int16).numpy().tobytes())
 

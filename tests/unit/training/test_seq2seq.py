@@ -417,19 +417,26 @@ PUBLISHED = {"xsum": (11, 62), "cnn_dailymail": (56, 142), "dialogsum": (0, 128)
 @pytest.mark.parametrize("task", [name for name, own in TASKS.items() if own.encoder_decoding is not None])
 def test_texts_of_a_summary_prefix_have_the_lengths_of_transformers(task):
     shortest, longest = PUBLISHED[task]
-    ids, counts = [[5, 6]], []
-    with load(make_seq2seq("bart", max_position_embeddings=160, d_model=16)) as model:
-        how = {**STILL, "prefix_length": 2, "progress": False}
-        prefix = train(model, [{"input_ids": [5, 6], "labels": [7, 2]}], task=task, **how)
-        for ends in (50.0, -50.0):  # texts that end as soon as they can, and texts that never end
-            plain = make_seq2seq("bart", max_position_embeddings=160, d_model=16)
-            for hf in (model.hf, plain):
-                hf.final_logits_bias[:, 2] = ends
+    ids, counts, sizes = [[5, 6]], [], {"max_position_embeddings": 160, "d_model": 16}
+    how = {**STILL, "prefix_length": 2, "progress": False, "task": task}
+    for ends in (50.0, -50.0):  # texts that end as soon as they can, and texts that never end
+        hf, plain = make_seq2seq("bart", **sizes), make_seq2seq("bart", **sizes)
+        for each in (hf, plain):
+            each.final_logits_bias[:, 2] = ends
+        with load(hf) as model:
+            prefix = train(model, [{"input_ids": [5, 6], "labels": [7, 2]}], **how)
             (got,) = generate(ids, prefix, model=model, num_beams=1, progress=False)
-            out = plain.generate(input_ids=torch.tensor(ids), min_length=shortest, max_length=longest, num_beams=1)
-            assert len(got.token_ids) == out.shape[1] - 1, "the start token is not generated"
-            counts.append(len(got.token_ids))
+        out = plain.generate(input_ids=torch.tensor(ids), min_length=shortest, max_length=longest, num_beams=1)
+        assert len(got.token_ids) == out.shape[1] - 1, "the start token is not generated"
+        counts.append(len(got.token_ids))
     assert counts == [max(shortest, 1), longest - 1]
+
+
+@pytest.mark.parametrize("task", [name for name, own in TASKS.items() if own.encoder_decoding is not None])
+def test_texts_of_a_decoder_only_base_have_the_same_lengths_without_the_begin_token(task):
+    own, names = TASKS[task], ("min_new_tokens", "max_new_tokens")
+    plain, seq2seq = ([decoding.get(name, 1) for name in names] for decoding in (own.decoding, own.encoder_decoding))
+    assert plain == [max(1, length - 1) for length in seq2seq]
 
 
 def test_the_estimate_counts_each_site(bases):

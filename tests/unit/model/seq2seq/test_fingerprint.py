@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prefixfast import load
 from prefixfast.model.fingerprint import fingerprint, is_seq2seq, num_layers
 from seq2seq import attention_modules, make_seq2seq
 
@@ -18,11 +19,10 @@ def test_depths_are_those_of_each_stack(name):
 
 @pytest.mark.parametrize("site", ["enc", "self", "cross"])
 @pytest.mark.parametrize("name", ["bart", "t5"])
-def test_weights_of_the_first_and_the_last_layer_of_each_stack_count(name, site):
+def test_weights_of_every_layer_of_each_stack_count(name, site):
     hf = make_seq2seq(name)
     before = fingerprint(hf, None)
-    for layer in (0, -1):
-        module = attention_modules(hf)[site][layer]
+    for module in attention_modules(hf)[site]:
         weight = (module.q_proj if name == "bart" else module.q).weight
         with torch.no_grad():
             weight.add_(1)
@@ -30,6 +30,18 @@ def test_weights_of_the_first_and_the_last_layer_of_each_stack_count(name, site)
             weight.sub_(1)
         assert changed["config"] == before["config"]
         assert changed["weights"] != before["weights"]
+
+
+@pytest.mark.parametrize("name", ["bart", "marian"])
+def test_the_bias_of_the_logits_counts(name):
+    hf = make_seq2seq(name)
+    before = fingerprint(hf, None)
+    with load(hf) as model:
+        assert model.fingerprint["weights"] == before["weights"]
+    hf.final_logits_bias[0, 77] += 1
+    changed = fingerprint(hf, None)
+    assert changed["weights"] != before["weights"]
+    assert changed["config"] == before["config"]
 
 
 @pytest.mark.parametrize(
