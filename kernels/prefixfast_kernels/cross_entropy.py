@@ -15,7 +15,7 @@ from torch import Tensor
 from prefixfast_kernels.inputs import OutputLayer
 from prefixfast_kernels.tile_configs import CHIP_INDEPENDENT
 
-# Bytes of the fp32 logits of a chunk: about the last-level cache of a CPU; enough rows to fill a GPU.
+# Bytes of the fp32 logits of a chunk: about the last-level cache of a CPU, and enough rows to fill a GPU.
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
@@ -64,7 +64,7 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _torch_chunk(logits: Tensor, targets: Tensor, softcap: float, needs_grad: bool) -> Tensor:
-    """Losses ``[C]``; with ``needs_grad``, replaces ``logits [C, V]`` by their gradient."""
+    """Losses ``[C]``. With ``needs_grad``, the gradient is written over ``logits [C, V]``."""
     if softcap:
         logits.div_(softcap).tanh_()
         slope = 1 - logits.square() if needs_grad else logits

@@ -18,7 +18,7 @@ class AttnOptions(NamedTuple):
         scale: Factor on the scores ``q @ k.T``.
         window: Sliding window in tokens, 0 for none. A key at position p is visible from position t only if
             ``p > t - window``.
-        softcap: Cap of the scores, ``softcap * tanh(score / softcap)``; 0 for none.
+        softcap: Cap of the scores, ``softcap * tanh(score / softcap)``, or 0 for none.
         causal: Whether keys after the query are hidden. Prefix rows are never after the query. Decode ignores this
             option, because all keys of a decode row come before its query.
     """
@@ -34,7 +34,7 @@ class AttnInputs(NamedTuple):
 
     Attributes:
         q: Queries ``[N, HQ, D]``.
-        k: Keys ``[M, H, D]``, with ``HQ % H == 0``; query head h reads kv head ``h // (HQ // H)``.
+        k: Keys ``[M, H, D]``, with ``HQ % H == 0``. Query head h reads kv head ``h // (HQ // H)``.
         v: Values ``[M, H, D]``.
         prefix_k: Prefix keys ``[sum P, H, D]``, or None without prefixes. May be ``k`` itself, an arena.
         prefix_v: Prefix values ``[sum P, H, D]``, or None without prefixes.
@@ -127,7 +127,7 @@ class OutputLayer(NamedTuple):
     Attributes:
         weight: Weight ``[V, d]``.
         bias: Bias ``[V]``, or None.
-        softcap: Cap of the logits, ``softcap * tanh(logit / softcap)``; 0 for none.
+        softcap: Cap of the logits, ``softcap * tanh(logit / softcap)``, or 0 for none.
     """
 
     weight: Tensor

@@ -31,7 +31,7 @@ def last_dim_contiguous(t: Tensor) -> Tensor:
 
 
 def prefix_pair(inputs: AttnInputs, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Prefix keys and values in the dtype of the queries; ``k`` and ``v`` stand in where there are none."""
+    """Prefix keys and values in the dtype of the queries, or ``k`` and ``v`` without prefixes."""
     pk, pv = (
         last_dim_contiguous(own if t is None else t.to(inputs.q.dtype))
         for t, own in ((inputs.prefix_k, k), (inputs.prefix_v, v))
@@ -66,7 +66,7 @@ def option_args(options: AttnOptions, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def bias_args(bias: Tensor | None, unread: Tensor) -> dict[str, Any]:
-    """Position bias ``[HQ, 2 * maxd + 1]`` in fp32, and whether there is one; ``unread`` (fp32) stands in for none."""
+    """Position bias ``[HQ, 2 * maxd + 1]`` in fp32, or the fp32 tensor ``unread``, and whether there is a bias."""
     if bias is None:
         return {"BIAS_TABLE": unread, "max_distance": 0, "BIAS": False}
     return {"BIAS_TABLE": bias.float().contiguous(), "max_distance": bias.shape[1] // 2, "BIAS": True}

@@ -40,7 +40,7 @@ class _Work(NamedTuple):
         options: Options of the forward.
         sizes: Tile sizes that the tables were cut into.
         shared: Arguments of every kernel but `prefix_bwd_delta` and `prefix_bwd_sum`.
-        part: Prefix part of dQ ``[N, HQ, D]``, fp32, if fused; else one element.
+        part: Prefix part of dQ ``[N, HQ, D]``, fp32, if fused, else one element.
         fused: Whether `prefix_bwd_block` computes the prefix part of dQ.
     """
 
@@ -71,7 +71,7 @@ def attn_bwd(
     needs: NeedsGrad,
     bias: Tensor | None = None,
 ) -> AttnGrads:
-    """Gradients of `prefix_fwd.attn_fwd`; equal inputs give equal bits.
+    """Gradients of `prefix_fwd.attn_fwd`. Equal inputs give equal bits.
 
     Args:
         grad: Gradient of the output, the output and the log-sum-exp of the forward.
@@ -178,7 +178,7 @@ def _own_gradients(work: _Work, slots: Tensor | None, *, has_prefix: bool) -> tu
 
 
 def _block_gradients(work: _Work, dpk: Tensor, dpv: Tensor) -> None:
-    """Write the gradients of the prefix blocks to ``dpk`` and ``dpv``; if fused, the prefix part of dQ to the work."""
+    """Write the gradients of the prefix blocks to ``dpk`` and ``dpv``, and the prefix part of dQ if fused."""
     q, k, _, pk, pv, _ = work.tensors.values()
     tables = work.tables
     tiles, num_kv_heads = len(tables.block_tiles), k.shape[1]

@@ -18,7 +18,7 @@ from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
 from prefixfast_kernels.tables import DecodeTables
 from prefixfast_kernels.tile_ops import load_rows, online_softmax_update, store_output, store_rows
 
-# Tables that `prefix_decode` reads, by their field of `DecodeTables`; the kernel's parameters have the same names.
+# Tables that `prefix_decode` reads, by their field of `DecodeTables`. The kernel's parameters have the same names.
 TABLES = ("row", "lens", "use_indptr", "use", "block", "user", "user_pos", "user_slides", "work", "grouped")
 
 
@@ -139,7 +139,7 @@ def prefix_decode(
     BH: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     PRECISION: tl.constexpr, UP: tl.constexpr,
 ):
-    """Run one work item for one kv head. Programs of an item's kv heads follow each other, as their keys in memory."""
+    """Run one work item for one kv head. Programs of an item's kv heads follow each other, as their keys do."""
     w = WORK + 6 * (tl.program_id(0) // H)
     hk = tl.program_id(0) % H
     block = tl.load(w)

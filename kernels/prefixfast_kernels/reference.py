@@ -22,7 +22,7 @@ def attn(
 
     Args:
         inputs: Queries, keys, values and prefix rows.
-        tables: Segments, blocks and uses; the other tables are for other backends.
+        tables: Segments, blocks and uses. The other tables are for other backends.
         options: Scale, window, soft cap, causality.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, added to the scores by clamped (key position - query position), or
             None.
@@ -61,7 +61,7 @@ def attn_decode(
 
     Args:
         inputs: Queries, arena, slot table and prefix rows.
-        tables: Rows, lengths, blocks and uses; the other tables are for other backends.
+        tables: Rows, lengths, blocks and uses. The other tables are for other backends.
         options: Scale, window, soft cap.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, added to the scores by clamped (key position - query position), or
             None.

@@ -24,16 +24,16 @@ def capped_logits(x, softcap, SOFTCAP: tl.constexpr):
 def softmax_grad(
     LOGITS, TARGETS, LOSSES, vocab, softcap, stride, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, GRAD: tl.constexpr
 ):
-    """Loss of one row; with GRAD the row of LOGITS (fp32) is replaced by the gradient of the loss by the logits."""
+    """Loss of one row. With GRAD the row of LOGITS (fp32) is replaced by the gradient of the loss by the logits."""
     row = tl.program_id(0).to(tl.int64)
     base = LOGITS + row * stride
     target = tl.load(TARGETS + row)
-    # The target's logit is read before the row is overwritten; the reductions below are barriers.
+    # The target's logit is read before the row is overwritten. The reductions below are barriers.
     picked, _slope = capped_logits(tl.load(base + target), softcap, SOFTCAP)
     n = tl.arange(0, BLOCK)
     m = tl.full([BLOCK], -float("inf"), tl.float32)
     l = tl.zeros([BLOCK], tl.float32)
-    for j in range(0, vocab, BLOCK):  # a running maximum and sum in each lane; lanes are merged once after the loop
+    for j in range(0, vocab, BLOCK):  # a running maximum and sum in each lane, merged once after the loop
         x, slope = capped_logits(tl.load(base + j + n, mask=j + n < vocab, other=-float("inf")), softcap, SOFTCAP)
         x = tl.where(j + n < vocab, x * LOG2E, -float("inf"))
         new = tl.maximum(m, x)

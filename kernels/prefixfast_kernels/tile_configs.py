@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 CHIPS = ("sm80", "sm90", "sm100", "gfx942")
 KERNELS = ("prefix_fwd", "prefix_bwd_dq", "prefix_bwd_kv", "prefix_bwd_block")
-MAX_BIASED_HEAD_DIM = 128  # the position bias is compiled for powers of two up to this, as models with one have
+MAX_BIASED_HEAD_DIM = 128  # the position bias is compiled for powers of two up to this one, the head dims of T5s
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ Cases = tuple[Case, ...]  # the plain, the masked and the fused case
 def _packed(
     tile: tuple[int, int, int], fwd: Cases, dq: Cases, kv: Cases, block: Cases, biased: dict[str, Case] | None = None
 ) -> PackedConfig:
-    """Configurations of all packed kernels; the masked and the fused case are left out where they equal the plain one.
+    """Configurations of all packed kernels, without masked and fused cases that equal the plain one.
 
     Args:
         tile: Rows of a query tile, keys of a tile and prefix rows of a tile in the backward.

@@ -17,7 +17,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(base, rows, live, stride, D: tl.constexpr, DP: tl.constexpr, MASK: tl.constexpr, UP: tl.constexpr):
-    """Load rows ``rows`` (int) of one head, ``[n, DP]``; zeros beyond D and, with MASK, where ``live`` is false."""
+    """Load rows ``rows`` (int) of one head, ``[n, DP]``. Zeros fill what is beyond D and, with MASK, not ``live``."""
     d = tl.arange(0, DP)
     at = base + rows.to(tl.int64)[:, None] * stride + d[None, :]
     if MASK and D != DP:
@@ -78,8 +78,8 @@ def biased(s, BIAS_TABLE, max_distance, head, distance, BIAS: tl.constexpr):
 def load_query_tile(TILES, SEG, SEG_POS, t, hk, G: tl.constexpr, BM: tl.constexpr, TOKENS: tl.constexpr):
     """Read the entry of query tile ``t``.
 
-    Returns the segment, its first key, its number of keys, the tile's number of tokens and the position of its first
-    query; then for each row ``[BM]`` whether it is in use, its query row, head and position.
+    Returns the segment, its first key, its number of keys, the tile's number of tokens, the position of its first
+    query, and of each row ``[BM]`` whether it is in use, its query row, head and position.
     """
     s = tl.load(TILES + 2 * t)
     row = tl.load(TILES + 2 * t + 1)
@@ -148,7 +148,7 @@ def online_softmax_update(
     if MASK:
         s = tl.where(seen, s, -float("inf"))
     new = tl.maximum(m, tl.max(s, 1))
-    if MAY_SEE_NONE:  # the maximum of a query that has seen no key yet is -inf; a shift by 0 avoids -inf - -inf
+    if MAY_SEE_NONE:  # the maximum of a query that has seen no key yet is -inf, and a shift by 0 avoids -inf - -inf
         shift = tl.where(new == -float("inf"), 0.0, new)
     else:
         shift = new
@@ -164,7 +164,7 @@ def online_softmax_update(
 def store_output(
     O, LSE, acc, m, l, row, head, live, stride_ot, stride_oh, HQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
 ):
-    """Finish the online softmax of query rows ``row`` and heads ``head``; store 0 and -inf where no key was visible."""
+    """Store the results of query rows ``row`` and heads ``head``, 0 and -inf where no key was visible."""
     nothing = l == 0
     out = acc / tl.where(nothing, 1.0, l)[:, None]
     store_rows(O + head[:, None].to(tl.int64) * stride_oh, out, row, live, stride_ot, D, DP)

@@ -52,7 +52,7 @@ class DecodeSizes(NamedTuple):
     """Sizes that the planner cuts decode steps into, and its cost model of reading a block once for a group of rows.
 
     Attributes:
-        users: Largest number of rows in a group's tile; 0 for no work tables.
+        users: Largest number of rows in a group's tile, 0 for no work tables.
         fill: Number of work items that fills the device.
         key_bytes: Bytes of the key and value of one row and one kv head.
         part_bytes: Bytes of a partial sum of one row and one kv head, written and read.
@@ -122,12 +122,12 @@ def chip_of(device: torch.device) -> str:
 
 
 def packed_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> PackedConfig:
-    """Configurations of the packed kernels; head dims below 64 use those of 64."""
+    """Configurations of the packed kernels. Head dims below 64 use those of 64."""
     return PACKED_CONFIGS[chip_of(device), max(64, padded_size(head_dim)), dtype.itemsize]
 
 
 def decode_config(device: torch.device, head_dim: int, dtype: torch.dtype) -> DecodeConfig:
-    """Configurations of `prefix_decode`; head dims below 64 use those of 64."""
+    """Configurations of `prefix_decode`. Head dims below 64 use those of 64."""
     return DECODE_CONFIGS[chip_of(device), max(64, padded_size(head_dim)), dtype.itemsize]
 
 
@@ -168,8 +168,8 @@ def decode_sizes(
     Args:
         device: Device of the kernels.
         dtype: Compute dtype.
-        shapes: (queries per kv head, head dim) of every layer. The smallest tile of all layers is used; the last shape
-            sets the costs.
+        shapes: (queries per kv head, head dim) of every layer. The smallest tile of all layers is used. The last shape
+            determines the costs.
         num_kv_heads: Number of kv heads of a layer.
 
     Raises:

@@ -1,6 +1,6 @@
 """The `torch` backend of packed attention: one call per prefix block and calls for the own keys, merged by log-sum-exp.
 
-A prefix block is read in place, once for all sequences that use it; no tensor of batch x P is built. Own keys of few
+A prefix block is read in place, once for all sequences that use it, without a tensor of batch x P. Own keys of few
 sequences take one call per run of equal lengths, those of many causal sequences one call per length bucket. A padded
 key would be visible without causality, so non-causal attention has no buckets. Inference on a CPU takes one call per
 sequence and block, and one per run, so that a sequence has the same bits alone and in any batch.
@@ -59,7 +59,7 @@ def attn_fwd(
 
     Args:
         inputs: Queries, keys, values and prefix rows. Keys are ``[M, H, D]``, or an arena ``[arena rows, H, D]`` of any
-            float dtype with ``slots``. Prefix rows may have any float dtype; they are cast block by block.
+            float dtype with ``slots``. Prefix rows may have any float dtype and are cast block by block.
         tables: Tables in which, for causal attention, the queries of a segment are its last keys.
         options: Scale, window, soft cap, causality. Keys in the slot table are for causal attention.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
@@ -129,7 +129,7 @@ def merge_prefix_blocks(
     Args:
         out: Output ``[N, HQ, D]`` and log-sum-exp ``[N, HQ]`` of the attention over the own keys.
         q: Queries ``[N, HQ, D]``.
-        prefix: Prefix keys and values ``[rows, H, D]``; None, None without prefixes.
+        prefix: Prefix keys and values ``[rows, H, D]``, or None, None without prefixes.
         tables: Prefix blocks and the queries that see them.
         options: Scale, window, soft cap.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.

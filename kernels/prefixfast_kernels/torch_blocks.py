@@ -29,7 +29,7 @@ class Block:
 
 
 def prefix_blocks(tables: BlockTables, window: int, bias: Tensor | None, like: Tensor) -> Iterator[Block]:
-    """Prefix blocks with their users and masks; a query comes to its blocks from left to right."""
+    """Prefix blocks with their users and masks, in the order from left to right for each query."""
     blocks, dtype = tables.block.tolist(), accumulator(like.dtype)
     for block, entries, users in _users_in_order(tables):
         start, length = blocks[block]

@@ -36,7 +36,7 @@ class Qkv(NamedTuple):
 
 
 class SdpaLse(Protocol):
-    """A function that computes what `sdpa_lse_fwd` does, perhaps faster."""
+    """Function with the arguments and the result of `sdpa_lse_fwd`."""
 
     def __call__(self, qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:
         """Attention of one rectangular batch, as `sdpa_lse_fwd` describes it."""
@@ -48,7 +48,7 @@ def sdpa_lse_fwd(qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: b
     Args:
         qkv: Queries, keys and values.
         mask: Mask of the queries over the keys, or None. It includes the sliding window and the position bias.
-        options: Scale and soft cap; window and causality of the options are ignored.
+        options: Scale and soft cap. Window and causality of the options are ignored.
         causal: Whether keys after the query are hidden (top-left aligned, T == S).
 
     Returns:
@@ -79,7 +79,7 @@ def sdpa_lse_bwd(
             ``[B, HQ, T]``.
         qkv: Queries, keys and values of the part.
         mask: Mask of the forward, or None.
-        options: Scale and soft cap; window and causality of the options are ignored.
+        options: Scale and soft cap. Window and causality of the options are ignored.
         causal: Whether keys after the query are hidden (top-left aligned, T == S).
 
     Returns:

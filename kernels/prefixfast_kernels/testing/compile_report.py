@@ -127,7 +127,7 @@ COLUMNS = (
 
 
 def main() -> int:
-    """Print the table in Markdown; the exit code is 1 if any kernel has a fault."""
+    """Print the table in Markdown. The exit code is 1 if any kernel has a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("chips", nargs="*", default=CHIPS, help=f"chips to compile for; default: {', '.join(CHIPS)}")
     parser.add_argument(

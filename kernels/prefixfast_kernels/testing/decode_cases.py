@@ -1,6 +1,6 @@
 """Cases that every backend of decode attention must pass, and the comparison with the specification.
 
-Tests run the cases in Triton's interpreter; `make gpu` runs them on a device.
+Tests run the cases in Triton's interpreter, and `make gpu` runs them on a device.
 Shape letters: R rows, HQ query heads, H kv heads, D head dim.
 """
 
@@ -63,7 +63,7 @@ class Case:
 
 @dataclass(frozen=True)
 class DecodeProblem:
-    """Inputs of a decode step; tensors are fp64 when made.
+    """Inputs of a decode step, made in fp64.
 
     Rows of the arena that no slot and no block names hold NaN. Slots past a row's end name a row outside the arena.
 
@@ -205,7 +205,7 @@ def run_reference(p: DecodeProblem) -> tuple[Tensor, Tensor]:
 
 
 def run_triton(p: DecodeProblem) -> tuple[Tensor, Tensor]:
-    """Outputs of the Triton kernels; memory that the kernels do not write holds NaN."""
+    """Outputs of the Triton kernels, with NaN in memory that they do not write."""
     from prefixfast_kernels.prefix_decode import attn_decode  # triton is not installed everywhere
 
     with nan_filled_empty():

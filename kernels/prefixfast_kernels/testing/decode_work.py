@@ -55,7 +55,7 @@ def _round_up(keys: int) -> int:
 
 
 def _split(keys: int, share: int) -> list[tuple[int, int]]:
-    """Ranges of about ``share`` keys; one empty range without keys."""
+    """Ranges of about ``share`` keys, or one empty range without keys."""
     length = _round_up(math.ceil(keys / max(1, keys // share)))
     return [(a, min(a + length, keys)) for a in range(0, keys, length)] or [(0, 0)]
 

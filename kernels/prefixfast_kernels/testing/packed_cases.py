@@ -1,6 +1,6 @@
 """Cases that every backend of packed attention must pass, and the comparison with the specification.
 
-Tests run the cases in Triton's interpreter; `make gpu` runs them on a device.
+Tests run the cases in Triton's interpreter, and `make gpu` runs them on a device.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def run_reference(p: PackedProblem, case: Case) -> list[Tensor]:
 
 
 def run_triton(p: PackedProblem, case: Case, sizes: TileSizes) -> list[Tensor]:
-    """Outputs and gradients of the Triton kernels; memory that the kernels do not write holds NaN."""
+    """Outputs and gradients of the Triton kernels, with NaN in memory that they do not write."""
     from prefixfast_kernels.prefix_bwd import attn_bwd  # triton is not installed everywhere
     from prefixfast_kernels.prefix_fwd import attn_fwd
 

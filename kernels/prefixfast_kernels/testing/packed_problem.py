@@ -16,7 +16,7 @@ from prefixfast_kernels.tile_selection import TileSizes
 
 @dataclass(frozen=True)
 class PackedProblem:
-    """Inputs of packed attention and the gradient of its output; tensors are fp64 when made.
+    """Inputs of packed attention and the gradient of its output, made in fp64.
 
     Attributes:
         q: Queries ``[N, HQ, D]``.

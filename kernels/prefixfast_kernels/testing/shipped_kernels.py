@@ -62,7 +62,7 @@ PLAIN_FLAGS: dict[str, Any] = {
     "FUSED": False,
     "GRAD": True,
 }
-# Flags of each variant that a kernel is compiled for; a kernel takes the flags that it has a parameter for.
+# Flags of each variant that a kernel is compiled for. A kernel takes the flags that it has a parameter for.
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "fused": {"FUSED": True},
@@ -194,7 +194,7 @@ def compile_kernel(kernel: Kernel) -> Any:
 
 
 def _parameter_type(name: str, element: str) -> str:
-    """Type of a kernel parameter that is not a ``constexpr``; ``element`` is the dtype of queries and keys."""
+    """Type of a kernel parameter that is not a ``constexpr``. The dtype of queries and keys is ``element``."""
     if name in (*PACKED_TABLES, *DECODE_TABLES):
         return "*i32"
     if name in FP32_POINTERS:

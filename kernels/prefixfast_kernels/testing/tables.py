@@ -26,7 +26,7 @@ class Request:
         blocks: Prefix blocks from left to right, as (block number, whether sliding windows slide over it).
         cached: Number of keys before the first query, for a later chunk of a prompt.
         infix_at: Number of leading tokens that see none of the blocks, for a source before an infix.
-        keys: Number of keys where these are not the query tokens, as in cross-attention; 0 for self-attention.
+        keys: Number of keys where these are not the query tokens, as in cross-attention, and 0 for self-attention.
     """
 
     length: int
@@ -137,7 +137,7 @@ def packed_tables(
 
     Args:
         requests: Requests in the order in which they are packed.
-        blocks: Blocks, as (first row, number of rows); each must be used.
+        blocks: Blocks, as (first row, number of rows), each of them used.
         sizes: Tile sizes that the work is cut into.
         num_buckets: Largest number of length buckets.
     """
@@ -174,7 +174,7 @@ def _padded_layout(lengths: list[int], num_buckets: int) -> list[Tensor]:
 
 
 def _tiles(segments: list[Segment], blocks: list[tuple[int, int]], sizes: TileSizes) -> list[Tensor]:
-    """``tiles``, ``key_tiles`` and ``block_tiles``; empty for `NO_TILES`."""
+    """``tiles``, ``key_tiles`` and ``block_tiles``, empty for `NO_TILES`."""
     if not sizes.tokens:
         return [_int32([], 2), _int32([], 3), _int32([], 2)]
     tiles = [(i, s.row + t) for i, s in enumerate(segments) for t in range(0, s.rows, sizes.tokens)]
@@ -192,7 +192,7 @@ def decode_tables(lens: list[int], requests: list[Request], blocks: list[tuple[i
 
     Args:
         lens: Number of keys of each row.
-        requests: Request of each row; only its blocks count.
+        requests: Request of each row, of which only the blocks count.
         blocks: Blocks, as (first row, number of rows).
     """
     queries = [[(i, n - 1)] for i, n in enumerate(lens)]

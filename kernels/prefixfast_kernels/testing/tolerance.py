@@ -27,7 +27,7 @@ def relative_errors(got: Iterable[Tensor], expected: Iterable[Tensor]) -> list[f
 
 
 def within_tolerance(got: Sequence[float], same_dtype: Sequence[float], floor: float) -> bool:
-    """Whether results pass; NaN fails.
+    """Whether results pass. NaN fails.
 
     Args:
         got: Errors of a backend: output, log-sum-exp, then the gradients, if any.

@@ -38,7 +38,7 @@ def masked(x: Inputs) -> Tensor:
 
 
 def sdpa(x: Inputs, kernel: str) -> Tensor:
-    """One of torch's fused kernels on copied prefixes; torch gives cuDNN's kernel its mask as a tensor."""
+    """One of torch's fused kernels on copied prefixes. torch gives cuDNN's kernel its mask as a tensor."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.bias import causal_lower_right
 
@@ -82,7 +82,7 @@ def _compiled_flex() -> Any:
 
 
 def flex(x: Inputs) -> Tensor:
-    """Compiled FlexAttention over keys [all prefixes; all tokens]; the block mask is made once and not timed."""
+    """Compiled FlexAttention over keys [all prefixes; all tokens]. The block mask is made once and not timed."""
     q, k, v, pk, pv = x.leaves
     keys, values = (torch.cat([a, b]).transpose(0, 1)[None] for a, b in ((pk, k), (pv, v)))
     out = _compiled_flex()(

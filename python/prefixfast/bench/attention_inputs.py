@@ -19,7 +19,7 @@ from prefixfast_kernels.tile_selection import Backend
 
 @dataclass(frozen=True)
 class Shape:
-    """One workload; the sequences use the distinct prefixes in turn.
+    """One workload, whose sequences use the distinct prefixes in turn.
 
     Attributes:
         name: Name in tables.

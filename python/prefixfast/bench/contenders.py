@@ -69,7 +69,7 @@ class Contender:
 
     Attributes:
         call: Function that generates and returns the tokens of each request.
-        sources: Numbers of prompt and prefix of each request; the prefix is None for none.
+        sources: Numbers of prompt and prefix of each request, with None for no prefix.
         settings: Settings under which it runs.
     """
 

@@ -20,7 +20,7 @@ from prefixfast_kernels.testing.tables import Request, decode_tables
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode step; neighbouring rows share a prefix.
+    """One decode step, in which neighbouring rows share a prefix.
 
     Attributes:
         name: Name in tables.
@@ -46,7 +46,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of one step; the arena holds the prefixes, then the slots of all rows in random order.
+    """Tensors of one step. The arena holds the prefixes, then the slots of all rows in random order.
 
     Attributes:
         q: Queries ``[R, HQ, D]``.
@@ -55,7 +55,7 @@ class Inputs:
         table: Arena rows of each row's own keys ``[R, S]``, int32.
         rows: Arena rows of each row's prefix and own keys ``[R, P + S]``.
         tables: Tables by mode of `decode_cases.MODES`.
-        users: Largest number of rows in a group's tile; 0 for no work tables.
+        users: Largest number of rows in a group's tile, 0 for no work tables.
     """
 
     q: Tensor
@@ -99,6 +99,6 @@ class Inputs:
         return tuple(a.index_select(0, flat).unflatten(0, self.rows.shape).transpose(1, 2) for a in (self.k, self.v))
 
     def sdpa(self, k: Tensor, v: Tensor) -> Tensor:
-        """Output ``[R, HQ, D]`` of torch's attention; a kv head's queries are its rows, so that no head is repeated."""
+        """Output ``[R, HQ, D]`` of torch's attention. A kv head's queries are its rows, so that no head is repeated."""
         hq, h = self.q.shape[1], k.shape[1]
         return F.scaled_dot_product_attention(self.q.unflatten(1, (h, hq // h)), k, v).flatten(1, 2)

@@ -69,7 +69,7 @@ class Decoding:
         )
 
     def params(self) -> dict[str, Any]:
-        """The same settings as fields of `GenerationParams`, each of them given; the end tokens are the base's."""
+        """The same settings as fields of `GenerationParams`, all of them given. The end tokens are the base's."""
         neutral = {name: getattr(BUILT_IN, name) for name in BUILT_IN.names() if name not in SAMPLING_FIELDS}
         return {
             **{name: value for name, value in neutral.items() if value is not None},

@@ -2,7 +2,7 @@
 
 Arrivals are Poisson. Together the tenants send 60 % of what the engine was just measured to serve. The same load is
 measured with each sender as a tenant, and with all requests as one tenant, so that they wait behind each other. The
-four runs alternate in rounds, each round at the speed that the machine has then; the growth is one number a round.
+four runs alternate in rounds, each at the speed that the machine has at that time. Each round gives one growth.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def run(output: Path, *, seconds: float, rounds: int, command: str) -> list[dict
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table of the growth of the other tenants' 95th percentile; several rounds also have a range."""
+    """Markdown table of the growth of the other tenants' 95th percentile. Several rounds also have a range."""
     several = len(rows) > 2
     range_columns = (" least | greatest |", " ---: | ---: |") if several else ("", "")
     lines = [
@@ -61,7 +61,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _round(engine: Engine, number: int, seconds: float) -> list[dict[str, Any]]:
-    """Records of one round; every other round runs in the opposite order."""
+    """Records of one round. Every other round runs in the opposite order."""
     most = capacity(engine)
     usual = LOAD * most / TENANTS
     order = 1 if number % 2 else -1
@@ -102,7 +102,7 @@ def _times_per_token(
         rates: Requests a second of each sender.
         seconds: Seconds for which requests arrive.
         seed: Seed of the arrivals.
-        tenants: Whether each sender is a tenant; otherwise all of them are one.
+        tenants: Whether each sender is a tenant, instead of all of them together.
     """
     # One stream a sender, so that the other senders' arrivals do not depend on the first one's rate.
     streams = [np.random.default_rng([seed, tenant]) for tenant in range(len(rates))]

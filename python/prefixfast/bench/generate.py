@@ -47,10 +47,10 @@ class Settings:
     """Options of the suite.
 
     Attributes:
-        model: Hub id or folder of the base; None for random weights of ``shape``.
+        model: Hub id or folder of the base, or None for random weights of ``shape``.
         shape: Name of a random base, a key of `random_base.SHAPES`.
         dtype: Compute dtype.
-        lengths: Prefix lengths; 0 measures without a prefix.
+        lengths: Prefix lengths, of which 0 measures without a prefix.
         distinct: Numbers of distinct prefixes in the batch.
         requests: Numbers of requests in the batch.
         rounds: Number of repetitions.
@@ -168,7 +168,7 @@ def _ours(engine: Engine, prompts: Tokens, chosen: list[Prefix | None], decoding
 def _others(
     plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: Tokens, decoding: Decoding, few: int
 ) -> dict[Key, Contender]:
-    """Contenders beside prefixfast; without prefixes ``generate`` of transformers takes the place of PEFT's."""
+    """Contenders beside prefixfast. Without prefixes, ``generate`` of transformers takes the place of PEFT's."""
     found, count = {}, len(prompts)
     if prefixes:
         call = mixed_by_hand(plain, prefixes, prompts, decoding)

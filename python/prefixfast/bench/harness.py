@@ -51,7 +51,7 @@ class Timing:
 
 
 def alternate(contenders: Mapping[K, Callable[[], object]], rounds: int) -> dict[K, Timing]:
-    """Time each contender once a round, in turn; the caller has warmed them up."""
+    """Time each contender once a round, in turn. The caller has warmed them up."""
     seconds: dict[K, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
@@ -84,12 +84,12 @@ def progress(items: Collection[T], label: str, unit: str, *, shown: bool = True)
 
 
 def device_and_dtype(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a measurement; ``auto`` is the GPU in bf16 if there is one, else the CPU in fp32."""
+    """Device and dtype of a measurement. ``auto`` is the GPU in bf16 if there is one, else the CPU in fp32."""
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     return where, DTYPES[dtype if dtype != "auto" else "bfloat16" if where.type == "cuda" else "float32"]
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines; the first line holds the `environment`."""
+    """Write JSON lines, the first of which holds the `environment`."""
     lines = [{"environment": environment()}, *rows]
     replace_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode())

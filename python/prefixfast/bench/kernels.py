@@ -1,6 +1,6 @@
 """Suite ``kernels``: packed attention with shared prefixes, forward and backward, against torch's on copied prefixes.
 
-On a GPU the kernels are first compared with the reference; nothing is timed if they are wrong.
+On a GPU the kernels are first compared with the reference, and nothing is timed if they are wrong.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def check_kernels(device: torch.device, dtypes: tuple[torch.dtype, ...], names: 
         names: Names of the cases, keys of `packed_cases.CASES`.
 
     Raises:
-        WrongResultError: If a case is wrong; the message names the case and its errors.
+        WrongResultError: If a case is wrong. The message names the case and its errors.
     """
     for dtype in dtypes:
         for name in names:

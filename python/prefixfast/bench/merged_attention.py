@@ -16,7 +16,7 @@ from prefixfast.bench.attention_inputs import Inputs, Shape
 
 
 def merged(x: Inputs) -> Tensor:
-    """Output ``[N, HQ, D]`` of two flash calls, merged; their backward calls take the merged statistics."""
+    """Output ``[N, HQ, D]`` of two flash calls, merged. Their backward calls take the merged statistics."""
     out: Tensor = _Merged.apply(x.shape, *x.leaves)
     return out
 

@@ -81,14 +81,14 @@ def load_plain(model: str, dtype: str) -> PreTrainedModel:
 
 
 def make_or_load(model: str | None, shape: str, dtype: str) -> tuple[PreTrainedModel, str]:
-    """The model named ``model``, or a random base of ``shape`` without one; and its name in reports."""
+    """The model named ``model``, or a random base of ``shape`` without one, and its name in reports."""
     if model:
         return load_plain(model, dtype), model
     return make(shape, dtype), f"{SHAPES[shape].description}, random weights"
 
 
 def random_prefixes(model: Model, length: int, count: int) -> list[Prefix]:
-    """``count`` random prefixes of ``length`` rows; prefix ``i`` is the same in every call."""
+    """``count`` random prefixes of ``length`` rows. Prefix ``i`` is the same in every call."""
     out = []
     for i in range(count):
         g = torch.Generator().manual_seed(i)

@@ -39,7 +39,7 @@ class Report:
 
 
 def markdown(lines: Mapping[str, Mapping[int, str]], lengths: Sequence[int], corner: str) -> str:
-    """Markdown table with a row for each contender and a column for each prefix length; missing cells are empty."""
+    """Markdown table with a row for each contender and a column for each prefix length. Missing cells are empty."""
     out = [f"| {corner} | " + " | ".join(f"P={n}" for n in lengths) + " |", "| --- |" + " ---: |" * len(lengths)]
     for label, cells in lines.items():
         out.append(f"| {label} | " + " | ".join(cells.get(n, "") for n in lengths) + " |")
@@ -60,7 +60,7 @@ def settings_table(settings: Iterable[tuple[str, Mapping[str, object]]]) -> str:
 
 
 def plot_rates(lines: Mapping[str, Mapping[int, float]], path: Path, title: str, rate: str) -> None:
-    """Write a PNG of rates against prefix length, with a line for each contender; prefixfast's are solid.
+    """Write a PNG of rates against prefix length, with a line for each contender. Those of prefixfast are solid.
 
     Args:
         lines: Rate by prefix length, by contender.

@@ -110,7 +110,7 @@ def _filled_store(folder: str, count: int, shape: dict[str, int]) -> PrefixStore
 
 
 def _measure(engines: dict[str, Engine], names: list[str]) -> tuple[list[dict[str, Any]], dict[str, list[Served]]]:
-    """Records of the results file, and the served requests of each engine; the engines alternate."""
+    """Records of the results file, and the served requests of each engine. The engines alternate."""
     found: dict[str, list[float]] = {name: [] for name in engines}
     served: dict[str, list[Served]] = {name: [] for name in engines}
     _gaps(engines["all resident"], names, np.random.default_rng(1))  # makes all prefixes resident
@@ -128,7 +128,7 @@ def _measure(engines: dict[str, Engine], names: list[str]) -> tuple[list[dict[st
 
 
 def _gaps(engine: Engine, names: list[str], g: np.random.Generator) -> tuple[list[float], list[Served]]:
-    """Seconds from step to step while rows run, and the served requests; a new request enters when one ends."""
+    """Seconds from step to step while rows run, and the served requests. A new one enters when one ends."""
     loop, out, sent = engine.loop, [], 0
     prompts: dict[int, list[int]] = {}
     ended: dict[int, RequestOutput] = {}
@@ -148,7 +148,7 @@ def _gaps(engine: Engine, names: list[str], g: np.random.Generator) -> tuple[lis
 
 
 def _tokens(output: RequestOutput) -> tuple[int, ...]:
-    """Tokens of an ended request; its error is raised."""
+    """Tokens of an ended request. Its error is raised."""
     if output.error is not None:
         raise output.error
     return tuple(output.sequences[0].token_ids)

@@ -55,7 +55,7 @@ class Point(NamedTuple):
 
 
 def contenders(tokenizer: Any, texts: Sequence[str]) -> dict[str, Callable[[], Any]]:
-    """Functions that turn all texts into tokens, by contender; `check_same_tokens` compares their results."""
+    """Functions that turn all texts into tokens, by contender. `check_same_tokens` compares their results."""
     core, fast = Tokenizer.from_hf(tokenizer).core, tokenizer.backend_tokenizer
 
     def lists() -> list[list[int]]:
@@ -79,7 +79,7 @@ def check_same_tokens(calls: dict[str, Callable[[], Any]]) -> None:
     """Check that all contenders give the tokens of transformers.
 
     Raises:
-        WrongResultError: If one does not; the message names the contender and the first text.
+        WrongResultError: If one does not. The message names the contender and the first text.
     """
     expected = calls[LISTS]()
     for name, call in calls.items():
@@ -110,7 +110,7 @@ def measure(tokenizer: Any, texts: Sequence[str], *, rounds: int) -> list[Point]
 
 
 def table(points: Sequence[Point]) -> str:
-    """Markdown table of the fastest rounds; the last column is the time as a multiple of prefixfast's."""
+    """Markdown table of the fastest rounds. The last column is the time as a multiple of prefixfast's."""
     (ours,) = (p.timing.best for p in points if p.contender == OURS)
     lines = ["| | ns a text | MB/s | times prefixfast |", "| --- | ---: | ---: | ---: |"]
     for p in points:
@@ -140,7 +140,7 @@ class Settings:
     Attributes:
         tokenizer: Hub id or folder of a model.
         data: File of rows.
-        task: Name of the rows' task; None finds it from the rows' keys.
+        task: Name of the rows' task, or None for that of the rows' keys.
         rounds: Number of repetitions.
         command: Command that repeats the measurement.
     """

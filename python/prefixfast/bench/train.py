@@ -34,7 +34,7 @@ class Settings:
     """Options of the suite.
 
     Attributes:
-        model: Hub id or folder of the base; None for random weights of ``shape``.
+        model: Hub id or folder of the base, or None for random weights of ``shape``.
         shape: Name of a random base, a key of `random_base.SHAPES`.
         dtype: Compute dtype, a key of `LIMIT`.
         lengths: Prefix lengths.
@@ -96,7 +96,7 @@ def check_same_losses(runs: Mapping[tuple[str, int], Run], length: int, limit: f
     """Check that the first prefix has the same losses in all runs.
 
     Args:
-        runs: Runs by contender and number of prefixes; the first one is the reference.
+        runs: Runs by contender and number of prefixes. The first one is the reference.
         length: Prefix length, for the message.
         limit: Largest relative difference of a loss.
 

@@ -35,7 +35,7 @@ Rows = list[dict[str, list[int]]]
 
 @dataclass(frozen=True)
 class Workload:
-    """Rows of random tokens that one prefix is trained on; the first half of each row has no loss.
+    """Rows of random tokens that one prefix is trained on. The first half of each row has no loss.
 
     Attributes:
         examples: Number of rows, all of which make one batch.

@@ -115,7 +115,7 @@ def read_rows(data: Path, split: str) -> list[Row]:
 
 
 def best_references(texts: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Reference of each text that has the best ROUGE-1 with it; the first of equal ones."""
+    """Reference of each text that has the best ROUGE-1 with it, the first of equal ones."""
     chosen, scorer = [], new_scorer(["rouge1"])
     for text, own in zip(texts, references, strict=True):
         scores = [scorer.score(reference, text)["rouge1"].fmeasure for reference in own]

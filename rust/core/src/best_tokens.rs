@@ -15,7 +15,7 @@ use crate::attend::vector::{Element, F32x16, LANES, Scalar, SimdOps};
 use crate::attend::{Floats, InstructionSet};
 use crate::error::{Error, Result};
 
-/// Tokens whose largest logit is found before single tokens are looked at.
+/// Number of tokens in a block, whose largest logit is found before single tokens are compared.
 const BLOCK: usize = 16 * LANES;
 
 /// Outputs of [`best_tokens`], `[R, n]` each, which need not be initialized.
@@ -139,7 +139,7 @@ fn of_row<S: SimdOps, K: Element>(simd: S, logits: &[K], best: BestTokens<'_>, s
     }
 }
 
-/// The 16 logits that begin at each multiple of 16. Behind the last logit there is -inf.
+/// Logits in vectors of 16, padded with -inf.
 #[inline(always)]
 fn vectors<S: SimdOps, K: Element>(simd: S, logits: &[K]) -> impl Iterator<Item = S::Vector> {
     let (whole, rest) = logits.as_chunks::<LANES>();
@@ -183,7 +183,7 @@ fn sum_of_exp<S: SimdOps, K: Element>(simd: S, logits: &[K], max: f32) -> f32 {
 
 /// Finds logits among which the `count` best ones are.
 ///
-/// At least `count` logits are as large as the block maximum number `count`, so that smaller ones are left out.
+/// At least `count` logits reach the `count`-th largest block maximum, so smaller logits are left out.
 #[inline(always)]
 fn find_candidates<K: Element>(logits: &[K], count: usize, scratch: &mut Scratch) {
     let Scratch {
@@ -204,7 +204,7 @@ fn find_candidates<K: Element>(logits: &[K], count: usize, scratch: &mut Scratch
         }
     }
     if candidates.len() < count {
-        candidates.clear(); // of rows with NaNs
+        candidates.clear(); // the row has NaNs
         candidates.extend(logits.iter().map(|x| x.to_f32()).zip(0..));
     }
 }
@@ -231,7 +231,7 @@ mod tests {
         }
     }
 
-    /// Numbers without order, of which `distinct` are different.
+    /// Pseudo-random numbers with `distinct` different values.
     fn numbers(count: usize, distinct: u32) -> Vec<f32> {
         let mut state = 1_u32;
         let next = |_| {

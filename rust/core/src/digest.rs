@@ -1,4 +1,4 @@
-//! Digests of memory, which show at the speed of memory whether weights were changed.
+//! Digests of memory, by which changed weights are found at the speed of memory.
 
 use rayon::prelude::*;
 

@@ -5,7 +5,7 @@ use std::fmt;
 /// Result with an [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What a request, a batch or a text can exceed.
+/// Limit of a request, a batch or a text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
     /// Decode rows of a request.
@@ -80,9 +80,9 @@ pub enum Error {
     Request(String),
     /// Number that exceeds a limit. The caller knows which options change the limit.
     Capacity {
-        /// What is exceeded.
+        /// Limit that is exceeded.
         limit: Limit,
-        /// Number that came. It saturates.
+        /// Number that exceeds the limit. It saturates.
         needed: usize,
         /// Largest number that is possible, or the size of a buffer.
         available: usize,

@@ -1,6 +1,6 @@
 //! Core of prefixfast, independent of Python and of tensor libraries.
 //!
-//! * [`attend`]: decode attention on CPUs.
+//! * [`attend`]: attention on CPUs.
 //! * [`best_tokens`]: the most likely tokens of rows of logits on CPUs.
 //! * [`tokenize`], [`detokenize`]: tokenization with the `tokenizers` crate, in parallel on the threads of
 //!   [`thread_pool`].

@@ -16,7 +16,7 @@ mod tokenize;
 
 use pyo3::prelude::*;
 
-/// Rust core of prefixfast: tokenization, linearization, batch tables, the scheduler, and decode attention on CPUs.
+/// Rust core of prefixfast: tokenization, linearization, batch tables, the scheduler, and attention on CPUs.
 #[pymodule(gil_used = false)]
 fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<tokenize::Tokenizer>()?;

@@ -82,7 +82,7 @@ def _collate(row: MakeRow, tokenizer: Any, rows: list[dict[str, str]]) -> dict[s
 
 
 def _table_of_text(base: Any, tokenizer: Any, text: str) -> Tensor:
-    """Keys and values of a text as PEFT's table ``[P, 2 * L * H * D]``; a text shorter than P tokens is repeated."""
+    """Keys and values of a text as PEFT's table ``[P, 2 * L * H * D]``. A text shorter than P tokens is repeated."""
     ids = (tokenizer(text).input_ids * PREFIX_LENGTH)[:PREFIX_LENGTH]
     with torch.no_grad():
         cache = base.base_model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
@@ -91,7 +91,7 @@ def _table_of_text(base: Any, tokenizer: Any, text: str) -> Tensor:
 
 
 def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Mean loss of a target token; in fp64 computed here, since transformers' own loss rounds to fp32 first."""
+    """Mean loss of a target token, in fp64 computed here, since transformers' own loss rounds to fp32."""
     if model.dtype != torch.float64:
         loss: Tensor = model(**batch).loss
         return loss

@@ -30,7 +30,7 @@ def run(settings: Run, implementation: Implementation, threads: int) -> dict[str
 
     Args:
         settings: The run.
-        implementation: Implementation that trains and generates; ``none`` evaluates the base without a prefix.
+        implementation: Implementation that trains and generates. ``none`` evaluates the base without a prefix.
         threads: Number of CPU threads.
 
     Raises:

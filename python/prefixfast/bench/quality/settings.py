@@ -111,7 +111,7 @@ class Run:
         model: Hub id or folder of the base.
         data: Folder of E2E files, as `e2e_rows.read_split` describes.
         output: Folder to write to.
-        steps: Number of steps to stop after, without an evaluation; None trains and evaluates wholly.
+        steps: Number of steps to stop after, without an evaluation, or None for the whole run.
         dtype: ``float32`` or ``float64``.
         texts: File of rows with a meaning representation ``mr`` to generate from as well, None for no more.
     """

@@ -47,7 +47,7 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def to_json(self) -> dict[str, Any]:
-        """Values of JSON: ``mean``, ``sd``, ``min``, ``max`` and ``values``; with one seed without spread."""
+        """Values of JSON: ``mean``, ``sd``, ``min``, ``max`` and ``values``. With one seed there is no spread."""
         if self.deviation is None:
             return {"mean": self.mean, "values": list(self.values)}
         spread = {"sd": self.deviation, "min": min(self.values), "max": max(self.values)}

@@ -85,7 +85,7 @@ def unseen(texts: Iterable[str], held_out: set[str]) -> list[str]:
 
 
 def read_field(path: Path, name: str) -> Iterator[str]:
-    """Texts of a field in a file of JSON lines; a row may have a list of them."""
+    """Texts of a field in a file of JSON lines. A row may have a list of them."""
     with gzip.open(path, "rt", encoding="utf8") as lines:
         for line in lines:
             value = json.loads(line)[name]

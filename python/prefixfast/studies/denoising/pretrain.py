@@ -22,7 +22,7 @@ from prefixfast.studies.denoising.noise import infill, shuffle
 
 Pair = tuple[list[int], list[int]]  # token ids of the encoder and of the decoder, with their special tokens
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
-WINDOWS = (96, 192, 384)  # tokens; all windows of a batch have one of these sizes, so that few tokens are padding
+WINDOWS = (96, 192, 384)  # tokens of the windows of a batch, all of one size, so that few tokens are padding
 SHUFFLED = 0.3  # share of the windows whose sentences are in random order
 WARMUP, LOG_STEPS, IGNORED = 100, 50, -100
 
@@ -33,8 +33,8 @@ class Schedule:
 
     Attributes:
         steps: Number of steps.
-        minutes: Largest CPU time in minutes, over all calls; None for no limit.
-        rate: Largest learning rate of Muon; AdamW's is half.
+        minutes: Largest CPU time in minutes, over all calls, or None for no limit.
+        rate: Largest learning rate of Muon, twice that of AdamW.
         tokens: Number of decoder tokens of a step.
         save_minutes: CPU time between two checkpoints in minutes.
     """
@@ -143,7 +143,7 @@ class Pretraining:
         replace_file(self.folder / CHECKPOINT, buffer.getvalue())
 
     def run(self, until: int | None = None) -> None:
-        """Train to the end of the schedule, or to a step; checkpoints are written on the way and at the end.
+        """Train to the end of the schedule or to a step, with checkpoints on the way and at the end.
 
         Args:
             until: Number of steps at which this call ends, None for the end of the schedule.

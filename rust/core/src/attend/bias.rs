@@ -17,7 +17,7 @@ impl Bias<'_> {
     pub(super) fn add(&self, head: usize, first: i64, scores: &mut [f32]) {
         let columns = 2 * self.max_distance + 1;
         let row = &self.table[head * columns..][..columns];
-        // Column of the first key, were the table without end on both sides.
+        // Column of the first key in a table without limits.
         let column = first.saturating_add_unsigned(self.max_distance as u64);
         let from_first = |to: i64| {
             usize::try_from(to.saturating_sub(column))

@@ -45,21 +45,21 @@ pub(crate) struct PaddingRow {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct StepBounds {
     pub(crate) rows: usize,
-    /// Prefixes per row.
-    pub(crate) prefixes: usize,
+    /// Blocks that a row sees.
+    pub(crate) blocks: usize,
 }
 
 impl DecodeSizes {
-    /// Upper bounds of the numbers of work items and partial sums in a step of `rows` rows with at most `prefixes`
-    /// prefixes each.
+    /// Upper bounds of the numbers of work items and partial sums in a step of `rows` rows that see at most
+    /// `blocks` blocks each.
     ///
     /// A block has at most two thirds as many tiles as users, because a tile of one row saves nothing and is not
     /// grouped. Splits add at most `fill` items.
-    pub(crate) fn capacity(&self, rows: usize, prefixes: usize) -> (usize, usize) {
+    pub(crate) fn capacity(&self, rows: usize, blocks: usize) -> (usize, usize) {
         if self.users == 0 {
             return (0, 0);
         }
-        let uses = rows.saturating_mul(prefixes);
+        let uses = rows.saturating_mul(blocks);
         let items = rows.saturating_add(uses - uses / 3).saturating_add(self.fill);
         let parts = uses
             .saturating_add(rows)
@@ -68,9 +68,9 @@ impl DecodeSizes {
     }
 
     /// Upper bound of the int32 entries of the work tables.
-    pub(crate) fn max_entries(&self, rows: usize, prefixes: usize) -> usize {
-        let (items, parts) = self.capacity(rows, prefixes);
-        [items.saturating_mul(6), parts, rows.saturating_mul(prefixes), rows + 1]
+    pub(crate) fn max_entries(&self, rows: usize, blocks: usize) -> usize {
+        let (items, parts) = self.capacity(rows, blocks);
+        [items.saturating_mul(6), parts, rows.saturating_mul(blocks), rows + 1]
             .into_iter()
             .fold(0, usize::saturating_add)
     }
@@ -84,7 +84,7 @@ pub(crate) fn push_decode_work(tables: &mut TableBuffer, sizes: &DecodeSizes, bo
     let rows = tables.get("row").map_or(0, <[i32]>::len);
     let padded_rows = (sizes.padded && sizes.users > 0).then(|| rows.next_power_of_two().min(bounds.rows));
     if let Some(rows) = padded_rows {
-        pad_tables(tables, rows, rows * bounds.prefixes, padding);
+        pad_tables(tables, rows, rows * bounds.blocks, padding);
     }
     let mut work = if sizes.users == 0 {
         WorkTables::default()
@@ -100,7 +100,7 @@ pub(crate) fn push_decode_work(tables: &mut TableBuffer, sizes: &DecodeSizes, bo
         })
     };
     if let Some(rows) = padded_rows {
-        let (items, parts) = sizes.capacity(rows, bounds.prefixes);
+        let (items, parts) = sizes.capacity(rows, bounds.blocks);
         work.items.resize(items, [-1, 0, 0, 0, 0, -1]);
         work.parts.resize(parts, 0);
     }

@@ -72,7 +72,7 @@ impl Scheduler {
     /// Admits requests from the head of the queue until one does not fit.
     pub(super) fn admit(&mut self, header: &mut StepHeader) {
         while let Some((id, position)) = self.queue.head() {
-            // A failed attempt may have visited every prefix in the arena, so it is not repeated in vain.
+            // A failed attempt may have visited every prefix in the arena. It is repeated when rows may be free.
             if self.blocked == Some(id) {
                 break;
             }

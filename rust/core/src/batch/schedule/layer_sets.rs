@@ -52,7 +52,7 @@ pub(super) struct LayerSets {
     partial: Vec<LayerSet>,
     /// Fold of each layer, empty for a decoder.
     folds: Vec<usize>,
-    /// Views that all sets in use tell apart.
+    /// Views of the sets in use: layers that are in the same sets share a view.
     views: LayerViews,
     /// Number of prefixes that lie in all layers.
     num_full: usize,
@@ -121,7 +121,7 @@ impl LayerSets {
         Ok(index + 1)
     }
 
-    /// Counts one prefix less with the layer set `set`.
+    /// Removes a prefix from the count of the layer set `set`.
     pub(super) fn release(&mut self, set: usize) {
         if set == ALL_LAYERS {
             self.num_full -= 1;
@@ -140,7 +140,7 @@ impl LayerSets {
         self.views = self.views_of(&in_use);
     }
 
-    /// Views that the sets of all registered prefixes tell apart.
+    /// Views of the sets of all registered prefixes.
     pub(super) fn views(&self) -> &LayerViews {
         &self.views
     }
@@ -161,7 +161,7 @@ impl LayerSets {
         in_use.map(views).max().unwrap_or(1)
     }
 
-    /// Views that the given sets tell apart. Without a set there is one view.
+    /// Views of the given sets, a single view without a set.
     pub(super) fn views_of(&self, sets: &[usize]) -> LayerViews {
         let partial: Vec<&[bool]> = sets
             .iter()

@@ -185,7 +185,7 @@ impl PrefixCache {
         self.update_each(prefixes, |entry| entry.num_requests += 1);
     }
 
-    /// Uncounts a request that has ended.
+    /// Removes an ended request from the counts.
     pub(super) fn remove_request(&mut self, prefixes: &[i64]) {
         self.update_each(prefixes, |entry| entry.num_requests -= 1);
     }

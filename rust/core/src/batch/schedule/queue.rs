@@ -85,7 +85,8 @@ impl PriorityLevel {
 
     /// Updates keys at the front of the order until the first one is up to date. Returns the number of visits.
     ///
-    /// Each charge makes at most one key of a level old, so the visits of all calls are at most the charges and calls.
+    /// Each charge makes at most one key of a level outdated, so all calls together make no more visits than there were
+    /// charges and calls.
     fn update_front(&mut self, accounts: &[Account]) -> usize {
         let mut visited = 0;
         while let Some(&(old, account)) = self.order.first() {
@@ -187,7 +188,7 @@ impl Queue {
 
     /// Counts the end of a queued or running request of an account.
     ///
-    /// Of too many idle accounts the one with the least service is forgotten, which restarts at the floor.
+    /// If too many accounts are idle, the one with the least service is removed. Its tenant starts at the floor again.
     pub(super) fn close(&mut self, account: usize) {
         if let Some(found) = self.accounts.get_mut(account) {
             found.num_requests -= 1;

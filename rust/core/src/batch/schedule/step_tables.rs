@@ -98,7 +98,7 @@ impl Scheduler {
         };
         let bounds = StepBounds {
             rows: config.max_rows,
-            prefixes: blocks,
+            blocks,
         };
         push_decode_work(tables, &config.decode, bounds, padding);
     }
