@@ -58,6 +58,7 @@ DEPTHS: dict[Site, tuple[str, ...]] = {
     **dict.fromkeys(("self", "cross"), ("decoder_layers", "num_decoder_layers")),
 }
 SAMPLED_ROWS = 8
+NO_ADAPTERS = "none"  # digest of `adapters_digest` for a base model in which none acts
 _WARNED: set[tuple[str | None, str | None]] = set()  # pairs of different tokenizers that a warning has named
 
 
@@ -86,7 +87,7 @@ class Fingerprint(TypedDict, total=False):
             base model is compared. Absent if an earlier version made the fingerprint.
         kv_layout: Shapes of keys and values, absent if all layers are alike and PEFT has the same rows.
         adapters: Hex digest of the adapters of PEFT that act in the layers, "none" if none acts. Absent for a base
-            model without adapters, and unknown if an earlier version made the fingerprint.
+            model without adapters. Unknown if an earlier version made the fingerprint, which then has no ``sample``.
     """
 
     name: str
@@ -199,6 +200,7 @@ def check_same_base(
     from prefixfast.model.quantized_copy import copy_error, warn_copy
 
     tokenizers = ours.get("tokenizer"), base.get("tokenizer")
+    ours, base = _with_adapters(ours), _with_adapters(base)
     for key in ("config", "adapters", "weights"):
         if ours.get(key) is None or base.get(key) is None or ours[key] == base[key]:
             continue
@@ -228,6 +230,11 @@ def check_same_base(
             "%s was made with another tokenizer than that of this base: texts can become other tokens than in training",
             what,
         )
+
+
+def _with_adapters(base: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A fingerprint that says that no adapter acts, where its version is known to record those that do."""
+    return {"adapters": NO_ADAPTERS, **base} if "sample" in base else base
 
 
 def _weights(model: PreTrainedModel) -> str:
