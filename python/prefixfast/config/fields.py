@@ -12,7 +12,7 @@ from typing import Literal, SupportsIndex, TypeAlias, TypedDict
 from prefixfast.config.sites import Site
 
 PrefixMethod: TypeAlias = Literal["prefix", "infix", "embedding", "prompt", "icl"]
-WeightsMethod: TypeAlias = Literal["full", "top2", "adapter", "lora"]
+WeightsMethod: TypeAlias = Literal["full", "top2", "adapter", "lora", "prefix+lora"]
 MethodName: TypeAlias = Literal[PrefixMethod, WeightsMethod]
 
 
@@ -69,6 +69,7 @@ class _MethodOptionFields(TypedDict, total=False):
     adapter_size: float
     lora_rank: int
     lora_alpha: float | None
+    lora_learning_rate: float | None
     num_examples: int
 
 

@@ -25,22 +25,31 @@ class MethodConfig(Options):
 
     argument: ClassVar[None] = None
 
-    method: Literal["prefix", "infix", "embedding", "prompt", "icl", "full", "top2", "adapter", "lora"] = option(
+    method: Literal[
+        "prefix", "infix", "embedding", "prompt", "icl", "full", "top2", "adapter", "lora", "prefix+lora"
+    ] = option(
         "prefix",
         "method of adaptation: 'prefix' and 'infix' train keys and values, 'embedding' the embeddings of virtual "
         "tokens, 'full' all weights of the base, 'top2' its last two blocks, 'adapter' and 'lora' small networks in "
-        "its layers; 'prompt' and 'icl' make a prefix from a text without training",
+        "its layers, 'prefix+lora' both a prefix and LoRA; 'prompt' and 'icl' make a prefix from a text without "
+        "training",
     )
     adapter_size: float = option(
         0.03,
         "parameters of the adapters of method 'adapter', as a share of the base's parameters",
         Range(0, 1, above=True),
     )
-    lora_rank: int = option(8, "rank of the updates of method 'lora'", COUNT)
+    lora_rank: int = option(8, "rank of the updates of methods 'lora' and 'prefix+lora'", COUNT)
     lora_alpha: float | None = option(
         None,
-        "factor on the updates of method 'lora', divided by the rank; None is twice the rank",
+        "factor on the updates of methods 'lora' and 'prefix+lora', divided by the rank; None is twice the rank",
         Range(0, FP32_MAX, above=True),
+    )
+    lora_learning_rate: float | None = option(
+        None,
+        "peak learning rate of the updates of method 'prefix+lora', whose prefix has learning_rate; 0 trains the "
+        "prefix alone, None is the learning rate of method 'lora'",
+        Range(0, 1e6),
     )
     num_examples: int = option(4, "number of training examples in the text of method 'icl'", COUNT)
 

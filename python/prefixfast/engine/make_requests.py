@@ -41,6 +41,7 @@ from prefixfast.prefix.compatibility import (
     check_base,
     check_composition,
     check_fits,
+    check_shapes,
     described,
     start_position,
 )
@@ -131,6 +132,8 @@ def prefixes_and_tasks(
     for prefix in {id(p): p for own in assigned for p in own}.values():
         if isinstance(prefix, TunedWeights):
             check_base(model, prefix.base, f"the set of weights {prefix.digest[:12]}")
+            if prefix.prefix is not None:  # whose base is this one with the weights in it
+                check_shapes(model, prefix.prefix, f"the prefix of the set of weights {prefix.digest[:12]}")
         else:
             check_fits(model, prefix, described(prefix, prefixes))
     for i, own in enumerate(assigned):

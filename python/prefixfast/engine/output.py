@@ -176,7 +176,7 @@ class RequestOutput:
             finish_reason=best.finish_reason or "length",
             score=best.score,
             logprobs=None if r.params.logprobs is None else best.logprobs,
-            prefix_digest="+".join(p.digest for p in prefixes) or getattr(r.weights, "digest", None),
+            prefix_digest=getattr(r.weights, "digest", None) or "+".join(p.digest for p in prefixes) or None,
             usage=usage,
             base_mismatch=r.base_mismatch,
         )

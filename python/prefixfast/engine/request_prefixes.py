@@ -68,8 +68,9 @@ def is_weights(given: object) -> bool:
 
 
 def attended(own: Sequence[Assigned]) -> tuple[Prefix | StoredPrefix, ...]:
-    """The prefixes of a request without trained weights."""
-    return tuple(p for p in own if not isinstance(p, TunedWeights))
+    """The prefixes that a request sees, of trained weights the one that was trained with them."""
+    found = (p.prefix if isinstance(p, TunedWeights) else p for p in own)
+    return tuple(p for p in found if p is not None)
 
 
 def weights_of(own: Sequence[Assigned]) -> TunedWeights | None:

@@ -111,7 +111,7 @@ def _score(request: ScoreRequest, found: list[tuple[NDArray[np.float64], NDArray
         token_logprobs=values.tolist(),
         token_ids=ids.tolist(),
         is_greedy=bool(is_best.all()),
-        prefix_digest="+".join(p.digest for p in request.prefixes) or getattr(request.weights, "digest", None),
+        prefix_digest=getattr(request.weights, "digest", None) or "+".join(p.digest for p in request.prefixes) or None,
         usage=usage,
         base_mismatch=request.base_mismatch,
     )

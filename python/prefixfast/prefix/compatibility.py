@@ -102,6 +102,17 @@ def check_fits(model: Model, prefix: PrefixShape, what: str = "the prefix") -> N
         >>> check_fits(base, prefix)
     """
     check_base(model, prefix.base, what)
+    check_shapes(model, prefix, what)
+
+
+def check_shapes(model: Model, prefix: PrefixShape, what: str) -> None:
+    """Raise `BaseMismatchError` if the place or the rows of a prefix are not those that a base model takes.
+
+    Args:
+        model: Base model.
+        prefix: Prefix, or its entry in a store.
+        what: Name of the prefix in the error's message.
+    """
     if prefix.position == "infix" and (reason := model.handle.infix.refusal):
         msg = f"{what} is an infix, which this base does not take: {reason}; train a prefix with position='prefix'"
         raise BaseMismatchError(msg)

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 META, TENSORS, TUNED = "prefixfast.json", "prefix.safetensors", "tuned.safetensors"
 PREFIX_FILES = frozenset({META, TENSORS, peft.CONFIG, peft.WEIGHTS})
 OWNED = PREFIX_FILES | {TUNED}
-VERSIONS = {"prefix": (1, 2), "weights": (1,)}  # versions that can be read, by kind
+VERSIONS = {"prefix": (1, 2), "weights": (1, 2)}  # versions that can be read, by kind
 KEYS = {name: file_key(name) for name in FIELD_NAMES}  # keys of prefixfast.json by field name
 LOOKED_FOR = (
     f"{META} (a prefixfast prefix) or {peft.CONFIG} with {peft.WEIGHTS} (a PEFT adapter of type "
@@ -201,7 +201,23 @@ def read_meta(path: Path) -> tuple[PrefixFields, str]:
     Raises:
         DataError: If the file is damaged, of a newer version, or holds keys or values that `prefix_files` never writes.
     """
-    meta = checked_meta(path, UNWRITTEN | read_json(path), TYPES_OF_KEYS, "prefix")
+    return checked_fields(path, read_json(path))
+
+
+def checked_fields(path: Path, values: dict[str, Any]) -> tuple[PrefixFields, str]:
+    """Check the attributes of a prefix in ``prefixfast.json``.
+
+    Args:
+        path: Path of the file, for errors.
+        values: Attributes by key, with the version.
+
+    Returns:
+        Attributes of the prefix other than its tensors, and its digest.
+
+    Raises:
+        DataError: As `read_meta`.
+    """
+    meta = checked_meta(path, UNWRITTEN | values, TYPES_OF_KEYS, "prefix")
     try:
         layout_of(meta["base"])
     except DataError as e:

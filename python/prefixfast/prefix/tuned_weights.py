@@ -19,6 +19,7 @@ from prefixfast.prefix import tuned_folder as files
 from prefixfast.prefix.folder import META, OWNED
 from prefixfast.prefix.hub import find_folder
 from prefixfast.prefix.lora_format import check_options
+from prefixfast.prefix.prefix import Prefix
 from prefixfast.prefix.stored_tensors import StoredTensors
 from prefixfast.prefix.tensors import PrefixTensors, shared_tensors
 from prefixfast.prefix.validate import DTYPES
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TunedWeights(StoredTensors):
-    """Weights that ``train(method="full")``, ``"top2"``, ``"adapter"`` or ``"lora"`` has trained.
+    """Weights that ``train(method="full")``, ``"top2"``, ``"adapter"``, ``"lora"`` or ``"prefix+lora"`` has trained.
 
     `generate` and `score` take them in the place of the one prefix of all requests. They act in the base model for the
-    time of the call, which then has its own weights again.
+    time of the call, which then has its own weights again. LoRA that was trained with a prefix holds this prefix, which
+    all requests of the call see.
 
     Weights are immutable, as a `Prefix` is, and compared by their `digest`.
 
@@ -46,6 +48,8 @@ class TunedWeights(StoredTensors):
         task: Task that turns rows into prompts, as `Task.spec` gives it; None for plain prompts.
         decoding: Default `GenerationParams`.
         training: Settings, number of steps, final losses and cost of the training.
+        prefix: Prefix that was trained with LoRA. Its base is the base model with the LoRA layers, so that alone it
+            fits a PeftModel with them. None for other weights.
 
     Raises:
         DataError: If a tensor or attribute is not one that such weights can have.
@@ -66,6 +70,7 @@ class TunedWeights(StoredTensors):
     task: Mapping[str, JSON] | None = None
     decoding: Mapping[str, JSON] = field(default_factory=dict)
     training: Mapping[str, JSON] = field(default_factory=dict)
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tensors", PrefixTensors(self.tensors))
@@ -75,6 +80,10 @@ class TunedWeights(StoredTensors):
         self._copy_mappings(("options", "base", "task", "decoding", "training"))
         if self.method == "lora":
             check_options(self.options)
+        if self.prefix is not None and (self.method != "lora" or not isinstance(self.prefix, Prefix)):
+            got = f"{shown(self.prefix)} and method {shown(self.method)}"
+            msg = f"prefix: expected a Prefix with weights of method 'lora', or None, got {got}"
+            raise DataError(msg)
         if not self.tensors:
             msg = "tensors: expected at least one, got none"
             raise DataError(msg)
@@ -87,19 +96,22 @@ class TunedWeights(StoredTensors):
                 raise DataError(msg)
 
     def __repr__(self) -> str:
-        """One line with method, number of numbers, base model, task and digest."""
-        return self._described(method=self.method, num_stored=self.num_stored)
+        """One line with method, length of the prefix, number of numbers, base model, task and digest."""
+        length = None if self.prefix is None else self.prefix.length
+        return self._described(method=self.method, prefix_length=length, num_stored=self.num_stored)
 
     @property
     def _stored(self) -> Mapping[str, Tensor]:
-        return shared_tensors(self.tensors)
+        rows = {} if self.prefix is None else shared_tensors(self.prefix.kv)
+        return {**shared_tensors(self.tensors), **{f"prefix.{name}": t for name, t in rows.items()}}
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of method, options and tensors, in hex digits."""
+        """SHA-256 of method, options, tensors and prefix, in hex digits."""
         import torch
 
-        sha = hashlib.sha256(json.dumps([self.method, self.options], sort_keys=True).encode())
+        own = [self.method, self.options, *([] if self.prefix is None else [self.prefix.digest])]
+        sha = hashlib.sha256(json.dumps(own, sort_keys=True).encode())
         for name, t in sorted(shared_tensors(self.tensors).items()):
             sha.update(json.dumps([name, list(t.shape), str(t.dtype)]).encode())
             sha.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -107,13 +119,14 @@ class TunedWeights(StoredTensors):
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Attributes other than the tensors, as arguments of the constructor."""
+        """Attributes other than the tensors and the prefix, as arguments of the constructor."""
         return {name: getattr(self, name) for name in files.FIELD_NAMES}
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Save the weights to a folder as safetensors, beside ``prefixfast.json``.
 
-        LoRA is saved as an adapter that ``PeftModel.from_pretrained`` reads.
+        LoRA is saved as an adapter that ``PeftModel.from_pretrained`` reads. Its prefix is saved beside it in
+        ``prefix.safetensors``.
 
         Args:
             folder: Path of the folder, which is created with its parents. Weights in the folder are replaced
@@ -126,7 +139,8 @@ class TunedWeights(StoredTensors):
         """
         check_flag("overwrite", overwrite)
         path = as_path("folder", folder)
-        files.write_tuned(path, self._stored, self.digest, self.fields, overwrite=overwrite)
+        tensors = shared_tensors(self.tensors)
+        files.write_tuned(path, tensors, self.digest, self.fields, prefix=self.prefix, overwrite=overwrite)
 
     @classmethod
     def from_pretrained(
@@ -147,9 +161,11 @@ class TunedWeights(StoredTensors):
 
     @classmethod
     def _read(cls, path: Path) -> TunedWeights:
-        tensors, fields, digest = files.read_tuned(path)
+        read = files.read_tuned(path)
+        digest = read.digest
         try:
-            found = cls(tensors, **fields)
+            prefix = None if read.prefix is None else Prefix(read.prefix.kv, **read.prefix.fields)
+            found = cls(read.tensors, prefix=prefix, **read.fields)
         except DataError as e:
             msg = f"{path.name}: {e}"
             raise DataError(msg, path=str(path)) from e

@@ -17,11 +17,12 @@ from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
 
 if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
     from prefixfast.model.base import Model
 
-BaseModel: TypeAlias = "str | Path | PreTrainedModel | Model"
+BaseModel: TypeAlias = "str | Path | PreTrainedModel | PeftModel | Model"
 
 
 class TrainArguments(OptionFields, total=False):
@@ -56,3 +57,4 @@ class AllTrainArguments(TrainArguments, total=False):
     method: MethodName
     prefix_column: str | None
     sweep: Sweep | None
+    lora: LoraConfig | None

@@ -54,8 +54,9 @@ class BestState:
         self.step = torch.where(better, step, self.step)
         self.num_worse = torch.where(evaluated, torch.where(better, 0, self.num_worse + 1), self.num_worse)
         if self.kv and bool(better.any()):
-            for own, (now, _) in zip(self.kv, flat, strict=True):
-                own.tensor.copy_(torch.where(own.by_row(better.to(now.device)), now, own.tensor))
+            for own, now in zip(self.kv, flat, strict=True):
+                is_better = own.by_row(better.to(own.tensor.device))
+                own.tensor.copy_(torch.where(is_better, now.tensor, own.tensor))
 
     def has(self, i: int) -> bool:
         """Whether prefix ``i`` has a best state."""

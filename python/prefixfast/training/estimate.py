@@ -184,8 +184,8 @@ def _training_bytes(tensors: Sequence[Tensor]) -> int:
 def _numbers(tensors: Sequence[PrefixTensor], count: int, *, in_bytes: bool = False) -> list[int]:
     """Number of numbers, or of bytes, of each of ``count`` prefixes."""
     found = [0] * count
-    for t, owners in tensors:
-        numbers = range(count) if owners is None else owners.tolist()
+    for own in tensors:
+        t, numbers = own.tensor, range(count) if own.owners is None else own.owners.tolist()
         for i in numbers:
             found[i] += t.numel() // len(numbers) * (t.element_size() if in_bytes else 1)
     return found

@@ -7,11 +7,14 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prefixfast.config import MethodConfig
+from prefixfast.config.json_types import JSON
 from prefixfast.prefix.names import written
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.defaults import num_steps
 from prefixfast.training.groups import OF_TRAINING, PrefixGroup
 from prefixfast.training.job import TrainJob
+from prefixfast.training.lora_config import OF_CONFIG
 from prefixfast.training.method import METHODS, method_options
 from prefixfast.training.settings import option_values
 from prefixfast.training.text_limits import SEQ2SEQ_LIMITS
@@ -75,8 +78,14 @@ def run_identity(
         "init_text": job.init_text,
         "on_top_of": None if job.on_top_of is None else job.on_top_of.digest,
         # The options of prefixes say all of methods prefix and infix.
-        **({} if METHODS[method.method].module == "prefix" else {"method": method_options(method)}),
+        **({} if METHODS[method.method].module == "prefix" else {"method": _method(method, job.lora)}),
     }
+
+
+def _method(config: MethodConfig, lora: Mapping[str, JSON] | None) -> dict[str, Any]:
+    """Options of a method, with the fields of a configuration of PEFT in the place of its own."""
+    options = method_options(config)
+    return options if lora is None else {n: v for n, v in options.items() if n not in OF_CONFIG} | {"lora": lora}
 
 
 def prefix_identities(identity: Mapping[str, Any]) -> dict[str, str]:

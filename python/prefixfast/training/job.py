@@ -26,11 +26,13 @@ from prefixfast.training.groups import Init, Overrides, PrefixGroup, Sweep, make
 from prefixfast.training.held_out import hold_out
 from prefixfast.training.init_options import InitOptions, adopt_init, with_enough_rows
 from prefixfast.training.inputs import ReadOptions, TrainingRows, check_formats, check_task_rows, read_training_rows
+from prefixfast.training.lora_config import read_lora_config
 from prefixfast.training.method import METHODS, check_read
 from prefixfast.training.ranks import ALONE, Ranks
 from prefixfast.training.settings import BaseKind, GivenOptions, TrainSettings, resolve_settings
 
 if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
     from prefixfast.model.base import Model
@@ -55,6 +57,7 @@ class JobArguments:
     init: Init | None = None
     init_text: str | None = None
     on_top_of: Prefix | str | None = None
+    lora: LoraConfig | None = None
     objective: str = "sft"
     sweep: Sweep | None = None
     overrides: Overrides | None = None
@@ -95,6 +98,7 @@ class TrainJob:
     init_text: str | None
     explicit: frozenset[str]
     on_top_of: Prefix | None
+    lora: Mapping[str, JSON] | None
     isolate: bool
     callbacks: CallbackList
     resume: bool
@@ -106,7 +110,7 @@ class TrainJob:
     @property
     def makes_weights(self) -> bool:
         """Whether a group trains weights that act in the base model itself."""
-        return not all(METHODS[group.method_config.method].makes_prefix for group in self.groups)
+        return any(METHODS[group.method_config.method].makes_weights for group in self.groups)
 
     @property
     def init_options(self) -> InitOptions:
@@ -172,10 +176,11 @@ def prepare(arguments: JobArguments) -> TrainJob:
     check_choice("on_error", a.on_error, ("isolate", "raise"))
     check_flag("resume", a.resume)
     callbacks = CallbackList(a.callbacks)
-    given = GivenOptions(a.config, a.prefix_config, a.fields, a.init, a.init_text)
+    lora, fields = read_lora_config(a.lora, a.fields, a.sweep)
+    given = GivenOptions(a.config, a.prefix_config, fields, a.init, a.init_text)
     settings = resolve_settings(given, "")  # report wrong options before the rows are read
     method = settings.method_config.method
-    check_read(method, [n for n in ("on_top_of", "store") if getattr(a, n) is not None])
+    check_read(method, [n for n in ("on_top_of", "store", "lora") if getattr(a, n) is not None])
     check_read(method, a.sweep if isinstance(a.sweep, Mapping) else (), "sweep")
     given_task = task_of_columns(a.task, prompt=a.prompt, target=a.target, table=a.table)
     keeps = isinstance(given_task, Task) and given_task.format == "columns"  # which reads the columns that it names
@@ -200,6 +205,7 @@ def prepare(arguments: JobArguments) -> TrainJob:
         settings.init_text,
         explicit,
         _find_frozen_prefix(a.on_top_of, a.store),
+        lora,
         a.on_error == "isolate" and not rows.is_single,
         callbacks,
         a.resume,
@@ -230,7 +236,7 @@ def _groups(
 
 
 @contextlib.contextmanager
-def load_base(model: str | Path | PreTrainedModel | Model, config: TrainConfig) -> Iterator[Model]:
+def load_base(model: str | Path | PreTrainedModel | PeftModel | Model, config: TrainConfig) -> Iterator[Model]:
     """Base model in the requested dtype for the time of a run.
 
     Args:

@@ -250,6 +250,7 @@ class GroupTrainer:
         """Save the prefixes that have ended, at their best or last state."""
         if not bool(ended.any()):
             return
+        self.applied.take_out()  # weights are built from what they change in the base as it was
         params, current = self.runner.params, self.runner.params.current()
         for i in ended.nonzero()[:, 0].tolist():
             name, evaluated = self.names[i], self.eval_dataset is not None

@@ -9,7 +9,9 @@ from typing import Any, Literal
 from prefixfast.config import MethodConfig, PrefixConfig, TrainConfig
 from prefixfast.errors import ConfigError
 
-PREFIX_OPTIONS = frozenset((*PrefixConfig.names(), "init", "init_text", "on_top_of", "store"))
+OF_PREFIXES = frozenset((*PrefixConfig.names(), "init", "init_text"))
+PREFIX_OPTIONS = OF_PREFIXES | {"on_top_of", "store"}
+LORA_OPTIONS = frozenset(("lora", "lora_rank", "lora_alpha"))
 EMBEDDING_OPTIONS = frozenset(("prefix_length", "init", "init_text", "store"))
 TRAIN_OPTIONS = frozenset(TrainConfig.names())
 # Options of a method without steps: how rows are read and evaluated.
@@ -47,8 +49,9 @@ class Method:
     Attributes:
         module: Module of ``prefixfast.training.methods`` with the function ``make``.
         reads: Names of the options that the method reads, beside ``method`` itself.
-        makes_prefix: Whether the result is a `Prefix`, many of which are trained in one batch. Other results are
-            weights, which are trained one after the other.
+        makes_prefix: Whether the method makes keys and values, those of many names in one batch.
+        makes_weights: Whether the method makes weights that act in the base, of one name after the other. The result is
+            `TunedWeights` then, else a `Prefix`.
         is_trained: Whether the method takes optimizer steps.
         learning_rate: Default of the peak learning rate, None for that of prefixes.
         position: Place of the prefixes, None for the one of the options.
@@ -57,6 +60,7 @@ class Method:
     module: str
     reads: frozenset[str]
     makes_prefix: bool = True
+    makes_weights: bool = False
     is_trained: bool = True
     learning_rate: float | None = None
     position: Literal["infix"] | None = None
@@ -64,12 +68,17 @@ class Method:
     @property
     def is_alone(self) -> bool:
         """Whether each name is a group of its own."""
-        return not (self.makes_prefix and self.is_trained)
+        return self.makes_weights or not self.is_trained
 
     @property
     def shorten(self) -> str | None:
         """Advice that makes the result take fewer positions, with an option that the method reads; None of weights."""
         return next((advice for name, advice in SHORTEN.items() if name in self.reads), None)
+
+
+def _weights(module: str, learning_rate: float, reads: frozenset[str] = frozenset()) -> Method:
+    """A method that makes weights alone."""
+    return Method(module, TRAIN_OPTIONS | reads, makes_prefix=False, makes_weights=True, learning_rate=learning_rate)
 
 
 METHODS: dict[str, Method] = {
@@ -78,10 +87,13 @@ METHODS: dict[str, Method] = {
     "prompt": Method("text", UNTRAINED_OPTIONS | {"init_text", "store"}, is_trained=False),
     "icl": Method("text", UNTRAINED_OPTIONS | {"num_examples", "store"}, is_trained=False),
     "embedding": Method("embedding", EMBEDDING_OPTIONS | TRAIN_OPTIONS, learning_rate=0.03),
-    "full": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=1e-4),
-    "top2": Method("full", TRAIN_OPTIONS, makes_prefix=False, learning_rate=1e-3),
-    "adapter": Method("adapter", TRAIN_OPTIONS | {"adapter_size"}, makes_prefix=False, learning_rate=3e-3),
-    "lora": Method("lora", TRAIN_OPTIONS | {"lora_rank", "lora_alpha"}, makes_prefix=False, learning_rate=5e-3),
+    "full": _weights("full", 1e-4),
+    "top2": _weights("full", 1e-3),
+    "adapter": _weights("adapter", 3e-3, frozenset(("adapter_size",))),
+    "lora": _weights("lora", 5e-3, LORA_OPTIONS),
+    "prefix+lora": Method(
+        "prefix_lora", OF_PREFIXES | TRAIN_OPTIONS | LORA_OPTIONS | {"lora_learning_rate"}, makes_weights=True
+    ),
 }
 
 # Reasons why a method does not train an encoder-decoder base model.
@@ -117,13 +129,13 @@ def check_read(method: str, given: Iterable[str], what: str = "") -> None:
         given: Names of the options that the caller gave. Names that no method knows are left to other checks.
         what: Name of the argument that holds the options, empty for the arguments of `train`.
     """
-    known = PREFIX_OPTIONS | TRAIN_OPTIONS | {*MethodConfig.names()} - {"method"}
+    known = PREFIX_OPTIONS | TRAIN_OPTIONS | LORA_OPTIONS | {*MethodConfig.names()} - {"method"}
     for name in sorted(known.difference(METHODS[method].reads).intersection(given)):
         readers = [other for other, m in METHODS.items() if name in m.reads]
         where = f"{what}: " if what else ""
         several = f"{'methods' if len(readers) > 1 else 'method'} {', '.join(readers)}"
         advice = f"it is an option of the {several}" if readers else "leave it out"
-        if not METHODS[method].makes_prefix:
+        if METHODS[method].makes_weights:
             advice = WEIGHTS_ADVICE.get(name, advice)
         msg = f"{where}{name}: method {method!r} does not read it; {advice}"
         raise ConfigError(msg)

@@ -85,9 +85,11 @@ class PrefixAdamW:
             grad = torch.where(s.param.by_row(updated), param.grad * by_row(clip), 0.0)
             s.mean.lerp_(grad, by_row(on_size * (1 - beta1)))
             s.square.lerp_(grad * grad, by_row(on_size * (1 - beta2)))
+            factor = s.param.rate
+            own_rate, own_size = (rate, size) if factor == 1 else (rate * factor, size * factor)
             if self._decays:
-                param.mul_(by_row(1 - rate * self.weight_decay))
-            param.sub_(by_row(size) * s.mean / (s.square.sqrt() / by_row(root) + EPS))
+                param.mul_(by_row(1 - own_rate * self.weight_decay))
+            param.sub_(by_row(own_size) * s.mean / (s.square.sqrt() / by_row(root) + EPS))
             param.grad = None
         return norm, updated
 

@@ -13,10 +13,12 @@ class PrefixTensor(NamedTuple):
     Attributes:
         tensor: Rows ``[m * r, ...]``.
         owners: Numbers of the prefixes, int64 ``[m]``, ascending, None for all prefixes of the group.
+        rate: Factor on the learning rates of the prefixes.
     """
 
     tensor: Tensor
     owners: Tensor | None = None
+    rate: float = 1.0
 
     def own(self, values: Tensor) -> Tensor:
         """Values of the prefixes that have rows, ``[m]``, from those of all prefixes ``[n]``."""

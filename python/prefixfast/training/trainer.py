@@ -35,6 +35,8 @@ from prefixfast.training.store_output import StoreOutput
 from prefixfast.training.train_run import TrainRun
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
+
     from prefixfast.training.group_data import GroupData
 
 __all__ = ["TrainRun", "train"]
@@ -48,6 +50,7 @@ def train(
     prefix_column: None = None,
     sweep: Sweep | None = None,
     method: MethodName = "prefix",
+    lora: LoraConfig | None = None,
     **arguments: Unpack[TrainArguments],
 ) -> TrainRun: ...
 
@@ -60,6 +63,7 @@ def train(
     prefix_column: str,
     sweep: Sweep | None = None,
     method: MethodName = "prefix",
+    lora: LoraConfig | None = None,
     **arguments: Unpack[TrainArguments],
 ) -> TrainRun: ...
 
@@ -72,6 +76,7 @@ def train(
     prefix_column: None = None,
     sweep: Sweep,
     method: MethodName = "prefix",
+    lora: LoraConfig | None = None,
     **arguments: Unpack[TrainArguments],
 ) -> TrainRun: ...
 
@@ -84,6 +89,7 @@ def train(
     prefix_column: None = None,
     sweep: None = None,
     method: PrefixMethod = "prefix",
+    lora: None = None,
     **arguments: Unpack[TrainArguments],
 ) -> Prefix: ...
 
@@ -96,6 +102,19 @@ def train(
     prefix_column: None = None,
     sweep: None = None,
     method: WeightsMethod,
+    lora: LoraConfig | None = None,
+    **arguments: Unpack[TrainArguments],
+) -> TunedWeights: ...
+
+
+@overload
+def train(
+    model: BaseModel,
+    data: Rows,
+    *,
+    prefix_column: None = None,
+    sweep: None = None,
+    lora: LoraConfig,
     **arguments: Unpack[TrainArguments],
 ) -> TunedWeights: ...
 
@@ -108,6 +127,7 @@ def train(
     prefix_column: None = None,
     sweep: None = None,
     method: MethodName,
+    lora: LoraConfig | None = None,
     **arguments: Unpack[TrainArguments],
 ) -> Prefix | TunedWeights: ...
 
@@ -127,6 +147,7 @@ def train(
     init: Init | None = None,
     init_text: str | None = None,
     on_top_of: Prefix | str | None = None,
+    lora: LoraConfig | None = None,
     objective: Literal["sft"] = "sft",
     sweep: Sweep | None = None,
     overrides: Overrides | None = None,
@@ -172,6 +193,8 @@ def train(
         init_text: Text of ``init="text"``; None takes the task's.
         on_top_of: Frozen prefix that comes before each trained prefix, as in ``generate(..., [[it, new]])``: a
             `Prefix`, or its name in ``store``.
+        lora: Configuration of PEFT for LoRA layers that are trained with the prefix, or of method ``"lora"`` alone. It
+            takes the place of ``lora_rank`` and ``lora_alpha``, and the method is ``"prefix+lora"`` by default.
         objective: Training objective. ``"sft"``, the only one, is the likelihood of the target, as in Li & Liang.
         sweep: Values to try by option, or initial values for ``"init"``. Every combination is trained as a prefix of
             its own. Combinations share batches where only options of `prefixfast.training.groups.PER_PREFIX` differ.
@@ -203,7 +226,8 @@ def train(
 
     Returns:
         A `Prefix` for plain rows without a sweep; a `TrainRun`, a mapping of names to prefixes, otherwise. The methods
-        ``"full"``, ``"top2"``, ``"adapter"`` and ``"lora"`` give `TunedWeights` in the place of each `Prefix`.
+        ``"full"``, ``"top2"``, ``"adapter"``, ``"lora"`` and ``"prefix+lora"`` give `TunedWeights` in the place of each
+        `Prefix`.
 
     Raises:
         ConfigError: If options do not fit each other or the base model, the checkpoint belongs to another run, or

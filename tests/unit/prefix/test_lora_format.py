@@ -66,7 +66,7 @@ def test_an_adapter_of_peft_has_its_results(tmp_path, kind):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_peft_reads_what_is_written(tmp_path, family):
     with load(tiny.make(family)) as base:
-        tensors, fields = new_lora(base, 4, 12, 0)
+        tensors, fields = new_lora(base, {"r": 4, "lora_alpha": 12}, 0)
     tensors = {
         n: (t + torch.randn(t.shape, generator=torch.Generator().manual_seed(1)) * 0.2) for n, t in tensors.items()
     }

@@ -29,41 +29,43 @@ if TYPE_CHECKING:
 NAME = "default"  # name of the adapter inside PEFT's layers
 ALL_LINEAR = "all-linear"  # PEFT's name of all linear layers but the output layer
 PARTS = ("lora_A", "lora_B")
+SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern")  # fields that narrow target_modules
 
 
-def new_lora(model: Model, rank: int, alpha: float, seed: int) -> tuple[dict[str, Tensor], dict[str, JSON]]:
+def new_lora(model: Model, given: Mapping[str, JSON], seed: int) -> tuple[dict[str, Tensor], dict[str, JSON]]:
     """Initial tensors of LoRA layers, and the fields of their configuration.
 
-    The layers are those that PEFT chooses for the family of the base model, which are projections of attention. A
-    family that PEFT does not know has LoRA in all linear layers but the output layer.
+    Without ``target_modules`` the layers are those that PEFT chooses for the family of the base model, which are
+    projections of attention. A family that PEFT does not know has LoRA in all linear layers but the output layer.
 
     Args:
         model: Base model.
-        rank: Rank of the layers.
-        alpha: Factor on the layers' output before it is divided by the rank.
+        given: Fields of PEFT's configuration.
         seed: Random seed; the tensors are those of PEFT with it.
 
     Returns:
         Parameters by PEFT's names without ``base_model.model.``, in fp32 (fp64 for a base in fp64); and the
-        fields that differ from PEFT's defaults.
+        fields that differ from PEFT's defaults, with the names of the layers that they select.
 
     Raises:
-        ConfigError: If PEFT is not installed, or the base model has adapters already.
+        ConfigError: If PEFT is not installed, the base model has adapters already, or it has no such layers.
     """
     _require_peft()
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
 
-    hf, scale = model.hf, int(alpha) if alpha == int(alpha) else alpha
-    target: Any = TARGETS.get(hf.config.model_type, ALL_LINEAR)
-    is_transposed = any(type(m) is Conv1D for m in hf.modules())
-    fields: dict[str, JSON] = {"r": rank, "lora_alpha": scale, "target_modules": target}
-    if is_transposed:
+    hf = model.hf
+    chosen: Any = given.get("target_modules") or TARGETS.get(hf.config.model_type, ALL_LINEAR)
+    fields: dict[str, JSON] = {**given, "target_modules": chosen}
+    if any(type(m) is Conv1D for m in hf.modules()):
         fields["fan_in_fan_out"] = True
     with torch.random.fork_rng(devices=[]), _given_back(model):
         torch.manual_seed(seed)
         _inject(hf, fields, is_empty=False)
-        if isinstance(target, str) and target != ALL_LINEAR:  # a pattern, which other programs need not read
+        _check_linear(hf)
+        is_selected = any(fields.pop(name, None) is not None for name in SELECTION)
+        if is_selected or (isinstance(chosen, str) and chosen != ALL_LINEAR):  # which other programs need not read
             fields["target_modules"] = sorted({name for name, _ in _weights(hf)})
+        fields.pop("init_lora_weights", None)
         tensors: dict[str, Tensor] = {
             f"{name}.{part}.weight": nn.Parameter(weight.detach().to(parameter_dtype(model.dtype), copy=True))
             for (name, part), weight in _weights(hf).items()
@@ -86,11 +88,7 @@ def applied_lora(model: Model, tensors: Mapping[str, Tensor], fields: Mapping[st
         ConfigError: If PEFT is not installed, the base model has adapters already, or tensors do not fit it.
     """
     with _given_back(model, tensors.values()):
-        try:
-            _inject(model.hf, fields, is_empty=True)
-        except (ValueError, TypeError) as e:
-            msg = f"PEFT cannot put these LoRA layers into a {type(model.hf).__name__}: {e}"
-            raise ConfigError(msg) from e
+        _inject(model.hf, fields, is_empty=True)
         _assign(model.hf, tensors)
         if model.head is not None and not model.head.is_of(model.hf):  # the output layer has LoRA itself
             model.head = find_head(model.hf)
@@ -101,9 +99,25 @@ def _inject(hf: nn.Module, fields: Mapping[str, JSON], *, is_empty: bool) -> Non
     """Put LoRA layers into a model, with weights on the meta device if they are empty."""
     from peft import inject_adapter_in_model
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns where a family has Conv1D beside Linear
-        inject_adapter_in_model(lora_config(fields), hf, NAME, low_cpu_mem_usage=is_empty)
+    config = lora_config(fields)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns where a family has Conv1D beside Linear
+            inject_adapter_in_model(config, hf, NAME, low_cpu_mem_usage=is_empty)
+    except (ValueError, TypeError, NotImplementedError) as e:
+        msg = f"PEFT cannot put these LoRA layers into a {type(hf).__name__}: {e}"
+        raise ConfigError(msg) from e
+
+
+def _check_linear(hf: nn.Module) -> None:
+    """Raise `ConfigError` if a LoRA layer is not one of a linear layer, whose matrices are the trained tensors."""
+    for name, module in hf.named_modules():
+        if not isinstance(of_inputs := getattr(module, PARTS[0], None), nn.ModuleDict):
+            continue
+        if NAME not in of_inputs or type(of_inputs[NAME]) is not nn.Linear:
+            kind = type(getattr(module, "base_layer", module)).__name__
+            msg = f"lora: {name} is of class {kind}, expected linear layers alone; leave it out of target_modules"
+            raise ConfigError(msg)
 
 
 def lora_config(fields: Mapping[str, JSON]) -> LoraConfig:

@@ -17,4 +17,4 @@ def make(data: GroupData) -> WeightsState:
     width = bottleneck_width(model, data.group.method_config.adapter_size)
     tensors = new_adapters(model, width, job.config.seed)
     share = sum(t.numel() for t in tensors.values()) / sum(p.numel() for p in model.hf.parameters())
-    return WeightsState(data, tensors, {"bottleneck": width, "share": float(f"{share:.4g}")})
+    return WeightsState(data, "adapter", tensors, {"bottleneck": width, "share": float(f"{share:.4g}")})

@@ -36,7 +36,7 @@ class BaseState(WeightsState):
     def __init__(self, data: GroupData, weights: dict[str, nn.Parameter]) -> None:
         dtype = parameter_dtype(data.model.dtype)
         masters = {name: p.detach().to(dtype, copy=True) for name, p in weights.items()}
-        super().__init__(data, masters, {})
+        super().__init__(data, data.group.method_config.method, masters, {})
         self.weights = weights
         self.dtypes = {name: p.dtype for name, p in weights.items()}
         # The optimizer takes tensors of at least one dimension; these share the memory of the masters.
@@ -47,9 +47,9 @@ class BaseState(WeightsState):
         """Context manager in which the base model has the masters, or rounded copies, and gets gradients."""
         hooks = []
         with applied(self.model, self.method, self.tensors, self.options):
-            for p, (master, _) in zip(self.weights.values(), self.params, strict=True):
+            for p, master in zip(self.weights.values(), self.params, strict=True):
                 p.requires_grad_(True)
-                hooks.append(p.register_post_accumulate_grad_hook(_carried_to(master)))
+                hooks.append(p.register_post_accumulate_grad_hook(_carried_to(master.tensor)))
             try:
                 yield
             finally:
@@ -59,7 +59,8 @@ class BaseState(WeightsState):
     @torch.no_grad()
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
         """Bring the masters into the base model, and discard the gradients of an unfinished step."""
-        for p, (master, _) in zip(self.weights.values(), self.params, strict=True):
+        masters = (t.tensor for t in self.params)
+        for p, master in zip(self.weights.values(), masters, strict=True):
             master.grad = p.grad = None
             if p.dtype != master.dtype:
                 p.copy_(master.view(p.shape))
@@ -67,12 +68,12 @@ class BaseState(WeightsState):
     def current(self) -> list[PrefixTensor]:
         """The weights in the base model's dtype, in which they are evaluated and stored."""
         dtypes = self.dtypes.values()
-        return [PrefixTensor(t.to(dtype)) for (t, _), dtype in zip(self.params, dtypes, strict=True)]
+        return [PrefixTensor(t.tensor.to(dtype)) for t, dtype in zip(self.params, dtypes, strict=True)]
 
     def split(self, flat: Sequence[PrefixTensor], number: int) -> dict[str, Tensor]:
         """The weights by name, on the CPU."""
         shaped = zip(self.tensors, flat, self.weights.values(), strict=True)
-        return {name: t.view(p.shape).cpu() for name, (t, _), p in shaped}
+        return {name: t.tensor.view(p.shape).cpu() for name, t, p in shaped}
 
 
 def _carried_to(master: Tensor) -> Callable[[Tensor], None]:

@@ -95,7 +95,7 @@ def make(data: GroupData) -> MethodState:
     method, guard = METHODS[data.group.method_config.method], data.model.guard
     module = importlib.import_module(f"prefixfast.training.methods.{method.module}")
     # Methods that make weights look into the base model with hooks, flags and layers of their own.
-    with guard.running() if method.makes_prefix else guard.changing():
+    with guard.changing() if method.makes_weights else guard.running():
         guard.check_unchanged()
         found: MethodState = module.make(data)
     return found

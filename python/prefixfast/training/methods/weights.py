@@ -27,18 +27,21 @@ class WeightsState:
 
     Args:
         data: Group of one name.
+        method: Method of the weights.
         tensors: Initial tensors by name, as the method stores them; gradients flow to them.
         options: Options with which the tensors act.
     """
 
-    def __init__(self, data: GroupData, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]) -> None:
-        self.model, self.method = data.model, data.group.method_config.method
+    def __init__(
+        self, data: GroupData, method: str, tensors: Mapping[str, Tensor], options: Mapping[str, JSON]
+    ) -> None:
+        self.model, self.method = data.model, method
         self.tensors, self.options = dict(tensors), dict(options)
         self.params = [PrefixTensor(t) for t in self.tensors.values()]
 
     def num_trained(self, number: int) -> int:
         """Number of parameters that training adjusts."""
-        return sum(t.numel() for t in self.tensors.values())
+        return sum(t.tensor.numel() for t in self.params)
 
     def describe(self, numbers: Sequence[int]) -> str:
         """Name of the method."""
@@ -46,8 +49,8 @@ class WeightsState:
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
         """Context manager in which the tensors act in the base model."""
-        for t in self.tensors.values():
-            t.requires_grad_()
+        for t in self.params:
+            t.tensor.requires_grad_()
         return applied(self.model, self.method, self.tensors, self.options)
 
     def refresh(self, steps: np.ndarray, *, dropout: bool = True) -> None:
@@ -72,7 +75,7 @@ class WeightsState:
 
     def split(self, flat: Sequence[PrefixTensor], number: int) -> dict[str, Tensor]:
         """The tensors by name, on the CPU."""
-        return {name: t.cpu() for name, (t, _) in zip(self.tensors, flat, strict=True)}
+        return {name: t.tensor.cpu() for name, t in zip(self.tensors, flat, strict=True)}
 
     def build(self, tensors: dict[str, Tensor], job: PrefixJob, fields: dict[str, Any]) -> TunedWeights:
         """Make the weights."""

@@ -51,7 +51,7 @@ def test_initial_values_logits_and_gradients_are_those_of_peft(family):
     theirs = peft_model(tiny.make(family))
     own = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     with load(tiny.make(family)) as base:
-        tensors, fields = new_lora(base, RANK, ALPHA, SEED)
+        tensors, fields = new_lora(base, {"r": RANK, "lora_alpha": ALPHA}, SEED)
         names = {n: f"base_model.model.{n.replace('.weight', '.default.weight')}" for n in tensors}
         assert set(names.values()) == set(own)
         assert all(torch.equal(tensors[n], own[names[n]]) for n in tensors)
@@ -72,7 +72,7 @@ def test_initial_values_logits_and_gradients_are_those_of_peft(family):
 
 def test_a_family_that_peft_does_not_know_has_lora_in_all_linear_layers():
     with load(causal_lms.make("olmo2")) as base:
-        tensors, fields = new_lora(base, RANK, ALPHA, SEED)
+        tensors, fields = new_lora(base, {"r": RANK, "lora_alpha": ALPHA}, SEED)
         linear = {n for n, m in base.hf.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"}
         assert {n.rsplit(".", 2)[0] for n in tensors} == linear
         with applied_lora(base, tensors, fields):
@@ -85,7 +85,7 @@ def test_the_base_has_its_own_modules_back_also_after_errors():
     at_first = snapshot(hf)
     with load(hf) as base:
         attached, logits = snapshot(hf), packed_logits(base)
-        tensors, fields = new_lora(base, RANK, ALPHA, SEED)
+        tensors, fields = new_lora(base, {"r": RANK, "lora_alpha": ALPHA}, SEED)
         assert snapshot(hf) == attached
         with applied_lora(base, tensors, fields):
             assert snapshot(hf) != attached
@@ -109,14 +109,14 @@ def test_the_base_has_its_own_modules_back_also_after_errors():
 def test_a_base_with_adapters_of_its_own_is_refused():
     theirs = peft_model(tiny.make("llama"))
     with load(theirs) as base, pytest.raises(ConfigError, match="merge_and_unload"):
-        new_lora(base, RANK, ALPHA, SEED)
+        new_lora(base, {"r": RANK, "lora_alpha": ALPHA}, SEED)
 
 
 def test_a_base_in_bf16_has_lora_in_fp32_and_computes_as_peft():
     theirs = peft_model(tiny.make("llama", dtype=torch.bfloat16))
     own = {n.replace(".default", ""): p for n, p in theirs.named_parameters() if p.requires_grad}
     with load(tiny.make("llama", dtype=torch.bfloat16)) as base:
-        tensors, fields = new_lora(base, RANK, ALPHA, SEED)
+        tensors, fields = new_lora(base, {"r": RANK, "lora_alpha": ALPHA}, SEED)
         with torch.no_grad():
             for n, t in tensors.items():
                 t.add_(noise(n, t))
@@ -135,7 +135,7 @@ def test_weights_are_packed_without_the_lora_layers():
     """The first generation with LoRA packs the weights of the base for all later ones."""
     one, two = (tiny.make("llama", dtype=torch.bfloat16) for _ in range(2))
     with load(one) as base, load(two) as other:
-        tensors, fields = new_lora(base, RANK, ALPHA, SEED)
+        tensors, fields = new_lora(base, {"r": RANK, "lora_alpha": ALPHA}, SEED)
         with applied_lora(base, tensors, fields):
             packed = base.prepack()
         plain = other.prepack()
