@@ -93,7 +93,7 @@ def methods() -> str:
         [
             f"`{name}`",
             TRAINED[name],
-            "`Prefix`" if method.makes_prefix else "`TunedWeights`",
+            "`TunedWeights`" if method.makes_weights else "`Prefix`",
             ", ".join(f"`{n}`" for n in own if n in method.reads),
             (f"{method.learning_rate:g}".replace("e-0", "e-") if method.learning_rate else OF_KEYS)
             if method.is_trained
@@ -137,6 +137,7 @@ TRAINED = {
     "top2": "the last two blocks, the last norm and the output layer, also where it is tied to the embedding",
     "adapter": "bottleneck adapters after the blocks",
     "lora": "low-rank updates, which PEFT computes",
+    "prefix+lora": "keys and values of every layer, and low-rank updates",
 }
 
 

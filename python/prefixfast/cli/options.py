@@ -16,6 +16,7 @@ from prefixfast.config.sites import BySite
 from prefixfast.errors import ConfigError, shown
 from prefixfast.io.yaml import read_yaml_file
 
+LONGEST_CHOICES = 66  # columns of the choices of a flag with which its line still has 80
 SECTIONS = {
     "MethodConfig": "Method options (MethodConfig)",
     "PrefixConfig": "Prefix options (PrefixConfig)",
@@ -120,6 +121,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any, section: str) -> inspec
         kind = list[str]  # a flag that can be given several times
     elif choices and (not kinds or get_origin(hint) is Literal):
         kind = Literal[choices]
+        if len("|".join(choices)) > LONGEST_CHOICES:  # whose help names all of them
+            metavar = "<name>"
     elif choices:
         kind, metavar = str, f"<{'|'.join((kinds[0].__name__, *choices))}>"
     flag = f"--{field.name.replace('_', '-')}"

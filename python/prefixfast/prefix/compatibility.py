@@ -14,7 +14,7 @@ from prefixfast.model.prefix_shape import PrefixShape, filled_layers, is_peft_ta
 if TYPE_CHECKING:
     from prefixfast.model.base import Model
     from prefixfast.model.fingerprint import Fingerprint
-    from prefixfast.prefix.tuned_weights import TunedWeights
+    from prefixfast.prefix.stored_tensors import StoredTensors
 
 
 def described(prefix: PrefixShape, names: object = None) -> str:
@@ -30,12 +30,12 @@ def described(prefix: PrefixShape, names: object = None) -> str:
     return f"the prefix {shown(name)}" if name is not None else f"the prefix {getattr(prefix, 'digest', '')[:12]}"
 
 
-def base_mismatch(model: Model, prefixes: Sequence[PrefixShape | TunedWeights]) -> BaseMismatch | None:
+def base_mismatch(model: Model, prefixes: Sequence[PrefixShape | StoredTensors]) -> BaseMismatch | None:
     """Difference between a base model and those of prefixes that fit it, None if there is none.
 
     Args:
         model: Base model.
-        prefixes: Prefixes for which `check_fits` has passed.
+        prefixes: Prefixes and weights for which `check_fits` has passed.
     """
     if model.allow_base_mismatch is None:
         return None

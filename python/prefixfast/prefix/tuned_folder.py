@@ -168,5 +168,7 @@ def read_tuned_meta(path: Path) -> tuple[dict[str, Any], str, dict[str, Any] | N
     Raises:
         DataError: If the file is damaged, of a newer version, or describes something else.
     """
-    meta = checked_meta(path, {PREFIX: None} | read_json(path), TYPES_OF_KEYS, "weights")
+    found = read_json(path)
+    unwritten = {PREFIX: None} if found.get("version") == 1 else {}
+    meta = checked_meta(path, unwritten | found, TYPES_OF_KEYS, "weights")
     return {name: meta[name] for name in FIELD_NAMES}, meta["digest"], meta[PREFIX]

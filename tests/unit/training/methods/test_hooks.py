@@ -115,7 +115,7 @@ def test_a_dry_run_frees_each_group_before_the_next(how, monkeypatch):
     def recorded(data):
         assert all(kept() is None for kept in made)
         trained = make(data)
-        made.extend(weakref.ref(t) for t, _ in trained.params)
+        made.extend(weakref.ref(t.tensor) for t in trained.params)
         return trained
 
     monkeypatch.setattr(loop, "make", recorded)

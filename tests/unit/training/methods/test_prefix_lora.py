@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import get_linear_schedule_with_warmup
 
 import merged
@@ -16,7 +18,17 @@ import prefixfast
 import seq2seq
 import tiny
 from cut_runs import Cut, CutAt
-from prefixfast import BaseMismatchError, ConfigError, Prefix, RequestError, TunedWeights, generate, score, train
+from prefixfast import (
+    BaseMismatchError,
+    ConfigError,
+    DataError,
+    Prefix,
+    RequestError,
+    TunedWeights,
+    generate,
+    score,
+    train,
+)
 from prefixfast.model.tuned.lora import new_lora
 from prefixfast.training.estimate import estimate
 from token_rows import rows
@@ -255,3 +267,38 @@ def test_what_is_not_known_to_be_right_is_refused(tmp_path):
         engine.submit([5, 6], tuned)
     with pytest.raises(ConfigError):
         train(model, DATA, on_top_of=tuned, **HOW)
+
+
+def without_key(folder) -> None:
+    meta = json.loads((folder / "prefixfast.json").read_bytes())
+    del meta["prefix"]
+    (folder / "prefixfast.json").write_text(json.dumps(meta))
+
+
+def other_rows(folder) -> None:
+    kv = load_file(folder / "prefix.safetensors")
+    save_file({n: t + 1 for n, t in kv.items()}, folder / "prefix.safetensors")
+
+
+@pytest.mark.parametrize("damage", [without_key, other_rows, lambda folder: (folder / "prefix.safetensors").unlink()])
+def test_a_folder_whose_prefix_is_not_that_of_its_lora_is_refused(tmp_path, damage):
+    joint(tiny.make("llama"), max_steps=1, output_dir=tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError):
+        TunedWeights.from_pretrained(tmp_path)
+
+
+def test_commands(tmp_path, folder, cli):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "abc", "completion": "de"}\n' * 3)
+    how = ("--method", "prefix+lora", "--lora-rank", 2, "--max-steps", 2, "--dtype", "float32")
+    done = cli("train", folder, data, "-o", tmp_path / "out", *how)
+    assert done.code == 0, done.err
+    tuned = TunedWeights.from_pretrained(tmp_path / "out")
+    assert (tuned.training["method"], tuned.prefix.length) == ("prefix+lora", 10)
+    done = cli(
+        "generate", data, "-o", tmp_path / "a.txt", "--prefix", tmp_path / "out", "--max-new-tokens", 4, *how[-2:]
+    )
+    assert done.code == 0, done.err
+    expected = generate(["abc"] * 3, tuned, model=folder, max_new_tokens=4, dtype="float32")
+    assert (tmp_path / "a.txt").read_text().split("\n")[:3] == [" ".join(g.text.split("\n")) for g in expected]
