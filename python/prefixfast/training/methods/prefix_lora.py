@@ -51,10 +51,9 @@ class PrefixLoraState:
         """Number of parameters that training adjusts."""
         return self.rows.num_trained(number) + self.lora.num_trained(number)
 
-    @property
-    def description(self) -> str:
+    def describe(self, numbers: Sequence[int]) -> str:
         """Number of prefix rows and rank of the LoRA layers."""
-        return f"{self.rows.description} with LoRA of rank {self.lora.options['r']}"
+        return f"{self.rows.describe(numbers)} with LoRA of rank {self.lora.options['r']}"
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
         """Context manager in which the LoRA layers act in the base model."""
