@@ -7,8 +7,9 @@ stacked network).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +18,93 @@ from prefixfast.training.prefix_tensor import PrefixTensor
 
 BETAS = (0.9, 0.999)  # decay rates of the two moments, torch's defaults
 EPS = 1e-8  # added to the denominator, torch's default
+# Largest number of elements that one call of an operator updates, unless a parameter has more. On a CPU they stay in
+# its cache with their moments.
+PILE_NUMEL = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
-@dataclass
-class _Moments:
-    """A parameter ``[m * r, ...]``, and its first and second moment."""
+@dataclass(frozen=True)
+class _Pile:
+    """Parameters of one shape, dtype and rate with rows of the same m prefixes, and their moments in one storage each.
 
-    param: PrefixTensor
+    Attributes:
+        numbers: Numbers of the parameters.
+        params: Parameters ``[m * r, ...]``, t of them.
+        mean: First moments ``[t, m, r * ...]``.
+        square: Second moments ``[t, m, r * ...]``.
+    """
+
+    numbers: list[int]
+    params: list[PrefixTensor]
     mean: Tensor
     square: Tensor
+
+    @classmethod
+    def make(cls, numbers: list[int], params: list[PrefixTensor], num_prefixes: int) -> _Pile:
+        """Parameters with moments of zero."""
+        first, owners, _ = params[0]
+        size = len(params), num_prefixes if owners is None else len(owners), -1
+        mean, square = (torch.zeros_like(first).expand(len(params), *first.shape).reshape(size) for _ in range(2))
+        return cls(numbers, params, mean.contiguous(), square.contiguous())
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What piles with the same factors have in common."""
+        return _kind(self.params[0])
+
+    def with_gradient(self) -> Iterator[_Pile]:
+        """The parts of the pile whose parameters have a gradient: all of it, or one parameter at a time."""
+        has = [p.tensor.grad is not None for p in self.params]
+        if all(has):
+            yield self
+            return
+        for i in (i for i, own in enumerate(has) if own):
+            at = slice(i, i + 1)
+            yield _Pile(self.numbers[at], self.params[at], self.mean[at], self.square[at])
+
+    def gradients(self) -> Tensor:
+        """Copy of the gradients ``[t, m, r * ...]``."""
+        return torch.stack([p.tensor.grad for p in self.params if p.tensor.grad is not None]).view(self.mean.shape)
+
+    def square_sums(self) -> Tensor:
+        """Sum of the squares of each prefix's own gradient by parameter, fp64 ``[t, m]``."""
+        return self.gradients().square_().sum(2, dtype=torch.float64)
+
+    def update(self, f: _Factors, *, decays: bool) -> None:
+        """Update parameters and moments, and clear the gradients."""
+        grad = self.gradients().mul_(f.clip).masked_fill_(f.is_skipped, 0.0)
+        self.mean.lerp_(grad, f.mean)
+        self.square.lerp_(grad.square_(), f.square)
+        below = torch.sqrt(self.square, out=grad).div_(f.root).add_(EPS)
+        change = (f.size * self.mean).div_(below)
+        tensors = [p.tensor for p in self.params]
+        if decays:
+            torch._foreach_mul_([t.view(self.mean.shape[1:]) for t in tensors], [f.decay] * len(tensors))
+        torch._foreach_sub_(tensors, list(change.view(len(tensors), *tensors[0].shape)))
+        for t in tensors:
+            t.grad = None
+
+
+class _Factors(NamedTuple):
+    """Factors of one step for the m prefixes of a pile, ``[m, 1]`` in its dtype.
+
+    Attributes:
+        clip: Factor of the gradient.
+        mean: Weight of the gradient in the first moment.
+        square: Weight of its square in the second moment.
+        decay: Factor of the parameters.
+        size: Learning rate over the bias correction of the first moment.
+        root: Root of the bias correction of the second moment.
+        is_skipped: Whether the prefix is not updated, bool.
+    """
+
+    clip: Tensor
+    mean: Tensor
+    square: Tensor
+    decay: Tensor
+    size: Tensor
+    root: Tensor
+    is_skipped: Tensor
 
 
 class PrefixAdamW:
@@ -44,8 +123,8 @@ class PrefixAdamW:
     def __init__(
         self, params: Sequence[PrefixTensor], num_prefixes: int, *, weight_decay: float | Tensor = 0.0
     ) -> None:
-        self.moments = [_Moments(p, torch.zeros_like(p.tensor), torch.zeros_like(p.tensor)) for p in params]
-        self.num_prefixes = num_prefixes
+        self.piles = [_Pile.make(numbers, [params[i] for i in numbers], num_prefixes) for numbers in _piles(params)]
+        self.num_params, self.num_prefixes = len(params), num_prefixes
         self.steps = torch.zeros(num_prefixes, dtype=torch.float64, device=params[0].tensor.device)
         self.weight_decay = torch.as_tensor(weight_decay, dtype=torch.float64, device=self.steps.device)
         self._decays = bool((self.weight_decay != 0).any())
@@ -64,7 +143,8 @@ class PrefixAdamW:
             Gradient norm of each prefix, fp64 ``[n]``; and the updated prefixes, bool ``[n]``, which are the active
             ones with a finite norm.
         """
-        norm = self._norms()
+        piles = [part for pile in self.piles for part in pile.with_gradient()]
+        norm = self._norms(piles)
         updated = active & norm.isfinite()
         self.steps += updated
         limit = torch.as_tensor(max_norm, dtype=torch.float64, device=norm.device)
@@ -74,28 +154,26 @@ class PrefixAdamW:
         safe = self.steps.clamp(min=1)
         size, root = rate / (1 - beta1**safe), (1 - beta2**safe).sqrt()
         on_size = updated.to(torch.float64)
-        for s in self.moments:
-            param = s.param.tensor
-            if param.grad is None:
-                continue
-
-            def by_row(x: Tensor, s: _Moments = s) -> Tensor:
-                return s.param.by_row(x.to(s.param.tensor.dtype))
-
-            grad = torch.where(s.param.by_row(updated), param.grad * by_row(clip), 0.0)
-            s.mean.lerp_(grad, by_row(on_size * (1 - beta1)))
-            s.square.lerp_(grad * grad, by_row(on_size * (1 - beta2)))
-            factor = s.param.rate
+        kinds = {pile.kind: pile.params[0] for pile in piles}
+        made: dict[tuple[object, ...], _Factors] = {}
+        for kind, (param, owners, factor) in kinds.items():
             own_rate, own_size = (rate, size) if factor == 1 else (rate * factor, size * factor)
-            if self._decays:
-                param.mul_(by_row(1 - own_rate * self.weight_decay))
-            param.sub_(by_row(own_size) * s.mean / (s.square.sqrt() / by_row(root) + EPS))
-            param.grad = None
+            weights = (clip, on_size * (1 - beta1), on_size * (1 - beta2), 1 - own_rate * self.weight_decay)
+            every = torch.stack([*weights, own_size, root])
+            own = (every, ~updated) if owners is None else (every[:, owners], ~updated[owners])
+            made[kind] = _Factors._make([*own[0].to(param.dtype)[..., None], own[1][:, None]])
+        for pile in piles:
+            pile.update(made[pile.kind], decays=self._decays)
         return norm, updated
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by name, for `load`."""
-        moments = {f"{kind}.{i}": getattr(s, kind) for i, s in enumerate(self.moments) for kind in ("mean", "square")}
+        moments = {
+            f"{kind}.{number}": own.view(p.tensor.shape)
+            for pile in self.piles
+            for kind, moment in (("mean", pile.mean), ("square", pile.square))
+            for number, p, own in zip(pile.numbers, pile.params, moment, strict=True)
+        }
         return {"steps": self.steps, **moments}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -103,14 +181,31 @@ class PrefixAdamW:
         for name, own in self.state().items():
             own.copy_(state[name])
 
-    def _norms(self) -> Tensor:
+    def _norms(self, piles: Sequence[_Pile]) -> Tensor:
         """Gradient norm of each prefix, fp64 ``[n]``, from sums over the prefix's own rows alone."""
-        total = torch.zeros(self.num_prefixes, dtype=torch.float64, device=self.steps.device)
-        for s in self.moments:
-            if (grad := s.param.tensor.grad) is not None:
-                own = grad.reshape(len(s.param.own(total)), -1).square().sum(1, dtype=torch.float64)
-                total = total + own if s.param.owners is None else total.index_add(0, s.param.owners, own)
-        return total.sqrt()
+        sums = torch.zeros(self.num_params, self.num_prefixes, dtype=torch.float64, device=self.steps.device)
+        for pile in piles:
+            numbers = torch.tensor(pile.numbers, device=sums.device)
+            owners = pile.params[0].owners
+            at = (numbers,) if owners is None else (numbers[:, None], owners)
+            sums[at] = pile.square_sums()
+        return sums.cumsum(0)[-1].sqrt()  # one after another, so that other prefixes do not change the order
+
+
+def _piles(params: Sequence[PrefixTensor]) -> Iterable[list[int]]:
+    """Numbers of parameters of one shape, dtype and owners, in piles of `PILE_NUMEL` elements at most."""
+    most = PILE_NUMEL.get(params[0].tensor.device.type, PILE_NUMEL["cpu"])
+    piles: dict[tuple[object, ...], list[list[int]]] = {}
+    for i, p in enumerate(params):
+        alike = piles.setdefault((p.tensor.shape, *_kind(p)), [[]])
+        if alike[-1] and (len(alike[-1]) + 1) * p.tensor.numel() > most:
+            alike.append([])
+        alike[-1].append(i)
+    return (numbers for alike in piles.values() for numbers in alike)
+
+
+def _kind(param: PrefixTensor) -> tuple[object, ...]:
+    return param.tensor.dtype, None if param.owners is None else id(param.owners), param.rate
 
 
 def learning_rates(step: Tensor, total: Tensor, *, peak: float | Tensor, warmup: int | Tensor, kind: str) -> Tensor:

@@ -76,6 +76,24 @@ def test_a_nonfinite_gradient_skips_its_prefix_only(bad):
     assert p.grad is None
 
 
+def test_a_tensor_without_a_gradient_keeps_its_moments():
+    """Tensors of one shape share their storage; one that a step does not reach is left out of it."""
+    params = [t.requires_grad_() for t in gradients(0, [(N, 3)] * 3)]
+    ours = PrefixAdamW([PrefixTensor(p) for p in params], N)
+    before = params[1].detach().clone()
+    params[0].grad, params[2].grad = gradients(1, [(N, 3)] * 2)
+    expected = torch.stack([params[0].grad, params[2].grad]).square().sum((0, 2)).sqrt()
+    norms, _ = ours.step(torch.full((N,), 0.1), torch.ones(N, dtype=torch.bool))
+    assert torch.allclose(norms, expected)
+    assert torch.equal(params[1], before)
+    state = ours.state()
+    assert not state["mean.1"].any()
+    assert bool(state["mean.2"].any())
+    loaded = PrefixAdamW([PrefixTensor(p) for p in params], N)
+    loaded.load(state)
+    assert torch.equal(loaded.state()["square.2"], state["square.2"])
+
+
 SCHEDULES = {
     "linear": get_linear_schedule_with_warmup,
     "cosine": get_cosine_schedule_with_warmup,
