@@ -154,14 +154,14 @@ def mixed_by_hand(plain: PreTrainedModel, prefixes: Sequence[Prefix], prompts: T
         for i, (k, v) in zip(prefixes[0].layers, stacked, strict=True):
             cache.update(k, v, i)
         out, token, seen = [], ids, length
-        for _ in range(decoding.most):
+        for _ in range(decoding.max_new_tokens):
             positions = torch.arange(seen, seen + token.shape[1])[None].expand(count, -1)
             logits = plain(
                 input_ids=token, past_key_values=cache, position_ids=positions, use_cache=True, logits_to_keep=1
             ).logits
             seen += token.shape[1]
             last = logits[:, -1]
-            last[:, list(decoding.ends)] = -torch.inf  # every request gets all its tokens, as with the others
+            last[:, list(decoding.end_ids)] = -torch.inf  # every request gets all its tokens, as with the others
             token = last.argmax(-1, keepdim=True)
             out.append(token)
         tokens: Tokens = torch.cat(out, 1).tolist()

@@ -32,40 +32,40 @@ class Decoding:
     """Generation without sampling.
 
     Attributes:
-        most: Largest number of new tokens of a request.
-        least: Number of new tokens before which no end token is generated.
-        ends: Ids of the end tokens.
-        pad: Id of the padding token.
+        max_new_tokens: Largest number of new tokens of a request.
+        min_new_tokens: Number of new tokens before which no end token is generated.
+        end_ids: Ids of the end tokens.
+        pad_id: Id of the padding token.
         num_beams: Number of beams, 1 for greedy decoding.
     """
 
-    most: int
-    least: int = 0
-    ends: tuple[int, ...] = ()
-    pad: int = 0
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    end_ids: tuple[int, ...] = ()
+    pad_id: int = 0
     num_beams: int = 1
 
     @classmethod
     def exactly(cls, new: int, model: Model) -> Decoding:
         """Greedy decoding of exactly ``new`` tokens, before which the engine's end tokens are not generated."""
-        return cls(most=new, least=new, ends=tuple(end_ids(model.hf, model.tokenizer)))
+        return cls(max_new_tokens=new, min_new_tokens=new, end_ids=tuple(end_ids(model.hf, model.tokenizer)))
 
     @classmethod
     def at_most(cls, new: int, hf: PreTrainedModel, tokenizer: Tokenizer, num_beams: int) -> Decoding:
         """Greedy decoding or beam search of at most ``new`` tokens, which the engine's end tokens end."""
         ends = tuple(end_ids(hf, tokenizer))
-        return cls(most=new, ends=ends, pad=tokenizer.eos_id or 0, num_beams=num_beams)
+        return cls(max_new_tokens=new, end_ids=ends, pad_id=tokenizer.eos_id or 0, num_beams=num_beams)
 
     def apply(self, hf: PreTrainedModel) -> None:
         """Replace the ``generation_config`` of a base of transformers, so that ``generate`` inherits nothing else."""
         hf.generation_config = GenerationConfig(
-            max_new_tokens=self.most,
-            min_new_tokens=self.least,
+            max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.min_new_tokens,
             num_beams=self.num_beams,
             do_sample=False,
             use_cache=True,
-            eos_token_id=list(self.ends) or None,
-            pad_token_id=self.pad,
+            eos_token_id=list(self.end_ids) or None,
+            pad_token_id=self.pad_id,
         )
 
     def params(self) -> dict[str, Any]:
@@ -73,16 +73,18 @@ class Decoding:
         neutral = {name: getattr(BUILT_IN, name) for name in BUILT_IN.names() if name not in SAMPLING_FIELDS}
         return {
             **{name: value for name, value in neutral.items() if value is not None},
-            "max_new_tokens": self.most,
-            "min_new_tokens": self.least,
+            "max_new_tokens": self.max_new_tokens,
+            "min_new_tokens": self.min_new_tokens,
             "num_beams": self.num_beams,
         }
 
     def __str__(self) -> str:
         """One line for reports."""
-        count = f"exactly {self.most}" if self.least == self.most else f"at most {self.most}"
-        ends = ", ".join(map(str, self.ends)) or "none"
-        return f"do_sample=False, num_beams={self.num_beams}, {count} new tokens, end tokens {ends}"
+        kind = "exactly" if self.min_new_tokens == self.max_new_tokens else "at most"
+        ends = ", ".join(map(str, self.end_ids)) or "none"
+        return (
+            f"do_sample=False, num_beams={self.num_beams}, {kind} {self.max_new_tokens} new tokens, end tokens {ends}"
+        )
 
 
 def set_aside(hf: PreTrainedModel) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class ExactScores:
         limit = GAP
         if self.is_rounded:
             limit = max(limit, ROUNDINGS * float((self._logits(self.plain, text) - exact).abs().max()))
-        exact[: self.decoding.least, list(self.decoding.ends)] = -torch.inf
+        exact[: self.decoding.min_new_tokens, list(self.decoding.end_ids)] = -torch.inf
         gaps = exact.amax(-1) - exact.gather(-1, tokens[:, None])[:, 0]
         return Gap(float(gaps.max()), limit, int(gaps.argmax()))
 

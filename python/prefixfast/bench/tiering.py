@@ -81,7 +81,7 @@ def run(output: Path, settings: Settings) -> list[dict[str, Any]]:
         with tiered, resident:
             rows, served = _measure({"all resident": resident, "tiered": tiered}, names)
         prompts = [prompt for prompt, _ in served["tiered"]]
-        scores = ExactScores(plain, prompts, lambda i: store[names[i]], Decoding(most=max(NEW)))
+        scores = ExactScores(plain, prompts, lambda i: store[names[i]], Decoding(max_new_tokens=max(NEW)))
         texts = (Text(c, i, i, tokens) for c, own in served.items() for i, (_, tokens) in enumerate(own))
         check_same_tokens(texts, scores, "tiering")
     head = {"suite": "tiering", **vars(settings), "shape": shape, "prefix_length": LENGTH}

@@ -69,7 +69,7 @@ def test_no_contender_inherits_from_the_generation_config(family):
 
 
 def scores_of(base, prefixes, new: int = 8) -> ExactScores:
-    decoding = Decoding(most=new, least=new, ends=(tiny.EOS,))
+    decoding = Decoding(max_new_tokens=new, min_new_tokens=new, end_ids=(tiny.EOS,))
     return ExactScores(base, PROMPTS, prefixes.__getitem__, decoding)
 
 

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast
 
 from prefixfast.errors import ConfigError
@@ -191,9 +192,9 @@ class Pretraining:
 def padded(pairs: Sequence[Pair], pad: int) -> dict[str, torch.Tensor]:
     """Arguments of a forward of the base, with padding on the right."""
     sources, labels = ([torch.tensor(p[i]) for p in pairs] for i in (0, 1))
-    ids, filled = torch.nn.utils.rnn.pad_sequence, [torch.ones_like(s) for s in sources]
+    masks = [torch.ones_like(source) for source in sources]
     return {
-        "input_ids": ids(sources, batch_first=True, padding_value=pad),
-        "attention_mask": ids(filled, batch_first=True),
-        "labels": ids(labels, batch_first=True, padding_value=IGNORED),
+        "input_ids": pad_sequence(sources, batch_first=True, padding_value=pad),
+        "attention_mask": pad_sequence(masks, batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
     }
