@@ -52,7 +52,7 @@ def plot(summary: Summary, path: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4), fontsize="small")
     bars = "\npoints are means, bars go from the smallest to the largest value of the seeds"
-    figure.suptitle(_lines(summary.title) + bars, fontsize="small")
+    figure.suptitle(_two_lines(summary.title) + bars, fontsize="small")
     write_figure(figure, path, dpi=130)
 
 
@@ -82,8 +82,8 @@ def _point(axes: Any, method: MethodResult, name: str, place: float, number: int
     )
 
 
-def _lines(title: str) -> str:
-    """A title of two lines."""
+def _two_lines(title: str) -> str:
+    """Title broken into two lines."""
     parts = title.split(", ")
     half = len(parts) // 2
     return ", ".join(parts[:half]) + ",\n" + ", ".join(parts[half:])

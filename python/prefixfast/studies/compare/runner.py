@@ -74,20 +74,20 @@ class Runner:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[tuple[int, ...]]:
-        """Descriptors of the folder's lock, for which this run waits if another one works in the folder.
+        """Descriptors of the folder's lock, for which this call waits if another one works in the folder.
 
         The processes of the runs get them too, so that a run whose parent was killed keeps others from its files
         while it writes its checkpoint.
         """
-        is_told = False
+        is_reported = False
         while True:
             try:
                 fd = lock(self.output)
                 break
             except BlockingIOError:
-                if not is_told:
+                if not is_reported:
                     self.report(f"waiting for another run in {self.output}")
-                is_told = True
+                is_reported = True
                 time.sleep(WAIT_SECONDS)
         try:
             yield () if fd is None else (fd,)

@@ -54,7 +54,7 @@ class Study:
         return dataclasses.asdict(self) | {n: Path(v).name if v and Path(v).exists() else v for n, v in paths.items()}
 
     def identity(self, rows: str) -> str:
-        """Hex digest of what two runs share that are compared with each other.
+        """Hex digest of what all compared runs share.
 
         Args:
             rows: Digest of the rows.
@@ -85,7 +85,7 @@ class StudyRun:
 
     @property
     def label(self) -> str:
-        """Name for people."""
+        """Name in reports."""
         return f"{self.variant.label}, seed {self.seed}"
 
     @property
@@ -100,7 +100,7 @@ class StudyRun:
         return f"{self.variant.name}-seed{self.seed}-{self.identity[:8]}"
 
     def train_arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Arguments of `train` that are no fields, and fields of the option classes, without those of the output.
+        """Arguments of `train` without the output, those that are no fields and the fields of the option classes.
 
         Of the options that all methods share, a method gets those that it reads.
         """
@@ -126,7 +126,7 @@ def digest(value: Any) -> str:
 
 
 def base_digest(model: str) -> str:
-    """Hex digest of the files of a base, or the hub id of one that is no folder or file here."""
+    """Hex digest of the files of a local base, or the hub id of another one."""
     path = Path(model)
     if not path.exists():
         return model

@@ -13,7 +13,7 @@ from prefixfast.metrics.registry import better_side
 from prefixfast.metrics.result import Better
 
 LOSS = "dev loss"
-FEWEST_SEEDS = 3  # of two methods, below which no difference between them is called clear
+FEWEST_SEEDS = 3  # of each method of a clear difference
 COSTS = {
     "trained": "num_trained",
     "stored": "num_stored",
@@ -103,7 +103,7 @@ class Summary:
         return list(dict.fromkeys(name for m in self.methods for name in m.quality))
 
     def clear_differences(self, name: str) -> list[tuple[str, str]]:
-        """Pairs of methods, the better first, of which every seed of the one is better than every seed of the other.
+        """Pairs of methods in which every seed of the first is better than every seed of the second.
 
         Methods with fewer than `FEWEST_SEEDS` seeds are in no pair, nor is any in a score without a better side.
 
@@ -114,8 +114,8 @@ class Summary:
             return []
         sign = 1 if better == "higher" else -1
         found = {m.label: [sign * v for v in m.quality[name].values] for m in self.methods if name in m.quality}
-        able = {label: values for label, values in found.items() if len(values) >= FEWEST_SEEDS}
-        return [(a, b) for a, x in able.items() for b, y in able.items() if min(x) > max(y)]
+        enough = {label: values for label, values in found.items() if len(values) >= FEWEST_SEEDS}
+        return [(a, b) for a, x in enough.items() for b, y in enough.items() if min(x) > max(y)]
 
 
 def summarize(lines: Sequence[Mapping[str, Any]], shared: str) -> Summary:

@@ -70,7 +70,7 @@ def markdown(summary: Summary, memory: float) -> str:
 
 
 def number(value: float) -> str:
-    """Number with four significant digits, without an exponent where people write none."""
+    """Number with four significant digits, and an exponent below 0.0001."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}".rstrip(".")
 
 
@@ -131,7 +131,8 @@ def _differences(summary: Summary) -> list[str]:
         found = "; ".join(f"{better} better than {', '.join(others)}" for better, others in worse.items())
         lines.append(f"* {name}: {found or 'none'}.")
     head = (
-        f"Every seed of the one is better than every seed of the other, of methods with {FEWEST_SEEDS} seeds or more."
+        "A difference is clear if every seed of one method is better than every seed of the other. Methods with fewer "
+        f"than {FEWEST_SEEDS} seeds are left out."
     )
     return [head, "\n".join(lines)]
 
