@@ -40,6 +40,11 @@ HOW: dict[str, Any] = {
 }
 MLP = {"reparameterization": "mlp", "encoder_hidden_size": 16}
 HELD_OUT = {"eval_data": rows(9, 5), "eval_steps": 2, "early_stopping_patience": 2}
+FAMILIES = ("llama", "gemma2", "gpt_neox", "opt")
+OF_ONE_BASE: dict[str, dict[str, Any]] = {
+    "mlp": {**MLP, "max_steps": 3, "eval_data": rows(9, 3), "eval_steps": 2, "gradient_checkpointing": True},
+    "text": {"init": "text", "init_text": "a", "max_steps": 2},
+}
 Plan = tuple[str, int, int]
 SHORT: list[Plan] = [("output_dir", 2, 1), ("store", 1, 2)]
 LONG: list[Plan] = [("output_dir", 1, 3), ("output_dir", 3, 2), ("store", 2, 1), ("store", 2, 3), ("store", 3, 2)]
@@ -170,10 +175,63 @@ def failures(model: Any, folder: Path) -> Any:
     return {name: together(2, work, folder / name) for name, work in works.items()}
 
 
+def sharded(model: Any, folder: Path, families: Sequence[str]) -> Any:
+    """Base models whose layers two processes hold together, and a failure of one of them."""
+    from transformers import AutoTokenizer
+
+    from prefixfast.demo import BASE
+    from prefixfast.model import sharded_base
+
+    shard = sharded_base.shard
+
+    def work(base: Path, **how: Any) -> Any:
+        held: dict[str, int] = {}
+
+        def counted(own: Any) -> None:
+            shard(own)
+            for p in own.hf.parameters():
+                local = p.to_local() if hasattr(p, "to_local") else p
+                key = "divided" if hasattr(p, "to_local") else "whole"
+                held[key] = held.get(key, 0) + local.untyped_storage().nbytes() // local.element_size()
+
+        sharded_base.shard = counted
+        data = {**DATA, "one": rows(7, 1)}
+        return about(train(base, data, **{**HOW, "dtype": "float64", "token_budget": 40, **how})) | {"held": held}
+
+    def fails(base: Path) -> Any:
+        loss = StepRunner._token_losses
+
+        def wrong(self: Any, micro: Any) -> Any:
+            if self.ranks.rank == 1:
+                msg = "memory is broken"
+                raise ValueError(msg)
+            return loss(self, micro)
+
+        StepRunner._token_losses = wrong  # type: ignore[method-assign]
+        return work(base, shard_base=True)
+
+    found: dict[str, Any] = {}
+    for family in families:
+        base = folder / f"base-{family}"
+        made = tiny.make(family)
+        made.save_pretrained(base)
+        AutoTokenizer.from_pretrained(BASE).save_pretrained(base)
+        for name, how in OF_ONE_BASE.items():
+            one = together(1, lambda base=base, how=how: work(base, **how), folder / "one")
+            two = together(2, lambda base=base, how=how: work(base, **how, shard_base=True), folder / "two")
+            found[f"{family} {name}"] = {1: one, 2: two}
+        layers = sum(p.numel() for n, p in made.named_parameters() if ".h." in n or ".layers." in n)
+        found[f"{family} sizes"] = {"layers": layers, "all": sum(p.numel() for p in made.parameters())}
+    found["failure"] = together(2, lambda: fails(base), folder / "failure")
+    return found
+
+
 CASES: dict[str, Case] = {
     "batches": batches,
     "prefixes": prefixes,
     "failures": failures,
+    "sharded": functools.partial(sharded, families=["gpt2"]),
+    "sharded_long": functools.partial(sharded, families=FAMILIES),
     "resumed": functools.partial(resumed, plans=SHORT),
     "resumed_long": functools.partial(resumed, plans=LONG),
 }

@@ -104,6 +104,7 @@ INTERNAL = {
     "Model.packed",
     "Model.prepack",
     "Model.run",
+    "Model.whole_fingerprint",
     "Model.opened",
     "Prefix.fields",
     "TunedWeights.fields",

@@ -51,6 +51,7 @@ class TrainConfigFields(TypedDict, total=False):
     max_target_length: int | None
     overflow: Literal["error", "truncate", "skip"]
     gradient_checkpointing: bool
+    shard_base: bool
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"]
     shuffle: bool
     seed: int

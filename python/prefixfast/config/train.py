@@ -16,10 +16,10 @@ from prefixfast.errors import ConfigError
 class TrainConfig(Options):
     """Options that say how a prefix is trained.
 
-    ``recipe``, ``dtype``, ``token_budget``, ``gradient_checkpointing``, ``eval_fraction``, ``save_steps``,
-    ``logging_steps`` and ``report_to`` are options of the whole run. Every other option means the same for a prefix
-    that is trained alone and for one that is trained among others: with ``batch_size=10`` each prefix takes 10 examples
-    in a step.
+    ``recipe``, ``dtype``, ``token_budget``, ``gradient_checkpointing``, ``shard_base``, ``eval_fraction``,
+    ``save_steps``, ``logging_steps`` and ``report_to`` are options of the whole run. Every other option means the same
+    for a prefix that is trained alone and for one that is trained among others: with ``batch_size=10`` each prefix
+    takes 10 examples in a step.
 
     Example:
         >>> TrainConfig.make({"batch_size": 4}, max_steps=10).batch_size
@@ -112,6 +112,11 @@ class TrainConfig(Options):
         "auto",
         "compute dtype of a base model that is given by name; 'auto' is bfloat16 on a GPU and on CPUs with AVX512-BF16 "
         "or AMX, else float32; trained parameters are fp32, or fp64 for a base model in fp64",
+    )
+    shard_base: bool = option(
+        False,
+        "whether the processes that torchrun has started hold the layers of the base model together (FSDP2), for one "
+        "that does not fit on a device",
     )
     shuffle: bool = option(True, "whether to draw a new order of the rows in every epoch")
     seed: int = option(0, "random seed of initialization, row order and dropout", SEED)

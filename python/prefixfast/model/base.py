@@ -54,6 +54,7 @@ class Model:
         allow_base_mismatch: ``"quantized"`` if prefixes are accepted whose base model has the same weights before
             quantization, None if no mismatch is accepted.
         seq2seq: Tokens and positions of an encoder-decoder base, None for a decoder-only one.
+        whole_fingerprint: Fingerprint from before the weights were divided over processes, None for a whole model.
     """
 
     hf: PreTrainedModel
@@ -66,6 +67,7 @@ class Model:
     quantization: str | None = None
     allow_base_mismatch: BaseMismatch | None = None
     seq2seq: Seq2Seq | None = None
+    whole_fingerprint: Fingerprint | None = None
     _fingerprint: tuple[object, Fingerprint] | None = None
 
     def __repr__(self) -> str:
@@ -121,6 +123,8 @@ class Model:
         """
         with self.guard.running():
             self.guard.check_unchanged()
+            if self.whole_fingerprint is not None:
+                return self.whole_fingerprint
             state, kept = recorded_state(self.hf), self._fingerprint
             if kept is None or kept[0] != state:
                 found = fingerprint(self.hf, None if self.tokenizer is None else self.tokenizer.digest_text)

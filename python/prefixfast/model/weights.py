@@ -13,6 +13,8 @@ from prefixfast.model.adapters import acting_adapters
 
 def unusable_weights(model: nn.Module) -> str | None:
     """Reason why a model's weights cannot be used where they lie, None if they all lie on one device."""
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        return "its weights are divided over processes; give train its name and shard_base=True instead"
     devices = {p.device for p in model.parameters()}
     if any(device.type == "meta" for device in devices):
         if any(hasattr(m, "_hf_hook") for m in model.modules()):  # accelerate brings them in while the model runs

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
 from prefixfast.prefix.prefix import Prefix
-from prefixfast.training.dataset import none_left
 from prefixfast.training.groups import PrefixJob
 from prefixfast.training.job import TrainJob
 from prefixfast.training.loop import GroupTrainer
 from prefixfast.training.metrics import stored_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.ranks import Ranks
+from prefixfast.training.run_parts import RunPart, merge_parts
 from prefixfast.training.train_run import RunTotals, TrainRun
 
 if TYPE_CHECKING:
@@ -60,29 +60,9 @@ def join_runs(own: TrainRun, job: TrainJob, ranks: Ranks, store: PrefixStore) ->
     Raises:
         DataError: If no process has trained a prefix.
     """
-    parts = ranks.gather((own.metrics, own.failed, own.unchanged, own.totals))
-    metrics = {n: m for part in parts for n, m in part[0].items()}
-    failed = {n: text for part in parts for n, text in part[1].items()}
-    order = [j.name for j in _jobs(job) if j.name in metrics]
-    if not order:
-        raise none_left(failed)
-    totals = [part[3] for part in parts]
-    return TrainRun(
-        prefixes={n: own.prefixes[n] if n in own.prefixes else store[n] for n in order},
-        metrics={n: metrics[n] for n in order},
-        log=own.log,
-        failed=failed,
-        variants=_variants(job),
-        unchanged=tuple(n for n in order if any(n in part[2] for part in parts)),
-        totals=RunTotals(
-            base=own.totals.base,
-            dtype=own.totals.dtype,
-            device=own.totals.device,
-            examples=sum(t.examples for t in totals),
-            tokens=sum(t.tokens for t in totals),
-            seconds=max(t.seconds for t in totals),
-        ),
-    )
+    parts = ranks.gather(RunPart.of(own))
+    order = [j.name for j in _jobs(job)]
+    return merge_parts(parts, lambda n: own.prefixes[n] if n in own.prefixes else store[n], order=order, log=own.log)
 
 
 def _jobs(job: TrainJob) -> list[PrefixJob]:

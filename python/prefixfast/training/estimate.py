@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from prefixfast.data.rows import Rows
+from prefixfast.errors import ConfigError
 from prefixfast.io.progress import Progress
 from prefixfast.model.base_name import check_base_name
 from prefixfast.training.arguments import AllTrainArguments, BaseModel
@@ -86,6 +87,9 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
     job = prepare(JobArguments(data, fields=fields, **{n: v for n, v in values.items() if n in of_job}))
     if isinstance(model, str | Path):
         check_base_name(model)
+    if job.config.shard_base:
+        msg = "shard_base: a dry run measures two steps in one process, which holds the whole base; leave it out"
+        raise ConfigError(msg)
     from prefixfast.model.memory import peak_memory
     from prefixfast.training.dataset import none_left
     from prefixfast.training.group_data import tokenize_group  # imports torch, which a refused call needs not wait for

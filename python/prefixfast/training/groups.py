@@ -47,6 +47,7 @@ NOT_SWEPT = (
     "logging_steps",
     "token_budget",
     "gradient_checkpointing",
+    "shard_base",
 )
 
 

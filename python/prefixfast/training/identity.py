@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from prefixfast.training.dataset import Dataset
 
 # Options that do not change results, so that a run may be resumed with other values.
-IGNORED_OPTIONS = ("recipe", "token_budget", "gradient_checkpointing", "save_steps", "logging_steps", "report_to")
+IGNORED_OPTIONS = (
+    "recipe",
+    "token_budget",
+    "gradient_checkpointing",
+    "shard_base",
+    "save_steps",
+    "logging_steps",
+    "report_to",
+)
 OWN = "own prefix_config"  # part with the options of `PrefixConfig` in which prefixes differ from the first, by name
 IDENTITY = "identity"  # key of `Prefix.training` under which a run finds what an earlier run has finished
 SHARED_PARTS = (

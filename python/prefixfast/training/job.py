@@ -241,7 +241,7 @@ def load_base(model: str | Path | PreTrainedModel | PeftModel | Model, config: T
 
     Args:
         model: Base model, as `load` takes it.
-        config: Options of training, of which ``dtype`` is used.
+        config: Options of training, of which ``dtype`` and ``shard_base`` are used.
 
     Raises:
         ConfigError: If the model is unsupported, or is loaded already in another dtype.
@@ -251,7 +251,17 @@ def load_base(model: str | Path | PreTrainedModel | PeftModel | Model, config: T
     from prefixfast.model.shared_base import borrowed
 
     how = {"dtype": config.dtype} if isinstance(model, str | Path) else {}
-    with model_lock(), borrowed(model, **how) as base:
+    if config.shard_base:
+        if not isinstance(model, str | Path):
+            got = type(model).__name__
+            msg = f"shard_base: expected a base model by name, which is loaded for this run alone, got {got}"
+            raise ConfigError(msg)
+        from prefixfast.model.sharded_base import sharded_base
+
+        loaded = sharded_base(model, config.dtype)
+    else:
+        loaded = borrowed(model, **how)
+    with model_lock(), loaded as base:
         if config.dtype != "auto" and base.dtype != DTYPES[config.dtype]:
             advice = "load it so, or leave dtype out"
             msg = f"dtype: the given model computes in {base.dtype}, got {shown(config.dtype)}; {advice}"

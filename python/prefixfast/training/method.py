@@ -14,6 +14,7 @@ PREFIX_OPTIONS = OF_PREFIXES | {"on_top_of", "store"}
 LORA_OPTIONS = frozenset(("lora", "lora_rank", "lora_alpha"))
 EMBEDDING_OPTIONS = frozenset(("prefix_length", "init", "init_text", "store"))
 TRAIN_OPTIONS = frozenset(TrainConfig.names())
+WHOLE_BASE_OPTIONS = TRAIN_OPTIONS - {"shard_base"}  # of methods that reach into the base model's layers
 # Options of a method without steps: how rows are read and evaluated.
 UNTRAINED_OPTIONS = frozenset(
     (
@@ -78,7 +79,9 @@ class Method:
 
 def _weights(module: str, learning_rate: float, reads: frozenset[str] = frozenset()) -> Method:
     """A method that makes weights alone."""
-    return Method(module, TRAIN_OPTIONS | reads, makes_prefix=False, makes_weights=True, learning_rate=learning_rate)
+    return Method(
+        module, WHOLE_BASE_OPTIONS | reads, makes_prefix=False, makes_weights=True, learning_rate=learning_rate
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -86,13 +89,13 @@ METHODS: dict[str, Method] = {
     "infix": Method("prefix", PREFIX_OPTIONS - {"position"} | TRAIN_OPTIONS, position="infix"),
     "prompt": Method("text", UNTRAINED_OPTIONS | {"init_text", "store"}, is_trained=False),
     "icl": Method("text", UNTRAINED_OPTIONS | {"num_examples", "store"}, is_trained=False),
-    "embedding": Method("embedding", EMBEDDING_OPTIONS | TRAIN_OPTIONS, learning_rate=0.03),
+    "embedding": Method("embedding", EMBEDDING_OPTIONS | WHOLE_BASE_OPTIONS, learning_rate=0.03),
     "full": _weights("full", 1e-4),
     "top2": _weights("full", 1e-3),
     "adapter": _weights("adapter", 3e-3, frozenset(("adapter_size",))),
     "lora": _weights("lora", 5e-3, LORA_OPTIONS),
     "prefix+lora": Method(
-        "prefix_lora", OF_PREFIXES | TRAIN_OPTIONS | LORA_OPTIONS | {"lora_learning_rate"}, makes_weights=True
+        "prefix_lora", OF_PREFIXES | WHOLE_BASE_OPTIONS | LORA_OPTIONS | {"lora_learning_rate"}, makes_weights=True
     ),
 }
 

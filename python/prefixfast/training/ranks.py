@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that a launcher sets
+PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
 LONGEST_WAIT = timedelta(days=30)  # for the slowest process, when each trains prefixes of its own
 BUCKET = 2**22  # numbers that are summed in one exchange
 
@@ -39,12 +40,15 @@ class Ranks:
         size: Number of processes.
         group: Process group of torch.distributed for tensors on CPUs and for objects, None for one process.
         has_failed: Whether the failure of a process was told to all.
+        is_in_step: Whether the processes run the base model together, so that one that fails cannot wait for the others
+            to hear of it, and leaves them.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
     has_failed: bool = False
+    is_in_step: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -136,9 +140,14 @@ class Ranks:
             yield
             self._agree()
         except BaseException as e:
-            if not self.has_failed:
-                with contextlib.suppress(RuntimeError):  # the others have ended
+            with contextlib.suppress(RuntimeError):  # the others have ended
+                if self.is_in_step:
+                    _leave()
+                elif not self.has_failed:
                     self._agree(f"{type(e).__name__}: {e}")
+            if isinstance(e, RuntimeError) and "by peer" in str(e):  # gloo's text for a process that is gone
+                msg = f"another process of the {self.size} has ended: its own error says why"
+                raise PrefixFastError(msg) from e
             raise
 
     def _agree(self, error: str | None = None) -> None:
@@ -197,10 +206,18 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def join_ranks() -> Ranks:
-    """The processes that were started together with this one. Waits until all of them have called it."""
+    """The processes that were started together with this one. Waits until all of them have called it.
+
+    Raises:
+        ConfigError: If accelerate was asked for a plugin that divides models in its own way.
+    """
     rank, size = rank_and_size()
     if size == 1:
         return ALONE
+    if plugin := next((n for n in PLUGINS if os.environ.get(n, "").lower() in ("1", "true", "yes")), None):
+        advice = "launch without it, and give shard_base=True (--shard-base) for a base that does not fit on a device"
+        msg = f"{plugin} is set: expected no plugin of accelerate, since train divides the base model itself; {advice}"
+        raise ConfigError(msg)
     import torch
     import torch.distributed as dist
 
@@ -228,7 +245,7 @@ def _control_group() -> Any:
 
 
 def _leave() -> None:
-    """End the process group that `join_ranks` has made."""
+    """End the process groups of this process."""
     import torch.distributed as dist
 
     _GROUPS.clear()

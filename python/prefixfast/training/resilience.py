@@ -32,10 +32,11 @@ class TokenBudget:
 
     Args:
         budget: Option ``token_budget``.
+        can_repeat: Whether a step can be repeated, which processes that run the base model together cannot do alone.
     """
 
-    def __init__(self, budget: int | str) -> None:
-        self.is_auto = budget == "auto"
+    def __init__(self, budget: int | str, *, can_repeat: bool = True) -> None:
+        self.is_auto, self.can_repeat = budget == "auto", can_repeat
         self.tokens = AUTO_BUDGET if isinstance(budget, str) else budget
         self._current: MicroBatch | None = None
 
@@ -65,6 +66,10 @@ class TokenBudget:
 
     def _halve(self, reason: str) -> None:
         batch, self._current = self._current, None
+        if not self.can_repeat:
+            advice = "give a lower token_budget, which shard_base does not halve by itself"
+            msg = f"memory ran out with token_budget={self.tokens}: {advice} ({reason})"
+            raise CapacityError(msg)
         if not self.is_auto:
             advice = "lower it, or give 'auto', which halves it"
             msg = f"memory ran out with token_budget={self.tokens}: {advice} ({reason})"

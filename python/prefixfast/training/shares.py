@@ -7,6 +7,7 @@ import heapq
 import logging
 from dataclasses import replace
 
+from prefixfast.errors import ConfigError
 from prefixfast.training.callbacks import CallbackList
 from prefixfast.training.defaults import num_steps
 from prefixfast.training.groups import PrefixJob
@@ -23,16 +24,26 @@ def divide(job: TrainJob, ranks: Ranks, *, into_store_alone: bool) -> TrainJob:
         job: Training job.
         ranks: Processes of the run.
         into_store_alone: Whether a store gets the prefixes and there is no output folder.
+
+    Raises:
+        ConfigError: If one process alone is to hold a part of the base model.
     """
+    is_sharded = job.config.shard_base
+    if ranks.size == 1 and is_sharded:
+        msg = "shard_base: expected several processes, started by torchrun or accelerate launch, got one"
+        raise ConfigError(msg)
     if ranks.size == 1:
         return job
+    ranks.is_in_step = is_sharded
     count = sum(len(group.jobs) for group in job.groups)
-    if into_store_alone and count >= ranks.size:
+    if into_store_alone and count >= ranks.size and not is_sharded:
         logger.info("%d processes divide %d prefixes and exchange nothing in a step", ranks.size, count)
         return replace(job, team=ranks)
-    advice = "; with a store and no output_dir they would divide the prefixes" if count >= ranks.size else ""
+    can_divide = count >= ranks.size and not is_sharded
+    advice = "; with a store and no output_dir they would divide the prefixes" if can_divide else ""
     logger.info("%d processes divide the rows of each step%s", ranks.size, advice)
-    callbacks = job.callbacks if ranks.is_first else CallbackList(())
+    # A callback that runs a divided base model does so on all processes together.
+    callbacks = job.callbacks if ranks.is_first or is_sharded else CallbackList(())
     return replace(job, ranks=ranks, callbacks=callbacks)
 
 

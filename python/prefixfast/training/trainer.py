@@ -328,7 +328,7 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     from prefixfast.training.resilience import gradient_checkpointing
 
     folder = output.folder
-    if job.config.report_to != "none":
+    if job.config.report_to != "none" and job.ranks.is_first:
         reporter = make_reporter(job.config.report_to, None if folder is None else str(folder))
         job.callbacks.callbacks.append(reporter)
     trainers: list[GroupTrainer] = []

@@ -11,12 +11,20 @@ import numpy as np
 import pytest
 import torch
 
+import prefixfast
 import tiny
+from prefixfast.config import TrainConfig
 from prefixfast.data.task import Task
 from prefixfast.errors import ConfigError
+from prefixfast.model.sharded_base import shard
 from prefixfast.training.batching import Share, micro_batches
+from prefixfast.training.estimate import estimate
 from prefixfast.training.examples import TokenizeOptions, tokenize_rows
-from prefixfast.training.ranks import ALONE, rank_and_size
+from prefixfast.training.job import load_base
+from prefixfast.training.ranks import ALONE, join_ranks, rank_and_size
+from prefixfast.training.trainer import train
+from seq2seq import make_seq2seq
+from token_rows import rows
 
 SCRIPT = Path(__file__).parents[2] / "rank_cases.py"
 TOLERANCE = 1e-9  # in fp64, where only the order of sums differs
@@ -118,11 +126,59 @@ def test_runs_resume_with_more_and_fewer_processes(tmp_path):
     assert_resumed(run_cases(tmp_path, "resumed_long")["resumed_long"])
 
 
+def assert_sharded(found):
+    runs = {name: runs for name, runs in found.items() if 1 in runs}
+    assert len(runs) == (len(found) - 1) // 3 * 2
+    for name, sizes in runs.items():
+        (one,) = sizes[1]
+        held = found[f"{name.partition(' ')[0]} sizes"]
+        for own in sizes[2]:
+            assert distance(own["kv"], one["kv"]) < TOLERANCE
+            assert_metrics_equal(own["metrics"], one["metrics"])
+            assert own["held"]["whole"] == held["all"] - held["layers"]
+            # Each weight is divided along its first dimension, and filled up to an even number of rows.
+            assert held["layers"] // 2 <= own["held"]["divided"] <= held["layers"] * 0.55
+    first, second = found["failure"]
+    assert second == "ValueError: memory is broken"
+    assert first.startswith("PrefixFastError: another process of the 2 has ended")
+
+
+def test_two_processes_that_hold_the_base_together_have_the_result_of_one(tmp_path):
+    assert_sharded(run_cases(tmp_path, "sharded")["sharded"])
+
+
+@pytest.mark.long
+def test_processes_hold_bases_of_other_families_together(tmp_path):
+    assert_sharded(run_cases(tmp_path, "sharded_long")["sharded_long"])
+
+
+def test_a_base_is_not_divided_in_one_process_nor_a_loaded_one_nor_for_weights(base, monkeypatch):
+    row = {"prompt": "a", "completion": "b"}
+    with pytest.raises(ConfigError, match="expected several processes"):
+        train(base, [row], shard_base=True)
+    with pytest.raises(ConfigError, match="method 'full' does not read it"):
+        train(base, [row], shard_base=True, method="full")
+    with pytest.raises(ConfigError, match="by name"), load_base(base, TrainConfig(shard_base=True)):
+        pass
+    with pytest.raises(ConfigError, match="dry run"):
+        estimate(base, [row], shard_base=True)
+
+
+def test_a_base_with_an_encoder_is_not_divided():
+    with prefixfast.load(make_seq2seq("bart")) as model, pytest.raises(ConfigError, match=r"shard_base: .* cannot"):
+        shard(model)
+
+
+def test_a_plugin_of_accelerate_is_refused(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="ACCELERATE_USE_FSDP is set"):
+        join_ranks()
+
+
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_shares_hold_every_example_once_with_the_weights_of_the_whole_batch(size):
-    import prefixfast
-    from token_rows import rows
-
     with prefixfast.load(tiny.make("gpt2")) as model:
         examples = tokenize_rows(model, {"a": rows(0, 9)}, TokenizeOptions(Task("input_ids"), 50))
     chosen, prefix = np.array([4, 1, 7, 2, 0, 8]), np.array([0, 0, 0, 1, 1, 2], np.int32)
