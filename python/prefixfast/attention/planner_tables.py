@@ -68,6 +68,21 @@ class PrefixRows(NamedTuple):
     table: NDArray[np.int32]
     view_of: Sequence[int] = ()
 
+    def only(self, numbers: NDArray[np.int64]) -> tuple[PrefixRows, list[NDArray[np.int64]]]:
+        """Rows of some prefixes, in tensors that hold no others.
+
+        Args:
+            numbers: Numbers of the prefixes, ascending.
+
+        Returns:
+            Rows in the smaller tensors, and for each view the place of each of them in the larger tensor.
+        """
+        table = self.table[:, numbers].copy()
+        begin, count = table[:, :, 0].astype(np.int64), table[:, :, 1].astype(np.int64)
+        table[:, :, 0] = first = count.cumsum(1) - count
+        places = [np.repeat(b - f, c) + np.arange(c.sum()) for b, f, c in zip(begin, first, count, strict=True)]
+        return PrefixRows(table, self.view_of), places
+
 
 NO_PREFIXES = PrefixRows(np.zeros((1, 0, 5), np.int32))
 

@@ -5,8 +5,9 @@ Shape letters: X examples of the run, n prefixes, S sequences, N packed tokens, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -206,29 +207,40 @@ def micro_batches(
         inputs = (end - begin - 1).astype(np.int32)
         offset = np.cumsum(inputs, dtype=np.int64) - inputs
         at = examples.target_at[concat_ranges(examples.target_indptr[own], examples.target_indptr[own + 1])]
+        encoder_lengths, encoder_ids = _encoder_texts(examples, own)
+        arrays = {
+            "ids": examples.ids[concat_ranges(begin, end - 1)],
+            "logits_at": at - 1 + np.repeat(offset - begin, count),
+            "targets": examples.ids[at],
+            "weights": np.repeat(weight[part] * (not is_filler), count),
+            "target_prefix": np.repeat(prefix[part], count),
+            **({} if encoder_ids is None else {"encoder_ids": encoder_ids}),
+        }
         yield MicroBatch(
-            inputs,
-            (examples.target_at[examples.target_indptr[own]] - begin - 1).astype(np.int32),
-            prefix[part],
-            torch.from_numpy(examples.ids[concat_ranges(begin, end - 1)].astype(np.int64)).to(device),
-            torch.from_numpy(at - 1 + np.repeat(offset - begin, count)).to(device),
-            torch.from_numpy(examples.ids[at].astype(np.int64)).to(device),
-            torch.from_numpy(np.repeat(weight[part] * (not is_filler), count)).to(device),
-            torch.from_numpy(np.repeat(prefix[part], count).astype(np.int64)).to(device),
-            *_encoder_texts(examples, own, device),
-            is_filler,
+            lengths=inputs,
+            last_prompt_token=(examples.target_at[examples.target_indptr[own]] - begin - 1).astype(np.int32),
+            prefix=prefix[part],
+            encoder_lengths=encoder_lengths,
+            is_filler=is_filler,
+            **_on_device(arrays, device),
         )
 
 
-def _encoder_texts(
-    examples: Examples, own: NDArray[np.int64], device: torch.device
-) -> tuple[Ints | None, Tensor | None]:
+def _on_device(arrays: Mapping[str, NDArray[Any]], device: torch.device) -> dict[str, Tensor]:
+    """Arrays as tensors on a device after one transfer, int64 and, for arrays of floating-point numbers, fp64."""
+    dtypes = {name: np.float64 if array.dtype.kind == "f" else np.int64 for name, array in arrays.items()}
+    parts = [array.astype(dtypes[name]).view(np.int64) for name, array in arrays.items()]
+    tensors = torch.from_numpy(np.concatenate(parts)).to(device).split([len(part) for part in parts])
+    kinds = {np.int64: torch.int64, np.float64: torch.float64}
+    return {name: t.view(kinds[dtypes[name]]) for name, t in zip(arrays, tensors, strict=True)}
+
+
+def _encoder_texts(examples: Examples, own: NDArray[np.int64]) -> tuple[Ints | None, Ints | None]:
     """Lengths and token ids of the sources of examples, None for a decoder-only base model."""
     if (indptr := examples.encoder_indptr) is None or examples.encoder_ids is None:
         return None, None
     begin, end = indptr[own], indptr[own + 1]
-    ids = examples.encoder_ids[concat_ranges(begin, end)].astype(np.int64)
-    return (end - begin).astype(np.int32), torch.from_numpy(ids).to(device)
+    return (end - begin).astype(np.int32), examples.encoder_ids[concat_ranges(begin, end)]
 
 
 def concat_ranges(begin: NDArray[np.int64], end: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ Shape letters: m prefixes of a block, P rows of a prefix, H key-value heads, D h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -157,3 +157,41 @@ class SiteLeaves:
 
     def _at(self, layer: int) -> list[SiteParameters]:
         return [own for own in self.blocks if layer in own.layers]
+
+
+class _TakeRows(torch.autograd.Function):
+    """Rows of a leaf, whose gradient goes into those rows of the leaf's gradient alone.
+
+    The backward of torch's indexing makes a gradient of all rows for each micro-batch, so that the time of a step grows
+    with the square of the number of prefixes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, places: Tensor) -> Tensor:
+        ctx.leaf, ctx.places = leaf, places
+        return leaf.detach().index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None]:
+        leaf = ctx.leaf
+        if leaf.grad is None:
+            leaf.grad = torch.zeros_like(leaf)
+        leaf.grad[ctx.places] += grads[0]
+        return None, None
+
+
+def take_rows(leaves: Sequence[LayerKV], places: Sequence[Tensor]) -> list[LayerKV]:
+    """Some rows of the keys and values of each layer, differentiable once by a backward.
+
+    Args:
+        leaves: Keys and values ``[rows, H, D]`` by layer of the base model. Layers may share them.
+        places: Different rows of each layer, int64.
+    """
+    taken: dict[int, Tensor] = {}
+    made = []
+    for kv, at in zip(leaves, places, strict=True):
+        for t in kv:
+            if id(t) not in taken:
+                taken[id(t)] = _TakeRows.apply(t, at) if t.requires_grad else t.index_select(0, at)
+        made.append((taken[id(kv[0])], taken[id(kv[1])]))
+    return made

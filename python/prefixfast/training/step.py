@@ -120,9 +120,9 @@ class StepRunner:
         rate = torch.zeros(self.num_prefixes, dtype=torch.float64)
         for kind, whose in self.schedules.items():
             rate[whose] = learning_rates(done, self.total, peak=self.peak, warmup=self.warmup, kind=kind)[whose]
-        device = self.model.device
-        norms, updated = self.optimizer.step(rate.to(device), now.to(device), self.max_norm)
-        return StepResult(now, losses, norms.cpu(), updated.cpu())
+        rate, is_active, max_norm = torch.stack([rate, now.double(), self.max_norm]).to(self.model.device)
+        norms, updated = torch.stack(self.optimizer.step(rate, is_active.bool(), max_norm)).cpu()
+        return StepResult(now, losses, norms, updated.bool())
 
     @torch.no_grad()
     def first_losses(self) -> Tensor:
@@ -141,14 +141,14 @@ class StepRunner:
         """Losses ``[n]`` of the examples of a step, whose gradients flow back after each micro-batch."""
         chosen, prefix = self.order.at(number, active.numpy())
         self.params.refresh(np.full(self.num_prefixes, number, np.int64))
-        losses = torch.zeros(self.num_prefixes, dtype=torch.float64)
+        losses = self._zeros()
         for micro in self._micro_batches(self.examples, chosen, prefix):
             weighted = self._token_losses(micro) * micro.weights.to(self.params.params[0].tensor.dtype)
             if torch.is_grad_enabled():
                 weighted.sum().backward()
-            losses.index_add_(0, micro.target_prefix.cpu(), weighted.detach().double().cpu())
+            losses.index_add_(0, micro.target_prefix, weighted.detach().double())
         self.num_taken, self.num_tokens = len(chosen), int(self.examples.sizes[chosen].sum())
-        return losses
+        return losses.cpu()
 
     @torch.no_grad()
     def evaluate(self, data: GroupExamples, due: Tensor) -> Tensor:
@@ -168,16 +168,16 @@ class StepRunner:
             chosen = np.concatenate([np.arange(*data.spans[i]) for i in numbers])
             counts = [end - start for start, end in data.spans[numbers]]
             prefix = np.repeat(numbers, counts).astype(np.int32)
-            total, count = (torch.zeros(self.num_prefixes, dtype=torch.float64) for _ in range(2))
+            total, count = self._zeros(), self._zeros()
             with Progress("evaluate", len(chosen), "examples") as work:
                 for micro in self._micro_batches(data.examples, chosen, prefix):
-                    where, losses = micro.target_prefix.cpu(), self._token_losses(micro)
+                    losses = self._token_losses(micro).double()
                     if micro.is_filler:
                         continue
-                    total.index_add_(0, where, losses.double().cpu())
-                    count.index_add_(0, where, torch.ones(len(where), dtype=torch.float64))
+                    total.index_add_(0, micro.target_prefix, losses)
+                    count.index_add_(0, micro.target_prefix, torch.ones_like(losses))
                     work.update(len(micro.lengths), tokens=micro.num_tokens)
-            return total, count
+            return total.cpu(), count.cpu()
 
         total, count = self.budget.run(run)
         self.ranks.sum_([total, count])
@@ -187,6 +187,10 @@ class StepRunner:
         is_sum, tokens, device = self.config.loss == "sequence_sum", self.budget.tokens, self.model.device
         how: dict[str, Any] = {"token_budget": tokens, "sequence_sum": is_sum, "device": device}
         return self.budget.watch(micro_batches(examples, chosen, prefix, **how, share=self.share))
+
+    def _zeros(self) -> Tensor:
+        """Sums of each prefix before the first micro-batch, fp64 ``[n]``, which stay on the device."""
+        return torch.zeros(self.num_prefixes, dtype=torch.float64, device=self.model.device)
 
     def _token_losses(self, micro: MicroBatch) -> Tensor:
         """Cross-entropy of every target token, ``[T]``."""

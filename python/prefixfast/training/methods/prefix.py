@@ -31,7 +31,7 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.batching import MicroBatch
 from prefixfast.training.init import initial_kv
 from prefixfast.training.parameters import ParameterOptions, PrefixParameters
-from prefixfast.training.prefix_sites import SiteLeaves, TrainedPrefixes
+from prefixfast.training.prefix_sites import SiteLeaves, TrainedPrefixes, take_rows
 from prefixfast.training.prefix_tensor import PrefixTensor
 
 if TYPE_CHECKING:
@@ -110,22 +110,33 @@ class PrefixState:
         count, used = len(micro.lengths), self._place[micro.prefix]
         if self.is_composed:  # from left to right: the frozen prefix, which is the last in the leaves, and the own one
             used = np.stack([np.full_like(used, len(self.group.jobs)), used], 1).reshape(-1)
-        use = PrefixUse(np.arange(count + 1, dtype=np.int32) * (2 if self.is_composed else 1), used)
+        numbers, own = np.unique(used, return_inverse=True)
+        prefixes = {site: self._prefixes(site, numbers) for site in self.rows}
+        indptr = np.arange(count + 1, dtype=np.int32) * (2 if self.is_composed else 1)
+        use = PrefixUse(indptr, own.reshape(-1).astype(np.int32))
         backend, device = self.model.backend, self.model.device
         if micro.encoder_lengths is not None:
-            prefixes = {site: SitePrefixes(rows, self._leaves(site)) for site, rows in self.rows.items()}
             return seq2seq_training_plan(
                 micro.lengths, micro.encoder_lengths, use, prefixes, backend=backend, device=device
             )
         return training_plan(
             micro.lengths,
             use,
-            self.rows["self"],
-            self._leaves("self"),
+            *prefixes["self"],
             backend=backend,
             device=device,
             last_prompt_token=micro.last_prompt_token,
         )
+
+    def _prefixes(self, site: Site, numbers: np.ndarray) -> SitePrefixes:
+        """Rows, keys and values at a site of the prefixes of a micro-batch."""
+        rows, leaves = self.rows[site], self._leaves(site)
+        if leaves is None or len(numbers) == rows.table.shape[1]:
+            return SitePrefixes(rows, leaves)
+        rows, by_view = rows.only(numbers)
+        places = [torch.from_numpy(at).to(self.model.device) for at in by_view]
+        by_layer = [places[rows.view_of[i] if rows.view_of else 0] for i in range(len(leaves))]
+        return SitePrefixes(rows, take_rows(leaves, by_layer))
 
     def _leaves(self, site: Site) -> list[LayerKV] | None:
         """Keys and values by layer of a site, None for a site without prefixes."""
