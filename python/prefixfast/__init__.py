@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnknownPrefixError,
     )
     from prefixfast.integrations.hf_generate import HFCache
+    from prefixfast.integrations.hf_trainer import PrefixTrainer
     from prefixfast.metrics.evaluate import evaluate
     from prefixfast.metrics.result import Metrics, MetricValue
     from prefixfast.model.base import Model
@@ -62,6 +63,7 @@ _HOME = {
     "PrefixConfig": "config",
     "PrefixFastError": "errors",
     "PrefixStore": "store",
+    "PrefixTrainer": "integrations.hf_trainer",
     "RequestError": "errors",
     "Resident": "engine.prefix_cache",
     "Score": "engine.score",
@@ -98,6 +100,7 @@ __all__ = [
     "PrefixConfig",
     "PrefixFastError",
     "PrefixStore",
+    "PrefixTrainer",
     "RequestError",
     "Resident",
     "Score",

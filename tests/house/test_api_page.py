@@ -64,8 +64,8 @@ def function_of(member: Any) -> Callable[..., Any] | None:
 
 
 def public_members(owner: type) -> dict[str, Callable[..., Any]]:
-    """Methods and properties of a class, without those that transformers calls on a cache."""
-    theirs = dir(transformers.Cache) if issubclass(owner, transformers.Cache) else ()
+    """Methods and properties of a class, without those of the class of transformers that it extends."""
+    theirs = {n for base in (transformers.Cache, transformers.Trainer) if issubclass(owner, base) for n in dir(base)}
     classes = [c for c in owner.__mro__ if c.__module__.startswith("prefixfast")]
     return {
         n: f
@@ -217,6 +217,7 @@ SHOWN = {
     "GenerationParams",
     "HFCache",
     "PrefixStore",
+    "PrefixTrainer",
     "Stream",
     "check_fits",
     "evaluate",

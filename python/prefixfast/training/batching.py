@@ -63,8 +63,7 @@ class BatchOrder:
                 msg = f"{option}: expected at most {MAX_STEPS} steps of all prefixes together, {got}"
                 raise ConfigError(msg)
             for epoch in range(-(-total // per_epoch)):
-                generator = np.random.default_rng([config.seed, epoch])
-                order = generator.permutation(count) if config.shuffle else np.arange(count)
+                order = epoch_order(count, config.seed, epoch, shuffle=config.shuffle)
                 batches = min(per_epoch, total - epoch * per_epoch)
                 chosen.append(start + order[: batches * config.batch_size])
                 sizes += [min(config.batch_size, count - b * config.batch_size) for b in range(batches)]
@@ -92,6 +91,18 @@ class BatchOrder:
         j = self.first_step[prefixes] + step
         index = concat_ranges(self.step_indptr[j], self.step_indptr[j + 1])
         return self.examples[index], np.repeat(prefixes, self.step_indptr[j + 1] - self.step_indptr[j]).astype(np.int32)
+
+
+def epoch_order(count: int, seed: int, epoch: int, *, shuffle: bool) -> NDArray[np.int64]:
+    """Order of the examples of a prefix in an epoch.
+
+    Args:
+        count: Number of examples.
+        seed: Random seed of the prefix.
+        epoch: Number of the epoch, from 0.
+        shuffle: Whether the order is drawn anew in every epoch.
+    """
+    return np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
 
 
 @dataclass(frozen=True)

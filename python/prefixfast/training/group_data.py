@@ -89,7 +89,7 @@ def tokenize_group(model: Model, job: TrainJob, number: int) -> GroupData:
         if not method.is_trained:
             length = len(text_ids(model, group, job.init_options))
             group = _with_length(group, length)
-        depths = {j.prefix_config: _depth(model, j.prefix_config) for j in group.jobs}
+        depths = {j.prefix_config: depth(model, j.prefix_config) for j in group.jobs}
         group = with_learning_rates(group, depths)
         dataset, eval_dataset = _tokenize(model, job, group, failed)
     except DataError as e:
@@ -109,7 +109,7 @@ def _with_length(group: PrefixGroup, length: int) -> PrefixGroup:
     return replace(group, jobs=(replace(alone, prefix_config=config),))
 
 
-def _depth(model: Model, config: PrefixConfig) -> int:
+def depth(model: Model, config: PrefixConfig) -> int:
     """Number of layers with prefixes that follow each other in the base model: those of its one or two stacks."""
     stacks = {
         "encoder" if site == "enc" else "decoder": own_layers(model.sites[site])

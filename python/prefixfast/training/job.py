@@ -82,6 +82,7 @@ class TrainJob:
         init_text: Text of ``init="text"``, None for the task's.
         explicit: Names of the options that the caller gave.
         on_top_of: Frozen prefix before every trained one, None for none.
+        lora: Fields of a configuration of PEFT, None for the options of the method.
         isolate: Whether the failure of one prefix is noted instead of raised.
         callbacks: Callbacks of the run.
         resume: Whether the run continues from a checkpoint, if there is one.
