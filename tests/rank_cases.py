@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from prefixfast.training.ranks import Ranks
 from prefixfast.training.step import StepRunner
 from prefixfast.training.trainer import train
 from processes import together
+from seq2seq import make_seq2seq
+from seq2seq import rows as seq2seq_rows
 from token_rows import rows
 
 DATA = {"a": rows(0, 5), "b": rows(1, 7), "c": rows(2, 4)}
@@ -140,6 +144,32 @@ def prefixes(model: Any, folder: Path) -> Any:
     return {"runs": found, "stored": {size: tensors(s) for size, s in stores.items()}, "names": ran}
 
 
+def methods(model: Any, folder: Path) -> Any:
+    """Rows of each step divided, by all methods that take steps, and of an encoder-decoder base; a store of groups."""
+    bart = prefixfast.load(make_seq2seq("bart").double())
+    short = {"batch_size": 3, "max_steps": 3, "max_grad_norm": 0.5, "learning_rate": 1e-2, "progress": False}
+    own = {
+        "infix": {"method": "infix", "prefix_length": 3, "init": "random"},
+        "embedding": {"method": "embedding", "prefix_length": 3, "init": "random"},
+        "lora": {"method": "lora", "lora_rank": 2},
+        "prefix+lora": {"method": "prefix+lora", "lora_rank": 2, "prefix_length": 3, "init": "random"},
+        "adapter": {"method": "adapter"},
+        "full": {"method": "full", "loss": "sequence_sum"},
+        "sites": {"prefix_length": 3, "init": "random", "prefix_dropout": 0.2},
+        "groups": {"prefix_length": 3, "init": "random", "sweep": {"loss": ["token_mean", "sequence_sum"]}},
+    }
+
+    def work(name: str, size: int) -> Any:
+        place = {"store": folder / f"store-{size}"} if name == "groups" else {}
+        base, data = (bart, {"a": seq2seq_rows(0), "b": seq2seq_rows(1, 1)}) if name == "sites" else (model, DATA)
+        return about(train(base, data, **short, **own[name], **place))
+
+    return {
+        name: {n: together(n, lambda n=n, name=name: work(name, n), folder / f"{name} {n}") for n in (1, 2)}
+        for name in own
+    }
+
+
 def failures(model: Any, folder: Path) -> Any:
     """A failure of one process, in a step, in a callback and in its data."""
 
@@ -159,9 +189,15 @@ def failures(model: Any, folder: Path) -> Any:
         return train(model, DATA, callbacks=[CutAt(8)], **HOW)
 
     def other_data() -> Any:
-        import os
-
         return train(model, rows(int(os.environ["RANK"]), 5), **HOW)
+
+    def killed() -> Any:
+        class Kills:
+            def on_step(self, step: int, *_: Any) -> None:
+                if step == 3:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return train(model, DATA, callbacks=[Kills()], **HOW)
 
     def again() -> Any:
         """The processes go on after a failure."""
@@ -171,7 +207,7 @@ def failures(model: Any, folder: Path) -> Any:
             in_callback()
         return len(train(model, DATA, **HOW))
 
-    works = {"step": in_step, "callback": in_callback, "data": other_data, "again": again}
+    works = {"step": in_step, "callback": in_callback, "data": other_data, "killed": killed, "again": again}
     return {name: together(2, work, folder / name) for name, work in works.items()}
 
 
@@ -230,6 +266,7 @@ CASES: dict[str, Case] = {
     "batches": batches,
     "prefixes": prefixes,
     "failures": failures,
+    "methods": methods,
     "sharded": functools.partial(sharded, families=["gpt2"]),
     "sharded_long": functools.partial(sharded, families=FAMILIES),
     "resumed": functools.partial(resumed, plans=SHORT),

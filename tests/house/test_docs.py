@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,7 @@ from transformers import MBartTokenizer
 import tiny
 from oracles import ROOT
 from pages import blocks, run_page
-from prefixfast import unload
+from prefixfast import Prefix, PrefixStore, unload
 from prefixfast.cli import app
 from seq2seq import make_seq2seq
 
@@ -57,6 +61,27 @@ def test_the_examples_of_the_page_run(page, here, cli):
     done = run_page(page, cli)
     assert not done.wrong, "".join(done.wrong)
     assert done.examples + done.lines > 3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_commands_of_several_processes_run(folder, tmp_path):
+    """The ``bash`` blocks of docs/scaling.md, with a folder of a base where they name gpt2."""
+    (tmp_path / "gpt2").symlink_to(folder)
+    (tmp_path / "users").mkdir()
+    for name in ("rows.jsonl", "users/ann.jsonl", "users/bob.jsonl", "users/eve.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "2+2=", "completion": "4"}\n{"prompt": "3+4=", "completion": "7"}\n')
+    commands = "".join(text for kind, text, _ in blocks(ROOT / "docs" / "scaling.md") if kind == "bash")
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT / "python")}
+    environment = {**os.environ, **paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run(["bash", "-e", "-c", commands], **how)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes divide 3 prefixes" in done.stderr
+    assert sorted(PrefixStore(tmp_path / "prefixes")) == ["ann", "bob", "eve"]
+    digests = {Prefix.from_pretrained(tmp_path / name).digest for name in ("mine", "mine-too")}
+    assert len(digests) == 1
+    assert Prefix.from_pretrained(tmp_path / "shared").length == 10
 
 
 def leaves(command: Any, path: tuple[str, ...] = ()) -> list[str]:

@@ -66,7 +66,8 @@ class Ranks:
         self._agree()
         bucket: list[Tensor] = []
         for t in tensors:
-            if bucket and (t.dtype != bucket[0].dtype or sum(own.numel() for own in bucket) + t.numel() > BUCKET):
+            is_full = sum(own.numel() for own in bucket) + t.numel() > BUCKET
+            if bucket and (is_full or (t.dtype, t.device) != (bucket[0].dtype, bucket[0].device)):
                 self._sum_bucket(bucket)
                 bucket = []
             bucket.append(t)

@@ -262,8 +262,7 @@ def test_a_ray_dataset_is_generated(cluster, generator, folder):
     how = {"model": str(folder), "store": str(place), "columns": ["prompt"], "params": {"max_new_tokens": 3}}
     how["config"] = {"dtype": "float32", "max_model_len": 64}
     texts = ray.data.from_items(items).map_batches(Generator, fn_constructor_kwargs=how, concurrency=1, batch_size=3)
-    expected = made.engine.generate(
-        [i["prompt"] for i in items], [PrefixStore(place).get(i["prefix"]) for i in items], max_new_tokens=3
-    )
+    names = [item["prefix"] for item in items]
+    expected = made.engine.generate([i["prompt"] for i in items], names, max_new_tokens=3)
     found = {row["prompt"]: row["generated_text"] for row in texts.take_all()}
     assert found == {i["prompt"]: g.text for i, g in zip(items, expected, strict=True)}

@@ -96,12 +96,29 @@ def test_the_failure_of_one_process_ends_all(cases, kind, error, rank):
     assert cases["failures"][kind] == [error if own == rank else told for own in range(2)]
 
 
+def test_the_death_of_a_process_ends_the_others(cases):
+    killed, other = cases["failures"]["killed"]
+    assert killed == "status 9"
+    assert other.startswith("PrefixFastError: another process of the 2 has ended")
+
+
 def test_other_data_on_a_process_are_refused_on_all(cases):
     assert [text.partition(":")[0] for text in cases["failures"]["data"]] == ["ConfigError"] * 2
 
 
 def test_processes_can_train_after_a_failure(cases):
     assert cases["failures"]["again"] == [3, 3]
+
+
+@pytest.mark.long
+def test_all_methods_and_encoder_decoder_bases_have_the_result_of_one_process(tmp_path):
+    found = run_cases(tmp_path, "methods")["methods"]
+    assert len(found) == 8
+    for sizes in found.values():
+        (one,) = sizes[1]
+        for own in sizes[2]:
+            assert distance(own["kv"], one["kv"]) < TOLERANCE
+            assert_metrics_equal(own["metrics"], one["metrics"])
 
 
 def assert_resumed(found):
