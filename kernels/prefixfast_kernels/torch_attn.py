@@ -88,7 +88,8 @@ def attn_fwd(
         torch.index_select(out, 0, tables.scatter, out=o)
         torch.index_select(stat, 0, tables.scatter, out=lse)
     if not by_sequence:
-        merge_prefix_blocks((o, lse), q, (inputs.prefix_k, inputs.prefix_v), tables.blocks, options, bias)
+        prefix = inputs.prefix_k, inputs.prefix_v
+        merge_prefix_blocks((o, lse), q, prefix, tables.blocks, options, bias, batched=True)
     elif inputs.prefix_k is not None and inputs.prefix_v is not None:
         source = inputs.prefix_k, inputs.prefix_v
         _merge((o, lse), q, source, blocks_by_sequence(tables, options.window, bias, q), options, attend)
@@ -123,6 +124,8 @@ def merge_prefix_blocks(
     tables: BlockTables,
     options: AttnOptions,
     bias: Tensor | None = None,
+    *,
+    batched: bool = False,
 ) -> None:
     """Merge attention over the prefix blocks into ``out``, in place.
 
@@ -133,10 +136,12 @@ def merge_prefix_blocks(
         tables: Prefix blocks and the queries that see them.
         options: Scale, window, soft cap.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
+        batched: Whether one call can compute several blocks. The last bits of a query then depend on the others.
     """
     prefix_k, prefix_v = prefix
     if prefix_k is not None and prefix_v is not None:
-        _merge(out, q, (prefix_k, prefix_v), prefix_blocks(tables, options.window, bias, q), options, sdpa_lse_fwd)
+        blocks = prefix_blocks(tables, options.window, bias, q, batched=batched)
+        _merge(out, q, (prefix_k, prefix_v), blocks, options, sdpa_lse_fwd)
 
 
 def _merge(
@@ -149,17 +154,18 @@ def _merge(
 ) -> None:
     o, lse = out
     for block in blocks:
-        keys, values = (_as_heads(t[block.rows].to(q.dtype)) for t in source)
-        po, pl = attend(Qkv(_as_heads(q[block.users]), keys, values), block.mask, options, causal=False)
-        po, pl = po[0].transpose(0, 1), pl[0].T  # [E, HQ, D], [E, HQ]
-        own_o, own_l = o[block.users], lse[block.users]
+        keys, values = (_batch(t[block.rows].to(q.dtype), block.n) for t in source)
+        results = attend(Qkv(_batch(q[block.users], block.n), keys, values), block.mask, options, causal=False)
+        po, pl = (_unbatch(t, block.real) for t in results)  # [E, HQ, D], [E, HQ]
+        users = _real_users(block)
+        own_o, own_l = o[users], lse[users]
         both = torch.logaddexp(pl, own_l)
         base = both
         if block.mask is not None and block.mask.blind is not None:  # with no visible key so far, -inf - -inf is NaN
             base = both.clamp(min=torch.finfo(both.dtype).min)
         merged = po * (pl - base).exp()[..., None] + own_o * (own_l - base).exp()[..., None]
-        o[block.users] = merged.to(o.dtype)
-        lse[block.users] = both
+        o[users] = merged.to(o.dtype)
+        lse[users] = both
 
 
 def attn_bwd(
@@ -192,16 +198,19 @@ def attn_bwd(
         dpk, dpv = torch.zeros_like(prefix_k), torch.zeros_like(prefix_v)
     if prefix_k is None or prefix_v is None:
         return AttnGrads(dq, dk, dv, dpk, dpv)
-    for block in prefix_blocks(tables.blocks, options.window, bias, q):
-        keys, values = (_as_heads(t[block.rows].to(q.dtype)) for t in (prefix_k, prefix_v))
-        users = block.users
-        block_grad = OutputGrad(_as_heads(grad.do[users]), _as_heads(grad.o[users]), grad.lse[users].T[None])
-        gq, gk, gv = sdpa_lse_bwd(block_grad, Qkv(_as_heads(q[users]), keys, values), block.mask, options, causal=False)
+    for block in prefix_blocks(tables.blocks, options.window, bias, q, batched=True):
+        n, users, real = block.n, block.users, block.real
+        keys, values = (_batch(t[block.rows].to(q.dtype), n) for t in (prefix_k, prefix_v))
+        do = grad.do[users]
+        if real is not None:  # the gradient of padding must be zero
+            do = torch.zeros_like(do).index_copy_(0, real, do[real])
+        block_grad = OutputGrad(_batch(do, n), _batch(grad.o[users], n), _batch(grad.lse[users], n))
+        gq, gk, gv = sdpa_lse_bwd(block_grad, Qkv(_batch(q[users], n), keys, values), block.mask, options, causal=False)
         if dq is not None:
-            dq[users] += gq[0].transpose(0, 1).to(dq.dtype)
+            dq[_real_users(block)] += _unbatch(gq, real).to(dq.dtype)
         if dpk is not None and dpv is not None:
-            dpk[block.rows] += gk[0].transpose(0, 1).to(dpk.dtype)
-            dpv[block.rows] += gv[0].transpose(0, 1).to(dpv.dtype)
+            dpk[block.rows] += _unbatch(gk).to(dpk.dtype)
+            dpv[block.rows] += _unbatch(gv).to(dpv.dtype)
     return AttnGrads(dq, dk, dv, dpk, dpv)
 
 
@@ -258,14 +267,20 @@ def _own_mask(run: _Run, options: AttnOptions, bias: Tensor | None, like: Tensor
     return run_mask(run.first, run.shape, options.window if hides else 0, bias, accumulator(like.dtype), like.device)
 
 
-def _as_heads(t: Tensor) -> Tensor:
-    """``[E, H, D]`` -> view ``[1, H, E, D]``."""
-    return t.transpose(0, 1)[None]
-
-
 def _batch(t: Tensor, n: int) -> Tensor:
     """``[n * T, H, ...]`` -> view ``[n, H, T, ...]``."""
     return t.unflatten(0, (n, -1)).transpose(1, 2)
+
+
+def _unbatch(t: Tensor, real: Tensor | None = None) -> Tensor:
+    """``[n, H, T, ...]`` -> ``[n * T, H, ...]``, or some rows of it."""
+    rows = t.transpose(1, 2).flatten(0, 1)
+    return rows if real is None else rows[real]
+
+
+def _real_users(block: Block) -> slice | Tensor:
+    """Query rows of a block without padding."""
+    return block.users if block.real is None else block.users[block.real]
 
 
 def _sequences(tables: PackedTables) -> list[tuple[int, int, int, int]]:

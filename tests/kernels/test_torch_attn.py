@@ -39,6 +39,10 @@ CASES = {
         [Request(2 + (5 * i) % 13, ((i % 2, True),) if i % 5 else (), infix_at=i % 2) for i in range(23)],
         [17, 30],
     ),
+    # Blocks of one length side by side, of few users each or of many, in one place of the compositions or in two.
+    "one length": ([Request(1 + (5 * i) % 13, ((i // 4, True),)) for i in range(23)], [9] * 6),
+    "one shape": ([Request(60, ((i, True),)) for i in range(4)], [9] * 4),
+    "two places": ([Request(3 + i % 4, ((i % 2, True), (2 + i % 3, i % 2 == 0))) for i in range(18)], [5] * 5),
     "twice": ([Request(9, ((0, True), (0, True))), Request(3, ((0, True), (1, True), (0, False)))], [6, 3]),
 }
 HEADS = [(4, 4, 64), (6, 2, 80), (3, 1, 96), (9, 3, 128), (2, 2, 256)]
