@@ -280,7 +280,8 @@ def _unbatch(t: Tensor, real: Tensor | None = None) -> Tensor:
 
 def _real_users(block: Block) -> slice | Tensor:
     """Query rows of a block without padding."""
-    return block.users if block.real is None else block.users[block.real]
+    users = block.users
+    return users if isinstance(users, slice) or block.real is None else users[block.real]
 
 
 def _sequences(tables: PackedTables) -> list[tuple[int, int, int, int]]:

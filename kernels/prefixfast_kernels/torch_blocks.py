@@ -45,14 +45,14 @@ class _Users(NamedTuple):
         block: Number of the block.
         place: Place of the block in compositions. A query row occurs once in a place.
         start: First entry of the users.
-        count: Number of users.
+        size: Number of users.
         first: First query row if the users are consecutive rows, else None.
     """
 
     block: int
     place: int
     start: int
-    count: int
+    size: int
     first: int | None
 
 
@@ -77,7 +77,7 @@ def prefix_blocks(
     for own in groups:
         (start, length), mask = blocks[own.block], None
         if is_masked:
-            entries: slice | Tensor = slice(own.start, own.start + own.count)
+            entries: slice | Tensor = slice(own.start, own.start + own.size)
             entries = entries if order is None else order[entries]
             mask = user_mask(tables.user_pos[entries], length, tables.user_slides[entries], window, bias, dtype)
         yield Block(slice(start, start + length), _rows_of(own, tables, order), mask)
@@ -97,20 +97,20 @@ def _side_by_side(
     """
     alike: dict[tuple[int, int, int], list[_Users]] = {}
     for own in groups:
-        size = 0 if own.count * numel <= MAX_PADDED_NUMEL else own.count
-        alike.setdefault((own.place, blocks[own.block][1], size), []).append(own)
+        many = 0 if own.size * numel <= MAX_PADDED_NUMEL else own.size
+        alike.setdefault((own.place, blocks[own.block][1], many), []).append(own)
     for (_, length, _), members in alike.items():
-        n, most = len(members), max(own.count for own in members)
+        n, most = len(members), max(own.size for own in members)
         starts = [blocks[own.block][0] for own in members]
-        rows = _run(starts, length)
+        rows: slice | Tensor | None = _run(starts, length)
         if rows is None:
             rows = (torch.tensor(starts)[:, None] + torch.arange(length)).flatten().to(tables.user.device)
-        firsts = [own.first for own in members if own.first is not None and own.count == most]
+        firsts = [own.first for own in members if own.first is not None and own.size == most]
         users = _run(firsts, most) if len(firsts) == n else None
         if n == 1 or users is not None:
             yield Block(rows, _rows_of(members[0], tables, order) if users is None else users, None, n)
             continue
-        place, counts = torch.arange(most), torch.tensor([own.count for own in members])[:, None]
+        place, counts = torch.arange(most), torch.tensor([own.size for own in members])[:, None]
         entries = torch.tensor([own.start for own in members])[:, None] + place.minimum(counts - 1)
         padded, real = (t.flatten().to(tables.user.device) for t in (entries, place < counts))
         every = tables.user[padded if order is None else order[padded]]
@@ -127,8 +127,8 @@ def _run(starts: list[int], length: int) -> slice | None:
 def _rows_of(own: _Users, tables: BlockTables, order: Tensor | None) -> slice | Tensor:
     """Query rows of users."""
     if own.first is not None:
-        return slice(own.first, own.first + own.count)
-    entries: slice | Tensor = slice(own.start, own.start + own.count)
+        return slice(own.first, own.first + own.size)
+    entries: slice | Tensor = slice(own.start, own.start + own.size)
     return tables.user[entries if order is None else order[entries]]
 
 
