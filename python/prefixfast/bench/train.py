@@ -2,7 +2,11 @@
 
 Every prefix takes its steps on one batch of its own rows, which differ in length. The counted tokens are those of the
 rows, not padding. Both sides start from the same keys and values and use AdamW, a linear schedule and the same
-clipping. All losses of the first prefix are compared before a rate is reported.
+clipping. All losses of the first prefix are compared before a rate is reported, and those of PEFT's LoRA with the
+losses of prefixfast's.
+
+A second table is for users, each of whom has a prefix or LoRA of their own: how many are trained in an hour, the memory
+that training takes beside the base, and the users whose state fits in the rest of the machine's memory.
 """
 
 from __future__ import annotations
@@ -17,14 +21,20 @@ from typing import Any, TypeVar
 
 from prefixfast.bench.contenders import Bases
 from prefixfast.bench.harness import Timing, WrongResultError, announce, best_of, progress, write_rows
+from prefixfast.bench.peak import total_memory
 from prefixfast.bench.random_base import make_or_load, random_prefixes
 from prefixfast.bench.report import Report, markdown, plot_rates, print_report, settings_table, write_report
-from prefixfast.bench.train_contenders import Run, Workload, ours, peft, settings_of
+from prefixfast.bench.train_contenders import OF_PREFIXES, Run, Workload, our_lora, ours, peft, peft_lora, settings_of
+from prefixfast.config import TrainConfig
 from prefixfast.errors import ConfigError
 from prefixfast.io.environment import cpu_name, version
 from prefixfast.model.load import load
+from prefixfast.training.defaults import num_steps
 
-OURS, PEFT = "prefixfast", "PEFT, one prefix after another"
+OURS, PEFT, LORA = "prefixfast", "PEFT, one prefix after another", "PEFT LoRA, one user after another"
+OUR_LORA = "prefixfast's LoRA"
+USER_STEPS = num_steps(TrainConfig(), 1)  # steps of a user whose rows make one batch, by default
+STATE = 3 * 4  # bytes of a trained number and its two moments, in fp32
 LIMIT = {"float32": 1e-4, "bfloat16": 3e-2}  # largest relative difference of a step's loss that is still timed
 V = TypeVar("V")
 
@@ -39,6 +49,7 @@ class Settings:
         dtype: Compute dtype, a key of `LIMIT`.
         lengths: Prefix lengths.
         counts: Numbers of prefixes that are trained at once.
+        lora_rank: Rank of the LoRA layers.
         rounds: Number of repetitions.
         command: Command that repeats the measurement.
     """
@@ -48,6 +59,7 @@ class Settings:
     dtype: str
     lengths: Sequence[int]
     counts: Sequence[int]
+    lora_rank: int = 8
     rounds: int
     command: str
 
@@ -61,14 +73,22 @@ class Point:
         prefixes: Number of prefixes trained at once.
         prefix_length: Rows of each prefix.
         tokens: Trained tokens of one round.
+        steps: Steps of one round.
         timing: Seconds of each round.
+        numbers: Number of trained numbers of a user, in fp32.
+        peak: Bytes of the largest peak of memory over the base, None where the system does not tell.
+        room: Bytes of the machine's memory without the base, likewise.
     """
 
     contender: str
     prefixes: int
     prefix_length: int
     tokens: int
+    steps: int
     timing: Timing
+    numbers: int
+    peak: int | None
+    room: int | None
 
     @property
     def rate(self) -> float:
@@ -78,7 +98,24 @@ class Point:
     @property
     def label(self) -> str:
         """Name in tables and plots."""
-        return PEFT if self.contender == PEFT else f"{OURS}, {self.prefixes} at once"
+        return f"{OURS}, {self.prefixes} at once" if self.contender == OURS else self.contender
+
+    @property
+    def users_per_hour(self) -> float:
+        """Users of `USER_STEPS` steps that are trained in an hour."""
+        return 3600 * self.prefixes * self.steps / (self.timing.best * USER_STEPS)
+
+    @property
+    def state(self) -> int:
+        """Bytes of the state of a user in training: parameters and two moments."""
+        return STATE * self.numbers
+
+    @property
+    def users_that_fit(self) -> int | None:
+        """Users whose state fits in the machine's memory beside the base and the peak of training."""
+        if self.room is None or self.peak is None:
+            return None
+        return max(0, self.room - self.peak) // self.state
 
     def row(self) -> dict[str, Any]:
         """Record of the results file."""
@@ -89,6 +126,10 @@ class Point:
             "tokens": self.tokens,
             "seconds": [round(s, 4) for s in self.timing.seconds],
             "tokens_per_second": round(self.rate, 2),
+            "users_per_hour": round(self.users_per_hour, 1),
+            "peak_bytes": self.peak,
+            "state_bytes": self.state,
+            "users_that_fit": self.users_that_fit,
         }
 
 
@@ -124,21 +165,31 @@ def measure(bases: Bases, settings: Settings, work: Workload, *, shown: bool = T
     model, plain, counts = bases.model, bases.plain, settings.counts
     rows = {f"{i:03}": work.rows(i, model.vocab_size) for i in range(max(counts))}
     tokens = [sum(len(r["input_ids"]) for r in own) for own in rows.values()]
+    has_peft, rank, first = plain is not None and bool(version("peft")), settings.lora_rank, rows["000"]
+    total, base_bytes = total_memory(model.device), sum(p.numel() * p.element_size() for p in model.hf.parameters())
+    room = None if total is None else total - base_bytes
+    reference = our_lora(model, first, work.steps, rank) if has_peft else None
     for length in progress(settings.lengths, "bench, training", "lengths", shown=shown):
         start = dict(zip(rows, random_prefixes(model, length, len(rows)), strict=True))
         calls: dict[tuple[str, int], Callable[[], Run]] = {
             (OURS, n): partial(ours, model, _first(rows, n), _first(start, n), work.steps) for n in counts
         }
-        if plain is not None and version("peft"):
-            calls[PEFT, 1] = partial(peft, plain, rows["000"], start["000"], work.steps)
-        seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+        if plain is not None and has_peft:
+            calls[PEFT, 1] = partial(peft, plain, first, start["000"], work.steps)
+            calls[LORA, 1] = partial(peft_lora, plain, first, work.steps, rank)
+        rounds: dict[tuple[str, int], list[Run]] = {key: [] for key in calls}
         for _ in range(settings.rounds):
             runs = {key: call() for key, call in calls.items()}
-            check_same_losses(runs, length, LIMIT[settings.dtype])
+            lora = {key: run for key, run in runs.items() if key[0] == LORA}
+            check_same_losses({k: run for k, run in runs.items() if k not in lora}, length, LIMIT[settings.dtype])
+            if reference is not None:
+                check_same_losses({(OUR_LORA, 1): reference, **lora}, length, LIMIT[settings.dtype])
             for key, run in runs.items():
-                seconds[key].append(run.seconds)
-        for (name, n), s in seconds.items():
-            points.append(Point(name, n, length, work.steps * sum(tokens[:n]), Timing(tuple(s))))
+                rounds[key].append(run)
+        for (name, n), own in rounds.items():
+            seconds, peaks = Timing(tuple(r.seconds for r in own)), [r.peak for r in own if r.peak is not None]
+            of_run = (work.steps * sum(tokens[:n]), work.steps, seconds, own[0].numbers, max(peaks, default=None), room)
+            points.append(Point(name, n, length, *of_run))
     return points
 
 
@@ -154,6 +205,18 @@ def table(
     for p in points:
         lines.setdefault(p.label, {})[p.prefix_length] = cell(p)
     return markdown(lines, sorted({p.prefix_length for p in points}), corner)
+
+
+def users_table(points: Sequence[Point]) -> str:
+    """Markdown table of what training takes of users, with a row for each contender and prefix length."""
+    names = ("users an hour", "peak over the base", "state of a user", "users that fit")
+    lines = [f"| contender | P | {' | '.join(names)} |", "| --- |" + " ---: |" * (1 + len(names))]
+    for p in points:
+        peak, fit = "unknown" if p.peak is None else f"{p.peak / 1e6:.0f} MB", p.users_that_fit
+        length = "" if p.contender == LORA else p.prefix_length
+        cells = (f"{p.users_per_hour:.0f}", peak, f"{p.state / 1e6:.3g} MB", "unknown" if fit is None else f"{fit:,}")
+        lines.append(f"| {p.label} | {length} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def run(output: Path, settings: Settings) -> list[Point]:
@@ -179,7 +242,8 @@ def run(output: Path, settings: Settings) -> list[Point]:
     announce(hf.dtype, hf.device)
     with load(hf) as base:
         points = measure(Bases(base, plain), settings, work)
-        own = {OURS: settings_of(base, work), PEFT: settings_of(plain, work)}
+        own = {OURS: settings_of(base, work, OF_PREFIXES), PEFT: settings_of(plain, work, OF_PREFIXES)}
+        own[LORA] = settings_of(plain, work, {"r": settings.lora_rank, "lora_alpha": 2 * settings.lora_rank})
     head = {
         "suite": "train",
         "model": name,
@@ -205,6 +269,7 @@ def _show(output: Path, points: Sequence[Point], head: Mapping[str, Any], rounds
     if rounds > 1:
         spread = table(points, lambda p: f"{p.timing.median / p.timing.best:.2f}", "spread")
         tables.append(("median over best round", spread))
+    tables.append((f"users of {USER_STEPS} steps", users_table(points)))
     tables.append(("settings of the contenders", settings_table(head["settings"].items())))
     report = Report(f"Training versus prefix length: {title}", tables, output / "throughput.png", head["command"])
     write_report(output / "report.html", report)

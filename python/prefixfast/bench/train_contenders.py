@@ -1,10 +1,11 @@
-"""Contenders of the suite ``train``: `prefixfast.train`, and PEFT's prefix-tuning in the usual training loop."""
+"""Contenders of the suite ``train``: `prefixfast.train`, and PEFT's prefix-tuning and LoRA in the usual loop."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,24 +13,25 @@ import torch
 from transformers import PreTrainedModel
 
 from prefixfast.bench.contenders import peft_model
+from prefixfast.bench.peak import PeakOver
 from prefixfast.bench.step_clock import StepClock
 from prefixfast.model.base import Model
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.trainer import train
 
-RATE = 1e-2
-# Options of both contenders, none of which is left to a default.
+RATE, SEED = 1e-2, 0
+# Options of all contenders, none of which is left to a default.
 HOW: dict[str, Any] = {
     "learning_rate": RATE,
+    "seed": SEED,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
     "gradient_checkpointing": False,
-    "reparameterization": "none",
-    "prefix_dropout": 0.0,
     "loss": "token_mean",
 }
+OF_PREFIXES: dict[str, Any] = {"reparameterization": "none", "prefix_dropout": 0.0}
 Rows = list[dict[str, list[int]]]
 
 
@@ -63,24 +65,34 @@ class Run(NamedTuple):
     Attributes:
         seconds: Seconds from the end of the first step, which warms up, to the end of the last.
         losses: Loss of the first prefix in every step.
+        numbers: Number of trained numbers of a user, in fp32.
+        peak: Bytes of the peak of memory over the base, None where the system does not tell.
     """
 
     seconds: float
     losses: list[float]
+    numbers: int = 0
+    peak: int | None = None
 
     @classmethod
-    def of(cls, clock: StepClock[float]) -> Run:
-        """The run that a clock recorded."""
-        return cls(clock.times[-1] - clock.times[0], clock.losses)
+    def of(cls, clock: StepClock[float], numbers: int, memory: PeakOver) -> Run:
+        """The run that a clock and a context manager recorded."""
+        return cls(clock.times[-1] - clock.times[0], clock.losses, numbers, memory.nbytes)
 
 
-def settings_of(model: Model | PreTrainedModel, work: Workload) -> dict[str, object]:
-    """Settings under which a contender trains, which the report and the results file show."""
+def settings_of(model: Model | PreTrainedModel, work: Workload, own: Mapping[str, Any]) -> dict[str, object]:
+    """Settings under which a contender trains, which the report and the results file show.
+
+    Args:
+        model: Base of the contender.
+        work: Workload.
+        own: Options of the contender beside those of all.
+    """
     if isinstance(model, Model):
         attention = f"prefixfast, {model.backend.name}"
     else:
         attention = str(model.config._attn_implementation)
-    options = ", ".join(f"{name}={value}" for name, value in HOW.items())
+    options = ", ".join(f"{name}={value}" for name, value in {**HOW, **own}.items())
     dtype = str(model.dtype).removeprefix("torch.")
     return {"dtype": dtype, "attention": attention, "batch": work.examples, "options": f"AdamW, {options}"}
 
@@ -88,29 +100,54 @@ def settings_of(model: Model | PreTrainedModel, work: Workload) -> dict[str, obj
 def ours(model: Model, rows: Mapping[str, Rows], start: Mapping[str, Prefix], steps: int) -> Run:
     """Train all prefixes in the same batches with `prefixfast.train`."""
     clock, size = StepClock(time.perf_counter), len(next(iter(rows.values())))
-    train(
-        model,
-        dict(rows),
-        init=dict(start),
-        on_error="raise",
-        batch_size=size,
-        max_steps=steps + 1,
-        progress=False,
-        callbacks=[clock],
-        **HOW,
-    )
-    return Run.of(clock)
+    with PeakOver(model.device) as memory:
+        found = train(
+            model,
+            dict(rows),
+            init=dict(start),
+            on_error="raise",
+            batch_size=size,
+            max_steps=steps + 1,
+            progress=False,
+            callbacks=[clock],
+            **HOW,
+            **OF_PREFIXES,
+        )
+    return Run.of(clock, next(iter(found.values())).num_trained, memory)
+
+
+def our_lora(model: Model, rows: Rows, steps: int, rank: int) -> Run:
+    """Train LoRA of one user with `prefixfast.train`, whose losses those of PEFT are compared with."""
+    clock, how = StepClock(time.perf_counter), {**HOW, "batch_size": len(rows), "max_steps": steps + 1}
+    with PeakOver(model.device) as memory:
+        found = train(model, rows, method="lora", lora_rank=rank, progress=False, callbacks=[clock], **how)
+    return Run.of(clock, found.num_trained, memory)
 
 
 def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
-    """Train one prefix with PEFT's prefix-tuning.
+    """Train one prefix with PEFT's prefix-tuning."""
+    own, weight = peft_model(copy.deepcopy(plain), start)
+    return _plain_loop(own, [weight], rows, steps)
 
-    The loop is the usual one: a right-padded batch, made once, AdamW, clipping and a linear schedule. There is no
-    dropout, as in prefixfast.
+
+def peft_lora(plain: PreTrainedModel, rows: Rows, steps: int, rank: int) -> Run:
+    """Train LoRA of one user with PEFT, in the layers that PEFT chooses for the family of the base."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(SEED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of GPT-2's transposed weights
+        own = get_peft_model(copy.deepcopy(plain), LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank))
+    return _plain_loop(own, [p for p in own.parameters() if p.requires_grad], rows, steps)
+
+
+def _plain_loop(own: Any, weights: Sequence[torch.Tensor], rows: Rows, steps: int) -> Run:
+    """Train some weights of a model of PEFT in the usual loop.
+
+    A right-padded batch, made once, AdamW, clipping and a linear schedule. There is no dropout, as in prefixfast.
     """
     from transformers import get_linear_schedule_with_warmup
 
-    own, weight = peft_model(copy.deepcopy(plain), start)
     own.eval()
     own.get_base_model().gradient_checkpointing_disable()
     own.get_base_model().config.use_cache = False
@@ -121,15 +158,18 @@ def peft(plain: PreTrainedModel, rows: Rows, start: Prefix, steps: int) -> Run:
         "attention_mask": torch.tensor([[1] * (width - n) + [0] * n for n in pad]),
         "labels": torch.tensor([r["labels"] + [-100] * n for r, n in zip(rows, pad, strict=True)]),
     }
-    optimizer = torch.optim.AdamW([weight], lr=RATE, weight_decay=HOW["weight_decay"])
+    batch = {name: t.to(own.device) for name, t in batch.items()}
+    numbers = sum(t.numel() for t in weights)
+    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=HOW["weight_decay"])
     schedule = get_linear_schedule_with_warmup(optimizer, HOW["warmup_steps"], steps + 1)
     clock = StepClock(time.perf_counter)
-    for step in range(steps + 1):
-        loss = own(**batch).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([weight], HOW["max_grad_norm"])
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        clock.on_step(step + 1, loss.detach()[None], norm[None], torch.ones(1, dtype=torch.bool))
-    return Run.of(clock)
+    with PeakOver(own.device) as memory:
+        for step in range(steps + 1):
+            loss = own(**batch).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(weights, HOW["max_grad_norm"])
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            clock.on_step(step + 1, loss.detach()[None], norm[None], torch.ones(1, dtype=torch.bool))
+    return Run.of(clock, numbers, memory)

@@ -1,5 +1,6 @@
 """Suites ``train`` and ``tokenize`` on tiny bases: contenders agree, files are written, differences stop the suite."""
 
+import functools
 import json
 
 import numpy as np
@@ -11,8 +12,9 @@ from prefixfast import load
 from prefixfast.bench import tokenize, train, train_contenders
 from prefixfast.bench.contenders import Bases, peft_model
 from prefixfast.bench.harness import WrongResultError
+from prefixfast.bench.peak import PeakOver, total_memory
 from prefixfast.bench.random_base import SHAPES, random_prefixes
-from prefixfast.bench.train import OURS, PEFT, Settings, check_same_losses, measure, table
+from prefixfast.bench.train import LORA, OURS, PEFT, Settings, check_same_losses, measure, table
 from prefixfast.bench.train_contenders import Run, Workload
 from prefixfast.demo import BASE
 from prefixfast.errors import ConfigError, DataError
@@ -30,23 +32,53 @@ def settings(**fields):
 def test_training_is_measured_on_equal_losses(family):
     with load(tiny.make(family)) as model:
         points = measure(Bases(model, tiny.make(family)), settings(), WORK, shown=False)
+        shapes, modules = model.layers, dict(model.hf.named_modules())
+    adapted = [m for n, m in modules.items() if n.endswith(("c_attn", "q_proj", "v_proj"))]
+    widths = sum(sum(m.weight.shape) for m in adapted)
     assert [(p.contender, p.prefixes, p.prefix_length) for p in points] == [
         (OURS, 1, 2),
         (OURS, 3, 2),
         (PEFT, 1, 2),
+        (LORA, 1, 2),
         (OURS, 1, 5),
         (OURS, 3, 5),
         (PEFT, 1, 5),
+        (LORA, 1, 5),
     ]
     tokens = [WORK.steps * sum(len(r["input_ids"]) for i in range(n) for r in WORK.rows(i, tiny.VOCAB)) for n in (1, 3)]
-    assert [p.tokens for p in points[:3]] == [*tokens, tokens[0]]
+    assert [p.tokens for p in points[:4]] == [*tokens, tokens[0], tokens[0]]
+    prefix, _, theirs, lora = points[:4]
+    assert prefix.numbers == theirs.numbers == 2 * 2 * sum(s.num_kv_heads * s.head_dim for s in shapes)
+    assert lora.numbers == 8 * widths
+    assert all(p.state == 12 * p.numbers and p.users_that_fit == (p.room - p.peak) // p.state for p in points)
+    expected = 3600 / (min(prefix.timing.seconds) / WORK.steps * 80)
+    assert prefix.users_per_hour == pytest.approx(expected)
+    assert points[1].users_per_hour == pytest.approx(3 * 3600 / (min(points[1].timing.seconds) / WORK.steps * 80))
+    assert len(train.users_table(points).splitlines()) == 2 + len(points)
     assert all(len(p.timing.seconds) == 2 and p.rate > 0 for p in points)
     assert table(points).splitlines()[0] == "| tokens/s | P=2 | P=5 |"
     assert [line.split(" | ")[0] for line in table(points).splitlines()[2:]] == [
         f"| {OURS}, 1 at once",
         f"| {OURS}, 3 at once",
         f"| {PEFT}",
+        f"| {LORA}",
     ]
+
+
+def test_another_lora_stops_the_benchmark(monkeypatch):
+    other = functools.partial(train_contenders.peft_lora, rank=2)
+    monkeypatch.setattr(train, "peft_lora", lambda plain, rows, steps, rank: other(plain, rows, steps))
+    with load(tiny.make("gpt2")) as model, pytest.raises(WrongResultError, match="prefixfast's LoRA"):
+        measure(Bases(model, tiny.make("gpt2")), settings(lengths=[2], counts=[1], rounds=1), WORK, shown=False)
+
+
+def test_the_peak_of_memory_is_that_over_what_was_in_use():
+    before = torch.ones(4 << 20)
+    with PeakOver(torch.device("cpu")) as memory:
+        for count in (4 << 20, 16 << 20, 2 << 20):
+            torch.ones(count)
+    assert 60e6 < memory.nbytes < 90e6
+    assert total_memory(torch.device("cpu")) > before.nbytes
 
 
 def test_other_losses_stop_the_benchmark():
@@ -94,12 +126,15 @@ def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
     assert done.code == 0, done.err
     head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
     assert (
-        head["command"] == "prefixfast bench train --lengths 2,4 --prefixes 1,2 --rounds 1 --dtype float32 --shape gpt2"
+        head["command"]
+        == "prefixfast bench train --lengths 2,4 --prefixes 1,2 --lora-rank 8 --rounds 1 --dtype float32 --shape gpt2"
     )
-    assert list(head["settings"]) == [OURS, PEFT]
+    assert list(head["settings"]) == [OURS, PEFT, LORA]
     assert all("max_grad_norm=1.0" in s["options"] and s["dtype"] == "float32" for s in head["settings"].values())
     assert f"| {PEFT} | float32 | sdpa | 10 |".replace("10", str(WORK.examples)) in done.out
     assert "spread" not in done.out, "one round has none"
+    assert "| users an hour |" in done.out
+    assert all(r["state_bytes"] > 0 and r["users_per_hour"] > 0 for r in rows)
     assert done.err.count("computing in float32 on cpu") == 1
     assert [(r["contender"], r["prefixes"]) for r in rows[:3]] == [(OURS, 1), (OURS, 2), (PEFT, 1)]
     assert (tmp_path / "throughput.png").read_bytes()[:4] == b"\x89PNG"

@@ -62,11 +62,13 @@ def train(
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
     lengths: Annotated[list[str], typer.Option(help="Prefix lengths.")] = TRAINED_LENGTHS,
     prefixes: Annotated[list[str], typer.Option(help="Numbers of prefixes that are trained at once.")] = COUNTS,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA layers of PEFT.", min=1)] = 8,
     rounds: Rounds = 2,
 ) -> None:
     """Measure the throughput of training by prefix length and number of prefixes at once.
 
-    The contender is PEFT, if it is installed, in a plain PyTorch training loop.
+    The contenders are prefix-tuning and LoRA of PEFT, if it is installed, in a plain PyTorch training loop, one user
+    after another. A table shows the users of an hour, the memory of training, and the users that fit in memory.
     """
     from prefixfast.bench.random_base import SHAPES
     from prefixfast.bench.train import LIMIT, Settings, run
@@ -74,13 +76,14 @@ def train(
     check_known("--shape", shape, SHAPES)
     check_known("--dtype", dtype, LIMIT)
     lists = {"lengths": lengths, "prefixes": prefixes}
-    options = {**{n: ",".join(v) for n, v in lists.items()}, "rounds": rounds, "dtype": dtype}
+    options = {**{n: ",".join(v) for n, v in lists.items()}, "lora_rank": lora_rank, "rounds": rounds, "dtype": dtype}
     settings = Settings(
         model=model,
         shape=shape,
         dtype=dtype,
         lengths=whole_numbers("--lengths", lengths),
         counts=whole_numbers("--prefixes", prefixes),
+        lora_rank=lora_rank,
         rounds=rounds,
         command=spelt("train", **options, model=model, shape=None if model else shape),
     )
