@@ -30,6 +30,7 @@ mod bias;
 mod chunk;
 mod dense;
 pub(crate) mod dispatch;
+mod in_place;
 mod key_copy;
 pub(crate) mod math;
 mod memory;
@@ -40,6 +41,7 @@ mod plan;
 mod state;
 mod tables;
 mod task;
+mod tile;
 mod transposed;
 pub(crate) mod vector;
 

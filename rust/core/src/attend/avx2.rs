@@ -185,9 +185,9 @@ impl SimdOps for Avx2 {
         }
     }
     #[inline(always)]
-    fn prefetch<T>(self, x: &T) {
+    fn prefetch<T>(self, x: *const T) {
         // SAFETY: every CPU with AVX2 has this instruction. A prefetch is a hint that is valid for any address and has
         // no effect on memory.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(x.cast()) }
     }
 }

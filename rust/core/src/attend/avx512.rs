@@ -6,7 +6,7 @@
 )]
 
 use std::arch::x86_64::{
-    __m256i, __m512, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T1, _mm_prefetch,
+    __m256i, __m512, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_prefetch,
     _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_castps512_ps128, _mm512_castsi512_ps,
     _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
     _mm512_mask_mov_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_permute_ps, _mm512_permutexvar_ps,
@@ -152,9 +152,9 @@ impl SimdOps for Avx512 {
         one!(_mm512_reduce_max_ps, x)
     }
     #[inline(always)]
-    fn prefetch<T>(self, x: &T) {
+    fn prefetch<T>(self, x: *const T) {
         // SAFETY: every CPU with AVX-512F has this instruction. A prefetch is a hint that is valid for any address and
         // has no effect on memory.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(std::ptr::from_ref(x).cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(x.cast()) }
     }
 }

@@ -4,19 +4,13 @@
 //! fp32, so that each key is converted and fetched from memory once. Many queries read the copy in transposed form
 //! (`transposed`).
 
-use super::key_copy::{ChunkOffsets, KvMemory, copy_chunk, prefetch_head, prefetch_part, row_offsets};
-use super::online_softmax::{
-    CHUNK_KEYS, ChunkView, accumulate_values, add_weighted_values, score_keys, score_keys_by_rows, update_softmax,
-};
+use super::in_place::{ROWS_IN_PLACE, attend_in_place};
+use super::key_copy::{ChunkOffsets, KvMemory, copy_chunk, prefetch_part, row_offsets};
+use super::online_softmax::{CHUNK_KEYS, ChunkView};
 use super::state::{BlockUser, TaskState};
+use super::tile::{SCORED_KEYS, add_tile, score_tile, set_queries, weigh_tile};
 use super::transposed;
 use super::vector::{Element, LANES, SimdOps};
-
-/// Smallest number of rows for which a chunk is copied.
-const MIN_ROWS_TO_COPY: usize = 2;
-
-/// Rows that read a chunk in place together. Their results for four vectors fit in half of AVX-512's registers.
-pub(super) const ROWS_IN_PLACE: usize = 4;
 
 /// Attention of `users` over one chunk.
 ///
@@ -30,52 +24,36 @@ pub(super) fn attend_chunk<S: SimdOps, K: Element>(
     start: usize,
     users: &[BlockUser],
 ) {
-    let sees_all = |u: &BlockUser| u.first_in_chunk(start) == 0;
-    if users.len() > 1 && state.head_dim.is_multiple_of(LANES) && S::NUM_REGISTERS >= 32 && users.iter().all(sees_all) {
-        let offsets = ChunkOffsets { current, next };
-        let (groups, rest) = users.as_chunks::<ROWS_IN_PLACE>();
-        for users in groups {
-            attend_rows_in_place(simd, state, memory, offsets, start, users);
+    if state.head_dim.is_multiple_of(LANES) {
+        let sees_all = |u: &BlockUser| u.first_in_chunk(start) == 0;
+        if S::NUM_REGISTERS >= 32 && users.iter().all(sees_all) {
+            for users in users.chunks(ROWS_IN_PLACE) {
+                attend_in_place(simd, state, memory, ChunkOffsets { current, next }, start, users);
+            }
+            return;
         }
-        match *rest {
-            [a, b, c] => attend_rows_in_place(simd, state, memory, offsets, start, &[a, b, c]),
-            [a, b] => attend_rows_in_place(simd, state, memory, offsets, start, &[a, b]),
-            [a] => attend_in_place(simd, state, memory, offsets, (a.row, a.distance_of(start))),
-            _ => {}
-        }
-        return;
-    }
-    if users.len() < MIN_ROWS_TO_COPY && state.head_dim.is_multiple_of(LANES) {
-        for user in users.iter().filter(|u| u.first_in_chunk(start) < current.len()) {
+        if let [user] = users {
             let first = user.first_in_chunk(start);
-            let (current, distance) = (&current[first..], user.distance_of(start + first));
-            attend_in_place(
-                simd,
-                state,
-                memory,
-                ChunkOffsets { current, next },
-                (user.row, distance),
-            );
+            if first < current.len() {
+                let offsets = ChunkOffsets {
+                    current: &current[first..],
+                    next,
+                };
+                attend_in_place(simd, state, memory, offsets, start + first, users);
+            }
+            return;
         }
-        return;
     }
     let parts = state.heads.len() * users.len();
     let copied = row_offsets(0, state.head_vectors * LANES);
-    let mut scores = [0.0; CHUNK_KEYS];
     copy_chunk(simd, state, memory, current);
     for part in 0..parts {
         prefetch_part(simd, state, memory, next, part, parts);
         let user = users[part % users.len()];
         if user.first_in_chunk(start) < current.len() {
             let first = user.first_in_chunk(start);
-            let (copied, distance) = (&copied[first..current.len()], user.distance_of(start + first));
-            attend_copied(
-                simd,
-                state,
-                copied,
-                (user.row, part / users.len(), distance),
-                &mut scores,
-            );
+            let copied = &copied[first..current.len()];
+            attend_copied(simd, state, copied, part / users.len(), start + first, &user);
         }
     }
 }
@@ -106,179 +84,29 @@ pub(super) fn attend_chunk_transposed<S: SimdOps, K: Element>(
     }
 }
 
-/// Attention of the queries of one row and kv head over keys of the copied chunk, the first of them at a distance from
-/// the query.
+/// Attention of the queries of one row and kv head over keys of the copied chunk.
+///
+/// * `start`: index of the first of these keys in its block.
 #[inline(always)]
 fn attend_copied<S: SimdOps>(
     simd: S,
     state: &mut TaskState<'_>,
     offsets: &[usize],
-    (row, h, distance): (usize, usize, i64),
-    scores: &mut [f32; CHUNK_KEYS],
-) {
-    let (vectors, count) = (state.head_vectors, offsets.len());
-    let head_offset = h * CHUNK_KEYS * vectors * LANES;
-    let first = (row * state.heads.len() + h) * state.group_size;
-    for i in first..first + state.group_size {
-        let (q, o) = (
-            &state.q[i * vectors..][..vectors],
-            &mut state.o[i * vectors..][..vectors],
-        );
-        let [k, v] = state
-            .copies
-            .each_ref()
-            .map(|data| ChunkView::of_copy(data, offsets, head_offset));
-        for j in (0..count).step_by(4) {
-            scores[j..j + 4].copy_from_slice(&score_keys(simd, q, k, j));
-        }
-        if let Some(bias) = state.bias {
-            bias.add(
-                (state.heads.start + h) * state.group_size + i - first,
-                distance,
-                &mut scores[..count],
-            );
-        }
-        update_softmax(simd, scores, count, state.softcap, &mut state.softmax[i], o);
-        accumulate_values(simd, &scores[..count], v, 0, o);
-    }
-}
-
-/// Attention of the queries of one row over a chunk in place, whose first key is at a distance from the query.
-///
-/// Four keys at a time are read for all heads, so that memory is read in order, while the next four are prefetched.
-#[inline(always)]
-fn attend_in_place<S: SimdOps, K: Element>(
-    simd: S,
-    state: &mut TaskState<'_>,
-    memory: KvMemory<'_, K>,
-    ChunkOffsets { current: offsets, next }: ChunkOffsets<'_>,
-    (row, distance): (usize, i64),
-) {
-    let (heads, group_size, vectors, head_dim) =
-        (state.heads.len(), state.group_size, state.head_vectors, state.head_dim);
-    let queries = row * heads * group_size..(row + 1) * heads * group_size;
-    let (q, o) = (
-        &state.q[queries.start * vectors..queries.end * vectors],
-        &mut state.o[queries.start * vectors..queries.end * vectors],
-    );
-    let softmax = &mut state.softmax[queries];
-    let scores = state.scores.as_chunks_mut::<CHUNK_KEYS>().0;
-    let count = offsets.len();
-    for j in (0..count).step_by(4) {
-        let (soon, from) = if j + 4 < count {
-            (&offsets[j + 4..], memory.keys)
-        } else {
-            (offsets, memory.values)
-        };
-        for h in 0..heads {
-            let head_offset = (state.heads.start + h) * head_dim;
-            prefetch_head(simd, from, soon, head_offset, head_dim);
-            // SAFETY: the offsets are those of rows of the plan (`ChunkOffsets`), and `attend_chunk` calls this
-            // function only for head dims that are multiples of `LANES`, which have `vectors` vectors.
-            let keys = unsafe { ChunkView::in_place(memory.keys, offsets, head_offset) };
-            for i in h * group_size..(h + 1) * group_size {
-                let found = score_keys(simd, &q[i * vectors..][..vectors], keys, j);
-                scores[i][j..j + 4].copy_from_slice(&found);
-            }
-        }
-    }
-    for (i, o) in o.chunks_exact_mut(vectors).enumerate() {
-        if let Some(bias) = state.bias {
-            let head = state.heads.start * group_size + i;
-            bias.add(head, distance, &mut scores[i][..count]);
-        }
-        update_softmax(simd, &mut scores[i], count, state.softcap, &mut softmax[i], o);
-    }
-    for j in (0..count).step_by(4) {
-        let (soon, from) = if j + 4 < count {
-            (&offsets[j + 4..], memory.values)
-        } else {
-            (next, memory.keys)
-        };
-        for h in 0..heads {
-            let head_offset = (state.heads.start + h) * head_dim;
-            prefetch_head(simd, from, soon, head_offset, head_dim);
-            // SAFETY: as for the keys.
-            let values = unsafe { ChunkView::in_place(memory.values, offsets, head_offset) };
-            for i in h * group_size..(h + 1) * group_size {
-                let weights = &scores[i][j..count.min(j + 4)];
-                accumulate_values(simd, weights, values, j, &mut o[i * vectors..][..vectors]);
-            }
-        }
-    }
-}
-
-/// Attention of the queries of `R` rows, all of which see the whole chunk, over the chunk in place.
-///
-/// Results are those of [`attend_in_place`] for each row. Each key and value is loaded and converted once.
-#[inline(always)]
-fn attend_rows_in_place<S: SimdOps, K: Element, const R: usize>(
-    simd: S,
-    state: &mut TaskState<'_>,
-    memory: KvMemory<'_, K>,
-    ChunkOffsets { current: offsets, next }: ChunkOffsets<'_>,
+    h: usize,
     start: usize,
-    users: &[BlockUser; R],
+    user: &BlockUser,
 ) {
-    let (heads, group_size, vectors, head_dim) =
-        (state.heads.len(), state.group_size, state.head_vectors, state.head_dim);
-    let queries_of_row = heads * group_size;
-    let scores = state.scores.as_chunks_mut::<CHUNK_KEYS>().0;
-    let count = offsets.len();
-    for j in (0..count).step_by(4) {
-        let (soon, from) = if j + 4 < count {
-            (&offsets[j + 4..], memory.keys)
-        } else {
-            (offsets, memory.values)
-        };
-        for h in 0..heads {
-            let head_offset = (state.heads.start + h) * head_dim;
-            prefetch_head(simd, from, soon, head_offset, head_dim);
-            // SAFETY: the offsets are those of rows of the plan (`ChunkOffsets`), and `attend_chunk` calls this
-            // function only for head dims that are multiples of `LANES`, which have `vectors` vectors.
-            let keys = unsafe { ChunkView::in_place(memory.keys, offsets, head_offset) };
-            for i in h * group_size..(h + 1) * group_size {
-                let mut q = [&state.q[..0]; R];
-                for (q, user) in q.iter_mut().zip(users) {
-                    *q = &state.q[(user.row * queries_of_row + i) * vectors..][..vectors];
-                }
-                let found = score_keys_by_rows(simd, q, keys, j);
-                for (r, found) in found.iter().enumerate() {
-                    scores[r * queries_of_row + i][j..j + 4].copy_from_slice(found);
-                }
-            }
+    let (count, head_offset) = (offsets.len(), h * CHUNK_KEYS * state.head_vectors * LANES);
+    let copies = std::mem::take(&mut state.copies); // put back below, `state` is borrowed as a whole meanwhile
+    let keys = ChunkView::of_copy(copies[0], offsets, head_offset);
+    let values = ChunkView::of_copy(copies[1], offsets, head_offset);
+    set_queries(state, std::slice::from_ref(user), h..h + 1, start);
+    for n in 0..state.group_size {
+        for j in (0..count).step_by(SCORED_KEYS) {
+            score_tile::<S, f32, 1>(simd, state, n, keys, j);
         }
+        weigh_tile::<S, 1>(simd, state, n, count);
+        add_tile::<S, f32, 1>(simd, state, n, values, 0..count);
     }
-    for (r, user) in users.iter().enumerate() {
-        for i in 0..queries_of_row {
-            let (query, scores) = (user.row * queries_of_row + i, &mut scores[r * queries_of_row + i]);
-            if let Some(bias) = state.bias {
-                let head = state.heads.start * group_size + i;
-                bias.add(head, user.distance_of(start), &mut scores[..count]);
-            }
-            let o = &mut state.o[query * vectors..][..vectors];
-            update_softmax(simd, scores, count, state.softcap, &mut state.softmax[query], o);
-        }
-    }
-    for j in (0..count).step_by(4) {
-        let (soon, from) = if j + 4 < count {
-            (&offsets[j + 4..], memory.values)
-        } else {
-            (next, memory.keys)
-        };
-        for h in 0..heads {
-            let head_offset = (state.heads.start + h) * head_dim;
-            prefetch_head(simd, from, soon, head_offset, head_dim);
-            // SAFETY: as for the keys.
-            let values = unsafe { ChunkView::in_place(memory.values, offsets, head_offset) };
-            for i in h * group_size..(h + 1) * group_size {
-                let (mut weights, mut at) = ([&scores[0][..0]; R], [0; R]);
-                for (r, user) in users.iter().enumerate() {
-                    weights[r] = &scores[r * queries_of_row + i][j..count.min(j + 4)];
-                    at[r] = (user.row * queries_of_row + i) * vectors;
-                }
-                add_weighted_values::<S, K, R>(simd, weights, values, j, state.o, (at, vectors));
-            }
-        }
-    }
+    state.copies = copies;
 }

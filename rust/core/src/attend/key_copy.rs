@@ -10,6 +10,9 @@ use super::vector::{Element, LANES, SimdOps};
 /// Number of keys by which the prefetch runs ahead of the copy.
 const PREFETCH_DISTANCE: usize = 12;
 
+/// Number of rows by which the prefetch of a chunk in place runs ahead.
+const ROWS_AHEAD: usize = 8;
+
 /// Keys and values `[rows, H, D]` in memory.
 #[derive(Clone, Copy)]
 pub(super) struct KvMemory<'a, K> {
@@ -57,13 +60,9 @@ fn copy_heads<S: SimdOps, K: Element>(
     let width = head_dim.next_multiple_of(LANES);
     for (j, start) in offsets.iter().enumerate() {
         for (h, head) in heads.clone().enumerate() {
-            prefetch_head(
-                simd,
-                from,
-                offsets.get(j + PREFETCH_DISTANCE).map_or(&[], std::slice::from_ref),
-                head * head_dim,
-                head_dim,
-            );
+            if let Some(soon) = offsets.get(j + PREFETCH_DISTANCE) {
+                prefetch_lines(simd, from, soon + head * head_dim, head_dim);
+            }
             // SAFETY: the offset is that of a row of the plan (`ChunkOffsets`), and the head lies in the row.
             let row = unsafe { from.get(start + head * head_dim, head_dim) };
             let (from, rest) = row.as_chunks::<LANES>();
@@ -93,31 +92,32 @@ pub(super) fn prefetch_part<S: SimdOps, K: Element>(
     let heads = state.heads.start * state.head_dim..state.heads.end * state.head_dim;
     for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
         for memory in [memory.keys, memory.values] {
-            // SAFETY: the offset is that of a row of the plan (`ChunkOffsets`), and the heads lie in the row.
-            prefetch_lines(simd, unsafe { memory.get(start + heads.start, heads.len()) });
+            prefetch_lines(simd, memory, start + heads.start, heads.len());
         }
     }
 }
 
-/// Prefetches one head of the first four rows at `offsets`.
+/// Prefetches the keys or values of one head that are [`ROWS_AHEAD`] rows after rows `rows` of the current chunk.
 #[inline(always)]
-pub(super) fn prefetch_head<S: SimdOps, K: Element>(
+pub(super) fn prefetch_ahead<S: SimdOps, K: Element>(
     simd: S,
     memory: SharedMemory<'_, K>,
-    offsets: &[usize],
-    head_offset: usize,
-    head_dim: usize,
+    ChunkOffsets { current, next }: ChunkOffsets<'_>,
+    rows: Range<usize>,
+    (head_offset, head_dim): (usize, usize),
 ) {
-    for start in &offsets[..offsets.len().min(4)] {
-        // SAFETY: the offset is that of a row of the plan (`ChunkOffsets`), and the head lies in the row.
-        prefetch_lines(simd, unsafe { memory.get(start + head_offset, head_dim) });
+    for row in rows.start + ROWS_AHEAD..rows.end + ROWS_AHEAD {
+        let offset = current.get(row).or_else(|| next.get(row - current.len()));
+        if let Some(offset) = offset {
+            prefetch_lines(simd, memory, offset + head_offset, head_dim);
+        }
     }
 }
 
-/// Prefetches the cache lines of a part of a row.
+/// Prefetches the cache lines of `count` elements from element `first` on.
 #[inline(always)]
-fn prefetch_lines<S: SimdOps, K>(simd: S, row: &[K]) {
-    row.iter()
-        .step_by(CACHE_LINE / size_of::<K>())
-        .for_each(|x| simd.prefetch(x));
+fn prefetch_lines<S: SimdOps, K: Element>(simd: S, memory: SharedMemory<'_, K>, first: usize, count: usize) {
+    for element in (0..count).step_by(CACHE_LINE / size_of::<K>()) {
+        simd.prefetch(memory.address(first + element));
+    }
 }

@@ -30,6 +30,12 @@ impl<'a, T> SharedMemory<'a, T> {
         }
     }
 
+    /// Address of element `index`, which need not exist.
+    #[inline(always)]
+    pub(super) fn address(&self, index: usize) -> *const T {
+        self.start.wrapping_add(index)
+    }
+
     pub(super) fn len(&self) -> usize {
         self.len
     }

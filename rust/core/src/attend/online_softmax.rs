@@ -1,4 +1,4 @@
-//! Online softmax of one query over a chunk of keys: scores, softmax update, weighted sum of values.
+//! Online softmax of queries over a chunk of keys.
 //!
 //! The order of the sums depends neither on how calls are split nor on whether keys lie in place or in a copy. Only the
 //! borders between chunks affect the rounding of a result.
@@ -37,7 +37,8 @@ impl<'a, K: Element> ChunkView<'a, K> {
     ///
     /// # Safety
     /// The offsets are those of rows that the tables of the call name, and the head that begins at `head_offset` lies
-    /// in each row. Its dimension is a multiple of [`LANES`], and [`Self::row`] is called for no more vectors.
+    /// in each row. Its dimension is a multiple of [`LANES`], and [`Self::row`] and [`Self::vectors`] are called for no
+    /// more vectors.
     #[inline(always)]
     pub(super) unsafe fn in_place(data: SharedMemory<'a, K>, offsets: &'a [usize], head_offset: usize) -> Self {
         Self {
@@ -45,6 +46,15 @@ impl<'a, K: Element> ChunkView<'a, K> {
             offsets,
             head_offset,
         }
+    }
+
+    /// Vectors `first` to `first + N - 1` of row `j`.
+    #[inline(always)]
+    pub(super) fn vectors<const N: usize>(&self, j: usize, first: usize) -> &'a [[K; LANES]; N] {
+        let start = self.offsets[j] + self.head_offset + first * LANES;
+        // SAFETY: as in `row`.
+        let vectors = unsafe { self.data.get(start, N * LANES) };
+        &vectors.as_chunks().0.as_chunks().0[0]
     }
 
     /// The first `vectors` vectors of row `j`.
@@ -73,215 +83,61 @@ impl SoftmaxState {
     };
 }
 
-/// Scores of keys `j..j + 4`. Beyond the end of the chunk the last key is repeated.
+/// Replaces the first `count` scores of `R` queries by `exp(score - max)` for the new maximum of each, and updates their
+/// softmax states.
 ///
-/// * `q`: query multiplied by the softmax scale.
-#[inline(always)]
-pub(super) fn score_keys<S: SimdOps, K: Element>(simd: S, q: &[F32x16], keys: ChunkView<'_, K>, j: usize) -> [f32; 4] {
-    let (last, n) = (keys.offsets.len() - 1, q.len());
-    let (a, b) = (keys.row(j, n), keys.row((j + 1).min(last), n));
-    let (c, d) = (keys.row((j + 2).min(last), n), keys.row((j + 3).min(last), n));
-    let mut sums = [simd.splat(0.0); 4];
-    for i in 0..n {
-        let x = simd.load(&q[i]);
-        sums[0] = simd.fma(x, K::load(simd, &a[i]), sums[0]);
-        sums[1] = simd.fma(x, K::load(simd, &b[i]), sums[1]);
-        sums[2] = simd.fma(x, K::load(simd, &c[i]), sums[2]);
-        sums[3] = simd.fma(x, K::load(simd, &d[i]), sums[3]);
-    }
-    simd.reduce_sum4(sums)
-}
-
-/// Scores of keys `j..j + 4` by the queries of `R` rows, each to the bit as [`score_keys`] computes them.
-#[inline(always)]
-pub(super) fn score_keys_by_rows<S: SimdOps, K: Element, const R: usize>(
-    simd: S,
-    q: [&[F32x16]; R],
-    keys: ChunkView<'_, K>,
-    j: usize,
-) -> [[f32; 4]; R] {
-    let (last, n) = (keys.offsets.len() - 1, q[0].len());
-    let (a, b) = (keys.row(j, n), keys.row((j + 1).min(last), n));
-    let (c, d) = (keys.row((j + 2).min(last), n), keys.row((j + 3).min(last), n));
-    let mut sums = [[simd.splat(0.0); 4]; R];
-    for i in 0..n {
-        let keys = [
-            K::load(simd, &a[i]),
-            K::load(simd, &b[i]),
-            K::load(simd, &c[i]),
-            K::load(simd, &d[i]),
-        ];
-        for r in 0..R {
-            let x = simd.load(&q[r][i]);
-            for t in 0..4 {
-                sums[r][t] = simd.fma(x, keys[t], sums[r][t]);
-            }
-        }
-    }
-    let mut found = [[0.0; 4]; R];
-    for r in 0..R {
-        found[r] = simd.reduce_sum4(sums[r]);
-    }
-    found
-}
-
-/// Replaces the first `count` scores of a chunk by `exp(score - max)` for the new maximum, and rescales the query's
-/// softmax state and output to that maximum.
+/// Returns the factors that rescale the outputs so far to the new maxima.
 ///
+/// * `scores`: scores of each query.
 /// * `softcap`: bound of the scores, applied as `softcap * tanh(score / softcap)`. 0 means no bound.
-/// * `o`: sum of `exp(score - max) * value` over the keys so far.
 #[inline(always)]
-pub(super) fn update_softmax<S: SimdOps>(
+pub(super) fn update_softmax<S: SimdOps, const R: usize>(
     simd: S,
-    scores: &mut [f32; CHUNK_KEYS],
+    scores: &mut [[f32; CHUNK_KEYS]],
     count: usize,
     softcap: f32,
-    state: &mut SoftmaxState,
-    o: &mut [F32x16],
-) {
-    let scores = &mut scores.as_chunks_mut::<LANES>().0[..count.div_ceil(LANES)];
-    if softcap > 0.0 {
-        apply_softcap(simd, softcap, scores);
-    }
-    scores.as_flattened_mut()[count..].fill(f32::NEG_INFINITY);
-    let mut largest = simd.splat(f32::NEG_INFINITY);
-    for vector in &*scores {
-        largest = simd.max(largest, simd.load(vector));
-    }
-    let max = state.max.max(simd.reduce_max(largest));
-    if max == f32::NEG_INFINITY && !scores.as_flattened().iter().any(|s| s.is_nan()) {
-        // Every score so far is -inf, so `score - max` would be NaN.
-        scores.as_flattened_mut().fill(0.0);
-        return;
-    }
-    if max > state.max {
-        let rescale = simd.reduce_max(exp(simd, simd.splat(state.max - max)));
-        for vector in o {
-            simd.store(simd.mul(simd.splat(rescale), simd.load(vector)), vector);
+    states: &mut [SoftmaxState; R],
+) -> [f32; R] {
+    let (scores, vectors) = (&mut scores[..R], count.div_ceil(LANES).min(CHUNK_KEYS / LANES));
+    let mut largest = [simd.splat(f32::NEG_INFINITY); R];
+    for scores in &mut *scores {
+        if softcap > 0.0 {
+            apply_softcap(simd, softcap, &mut scores.as_chunks_mut().0[..vectors]);
         }
-        *state = SoftmaxState {
-            max,
-            sum: state.sum * rescale,
-        };
+        scores[count..LANES * vectors].fill(f32::NEG_INFINITY);
     }
-    let (shift, mut sum) = (simd.splat(-max), simd.splat(0.0));
-    for vector in scores {
-        let weight = exp(simd, simd.add(simd.load(vector), shift));
-        sum = simd.add(sum, weight);
-        simd.store(weight, vector);
-    }
-    state.sum += simd.reduce_sum(sum);
-}
-
-/// Adds `weights[i] * values[j + i]` to `o`, in ascending order of `i`.
-#[inline(always)]
-pub(super) fn accumulate_values<S: SimdOps, K: Element>(
-    simd: S,
-    weights: &[f32],
-    values: ChunkView<'_, K>,
-    j: usize,
-    o: &mut [F32x16],
-) {
-    let vectors = o.len();
-    let (tiles, rest) = o.as_chunks_mut::<4>();
-    let tiled = 4 * tiles.len();
-    for (t, tile) in tiles.iter_mut().enumerate() {
-        accumulate_tile(simd, weights, values, j, (4 * t, vectors), tile);
-    }
-    for (t, vector) in rest.iter_mut().enumerate() {
-        accumulate_tile(
-            simd,
-            weights,
-            values,
-            j,
-            (tiled + t, vectors),
-            std::array::from_mut(vector),
-        );
-    }
-}
-
-/// Accumulates `N` of the `vectors` vectors of the head dim, starting at vector `first`. `N` vectors stay in registers.
-#[inline(always)]
-fn accumulate_tile<S: SimdOps, K: Element, const N: usize>(
-    simd: S,
-    weights: &[f32],
-    values: ChunkView<'_, K>,
-    j: usize,
-    (first, vectors): (usize, usize),
-    o: &mut [F32x16; N],
-) {
-    let mut sums = [simd.splat(0.0); N];
-    for i in 0..N {
-        sums[i] = simd.load(&o[i]);
-    }
-    for (i, weight) in weights.iter().enumerate() {
-        let (weight, value) = (simd.splat(*weight), &values.row(j + i, vectors)[first..first + N]);
-        for n in 0..N {
-            sums[n] = simd.fma(weight, K::load(simd, &value[n]), sums[n]);
-        }
-    }
-    for i in 0..N {
-        simd.store(sums[i], &mut o[i]);
-    }
-}
-
-/// Adds `weights[r][i] * values[j + i]` to the outputs of `R` rows, each to the bit as [`accumulate_values`] does.
-///
-/// * `at`: place of each row's first vector in `o`.
-#[inline(always)]
-pub(super) fn add_weighted_values<S: SimdOps, K: Element, const R: usize>(
-    simd: S,
-    weights: [&[f32]; R],
-    values: ChunkView<'_, K>,
-    j: usize,
-    o: &mut [F32x16],
-    (at, vectors): ([usize; R], usize),
-) {
-    let mut first = 0;
-    while first + 4 <= vectors {
-        add_tile::<S, K, R, 4>(simd, weights, values, j, o, (at, first, vectors));
-        first += 4;
-    }
-    while first < vectors {
-        add_tile::<S, K, R, 1>(simd, weights, values, j, o, (at, first, vectors));
-        first += 1;
-    }
-}
-
-/// Adds to `N` vectors of each row, from vector `first` on.
-#[inline(always)]
-fn add_tile<S: SimdOps, K: Element, const R: usize, const N: usize>(
-    simd: S,
-    weights: [&[f32]; R],
-    values: ChunkView<'_, K>,
-    j: usize,
-    o: &mut [F32x16],
-    (at, first, vectors): ([usize; R], usize, usize),
-) {
-    let mut sums = [[simd.splat(0.0); N]; R];
-    for r in 0..R {
-        for (n, sum) in sums[r].iter_mut().enumerate() {
-            *sum = simd.load(&o[at[r] + first + n]);
-        }
-    }
-    for (i, _) in weights[0].iter().enumerate() {
-        let row = &values.row(j + i, vectors)[first..first + N];
-        let mut value = [simd.splat(0.0); N];
-        for n in 0..N {
-            value[n] = K::load(simd, &row[n]);
-        }
+    for n in 0..vectors {
         for r in 0..R {
-            let weight = simd.splat(weights[r][i]);
-            for n in 0..N {
-                sums[r][n] = simd.fma(weight, value[n], sums[r][n]);
-            }
+            largest[r] = simd.max(largest[r], simd.load(&scores[r].as_chunks().0[n]));
         }
     }
+    let (mut shift, mut change, mut rescale) = ([simd.splat(0.0); R], [0.0; LANES], [0.0; LANES]);
     for r in 0..R {
-        for (n, sum) in sums[r].iter().enumerate() {
-            simd.store(*sum, &mut o[at[r] + first + n]);
+        let max = states[r].max.max(simd.reduce_max(largest[r]));
+        if max > states[r].max {
+            change[r] = states[r].max - max;
+            states[r].max = max;
+        }
+        // The shift is 0 while every score so far is -inf, because `score - max` would be NaN.
+        shift[r] = simd.splat(if max == f32::NEG_INFINITY { 0.0 } else { -max });
+    }
+    simd.store(exp(simd, simd.load(&change)), &mut rescale);
+    let mut sums = [simd.splat(0.0); 4];
+    for n in 0..vectors {
+        for r in 0..R {
+            let scores = &mut scores[r].as_chunks_mut().0[n];
+            let weight = exp(simd, simd.add(simd.load(scores), shift[r]));
+            sums[r] = simd.add(sums[r], weight);
+            simd.store(weight, scores);
         }
     }
+    let sums = simd.reduce_sum4(sums);
+    let mut factors = [0.0; R];
+    for r in 0..R {
+        states[r].sum = states[r].sum * rescale[r] + sums[r];
+        factors[r] = rescale[r];
+    }
+    factors
 }
 
 /// Replaces scores by `softcap * tanh(score / softcap)`.

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::bias::Bias;
-use super::chunk::ROWS_IN_PLACE;
+use super::in_place::ROWS_IN_PLACE;
 use super::online_softmax::{CHUNK_KEYS, SoftmaxState};
 use super::transposed::{TransposedQueries, num_query_vectors};
 use super::vector::{F32x16, LANES};
@@ -40,8 +40,10 @@ pub(super) struct TaskState<'a> {
     /// Sum of `exp(score - max) * value` of each query, `head_vectors` vectors each.
     pub(super) o: &'a mut [F32x16],
     pub(super) softmax: &'a mut [SoftmaxState],
-    /// Scores of the rows that read a chunk in place, `[ROWS_IN_PLACE, kv heads, group size, CHUNK_KEYS]`.
-    pub(super) scores: &'a mut [f32],
+    /// Queries that read a chunk together. Room is for those of `ROWS_IN_PLACE` rows.
+    pub(super) queries: &'a mut Vec<Query>,
+    /// Their scores, then weights.
+    pub(super) scores: &'a mut [[f32; CHUNK_KEYS]],
     /// Copy of a chunk's keys and one of its values in fp32, `[kv heads, CHUNK_KEYS, head_vectors * 16]`.
     pub(super) copies: [&'a mut [f32]; 2],
     pub(super) transposed: TransposedQueries<'a>,
@@ -54,6 +56,7 @@ impl<'a> TaskState<'a> {
         (softcap, bias): (f32, Option<Bias<'a>>),
         floats: &'a mut Vec<f32>,
         softmax: &'a mut Vec<SoftmaxState>,
+        queries: &'a mut Vec<Query>,
     ) -> Self {
         let TaskShape {
             rows,
@@ -61,8 +64,8 @@ impl<'a> TaskState<'a> {
             group_size,
             head_dim,
         } = shape;
-        let (head_vectors, queries) = (head_dim.div_ceil(LANES), rows * heads.len() * group_size);
-        let query_floats = queries * head_vectors * LANES;
+        let (head_vectors, num_queries) = (head_dim.div_ceil(LANES), rows * heads.len() * group_size);
+        let query_floats = num_queries * head_vectors * LANES;
         let copy_floats = heads.len() * CHUNK_KEYS * head_vectors * LANES;
         let score_floats = ROWS_IN_PLACE * heads.len() * group_size * CHUNK_KEYS;
         let query_vectors = heads.len() * num_query_vectors(rows, group_size);
@@ -70,7 +73,7 @@ impl<'a> TaskState<'a> {
         let total = 2 * (query_floats + copy_floats) + score_floats + transposed_floats + CACHE_LINE;
         floats.resize(total.max(floats.len()), 0.0);
         softmax.clear();
-        softmax.resize(queries, SoftmaxState::EMPTY);
+        softmax.resize(num_queries, SoftmaxState::EMPTY);
         // Each vector of 16 floats fills one cache line. A vector across two lines would cost two loads.
         let skip = floats.as_ptr().align_offset(CACHE_LINE).min(CACHE_LINE);
         let (q, rest) = floats[skip..].split_at_mut(query_floats);
@@ -89,11 +92,22 @@ impl<'a> TaskState<'a> {
             q: q.as_chunks_mut().0,
             o: o.as_chunks_mut().0,
             softmax,
-            scores,
+            queries,
+            scores: scores.as_chunks_mut().0,
             copies: [keys, values],
             transposed: TransposedQueries::new(&mut rest[..transposed_floats], query_vectors, head_vectors),
         }
     }
+}
+
+/// A query over the keys of a chunk.
+pub(super) struct Query {
+    /// Place in the task's queries.
+    pub(super) place: usize,
+    /// Query head, of all heads of the model.
+    pub(super) head: usize,
+    /// Position of the chunk's first key relative to the query.
+    pub(super) distance: i64,
 }
 
 /// A row of the task that sees a block.

@@ -8,14 +8,14 @@ use super::key_copy::{ChunkOffsets, KvMemory, row_offsets};
 use super::online_softmax::{CHUNK_KEYS, SoftmaxState};
 use super::output::SharedOutput;
 use super::plan::{Plan, Task};
-use super::state::{BlockUser, TaskShape, TaskState};
+use super::state::{BlockUser, Query, TaskShape, TaskState};
 use super::transposed;
 use super::vector::{Element, F32x16, Scalar, SimdOps};
 use super::{DecodeInputs, Floats, KeysValues};
 
 thread_local! {
     static SCRATCH: RefCell<Scratch> = const {
-        RefCell::new(Scratch { floats: Vec::new(), softmax: Vec::new(), users: Vec::new() })
+        RefCell::new(Scratch { floats: Vec::new(), softmax: Vec::new(), queries: Vec::new(), users: Vec::new() })
     };
 }
 
@@ -23,6 +23,7 @@ thread_local! {
 struct Scratch {
     floats: Vec<f32>,
     softmax: Vec<SoftmaxState>,
+    queries: Vec<Query>,
     users: Vec<BlockUser>,
 }
 
@@ -82,14 +83,19 @@ fn run_generic<S: SimdOps>(
 ) {
     let shape = inputs.shape;
     let (rows, group_size) = (&plan.rows[task.rows.clone()], shape.heads / shape.kv_heads);
-    let Scratch { floats, softmax, users } = scratch;
+    let Scratch {
+        floats,
+        softmax,
+        queries,
+        users,
+    } = scratch;
     let task_shape = TaskShape {
         rows: rows.len(),
         heads: task.heads.clone(),
         group_size,
         head_dim: shape.head_dim,
     };
-    let mut state = TaskState::new(task_shape, (inputs.softcap, inputs.bias), floats, softmax);
+    let mut state = TaskState::new(task_shape, (inputs.softcap, inputs.bias), floats, softmax, queries);
     let (vectors, first_head, num_heads) = (
         state.head_vectors,
         task.heads.start * group_size,

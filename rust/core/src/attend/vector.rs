@@ -47,9 +47,8 @@ pub(crate) trait SimdOps: Copy {
     fn reduce_sum(self, x: Self::Vector) -> f32;
     /// Largest lane of a vector.
     fn reduce_max(self, x: Self::Vector) -> f32;
-    /// Prefetches the cache line of `x` into the second-level cache, which can have more lines in flight than the
-    /// first.
-    fn prefetch<T>(self, _x: &T) {}
+    /// Prefetches the cache line of an address, which may be any.
+    fn prefetch<T>(self, _x: *const T) {}
 }
 
 /// Element type of keys and values in memory: `f32`, or `u16` for the bits of a bf16.
