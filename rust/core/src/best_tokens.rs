@@ -80,7 +80,7 @@ fn of_rows<K: Element + Sync>(
             match instructions.0 {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the value in `Kind::Avx512` proves that the CPU has the enabled instructions.
-                Kind::Avx512(simd) => unsafe { of_row_avx512(simd, row, best, &mut scratch) },
+                Kind::Avx512(simd, _) => unsafe { of_row_avx512(simd, row, best, &mut scratch) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the value in `Kind::Avx2` proves that the CPU has the enabled instructions.
                 Kind::Avx2(simd) => unsafe { of_row_avx2(simd, row, best, &mut scratch) },

@@ -7,18 +7,19 @@
 
 use std::arch::x86_64::{
     __m256i, __m512, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_prefetch,
-    _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_castps512_ps128, _mm512_castsi512_ps,
+    _mm_storeu_ps, _mm256_loadu_si256, _mm512_add_epi32, _mm512_add_ps, _mm512_castpd_ps, _mm512_castps_pd, _mm512_castps512_ps128, _mm512_castsi512_ps,
     _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32, _mm512_cvtps_epi32, _mm512_div_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
     _mm512_mask_mov_ps, _mm512_max_ps, _mm512_min_ps, _mm512_mul_ps, _mm512_permute_ps, _mm512_permutexvar_ps,
     _mm512_reduce_add_ps, _mm512_reduce_max_ps, _mm512_roundscale_ps, _mm512_set1_epi32, _mm512_set1_ps,
-    _mm512_setr_epi32, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps,
+    _mm512_setr_epi32, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_storeu_ps, _mm512_unpackhi_pd, _mm512_unpackhi_ps, _mm512_unpacklo_pd, _mm512_unpacklo_ps,
 };
 
 use super::vector::{F32x16, LANES, SimdOps};
 
 /// Proof that the CPU has AVX-512F, AVX2 and FMA. [`Avx512::new`] is the only way to make a value.
 ///
-/// The bf16 dot products of AVX512-BF16 are not used, because they would round queries and softmax weights to 8 bits.
+/// Decode attention does not use the bf16 dot products of AVX512-BF16, because they would round softmax weights to 8
+/// bits, and because it waits for memory.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512(());
 
@@ -28,6 +29,17 @@ impl Avx512 {
         let all =
             is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
         all.then_some(Self(()))
+    }
+}
+
+/// Proof that the CPU has AVX-512F and AVX512-BF16. [`Avx512Bf16::new`] is the only way to make a value.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx512Bf16(());
+
+impl Avx512Bf16 {
+    /// `None` on a CPU without these instructions.
+    pub(super) fn new() -> Option<Self> {
+        (is_x86_feature_detected!("avx512bf16") && Avx512::new().is_some()).then_some(Self(()))
     }
 }
 
@@ -150,6 +162,42 @@ impl SimdOps for Avx512 {
     #[inline(always)]
     fn reduce_max(self, x: __m512) -> f32 {
         one!(_mm512_reduce_max_ps, x)
+    }
+    #[inline(always)]
+    fn load_bits(self, x: &[u32; LANES]) -> __m512 {
+        // SAFETY: `self` proves that the CPU has AVX-512F. The load accepts any alignment and reads the 64 bytes of
+        // `x`.
+        unsafe { _mm512_loadu_ps(x.as_ptr().cast()) }
+    }
+    #[inline(always)]
+    fn transpose(self, x: [__m512; LANES]) -> [__m512; LANES] {
+        let (mut two, mut four, mut all) = (x, x, x);
+        // SAFETY: `self` proves that the CPU has AVX-512F. No memory is accessed.
+        unsafe {
+            for i in (0..LANES).step_by(2) {
+                two[i] = _mm512_unpacklo_ps(x[i], x[i + 1]);
+                two[i + 1] = _mm512_unpackhi_ps(x[i], x[i + 1]);
+            }
+            for i in (0..LANES).step_by(4) {
+                for j in 0..2 {
+                    let (a, b) = (_mm512_castps_pd(two[i + j]), _mm512_castps_pd(two[i + j + 2]));
+                    four[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                    four[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+                }
+            }
+            // Vector 4 i + j holds elements j, j + 4, j + 8 and j + 12 of vectors 4 i to 4 i + 3 of `x`.
+            for j in 0..4 {
+                let low = _mm512_shuffle_f32x4::<0x44>(four[j], four[4 + j]);
+                let high = _mm512_shuffle_f32x4::<0xEE>(four[j], four[4 + j]);
+                let low_2 = _mm512_shuffle_f32x4::<0x44>(four[8 + j], four[12 + j]);
+                let high_2 = _mm512_shuffle_f32x4::<0xEE>(four[8 + j], four[12 + j]);
+                all[j] = _mm512_shuffle_f32x4::<0x88>(low, low_2);
+                all[4 + j] = _mm512_shuffle_f32x4::<0xDD>(low, low_2);
+                all[8 + j] = _mm512_shuffle_f32x4::<0x88>(high, high_2);
+                all[12 + j] = _mm512_shuffle_f32x4::<0xDD>(high, high_2);
+            }
+        }
+        all
     }
     #[inline(always)]
     fn prefetch<T>(self, x: *const T) {

@@ -6,6 +6,8 @@
 //! Shape letters: B sequences, T queries and S keys of each, HQ query heads, H kv heads, D head dim.
 
 mod chunk;
+mod products;
+mod rows;
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
@@ -13,10 +15,12 @@ use std::sync::Mutex;
 
 use super::dispatch::Kind;
 use super::output::round_to_bf16;
-use super::vector::{Element, F32x16, LANES, Scalar, SimdOps};
+use super::vector::{F32x16, LANES, Scalar, SimdOps};
 use super::{Floats, FloatsMut, InstructionSet, MAX_HEAD_DIM, openmp};
 use crate::error::{Error, Result};
-use chunk::{add_values, hide_later_keys, score_chunk, update_softmax};
+use chunk::{add_values, hide_later_keys, pack_weights, score_chunk, update_softmax};
+use products::{Fma, Products};
+use rows::{copy_keys_and_values, copy_queries, write};
 
 /// Vectors of queries that are processed together.
 const VECTORS: usize = 4;
@@ -129,7 +133,7 @@ fn of_heads<T: Send>(
     lse: &mut [MaybeUninit<f32>],
     threads: usize,
     instructions: InstructionSet,
-    convert: fn(f32) -> T,
+    convert: impl Fn(f32) -> T + Copy + Sync,
 ) -> Result<()> {
     let ([batch, heads, _, dim], [queries, _]) = (inputs.shape, inputs.lens);
     let outputs = o.chunks_exact_mut(queries * dim).zip(lse.chunks_exact_mut(queries));
@@ -145,16 +149,23 @@ fn of_heads<T: Send>(
                         first: block * QUERIES,
                         count: lse.len(),
                     };
+                    let out = (o, lse);
                     match instructions.0 {
                         #[cfg(target_arch = "x86_64")]
-                        // SAFETY: the value in `Kind::Avx512` proves that the CPU has the enabled instructions.
-                        Kind::Avx512(simd) => unsafe { of_block_avx512(simd, inputs, block, scratch) },
+                        // SAFETY: the values in `Kind::Avx512` prove that the CPU has the enabled instructions.
+                        Kind::Avx512(simd, bf16) => unsafe {
+                            match (bf16, inputs.q.data) {
+                                (Some(bf16), Floats::Bf16(_)) => {
+                                    of_block_bf16((simd, bf16), inputs, block, scratch, out, convert);
+                                }
+                                _ => of_block_avx512(simd, inputs, block, scratch, out, convert),
+                            }
+                        },
                         #[cfg(target_arch = "x86_64")]
                         // SAFETY: the value in `Kind::Avx2` proves that the CPU has the enabled instructions.
-                        Kind::Avx2(simd) => unsafe { of_block_avx2(simd, inputs, block, scratch) },
-                        Kind::Scalar => of_block(Scalar, inputs, block, scratch),
+                        Kind::Avx2(simd) => unsafe { of_block_avx2(simd, inputs, block, scratch, out, convert) },
+                        Kind::Scalar => of_block((Scalar, Fma(Scalar)), inputs, block, scratch, out, convert),
                     }
-                    write(scratch, dim, (o, lse), convert);
                 }
             }
         });
@@ -167,10 +178,11 @@ thread_local! {
 
 /// Memory of a thread, reused from call to call because fresh memory costs page faults.
 struct Scratch {
-    /// Keys and values of one head in fp32, `[S, D]`, with both padded by zeros to multiples of [`TILE`].
-    keys: Vec<f32>,
-    values: Vec<f32>,
-    /// Queries times the scale, and sums of weighted values, `[D, QUERIES]`.
+    /// Keys and values of one head, `[S, D]`. Rows have whole vectors, and both sizes are padded by zeros. With products
+    /// of pairs two dims of a key, or of two values, lie in a lane.
+    keys: Vec<F32x16>,
+    values: Vec<F32x16>,
+    /// Queries and sums of weighted values, `[D, QUERIES]`.
     q: Vec<PerQuery>,
     o: Vec<PerQuery>,
     /// Scores, then weights of one chunk of keys.
@@ -206,33 +218,67 @@ struct Block {
     count: usize,
 }
 
+/// Output and log-sum-exp of a block.
+type Out<'a, T> = (&'a mut [MaybeUninit<T>], &'a mut [MaybeUninit<f32>]);
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16,avx2,fma")]
+fn of_block_bf16<T>(
+    simd: (super::avx512::Avx512, super::avx512::Avx512Bf16),
+    inputs: &DenseInputs<'_>,
+    block: Block,
+    scratch: &mut Scratch,
+    out: Out<'_, T>,
+    convert: impl Fn(f32) -> T,
+) {
+    of_block(simd, inputs, block, scratch, out, convert);
+}
+
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn of_block_avx512(simd: super::avx512::Avx512, inputs: &DenseInputs<'_>, block: Block, scratch: &mut Scratch) {
-    of_block(simd, inputs, block, scratch);
+fn of_block_avx512<T>(
+    simd: super::avx512::Avx512,
+    inputs: &DenseInputs<'_>,
+    block: Block,
+    scratch: &mut Scratch,
+    out: Out<'_, T>,
+    convert: impl Fn(f32) -> T,
+) {
+    of_block((simd, Fma(simd)), inputs, block, scratch, out, convert);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn of_block_avx2(simd: super::avx2::Avx2, inputs: &DenseInputs<'_>, block: Block, scratch: &mut Scratch) {
-    of_block(simd, inputs, block, scratch);
+fn of_block_avx2<T>(
+    simd: super::avx2::Avx2,
+    inputs: &DenseInputs<'_>,
+    block: Block,
+    scratch: &mut Scratch,
+    out: Out<'_, T>,
+    convert: impl Fn(f32) -> T,
+) {
+    of_block((simd, Fma(simd)), inputs, block, scratch, out, convert);
 }
 
 #[inline(always)]
-fn of_block<S: SimdOps>(simd: S, inputs: &DenseInputs<'_>, block: Block, scratch: &mut Scratch) {
-    let ([_, heads, kv_heads, dim], [_, keys]) = (inputs.shape, inputs.lens);
-    let ([sequence, head], width) = (block.place, dim.next_multiple_of(TILE));
+fn of_block<S: SimdOps, P: Products<S>, T>(
+    (simd, products): (S, P),
+    inputs: &DenseInputs<'_>,
+    block: Block,
+    scratch: &mut Scratch,
+    out: Out<'_, T>,
+    convert: impl Fn(f32) -> T,
+) {
+    let ([_, heads, kv_heads, dim], [_, keys], [sequence, head]) = (inputs.shape, inputs.lens, block.place);
     if block.first == 0 {
         let place = [sequence, head / (heads / kv_heads)];
-        for (from, to) in [(inputs.k, &mut scratch.keys), (inputs.v, &mut scratch.values)] {
-            copy_rows(simd, from, place, keys, (dim, width), to);
-        }
+        copy_keys_and_values::<S, P>(simd, inputs, place, scratch);
     }
-    load_queries(inputs, block, width, &mut scratch.q);
+    copy_queries::<S, P>(simd, inputs, block, &mut scratch.q);
     scratch.o.clear();
-    scratch.o.resize(width, [[0.0; LANES]; VECTORS]);
+    scratch.o.resize(dim.next_multiple_of(LANES), PerQuery::default());
     scratch.max = [[f32::NEG_INFINITY; LANES]; VECTORS];
-    scratch.sum = [[0.0; LANES]; VECTORS];
+    scratch.sum = PerQuery::default();
     scratch.vectors = block.count.div_ceil(LANES);
     let seen = if inputs.causal {
         keys.min(block.first + block.count)
@@ -241,85 +287,17 @@ fn of_block<S: SimdOps>(simd: S, inputs: &DenseInputs<'_>, block: Block, scratch
     };
     for first in (0..seen).step_by(KEYS) {
         let count = KEYS.min(seen - first);
-        score_chunk(simd, scratch, first, count, width);
+        score_chunk(simd, products, scratch, (first, count), (dim, inputs.scale));
         if inputs.causal && first + count > block.first + 1 {
             hide_later_keys(simd, &mut scratch.scores, first, block.first);
         }
         update_softmax(simd, scratch, count);
-        add_values(simd, scratch, first, count, width);
-    }
-}
-
-/// Copies the rows of one head to fp32.
-#[inline(always)]
-fn copy_rows<S: SimdOps>(
-    simd: S,
-    from: Strided<'_>,
-    [sequence, head]: [usize; 2],
-    rows: usize,
-    (dim, width): (usize, usize),
-    to: &mut Vec<f32>,
-) {
-    to.clear();
-    to.resize(rows.next_multiple_of(TILE) * width, 0.0);
-    let start = sequence * from.strides[0] + head * from.strides[1];
-    for (row, to) in to.chunks_exact_mut(width).take(rows).enumerate() {
-        let start = start + row * from.strides[2];
-        match from.data {
-            Floats::F32(x) => copy_row(simd, &x[start..start + dim], to),
-            Floats::Bf16(x) => copy_row(simd, &x[start..start + dim], to),
+        if P::PACKED == 2 {
+            pack_weights(simd, products, &mut scratch.scores, count);
         }
+        add_values(simd, products, scratch, (first, count), dim);
     }
-}
-
-#[inline(always)]
-fn copy_row<S: SimdOps, K: Element>(simd: S, from: &[K], to: &mut [f32]) {
-    let (whole, rest) = from.as_chunks::<LANES>();
-    let (to, tail) = to.split_at_mut(from.len() - rest.len());
-    for (from, to) in whole.iter().zip(to.as_chunks_mut().0) {
-        simd.store(K::load(simd, from), to);
-    }
-    for (from, to) in rest.iter().zip(tail) {
-        *to = from.to_f32();
-    }
-}
-
-/// Writes the queries of a block times the scale to `q`. Those that the block lacks are 0.
-#[inline(always)]
-fn load_queries(inputs: &DenseInputs<'_>, block: Block, width: usize, q: &mut Vec<PerQuery>) {
-    let (dim, [a, b, c]) = (inputs.shape[3], inputs.q.strides);
-    q.clear();
-    q.resize(width, [[0.0; LANES]; VECTORS]);
-    for i in 0..block.count {
-        let start = block.place[0] * a + block.place[1] * b + (block.first + i) * c;
-        let (vector, lane) = (i / LANES, i % LANES);
-        let mut set = |d: usize, x: f32| q[d][vector][lane] = x * inputs.scale;
-        match inputs.q.data {
-            Floats::F32(x) => x[start..start + dim].iter().enumerate().for_each(|(d, x)| set(d, *x)),
-            Floats::Bf16(x) => x[start..start + dim]
-                .iter()
-                .enumerate()
-                .for_each(|(d, x)| set(d, x.to_f32())),
-        }
-    }
-}
-
-/// Writes output and log-sum-exp of a block. A query whose weights sum to 0 gets 0 and -inf.
-fn write<T>(
-    scratch: &Scratch,
-    dim: usize,
-    (o, lse): (&mut [MaybeUninit<T>], &mut [MaybeUninit<f32>]),
-    convert: fn(f32) -> T,
-) {
-    for (i, (o, lse)) in o.chunks_exact_mut(dim).zip(lse).enumerate() {
-        let (n, lane) = (i / LANES, i % LANES);
-        let (max, sum) = (scratch.max[n][lane], scratch.sum[n][lane]);
-        let inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
-        for (to, from) in o.iter_mut().zip(&scratch.o) {
-            to.write(convert(from[n][lane] * inverse));
-        }
-        lse.write(max + sum.ln());
-    }
+    write(simd, scratch, dim, out, convert);
 }
 
 #[cfg(test)]

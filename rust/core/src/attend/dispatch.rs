@@ -5,10 +5,10 @@ use std::sync::OnceLock;
 #[cfg(target_arch = "x86_64")]
 use super::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
-use super::avx512::Avx512;
+use super::avx512::{Avx512, Avx512Bf16};
 use crate::error::{Error, Result};
 
-/// Environment variable that selects the instruction set (`avx512`, `avx2` or `scalar`), by default the best of the
+/// Environment variable that selects the instruction set (`avx512_bf16`, `avx512`, `avx2` or `scalar`), by default the best of the
 /// CPU.
 pub const SIMD_VARIABLE: &str = "PREFIXFAST_SIMD";
 
@@ -19,7 +19,8 @@ pub struct InstructionSet(pub(crate) Kind);
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
     #[cfg(target_arch = "x86_64")]
-    Avx512(Avx512),
+    /// The second is for dense attention in bf16.
+    Avx512(Avx512, Option<Avx512Bf16>),
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
     Scalar,
@@ -33,7 +34,9 @@ impl InstructionSet {
     pub fn named(name: &str) -> Result<Self> {
         let found = match name {
             #[cfg(target_arch = "x86_64")]
-            "avx512" => Avx512::new().map(Kind::Avx512),
+            "avx512_bf16" => avx512_bf16(),
+            #[cfg(target_arch = "x86_64")]
+            "avx512" => Avx512::new().map(|simd| Kind::Avx512(simd, None)),
             #[cfg(target_arch = "x86_64")]
             "avx2" => Avx2::new().map(Kind::Avx2),
             "scalar" => Some(Kind::Scalar),
@@ -68,7 +71,11 @@ impl InstructionSet {
     #[must_use]
     pub fn all() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
-        let vectors = [Avx512::new().map(Kind::Avx512), Avx2::new().map(Kind::Avx2)];
+        let vectors = [
+            avx512_bf16(),
+            Avx512::new().map(|simd| Kind::Avx512(simd, None)),
+            Avx2::new().map(Kind::Avx2),
+        ];
         #[cfg(not(target_arch = "x86_64"))]
         let vectors: [Option<Kind>; 0] = [];
         vectors.into_iter().flatten().chain([Kind::Scalar]).map(Self).collect()
@@ -79,10 +86,19 @@ impl InstructionSet {
     pub fn name(&self) -> &'static str {
         match self.0 {
             #[cfg(target_arch = "x86_64")]
-            Kind::Avx512(_) => "avx512",
+            Kind::Avx512(_, Some(_)) => "avx512_bf16",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512(_, None) => "avx512",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2(_) => "avx2",
             Kind::Scalar => "scalar",
         }
     }
+}
+
+/// AVX-512 with bf16 dot products.
+#[cfg(target_arch = "x86_64")]
+fn avx512_bf16() -> Option<Kind> {
+    let (simd, bf16) = (Avx512::new()?, Avx512Bf16::new()?);
+    Some(Kind::Avx512(simd, Some(bf16)))
 }

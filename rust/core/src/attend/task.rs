@@ -38,7 +38,7 @@ pub(super) fn run(
     SCRATCH.with_borrow_mut(|scratch| match instructions.0 {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the value in `Kind::Avx512` proves that the CPU has the enabled instructions.
-        Kind::Avx512(simd) => unsafe { run_avx512(simd, inputs, plan, task, out, scratch) },
+        Kind::Avx512(simd, _) => unsafe { run_avx512(simd, inputs, plan, task, out, scratch) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the value in `Kind::Avx2` proves that the CPU has the enabled instructions.
         Kind::Avx2(simd) => unsafe { run_avx2(simd, inputs, plan, task, out, scratch) },

@@ -25,6 +25,11 @@ pub(crate) trait SimdOps: Copy {
     fn load(self, x: &F32x16) -> Self::Vector;
     /// Loads 16 bf16 numbers as fp32. The conversion is exact, since bf16 is the upper half of an fp32.
     fn load_bf16(self, x: &[u16; LANES]) -> Self::Vector;
+    /// Loads 16 words as the bits of a vector.
+    #[inline(always)]
+    fn load_bits(self, x: &[u32; LANES]) -> Self::Vector {
+        self.load(&x.map(f32::from_bits))
+    }
     fn store(self, x: Self::Vector, to: &mut F32x16);
     fn add(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
     fn mul(self, a: Self::Vector, b: Self::Vector) -> Self::Vector;
@@ -47,6 +52,18 @@ pub(crate) trait SimdOps: Copy {
     fn reduce_sum(self, x: Self::Vector) -> f32;
     /// Largest lane of a vector.
     fn reduce_max(self, x: Self::Vector) -> f32;
+    /// Vectors of which element `j` of vector `i` is element `i` of vector `j` of `x`.
+    #[inline(always)]
+    fn transpose(self, x: [Self::Vector; LANES]) -> [Self::Vector; LANES] {
+        let (mut rows, mut columns) = ([[0.0; LANES]; LANES], x);
+        for (x, row) in x.into_iter().zip(&mut rows) {
+            self.store(x, row);
+        }
+        for (i, column) in columns.iter_mut().enumerate() {
+            *column = self.load(&rows.map(|row| row[i]));
+        }
+        columns
+    }
     /// Prefetches the cache line of an address, which may be any.
     fn prefetch<T>(self, _x: *const T) {}
 }

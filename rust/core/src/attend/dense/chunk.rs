@@ -2,11 +2,18 @@
 
 use super::super::math::exp;
 use super::super::vector::{F32x16, LANES, SimdOps};
+use super::products::Products;
 use super::{KEYS, PerQuery, Scratch, TILE, VECTORS};
 
 /// Computes the scores of `count` keys from key `first` on.
 #[inline(always)]
-pub(super) fn score_chunk<S: SimdOps>(simd: S, scratch: &mut Scratch, first: usize, count: usize, width: usize) {
+pub(super) fn score_chunk<S: SimdOps, P: Products<S>>(
+    simd: S,
+    products: P,
+    scratch: &mut Scratch,
+    (first, count): (usize, usize),
+    (dim, scale): (usize, f32),
+) {
     let Scratch {
         keys,
         q,
@@ -14,17 +21,20 @@ pub(super) fn score_chunk<S: SimdOps>(simd: S, scratch: &mut Scratch, first: usi
         vectors,
         ..
     } = scratch;
-    scores.resize(KEYS, [[0.0; LANES]; VECTORS]);
+    let lanes = dim.div_ceil(P::PACKED);
+    let width = lanes.div_ceil(LANES);
+    scores.resize(KEYS, PerQuery::default());
     let rows = &keys[first * width..][..count.next_multiple_of(TILE) * width];
     for (rows, to) in rows.chunks_exact(TILE * width).zip(scores.as_chunks_mut::<TILE>().0) {
-        let (a, rest) = rows.split_at(width);
-        let (b, rest) = rest.split_at(width);
-        let (c, d) = rest.split_at(width);
+        let rows = (rows.as_flattened(), &q[..lanes]);
         if S::NUM_REGISTERS >= 32 && *vectors == VECTORS {
-            score_tile::<S, VECTORS>(simd, [a, b, c, d], q, 0, to);
+            score_tile::<S, P, VECTORS>(simd, products, rows, (0, scale), to);
+        } else if S::NUM_REGISTERS >= 32 && *vectors > 1 {
+            score_tile::<S, P, 2>(simd, products, rows, (0, scale), to);
+            score_tile::<S, P, 2>(simd, products, rows, (*vectors - 2, scale), to);
         } else {
             for n in 0..*vectors {
-                score_tile::<S, 1>(simd, [a, b, c, d], q, n, to);
+                score_tile::<S, P, 1>(simd, products, rows, (n, scale), to);
             }
         }
     }
@@ -32,26 +42,29 @@ pub(super) fn score_chunk<S: SimdOps>(simd: S, scratch: &mut Scratch, first: usi
 
 /// Scores of four keys and `N` vectors of queries from vector `n` on.
 #[inline(always)]
-fn score_tile<S: SimdOps, const N: usize>(
+fn score_tile<S: SimdOps, P: Products<S>, const N: usize>(
     simd: S,
-    [a, b, c, d]: [&[f32]; TILE],
-    q: &[PerQuery],
-    n: usize,
+    products: P,
+    (keys, q): (&[f32], &[PerQuery]),
+    (n, scale): (usize, f32),
     to: &mut [PerQuery; TILE],
 ) {
+    let (a, rest) = keys.split_at(keys.len() / TILE);
+    let (b, rest) = rest.split_at(a.len());
+    let (c, d) = rest.split_at(a.len());
     let mut sums = [[simd.splat(0.0); N]; TILE];
     for ((((q, a), b), c), d) in q.iter().zip(a).zip(b).zip(c).zip(d) {
         let key = [simd.splat(*a), simd.splat(*b), simd.splat(*c), simd.splat(*d)];
         for i in 0..N {
             let query = simd.load(&q[n + i]);
             for t in 0..TILE {
-                sums[t][i] = simd.fma(query, key[t], sums[t][i]);
+                sums[t][i] = products.add(query, key[t], sums[t][i]);
             }
         }
     }
     for t in 0..TILE {
         for i in 0..N {
-            simd.store(sums[t][i], &mut to[t][n + i]);
+            simd.store(simd.mul(simd.splat(scale), sums[t][i]), &mut to[t][n + i]);
         }
     }
 }
@@ -115,9 +128,26 @@ pub(super) fn update_softmax<S: SimdOps>(simd: S, scratch: &mut Scratch, count: 
     }
 }
 
+/// Packs the weights of `count` keys in pairs of keys.
+#[inline(always)]
+pub(super) fn pack_weights<S: SimdOps, P: Products<S>>(simd: S, products: P, weights: &mut [PerQuery], count: usize) {
+    for j in 0..count.next_multiple_of(TILE) / 2 {
+        let (low, high) = (weights[2 * j], weights[2 * j + 1]);
+        for ((to, low), high) in weights[j].iter_mut().zip(&low).zip(&high) {
+            simd.store(products.pack(simd.load(low), simd.load(high)), to);
+        }
+    }
+}
+
 /// Adds the weighted values of `count` keys from key `first` on to the output.
 #[inline(always)]
-pub(super) fn add_values<S: SimdOps>(simd: S, scratch: &mut Scratch, first: usize, count: usize, width: usize) {
+pub(super) fn add_values<S: SimdOps, P: Products<S>>(
+    simd: S,
+    products: P,
+    scratch: &mut Scratch,
+    (first, count): (usize, usize),
+    dim: usize,
+) {
     let Scratch {
         values,
         o,
@@ -125,14 +155,16 @@ pub(super) fn add_values<S: SimdOps>(simd: S, scratch: &mut Scratch, first: usiz
         vectors,
         ..
     } = scratch;
-    let count = count.next_multiple_of(TILE);
-    let (rows, weights) = (&values[first * width..][..count * width], &scores[..count]);
-    for (tile, o) in o.as_chunks_mut::<TILE>().0.iter_mut().enumerate() {
+    let (first, count) = (first / P::PACKED, count.next_multiple_of(TILE) / P::PACKED);
+    let width = dim.div_ceil(LANES);
+    let rows = (values[first * width..][..count * width].as_flattened(), width * LANES);
+    let weights = &scores[..count];
+    for (tile, o) in o.as_chunks_mut::<TILE>().0.iter_mut().enumerate().take(dim.div_ceil(TILE)) {
         if S::NUM_REGISTERS >= 32 && *vectors == VECTORS {
-            value_tile::<S, VECTORS>(simd, weights, (rows, width, tile), 0, o);
+            value_tile::<S, P, VECTORS>(simd, products, weights, (rows, tile), 0, o);
         } else {
             for n in 0..*vectors {
-                value_tile::<S, 1>(simd, weights, (rows, width, tile), n, o);
+                value_tile::<S, P, 1>(simd, products, weights, (rows, tile), n, o);
             }
         }
     }
@@ -140,10 +172,11 @@ pub(super) fn add_values<S: SimdOps>(simd: S, scratch: &mut Scratch, first: usiz
 
 /// Adds four dims of weighted values for `N` vectors of queries from vector `n` on.
 #[inline(always)]
-fn value_tile<S: SimdOps, const N: usize>(
+fn value_tile<S: SimdOps, P: Products<S>, const N: usize>(
     simd: S,
+    products: P,
     weights: &[PerQuery],
-    (rows, width, tile): (&[f32], usize, usize),
+    ((rows, width), tile): ((&[f32], usize), usize),
     n: usize,
     o: &mut [PerQuery; TILE],
 ) {
@@ -154,11 +187,12 @@ fn value_tile<S: SimdOps, const N: usize>(
         }
     }
     for (weight, row) in weights.iter().zip(rows.chunks_exact(width)) {
-        let value = row.as_chunks::<TILE>().0[tile].map(|x| simd.splat(x));
+        let row = row.as_chunks::<TILE>().0[tile];
+        let value = [simd.splat(row[0]), simd.splat(row[1]), simd.splat(row[2]), simd.splat(row[3])];
         for i in 0..N {
             let weight = simd.load(&weight[n + i]);
             for t in 0..TILE {
-                sums[t][i] = simd.fma(weight, value[t], sums[t][i]);
+                sums[t][i] = products.add(weight, value[t], sums[t][i]);
             }
         }
     }
