@@ -38,20 +38,22 @@ pub(super) fn attend_in_place<S: SimdOps, K: Element>(
     simd: S,
     state: &mut TaskState<'_>,
     memory: KvMemory<'_, K>,
-    offsets: ChunkOffsets<'_>,
+    ChunkOffsets { current, next }: ChunkOffsets<'_>,
     start: usize,
     users: &[BlockUser],
 ) {
     let (heads, head_dim) = (state.heads.clone(), state.head_dim);
-    let (per_head, count) = (users.len() * state.group_size, offsets.current.len());
+    let (per_head, count) = (users.len() * state.group_size, current.len());
+    let KvMemory { keys, values } = memory;
     set_queries(state, users, 0..heads.len(), start);
     for j in (0..count).step_by(SCORED_KEYS) {
         for h in 0..heads.len() {
             let head_offset = (heads.start + h) * head_dim;
-            prefetch_ahead(simd, memory.keys, offsets, j..j + SCORED_KEYS, (head_offset, head_dim));
+            let rows = j..count.min(j + SCORED_KEYS);
+            prefetch_ahead(simd, rows, (keys, current), (values, current), (head_offset, head_dim));
             // SAFETY: the offsets are those of rows of the plan (`ChunkOffsets`), and `attend_chunk` calls this
             // function only for head dims that are multiples of `LANES`, which have `head_vectors` vectors.
-            let keys = unsafe { ChunkView::in_place(memory.keys, offsets.current, head_offset) };
+            let keys = unsafe { ChunkView::in_place(keys, current, head_offset) };
             for_tiles!(S, per_head, n => score_tile::<S, K>(simd, state, h * per_head + n, keys, j));
         }
     }
@@ -61,9 +63,9 @@ pub(super) fn attend_in_place<S: SimdOps, K: Element>(
         let rows = j..count.min(j + WEIGHTED_KEYS);
         for h in 0..heads.len() {
             let head_offset = (heads.start + h) * head_dim;
-            prefetch_ahead(simd, memory.values, offsets, rows.clone(), (head_offset, head_dim));
+            prefetch_ahead(simd, rows.clone(), (values, current), (keys, next), (head_offset, head_dim));
             // SAFETY: as for the keys.
-            let values = unsafe { ChunkView::in_place(memory.values, offsets.current, head_offset) };
+            let values = unsafe { ChunkView::in_place(values, current, head_offset) };
             for_tiles!(S, per_head, n => add_tile::<S, K>(simd, state, h * per_head + n, values, rows.clone()));
         }
     }

@@ -97,18 +97,26 @@ pub(super) fn prefetch_part<S: SimdOps, K: Element>(
     }
 }
 
-/// Prefetches the keys or values of one head that are [`ROWS_AHEAD`] rows after rows `rows` of the current chunk.
+/// Prefetches one head of what is read [`ROWS_AHEAD`] rows after some rows of a chunk.
+///
+/// * `rows`: the rows, counted from the start of the chunk.
+/// * `this`: memory and offsets of the chunk.
+/// * `then`: memory and offsets of what is read after it.
 #[inline(always)]
 pub(super) fn prefetch_ahead<S: SimdOps, K: Element>(
     simd: S,
-    memory: SharedMemory<'_, K>,
-    ChunkOffsets { current, next }: ChunkOffsets<'_>,
     rows: Range<usize>,
+    this: (SharedMemory<'_, K>, &[usize]),
+    then: (SharedMemory<'_, K>, &[usize]),
     (head_offset, head_dim): (usize, usize),
 ) {
     for row in rows.start + ROWS_AHEAD..rows.end + ROWS_AHEAD {
-        let offset = current.get(row).or_else(|| next.get(row - current.len()));
-        if let Some(offset) = offset {
+        let ((memory, offsets), row) = if row < this.1.len() {
+            (this, row)
+        } else {
+            (then, row - this.1.len())
+        };
+        if let Some(offset) = offsets.get(row) {
             prefetch_lines(simd, memory, offset + head_offset, head_dim);
         }
     }

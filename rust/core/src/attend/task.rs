@@ -1,13 +1,14 @@
 //! Execution of one task: its queries over their prefix blocks, then over their own keys.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use super::chunk::{attend_chunk, attend_chunk_transposed};
 use super::dispatch::{InstructionSet, Kind};
 use super::key_copy::{ChunkOffsets, KvMemory, row_offsets};
 use super::online_softmax::{CHUNK_KEYS, SoftmaxState};
 use super::output::SharedOutput;
-use super::plan::{Plan, Task};
+use super::plan::{Plan, QueryRow, Task};
 use super::state::{BlockUser, Query, TaskShape, TaskState};
 use super::transposed;
 use super::vector::{Element, F32x16, Scalar, SimdOps};
@@ -222,41 +223,52 @@ fn attend_own_keys<S: SimdOps, K: Element>(
     plan: &Plan,
     task: &Task,
 ) {
-    for (i, row) in plan.rows[task.rows.clone()].iter().enumerate() {
-        let slots = &plan.slots[row.slots.clone()];
-        let mut user = BlockUser {
+    let chunks = |(row, query_row): (usize, &QueryRow)| {
+        let slots = query_row.slots.clone();
+        slots.clone().step_by(CHUNK_KEYS).map(move |start| OwnChunk {
+            row,
+            slots: start..slots.end.min(start + CHUNK_KEYS),
+            distance: 1_i64.saturating_sub_unsigned((slots.end - start) as u64), // the last key is the query's own
+        })
+    };
+    let mut chunks = plan.rows[task.rows.clone()].iter().enumerate().flat_map(chunks).peekable();
+    let mut next = [0; CHUNK_KEYS];
+    if let Some(chunk) = chunks.peek() {
+        slot_offsets(&plan.slots[chunk.slots.clone()], stride, &mut next);
+    }
+    while let Some(OwnChunk { row, slots, distance }) = chunks.next() {
+        let current = next;
+        let following = chunks.peek().map_or(&[][..], |chunk| &plan.slots[chunk.slots.clone()]);
+        slot_offsets(following, stride, &mut next);
+        let offsets = ChunkOffsets {
+            current: &current[..slots.len()],
+            next: &next[..following.len()],
+        };
+        let user = BlockUser {
             place: 0,
             block: 0,
-            row: i,
+            row,
             first: 0,
-            distance: 1_i64.saturating_sub_unsigned(slots.len() as u64), // the last key is the query's own
+            distance,
         };
-        let mut current = [0; CHUNK_KEYS];
-        let mut next = [0; CHUNK_KEYS];
-        let mut count = slot_offsets(slots, 0, stride, &mut next);
-        let mut start = 0;
-        while count > 0 {
-            current[..count].copy_from_slice(&next[..count]);
-            let next_count = slot_offsets(slots, start + count, stride, &mut next);
-            let offsets = ChunkOffsets {
-                current: &current[..count],
-                next: &next[..next_count],
-            };
-            attend_chunk(simd, state, memory, offsets, 0, &[user]);
-            start += count;
-            user.distance = user.distance_of(count);
-            count = next_count;
-        }
+        attend_chunk(simd, state, memory, offsets, 0, &[user]);
     }
 }
 
-/// Writes the offsets of the own keys from key `start` on, at most one chunk, and returns their number.
+/// At most [`CHUNK_KEYS`] own keys of a row.
+struct OwnChunk {
+    /// Index of the row in the task.
+    row: usize,
+    /// Range in [`Plan::slots`].
+    slots: Range<usize>,
+    /// Position of the first key relative to the query.
+    distance: i64,
+}
+
+/// Writes the offsets of own keys.
 #[inline(always)]
-fn slot_offsets(slots: &[usize], start: usize, stride: usize, offsets: &mut [usize; CHUNK_KEYS]) -> usize {
-    let mut count = 0;
-    for (to, slot) in offsets.iter_mut().zip(&slots[start..]) {
+fn slot_offsets(slots: &[usize], stride: usize, offsets: &mut [usize; CHUNK_KEYS]) {
+    for (to, slot) in offsets.iter_mut().zip(slots) {
         *to = slot * stride;
-        count += 1;
     }
-    count
 }
