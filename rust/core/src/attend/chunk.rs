@@ -101,12 +101,20 @@ fn attend_copied<S: SimdOps>(
     let keys = ChunkView::of_copy(copies[0], offsets, head_offset);
     let values = ChunkView::of_copy(copies[1], offsets, head_offset);
     set_queries(state, std::slice::from_ref(user), h..h + 1, start);
+    let mut rows = [values.row(0, state.head_vectors); CHUNK_KEYS];
+    for (j, row) in rows[..count].iter_mut().enumerate() {
+        *row = values.row(j, state.head_vectors);
+    }
     for n in 0..state.group_size {
         for j in (0..count).step_by(SCORED_KEYS) {
-            score_tile::<S, f32, 1>(simd, state, n, keys, j);
+            let mut rows = [keys.row(j, state.head_vectors); SCORED_KEYS];
+            for (t, row) in rows.iter_mut().enumerate() {
+                *row = keys.row((j + t).min(count - 1), state.head_vectors);
+            }
+            score_tile::<S, f32, 1>(simd, state, n, (&rows, 0), j);
         }
         weigh_tile::<S, 1>(simd, state, n, count);
-        add_tile::<S, f32, 1>(simd, state, n, values, 0..count);
+        add_tile::<S, f32, 1>(simd, state, n, (&rows[..count], 0), 0);
     }
     state.copies = copies;
 }

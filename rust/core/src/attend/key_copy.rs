@@ -10,9 +10,6 @@ use super::vector::{Element, LANES, SimdOps};
 /// Number of keys by which the prefetch runs ahead of the copy.
 const PREFETCH_DISTANCE: usize = 12;
 
-/// Number of rows by which the prefetch of a chunk in place runs ahead.
-const ROWS_AHEAD: usize = 8;
-
 /// Keys and values `[rows, H, D]` in memory.
 #[derive(Clone, Copy)]
 pub(super) struct KvMemory<'a, K> {
@@ -93,31 +90,6 @@ pub(super) fn prefetch_part<S: SimdOps, K: Element>(
     for start in &next[part * next.len() / parts..(part + 1) * next.len() / parts] {
         for memory in [memory.keys, memory.values] {
             prefetch_lines(simd, memory, start + heads.start, heads.len());
-        }
-    }
-}
-
-/// Prefetches one head of what is read [`ROWS_AHEAD`] rows after some rows of a chunk.
-///
-/// * `rows`: the rows, counted from the start of the chunk.
-/// * `this`: memory and offsets of the chunk.
-/// * `then`: memory and offsets of what is read after it.
-#[inline(always)]
-pub(super) fn prefetch_ahead<S: SimdOps, K: Element>(
-    simd: S,
-    rows: Range<usize>,
-    this: (SharedMemory<'_, K>, &[usize]),
-    then: (SharedMemory<'_, K>, &[usize]),
-    (head_offset, head_dim): (usize, usize),
-) {
-    for row in rows.start + ROWS_AHEAD..rows.end + ROWS_AHEAD {
-        let ((memory, offsets), row) = if row < this.1.len() {
-            (this, row)
-        } else {
-            (then, row - this.1.len())
-        };
-        if let Some(offset) = offsets.get(row) {
-            prefetch_lines(simd, memory, offset + head_offset, head_dim);
         }
     }
 }

@@ -48,15 +48,6 @@ impl<'a, K: Element> ChunkView<'a, K> {
         }
     }
 
-    /// Vectors `first` to `first + N - 1` of row `j`.
-    #[inline(always)]
-    pub(super) fn vectors<const N: usize>(&self, j: usize, first: usize) -> &'a [[K; LANES]; N] {
-        let start = self.offsets[j] + self.head_offset + first * LANES;
-        // SAFETY: as in `row`.
-        let vectors = unsafe { self.data.get(start, N * LANES) };
-        &vectors.as_chunks().0.as_chunks().0[0]
-    }
-
     /// The first `vectors` vectors of row `j`.
     #[inline(always)]
     pub(super) fn row(&self, j: usize, vectors: usize) -> &'a [[K; LANES]] {

@@ -5,9 +5,9 @@
 
 use std::ops::Range;
 
-use super::online_softmax::{ChunkView, SoftmaxState, update_softmax};
+use super::online_softmax::{SoftmaxState, update_softmax};
 use super::state::{BlockUser, Query, TaskState};
-use super::vector::{Element, SimdOps};
+use super::vector::{Element, LANES, SimdOps};
 
 /// Keys whose scores are computed together.
 pub(super) const SCORED_KEYS: usize = 4;
@@ -33,30 +33,31 @@ pub(super) fn set_queries(state: &mut TaskState<'_>, users: &[BlockUser], heads:
     }
 }
 
-/// Writes the scores of keys `j..j + SCORED_KEYS` and the tile from query `n` on. Beyond the end of the chunk the last
-/// key is repeated. Returns `R`.
+/// Writes the scores of keys `j..j + SCORED_KEYS` for the tile from query `n` on. Returns `R`.
+///
+/// * `keys`: vectors of these keys, from vector `first` on those of the tile's head.
 #[inline(always)]
 pub(super) fn score_tile<S: SimdOps, K: Element, const R: usize>(
     simd: S,
     state: &mut TaskState<'_>,
     n: usize,
-    keys: ChunkView<'_, K>,
+    (keys, first): (&[&[[K; LANES]]; SCORED_KEYS], usize),
     j: usize,
 ) -> usize {
-    let (last, vectors) = (keys.offsets.len() - 1, state.head_vectors);
+    let vectors = state.head_vectors;
     let (tile, scores) = (&state.queries[n..n + R], &mut state.scores[n..n + R]);
-    let (mut queries, mut rows) = ([&state.q[..0]; R], [keys.row(j, vectors); SCORED_KEYS]);
+    let (mut queries, mut rows) = ([&state.q[..0]; R], [&keys[0][..0]; SCORED_KEYS]);
     for r in 0..R {
         queries[r] = &state.q[tile[r].place * vectors..][..vectors];
     }
-    for t in 1..SCORED_KEYS {
-        rows[t] = keys.row((j + t).min(last), vectors);
+    for t in 0..SCORED_KEYS {
+        rows[t] = &keys[t][first..][..vectors];
     }
     let mut sums = [[simd.splat(0.0); SCORED_KEYS]; R];
     for i in 0..vectors {
         let mut key = [simd.splat(0.0); SCORED_KEYS];
         for t in 0..SCORED_KEYS {
-            key[t] = K::load(simd, &rows[t][..vectors][i]);
+            key[t] = K::load(simd, &rows[t][i]);
         }
         for r in 0..R {
             let x = simd.load(&queries[r][i]);
@@ -100,52 +101,55 @@ pub(super) fn weigh_tile<S: SimdOps, const R: usize>(
     R
 }
 
-/// Adds the weighted values of the keys `keys`, in ascending order, to the outputs of the tile from query `n` on.
-/// Returns `R`.
+/// Adds the weighted values of the keys from key `j` on, in ascending order, to the outputs of the tile from query `n`
+/// on. Returns `R`.
+///
+/// * `values`: vectors of these values, from vector `first` on those of the tile's head.
 #[inline(always)]
 pub(super) fn add_tile<S: SimdOps, K: Element, const R: usize>(
     simd: S,
     state: &mut TaskState<'_>,
     n: usize,
-    values: ChunkView<'_, K>,
-    keys: Range<usize>,
+    (values, first): (&[&[[K; LANES]]], usize),
+    j: usize,
 ) -> usize {
     let tiled = state.head_vectors - state.head_vectors % VECTORS;
-    for first in (0..tiled).step_by(VECTORS) {
-        add_vectors::<S, K, R, VECTORS>(simd, state, n, values, (keys.clone(), first));
+    for vector in (0..tiled).step_by(VECTORS) {
+        add_vectors::<S, K, R, VECTORS>(simd, state, n, (values, first), (j, vector));
     }
-    for first in tiled..state.head_vectors {
-        add_vectors::<S, K, R, 1>(simd, state, n, values, (keys.clone(), first));
+    for vector in tiled..state.head_vectors {
+        add_vectors::<S, K, R, 1>(simd, state, n, (values, first), (j, vector));
     }
     R
 }
 
-/// Adds to `N` vectors of each output, from vector `first` on.
+/// Adds to `N` vectors of each output, from vector `vector` on.
 #[inline(always)]
 fn add_vectors<S: SimdOps, K: Element, const R: usize, const N: usize>(
     simd: S,
     state: &mut TaskState<'_>,
     n: usize,
-    values: ChunkView<'_, K>,
-    (keys, first): (Range<usize>, usize),
+    (values, first): (&[&[[K; LANES]]], usize),
+    (j, vector): (usize, usize),
 ) {
-    let (tile, weights) = (&state.queries[n..n + R], &state.scores[n..n + R]);
-    let (mut sums, mut at) = ([[simd.splat(0.0); N]; R], [0; R]);
+    let (tile, scores) = (&state.queries[n..n + R], &state.scores[n..n + R]);
+    let (mut sums, mut at, mut weights) = ([[simd.splat(0.0); N]; R], [0; R], [&scores[0][..0]; R]);
     for r in 0..R {
-        at[r] = tile[r].place * state.head_vectors + first;
+        weights[r] = &scores[r][j..][..values.len()];
+        at[r] = tile[r].place * state.head_vectors + vector;
         let o = &state.o[at[r]..][..N];
         for i in 0..N {
             sums[r][i] = simd.load(&o[i]);
         }
     }
-    for j in keys.start..keys.end.min(weights[0].len()) {
-        let row = values.vectors::<N>(j, first);
+    for (t, row) in values.iter().enumerate() {
+        let row = &row[first + vector..][..N];
         let mut value = [simd.splat(0.0); N];
         for i in 0..N {
             value[i] = K::load(simd, &row[i]);
         }
         for r in 0..R {
-            let weight = simd.splat(weights[r][j]);
+            let weight = simd.splat(weights[r][t]);
             for i in 0..N {
                 sums[r][i] = simd.fma(weight, value[i], sums[r][i]);
             }
