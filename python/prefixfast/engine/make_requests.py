@@ -40,7 +40,6 @@ from prefixfast.prefix.compatibility import (
     base_mismatch,
     check_base,
     check_composition,
-    check_fits,
     check_shapes,
     described,
     start_position,
@@ -129,13 +128,17 @@ def prefixes_and_tasks(
         BaseMismatchError: For a prefix of another base model.
     """
     assigned, tasks = check_batch(batch, prefixes, store)
-    for prefix in {id(p): p for own in assigned for p in own}.values():
+    distinct = {id(p): p for own in assigned for p in own}.values()
+    fingerprint = model.fingerprint if distinct else None
+    for prefix in distinct:
         if isinstance(prefix, TunedWeights):
-            check_base(model, prefix.base, f"the set of weights {prefix.digest[:12]}")
+            check_base(model, prefix.base, f"the set of weights {prefix.digest[:12]}", fingerprint)
             if prefix.prefix is not None:  # whose base is this one with the weights in it
                 check_shapes(model, prefix.prefix, f"the prefix of the set of weights {prefix.digest[:12]}")
         else:
-            check_fits(model, prefix, described(prefix, prefixes))
+            what = described(prefix, prefixes)
+            check_base(model, prefix.base, what, fingerprint)
+            check_shapes(model, prefix, what)
     for i, own in enumerate(assigned):
         with request_error(i):
             check_composition(model, [p.position for p in attended(own)])

@@ -43,16 +43,17 @@ def base_mismatch(model: Model, prefixes: Sequence[PrefixShape | StoredTensors])
     return "quantized" if weights - {model.fingerprint["weights"]} and model.fingerprint["weights"] else None
 
 
-def check_base(model: Model, base: Fingerprint | None, what: str) -> None:
+def check_base(model: Model, base: Fingerprint | None, what: str, own: Fingerprint | None = None) -> None:
     """Raise `BaseMismatchError` if a fingerprint is that of another base model.
 
     Args:
         model: Base model.
         base: Fingerprint that a prefix or weights hold, None if unknown.
         what: Name of their owner in the error's message.
+        own: Fingerprint of the base model, which takes milliseconds to read. None reads it.
     """
     allowed = model.allow_base_mismatch == "quantized"
-    check_same_base(base, model.fingerprint, what, model.quantization, allow_quantized=allowed)
+    check_same_base(base, own or model.fingerprint, what, model.quantization, allow_quantized=allowed)
 
 
 def start_position(prefixes: Sequence[PrefixShape]) -> int:

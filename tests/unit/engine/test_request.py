@@ -339,3 +339,14 @@ def test_a_good_batch_runs_after_a_refused_one(engine, make_prefix):
     (result,) = engine.generate([OK], make_prefix(), max_new_tokens=3)
     assert result.usage == {"prompt_tokens": 3, "completion_tokens": len(result.token_ids), "prefix_rows": 4}
     assert torch.tensor(result.token_ids).max() < tiny.VOCAB
+
+
+def test_fingerprint_of_base_is_read_once_for_all_prefixes(base, make_prefix, monkeypatch):
+    reads = []
+    read = type(base).fingerprint.fget
+    monkeypatch.setattr(type(base), "fingerprint", property(lambda model: (reads.append(1), read(model))[1]))
+    prefixes = [make_prefix(length=n) for n in range(1, 6)]
+    assert len(make_requests(base, [OK] * 6, [*prefixes, None], NONE, 1000)) == 6
+    assert len(reads) == 1
+    make_requests(base, [OK], None, NONE, 1000)
+    assert len(reads) == 1  # which no prefix needs
