@@ -46,7 +46,7 @@ def is_used(dtype: torch.dtype, head_dim: int) -> bool:
 @functools.cache
 def _is_fast() -> bool:
     """Whether Rust is faster than torch's operator. With narrower vectors it is not."""
-    return os.environ.get("PREFIXFAST_SIMD", _rust.attend_paths()[0]) .startswith("avx512")
+    return os.environ.get("PREFIXFAST_SIMD", _rust.attend_paths()[0]).startswith("avx512")
 
 
 def dense(qkv: Qkv, scale: float, *, causal: bool, path: str | None = None) -> tuple[Tensor, Tensor]:

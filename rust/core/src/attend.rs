@@ -16,11 +16,7 @@
     clippy::inline_always,
     reason = "a vector intrinsic compiles to an instruction only inside of a function that enables the instruction set"
 )]
-#![expect(
-    clippy::many_single_char_names,
-    clippy::similar_names,
-    reason = "q, k, v and o are the standard names"
-)]
+#![expect(clippy::many_single_char_names, reason = "q, k, v and o are the standard names")]
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;

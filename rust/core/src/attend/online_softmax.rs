@@ -10,7 +10,7 @@ use super::vector::{Element, F32x16, LANES, SimdOps};
 /// Largest number of keys in a chunk.
 pub(crate) const CHUNK_KEYS: usize = 64;
 
-/// Keys or values of one head in a chunk.
+/// Keys or values of one head, or of neighbouring heads, in a chunk.
 ///
 /// Row `j` starts at `data[offsets[j] + head_offset]`.
 #[derive(Clone, Copy)]
@@ -36,9 +36,8 @@ impl<'a, K: Element> ChunkView<'a, K> {
     /// View of a chunk in place.
     ///
     /// # Safety
-    /// The offsets are those of rows that the tables of the call name, and the head that begins at `head_offset` lies
-    /// in each row. Its dimension is a multiple of [`LANES`], and [`Self::row`] and [`Self::vectors`] are called for no
-    /// more vectors.
+    /// The offsets are those of rows that the tables of the call name, and the heads that begin at `head_offset` lie in
+    /// each row. Their dimension is a multiple of [`LANES`], and [`Self::row`] is called for no more vectors.
     #[inline(always)]
     pub(super) unsafe fn in_place(data: SharedMemory<'a, K>, offsets: &'a [usize], head_offset: usize) -> Self {
         Self {

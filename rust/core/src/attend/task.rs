@@ -231,7 +231,11 @@ fn attend_own_keys<S: SimdOps, K: Element>(
             distance: 1_i64.saturating_sub_unsigned((slots.end - start) as u64), // the last key is the query's own
         })
     };
-    let mut chunks = plan.rows[task.rows.clone()].iter().enumerate().flat_map(chunks).peekable();
+    let mut chunks = plan.rows[task.rows.clone()]
+        .iter()
+        .enumerate()
+        .flat_map(chunks)
+        .peekable();
     let mut next = [0; CHUNK_KEYS];
     if let Some(chunk) = chunks.peek() {
         slot_offsets(&plan.slots[chunk.slots.clone()], stride, &mut next);

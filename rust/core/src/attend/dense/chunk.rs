@@ -159,7 +159,13 @@ pub(super) fn add_values<S: SimdOps, P: Products<S>>(
     let width = dim.div_ceil(LANES);
     let rows = (values[first * width..][..count * width].as_flattened(), width * LANES);
     let weights = &scores[..count];
-    for (tile, o) in o.as_chunks_mut::<TILE>().0.iter_mut().enumerate().take(dim.div_ceil(TILE)) {
+    for (tile, o) in o
+        .as_chunks_mut::<TILE>()
+        .0
+        .iter_mut()
+        .enumerate()
+        .take(dim.div_ceil(TILE))
+    {
         if S::NUM_REGISTERS >= 32 && *vectors == VECTORS {
             value_tile::<S, P, VECTORS>(simd, products, weights, (rows, tile), 0, o);
         } else {
@@ -188,7 +194,12 @@ fn value_tile<S: SimdOps, P: Products<S>, const N: usize>(
     }
     for (weight, row) in weights.iter().zip(rows.chunks_exact(width)) {
         let row = row.as_chunks::<TILE>().0[tile];
-        let value = [simd.splat(row[0]), simd.splat(row[1]), simd.splat(row[2]), simd.splat(row[3])];
+        let value = [
+            simd.splat(row[0]),
+            simd.splat(row[1]),
+            simd.splat(row[2]),
+            simd.splat(row[3]),
+        ];
         for i in 0..N {
             let weight = simd.load(&weight[n + i]);
             for t in 0..TILE {

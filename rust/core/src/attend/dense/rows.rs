@@ -100,9 +100,14 @@ pub(super) fn copy_keys_and_values<S: SimdOps, P: Products<S>>(
     scratch: &mut Scratch,
 ) {
     let (dim, rows) = (inputs.shape[3], inputs.lens[1]);
-    let (lanes, width) = (dim.div_ceil(P::PACKED).next_multiple_of(LANES), dim.next_multiple_of(LANES));
+    let (lanes, width) = (
+        dim.div_ceil(P::PACKED).next_multiple_of(LANES),
+        dim.next_multiple_of(LANES),
+    );
     scratch.keys.clear();
-    scratch.keys.resize(rows.next_multiple_of(TILE) * lanes / LANES, [0.0; LANES]);
+    scratch
+        .keys
+        .resize(rows.next_multiple_of(TILE) * lanes / LANES, [0.0; LANES]);
     for (row, to) in scratch.keys.chunks_exact_mut(lanes / LANES).take(rows).enumerate() {
         let row = Row::new(inputs.k, [sequence, head, row], dim);
         for (i, to) in to.iter_mut().enumerate() {
@@ -110,8 +115,15 @@ pub(super) fn copy_keys_and_values<S: SimdOps, P: Products<S>>(
         }
     }
     scratch.values.clear();
-    scratch.values.resize(rows.next_multiple_of(TILE) / P::PACKED * width / LANES, [0.0; LANES]);
-    for (j, to) in scratch.values.chunks_exact_mut(width / LANES).take(rows.div_ceil(P::PACKED)).enumerate() {
+    scratch
+        .values
+        .resize(rows.next_multiple_of(TILE) / P::PACKED * width / LANES, [0.0; LANES]);
+    for (j, to) in scratch
+        .values
+        .chunks_exact_mut(width / LANES)
+        .take(rows.div_ceil(P::PACKED))
+        .enumerate()
+    {
         let row = |row| (row < rows).then(|| Row::new(inputs.v, [sequence, head, row], dim));
         let Some(first) = row(j * P::PACKED) else { continue };
         let second = row(j * P::PACKED + 1);

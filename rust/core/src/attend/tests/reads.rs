@@ -4,7 +4,8 @@ use std::cell::Cell;
 use std::collections::BTreeSet;
 
 use super::case::Case;
-use crate::attend::chunk::{ROWS_IN_PLACE, attend_chunk};
+use crate::attend::chunk::attend_chunk;
+use crate::attend::in_place::ROWS_IN_PLACE;
 use crate::attend::key_copy::{ChunkOffsets, KvMemory};
 use crate::attend::plan::Plan;
 use crate::attend::state::{BlockUser, TaskShape, TaskState};
@@ -47,8 +48,8 @@ fn reads<S: SimdOps>(simd: S, rows: usize) -> usize {
         group_size: 1,
         head_dim: HEAD_DIM,
     };
-    let (mut floats, mut softmax) = (Vec::new(), Vec::new());
-    let mut state = TaskState::new(shape, (0.0, None), &mut floats, &mut softmax);
+    let (mut floats, mut softmax, mut queries) = (Vec::new(), Vec::new(), Vec::new());
+    let mut state = TaskState::new(shape, (0.0, None), &mut floats, &mut softmax, &mut queries);
     let users: Vec<_> = (0..rows)
         .map(|row| BlockUser {
             place: 0,
