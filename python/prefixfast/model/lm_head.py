@@ -45,8 +45,8 @@ class Head:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits ``[n, V]`` of hidden states ``[n, d]``."""
         out = self.layer(two_rows(self._scaled(hidden), 0))[: len(hidden)]
-        # The bias of most models is 0, and adding it takes 4 % of the layer's time on a CPU. On a GPU the check would be
-        # a host wait.
+        # The bias of most models is 0, and to add it takes 4 % of the layer's time on a CPU. On a GPU the check would
+        # be a host wait.
         if self.bias is not None and (self.bias.device.type != "cpu" or self.bias.any()):
             # in place without gradients, since another tensor [n, V] costs as much as the sum
             out = out.add_(self.bias) if out.is_inference() else out + self.bias
