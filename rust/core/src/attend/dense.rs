@@ -178,8 +178,8 @@ thread_local! {
 
 /// Memory of a thread, reused from call to call because fresh memory costs page faults.
 struct Scratch {
-    /// Keys and values of one head, `[S, D]`. Rows have whole vectors, and both sizes are padded by zeros. With products
-    /// of pairs two dims of a key, or of two values, lie in a lane.
+    /// Keys and values of one head, `[S, D]`. Rows have whole vectors, and both sizes are padded by zeros. With
+    /// products of pairs two dims of a key, or of two values, lie in a lane.
     keys: Vec<F32x16>,
     values: Vec<F32x16>,
     /// Queries and sums of weighted values, `[D, QUERIES]`.

@@ -8,8 +8,8 @@ use super::avx2::Avx2;
 use super::avx512::{Avx512, Avx512Bf16};
 use crate::error::{Error, Result};
 
-/// Environment variable that selects the instruction set (`avx512_bf16`, `avx512`, `avx2` or `scalar`), by default the best of the
-/// CPU.
+/// Environment variable that selects the instruction set (`avx512_bf16`, `avx512`, `avx2` or `scalar`), by default the
+/// best of the CPU.
 pub const SIMD_VARIABLE: &str = "PREFIXFAST_SIMD";
 
 /// An instruction set that this CPU has.

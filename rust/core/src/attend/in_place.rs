@@ -49,8 +49,8 @@ pub(super) fn attend_in_place<S: SimdOps, K: Element>(
     let (heads, head_dim, vectors) = (state.heads.clone(), state.head_dim, state.head_vectors);
     let (per_head, count) = (users.len() * state.group_size, current.len());
     let (first_column, row_vectors) = (heads.start * head_dim, heads.len() * vectors);
-    // SAFETY: the offsets are those of rows of the plan (`ChunkOffsets`), and `attend_chunk` calls this function only for
-    // head dims that are multiples of `LANES`, so that the task's heads have `row_vectors` vectors.
+    // SAFETY: the offsets are those of rows of the plan (`ChunkOffsets`), and `attend_chunk` calls this function only
+    // for head dims that are multiples of `LANES`, so that the task's heads have `row_vectors` vectors.
     let (keys, values) = unsafe {
         (
             ChunkView::in_place(memory.keys, current, first_column),

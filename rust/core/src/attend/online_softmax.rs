@@ -73,8 +73,8 @@ impl SoftmaxState {
     };
 }
 
-/// Replaces the first `count` scores of `R` queries by `exp(score - max)` for the new maximum of each, and updates their
-/// softmax states.
+/// Replaces the first `count` scores of `R` queries by `exp(score - max)` for the new maximum of each, and updates
+/// their softmax states.
 ///
 /// Returns the factors that rescale the outputs so far to the new maxima.
 ///

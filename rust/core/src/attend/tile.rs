@@ -1,7 +1,7 @@
 //! Tiles of `R` queries over a chunk of keys: scores, weights and weighted sum of values.
 //!
-//! Each key and value is loaded and converted once for the queries of a tile, whose results stay in registers. The result
-//! of a query does not depend on the other queries.
+//! Each key and value is loaded and converted once for the queries of a tile, whose results stay in registers. The
+//! result of a query does not depend on the other queries.
 
 use std::ops::Range;
 

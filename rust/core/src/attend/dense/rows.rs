@@ -35,7 +35,7 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// Bits of elements `32 * i` to `32 * i + 31` of a row in bf16, two in a lane. Beyond the end of the row they are 0.
+    /// Bits of elements `32 * i` to `32 * i + 31` of a row in bf16, two in a lane. Beyond the row they are 0.
     #[inline(always)]
     fn pairs<S: SimdOps>(self, simd: S, i: usize) -> S::Vector {
         let mut lanes = [0; LANES];
@@ -58,7 +58,8 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// Bits of elements `16 * i` to `16 * i + 15` of two rows in bf16, those of `self` in the lower halves of the lanes.
+    /// Bits of elements `16 * i` to `16 * i + 15` of two rows in bf16. Those of `self` lie in the lower halves of the
+    /// lanes.
     #[inline(always)]
     fn interleaved<S: SimdOps>(self, other: Option<Self>, simd: S, i: usize) -> S::Vector {
         let bits = |row| match row {
