@@ -81,6 +81,7 @@ def build_dataset(
     """
     parts: list[Examples] = []
     digests: list[str] = []
+    number_of: dict[tuple[object, ...], int] = {}
     found: dict[tuple[int, int], int | str] = {}  # number of the part, or the error, by rows and options
     keys = {name: (id(own.rows), id(own.options)) for name, own in rows_by_name.items()}
     part_of_name: dict[str, int] = {}
@@ -96,7 +97,11 @@ def build_dataset(
                         raise error from e
                     found[key] = str(error)
                 else:
-                    found[key] = _number_of(part, parts, digests)
+                    digest = _digest(part)
+                    found[key] = number = number_of.setdefault((digest, *_counts(part).values()), len(parts))
+                    if number == len(parts):
+                        parts.append(part)
+                        digests.append(digest)
                 work.update(len(own.rows))
             known = found[key]
             if isinstance(known, int):
@@ -113,17 +118,6 @@ def build_dataset(
         {n: {"rows": len(rows_by_name[n].rows)} | _counts(parts[i]) for n, i in part_of_name.items()},
         {n: digests[i] for n, i in part_of_name.items()},
     )
-
-
-def _number_of(part: Examples, parts: list[Examples], digests: list[str]) -> int:
-    """Number of a part, which is that of an equal one; other parts are added."""
-    digest = _digest(part)
-    for i, (own, other) in enumerate(zip(digests, parts, strict=True)):
-        if own == digest and _counts(part) == _counts(other):
-            return i
-    parts.append(part)
-    digests.append(digest)
-    return len(parts) - 1
 
 
 def none_left(failed: Mapping[str, str]) -> DataError:

@@ -102,12 +102,12 @@ def estimate(model: BaseModel, data: Rows | Mapping[str, Rows], **arguments: Unp
         for number in range(len(job.groups)):
             group = tokenize_group(base, job, number)
             job.rows.failed.update(group.failed)
-            if not group.group.jobs:
-                continue
-            trainer = GroupTrainer(group, number, OutputDir(None, None, is_single=True))
-            with Progress("measure two steps"):
-                measured.append(_measure(trainer))
-            trainer.free()
+            output = OutputDir(None, None, is_single=True)
+            for part in output.parts(group, resume=False) if group.group.jobs else ():
+                trainer = GroupTrainer(part, number, output)
+                with Progress("measure two steps"):
+                    measured.append(_measure(trainer))
+                trainer.free()
         if not measured:
             raise none_left(job.rows.failed)
         base_bytes = sum(p.numel() * p.element_size() for p in base.hf.parameters())

@@ -73,8 +73,10 @@ class OutputDir:
         self.log = list(read_lines(self.folder / LOG))
 
     def parts(self, data: GroupData, *, resume: bool) -> list[GroupData]:
-        """Groups that are trained one after the other in place of a group: here the group itself."""
-        return [data]
+        """Groups that are trained one after the other in place of a group: here its waves."""
+        from prefixfast.training.waves import waves  # imports torch, which a refused call needs not wait for
+
+        return waves(data)
 
     def read_checkpoint(self, number: int, identity: Mapping[str, Any]) -> Checkpoint | None:
         """Read the checkpoint from which a group continues, and keep the lines of the log up to it.
@@ -131,10 +133,10 @@ class OutputDir:
         self._replace_log(self.log[:num_lines])
 
     def drop_group_from_log(self, group: int) -> None:
-        """Remove the lines of a group and of later groups from the log; lines without a group belong to the group."""
+        """Remove the lines of a group and of later groups from the log; lines without a group belong to the first."""
 
         def is_earlier(line: dict[str, Any]) -> bool:
-            return bool(line.get("group", group) < group)
+            return "metrics" not in line and bool(line.get("group", 0) < group)
 
         self._replace_log([line for line in self.log if is_earlier(line)])
 

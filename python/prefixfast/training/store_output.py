@@ -70,14 +70,14 @@ class StoreOutput(OutputDir):
         return None
 
     def parts(self, data: GroupData, *, resume: bool) -> list[GroupData]:
-        """Groups that are trained in place of a group: those that continue from checkpoints, and one of the rest.
+        """Groups that are trained in place of a group: those that continue from checkpoints, and waves of the rest.
 
         Args:
             data: Group with its rows.
-            resume: Whether the run continues earlier ones. Otherwise the result is the group itself.
+            resume: Whether the run continues earlier ones. Otherwise the result is the waves of the group.
         """
         names = [j.name for j in data.group.jobs]
-        found: list[tuple[list[str], Path | None]] = []
+        found: list[tuple[list[str], Path]] = []
         if resume:
             done = self._done(data)
             for run in run_folders(self.root):
@@ -94,12 +94,12 @@ class StoreOutput(OutputDir):
                 continued,
                 len(names),
             )
-        found += [(names, None)] if names else []
         for _, checkpoint in found:
-            if checkpoint is not None:
-                self._earlier[self._num_parts] = checkpoint
+            self._earlier[self._num_parts] = checkpoint
             self._num_parts += 1
-        return [data.only(own) for own, _ in found]
+        new = super().parts(data.only(names), resume=resume) if names else []
+        self._num_parts += len(new)
+        return [*(data.only(own) for own, _ in found), *new]
 
     def _continued(
         self, run: Path, data: GroupData, names: Sequence[str], done: Mapping[str, Prefix]
@@ -132,7 +132,7 @@ class StoreOutput(OutputDir):
         group: dict[str, JSON] = {"group": number} if number else {}
         earlier = int(folder.name)
         for line in list(read_lines(run / LOG))[: found.state["log_lines"]]:
-            if line.get("group", earlier) == earlier:
+            if line.get("group", 0) == earlier:
                 self.log.append({**line, **group})
         self._replace_log(self.log)
         taken = found.only(names, identity, len(self.log))
