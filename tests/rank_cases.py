@@ -191,6 +191,20 @@ def failures(model: Any, folder: Path) -> Any:
     def other_data() -> Any:
         return train(model, rows(int(os.environ["RANK"]), 5), **HOW)
 
+    def memory() -> Any:
+        """Memory runs out once on one process, in the middle of a step."""
+        plain, loss, calls = tensors(train(model, DATA, **HOW)), StepRunner._token_losses, []
+
+        def fails(self: Any, micro: Any) -> Any:
+            calls.append(micro)
+            if self.ranks.rank == 1 and len(calls) == 4:
+                raise torch.OutOfMemoryError
+            return loss(self, micro)
+
+        StepRunner._token_losses = fails  # type: ignore[method-assign]
+        again = tensors(train(model, DATA, **HOW))
+        return max((again[n][t] - plain[n][t]).abs().max().item() for n in plain for t in plain[n]), len(calls)
+
     def killed() -> Any:
         class Kills:
             def on_step(self, step: int, *_: Any) -> None:
@@ -207,7 +221,14 @@ def failures(model: Any, folder: Path) -> Any:
             in_callback()
         return len(train(model, DATA, **HOW))
 
-    works = {"step": in_step, "callback": in_callback, "data": other_data, "killed": killed, "again": again}
+    works = {
+        "step": in_step,
+        "callback": in_callback,
+        "data": other_data,
+        "killed": killed,
+        "memory": memory,
+        "again": again,
+    }
     return {name: together(2, work, folder / name) for name, work in works.items()}
 
 
@@ -221,18 +242,35 @@ def sharded(model: Any, folder: Path, families: Sequence[str]) -> Any:
     shard = sharded_base.shard
 
     def work(base: Path, **how: Any) -> Any:
-        held: dict[str, int] = {}
+        held: list[dict[str, int]] = []
+
+        class Counts:
+            """Counts the numbers that this process holds, after the base was divided and after the last step."""
+
+            def on_train_end(self, run: Any) -> None:
+                count(models[0])
+
+        def count(own: Any) -> None:
+            held.append({})
+            for p in own.hf.parameters():
+                key, local = ("divided", p.to_local()) if hasattr(p, "to_local") else ("whole", p)
+                held[-1][key] = held[-1].get(key, 0) + local.untyped_storage().nbytes() // local.element_size()
 
         def counted(own: Any) -> None:
             shard(own)
-            for p in own.hf.parameters():
-                local = p.to_local() if hasattr(p, "to_local") else p
-                key = "divided" if hasattr(p, "to_local") else "whole"
-                held[key] = held.get(key, 0) + local.untyped_storage().nbytes() // local.element_size()
+            models.append(own)
+            count(own)
 
+        models: list[Any] = []
         sharded_base.shard = counted
-        data = {**DATA, "one": rows(7, 1)}
-        return about(train(base, data, **{**HOW, "dtype": "float64", "token_budget": 40, **how})) | {"held": held}
+        how = {
+            **HOW,
+            "dtype": "float64",
+            "token_budget": 40,
+            "callbacks": [Counts()] if "shard_base" in how else [],
+            **how,
+        }
+        return about(train(base, {**DATA, "one": rows(7, 1)}, **how)) | {"held": held}
 
     def fails(base: Path) -> Any:
         loss = StepRunner._token_losses

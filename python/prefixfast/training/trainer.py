@@ -168,6 +168,9 @@ def train(
     each name. The prefixes share the forward and backward passes of the base model. Up to rounding each gets the
     result that it has when it is trained alone. The weights of the base model do not change.
 
+    Processes that ``torchrun`` or ``accelerate launch`` has started make the same call, divide the work and return the
+    same result.
+
     Args:
         model: Base model: hub id, folder, Hugging Face model (attached during the run and then restored) or `Model`.
         data: Training rows: a file (``.csv``, ``.tsv``, ``.jsonl``, ``.json``, ``.parquet``, also ``.gz``), an iterable

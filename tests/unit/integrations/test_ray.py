@@ -170,6 +170,15 @@ def test_users_are_divided_into_tasks_of_fixed_size(folder, tmp_path, monkeypatc
     prefixfast.unload()
 
 
+def test_a_folder_of_files_is_read_by_the_tasks(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(on_ray, "_import_ray", FakeRay)
+    for name in ("ann", "bob"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    run = train_users(folder, tmp_path, store=PrefixStore(tmp_path / "store"), **{**HOW, "max_steps": 1})
+    assert list(run) == ["ann", "bob"]
+    prefixfast.unload()
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [

@@ -96,6 +96,13 @@ def test_the_failure_of_one_process_ends_all(cases, kind, error, rank):
     assert cases["failures"][kind] == [error if own == rank else told for own in range(2)]
 
 
+def test_memory_that_runs_out_on_one_process_repeats_its_part_of_the_step(cases):
+    (first, calls), (second, more) = cases["failures"]["memory"]
+    assert first < TOLERANCE
+    assert first == second
+    assert more > calls
+
+
 def test_the_death_of_a_process_ends_the_others(cases):
     killed, other = cases["failures"]["killed"]
     assert killed == "status 9"
@@ -152,9 +159,11 @@ def assert_sharded(found):
         for own in sizes[2]:
             assert distance(own["kv"], one["kv"]) < TOLERANCE
             assert_metrics_equal(own["metrics"], one["metrics"])
-            assert own["held"]["whole"] == held["all"] - held["layers"]
-            # Each weight is divided along its first dimension, and filled up to an even number of rows.
-            assert held["layers"] // 2 <= own["held"]["divided"] <= held["layers"] * 0.55
+            assert len(own["held"]) == 2  # before the first step and after the last one
+            for now in own["held"]:
+                assert now["whole"] == held["all"] - held["layers"]
+                # Each weight is divided along its first dimension, and filled up to an even number of rows.
+                assert held["layers"] // 2 <= now["divided"] <= held["layers"] * 0.55
     first, second = found["failure"]
     assert second == "ValueError: memory is broken"
     assert first.startswith("PrefixFastError: another process of the 2 has ended")
