@@ -92,17 +92,19 @@ def batches(model: Any, folder: Path) -> Any:
 def resumed(model: Any, folder: Path, plans: Sequence[Plan]) -> Any:
     """Runs that end after step 5 and go on with other numbers of processes, and the whole run of one process.
 
-    One prefix has a token that the base does not know, so that a process that trains it alone has none.
+    One prefix has ended before the end of the run. One has a token that the base does not know, so that a process that
+    trains it alone has none. Every step of a prefix has 3 examples.
 
     Args:
         model: Base model.
         folder: Folder for files.
         plans: Name of the argument for the folder, and the numbers of processes before and after.
     """
-    data = {**DATA, "lost": [{"input_ids": [200, 200], "labels": [-100, 200]}]}
+    data = {name: rows(i, 3 * (i + 1)) for i, name in enumerate("abc")}
+    data["lost"] = [{"input_ids": [200, 200], "labels": [-100, 200]}]
 
     def work(where: dict[str, Path], **how: Any) -> Any:
-        return about(train(model, data, **where, **HOW, **how))
+        return about(train(model, data, overrides={"a": {"max_steps": 3}}, **where, **HOW, **how))
 
     found: dict[str, Any] = {"whole": together(1, lambda: work({}), folder / "whole"), "left": {}, "runs": {}}
     for plan in plans:

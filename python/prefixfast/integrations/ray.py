@@ -19,6 +19,7 @@ from prefixfast.errors import ConfigError, check_string, shown
 from prefixfast.io.paths import as_path
 from prefixfast.io.progress import Progress
 from prefixfast.store import PrefixStore, open_store
+from prefixfast.store.runs import drop_finished
 from prefixfast.training.arguments import AllTrainArguments
 from prefixfast.training.run_parts import RunPart, merge_parts
 from prefixfast.training.train_run import RunTotals, TrainRun
@@ -90,7 +91,9 @@ def train_users(
     remote = ray.remote(**{"max_retries": max_retries, **(resources or {})})(_train)
     shared = ray.put((str(model), str(path)))
     parts = _results(ray, [remote.remote(shared, rows, own) for rows, own in tasks], [len(rows) for rows, _ in tasks])
-    return merge_parts(parts, held.__getitem__)
+    run = merge_parts(parts, held.__getitem__)
+    drop_finished(path, list(run))
+    return run
 
 
 def _check(model: object, arguments: Mapping[str, Any], counts: Mapping[str, object]) -> None:

@@ -189,15 +189,25 @@ def end_run(store: Path, run: RunFolder, finished: Sequence[str]) -> None:
         finished: Names of the prefixes that the run has put into the store.
     """
     shutil.rmtree(run.path / CHECKPOINT, ignore_errors=True)
+    drop_finished(store, finished, running=run.path)
+
+
+def drop_finished(store: Path, finished: Sequence[str], *, running: Path | None = None) -> None:
+    """Remove the checkpoints of finished prefixes from the folders of runs that have ended, and the oldest logs.
+
+    Args:
+        store: Directory of the store.
+        finished: Names of prefixes that the store holds.
+        running: Folder of a run of this process, which is left alone.
+    """
     with one_at_a_time(store):
-        _end_earlier(store, run, finished)
+        _drop_finished(store, finished, running)
 
 
-def _end_earlier(store: Path, run: RunFolder, finished: Sequence[str]) -> None:
-    """Remove what a finished run makes useless of the runs that have ended before."""
+def _drop_finished(store: Path, finished: Sequence[str], running: Path | None) -> None:
     kept = 0
     for other in run_folders(store):
-        if other == run.path:
+        if other == running:
             continue
         with ended_run(other) as has_ended:
             if not has_ended:

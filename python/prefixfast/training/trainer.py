@@ -20,6 +20,7 @@ from prefixfast.model.base_name import check_base_name
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore, open_store
+from prefixfast.store.runs import drop_finished
 from prefixfast.training.arguments import BaseModel, TrainArguments
 from prefixfast.training.callbacks import Callback
 from prefixfast.training.groups import Init, Overrides, Sweep
@@ -371,6 +372,8 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     if job.team.size > 1:
         assert output.store is not None
         result = join_runs(result, whole, job.team, output.store)
+        if job.team.is_first:  # the others have left the runs from which they went on
+            drop_finished(output.store.path, list(result))
     if job.team.is_first and job.ranks.is_first:
         log_result(result)
     job.callbacks.call("on_train_end", result)

@@ -40,7 +40,7 @@ def run_cases(folder, *names):
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
-    return run_cases(tmp_path_factory.mktemp("ranks"), "batches", "prefixes", "failures", "resumed")
+    return run_cases(tmp_path_factory.mktemp("ranks"), "batches", "prefixes", "failures", "resumed", "sharded")
 
 
 def distance(a, b):
@@ -134,7 +134,8 @@ def assert_resumed(found):
         assert len(runs) == after
         for own in runs:
             assert distance(own["kv"], whole["kv"]) < TOLERANCE
-            assert own["examples"] == whole["examples"] // 2  # the checkpoint is that of step 4 of 8
+            assert own["examples"] == 3 * (4 + 4)  # the checkpoint of b and c is that of step 4 of 8
+            assert own["unchanged"] == ("a",)
             assert own["failed"] == whole["failed"]
             assert [*own["failed"]] == ["lost"]
         if argument == "store":
@@ -169,8 +170,8 @@ def assert_sharded(found):
     assert first.startswith("PrefixFastError: another process of the 2 has ended")
 
 
-def test_two_processes_that_hold_the_base_together_have_the_result_of_one(tmp_path):
-    assert_sharded(run_cases(tmp_path, "sharded")["sharded"])
+def test_two_processes_that_hold_the_base_together_have_the_result_of_one(cases):
+    assert_sharded(cases["sharded"])
 
 
 @pytest.mark.long
