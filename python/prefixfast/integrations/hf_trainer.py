@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from prefixfast.config import PrefixConfig
 from prefixfast.config.fields import PrefixConfigFields
@@ -201,6 +201,16 @@ class PrefixTrainer(Trainer):
         module: Any = self.model
         found: PrefixModule = module
         return found
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train from the start or from a checkpoint, as the `Trainer` does, also after a run that was interrupted."""
+        self._is_first = True
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor | Any], num_items_in_batch: Tensor | int | None = None

@@ -143,6 +143,28 @@ def test_a_run_that_goes_on_from_a_checkpoint_equals_an_uninterrupted_one(tmp_pa
     assert (kept.digest, kept.training["metrics"]["steps"]) == (cut.digest, step)
 
 
+@pytest.mark.parametrize("options", [{}, {"prefix_dropout": 0.2}])
+def test_a_run_that_is_interrupted_inside_a_step_begins_the_step_again(tmp_path, options):
+    class Interrupt(TrainerCallback):
+        count = 0
+
+        def on_substep_end(self, args, state, control, **_):
+            self.count += 1
+            if self.count == 2:
+                raise KeyboardInterrupt
+
+    how, fields = {**START, **options}, {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    with PrefixTrainer(tiny.make("llama"), arguments(tmp_path / "whole", **fields), DATA, **how) as trainer:
+        trainer.train()
+        whole = trainer.prefix
+    args = arguments(tmp_path / "cut", **fields)
+    with PrefixTrainer(tiny.make("llama"), args, DATA, callbacks=[Interrupt()], **how) as trainer:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.prefix.digest == whole.digest
+
+
 def test_the_best_checkpoint_early_stopping_and_the_order_of_events(tmp_path):
     seen = Recorder()
     args = arguments(
