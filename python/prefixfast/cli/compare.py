@@ -38,7 +38,7 @@ MODEL = typer.Option(help="Hub id or folder of the base model.")
 NAMED = ", ".join(f"{name} ({', '.join(f'{k} {v}' for k, v in own.items())})" for name, own in VARIANTS.items())
 METHODS = typer.Option(
     help=f"Methods with commas between them: {', '.join(METHOD_NAMES)}, or with options {NAMED}. Encoder-decoder bases "
-    "have the methods prefix, full and lora, and they alone have the sites enc and cross."
+    "have the methods prefix, full, lora and prefix+lora, and they alone have the sites enc and cross."
 )
 METHODS_BY_DEFAULT = ["prefix,lora,full"]
 SETTINGS = typer.Option(
