@@ -21,7 +21,7 @@ import prefixfast
 import tiny
 from cut_runs import Cut, CutAt
 from prefixfast.store.runs import run_folders
-from prefixfast.training.ranks import Ranks
+from prefixfast.training.ranks import Ranks, join_ranks
 from prefixfast.training.step import StepRunner
 from prefixfast.training.trainer import train
 from processes import together
@@ -193,6 +193,11 @@ def failures(model: Any, folder: Path) -> Any:
     def other_data() -> Any:
         return train(model, rows(int(os.environ["RANK"]), 5), **HOW)
 
+    def no_pickle() -> Any:
+        ranks = join_ranks()
+        with ranks.together():
+            return ranks.first(lambda: lambda: 0)
+
     def memory() -> Any:
         """Memory runs out once on one process, in the middle of a step."""
         plain, loss, calls = tensors(train(model, DATA, **HOW)), StepRunner._token_losses, []
@@ -228,6 +233,7 @@ def failures(model: Any, folder: Path) -> Any:
         "callback": in_callback,
         "data": other_data,
         "killed": killed,
+        "no pickle": no_pickle,
         "memory": memory,
         "again": again,
     }

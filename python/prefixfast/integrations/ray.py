@@ -21,6 +21,7 @@ from prefixfast.io.progress import Progress
 from prefixfast.store import PrefixStore, open_store
 from prefixfast.store.runs import drop_finished
 from prefixfast.training.arguments import AllTrainArguments
+from prefixfast.training.ranks import rank_and_size
 from prefixfast.training.run_parts import RunPart, merge_parts
 from prefixfast.training.train_run import RunTotals, TrainRun
 
@@ -98,6 +99,9 @@ def train_users(
 
 def _check(model: object, arguments: Mapping[str, Any], counts: Mapping[str, object]) -> None:
     """Check arguments before a task is sent, as far as they can be checked without rows."""
+    if (size := rank_and_size()[1]) > 1:
+        msg = f"train_users: expected one process that sends the tasks, got {size} of torchrun; start it without"
+        raise ConfigError(msg)
     if not isinstance(model, str | Path):
         msg = f"model: expected a hub id or a folder, which each worker loads, got {type(model).__name__}"
         raise ConfigError(msg)

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -83,10 +84,11 @@ class Ranks:
             return [value]
         import torch.distributed as dist
 
+        data = pickle.dumps(value)  # an object that cannot be pickled fails before the others wait for it
         self._agree()
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        dist.all_gather_object(found, data, group=self.group)
+        return [pickle.loads(own) for own in found]
 
     def first(self, work: Callable[[], T]) -> T:
         """Value that the first process computes, for all processes. An error of it ends all of them.
@@ -98,10 +100,10 @@ class Ranks:
             return work()
         import torch.distributed as dist
 
-        box: list[Any] = [work() if self.is_first else None]
+        box: list[Any] = [pickle.dumps(work()) if self.is_first else None]
         self._agree()
         dist.broadcast_object_list(box, group_src=0, group=self.group)
-        found: T = box[0]
+        found: T = pickle.loads(box[0])
         return found
 
     def any(self, flag: bool) -> bool:
@@ -146,7 +148,9 @@ class Ranks:
                     _leave()
                 elif not self.has_failed:
                     self._agree(f"{type(e).__name__}: {e}")
-            if isinstance(e, RuntimeError) and "by peer" in str(e):  # gloo's text for a process that is gone
+            if (
+                self.size > 1 and isinstance(e, RuntimeError) and "by peer" in str(e)
+            ):  # gloo's text for a process that is gone
                 msg = f"another process of the {self.size} has ended: its own error says why"
                 raise PrefixFastError(msg) from e
             raise

@@ -205,6 +205,13 @@ def test_a_loaded_base_and_plain_rows_are_refused(base, tmp_path):
         train_users("base", rows(0, 2), store=tmp_path)
 
 
+def test_processes_of_torchrun_are_refused(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="got 2 of torchrun"):
+        train_users("base", USERS, store=tmp_path)
+
+
 def test_ray_that_is_missing_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'prefixfast\[ray\]'"):

@@ -109,6 +109,12 @@ def test_the_death_of_a_process_ends_the_others(cases):
     assert other.startswith("PrefixFastError: another process of the 2 has ended")
 
 
+def test_a_value_that_cannot_be_sent_ends_all(cases):
+    first, second = cases["failures"]["no pickle"]
+    assert "pickle" in first
+    assert second == f"PrefixFastError: process 0 of 2 has failed: {first}"
+
+
 def test_other_data_on_a_process_are_refused_on_all(cases):
     assert [text.partition(":")[0] for text in cases["failures"]["data"]] == ["ConfigError"] * 2
 
