@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECONDS = 120  # after which a process that hangs is ended by its alarm
+SECONDS = 280  # after which a process that hangs is ended by its alarm
 
 
 def together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
