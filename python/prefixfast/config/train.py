@@ -58,7 +58,8 @@ class TrainConfig(Options):
     token_budget: int | Literal["auto"] = option(
         "auto",
         "largest number of tokens of a forward pass, which changes memory use, and results by rounding only; 'auto' "
-        "starts at 4096 and halves the budget and repeats the step when memory runs out",
+        "starts at 4096, on CPUs with wide bases at 1024, and halves the budget and repeats the step when memory runs "
+        "out",
         COUNT,
     )
     learning_rate: float | None = option(

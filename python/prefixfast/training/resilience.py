@@ -23,7 +23,10 @@ from prefixfast.model.base import Model
 from prefixfast.training.batching import MicroBatch
 
 logger = logging.getLogger(__name__)
-AUTO_BUDGET = 4096
+MIN_AUTO_BUDGET, MAX_AUTO_BUDGET = 1024, 4096
+# Largest number of elements of the hidden states of a forward pass on a CPU. More tokens are no faster there, and their
+# activations take more memory.
+AUTO_NUMEL = 5 << 16
 T = TypeVar("T")
 
 
@@ -32,12 +35,13 @@ class TokenBudget:
 
     Args:
         budget: Option ``token_budget``.
+        model: Base model.
         can_repeat: Whether a step can be repeated, which processes that run the base model together cannot do alone.
     """
 
-    def __init__(self, budget: int | str, *, can_repeat: bool = True) -> None:
+    def __init__(self, budget: int | str, model: Model, *, can_repeat: bool = True) -> None:
         self.is_auto, self.can_repeat = budget == "auto", can_repeat
-        self.tokens = AUTO_BUDGET if isinstance(budget, str) else budget
+        self.tokens = _auto_budget(model) if isinstance(budget, str) else budget
         self._current: MicroBatch | None = None
 
     def watch(self, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
@@ -83,6 +87,14 @@ class TokenBudget:
         logger.warning("memory ran out: the step is repeated with token_budget=%d", self.tokens)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _auto_budget(model: Model) -> int:
+    """Number of tokens with which ``"auto"`` starts."""
+    if model.device.type != "cpu":
+        return MAX_AUTO_BUDGET
+    width = int(model.hf.get_input_embeddings().weight.shape[1])
+    return min(MAX_AUTO_BUDGET, max(MIN_AUTO_BUDGET, AUTO_NUMEL // width))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -98,7 +98,7 @@ class StepRunner:
         self.max_norm = _vector([c.max_grad_norm for c in configs])
         kinds = [c.lr_scheduler_type for c in configs]
         self.schedules = {kind: torch.tensor([k == kind for k in kinds]) for kind in set(kinds)}
-        self.budget = TokenBudget(group.config.token_budget, can_repeat=not group.config.shard_base)
+        self.budget = TokenBudget(group.config.token_budget, model, can_repeat=not group.config.shard_base)
         self.num_taken = self.num_tokens = 0
 
     def step(self, number: int, active: Tensor) -> StepResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -255,8 +257,11 @@ def test_other_errors_are_not_caught(monkeypatch):
             train(model, rows(0, 4), **HOW)
 
 
-def test_the_automatic_budget_starts_at_4096_tokens():
-    assert TokenBudget("auto").tokens == 4096
+@pytest.mark.parametrize(("width", "tokens"), [(64, 4096), (160, 2048), (1280, 1024)])
+def test_the_automatic_budget_follows_the_width_of_the_base_on_a_cpu(width, tokens):
+    hf = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(3, width))
+    assert TokenBudget("auto", SimpleNamespace(device=torch.device("cpu"), hf=hf)).tokens == tokens
+    assert TokenBudget("auto", SimpleNamespace(device=torch.device("cuda"), hf=hf)).tokens == 4096
 
 
 def test_frozen_rows_are_saved_as_a_cartridge(tmp_path):
