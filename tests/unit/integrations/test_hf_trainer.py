@@ -87,9 +87,14 @@ class Recorder(TrainerCallback):
         ({}, {}, {}),
         ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, {}, {"batch_size": 4}),
         ({"train_sampling_strategy": "sequential", "max_steps": 4}, {}, {"shuffle": False, "max_steps": 4}),
-        ({"learning_rate": 1e-3}, {"reparameterization": "mlp", "init": "zero"}, {"learning_rate": 1e-3}),
         ({}, {"prefix_dropout": 0.3, "frozen_rows": 1}, {}),
-        ({}, {"position": "infix", "layers": [0, 2]}, {}),
+        pytest.param(
+            {"learning_rate": 1e-3},
+            {"reparameterization": "mlp", "init": "zero"},
+            {"learning_rate": 1e-3},
+            marks=pytest.mark.long,
+        ),
+        pytest.param({}, {"position": "infix", "layers": [0, 2]}, {}, marks=pytest.mark.long),
     ],
 )
 def test_the_prefix_is_that_of_train(tmp_path, of_trainer, of_prefix, of_train):
@@ -113,6 +118,7 @@ def test_the_prefix_is_that_of_train(tmp_path, of_trainer, of_prefix, of_train):
     ] == flags
 
 
+@pytest.mark.long
 def test_an_encoder_decoder_base(tmp_path):
     texts = [[3 + i % 90 for i in r["input_ids"]] for r in DATA]
     data = [{"input_ids": ids, "labels": ids[::-1]} for ids in texts]
@@ -125,7 +131,9 @@ def test_an_encoder_decoder_base(tmp_path):
         assert unlike(trainer.prefix, expected) < 1e-9
 
 
-@pytest.mark.parametrize("step", [3, 4])  # after an epoch, and inside the next one
+@pytest.mark.parametrize(
+    "step", [pytest.param(3, marks=pytest.mark.long), 4]
+)  # after an epoch, and inside the next one
 def test_a_run_that_goes_on_from_a_checkpoint_equals_an_uninterrupted_one(tmp_path, step):
     how = {**START, "prefix_dropout": 0.2}
     with PrefixTrainer(tiny.make("llama"), arguments(tmp_path / "whole"), DATA, **how) as trainer:
@@ -143,7 +151,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_equals_an_uninterrupted_one(tmp_pa
     assert (kept.digest, kept.training["metrics"]["steps"]) == (cut.digest, step)
 
 
-@pytest.mark.parametrize("options", [{}, {"prefix_dropout": 0.2}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.long), {"prefix_dropout": 0.2}])
 def test_a_run_that_is_interrupted_inside_a_step_begins_the_step_again(tmp_path, options):
     class Interrupt(TrainerCallback):
         count = 0

@@ -116,7 +116,10 @@ def test_steps_equal_those_of_a_dense_model(family):
     assert unlike(tensors, first) > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"init": "zero", "reparameterization": "mlp", "learning_rate": 1e-3}])
+MLP = {"init": "zero", "reparameterization": "mlp", "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("options", [{}, pytest.param(MLP, marks=pytest.mark.long)])
 def test_with_lora_frozen_at_zero_the_prefix_is_that_of_plain_training(options):
     how = {**HOW, **options}
     plain = train(tiny.make("llama", dtype=torch.float64), DATA, **how)
@@ -201,6 +204,7 @@ def test_several_names_have_lora_of_their_own_and_options_take_the_place_of_a_co
     assert only.options["r"] == 2
 
 
+@pytest.mark.long
 def test_an_encoder_decoder_base():
     model = seq2seq.make_seq2seq("bart").double()
     texts = [[3 + i % 90 for i in r["input_ids"]] for r in DATA]
@@ -222,7 +226,7 @@ def live(family: str, *, dtype=torch.float64, **fields: Any) -> PeftModel:
         return get_peft_model(tiny.make(family, dtype=dtype), own).to(dtype)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.long), "llama"])
 def test_a_prefix_on_a_base_with_live_lora(family):
     """Its LoRA has dropout and is in training mode, as PEFT makes it."""
     model, seen = live(family, lora_dropout=0.5), Norms()
