@@ -32,6 +32,8 @@ __all__ = [
     "attend_paths",
     "best_tokens",
     "digest",
+    "gelu",
+    "layer_norm",
     "pack",
     "plan_packed",
 ]
@@ -295,6 +297,61 @@ def best_tokens(
 
     Raises:
         ConfigError: If sizes do not fit, or the CPU does not have the instruction set. Nothing is written.
+    """
+
+def gelu(
+    x: int,
+    out: int,
+    size: int,
+    is_bf16: bool,
+    is_tanh: bool,
+    threads: int,
+    path: str | None,
+) -> None:
+    """GELU of each element.
+
+    The addresses are not checked. The only caller is `prefixfast.model.cpu_layers`.
+
+    Args:
+        x: Address of the input.
+        out: Address of the output, of the input's dtype.
+        size: Number of elements of each.
+        is_bf16: Whether the dtype is bf16 instead of fp32.
+        is_tanh: Whether to compute the approximation with the hyperbolic tangent.
+        threads: Largest number of threads.
+        path: Instruction set, one of `attend_paths`. None is that of the environment variable PREFIXFAST_SIMD, else the
+            fastest.
+
+    Raises:
+        ConfigError: If the CPU does not have the instruction set. Nothing is written.
+    """
+
+def layer_norm(
+    x: int,
+    out: int,
+    size: int,
+    is_bf16: bool,
+    parameters: tuple[int, int, int, bool],
+    eps: float,
+    threads: int,
+    path: str | None,
+) -> None:
+    """LayerNorm of the rows of a tensor.
+
+    The addresses are not checked. The only caller is `prefixfast.model.cpu_layers`.
+
+    Args:
+        x: Address of the input ``[R, W]``.
+        out: Address of the output, of the input's dtype.
+        size: Number of elements of each.
+        is_bf16: Whether their dtype is bf16 instead of fp32.
+        parameters: Address of the weight and of the bias, W, and whether their dtype is bf16 instead of fp32.
+        eps: Number that is added to the variance.
+        threads: Largest number of threads.
+        path: Instruction set, as in `gelu`.
+
+    Raises:
+        ConfigError: If sizes or dtypes do not fit, or the CPU does not have the instruction set. Nothing is written.
     """
 
 def digest(array: NDArray[np.uint8]) -> int:

@@ -85,6 +85,15 @@ pub enum FloatsMut<'a> {
     Bf16(&'a mut [MaybeUninit<u16>]),
 }
 
+impl FloatsMut<'_> {
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(x) => x.len(),
+            Self::Bf16(x) => x.len(),
+        }
+    }
+}
+
 /// Keys and values, shape `[rows, H, D]`, both of the same dtype.
 #[derive(Debug, Clone, Copy)]
 pub enum KeysValues<'a> {

@@ -4,13 +4,14 @@
 //! * [`best_tokens`]: the most likely tokens of rows of logits on CPUs.
 //! * [`tokenize`], [`detokenize`]: tokenization with the `tokenizers` crate, in parallel on the threads of
 //!   [`thread_pool`].
+//! * [`layers`]: `LayerNorm` and GELU on CPUs.
 //! * [`digest`]: digests of weights.
 //! * [`linearize`]: conversion of data tables to text.
 //! * [`batch`]: micro-batches for training, the scheduler for generation, and the tables that the attention kernels
 //!   read.
 //!
-//! No input causes a panic. Every failure is an [`Error`]. Only [`attend`] and [`best_tokens`] contain unsafe
-//! code.
+//! No input causes a panic. Every failure is an [`Error`]. Only [`attend`], [`best_tokens`] and [`layers`] contain
+//! unsafe code.
 
 #![deny(unsafe_code)]
 
@@ -25,6 +26,11 @@ pub mod best_tokens;
 pub mod detokenize;
 pub mod digest;
 pub mod error;
+#[expect(
+    unsafe_code,
+    reason = "functions that are compiled for vector instructions, and outputs"
+)]
+pub mod layers;
 pub mod linearize;
 pub mod thread_pool;
 pub mod tokenize;

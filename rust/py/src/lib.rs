@@ -11,6 +11,7 @@ mod best_tokens;
 mod detokenize;
 mod digest;
 mod error;
+mod layers;
 mod linearize;
 mod tokenize;
 
@@ -33,5 +34,7 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(best_tokens::best_tokens, module)?)?;
     module.add_function(wrap_pyfunction!(batch::pack::pack, module)?)?;
     module.add_function(wrap_pyfunction!(digest::digest, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::gelu, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::layer_norm, module)?)?;
     module.add_function(wrap_pyfunction!(batch::plan::plan_packed, module)?)
 }

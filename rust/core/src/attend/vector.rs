@@ -4,6 +4,8 @@
 //! type's instructions, so all methods are safe to call. Every method is inlined into a function that is compiled for
 //! those instructions (`task::run`).
 
+use super::output::round_to_bf16;
+
 /// Floats per vector, the same on every instruction set.
 pub(crate) const LANES: usize = 16;
 /// One vector in memory.
@@ -66,12 +68,21 @@ pub(crate) trait SimdOps: Copy {
     }
     /// Prefetches the cache line of an address, which may be any.
     fn prefetch<T>(self, _x: *const T) {}
+    /// Stores the nearest bf16 numbers, with ties to even.
+    fn store_bf16(self, x: Self::Vector, to: &mut [u16; LANES]);
+    /// `x` times two to the power of `n`, for integers from -126 to 127.
+    #[inline(always)]
+    fn mul_exp2(self, x: Self::Vector, n: Self::Vector) -> Self::Vector {
+        self.mul(x, self.exp2_integer(n))
+    }
 }
 
 /// Element type of keys and values in memory: `f32`, or `u16` for the bits of a bf16.
 pub(crate) trait Element: Copy {
     fn load<S: SimdOps>(simd: S, x: &[Self; LANES]) -> S::Vector;
     fn to_f32(self) -> f32;
+    /// The nearest numbers of this type, with ties to even.
+    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> [Self; LANES];
 }
 
 impl Element for f32 {
@@ -83,6 +94,12 @@ impl Element for f32 {
     fn to_f32(self) -> f32 {
         self
     }
+    #[inline(always)]
+    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> F32x16 {
+        let mut to = [0.0; LANES];
+        simd.store(x, &mut to);
+        to
+    }
 }
 
 impl Element for u16 {
@@ -93,6 +110,12 @@ impl Element for u16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self) << 16)
+    }
+    #[inline(always)]
+    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> [u16; LANES] {
+        let mut to = [0; LANES];
+        simd.store_bf16(x, &mut to);
+        to
     }
 }
 
@@ -180,5 +203,9 @@ impl SimdOps for Scalar {
     #[inline(always)]
     fn reduce_max(self, x: F32x16) -> f32 {
         x.into_iter().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    fn store_bf16(self, x: F32x16, to: &mut [u16; LANES]) {
+        *to = x.map(round_to_bf16);
     }
 }
