@@ -114,7 +114,7 @@ fn normal<S: SimdOps>(simd: S, x: S::Vector) -> S::Vector {
 /// `(1 + tanh(y)) / 2` for y = sqrt(2 / pi) * (x + 0.044715 x^3) and x from -8 to 0.
 #[inline(always)]
 fn logistic<S: SimdOps>(simd: S, x: S::Vector) -> S::Vector {
-    const TWICE: f32 = 1.595_769_1; // 2 sqrt(2 / pi)
+    const TWICE: f32 = 1.595_769; // 2 sqrt(2 / pi)
     let cube = simd.mul(simd.mul(x, x), simd.splat(TWICE * 0.044_715));
     let power = exp(simd, simd.mul(x, simd.add(cube, simd.splat(TWICE))));
     simd.div(power, simd.add(power, simd.splat(1.0)))
