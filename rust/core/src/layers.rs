@@ -24,6 +24,30 @@ use crate::error::Result;
 /// Number of elements that a thread takes at once, about.
 const PART: usize = 1 << 14;
 
+/// Element type of inputs and outputs.
+trait Number: Element + Send + Sync {
+    /// The nearest numbers of this type, with ties to even.
+    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> [Self; LANES];
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> [f32; LANES] {
+        let mut to = [0.0; LANES];
+        simd.store(x, &mut to);
+        to
+    }
+}
+
+impl Number for u16 {
+    #[inline(always)]
+    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> [u16; LANES] {
+        let mut to = [0; LANES];
+        simd.store_bf16(x, &mut to);
+        to
+    }
+}
+
 /// Function on a contiguous part of a tensor.
 trait Layer<K>: Sync {
     /// Writes the results of all elements of `x`, which are whole rows.
@@ -31,7 +55,7 @@ trait Layer<K>: Sync {
 }
 
 /// Runs a layer on all rows of `x`, whose number of elements is that of `out` and a multiple of `width`.
-fn run_on_parts<K: Element + Send + Sync>(
+fn run_on_parts<K: Number>(
     layer: &impl Layer<K>,
     x: &[K],
     out: &mut [MaybeUninit<K>],
@@ -82,14 +106,14 @@ fn padded<S: SimdOps, K: Element>(simd: S, rest: &[K], padding: f32) -> S::Vecto
 
 /// Writes a vector.
 #[inline(always)]
-fn write<S: SimdOps, K: Element>(simd: S, x: S::Vector, to: &mut [MaybeUninit<K>; LANES]) {
+fn write<S: SimdOps, K: Number>(simd: S, x: S::Vector, to: &mut [MaybeUninit<K>; LANES]) {
     // SAFETY: the pointer is that of an exclusive borrow of as many elements as are written.
     unsafe { to.as_mut_ptr().cast::<[K; LANES]>().write(K::from_vector(simd, x)) }
 }
 
 /// Writes the first elements of a vector.
 #[inline(always)]
-fn write_first<S: SimdOps, K: Element>(simd: S, x: S::Vector, to: &mut [MaybeUninit<K>]) {
+fn write_first<S: SimdOps, K: Number>(simd: S, x: S::Vector, to: &mut [MaybeUninit<K>]) {
     for (to, from) in to.iter_mut().zip(K::from_vector(simd, x)) {
         to.write(from);
     }

@@ -81,8 +81,6 @@ pub(crate) trait SimdOps: Copy {
 pub(crate) trait Element: Copy {
     fn load<S: SimdOps>(simd: S, x: &[Self; LANES]) -> S::Vector;
     fn to_f32(self) -> f32;
-    /// The nearest numbers of this type, with ties to even.
-    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> [Self; LANES];
 }
 
 impl Element for f32 {
@@ -94,12 +92,6 @@ impl Element for f32 {
     fn to_f32(self) -> f32 {
         self
     }
-    #[inline(always)]
-    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> F32x16 {
-        let mut to = [0.0; LANES];
-        simd.store(x, &mut to);
-        to
-    }
 }
 
 impl Element for u16 {
@@ -110,12 +102,6 @@ impl Element for u16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self) << 16)
-    }
-    #[inline(always)]
-    fn from_vector<S: SimdOps>(simd: S, x: S::Vector) -> [u16; LANES] {
-        let mut to = [0; LANES];
-        simd.store_bf16(x, &mut to);
-        to
     }
 }
 

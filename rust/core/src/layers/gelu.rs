@@ -2,9 +2,9 @@
 
 use std::mem::MaybeUninit;
 
-use super::{Layer, padded, run_on_parts, write, write_first};
+use super::{Layer, Number, padded, run_on_parts, write, write_first};
 use crate::attend::math::exp;
-use crate::attend::vector::{Element, LANES, SimdOps};
+use crate::attend::vector::{LANES, SimdOps};
 use crate::attend::{Floats, FloatsMut, InstructionSet};
 use crate::error::{Error, Result};
 
@@ -43,7 +43,7 @@ pub fn gelu(
     }
 }
 
-impl<K: Element> Layer<K> for Approximation {
+impl<K: Number> Layer<K> for Approximation {
     #[inline(always)]
     fn run<S: SimdOps>(&self, simd: S, x: &[K], out: &mut [MaybeUninit<K>]) {
         match self {
@@ -54,7 +54,7 @@ impl<K: Element> Layer<K> for Approximation {
 }
 
 #[inline(always)]
-fn of_part<S: SimdOps, K: Element, const TANH: bool>(simd: S, x: &[K], out: &mut [MaybeUninit<K>]) {
+fn of_part<S: SimdOps, K: Number, const TANH: bool>(simd: S, x: &[K], out: &mut [MaybeUninit<K>]) {
     let (x, rest) = x.as_chunks::<LANES>();
     let (out, out_rest) = out.as_chunks_mut::<LANES>();
     for (x, to) in x.iter().zip(out) {

@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::{Layer, padded, run_on_parts, write, write_first};
+use super::{Layer, Number, padded, run_on_parts, write, write_first};
 use crate::attend::vector::{Element, LANES, SimdOps};
 use crate::attend::{Floats, FloatsMut, InstructionSet};
 use crate::error::{Error, Result};
@@ -58,7 +58,7 @@ struct Rows<'a, P> {
     eps: f32,
 }
 
-impl<K: Element, P: Element + Sync> Layer<K> for Rows<'_, P> {
+impl<K: Number, P: Element + Sync> Layer<K> for Rows<'_, P> {
     #[inline(always)]
     fn run<S: SimdOps>(&self, simd: S, x: &[K], out: &mut [MaybeUninit<K>]) {
         let width = self.weight.len();
@@ -146,7 +146,7 @@ fn add4<S: SimdOps>(simd: S, [a, b, c, d]: [S::Vector; 4]) -> f32 {
 
 impl<P: Element> Rows<'_, P> {
     #[inline(always)]
-    fn write_row<S: SimdOps, K: Element>(&self, simd: S, row: &[K], moments: Moments, out: &mut [MaybeUninit<K>]) {
+    fn write_row<S: SimdOps, K: Number>(&self, simd: S, row: &[K], moments: Moments, out: &mut [MaybeUninit<K>]) {
         let (weights, weights_rest) = self.weight.as_chunks::<LANES>();
         let (biases, biases_rest) = self.bias.as_chunks::<LANES>();
         let (vectors, rest) = row.as_chunks::<LANES>();
