@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefixfast.attention import ops
+from prefixfast.attention.plan import plain_plan
 from prefixfast.errors import ConfigError
+from prefixfast.model.adapters import has_adapters
 from prefixfast.model.base import Model
-from prefixfast.model.lm_head import find_head
+from prefixfast.model.lm_head import find_head, packed_hidden
 from prefixfast.model.load import compute_dtype, find_device, load
 
 logger = logging.getLogger(__name__)
@@ -58,7 +61,8 @@ def shard(model: Model) -> None:
         model: Model on the CPU, whole.
 
     Raises:
-        ConfigError: If the model has an encoder, or no layers that transformers marks as such.
+        ConfigError: If the model has an encoder, adapters, quantized weights or no layers that transformers marks as
+            such, or if the divided model computes other hidden states.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -69,6 +73,7 @@ def shard(model: Model) -> None:
         msg = f"shard_base: {type(hf).__name__} cannot be divided: {reason}; leave shard_base out"
         raise ConfigError(msg)
     model.whole_fingerprint = model.fingerprint  # of weights that no process holds afterwards
+    expected = _hidden(hf)
     device = find_device("auto")
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     inside = {p for layer in layers for p in layer.parameters()}
@@ -78,6 +83,12 @@ def shard(model: Model) -> None:
     # The module through which every forward goes prefetches the next layer; it has no weights of its own to divide.
     fully_shard(hf.base_model, mesh=mesh, ignored_params=whole)
     _move_whole(hf, whole, device)
+    error = float((_hidden(hf).cpu() - expected).abs().max() / expected.abs().max())
+    if not error < (1e-4 if hf.dtype in (torch.float32, torch.float64) else 3e-2):
+        msg = (
+            f"shard_base: {type(hf).__name__} computes other hidden states when it is divided (relative error {error})"
+        )
+        raise ConfigError(msg)
     shapes = tuple((s.num_heads // s.num_kv_heads, s.attention_dim) for s in model.layers)
     heads = max(s.num_kv_heads for s in model.layers)
     model.backend = ops.choose_backend("auto", hf.device, hf.dtype, shapes, heads)
@@ -92,9 +103,21 @@ def _refusal(hf: PreTrainedModel, layers: list[GradientCheckpointingLayer]) -> s
         return "its encoder and decoder do not run as one module"
     if not layers:
         return "transformers marks none of its modules as a layer"
+    if has_adapters(hf):
+        return "it has adapters; merge them into its weights"
+    if not all(p.is_floating_point() for p in hf.parameters()):
+        return "its weights are quantized"
     if hf.base_model is hf:
         return "its layers and its output layer are one module"
     return None
+
+
+@torch.no_grad()
+def _hidden(hf: PreTrainedModel) -> Tensor:
+    """Hidden states of a few tokens, in fp64."""
+    ids = torch.arange(1, 9, device=hf.device) % hf.config.get_text_config().vocab_size
+    plan = plain_plan([len(ids)], backend=ops.Backend("reference"), device=hf.device)
+    return packed_hidden(hf, plan, ids).double()
 
 
 def _move_whole(hf: PreTrainedModel, whole: set[torch.nn.Parameter], device: torch.device) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 
@@ -200,6 +201,12 @@ def test_a_base_is_not_divided_in_one_process_nor_a_loaded_one_nor_for_weights(b
 
 def test_a_base_with_an_encoder_is_not_divided():
     with prefixfast.load(make_seq2seq("bart")) as model, pytest.raises(ConfigError, match=r"shard_base: .* cannot"):
+        shard(model)
+
+
+def test_a_base_with_adapters_is_not_divided():
+    base = peft.get_peft_model(tiny.make("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with prefixfast.load(base) as model, pytest.raises(ConfigError, match=r"shard_base: .* adapters"):
         shard(model)
 
 
