@@ -53,7 +53,7 @@ def attn_fwd(
     tables: PackedTables,
     options: AttnOptions,
     bias: Tensor | None = None,
-    inference: SdpaLse = sdpa_lse_fwd,
+    on_cpu: SdpaLse = sdpa_lse_fwd,
 ) -> tuple[Tensor, Tensor]:
     """Forward of `reference.attn`.
 
@@ -63,7 +63,7 @@ def attn_fwd(
         tables: Tables in which, for causal attention, the queries of a segment are its last keys.
         options: Scale, window, soft cap, causality. Keys in the slot table are for causal attention.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
-        inference: Function for rectangular batches in inference on a CPU.
+        on_cpu: Function for rectangular batches on a CPU.
 
     Returns:
         Output ``[N, HQ, D]`` and the natural log-sum-exp ``[N, HQ]``.
@@ -78,7 +78,7 @@ def attn_fwd(
     # In a bucket, and in a product with a block for several sequences, a sequence's last bits depend on the others.
     # Inference on a CPU promises that they do not.
     by_sequence = q.is_inference() and q.device.type == "cpu"
-    attend = inference if by_sequence else sdpa_lse_fwd
+    attend = on_cpu if q.device.type == "cpu" else sdpa_lse_fwd
     if _takes_runs(sequences, options) or by_sequence:
         _own_fwd((o, lse), Qkv(q, k, v), _runs(sequences, tables, options), options, bias, attend)
     else:
@@ -89,7 +89,7 @@ def attn_fwd(
         torch.index_select(stat, 0, tables.scatter, out=lse)
     if not by_sequence:
         prefix = inputs.prefix_k, inputs.prefix_v
-        merge_prefix_blocks((o, lse), q, prefix, tables.blocks, options, bias, batched=True)
+        merge_prefix_blocks((o, lse), q, prefix, tables.blocks, options, bias, attend, batched=True)
     elif inputs.prefix_k is not None and inputs.prefix_v is not None:
         source = inputs.prefix_k, inputs.prefix_v
         _merge((o, lse), q, source, blocks_by_sequence(tables, options.window, bias, q), options, attend)
@@ -124,6 +124,7 @@ def merge_prefix_blocks(
     tables: BlockTables,
     options: AttnOptions,
     bias: Tensor | None = None,
+    attend: SdpaLse = sdpa_lse_fwd,
     *,
     batched: bool = False,
 ) -> None:
@@ -136,12 +137,13 @@ def merge_prefix_blocks(
         tables: Prefix blocks and the queries that see them.
         options: Scale, window, soft cap.
         bias: Position bias ``[HQ, 2 * maxd + 1]``, without a soft cap, or None.
+        attend: Function for rectangular batches.
         batched: Whether one call can compute several blocks. The last bits of a query then depend on the others.
     """
     prefix_k, prefix_v = prefix
     if prefix_k is not None and prefix_v is not None:
         blocks = prefix_blocks(tables, options.window, bias, q, batched=batched)
-        _merge(out, q, (prefix_k, prefix_v), blocks, options, sdpa_lse_fwd)
+        _merge(out, q, (prefix_k, prefix_v), blocks, options, attend)
 
 
 def _merge(

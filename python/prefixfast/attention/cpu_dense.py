@@ -1,4 +1,4 @@
-"""Attention of many queries over the same keys on the CPU, in Rust, for inference.
+"""Attention of many queries over the same keys on the CPU, in Rust.
 
 Shape letters: B sequences, T queries and S keys of each, HQ query heads, H kv heads, D head dim.
 """
@@ -21,7 +21,7 @@ MIN_QUERIES, MIN_SCORES, MIN_KEYS = 16, 4096, 64  # about as many as Rust needs 
 
 
 def sdpa_lse(qkv: Qkv, mask: Mask | None, options: AttnOptions, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """`sdpa_lse_fwd` without gradients, in Rust where that is the faster way."""
+    """`sdpa_lse_fwd`, in Rust where that is the faster way."""
     q, k, _ = qkv
     is_plain = mask is None and not options.softcap and is_used(q.dtype, q.shape[3])
     num_queries, num_keys = q.shape[2], k.shape[2]

@@ -84,20 +84,33 @@ def test_what_rust_does_not_compute_stays_with_torch():
 
 
 @pytest.mark.skipif("avx512" not in PATHS, reason="torch's operator is as fast without AVX-512")
-def test_inference_over_many_queries_calls_rust_and_training_does_not(monkeypatch):
+def test_inference_and_training_over_many_queries_call_rust(monkeypatch):
     calls, dense = [], cpu_dense.dense
     monkeypatch.setattr(cpu_dense, "dense", lambda *a, **k: calls.append(a) or dense(*a, **k))
     plan = plain_plan([70, 3, 90], backend=ops.Backend("torch"))
     assert plan.packed is not None
-    q = torch.randn(163, 2, 64)
+    q, weight = torch.randn(163, 2, 64), torch.randn(163, 2, 64)
     args = (None, None, list(plan.packed[0]), None, None, 0.125, 0, 0.0, True, True, "torch", list(plan.backend.sizes))
     with torch.inference_mode():
         x = q.clone()
-        fast = ops.attn(x, x, x, *args)[0]
+        found = ops.attn(x, x, x, *args)[0]
     assert len(calls) == 2  # the sequence of 3 tokens is too short
-    slow = ops.attn(q, q, q, *args)[0]
-    assert len(calls) == 2
+
+    def trained():
+        q.grad, own = None, q.requires_grad_()
+        o = ops.attn(own, own, own, *args)[0]
+        (o * weight).sum().backward()
+        return o.detach(), q.grad
+
+    calls.clear()
+    fast = trained()
+    assert calls
+    monkeypatch.setattr(cpu_dense, "_is_fast", lambda: False)
+    calls.clear()
+    slow = trained()
+    assert not calls
     torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, slow[0], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("is_fast", [False, True])
