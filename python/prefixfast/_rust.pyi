@@ -36,6 +36,7 @@ __all__ = [
     "layer_norm",
     "pack",
     "plan_packed",
+    "write_rows",
 ]
 
 @final
@@ -869,4 +870,27 @@ def attend_decode(
     Raises:
         ConfigError: If sizes do not fit, a table has a row that does not exist, a row has neither own keys nor blocks,
             there are both a bias and a soft cap, or the CPU does not have the instruction set. Nothing is written.
+    """
+
+def write_rows(
+    arenas: tuple[int, int],
+    rows: tuple[int, int],
+    new: Sequence[tuple[int, int, int]],
+    slots: tuple[int, int],
+    threads: int,
+) -> None:
+    """Copy new keys and values to rows of the arena.
+
+    The addresses are not checked. The only caller is `prefixfast.attention.cpu_write`.
+
+    Args:
+        arenas: Addresses of the arena's keys and values.
+        rows: Number of rows of the arena, and bytes of a row.
+        new: Address of the new keys, bytes up to the end of the last row, and bytes from row to row, and the same of
+            the new values.
+        slots: Address of the arena row of each new row, int32, and number of new rows. Of equal ones the last counts.
+        threads: Largest number of threads.
+
+    Raises:
+        ConfigError: If a slot names no row of the arena. Nothing is written.
     """

@@ -256,7 +256,7 @@ def test_the_operator_is_registered_properly():
     p = make_problem(SMALL, case_sizes(SMALL, torch.float32, "cpu", "grouped")).cast(torch.float32)
     p = dataclasses.replace(p, k_arena=p.k_arena.nan_to_num(), v_arena=p.v_arena.nan_to_num())
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.attn_decode, operator_args(p, "triton"), test_utils=tests)
+    torch.library.opcheck(ops.attn_decode.custom_op, operator_args(p, "triton"), test_utils=tests)
 
 
 @pytest.mark.parametrize("change", ["float64", "no work"])

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixfast.attention import cpu_decode
+from prefixfast.attention import cpu_decode, cpu_write
 from prefixfast.attention.backend_support import decode_unsupported
 from prefixfast.attention.backends import select_backend
+from prefixfast.attention.operator import operator
 from prefixfast_kernels import reference
 from prefixfast_kernels.inputs import AttnOptions, DecodeInputs
 from prefixfast_kernels.tables import DecodeTables
 from prefixfast_kernels.torch_decode import decode_fwd
 
 
-@torch.library.custom_op("prefixfast::kv_write", mutates_args=("k_arena", "v_arena"))
+@operator("prefixfast::kv_write", mutates_args=("k_arena", "v_arena"))
 def kv_write(k_arena: Tensor, v_arena: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     """Write new keys and values to rows of the arena, in place.
 
@@ -31,17 +32,19 @@ def kv_write(k_arena: Tensor, v_arena: Tensor, k: Tensor, v: Tensor, slots: Tens
         v: New values ``[N, H, D]``, cast to the dtype of ``v_arena``.
         slots: Arena rows of the new tokens, int32 ``[N]``.
     """
+    if cpu_write.write_rows((k_arena, v_arena), (k, v), slots):
+        return
     index = slots.long()
     k_arena.index_copy_(0, index, k.to(k_arena.dtype))
     v_arena.index_copy_(0, index, v.to(v_arena.dtype))
 
 
-@kv_write.register_fake
+@kv_write.custom_op.register_fake
 def _(k_arena: Tensor, v_arena: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
     return None
 
 
-@torch.library.custom_op("prefixfast::attn_decode", mutates_args=())
+@operator("prefixfast::attn_decode")
 def attn_decode(
     q: Tensor,
     k_arena: Tensor,
@@ -96,6 +99,6 @@ def attn_decode(
     return reference.attn_decode(inputs, step, options, bias)
 
 
-@attn_decode.register_fake
+@attn_decode.custom_op.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))

@@ -14,13 +14,14 @@ from torch import Tensor
 from prefixfast.attention import cpu_dense
 from prefixfast.attention.backend_support import packed_unsupported
 from prefixfast.attention.backends import select_backend
+from prefixfast.attention.operator import operator
 from prefixfast_kernels import reference, torch_attn
 from prefixfast_kernels.inputs import AttnGrads, AttnInputs, AttnOptions, NeedsGrad, OutputGrad
 from prefixfast_kernels.tables import PackedTables
 from prefixfast_kernels.tile_selection import TileSizes
 
 
-@torch.library.custom_op("prefixfast::attn", mutates_args=())
+@operator("prefixfast::attn")
 def attn(
     q: Tensor,
     k: Tensor,
@@ -75,7 +76,7 @@ def attn(
     return reference.attn(inputs, packed, options, bias)
 
 
-@attn.register_fake
+@attn.custom_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=reference.accumulator(q.dtype))
 
@@ -202,4 +203,4 @@ def _reference_grads(
     return [next(made) if need else None for need in needs]
 
 
-attn.register_autograd(_attn_backward, setup_context=_attn_setup)
+attn.custom_op.register_autograd(_attn_backward, setup_context=_attn_setup)

@@ -63,7 +63,7 @@ SETTINGS = (
 PARTS = {
     "products": ("mkldnn::_linear_pointwise", "aten::addmm", "aten::mm"),
     "attention": ("prefixfast::attn_decode",),
-    "arena writes": ("aten::index_copy_",),
+    "arena writes": ("prefixfast::kv_write",),
     "choosing": ("aten::argmax", "aten::amax", "aten::gather"),
     "GELU": ("aten::gelu",),
     "norms": ("aten::native_layer_norm",),

@@ -2,6 +2,7 @@
 //!
 //! * [`attend`]: attention on CPUs.
 //! * [`best_tokens`]: the most likely tokens of rows of logits on CPUs.
+//! * [`write_rows`]: copies of new keys and values to an arena.
 //! * [`tokenize`], [`detokenize`]: tokenization with the `tokenizers` crate, in parallel on the threads of
 //!   [`thread_pool`].
 //! * [`layers`]: `LayerNorm` and GELU on CPUs.
@@ -10,8 +11,8 @@
 //! * [`batch`]: micro-batches for training, the scheduler for generation, and the tables that the attention kernels
 //!   read.
 //!
-//! No input causes a panic. Every failure is an [`Error`]. Only [`attend`], [`best_tokens`] and [`layers`] contain
-//! unsafe code.
+//! No input causes a panic. Every failure is an [`Error`]. Only [`attend`], [`best_tokens`], [`layers`] and
+//! [`write_rows`] contain unsafe code.
 
 #![deny(unsafe_code)]
 
@@ -34,5 +35,7 @@ pub mod layers;
 pub mod linearize;
 pub mod thread_pool;
 pub mod tokenize;
+#[expect(unsafe_code, reason = "rows of memory that several threads write to")]
+pub mod write_rows;
 
 pub use error::{Error, Limit, Result};

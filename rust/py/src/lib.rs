@@ -14,6 +14,7 @@ mod error;
 mod layers;
 mod linearize;
 mod tokenize;
+mod write_rows;
 
 use pyo3::prelude::*;
 
@@ -36,5 +37,6 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(digest::digest, module)?)?;
     module.add_function(wrap_pyfunction!(layers::gelu, module)?)?;
     module.add_function(wrap_pyfunction!(layers::layer_norm, module)?)?;
-    module.add_function(wrap_pyfunction!(batch::plan::plan_packed, module)?)
+    module.add_function(wrap_pyfunction!(batch::plan::plan_packed, module)?)?;
+    module.add_function(wrap_pyfunction!(write_rows::write_rows, module)?)
 }

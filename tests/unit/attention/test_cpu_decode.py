@@ -391,7 +391,7 @@ def test_without_the_extension_the_torch_backend_runs(caplog, monkeypatch):
 
 def test_the_operator_is_registered_properly():
     step = make(*CASES["composed"], heads=(4, 2, 16))
-    torch.library.opcheck(ops.attn_decode, operator_args(step), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(ops.attn_decode.custom_op, operator_args(step), test_utils=("test_schema", "test_faketensor"))
 
 
 # ---- threads and instructions ----

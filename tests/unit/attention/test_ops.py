@@ -33,7 +33,7 @@ def setup(backend):
 def test_attention_is_registered_properly(backend):
     p, rest = setup(backend)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.attn, (*p.leaves(), *rest), test_utils=checks)
+    torch.library.opcheck(ops.attn.custom_op, (*p.leaves(), *rest), test_utils=checks)
     o, lse = ops.attn(p.q, p.k, p.v, p.prefix_k, p.prefix_v, *rest)
     for needs in ([True] * 5, [False, False, False, True, True], [True, True, True, False, False]):
         torch.library.opcheck(
@@ -45,7 +45,7 @@ def test_kv_write_and_cross_entropy_are_registered_properly():
     arena = torch.zeros(8, 2, 4), torch.zeros(8, 2, 4)
     slots = torch.tensor([1, 5, 2], dtype=torch.int32)
     torch.library.opcheck(
-        ops.kv_write, (*arena, torch.ones(3, 2, 4), torch.ones(3, 2, 4), slots), test_utils="test_schema"
+        ops.kv_write.custom_op, (*arena, torch.ones(3, 2, 4), torch.ones(3, 2, 4), slots), test_utils="test_schema"
     )
     args = (
         torch.randn(5, 8, requires_grad=True),
