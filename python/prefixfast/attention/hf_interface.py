@@ -112,7 +112,7 @@ def prefixfast_attention(
     else:
         plan, site, layer, bias = _tagged(module, tag, prefixfast, other)
     _check_call(module, attention_mask, dropout, other)
-    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [tokens, heads, D], views
+    q, k, v = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)  # [tokens, heads, D], views
     given, count = len(q), plan.position_ids.shape[1]
     if given != count:  # the model was given a single token twice
         q = q[:count]
@@ -130,7 +130,8 @@ def prefixfast_attention(
         out, lse = _packed_attention(plan, layer, qkv, options, bias)
         if plan.probe is not None:
             plan.probe(AttentionCall(layer, q, k, v, lse, *options, site, bias))
-    out = out[..., : v.shape[-1]]
+    if out.shape[-1] != v.shape[-1]:
+        out = out[..., : v.shape[-1]]
     return (out if given == count else out.expand(given, -1, -1))[None], None
 
 
@@ -170,7 +171,10 @@ def _tagged(
 
 def pad_heads(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Tensors ``[..., dim]`` padded with zeros to their largest last dim; unchanged if they have one."""
-    dim = max(t.shape[-1] for t in tensors)
+    dims = [t.shape[-1] for t in tensors]
+    dim = max(dims)
+    if dim == min(dims):
+        return tensors
     return tuple(t if t.shape[-1] == dim else F.pad(t, (0, dim - t.shape[-1])) for t in tensors)
 
 
