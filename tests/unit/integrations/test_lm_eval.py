@@ -81,6 +81,7 @@ def test_a_prefix_changes_the_scores(models, tokenizer):
     assert got[0][0] != pytest.approx(models[0].loglikelihood(instances("loglikelihood", PAIRS[0]))[0][0], abs=0.1)
 
 
+@pytest.mark.long
 def test_a_whole_evaluation_runs(models, tmp_path):
     rows = [{"q": "a", "choices": [" b", " c"], "gold": 0}, {"q": "x", "choices": [" y", " z"], "gold": 1}]
     file = tmp_path / "rows.jsonl"
