@@ -215,7 +215,7 @@ def checked_fields(path: Path, values: dict[str, Any]) -> tuple[PrefixFields, st
         Attributes of the prefix other than its tensors, and its digest.
 
     Raises:
-        DataError: As `read_meta`.
+        DataError: If `read_meta` refuses the folder.
     """
     meta = checked_meta(path, UNWRITTEN | values, TYPES_OF_KEYS, "prefix")
     try:
