@@ -215,7 +215,7 @@ def checked_fields(path: Path, values: dict[str, Any]) -> tuple[PrefixFields, st
         Attributes of the prefix other than its tensors, and its digest.
 
     Raises:
-        DataError: If `read_meta` refuses the folder.
+        DataError: If an attribute is missing or wrong, or the version is unknown.
     """
     meta = checked_meta(path, UNWRITTEN | values, TYPES_OF_KEYS, "prefix")
     try:
