@@ -116,7 +116,7 @@ def describe_backends(base: Model | None = None) -> dict[str, Any]:
     packing = prepack(nn.Linear(64, 64).to(device, dtype)).why_not
     return {
         "triton": _triton(),
-        "fast bf16 on the cpu": "yes" if fast else "no: neither AVX512-BF16 nor AMX, so dtype auto is float32 there",
+        "fast bf16 on the cpu": "yes" if fast else "no: no AMX or fast AVX512-BF16, so dtype auto is float32 there",
         "for": f"{device.type}, {str(dtype).removeprefix('torch.')}",
         **{f"op {op}": way for op, way in ops.explain_backends(chosen, device, dtype, dim).items()},
         "weights": "prepacked for this CPU (oneDNN)" if packing is None else f"as they are: {packing}",

@@ -25,8 +25,8 @@ class EngineConfig(Options):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
         "auto",
-        "compute dtype of a base model that the engine loads; 'auto' is bfloat16 on a GPU and on CPUs with AVX512-BF16 "
-        "or AMX, else float32",
+        "compute dtype of a base model that the engine loads; 'auto' is bfloat16 on a GPU and on CPUs with AMX or "
+        "AMD's AVX512-BF16, else float32",
     )
     device: str = option(
         "auto", "torch device of a base model that the engine loads; 'auto' is a GPU if there is one, else the CPU"

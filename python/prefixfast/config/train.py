@@ -111,8 +111,8 @@ class TrainConfig(Options):
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = option(
         "auto",
-        "compute dtype of a base model that is given by name; 'auto' is bfloat16 on a GPU and on CPUs with AVX512-BF16 "
-        "or AMX, else float32; trained parameters are fp32, or fp64 for a base model in fp64",
+        "compute dtype of a base model that is given by name; 'auto' is bfloat16 on a GPU and on CPUs with AMX or "
+        "AMD's AVX512-BF16, else float32; trained parameters are fp32, or fp64 for a base model in fp64",
     )
     shard_base: bool = option(
         False,

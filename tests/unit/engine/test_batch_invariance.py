@@ -9,15 +9,15 @@ import transformers
 import tiny
 from prefixfast import Engine, Prefix
 from prefixfast.model import lm_head, packed_forward
-from prefixfast.model.load import has_fast_bf16
 from prefixfast.model.prepack import prepack
 
 pytestmark = pytest.mark.skipif(
     (why := prepack(torch.nn.Linear(8, 8)).why_not) is not None, reason=f"weights cannot be packed: {why}"
 )
+HAS_BF16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 DTYPES = [
     pytest.param(
-        torch.bfloat16, marks=pytest.mark.skipif(not has_fast_bf16(), reason="this CPU has neither AVX512-BF16 nor AMX")
+        torch.bfloat16, marks=pytest.mark.skipif(not HAS_BF16, reason="this CPU has neither AVX512-BF16 nor AMX")
     ),
     torch.float32,
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 
 import prefixfast
 import tiny
-from prefixfast import ConfigError, load
+from prefixfast import ConfigError, _rust, load
 from prefixfast.model import load as loading
 
 IDS = torch.arange(3, 20)[None]
@@ -58,11 +59,21 @@ def test_the_dtype_follows_the_processor(folder, monkeypatch, fast, expected):
         assert base.dtype == expected
 
 
+def test_bfloat16_is_fast_with_amx_and_on_amd():
+    path = Path("/proc/cpuinfo")
+    if not path.exists():
+        pytest.skip("no /proc/cpuinfo")
+    words = path.read_text(encoding="utf8").split()
+    is_fast_avx512 = "avx512_bf16" in words and "GenuineIntel" not in words
+    assert (_rust.attend_paths()[0] == "avx512_bf16") == is_fast_avx512
+    assert loading.has_fast_bf16() == (is_fast_avx512 or "amx_tile" in words)
+
+
 def test_slow_bfloat16_is_a_warning(folder, monkeypatch, caplog):
     monkeypatch.setattr(loading, "has_fast_bf16", lambda: False)
     with caplog.at_level(logging.WARNING, "prefixfast"), load(folder, dtype="bfloat16", device="cpu") as base:
         assert base.dtype == torch.bfloat16
-    assert "bfloat16 without AVX512-BF16 or AMX" in caplog.text
+    assert "bfloat16 without AMX" in caplog.text
 
 
 def test_load_returns_a_loaded_model_unchanged(base):

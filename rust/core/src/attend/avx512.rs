@@ -44,6 +44,14 @@ impl Avx512Bf16 {
     pub(super) fn new() -> Option<Self> {
         (is_x86_feature_detected!("avx512bf16") && Avx512::new().is_some()).then_some(Self(()))
     }
+
+    /// Whether the dot products are faster than products in fp32.
+    ///
+    /// They are on AMD's CPUs, the only ones with `sse4a`. On a Xeon of model 207 dense attention of 2 x 12 heads over
+    /// 400 tokens of 64 dims takes 27 ms with them and 18 ms without.
+    pub(super) fn is_fast() -> bool {
+        is_x86_feature_detected!("sse4a")
+    }
 }
 
 /// Applies one intrinsic to its operands.

@@ -71,11 +71,15 @@ impl InstructionSet {
     #[must_use]
     pub fn all() -> Vec<Self> {
         #[cfg(target_arch = "x86_64")]
-        let vectors = [
-            avx512_bf16(),
-            Avx512::new().map(|simd| Kind::Avx512(simd, None)),
-            Avx2::new().map(Kind::Avx2),
-        ];
+        let vectors = {
+            let avx512 = Avx512::new().map(|simd| Kind::Avx512(simd, None));
+            let [first, second] = if Avx512Bf16::is_fast() {
+                [avx512_bf16(), avx512]
+            } else {
+                [avx512, avx512_bf16()]
+            };
+            [first, second, Avx2::new().map(Kind::Avx2)]
+        };
         #[cfg(not(target_arch = "x86_64"))]
         let vectors: [Option<Kind>; 0] = [];
         vectors.into_iter().flatten().chain([Kind::Scalar]).map(Self).collect()
