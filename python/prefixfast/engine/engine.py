@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
@@ -32,6 +33,7 @@ from prefixfast.engine.stats import EngineStats, engine_stats
 from prefixfast.engine.submission import RequestSubmission
 from prefixfast.errors import ConfigError, check_choice, check_flag, shown
 from prefixfast.io.progress import Progress, show_progress
+from prefixfast.model import kept_memory
 from prefixfast.model.base import Model
 from prefixfast.model.load import load
 from prefixfast.model.process import check_num_threads
@@ -106,6 +108,8 @@ class Engine(RequestSubmission, PrefixPinning):
         self.driver = LoopDriver(self.model, self.loop, self.config.num_threads)
         self.requests = RequestFactory(self.model, self.config, self.max_model_len, self.store, self.driver)
         warn_unsupported_defaults(self.model)
+        kept_memory.hold()
+        self._release_memory = weakref.finalize(self, kept_memory.release)
         logger.debug(memory_summary(self.model, self.loop, self.config))
 
     def generate(
@@ -233,6 +237,7 @@ class Engine(RequestSubmission, PrefixPinning):
         """
         self.driver.check_outside("close", waits=True)
         self.driver.close()
+        self._release_memory()
         if self._owns_model:
             self.model.close()
 

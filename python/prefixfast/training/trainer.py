@@ -324,6 +324,7 @@ def _parts(data: GroupData, output: OutputDir, job: TrainJob) -> list[GroupData]
 
 def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
     """Train all groups of a job. Its modules import torch, which a refused call needs not wait for."""
+    from prefixfast.model.kept_memory import keep_freed_memory
     from prefixfast.model.memory import reset_peak_memory
     from prefixfast.training.collect import collect, join_runs
     from prefixfast.training.dataset import none_left
@@ -341,6 +342,7 @@ def _run(model: BaseModel, job: TrainJob, output: OutputDir) -> TrainRun:
             load_base(model, job.config) as base,
             base.guard.training() if job.makes_weights else contextlib.nullcontext(),
             gradient_checkpointing(base, job.config.gradient_checkpointing),
+            keep_freed_memory(),
         ):
             whole = job.for_model(base)
             job = own_part(whole)
