@@ -14,6 +14,7 @@ from prefixfast.training.metrics import stored_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.ranks import Ranks
 from prefixfast.training.run_parts import RunPart, merge_parts
+from prefixfast.training.saved_prefixes import SavedPrefixes
 from prefixfast.training.train_run import RunTotals, TrainRun
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir, 
         output.write_log(metrics={n: metrics[n] for n in order})
     resumed = {*output.unchanged, *(name for trainer in trainers for name in trainer.resumed)}
     return TrainRun(
-        prefixes={n: prefixes[n] for n in order},
+        prefixes=SavedPrefixes({n: prefixes[n] for n in order}),
         metrics={n: metrics[n] for n in order},
         log=output.log,
         failed=dict(job.rows.failed),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from prefixfast.errors import ConfigError, DataError, shown
 from prefixfast.io.progress import Progress
 from prefixfast.model.memory import peak_memory
 from prefixfast.model.process import check_not_exiting
+from prefixfast.store.entry import StoredPrefix
 from prefixfast.store.tensor_rows import OWNERS
 from prefixfast.training.applied import Applied
 from prefixfast.training.artifact import ArtifactBuilder
@@ -32,12 +34,14 @@ from prefixfast.training.job import TrainJob
 from prefixfast.training.methods.state import Artifact, make
 from prefixfast.training.metrics import prefix_metrics
 from prefixfast.training.output_dir import OutputDir
+from prefixfast.training.prefix_tensor import PrefixTensor
 from prefixfast.training.progress import GroupProgress
 from prefixfast.training.resilience import defer_sigint
 from prefixfast.training.run_log import settings_line
 from prefixfast.training.step import GroupExamples, StepResult, StepRunner
 
 logger = logging.getLogger(__name__)
+SAVED_TOGETHER, SAVERS = 64, 8  # prefixes that are saved at the same time, and threads, which wait for the disk
 MAX_LOGGED_PREFIXES = 20  # largest group whose log lines hold the losses of each prefix
 
 
@@ -50,7 +54,7 @@ class GroupTrainer:
         output: Output folder and store.
 
     Attributes:
-        prefixes: Finished prefixes by name.
+        prefixes: Finished prefixes by name, or their versions in the store.
         finished: Digest and metrics of each finished prefix by name.
         failed: Error message of each failed prefix by name.
         resumed: Names of the prefixes that an earlier run has finished.
@@ -67,7 +71,7 @@ class GroupTrainer:
         self.data, self.number, self.output = data, number, output
         self.model, self.job, self.group, self.ranks = data.model, data.job, data.group, data.job.ranks
         self.eval_dataset, self.config = data.eval_dataset, data.group.config
-        self.prefixes: dict[str, Artifact] = {}
+        self.prefixes: dict[str, Artifact | StoredPrefix] = {}
         self.finished: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
         self.resumed: list[str] = []
@@ -251,38 +255,53 @@ class GroupTrainer:
         if not bool(ended.any()):
             return
         self.applied.take_out()  # weights are built from what they change in the base as it was
-        params, current = self.runner.params, self.runner.params.current()
-        for i in ended.nonzero()[:, 0].tolist():
-            name, evaluated = self.names[i], self.eval_dataset is not None
-            metrics = prefix_metrics(self.progress, self.best, i, self.counts[i], evaluated=evaluated)
+        current, numbers = self.runner.params.current(), ended.nonzero()[:, 0].tolist()
+        for start in range(0, len(numbers), SAVED_TOGETHER):
+            built = self._build(numbers[start : start + SAVED_TOGETHER], current)
+            saved = self.ranks.first(lambda built=built: self._save_all(built))  # type: ignore[misc]
+            for (i, (prefix, metrics)), (stored, error) in zip(built.items(), saved, strict=True):
+                if error:
+                    self._fail(i, error)
+                    continue
+                name = self.names[i]
+                self.prefixes[name] = prefix if stored is None else stored
+                self.finished[name] = {"digest": prefix.digest, "metrics": metrics}
+                if skipped := int(self.progress.num_skipped[i]):
+                    logger.warning(
+                        "prefix %r: %d of %d steps were skipped because the gradient was not finite",
+                        *(name, skipped, int(self.progress.num_done[i])),
+                    )
+                self._call_hook("on_prefix_end", name, prefix, metrics)
+
+    def _build(self, numbers: list[int], current: list[PrefixTensor]) -> dict[int, tuple[Artifact, dict[str, float]]]:
+        """Usable prefixes that have ended, with their metrics, by number."""
+        params, built = self.runner.params, {}
+        for i in numbers:
+            metrics = prefix_metrics(
+                self.progress, self.best, i, self.counts[i], evaluated=self.eval_dataset is not None
+            )
             flat = self.best.kv if self.best.has(i) else current
             try:
-                prefix = self.builder.build(i, params.split(flat, i), metrics, self._cost())
+                built[i] = self.builder.build(i, params.split(flat, i), metrics, self._cost()), metrics
             except DataError as e:  # the parameters themselves are not finite
                 self._fail(i, f"the prefix is not usable: {e}; lower learning_rate")
-                continue
             self.progress.active[i] = False
-            if error := self.ranks.first(lambda name=name, prefix=prefix: self._save(name, prefix)):  # type: ignore[misc]
-                self._fail(i, error)
-                continue
-            self.prefixes[name] = prefix
-            self.finished[name] = {"digest": prefix.digest, "metrics": metrics}
-            if skipped := int(self.progress.num_skipped[i]):
-                logger.warning(
-                    "prefix %r: %d of %d steps were skipped because the gradient was not finite",
-                    *(name, skipped, int(self.progress.num_done[i])),
-                )
-            self._call_hook("on_prefix_end", name, prefix, metrics)
+        return built
 
-    def _save(self, name: str, prefix: Artifact) -> str:
-        """Save a prefix that has ended; returns the error of an isolated failure, which is empty without one."""
+    def _save_all(self, built: dict[int, tuple[Artifact, dict[str, float]]]) -> list[tuple[StoredPrefix | None, str]]:
+        """Save prefixes that have ended; returns the version in the store and the error of each."""
+        names = [self.names[i] for i in built]
+        with ThreadPoolExecutor(min(SAVERS, len(names) or 1)) as pool:
+            return list(pool.map(self._save, names, [prefix for prefix, _ in built.values()]))
+
+    def _save(self, name: str, prefix: Artifact) -> tuple[StoredPrefix | None, str]:
+        """Save a prefix; the error is that of an isolated failure, and empty without one."""
         try:
-            self.output.save_prefix(name, prefix, resumed=self.job.resume)
+            return self.output.save_prefix(name, prefix, resumed=self.job.resume), ""
         except OSError as e:
             if not self.job.isolate:
                 raise
-            return f"the prefix cannot be saved: {e}"
-        return ""
+            return None, f"the prefix cannot be saved: {e}"
 
     def _cost(self) -> dict[str, JSON]:
         """Median of the seconds of a step, None without steps, and the largest memory use since the run began."""

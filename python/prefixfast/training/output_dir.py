@@ -19,6 +19,7 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.prefix.tuned_folder import is_tuned
 from prefixfast.prefix.tuned_weights import TunedWeights
 from prefixfast.store import PrefixStore
+from prefixfast.store.entry import StoredPrefix
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
 from prefixfast.training.checkpoint import Checkpoint
 from prefixfast.training.output_check import PROBE
@@ -169,7 +170,7 @@ class OutputDir:
         """Folder of a prefix, None without an output folder."""
         return None if self.folder is None else self.folder if self.is_single else self.folder / name
 
-    def save_prefix(self, name: str, prefix: Prefix | TunedWeights, *, resumed: bool) -> None:
+    def save_prefix(self, name: str, prefix: Prefix | TunedWeights, *, resumed: bool) -> StoredPrefix | None:
         """Save a finished prefix to its folder and put it into the store.
 
         Args:
@@ -177,13 +178,17 @@ class OutputDir:
             prefix: Trained prefix, or weights, which have no store.
             resumed: Whether the run was resumed, so that the store may hold the prefix already and no second version is
                 put.
+
+        Returns:
+            Version in the store, None without a store.
         """
         if (folder := self.prefix_folder(name)) is not None:
             prefix.save_pretrained(folder, overwrite=True)  # the folder is checked before the run begins
         if self.store is None or not isinstance(prefix, Prefix):
-            return
-        if not (resumed and name in self.store and self.store.info(name).digest == prefix.digest):
-            self.store.put(name, prefix)
+            return None
+        if resumed and name in self.store and (found := self.store.info(name)).digest == prefix.digest:
+            return found
+        return self.store.put(name, prefix)
 
     def end(self, finished: Sequence[str]) -> None:
         """Remove what only an unfinished run needs; here nothing.

@@ -54,7 +54,8 @@ class TrainRun(Mapping[str, Prefix]):
     ``"learning_rate=0.01"``. A prefix that could not be trained is not in the mapping; `failed` holds its error.
 
     Attributes:
-        prefixes: Trained prefixes by name, in the order of the data.
+        prefixes: Trained prefixes by name, in the order of the data. Those of a run with a store are read from it each
+            time, so that the memory of a run does not grow with their number.
         metrics: Metrics by name: ``first_loss`` and ``loss`` (training loss of the first and the last step), ``steps``,
             ``skipped_steps``, ``rows``, ``examples``, ``skipped_rows``, ``truncated_rows``, and with held-out rows
             ``eval_loss_before`` (before the first step), ``eval_loss``, ``best_step`` and ``eval_rows``.
@@ -73,7 +74,7 @@ class TrainRun(Mapping[str, Prefix]):
         >>> run["learning_rate=0.01"].save_pretrained("mine")
     """
 
-    prefixes: dict[str, Prefix]
+    prefixes: Mapping[str, Prefix]
     metrics: dict[str, dict[str, float]]
     log: list[dict[str, JSON]]
     failed: dict[str, str] = field(default_factory=dict)
@@ -177,10 +178,10 @@ class TrainRun(Mapping[str, Prefix]):
             True
         """
         found = {}
-        for name, prefix in self.prefixes.items():
-            config = prefix.training.get("config")
-            if text := loss_advice(self.metrics[name], config if isinstance(config, Mapping) else {}):
-                found[name] = text
+        for name in self.prefixes:
+            if text := loss_advice(self.metrics[name], {}):  # most prefixes need not be read from the store
+                config = self.prefixes[name].training.get("config")
+                found[name] = loss_advice(self.metrics[name], config if isinstance(config, Mapping) else {}) or text
         return found
 
     def report(self, path: str | os.PathLike[str]) -> None:
