@@ -413,6 +413,37 @@ def forty_users(found: list[Record]) -> Iterator[Cell]:
         yield row, "KiB on disk", f"{r['bytes'] * times / 1024:.0f}"
 
 
+def many_users(found: list[Record]) -> Iterator[Cell]:
+    """Cost of thousands of users in one command, and of single users one after another, scaled to the largest count."""
+    labels = {
+        "one command": "`prefixfast train MODEL users/ --store S`, {users:,} users",
+        "single commands": "`prefixfast train MODEL users/NAME.jsonl --store S` for each user ({users} ran)",
+        "single calls": "Python, `train(base, {{name: file}}, store=S)` for each user ({users} ran)",
+    }
+    most = max(r["users"] for r in found if r.get("what") == "one command")
+    for r in (r for r in found if "what" in r):
+        row, times = labels[r["what"]].format(users=r["users"]), most / r["users"]
+        yield row, "CPU ms of a user", f"{r['cpu_seconds'] / r['users'] * 1000:,.0f}"
+        yield row, f"CPU minutes of {most:,} users", f"{r['cpu_seconds'] * times / 60:.0f}"
+        if r["what"] == "one command":
+            yield row, "peak memory", f"{r['peak_mib']:,.0f} MiB"
+            yield row, "on disk", f"{r['bytes'] / 2**20:.0f} MiB"
+
+
+KINDS = {"flat": "keys and values", "rms": "keys and values in units of their RMS", "mlp": "MLP"}
+
+
+def learning_rates(found: list[Record]) -> Iterator[Cell]:
+    """Held-out loss by learning rate of each way to train a prefix, the mean over seeds."""
+    losses: dict[str, dict[float, list[float]]] = {}
+    for r in (r for r in found if "kind" in r):
+        row = f"{r['base']}, {NAMES[r['task']]}, init {r['init']}: {KINDS[r['kind']]}"
+        losses.setdefault(row, {}).setdefault(r["rate"], []).append(r["eval_loss"] or float("inf"))
+    for rate in sorted({rate for of_row in losses.values() for rate in of_row}):
+        for row, of_row in losses.items():
+            yield row, f"{rate:g}", f"{mean(of_row[rate]):.3f}" if rate in of_row else ""
+
+
 # Numbers of GPT-2 124M: weights of all matrix products, and keys and values of one prefix row (12 layers of width 768).
 GPT2_WEIGHTS, GPT2_PREFIX_NUMBERS = 12 * 12 * 768**2 + 50257 * 768, 12 * 2 * 768
 STEP_PARTS = {"products": "matrix products", "arena writes": "KV cache writes", "choosing": "choice of tokens"}
@@ -587,6 +618,7 @@ COMMANDS = {
     "quality": "prefixfast bench quality",
     "users": "prefixfast bench users MODEL DATA --steps 8",
     "compare": "benches/system/choosing.sh MODEL E2E_FOLDER OUT",
+    "many": "python benches/system/many_users.py MODEL --e2e FOLDER -o OUT.jsonl",
     "forty": "python benches/system/forty_users.py -o OUT.jsonl",
 }
 BOTH = "(`--impl peft` for PEFT)"
@@ -610,6 +642,13 @@ TABLES: dict[str, Table] = {
     "choosing-smollm2-costs": Table(("compare-smollm2.jsonl",), compared_costs, "SmolLM2", command=COMMANDS["compare"]),
     "choosing-smollm2-clear": Table(("compare-smollm2.jsonl",), clear, "SmolLM2", source=False),
     "forty-users": Table(("forty-users.jsonl",), forty_users, command=COMMANDS["forty"]),
+    "many-users": Table(("many-users.jsonl",), many_users, command=COMMANDS["many"]),
+    "learning-rates": Table(
+        ("learning-rates.jsonl",),
+        learning_rates,
+        "held-out loss by learning rate",
+        "python benches/system/learning_rates.py MODEL --data DATA -o OUT.jsonl",
+    ),
     "quality-smollm2": Table(
         ("quality-smollm2-text-*.json", "quality-smollm2-mlp-p*.json"),
         quality,
