@@ -430,6 +430,19 @@ def many_users(found: list[Record]) -> Iterator[Cell]:
             yield row, "on disk", f"{r['bytes'] / 2**20:.0f} MiB"
 
 
+def training(found: list[Record]) -> Iterator[Cell]:
+    """Rate, memory and state of training with prefixfast, PEFT's prefix-tuning and LoRA, by prefixes at once."""
+    records = [r for r in found if "contender" in r]
+    peft = next(r["tokens_per_second"] for r in records if r["contender"] == "PEFT, one prefix after another")
+    for r in records:
+        own = f"{r['contender']}, {r['prefixes']} at once" if r["contender"] == "prefixfast" else r["contender"]
+        yield own, "tokens/s", f"{r['tokens_per_second']:,.0f}"
+        yield own, "against PEFT", f"{r['tokens_per_second'] / peft:.2f}"
+        yield own, "users of 80 steps an hour", f"{r['users_per_hour']:.0f}"
+        yield own, "peak memory over the base", f"{r['peak_bytes'] / 1e6:.0f} MB"
+        yield own, "state of a user", f"{r['state_bytes'] / 1e6:.2f} MB"
+
+
 KINDS = {"flat": "keys and values", "rms": "keys and values in units of their RMS", "mlp": "MLP"}
 
 
@@ -642,6 +655,7 @@ TABLES: dict[str, Table] = {
     "choosing-smollm2-costs": Table(("compare-smollm2.jsonl",), compared_costs, "SmolLM2", command=COMMANDS["compare"]),
     "choosing-smollm2-clear": Table(("compare-smollm2.jsonl",), clear, "SmolLM2", source=False),
     "forty-users": Table(("forty-users.jsonl",), forty_users, command=COMMANDS["forty"]),
+    "train-nlg-10m": Table(("train-nlg-10m-fp32.jsonl",), training, "P = 10, fp32"),
     "many-users": Table(("many-users.jsonl",), many_users, command=COMMANDS["many"]),
     "learning-rates": Table(
         ("learning-rates.jsonl",),
