@@ -7,6 +7,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 RUST := $(shell find rust -name '*.rs' -o -name 'Cargo.toml') Cargo.toml Cargo.lock
+WORKERS ?= 2
 MODEL ?=
 ENCDEC ?=
 NEWER_PYTHON := install Python 3.11 or newer, or run make PYTHON=/path/to/python
@@ -43,7 +44,7 @@ demo: $(VENV)/.built ## train prefixes at once, generate one mixed batch (MODEL=
 
 test: lint ## lint, then the fast tests
 	cargo test -q --workspace
-	$(PY) -m pytest --deselect tests/rust/test_stubs.py # lint has run it
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --deselect tests/rust/test_stubs.py # lint has run it
 
 test-long: $(VENV)/.built ## the tests that take minutes each (real weights)
 	$(PY) -m pytest -m long

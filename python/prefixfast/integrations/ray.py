@@ -92,7 +92,7 @@ def train_users(
     remote = ray.remote(**{"max_retries": max_retries, **(resources or {})})(_train)
     shared = ray.put((str(model), str(path)))
     parts = _results(ray, [remote.remote(shared, rows, own) for rows, own in tasks], [len(rows) for rows, _ in tasks])
-    run = merge_parts(parts, held.__getitem__)
+    run = merge_parts(parts, held)
     drop_finished(path, list(run))
     return run
 

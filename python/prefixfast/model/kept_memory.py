@@ -1,8 +1,8 @@
 """Freed memory that the C library keeps for the next allocation instead of giving it back to the system.
 
 By default glibc gives large blocks back as soon as they are free. The activations of the next training step then fault
-in page by page: a step of SmolLM2-135M with 10 rows takes 3.1 instead of 3.4 CPU seconds without these faults, and
-`generate` for 32 requests of GPT-2 124M 5.7 instead of 5.9 (fp32, one core of a Xeon of model 207).
+in page by page. glibc keeps blocks of the main thread; a block of more than 32 MiB of another thread is mapped alone
+whatever the thresholds are.
 """
 
 from __future__ import annotations

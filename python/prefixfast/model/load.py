@@ -234,7 +234,7 @@ def find_device(name: str | torch.device) -> torch.device:
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies matrices faster in bfloat16 than in float32: with AMX, or with AMD's AVX512-BF16.
 
-    AVX512-BF16 of Intel has half the rate of float32: 83 against 125 to 160 GFLOP/s on a Xeon of model 207.
+    AVX512-BF16 of Intel has about half the rate of float32 (docs/decisions.md).
     """
     return torch.cpu._is_amx_tile_supported() or _rust.attend_paths()[0] == "avx512_bf16"
 

@@ -10,7 +10,6 @@ from prefixfast.prefix.prefix import Prefix
 from prefixfast.training.groups import PrefixJob
 from prefixfast.training.job import TrainJob
 from prefixfast.training.loop import GroupTrainer
-from prefixfast.training.metrics import stored_metrics
 from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.ranks import Ranks
 from prefixfast.training.run_parts import RunPart, merge_parts
@@ -31,9 +30,10 @@ def collect(trainers: Sequence[GroupTrainer], job: TrainJob, output: OutputDir, 
         output: Output folder and store.
         base: Base model.
     """
-    prefixes: dict[str, Any] = {n: p for trainer in trainers for n, p in trainer.prefixes.items()} | output.unchanged
+    prefixes: dict[str, Any] = {n: p for trainer in trainers for n, p in trainer.prefixes.items()}
+    prefixes |= {n: earlier.stored for n, earlier in output.unchanged.items()}
     metrics = {n: finished["metrics"] for trainer in trainers for n, finished in trainer.finished.items()}
-    metrics |= {n: stored_metrics(p) for n, p in output.unchanged.items()}
+    metrics |= {n: earlier.metrics for n, earlier in output.unchanged.items()}
     order = [j.name for j in _jobs(job) if j.name in prefixes]
     if not (output.log and "metrics" in output.log[-1]):
         output.write_log(metrics={n: metrics[n] for n in order})
@@ -63,7 +63,7 @@ def join_runs(own: TrainRun, job: TrainJob, ranks: Ranks, store: PrefixStore) ->
     """
     parts = ranks.gather(RunPart.of(own))
     order = [j.name for j in _jobs(job)]
-    return merge_parts(parts, lambda n: own.prefixes[n] if n in own.prefixes else store[n], order=order, log=own.log)
+    return merge_parts(parts, store, order=order, log=own.log)
 
 
 def _jobs(job: TrainJob) -> list[PrefixJob]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -38,10 +37,10 @@ from prefixfast.training.prefix_tensor import PrefixTensor
 from prefixfast.training.progress import GroupProgress
 from prefixfast.training.resilience import defer_sigint
 from prefixfast.training.run_log import settings_line
+from prefixfast.training.saving import SAVED_TOGETHER, save_together
 from prefixfast.training.step import GroupExamples, StepResult, StepRunner
 
 logger = logging.getLogger(__name__)
-SAVED_TOGETHER, SAVERS = 64, 8  # prefixes that are saved at the same time, and threads, which wait for the disk
 MAX_LOGGED_PREFIXES = 20  # largest group whose log lines hold the losses of each prefix
 
 
@@ -258,7 +257,10 @@ class GroupTrainer:
         current, numbers = self.runner.params.current(), ended.nonzero()[:, 0].tolist()
         for start in range(0, len(numbers), SAVED_TOGETHER):
             built = self._build(numbers[start : start + SAVED_TOGETHER], current)
-            saved = self.ranks.first(lambda built=built: self._save_all(built))  # type: ignore[misc]
+            prefixes = {self.names[i]: prefix for i, (prefix, _) in built.items()}
+            saved = self.ranks.first(
+                lambda p=prefixes: save_together(self.output, p, resumed=self.job.resume, isolate=self.job.isolate)  # type: ignore[misc]
+            )
             for (i, (prefix, metrics)), (stored, error) in zip(built.items(), saved, strict=True):
                 if error:
                     self._fail(i, error)
@@ -287,21 +289,6 @@ class GroupTrainer:
                 self._fail(i, f"the prefix is not usable: {e}; lower learning_rate")
             self.progress.active[i] = False
         return built
-
-    def _save_all(self, built: dict[int, tuple[Artifact, dict[str, float]]]) -> list[tuple[StoredPrefix | None, str]]:
-        """Save prefixes that have ended; returns the version in the store and the error of each."""
-        names = [self.names[i] for i in built]
-        with ThreadPoolExecutor(min(SAVERS, len(names) or 1)) as pool:
-            return list(pool.map(self._save, names, [prefix for prefix, _ in built.values()]))
-
-    def _save(self, name: str, prefix: Artifact) -> tuple[StoredPrefix | None, str]:
-        """Save a prefix; the error is that of an isolated failure, and empty without one."""
-        try:
-            return self.output.save_prefix(name, prefix, resumed=self.job.resume), ""
-        except OSError as e:
-            if not self.job.isolate:
-                raise
-            return None, f"the prefix cannot be saved: {e}"
 
     def _cost(self) -> dict[str, JSON]:
         """Median of the seconds of a step, None without steps, and the largest memory use since the run began."""

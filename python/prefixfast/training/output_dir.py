@@ -23,6 +23,7 @@ from prefixfast.store.entry import StoredPrefix
 from prefixfast.store.runs import CHECKPOINT, FAILED, LOG, STATE, TENSORS
 from prefixfast.training.checkpoint import Checkpoint
 from prefixfast.training.output_check import PROBE
+from prefixfast.training.saved_prefixes import EarlierPrefix
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
@@ -49,7 +50,7 @@ class OutputDir:
     ) -> None:
         self.folder, self.store, self.names, self.is_single = folder, store, names, is_single
         self.log: list[dict[str, JSON]] = []
-        self.unchanged: dict[str, Prefix] = {}
+        self.unchanged: dict[str, EarlierPrefix] = {}
         self._start = time.perf_counter()
 
     def open(self, *, resume: bool) -> None:
@@ -104,8 +105,8 @@ class OutputDir:
         self.drop_group_from_log(number)
         return None
 
-    def read_finished(self, name: str, digest: str) -> Prefix | TunedWeights:
-        """Read a prefix that an earlier run finished.
+    def read_finished(self, name: str, digest: str) -> Prefix | TunedWeights | StoredPrefix:
+        """Read a prefix that an earlier run finished, or find its version in the store.
 
         Args:
             name: Name of the prefix.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from prefixfast.config.json_types import JSON
 from prefixfast.errors import DataError, shown
 from prefixfast.prefix.prefix import Prefix
+from prefixfast.training.saved_prefixes import SavedPrefixes
 from prefixfast.training.train_run import RunTotals, TrainRun
+
+if TYPE_CHECKING:
+    from prefixfast.store import PrefixStore
 
 
 class RunPart(NamedTuple):
@@ -40,7 +44,7 @@ class RunPart(NamedTuple):
 
 def merge_parts(
     parts: Sequence[RunPart],
-    read: Callable[[str], Prefix],
+    store: PrefixStore,
     *,
     order: Iterable[str] | None = None,
     log: Sequence[dict[str, JSON]] = (),
@@ -49,7 +53,7 @@ def merge_parts(
 
     Args:
         parts: Parts, at least one.
-        read: Function that gives the prefix of a name.
+        store: Store that has the prefixes of all processes.
         order: Names in the order of the result, of which those without a prefix are left out. None takes that of the
             parts.
         log: Log lines of the result.
@@ -67,7 +71,7 @@ def merge_parts(
     unchanged, totals = {n for part in parts for n in part.unchanged}, [part.totals for part in parts]
     about = next((t for t in totals if t.base), totals[0])
     return TrainRun(
-        prefixes={n: read(n) for n in names},
+        prefixes=SavedPrefixes({n: store.info(n) for n in names}),
         metrics={n: metrics[n] for n in names},
         log=list(log),
         failed=failed,

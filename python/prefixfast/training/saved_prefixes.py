@@ -1,11 +1,24 @@
-"""`SavedPrefixes`, the prefixes of a run, of which those in a store are not kept in memory."""
+"""The prefixes of a run, of which those in a store are not kept in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from prefixfast.prefix.prefix import Prefix
 from prefixfast.store.entry import StoredPrefix
+
+
+class EarlierPrefix(NamedTuple):
+    """A prefix that an earlier run has finished.
+
+    Attributes:
+        stored: Version in the store.
+        metrics: Metrics of its training.
+    """
+
+    stored: StoredPrefix
+    metrics: dict[str, float]
 
 
 class SavedPrefixes(Mapping[str, Prefix]):

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefixfast.config.json_types import JSON
-from prefixfast.errors import DataError
+from prefixfast.errors import DataError, UnknownPrefixError
 from prefixfast.io.atomic import replace_file
 from prefixfast.io.untrusted import read_json
-from prefixfast.prefix.prefix import Prefix
 from prefixfast.store import PrefixStore
+from prefixfast.store.entry import StoredPrefix
 from prefixfast.store.runs import (
     LOG,
     STATE,
@@ -31,7 +31,9 @@ from prefixfast.store.runs import (
 )
 from prefixfast.training.checkpoint import VERSION, Checkpoint
 from prefixfast.training.identity import IDENTITY, prefix_identities
+from prefixfast.training.metrics import stored_metrics
 from prefixfast.training.output_dir import OutputDir, read_lines
+from prefixfast.training.saved_prefixes import EarlierPrefix
 
 if TYPE_CHECKING:
     from prefixfast.training.group_data import GroupData
@@ -102,7 +104,7 @@ class StoreOutput(OutputDir):
         return [*(data.only(own) for own, _ in found), *new]
 
     def _continued(
-        self, run: Path, data: GroupData, names: Sequence[str], done: Mapping[str, Prefix]
+        self, run: Path, data: GroupData, names: Sequence[str], done: Collection[str]
     ) -> list[tuple[list[str], Path]]:
         """Names that continue from each checkpoint of a run, whose folder then stays locked."""
         found: list[tuple[list[str], Path]] = []
@@ -140,9 +142,10 @@ class StoreOutput(OutputDir):
         drop_from_checkpoints(run, names)
         return taken
 
-    def read_finished(self, name: str, digest: str) -> Prefix:
-        """Read a prefix that an earlier run has put into the store."""
-        return self.kept[name]
+    def read_finished(self, name: str, digest: str) -> StoredPrefix:
+        """Find the version of a prefix that an earlier run has put into the store; the newest if it is gone."""
+        versions = self.kept.versions(name)
+        return next((v for v in reversed(versions) if v.digest == digest), versions[-1])
 
     def end(self, finished: Sequence[str]) -> None:
         """Remove the checkpoints of the run, and what earlier runs have left of its prefixes."""
@@ -156,18 +159,19 @@ class StoreOutput(OutputDir):
         if self._run is not None:
             self._run.release()
 
-    def _done(self, data: GroupData) -> dict[str, Prefix]:
+    def _done(self, data: GroupData) -> dict[str, EarlierPrefix]:
         """Prefixes of a group that the store holds with the same rows and options."""
         done = {}
         for name, identity in data.identities.items():
-            with contextlib.suppress(DataError):  # a damaged version is trained again
-                prefix = self.kept.get(name)
-                if prefix is not None and prefix.training.get(IDENTITY) == identity:
-                    done[name] = prefix
+            with contextlib.suppress(DataError, UnknownPrefixError):  # a damaged version is trained again
+                stored = self.kept.info(name)
+                prefix = stored.read()
+                if prefix.training.get(IDENTITY) == identity:
+                    done[name] = EarlierPrefix(stored, stored_metrics(prefix))
         return done
 
 
-def _usable(folder: Path, data: GroupData, wanted: set[str], done: Mapping[str, Prefix]) -> list[str]:
+def _usable(folder: Path, data: GroupData, wanted: set[str], done: Collection[str]) -> list[str]:
     """Names of the prefixes that can continue from a checkpoint.
 
     They are all of its prefixes if the group has each of them with the same rows and options, so that the run ends like

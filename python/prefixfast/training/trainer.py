@@ -31,6 +31,7 @@ from prefixfast.training.output_dir import OutputDir
 from prefixfast.training.ranks import join_ranks, rank_and_size
 from prefixfast.training.reporters import make_reporter
 from prefixfast.training.result_log import log_result
+from prefixfast.training.saved_prefixes import EarlierPrefix
 from prefixfast.training.shares import divide, own_part
 from prefixfast.training.store_output import StoreOutput
 from prefixfast.training.train_run import TrainRun
@@ -312,7 +313,7 @@ def _names(job: TrainJob) -> list[str]:
 def _parts(data: GroupData, output: OutputDir, job: TrainJob) -> list[GroupData]:
     """Groups that are trained in place of a group, which the first of several processes reads from the files."""
 
-    def read() -> tuple[list[list[str]], dict[str, Prefix]]:
+    def read() -> tuple[list[list[str]], dict[str, EarlierPrefix]]:
         parts = output.parts(data, resume=job.resume)
         return [[j.name for j in part.group.jobs] for part in parts], output.unchanged
 

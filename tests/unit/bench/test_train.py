@@ -77,7 +77,7 @@ def test_the_peak_of_memory_is_that_over_what_was_in_use():
     with PeakOver(torch.device("cpu")) as memory:
         for count in (4 << 20, 16 << 20, 2 << 20):
             torch.ones(count)
-    assert 60e6 < memory.nbytes < 90e6
+    assert 60e6 < memory.nbytes < 100e6  # the allocator may keep the smaller tensors: 92e6 bytes in all
     assert total_memory(torch.device("cpu")) > before.nbytes
 
 

@@ -2,18 +2,56 @@
 
 import ctypes
 import gc
+import json
+import subprocess
 import sys
 
 import pytest
 
 import prefixfast
 import tiny
+from oracles import ROOT
 from prefixfast.model import kept_memory
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc"
 )
 THRESHOLDS: list[tuple[int, int]] = []
+# Of each block of 256 MiB: whether glibc mapped it alone, and MiB of the process that are left once it is freed.
+PROGRAM = """
+import ctypes, json, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+from prefixfast.model.kept_memory import keep_freed_memory
+
+libc, size = ctypes.CDLL(None), 256 * 2**20
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+class Counts(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena free fast mapped mapped_bytes a b c d e".split()]
+
+libc.mallinfo2.restype = Counts
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def freed_block():
+    before = libc.mallinfo2().mapped
+    block = libc.malloc(size)
+    is_mapped = libc.mallinfo2().mapped > before
+    libc.memset(block, 1, size)
+    libc.free(block)
+    return is_mapped, (resident() - start) >> 20
+
+start = resident()
+found = [freed_block()]
+with keep_freed_memory():
+    found += [freed_block(), freed_block()]
+found.append((None, (resident() - start) >> 20))
+print(json.dumps(found))
+"""
 
 
 def keeps() -> bool:
@@ -28,6 +66,20 @@ def _watched(monkeypatch):
     monkeypatch.setattr(kept_memory, "_set", lambda *t: THRESHOLDS.append(t) or set_thresholds(*t))
     monkeypatch.setattr(kept_memory, "_users", 0)
     THRESHOLDS[:] = [kept_memory.DEFAULTS]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_the_c_library_keeps_a_freed_block_and_gives_it_back_at_the_end():
+    run = subprocess.run([sys.executable, "-c", PROGRAM, str(ROOT / "python")], capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+    (alone, left), (first, held), (second, held_again), (_, after) = json.loads(run.stdout)
+    assert alone
+    assert left < 64
+    assert not first
+    assert not second
+    assert 240 < held < 320
+    assert 240 < held_again < 320  # the second block takes the memory of the first
+    assert after < 64
 
 
 def test_memory_is_kept_until_the_last_user_ends():

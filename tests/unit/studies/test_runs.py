@@ -106,7 +106,8 @@ def test_a_run_is_what_train_and_generate_give(study, runs, tmp_path):
     alone.save_pretrained(tmp_path / "alone")
     assert costs["disk_bytes"] == pytest.approx(sum(f.stat().st_size for f in (tmp_path / "alone").iterdir()), abs=99)
     assert 0 < costs["seconds_per_step"] <= costs["train_seconds"]
-    assert costs["train_peak_bytes"] <= costs["generate_peak_bytes"]
+    # Linux counts pages in batches for each core: two readings of a peak can differ by some hundred KiB.
+    assert 0 < costs["train_peak_bytes"] <= costs["generate_peak_bytes"] + 2**20
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("prefix-enc", "prefix-self", "prefix-cross")])
