@@ -9,18 +9,35 @@ Shape letters: n target rows, d hidden size, V vocabulary size, C rows of a chun
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from prefixfast_kernels.inputs import OutputLayer
 from prefixfast_kernels.tile_configs import CHIP_INDEPENDENT
 
-# Bytes of the fp32 logits of a chunk: about the last-level cache of a CPU, and enough rows to fill a GPU.
+# Bytes of the fp32 logits of a chunk: about the last-level cache of a CPU, and enough rows to fill a GPU. A function
+# that reads each row a single time from memory takes larger chunks, whose matrix products are faster.
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}
+LARGE_CHUNK_BYTES = 1 << 26
+
+
+class RowLosses(Protocol):
+    """Function in place of the passes over the vocabulary."""
+
+    def __call__(self, logits: Tensor, targets: Tensor, *, needs_grad: bool) -> Tensor:
+        """Losses ``[C]``. With ``needs_grad``, the gradient is written over ``logits [C, V]``."""
 
 
 def linear_cross_entropy(
-    hidden: Tensor, layer: OutputLayer, targets: Tensor, *, needs_grad: bool = True, backend: str = "torch"
+    hidden: Tensor,
+    layer: OutputLayer,
+    targets: Tensor,
+    *,
+    needs_grad: bool = True,
+    backend: str = "torch",
+    row_losses: RowLosses | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of each row's target under ``softmax(hidden @ weight.T + bias)``, and its gradient.
 
@@ -30,6 +47,7 @@ def linear_cross_entropy(
         targets: Target tokens ``[n]``, int64, each in ``[0, V)``.
         needs_grad: Whether the gradient is computed.
         backend: ``"triton"`` or ``"torch"``, the implementation of the passes over the vocabulary.
+        row_losses: Function in place of these passes, which takes logits in the dtype of ``hidden`` and no soft cap.
 
     Returns:
         Losses ``[n]`` (fp32, fp64 for fp64) and the gradient of each row's loss by its hidden state ``[n, d]``, empty
@@ -42,14 +60,21 @@ def linear_cross_entropy(
     losses = torch.empty(len(hidden), dtype=dtype, device=hidden.device)
     targets = targets.contiguous()
     grad = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if needs_grad else hidden.new_empty(0)
-    step = max(1, CHUNK_BYTES.get(hidden.device.type, 1 << 24) // (4 * len(layer.weight)))
+    size = CHUNK_BYTES.get(hidden.device.type, 1 << 24) if row_losses is None else LARGE_CHUNK_BYTES
+    step = max(1, size // (4 * len(layer.weight)))
     for start in range(0, len(hidden), step):
         part = slice(start, start + step)
-        logits = _logits(hidden[part], layer.weight)
+        if row_losses is not None:
+            logits = torch.mm(hidden[part], layer.weight.T)
+        else:
+            logits = _logits(hidden[part], layer.weight)
         if layer.bias is not None:
             logits += layer.bias
-        over_vocabulary = _triton_chunk if backend == "triton" else _torch_chunk
-        losses[part] = over_vocabulary(logits, targets[part], layer.softcap, needs_grad)
+        if row_losses is not None:
+            losses[part] = row_losses(logits, targets[part], needs_grad=needs_grad)
+        else:
+            over_vocabulary = _triton_chunk if backend == "triton" else _torch_chunk
+            losses[part] = over_vocabulary(logits, targets[part], layer.softcap, needs_grad)
         if needs_grad:
             torch.mm(logits.to(layer.weight.dtype), layer.weight, out=grad[part])
     return losses, grad

@@ -32,10 +32,16 @@ __all__ = [
     "attend_paths",
     "best_tokens",
     "digest",
+    "gated_silu",
+    "gated_silu_grad",
     "gelu",
+    "gelu_grad",
     "layer_norm",
     "pack",
     "plan_packed",
+    "rms_norm",
+    "rms_norm_grad",
+    "softmax_loss",
     "write_rows",
 ]
 
@@ -325,6 +331,160 @@ def gelu(
 
     Raises:
         ConfigError: If the CPU does not have the instruction set. Nothing is written.
+    """
+
+def gelu_grad(
+    tensors: tuple[int, int, int],
+    size: int,
+    is_bf16: bool,
+    is_tanh: bool,
+    threads: int,
+    path: str | None,
+) -> None:
+    """Gradient of GELU by its input.
+
+    The addresses are not checked. The only caller is `prefixfast.model.cpu_layers`.
+
+    Args:
+        tensors: Addresses of the input, of the gradient by the output, and of the result, all of one dtype.
+        size: Number of elements of each.
+        is_bf16: Whether the dtype is bf16 instead of fp32.
+        is_tanh: Whether GELU is the approximation with the hyperbolic tangent.
+        threads: Largest number of threads.
+        path: Instruction set, as in `gelu`.
+
+    Raises:
+        ConfigError: If the CPU does not have the instruction set. Nothing is written.
+    """
+
+def gated_silu(
+    tensors: tuple[int, int, int],
+    size: int,
+    is_bf16: bool,
+    threads: int,
+    path: str | None,
+) -> None:
+    """SiLU of a gate times a second input.
+
+    The addresses are not checked. The only caller is `prefixfast.model.cpu_layers`.
+
+    Args:
+        tensors: Addresses of the gate, of the second input and of the output, all of one dtype.
+        size: Number of elements of each.
+        is_bf16: Whether the dtype is bf16 instead of fp32.
+        threads: Largest number of threads.
+        path: Instruction set, as in `gelu`.
+
+    Raises:
+        ConfigError: If the CPU does not have the instruction set. Nothing is written.
+    """
+
+def gated_silu_grad(
+    inputs: Sequence[int],
+    outputs: Sequence[int],
+    size: int,
+    is_bf16: bool,
+    threads: int,
+    path: str | None,
+) -> None:
+    """Gradients of `gated_silu` by both inputs.
+
+    The addresses are not checked. The only caller is `prefixfast.model.cpu_layers`.
+
+    Args:
+        inputs: Addresses of the gate, of the second input, and of the gradient by the output.
+        outputs: Addresses of the gradients by the gate and by the second input.
+        size: Number of elements of each.
+        is_bf16: Whether the dtype of all is bf16 instead of fp32.
+        threads: Largest number of threads.
+        path: Instruction set, as in `gelu`.
+
+    Raises:
+        ConfigError: If the CPU does not have the instruction set. Nothing is written.
+    """
+
+def rms_norm(
+    x: int,
+    out: int,
+    size: int,
+    is_bf16: bool,
+    weight: tuple[int, int, bool],
+    eps: float,
+    threads: int,
+    path: str | None,
+) -> None:
+    """RMSNorm of the rows of a tensor.
+
+    The addresses are not checked. The only caller is `prefixfast.model.cpu_layers`.
+
+    Args:
+        x: Address of the input ``[R, W]``.
+        out: Address of the output, of the input's dtype.
+        size: Number of elements of each.
+        is_bf16: Whether their dtype is bf16 instead of fp32.
+        weight: Address of the weight, W, and whether its dtype is bf16 instead of fp32.
+        eps: Number that is added to the mean square.
+        threads: Largest number of threads.
+        path: Instruction set, as in `gelu`.
+
+    Raises:
+        ConfigError: If sizes or dtypes do not fit, or the CPU does not have the instruction set. Nothing is written.
+    """
+
+def rms_norm_grad(
+    tensors: tuple[int, int, int],
+    size: int,
+    is_bf16: bool,
+    weight: tuple[int, int, bool],
+    eps: float,
+    threads: int,
+    path: str | None,
+) -> None:
+    """Gradient of `rms_norm` by its input.
+
+    The addresses are not checked. The only caller is `prefixfast.model.cpu_layers`.
+
+    Args:
+        tensors: Addresses of the input, of the gradient by the output, and of the result, all of one dtype.
+        size: Number of elements of each.
+        is_bf16: Whether their dtype is bf16 instead of fp32.
+        weight: As in `rms_norm`.
+        eps: As in `rms_norm`.
+        threads: Largest number of threads.
+        path: Instruction set, as in `gelu`.
+
+    Raises:
+        ConfigError: If sizes or dtypes do not fit, or the CPU does not have the instruction set. Nothing is written.
+    """
+
+def softmax_loss(
+    logits: int,
+    size: int,
+    is_bf16: bool,
+    targets: int,
+    losses: int,
+    rows: int,
+    is_grad: bool,
+    threads: int,
+    path: str | None,
+) -> None:
+    """Negative log-likelihood of the target of each row of logits, and its gradient in place of the logits.
+
+    The addresses are not checked. The only caller is `prefixfast.attention.cpu_softmax_loss`.
+
+    Args:
+        logits: Address of the logits ``[R, V]``.
+        size: Number of logits.
+        is_bf16: Whether their dtype is bf16 instead of fp32.
+        targets: Address of the targets, int64 ``[R]``.
+        losses: Address of the losses, fp32 ``[R]``.
+        rows: R.
+        is_grad: Whether the gradient of each row's loss is written over its logits.
+        threads: Largest number of threads.
+        path: Instruction set, as in `gelu`.
+
+    Raises:
+        ConfigError: If a target is not below V, or the CPU does not have the instruction set. Nothing is written.
     """
 
 def layer_norm(

@@ -103,6 +103,7 @@ INTERNAL = {
     "Model.guard",
     "Model.packed",
     "Model.prepack",
+    "Model.training_layers",
     "Model.run",
     "Model.whole_fingerprint",
     "Model.opened",

@@ -40,11 +40,11 @@ def is_used(dtype: torch.dtype, head_dim: int) -> bool:
         dtype: Dtype of queries, keys and values.
         head_dim: Head dim.
     """
-    return dtype in IS_BF16 and head_dim <= MAX_HEAD_DIM and _is_fast()
+    return dtype in IS_BF16 and head_dim <= MAX_HEAD_DIM and is_fast()
 
 
 @functools.cache
-def _is_fast() -> bool:
+def is_fast() -> bool:
     """Whether Rust is faster than torch's operator. With narrower vectors it is not."""
     return os.environ.get("PREFIXFAST_SIMD", _rust.attend_paths()[0]).startswith("avx512")
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefixfast.attention import cpu_softmax_loss
 from prefixfast.attention.backend_support import cross_entropy_unsupported
 from prefixfast.attention.backends import select_backend
 from prefixfast_kernels import cross_entropy as kernels
@@ -36,8 +37,14 @@ def linear_cross_entropy(
         Losses ``[n]`` (fp32, fp64 for fp64) and gradients ``[n, d]``, empty without ``needs_grad``.
     """
     layer = OutputLayer(weight, bias, softcap)
+    # A bias is added to bf16 logits in fp32, which Rust does not do.
+    is_rust = backend == "torch" and cpu_softmax_loss.is_used(hidden.dtype, hidden.device, softcap)
+    is_rust &= bias is None or hidden.dtype == torch.float32
+    row_losses = cpu_softmax_loss.softmax_loss if is_rust else None
     with torch.cuda.device_of(hidden):
-        return kernels.linear_cross_entropy(hidden, layer, targets, needs_grad=needs_grad, backend=backend)
+        return kernels.linear_cross_entropy(
+            hidden, layer, targets, needs_grad=needs_grad, backend=backend, row_losses=row_losses
+        )
 
 
 @linear_cross_entropy.register_fake

@@ -18,6 +18,7 @@ from prefixfast.config.engine import BaseMismatch
 from prefixfast.config.sites import Site
 from prefixfast.errors import ConfigError, warn_renamed
 from prefixfast.model.attach import Handle
+from prefixfast.model.cpu_forwards import CpuForwards
 from prefixfast.model.dry_run import LayerShape
 from prefixfast.model.fingerprint import Fingerprint, fingerprint
 from prefixfast.model.guard import BaseGuard
@@ -68,6 +69,7 @@ class Model:
     allow_base_mismatch: BaseMismatch | None = None
     seq2seq: Seq2Seq | None = None
     whole_fingerprint: Fingerprint | None = None
+    _cpu_forwards: CpuForwards | None = None
     _fingerprint: tuple[object, Fingerprint] | None = None
 
     def __repr__(self) -> str:
@@ -202,7 +204,27 @@ class Model:
         """
         if self.packed is None:
             self.packed = prepack(self.hf)
+            if self.packed.why_not is None:
+                self._make_cpu_forwards()
         return self.packed
+
+    def _make_cpu_forwards(self) -> CpuForwards:
+        if self._cpu_forwards is None:
+            self._cpu_forwards = CpuForwards(self.hf)
+        return self._cpu_forwards
+
+    @contextlib.contextmanager
+    def training_layers(self) -> Iterator[None]:
+        """Context manager in which layers without products run in Rust on CPUs, differentiable in their inputs."""
+        if self.device.type != "cpu":
+            yield
+            return
+        forwards = self._make_cpu_forwards()
+        forwards.begin(training=True)
+        try:
+            yield
+        finally:
+            forwards.end(training=True)
 
     def _follow_changes(self) -> None:
         """Forget what a change of the model since the last call has made wrong: weights, output layer, tokens."""
@@ -225,14 +247,12 @@ class Model:
         with self.guard.running():
             check_eval(self.hf)
             self._follow_changes()
-            packed = self.packed
-            if packed is not None:
-                packed.begin()
-            try:
+            used = [x for x in (self.packed, self._cpu_forwards) if x is not None]
+            with contextlib.ExitStack() as stack:
+                for each in used:
+                    each.begin()
+                    stack.callback(each.end)
                 yield
-            finally:
-                if packed is not None:
-                    packed.end()
 
     def require_tokenizer(self) -> Tokenizer:
         """Tokenizer of the base model.
@@ -285,6 +305,9 @@ class Model:
             if self.packed is not None:
                 self.packed.undo()
                 self.packed = None
+            if self._cpu_forwards is not None:
+                self._cpu_forwards.undo()
+                self._cpu_forwards = None
             self.handle.detach()
 
     def __enter__(self) -> Model:

@@ -1,39 +1,31 @@
-"""LayerNorm and GELU on CPUs, in Rust, and forwards of modules that use them where an engine runs requests.
+"""LayerNorm, RMSNorm, GELU and gated SiLU on CPUs, in Rust. All but LayerNorm are differentiable in their inputs.
 
-The result of a row depends on no other row, to the bit. Parameters are read where they lie at each call, so no change
-of them is missed.
+The result of a row depends on no other row, to the bit. Tensors are contiguous, of no subclass of torch's, and fp32 or
+bf16. Results have the shape and dtype of the first input.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.activations import GELUActivation, GELUTanh
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from prefixfast import _rust
 from prefixfast.attention.cpu_decode import IS_BF16, num_threads
-from prefixfast.model.weights import is_plain_cpu
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, path: str | None = None) -> Tensor:
     """LayerNorm of the rows of a tensor, with mean and variance in fp32.
 
     Args:
-        x: Contiguous CPU tensor ``[..., W]``, fp32 or bf16.
-        weight: Factor of each column ``[W]``, contiguous, in the dtype of ``x`` or in fp32.
+        x: CPU tensor ``[..., W]``.
+        weight: Factor of each column ``[W]``, in the dtype of ``x`` or in fp32.
         bias: Term of each column ``[W]``, like ``weight``.
         eps: Number that is added to the variance.
         path: Name of the vector instructions, one of ``_rust.attend_paths()``. None takes those of the environment
             variable ``PREFIXFAST_SIMD``, or the fastest.
-
-    Returns:
-        Tensor of the shape and dtype of ``x``.
     """
     out = torch.empty(x.shape, dtype=x.dtype)
     parameters = (weight.data_ptr(), bias.data_ptr(), weight.numel(), IS_BF16[weight.dtype])
@@ -46,79 +38,111 @@ def gelu(x: Tensor, *, tanh: bool, path: str | None = None) -> Tensor:
     """GELU of each element. The result is 0 for -inf.
 
     Args:
-        x: Contiguous CPU tensor, fp32 or bf16.
+        x: CPU tensor.
         tanh: Whether to compute the approximation with the hyperbolic tangent.
         path: Name of the vector instructions, as in `layer_norm`.
-
-    Returns:
-        Tensor of the shape and dtype of ``x``.
     """
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Gelu.apply(x, tanh, path)
+    return _gelu(x, tanh, path)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, path: str | None = None) -> Tensor:
+    """Rows of a tensor, each divided by the root of its mean square, times a factor per column; computed in fp32.
+
+    Args:
+        x: CPU tensor ``[..., W]``.
+        weight: Factor of each column ``[W]``, in the dtype of ``x`` or in fp32. It gets no gradient.
+        eps: Number that is added to the mean square.
+        path: Name of the vector instructions, as in `layer_norm`.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return _RmsNorm.apply(x, weight, eps, path)
+    return _rms_norm(x, weight, eps, path)
+
+
+def gated_silu(gate: Tensor, up: Tensor, *, path: str | None = None) -> Tensor:
+    """``silu(gate) * up`` of each element, rounded once.
+
+    Args:
+        gate: CPU tensor.
+        up: CPU tensor of the same shape and dtype.
+        path: Name of the vector instructions, as in `layer_norm`.
+    """
+    if (gate.requires_grad or up.requires_grad) and torch.is_grad_enabled():
+        return _GatedSilu.apply(gate, up, path)
+    return _gated_silu(gate, up, path)
+
+
+def _gelu(x: Tensor, tanh: bool, path: str | None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype)
     _rust.gelu(x.data_ptr(), out.data_ptr(), x.numel(), IS_BF16[x.dtype], tanh, num_threads(), path)
     return out
 
 
-def forward_of(module: Any, in_use: Callable[[], bool]) -> Callable[[Tensor], Tensor] | None:
-    """A forward for a module that runs in Rust while ``in_use()`` and no gradients are recorded.
-
-    Args:
-        module: Any module.
-        in_use: Function that says whether Rust may be used now.
-
-    Returns:
-        The forward, None for a module that keeps its own.
-    """
-    if "forward" in module.__dict__ or not _is_fast():
-        return None
-    if type(module) is nn.LayerNorm:
-        return _layer_norm_forward(module, in_use) if len(module.normalized_shape) == 1 else None
-    return None if _tanh(module) is None else _gelu_forward(module, in_use)
+def _rms_norm(x: Tensor, weight: Tensor, eps: float, path: str | None) -> Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype)
+    where = (x.data_ptr(), out.data_ptr(), x.numel(), IS_BF16[x.dtype])
+    _rust.rms_norm(*where, _row(weight), eps, num_threads(), path)
+    return out
 
 
-@functools.cache
-def _is_fast() -> bool:
-    """Whether Rust is faster than torch's operators. With narrower vectors it is not measured."""
-    return os.environ.get("PREFIXFAST_SIMD", _rust.attend_paths()[0]).startswith("avx512")
+def _gated_silu(gate: Tensor, up: Tensor, path: str | None) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    tensors = (gate.data_ptr(), up.data_ptr(), out.data_ptr())
+    _rust.gated_silu(tensors, gate.numel(), IS_BF16[gate.dtype], num_threads(), path)
+    return out
 
 
-def _tanh(module: Any) -> bool | None:
-    """Whether a module computes GELU with the hyperbolic tangent, None for another module."""
-    if type(module) is nn.GELU:
-        return bool(module.approximate == "tanh")
-    if type(module) is GELUActivation and module.act is F.gelu:
-        return False
-    if type(module) is GELUTanh and isinstance(module.act, functools.partial):
-        return True
-    return None
+def _row(weight: Tensor) -> tuple[int, int, bool]:
+    return weight.data_ptr(), weight.numel(), IS_BF16[weight.dtype]
 
 
-def _is_plain(x: Tensor) -> bool:
-    """Whether Rust reads a tensor where it lies."""
-    return x.dtype in IS_BF16 and is_plain_cpu(x)
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tanh: bool, path: str | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.how = (tanh, num_threads(), path)
+        return _gelu(x, tanh, path)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), dy = ctx.saved_tensors, dy.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        _rust.gelu_grad((x.data_ptr(), dy.data_ptr(), dx.data_ptr()), x.numel(), IS_BF16[x.dtype], *ctx.how)
+        return dx, None, None
 
 
-def _layer_norm_forward(module: nn.LayerNorm, in_use: Callable[[], bool]) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = module.weight, module.bias
-        if torch.is_grad_enabled() or not in_use() or weight is None or bias is None:
-            return nn.LayerNorm.forward(module, x)
-        fits = weight.dtype == bias.dtype and weight.dtype in (x.dtype, torch.float32) and weight.shape == bias.shape
-        if not (fits and x.shape[-1:] == weight.shape and _is_plain(x) and _is_plain(weight) and _is_plain(bias)):
-            return nn.LayerNorm.forward(module, x)
-        return layer_norm(x, weight, bias, module.eps)
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, path: str | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.how = (eps, num_threads(), path)
+        return _rms_norm(x, weight, eps, path)
 
-    return forward
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), dy = ctx.saved_tensors, dy.contiguous()
+        dx = torch.empty(x.shape, dtype=x.dtype)
+        tensors = (x.data_ptr(), dy.data_ptr(), dx.data_ptr())
+        _rust.rms_norm_grad(tensors, x.numel(), IS_BF16[x.dtype], _row(weight), *ctx.how)
+        return dx, None, None, None
 
 
-def _gelu_forward(module: Any, in_use: Callable[[], bool]) -> Callable[[Tensor], Tensor]:
-    own = type(module).forward
+class _GatedSilu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, path: str | None) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.how = (num_threads(), path)
+        return _gated_silu(gate, up, path)
 
-    def forward(x: Tensor) -> Tensor:
-        tanh = _tanh(module)
-        # In bf16 torch's operator without the hyperbolic tangent is faster.
-        is_faster = tanh or (tanh is False and x.dtype == torch.float32)
-        if not is_faster or torch.is_grad_enabled() or not in_use() or not _is_plain(x):
-            return own(module, x)
-        return gelu(x, tanh=bool(tanh))
-
-    return forward
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (gate, up), dy = ctx.saved_tensors, dy.contiguous()
+        dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(2))
+        inputs, outputs = [t.data_ptr() for t in (gate, up, dy)], [dgate.data_ptr(), dup.data_ptr()]
+        _rust.gated_silu_grad(inputs, outputs, gate.numel(), IS_BF16[gate.dtype], *ctx.how)
+        return dgate, dup, None

@@ -1,9 +1,9 @@
 """Copies of weights in the layout of a CPU's matrix products (oneDNN's packed format), beside the model's own weights.
 
-Only modules whose type is exactly ``nn.Linear`` or transformers' ``Conv1D`` get an instance ``forward``, and those of
-`cpu_layers`, which need no copies. Parameters, ties, hooks and ``state_dict`` stay as they are. The copies are used
-between `Packed.begin` and `Packed.end` only, where an engine runs requests. `begin` compares the content of all weights
-with the copies, because a change through ``Parameter.data`` leaves no other trace, and packs changed weights again.
+Only modules whose type is exactly ``nn.Linear`` or transformers' ``Conv1D`` get an instance ``forward``. Parameters,
+ties, hooks and ``state_dict`` stay as they are. The copies are used between `Packed.begin` and `Packed.end` only, where
+an engine runs requests. `begin` compares the content of all weights with the copies, because a change through
+``Parameter.data`` leaves no other trace, and packs changed weights again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers.pytorch_utils import Conv1D
 
 from prefixfast.io.progress import Progress
 from prefixfast.model.adapters import adapter_modules
-from prefixfast.model.cpu_layers import forward_of
 from prefixfast.model.memory import free_memory
 from prefixfast.model.weights import content_digests, is_plain_cpu, version
 
@@ -65,7 +64,6 @@ class Packed:
         nbytes: Size of the copies in bytes.
         why_not: Reason why there are no copies, None if there are.
         modules: Linear layers with an instance ``forward``.
-        others: Other modules with an instance ``forward``.
         copies: Copy of each weight, by the id of the parameter.
         users: Number of `begin` calls without their `end`.
     """
@@ -73,7 +71,6 @@ class Packed:
     nbytes: int
     why_not: str | None
     modules: list[Any] = field(default_factory=list)
-    others: list[nn.Module] = field(default_factory=list)
     copies: dict[int, _Copy] = field(default_factory=dict)
     users: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -91,7 +88,7 @@ class Packed:
 
     def undo(self) -> None:
         """Restore the modules."""
-        for module in [*self.modules, *self.others]:
+        for module in self.modules:
             module.__dict__.pop("forward", None)
 
     def _refresh(self) -> None:
@@ -132,10 +129,6 @@ def prepack(model: nn.Module) -> Packed:
         packed._refresh()
     for module in modules:
         module.__dict__["forward"] = _forward(module, packed)
-    for other in model.modules():
-        if other not in added and (forward := forward_of(other, lambda: packed.users > 0)) is not None:
-            other.__dict__["forward"] = forward
-            packed.others.append(other)
     return packed
 
 

@@ -115,6 +115,7 @@ class GroupTrainer:
         label = f"train group {self.number}" if self.number or len(self.job.groups) > 1 else "train"
         with (
             self.applied,
+            self.model.training_layers(),
             defer_sigint(saves) as interrupt,
             Progress(label, total, "steps", initial=self.num_steps) as work,
         ):

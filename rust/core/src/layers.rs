@@ -1,4 +1,5 @@
-//! Layers without matrix products on CPUs: [`layer_norm`] and [`gelu`], computed in fp32.
+//! Layers without matrix products on CPUs, computed in fp32: [`layer_norm`], [`rms_norm`], [`gelu`] and [`gated_silu`],
+//! the last three with their gradients by the inputs, and the loss of logits, [`softmax_loss`].
 //!
 //! The result of a row depends on no other row, and not on the number of threads.
 
@@ -7,19 +8,25 @@
     reason = "a vector intrinsic compiles to an instruction only inside of a function that enables the instruction set"
 )]
 
+mod gated_silu;
 mod gelu;
 mod layer_norm;
+mod rms_norm;
+mod softmax_loss;
 
 use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
-pub use gelu::{Approximation, gelu};
+pub use gated_silu::{gated_silu, gated_silu_grad};
+pub use gelu::{Approximation, gelu, gelu_grad};
 pub use layer_norm::{LayerNorm, layer_norm};
+pub use rms_norm::{RmsNorm, rms_norm, rms_norm_grad};
+pub use softmax_loss::{FloatsInPlace, softmax_loss};
 
 use crate::attend::dispatch::Kind;
 use crate::attend::vector::{Element, LANES, Scalar, SimdOps};
 use crate::attend::{InstructionSet, openmp};
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Number of elements that a thread takes at once, about.
 const PART: usize = 1 << 14;
@@ -48,35 +55,38 @@ impl Number for u16 {
     }
 }
 
-/// Function on a contiguous part of a tensor.
-trait Layer<K>: Sync {
-    /// Writes the results of all elements of `x`, which are whole rows.
-    fn run<S: SimdOps>(&self, simd: S, x: &[K], out: &mut [MaybeUninit<K>]);
+/// Function on parts of tensors.
+trait Layer<P>: Sync {
+    /// Computes a part, which consists of whole rows.
+    fn run<S: SimdOps>(&self, simd: S, part: P);
 }
 
-/// Runs a layer on all rows of `x`, whose number of elements is that of `out` and a multiple of `width`.
-fn run_on_parts<K: Number>(
-    layer: &impl Layer<K>,
-    x: &[K],
-    out: &mut [MaybeUninit<K>],
-    width: usize,
+/// Number of elements of a part of tensors whose rows have `width` elements.
+fn part_len(width: usize) -> usize {
+    (PART / width).max(1) * width
+}
+
+/// Runs a layer on all parts, which together have `count` elements.
+fn run_on_parts<P>(
+    layer: &impl Layer<P>,
+    parts: impl Iterator<Item = P> + Send,
+    count: usize,
     threads: usize,
     instructions: InstructionSet,
 ) -> Result<()> {
-    let part = (PART / width).max(1) * width;
-    let threads = threads.min(x.len().div_ceil(part));
-    let parts = Mutex::new(x.chunks(part).zip(out.chunks_mut(part)));
+    let threads = threads.min(count.div_ceil(PART));
+    let parts = Mutex::new(parts);
     let next = || parts.lock().ok().and_then(|mut parts| parts.next());
     openmp::run_on_threads(threads, &|| {
-        while let Some((x, out)) = next() {
+        while let Some(part) = next() {
             match instructions.0 {
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the value in `Kind::Avx512` proves that the CPU has the enabled instructions.
-                Kind::Avx512(simd, _) => unsafe { run_avx512(simd, layer, x, out) },
+                Kind::Avx512(simd, _) => unsafe { run_avx512(simd, layer, part) },
                 #[cfg(target_arch = "x86_64")]
                 // SAFETY: the value in `Kind::Avx2` proves that the CPU has the enabled instructions.
-                Kind::Avx2(simd) => unsafe { run_avx2(simd, layer, x, out) },
-                Kind::Scalar => layer.run(Scalar, x, out),
+                Kind::Avx2(simd) => unsafe { run_avx2(simd, layer, part) },
+                Kind::Scalar => layer.run(Scalar, part),
             }
         }
     })
@@ -84,14 +94,14 @@ fn run_on_parts<K: Number>(
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx2,fma")]
-fn run_avx512<K>(simd: crate::attend::avx512::Avx512, layer: &impl Layer<K>, x: &[K], out: &mut [MaybeUninit<K>]) {
-    layer.run(simd, x, out);
+fn run_avx512<P>(simd: crate::attend::avx512::Avx512, layer: &impl Layer<P>, part: P) {
+    layer.run(simd, part);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-fn run_avx2<K>(simd: crate::attend::avx2::Avx2, layer: &impl Layer<K>, x: &[K], out: &mut [MaybeUninit<K>]) {
-    layer.run(simd, x, out);
+fn run_avx2<P>(simd: crate::attend::avx2::Avx2, layer: &impl Layer<P>, part: P) {
+    layer.run(simd, part);
 }
 
 /// The elements after the last whole vector, as a vector that ends in `padding`.
@@ -117,4 +127,15 @@ fn write_first<S: SimdOps, K: Number>(simd: S, x: S::Vector, to: &mut [MaybeUnin
     for (to, from) in to.iter_mut().zip(K::from_vector(simd, x)) {
         to.write(from);
     }
+}
+
+/// Sum over the lanes of four vectors.
+#[inline(always)]
+fn add4<S: SimdOps>(simd: S, [a, b, c, d]: [S::Vector; 4]) -> f32 {
+    simd.reduce_sum(simd.add(simd.add(a, b), simd.add(c, d)))
+}
+
+/// Error for tensors of a layer that do not fit each other.
+fn misfit(layer: &str, sizes: &[usize], expected: &str) -> Error {
+    Error::Config(format!("{layer}: tensors of {sizes:?} elements: expected {expected}"))
 }

@@ -35,8 +35,14 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(best_tokens::best_tokens, module)?)?;
     module.add_function(wrap_pyfunction!(batch::pack::pack, module)?)?;
     module.add_function(wrap_pyfunction!(digest::digest, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::gated_silu, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::gated_silu_grad, module)?)?;
     module.add_function(wrap_pyfunction!(layers::gelu, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::gelu_grad, module)?)?;
     module.add_function(wrap_pyfunction!(layers::layer_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::rms_norm, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::rms_norm_grad, module)?)?;
+    module.add_function(wrap_pyfunction!(layers::softmax_loss, module)?)?;
     module.add_function(wrap_pyfunction!(batch::plan::plan_packed, module)?)?;
     module.add_function(wrap_pyfunction!(write_rows::write_rows, module)?)
 }

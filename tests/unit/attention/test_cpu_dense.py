@@ -105,7 +105,7 @@ def test_inference_and_training_over_many_queries_call_rust(monkeypatch):
     calls.clear()
     fast = trained()
     assert calls
-    monkeypatch.setattr(cpu_dense, "_is_fast", lambda: False)
+    monkeypatch.setattr(cpu_dense, "is_fast", lambda: False)
     calls.clear()
     slow = trained()
     assert not calls
@@ -117,7 +117,7 @@ def test_inference_and_training_over_many_queries_call_rust(monkeypatch):
 def test_a_report_names_rust_where_long_texts_call_it(monkeypatch, is_fast):
     calls, cpu, backend = [], torch.device("cpu"), ops.Backend("torch")
     monkeypatch.setattr(cpu_dense, "dense", lambda qkv, *_, **__: calls.append(qkv) or sdpa_lse_fwd(*call, causal=True))
-    monkeypatch.setattr(cpu_dense, "_is_fast", lambda: is_fast)
+    monkeypatch.setattr(cpu_dense, "is_fast", lambda: is_fast)
     for dtype, head_dim in ((torch.float32, 64), (torch.bfloat16, 64), (torch.float64, 64), (torch.float32, 257)):
         qkv = Qkv(*(t.to(dtype) for t in random((1, 70, 70, 2, 1, head_dim))))
         call = (qkv, None, AttnOptions(0.125))

@@ -1,16 +1,12 @@
-"""LayerNorm and GELU in Rust: each instruction set against fp64, and the forwards of modules that use them."""
+"""Layers in Rust: each instruction set against fp64, and gradients."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers.activations import ACT2FN
 
 import prefixfast
 from prefixfast import _rust
-from prefixfast.model import cpu_layers
-from prefixfast.model.cpu_layers import gelu, layer_norm
-from prefixfast.model.prepack import prepack
+from prefixfast.model.cpu_layers import gated_silu, gelu, layer_norm, rms_norm
 
 PATHS = _rust.attend_paths()
 DTYPES = [torch.float32, torch.bfloat16]
@@ -84,6 +80,82 @@ def test_layer_norm_is_that_of_fp64(width, path, dtypes):
     assert ((got - expected).abs() <= bound)[4:].all()
 
 
+def exact_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.double() * torch.rsqrt(x.double().pow(2).mean(-1, keepdim=True) + 1e-5) * weight.double()
+
+
+@pytest.mark.parametrize("dtypes", [(a, b) for a in DTYPES for b in DTYPES if b in (a, torch.float32)], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("width", [1, 5, 16, 63, 64, 80, 769, 1040])
+def test_rms_norm_is_that_of_fp64(width, path, dtypes):
+    x = hostile_rows(width).to(dtypes[0])
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(1)).to(dtypes[1])
+    got, expected = rms_norm(x, weight, 1e-5, path=path).double(), exact_rms_norm(x, weight)
+    assert got[2:4].isnan().all()
+    assert not got[:2].isfinite().all(1).any()
+    rounding = HALF_BF16 if dtypes[0] == torch.bfloat16 else 0
+    assert ((got - expected).abs() <= (4e-6 + rounding) * expected.abs() + 1e-40)[4:].all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gated_silu_is_that_of_fp64(path):
+    sizes = torch.cat([torch.linspace(0, 20, 30001), torch.logspace(-30, 18, 1001), torch.tensor([100.0])])
+    gate = torch.cat([sizes, -sizes]).float()
+    up = torch.randn(len(gate), generator=torch.Generator().manual_seed(0))
+    for dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, HALF_BF16 + 1e-3)):
+        g, u = gate.to(dtype), up.to(dtype)
+        expected = F.silu(g.double()) * u.double()
+        got = gated_silu(g, u, path=path)
+        assert got.dtype == dtype
+        assert ((got.double() - expected).abs() <= limit * expected.abs() + 1e-30).all()
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    assert gated_silu(odd, torch.ones(3), path=path)[0].isnan()
+    assert gated_silu(torch.ones(3), odd, path=path)[0].isnan()
+
+
+def grad(function, *inputs: torch.Tensor) -> torch.Tensor:
+    """Gradients by all inputs of a weighted sum of a function's results, one behind the other."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    weights = torch.linspace(-2, 3, out.shape[-1]).to(out.dtype).expand(out.shape)  # not contiguous
+    return torch.stack(torch.autograd.grad(out, leaves, weights))
+
+
+GRADIENTS = {
+    "gelu": (lambda path: lambda x: gelu(x, tanh=False, path=path), F.gelu, 1),
+    "gelu tanh": (lambda path: lambda x: gelu(x, tanh=True, path=path), lambda x: F.gelu(x, approximate="tanh"), 1),
+    "gated silu": (lambda path: lambda x, y: gated_silu(x, y, path=path), lambda x, y: F.silu(x) * y, 2),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_are_those_of_fp64(path, name, dtype):
+    ours, exact, count = GRADIENTS[name]
+    g = torch.Generator().manual_seed(0)
+    inputs = [(torch.randn(7, 163, generator=g) * torch.logspace(-4, 1.5, 163)).to(dtype) for _ in range(count)]
+    got, expected = grad(ours(path), *inputs), grad(exact, *(x.double() for x in inputs))
+    assert got.dtype == dtype
+    scale = expected.abs() + 1e-2 * expected.abs().amax((0, 1))
+    limit = 3e-6 if dtype == torch.float32 else 2 * HALF_BF16
+    assert ((got.double() - expected).abs() / scale).max() < limit
+    assert grad(ours(path), *(x * torch.nan for x in inputs)).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [1, 5, 16, 80, 769])
+@pytest.mark.parametrize("path", PATHS)
+def test_gradient_of_rms_norm_is_that_of_fp64(path, width, dtype):
+    x = hostile_rows(width)[[5, 9, 10, 11]].to(dtype)
+    weight = torch.randn(width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    got = grad(lambda x: rms_norm(x, weight, 1e-5, path=path), x)[0].double()
+    expected = grad(lambda x: exact_rms_norm(x, weight), x.double())[0]
+    limit = (3e-6 if dtype == torch.float32 else 3 * HALF_BF16) * expected.abs().amax(-1, keepdim=True)
+    terms = 2e-6 * x.double().pow(2).mean(-1, keepdim=True).add(1e-5).rsqrt() * 3 * weight.double().abs().max()
+    assert ((got - expected).abs() <= limit + terms).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_bits_of_a_row_depend_on_no_other_row_and_not_on_threads(path, dtype):
@@ -93,6 +165,11 @@ def test_bits_of_a_row_depend_on_no_other_row_and_not_on_threads(path, dtype):
         lambda t: layer_norm(t, weight, bias, 1e-5, path=path),
         lambda t: gelu(t, tanh=False, path=path),
         lambda t: gelu(t, tanh=True, path=path),
+        lambda t: rms_norm(t, weight, 1e-5, path=path),
+        lambda t: gated_silu(t, t, path=path),
+        lambda t: grad(lambda x: gelu(x, tanh=True, path=path), t)[0],
+        lambda t: grad(lambda x: rms_norm(x, weight, 1e-5, path=path), t)[0],
+        lambda t: grad(lambda x: gated_silu(x, x, path=path), t)[0],
     ]
     threads = torch.get_num_threads()
     for run in runs:
@@ -110,91 +187,7 @@ def test_parameters_of_another_size_are_refused():
         layer_norm(torch.ones(3, 7), torch.ones(8), torch.ones(8), 1e-5)
     with pytest.raises(prefixfast.ConfigError):
         layer_norm(torch.ones(3, 8), torch.ones(8).bfloat16(), torch.ones(8).bfloat16(), 1e-5)
-
-
-class Layers(nn.Module):
-    """A linear layer, without which nothing is packed, LayerNorm, and every kind of GELU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear, self.norm = nn.Linear(32, 32), nn.LayerNorm(32)
-        self.acts = nn.ModuleList([nn.GELU(), nn.GELU("tanh"), ACT2FN["gelu"], ACT2FN["gelu_pytorch_tanh"]])
-
-    def forward(self, x):
-        x = self.norm(x)
-        for act in self.acts:
-            x = act(x)
-        return x
-
-
-needs_rust = pytest.mark.skipif(
-    prepack(nn.Linear(8, 8)).why_not is not None or not cpu_layers._is_fast(), reason="torch's operators are used here"
-)
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Names of the functions in Rust that ran."""
-    found = []
-    for name in ("layer_norm", "gelu"):
-        own = getattr(_rust, name)
-        monkeypatch.setattr(_rust, name, lambda *args, own=own, name=name: (found.append(name), own(*args))[1])
-    return found
-
-
-@needs_rust
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forwards_run_in_rust_while_requests_run_and_are_restored(dtype, calls):
-    model, x = Layers().to(dtype), torch.randn(3, 5, 32).to(dtype)
-    forwards = [m.__dict__.get("forward") for m in model.modules()]
-    expected = model(x).detach()
-    packed = prepack(model)
-    seen = []
-    hook = model.norm.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
-    model(x)
-    packed.begin()
-    model(x)
-    assert not calls, "with gradients the modules' own forwards run"
-    with torch.no_grad():
-        got = model(x)
-        # In bf16 torch computes GELU without the hyperbolic tangent.
-        assert calls == ["layer_norm", *["gelu"] * (4 if dtype == torch.float32 else 2)]
-        assert len(seen) == 3, "hooks are called as before"
-        model.norm.weight.data.mul_(2)
-        assert torch.equal(model.norm(x), layer_norm(x, model.norm.weight, model.norm.bias, 1e-5))
-        model.norm.weight.data.div_(2)
-        packed.end()
-        calls.clear()
-        torch.testing.assert_close(model(x), expected)
-        assert not calls
-    torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-3)
-    packed.undo()
-    hook.remove()
-    assert [m.__dict__.get("forward") for m in model.modules()] == forwards
-
-
-@needs_rust
-def test_other_modules_and_tensors_keep_their_own_forward(calls):
-    class Own(nn.LayerNorm):
-        pass
-
-    own, by_python, square = Own(32), ACT2FN["gelu_python"], nn.LayerNorm([4, 8])
-    bare, mixed = nn.LayerNorm(32, bias=False), nn.LayerNorm(32).double()
-    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.GELU(), own, by_python, square, bare)
-    packed = prepack(model)
-    packed.begin()
-    x = torch.randn(6, 32)
-    with torch.no_grad():
-        for module in (own, by_python, bare):
-            torch.testing.assert_close(module(x), type(module).forward(module, x))
-        square(x.view(6, 4, 8))
-        for odd in (x.double(), x.half(), x[:, ::2].T.contiguous().T, x[:0]):
-            model[2](odd)
-        model[1](torch.randn(32, 6).T)
-        model[1].weight, model[1].bias = mixed.weight, mixed.bias
-        model[1](x.double())
-        with pytest.raises(RuntimeError):
-            nn.LayerNorm.forward(model[1], x[:, :16].contiguous())
-    assert not calls
-    packed.undo()
-    assert not any("forward" in m.__dict__ for m in model.modules())
+    with pytest.raises(prefixfast.ConfigError):
+        rms_norm(torch.ones(3, 7), torch.ones(8), 1e-5)
+    with pytest.raises(prefixfast.ConfigError):
+        rms_norm(torch.ones(3, 8), torch.ones(8).bfloat16(), 1e-5)

@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::{Layer, Number, padded, run_on_parts, write, write_first};
+use super::{Layer, Number, add4, padded, part_len, run_on_parts, write, write_first};
 use crate::attend::vector::{Element, LANES, SimdOps};
 use crate::attend::{Floats, FloatsMut, InstructionSet};
 use crate::error::{Error, Result};
@@ -37,13 +37,13 @@ pub fn layer_norm(
     let fits = width > 0 && bias.len() == width && x.len() == out.len() && x.len().is_multiple_of(width);
     match (x, out, weight, bias) {
         (Floats::F32(x), FloatsMut::F32(out), Floats::F32(weight), Floats::F32(bias)) if fits => {
-            run_on_parts(&Rows { weight, bias, eps }, x, out, width, threads, instructions)
+            of_all(&Rows { weight, bias, eps }, x, out, threads, instructions)
         }
         (Floats::Bf16(x), FloatsMut::Bf16(out), Floats::F32(weight), Floats::F32(bias)) if fits => {
-            run_on_parts(&Rows { weight, bias, eps }, x, out, width, threads, instructions)
+            of_all(&Rows { weight, bias, eps }, x, out, threads, instructions)
         }
         (Floats::Bf16(x), FloatsMut::Bf16(out), Floats::Bf16(weight), Floats::Bf16(bias)) if fits => {
-            run_on_parts(&Rows { weight, bias, eps }, x, out, width, threads, instructions)
+            of_all(&Rows { weight, bias, eps }, x, out, threads, instructions)
         }
         _ => Err(Error::Config(format!(
             "LayerNorm: input, output, weight and bias of {sizes:?} elements: expected whole rows in one dtype, and a \
@@ -58,9 +58,26 @@ struct Rows<'a, P> {
     eps: f32,
 }
 
-impl<K: Number, P: Element + Sync> Layer<K> for Rows<'_, P> {
+fn of_all<K: Number, P: Element + Sync>(
+    rows: &Rows<'_, P>,
+    x: &[K],
+    out: &mut [MaybeUninit<K>],
+    threads: usize,
+    instructions: InstructionSet,
+) -> Result<()> {
+    let (count, part) = (x.len(), part_len(rows.weight.len()));
+    run_on_parts(
+        rows,
+        x.chunks(part).zip(out.chunks_mut(part)),
+        count,
+        threads,
+        instructions,
+    )
+}
+
+impl<'a, K: Number, P: Element + Sync> Layer<(&'a [K], &'a mut [MaybeUninit<K>])> for Rows<'_, P> {
     #[inline(always)]
-    fn run<S: SimdOps>(&self, simd: S, x: &[K], out: &mut [MaybeUninit<K>]) {
+    fn run<S: SimdOps>(&self, simd: S, (x, out): (&[K], &mut [MaybeUninit<K>])) {
         let width = self.weight.len();
         for (row, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
             let moments = Moments::of_row(simd, row, self.eps);
@@ -137,11 +154,6 @@ fn sums_around<S: SimdOps, K: Element>(simd: S, row: &[K], mean: f32) -> (f32, f
     let x = simd.add(padded(simd, rest, mean), minus);
     (sums[1], squares[1]) = (simd.add(sums[1], x), simd.fma(x, x, squares[1]));
     (add4(simd, sums), add4(simd, squares))
-}
-
-#[inline(always)]
-fn add4<S: SimdOps>(simd: S, [a, b, c, d]: [S::Vector; 4]) -> f32 {
-    simd.reduce_sum(simd.add(simd.add(a, b), simd.add(c, d)))
 }
 
 impl<P: Element> Rows<'_, P> {
