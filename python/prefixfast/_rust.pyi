@@ -29,6 +29,8 @@ __all__ = [
     "attend_decode",
     "attend_dense",
     "attend_join",
+    "attend_packed",
+    "attend_packed_backward",
     "attend_paths",
     "best_tokens",
     "digest",
@@ -276,6 +278,76 @@ def attend_dense(
 
     Raises:
         ConfigError: If sizes do not fit, or the CPU does not have the instruction set. Nothing is written.
+    """
+
+def attend_packed(
+    heads: tuple[int, int, int],
+    rows: tuple[int, int, int],
+    tensors: Sequence[tuple[int, int, tuple[int, int, int]]],
+    is_bf16: bool,
+    tables: Sequence[tuple[int, int]],
+    out: Sequence[tuple[int, int]],
+    options: tuple[float, bool],
+    threads: int,
+    path: str | None,
+) -> None:
+    """Attention of sequences that follow each other, each over its prefix blocks and its own keys.
+
+    The addresses are not checked. The only caller is `prefixfast.attention.cpu_packed`.
+
+    Args:
+        heads: HQ, H and D, with D at most 256.
+        rows: N queries, M keys and R prefix rows.
+        tensors: Queries ``[N, HQ, D]``, keys and values ``[M, H, D]``, prefix keys and values ``[R, H, D]``: address of
+            the first element, number of elements up to the last one, and strides of sequences (0), heads and rows.
+        is_bf16: Whether the dtype is bf16 instead of fp32.
+        tables: Address and number of entries of ``seg``, ``use_indptr``, ``use`` and ``block`` of `PackedTables`.
+        out: Address and number of elements of the output ``[N, HQ, D]``, of the inputs' dtype, and of the natural
+            log-sum-exp ``[N, HQ]``, fp32.
+        options: Factor of the scores, and whether the queries of a sequence are its last keys and see no later ones.
+        threads: Largest number of threads.
+        path: Instruction set, one of `attend_paths`. None is that of the environment variable PREFIXFAST_SIMD, else the
+            fastest.
+
+    Raises:
+        ConfigError: If sizes or tables do not fit, or the CPU does not have the instruction set. Nothing is written.
+    """
+
+def attend_packed_backward(
+    heads: tuple[int, int, int],
+    rows: tuple[int, int, int],
+    tensors: Sequence[tuple[int, int, tuple[int, int, int]]],
+    is_bf16: bool,
+    tables: Sequence[tuple[int, int]],
+    result: tuple[Sequence[tuple[int, int, tuple[int, int, int]]], tuple[int, int]],
+    own: Sequence[tuple[int, int]] | None,
+    prefix: Sequence[tuple[int, int]],
+    options: tuple[float, bool],
+    threads: int,
+    path: str | None,
+) -> None:
+    """Gradients of `attend_packed`.
+
+    The addresses are not checked. The only caller is `prefixfast.attention.cpu_packed`.
+
+    Args:
+        heads: As in `attend_packed`.
+        rows: As in `attend_packed`.
+        tensors: As in `attend_packed`.
+        is_bf16: Whether the dtype of these tensors, of ``own`` and of the first part of ``result`` is bf16.
+        tables: As in `attend_packed`.
+        result: Gradient of the output and output ``[N, HQ, D]``, as ``tensors``, and address and number of elements of
+            the log-sum-exp.
+        own: Address and number of elements of the gradients of queries ``[N, HQ, D]``, keys and values ``[M, H, D]``.
+            None if they are not needed.
+        prefix: Address and number of elements of the gradients of prefix keys and values ``[R, H, D]``, fp32, to which
+            those of this call are added.
+        options: As in `attend_packed`.
+        threads: Largest number of threads.
+        path: Instruction set, as in `attend_packed`.
+
+    Raises:
+        ConfigError: If sizes or tables do not fit, or the CPU does not have the instruction set. Nothing is written.
     """
 
 def best_tokens(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prefixfast.attention import cpu_dense
+from prefixfast.attention import cpu_dense, cpu_packed
 from prefixfast.attention.backend_support import packed_unsupported
 from prefixfast.attention.backends import select_backend
 from prefixfast.attention.operator import operator
@@ -71,6 +71,8 @@ def attn(
 
         with torch.cuda.device_of(q):  # Triton launches on the current device
             return prefix_fwd.attn_fwd(inputs, packed, options, tile_sizes, bias)
+    if chosen == "torch" and cpu_packed.is_used(inputs, packed, options, bias):
+        return cpu_packed.attn_fwd(inputs, packed, options)
     if chosen == "torch":
         return torch_attn.attn_fwd(inputs, packed, options, bias, cpu_dense.sdpa_lse)
     return reference.attn(inputs, packed, options, bias)
@@ -142,6 +144,8 @@ def attn_bwd(
 
         with torch.cuda.device_of(q):
             grads = prefix_bwd.attn_bwd(grad, inputs, packed, options, tile_sizes, groups, bias)
+    elif cpu_packed.is_used(inputs, packed, options, bias):
+        grads = cpu_packed.attn_bwd(grad, inputs, packed, options, groups)
     else:
         grads = torch_attn.attn_bwd(grad, inputs, packed, options, groups, bias)
     return [q.new_empty(0) if g is None or not need else g for g, need in zip(grads, needs, strict=True)]

@@ -45,7 +45,10 @@ use std::mem::MaybeUninit;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use bias::Bias;
-pub use dense::{DenseInputs, Strided, attend_dense};
+pub use dense::{
+    DenseInputs, PackedGradInputs, PackedGrads, PackedInputs, Strided, attend_dense, attend_packed,
+    attend_packed_backward,
+};
 pub use dispatch::{InstructionSet, SIMD_VARIABLE};
 pub use memory::SharedMemory;
 pub(crate) use online_softmax::CHUNK_KEYS;

@@ -1,7 +1,7 @@
-//! Bindings of attention on CPUs: `attend_decode`, `attend_dense`, `attend_paths` and `attend_join`.
+//! Bindings of attention on CPUs.
 //!
-//! Tensors are passed as addresses, which the only callers, `prefixfast/attention/cpu_decode.py` and `cpu_dense.py`
-//! beside it, have checked.
+//! Tensors are passed as addresses, which the only callers, `cpu_decode.py`, `cpu_dense.py` and `cpu_packed.py` of
+//! `prefixfast/attention`, have checked.
 
 use std::ffi::CString;
 use std::mem::MaybeUninit;
@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use prefixfast_core::Error;
 use prefixfast_core::attend::{
     self as core, Bias, DecodeInputs, DecodeOutputs, DecodeTables, DenseInputs, Floats, FloatsMut, InstructionSet,
-    KeysValues, Shape, SharedMemory, Strided,
+    KeysValues, PackedGradInputs, PackedGrads, PackedInputs, Shape, SharedMemory, Strided,
 };
 use pyo3::prelude::*;
 
@@ -52,6 +52,18 @@ pub(crate) unsafe fn slice<'a, T>((address, count): Memory) -> &'a [T] {
 /// # Safety
 /// The requirements of `std::slice::from_raw_parts_mut` hold. If there are no elements, any address is allowed.
 pub(crate) unsafe fn slice_mut<'a, T>((address, count): Memory) -> &'a mut [MaybeUninit<T>] {
+    if count == 0 {
+        return &mut [];
+    }
+    // SAFETY: the caller promises what `# Safety` demands.
+    unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), count) }
+}
+
+/// A tensor's memory, whose elements are initialized, as a writable slice.
+///
+/// # Safety
+/// The requirements of `std::slice::from_raw_parts_mut` hold. If there are no elements, any address is allowed.
+pub(crate) unsafe fn in_place<'a, T>((address, count): Memory) -> &'a mut [T] {
     if count == 0 {
         return &mut [];
     }
@@ -184,6 +196,22 @@ pub(crate) fn attend_decode(
     detached(py, || core::decode(&inputs, output, threads, instructions))
 }
 
+/// A tensor from its address, number of elements and strides.
+///
+/// # Safety
+/// The requirements of `slice` hold for the element type.
+unsafe fn strided<'a>((address, count, strides): (usize, usize, [usize; 3]), is_bf16: bool) -> Strided<'a> {
+    // SAFETY: the caller promises what `# Safety` demands.
+    let data = unsafe {
+        if is_bf16 {
+            Floats::Bf16(slice((address, count)))
+        } else {
+            Floats::F32(slice((address, count)))
+        }
+    };
+    Strided { data, strides }
+}
+
 /// Computes the attention of all queries of sequences over the keys of their sequence.
 #[pyfunction]
 #[pyo3(signature = (shape, lens, tensors, is_bf16, out, scale, causal, threads, path))]
@@ -215,14 +243,7 @@ pub(crate) fn attend_dense(
     // the thread that calls, or are the arena's rows of one prefix, which nobody writes to while a running request uses
     // it (see `attend_decode`). The slices end with the last of these rows.
     let (inputs, o, lse) = unsafe {
-        let [q, k, v] = tensors.map(|(address, count, strides)| {
-            let data = if is_bf16 {
-                Floats::Bf16(slice((address, count)))
-            } else {
-                Floats::F32(slice((address, count)))
-            };
-            Strided { data, strides }
-        });
+        let [q, k, v] = tensors.map(|tensor| strided(tensor, is_bf16));
         let inputs = DenseInputs {
             shape,
             lens,
@@ -240,4 +261,118 @@ pub(crate) fn attend_dense(
         (inputs, o, slice_mut((out.1, rows)))
     };
     detached(py, || core::attend_dense(&inputs, o, lse, threads, instructions))
+}
+
+/// Addresses, numbers of elements and strides of queries, keys, values, prefix keys and prefix values.
+type PackedTensors = [(usize, usize, [usize; 3]); 5];
+
+/// Inputs of packed attention.
+///
+/// # Safety
+/// The tensors have one dtype and these places in memory, and the tables are int32 tensors of segments, offsets of
+/// uses, uses and blocks. All of them lie on the CPU and live until the call of Rust ends, and nobody writes to them
+/// before.
+unsafe fn packed<'a>(
+    heads: [usize; 3],
+    rows: [usize; 3],
+    tensors: PackedTensors,
+    is_bf16: bool,
+    tables: [Memory; 4],
+    (scale, causal): (f32, bool),
+) -> PackedInputs<'a> {
+    // SAFETY: the caller promises what `# Safety` demands.
+    let ([q, k, v, prefix_k, prefix_v], [segments, use_indptr, uses, blocks]) = unsafe {
+        (
+            tensors.map(|tensor| strided(tensor, is_bf16)),
+            tables.map(|memory| slice::<i32>(memory)),
+        )
+    };
+    PackedInputs {
+        heads,
+        rows,
+        q,
+        own: [k, v],
+        prefix: [prefix_k, prefix_v],
+        segments: segments.as_chunks().0,
+        use_indptr,
+        uses: uses.as_chunks().0,
+        blocks: blocks.as_chunks().0,
+        scale,
+        causal,
+    }
+}
+
+/// Computes the attention of sequences over their prefix rows and own keys.
+#[pyfunction]
+#[pyo3(signature = (heads, rows, tensors, is_bf16, tables, out, options, threads, path))]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a Python object for the arguments would have no other use"
+)]
+pub(crate) fn attend_packed(
+    py: Python<'_>,
+    heads: [usize; 3],
+    rows: [usize; 3],
+    tensors: PackedTensors,
+    is_bf16: bool,
+    tables: [Memory; 4],
+    out: [Memory; 2],
+    options: (f32, bool),
+    threads: usize,
+    path: Option<&str>,
+) -> PyResult<()> {
+    let instructions = guarded(py, || path.map_or_else(InstructionSet::selected, InstructionSet::named))?;
+    // SAFETY: `prefixfast/attention/cpu_packed.py` takes these numbers from CPU tensors of the dtypes that `packed`
+    // demands, and holds them until this call returns. The outputs are newly allocated, so nothing else refers to them.
+    let (inputs, o, lse) = unsafe {
+        let inputs = packed(heads, rows, tensors, is_bf16, tables, options);
+        let o = if is_bf16 {
+            FloatsMut::Bf16(slice_mut(out[0]))
+        } else {
+            FloatsMut::F32(slice_mut(out[0]))
+        };
+        (inputs, o, slice_mut(out[1]))
+    };
+    detached(py, || core::attend_packed(&inputs, o, lse, threads, instructions))
+}
+
+/// Computes the gradients of `attend_packed`.
+#[pyfunction]
+#[pyo3(signature = (heads, rows, tensors, is_bf16, tables, result, own, prefix, options, threads, path))]
+#[expect(
+    clippy::too_many_arguments,
+    reason = "a Python object for the arguments would have no other use"
+)]
+pub(crate) fn attend_packed_backward(
+    py: Python<'_>,
+    heads: [usize; 3],
+    rows: [usize; 3],
+    tensors: PackedTensors,
+    is_bf16: bool,
+    tables: [Memory; 4],
+    result: ([(usize, usize, [usize; 3]); 2], Memory),
+    own: Option<[Memory; 3]>,
+    prefix: [Memory; 2],
+    options: (f32, bool),
+    threads: usize,
+    path: Option<&str>,
+) -> PyResult<()> {
+    let instructions = guarded(py, || path.map_or_else(InstructionSet::selected, InstructionSet::named))?;
+    // SAFETY: as in `attend_packed`. The gradients of prefix rows are zeros, so they are initialized.
+    let (inputs, out) = unsafe {
+        let forward = packed(heads, rows, tensors, is_bf16, tables, options);
+        let ([grad, o], lse) = (result.0.map(|tensor| strided(tensor, is_bf16)), slice(result.1));
+        let own = own.map(|own| {
+            own.map(|memory| {
+                if is_bf16 {
+                    FloatsMut::Bf16(slice_mut(memory))
+                } else {
+                    FloatsMut::F32(slice_mut(memory))
+                }
+            })
+        });
+        let prefix = prefix.map(|memory| in_place(memory));
+        (PackedGradInputs { forward, grad, o, lse }, PackedGrads { own, prefix })
+    };
+    detached(py, || core::attend_packed_backward(&inputs, out, threads, instructions))
 }

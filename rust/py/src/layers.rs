@@ -6,7 +6,7 @@ use prefixfast_core::attend::{Floats, FloatsMut, InstructionSet};
 use prefixfast_core::layers::{self as core, Approximation, FloatsInPlace, LayerNorm, RmsNorm};
 use pyo3::prelude::*;
 
-use crate::attend::{slice, slice_mut};
+use crate::attend::{in_place, slice, slice_mut};
 use crate::error::{detached, guarded};
 
 /// Normalizes each row.
@@ -220,11 +220,11 @@ pub(crate) fn softmax_loss(
     // returns. Logits and losses are initialized, and nothing else refers to either.
     let (logits, targets, losses) = unsafe {
         let logits = if is_bf16 {
-            FloatsInPlace::Bf16(in_place(logits, size))
+            FloatsInPlace::Bf16(in_place((logits, size)))
         } else {
-            FloatsInPlace::F32(in_place(logits, size))
+            FloatsInPlace::F32(in_place((logits, size)))
         };
-        (logits, slice((targets, rows)), in_place(losses, rows))
+        (logits, slice((targets, rows)), in_place((losses, rows)))
     };
     detached(py, || {
         core::softmax_loss(logits, targets, losses, is_grad, threads, instructions)
@@ -269,16 +269,4 @@ unsafe fn floats_mut<'a>(address: usize, size: usize, is_bf16: bool) -> FloatsMu
             FloatsMut::F32(slice_mut((address, size)))
         }
     }
-}
-
-/// Elements that are read and written.
-///
-/// # Safety
-/// The requirements of `std::slice::from_raw_parts_mut` hold. If there are no elements, any address is allowed.
-unsafe fn in_place<'a, T>(address: usize, size: usize) -> &'a mut [T] {
-    if size == 0 {
-        return &mut [];
-    }
-    // SAFETY: the caller promises what `# Safety` demands.
-    unsafe { std::slice::from_raw_parts_mut(std::ptr::with_exposed_provenance_mut(address), size) }
 }

@@ -31,6 +31,8 @@ fn _rust(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(attend::attend_decode, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_dense, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_join, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::attend_packed, module)?)?;
+    module.add_function(wrap_pyfunction!(attend::attend_packed_backward, module)?)?;
     module.add_function(wrap_pyfunction!(attend::attend_paths, module)?)?;
     module.add_function(wrap_pyfunction!(best_tokens::best_tokens, module)?)?;
     module.add_function(wrap_pyfunction!(batch::pack::pack, module)?)?;

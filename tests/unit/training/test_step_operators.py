@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tiny
 from prefixfast import load
-from prefixfast.attention import cpu_softmax_loss
+from prefixfast.attention import cpu_dense, cpu_packed, cpu_softmax_loss
 from prefixfast.training import optimizer
 from prefixfast.training.optimizer import PrefixAdamW
 from prefixfast.training.prefix_tensor import PrefixTensor
@@ -49,7 +49,8 @@ class Waits(TorchFunctionMode):
 
 LAYERS, TENSORS, ROWS, P = 3, 6, 2, 3
 LABELS = [-100] * 5 + list(range(10, 15))
-PARTS = ((torch_attn, "attn_fwd"), (torch_attn, "attn_bwd"), (cross_entropy, "linear_cross_entropy"))
+ATTENTION = cpu_packed if cpu_dense.is_fast() else torch_attn
+PARTS = ((ATTENTION, "attn_fwd"), (ATTENTION, "attn_bwd"), (cross_entropy, "linear_cross_entropy"))
 # The own keys of the sequences: the padded q, k and v, the result, its log-sum-exp, their padded ones, one call, whose
 # two results are copied, and two copies out of the padded layout. The blocks: three operators ask whether a query sees
 # several. Then one call, and eight that merge by log-sum-exp, two of them into the result.
@@ -59,6 +60,8 @@ BLOCKS = 3 + 2 + (1 + 2) + 2
 # Gradients of the own keys: do in the padded layout, the other five padded, three results, one call with four copies,
 # three copies out of the padded layout, and the sum with the gradient of the queries that the blocks give.
 OWN = 2 + 5 + 3 + (1 + 4) + 3 + 1
+if ATTENTION is cpu_packed:  # one call: output and log-sum-exp, zeros for both gradients of prefixes, three of own rows
+    FORWARD, BLOCKS, OWN = 2, 2, 3
 # One chunk: two results, two products, and the losses, which are copied into their result. Without Rust the passes
 # over the vocabulary take six operators more.
 LOSS = 6 if cpu_softmax_loss.is_used(torch.float32, torch.device("cpu"), 0.0) else 12

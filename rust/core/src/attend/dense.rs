@@ -5,22 +5,21 @@
 //!
 //! Shape letters: B sequences, T queries and S keys of each, HQ query heads, H kv heads, D head dim.
 
+mod block;
 mod chunk;
+mod packed;
 mod products;
 mod rows;
 
-use std::cell::RefCell;
 use std::mem::MaybeUninit;
 use std::sync::Mutex;
 
-use super::dispatch::Kind;
 use super::output::round_to_bf16;
-use super::vector::{F32x16, LANES, Scalar, SimdOps};
+use super::vector::{F32x16, LANES};
 use super::{Floats, FloatsMut, InstructionSet, MAX_HEAD_DIM, openmp};
 use crate::error::{Error, Result};
-use chunk::{add_values, hide_later_keys, pack_weights, score_chunk, update_softmax};
-use products::{Fma, Products};
-use rows::{copy_keys_and_values, copy_queries, write};
+use block::{Out, Rows, SCRATCH, Scratch, View, run_block};
+pub use packed::{PackedGradInputs, PackedGrads, PackedInputs, attend_packed, attend_packed_backward};
 
 /// Vectors of queries that are processed together.
 const VECTORS: usize = 4;
@@ -87,9 +86,25 @@ pub fn attend_dense(
     }
 }
 
+fn wrong(what: &str) -> Result<()> {
+    Err(Error::Config(format!("attention: {what}")))
+}
+
 fn check(inputs: &DenseInputs<'_>, o: usize, lse: usize) -> Result<()> {
+    check_tensors(inputs)?;
+    let ([batch, heads, _, dim], [queries, _]) = (inputs.shape, inputs.lens);
+    let size = |sizes: &[usize]| sizes.iter().try_fold(1_usize, |n, m| n.checked_mul(*m));
+    let rows = size(&[batch, heads, queries]);
+    if rows != Some(lse) || rows.and_then(|n| n.checked_mul(dim)) != Some(o) {
+        return wrong(&format!(
+            "outputs of {o} and {lse} elements: expected those of {batch} x {heads} x {queries}"
+        ));
+    }
+    Ok(())
+}
+
+fn check_tensors(inputs: &DenseInputs<'_>) -> Result<()> {
     let ([batch, heads, kv_heads, dim], [queries, keys]) = (inputs.shape, inputs.lens);
-    let wrong = |what: &str| Err(Error::Config(format!("attention: {what}")));
     if [batch, heads, kv_heads, dim, queries, keys].contains(&0)
         || dim > MAX_HEAD_DIM
         || !heads.is_multiple_of(kv_heads)
@@ -100,29 +115,23 @@ fn check(inputs: &DenseInputs<'_>, o: usize, lse: usize) -> Result<()> {
              {MAX_HEAD_DIM}"
         ));
     }
-    let size = |sizes: &[usize]| sizes.iter().try_fold(1_usize, |n, m| n.checked_mul(*m));
-    let rows = size(&[batch, heads, queries]);
-    if rows != Some(lse) || rows.and_then(|n| n.checked_mul(dim)) != Some(o) {
+    check_tensor(inputs.q, [batch, heads, queries], dim)?;
+    check_tensor(inputs.k, [batch, kv_heads, keys], dim)?;
+    check_tensor(inputs.v, [batch, kv_heads, keys], dim)
+}
+
+/// Checks that a tensor has all rows of `dim` elements.
+fn check_tensor(tensor: Strided<'_>, [batch, heads, rows]: [usize; 3], dim: usize) -> Result<()> {
+    let [a, b, c] = tensor.strides;
+    let last = [(a, batch), (b, heads), (c, rows)]
+        .iter()
+        .try_fold(dim, |n, (stride, count)| n.checked_add(stride.checked_mul(count - 1)?));
+    if last.is_none_or(|n| n > tensor.data.len()) {
         return wrong(&format!(
-            "outputs of {o} and {lse} elements: expected those of {batch} x {heads} x {queries}"
+            "{} elements with strides {:?}: expected enough for {batch} x {heads} x {rows} rows of {dim}",
+            tensor.data.len(),
+            tensor.strides
         ));
-    }
-    for (tensor, heads, rows) in [
-        (inputs.q, heads, queries),
-        (inputs.k, kv_heads, keys),
-        (inputs.v, kv_heads, keys),
-    ] {
-        let [a, b, c] = tensor.strides;
-        let last = [(a, batch), (b, heads), (c, rows)]
-            .iter()
-            .try_fold(dim, |n, (stride, count)| n.checked_add(stride.checked_mul(count - 1)?));
-        if last.is_none_or(|n| n > tensor.data.len()) {
-            return wrong(&format!(
-                "{} elements with strides {:?}: expected enough for {batch} x {heads} x {rows} rows of {dim}",
-                tensor.data.len(),
-                tensor.strides
-            ));
-        }
     }
     Ok(())
 }
@@ -135,169 +144,44 @@ fn of_heads<T: Send>(
     instructions: InstructionSet,
     convert: impl Fn(f32) -> T + Copy + Sync,
 ) -> Result<()> {
-    let ([batch, heads, _, dim], [queries, _]) = (inputs.shape, inputs.lens);
+    let ([batch, heads, kv_heads, dim], [queries, keys]) = (inputs.shape, inputs.lens);
     let outputs = o.chunks_exact_mut(queries * dim).zip(lse.chunks_exact_mut(queries));
     let parts = Mutex::new((0..batch * heads).zip(outputs));
     let next = || parts.lock().ok().and_then(|mut parts| parts.next());
     openmp::run_on_threads(threads.min(batch * heads), &|| {
         SCRATCH.with_borrow_mut(|scratch| {
             while let Some((part, (o, lse))) = next() {
-                let place = [part / heads, part % heads];
+                let (sequence, head) = (part / heads, part % heads);
+                let source = [inputs.k, inputs.v].map(|tensor| Rows {
+                    tensor,
+                    place: [sequence, head / (heads / kv_heads)],
+                    first: 0,
+                    count: keys,
+                });
                 for (block, (o, lse)) in o.chunks_mut(QUERIES * dim).zip(lse.chunks_mut(QUERIES)).enumerate() {
-                    let block = Block {
-                        place,
+                    let block = Rows {
+                        tensor: inputs.q,
+                        place: [sequence, head],
                         first: block * QUERIES,
                         count: lse.len(),
                     };
-                    let out = (o, lse);
-                    match instructions.0 {
-                        #[cfg(target_arch = "x86_64")]
-                        // SAFETY: the values in `Kind::Avx512` prove that the CPU has the enabled instructions.
-                        Kind::Avx512(simd, bf16) => unsafe {
-                            match (bf16, inputs.q.data) {
-                                (Some(bf16), Floats::Bf16(_)) => {
-                                    of_block_bf16((simd, bf16), inputs, block, scratch, out, convert);
-                                }
-                                _ => of_block_avx512(simd, inputs, block, scratch, out, convert),
-                            }
-                        },
-                        #[cfg(target_arch = "x86_64")]
-                        // SAFETY: the value in `Kind::Avx2` proves that the CPU has the enabled instructions.
-                        Kind::Avx2(simd) => unsafe { of_block_avx2(simd, inputs, block, scratch, out, convert) },
-                        Kind::Scalar => of_block((Scalar, Fma(Scalar)), inputs, block, scratch, out, convert),
-                    }
+                    let view = View {
+                        dim,
+                        keys,
+                        scale: inputs.scale,
+                        own: inputs.causal.then_some(block.first),
+                    };
+                    let sources = (block.first == 0).then_some(std::slice::from_ref(&source));
+                    let out = Out {
+                        o,
+                        lse,
+                        strides: [dim, 1],
+                    };
+                    run_block(instructions, (sources, block), view, scratch, out, convert);
                 }
             }
         });
     })
-}
-
-thread_local! {
-    static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::EMPTY) };
-}
-
-/// Memory of a thread, reused from call to call because fresh memory costs page faults.
-struct Scratch {
-    /// Keys and values of one head, `[S, D]`. Rows have whole vectors, and both sizes are padded by zeros. With
-    /// products of pairs two dims of a key, or of two values, lie in a lane.
-    keys: Vec<F32x16>,
-    values: Vec<F32x16>,
-    /// Queries and sums of weighted values, `[D, QUERIES]`.
-    q: Vec<PerQuery>,
-    o: Vec<PerQuery>,
-    /// Scores, then weights of one chunk of keys.
-    scores: Vec<PerQuery>,
-    /// Largest score, and sum of the weights relative to it.
-    max: PerQuery,
-    sum: PerQuery,
-    /// Vectors with queries, at most [`VECTORS`].
-    vectors: usize,
-}
-
-impl Scratch {
-    const EMPTY: Self = Self {
-        keys: Vec::new(),
-        values: Vec::new(),
-        q: Vec::new(),
-        o: Vec::new(),
-        scores: Vec::new(),
-        max: [[0.0; LANES]; VECTORS],
-        sum: [[0.0; LANES]; VECTORS],
-        vectors: 0,
-    };
-}
-
-/// Neighbouring queries of one head.
-#[derive(Clone, Copy)]
-struct Block {
-    /// Sequence and query head.
-    place: [usize; 2],
-    /// First query.
-    first: usize,
-    /// Number of queries, at most [`QUERIES`].
-    count: usize,
-}
-
-/// Output and log-sum-exp of a block.
-type Out<'a, T> = (&'a mut [MaybeUninit<T>], &'a mut [MaybeUninit<f32>]);
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bf16,avx2,fma")]
-fn of_block_bf16<T>(
-    simd: (super::avx512::Avx512, super::avx512::Avx512Bf16),
-    inputs: &DenseInputs<'_>,
-    block: Block,
-    scratch: &mut Scratch,
-    out: Out<'_, T>,
-    convert: impl Fn(f32) -> T,
-) {
-    of_block(simd, inputs, block, scratch, out, convert);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
-fn of_block_avx512<T>(
-    simd: super::avx512::Avx512,
-    inputs: &DenseInputs<'_>,
-    block: Block,
-    scratch: &mut Scratch,
-    out: Out<'_, T>,
-    convert: impl Fn(f32) -> T,
-) {
-    of_block((simd, Fma(simd)), inputs, block, scratch, out, convert);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-fn of_block_avx2<T>(
-    simd: super::avx2::Avx2,
-    inputs: &DenseInputs<'_>,
-    block: Block,
-    scratch: &mut Scratch,
-    out: Out<'_, T>,
-    convert: impl Fn(f32) -> T,
-) {
-    of_block((simd, Fma(simd)), inputs, block, scratch, out, convert);
-}
-
-#[inline(always)]
-fn of_block<S: SimdOps, P: Products<S>, T>(
-    (simd, products): (S, P),
-    inputs: &DenseInputs<'_>,
-    block: Block,
-    scratch: &mut Scratch,
-    out: Out<'_, T>,
-    convert: impl Fn(f32) -> T,
-) {
-    let ([_, heads, kv_heads, dim], [_, keys], [sequence, head]) = (inputs.shape, inputs.lens, block.place);
-    if block.first == 0 {
-        let place = [sequence, head / (heads / kv_heads)];
-        copy_keys_and_values::<S, P>(simd, inputs, place, scratch);
-    }
-    copy_queries::<S, P>(simd, inputs, block, &mut scratch.q);
-    scratch.o.clear();
-    scratch.o.resize(dim.next_multiple_of(LANES), PerQuery::default());
-    scratch.max = [[f32::NEG_INFINITY; LANES]; VECTORS];
-    scratch.sum = PerQuery::default();
-    scratch.vectors = block.count.div_ceil(LANES);
-    let seen = if inputs.causal {
-        keys.min(block.first + block.count)
-    } else {
-        keys
-    };
-    for first in (0..seen).step_by(KEYS) {
-        let count = KEYS.min(seen - first);
-        score_chunk(simd, products, scratch, (first, count), (dim, inputs.scale));
-        if inputs.causal && first + count > block.first + 1 {
-            hide_later_keys(simd, &mut scratch.scores, first, block.first);
-        }
-        update_softmax(simd, scratch, count);
-        if P::PACKED == 2 {
-            pack_weights(simd, products, &mut scratch.scores, count);
-        }
-        add_values(simd, products, scratch, (first, count), dim);
-    }
-    write(simd, scratch, dim, out, convert);
 }
 
 #[cfg(test)]

@@ -1,11 +1,9 @@
 //! Copies of queries, keys and values that the products read, and the rows that they write.
 
-use std::mem::MaybeUninit;
-
 use super::super::Floats;
-use super::super::vector::{LANES, SimdOps};
+use super::super::vector::{F32x16, LANES, SimdOps};
 use super::products::Products;
-use super::{Block, DenseInputs, PerQuery, Scratch, Strided, TILE};
+use super::{Out, PerQuery, Rows, Scratch, Strided, TILE};
 
 /// One row of a tensor.
 #[derive(Clone, Copy)]
@@ -92,15 +90,15 @@ fn part<T: Copy + Default, const N: usize>(row: &[T], i: usize) -> [T; N] {
     part
 }
 
-/// Copies keys and values of one head.
+/// Copies keys and values of one head, the rows of each source behind those of the one before.
 #[inline(always)]
 pub(super) fn copy_keys_and_values<S: SimdOps, P: Products<S>>(
     simd: S,
-    inputs: &DenseInputs<'_>,
-    [sequence, head]: [usize; 2],
+    sources: &[[Rows<'_>; 2]],
+    dim: usize,
     scratch: &mut Scratch,
 ) {
-    let (dim, rows) = (inputs.shape[3], inputs.lens[1]);
+    let rows = sources.iter().map(|[k, _]| k.count).sum::<usize>();
     let (lanes, width) = (
         dim.div_ceil(P::PACKED).next_multiple_of(LANES),
         dim.next_multiple_of(LANES),
@@ -109,8 +107,8 @@ pub(super) fn copy_keys_and_values<S: SimdOps, P: Products<S>>(
     scratch
         .keys
         .resize(rows.next_multiple_of(TILE) * lanes / LANES, [0.0; LANES]);
-    for (row, to) in scratch.keys.chunks_exact_mut(lanes / LANES).take(rows).enumerate() {
-        let row = Row::new(inputs.k, [sequence, head, row], dim);
+    let keys = sources.iter().flat_map(|[k, _]| rows_of(*k, dim));
+    for (row, to) in keys.zip(scratch.keys.chunks_exact_mut(lanes / LANES)) {
         for (i, to) in to.iter_mut().enumerate() {
             simd.store(row.lanes::<S, P>(simd, i), to);
         }
@@ -119,15 +117,10 @@ pub(super) fn copy_keys_and_values<S: SimdOps, P: Products<S>>(
     scratch
         .values
         .resize(rows.next_multiple_of(TILE) / P::PACKED * width / LANES, [0.0; LANES]);
-    for (j, to) in scratch
-        .values
-        .chunks_exact_mut(width / LANES)
-        .take(rows.div_ceil(P::PACKED))
-        .enumerate()
-    {
-        let row = |row| (row < rows).then(|| Row::new(inputs.v, [sequence, head, row], dim));
-        let Some(first) = row(j * P::PACKED) else { continue };
-        let second = row(j * P::PACKED + 1);
+    let mut values = sources.iter().flat_map(|[_, v]| rows_of(*v, dim));
+    for to in scratch.values.chunks_exact_mut(width / LANES) {
+        let Some(first) = values.next() else { break };
+        let second = if P::PACKED == 2 { values.next() } else { None };
         for (i, to) in to.iter_mut().enumerate() {
             let lanes = if P::PACKED == 2 {
                 first.interleaved(second, simd, i)
@@ -139,25 +132,62 @@ pub(super) fn copy_keys_and_values<S: SimdOps, P: Products<S>>(
     }
 }
 
+/// The rows of a head, in order.
+#[inline(always)]
+fn rows_of(rows: Rows<'_>, dim: usize) -> impl Iterator<Item = Row<'_>> {
+    (rows.first..rows.first + rows.count).map(move |row| rows.row(row, dim))
+}
+
+impl<'a> Rows<'a> {
+    #[inline(always)]
+    fn row(self, row: usize, dim: usize) -> Row<'a> {
+        let [sequence, head] = self.place;
+        Row::new(self.tensor, [sequence, head, row], dim)
+    }
+}
+
 /// Copies the queries of a block. Those that the block lacks are 0.
 #[inline(always)]
-pub(super) fn copy_queries<S: SimdOps, P: Products<S>>(
-    simd: S,
-    inputs: &DenseInputs<'_>,
-    block: Block,
-    q: &mut Vec<PerQuery>,
-) {
-    let (dim, [sequence, head]) = (inputs.shape[3], block.place);
+pub(super) fn copy_queries<S: SimdOps, P: Products<S>>(simd: S, queries: Rows<'_>, dim: usize, q: &mut Vec<PerQuery>) {
     let columns = dim.div_ceil(P::PACKED).div_ceil(LANES);
     q.resize(columns * LANES, PerQuery::default());
-    for n in 0..block.count.div_ceil(LANES) {
+    for n in 0..queries.count.div_ceil(LANES) {
         for i in 0..columns {
             let mut rows = [simd.splat(0.0); LANES];
-            for (t, lanes) in rows.iter_mut().enumerate().take(block.count - LANES * n) {
-                let row = Row::new(inputs.q, [sequence, head, block.first + LANES * n + t], dim);
+            for (t, lanes) in rows.iter_mut().enumerate().take(queries.count - LANES * n) {
+                let row = queries.row(queries.first + LANES * n + t, dim);
                 *lanes = row.lanes::<S, P>(simd, i);
             }
             for (column, to) in simd.transpose(rows).into_iter().zip(&mut q[LANES * i..]) {
+                simd.store(column, &mut to[n]);
+            }
+        }
+    }
+}
+
+/// Copies rows of a head in fp32, in whole vectors, behind what `to` has.
+#[inline(always)]
+pub(super) fn append_rows<S: SimdOps>(simd: S, rows: Rows<'_>, dim: usize, to: &mut Vec<F32x16>) {
+    let (width, start) = (dim.div_ceil(LANES), to.len());
+    to.resize(start + rows.count * width, [0.0; LANES]);
+    for (row, to) in rows_of(rows, dim).zip(to[start..].chunks_exact_mut(width)) {
+        for (i, to) in to.iter_mut().enumerate() {
+            simd.store(row.floats(simd, i), to);
+        }
+    }
+}
+
+/// Transposes rows of `width` vectors, of which there are a multiple of 16.
+#[inline(always)]
+pub(super) fn transpose_rows<S: SimdOps>(simd: S, rows: &[F32x16], width: usize, to: &mut Vec<PerQuery>) {
+    to.resize(width * LANES, PerQuery::default());
+    for (n, rows) in rows.chunks_exact(LANES * width).enumerate() {
+        for (i, to) in to.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let mut block = [simd.splat(0.0); LANES];
+            for (to, row) in block.iter_mut().zip(rows.chunks_exact(width)) {
+                *to = simd.load(&row[i]);
+            }
+            for (column, to) in simd.transpose(block).into_iter().zip(to) {
                 simd.store(column, &mut to[n]);
             }
         }
@@ -170,12 +200,21 @@ pub(super) fn write<S: SimdOps, T>(
     simd: S,
     scratch: &Scratch,
     dim: usize,
-    (o, lse): (&mut [MaybeUninit<T>], &mut [MaybeUninit<f32>]),
+    out: Out<'_, T>,
     convert: impl Fn(f32) -> T,
 ) {
-    for (n, (o, lse)) in o.chunks_mut(LANES * dim).zip(lse.chunks_mut(LANES)).enumerate() {
+    let ([o_stride, lse_stride], o, lse) = (out.strides, out.o, out.lse);
+    for (n, (o, lse)) in o
+        .chunks_mut(LANES * o_stride)
+        .zip(lse.chunks_mut(LANES * lse_stride))
+        .enumerate()
+        .take(scratch.vectors)
+    {
         let mut inverse = scratch.sum[n];
-        for (inverse, (lse, max)) in inverse.iter_mut().zip(lse.iter_mut().zip(scratch.max[n])) {
+        for (inverse, (lse, max)) in inverse
+            .iter_mut()
+            .zip(lse.iter_mut().step_by(lse_stride).zip(scratch.max[n]))
+        {
             let sum = *inverse;
             lse.write(max + sum.ln());
             *inverse = if sum == 0.0 { 0.0 } else { 1.0 / sum };
@@ -186,10 +225,10 @@ pub(super) fn write<S: SimdOps, T>(
             for (vector, column) in vectors.iter_mut().zip(columns) {
                 *vector = simd.mul(inverse, simd.load(&column[n]));
             }
-            for (row, o) in simd.transpose(vectors).into_iter().zip(o.chunks_exact_mut(dim)) {
+            for (row, o) in simd.transpose(vectors).into_iter().zip(o.chunks_mut(o_stride)) {
                 let mut numbers = [0.0; LANES];
                 simd.store(row, &mut numbers);
-                for (to, from) in o[LANES * i..].iter_mut().zip(numbers) {
+                for (to, from) in o[..dim][LANES * i..].iter_mut().zip(numbers) {
                     to.write(convert(from));
                 }
             }
