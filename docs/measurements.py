@@ -273,6 +273,13 @@ def attention_backward_ratios(found: list[Record]) -> Iterator[Cell]:
             yield r["piece"], r["contender"], f"{time:.2f} ({error:.1f})"
 
 
+def attention_training(found: list[Record]) -> Iterator[Cell]:
+    """Time of forward and backward, and error, of the attention of a training step."""
+    for r in found:
+        times = " + ".join(f"{min(r['cpu_seconds'][part]) * 1e3:.1f}" for part in ("forward", "backward"))
+        yield r["step"], f"{r['contender']}, {short(r['dtype'])}", f"{times} ({r['error']:.1e})"
+
+
 def attention_decode(found: list[Record]) -> Iterator[Cell]:
     """Time of decode attention alone and between matrix products."""
     for products in (False, True):
@@ -689,6 +696,12 @@ TABLES: dict[str, Table] = {
     ),
     "decode-ratios": Table(("decode-step-gpt2-*.jsonl",), decode_ratios, source=False),
     "bandwidth": Table(("decode-step-gpt2-*.jsonl",), bandwidth, "GB/s", source=False),
+    "attention-training": Table(
+        ("attn-training-cpu.jsonl",),
+        attention_training,
+        "ms, forward + backward (largest error)",
+        "python benches/kernels/attn_training.py OUT.jsonl",
+    ),
     "attention-backward": Table(
         ("attn-backward-cpu-bf16.jsonl",),
         attention_backward,

@@ -1,4 +1,4 @@
-//! Attention of a block of queries of one head: what it reads and writes, its memory, and the steps on an instruction set.
+//! Attention of a block of queries of one head: what it reads and writes, and the steps on an instruction set.
 
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
