@@ -49,6 +49,7 @@ class Settings:
         dtype: Compute dtype, a key of `LIMIT`.
         lengths: Prefix lengths.
         counts: Numbers of prefixes that are trained at once.
+        batch_size: Rows of each prefix in a step.
         lora_rank: Rank of the LoRA layers.
         rounds: Number of repetitions.
         command: Command that repeats the measurement.
@@ -59,6 +60,7 @@ class Settings:
     dtype: str
     lengths: Sequence[int]
     counts: Sequence[int]
+    batch_size: int = 10
     lora_rank: int = 8
     rounds: int
     command: str
@@ -230,7 +232,7 @@ def run(output: Path, settings: Settings) -> list[Point]:
         msg = f"prefixes: expected numbers of at least 1, got {list(settings.counts)}"
         raise ConfigError(msg)
     hf, name = make_or_load(settings.model, settings.shape, settings.dtype)
-    work, positions = Workload(), hf.config.get_text_config().max_position_embeddings
+    work, positions = Workload(examples=settings.batch_size), hf.config.get_text_config().max_position_embeddings
     most = positions - work.longest
     if min(settings.lengths) < 1 or max(settings.lengths) > most:
         msg = (

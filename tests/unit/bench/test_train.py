@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,15 +121,15 @@ def test_peft_trains_in_fp32_over_a_bf16_base():
 
 
 def test_the_train_command_writes_its_files(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "Workload", lambda: WORK)
+    monkeypatch.setattr(train, "Workload", lambda examples: replace(WORK, examples=examples))
     monkeypatch.setitem(SHAPES, "gpt2", SHAPES["gpt2"]._replace(fields=TINY))
-    done = cli("bench", "train", "-o", tmp_path, "--lengths", "2,4", "--prefixes", "1,2", "--rounds", "1")
+    batch = ("--batch-size", str(WORK.examples))
+    done = cli("bench", "train", "-o", tmp_path, "--lengths", "2,4", "--prefixes", "1,2", *batch, "--rounds", "1")
     assert done.code == 0, done.err
     head, *rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()][1:]
-    assert (
-        head["command"]
-        == "prefixfast bench train --lengths 2,4 --prefixes 1,2 --lora-rank 8 --rounds 1 --dtype float32 --shape gpt2"
-    )
+    options = f"--lengths 2,4 --prefixes 1,2 --batch-size {WORK.examples} --lora-rank 8 --rounds 1 --dtype float32"
+    assert head["command"] == f"prefixfast bench train {options} --shape gpt2"
+    assert head["examples"] == WORK.examples
     assert list(head["settings"]) == [OURS, PEFT, LORA]
     assert all("max_grad_norm=1.0" in s["options"] and s["dtype"] == "float32" for s in head["settings"].values())
     assert f"| {PEFT} | float32 | sdpa | 10 |".replace("10", str(WORK.examples)) in done.out

@@ -62,6 +62,7 @@ def train(
     dtype: Annotated[str, typer.Option(help="Compute dtype: float32 or bfloat16.")] = "float32",
     lengths: Annotated[list[str], typer.Option(help="Prefix lengths.")] = TRAINED_LENGTHS,
     prefixes: Annotated[list[str], typer.Option(help="Numbers of prefixes that are trained at once.")] = COUNTS,
+    batch_size: Annotated[int, typer.Option(help="Rows of each prefix in a step.", min=1)] = 10,
     lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA layers of PEFT.", min=1)] = 8,
     rounds: Rounds = 2,
 ) -> None:
@@ -76,13 +77,15 @@ def train(
     check_known("--shape", shape, SHAPES)
     check_known("--dtype", dtype, LIMIT)
     lists = {"lengths": lengths, "prefixes": prefixes}
-    options = {**{n: ",".join(v) for n, v in lists.items()}, "lora_rank": lora_rank, "rounds": rounds, "dtype": dtype}
+    options = {**{n: ",".join(v) for n, v in lists.items()}, "batch_size": batch_size, "lora_rank": lora_rank}
+    options |= {"rounds": rounds, "dtype": dtype}
     settings = Settings(
         model=model,
         shape=shape,
         dtype=dtype,
         lengths=whole_numbers("--lengths", lengths),
         counts=whole_numbers("--prefixes", prefixes),
+        batch_size=batch_size,
         lora_rank=lora_rank,
         rounds=rounds,
         command=spelt("train", **options, model=model, shape=None if model else shape),
