@@ -450,6 +450,15 @@ def training(found: list[Record]) -> Iterator[Cell]:
         yield own, "state of a user", f"{r['state_bytes'] / 1e6:.2f} MB"
 
 
+def training_steps(found: list[Record]) -> Iterator[Cell]:
+    """Shares of a training step's CPU time, and what its matrix products alone would take."""
+    for r in (r for r in found if "part" in r):
+        column = f"{r['base']}, {r['prefixes']} prefixes"
+        yield "CPU seconds", column, f"{min(r['cpu_seconds']):.2f}"
+        yield "matrix products alone, at their best rate", column, f"{r['products_alone']:.2f}"
+        yield r["part"], column, f"{r['share']:.1%}"
+
+
 KINDS = {"flat": "keys and values", "rms": "keys and values in units of their RMS", "mlp": "MLP"}
 
 
@@ -663,6 +672,13 @@ TABLES: dict[str, Table] = {
     "choosing-smollm2-clear": Table(("compare-smollm2.jsonl",), clear, "SmolLM2", source=False),
     "forty-users": Table(("forty-users.jsonl",), forty_users, command=COMMANDS["forty"]),
     "train-nlg-10m": Table(("train-nlg-10m-fp32.jsonl",), training, "P = 10, fp32"),
+    "train-smollm2": Table(("train-smollm2-fp32.jsonl",), training, "P = 10, fp32"),
+    "training-step": Table(
+        ("training-step-*.jsonl",),
+        training_steps,
+        "a step of 5 rows for each prefix, fp32",
+        "python benches/system/training_step.py MODEL --prefixes N -o OUT.jsonl",
+    ),
     "many-users": Table(("many-users.jsonl",), many_users, command=COMMANDS["many"]),
     "learning-rates": Table(
         ("learning-rates.jsonl",),

@@ -33,6 +33,9 @@ class Counts(ctypes.Structure):
     _fields_ = [(name, ctypes.c_size_t) for name in "arena free fast mapped mapped_bytes a b c d e".split()]
 
 libc.mallinfo2.restype = Counts
+if not libc.mallopt(-3, 2**30):  # older versions keep blocks of up to 32 MiB alone
+    sys.exit(print("null"))
+libc.mallopt(-3, 2**25)
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -72,7 +75,9 @@ def _watched(monkeypatch):
 def test_the_c_library_keeps_a_freed_block_and_gives_it_back_at_the_end():
     run = subprocess.run([sys.executable, "-c", PROGRAM, str(ROOT / "python")], capture_output=True, text=True)
     assert not run.returncode, run.stderr
-    (alone, left), (first, held), (second, held_again), (_, after) = json.loads(run.stdout)
+    if (found := json.loads(run.stdout)) is None:
+        pytest.skip("this version of glibc maps large blocks alone")
+    (alone, left), (first, held), (second, held_again), (_, after) = found
     assert alone
     assert left < 64
     assert not first
