@@ -31,13 +31,15 @@ def is_used(inputs: AttnInputs, tables: PackedTables, options: AttnOptions, bias
     if not is_plain or bias is not None or inputs.slots is not None or options.softcap or not is_fast():
         return False
     # Where no gradient is computed, texts are long, or the bits of a row must not depend on the number of threads.
-    return not q.is_inference() and _fits(tables, len(q), options)
+    return not q.is_inference() and _fits(tables, (len(q), len(k)), options)
 
 
-def _fits(tables: PackedTables, num_queries: int, options: AttnOptions) -> bool:
+def _fits(tables: PackedTables, rows: tuple[int, int], options: AttnOptions) -> bool:
     """Whether the sequences follow each other, no window hides a key, and each thread has a sequence."""
     seg, block = tables.seg.numpy(), tables.block.numpy()
-    if not len(seg) or len(seg) < num_threads() or seg[-1, 0] + seg[-1, 1] != num_queries or seg[0, 0]:
+    if not len(seg) or len(seg) < num_threads() or seg[0, 0]:
+        return False
+    if seg[-1, 0] + seg[-1, 1] != rows[0] or seg[-1, 2] + seg[-1, 3] > rows[1]:
         return False
     ends = seg[:-1, [0, 2]] + seg[:-1, [1, 3]]
     follows = (ends[:, 0] == seg[1:, 0]).all() and (ends[:, 1] <= seg[1:, 2]).all()

@@ -31,7 +31,7 @@ def problem(case):
 def takes(case, dtype=torch.float32, *, like=None):
     p = problem(case).cast(dtype)
     with torch.no_grad():
-        return cpu_packed._fits(p.tables, len(p.inputs.q), case.options(p.scale))
+        return cpu_packed._fits(p.tables, (len(p.inputs.q), len(p.inputs.k)), case.options(p.scale))
 
 
 def is_plain(case):

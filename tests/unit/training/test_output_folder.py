@@ -77,7 +77,7 @@ def test_a_checkpoint_is_never_removed_without_overwrite(base, tmp_path, data):
 def test_an_overwriting_run_keeps_each_old_prefix_until_its_new_one_is_saved(base, tmp_path):
     out = tmp_path / "p"
     old = train(base, {**TWO, "z": ROWS}, output_dir=out, **HOW)
-    own = {"x": {"max_steps": 1}}
+    own = {"x": {"max_steps": 1}, "y": {"learning_rate": 0.0123}}
     killed(base, TWO, out, 2, overwrite=True, seed=1, overrides=own)
     found = {name: Prefix.from_pretrained(out / name).digest for name in "xyz"}
     assert (found["x"] == old["x"].digest, found["y"], found["z"]) == (False, old["y"].digest, old["z"].digest)
