@@ -1,7 +1,7 @@
 """Freed memory that the C library keeps for the next allocation instead of giving it back to the system.
 
 By default glibc gives large blocks back as soon as they are free. The activations of the next training step then fault
-in page by page. glibc keeps blocks of the main thread; a block of more than 32 MiB of another thread is mapped alone
+in page by page. glibc keeps large blocks of the main thread only: a block of 64 MiB of another thread is mapped alone
 whatever the thresholds are.
 """
 

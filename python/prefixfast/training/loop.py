@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -259,9 +260,8 @@ class GroupTrainer:
         for start in range(0, len(numbers), SAVED_TOGETHER):
             built = self._build(numbers[start : start + SAVED_TOGETHER], current)
             prefixes = {self.names[i]: prefix for i, (prefix, _) in built.items()}
-            saved = self.ranks.first(
-                lambda p=prefixes: save_together(self.output, p, resumed=self.job.resume, isolate=self.job.isolate)  # type: ignore[misc]
-            )
+            save = partial(save_together, self.output, prefixes, resumed=self.job.resume, isolate=self.job.isolate)
+            saved = self.ranks.first(save)
             for (i, (prefix, metrics)), (stored, error) in zip(built.items(), saved, strict=True):
                 if error:
                     self._fail(i, error)
